@@ -1,0 +1,194 @@
+"""`python -m runtime` and `mask2ct`: synth, labels, describe."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+from .console import EXIT_CODES, Progress, duration, run
+from .contract import Manifest
+from .engines.registry import CHOICES
+from .errors import InputError, UsageError
+from .files import write_json
+from .labels import MAP_HELP, MM_WHS, load_map, present_values
+from .stream import CaseResult, find_masks, synthesize
+from .synthesizer import DEFAULT_BATCH, Synthesizer
+from .version import VERSION
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _parser().parse_args(argv)
+    command: Any = options.command
+    return int(command(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("mask2ct", description="Paint a synthetic CT for any label mask.", epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"mask2ct {VERSION}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    synth = commands.add_parser("synth", help="paint a CT for each mask", epilog=EXIT_CODES)
+    synth.set_defaults(command=_synth)
+    synth.add_argument("masks", nargs="+", type=Path, metavar="MASK", help="a NIfTI, NRRD or MHA label map, or a folder of them")
+    synth.add_argument("--model", type=Path, required=True, help="a model folder, as export/build_engine.py writes it")
+    synth.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
+    synth.add_argument("--format", choices=["nifti"], default="nifti", help="what to write (default: %(default)s)")
+    synth.add_argument("--backend", choices=CHOICES, default="auto", help="what runs the model (default: the first that serves)")
+    synth.add_argument("--variants", type=int, metavar="K", help="write K different CTs per mask, each with its mask")
+    synth.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
+    synth.add_argument("--labels", type=Path, metavar="MAP.json", help=f"{MAP_HELP}")
+    synth.add_argument("--batch", type=int, default=DEFAULT_BATCH, metavar="N", help="slices held at once; the result is the same (default: %(default)s)")
+    synth.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each case")
+    synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
+    synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
+    synth.add_argument("--quiet", action="store_true", help="print errors only")
+
+    labels = commands.add_parser("labels", help="what a mask holds and how it would map", epilog=EXIT_CODES)
+    labels.set_defaults(command=_labels)
+    labels.add_argument("file", type=Path)
+    labels.add_argument("--model", type=Path, help="map to this model's labels (default: the MM-WHS table)")
+    labels.add_argument("--labels", type=Path, metavar="MAP.json", help=MAP_HELP)
+
+    describe = commands.add_parser("describe", help="what a model folder holds; checks every file", epilog=EXIT_CODES)
+    describe.set_defaults(command=_describe)
+    describe.add_argument("model", type=Path)
+    return parser
+
+
+def _synth(options: argparse.Namespace) -> int:
+    if options.batch < 1:
+        raise UsageError(f"--batch is {options.batch}", expected="1 or more", remedy="leave it out for the default")
+    masks = find_masks(options.masks)
+    if options.list:
+        print("\n".join(str(mask) for mask in masks))
+        return 0
+    started = time.perf_counter()
+    with Synthesizer.open(options.model, backend=options.backend, batch=options.batch) as synth:
+        label_map = None if options.labels is None else load_map(options.labels, synth.manifest.labels)
+        if not options.quiet:
+            print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
+        if options.dry_run:
+            return _dry_run(synth, masks, label_map, options.quiet)
+        total = len(masks) * (options.variants or 1)
+        progress = Progress("CTs", total, quiet=options.quiet)
+        results: list[CaseResult] = []
+        for result in synthesize(
+            synth, masks, options.output, variants=options.variants, seed=options.seed, labels=label_map,
+            on_slice=lambda n: progress.update(len(results), f"{n} slices of the next"),
+        ):  # fmt: skip
+            results.append(result)
+            progress.update(len(results), result.case)
+            _say(result)
+        progress.close()
+        seconds, slices = time.perf_counter() - started, sum(r.slices for r in results)
+        failed = [r for r in results if r.error]
+        if options.report is not None:
+            write_json(options.report, _report(synth, options, results, seconds))
+        if not options.quiet:
+            print(f"{len(results) - len(failed)} done, {len(failed)} failed, {slices} slices in {duration(seconds)} ({slices / seconds:.1f} slices/s) → {options.output}")
+    return 1 if failed else 0
+
+
+def _say(result: CaseResult) -> None:
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if result.error is not None:
+        print(f"error: {result.error}", file=sys.stderr)
+
+
+def _dry_run(synth: Synthesizer, masks: Sequence[Path], label_map: Any, quiet: bool) -> int:
+    from .grid import SliceGrid
+    from .io.nifti import read_labels
+
+    failed = 0
+    for mask in masks:
+        try:
+            volume = read_labels(mask, synth.manifest.labels, label_map)
+        except InputError as exc:
+            failed += 1
+            print(f"error: {exc}", file=sys.stderr)
+            continue
+        depth, height, width = volume.labels.shape
+        grid = SliceGrid(synth.manifest.grid, volume.geometry, (depth, height, width))
+        spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
+        if not quiet:
+            print(f"{mask}: {width} x {height} x {depth} voxels of {spacing} mm, {grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}")
+    return 1 if failed else 0
+
+
+def _report(synth: Synthesizer, options: argparse.Namespace, results: Sequence[CaseResult], seconds: float) -> dict[str, Any]:
+    return {
+        "version": VERSION,
+        "model": synth.manifest.name,
+        "model_files": {name: file.sha256 for name, file in synth.manifest.files.items()},
+        "backend": synth.backend,
+        "seed": options.seed,
+        "seconds": round(seconds, 3),
+        "cases": [
+            {
+                "case": r.case,
+                "variant": r.variant,
+                "files": [file.name for file in r.files],
+                "slices": r.slices,
+                "seconds": {stage: round(s, 4) for stage, s in r.seconds.items()},
+                "warnings": list(r.warnings),
+                "error": None if r.error is None else str(r.error),
+            }
+            for r in results
+        ],
+    }
+
+
+def _labels(options: argparse.Namespace) -> int:
+    import numpy as np
+
+    from .io.nifti import as_integers, read_volume
+
+    table = MM_WHS if options.model is None else Manifest.load(options.model).labels
+    label_map = table.by_value if options.labels is None else load_map(options.labels, table)
+    volume = read_volume(options.file)
+    values = as_integers(volume.values, options.file)
+    millilitres = float(np.prod(volume.geometry.spacing)) / 1000
+    print(f"{'value':>7} {'voxels':>11} {'ml':>10}  maps to")
+    unknown = 0
+    for value in present_values(values):
+        count = int(np.count_nonzero(values == value))
+        index = label_map.get(value, label_map.get(None))  # type: ignore[call-overload]
+        unknown += index is None
+        print(f"{value:>7} {count:>11} {count * millilitres:>10.1f}  {'UNKNOWN' if index is None else table.labels[index].name}")
+    if unknown:
+        print(f"{unknown} unknown: synth needs --labels MAP.json, {MAP_HELP}; the table knows {table}")
+    return 1 if unknown else 0
+
+
+def _describe(options: argparse.Namespace) -> int:
+    manifest = Manifest.load(options.model)
+    grid, intensity = manifest.grid, manifest.intensity
+    scale = "each slice fitted to it" if grid.pixel_spacing is None else f"{grid.pixel_spacing[0]} x {grid.pixel_spacing[1]} mm a pixel, growing in steps of {grid.divisor}"
+    print(f"model      {manifest.name}\nlicense    {manifest.license or 'not stated'}\nlabels     {manifest.labels}")
+    print(f"canvas     {grid.canvas[0]} x {grid.canvas[1]}, {scale}\nslices     {grid.slices}" + (f", {grid.slice_spacing} mm apart" if grid.slices > 1 else ""))
+    print(f"paints     {intensity.low} … {intensity.high} {intensity.unit}, noise {'yes' if manifest.noise else 'no'}, style of {manifest.style}")
+    for name, file in manifest.files.items():
+        manifest.verify(options.model, [name])
+        print(f"file       {name}: {file.precision}, {file.bytes / 1e6:.1f} MB, sha256 {file.sha256[:16]}… verified")
+        for engine, numbers in manifest.parity.get(name, {}).items():
+            print(f"  parity   {engine}: " + ", ".join(f"{key} {value}" for key, value in numbers.items()))
+    for key, value in manifest.training.items():
+        print(f"training   {key}: {value}")
+    return 0
+
+
+def entry() -> int:
+    """The console script."""
+    return run(main)
+
+
+if __name__ == "__main__":
+    sys.exit(entry())
+
+

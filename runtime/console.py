@@ -1,0 +1,75 @@
+"""What every command line shares: exit codes, one-screen errors, a progress line with an ETA."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TextIO
+
+from .errors import Mask2CTError
+
+EXIT_CODES = """exit codes: 0 done · 1 at least one case failed · 2 the command, config or model is wrong ·
+3 a required component is missing · 4 the output cannot be written · 130 interrupted"""
+
+
+def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
+    """Call `main(argv)`; print a `Mask2CTError` on one screen and return its exit code; 130 on Ctrl-C."""
+    try:
+        return main(sys.argv[1:] if argv is None else argv)
+    except Mask2CTError as exc:
+        print(f"error: {exc}", file=sys.stderr)
+        return exc.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output went away (`| head`)
+        sys.stderr.close()
+        return 0
+
+
+def duration(seconds: float) -> str:
+    """Seconds for a person: `8.2 s`, `3 min 05 s`, `2 h 07 min`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = int(seconds // 60)
+    return f"{minutes} min {int(seconds % 60):02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Progress:
+    """A line on standard error: done/total, rate, ETA and a note. One line rewritten on a terminal, else a line every 10 s."""
+
+    def __init__(self, what: str, total: int, *, unit: str = "", quiet: bool = False, stream: TextIO | None = None):
+        self._what, self._total, self._unit, self._quiet = what, total, unit, quiet
+        self._stream = sys.stderr if stream is None else stream
+        self._terminal = self._stream.isatty()
+        self._every = 0.1 if self._terminal else 10.0
+        self._done = 0
+        self._first = self._started = self._shown = time.monotonic()
+        self._from = 0
+
+    def update(self, done: int, note: str = "") -> None:
+        """State that `done` of the total are done. The first call's work (warm-up, resume) is left out of the rate."""
+        now = time.monotonic()
+        if self._done == 0:
+            self._first, self._from = now, done
+        self._done = done
+        if self._quiet or (now - self._shown < self._every and done < self._total):
+            return
+        self._shown = now
+        rate = (done - self._from) / (now - self._first) if now > self._first and done > self._from else 0.0
+        eta = f", {duration((self._total - done) / rate)} left" if rate and done < self._total else ""
+        speed = f", {rate:.3g} {self._unit}/s".replace(" /", "/") if rate else ""
+        self._write(f"{self._what} {done}/{self._total}{speed}{eta}{'  ' + note if note else ''}")
+
+    def close(self) -> None:
+        """End the line and say how long it took."""
+        if not self._quiet:
+            self._write(f"{self._what} {self._done}/{self._total} in {duration(time.monotonic() - self._started)}", last=True)
+
+    def _write(self, text: str, last: bool = False) -> None:
+        if self._terminal:
+            self._stream.write(f"\r\x1b[2K{text}" + ("\n" if last else ""))
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()

@@ -1,0 +1,268 @@
+"""The contract between training, export and runtime: what `manifest.json` says, as typed, validated data.
+
+Everything between a label mask and Hounsfield units is inside the exported graph, so the runtime needs nothing but this:
+
+    in   labels  uint8   [N, Z, H, W]   model indices of Z neighbouring axial slices; the middle one is painted
+    in   style   float32 [N, S]         optional: what patient and scanner bring, one vector per volume
+    in   noise   uint8   [N, H, W]      optional: white noise, shaped by the network into CT texture
+    out  ct      uint8   [N, H, W, 2]   int16 as little-endian bytes: `.view("<i2")[..., 0]` copies nothing
+
+Standard library only: training and export import this module too.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+from .files import sha256_of
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+MAX_LABELS = 256  # indices cross the seams as uint8
+
+
+def _no(problem: str, expected: str) -> ValueError:
+    return ValueError(f"{problem} (expected {expected})")
+
+
+@dataclass(frozen=True)
+class Label:
+    """One class. `value`: what files hold for it; `aliases`: other values that mean the same (MM-WHS: 421 is 420)."""
+
+    name: str
+    value: int
+    aliases: tuple[int, ...] = ()
+    snomed: str | None = None  # SNOMED CT code of the structure
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """The classes in the model's own order: position 0, the background, is what is not labelled."""
+
+    labels: tuple[Label, ...]
+
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.labels) <= MAX_LABELS:
+            raise _no(f"{len(self.labels)} labels", f"a background and 1 to {MAX_LABELS - 1} structures")
+        names = [label.name for label in self.labels]
+        values = [value for label in self.labels for value in (label.value, *label.aliases)]
+        for what, items in (("label name", names), ("label value", values)):
+            twice = sorted({item for item in items if items.count(item) > 1})
+            if twice:
+                raise _no(f"{what} {twice[0]!r} occurs twice", "each once")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def by_value(self) -> dict[int, int]:
+        """File value (or alias) → model index."""
+        return {v: index for index, label in enumerate(self.labels) for v in (label.value, *label.aliases)}
+
+    @property
+    def by_name(self) -> dict[str, int]:
+        return {label.name: index for index, label in enumerate(self.labels)}
+
+    def __str__(self) -> str:
+        return ", ".join(f"{label.value} {label.name}" for label in self.labels)
+
+
+@dataclass(frozen=True)
+class GridPolicy:
+    """How a mask's grid becomes the model's: labels are resampled nearest, the painted CT linearly back.
+
+    `canvas`: the least (H, W) the network is given, in pixels (what it was trained on). `pixel_spacing`: (row, column)
+    distance in mm, with the canvas growing to hold the slice; None: each slice is fitted to the canvas, whatever its size
+    in mm. H and W are multiples of `divisor`. `slices`: Z, odd; `slice_spacing`: mm between them (None when Z = 1).
+    """
+
+    canvas: tuple[int, int]
+    pixel_spacing: tuple[float, float] | None
+    divisor: int
+    slices: int = 1
+    slice_spacing: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.divisor < 1 or any(n < 1 or n % self.divisor for n in self.canvas):
+            raise _no(f"canvas {self.canvas} with divisor {self.divisor}", "positive multiples of the divisor")
+        if self.pixel_spacing is not None and not all(0 < s < 100 for s in self.pixel_spacing):
+            raise _no(f"pixel spacing {self.pixel_spacing}", "two positive numbers of mm")
+        if self.slices < 1 or self.slices % 2 == 0:
+            raise _no(f"{self.slices} slices", "an odd number, 1 or more")
+        if self.slices > 1 and not (self.slice_spacing and self.slice_spacing > 0):
+            raise _no(f"slice spacing {self.slice_spacing}", "a positive number of mm when slices > 1")
+
+
+@dataclass(frozen=True)
+class Intensity:
+    """What the output's numbers mean: `unit` ("HU", or "a.u." for MR) and the range [low, high] the model can paint."""
+
+    unit: str
+    low: int
+    high: int
+
+    def __post_init__(self) -> None:
+        if not -32768 <= self.low < self.high <= 32767:
+            raise _no(f"intensity range [{self.low}, {self.high}]", "low < high within int16")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One input or output of the graph. Dimensions that a caller chooses are named: "N", "H", "W"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+def tensor_specs(slices: int, style: int, noise: bool) -> tuple[tuple[TensorSpec, ...], TensorSpec]:
+    """The (inputs, output) that the contract above prescribes for Z = `slices`, S = `style` and a noise input or none."""
+    inputs = [TensorSpec("labels", "uint8", ("N", slices, "H", "W"))]
+    if style:
+        inputs.append(TensorSpec("style", "float32", ("N", style)))
+    if noise:
+        inputs.append(TensorSpec("noise", "uint8", ("N", "H", "W")))
+    return tuple(inputs), TensorSpec("ct", "uint8", ("N", "H", "W", 2))
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """One file of a model folder: its role ("onnx", "engine"), precision, size in bytes and SHA-256."""
+
+    kind: str
+    precision: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a model folder says of itself. `parity`: file name → engine → the errors in HU measured at export."""
+
+    name: str
+    labels: LabelTable
+    grid: GridPolicy
+    intensity: Intensity
+    style: int
+    noise: bool
+    files: Mapping[str, ModelFile]
+    parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    license: str = ""
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        return tensor_specs(self.grid.slices, self.style, self.noise)[0]
+
+    @property
+    def output(self) -> TensorSpec:
+        return tensor_specs(self.grid.slices, self.style, self.noise)[1]
+
+    def file_of(self, kind: str, precision: str) -> str | None:
+        """The name of the file of that kind and precision, or None."""
+        return next((name for name, f in self.files.items() if (f.kind, f.precision) == (kind, precision)), None)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "name": self.name,
+            "license": self.license,
+            "labels": labels_to_json(self.labels),
+            "grid": grid_to_json(self.grid),
+            "intensity": vars(self.intensity),
+            "style": self.style,
+            "noise": self.noise,
+            "inputs": [vars(spec) for spec in self.inputs],
+            "output": vars(self.output),
+            "files": {name: vars(file) for name, file in self.files.items()},
+            "parity": self.parity,
+            "training": self.training,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """Rebuild from `to_json`'s form. Raises KeyError, TypeError or ValueError that say what is wrong."""
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise _no(f"schema version {data['schema_version']!r}", f"{SCHEMA_VERSION}, which this mask2ct reads")
+        manifest = cls(
+            name=str(data["name"]),
+            labels=labels_from_json(data["labels"]),
+            grid=grid_from_json(data["grid"]),
+            intensity=Intensity(**data["intensity"]),
+            style=int(data["style"]),
+            noise=bool(data["noise"]),
+            files={name: ModelFile(**file) for name, file in data["files"].items()},
+            parity=data.get("parity", {}),
+            training=data.get("training", {}),
+            license=str(data.get("license", "")),
+        )
+        for name in manifest.files:
+            if Path(name).name != name:
+                raise _no(f"file name {name!r}", "a plain name in the model folder")
+        stated = ([_spec(s) for s in data["inputs"]], _spec(data["output"]))
+        if stated != ([*manifest.inputs], manifest.output):
+            raise _no("its tensors do not fit its own slices, style and noise", "the tensors of the contract")
+        return manifest
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read `folder/manifest.json`. Raises `ModelError` when it is missing or wrong; the files are not read."""
+        path = folder / MANIFEST
+        remedy = "point --model at a folder that `python export/build_engine.py RUN -o MODEL` wrote"
+        if not folder.is_dir():
+            raise ModelError(f"model folder {folder} does not exist", expected="a folder with manifest.json", remedy=remedy, file=folder)
+        if not path.is_file():
+            raise ModelError(f"{folder} holds no {MANIFEST}", expected="a model folder", remedy=remedy, file=folder)
+        try:
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, KeyError, TypeError, ValueError, AttributeError) as exc:
+            what = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc)
+            raise ModelError(f"{MANIFEST} cannot be used: {what}", expected="a manifest as export writes it", remedy=remedy, file=path) from exc
+
+    def verify(self, folder: Path, names: Iterable[str]) -> None:
+        """Compare the size and SHA-256 of the named files with the manifest's. Raises `ModelError` on any difference."""
+        for name in names:
+            path, stated = folder / name, self.files[name]
+            expected, remedy = f"{stated.bytes} bytes with sha256 {stated.sha256}", "copy the model folder again from where it was built"
+            if not path.is_file():
+                raise ModelError(f"{name} is missing from the model folder", expected=expected, remedy=remedy, file=path)
+            if path.stat().st_size != stated.bytes or sha256_of(path) != stated.sha256:
+                raise ModelError(f"{name} is not the file its manifest describes", expected=expected, remedy=remedy, file=path)
+
+
+def _spec(data: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(data["name"], data["dtype"], tuple(data["shape"]))
+
+
+def labels_to_json(table: LabelTable) -> list[dict[str, Any]]:
+    return [{"index": i, "name": x.name, "value": x.value, "aliases": list(x.aliases), "snomed": x.snomed} for i, x in enumerate(table.labels)]
+
+
+def labels_from_json(rows: Iterable[Mapping[str, Any]]) -> LabelTable:
+    """Raises KeyError, TypeError or ValueError when a row is wrong or the rows are not in the order of their index."""
+    labels = []
+    for position, row in enumerate(rows):
+        if row.get("index", position) != position:
+            raise _no(f"label {row['name']!r} has index {row['index']} at position {position}", "labels in the order of their index")
+        labels.append(Label(str(row["name"]), int(row["value"]), tuple(int(a) for a in row.get("aliases", ())), row.get("snomed")))
+    return LabelTable(tuple(labels))
+
+
+def grid_to_json(grid: GridPolicy) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(grid).items()}
+
+
+def grid_from_json(data: Mapping[str, Any]) -> GridPolicy:
+    spacing = data["pixel_spacing"]
+    return GridPolicy(
+        canvas=(int(data["canvas"][0]), int(data["canvas"][1])),
+        pixel_spacing=None if spacing is None else (float(spacing[0]), float(spacing[1])),
+        divisor=int(data["divisor"]),
+        slices=int(data["slices"]),
+        slice_spacing=data["slice_spacing"],
+    )

@@ -1,0 +1,81 @@
+"""The engine protocol: what the synthesizer needs of whatever runs the graph, and nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..contract import TensorSpec
+from ..errors import Mask2CTError
+from ..memory import Stream
+
+Inputs = Mapping[str, NDArray[Any]]
+
+
+class EngineError(Mask2CTError):
+    """An engine was given tensors that break the contract, or was used after `close()`: a fault of the caller."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """The tensors of `runtime.contract`, and the batch the engine is always given.
+
+    `batch`: kernels may round differently from one batch size to another, so N never varies; the last batch is padded.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+    output: TensorSpec
+    batch: int
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Runs the graph on host arrays.
+
+    `name`: backend, version and device, for people. `run` reads C-contiguous `inputs` (by name, as in `spec.inputs`) and
+    fills `out`, uint8 (N, H, W, 2), with N = `spec.batch`, on `stream`; the result may be read when it returns for
+    `HOST_STREAM`. Raises `EngineError` for tensors that break the contract, and after `close()`.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def spec(self) -> EngineSpec: ...
+
+    def run(self, inputs: Inputs, out: NDArray[np.uint8], *, stream: Stream) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def check_call(spec: EngineSpec, inputs: Inputs, out: NDArray[np.uint8]) -> None:
+    """Raise `EngineError` unless the arrays are what `spec` states, with one N, H and W throughout."""
+    sizes: dict[str, int] = {"N": spec.batch}
+    given = dict(inputs)
+    for tensor in (*spec.inputs, spec.output):
+        array = out if tensor is spec.output else given.pop(tensor.name, None)
+        if array is None:
+            raise _broken(f"the input {tensor.name!r} is missing", tensor)
+        fits = len(array.shape) == len(tensor.shape) and all(
+            n > 0 and n == (sizes.setdefault(dim, n) if isinstance(dim, str) else dim) for n, dim in zip(array.shape, tensor.shape, strict=True)
+        )
+        if array.dtype != tensor.dtype or not fits or not array.flags.c_contiguous:
+            order = "" if array.flags.c_contiguous else ", not contiguous"
+            raise _broken(f"{tensor.name!r} is {array.dtype} of shape {array.shape}{order}", tensor, sizes)
+    if given:
+        raise EngineError(f"the graph has no input {sorted(given)[0]!r}", expected=str([t.name for t in spec.inputs]), remedy="leave it out")
+
+
+def _broken(fact: str, tensor: TensorSpec, sizes: Mapping[str, int] | None = None) -> EngineError:
+    known = ", ".join(f"{k} = {v}" for k, v in (sizes or {}).items())
+    return EngineError(fact, expected=f"{tensor.dtype} of shape {list(tensor.shape)} ({known}), contiguous", remedy="give the tensors of the manifest")
+
+
+def closed(name: str) -> EngineError:
+    return EngineError(f"the engine {name} is closed", expected="an open engine", remedy="open the model again")

@@ -1,0 +1,45 @@
+"""An engine without a network, shipped so that whoever embeds mask2ct can test offline and in milliseconds."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..contract import GridPolicy, Intensity, LabelTable, Manifest
+from ..labels import MM_WHS
+from ..memory import Stream
+from .base import EngineSpec, Inputs, check_call, closed
+
+NOISE_STEP = 8  # noise bytes for one HU
+
+
+class FakeEngine:
+    """Paints label index n of K as low + n (high - low) / K, plus (noise - 128) / 8 HU when the model takes noise."""
+
+    name = "fake (no network: one value per label)"
+
+    def __init__(self, manifest: Manifest, batch: int = 2):
+        self.spec = EngineSpec(manifest.inputs, manifest.output, batch)
+        low, high, count = manifest.intensity.low, manifest.intensity.high, len(manifest.labels)
+        self._limits = (low, high)
+        self._values = np.rint(np.linspace(low, high, count)).astype(np.int32)
+        self._open = True
+
+    def run(self, inputs: Inputs, out: NDArray[np.uint8], *, stream: Stream) -> None:
+        if not self._open:
+            raise closed(self.name)
+        check_call(self.spec, inputs, out)
+        labels = inputs["labels"]
+        hu = self._values[np.minimum(labels[:, labels.shape[1] // 2], len(self._values) - 1)]
+        if "noise" in inputs:
+            hu = hu + (inputs["noise"].astype(np.int32) - 128) // NOISE_STEP
+        out.view("<i2")[..., 0] = np.clip(hu, *self._limits)
+
+    def close(self) -> None:
+        self._open = False
+
+
+def fake_manifest(labels: LabelTable = MM_WHS, *, pixel_spacing: tuple[float, float] | None = (3.0, 3.0), slices: int = 1, noise: bool = True) -> Manifest:
+    """A manifest for `FakeEngine`, with no files: `Synthesizer(m, FakeEngine(m))` needs nothing on disk."""
+    grid = GridPolicy((32, 32), pixel_spacing, 32, slices, 3.0 if slices > 1 else None)
+    return Manifest("fake", labels, grid, Intensity("HU", -1024, 1024), style=0, noise=noise, files={})

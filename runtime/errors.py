@@ -1,0 +1,134 @@
+"""Every error mask2ct raises on purpose, and the one place where foreign exceptions become ours.
+
+    Mask2CTError                 exit 1
+    ├── InputError               exit 1   one case cannot be used; the others go on
+    │   ├── UnreadableVolume              the file is not a volume a reader accepts
+    │   ├── GeometryError                 its grid is missing, contradictory or unsupported
+    │   └── UnknownLabels                 it holds values the model was not trained on
+    ├── UsageError               exit 2   the command, the config or the model is wrong; nothing was started
+    │   ├── ConfigError
+    │   └── ModelError
+    │       └── ParityError      exit 1   an exported graph differs from the network it came from
+    ├── MissingComponent         exit 3   a package, a driver or a device is absent
+    ├── OutputError              exit 4   the result cannot be written
+    └── MemoryCapExceeded        exit 4   also a MemoryError: a pool's cap would be passed
+
+Each states a fact, what was expected, a remedy and the file it concerns, and prints on one screen.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class Mask2CTError(Exception):
+    """Base of the tree. `fact`, `expected`, `remedy`: sentences for a person; `file`: what they concern, if a file."""
+
+    exit_code = 1
+
+    def __init__(self, fact: str, *, expected: str = "", remedy: str = "", file: str | os.PathLike[str] | None = None):
+        self.fact, self.expected, self.remedy = fact, expected, remedy
+        self.file = None if file is None else Path(file)
+        super().__init__(fact)
+
+    def __str__(self) -> str:
+        rows = [("file", "" if self.file is None else str(self.file)), ("expected", self.expected), ("remedy", self.remedy)]
+        return "\n".join([self.fact, *(f"  {name:<9} {text}" for name, text in rows if text)])
+
+
+class InputError(Mask2CTError):
+    """One case cannot be used; the others go on."""
+
+
+class UnreadableVolume(InputError):
+    """The file is not a volume that a reader accepts."""
+
+
+class GeometryError(InputError):
+    """The grid is missing, contradictory or not supported. Geometry is never guessed."""
+
+
+class UnknownLabels(InputError):
+    """The mask holds values that the model's label table does not know."""
+
+
+class UsageError(Mask2CTError):
+    """The command is wrong; nothing was started."""
+
+    exit_code = 2
+
+
+class ConfigError(UsageError):
+    """A training configuration is wrong; names the key."""
+
+
+class ModelError(UsageError):
+    """A model folder or a run folder is missing, incomplete or altered."""
+
+
+class ParityError(ModelError):
+    """An exported graph differs from the network it came from by more than the limit."""
+
+    exit_code = 1
+
+
+class MissingComponent(Mask2CTError):
+    """A package, a driver or a device is absent: says which, why it is needed, and the command that installs it."""
+
+    exit_code = 3
+
+
+class OutputError(Mask2CTError):
+    """The result cannot be written (disk full, read-only, not a folder)."""
+
+    exit_code = 4
+
+
+class MemoryCapExceeded(Mask2CTError, MemoryError):
+    """A pool would have to grow past its cap."""
+
+    exit_code = 4
+
+
+_WRITE_REMEDIES = {
+    errno.ENOSPC: ("the disk is full", "free some space, or write to another disk"),
+    errno.EDQUOT: ("the disk quota is used up", "free some space, or write to another disk"),
+    errno.EROFS: ("the file system is read-only", "choose an output folder that can be written"),
+    errno.EACCES: ("permission denied", "choose an output folder that this user can write"),
+    errno.EPERM: ("operation not permitted", "choose an output folder that this user can write"),
+    errno.ENOTDIR: ("a part of the path is a file, not a folder", "choose another output folder"),
+    errno.EEXIST: ("a file of that name is in the way", "choose another output folder"),
+    errno.EISDIR: ("a folder of that name is in the way", "choose another output folder"),
+    errno.EFBIG: ("the file system does not take a file this large", "write to another disk"),
+}
+
+
+@contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Map an OSError raised while `path` is written to `OutputError`."""
+    try:
+        yield
+    except OSError as exc:
+        reason, remedy = _WRITE_REMEDIES.get(exc.errno or 0, (exc.strerror or str(exc), "choose another output folder"))
+        raise OutputError(
+            f"{Path(path).name} cannot be written: {reason}", expected="a folder with room that can be written", remedy=remedy, file=path
+        ) from exc
+
+
+@contextmanager
+def reading(path: str | os.PathLike[str], expected: str, error: type[Mask2CTError] = UnreadableVolume) -> Iterator[None]:
+    """Map what readers raise on a bad file (OSError, EOFError, ValueError, RuntimeError) to `error`."""
+    name = Path(path).name
+    try:
+        yield
+    except FileNotFoundError as exc:
+        raise error(f"{name} does not exist", expected=expected, remedy="check the path", file=path) from exc
+    except PermissionError as exc:
+        raise error(f"{name} cannot be read: permission denied", expected=expected, remedy="check its permissions", file=path) from exc
+    except (OSError, EOFError, ValueError, RuntimeError) as exc:
+        lines = str(exc).strip().splitlines() or [type(exc).__name__]
+        raise error(f"{name} cannot be read: {lines[-1][:200]}", expected=expected, remedy="check the file, or write it again", file=path) from exc

@@ -1,0 +1,108 @@
+"""Files that are whole or absent: written under a temporary name in the same folder, synced, then renamed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from .errors import writing
+
+_TEMPORARY = ".part-"  # leading dot and process number: never taken for a result, and its owner can be told
+
+
+def temporary_name(path: Path) -> Path:
+    """The name `path` is written under until it is whole: hidden, in the same folder, with `path`'s own suffixes."""
+    return path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut (a no-op where folders cannot be synced)."""
+    if not hasattr(os, "O_DIRECTORY"):
+        return
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield the temporary path to write; on success sync and rename it to `path`, on any error remove it.
+
+    Raises `OutputError` when the folder cannot be made or written, or the disk is full.
+    """
+    part = temporary_name(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield part
+            with open(part, "rb+") as handle:
+                os.fsync(handle.fileno())
+            os.replace(part, path)
+            sync_folder(path.parent)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a binary file that becomes `path` when the block ends without an error."""
+    with atomic_path(path) as part, open(part, "wb") as handle:
+        yield handle
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a new folder that becomes `path` (replacing it) when the block ends without an error.
+
+    Every file in it is synced before the rename. Raises `OutputError` as `atomic_path` does.
+    """
+    part = temporary_name(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            yield part
+            for file in part.rglob("*"):
+                if file.is_file():
+                    with open(file, "rb+") as handle:
+                        os.fsync(handle.fileno())
+            sync_folder(part)
+            if path.exists():  # the old one steps aside first, so that no moment shows a mixture
+                old = temporary_name(path.with_name(path.name + ".old"))
+                os.replace(path, old)
+                os.replace(part, path)
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.replace(part, path)
+            sync_folder(path.parent)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_file(path) as handle:
+        handle.write(text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON, atomically. NaN and infinity are refused (they are not JSON)."""
+    write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256 as 64 hexadecimal digits, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Readers and writers. Each imports its codec inside the function that needs it."""

@@ -1,0 +1,190 @@
+"""What a volume file claims to be, checked before a reader is trusted with it (some claims crash readers).
+
+Each check reads the header alone, and for NIfTI counts the bytes behind it, so that no claim makes anyone allocate what
+the file does not hold. Formats: NIfTI-1.1 (nifti1.h) and NIfTI-2, NRRD 5 (teem), MetaImage (ITK).
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from ..errors import GeometryError, UnreadableVolume, reading
+
+SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
+EXPECTED = "one 3-D volume of integers as NIfTI, NRRD or MHA"
+MAX_VOXELS = 1 << 34  # 16 G voxels: past this a header is taken for damaged
+
+# nifti1.h, from sizeof_hdr to magic: the 348 bytes of a header
+NIFTI_1 = "i10s18sihcB8h3f4h8f3fhcB4f2i80s24s2h6f4f4f4f16s4s"
+_BYTES = {2: 1, 4: 2, 8: 4, 16: 4, 64: 8, 256: 1, 512: 2, 768: 4, 1024: 8, 1280: 8}  # datatype code → bytes a voxel
+_FLOATS = {16: "f4", 64: "f8"}
+_NOT_LABELS = {1: "bits", 32: "complex numbers", 128: "RGB colours", 1536: "128-bit floats", 1792: "complex numbers", 2304: "RGBA colours"}
+
+
+def stem(path: Path) -> str:
+    """The case name: the file name without the format's suffix (`.nii.gz` counts as one)."""
+    name = path.name
+    return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), path.stem)
+
+
+def check_header(path: Path) -> bytes | None:
+    """Refuse (`UnreadableVolume`, `GeometryError`) a file that is not one 3-D scalar volume with its voxels present.
+
+    Returns the header of a NIfTI-1 file as 348 little-endian bytes, None for other formats.
+    """
+    name = path.name.lower()
+    if not name.endswith(SUFFIXES):
+        raise UnreadableVolume(f"{path.name} is not of a format that is read", expected=f"{EXPECTED} ({', '.join(SUFFIXES)})",
+                               remedy="convert it to NIfTI first", file=path)  # fmt: skip
+    with reading(path, EXPECTED), open(path, "rb") as handle:
+        if name.endswith(".nii.gz"):
+            if handle.read(2) != b"\x1f\x8b":
+                raise _bad(path, "is not gzip-compressed though it is named .gz")
+            handle.seek(0)
+            with gzip.open(handle) as content:
+                return _nifti(path, content)  # type: ignore[arg-type]
+        if name.endswith(".nii"):
+            return _nifti(path, handle)
+        (_nrrd if name.endswith((".nrrd", ".nhdr")) else _meta)(path, handle)
+        return None
+
+
+def _bad(path: Path, fact: str, remedy: str = "check the file, or write it again") -> UnreadableVolume:
+    return UnreadableVolume(f"{path.name} {fact}", expected=EXPECTED, remedy=remedy, file=path)
+
+
+def _check_shape(path: Path, shape: Sequence[int]) -> None:
+    """Three dimensions (further ones of 1 are let pass), positive, no more than MAX_VOXELS together."""
+    text = "x".join(str(n) for n in shape)
+    if len(shape) < 3:
+        raise _bad(path, f"is {len(shape)}-D ({text})", "save it as a 3-D volume (one slice is enough) with its true slice spacing")
+    if any(n != 1 for n in shape[3:]):
+        raise _bad(path, f"is {len(shape)}-D ({text})", "save one 3-D volume per file: one channel, one time point")
+    if any(n < 1 for n in shape) or math.prod(shape) > MAX_VOXELS:
+        raise _bad(path, f"claims the size {text}")
+
+
+def _nifti(path: Path, content: BinaryIO) -> bytes | None:
+    head = content.read(348)
+    if len(head) < 348:
+        raise _bad(path, f"ends after {len(head)} bytes, inside its header")
+    order = next((o for o in "<>" if struct.unpack_from(o + "i", head)[0] in (348, 540)), None)
+    if order is None:
+        raise _bad(path, "is not a NIfTI file (its first number is neither 348 nor 540)")
+    if struct.unpack_from(order + "i", head)[0] == 348:
+        header, first = struct.pack("<" + NIFTI_1, *struct.unpack(order + NIFTI_1, head)), 348
+        magic, dim = head[344:348], struct.unpack_from(order + "8h", head, 40)
+        (datatype,), (offset,) = struct.unpack_from(order + "h", head, 70), struct.unpack_from(order + "f", head, 108)
+        spacing = struct.unpack_from(order + "3f", head, 80)
+        if magic != b"n+1\0":
+            raise _bad(path, "is not a single-file NIfTI (its magic is not n+1)", "save header and voxels in one .nii file")
+    else:
+        head += content.read(540 - 348)
+        if len(head) < 540:
+            raise _bad(path, f"ends after {len(head)} bytes, inside its header")
+        header, first = None, 540
+        dim, spacing = struct.unpack_from(order + "8q", head, 16), struct.unpack_from(order + "3d", head, 112)
+        (datatype,), (offset,) = struct.unpack_from(order + "h", head, 12), struct.unpack_from(order + "q", head, 168)
+    if not 1 <= dim[0] <= 7:
+        raise _bad(path, f"claims {dim[0]} dimensions")
+    _check_shape(path, dim[1 : dim[0] + 1])
+    if datatype not in _BYTES:
+        raise _bad(path, f"holds {_NOT_LABELS.get(datatype, f'values of the unknown type {datatype}')}", "save the labels as integers")
+    if not all(math.isfinite(s) and s != 0 for s in spacing):
+        raise GeometryError(f"{path.name} states the voxel spacing {spacing}", expected="three numbers of mm other than 0",
+                            remedy="write the true spacing into the header", file=path)  # fmt: skip
+    if not math.isfinite(offset) or not first <= offset < 1 << 31:
+        raise _bad(path, f"puts its voxels at byte {offset}")
+    need = int(offset) - first + math.prod(dim[1 : dim[0] + 1]) * _BYTES[datatype]
+    content.read(int(offset) - first)
+    have = int(offset) - first + _count(path, content, need, _FLOATS.get(datatype, ""), order)
+    if have < need:
+        raise _bad(path, f"is truncated: {have} of {need} bytes are there behind its header", "copy or download it again")
+    return header
+
+
+def _count(path: Path, content: BinaryIO, need: int, floats: str, order: str) -> int:
+    """How many bytes follow, up to `need`; for gzip the trailing checksum is verified as well.
+
+    `floats`: the numpy code of floating-point voxels, which are checked for NaN and infinity here, because the NIfTI
+    library under SimpleITK turns those into 0 without a word (nifti1_io.c, nifti_read_buffer).
+    """
+    have = 0
+    try:
+        while have <= need and (chunk := content.read(1 << 20)):
+            have += len(chunk)
+            if floats and not np.isfinite(values := np.frombuffer(chunk[: len(chunk) // 8 * 8], order + floats)).all():
+                raise _bad(path, f"holds {values[~np.isfinite(values)][0]}, which is no label", "give a label map of whole numbers")
+        return have
+    except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
+        raise _bad(path, f"is truncated or damaged: {exc}", "copy or download it again") from exc
+
+
+def _text_header(path: Path, handle: BinaryIO, separator: str, end: str) -> dict[str, str]:
+    """`key<separator>value` lines up to (and with) the line that starts with `end`, keys in lower case without spaces."""
+    fields: dict[str, str] = {}
+    for _ in range(1024):
+        line = handle.readline(4096).decode("latin-1").rstrip("\r\n")
+        if not line and end == "":
+            return fields
+        key, found, value = line.partition(separator)
+        if found:
+            fields[key.strip().lower().replace(" ", "")] = value.lstrip("=").strip()
+            if end and key.strip().lower() == end:
+                return fields
+        elif not line.startswith("#") and fields == {} and line:
+            raise _bad(path, "does not start as its suffix promises")
+    raise _bad(path, "has a header without an end")
+
+
+def _numbers(path: Path, fields: dict[str, str], key: str) -> list[int]:
+    try:
+        return [int(n) for n in fields[key].split()]
+    except (KeyError, ValueError) as exc:
+        raise _bad(path, f"has no readable '{key}' in its header") from exc
+
+
+def _nrrd(path: Path, handle: BinaryIO) -> None:
+    if not handle.readline(64).startswith(b"NRRD"):
+        raise _bad(path, "is not an NRRD file")
+    fields = _text_header(path, handle, ":", "")
+    shape = _numbers(path, fields, "sizes")
+    if _numbers(path, fields, "dimension") != [len(shape)]:
+        raise _bad(path, f"states {len(shape)} sizes for {fields['dimension']} dimensions")
+    _check_shape(path, shape)
+    if fields.get("type", "").lower() == "block":
+        raise _bad(path, "holds blocks, not numbers", "save the labels as integers")
+    _require_grid(path, any(key in fields for key in ("spacedirections", "spacings")), "space directions")
+    _same_folder(path, fields.get("datafile", fields.get("data file", "LOCAL")))
+
+
+def _meta(path: Path, handle: BinaryIO) -> None:
+    fields = _text_header(path, handle, "=", "elementdatafile")
+    shape = _numbers(path, fields, "dimsize")
+    if _numbers(path, fields, "ndims") != [len(shape)]:
+        raise _bad(path, f"states {len(shape)} sizes for {fields['ndims']} dimensions")
+    _check_shape(path, shape)
+    if fields.get("elementnumberofchannels", "1") != "1":
+        raise _bad(path, f"holds {fields['elementnumberofchannels']} channels", "save the labels as one integer per voxel")
+    _require_grid(path, "elementspacing" in fields or "elementsize" in fields, "ElementSpacing")
+    _same_folder(path, fields["elementdatafile"])
+
+
+def _require_grid(path: Path, present: bool, key: str) -> None:
+    if not present:
+        raise GeometryError(f"{path.name} does not state its voxel spacing ({key})", expected="a grid in mm; it is never guessed",
+                            remedy="write the true spacing into the header", file=path)  # fmt: skip
+
+
+def _same_folder(path: Path, data_file: str) -> None:
+    """A header may name another file for its voxels: only one beside it is read."""
+    if data_file.upper() != "LOCAL" and (Path(data_file).name != data_file or not (path.parent / data_file).is_file()):
+        raise _bad(path, f"keeps its voxels in {data_file!r}", "keep header and voxels in one folder, or in one file")

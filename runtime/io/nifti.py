@@ -1,0 +1,176 @@
+"""Volumes in and out: NIfTI, NRRD and MHA are read by SimpleITK behind `headers.check_header`; NIfTI-1 is written in slabs."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..contract import LabelTable
+from ..errors import GeometryError, MissingComponent, UnreadableVolume, reading
+from ..files import atomic_path
+from ..labels import to_indices
+from ..volume import CTSlab, Geometry, LabelVolume, Volume
+from .headers import EXPECTED, check_header
+
+GZIP_LEVEL = 1  # isal: 150 MB/s a core at 7 % more bytes than level 3
+_CODES = {np.dtype(np.uint8): (2, 8), np.dtype(np.int16): (4, 16), np.dtype(np.uint16): (512, 16)}  # datatype, bitpix
+_MM = 2  # xyzt_units
+
+
+def simpleitk() -> Any:
+    """The SimpleITK module. Raises `MissingComponent` when it is not installed."""
+    try:
+        import SimpleITK
+    except ImportError as exc:
+        raise MissingComponent(f"SimpleITK cannot be imported: {exc}", expected="SimpleITK, which reads volumes", remedy="pip install SimpleITK") from exc
+    return SimpleITK
+
+
+def read_volume(path: Path) -> Volume:
+    """Read one 3-D scalar volume: values (D, H, W) in the file's dtype (scaled ones as float), geometry LPS in mm.
+
+    Raises `UnreadableVolume` or `GeometryError`, naming the file, for anything else.
+    """
+    path = Path(path)
+    header = check_header(path)
+    sitk = simpleitk()
+    with reading(path, EXPECTED):
+        image = sitk.ReadImage(str(path))
+    while image.GetDimension() > 3:  # only dimensions of 1 are left
+        image = image[(slice(None),) * (image.GetDimension() - 1) + (0,)]
+    return from_sitk(image, header, path)
+
+
+def from_sitk(image: Any, nifti_header: bytes | None = None, file: Path | None = None) -> Volume:
+    """A SimpleITK image as a `Volume`; the values are copied, so that the image may go. Raises `InputError`s."""
+    name = "the image" if file is None else file.name
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
+        raise UnreadableVolume(f"{name} is {image.GetDimension()}-D with {image.GetNumberOfComponentsPerPixel()} values a voxel",
+                               expected=EXPECTED, remedy="save the labels as one integer per voxel of a 3-D volume", file=file)  # fmt: skip
+    try:
+        geometry = Geometry.from_parts(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
+    except GeometryError as exc:
+        exc.file = file
+        raise
+    return Volume(simpleitk().GetArrayFromImage(image), geometry, nifti_header)
+
+
+def read_labels(path: Path, table: LabelTable, label_map: Mapping[int | None, int] | None = None) -> LabelVolume:
+    """Read a mask and map its values to the model's indices. Raises `InputError`s that name the file."""
+    volume = read_volume(path)
+    indices = to_indices(as_integers(volume.values, path), table, label_map, file=path)
+    return LabelVolume(indices, volume.geometry, volume.nifti_header)
+
+
+def as_integers(values: NDArray[Any], file: Path | None = None) -> NDArray[Any]:
+    """Label values as integers. Floats are taken when every one of them is whole. Raises `UnreadableVolume`."""
+    if values.dtype.kind in "iu":
+        return values
+    for plane in values:
+        whole = np.isfinite(plane) & (plane == np.rint(plane)) & (np.abs(plane) < 1 << 31)
+        if not whole.all():
+            example = plane[~whole].flat[0]
+            raise UnreadableVolume(
+                f"{'the mask' if file is None else file.name} holds {example}, which is no label",
+                expected="whole numbers: a label map, not an image or a probability",
+                remedy="give the label map itself, and resample labels with nearest neighbour",
+                file=file,
+            )
+    return values.astype(np.int32)
+
+
+def write_nifti(
+    path: Path, slabs: Iterable[CTSlab], shape: tuple[int, int, int], geometry: Geometry, *, nifti_header: bytes | None = None, description: str = ""
+) -> None:
+    """Write int16 slabs that together fill `shape` (D, H, W) as NIfTI-1, atomically; `.gz` names are compressed by isal.
+
+    With `nifti_header` (of the mask) the grid is its own bits; its free text is dropped, for it may name a patient. The
+    same input gives the same bytes. Raises `OutputError`.
+    """
+    with atomic_path(path) as part, _open(part) as file:
+        file.write(_header(shape, np.dtype(np.int16), geometry, nifti_header, description))
+        whole: NDArray[np.int16] | None = None
+        for slab in slabs:
+            if slab.axis == 0:
+                _write_planes(file, slab.hu)
+            else:  # the slices are not the file's slowest axis: it must be complete before it can be written
+                whole = np.empty(shape, np.int16) if whole is None else whole
+                whole[slab.index] = slab.hu
+        if whole is not None:
+            _write_planes(file, whole)
+
+
+def write_values(path: Path, values: NDArray[Any], geometry: Geometry, *, nifti_header: bytes | None = None, description: str = "") -> None:
+    """Write a uint8, uint16 or int16 volume (D, H, W) as NIfTI-1, as `write_nifti` does."""
+    with atomic_path(path) as part, _open(part) as file:
+        depth, height, width = values.shape
+        file.write(_header((depth, height, width), values.dtype, geometry, nifti_header, description))
+        _write_planes(file, values)
+
+
+def _open(path: Path) -> BinaryIO:
+    if path.name.endswith(".gz"):
+        from isal import igzip_threaded
+
+        return igzip_threaded.open(str(path), "wb", compresslevel=GZIP_LEVEL, threads=1)  # type: ignore[return-value]
+    return open(path, "wb")
+
+
+def _write_planes(file: BinaryIO, values: NDArray[Any]) -> None:
+    """One write a plane: how the compressor cuts its input, and so its output, must not depend on how slabs were cut."""
+    for plane in values:
+        file.write(memoryview(np.ascontiguousarray(plane, values.dtype.newbyteorder("<"))).cast("B"))
+
+
+def _header(shape: tuple[int, int, int], dtype: np.dtype[Any], geometry: Geometry, source: bytes | None, description: str) -> bytes:
+    """352 bytes: a NIfTI-1 header (nifti1.h; numbers are its byte offsets) with the grid of `source`, else of `geometry`."""
+    out = bytearray(352)
+    code, bits = _CODES[dtype]
+    struct.pack_into("<i", out, 0, 348)
+    struct.pack_into("<8h", out, 40, 3, shape[2], shape[1], shape[0], 1, 1, 1, 1)
+    struct.pack_into("<2h", out, 70, code, bits)
+    struct.pack_into("<3f", out, 108, 352.0, 1.0, 0.0)  # vox_offset, scl_slope, scl_inter
+    out[148:228] = description.encode("ascii", "replace")[:79].ljust(80, b"\0")
+    out[344:348] = b"n+1\0"
+    if source is not None:
+        out[76:92], out[123:124], out[252:328] = source[76:92], source[123:124], source[252:328]
+        return bytes(out)
+    ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ geometry.affine  # NIfTI is RAS+, we are LPS
+    struct.pack_into("<4f", out, 76, _handedness(ras), *geometry.spacing)
+    out[123] = _MM
+    struct.pack_into("<2h", out, 252, 1, 1)  # qform and sform both in scanner coordinates
+    struct.pack_into("<3f", out, 256, *_quaternion(ras))
+    struct.pack_into("<3f", out, 268, *ras[:3, 3])
+    struct.pack_into("<12f", out, 280, *ras[:3].ravel())
+    return bytes(out)
+
+
+def _handedness(ras: NDArray[np.float64]) -> float:
+    """NIfTI's qfac: -1 for a left-handed grid."""
+    return -1.0 if np.linalg.det(ras[:3, :3]) < 0 else 1.0
+
+
+def _quaternion(ras: NDArray[np.float64]) -> tuple[float, float, float]:
+    """b, c, d of the unit quaternion (a >= 0) of the grid's rotation (nifti1.h, method 2).
+
+    The rotation's quaternion is the eigenvector of the largest eigenvalue of Bar-Itzhack's 4x4 matrix (J. Guidance 23(6),
+    2000), which is well conditioned for every rotation.
+    """
+    r = ras[:3, :3] / np.linalg.norm(ras[:3, :3], axis=0)
+    r[:, 2] *= _handedness(ras)
+    (xx, xy, xz), (yx, yy, yz), (zx, zy, zz) = r
+    k = np.array(
+        [
+            [xx - yy - zz, yx + xy, zx + xz, zy - yz],
+            [yx + xy, yy - xx - zz, zy + yz, xz - zx],
+            [zx + xz, zy + yz, zz - xx - yy, yx - xy],
+            [zy - yz, xz - zx, yx - xy, xx + yy + zz],
+        ]
+    )
+    b, c, d, a = np.linalg.eigh(k)[1][:, -1]
+    return (b, c, d) if a >= 0 else (-b, -c, -d)

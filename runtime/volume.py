@@ -1,0 +1,134 @@
+"""Volumes and where they lie: arrays are (D, H, W), geometry is LPS in mm, invalid state is refused."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import GeometryError, UnreadableVolume
+
+ORTHOGONAL_TOLERANCE = 1e-3  # largest |cosine| between two axes of a grid that still counts as not sheared
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A 4x4 `affine` (float64): voxel index (i, j, k, 1) → (x, y, z) in mm, LPS (DICOM's patient coordinates).
+
+    i counts columns, j rows, k slices: the reverse of the array's (D, H, W). Refuses (`GeometryError`) what is not a
+    rigid, unsheared grid with positive spacing.
+    """
+
+    affine: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        affine = np.array(self.affine, np.float64)
+        expected = "a finite 4x4 affine with orthogonal axes, LPS, mm"
+        if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.array_equal(affine[3], [0, 0, 0, 1]):
+            raise GeometryError(f"the affine {affine.tolist()} is not one", expected=expected, remedy="write the mask again with a valid header")
+        lengths = np.linalg.norm(affine[:3, :3], axis=0)
+        if (lengths <= 0).any():
+            raise GeometryError(f"the voxel spacing is {lengths.tolist()} mm", expected="three positive numbers", remedy="correct the header")
+        unit = affine[:3, :3] / lengths
+        cosines = np.abs(unit.T @ unit - np.eye(3))
+        if cosines.max() > ORTHOGONAL_TOLERANCE:
+            raise GeometryError(
+                f"the grid is sheared: two of its axes have the cosine {cosines.max():.4f}",
+                expected=f"orthogonal axes (tolerance {ORTHOGONAL_TOLERANCE})",
+                remedy="resample the mask to an orthogonal grid first",
+            )
+        affine.setflags(write=False)
+        object.__setattr__(self, "affine", affine)
+
+    @classmethod
+    def from_parts(cls, origin: Any, spacing: Any, direction: Any) -> Geometry:
+        """From SimpleITK's (or ITK's) origin and spacing (mm) and 9 direction cosines, row by row, all LPS."""
+        affine = np.eye(4)
+        affine[:3, :3] = np.asarray(direction, float).reshape(3, 3) * np.asarray(spacing, float)
+        affine[:3, 3] = origin
+        return cls(affine)
+
+    @cached_property
+    def spacing(self) -> tuple[float, float, float]:
+        """Distance of neighbouring voxels in mm along i, j, k."""
+        x, y, z = (float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+        return x, y, z
+
+    @property
+    def origin(self) -> tuple[float, float, float]:
+        """Centre of voxel (0, 0, 0) in mm."""
+        x, y, z = (float(v) for v in self.affine[:3, 3])
+        return x, y, z
+
+    @cached_property
+    def direction(self) -> NDArray[np.float64]:
+        """3x3 direction cosines: column n is the unit vector of axis n."""
+        return self.affine[:3, :3] / np.asarray(self.spacing)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Geometry) and np.array_equal(self.affine, other.affine)
+
+    def __hash__(self) -> int:
+        return hash(self.affine.tobytes())
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What a reader returns: the file's `values` (D, H, W) in its own dtype, and where they lie.
+
+    `nifti_header`: the 348 header bytes of a little-endian NIfTI-1 source, so that a NIfTI result can carry its grid bit
+    for bit; else None.
+    """
+
+    values: NDArray[Any]
+    geometry: Geometry
+    nifti_header: bytes | None = None
+
+
+@dataclass(frozen=True)
+class LabelVolume:
+    """`labels` uint8 (D, H, W) in the model's own indices 0..K, and where they lie."""
+
+    labels: NDArray[np.uint8]
+    geometry: Geometry
+    nifti_header: bytes | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.labels.ndim != 3 or self.labels.dtype != np.uint8 or 0 in self.labels.shape:
+            raise UnreadableVolume(
+                f"the mask is {self.labels.dtype} of shape {self.labels.shape}",
+                expected="uint8 model indices of shape (D, H, W), none of them 0",
+                remedy="map its values with runtime.labels.to_indices",
+            )
+
+    @cached_property
+    def digest(self) -> bytes:
+        """SHA-256 (32 bytes) of labels and geometry: what this case *is*, whatever its file is called."""
+        digest = hashlib.sha256(np.asarray(self.labels.shape, "<i8").tobytes())
+        digest.update(self.geometry.affine.astype("<f8").tobytes())
+        for plane in self.labels:
+            digest.update(np.ascontiguousarray(plane))
+        return digest.digest()
+
+
+@dataclass(frozen=True)
+class CTSlab:
+    """A few neighbouring slices of the result, owned by the receiver: `volume[slab.index] = slab.hu`.
+
+    `hu`: int16 HU, the mask's full extent in two array axes and `hu.shape[axis]` slices from `start` along `axis`.
+    """
+
+    hu: NDArray[np.int16]
+    axis: int
+    start: int
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """Where the slab lies in the (D, H, W) volume."""
+        whole = [slice(None)] * 3
+        whole[self.axis] = slice(self.start, self.start + self.hu.shape[self.axis])
+        return tuple(whole)

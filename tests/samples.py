@@ -1,0 +1,67 @@
+"""Small volumes made in the test, and nothing downloaded. Import from here, never from conftest."""
+
+from __future__ import annotations
+
+from itertools import permutations, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import SimpleITK as sitk
+from numpy.typing import NDArray
+
+from runtime.contract import Manifest
+from runtime.files import write_json
+from runtime.volume import Geometry
+
+MM_WHS_VALUES = (0, 205, 420, 500, 550, 600, 820, 850)
+
+
+def blobs(shape: tuple[int, int, int] = (6, 20, 24), values: tuple[int, ...] = MM_WHS_VALUES, seed: int = 0) -> NDArray[np.uint16]:
+    """A label volume (D, H, W) of blocks, so that neighbours often agree and every value occurs."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.choice(values, [-(-n // 4) for n in shape])
+    coarse.flat[: len(values)] = values
+    return coarse.repeat(4, 0).repeat(4, 1).repeat(4, 2)[: shape[0], : shape[1], : shape[2]].astype(np.uint16)
+
+
+def rotation(degrees: tuple[float, float, float]) -> NDArray[np.float64]:
+    """About x, then y, then z."""
+    result = np.eye(3)
+    for axis, angle in enumerate(np.radians(degrees)):
+        a, b = [n for n in range(3) if n != axis]
+        turn = np.eye(3)
+        turn[a, a] = turn[b, b] = np.cos(angle)
+        turn[a, b], turn[b, a] = -np.sin(angle), np.sin(angle)
+        result = turn @ result
+    return result
+
+
+def directions() -> list[NDArray[np.float64]]:
+    """All 48 axis orders and flips of a grid, as direction cosines."""
+    return [np.eye(3)[:, list(order)] * np.array(signs) for order in permutations(range(3)) for signs in product((1.0, -1.0), repeat=3)]
+
+
+def image(values: NDArray[Any], spacing: tuple[float, ...] = (1.5, 1.25, 2.5), origin: tuple[float, ...] = (-12.5, 3.0, 40.0), direction: Any = None) -> sitk.Image:
+    made = sitk.GetImageFromArray(values)
+    made.SetSpacing(spacing)
+    made.SetOrigin(origin)
+    if direction is not None:
+        made.SetDirection(np.asarray(direction, float).ravel().tolist())
+    return made
+
+
+def write_mask(path: Path, values: NDArray[Any] | None = None, **grid: Any) -> Path:
+    sitk.WriteImage(image(blobs() if values is None else values, **grid), str(path))
+    return path
+
+
+def geometry(made: sitk.Image) -> Geometry:
+    return Geometry.from_parts(made.GetOrigin(), made.GetSpacing(), made.GetDirection())
+
+
+def write_fake_model(folder: Path, manifest: Manifest) -> Path:
+    """A model folder without files, for `--backend fake`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "manifest.json", manifest.to_json())
+    return folder

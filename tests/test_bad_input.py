@@ -1,0 +1,293 @@
+"""Bad masks, models and folders: one screen that says fact, expectation, remedy and file; the stated exit code; no debris."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import resource
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from runtime.__main__ import main
+from runtime.console import run
+from samples import blobs, image, write_mask
+
+
+def nifti(path: Path, values: np.ndarray, **fields: object) -> None:
+    made = nibabel.Nifti1Image(np.asfortranarray(values.T), np.eye(4))
+    for name, value in fields.items():
+        made.header[name] = value
+    nibabel.save(made, path)
+
+
+def patched(path: Path, fmt: str, offset: int, *values: object) -> None:
+    """A good uncompressed NIfTI with some header bytes replaced."""
+    nifti(path, blobs().astype(np.int16))
+    data = bytearray(path.read_bytes())
+    struct.pack_into(fmt, data, offset, *values)
+    path.write_bytes(data)
+
+
+def truncated(path: Path) -> None:
+    write_mask(path)
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def cut_in_the_header(path: Path) -> None:
+    write_mask(path)
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes())[:200]))
+
+
+def flipped_bit(path: Path) -> None:
+    write_mask(path)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def with_value(path: Path, value: float) -> None:
+    values = blobs().astype(np.float32)
+    values[2, 3, 4] = value
+    write_mask(path, values)
+
+
+def rgb(path: Path) -> None:
+    colours = np.zeros((4, 5, 6), np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")]))
+    nibabel.save(nibabel.Nifti1Image(colours, np.eye(4)), path)
+
+
+def vector(path: Path) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5, 6, 3), np.uint8), isVector=True), str(path))
+
+
+def unknown_labels(path: Path) -> None:
+    values = blobs()
+    values[0, 0, :2] = (3, 999)
+    write_mask(path, values)
+
+
+def escaping_mhd(path: Path) -> None:
+    path.write_text("NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementSpacing = 1 1 1\nElementDataFile = ../secret.raw\n")
+
+
+BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
+    "text": ("m.nii.gz", lambda p: p.write_text("these are not voxels\n"), "not gzip-compressed"),
+    "text nii": ("m.nii", lambda p: p.write_text("these are not voxels\n" * 40), "not a NIfTI file"),
+    "empty file": ("m.nii.gz", lambda p: p.write_bytes(b""), "not gzip-compressed"),
+    "missing": ("m.nii.gz", lambda p: None, "does not exist"),
+    "folder": ("m.nii.gz", lambda p: p.mkdir(), "holds no masks"),
+    "truncated": ("m.nii.gz", truncated, "truncated"),
+    "truncated nii": ("m.nii", truncated, "truncated"),
+    "cut in the header": ("m.nii.gz", cut_in_the_header, "inside its header"),
+    "flipped bit": ("m.nii.gz", flipped_bit, "truncated or damaged"),
+    "4-D": ("m.nii.gz", lambda p: nifti(p, np.zeros((2, 3, 4, 5), np.int16)), "4-D"),
+    "5-D": ("m.nii.gz", lambda p: nifti(p, np.zeros((2, 2, 3, 4, 5), np.int16)), "5-D"),
+    "2-D": ("m.nii.gz", lambda p: nifti(p, np.zeros((4, 5), np.int16)), "2-D"),
+    "8 dimensions": ("m.nii", lambda p: patched(p, "<h", 40, 8), "claims 8 dimensions"),
+    "huge": ("m.nii", lambda p: patched(p, "<4h", 40, 3, 32767, 32767, 32767), "claims the size"),
+    "more than is there": ("m.nii", lambda p: patched(p, "<4h", 40, 3, 512, 512, 512), "truncated"),
+    "negative size": ("m.nii", lambda p: patched(p, "<h", 42, -5), "claims the size"),
+    "spacing 0": ("m.nii", lambda p: patched(p, "<3f", 80, 1, 0, 1), "voxel spacing"),
+    "spacing NaN": ("m.nii", lambda p: patched(p, "<3f", 80, 1, 1, float("nan")), "voxel spacing"),
+    "no such type": ("m.nii", lambda p: patched(p, "<h", 70, 77), "unknown type 77"),
+    "RGB": ("m.nii.gz", rgb, "RGB colours"),
+    "vector": ("m.mha", vector, "3 channels"),
+    "vector nrrd": ("m.nrrd", vector, "4-D"),
+    "0.5": ("m.nii.gz", lambda p: with_value(p, 0.5), "holds 0.5, which is no label"),
+    "NaN": ("m.nii.gz", lambda p: with_value(p, float("nan")), "holds nan, which is no label"),
+    "infinite": ("m.mha", lambda p: with_value(p, float("inf")), "holds inf, which is no label"),
+    "unknown labels": ("m.nii.gz", unknown_labels, "3, 999"),
+    "no spacing": ("m.mha", lambda p: p.write_text("NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n12345678"), "does not state its voxel spacing"),
+    "voxels elsewhere": ("m.mhd", escaping_mhd, "../secret.raw"),
+    "not a volume": ("m.png", lambda p: p.write_bytes(b"\x89PNG"), "not of a format that is read"),
+    "text nrrd": ("m.nrrd", lambda p: p.write_text("hello\n"), "not an NRRD"),
+    "text mha": ("m.mha", lambda p: p.write_text("hello\n"), "does not start as its suffix promises"),
+}
+
+
+def synth(model: Path, out: Path, *masks: Path, extra: tuple[str, ...] = ("--backend", "fake")) -> int:
+    return run(main, ["synth", *map(str, masks), "--model", str(model), "--output", str(out), "--quiet", *extra])
+
+
+@pytest.mark.parametrize("kind", BAD_MASKS)
+def test_a_bad_mask_is_named_and_the_others_are_done(kind: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name, make, fact = BAD_MASKS[kind]
+    bad, good, out = tmp_path / name, write_mask(tmp_path / "good.nii.gz"), tmp_path / "out"
+    make(bad)
+    code = synth(fake_model, out, bad, good)
+    error = capsys.readouterr().err
+    assert fact in error and str(bad) in error
+    assert "expected" in error and "remedy" in error and "Traceback" not in error and len(error.splitlines()) <= 12
+    if kind == "folder":  # the command is wrong: nothing is started
+        assert code == 2 and not out.exists()
+    else:
+        assert code == 1
+        assert [p.name for p in out.iterdir()] == ["good_ct.nii.gz"]
+
+
+def test_unknown_labels_list_what_was_found_what_is_known_and_the_remedy(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unknown_labels(tmp_path / "m.nii.gz")
+    assert synth(fake_model, tmp_path / "out", tmp_path / "m.nii.gz") == 1
+    error = capsys.readouterr().err
+    assert "3, 999" in error and "0, 3, 205, 420, 500, 550, 600, 820, 850, 999" in error
+    assert "820 ascending aorta" in error and "--labels MAP.json" in error
+
+
+def test_an_empty_mask_is_painted_and_said(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mask(tmp_path / "m.nii.gz", np.zeros((4, 10, 10), np.uint8))
+    assert synth(fake_model, tmp_path / "out", tmp_path / "m.nii.gz") == 0
+    assert "m.nii.gz is empty" in capsys.readouterr().err
+    assert (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "m_ct.nii.gz"))) == -1024).all()
+
+
+def test_whole_floats_are_labels(tmp_path: Path, fake_model: Path) -> None:
+    write_mask(tmp_path / "a.nii.gz", blobs().astype(np.float64))
+    write_mask(tmp_path / "b.nii.gz", blobs())
+    assert synth(fake_model, tmp_path / "out", tmp_path) == 0
+    a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / f"{n}_ct.nii.gz"))) for n in "ab")
+    assert np.array_equal(a, b)
+
+
+def broken_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+    data = json.loads((folder / "manifest.json").read_text())
+    change(data)
+    (folder / "manifest.json").write_text(json.dumps(data))
+
+
+BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (shutil.rmtree, "does not exist"),
+    "no manifest": (lambda m: (m / "manifest.json").unlink(), "holds no manifest.json"),
+    "not JSON": (lambda m: (m / "manifest.json").write_text("{"), "cannot be used"),
+    "a key is missing": (lambda m: broken_manifest(m, lambda d: d.pop("grid")), "'grid' is missing"),
+    "another schema": (lambda m: broken_manifest(m, lambda d: d.update(schema_version=99)), "schema version 99"),
+    "impossible grid": (lambda m: broken_manifest(m, lambda d: d["grid"].update(slices=2)), "odd number"),
+    "label twice": (lambda m: broken_manifest(m, lambda d: d["labels"][1].update(value=0)), "occurs twice"),
+    "path in a file name": (lambda m: broken_manifest(m, lambda d: d["files"].update({"../x": d["files"]["model.onnx"]})), "../x"),
+    "altered file": (lambda m: (m / "model.onnx").write_bytes(bytes(len((m / "model.onnx").read_bytes()))), "not the file its manifest describes"),
+    "truncated file": (lambda m: os.truncate(m / "model.onnx", 1000), "not the file its manifest describes"),
+    "file is gone": (lambda m: (m / "model.onnx").unlink(), "is missing from the model folder"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_MODELS)
+def test_a_bad_model_starts_nothing(kind: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoil, fact = BAD_MODELS[kind]
+    spoilt, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model, spoilt)
+    spoil(spoilt)
+    assert synth(spoilt, out, write_mask(tmp_path / "m.nii.gz"), extra=()) == 2
+    error = capsys.readouterr().err
+    assert fact in error and "remedy" in error and str(spoilt) in error and "Traceback" not in error
+    assert not out.exists()
+
+
+def test_a_graph_that_is_none_is_refused_even_when_the_manifest_agrees(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from runtime.files import sha256_of
+
+    spoilt = tmp_path / "model"
+    shutil.copytree(model, spoilt)
+    (spoilt / "model.onnx").write_bytes(b"not a graph")
+    broken_manifest(spoilt, lambda d: d["files"]["model.onnx"].update(bytes=11, sha256=sha256_of(spoilt / "model.onnx")))
+    assert synth(spoilt, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), extra=()) == 2
+    assert "not a graph ONNX Runtime loads" in capsys.readouterr().err
+
+
+def test_a_missing_backend_is_exit_3_with_the_command_that_installs_it(root: Path, tmp_path: Path, model: Path) -> None:
+    mask = write_mask(tmp_path / "m.nii.gz")
+    hide = "import sys; sys.modules['onnxruntime'] = None; import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'onnxruntime' else f(n, *a)"
+    code = f"{hide}; from runtime.__main__ import main; from runtime.console import run; sys.exit(run(main, ['synth', {str(mask)!r}, '--model', {str(model)!r}, '--output', {str(tmp_path / 'out')!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 3, done.stderr
+    assert "onnxruntime is not installed" in done.stderr and 'pip install "mask2ct[onnx]"' in done.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["under a file", "in /proc"])
+def test_an_output_folder_that_cannot_be_made_is_exit_4(place: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask = write_mask(tmp_path / "m.nii.gz")
+    (tmp_path / "file").write_text("")
+    out = {"under a file": tmp_path / "file" / "out", "in /proc": Path("/proc/out")}[place]
+    assert synth(fake_model, out, mask) == 4
+    error = capsys.readouterr().err
+    assert "cannot be written" in error and "remedy" in error and "Traceback" not in error
+
+
+def test_a_file_that_outgrows_the_limit_is_exit_4_and_leaves_nothing(root: Path, tmp_path: Path, fake_model: Path) -> None:
+    """RLIMIT_FSIZE makes every write past 64 KiB fail, as a full disk does."""
+    rng = np.random.default_rng(0)
+    mask = write_mask(tmp_path / "m.nii.gz", rng.choice(np.array([0, 205, 420, 500], np.uint16), (40, 64, 64)), spacing=(3.0, 3.0, 3.0))
+    done = subprocess.run(
+        [sys.executable, "-m", "runtime", "synth", mask, "--model", fake_model, "--backend", "fake", "--output", tmp_path / "out", "--quiet"],
+        cwd=root, capture_output=True, text=True, check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)),
+    )  # fmt: skip
+    assert done.returncode == 4, done.stderr
+    assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_full_disk_is_exit_4_and_what_was_done_stays(root: Path, tmp_path: Path, fake_model: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", disk], check=False, capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a tmpfs")
+    try:
+        rng = np.random.default_rng(0)
+        small = write_mask(tmp_path / "a.nii.gz")
+        large = write_mask(tmp_path / "b.nii.gz", rng.choice(np.array([0, 205, 420, 500], np.uint16), (60, 64, 64)), spacing=(3.0, 3.0, 3.0))
+        arguments = [sys.executable, "-m", "runtime", "synth", small, large, "--model", fake_model, "--backend", "fake", "--output", disk / "out", "--quiet"]
+        done = subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False)
+        assert done.returncode == 4, done.stderr
+        assert "the disk is full" in done.stderr and "Traceback" not in done.stderr
+        assert [p.name for p in (disk / "out").iterdir()] == ["a_ct.nii.gz"]
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        (["--batch", "0"], "--batch is 0"),
+        (["--variants", "0"], "0 variants"),
+        (["--labels", "nope.json"], "label map cannot be read"),
+    ],
+)
+def test_a_wrong_command_is_exit_2(arguments: list[str], fact: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), extra=("--backend", "fake", *arguments)) == 2
+    assert fact in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"5": "liver"}', '{"5": 17}', '{"x": "left ventricle"}', '{"5": true}', "no json"])
+def test_a_wrong_label_map_is_exit_2_and_shows_a_right_one(content: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "map.json").write_text(content)
+    extra = ("--backend", "fake", "--labels", str(tmp_path / "map.json"))
+    assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), extra=extra) == 2
+    error = capsys.readouterr().err
+    assert "label" in error and "remedy" in error and str(tmp_path / "map.json") in error
+
+
+def test_two_masks_of_one_name_are_refused_before_anything_is_written(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x").mkdir()
+    (tmp_path / "y").mkdir()
+    masks = write_mask(tmp_path / "x" / "m.nii.gz"), write_mask(tmp_path / "y" / "m.mha")
+    assert synth(fake_model, tmp_path / "out", *masks) == 2
+    assert "m_ct.nii.gz" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_simpleitk_itself_refuses_is_no_traceback(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sitk.WriteImage(image(blobs()), str(tmp_path / "m.nrrd"))
+    text = (tmp_path / "m.nrrd").read_bytes()
+    (tmp_path / "m.nrrd").write_bytes(text.replace(b"encoding: gzip", b"encoding: zork").replace(b"encoding: raw", b"encoding: zip"))
+    assert synth(fake_model, tmp_path / "out", tmp_path / "m.nrrd") == 1
+    error = capsys.readouterr().err
+    assert "cannot be read" in error and "Traceback" not in error

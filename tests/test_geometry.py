@@ -1,0 +1,198 @@
+"""Where voxels lie: axis orders, oblique grids, resampling, files read by independent readers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from runtime import GeometryError, Synthesizer
+from runtime.contract import GridPolicy
+from runtime.engines.base import EngineSpec
+from runtime.engines.fake import FakeEngine, fake_manifest
+from runtime.grid import SliceGrid
+from runtime.io.nifti import read_volume, write_values
+from runtime.volume import Geometry
+from samples import MM_WHS_VALUES, blobs, directions, geometry, image, rotation, write_mask
+
+FAKE_HU = dict(zip(MM_WHS_VALUES, np.rint(np.linspace(-1024, 1024, 8)), strict=True))
+
+
+def fake(**options) -> Synthesizer:
+    manifest = fake_manifest(noise=False, **options)
+    return Synthesizer(manifest, FakeEngine(manifest), batch=3)
+
+
+@pytest.mark.parametrize("direction", directions(), ids=lambda d: "".join("+-"[int(x < 0)] + "xyz"[int(np.argmax(np.abs(c)))] for c in d.T for x in [c.sum()]))
+@pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (11.0, -7.0, 16.0)], ids=["straight", "oblique"])
+def test_every_axis_order_keeps_each_label_at_its_voxel(direction: np.ndarray, tilt) -> None:
+    values = blobs()
+    mask = image(values, (2.0, 2.0, 2.0), direction=rotation(tilt) @ direction)
+    with fake(pixel_spacing=(2.0, 2.0)) as synth:
+        ct = synth(mask)
+    painted = sitk.GetArrayFromImage(ct)
+    for value, hu in FAKE_HU.items():
+        assert (painted[values == value] == hu).all()
+    assert ct.GetOrigin() == mask.GetOrigin() and ct.GetSpacing() == mask.GetSpacing() and ct.GetDirection() == mask.GetDirection()
+    assert ct.GetPixelID() == sitk.sitkInt16
+
+
+class Coordinates(FakeEngine):
+    """Paints 10 x the canvas row + the canvas column: shows how a slice is presented to the network."""
+
+    def run(self, inputs, out, *, stream) -> None:
+        h, w = out.shape[1:3]
+        out.view("<i2")[..., 0] = 10 * np.arange(h)[:, None] + np.arange(w)
+
+
+@pytest.mark.parametrize("direction", directions()[::5], ids=str)
+def test_the_network_sees_axial_slices_anterior_first_and_right_first(direction: np.ndarray) -> None:
+    manifest = fake_manifest(noise=False, pixel_spacing=(2.0, 2.0))
+    mask = image(np.full((10, 12, 14), 205, np.uint16), (2.0, 2.0, 2.0), (0, 0, 0), direction)
+    with Synthesizer(manifest, Coordinates(manifest)) as synth:
+        ct = synth(mask)
+    inverse = np.linalg.inv(geometry(ct).affine)
+    centre = geometry(ct).affine @ [6.5, 5.5, 4.5, 1]
+
+    def at(x: float, y: float, z: float) -> int:
+        i, j, k = np.rint((inverse @ (centre + [x, y, z, 0]))[:3]).astype(int)
+        return int(sitk.GetArrayFromImage(ct)[k, j, i])
+
+    assert at(4, 0, 0) - at(-4, 0, 0) == 4  # 8 mm towards the left: 4 columns of 2 mm
+    assert at(0, 4, 0) - at(0, -4, 0) == 40  # 8 mm towards posterior: 4 rows
+    assert at(0, 0, 4) == at(0, 0, -4)
+
+
+def test_neighbour_slices_are_taken_in_mm_towards_the_head() -> None:
+    seen: list[np.ndarray] = []
+
+    class Record(FakeEngine):
+        def run(self, inputs, out, *, stream) -> None:
+            seen.append(inputs["labels"][:, :, 16, 16].copy())
+            super().run(inputs, out, stream=stream)
+
+    manifest = fake_manifest(slices=3, noise=False)  # 3 mm apart
+    values = np.zeros((8, 8, 8), np.uint16)
+    values[...] = np.array(MM_WHS_VALUES, np.uint16)[:, None, None]  # slice k holds index k
+    for direction, spacing, expected in (
+        (np.eye(3), 3.0, [3, 4, 5]),
+        (np.eye(3), 1.5, [2, 4, 6]),
+        (np.diag([1.0, -1.0, -1.0]), 3.0, [5, 4, 3]),  # k runs towards the feet
+    ):
+        seen.clear()
+        with Synthesizer(manifest, Record(manifest, batch=1)) as synth:
+            synth(image(values, (3.0, 3.0, spacing), direction=direction))
+        assert seen[4][0].tolist() == expected
+        assert seen[0][0].tolist()[1:2] == [0]
+
+
+def test_a_linear_ramp_survives_the_way_to_the_canvas_and_back() -> None:
+    """Linear interpolation is exact on a ramp in mm, whatever the two spacings."""
+    shape, spacing = (3, 40, 52), (1.3, 0.9, 2.0)
+    g = Geometry.from_parts((5, -3, 0), spacing, np.eye(3).ravel())
+    x, y = np.meshgrid(np.arange(52) * spacing[0], np.arange(40) * spacing[1])
+    ramp = (3 * x - 5 * y).astype(np.float32)
+    grid = SliceGrid(GridPolicy((16, 16), (2.1, 1.7), 16), g, shape)
+    canvas = grid.image(np.broadcast_to(ramp, shape), 1, outside=0.0)
+    back = grid.back(np.rint(canvas).astype(np.int16))
+    inner = (slice(3, -3), slice(3, -3))  # beyond the outermost canvas pixels the last value holds
+    assert np.abs(back[inner] - ramp[inner]).max() <= 1.0
+
+
+def test_equal_spacing_copies_pixels_even_when_sizes_differ_by_an_odd_number() -> None:
+    for extent in (31, 32, 33):
+        ct = np.arange(2 * extent * extent).reshape(2, extent, extent).astype(np.int16)
+        grid = SliceGrid(GridPolicy((64, 64), (1.0, 1.0), 64), Geometry(np.eye(4)), ct.shape)
+        assert np.array_equal(grid.back(grid.image(ct, 1, 0).astype(np.int16)), ct[1])
+
+
+def test_the_canvas_grows_in_steps_of_the_divisor_and_never_shrinks_below_its_least() -> None:
+    policy = GridPolicy((64, 64), (2.0, 2.0), 32)
+    assert SliceGrid(policy, Geometry(np.eye(4)), (1, 10, 300)).size == (64, 160)
+    assert SliceGrid(GridPolicy((64, 64), None, 32), Geometry(np.eye(4)), (1, 10, 300)).size == (64, 64)
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])
+@pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (10.0, 20.0, -5.0)], ids=["straight", "oblique"])
+def test_the_written_grid_is_the_masks(suffix: str, tilt, tmp_path: Path, fake_model: Path) -> None:
+    path = write_mask(tmp_path / f"case{suffix}", spacing=(0.71, 0.83, 2.5), origin=(-101.37, 12.11, 777.7), direction=rotation(tilt))
+    with Synthesizer.open(fake_model, backend="fake") as synth:
+        (result,) = synth.stream([path], tmp_path / "out")
+    assert result.error is None
+    mask, ct = sitk.ReadImage(str(path)), sitk.ReadImage(str(result.files[0]))
+    assert ct.GetSize() == mask.GetSize() and ct.GetPixelID() == sitk.sitkInt16
+    if suffix.startswith(".nii"):
+        assert (ct.GetOrigin(), ct.GetSpacing(), ct.GetDirection()) == (mask.GetOrigin(), mask.GetSpacing(), mask.GetDirection())
+        a, b = nibabel.load(path), nibabel.load(result.files[0])
+        assert np.array_equal(a.affine, b.affine) and a.header["qform_code"] == b.header["qform_code"]
+        assert np.array_equal(a.header.get_qform(), b.header.get_qform())
+    corner = [n - 1 for n in mask.GetSize()]
+    for index in ([0, 0, 0], corner):
+        assert np.allclose(ct.TransformIndexToPhysicalPoint(index), mask.TransformIndexToPhysicalPoint(index), atol=1e-4)
+
+
+@pytest.mark.parametrize("order", ["<", ">"], ids=["little-endian", "big-endian"])
+@pytest.mark.parametrize(("qform", "sform"), [(1, 0), (0, 2), (1, 1)])
+def test_headers_that_nibabel_writes_keep_their_codes_and_affines(order: str, qform: int, sform: int, tmp_path: Path, fake_model: Path) -> None:
+    affine = np.eye(4)
+    affine[:3, :3] = rotation((5, 6, 7)) * [-0.9, -1.1, 2.2]
+    affine[:3, 3] = [90.1, 80.2, -70.3]
+    header = nibabel.Nifti1Header(endianness=order)
+    header.set_data_dtype(np.int16)
+    made = nibabel.Nifti1Image(np.asfortranarray(blobs().T.astype(np.int16)), None, header)
+    made.header.set_qform(affine, qform)
+    made.header.set_sform(affine, sform)
+    made.header["descrip"] = b"DOE^JANE 1970-01-01"
+    path = tmp_path / "case.nii"
+    nibabel.save(made, path)
+    with Synthesizer.open(fake_model, backend="fake") as synth:
+        (result,) = synth.stream([path], tmp_path / "out")
+    a, b = nibabel.load(path), nibabel.load(result.files[0])
+    assert np.array_equal(a.affine, b.affine)
+    assert (int(b.header["qform_code"]), int(b.header["sform_code"])) == (qform, sform)
+    assert b"DOE" not in bytes(b.header.binaryblock) and b"NOT FOR DIAGNOSIS" in bytes(b.header["descrip"])
+
+
+@pytest.mark.parametrize("direction", directions()[::3], ids=str)
+def test_a_grid_written_from_scratch_lies_where_simpleitk_and_nibabel_say(direction: np.ndarray, tmp_path: Path) -> None:
+    g = Geometry.from_parts((12.5, -90.0, 300.25), (0.7, 0.9, 3.1), (rotation((12, -8, 25)) @ direction).ravel())
+    write_values(tmp_path / "x.nii.gz", np.zeros((4, 5, 6), np.int16), g)
+    itk, nib = sitk.ReadImage(str(tmp_path / "x.nii.gz")), nibabel.load(tmp_path / "x.nii.gz")
+    for index in ([0, 0, 0], [5, 4, 3], [5, 0, 2]):
+        expected = (g.affine @ [*index, 1])[:3]
+        assert np.allclose(itk.TransformIndexToPhysicalPoint(index), expected, atol=1e-3)
+        for affine in (nib.header.get_sform(), nib.header.get_qform()):
+            assert np.allclose((affine @ [*index, 1])[:3] * [-1, -1, 1], expected, atol=1e-3)
+
+
+def test_geometry_refuses_what_is_not_a_grid() -> None:
+    sheared = np.eye(4)
+    sheared[0, 1] = 0.2
+    flat = np.diag([1.0, 0.0, 1.0, 1.0])
+    for affine in (sheared, flat, np.full((4, 4), np.nan), np.eye(3)):
+        with pytest.raises(GeometryError):
+            Geometry(affine)
+
+
+def test_geometry_is_frozen() -> None:
+    g = Geometry(np.eye(4))
+    with pytest.raises(ValueError, match="read-only"):
+        g.affine[0, 0] = 2
+
+
+def test_reading_agrees_with_the_orientations_that_others_stored(real_data: Path) -> None:
+    """One volume stored in RAS, LPS, LAS and ASR order: its brightest tenth has one centre in mm."""
+    centres = []
+    for name in ("RAS", "LPS", "LAS", "ASR"):
+        volume = read_volume(real_data / "orientations" / f"{name}.nii.gz")
+        k, j, i = np.argwhere(volume.values > np.percentile(volume.values, 90)).mean(0)
+        centres.append((volume.geometry.affine @ [i, j, k, 1])[:3])
+    assert np.allclose(centres, [-9.6326, 24.6165, 6.3315], atol=1e-3)  # as nibabel has it, in LPS
+
+
+def test_engine_spec_is_the_manifests() -> None:
+    manifest = fake_manifest()
+    assert FakeEngine(manifest).spec == EngineSpec(manifest.inputs, manifest.output, 2)

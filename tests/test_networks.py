@@ -1,0 +1,189 @@
+"""Networks, losses and one optimisation step: shapes, values, formulas."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from train.config import resolve
+from train.discriminator import Discriminator
+from train.generator import NOISE_MEAN, NOISE_SD, Generator, one_hot, same_conv4, standardise_noise
+from train.losses import discriminator_losses, generator_losses, noise_floor, weighted_sum
+from train.step import Batch, Step, average_decay, update_average
+
+SMALL = ["data.canvas=[32,32]", "generator.depth=3", "generator.filters=8", "discriminator.filters=8", "generator.kind=unet", "generator.skips=true",
+         "generator.textures=3", "loss.texture=10", "training.batch_size=2", "discriminator.patch_size=8"]  # fmt: skip
+
+
+def small(*more: str) -> Step:
+    return Step(resolve({}, [*SMALL, *more]))
+
+
+def batch(seed: int = 0, n: int = 2) -> Batch:
+    rng = np.random.default_rng(seed)
+    return Batch(
+        torch.from_numpy(rng.integers(0, 8, (n, 1, 32, 32), np.uint8)),
+        torch.from_numpy(rng.random((n, 1, 32, 32), np.float32)),
+        torch.from_numpy(rng.integers(0, 256, (n, 1, 32, 32), np.uint8)),
+    )
+
+
+def test_the_reference_generator_is_the_originals() -> None:
+    net = Generator(8, kind="reference", filters=64, depth=7, skips=False)
+    kernels = [tuple(m.weight.shape) for m in net.modules() if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d))]
+    down = [(64, 8), (128, 64), (256, 128), (512, 256), (512, 512), (512, 512), (512, 512)]
+    up = [((512, 512), (512, 512))] * 3 + [((512, 256), (256, 256)), ((256, 128), (128, 128)), ((128, 64), (64, 64))]
+    expected = [*down, *(shape for pair in up for shape in pair), (64, 1), (1, 1)]
+    assert kernels == [(*shape, 4, 4) for shape in expected]
+    assert sum(p.numel() for p in net.parameters()) == 44_652_114
+    assert [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)] == [0.2] * 12  # 6 down (not the first), 6 up
+
+
+def test_skips_double_the_decoders_inputs() -> None:
+    net = Generator(8, kind="reference", filters=4, depth=3, skips=True)
+    assert [tuple(m.weight.shape)[:2] for m in net.modules() if isinstance(m, nn.ConvTranspose2d)] == [(16, 8), (16, 4), (8, 1)]
+
+
+@pytest.mark.parametrize("kind", ["reference", "unet"])
+@pytest.mark.parametrize("skips", [True, False])
+def test_the_generator_paints_any_multiple_of_its_divisor(kind: str, skips: bool) -> None:
+    net = Generator(8, kind=kind, filters=8, depth=3, skips=skips, textures=2).eval()
+    assert net.divisor == 8 and net.noisy
+    for h, w in ((8, 8), (24, 40)):
+        image = net(torch.rand(2, 8, h, w), torch.randn(2, 1, h, w))
+        assert image.shape == (2, 1, h, w) and 0 <= image.min() and image.max() <= 1
+    assert torch.equal(net(torch.zeros(1, 8, 8, 8)), net(torch.zeros(1, 8, 8, 8), torch.zeros(1, 1, 8, 8)))  # no noise is noise of zero
+
+
+@pytest.mark.parametrize("kind", ["reference", "unet"])
+def test_the_texture_is_linear_in_the_noise(kind: str) -> None:
+    torch.manual_seed(0)
+    net = Generator(8, kind=kind, filters=8, depth=3, skips=True, textures=4, texture_kernel=5).double().eval()
+    condition, a, b = torch.rand(1, 8, 16, 16).double(), torch.randn(1, 1, 16, 16).double(), torch.randn(1, 1, 16, 16).double()
+
+    def logit(noise: torch.Tensor) -> torch.Tensor:
+        return torch.logit(net(condition, noise))
+
+    base = logit(torch.zeros_like(a))
+    torch.testing.assert_close(logit(2 * a - 3 * b) - base, 2 * (logit(a) - base) - 3 * (logit(b) - base))
+    assert (logit(a) - base).abs().max() > 0
+
+
+def test_one_hot_orders_channels_by_slice_then_class() -> None:
+    labels = torch.tensor([[[[0, 2]], [[1, 1]]]], dtype=torch.uint8)  # Z = 2, H = 1, W = 2
+    expected = torch.tensor([[[[1, 0]], [[0, 0]], [[0, 1]], [[0, 0]], [[1, 1]], [[0, 0]]]], dtype=torch.float32)
+    for values in (labels, labels.float()):
+        assert torch.equal(one_hot(values, 3), expected)
+    random = torch.randint(0, 8, (3, 1, 5, 7))
+    assert torch.equal(one_hot(random, 8).long(), nn.functional.one_hot(random[:, 0], 8).permute(0, 3, 1, 2))
+
+
+def test_noise_bytes_become_zero_mean_and_unit_variance() -> None:
+    values = standardise_noise(torch.arange(256, dtype=torch.uint8)).numpy()
+    assert abs(values.mean()) < 1e-6 and abs(values.std() - 1) < 1e-3
+    assert (NOISE_MEAN, NOISE_SD) == (127.5, 73.9)
+
+
+def test_same_padding_puts_one_pixel_before_and_two_after() -> None:
+    layer = same_conv4(1, 1)
+    nn.init.zeros_(layer[1].weight)
+    nn.init.zeros_(layer[1].bias)
+    layer[1].weight.data[0, 0, 1, 1] = 1  # the kernel's second tap meets the pixel itself
+    image = torch.arange(25.0).reshape(1, 1, 5, 5)
+    assert torch.equal(layer(image), image)
+
+
+@pytest.mark.parametrize(("conditional", "inputs"), [(True, 9), (False, 1)])
+def test_the_discriminator_scores_patches(conditional: bool, inputs: int) -> None:
+    net = Discriminator(8, filters=64, patch_size=16, conditional=conditional)
+    kernels = [tuple(m.weight.shape) for m in net.modules() if isinstance(m, nn.Conv2d)]
+    assert kernels == [(64, inputs, 4, 4), (128, 64, 4, 4), (256, 128, 4, 4), (512, 256, 4, 4), (1, 512, 4, 4)]
+    assert sum(isinstance(m, nn.BatchNorm2d) for m in net.modules()) == 3
+    score, features = net(torch.zeros(2, 8, 64, 32), torch.zeros(2, 1, 64, 32))
+    assert score.shape == (2, 1, 4, 2)
+    assert [tuple(f.shape) for f in features] == [(2, 64, 32, 16), (2, 128, 16, 8), (2, 256, 8, 4), (2, 512, 4, 2)]
+
+
+def test_losses_against_values_worked_by_hand() -> None:
+    real, fake = torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.2])
+    d = discriminator_losses(real, fake)
+    assert d["d_real"].item() == pytest.approx(0.5 * (0 + 0.25) / 2) and d["d_fake"].item() == pytest.approx(0.5 * (0 + 0.04) / 2)
+    smooth, truth = torch.full((1, 1, 8, 8), 0.25), torch.full((1, 1, 8, 8), 0.75)
+    g = generator_losses(fake, smooth, smooth, truth)
+    assert g["adversarial"].item() == pytest.approx((1 + 0.64) / 2)
+    assert g["reconstruction"].item() == pytest.approx(0.5)
+    assert g["texture"].item() == pytest.approx(0)  # both flat
+    assert weighted_sum({"a": torch.tensor(2.0), "b": torch.tensor(3.0)}, {"a": 10, "b": 1, "c": 5}).item() == 23
+
+
+def test_the_noise_floor_sees_grain_but_no_edge() -> None:
+    step = torch.zeros(1, 1, 64, 64)
+    step[..., 31:] = 1
+    assert noise_floor(step, 3).max() < 0.003
+    grain = noise_floor(step + 0.1 * torch.randn(1, 1, 64, 64, generator=torch.Generator().manual_seed(0)), 3)
+    assert 0.03 < grain.mean() < 0.1
+
+
+def test_the_average_follows_its_formula_and_includes_batch_statistics() -> None:
+    a, b = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
+    b.weight.data.fill_(3)
+    b.running_mean.fill_(10)
+    b.num_batches_tracked.fill_(7)
+    update_average(a, b, 0.9)
+    assert torch.allclose(a.weight, torch.full((2,), 0.9 * 1 + 0.1 * 3)) and torch.allclose(a.running_mean, torch.full((2,), 1.0))
+    assert a.num_batches_tracked == 7
+    assert [average_decay(n, 0.99) for n in (0, 90, 10_000)] == [0.1, 0.91, 0.99]
+
+
+def test_a_step_moves_both_networks_and_the_average() -> None:
+    step = small()
+    before = copy.deepcopy(step.state())
+    losses = step(0, batch())
+    assert set(losses) == {"adversarial", "reconstruction", "texture", "d_real", "d_fake"}
+    after = step.state()
+    for part in ("generator/head.weight", "generator/texture.filters.weight", "discriminator/score.1.weight", "average/head.weight"):
+        assert not torch.equal(before[part], after[part]), part
+    expected = 0.1 * before["generator/head.weight"] + 0.9 * after["generator/head.weight"]
+    torch.testing.assert_close(after["average/head.weight"], expected)
+
+
+def test_the_judge_does_not_shape_the_texture() -> None:
+    """With no weight on the texture loss nothing moves the noise filters: adversarial gradients reach anatomy only."""
+    step = small("loss.texture=0")
+    before = step.state()["generator/texture.filters.weight"]
+    step(0, batch())
+    assert torch.equal(step.state()["generator/texture.filters.weight"], before)
+
+
+def test_the_learning_rate_decays_exponentially() -> None:
+    step = small("optimizer.lr_g=0.1", "optimizer.decay_g=0.5", "optimizer.lr_d=0.2")
+    step(4, batch())
+    assert step._adam_g.param_groups[0]["lr"] == pytest.approx(0.1 * np.exp(-2)) and step._adam_d.param_groups[0]["lr"] == 0.2
+
+
+def test_state_goes_round_and_the_next_step_is_the_same_bits() -> None:
+    a, b = small(), small("training.seed=5")
+    a(0, batch(0))
+    b.load_state(a.state())
+    for step in (a, b):
+        step(1, batch(1))
+    left, right = a.state(), b.state()
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_recalibration_measures_the_batch_statistics_of_the_average() -> None:
+    step = small()
+    for n in range(3):
+        step(n, batch(n))
+    batches = [batch(10), batch(11)]
+    net = step.recalibrated(batches)
+    first, last = net.encoder[0], net.encoder[1][0]
+    means = [last(first(one_hot(b.labels, 8))).mean((0, 2, 3)) for b in batches]
+    torch.testing.assert_close(net.encoder[1][1].running_mean, (means[0] + means[1]) / 2, rtol=1e-4, atol=1e-5)
+    assert not net.training and torch.equal(net.head.weight, step.average.head.weight)
+    untouched = step.recalibrated([])
+    assert torch.equal(untouched.encoder[1][1].running_mean, step.average.encoder[1][1].running_mean)

@@ -1,0 +1,193 @@
+"""What the synthesizer promises of its results: the same bytes, any batch, any name, bounded memory."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+
+from runtime import Synthesizer
+from runtime.__main__ import main
+from runtime.console import run
+from runtime.engines.base import EngineError
+from runtime.engines.fake import FakeEngine, fake_manifest
+from runtime.randomness import CaseRandom
+from runtime.volume import Geometry, LabelVolume
+from samples import blobs, image, write_mask
+
+
+def synth(model: Path, out: Path, *masks: Path, extra: tuple[str, ...] = ()) -> int:
+    return run(main, ["synth", *map(str, masks), "--model", str(model), "--output", str(out), "--quiet", *extra])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+
+def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(tmp_path: Path, model: Path) -> None:
+    masks = [write_mask(tmp_path / f"{n}.nii.gz", blobs((9, 40, 50), seed=n), spacing=(3.0, 3.1, 2.0)) for n in range(3)]
+    assert synth(model, tmp_path / "a", *masks) == 0
+    expected = contents(tmp_path / "a")
+    assert list(expected) == ["0_ct.nii.gz", "1_ct.nii.gz", "2_ct.nii.gz"]
+    for name, extra in {"b": ("--batch", "1"), "c": ("--batch", "16"), "d": ("--batch", "4")}.items():
+        assert synth(model, tmp_path / name, *reversed(masks), extra=extra) == 0
+        assert contents(tmp_path / name) == expected
+    assert synth(model, tmp_path / "a", *masks) == 0  # over its own results
+    assert contents(tmp_path / "a") == expected
+
+
+def test_a_large_plane_compresses_to_the_same_bytes_for_any_batch(tmp_path: Path, fake_model: Path) -> None:
+    """A slab of several MiB reaches the compressor in the same pieces as single slices do."""
+    mask = write_mask(tmp_path / "m.nii.gz", blobs((24, 320, 320)), spacing=(0.9, 0.9, 2.0))
+    for batch in ("1", "7", "24"):
+        assert synth(fake_model, tmp_path / batch, mask, extra=("--backend", "fake", "--batch", batch)) == 0
+    assert contents(tmp_path / "1") == contents(tmp_path / "7") == contents(tmp_path / "24")
+
+
+def test_the_seed_and_the_variant_change_the_noise_and_the_file_name_does_not(tmp_path: Path, model: Path) -> None:
+    for name in ("a", "b"):
+        write_mask(tmp_path / f"{name}.nii.gz")
+    assert synth(model, tmp_path / "0", tmp_path / "a.nii.gz", tmp_path / "b.nii.gz") == 0
+    assert synth(model, tmp_path / "7", tmp_path / "a.nii.gz", extra=("--seed", "7")) == 0
+    first = contents(tmp_path / "0")
+    assert first["a_ct.nii.gz"] == first["b_ct.nii.gz"] != contents(tmp_path / "7")["a_ct.nii.gz"]
+
+
+def test_variants_come_in_pairs_with_their_masks(tmp_path: Path, model: Path) -> None:
+    mask = write_mask(tmp_path / "case.nii.gz")
+    assert synth(model, tmp_path / "out", mask, extra=("--variants", "2", "--report", str(tmp_path / "report.json"))) == 0
+    made = contents(tmp_path / "out")
+    assert list(made) == ["case_v0_ct.nii.gz", "case_v0_mask.nii.gz", "case_v1_ct.nii.gz", "case_v1_mask.nii.gz"]
+    assert made["case_v0_ct.nii.gz"] != made["case_v1_ct.nii.gz"]
+    for n in range(2):
+        pair = sitk.ReadImage(str(tmp_path / "out" / f"case_v{n}_mask.nii.gz"))
+        assert np.array_equal(sitk.GetArrayFromImage(pair), blobs())
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [c["variant"] for c in report["cases"]] == [0, 1] and report["cases"][0]["slices"] == 6
+    assert str(tmp_path) not in (tmp_path / "report.json").read_text()  # file names, no paths
+
+
+def test_the_command_the_stream_and_the_call_agree(tmp_path: Path, model: Path) -> None:
+    path = write_mask(tmp_path / "m.nii.gz")
+    assert synth(model, tmp_path / "out", path, extra=("--seed", "3")) == 0
+    by_command = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "m_ct.nii.gz")))
+    with Synthesizer.open(model) as opened:
+        by_call = sitk.GetArrayFromImage(opened(sitk.ReadImage(str(path)), seed=3))
+        (result,) = opened.stream([path], tmp_path / "streamed", seed=3)
+    assert np.array_equal(by_command, by_call)
+    assert result.files[0].read_bytes() == (tmp_path / "out" / "m_ct.nii.gz").read_bytes()
+
+
+def test_labels_can_be_mapped_by_name_by_value_and_for_the_rest(tmp_path: Path, fake_model: Path) -> None:
+    values = np.array([[[0, 5, 7, 900]]], np.uint16).repeat(4, 0).repeat(4, 1)
+    path = write_mask(tmp_path / "m.nii.gz", values, spacing=(3.0, 3.0, 3.0))
+    (tmp_path / "map.json").write_text(json.dumps({"5": "left ventricle", "7": 850, "*": "background"}))
+    assert synth(fake_model, tmp_path / "out", path, extra=("--backend", "fake", "--labels", str(tmp_path / "map.json"))) == 0
+    ct = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "m_ct.nii.gz")))
+    assert ct[0, 0].tolist() == [-1024, round(-1024 + 3 * 2048 / 7), 1024, -1024]
+
+
+def test_the_stray_421_of_mm_whs_is_the_left_atrium(tmp_path: Path, fake_model: Path) -> None:
+    for name, value in (("a", 420), ("b", 421)):
+        write_mask(tmp_path / f"{name}.nii.gz", np.where(blobs() == 420, value, blobs()).astype(np.uint16))
+    assert synth(fake_model, tmp_path / "out", tmp_path, extra=("--backend", "fake")) == 0
+    made = contents(tmp_path / "out")
+    assert made["a_ct.nii.gz"] == made["b_ct.nii.gz"]
+
+
+def test_negative_and_sparse_values_map_too(tmp_path: Path, fake_model: Path) -> None:
+    values = np.where(blobs() == 205, -3, np.where(blobs() == 500, 70000, 0)).astype(np.int32)
+    (tmp_path / "map.json").write_text(json.dumps({"-3": "myocardium", "70000": "left ventricle", "0": "background"}))
+    write_mask(tmp_path / "a.nii.gz", values)
+    write_mask(tmp_path / "b.nii.gz", np.where(np.isin(blobs(), (205, 500)), blobs(), 0).astype(np.uint16))
+    assert synth(fake_model, tmp_path / "out", tmp_path / "a.nii.gz", extra=("--backend", "fake", "--labels", str(tmp_path / "map.json"))) == 0
+    assert synth(fake_model, tmp_path / "out", tmp_path / "b.nii.gz", extra=("--backend", "fake")) == 0
+    a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / f"{n}_ct.nii.gz"))) for n in "ab")
+    assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_slices_are_never_all_in_float_at_once(axis: int) -> None:
+    """512 slices of 128 x 128: the mask is 8 MiB, a float32 copy 32 MiB; the slices in flight are far less."""
+    shape = [128, 128, 128]
+    shape[axis] = 512
+    direction = {0: np.eye(3), 1: np.eye(3)[:, [0, 2, 1]], 2: np.eye(3)[:, [2, 1, 0]]}[axis]
+    volume = LabelVolume(np.ones(shape, np.uint8), Geometry.from_parts((0, 0, 0), (3.0, 3.0, 3.0), direction.ravel()))
+    manifest = fake_manifest()
+    with Synthesizer(manifest, FakeEngine(manifest), batch=4) as opened:
+        tracemalloc.start()
+        try:
+            count = sum(slab.hu.shape[slab.axis] for slab in opened.slabs(volume) if slab.axis == axis)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert count == 512 and peak < 3 << 20
+
+
+def test_slabs_belong_to_the_receiver_and_fill_the_volume_in_order() -> None:
+    volume = LabelVolume((blobs((11, 30, 30)) > 0).astype(np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
+    manifest = fake_manifest()
+    with Synthesizer(manifest, FakeEngine(manifest), batch=4) as opened:
+        slabs = list(opened.slabs(volume))
+        whole = opened.paint(volume)
+    assert [s.start for s in slabs] == [0, 4, 8]
+    assert all(np.array_equal(whole[s.index], s.hu) for s in slabs)  # kept slabs were not overwritten by later ones
+
+
+def test_a_closed_synthesizer_says_so(model: Path) -> None:
+    opened = Synthesizer.open(model)
+    opened.close()
+    opened.close()
+    with pytest.raises(EngineError, match="closed"):
+        opened(image(blobs()))
+
+
+def test_the_backend_says_which_and_why(model: Path) -> None:
+    with Synthesizer.open(model) as opened:
+        assert "onnxruntime" in opened.backend and "that serves" in opened.backend
+    with Synthesizer.open(model, backend="onnx") as opened:
+        assert "asked for" in opened.backend
+
+
+def test_noise_is_white_uniform_and_keyed() -> None:
+    case = CaseRandom(1, b"digest", 0)
+    noise = case.noise(3, (512, 512))
+    counts = np.bincount(noise.ravel(), minlength=256)
+    assert abs(noise.mean() - 127.5) < 1 and abs(noise.std() - 73.9) < 1 and counts.min() > 850 and counts.max() < 1200
+    centred = noise - 127.5
+    assert abs((centred[:, 1:] * centred[:, :-1]).mean()) < 60  # of a variance of 5461
+    others = [CaseRandom(2, b"digest", 0).noise(3, (8, 8)), CaseRandom(1, b"other", 0).noise(3, (8, 8)), CaseRandom(1, b"digest", 1).noise(3, (8, 8)), case.noise(4, (8, 8))]
+    assert len({n.tobytes() for n in [case.noise(3, (8, 8)), *others]}) == 5
+    assert case.noise(0, (2, 4)).tolist() == CaseRandom(1, b"digest", 0).noise(0, (2, 4)).tolist()
+
+
+def test_list_and_dry_run_write_nothing(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mask(tmp_path / "masks" / "a.nii.gz") if (tmp_path / "masks").mkdir() is None else None
+    arguments = ["synth", str(tmp_path / "masks"), "--model", str(model), "--output", str(tmp_path / "out")]
+    assert run(main, [*arguments, "--list"]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "masks" / "a.nii.gz")
+    assert run(main, [*arguments, "--dry-run"]) == 0
+    assert "24 x 20 x 6 voxels of 1.5 x 1.25 x 2.5 mm, 6 slices" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def test_labels_command_counts_voxels_and_millilitres(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.zeros((4, 10, 10), np.uint16)
+    values[1, :5, :4] = 500
+    path = write_mask(tmp_path / "m.nii.gz", values, spacing=(10.0, 10.0, 10.0))
+    assert run(main, ["labels", str(path), "--model", str(model)]) == 0
+    assert "500          20       20.0  left ventricle" in capsys.readouterr().out
+    values[2, 0, 0] = 9
+    write_mask(path, values)
+    assert run(main, ["labels", str(path)]) == 1
+    assert "UNKNOWN" in capsys.readouterr().out
+
+
+def test_describe_verifies_every_file(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(main, ["describe", str(model)]) == 0
+    text = capsys.readouterr().out
+    assert "model.onnx: fp32" in text and "verified" in text and "500 left ventricle" in text and "parity" in text

@@ -1,0 +1,1 @@
+"""Training: masks and CTs → a run folder (generator.safetensors + run.json) that export/ reads."""

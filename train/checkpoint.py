@@ -1,0 +1,196 @@
+"""What a training leaves: checkpoints to resume from, and the run folder that export reads. Tensors and JSON, no pickles."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.contract import GridPolicy, Intensity, LabelTable, grid_from_json, labels_from_json
+from runtime.errors import ConfigError, ModelError
+from runtime.files import atomic_folder, atomic_path, sha256_of, write_json
+
+from . import config as configs
+from .config import RunConfig
+
+if TYPE_CHECKING:  # the command line answers --help without torch
+    from torch import Tensor
+
+    from .generator import Generator
+
+SCHEMA_VERSION = 1
+RUN, CONFIG, METRICS, WEIGHTS, CHECKPOINTS = "run.json", "config.json", "metrics.jsonl", "generator.safetensors", "checkpoints"
+VALIDATION = "validation.safetensors"  # label maps of held-out slices, on which export proves its graphs
+_STATE, _META = "state.safetensors", "state.json"
+_REMEDY = "point at a folder that `python train/run.py` has finished"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training, as its run.json says. `data` is the whole of run.json."""
+
+    folder: Path
+    config: RunConfig
+    labels: LabelTable
+    grid: GridPolicy
+    intensity: Intensity
+    style: int
+    noise: bool
+    step: int
+    data: Mapping[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / str(self.data["weights"]["file"])
+
+
+def load_run(folder: Path) -> Run:
+    """Read RUN/run.json and compare the weights with its SHA-256. Raises `ModelError`."""
+    path = folder / RUN
+    if not path.is_file():
+        raise ModelError(f"{folder} holds no {RUN}", expected="a run folder with run.json and generator.safetensors", remedy=_REMEDY, file=folder)
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        if data["schema_version"] != SCHEMA_VERSION:
+            raise ValueError(f"schema version {data['schema_version']!r} (expected {SCHEMA_VERSION})")
+        weights = data["weights"]
+        if Path(weights["file"]).name != weights["file"]:
+            raise ValueError(f"file name {weights['file']!r} (expected a plain name)")
+        run = Run(folder, configs.from_json(data["config"]), labels_from_json(data["labels"]), grid_from_json(data["grid"]),
+                  Intensity(**data["intensity"]), int(data["style"]), bool(data["noise"]), int(data["step"]), data)  # fmt: skip
+    except (OSError, KeyError, TypeError, ValueError, AttributeError, ConfigError) as exc:
+        what = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc).splitlines()[0]
+        raise ModelError(f"{RUN} cannot be used: {what}", expected="a run.json as train/run.py writes it", remedy=_REMEDY, file=path) from exc
+    if not run.weights.is_file() or sha256_of(run.weights) != weights["sha256"]:
+        raise ModelError(f"{run.weights.name} is not the file {RUN} describes", expected=f"sha256 {weights['sha256']}",
+                         remedy="copy the run folder again, or train again", file=run.weights)  # fmt: skip
+    return run
+
+
+def load_generator(folder: Path) -> Generator:
+    """The trained generator of a run folder, in eval mode on the CPU. Raises `ModelError`."""
+    from safetensors.torch import load_file
+
+    from .step import make_generator
+
+    run = load_run(folder)
+    net = make_generator(run.config)
+    try:
+        net.load_state_dict(load_file(run.weights))
+    except Exception as exc:
+        raise ModelError(f"{run.weights.name} does not fit the network its config describes", expected="weights of that network",
+                         remedy="train again", file=run.weights) from exc  # fmt: skip
+    return net.eval()
+
+
+def load_validation(run: Run) -> NDArray[np.uint8]:
+    """The held-out label slices of a run, uint8 (n, Z, H, W) model indices. Raises `ModelError` when they were altered."""
+    from safetensors.numpy import load_file
+
+    stated = run.data.get("validation", {})
+    path = run.folder / VALIDATION
+    if not path.is_file() or sha256_of(path) != stated.get("sha256"):
+        raise ModelError(f"{VALIDATION} is not the file {RUN} describes", expected=f"sha256 {stated.get('sha256')}",
+                         remedy="copy the run folder again, or train again", file=path)  # fmt: skip
+    labels: NDArray[np.uint8] = load_file(path)["labels"]
+    return labels
+
+
+def write_run(folder: Path, net: Generator, validation: NDArray[np.uint8], facts: Mapping[str, Any]) -> None:
+    """Write generator.safetensors and validation.safetensors, then run.json: `facts` with their SHA-256 added."""
+    from safetensors.numpy import save_file as save_arrays
+    from safetensors.torch import save_file
+
+    with atomic_path(folder / VALIDATION) as part:
+        save_arrays({"labels": np.ascontiguousarray(validation)}, part)
+    with atomic_path(folder / WEIGHTS) as part:
+        save_file({name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}, part)
+    weights = {"file": WEIGHTS, "sha256": sha256_of(folder / WEIGHTS), "average": "ema"}
+    held_out = {"file": VALIDATION, "sha256": sha256_of(folder / VALIDATION), "slices": len(validation)}
+    write_json(folder / RUN, {"schema_version": SCHEMA_VERSION, **facts, "weights": weights, "validation": held_out})
+
+
+def start(folder: Path, config: RunConfig, resume: bool) -> Path | None:
+    """Claim the run folder: write RUN/config.json, or check it when resuming.
+
+    Returns the newest whole checkpoint to go on from, or None to start at step 0. Raises `ConfigError` when the folder
+    already holds a run and `resume` is off, holds none and it is on, or holds one of another config.
+    """
+    path = folder / CONFIG
+    if not resume:
+        if path.exists() or (folder / CHECKPOINTS).exists() or (folder / RUN).exists():
+            raise ConfigError(f"{folder} already holds a run", expected="a new run folder", file=folder,
+                              remedy="add --resume to continue it, choose another --output, or remove the folder")  # fmt: skip
+        write_json(path, configs.to_json(config))
+        return None
+    stored = configs.to_json(stored_config(folder))
+    changed = [key for key in _differences(stored, configs.to_json(config)) if key != "training.steps"]
+    if changed:
+        raise ConfigError(f"the run was started with other values of {', '.join(changed)}", expected="the config it was started with (steps may change)",
+                          remedy="drop the change, or start a new run with another --output", file=path)  # fmt: skip
+    write_json(path, configs.to_json(config))
+    return newest(folder)
+
+
+def stored_config(folder: Path) -> RunConfig:
+    """The config that the run in `folder` was started with. Raises `ConfigError` when there is none."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no run to resume", expected=f"a run folder with {CONFIG}", remedy="drop --resume, or correct --output", file=folder)
+    return configs.from_json(configs.load(path))
+
+
+def newest(folder: Path) -> Path | None:
+    """The checkpoint with the highest step. A folder with the final name is complete, by construction."""
+    found = _all(folder)
+    return found[-1] if found else None
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], keep: int) -> Path:
+    """Write RUN/checkpoints/step-00000020 atomically, then remove all but the `keep` newest. Raises `OutputError`."""
+    from safetensors.torch import save_file
+
+    path = folder / CHECKPOINTS / f"step-{step:08d}"
+    with atomic_folder(path) as part:
+        save_file(dict(tensors), part / _STATE)
+        (part / _META).write_text(json.dumps({"schema_version": SCHEMA_VERSION, "step": step, "sha256": sha256_of(part / _STATE)}) + "\n")
+    for old in _all(folder)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def load(path: Path) -> tuple[int, dict[str, Tensor]]:
+    """(step, tensors) of a checkpoint. Raises `ModelError` when it was altered."""
+    from safetensors.torch import load_file
+
+    try:
+        meta = json.loads((path / _META).read_text())
+        if sha256_of(path / _STATE) != meta["sha256"]:
+            raise ValueError("its sha256 differs")
+        return int(meta["step"]), load_file(path / _STATE)
+    except (OSError, ValueError, KeyError) as exc:
+        raise ModelError(f"checkpoint {path.name} cannot be used: {exc}", expected="a checkpoint as training writes it",
+                         remedy="remove that folder to resume from the one before", file=path) from exc  # fmt: skip
+
+
+def _all(folder: Path) -> list[Path]:
+    root = folder / CHECKPOINTS
+    return sorted(p for p in root.iterdir() if re.fullmatch(r"step-\d{8}", p.name)) if root.is_dir() else []
+
+
+def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    names: list[str] = []
+    for key in sorted({*old, *new}):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            names += _differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            names.append(prefix + key)
+    return names

@@ -1,0 +1,275 @@
+"""What a run is: frozen sections, loaded from JSON, overridden by `--set`, resolved without side effects.
+
+The resolved config, written as JSON, alone rebuilds the run. Keys of the original system (MAX_ITER, BATCH_SIZE ...) are
+accepted wherever ours are, through one table.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from runtime.contract import GridPolicy, Intensity, Label, LabelTable, labels_from_json
+from runtime.errors import ConfigError, reading
+from runtime.labels import PRESETS
+
+from .typed import Range, build, to_json, unknown, wrong
+
+__all__ = ["RunConfig", "from_json", "grid_policy", "intensity", "label_table", "load", "resolve", "to_json"]
+
+Count = Annotated[int, Range(1)]
+Whole = Annotated[int, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+Positive = Annotated[float, Range(1e-12)]
+NotNegative = Annotated[float, Range(0)]
+
+
+@dataclass(frozen=True)
+class PhantomConfig:
+    """A cohort made by train/phantom.py: `patients` thoraces of `size` (D, H, W) voxels."""
+
+    patients: Count = 24
+    seed: Whole = 1
+    size: tuple[Count, Count, Count] = (48, 128, 128)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where patients come from, what their labels are, and the grid the network sees them on."""
+
+    path: str | None = None  # folder in the MM-WHS layout; --dataset-path sets it
+    phantom: PhantomConfig | None = None  # made when there is no path
+    labels: Any = "mm-whs"  # a preset's name, or [{"name": ..., "value": ...}, ...] beginning with the background
+    keep: tuple[Count, ...] | None = None  # indices of the table to keep, renumbered; all else becomes background
+    canvas: tuple[Count, Count] = (256, 256)  # (H, W) in pixels
+    pixel_spacing: tuple[Positive, Positive] | None = None  # mm; None: each slice is fitted to the canvas
+    slices: Count = 1  # Z neighbouring slices the network sees, odd
+    slice_spacing: Positive | None = None  # mm between them
+    train_ratio: Share = 0.95
+    valid_ratio: Share = 0.02
+    split_seed: Whole = 123
+
+
+@dataclass(frozen=True)
+class IntensityConfig:
+    """The range the network's [0, 1] stands for; what is outside is clipped in training."""
+
+    unit: Literal["HU", "a.u."] = "HU"
+    low: int = -1024
+    high: int = 1024
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """`reference`: the original's decoder; `unet`: a lighter one that ends in full-resolution features."""
+
+    kind: Literal["reference", "unet"] = "reference"
+    filters: Count = 64  # of the first layer; they double with depth up to 8 times
+    depth: Count = 7  # stride-2 stages: H and W are multiples of 2**depth
+    skips: bool = False
+    activation: Literal["sigmoid"] = "sigmoid"
+    textures: Whole = 0  # learned noise filters; 0: the network takes no noise
+    texture_kernel: Count = 7  # their side in pixels, odd
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    filters: Count = 64
+    patch_size: Annotated[int, Range(2, 256)] = 16  # power of two: log2 of it stride-2 stages
+    conditional: bool = True
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """Weights of the generator's losses (train/losses.py)."""
+
+    adversarial: NotNegative = 1.0
+    reconstruction: NotNegative = 100.0
+    texture: NotNegative = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Adam. The rate at iteration i is lr * exp(-decay * i)."""
+
+    lr_g: Positive = 1.3e-4
+    lr_d: Positive = 1.5e-4
+    decay_g: NotNegative = 0.0
+    decay_d: NotNegative = 0.0
+    beta1: Annotated[float, Range(0, 0.9999)] = 0.5
+    beta2: Annotated[float, Range(0, 0.9999)] = 0.999
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    steps: Whole = 100_000
+    batch_size: Count = 8
+    seed: Whole = 0
+    ema_decay: Annotated[float, Range(0, 0.999999)] = 0.999
+    recalibrate: Whole = 32  # batches over which the averaged weights' batch statistics are measured anew; 0: averaged too
+    log_every: Count = 10
+    valid_every: Count = 1000
+    valid_slices: Count = 128  # at most so many held-out slices are painted at a validation step
+    checkpoint_every: Count = 1000
+    keep_checkpoints: Count = 2
+    threads: Whole = 0  # of the CPU; 0: as many as the process may use
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. Constructing it checks what no single key can show."""
+
+    name: str = "run"
+    data: DataConfig = field(default_factory=DataConfig)
+    intensity: IntensityConfig = field(default_factory=IntensityConfig)
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        divisor, patch = 2**self.generator.depth, self.discriminator.patch_size
+        if any(side % divisor for side in self.data.canvas):
+            raise wrong("data.canvas", list(self.data.canvas), f"multiples of {divisor} = 2**generator.depth", "change one of the two")
+        if patch & (patch - 1):
+            raise wrong("discriminator.patch_size", patch, "a power of two")
+        if min(self.data.canvas) < 2 * patch:
+            raise wrong("discriminator.patch_size", patch, f"at most half the canvas {list(self.data.canvas)}")
+        if self.generator.texture_kernel % 2 == 0:
+            raise wrong("generator.texture_kernel", self.generator.texture_kernel, "an odd number")
+        if self.data.train_ratio + self.data.valid_ratio > 1 + 1e-9:
+            raise wrong("data.train_ratio", self.data.train_ratio, f"at most 1 - valid_ratio = {1 - self.data.valid_ratio:g}")
+        label_table(self.data)
+        for key, make in (("data.slices", lambda: grid_policy(self)), ("intensity", lambda: intensity(self))):
+            try:
+                make()
+            except ValueError as exc:
+                raise ConfigError(f"{key}: {exc}", remedy="correct the section") from exc
+
+
+def label_table(data: DataConfig) -> LabelTable:
+    """The classes of the run, after `keep`. What is not kept becomes an alias of the background. Raises `ConfigError`."""
+    if isinstance(data.labels, str):
+        if data.labels not in PRESETS:
+            raise wrong("data.labels", data.labels, f"a list of labels, or a preset: {', '.join(PRESETS)}")
+        table = PRESETS[data.labels]
+    else:
+        try:
+            table = labels_from_json(data.labels)
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            reason = f"a label lacks {exc}" if isinstance(exc, KeyError) else str(exc)
+            raise ConfigError(f"data.labels: {reason}", expected='[{"name": "background", "value": 0}, {"name": ..., "value": ...}, ...]',
+                              remedy="correct the list, or name a preset") from exc  # fmt: skip
+    if data.keep is None:
+        return table
+    if sorted(set(data.keep)) != list(data.keep) or not data.keep or data.keep[-1] >= len(table):
+        raise wrong("data.keep", list(data.keep), f"rising indices of labels, 1 to {len(table) - 1}: {table}")
+    background, kept = table.labels[0], [table.labels[index] for index in data.keep]
+    dropped = [value for label in table.labels[1:] if label not in kept for value in (label.value, *label.aliases)]
+    return LabelTable((Label(background.name, background.value, (*background.aliases, *dropped), background.snomed), *kept))
+
+
+def grid_policy(config: RunConfig) -> GridPolicy:
+    """The contract's grid policy of this run."""
+    data = config.data
+    return GridPolicy(data.canvas, data.pixel_spacing, 2**config.generator.depth, data.slices, data.slice_spacing)
+
+
+def intensity(config: RunConfig) -> Intensity:
+    """The contract's intensity range of this run."""
+    return Intensity(config.intensity.unit, config.intensity.low, config.intensity.high)
+
+
+def _labels_to_keep(value: Any) -> Any:
+    return [index for index in value if index != 0] if isinstance(value, (list, tuple)) else value  # theirs lists the background
+
+
+# The original system's key → ours, and how its value is read.
+ORIGINAL_KEYS: dict[str, tuple[str, Any]] = {
+    "NAME": ("name", None),
+    "LABELS": ("data.keep", _labels_to_keep),
+    "IMAGE_RES": ("data.canvas", None),
+    "FIRST_LAYERS_FILTERS": ("generator.filters", None),
+    "SKIP_CONNECTIONS_GENERATOR": ("generator.skips", None),
+    "GEN_OUTPUT_ACT": ("generator.activation", None),
+    "PATCH_SIZE": ("discriminator.patch_size", None),
+    "CONDITIONAL_DISCRIMINATOR": ("discriminator.conditional", None),
+    "LOSS_WEIGHT_DISC": ("loss.adversarial", None),
+    "LOSS_WEIGHT_GEN": ("loss.reconstruction", None),
+    "LEARNING_RATE_G": ("optimizer.lr_g", None),
+    "LEARNING_RATE_D": ("optimizer.lr_d", None),
+    "LR_EXP_DECAY_FACTOR_G": ("optimizer.decay_g", None),
+    "LR_EXP_DECAY_FACTOR_D": ("optimizer.decay_d", None),
+    "ADAM_B1": ("optimizer.beta1", None),
+    "MAX_ITER": ("training.steps", None),
+    "BATCH_SIZE": ("training.batch_size", None),
+    "LOG_INTERVAL": ("training.log_every", None),
+    "VAL_INTERVAL": ("training.valid_every", None),
+    "SAVE_MODEL_INTERVAL": ("training.checkpoint_every", None),
+}
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a config file. Raises `ConfigError` when it is missing or not a JSON object."""
+    with reading(path, "a JSON file such as train/configs/phantom.json", ConfigError):
+        data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path.name} does not hold a JSON object", expected='{"name": ..., "training": {...}}', remedy="see train/configs", file=path)
+    return data
+
+
+def resolve(data: Mapping[str, Any], overrides: Iterable[str] = (), *, dataset_path: str | None = None) -> RunConfig:
+    """Config data, then `key=value` overrides, then --dataset-path → the checked config. Pure. Raises `ConfigError`.
+
+    Values of overrides are JSON; what is not JSON is taken as a string. A dataset path replaces the phantom.
+    """
+    tree: dict[str, Any] = {}
+    for key, value in data.items():
+        if key.isupper():
+            _put(tree, *_ours(key, value))
+        elif isinstance(value, Mapping):
+            tree[key] = {**tree.get(key, {}), **json.loads(json.dumps(value))}
+        else:
+            tree[key] = value
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {override} has no value", expected="--set section.key=value", remedy="write key=value without blanks")
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        _put(tree, *(_ours(key, value) if key.isupper() else (key, value)))
+    if dataset_path is not None:
+        _put(tree, "data.path", dataset_path)
+    section = tree.get("data")
+    if isinstance(section, dict) and section.get("path") is not None:
+        section["phantom"] = None
+    return build(RunConfig, tree)
+
+
+def from_json(data: Mapping[str, Any]) -> RunConfig:
+    """The config that `to_json` wrote."""
+    return build(RunConfig, data)
+
+
+def _ours(key: str, value: Any) -> tuple[str, Any]:
+    if key not in ORIGINAL_KEYS:
+        raise unknown(key, key, ORIGINAL_KEYS)
+    ours, convert = ORIGINAL_KEYS[key]
+    return ours, convert(value) if convert else value
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set `tree[a][b] = value` for the key "a.b". A wrong name is found when the config is built."""
+    *sections, name = key.split(".")
+    for section in sections:
+        if not isinstance(tree.get(section), dict):
+            tree[section] = {}
+        tree = tree[section]
+    tree[name] = value

@@ -1,0 +1,92 @@
+"""What a run would be: config, data, network sizes and time, from headers and a few real steps. Writes nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from runtime.console import duration
+
+from . import config as configs
+from . import dataset
+from .config import RunConfig
+from .loop import choose_device, set_threads
+from .step import Batch, Step
+
+BUDGET_SECONDS = 8.0  # for trial steps
+TRIAL_STEPS = 6
+
+
+def describe(config: RunConfig) -> str:
+    """The text that --dry-run prints. Raises what the run itself would raise about config and data."""
+    device, reason = choose_device(config)
+    threads = set_threads(config)
+    step = Step(config, device)
+    per_step, measured = _time_steps(config, step)
+    estimate = f"{duration(per_step)} a step, {duration(per_step * config.training.steps)} for {config.training.steps} steps, validation not counted"
+    return "\n".join([
+        json.dumps(configs.to_json(config), indent=1),
+        "",
+        data_table(config),
+        "",
+        network_table(config, step),
+        "",
+        f"device         {device} ({reason}), {threads} CPU threads",
+        f"time           {estimate} (median of {measured} steps here)",
+    ])  # fmt: skip
+
+
+def data_table(config: RunConfig) -> str:
+    """Patients and axial slices per split, from headers; of a phantom, from its config."""
+    policy = configs.grid_policy(config)
+    if config.data.path is not None:
+        counts = dataset.slice_counts(dataset.find_pairs(Path(config.data.path)), policy)
+        source = config.data.path
+    elif config.data.phantom is not None:
+        counts = [config.data.phantom.size[0]] * config.data.phantom.patients
+        source = f"phantom, seed {config.data.phantom.seed}"
+    else:
+        return "data           none: give --dataset-path DIR"
+    rows = [f"data           {source}", f"{'split':<14} patients  slices"]
+    for name, numbers in dataset.split(len(counts), config.data).items():
+        rows.append(f"{name:<14} {len(numbers):8d} {sum(counts[n] for n in numbers):7d}")
+    return "\n".join(rows)
+
+
+def network_table(config: RunConfig, step: Step) -> str:
+    """Parameters and multiply-accumulates of both networks, for one canvas."""
+    channels, (h, w) = step.generator.channels, config.data.canvas
+    condition, plane = torch.zeros(1, channels, h, w, device=step.device), torch.zeros(1, 1, h, w, device=step.device)
+    noise = plane if step.generator.noisy else None
+    rows = [f"{'network':<14} {'parameters':>12} {'MACs per slice':>15}"]
+    calls: list[tuple[str, torch.nn.Module, Callable[[], object]]] = [
+        ("generator", step.generator, lambda: step.average(condition, noise)),
+        ("discriminator", step.discriminator, lambda: step.discriminator(condition, plane)),
+    ]
+    for name, net, call in calls:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            call()
+        rows.append(f"{name:<14} {sum(p.numel() for p in net.parameters()):>12,} {counter.get_total_flops() // 2:>15,}")
+    return "\n".join(rows)
+
+
+def _time_steps(config: RunConfig, step: Step) -> tuple[float, int]:
+    """(median seconds of a step on made-up slices, how many were timed). The first warms up, and counts only when it takes the budget."""
+    rng, (h, w), n = np.random.default_rng(0), config.data.canvas, config.training.batch_size
+    labels = torch.from_numpy(rng.integers(0, step.classes, (n, config.data.slices, h, w), np.uint8))
+    image = torch.from_numpy(rng.random((n, 1, h, w), np.float32))
+    batch = Batch(labels, image, torch.from_numpy(rng.integers(0, 256, (n, 1, h, w), np.uint8)))
+    times: list[float] = []
+    start = time.perf_counter()
+    while not times or (len(times) < TRIAL_STEPS and time.perf_counter() - start + times[-1] < BUDGET_SECONDS):
+        before = time.perf_counter()
+        step(0, batch)["adversarial"].item()  # waits for the device
+        times.append(time.perf_counter() - before)
+    timed = times[1:] or times
+    return float(np.median(timed)), len(timed)

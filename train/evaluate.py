@@ -1,0 +1,179 @@
+"""How near painted CTs come to true ones: numpy arrays in, plain numbers out. Used in validation and by the report.
+
+Cases are volumes (D, H, W) of axial slices: synthetic and true HU, and model indices (0 is the background). All voxels of
+an organ are pooled over the cases.
+
+    python -m train.evaluate --synthetic DIR --truth DIR --masks DIR [--labels mm-whs] [--json FILE]
+
+reads CASE.nii.gz from the masks and the truth, CASE_ct.nii.gz from the synthetic folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from runtime.errors import InputError, UsageError
+from runtime.files import write_json
+from runtime.labels import PRESETS
+
+BODY_HU = -500  # between air and fat
+TEXTURE_SIGMA = 2.0  # px; what a Gaussian of this width leaves over is texture
+EROSION = 1  # px that an organ loses at its border before its texture is measured
+LEAST_VOXELS = 50  # an organ with fewer is not reported
+
+_IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([0, 1, 0], bool)[:, None, None]  # 4 neighbours in the slice
+Volumes = Sequence[NDArray[Any]]
+
+
+def evaluate(synthetic: Volumes, truth: Volumes, masks: Volumes, names: Sequence[str]) -> dict[str, Any]:
+    """Metrics of painted cases against true ones, in HU. `names`: of the indices 1, 2, ...
+
+    Returns {"cases", "organs": {name: ...}, "body": ...}: see `organ` and `body`. An organ that is (almost) absent is null.
+    """
+    organs = {name: organ(synthetic, truth, masks, index) for index, name in enumerate(names, 1)}
+    return {"cases": len(truth), "organs": organs, "body": body(synthetic, truth, masks, len(names) + 1)}
+
+
+def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int) -> dict[str, float] | None:
+    """Median, interquartile range and texture of one organ, painted and true, over its voxels in all cases."""
+    inside = [mask == index for mask in masks]
+    voxels = sum(int(m.sum()) for m in inside)
+    if voxels < LEAST_VOXELS:
+        return None
+    painted, true = (np.concatenate([v[m] for v, m in zip(volumes, inside, strict=True)]) for volumes in (synthetic, truth))
+    (q1, median, q3), (t1, true_median, t3) = (np.percentile(values, (25, 50, 75)) for values in (painted, true))
+    sd, true_sd = texture(synthetic, inside), texture(truth, inside)
+    return _plain(
+        voxels=voxels, median=median, median_true=true_median, median_error=median - true_median, iqr=q3 - q1, iqr_true=t3 - t1,
+        texture=sd, texture_true=true_sd, texture_ratio=sd / true_sd if true_sd else float("nan"),
+    )  # fmt: skip
+
+
+def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int) -> dict[str, float] | None:
+    """Mean absolute error inside the true body, and its ratio to that of mean painting (None without a body).
+
+    Mean painting gives every label, and the rest of the body, its own true mean in that case.
+    """
+    error = baseline = 0.0
+    voxels = 0
+    for painted, true, mask in zip(synthetic, truth, masks, strict=True):
+        inside = body_mask(true)
+        t, region = true[inside].astype(np.float64), mask[inside]
+        counts = np.maximum(np.bincount(region, minlength=classes), 1)
+        means = np.bincount(region, t, minlength=classes) / counts
+        error += float(np.abs(painted[inside] - t).sum())
+        baseline += float(np.abs(means[region] - t).sum())
+        voxels += t.size
+    if not voxels:
+        return None
+    return _plain(voxels=voxels, mae=error / voxels, mae_mean_painting=baseline / voxels, mae_ratio=error / baseline if baseline else float("nan"))
+
+
+def body_mask(ct: NDArray[Any]) -> NDArray[np.bool_]:
+    """The patient's outline, filled, slice by slice: bool (D, H, W) of an HU volume. Lungs are inside, the table is not."""
+    result = np.zeros(ct.shape, bool)
+    for k, plane in enumerate(ct):
+        tissue = ndimage.binary_opening(plane > BODY_HU, iterations=2)
+        parts, count = ndimage.label(tissue)
+        if count:
+            sizes = np.bincount(parts.ravel())[1:]
+            result[k] = ndimage.binary_fill_holes(parts == 1 + int(sizes.argmax()))
+    return result
+
+
+def texture(volumes: Volumes, inside: Sequence[NDArray[np.bool_]]) -> float:
+    """Standard deviation of (volume - its in-plane Gaussian) in HU, inside each region less its border (NaN when none is left)."""
+    rest = []
+    for volume, region in zip(volumes, inside, strict=True):
+        core = ndimage.binary_erosion(region, _IN_PLANE, EROSION)
+        if core.any():
+            smooth = ndimage.gaussian_filter(volume.astype(np.float32), (0, TEXTURE_SIGMA, TEXTURE_SIGMA))
+            rest.append((volume - smooth)[core])
+    return float(np.std(np.concatenate(rest))) if rest else float("nan")
+
+
+def table(metrics: dict[str, Any]) -> str:
+    """The metrics for a person."""
+    rows = [f"{'':<18}{'median':>8}{'true':>8}{'error':>8}{'IQR':>8}{'true':>8}{'texture':>9}{'true':>8}{'ratio':>7}"]
+    for name, o in metrics["organs"].items():
+        if o is None:
+            rows.append(f"{name:<18}{'(absent)':>8}")
+            continue
+        numbers = (o["median"], o["median_true"], o["median_error"], o["iqr"], o["iqr_true"])
+        ratio = "" if o["texture_ratio"] is None else f"{o['texture']:9.1f}{o['texture_true']:8.1f}{o['texture_ratio']:7.2f}"
+        rows.append(f"{name:<18}" + "".join(f"{n:8.0f}" for n in numbers) + ratio)
+    if b := metrics["body"]:
+        rows.append(f"body: MAE {b['mae']:.1f} HU, mean painting {b['mae_mean_painting']:.1f} HU, ratio {b['mae_ratio']:.3f}")
+    return "\n".join(rows)
+
+
+def _plain(**numbers: float) -> dict[str, Any]:
+    """Rounded Python numbers; NaN becomes None, which JSON can say."""
+    return {k: v if isinstance(v, int) else round(float(v), 4) if np.isfinite(v) else None for k, v in numbers.items()}
+
+
+def read_cases(synthetic: Path, truth: Path, masks: Path, labels: str) -> tuple[list[NDArray[Any]], list[NDArray[Any]], list[NDArray[Any]]]:
+    """The volumes of all cases in `masks`, as axial slices. Raises `UsageError` or `InputError`, naming the file."""
+    from runtime.io.nifti import read_labels, read_volume
+
+    cases = sorted(p for p in masks.glob("*.nii.gz") if not p.name.startswith(".")) if masks.is_dir() else []
+    if not cases:
+        raise UsageError("there are no masks", expected="a folder of CASE.nii.gz", remedy="check --masks", file=masks)
+    result: tuple[list[NDArray[Any]], list[NDArray[Any]], list[NDArray[Any]]] = ([], [], [])
+    for path in cases:
+        mask = read_labels(path, PRESETS[labels])
+        files = (synthetic / f"{path.name.removesuffix('.nii.gz')}_ct.nii.gz", truth / path.name)
+        for volumes, file in zip(result, files, strict=False):
+            values = read_volume(file).values
+            if values.shape != mask.labels.shape:
+                raise InputError(f"{file.name} has {values.shape} voxels, its mask {mask.labels.shape}", expected="the mask's grid",
+                                 remedy="compare volumes of the same case", file=file)  # fmt: skip
+            volumes.append(values)
+        result[2].append(mask.labels)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line in the module's docstring."""
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description="compare painted CTs with true ones")
+    for name in ("synthetic", "truth", "masks"):
+        parser.add_argument(f"--{name}", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--labels", choices=sorted(PRESETS), default="mm-whs", help="label table of the masks")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics here")
+    args = parser.parse_args(argv)
+    volumes = read_cases(args.synthetic, args.truth, args.masks, args.labels)
+    metrics = evaluate(*volumes, organ_names(args.labels))
+    print(table(metrics))
+    if args.json:
+        write_json(args.json, metrics)
+    print(json.dumps(metrics))
+    return 0
+
+
+def organ_names(labels: str) -> list[str]:
+    """The structures of a preset, in the order of their indices 1, 2, ..."""
+    return [label.name for label in PRESETS[labels].labels[1:]]
+
+
+def flat(metrics: dict[str, Any]) -> Iterable[tuple[str, float]]:
+    """(name, value) of every number that is there, such as ("organs.left atrium.median", 455.0)."""
+    for key, value in metrics.items():
+        if isinstance(value, dict):
+            yield from ((f"{key}.{name}", number) for name, number in flat(value))
+        elif value is not None:
+            yield key, value
+
+
+if __name__ == "__main__":
+    from runtime import console
+
+    sys.exit(console.run(main))

@@ -1,0 +1,45 @@
+"""Losses: pure functions from tensors to named scalars, weighted and summed by train/step.py, logged by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+TEXTURE_SIDES = (3, 5)  # pixels: fine grain and coarser mottle
+FLOOR_SIDE = 4  # pixels
+LEAST_DEVIATION = 0.002  # keeps the square root's slope finite; 4 HU in a range of 2048
+
+
+def discriminator_losses(score_real: Tensor, score_fake: Tensor) -> dict[str, Tensor]:
+    """Least-squares GAN (Mao et al. 2017): real patches are to score 1, painted ones 0; each half counts half."""
+    return {"d_real": 0.5 * (score_real - 1).square().mean(), "d_fake": 0.5 * score_fake.square().mean()}
+
+
+def generator_losses(score_fake: Tensor, smooth: Tensor, painted: Tensor, real: Tensor) -> dict[str, Tensor]:
+    """Images (N, 1, H, W) in [0, 1]: `smooth` without texture, `painted` with it.
+
+    `adversarial`: painted patches are to score 1. `reconstruction`: mean absolute difference of `smooth` and `real`: measured
+    on `painted`, the best answer would be no texture. `texture`: mean absolute difference of the noise floors.
+    """
+    texture = torch.stack([(noise_floor(painted, side) - noise_floor(real, side)).abs().mean() for side in TEXTURE_SIDES])
+    return {"adversarial": (score_fake - 1).square().mean(), "reconstruction": (smooth - real).abs().mean(), "texture": texture.mean()}
+
+
+def noise_floor(image: Tensor, side: int) -> Tensor:
+    """The texture's standard deviation, anatomy left aside: (N, 1, H, W) → (N, 1, H // FLOOR_SIDE, W // FLOOR_SIDE).
+
+    The deviation about the local mean in windows of `side` pixels; of neighbouring windows the flattest, which has no edge in it.
+    """
+    def mean(x: Tensor) -> Tensor:
+        return functional.avg_pool2d(x, side, 1, side // 2, count_include_pad=False)
+
+    deviation = (mean((image - mean(image)).square()) + LEAST_DEVIATION**2).sqrt()
+    return -functional.max_pool2d(-deviation, FLOOR_SIDE)
+
+
+def weighted_sum(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """Sum of weight x loss over the names of `losses`."""
+    return torch.stack([weights[name] * value for name, value in losses.items()]).sum()
