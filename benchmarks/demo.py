@@ -32,7 +32,11 @@ class StageFailed(Mask2CTError):
     """A stage ended with another exit code than 0; its own message stands above."""
 
     def __init__(self, name: str, command: Sequence[str], code: int):
-        super().__init__(f"the stage '{name}' ended with exit code {code}", expected="exit code 0", remedy=f"see its message above; to try it alone: {shlex.join(command)}")
+        super().__init__(
+            f"the stage '{name}' ended with exit code {code}",
+            expected="exit code 0",
+            remedy=f"see its message above; to try it alone: {shlex.join(command)}",
+        )
         self.exit_code = code if code in (1, 2, 3, 4, 130) else 1
 
 
@@ -51,10 +55,27 @@ def main(argv: Sequence[str]) -> int:
     changes = [part for change in options.set for part in ("--set", change)]
     stages: list[tuple[str, list[str]]] = [
         ("phantom cohort", ["-m", "train.phantom", f"{out}/data", "--patients", str(options.patients), "--seed", "1", "--size", *size]),
-        ("training", ["train/run.py", "--config", str(options.config), "--dataset-path", f"{out}/data", "--output", f"{out}/train", *changes]),
+        (
+            "training",
+            ["train/run.py", "--config", str(options.config), "--dataset-path", f"{out}/data", "--output", f"{out}/train", *changes],
+        ),
         ("export and proof", ["export/build_engine.py", f"{out}/train", "-o", f"{out}/model", "--onnx-only"]),
         ("unseen patients", ["-m", "train.phantom", f"{out}/unseen", "--patients", str(options.unseen), "--seed", "2", "--size", *size]),
-        ("synthesis", ["-m", "runtime", "synth", f"{out}/masks", "--model", f"{out}/model", "--output", f"{out}/synthetic", "--report", f"{out}/synthesis.json"]),
+        (
+            "synthesis",
+            [
+                "-m",
+                "runtime",
+                "synth",
+                f"{out}/masks",
+                "--model",
+                f"{out}/model",
+                "--output",
+                f"{out}/synthetic",
+                "--report",
+                f"{out}/synthesis.json",
+            ],
+        ),
     ]
     seconds: dict[str, float] = {}
     for name, command in stages:
@@ -88,7 +109,12 @@ def _make_anew(out: Path) -> None:
     """An empty folder with the marker. Raises `UsageError` rather than remove a folder that is not this program's."""
     if out.is_dir() and any(out.iterdir()):
         if not (out / MARKER).is_file():
-            raise UsageError(f"{out} holds something else than a demo", expected="a new folder, or one that a demo made", remedy="choose another --output", file=out)
+            raise UsageError(
+                f"{out} holds something else than a demo",
+                expected="a new folder, or one that a demo made",
+                remedy="choose another --output",
+                file=out,
+            )
         with writing(out):
             shutil.rmtree(out)
     with writing(out):
@@ -106,7 +132,12 @@ def _split_unseen(out: Path) -> None:
                 path.rename(out / folder / f"unseen_{number}.nii.gz")
         shutil.rmtree(out / "unseen")
     except OSError as exc:
-        raise OutputError(f"the unseen patients cannot be sorted: {exc}", expected="a folder that can be written", remedy="choose another --output", file=out) from exc
+        raise OutputError(
+            f"the unseen patients cannot be sorted: {exc}",
+            expected="a folder that can be written",
+            remedy="choose another --output",
+            file=out,
+        ) from exc
 
 
 def read_json(path: Path) -> Any:

@@ -29,13 +29,18 @@ def write_report(out: Path, seconds: Mapping[str, float], machine: Mapping[str, 
     pictures = ""
     for n in range(min(shown, len(cases))):
         spacing = read_volume(out / "masks" / f"{cases[n]}.nii.gz").geometry.spacing
-        pictures += f"<p>{html.escape(cases[n])}</p>" + picture(planes(masks[n], synthetic[n], truth[n], spacing, len(names) + 1), f"{cases[n]}: condition, synthetic, true")
+        pictures += f"<p>{html.escape(cases[n])}</p>" + picture(
+            planes(masks[n], synthetic[n], truth[n], spacing, len(names) + 1), f"{cases[n]}: condition, synthetic, true"
+        )
     page(
         out / "report.html",
         "mask2ct: synthetic CT from masks no network has seen",
         f"{len(cases)} unseen phantom patients, painted from their heart labels alone. Synthetic images, not for diagnosis.",
         [
-            ("Condition | synthetic | true", "<p class=note>Window -700 … 700 HU. The network is given the left column only.</p>" + pictures),
+            (
+                "Condition | synthetic | true",
+                "<p class=note>Window -700 … 700 HU. The network is given the left column only.</p>" + pictures,
+            ),
             ("Organs", _organs(metrics)),
             ("Training", picture(curves(read_metrics(out / "train" / "metrics.jsonl")), "training curves")),
             ("Proof of the export", _parity(manifest)),
@@ -52,7 +57,17 @@ def _organs(metrics: Mapping[str, Any]) -> str:
             rows.append((name, *["absent"] * 7))
             continue
         numbers = [f"{organ[key]:.0f}" for key in ("median", "median_true")] + [f"{organ['median_error']:+.0f}"]
-        rows.append((name, *numbers, f"{organ['iqr']:.0f}", f"{organ['iqr_true']:.0f}", f"{organ['texture']:.1f}", f"{organ['texture_true']:.1f}", f"{organ['texture_ratio']:.2f}"))
+        rows.append(
+            (
+                name,
+                *numbers,
+                f"{organ['iqr']:.0f}",
+                f"{organ['iqr_true']:.0f}",
+                f"{organ['texture']:.1f}",
+                f"{organ['texture_true']:.1f}",
+                f"{organ['texture_ratio']:.2f}",
+            )
+        )
     body = metrics["body"]
     lead = (
         f"<p>Mean absolute error inside the body {body['mae']:.0f} HU, {body['mae_ratio']:.2f} of what painting every label, and the rest "
@@ -70,7 +85,9 @@ def _parity(manifest: Manifest) -> str:
         for engine, proof in engines.items()
         for what, numbers in proof.items()
     ]
-    return "<p class=note>The exported graph against the PyTorch network, HU.</p>" + table(("file", "engine", "on", "slices", "max", "mean", "pixels that differ"), rows)
+    return "<p class=note>The exported graph against the PyTorch network, HU.</p>" + table(
+        ("file", "engine", "on", "slices", "max", "mean", "pixels that differ"), rows
+    )
 
 
 def _seconds(seconds: Mapping[str, float], synthesis: Mapping[str, Any]) -> str:

@@ -15,7 +15,9 @@ from runtime.errors import MissingComponent
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("build_engine.py", description="Export a trained run to a model folder, with proof.", epilog=EXIT_CODES)
+    parser = argparse.ArgumentParser(
+        "build_engine.py", description="Export a trained run to a model folder, with proof.", epilog=EXIT_CODES
+    )
     parser.add_argument("run", type=Path, help="a run folder, as train/run.py leaves it")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
     parser.add_argument("--onnx-only", action="store_true", help="write and prove the ONNX graph, build no TensorRT engine")

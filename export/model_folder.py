@@ -49,7 +49,9 @@ def write_model(run: Run, graph: LabelsToIntensity, masks: NDArray[np.uint8], fo
             say(f"  {what}: max {parity.max} HU, mean {parity.mean:.5f} HU, {100 * parity.differing:.4f} % of the pixels differ")
         name = engine.name.split(",")[0]
         engine.close()
-        whole = Manifest(**{**vars(manifest), "files": {path.name: describe_file(path, "onnx", "fp32")}, "parity": {path.name: {name: proof}}})
+        whole = Manifest(
+            **{**vars(manifest), "files": {path.name: describe_file(path, "onnx", "fp32")}, "parity": {path.name: {name: proof}}}
+        )
         write_json(part / MANIFEST, whole.to_json())
     return whole
 

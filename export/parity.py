@@ -37,7 +37,9 @@ def random_inputs(slices: int, z: int, size: tuple[int, int], classes: int, seed
     return np.random.default_rng(seed).integers(0, classes, (slices, z, *size), np.uint8)
 
 
-def measure(graph: LabelsToIntensity, engine: Engine, labels: NDArray[np.uint8], *, seed: int = 0, on_slice: Callable[[int], None] | None = None) -> Parity:
+def measure(
+    graph: LabelsToIntensity, engine: Engine, labels: NDArray[np.uint8], *, seed: int = 0, on_slice: Callable[[int], None] | None = None
+) -> Parity:
     """Paint `labels` (n, Z, H, W) with both, with the same noise, and compare. H and W are multiples of the divisor."""
     noise = np.random.default_rng(seed).integers(0, 256, (len(labels), *labels.shape[2:]), np.uint8)
     noisy = any(t.name == "noise" for t in engine.spec.inputs)

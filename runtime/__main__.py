@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-
 from .console import EXIT_CODES, Progress, duration, run
 from .contract import Manifest
 from .engines.registry import CHOICES
@@ -42,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--variants", type=int, metavar="K", help="write K different CTs per mask, each with its mask")
     synth.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
     synth.add_argument("--labels", type=Path, metavar="MAP.json", help=f"{MAP_HELP}")
-    synth.add_argument("--batch", type=int, default=DEFAULT_BATCH, metavar="N", help="slices held at once; the result is the same (default: %(default)s)")
+    synth.add_argument(
+        "--batch", type=int, default=DEFAULT_BATCH, metavar="N", help="slices held at once; the result is the same (default: %(default)s)"
+    )
     synth.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each case")
     synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
     synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
@@ -90,7 +91,9 @@ def _synth(options: argparse.Namespace) -> int:
         if options.report is not None:
             write_json(options.report, _report(synth, options, results, seconds))
         if not options.quiet:
-            print(f"{len(results) - len(failed)} done, {len(failed)} failed, {slices} slices in {duration(seconds)} ({slices / seconds:.1f} slices/s) → {options.output}")
+            print(
+                f"{len(results) - len(failed)} done, {len(failed)} failed, {slices} slices in {duration(seconds)} ({slices / seconds:.1f} slices/s) → {options.output}"
+            )
     return 1 if failed else 0
 
 
@@ -117,7 +120,9 @@ def _dry_run(synth: Synthesizer, masks: Sequence[Path], label_map: Any, quiet: b
         grid = SliceGrid(synth.manifest.grid, volume.geometry, (depth, height, width))
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
         if not quiet:
-            print(f"{mask}: {width} x {height} x {depth} voxels of {spacing} mm, {grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}")
+            print(
+                f"{mask}: {width} x {height} x {depth} voxels of {spacing} mm, {grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
+            )
     return 1 if failed else 0
 
 
@@ -169,10 +174,19 @@ def _labels(options: argparse.Namespace) -> int:
 def _describe(options: argparse.Namespace) -> int:
     manifest = Manifest.load(options.model)
     grid, intensity = manifest.grid, manifest.intensity
-    scale = "each slice fitted to it" if grid.pixel_spacing is None else f"{grid.pixel_spacing[0]} x {grid.pixel_spacing[1]} mm a pixel, growing in steps of {grid.divisor}"
+    scale = (
+        "each slice fitted to it"
+        if grid.pixel_spacing is None
+        else f"{grid.pixel_spacing[0]} x {grid.pixel_spacing[1]} mm a pixel, growing in steps of {grid.divisor}"
+    )
     print(f"model      {manifest.name}\nlicense    {manifest.license or 'not stated'}\nlabels     {manifest.labels}")
-    print(f"canvas     {grid.canvas[0]} x {grid.canvas[1]}, {scale}\nslices     {grid.slices}" + (f", {grid.slice_spacing} mm apart" if grid.slices > 1 else ""))
-    print(f"paints     {intensity.low} … {intensity.high} {intensity.unit}, noise {'yes' if manifest.noise else 'no'}, style of {manifest.style}")
+    print(
+        f"canvas     {grid.canvas[0]} x {grid.canvas[1]}, {scale}\nslices     {grid.slices}"
+        + (f", {grid.slice_spacing} mm apart" if grid.slices > 1 else "")
+    )
+    print(
+        f"paints     {intensity.low} … {intensity.high} {intensity.unit}, noise {'yes' if manifest.noise else 'no'}, style of {manifest.style}"
+    )
     for name, file in manifest.files.items():
         manifest.verify(options.model, [name])
         print(f"file       {name}: {file.precision}, {file.bytes / 1e6:.1f} MB, sha256 {file.sha256[:16]}… verified")
@@ -190,5 +204,3 @@ def entry() -> int:
 
 if __name__ == "__main__":
     sys.exit(entry())
-
-

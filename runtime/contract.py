@@ -51,10 +51,10 @@ class LabelTable:
             raise _no(f"{len(self.labels)} labels", f"a background and 1 to {MAX_LABELS - 1} structures")
         names = [label.name for label in self.labels]
         values = [value for label in self.labels for value in (label.value, *label.aliases)]
-        for what, items in (("label name", names), ("label value", values)):
-            twice = sorted({item for item in items if items.count(item) > 1})
-            if twice:
-                raise _no(f"{what} {twice[0]!r} occurs twice", "each once")
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise _no(f"label name {twice[0]!r} occurs twice", "each once")
+        if again := [value for value in values if values.count(value) > 1]:
+            raise _no(f"label value {again[0]} occurs twice", "each once")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -222,7 +222,9 @@ class Manifest:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, KeyError, TypeError, ValueError, AttributeError) as exc:
             what = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc)
-            raise ModelError(f"{MANIFEST} cannot be used: {what}", expected="a manifest as export writes it", remedy=remedy, file=path) from exc
+            raise ModelError(
+                f"{MANIFEST} cannot be used: {what}", expected="a manifest as export writes it", remedy=remedy, file=path
+            ) from exc
 
     def verify(self, folder: Path, names: Iterable[str]) -> None:
         """Compare the size and SHA-256 of the named files with the manifest's. Raises `ModelError` on any difference."""
@@ -240,7 +242,9 @@ def _spec(data: Mapping[str, Any]) -> TensorSpec:
 
 
 def labels_to_json(table: LabelTable) -> list[dict[str, Any]]:
-    return [{"index": i, "name": x.name, "value": x.value, "aliases": list(x.aliases), "snomed": x.snomed} for i, x in enumerate(table.labels)]
+    return [
+        {"index": i, "name": x.name, "value": x.value, "aliases": list(x.aliases), "snomed": x.snomed} for i, x in enumerate(table.labels)
+    ]
 
 
 def labels_from_json(rows: Iterable[Mapping[str, Any]]) -> LabelTable:

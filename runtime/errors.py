@@ -131,4 +131,6 @@ def reading(path: str | os.PathLike[str], expected: str, error: type[Mask2CTErro
         raise error(f"{name} cannot be read: permission denied", expected=expected, remedy="check its permissions", file=path) from exc
     except (OSError, EOFError, ValueError, RuntimeError) as exc:
         lines = str(exc).strip().splitlines() or [type(exc).__name__]
-        raise error(f"{name} cannot be read: {lines[-1][:200]}", expected=expected, remedy="check the file, or write it again", file=path) from exc
+        raise error(
+            f"{name} cannot be read: {lines[-1][:200]}", expected=expected, remedy="check the file, or write it again", file=path
+        ) from exc

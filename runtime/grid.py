@@ -45,7 +45,10 @@ class SliceGrid:
             scale = (extent[0] / self.size[0], extent[1] / self.size[1])
         else:
             scale = (policy.pixel_spacing[0] / spacing[rows], policy.pixel_spacing[1] / spacing[columns])
-            self.size = (_canvas(extent[0] / scale[0], policy.canvas[0], policy.divisor), _canvas(extent[1] / scale[1], policy.canvas[1], policy.divisor))
+            self.size = (
+                _canvas(extent[0] / scale[0], policy.canvas[0], policy.divisor),
+                _canvas(extent[1] / scale[1], policy.canvas[1], policy.divisor),
+            )
         # Centres coincide. Where sizes differ by an odd number of pixels the centre would fall between pixels and even an
         # unscaled grid would be resampled: the canvas is moved by half a pixel then, so that equal spacing copies pixels.
         maps = [_canvas_positions(self.size[n], extent[n], scale[n]) for n in (0, 1)]
@@ -113,9 +116,9 @@ def _canvas(pixels: float, least: int, divisor: int) -> int:
 def _canvas_positions(size: int, extent: int, scale: float) -> NDArray[np.float64]:
     """For each of `size` canvas pixels its position on the mask's axis of `extent` voxels; `scale` voxels a pixel."""
     centre = (extent - 1) / 2
-    positions = centre + (np.arange(size) - (size - 1) / 2) * scale
+    positions = centre + (np.arange(size, dtype=np.float64) - (size - 1) / 2) * scale
     if abs(scale - 1) < 1e-6:
-        positions = np.round(positions + 1e-9)  # an odd difference: half a pixel aside instead of half-way between
+        return np.asarray(np.floor(positions + 0.5 + 1e-9))  # an odd difference: half a pixel aside instead of half-way between
     return positions
 
 

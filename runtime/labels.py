@@ -41,7 +41,9 @@ def load_map(path: Path, table: LabelTable) -> dict[int | None, int]:
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
-        raise UsageError(f"the label map cannot be read: {exc}", expected=MAP_HELP, remedy="check the path and the JSON", file=path) from exc
+        raise UsageError(
+            f"the label map cannot be read: {exc}", expected=MAP_HELP, remedy="check the path and the JSON", file=path
+        ) from exc
     if not isinstance(data, dict) or not data:
         raise UsageError("the label map is not a JSON object with entries", expected=MAP_HELP, remedy="write it as one", file=path)
     result: dict[int | None, int] = {}
@@ -53,7 +55,9 @@ def load_map(path: Path, table: LabelTable) -> dict[int | None, int]:
         try:
             result[None if key == "*" else int(key)] = index
         except ValueError as exc:
-            raise UsageError(f"the label map has the key {key!r}", expected='an integer file value, or "*"', remedy="correct the entry", file=path) from exc
+            raise UsageError(
+                f"the label map has the key {key!r}", expected='an integer file value, or "*"', remedy="correct the entry", file=path
+            ) from exc
     return result
 
 
@@ -66,7 +70,7 @@ def to_indices(
     the model knows and the remedy, when a value has no index.
     """
     found = present_values(values)
-    known: Mapping[int | None, int] = {**table.by_value} if label_map is None else label_map
+    known: dict[int | None, int] = dict(table.by_value.items() if label_map is None else label_map.items())
     rest = known.get(None)
     unknown = [v for v in found if v not in known] if rest is None else []
     if unknown:
@@ -80,7 +84,7 @@ def to_indices(
     targets = np.asarray([known.get(v, rest) for v in found], np.uint8)
     order = np.asarray(found)
     out = np.empty(values.shape, np.uint8)
-    if found and 0 <= found[0] and found[-1] < 1 << 16:
+    if found and found[0] >= 0 and found[-1] < 1 << 16:
         lut = np.zeros(found[-1] + 1, np.uint8)
         lut[order] = targets
         for n, plane in enumerate(values):  # plane by plane: no wide copy of the volume is ever made

@@ -48,7 +48,12 @@ def find_masks(arguments: Sequence[Path]) -> list[Path]:
         if argument.is_dir():
             found = sorted(p for p in argument.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith("."))
             if not found:
-                raise UsageError(f"the folder {argument} holds no masks", expected=f"files ending in {', '.join(SUFFIXES)}", remedy="check the path", file=argument)
+                raise UsageError(
+                    f"the folder {argument} holds no masks",
+                    expected=f"files ending in {', '.join(SUFFIXES)}",
+                    remedy="check the path",
+                    file=argument,
+                )
             masks += found
         else:
             masks.append(argument)
@@ -118,7 +123,9 @@ class _Meter:
                 self._on_slice(self.slices)
 
 
-def _write_pair(output: Path, case: str, variant: int | None, volume: LabelVolume, table: LabelTable, slabs: Iterable[CTSlab]) -> tuple[Path, ...]:
+def _write_pair(
+    output: Path, case: str, variant: int | None, volume: LabelVolume, table: LabelTable, slabs: Iterable[CTSlab]
+) -> tuple[Path, ...]:
     """The CT, and its mask beside it when there are variants."""
     prefix = case if variant is None else f"{case}_v{variant}"
     depth, height, width = volume.labels.shape

@@ -130,7 +130,10 @@ class _Slot:
         self._buffers: list[HostBuffer] = []
         names = {"N": self.batch, "H": size[0], "W": size[1]}
         try:
-            tensors = {t.name: self._allocate(pool, [names.get(str(d), d) for d in t.shape], t.dtype) for t in (*engine.spec.inputs, engine.spec.output)}
+            tensors = {
+                t.name: self._allocate(pool, [names.get(str(d), d) for d in t.shape], t.dtype)
+                for t in (*engine.spec.inputs, engine.spec.output)
+            }
         except BaseException:
             self.close()
             raise

@@ -29,10 +29,14 @@ class Geometry:
         affine = np.array(self.affine, np.float64)
         expected = "a finite 4x4 affine with orthogonal axes, LPS, mm"
         if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.array_equal(affine[3], [0, 0, 0, 1]):
-            raise GeometryError(f"the affine {affine.tolist()} is not one", expected=expected, remedy="write the mask again with a valid header")
+            raise GeometryError(
+                f"the affine {affine.tolist()} is not one", expected=expected, remedy="write the mask again with a valid header"
+            )
         lengths = np.linalg.norm(affine[:3, :3], axis=0)
         if (lengths <= 0).any():
-            raise GeometryError(f"the voxel spacing is {lengths.tolist()} mm", expected="three positive numbers", remedy="correct the header")
+            raise GeometryError(
+                f"the voxel spacing is {lengths.tolist()} mm", expected="three positive numbers", remedy="correct the header"
+            )
         unit = affine[:3, :3] / lengths
         cosines = np.abs(unit.T @ unit - np.eye(3))
         if cosines.max() > ORTHOGONAL_TOLERANCE:
@@ -111,7 +115,7 @@ class LabelVolume:
         digest = hashlib.sha256(np.asarray(self.labels.shape, "<i8").tobytes())
         digest.update(self.geometry.affine.astype("<f8").tobytes())
         for plane in self.labels:
-            digest.update(np.ascontiguousarray(plane))
+            digest.update(np.ascontiguousarray(plane).data)
         return digest.digest()
 
 

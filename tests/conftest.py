@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from samples import write_fake_model
 
 from runtime.engines.fake import fake_manifest
-from samples import write_fake_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -25,9 +25,11 @@ def root() -> Path:
 def command():
     """Run `python …` from the repository and return the finished process, text captured."""
 
-    def run(*arguments: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, env: dict[str, str] | None = None, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         whole = [sys.executable, *map(str, arguments)]
-        return subprocess.run(whole, cwd=ROOT, capture_output=True, text=True, check=False, timeout=600, env={**os.environ, **(env or {})})
+        return subprocess.run(
+            whole, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout, env={**os.environ, **(env or {})}
+        )
 
     return run
 
@@ -48,7 +50,18 @@ def trained(cohort: Path, command, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("run") / "tiny"
     settings = ["training.steps=6", "training.batch_size=4", "generator.filters=8", "generator.depth=5", "data.canvas=[64,64]", "discriminator.filters=8",
                 "training.recalibrate=2", "training.valid_slices=8"]  # fmt: skip
-    done = command("train/run.py", "--config", "train/configs/phantom.json", "--dataset-path", cohort, "--output", folder, "--quiet", "--set", *settings)
+    done = command(
+        "train/run.py",
+        "--config",
+        "train/configs/phantom.json",
+        "--dataset-path",
+        cohort,
+        "--output",
+        folder,
+        "--quiet",
+        "--set",
+        *settings,
+    )
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -42,7 +42,12 @@ def directions() -> list[NDArray[np.float64]]:
     return [np.eye(3)[:, list(order)] * np.array(signs) for order in permutations(range(3)) for signs in product((1.0, -1.0), repeat=3)]
 
 
-def image(values: NDArray[Any], spacing: tuple[float, ...] = (1.5, 1.25, 2.5), origin: tuple[float, ...] = (-12.5, 3.0, 40.0), direction: Any = None) -> sitk.Image:
+def image(
+    values: NDArray[Any],
+    spacing: tuple[float, ...] = (1.5, 1.25, 2.5),
+    origin: tuple[float, ...] = (-12.5, 3.0, 40.0),
+    direction: Any = None,
+) -> sitk.Image:
     made = sitk.GetImageFromArray(values)
     made.SetSpacing(spacing)
     made.SetOrigin(origin)

@@ -17,10 +17,10 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from samples import blobs, image, write_mask
 
 from runtime.__main__ import main
 from runtime.console import run
-from samples import blobs, image, write_mask
 
 
 def nifti(path: Path, values: np.ndarray, **fields: object) -> None:
@@ -107,7 +107,11 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "NaN": ("m.nii.gz", lambda p: with_value(p, float("nan")), "holds nan, which is no label"),
     "infinite": ("m.mha", lambda p: with_value(p, float("inf")), "holds inf, which is no label"),
     "unknown labels": ("m.nii.gz", unknown_labels, "3, 999"),
-    "no spacing": ("m.mha", lambda p: p.write_text("NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n12345678"), "does not state its voxel spacing"),
+    "no spacing": (
+        "m.mha",
+        lambda p: p.write_text("NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n12345678"),
+        "does not state its voxel spacing",
+    ),
     "voxels elsewhere": ("m.mhd", escaping_mhd, "../secret.raw"),
     "not a volume": ("m.png", lambda p: p.write_bytes(b"\x89PNG"), "not of a format that is read"),
     "text nrrd": ("m.nrrd", lambda p: p.write_text("hello\n"), "not an NRRD"),
@@ -120,7 +124,9 @@ def synth(model: Path, out: Path, *masks: Path, extra: tuple[str, ...] = ("--bac
 
 
 @pytest.mark.parametrize("kind", BAD_MASKS)
-def test_a_bad_mask_is_named_and_the_others_are_done(kind: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_mask_is_named_and_the_others_are_done(
+    kind: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     name, make, fact = BAD_MASKS[kind]
     bad, good, out = tmp_path / name, write_mask(tmp_path / "good.nii.gz"), tmp_path / "out"
     make(bad)
@@ -135,7 +141,9 @@ def test_a_bad_mask_is_named_and_the_others_are_done(kind: str, tmp_path: Path, 
         assert [p.name for p in out.iterdir()] == ["good_ct.nii.gz"]
 
 
-def test_unknown_labels_list_what_was_found_what_is_known_and_the_remedy(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_labels_list_what_was_found_what_is_known_and_the_remedy(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     unknown_labels(tmp_path / "m.nii.gz")
     assert synth(fake_model, tmp_path / "out", tmp_path / "m.nii.gz") == 1
     error = capsys.readouterr().err
@@ -173,7 +181,10 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "impossible grid": (lambda m: broken_manifest(m, lambda d: d["grid"].update(slices=2)), "odd number"),
     "label twice": (lambda m: broken_manifest(m, lambda d: d["labels"][1].update(value=0)), "occurs twice"),
     "path in a file name": (lambda m: broken_manifest(m, lambda d: d["files"].update({"../x": d["files"]["model.onnx"]})), "../x"),
-    "altered file": (lambda m: (m / "model.onnx").write_bytes(bytes(len((m / "model.onnx").read_bytes()))), "not the file its manifest describes"),
+    "altered file": (
+        lambda m: (m / "model.onnx").write_bytes(bytes(len((m / "model.onnx").read_bytes()))),
+        "not the file its manifest describes",
+    ),
     "truncated file": (lambda m: os.truncate(m / "model.onnx", 1000), "not the file its manifest describes"),
     "file is gone": (lambda m: (m / "model.onnx").unlink(), "is missing from the model folder"),
 }
@@ -191,7 +202,9 @@ def test_a_bad_model_starts_nothing(kind: str, tmp_path: Path, model: Path, caps
     assert not out.exists()
 
 
-def test_a_graph_that_is_none_is_refused_even_when_the_manifest_agrees(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_graph_that_is_none_is_refused_even_when_the_manifest_agrees(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from runtime.files import sha256_of
 
     spoilt = tmp_path / "model"
@@ -208,11 +221,15 @@ def test_a_missing_backend_is_exit_3_with_the_command_that_installs_it(root: Pat
     code = f"{hide}; from runtime.__main__ import main; from runtime.console import run; sys.exit(run(main, ['synth', {str(mask)!r}, '--model', {str(model)!r}, '--output', {str(tmp_path / 'out')!r}]))"
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
-    assert "onnxruntime is not installed" in done.stderr and 'pip install "mask2ct[onnx]"' in done.stderr and not (tmp_path / "out").exists()
+    assert (
+        "onnxruntime is not installed" in done.stderr and 'pip install "mask2ct[onnx]"' in done.stderr and not (tmp_path / "out").exists()
+    )
 
 
 @pytest.mark.parametrize("place", ["under a file", "in /proc"])
-def test_an_output_folder_that_cannot_be_made_is_exit_4(place: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_output_folder_that_cannot_be_made_is_exit_4(
+    place: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     mask = write_mask(tmp_path / "m.nii.gz")
     (tmp_path / "file").write_text("")
     out = {"under a file": tmp_path / "file" / "out", "in /proc": Path("/proc/out")}[place]
@@ -244,8 +261,24 @@ def test_a_full_disk_is_exit_4_and_what_was_done_stays(root: Path, tmp_path: Pat
     try:
         rng = np.random.default_rng(0)
         small = write_mask(tmp_path / "a.nii.gz")
-        large = write_mask(tmp_path / "b.nii.gz", rng.choice(np.array([0, 205, 420, 500], np.uint16), (60, 64, 64)), spacing=(3.0, 3.0, 3.0))
-        arguments = [sys.executable, "-m", "runtime", "synth", small, large, "--model", fake_model, "--backend", "fake", "--output", disk / "out", "--quiet"]
+        large = write_mask(
+            tmp_path / "b.nii.gz", rng.choice(np.array([0, 205, 420, 500], np.uint16), (60, 64, 64)), spacing=(3.0, 3.0, 3.0)
+        )
+        arguments = [
+            sys.executable,
+            "-m",
+            "runtime",
+            "synth",
+            small,
+            large,
+            "--model",
+            fake_model,
+            "--backend",
+            "fake",
+            "--output",
+            disk / "out",
+            "--quiet",
+        ]
         done = subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False)
         assert done.returncode == 4, done.stderr
         assert "the disk is full" in done.stderr and "Traceback" not in done.stderr
@@ -262,13 +295,17 @@ def test_a_full_disk_is_exit_4_and_what_was_done_stays(root: Path, tmp_path: Pat
         (["--labels", "nope.json"], "label map cannot be read"),
     ],
 )
-def test_a_wrong_command_is_exit_2(arguments: list[str], fact: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_command_is_exit_2(
+    arguments: list[str], fact: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), extra=("--backend", "fake", *arguments)) == 2
     assert fact in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("content", ["[1]", "{}", '{"5": "liver"}', '{"5": 17}', '{"x": "left ventricle"}', '{"5": true}', "no json"])
-def test_a_wrong_label_map_is_exit_2_and_shows_a_right_one(content: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_label_map_is_exit_2_and_shows_a_right_one(
+    content: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "map.json").write_text(content)
     extra = ("--backend", "fake", "--labels", str(tmp_path / "map.json"))
     assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), extra=extra) == 2
@@ -276,7 +313,9 @@ def test_a_wrong_label_map_is_exit_2_and_shows_a_right_one(content: str, tmp_pat
     assert "label" in error and "remedy" in error and str(tmp_path / "map.json") in error
 
 
-def test_two_masks_of_one_name_are_refused_before_anything_is_written(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_masks_of_one_name_are_refused_before_anything_is_written(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
     masks = write_mask(tmp_path / "x" / "m.nii.gz"), write_mask(tmp_path / "y" / "m.mha")

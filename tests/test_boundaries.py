@@ -44,7 +44,9 @@ def test_rooms_import_only_what_the_house_allows(room: str, root: Path) -> None:
 
 def test_runtime_imports_of_itself_are_relative(root: Path) -> None:
     for file in (root / "runtime").rglob("*.py"):
-        assert not [n for n in imports(file) if n.split(".")[0] == "runtime"], f"{file} would break when the folder is vendored under another name"
+        assert not [n for n in imports(file) if n.split(".")[0] == "runtime"], (
+            f"{file} would break when the folder is vendored under another name"
+        )
 
 
 def python(code: str, *, cwd: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def test_the_phantom_config_needs_no_dataset_and_a_dataset_replaces_it() -> None
         ("data.train_ratio=1.5", "data.train_ratio", "a number from 0 to 1"),
         ("data.canvas=[256]", "data.canvas", "a list of 2, each a whole number"),
         ("data.canvas=[100,100]", "data.canvas", "multiples of 128"),
+        ("data.canvas=[128,128],training.batch_size=1", "training.batch_size", "at least 2"),
         ("data.slices=2", "data.slices", "odd"),
         ("data.labels=mmwhs", "data.labels", "mm-whs"),
         ("data.keep=[3,1]", "data.keep", "rising indices"),
@@ -56,7 +58,7 @@ def test_the_phantom_config_needs_no_dataset_and_a_dataset_replaces_it() -> None
 )
 def test_a_wrong_override_names_the_key_and_what_is_allowed(override: str, key: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        resolve({}, [override])
+        resolve({}, re.split(r",(?=[a-z])", override))
     assert key in caught.value.fact and hint in str(caught.value)
     assert caught.value.exit_code == 2 and len(str(caught.value).splitlines()) <= 4
 
@@ -69,7 +71,15 @@ def test_overrides_are_typed_by_their_key() -> None:
 
 
 def test_the_originals_keys_are_understood_in_files_and_overrides() -> None:
-    theirs = {"NAME": "whs", "MAX_ITER": 40, "BATCH_SIZE": 4, "LEARNING_RATE_G": 1e-4, "IMAGE_RES": [128, 128], "LABELS": [0, 1, 3], "ADAM_B1": 0.4}
+    theirs = {
+        "NAME": "whs",
+        "MAX_ITER": 40,
+        "BATCH_SIZE": 4,
+        "LEARNING_RATE_G": 1e-4,
+        "IMAGE_RES": [128, 128],
+        "LABELS": [0, 1, 3],
+        "ADAM_B1": 0.4,
+    }
     config = resolve(theirs, ["PATCH_SIZE=8", "SKIP_CONNECTIONS_GENERATOR=true"])
     assert (config.name, config.training.steps, config.training.batch_size, config.optimizer.beta1) == ("whs", 40, 4, 0.4)
     assert (config.data.canvas, config.data.keep, config.discriminator.patch_size, config.generator.skips) == ((128, 128), (1, 3), 8, True)
@@ -99,7 +109,9 @@ def test_keep_renumbers_and_sends_the_rest_to_the_background() -> None:
 
 
 def test_labels_may_be_listed() -> None:
-    table = label_table(resolve({"data": {"labels": [{"name": "background", "value": 0}, {"name": "liver", "value": 5, "aliases": [6]}]}}).data)
+    table = label_table(
+        resolve({"data": {"labels": [{"name": "background", "value": 0}, {"name": "liver", "value": 5, "aliases": [6]}]}}).data
+    )
     assert table.by_value == {0: 0, 5: 1, 6: 1}
     with pytest.raises(ConfigError, match="lacks 'value'"):
         resolve({"data": {"labels": [{"name": "background"}]}})

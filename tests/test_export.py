@@ -94,7 +94,9 @@ def test_labels_reach_their_own_channels(trained: Path) -> None:
     assert np.array_equal(hu[0], np.rint(labels[0, 0] / 8 * 2048 - 1024))
 
 
-def test_altered_weights_in_the_exported_graph_are_caught_and_nothing_is_written(trained: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_altered_weights_in_the_exported_graph_are_caught_and_nothing_is_written(
+    trained: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A graph whose two label channels were swapped on the way into the file."""
     from export import model_folder
 
@@ -130,7 +132,10 @@ def test_parity_counts_every_hu(trained: Path, model: Path) -> None:
     [
         (lambda r: shutil.rmtree(r), "holds no run.json"),
         (lambda r: (r / "run.json").write_text("{"), "cannot be used"),
-        (lambda r: save_file({k: v + 1 for k, v in load_file(r / "generator.safetensors").items()}, r / "generator.safetensors"), "generator.safetensors is not the file"),
+        (
+            lambda r: save_file({k: v + 1 for k, v in load_file(r / "generator.safetensors").items()}, r / "generator.safetensors"),
+            "generator.safetensors is not the file",
+        ),
         (lambda r: (r / "validation.safetensors").write_bytes(b""), "validation.safetensors is not the file"),
     ],
 )

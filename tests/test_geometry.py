@@ -8,6 +8,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from samples import MM_WHS_VALUES, blobs, directions, geometry, image, rotation, write_mask
 
 from runtime import GeometryError, Synthesizer
 from runtime.contract import GridPolicy
@@ -16,7 +17,6 @@ from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.grid import SliceGrid
 from runtime.io.nifti import read_volume, write_values
 from runtime.volume import Geometry
-from samples import MM_WHS_VALUES, blobs, directions, geometry, image, rotation, write_mask
 
 FAKE_HU = dict(zip(MM_WHS_VALUES, np.rint(np.linspace(-1024, 1024, 8)), strict=True))
 
@@ -26,7 +26,9 @@ def fake(**options) -> Synthesizer:
     return Synthesizer(manifest, FakeEngine(manifest), batch=3)
 
 
-@pytest.mark.parametrize("direction", directions(), ids=lambda d: "".join("+-"[int(x < 0)] + "xyz"[int(np.argmax(np.abs(c)))] for c in d.T for x in [c.sum()]))
+@pytest.mark.parametrize(
+    "direction", directions(), ids=lambda d: "".join("+-"[int(x < 0)] + "xyz"[int(np.argmax(np.abs(c)))] for c in d.T for x in [c.sum()])
+)
 @pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (11.0, -7.0, 16.0)], ids=["straight", "oblique"])
 def test_every_axis_order_keeps_each_label_at_its_voxel(direction: np.ndarray, tilt) -> None:
     values = blobs()
@@ -136,7 +138,9 @@ def test_the_written_grid_is_the_masks(suffix: str, tilt, tmp_path: Path, fake_m
 
 @pytest.mark.parametrize("order", ["<", ">"], ids=["little-endian", "big-endian"])
 @pytest.mark.parametrize(("qform", "sform"), [(1, 0), (0, 2), (1, 1)])
-def test_headers_that_nibabel_writes_keep_their_codes_and_affines(order: str, qform: int, sform: int, tmp_path: Path, fake_model: Path) -> None:
+def test_headers_that_nibabel_writes_keep_their_codes_and_affines(
+    order: str, qform: int, sform: int, tmp_path: Path, fake_model: Path
+) -> None:
     affine = np.eye(4)
     affine[:3, :3] = rotation((5, 6, 7)) * [-0.9, -1.1, 2.2]
     affine[:3, 3] = [90.1, 80.2, -70.3]

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from train.config import resolve
+from train.augment import apply, draw
+from train.config import AugmentConfig, resolve
 from train.discriminator import Discriminator
 from train.generator import NOISE_MEAN, NOISE_SD, Generator, one_hot, same_conv4, standardise_noise
 from train.losses import discriminator_losses, generator_losses, noise_floor, weighted_sum
@@ -55,7 +56,7 @@ def test_the_generator_paints_any_multiple_of_its_divisor(kind: str, skips: bool
     assert net.divisor == 8 and net.noisy
     for h, w in ((8, 8), (24, 40)):
         image = net(torch.rand(2, 8, h, w), torch.randn(2, 1, h, w))
-        assert image.shape == (2, 1, h, w) and 0 <= image.min() and image.max() <= 1
+        assert image.shape == (2, 1, h, w) and image.min() >= 0 and image.max() <= 1
     assert torch.equal(net(torch.zeros(1, 8, 8, 8)), net(torch.zeros(1, 8, 8, 8), torch.zeros(1, 1, 8, 8)))  # no noise is noise of zero
 
 
@@ -145,10 +146,15 @@ def test_a_step_moves_both_networks_and_the_average() -> None:
     losses = step(0, batch())
     assert set(losses) == {"adversarial", "reconstruction", "texture", "d_real", "d_fake"}
     after = step.state()
-    for part in ("generator/head.weight", "generator/texture.filters.weight", "discriminator/score.1.weight", "average/head.weight"):
+    for part in (
+        "generator/top.image.weight",
+        "generator/texture.filters.weight",
+        "discriminator/score.1.weight",
+        "average/top.image.weight",
+    ):
         assert not torch.equal(before[part], after[part]), part
-    expected = 0.1 * before["generator/head.weight"] + 0.9 * after["generator/head.weight"]
-    torch.testing.assert_close(after["average/head.weight"], expected)
+    expected = 0.1 * before["generator/top.image.weight"] + 0.9 * after["generator/top.image.weight"]
+    torch.testing.assert_close(after["average/top.image.weight"], expected)
 
 
 def test_the_judge_does_not_shape_the_texture() -> None:
@@ -168,11 +174,41 @@ def test_the_learning_rate_decays_exponentially() -> None:
 def test_state_goes_round_and_the_next_step_is_the_same_bits() -> None:
     a, b = small(), small("training.seed=5")
     a(0, batch(0))
+    b(0, batch(2))
     b.load_state(a.state())
     for step in (a, b):
         step(1, batch(1))
     left, right = a.state(), b.state()
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_augmentation_moves_labels_and_image_alike() -> None:
+    image = torch.zeros(1, 1, 32, 48)
+    image[..., 8:20, 10:30] = 1
+    labels = (image * 3).to(torch.uint8)
+    identity = torch.tensor([[[1.0, 0, 0], [0, 1, 0]]])
+    for given, moved in zip((labels, image), apply(identity, labels, image), strict=True):
+        torch.testing.assert_close(moved, given.float(), atol=1e-5, rtol=0)
+    shift = torch.tensor([[[1.0, 0, 2 * 4 / 48], [0, 1, 2 * -3 / 32]]])  # the output's pixel shows what lies 4 to the right, 3 above
+    moved_labels, moved_image = apply(shift, labels, image)
+    assert torch.equal(moved_labels[..., 11:23, 6:26], torch.full((1, 1, 12, 20), 3.0)) and moved_labels.sum() == labels.sum()
+    torch.testing.assert_close(moved_image * 3, moved_labels, atol=1e-3, rtol=0)
+    quarter = torch.tensor([[[0.0, -1, 0], [1, 0, 0]]])  # a rotation keeps its shape where H and W differ
+    assert apply(quarter, labels, image)[0].sum() == labels.sum()
+
+
+def test_augmentation_draws_within_its_ranges_and_keeps_texture() -> None:
+    settings = AugmentConfig(rotation=10, zoom=0.1, shift_width=0.1, shift_height=0.05)
+    maps = draw(settings, 200, np.random.default_rng(0))
+    assert maps.shape == (200, 2, 3) and maps.dtype == np.float32
+    angles = np.degrees(np.arctan2(maps[:, 1, 0], maps[:, 0, 0]))
+    assert 9 < np.abs(angles).max() <= 10 and 0.19 < np.abs(maps[:, 0, 2]).max() <= 0.2 and 0.09 < np.abs(maps[:, 1, 2]).max() <= 0.1
+    scale = np.linalg.norm(maps[:, :, 0], axis=1)
+    assert scale.min() >= 1 / 1.1 - 1e-6 and scale.max() <= 1 / 0.9 + 1e-6
+    assert np.allclose(draw(AugmentConfig(), 2, np.random.default_rng(0)), np.eye(2, 3))
+    grain = 0.5 + 0.05 * torch.randn(200, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    moved = apply(torch.from_numpy(maps), torch.zeros(200, 1, 32, 32), grain)[1][..., 12:20, 12:20]
+    assert moved.std() > 0.04
 
 
 def test_recalibration_measures_the_batch_statistics_of_the_average() -> None:
@@ -184,6 +220,6 @@ def test_recalibration_measures_the_batch_statistics_of_the_average() -> None:
     first, last = net.encoder[0], net.encoder[1][0]
     means = [last(first(one_hot(b.labels, 8))).mean((0, 2, 3)) for b in batches]
     torch.testing.assert_close(net.encoder[1][1].running_mean, (means[0] + means[1]) / 2, rtol=1e-4, atol=1e-5)
-    assert not net.training and torch.equal(net.head.weight, step.average.head.weight)
+    assert not net.training and torch.equal(net.top.image.weight, step.average.top.image.weight)
     untouched = step.recalibrated([])
     assert torch.equal(untouched.encoder[1][1].running_mean, step.average.encoder[1][1].running_mean)

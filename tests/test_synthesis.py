@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from samples import blobs, image, write_mask
 
 from runtime import Synthesizer
 from runtime.__main__ import main
@@ -17,7 +18,6 @@ from runtime.engines.base import EngineError
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.randomness import CaseRandom
 from runtime.volume import Geometry, LabelVolume
-from samples import blobs, image, write_mask
 
 
 def synth(model: Path, out: Path, *masks: Path, extra: tuple[str, ...] = ()) -> int:
@@ -104,7 +104,9 @@ def test_negative_and_sparse_values_map_too(tmp_path: Path, fake_model: Path) ->
     (tmp_path / "map.json").write_text(json.dumps({"-3": "myocardium", "70000": "left ventricle", "0": "background"}))
     write_mask(tmp_path / "a.nii.gz", values)
     write_mask(tmp_path / "b.nii.gz", np.where(np.isin(blobs(), (205, 500)), blobs(), 0).astype(np.uint16))
-    assert synth(fake_model, tmp_path / "out", tmp_path / "a.nii.gz", extra=("--backend", "fake", "--labels", str(tmp_path / "map.json"))) == 0
+    assert (
+        synth(fake_model, tmp_path / "out", tmp_path / "a.nii.gz", extra=("--backend", "fake", "--labels", str(tmp_path / "map.json"))) == 0
+    )
     assert synth(fake_model, tmp_path / "out", tmp_path / "b.nii.gz", extra=("--backend", "fake")) == 0
     a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / f"{n}_ct.nii.gz"))) for n in "ab")
     assert np.array_equal(a, b)
@@ -160,7 +162,12 @@ def test_noise_is_white_uniform_and_keyed() -> None:
     assert abs(noise.mean() - 127.5) < 1 and abs(noise.std() - 73.9) < 1 and counts.min() > 850 and counts.max() < 1200
     centred = noise - 127.5
     assert abs((centred[:, 1:] * centred[:, :-1]).mean()) < 60  # of a variance of 5461
-    others = [CaseRandom(2, b"digest", 0).noise(3, (8, 8)), CaseRandom(1, b"other", 0).noise(3, (8, 8)), CaseRandom(1, b"digest", 1).noise(3, (8, 8)), case.noise(4, (8, 8))]
+    others = [
+        CaseRandom(2, b"digest", 0).noise(3, (8, 8)),
+        CaseRandom(1, b"other", 0).noise(3, (8, 8)),
+        CaseRandom(1, b"digest", 1).noise(3, (8, 8)),
+        case.noise(4, (8, 8)),
+    ]
     assert len({n.tobytes() for n in [case.noise(3, (8, 8)), *others]}) == 5
     assert case.noise(0, (2, 4)).tolist() == CaseRandom(1, b"digest", 0).noise(0, (2, 4)).tolist()
 

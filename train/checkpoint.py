@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -55,7 +56,9 @@ def load_run(folder: Path) -> Run:
     """Read RUN/run.json and compare the weights with its SHA-256. Raises `ModelError`."""
     path = folder / RUN
     if not path.is_file():
-        raise ModelError(f"{folder} holds no {RUN}", expected="a run folder with run.json and generator.safetensors", remedy=_REMEDY, file=folder)
+        raise ModelError(
+            f"{folder} holds no {RUN}", expected="a run folder with run.json and generator.safetensors", remedy=_REMEDY, file=folder
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema_version"] != SCHEMA_VERSION:
@@ -67,7 +70,9 @@ def load_run(folder: Path) -> Run:
                   Intensity(**data["intensity"]), int(data["style"]), bool(data["noise"]), int(data["step"]), data)  # fmt: skip
     except (OSError, KeyError, TypeError, ValueError, AttributeError, ConfigError) as exc:
         what = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc).splitlines()[0]
-        raise ModelError(f"{RUN} cannot be used: {what}", expected="a run.json as train/run.py writes it", remedy=_REMEDY, file=path) from exc
+        raise ModelError(
+            f"{RUN} cannot be used: {what}", expected="a run.json as train/run.py writes it", remedy=_REMEDY, file=path
+        ) from exc
     if not run.weights.is_file() or sha256_of(run.weights) != weights["sha256"]:
         raise ModelError(f"{run.weights.name} is not the file {RUN} describes", expected=f"sha256 {weights['sha256']}",
                          remedy="copy the run folder again, or train again", file=run.weights)  # fmt: skip
@@ -76,18 +81,20 @@ def load_run(folder: Path) -> Run:
 
 def load_generator(folder: Path) -> Generator:
     """The trained generator of a run folder, in eval mode on the CPU. Raises `ModelError`."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     from .step import make_generator
 
     run = load_run(folder)
-    net = make_generator(run.config)
+    net: Generator = make_generator(run.config)
     try:
         net.load_state_dict(load_file(run.weights))
-    except Exception as exc:
+    except (RuntimeError, OSError, SafetensorError) as exc:
         raise ModelError(f"{run.weights.name} does not fit the network its config describes", expected="weights of that network",
                          remedy="train again", file=run.weights) from exc  # fmt: skip
-    return net.eval()
+    net.eval()
+    return net
 
 
 def load_validation(run: Run) -> NDArray[np.uint8]:
@@ -105,20 +112,19 @@ def load_validation(run: Run) -> NDArray[np.uint8]:
 
 def write_run(folder: Path, net: Generator, validation: NDArray[np.uint8], facts: Mapping[str, Any]) -> None:
     """Write generator.safetensors and validation.safetensors, then run.json: `facts` with their SHA-256 added."""
-    from safetensors.numpy import save_file as save_arrays
-    from safetensors.torch import save_file
+    import torch
 
     with atomic_path(folder / VALIDATION) as part:
-        save_arrays({"labels": np.ascontiguousarray(validation)}, part)
+        _write_tensors({"labels": torch.from_numpy(np.ascontiguousarray(validation))}, part)
     with atomic_path(folder / WEIGHTS) as part:
-        save_file({name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}, part)
+        _write_tensors({name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}, part)
     weights = {"file": WEIGHTS, "sha256": sha256_of(folder / WEIGHTS), "average": "ema"}
     held_out = {"file": VALIDATION, "sha256": sha256_of(folder / VALIDATION), "slices": len(validation)}
     write_json(folder / RUN, {"schema_version": SCHEMA_VERSION, **facts, "weights": weights, "validation": held_out})
 
 
-def start(folder: Path, config: RunConfig, resume: bool) -> Path | None:
-    """Claim the run folder: write RUN/config.json, or check it when resuming.
+def starting_point(folder: Path, config: RunConfig, resume: bool) -> Path | None:
+    """Check that `config` may be trained in `folder`; writes nothing.
 
     Returns the newest whole checkpoint to go on from, or None to start at step 0. Raises `ConfigError` when the folder
     already holds a run and `resume` is off, holds none and it is on, or holds one of another config.
@@ -128,22 +134,30 @@ def start(folder: Path, config: RunConfig, resume: bool) -> Path | None:
         if path.exists() or (folder / CHECKPOINTS).exists() or (folder / RUN).exists():
             raise ConfigError(f"{folder} already holds a run", expected="a new run folder", file=folder,
                               remedy="add --resume to continue it, choose another --output, or remove the folder")  # fmt: skip
-        write_json(path, configs.to_json(config))
         return None
     stored = configs.to_json(stored_config(folder))
     changed = [key for key in _differences(stored, configs.to_json(config)) if key != "training.steps"]
     if changed:
         raise ConfigError(f"the run was started with other values of {', '.join(changed)}", expected="the config it was started with (steps may change)",
                           remedy="drop the change, or start a new run with another --output", file=path)  # fmt: skip
-    write_json(path, configs.to_json(config))
     return newest(folder)
+
+
+def claim(folder: Path, config: RunConfig) -> None:
+    """Make `folder` this config's run folder: from now on only --resume goes on in it. Raises `OutputError`."""
+    write_json(folder / CONFIG, configs.to_json(config))
 
 
 def stored_config(folder: Path) -> RunConfig:
     """The config that the run in `folder` was started with. Raises `ConfigError` when there is none."""
     path = folder / CONFIG
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no run to resume", expected=f"a run folder with {CONFIG}", remedy="drop --resume, or correct --output", file=folder)
+        raise ConfigError(
+            f"{folder} holds no run to resume",
+            expected=f"a run folder with {CONFIG}",
+            remedy="drop --resume, or correct --output",
+            file=folder,
+        )
     return configs.from_json(configs.load(path))
 
 
@@ -155,11 +169,9 @@ def newest(folder: Path) -> Path | None:
 
 def save(folder: Path, step: int, tensors: Mapping[str, Tensor], keep: int) -> Path:
     """Write RUN/checkpoints/step-00000020 atomically, then remove all but the `keep` newest. Raises `OutputError`."""
-    from safetensors.torch import save_file
-
     path = folder / CHECKPOINTS / f"step-{step:08d}"
     with atomic_folder(path) as part:
-        save_file(dict(tensors), part / _STATE)
+        _write_tensors(tensors, part / _STATE)
         (part / _META).write_text(json.dumps({"schema_version": SCHEMA_VERSION, "step": step, "sha256": sha256_of(part / _STATE)}) + "\n")
     for old in _all(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
@@ -178,6 +190,18 @@ def load(path: Path) -> tuple[int, dict[str, Tensor]]:
     except (OSError, ValueError, KeyError) as exc:
         raise ModelError(f"checkpoint {path.name} cannot be used: {exc}", expected="a checkpoint as training writes it",
                          remedy="remove that folder to resume from the one before", file=path) from exc  # fmt: skip
+
+
+def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises OSError, as every other write does, where the library has an error of its own."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(dict(tensors), path)
+    except SafetensorError as exc:
+        code = re.search(r"os error (\d+)", str(exc))
+        raise OSError(int(code[1]) if code else errno.EIO, str(exc)) from exc
 
 
 def _all(folder: Path) -> list[Path]:

@@ -54,6 +54,21 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class AugmentConfig:
+    """How far training slices are moved at random (train/augment.py); all 0: not at all."""
+
+    rotation: Annotated[float, Range(0, 180)] = 0.0  # degrees
+    shear: Annotated[float, Range(0, 45)] = 0.0  # degrees
+    shift_width: Annotated[float, Range(0, 0.5)] = 0.0  # share of the width
+    shift_height: Annotated[float, Range(0, 0.5)] = 0.0  # share of the height
+    zoom: Annotated[float, Range(0, 0.9)] = 0.0  # each axis is scaled by 1 - zoom to 1 + zoom
+
+    @property
+    def active(self) -> bool:
+        return any(vars(self).values())
+
+
+@dataclass(frozen=True)
 class IntensityConfig:
     """The range the network's [0, 1] stands for; what is outside is clipped in training."""
 
@@ -125,6 +140,7 @@ class RunConfig:
 
     name: str = "run"
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     intensity: IntensityConfig = field(default_factory=IntensityConfig)
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -140,6 +156,13 @@ class RunConfig:
             raise wrong("discriminator.patch_size", patch, "a power of two")
         if min(self.data.canvas) < 2 * patch:
             raise wrong("discriminator.patch_size", patch, f"at most half the canvas {list(self.data.canvas)}")
+        h, w = self.data.canvas
+        if self.training.batch_size * (h // divisor) * (w // divisor) < 2:
+            raise wrong(
+                "training.batch_size",
+                self.training.batch_size,
+                "at least 2 when the deepest layer has one pixel (it is normalised over both)",
+            )
         if self.generator.texture_kernel % 2 == 0:
             raise wrong("generator.texture_kernel", self.generator.texture_kernel, "an odd number")
         if self.data.train_ratio + self.data.valid_ratio > 1 + 1e-9:
@@ -194,6 +217,11 @@ ORIGINAL_KEYS: dict[str, tuple[str, Any]] = {
     "NAME": ("name", None),
     "LABELS": ("data.keep", _labels_to_keep),
     "IMAGE_RES": ("data.canvas", None),
+    "AUG_ROTATION_RANGE_DEGREES": ("augment.rotation", None),
+    "AUG_SHEAR_RANGE_ANGLE": ("augment.shear", None),
+    "AUG_WIDTH_SHIFT_RANGE_RATIO": ("augment.shift_width", None),
+    "AUG_HEIGHT_SHIFT_RANGE_RATIO": ("augment.shift_height", None),
+    "AUG_ZOOM_RANGE_RATIO": ("augment.zoom", None),
     "FIRST_LAYERS_FILTERS": ("generator.filters", None),
     "SKIP_CONNECTIONS_GENERATOR": ("generator.skips", None),
     "GEN_OUTPUT_ACT": ("generator.activation", None),
@@ -219,7 +247,9 @@ def load(path: Path) -> dict[str, Any]:
     with reading(path, "a JSON file such as train/configs/phantom.json", ConfigError):
         data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict):
-        raise ConfigError(f"{path.name} does not hold a JSON object", expected='{"name": ..., "training": {...}}', remedy="see train/configs", file=path)
+        raise ConfigError(
+            f"{path.name} does not hold a JSON object", expected='{"name": ..., "training": {...}}', remedy="see train/configs", file=path
+        )
     return data
 
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,7 +102,9 @@ def load_cohort(pairs: Sequence[Pair], data: DataConfig, table: LabelTable, poli
     """Read every patient onto the canvas. Raises `InputError`s that name the file, `UsageError` when nobody has a label."""
     patients = [load_patient(pair, table, policy, intensity) for pair in pairs]
     if not any((p.labels != 0).any() for p in patients):
-        raise UsageError("no patient has a labelled voxel", expected=f"label maps with some of {table}", remedy="check the label maps and data.keep")
+        raise UsageError(
+            "no patient has a labelled voxel", expected=f"label maps with some of {table}", remedy="check the label maps and data.keep"
+        )
     digest = hashlib.sha256()
     for patient in patients:
         digest.update(patient.labels.tobytes())
@@ -173,33 +175,39 @@ class Batches:
     def _order(self, positions: range) -> NDArray[np.intp]:
         count = len(self.image)
         epochs = {p // count for p in positions}
-        orders = {epoch: np.random.default_rng([self._seed, _ORDER, epoch]).permutation(count) for epoch in epochs}
+        orders = {epoch: stream(self._seed, "order", epoch).permutation(count) for epoch in epochs}
         return np.array([orders[p // count][p % count] for p in positions])
 
 
-_ORDER, _NOISE = 0, 1  # streams of the seed
+def stream(seed: int, purpose: Literal["order", "noise", "augment"], n: int) -> np.random.Generator:
+    """The random numbers of the n-th epoch or step: a function of the arguments, so that nothing random need be saved."""
+    return np.random.default_rng([seed, ("order", "noise", "augment").index(purpose), n])
 
 
 def noise_bytes(shape: tuple[int, ...], seed: int, step: int) -> NDArray[np.uint8]:
     """White noise, uniform bytes of `shape`, a function of (seed, step)."""
-    return np.random.default_rng([seed, _NOISE, step]).integers(0, 256, shape, np.uint8)
+    return stream(seed, "noise", step).integers(0, 256, shape, np.uint8)
 
 
 def to_unit(values: NDArray[Any], intensity: Intensity) -> NDArray[np.float32]:
     """HU → [0, 1], float32; what lies outside the range is clipped."""
-    scaled = (values.astype(np.float32) - intensity.low) / (intensity.high - intensity.low)
-    return np.clip(scaled, 0, 1, dtype=np.float32)
+    scaled: NDArray[np.float32] = (values.astype(np.float32) - np.float32(intensity.low)) / np.float32(intensity.high - intensity.low)
+    np.clip(scaled, 0, 1, out=scaled)
+    return scaled
 
 
 def from_unit(values: NDArray[np.float32], intensity: Intensity) -> NDArray[np.int16]:
     """[0, 1] → HU, int16, rounded."""
-    return np.rint(values * np.float32(intensity.high - intensity.low) + intensity.low).astype(np.int16)
+    hu: NDArray[np.int16] = np.rint(values * np.float32(intensity.high - intensity.low) + intensity.low).astype(np.int16)
+    return hu
 
 
 def _check_same_grid(pair: Pair, label_shape: tuple[int, ...], label: Geometry, image_shape: tuple[int, ...], image: Geometry) -> None:
     remedy = "resample the label map onto its image"
     if label_shape != image_shape:
-        raise InputError(f"{pair.label.name} has {label_shape} voxels, its image {image_shape}", expected="one grid", remedy=remedy, file=pair.label)
+        raise InputError(
+            f"{pair.label.name} has {label_shape} voxels, its image {image_shape}", expected="one grid", remedy=remedy, file=pair.label
+        )
     d, h, w = label_shape
     corners = np.array([[i, j, k, 1] for i in (0, w - 1) for j in (0, h - 1) for k in (0, d - 1)], float).T
     distance = float(np.abs((label.affine - image.affine) @ corners).max())
@@ -211,7 +219,9 @@ def _check_same_grid(pair: Pair, label_shape: tuple[int, ...], label: Geometry, 
 def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> None:
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
-        raise InputError(f"{file.name} holds NaN or infinite values", expected="finite intensities", remedy="check how it was written", file=file)
+        raise InputError(
+            f"{file.name} holds NaN or infinite values", expected="finite intensities", remedy="check how it was written", file=file
+        )
     if intensity.unit == "HU" and not (low <= AIR_HU and high <= HIGHEST_HU and low >= -HIGHEST_HU):
         raise InputError(f"{file.name} holds values from {low:g} to {high:g}, which are no HU", expected=f"air below {AIR_HU} HU, nothing above {HIGHEST_HU}",
                          remedy="apply the rescale intercept (often -1024), or set intensity.unit to a.u.", file=file)  # fmt: skip

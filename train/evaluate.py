@@ -26,6 +26,7 @@ from runtime.files import write_json
 from runtime.labels import PRESETS
 
 BODY_HU = -500  # between air and fat
+THIN = 128  # parts of an image W pixels wide that are no thicker than 2 W / THIN are not body: table, tubes
 TEXTURE_SIGMA = 2.0  # px; what a Gaussian of this width leaves over is texture
 EROSION = 1  # px that an organ loses at its border before its texture is measured
 LEAST_VOXELS = 50  # an organ with fewer is not reported
@@ -75,14 +76,16 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int) -> di
         voxels += t.size
     if not voxels:
         return None
-    return _plain(voxels=voxels, mae=error / voxels, mae_mean_painting=baseline / voxels, mae_ratio=error / baseline if baseline else float("nan"))
+    return _plain(
+        voxels=voxels, mae=error / voxels, mae_mean_painting=baseline / voxels, mae_ratio=error / baseline if baseline else float("nan")
+    )
 
 
 def body_mask(ct: NDArray[Any]) -> NDArray[np.bool_]:
     """The patient's outline, filled, slice by slice: bool (D, H, W) of an HU volume. Lungs are inside, the table is not."""
     result = np.zeros(ct.shape, bool)
     for k, plane in enumerate(ct):
-        tissue = ndimage.binary_opening(plane > BODY_HU, iterations=2)
+        tissue = ndimage.binary_opening(plane > BODY_HU, iterations=max(1, round(plane.shape[1] / THIN)))
         parts, count = ndimage.label(tissue)
         if count:
             sizes = np.bincount(parts.ravel())[1:]
@@ -112,7 +115,8 @@ def table(metrics: dict[str, Any]) -> str:
         ratio = "" if o["texture_ratio"] is None else f"{o['texture']:9.1f}{o['texture_true']:8.1f}{o['texture_ratio']:7.2f}"
         rows.append(f"{name:<18}" + "".join(f"{n:8.0f}" for n in numbers) + ratio)
     if b := metrics["body"]:
-        rows.append(f"body: MAE {b['mae']:.1f} HU, mean painting {b['mae_mean_painting']:.1f} HU, ratio {b['mae_ratio']:.3f}")
+        ratio = "" if b["mae_ratio"] is None else f", ratio {b['mae_ratio']:.3f}"
+        rows.append(f"body: MAE {b['mae']:.1f} HU, mean painting {b['mae_mean_painting']:.1f} HU{ratio}")
     return "\n".join(rows)
 
 

@@ -7,12 +7,11 @@ the head. H and W are multiples of `divisor`. Batch normalisation only: it folds
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 WIDEST = 8  # channels double with depth up to so many times the first layer's
 BN_MOMENTUM = 0.2  # 0.8 in Keras' convention
@@ -62,20 +61,17 @@ class Generator(nn.Module):
     def __init__(self, channels: int, *, kind: str, filters: int, depth: int, skips: bool, textures: int = 0, texture_kernel: int = 7):
         super().__init__()
         self.channels, self.divisor, self.noisy, self.skips = channels, 2**depth, textures > 0, skips
+        up, top = _KINDS[kind]
         widths = [filters * min(2**n, WIDEST) for n in range(depth)]
         self.encoder = nn.ModuleList(_down(a, b, first=n == 0) for n, (a, b) in enumerate(pairwise([channels, *widths])))
-        up, last = {"reference": (_up_reference, _last_reference), "unet": (_up_unet, _last_unet)}[kind]
         self.decoder = nn.ModuleList()
         width = widths[-1]
         for target in reversed(widths[:-1]):
             self.decoder.append(up(width, target))
             width = target * (2 if skips else 1)
-        self.last, self.finish, features = last(width, channels, filters)
-        self.head = same_conv4(1, 1) if kind == "reference" else nn.Conv2d(features, 1, 3, padding=1)
+        self.top = top(width, channels, filters, textures)
         if self.noisy:
-            self.amplitudes = nn.ConvTranspose2d(width, textures, 4, 2, 1) if kind == "reference" else nn.Conv2d(features, textures, 1)
             self.texture = Texture(textures, texture_kernel)
-        self._features_at_full_resolution = kind == "unet"
 
     def forward(self, condition: Tensor, noise: Tensor | None = None) -> Tensor:
         """`condition` float (N, channels, H, W), `noise` float (N, 1, H, W) or None → image float (N, 1, H, W) in [0, 1].
@@ -102,11 +98,39 @@ class Generator(nn.Module):
             x = stage(x)
             if self.skips:
                 x = torch.cat([x, skip], 1)
-        full = self.last(x)
-        if self.finish is not None:
-            full = self.finish(torch.cat([full, condition], 1))
-        amplitudes = self.amplitudes(full if self._features_at_full_resolution else x) if self.noisy else None
-        return self.head(full), amplitudes
+        base, amplitudes = self.top(x, condition)
+        return base, amplitudes
+
+
+class _TopReference(nn.Module):
+    """From half resolution to the image, as the original does: a transposed convolution to one channel, a convolution."""
+
+    def __init__(self, width: int, channels: int, filters: int, textures: int):
+        super().__init__()
+        self.image = nn.Sequential(nn.ConvTranspose2d(width, 1, 4, 2, 1), same_conv4(1, 1))
+        self.amplitudes = nn.ConvTranspose2d(width, textures, 4, 2, 1) if textures else None
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.image(x), self.amplitudes(x) if self.amplitudes is not None else None
+
+
+class _TopUnet(nn.Module):
+    """From half resolution to features at full resolution, where the labels join again: organs' edges are not squeezed
+    through the stages. Pixels are repeated, not deconvolved: a transposed convolution treats odd and even pixels apart,
+    which shows as a checkerboard.
+    """
+
+    def __init__(self, width: int, channels: int, filters: int, textures: int):
+        super().__init__()
+        features = max(8, filters // 2)
+        self.up = nn.Sequential(*_conv3(width, features), nn.Upsample(scale_factor=2))
+        self.join = nn.Sequential(*_conv3(features + channels, features))
+        self.image = nn.Conv2d(features, 1, 3, padding=1)
+        self.amplitudes = nn.Conv2d(features, textures, 1) if textures else None
+
+    def forward(self, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor | None]:
+        full = self.join(torch.cat([self.up(x), condition], 1))
+        return self.image(full), self.amplitudes(full) if self.amplitudes is not None else None
 
 
 def _down(channels_in: int, channels_out: int, *, first: bool) -> nn.Sequential:
@@ -132,21 +156,14 @@ def _up_unet(channels_in: int, channels_out: int) -> nn.Sequential:
     )
 
 
-def _last_reference(width: int, channels: int, filters: int) -> tuple[nn.Module, nn.Module | None, int]:
-    return nn.ConvTranspose2d(width, 1, 4, 2, 1), None, 1
-
-
-def _last_unet(width: int, channels: int, filters: int) -> tuple[nn.Module, nn.Module | None, int]:
-    """To full resolution, where the labels themselves join: organs' edges need not pass through the stages.
-
-    Pixels are repeated, not deconvolved: a transposed convolution would treat odd and even pixels apart (a checkerboard).
-    """
-    features = max(8, filters // 2)
-    return nn.Sequential(*_conv3(width, features), nn.Upsample(scale_factor=2)), nn.Sequential(*_conv3(features + channels, features)), features
-
-
 def _conv3(channels_in: int, channels_out: int) -> list[nn.Module]:
     return [nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM), nn.ReLU()]
+
+
+_KINDS: dict[str, tuple[Callable[[int, int], nn.Module], type[_TopReference] | type[_TopUnet]]] = {
+    "reference": (_up_reference, _TopReference),
+    "unet": (_up_unet, _TopUnet),
+}
 
 
 def initialise(modules: Sequence[nn.Module]) -> None:
@@ -159,5 +176,6 @@ def initialise(modules: Sequence[nn.Module]) -> None:
                     nn.init.zeros_(layer.bias)
         if isinstance(module, Generator) and module.noisy:
             nn.init.normal_(module.texture.filters.weight, std=1 / module.texture.filters.kernel_size[0])  # unit variance out
-            with torch.no_grad():
-                module.amplitudes.weight.mul_(FAINT)
+            if module.top.amplitudes is not None:
+                with torch.no_grad():
+                    module.top.amplitudes.weight.mul_(FAINT)

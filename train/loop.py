@@ -24,7 +24,7 @@ from runtime.contract import grid_to_json, labels_to_json
 from runtime.errors import Mask2CTError, UsageError, writing
 from runtime.files import write_text
 
-from . import checkpoint, dataset
+from . import augment, checkpoint, dataset
 from . import config as configs
 from .config import RunConfig
 from .generator import Generator
@@ -40,7 +40,9 @@ def choose_device(config: RunConfig) -> tuple[torch.device, str]:
     """(device, why). Raises `UsageError` when CUDA is asked for and absent."""
     wanted, there = config.training.device, torch.cuda.is_available()
     if wanted == "cuda" and not there:
-        raise UsageError("training.device is cuda, and this machine has none", expected="a CUDA device", remedy="set training.device to auto or cpu")
+        raise UsageError(
+            "training.device is cuda, and this machine has none", expected="a CUDA device", remedy="set training.device to auto or cpu"
+        )
     if wanted == "cpu" or not there:
         return torch.device("cpu"), "as configured" if wanted == "cpu" else "no CUDA device"
     return torch.device("cuda"), "as configured" if wanted == "cuda" else "a CUDA device is there"
@@ -58,7 +60,11 @@ def open_cohort(config: RunConfig, folder: Path, *, quiet: bool = False) -> data
     path = config.data.path
     if path is None:
         if config.data.phantom is None:
-            raise UsageError("there is no data to train on", expected="a folder of patients, or a config with data.phantom", remedy="give --dataset-path DIR")
+            raise UsageError(
+                "there is no data to train on",
+                expected="a folder of patients, or a config with data.phantom",
+                remedy="give --dataset-path DIR",
+            )
         path = str(_phantom(config.data.phantom, folder / "data", quiet))
     pairs = dataset.find_pairs(Path(path))
     return dataset.load_cohort(pairs, config.data, configs.label_table(config.data), configs.grid_policy(config), configs.intensity(config))
@@ -115,13 +121,24 @@ class Training:
                 if save or end or stop:
                     checkpoint.save(self.folder, self.done, self.step.state(), t.keep_checkpoints)
                 if stop:
-                    print(f"\nstopped after step {self.done}; to go on: python train/run.py --resume --output {self.folder}", file=sys.stderr)
+                    print(
+                        f"\nstopped after step {self.done}; to go on: python train/run.py --resume --output {self.folder}", file=sys.stderr
+                    )
                     raise KeyboardInterrupt
         self._progress.close()
         return self._finish()
 
+    def batch(self, n: int) -> Batch:
+        """The n-th batch on the device, augmented: a function of (seed, n)."""
+        labels, image, noise = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in self.batches[n])
+        settings = self.config.augment
+        if settings.active:
+            affine = augment.draw(settings, len(labels), dataset.stream(self.config.training.seed, "augment", n))
+            labels, image = augment.apply(torch.from_numpy(affine).to(self.device), labels, image)
+        return Batch(labels, image, noise)
+
     def _advance(self) -> None:
-        losses = self.step(self.done, Batch(*map(torch.from_numpy, self.batches[self.done])))
+        losses = self.step(self.done, self.batch(self.done))
         self._sums = {name: value + self._sums[name] if self._sums else value for name, value in losses.items()}
         self.done += 1
 
@@ -144,7 +161,7 @@ class Training:
     def network(self) -> Generator:
         """The averaged generator, in eval mode, its batch statistics measured anew on training batches."""
         count = self.config.training.recalibrate
-        return self.step.recalibrated(Batch(*map(torch.from_numpy, self.batches[n])) for n in range(count))
+        return self.step.recalibrated(self.batch(n) for n in range(count))
 
     def _finish(self) -> dict[str, Any]:
         net = self.network()

@@ -33,6 +33,7 @@ def noise_floor(image: Tensor, side: int) -> Tensor:
 
     The deviation about the local mean in windows of `side` pixels; of neighbouring windows the flattest, which has no edge in it.
     """
+
     def mean(x: Tensor) -> Tensor:
         return functional.avg_pool2d(x, side, 1, side // 2, count_include_pad=False)
 

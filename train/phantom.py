@@ -4,7 +4,7 @@
 MM-WHS challenge (Zhuang & Shen 2016, Med Image Anal 31:77), ``ct_train_1001_image.nii.gz`` (int16, HU) and
 ``ct_train_1001_label.nii.gz`` (uint16), 1002, and so on, with ``cohort.json`` telling what was drawn for each.
 
-The field of view is 384 x 384 mm in plane and 144 mm along z whatever the matrix.  A patient depends on
+The field of view is 384 x 384 mm in plane and 132 mm along z whatever the matrix.  A patient depends on
 (seed, index, size) only: a larger cohort begins with the smaller one.
 """
 
@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,11 +28,11 @@ from numpy.typing import NDArray
 from train.phantom_anatomy import LABELS, Parameters, render
 from train.phantom_physics import Warp, blocks, enhancement, sample_axes, scan
 
-FIELD_OF_VIEW_MM = (144.0, 384.0, 384.0)  # z, y, x
+FIELD_OF_VIEW_MM = (132.0, 384.0, 384.0)  # z, y, x
 FINEST_SAMPLE_MM = 1.5  # structures are sampled at least this finely, then averaged over each voxel
 PARENCHYMA_HU = 28.0  # texture of lung tissue below the resolved vessels
 FIRST_CASE = 1001
-SMALLEST_SIZE = 32
+SMALLEST_SIZE, LARGEST_SIZE = 32, 1024
 FACTORS = ("timing", "dose", "habitus", "size", "phase", "yaw", "height")  # drawn evenly over the cohort
 Size = tuple[int, int, int]
 
@@ -63,6 +64,7 @@ def factors(seed: int, index: int) -> dict[str, float]:
 def draw(seed: int, index: int) -> Parameters:
     """The parameters of one patient: even main factors, their correlations, and independent minor ones."""
     f = factors(seed, index)
+    f["habitus"] = 0.9 * f["size"] + 0.4 * f["habitus"]  # large people have large hearts: the heart tells of the body round it
     rng = np.random.Generator(np.random.Philox(key=[seed, index + 1]))
 
     def vary(mean: float, sd: float) -> float:
@@ -71,18 +73,35 @@ def draw(seed: int, index: int) -> Parameters:
     skeleton = 1 + 0.035 * f["size"] + 0.02 * f["habitus"] + vary(0, 0.008)
     heart = 0.98 + 0.08 * f["size"] + 0.015 * f["habitus"]
     dose = 1 + 0.14 * f["dose"] - 0.03 * f["habitus"]
-    blood = enhancement(24.5 + 0.75 * f["timing"], dose)
+    blood = enhancement(24.5 + 0.68 * f["timing"], dose)
     blood = {chamber: vary(value, 8.0) for chamber, value in blood.items()}
     return Parameters(
-        skeleton=skeleton, fat=18 + 10 * f["habitus"], heart=heart, phase=0.5 + 0.5 * f["phase"],
-        yaw=9 * f["yaw"] + vary(0, 1.5), tilt=vary(0, 4), roll=vary(0, 4),
-        body=(vary(0, 4), vary(0, 4)), shift=(vary(0, 4), vary(0, 2.5), 5 * f["height"]),
-        wall=vary(9.6, 0.6), blood=blood, myocardium=vary(58 + 64 * dose, 7), streaming=vary(18, 6),
-        bone=vary(1, 0.1), liver=vary(95, 10), spleen=vary(122, 9), lung=vary(-835, 18),
-        dome=vary(-26, 5), vertebra=float(rng.random()), rib=float(rng.random()), stomach_gas=vary(18, 12),
-        breast=float(rng.random() < 0.45) * vary(14, 5), noise=vary(17, 1.8),
-        warp=Warp(vary(1.8, 0.3), vary(85, 8), tuple(float(a) for a in 2 * np.pi * rng.random(6))),
-        texture=int(rng.integers(2 ** 62)))
+        skeleton=skeleton,
+        fat=18 + 10 * f["habitus"],
+        heart=heart,
+        phase=0.5 + 0.5 * f["phase"],
+        yaw=9 * f["yaw"] + vary(0, 1.5),
+        tilt=vary(0, 3),
+        roll=vary(0, 3),
+        body=(vary(0, 4), vary(0, 4)),
+        shift=(vary(0, 2), vary(0, 1.5), 3 * f["height"]),
+        wall=vary(9.6, 0.6),
+        blood=blood,
+        myocardium=vary(58 + 64 * dose, 7),
+        streaming=vary(18, 6),
+        bone=vary(1, 0.1),
+        liver=vary(95, 10),
+        spleen=vary(122, 9),
+        lung=vary(-835, 12),
+        dome=vary(-20, 2.5),
+        vertebra=vary(0.5, 0.05),
+        rib=vary(0.5, 0.05),
+        stomach_gas=vary(18, 12),
+        breast=float(f["size"] + vary(0, 0.1) < 0) * vary(14, 2),
+        noise=vary(17, 1.8),
+        warp=Warp(vary(1.3, 0.2), vary(85, 8), tuple(float(a) for a in 2 * np.pi * rng.random(6))),
+        texture=int(rng.integers(2**62)),
+    )
 
 
 def vote(labels: NDArray[np.uint16]) -> NDArray[np.uint16]:
@@ -108,18 +127,21 @@ def make_patient(seed: int, index: int, size: Size = (48, 128, 128)) -> Patient:
         hu[voxels] = blocks(fine, factor).mean((1, 3, 5))
         labels[voxels] = vote(blocks(classes, factor))
     rng = np.random.Generator(np.random.Philox(key=[params.texture, 2]))
-    hu += np.where(hu < -600, PARENCHYMA_HU, 0) * (hu > -930) * rng.standard_normal(size, dtype=np.float32)
+    lungs = (hu > -930) & (hu < -600)
+    hu += PARENCHYMA_HU * lungs * rng.standard_normal(size, dtype=np.float32)
     return Patient(scan(hu, (z, y, x), params.noise, rng), labels, (x, y, z), params)
 
 
 def check_size(size: Sequence[int]) -> None:
-    """Raise ValueError unless ``size`` is three matrix edges large enough to hold a thorax."""
-    if len(size) != 3 or min(size) < SMALLEST_SIZE:
-        raise ValueError(f"the size is {' x '.join(map(str, size))}; expected Z Y X of at least {SMALLEST_SIZE} each. "
-                         "Give for example --size 48 128 128.")
+    """Raise ValueError unless ``size`` is three matrix edges that can show a thorax and fit into memory."""
+    if len(size) != 3 or min(size) < SMALLEST_SIZE or max(size) > LARGEST_SIZE:
+        raise ValueError(
+            f"the size is {' x '.join(map(str, size))} voxels; expected Z Y X of {SMALLEST_SIZE} to "
+            f"{LARGEST_SIZE} each. Give for example --size 48 128 128."
+        )
 
 
-def write_volume(path: Path, array: NDArray, spacing: tuple[float, float, float]) -> None:
+def write_volume(path: Path, array: NDArray[np.generic], spacing: tuple[float, float, float]) -> None:
     """Write (Z, Y, X) voxels as NIfTI, centred at the origin with identity direction (LPS), all or nothing."""
     import SimpleITK as sitk
 
@@ -136,7 +158,7 @@ def write_volume(path: Path, array: NDArray, spacing: tuple[float, float, float]
         partial.unlink(missing_ok=True)
 
 
-def write_patient(out: Path, seed: int, index: int, size: Size) -> dict:
+def write_patient(out: Path, seed: int, index: int, size: Size) -> dict[str, Any]:
     """Simulate one patient, write its two files into ``out`` and return its parameters."""
     patient = make_patient(seed, index, size)
     stem = f"ct_train_{FIRST_CASE + index}"
@@ -145,23 +167,32 @@ def write_patient(out: Path, seed: int, index: int, size: Size) -> dict:
     return {"case": stem, **asdict(patient.params)}
 
 
-def generate_cohort(out: Path, patients: int, *, seed: int = 0, size: Size = (48, 128, 128),
-                    workers: int | None = None, progress: Callable[[int, int], None] | None = None) -> list[Path]:
+def generate_cohort(
+    out: Path,
+    patients: int,
+    *,
+    seed: int = 0,
+    size: Size = (48, 128, 128),
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Path]:
     """Write ``patients`` simulated cases into ``out`` and return their image files in order.
 
     ``workers`` processes share the work (default: the CPUs this process may use; 1 stays in this process);
     ``progress(done, total)`` is called after every case.  Raises ValueError for an unusable request and OSError
     where ``out`` cannot be written.
     """
-    if patients < 1 or seed < 0:
-        raise ValueError(f"{patients} patients with seed {seed} were requested; expected at least 1 patient and a "
-                         "seed of 0 or more. Give for example --patients 24 --seed 0.")
+    if patients < 1 or not 0 <= seed < 2**63:
+        raise ValueError(
+            f"{patients} patients with seed {seed} were requested; expected at least 1 patient and a "
+            "seed from 0 to 2^63 - 1. Give for example --patients 24 --seed 0."
+        )
     check_size(size)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     workers = min(workers or len(os.sched_getaffinity(0)), patients)
     report = progress or (lambda done, total: None)
-    drawn: list[dict] = [{}] * patients
+    drawn: list[dict[str, Any]] = [{}] * patients
     if workers == 1:
         for index in range(patients):
             drawn[index] = write_patient(out, seed, index, size)
@@ -188,8 +219,7 @@ def progress_line() -> Callable[[int, int], None]:
 
     def show(done: int, total: int) -> None:
         left = (time.monotonic() - begin) / done * (total - done)
-        print(f"\rphantom: {done}/{total} patients, {left:.0f} s left ", end="\n" if done == total else "",
-              file=sys.stderr, flush=True)
+        print(f"\rphantom: {done}/{total} patients, {left:.0f} s left ", end="\n" if done == total else "", file=sys.stderr, flush=True)
 
     return show
 
@@ -200,20 +230,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="folder to write the cases to; created if missing")
     parser.add_argument("--patients", type=int, required=True, metavar="N", help="number of cases")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="cohort to draw (default 0)")
-    parser.add_argument("--size", type=int, nargs=3, default=(48, 128, 128), metavar=("Z", "Y", "X"),
-                        help="voxels along each axis of the fixed field of view (default 48 128 128)")
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=3,
+        default=(48, 128, 128),
+        metavar=("Z", "Y", "X"),
+        help="voxels along each axis of the fixed field of view (default 48 128 128)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress line")
     options = parser.parse_args(arguments)
     z, y, x = options.size
     try:
-        generate_cohort(options.out, options.patients, seed=options.seed, size=(z, y, x),
-                        progress=None if options.quiet else progress_line())
+        generate_cohort(
+            options.out, options.patients, seed=options.seed, size=(z, y, x), progress=None if options.quiet else progress_line()
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: cannot write the cohort to {options.out}: {error.strerror or error}. Expected a folder that "
-              "can be created and written. Choose another folder or free its space.", file=sys.stderr)
+        print(
+            f"error: cannot write the cohort to {options.out}: {error.strerror or error}. Expected a folder that "
+            "can be created and written. Choose another folder or free its space.",
+            file=sys.stderr,
+        )
         return 4
     return 0
 

@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from train.phantom_physics import FAR, Array, Grid, Warp, ellipsoid, paint, plane, smooth_union, tube
+from train.phantom_physics import FAR, Array, Grid, Warp, curve, cut, ellipsoid, paint, plane, ring, smooth_union, tube
 
 LABELS = {"myo": 205, "la": 420, "lv": 500, "ra": 550, "rv": 600, "ao": 820, "pa": 850}  # MM-WHS values
+Segment = tuple[Array, Array, Array]  # of a vessel: start, end (mm) and the radii at both
 AIR, FAT, MUSCLE, SKIN, CARTILAGE, CORTEX = -1000.0, -102.0, 55.0, 15.0, 105.0, 720.0  # HU
 
 # Heart frame: unit vectors towards the apex, the septum and the anterior wall; points in mm (left, posterior, up).
@@ -77,11 +78,11 @@ class Parameters:
 class Pose:
     """The heart frame in the body: ``origin + scale * rotation @ point``."""
 
-    origin: NDArray[np.float64]
-    rotation: NDArray[np.float64]
+    origin: Array
+    rotation: Array
     scale: float
 
-    def place(self, points: object) -> NDArray[np.float64]:
+    def place(self, points: ArrayLike) -> Array:
         """Body coordinates in mm of heart-frame points (..., 3)."""
         return self.origin + self.scale * np.asarray(points, float) @ self.rotation.T
 
@@ -96,26 +97,10 @@ def heart_pose(p: Parameters) -> Pose:
     return Pose(usual + p.shift, about_z @ about_x @ about_y, p.heart)
 
 
-def curve(points: NDArray[np.float64], steps: int = 3) -> NDArray[np.float64]:
-    """Catmull-Rom curve through ``points`` (n, 3), ``steps`` segments between neighbours."""
-    ends = np.vstack([2 * points[0] - points[1], points, 2 * points[-1] - points[-2]])
-    a, b, c, d = (ends[i:len(ends) - 3 + i, None, :] for i in range(4))
-    t = (np.arange(steps) / steps)[None, :, None]
-    spline = b + 0.5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
-    return np.vstack([spline.reshape(-1, 3), points[-1:]])
-
-
-def vessel(grid: Grid, pose: Pose, points: object, start: float, end: float, reach: float = 8.0) -> Array:
+def vessel(grid: Grid, pose: Pose, points: ArrayLike, start: float, end: float, reach: float = 8.0) -> Array:
     """Distance to a vessel along heart-frame ``points``, its radius going from ``start`` to ``end`` mm."""
     path = curve(pose.place(points))
     return tube(grid, path, pose.scale * np.linspace(start, end, len(path)), reach)
-
-
-def cut(solid: Array, *tools: Array) -> Array:
-    """``solid`` without the ``tools`` (distances)."""
-    for tool in tools:
-        solid = np.maximum(solid, -tool)
-    return solid
 
 
 def heart_distances(p: Parameters, pose: Pose, grid: Grid) -> dict[str, Array]:
@@ -132,8 +117,9 @@ def heart_distances(p: Parameters, pose: Pose, grid: Grid) -> dict[str, Array]:
     size = radius / LV_RADIUS  # the valves share the base of the cavity
     aortic, mitral = 8 * size * (SEPTUM + ANTERIOR), -7 * size * (SEPTUM + ANTERIOR)
     root = np.array([aortic + 3 * APEX, aortic - 6 * APEX, *np.array(AORTA)])
-    root_radii = scale * np.interp(np.linspace(0, 1, 3 * (len(root) - 1) + 1), [0, 0.18, 0.3, 0.45, 1],
-                                   [11.5 * size, 12 * size, 16.5, 14.5, 14])
+    root_radii = scale * np.interp(
+        np.linspace(0, 1, 3 * (len(root) - 1) + 1), [0, 0.18, 0.3, 0.45, 1], [11.5 * size, 12 * size, 16.5, 14.5, 14]
+    )
     aorta = np.maximum(tube(grid, curve(pose.place(root)), root_radii), base)
     flow = pose.rotation @ (np.array(TRUNK[1]) - TRUNK[0]).astype(float)
     valve = plane(grid, pose.place(TRUNK[0]), -flow)  # the pulmonary valve parts the trunk from the outflow tract
@@ -150,25 +136,24 @@ def heart_distances(p: Parameters, pose: Pose, grid: Grid) -> dict[str, Array]:
     inflow = np.maximum(vessel(grid, pose, (LA_CENTRE - 4 * APEX, mitral + 3 * APEX), 13 * size, 13 * size), base)
     left = cut(np.minimum(cut(atrium, epicardium), inflow), aorta - 2.5, pulmonary - 2)
 
-    ventricle = ellipsoid(grid, pose.place(RV_CENTRE @ np.array([APEX, SEPTUM, ANTERIOR])), axes,
-                          scale * (1 - 0.09 * p.phase) * RV_RADII)
+    ventricle = ellipsoid(grid, pose.place(RV_CENTRE @ np.array([APEX, SEPTUM, ANTERIOR])), axes, scale * (1 - 0.09 * p.phase) * RV_RADII)
     ventricle = smooth_union(np.maximum(ventricle, -base - 11), vessel(grid, pose, OUTFLOW, 17, 13), 5)
     right_ventricle = cut(ventricle, epicardium, aorta - 2.5, left - 3, pulmonary)
     right = ellipsoid(grid, pose.place(RA_CENTRE), turned, scale * filling * RA_RADII)
     right = cut(right, right_ventricle, left - 3, aorta - 3, pulmonary - 2, epicardium)
     myocardium = cut(epicardium, chamber, left, aorta)
-    return {"rv": right_ventricle, "ra": right, "pa": pulmonary, "la": left, "ao": aorta, "myo": myocardium,
-            "lv": chamber}
+    return {"rv": right_ventricle, "ra": right, "pa": pulmonary, "la": left, "ao": aorta, "myo": myocardium, "lv": chamber}
 
 
 def heart_box(pose: Pose, grid: Grid) -> tuple[tuple[slice, slice, slice], Grid]:
     """The part of the grid that may hold the heart and its great vessels."""
-    reach = pose.scale * np.array([105.0, 95.0, 105.0])
-    return grid.box(pose.origin + [8, -12, 0] - reach, pose.origin + [8, -12, 0] + reach)
+    centre, reach = pose.origin + np.array([8.0, -12, 0]), pose.scale * np.array([105.0, 95, 105])
+    return grid.box(centre - reach, centre + reach)
 
 
-def paint_heart(canvas: Array, labels: NDArray[np.uint16], p: Parameters, pose: Pose, grid: Grid,
-                parts: dict[str, Array], edge: float) -> None:
+def paint_heart(
+    canvas: Array, labels: NDArray[np.uint16], p: Parameters, pose: Pose, grid: Grid, parts: dict[str, Array], edge: float
+) -> None:
     """Paint walls, coronary arteries, blood and myocardium (HU), and write the labels."""
     for name, thickness in (("ra", 2.0), ("rv", 3.0), ("la", 2.0), ("pa", 1.6), ("ao", 1.8)):
         paint(canvas, parts[name] - thickness, p.myocardium if name == "rv" else MUSCLE, edge)
@@ -182,7 +167,7 @@ def paint_heart(canvas: Array, labels: NDArray[np.uint16], p: Parameters, pose: 
         paint(canvas, distance, value, edge)
         labels[distance < 0] = LABELS[name]
     for side in (-1, 1):  # papillary muscles: within the blood pool's label, as in MM-WHS
-        ends = [(LV_EQUATOR + l) * APEX + 11 * side * ANTERIOR - 9 * SEPTUM for l in (8.0, 32.0)]
+        ends = [(LV_EQUATOR + along) * APEX + 11 * side * ANTERIOR - 9 * SEPTUM for along in (8.0, 32.0)]
         paint(canvas, np.maximum(vessel(grid, pose, ends, 2.6, 4.0), parts["lv"]), p.myocardium, edge)
 
 
@@ -210,9 +195,9 @@ def torso(p: Parameters, pose: Pose, grid: Grid) -> Torso:
     def outline(a: float, b: float, n: float) -> Array:
         return r / (np.abs(x / a) ** n + np.abs(y / b) ** n) ** (1 / n)
 
-    cage = outline(121 * s, 90 * s, 2.35) * (1 - 0.13 * np.exp(-(phi / 0.4) ** 2))
-    pectoral = 9 * np.exp(-((phi - 2.45) / 0.3) ** 2) + 9 * np.exp(-((phi - 1.35) / 0.45) ** 2)
-    dorsal = 21 * np.exp(-(phi / 0.45) ** 2)
+    cage = outline(121 * s, 90 * s, 2.35) * (1 - 0.13 * np.exp(-((phi / 0.4) ** 2)))
+    pectoral = 9 * np.exp(-(((phi - 2.45) / 0.3) ** 2)) + 9 * np.exp(-(((phi - 1.35) / 0.45) ** 2))
+    dorsal = 21 * np.exp(-((phi / 0.45) ** 2))
     muscle = cage + 7 + s * (pectoral + dorsal)
     skin = outline(121 * s + 16 + 0.9 * p.fat, 90 * s + 11 + p.fat, 2.45)
     skin = np.maximum(skin, muscle + 4)
@@ -223,12 +208,12 @@ def torso(p: Parameters, pose: Pose, grid: Grid) -> Torso:
 
     dome = np.maximum(np.maximum(bowl(-68, -12, 0), bowl(72, -8, -13)), bowl(20, -30, -24))
     lean = 0.35 * (pose.origin[0] - p.body[0])
-    middle = np.abs(x - lean * np.clip(-y / 60, -0.5, 1)) - (12 + 16 * np.exp(-((y + 5) / 34) ** 2)) * s
+    middle = np.abs(x - lean * np.clip(-y / 60, -0.5, 1)) - (12 + 16 * np.exp(-(((y + 5) / 34) ** 2))) * s
     return Torso(*(a.astype(np.float32) for a in (x, y, r, phi, cage, muscle, skin, dome, middle)))
 
 
-def lung_vessels(p: Parameters, pose: Pose, t: Torso) -> list[tuple[NDArray, NDArray, NDArray]]:
-    """Branching arteries and veins of both lungs: (start, end, two radii) of each segment, in mm."""
+def lung_vessels(p: Parameters, pose: Pose) -> list[Segment]:
+    """Branching arteries and veins of both lungs: the segments of all trees."""
     rng = np.random.Generator(np.random.Philox(key=[p.texture, 1]))
     trees = []
     roots = [(RIGHT_PA[-1], -1, 6.5), (LEFT_PA[-1], 1, 6.5)] + [(end, np.sign(end[0] + 15), 5.0) for end in VEINS]
@@ -240,7 +225,7 @@ def lung_vessels(p: Parameters, pose: Pose, t: Torso) -> list[tuple[NDArray, NDA
     while trees:
         start, heading, radius, depth = trees.pop()
         heading = heading / np.linalg.norm(heading)
-        end = start + heading * rng.uniform(14, 26) * 0.93 ** depth
+        end = start + heading * rng.uniform(14, 26) * 0.93**depth
         segments.append((start, end, np.array([radius, radius * 0.88])))
         side = np.hypot((end[0] - p.body[0]) / (112 * p.skeleton), (end[1] - p.body[1]) / (82 * p.skeleton))
         if depth < 7 and side < 0.97 and abs(end[2]) < 90:
@@ -249,18 +234,13 @@ def lung_vessels(p: Parameters, pose: Pose, t: Torso) -> list[tuple[NDArray, NDA
     return segments
 
 
-def ring(distance: Array, thickness: float) -> Array:
-    """The shell of a solid, ``thickness`` mm deep."""
-    return np.maximum(distance, -distance - thickness)
-
-
 def paint_bone(canvas: Array, distance: Array, marrow: float, density: float, edge: float, shell: float = 1.5) -> None:
     """A bone: cortical shell around spongy marrow (HU)."""
     paint(canvas, distance, CORTEX * density, edge)
     paint(canvas, distance + shell, marrow * density, edge)
 
 
-def paint_lungs(canvas: Array, p: Parameters, t: Torso, grid: Grid, tree: list, edge: float) -> None:
+def paint_lungs(canvas: Array, p: Parameters, t: Torso, grid: Grid, tree: list[Segment], edge: float) -> None:
     """Fill the whole cage with lung, denser towards the back, and its vessels."""
     canvas += p.lung + 0.28 * t.y
     for a, b, radii in tree:
@@ -302,9 +282,12 @@ def paint_mediastinum(canvas: Array, p: Parameters, pose: Pose, t: Torso, grid: 
     gullet = ellipsoid(grid, np.array([cx + 8 * s, cy + 25 * s, 0]), np.eye(3), np.array([9.0, 5.5, 1e4]))
     paint(canvas, gullet, 45.0, edge)
     carina, right, left = (pose.place(point) for point in (CARINA, RIGHT_MAIN, LEFT_MAIN))
-    airways = np.minimum(tube(grid, np.array([carina + [0, -6, 60], carina]), np.array([9.0, 8.5])),
-                         tube(grid, np.array([carina, right, right + [-22, 8, -14]]), np.array([8.0, 6.5, 3.5])))
-    airways = np.minimum(airways, tube(grid, np.array([carina, left, left + [20, 8, -14]]), np.array([7.5, 6, 3.5])))
+    down = np.array([22.0, 8, -14])
+    airways = np.minimum(
+        tube(grid, np.array([carina + np.array([0, -6, 60]), carina]), np.array([9.0, 8.5])),
+        tube(grid, np.array([carina, right, right + down * [-1, 1, 1]]), np.array([8.0, 6.5, 3.5])),
+    )
+    airways = np.minimum(airways, tube(grid, np.array([carina, left, left + down]), np.array([7.5, 6, 3.5])))
     paint(canvas, airways - 1.8, 30.0, edge)
     paint(canvas, airways, -980.0, edge)
 
@@ -323,18 +306,19 @@ def paint_wall(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float) 
     seam = np.abs(t.r - t.cage - 8) - 1.2  # fat between the ribs and the muscles over them
     paint(canvas, np.broadcast_to(seam, canvas.shape), 0.6 * FAT, edge)
     paint(canvas, t.muscle - t.r, FAT, edge)
-    surface, s, z = t.r - t.skin, p.skeleton, grid.points()[2]
+    surface: Array = t.r - t.skin
+    s, z = p.skeleton, grid.points()[2]
     if p.breast:
         for side in (-1, 1):
             centre = np.array([p.body[0] + side * 68 * s, p.body[1] - 88 * s - 0.6 * p.fat, -12.0])
             radii = np.array([50.0, 22 + p.breast, 62.0])
             breast = ellipsoid(grid, centre, np.eye(3), radii)
-            gland = ellipsoid(grid, centre + [0, -0.35 * p.breast, -6], np.eye(3), 0.5 * radii)
+            gland = ellipsoid(grid, centre - np.array([0, 0.35 * p.breast, 6]), np.eye(3), 0.5 * radii)
             paint(canvas, np.maximum(gland, t.muscle + 6 - t.r), -10.0, edge)
             surface = smooth_union(surface, breast, 12)
     paint(canvas, -surface - 2, SKIN, edge)
     paint(canvas, -surface, AIR, edge)
-    back = t.y - float(np.max(np.where(surface.min(0) < 0, t.y[0], -FAR))) - 5 + t.x ** 2 / 700
+    back = t.y - float(np.max(np.where(surface.min(0) < 0, t.y[0], -FAR))) - 5 + t.x**2 / 700
     shell = np.maximum(np.abs(back - 8) - 8, np.abs(t.x) - 175)
     outside = np.maximum(shell, -surface)
     paint(canvas, np.maximum(ring(shell, 1.5), outside) + 0 * z, -250.0, edge)
@@ -378,7 +362,7 @@ def render(p: Parameters, grid: Grid, edge: float, slab: int = 4) -> Iterator[tu
     """Yield slabs of the patient on ``grid``: the z range, HU and MM-WHS labels; ``edge`` is a sample's width in mm."""
     pose = heart_pose(p)
     t = torso(p, pose, grid)
-    tree = lung_vessels(p, pose, t)
+    tree = lung_vessels(p, pose)
     for start in range(0, len(grid.z), slab):
         rows = slice(start, min(start + slab, len(grid.z)))
         part = Grid(grid.z[rows], grid.y, grid.x)

@@ -8,12 +8,13 @@ negative inside.  Every function is pointwise in space, so a volume may be compu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage, special
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]  # float32 for anything as large as a volume, float64 for points and radii
 FAR = 60.0  # mm: the distance reported outside the box in which a surface was evaluated
 
 INJECTION_S = 16.0  # length of the contrast injection
@@ -66,7 +67,7 @@ class Grid:
         w = self.warp.wave
         return x + (w(0, y) + w(1, z)), y + (w(2, x) + w(3, z)), z + (w(4, x) + w(5, y))
 
-    def box(self, low: NDArray[np.float64], high: NDArray[np.float64]) -> tuple[tuple[slice, slice, slice], Grid]:
+    def box(self, low: Array, high: Array) -> tuple[tuple[slice, slice, slice], Grid]:
         """The samples between two corners ``(x, y, z)`` in mm: their index and the grid they form."""
         margin = 0.0 if self.warp is None else 2 * self.warp.amplitude
 
@@ -77,8 +78,7 @@ class Grid:
         return index, Grid(self.z[index[0]], self.y[index[1]], self.x[index[2]], self.warp)
 
 
-def sample_axes(shape: tuple[int, int, int], spacing: tuple[float, float, float], finest: float
-                ) -> tuple[tuple[int, int, int], Grid]:
+def sample_axes(shape: tuple[int, int, int], spacing: tuple[float, float, float], finest: float) -> tuple[tuple[int, int, int], Grid]:
     """Supersampling grid of a volume centred at the origin.
 
     ``shape`` is (Z, Y, X) and ``spacing`` the matching (z, y, x) edges in mm.  Returns the number of samples per
@@ -90,7 +90,7 @@ def sample_axes(shape: tuple[int, int, int], spacing: tuple[float, float, float]
     return (factor[0], factor[1], factor[2]), Grid(z, y, x)
 
 
-def blocks(volume: NDArray, factor: tuple[int, int, int]) -> NDArray:
+def blocks(volume: NDArray[Any], factor: tuple[int, int, int]) -> NDArray[Any]:
     """View of a supersampled (Z*f, Y*g, X*h) volume as (Z, f, Y, g, X, h): one block per voxel."""
     z, y, x = (n // f for n, f in zip(volume.shape, factor, strict=True))
     return volume.reshape(z, factor[0], y, factor[1], x, factor[2])
@@ -102,27 +102,42 @@ def paint(canvas: Array, distance: Array, value: float | Array, edge: float) -> 
     canvas += share * (value - canvas)
 
 
-def plane(grid: Grid, point: NDArray, normal: NDArray) -> Array:
+def plane(grid: Grid, point: Array, normal: Array) -> Array:
     """Distance to the half-space behind the plane through ``point`` with outward ``normal``."""
+    (x, y, z), origin = grid.points(), point.astype(np.float32)
     unit = (normal / np.linalg.norm(normal)).astype(np.float32)
-    x, y, z = grid.points()
-    return (x - np.float32(point[0])) * unit[0] + (y - np.float32(point[1])) * unit[1] + (z - np.float32(point[2])) * unit[2]
+    return (x - origin[0]) * unit[0] + (y - origin[1]) * unit[1] + (z - origin[2]) * unit[2]
 
 
-def ellipsoid(grid: Grid, centre: NDArray, axes: NDArray, radii: NDArray) -> Array:
-    """First-order distance to an ellipsoid: ``axes`` rows are its unit directions, ``radii`` in mm."""
-    x, y, z = grid.points()
-    dx, dy, dz = x - centre[0], y - centre[1], z - centre[2]
-    level, slope = 0.0, 0.0
-    for direction, radius in zip(axes.astype(np.float32), radii, strict=True):
-        scaled = (dx * direction[0] + dy * direction[1] + dz * direction[2]) / np.float32(radius)
-        square = scaled * scaled
-        level, slope = level + square, slope + square / np.float32(radius * radius)
+def ellipsoid(grid: Grid, centre: Array, axes: Array, radii: Array, reach: float = 12.0) -> Array:
+    """First-order distance to an ellipsoid, to ``reach`` mm outside: ``axes`` rows are its unit directions."""
+    result = np.full(grid.shape, FAR, np.float32)
+    extent = np.sqrt(((axes.T * radii) ** 2).sum(1)) + reach
+    index, near = grid.box(centre - extent, centre + extent)
+    if 0 in near.shape:
+        return result
+    (x, y, z), origin = near.points(), centre.astype(np.float32)
+    dx, dy, dz = x - origin[0], y - origin[1], z - origin[2]
+    level, slope = np.zeros(near.shape, np.float32), np.zeros(near.shape, np.float32)
+    for direction, radius in zip(axes.astype(np.float32), radii.astype(np.float32), strict=True):
+        square = ((dx * direction[0] + dy * direction[1] + dz * direction[2]) / radius) ** 2
+        level += square
+        slope += square / radius**2
     root = np.sqrt(level)
-    return root * (root - 1) / np.sqrt(slope + np.float32(1e-9))
+    result[index] = root * (root - 1) / np.sqrt(slope + np.float32(1e-9))
+    return result
 
 
-def tube(grid: Grid, path: NDArray, radius: NDArray, reach: float = 8.0) -> Array:
+def curve(points: Array, steps: int = 3) -> Array:
+    """Catmull-Rom curve through ``points`` (n, 3), ``steps`` segments between neighbours."""
+    ends = np.vstack([2 * points[0] - points[1], points, 2 * points[-1] - points[-2]])
+    a, b, c, d = (ends[i : len(ends) - 3 + i, None, :] for i in range(4))
+    t = (np.arange(steps) / steps)[None, :, None]
+    spline = b + 0.5 * t * (c - a + t * (2 * a - 5 * b + 4 * c - d + t * (3 * (b - c) + d - a)))
+    return np.vstack([spline.reshape(-1, 3), points[-1:]])
+
+
+def tube(grid: Grid, path: Array, radius: Array, reach: float = 8.0) -> Array:
     """Distance to a tube along the points ``path`` (n, 3) with ``radius`` (n,), exact to ``reach`` mm outside."""
     result = np.full(grid.shape, FAR, np.float32)
     for a, b, ra, rb in zip(path[:-1], path[1:], radius[:-1], radius[1:], strict=True):
@@ -146,12 +161,25 @@ def smooth_union(a: Array, b: Array, k: float) -> Array:
     return np.minimum(a, b) - h * h * (k / 4)
 
 
+def cut(solid: Array, *tools: Array) -> Array:
+    """``solid`` without the ``tools`` (distances)."""
+    for tool in tools:
+        solid = np.maximum(solid, -tool)
+    return solid
+
+
+def ring(distance: Array, thickness: float) -> Array:
+    """The shell of a solid, ``thickness`` mm deep."""
+    return np.maximum(distance, -distance - thickness)
+
+
 def enhancement(time_s: float, dose: float) -> dict[str, float]:
     """HU of the blood in each chamber ``time_s`` seconds after the injection began, at a relative ``dose``.
 
     The bolus is a box-shaped injection convolved with a gamma-variate transit (Thompson et al. 1964, Circ Res
     14:502; Bae 2010, Radiology 256:32), later and wider the farther downstream the chamber lies.
     """
+
     def reached(age: float, scale: float) -> float:
         return float(special.gammainc(DISPERSION_SHAPE, max(age, 0.0) / scale))
 
@@ -175,12 +203,13 @@ def noise_power(shape: tuple[int, int], spacing: tuple[float, float]) -> Array:
     |f| times the squared apodisation (Riederer, Pelc, Chesler 1978, Phys Med Biol 23:446; Kijewski, Judy 1987,
     Phys Med Biol 32:565), scaled to unit variance on a slice of ``NOISE_REFERENCE_MM`` pixels.
     """
-    def shaped(n: tuple[int, int], edge: tuple[float, float]) -> NDArray:
+
+    def shaped(n: tuple[int, int], edge: tuple[float, float]) -> Array:
         f = np.hypot(np.fft.fftfreq(n[0], edge[0])[:, None], np.fft.fftfreq(n[1], edge[1])[None, :])
         return f * np.exp(-2 * (f / NOISE_CUTOFF_PER_MM) ** 2)
 
     reference = shaped((64, 64), (NOISE_REFERENCE_MM, NOISE_REFERENCE_MM))
-    variance = reference.mean() / NOISE_REFERENCE_MM ** 2
+    variance = reference.mean() / NOISE_REFERENCE_MM**2
     return (shaped(shape, spacing)[:, : shape[1] // 2 + 1] / variance).astype(np.float32)
 
 
@@ -189,7 +218,7 @@ def noise_field(shape: tuple[int, int, int], spacing: tuple[float, float, float]
     white = rng.standard_normal(shape, dtype=np.float32)
     power = noise_power(shape[1:], spacing[1:]) / (spacing[1] * spacing[2])
     along = np.exp(-2 * (np.pi * NOISE_Z_SIGMA_MM * np.fft.fftfreq(shape[0], spacing[0])) ** 2)
-    along /= np.sqrt(np.mean(along ** 2))
+    along /= np.sqrt(np.mean(along**2))
     spectrum = fft.rfftn(white) * np.sqrt(power) * along[:, None, None].astype(np.float32)
     return fft.irfftn(spectrum, s=shape).astype(np.float32)
 
@@ -205,11 +234,11 @@ def noise_level(hu: Array, spacing: tuple[float, float, float], sigma: float) ->
     diameter = ndimage.gaussian_filter1d(2 * np.sqrt(mass * spacing[1] * spacing[2] / np.pi), 10 / spacing[0])
     level = sigma * np.exp(WATER_PER_MM * (diameter - REFERENCE_DIAMETER_MM) / 4)
     depth = ndimage.gaussian_filter(density, [s / e for s, e in zip((6, 24, 24), spacing, strict=True)])
-    z, y, x = (edge * (np.arange(n) - (n - 1) / 2) for n, edge in zip(hu.shape, spacing, strict=True))
+    y, x = (edge * (np.arange(n) - (n - 1) / 2) for n, edge in zip(hu.shape[1:], spacing[1:], strict=True))
     middle_y = (density.sum(2) @ y / mass)[:, None, None]
     middle_x = (density.sum(1) @ x / mass)[:, None, None]
     radius = np.hypot(y[None, :, None] - middle_y, x[None, None, :] - middle_x) / diameter[:, None, None]
-    profile = np.exp(-1.1 * radius ** 2) * (0.55 + 0.45 * np.clip(depth, 0, 1))
+    profile = np.exp(-1.1 * radius**2) * (0.55 + 0.45 * np.clip(depth, 0, 1))
     return (level[:, None, None] * profile).astype(np.float32)
 
 

@@ -56,7 +56,10 @@ def page(path: Path, title: str, lead: str, sections: Iterable[tuple[str, str]])
     """Write the page: sections are (heading, HTML). Raises `OutputError`."""
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
     top = f"<h1>{html.escape(title)}</h1><p class=note>{html.escape(lead)}</p>"
-    write_text(path, f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>{top}{body}</html>\n")
+    write_text(
+        path,
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>{top}{body}</html>\n",
+    )
 
 
 def planes(labels: NDArray[Any], synthetic: NDArray[Any], truth: NDArray[Any], spacing: tuple[float, float, float], classes: int) -> Figure:
@@ -64,7 +67,7 @@ def planes(labels: NDArray[Any], synthetic: NDArray[Any], truth: NDArray[Any], s
 
     Volumes (D, H, W) with slices from inferior, rows from anterior, columns from the patient's right; `spacing` (x, y, z) mm.
     """
-    at = [int(round(float(np.median(axis)))) if len(axis) else n // 2 for axis, n in zip(np.nonzero(labels), labels.shape, strict=True)]
+    at = [round(float(np.median(axis))) if len(axis) else n // 2 for axis, n in zip(np.nonzero(labels), labels.shape, strict=True)]
     x, y, z = spacing
     drawn = figure(11, 9.4)
     axes = drawn.subplots(3, 3, gridspec_kw={"height_ratios": [1, _flat(truth, z, y), _flat(truth, z, y)]})
@@ -98,7 +101,9 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
     losses.set(title="training losses", xlabel="step", yscale="log")
     losses.legend(fontsize=8)
     measured = [(line["step"], line["metrics"]) for line in lines if line.get("metrics")]
-    held_out.plot([s for s, _ in measured], [v["body"]["mae_ratio"] for _, v in measured], "o-", color="black", label="body error / mean painting")
+    held_out.plot(
+        [s for s, _ in measured], [v["body"]["mae_ratio"] for _, v in measured], "o-", color="black", label="body error / mean painting"
+    )
     held_out.set(title="held-out patients", xlabel="step", ylim=(0, None))
     held_out.legend(fontsize=8)
     for axis in (losses, held_out):

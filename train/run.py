@@ -11,23 +11,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of train/, whose file names would hide other packages
 
-import argparse  # noqa: E402
-import json  # noqa: E402
-from collections.abc import Sequence  # noqa: E402
+import argparse
+import json
+from collections.abc import Sequence
 
-from runtime import console  # noqa: E402
-from runtime.errors import UsageError  # noqa: E402
-from train import checkpoint, config  # noqa: E402
+from runtime import console
+from runtime.errors import UsageError
+from train import checkpoint, config
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python train/run.py", description="Train a generator that paints CT from label masks.", epilog=console.EXIT_CODES)
+    p = argparse.ArgumentParser(
+        prog="python train/run.py", description="Train a generator that paints CT from label masks.", epilog=console.EXIT_CODES
+    )
     p.add_argument("--config", type=Path, help="a JSON file, such as train/configs/phantom.json (with --resume: the run's own)")
     p.add_argument("--dataset-path", "--dataset_path", metavar="DIR", help="folder of CASE_image.nii.gz + CASE_label.nii.gz")
     p.add_argument("--output", type=Path, metavar="RUN", help="the run folder to write (default: runs/NAME)")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
     p.add_argument("--dry-run", action="store_true", help="print config, data, network sizes and a time estimate; start nothing")
-    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", nargs="+", help="override, e.g. training.steps=40 or MAX_ITER=40")
+    p.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", nargs="+", help="override, e.g. training.steps=40 or MAX_ITER=40"
+    )
     p.add_argument("--quiet", action="store_true", help="no progress")
     return p
 
@@ -58,8 +62,9 @@ def main(argv: Sequence[str]) -> int:
         print(json.dumps(config.to_json(resolved)))
     from train.loop import Training, open_cohort
 
-    resume_from = checkpoint.start(folder, resolved, args.resume)
+    resume_from = checkpoint.starting_point(folder, resolved, args.resume)
     cohort = open_cohort(resolved, folder, quiet=args.quiet)
+    checkpoint.claim(folder, resolved)
     metrics = Training(resolved, folder, cohort, resume_from, quiet=args.quiet).run()
     if not args.quiet:
         from train.evaluate import table

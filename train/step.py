@@ -21,7 +21,7 @@ from .losses import discriminator_losses, generator_losses, weighted_sum
 
 
 class Batch(NamedTuple):
-    """`labels` uint8 (N, Z, H, W), `image` float32 (N, 1, H, W) in [0, 1], `noise` uint8 (N, 1, H, W)."""
+    """`labels` (N, Z, H, W) model indices, any dtype, `image` float32 (N, 1, H, W) in [0, 1], `noise` uint8 (N, 1, H, W)."""
 
     labels: Tensor
     image: Tensor
@@ -32,15 +32,19 @@ def make_generator(config: RunConfig) -> Generator:
     """The generator that `config` describes, channels_last, uninitialised beyond torch's defaults."""
     g = config.generator
     channels = len(label_table(config.data)) * config.data.slices
-    net = Generator(channels, kind=g.kind, filters=g.filters, depth=g.depth, skips=g.skips, textures=g.textures, texture_kernel=g.texture_kernel)
-    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net = Generator(
+        channels, kind=g.kind, filters=g.filters, depth=g.depth, skips=g.skips, textures=g.textures, texture_kernel=g.texture_kernel
+    )
+    net.to(memory_format=torch.channels_last)
+    return net
 
 
 def make_discriminator(config: RunConfig) -> Discriminator:
     """The discriminator that `config` describes, channels_last."""
     channels = len(label_table(config.data)) * config.data.slices
     net = Discriminator(channels, **asdict(config.discriminator))
-    return net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    net.to(memory_format=torch.channels_last)
+    return net
 
 
 class Step:
@@ -74,17 +78,17 @@ class Step:
         _descend(self._adam_d, weighted_sum(d_losses, dict.fromkeys(d_losses, 1.0)))
 
         self.discriminator.requires_grad_(False)
-        judged = smooth + (painted - smooth).detach()  # the judge sees the texture, but must not shape it: it would have structures made of noise
+        # The judge sees the texture but does not shape it: free noise is the easy way to look like bones and vessels.
+        judged = smooth + (painted - smooth).detach()
         g_losses = generator_losses(self.discriminator(condition, judged)[0], smooth, painted, real)
         _descend(self._adam_g, weighted_sum(g_losses, asdict(loss)))
 
         update_average(self.average, self.generator, average_decay(step, self._config.training.ema_decay))
         return {name: value.detach() for name, value in {**g_losses, **d_losses}.items()}
 
-    @torch.no_grad()
     def recalibrated(self, batches: Iterable[Batch]) -> Generator:
         """A copy of the average, in eval mode, whose batch statistics are the mean over `batches` (none: its own average)."""
-        net = copy.deepcopy(self.average)
+        net: Generator = copy.deepcopy(self.average)
         norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
         for count, batch in enumerate(batches):
             if count == 0:
@@ -92,8 +96,10 @@ class Step:
                 for layer in norms:
                     layer.reset_running_stats()
                     layer.momentum = None  # a plain mean over the batches
-            net(one_hot(batch.labels.to(self.device), self.classes).contiguous(memory_format=torch.channels_last))
-        return net.eval()
+            with torch.no_grad():
+                net(one_hot(batch.labels.to(self.device), self.classes).contiguous(memory_format=torch.channels_last))
+        net.eval()
+        return net
 
     def state(self) -> dict[str, Tensor]:
         """Every tensor that decides what the next steps do, by name; contiguous copies on the CPU."""
@@ -123,10 +129,9 @@ def average_decay(step: int, decay: float) -> float:
     return min(decay, (1 + step) / (10 + step))
 
 
-@torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
     """average ← decay * average + (1 - decay) * network, for weights and batch statistics; counters are copied."""
-    own, new = average.state_dict(keep_vars=True), network.state_dict(keep_vars=True)
+    own, new = average.state_dict(), network.state_dict()
     floats = [name for name, t in own.items() if t.is_floating_point()]
     torch._foreach_lerp_([own[n] for n in floats], [new[n] for n in floats], 1 - decay)
     for name in own.keys() - set(floats):
@@ -148,5 +153,5 @@ def _set_rate(adam: torch.optim.Adam, rate: float) -> None:
 
 def _descend(adam: torch.optim.Adam, loss: Tensor) -> None:
     adam.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     adam.step()

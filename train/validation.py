@@ -55,7 +55,6 @@ class Validation:
         comparison(path, masks[chosen], generated[chosen], case.image[chosen], classes=len(self._table), window=window, title=title)
 
 
-@torch.no_grad()
 def paint(net: Generator, labels: NDArray[np.uint8], noise: NDArray[np.uint8], classes: int, intensity: Intensity,
           device: torch.device, batch_size: int = 8) -> NDArray[np.int16]:  # fmt: skip
     """`labels` uint8 (n, Z, H, W), `noise` uint8 (n, H, W) → HU int16 (n, H, W), with `net` in eval mode."""
@@ -63,7 +62,8 @@ def paint(net: Generator, labels: NDArray[np.uint8], noise: NDArray[np.uint8], c
     for at in range(0, len(labels), batch_size):
         condition = one_hot(torch.from_numpy(labels[at : at + batch_size]).to(device), classes)
         bytes_ = torch.from_numpy(noise[at : at + batch_size, None]).to(device)
-        image = net(condition.contiguous(memory_format=torch.channels_last), standardise_noise(bytes_) if net.noisy else None)
+        with torch.no_grad():
+            image = net(condition.contiguous(memory_format=torch.channels_last), standardise_noise(bytes_) if net.noisy else None)
         out.append(from_unit(image[:, 0].cpu().numpy(), intensity))
     return np.concatenate(out)
 

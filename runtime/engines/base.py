@@ -63,18 +63,23 @@ def check_call(spec: EngineSpec, inputs: Inputs, out: NDArray[np.uint8]) -> None
         if array is None:
             raise _broken(f"the input {tensor.name!r} is missing", tensor)
         fits = len(array.shape) == len(tensor.shape) and all(
-            n > 0 and n == (sizes.setdefault(dim, n) if isinstance(dim, str) else dim) for n, dim in zip(array.shape, tensor.shape, strict=True)
+            n > 0 and n == (sizes.setdefault(dim, n) if isinstance(dim, str) else dim)
+            for n, dim in zip(array.shape, tensor.shape, strict=True)
         )
         if array.dtype != tensor.dtype or not fits or not array.flags.c_contiguous:
             order = "" if array.flags.c_contiguous else ", not contiguous"
             raise _broken(f"{tensor.name!r} is {array.dtype} of shape {array.shape}{order}", tensor, sizes)
     if given:
-        raise EngineError(f"the graph has no input {sorted(given)[0]!r}", expected=str([t.name for t in spec.inputs]), remedy="leave it out")
+        raise EngineError(
+            f"the graph has no input {sorted(given)[0]!r}", expected=str([t.name for t in spec.inputs]), remedy="leave it out"
+        )
 
 
 def _broken(fact: str, tensor: TensorSpec, sizes: Mapping[str, int] | None = None) -> EngineError:
     known = ", ".join(f"{k} = {v}" for k, v in (sizes or {}).items())
-    return EngineError(fact, expected=f"{tensor.dtype} of shape {list(tensor.shape)} ({known}), contiguous", remedy="give the tensors of the manifest")
+    return EngineError(
+        fact, expected=f"{tensor.dtype} of shape {list(tensor.shape)} ({known}), contiguous", remedy="give the tensors of the manifest"
+    )
 
 
 def closed(name: str) -> EngineError:

@@ -39,7 +39,9 @@ class FakeEngine:
         self._open = False
 
 
-def fake_manifest(labels: LabelTable = MM_WHS, *, pixel_spacing: tuple[float, float] | None = (3.0, 3.0), slices: int = 1, noise: bool = True) -> Manifest:
+def fake_manifest(
+    labels: LabelTable = MM_WHS, *, pixel_spacing: tuple[float, float] | None = (3.0, 3.0), slices: int = 1, noise: bool = True
+) -> Manifest:
     """A manifest for `FakeEngine`, with no files: `Synthesizer(m, FakeEngine(m))` needs nothing on disk."""
     grid = GridPolicy((32, 32), pixel_spacing, 32, slices, 3.0 if slices > 1 else None)
     return Manifest("fake", labels, grid, Intensity("HU", -1024, 1024), style=0, noise=noise, files={})

@@ -38,7 +38,9 @@ class OnnxEngine:
     def __init__(self, path: Path, manifest: Manifest, *, threads: int | None = None):
         ort = onnxruntime()
         options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+        options.intra_op_num_threads = threads or len(
+            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        )
         options.log_severity_level = 3
         try:
             self._session: Any = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -47,7 +49,9 @@ class OnnxEngine:
                              remedy="export the run again", file=path) from exc  # fmt: skip
         stated, found = {t.name: t.dtype for t in manifest.inputs}, {i.name: _DTYPES.get(i.type) for i in self._session.get_inputs()}
         if stated != found:
-            raise ModelError(f"{path.name} takes {found}", expected=f"the manifest's inputs {stated}", remedy="export the run again", file=path)
+            raise ModelError(
+                f"{path.name} takes {found}", expected=f"the manifest's inputs {stated}", remedy="export the run again", file=path
+            )
         self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH)
         self.name = f"onnxruntime {ort.__version__} on CPU, {options.intra_op_num_threads} threads, {path.name}"
 

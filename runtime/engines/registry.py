@@ -64,5 +64,7 @@ def open_engine(backend: str, manifest: Manifest, folder: Path) -> tuple[Engine,
     assert name is not None
     manifest.verify(folder, [name])
     passed = [f"{n}: {reason}" for n, reason in absent.items() if reason]
-    reason = "asked for" if backend != "auto" else "; ".join(["the first of " + ", ".join(b.name for b in BACKENDS) + " that serves", *passed])
+    reason = (
+        "asked for" if backend != "auto" else "; ".join(["the first of " + ", ".join(b.name for b in BACKENDS) + " that serves", *passed])
+    )
     return chosen.open(folder / name, manifest), reason

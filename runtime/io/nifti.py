@@ -27,7 +27,9 @@ def simpleitk() -> Any:
     try:
         import SimpleITK
     except ImportError as exc:
-        raise MissingComponent(f"SimpleITK cannot be imported: {exc}", expected="SimpleITK, which reads volumes", remedy="pip install SimpleITK") from exc
+        raise MissingComponent(
+            f"SimpleITK cannot be imported: {exc}", expected="SimpleITK, which reads volumes", remedy="pip install SimpleITK"
+        ) from exc
     return SimpleITK
 
 
@@ -85,7 +87,13 @@ def as_integers(values: NDArray[Any], file: Path | None = None) -> NDArray[Any]:
 
 
 def write_nifti(
-    path: Path, slabs: Iterable[CTSlab], shape: tuple[int, int, int], geometry: Geometry, *, nifti_header: bytes | None = None, description: str = ""
+    path: Path,
+    slabs: Iterable[CTSlab],
+    shape: tuple[int, int, int],
+    geometry: Geometry,
+    *,
+    nifti_header: bytes | None = None,
+    description: str = "",
 ) -> None:
     """Write int16 slabs that together fill `shape` (D, H, W) as NIfTI-1, atomically; `.gz` names are compressed by isal.
 
@@ -117,14 +125,15 @@ def _open(path: Path) -> BinaryIO:
     if path.name.endswith(".gz"):
         from isal import igzip_threaded
 
-        return igzip_threaded.open(str(path), "wb", compresslevel=GZIP_LEVEL, threads=1)  # type: ignore[return-value]
+        file: BinaryIO = igzip_threaded.open(str(path), "wb", compresslevel=GZIP_LEVEL, threads=1)
+        return file
     return open(path, "wb")
 
 
 def _write_planes(file: BinaryIO, values: NDArray[Any]) -> None:
     """One write a plane: how the compressor cuts its input, and so its output, must not depend on how slabs were cut."""
     for plane in values:
-        file.write(memoryview(np.ascontiguousarray(plane, values.dtype.newbyteorder("<"))).cast("B"))
+        file.write(np.ascontiguousarray(plane, values.dtype.newbyteorder("<")).data.cast("B"))
 
 
 def _header(shape: tuple[int, int, int], dtype: np.dtype[Any], geometry: Geometry, source: bytes | None, description: str) -> bytes:

@@ -1,0 +1,124 @@
+"""The main job at its real size, and its bars, measured here by code of its own on the files it leaves."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from samples import MM_WHS_VALUES
+from scipy import ndimage
+
+pytestmark = pytest.mark.slow
+STRUCTURES = MM_WHS_VALUES[1:]
+
+
+@pytest.fixture(scope="module")
+def demo(command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make demo` leaves."""
+    out = tmp_path_factory.mktemp("demo") / "demo"
+    done = command("benchmarks/demo.py", "--output", out, timeout=3600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+def volume(path: Path) -> np.ndarray:
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+@pytest.fixture(scope="module")
+def cases(demo: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(mask, true, synthetic) of every unseen patient."""
+    names = sorted(p.name.removesuffix(".nii.gz") for p in (demo / "masks").iterdir())
+    assert len(names) >= 4
+    return [
+        (volume(demo / "masks" / f"{n}.nii.gz"), volume(demo / "truth" / f"{n}.nii.gz"), volume(demo / "synthetic" / f"{n}_ct.nii.gz"))
+        for n in names
+    ]
+
+
+def test_it_leaves_what_it_promises(demo: Path) -> None:
+    for name in ("train/generator.safetensors", "train/run.json", "model/manifest.json", "model/model.onnx", "report.html"):
+        assert (demo / name).is_file(), name
+    assert not (demo / "unseen").exists()
+
+
+def test_no_unseen_patient_is_among_the_trained(demo: Path) -> None:
+    trained = [volume(p) for p in sorted((demo / "data").glob("*_label.nii.gz"))]
+    for path in (demo / "masks").iterdir():
+        assert not any(np.array_equal(volume(path), other) for other in trained)
+
+
+@pytest.mark.parametrize("value", STRUCTURES)
+def test_median_hu_of_each_structure(value: int, cases) -> None:
+    true, painted = (np.median(np.concatenate([case[n][case[0] == value] for case in cases])) for n in (1, 2))
+    assert abs(painted - true) <= 40, f"{painted} HU for {true} HU"
+
+
+def body(ct: np.ndarray) -> np.ndarray:
+    """Each slice's outline, filled: the largest part above -500 HU, without the thin table."""
+    filled = np.zeros(ct.shape, bool)
+    for k, plane in enumerate(ct):
+        parts, count = ndimage.label(ndimage.binary_opening(plane > -500, iterations=2))
+        if count:
+            filled[k] = ndimage.binary_fill_holes(parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]))
+    return filled
+
+
+def test_error_inside_the_body_against_mean_painting(cases) -> None:
+    insides = [body(true) for _, true, _ in cases]
+    labels, true, painted = (
+        np.concatenate([case[n][inside] for case, inside in zip(cases, insides, strict=True)]).astype(float) for n in range(3)
+    )
+    flat = np.empty_like(true)
+    for value in MM_WHS_VALUES:  # the rest of the body is 0
+        flat[labels == value] = true[labels == value].mean()
+    ratio = np.abs(painted - true).mean() / np.abs(flat - true).mean()
+    assert ratio <= 0.5, f"ratio {ratio:.3f}"
+
+
+@pytest.mark.parametrize("value", STRUCTURES)
+def test_texture_is_neither_smear_nor_static(value: int, cases) -> None:
+    def texture(n: int) -> float:
+        rest = []
+        for case in cases:
+            core = np.stack([ndimage.binary_erosion(plane == value) for plane in case[0]])
+            smooth = ndimage.gaussian_filter(case[n].astype(float), (0, 2, 2))
+            rest.append((case[n] - smooth)[core])
+        return float(np.concatenate(rest).std())
+
+    ratio = texture(2) / texture(1)
+    assert 0.5 <= ratio <= 2, f"ratio {ratio:.2f}"
+
+
+def test_the_cts_have_their_masks_grid(demo: Path) -> None:
+    for path in (demo / "masks").iterdir():
+        mask, ct = sitk.ReadImage(str(path)), sitk.ReadImage(str(demo / "synthetic" / path.name.replace(".nii.gz", "_ct.nii.gz")))
+        assert ct.GetPixelID() == sitk.sitkInt16 and ct.GetSize() == mask.GetSize()
+        assert (ct.GetSpacing(), ct.GetOrigin(), ct.GetDirection()) == (mask.GetSpacing(), mask.GetOrigin(), mask.GetDirection())
+
+
+def test_the_report_is_self_contained_and_says_what_was_measured(demo: Path) -> None:
+    page = (demo / "report.html").read_text()
+    assert page.count("data:image/png;base64,") >= 4
+    assert not re.search(r"""(src|href)=["']?(?!data:)""", page)
+    metrics = json.loads((demo / "metrics.json").read_text())
+    for name, organ in metrics["organs"].items():
+        assert name in page and f"{organ['median']:.0f}" in page
+    for stage in ("phantom cohort", "training", "export and proof", "synthesis", "slices/s", "commit", "onnxruntime"):
+        assert stage in page, stage
+
+
+def test_the_parity_of_the_demo_is_proven_on_64_real_masks(demo: Path) -> None:
+    (proof,) = json.loads((demo / "model" / "manifest.json").read_text())["parity"]["model.onnx"].values()
+    assert proof["validation masks"]["slices"] >= 48 and proof["validation masks"]["max"] <= 1
+
+
+def test_a_second_run_over_the_same_folder_starts_anew_and_others_are_left_alone(tmp_path: Path, command) -> None:
+    (tmp_path / "thesis.tex").write_text("all my work")
+    done = command("benchmarks/demo.py", "--output", tmp_path)
+    assert done.returncode == 2 and "holds something else than a demo" in done.stderr
+    assert (tmp_path / "thesis.tex").read_text() == "all my work"

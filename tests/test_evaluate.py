@@ -1,0 +1,119 @@
+"""Metrics on arrays whose answers are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from samples import image
+
+from train.evaluate import body, body_mask, evaluate, organ, table, texture
+
+
+def thorax(shape: tuple[int, int, int] = (3, 64, 64)) -> tuple[np.ndarray, np.ndarray]:
+    """(HU, mask): a soft body with a lung inside it, a table under it and one organ."""
+    ct = np.full(shape, -1000, np.int16)
+    ct[:, 10:50, 10:54] = 40
+    ct[:, 20:40, 14:24] = -850  # lung
+    ct[:, 54:56, 5:60] = 200  # table
+    mask = np.zeros(shape, np.uint8)
+    mask[:, 20:40, 30:50] = 1
+    ct[mask == 1] = 400
+    return ct, mask
+
+
+def test_the_body_is_its_filled_outline_without_the_table() -> None:
+    ct, _ = thorax()
+    inside = body_mask(ct)
+    assert inside[:, 30, 18].all() and inside[:, 15, 30].all()  # lung and fat
+    assert not inside[:, 54:56].any() and not inside[:, 5].any()
+    assert not body_mask(np.full((1, 16, 16), -1000)).any()
+
+
+def test_a_perfect_painting_has_no_error() -> None:
+    ct, mask = thorax()
+    ct[:, 12] = 60  # mean painting is not perfect
+    metrics = evaluate([ct], [ct], [mask], ["heart"])
+    assert metrics["cases"] == 1 and metrics["body"]["mae"] == 0 and metrics["body"]["mae_ratio"] == 0
+    heart = metrics["organs"]["heart"]
+    assert (heart["median"], heart["median_true"], heart["median_error"], heart["iqr"]) == (400, 400, 0, 0)
+
+
+def test_medians_and_quartiles_are_pooled_over_cases() -> None:
+    mask = np.ones((1, 10, 10), np.uint8)
+    painted = [np.full((1, 10, 10), 100), np.full((1, 10, 10), 300)]
+    true = [np.arange(100).reshape(1, 10, 10), np.arange(100, 200).reshape(1, 10, 10)]
+    result = organ(painted, true, [mask, mask], 1)
+    assert result is not None
+    assert (result["voxels"], result["median"], result["median_true"]) == (200, 200, 99.5)
+    assert result["median_error"] == 100.5 and result["iqr"] == 200 and result["iqr_true"] == pytest.approx(99.5)
+
+
+def test_an_absent_organ_is_null() -> None:
+    ct, mask = thorax()
+    assert evaluate([ct], [ct], [mask], ["heart", "aorta"])["organs"]["aorta"] is None
+
+
+def test_mean_painting_has_the_ratio_one_and_its_error_is_the_mean_deviation() -> None:
+    ct, mask = thorax()
+    rng = np.random.default_rng(0)
+    ct = ct + rng.normal(0, 30, ct.shape).astype(np.int16)
+    inside = body_mask(ct)
+    painted = np.zeros(ct.shape)
+    for region in (inside & (mask == 0), inside & (mask == 1)):
+        painted[region] = ct[region].mean()
+    result = body([painted], [ct], [mask], 2)
+    assert result is not None and result["mae_ratio"] == pytest.approx(1, abs=1e-4)
+    assert result["mae"] == pytest.approx(np.abs(painted - ct)[inside].mean(), abs=1e-3)
+    shifted = body([ct + 10], [ct], [mask], 2)
+    assert shifted is not None and shifted["mae"] == 10
+
+
+def test_texture_is_the_deviation_that_a_gaussian_leaves() -> None:
+    rng = np.random.default_rng(0)
+    region = np.ones((8, 64, 64), bool)
+    noise = rng.normal(0, 20, region.shape)
+    # white noise less its Gaussian of sigma 2 keeps 1 - 2 g(0) + sum g^2 of its variance, g(0) = 1 / (8 pi), sum g^2 = 1 / (16 pi)
+    expected = 20 * np.sqrt(1 - 2 / (8 * np.pi) + 1 / (16 * np.pi))
+    assert texture([noise], [region]) == pytest.approx(expected, rel=0.02)
+    assert texture([noise + 500], [region]) == pytest.approx(texture([noise], [region]), rel=1e-3)
+    assert texture([3 * noise], [region]) == pytest.approx(3 * texture([noise], [region]), rel=1e-3)
+    assert np.isnan(texture([noise], [np.zeros_like(region)]))
+
+
+def test_an_organs_border_does_not_count_as_texture() -> None:
+    flat = np.zeros((2, 64, 64))
+    mask = np.zeros(flat.shape, bool)
+    mask[:, 16:48, 16:48] = True
+    assert texture([flat], [mask]) == 0
+    noisy = flat.copy()
+    noisy[:, 16, 16:48] = 500  # on the border row only
+    assert texture([noisy], [mask]) < 60
+
+
+def test_the_table_is_for_people() -> None:
+    ct, mask = thorax()
+    text = table(evaluate([ct], [ct + 1], [mask], ["heart", "aorta"]))
+    assert "heart" in text and "(absent)" in text and "ratio" in text
+
+
+def test_folders_are_compared_from_the_command_line(tmp_path: Path, command) -> None:
+    ct, mask = thorax()
+    for name in ("masks", "truth", "synthetic"):
+        (tmp_path / name).mkdir()
+    for case in ("a", "b"):
+        sitk.WriteImage(image(mask.astype(np.uint16) * 500), str(tmp_path / "masks" / f"{case}.nii.gz"))
+        sitk.WriteImage(image(ct), str(tmp_path / "truth" / f"{case}.nii.gz"))
+        sitk.WriteImage(image((ct + 25).astype(np.int16)), str(tmp_path / "synthetic" / f"{case}_ct.nii.gz"))
+    arguments = ["-m", "train.evaluate", *(part for name in ("synthetic", "truth", "masks") for part in (f"--{name}", tmp_path / name))]
+    done = command(*arguments, "--json", tmp_path / "metrics.json")
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == metrics
+    assert metrics["cases"] == 2 and metrics["organs"]["left ventricle"]["median_error"] == 25 and metrics["body"]["mae"] == 25
+    (tmp_path / "synthetic" / "b_ct.nii.gz").unlink()
+    done = command(*arguments)
+    assert done.returncode == 1 and "b_ct.nii.gz" in done.stderr and "Traceback" not in done.stderr

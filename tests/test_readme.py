@@ -1,0 +1,68 @@
+"""What the README says is run: its Python blocks, its links, its commands' options."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from samples import blobs, write_mask
+
+BLOCK = re.compile(r"```python\n(.*?)```", re.DOTALL)
+LINK = re.compile(r"\]\(([^)#]+?)(?:#[^)]*)?\)|src=\"([^\"]+)\"")
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+
+
+def documents(root: Path) -> list[Path]:
+    return [root / "README.md", root / "CONTRIBUTING.md", root / "CHANGELOG.md", *sorted((root / "docs").rglob("*.md"))]
+
+
+def test_the_first_screen_has_the_claim_the_picture_and_the_two_commands(root: Path) -> None:
+    top = "\n".join((root / "README.md").read_text().splitlines()[:40])
+    for needed in ("make demo", "make test", "docs/images/", "from runtime import Synthesizer", "slices/s"):
+        assert needed in top, needed
+
+
+def test_every_python_block_runs(
+    root: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder where runs/demo is what `make demo` leaves, with a small model in its place."""
+    demo = tmp_path / "runs" / "demo"
+    (demo / "masks").mkdir(parents=True)
+    (demo / "model").symlink_to(model)
+    write_mask(demo / "masks" / "unseen_1001.nii.gz", blobs((6, 40, 40)))
+    monkeypatch.chdir(tmp_path)
+    blocks = BLOCK.findall((root / "README.md").read_text())
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert "onnxruntime" in capsys.readouterr().out
+    assert len(list((tmp_path / "out").glob("unseen_1001_v*_ct.nii.gz"))) == 4
+
+
+def test_every_link_leads_somewhere(root: Path) -> None:
+    for document in documents(root):
+        for match in LINK.finditer(document.read_text()):
+            target = match.group(1) or match.group(2)
+            if not target.startswith(("http:", "https:")):
+                assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+def test_every_make_target_named_exists(root: Path) -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE))
+    for document in documents(root):
+        named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", document.read_text(), re.MULTILINE))
+        assert named <= targets, f"{document.name}: {named - targets}"
+
+
+@pytest.mark.parametrize("program", ["train/run.py", "export/build_engine.py", "-m runtime synth", "-m train.phantom", "benchmarks/run.py"])
+def test_every_option_shown_is_one_the_program_has(program: str, root: Path, command) -> None:
+    known = command(*shlex.split(program), "--help").stdout
+    assert known
+    text = (root / "README.md").read_text().replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if f"python {program} " in line]
+    assert lines, f"the README does not show {program}"
+    for line in lines:
+        for option in OPTION.findall(line.split("#")[0]):
+            assert re.search(rf"{option}\b", known), f"{program} has no {option}"

@@ -1,0 +1,266 @@
+"""Whole runs by the command line: what they leave, how they resume, how they refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from runtime.errors import ModelError, OutputError, writing
+from train import checkpoint
+from train.config import resolve
+from train.loop import Diverged, Training, open_cohort
+
+TINY = ["data.canvas=[64,64]", "generator.kind=unet", "generator.filters=8", "generator.depth=4", "generator.skips=true", "generator.textures=2",
+        "loss.texture=10", "discriminator.filters=8", "training.batch_size=4", "training.recalibrate=2", "training.valid_slices=6", "training.threads=2",
+        "training.log_every=2", "training.valid_every=10", "training.checkpoint_every=5"]  # fmt: skip
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.json"
+    path.write_text(json.dumps({"name": "tiny"}))
+    return path
+
+
+def arguments(config: Path, cohort: Path, run: Path, steps: int, *more: str) -> list[object]:
+    return [
+        "train/run.py",
+        "--config",
+        config,
+        "--dataset-path",
+        cohort,
+        "--output",
+        run,
+        "--quiet",
+        "--set",
+        *TINY,
+        f"training.steps={steps}",
+        *more,
+    ]
+
+
+def tensors(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return checkpoint.load(run / "checkpoints" / f"step-{step:08d}")[1]
+
+
+def assert_same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def losses(run: Path) -> list[tuple[int, dict[str, float]]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["losses"]) for row in rows]
+
+
+def test_a_run_leaves_what_it_promises(trained: Path, cohort: Path) -> None:
+    files = {p.relative_to(trained).as_posix() for p in trained.rglob("*") if p.is_file()}
+    assert {
+        "generator.safetensors",
+        "run.json",
+        "config.json",
+        "metrics.jsonl",
+        "figures/step-00000006.png",
+        "checkpoints/step-00000006/state.json",
+    } <= files
+    assert not [name for name in files if name.endswith((".pt", ".pth", ".pkl")) or ".part-" in name]
+    text = (trained / "run.json").read_text()
+    assert str(cohort) not in text and "ct_train" not in text  # run folders travel; patients' names do not
+    data = json.loads(text)
+    assert data["schema_version"] == 1 and data["step"] == 6 and data["noise"] is True and data["style"] == 0
+    assert data["data"]["patients"] == {"train": 3, "valid": 1, "test": 0} and set(data["metrics"]) == {"cases", "organs", "body"}
+    assert data["weights"]["average"] == "ema" and [row["index"] for row in data["labels"]] == list(range(8))
+    assert (trained / "figures" / "step-00000006.png").read_bytes().startswith(b"\x89PNG")
+    last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 6 and last["metrics"]["body"]["mae"] > 0 and last["seconds"] > 0
+
+
+def test_the_generator_is_rebuilt_from_the_run_folder_alone(trained: Path) -> None:
+    run = checkpoint.load_run(trained)
+    net = checkpoint.load_generator(trained)
+    assert not net.training and net.divisor == run.grid.divisor
+    stored = load_file(trained / "generator.safetensors")
+    assert all(torch.equal(value, stored[name]) for name, value in net.state_dict().items())
+
+
+def test_altered_or_missing_run_files_are_refused(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"run\.json"):
+        checkpoint.load_run(tmp_path)
+    for name in ("run.json", "generator.safetensors", "validation.safetensors"):
+        if (trained / name).exists():
+            (tmp_path / name).write_bytes((trained / name).read_bytes())
+    checkpoint.load_run(tmp_path)
+    (tmp_path / "generator.safetensors").write_bytes(b"other")
+    with pytest.raises(ModelError, match="not the file"):
+        checkpoint.load_run(tmp_path)
+    data = json.loads((tmp_path / "run.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**data, "config": {"nmae": "x"}}))
+    with pytest.raises(ModelError, match="nmae"):
+        checkpoint.load_run(tmp_path)
+
+
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config: Path, cohort: Path, tmp_path: Path, command) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert command(*arguments(config, cohort, whole, 20)).returncode == 0
+    assert command(*arguments(config, cohort, parts, 10)).returncode == 0
+    done = command(*arguments(config, cohort, parts, 20), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(tensors(whole, 20), tensors(parts, 20))
+    assert_same_bits(load_file(whole / "generator.safetensors"), load_file(parts / "generator.safetensors"))
+    assert losses(whole) == losses(parts)
+    assert json.loads((whole / "run.json").read_text())["metrics"] == json.loads((parts / "run.json").read_text())["metrics"]
+    assert [p.name for p in sorted((parts / "checkpoints").iterdir())] == ["step-00000015", "step-00000020"]  # the two newest
+
+
+@pytest.mark.slow
+def test_a_killed_run_resumes_bit_for_bit(config: Path, cohort: Path, root: Path, tmp_path: Path, command) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert command(*arguments(config, cohort, whole, 20)).returncode == 0
+    process = subprocess.Popen([sys.executable, *map(str, arguments(config, cohort, killed, 20))], cwd=root)
+    wait_for(lambda: (killed / "checkpoints" / "step-00000010").exists(), process)
+    process.kill()
+    process.wait()
+    with open(killed / "metrics.jsonl", "a") as handle:
+        handle.write('{"step": 12, "los')  # a line that was cut off
+    done = command("train/run.py", "--resume", "--output", killed, "--quiet")  # the run's own config
+    assert done.returncode == 0, done.stderr
+    assert_same_bits(tensors(whole, 20), tensors(killed, 20))
+    assert losses(whole) == losses(killed)
+
+
+def test_an_interrupt_saves_says_how_to_go_on_and_exits_130(config: Path, cohort: Path, root: Path, tmp_path: Path, command) -> None:
+    run = tmp_path / "run"
+    command_line = [sys.executable, *map(str, arguments(config, cohort, run, 100_000))]
+    process = subprocess.Popen(command_line, cwd=root, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (run / "checkpoints" / "step-00000005").exists(), process)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "--resume" in errors and "Traceback" not in errors
+    newest = checkpoint.newest(run)
+    assert newest is not None and f"step {int(newest.name[5:])}" in errors
+    assert not (run / "run.json").exists()
+
+
+def wait_for(condition, process: subprocess.Popen) -> None:
+    """Poll, a minute at most, for something that the process does."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(trained: Path, config: Path, cohort: Path, command) -> None:
+    before = (trained / "run.json").read_bytes()
+    done = command(*arguments(config, cohort, trained, 5))
+    assert done.returncode == 2 and "already holds a run" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
+    assert (trained / "run.json").read_bytes() == before
+
+
+def test_resuming_with_another_config_names_the_keys(trained: Path, command) -> None:
+    done = command("train/run.py", "--resume", "--output", trained, "--set", "optimizer.lr_g=0.5", "LOG_INTERVAL=3")
+    assert done.returncode == 2 and "optimizer.lr_g" in done.stderr and "training.log_every" in done.stderr
+
+
+def test_resuming_nothing_is_an_error(tmp_path: Path, command) -> None:
+    done = command("train/run.py", "--resume", "--output", tmp_path / "none")
+    assert done.returncode == 2 and "no run to resume" in done.stderr
+    assert command("train/run.py", "--resume").returncode == 2
+
+
+def test_an_altered_checkpoint_is_refused(trained: Path, tmp_path: Path) -> None:
+    source = checkpoint.newest(trained)
+    assert source is not None
+    (tmp_path / "state.json").write_bytes((source / "state.json").read_bytes())
+    (tmp_path / "state.safetensors").write_bytes((source / "state.safetensors").read_bytes()[:-4] + b"abcd")
+    with pytest.raises(ModelError, match="sha256 differs"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(cohort: Path, tmp_path: Path) -> None:
+    config = resolve({}, [*TINY, "training.steps=20", "optimizer.lr_g=1e30"], dataset_path=str(cohort))
+    with pytest.raises(Diverged, match="diverged before step 2") as caught:
+        Training(config, tmp_path, open_cohort(config, tmp_path), quiet=True).run()
+    assert "lr_g" in caught.value.remedy
+
+
+def test_seeds_decide(cohort: Path, tmp_path: Path) -> None:
+    def first_losses(seed: int) -> dict[str, float]:
+        folder = tmp_path / f"{seed}-{len(list(tmp_path.iterdir()))}"
+        config = resolve({}, [*TINY, "training.steps=2", f"training.seed={seed}"], dataset_path=str(cohort))
+        Training(config, folder, open_cohort(config, folder), quiet=True).run()
+        return losses(folder)[0][1]
+
+    assert first_losses(1) == first_losses(1) != first_losses(2)
+
+
+def test_kept_labels_train_a_smaller_table(cohort: Path, tmp_path: Path) -> None:
+    config = resolve({}, [*TINY, "training.steps=1", "LABELS=[0,1,3]"], dataset_path=str(cohort))
+    opened = open_cohort(config, tmp_path)
+    assert max(int(p.labels.max()) for p in opened.train) == 2
+    Training(config, tmp_path, opened, quiet=True).run()
+    run = checkpoint.load_run(tmp_path)
+    assert [label.name for label in run.labels.labels] == ["background", "myocardium", "left ventricle"]
+    assert 420 in run.labels.labels[0].aliases and checkpoint.load_generator(tmp_path).channels == 3
+
+
+def test_a_dry_run_shows_everything_and_starts_nothing(config: Path, cohort: Path, tmp_path: Path, command) -> None:
+    run = tmp_path / "run"
+    done = command(*arguments(config, cohort, run, 1000), "--dry-run")
+    assert done.returncode == 0, done.stderr
+    for expected in ('"batch_size": 4', "train                 3      96", "generator", "MACs per slice", "for 1000 steps"):
+        assert expected in done.stdout, done.stdout
+    assert not run.exists()
+
+
+def test_help_answers_without_torch(command) -> None:
+    start = time.monotonic()
+    done = command("train/run.py", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 0 and time.monotonic() - start < 3
+    assert "exit codes" in done.stdout and " torch\n" not in done.stderr
+    assert "--dataset_path" in done.stdout or "--dataset-path" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "code", "says"),
+    [
+        ((), 2, "--config"),
+        (("--config", "absent.json"), 2, "absent.json does not exist"),
+        (("--config", "train/configs/whs.json"), 2, "--dataset-path"),
+        (("--config", "train/configs/phantom.json", "--set", "training.stepz=3"), 2, "did you mean 'steps'?"),
+        (("--config", "train/configs/whs.json", "--dataset_path", "nowhere"), 2, "nowhere does not exist"),
+    ],
+)
+def test_a_wrong_command_is_one_screen(tmp_path: Path, command, more: tuple[str, ...], code: int, says: str) -> None:
+    done = command("train/run.py", "--output", tmp_path / "run", "--quiet", *more)
+    assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_an_output_that_cannot_be_written_is_exit_4(config: Path, cohort: Path, tmp_path: Path, command) -> None:
+    (tmp_path / "file").write_text("in the way")
+    done = command(*arguments(config, cohort, tmp_path / "file" / "run", 1))
+    assert done.returncode == 4 and "Traceback" not in done.stderr
+
+
+def test_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
+    """What safetensors raises for the file system's errors is not an OSError; ours is mapped to exit code 4."""
+    with pytest.raises(OutputError) as caught, writing(tmp_path):
+        checkpoint._write_tensors({"a": torch.zeros(2)}, tmp_path / "absent" / "state.safetensors")
+    assert caught.value.exit_code == 4
+
+
+def test_no_kept_checkpoint_is_ever_half_written(trained: Path) -> None:
+    for folder in (trained / "checkpoints").iterdir():
+        step, loaded = checkpoint.load(folder)
+        assert folder.name == f"step-{step:08d}" and all(np.isfinite(t.float().numpy()).all() for t in loaded.values())
+        assert os.path.getsize(folder / "state.safetensors") > 0

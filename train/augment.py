@@ -1,0 +1,36 @@
+"""Random affine maps of label maps and images alike: fewer patients are enough, none is learnt by heart.
+
+Ranges are the original's (Keras' ImageDataGenerator): rotation and shear in degrees, shifts as shares of width and height,
+zoom drawn for each axis on its own.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
+
+from .config import AugmentConfig
+
+
+def draw(config: AugmentConfig, count: int, rng: np.random.Generator) -> NDArray[np.float32]:
+    """`count` affine maps from output to input, float32 (count, 2, 3), in coordinates of [-1, 1] across the image."""
+    ranges = [config.rotation, config.shear, config.zoom, config.zoom, config.shift_width, config.shift_height]
+    turn, shear, zoom_x, zoom_y, x, y = rng.uniform(-1, 1, (6, count)) * np.array(ranges)[:, None]
+    turn, shear = np.radians(turn), np.radians(shear)
+    linear = np.array([[np.cos(turn), -np.sin(turn + shear)], [np.sin(turn), np.cos(turn + shear)]])  # (2, 2, count)
+    linear /= np.array([1 + zoom_x, 1 + zoom_y])
+    return np.concatenate([linear, np.array([2 * x, 2 * y])[:, None]], 1).transpose(2, 0, 1).astype(np.float32)
+
+
+def apply(affine: Tensor, labels: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+    """`affine` (N, 2, 3) to `labels` uint8 (N, Z, H, W), nearest, and `image` float (N, 1, H, W) in [0, 1]; 0 comes in from outside.
+
+    The image is interpolated by cubics, since linear weights would take a third off the texture's amplitude.
+    """
+    h, w = image.shape[-2:]
+    square = affine.new_tensor([[1, h / w, 1], [w / h, 1, 1]])  # a rotation is one in pixels, also where H and W differ
+    grid = functional.affine_grid(affine * square, [len(image), 1, h, w], align_corners=False)
+    moved = functional.grid_sample(labels.float(), grid, mode="nearest", align_corners=False)
+    return moved, functional.grid_sample(image, grid, mode="bicubic", align_corners=False).clamp(0, 1)
