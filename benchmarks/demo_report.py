@@ -10,7 +10,7 @@ from typing import Any
 
 from runtime.console import duration
 from runtime.contract import Manifest
-from runtime.files import write_json
+from runtime.files import atomic_path, write_json
 from runtime.io.nifti import read_volume
 from train.evaluate import evaluate, organ_names, read_cases
 from train.report import curves, page, picture, planes, read_metrics, table
@@ -27,11 +27,13 @@ def write_report(out: Path, seconds: Mapping[str, float], machine: Mapping[str, 
     synthesis = json.loads((out / "synthesis.json").read_text(encoding="utf-8"))
 
     pictures = ""
-    for n in range(min(shown, len(cases))):
-        spacing = read_volume(out / "masks" / f"{cases[n]}.nii.gz").geometry.spacing
-        pictures += f"<p>{html.escape(cases[n])}</p>" + picture(
-            planes(masks[n], synthetic[n], truth[n], spacing, len(names) + 1), f"{cases[n]}: condition, synthetic, true"
-        )
+    for n, case in enumerate(cases[:shown]):
+        spacing = read_volume(out / "masks" / f"{case}.nii.gz").geometry.spacing
+        drawn = planes(masks[n], synthetic[n], truth[n], spacing, len(names) + 1)
+        pictures += f"<p>{html.escape(case)}</p>" + picture(drawn, f"{case}: condition, synthetic, true")
+        if n == 0:
+            with atomic_path(out / "mask-to-ct.png") as part:
+                drawn.savefig(part, format="png", dpi=80)
     page(
         out / "report.html",
         "mask2ct: synthetic CT from masks no network has seen",
@@ -94,5 +96,6 @@ def _seconds(seconds: Mapping[str, float], synthesis: Mapping[str, Any]) -> str:
     slices = sum(case["slices"] for case in synthesis["cases"])
     painting = sum(case["seconds"]["paint"] for case in synthesis["cases"])
     rows = [(name, duration(s)) for name, s in seconds.items()] + [("together", duration(sum(seconds.values())))]
-    speed = f"<p>Synthesis painted {slices} slices at {slices / painting:.0f} slices/s (files in and out included: {slices / synthesis['seconds']:.0f} slices/s), "
+    whole = slices / synthesis["seconds"]
+    speed = f"<p>Synthesis painted {slices} slices at {slices / painting:.0f} slices/s ({whole:.0f} slices/s with files in and out), "
     return table(("stage", "wall time"), rows) + speed + f"backend {html.escape(synthesis['backend'])}.</p>"

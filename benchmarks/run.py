@@ -57,9 +57,8 @@ def main(argv: Sequence[str]) -> int:
     result = summarise(rates)
     print(f"{'':<28}{'slices/s':>10}{'range':>18}{'ours / this':>14}{'range':>16}")
     for name, row in result.items():
-        print(
-            f"{name:<28}{row['median']:>10.1f}{row['least']:>9.1f} …{row['most']:>7.1f}{row['ratio']:>14.2f}{row['ratio_least']:>8.2f} …{row['ratio_most']:>6.2f}"
-        )
+        rate, ratio = (f"{row[key + '_least']:.4g} … {row[key + '_most']:.4g}" for key in ("rate", "ratio"))
+        print(f"{name:<28}{row['rate']:>10.1f}{rate:>18}{row['ratio']:>14.2f}{ratio:>16}")
     print(f"backend: {backend}; median of {rounds} rounds of {slices} slices, in turn")
     record = {"suite": "engine", "backend": backend, "rounds": rounds, "slices": slices, "machine": machine(ROOT), "result": result}
     if options.json:
@@ -138,7 +137,7 @@ def summarise(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     for name, values in rates.items():
         ratios = [ours / other for ours, other in zip(rates[OURS], values, strict=True)]
         rows[name] = {
-            "median": statistics.median(values), "least": min(values), "most": max(values),
+            "rate": statistics.median(values), "rate_least": min(values), "rate_most": max(values),
             "ratio": statistics.median(ratios), "ratio_least": min(ratios), "ratio_most": max(ratios),
         }  # fmt: skip
     return rows

@@ -91,9 +91,8 @@ def _synth(options: argparse.Namespace) -> int:
         if options.report is not None:
             write_json(options.report, _report(synth, options, results, seconds))
         if not options.quiet:
-            print(
-                f"{len(results) - len(failed)} done, {len(failed)} failed, {slices} slices in {duration(seconds)} ({slices / seconds:.1f} slices/s) → {options.output}"
-            )
+            speed = f"{slices} slices in {duration(seconds)} ({slices / seconds:.1f} slices/s)"
+            print(f"{len(results) - len(failed)} done, {len(failed)} failed, {speed} → {options.output}")
     return 1 if failed else 0
 
 
@@ -105,7 +104,6 @@ def _say(result: CaseResult) -> None:
 
 
 def _dry_run(synth: Synthesizer, masks: Sequence[Path], label_map: Any, quiet: bool) -> int:
-    from .grid import SliceGrid
     from .io.nifti import read_labels
 
     failed = 0
@@ -117,7 +115,7 @@ def _dry_run(synth: Synthesizer, masks: Sequence[Path], label_map: Any, quiet: b
             print(f"error: {exc}", file=sys.stderr)
             continue
         depth, height, width = volume.labels.shape
-        grid = SliceGrid(synth.manifest.grid, volume.geometry, (depth, height, width))
+        grid = synth.grid(volume)
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
         if not quiet:
             print(
@@ -177,7 +175,7 @@ def _describe(options: argparse.Namespace) -> int:
     scale = (
         "each slice fitted to it"
         if grid.pixel_spacing is None
-        else f"{grid.pixel_spacing[0]} x {grid.pixel_spacing[1]} mm a pixel, growing in steps of {grid.divisor}"
+        else f"{grid.pixel_spacing[0]} x {grid.pixel_spacing[1]} mm a pixel, grows in steps of {grid.divisor} where labels need it"
     )
     print(f"model      {manifest.name}\nlicense    {manifest.license or 'not stated'}\nlabels     {manifest.labels}")
     print(

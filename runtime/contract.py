@@ -76,9 +76,9 @@ class LabelTable:
 class GridPolicy:
     """How a mask's grid becomes the model's: labels are resampled nearest, the painted CT linearly back.
 
-    `canvas`: the least (H, W) the network is given, in pixels (what it was trained on). `pixel_spacing`: (row, column)
-    distance in mm, with the canvas growing to hold the slice; None: each slice is fitted to the canvas, whatever its size
-    in mm. H and W are multiples of `divisor`. `slices`: Z, odd; `slice_spacing`: mm between them (None when Z = 1).
+    `canvas`: (H, W) in pixels that the network was trained on. `pixel_spacing`: (row, column) distance in mm, the slice lying
+    on the canvas as `runtime.grid` says, which grows only where labels need it; None: each slice is fitted to the canvas,
+    whatever its size in mm. H and W are multiples of `divisor`. `slices`: Z, odd; `slice_spacing`: mm between them (None when Z = 1).
     """
 
     canvas: tuple[int, int]

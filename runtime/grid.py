@@ -8,6 +8,8 @@ slices are painted along their own axes, nothing is rotated.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import permutations
 from typing import Any
 
@@ -23,12 +25,16 @@ Taps = tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]  # lower i
 class SliceGrid:
     """How the axial slices of one volume of `shape` (D, H, W) lie on the model's canvas.
 
-    `axis`: the array axis that counts the slices; `count`: how many; `size`: (H, W) of the canvas in pixels.
-    Slices are named by their index k along `axis`, in the array's own order.
+    `axis`: the array axis that counts the slices; `count`: how many; `size`: (H, W) of the canvas in pixels; `covers`:
+    whether the whole slice lies on it. Slices are named by their index k along `axis`, in the array's own order.
+
+    With a pixel spacing, a slice smaller than the canvas lies in its middle. A larger one is cut to the canvas, which is what
+    the network was trained on, about the slice's middle, moved as far as it takes to hold every voxel of `labels` (D, H, W);
+    only where labels reach further than the canvas does it grow, by multiples of the divisor.
     """
 
-    def __init__(self, policy: GridPolicy, geometry: Geometry, shape: tuple[int, int, int]):
-        self._policy, self._shape = policy, shape
+    def __init__(self, policy: GridPolicy, geometry: Geometry, shape: tuple[int, int, int], labels: NDArray[np.uint8] | None = None):
+        self._policy = policy
         slices, rows, columns = _axial_axes(geometry)
         self.axis, self.count = slices, shape[slices]
         # array axis a is voxel index 2 - a; its sign says which way the patient axis runs along it
@@ -41,21 +47,19 @@ class SliceGrid:
 
         extent = (shape[rows], shape[columns])
         if policy.pixel_spacing is None:  # fit the slice to the canvas
-            self.size = policy.canvas
-            scale = (extent[0] / self.size[0], extent[1] / self.size[1])
+            lines = [_Line(n, n / side, side, (n - 1) / 2) for n, side in zip(extent, policy.canvas, strict=True)]
         else:
             scale = (policy.pixel_spacing[0] / spacing[rows], policy.pixel_spacing[1] / spacing[columns])
-            self.size = (
-                _canvas(extent[0] / scale[0], policy.canvas[0], policy.divisor),
-                _canvas(extent[1] / scale[1], policy.canvas[1], policy.divisor),
-            )
-        # Centres coincide. Where sizes differ by an odd number of pixels the centre would fall between pixels and even an
-        # unscaled grid would be resampled: the canvas is moved by half a pixel then, so that equal spacing copies pixels.
-        maps = [_canvas_positions(self.size[n], extent[n], scale[n]) for n in (0, 1)]
-        self._nearest = [_nearest(positions, extent[n]) for n, positions in enumerate(maps)]
-        self._to_canvas = [_linear(positions, extent[n]) for n, positions in enumerate(maps)]
-        self._to_mask = [_linear(_inverse(maps[n], extent[n]), self.size[n]) for n in (0, 1)]
-        self._inside = [(positions > -0.5 - 1e-6) & (positions < extent[n] - 0.5 + 1e-6) for n, positions in enumerate(maps)]
+            larger = any(n / s > side + 1e-6 for n, s, side in zip(extent, scale, policy.canvas, strict=True))
+            spans = self._spans(labels) if larger and labels is not None else (None, None)
+            lines = [_line(n, s, side, policy.divisor, span) for n, s, side, span in zip(extent, scale, policy.canvas, spans, strict=True)]
+        self.size = (lines[0].size, lines[1].size)
+        self._nearest = [line.nearest() for line in lines]
+        self._to_canvas = [_linear(line.positions, line.extent) for line in lines]
+        self._to_mask = [_linear(line.inverse, line.size) for line in lines]
+        self._from_mask = _both(*(_within(line.positions, line.extent) for line in lines))  # pixels that lie on the slice
+        self._from_canvas = _both(*(_within(line.inverse, line.size) for line in lines))  # voxels that lie on the canvas
+        self.covers = bool(self._from_canvas.all())
 
     def labels(self, volume: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:
         """Slice k of a label `volume` (D, H, W) and its neighbours on the canvas: uint8 (Z, H, W), nearest, 0 outside.
@@ -68,27 +72,41 @@ class SliceGrid:
         for n in range(z):
             offset = (n - z // 2) * (self._policy.slice_spacing or 0.0) / self._step
             near = min(max(round(k + (offset if self._up else -offset)), 0), self.count - 1)
-            plane = self._axial(volume, near)
-            np.copyto(out[n], plane[np.ix_(rows, columns)], where=self._inside[0][:, None] & self._inside[1])
+            np.copyto(out[n], self._axial(volume, near)[np.ix_(rows, columns)], where=self._from_mask)
         return out
 
     def image(self, volume: NDArray[Any], k: int, outside: float) -> NDArray[np.float32]:
         """Slice k of an intensity `volume` (D, H, W) on the canvas: float32 (H, W), linear, `outside` beyond the slice."""
         plane = self._axial(volume, k).astype(np.float32)
         out = _lerp(_lerp(plane, self._to_canvas[0], 0), self._to_canvas[1], 1)
-        out[~(self._inside[0][:, None] & self._inside[1])] = outside
+        out[~self._from_mask] = outside
         return out
 
-    def back(self, ct: NDArray[np.int16]) -> NDArray[np.int16]:
-        """A painted canvas, int16 (H, W), on the mask's own grid: int16, the volume's slice in its own axis order, linear."""
+    def back(self, ct: NDArray[np.int16], outside: int) -> NDArray[np.int16]:
+        """A painted canvas, int16 (H, W), on the mask's own grid: int16, the volume's slice in its own axis order, linear.
+
+        Voxels beyond the canvas are `outside`.
+        """
         rows, columns = self._to_mask
         if rows[2].any() or columns[2].any():
             plane = _lerp(_lerp(ct.astype(np.float32), rows, 0), columns, 1)
             out = np.rint(plane, out=plane).astype(np.int16)
         else:  # every pixel of the mask lies on a pixel of the canvas
             out = ct[np.ix_(rows[0], columns[0])]
+        if not self.covers:
+            out[~self._from_canvas] = outside
         out = out[self._flip]
         return out.T if self._transpose else out
+
+    def _spans(self, labels: NDArray[np.uint8]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
+        """First and last row, and column, that hold a label in any slice."""
+        seen = [np.zeros(n, bool) for n in self._axial(labels, 0).shape]
+        for k in range(self.count):
+            plane = self._axial(labels, k)
+            seen[0] |= plane.any(1)
+            seen[1] |= plane.any(0)
+        rows, columns = (np.flatnonzero(line) for line in seen)
+        return (int(rows[0]), int(rows[-1])) if len(rows) else None, (int(columns[0]), int(columns[-1])) if len(columns) else None
 
     def _axial(self, volume: NDArray[Any], k: int) -> NDArray[Any]:
         """A view of slice k with rows anterior → posterior and columns right → left."""
@@ -108,28 +126,49 @@ def _disorder(permutation: tuple[int, ...]) -> int:
     return sum(abs(value - expected) for value, expected in zip(permutation, (2, 1, 0), strict=True))
 
 
-def _canvas(pixels: float, least: int, divisor: int) -> int:
-    """The smallest multiple of `divisor` that holds `pixels` and is no less than `least`."""
-    return max(least, divisor * int(np.ceil((pixels - 1e-6) / divisor)))
+@dataclass(frozen=True)
+class _Line:
+    """One in-plane axis: `extent` voxels, `size` pixels of `scale` voxels each, the canvas' middle at voxel `centre`."""
+
+    extent: int
+    scale: float
+    size: int
+    centre: float
+
+    @cached_property
+    def positions(self) -> NDArray[np.float64]:
+        """For each pixel its place in voxels. Even an equal spacing would fall half-way between voxels when the sizes differ
+        by an odd number: the canvas is moved by half a pixel then, so that equal spacing copies."""
+        places = self.centre + (np.arange(self.size, dtype=np.float64) - (self.size - 1) / 2) * self.scale
+        return np.asarray(np.floor(places + 0.5 + 1e-9)) if abs(self.scale - 1) < 1e-6 else places
+
+    @cached_property
+    def inverse(self) -> NDArray[np.float64]:
+        """For each voxel its place in pixels."""
+        return (np.arange(self.extent) - self.positions[0]) / self.scale
+
+    def nearest(self) -> NDArray[np.intp]:
+        return np.clip(np.floor(self.positions + 0.5), 0, self.extent - 1).astype(np.intp)
 
 
-def _canvas_positions(size: int, extent: int, scale: float) -> NDArray[np.float64]:
-    """For each of `size` canvas pixels its position on the mask's axis of `extent` voxels; `scale` voxels a pixel."""
-    centre = (extent - 1) / 2
-    positions = centre + (np.arange(size, dtype=np.float64) - (size - 1) / 2) * scale
-    if abs(scale - 1) < 1e-6:
-        return np.asarray(np.floor(positions + 0.5 + 1e-9))  # an odd difference: half a pixel aside instead of half-way between
-    return positions
+def _line(extent: int, scale: float, side: int, divisor: int, span: tuple[int, int] | None) -> _Line:
+    """A canvas of `side` pixels about the middle of the voxels, moved or grown to hold `span` with a pixel to spare."""
+    middle = (extent - 1) / 2
+    if extent / scale <= side + 1e-6 or span is None:
+        return _Line(extent, scale, side, middle)
+    first, last = span[0] - 0.5 - scale, span[1] + 0.5 + scale
+    size = max(side, divisor * int(np.ceil((last - first) / scale / divisor - 1e-9)))
+    half = size * scale / 2
+    return _Line(extent, scale, size, min(max(middle, last - half), first + half))
 
 
-def _inverse(positions: NDArray[np.float64], extent: int) -> NDArray[np.float64]:
-    """For each of `extent` mask voxels its position on the canvas (positions are evenly spaced)."""
-    scale = positions[1] - positions[0] if len(positions) > 1 else 1.0
-    return (np.arange(extent) - positions[0]) / scale
+def _within(places: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
+    """Which places lie on one of `count` cells, whose borders are half a cell off their centres."""
+    return (places > -0.5 - 1e-6) & (places < count - 0.5 + 1e-6)
 
 
-def _nearest(positions: NDArray[np.float64], extent: int) -> NDArray[np.intp]:
-    return np.clip(np.floor(positions + 0.5), 0, extent - 1).astype(np.intp)
+def _both(rows: NDArray[np.bool_], columns: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return rows[:, None] & columns
 
 
 def _linear(positions: NDArray[np.float64], extent: int) -> Taps:

@@ -94,13 +94,23 @@ def synthesize(
             yield CaseResult(case, mask, None, error=exc)
             continue
         read = time.perf_counter() - started
-        warnings = () if volume.labels.any() else (f"{mask.name} is empty: no voxel has a label, the CT shows background alone",)
+        warnings = tuple(_warnings(mask, volume, synthesizer))
         for variant in [None] if variants is None else range(variants):
             started = time.perf_counter()
             slabs = _Meter(synthesizer.slabs(volume, seed=seed, variant=variant or 0), on_slice)
             files = _write_pair(output, case, variant, volume, synthesizer.manifest.labels, slabs)
             seconds = {"read": read, "paint": slabs.seconds, "write": time.perf_counter() - started - slabs.seconds}
             yield CaseResult(case, mask, variant, files, slabs.slices, seconds, warnings)
+
+
+def _warnings(mask: Path, volume: LabelVolume, synthesizer: Synthesizer) -> Iterator[str]:
+    """What is allowed, but may not be meant."""
+    if not volume.labels.any():
+        yield f"{mask.name} is empty: no voxel has a label, the CT shows background alone"
+    if not synthesizer.grid(volume).covers:
+        policy, intensity = synthesizer.manifest.grid, synthesizer.manifest.intensity
+        seen = " x ".join(f"{side * step:.0f}" for side, step in zip(policy.canvas, policy.pixel_spacing or (), strict=True))
+        yield f"{mask.name} shows more than the {seen} mm the model was trained on: beyond them the CT is {intensity.low} {intensity.unit}"
 
 
 class _Meter:

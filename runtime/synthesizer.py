@@ -82,8 +82,7 @@ class Synthesizer:
         The same (model, labels, geometry, seed, variant, backend) give the same bytes, whatever the batch. Nothing but the
         slices in flight is held.
         """
-        depth, height, width = volume.labels.shape
-        grid = SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width))
+        grid = self.grid(volume)
         random = CaseRandom(seed, volume.digest, variant)
         plane = [n for axis, n in enumerate(volume.labels.shape) if axis != grid.axis]
         with _Slot(self._live, self._pool, grid.size) as slot:
@@ -93,8 +92,13 @@ class Synthesizer:
                 for first in range(0, len(hu), slot.batch):
                     ks = range(start + first, start + min(first + slot.batch, len(hu)))
                     for n, ct in enumerate(slot.run(grid, volume.labels, random, ks)):
-                        hu[first + n] = grid.back(ct)
+                        hu[first + n] = grid.back(ct, self.manifest.intensity.low)
                 yield CTSlab(np.moveaxis(hu, 0, grid.axis), grid.axis, start)
+
+    def grid(self, volume: LabelVolume) -> SliceGrid:
+        """How the slices of `volume` lie on the model's canvas."""
+        depth, height, width = volume.labels.shape
+        return SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels)
 
     def stream(self, masks: Iterable[str | Path], output: str | Path, **options: Any) -> Iterator[CaseResult]:
         """Synthesize files into the folder `output`: see `runtime.stream.synthesize`, whose options these are."""

@@ -215,15 +215,23 @@ def test_a_graph_that_is_none_is_refused_even_when_the_manifest_agrees(
     assert "not a graph ONNX Runtime loads" in capsys.readouterr().err
 
 
+WITHOUT_ONNXRUNTIME = """
+import importlib.util, sys
+sys.modules["onnxruntime"] = None  # importing it raises, looking for it finds nothing
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "onnxruntime" else find(name, *rest)
+from runtime.__main__ import main
+from runtime.console import run
+sys.exit(run(main))
+"""
+
+
 def test_a_missing_backend_is_exit_3_with_the_command_that_installs_it(root: Path, tmp_path: Path, model: Path) -> None:
-    mask = write_mask(tmp_path / "m.nii.gz")
-    hide = "import sys; sys.modules['onnxruntime'] = None; import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'onnxruntime' else f(n, *a)"
-    code = f"{hide}; from runtime.__main__ import main; from runtime.console import run; sys.exit(run(main, ['synth', {str(mask)!r}, '--model', {str(model)!r}, '--output', {str(tmp_path / 'out')!r}]))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    mask, out = write_mask(tmp_path / "m.nii.gz"), tmp_path / "out"
+    arguments = [sys.executable, "-c", WITHOUT_ONNXRUNTIME, "synth", mask, "--model", model, "--output", out]
+    done = subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
-    assert (
-        "onnxruntime is not installed" in done.stderr and 'pip install "mask2ct[onnx]"' in done.stderr and not (tmp_path / "out").exists()
-    )
+    assert "onnxruntime is not installed" in done.stderr and 'pip install "mask2ct[onnx]"' in done.stderr and not out.exists()
 
 
 @pytest.mark.parametrize("place", ["under a file", "in /proc"])

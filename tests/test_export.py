@@ -65,8 +65,8 @@ def test_uint8_stays_at_the_border(model: Path) -> None:
 def test_batch_height_and_width_are_dynamic(model: Path, trained: Path) -> None:
     engine, graph = OnnxEngine(model / "model.onnx", Manifest.load(model)), graph_of(trained)
     for rows, columns in ((1, 1), (3, 2)):
-        d = load_run(trained).grid.divisor
-        parity = measure(graph, engine, random_inputs(3, 1, (rows * d, columns * d), 8))
+        d, z = load_run(trained).grid.divisor, load_run(trained).grid.slices
+        parity = measure(graph, engine, random_inputs(3, z, (rows * d, columns * d), 8))
         assert parity.slices == 3 and parity.max <= FP32_MAX
 
 
@@ -103,9 +103,9 @@ def test_altered_weights_in_the_exported_graph_are_caught_and_nothing_is_written
     def swapped(graph, specs, divisor, path) -> None:
         real(graph, specs, divisor, path)
         proto = onnx.load(path)
-        weights = max((t for t in proto.graph.initializer if len(t.dims) == 4 and t.dims[1] == 8), key=lambda t: t.dims[2])
+        weights = max((t for t in proto.graph.initializer if len(t.dims) == 4 and t.dims[1] == 24), key=lambda t: t.dims[2])
         array = onnx.numpy_helper.to_array(weights).copy()
-        array[:, [0, 3]] = array[:, [3, 0]]
+        array[:, [8, 11]] = array[:, [11, 8]]  # of the middle slice of three
         weights.CopyFrom(onnx.numpy_helper.from_array(array, weights.name))
         onnx.save(proto, path)
 
@@ -120,7 +120,7 @@ def test_parity_counts_every_hu(trained: Path, model: Path) -> None:
     """A graph that is 2 HU higher everywhere differs by exactly 2 at every pixel."""
     graph = graph_of(trained)
     graph.low, graph.high = graph.low + 2, graph.high + 2
-    labels = random_inputs(2, 1, (64, 64), 8)
+    labels = random_inputs(2, 3, (64, 64), 8)
     parity = measure(graph, OnnxEngine(model / "model.onnx", Manifest.load(model)), labels)
     assert 2 <= parity.max <= 3 and abs(parity.mean - 2) < 0.01 and parity.differing == 1.0
     with pytest.raises(ParityError):

@@ -60,7 +60,7 @@ def test_the_network_sees_axial_slices_anterior_first_and_right_first(direction:
     centre = geometry(ct).affine @ [6.5, 5.5, 4.5, 1]
 
     def at(x: float, y: float, z: float) -> int:
-        i, j, k = np.rint((inverse @ (centre + [x, y, z, 0]))[:3]).astype(int)
+        i, j, k = np.rint((inverse @ (centre + np.array([x, y, z, 0])))[:3]).astype(int)
         return int(sitk.GetArrayFromImage(ct)[k, j, i])
 
     assert at(4, 0, 0) - at(-4, 0, 0) == 4  # 8 mm towards the left: 4 columns of 2 mm
@@ -97,9 +97,9 @@ def test_a_linear_ramp_survives_the_way_to_the_canvas_and_back() -> None:
     g = Geometry.from_parts((5, -3, 0), spacing, np.eye(3).ravel())
     x, y = np.meshgrid(np.arange(52) * spacing[0], np.arange(40) * spacing[1])
     ramp = (3 * x - 5 * y).astype(np.float32)
-    grid = SliceGrid(GridPolicy((16, 16), (2.1, 1.7), 16), g, shape)
+    grid = SliceGrid(GridPolicy((32, 48), (2.1, 1.7), 16), g, shape)
     canvas = grid.image(np.broadcast_to(ramp, shape), 1, outside=0.0)
-    back = grid.back(np.rint(canvas).astype(np.int16))
+    back = grid.back(np.rint(canvas).astype(np.int16), 0)
     inner = (slice(3, -3), slice(3, -3))  # beyond the outermost canvas pixels the last value holds
     assert np.abs(back[inner] - ramp[inner]).max() <= 1.0
 
@@ -108,13 +108,56 @@ def test_equal_spacing_copies_pixels_even_when_sizes_differ_by_an_odd_number() -
     for extent in (31, 32, 33):
         ct = np.arange(2 * extent * extent).reshape(2, extent, extent).astype(np.int16)
         grid = SliceGrid(GridPolicy((64, 64), (1.0, 1.0), 64), Geometry(np.eye(4)), ct.shape)
-        assert np.array_equal(grid.back(grid.image(ct, 1, 0).astype(np.int16)), ct[1])
+        assert np.array_equal(grid.back(grid.image(ct, 1, 0).astype(np.int16), 0), ct[1])
 
 
-def test_the_canvas_grows_in_steps_of_the_divisor_and_never_shrinks_below_its_least() -> None:
-    policy = GridPolicy((64, 64), (2.0, 2.0), 32)
-    assert SliceGrid(policy, Geometry(np.eye(4)), (1, 10, 300)).size == (64, 160)
-    assert SliceGrid(GridPolicy((64, 64), None, 32), Geometry(np.eye(4)), (1, 10, 300)).size == (64, 64)
+def corner_labels(shape: tuple[int, int, int], *places: tuple[int, int]) -> np.ndarray:
+    labels = np.zeros(shape, np.uint8)
+    for row, column in places:
+        labels[0, row, column] = 1
+    return labels
+
+
+@pytest.mark.parametrize(
+    ("places", "size", "rows"),
+    [
+        ([(50, 50)], (32, 32), (34, 66)),  # the middle of the slice
+        ([(5, 50)], (32, 32), (4, 36)),  # moved to hold the label, with a pixel to spare
+        ([(95, 50)], (32, 32), (65, 97)),
+        ([(10, 50), (60, 50)], (64, 32), (9, 73)),  # grown, by a multiple of the divisor
+        ([], (32, 32), (34, 66)),
+    ],
+)
+def test_a_slice_larger_than_the_canvas_is_cut_to_it_about_its_labels(places, size, rows) -> None:
+    shape = (1, 100, 100)
+    labels = corner_labels(shape, *places)
+    grid = SliceGrid(GridPolicy((32, 32), (1.0, 1.0), 32), Geometry(np.eye(4)), shape, labels)
+    assert grid.size == size and not grid.covers
+    painted = grid.back(np.full(size, 7, np.int16), -1024)
+    assert tuple(np.flatnonzero((painted == 7).any(1))[[0, -1]] + [0, 1]) == rows
+    assert (painted[labels[0] > 0] == 7).all()  # no label is ever beyond the canvas
+    assert ((painted == 7) | (painted == -1024)).all()
+
+
+def test_a_slice_smaller_than_the_canvas_lies_in_its_middle_and_one_without_spacing_is_fitted() -> None:
+    small = SliceGrid(GridPolicy((64, 64), (2.0, 2.0), 32), Geometry(np.eye(4)), (1, 10, 20))
+    assert small.size == (64, 64) and small.covers
+    marked = np.zeros((64, 64), np.int16)
+    marked[28:36, 26:38] = 5
+    assert (small.back(marked, 0) == 5).all()  # 10 x 20 mm: 5 x 10 pixels, with their neighbours
+    fitted = SliceGrid(GridPolicy((64, 64), None, 32), Geometry(np.eye(4)), (1, 10, 300))
+    assert fitted.size == (64, 64) and fitted.covers
+
+
+def test_what_lies_beyond_the_canvas_is_said(tmp_path: Path, fake_model: Path) -> None:
+    values = np.zeros((4, 60, 60), np.uint16)
+    values[:, 50:55, 50:55] = 500
+    path = write_mask(tmp_path / "wide.nii.gz", values, spacing=(3.0, 3.0, 3.0))
+    with Synthesizer.open(fake_model, backend="fake") as synth:
+        (result,) = synth.stream([path], tmp_path / "out")
+    assert any("more than the 96 x 96 mm the model was trained on" in warning for warning in result.warnings)
+    ct = sitk.GetArrayFromImage(sitk.ReadImage(str(result.files[0])))
+    assert (ct[values == 500] == FAKE_HU[500]).all() and (ct[:, :20, :20] == -1024).all()
 
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])

@@ -114,11 +114,11 @@ def load_cohort(pairs: Sequence[Pair], data: DataConfig, table: LabelTable, poli
 
 
 def load_patient(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity) -> Slices:
-    """One patient's axial slices on the canvas, labels nearest and image linear; a larger canvas is cropped to its centre."""
+    """One patient's axial slices on the canvas, labels nearest and image linear; a canvas that grew is cut to its middle."""
     labels, image = read_labels(pair.label, table), read_volume(pair.image)
     _check_same_grid(pair, labels.labels.shape, labels.geometry, image.values.shape, image.geometry)
     _check_intensity(pair.image, image.values, intensity)
-    grid = SliceGrid(policy, image.geometry, image.values.shape)
+    grid = SliceGrid(policy, image.geometry, image.values.shape, labels.labels)
     outside = intensity.low
     planes = [fit(grid.labels(labels.labels, k), policy.canvas, 0) for k in range(grid.count)]
     slices = [fit(grid.image(image.values, k, outside), policy.canvas, outside) for k in range(grid.count)]

@@ -20,6 +20,7 @@ from .figures import WINDOW_HU
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+TISSUE_HU = -300  # between air and fat
 _STYLE = """
  body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #1a1a1a; background: #fff }
  h1 { font-size: 1.6em; margin-bottom: .2em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc }
@@ -67,27 +68,38 @@ def planes(labels: NDArray[Any], synthetic: NDArray[Any], truth: NDArray[Any], s
 
     Volumes (D, H, W) with slices from inferior, rows from anterior, columns from the patient's right; `spacing` (x, y, z) mm.
     """
-    at = [round(float(np.median(axis))) if len(axis) else n // 2 for axis, n in zip(np.nonzero(labels), labels.shape, strict=True)]
-    x, y, z = spacing
-    drawn = figure(11, 9.4)
-    axes = drawn.subplots(3, 3, gridspec_kw={"height_ratios": [1, _flat(truth, z, y), _flat(truth, z, y)]})
+    view = _body_box(truth)
+    volumes = [volume[view] for volume in (labels, synthetic, truth)]
+    (depth, height, width), (x, y, z) = volumes[0].shape, spacing
+    at = [
+        round(float(np.median(axis))) if len(axis) else n // 2
+        for axis, n in zip(np.nonzero(volumes[0]), (depth, height, width), strict=True)
+    ]
+    across = 3.6  # inches of a column
+    heights = [across * height * y / (width * x), across * depth * z / (width * x), across * depth * z / (height * y)]
+    drawn = figure(3 * across + 0.3, sum(heights) + 0.5)
+    axes = drawn.subplots(3, 3, gridspec_kw={"height_ratios": heights})
     cuts = (("axial", 0, y / x), ("coronal", 1, z / x), ("sagittal", 2, z / y))
+    looks: list[dict[str, Any]] = [
+        {"cmap": "nipy_spectral", "vmin": 0, "vmax": classes - 1},
+        *[{"cmap": "gray", "vmin": WINDOW_HU[0], "vmax": WINDOW_HU[1]}] * 2,
+    ]
     for row, (name, axis, aspect) in zip(axes, cuts, strict=True):
-        for column, (volume, title) in enumerate(((labels, "condition"), (synthetic, "synthetic"), (truth, "true"))):
+        for panel, volume, look, title in zip(row, volumes, looks, ("condition", "synthetic", "true"), strict=True):
             cut = np.take(volume, at[axis], axis)
-            cut = cut if axis == 0 else cut[::-1]  # the head is up
-            look: dict[str, Any] = {"cmap": "gray", "vmin": WINDOW_HU[0], "vmax": WINDOW_HU[1]}
-            if column == 0:
-                look = {"cmap": "nipy_spectral", "vmin": 0, "vmax": classes - 1}
-            row[column].imshow(cut, aspect=aspect, interpolation="nearest", **look)
-            row[column].set(xticks=[], yticks=[], title=title if axis == 0 else "")
+            panel.imshow(cut if axis == 0 else cut[::-1], aspect=aspect, interpolation="nearest", **look)  # the head is up
+            panel.set(xticks=[], yticks=[], title=title if axis == 0 else "")
         row[0].set_ylabel(name)
     return drawn
 
 
-def _flat(volume: NDArray[Any], z: float, y: float) -> float:
-    """The height of a coronal cut over the height of an axial one."""
-    return max(0.25, volume.shape[0] * z / (volume.shape[1] * y))
+def _body_box(ct: NDArray[Any], margin: int = 4) -> tuple[slice, slice, slice]:
+    """All slices, and the rows and columns where tissue is, with a margin in pixels; air alone is not worth its place."""
+    tissue = (ct > TISSUE_HU).mean(0) > 0.2  # of the slices: the table is thinner than that
+    rows, columns = (np.flatnonzero(tissue.any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return slice(None), slice(None), slice(None)
+    return slice(None), slice(max(0, rows[0] - margin), rows[-1] + margin + 1), slice(max(0, columns[0] - margin), columns[-1] + margin + 1)
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
