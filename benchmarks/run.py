@@ -70,13 +70,13 @@ def main(argv: Sequence[str]) -> int:
 def engine_suite(model: Path, trained: Path | None, backend: str, slices: int) -> tuple[dict[str, Contender], str]:
     """The contenders by name, and which backend they run. They were checked to paint the same before any is timed."""
     manifest = Manifest.load(model)
-    synth = Synthesizer.open(model, backend=backend)
+    engine, reason = open_engine(backend, manifest, model)  # one for both: a second session's threads would spin beside the first's
+    synth = Synthesizer(manifest, engine, reason=reason)
     h, w = manifest.grid.canvas
     spacing = manifest.grid.pixel_spacing or (1.0, 1.0)
     labels = np.random.default_rng(0).integers(0, len(manifest.labels), (slices, h // 8, w // 8), np.uint8).repeat(8, 1).repeat(8, 2)
     volume = LabelVolume(labels, Geometry(np.diag([spacing[1], spacing[0], manifest.grid.slice_spacing or 3.0, 1.0])))
 
-    engine, _ = open_engine(backend, manifest, model)
     batch = engine.spec.batch
     inputs: dict[str, Any] = {"labels": np.ascontiguousarray(np.repeat(labels[:batch, None], manifest.grid.slices, 1))}
     if manifest.noise:
@@ -121,7 +121,9 @@ def measure(contenders: dict[str, Contender], rounds: int, quiet: bool) -> dict[
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     progress = Progress("rounds", rounds + 1, quiet=quiet)
     for n in range(rounds + 1):
-        for name, contender in contenders.items():
+        names = list(contenders)
+        for name in names[n % len(names) :] + names[: n % len(names)]:  # nobody always follows the same one
+            contender = contenders[name]
             started = time.perf_counter()
             done = contender()
             if n:
