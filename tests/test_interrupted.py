@@ -26,9 +26,16 @@ sys.exit(run(main, []))
 
 
 def start(root: Path, model: Path, out: Path, masks: list[Path]) -> subprocess.Popen[str]:
+    """In a terminal's place: whoever starts the tests in the background has Ctrl-C ignored, and children inherit that."""
+    command = [sys.executable, "-c", CHILD, model, out, *masks]
     return subprocess.Popen(
-        [sys.executable, "-c", CHILD, model, out, *masks], cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )  # fmt: skip
+        command,
+        cwd=root,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
 
 
 def complete(root: Path, model: Path, out: Path, masks: list[Path]) -> None:
