@@ -21,10 +21,10 @@ from torch import Tensor
 
 from runtime.console import Progress
 from runtime.contract import grid_to_json, labels_to_json
-from runtime.errors import Mask2CTError, UsageError, writing
+from runtime.errors import Mask2CTError, ModelError, UsageError, writing
 from runtime.files import write_text
 
-from . import augment, checkpoint, dataset
+from . import augment, checkpoint, dataset, evaluate
 from . import config as configs
 from .config import RunConfig
 from .generator import Generator
@@ -94,7 +94,11 @@ class Training:
         self.step, self.done = Step(config, self.device), 0
         if resume_from is not None:
             self.done, tensors = checkpoint.load(resume_from)
-            self.step.load_state(tensors)
+            try:
+                self.step.load_state(tensors)
+            except (KeyError, RuntimeError) as exc:
+                raise ModelError(f"checkpoint {resume_from.name} does not fit the networks of this version", expected="tensors of the same networks",
+                                 remedy="go on with the version that wrote it, or start anew in another --output", file=resume_from) from exc  # fmt: skip
         t, intensity = config.training, configs.intensity(config)
         self.batches = dataset.Batches(cohort.train, t.batch_size, t.seed, intensity)
         self.validation = Validation(cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed)
@@ -118,8 +122,11 @@ class Training:
                 log, validate, save = (self.done % every == 0 for every in (t.log_every, t.valid_every, t.checkpoint_every))
                 if log or validate or save or end or stop:
                     self._report(validate=validate or end)
-                if save or end or stop:
-                    checkpoint.save(self.folder, self.done, self.step.state(), t.keep_checkpoints)
+                score = self._score() if validate or end else None
+                best = None if score is None else checkpoint.best(self.folder, self.done)
+                better = score is not None and (best is None or score < best[1])
+                if save or end or stop or better:
+                    checkpoint.save(self.folder, self.done, self.step.state(), t.keep_checkpoints, score)
                 if stop:
                     print(
                         f"\nstopped after step {self.done}; to go on: python train/run.py --resume --output {self.folder}", file=sys.stderr
@@ -157,6 +164,16 @@ class Training:
             row["metrics"] = self.metrics
         self._log.write(self.done, row)
         self._progress.update(self.done, _note(losses))
+
+    def _score(self) -> float | None:
+        """`training.best_metric` of the last validation, lower is better; None when it is not among the metrics."""
+        t, numbers = self.config.training, dict(evaluate.flat(self.metrics or {}))
+        if t.best_metric is None:
+            return None
+        if t.best_metric not in numbers:
+            print(f"warning: no best checkpoint is kept: {t.best_metric} is not among {', '.join(numbers)}", file=sys.stderr)
+            return None
+        return numbers[t.best_metric] * (1 if t.best_is == "lowest" else -1)
 
     def network(self) -> Generator:
         """The averaged generator, in eval mode, its batch statistics measured anew on training batches."""
