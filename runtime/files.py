@@ -18,7 +18,7 @@ _TEMPORARY = ".part-"  # leading dot and process number: never taken for a resul
 
 def temporary_name(path: Path) -> Path:
     """The name `path` is written under until it is whole: hidden, in the same folder, with `path`'s own suffixes."""
-    return path.with_name(f"{_TEMPORARY}{os.getpid()}-{path.name}")
+    return path.with_name(f"{_TEMPORARY}{os.getpid()}-{os.urandom(3).hex()}-{path.name}")  # containers share process numbers
 
 
 def sync_folder(folder: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import json
 import re
 import shutil
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,7 @@ def write_run(folder: Path, net: Generator, validation: NDArray[np.uint8], facts
 def starting_point(folder: Path, config: RunConfig, resume: bool) -> Path | None:
     """Check that `config` may be trained in `folder`; writes nothing.
 
-    Returns the newest whole checkpoint to go on from, or None to start at step 0. Raises `ConfigError` when the folder
+    Returns the checkpoint to go on from (see `usable`), or None to start at step 0. Raises `ConfigError` when the folder
     already holds a run and `resume` is off, holds none and it is on, or holds one of another config.
     """
     path = folder / CONFIG
@@ -140,7 +141,7 @@ def starting_point(folder: Path, config: RunConfig, resume: bool) -> Path | None
     if changed:
         raise ConfigError(f"the run was started with other values of {', '.join(changed)}", expected="the config it was started with (steps may change)",
                           remedy="drop the change, or start a new run with another --output", file=path)  # fmt: skip
-    return newest(folder)
+    return usable(folder, config.training.steps)
 
 
 def claim(folder: Path, config: RunConfig) -> None:
@@ -162,34 +163,83 @@ def stored_config(folder: Path) -> RunConfig:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step. A folder with the final name is complete, by construction."""
+    """The checkpoint with the highest step, whole or not; None when there is none."""
     found = _all(folder)
     return found[-1] if found else None
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], keep: int) -> Path:
-    """Write RUN/checkpoints/step-00000020 atomically, then remove all but the `keep` newest. Raises `OutputError`."""
+def usable(folder: Path, limit: int) -> Path | None:
+    """The last checkpoint of at most `limit` steps whose files are what was written; None when there are no checkpoints.
+
+    Each damaged one that is passed over is named on standard error. Raises `ModelError` when none is left.
+    """
+    found = _all(folder)
+    for path in reversed([p for p in found if _step(p) <= limit]):
+        try:
+            _verified(path)
+        except ModelError as exc:
+            print(f"warning: {exc.fact}; trying the one before", file=sys.stderr)
+        else:
+            return path
+    if found:
+        raise ModelError(f"none of the {len(found)} checkpoints can be used to train to step {limit}", expected="a whole one of no more steps",
+                         remedy="start anew in another --output, or copy a checkpoint back", file=folder / CHECKPOINTS)  # fmt: skip
+    return None
+
+
+def best(folder: Path, limit: int) -> tuple[Path, float] | None:
+    """The checkpoint of at most `limit` steps with the lowest score, and that score; None when none has one."""
+    scored = [(score, path) for path in _all(folder) if _step(path) <= limit and (score := _score(path)) is not None]
+    return min(scored)[::-1] if scored else None  # of equals the first
+
+
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], keep: int, score: float | None = None) -> Path:
+    """Write RUN/checkpoints/step-00000020 atomically, then remove earlier ones but the `keep` newest and the best.
+
+    `score`: what the held-out patients said at this step, lower is better; None when they were not asked. Later steps' folders
+    stay: a run that goes on from before a damaged checkpoint writes it anew. Raises `OutputError`.
+    """
     path = folder / CHECKPOINTS / f"step-{step:08d}"
     with atomic_folder(path) as part:
         _write_tensors(tensors, part / _STATE)
-        (part / _META).write_text(json.dumps({"schema_version": SCHEMA_VERSION, "step": step, "sha256": sha256_of(part / _STATE)}) + "\n")
-    for old in _all(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        meta = {"schema_version": SCHEMA_VERSION, "step": step, "score": score, "sha256": sha256_of(part / _STATE)}
+        (part / _META).write_text(json.dumps(meta) + "\n")
+    top = best(folder, step)
+    for old in [p for p in _all(folder) if _step(p) <= step][:-keep]:
+        if top is None or old != top[0]:
+            shutil.rmtree(old, ignore_errors=True)
     return path
 
 
 def load(path: Path) -> tuple[int, dict[str, Tensor]]:
-    """(step, tensors) of a checkpoint. Raises `ModelError` when it was altered."""
+    """(step, tensors) of a checkpoint. Raises `ModelError` when it is torn or was altered."""
     from safetensors.torch import load_file
 
+    return int(_verified(path)["step"]), load_file(path / _STATE)
+
+
+def _verified(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint whose tensors have the SHA-256 it states. Raises `ModelError`."""
     try:
-        meta = json.loads((path / _META).read_text())
+        meta: dict[str, Any] = json.loads((path / _META).read_text())
         if sha256_of(path / _STATE) != meta["sha256"]:
             raise ValueError("its sha256 differs")
-        return int(meta["step"]), load_file(path / _STATE)
-    except (OSError, ValueError, KeyError) as exc:
-        raise ModelError(f"checkpoint {path.name} cannot be used: {exc}", expected="a checkpoint as training writes it",
+        if meta["step"] != _step(path):
+            raise ValueError(f"it says step {meta['step']}")
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        what = f"{Path(exc.filename).name}: {exc.strerror}" if isinstance(exc, OSError) and exc.filename else exc
+        raise ModelError(f"checkpoint {path.name} cannot be used: {what}", expected="a checkpoint as training writes it",
                          remedy="remove that folder to resume from the one before", file=path) from exc  # fmt: skip
+    return meta
+
+
+def _score(path: Path) -> float | None:
+    """What a checkpoint says of itself, without looking at its tensors."""
+    try:
+        score = json.loads((path / _META).read_text())["score"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return float(score) if isinstance(score, (int, float)) else None
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -207,6 +257,10 @@ def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def _all(folder: Path) -> list[Path]:
     root = folder / CHECKPOINTS
     return sorted(p for p in root.iterdir() if re.fullmatch(r"step-\d{8}", p.name)) if root.is_dir() else []
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

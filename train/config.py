@@ -129,7 +129,9 @@ class TrainingConfig:
     valid_every: Count = 1000
     valid_slices: Count = 128  # at most so many held-out slices are painted at a validation step
     checkpoint_every: Count = 1000
-    keep_checkpoints: Count = 2
+    keep_checkpoints: Count = 2  # the newest; the best is kept as well
+    best_metric: str | None = "body.mae_ratio"  # of the held-out patients (train/evaluate.py), by which a checkpoint is the best
+    best_is: Literal["lowest", "highest"] = "lowest"
     threads: Whole = 0  # of the CPU; 0: as many as the process may use
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

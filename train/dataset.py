@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +66,9 @@ class Cohort:
         }
 
 
+Loader = Callable[[Pair, LabelTable, GridPolicy, Intensity], Slices]
+
+
 def find_pairs(folder: Path) -> list[Pair]:
     """The patients of an MM-WHS folder, by name. Raises `UsageError` when there are too few or one lacks a file."""
     remedy = "check --dataset-path"
@@ -98,9 +101,13 @@ def split(count: int, data: DataConfig) -> dict[str, list[int]]:
     return {"train": sorted(order[:train]), "valid": sorted(order[train : train + valid]), "test": sorted(order[train + valid :])}
 
 
-def load_cohort(pairs: Sequence[Pair], data: DataConfig, table: LabelTable, policy: GridPolicy, intensity: Intensity) -> Cohort:
-    """Read every patient onto the canvas. Raises `InputError`s that name the file, `UsageError` when nobody has a label."""
-    patients = [load_patient(pair, table, policy, intensity) for pair in pairs]
+def load_cohort(pairs: Sequence[Pair], data: DataConfig, table: LabelTable, policy: GridPolicy, intensity: Intensity,
+                load: Loader | None = None) -> Cohort:  # fmt: skip
+    """Read every patient onto the canvas. Raises `InputError`s that name the file, `UsageError` when nobody has a label.
+
+    `load`: how a patient is read, such as a train/cache.py `SliceCache`; None: `load_patient`.
+    """
+    patients = [(load or load_patient)(pair, table, policy, intensity) for pair in pairs]
     if not any((p.labels != 0).any() for p in patients):
         raise UsageError(
             "no patient has a labelled voxel", expected=f"label maps with some of {table}", remedy="check the label maps and data.keep"
@@ -158,22 +165,25 @@ def slice_counts(pairs: Iterable[Pair], policy: GridPolicy) -> list[int]:
 class Batches:
     """Endless training batches over `slices`. Batch n is a function of (seed, n): a resumed run sees the same ones.
 
-    Every epoch is a fresh permutation of all slices; a batch may straddle two.
+    Every epoch is a fresh permutation of all slices; a batch may straddle two. Slices are read where they lie, which may be a
+    memory-mapped file. Of `world` ranks, each has the `part` of the batch that belongs to `rank`.
     """
 
-    def __init__(self, patients: Sequence[Slices], batch_size: int, seed: int, intensity: Intensity):
-        self.labels = np.concatenate([p.labels for p in patients])
-        self.image = np.concatenate([p.image for p in patients])
-        self._batch_size, self._seed, self._intensity = batch_size, seed, intensity
+    def __init__(self, patients: Sequence[Slices], batch_size: int, seed: int, intensity: Intensity, rank: int = 0, world: int = 1):
+        self.batch_size, self.part = batch_size, slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+        self._slices = [(patient, k) for patient in patients for k in range(len(patient))]
+        self._seed, self._intensity = seed, intensity
 
     def __getitem__(self, step: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
         """(labels uint8 (N, Z, H, W), image float32 (N, 1, H, W) in [0, 1], noise uint8 (N, 1, H, W)) of this step."""
-        chosen = self._order(range(step * self._batch_size, (step + 1) * self._batch_size))
-        image = to_unit(self.image[chosen], self._intensity)[:, None]
-        return self.labels[chosen], image, noise_bytes(image.shape, self._seed, step)
+        order = self._order(range(step * self.batch_size, (step + 1) * self.batch_size))
+        chosen = [self._slices[n] for n in order[self.part]]
+        labels = np.stack([patient.labels[k] for patient, k in chosen])
+        image = to_unit(np.stack([patient.image[k] for patient, k in chosen]), self._intensity)[:, None]
+        return labels, image, noise_bytes((self.batch_size, *image.shape[1:]), self._seed, step)[self.part]
 
     def _order(self, positions: range) -> NDArray[np.intp]:
-        count = len(self.image)
+        count = len(self._slices)
         epochs = {p // count for p in positions}
         orders = {epoch: stream(self._seed, "order", epoch).permutation(count) for epoch in epochs}
         return np.array([orders[p // count][p % count] for p in positions])

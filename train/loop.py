@@ -21,13 +21,15 @@ from torch import Tensor
 
 from runtime.console import Progress
 from runtime.contract import grid_to_json, labels_to_json
-from runtime.errors import Mask2CTError, UsageError, writing
+from runtime.errors import Mask2CTError, ModelError, UsageError, writing
 from runtime.files import write_text
 
-from . import augment, checkpoint, dataset
+from . import augment, checkpoint, dataset, evaluate
 from . import config as configs
+from .cache import SliceCache
 from .config import RunConfig
 from .generator import Generator
+from .ranks import ALONE, Ranks
 from .step import Batch, Step
 from .validation import Validation
 
@@ -48,15 +50,16 @@ def choose_device(config: RunConfig) -> tuple[torch.device, str]:
     return torch.device("cuda"), "as configured" if wanted == "cuda" else "a CUDA device is there"
 
 
-def set_threads(config: RunConfig) -> int:
-    """Use `training.threads` CPU threads, or as many as the process may run on. Returns how many."""
-    threads = config.training.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def set_threads(config: RunConfig, sharers: int = 1) -> int:
+    """Use `training.threads` CPU threads, or this process' share of the cores that `sharers` may run on. Returns how many."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = config.training.threads or max(1, cores // sharers)
     torch.set_num_threads(threads)
     return threads
 
 
-def open_cohort(config: RunConfig, folder: Path, *, quiet: bool = False) -> dataset.Cohort:
-    """The patients of `data.path`, or of the phantom, which is made in RUN/data first."""
+def open_cohort(config: RunConfig, folder: Path, *, cache: Path | None = None, quiet: bool = False) -> dataset.Cohort:
+    """The patients of `data.path`, or of the phantom, which is made in RUN/data first. `cache`: where their slices are kept, if at all."""
     path = config.data.path
     if path is None:
         if config.data.phantom is None:
@@ -67,7 +70,9 @@ def open_cohort(config: RunConfig, folder: Path, *, quiet: bool = False) -> data
             )
         path = str(_phantom(config.data.phantom, folder / "data", quiet))
     pairs = dataset.find_pairs(Path(path))
-    return dataset.load_cohort(pairs, config.data, configs.label_table(config.data), configs.grid_policy(config), configs.intensity(config))
+    load = None if cache is None else SliceCache(cache)
+    table, policy = configs.label_table(config.data), configs.grid_policy(config)
+    return dataset.load_cohort(pairs, config.data, table, policy, configs.intensity(config), load)
 
 
 def _phantom(phantom: configs.PhantomConfig, folder: Path, quiet: bool) -> Path:
@@ -83,23 +88,32 @@ def _phantom(phantom: configs.PhantomConfig, folder: Path, quiet: bool) -> Path:
 
 
 class Training:
-    """One training from step `done` on. What it needs to go on lies in `Step` and in the number of steps done; nothing else."""
+    """One training from step `done` on. What it needs to go on lies in `Step` and in the number of steps done; nothing else.
 
-    def __init__(self, config: RunConfig, folder: Path, cohort: dataset.Cohort, resume_from: Path | None = None, *, quiet: bool = False):
-        self.config, self.folder, self.cohort = config, folder, cohort
+    Of several `ranks` each has one, with the same arguments; the first alone validates and writes.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, cohort: dataset.Cohort, resume_from: Path | None = None, *, quiet: bool = False,
+                 ranks: Ranks = ALONE):  # fmt: skip
+        self.config, self.folder, self.cohort, self.ranks = config, folder, cohort, ranks
         self.device, reason = choose_device(config)
-        threads = set_threads(config)
+        threads = set_threads(config, ranks.neighbours)
         if not quiet:
-            print(f"training on {self.device} ({reason}), {threads} CPU threads", file=sys.stderr)
-        self.step, self.done = Step(config, self.device), 0
+            count = f"{ranks.world} ranks, each " if ranks.world > 1 else ""
+            print(f"training on {count}{self.device} ({reason}), {threads} CPU threads", file=sys.stderr)
+        self.step, self.done = Step(config, self.device, ranks), 0
         if resume_from is not None:
             self.done, tensors = checkpoint.load(resume_from)
-            self.step.load_state(tensors)
+            try:
+                self.step.load_state(tensors)
+            except (KeyError, RuntimeError) as exc:
+                raise ModelError(f"checkpoint {resume_from.name} does not fit the networks of this version", expected="tensors of the same networks",
+                                 remedy="go on with the version that wrote it, or start anew in another --output", file=resume_from) from exc  # fmt: skip
         t, intensity = config.training, configs.intensity(config)
-        self.batches = dataset.Batches(cohort.train, t.batch_size, t.seed, intensity)
+        self.batches = dataset.Batches(cohort.train, t.batch_size, t.seed, intensity, ranks.rank, ranks.world)
         self.validation = Validation(cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed)
         self.metrics: dict[str, Any] | None = None
-        self._log = _Log(folder / checkpoint.METRICS, self.done)
+        self._log = _Log(folder / checkpoint.METRICS, self.done) if ranks.first else None
         self._progress = Progress("training", t.steps, unit="steps", quiet=quiet)
         self._sums: dict[str, Tensor] = {}
         self._since = self.done
@@ -114,16 +128,17 @@ class Training:
             while self.done < t.steps:
                 self._advance()
                 end = self.done == t.steps
-                stop = bool(interrupted) and not end
                 log, validate, save = (self.done % every == 0 for every in (t.log_every, t.valid_every, t.checkpoint_every))
+                due = log or validate or save or end or self.ranks.world == 1  # ranks do not talk about signals at every step
+                stop = due and not end and self.ranks.any(bool(interrupted))
                 if log or validate or save or end or stop:
                     self._report(validate=validate or end)
-                if save or end or stop:
-                    checkpoint.save(self.folder, self.done, self.step.state(), t.keep_checkpoints)
+                if self.ranks.first:
+                    self._save(validated=validate or end, anyway=save or end or stop)
                 if stop:
-                    print(
-                        f"\nstopped after step {self.done}; to go on: python train/run.py --resume --output {self.folder}", file=sys.stderr
-                    )
+                    if self.ranks.first:
+                        how = f"python train/run.py --resume --output {self.folder}"
+                        print(f"\nstopped after step {self.done}; to go on: {how}", file=sys.stderr)
                     raise KeyboardInterrupt
         self._progress.close()
         return self._finish()
@@ -133,7 +148,9 @@ class Training:
         labels, image, noise = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in self.batches[n])
         settings = self.config.augment
         if settings.active:
-            affine = augment.draw(settings, len(labels), dataset.stream(self.config.training.seed, "augment", n))
+            affine = augment.draw(settings, self.batches.batch_size, dataset.stream(self.config.training.seed, "augment", n))[
+                self.batches.part
+            ]
             labels, image = augment.apply(torch.from_numpy(affine).to(self.device), labels, image)
         return Batch(labels, image, noise)
 
@@ -144,12 +161,16 @@ class Training:
 
     def _report(self, *, validate: bool) -> None:
         """The mean losses since the last report, and the held-out patients if due, as one line of metrics.jsonl."""
-        values = torch.stack([*self._sums.values()]).tolist()
+        sums = torch.stack([*self._sums.values()])
+        self.ranks.average([sums])
+        values = sums.tolist()
         losses = {name: value / (self.done - self._since) for name, value in zip(self._sums, values, strict=True)}
         if not all(map(math.isfinite, values)):
             raise Diverged(f"the training diverged before step {self.done}: {_note(losses)}", expected="finite losses",
                            remedy="lower optimizer.lr_g and optimizer.lr_d, or resume from an earlier checkpoint", file=self.folder)  # fmt: skip
         self._sums, self._since = {}, self.done
+        if self._log is None:
+            return
         row: dict[str, Any] = {"losses": {name: round(value, 6) for name, value in losses.items()}}
         if validate:
             self.metrics, painted = self.validation.measure(self.network(), self.device, self.config.training.batch_size)
@@ -158,12 +179,31 @@ class Training:
         self._log.write(self.done, row)
         self._progress.update(self.done, _note(losses))
 
+    def _save(self, *, validated: bool, anyway: bool) -> None:
+        """Write a checkpoint if one is due, or if the held-out patients were never painted better."""
+        score = self._score() if validated else None
+        best = None if score is None else checkpoint.best(self.folder, self.done)
+        if anyway or (score is not None and (best is None or score < best[1])):
+            checkpoint.save(self.folder, self.done, self.step.state(), self.config.training.keep_checkpoints, score)
+
+    def _score(self) -> float | None:
+        """`training.best_metric` of the last validation, lower is better; None when it is not among the metrics."""
+        t, numbers = self.config.training, dict(evaluate.flat(self.metrics or {}))
+        if t.best_metric is None:
+            return None
+        if t.best_metric not in numbers:
+            print(f"warning: no best checkpoint is kept: {t.best_metric} is not among {', '.join(numbers)}", file=sys.stderr)
+            return None
+        return numbers[t.best_metric] * (1 if t.best_is == "lowest" else -1)
+
     def network(self) -> Generator:
         """The averaged generator, in eval mode, its batch statistics measured anew on training batches."""
         count = self.config.training.recalibrate
         return self.step.recalibrated(self.batch(n) for n in range(count))
 
     def _finish(self) -> dict[str, Any]:
+        if not self.ranks.first:
+            return {}
         net = self.network()
         metrics = self.metrics or self.validation.measure(net, self.device, self.config.training.batch_size)[0]
         checkpoint.write_run(self.folder, net, self.validation.labels, facts(self.config, self.cohort, self.done, metrics))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of train/, whose file names would hide other packages
@@ -19,6 +20,9 @@ from runtime import console
 from runtime.errors import UsageError
 from train import checkpoint, config
 
+if TYPE_CHECKING:  # --help is answered without torch
+    from train.ranks import Ranks
+
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
@@ -27,6 +31,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--config", type=Path, help="a JSON file, such as train/configs/phantom.json (with --resume: the run's own)")
     p.add_argument("--dataset-path", "--dataset_path", metavar="DIR", help="folder of CASE_image.nii.gz + CASE_label.nii.gz")
     p.add_argument("--output", type=Path, metavar="RUN", help="the run folder to write (default: runs/NAME)")
+    p.add_argument("--cache", type=Path, metavar="DIR", help="where decoded slices are kept for the next run (default: .slices beside RUN)")
+    p.add_argument("--no-cache", action="store_true", help="keep them in memory instead")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
     p.add_argument("--dry-run", action="store_true", help="print config, data, network sizes and a time estimate; start nothing")
     p.add_argument(
@@ -58,19 +64,34 @@ def main(argv: Sequence[str]) -> int:
 
         print(describe(resolved))
         return 0
-    if not args.quiet:
-        print(json.dumps(config.to_json(resolved)))
+    from train.ranks import check, joined
+
+    with joined() as ranks:
+        check(resolved, ranks)
+        return train(args, resolved, folder, ranks)
+
+
+def train(args: argparse.Namespace, resolved: config.RunConfig, folder: Path, ranks: Ranks) -> int:
+    """What one rank does: the first makes the run folder ready, then all train in it. Returns the exit code."""
+    from train.cache import FOLDER
     from train.loop import Training, open_cohort
 
-    resume_from = checkpoint.starting_point(folder, resolved, args.resume)
-    cohort = open_cohort(resolved, folder, quiet=args.quiet)
-    checkpoint.claim(folder, resolved)
-    metrics = Training(resolved, folder, cohort, resume_from, quiet=args.quiet).run()
-    if not args.quiet:
+    quiet = args.quiet or not ranks.first
+    if not quiet:
+        print(json.dumps(config.to_json(resolved)))
+    cache = None if args.no_cache else args.cache or folder.parent / FOLDER
+    with ranks.first_then_others():
+        resume_from = checkpoint.starting_point(folder, resolved, args.resume or not ranks.first)
+        cohort = open_cohort(resolved, folder, cache=cache, quiet=quiet)
+        if ranks.first:
+            checkpoint.claim(folder, resolved)
+    metrics = Training(resolved, folder, cohort, resume_from, quiet=quiet, ranks=ranks).run()
+    if not quiet:
         from train.evaluate import table
 
         print(table(metrics))
-    print(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.RUN} are written")
+    if ranks.first:
+        print(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.RUN} are written")
     return 0
 
 

@@ -18,6 +18,7 @@ from .config import RunConfig, label_table
 from .discriminator import Discriminator
 from .generator import Generator, initialise, one_hot, standardise_noise
 from .losses import discriminator_losses, generator_losses, weighted_sum
+from .ranks import ALONE, Ranks
 
 
 class Batch(NamedTuple):
@@ -50,8 +51,8 @@ def make_discriminator(config: RunConfig) -> Discriminator:
 class Step:
     """The whole state of a training between two steps, and how it advances."""
 
-    def __init__(self, config: RunConfig, device: torch.device | None = None):
-        self._config, self.device = config, device or torch.device("cpu")
+    def __init__(self, config: RunConfig, device: torch.device | None = None, ranks: Ranks = ALONE):
+        self._config, self.device, self._ranks = config, device or torch.device("cpu"), ranks
         self.classes = len(label_table(config.data))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
@@ -75,13 +76,13 @@ class Step:
 
         self.discriminator.requires_grad_(True)
         d_losses = discriminator_losses(self.discriminator(condition, real)[0], self.discriminator(condition, painted.detach())[0])
-        _descend(self._adam_d, weighted_sum(d_losses, dict.fromkeys(d_losses, 1.0)))
+        _descend(self._adam_d, self._ranks, weighted_sum(d_losses, dict.fromkeys(d_losses, 1.0)))
 
         self.discriminator.requires_grad_(False)
         # The judge sees the texture but does not shape it: free noise is the easy way to look like bones and vessels.
         judged = smooth + (painted - smooth).detach()
         g_losses = generator_losses(self.discriminator(condition, judged)[0], smooth, painted, real)
-        _descend(self._adam_g, weighted_sum(g_losses, asdict(loss)))
+        _descend(self._adam_g, self._ranks, weighted_sum(g_losses, asdict(loss)))
 
         update_average(self.average, self.generator, average_decay(step, self._config.training.ema_decay))
         return {name: value.detach() for name, value in {**g_losses, **d_losses}.items()}
@@ -151,7 +152,8 @@ def _set_rate(adam: torch.optim.Adam, rate: float) -> None:
         group["lr"] = rate
 
 
-def _descend(adam: torch.optim.Adam, loss: Tensor) -> None:
+def _descend(adam: torch.optim.Adam, ranks: Ranks, loss: Tensor) -> None:
     adam.zero_grad(set_to_none=True)
     loss.backward()
+    ranks.average(parameter.grad for group in adam.param_groups for parameter in group["params"])
     adam.step()
