@@ -21,7 +21,7 @@ from train.config import resolve
 from train.loop import Diverged, Training, open_cohort
 
 TINY = ["data.canvas=[64,64]", "generator.kind=unet", "generator.filters=8", "generator.depth=4", "generator.skips=true", "generator.textures=2",
-        "loss.texture=10", "discriminator.filters=8", "training.batch_size=4", "training.recalibrate=2", "training.valid_slices=6", "training.threads=2",
+        "generator.style=2", "loss.texture=10", "discriminator.filters=8", "training.batch_size=4", "training.recalibrate=2", "training.valid_slices=6", "training.threads=2",
         "training.log_every=2", "training.valid_every=10", "training.checkpoint_every=5"]  # fmt: skip
 
 

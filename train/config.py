@@ -79,15 +79,16 @@ class IntensityConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """`reference`: the original's decoder; `unet`: a lighter one that ends in full-resolution features."""
+    """`reference`: the original's; `unet`: lighter, ends in full-resolution features; `edge`: the least work (train/stages.py)."""
 
-    kind: Literal["reference", "unet"] = "reference"
+    kind: Literal["reference", "unet", "edge"] = "reference"
     filters: Count = 64  # of the first layer; they double with depth up to 8 times
     depth: Count = 7  # stride-2 stages: H and W are multiples of 2**depth
     skips: bool = False
     activation: Literal["sigmoid"] = "sigmoid"
     textures: Whole = 0  # learned noise filters; 0: the network takes no noise
     texture_kernel: Count = 7  # their side in pixels, odd
+    style: Whole = 0  # S, numbers in a style (train/style.py); 0: the network takes no style
 
 
 @dataclass(frozen=True)

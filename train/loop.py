@@ -29,6 +29,7 @@ from . import config as configs
 from .config import RunConfig
 from .generator import Generator
 from .step import Batch, Step
+from .style import Styles
 from .validation import Validation
 
 
@@ -97,6 +98,7 @@ class Training:
             self.step.load_state(tensors)
         t, intensity = config.training, configs.intensity(config)
         self.batches = dataset.Batches(cohort.train, t.batch_size, t.seed, intensity)
+        self.styles = Styles(cohort.train, self.step.classes, config.generator.style, t.seed) if config.generator.style else None
         self.validation = Validation(cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed)
         self.metrics: dict[str, Any] | None = None
         self._log = _Log(folder / checkpoint.METRICS, self.done)
@@ -135,7 +137,8 @@ class Training:
         if settings.active:
             affine = augment.draw(settings, len(labels), dataset.stream(self.config.training.seed, "augment", n))
             labels, image = augment.apply(torch.from_numpy(affine).to(self.device), labels, image)
-        return Batch(labels, image, noise)
+        style = None if self.styles is None else torch.from_numpy(self.styles(self.batches.slices(n), n)).to(self.device)
+        return Batch(labels, image, noise, style)
 
     def _advance(self) -> None:
         losses = self.step(self.done, self.batch(self.done))
@@ -180,7 +183,7 @@ def facts(config: RunConfig, cohort: dataset.Cohort, step: int, metrics: dict[st
         "labels": labels_to_json(configs.label_table(config.data)),
         "grid": grid_to_json(configs.grid_policy(config)),
         "intensity": vars(configs.intensity(config)),
-        "style": 0,
+        "style": config.generator.style,
         "noise": config.generator.textures > 0,
         "step": step,
         "data": cohort.summary(),

@@ -21,20 +21,23 @@ from .losses import discriminator_losses, generator_losses, weighted_sum
 
 
 class Batch(NamedTuple):
-    """`labels` (N, Z, H, W) model indices, any dtype, `image` float32 (N, 1, H, W) in [0, 1], `noise` uint8 (N, 1, H, W)."""
+    """`labels` (N, Z, H, W) model indices, any dtype, `image` float32 (N, 1, H, W) in [0, 1], `noise` uint8 (N, 1, H, W).
+
+    `style` float32 (N, S), None for a generator that takes none.
+    """
 
     labels: Tensor
     image: Tensor
     noise: Tensor
+    style: Tensor | None = None
 
 
 def make_generator(config: RunConfig) -> Generator:
     """The generator that `config` describes, channels_last, uninitialised beyond torch's defaults."""
     g = config.generator
     channels = len(label_table(config.data)) * config.data.slices
-    net = Generator(
-        channels, kind=g.kind, filters=g.filters, depth=g.depth, skips=g.skips, textures=g.textures, texture_kernel=g.texture_kernel
-    )
+    net = Generator(channels, kind=g.kind, filters=g.filters, depth=g.depth, skips=g.skips, textures=g.textures,
+                    texture_kernel=g.texture_kernel, style=g.style)  # fmt: skip
     net.to(memory_format=torch.channels_last)
     return net
 
@@ -69,9 +72,9 @@ class Step:
         o, loss = self._config.optimizer, self._config.loss
         _set_rate(self._adam_g, o.lr_g * math.exp(-o.decay_g * step))
         _set_rate(self._adam_d, o.lr_d * math.exp(-o.decay_d * step))
-        labels, real, noise = (t.to(self.device, non_blocking=True) for t in batch)
+        labels, real, noise, style = (t if t is None else t.to(self.device, non_blocking=True) for t in batch)
         condition = one_hot(labels, self.classes).contiguous(memory_format=torch.channels_last)
-        smooth, painted = self.generator.paint(condition, standardise_noise(noise) if self.generator.noisy else None)
+        smooth, painted = self.generator.paint(condition, standardise_noise(noise) if self.generator.noisy else None, style)
 
         self.discriminator.requires_grad_(True)
         d_losses = discriminator_losses(self.discriminator(condition, real)[0], self.discriminator(condition, painted.detach())[0])
@@ -97,7 +100,8 @@ class Step:
                     layer.reset_running_stats()
                     layer.momentum = None  # a plain mean over the batches
             with torch.no_grad():
-                net(one_hot(batch.labels.to(self.device), self.classes).contiguous(memory_format=torch.channels_last))
+                style = None if batch.style is None else batch.style.to(self.device)
+                net(one_hot(batch.labels.to(self.device), self.classes).contiguous(memory_format=torch.channels_last), style=style)
         net.eval()
         return net
 
