@@ -15,7 +15,7 @@ from train.augment import apply, draw
 from train.config import AugmentConfig, GeneratorConfig, load, resolve
 from train.discriminator import Discriminator
 from train.generator import NOISE_MEAN, NOISE_SD, Generator, one_hot, standardise_noise
-from train.losses import discriminator_losses, generator_losses, noise_floor, weighted_sum
+from train.losses import discriminator_losses, feature_matching, generator_losses, noise_floor, weighted_sum
 from train.stages import same_conv4
 from train.step import Batch, Step, average_decay, update_average
 
@@ -139,6 +139,31 @@ def test_losses_against_values_worked_by_hand() -> None:
     assert g["reconstruction"].item() == pytest.approx(0.5)
     assert g["texture"].item() == pytest.approx(0)  # both flat
     assert weighted_sum({"a": torch.tensor(2.0), "b": torch.tensor(3.0)}, {"a": 10, "b": 1, "c": 5}).item() == 23
+
+
+def test_hinge_losses_against_values_worked_by_hand() -> None:
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])
+    d = discriminator_losses(real, fake, "hinge")
+    assert d["d_real"].item() == pytest.approx(0.5 * (0 + 0.5) / 2) and d["d_fake"].item() == pytest.approx(0.5 * (0 + 1.5) / 2)
+    image = torch.zeros(1, 1, 8, 8)
+    assert generator_losses(fake, image, image, image, "hinge")["adversarial"].item() == pytest.approx(2.5 / 2)
+
+
+def test_feature_matching_counts_every_stage_alike_and_moves_the_painting_only() -> None:
+    fake = [torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([0.0] * 8, requires_grad=True)]
+    real = [torch.tensor([0.0, 0.0], requires_grad=True), torch.tensor([6.0] * 8)]
+    value = feature_matching(fake, real)
+    assert value.item() == (2 + 6) / 2
+    value.backward()
+    assert real[0].grad is None and fake[0].grad is not None and torch.equal(fake[0].grad, torch.tensor([0.25, 0.25]))
+
+
+def test_each_loss_that_is_on_is_logged_by_name_and_moves_the_generator() -> None:
+    plain, matched = small(), small("loss.features=10", "loss.gan=hinge")
+    assert set(plain(0, batch())) == {"adversarial", "reconstruction", "texture", "d_real", "d_fake"}
+    losses = matched(0, batch())
+    assert set(losses) == {"adversarial", "reconstruction", "texture", "features", "d_real", "d_fake"} and losses["features"] > 0
+    assert not torch.equal(plain.state()["generator/top.image.weight"], matched.state()["generator/top.image.weight"])
 
 
 def test_the_noise_floor_sees_grain_but_no_edge() -> None:

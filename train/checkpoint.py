@@ -167,13 +167,13 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], keep: int) -> Path:
-    """Write RUN/checkpoints/step-00000020 atomically, then remove all but the `keep` newest. Raises `OutputError`."""
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], keep: int | None) -> Path:
+    """Write RUN/checkpoints/step-00000020 atomically, then remove all but the `keep` newest (None: none). Raises `OutputError`."""
     path = folder / CHECKPOINTS / f"step-{step:08d}"
     with atomic_folder(path) as part:
         _write_tensors(tensors, part / _STATE)
         (part / _META).write_text(json.dumps({"schema_version": SCHEMA_VERSION, "step": step, "sha256": sha256_of(part / _STATE)}) + "\n")
-    for old in _all(folder)[:-keep]:
+    for old in _all(folder)[:-keep] if keep else []:
         shutil.rmtree(old, ignore_errors=True)
     return path
 

@@ -105,6 +105,8 @@ class LossConfig:
     adversarial: NotNegative = 1.0
     reconstruction: NotNegative = 100.0
     texture: NotNegative = 0.0
+    features: NotNegative = 0.0  # matching of the discriminator's features
+    gan: Literal["lsgan", "hinge"] = "lsgan"  # what the scores are to be; no weight
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,7 @@ class TrainingConfig:
     valid_slices: Count = 128  # at most so many held-out slices are painted at a validation step
     checkpoint_every: Count = 1000
     keep_checkpoints: Count = 2
+    collapse_steps: Whole = 2000  # the run stops when the discriminator's losses were about 0 for so long; 0: never
     threads: Whole = 0  # of the CPU; 0: as many as the process may use
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

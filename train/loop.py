@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import signal
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from runtime.console import Progress
 from runtime.contract import grid_to_json, labels_to_json
-from runtime.errors import Mask2CTError, UsageError, writing
+from runtime.errors import UsageError, writing
 from runtime.files import write_text
 
 from . import augment, checkpoint, dataset
@@ -31,10 +30,7 @@ from .generator import Generator
 from .step import Batch, Step
 from .style import Styles
 from .validation import Validation
-
-
-class Diverged(Mask2CTError):
-    """A loss is no longer a number."""
+from .watch import Watch, note
 
 
 def choose_device(config: RunConfig) -> tuple[torch.device, str]:
@@ -101,6 +97,7 @@ class Training:
         self.styles = Styles(cohort.train, self.step.classes, config.generator.style, t.seed) if config.generator.style else None
         self.validation = Validation(cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed)
         self.metrics: dict[str, Any] | None = None
+        self.watch = Watch(folder, t.collapse_steps if config.loss.adversarial else 0)
         self._log = _Log(folder / checkpoint.METRICS, self.done)
         self._progress = Progress("training", t.steps, unit="steps", quiet=quiet)
         self._sums: dict[str, Tensor] = {}
@@ -109,7 +106,7 @@ class Training:
     def run(self) -> dict[str, Any]:
         """Train to `training.steps`, write the run folder and return the last validation metrics.
 
-        Raises `Diverged` on a loss that is no number, KeyboardInterrupt after the checkpoint that Ctrl-C asks for.
+        Raises `Diverged` or `Collapsed` (train/watch.py) with the last good checkpoint kept, KeyboardInterrupt after the checkpoint that Ctrl-C asks for.
         """
         t = self.config.training
         with _graceful() as interrupted:
@@ -121,7 +118,7 @@ class Training:
                 if log or validate or save or end or stop:
                     self._report(validate=validate or end)
                 if save or end or stop:
-                    checkpoint.save(self.folder, self.done, self.step.state(), t.keep_checkpoints)
+                    self._save()
                 if stop:
                     print(
                         f"\nstopped after step {self.done}; to go on: python train/run.py --resume --output {self.folder}", file=sys.stderr
@@ -140,6 +137,12 @@ class Training:
         style = None if self.styles is None else torch.from_numpy(self.styles(self.batches.slices(n), n)).to(self.device)
         return Batch(labels, image, noise, style)
 
+    def _save(self) -> None:
+        state = self.step.state()
+        self.watch.state(self.done, state)
+        keep = None if self.watch.suspicious else self.config.training.keep_checkpoints
+        checkpoint.save(self.folder, self.done, state, keep)
+
     def _advance(self) -> None:
         losses = self.step(self.done, self.batch(self.done))
         self._sums = {name: value + self._sums[name] if self._sums else value for name, value in losses.items()}
@@ -149,17 +152,16 @@ class Training:
         """The mean losses since the last report, and the held-out patients if due, as one line of metrics.jsonl."""
         values = torch.stack([*self._sums.values()]).tolist()
         losses = {name: value / (self.done - self._since) for name, value in zip(self._sums, values, strict=True)}
-        if not all(map(math.isfinite, values)):
-            raise Diverged(f"the training diverged before step {self.done}: {_note(losses)}", expected="finite losses",
-                           remedy="lower optimizer.lr_g and optimizer.lr_d, or resume from an earlier checkpoint", file=self.folder)  # fmt: skip
+        self.watch.losses(self._since, self.done, losses)
         self._sums, self._since = {}, self.done
         row: dict[str, Any] = {"losses": {name: round(value, 6) for name, value in losses.items()}}
         if validate:
             self.metrics, painted = self.validation.measure(self.network(), self.device, self.config.training.batch_size)
+            self.watch.painting(self.done, painted, self.validation.images)
             self.validation.draw(self.folder / "figures" / f"step-{self.done:08d}.png", painted, f"step {self.done}")
             row["metrics"] = self.metrics
         self._log.write(self.done, row)
-        self._progress.update(self.done, _note(losses))
+        self._progress.update(self.done, note(losses))
 
     def network(self) -> Generator:
         """The averaged generator, in eval mode, its batch statistics measured anew on training batches."""
@@ -201,10 +203,6 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _note(losses: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
 
 
 class _Log:

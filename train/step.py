@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .config import RunConfig, label_table
 from .discriminator import Discriminator
 from .generator import Generator, initialise, one_hot, standardise_noise
-from .losses import discriminator_losses, generator_losses, weighted_sum
+from .losses import discriminator_losses, feature_matching, generator_losses, weighted_sum
 
 
 class Batch(NamedTuple):
@@ -77,13 +77,19 @@ class Step:
         smooth, painted = self.generator.paint(condition, standardise_noise(noise) if self.generator.noisy else None, style)
 
         self.discriminator.requires_grad_(True)
-        d_losses = discriminator_losses(self.discriminator(condition, real)[0], self.discriminator(condition, painted.detach())[0])
+        score_real, score_fake = self.discriminator(condition, real)[0], self.discriminator(condition, painted.detach())[0]
+        d_losses = discriminator_losses(score_real, score_fake, loss.gan)
         _descend(self._adam_d, weighted_sum(d_losses, dict.fromkeys(d_losses, 1.0)))
 
         self.discriminator.requires_grad_(False)
         # The judge sees the texture but does not shape it: free noise is the easy way to look like bones and vessels.
         judged = smooth + (painted - smooth).detach()
-        g_losses = generator_losses(self.discriminator(condition, judged)[0], smooth, painted, real)
+        score, features = self.discriminator(condition, judged)
+        g_losses = generator_losses(score, smooth, painted, real, loss.gan)
+        if loss.features:
+            with torch.no_grad():
+                wanted = self.discriminator(condition, real)[1]
+            g_losses["features"] = feature_matching(features, wanted)
         _descend(self._adam_g, weighted_sum(g_losses, asdict(loss)))
 
         update_average(self.average, self.generator, average_decay(step, self._config.training.ema_decay))
