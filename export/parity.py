@@ -40,17 +40,22 @@ def random_inputs(slices: int, z: int, size: tuple[int, int], classes: int, seed
 def measure(
     graph: LabelsToIntensity, engine: Engine, labels: NDArray[np.uint8], *, seed: int = 0, on_slice: Callable[[int], None] | None = None
 ) -> Parity:
-    """Paint `labels` (n, Z, H, W) with both, with the same noise, and compare. H and W are multiples of the divisor."""
-    noise = np.random.default_rng(seed).integers(0, 256, (len(labels), *labels.shape[2:]), np.uint8)
-    noisy = any(t.name == "noise" for t in engine.spec.inputs)
+    """Paint `labels` (n, Z, H, W) with both, with the same style and noise, and compare. H and W are multiples of the divisor."""
+    rng = np.random.default_rng(seed)
+    given: dict[str, NDArray[Any]] = {"labels": labels}
+    for tensor in engine.spec.inputs:
+        if tensor.name == "style":
+            given["style"] = rng.standard_normal((len(labels), int(tensor.shape[1])), np.float32)
+        elif tensor.name == "noise":
+            given["noise"] = rng.integers(0, 256, (len(labels), *labels.shape[2:]), np.uint8)
     batch, total, differing, worst = engine.spec.batch, 0, 0, 0
     for start in range(0, len(labels), batch):
         picked = [min(n, len(labels) - 1) for n in range(start, start + batch)]  # the last batch is padded with its last slice
-        inputs = {"labels": labels[picked]} | ({"noise": noise[picked]} if noisy else {})
+        inputs = {name: array[picked] for name, array in given.items()}
         out = np.empty((batch, *labels.shape[2:], 2), np.uint8)
         engine.run(inputs, out, stream=HOST_STREAM)
         with torch.inference_mode():
-            expected = graph(*[torch.from_numpy(array) for array in inputs.values()]).numpy()
+            expected = graph(**{name: torch.from_numpy(array) for name, array in inputs.items()}).numpy()
         valid = min(batch, len(labels) - start)
         delta = np.abs(_hu(out)[:valid].astype(np.int32) - _hu(expected)[:valid])
         total, differing, worst = total + int(delta.sum()), differing + int(np.count_nonzero(delta)), max(worst, int(delta.max()))

@@ -17,10 +17,11 @@ OPSET = 21  # the first with native GroupNormalization and 16-bit casts; TensorR
 _EXAMPLE = {"N": 2, "H": 2, "W": 3}  # in units of the divisor for H, W: unlike numbers, none of them 1, so that none is baked in
 
 
-def example_inputs(specs: tuple[TensorSpec, ...], divisor: int) -> tuple[torch.Tensor, ...]:
+def example_inputs(specs: tuple[TensorSpec, ...], divisor: int) -> dict[str, torch.Tensor]:
     """Zeros of the inputs' dtypes with some allowed N, H, W."""
     sizes = {"N": _EXAMPLE["N"], "H": _EXAMPLE["H"] * divisor, "W": _EXAMPLE["W"] * divisor}
-    return tuple(torch.zeros([sizes[d] if isinstance(d, str) else d for d in s.shape], dtype=getattr(torch, s.dtype)) for s in specs)
+    shapes = {s.name: [sizes[d] if isinstance(d, str) else d for d in s.shape] for s in specs}
+    return {s.name: torch.zeros(shapes[s.name], dtype=getattr(torch, s.dtype)) for s in specs}
 
 
 def to_onnx(graph: LabelsToIntensity, specs: tuple[TensorSpec, ...], divisor: int, path: Path) -> None:
@@ -30,7 +31,7 @@ def to_onnx(graph: LabelsToIntensity, specs: tuple[TensorSpec, ...], divisor: in
     """
     batch = torch.export.Dim("N", min=1)
     multiple = {"H": torch.export.Dim("h", min=1) * divisor, "W": torch.export.Dim("w", min=1) * divisor}
-    shapes = [{axis: batch if d == "N" else multiple[d] for axis, d in enumerate(s.shape) if isinstance(d, str)} for s in specs]
+    shapes = {s.name: {axis: batch if d == "N" else multiple[d] for axis, d in enumerate(s.shape) if isinstance(d, str)} for s in specs}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
         quiet = logging.getLogger("torch.onnx")
@@ -39,11 +40,12 @@ def to_onnx(graph: LabelsToIntensity, specs: tuple[TensorSpec, ...], divisor: in
         try:
             torch.onnx.export(
                 graph.eval(),
-                example_inputs(specs, divisor),
+                (),
                 str(path),
+                kwargs=example_inputs(specs, divisor),
                 dynamo=True,
                 opset_version=OPSET,
-                dynamic_shapes=tuple(shapes),
+                dynamic_shapes=shapes,
                 input_names=[s.name for s in specs],
                 output_names=["ct"],
                 external_data=False,

@@ -72,7 +72,7 @@ def test_batch_height_and_width_are_dynamic(model: Path, trained: Path) -> None:
 
 def test_the_graph_paints_hu_as_little_endian_bytes(trained: Path) -> None:
     class Ramp(torch.nn.Module):
-        def forward(self, condition, noise=None):
+        def forward(self, condition, noise=None, style=None):
             n, _, h, w = condition.shape
             return torch.linspace(0, 1, n * h * w).reshape(n, 1, h, w)
 
@@ -85,7 +85,7 @@ def test_the_graph_paints_hu_as_little_endian_bytes(trained: Path) -> None:
 
 def test_labels_reach_their_own_channels(trained: Path) -> None:
     class Weighted(torch.nn.Module):
-        def forward(self, condition, noise=None):
+        def forward(self, condition, noise=None, style=None):
             return (condition * torch.arange(condition.shape[1]).view(1, -1, 1, 1)).sum(1, keepdim=True) / 8
 
     run = load_run(trained)

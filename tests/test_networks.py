@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from train.augment import apply, draw
-from train.config import AugmentConfig, resolve
+from train.config import AugmentConfig, GeneratorConfig, load, resolve
 from train.discriminator import Discriminator
-from train.generator import NOISE_MEAN, NOISE_SD, Generator, one_hot, same_conv4, standardise_noise
-from train.losses import discriminator_losses, generator_losses, noise_floor, weighted_sum
+from train.generator import NOISE_MEAN, NOISE_SD, Generator, one_hot, standardise_noise
+from train.losses import discriminator_losses, feature_matching, generator_losses, noise_floor, weighted_sum
+from train.stages import same_conv4
 from train.step import Batch, Step, average_decay, update_average
 
 SMALL = ["data.canvas=[32,32]", "generator.depth=3", "generator.filters=8", "discriminator.filters=8", "generator.kind=unet", "generator.skips=true",
@@ -44,12 +47,29 @@ def test_the_reference_generator_is_the_originals() -> None:
     assert [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)] == [0.2] * 12  # 6 down (not the first), 6 up
 
 
+@pytest.mark.parametrize("slices", [1, 3])
+def test_the_edge_generator_needs_a_twelfth_of_the_references_work(slices: int) -> None:
+    """At 256 x 256, as its config ships it, with texture and a style; the reference as the original has it."""
+    edge = GeneratorConfig(**load(Path("train/configs/edge.json"))["generator"])
+    nets = [
+        Generator(8 * slices, kind="reference", filters=64, depth=7, skips=False),
+        Generator(8 * slices, **{k: v for k, v in vars(edge).items() if k not in ("activation", "style")}, style=4),
+    ]
+    work = []
+    for net in nets:
+        inputs = torch.zeros(1, 8 * slices, 256, 256), torch.zeros(1, 1, 256, 256), torch.zeros(1, 4)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net.eval()(*inputs)
+        work.append(counter.get_total_flops())
+    assert work[0] / work[1] >= 12
+
+
 def test_skips_double_the_decoders_inputs() -> None:
     net = Generator(8, kind="reference", filters=4, depth=3, skips=True)
     assert [tuple(m.weight.shape)[:2] for m in net.modules() if isinstance(m, nn.ConvTranspose2d)] == [(16, 8), (16, 4), (8, 1)]
 
 
-@pytest.mark.parametrize("kind", ["reference", "unet"])
+@pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
 @pytest.mark.parametrize("skips", [True, False])
 def test_the_generator_paints_any_multiple_of_its_divisor(kind: str, skips: bool) -> None:
     net = Generator(8, kind=kind, filters=8, depth=3, skips=skips, textures=2).eval()
@@ -60,7 +80,7 @@ def test_the_generator_paints_any_multiple_of_its_divisor(kind: str, skips: bool
     assert torch.equal(net(torch.zeros(1, 8, 8, 8)), net(torch.zeros(1, 8, 8, 8), torch.zeros(1, 1, 8, 8)))  # no noise is noise of zero
 
 
-@pytest.mark.parametrize("kind", ["reference", "unet"])
+@pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
 def test_the_texture_is_linear_in_the_noise(kind: str) -> None:
     torch.manual_seed(0)
     net = Generator(8, kind=kind, filters=8, depth=3, skips=True, textures=4, texture_kernel=5).double().eval()
@@ -119,6 +139,31 @@ def test_losses_against_values_worked_by_hand() -> None:
     assert g["reconstruction"].item() == pytest.approx(0.5)
     assert g["texture"].item() == pytest.approx(0)  # both flat
     assert weighted_sum({"a": torch.tensor(2.0), "b": torch.tensor(3.0)}, {"a": 10, "b": 1, "c": 5}).item() == 23
+
+
+def test_hinge_losses_against_values_worked_by_hand() -> None:
+    real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])
+    d = discriminator_losses(real, fake, "hinge")
+    assert d["d_real"].item() == pytest.approx(0.5 * (0 + 0.5) / 2) and d["d_fake"].item() == pytest.approx(0.5 * (0 + 1.5) / 2)
+    image = torch.zeros(1, 1, 8, 8)
+    assert generator_losses(fake, image, image, image, "hinge")["adversarial"].item() == pytest.approx(2.5 / 2)
+
+
+def test_feature_matching_counts_every_stage_alike_and_moves_the_painting_only() -> None:
+    fake = [torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([0.0] * 8, requires_grad=True)]
+    real = [torch.tensor([0.0, 0.0], requires_grad=True), torch.tensor([6.0] * 8)]
+    value = feature_matching(fake, real)
+    assert value.item() == (2 + 6) / 2
+    value.backward()
+    assert real[0].grad is None and fake[0].grad is not None and torch.equal(fake[0].grad, torch.tensor([0.25, 0.25]))
+
+
+def test_each_loss_that_is_on_is_logged_by_name_and_moves_the_generator() -> None:
+    plain, matched = small(), small("loss.features=10", "loss.gan=hinge")
+    assert set(plain(0, batch())) == {"adversarial", "reconstruction", "texture", "d_real", "d_fake"}
+    losses = matched(0, batch())
+    assert set(losses) == {"adversarial", "reconstruction", "texture", "features", "d_real", "d_fake"} and losses["features"] > 0
+    assert not torch.equal(plain.state()["generator/top.image.weight"], matched.state()["generator/top.image.weight"])
 
 
 def test_the_noise_floor_sees_grain_but_no_edge() -> None:

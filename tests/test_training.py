@@ -18,11 +18,13 @@ from safetensors.torch import load_file
 from runtime.errors import ModelError, OutputError, writing
 from train import checkpoint
 from train.config import resolve
-from train.loop import Diverged, Training, open_cohort
+from train.loop import Training, open_cohort
+from train.step import Batch, Step
+from train.watch import Collapsed, Diverged, Watch
 
 TINY = ["data.canvas=[64,64]", "generator.kind=unet", "generator.filters=8", "generator.depth=4", "generator.skips=true", "generator.textures=2",
-        "loss.texture=10", "discriminator.filters=8", "training.batch_size=4", "training.recalibrate=2", "training.valid_slices=6", "training.threads=2",
-        "training.log_every=2", "training.valid_every=10", "training.checkpoint_every=5"]  # fmt: skip
+        "generator.style=2", "loss.texture=10", "discriminator.filters=8", "training.batch_size=4", "training.recalibrate=2", "training.valid_slices=6",
+        "training.threads=2", "training.log_every=2", "training.valid_every=10", "training.checkpoint_every=5"]  # fmt: skip
 
 
 @pytest.fixture
@@ -263,6 +265,57 @@ def test_a_loss_that_is_no_number_stops_the_run(cohort: Path, tmp_path: Path) ->
     with pytest.raises(Diverged, match="diverged before step 2") as caught:
         Training(config, tmp_path, open_cohort(config, tmp_path), quiet=True).run()
     assert "lr_g" in caught.value.remedy
+
+
+def test_weights_that_are_no_numbers_never_become_a_checkpoint(cohort: Path, tmp_path: Path) -> None:
+    config = resolve({}, [*TINY, "training.steps=10"], dataset_path=str(cohort))
+    training = Training(config, tmp_path, open_cohort(config, tmp_path), quiet=True)
+    advance = training._advance
+
+    def break_at_nine() -> None:
+        advance()
+        if training.done == 10:  # after the losses of this step were taken
+            training.step.generator.top.image.weight.data[0] = float("nan")
+
+    training._advance = break_at_nine  # type: ignore[method-assign]
+    with pytest.raises(Diverged, match=r"diverged at step 10: generator/top\.image\.weight"):
+        training.run()
+    newest = checkpoint.newest(tmp_path)
+    assert newest is not None and newest.name == "step-00000005" and not (tmp_path / "run.json").exists()
+
+
+def test_a_dead_discriminator_stops_the_run_and_the_checkpoints_from_before_are_kept(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [*TINY, "training.steps=200", "training.collapse_steps=20", "training.keep_checkpoints=1", "training.valid_every=500"]
+    config = resolve({}, settings, dataset_path=str(cohort))
+    advance = Step.__call__
+
+    def dying(self: Step, step: int, batch: Batch) -> dict[str, torch.Tensor]:
+        losses = advance(self, step, batch)
+        return losses if step < 10 else {**losses, "d_real": torch.tensor(1e-4), "d_fake": torch.tensor(1e-4)}
+
+    monkeypatch.setattr(Step, "__call__", dying)
+    training = Training(config, tmp_path, open_cohort(config, tmp_path), quiet=True)
+    with pytest.raises(Collapsed, match="since step 10") as caught:
+        training.run()
+    assert "step 10 are kept" in caught.value.remedy and caught.value.file == tmp_path and training.done == 30
+    assert [p.name[-2:] for p in sorted((tmp_path / "checkpoints").iterdir())] == ["10", "15", "20", "25"]
+
+
+def test_the_watch_forgets_when_the_discriminator_recovers_and_sees_one_grey(tmp_path: Path) -> None:
+    watch = Watch(tmp_path, 100)
+    dead, alive = {"d_real": 0.0, "d_fake": 1e-3}, {"d_real": 0.1, "d_fake": 0.1}
+    for step, losses_ in ((60, dead), (90, alive), (150, dead), (180, dead)):
+        watch.losses(step - 30, step, losses_)
+    assert watch.suspicious
+    with pytest.raises(Collapsed, match="since step 120"):
+        watch.losses(180, 220, dead)
+    Watch(tmp_path, 0).losses(0, 10_000, dead)  # 0: for ever
+    true = [np.random.default_rng(0).normal(0, 300, (2, 8, 8))]
+    watch.painting(5, [true[0] * 0.1], true)
+    with pytest.raises(Collapsed, match="one grey"):
+        watch.painting(5, [np.full((2, 8, 8), -500) + true[0] * 0.001], true)
 
 
 def test_seeds_decide(cohort: Path, tmp_path: Path) -> None:

@@ -193,8 +193,8 @@ def best(folder: Path, limit: int) -> tuple[Path, float] | None:
     return min(scored)[::-1] if scored else None  # of equals the first
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], keep: int, score: float | None = None) -> Path:
-    """Write RUN/checkpoints/step-00000020 atomically, then remove earlier ones but the `keep` newest and the best.
+def save(folder: Path, step: int, tensors: Mapping[str, Tensor], keep: int | None, score: float | None = None) -> Path:
+    """Write RUN/checkpoints/step-00000020 atomically, then remove earlier ones but the `keep` newest (None: all are kept) and the best.
 
     `score`: what the held-out patients said at this step, lower is better; None when they were not asked. Later steps' folders
     stay: a run that goes on from before a damaged checkpoint writes it anew. Raises `OutputError`.
@@ -205,7 +205,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], keep: int, scor
         meta = {"schema_version": SCHEMA_VERSION, "step": step, "score": score, "sha256": sha256_of(part / _STATE)}
         (part / _META).write_text(json.dumps(meta) + "\n")
     top = best(folder, step)
-    for old in [p for p in _all(folder) if _step(p) <= step][:-keep]:
+    for old in [p for p in _all(folder) if _step(p) <= step][:-keep] if keep else []:
         if top is None or old != top[0]:
             shutil.rmtree(old, ignore_errors=True)
     return path

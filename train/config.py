@@ -79,15 +79,16 @@ class IntensityConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """`reference`: the original's decoder; `unet`: a lighter one that ends in full-resolution features."""
+    """`reference`: the original's; `unet`: lighter, ends in full-resolution features; `edge`: the least work (train/stages.py)."""
 
-    kind: Literal["reference", "unet"] = "reference"
+    kind: Literal["reference", "unet", "edge"] = "reference"
     filters: Count = 64  # of the first layer; they double with depth up to 8 times
     depth: Count = 7  # stride-2 stages: H and W are multiples of 2**depth
     skips: bool = False
     activation: Literal["sigmoid"] = "sigmoid"
     textures: Whole = 0  # learned noise filters; 0: the network takes no noise
     texture_kernel: Count = 7  # their side in pixels, odd
+    style: Whole = 0  # S, numbers in a style (train/style.py); 0: the network takes no style
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,8 @@ class LossConfig:
     adversarial: NotNegative = 1.0
     reconstruction: NotNegative = 100.0
     texture: NotNegative = 0.0
+    features: NotNegative = 0.0  # matching of the discriminator's features
+    gan: Literal["lsgan", "hinge"] = "lsgan"  # what the scores are to be; no weight
 
 
 @dataclass(frozen=True)
@@ -132,6 +135,7 @@ class TrainingConfig:
     keep_checkpoints: Count = 2  # the newest; the best is kept as well
     best_metric: str | None = "body.mae_ratio"  # of the held-out patients (train/evaluate.py), by which a checkpoint is the best
     best_is: Literal["lowest", "highest"] = "lowest"
+    collapse_steps: Whole = 2000  # the run stops when the discriminator's losses were about 0 for so long; 0: never
     threads: Whole = 0  # of the CPU; 0: as many as the process may use
     device: Literal["auto", "cpu", "cuda"] = "auto"
 

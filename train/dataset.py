@@ -176,22 +176,24 @@ class Batches:
 
     def __getitem__(self, step: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
         """(labels uint8 (N, Z, H, W), image float32 (N, 1, H, W) in [0, 1], noise uint8 (N, 1, H, W)) of this step."""
-        order = self._order(range(step * self.batch_size, (step + 1) * self.batch_size))
+        order = self.slices(step)
         chosen = [self._slices[n] for n in order[self.part]]
         labels = np.stack([patient.labels[k] for patient, k in chosen])
         image = to_unit(np.stack([patient.image[k] for patient, k in chosen]), self._intensity)[:, None]
         return labels, image, noise_bytes((self.batch_size, *image.shape[1:]), self._seed, step)[self.part]
 
-    def _order(self, positions: range) -> NDArray[np.intp]:
+    def slices(self, step: int) -> NDArray[np.intp]:
+        """Which slices, counted through all patients, this step's batch holds, of all ranks."""
+        positions = range(step * self.batch_size, (step + 1) * self.batch_size)
         count = len(self._slices)
         epochs = {p // count for p in positions}
         orders = {epoch: stream(self._seed, "order", epoch).permutation(count) for epoch in epochs}
         return np.array([orders[p // count][p % count] for p in positions])
 
 
-def stream(seed: int, purpose: Literal["order", "noise", "augment"], n: int) -> np.random.Generator:
+def stream(seed: int, purpose: Literal["order", "noise", "augment", "style"], n: int) -> np.random.Generator:
     """The random numbers of the n-th epoch or step: a function of the arguments, so that nothing random need be saved."""
-    return np.random.default_rng([seed, ("order", "noise", "augment").index(purpose), n])
+    return np.random.default_rng([seed, ("order", "noise", "augment", "style").index(purpose), n])
 
 
 def noise_bytes(shape: tuple[int, ...], seed: int, step: int) -> NDArray[np.uint8]:

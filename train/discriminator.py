@@ -10,7 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .generator import BN_MOMENTUM, LEAK, WIDEST, same_conv4
+from .stages import BN_MOMENTUM, LEAK, WIDEST, same_conv4
 
 
 class Discriminator(nn.Module):

@@ -64,9 +64,10 @@ def network_table(config: RunConfig, step: Step) -> str:
     channels, (h, w) = step.generator.channels, config.data.canvas
     condition, plane = torch.zeros(1, channels, h, w, device=step.device), torch.zeros(1, 1, h, w, device=step.device)
     noise = plane if step.generator.noisy else None
+    style = torch.zeros(1, step.generator.style, device=step.device) if step.generator.style else None
     rows = [f"{'network':<14} {'parameters':>12} {'MACs per slice':>15}"]
     calls: list[tuple[str, torch.nn.Module, Callable[[], object]]] = [
-        ("generator", step.generator, lambda: step.average(condition, noise)),
+        ("generator", step.generator, lambda: step.average(condition, noise, style)),
         ("discriminator", step.discriminator, lambda: step.discriminator(condition, plane)),
     ]
     for name, net, call in calls:
@@ -81,7 +82,8 @@ def _time_steps(config: RunConfig, step: Step) -> tuple[float, int]:
     rng, (h, w), n = np.random.default_rng(0), config.data.canvas, config.training.batch_size
     labels = torch.from_numpy(rng.integers(0, step.classes, (n, config.data.slices, h, w), np.uint8))
     image = torch.from_numpy(rng.random((n, 1, h, w), np.float32))
-    batch = Batch(labels, image, torch.from_numpy(rng.integers(0, 256, (n, 1, h, w), np.uint8)))
+    style = torch.from_numpy(rng.standard_normal((n, config.generator.style), np.float32)) if config.generator.style else None
+    batch = Batch(labels, image, torch.from_numpy(rng.integers(0, 256, (n, 1, h, w), np.uint8)), style)
     times: list[float] = []
     start = time.perf_counter()
     while not times or (len(times) < TRIAL_STEPS and time.perf_counter() - start + times[-1] < BUDGET_SECONDS):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import signal
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from runtime.console import Progress
 from runtime.contract import grid_to_json, labels_to_json
-from runtime.errors import Mask2CTError, ModelError, UsageError, writing
+from runtime.errors import ModelError, UsageError, writing
 from runtime.files import write_text
 
 from . import augment, checkpoint, dataset, evaluate
@@ -31,11 +30,9 @@ from .config import RunConfig
 from .generator import Generator
 from .ranks import ALONE, Ranks
 from .step import Batch, Step
+from .style import Styles
 from .validation import Validation
-
-
-class Diverged(Mask2CTError):
-    """A loss is no longer a number."""
+from .watch import Watch, note
 
 
 def choose_device(config: RunConfig) -> tuple[torch.device, str]:
@@ -111,8 +108,10 @@ class Training:
                                  remedy="go on with the version that wrote it, or start anew in another --output", file=resume_from) from exc  # fmt: skip
         t, intensity = config.training, configs.intensity(config)
         self.batches = dataset.Batches(cohort.train, t.batch_size, t.seed, intensity, ranks.rank, ranks.world)
+        self.styles = Styles(cohort.train, self.step.classes, config.generator.style, t.seed) if config.generator.style else None
         self.validation = Validation(cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed)
         self.metrics: dict[str, Any] | None = None
+        self.watch = Watch(folder, t.collapse_steps if config.loss.adversarial else 0)
         self._log = _Log(folder / checkpoint.METRICS, self.done) if ranks.first else None
         self._progress = Progress("training", t.steps, unit="steps", quiet=quiet)
         self._sums: dict[str, Tensor] = {}
@@ -121,7 +120,7 @@ class Training:
     def run(self) -> dict[str, Any]:
         """Train to `training.steps`, write the run folder and return the last validation metrics.
 
-        Raises `Diverged` on a loss that is no number, KeyboardInterrupt after the checkpoint that Ctrl-C asks for.
+        Raises `Diverged` or `Collapsed` (train/watch.py) with the last good checkpoint kept, KeyboardInterrupt after the checkpoint that Ctrl-C asks for.
         """
         t = self.config.training
         with _graceful() as interrupted:
@@ -152,7 +151,8 @@ class Training:
                 self.batches.part
             ]
             labels, image = augment.apply(torch.from_numpy(affine).to(self.device), labels, image)
-        return Batch(labels, image, noise)
+        style = None if self.styles is None else torch.from_numpy(self.styles(self.batches.slices(n), n)[self.batches.part]).to(self.device)
+        return Batch(labels, image, noise, style)
 
     def _advance(self) -> None:
         losses = self.step(self.done, self.batch(self.done))
@@ -165,26 +165,28 @@ class Training:
         self.ranks.average([sums])
         values = sums.tolist()
         losses = {name: value / (self.done - self._since) for name, value in zip(self._sums, values, strict=True)}
-        if not all(map(math.isfinite, values)):
-            raise Diverged(f"the training diverged before step {self.done}: {_note(losses)}", expected="finite losses",
-                           remedy="lower optimizer.lr_g and optimizer.lr_d, or resume from an earlier checkpoint", file=self.folder)  # fmt: skip
+        self.watch.losses(self._since, self.done, losses)
         self._sums, self._since = {}, self.done
         if self._log is None:
             return
         row: dict[str, Any] = {"losses": {name: round(value, 6) for name, value in losses.items()}}
         if validate:
             self.metrics, painted = self.validation.measure(self.network(), self.device, self.config.training.batch_size)
+            self.watch.painting(self.done, painted, self.validation.images)
             self.validation.draw(self.folder / "figures" / f"step-{self.done:08d}.png", painted, f"step {self.done}")
             row["metrics"] = self.metrics
         self._log.write(self.done, row)
-        self._progress.update(self.done, _note(losses))
+        self._progress.update(self.done, note(losses))
 
     def _save(self, *, validated: bool, anyway: bool) -> None:
         """Write a checkpoint if one is due, or if the held-out patients were never painted better."""
         score = self._score() if validated else None
         best = None if score is None else checkpoint.best(self.folder, self.done)
         if anyway or (score is not None and (best is None or score < best[1])):
-            checkpoint.save(self.folder, self.done, self.step.state(), self.config.training.keep_checkpoints, score)
+            state = self.step.state()
+            self.watch.state(self.done, state)
+            keep = None if self.watch.suspicious else self.config.training.keep_checkpoints
+            checkpoint.save(self.folder, self.done, state, keep, score)
 
     def _score(self) -> float | None:
         """`training.best_metric` of the last validation, lower is better; None when it is not among the metrics."""
@@ -220,7 +222,7 @@ def facts(config: RunConfig, cohort: dataset.Cohort, step: int, metrics: dict[st
         "labels": labels_to_json(configs.label_table(config.data)),
         "grid": grid_to_json(configs.grid_policy(config)),
         "intensity": vars(configs.intensity(config)),
-        "style": 0,
+        "style": config.generator.style,
         "noise": config.generator.textures > 0,
         "step": step,
         "data": cohort.summary(),
@@ -238,10 +240,6 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _note(losses: dict[str, float]) -> str:
-    return "  ".join(f"{name} {value:.4f}" for name, value in losses.items())
 
 
 class _Log:

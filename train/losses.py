@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,19 +13,30 @@ FLOOR_SIDE = 4  # pixels
 LEAST_DEVIATION = 0.002  # keeps the square root's slope finite; 4 HU in a range of 2048
 
 
-def discriminator_losses(score_real: Tensor, score_fake: Tensor) -> dict[str, Tensor]:
-    """Least-squares GAN (Mao et al. 2017): real patches are to score 1, painted ones 0; each half counts half."""
+def discriminator_losses(score_real: Tensor, score_fake: Tensor, gan: str = "lsgan") -> dict[str, Tensor]:
+    """`lsgan` (Mao et al., ICCV 2017): real patches are to score 1, painted ones 0. `hinge` (Lim & Ye 2017): at least 1, at most -1.
+
+    Each half counts half.
+    """
+    if gan == "hinge":
+        return {"d_real": 0.5 * functional.relu(1 - score_real).mean(), "d_fake": 0.5 * functional.relu(1 + score_fake).mean()}
     return {"d_real": 0.5 * (score_real - 1).square().mean(), "d_fake": 0.5 * score_fake.square().mean()}
 
 
-def generator_losses(score_fake: Tensor, smooth: Tensor, painted: Tensor, real: Tensor) -> dict[str, Tensor]:
+def generator_losses(score_fake: Tensor, smooth: Tensor, painted: Tensor, real: Tensor, gan: str = "lsgan") -> dict[str, Tensor]:
     """Images (N, 1, H, W) in [0, 1]: `smooth` without texture, `painted` with it.
 
-    `adversarial`: painted patches are to score 1. `reconstruction`: mean absolute difference of `smooth` and `real`: measured
+    `adversarial`: painted patches are to score 1 (`hinge`: as high as they can). `reconstruction`: mean absolute difference of `smooth` and `real`: measured
     on `painted`, the best answer would be no texture. `texture`: mean absolute difference of the noise floors.
     """
     texture = torch.stack([(noise_floor(painted, side) - noise_floor(real, side)).abs().mean() for side in TEXTURE_SIDES])
-    return {"adversarial": (score_fake - 1).square().mean(), "reconstruction": (smooth - real).abs().mean(), "texture": texture.mean()}
+    adversarial = -score_fake.mean() if gan == "hinge" else (score_fake - 1).square().mean()
+    return {"adversarial": adversarial, "reconstruction": (smooth - real).abs().mean(), "texture": texture.mean()}
+
+
+def feature_matching(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
+    """Mean absolute difference of the judge's features, each stage counted alike (pix2pixHD, Wang et al., CVPR 2018, eq. 4)."""
+    return torch.stack([(a - b.detach()).abs().mean() for a, b in zip(fake, real, strict=True)]).mean()
 
 
 def noise_floor(image: Tensor, side: int) -> Tensor:

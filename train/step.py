@@ -17,25 +17,28 @@ from torch import Tensor, nn
 from .config import RunConfig, label_table
 from .discriminator import Discriminator
 from .generator import Generator, initialise, one_hot, standardise_noise
-from .losses import discriminator_losses, generator_losses, weighted_sum
+from .losses import discriminator_losses, feature_matching, generator_losses, weighted_sum
 from .ranks import ALONE, Ranks
 
 
 class Batch(NamedTuple):
-    """`labels` (N, Z, H, W) model indices, any dtype, `image` float32 (N, 1, H, W) in [0, 1], `noise` uint8 (N, 1, H, W)."""
+    """`labels` (N, Z, H, W) model indices, any dtype, `image` float32 (N, 1, H, W) in [0, 1], `noise` uint8 (N, 1, H, W).
+
+    `style` float32 (N, S), None for a generator that takes none.
+    """
 
     labels: Tensor
     image: Tensor
     noise: Tensor
+    style: Tensor | None = None
 
 
 def make_generator(config: RunConfig) -> Generator:
     """The generator that `config` describes, channels_last, uninitialised beyond torch's defaults."""
     g = config.generator
     channels = len(label_table(config.data)) * config.data.slices
-    net = Generator(
-        channels, kind=g.kind, filters=g.filters, depth=g.depth, skips=g.skips, textures=g.textures, texture_kernel=g.texture_kernel
-    )
+    net = Generator(channels, kind=g.kind, filters=g.filters, depth=g.depth, skips=g.skips, textures=g.textures,
+                    texture_kernel=g.texture_kernel, style=g.style)  # fmt: skip
     net.to(memory_format=torch.channels_last)
     return net
 
@@ -70,18 +73,24 @@ class Step:
         o, loss = self._config.optimizer, self._config.loss
         _set_rate(self._adam_g, o.lr_g * math.exp(-o.decay_g * step))
         _set_rate(self._adam_d, o.lr_d * math.exp(-o.decay_d * step))
-        labels, real, noise = (t.to(self.device, non_blocking=True) for t in batch)
+        labels, real, noise, style = (t if t is None else t.to(self.device, non_blocking=True) for t in batch)
         condition = one_hot(labels, self.classes).contiguous(memory_format=torch.channels_last)
-        smooth, painted = self.generator.paint(condition, standardise_noise(noise) if self.generator.noisy else None)
+        smooth, painted = self.generator.paint(condition, standardise_noise(noise) if self.generator.noisy else None, style)
 
         self.discriminator.requires_grad_(True)
-        d_losses = discriminator_losses(self.discriminator(condition, real)[0], self.discriminator(condition, painted.detach())[0])
+        score_real, score_fake = self.discriminator(condition, real)[0], self.discriminator(condition, painted.detach())[0]
+        d_losses = discriminator_losses(score_real, score_fake, loss.gan)
         _descend(self._adam_d, self._ranks, weighted_sum(d_losses, dict.fromkeys(d_losses, 1.0)))
 
         self.discriminator.requires_grad_(False)
         # The judge sees the texture but does not shape it: free noise is the easy way to look like bones and vessels.
         judged = smooth + (painted - smooth).detach()
-        g_losses = generator_losses(self.discriminator(condition, judged)[0], smooth, painted, real)
+        score, features = self.discriminator(condition, judged)
+        g_losses = generator_losses(score, smooth, painted, real, loss.gan)
+        if loss.features:
+            with torch.no_grad():
+                wanted = self.discriminator(condition, real)[1]
+            g_losses["features"] = feature_matching(features, wanted)
         _descend(self._adam_g, self._ranks, weighted_sum(g_losses, asdict(loss)))
 
         update_average(self.average, self.generator, average_decay(step, self._config.training.ema_decay))
@@ -98,7 +107,8 @@ class Step:
                     layer.reset_running_stats()
                     layer.momentum = None  # a plain mean over the batches
             with torch.no_grad():
-                net(one_hot(batch.labels.to(self.device), self.classes).contiguous(memory_format=torch.channels_last))
+                style = None if batch.style is None else batch.style.to(self.device)
+                net(one_hot(batch.labels.to(self.device), self.classes).contiguous(memory_format=torch.channels_last), style=style)
         net.eval()
         return net
 

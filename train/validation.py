@@ -32,6 +32,11 @@ class Validation:
         """The slices' label maps, uint8 (n, Z, H, W) model indices."""
         return np.concatenate([case.labels for case in self._cases])
 
+    @property
+    def images(self) -> list[NDArray[np.int16]]:
+        """The true slices of each patient, HU int16 (n, H, W)."""
+        return [case.image for case in self._cases]
+
     def measure(self, net: Generator, device: torch.device, batch_size: int) -> tuple[dict[str, Any], list[NDArray[np.int16]]]:
         """(metrics of train/evaluate.py, the painted slices of each patient)."""
         painted = [
@@ -40,7 +45,7 @@ class Validation:
         ]
         names = [label.name for label in self._table.labels[1:]]
         masks = [case.labels[:, case.labels.shape[1] // 2] for case in self._cases]
-        return evaluate(painted, [case.image for case in self._cases], masks, names), painted
+        return evaluate(painted, self.images, masks, names), painted
 
     def draw(self, path: Path, painted: list[NDArray[np.int16]], title: str) -> None:
         """The three slices with the most kinds of labels apart from each other, of the first patient."""

@@ -1,0 +1,138 @@
+"""Style: what it means, that the network uses it, and that it reaches the painted file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from samples import image
+
+from export.graph import LabelsToIntensity
+from export.parity import FP32_MAX, measure, random_inputs
+from runtime.contract import Manifest
+from runtime.engines.onnx import OnnxEngine
+from runtime.errors import UsageError
+from runtime.synthesizer import Synthesizer
+from train.checkpoint import load_generator, load_run
+from train.dataset import Slices
+from train.generator import Generator
+from train.style import JITTER, Styles, organ_medians, patient_styles
+
+
+def patients(medians: np.ndarray) -> list[Slices]:
+    """One slice a patient: label v holds `medians`[patient, v - 1]."""
+    labels = np.arange(medians.shape[1] + 1, dtype=np.uint8).repeat(64).reshape(1, 1, -1, 64)
+    return [Slices(labels, np.append(0, row).astype(np.int16).repeat(64).reshape(1, -1, 64)) for row in medians]
+
+
+def test_medians_are_of_the_middle_slice_and_unknown_where_an_organ_is_absent() -> None:
+    labels = np.zeros((2, 3, 16, 16), np.uint8)
+    labels[:, 0] = 2  # a neighbour
+    labels[:, 1, :8] = 1
+    values = np.arange(512).reshape(2, 16, 16).astype(np.int16)
+    (row,) = organ_medians([Slices(labels, values)], 3)
+    assert row[0] == np.median(values[:, :8]) and np.isnan(row[1])
+
+
+def test_styles_are_the_cohorts_principal_components_of_unit_variance() -> None:
+    rng = np.random.default_rng(0)
+    timing, dose = rng.standard_normal((2, 40))
+    medians = 400 + np.outer(timing, [40, 40, 30, 5]) + np.outer(dose, [0, 3, -8, 20])
+    styles = patient_styles(medians, 2)
+    assert styles.shape == (40, 2) and styles.dtype == np.float32
+    assert np.allclose(styles.mean(0), 0, atol=1e-5) and np.allclose(np.cov(styles.T, bias=True), np.eye(2), atol=1e-4)
+    assert abs(np.corrcoef(styles[:, 0], timing)[0, 1]) > 0.95 and abs(np.corrcoef(styles[:, 1], dose)[0, 1]) > 0.95
+    lost = medians.copy()
+    lost[3] = np.nan
+    assert np.allclose(patient_styles(lost, 2)[3], 0, atol=1e-5)  # nothing known: the mean patient
+
+
+def test_more_style_than_the_patients_differ_in_is_refused_with_the_number() -> None:
+    medians = np.outer([1.0, 2, 4], [10, 20, 30])
+    with pytest.raises(UsageError, match=r"generator\.style is 2.*in 1 dimension") as caught:
+        patient_styles(medians, 2)
+    assert "generator.style=1" in caught.value.remedy
+    with pytest.raises(UsageError, match=r"in 0 dimension"):
+        patient_styles(np.full((3, 2), 7.0), 1)
+
+
+def test_a_slices_style_is_its_patients_within_the_jitter_and_a_function_of_seed_and_step() -> None:
+    medians = np.array([[100.0], [200], [600]])
+    styles, own = Styles(patients(medians), 2, 1, seed=3), patient_styles(medians, 1)[:, 0]
+    many = np.concatenate([styles(np.arange(3), n) for n in range(2000)]).reshape(2000, 3)
+    assert np.allclose(many.mean(0), own * np.sqrt(1 - JITTER**2), atol=0.03) and np.allclose(many.std(0), JITTER, rtol=0.1)
+    assert abs(many.std() - 1) < 0.03
+    assert np.array_equal(styles(np.arange(3), 5), Styles(patients(medians), 2, 1, seed=3)(np.arange(3), 5))
+    assert not np.array_equal(styles(np.arange(3), 5), Styles(patients(medians), 2, 1, seed=4)(np.arange(3), 5))
+
+
+@pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
+def test_no_style_is_the_style_zero_and_each_sample_has_its_own(kind: str) -> None:
+    torch.manual_seed(0)
+    net = Generator(8, kind=kind, filters=8, depth=3, skips=True, style=3).eval()
+    condition, zero = torch.rand(1, 8, 16, 16).repeat(3, 1, 1, 1), torch.zeros(3, 3)
+    assert torch.equal(net(condition), net(condition, style=torch.randn(3, 3)))  # before training it says nothing
+    for name, parameter in net.named_parameters():
+        if "modulation" in name:
+            torch.nn.init.normal_(parameter)
+    assert torch.equal(net(condition), net(condition, style=zero))
+    painted = net(condition, style=torch.tensor([[1.0, 0, 0], [-1, 0, 0], [1, 0, 0]]))
+    torch.testing.assert_close(painted[0], painted[2])
+    assert (painted[0] - painted[1]).abs().max() > 0.01
+
+
+@pytest.fixture(scope="module")
+def styled(cohort: Path, command, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(run folder, model folder) of a small edge network with a style of 2 numbers, 30 steps."""
+    folder = tmp_path_factory.mktemp("styled")
+    settings = ["training.steps=30", "training.batch_size=4", "generator.kind=edge", "generator.filters=8", "generator.depth=4", "generator.style=2",
+                "data.canvas=[64,64]", "discriminator.filters=8", "training.recalibrate=2", "training.valid_slices=8", "training.ema_decay=0.5"]  # fmt: skip
+    for arguments in (
+        (
+            "train/run.py",
+            "--config",
+            "train/configs/phantom.json",
+            "--dataset-path",
+            cohort,
+            "--output",
+            folder / "run",
+            "--set",
+            *settings,
+        ),
+        ("export/build_engine.py", folder / "run", "-o", folder / "model", "--onnx-only"),
+    ):
+        done = command(*arguments, "--quiet")
+        assert done.returncode == 0, done.stderr
+    return folder / "run", folder / "model"
+
+
+def test_training_uses_the_style(styled: tuple[Path, Path]) -> None:
+    net = load_generator(styled[0])
+    assert json.loads((styled[0] / "run.json").read_text())["style"] == 2 == net.style
+    weights = [parameter for name, parameter in net.named_parameters() if "modulation" in name]
+    assert len(weights) == 4 and all(w.abs().max() > 0 for w in weights)
+
+
+def test_the_exported_graph_takes_a_style_and_is_proven_with_random_ones(styled: tuple[Path, Path]) -> None:
+    run, manifest = load_run(styled[0]), Manifest.load(styled[1])
+    assert manifest.style == 2 and [t.name for t in manifest.inputs] == ["labels", "style", "noise"]
+    engine = OnnxEngine(styled[1] / "model.onnx", manifest)
+    graph = LabelsToIntensity(load_generator(styled[0]), len(run.labels), run.intensity)
+    with torch.no_grad():
+        graph.generator.top.modulation.factors.weight.add_(0.5)  # a graph that read its style otherwise would be found out
+    assert measure(graph, engine, random_inputs(4, 3, (64, 64), 8)).max > FP32_MAX
+    assert max(proof["max"] for proof in next(iter(manifest.parity["model.onnx"].values())).values()) <= FP32_MAX
+
+
+def test_variants_of_one_mask_differ_and_the_same_variant_is_the_same_bytes(styled: tuple[Path, Path]) -> None:
+    import SimpleITK as sitk
+
+    values = np.zeros((3, 40, 40), np.uint16)
+    values[:, 10:30, 10:30] = 500
+    mask = image(values, spacing=(6.0, 6.0, 5.0))
+    with Synthesizer.open(styled[1]) as synth:
+        one, again, other = (sitk.GetArrayFromImage(synth(mask, seed=1, variant=v)) for v in (0, 0, 1))
+    assert np.array_equal(one, again) and not np.array_equal(one, other)

@@ -1,0 +1,160 @@
+"""What generators are built of: stages down, stages up, and the top that ends at full resolution, for each kind.
+
+Batch normalisation only: it folds into the convolutions at export and survives FP16 (docs/decisions/0007-what-a-style-means.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+WIDEST = 8  # channels double with depth up to so many times the first layer's
+BN_MOMENTUM = 0.2  # 0.8 in Keras' convention
+LEAK = 0.2
+
+
+def same_conv4(channels_in: int, channels_out: int) -> nn.Sequential:
+    """4x4 convolution, stride 1, padded to the same size as Keras does: one pixel before, two after."""
+    return nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(channels_in, channels_out, 4))
+
+
+class Modulation(nn.Module):
+    """Features scaled and shifted as the style says: x * (1 + A s) + B s (FiLM, Perez et al., AAAI 2018).
+
+    No bias and zeros at first: the style 0, the mean patient's, leaves the features as they are. Per-sample factors after the
+    batch normalisation, which still folds into its convolution.
+    """
+
+    def __init__(self, style: int, width: int):
+        super().__init__()
+        self.factors = nn.Linear(style, 2 * width, bias=False)
+        nn.init.zeros_(self.factors.weight)
+
+    def forward(self, x: Tensor, style: Tensor | None) -> Tensor:
+        """`x` (N, C, H, W), `style` (N, S) or None for 0."""
+        if style is None:
+            return x
+        scale, shift = self.factors(style)[:, :, None, None].chunk(2, 1)
+        return x * (1 + scale) + shift
+
+
+class TopReference(nn.Module):
+    """From half resolution to the image, as the original does: a transposed convolution to one channel, a convolution."""
+
+    def __init__(self, width: int, channels: int, filters: int, textures: int, style: int):
+        super().__init__()
+        self.image = nn.Sequential(nn.ConvTranspose2d(width, 1, 4, 2, 1), same_conv4(1, 1))
+        self.amplitudes = nn.ConvTranspose2d(width, textures, 4, 2, 1) if textures else None
+
+    def forward(self, x: Tensor, condition: Tensor, style: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return self.image(x), self.amplitudes(x) if self.amplitudes is not None else None
+
+
+class TopUnet(nn.Module):
+    """From half resolution to features at full resolution, where the labels join again: organs' edges are not squeezed
+    through the stages. Pixels are repeated, not deconvolved: a transposed convolution treats odd and even pixels apart,
+    which shows as a checkerboard.
+    """
+
+    def __init__(self, width: int, channels: int, filters: int, textures: int, style: int):
+        super().__init__()
+        features = max(8, filters // 2)
+        self.up = nn.Sequential(*_conv3(width, features), nn.Upsample(scale_factor=2))
+        self.join = nn.Sequential(*_conv3(features + channels, features))
+        self.modulation = Modulation(style, features) if style else None
+        self.image = nn.Conv2d(features, 1, 3, padding=1)
+        self.amplitudes = nn.Conv2d(features, textures, 1) if textures else None
+
+    def forward(self, x: Tensor, condition: Tensor, style: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        full = self.join(torch.cat([self.up(x), condition], 1))
+        if self.modulation is not None:
+            full = self.modulation(full, style)
+        return self.image(full), self.amplitudes(full) if self.amplitudes is not None else None
+
+
+class TopEdge(nn.Module):
+    """From half resolution to the image without a convolution of features at full resolution: the labels join with their
+    2x2 blocks as channels, so that edges stay where they are, and the image leaves as 2x2 blocks too (Shi et al., CVPR 2016).
+    """
+
+    def __init__(self, width: int, channels: int, filters: int, textures: int, style: int):
+        super().__init__()
+        self.join = nn.Sequential(*_separable(width + 4 * channels, filters))
+        self.modulation = Modulation(style, filters) if style else None
+        self.image = nn.Conv2d(filters, 4, 3, padding=1)
+        self.amplitudes = nn.Conv2d(filters, 4 * textures, 1) if textures else None
+
+    def forward(self, x: Tensor, condition: Tensor, style: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        half = self.join(torch.cat([x, functional.pixel_unshuffle(condition, 2)], 1))
+        if self.modulation is not None:
+            half = self.modulation(half, style)
+        image = functional.pixel_shuffle(self.image(half), 2)
+        return image, functional.pixel_shuffle(self.amplitudes(half), 2) if self.amplitudes is not None else None
+
+
+def _down(channels_in: int, channels_out: int, *, first: bool) -> nn.Sequential:
+    conv = nn.Conv2d(channels_in, channels_out, 4, 2, 1, bias=first)
+    norm = [] if first else [nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM)]
+    return nn.Sequential(conv, *norm, nn.LeakyReLU(LEAK))
+
+
+def _up_reference(channels_in: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ConvTranspose2d(channels_in, channels_out, 4, 2, 1),
+        same_conv4(channels_out, channels_out),
+        nn.ReLU(),
+        nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM),
+    )
+
+
+def _up_unet(channels_in: int, channels_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.ConvTranspose2d(channels_in, channels_out, 4, 2, 1, bias=False),
+        nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM),
+        nn.ReLU(),
+    )
+
+
+def _conv3(channels_in: int, channels_out: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM), nn.ReLU()]
+
+
+def _separable(channels_in: int, channels_out: int) -> list[nn.Module]:
+    """1x1, then 3x3 for each channel alone (Howard et al., "MobileNets", 2017): about 1/9 of a 3x3 convolution's work."""
+    mix = nn.Conv2d(channels_in, channels_out, 1, bias=False)
+    spread = nn.Conv2d(channels_out, channels_out, 3, padding=1, groups=channels_out, bias=False)
+    norms = [nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM) for _ in range(2)]
+    return [mix, norms[0], nn.ReLU(), spread, norms[1], nn.ReLU()]
+
+
+def _down_edge(channels_in: int, channels_out: int, *, first: bool) -> nn.Sequential:
+    if first:
+        return _down(channels_in, channels_out, first=True)
+    shrink = nn.Conv2d(channels_in, channels_in, 4, 2, 1, groups=channels_in, bias=False)
+    mix = nn.Conv2d(channels_in, channels_out, 1, bias=False)
+    norms = [nn.BatchNorm2d(n, momentum=BN_MOMENTUM) for n in (channels_in, channels_out)]
+    return nn.Sequential(shrink, norms[0], nn.LeakyReLU(LEAK), mix, norms[1], nn.LeakyReLU(LEAK))
+
+
+def _up_edge(channels_in: int, channels_out: int) -> nn.Sequential:
+    mix, norm, relu, *spread = _separable(channels_in, channels_out)
+    return nn.Sequential(mix, norm, relu, nn.Upsample(scale_factor=2), *spread)  # channels are mixed where pixels are few
+
+
+class Kind(NamedTuple):
+    """The parts of one kind of generator."""
+
+    down: Callable[..., nn.Module]
+    up: Callable[[int, int], nn.Module]
+    top: type[TopReference] | type[TopUnet] | type[TopEdge]
+
+
+KINDS = {
+    "reference": Kind(_down, _up_reference, TopReference),
+    "unet": Kind(_down, _up_unet, TopUnet),
+    "edge": Kind(_down_edge, _up_edge, TopEdge),
+}
