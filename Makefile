@@ -1,7 +1,7 @@
 # Everything a person or CI runs. PYTHON: which interpreter makes the environment. VENV: where it lies.
 PYTHON ?= python3
 VENV ?= .venv
-# On Linux, PyPI's torch brings several GB of CUDA. Without an NVIDIA GPU:
+# On Linux, PyPI's torch brings several GB of CUDA. Without an NVIDIA GPU (setup says so):
 #   make setup PIP_OPTIONS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_OPTIONS ?=
 RUN = $(VENV)/bin/python
@@ -11,11 +11,16 @@ STAMP = $(VENV)/.installed
 
 setup: $(STAMP)
 
-# A torch that is installed already (a CUDA build, say) is used as it is: the environment sees it and pip leaves it alone.
+# A torch of the right version that PYTHON has already (a CUDA build, say) is used as it is: a .pth file shows the new environment
+# where it lies, also from within another virtual environment, and pip leaves alone what satisfies it.
 $(STAMP): pyproject.toml
-	@if $(PYTHON) -c "import torch" 2>/dev/null; then \
-		echo "using the torch of $$($(PYTHON) -c 'import sys; print(sys.executable)')"; $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else $(PYTHON) -m venv $(VENV); fi
+	$(PYTHON) -m venv $(VENV)
+	@place=$$($(PYTHON) -c "import os, torch; v = tuple(map(int, torch.__version__.split('.')[:2])); \
+		print(os.path.dirname(os.path.dirname(torch.__file__)) if (2, 11) <= v < (2, 14) else '')" 2>/dev/null); \
+	if [ -n "$$place" ]; then echo "using the torch in $$place"; \
+		echo "$$place" > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer-torch.pth"; \
+	elif [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia ] && [ -z "$(PIP_OPTIONS)" ]; then \
+		echo "no NVIDIA driver here: if pip fetches torch with CUDA (several GB), see PIP_OPTIONS in the Makefile"; fi
 	$(RUN) -m pip install --quiet $(PIP_OPTIONS) -e ".[train,export,onnx,dev]"
 	@touch $(STAMP)
 

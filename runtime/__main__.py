@@ -12,10 +12,10 @@ from typing import Any
 from .console import EXIT_CODES, Progress, duration, run
 from .contract import Manifest
 from .engines.registry import CHOICES
-from .errors import InputError, UsageError
+from .errors import InputError, UsageError, printable
 from .files import write_json
 from .labels import MAP_HELP, MM_WHS, load_map, present_values
-from .stream import CaseResult, find_masks, synthesize
+from .stream import CaseResult, check_writable, find_masks, synthesize
 from .synthesizer import DEFAULT_BATCH, Synthesizer
 from .version import VERSION
 
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each case")
     synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
     synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
-    synth.add_argument("--quiet", action="store_true", help="print errors only")
+    synth.add_argument("--quiet", action="store_true", help="print errors and warnings only")
 
     labels = commands.add_parser("labels", help="what a mask holds and how it would map", epilog=EXIT_CODES)
     labels.set_defaults(command=_labels)
@@ -64,20 +64,32 @@ def _parser() -> argparse.ArgumentParser:
 def _synth(options: argparse.Namespace) -> int:
     if options.batch < 1:
         raise UsageError(f"--batch is {options.batch}", expected="1 or more", remedy="leave it out for the default")
-    masks = find_masks(options.masks)
+    skipped: list[Path] = []
+    masks = find_masks(options.masks, skipped)
+    for path in skipped:
+        print(f"warning: {path.name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
     if options.list:
-        print("\n".join(str(mask) for mask in masks))
-        return 0
-    started = time.perf_counter()
+        missing = [mask for mask in masks if not mask.exists()]
+        print("\n".join(printable(mask) for mask in masks if mask not in missing))
+        for mask in missing:
+            print(f"error: {printable(mask)} does not exist", file=sys.stderr)
+        return 1 if missing else 0
     with Synthesizer.open(options.model, backend=options.backend, batch=options.batch) as synth:
         label_map = None if options.labels is None else load_map(options.labels, synth.manifest.labels)
         if not options.quiet:
             print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
         if options.dry_run:
             return _dry_run(synth, masks, label_map, options.quiet)
-        total = len(masks) * (options.variants or 1)
-        progress = Progress("CTs", total, quiet=options.quiet)
-        results: list[CaseResult] = []
+        return _run(synth, masks, label_map, options)
+
+
+def _run(synth: Synthesizer, masks: Sequence[Path], label_map: Any, options: argparse.Namespace) -> int:
+    started = time.perf_counter()
+    if options.report is not None:
+        check_writable(options.report.parent)
+    progress = Progress("CTs", len(masks) * (options.variants or 1), quiet=options.quiet)
+    results: list[CaseResult] = []
+    try:
         for result in synthesize(
             synth, masks, options.output, variants=options.variants, seed=options.seed, labels=label_map,
             on_slice=lambda n: progress.update(len(results), f"{n} slices of the next"),
@@ -85,14 +97,15 @@ def _synth(options: argparse.Namespace) -> int:
             results.append(result)
             progress.update(len(results), result.case)
             _say(result)
-        progress.close()
-        seconds, slices = time.perf_counter() - started, sum(r.slices for r in results)
-        failed = [r for r in results if r.error]
+    finally:  # what was done is told also of a run that was stopped
+        seconds = time.perf_counter() - started
         if options.report is not None:
             write_json(options.report, _report(synth, options, results, seconds))
-        if not options.quiet:
-            speed = f"{slices} slices in {duration(seconds)} ({slices / seconds:.1f} slices/s)"
-            print(f"{len(results) - len(failed)} done, {len(failed)} failed, {speed} → {options.output}")
+    progress.close()
+    slices, failed = sum(r.slices for r in results), [r for r in results if r.error]
+    if not options.quiet:
+        speed = f"{slices} slices in {duration(seconds)} ({slices / seconds:.1f} slices/s)"
+        print(f"{len(results) - len(failed)} done, {len(failed)} failed, {speed} → {options.output}")
     return 1 if failed else 0
 
 
@@ -119,7 +132,7 @@ def _dry_run(synth: Synthesizer, masks: Sequence[Path], label_map: Any, quiet: b
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
         if not quiet:
             print(
-                f"{mask}: {width} x {height} x {depth} voxels of {spacing} mm, {grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
+                f"{printable(mask)}: {width} x {height} x {depth} voxels of {spacing} mm, {grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
             )
     return 1 if failed else 0
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import TextIO
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 from .errors import Mask2CTError
 
@@ -16,7 +18,8 @@ EXIT_CODES = """exit codes: 0 done · 1 at least one case failed · 2 the comman
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)`; print a `Mask2CTError` on one screen and return its exit code; 130 on Ctrl-C."""
     try:
-        return main(sys.argv[1:] if argv is None else argv)
+        with _terminated():
+            return main(sys.argv[1:] if argv is None else argv)
     except Mask2CTError as exc:
         print(f"error: {exc}", file=sys.stderr)
         return exc.exit_code
@@ -26,6 +29,24 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
     except BrokenPipeError:  # the reader of our output went away (`| head`)
         sys.stderr.close()
         return 0
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """SIGTERM is taken as Ctrl-C is: what is half-written goes, the exit code is 130."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread: the host program owns the signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def duration(seconds: float) -> str:

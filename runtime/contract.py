@@ -47,6 +47,8 @@ class LabelTable:
     labels: tuple[Label, ...]
 
     def __post_init__(self) -> None:
+        if not all(-(1 << 31) <= v < 1 << 31 for label in self.labels for v in (label.value, *label.aliases)):
+            raise _no("a label value is beyond 32 bits", "integers of 32 bits")
         if not 2 <= len(self.labels) <= MAX_LABELS:
             raise _no(f"{len(self.labels)} labels", f"a background and 1 to {MAX_LABELS - 1} structures")
         names = [label.name for label in self.labels]
@@ -107,7 +109,7 @@ class Intensity:
     high: int
 
     def __post_init__(self) -> None:
-        if not -32768 <= self.low < self.high <= 32767:
+        if not all(type(n) is int for n in (self.low, self.high)) or not -32768 <= self.low < self.high <= 32767:
             raise _no(f"intensity range [{self.low}, {self.high}]", "low < high within int16")
 
 
@@ -201,6 +203,9 @@ class Manifest:
             training=data.get("training", {}),
             license=str(data.get("license", "")),
         )
+        for key in ("files", "parity", "training"):
+            if not isinstance(data.get(key, {}), Mapping):
+                raise _no(f"{key!r} is no object", "a JSON object")
         for name in manifest.files:
             if Path(name).name != name:
                 raise _no(f"file name {name!r}", "a plain name in the model folder")
@@ -220,7 +225,7 @@ class Manifest:
             raise ModelError(f"{folder} holds no {MANIFEST}", expected="a model folder", remedy=remedy, file=folder)
         try:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, KeyError, TypeError, ValueError, AttributeError) as exc:
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as exc:
             what = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc)
             raise ModelError(
                 f"{MANIFEST} cannot be used: {what}", expected="a manifest as export writes it", remedy=remedy, file=path

@@ -25,6 +25,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
+def printable(path: os.PathLike[str]) -> str:
+    """The path as text that any stream takes: bytes that are no UTF-8 are written as escapes."""
+    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 class Mask2CTError(Exception):
     """Base of the tree. `fact`, `expected`, `remedy`: sentences for a person; `file`: what they concern, if a file."""
 
@@ -36,7 +41,7 @@ class Mask2CTError(Exception):
         super().__init__(fact)
 
     def __str__(self) -> str:
-        rows = [("file", "" if self.file is None else str(self.file)), ("expected", self.expected), ("remedy", self.remedy)]
+        rows = [("file", "" if self.file is None else printable(self.file)), ("expected", self.expected), ("remedy", self.remedy)]
         return "\n".join([self.fact, *(f"  {name:<9} {text}" for name, text in rows if text)])
 
 

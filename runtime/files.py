@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +15,31 @@ from typing import Any, BinaryIO
 
 from .errors import writing
 
-_TEMPORARY = ".part-"  # leading dot and process number: never taken for a result, and its owner can be told
+# A leading dot, the machine and the process: never taken for a result, and its owner can be told.
+_TEMPORARY = f".part-{re.sub('[^A-Za-z0-9]', '', platform.node())[:16]}-"
 
 
 def temporary_name(path: Path) -> Path:
     """The name `path` is written under until it is whole: hidden, in the same folder, with `path`'s own suffixes."""
     return path.with_name(f"{_TEMPORARY}{os.getpid()}-{os.urandom(3).hex()}-{path.name}")  # containers share process numbers
+
+
+def remove_orphans(folder: Path) -> None:
+    """Remove temporary files in `folder` whose process, on this machine, is gone (killed, or cut off by a power failure)."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        owner = path.name.removeprefix(_TEMPORARY).split("-")[0]
+        if owner.isdigit() and not _alive(int(owner)):
+            path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True
 
 
 def sync_folder(folder: Path) -> None:

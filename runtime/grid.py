@@ -17,8 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .contract import GridPolicy
+from .errors import GeometryError
 from .volume import Geometry
 
+MOST_GROWTH = 64  # times the canvas' area; larger is taken for a wrong unit
 Taps = tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]  # lower index, upper index, weight of the upper
 
 
@@ -54,6 +56,12 @@ class SliceGrid:
             spans = self._spans(labels) if larger and labels is not None else (None, None)
             lines = [_line(n, s, side, policy.divisor, span) for n, s, side, span in zip(extent, scale, policy.canvas, spans, strict=True)]
         self.size = (lines[0].size, lines[1].size)
+        if self.size[0] * self.size[1] > MOST_GROWTH * policy.canvas[0] * policy.canvas[1]:
+            span = " x ".join(f"{line.size * step:.0f}" for line, step in zip(lines, policy.pixel_spacing or (), strict=True))
+            raise GeometryError(
+                f"its labels span {span} mm", expected=f"at most {MOST_GROWTH} times the canvas the model was trained on",
+                remedy="check the voxel spacing and its unit, and the mask for stray voxels far off",
+            )  # fmt: skip
         self._nearest = [line.nearest() for line in lines]
         self._to_canvas = [_linear(line.positions, line.extent) for line in lines]
         self._to_mask = [_linear(line.inverse, line.size) for line in lines]
@@ -70,8 +78,8 @@ class SliceGrid:
         out = np.zeros((z, *self.size), np.uint8)
         rows, columns = self._nearest
         for n in range(z):
-            offset = (n - z // 2) * (self._policy.slice_spacing or 0.0) / self._step
-            near = min(max(round(k + (offset if self._up else -offset)), 0), self.count - 1)
+            away = int(abs(n - z // 2) * (self._policy.slice_spacing or 0.0) / self._step + 0.5)  # slices: the same for every k
+            near = min(max(k + (away if (n > z // 2) == self._up else -away), 0), self.count - 1)
             np.copyto(out[n], self._axial(volume, near)[np.ix_(rows, columns)], where=self._from_mask)
         return out
 

@@ -81,7 +81,11 @@ def to_indices(
             remedy=f"give --labels MAP.json, {MAP_HELP}",
             file=file,
         )
-    targets = np.asarray([known.get(v, rest) for v in found], np.uint8)
+    indices = [known.get(v, rest) for v in found]
+    if wrong := [index for index in indices if not isinstance(index, int) or not 0 <= index < len(table)]:
+        raise UsageError(f"the label map leads to {wrong[0]!r}", expected=f"model indices 0 to {len(table) - 1}: {table}",
+                         remedy="map to indices, or read a map with runtime.labels.load_map", file=file)  # fmt: skip
+    targets = np.asarray(indices, np.uint8)
     order = np.asarray(found)
     out = np.empty(values.shape, np.uint8)
     if found and found[0] >= 0 and found[-1] < 1 << 16:

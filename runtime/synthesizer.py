@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from .contract import Manifest
 from .engines.base import Engine, EngineError
 from .engines.registry import open_engine
+from .errors import UnknownLabels
 from .grid import SliceGrid
 from .labels import to_indices
 from .memory import DEFAULT_CAP, HOST_STREAM, HostBuffer, HostPool, PoolStats
@@ -82,6 +83,10 @@ class Synthesizer:
         The same (model, labels, geometry, seed, variant, backend) give the same bytes, whatever the batch. Nothing but the
         slices in flight is held.
         """
+        highest = max(int(plane.max()) for plane in volume.labels)
+        if highest >= len(self.manifest.labels):
+            raise UnknownLabels(f"the mask holds the index {highest}", expected=f"model indices 0 to {len(self.manifest.labels) - 1}",
+                                remedy="map file values with runtime.labels.to_indices")  # fmt: skip
         grid = self.grid(volume)
         random = CaseRandom(seed, volume.digest, variant)
         plane = [n for axis, n in enumerate(volume.labels.shape) if axis != grid.axis]
@@ -100,11 +105,11 @@ class Synthesizer:
         depth, height, width = volume.labels.shape
         return SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels)
 
-    def stream(self, masks: Iterable[str | Path], output: str | Path, **options: Any) -> Iterator[CaseResult]:
+    def stream(self, masks: str | Path | Iterable[str | Path], output: str | Path, **options: Any) -> Iterator[CaseResult]:
         """Synthesize files into the folder `output`: see `runtime.stream.synthesize`, whose options these are."""
         from .stream import synthesize
 
-        return synthesize(self, [Path(mask) for mask in masks], Path(output), **options)
+        return synthesize(self, [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)], Path(output), **options)
 
     def close(self) -> None:
         """Close the engine and give the memory back; twice is harmless."""

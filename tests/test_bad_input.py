@@ -80,6 +80,33 @@ def escaping_mhd(path: Path) -> None:
     path.write_text("NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementSpacing = 1 1 1\nElementDataFile = ../secret.raw\n")
 
 
+def last_is_nan(path: Path) -> None:
+    values = np.zeros((3, 3, 3), np.float32)
+    values[2, 2, 2] = np.nan
+    write_mask(path, values)
+
+
+def raw_nrrd_cut(path: Path) -> None:
+    sitk.WriteImage(image(blobs()), str(path))
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def nan_nrrd(path: Path) -> None:
+    path.write_bytes(b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\nspacings: nan nan nan\nencoding: raw\n\n" + bytes(8))
+
+
+def complex_mask(path: Path) -> None:
+    write_mask(path.with_suffix(".tmp.mha"))
+    sitk.WriteImage(sitk.Cast(sitk.ReadImage(str(path.with_suffix(".tmp.mha"))), sitk.sitkComplexFloat32), str(path))
+    path.with_suffix(".tmp.mha").unlink()
+
+
+def far_apart(path: Path) -> None:
+    values = np.zeros((2, 60, 60), np.uint16)
+    values[0, 1, 1] = values[0, 58, 58] = 500
+    write_mask(path, values, spacing=(1000.0, 1000.0, 3.0))
+
+
 BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "text": ("m.nii.gz", lambda p: p.write_text("these are not voxels\n"), "not gzip-compressed"),
     "text nii": ("m.nii", lambda p: p.write_text("these are not voxels\n" * 40), "not a NIfTI file"),
@@ -113,6 +140,15 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "does not state its voxel spacing",
     ),
     "voxels elsewhere": ("m.mhd", escaping_mhd, "../secret.raw"),
+    "odd count with NaN last": ("m.nii", last_is_nan, "holds nan, which is no label"),
+    "too long an axis": ("m.mha", lambda p: write_mask(p, np.zeros((1, 2, 40000), np.uint8)), "40000 voxels along one axis"),
+    "truncated mha": ("m.mha", truncated, "truncated"),
+    "truncated nrrd": ("m.nrrd", raw_nrrd_cut, "truncated"),
+    "NaN spacing nrrd": ("m.nrrd", nan_nrrd, "does not state its voxel spacing"),
+    "complex": ("m.mha", complex_mask, "2 channels"),
+    "labels a hundred metres apart": ("m.mha", far_apart, "its labels span"),
+    "a name too long": ("n" * 235 + ".nii.gz", write_mask, "too long"),
+    "a name no disk takes": ("n" * 300 + ".nii.gz", lambda p: None, "too long"),
     "not a volume": ("m.png", lambda p: p.write_bytes(b"\x89PNG"), "not of a format that is read"),
     "text nrrd": ("m.nrrd", lambda p: p.write_text("hello\n"), "not an NRRD"),
     "text mha": ("m.mha", lambda p: p.write_text("hello\n"), "does not start as its suffix promises"),
@@ -172,6 +208,95 @@ def broken_manifest(folder: Path, change: Callable[[dict], object]) -> None:
     (folder / "manifest.json").write_text(json.dumps(data))
 
 
+def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SimpleITK ends the process on such a name; it is never given one."""
+    good = write_mask(tmp_path / "good.nii.gz")
+    bad = Path(os.fsdecode(os.fsencode(tmp_path) + b"/n\xff.nii.gz"))
+    shutil.copy(good, bad)
+    assert synth(fake_model, tmp_path / "out", bad, good) == 1
+    assert "not valid UTF-8" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "out").iterdir()] == ["good_ct.nii.gz"]
+
+
+def test_a_file_that_mask2ct_did_not_write_is_never_replaced(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mask(tmp_path / "b.nii.gz")
+    precious = write_mask(tmp_path / "b_ct.nii.gz", np.full((6, 20, 24), 77, np.int16))
+    before = precious.read_bytes()
+    assert synth(fake_model, tmp_path, tmp_path / "b.nii.gz") == 2
+    assert "b_ct.nii.gz is in the way" in capsys.readouterr().err and precious.read_bytes() == before
+
+
+def test_a_folder_may_be_rerun_in_place(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mask(tmp_path / "b.nii.gz")
+    for _ in range(2):
+        assert synth(fake_model, tmp_path, tmp_path) == 0
+    assert "b_ct.nii.gz was written by mask2ct" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["b.nii.gz", "b_ct.nii.gz"]
+
+
+def test_a_mask_without_orientation_is_said(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    nifti(tmp_path / "m.nii.gz", blobs().astype(np.int16))  # nibabel states an sform ...
+    assert synth(fake_model, tmp_path / "out", tmp_path / "m.nii.gz") == 0
+    assert "states no orientation" not in capsys.readouterr().err
+    patched(tmp_path / "n.nii", "<2h", 252, 0, 0)  # ... which is taken away
+    assert synth(fake_model, tmp_path / "out", tmp_path / "n.nii") == 0
+    assert "states no orientation" in capsys.readouterr().err
+
+
+def test_a_killed_run_leaves_no_litter_behind_the_next(tmp_path: Path, fake_model: Path) -> None:
+    from runtime.files import temporary_name
+
+    out = tmp_path / "out"
+    out.mkdir()
+    mine = temporary_name(out / "x_ct.nii.gz")
+    with subprocess.Popen([sys.executable, "-c", ""]) as child:
+        child.wait()
+        orphan = out / mine.name.replace(str(os.getpid()), str(child.pid))
+    mine.touch()
+    orphan.touch()
+    assert synth(fake_model, out, write_mask(tmp_path / "m.nii.gz")) == 0
+    assert sorted(p.name for p in out.iterdir()) == sorted([mine.name, "m_ct.nii.gz"])  # one that is being written stays
+
+
+def test_the_report_is_written_of_a_run_that_fails_and_its_place_is_checked_first(tmp_path: Path, fake_model: Path) -> None:
+    mask = write_mask(tmp_path / "m.nii.gz")
+    assert synth(fake_model, tmp_path / "out", mask, extra=("--backend", "fake", "--report", "/proc/x.json")) == 4
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "taken").write_text("")
+    assert synth(fake_model, tmp_path / "taken", mask, extra=("--backend", "fake", "--report", str(tmp_path / "r.json"))) == 4
+    assert json.loads((tmp_path / "r.json").read_text())["cases"] == []
+
+
+def test_the_python_api_refuses_what_the_command_does(tmp_path: Path, fake_model: Path) -> None:
+    from runtime import Synthesizer, UnknownLabels, UsageError
+    from runtime.volume import Geometry, LabelVolume
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_mask(tmp_path / folder / "x.nii.gz")
+    with Synthesizer.open(fake_model, backend="fake") as opened:
+        with pytest.raises(UsageError, match="would both be written"):
+            opened.stream([tmp_path / "a" / "x.nii.gz", tmp_path / "b" / "x.nii.gz"], tmp_path / "o")
+        with pytest.raises(UsageError, match="0 variants"):
+            opened.stream([tmp_path / "a"], tmp_path / "o", variants=0)
+        (result,) = opened.stream(str(tmp_path / "a"), tmp_path / "o")
+        assert result.error is None
+        with pytest.raises(UsageError, match="leads to 99"):
+            opened(image(blobs((4, 8, 8), (0, 500))), labels={0: 0, 500: 99})
+        with pytest.raises(UnknownLabels, match="index 200"):
+            opened.paint(LabelVolume(np.full((2, 8, 8), 200, np.uint8), Geometry(np.eye(4))))
+
+
+def test_a_simpleitk_image_of_another_kind_is_refused(fake_model: Path) -> None:
+    """GetArrayFromImage of a label-map object would end the process."""
+    from runtime import Synthesizer, UnreadableVolume
+
+    with Synthesizer.open(fake_model, backend="fake") as opened:
+        for kind in (sitk.sitkLabelUInt16, sitk.sitkComplexFloat32):
+            with pytest.raises(UnreadableVolume):
+                opened(sitk.Cast(image(blobs()), kind))
+
+
 BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "does not exist"),
     "no manifest": (lambda m: (m / "manifest.json").unlink(), "holds no manifest.json"),
@@ -181,6 +306,11 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "impossible grid": (lambda m: broken_manifest(m, lambda d: d["grid"].update(slices=2)), "odd number"),
     "label twice": (lambda m: broken_manifest(m, lambda d: d["labels"][1].update(value=0)), "occurs twice"),
     "path in a file name": (lambda m: broken_manifest(m, lambda d: d["files"].update({"../x": d["files"]["model.onnx"]})), "../x"),
+    "infinite label": (lambda m: broken_manifest(m, lambda d: d["labels"][1].update(value=float("inf"))), "cannot be used"),
+    "one spacing": (lambda m: broken_manifest(m, lambda d: d["grid"].update(pixel_spacing=[3.0])), "cannot be used"),
+    "nested too deep": (lambda m: (m / "manifest.json").write_text("[" * 100000), "cannot be used"),
+    "broken range": (lambda m: broken_manifest(m, lambda d: d["intensity"].update(low=-1000.5)), "intensity range"),
+    "parity is a list": (lambda m: broken_manifest(m, lambda d: d.update(parity=[])), "'parity' is no object"),
     "altered file": (
         lambda m: (m / "model.onnx").write_bytes(bytes(len((m / "model.onnx").read_bytes()))),
         "not the file its manifest describes",

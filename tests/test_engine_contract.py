@@ -81,16 +81,28 @@ def test_same_inputs_same_bytes_and_inputs_are_left_alone(opened) -> None:
 
 def test_a_slice_does_not_depend_on_its_place_in_the_batch_nor_on_its_neighbours(opened) -> None:
     engine, manifest = opened
-    if engine.spec.batch == 1:
-        inputs, out = tensors(engine, manifest)
-        engine.run(inputs, out, stream=HOST_STREAM)
-        return
-    inputs, out = tensors(engine, manifest)
-    engine.run(inputs, out, stream=HOST_STREAM)
-    first = hu(out)
-    turned = {name: np.ascontiguousarray(array[::-1]) for name, array in inputs.items()}
-    engine.run(turned, out, stream=HOST_STREAM)
-    assert np.array_equal(hu(out)[::-1], first)
+    a, out = tensors(engine, manifest, seed=1)
+    b, _ = tensors(engine, manifest, seed=2)
+
+    def paint(*slices: dict) -> list[np.ndarray]:
+        """Slices in this order, in as many calls as the engine's batch takes, padded with zeros."""
+        painted = []
+        for start in range(0, len(slices), engine.spec.batch):
+            part = slices[start : start + engine.spec.batch]
+            inputs = {name: np.zeros_like(array) for name, array in a.items()}
+            for n, one in enumerate(part):
+                for name in inputs:
+                    inputs[name][n] = one[name]
+            engine.run(inputs, out, stream=HOST_STREAM)
+            painted += list(hu(out)[: len(part)])
+        return painted
+
+    first, second = ({name: array[0] for name, array in inputs.items()} for inputs in (a, b))
+    alone = paint(first)[0]
+    for order in ((first, second), (second, first), (second, second, first)):
+        places = [n for n, one in enumerate(order) if one is first]
+        assert all(np.array_equal(paint(*order)[n], alone) for n in places)
+    assert not np.array_equal(paint(second)[0], alone)
 
 
 def test_the_shape_may_change_from_call_to_call(opened) -> None:

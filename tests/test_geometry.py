@@ -91,6 +91,23 @@ def test_neighbour_slices_are_taken_in_mm_towards_the_head() -> None:
         assert seen[0][0].tolist()[1:2] == [0]
 
 
+def test_neighbours_keep_one_distance_in_every_slice() -> None:
+    """15 mm at 2 mm is 7.5 slices: always rounded the same way, not to 7 here and 8 there."""
+    volume = np.arange(40, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
+    grid = SliceGrid(GridPolicy((4, 4), (1.0, 1.0), 4, 3, 15.0), Geometry(np.diag([1.0, 1.0, 2.0, 1.0])), volume.shape)
+    for k in range(8, 32):
+        assert grid.labels(volume, k)[:, 0, 0].tolist() == [k - 8, k, k + 8]
+
+
+@pytest.mark.parametrize("angle", [179.0, 179.9, 179.99, 180.0])
+def test_a_qform_near_a_half_turn_agrees_with_the_sform_or_is_not_stated(angle: float, tmp_path: Path) -> None:
+    g = Geometry.from_parts((0, 0, 0), (0.71, 0.71, 1.25), rotation((0.3, angle, 0.2)).ravel())
+    write_values(tmp_path / "x.nii", np.zeros((300, 512, 512), np.uint8)[:, ::64, ::64], g)
+    header = nibabel.load(tmp_path / "x.nii").header
+    if header["qform_code"]:
+        assert np.abs((header.get_qform() - header.get_sform()) @ [7, 7, 299, 1]).max() <= 2e-4
+
+
 def test_a_linear_ramp_survives_the_way_to_the_canvas_and_back() -> None:
     """Linear interpolation is exact on a ramp in mm, whatever the two spacings."""
     shape, spacing = (3, 40, 52), (1.3, 0.9, 2.0)

@@ -14,6 +14,7 @@ from samples import blobs, image, write_mask
 from runtime import Synthesizer
 from runtime.__main__ import main
 from runtime.console import run
+from runtime.contract import Label, LabelTable
 from runtime.engines.base import EngineError
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.randomness import CaseRandom
@@ -69,6 +70,16 @@ def test_variants_come_in_pairs_with_their_masks(tmp_path: Path, model: Path) ->
     report = json.loads((tmp_path / "report.json").read_text())
     assert [c["variant"] for c in report["cases"]] == [0, 1] and report["cases"][0]["slices"] == 6
     assert str(tmp_path) not in (tmp_path / "report.json").read_text()  # file names, no paths
+
+
+def test_the_masks_of_variants_hold_the_tables_values_whatever_their_size(tmp_path: Path) -> None:
+    table = LabelTable((Label("background", 0), Label("a", 70000), Label("b", -3)))
+    values = np.array([[[0, 70000, -3, 0]]], np.int32).repeat(4, 0).repeat(4, 1)
+    path = write_mask(tmp_path / "m.nii.gz", values)
+    manifest = fake_manifest(table)
+    with Synthesizer(manifest, FakeEngine(manifest)) as opened:
+        (result,) = opened.stream([path], tmp_path / "out", variants=1)
+    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(result.files[1]))), values)
 
 
 def test_the_command_the_stream_and_the_call_agree(tmp_path: Path, model: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import re
 import struct
 import zlib
 from collections.abc import Sequence
@@ -18,14 +19,22 @@ import numpy as np
 
 from ..errors import GeometryError, UnreadableVolume, reading
 
+NOTICE = "SYNTHETIC CT - NOT FOR DIAGNOSIS (mask2ct)"  # what every header written says of itself; 79 characters fit
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 EXPECTED = "one 3-D volume of integers as NIfTI, NRRD or MHA"
+MAX_EXTENT = 32767  # voxels along one axis that NIfTI-1 can say
 MAX_VOXELS = 1 << 34  # 16 G voxels: past this a header is taken for damaged
 
 # nifti1.h, from sizeof_hdr to magic: the 348 bytes of a header
 NIFTI_1 = "i10s18sihcB8h3f4h8f3fhcB4f2i80s24s2h6f4f4f4f16s4s"
 _BYTES = {2: 1, 4: 2, 8: 4, 16: 4, 64: 8, 256: 1, 512: 2, 768: 4, 1024: 8, 1280: 8}  # datatype code → bytes a voxel
 _FLOATS = {16: "f4", 64: "f8"}
+_META_BYTES = {f"MET_{u}{name}": n for u in ("", "U") for name, n in (("CHAR", 1), ("SHORT", 2), ("INT", 4), ("LONG_LONG", 8))} | {
+    "MET_FLOAT": 4,
+    "MET_DOUBLE": 8,
+}
+_NRRD_BYTES = {"short": 2, "ushort": 2, "unsigned short": 2, "int16": 2, "uint16": 2, "int": 4, "uint": 4, "unsigned int": 4, "int32": 4,
+               "uint32": 4, "float": 4, "double": 8, "int64": 8, "uint64": 8}  # fmt: skip
 _NOT_LABELS = {1: "bits", 32: "complex numbers", 128: "RGB colours", 1536: "128-bit floats", 1792: "complex numbers", 2304: "RGBA colours"}
 
 
@@ -33,6 +42,16 @@ def stem(path: Path) -> str:
     """The case name: the file name without the format's suffix (`.nii.gz` counts as one)."""
     name = path.name
     return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), path.stem)
+
+
+def is_synthetic(path: Path) -> bool:
+    """Whether this is a NIfTI that mask2ct wrote: its header says so (NOTICE in descrip)."""
+    try:
+        with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as handle:
+            head = handle.read(348)
+    except (OSError, EOFError, zlib.error):
+        return False
+    return NOTICE.encode() in head[148:228]
 
 
 def check_header(path: Path) -> bytes | None:
@@ -44,6 +63,12 @@ def check_header(path: Path) -> bytes | None:
     if not name.endswith(SUFFIXES):
         raise UnreadableVolume(f"{path.name} is not of a format that is read", expected=f"{EXPECTED} ({', '.join(SUFFIXES)})",
                                remedy="convert it to NIfTI first", file=path)  # fmt: skip
+    try:
+        str(path).encode("utf-8")
+    except UnicodeEncodeError as exc:  # SimpleITK ends the whole process on such a name
+        raise UnreadableVolume(
+            f"the file name {path.name!r} is not valid UTF-8", expected="a name in UTF-8", remedy="rename the file"
+        ) from exc
     with reading(path, EXPECTED), open(path, "rb") as handle:
         if name.endswith(".nii.gz"):
             if handle.read(2) != b"\x1f\x8b":
@@ -70,6 +95,8 @@ def _check_shape(path: Path, shape: Sequence[int]) -> None:
         raise _bad(path, f"is {len(shape)}-D ({text})", "save one 3-D volume per file: one channel, one time point")
     if any(n < 1 for n in shape) or math.prod(shape) > MAX_VOXELS:
         raise _bad(path, f"claims the size {text}")
+    if max(shape) > MAX_EXTENT:
+        raise _bad(path, f"has {max(shape)} voxels along one axis", f"cut it: NIfTI-1, which is written, holds {MAX_EXTENT}")
 
 
 def _nifti(path: Path, content: BinaryIO) -> bytes | None:
@@ -117,12 +144,13 @@ def _count(path: Path, content: BinaryIO, need: int, floats: str, order: str) ->
     `floats`: the numpy code of floating-point voxels, which are checked for NaN and infinity here, because the NIfTI
     library under SimpleITK turns those into 0 without a word (nifti1_io.c, nifti_read_buffer).
     """
-    have = 0
+    have, size = 0, np.dtype(floats).itemsize if floats else 1
     try:
-        while have <= need and (chunk := content.read(1 << 20)):
+        while have < need and (chunk := content.read(min(1 << 20, need - have))):
             have += len(chunk)
-            if floats and not np.isfinite(values := np.frombuffer(chunk[: len(chunk) // 8 * 8], order + floats)).all():
+            if floats and not np.isfinite(values := np.frombuffer(chunk[: len(chunk) // size * size], order + floats)).all():
                 raise _bad(path, f"holds {values[~np.isfinite(values)][0]}, which is no label", "give a label map of whole numbers")
+        content.read(1)  # at the end of a gzip stream its checksum is compared
         return have
     except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
         raise _bad(path, f"is truncated or damaged: {exc}", "copy or download it again") from exc
@@ -162,8 +190,11 @@ def _nrrd(path: Path, handle: BinaryIO) -> None:
     _check_shape(path, shape)
     if fields.get("type", "").lower() == "block":
         raise _bad(path, "holds blocks, not numbers", "save the labels as integers")
-    _require_grid(path, any(key in fields for key in ("spacedirections", "spacings")), "space directions")
-    _same_folder(path, fields.get("datafile", fields.get("data file", "LOCAL")))
+    stated = fields.get("spacedirections", fields.get("spacings"))
+    _require_grid(path, stated, "space directions")
+    _same_folder(path, fields.get("datafile", "LOCAL"))
+    if "datafile" not in fields and fields.get("encoding", "").lower() == "raw":
+        _require_voxels(path, handle, shape, _NRRD_BYTES.get(fields.get("type", "").lower(), 1))
 
 
 def _meta(path: Path, handle: BinaryIO) -> None:
@@ -174,14 +205,28 @@ def _meta(path: Path, handle: BinaryIO) -> None:
     _check_shape(path, shape)
     if fields.get("elementnumberofchannels", "1") != "1":
         raise _bad(path, f"holds {fields['elementnumberofchannels']} channels", "save the labels as one integer per voxel")
-    _require_grid(path, "elementspacing" in fields or "elementsize" in fields, "ElementSpacing")
+    _require_grid(path, fields.get("elementspacing", fields.get("elementsize")), "ElementSpacing")
     _same_folder(path, fields["elementdatafile"])
+    if fields["elementdatafile"].upper() == "LOCAL" and fields.get("compresseddata", "false").lower() != "true":
+        _require_voxels(path, handle, shape, _META_BYTES.get(fields.get("elementtype", "").upper(), 1))
 
 
-def _require_grid(path: Path, present: bool, key: str) -> None:
-    if not present:
-        raise GeometryError(f"{path.name} does not state its voxel spacing ({key})", expected="a grid in mm; it is never guessed",
+def _require_grid(path: Path, stated: str | None, key: str) -> None:
+    """The spacing must be there, in finite numbers, not all of a direction 0."""
+    try:
+        numbers = [float(n) for n in re.split(r"[\s(),]+", (stated or "").replace("none", "")) if n]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(math.isfinite(n) for n in numbers) or not any(numbers):
+        raise GeometryError(f"{path.name} does not state its voxel spacing ({key}: {stated})", expected="a grid in mm; it is never guessed",
                             remedy="write the true spacing into the header", file=path)  # fmt: skip
+
+
+def _require_voxels(path: Path, handle: BinaryIO, shape: Sequence[int], size: int) -> None:
+    """Uncompressed voxels of `size` bytes must all be there."""
+    need, have = math.prod(shape) * size, path.stat().st_size - handle.tell()
+    if have < need:
+        raise _bad(path, f"is truncated: {have} of {need} bytes are there behind its header", "copy or download it again")
 
 
 def _same_folder(path: Path, data_file: str) -> None:

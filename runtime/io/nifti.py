@@ -18,8 +18,22 @@ from ..volume import CTSlab, Geometry, LabelVolume, Volume
 from .headers import EXPECTED, check_header
 
 GZIP_LEVEL = 1  # isal: 150 MB/s a core at 7 % more bytes than level 3
-_CODES = {np.dtype(np.uint8): (2, 8), np.dtype(np.int16): (4, 16), np.dtype(np.uint16): (512, 16)}  # datatype, bitpix
+_IMAGE_IO = {
+    ".gz": "NiftiImageIO",
+    ".nii": "NiftiImageIO",
+    ".nrrd": "NrrdImageIO",
+    ".nhdr": "NrrdImageIO",
+    ".mha": "MetaImageIO",
+    ".mhd": "MetaImageIO",
+}
+_CODES = {
+    np.dtype(np.uint8): (2, 8),
+    np.dtype(np.int16): (4, 16),
+    np.dtype(np.uint16): (512, 16),
+    np.dtype(np.int32): (8, 32),
+}  # datatype, bitpix
 _MM = 2  # xyzt_units
+QFORM_TOLERANCE_MM = 1e-4  # how far qform and sform may disagree
 
 
 def simpleitk() -> Any:
@@ -33,6 +47,17 @@ def simpleitk() -> Any:
     return SimpleITK
 
 
+def isal_threaded() -> Any:
+    """isal's threaded gzip. Raises `MissingComponent` when it is not installed."""
+    try:
+        from isal import igzip_threaded
+    except ImportError as exc:
+        raise MissingComponent(
+            f"isal cannot be imported: {exc}", expected="isal, which compresses .nii.gz", remedy="pip install isal"
+        ) from exc
+    return igzip_threaded
+
+
 def read_volume(path: Path) -> Volume:
     """Read one 3-D scalar volume: values (D, H, W) in the file's dtype (scaled ones as float), geometry LPS in mm.
 
@@ -42,7 +67,7 @@ def read_volume(path: Path) -> Volume:
     header = check_header(path)
     sitk = simpleitk()
     with reading(path, EXPECTED):
-        image = sitk.ReadImage(str(path))
+        image = sitk.ReadImage(str(path), imageIO=_IMAGE_IO[path.suffix.lower()])  # by name: nothing else is tried on the file
     while image.GetDimension() > 3:  # only dimensions of 1 are left
         image = image[(slice(None),) * (image.GetDimension() - 1) + (0,)]
     return from_sitk(image, header, path)
@@ -51,8 +76,9 @@ def read_volume(path: Path) -> Volume:
 def from_sitk(image: Any, nifti_header: bytes | None = None, file: Path | None = None) -> Volume:
     """A SimpleITK image as a `Volume`; the values are copied, so that the image may go. Raises `InputError`s."""
     name = "the image" if file is None else file.name
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1:
-        raise UnreadableVolume(f"{name} is {image.GetDimension()}-D with {image.GetNumberOfComponentsPerPixel()} values a voxel",
+    pixel = image.GetPixelIDTypeAsString()
+    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or pixel.startswith(("label", "complex")):
+        raise UnreadableVolume(f"{name} is {image.GetDimension()}-D with {image.GetNumberOfComponentsPerPixel()} values a voxel ({pixel})",
                                expected=EXPECTED, remedy="save the labels as one integer per voxel of a 3-D volume", file=file)  # fmt: skip
     try:
         geometry = Geometry.from_parts(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
@@ -123,8 +149,7 @@ def write_values(path: Path, values: NDArray[Any], geometry: Geometry, *, nifti_
 
 def _open(path: Path) -> BinaryIO:
     if path.name.endswith(".gz"):
-        from isal import igzip_threaded
-
+        igzip_threaded = isal_threaded()
         file: BinaryIO = igzip_threaded.open(str(path), "wb", compresslevel=GZIP_LEVEL, threads=1)
         return file
     return open(path, "wb")
@@ -152,8 +177,9 @@ def _header(shape: tuple[int, int, int], dtype: np.dtype[Any], geometry: Geometr
     ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ geometry.affine  # NIfTI is RAS+, we are LPS
     struct.pack_into("<4f", out, 76, _handedness(ras), *geometry.spacing)
     out[123] = _MM
-    struct.pack_into("<2h", out, 252, 1, 1)  # qform and sform both in scanner coordinates
-    struct.pack_into("<3f", out, 256, *_quaternion(ras))
+    quaternion = _quaternion(ras)
+    struct.pack_into("<2h", out, 252, int(_qform_holds(quaternion, ras, shape)), 1)  # both in scanner coordinates
+    struct.pack_into("<3f", out, 256, *quaternion)
     struct.pack_into("<3f", out, 268, *ras[:3, 3])
     struct.pack_into("<12f", out, 280, *ras[:3].ravel())
     return bytes(out)
@@ -162,6 +188,23 @@ def _header(shape: tuple[int, int, int], dtype: np.dtype[Any], geometry: Geometr
 def _handedness(ras: NDArray[np.float64]) -> float:
     """NIfTI's qfac: -1 for a left-handed grid."""
     return -1.0 if np.linalg.det(ras[:3, :3]) < 0 else 1.0
+
+
+def _qform_holds(quaternion: tuple[float, float, float], ras: NDArray[np.float64], shape: tuple[int, int, int]) -> bool:
+    """Whether the three float32 numbers place the far corner within QFORM_TOLERANCE_MM. Near half turns they do not:
+    a = sqrt(1 - b^2 - c^2 - d^2) loses its digits. Then only the sform is stated."""
+    b, c, d = (float(np.float32(q)) for q in quaternion)
+    a = np.sqrt(max(0.0, 1 - b * b - c * c - d * d))
+    turn = np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+        ]
+    )
+    columns = turn * np.linalg.norm(ras[:3, :3], axis=0) * [1, 1, _handedness(ras)]
+    far = np.abs(columns - ras[:3, :3]) @ np.array(shape[::-1], float)
+    return bool(far.max() <= QFORM_TOLERANCE_MM)
 
 
 def _quaternion(ras: NDArray[np.float64]) -> tuple[float, float, float]:
