@@ -2,6 +2,7 @@
 
 Suite `engine`: slices/s of the synthesizer (mask in, HU on the mask's grid out) beside the bare backend called in a tight loop
 on prepared tensors, which is its ceiling, and the same network in eager PyTorch, which is what people run today (with --run).
+Suite `train`: see benchmarks/train.py.
 Contenders take turns within every round, so that a machine whose speed drifts slows all of them; ratios are taken round by
 round. A table for people, then one JSON line.
 """
@@ -13,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,17 @@ from runtime.files import write_json
 from runtime.memory import HOST_STREAM
 from runtime.volume import Geometry, LabelVolume
 
-Contender = Callable[[], int]  # does some slices, returns how many
+Contender = Callable[[], int]  # does some slices (or steps), returns how many
 OURS, BARE, TORCH = "mask2ct synthesizer", "bare backend, tight loop", "PyTorch eager"
 
 
 def main(argv: Sequence[str]) -> int:
+    if argv[:1] == ["train"]:  # options of its own
+        from benchmarks import train
+
+        return train.main(argv[1:])
     parser = argparse.ArgumentParser("run.py", description="Throughput on this machine.", epilog=EXIT_CODES)
-    parser.add_argument("suite", choices=["engine"])
+    parser.add_argument("suite", choices=["engine", "train"], help="`train --help` shows the options of that suite")
     parser.add_argument(
         "--model", type=Path, default=ROOT / "runs" / "demo" / "model", help="a model folder (default: that of `make demo`)"
     )
@@ -116,8 +121,8 @@ def _torch(trained: Path, inputs: dict[str, Any], slices: int) -> Contender:
     return eager
 
 
-def measure(contenders: dict[str, Contender], rounds: int, quiet: bool) -> dict[str, list[float]]:
-    """Slices/s of each contender in each round, after one round of warm-up that is not counted."""
+def measure(contenders: Mapping[str, Contender], rounds: int, quiet: bool) -> dict[str, list[float]]:
+    """Rate of each contender in each round, in what it counts per second, after one round of warm-up that is not counted."""
     rates: dict[str, list[float]] = {name: [] for name in contenders}
     progress = Progress("rounds", rounds + 1, quiet=quiet)
     for n in range(rounds + 1):
@@ -134,10 +139,11 @@ def measure(contenders: dict[str, Contender], rounds: int, quiet: bool) -> dict[
 
 
 def summarise(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median and range of each contender, and of ours / it, taken round by round."""
+    """Median and range of each contender, and of ours (the first) / it, taken round by round."""
     rows = {}
+    first = next(iter(rates.values()))
     for name, values in rates.items():
-        ratios = [ours / other for ours, other in zip(rates[OURS], values, strict=True)]
+        ratios = [ours / other for ours, other in zip(first, values, strict=True)]
         rows[name] = {
             "rate": statistics.median(values), "rate_least": min(values), "rate_most": max(values),
             "ratio": statistics.median(ratios), "ratio_least": min(ratios), "ratio_most": max(ratios),

@@ -1,0 +1,208 @@
+"""Iterations/s of training against the loop people write:  python benchmarks/run.py train --config train/configs/phantom.json
+
+Ours is the training's own step on its own batches: slices from the memory-mapped cache, augmentation in batches on the device,
+channels_last, fused Adam, running average of the weights. The plain loop is written as the original and pix2pix are: a
+`Dataset` that reads two DICOM files an item at every step with SimpleITK and augments it with scipy (as Keras' ImageDataGenerator
+does), float32, NCHW, Adam, the losses' `.item()` at every step; once with the files read in the main process (the original), once
+by DataLoader workers (pix2pix: four; here no more than cores). The networks, their initial weights, the losses and the batch size are the same (a test
+holds the first step's losses equal). Contenders take turns within every round; ratios are taken round by round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.record import machine
+from benchmarks.run import measure, summarise
+from runtime.console import EXIT_CODES, run
+from runtime.contract import Intensity
+from runtime.files import write_json
+from runtime.io.nifti import simpleitk
+from train import augment, config
+from train.dataset import Slices, to_unit
+from train.generator import standardise_noise
+from train.loop import Training, open_cohort
+from train.losses import discriminator_losses, generator_losses, weighted_sum
+from train.step import Batch, make_discriminator, make_generator
+
+OURS, PLAIN, WORKERS = "mask2ct training", "plain loop", "plain loop with workers"
+PIX2PIX_WORKERS = 4  # its --num_threads
+
+
+class SliceFiles(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Slices as single DICOM files, an image and a label map each, read and augmented anew whenever they are asked for."""
+
+    def __init__(self, folder: Path, patients: Sequence[Slices], settings: config.AugmentConfig, intensity: Intensity):
+        self._folder, self._settings, self._intensity = folder, settings, intensity
+        self._count = sum(map(len, patients))
+        sitk = simpleitk()
+        slices = ((p.labels[k], p.image[k]) for p in patients for k in range(len(p)))
+        for n, (labels, image) in enumerate(slices):
+            sitk.WriteImage(sitk.GetImageFromArray(labels), str(folder / f"{n}_label.dcm"))
+            sitk.WriteImage(sitk.GetImageFromArray(image[None]), str(folder / f"{n}_image.dcm"))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(labels uint8 (Z, H, W), image float32 (1, H, W) in [0, 1], noise uint8 (1, H, W))."""
+        sitk = simpleitk()
+        labels, image = (sitk.GetArrayFromImage(sitk.ReadImage(str(self._folder / f"{n}_{kind}.dcm"))) for kind in ("label", "image"))
+        unit = to_unit(image, self._intensity)
+        rng = np.random.default_rng()
+        if self._settings.active:
+            labels, unit = _moved(augment.draw(self._settings, 1, rng)[0], labels, unit)
+        return torch.from_numpy(labels), torch.from_numpy(unit), torch.from_numpy(rng.integers(0, 256, unit.shape, np.uint8))
+
+
+class PlainLoop:
+    """The step people write: NCHW, float32, Adam, the losses read at every step."""
+
+    def __init__(self, settings: config.RunConfig):
+        self._config, self._classes = settings, len(config.label_table(settings.data))
+        self.generator, self.discriminator = (
+            net.to(memory_format=torch.contiguous_format) for net in (make_generator(settings), make_discriminator(settings))
+        )
+        o = settings.optimizer
+        self._adam_g = torch.optim.Adam(self.generator.parameters(), o.lr_g, (o.beta1, o.beta2))
+        self._adam_d = torch.optim.Adam(self.discriminator.parameters(), o.lr_d, (o.beta1, o.beta2))
+
+    def __call__(self, batch: Batch) -> dict[str, float]:
+        """One optimisation of both networks. Returns the losses by name."""
+        one_hot = functional.one_hot(batch.labels.long(), self._classes)  # (N, Z, H, W, classes)
+        condition = one_hot.permute(0, 1, 4, 2, 3).flatten(1, 2).float().contiguous()
+        smooth, painted = self.generator.paint(condition, standardise_noise(batch.noise) if self.generator.noisy else None)
+
+        self.discriminator.requires_grad_(True)
+        self._adam_d.zero_grad()
+        d = discriminator_losses(self.discriminator(condition, batch.image)[0], self.discriminator(condition, painted.detach())[0])
+        weighted_sum(d, dict.fromkeys(d, 1.0)).backward()
+        self._adam_d.step()
+
+        self.discriminator.requires_grad_(False)
+        self._adam_g.zero_grad()
+        judged = smooth + (painted - smooth).detach()
+        g = generator_losses(self.discriminator(condition, judged)[0], smooth, painted, batch.image)
+        weighted_sum(g, asdict(self._config.loss)).backward()
+        self._adam_g.step()
+        return {name: value.item() for name, value in {**g, **d}.items()}
+
+
+class Timed:
+    """A contender: `steps` iterations a call, with the time spent on getting batches kept apart."""
+
+    def __init__(self, steps: int, batch: Callable[[int], Batch], step: Callable[[int, Batch], object]):
+        self._steps, self._batch, self._step, self._done = steps, batch, step, 0
+        self.shares: list[float] = []  # of each call's time, spent on batches
+
+    def __call__(self) -> int:
+        loading, started = 0.0, time.perf_counter()
+        for n in range(self._done, self._done + self._steps):
+            before = time.perf_counter()
+            batch = self._batch(n)
+            loading += time.perf_counter() - before
+            self._step(n, batch)
+        self._done += self._steps
+        self.shares.append(loading / (time.perf_counter() - started))
+        return self._steps
+
+
+def contenders(settings: config.RunConfig, folder: Path, steps: int) -> tuple[dict[str, Timed], dict[str, float]]:
+    """The contenders by name, and the seconds that reading the cohort took: without a cache entry, and with."""
+    opening = []
+    for cache in (None, folder / "slices", folder / "slices"):  # the phantom, if it is one, is made at the first
+        before = time.perf_counter()
+        cohort = open_cohort(settings, folder / "run", cache=cache, quiet=True)
+        opening.append(time.perf_counter() - before)
+    training = Training(settings, folder / "run", cohort, quiet=True)
+    (folder / "files").mkdir()
+    files = SliceFiles(folder / "files", cohort.train, settings.augment, config.intensity(settings))
+    entrants = {OURS: Timed(steps, training.batch, training.step)}
+    for name, workers in ((PLAIN, 0), (WORKERS, min(PIX2PIX_WORKERS, torch.get_num_threads()))):
+        entrants[name] = _plain(PlainLoop(settings), _endless(files, settings.training.batch_size, workers), steps)
+    return entrants, {"first": round(opening[1], 2), "again": round(opening[2], 2)}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("run.py train", description="Training iterations/s on this machine.", epilog=EXIT_CODES)
+    parser.add_argument("--config", type=Path, default=ROOT / "train" / "configs" / "phantom.json")
+    parser.add_argument("--dataset-path", metavar="DIR", help="patients to train on (default: the config's phantom, made first)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", nargs="+", help="override, as train/run.py has it")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    options = parser.parse_args(argv)
+    settings = config.resolve(config.load(options.config), [x for xs in options.set for x in xs], dataset_path=options.dataset_path)
+
+    rounds, steps = (3, 4) if options.quick else (7, 20)  # many steps a round: what workers fetched ahead is little of it
+    with tempfile.TemporaryDirectory() as folder:
+        entrants, opening = contenders(settings, Path(folder), steps)
+        rates = measure(entrants, rounds, options.quiet)
+    result = summarise(rates)
+    print(f"{'':<24}{'steps/s':>9}{'range':>16}{'ours / this':>13}{'range':>14}{'loader':>9}")
+    for name, row in result.items():
+        row["loader_share"] = statistics.median(entrants[name].shares[1:])
+        rate, ratio = (f"{row[key + '_least']:.3g} … {row[key + '_most']:.3g}" for key in ("rate", "ratio"))
+        print(f"{name:<24}{row['rate']:>9.2f}{rate:>16}{row['ratio']:>13.2f}{ratio:>14}{row['loader_share']:>9.1%}")
+    print(f"the cohort is read in {opening['first']} s the first time, in {opening['again']} s from the cache")
+    print(
+        f"{settings.name}, batch {settings.training.batch_size}, {torch.get_num_threads()} threads; median of {rounds} rounds of {steps} steps"
+    )
+    stated = config.to_json(settings)
+    stated["data"]["path"] = None  # records travel
+    record: dict[str, Any] = {"suite": "train", "config": stated, "threads": torch.get_num_threads(), "rounds": rounds,
+                              "steps": steps, "opening_seconds": opening, "machine": machine(ROOT), "result": result}  # fmt: skip
+    if options.json:
+        write_json(options.json, record)
+    print(json.dumps(record))
+    return 0
+
+
+def _plain(loop: PlainLoop, batches: Iterator[Batch], steps: int) -> Timed:
+    return Timed(steps, lambda _: next(batches), lambda _, batch: loop(batch))
+
+
+def _endless(files: SliceFiles, batch_size: int, workers: int) -> Iterator[Batch]:
+    loader = DataLoader(files, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
+    while True:
+        for labels, image, noise in loader:
+            yield Batch(labels, image, noise)
+
+
+def _moved(
+    affine: NDArray[np.float32], labels: NDArray[np.uint8], image: NDArray[np.float32]
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """One item moved as Keras' generator does it, plane by plane: labels nearest, image linear."""
+    h, w = image.shape[-2:]
+    matrix = affine[::-1, 1::-1].astype(np.float64)  # (y, x) order
+    offset = (affine[::-1, 2] / 2 + 0.5) * [h, w] - 0.5 - matrix @ [(h - 1) / 2, (w - 1) / 2]
+
+    def planes(volume: NDArray[Any], order: int) -> NDArray[Any]:
+        return np.stack([ndimage.affine_transform(plane, matrix, offset, order=order) for plane in volume])
+
+    return planes(labels, 0), planes(image, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
