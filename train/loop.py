@@ -23,12 +23,12 @@ from runtime.contract import grid_to_json, labels_to_json
 from runtime.errors import UsageError, writing
 from runtime.files import write_text
 
-from . import augment, checkpoint, dataset
+from . import augment, checkpoint, dataset, run_report
 from . import config as configs
 from .config import RunConfig
 from .generator import Generator
 from .step import Batch, Step
-from .style import Styles
+from .style import Styles, move
 from .validation import Validation
 from .watch import Watch, note
 
@@ -94,7 +94,7 @@ class Training:
             self.step.load_state(tensors)
         t, intensity = config.training, configs.intensity(config)
         self.batches = dataset.Batches(cohort.train, t.batch_size, t.seed, intensity)
-        self.styles = Styles(cohort.train, self.step.classes, config.generator.style, t.seed) if config.generator.style else None
+        self.styles = Styles(cohort.train, self.step.classes, config.generator.style, t.seed, intensity) if config.generator.style else None
         self.validation = Validation(cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed)
         self.metrics: dict[str, Any] | None = None
         self.watch = Watch(folder, t.collapse_steps if config.loss.adversarial else 0)
@@ -134,8 +134,10 @@ class Training:
         if settings.active:
             affine = augment.draw(settings, len(labels), dataset.stream(self.config.training.seed, "augment", n))
             labels, image = augment.apply(torch.from_numpy(affine).to(self.device), labels, image)
-        style = None if self.styles is None else torch.from_numpy(self.styles(self.batches.slices(n), n)).to(self.device)
-        return Batch(labels, image, noise, style)
+        if self.styles is None:
+            return Batch(labels, image, noise)
+        style, shifts = (torch.from_numpy(array).to(self.device) for array in self.styles(self.batches.slices(n), n))
+        return Batch(labels, move(image, labels, shifts), noise, style)
 
     def _save(self) -> None:
         state = self.step.state()
@@ -156,7 +158,10 @@ class Training:
         self._sums, self._since = {}, self.done
         row: dict[str, Any] = {"losses": {name: round(value, 6) for name, value in losses.items()}}
         if validate:
-            self.metrics, painted = self.validation.measure(self.network(), self.device, self.config.training.batch_size)
+            net, n = self.network(), self.config.training.batch_size
+            self.metrics, painted = self.validation.measure(net, self.device, n)
+            if net.style:
+                self.metrics["diversity"] = self.validation.diversity(net, self.device, n, self.cohort.train)
             self.watch.painting(self.done, painted, self.validation.images)
             self.validation.draw(self.folder / "figures" / f"step-{self.done:08d}.png", painted, f"step {self.done}")
             row["metrics"] = self.metrics
@@ -171,7 +176,9 @@ class Training:
     def _finish(self) -> dict[str, Any]:
         net = self.network()
         metrics = self.metrics or self.validation.measure(net, self.device, self.config.training.batch_size)[0]
+        metrics["ceiling"] = self.validation.ceiling(self.cohort.train)
         checkpoint.write_run(self.folder, net, self.validation.labels, facts(self.config, self.cohort, self.done, metrics))
+        run_report.write(self.folder)
         return metrics
 
 
