@@ -10,7 +10,8 @@ import pytest
 import SimpleITK as sitk
 from samples import image
 
-from train.evaluate import body, body_mask, evaluate, organ, table, texture
+from train.evaluate import body, body_mask, ceiling, diversity, evaluate, organ, table, texture
+from train.metrics import scales_of, similarity, steps_along_z, wasserstein
 
 
 def thorax(shape: tuple[int, int, int] = (3, 64, 64)) -> tuple[np.ndarray, np.ndarray]:
@@ -117,3 +118,72 @@ def test_folders_are_compared_from_the_command_line(tmp_path: Path, command) -> 
     (tmp_path / "synthetic" / "b_ct.nii.gz").unlink()
     done = command(*arguments)
     assert done.returncode == 1 and "b_ct.nii.gz" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_wasserstein_distance_is_how_far_the_hu_must_move() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.integers(-100, 100, 5000)
+    assert wasserstein(a, a) == 0 and wasserstein(a, a + 37) == pytest.approx(37)
+    assert wasserstein(np.array([0, 10]), np.array([0])) == 5  # of unlike sizes
+    assert np.isnan(wasserstein(a, np.array([], int)))
+    ct, mask = thorax()
+    assert evaluate([ct + 12], [ct], [mask], ["heart"])["organs"]["heart"]["wasserstein"] == 12
+
+
+def test_slices_that_flicker_are_told_from_slices_that_agree() -> None:
+    ct, mask = thorax((4, 64, 64))
+    ct += (np.arange(4) * 10).astype(np.int16)[:, None, None]
+    flicker = ct.copy()
+    flicker[1::2] += 50  # the true step is 10, the painted ones 60, 40, 60
+    result = body([flicker], [ct], [mask], 2)
+    assert result is not None and result["z_difference"] == pytest.approx((50 + 30 + 50) / 3, abs=1)
+    same = body([ct + 500], [ct], [mask], 2)
+    assert same is not None and same["z_difference"] == 0  # a shift of all is another metric's matter
+    inside = np.zeros((2, 2, 2), bool)
+    inside[:, 0, 0] = True
+    assert steps_along_z(np.arange(8).reshape(2, 2, 2), inside).tolist() == [4]
+
+
+def test_ms_ssim_takes_the_scales_that_the_slices_allow() -> None:
+    assert [scales_of(side) for side in (8, 11, 64, 128, 176, 512)] == [0, 1, 3, 4, 5, 5]
+    ct = np.random.default_rng(0).integers(-500, 500, (2, 64, 64)).astype(np.int16)
+    same, other = similarity([ct], [ct]), similarity([ct], [ct[::-1]])
+    assert same == {"ssim": pytest.approx(1), "ms_ssim": pytest.approx(1), "scales": 3}
+    assert other["ssim"] < 0.1 and other["ms_ssim"] < 0.3
+    assert similarity([ct - 5000], [ct - 9000])["ssim"] == pytest.approx(1)  # beyond the limits all is the same
+
+
+def test_diversity_is_the_spread_over_variants_against_that_between_patients() -> None:
+    mask = np.ones((1, 16, 16), np.uint8)
+    variants = [[np.full(mask.shape, 300 + shift) for shift in (-20, 0, 20)]]
+    real = [np.array([value, np.nan]) for value in (200.0, 240, 280)]
+    result = diversity(variants, [mask], real, ["heart", "aorta"])
+    assert result["variants"] == 3 and result["organs"]["heart"] == {"spread": 20, "spread_true": 40, "ratio": 0.5}
+    assert result["organs"]["aorta"] == {"spread": None, "spread_true": None, "ratio": None}
+
+
+def test_the_ceiling_is_what_lies_between_real_patients() -> None:
+    ct, mask = thorax()
+    other = ct.copy()
+    other[mask == 1] += 30
+    result = ceiling([ct], [mask], [other], [mask], ["heart"])
+    assert result["organs"]["heart"]["wasserstein"] == 30 and result["body"]["z_difference"] == 0
+
+
+def test_variants_and_a_reference_are_measured_from_the_command_line(tmp_path: Path, cohort: Path, command) -> None:
+    for name in ("masks", "truth", "synthetic"):
+        (tmp_path / name).mkdir()
+    for path in sorted(cohort.glob("*_label.nii.gz"))[:2]:
+        case = path.name.removesuffix("_label.nii.gz")
+        (tmp_path / "masks" / f"{case}.nii.gz").write_bytes(path.read_bytes())
+        (tmp_path / "truth" / f"{case}.nii.gz").write_bytes((cohort / f"{case}_image.nii.gz").read_bytes())
+        ct = sitk.ReadImage(str(cohort / f"{case}_image.nii.gz"))
+        for variant in range(2):
+            sitk.WriteImage(sitk.Cast(ct + 40 * variant, sitk.sitkInt16), str(tmp_path / "synthetic" / f"{case}_v{variant}_ct.nii.gz"))
+    folders = [part for name in ("synthetic", "truth", "masks") for part in (f"--{name}", tmp_path / name)]
+    done = command("-m", "train.evaluate", *folders, "--reference", cohort)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["body"]["mae"] == 0 and result["similarity"]["ssim"] == 1
+    assert result["diversity"]["organs"]["left ventricle"]["spread"] == pytest.approx(40 / np.sqrt(2), abs=0.01)
+    assert result["ceiling"]["organs"]["left ventricle"]["wasserstein"] > 0

@@ -12,14 +12,14 @@ from samples import image
 
 from export.graph import LabelsToIntensity
 from export.parity import FP32_MAX, measure, random_inputs
-from runtime.contract import Manifest
+from runtime.contract import Intensity, Manifest
 from runtime.engines.onnx import OnnxEngine
 from runtime.errors import UsageError
 from runtime.synthesizer import Synthesizer
 from train.checkpoint import load_generator, load_run
-from train.dataset import Slices
+from train.dataset import Slices, to_unit
 from train.generator import Generator
-from train.style import JITTER, Styles, organ_medians, patient_styles
+from train.style import FRESH, Styles, move, organ_medians, patient_styles
 
 
 def patients(medians: np.ndarray) -> list[Slices]:
@@ -41,13 +41,14 @@ def test_styles_are_the_cohorts_principal_components_of_unit_variance() -> None:
     rng = np.random.default_rng(0)
     timing, dose = rng.standard_normal((2, 40))
     medians = 400 + np.outer(timing, [40, 40, 30, 5]) + np.outer(dose, [0, 3, -8, 20])
-    styles = patient_styles(medians, 2)
+    styles, effects = patient_styles(medians, 2)
     assert styles.shape == (40, 2) and styles.dtype == np.float32
     assert np.allclose(styles.mean(0), 0, atol=1e-5) and np.allclose(np.cov(styles.T, bias=True), np.eye(2), atol=1e-4)
     assert abs(np.corrcoef(styles[:, 0], timing)[0, 1]) > 0.95 and abs(np.corrcoef(styles[:, 1], dose)[0, 1]) > 0.95
+    assert np.allclose(medians.mean(0) + styles @ effects, medians, atol=0.01)  # two factors, two components
     lost = medians.copy()
     lost[3] = np.nan
-    assert np.allclose(patient_styles(lost, 2)[3], 0, atol=1e-5)  # nothing known: the mean patient
+    assert np.allclose(patient_styles(lost, 2)[0][3], 0, atol=1e-5)  # nothing known: the mean patient
 
 
 def test_more_style_than_the_patients_differ_in_is_refused_with_the_number() -> None:
@@ -59,14 +60,30 @@ def test_more_style_than_the_patients_differ_in_is_refused_with_the_number() -> 
         patient_styles(np.full((3, 2), 7.0), 1)
 
 
-def test_a_slices_style_is_its_patients_within_the_jitter_and_a_function_of_seed_and_step() -> None:
+UNIT = Intensity("HU", -1024, 1024)
+
+
+def test_a_slices_style_is_near_its_patients_and_a_function_of_seed_and_step() -> None:
     medians = np.array([[100.0], [200], [600]])
-    styles, own = Styles(patients(medians), 2, 1, seed=3), patient_styles(medians, 1)[:, 0]
-    many = np.concatenate([styles(np.arange(3), n) for n in range(2000)]).reshape(2000, 3)
-    assert np.allclose(many.mean(0), own * np.sqrt(1 - JITTER**2), atol=0.03) and np.allclose(many.std(0), JITTER, rtol=0.1)
+    styles, own = Styles(patients(medians), 2, 1, 3, UNIT), patient_styles(medians, 1)[0][:, 0]
+    many = np.concatenate([styles(np.arange(3), n)[0] for n in range(2000)]).reshape(2000, 3)
+    assert np.allclose(many.mean(0), own * np.sqrt(1 - FRESH**2), atol=0.05) and np.allclose(many.std(0), FRESH, rtol=0.1)
     assert abs(many.std() - 1) < 0.03
-    assert np.array_equal(styles(np.arange(3), 5), Styles(patients(medians), 2, 1, seed=3)(np.arange(3), 5))
-    assert not np.array_equal(styles(np.arange(3), 5), Styles(patients(medians), 2, 1, seed=4)(np.arange(3), 5))
+    again, other = (Styles(patients(medians), 2, 1, seed, UNIT)(np.arange(3), 5)[0] for seed in (3, 4))
+    assert np.array_equal(styles(np.arange(3), 5)[0], again) and not np.array_equal(again, other)
+
+
+def test_an_organ_is_moved_to_what_its_slices_style_says_and_the_background_stays() -> None:
+    medians = np.array([[100.0, 50], [200, 60], [600, 100]])
+    cohort = patients(medians)
+    styles, shifts = Styles(cohort, 3, 1, 3, UNIT)(np.arange(3), 0)
+    image = torch.from_numpy(np.stack([to_unit(p.image, UNIT) for p in cohort]))
+    labels = torch.from_numpy(np.concatenate([p.labels for p in cohort]))
+    moved = move(image, labels, torch.from_numpy(shifts)).numpy() * 2048 - 1024
+    said = medians.mean(0) + styles @ patient_styles(medians, 1)[1]
+    for index in (1, 2):
+        assert np.allclose(moved[labels.numpy() == index].reshape(3, -1)[:, 0], said[:, index - 1], atol=0.5)  # HU
+    assert np.allclose(moved[labels.numpy() == 0], 0, atol=0.01)
 
 
 @pytest.mark.parametrize("kind", ["reference", "unet", "edge"])

@@ -73,6 +73,7 @@ def test_a_run_leaves_what_it_promises(trained: Path, cohort: Path) -> None:
         "run.json",
         "config.json",
         "metrics.jsonl",
+        "report.html",
         "figures/step-00000006.png",
         "checkpoints/step-00000006/state.json",
     } <= files
@@ -81,8 +82,16 @@ def test_a_run_leaves_what_it_promises(trained: Path, cohort: Path) -> None:
     assert str(cohort) not in text and "ct_train" not in text  # run folders travel; patients' names do not
     data = json.loads(text)
     assert data["schema_version"] == 1 and data["step"] == 6 and data["noise"] is True and data["style"] == 0
-    assert data["data"]["patients"] == {"train": 3, "valid": 1, "test": 0} and set(data["metrics"]) == {"cases", "organs", "body"}
+    assert data["data"]["patients"] == {"train": 3, "valid": 1, "test": 0} and set(data["metrics"]) == {
+        "cases",
+        "organs",
+        "body",
+        "similarity",
+        "ceiling",
+    }
     assert data["weights"]["average"] == "ema" and [row["index"] for row in data["labels"]] == list(range(8))
+    page = (trained / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "left ventricle" in page and "W1 real-real" in page  # a figure, the curves
     assert (trained / "figures" / "step-00000006.png").read_bytes().startswith(b"\x89PNG")
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 6 and last["metrics"]["body"]["mae"] > 0 and last["seconds"] > 0

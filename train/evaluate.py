@@ -3,14 +3,17 @@
 Cases are volumes (D, H, W) of axial slices: synthetic and true HU, and model indices (0 is the background). All voxels of
 an organ are pooled over the cases.
 
-    python -m train.evaluate --synthetic DIR --truth DIR --masks DIR [--labels mm-whs] [--json FILE]
+    python -m train.evaluate --synthetic DIR --truth DIR --masks DIR [--reference DIR] [--labels mm-whs] [--json FILE]
 
-reads CASE.nii.gz from the masks and the truth, CASE_ct.nii.gz from the synthetic folder.
+reads CASE.nii.gz from the masks and the truth, CASE_ct.nii.gz from the synthetic folder, or CASE_v0_ct.nii.gz, CASE_v1_ct.nii.gz ...,
+whose diversity is measured too (the first is the one that is compared). The reference, other real patients as training
+reads them, tells what the distances are between real and real.
 """
 
 from __future__ import annotations
 
 import argparse
+import glob
 import json
 import sys
 from collections.abc import Iterable, Sequence
@@ -25,11 +28,13 @@ from runtime.errors import InputError, UsageError
 from runtime.files import write_json
 from runtime.labels import PRESETS
 
+from . import metrics
+from .metrics import LEAST_VOXELS, similarity, steps_along_z, wasserstein
+
 BODY_HU = -500  # between air and fat
 THIN = 128  # parts of an image W pixels wide that are no thicker than 2 W / THIN are not body: table, tubes
 TEXTURE_SIGMA = 2.0  # px; what a Gaussian of this width leaves over is texture
 EROSION = 1  # px that an organ loses at its border before its texture is measured
-LEAST_VOXELS = 50  # an organ with fewer is not reported
 
 _IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([0, 1, 0], bool)[:, None, None]  # 4 neighbours in the slice
 Volumes = Sequence[NDArray[Any]]
@@ -38,14 +43,27 @@ Volumes = Sequence[NDArray[Any]]
 def evaluate(synthetic: Volumes, truth: Volumes, masks: Volumes, names: Sequence[str]) -> dict[str, Any]:
     """Metrics of painted cases against true ones, in HU. `names`: of the indices 1, 2, ...
 
-    Returns {"cases", "organs": {name: ...}, "body": ...}: see `organ` and `body`. An organ that is (almost) absent is null.
+    Returns {"cases", "organs": {name: ...}, "body": ..., "similarity": ...}: see `organ`, `body` and `metrics.similarity`. An organ
+    that is (almost) absent is null.
     """
     organs = {name: organ(synthetic, truth, masks, index) for index, name in enumerate(names, 1)}
-    return {"cases": len(truth), "organs": organs, "body": body(synthetic, truth, masks, len(names) + 1)}
+    whole = body(synthetic, truth, masks, len(names) + 1)
+    return {"cases": len(truth), "organs": organs, "body": whole, "similarity": _plain(**similarity(synthetic, truth))}
+
+
+def ceiling(truth: Volumes, masks: Volumes, others: Volumes, other_masks: Volumes, names: Sequence[str]) -> dict[str, Any]:
+    """The distances of `evaluate` between two groups of real patients: see `metrics.ceiling`."""
+    insides = [[body_mask(v) for v in volumes] for volumes in (truth, others)]
+    return _plain_tree(metrics.ceiling(truth, masks, others, other_masks, insides, names))
+
+
+def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArray[np.float64]], names: Sequence[str]) -> dict[str, Any]:
+    """`metrics.diversity`, as JSON data."""
+    return _plain_tree(metrics.diversity(variants, masks, real, names))
 
 
 def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int) -> dict[str, float] | None:
-    """Median, interquartile range and texture of one organ, painted and true, over its voxels in all cases."""
+    """Median, interquartile range and texture of one organ, painted and true, and the distance of their HU, over all cases' voxels."""
     inside = [mask == index for mask in masks]
     voxels = sum(int(m.sum()) for m in inside)
     if voxels < LEAST_VOXELS:
@@ -55,17 +73,19 @@ def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int) -> dic
     sd, true_sd = texture(synthetic, inside), texture(truth, inside)
     return _plain(
         voxels=voxels, median=median, median_true=true_median, median_error=median - true_median, iqr=q3 - q1, iqr_true=t3 - t1,
-        texture=sd, texture_true=true_sd, texture_ratio=sd / true_sd if true_sd else float("nan"),
+        wasserstein=wasserstein(painted, true), texture=sd, texture_true=true_sd, texture_ratio=sd / true_sd if true_sd else float("nan"),
     )  # fmt: skip
 
 
 def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int) -> dict[str, float] | None:
     """Mean absolute error inside the true body, and its ratio to that of mean painting (None without a body).
 
-    Mean painting gives every label, and the rest of the body, its own true mean in that case.
+    Mean painting gives every label, and the rest of the body, its own true mean in that case. `z_difference`: the distance in HU
+    between the painted and the true distribution of |I(z+1) - I(z)|.
     """
     error = baseline = 0.0
     voxels = 0
+    steps: list[list[NDArray[np.int32]]] = [[], []]
     for painted, true, mask in zip(synthetic, truth, masks, strict=True):
         inside = body_mask(true)
         t, region = true[inside].astype(np.float64), mask[inside]
@@ -74,10 +94,16 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int) -> di
         error += float(np.abs(painted[inside] - t).sum())
         baseline += float(np.abs(means[region] - t).sum())
         voxels += t.size
+        for found, volume in zip(steps, (painted, true), strict=True):
+            found.append(steps_along_z(volume, inside))
     if not voxels:
         return None
     return _plain(
-        voxels=voxels, mae=error / voxels, mae_mean_painting=baseline / voxels, mae_ratio=error / baseline if baseline else float("nan")
+        voxels=voxels,
+        mae=error / voxels,
+        mae_mean_painting=baseline / voxels,
+        mae_ratio=error / baseline if baseline else float("nan"),
+        z_difference=wasserstein(*(np.concatenate(found) for found in steps)),
     )
 
 
@@ -104,19 +130,37 @@ def texture(volumes: Volumes, inside: Sequence[NDArray[np.bool_]]) -> float:
     return float(np.std(np.concatenate(rest))) if rest else float("nan")
 
 
-def table(metrics: dict[str, Any]) -> str:
+def table(result: dict[str, Any]) -> str:
     """The metrics for a person."""
-    rows = [f"{'':<18}{'median':>8}{'true':>8}{'error':>8}{'IQR':>8}{'true':>8}{'texture':>9}{'true':>8}{'ratio':>7}"]
-    for name, o in metrics["organs"].items():
+    rows = [f"{'':<18}{'median':>8}{'true':>8}{'error':>8}{'IQR':>8}{'true':>8}{'texture':>9}{'true':>8}{'ratio':>7}{'W1':>7}"]
+    for name, o in result["organs"].items():
         if o is None:
             rows.append(f"{name:<18}{'(absent)':>8}")
             continue
         numbers = (o["median"], o["median_true"], o["median_error"], o["iqr"], o["iqr_true"])
-        ratio = "" if o["texture_ratio"] is None else f"{o['texture']:9.1f}{o['texture_true']:8.1f}{o['texture_ratio']:7.2f}"
+        ratio = (
+            ""
+            if o["texture_ratio"] is None
+            else f"{o['texture']:9.1f}{o['texture_true']:8.1f}{o['texture_ratio']:7.2f}{o['wasserstein']:7.0f}"
+        )
         rows.append(f"{name:<18}" + "".join(f"{n:8.0f}" for n in numbers) + ratio)
-    if b := metrics["body"]:
+    if b := result["body"]:
         ratio = "" if b["mae_ratio"] is None else f", ratio {b['mae_ratio']:.3f}"
         rows.append(f"body: MAE {b['mae']:.1f} HU, mean painting {b['mae_mean_painting']:.1f} HU{ratio}")
+        if b["z_difference"] is not None:
+            rows.append(f"body: distance of |I(z+1) - I(z)| {b['z_difference']:.1f} HU")
+    if found := result.get("similarity"):
+        rows.append(
+            f"SSIM {found['ssim']:.3f}" + (f", MS-SSIM {found['ms_ssim']:.3f} ({found['scales']} scales)" if found["scales"] else "")
+        )
+    for name, o in result.get("diversity", {}).get("organs", {}).items():
+        if o["ratio"] is not None:
+            rows.append(
+                f"{name:<18} median's spread {o['spread']:.0f} HU over styles, {o['spread_true']:.0f} between patients: {o['ratio']:.2f}"
+            )
+    for name, o in result.get("ceiling", {}).get("organs", {}).items():
+        if o["wasserstein"] is not None:
+            rows.append(f"{name:<18} W1 {o['wasserstein']:.0f} HU between real and real")
     return "\n".join(rows)
 
 
@@ -125,25 +169,52 @@ def _plain(**numbers: float) -> dict[str, Any]:
     return {k: v if isinstance(v, int) else round(float(v), 4) if np.isfinite(v) else None for k, v in numbers.items()}
 
 
-def read_cases(synthetic: Path, truth: Path, masks: Path, labels: str) -> tuple[list[NDArray[Any]], list[NDArray[Any]], list[NDArray[Any]]]:
-    """The volumes of all cases in `masks`, as axial slices. Raises `UsageError` or `InputError`, naming the file."""
+def _plain_tree(tree: Any) -> Any:
+    return {key: _plain_tree(value) if isinstance(value, dict) else _plain(**{key: value})[key] for key, value in tree.items()}
+
+
+Arrays = list[NDArray[Any]]
+
+
+def read_cases(synthetic: Path, truth: Path, masks: Path, labels: str) -> tuple[Arrays, Arrays, Arrays]:
+    """(painted, true, masks) of all cases in `masks`, as axial slices. Raises `UsageError` or `InputError`, naming the file."""
+    variants, true, found = read_variants(synthetic, truth, masks, labels)
+    return [volumes[0] for volumes in variants], true, found
+
+
+def read_variants(synthetic: Path, truth: Path, masks: Path, labels: str) -> tuple[list[Arrays], Arrays, Arrays]:
+    """As `read_cases`, with all variants CASE_v0_ct.nii.gz, CASE_v1_ct.nii.gz ... of each case where there are any."""
     from runtime.io.nifti import read_labels, read_volume
 
     cases = sorted(p for p in masks.glob("*.nii.gz") if not p.name.startswith(".")) if masks.is_dir() else []
     if not cases:
         raise UsageError("there are no masks", expected="a folder of CASE.nii.gz", remedy="check --masks", file=masks)
-    result: tuple[list[NDArray[Any]], list[NDArray[Any]], list[NDArray[Any]]] = ([], [], [])
+    variants, true, found = [], [], []
+
+    def read(file: Path, shape: tuple[int, ...]) -> NDArray[Any]:
+        values = read_volume(file).values
+        if values.shape != shape:
+            raise InputError(f"{file.name} has {values.shape} voxels, its mask {shape}", expected="the mask's grid",
+                             remedy="compare volumes of the same case", file=file)  # fmt: skip
+        return values
+
     for path in cases:
-        mask = read_labels(path, PRESETS[labels])
-        files = (synthetic / f"{path.name.removesuffix('.nii.gz')}_ct.nii.gz", truth / path.name)
-        for volumes, file in zip(result, files, strict=False):
-            values = read_volume(file).values
-            if values.shape != mask.labels.shape:
-                raise InputError(f"{file.name} has {values.shape} voxels, its mask {mask.labels.shape}", expected="the mask's grid",
-                                 remedy="compare volumes of the same case", file=file)  # fmt: skip
-            volumes.append(values)
-        result[2].append(mask.labels)
-    return result
+        mask, case = read_labels(path, PRESETS[labels]).labels, path.name.removesuffix(".nii.gz")
+        files = sorted(synthetic.glob(f"{glob.escape(case)}_v[0-9]*_ct.nii.gz")) or [synthetic / f"{case}_ct.nii.gz"]
+        variants.append([read(file, mask.shape) for file in files])
+        true.append(read(truth / path.name, mask.shape))
+        found.append(mask)
+    return variants, true, found
+
+
+def read_reference(folder: Path, labels: str) -> tuple[Arrays, Arrays]:
+    """(images, masks) of the real patients in a folder that training could read. Raises `UsageError` or `InputError`."""
+    from runtime.io.nifti import read_labels, read_volume
+
+    from .dataset import find_pairs
+
+    pairs = find_pairs(folder)
+    return [read_volume(pair.image).values for pair in pairs], [read_labels(pair.label, PRESETS[labels]).labels for pair in pairs]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -151,15 +222,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m train.evaluate", description="compare painted CTs with true ones")
     for name in ("synthetic", "truth", "masks"):
         parser.add_argument(f"--{name}", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--reference", type=Path, metavar="DIR", help="other real patients: also measure real against real")
     parser.add_argument("--labels", choices=sorted(PRESETS), default="mm-whs", help="label table of the masks")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics here")
     args = parser.parse_args(argv)
-    volumes = read_cases(args.synthetic, args.truth, args.masks, args.labels)
-    metrics = evaluate(*volumes, organ_names(args.labels))
-    print(table(metrics))
+    names = organ_names(args.labels)
+    variants, truth, masks = read_variants(args.synthetic, args.truth, args.masks, args.labels)
+    result = evaluate([volumes[0] for volumes in variants], truth, masks, names)
+    if min(map(len, variants)) > 1:
+        real = [metrics.medians(image, mask, len(names) + 1) for image, mask in zip(truth, masks, strict=True)]
+        result["diversity"] = diversity(variants, masks, real, names)
+    if args.reference:
+        result["ceiling"] = ceiling(truth, masks, *read_reference(args.reference, args.labels), names)
+    print(table(result))
     if args.json:
-        write_json(args.json, metrics)
-    print(json.dumps(metrics))
+        write_json(args.json, result)
+    print(json.dumps(result))
     return 0
 
 

@@ -23,14 +23,14 @@ from runtime.contract import grid_to_json, labels_to_json
 from runtime.errors import ModelError, UsageError, writing
 from runtime.files import write_text
 
-from . import augment, checkpoint, dataset, evaluate
+from . import augment, checkpoint, dataset, evaluate, run_report
 from . import config as configs
 from .cache import SliceCache
 from .config import RunConfig
 from .generator import Generator
 from .ranks import ALONE, Ranks
 from .step import Batch, Step
-from .style import Styles
+from .style import Styles, move
 from .validation import Validation
 from .watch import Watch, note
 
@@ -108,7 +108,7 @@ class Training:
                                  remedy="go on with the version that wrote it, or start anew in another --output", file=resume_from) from exc  # fmt: skip
         t, intensity = config.training, configs.intensity(config)
         self.batches = dataset.Batches(cohort.train, t.batch_size, t.seed, intensity, ranks.rank, ranks.world)
-        self.styles = Styles(cohort.train, self.step.classes, config.generator.style, t.seed) if config.generator.style else None
+        self.styles = Styles(cohort.train, self.step.classes, config.generator.style, t.seed, intensity) if config.generator.style else None
         self.validation = Validation(cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed)
         self.metrics: dict[str, Any] | None = None
         self.watch = Watch(folder, t.collapse_steps if config.loss.adversarial else 0)
@@ -151,8 +151,11 @@ class Training:
                 self.batches.part
             ]
             labels, image = augment.apply(torch.from_numpy(affine).to(self.device), labels, image)
-        style = None if self.styles is None else torch.from_numpy(self.styles(self.batches.slices(n), n)[self.batches.part]).to(self.device)
-        return Batch(labels, image, noise, style)
+        if self.styles is None:
+            return Batch(labels, image, noise)
+        part = self.batches.part
+        style, shifts = (torch.from_numpy(array[part]).to(self.device) for array in self.styles(self.batches.slices(n), n))
+        return Batch(labels, move(image, labels, shifts), noise, style)
 
     def _advance(self) -> None:
         losses = self.step(self.done, self.batch(self.done))
@@ -171,7 +174,10 @@ class Training:
             return
         row: dict[str, Any] = {"losses": {name: round(value, 6) for name, value in losses.items()}}
         if validate:
-            self.metrics, painted = self.validation.measure(self.network(), self.device, self.config.training.batch_size)
+            net, n = self.network(), self.config.training.batch_size
+            self.metrics, painted = self.validation.measure(net, self.device, n)
+            if net.style:
+                self.metrics["diversity"] = self.validation.diversity(net, self.device, n, self.cohort.train)
             self.watch.painting(self.done, painted, self.validation.images)
             self.validation.draw(self.folder / "figures" / f"step-{self.done:08d}.png", painted, f"step {self.done}")
             row["metrics"] = self.metrics
@@ -208,7 +214,9 @@ class Training:
             return {}
         net = self.network()
         metrics = self.metrics or self.validation.measure(net, self.device, self.config.training.batch_size)[0]
+        metrics["ceiling"] = self.validation.ceiling(self.cohort.train)
         checkpoint.write_run(self.folder, net, self.validation.labels, facts(self.config, self.cohort, self.done, metrics))
+        run_report.write(self.folder)
         return metrics
 
 

@@ -112,10 +112,8 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
         losses.plot(*zip(*points, strict=True), label=name, linewidth=1)
     losses.set(title="training losses", xlabel="step", yscale="log")
     losses.legend(fontsize=8)
-    measured = [(line["step"], line["metrics"]) for line in lines if line.get("metrics")]
-    held_out.plot(
-        [s for s, _ in measured], [v["body"]["mae_ratio"] for _, v in measured], "o-", color="black", label="body error / mean painting"
-    )
+    bodies = [(line["step"], line["metrics"]["body"]["mae_ratio"]) for line in lines if line.get("metrics", {}).get("body")]
+    held_out.plot([s for s, _ in bodies], [ratio for _, ratio in bodies], "o-", color="black", label="body error / mean painting")
     held_out.set(title="held-out patients", xlabel="step", ylim=(0, None))
     held_out.legend(fontsize=8)
     for axis in (losses, held_out):

@@ -15,6 +15,9 @@ from torch.nn import functional
 WIDEST = 8  # channels double with depth up to so many times the first layer's
 BN_MOMENTUM = 0.2  # 0.8 in Keras' convention
 LEAK = 0.2
+import os
+
+STYLE_GAIN = float(os.environ.get("GAIN", "1"))
 
 
 def same_conv4(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -25,8 +28,8 @@ def same_conv4(channels_in: int, channels_out: int) -> nn.Sequential:
 class Modulation(nn.Module):
     """Features scaled and shifted as the style says: x * (1 + A s) + B s (FiLM, Perez et al., AAAI 2018).
 
-    No bias and zeros at first: the style 0, the mean patient's, leaves the features as they are. Per-sample factors after the
-    batch normalisation, which still folds into its convolution.
+    No bias and zeros at first: the style 0, the mean patient's, leaves the features as they are. These per-sample factors come
+    after the batch normalisation, which still folds into its convolution.
     """
 
     def __init__(self, style: int, width: int):
@@ -38,7 +41,7 @@ class Modulation(nn.Module):
         """`x` (N, C, H, W), `style` (N, S) or None for 0."""
         if style is None:
             return x
-        scale, shift = self.factors(style)[:, :, None, None].chunk(2, 1)
+        scale, shift = self.factors(STYLE_GAIN * style)[:, :, None, None].chunk(2, 1)
         return x * (1 + scale) + shift
 
 

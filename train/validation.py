@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,28 @@ from numpy.typing import NDArray
 from runtime.contract import Intensity, LabelTable
 
 from .dataset import Slices, from_unit, noise_bytes
-from .evaluate import evaluate
+from .evaluate import ceiling, diversity, evaluate
 from .figures import WINDOW_HU, comparison
 from .generator import Generator, one_hot, standardise_noise
+from .style import organ_medians
+
+STYLES = 16  # in which the held-out masks are painted to measure diversity
+DIVERSE_SLICES = 24  # of them, at most
 
 
 class Validation:
-    """Up to `most` slices of `patients`, evenly spaced, with fixed noise: two moments differ by the network alone."""
+    """Up to `most` slices of `patients`, evenly spaced, with fixed noise: two moments differ by the network alone.
+
+    A network that takes a style paints the mean patient's, and for its diversity `STYLES` of them, fixed too.
+    """
 
     def __init__(self, patients: tuple[Slices, ...], most: int, table: LabelTable, intensity: Intensity, seed: int):
         total = sum(map(len, patients))
-        share = min(1.0, most / total)
-        self._cases = [_evenly(p, max(1, round(share * len(p)))) for p in patients]
-        self._table, self._intensity = table, intensity
+        self._share = min(1.0, most / total)
+        self._cases = [_evenly(p, max(1, round(self._share * len(p)))) for p in patients]
+        self.masks = [_middle(case) for case in self._cases]
+        self._table, self._intensity, self._seed = table, intensity, seed
+        self._names = [label.name for label in table.labels[1:]]
         self._noise = [noise_bytes(c.image.shape, seed, n) for n, c in enumerate(self._cases)]
 
     @property
@@ -43,14 +53,28 @@ class Validation:
             paint(net, case.labels, noise, len(self._table), self._intensity, device, batch_size)
             for case, noise in zip(self._cases, self._noise, strict=True)
         ]
-        names = [label.name for label in self._table.labels[1:]]
-        masks = [case.labels[:, case.labels.shape[1] // 2] for case in self._cases]
-        return evaluate(painted, self.images, masks, names), painted
+        return evaluate(painted, self.images, self.masks, self._names), painted
+
+    def diversity(self, net: Generator, device: torch.device, batch_size: int, train: Sequence[Slices]) -> dict[str, Any]:
+        """train/metrics.py's `diversity` of a network with a style: the first patient's labelled slices in many styles."""
+        case, noise = self._cases[0], self._noise[0]
+        labelled = np.flatnonzero(self.masks[0].any((1, 2)))
+        chosen = labelled[np.linspace(0, len(labelled) - 1, min(len(labelled), DIVERSE_SLICES)).round().astype(int)]
+        styles = np.random.default_rng(self._seed).standard_normal((STYLES, net.style), np.float32)
+        variants = [
+            paint(net, case.labels[chosen], noise[chosen], len(self._table), self._intensity, device, batch_size, style) for style in styles
+        ]
+        return diversity([variants], [self.masks[0][chosen]], list(organ_medians(train, len(self._table))), self._names)
+
+    def ceiling(self, train: Sequence[Slices]) -> dict[str, Any]:
+        """What lies between the held-out and the training patients: train/metrics.py's `ceiling`, on slices as far apart."""
+        others = [_evenly(p, max(1, round(self._share * len(p)))) for p in train]
+        return ceiling(self.images, self.masks, [p.image for p in others], [_middle(p) for p in others], self._names)
 
     def draw(self, path: Path, painted: list[NDArray[np.int16]], title: str) -> None:
         """The three slices with the most kinds of labels apart from each other, of the first patient."""
         case, generated = self._cases[0], painted[0]
-        masks = case.labels[:, case.labels.shape[1] // 2]
+        masks = self.masks[0]
         labelled = np.flatnonzero(masks.any((1, 2)))
         if not len(labelled):
             labelled = np.arange(len(masks))
@@ -61,16 +85,24 @@ class Validation:
 
 
 def paint(net: Generator, labels: NDArray[np.uint8], noise: NDArray[np.uint8], classes: int, intensity: Intensity,
-          device: torch.device, batch_size: int = 8) -> NDArray[np.int16]:  # fmt: skip
-    """`labels` uint8 (n, Z, H, W), `noise` uint8 (n, H, W) → HU int16 (n, H, W), with `net` in eval mode."""
+          device: torch.device, batch_size: int = 8, style: NDArray[np.float32] | None = None) -> NDArray[np.int16]:  # fmt: skip
+    """`labels` uint8 (n, Z, H, W), `noise` uint8 (n, H, W) → HU int16 (n, H, W), with `net` in eval mode.
+
+    `style` (S,): of all slices, as of one patient; None: 0.
+    """
     out = []
     for at in range(0, len(labels), batch_size):
         condition = one_hot(torch.from_numpy(labels[at : at + batch_size]).to(device), classes)
         bytes_ = torch.from_numpy(noise[at : at + batch_size, None]).to(device)
+        vector = None if style is None else torch.from_numpy(style).to(device).expand(len(condition), -1)
         with torch.no_grad():
-            image = net(condition.contiguous(memory_format=torch.channels_last), standardise_noise(bytes_) if net.noisy else None)
+            image = net(condition.contiguous(memory_format=torch.channels_last), standardise_noise(bytes_) if net.noisy else None, vector)
         out.append(from_unit(image[:, 0].cpu().numpy(), intensity))
     return np.concatenate(out)
+
+
+def _middle(patient: Slices) -> NDArray[np.uint8]:
+    return patient.labels[:, patient.labels.shape[1] // 2]
 
 
 def _evenly(patient: Slices, count: int) -> Slices:

@@ -1,0 +1,127 @@
+"""Distances between painted and real CTs beyond medians and errors: distributions, structure, slices that agree, diversity.
+
+Cases are volumes (D, H, W) of axial slices in integer HU, as in train/evaluate.py, which puts these figures together. A distance
+means something beside the same distance between two groups of real patients: `ceiling`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import wasserstein_distance
+
+from runtime.errors import MissingComponent
+
+KERNEL = 11  # px, of the Gaussian window (sigma 1.5) of Wang et al.
+BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales of MS-SSIM (Wang, Simoncelli, Bovik 2003)
+LIMITS_HU = (-1024.0, 1024.0)  # images are clipped to them, and their range is SSIM's
+AT_ONCE = 8  # slices
+LEAST_VOXELS = 50  # a region with fewer has no median
+
+Volumes = Sequence[NDArray[Any]]
+
+
+def wasserstein(a: NDArray[Any], b: NDArray[Any]) -> float:
+    """Wasserstein-1 distance in HU between two samples of integers, of any sizes; NaN when one is empty."""
+    if not a.size or not b.size:
+        return float("nan")
+    (x, u), (y, v) = (np.unique(values, return_counts=True) for values in (a, b))
+    return float(wasserstein_distance(x, y, u, v))
+
+
+def steps_along_z(volume: NDArray[Any], inside: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """|I(z+1) - I(z)| of all voxels that are inside in both slices, in HU: their distribution tells slices that do not agree."""
+    both = inside[1:] & inside[:-1]
+    steps: NDArray[np.int32] = np.abs(np.diff(volume.astype(np.int32), axis=0))[both]
+    return steps
+
+
+def similarity(a: Volumes, b: Volumes) -> dict[str, float]:
+    """Mean SSIM and MS-SSIM (torchmetrics) over the slices of all pairs, HU clipped to `LIMITS_HU`, and the number of `scales`.
+
+    MS-SSIM takes as many of the five scales as the side of the slices allows with the usual window, their weights summing to 1
+    (128 pixels: 4). Without any, it is NaN.
+    """
+    import torch
+
+    try:
+        from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
+        from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+    except ImportError as exc:
+        raise MissingComponent(
+            f"SSIM needs torchmetrics: {exc}", expected="torchmetrics", remedy="pip install torchmetrics lightning-utilities"
+        ) from exc
+    low, high = LIMITS_HU
+    sums, count, scales = np.zeros(2), 0, scales_of(min(a[0].shape[1:]))
+    betas = tuple(beta / sum(BETAS[:scales]) for beta in BETAS[:scales])
+    for volumes in zip(a, b, strict=True):
+        for at in range(0, len(volumes[0]), AT_ONCE):
+            x, y = (torch.from_numpy(v[at : at + AT_ONCE].astype(np.float32)[:, None]).clamp(low, high) for v in volumes)
+            found: Any = ssim(x, y, data_range=high - low, kernel_size=KERNEL)
+            many = ms_ssim(x, y, data_range=high - low, kernel_size=KERNEL, betas=betas, normalize="relu") if scales else np.nan
+            sums += len(x) * np.array([float(found), float(many)])
+            count += len(x)
+    return {"ssim": float(sums[0] / count), "ms_ssim": float(sums[1] / count), "scales": scales}
+
+
+def scales_of(side: int) -> int:
+    """How many scales of MS-SSIM slices of `side` pixels allow: the window must fit into the coarsest."""
+    return sum(side // 2**n > (KERNEL - 1) for n in range(len(BETAS)))
+
+
+def medians(volume: NDArray[Any], mask: NDArray[Any], classes: int) -> NDArray[np.float64]:
+    """Median HU of the labels 1, 2, ... (classes - 1,); NaN where there is (almost) nothing."""
+    regions = [volume[mask == index] for index in range(1, classes)]
+    return np.array([np.median(region) if region.size >= LEAST_VOXELS else np.nan for region in regions])
+
+
+def spread(per_case: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Standard deviation of each organ over cases (rows of medians), NaN of fewer than two."""
+    table = np.stack(per_case)
+    known = ~np.isnan(table)
+    count = known.sum(0)
+    centred = np.where(known, table - np.where(known, table, 0).sum(0) / np.maximum(count, 1), 0)
+    return np.where(count > 1, np.sqrt((centred**2).sum(0) / np.maximum(count - 1, 1)), np.nan)
+
+
+def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArray[np.float64]], names: Sequence[str]) -> dict[str, Any]:
+    """How much the paintings of one mask differ. `variants`: per mask its paintings; `real`: medians of real patients.
+
+    Per organ the spread of its median over the paintings of one mask (root mean square over masks), the spread between the real
+    patients, and their ratio (1: as diverse as patients are); MS-SSIM between the first two paintings, averaged over masks.
+    """
+    classes = len(names) + 1
+    each = np.stack([spread([medians(v, mask, classes) for v in painted]) for painted, mask in zip(variants, masks, strict=True)])
+    known = ~np.isnan(each)
+    ours = np.sqrt((np.where(known, each, 0) ** 2).sum(0) / np.where(known.any(0), known.sum(0), np.nan))
+    true = spread(real)
+    organs = {
+        name: {"spread": float(s), "spread_true": float(t), "ratio": float(s / t) if t > 0 else float("nan")}
+        for name, s, t in zip(names, ours, true, strict=True)
+    }
+    return {"variants": min(map(len, variants)), "organs": organs, **similarity([v[0] for v in variants], [v[1] for v in variants])}
+
+
+def ceiling(
+    one: Volumes, one_masks: Volumes, other: Volumes, other_masks: Volumes, insides: Sequence[Volumes], names: Sequence[str]
+) -> Any:
+    """What two groups of real patients have between them: the distances no painting can be expected to beat.
+
+    `insides`: the body of each case, of the two groups. {"organs": {name: {"wasserstein"}}, "body": {"z_difference"}}.
+    """
+
+    def pooled(volumes: Volumes, masks: Volumes, index: int) -> NDArray[Any]:
+        return np.concatenate([v[m == index] for v, m in zip(volumes, masks, strict=True)])
+
+    organs = {
+        name: {"wasserstein": wasserstein(pooled(one, one_masks, index), pooled(other, other_masks, index))}
+        for index, name in enumerate(names, 1)
+    }
+    steps = [
+        np.concatenate([steps_along_z(v, i) for v, i in zip(volumes, inside, strict=True)])
+        for volumes, inside in zip((one, other), insides, strict=True)
+    ]
+    return {"organs": organs, "body": {"z_difference": wasserstein(*steps)}}
