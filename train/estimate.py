@@ -16,6 +16,7 @@ from runtime.console import duration
 from . import config as configs
 from . import dataset
 from .config import RunConfig
+from .layouts import find
 from .loop import choose_device, set_threads
 from .step import Batch, Step
 
@@ -46,15 +47,18 @@ def data_table(config: RunConfig) -> str:
     """Patients and axial slices per split, from headers; of a phantom, from its config."""
     policy = configs.grid_policy(config)
     if config.data.path is not None:
-        counts = dataset.slice_counts(dataset.find_pairs(Path(config.data.path)), policy)
-        source = config.data.path
+        layout = find(Path(config.data.path), config.data)
+        counts = dataset.slice_counts(layout.pairs, policy)
+        parts = dataset.assign(layout.pairs, config.data)
+        source = f"{config.data.path}: {layout.says}"
     elif config.data.phantom is not None:
         counts = [config.data.phantom.size[0]] * config.data.phantom.patients
+        parts = dataset.split(len(counts), config.data)
         source = f"phantom, seed {config.data.phantom.seed}"
     else:
         return "data           none: give --dataset-path DIR"
     rows = [f"data           {source}", f"{'split':<14} patients  slices"]
-    for name, numbers in dataset.split(len(counts), config.data).items():
+    for name, numbers in parts.items():
         rows.append(f"{name:<14} {len(numbers):8d} {sum(counts[n] for n in numbers):7d}")
     return "\n".join(rows)
 

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,12 @@ from runtime.contract import grid_to_json, labels_to_json
 from runtime.errors import Mask2CTError, UsageError, writing
 from runtime.files import write_text
 
-from . import augment, checkpoint, dataset
+from . import augment, checkpoint, dataset, evaluate, figures
 from . import config as configs
 from .config import RunConfig
 from .generator import Generator
+from .layouts import find
+from .loggers import Loggers
 from .step import Batch, Step
 from .validation import Validation
 
@@ -66,8 +68,12 @@ def open_cohort(config: RunConfig, folder: Path, *, quiet: bool = False) -> data
                 remedy="give --dataset-path DIR",
             )
         path = str(_phantom(config.data.phantom, folder / "data", quiet))
-    pairs = dataset.find_pairs(Path(path))
-    return dataset.load_cohort(pairs, config.data, configs.label_table(config.data), configs.grid_policy(config), configs.intensity(config))
+    pairs = find(Path(path), config.data).pairs
+    table, intensity = configs.label_table(config.data), configs.intensity(config)
+    cohort = dataset.load_cohort(pairs, config.data, table, configs.grid_policy(config), intensity)
+    if not quiet:
+        print(cohort.table(table, intensity), file=sys.stderr)
+    return cohort
 
 
 def _phantom(phantom: configs.PhantomConfig, folder: Path, quiet: bool) -> Path:
@@ -87,6 +93,7 @@ class Training:
 
     def __init__(self, config: RunConfig, folder: Path, cohort: dataset.Cohort, resume_from: Path | None = None, *, quiet: bool = False):
         self.config, self.folder, self.cohort = config, folder, cohort
+        self._quiet = quiet
         self.device, reason = choose_device(config)
         threads = set_threads(config)
         if not quiet:
@@ -99,7 +106,6 @@ class Training:
         self.batches = dataset.Batches(cohort.train, t.batch_size, t.seed, intensity)
         self.validation = Validation(cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed)
         self.metrics: dict[str, Any] | None = None
-        self._log = _Log(folder / checkpoint.METRICS, self.done)
         self._progress = Progress("training", t.steps, unit="steps", quiet=quiet)
         self._sums: dict[str, Tensor] = {}
         self._since = self.done
@@ -110,7 +116,11 @@ class Training:
         Raises `Diverged` on a loss that is no number, KeyboardInterrupt after the checkpoint that Ctrl-C asks for.
         """
         t = self.config.training
-        with _graceful() as interrupted:
+        self._log = _Log(self.folder / checkpoint.METRICS, self.done)
+        moments = {round(share * t.steps) for share in figures.MOMENTS}
+        with _graceful() as interrupted, closing(Loggers(self.config, self.folder, quiet=self._quiet)) as self._loggers:
+            if self.done == 0:
+                self._snapshot()
             while self.done < t.steps:
                 self._advance()
                 end = self.done == t.steps
@@ -118,6 +128,8 @@ class Training:
                 log, validate, save = (self.done % every == 0 for every in (t.log_every, t.valid_every, t.checkpoint_every))
                 if log or validate or save or end or stop:
                     self._report(validate=validate or end)
+                if self.done in moments:
+                    self._snapshot()
                 if save or end or stop:
                     checkpoint.save(self.folder, self.done, self.step.state(), t.keep_checkpoints)
                 if stop:
@@ -133,8 +145,7 @@ class Training:
         labels, image, noise = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in self.batches[n])
         settings = self.config.augment
         if settings.active:
-            affine = augment.draw(settings, len(labels), dataset.stream(self.config.training.seed, "augment", n))
-            labels, image = augment.apply(torch.from_numpy(affine).to(self.device), labels, image)
+            labels, image = augment.augment(settings, labels, image, dataset.stream(self.config.training.seed, "augment", n))
         return Batch(labels, image, noise)
 
     def _advance(self) -> None:
@@ -156,7 +167,12 @@ class Training:
             self.validation.draw(self.folder / "figures" / f"step-{self.done:08d}.png", painted, f"step {self.done}")
             row["metrics"] = self.metrics
         self._log.write(self.done, row)
+        self._loggers.write(self.done, dict(evaluate.flat(row)))
         self._progress.update(self.done, _note(losses))
+
+    def _snapshot(self) -> None:
+        """Three fixed held-out slices as they are painted now, for train/figures.py."""
+        figures.write_snapshot(self.folder, self.done, *self.validation.sample(self.network(), self.device))
 
     def network(self) -> Generator:
         """The averaged generator, in eval mode, its batch statistics measured anew on training batches."""

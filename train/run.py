@@ -25,13 +25,28 @@ def parser() -> argparse.ArgumentParser:
         prog="python train/run.py", description="Train a generator that paints CT from label masks.", epilog=console.EXIT_CODES
     )
     p.add_argument("--config", type=Path, help="a JSON file, such as train/configs/phantom.json (with --resume: the run's own)")
-    p.add_argument("--dataset-path", "--dataset_path", metavar="DIR", help="folder of CASE_image.nii.gz + CASE_label.nii.gz")
+    p.add_argument(
+        "--dataset-path", "--dataset_path", metavar="DIR", help="folder (MM-WHS, nnU-Net, training/PATIENT/*.dcm) or CSV table of pairs"
+    )
     p.add_argument("--output", type=Path, metavar="RUN", help="the run folder to write (default: runs/NAME)")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
     p.add_argument("--dry-run", action="store_true", help="print config, data, network sizes and a time estimate; start nothing")
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", nargs="+", help="override, e.g. training.steps=40 or MAX_ITER=40"
     )
+    p.add_argument("--train-ratio", "--train_ratio", type=float, metavar="R", help="share of the patients to train on; 1: test on testing/")
+    p.add_argument("--valid-ratio", "--valid_ratio", type=float, metavar="R", help="share of the patients to validate with")
+    p.add_argument(
+        "--ckpt-load",
+        "--ckpt_load",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="begin from the weights of this checkpoint (with --test: test it)",
+    )
+    p.add_argument("--test", action="store_true", help="measure RUN (or CHECKPOINT) on the test split, write RUN/test.json, train nothing")
+    p.add_argument("--tensorboard", action="store_true", help="log to RUN/tensorboard")
+    p.add_argument("--use-wandb", "--use_wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline: to RUN/wandb)")
+    p.add_argument("--wandb-resume-id", "--wandb_resume_id", metavar="ID", help="go on with this Weights & Biases run")
     p.add_argument("--quiet", action="store_true", help="no progress")
     return p
 
@@ -39,6 +54,14 @@ def parser() -> argparse.ArgumentParser:
 def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
     """(config, run folder) of a command line. Raises `UsageError`."""
     overrides = [item for items in args.set for item in items]
+    options = {
+        "data.train_ratio": args.train_ratio,
+        "data.valid_ratio": args.valid_ratio,
+        "logging.tensorboard": args.tensorboard or None,
+        "logging.wandb": args.use_wandb or args.wandb_resume_id is not None or None,
+        "logging.wandb_id": args.wandb_resume_id,
+    }
+    overrides += [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     if args.config is None:
         if not (args.resume and args.output):
             raise UsageError("no config is given", expected="--config CONFIG (only --resume --output RUN may do without)",
@@ -52,18 +75,34 @@ def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
 
 def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
+    if args.test:
+        return test(args)
     resolved, folder = resolve(args)
+    from train.loggers import require
+    from train.settle import settle
+
+    require(resolved.logging)
+    resolved, found = settle(resolved)
     if args.dry_run:
         from train.estimate import describe
 
         print(describe(resolved))
         return 0
+    if args.ckpt_load and args.resume:
+        raise UsageError("--ckpt-load and --resume are given together", expected="one of them: --resume goes on, --ckpt-load begins anew",
+                         remedy="drop one")  # fmt: skip
     if not args.quiet:
         print(json.dumps(config.to_json(resolved)))
+        if found:
+            print(found, file=sys.stderr)
     from train.loop import Training, open_cohort
+    from train.restore import begin_from, checkpoint_of
 
+    source = checkpoint_of(args.ckpt_load) if args.ckpt_load else None
     resume_from = checkpoint.starting_point(folder, resolved, args.resume)
     cohort = open_cohort(resolved, folder, quiet=args.quiet)
+    if source is not None:
+        resume_from = begin_from(source, resolved, folder)
     checkpoint.claim(folder, resolved)
     metrics = Training(resolved, folder, cohort, resume_from, quiet=args.quiet).run()
     if not args.quiet:
@@ -71,6 +110,26 @@ def main(argv: Sequence[str]) -> int:
 
         print(table(metrics))
     print(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.RUN} are written")
+    return 0
+
+
+def test(args: argparse.Namespace) -> int:
+    """--test: the test split through a finished run, or a checkpoint."""
+    from train import restore
+    from train.evaluate import table
+    from train.loop import open_cohort
+
+    given, folder = resolve(args) if args.config else (None, args.output)
+    source = args.ckpt_load or folder
+    if source is None:
+        raise UsageError("--test does not say what to test", expected="--output RUN or --ckpt-load CHECKPOINT", remedy="add one of the two")
+    run = restore.run_of(source)
+    settled = restore.stored(run, given, args.dataset_path)
+    output = args.output or run
+    metrics = restore.measure_test(settled, source, output, open_cohort(settled, run, quiet=args.quiet), quiet=args.quiet)
+    if not args.quiet:
+        print(table(metrics))
+    print(f"{output / restore.TEST} is written")
     return 0
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .config import RunConfig, label_table
 from .discriminator import Discriminator
 from .generator import Generator, initialise, one_hot, standardise_noise
-from .losses import discriminator_losses, generator_losses, weighted_sum
+from .losses import centre_weight, discriminator_losses, generator_losses, weighted_sum
 
 
 class Batch(NamedTuple):
@@ -80,7 +80,8 @@ class Step:
         self.discriminator.requires_grad_(False)
         # The judge sees the texture but does not shape it: free noise is the easy way to look like bones and vessels.
         judged = smooth + (painted - smooth).detach()
-        g_losses = generator_losses(self.discriminator(condition, judged)[0], smooth, painted, real)
+        weight = centre_weight(labels) if loss.weighting == "weighted" else 1.0
+        g_losses = generator_losses(self.discriminator(condition, judged)[0], smooth, painted, real, weight)
         _descend(self._adam_g, weighted_sum(g_losses, asdict(loss)))
 
         update_average(self.average, self.generator, average_decay(step, self._config.training.ema_decay))

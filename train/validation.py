@@ -13,7 +13,7 @@ from runtime.contract import Intensity, LabelTable
 
 from .dataset import Slices, from_unit, noise_bytes
 from .evaluate import evaluate
-from .figures import WINDOW_HU, comparison
+from .figures import comparison, window
 from .generator import Generator, one_hot, standardise_noise
 
 
@@ -43,16 +43,30 @@ class Validation:
         return evaluate(painted, [case.image for case in self._cases], masks, names), painted
 
     def draw(self, path: Path, painted: list[NDArray[np.int16]], title: str) -> None:
-        """The three slices with the most kinds of labels apart from each other, of the first patient."""
-        case, generated = self._cases[0], painted[0]
-        masks = case.labels[:, case.labels.shape[1] // 2]
-        labelled = np.flatnonzero(masks.any((1, 2)))
+        """The three slices of `_chosen` beside what `measure` painted of them."""
+        chosen = self._chosen()
+        masks, generated, true = (
+            self._masks()[chosen],
+            np.concatenate(painted)[chosen],
+            np.concatenate([c.image for c in self._cases])[chosen],
+        )
+        comparison(path, masks, generated, true, classes=len(self._table), window=window(self._intensity), title=title)
+
+    def sample(self, net: Generator, device: torch.device) -> tuple[NDArray[np.uint8], NDArray[np.int16], NDArray[np.int16]]:
+        """(masks, painted, true) of the three slices, each (3, H, W)."""
+        chosen = self._chosen()
+        noise, true = np.concatenate(self._noise)[chosen], np.concatenate([c.image for c in self._cases])[chosen]
+        return self._masks()[chosen], paint(net, self.labels[chosen], noise, len(self._table), self._intensity, device), true
+
+    def _masks(self) -> NDArray[np.uint8]:
+        return self.labels[:, self.labels.shape[1] // 2]
+
+    def _chosen(self) -> NDArray[np.intp]:
+        """Three labelled slices apart from each other, over all patients (any three where none is labelled)."""
+        labelled = np.flatnonzero(self._masks().any((1, 2)))
         if not len(labelled):
-            labelled = np.arange(len(masks))
-        chosen = labelled[[len(labelled) // 5, len(labelled) // 2, len(labelled) * 4 // 5]]
-        unit = self._intensity
-        window = WINDOW_HU if unit.unit == "HU" else (unit.low, unit.high)
-        comparison(path, masks[chosen], generated[chosen], case.image[chosen], classes=len(self._table), window=window, title=title)
+            labelled = np.arange(len(self.labels))
+        return labelled[[len(labelled) // 5, len(labelled) // 2, len(labelled) * 4 // 5]]
 
 
 def paint(net: Generator, labels: NDArray[np.uint8], noise: NDArray[np.uint8], classes: int, intensity: Intensity,
