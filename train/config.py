@@ -52,6 +52,7 @@ class DataConfig:
     train_ratio: Share = 0.95
     valid_ratio: Share = 0.02
     split_seed: Whole = 123
+    split_by: Literal["patients", "slices"] = "patients"  # slices: blocks of every volume, for want of patients; flatters all metrics
     image_name: str = "whs_img"  # in the original's layout: PATIENT_<name>.dcm holds the image ...
     label_name: str = "whs_img_gt"  # ... and this one the labels
 

@@ -90,9 +90,21 @@ def load_cohort(pairs: Sequence[Pair], data: DataConfig, table: LabelTable, poli
         digest.update(patient.labels.tobytes())
         digest.update(patient.image.tobytes())
         images.append(hashlib.sha256(patient.image.tobytes()).hexdigest())
+    if data.split_by == "slices":
+        blocks = [_blocks(p, data) for p in patients]
+        return Cohort(**{name: tuple(b[name] for b in blocks if len(b[name])) for name in SPLITS}, digest=digest.hexdigest())
     numbers = assign(pairs, data)
     check_leakage({name: {pairs[n].name: images[n] for n in chosen} for name, chosen in numbers.items()})
     return Cohort(**{name: tuple(patients[n] for n in chosen) for name, chosen in numbers.items()}, digest=digest.hexdigest())
+
+
+def _blocks(patient: Slices, data: DataConfig) -> dict[str, Slices]:
+    """A volume cut into neighbouring slices to train on, then to validate with, then to test on; the facts go with the first."""
+    parts, at = {}, 0
+    for name, numbers in split(len(patient), data).items():
+        parts[name] = Slices(patient.labels[at : at + len(numbers)], patient.image[at : at + len(numbers)], None if at else patient.facts)
+        at += len(numbers)
+    return parts
 
 
 def load_patient(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity) -> Slices:

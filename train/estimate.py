@@ -59,7 +59,10 @@ def data_table(config: RunConfig) -> str:
         return "data           none: give --dataset-path DIR"
     rows = [f"data           {source}", f"{'split':<14} patients  slices"]
     for name, numbers in parts.items():
-        rows.append(f"{name:<14} {len(numbers):8d} {sum(counts[n] for n in numbers):7d}")
+        slices = sum(counts[n] for n in numbers)
+        if config.data.split_by == "slices":
+            numbers, slices = list(range(len(counts))), sum(len(dataset.split(count, config.data)[name]) for count in counts)
+        rows.append(f"{name:<14} {len(numbers):8d} {slices:7d}")
     return "\n".join(rows)
 
 

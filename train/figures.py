@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract import Intensity
-from runtime.errors import UsageError, reading
+from runtime.errors import UsageError
 from runtime.files import atomic_path
 
 from . import checkpoint
@@ -75,6 +75,7 @@ def progress(run: Path, path: Path) -> list[int]:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     config = checkpoint.stored_config(run)
@@ -82,11 +83,14 @@ def progress(run: Path, path: Path) -> list[int]:
     if not files:
         raise UsageError(f"{run} holds no painted slices", expected=f"{PROGRESS}/step-*.safetensors, as training leaves them",
                          remedy="train the run (again) with this version", file=run)  # fmt: skip
-    steps = sorted({min(files, key=lambda step: abs(step - share * config.training.steps)) for share in MOMENTS})
+    steps = sorted({min(files, key=lambda step: abs(step - round(share * config.training.steps))) for share in MOMENTS})
     shown = []
     for step in steps:
-        with reading(files[step], "slices as training writes them", UsageError):
+        try:
             shown.append(load_file(files[step]))
+        except (OSError, SafetensorError) as exc:
+            raise UsageError(f"{files[step].name} cannot be read: {exc}", expected="slices as training writes them", remedy="remove the file",
+                             file=files[step]) from exc  # fmt: skip
     rows, columns = min(ROWS, len(shown[-1]["labels"])), len(steps) + 2
     figure = Figure(figsize=(1.8 * columns, 1.8 * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)

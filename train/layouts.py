@@ -77,9 +77,9 @@ def find(path: Path, data: DataConfig) -> Layout:
                          remedy="give --dataset-path the folder (or CSV file) of one of them alone", file=path)  # fmt: skip
     layout = kinds[seen[0]][1](path, data)
     patients = {pair.who for pair in layout.pairs}
-    if len(patients) < LEAST_PATIENTS:
-        raise UsageError(f"{path.name} holds {len(patients)} patient(s)", expected=f"at least {LEAST_PATIENTS}: patients are split, never slices",
-                         remedy="add patients", file=path)  # fmt: skip
+    if len(patients) < LEAST_PATIENTS and data.split_by == "patients":
+        raise UsageError(f"{path.name} holds {len(patients)} patient(s)", expected=f"at least {LEAST_PATIENTS}: patients are split, not slices",
+                         remedy="add patients; to try things out, data.split_by=slices splits each volume", file=path)  # fmt: skip
     return layout
 
 

@@ -48,7 +48,8 @@ class Loggers:
 
             data = configs.to_json(config)
             data["data"]["path"] = None
-            settings = wandb.Settings(silent=quiet, save_code=False, disable_git=True)
+            # neither the command line, which names the dataset, nor what is printed leaves with the numbers
+            settings = wandb.Settings(silent=quiet, console="off", save_code=False, disable_git=True, x_disable_meta=True)
             self._wandb = wandb.init(project=PROJECT, name=config.name, id=wanted.wandb_id, resume="allow" if wanted.wandb_id else None,
                                      dir=str(folder), config=data, settings=settings)  # fmt: skip
 

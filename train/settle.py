@@ -25,6 +25,10 @@ def settle(config: RunConfig) -> tuple[RunConfig, str]:
         return replace(config, data=replace(config.data, labels=config.data.labels or "mm-whs")), ""
     layout = find(Path(config.data.path), config.data)
     said = [layout.says]
+    if config.data.split_by == "slices":
+        said.append(
+            "WARNING: slices of the same patients train, validate and test (data.split_by): the metrics say nothing about new patients"
+        )
     if config.data.labels is None:
         if layout.labels is None:
             raise ConfigError("data.labels is not given, and a table of pairs does not state them", expected='[{"name": "background", "value": 0}, ...]',
