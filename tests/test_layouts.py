@@ -11,7 +11,7 @@ import SimpleITK as sitk
 from samples import image, write_slices
 
 from runtime.errors import ConfigError, UsageError
-from train.config import DataConfig, label_table, resolve
+from train.config import DataConfig, intensity, label_table, resolve
 from train.dataset import assign
 from train.layouts import find
 from train.loop import open_cohort
@@ -186,3 +186,34 @@ def test_the_dry_run_says_the_layout(tmp_path: Path, command) -> None:
     assert done.returncode == 0, done.stderr
     assert "4 patients in nnU-Net's raw layout" in done.stdout and "train                 3       9" in done.stdout
     assert '"liver"' in done.stdout
+
+
+def test_one_patients_volume_may_be_split_by_slices_when_asked(tmp_path: Path) -> None:
+    path = write_table(tmp_path, "image,label\nct/0.nii.gz,seg/0.nii.gz\n", pairs=1)
+    labels = {"labels": [{"name": "background", "value": 0}, {"name": "liver", "value": 1}]}
+    with pytest.raises(UsageError, match="1 patient"):
+        settle(config_for(path, data=labels))
+    config, said = settle(config_for(path, "data.split_by=slices", "data.train_ratio=0.4", "data.valid_ratio=0.3", data=labels))
+    assert "WARNING: slices of the same patients" in said
+    cohort = open_cohort(config, tmp_path, quiet=True)
+    assert cohort.summary()["slices"] == {"train": 1, "valid": 1, "test": 1}
+    assert cohort.table(label_table(config.data), intensity(config)).count("liver") == 1
+
+
+def test_a_real_pair_trains_by_configuration_alone(real_data: Path, tmp_path: Path, command) -> None:
+    source = real_data / "abdomen_3mm"
+    if not (source / "ct.nii.gz").is_file():
+        pytest.skip(f"{source} is absent")
+    names = json.loads((source / "label_names.json").read_text())
+    labels = [{"name": "background", "value": 0}, *({"name": name, "value": int(value)} for value, name in names.items())]
+    (tmp_path / "pairs.csv").write_text(f"image,label\n{source / 'ct.nii.gz'},{source / 'labels.nii.gz'}\n")
+    config = {"name": "abdomen", "data": {"labels": labels, "split_by": "slices", "train_ratio": 0.8, "valid_ratio": 0.1, "canvas": [64, 64],
+              "pixel_spacing": [6, 6]}, "generator": {"kind": "unet", "filters": 8, "depth": 4, "skips": True}, "discriminator": {"filters": 8},
+              "training": {"steps": 3, "batch_size": 4, "recalibrate": 1, "valid_slices": 6, "threads": 2}}  # fmt: skip
+    (tmp_path / "abdomen.json").write_text(json.dumps(config))
+    line = ["train/run.py", "--config", tmp_path / "abdomen.json", "--dataset-path", tmp_path / "pairs.csv", "--output", tmp_path / "run"]
+    done = command(*line)
+    assert done.returncode == 0, done.stderr
+    assert "-1207 to 3382 HU" in done.stderr and "WARNING" in done.stderr
+    data = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert data["data"]["slices"] == {"train": 90, "valid": 11, "test": 11} and data["metrics"]["organs"]

@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract import GridPolicy, Intensity, LabelTable
+from runtime.errors import UsageError
 from runtime.grid import SliceGrid
 from runtime.io.nifti import simpleitk
 from runtime.volume import Geometry
 
 from .checks import Facts, check_leakage, facts_table, read_image, read_pair, require_labels
 from .config import DataConfig
-from .layouts import SPLITS, Pair
+from .layouts import LEAST_PATIENTS, SPLITS, Pair
 from .layouts import find_pairs as find_pairs  # offered here too, where pairs become slices
 
 
@@ -91,6 +92,10 @@ def load_cohort(pairs: Sequence[Pair], data: DataConfig, table: LabelTable, poli
         digest.update(patient.image.tobytes())
         images.append(hashlib.sha256(patient.image.tobytes()).hexdigest())
     if data.split_by == "slices":
+        if least := [pair.name for pair, p in zip(pairs, patients, strict=True) if len(p) < LEAST_PATIENTS]:
+            raise UsageError(
+                f"{least[0]} has too few slices to be split", expected=f"at least {LEAST_PATIENTS}", remedy="drop data.split_by"
+            )
         blocks = [_blocks(p, data) for p in patients]
         return Cohort(**{name: tuple(b[name] for b in blocks if len(b[name])) for name in SPLITS}, digest=digest.hexdigest())
     numbers = assign(pairs, data)
