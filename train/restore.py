@@ -52,14 +52,16 @@ def begin_from(source: Path, config: RunConfig, folder: Path) -> Path:
     return checkpoint.save(folder, 0, tensors, config.training.keep_checkpoints)
 
 
-def stored(run: Path, given: RunConfig | None, dataset_path: str | None) -> RunConfig:
+def stored(run: Path, given: RunConfig, dataset_path: str | None) -> RunConfig:
     """The config that `run` was trained with; its dataset may have moved. Raises `ConfigError` when `given` is another one."""
     config = checkpoint.stored_config(run)
-    if given is not None:
-        free = ("training.steps", "data.path", "logging.", "data.labels", "intensity")  # the last two may have been left to the data
-        if changed := [key for key in checkpoint.differences(configs.to_json(config), configs.to_json(given)) if not key.startswith(free)]:
-            raise ConfigError(f"the run was trained with other values of {', '.join(changed)}", expected="the config it was trained with",
-                              remedy="drop --config and --set: the run folder knows", file=run / checkpoint.CONFIG)  # fmt: skip
+    free = ["training.steps", "data.path", "logging.", *(["data.phantom"] if config.data.path is not None else [])]
+    free += ["data.labels"] if given.data.labels is None else []  # left to the data, and settled by them
+    free += ["intensity."] if given.intensity.unit == "auto" else []
+    changed = checkpoint.differences(configs.to_json(config), configs.to_json(given))
+    if changed := [key for key in changed if not key.startswith(tuple(free))]:
+        raise ConfigError(f"the run was trained with other values of {', '.join(changed)}", expected="the config it was trained with",
+                          remedy="drop --config and --set: the run folder knows", file=run / checkpoint.CONFIG)  # fmt: skip
     return config if dataset_path is None else replace(config, data=replace(config.data, path=dataset_path, phantom=None))
 
 

@@ -51,9 +51,8 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
-    """(config, run folder) of a command line. Raises `UsageError`."""
-    overrides = [item for items in args.set for item in items]
+def overrides_of(args: argparse.Namespace) -> list[str]:
+    """--set and the options that stand for a key, as key=value."""
     options = {
         "data.train_ratio": args.train_ratio,
         "data.valid_ratio": args.valid_ratio,
@@ -61,7 +60,12 @@ def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
         "logging.wandb": args.use_wandb or args.wandb_resume_id is not None or None,
         "logging.wandb_id": args.wandb_resume_id,
     }
-    overrides += [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    return [*(item for items in args.set for item in items), *given]
+
+
+def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
+    """(config, run folder) of a command line. Raises `UsageError`."""
     if args.config is None:
         if not (args.resume and args.output):
             raise UsageError("no config is given", expected="--config CONFIG (only --resume --output RUN may do without)",
@@ -69,7 +73,7 @@ def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
         data = config.to_json(checkpoint.stored_config(args.output))
     else:
         data = config.load(args.config)
-    resolved = config.resolve(data, overrides, dataset_path=args.dataset_path)
+    resolved = config.resolve(data, overrides_of(args), dataset_path=args.dataset_path)
     return resolved, args.output or Path("runs") / resolved.name
 
 
@@ -119,12 +123,12 @@ def test(args: argparse.Namespace) -> int:
     from train.evaluate import table
     from train.loop import open_cohort
 
-    given, folder = resolve(args) if args.config else (None, args.output)
-    source = args.ckpt_load or folder
+    source = args.ckpt_load or (resolve(args)[1] if args.config else args.output)
     if source is None:
         raise UsageError("--test does not say what to test", expected="--output RUN or --ckpt-load CHECKPOINT", remedy="add one of the two")
     run = restore.run_of(source)
-    settled = restore.stored(run, given, args.dataset_path)
+    data = config.load(args.config) if args.config else config.to_json(checkpoint.stored_config(run))
+    settled = restore.stored(run, config.resolve(data, overrides_of(args)), args.dataset_path)
     output = args.output or run
     metrics = restore.measure_test(settled, source, output, open_cohort(settled, run, quiet=args.quiet), quiet=args.quiet)
     if not args.quiet:
