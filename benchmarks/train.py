@@ -44,6 +44,7 @@ from train.dataset import Slices, to_unit
 from train.generator import standardise_noise
 from train.loop import Training, open_cohort
 from train.losses import discriminator_losses, generator_losses, weighted_sum
+from train.settle import settle
 from train.step import Batch, make_discriminator, make_generator
 
 OURS, PLAIN, WORKERS = "mask2ct training", "plain loop", "plain loop with workers"
@@ -153,7 +154,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(argv)
-    settings = config.resolve(config.load(options.config), [x for xs in options.set for x in xs], dataset_path=options.dataset_path)
+    settings, _ = settle(
+        config.resolve(config.load(options.config), [x for xs in options.set for x in xs], dataset_path=options.dataset_path)
+    )
 
     rounds, steps = (3, 4) if options.quick else (7, 20)  # many steps a round: what workers fetched ahead is little of it
     with tempfile.TemporaryDirectory() as folder:

@@ -27,7 +27,9 @@ MM_WHS = LabelTable(
         Label("pulmonary artery", 850, snomed="81040000"),
     )
 )
-PRESETS: dict[str, LabelTable] = {"mm-whs": MM_WHS}
+# The same structures numbered 0..7, as slices prepared for the original system hold them.
+MM_WHS_INDICES = LabelTable(tuple(Label(x.name, index, snomed=x.snomed) for index, x in enumerate(MM_WHS.labels)))
+PRESETS: dict[str, LabelTable] = {"mm-whs": MM_WHS, "mm-whs-indices": MM_WHS_INDICES}
 
 LabelMap = Mapping[int, int]  # file value → model index
 MAP_HELP = 'a JSON file such as {"51": "left ventricle", "52": "ascending aorta", "*": "background"}'

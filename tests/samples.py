@@ -70,3 +70,20 @@ def write_fake_model(folder: Path, manifest: Manifest) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "manifest.json", manifest.to_json())
     return folder
+
+
+def write_slices(folder: Path, patients: int, *, side: int = 64, hu: bool = False, seed: int = 0, split: str = "training") -> Path:
+    """Patients in the original's layout: `split`/pN/pN_whs_img.dcm and pN_whs_img_gt.dcm, 8-bit greys (or HU), labels 0..7."""
+    rng = np.random.default_rng(seed)
+    for n in range(patients):
+        labels = np.zeros((1, side, side), np.uint8)
+        for value in range(1, 8):
+            row, column = rng.integers(side // 4, side // 2, 2)
+            labels[0, row : row + side // 6, column : column + side // 6] = value
+        grey = rng.integers(0, 20, labels.shape) + 25 * labels
+        values = (grey * 8 - 1000).astype(np.int16) if hu else grey.astype(np.uint8)
+        patient = folder / split / f"{split[:2]}{n}"
+        patient.mkdir(parents=True)
+        for name, plane in (("whs_img", values), ("whs_img_gt", labels)):
+            sitk.WriteImage(sitk.GetImageFromArray(plane), str(patient / f"{patient.name}_{name}.dcm"))
+    return folder

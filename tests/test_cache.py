@@ -59,6 +59,7 @@ def entries(cache: SliceCache) -> list[Path]:
 def assert_equal(a: Slices, b: Slices) -> None:
     assert (a.labels.dtype, a.image.dtype) == (b.labels.dtype, b.image.dtype) == (np.uint8, np.int16)
     assert np.array_equal(a.labels, b.labels) and np.array_equal(a.image, b.image)
+    assert a.facts == b.facts
 
 
 def test_a_cached_cohort_is_the_decoded_one(folder: Path, cache: SliceCache) -> None:
@@ -67,6 +68,7 @@ def test_a_cached_cohort_is_the_decoded_one(folder: Path, cache: SliceCache) -> 
     for _ in range(2):  # filled, then read
         cached = load_cohort(*arguments, cache)
         assert cached.digest == plain.digest and cached.summary() == plain.summary()
+        assert cached.table(MM_WHS, HU) == plain.table(MM_WHS, HU) and "spacing" in cached.table(MM_WHS, HU)
         for a, b in zip((*plain.train, *plain.valid), (*cached.train, *cached.valid), strict=True):
             assert_equal(a, b)
         for step in (0, 3):
@@ -80,7 +82,7 @@ def test_a_cached_cohort_is_the_decoded_one(folder: Path, cache: SliceCache) -> 
 def test_the_second_time_nothing_is_decoded_or_written(pair: Pair, cache: SliceCache, monkeypatch: pytest.MonkeyPatch) -> None:
     first = cache(pair, MM_WHS, POLICY, HU)
     before = [(p.name, p.stat().st_ino, p.stat().st_mtime_ns) for p in entries(cache)]
-    monkeypatch.setattr(dataset, "read_volume", None)  # decoding would end here
+    monkeypatch.setattr(dataset, "read_pair", None)  # decoding would end here
     assert_equal(first, cache(pair, MM_WHS, POLICY, HU))
     assert before == [(p.name, p.stat().st_ino, p.stat().st_mtime_ns) for p in entries(cache)]
 

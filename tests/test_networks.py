@@ -146,7 +146,7 @@ def test_hinge_losses_against_values_worked_by_hand() -> None:
     d = discriminator_losses(real, fake, "hinge")
     assert d["d_real"].item() == pytest.approx(0.5 * (0 + 0.5) / 2) and d["d_fake"].item() == pytest.approx(0.5 * (0 + 1.5) / 2)
     image = torch.zeros(1, 1, 8, 8)
-    assert generator_losses(fake, image, image, image, "hinge")["adversarial"].item() == pytest.approx(2.5 / 2)
+    assert generator_losses(fake, image, image, image, gan="hinge")["adversarial"].item() == pytest.approx(2.5 / 2)
 
 
 def test_feature_matching_counts_every_stage_alike_and_moves_the_painting_only() -> None:

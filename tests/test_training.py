@@ -389,7 +389,7 @@ def test_an_output_that_cannot_be_written_is_exit_4(config: Path, cohort: Path, 
 def test_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
     """What safetensors raises for the file system's errors is not an OSError; ours is mapped to exit code 4."""
     with pytest.raises(OutputError) as caught, writing(tmp_path):
-        checkpoint._write_tensors({"a": torch.zeros(2)}, tmp_path / "absent" / "state.safetensors")
+        checkpoint.write_tensors({"a": torch.zeros(2)}, tmp_path / "absent" / "state.safetensors")
     assert caught.value.exit_code == 4
 
 

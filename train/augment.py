@@ -7,6 +7,7 @@ zoom drawn for each axis on its own.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -24,13 +25,36 @@ def draw(config: AugmentConfig, count: int, rng: np.random.Generator) -> NDArray
     return np.concatenate([linear, np.array([2 * x, 2 * y])[:, None]], 1).transpose(2, 0, 1).astype(np.float32)
 
 
+def augment(config: AugmentConfig, labels: Tensor, image: Tensor, rng: np.random.Generator, count: int | None = None,
+            part: slice = slice(None)) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A batch, moved as `config` says: both alike, each by a map of its own, or one of them alone. Shapes as in `apply`.
+
+    `labels` and `image` may be a `part` of the batch of `count` slices that maps are drawn for, as one of several ranks has it.
+    """
+    whole = len(labels) if count is None else count
+    for_labels = torch.from_numpy(draw(config, whole, rng)[part]).to(labels.device)
+    for_image = for_labels if config.same else torch.from_numpy(draw(config, whole, rng)[part]).to(labels.device)
+    moved = _labels(for_labels, labels) if config.labels else labels
+    return moved, _image(for_image, image) if config.image else image
+
+
 def apply(affine: Tensor, labels: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
     """`affine` (N, 2, 3) to `labels` uint8 (N, Z, H, W), nearest, and `image` float (N, 1, H, W) in [0, 1]; 0 comes in from outside.
 
     The image is interpolated by cubics, since linear weights would take a third off the texture's amplitude.
     """
-    h, w = image.shape[-2:]
+    return _labels(affine, labels), _image(affine, image)
+
+
+def _labels(affine: Tensor, labels: Tensor) -> Tensor:
+    return functional.grid_sample(labels.float(), _grid(affine, labels), mode="nearest", align_corners=False)
+
+
+def _image(affine: Tensor, image: Tensor) -> Tensor:
+    return functional.grid_sample(image, _grid(affine, image), mode="bicubic", align_corners=False).clamp(0, 1)
+
+
+def _grid(affine: Tensor, planes: Tensor) -> Tensor:
+    h, w = planes.shape[-2:]
     square = affine.new_tensor([[1, h / w, 1], [w / h, 1, 1]])  # a rotation is one in pixels, also where H and W differ
-    grid = functional.affine_grid(affine * square, [len(image), 1, h, w], align_corners=False)
-    moved = functional.grid_sample(labels.float(), grid, mode="nearest", align_corners=False)
-    return moved, functional.grid_sample(image, grid, mode="bicubic", align_corners=False).clamp(0, 1)
+    return functional.affine_grid(affine * square, [len(planes), 1, h, w], align_corners=False)

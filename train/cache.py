@@ -1,9 +1,9 @@
 """Patients' slices on the canvas, decoded and resampled once: one memory-mapped file for each pair of files and settings.
 
 An entry's name is the SHA-256 of what decides its content, so a changed file or setting makes a new entry and nothing is ever
-stale. It is a .npy of records (labels, image), one a slice, followed by the SHA-256 of all that: an entry that is torn or was
-altered is seen, and made again. Entries are renamed into place when whole, so processes may fill one folder together. Old
-entries are not removed; the folder may be deleted whenever no training runs.
+stale. It is a .npy of records (labels, image), one a slice, followed by the patient's facts as JSON and the SHA-256 of all that:
+an entry that is torn or was altered is seen, and made again. Entries are renamed into place when whole, so processes may fill
+one folder together. Old entries are not removed; the folder may be deleted whenever no training runs.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from runtime.contract import GridPolicy, Intensity, LabelTable, grid_to_json, labels_to_json
 from runtime.files import atomic_file, sha256_of
 
-from .dataset import Pair, Slices, load_patient
+from .checks import Facts
+from .dataset import Slices, load_patient
+from .layouts import Pair
 
-VERSION = 1  # of the file, and of what load_patient makes of a patient: another number leaves old entries unread
+VERSION = 2  # of the file, and of what load_patient makes of a patient: another number leaves old entries unread
 FOLDER = ".slices"  # beside the run folder, unless --cache says otherwise
 _DIGEST = hashlib.sha256().digest_size
 
@@ -64,6 +67,7 @@ def write(path: Path, slices: Slices) -> None:
     with atomic_file(path) as handle:
         digest = _Digest(handle.write)
         np.lib.format.write_array(digest, records, allow_pickle=False)
+        digest.write(json.dumps(None if slices.facts is None else slices.facts.to_json()).encode())
         handle.write(digest.value)
 
 
@@ -80,8 +84,12 @@ def intact(path: Path) -> bool:
 
 def read(path: Path) -> Slices:
     """An entry's slices as read-only views of the file: what is not touched is not in memory."""
-    records = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    return Slices(records["labels"], records["image"])
+    mapped: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    with open(path, "rb") as handle:
+        handle.seek(mapped.offset + mapped.nbytes)
+        facts = json.loads(handle.read()[:-_DIGEST])
+    records = np.asarray(mapped)
+    return Slices(records["labels"], records["image"], None if facts is None else Facts.from_json(facts))
 
 
 class _Digest:

@@ -116,9 +116,9 @@ def write_run(folder: Path, net: Generator, validation: NDArray[np.uint8], facts
     import torch
 
     with atomic_path(folder / VALIDATION) as part:
-        _write_tensors({"labels": torch.from_numpy(np.ascontiguousarray(validation))}, part)
+        write_tensors({"labels": torch.from_numpy(np.ascontiguousarray(validation))}, part)
     with atomic_path(folder / WEIGHTS) as part:
-        _write_tensors({name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}, part)
+        write_tensors({name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}, part)
     weights = {"file": WEIGHTS, "sha256": sha256_of(folder / WEIGHTS), "average": "ema"}
     held_out = {"file": VALIDATION, "sha256": sha256_of(folder / VALIDATION), "slices": len(validation)}
     write_json(folder / RUN, {"schema_version": SCHEMA_VERSION, **facts, "weights": weights, "validation": held_out})
@@ -137,9 +137,9 @@ def starting_point(folder: Path, config: RunConfig, resume: bool) -> Path | None
                               remedy="add --resume to continue it, choose another --output, or remove the folder")  # fmt: skip
         return None
     stored = configs.to_json(stored_config(folder))
-    changed = [key for key in _differences(stored, configs.to_json(config)) if key != "training.steps"]
+    changed = [key for key in differences(stored, configs.to_json(config)) if key != "training.steps" and not key.startswith("logging.")]
     if changed:
-        raise ConfigError(f"the run was started with other values of {', '.join(changed)}", expected="the config it was started with (steps may change)",
+        raise ConfigError(f"the run was started with other values of {', '.join(changed)}", expected="that config (steps and logging may change)",
                           remedy="drop the change, or start a new run with another --output", file=path)  # fmt: skip
     return usable(folder, config.training.steps)
 
@@ -201,7 +201,7 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], keep: int | Non
     """
     path = folder / CHECKPOINTS / f"step-{step:08d}"
     with atomic_folder(path) as part:
-        _write_tensors(tensors, part / _STATE)
+        write_tensors(tensors, part / _STATE)
         meta = {"schema_version": SCHEMA_VERSION, "step": step, "score": score, "sha256": sha256_of(part / _STATE)}
         (part / _META).write_text(json.dumps(meta) + "\n")
     top = best(folder, step)
@@ -209,6 +209,11 @@ def save(folder: Path, step: int, tensors: Mapping[str, Tensor], keep: int | Non
         if top is None or old != top[0]:
             shutil.rmtree(old, ignore_errors=True)
     return path
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether `path` is named and filled as `save` leaves it; its digest is checked by `load`."""
+    return re.fullmatch(r"step-\d{8}", path.name) is not None and (path / _META).is_file()
 
 
 def load(path: Path) -> tuple[int, dict[str, Tensor]]:
@@ -242,7 +247,7 @@ def _score(path: Path) -> float | None:
     return float(score) if isinstance(score, (int, float)) else None
 
 
-def _write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file. Raises OSError, as every other write does, where the library has an error of its own."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -263,12 +268,13 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The keys, such as "training.steps", in which two configs as JSON data differ."""
     names: list[str] = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)
         if isinstance(a, Mapping) and isinstance(b, Mapping):
-            names += _differences(a, b, f"{prefix}{key}.")
+            names += differences(a, b, f"{prefix}{key}.")
         elif a != b:
             names.append(prefix + key)
     return names

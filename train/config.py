@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 from runtime.contract import GridPolicy, Intensity, Label, LabelTable, labels_from_json
 from runtime.errors import ConfigError, reading
-from runtime.labels import PRESETS
+from runtime.labels import MM_WHS, PRESETS
 
+from .original import FIXED_KEYS, check_fixed, greys
 from .typed import Range, build, to_json, unknown, wrong
 
 __all__ = ["RunConfig", "from_json", "grid_policy", "intensity", "label_table", "load", "resolve", "to_json"]
@@ -40,9 +41,9 @@ class PhantomConfig:
 class DataConfig:
     """Where patients come from, what their labels are, and the grid the network sees them on."""
 
-    path: str | None = None  # folder in the MM-WHS layout; --dataset-path sets it
+    path: str | None = None  # folder or table in one of the layouts of train/layouts.py; --dataset-path sets it
     phantom: PhantomConfig | None = None  # made when there is no path
-    labels: Any = "mm-whs"  # a preset's name, or [{"name": ..., "value": ...}, ...] beginning with the background
+    labels: Any = None  # a preset's name, or [{"name": ..., "value": ...}, ...] beginning with the background; null: the layout's own
     keep: tuple[Count, ...] | None = None  # indices of the table to keep, renumbered; all else becomes background
     canvas: tuple[Count, Count] = (256, 256)  # (H, W) in pixels
     pixel_spacing: tuple[Positive, Positive] | None = None  # mm; None: each slice is fitted to the canvas
@@ -51,6 +52,9 @@ class DataConfig:
     train_ratio: Share = 0.95
     valid_ratio: Share = 0.02
     split_seed: Whole = 123
+    split_by: Literal["patients", "slices"] = "patients"  # slices: blocks of every volume, for want of patients; flatters all metrics
+    image_name: str = "whs_img"  # in the original's layout: PATIENT_<name>.dcm holds the image ...
+    label_name: str = "whs_img_gt"  # ... and this one the labels
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,24 @@ class AugmentConfig:
     shift_width: Annotated[float, Range(0, 0.5)] = 0.0  # share of the width
     shift_height: Annotated[float, Range(0, 0.5)] = 0.0  # share of the height
     zoom: Annotated[float, Range(0, 0.9)] = 0.0  # each axis is scaled by 1 - zoom to 1 + zoom
+    labels: bool = True  # move the label map
+    image: bool = True  # move the image
+    same: bool = True  # by one map for both; false: by one each
 
     @property
     def active(self) -> bool:
-        return any(vars(self).values())
+        moves = (self.rotation, self.shear, self.shift_width, self.shift_height, self.zoom)
+        return any(moves) and (self.labels or self.image)
 
 
 @dataclass(frozen=True)
 class IntensityConfig:
-    """The range the network's [0, 1] stands for; what is outside is clipped in training."""
+    """The range the network's [0, 1] stands for; what is outside is clipped in training.
 
-    unit: Literal["HU", "a.u."] = "HU"
+    "auto": HU where the images hold them, else a.u. in [low, high] (train/settle.py); settled before a run is claimed.
+    """
+
+    unit: Literal["HU", "a.u.", "auto"] = "HU"
     low: int = -1024
     high: int = 1024
 
@@ -104,6 +115,7 @@ class LossConfig:
 
     adversarial: NotNegative = 1.0
     reconstruction: NotNegative = 100.0
+    weighting: Literal["basic", "weighted"] = "basic"  # of the reconstruction: everywhere alike, or centred on the mask
     texture: NotNegative = 0.0
     features: NotNegative = 0.0  # matching of the discriminator's features
     gan: Literal["lsgan", "hinge"] = "lsgan"  # what the scores are to be; no weight
@@ -141,6 +153,15 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True)
+class LoggingConfig:
+    """Where metrics go beside metrics.jsonl (train/loggers.py). No part of what a run computes: --resume may change it."""
+
+    tensorboard: bool = False
+    wandb: bool = False
+    wandb_id: str | None = None  # of the Weights & Biases run to go on with
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """A whole run. Constructing it checks what no single key can show."""
 
@@ -153,6 +174,7 @@ class RunConfig:
     loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
         divisor, patch = 2**self.generator.depth, self.discriminator.patch_size
@@ -171,7 +193,7 @@ class RunConfig:
             )
         if self.generator.texture_kernel % 2 == 0:
             raise wrong("generator.texture_kernel", self.generator.texture_kernel, "an odd number")
-        if self.data.train_ratio + self.data.valid_ratio > 1 + 1e-9:
+        if self.data.train_ratio < 1 and self.data.train_ratio + self.data.valid_ratio > 1 + 1e-9:  # 1: all but the validated
             raise wrong("data.train_ratio", self.data.train_ratio, f"at most 1 - valid_ratio = {1 - self.data.valid_ratio:g}")
         label_table(self.data)
         for key, make in (("data.slices", lambda: grid_policy(self)), ("intensity", lambda: intensity(self))):
@@ -182,8 +204,13 @@ class RunConfig:
 
 
 def label_table(data: DataConfig) -> LabelTable:
-    """The classes of the run, after `keep`. What is not kept becomes an alias of the background. Raises `ConfigError`."""
-    if isinstance(data.labels, str):
+    """The classes of the run, after `keep`. What is not kept becomes an alias of the background. Raises `ConfigError`.
+
+    Labels that are not settled yet (null) count as MM-WHS'.
+    """
+    if data.labels is None:
+        table = MM_WHS
+    elif isinstance(data.labels, str):
         if data.labels not in PRESETS:
             raise wrong("data.labels", data.labels, f"a list of labels, or a preset: {', '.join(PRESETS)}")
         table = PRESETS[data.labels]
@@ -222,12 +249,18 @@ def _labels_to_keep(value: Any) -> Any:
 ORIGINAL_KEYS: dict[str, tuple[str, Any]] = {
     "NAME": ("name", None),
     "LABELS": ("data.keep", _labels_to_keep),
+    "TARGET_NAME": ("data.image_name", None),
+    "INPUT_NAME": ("data.label_name", None),
+    "TARGET_TRANS": ("intensity", greys),
     "IMAGE_RES": ("data.canvas", None),
     "AUG_ROTATION_RANGE_DEGREES": ("augment.rotation", None),
     "AUG_SHEAR_RANGE_ANGLE": ("augment.shear", None),
     "AUG_WIDTH_SHIFT_RANGE_RATIO": ("augment.shift_width", None),
     "AUG_HEIGHT_SHIFT_RANGE_RATIO": ("augment.shift_height", None),
     "AUG_ZOOM_RANGE_RATIO": ("augment.zoom", None),
+    "AUG_INPUT": ("augment.labels", None),
+    "AUG_TARGET": ("augment.image", None),
+    "AUG_SAME_FOR_BOTH": ("augment.same", None),
     "FIRST_LAYERS_FILTERS": ("generator.filters", None),
     "SKIP_CONNECTIONS_GENERATOR": ("generator.skips", None),
     "GEN_OUTPUT_ACT": ("generator.activation", None),
@@ -235,6 +268,7 @@ ORIGINAL_KEYS: dict[str, tuple[str, Any]] = {
     "CONDITIONAL_DISCRIMINATOR": ("discriminator.conditional", None),
     "LOSS_WEIGHT_DISC": ("loss.adversarial", None),
     "LOSS_WEIGHT_GEN": ("loss.reconstruction", None),
+    "RECON_LOSS": ("loss.weighting", None),
     "LEARNING_RATE_G": ("optimizer.lr_g", None),
     "LEARNING_RATE_D": ("optimizer.lr_d", None),
     "LR_EXP_DECAY_FACTOR_G": ("optimizer.decay_g", None),
@@ -266,7 +300,9 @@ def resolve(data: Mapping[str, Any], overrides: Iterable[str] = (), *, dataset_p
     """
     tree: dict[str, Any] = {}
     for key, value in data.items():
-        if key.isupper():
+        if key in FIXED_KEYS:
+            check_fixed(key, value, data)
+        elif key.isupper():
             _put(tree, *_ours(key, value))
         elif isinstance(value, Mapping):
             tree[key] = {**tree.get(key, {}), **json.loads(json.dumps(value))}
@@ -280,6 +316,9 @@ def resolve(data: Mapping[str, Any], overrides: Iterable[str] = (), *, dataset_p
             value = json.loads(text)
         except ValueError:
             value = text
+        if key in FIXED_KEYS:
+            check_fixed(key, value, data)
+            continue
         _put(tree, *(_ours(key, value) if key.isupper() else (key, value)))
     if dataset_path is not None:
         _put(tree, "data.path", dataset_path)
@@ -296,7 +335,7 @@ def from_json(data: Mapping[str, Any]) -> RunConfig:
 
 def _ours(key: str, value: Any) -> tuple[str, Any]:
     if key not in ORIGINAL_KEYS:
-        raise unknown(key, key, ORIGINAL_KEYS)
+        raise unknown(key, key, [*ORIGINAL_KEYS, *FIXED_KEYS])
     ours, convert = ORIGINAL_KEYS[key]
     return ours, convert(value) if convert else value
 

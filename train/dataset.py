@@ -5,43 +5,33 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract import GridPolicy, Intensity, LabelTable
-from runtime.errors import InputError, UsageError
+from runtime.errors import UsageError
 from runtime.grid import SliceGrid
-from runtime.io.nifti import read_labels, read_volume, simpleitk
+from runtime.io.nifti import simpleitk
 from runtime.volume import Geometry
 
+from .checks import Facts, check_leakage, facts_table, read_image, read_pair, require_labels
 from .config import DataConfig
-
-SUFFIXES = (".nii.gz", ".nii")
-LAYOUT = "a folder with CASE_image.nii.gz and CASE_label.nii.gz for every patient, as MM-WHS has it"
-LEAST_PATIENTS = 3  # one to train on, one to validate with, one to test on
-AIR_HU = -200  # every CT of a thorax holds values below this
-HIGHEST_HU = 32767  # metal, in scanners with an extended range
-GRID_TOLERANCE_MM = 1e-3  # between the corners of an image's and its label map's grid
-
-
-@dataclass(frozen=True)
-class Pair:
-    """The two files of one patient."""
-
-    name: str
-    image: Path
-    label: Path
+from .layouts import LEAST_PATIENTS, SPLITS, Pair
+from .layouts import find_pairs as find_pairs  # offered here too, where pairs become slices
 
 
 @dataclass(frozen=True)
 class Slices:
-    """n axial slices on the canvas: `labels` uint8 (n, Z, H, W) model indices, `image` int16 (n, H, W) in HU (or a.u.)."""
+    """n axial slices on the canvas: `labels` uint8 (n, Z, H, W) model indices, `image` int16 (n, H, W) in HU (or a.u.).
+
+    `facts`: what the patient's files hold, for the table of the data.
+    """
 
     labels: NDArray[np.uint8]
     image: NDArray[np.int16]
+    facts: Facts | None = None
 
     def __len__(self) -> int:
         return len(self.image)
@@ -49,7 +39,7 @@ class Slices:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The slices of every split's patients, one entry a patient; `digest`: SHA-256 of all of them, in order."""
+    """The slices of every split's pairs, one entry a pair; `digest`: SHA-256 of all of them, in order."""
 
     train: tuple[Slices, ...]
     valid: tuple[Slices, ...]
@@ -65,32 +55,16 @@ class Cohort:
             "digest": self.digest,
         }
 
+    def table(self, labels: LabelTable, intensity: Intensity) -> str:
+        """Patients and slices per split and what the files hold, for a person."""
+        counts = self.summary()
+        rows = [f"{'split':<14} patients  slices"]
+        rows += [f"{name:<14} {counts['patients'][name]:8d} {counts['slices'][name]:7d}" for name in SPLITS]
+        facts = [p.facts for p in (*self.train, *self.valid, *self.test) if p.facts is not None]
+        return "\n".join([*rows, facts_table(facts, labels, intensity)] if facts else rows)
+
 
 Loader = Callable[[Pair, LabelTable, GridPolicy, Intensity], Slices]
-
-
-def find_pairs(folder: Path) -> list[Pair]:
-    """The patients of an MM-WHS folder, by name. Raises `UsageError` when there are too few or one lacks a file."""
-    remedy = "check --dataset-path"
-    if not folder.is_dir():
-        raise UsageError(f"the dataset folder {folder} does not exist", expected=LAYOUT, remedy=remedy, file=folder)
-    found: dict[str, dict[str, Path]] = {}
-    for path in sorted(folder.iterdir()):
-        for suffix in SUFFIXES:
-            for kind in ("image", "label"):
-                if path.name.endswith(f"_{kind}{suffix}") and not path.name.startswith("."):
-                    found.setdefault(path.name.removesuffix(f"_{kind}{suffix}"), {})[kind] = path
-    if not any(len(files) == 2 for files in found.values()):
-        raise UsageError(f"{folder.name or folder} holds no pair of image and label map", expected=LAYOUT, remedy=remedy, file=folder)
-    for name, files in found.items():
-        if len(files) < 2:
-            missing = "image" if "label" in files else "label"
-            raise UsageError(f"patient {name} has no {name}_{missing}.nii.gz", expected=LAYOUT,
-                             remedy="add the file, or take the patient out", file=next(iter(files.values())))  # fmt: skip
-    if len(found) < LEAST_PATIENTS:
-        raise UsageError(f"{folder.name} holds {len(found)} patient(s)", expected=f"at least {LEAST_PATIENTS}: patients are split, never slices",
-                         remedy="add patients", file=folder)  # fmt: skip
-    return [Pair(name, **files) for name, files in sorted(found.items())]
 
 
 def split(count: int, data: DataConfig) -> dict[str, list[int]]:
@@ -101,35 +75,56 @@ def split(count: int, data: DataConfig) -> dict[str, list[int]]:
     return {"train": sorted(order[:train]), "valid": sorted(order[train : train + valid]), "test": sorted(order[train + valid :])}
 
 
+def assign(pairs: Sequence[Pair], data: DataConfig) -> dict[str, list[int]]:
+    """Pair numbers of each split: where the layout states it, else all of a patient's together by `split`."""
+    free = sorted({pair.who for pair in pairs if pair.split is None})
+    drawn = {free[n]: name for name, numbers in split(len(free), data).items() for n in numbers} if free else {}
+    return {name: [n for n, pair in enumerate(pairs) if (pair.split or drawn[pair.who]) == name] for name in SPLITS}
+
+
 def load_cohort(pairs: Sequence[Pair], data: DataConfig, table: LabelTable, policy: GridPolicy, intensity: Intensity,
                 load: Loader | None = None) -> Cohort:  # fmt: skip
-    """Read every patient onto the canvas. Raises `InputError`s that name the file, `UsageError` when nobody has a label.
+    """Read every patient onto the canvas, and check what training relies on.
 
-    `load`: how a patient is read, such as a train/cache.py `SliceCache`; None: `load_patient`.
+    `load`: how a patient is read, such as a train/cache.py `SliceCache`; None: `load_patient`. Raises `InputError`s that name
+    the file, `UsageError` when nobody has a label.
     """
     patients = [(load or load_patient)(pair, table, policy, intensity) for pair in pairs]
-    if not any((p.labels != 0).any() for p in patients):
-        raise UsageError(
-            "no patient has a labelled voxel", expected=f"label maps with some of {table}", remedy="check the label maps and data.keep"
-        )
-    digest = hashlib.sha256()
+    require_labels(pairs, [p.facts for p in patients if p.facts], [len(p) for p in patients], table)
+    digest, images = hashlib.sha256(), []
     for patient in patients:
         digest.update(patient.labels.tobytes())
         digest.update(patient.image.tobytes())
-    parts = {name: tuple(patients[n] for n in numbers) for name, numbers in split(len(patients), data).items()}
-    return Cohort(**parts, digest=digest.hexdigest())
+        images.append(hashlib.sha256(patient.image.tobytes()).hexdigest())
+    if data.split_by == "slices":
+        if least := [pair.name for pair, p in zip(pairs, patients, strict=True) if len(p) < LEAST_PATIENTS]:
+            raise UsageError(
+                f"{least[0]} has too few slices to be split", expected=f"at least {LEAST_PATIENTS}", remedy="drop data.split_by"
+            )
+        blocks = [_blocks(p, data) for p in patients]
+        return Cohort(**{name: tuple(b[name] for b in blocks if len(b[name])) for name in SPLITS}, digest=digest.hexdigest())
+    numbers = assign(pairs, data)
+    check_leakage({name: {pairs[n].name: images[n] for n in chosen} for name, chosen in numbers.items()})
+    return Cohort(**{name: tuple(patients[n] for n in chosen) for name, chosen in numbers.items()}, digest=digest.hexdigest())
+
+
+def _blocks(patient: Slices, data: DataConfig) -> dict[str, Slices]:
+    """A volume cut into neighbouring slices to train on, then to validate with, then to test on; the facts go with the first."""
+    parts, at = {}, 0
+    for name, numbers in split(len(patient), data).items():
+        parts[name] = Slices(patient.labels[at : at + len(numbers)], patient.image[at : at + len(numbers)], None if at else patient.facts)
+        at += len(numbers)
+    return parts
 
 
 def load_patient(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity) -> Slices:
     """One patient's axial slices on the canvas, labels nearest and image linear; a canvas that grew is cut to its middle."""
-    labels, image = read_labels(pair.label, table), read_volume(pair.image)
-    _check_same_grid(pair, labels.labels.shape, labels.geometry, image.values.shape, image.geometry)
-    _check_intensity(pair.image, image.values, intensity)
+    labels, image, facts = read_pair(pair, table, intensity, spaced=policy.pixel_spacing is not None)
     grid = SliceGrid(policy, image.geometry, image.values.shape, labels.labels)
     outside = intensity.low
     planes = [fit(grid.labels(labels.labels, k), policy.canvas, 0) for k in range(grid.count)]
     slices = [fit(grid.image(image.values, k, outside), policy.canvas, outside) for k in range(grid.count)]
-    return Slices(np.stack(planes), np.clip(np.rint(np.stack(slices)), -32768, 32767).astype(np.int16))
+    return Slices(np.stack(planes), np.clip(np.rint(np.stack(slices)), -32768, 32767).astype(np.int16), facts)
 
 
 def fit(plane: NDArray[Any], canvas: tuple[int, int], fill: float) -> NDArray[Any]:
@@ -156,7 +151,7 @@ def slice_counts(pairs: Iterable[Pair], policy: GridPolicy) -> list[int]:
             geometry = Geometry.from_parts(reader.GetOrigin(), reader.GetSpacing(), reader.GetDirection())
             w, h, d = reader.GetSize()
         except (RuntimeError, ValueError):
-            read_volume(pair.image)  # says in our words what is wrong
+            read_image(pair.image)  # says in our words what is wrong
             raise
         counts.append(SliceGrid(policy, geometry, (d, h, w)).count)
     return counts
@@ -212,28 +207,3 @@ def from_unit(values: NDArray[np.float32], intensity: Intensity) -> NDArray[np.i
     """[0, 1] → HU, int16, rounded."""
     hu: NDArray[np.int16] = np.rint(values * np.float32(intensity.high - intensity.low) + intensity.low).astype(np.int16)
     return hu
-
-
-def _check_same_grid(pair: Pair, label_shape: tuple[int, ...], label: Geometry, image_shape: tuple[int, ...], image: Geometry) -> None:
-    remedy = "resample the label map onto its image"
-    if label_shape != image_shape:
-        raise InputError(
-            f"{pair.label.name} has {label_shape} voxels, its image {image_shape}", expected="one grid", remedy=remedy, file=pair.label
-        )
-    d, h, w = label_shape
-    corners = np.array([[i, j, k, 1] for i in (0, w - 1) for j in (0, h - 1) for k in (0, d - 1)], float).T
-    distance = float(np.abs((label.affine - image.affine) @ corners).max())
-    if distance > GRID_TOLERANCE_MM:
-        raise InputError(f"{pair.label.name} lies {distance:.3g} mm off its image", expected=f"one grid, within {GRID_TOLERANCE_MM} mm",
-                         remedy=remedy, file=pair.label)  # fmt: skip
-
-
-def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> None:
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite([low, high]).all():
-        raise InputError(
-            f"{file.name} holds NaN or infinite values", expected="finite intensities", remedy="check how it was written", file=file
-        )
-    if intensity.unit == "HU" and not (low <= AIR_HU and high <= HIGHEST_HU and low >= -HIGHEST_HU):
-        raise InputError(f"{file.name} holds values from {low:g} to {high:g}, which are no HU", expected=f"air below {AIR_HU} HU, nothing above {HIGHEST_HU}",
-                         remedy="apply the rescale intercept (often -1024), or set intensity.unit to a.u.", file=file)  # fmt: skip

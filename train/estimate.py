@@ -16,6 +16,7 @@ from runtime.console import duration
 from . import config as configs
 from . import dataset
 from .config import RunConfig
+from .layouts import find
 from .loop import choose_device, set_threads
 from .step import Batch, Step
 
@@ -46,16 +47,22 @@ def data_table(config: RunConfig) -> str:
     """Patients and axial slices per split, from headers; of a phantom, from its config."""
     policy = configs.grid_policy(config)
     if config.data.path is not None:
-        counts = dataset.slice_counts(dataset.find_pairs(Path(config.data.path)), policy)
-        source = config.data.path
+        layout = find(Path(config.data.path), config.data)
+        counts = dataset.slice_counts(layout.pairs, policy)
+        parts = dataset.assign(layout.pairs, config.data)
+        source = f"{config.data.path}: {layout.says}"
     elif config.data.phantom is not None:
         counts = [config.data.phantom.size[0]] * config.data.phantom.patients
+        parts = dataset.split(len(counts), config.data)
         source = f"phantom, seed {config.data.phantom.seed}"
     else:
         return "data           none: give --dataset-path DIR"
     rows = [f"data           {source}", f"{'split':<14} patients  slices"]
-    for name, numbers in dataset.split(len(counts), config.data).items():
-        rows.append(f"{name:<14} {len(numbers):8d} {sum(counts[n] for n in numbers):7d}")
+    for name, numbers in parts.items():
+        slices = sum(counts[n] for n in numbers)
+        if config.data.split_by == "slices":
+            numbers, slices = list(range(len(counts))), sum(len(dataset.split(count, config.data)[name]) for count in counts)
+        rows.append(f"{name:<14} {len(numbers):8d} {slices:7d}")
     return "\n".join(rows)
 
 

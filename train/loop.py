@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,13 @@ from runtime.contract import grid_to_json, labels_to_json
 from runtime.errors import ModelError, UsageError, writing
 from runtime.files import write_text
 
-from . import augment, checkpoint, dataset, evaluate, run_report
+from . import augment, checkpoint, dataset, evaluate, figures, run_report
 from . import config as configs
 from .cache import SliceCache
 from .config import RunConfig
 from .generator import Generator
+from .layouts import find
+from .loggers import Loggers
 from .ranks import ALONE, Ranks
 from .step import Batch, Step
 from .style import Styles, move
@@ -66,10 +68,13 @@ def open_cohort(config: RunConfig, folder: Path, *, cache: Path | None = None, q
                 remedy="give --dataset-path DIR",
             )
         path = str(_phantom(config.data.phantom, folder / "data", quiet))
-    pairs = dataset.find_pairs(Path(path))
+    pairs = find(Path(path), config.data).pairs
     load = None if cache is None else SliceCache(cache)
-    table, policy = configs.label_table(config.data), configs.grid_policy(config)
-    return dataset.load_cohort(pairs, config.data, table, policy, configs.intensity(config), load)
+    table, intensity = configs.label_table(config.data), configs.intensity(config)
+    cohort = dataset.load_cohort(pairs, config.data, table, configs.grid_policy(config), intensity, load)
+    if not quiet:
+        print(cohort.table(table, intensity), file=sys.stderr)
+    return cohort
 
 
 def _phantom(phantom: configs.PhantomConfig, folder: Path, quiet: bool) -> Path:
@@ -93,6 +98,7 @@ class Training:
     def __init__(self, config: RunConfig, folder: Path, cohort: dataset.Cohort, resume_from: Path | None = None, *, quiet: bool = False,
                  ranks: Ranks = ALONE):  # fmt: skip
         self.config, self.folder, self.cohort, self.ranks = config, folder, cohort, ranks
+        self._quiet = quiet
         self.device, reason = choose_device(config)
         threads = set_threads(config, ranks.neighbours)
         if not quiet:
@@ -112,7 +118,7 @@ class Training:
         self.validation = Validation(cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed)
         self.metrics: dict[str, Any] | None = None
         self.watch = Watch(folder, t.collapse_steps if config.loss.adversarial else 0)
-        self._log = _Log(folder / checkpoint.METRICS, self.done) if ranks.first else None
+        self._log: _Log | None = None
         self._progress = Progress("training", t.steps, unit="steps", quiet=quiet)
         self._sums: dict[str, Tensor] = {}
         self._since = self.done
@@ -123,7 +129,12 @@ class Training:
         Raises `Diverged` or `Collapsed` (train/watch.py) with the last good checkpoint kept, KeyboardInterrupt after the checkpoint that Ctrl-C asks for.
         """
         t = self.config.training
-        with _graceful() as interrupted:
+        moments = {round(share * t.steps) for share in figures.MOMENTS}
+        with _graceful() as interrupted, ExitStack() as stack:
+            if self.ranks.first:
+                self._log = stack.enter_context(closing(_Log(self.config, self.folder, self.done, quiet=self._quiet)))
+                if self.done == 0:
+                    self._snapshot()
             while self.done < t.steps:
                 self._advance()
                 end = self.done == t.steps
@@ -133,6 +144,8 @@ class Training:
                 if log or validate or save or end or stop:
                     self._report(validate=validate or end)
                 if self.ranks.first:
+                    if self.done in moments:
+                        self._snapshot()
                     self._save(validated=validate or end, anyway=save or end or stop)
                 if stop:
                     if self.ranks.first:
@@ -145,17 +158,14 @@ class Training:
     def batch(self, n: int) -> Batch:
         """The n-th batch on the device, augmented: a function of (seed, n)."""
         labels, image, noise = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in self.batches[n])
-        settings = self.config.augment
+        settings, part, style = self.config.augment, self.batches.part, None
+        if self.styles is not None:  # while labels and image still lie on each other
+            style, shifts = (torch.from_numpy(array[part]).to(self.device) for array in self.styles(self.batches.slices(n), n))
+            image = move(image, labels, shifts)
         if settings.active:
-            affine = augment.draw(settings, self.batches.batch_size, dataset.stream(self.config.training.seed, "augment", n))[
-                self.batches.part
-            ]
-            labels, image = augment.apply(torch.from_numpy(affine).to(self.device), labels, image)
-        if self.styles is None:
-            return Batch(labels, image, noise)
-        part = self.batches.part
-        style, shifts = (torch.from_numpy(array[part]).to(self.device) for array in self.styles(self.batches.slices(n), n))
-        return Batch(labels, move(image, labels, shifts), noise, style)
+            rng = dataset.stream(self.config.training.seed, "augment", n)
+            labels, image = augment.augment(settings, labels, image, rng, self.batches.batch_size, part)
+        return Batch(labels, image, noise, style)
 
     def _advance(self) -> None:
         losses = self.step(self.done, self.batch(self.done))
@@ -176,8 +186,8 @@ class Training:
         if validate:
             net, n = self.network(), self.config.training.batch_size
             self.metrics, painted = self.validation.measure(net, self.device, n)
-            if net.style:
-                self.metrics["diversity"] = self.validation.diversity(net, self.device, n, self.cohort.train)
+            if net.style and (diversity := self.validation.diversity(net, self.device, n, self.cohort.train)):
+                self.metrics["diversity"] = diversity
             self.watch.painting(self.done, painted, self.validation.images)
             self.validation.draw(self.folder / "figures" / f"step-{self.done:08d}.png", painted, f"step {self.done}")
             row["metrics"] = self.metrics
@@ -203,6 +213,10 @@ class Training:
             print(f"warning: no best checkpoint is kept: {t.best_metric} is not among {', '.join(numbers)}", file=sys.stderr)
             return None
         return numbers[t.best_metric] * (1 if t.best_is == "lowest" else -1)
+
+    def _snapshot(self) -> None:
+        """Three fixed held-out slices as they are painted now, for train/figures.py."""
+        figures.write_snapshot(self.folder, self.done, *self.validation.sample(self.network(), self.device))
 
     def network(self) -> Generator:
         """The averaged generator, in eval mode, its batch statistics measured anew on training batches."""
@@ -251,9 +265,14 @@ def _commit() -> str | None:
 
 
 class _Log:
-    """metrics.jsonl: one JSON object a line. Lines past `step` are cut off: a resumed run writes them again."""
+    """metrics.jsonl, one JSON object a line, and what else `config.logging` asks for.
 
-    def __init__(self, path: Path, step: int):
+    Lines past `step` are cut off: a resumed run writes them again.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, step: int, *, quiet: bool):
+        self._loggers = Loggers(config, folder, quiet=quiet)
+        path = folder / checkpoint.METRICS
         self._path, self._before, self._start = path, 0.0, time.monotonic()
         kept = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -271,6 +290,11 @@ class _Log:
         seconds = round(self._before + time.monotonic() - self._start, 2)
         with writing(self._path), open(self._path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, "seconds": seconds, **row}, allow_nan=False) + "\n")
+        self._loggers.write(step, dict(evaluate.flat(row)))
+
+    def close(self) -> None:
+        """Flush what is pending."""
+        self._loggers.close()
 
 
 @contextmanager

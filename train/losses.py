@@ -23,20 +23,38 @@ def discriminator_losses(score_real: Tensor, score_fake: Tensor, gan: str = "lsg
     return {"d_real": 0.5 * (score_real - 1).square().mean(), "d_fake": 0.5 * score_fake.square().mean()}
 
 
-def generator_losses(score_fake: Tensor, smooth: Tensor, painted: Tensor, real: Tensor, gan: str = "lsgan") -> dict[str, Tensor]:
+def generator_losses(score_fake: Tensor, smooth: Tensor, painted: Tensor, real: Tensor, *, gan: str = "lsgan",
+                     weight: Tensor | float = 1.0) -> dict[str, Tensor]:  # fmt: skip
     """Images (N, 1, H, W) in [0, 1]: `smooth` without texture, `painted` with it.
 
     `adversarial`: painted patches are to score 1 (`hinge`: as high as they can). `reconstruction`: mean absolute difference of `smooth` and `real`: measured
-    on `painted`, the best answer would be no texture. `texture`: mean absolute difference of the noise floors.
+    on `painted`, the best answer would be no texture; `weight`, (N, 1, H, W), says where it counts. `texture`: mean absolute difference of the noise floors.
     """
     texture = torch.stack([(noise_floor(painted, side) - noise_floor(real, side)).abs().mean() for side in TEXTURE_SIDES])
     adversarial = -score_fake.mean() if gan == "hinge" else (score_fake - 1).square().mean()
-    return {"adversarial": adversarial, "reconstruction": (smooth - real).abs().mean(), "texture": texture.mean()}
+    return {"adversarial": adversarial, "reconstruction": ((smooth - real).abs() * weight).mean(), "texture": texture.mean()}
 
 
 def feature_matching(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
     """Mean absolute difference of the judge's features, each stage counted alike (pix2pixHD, Wang et al., CVPR 2018, eq. 4)."""
     return torch.stack([(a - b.detach()).abs().mean() for a, b in zip(fake, real, strict=True)]).mean()
+
+
+def centre_weight(labels: Tensor) -> Tensor:
+    """Where a reconstruction counts when it is weighted: `labels` (N, Z, H, W) model indices → float32 (N, 1, H, W) in (0, 1].
+
+    1 inside the mask (of the middle slice), outside a Gaussian of peak 1 about the mask's centroid, of variance 60 H along
+    the rows' axis and 30 W along the columns' (the original system's numbers, in pixels squared); all 1 without a mask.
+    """
+    inside = (labels[:, labels.shape[1] // 2] != 0).float()  # (N, H, W)
+    h, w = inside.shape[-2:]
+    rows, columns = torch.arange(h, device=labels.device), torch.arange(w, device=labels.device)
+    count = inside.sum((1, 2))
+    some = count.clamp(min=1)
+    y, x = ((inside.sum(axis) * line).sum(1) / some for axis, line in ((2, rows), (1, columns)))
+    squared = (rows - y[:, None]).square()[:, :, None] / (60 * h) + (columns - x[:, None]).square()[:, None] / (30 * w)
+    everywhere = (count == 0).float()[:, None, None]
+    return torch.maximum(torch.exp(-squared / 2), torch.maximum(inside, everywhere))[:, None]
 
 
 def noise_floor(image: Tensor, side: int) -> Tensor:

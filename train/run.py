@@ -29,7 +29,9 @@ def parser() -> argparse.ArgumentParser:
         prog="python train/run.py", description="Train a generator that paints CT from label masks.", epilog=console.EXIT_CODES
     )
     p.add_argument("--config", type=Path, help="a JSON file, such as train/configs/phantom.json (with --resume: the run's own)")
-    p.add_argument("--dataset-path", "--dataset_path", metavar="DIR", help="folder of CASE_image.nii.gz + CASE_label.nii.gz")
+    p.add_argument(
+        "--dataset-path", "--dataset_path", metavar="DIR", help="folder (MM-WHS, nnU-Net, training/PATIENT/*.dcm) or CSV table of pairs"
+    )
     p.add_argument("--output", type=Path, metavar="RUN", help="the run folder to write (default: runs/NAME)")
     p.add_argument("--cache", type=Path, metavar="DIR", help="where decoded slices are kept for the next run (default: .slices beside RUN)")
     p.add_argument("--no-cache", action="store_true", help="keep them in memory instead")
@@ -38,13 +40,38 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", nargs="+", help="override, e.g. training.steps=40 or MAX_ITER=40"
     )
+    p.add_argument("--train-ratio", "--train_ratio", type=float, metavar="R", help="share of the patients to train on; 1: test on testing/")
+    p.add_argument("--valid-ratio", "--valid_ratio", type=float, metavar="R", help="share of the patients to validate with")
+    p.add_argument(
+        "--ckpt-load",
+        "--ckpt_load",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="begin from the weights of this checkpoint (with --test: test it)",
+    )
+    p.add_argument("--test", action="store_true", help="measure RUN (or CHECKPOINT) on the test split, write RUN/test.json, train nothing")
+    p.add_argument("--tensorboard", action="store_true", help="log to RUN/tensorboard")
+    p.add_argument("--use-wandb", "--use_wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline: to RUN/wandb)")
+    p.add_argument("--wandb-resume-id", "--wandb_resume_id", metavar="ID", help="go on with this Weights & Biases run")
     p.add_argument("--quiet", action="store_true", help="no progress")
     return p
 
 
+def overrides_of(args: argparse.Namespace) -> list[str]:
+    """--set and the options that stand for a key, as key=value."""
+    options = {
+        "data.train_ratio": args.train_ratio,
+        "data.valid_ratio": args.valid_ratio,
+        "logging.tensorboard": args.tensorboard or None,
+        "logging.wandb": args.use_wandb or args.wandb_resume_id is not None or None,
+        "logging.wandb_id": args.wandb_resume_id,
+    }
+    given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    return [*(item for items in args.set for item in items), *given]
+
+
 def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
     """(config, run folder) of a command line. Raises `UsageError`."""
-    overrides = [item for items in args.set for item in items]
     if args.config is None:
         if not (args.resume and args.output):
             raise UsageError("no config is given", expected="--config CONFIG (only --resume --output RUN may do without)",
@@ -52,37 +79,61 @@ def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
         data = config.to_json(checkpoint.stored_config(args.output))
     else:
         data = config.load(args.config)
-    resolved = config.resolve(data, overrides, dataset_path=args.dataset_path)
+    resolved = config.resolve(data, overrides_of(args), dataset_path=args.dataset_path)
     return resolved, args.output or Path("runs") / resolved.name
+
+
+def cache_of(args: argparse.Namespace, folder: Path) -> Path | None:
+    """Where the slices are kept of a command that writes `folder`; None: nowhere."""
+    from train.cache import FOLDER
+
+    return None if args.no_cache else args.cache or folder.parent / FOLDER
 
 
 def main(argv: Sequence[str]) -> int:
     args = parser().parse_args(argv)
+    if args.test:
+        return test(args)
     resolved, folder = resolve(args)
+    from train.loggers import require
+    from train.settle import settle
+
+    require(resolved.logging)
+    resolved, found = settle(resolved)
     if args.dry_run:
         from train.estimate import describe
 
         print(describe(resolved))
         return 0
+    if args.ckpt_load and args.resume:
+        raise UsageError("--ckpt-load and --resume are given together", expected="one of them: --resume goes on, --ckpt-load begins anew",
+                         remedy="drop one")  # fmt: skip
     from train.ranks import check, joined
 
     with joined() as ranks:
         check(resolved, ranks)
-        return train(args, resolved, folder, ranks)
+        return train(args, resolved, found, folder, ranks)
 
 
-def train(args: argparse.Namespace, resolved: config.RunConfig, folder: Path, ranks: Ranks) -> int:
-    """What one rank does: the first makes the run folder ready, then all train in it. Returns the exit code."""
-    from train.cache import FOLDER
+def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, folder: Path, ranks: Ranks) -> int:
+    """What one rank does: the first makes the run folder ready, then all train in it. Returns the exit code.
+
+    `found`: what is to be said about the data.
+    """
     from train.loop import Training, open_cohort
+    from train.restore import begin_from, checkpoint_of
 
     quiet = args.quiet or not ranks.first
     if not quiet:
         print(json.dumps(config.to_json(resolved)))
-    cache = None if args.no_cache else args.cache or folder.parent / FOLDER
+        if found:
+            print(found, file=sys.stderr)
     with ranks.first_then_others():
+        source = checkpoint_of(args.ckpt_load) if args.ckpt_load and ranks.first else None
         resume_from = checkpoint.starting_point(folder, resolved, args.resume or not ranks.first)
-        cohort = open_cohort(resolved, folder, cache=cache, quiet=quiet)
+        cohort = open_cohort(resolved, folder, cache=cache_of(args, folder), quiet=quiet)
+        if source is not None:
+            resume_from = begin_from(source, resolved, folder)  # the others find it as their starting point
         if ranks.first:
             checkpoint.claim(folder, resolved)
     metrics = Training(resolved, folder, cohort, resume_from, quiet=quiet, ranks=ranks).run()
@@ -92,6 +143,27 @@ def train(args: argparse.Namespace, resolved: config.RunConfig, folder: Path, ra
         print(table(metrics))
     if ranks.first:
         print(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.RUN} are written")
+    return 0
+
+
+def test(args: argparse.Namespace) -> int:
+    """--test: the test split through a finished run, or a checkpoint."""
+    from train import restore
+    from train.evaluate import table
+    from train.loop import open_cohort
+
+    source = args.ckpt_load or (resolve(args)[1] if args.config else args.output)
+    if source is None:
+        raise UsageError("--test does not say what to test", expected="--output RUN or --ckpt-load CHECKPOINT", remedy="add one of the two")
+    run = restore.run_of(source)
+    data = config.load(args.config) if args.config else config.to_json(checkpoint.stored_config(run))
+    settled = restore.stored(run, config.resolve(data, overrides_of(args)), args.dataset_path)
+    output = args.output or run
+    cohort = open_cohort(settled, run, cache=cache_of(args, output), quiet=args.quiet)
+    metrics = restore.measure_test(settled, source, output, cohort, quiet=args.quiet)
+    if not args.quiet:
+        print(table(metrics))
+    print(f"{output / restore.TEST} is written")
     return 0
 
 

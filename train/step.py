@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from .config import RunConfig, label_table
 from .discriminator import Discriminator
 from .generator import Generator, initialise, one_hot, standardise_noise
-from .losses import discriminator_losses, feature_matching, generator_losses, weighted_sum
+from .losses import centre_weight, discriminator_losses, feature_matching, generator_losses, weighted_sum
 from .ranks import ALONE, Ranks
 
 
@@ -85,8 +85,9 @@ class Step:
         self.discriminator.requires_grad_(False)
         # The judge sees the texture but does not shape it: free noise is the easy way to look like bones and vessels.
         judged = smooth + (painted - smooth).detach()
+        weight = centre_weight(labels) if loss.weighting == "weighted" else 1.0
         score, features = self.discriminator(condition, judged)
-        g_losses = generator_losses(score, smooth, painted, real, loss.gan)
+        g_losses = generator_losses(score, smooth, painted, real, gan=loss.gan, weight=weight)
         if loss.features:
             with torch.no_grad():
                 wanted = self.discriminator(condition, real)[1]

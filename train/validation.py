@@ -14,7 +14,7 @@ from runtime.contract import Intensity, LabelTable
 
 from .dataset import Slices, from_unit, noise_bytes
 from .evaluate import ceiling, diversity, evaluate
-from .figures import WINDOW_HU, comparison
+from .figures import comparison, window
 from .generator import Generator, one_hot, standardise_noise
 from .style import organ_medians
 
@@ -55,16 +55,22 @@ class Validation:
         ]
         return evaluate(painted, self.images, self.masks, self._names), painted
 
-    def diversity(self, net: Generator, device: torch.device, batch_size: int, train: Sequence[Slices]) -> dict[str, Any]:
-        """train/metrics.py's `diversity` of a network with a style: the first patient's labelled slices in many styles."""
-        case, noise = self._cases[0], self._noise[0]
-        labelled = np.flatnonzero(self.masks[0].any((1, 2)))
+    def diversity(self, net: Generator, device: torch.device, batch_size: int, train: Sequence[Slices]) -> dict[str, Any] | None:
+        """train/metrics.py's `diversity` of a network with a style: the labelled slices of the first patient with any, in many styles.
+
+        None where none is labelled.
+        """
+        first = next((n for n, mask in enumerate(self.masks) if mask.any()), None)
+        if first is None:
+            return None
+        case, noise = self._cases[first], self._noise[first]
+        labelled = np.flatnonzero(self.masks[first].any((1, 2)))
         chosen = labelled[np.linspace(0, len(labelled) - 1, min(len(labelled), DIVERSE_SLICES)).round().astype(int)]
         styles = np.random.default_rng(self._seed).standard_normal((STYLES, net.style), np.float32)
         variants = [
             paint(net, case.labels[chosen], noise[chosen], len(self._table), self._intensity, device, batch_size, style) for style in styles
         ]
-        return diversity([variants], [self.masks[0][chosen]], list(organ_medians(train, len(self._table))), self._names)
+        return diversity([variants], [self.masks[first][chosen]], list(organ_medians(train, len(self._table))), self._names)
 
     def ceiling(self, train: Sequence[Slices]) -> dict[str, Any]:
         """What lies between the held-out and the training patients: train/metrics.py's `ceiling`, on slices as far apart."""
@@ -72,16 +78,23 @@ class Validation:
         return ceiling(self.images, self.masks, [p.image for p in others], [_middle(p) for p in others], self._names)
 
     def draw(self, path: Path, painted: list[NDArray[np.int16]], title: str) -> None:
-        """The three slices with the most kinds of labels apart from each other, of the first patient."""
-        case, generated = self._cases[0], painted[0]
-        masks = self.masks[0]
-        labelled = np.flatnonzero(masks.any((1, 2)))
+        """The three slices of `_chosen` beside what `measure` painted of them."""
+        chosen = self._chosen()
+        masks, generated, true = np.concatenate(self.masks)[chosen], np.concatenate(painted)[chosen], np.concatenate(self.images)[chosen]
+        comparison(path, masks, generated, true, classes=len(self._table), window=window(self._intensity), title=title)
+
+    def sample(self, net: Generator, device: torch.device) -> tuple[NDArray[np.uint8], NDArray[np.int16], NDArray[np.int16]]:
+        """(masks, painted, true) of the three slices, each (3, H, W)."""
+        chosen = self._chosen()
+        masks, noise, true = np.concatenate(self.masks)[chosen], np.concatenate(self._noise)[chosen], np.concatenate(self.images)[chosen]
+        return masks, paint(net, self.labels[chosen], noise, len(self._table), self._intensity, device), true
+
+    def _chosen(self) -> NDArray[np.intp]:
+        """Three labelled slices apart from each other, over all patients (any three where none is labelled)."""
+        labelled = np.flatnonzero(np.concatenate(self.masks).any((1, 2)))
         if not len(labelled):
-            labelled = np.arange(len(masks))
-        chosen = labelled[[len(labelled) // 5, len(labelled) // 2, len(labelled) * 4 // 5]]
-        unit = self._intensity
-        window = WINDOW_HU if unit.unit == "HU" else (unit.low, unit.high)
-        comparison(path, masks[chosen], generated[chosen], case.image[chosen], classes=len(self._table), window=window, title=title)
+            labelled = np.arange(len(self.labels))
+        return labelled[[len(labelled) // 5, len(labelled) // 2, len(labelled) * 4 // 5]]
 
 
 def paint(net: Generator, labels: NDArray[np.uint8], noise: NDArray[np.uint8], classes: int, intensity: Intensity,

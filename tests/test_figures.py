@@ -1,0 +1,43 @@
+"""The paper's figure: condition, generated at six moments of a run, original."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from runtime.errors import UsageError
+from train.figures import progress, write_snapshot
+
+
+def test_a_run_keeps_three_slices_at_the_papers_moments(trained: Path) -> None:
+    files = sorted((trained / "progress").iterdir())
+    assert [int(f.name[5:13]) for f in files] == sorted({round(6 * share) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
+    first, last = load_file(files[0]), load_file(files[-1])
+    assert first["labels"].shape == first["generated"].shape == first["original"].shape == (3, 64, 64)
+    assert first["labels"].any((1, 2)).all() and first["generated"].dtype == first["original"].dtype == np.int16
+    assert np.array_equal(first["original"], last["original"]) and not np.array_equal(first["generated"], last["generated"])
+
+
+def test_one_command_draws_the_figure(trained: Path, tmp_path: Path, command) -> None:
+    done = command("-m", "train.figures", trained, "-o", tmp_path / "figure.png")
+    assert done.returncode == 0 and "steps 0, 1, 2, 3, 4, 6" in done.stdout, done.stderr
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    done = command("-m", "train.figures", tmp_path, "-o", tmp_path / "other.png")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "other.png").exists()
+
+
+def test_the_nearest_moment_stands_in_for_one_that_was_not_painted(trained: Path, tmp_path: Path) -> None:
+    shutil.copy(trained / "config.json", tmp_path)
+    with pytest.raises(UsageError, match="no painted slices"):
+        progress(tmp_path, tmp_path / "figure.png")
+    plane = np.zeros((2, 8, 8), np.int16)
+    for step in (0, 4):
+        write_snapshot(tmp_path, step, plane.astype(np.uint8), plane, plane.copy())
+    assert progress(tmp_path, tmp_path / "figure.png") == [0, 4]
+    (tmp_path / "progress" / "step-00000004.safetensors").write_bytes(b"torn")
+    with pytest.raises(UsageError, match="cannot be read"):
+        progress(tmp_path, tmp_path / "figure.png")

@@ -1,0 +1,170 @@
+"""The original system's config, folders and options, unchanged; and what of its keys is fixed here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from samples import write_slices
+
+from runtime.errors import ConfigError, ModelError
+from train import checkpoint
+from train.augment import augment
+from train.config import AugmentConfig, load, resolve
+from train.losses import centre_weight, generator_losses
+
+WHS = Path(__file__).parent / "whs_original.json"
+QUICK = ["MAX_ITER=4", "IMAGE_RES=[64,64]", "FIRST_LAYERS_FILTERS=4", "BATCH_SIZE=2", "generator.depth=4", "discriminator.filters=4",
+         "training.recalibrate=1", "training.threads=2", "VAL_INTERVAL=4", "SAVE_MODEL_INTERVAL=2"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("whs")
+    write_slices(made, 6)
+    return write_slices(made, 2, split="testing", seed=1)
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, command, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few steps of the original's config on its own folders, tested on testing/."""
+    made = tmp_path_factory.mktemp("runs") / "whs"
+    done = command("train/run.py", f"--dataset_path={folder}", f"--config={WHS}", "--train_ratio", "1.0", "--valid_ratio", "0.2",
+                   "--output", made, "--set", *QUICK, "RECON_LOSS=weighted")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "single DICOM slices" in done.stderr and "a.u. from 0 to 255" in done.stderr
+    return made
+
+
+def test_every_key_of_the_originals_config_is_understood() -> None:
+    config = resolve(load(WHS))
+    assert (config.training.steps, config.training.valid_every, config.data.canvas) == (100_000, 100, (256, 256))
+    assert (config.data.label_name, config.data.image_name, config.data.keep) == ("whs_img_gt", "whs_img", (1, 2, 3, 4, 5, 6, 7))
+    assert (config.intensity.unit, config.intensity.high, config.loss.weighting) == ("auto", 255, "basic")
+    assert config.augment == AugmentConfig(5, 2, 0.05, 0.05, 0.05)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("CHANNELS", 3, "one channel"),
+        ("INPUT_TRANS", 0.5, "one-hot"),
+        ("CONDITION_TRANS", "x", "one-hot"),
+        ("CONDITION_NAME", "other", "both networks see the same labels"),
+        ("TARGET_TRANS", 0, "1/255"),
+        ("TARGET_TRANS", "grey", "1/255"),
+        ("TARGET_TRANS", True, "1/255"),
+        ("RECON_LOSS", "wighted", "did you mean 'weighted'?"),
+        ("GEN_OUTPUT_ACT", "tanh", "'sigmoid'"),
+        ("AUG_SAME_FOR_BOTH", 1, "true or false"),
+        ("CHANELS", 1, "did you mean 'CHANNELS'?"),
+    ],
+)
+def test_a_key_that_allows_one_value_says_why(key: str, value: object, says: str) -> None:
+    for arguments in (({**load(WHS), key: value}, []), (load(WHS), [f"{key}={json.dumps(value)}"])):
+        with pytest.raises(ConfigError) as caught:
+            resolve(*arguments)
+        assert says in str(caught.value) and len(str(caught.value).splitlines()) <= 4
+
+
+def test_greys_may_be_written_as_a_fraction() -> None:
+    assert resolve({"TARGET_TRANS": "1/4095"}).intensity.high == 4095
+
+
+def test_the_run_is_one_in_greys_on_the_originals_labels(run: Path) -> None:
+    data = json.loads((run / "run.json").read_text())
+    assert data["intensity"] == {"unit": "a.u.", "low": 0, "high": 255}
+    assert [row["value"] for row in data["labels"]] == list(range(8)) and data["labels"][3]["name"] == "left ventricle"
+    assert data["data"]["patients"] == {"train": 5, "valid": 1, "test": 2}
+
+
+def test_test_measures_the_test_split_not_the_validation_split(run: Path, folder: Path, command) -> None:
+    done = command("train/run.py", "--output", run, "--test", "--quiet")
+    assert done.returncode == 0, done.stderr
+    tested = json.loads((run / "test.json").read_text())
+    assert (tested["split"], tested["patients"], tested["slices"], tested["step"]) == ("test", 2, 2, 4)
+    assert tested["metrics"]["cases"] == 2 and tested["metrics"] != json.loads((run / "run.json").read_text())["metrics"]
+    assert (run / "figures" / "test.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_checkpoint_is_tested_into_another_folder(run: Path, folder: Path, tmp_path: Path, command) -> None:
+    source = run / "checkpoints" / "step-00000002"
+    line = ["train/run.py", "--config", WHS, "--dataset_path", folder, "--set", *QUICK, "RECON_LOSS=weighted", "data.valid_ratio=0.2"]
+    done = command(*line, "--train_ratio", "1", "--ckpt_load", source, "--test", "--output", tmp_path, "--quiet")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "test.json").read_text())["step"] == 2
+    done = command(*line, "--train_ratio", "0.5", "--ckpt_load", source, "--test", "--output", tmp_path / "b", "--quiet")
+    assert done.returncode == 2 and "data.train_ratio" in done.stderr and not (tmp_path / "b").exists()
+
+
+def test_a_test_without_test_patients_or_without_a_run_is_refused(trained: Path, tmp_path: Path, command) -> None:
+    done = command("train/run.py", "--output", trained, "--test", "--quiet")
+    assert done.returncode == 2 and "the test split is empty" in done.stderr
+    for more in (["--output", tmp_path], ["--ckpt_load", tmp_path], []):
+        done = command("train/run.py", "--test", *more)
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_training_begins_from_a_loaded_checkpoint(run: Path, folder: Path, tmp_path: Path, command) -> None:
+    line = ["train/run.py", "--config", WHS, "--dataset_path", folder, "--quiet", "--ckpt_load", run, "--output"]
+    done = command(*line, tmp_path / "next", "--set", *QUICK, "RECON_LOSS=weighted", "MAX_ITER=0")
+    assert done.returncode == 0, done.stderr
+    source = checkpoint.load(run / "checkpoints" / "step-00000004")[1]
+    begun = checkpoint.load(tmp_path / "next" / "checkpoints" / "step-00000000")[1]
+    assert source.keys() == begun.keys() and all(torch.equal(source[name], begun[name]) for name in source)
+    done = command(*line, tmp_path / "other", "--set", *QUICK, "FIRST_LAYERS_FILTERS=8")
+    assert done.returncode == 2 and "does not fit the networks" in done.stderr and not (tmp_path / "other").exists()
+    done = command(*line, tmp_path / "next", "--resume", "--set", *QUICK)
+    assert done.returncode == 2 and "--ckpt-load and --resume" in done.stderr
+
+
+def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+    from train.restore import checkpoint_of
+
+    with pytest.raises(ModelError, match="is no checkpoint"):
+        checkpoint_of(tmp_path)
+
+
+def test_the_weight_is_1_in_the_mask_and_a_gaussian_about_its_centroid() -> None:
+    labels = torch.zeros(2, 3, 8, 10)
+    labels[0, 1, 2:5, 6] = 3  # rows 2, 3, 4 of column 6: the centroid is (3, 6)
+    labels[0, 0] = 1  # a neighbouring slice does not count
+    weight = centre_weight(labels)
+    assert weight.shape == (2, 1, 8, 10) and weight.dtype == torch.float32
+    assert weight[0, 0, 2:5, 6].tolist() == [1, 1, 1]
+    assert weight[0, 0, 7, 1].item() == pytest.approx(np.exp(-0.5 * (4**2 / (60 * 8) + 5**2 / (30 * 10))))
+    assert weight[0, 0, 3, 9].item() == pytest.approx(np.exp(-0.5 * 3**2 / 300))
+    assert torch.equal(weight[1], torch.ones(1, 8, 10))  # an empty mask: everywhere alike
+
+
+def test_the_weighted_reconstruction_is_the_weighted_mean_difference() -> None:
+    smooth, real = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8) * 0.5
+    weight = torch.zeros(1, 1, 8, 8)
+    weight[..., :2] = 1  # a quarter
+    score = torch.zeros(1, 1, 2, 2)
+    assert generator_losses(score, smooth, smooth, real, weight=weight)["reconstruction"].item() == pytest.approx(0.125)
+    assert generator_losses(score, smooth, smooth, real)["reconstruction"].item() == pytest.approx(0.5)
+
+
+def test_augmentation_moves_both_alike_unless_told_otherwise() -> None:
+    labels = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
+    labels[:, :, 12:20, 12:20] = 1
+    image = labels.float()
+
+    def moved(**settings: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        config = AugmentConfig(shift_width=0.25, shift_height=0.25, **settings)
+        return augment(config, labels, image, np.random.default_rng(0))
+
+    both, alone = moved(), moved(same=False)
+    config = AugmentConfig(shift_width=0.25, shift_height=0.25, same=False)
+    assert (both[0] - both[1].round()).abs().mean() < 0.02 < (alone[0] - alone[1].round()).abs().mean()
+    assert torch.equal(both[0], alone[0])
+    assert torch.equal(moved(labels=False)[0], labels) and torch.equal(moved(labels=False)[1], both[1])
+    assert torch.equal(moved(image=False)[1], image) and torch.equal(moved(image=False)[0], both[0])
+    parts = [augment(config, labels[part], image[part], np.random.default_rng(0), 4, part) for part in (slice(2), slice(2, 4))]
+    for whole, *pieces in zip(alone, *parts, strict=True):  # ranks move their parts as one process moves all
+        assert torch.equal(whole, torch.cat(pieces))
+    assert not AugmentConfig(rotation=5, labels=False, image=False).active and AugmentConfig(rotation=5).active

@@ -1,0 +1,69 @@
+"""Numbers of a run to TensorBoard and Weights & Biases, each only when the config asks for it and imported only then.
+
+Numbers alone: the figures hold patients' slices and stay in the run folder, and so does the dataset's path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import MissingComponent
+
+from . import config as configs
+from .config import LoggingConfig, RunConfig
+
+PROJECT = "mask2ct"
+
+
+def require(logging: LoggingConfig) -> None:
+    """Import what the config asks for, before anything is started. Raises `MissingComponent`."""
+    for name, wanted in (("tensorboard", logging.tensorboard), ("wandb", logging.wandb)):
+        if wanted:
+            try:
+                __import__(name)
+            except ImportError as exc:
+                raise MissingComponent(f"{name} cannot be imported: {exc}", expected=f"{name}, since logging.{name} is on",
+                                       remedy=f"pip install {name}, or drop the option") from exc  # fmt: skip
+
+
+class Loggers:
+    """What `config.logging` asks for: nothing, TensorBoard files in RUN/tensorboard, a Weights & Biases run, or both.
+
+    Weights & Biases follows its own variables: WANDB_MODE=offline keeps everything in RUN/wandb.
+    """
+
+    def __init__(self, config: RunConfig, folder: Path, *, quiet: bool = False):
+        wanted = config.logging
+        require(wanted)
+        self._board: Any = None
+        self._wandb: Any = None
+        if wanted.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._board = SummaryWriter(str(folder / "tensorboard"))
+        if wanted.wandb:
+            import wandb
+
+            data = configs.to_json(config)
+            data["data"]["path"] = None
+            # neither the command line, which names the dataset, nor what is printed leaves with the numbers
+            settings = wandb.Settings(silent=quiet, console="off", save_code=False, disable_git=True, x_disable_meta=True)
+            self._wandb = wandb.init(project=PROJECT, name=config.name, id=wanted.wandb_id, resume="allow" if wanted.wandb_id else None,
+                                     dir=str(folder), config=data, settings=settings)  # fmt: skip
+
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Log `numbers` by name at `step`."""
+        if self._board is not None:
+            for name, value in numbers.items():
+                self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(dict(numbers), step=step)
+
+    def close(self) -> None:
+        """Flush what is pending."""
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()

@@ -1,0 +1,93 @@
+"""What is done with a training that exists: test it on the test split, or begin another from its weights."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import ConfigError, ModelError, UsageError
+from runtime.files import write_json
+
+from . import checkpoint
+from . import config as configs
+from .config import RunConfig
+from .dataset import Cohort
+from .loop import Training, choose_device, set_threads
+from .step import Step
+from .validation import Validation
+
+TEST = "test.json"
+
+
+def checkpoint_of(path: Path) -> Path:
+    """A checkpoint folder itself, or the newest one of a run folder. Raises `ModelError`."""
+    if checkpoint.is_checkpoint(path):
+        return path
+    found = checkpoint.newest(path) if path.is_dir() else None
+    if found is None:
+        raise ModelError(f"{path} is no checkpoint", expected="a folder such as RUN/checkpoints/step-00001000, or a run folder",
+                         remedy="correct --ckpt-load", file=path)  # fmt: skip
+    return found
+
+
+def run_of(path: Path) -> Path:
+    """The run folder of a checkpoint (or the run folder itself)."""
+    return path.parent.parent if checkpoint.is_checkpoint(path) else path
+
+
+def begin_from(source: Path, config: RunConfig, folder: Path) -> Path:
+    """Write the state of checkpoint `source` as step 0 of the run in `folder`; returns that checkpoint.
+
+    Raises `ModelError` when it belongs to other networks.
+    """
+    _, tensors = checkpoint.load(source)
+    try:
+        Step(config).load_state(tensors)
+    except (KeyError, RuntimeError) as exc:
+        raise ModelError(f"checkpoint {source.name} does not fit the networks of this config", expected="the same labels, generator and discriminator",
+                         remedy="use the config that it was trained with", file=source) from exc  # fmt: skip
+    checkpoint.claim(folder, config)
+    return checkpoint.save(folder, 0, tensors, config.training.keep_checkpoints)
+
+
+def stored(run: Path, given: RunConfig, dataset_path: str | None) -> RunConfig:
+    """The config that `run` was trained with; its dataset may have moved. Raises `ConfigError` when `given` is another one."""
+    config = checkpoint.stored_config(run)
+    free = ["training.steps", "data.path", "logging.", *(["data.phantom"] if config.data.path is not None else [])]
+    free += ["data.labels"] if given.data.labels is None else []  # left to the data, and settled by them
+    free += ["intensity."] if given.intensity.unit == "auto" else []
+    changed = checkpoint.differences(configs.to_json(config), configs.to_json(given))
+    if changed := [key for key in changed if not key.startswith(tuple(free))]:
+        raise ConfigError(f"the run was trained with other values of {', '.join(changed)}", expected="the config it was trained with",
+                          remedy="drop --config and --set: the run folder knows", file=run / checkpoint.CONFIG)  # fmt: skip
+    return config if dataset_path is None else replace(config, data=replace(config.data, path=dataset_path, phantom=None))
+
+
+def measure_test(config: RunConfig, source: Path, output: Path, cohort: Cohort, *, quiet: bool = False) -> dict[str, Any]:
+    """Measure the test split, every slice of it, and write OUTPUT/test.json and OUTPUT/figures/test.png; returns the metrics.
+
+    `source`: a finished run (its generator as exported), an unfinished one (its newest checkpoint) or a checkpoint.
+    Raises `UsageError` when nobody is left to test on.
+    """
+    if not cohort.test:
+        raise UsageError("the test split is empty", expected="patients that are neither trained on nor validated with",
+                         remedy="lower data.train_ratio or add patients; in the original's layout train_ratio 1 tests on testing/")  # fmt: skip
+    if (source / checkpoint.RUN).is_file():
+        device, _ = choose_device(config)
+        set_threads(config)
+        step, net = checkpoint.load_run(source).step, checkpoint.load_generator(source).to(device)
+    else:
+        training = Training(config, output, cohort, checkpoint_of(source), quiet=quiet)
+        device, step, net = training.device, training.done, training.network()
+    table, intensity = configs.label_table(config.data), configs.intensity(config)
+    held_out = Validation(cohort.test, sum(map(len, cohort.test)), table, intensity, config.training.seed)
+    metrics, painted = held_out.measure(net, device, config.training.batch_size)
+    held_out.draw(output / "figures" / "test.png", painted, f"test patients, step {step}")
+    counts = cohort.summary()
+    write_json(output / TEST, {"split": "test", "patients": counts["patients"]["test"], "slices": counts["slices"]["test"], "step": step,
+                               "data": counts["digest"], "metrics": metrics})  # fmt: skip
+    if not quiet:
+        print(f"tested on {len(cohort.test)} patient(s) at step {step}", file=sys.stderr)
+    return metrics
