@@ -1,7 +1,7 @@
 """The processes that train one network together, as torchrun starts them: `torchrun --nproc-per-node 2 train/run.py ...`
 
 Data parallel: every rank has the whole networks and a part of each batch, and gradients are averaged before every step of an
-optimiser. Started without torchrun there is one rank, and everything here is free (docs/decisions/0008-ranks.md).
+optimiser. Started without torchrun there is one rank, and everything here is free (docs/decisions/0008-ranks-average-gradients-themselves.md).
 """
 
 from __future__ import annotations
