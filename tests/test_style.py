@@ -106,7 +106,8 @@ def styled(cohort: Path, command, tmp_path_factory: pytest.TempPathFactory) -> t
     """(run folder, model folder) of a small edge network with a style of 2 numbers, 30 steps."""
     folder = tmp_path_factory.mktemp("styled")
     settings = ["training.steps=30", "training.batch_size=4", "generator.kind=edge", "generator.filters=8", "generator.depth=4", "generator.style=2",
-                "data.canvas=[64,64]", "discriminator.filters=8", "training.recalibrate=2", "training.valid_slices=8", "training.ema_decay=0.5", "training.threads=1"]  # fmt: skip
+                "data.canvas=[64,64]", "discriminator.filters=8", "training.recalibrate=2", "training.valid_slices=8", "training.ema_decay=0.5",
+                "training.threads=1"]  # fmt: skip
     for arguments in (
         (
             "train/run.py",
