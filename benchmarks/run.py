@@ -110,12 +110,12 @@ def _torch(trained: Path, inputs: dict[str, Any], slices: int) -> Contender:
 
     facts = load_run(trained)
     graph = LabelsToIntensity(load_generator(trained), len(facts.labels), facts.intensity)
-    tensors = [torch.from_numpy(array) for array in inputs.values()]
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
 
     def eager() -> int:
         with torch.inference_mode():
-            for _ in range(0, slices, len(tensors[0])):
-                graph(*tensors)
+            for _ in range(0, slices, len(tensors["labels"])):
+                graph(**tensors)
         return slices
 
     return eager

@@ -93,7 +93,7 @@ def test_no_style_is_the_style_zero_and_each_sample_has_its_own(kind: str) -> No
     condition, zero = torch.rand(1, 8, 16, 16).repeat(3, 1, 1, 1), torch.zeros(3, 3)
     assert torch.equal(net(condition), net(condition, style=torch.randn(3, 3)))  # before training it says nothing
     for name, parameter in net.named_parameters():
-        if "modulation" in name:
+        if "modulation" in name or "contrast" in name:
             torch.nn.init.normal_(parameter)
     assert torch.equal(net(condition), net(condition, style=zero))
     painted = net(condition, style=torch.tensor([[1.0, 0, 0], [-1, 0, 0], [1, 0, 0]]))
@@ -106,7 +106,8 @@ def styled(cohort: Path, command, tmp_path_factory: pytest.TempPathFactory) -> t
     """(run folder, model folder) of a small edge network with a style of 2 numbers, 30 steps."""
     folder = tmp_path_factory.mktemp("styled")
     settings = ["training.steps=30", "training.batch_size=4", "generator.kind=edge", "generator.filters=8", "generator.depth=4", "generator.style=2",
-                "data.canvas=[64,64]", "discriminator.filters=8", "training.recalibrate=2", "training.valid_slices=8", "training.ema_decay=0.5"]  # fmt: skip
+                "data.canvas=[64,64]", "discriminator.filters=8", "training.recalibrate=2", "training.valid_slices=8", "training.ema_decay=0.5",
+                "training.threads=1"]  # fmt: skip
     for arguments in (
         (
             "train/run.py",
@@ -129,8 +130,8 @@ def styled(cohort: Path, command, tmp_path_factory: pytest.TempPathFactory) -> t
 def test_training_uses_the_style(styled: tuple[Path, Path]) -> None:
     net = load_generator(styled[0])
     assert json.loads((styled[0] / "run.json").read_text())["style"] == 2 == net.style
-    weights = [parameter for name, parameter in net.named_parameters() if "modulation" in name]
-    assert len(weights) == 4 and all(w.abs().max() > 0 for w in weights)
+    weights = [parameter for name, parameter in net.named_parameters() if "modulation" in name or "contrast" in name]
+    assert len(weights) == 5 and all(w.abs().max() > 0 for w in weights)
 
 
 def test_the_exported_graph_takes_a_style_and_is_proven_with_random_ones(styled: tuple[Path, Path]) -> None:

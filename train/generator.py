@@ -68,6 +68,10 @@ class Generator(nn.Module):
             width = target * (2 if skips else 1)
         self.modulations = nn.ModuleList(Modulation(style, target) for target in reversed(widths[:-1]) if style)
         self.top = top(width, channels, filters, textures, style)
+        # The most of a style is by how much brighter each label is: said directly, it need not be squeezed through few features.
+        self.contrast = nn.Linear(style, channels, bias=False) if style else None
+        if self.contrast is not None:
+            nn.init.zeros_(self.contrast.weight)
         if self.noisy:
             self.texture = Texture(textures, texture_kernel)
 
@@ -99,6 +103,8 @@ class Generator(nn.Module):
             if self.skips:
                 x = torch.cat([x, skip], 1)
         base, amplitudes = self.top(x, condition, style)
+        if self.contrast is not None and style is not None:
+            base = base + (condition * self.contrast(style)[:, :, None, None]).sum(1, keepdim=True)
         return base, amplitudes
 
 

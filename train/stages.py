@@ -15,9 +15,6 @@ from torch.nn import functional
 WIDEST = 8  # channels double with depth up to so many times the first layer's
 BN_MOMENTUM = 0.2  # 0.8 in Keras' convention
 LEAK = 0.2
-import os
-
-STYLE_GAIN = float(os.environ.get("GAIN", "1"))
 
 
 def same_conv4(channels_in: int, channels_out: int) -> nn.Sequential:
@@ -41,7 +38,7 @@ class Modulation(nn.Module):
         """`x` (N, C, H, W), `style` (N, S) or None for 0."""
         if style is None:
             return x
-        scale, shift = self.factors(STYLE_GAIN * style)[:, :, None, None].chunk(2, 1)
+        scale, shift = self.factors(style)[:, :, None, None].chunk(2, 1)
         return x * (1 + scale) + shift
 
 
