@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .console import EXIT_CODES, Progress, duration, run
+from .console import EXIT_CODES, run
 from .contract import Manifest
 from .engines.registry import CHOICES
 from .errors import InputError, UsageError, printable
@@ -17,8 +16,10 @@ from .files import write_json
 from .io.detect import Case, find_cases, read_case
 from .io.formats import FORMATS
 from .labels import MAP_HELP, MM_WHS, load_map, present_values
-from .stream import CaseResult, check_writable, synthesize
+from .report import Summary
+from .stream import check_writable, synthesize
 from .synthesizer import DEFAULT_BATCH, Synthesizer
+from .variants import Ranges
 from .version import VERSION
 
 
@@ -40,12 +41,29 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     synth.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
     synth.add_argument("--backend", choices=CHOICES, default="auto", help="what runs the model (default: the first that serves)")
-    synth.add_argument("--variants", type=int, metavar="K", help="write K different CTs per mask, each with its mask")
+    synth.add_argument(
+        "--variants", type=int, metavar="K", help="write K different CTs per mask, each with its mask, deformed but for the first"
+    )
+    synth.add_argument(
+        "--deform",
+        type=float,
+        metavar="MM",
+        default=Ranges.deform,
+        help="of variants 1, 2 …: bend the mask by up to this (default: %(default)s)",
+    )
+    synth.add_argument(
+        "--rotate", type=float, metavar="DEGREES", default=Ranges.rotate, help="turn it about each axis (default: %(default)s)"
+    )
+    synth.add_argument(
+        "--scale", type=float, metavar="FRACTION", default=Ranges.scale, help="stretch it along each axis (default: %(default)s)"
+    )
+    synth.add_argument("--any-topology", action="store_true", help="also when a label falls apart, merges or vanishes by that")
     synth.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
     synth.add_argument("--labels", type=Path, metavar="MAP.json", help=f"{MAP_HELP}")
     synth.add_argument(
         "--batch", type=int, default=DEFAULT_BATCH, metavar="N", help="slices held at once; the result is the same (default: %(default)s)"
     )
+    synth.add_argument("--resume", action="store_true", help="keep what the output folder's journal proves complete")
     synth.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each case")
     synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
     synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
@@ -86,36 +104,27 @@ def _synth(options: argparse.Namespace) -> int:
 
 
 def _run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, options: argparse.Namespace) -> int:
-    started = time.perf_counter()
+    ranges = Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology)
     if options.report is not None:
         check_writable(options.report.parent)
-    progress = Progress("CTs", len(cases) * (options.variants or 1), quiet=options.quiet)
-    results: list[CaseResult] = []
+    summary = Summary(synth, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
     try:
         for result in synthesize(
-            synth, cases, options.output, format=options.format, variants=options.variants, seed=options.seed, labels=label_map,
-            on_slice=lambda n: progress.update(len(results), f"{n} slices of the next"),
+            synth, cases, options.output, format=options.format, variants=options.variants, ranges=ranges, seed=options.seed, labels=label_map,
+            resume=options.resume, on_slice=summary.painting,
         ):  # fmt: skip
-            results.append(result)
-            progress.update(len(results), result.case)
-            _say(result)
+            summary.add(result)
+            for warning in result.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+            if result.error is not None:
+                print(f"error: {result.error}", file=sys.stderr)
     finally:  # what was done is told also of a run that was stopped
-        seconds = time.perf_counter() - started
         if options.report is not None:
-            write_json(options.report, _report(synth, options, results, seconds))
-    progress.close()
-    slices, failed = sum(r.slices for r in results), [r for r in results if r.error]
+            write_json(options.report, summary.to_json())
+    summary.close()
     if not options.quiet:
-        speed = f"{slices} slices in {duration(seconds)} ({slices / seconds:.1f} slices/s)"
-        print(f"{len(results) - len(failed)} done, {len(failed)} failed, {speed} → {options.output}")
-    return 1 if failed else 0
-
-
-def _say(result: CaseResult) -> None:
-    for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if result.error is not None:
-        print(f"error: {result.error}", file=sys.stderr)
+        print(f"{summary} → {options.output}")
+    return 1 if summary.failed else 0
 
 
 def _dry_run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, quiet: bool) -> int:
@@ -136,29 +145,6 @@ def _dry_run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, quiet: b
                 f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
             )
     return 1 if failed else 0
-
-
-def _report(synth: Synthesizer, options: argparse.Namespace, results: Sequence[CaseResult], seconds: float) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "model": synth.manifest.name,
-        "model_files": {name: file.sha256 for name, file in synth.manifest.files.items()},
-        "backend": synth.backend,
-        "seed": options.seed,
-        "seconds": round(seconds, 3),
-        "cases": [
-            {
-                "case": r.case,
-                "variant": r.variant,
-                "files": [file.name for file in r.files],
-                "slices": r.slices,
-                "seconds": {stage: round(s, 4) for stage, s in r.seconds.items()},
-                "warnings": list(r.warnings),
-                "error": None if r.error is None else str(r.error),
-            }
-            for r in results
-        ],
-    }
 
 
 def _labels(options: argparse.Namespace) -> int:

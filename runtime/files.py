@@ -16,7 +16,8 @@ from typing import Any, BinaryIO
 from .errors import writing
 
 # A leading dot, the machine and the process: never taken for a result, and its owner can be told.
-_TEMPORARY = f".part-{re.sub('[^A-Za-z0-9]', '', platform.node())[:16]}-"
+_PART = ".part-"
+_TEMPORARY = f"{_PART}{re.sub('[^A-Za-z0-9]', '', platform.node())[:16]}-"
 
 
 def temporary_name(path: Path) -> Path:
@@ -24,11 +25,14 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{_TEMPORARY}{os.getpid()}-{os.urandom(3).hex()}-{path.name}")  # containers share process numbers
 
 
-def remove_orphans(folder: Path) -> None:
-    """Remove temporary files in `folder` whose process, on this machine, is gone (killed, or cut off by a power failure)."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
+def remove_orphans(folder: Path, *, locked: bool = False) -> None:
+    """Remove temporary files in `folder` whose process, on this machine, is gone (killed, or cut off by a power failure).
+
+    `locked`: the caller holds the folder's journal, so nobody else is writing there: those of any machine and process go.
+    """
+    for path in folder.glob(f"{_PART if locked else _TEMPORARY}*"):
         owner = path.name.removeprefix(_TEMPORARY).split("-")[0]
-        if owner.isdigit() and not _alive(int(owner)):
+        if locked or (owner.isdigit() and not _alive(int(owner))):
             path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 

@@ -62,6 +62,11 @@ class Synthesizer:
         return f"{self._live.name} ({self._reason})"
 
     @property
+    def engine(self) -> str:
+        """Which engine runs: what else than the model decides the bytes of a result."""
+        return self._live.name
+
+    @property
     def memory(self) -> PoolStats:
         """The accounting of the slices' host memory, in bytes."""
         return self._pool.stats

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from runtime.contract import Manifest
 from runtime.files import write_json
+from runtime.journal import JOURNAL
 from runtime.volume import Geometry
 
 MM_WHS_VALUES = (0, 205, 420, 500, 550, 600, 820, 850)
@@ -87,3 +88,9 @@ def write_slices(folder: Path, patients: int, *, side: int = 64, hu: bool = Fals
         for name, plane in (("whs_img", values), ("whs_img_gt", labels)):
             sitk.WriteImage(sitk.GetImageFromArray(plane), str(patient / f"{patient.name}_{name}.dcm"))
     return folder
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """What a run left in its output folder, by path, without its journal."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != JOURNAL)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
