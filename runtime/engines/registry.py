@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..contract import Manifest
 from ..errors import MissingComponent, UsageError
-from .base import Engine
+from .base import Engine, EngineOptions
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Backend:
     file: tuple[str, str]
     module: str
     install: str
-    open: Callable[[Path, Manifest], Engine]
+    open: Callable[[Path, Manifest, EngineOptions], Engine]
 
     def absent(self, manifest: Manifest) -> str | None:
         """Why this backend cannot serve the model here, or None when it can."""
@@ -31,10 +31,10 @@ class Backend:
         return None
 
 
-def _open_onnx(path: Path, manifest: Manifest) -> Engine:
+def _open_onnx(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
     from .onnx import OnnxEngine
 
-    return OnnxEngine(path, manifest)
+    return OnnxEngine(path, manifest, options)
 
 
 # In the order `auto` prefers them.
@@ -42,7 +42,7 @@ BACKENDS = (Backend("onnx", ("onnx", "fp32"), "onnxruntime", 'pip install "mask2
 CHOICES = ("auto", *(backend.name for backend in BACKENDS), "fake")
 
 
-def open_engine(backend: str, manifest: Manifest, folder: Path) -> tuple[Engine, str, str]:
+def open_engine(backend: str, manifest: Manifest, folder: Path, options: EngineOptions | None = None) -> tuple[Engine, str, str]:
     """Open the engine of that name for the model in `folder`; returns it, why it was chosen and the file it runs.
 
     `auto` takes the first that is installed and has its file. Its file's SHA-256 is checked before it is loaded. Raises
@@ -51,7 +51,7 @@ def open_engine(backend: str, manifest: Manifest, folder: Path) -> tuple[Engine,
     if backend == "fake":
         from .fake import FakeEngine
 
-        return FakeEngine(manifest), "asked for", ""
+        return FakeEngine(manifest, options=options), "asked for", ""
     if backend not in CHOICES:
         raise UsageError(f"there is no backend {backend!r}", expected=", ".join(CHOICES), remedy="choose one of these")
     absent = {b.name: b.absent(manifest) for b in BACKENDS if backend in ("auto", b.name)}
@@ -67,4 +67,4 @@ def open_engine(backend: str, manifest: Manifest, folder: Path) -> tuple[Engine,
     reason = (
         "asked for" if backend != "auto" else "; ".join(["the first of " + ", ".join(b.name for b in BACKENDS) + " that serves", *passed])
     )
-    return chosen.open(folder / name, manifest), reason, name
+    return chosen.open(folder / name, manifest, options or EngineOptions()), reason, name
