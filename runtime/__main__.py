@@ -63,6 +63,9 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument(
         "--batch", type=int, default=DEFAULT_BATCH, metavar="N", help="slices held at once; the result is the same (default: %(default)s)"
     )
+    synth.add_argument(
+        "--workers", type=int, metavar="N", help="slices painted at once on a CPU; the result is the same (default: one a core, up to 4)"
+    )
     synth.add_argument("--resume", action="store_true", help="keep what the output folder's journal proves complete")
     synth.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each case")
     synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
@@ -84,6 +87,8 @@ def _parser() -> argparse.ArgumentParser:
 def _synth(options: argparse.Namespace) -> int:
     if options.batch < 1:
         raise UsageError(f"--batch is {options.batch}", expected="1 or more", remedy="leave it out for the default")
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"--workers is {options.workers}", expected="1 or more", remedy="leave it out for the default")
     skipped: list[Path] = []
     cases = find_cases(options.masks, skipped)
     for path in skipped:
@@ -94,7 +99,7 @@ def _synth(options: argparse.Namespace) -> int:
         for case in missing:
             print(f"error: {printable(case.path)} does not exist", file=sys.stderr)
         return 1 if missing else 0
-    with Synthesizer.open(options.model, backend=options.backend, batch=options.batch) as synth:
+    with Synthesizer.open(options.model, backend=options.backend, batch=options.batch, workers=options.workers) as synth:
         label_map = None if options.labels is None else load_map(options.labels, synth.manifest.labels)
         if not options.quiet:
             print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from numpy.typing import NDArray
 from ..contract import Manifest
 from ..errors import MissingComponent, ModelError
 from .base import EngineOptions, EngineSpec, Inputs, closed
-from .host import HostEngine
+from .host import HostEngine, cores
 
 # One slice a run: on two cores a batch of 8 gained 9 to 13 % for the widest network and lost for a light one, and one
 # slice at a time needs the least memory and pads nothing.
@@ -33,15 +32,14 @@ def onnxruntime() -> Any:
 
 
 class OnnxEngine(HostEngine):
-    """`path` run by ONNX Runtime's CPU provider on `threads` threads (default: the cores this process may use)."""
+    """`path` run by ONNX Runtime's CPU provider, each batch on `threads` threads (default: the workers share the cores)."""
 
     def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None, *, threads: int | None = None):
         super().__init__(options)
         ort = onnxruntime()
         settings = ort.SessionOptions()
-        settings.intra_op_num_threads = threads or len(
-            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        )
+        settings.intra_op_num_threads = threads or max(1, cores() // self.workers)
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # who waits leaves the core to the other stages
         settings.log_severity_level = 3
         try:
             self._session: Any = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
@@ -53,8 +51,8 @@ class OnnxEngine(HostEngine):
             raise ModelError(
                 f"{path.name} takes {found}", expected=f"the manifest's inputs {stated}", remedy="export the run again", file=path
             )
-        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH)
-        self.name = f"onnxruntime {ort.__version__} on CPU, {settings.intra_op_num_threads} threads, {path.name}"
+        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.workers + 1)
+        self.name = f"onnxruntime {ort.__version__} on CPU, {path.name}"
 
     def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
         session = self._session

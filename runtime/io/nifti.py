@@ -74,7 +74,7 @@ def read_volume(path: Path) -> Volume:
 
 
 def from_sitk(image: Any, nifti_header: bytes | None = None, file: Path | None = None) -> Volume:
-    """A SimpleITK image as a `Volume`; the values are copied, so that the image may go. Raises `InputError`s."""
+    """A SimpleITK image as a `Volume`; the values are a read-only view that keeps the image. Raises `InputError`s."""
     name = "the image" if file is None else file.name
     pixel = image.GetPixelIDTypeAsString()
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or pixel.startswith(("label", "complex")):
@@ -85,7 +85,15 @@ def from_sitk(image: Any, nifti_header: bytes | None = None, file: Path | None =
     except GeometryError as exc:
         exc.file = file
         raise
-    return Volume(simpleitk().GetArrayFromImage(image), geometry, nifti_header)
+    return Volume(np.asarray(_Kept(image)), geometry, nifti_header)
+
+
+class _Kept:
+    """An image's voxels (D, H, W) for numpy, which keeps this, and so the image, as long as an array looks at them."""
+
+    def __init__(self, image: Any):
+        self._image = image
+        self.__array_interface__ = simpleitk().GetArrayViewFromImage(image).__array_interface__
 
 
 def read_labels(path: Path, table: LabelTable, label_map: Mapping[int | None, int] | None = None) -> LabelVolume:
