@@ -2,7 +2,7 @@
 
 Suite `engine`: slices/s of the synthesizer (mask in, HU on the mask's grid out) beside the bare backend called in a tight loop
 on prepared tensors, which is its ceiling, and the same network in eager PyTorch, which is what people run today (with --run).
-Suite `train`: see benchmarks/train.py.
+Suites `stream` and `train`: see benchmarks/stream.py and benchmarks/train.py.
 Contenders take turns within every round, so that a machine whose speed drifts slows all of them; ratios are taken round by
 round. A table for people, then one JSON line.
 """
@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,11 @@ OURS, BARE, TORCH = "mask2ct synthesizer", "bare backend, tight loop", "PyTorch 
 
 
 def main(argv: Sequence[str]) -> int:
-    if argv[:1] == ["train"]:  # options of its own
-        from benchmarks import train
-
-        return train.main(argv[1:])
+    if argv[:1] in (["train"], ["stream"]):  # options of their own
+        suite: Any = import_module(f"benchmarks.{argv[0]}")
+        return int(suite.main(argv[1:]))
     parser = argparse.ArgumentParser("run.py", description="Throughput on this machine.", epilog=EXIT_CODES)
-    parser.add_argument("suite", choices=["engine", "train"], help="`train --help` shows the options of that suite")
+    parser.add_argument("suite", choices=["engine", "stream", "train"], help="`train --help` shows the options of that suite")
     parser.add_argument(
         "--model", type=Path, default=ROOT / "runs" / "demo" / "model", help="a model folder (default: that of `make demo`)"
     )
