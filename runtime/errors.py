@@ -102,12 +102,12 @@ class MemoryCapExceeded(Mask2CTError, MemoryError):
     free: int | None = None
 
     @classmethod
-    def of(cls, kind: str, asked: int, *, cap: int, in_use: int, free: int | None = None) -> MemoryCapExceeded:
-        """The error for `asked` more bytes of `kind` ("host memory", "memory of GPU 0")."""
+    def of(cls, kind: str, asked: int, *, cap: int, in_use: int, free: int | None = None, refused: bool = False) -> MemoryCapExceeded:
+        """The error for `asked` more bytes of `kind` ("host memory", "memory of GPU 0"): past the cap, or `refused` by the system."""
         left = "" if free is None else f"; the device has {free} bytes free"
-        if in_use + asked <= cap and free is not None:
-            fact = f"the device refused {asked} more bytes: {in_use} of the pool's cap of {cap} bytes are in use"
-            remedy = "end what else uses the device, use --batch auto, or choose another --device"
+        if refused:
+            fact = f"the system refused {asked} more bytes: {in_use} of the pool's cap of {cap} bytes are in use"
+            remedy = "end what else uses that memory, let --batch auto choose what fits, or choose another --device"
         else:
             fact = f"{asked} more bytes would pass the pool's cap: {in_use} of {cap} bytes are in use"
             remedy = "raise --max-memory, or let --batch auto choose what fits"

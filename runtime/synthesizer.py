@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .contract import Manifest
 from .engines.base import Engine, EngineError, EngineOptions
 from .engines.registry import open_engine
-from .errors import UnknownLabels
+from .errors import GeometryError, UnknownLabels
 from .grid import SliceGrid
 from .labels import to_indices
 from .memory import PoolStats, parse_bytes
@@ -167,9 +167,16 @@ class Synthesizer:
                 self._slots.discard(slot)
 
     def grid(self, volume: LabelVolume) -> SliceGrid:
-        """How the slices of `volume` lie on the model's canvas."""
+        """How the slices of `volume` lie on the model's canvas. Raises `GeometryError` where they need a larger one than the engine takes."""
         depth, height, width = volume.labels.shape
-        return SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels)
+        grid, largest = SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels), self._engine.spec.largest
+        if largest is not None and (grid.size[0] > largest[0] or grid.size[1] > largest[1]):
+            raise GeometryError(
+                f"its labels need a canvas of {grid.size[0]} x {grid.size[1]} pixels",
+                expected=f"at most {largest[0]} x {largest[1]}, for which {self._engine.name} was made",
+                remedy="check the mask for stray voxels far off, or use --backend onnx, which takes any size",
+            )
+        return grid
 
     def stream(self, masks: str | Path | Iterable[str | Path], output: str | Path, **options: Any) -> Iterator[CaseResult]:
         """Synthesize files into the folder `output`: see `runtime.stream.synthesize`, whose options these are."""

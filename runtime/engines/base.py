@@ -27,13 +27,15 @@ class EngineSpec:
     """The tensors of `runtime.contract`, the batch the engine is always given, and how many streams keep it busy.
 
     `batch`: kernels may round differently from one batch size to another, so N never varies; the last batch is padded.
-    `streams`: with as many, tensors are filled and emptied for one while the engine works on the others.
+    `streams`: with as many, tensors are filled and emptied for one while the engine works on the others. `largest`: (H, W) of the
+    largest canvas it takes; None: any.
     """
 
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
     batch: int
     streams: int = 2
+    largest: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,14 @@ class Backend:
     module: str
     install: str
     open: Callable[[Path, Manifest, EngineOptions], Engine]
+    why_absent: Callable[[], str | None] | None = None  # asked in the place of whether `module` is there
 
     def absent(self, manifest: Manifest) -> str | None:
         """Why this backend cannot serve the model here, or None when it can."""
         if manifest.file_of(*self.file) is None:
             return f"the model holds no {self.file[1]} {self.file[0]} file"
+        if self.why_absent is not None:
+            return self.why_absent()
         if find_spec(self.module) is None:
             return f"{self.module} is not installed ({self.install})"
         return None
@@ -37,8 +40,38 @@ def _open_onnx(path: Path, manifest: Manifest, options: EngineOptions) -> Engine
     return OnnxEngine(path, manifest, options)
 
 
+def _open_tensorrt(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
+    from .tensorrt import TensorRTEngine
+
+    return TensorRTEngine(path, manifest, options)
+
+
+def _why_no_tensorrt() -> str | None:
+    from .tensorrt import why_absent
+
+    return why_absent()
+
+
+def _open_onnx_cuda(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
+    from .onnx_cuda import OnnxCudaEngine
+
+    return OnnxCudaEngine(path, manifest, options)
+
+
+def _why_no_onnx_cuda() -> str | None:
+    from .onnx_cuda import why_absent
+
+    return why_absent()
+
+
+_GPU = 'pip install "mask2ct[gpu]"'
+
 # In the order `auto` prefers them.
-BACKENDS = (Backend("onnx", ("onnx", "fp32"), "onnxruntime", 'pip install "mask2ct[onnx]"', _open_onnx),)
+BACKENDS = (
+    Backend("tensorrt", ("engine", "fp16"), "tensorrt_lean", _GPU, _open_tensorrt, _why_no_tensorrt),
+    Backend("onnx-cuda", ("onnx", "fp16"), "onnxruntime", _GPU, _open_onnx_cuda, _why_no_onnx_cuda),
+    Backend("onnx", ("onnx", "fp32"), "onnxruntime", 'pip install "mask2ct[onnx]"', _open_onnx),
+)
 CHOICES = ("auto", *(backend.name for backend in BACKENDS), "fake")
 
 
