@@ -36,8 +36,9 @@ class Synthesizer:
     manager, or call `close()`.
     """
 
-    def __init__(self, manifest: Manifest, engine: Engine, *, batch: int = DEFAULT_BATCH, reason: str = "given"):
+    def __init__(self, manifest: Manifest, engine: Engine, *, batch: int = DEFAULT_BATCH, reason: str = "given", file: str = ""):
         self.manifest = manifest
+        self.file = file  # the model file that the engine runs; empty for one without
         self._engine, self._closed = engine, False
         self._reason, self._batch = reason, max(1, batch)
         self._slots: set[Slot] = set()  # all that are open
@@ -63,9 +64,9 @@ class Synthesizer:
         folder = Path(model)
         manifest = Manifest.load(folder)
         options = EngineOptions(None if max_memory is None else parse_bytes(max_memory), device, batch == "auto")
-        engine, reason = open_engine(backend, manifest, folder, options)
+        engine, reason, file = open_engine(backend, manifest, folder, options)
         slices = max(DEFAULT_BATCH, engine.spec.batch * engine.spec.streams) if batch == "auto" else batch
-        return cls(manifest, engine, batch=slices, reason=reason)
+        return cls(manifest, engine, batch=slices, reason=reason, file=file)
 
     @property
     def backend(self) -> str:
@@ -179,10 +180,12 @@ class Synthesizer:
         return grid
 
     def stream(self, masks: str | Path | Iterable[str | Path], output: str | Path, **options: Any) -> Iterator[CaseResult]:
-        """Synthesize files into the folder `output`: see `runtime.stream.synthesize`, whose options these are."""
+        """Synthesize files and folders into the folder `output`: see `runtime.stream.synthesize`, whose options these are."""
+        from .io.detect import find_cases
         from .stream import synthesize
 
-        return synthesize(self, [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)], Path(output), **options)
+        cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)])
+        return synthesize(self, cases, Path(output), **options)
 
     def close(self) -> None:
         """Close the engine and give the memory back, also of volumes in work, whose next slab raises; twice is harmless."""

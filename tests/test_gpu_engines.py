@@ -106,7 +106,7 @@ def test_a_shape_is_captured_once_and_again_when_it_changes(core: World, gpu_mod
 def test_a_graph_follows_the_addresses(core: World, gpu_model: Path) -> None:
     """Two sets of page-locked tensors in turn through one stream: a graph of the first would paint into the first."""
     manifest = Manifest.load(gpu_model)
-    engine, _ = open_engine("tensorrt", manifest, gpu_model)
+    engine, *_ = open_engine("tensorrt", manifest, gpu_model)
     stream, (h, w), n = engine.open_stream(), manifest.grid.canvas, engine.spec.batch
     sets = []
     for seed in range(2):
@@ -284,7 +284,7 @@ def test_a_caller_without_page_locked_memory_gets_the_same_bytes(core: World, gp
     manifest = Manifest.load(gpu_model)
     outs = []
     for backend in BACKENDS:
-        engine, _ = open_engine(backend, manifest, gpu_model)
+        engine, *_ = open_engine(backend, manifest, gpu_model)
         n, (h, w), rng = 2 * engine.spec.batch, manifest.grid.canvas, np.random.default_rng(3)
         n = engine.spec.batch
         inputs = {
@@ -342,6 +342,6 @@ def test_an_altered_engine_never_reaches_tensorrt(core: World, gpu_model: Path, 
 
 
 def test_options_reach_the_engine(core: World, gpu_model: Path) -> None:
-    engine, _ = open_engine("tensorrt", Manifest.load(gpu_model), gpu_model, EngineOptions(max_memory=50 << 20))
+    engine, *_ = open_engine("tensorrt", Manifest.load(gpu_model), gpu_model, EngineOptions(max_memory=50 << 20))
     assert engine.memory()["device"].cap == 50 << 20
     engine.close()
