@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .console import EXIT_CODES, Progress, duration, run
 from .contract import Manifest
@@ -17,6 +17,7 @@ from .files import write_json
 from .io.detect import Case, find_cases, read_case
 from .io.formats import FORMATS
 from .labels import MAP_HELP, MM_WHS, load_map, present_values
+from .memory import parse_bytes
 from .stream import CaseResult, check_writable, synthesize
 from .synthesizer import DEFAULT_BATCH, Synthesizer
 from .version import VERSION
@@ -44,8 +45,13 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
     synth.add_argument("--labels", type=Path, metavar="MAP.json", help=f"{MAP_HELP}")
     synth.add_argument(
-        "--batch", type=int, default=DEFAULT_BATCH, metavar="N", help="slices held at once; the result is the same (default: %(default)s)"
+        "--batch", type=_batch, default=DEFAULT_BATCH, metavar="N",
+        help="slices held at once; the result is the same (default: %(default)s). auto: on a GPU, paint as many together as fit",
+    )  # fmt: skip
+    synth.add_argument(
+        "--max-memory", type=parse_bytes, metavar="SIZE", help="of the GPU, 2GiB or bytes (default: what the engine needs); else of the host"
     )
+    synth.add_argument("--device", type=int, default=0, metavar="N", help="which GPU, in the driver's order (default: %(default)s)")
     synth.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each case")
     synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
     synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
@@ -63,9 +69,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _batch(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--batch is {text}", expected="1 or more, or auto", remedy="leave it out for the default")
+    return int(text)
+
+
 def _synth(options: argparse.Namespace) -> int:
-    if options.batch < 1:
-        raise UsageError(f"--batch is {options.batch}", expected="1 or more", remedy="leave it out for the default")
     skipped: list[Path] = []
     cases = find_cases(options.masks, skipped)
     for path in skipped:
@@ -76,7 +88,9 @@ def _synth(options: argparse.Namespace) -> int:
         for case in missing:
             print(f"error: {printable(case.path)} does not exist", file=sys.stderr)
         return 1 if missing else 0
-    with Synthesizer.open(options.model, backend=options.backend, batch=options.batch) as synth:
+    with Synthesizer.open(
+        options.model, backend=options.backend, batch=options.batch, max_memory=options.max_memory, device=options.device
+    ) as synth:
         label_map = None if options.labels is None else load_map(options.labels, synth.manifest.labels)
         if not options.quiet:
             print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
