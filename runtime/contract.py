@@ -134,12 +134,16 @@ def tensor_specs(slices: int, style: int, noise: bool) -> tuple[tuple[TensorSpec
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One file of a model folder: its role ("onnx", "engine"), precision, size in bytes and SHA-256."""
+    """One file of a model folder: its role ("onnx", "engine", "layers"), precision, size in bytes and SHA-256.
+
+    `facts`: what an engine is tied to (TensorRT's version, compute capability, shapes, device memory); empty for a graph.
+    """
 
     kind: str
     precision: str
     bytes: int
     sha256: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,144 @@
+"""The engine joins a model folder whose graphs are written and proven: built, counted, run, and only then listed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from runtime.console import Progress
+from runtime.contract import MANIFEST, Manifest, ModelFile
+from runtime.driver import device
+from runtime.engines.registry import open_engine
+from runtime.errors import ModelError
+from runtime.files import atomic_file, sha256_of, write_json
+
+from .engine_layers import Inspection, half_convolutions, half_weights, inspect_plan, require_half
+from .graph import LabelsToIntensity
+from .model_folder import RANDOM_SLICES
+from .parity import measure, random_inputs, require
+from .to_tensorrt import BuildOptions, Built, OnProgress, build, collecting_logger, shapes_of
+
+ENGINE, LAYERS = "model.engine", "model.engine.json"
+Prove = Callable[[Manifest], Mapping[str, Any]]
+
+
+def add_engine(
+    folder: Path, options: BuildOptions, prove: Prove, *, say: Callable[[str], None], quiet: bool = False, trt: Any = None
+) -> Manifest:
+    """Build `folder`'s graph of that precision, write model.engine and model.engine.json, and list them in the manifest.
+
+    `prove` runs the engine beside FP32 torch and returns its proof as `Manifest.parity` holds it, or raises. The manifest is
+    written last: until then, and after any error, the folder is the proven ONNX model it was, without an engine.
+    """
+    trt = trt or import_module("tensorrt")
+    before = _without_engine(folder)
+    name = before.file_of("onnx", options.precision)
+    if name is None:
+        raise ModelError(f"{folder} holds no {options.precision} graph", expected="the graphs export writes before it builds",
+                         remedy="export the run again", file=folder)  # fmt: skip
+    before.verify(folder, [name])
+    onnx, half = folder / name, options.precision == "fp16"
+    if half:
+        require_half(half_weights(onnx), "its weights", onnx)
+    say(f"building {ENGINE} from {name} with TensorRT {trt.__version__} for {device()}")
+    built = build(onnx, shapes_of(before, options.max_batch), options, trt=trt, on_progress=progress(quiet))
+    for note in built.notes:
+        say(f"  {note}")
+    if half:
+        require_half(built.layers.half, "the convolutions TensorRT parsed", onnx)
+    inspection = inspect_plan(trt, built.plan, built.profile, native=options.native, logger=collecting_logger(trt, []))
+    facts = facts_of(before, name, built, options, inspection)
+    if half and facts.get("convolutions"):
+        require_half(facts["half_convolutions"] / facts["convolutions"], "the built engine's convolutions", onnx)
+    try:
+        with atomic_file(folder / ENGINE) as handle:
+            handle.write(built.plan)
+        write_json(folder / LAYERS, {"network": built.layers.rows, "engine": inspection.information, "reason": inspection.reason})
+        listed = {
+            ENGINE: _describe(folder / ENGINE, "engine", options.precision, facts),
+            LAYERS: _describe(folder / LAYERS, "layers", options.precision, {}),
+        }
+        whole = replace(before, files={**before.files, **listed})
+        say(f"proving {ENGINE} on the GPU")
+        whole = replace(whole, parity={**whole.parity, ENGINE: prove(whole)})
+        write_json(folder / MANIFEST, whole.to_json())
+    except BaseException:
+        for file in (ENGINE, LAYERS):
+            (folder / file).unlink(missing_ok=True)
+        raise
+    return whole
+
+
+def _without_engine(folder: Path) -> Manifest:
+    """The folder's manifest without its engine: an older engine is no longer listed while its successor is built."""
+    found = Manifest.load(folder)
+    kept = {name: file for name, file in found.files.items() if name not in (ENGINE, LAYERS)}
+    if len(kept) == len(found.files):
+        return found
+    bare = replace(found, files=kept, parity={name: proof for name, proof in found.parity.items() if name != ENGINE})
+    write_json(folder / MANIFEST, bare.to_json())
+    return bare
+
+
+def prover(graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path) -> Prove:
+    """Runs the engine as the hospital will, through the runtime, beside FP32 torch on `masks` and on random labels."""
+
+    def prove(manifest: Manifest) -> Mapping[str, Any]:
+        engine, _ = open_engine("tensorrt", manifest, folder)
+        try:
+            random = random_inputs(RANDOM_SLICES, manifest.grid.slices, manifest.grid.canvas, len(manifest.labels))
+            proof = {}
+            for what, labels in (("validation masks", masks), ("random labels", random)):
+                parity = measure(graph, engine, labels)
+                require(parity, ENGINE, what)
+                proof[what] = parity.to_json()
+            return {engine.name.split(",")[0]: proof}
+        finally:
+            engine.close()
+
+    return prove
+
+
+def facts_of(manifest: Manifest, onnx: str, built: Built, options: BuildOptions, inspection: Inspection) -> dict[str, Any]:
+    """What the manifest says of the engine: whoever loads it can tell, before TensorRT does, whether it will."""
+    gpu = device()
+    facts: dict[str, Any] = {
+        "tensorrt": built.version,
+        "gpu": gpu.name,
+        "compute_capability": list(gpu.compute_capability),
+        "hardware": options.hardware,
+        "version_compatible": not options.native,
+        "profiles": [{name: dict(zip(("min", "opt", "max"), map(list, shapes), strict=True)) for name, shapes in built.profile.items()}],
+        "device_memory": None if inspection.device_memory is None else list(inspection.device_memory),
+        "workspace": options.workspace,
+        "onnx_sha256": manifest.files[onnx].sha256,
+        "half_network": round(built.layers.half, 4),  # share of the convolutions in the network TensorRT parsed
+    }
+    if inspection.information is not None:
+        facts["half_convolutions"], facts["convolutions"] = half_convolutions(inspection.information)
+    if inspection.reason:
+        facts["not_inspected"] = inspection.reason
+    return facts
+
+
+def progress(quiet: bool) -> OnProgress:
+    """A progress line for each phase of a build."""
+    bars: dict[str, Progress] = {}
+
+    def tell(phase: str, done: int, steps: int) -> None:
+        bar = bars.setdefault(phase, Progress(phase, steps, quiet=quiet))
+        bar.update(done)
+        if done >= steps:
+            bars.pop(phase).close()
+
+    return tell
+
+
+def _describe(path: Path, kind: str, precision: str, facts: Mapping[str, Any]) -> ModelFile:
+    return ModelFile(kind, precision, path.stat().st_size, sha256_of(path), facts)
