@@ -47,10 +47,9 @@ def main(argv: Sequence[str]) -> int:
     if options.onnx_only:
         return 0
     if missing is not None:
-        kept = f"the ONNX graphs and their proof are kept: python -m runtime synth MASK --model {options.output} --output OUT"
-        raise MissingComponent(
-            missing.fact, expected=missing.expected, remedy=f"{missing.remedy}; then run this again. {kept}", file=options.output
-        )
+        kept = f"the proven ONNX graphs are kept: python -m runtime synth MASK --model {options.output} --output OUT"
+        missing.remedy, missing.file = f"{missing.remedy}; then run this again ({kept})", options.output
+        raise missing
     from export.add_engine import add_engine, prover
 
     names = ("precision", "native", "hardware", "max_batch", "workspace", "timing_cache")
@@ -62,12 +61,17 @@ def main(argv: Sequence[str]) -> int:
 
 def _add_engine_options(group: argparse._ArgumentGroup) -> None:
     default = BuildOptions()
-    group.add_argument("--precision", choices=("fp16", "fp32"), default=default.precision, help="the graph it is built from (default fp16)")
-    group.add_argument("--native", action="store_true", help="for this TensorRT alone, and the fastest; else the lean runtime, of this version or a later one, loads it")  # fmt: skip
-    group.add_argument("--hardware", choices=tuple(HARDWARE), default=default.hardware, help="GPUs of the same compute capability (default), any from Ampere on, or this model alone")  # fmt: skip
-    group.add_argument("--max-batch", type=_count, default=default.max_batch, metavar="N", help=f"slices the engine takes at once (default {default.max_batch})")  # fmt: skip
-    group.add_argument("--workspace", type=size_in_bytes, default=default.workspace, metavar="SIZE", help="most scratch memory of a layer (default 2GiB)")  # fmt: skip
-    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="kept from build to build: a second build on this GPU is faster")
+    group.add_argument("--precision", choices=("fp16", "fp32"), default=default.precision, help="of the engine (default fp16)")
+    group.add_argument(
+        "--native", action="store_true", help="fastest, for this very TensorRT; else the lean runtime loads it, later ones too"
+    )
+    hardware = "GPUs it runs on: of this compute capability (same, the default), any from Ampere on, or this model alone"
+    group.add_argument("--hardware", choices=tuple(HARDWARE), default=default.hardware, help=hardware)
+    batch = f"slices it takes at once (default {default.max_batch})"
+    group.add_argument("--max-batch", type=_count, default=default.max_batch, metavar="N", help=batch)
+    workspace = f"most scratch memory of a layer (default {default.workspace >> 30}GiB)"
+    group.add_argument("--workspace", type=size_in_bytes, default=default.workspace, metavar="SIZE", help=workspace)
+    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="kept from build to build on one GPU: the next one is faster")
 
 
 def _count(text: str) -> int:

@@ -73,9 +73,8 @@ def why_not() -> MissingComponent | None:
         remedies.append(DRIVER_REMEDY)
     if not missing:
         return None
-    low, high = (".".join(map(str, v)) for v in VERSIONS)
     return MissingComponent(f"no TensorRT engine can be built here: {'; '.join(missing)}",
-                            expected=f"TensorRT >= {low}, < {high}, an NVIDIA GPU and its driver", remedy="; ".join(remedies))  # fmt: skip
+                            expected="TensorRT >= 10.13, < 12, an NVIDIA GPU and its driver", remedy="; ".join(remedies))  # fmt: skip
 
 
 def shapes_of(manifest: Manifest, max_batch: int) -> Profile:
