@@ -65,15 +65,15 @@ def half_convolutions(information: Mapping[str, Any]) -> tuple[int, int]:
 
     Layers are fused and renamed, so whatever has `conv` in its name or type counts: the graph's own names survive in them.
     """
-    layers = [layer for layer in information.get("Layers", ()) if isinstance(layer, Mapping)]
-    named = [layer for layer in layers if "conv" in " ".join(str(layer.get(k, "")) for k in ("Name", "LayerType", "ParameterType")).lower()]
-    types = [seen for seen in (set(_types(layer)) for layer in named) if seen]
+    rows = [row for row in information.get("Layers", ()) if isinstance(row, Mapping)]  # names alone, where types are not told
+    named = [row for row in rows if "conv" in " ".join(str(row.get(key)) for key in ("Name", "LayerType", "ParameterType")).lower()]
+    types = [seen for seen in (set(_types(row)) for row in named) if seen]
     return sum("half" in seen for seen in types), len(types)
 
 
-def _types(layer: Mapping[str, Any]) -> Iterator[str]:
+def _types(row: Mapping[str, Any]) -> Iterator[str]:
     """`half` or `float` for each tensor of a layer; TensorRT words it "Half", "FP16" or "Row major linear FP16 format"."""
-    for tensor in (*layer.get("Inputs", ()), *layer.get("Outputs", ())):
+    for tensor in (*row.get("Inputs", ()), *row.get("Outputs", ())):
         text = str(tensor.get("Format/Datatype", "")).lower()
         if "half" in text or "fp16" in text:
             yield "half"
@@ -96,15 +96,15 @@ def inspect_plan(trt: Any, plan: bytes, shapes: Mapping[str, Sequence[Sequence[i
     A version-compatible engine is read through the lean runtime's library, which has to be of the same version.
     Only where a GPU was found: a `Runtime` without one ends the process (`runtime.driver`).
     """
-    runtime = trt.Runtime(logger)
+    runtime = loader = trt.Runtime(logger)  # each has to outlive what it loads
     if not native:
         library = lean_library()
         if library is None:
             return Inspection(reason="tensorrt-lean-cu13-libs is not installed: version-compatible engines are read through it")
-        lean = runtime.load_runtime(str(library))
-        if lean is None:
+        loader = runtime.load_runtime(str(library))
+        if loader is None:
             return Inspection(reason=f"{library.name} does not load: it has to be of TensorRT {trt.__version__}")
-    engine = (runtime if native else lean).deserialize_cuda_engine(plan)
+    engine = loader.deserialize_cuda_engine(plan)
     if engine is None:
         return Inspection(reason="TensorRT does not load the engine back here")
     memory = tuple(int(engine.get_device_memory_size_for_profile_v2(n)) for n in range(engine.num_optimization_profiles))
