@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from runtime.console import Progress
 from runtime.contract import MANIFEST, Manifest, ModelFile
-from runtime.driver import device
+from runtime.driver import Device
 from runtime.engines.registry import open_engine
 from runtime.errors import ModelError
 from runtime.files import atomic_file, sha256_of, write_json
@@ -29,7 +29,7 @@ Prove = Callable[[Manifest], Mapping[str, Any]]
 
 
 def add_engine(
-    folder: Path, options: BuildOptions, prove: Prove, *, say: Callable[[str], None], quiet: bool = False, trt: Any = None
+    folder: Path, options: BuildOptions, prove: Prove, *, gpu: Device, say: Callable[[str], None], quiet: bool = False, trt: Any = None
 ) -> Manifest:
     """Build `folder`'s graph of that precision, write model.engine and model.engine.json, and list them in the manifest.
 
@@ -46,14 +46,14 @@ def add_engine(
     onnx, half = folder / name, options.precision == "fp16"
     if half:
         require_half(half_weights(onnx), "its weights", onnx)
-    say(f"building {ENGINE} from {name} with TensorRT {trt.__version__} for {device()}")
+    say(f"building {ENGINE} from {name} with TensorRT {trt.__version__} for {gpu}")
     built = build(onnx, shapes_of(before, options.max_batch), options, trt=trt, on_progress=progress(quiet))
     for note in built.notes:
         say(f"  {note}")
     if half:
         require_half(built.layers.half, "the convolutions TensorRT parsed", onnx)
     inspection = inspect_plan(trt, built.plan, built.profile, native=options.native, logger=collecting_logger(trt, []))
-    facts = facts_of(before, name, built, options, inspection)
+    facts = facts_of(before, name, built, options, inspection, gpu)
     if half and facts.get("convolutions"):
         require_half(facts["half_convolutions"] / facts["convolutions"], "the built engine's convolutions", onnx)
     try:
@@ -105,9 +105,8 @@ def prover(graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path) -> 
     return prove
 
 
-def facts_of(manifest: Manifest, onnx: str, built: Built, options: BuildOptions, inspection: Inspection) -> dict[str, Any]:
+def facts_of(manifest: Manifest, onnx: str, built: Built, options: BuildOptions, inspection: Inspection, gpu: Device) -> dict[str, Any]:
     """What the manifest says of the engine: whoever loads it can tell, before TensorRT does, whether it will."""
-    gpu = device()
     facts: dict[str, Any] = {
         "tensorrt": built.version,
         "gpu": gpu.name,

@@ -51,10 +51,11 @@ def main(argv: Sequence[str]) -> int:
         missing.remedy, missing.file = f"{missing.remedy}; then run this again ({kept})", options.output
         raise missing
     from export.add_engine import add_engine, prover
+    from runtime.driver import device
 
     names = ("precision", "native", "hardware", "max_batch", "workspace", "timing_cache")
     build = BuildOptions(**{name: getattr(options, name) for name in names})
-    add_engine(options.output, build, prover(graph, masks, options.output), say=say, quiet=options.quiet)
+    add_engine(options.output, build, prover(graph, masks, options.output), gpu=device(), say=say, quiet=options.quiet)
     say(f"engine built and proven in {duration(time.perf_counter() - started)}")
     return 0
 

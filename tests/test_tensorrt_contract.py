@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import enum
+import inspect
 from pathlib import Path
 
 import pytest
 from bindings import VERSIONS, Api, folder, libraries, problems, python, read_api, touched
+from fake_tensorrt import Script, tensorrt
 
 from export.to_tensorrt import HARDWARE
 from runtime.driver import why_no_gpu
@@ -118,3 +121,29 @@ def test_a_runtime_without_a_device_ends_the_process() -> None:
     code = "import tensorrt_lean_bindings as trt\nruntime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))\nprint('made', flush=True)\ndel runtime"
     done = python(code, path=folder("lean"))
     assert (done.returncode, done.stdout.strip()) == (-11, "made"), done.stderr
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_stand_in_builder_is_like_the_real_one(version: str, read) -> None:
+    """tests/test_to_tensorrt.py is worth what the stand-in is worth: its names and parameters are the real ones."""
+    api, module = read(version), tensorrt(Script(version=version))
+    checked = 0
+    for name, thing in vars(module).items():
+        assert name in api.names, name
+        if name == "__version__":
+            continue
+        if issubclass(thing, enum.Enum):
+            assert {f"{name}.{member}" for member in thing.__members__} <= api.names
+            continue
+        for member, value in vars(thing).items():
+            full = f"{name}.{member}"
+            if member.startswith("_") or isinstance(value, type):
+                continue
+            assert full in api.names, full
+            if isinstance(value, property):
+                assert value.fset is None or full in api.settable, full
+            else:
+                wanted = list(inspect.signature(value).parameters)[1:]
+                assert api.takes(full, 0, wanted), (full, api.calls[full])
+            checked += 1
+    assert checked > 30
