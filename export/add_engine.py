@@ -90,7 +90,7 @@ def prover(graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path) -> 
     """Runs the engine as the hospital will, through the runtime, beside FP32 torch on `masks` and on random labels."""
 
     def prove(manifest: Manifest) -> Mapping[str, Any]:
-        engine, _ = open_engine("tensorrt", manifest, folder)
+        engine, *_ = open_engine("tensorrt", manifest, folder)
         try:
             random = random_inputs(RANDOM_SLICES, manifest.grid.slices, manifest.grid.canvas, len(manifest.labels))
             proof = {}

@@ -106,8 +106,7 @@ def build(onnx: Path, profile: Profile, options: BuildOptions, *, trt: Any = Non
     said: list[str] = []
     logger = collecting_logger(trt, said)
     builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))  # 1 in 10, 0 in 11
-    _parse(trt, network, logger, onnx)
+    network = parse(trt, builder, logger, onnx)
     _require_inputs(network, profile, onnx)
     config = builder.create_builder_config()
     _configure(trt, config, options)
@@ -128,10 +127,12 @@ def build(onnx: Path, profile: Profile, options: BuildOptions, *, trt: Any = Non
     return Built(bytes(memoryview(plan)), str(trt.__version__), profile, layers, notes)
 
 
-def _parse(trt: Any, network: Any, logger: Any, onnx: Path) -> None:
+def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
+    """The strongly typed network of `onnx`. Raises `BuildError` with every error of the parser."""
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))  # 1 in 10, 0 in 11
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(onnx)):
-        return
+        return network
     rows = []
     for index in range(parser.num_errors):
         error = parser.get_error(index)
