@@ -21,8 +21,9 @@ from typing import Any
 from .errors import ModelError
 from .files import sha256_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+METADATA = "mask2ct"  # the key under which a graph file states what it was exported for
 MAX_LABELS = 256  # indices cross the seams as uint8
 
 
@@ -144,7 +145,10 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a model folder says of itself. `parity`: file name → engine → the errors in HU measured at export."""
+    """What a model folder says of itself (JSON Schema: manifest.schema.json, beside this module).
+
+    `parity`: file name → backend → what was measured at export: the errors against the network in HU, slices/s, versions.
+    """
 
     name: str
     labels: LabelTable
@@ -168,6 +172,30 @@ class Manifest:
     def file_of(self, kind: str, precision: str) -> str | None:
         """The name of the file of that kind and precision, or None."""
         return next((name for name, f in self.files.items() if (f.kind, f.precision) == (kind, precision)), None)
+
+    def statement(self) -> str:
+        """What a graph file must have been exported for to serve this manifest, as JSON; it is written into the file itself."""
+        intensity = [self.intensity.unit, self.intensity.low, self.intensity.high]
+        labels = [[label.name, label.value] for label in self.labels.labels]
+        return json.dumps(
+            {"labels": labels, "slices": self.grid.slices, "divisor": self.grid.divisor, "style": self.style, "noise": self.noise, "intensity": intensity}
+        )
+
+    def check_statement(self, stated: str | None, path: Path) -> None:
+        """Raise `ModelError` when the graph in `path` was exported for other labels, inputs or intensities than this manifest's."""
+        wanted = json.loads(self.statement())
+        try:
+            found = json.loads(stated or "{}")
+            wrong = {key: found.get(key) for key in wanted if found.get(key) != wanted[key]}
+        except (ValueError, AttributeError):
+            wrong = {"statement": stated}
+        if wrong:
+            raise ModelError(
+                f"{path.name} was exported for other {', '.join(wrong)}: {json.dumps(wrong)[:300]}",
+                expected=f"what {MANIFEST} says: {json.dumps({key: wanted.get(key) for key in wrong})[:300]}",
+                remedy="restore the model folder, or export the run again",
+                file=path,
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {
