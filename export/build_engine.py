@@ -32,11 +32,11 @@ def main(argv: Sequence[str]) -> int:
     _require_packages()
     from export.graph import LabelsToIntensity
     from export.model_folder import write_model
-    from train.checkpoint import load_generator, load_run, load_validation
+    from train.checkpoint import load_calibration, load_generator, load_run, load_validation
 
     trained = load_run(options.run)
     graph = LabelsToIntensity(load_generator(options.run), len(trained.labels), trained.intensity)
-    write_model(trained, graph, load_validation(trained), options.output, say=say)
+    write_model(trained, graph, load_validation(trained), load_calibration(trained), options.output, say=say)
     say(f"model folder {options.output} written in {duration(time.perf_counter() - started)}")
     if not options.onnx_only:
         raise MissingComponent(

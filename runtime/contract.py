@@ -148,6 +148,7 @@ class Manifest:
     """What a model folder says of itself (JSON Schema: manifest.schema.json, beside this module).
 
     `parity`: file name → backend → what was measured at export: the errors against the network in HU, slices/s, versions.
+    `training`, `export`: how the weights and the files were made.
     """
 
     name: str
@@ -159,6 +160,7 @@ class Manifest:
     files: Mapping[str, ModelFile]
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    export: Mapping[str, Any] = field(default_factory=dict)
     license: str = ""
 
     @property
@@ -212,6 +214,7 @@ class Manifest:
             "files": {name: vars(file) for name, file in self.files.items()},
             "parity": self.parity,
             "training": self.training,
+            "export": self.export,
         }
 
     @classmethod
@@ -229,9 +232,10 @@ class Manifest:
             files={name: ModelFile(**file) for name, file in data["files"].items()},
             parity=data.get("parity", {}),
             training=data.get("training", {}),
+            export=data.get("export", {}),
             license=str(data.get("license", "")),
         )
-        for key in ("files", "parity", "training"):
+        for key in ("files", "parity", "training", "export"):
             if not isinstance(data.get(key, {}), Mapping):
                 raise _no(f"{key!r} is no object", "a JSON object")
         for name in manifest.files:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -99,11 +99,17 @@ def load_generator(folder: Path) -> Generator:
     return net
 
 
-def load_masks(run: Run, purpose: Literal["validation", "calibration"]) -> NDArray[np.uint8]:
-    """Label slices of a run, uint8 (n, Z, H, W) model indices: of held-out patients, or of those it was trained on.
+def load_validation(run: Run) -> NDArray[np.uint8]:
+    """The held-out label slices of a run, uint8 (n, Z, H, W) model indices. Raises `ModelError` when they were altered."""
+    return _load_masks(run, "validation")
 
-    Raises `ModelError` when they were altered.
-    """
+
+def load_calibration(run: Run) -> NDArray[np.uint8] | None:
+    """Label slices that a run was trained on, as `load_validation`'s; None of a run that kept none (they were once not written)."""
+    return _load_masks(run, "calibration") if "calibration" in run.data else None
+
+
+def _load_masks(run: Run, purpose: str) -> NDArray[np.uint8]:
     from safetensors.numpy import load_file
 
     stated = run.data.get(purpose, {})
