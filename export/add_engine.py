@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 from runtime.console import Progress
 from runtime.contract import MANIFEST, Manifest, ModelFile
 from runtime.driver import Device
-from runtime.engines.registry import open_engine
-from runtime.errors import ModelError
+from runtime.engines.registry import BACKENDS
+from runtime.errors import MissingComponent, ModelError
 from runtime.files import atomic_file, sha256_of, write_json
 
+from . import parity
 from .engine_layers import Inspection, half_convolutions, half_weights, inspect_plan, require_half
 from .graph import LabelsToIntensity
-from .model_folder import RANDOM_SLICES
-from .parity import measure, random_inputs, require
-from .to_tensorrt import BuildOptions, Built, OnProgress, build, collecting_logger, shapes_of
+from .to_tensorrt import INSTALL, BuildOptions, Built, OnProgress, build, collecting_logger, shapes_of
 
 ENGINE, LAYERS = "model.engine", "model.engine.json"
 Prove = Callable[[Manifest], Mapping[str, Any]]
@@ -86,21 +85,15 @@ def _without_engine(folder: Path) -> Manifest:
     return bare
 
 
-def prover(graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path) -> Prove:
-    """Runs the engine as the hospital will, through the runtime, beside FP32 torch on `masks` and on random labels."""
+def prover(graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path, precision: str) -> Prove:
+    """Runs the engine as the hospital will, through the runtime, on what the ONNX graphs were proven on. Raises `ParityError`."""
 
     def prove(manifest: Manifest) -> Mapping[str, Any]:
-        engine, *_ = open_engine("tensorrt", manifest, folder)
-        try:
-            random = random_inputs(RANDOM_SLICES, manifest.grid.slices, manifest.grid.canvas, len(manifest.labels))
-            proof = {}
-            for what, labels in (("validation masks", masks), ("random labels", random)):
-                parity = measure(graph, engine, labels)
-                require(parity, ENGINE, what)
-                proof[what] = parity.to_json()
-            return {engine.name.split(",")[0]: proof}
-        finally:
-            engine.close()
+        backend = next((b for b in BACKENDS if b.name == "tensorrt"), None)
+        why = "this mask2ct has no TensorRT runtime" if backend is None else backend.uninstalled()
+        if backend is None or why:
+            raise MissingComponent(f"{ENGINE} cannot be proven: {why}", expected="the runtime that will run it", remedy=INSTALL)
+        return {backend.name: parity.prove(folder / ENGINE, precision, backend, manifest, parity.references(graph, manifest, masks))}
 
     return prove
 

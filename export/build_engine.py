@@ -37,12 +37,12 @@ def main(argv: Sequence[str]) -> int:
     _require_packages()
     from export.graph import LabelsToIntensity
     from export.model_folder import write_model
-    from train.checkpoint import load_generator, load_run, load_validation
+    from train.checkpoint import load_calibration, load_generator, load_run, load_validation
 
     trained = load_run(options.run)
     graph = LabelsToIntensity(load_generator(options.run), len(trained.labels), trained.intensity)
     masks = load_validation(trained)
-    write_model(trained, graph, masks, options.output, say=say)
+    write_model(trained, graph, masks, load_calibration(trained), options.output, say=say)
     say(f"model folder {options.output} written in {duration(time.perf_counter() - started)}")
     if options.onnx_only:
         return 0
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
     names = ("precision", "native", "hardware", "max_batch", "workspace", "timing_cache")
     build = BuildOptions(**{name: getattr(options, name) for name in names})
-    add_engine(options.output, build, prover(graph, masks, options.output), gpu=device(), say=say, quiet=options.quiet)
+    add_engine(options.output, build, prover(graph, masks, options.output, options.precision), gpu=device(), say=say, quiet=options.quiet)
     say(f"engine built and proven in {duration(time.perf_counter() - started)}")
     return 0
 

@@ -33,7 +33,7 @@ from .loggers import Loggers
 from .ranks import ALONE, Ranks
 from .step import Batch, Step
 from .style import Styles, move
-from .validation import Validation
+from .validation import MASKS_KEPT, Validation, label_maps
 from .watch import Watch, note
 
 
@@ -229,7 +229,8 @@ class Training:
         net = self.network()
         metrics = self.metrics or self.validation.measure(net, self.device, self.config.training.batch_size)[0]
         metrics["ceiling"] = self.validation.ceiling(self.cohort.train)
-        checkpoint.write_run(self.folder, net, self.validation.labels, facts(self.config, self.cohort, self.done, metrics))
+        masks = {"validation": label_maps(self.cohort.valid, MASKS_KEPT), "calibration": label_maps(self.cohort.train, MASKS_KEPT)}
+        checkpoint.write_run(self.folder, net, masks, facts(self.config, self.cohort, self.done, metrics))
         run_report.write(self.folder)
         return metrics
 

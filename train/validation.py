@@ -20,6 +20,7 @@ from .style import organ_medians
 
 STYLES = 16  # in which the held-out masks are painted to measure diversity
 DIVERSE_SLICES = 24  # of them, at most
+MASKS_KEPT = 64  # slices of each kind that a run folder keeps for export
 
 
 class Validation:
@@ -112,6 +113,13 @@ def paint(net: Generator, labels: NDArray[np.uint8], noise: NDArray[np.uint8], c
             image = net(condition.contiguous(memory_format=torch.channels_last), standardise_noise(bytes_) if net.noisy else None, vector)
         out.append(from_unit(image[:, 0].cpu().numpy(), intensity))
     return np.concatenate(out)
+
+
+def label_maps(patients: Sequence[Slices], most: int) -> NDArray[np.uint8]:
+    """Up to `most` label maps, uint8 (n, Z, H, W), evenly spaced over the slices of all `patients`."""
+    all_slices = [(patient, k) for patient in patients for k in range(len(patient))]
+    chosen = np.linspace(0, len(all_slices) - 1, min(most, len(all_slices))).round().astype(int)
+    return np.stack([patient.labels[k] for patient, k in (all_slices[n] for n in chosen)])
 
 
 def _middle(patient: Slices) -> NDArray[np.uint8]:
