@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..contract import Manifest
 from ..errors import MissingComponent, ModelError, UsageError
-from .base import Engine
+from .base import Engine, EngineOptions
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,12 @@ class Backend:
     file: tuple[str, str]
     module: str
     install: str
-    open: Callable[[Path, Manifest], Engine]
+    make: Callable[[Path, Manifest, EngineOptions], Engine]
     automatic: bool = True
+
+    def open(self, path: Path, manifest: Manifest, options: EngineOptions | None = None) -> Engine:
+        """The engine that runs the file at `path`, which nobody has checked."""
+        return self.make(path, manifest, options or EngineOptions())
 
     def uninstalled(self) -> str | None:
         """Why it runs nothing on this machine, or None when it can."""
@@ -42,16 +46,16 @@ class Backend:
         return self.name in manifest.parity.get(manifest.file_of(*self.file) or "", {})
 
 
-def _open_onnx(path: Path, manifest: Manifest) -> Engine:
+def _open_onnx(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
     from .onnx import OnnxEngine
 
-    return OnnxEngine(path, manifest)
+    return OnnxEngine(path, manifest, options)
 
 
-def _open_openvino(path: Path, manifest: Manifest) -> Engine:
+def _open_openvino(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
     from .openvino import OpenVinoEngine
 
-    return OpenVinoEngine(path, manifest)
+    return OpenVinoEngine(path, manifest, options)
 
 
 _ONNX = ("onnxruntime", 'pip install "mask2ct[onnx]"', _open_onnx)
@@ -69,7 +73,7 @@ BACKENDS = (
 CHOICES = ("auto", *(backend.name for backend in BACKENDS), "fake")
 
 
-def open_engine(backend: str, manifest: Manifest, folder: Path) -> tuple[Engine, str, str]:
+def open_engine(backend: str, manifest: Manifest, folder: Path, options: EngineOptions | None = None) -> tuple[Engine, str, str]:
     """Open the engine of that name for the model in `folder`; returns it, why it was chosen and the file it runs.
 
     `auto` takes the fastest that is installed and whose file was proven in it. The file's SHA-256 is checked before it is
@@ -79,18 +83,18 @@ def open_engine(backend: str, manifest: Manifest, folder: Path) -> tuple[Engine,
     if backend == "fake":
         from .fake import FakeEngine
 
-        return FakeEngine(manifest), "asked for", ""
+        return FakeEngine(manifest, options=options), "asked for", ""
     if backend not in CHOICES:
         raise UsageError(f"there is no backend {backend!r}", expected=", ".join(CHOICES), remedy="choose one of these")
     chosen, reason = _automatic(manifest, folder) if backend == "auto" else _by_name(backend, manifest, folder)
     name = manifest.file_of(*chosen.file)
     assert name is not None
     manifest.verify(folder, [name])
-    return chosen.open(folder / name, manifest), reason, name
+    return chosen.open(folder / name, manifest, options), reason, name
 
 
 def _automatic(manifest: Manifest, folder: Path) -> tuple[Backend, str]:
-    passed = []
+    passed: list[str] = []
     for backend in (b for b in BACKENDS if b.automatic):
         why = backend.absent(manifest)
         if why is None and not backend.proven(manifest):
