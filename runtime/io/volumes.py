@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -94,16 +94,21 @@ def write_volume(
     .nii is raw; .nii.gz, .nrrd and .mha are compressed by isal. With `nifti_source` (the mask's own header) a NIfTI has its very
     bits for the grid; its free text is dropped, for it may name a patient. The same input gives the same bytes. Raises `OutputError`.
     """
-    with atomic_path(path) as part, open(part, "wb") as raw:
-        if path.name.endswith(".mha"):
-            raw.write(_meta_header(shape, dtype, geometry, description))
-        elif path.name.endswith(".nrrd"):
-            raw.write(_nrrd_header(shape, dtype, geometry, description))
-        with _compressed(raw) if not path.name.endswith(".nii") else _as_is(raw) as file:
-            if path.name.endswith((".nii", ".nii.gz")):
+    nifti, raw = path.name.endswith((".nii", ".nii.gz")), path.name.endswith(".nii")
+    with atomic_path(path) as part, open(part, "wb") as whole:
+        if not nifti:
+            header = _meta_header if path.name.endswith(".mha") else _nrrd_header
+            whole.write(header(shape, dtype, geometry, description))
+        start = whole.tell()
+        with nullcontext(whole) if raw else isal_threaded().open(whole, "wb", compresslevel=GZIP_LEVEL, threads=GZIP_THREADS) as file:
+            if nifti:
                 file.write(nifti_header(shape, dtype, geometry, nifti_source, description))
             for plane in planes:  # one write a plane: how the input is cut into blocks must not depend on how slabs were cut
                 file.write(np.ascontiguousarray(plane, dtype.newbyteorder("<")).data.cast("B"))
+        if path.name.endswith(".mha"):
+            size = whole.tell() - start
+            whole.seek(0)
+            whole.write(_meta_header(shape, dtype, geometry, description, size))
 
 
 def planes_of(slabs: Iterable[CTSlab], shape: tuple[int, int, int], folder: Path) -> Iterator[NDArray[np.int16]]:
@@ -147,17 +152,6 @@ def isal_threaded() -> Any:
     return igzip_threaded
 
 
-@contextmanager
-def _compressed(raw: BinaryIO) -> Iterator[BinaryIO]:
-    with isal_threaded().open(raw, "wb", compresslevel=GZIP_LEVEL, threads=GZIP_THREADS) as file:
-        yield file
-
-
-@contextmanager
-def _as_is(raw: BinaryIO) -> Iterator[BinaryIO]:
-    yield raw
-
-
 def _nrrd_header(shape: tuple[int, int, int], dtype: np.dtype[Any], geometry: Geometry, description: str) -> bytes:
     directions = " ".join(f"({_numbers(geometry.affine[:3, n], ',')})" for n in range(3))
     return (
@@ -167,11 +161,11 @@ def _nrrd_header(shape: tuple[int, int, int], dtype: np.dtype[Any], geometry: Ge
     ).encode("ascii", "replace")
 
 
-def _meta_header(shape: tuple[int, int, int], dtype: np.dtype[Any], geometry: Geometry, description: str) -> bytes:
-    """Without CompressedDataSize, which readers then take from the file: it is not known before the last plane."""
+def _meta_header(shape: tuple[int, int, int], dtype: np.dtype[Any], geometry: Geometry, description: str, size: int = 0) -> bytes:
+    """`size`: of the compressed voxels in bytes, without which ITK does not read them; whatever it is, the header is as long."""
     return (
         f"ObjectType = Image\nNDims = 3\nComment = {description}\nBinaryData = True\nBinaryDataByteOrderMSB = False\n"
-        f"CompressedData = True\nTransformMatrix = {_numbers(geometry.direction.T.ravel())}\nOffset = {_numbers(geometry.origin)}\n"
+        f"CompressedData = True\nCompressedDataSize = {size:<16}\nTransformMatrix = {_numbers(geometry.direction.T.ravel())}\nOffset = {_numbers(geometry.origin)}\n"
         f"CenterOfRotation = 0 0 0\nElementSpacing = {_numbers(geometry.spacing)}\nDimSize = {shape[2]} {shape[1]} {shape[0]}\n"
         f"ElementType = {_TYPES[dtype][1]}\nElementDataFile = LOCAL\n"
     ).encode("ascii", "replace")
