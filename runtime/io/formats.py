@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from .ct_series import DicomFormat
 from .painting import DEFAULT_OPTIONS, Format, FormatOptions, Painting
 from .volumes import VolumeFormat
 
@@ -15,4 +16,5 @@ FORMATS: dict[str, Callable[[FormatOptions], Format]] = {
     "nii": partial(VolumeFormat, ".nii"),
     "nrrd": partial(VolumeFormat, ".nrrd"),
     "mha": partial(VolumeFormat, ".mha"),
+    "dicom": DicomFormat,
 }

@@ -165,7 +165,8 @@ def _meta_header(shape: tuple[int, int, int], dtype: np.dtype[Any], geometry: Ge
     """`size`: of the compressed voxels in bytes, without which ITK does not read them; whatever it is, the header is as long."""
     return (
         f"ObjectType = Image\nNDims = 3\nComment = {description}\nBinaryData = True\nBinaryDataByteOrderMSB = False\n"
-        f"CompressedData = True\nCompressedDataSize = {size:<16}\nTransformMatrix = {_numbers(geometry.direction.T.ravel())}\nOffset = {_numbers(geometry.origin)}\n"
+        f"CompressedData = True\nCompressedDataSize = {size:<16}\n"
+        f"TransformMatrix = {_numbers(geometry.direction.T.ravel())}\nOffset = {_numbers(geometry.origin)}\n"
         f"CenterOfRotation = 0 0 0\nElementSpacing = {_numbers(geometry.spacing)}\nDimSize = {shape[2]} {shape[1]} {shape[0]}\n"
         f"ElementType = {_TYPES[dtype][1]}\nElementDataFile = LOCAL\n"
     ).encode("ascii", "replace")
