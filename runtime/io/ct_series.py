@@ -12,6 +12,7 @@ import numpy as np
 from ..contract import Manifest
 from ..errors import UsageError
 from ..files import atomic_folder
+from ..labels import MM_WHS
 from ..volume import CTSlab, DicomSource, LabelVolume
 from .headers import is_synthetic
 from .painting import FormatOptions, Painting, result_name
@@ -99,7 +100,10 @@ def series_dataset(painting: Painting, identity: Identity, grid: UprightGrid) ->
     ds.SeriesInstanceUID = identity.uid("ct series")
     ds.SeriesNumber = SERIES_NUMBER + 2 * (painting.variant or 0)
     ds.PatientPosition = "HFS"
-    ds.Laterality = ""  # type 2C: a model does not say which part of the body it paints
+    if {label.snomed for label in painting.manifest.labels.labels[1:]} <= {label.snomed for label in MM_WHS.labels[1:]}:
+        ds.BodyPartExamined = "HEART"
+    else:
+        ds.Laterality = ""  # type 2C: the model does not say which part of the body it paints
     ds.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
     ds.AcquisitionNumber, ds.KVP = None, None
     ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from ..contract import Label
 from ..version import VERSION
 from .painting import Painting
-from .profile import FIXED_DATE, FIXED_TIME, Identity, describe
+from .profile import DESCRIPTION, FIXED_DATE, FIXED_TIME, Identity, describe
 from .upright import UprightGrid
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-TITLE = "MASK OF A SYNTHETIC CT - NOT FOR DIAGNOSIS"
+TITLE = f"MASK OF A {DESCRIPTION}"
 _FIXED = {"InstanceCreationDate": FIXED_DATE, "InstanceCreationTime": FIXED_TIME, "ContentDate": FIXED_DATE, "ContentTime": FIXED_TIME,
           "SeriesDate": FIXED_DATE, "SeriesTime": FIXED_TIME}  # fmt: skip
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from ..errors import GeometryError, InputError, MissingComponent
 from ..version import VERSION
 from ..volume import LabelVolume
-from .headers import NOTICE
+from .headers import MARKS, NOTICE
 from .painting import Painting
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-DESCRIPTION = "SYNTHETIC CT - NOT FOR DIAGNOSIS"
+DESCRIPTION = MARKS[0]
 FIXED_DATE, FIXED_TIME = "20000101", "000000"  # where the standard or a DICOMDIR asks for a date: the same one in every run
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 SYNTHETIC_DATA = 0x0008001C  # by tag: dictionaries before pydicom 3.0 lack it
@@ -98,7 +98,7 @@ def describe(ds: Dataset, painting: Painting, identity: Identity, *, title: str 
     if not identity.attached:
         ds.PatientIdentityRemoved = "YES"
         ds.DeidentificationMethod = "Synthetic: an invented patient, no attribute of a source copied"
-    ds.Manufacturer = "mask2ct"
+    ds.Manufacturer = MARKS[1]
     ds.ManufacturerModelName = painting.manifest.name[:64]
     ds.SoftwareVersions = VERSION
     ds.SeriesDescription = title
@@ -147,7 +147,7 @@ def _equipment(painting: Painting) -> Any:
     from pydicom import Dataset
 
     item = Dataset()
-    item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = "mask2ct", painting.manifest.name[:64], VERSION
+    item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = MARKS[1], painting.manifest.name[:64], VERSION
     item.ContributionDescription = "painted this image from a label mask"
     item.PurposeOfReferenceCodeSequence = [code("109100", "DCM", "Synthesizing Equipment")]
     return item
