@@ -6,10 +6,11 @@ from collections.abc import Callable
 from functools import partial
 
 from .ct_series import DicomFormat
-from .painting import DEFAULT_OPTIONS, Format, FormatOptions, Painting
+from .datasets import DatasetFormat
+from .painting import DEFAULT_OPTIONS, Format, FormatOptions, Painting, result_name
 from .volumes import VolumeFormat
 
-__all__ = ["DEFAULT_OPTIONS", "FORMATS", "Format", "FormatOptions", "Painting"]
+__all__ = ["DEFAULT_OPTIONS", "FORMATS", "Format", "FormatOptions", "Painting", "result_name"]
 
 FORMATS: dict[str, Callable[[FormatOptions], Format]] = {
     "nifti": partial(VolumeFormat, ".nii.gz"),
@@ -17,4 +18,6 @@ FORMATS: dict[str, Callable[[FormatOptions], Format]] = {
     "nrrd": partial(VolumeFormat, ".nrrd"),
     "mha": partial(VolumeFormat, ".mha"),
     "dicom": DicomFormat,
+    "nnunet": partial(DatasetFormat, "_0000"),
+    "msd": partial(DatasetFormat, ""),
 }

@@ -40,11 +40,10 @@ class Painting:
 @dataclass(frozen=True)
 class FormatOptions:
     """What the command line says about formats. `attach`: a DICOM series joins its mask's patient, study and frame of reference;
-    `enhanced`: one multi-frame Enhanced CT instead of a file a slice; `segmentation`: "binary", "labelmap" or "none", the SEG beside a series.
+    `segmentation`: "binary", "labelmap" or "none", the SEG beside a series.
     """
 
     attach: bool = False
-    enhanced: bool = False
     segmentation: str = "binary"
 
 
