@@ -98,9 +98,10 @@ def _run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, options: arg
         check_writable(options.report.parent)
     progress = Progress("CTs", len(cases) * (options.variants or 1), quiet=options.quiet)
     results: list[CaseResult] = []
+    format_options = FormatOptions(attach=options.attach, segmentation=options.segmentation)
     try:
         for result in synthesize(
-            synth, cases, options.output, format=options.format, options=FormatOptions(options.attach, options.segmentation), variants=options.variants, seed=options.seed, labels=label_map,
+            synth, cases, options.output, format=options.format, options=format_options, variants=options.variants, seed=options.seed, labels=label_map,
             on_slice=lambda n: progress.update(len(results), f"{n} slices of the next"),
         ):  # fmt: skip
             results.append(result)
