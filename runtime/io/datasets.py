@@ -21,7 +21,7 @@ from ..errors import UsageError
 from ..files import write_json
 from ..volume import CTSlab, LabelVolume
 from .headers import NOTICE, is_synthetic
-from .painting import FormatOptions, Painting, result_name
+from .painting import FormatOptions, Painting, refuse_dicom_options, result_name
 from .volumes import isal_threaded, write_ct, write_labels
 
 DATASET = "dataset.json"
@@ -40,6 +40,7 @@ class DatasetFormat:
     options: FormatOptions
 
     def check(self, manifest: Manifest, output: Path) -> None:
+        refuse_dicom_options(self.options)
         isal_threaded()
         _refuse_another(output, _read(output), self._ours(manifest))
 

@@ -79,6 +79,12 @@ def result_name(case: str, variant: int | None) -> str:
     return case if variant is None else f"{case}_v{variant}"
 
 
+def refuse_dicom_options(options: FormatOptions) -> None:
+    """Raise `UsageError` for options that only a DICOM series knows: to pass over them would not be what was asked for."""
+    if options.attach:
+        raise UsageError("--attach is for DICOM", expected="--format dicom with it", remedy="add --format dicom, or leave --attach out")
+
+
 def table_values(table: LabelTable) -> NDArray[Any]:
     """The table's own value of each model index (K + 1,), in the smallest of uint8, uint16, int16 and int32 that holds them all."""
     values = np.array([label.value for label in table.labels])

@@ -25,6 +25,7 @@ def write_seg(path: Path, painting: Painting, identity: Identity, grid: UprightG
     from highdicom.seg import Segmentation
 
     first = slices[0]
+    first.PatientName = "SYNTHETIC^"  # highdicom prints the names it finds odd; `describe` sets the one that stays
     seg: Any = Segmentation(
         slices, grid.view(painting.mask.labels), kind.upper(), [_segment(n, x) for n, x in enumerate(painting.manifest.labels.labels) if n],
         series_instance_uid=identity.uid("seg series", kind), series_number=int(first.SeriesNumber) + 1,

@@ -22,7 +22,7 @@ from ..files import atomic_path
 from ..volume import CTSlab, Geometry, LabelVolume
 from .headers import NOTICE, is_synthetic
 from .nifti_header import nifti_header
-from .painting import FormatOptions, Painting, result_name, table_values
+from .painting import FormatOptions, Painting, refuse_dicom_options, result_name, table_values
 
 GZIP_LEVEL = 1  # isal: 150 MB/s a core at 7 % more bytes than level 3
 GZIP_THREADS = 2  # the bytes are the same for any number: 1 MiB blocks are compressed on their own
@@ -43,6 +43,7 @@ class VolumeFormat:
     options: FormatOptions
 
     def check(self, manifest: Manifest, output: Path) -> None:
+        refuse_dicom_options(self.options)
         if self.suffix != ".nii":
             isal_threaded()
 
