@@ -15,7 +15,7 @@ from .engines.registry import CHOICES
 from .errors import InputError, UsageError, printable
 from .files import write_json
 from .io.detect import Case, find_cases, read_case
-from .io.formats import FORMATS
+from .io.formats import FORMATS, FormatOptions
 from .labels import MAP_HELP, MM_WHS, load_map, present_values
 from .stream import CaseResult, check_writable, synthesize
 from .synthesizer import DEFAULT_BATCH, Synthesizer
@@ -39,6 +39,13 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--model", type=Path, required=True, help="a model folder, as export/build_engine.py writes it")
     synth.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     synth.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
+    synth.add_argument("--attach", action="store_true", help="dicom: into the mask's own patient, study and frame of reference")
+    synth.add_argument(
+        "--segmentation",
+        choices=("binary", "labelmap", "none"),
+        default="binary",
+        help="dicom: the SEG beside the series (default: %(default)s)",
+    )
     synth.add_argument("--backend", choices=CHOICES, default="auto", help="what runs the model (default: the first that serves)")
     synth.add_argument("--variants", type=int, metavar="K", help="write K different CTs per mask, each with its mask")
     synth.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
@@ -91,9 +98,10 @@ def _run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, options: arg
         check_writable(options.report.parent)
     progress = Progress("CTs", len(cases) * (options.variants or 1), quiet=options.quiet)
     results: list[CaseResult] = []
+    format_options = FormatOptions(attach=options.attach, segmentation=options.segmentation)
     try:
         for result in synthesize(
-            synth, cases, options.output, format=options.format, variants=options.variants, seed=options.seed, labels=label_map,
+            synth, cases, options.output, format=options.format, options=format_options, variants=options.variants, seed=options.seed, labels=label_map,
             on_slice=lambda n: progress.update(len(results), f"{n} slices of the next"),
         ):  # fmt: skip
             results.append(result)

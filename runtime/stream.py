@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from .errors import InputError, UnreadableVolume, UsageError, writing
 from .files import remove_orphans, temporary_name
 from .io.detect import Case, read_case
-from .io.formats import FORMATS, Format, Painting
+from .io.formats import DEFAULT_OPTIONS, FORMATS, Format, FormatOptions, Painting
 from .volume import CTSlab, LabelVolume
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ def synthesize(
     output: Path,
     *,
     format: str = "nifti",
+    options: FormatOptions = DEFAULT_OPTIONS,
     variants: int | None = None,
     seed: int = 0,
     labels: Mapping[int | None, int] | None = None,
@@ -58,8 +59,8 @@ def synthesize(
         raise UsageError(f"{variants} variants were asked for", expected="1 or more", remedy="leave the option out for one CT per mask")
     if format not in FORMATS:
         raise UsageError(f"there is no format {format!r}", expected=", ".join(FORMATS), remedy="choose one of these")
-    writer = FORMATS[format]()
-    writer.check(synthesizer.manifest)
+    writer = FORMATS[format](options)
+    writer.check(synthesizer.manifest, output)
     check_writable(output)
     for case in cases:
         for file in (file for variant in _variants(variants) for file in writer.files(output, case.name, variant)):
@@ -80,6 +81,7 @@ def _cases(
                 raise UnreadableVolume(f"the name of {case.path.name} is too long for what is written beside it", expected="some 200 bytes at most",
                                        remedy="rename it", file=case.path)  # fmt: skip
             volume = read_case(case, synthesizer.manifest.labels, labels)
+            writer.check_mask(volume)
             warnings = tuple(_warnings(case.path, volume, synthesizer))
         except InputError as exc:
             exc.file = exc.file or case.path

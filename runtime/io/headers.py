@@ -19,7 +19,9 @@ import numpy as np
 
 from ..errors import GeometryError, UnreadableVolume, reading
 
-NOTICE = "SYNTHETIC CT - NOT FOR DIAGNOSIS (mask2ct)"  # what every header written says of itself; 79 characters fit
+MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")  # what every header written says of itself, within its first bytes
+MARKS_WITHIN = 8192
+NOTICE = f"{MARKS[0]} ({MARKS[1]})"  # 79 characters fit into a NIfTI
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 EXPECTED = "one 3-D volume of integers as NIfTI, NRRD or MHA"
 MAX_EXTENT = 32767  # voxels along one axis that NIfTI-1 can say
@@ -45,13 +47,13 @@ def stem(path: Path) -> str:
 
 
 def is_synthetic(path: Path) -> bool:
-    """Whether this is a NIfTI that mask2ct wrote: its header says so (NOTICE in descrip)."""
+    """Whether this is a file that mask2ct wrote, of whatever format: its header says so (MARKS)."""
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as handle:
-            head = handle.read(348)
+            head = handle.read(MARKS_WITHIN)
     except (OSError, EOFError, zlib.error):
         return False
-    return NOTICE.encode() in head[148:228]
+    return all(mark.encode() in head for mark in MARKS)
 
 
 def check_header(path: Path) -> bytes | None:
