@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,7 @@ from .engines.base import Engine, EngineError
 from .engines.registry import open_engine
 from .errors import UnknownLabels
 from .grid import SliceGrid
-from .labels import to_indices
+from .labels import LabelMap, to_indices
 from .memory import DEFAULT_CAP, HOST_STREAM, HostBuffer, HostPool, PoolStats
 from .randomness import CaseRandom
 from .volume import CTSlab, LabelVolume
@@ -66,7 +66,7 @@ class Synthesizer:
         """The accounting of the slices' host memory, in bytes."""
         return self._pool.stats
 
-    def __call__(self, mask: Any, *, seed: int = 0, variant: int = 0, labels: Mapping[int | None, int] | None = None) -> Any:
+    def __call__(self, mask: Any, *, seed: int = 0, variant: int = 0, labels: LabelMap | None = None) -> Any:
         """A SimpleITK label image → a SimpleITK image of int16 HU with the same size, spacing, origin and direction.
 
         `labels`: file value → model index (see `runtime.labels.load_map`); default: the model's own values. Raises
