@@ -13,7 +13,10 @@ from ..errors import GeometryError, UnreadableVolume
 from ..volume import DicomSource, Geometry, Volume
 from .dicom_files import ORIENTATION_TOLERANCE, dataset, guarded, numbers, source, stack
 
-MAX_LABELS = 256  # more distinct values than this are grey values
+MAX_LABELS = 256  # more distinct values than this in one slice are grey values
+MAX_PIXELS = 1 << 26  # of one slice; what a few compressed bytes may become
+_ACQUIRED = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF")  # a mask's header is often a copy of its image's
+_LOSSY = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81")  # JPEG baseline, extended; JPEG-LS near-lossless
 _GRID = ["SOPInstanceUID", "Rows", "Columns", "NumberOfFrames", "PixelSpacing", "NominalScannedPixelSpacing", "ImagePositionPatient", "ImageOrientationPatient",
          "SliceThickness", "SpacingBetweenSlices", "FrameOfReferenceUID"]  # fmt: skip
 
@@ -33,6 +36,8 @@ def read_series(paths: Sequence[Path], name: str) -> Volume:
             values[k] = plane
             uids[k] = str(ds.get("SOPInstanceUID", ""))
         assert values is not None
+        if str(ds.get("Modality", "")) in _ACQUIRED and _is_grey(values):
+            raise _no_mask(ds, name, "its pixels change like grey values")
         return Volume(values, geometry, dicom=source(ds, uids), notes=notes)
 
 
@@ -49,7 +54,7 @@ def _grid(headers: Sequence[Any], name: str) -> tuple[Geometry, tuple[int, int, 
     """Geometry, shape, the slice of each file, and what had to be taken for granted of a single slice."""
     file, first = Path(name), headers[0]
     sizes = {(int(ds.get("Rows") or 0), int(ds.get("Columns") or 0)) for ds in headers}
-    if len(sizes) > 1 or not all(next(iter(sizes))):
+    if len(sizes) > 1 or not 0 < np.prod(next(iter(sizes))) <= MAX_PIXELS:
         raise UnreadableVolume(f"{name} has slices of {', '.join(f'{c} x {r}' for r, c in sorted(sizes))} pixels", expected="one size",
                                remedy="give one series", file=file)  # fmt: skip
     if any(int(ds.get("NumberOfFrames") or 1) != 1 for ds in headers):
@@ -91,17 +96,10 @@ def _pixels(ds: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
     slope, intercept = (
         float(ds.get(key) if ds.get(key) is not None else default) for key, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
     )
-    modality = str(ds.get("Modality", ""))
     if int(ds.get("SamplesPerPixel", 1)) != 1:
-        raise UnreadableVolume(
-            f"{name} is a colour image", expected="one label per pixel", remedy="export the mask as a DICOM SEG", file=file
-        )
-    if intercept or slope != 1 or syntax in ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51") or ds.get("LossyImageCompression") == "01":
-        raise _no_mask(
-            name,
-            f"a{'n' if modality.startswith('M') else ''} {modality} image" if modality else "an image",
-            "its values are rescaled or compressed with loss",
-        )
+        raise UnreadableVolume(f"{name} is a colour image", expected="one label per pixel", remedy="export the mask as a SEG", file=file)
+    if intercept or slope != 1 or syntax in _LOSSY or ds.get("LossyImageCompression") == "01":
+        raise _no_mask(ds, name, "its values are rescaled or compressed with loss")
     have, need = len(ds.get("PixelData") or b""), shape[0] * shape[1] * int(ds.BitsAllocated) // 8
     if not have or (not syntax.is_compressed and have < need):
         raise UnreadableVolume(f"{name} is truncated: {have} of {need} bytes of pixels are there in a slice", expected="complete DICOM files",
@@ -114,12 +112,22 @@ def _pixels(ds: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
     if plane.shape != shape:
         raise UnreadableVolume(f"{name} has a slice of {plane.shape} pixels", expected=str(shape), remedy="export it again", file=file)
     if plane.min() < 0 or np.unique(plane).size > MAX_LABELS:
-        raise _no_mask(
-            name, f"a{'n' if modality.startswith('M') else ''} {modality} image" if modality else "an image", "it holds grey values"
-        )
+        raise _no_mask(ds, name, "it holds grey values")
     return plane
 
 
-def _no_mask(name: str, what: str, why: str) -> UnreadableVolume:
+def _is_grey(values: NDArray[Any]) -> bool:
+    """Whether most neighbours in a row differ where there is anything: inside labels they agree."""
+    there = differ = 0
+    for plane in values:
+        left, right = plane[:, :-1], plane[:, 1:]
+        there += int(np.count_nonzero(left | right))
+        differ += int(np.count_nonzero(left != right))
+    return there >= 1000 and differ > there / 2
+
+
+def _no_mask(ds: Any, name: str, why: str) -> UnreadableVolume:
+    modality = str(ds.get("Modality", ""))
+    what = f"a{'n' if modality[:1] in 'MNXR' else ''} {modality} image" if modality in _ACQUIRED else "an image"
     return UnreadableVolume(f"{name} is {what}, not a mask: {why}", expected="a DICOM SEG, an RTSTRUCT, or a series whose pixels are labels",
                             remedy="give the mask that was drawn on it", file=Path(name))  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,18 +71,10 @@ def read_rtstruct(path: Path, name: str, grid: Grid | None, *, like: bool = Fals
     with guarded(name):
         ds = dataset(path)
         regions, refers = _regions(ds, name), _references(ds)
-        if grid is None or not (like or allow_missing):
-            _check_references(refers, () if grid is None else grid[2].sop_instance_uids, name, grid is not None)
+        if grid is None or not like:
+            _check_references(refers, None if grid is None else grid[2], name, allow_missing)
         assert grid is not None
         geometry, shape, series = grid
-        if (
-            not like
-            and refers.frame_of_reference
-            and series.frame_of_reference_uid
-            and refers.frame_of_reference != series.frame_of_reference_uid
-        ):
-            raise GeometryError(f"{name} lies in another frame of reference than the image series beside it", expected="the series it was drawn on",
-                                remedy="give a grid with --like IMAGE", file=Path(name))  # fmt: skip
         notes = []
         planes: dict[int, dict[int, list[NDArray[np.float64]]]] = {}
         for region in regions:
@@ -104,9 +96,15 @@ def read_rtstruct(path: Path, name: str, grid: Grid | None, *, like: bool = Fals
     return Layers(used, shape, geometry, pieces, origin, tuple(notes))
 
 
-def _check_references(refers: References, there: Sequence[str], name: str, series: bool) -> None:
-    missing = sorted(refers.instances - set(there))
-    if series and not missing:
+def _check_references(refers: References, series: DicomSource | None, name: str, allowed: bool) -> None:
+    """Raise when images are missing that the contours were drawn on; `allowed`: when the series that is there cannot stand for them."""
+    missing = sorted(refers.instances - set(() if series is None else series.sop_instance_uids))
+    if series is not None and not missing and refers.instances:
+        return
+    if series is not None and allowed:
+        if refers.frame_of_reference != series.frame_of_reference_uid:
+            raise GeometryError(f"{name} lies in another frame of reference than the image series beside it", expected="the series it was drawn on",
+                                remedy="give a grid with --like IMAGE", file=Path(name))  # fmt: skip
         return
     shown = ", ".join(f"…{uid[-12:]}" for uid in missing[:8]) + (
         ", …" if len(missing) > 8 else ""
@@ -116,10 +114,9 @@ def _check_references(refers: References, there: Sequence[str], name: str, serie
         if refers.instances
         else "it refers to no image"
     )
-    raise InputError(f"{name} was drawn on {'other images than those beside it' if series else 'a series that is not beside it'}: {fact}",
-                     expected="the referenced series in the same folder or zip",
-                     remedy=("add --allow-missing-references to use the series that is there, or " if series else "add it, or ")
-                     + "give a grid with --like IMAGE", file=Path(name))  # fmt: skip
+    lift = "add it, or " if series is None else "add --allow-missing-references to use the series that is there, or "
+    raise InputError(f"{name} was drawn on {'a series that is not beside it' if series is None else 'other images than those beside it'}: {fact}",
+                     expected="the referenced series in the same folder or zip", remedy=f"{lift}give a grid with --like IMAGE", file=Path(name))  # fmt: skip
 
 
 def _regions(ds: Any, name: str) -> list[_Region]:

@@ -17,6 +17,8 @@ from ..volume import Layers, Segment
 from .dicom_files import ORIENTATION_TOLERANCE, dataset, guarded, numbers, pydicom, source, stack
 
 MAX_FRAMES = 1 << 20
+MAX_PIXELS = 1 << 26  # of one frame
+MAX_VOXELS = 1 << 32
 
 
 def read_seg(path: Path, name: str, *, threshold: float | None = None) -> Layers:
@@ -35,13 +37,17 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
         raise UnreadableVolume(f"{name} is a segmentation of the type {kind!r}", expected="BINARY, FRACTIONAL or LABELMAP",
                                remedy="export it as a BINARY DICOM SEG", file=file)  # fmt: skip
     if kind == "FRACTIONAL" and threshold is None:
-        raise InputError(f"{name} holds fractions, not labels",
-                         expected="a BINARY or LABELMAP segmentation, or the fraction that counts as inside", remedy="give --threshold 0.5", file=file)  # fmt: skip
+        raise InputError(f"{name} holds fractions, not labels", expected="a BINARY or LABELMAP segmentation, or the fraction that counts as inside",
+                         remedy="give --threshold 0.5", file=file)  # fmt: skip
     rows, columns, frames = int(ds.Rows), int(ds.Columns), int(ds.get("NumberOfFrames") or 1)
     groups = ds.get("PerFrameFunctionalGroupsSequence") or []
     if frames != len(groups) or not 0 < frames <= MAX_FRAMES:
         raise UnreadableVolume(f"{name} claims {frames} frames and describes {len(groups)}", expected="a complete DICOM SEG",
                                remedy="export it again", file=file)  # fmt: skip
+    if not 0 < rows * columns <= MAX_PIXELS:
+        raise UnreadableVolume(
+            f"{name} claims frames of {columns} x {rows} pixels", expected="a volume", remedy="export it again", file=file
+        )
     _check_pixels(ds, rows * columns * frames, name)
     shared = (ds.get("SharedFunctionalGroupsSequence") or [pydicom().Dataset()])[0]
     positions = np.array([numbers(_group(g, shared, "PlanePositionSequence", name).get("ImagePositionPatient"), 3, name, "ImagePositionPatient")
@@ -51,6 +57,10 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
     if depth == 1 and step is None and thickness is None:
         raise GeometryError(f"{name} has one slice and states no thickness", expected="SliceThickness; geometry is never guessed",
                             remedy="export it with its geometry", file=file)  # fmt: skip
+    if depth * rows * columns > MAX_VOXELS:
+        raise UnreadableVolume(
+            f"{name} claims {depth} slices of {columns} x {rows} pixels", expected="a volume", remedy="export it again", file=file
+        )
     segments = tuple(_segments(ds, kind))
     of_frame = (
         []
