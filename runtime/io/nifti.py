@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,9 @@ from numpy.typing import NDArray
 
 from ..contract import LabelTable
 from ..errors import GeometryError, MissingComponent, UnreadableVolume, reading
-from ..labels import to_indices
-from ..volume import Geometry, LabelVolume, Volume
-from .headers import EXPECTED, check_header
+from ..labels import LabelMap, to_indices
+from ..volume import Geometry, LabelVolume, Layers, Segment, Volume
+from .headers import EXPECTED, Header, check_header
 
 _IMAGE_IO = {
     ".gz": "NiftiImageIO",
@@ -23,6 +24,9 @@ _IMAGE_IO = {
     ".mha": "MetaImageIO",
     ".mhd": "MetaImageIO",
 }
+_DEFAULT_ORIENTATION = dict.fromkeys((".gz", ".nii"), "it is taken to run right to left, front to back, feet to head") | dict.fromkeys(
+    (".nrrd", ".nhdr", ".mha", ".mhd"), "its axes are taken to run to the left, to the back and to the head"
+)
 
 
 def simpleitk() -> Any:
@@ -41,6 +45,14 @@ def read_volume(path: Path) -> Volume:
 
     Raises `UnreadableVolume` or `GeometryError`, naming the file, for anything else.
     """
+    volume = read_mask(path)
+    if isinstance(volume, Layers):
+        raise UnreadableVolume(f"{path.name} holds several layers", expected=EXPECTED, remedy="save it as one layer", file=path)
+    return volume
+
+
+def read_mask(path: Path) -> Volume | Layers:
+    """As `read_volume`; a Slicer segmentation in several layers comes as `Layers`."""
     path = Path(path)
     header = check_header(path)
     sitk = simpleitk()
@@ -48,7 +60,28 @@ def read_volume(path: Path) -> Volume:
         image = sitk.ReadImage(str(path), imageIO=_IMAGE_IO[path.suffix.lower()])  # by name: nothing else is tried on the file
     while image.GetDimension() > 3:  # only dimensions of 1 are left
         image = image[(slice(None),) * (image.GetDimension() - 1) + (0,)]
-    return from_sitk(image, header, path)
+    notes = () if header.oriented else (f"{path.name} states no orientation: {_DEFAULT_ORIENTATION[path.suffix.lower()]}",)
+    segments = tuple(segment for segment, _ in header.segments)
+    if len({s.number for s in segments}) < len(segments) or header.layers > 1:
+        return _layers(image, header, notes, path)
+    return replace(from_sitk(image, header.nifti, path), segments=segments, notes=notes)
+
+
+def _layers(image: Any, header: Header, notes: tuple[str, ...], path: Path) -> Layers:
+    """A layered .seg.nrrd: the components of a voxel are its layers, and a value means something in its own layer only."""
+    if image.GetNumberOfComponentsPerPixel() != header.layers or any(not 0 <= layer < header.layers for _, layer in header.segments):
+        raise UnreadableVolume(f"{path.name} has {image.GetNumberOfComponentsPerPixel()} layers, not those its segments name",
+                               expected=EXPECTED, remedy="save it again from Slicer", file=path)  # fmt: skip
+    values = as_integers(simpleitk().GetArrayFromImage(image), path).reshape(*image.GetSize()[::-1], header.layers)
+    renumbered = tuple(Segment(n + 1, segment.name, segment.code) for n, (segment, _) in enumerate(header.segments))
+
+    def pieces() -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
+        for k, plane in enumerate(values):
+            for named, (segment, layer) in zip(renumbered, header.segments, strict=True):
+                yield named.number, k, plane[..., layer] == segment.number
+
+    depth, height, width = values.shape[:3]
+    return Layers(renumbered, (depth, height, width), from_sitk_geometry(image, path), pieces, notes=notes)
 
 
 def from_sitk(image: Any, nifti_header: bytes | None = None, file: Path | None = None) -> Volume:
@@ -58,19 +91,23 @@ def from_sitk(image: Any, nifti_header: bytes | None = None, file: Path | None =
     if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or pixel.startswith(("label", "complex")):
         raise UnreadableVolume(f"{name} is {image.GetDimension()}-D with {image.GetNumberOfComponentsPerPixel()} values a voxel ({pixel})",
                                expected=EXPECTED, remedy="save the labels as one integer per voxel of a 3-D volume", file=file)  # fmt: skip
+    return Volume(simpleitk().GetArrayFromImage(image), from_sitk_geometry(image, file), nifti_header)
+
+
+def from_sitk_geometry(image: Any, file: Path | None = None) -> Geometry:
+    """Where a 3-D SimpleITK image lies. Raises `GeometryError`, naming the file."""
     try:
-        geometry = Geometry.from_parts(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
+        return Geometry.from_parts(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
     except GeometryError as exc:
         exc.file = file
         raise
-    return Volume(simpleitk().GetArrayFromImage(image), geometry, nifti_header)
 
 
-def read_labels(path: Path, table: LabelTable, label_map: Mapping[int | None, int] | None = None) -> LabelVolume:
+def read_labels(path: Path, table: LabelTable, label_map: LabelMap | None = None) -> LabelVolume:
     """Read a mask and map its values to the model's indices. Raises `InputError`s that name the file."""
     volume = read_volume(path)
-    indices = to_indices(as_integers(volume.values, path), table, label_map, file=path)
-    return LabelVolume(indices, volume.geometry, volume.nifti_header)
+    indices = to_indices(as_integers(volume.values, path), table, label_map, segments=volume.segments, file=path)
+    return LabelVolume(indices, volume.geometry, volume.nifti_header, notes=volume.notes)
 
 
 def as_integers(values: NDArray[Any], file: Path | None = None) -> NDArray[Any]:
