@@ -55,7 +55,7 @@ def begin_from(source: Path, config: RunConfig, folder: Path) -> Path:
 def stored(run: Path, given: RunConfig, dataset_path: str | None) -> RunConfig:
     """The config that `run` was trained with; its dataset may have moved. Raises `ConfigError` when `given` is another one."""
     config = checkpoint.stored_config(run)
-    free = ["training.steps", "data.path", "logging.", *(["data.phantom"] if config.data.path is not None else [])]
+    free = [*checkpoint.FREE, "data.path", *(["data.phantom"] if config.data.path is not None else [])]
     free += ["data.labels"] if given.data.labels is None else []  # left to the data, and settled by them
     free += ["intensity."] if given.intensity.unit == "auto" else []
     changed = checkpoint.differences(configs.to_json(config), configs.to_json(given))
