@@ -29,7 +29,7 @@ from runtime.files import write_json
 from runtime.labels import PRESETS
 
 from . import metrics
-from .metrics import LEAST_VOXELS, similarity, steps_along_z, wasserstein
+from .metrics import LEAST_VOXELS, Places, similarity, wasserstein, z_difference
 
 BODY_HU = -500  # between air and fat
 THIN = 128  # parts of an image W pixels wide that are no thicker than 2 W / THIN are not body: table, tubes
@@ -40,21 +40,23 @@ _IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([0, 1, 0], bool)[
 Volumes = Sequence[NDArray[Any]]
 
 
-def evaluate(synthetic: Volumes, truth: Volumes, masks: Volumes, names: Sequence[str]) -> dict[str, Any]:
-    """Metrics of painted cases against true ones, in HU. `names`: of the indices 1, 2, ...
+def evaluate(synthetic: Volumes, truth: Volumes, masks: Volumes, names: Sequence[str], places: Places | None = None) -> dict[str, Any]:
+    """Metrics of painted cases against true ones, in HU. `names`: of the indices 1, 2, ...; `places`: the slices' numbers in their
+    volumes where cases do not hold all, so that only neighbours are compared along z.
 
     Returns {"cases", "organs": {name: ...}, "body": ..., "similarity": ...}: see `organ`, `body` and `metrics.similarity`. An organ
     that is (almost) absent is null.
     """
-    organs = {name: organ(synthetic, truth, masks, index) for index, name in enumerate(names, 1)}
-    whole = body(synthetic, truth, masks, len(names) + 1)
+    organs = {name: organ(synthetic, truth, masks, index, places) for index, name in enumerate(names, 1)}
+    whole = body(synthetic, truth, masks, len(names) + 1, places)
     return {"cases": len(truth), "organs": organs, "body": whole, "similarity": _plain(**similarity(synthetic, truth))}
 
 
-def ceiling(truth: Volumes, masks: Volumes, others: Volumes, other_masks: Volumes, names: Sequence[str]) -> dict[str, Any]:
+def ceiling(truth: Volumes, masks: Volumes, others: Volumes, other_masks: Volumes, names: Sequence[str],
+            places: Sequence[Places | None] = (None, None)) -> dict[str, Any]:  # fmt: skip
     """The distances of `evaluate` between two groups of real patients: see `metrics.ceiling`."""
     insides = [[body_mask(v) for v in volumes] for volumes in (truth, others)]
-    return _plain_tree(metrics.ceiling(truth, masks, others, other_masks, insides, names))
+    return _plain_tree(metrics.ceiling(truth, masks, others, other_masks, insides, names, places))
 
 
 def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArray[np.float64]], names: Sequence[str]) -> dict[str, Any]:
@@ -62,8 +64,10 @@ def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArra
     return _plain_tree(metrics.diversity(variants, masks, real, names))
 
 
-def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int) -> dict[str, float] | None:
-    """Median, interquartile range and texture of one organ, painted and true, and the distance of their HU, over all cases' voxels."""
+def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int, places: Places | None = None) -> dict[str, float] | None:
+    """Median, interquartile range and texture of one organ, painted and true, over all cases' voxels, and the distances of their HU
+    (`wasserstein`) and of their steps from slice to slice (`z_difference`: `metrics.z_difference`).
+    """
     inside = [mask == index for mask in masks]
     voxels = sum(int(m.sum()) for m in inside)
     if voxels < LEAST_VOXELS:
@@ -74,10 +78,11 @@ def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int) -> dic
     return _plain(
         voxels=voxels, median=median, median_true=true_median, median_error=median - true_median, iqr=q3 - q1, iqr_true=t3 - t1,
         wasserstein=wasserstein(painted, true), texture=sd, texture_true=true_sd, texture_ratio=sd / true_sd if true_sd else float("nan"),
+        z_difference=z_difference((synthetic, truth), (inside, inside), (places, places)),
     )  # fmt: skip
 
 
-def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int) -> dict[str, float] | None:
+def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int, places: Places | None = None) -> dict[str, float] | None:
     """Mean absolute error inside the true body, and its ratio to that of mean painting (None without a body).
 
     Mean painting gives every label, and the rest of the body, its own true mean in that case. `z_difference`: the distance in HU
@@ -85,17 +90,14 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int) -> di
     """
     error = baseline = 0.0
     voxels = 0
-    steps: list[list[NDArray[np.int32]]] = [[], []]
-    for painted, true, mask in zip(synthetic, truth, masks, strict=True):
-        inside = body_mask(true)
+    insides = [body_mask(true) for true in truth]
+    for painted, true, mask, inside in zip(synthetic, truth, masks, insides, strict=True):
         t, region = true[inside].astype(np.float64), mask[inside]
         counts = np.maximum(np.bincount(region, minlength=classes), 1)
         means = np.bincount(region, t, minlength=classes) / counts
         error += float(np.abs(painted[inside] - t).sum())
         baseline += float(np.abs(means[region] - t).sum())
         voxels += t.size
-        for found, volume in zip(steps, (painted, true), strict=True):
-            found.append(steps_along_z(volume, inside))
     if not voxels:
         return None
     return _plain(
@@ -103,7 +105,7 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int) -> di
         mae=error / voxels,
         mae_mean_painting=baseline / voxels,
         mae_ratio=error / baseline if baseline else float("nan"),
-        z_difference=wasserstein(*(np.concatenate(found) for found in steps)),
+        z_difference=z_difference((synthetic, truth), (insides, insides), (places, places)),
     )
 
 
@@ -132,7 +134,7 @@ def texture(volumes: Volumes, inside: Sequence[NDArray[np.bool_]]) -> float:
 
 def table(result: dict[str, Any]) -> str:
     """The metrics for a person."""
-    rows = [f"{'':<18}{'median':>8}{'true':>8}{'error':>8}{'IQR':>8}{'true':>8}{'texture':>9}{'true':>8}{'ratio':>7}{'W1':>7}"]
+    rows = [f"{'':<18}{'median':>8}{'true':>8}{'error':>8}{'IQR':>8}{'true':>8}{'texture':>9}{'true':>8}{'ratio':>7}{'W1':>7}{'z W1':>7}"]
     for name, o in result["organs"].items():
         if o is None:
             rows.append(f"{name:<18}{'(absent)':>8}")
@@ -141,7 +143,7 @@ def table(result: dict[str, Any]) -> str:
         ratio = (
             ""
             if o["texture_ratio"] is None
-            else f"{o['texture']:9.1f}{o['texture_true']:8.1f}{o['texture_ratio']:7.2f}{o['wasserstein']:7.0f}"
+            else f"{o['texture']:9.1f}{o['texture_true']:8.1f}{o['texture_ratio']:7.2f}{o['wasserstein']:7.0f}" + ("" if o["z_difference"] is None else f"{o['z_difference']:7.1f}")
         )
         rows.append(f"{name:<18}" + "".join(f"{n:8.0f}" for n in numbers) + ratio)
     if b := result["body"]:
