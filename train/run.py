@@ -141,7 +141,7 @@ def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, fold
     if not quiet:
         from train.evaluate import table
 
-        print(table(metrics))
+        print(table(metrics, resolved.intensity.unit))
     if ranks.first:
         print(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.RUN} are written")
     return 0
@@ -163,7 +163,7 @@ def test(args: argparse.Namespace) -> int:
     cohort = open_cohort(settled, run, cache=cache_of(args, output), quiet=args.quiet)
     metrics = restore.measure_test(settled, source, output, cohort, quiet=args.quiet)
     if not args.quiet:
-        print(table(metrics))
+        print(table(metrics, settled.intensity.unit))
     print(f"{output / restore.TEST} is written")
     return 0
 

@@ -54,7 +54,7 @@ class Validation:
             paint(net, case.labels, noise, len(self._table), self._intensity, device, batch_size)
             for case, noise in zip(self._cases, self._noise, strict=True)
         ]
-        return evaluate(painted, self.images, self.masks, self._names, self.places), painted
+        return evaluate(painted, self.images, self.masks, self._names, self.places, self._intensity), painted
 
     def diversity(self, net: Generator, device: torch.device, batch_size: int, train: Sequence[Slices]) -> dict[str, Any] | None:
         """train/metrics.py's `diversity` of a network with a style: the labelled slices of the first patient with any, in many styles.
@@ -71,13 +71,13 @@ class Validation:
         variants = [
             paint(net, case.labels[chosen], noise[chosen], len(self._table), self._intensity, device, batch_size, style) for style in styles
         ]
-        return diversity([variants], [self.masks[first][chosen]], list(organ_medians(train, len(self._table))), self._names)
+        return diversity([variants], [self.masks[first][chosen]], list(organ_medians(train, len(self._table))), self._names, self._intensity)
 
     def ceiling(self, train: Sequence[Slices]) -> dict[str, Any]:
         """What lies between the held-out and the training patients: train/metrics.py's `ceiling`, on as many slices of each."""
         others = [neighbours(len(p), max(1, round(self._share * len(p)))) for p in train]
         images, masks = [p.image[n] for p, n in zip(train, others, strict=True)], [_middle(p)[n] for p, n in zip(train, others, strict=True)]
-        return ceiling(self.images, self.masks, images, masks, self._names, (self.places, others))
+        return ceiling(self.images, self.masks, images, masks, self._names, (self.places, others), self._intensity)
 
     def draw(self, path: Path, painted: list[NDArray[np.int16]], title: str) -> None:
         """The three slices of `_chosen` beside what `measure` painted of them."""
