@@ -16,6 +16,7 @@ from runtime.errors import UsageError, writing
 
 from .paired import ROOT, Measured, Ratio, ratio
 from .record import machine
+from .roof import ROOF
 
 HISTORY = ROOT / "benchmarks" / "results" / "history.jsonl"
 LEAST_FALL = 0.10  # of a ratio: less is what one run differs from the next on shared cores, whatever its rounds say
@@ -25,10 +26,10 @@ Record = dict[str, Any]
 
 
 def make_record(suite: str, options: Mapping[str, Any], unit: str, measured: Mapping[str, Measured], **more: Any) -> Record:
-    """A suite's result as JSON values. The first contender is ours; every other one gets a ratio, ours / it."""
+    """A suite's result as JSON values. The first contender is ours; every other one but roofs gets a ratio, ours / it."""
     present = {name: m for name, m in measured.items() if m.absent is None}
-    ours = next(iter(present))
-    ratios = {name: ratio(present[ours].rates, m.rates, len(present) - 1) for name, m in present.items() if name != ours}
+    ours, *others = (name for name in present if not name.startswith(ROOF))
+    ratios = {name: ratio(present[ours].rates, present[name].rates, len(others)) for name in others}
     return {
         "suite": suite,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

@@ -54,7 +54,8 @@ class Contender:
 class Ready:
     """A contender set up: `run()` does one round's work and returns how many units (slices, bytes, steps) that was.
 
-    `output()` gives what it computes, to be compared before anything is timed; `facts`: what a reader should know of it.
+    `output()` gives what it computes, to be compared before anything is timed; `facts`: what a reader should know of it, also
+    what only its runs tell.
     """
 
     run: Callable[[], float]
@@ -92,13 +93,13 @@ def measure(contenders: Sequence[Contender], rounds: int, *, quiet: bool = False
         present = {name: child for name, (child, _) in found.items() if name not in absent}
         _compare([c for c in contenders if c.name in present], {name: answer.get("output") for name, (_, answer) in found.items()})
         rates: dict[str, list[float]] = {name: [] for name in present}
-        peaks = dict.fromkeys(present, 0)
+        last: dict[str, dict[str, Any]] = {}
         progress = Progress("rounds", rounds + 1, quiet=quiet)
         order = list(present)
         for n in range(rounds + 1):
             for name in order[n % len(order) :] + order[: n % len(order)]:
                 done = _ask(present[name], name)
-                peaks[name] = done["peak_rss"]
+                last[name] = done
                 if n:
                     rates[name].append(done["units"] / done["seconds"])
             progress.update(n + 1)
@@ -106,7 +107,7 @@ def measure(contenders: Sequence[Contender], rounds: int, *, quiet: bool = False
     return {
         c.name: Measured(absent=absent[c.name])
         if c.name in absent
-        else Measured(tuple(rates[c.name]), peaks[c.name], found[c.name][1]["facts"])
+        else Measured(tuple(rates[c.name]), last[c.name]["peak_rss"], last[c.name]["facts"])
         for c in contenders
     }
 
@@ -204,7 +205,7 @@ def _child(make: str, options: Mapping[str, Any]) -> int:
     except (MissingComponent, ImportError) as exc:
         answers.write(json.dumps({"absent": str(exc).splitlines()[0]}) + "\n")
         return 0
-    said: dict[str, Any] = {"facts": dict(ready.facts)}
+    said: dict[str, Any] = {}
     if ready.output is not None:
         handle, path = tempfile.mkstemp(suffix=".npy")
         os.close(handle)
@@ -215,8 +216,8 @@ def _child(make: str, options: Mapping[str, Any]) -> int:
         started = time.perf_counter()
         units = ready.run()
         seconds = time.perf_counter() - started
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        answers.write(json.dumps({"units": units, "seconds": seconds, "peak_rss": peak}) + "\n")
+        peak = 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+        answers.write(json.dumps({"units": units, "seconds": seconds, "peak_rss": peak, "facts": dict(ready.facts)}) + "\n")
     if "output" in said:
         Path(said["output"]).unlink(missing_ok=True)
     return 0

@@ -61,14 +61,22 @@ def newest(records: Iterable[Record]) -> list[Record]:
 
 
 def rows(record: Record) -> list[list[str]]:
-    """The record as a table: heading, then a row per contender; ours comes first."""
+    """The record as a table: heading, then a row per contender, ours first. p90: the rate that nine of ten rounds reach."""
     roofed = any("share_of_roof" in row for row in record["contenders"].values())
-    made = [["", record["unit"], "p90", "peak MiB", *(["of the roof"] if roofed else []), "ours is"]]
+    made = [["", record["unit"], "p90", "peak MiB", *(["of the roof"] if roofed else []), "ours / this"]]
     for name, row in record["contenders"].items():
         share = [f"{row['share_of_roof']:.0%}" if "share_of_roof" in row else ""] if roofed else []
-        ratio = f"{ratio_of(record, name)} x" if name in record["ratios"] else ""
-        made.append([name, f"{row['median']:.4g}", f"{1 / row['p90_seconds']:.4g}", f"{row['peak_rss'] / 2**20:.0f}", *share, ratio])
+        ratio = f"{ratio_of(record, name)}" if name in record["ratios"] else ""
+        made.append([name, si(row["median"]), si(1 / row["p90_seconds"]), f"{row['peak_rss'] / 2**20:.0f}", *share, ratio])
     return made
+
+
+def si(number: float) -> str:
+    """Three or four digits with a prefix: 217.4, 2.17 G."""
+    for factor, prefix in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if number >= factor:
+            return f"{number / factor * (10 if prefix == ' k' else 1):.3g}{prefix}"
+    return f"{number:.4g}"
 
 
 def measured_on(record: Record) -> str:
