@@ -38,14 +38,14 @@ def groups(size: str) -> dict[str, list[Contender]]:
     return {"io read": [*readers, *roofs(MEMCPY)], "io write": [*writers, *roofs(MEMCPY)]}
 
 
-def _ct(volume: LabelVolume) -> np.ndarray:
+def some_ct(volume: LabelVolume) -> np.ndarray:
     """Steps between labels and scanner noise everywhere, air included: what compressors find hard."""
     rng = np.random.default_rng(0)
     plane = rng.normal(0, 15, volume.labels.shape[1:]).astype(np.int16)
     return (volume.labels.astype(np.int16) * 60 - 900) + np.stack([np.roll(plane, 37 * k, 1) for k in range(len(volume.labels))])
 
 
-def _slabs(ct: np.ndarray) -> Iterator[CTSlab]:
+def slabs_of(ct: np.ndarray) -> Iterator[CTSlab]:
     for start in range(0, len(ct), SLAB):
         yield CTSlab(ct[start : start + SLAB], 0, start)
 
@@ -54,13 +54,13 @@ def write(size: str, name: str) -> Ready:
     base = fake_manifest()
     manifest = Manifest(**{**vars(base), "intensity": Intensity("HU", -1024, 1976)})
     volume = mask(SIZES[size], len(MM_WHS))
-    ct, writer = _ct(volume), FORMATS[name]()
+    ct, writer = some_ct(volume), FORMATS[name]()
     writer.check(manifest)
     kept = tempfile.TemporaryDirectory()
     facts: dict[str, Any] = {}
 
     def run() -> float:
-        files = writer.write(Path(kept.name), Painting("case", None, volume, manifest, "none", "", 0), _slabs(ct))
+        files = writer.write(Path(kept.name), Painting("case", None, volume, manifest, "none", "", 0), slabs_of(ct))
         facts["file_bytes"] = sum(f.stat().st_size for file in files for f in ([file] if file.is_file() else file.iterdir()))
         return float(ct.nbytes)
 
@@ -100,7 +100,7 @@ def _read_nibabel(path: Path) -> np.ndarray:
 def write_simpleitk(size: str) -> Ready:
     import SimpleITK as sitk
 
-    ct = _ct(mask(SIZES[size], len(MM_WHS)))
+    ct = some_ct(mask(SIZES[size], len(MM_WHS)))
     kept = tempfile.TemporaryDirectory()
 
     def run() -> float:
@@ -113,7 +113,7 @@ def write_simpleitk(size: str) -> Ready:
 def write_nibabel(size: str) -> Ready:
     import nibabel
 
-    ct = _ct(mask(SIZES[size], len(MM_WHS)))
+    ct = some_ct(mask(SIZES[size], len(MM_WHS)))
     kept = tempfile.TemporaryDirectory()
 
     def run() -> float:
