@@ -23,6 +23,7 @@ if __name__ == "__main__":
 from benchmarks.io import slabs_of, some_ct
 from benchmarks.macs import count, traffic
 from benchmarks.record import machine
+from benchmarks.report import si
 from benchmarks.volumes import SIZES, mask, values
 from runtime.console import EXIT_CODES, run
 from runtime.contract import Manifest
@@ -128,48 +129,55 @@ def predict(costs: Costs, device: Device) -> dict[str, float]:
 
 
 def page(model: Path, size: str, costs: dict[str, Costs]) -> str:
-    here = machine(ROOT)
-    some = next(iter(costs.values()))
-    lines = [
+    here, some = machine(ROOT), next(iter(costs.values()))
+    on_disk = ", ".join(f"{cost.disk / 1e3:.0f} kB ({name})" for name, cost in costs.items())
+    return "\n".join([
         "# Capacity: what to expect of other machines",
         "",
-        f"Written by `python benchmarks/capacity.py`; costs measured on {here['cpu']}, commit {here['commit']}, one core's seconds; model "
-        f"`{Manifest.load(model).name}` ({some.macs / 1e9:.3g} G multiply-accumulates, {some.tensors / 1e6:.0f} MB of FP16 tensor traffic a slice), masks of {size}.",
+        f"Written by `python benchmarks/capacity.py`; costs measured on {here['cpu']}, commit {here['commit']}, one core's seconds.",
+        f"Model `{Manifest.load(model).name}`: {some.macs / 1e9:.3g} G multiply-accumulates and {some.tensors / 1e6:.0f} MB of FP16 tensors a slice.",
+        f"Masks of {size}.",
         "",
         "## Measured: what one slice costs",
         "",
         "| stage | CPU ms |",
         "| :-- | --: |",
-    ]
-    stages = {stage: seconds for c in costs.values() for stage, seconds in c.cpu.items()}
-    lines += [f"| {stage} | {1e3 * seconds:.2f} |" for stage, seconds in stages.items()]
-    lines += [
+        *(f"| {stage} | {1e3 * seconds:.2f} |" for stage, seconds in {s: t for c in costs.values() for s, t in c.cpu.items()}.items()),
         "",
-        f"Over the link {some.link / 1e3:.0f} kB; on disk "
-        + ", ".join(f"{c.disk / 1e3:.0f} kB ({name})" for name, c in costs.items())
-        + ".",
-    ]
-    for name, cost in costs.items():
-        lines += ["", f"## Predicted, writing {name}", "", "| device | GPU | link | CPU | disk | slices/s | starves first | to keep the GPU busy |",
-                  "| :-- | --: | --: | --: | --: | --: | :-- | :-- |"]  # fmt: skip
-        for device in DEVICES:
-            rates = predict(cost, device)
-            first = min(rates, key=lambda key: rates[key])
-            cores = rates["GPU"] * sum(cost.cpu.values()) / device.core
-            need = f"{cores:.0f} such cores, {rates['GPU'] * cost.disk / 1e6:.0f} MB/s of disk"
-            cells = [device.name, *(f"{rate:.3g}" for rate in rates.values()), f"**{rates[first]:.3g}**", first, need]
-            lines.append("| " + " | ".join(cells) + " |")
-    lines += [
+        f"Over the link {some.link / 1e3:.0f} kB; on disk {on_disk}.",
+        *(line for name, cost in costs.items() for line in _predicted(name, cost)),
         "",
         "## Assumptions",
         "",
-        f"- The GPU reaches {PEAK_SHARE:.0%} of its data sheet's dense FP16 rate or {BANDWIDTH_SHARE:.0%} of its memory bandwidth, whichever is slower; both shares are guesses until measured.",
+        f"- The GPU reaches {PEAK_SHARE:.0%} of its data sheet's dense FP16 rate or {BANDWIDTH_SHARE:.0%} of its memory bandwidth,",
+        "  whichever is slower; both shares are guesses until measured.",
         "- Stages overlap fully; CPU stages share the cores evenly and scale with them.",
-        "- " + "; ".join(f"{d.name}: {d.fp16 / 1e12:g} TFLOP/s FP16 dense, {d.memory / 1e9:g} GB/s memory, {d.link / 1e9:g} GB/s link, {d.cores} cores at "
-                         f"{d.core:g} of the measured core, {d.disk / 1e9:g} GB/s disk" for d in DEVICES) + ".",
         "- A cluster's nodes share nothing: its rate is the sum of theirs. Shared storage must carry the disk bytes of all.",
+        "",
+        "| device | FP16 dense TFLOP/s | memory GB/s | link GB/s | cores | a core against the measured one | disk GB/s |",
+        "| :-- | --: | --: | --: | --: | --: | --: |",
+        *(
+            f"| {d.name} | {d.fp16 / 1e12:g} | {d.memory / 1e9:g} | {d.link / 1e9:g} | {d.cores} | {d.core:g} | {d.disk / 1e9:g} |"
+            for d in DEVICES
+        ),
+        "",
+    ])  # fmt: skip
+
+
+def _predicted(name: str, cost: Costs) -> list[str]:
+    """A table of every device's rates, in slices/s, for results of one format."""
+    lines = [
+        "", f"## Predicted, writing {name}", "",
+        "| device | GPU | link | CPU | disk | slices/s | starves first | to keep the GPU busy |",
+        "| :-- | --: | --: | --: | --: | --: | :-- | :-- |",
     ]  # fmt: skip
-    return "\n".join(lines) + "\n"
+    for device in DEVICES:
+        rates = predict(cost, device)
+        first = min(rates, key=lambda key: rates[key])
+        cores = rates["GPU"] * sum(cost.cpu.values()) / device.core
+        need = f"{cores:.0f} such cores, {rates['GPU'] * cost.disk / 1e6:.0f} MB/s of disk"
+        lines.append("| " + " | ".join([device.name, *map(si, rates.values()), f"**{si(rates[first])}**", first, need]) + " |")
+    return lines
 
 
 def main(argv: Sequence[str]) -> int:

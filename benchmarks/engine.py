@@ -8,6 +8,7 @@ same precision: multiply-accumulates of the graph times slices/s.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,10 +84,20 @@ def _slices(manifest: Manifest, slices: int) -> tuple[LabelVolume, dict[str, NDA
     return volume, inputs
 
 
-def synthesizer(model: str, slices: int, backend: str) -> Ready:
+def synthesizer(model: str, slices: int, backend: str, planted: float = 0.0) -> Ready:
+    """`planted`: makes every round slower by that share of itself; for benchmarks/selfcheck.py."""
     synth = Synthesizer.open(model, backend=backend)
     volume, _ = _slices(synth.manifest, slices)
-    return Ready(lambda: float(len(synth.paint(volume))), lambda: synth.paint(volume), {"backend": synth.backend})
+
+    def run() -> float:
+        started = time.perf_counter()
+        synth.paint(volume)
+        until = time.perf_counter() + planted * (time.perf_counter() - started)
+        while time.perf_counter() < until:
+            pass
+        return float(slices)
+
+    return Ready(run, lambda: synth.paint(volume), {"backend": synth.backend})
 
 
 def bare(model: str, slices: int, backend: str) -> Ready:
