@@ -30,7 +30,7 @@ from runtime.contract import Manifest
 from runtime.files import write_text
 from runtime.grid import SliceGrid
 from runtime.io.detect import find_cases, read_case
-from runtime.io.formats import FORMATS, Painting
+from runtime.io.formats import DEFAULT_OPTIONS, FORMATS, Painting
 from runtime.randomness import CaseRandom
 
 REPEATS = 3
@@ -79,7 +79,7 @@ def measure(model: Path, size: str, format: str) -> Costs:
     volume = mask(SIZES[size], len(manifest.labels))
     depth, height, width = volume.labels.shape
     grid, random = SliceGrid(manifest.grid, volume.geometry, (depth, height, width), volume.labels), CaseRandom(0, volume.digest, 0)
-    ct, writer = some_ct(volume), FORMATS[format]()
+    ct, writer = some_ct(volume), FORMATS[format](DEFAULT_OPTIONS)
     painted = some_ct(mask((1, *grid.size), len(manifest.labels)))[0]
     with tempfile.TemporaryDirectory() as folder:
         import SimpleITK as sitk

@@ -15,7 +15,7 @@ import numpy as np
 from runtime.contract import Intensity, Manifest
 from runtime.engines.fake import fake_manifest
 from runtime.io.detect import find_cases, read_case
-from runtime.io.formats import FORMATS, Painting
+from runtime.io.formats import DEFAULT_OPTIONS, FORMATS, Painting
 from runtime.labels import MM_WHS
 from runtime.volume import CTSlab, LabelVolume
 
@@ -54,9 +54,9 @@ def write(size: str, name: str) -> Ready:
     base = fake_manifest()
     manifest = Manifest(**{**vars(base), "intensity": Intensity("HU", -1024, 1976)})
     volume = mask(SIZES[size], len(MM_WHS))
-    ct, writer = some_ct(volume), FORMATS[name]()
-    writer.check(manifest)
+    ct, writer = some_ct(volume), FORMATS[name](DEFAULT_OPTIONS)
     kept = tempfile.TemporaryDirectory()
+    writer.check(manifest, Path(kept.name))
     facts: dict[str, Any] = {}
 
     def run() -> float:
