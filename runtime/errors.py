@@ -8,7 +8,8 @@
     ├── UsageError               exit 2   the command, the config or the model is wrong; nothing was started
     │   ├── ConfigError
     │   └── ModelError
-    │       └── ParityError      exit 1   an exported graph differs from the network it came from
+    │       ├── ParityError      exit 1   an exported graph differs from the network it came from
+    │       └── BuildError       exit 1   TensorRT makes no engine, or not the one asked for, of a proven graph
     ├── MissingComponent         exit 3   a package, a driver or a device is absent
     ├── OutputError              exit 4   the result cannot be written
     └── MemoryCapExceeded        exit 4   also a MemoryError: a pool's cap would be passed, or the device is full
@@ -77,6 +78,12 @@ class ModelError(UsageError):
 
 class ParityError(ModelError):
     """An exported graph differs from the network it came from by more than the limit."""
+
+    exit_code = 1
+
+
+class BuildError(ModelError):
+    """TensorRT makes no engine of a graph, or not the one that was asked for."""
 
     exit_code = 1
 

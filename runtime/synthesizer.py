@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +17,7 @@ from .engines.base import Engine, EngineError, EngineOptions
 from .engines.registry import open_engine
 from .errors import GeometryError, UnknownLabels
 from .grid import SliceGrid
-from .labels import to_indices
+from .labels import LabelMap, to_indices
 from .memory import PoolStats, parse_bytes
 from .randomness import CaseRandom
 from .slot import Slot
@@ -77,7 +77,7 @@ class Synthesizer:
         """The accounting by kind of memory ("host", or "device" and "page-locked"), in bytes; readable after `close()` too."""
         return self._engine.memory()
 
-    def __call__(self, mask: Any, *, seed: int = 0, variant: int = 0, labels: Mapping[int | None, int] | None = None) -> Any:
+    def __call__(self, mask: Any, *, seed: int = 0, variant: int = 0, labels: LabelMap | None = None) -> Any:
         """A SimpleITK label image → a SimpleITK image of int16 HU with the same size, spacing, origin and direction.
 
         `labels`: file value → model index (see `runtime.labels.load_map`); default: the model's own values. Raises

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..contract import Manifest
+from ..contract import METADATA, Manifest
 from ..errors import MissingComponent, ModelError
-from .base import EngineOptions, EngineSpec, Inputs, closed
+from .base import EngineOptions, EngineSpec, Inputs, check_graph, closed, cores
 from .host import HostEngine
 
 # One slice a run: on two cores a batch of 8 gained 9 to 13 % for the widest network and lost for a light one, and one
@@ -39,20 +38,15 @@ class OnnxEngine(HostEngine):
         super().__init__(options)
         ort = onnxruntime()
         settings = ort.SessionOptions()
-        settings.intra_op_num_threads = threads or len(
-            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        )
+        settings.intra_op_num_threads = threads or cores()
         settings.log_severity_level = 3
         try:
             self._session: Any = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         except Exception as exc:  # ONNX Runtime raises classes of its own that share no base but Exception
             raise ModelError(f"{path.name} is not a graph ONNX Runtime loads: {str(exc).splitlines()[0][:200]}", expected="an ONNX graph as export writes it",
                              remedy="export the run again", file=path) from exc  # fmt: skip
-        stated, found = {t.name: t.dtype for t in manifest.inputs}, {i.name: _DTYPES.get(i.type) for i in self._session.get_inputs()}
-        if stated != found:
-            raise ModelError(
-                f"{path.name} takes {found}", expected=f"the manifest's inputs {stated}", remedy="export the run again", file=path
-            )
+        inputs = {i.name: _DTYPES.get(i.type) for i in self._session.get_inputs()}
+        check_graph(manifest, inputs, self._session.get_modelmeta().custom_metadata_map.get(METADATA), path)
         self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH)
         self.name = f"onnxruntime {ort.__version__} on CPU, {settings.intra_op_num_threads} threads, {path.name}"
 
