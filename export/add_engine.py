@@ -58,7 +58,7 @@ def add_engine(
     try:
         with atomic_file(folder / ENGINE) as handle:
             handle.write(built.plan)
-        write_json(folder / LAYERS, {"network": built.layers.rows, "engine": inspection.information, "reason": inspection.reason})
+        write_json(folder / LAYERS, {"network": built.layers.to_json(), "engine": inspection.information, "reason": inspection.reason})
         listed = {
             ENGINE: _describe(folder / ENGINE, "engine", options.precision, facts),
             LAYERS: _describe(folder / LAYERS, "layers", options.precision, {}),
@@ -107,7 +107,7 @@ def facts_of(manifest: Manifest, onnx: str, built: Built, options: BuildOptions,
         "hardware": options.hardware,
         "version_compatible": not options.native,
         "profiles": [{name: dict(zip(("min", "opt", "max"), map(list, shapes), strict=True)) for name, shapes in built.profile.items()}],
-        "device_memory": None if inspection.device_memory is None else list(inspection.device_memory),
+        "device_memory": None if inspection.activations is None else list(inspection.activations),
         "workspace": options.workspace,
         "onnx_sha256": manifest.files[onnx].sha256,
         "half_network": round(built.layers.half, 4),  # share of the convolutions in the network TensorRT parsed

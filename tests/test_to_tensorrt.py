@@ -133,8 +133,18 @@ def test_the_engine_is_built_as_the_manifest_says_and_listed_with_its_facts(vers
     }  # fmt: skip
     assert made.parity[ENGINE] == PROOF
     layers = json.loads((folder / LAYERS).read_text())
-    assert ["conv", "CONVOLUTION", ["HALF"]] in layers["network"] and ["tail", "ELEMENTWISE", ["FLOAT"]] in layers["network"]
+    assert {"name": "conv", "type": "CONVOLUTION", "outputs": ["HALF"]} in layers["network"]
+    assert {"name": "tail", "type": "ELEMENTWISE", "outputs": ["FLOAT"]} in layers["network"]
     assert {"Name": "conv_up", "LayerType": "DECONVOLUTION", "Outputs": [{"Format/Datatype": "Half"}]} in layers["engine"]["Layers"]
+
+
+def test_the_exported_graphs_pass_every_count(model: Path, lean: Path, tmp_path: Path) -> None:
+    """What the stand-in is given elsewhere is made by hand; this is what export writes."""
+    folder = Path(shutil.copytree(model, tmp_path / "exported"))
+    half = add(folder, Script())[0].files[ENGINE].facts
+    assert half["half_network"] > 0.8 and half["half_convolutions"] == half["convolutions"] > 5
+    single = add(folder, Script(), BuildOptions(precision="fp32"))[0].files[ENGINE].facts
+    assert single["half_network"] == single["half_convolutions"] == 0 and single["convolutions"] == half["convolutions"]
 
 
 def test_the_options_reach_the_builder(folder: Path) -> None:

@@ -83,7 +83,7 @@ def build_native(case: Case) -> str:
             convolutions and half >= LEAST_HALF * convolutions * (precision == "fp16"), f"{half} of {convolutions} convolutions are FP16"
         )
         text = against_cpu(case, Bare("tensorrt", plan, case.manifest, BATCH).run, limits)
-        memory = sum(found.device_memory or ()) / 2**20
+        memory = sum(found.activations or ()) / 2**20
         seen.append(f"{precision}: {half} of {convolutions} convolutions FP16, {memory:.0f} MiB of activations, {text}")
     return "; ".join(seen)
 
