@@ -154,7 +154,7 @@ ROLES = {
     "inspector": "EngineInspector",
 }
 RETURNS = {"get_input": "ITensor", "get_output": "ITensor"}  # methods whose result is used without a name
-MODULES = ("trt", "tensorrt")
+MODULES = ("trt", "tensorrt", "module")  # of TensorRT's, full or lean
 
 
 @dataclass(frozen=True)
@@ -174,21 +174,38 @@ class Touch:
         return f"{self.owner}.{self.name}" if self.owner else self.name
 
 
+def _name(node: ast.expr) -> str:
+    """What a variable or an attribute is called, `_engine` as `engine`."""
+    return (node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else "").lstrip("_")
+
+
 def _chain(node: ast.expr) -> str | None:
-    """`trt.A.B` → "A.B"."""
+    """`trt.A.B`, `self._module.A.B` → "A.B"."""
     names = []
-    while isinstance(node, ast.Attribute):
+    while isinstance(node, ast.Attribute) and _name(node) not in MODULES:
         names.append(node.attr)
         node = node.value
-    return ".".join(reversed(names)) if isinstance(node, ast.Name) and node.id in MODULES else None
+    return ".".join(reversed(names)) if names and _name(node) in MODULES else None
 
 
 def _owner(node: ast.expr) -> str | None:
     """The TensorRT class of a receiver, by its name."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         return RETURNS.get(node.func.attr)
-    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-    return ROLES.get(name.lstrip("_"))
+    return ROLES.get(_name(node))
+
+
+def defined(source: str) -> set[str]:
+    """Attributes and methods that a source gives its own classes: an engine of ours is called `engine` as well."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _name(node.value) == "self":
+            names.add(node.attr)
+    return names
 
 
 def touched(source: str) -> list[Touch]:
@@ -217,8 +234,9 @@ def touched(source: str) -> list[Touch]:
     return found
 
 
-def problems(source: str, api: Api) -> list[str]:
-    """What of `touched(source)` this version does not have, or takes otherwise."""
+def problems(source: str, api: Api, beside: str = "") -> list[str]:
+    """What of `touched(source)` this version does not have, or takes otherwise. `beside`: the source of base classes of ours."""
+    ours = defined(source) | defined(beside)
     methods = {path.rsplit(".", 1)[1] for path in api.names if path.count(".") == 1 and path.split(".")[0] in ROLES.values()}
     found = []
     for touch in touched(source):
@@ -226,6 +244,8 @@ def problems(source: str, api: Api) -> list[str]:
         if touch.owner is None:
             if touch.name in methods:
                 found.append(f"{where}: TensorRT has a method of this name, and what it is called on is not in ROLES")
+        elif touch.path not in api.names and (touch.name in ours or touch.name.startswith("__")):
+            continue
         elif touch.path not in api.names:
             found.append(f"{where} is not in TensorRT {api.version}")
         elif touch.kind == "set" and touch.path not in api.settable:
