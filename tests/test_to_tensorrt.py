@@ -311,6 +311,7 @@ def test_a_tensorrt_of_another_version_is_named(version: str, served: bool, monk
     assert named is not served
 
 
+@pytest.mark.slow  # a whole export
 def test_without_tensorrt_or_gpu_the_export_exits_3_and_its_onnx_model_paints(trained: Path, command, tmp_path: Path) -> None:
     if why_not() is None:
         pytest.skip("there is a GPU and a TensorRT: this machine builds engines")
