@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +18,11 @@ from runtime.engines.registry import BACKENDS
 from runtime.errors import MissingComponent, ModelError
 from runtime.files import atomic_file, sha256_of, write_json
 
-from . import parity
 from .engine_layers import Inspection, half_convolutions, half_weights, inspect_plan, require_half
-from .graph import LabelsToIntensity
 from .to_tensorrt import INSTALL, BuildOptions, Built, OnProgress, build, collecting_logger, shapes_of
+
+if TYPE_CHECKING:  # a GPU machine that has neither torch nor scipy can build too
+    from .graph import LabelsToIntensity
 
 ENGINE, LAYERS = "model.engine", "model.engine.json"
 Prove = Callable[[Manifest], Mapping[str, Any]]
@@ -87,6 +88,7 @@ def _without_engine(folder: Path) -> Manifest:
 
 def prover(graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path, precision: str) -> Prove:
     """Runs the engine as the hospital will, through the runtime, on what the ONNX graphs were proven on. Raises `ParityError`."""
+    from . import parity
 
     def prove(manifest: Manifest) -> Mapping[str, Any]:
         backend = next((b for b in BACKENDS if b.name == "tensorrt"), None)

@@ -25,6 +25,19 @@ def packages(tmp_path: Path) -> Path:
     return folder
 
 
+def test_it_needs_numpy_and_onnx_alone_to_build_and_measure(command) -> None:
+    """A GPU machine is what it is: everything else that the house uses is hidden."""
+    code = """
+import sys
+for name in ("SimpleITK", "isal", "scipy", "torchmetrics", "matplotlib", "safetensors", "torch"):
+    sys.modules[name] = None
+import benchmarks.gpu_acceptance, export.add_engine, export.to_tensorrt
+print("imported")
+"""
+    done = command("-c", code)
+    assert done.stdout.strip() == "imported", done.stderr
+
+
 def test_without_a_gpu_every_check_is_not_present(packages: Path, command) -> None:
     if why_no_gpu() is None:
         pytest.skip("there is a GPU: this machine runs the checks")
