@@ -65,6 +65,7 @@ class Refuse:
             raise ImportError("hidden: " + name)
 sys.meta_path.insert(0, Refuse())
 import runtime, runtime.__main__, runtime.engines.fake, runtime.engines.onnx, runtime.io.nifti, runtime.io.headers
+import runtime.io.detect, runtime.io.seg, runtime.io.rtstruct, runtime.io.label_series
 print("imported")
 """
     assert python(code, cwd=root) == "imported"
