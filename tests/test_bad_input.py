@@ -440,7 +440,7 @@ def test_a_wrong_command_is_exit_2(
     assert fact in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", ["[1]", "{}", '{"5": "liver"}', '{"5": 17}', '{"x": "left ventricle"}', '{"5": true}', "no json"])
+@pytest.mark.parametrize("content", ["[1]", "{}", '{"5": "liver"}', '{"5": 17}', '{"": "left ventricle"}', '{"5": true}', "no json"])
 def test_a_wrong_label_map_is_exit_2_and_shows_a_right_one(
     content: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
