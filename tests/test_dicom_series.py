@@ -169,6 +169,16 @@ def test_an_attached_series_joins_its_masks_study_and_names_it(sop_class: str, s
         assert (item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID) == (sop_class, "1.2.3.4.5")
 
 
+@pytest.mark.parametrize("direction", [np.eye(3), np.diag([1.0, -1.0, -1.0])], ids=["towards the head", "towards the feet"])
+def test_each_slice_names_the_slice_of_a_label_series_that_lies_there(direction: np.ndarray, tmp_path: Path) -> None:
+    source = DicomSource("1.2.840.10008.5.1.4.1.1.2", tuple(f"1.2.3.{k}" for k in range(5)), "1.2.3.99", SOURCE.attributes)
+    series = write_series(tmp_path, direction, source=source, attach=True)
+    for ds in series.slices:
+        (item,) = ds.SourceImageSequence
+        k = int(item.ReferencedSOPInstanceUID.rpartition(".")[2])
+        assert np.isclose(ds.ImagePositionPatient[2], series.points[k, 0, 0, 2])
+
+
 @pytest.mark.parametrize("missing", ["all", "frame of reference", "study"])
 def test_nothing_is_attached_to_what_does_not_say_to_what(missing: str, tmp_path: Path) -> None:
     study = {k: v for k, v in SOURCE.attributes.items() if k != "StudyInstanceUID"}

@@ -77,6 +77,8 @@ def _write_slices(folder: Path, painting: Painting, identity: Identity, grid: Up
             ds.SOPInstanceUID = UID(identity.uid("ct", k))
             ds.InstanceNumber = k + 1
             ds.ImagePositionPatient = decimals(grid.position(k))
+            if identity.attached and painting.mask.dicom is not None:
+                _name_sources(ds, painting.mask.dicom, grid, k)
             ds.file_meta = common.file_meta
             ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
             ds.PixelData = np.ascontiguousarray(plane, "<i2").tobytes()
@@ -116,8 +118,6 @@ def series_dataset(painting: Painting, identity: Identity, grid: UprightGrid) ->
     ds.PixelSpacing = decimals([down, across])
     ds.ImageOrientationPatient = decimals(grid.orientation)
     ds.SliceThickness = ds.SpacingBetweenSlices = decimals([between])[0]
-    if identity.attached and painting.mask.dicom is not None:
-        _name_sources(ds, painting.mask.dicom)
     return ds
 
 
@@ -128,19 +128,22 @@ def decimals(values: Iterable[float]) -> list[Any]:
     return [DSfloat(value + 0.0, auto_format=True) for value in values]
 
 
-def _name_sources(ds: Dataset, source: DicomSource) -> None:
-    """An image in the Source Image Sequence; an RT Structure Set, which is none, in the Source Instance Sequence."""
+def _name_sources(ds: Dataset, source: DicomSource, grid: UprightGrid, k: int) -> None:
+    """An image in the Source Image Sequence; an RT Structure Set, which is none, in the Source Instance Sequence (PS3.3 C.12.4, C.36)."""
     from pydicom import Dataset
 
+    instances = source.sop_instance_uids
+    if grid.order[0] == 0 and len(instances) == grid.shape[0] > 1:  # a label series: the slice that lies here
+        instances = (instances[len(instances) - 1 - k if grid.flips[0] else k],)
+    image = source.sop_class_uid != RTSTRUCT
     items = []
-    for instance in source.sop_instance_uids:
+    for instance in instances:
         item = Dataset()
         item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = source.sop_class_uid, instance
-        item.PurposeOfReferenceCodeSequence = [code("121322", "DCM", "Source image for image processing operation")]
+        if image:
+            item.PurposeOfReferenceCodeSequence = [code("121322", "DCM", "Source image for image processing operation")]
         items.append(item)
-    if source.sop_class_uid == RTSTRUCT:
-        for item in items:
-            del item.PurposeOfReferenceCodeSequence
-        ds.SourceInstanceSequence = items
-    else:
+    if image:
         ds.SourceImageSequence = items
+    else:
+        ds.SourceInstanceSequence = items

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..contract import Label
 from ..version import VERSION
 from .painting import Painting
-from .profile import DESCRIPTION, FIXED_DATE, FIXED_TIME, Identity, describe
+from .profile import DESCRIPTION, FIXED_DATE, FIXED_TIME, STUDY, Identity, describe
 from .upright import UprightGrid
 
 if TYPE_CHECKING:
@@ -25,7 +25,8 @@ def write_seg(path: Path, painting: Painting, identity: Identity, grid: UprightG
     from highdicom.seg import Segmentation
 
     first = slices[0]
-    first.PatientName = "SYNTHETIC^"  # highdicom prints the names it finds odd; `describe` sets the one that stays
+    for keyword in STUDY:  # highdicom refuses or prints values it finds odd, such as a date that never was; `describe` sets them all
+        setattr(first, keyword, "")
     seg: Any = Segmentation(
         slices, grid.view(painting.mask.labels), kind.upper(), [_segment(n, x) for n, x in enumerate(painting.manifest.labels.labels) if n],
         series_instance_uid=identity.uid("seg series", kind), series_number=int(first.SeriesNumber) + 1,

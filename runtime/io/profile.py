@@ -26,7 +26,7 @@ FIXED_DATE, FIXED_TIME = "20000101", "000000"  # where the standard or a DICOMDI
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 SYNTHETIC_DATA = 0x0008001C  # by tag: dictionaries before pydicom 3.0 lack it
 _NAMESPACE = uuid.UUID("6f6d3c1e-5f0e-5b0a-9c52-0d1f2b7a9e11")
-_STUDY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber",
+STUDY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber",
           "ReferringPhysicianName", "StudyDescription")  # fmt: skip
 
 
@@ -59,7 +59,7 @@ class Identity:
             return cls(key, uid(key, "study"), uid(key, "frame of reference"), study, False)
         study_uid = source.attributes["StudyInstanceUID"]
         key = hashlib.sha256("/".join(["mask2ct", *made, study_uid, *source.sop_instance_uids]).encode()).hexdigest()
-        study = {name: source.attributes[name] for name in _STUDY if name in source.attributes}
+        study = {name: source.attributes[name] for name in STUDY if name in source.attributes}
         return cls(key, study_uid, source.frame_of_reference_uid, study, True)
 
     def uid(self, *what: object) -> str:
@@ -89,7 +89,7 @@ def describe(ds: Dataset, painting: Painting, identity: Identity, *, title: str 
     """Set on `ds` what is the same for every object of one result: patient, study, the marks of a synthetic image, its making."""
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.add_new(SYNTHETIC_DATA, "CS", "YES")
-    for keyword in _STUDY:
+    for keyword in STUDY:
         if keyword in identity.study or keyword != "StudyDescription":  # the others are of type 2: present, if empty
             setattr(ds, keyword, identity.study.get(keyword, ""))
     ds.StudyInstanceUID = identity.study_uid
