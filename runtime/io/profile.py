@@ -42,7 +42,7 @@ class Identity:
 
     @classmethod
     def of(cls, painting: Painting, attach: bool) -> Identity:
-        """The same model file, engine, mask, seed and variant give the same identity."""
+        """The same model file, kind of engine, mask, seed and variant give the same identity; variant 0 is what is painted when none is asked for."""
         source = painting.mask.dicom if attach else None
         made = [
             _engine_sha256(painting),
@@ -110,7 +110,6 @@ def describe(ds: Dataset, painting: Painting, identity: Identity, *, title: str 
 
 def derivation(painting: Painting) -> str:
     """What made the image, in words: model, engine file, seed, mask."""
-    variant = "" if painting.variant is None else f", variant {painting.variant}"
     return (
         f"Synthetic CT painted by mask2ct {VERSION} from a label mask: model {painting.manifest.name}, "
         f"engine file {painting.file or 'none'} sha256 {_engine_sha256(painting)}, backend {painting.backend.partition(' (')[0]}, "
@@ -141,6 +140,11 @@ def require_libraries(*names: str) -> None:
 
 def _engine_sha256(painting: Painting) -> str:
     return painting.manifest.files[painting.file].sha256 if painting.file else "none"
+
+
+def _backend(painting: Painting) -> str:
+    """Which kind of engine, without its version or threads: another machine writes the same objects."""
+    return painting.backend.split(None, 1)[0]
 
 
 def _equipment(painting: Painting) -> Any:
