@@ -44,13 +44,7 @@ class Identity:
     def of(cls, painting: Painting, attach: bool) -> Identity:
         """The same model file, kind of engine, mask, seed and variant give the same identity; variant 0 is what is painted when none is asked for."""
         source = painting.mask.dicom if attach else None
-        made = [
-            _engine_sha256(painting),
-            painting.backend.partition(" (")[0],
-            painting.mask.digest.hex(),
-            str(painting.seed),
-            str(painting.variant),
-        ]
+        made = [_engine_sha256(painting), _backend(painting), painting.mask.digest.hex(), str(painting.seed), str(painting.variant or 0)]
         if source is None:
             key = hashlib.sha256("/".join(["mask2ct", *made]).encode()).hexdigest()
             name = f"SYNTH-{key[:16].upper()}"
@@ -112,8 +106,8 @@ def derivation(painting: Painting) -> str:
     """What made the image, in words: model, engine file, seed, mask."""
     return (
         f"Synthetic CT painted by mask2ct {VERSION} from a label mask: model {painting.manifest.name}, "
-        f"engine file {painting.file or 'none'} sha256 {_engine_sha256(painting)}, backend {painting.backend.partition(' (')[0]}, "
-        f"seed {painting.seed}{variant}, mask sha256 {painting.mask.digest.hex()}"
+        f"engine file {painting.file or 'none'} sha256 {_engine_sha256(painting)}, backend {_backend(painting)}, "
+        f"seed {painting.seed}, variant {painting.variant or 0}, mask sha256 {painting.mask.digest.hex()}"
     )[:1024]
 
 
