@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     synth.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
     synth.add_argument("--attach", action="store_true", help="dicom: into the mask's own patient, study and frame of reference")
+    synth.add_argument("--enhanced", action="store_true", help="dicom: one multi-frame Enhanced CT and not a file a slice")
     synth.add_argument(
         "--segmentation",
         choices=("binary", "labelmap", "none"),
@@ -98,7 +99,7 @@ def _run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, options: arg
         check_writable(options.report.parent)
     progress = Progress("CTs", len(cases) * (options.variants or 1), quiet=options.quiet)
     results: list[CaseResult] = []
-    format_options = FormatOptions(attach=options.attach, segmentation=options.segmentation)
+    format_options = FormatOptions(attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation)
     try:
         for result in synthesize(
             synth, cases, options.output, format=options.format, options=format_options, variants=options.variants, seed=options.seed, labels=label_map,

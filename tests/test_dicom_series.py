@@ -56,6 +56,24 @@ def test_every_voxel_lies_at_its_place_for_gdcm_and_highdicom(direction: np.ndar
     assert upright[0].argmax() == 0 and upright[1].argmax() == 1  # right to left, front to back: the picture is not upside down
 
 
+@pytest.mark.parametrize("direction", [TILT @ d for d in directions()[::5]], ids=str)
+def test_every_voxel_of_an_enhanced_ct_lies_at_its_place(direction: np.ndarray, tmp_path: Path) -> None:
+    series = write_series(tmp_path, direction, enhanced=True, segmentation="binary")
+    read = sitk.ReadImage(str(series.folder / "ct.dcm"))
+    affine = Geometry.from_parts(read.GetOrigin(), read.GetSpacing(), read.GetDirection()).affine
+    assert_every_voxel_in_place(series, sitk.GetArrayFromImage(read).transpose(2, 1, 0), affine)
+    volume = highdicom.imread(series.folder / "ct.dcm").get_volume()
+    assert_every_voxel_in_place(series, volume.array, volume.affine)
+    mask = highdicom.seg.segread(series.folder / "seg.dcm").get_volume(combine_segments=True)
+    labelled = series.mask.labels > 0
+    assert_in_place(series.points[labelled], series.mask.labels[labelled], mask.array, mask.affine)
+    ds = pydicom.dcmread(series.folder / "ct.dcm")
+    assert ds[0x0008001C].value == "YES" and ds.ImageType[0] == "DERIVED" and ds.PatientID.startswith("SYNTH-")
+    assert "mask sha256" in ds.DerivationDescription and ds.SOPInstanceUID.startswith("2.25.")
+    before = digests(series.folder)
+    assert digests(write_series(tmp_path, direction, enhanced=True, segmentation="binary").folder) == before
+
+
 def test_a_single_slice_keeps_its_thickness_and_place(tmp_path: Path) -> None:
     series = write_series(tmp_path, TILT, shape=(1, 8, 9))
     (ds,) = series.slices
