@@ -83,8 +83,9 @@ def test_dicom3tools_and_dcmtk_find_nothing_wrong(kind: str, tmp_path: Path) -> 
 
 def test_labels_of_ones_own_are_valid_too(tmp_path: Path) -> None:
     """Structures without a SNOMED code get one of our own scheme, which the validator mentions; nothing is wrong."""
-    table = LabelTable(tuple(Label(f"étiquette {n}" if n else "background", 10 * n) for n in range(8)))
-    for file in write_series(tmp_path, segmentation="binary", manifest=fake_manifest(table)).folder.iterdir():
+    names = ("background", "étiquette", "a\\b", "tab\there", " ", "心室", "x" * 100, "plain")
+    manifest = replace(fake_manifest(LabelTable(tuple(Label(name, 10 * n) for n, name in enumerate(names)))), name="models\\été" + "y" * 80)
+    for file in write_series(tmp_path, segmentation="binary", manifest=manifest).folder.iterdir():
         assert [line for line in problems(file) if line.startswith("Error")] == []
 
 

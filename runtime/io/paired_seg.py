@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..contract import Label
 from ..version import VERSION
 from .painting import Painting
-from .profile import DESCRIPTION, FIXED_DATE, FIXED_TIME, STUDY, Identity, describe
+from .profile import DESCRIPTION, FIXED_DATE, FIXED_TIME, STUDY, Identity, describe, text
 from .upright import UprightGrid
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def _segment(number: int, label: Label) -> Any:
     from pydicom.sr.codedict import codes
     from pydicom.sr.coding import Code
 
-    kind = Code(label.snomed, "SCT", label.name[:64]) if label.snomed else Code(f"LABEL{label.value}", "99MASK2CT", label.name[:64])
+    name = text(label.name, f"label {label.value}")
+    kind = Code(label.snomed, "SCT", name) if label.snomed else Code(f"LABEL{label.value}", "99MASK2CT", name)
     algorithm = AlgorithmIdentificationSequence("mask2ct", codes.cid7162.ArtificialIntelligence, VERSION)
-    return SegmentDescription(number, label.name[:64], codes.cid7150.AnatomicalStructure, kind, "AUTOMATIC", algorithm)
+    return SegmentDescription(number, name, codes.cid7150.AnatomicalStructure, kind, "AUTOMATIC", algorithm)

@@ -93,7 +93,7 @@ def describe(ds: Dataset, painting: Painting, identity: Identity, *, title: str 
         ds.PatientIdentityRemoved = "YES"
         ds.DeidentificationMethod = "Synthetic: an invented patient, no attribute of a source copied"
     ds.Manufacturer = MARKS[1]
-    ds.ManufacturerModelName = painting.manifest.name[:64]
+    ds.ManufacturerModelName = text(painting.manifest.name)
     ds.SoftwareVersions = VERSION
     ds.SeriesDescription = title
     ds.ProtocolName = DESCRIPTION
@@ -111,12 +111,18 @@ def derivation(painting: Painting) -> str:
     )[:1024]
 
 
+def text(value: str, default: str = "unnamed") -> str:
+    """`value` as LO (PS3.5 6.2) takes it: 64 bytes (the standard says characters), no backslash, which separates values, no controls."""
+    plain = "".join(c if c.isprintable() and c != "\\" else " " for c in value)
+    return plain.encode()[:64].decode(errors="ignore").strip() or default
+
+
 def code(value: str, scheme: str, meaning: str) -> Any:
     """One item of a code sequence (PS3.3 8.8)."""
     from pydicom import Dataset
 
     item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning[:64]
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
     return item
 
 
@@ -145,7 +151,7 @@ def _equipment(painting: Painting) -> Any:
     from pydicom import Dataset
 
     item = Dataset()
-    item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = MARKS[1], painting.manifest.name[:64], VERSION
+    item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = MARKS[1], text(painting.manifest.name), VERSION
     item.ContributionDescription = "painted this image from a label mask"
     item.PurposeOfReferenceCodeSequence = [code("109100", "DCM", "Synthesizing Equipment")]
     return item
