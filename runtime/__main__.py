@@ -46,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     synth.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
     synth.add_argument("--attach", action="store_true", help="dicom: into the mask's own patient, study and frame of reference")
+    synth.add_argument("--enhanced", action="store_true", help="dicom: one multi-frame Enhanced CT and not a file a slice")
     synth.add_argument(
         "--segmentation",
         choices=("binary", "labelmap", "none"),
@@ -136,8 +137,12 @@ def _synth(options: argparse.Namespace) -> int:
         if not options.quiet:
             print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
         if options.dry_run:
-            return _dry_run(synth, cases, label_map, options.quiet)
+            return _dry_run(synth, cases, label_map, options)
         return _run(synth, cases, label_map, options)
+
+
+def _format_options(options: argparse.Namespace) -> FormatOptions:
+    return FormatOptions(attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation)
 
 
 def _run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, options: argparse.Namespace) -> int:
@@ -146,11 +151,10 @@ def _run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, options: arg
         check_writable(options.report.parent)
     progress = Progress("CTs", len(cases) * (options.variants or 1), quiet=options.quiet)
     results: list[CaseResult] = []
-    format_options = FormatOptions(attach=options.attach, segmentation=options.segmentation)
     try:
         for result in synthesize(
-            synth, cases, options.output, format=options.format, options=format_options, variants=options.variants, seed=options.seed, labels=label_map,
-            on_slice=lambda n: progress.update(len(results), f"{n} slices of the next"),
+            synth, cases, options.output, format=options.format, options=_format_options(options), variants=options.variants,
+            seed=options.seed, labels=label_map, on_slice=lambda n: progress.update(len(results), f"{n} slices of the next"),
         ):  # fmt: skip
             results.append(result)
             progress.update(len(results), result.case)
@@ -174,11 +178,13 @@ def _say(result: CaseResult) -> None:
         print(f"error: {result.error}", file=sys.stderr)
 
 
-def _dry_run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, quiet: bool) -> int:
-    failed = 0
+def _dry_run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, options: argparse.Namespace) -> int:
+    failed, writer = 0, FORMATS[options.format](_format_options(options))
+    writer.check(synth.manifest, options.output)
     for case in cases:
         try:
             volume = read_case(case, synth.manifest.labels, label_map)
+            writer.check_mask(volume)
         except InputError as exc:
             failed += 1
             print(f"error: {exc}", file=sys.stderr)
@@ -186,7 +192,7 @@ def _dry_run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, quiet: b
         depth, height, width = volume.labels.shape
         grid = synth.grid(volume)
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
-        if not quiet:
+        if not options.quiet:
             print(
                 f"{printable(case.called)}: {width} x {height} x {depth} voxels of {spacing} mm, "
                 f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
