@@ -207,7 +207,9 @@ def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> 
         raise InputError(f"{file.name} holds values from {low:g} to {high:g}, which are no HU", expected=f"air below {AIR_HU} HU, nothing above {HIGHEST_HU}",
                          remedy=f'{remedy}, or set intensity to {{"unit": "a.u.", "low": {low:g}, "high": {high:g}}}', file=file)  # fmt: skip
     if low == high and len(values) > 1:
-        raise InputError(f"{file.name} holds {low:g} everywhere", expected="an image", remedy="take the patient out, or write the file again", file=file)
+        raise InputError(
+            f"{file.name} holds {low:g} everywhere", expected="an image", remedy="take the patient out, or write the file again", file=file
+        )
     if low >= intensity.high or high <= intensity.low:
         raise InputError(f"{file.name} holds values from {low:g} to {high:g} {intensity.unit}, all outside the range that is trained on",
                          expected=f"values between {intensity.low} and {intensity.high}", remedy="set intensity.low and intensity.high", file=file)  # fmt: skip
