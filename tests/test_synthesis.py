@@ -77,6 +77,13 @@ def test_the_masks_of_variants_hold_the_tables_values_whatever_their_size(tmp_pa
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(result.files[1]))), values)
 
 
+def test_equal_grids_have_equal_digests_whichever_way_a_reader_writes_zero() -> None:
+    labels, affine = np.zeros((2, 2, 2), np.uint8), np.diag([1.0, 1.0, 1.0, 1.0])
+    negative = np.where(affine == 0, -0.0, affine)
+    negative[3] = affine[3]
+    assert LabelVolume(labels, Geometry(affine)).digest == LabelVolume(labels, Geometry(negative)).digest
+
+
 def test_the_command_the_stream_and_the_call_agree(tmp_path: Path, model: Path) -> None:
     path = write_mask(tmp_path / "m.nii.gz")
     assert synth(model, tmp_path / "out", path, extra=("--seed", "3")) == 0
