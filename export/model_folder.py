@@ -70,7 +70,9 @@ def write_model(run: Run, graph: LabelsToIntensity, masks: NDArray[np.uint8], tr
     return whole
 
 
-def proven(graph: LabelsToIntensity, path: Path, precision: str, manifest: Manifest, truths: Mapping[str, parity.Reference], say: Say) -> Any:
+def proven(
+    graph: LabelsToIntensity, path: Path, precision: str, manifest: Manifest, truths: Mapping[str, parity.Reference], say: Say
+) -> Any:
     """The proof of an ONNX file in every backend that runs it here; `ParityError` names the backend and the region of the network."""
     proof = {}
     for backend in (b for b in BACKENDS if b.file == ("onnx", precision)):
@@ -80,7 +82,7 @@ def proven(graph: LabelsToIntensity, path: Path, precision: str, manifest: Manif
         try:
             proof[backend.name] = parity.prove(path, precision, backend, manifest, truths)
         except parity.Exceeded as exc:
-            where = regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs))
+            where = regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs), precision)
             raise ParityError(f"{exc.fact}\n{where}", expected=exc.expected, remedy=exc.remedy) from exc
         say("  " + line(path.name, proof[backend.name]))
     return proof
@@ -105,7 +107,7 @@ def write_int8(graph: LabelsToIntensity, part: Path, manifest: Manifest, masks: 
 
     def error(path: Path) -> float:
         engine = backend.open(path, manifest)
-        numbers = parity.compare(truth, parity.paint(engine, truth.inputs)[0], manifest)
+        numbers = parity.differences(truth, parity.paint(engine, truth.inputs)[0], manifest)
         engine.close()
         return max(value / (MARGIN * limit) for value, limit in parity.excess("int8", numbers).values())
 

@@ -90,7 +90,7 @@ def open_engine(backend: str, manifest: Manifest, folder: Path) -> tuple[Engine,
 
 
 def _automatic(manifest: Manifest, folder: Path) -> tuple[Backend, str]:
-    passed = []
+    passed: list[str] = []
     for backend in (b for b in BACKENDS if b.automatic):
         why = backend.absent(manifest)
         if why is None and not backend.proven(manifest):
