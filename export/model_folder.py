@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from runtime.contract import MANIFEST, Manifest, ModelFile
 from runtime.engines.registry import BACKENDS
 from runtime.errors import ParityError
-from runtime.files import atomic_folder, sha256_of, write_json
+from runtime.files import atomic_folder, sha256_of, write_json, write_text
 from train.checkpoint import Run
 
 from . import parity, regions
 from .graph import LabelsToIntensity, folded, halved
+from .model_card import CARD, model_card
 from .quantize import quantize
 from .to_onnx import to_onnx
 
@@ -65,6 +66,7 @@ def write_model(run: Run, graph: LabelsToIntensity, masks: NDArray[np.uint8], tr
             take("int8")
         whole = Manifest(**{**vars(manifest), "files": files, "parity": proofs, "export": {**versions(), "int8": notes}})
         write_json(part / MANIFEST, whole.to_json())
+        write_text(part / CARD, model_card(whole))
     return whole
 
 

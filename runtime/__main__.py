@@ -11,6 +11,7 @@ from typing import Any
 
 from .console import EXIT_CODES, Progress, duration, run
 from .contract import Manifest
+from .describe import describe
 from .engines.registry import CHOICES
 from .errors import InputError, UsageError, printable
 from .files import write_json
@@ -184,28 +185,7 @@ def _labels(options: argparse.Namespace) -> int:
 
 
 def _describe(options: argparse.Namespace) -> int:
-    manifest = Manifest.load(options.model)
-    grid, intensity = manifest.grid, manifest.intensity
-    scale = (
-        "each slice fitted to it"
-        if grid.pixel_spacing is None
-        else f"{grid.pixel_spacing[0]} x {grid.pixel_spacing[1]} mm a pixel, grows in steps of {grid.divisor} where labels need it"
-    )
-    print(f"model      {manifest.name}\nlicense    {manifest.license or 'not stated'}\nlabels     {manifest.labels}")
-    print(
-        f"canvas     {grid.canvas[0]} x {grid.canvas[1]}, {scale}\nslices     {grid.slices}"
-        + (f", {grid.slice_spacing} mm apart" if grid.slices > 1 else "")
-    )
-    print(
-        f"paints     {intensity.low} … {intensity.high} {intensity.unit}, noise {'yes' if manifest.noise else 'no'}, style of {manifest.style}"
-    )
-    for name, file in manifest.files.items():
-        manifest.verify(options.model, [name])
-        print(f"file       {name}: {file.precision}, {file.bytes / 1e6:.1f} MB, sha256 {file.sha256[:16]}… verified")
-        for engine, numbers in manifest.parity.get(name, {}).items():
-            print(f"  parity   {engine}: " + ", ".join(f"{key} {value}" for key, value in numbers.items()))
-    for key, value in manifest.training.items():
-        print(f"training   {key}: {value}")
+    print(describe(Manifest.load(options.model), options.model))
     return 0
 
 

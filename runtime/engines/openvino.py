@@ -62,7 +62,10 @@ class OpenVinoEngine:
                              expected="an ONNX graph as export writes it", remedy="export the run again", file=path) from exc  # fmt: skip
         place = ["framework", METADATA]  # where OpenVINO keeps the metadata of an ONNX file
         statement = str(model.get_rt_info(place).astype(str)) if model.has_rt_info(place) else None
-        check_graph(manifest, {i.any_name: i.element_type.to_dtype().name for i in compiled.inputs}, statement, path)
+        known = {tensor.name for tensor in manifest.inputs}  # OpenVINO may give a port the names of tensors made of it too
+        names = [next(iter(port.names & known), port.any_name) for port in compiled.inputs]
+        dtypes = [port.element_type.to_dtype().name for port in compiled.inputs]
+        check_graph(manifest, dict(zip(names, dtypes, strict=True)), statement, path)
         self._ov, self._request = ov, compiled.create_infer_request()
         self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH)
         self.name = f"openvino {ov.get_version().split('-')[0]} on CPU, {count} threads, {path.name}"
