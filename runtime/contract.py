@@ -184,7 +184,14 @@ class Manifest:
         intensity = [self.intensity.unit, self.intensity.low, self.intensity.high]
         labels = [[label.name, label.value] for label in self.labels.labels]
         return json.dumps(
-            {"labels": labels, "slices": self.grid.slices, "divisor": self.grid.divisor, "style": self.style, "noise": self.noise, "intensity": intensity}
+            {
+                "labels": labels,
+                "slices": self.grid.slices,
+                "divisor": self.grid.divisor,
+                "style": self.style,
+                "noise": self.noise,
+                "intensity": intensity,
+            }
         )
 
     def check_statement(self, stated: str | None, path: Path) -> None:

@@ -9,12 +9,14 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import writing
 
+SYNCED_AT_ONCE = 4  # files of a folder: a disk writes what waits together, 300 slices in 0.1 s and not in 1
 # A leading dot, the machine and the process: never taken for a result, and its owner can be told.
 _TEMPORARY = f".part-{re.sub('[^A-Za-z0-9]', '', platform.node())[:16]}-"
 
@@ -53,6 +55,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _sync(file: Path) -> None:
+    with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield the temporary path to write; on success sync and rename it to `path`, on any error remove it.
@@ -64,8 +71,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
-            with open(part, "rb+") as handle:
-                os.fsync(handle.fileno())
+            _sync(part)
             os.replace(part, path)
             sync_folder(path.parent)
         finally:
@@ -92,10 +98,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         part.mkdir()
         try:
             yield part
-            for file in part.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb+") as handle:
-                        os.fsync(handle.fileno())
+            with ThreadPoolExecutor(SYNCED_AT_ONCE) as pool:
+                for _ in pool.map(_sync, [file for file in part.rglob("*") if file.is_file()]):
+                    pass
             sync_folder(part)
             if path.exists():  # the old one steps aside first, so that no moment shows a mixture
                 old = temporary_name(path.with_name(path.name + ".old"))

@@ -37,7 +37,7 @@ class SliceGrid:
 
     def __init__(self, policy: GridPolicy, geometry: Geometry, shape: tuple[int, int, int], labels: NDArray[np.uint8] | None = None):
         self._policy = policy
-        slices, rows, columns = _axial_axes(geometry)
+        slices, rows, columns = axial_axes(geometry)
         self.axis, self.count = slices, shape[slices]
         # array axis a is voxel index 2 - a; its sign says which way the patient axis runs along it
         sign = {a: np.sign(geometry.direction[2 - n, 2 - a]) for n, a in enumerate((slices, rows, columns))}
@@ -75,12 +75,12 @@ class SliceGrid:
         Neighbour n lies n x `slice_spacing` mm towards the head; past the volume's ends its last slice stands in.
         """
         z = self._policy.slices
-        out = np.zeros((z, *self.size), np.uint8)
+        out = np.empty((z, *self.size), np.uint8)
         rows, columns = self._nearest
         for n in range(z):
             away = int(abs(n - z // 2) * (self._policy.slice_spacing or 0.0) / self._step + 0.5)  # slices: the same for every k
             near = min(max(k + (away if (n > z // 2) == self._up else -away), 0), self.count - 1)
-            np.copyto(out[n], self._axial(volume, near)[np.ix_(rows, columns)], where=self._from_mask)
+            np.multiply(self._axial(volume, near).take(rows, 0).take(columns, 1), self._from_mask, out=out[n])
         return out
 
     def image(self, volume: NDArray[Any], k: int, outside: float) -> NDArray[np.float32]:
@@ -122,7 +122,7 @@ class SliceGrid:
         return (plane.T if self._transpose else plane)[self._flip]
 
 
-def _axial_axes(geometry: Geometry) -> tuple[int, int, int]:
+def axial_axes(geometry: Geometry) -> tuple[int, int, int]:
     """The array axes that count (slices, rows, columns): the assignment of axes to S, P, L with the largest |cosines|."""
     cosines = np.abs(geometry.direction)  # [LPS axis, voxel axis]
     best = max(permutations(range(3)), key=lambda p: cosines[2, p[0]] + cosines[1, p[1]] + cosines[0, p[2]] - 1e-9 * _disorder(p))

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from .errors import InputError, UnreadableVolume, UsageError, writing
 from .files import remove_orphans, temporary_name
 from .io.detect import Case, read_case
-from .io.formats import FORMATS, Format, Painting
+from .io.formats import DEFAULT_OPTIONS, FORMATS, Format, FormatOptions, Painting
+from .labels import LabelMap
 from .volume import CTSlab, LabelVolume
 
 if TYPE_CHECKING:
@@ -41,9 +42,10 @@ def synthesize(
     output: Path,
     *,
     format: str = "nifti",
+    options: FormatOptions = DEFAULT_OPTIONS,
     variants: int | None = None,
     seed: int = 0,
-    labels: Mapping[int | None, int] | None = None,
+    labels: LabelMap | None = None,
     on_slice: Callable[[int], None] | None = None,
 ) -> Iterator[CaseResult]:
     """Paint each case into `output`, as `runtime.io.formats` says for `format`; `variants` = K writes K pairs of CT and mask for
@@ -58,8 +60,8 @@ def synthesize(
         raise UsageError(f"{variants} variants were asked for", expected="1 or more", remedy="leave the option out for one CT per mask")
     if format not in FORMATS:
         raise UsageError(f"there is no format {format!r}", expected=", ".join(FORMATS), remedy="choose one of these")
-    writer = FORMATS[format]()
-    writer.check(synthesizer.manifest)
+    writer = FORMATS[format](options)
+    writer.check(synthesizer.manifest, output)
     check_writable(output)
     for case in cases:
         for file in (file for variant in _variants(variants) for file in writer.files(output, case.name, variant)):
@@ -71,18 +73,19 @@ def synthesize(
 
 def _cases(
     synthesizer: Synthesizer, cases: Sequence[Case], output: Path, writer: Format, variants: int | None, seed: int,
-    labels: Mapping[int | None, int] | None, on_slice: Callable[[int], None] | None,
+    labels: LabelMap | None, on_slice: Callable[[int], None] | None,
 ) -> Iterator[CaseResult]:  # fmt: skip
     for case in cases:
         started = time.perf_counter()
         try:
             if not all(_fits(file) for variant in _variants(variants) for file in writer.files(output, case.name, variant)):
-                raise UnreadableVolume(f"the name of {case.path.name} is too long for what is written beside it", expected="some 200 bytes at most",
-                                       remedy="rename it", file=case.path)  # fmt: skip
+                raise UnreadableVolume(f"the name of {case.called.name} is too long for what is written beside it", expected="some 200 bytes at most",
+                                       remedy="rename it", file=case.called)  # fmt: skip
             volume = read_case(case, synthesizer.manifest.labels, labels)
-            warnings = tuple(_warnings(case.path, volume, synthesizer))
+            writer.check_mask(volume)
+            warnings = tuple(_warnings(case.called.name, volume, synthesizer))
         except InputError as exc:
-            exc.file = exc.file or case.path
+            exc.file = exc.file or case.called
             yield CaseResult(case.name, case.path, None, error=exc)
             continue
         read = time.perf_counter() - started
@@ -104,16 +107,15 @@ def _fits(file: Path) -> bool:
     return len(os.fsencode(temporary_name(file).name)) <= LONGEST_NAME
 
 
-def _warnings(mask: Path, volume: LabelVolume, synthesizer: Synthesizer) -> Iterator[str]:
-    """What is allowed, but may not be meant."""
+def _warnings(mask: str, volume: LabelVolume, synthesizer: Synthesizer) -> Iterator[str]:
+    """What is allowed, but may not be meant. `mask`: what to call it."""
+    yield from volume.notes
     if not volume.labels.any():
-        yield f"{mask.name} is empty: no voxel has a label, the CT shows background alone"
-    if volume.nifti_header is not None and volume.nifti_header[252:256] == bytes(4):  # qform_code and sform_code
-        yield f"{mask.name} states no orientation (qform and sform codes are 0): it is taken to run right to left, front to back, feet to head"
+        yield f"{mask} is empty: no voxel has a label, the CT shows background alone"
     if not synthesizer.grid(volume).covers:
         policy, intensity = synthesizer.manifest.grid, synthesizer.manifest.intensity
         seen = " x ".join(f"{side * step:.0f}" for side, step in zip(policy.canvas, policy.pixel_spacing or (), strict=True))
-        yield f"{mask.name} shows more than the {seen} mm the model was trained on: beyond them the CT is {intensity.low} {intensity.unit}"
+        yield f"{mask} shows more than the {seen} mm the model was trained on: beyond them the CT is {intensity.low} {intensity.unit}"
 
 
 class _Meter:

@@ -32,6 +32,7 @@ RUN, CONFIG, METRICS, WEIGHTS, CHECKPOINTS = "run.json", "config.json", "metrics
 # Label maps for export, which has no data set: it proves its graphs on the held-out ones and calibrates INT8 on the others.
 MASKS = {"validation": "validation.safetensors", "calibration": "calibration.safetensors"}
 _STATE, _META = "state.safetensors", "state.json"
+FREE = ("training.steps", "logging.", "license")  # keys that decide nothing of what a run computes up to a step
 _REMEDY = "point at a folder that `python train/run.py` has finished"
 
 
@@ -137,8 +138,8 @@ def write_run(folder: Path, net: Generator, masks: Mapping[str, NDArray[np.uint8
     write_json(folder / RUN, {"schema_version": SCHEMA_VERSION, **facts, "weights": weights, **stated})
 
 
-def starting_point(folder: Path, config: RunConfig, resume: bool) -> Path | None:
-    """Check that `config` may be trained in `folder`; writes nothing.
+def starting_point(folder: Path, config: RunConfig, resume: bool, *, quiet: bool = False) -> Path | None:
+    """Check that `config` may be trained in `folder`; writes nothing. `quiet`: no warning of a damaged checkpoint.
 
     Returns the checkpoint to go on from (see `usable`), or None to start at step 0. Raises `ConfigError` when the folder
     already holds a run and `resume` is off, holds none and it is on, or holds one of another config.
@@ -150,11 +151,12 @@ def starting_point(folder: Path, config: RunConfig, resume: bool) -> Path | None
                               remedy="add --resume to continue it, choose another --output, or remove the folder")  # fmt: skip
         return None
     stored = configs.to_json(stored_config(folder))
-    changed = [key for key in differences(stored, configs.to_json(config)) if key != "training.steps" and not key.startswith("logging.")]
+    changed = [key for key in differences(stored, configs.to_json(config)) if not key.startswith(FREE)]
     if changed:
-        raise ConfigError(f"the run was started with other values of {', '.join(changed)}", expected="that config (steps and logging may change)",
+        raise ConfigError(f"the run was started with other values of {', '.join(changed)}",
+                          expected="that config (steps, logging and licence may change)",
                           remedy="drop the change, or start a new run with another --output", file=path)  # fmt: skip
-    return usable(folder, config.training.steps)
+    return usable(folder, config.training.steps, quiet=quiet)
 
 
 def claim(folder: Path, config: RunConfig) -> None:
@@ -181,17 +183,18 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def usable(folder: Path, limit: int) -> Path | None:
+def usable(folder: Path, limit: int, *, quiet: bool = False) -> Path | None:
     """The last checkpoint of at most `limit` steps whose files are what was written; None when there are no checkpoints.
 
-    Each damaged one that is passed over is named on standard error. Raises `ModelError` when none is left.
+    Each damaged one that is passed over is named on standard error, unless `quiet`. Raises `ModelError` when none is left.
     """
     found = _all(folder)
     for path in reversed([p for p in found if _step(p) <= limit]):
         try:
             _verified(path)
         except ModelError as exc:
-            print(f"warning: {exc.fact}; trying the one before", file=sys.stderr)
+            if not quiet:
+                print(f"warning: {exc.fact}; trying the one before", file=sys.stderr)
         else:
             return path
     if found:

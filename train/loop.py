@@ -157,10 +157,10 @@ class Training:
 
     def batch(self, n: int) -> Batch:
         """The n-th batch on the device, augmented: a function of (seed, n)."""
-        labels, image, noise = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in self.batches[n])
+        labels, image, noise = (augment.on_device(array, self.device) for array in self.batches[n])
         settings, part, style = self.config.augment, self.batches.part, None
         if self.styles is not None:  # while labels and image still lie on each other
-            style, shifts = (torch.from_numpy(array[part]).to(self.device) for array in self.styles(self.batches.slices(n), n))
+            style, shifts = (augment.on_device(array[part], self.device) for array in self.styles(self.batches.slices(n), n))
             image = move(image, labels, shifts)
         if settings.active:
             rng = dataset.stream(self.config.training.seed, "augment", n)
@@ -241,6 +241,7 @@ def facts(config: RunConfig, cohort: dataset.Cohort, step: int, metrics: dict[st
     data["data"]["path"] = None
     return {
         "name": config.name,
+        "license": config.license,
         "config": data,
         "labels": labels_to_json(configs.label_table(config.data)),
         "grid": grid_to_json(configs.grid_policy(config)),

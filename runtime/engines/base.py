@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..contract import Manifest, TensorSpec
 from ..errors import Mask2CTError, ModelError
-from ..memory import Stream
+from ..memory import Pool, PoolStats, Stream
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -26,23 +26,41 @@ class EngineError(Mask2CTError):
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """The tensors of `runtime.contract`, and the batch the engine is always given.
+    """The tensors of `runtime.contract`, the batch the engine is always given, and how many streams keep it busy.
 
     `batch`: kernels may round differently from one batch size to another, so N never varies; the last batch is padded.
+    `streams`: with as many, tensors are filled and emptied for one while the engine works on the others. `largest`: (H, W) of the
+    largest canvas it takes; None: any.
     """
 
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
     batch: int
+    streams: int = 2
+    largest: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What may be asked of any engine. `max_memory`: bytes its pool may hold where it computes (the GPU, or the host), None for
+    what the engine needs. `device`: which GPU. `auto_batch`: take the largest batch that fits, where the engine has a choice."""
+
+    max_memory: int | None = None
+    device: int = 0
+    auto_batch: bool = False
 
 
 @runtime_checkable
 class Engine(Protocol):
     """Runs the graph on host arrays.
 
-    `name`: backend, version and device, for people. `run` reads C-contiguous `inputs` (by name, as in `spec.inputs`) and
-    fills `out`, uint8 (N, H, W, 2), with N = `spec.batch`, on `stream`; the result may be read when it returns for
-    `HOST_STREAM`. Raises `EngineError` for tensors that break the contract, and after `close()`.
+    `name`: backend, version and device, for people. `pool`: where the arrays should come from, page-locked for a GPU; others work,
+    more slowly. `run` reads C-contiguous `inputs` (by name, as in `spec.inputs`) and fills `out`, uint8 (N, H, W, 2), with N =
+    `spec.batch`, on `stream`: `HOST_STREAM`, and it is done when it returns, or one of `open_stream()`, and the arrays are left
+    alone until that stream's `synchronize()`, which also raises what went wrong. One stream serves one thread at a time; several
+    may be in use at once. `memory()`: the accounting by kind of memory, which stays readable after `close()`.
+
+    Raises `EngineError` for tensors that break the contract, and after `close()`; `MemoryCapExceeded` where memory is short.
     """
 
     @property
@@ -51,7 +69,14 @@ class Engine(Protocol):
     @property
     def spec(self) -> EngineSpec: ...
 
+    @property
+    def pool(self) -> Pool: ...
+
+    def open_stream(self) -> Stream: ...
+
     def run(self, inputs: Inputs, out: NDArray[np.uint8], *, stream: Stream) -> None: ...
+
+    def memory(self) -> dict[str, PoolStats]: ...
 
     def close(self) -> None: ...
 

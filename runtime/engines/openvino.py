@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from ..contract import METADATA, Manifest
 from ..errors import MissingComponent, ModelError
-from ..memory import Stream
-from .base import EngineSpec, Inputs, check_call, check_graph, closed, cores
+from .base import EngineOptions, EngineSpec, Inputs, check_graph, closed, cores
+from .host import HostEngine
 
 BATCH = 1  # one slice a run, as in ONNX Runtime: a batch of 8 was slower for light networks, and pads the last
 _TELEMETRY = "openvino_telemetry"
@@ -38,14 +38,15 @@ def openvino() -> Any:
     return openvino
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(HostEngine):
     """`path` run by OpenVINO's CPU plugin on `threads` threads (default: the cores this process may use).
 
     What is not quantised is computed in FP32. Left to itself OpenVINO takes bfloat16 where the CPU has it, which is slower
     without AMX and changes the image.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, *, threads: int | None = None):
+    def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None, *, threads: int | None = None):
+        super().__init__(options)
         ov = openvino()
         count = threads or cores()
         settings = {
@@ -70,14 +71,15 @@ class OpenVinoEngine:
         self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH)
         self.name = f"openvino {ov.get_version().split('-')[0]} on CPU, {count} threads, {path.name}"
 
-    def run(self, inputs: Inputs, out: NDArray[np.uint8], *, stream: Stream) -> None:
-        if self._request is None:
+    def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
+        request = self._request
+        if request is None:
             raise closed(self.name)
-        check_call(self.spec, inputs, out)
         for name, array in inputs.items():
-            self._request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
-        self._request.set_tensor(self.spec.output.name, self._ov.Tensor(out, shared_memory=True))
-        self._request.infer()
+            request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
+        request.set_tensor(self.spec.output.name, self._ov.Tensor(out, shared_memory=True))
+        request.infer()
 
     def close(self) -> None:
+        super().close()
         self._request = None

@@ -1,0 +1,54 @@
+"""The mask of a painted series as a DICOM SEG (PS3.3 A.51) that names this very series as its source; encoded by highdicom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..contract import Label
+from ..version import VERSION
+from .painting import Painting
+from .profile import DESCRIPTION, FIXED_DATE, FIXED_TIME, Identity, describe
+from .upright import UprightGrid
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+TITLE = f"MASK OF A {DESCRIPTION}"
+_FIXED = {"InstanceCreationDate": FIXED_DATE, "InstanceCreationTime": FIXED_TIME, "ContentDate": FIXED_DATE, "ContentTime": FIXED_TIME,
+          "SeriesDate": FIXED_DATE, "SeriesTime": FIXED_TIME}  # fmt: skip
+
+
+def write_seg(path: Path, painting: Painting, identity: Identity, grid: UprightGrid, slices: Sequence[Dataset], kind: str) -> None:
+    """Write the mask; segment n is the model's label n. `slices`: the series, in order, without pixels; `kind`: "binary" or "labelmap"."""
+    from highdicom.seg import Segmentation
+
+    first = slices[0]
+    first.PatientName = "SYNTHETIC^"  # highdicom prints the names it finds odd; `describe` sets the one that stays
+    seg: Any = Segmentation(
+        slices, grid.view(painting.mask.labels), kind.upper(), [_segment(n, x) for n, x in enumerate(painting.manifest.labels.labels) if n],
+        series_instance_uid=identity.uid("seg series", kind), series_number=int(first.SeriesNumber) + 1,
+        sop_instance_uid=identity.uid("seg", kind), instance_number=1, manufacturer=first.Manufacturer,
+        manufacturer_model_name=first.ManufacturerModelName, software_versions=VERSION, device_serial_number="0",
+        content_label="MASK", content_description="The mask that this synthetic CT was painted from",
+    )  # fmt: skip
+    describe(seg, painting, identity, title=TITLE)
+    dimensions = identity.uid("seg dimensions", kind)
+    for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
+        item.DimensionOrganizationUID = dimensions
+    for keyword, value in _FIXED.items():
+        if keyword in seg:
+            setattr(seg, keyword, value)
+    seg.save_as(path, enforce_file_format=True)
+
+
+def _segment(number: int, label: Label) -> Any:
+    from highdicom import AlgorithmIdentificationSequence
+    from highdicom.seg import SegmentDescription
+    from pydicom.sr.codedict import codes
+    from pydicom.sr.coding import Code
+
+    kind = Code(label.snomed, "SCT", label.name[:64]) if label.snomed else Code(f"LABEL{label.value}", "99MASK2CT", label.name[:64])
+    algorithm = AlgorithmIdentificationSequence("mask2ct", codes.cid7162.ArtificialIntelligence, VERSION)
+    return SegmentDescription(number, label.name[:64], codes.cid7150.AnatomicalStructure, kind, "AUTOMATIC", algorithm)
