@@ -31,28 +31,33 @@ LIMITS = (
 def model_card(manifest: Manifest) -> str:
     """The card as Markdown."""
     grid, unit = manifest.grid, manifest.intensity.unit
-    spacing = "whatever its size in mm" if grid.pixel_spacing is None else f"{grid.pixel_spacing[0]:g} x {grid.pixel_spacing[1]:g} mm a pixel"
+    spacing = (
+        "whatever its size in mm" if grid.pixel_spacing is None else f"{grid.pixel_spacing[0]:g} x {grid.pixel_spacing[1]:g} mm a pixel"
+    )
     between = f", {grid.slices} neighbouring slices {grid.slice_spacing:g} mm apart" if grid.slices > 1 else ""
     labels = [(str(x.value), x.name, ", ".join(map(str, x.aliases)), x.snomed or "") for x in manifest.labels.labels]
     files = [(name, f.precision, f"{f.bytes / 1e6:.1f} MB", f"`{f.sha256}`") for name, f in manifest.files.items()]
     organs = organ_rows(manifest)
-    return "\n\n".join(
-        [
-            f"# {manifest.name}",
-            "Written by mask2ct from `manifest.json`, which holds the figures in full.",
-            f"## Intended use\n\n{INTENDED}",
-            f"## License\n\n{manifest.license or UNLICENSED}",
-            f"## Labels\n\n{_table(('value', 'structure', 'also', 'SNOMED CT'), labels)}",
-            f"A mask with other values is refused. Painted: {manifest.intensity.low} to {manifest.intensity.high} {unit}, on a canvas of "
-            f"{grid.canvas[0]} x {grid.canvas[1]}, {spacing}{between}.",
-            "## Data and training\n\n" + _list(training_lines(manifest)),
-            f"## Metrics\n\nOn held-out patients, in {unit}, painted beside true.\n\n{_table(ORGAN_HEAD, organs)}" if organs else "",
-            f"## Proof of the files\n\nDifferences from the network in {unit}, measured at export in each engine. Slices/s are those of the "
-            f"machine that exported.\n\n{_table(PARITY_HEAD, parity_rows(manifest))}\n\n{_list(export_lines(manifest))}",
-            f"## Files\n\n{_table(('file', 'precision', 'size', 'SHA-256'), files)}",
-            "## Limits\n\n" + _list(LIMITS),
-        ]
-    ).replace("\n\n\n\n", "\n\n") + "\n"
+    return (
+        "\n\n".join(
+            [
+                f"# {manifest.name}",
+                "Written by mask2ct from `manifest.json`, which holds the figures in full.",
+                f"## Intended use\n\n{INTENDED}",
+                f"## License\n\n{manifest.license or UNLICENSED}",
+                f"## Labels\n\n{_table(('value', 'structure', 'also', 'SNOMED CT'), labels)}",
+                f"A mask with other values is refused. Painted: {manifest.intensity.low} to {manifest.intensity.high} {unit}, on a canvas of "
+                f"{grid.canvas[0]} x {grid.canvas[1]}, {spacing}{between}.",
+                "## Data and training\n\n" + _list(training_lines(manifest)),
+                f"## Metrics\n\nOn held-out patients, in {unit}, painted beside true.\n\n{_table(ORGAN_HEAD, organs)}" if organs else "",
+                f"## Proof of the files\n\nDifferences from the network in {unit}, measured at export in each engine. Slices/s are those of the "
+                f"machine that exported.\n\n{_table(PARITY_HEAD, parity_rows(manifest))}\n\n{_list(export_lines(manifest))}",
+                f"## Files\n\n{_table(('file', 'precision', 'size', 'SHA-256'), files)}",
+                "## Limits\n\n" + _list(LIMITS),
+            ]
+        ).replace("\n\n\n\n", "\n\n")
+        + "\n"
+    )
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
