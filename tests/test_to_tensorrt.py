@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -20,17 +21,22 @@ from fake_tensorrt import Script, tensorrt
 from onnx import TensorProto, helper, numpy_helper
 from samples import write_fake_model
 
+import export.add_engine
 import export.engine_layers
-from export.add_engine import ENGINE, LAYERS, add_engine
+from export.add_engine import ENGINE, LAYERS, add_engine, prover
 from export.engine_layers import half_weights
+from export.graph import LabelsToIntensity
 from export.model_card import CARD
 from export.to_tensorrt import BuildOptions, build, shapes_of, why_not
 from runtime import Synthesizer
 from runtime.contract import Manifest, ModelFile
 from runtime.driver import Device
 from runtime.engines.fake import fake_manifest
+from runtime.engines.onnx import OnnxEngine
+from runtime.engines.registry import Backend
 from runtime.errors import BuildError, MissingComponent, ModelError, OutputError, ParityError
 from runtime.files import sha256_of
+from train.checkpoint import load_generator, load_run, load_validation
 
 GPU = Device(0, "NVIDIA Test", (8, 9), 24 << 30, (13, 0))
 MEASURED = {"slices": 64, "masks": 64, "mean": 0.1, "p99_9": 1.0, "max": 3, "body_mean": 0.1, "body_p99_9": 1.0, "body_max": 3,
@@ -136,13 +142,36 @@ def test_the_engine_is_built_as_the_manifest_says_and_listed_with_its_facts(vers
     assert {"Name": "conv_up", "LayerType": "DECONVOLUTION", "Outputs": [{"Format/Datatype": "Half"}]} in layers["engine"]["Layers"]
 
 
-def test_the_exported_graphs_pass_every_count(model: Path, lean: Path, tmp_path: Path) -> None:
+def test_the_exported_graphs_pass_every_count(model: Path, lean: Path, tmp_path: Path, root: Path) -> None:
     """What the stand-in is given elsewhere is made by hand; this is what export writes."""
     folder = Path(shutil.copytree(model, tmp_path / "exported"))
     half = add(folder, Script())[0].files[ENGINE].facts
+    schema = json.loads((root / "runtime/manifest.schema.json").read_text())
+    jsonschema.validate(json.loads((folder / "manifest.json").read_text()), schema)
     assert half["half_network"] > 0.8 and half["half_convolutions"] == half["convolutions"] > 5
     single = add(folder, Script(), BuildOptions(precision="fp32"))[0].files[ENGINE].facts
     assert single["half_network"] == single["half_convolutions"] == 0 and single["convolutions"] == half["convolutions"]
+
+
+def test_an_engine_is_proven_as_the_graphs_are(model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime stands in for the GPU: the engine is measured against the network, by FP16's limits, and a wrong one is found."""
+    backend = Backend("tensorrt", ("engine", "fp16"), "onnxruntime", "", OnnxEngine)
+    monkeypatch.setattr(export.add_engine, "BACKENDS", (backend,))
+    run, manifest = load_run(trained), Manifest.load(model)
+    graph = LabelsToIntensity(load_generator(trained), len(run.labels), run.intensity)
+    prove = prover(graph, load_validation(run), tmp_path, "fp16")
+    shutil.copy(model / "model.fp16.onnx", tmp_path / ENGINE)
+    proof = prove(manifest)["tensorrt"]
+    assert proof["validation masks"]["slices"] >= 64 and 0 < proof["validation masks"]["mean"] <= 1
+    broken = onnx.load(model / "model.fp16.onnx")
+    kernel = max(broken.graph.initializer, key=lambda tensor: len(tensor.raw_data))
+    kernel.raw_data = bytes(len(kernel.raw_data))
+    onnx.save(broken, tmp_path / ENGINE)
+    with pytest.raises(ParityError, match=r"model.engine in tensorrt paints other values than the network"):
+        prove(manifest)
+    monkeypatch.setattr(export.add_engine, "BACKENDS", (replace(backend, why=lambda: "there is no GPU"),))
+    with pytest.raises(MissingComponent, match=r"model.engine cannot be proven: there is no GPU"):
+        prove(manifest)
 
 
 def test_the_options_reach_the_builder(folder: Path) -> None:
