@@ -63,11 +63,15 @@ def training_lines(manifest: Manifest) -> list[str]:
     """How the weights came to be, as sentences."""
     known, lines = manifest.training, []
     data = known.get("data", {})
-    counts = [f"{n} patients, {data['slices'][split]} slices {USES.get(split, split)}" for split, n in data.get("patients", {}).items() if n]
+    counts = [
+        f"{n} patients, {data['slices'][split]} slices {USES.get(split, split)}" for split, n in data.get("patients", {}).items() if n
+    ]
     if counts:
         lines.append("; ".join(counts))
     if body := known.get("metrics", {}).get("body"):
-        lines.append(f"mean absolute error inside held-out bodies {body['mae']:.0f}, of painting each label with its mean {body['mae_mean_painting']:.0f}")
+        lines.append(
+            f"mean absolute error inside held-out bodies {body['mae']:.0f}, of painting each label with its mean {body['mae_mean_painting']:.0f}"
+        )
     versions = " ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())
     facts = [f"{known['step']} steps" if "step" in known else "", versions, f"commit {known['commit']}" if known.get("commit") else ""]
     if "weights_sha256" in known:

@@ -57,6 +57,17 @@ class Geometry:
         affine[:3, 3] = origin
         return cls(affine)
 
+    @classmethod
+    def from_ras(cls, affine: Any) -> Geometry:
+        """From the 4x4 affine of nibabel, MONAI or TorchIO, which is RAS+, in mm, for indices (i, j, k)."""
+        return cls(np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(affine, float))
+
+    @classmethod
+    def from_spacing(cls, spacing: Any) -> Geometry:
+        """From the spacing (x, y, z) in mm alone, of an array whose slices run from the feet to the head, rows from front to back and
+        columns from the patient's right to the left, as axial CT is stored and shown."""
+        return cls(np.diag([*np.asarray(spacing, float), 1.0]))
+
     @cached_property
     def spacing(self) -> tuple[float, float, float]:
         """Distance of neighbouring voxels in mm along i, j, k."""

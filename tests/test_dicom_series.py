@@ -56,6 +56,24 @@ def test_every_voxel_lies_at_its_place_for_gdcm_and_highdicom(direction: np.ndar
     assert upright[0].argmax() == 0 and upright[1].argmax() == 1  # right to left, front to back: the picture is not upside down
 
 
+@pytest.mark.parametrize("direction", [TILT @ d for d in directions()[::5]], ids=str)
+def test_every_voxel_of_an_enhanced_ct_lies_at_its_place(direction: np.ndarray, tmp_path: Path) -> None:
+    series = write_series(tmp_path, direction, enhanced=True, segmentation="binary")
+    read = sitk.ReadImage(str(series.folder / "ct.dcm"))
+    affine = Geometry.from_parts(read.GetOrigin(), read.GetSpacing(), read.GetDirection()).affine
+    assert_every_voxel_in_place(series, sitk.GetArrayFromImage(read).transpose(2, 1, 0), affine)
+    volume = highdicom.imread(series.folder / "ct.dcm").get_volume()
+    assert_every_voxel_in_place(series, volume.array, volume.affine)
+    mask = highdicom.seg.segread(series.folder / "seg.dcm").get_volume(combine_segments=True)
+    labelled = series.mask.labels > 0
+    assert_in_place(series.points[labelled], series.mask.labels[labelled], mask.array, mask.affine)
+    ds = pydicom.dcmread(series.folder / "ct.dcm")
+    assert ds[0x0008001C].value == "YES" and ds.ImageType[0] == "DERIVED" and ds.PatientID.startswith("SYNTH-")
+    assert "mask sha256" in ds.DerivationDescription and ds.SOPInstanceUID.startswith("2.25.")
+    before = digests(series.folder)
+    assert digests(write_series(tmp_path, direction, enhanced=True, segmentation="binary").folder) == before
+
+
 def test_a_single_slice_keeps_its_thickness_and_place(tmp_path: Path) -> None:
     series = write_series(tmp_path, TILT, shape=(1, 8, 9))
     (ds,) = series.slices
@@ -143,8 +161,9 @@ def test_a_second_run_writes_the_same_objects_and_other_keys_others(tmp_path: Pa
     first = write_series(tmp_path / "0", segmentation="binary")
     assert digests(write_series(tmp_path / "1", segmentation="binary").folder) == digests(first.folder)
     assert digests(write_series(tmp_path / "0", segmentation="binary").folder) == digests(first.folder)  # in its own place
+    assert digests(write_series(tmp_path / "2", segmentation="binary", variant=0).folder) == digests(first.folder)  # the same picture
     seen = {ds.SOPInstanceUID for ds in first.slices}
-    kinds = ({"seed": 1}, {"variant": 0}, {"variant": 1}, {"direction": TILT}, {"source": SOURCE, "attach": True})
+    kinds = ({"seed": 1}, {"variant": 1}, {"direction": TILT}, {"source": SOURCE, "attach": True})
     for n, change in enumerate(kinds):
         other = {ds.SOPInstanceUID for ds in write_series(tmp_path / f"x{n}", **change).slices}  # type: ignore[arg-type]
         assert not other & seen
@@ -167,6 +186,16 @@ def test_an_attached_series_joins_its_masks_study_and_names_it(sop_class: str, s
     for ds in series.slices:
         (item,) = ds[sequence].value
         assert (item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID) == (sop_class, "1.2.3.4.5")
+
+
+@pytest.mark.parametrize("direction", [np.eye(3), np.diag([1.0, -1.0, -1.0])], ids=["towards the head", "towards the feet"])
+def test_each_slice_names_the_slice_of_a_label_series_that_lies_there(direction: np.ndarray, tmp_path: Path) -> None:
+    source = DicomSource("1.2.840.10008.5.1.4.1.1.2", tuple(f"1.2.3.{k}" for k in range(5)), "1.2.3.99", SOURCE.attributes)
+    series = write_series(tmp_path, direction, source=source, attach=True)
+    for ds in series.slices:
+        (item,) = ds.SourceImageSequence
+        k = int(item.ReferencedSOPInstanceUID.rpartition(".")[2])
+        assert np.isclose(ds.ImagePositionPatient[2], series.points[k, 0, 0, 2])
 
 
 @pytest.mark.parametrize("missing", ["all", "frame of reference", "study"])

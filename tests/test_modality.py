@@ -36,9 +36,7 @@ def test_an_mr_like_cohort_trains_exports_and_synthesizes(tmp_path: Path, comman
     settings = [f"data.labels={json.dumps(LABELS)}", "data.canvas=[64,64]", "generator.depth=4", "generator.filters=8", "discriminator.filters=8",
                 "training.steps=60", "training.batch_size=4", "training.recalibrate=4", "training.threads=2", "optimizer.lr_g=2e-3",
                 "intensity.high=1200"]  # fmt: skip
-    trained = command(
-        "train/run.py", "--config", "train/configs/mr.json", "--dataset-path", data, "--output", run, "--set", *settings
-    )
+    trained = command("train/run.py", "--config", "train/configs/mr.json", "--dataset-path", data, "--output", run, "--set", *settings)
     assert trained.returncode == 0, trained.stderr
     exported = command("export/build_engine.py", run, "-o", model, "--onnx-only", "--quiet")
     assert exported.returncode == 0, exported.stderr
@@ -55,7 +53,11 @@ def test_an_mr_like_cohort_trains_exports_and_synthesizes(tmp_path: Path, comman
     assert "a.u. between real and real" in trained.stdout and "HU" not in trained.stdout
 
     folders = {name: tmp_path / "compared" / name for name in ("masks", "truth", "synthetic")}
-    for name, source in (("masks", data / "mr0_label.nii.gz"), ("truth", data / "mr0_image.nii.gz"), ("synthetic", next(out.glob("*_ct.nii.gz")))):
+    for name, source in (
+        ("masks", data / "mr0_label.nii.gz"),
+        ("truth", data / "mr0_image.nii.gz"),
+        ("synthetic", next(out.glob("*_ct.nii.gz"))),
+    ):
         folders[name].mkdir(parents=True)
         shutil.copy(source, folders[name] / ("case_ct.nii.gz" if name == "synthetic" else "case.nii.gz"))
     line = ["-m", "train.evaluate", *(part for name, folder in folders.items() for part in (f"--{name}", folder))]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import platform
@@ -210,7 +211,8 @@ class Training:
         if t.best_metric is None:
             return None
         if t.best_metric not in numbers:
-            print(f"warning: no best checkpoint is kept: {t.best_metric} is not among {', '.join(numbers)}", file=sys.stderr)
+            near = difflib.get_close_matches(t.best_metric, numbers, 4, 0.3)
+            print(f"warning: no best checkpoint is kept: {t.best_metric} is not measured; there are {', '.join(near)} ...", file=sys.stderr)
             return None
         return numbers[t.best_metric] * (1 if t.best_is == "lowest" else -1)
 
