@@ -101,7 +101,9 @@ def test_of_two_image_series_one_must_be_chosen(tmp_path: Path) -> None:
     first, second = slices(blobs(), SeriesNumber=4), slices(blobs((3, 20, 24)), SeriesNumber=5)
     save(tmp_path / "in" / "a", first)
     save(tmp_path / "in" / "b", second)
-    with pytest.raises(UsageError, match=r"2 image series, of which any may be the mask.*series 4, 24 x 20 x 6.*series 5, 24 x 20 x 3") as caught:
+    with pytest.raises(
+        UsageError, match=r"2 image series, of which any may be the mask.*series 4, 24 x 20 x 6.*series 5, 24 x 20 x 3"
+    ) as caught:
         find_cases([tmp_path / "in"])
     assert "--series" in caught.value.expected and "--list" in caught.value.remedy
     names = {case.number: case.name for case in find_cases([tmp_path / "in"], every=True)}
@@ -137,7 +139,11 @@ def test_nothing_of_a_patient_reaches_results_reports_or_messages(
     assert code == 1 and len(json.loads(report.read_text())["cases"]) == 5
     names = [str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")]
     everything = said.out + said.err + report.read_text() + " ".join(names)
-    uids = [str(source[key].value) for source in sources for key in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")]
+    uids = [
+        str(source[key].value)
+        for source in sources
+        for key in ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "FrameOfReferenceUID")
+    ]
     assert not [planted for planted in (*PLANTED, *uids) if planted in everything]
     for path in (tmp_path / "out").iterdir():
         content = sitk.ReadImage(str(path))
@@ -146,7 +152,9 @@ def test_nothing_of_a_patient_reaches_results_reports_or_messages(
 
 def test_without_pydicom_a_dicom_mask_is_exit_3_with_the_command(root: Path, tmp_path: Path, fake_model: Path) -> None:
     hospital(tmp_path / "in", segs=1)
-    hide = "import sys; sys.modules['pydicom'] = None\nfrom runtime.__main__ import main\nfrom runtime.console import run\nsys.exit(run(main))"
+    hide = (
+        "import sys; sys.modules['pydicom'] = None\nfrom runtime.__main__ import main\nfrom runtime.console import run\nsys.exit(run(main))"
+    )
     done = subprocess.run([sys.executable, "-c", hide, "synth", tmp_path / "in", "--model", fake_model, "--backend", "fake", "--output", tmp_path / "o"],
                           cwd=root, capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 3, done.stderr

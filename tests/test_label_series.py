@@ -74,7 +74,12 @@ def test_the_original_systems_slices_are_read_and_what_they_leave_open_is_said(t
     write_slices(tmp_path, 1)
     (path,) = tmp_path.rglob("*_gt.dcm")
     ds = dcmread(path)
-    for key in ("ImagePositionPatient", "ImageOrientationPatient", "SpacingBetweenSlices", "PixelSpacing"):  # ITK writes them once it has read a series
+    for key in (
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "SpacingBetweenSlices",
+        "PixelSpacing",
+    ):  # ITK writes them once it has read a series
         if key in ds:
             delattr(ds, key)
     ds.NominalScannedPixelSpacing = [1, 1]

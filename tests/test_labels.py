@@ -48,7 +48,11 @@ def test_a_map_may_name_a_structure_by_value_code_or_name(tmp_path: Path) -> Non
     for segment, index in [(Segment(3), 1), (Segment(9, "x", "SCT:80891009"), 3), (Segment(3, "x", "sct:80891009"), 3), (Segment(9, "left_auricle"), 2),
                            (Segment(3, "left auricle", "SCT:1"), 2), (Segment(4, "left auricles"), 0)]:  # fmt: skip
         assert match(segment, MM_WHS, known) == index, segment
-    assert match(Segment(500, "liver"), MM_WHS) is None and match(Segment(500, "Segment_500"), MM_WHS) == 3 and match(Segment(500), MM_WHS) == 3
+    assert (
+        match(Segment(500, "liver"), MM_WHS) is None
+        and match(Segment(500, "Segment_500"), MM_WHS) == 3
+        and match(Segment(500), MM_WHS) == 3
+    )
 
 
 def slicer(path: Path, layers: np.ndarray, segments: list[tuple[str, int, int, str]]) -> Path:
@@ -62,7 +66,12 @@ def slicer(path: Path, layers: np.ndarray, segments: list[tuple[str, int, int, s
     head += ["space origin: (-12.5,3,40)"]
     for n, (name, value, layer, code) in enumerate(segments):
         entry = f"Segmentation category and type~SCT^123037004^Anatomical Structure~SCT^{code}^x~^^~Anatomic codes~^^~^^"
-        head += [f"Segment{n}_LabelValue:={value}", f"Segment{n}_Layer:={layer}", f"Segment{n}_Name:={name}", f"Segment{n}_TerminologyEntry:={entry}"]
+        head += [
+            f"Segment{n}_LabelValue:={value}",
+            f"Segment{n}_Layer:={layer}",
+            f"Segment{n}_Name:={name}",
+            f"Segment{n}_TerminologyEntry:={entry}",
+        ]
     path.write_bytes("\n".join(head).encode() + b"\n\n" + np.ascontiguousarray(data, np.uint8).tobytes())
     return path
 
@@ -93,7 +102,8 @@ def test_layers_of_a_slicer_segmentation_may_overlap_only_in_an_order(tmp_path: 
 def test_a_volume_that_states_no_orientation_is_said(tmp_path: Path) -> None:
     (tmp_path / "m.nrrd").write_bytes(b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\nspacings: 1 1 2\nencoding: raw\n\n" + bytes(8))
     (tmp_path / "m.mha").write_bytes(
-        b"ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementSpacing = 1 1 2\nElementDataFile = LOCAL\n" + bytes(8)
+        b"ObjectType = Image\nNDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementSpacing = 1 1 2\nElementDataFile = LOCAL\n"
+        + bytes(8)
     )
     for name in ("m.nrrd", "m.mha"):
         assert "states no orientation" in read_case(case(tmp_path / name), MM_WHS).notes[0]
