@@ -7,7 +7,7 @@ PIP_OPTIONS ?=
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint bench clean tensorrt-bindings
+.PHONY: setup demo test test-all fuzz lint bench clean tensorrt-bindings
 
 setup: $(STAMP)
 
@@ -46,6 +46,9 @@ test: setup
 
 test-all: setup
 	$(RUN) -m pytest
+
+fuzz: setup
+	MASK2CT_FUZZ=2000 $(RUN) -m pytest tests/test_fuzz.py
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -95,6 +95,13 @@ def nan_nrrd(path: Path) -> None:
     path.write_bytes(b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\nspacings: nan nan nan\nencoding: raw\n\n" + bytes(8))
 
 
+def two_places(path: Path) -> None:
+    patched(path, "<2h", 252, 1, 1)  # qform and sform count, and agree ...
+    data = bytearray(path.read_bytes())
+    struct.pack_into("<f", data, 292, 7.0)  # ... until the sform is moved by 7 mm
+    path.write_bytes(data)
+
+
 def complex_mask(path: Path) -> None:
     write_mask(path.with_suffix(".tmp.mha"))
     sitk.WriteImage(sitk.Cast(sitk.ReadImage(str(path.with_suffix(".tmp.mha"))), sitk.sitkComplexFloat32), str(path))
@@ -126,6 +133,8 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "negative size": ("m.nii", lambda p: patched(p, "<h", 42, -5), "claims the size"),
     "spacing 0": ("m.nii", lambda p: patched(p, "<3f", 80, 1, 0, 1), "voxel spacing"),
     "spacing NaN": ("m.nii", lambda p: patched(p, "<3f", 80, 1, 1, float("nan")), "voxel spacing"),
+    "two places": ("m.nii", two_places, "its qform (code 1) and its sform (code 1) are 7 mm apart"),
+    "far away": ("m.mha", lambda p: write_mask(p, origin=(1e30, 0.0, 0.0)), "the origin [1e+30"),
     "no such type": ("m.nii", lambda p: patched(p, "<h", 70, 77), "unknown type 77"),
     "RGB": ("m.nii.gz", rgb, "RGB colours"),
     "vector": ("m.mha", vector, "3 channels"),
