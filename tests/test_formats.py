@@ -182,7 +182,14 @@ def test_msd_lists_its_pairs_and_keeps_what_others_listed(tmp_path: Path, fake_m
 
 
 @pytest.mark.parametrize(
-    "change", [{"labels": {"background": 0, "tumour": 1}}, {"channel_names": {"0": "CT", "1": "PET"}}, {"file_ending": ".mha"}, "no json"]
+    "change",
+    [
+        {"labels": {"background": 0, "tumour": 1}},
+        {"channel_names": {"0": "CT", "1": "PET"}},
+        {"file_ending": ".mha"},
+        {"dataset": {}},
+        "no json",
+    ],
 )
 def test_a_data_set_of_another_kind_is_not_touched(change, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "Dataset001_Theirs"
