@@ -12,14 +12,15 @@ from runtime.console import duration
 from runtime.contract import Manifest
 from runtime.files import atomic_path, write_json
 from runtime.io.nifti import read_volume
+from runtime.labels import MM_WHS
 from train.evaluate import evaluate, organ_names, read_cases
 from train.report import curves, page, picture, planes, read_metrics, table
 
 
 def write_report(out: Path, seconds: Mapping[str, float], machine: Mapping[str, Any], shown: int) -> None:
     """Measure `out`/synthetic against `out`/truth on the unseen masks and write `out`/report.html and metrics.json."""
-    names = organ_names("mm-whs")
-    synthetic, truth, masks = read_cases(out / "synthetic", out / "truth", out / "masks", "mm-whs")
+    names = organ_names(MM_WHS)
+    synthetic, truth, masks = read_cases(out / "synthetic", out / "truth", out / "masks", MM_WHS)
     metrics = evaluate(synthetic, truth, masks, names)
     write_json(out / "metrics.json", metrics)
     cases = [path.name.removesuffix(".nii.gz") for path in sorted((out / "masks").glob("*.nii.gz"))]

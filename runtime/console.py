@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 import time
@@ -55,6 +56,18 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = int(seconds // 60)
     return f"{minutes} min {int(seconds % 60):02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def size_in_bytes(text: str) -> int:
+    """`512MiB`, `2GiB`, `1.5 GB` or a plain number of bytes, as bytes. Raises ValueError for anything else, and for 0."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B?)\s*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is no size in bytes such as 2GiB")
+    number, prefix, binary = match.groups()
+    size = int(float(number) * (1 if prefix is None else (1024 if binary else 1000) ** (1 + "KMGT".index(prefix))))
+    if size < 1:
+        raise ValueError(f"{text!r} is no size above 0")
+    return size
 
 
 class Progress:

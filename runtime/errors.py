@@ -8,10 +8,11 @@
     ├── UsageError               exit 2   the command, the config or the model is wrong; nothing was started
     │   ├── ConfigError
     │   └── ModelError
-    │       └── ParityError      exit 1   an exported graph differs from the network it came from
+    │       ├── ParityError      exit 1   an exported graph differs from the network it came from
+    │       └── BuildError       exit 1   TensorRT makes no engine, or not the one asked for, of a proven graph
     ├── MissingComponent         exit 3   a package, a driver or a device is absent
     ├── OutputError              exit 4   the result cannot be written
-    └── MemoryCapExceeded        exit 4   also a MemoryError: a pool's cap would be passed
+    └── MemoryCapExceeded        exit 4   also a MemoryError: a pool's cap would be passed, or the device is full
 
 Each states a fact, what was expected, a remedy and the file it concerns, and prints on one screen.
 """
@@ -81,6 +82,12 @@ class ParityError(ModelError):
     exit_code = 1
 
 
+class BuildError(ModelError):
+    """TensorRT makes no engine of a graph, or not the one that was asked for."""
+
+    exit_code = 1
+
+
 class MissingComponent(Mask2CTError):
     """A package, a driver or a device is absent: says which, why it is needed, and the command that installs it."""
 
@@ -94,9 +101,26 @@ class OutputError(Mask2CTError):
 
 
 class MemoryCapExceeded(Mask2CTError, MemoryError):
-    """A pool would have to grow past its cap."""
+    """A pool would have to grow past its cap, or the device has no more. All in bytes: `asked`, the `cap`, `in_use` by the
+    pool, `free` on the device (None where that has no meaning)."""
 
     exit_code = 4
+    asked = cap = in_use = 0
+    free: int | None = None
+
+    @classmethod
+    def of(cls, kind: str, asked: int, *, cap: int, in_use: int, free: int | None = None, refused: bool = False) -> MemoryCapExceeded:
+        """The error for `asked` more bytes of `kind` ("host memory", "memory of GPU 0"): past the cap, or `refused` by the system."""
+        left = "" if free is None else f"; the device has {free} bytes free"
+        if refused:
+            fact = f"the system refused {asked} more bytes: {in_use} of the pool's cap of {cap} bytes are in use"
+            remedy = "end what else uses that memory, let --batch auto choose what fits, or choose another --device"
+        else:
+            fact = f"{asked} more bytes would pass the pool's cap: {in_use} of {cap} bytes are in use"
+            remedy = "raise --max-memory, or let --batch auto choose what fits"
+        error = cls(f"{fact} ({kind})", expected=f"at most {cap} bytes{left}", remedy=remedy)
+        error.asked, error.cap, error.in_use, error.free = asked, cap, in_use, free
+        return error
 
 
 _WRITE_REMEDIES = {

@@ -75,12 +75,12 @@ class SliceGrid:
         Neighbour n lies n x `slice_spacing` mm towards the head; past the volume's ends its last slice stands in.
         """
         z = self._policy.slices
-        out = np.zeros((z, *self.size), np.uint8)
+        out = np.empty((z, *self.size), np.uint8)
         rows, columns = self._nearest
         for n in range(z):
             away = int(abs(n - z // 2) * (self._policy.slice_spacing or 0.0) / self._step + 0.5)  # slices: the same for every k
             near = min(max(k + (away if (n > z // 2) == self._up else -away), 0), self.count - 1)
-            np.copyto(out[n], self._axial(volume, near)[np.ix_(rows, columns)], where=self._from_mask)
+            np.multiply(self._axial(volume, near).take(rows, 0).take(columns, 1), self._from_mask, out=out[n])
         return out
 
     def image(self, volume: NDArray[Any], k: int, outside: float) -> NDArray[np.float32]:

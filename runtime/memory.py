@@ -1,130 +1,293 @@
-"""Pools of memory: capped, every byte counted, nothing allocated in steady state.
+"""Memory: capped, every byte counted by what it is for, nothing allocated in steady state.
 
-A pool hands out a `Buffer` and takes it back at `close()`; a block that came back serves the next request of its size.
-`stream` is required: on a device it orders reuse after the work that used the block. Host memory has no streams, so host
-pools and CPU engines are given `HOST_STREAM`.
+A `Source` talks to a system (the host here, a GPU in `runtime.cuda_memory`) and reuses what came back. A `Pool` caps one and
+counts; `Pool.purpose("labels")` stacks a `Counted` on it, which hands on and keeps figures of its own. All of them, and all
+that is asked of them, is `allocate(nbytes, *, stream) -> Buffer`.
+
+`stream` is required: on a device it orders reuse after the work that used the block. A pool is told that a block is free when
+the stream that used it is known to have passed, which no pool below could find out by itself.
 """
 
 from __future__ import annotations
 
 import math
+import re
 import threading
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from .errors import MemoryCapExceeded
+from .errors import MemoryCapExceeded, UsageError
 
 ALIGNMENT = 256  # bytes; what TensorRT asks of activation memory, and a multiple of every cache line
-DEFAULT_CAP = 1 << 30  # bytes of host memory for one synthesizer's slices
+DEFAULT_CAP = 1 << 30  # bytes of host memory for one engine's tensors
 
 
-class Stream:
-    """The order work is done in. The host has one, `HOST_STREAM`, on which everything is done when a call returns."""
+class Stream(Protocol):
+    """The order in which an engine works: what is given to it is done, one after the other, by the time `synchronize()` returns.
 
+    `synchronize()` raises what went wrong since the last one. `close()` waits for the work and raises nothing; twice is harmless.
+    """
 
-HOST_STREAM = Stream()
-
-
-class Buffer(Protocol):
-    """A block of memory: `nbytes` asked for, its address `ptr`; `close()` returns it to its pool (twice is harmless)."""
-
-    nbytes: int
-    ptr: int
+    def synchronize(self) -> None: ...
 
     def close(self) -> None: ...
 
 
-class Pool(Protocol):
-    """Raises `MemoryCapExceeded` when `nbytes` more would pass the cap."""
+class HostStream:
+    """The calling thread itself: work is done when the call returns."""
+
+    def submit(self, work: Callable[[], None]) -> None:
+        work()
+
+    def synchronize(self) -> None:
+        """Nothing is ever left to wait for."""
+
+    def close(self) -> None:
+        """Nothing to give back."""
+
+
+HOST_STREAM = HostStream()
+
+
+class Buffer:
+    """`nbytes` bytes at the address `ptr`; `close()` returns them to where they came from (twice is harmless).
+
+    `array` gives a numpy view where the processor can reach the block, which on a GPU it cannot.
+    """
+
+    def __init__(self, ptr: int, nbytes: int, release: Callable[[], None], block: NDArray[np.uint8] | None = None):
+        self.ptr, self.nbytes = ptr, nbytes
+        self._release: Callable[[], None] | None = release
+        self._block = block
+
+    def array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
+        """A view of the first bytes as `shape` and `dtype`; not to be used after `close()`."""
+        wanted = np.dtype(dtype)
+        assert self._block is not None, "device memory has no view"
+        return self._block[: math.prod(shape) * wanted.itemsize].view(wanted).reshape(shape)
+
+    def close(self) -> None:
+        release, self._release, self._block = self._release, None, None
+        if release is not None:
+            release()
+
+
+class Memory(Protocol):
+    """Whatever hands out buffers. Raises `MemoryCapExceeded` when `nbytes` more would pass a cap or are not there."""
 
     def allocate(self, nbytes: int, *, stream: Stream) -> Buffer: ...
 
 
+class Source(Memory, Protocol):
+    """A system's memory, with blocks that came back kept for reuse. A `Pool` makes every call, one at a time.
+
+    `kind`: for people. `held`: bytes taken from the system, free ones included; `blocks`: how often it was asked for them.
+    `growth(nbytes)`: how many more it might take to serve a request. `trim` gives back what nobody uses. `free`: bytes the
+    system has left, None where that has no meaning. `allocate` raises MemoryError when the system has no more.
+    """
+
+    kind: str
+
+    @property
+    def held(self) -> int: ...
+
+    @property
+    def blocks(self) -> int: ...
+
+    @property
+    def free(self) -> int | None: ...
+
+    def growth(self, nbytes: int) -> int: ...
+
+    def trim(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Bytes handed out now (`in_use`), the most ever (`peak`), and the number of buffers ever (`buffers`)."""
+
+    in_use: int = 0
+    peak: int = 0
+    buffers: int = 0
+
+    def plus(self, nbytes: int) -> Usage:
+        return Usage(self.in_use + nbytes, max(self.peak, self.in_use + nbytes), self.buffers + (nbytes > 0))
+
+
 @dataclass(frozen=True)
 class PoolStats:
-    """Bytes handed out now (`in_use`), the most ever (`peak`), held from the system (`held`), the `cap`, and how often
-    the system was asked (`allocations`: constant in steady state)."""
+    """One pool's accounting, in bytes: handed out now, the most ever, held from the system, the cap; how often the system was
+    asked (`allocations`: constant in steady state); and the same by purpose."""
 
     in_use: int
     peak: int
     held: int
     cap: int
     allocations: int
+    purposes: Mapping[str, Usage] = field(default_factory=dict)
 
 
-class HostBuffer:
-    """Page-aligned-enough host memory with a numpy view. Made by `HostPool.allocate`."""
+class Counted:
+    """The statistics adaptor: hands on to `upstream` and counts what passes."""
 
-    def __init__(self, pool: HostPool, block: NDArray[np.uint8], nbytes: int):
-        self._pool, self._block, self.nbytes = pool, block, nbytes
-        self.ptr = int(block.ctypes.data)
-        self._open = True
-
-    def array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A view of the first bytes as `shape` and `dtype`; not to be used after `close()`."""
-        wanted = np.dtype(dtype)
-        return self._block[: math.prod(shape) * wanted.itemsize].view(wanted).reshape(shape)
-
-    def close(self) -> None:
-        if self._open:
-            self._open = False
-            self._pool._take_back(self._block, self.nbytes)
-
-
-class HostPool:
-    """Host memory by `Pool`'s protocol, at most `cap` bytes held. Safe to use from several threads."""
-
-    def __init__(self, cap: int = DEFAULT_CAP):
-        self._cap = cap
-        self._free: dict[int, list[NDArray[np.uint8]]] = {}
-        self._in_use = self._peak = self._held = self._allocations = 0
+    def __init__(self, upstream: Memory):
+        self._upstream = upstream
         self._lock = threading.Lock()
+        self.usage = Usage()
 
-    def allocate(self, nbytes: int, *, stream: Stream) -> HostBuffer:
-        """A block of at least `nbytes` bytes, aligned to ALIGNMENT; its content is whatever was there."""
+    def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
+        buffer = self._upstream.allocate(nbytes, stream=stream)
+        self._count(buffer.nbytes)
+
+        def release() -> None:
+            buffer.close()
+            self._count(-buffer.nbytes)
+
+        return Buffer(buffer.ptr, nbytes, release, buffer._block)
+
+    def _count(self, nbytes: int) -> None:
+        with self._lock:
+            self.usage = self.usage.plus(nbytes)
+
+
+class Pool:
+    """A `source` of which at most `cap` bytes are ever held. Safe to use from several threads: one call at a time reaches it."""
+
+    def __init__(self, source: Source, cap: int):
+        self._source, self._cap = source, cap
+        self._lock = threading.Lock()
+        self._usage = Usage()
+        self._reserved = 0
+        self._closing = self._closed = False
+        self._active: dict[int, int] = {}
+        self._purposes: dict[str, Counted] = {}
+
+    def purpose(self, name: str) -> Counted:
+        """The part of this pool that `name` uses."""
+        with self._lock:
+            return self._purposes.setdefault(name, Counted(self))
+
+    def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
+        """A block of `nbytes` bytes, at least, aligned to ALIGNMENT; its content is whatever was there."""
         size = max(ALIGNMENT, math.ceil(nbytes / ALIGNMENT) * ALIGNMENT)
         with self._lock:
-            free = self._free.get(size)
-            if free:
-                block = free.pop()
-            else:
-                if self._held + size > self._cap:  # give back what is free in other sizes before refusing
-                    self._held -= sum(s * len(blocks) for s, blocks in self._free.items())
-                    self._free.clear()
-                if self._held + size > self._cap:
-                    raise MemoryCapExceeded(
-                        f"{size} more bytes would pass the pool's cap: {self._in_use} of {self._cap} bytes are in use",
-                        expected=f"at most {self._cap} bytes",
-                        remedy="use a smaller --batch, or raise the cap",
-                    )
-                block = _aligned(size)
-                self._held += size
-                self._allocations += 1
-            self._in_use += size
-            self._peak = max(self._peak, self._in_use)
-        return HostBuffer(self, block, nbytes)
+            if self._held + self._source.growth(size) > self._cap:  # what is free in other sizes goes back before anything is refused
+                self._source.trim()
+            if self._held + self._source.growth(size) > self._cap:
+                raise self.exceeded(size)
+            try:
+                block = self._source.allocate(size, stream=stream)
+            except MemoryError as exc:
+                raise self.exceeded(size, refused=True) from exc
+            self._usage = self._usage.plus(size)
+            self._active[block.ptr] = size
+
+        def release() -> None:
+            with self._lock:
+                self._usage = self._usage.plus(-size)
+                del self._active[block.ptr]
+                block.close()
+                self._end()
+
+        return Buffer(block.ptr, size, release, block._block)
+
+    def reserve(self, nbytes: int, purpose: str) -> Buffer:
+        """Count `nbytes` that a library takes for itself beside the pool: they lessen what the cap leaves. Has no address."""
+        with self._lock:
+            if self._held + nbytes > self._cap:
+                raise self.exceeded(nbytes)
+            self._reserved += nbytes
+            self._usage = self._usage.plus(nbytes)
+
+        def release() -> None:
+            with self._lock:
+                self._reserved -= nbytes
+                self._usage = self._usage.plus(-nbytes)
+            counted._count(-nbytes)
+
+        counted = self.purpose(purpose)
+        counted._count(nbytes)
+        return Buffer(0, nbytes, release)
+
+    def owns(self, ptr: int) -> bool:
+        """Whether a buffer of this pool that is in use begins at `ptr`."""
+        return ptr in self._active
+
+    def exceeded(self, nbytes: int, *, refused: bool = False) -> MemoryCapExceeded:
+        """The error that says that `nbytes` more are too many: past the cap, or `refused` by the system."""
+        source = self._source
+        return MemoryCapExceeded.of(source.kind, nbytes, cap=self._cap, in_use=self._usage.in_use, free=source.free, refused=refused)
 
     @property
     def stats(self) -> PoolStats:
         with self._lock:
-            return PoolStats(self._in_use, self._peak, self._held, self._cap, self._allocations)
+            purposes = {name: counted.usage for name, counted in self._purposes.items()}
+            return PoolStats(self._usage.in_use, self._usage.peak, self._held, self._cap, self._source.blocks, purposes)
 
     def close(self) -> None:
-        """Give back everything that is not in use."""
+        """Give back everything that is not in use; what is, when its buffer is closed, and with the last of them the source."""
         with self._lock:
-            self._held -= sum(size * len(blocks) for size, blocks in self._free.items())
-            self._free.clear()
+            self._source.trim()
+            self._closing = True
+            self._end()
 
-    def _take_back(self, block: NDArray[np.uint8], nbytes: int) -> None:
-        with self._lock:
-            self._in_use -= block.nbytes
-            self._free.setdefault(block.nbytes, []).append(block)
+    def _end(self) -> None:
+        if self._closing and not self._active and not self._closed:
+            self._closed = True
+            self._source.trim()
+            self._source.close()
+
+    @property
+    def _held(self) -> int:
+        return self._source.held + self._reserved
 
 
-def _aligned(size: int) -> NDArray[np.uint8]:
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -int(raw.ctypes.data) % ALIGNMENT
-    return raw[start : start + size]
+class HostMemory:
+    """Memory of this process, page-able. See `Source`."""
+
+    kind = "host memory"
+    free = None
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[NDArray[np.uint8]]] = {}
+        self.held = self.blocks = 0
+
+    def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
+        spare = self._free.get(nbytes)
+        if spare:
+            block = spare.pop()
+        else:
+            raw = np.empty(nbytes + ALIGNMENT, np.uint8)
+            start = -int(raw.ctypes.data) % ALIGNMENT
+            block = raw[start : start + nbytes]
+            self.held += nbytes
+            self.blocks += 1
+        return Buffer(int(block.ctypes.data), nbytes, lambda: self._free.setdefault(nbytes, []).append(block), block)
+
+    def growth(self, nbytes: int) -> int:
+        return 0 if self._free.get(nbytes) else nbytes
+
+    def trim(self) -> None:
+        self.held -= sum(size * len(blocks) for size, blocks in self._free.items())
+        self._free.clear()
+
+    def close(self) -> None:
+        """The system has it back already."""
+
+
+UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def parse_bytes(text: str | int) -> int:
+    """1073741824, "1GiB", "1.5 GB" or "512m": a number of bytes. The units are powers of 1024, as `nvidia-smi` counts."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([bkmgt]?)(?:i?b)?\s*", str(text).lower())
+    nbytes = int(float(match[1]) * UNITS[match[2]]) if match else 0
+    if nbytes <= 0:
+        raise UsageError(f"{text!r} is not an amount of memory", expected='bytes, or "512MiB", "2GiB"', remedy="write a number and a unit")
+    return nbytes

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .contract import Manifest
-from .engines.base import Engine, EngineError
+from .engines.base import Engine, EngineError, EngineOptions
 from .engines.registry import open_engine
-from .errors import UnknownLabels
+from .errors import GeometryError, UnknownLabels
 from .grid import SliceGrid
-from .labels import to_indices
-from .memory import DEFAULT_CAP, HOST_STREAM, HostBuffer, HostPool, PoolStats
+from .labels import LabelMap, to_indices
+from .memory import PoolStats, parse_bytes
 from .randomness import CaseRandom
-from .volume import CTSlab, LabelVolume
+from .slot import Slot
+from .volume import CTSlab, Geometry, LabelVolume
 
 if TYPE_CHECKING:
     from .stream import CaseResult
@@ -26,35 +30,44 @@ DEFAULT_BATCH = 16  # slices in one slab
 
 
 class Synthesizer:
-    """A model opened on an engine. Not safe for concurrent calls: open one per thread or process.
+    """A model opened on an engine. Safe to use from several threads; each volume in work has slots of its own.
 
-    `batch`: slices gathered before they are handed on; it changes memory and speed, never a byte of the result.
-    `cap`: bytes of host memory for slices in flight. Use as a context manager, or call `close()`.
+    `batch`: slices gathered before they are handed on; it changes memory and speed, never a byte of the result. Use as a context
+    manager, or call `close()`.
     """
 
-    def __init__(
-        self,
-        manifest: Manifest,
-        engine: Engine,
-        *,
-        batch: int = DEFAULT_BATCH,
-        cap: int = DEFAULT_CAP,
-        reason: str = "given",
-        file: str = "",
-    ):
+    def __init__(self, manifest: Manifest, engine: Engine, *, batch: int = DEFAULT_BATCH, reason: str = "given", file: str = ""):
         self.manifest = manifest
         self.file = file  # the model file that the engine runs; empty for one without
-        self._engine: Engine | None = engine
+        self._engine, self._closed = engine, False
         self._reason, self._batch = reason, max(1, batch)
-        self._pool = HostPool(cap)
+        self._slots: set[Slot] = set()  # all that are open
+        self._idle: list[Slot] = []  # of these, what no volume uses
+        self._lock = threading.Lock()
 
     @classmethod
-    def open(cls, model: str | Path, *, backend: str = "auto", batch: int = DEFAULT_BATCH, cap: int = DEFAULT_CAP) -> Synthesizer:
-        """Open a model folder. Raises `ModelError`, `UsageError` or `MissingComponent`; see `runtime.engines.registry`."""
+    def open(
+        cls,
+        model: str | Path,
+        *,
+        backend: str = "auto",
+        batch: int | Literal["auto"] = DEFAULT_BATCH,
+        max_memory: int | str | None = None,
+        device: int = 0,
+        workers: int | None = None,
+    ) -> Synthesizer:
+        """Open a model folder. Raises `ModelError`, `UsageError` or `MissingComponent`; see `runtime.engines.registry`.
+
+        `max_memory`: bytes, or "2GiB", that may be held on the GPU (with an engine for the CPU: of host memory, beside the engine's
+        own), by default what the engine needs. `device`: which GPU. `batch="auto"` gives a GPU engine the largest batch that
+        fits, which may round differently from its usual one. `workers`: batches that an engine on the CPU computes at once.
+        """
         folder = Path(model)
         manifest = Manifest.load(folder)
-        engine, reason, file = open_engine(backend, manifest, folder)
-        return cls(manifest, engine, batch=batch, cap=cap, reason=reason, file=file)
+        options = EngineOptions(None if max_memory is None else parse_bytes(max_memory), device, batch == "auto", workers)
+        engine, reason, file = open_engine(backend, manifest, folder, options)
+        slices = max(DEFAULT_BATCH, engine.spec.batch * engine.spec.streams) if batch == "auto" else batch
+        return cls(manifest, engine, batch=slices, reason=reason, file=file)
 
     @property
     def backend(self) -> str:
@@ -62,11 +75,15 @@ class Synthesizer:
         return f"{self._live.name} ({self._reason})"
 
     @property
-    def memory(self) -> PoolStats:
-        """The accounting of the slices' host memory, in bytes."""
-        return self._pool.stats
+    def engine(self) -> str:
+        """Which engine runs: what else than the model decides the bytes of a result."""
+        return self._live.name
 
-    def __call__(self, mask: Any, *, seed: int = 0, variant: int = 0, labels: Mapping[int | None, int] | None = None) -> Any:
+    def memory(self) -> dict[str, PoolStats]:
+        """The accounting by kind of memory ("host", or "device" and "page-locked"), in bytes; readable after `close()` too."""
+        return self._engine.memory()
+
+    def __call__(self, mask: Any, *, seed: int = 0, variant: int = 0, labels: LabelMap | None = None) -> Any:
         """A SimpleITK label image → a SimpleITK image of int16 HU with the same size, spacing, origin and direction.
 
         `labels`: file value → model index (see `runtime.labels.load_map`); default: the model's own values. Raises
@@ -79,6 +96,19 @@ class Synthesizer:
         ct = simpleitk().GetImageFromArray(self.paint(LabelVolume(indices, volume.geometry), seed=seed, variant=variant))
         ct.CopyInformation(mask)
         return ct
+
+    def volume(self, values: NDArray[Any], geometry: Geometry, *, labels: LabelMap | None = None) -> LabelVolume:
+        """A label array of integers (D, H, W) as what `paint`, `slabs` and `runtime.variants.vary` take; nothing is read or written.
+
+        `geometry`: see `Geometry.from_spacing` and `Geometry.from_ras`. `labels` as in `__call__`. Raises `InputError`s.
+        """
+        from .io.nifti import as_integers
+
+        return LabelVolume(to_indices(as_integers(np.asarray(values)), self.manifest.labels, labels), geometry)
+
+    def values(self, volume: LabelVolume) -> NDArray[np.int32]:
+        """The label values of the model's table (D, H, W): what `volume` was given."""
+        return np.array([label.value for label in self.manifest.labels.labels], np.int32)[volume.labels]
 
     def paint(self, volume: LabelVolume, *, seed: int = 0, variant: int = 0) -> NDArray[np.int16]:
         """The whole CT as one array: int16 HU (D, H, W)."""
@@ -100,20 +130,73 @@ class Synthesizer:
         grid = self.grid(volume)
         random = CaseRandom(seed, volume.digest, variant)
         plane = [n for axis, n in enumerate(volume.labels.shape) if axis != grid.axis]
-        with _Slot(self._live, self._pool, grid.size) as slot:
-            slot.set_style(random)
-            for start in range(0, grid.count, self._batch):
-                hu = np.empty((min(self._batch, grid.count - start), *plane), np.int16)
-                for first in range(0, len(hu), slot.batch):
-                    ks = range(start + first, start + min(first + slot.batch, len(hu)))
-                    for n, ct in enumerate(slot.run(grid, volume.labels, random, ks)):
-                        hu[first + n] = grid.back(ct, self.manifest.intensity.low)
-                yield CTSlab(np.moveaxis(hu, 0, grid.axis), grid.axis, start)
+        start, hu = 0, np.empty((min(self._batch, grid.count), *plane), np.int16)
+        with closing(self._painted(grid, volume.labels, random)) as painted:
+            for slot, ks in painted:
+                for k in ks:
+                    slot.fetch(grid, k, hu[k - start], self.manifest.intensity.low)
+                    if k + 1 == start + len(hu):
+                        yield CTSlab(np.moveaxis(hu, 0, grid.axis), grid.axis, start)
+                        start += len(hu)
+                        hu = np.empty((min(self._batch, grid.count - start), *plane), np.int16)
+
+    def _painted(self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom) -> Generator[tuple[Slot, range]]:
+        """Each group of slices with the slot that holds it, in order; the engine works on the next ones meanwhile."""
+        batch = self._engine.spec.batch
+        slots = self._borrow(grid.size)
+        free, busy = deque(slots), deque[tuple[Slot, range]]()
+        try:
+            for k in range(0, grid.count, batch):
+                if not free:
+                    yield busy[0]
+                    free.append(busy.popleft()[0])
+                slot, ks = free.popleft(), range(k, min(k + batch, grid.count))
+                slot.start(grid, labels, random, ks)
+                busy.append((slot, ks))
+            yield from busy
+        except BaseException:  # given up half-way too: what the engine still works on goes with its slots
+            self._drop(slots)
+            raise
+        with self._lock:
+            self._idle += [slot for slot in slots if slot in self._slots]
+
+    def _borrow(self, size: tuple[int, int]) -> list[Slot]:
+        """Slots for a canvas of `size`: idle ones, then new ones; idle ones of another size make room first."""
+        with self._lock:
+            engine = self._live
+            for slot in self._idle:
+                if slot.size != size:
+                    slot.close()
+                    self._slots.discard(slot)
+            fitting = [slot for slot in self._idle if slot.size == size]
+            slots, self._idle = fitting[: engine.spec.streams], fitting[engine.spec.streams :]
+            try:
+                while len(slots) < engine.spec.streams:
+                    slots.append(Slot(engine, size))
+            except BaseException:
+                for slot in slots:
+                    slot.close()
+                raise
+            self._slots.update(slots)
+            return slots
+
+    def _drop(self, slots: Iterable[Slot]) -> None:
+        with self._lock:
+            for slot in slots:
+                slot.close()
+                self._slots.discard(slot)
 
     def grid(self, volume: LabelVolume) -> SliceGrid:
-        """How the slices of `volume` lie on the model's canvas."""
+        """How the slices of `volume` lie on the model's canvas. Raises `GeometryError` where they need a larger one than the engine takes."""
         depth, height, width = volume.labels.shape
-        return SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels)
+        grid, largest = SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels), self._engine.spec.largest
+        if largest is not None and (grid.size[0] > largest[0] or grid.size[1] > largest[1]):
+            raise GeometryError(
+                f"its labels need a canvas of {grid.size[0]} x {grid.size[1]} pixels",
+                expected=f"at most {largest[0]} x {largest[1]}, for which {self._engine.name} was made",
+                remedy="check the mask for stray voxels far off, or use --backend onnx, which takes any size",
+            )
+        return grid
 
     def stream(self, masks: str | Path | Iterable[str | Path], output: str | Path, **options: Any) -> Iterator[CaseResult]:
         """Synthesize files and folders into the folder `output`: see `runtime.stream.synthesize`, whose options these are."""
@@ -124,11 +207,16 @@ class Synthesizer:
         return synthesize(self, cases, Path(output), **options)
 
     def close(self) -> None:
-        """Close the engine and give the memory back; twice is harmless."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-            self._pool.close()
+        """Close the engine and give the memory back, also of volumes in work, whose next slab raises; twice is harmless."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            for slot in self._slots:
+                slot.close()
+            self._slots.clear()
+            self._idle.clear()
+        self._engine.close()
 
     def __enter__(self) -> Synthesizer:
         return self
@@ -138,55 +226,6 @@ class Synthesizer:
 
     @property
     def _live(self) -> Engine:
-        if self._engine is None:
+        if self._closed:
             raise EngineError("the synthesizer is closed", expected="an open one", remedy="open the model again")
         return self._engine
-
-
-class _Slot:
-    """The pooled tensors of one engine call, N = the engine's own batch, kept for a whole volume."""
-
-    def __init__(self, engine: Engine, pool: HostPool, size: tuple[int, int]):
-        self._engine, self.batch = engine, engine.spec.batch
-        self._buffers: list[HostBuffer] = []
-        names = {"N": self.batch, "H": size[0], "W": size[1]}
-        try:
-            tensors = {
-                t.name: self._allocate(pool, [names.get(str(d), d) for d in t.shape], t.dtype)
-                for t in (*engine.spec.inputs, engine.spec.output)
-            }
-        except BaseException:
-            self.close()
-            raise
-        self._out = tensors.pop(engine.spec.output.name)
-        self._inputs = tensors
-
-    def _allocate(self, pool: HostPool, shape: list[Any], dtype: str) -> NDArray[Any]:
-        buffer = pool.allocate(int(np.prod(shape)) * np.dtype(dtype).itemsize, stream=HOST_STREAM)
-        self._buffers.append(buffer)
-        array = buffer.array(tuple(shape), dtype)
-        array[...] = 0  # what pads the last batch
-        return array
-
-    def set_style(self, random: CaseRandom) -> None:
-        if "style" in self._inputs:
-            self._inputs["style"][...] = random.style(self._inputs["style"].shape[1])
-
-    def run(self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom, ks: range) -> NDArray[np.int16]:
-        """Paint the slices `ks` (at most `batch`): a view (n, H, W) of int16 HU, valid until the next call."""
-        for n, k in enumerate(ks):
-            self._inputs["labels"][n] = grid.labels(labels, k)
-            if "noise" in self._inputs:
-                self._inputs["noise"][n] = random.noise(k, grid.size)
-        self._engine.run(self._inputs, self._out, stream=HOST_STREAM)
-        return self._out.view("<i2")[: len(ks), :, :, 0]
-
-    def close(self) -> None:
-        for buffer in self._buffers:
-            buffer.close()
-
-    def __enter__(self) -> _Slot:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -57,6 +57,17 @@ class Geometry:
         affine[:3, 3] = origin
         return cls(affine)
 
+    @classmethod
+    def from_ras(cls, affine: Any) -> Geometry:
+        """From the 4x4 affine of nibabel, MONAI or TorchIO, which is RAS+, in mm, for indices (i, j, k)."""
+        return cls(np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(affine, float))
+
+    @classmethod
+    def from_spacing(cls, spacing: Any) -> Geometry:
+        """From the spacing (x, y, z) in mm alone, of an array whose slices run from the feet to the head, rows from front to back and
+        columns from the patient's right to the left, as axial CT is stored and shown."""
+        return cls(np.diag([*np.asarray(spacing, float), 1.0]))
+
     @cached_property
     def spacing(self) -> tuple[float, float, float]:
         """Distance of neighbouring voxels in mm along i, j, k."""
@@ -82,19 +93,6 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Volume:
-    """What a reader returns: the file's `values` (D, H, W) in its own dtype, and where they lie.
-
-    `nifti_header`: the 348 header bytes of a little-endian NIfTI-1 source, so that a NIfTI result can carry its grid bit
-    for bit; else None.
-    """
-
-    values: NDArray[Any]
-    geometry: Geometry
-    nifti_header: bytes | None = None
-
-
-@dataclass(frozen=True)
 class DicomSource:
     """The DICOM instances a mask was read from. All of this identifies a patient: it reaches an output only in attached mode.
 
@@ -108,16 +106,60 @@ class DicomSource:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """One structure as a file tells of it. `number`: what stands for it in the file (label value, segment or ROI number);
+    `name`: its label there; `code`: of its property type, with the coding scheme ("SCT:80891009"). Both may be empty.
+    """
+
+    number: int
+    name: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What a reader returns: the file's `values` (D, H, W) in its own dtype, and where they lie.
+
+    `nifti_header`: the 348 header bytes of a little-endian NIfTI-1 source, so that a NIfTI result can carry its grid bit
+    for bit; else None. `segments`: what the file says its values mean, if it does. `notes`: what a person should be told.
+    """
+
+    values: NDArray[Any]
+    geometry: Geometry
+    nifti_header: bytes | None = None
+    segments: tuple[Segment, ...] = ()
+    dicom: DicomSource | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a reader returns of a mask whose segments may overlap: one piece at a time, on a grid of `shape` (D, H, W).
+
+    `pieces()` yields (segment number, slice k, bool (H, W) of its pixels there), slices in any order; a piece may be missing, not twice.
+    """
+
+    segments: tuple[Segment, ...]
+    shape: tuple[int, int, int]
+    geometry: Geometry
+    pieces: Callable[[], Iterator[tuple[int, int, NDArray[np.bool_]]]]
+    dicom: DicomSource | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class LabelVolume:
     """`labels` uint8 (D, H, W) in the model's own indices 0..K, and where they lie.
 
     `nifti_header`, `dicom`: what a writer of the source's own format may take over; see `Volume` and `DicomSource`.
+    `notes`: what a person should be told of how it was read.
     """
 
     labels: NDArray[np.uint8]
     geometry: Geometry
     nifti_header: bytes | None = field(default=None, compare=False)
     dicom: DicomSource | None = field(default=None, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if self.labels.ndim != 3 or self.labels.dtype != np.uint8 or 0 in self.labels.shape:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+from runtime.__main__ import main
+from runtime.console import run
 from runtime.contract import Manifest
 from runtime.files import write_json
+from runtime.journal import JOURNAL
 from runtime.volume import Geometry
 
 MM_WHS_VALUES = (0, 205, 420, 500, 550, 600, 820, 850)
@@ -87,3 +92,15 @@ def write_slices(folder: Path, patients: int, *, side: int = 64, hu: bool = Fals
         for name, plane in (("whs_img", values), ("whs_img_gt", labels)):
             sitk.WriteImage(sitk.GetImageFromArray(plane), str(patient / f"{patient.name}_{name}.dcm"))
     return folder
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """What a run left in its output folder, by path, without its journal."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != JOURNAL)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def mask2ct(arguments: list[str]) -> NoReturn:
+    """The command, for a process of its own: in a terminal's place, for who runs in the background has Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(run(main, arguments))

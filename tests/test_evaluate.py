@@ -12,6 +12,7 @@ from samples import image
 
 from train.evaluate import body, body_mask, ceiling, diversity, evaluate, organ, table, texture
 from train.metrics import scales_of, similarity, steps_along_z, wasserstein
+from train.validation import neighbours
 
 
 def thorax(shape: tuple[int, int, int] = (3, 64, 64)) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +99,7 @@ def test_an_organs_border_does_not_count_as_texture() -> None:
 def test_the_table_is_for_people() -> None:
     ct, mask = thorax()
     text = table(evaluate([ct], [ct + 1], [mask], ["heart", "aorta"]))
-    assert "heart" in text and "(absent)" in text and "ratio" in text
+    assert "heart" in text and "absent, or almost: aorta" in text and "ratio" in text
 
 
 def test_folders_are_compared_from_the_command_line(tmp_path: Path, command) -> None:
@@ -142,6 +143,37 @@ def test_slices_that_flicker_are_told_from_slices_that_agree() -> None:
     inside = np.zeros((2, 2, 2), bool)
     inside[:, 0, 0] = True
     assert steps_along_z(np.arange(8).reshape(2, 2, 2), inside).tolist() == [4]
+
+
+def test_only_slices_that_follow_each_other_in_the_volume_are_compared() -> None:
+    ct, mask = thorax((4, 64, 64))
+    ct[2:] += 300  # other anatomy, far from slice 1
+    painted = ct.copy()
+    painted[3] += 20
+    place = np.array([4, 5, 20, 21])
+    result = evaluate([painted], [ct], [mask], ["heart"], [place])
+    assert result["body"]["z_difference"] == 10 and result["organs"]["heart"]["z_difference"] == 10  # steps 0 and 20, for 0 and 0
+    painted[2:] -= 300  # between slices 1 and 2 there is nothing to compare
+    assert evaluate([painted], [ct], [mask], ["heart"], [place])["body"]["z_difference"] == 10
+    assert evaluate([painted], [ct], [mask], ["heart"])["body"]["z_difference"] > 50
+
+
+def test_an_organs_steps_are_its_own() -> None:
+    ct, mask = thorax((4, 64, 64))
+    painted = ct.copy()
+    painted[1::2][mask[1::2] == 1] += 40
+    result = evaluate([painted], [ct], [mask], ["heart"])
+    assert result["organs"]["heart"]["z_difference"] == 40 and result["body"]["z_difference"] < 20
+    assert ceiling([painted], [mask], [ct], [mask], ["heart"])["organs"]["heart"]["z_difference"] == 40
+
+
+@pytest.mark.parametrize(("total", "count"), [(48, 24), (48, 47), (30, 2), (9, 5), (7, 6), (5, 4), (100, 98)])
+def test_validation_takes_pairs_of_neighbours_spread_over_the_volume(total: int, count: int) -> None:
+    chosen = neighbours(total, count)
+    assert len(chosen) == count // 2 * 2 and (np.diff(chosen) > 0).all() and chosen[0] >= 0 and chosen[-1] < total
+    assert (chosen[1::2] - chosen[::2] == 1).all()
+    assert np.diff(chosen[::2]).max(initial=0) <= np.ceil(2 * total / count) + 1
+    assert neighbours(total, total).tolist() == list(range(total)) and neighbours(total, 1).tolist() == [total // 2]
 
 
 def test_ms_ssim_takes_the_scales_that_the_slices_allow() -> None:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+
 import numpy as np
 import pytest
 
 from runtime import Synthesizer
+from runtime.engines.base import EngineOptions
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.errors import MemoryCapExceeded
-from runtime.memory import ALIGNMENT, HOST_STREAM, HostPool
+from runtime.errors import MemoryCapExceeded, UsageError
+from runtime.memory import ALIGNMENT, HOST_STREAM, HostMemory, Pool, parse_bytes
 from runtime.volume import Geometry, LabelVolume
 
 
+def pool_of(cap: int) -> Pool:
+    return Pool(HostMemory(), cap)
+
+
 def test_every_byte_is_counted() -> None:
-    pool = HostPool(cap=4096)
+    pool = pool_of(4096)
     a = pool.allocate(1, stream=HOST_STREAM)
     b = pool.allocate(257, stream=HOST_STREAM)
     assert (pool.stats.in_use, pool.stats.held, pool.stats.allocations) == (256 + 512, 256 + 512, 2)
@@ -26,7 +34,7 @@ def test_every_byte_is_counted() -> None:
 
 
 def test_blocks_are_aligned_and_reused() -> None:
-    pool = HostPool(cap=1 << 20)
+    pool = pool_of(1 << 20)
     first = pool.allocate(1000, stream=HOST_STREAM)
     assert first.ptr % ALIGNMENT == 0
     address = first.ptr
@@ -36,14 +44,14 @@ def test_blocks_are_aligned_and_reused() -> None:
 
 
 def test_the_view_is_the_block() -> None:
-    block = HostPool(cap=1 << 20).allocate(24, stream=HOST_STREAM)
+    block = pool_of(1 << 20).allocate(24, stream=HOST_STREAM)
     view = block.array((2, 3), np.float32)
     view[...] = 7
     assert view.ctypes.data == block.ptr and view.shape == (2, 3) and block.array((24,), np.uint8)[:4].view(np.float32)[0] == 7
 
 
 def test_the_cap_holds_and_the_error_is_a_memory_error_with_the_numbers() -> None:
-    pool = HostPool(cap=1024)
+    pool = pool_of(1024)
     kept = pool.allocate(512, stream=HOST_STREAM)
     with pytest.raises(MemoryCapExceeded, match="1024 more bytes would pass the pool's cap: 512 of 1024 bytes are in use") as caught:
         pool.allocate(1024, stream=HOST_STREAM)
@@ -53,18 +61,79 @@ def test_the_cap_holds_and_the_error_is_a_memory_error_with_the_numbers() -> Non
     assert pool.stats.held == 1024
 
 
-def volume(depth: int) -> LabelVolume:
-    return LabelVolume(np.ones((depth, 64, 64), np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
+def test_purposes_are_counted_on_top_of_the_pool_and_reserved_bytes_lessen_the_cap() -> None:
+    pool = pool_of(4096)
+    labels = [pool.purpose("labels").allocate(256, stream=HOST_STREAM) for _ in range(2)]
+    weights = pool.reserve(2000, "weights")
+    labels[0].close()
+    stats = pool.stats
+    assert {name: (u.in_use, u.peak, u.buffers) for name, u in stats.purposes.items()} == {
+        "labels": (256, 512, 2), "weights": (2000, 2000, 1),
+    }  # fmt: skip
+    assert (stats.in_use, stats.held, stats.peak) == (2256, 2512, 2512)
+    with pytest.raises(MemoryCapExceeded):
+        pool.allocate(4096 - 2000, stream=HOST_STREAM)
+    for buffer in (*labels, weights):
+        buffer.close()
+    assert pool.stats.in_use == 0 and all(u.in_use == 0 for u in pool.stats.purposes.values())
+
+
+def test_one_pool_serves_several_threads() -> None:
+    pool = pool_of(1 << 20)
+
+    def use(seed: int) -> bool:
+        for n in range(200):
+            with closing(pool.purpose("x").allocate(256 * (1 + (seed + n) % 5), stream=HOST_STREAM)) as block:
+                view = block.array((256,), np.uint8)
+                view[...] = seed
+                if not (view == seed).all():
+                    return False
+        return True
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(use, range(8)))
+    assert pool.stats.in_use == 0 and pool.stats.purposes["x"].buffers == 1600
+
+
+@pytest.mark.parametrize(
+    ("text", "nbytes"), [("2GiB", 2 << 30), ("512 mib", 512 << 20), ("1.5g", 3 << 29), (4096, 4096), ("100", 100), ("64KB", 65536)]
+)
+def test_amounts_are_read_as_people_write_them(text: str | int, nbytes: int) -> None:
+    assert parse_bytes(text) == nbytes
+
+
+@pytest.mark.parametrize("text", ["", "much", "-1", "0", "1 PiB", "0.2 b", "1e9", "GiB"])
+def test_other_amounts_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is not an amount of memory"):
+        parse_bytes(text)
+
+
+def volume(depth: int, side: int = 64) -> LabelVolume:
+    return LabelVolume(np.ones((depth, side, side), np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
 
 
 def test_steady_state_allocates_nothing_and_everything_comes_back() -> None:
     manifest = fake_manifest()
     with Synthesizer(manifest, FakeEngine(manifest)) as synth:
         synth.paint(volume(4))
-        before = synth.memory.allocations
+        before = synth.memory()["host"]
         for _ in range(3):
             synth.paint(volume(40))
-        assert synth.memory.allocations == before and synth.memory.in_use == 0
+        assert synth.memory()["host"] == before and set(before.purposes) == {"labels", "noise", "ct"}
+    after = synth.memory()["host"]
+    assert after.in_use == after.held == 0 and all(u.in_use == 0 for u in after.purposes.values())
+
+
+def test_another_canvas_takes_the_memory_of_the_last_one() -> None:
+    """Labels past the canvas make it grow; both together would pass the cap."""
+    manifest = fake_manifest()
+    small, large = volume(4, 32), volume(4, 64)
+    engine = FakeEngine(manifest, options=EngineOptions(max_memory=2 * 2 * 4 * 96 * 96))
+    with Synthesizer(manifest, engine) as synth:
+        assert synth.grid(large).size != synth.grid(small).size
+        for _ in range(2):
+            synth.paint(small)
+            synth.paint(large)
 
 
 def test_an_abandoned_stream_gives_its_memory_back() -> None:
@@ -72,12 +141,14 @@ def test_an_abandoned_stream_gives_its_memory_back() -> None:
     with Synthesizer(manifest, FakeEngine(manifest), batch=2) as synth:
         slabs = synth.slabs(volume(40))
         next(slabs)
-        assert synth.memory.in_use > 0
+        assert synth.memory()["host"].in_use > 0
         slabs.close()
-        assert synth.memory.in_use == 0
+        assert synth.memory()["host"].in_use == 0
 
 
-def test_a_canvas_past_the_cap_is_refused() -> None:
+def test_a_canvas_past_the_cap_is_refused_and_nothing_stays_taken() -> None:
     manifest = fake_manifest()
-    with Synthesizer(manifest, FakeEngine(manifest), cap=1000) as synth, pytest.raises(MemoryCapExceeded):
-        synth.paint(volume(4))
+    with Synthesizer(manifest, FakeEngine(manifest, options=EngineOptions(max_memory=10000))) as synth:
+        with pytest.raises(MemoryCapExceeded, match="10000 bytes are in use"):
+            synth.paint(volume(4))
+        assert synth.memory()["host"].in_use == 0

@@ -22,6 +22,7 @@ AT_ONCE = 8  # slices
 LEAST_VOXELS = 50  # a region with fewer has no median
 
 Volumes = Sequence[NDArray[Any]]
+Places = Sequence[NDArray[np.intp]]  # of each case, (D,): the number of each slice in its volume
 
 
 def wasserstein(a: NDArray[Any], b: NDArray[Any]) -> float:
@@ -32,11 +33,28 @@ def wasserstein(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(wasserstein_distance(x, y, u, v))
 
 
-def steps_along_z(volume: NDArray[Any], inside: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """|I(z+1) - I(z)| of all voxels that are inside in both slices, in HU: their distribution tells slices that do not agree."""
+def steps_along_z(volume: NDArray[Any], inside: NDArray[np.bool_], place: NDArray[np.intp] | None = None) -> NDArray[np.int32]:
+    """|I(z+1) - I(z)| of all voxels that are inside in both slices, in HU: their distribution tells slices that do not agree.
+
+    `place` (D,): the number of each slice in its volume. Only slices that follow each other there are compared; None: all do.
+    """
     both = inside[1:] & inside[:-1]
+    if place is not None:
+        both &= (np.diff(place) == 1)[:, None, None]
     steps: NDArray[np.int32] = np.abs(np.diff(volume.astype(np.int32), axis=0))[both]
     return steps
+
+
+def z_difference(volumes: Sequence[Volumes], insides: Sequence[Volumes], places: Sequence[Places | None] = (None, None)) -> float:
+    """Wasserstein-1 distance in HU between the distributions of |I(z+1) - I(z)| of two groups of volumes, all voxels pooled.
+
+    Grain counts: white noise on every slice makes steps too large, slices that share too much make them too small.
+    """
+    steps = [
+        np.concatenate([steps_along_z(*case) for case in zip(group, inside, place or [None] * len(group), strict=True)])
+        for group, inside, place in zip(volumes, insides, places, strict=True)
+    ]
+    return wasserstein(*steps)
 
 
 def similarity(a: Volumes, b: Volumes) -> dict[str, float]:
@@ -106,22 +124,18 @@ def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArra
 
 
 def ceiling(
-    one: Volumes, one_masks: Volumes, other: Volumes, other_masks: Volumes, insides: Sequence[Volumes], names: Sequence[str]
-) -> Any:
+    one: Volumes, one_masks: Volumes, other: Volumes, other_masks: Volumes, insides: Sequence[Volumes], names: Sequence[str],
+    places: Sequence[Places | None] = (None, None),
+) -> Any:  # fmt: skip
     """What two groups of real patients have between them: the distances no painting can be expected to beat.
 
-    `insides`: the body of each case, of the two groups. {"organs": {name: {"wasserstein"}}, "body": {"z_difference"}}.
+    `insides`: the body of each case, of the two groups. `places`: the slices' numbers in their volumes, where slices are left out.
+    {"organs": {name: {"wasserstein", "z_difference"}}, "body": {"z_difference"}}.
     """
-
-    def pooled(volumes: Volumes, masks: Volumes, index: int) -> NDArray[Any]:
-        return np.concatenate([v[m == index] for v, m in zip(volumes, masks, strict=True)])
-
-    organs = {
-        name: {"wasserstein": wasserstein(pooled(one, one_masks, index), pooled(other, other_masks, index))}
-        for index, name in enumerate(names, 1)
-    }
-    steps = [
-        np.concatenate([steps_along_z(v, i) for v, i in zip(volumes, inside, strict=True)])
-        for volumes, inside in zip((one, other), insides, strict=True)
-    ]
-    return {"organs": organs, "body": {"z_difference": wasserstein(*steps)}}
+    groups = (one, other)
+    organs = {}
+    for index, name in enumerate(names, 1):
+        regions = [[mask == index for mask in masks] for masks in (one_masks, other_masks)]
+        pooled = (np.concatenate([v[m] for v, m in zip(*group, strict=True)]) for group in zip(groups, regions, strict=True))
+        organs[name] = {"wasserstein": wasserstein(*pooled), "z_difference": z_difference(groups, regions, places)}
+    return {"organs": organs, "body": {"z_difference": z_difference(groups, insides, places)}}

@@ -7,36 +7,30 @@ from numpy.typing import NDArray
 
 from ..contract import GridPolicy, Intensity, LabelTable, Manifest
 from ..labels import MM_WHS
-from ..memory import Stream
-from .base import EngineSpec, Inputs, check_call, closed
+from .base import EngineOptions, EngineSpec, Inputs
+from .host import HostEngine
 
 NOISE_STEP = 8  # noise bytes for one HU
 
 
-class FakeEngine:
+class FakeEngine(HostEngine):
     """Paints label index n of K as low + n (high - low) / K, plus (noise - 128) / 8 HU when the model takes noise."""
 
     name = "fake (no network: one value per label)"
 
-    def __init__(self, manifest: Manifest, batch: int = 2):
-        self.spec = EngineSpec(manifest.inputs, manifest.output, batch)
+    def __init__(self, manifest: Manifest, batch: int = 2, options: EngineOptions | None = None):
+        super().__init__(options)
+        self.spec = EngineSpec(manifest.inputs, manifest.output, batch, streams=self.workers + 1)
         low, high, count = manifest.intensity.low, manifest.intensity.high, len(manifest.labels)
         self._limits = (low, high)
         self._values = np.rint(np.linspace(low, high, count)).astype(np.int32)
-        self._open = True
 
-    def run(self, inputs: Inputs, out: NDArray[np.uint8], *, stream: Stream) -> None:
-        if not self._open:
-            raise closed(self.name)
-        check_call(self.spec, inputs, out)
+    def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
         labels = inputs["labels"]
         hu = self._values[np.minimum(labels[:, labels.shape[1] // 2], len(self._values) - 1)]
         if "noise" in inputs:
             hu = hu + (inputs["noise"].astype(np.int32) - 128) // NOISE_STEP
         out.view("<i2")[..., 0] = np.clip(hu, *self._limits)
-
-    def close(self) -> None:
-        self._open = False
 
 
 def fake_manifest(

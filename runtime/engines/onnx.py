@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..contract import Manifest
+from ..contract import METADATA, Manifest
 from ..errors import MissingComponent, ModelError
-from ..memory import Stream
-from .base import EngineSpec, Inputs, check_call, closed
+from .base import EngineOptions, EngineSpec, Inputs, check_graph, closed, cores
+from .host import HostEngine
 
 # One slice a run: on two cores a batch of 8 gained 9 to 13 % for the widest network and lost for a light one, and one
 # slice at a time needs the least memory and pads nothing.
@@ -32,40 +31,38 @@ def onnxruntime() -> Any:
     return onnxruntime
 
 
-class OnnxEngine:
-    """`path` run by ONNX Runtime's CPU provider on `threads` threads (default: the cores this process may use)."""
+class OnnxEngine(HostEngine):
+    """`path` run by ONNX Runtime's CPU provider, each batch on `threads` threads (default: the workers share the cores)."""
 
-    def __init__(self, path: Path, manifest: Manifest, *, threads: int | None = None):
+    def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None, *, threads: int | None = None):
+        super().__init__(options)
         ort = onnxruntime()
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or len(
-            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        )
-        options.log_severity_level = 3
+        settings = ort.SessionOptions()
+        settings.intra_op_num_threads = threads or max(1, cores() // self.workers)
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # who waits leaves the core to the other stages
+        settings.log_severity_level = 3
         try:
-            self._session: Any = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session: Any = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
         except Exception as exc:  # ONNX Runtime raises classes of its own that share no base but Exception
             raise ModelError(f"{path.name} is not a graph ONNX Runtime loads: {str(exc).splitlines()[0][:200]}", expected="an ONNX graph as export writes it",
                              remedy="export the run again", file=path) from exc  # fmt: skip
-        stated, found = {t.name: t.dtype for t in manifest.inputs}, {i.name: _DTYPES.get(i.type) for i in self._session.get_inputs()}
-        if stated != found:
-            raise ModelError(
-                f"{path.name} takes {found}", expected=f"the manifest's inputs {stated}", remedy="export the run again", file=path
-            )
-        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH)
-        self.name = f"onnxruntime {ort.__version__} on CPU, {options.intra_op_num_threads} threads, {path.name}"
+        inputs = {i.name: _DTYPES.get(i.type) for i in self._session.get_inputs()}
+        check_graph(manifest, inputs, self._session.get_modelmeta().custom_metadata_map.get(METADATA), path)
+        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.workers + 1)
+        self.name = f"onnxruntime {ort.__version__} on CPU, {path.name}"
 
-    def run(self, inputs: Inputs, out: NDArray[np.uint8], *, stream: Stream) -> None:
-        if self._session is None:
+    def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
+        session = self._session
+        if session is None:
             raise closed(self.name)
-        check_call(self.spec, inputs, out)
-        binding = self._session.io_binding()
+        binding = session.io_binding()
         for name, array in inputs.items():
             binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         binding.bind_output(self.spec.output.name, "cpu", 0, np.uint8, out.shape, out.ctypes.data)
-        self._session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding)
 
     def close(self) -> None:
+        super().close()
         self._session = None
 
 

@@ -11,13 +11,15 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from ..errors import GeometryError, UnreadableVolume, reading
+from ..volume import Segment
 
 MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")  # what every header written says of itself, within its first bytes
 MARKS_WITHIN = 8192
@@ -56,10 +58,25 @@ def is_synthetic(path: Path) -> bool:
     return all(mark.encode() in head for mark in MARKS)
 
 
-def check_header(path: Path) -> bytes | None:
+@dataclass(frozen=True)
+class Header:
+    """What a checked header says besides the grid.
+
+    `nifti`: the header of a NIfTI-1 file as 348 little-endian bytes, None for other formats. `oriented`: whether it states how
+    the axes lie in the patient. `segments`: of a Slicer .seg.nrrd, each with the layer that it lies in (`layers` of them; 1 for any
+    other volume).
+    """
+
+    nifti: bytes | None = None
+    oriented: bool = True
+    segments: tuple[tuple[Segment, int], ...] = ()
+    layers: int = 1
+
+
+def check_header(path: Path, *, voxels: bool = True) -> Header:
     """Refuse (`UnreadableVolume`, `GeometryError`) a file that is not one 3-D scalar volume with its voxels present.
 
-    Returns the header of a NIfTI-1 file as 348 little-endian bytes, None for other formats.
+    A layered .seg.nrrd passes, too. Without `voxels` those of a NIfTI are not counted: for looking at a header alone.
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
@@ -77,11 +94,10 @@ def check_header(path: Path) -> bytes | None:
                 raise _bad(path, "is not gzip-compressed though it is named .gz")
             handle.seek(0)
             with gzip.open(handle) as content:
-                return _nifti(path, content)  # type: ignore[arg-type]
+                return _nifti(path, content, voxels)  # type: ignore[arg-type]
         if name.endswith(".nii"):
-            return _nifti(path, handle)
-        (_nrrd if name.endswith((".nrrd", ".nhdr")) else _meta)(path, handle)
-        return None
+            return _nifti(path, handle, voxels)
+        return (_nrrd if name.endswith((".nrrd", ".nhdr")) else _meta)(path, handle)
 
 
 def _bad(path: Path, fact: str, remedy: str = "check the file, or write it again") -> UnreadableVolume:
@@ -101,7 +117,7 @@ def _check_shape(path: Path, shape: Sequence[int]) -> None:
         raise _bad(path, f"has {max(shape)} voxels along one axis", f"cut it: NIfTI-1, which is written, holds {MAX_EXTENT}")
 
 
-def _nifti(path: Path, content: BinaryIO) -> bytes | None:
+def _nifti(path: Path, content: BinaryIO, voxels: bool) -> Header:
     head = content.read(348)
     if len(head) < 348:
         raise _bad(path, f"ends after {len(head)} bytes, inside its header")
@@ -110,6 +126,7 @@ def _nifti(path: Path, content: BinaryIO) -> bytes | None:
         raise _bad(path, "is not a NIfTI file (its first number is neither 348 nor 540)")
     if struct.unpack_from(order + "i", head)[0] == 348:
         header, first = struct.pack("<" + NIFTI_1, *struct.unpack(order + NIFTI_1, head)), 348
+        codes = struct.unpack_from("<2h", header, 252)  # qform_code, sform_code
         magic, dim = head[344:348], struct.unpack_from(order + "8h", head, 40)
         (datatype,), (offset,) = struct.unpack_from(order + "h", head, 70), struct.unpack_from(order + "f", head, 108)
         spacing = struct.unpack_from(order + "3f", head, 80)
@@ -120,6 +137,7 @@ def _nifti(path: Path, content: BinaryIO) -> bytes | None:
         if len(head) < 540:
             raise _bad(path, f"ends after {len(head)} bytes, inside its header")
         header, first = None, 540
+        codes = struct.unpack_from(order + "2i", head, 344)
         dim, spacing = struct.unpack_from(order + "8q", head, 16), struct.unpack_from(order + "3d", head, 112)
         (datatype,), (offset,) = struct.unpack_from(order + "h", head, 12), struct.unpack_from(order + "q", head, 168)
     if not 1 <= dim[0] <= 7:
@@ -132,12 +150,14 @@ def _nifti(path: Path, content: BinaryIO) -> bytes | None:
                             remedy="write the true spacing into the header", file=path)  # fmt: skip
     if not math.isfinite(offset) or not first <= offset < 1 << 31:
         raise _bad(path, f"puts its voxels at byte {offset}")
+    if not voxels:
+        return Header(header, any(codes))
     need = int(offset) - first + math.prod(dim[1 : dim[0] + 1]) * _BYTES[datatype]
     content.read(int(offset) - first)
     have = int(offset) - first + _count(path, content, need, _FLOATS.get(datatype, ""), order)
     if have < need:
         raise _bad(path, f"is truncated: {have} of {need} bytes are there behind its header", "copy or download it again")
-    return header
+    return Header(header, any(codes))
 
 
 def _count(path: Path, content: BinaryIO, need: int, floats: str, order: str) -> int:
@@ -175,21 +195,25 @@ def _text_header(path: Path, handle: BinaryIO, separator: str, end: str) -> dict
     raise _bad(path, "has a header without an end")
 
 
-def _numbers(path: Path, fields: dict[str, str], key: str) -> list[int]:
+def _numbers(path: Path, fields: Mapping[str, str], key: str) -> list[int]:
     try:
-        return [int(n) for n in fields[key].split()]
+        return [int(n) for n in fields[key].split()][:16] or [int("")]
     except (KeyError, ValueError) as exc:
         raise _bad(path, f"has no readable '{key}' in its header") from exc
 
 
-def _nrrd(path: Path, handle: BinaryIO) -> None:
+def _nrrd(path: Path, handle: BinaryIO) -> Header:
     if not handle.readline(64).startswith(b"NRRD"):
         raise _bad(path, "is not an NRRD file")
     fields = _text_header(path, handle, ":", "")
     shape = _numbers(path, fields, "sizes")
     if _numbers(path, fields, "dimension") != [len(shape)]:
         raise _bad(path, f"states {len(shape)} sizes for {fields['dimension']} dimensions")
-    _check_shape(path, shape)
+    segments = tuple(_segments(path, fields))
+    layered = bool(segments) and len(shape) == 4 and fields.get("kinds", "").lower().startswith("list")
+    _check_shape(path, shape[1:] if layered else shape)
+    if layered and not 1 <= shape[0] <= len(segments):
+        raise _bad(path, f"claims {shape[0]} layers for {len(segments)} segments")
     if fields.get("type", "").lower() == "block":
         raise _bad(path, "holds blocks, not numbers", "save the labels as integers")
     stated = fields.get("spacedirections", fields.get("spacings"))
@@ -197,9 +221,25 @@ def _nrrd(path: Path, handle: BinaryIO) -> None:
     _same_folder(path, fields.get("datafile", "LOCAL"))
     if "datafile" not in fields and fields.get("encoding", "").lower() == "raw":
         _require_voxels(path, handle, shape, _NRRD_BYTES.get(fields.get("type", "").lower(), 1))
+    return Header(None, "space" in fields and "spacedirections" in fields, segments, shape[0] if layered else 1)
 
 
-def _meta(path: Path, handle: BinaryIO) -> None:
+def _segments(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[Segment, int]]:
+    """The segments that Slicer writes into a .seg.nrrd: Segment0_LabelValue, _Layer, _Name and _TerminologyEntry, whose second
+    part is the type as SCHEME^VALUE^MEANING."""
+    for key in fields:
+        if not (found := re.fullmatch(r"segment(\d{1,6})_labelvalue", key)):
+            continue
+        prefix = f"segment{found[1]}_"
+        type_ = re.split(r"[~]", fields.get(prefix + "terminologyentry", "") + "~~")[2].split("^")
+        code = f"{type_[0]}:{type_[1]}" if len(type_) >= 2 and all(type_[:2]) else ""
+        yield (
+            Segment(_numbers(path, fields, key)[0], fields.get(prefix + "name", ""), code),
+            (_numbers(path, fields, prefix + "layer") if prefix + "layer" in fields else [0])[0],
+        )
+
+
+def _meta(path: Path, handle: BinaryIO) -> Header:
     fields = _text_header(path, handle, "=", "elementdatafile")
     shape = _numbers(path, fields, "dimsize")
     if _numbers(path, fields, "ndims") != [len(shape)]:
@@ -211,6 +251,7 @@ def _meta(path: Path, handle: BinaryIO) -> None:
     _same_folder(path, fields["elementdatafile"])
     if fields["elementdatafile"].upper() == "LOCAL" and fields.get("compresseddata", "false").lower() != "true":
         _require_voxels(path, handle, shape, _META_BYTES.get(fields.get("elementtype", "").upper(), 1))
+    return Header(None, any(key in fields for key in ("transformmatrix", "rotation", "orientation")))
 
 
 def _require_grid(path: Path, stated: str | None, key: str) -> None:

@@ -1,0 +1,96 @@
+"""What engines that compute on the CPU share: tensors in plain host memory, and threads that work while the caller prepares."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..memory import DEFAULT_CAP, HostMemory, HostStream, Pool, PoolStats, Stream
+from .base import EngineOptions, EngineSpec, Inputs, check_call, closed, cores
+
+MOST_WORKERS = 4  # batches at once: each has activations of its own; on more cores each batch gets several
+
+
+class WorkerStream(HostStream):
+    """Work done by `workers`' threads, in the order it is given."""
+
+    def __init__(self, workers: ThreadPoolExecutor, name: str):
+        self._workers, self._name = workers, name
+        self._queued: list[Future[None]] = []
+
+    def submit(self, work: Callable[[], None]) -> None:
+        before = self._queued[-1:]  # begun already, or before this in the same queue
+
+        def after() -> None:
+            wait(before)
+            work()
+
+        try:
+            self._queued.append(self._workers.submit(after))
+        except RuntimeError as exc:  # the engine was closed and its threads with it
+            raise closed(self._name) from exc
+
+    def synchronize(self) -> None:
+        queued, self._queued = self._queued, []
+        wait(queued)
+        try:
+            for one in queued:
+                one.result()
+        except CancelledError as exc:
+            raise closed(self._name) from exc
+
+    def close(self) -> None:
+        wait(self._queued)
+        self._queued = []
+
+
+class HostEngine:
+    """Base of engines on the CPU: they give a `name` and a `spec` and compute one batch in `_infer`.
+
+    `workers` batches are computed at once, each on its share of the cores: several on one core each leave no core waiting for
+    another at the end of every layer, which one batch on all cores does.
+    """
+
+    name: str
+    spec: EngineSpec
+
+    def __init__(self, options: EngineOptions | None = None):
+        self.pool = Pool(HostMemory(), (options and options.max_memory) or DEFAULT_CAP)
+        self.workers = (options and options.workers) or min(cores(), MOST_WORKERS)
+        self._threads: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def open_stream(self) -> Stream:
+        with self._lock:
+            if self._closed:
+                raise closed(self.name)
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="mask2ct engine")
+            return WorkerStream(self._threads, self.name)
+
+    def run(self, inputs: Inputs, out: NDArray[np.uint8], *, stream: Stream) -> None:
+        if self._closed:
+            raise closed(self.name)
+        check_call(self.spec, inputs, out)
+        assert isinstance(stream, HostStream), "a stream of another engine"
+        stream.submit(lambda: self._infer(inputs, out))
+
+    def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
+        """Fill `out` from `inputs`, which were checked."""
+        raise NotImplementedError
+
+    def memory(self) -> dict[str, PoolStats]:
+        return {"host": self.pool.stats}
+
+    def close(self) -> None:
+        """What is queued and not begun is dropped, what is begun is waited for."""
+        with self._lock:
+            self._closed, threads, self._threads = True, self._threads, None
+        if threads is not None:
+            threads.shutdown(wait=True, cancel_futures=True)
+        self.pool.close()
