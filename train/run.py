@@ -5,9 +5,12 @@ RUN ends with generator.safetensors and run.json; metrics.jsonl, figures/ and ch
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this is imported ends it without a traceback
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of train/, whose file names would hide other packages
 
