@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
 def engine_suite(model: Path, trained: Path | None, backend: str, slices: int) -> tuple[dict[str, Contender], str]:
     """The contenders by name, and which backend they run. They were checked to paint the same before any is timed."""
     manifest = Manifest.load(model)
-    engine, reason = open_engine(backend, manifest, model)  # one for both: a second session's threads would spin beside the first's
+    engine, reason, _ = open_engine(backend, manifest, model)  # one for both: a second session's threads would spin beside the first's
     synth = Synthesizer(manifest, engine, reason=reason)
     h, w = manifest.grid.canvas
     spacing = manifest.grid.pixel_spacing or (1.0, 1.0)

@@ -14,8 +14,10 @@ from .contract import Manifest
 from .engines.registry import CHOICES
 from .errors import InputError, UsageError, printable
 from .files import write_json
+from .io.detect import Case, find_cases, read_case
+from .io.formats import FORMATS
 from .labels import MAP_HELP, MM_WHS, load_map, present_values
-from .stream import CaseResult, check_writable, find_masks, synthesize
+from .stream import CaseResult, check_writable, synthesize
 from .synthesizer import DEFAULT_BATCH, Synthesizer
 from .version import VERSION
 
@@ -36,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("masks", nargs="+", type=Path, metavar="MASK", help="a NIfTI, NRRD or MHA label map, or a folder of them")
     synth.add_argument("--model", type=Path, required=True, help="a model folder, as export/build_engine.py writes it")
     synth.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
-    synth.add_argument("--format", choices=["nifti"], default="nifti", help="what to write (default: %(default)s)")
+    synth.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
     synth.add_argument("--backend", choices=CHOICES, default="auto", help="what runs the model (default: the first that serves)")
     synth.add_argument("--variants", type=int, metavar="K", help="write K different CTs per mask, each with its mask")
     synth.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
@@ -65,33 +67,33 @@ def _synth(options: argparse.Namespace) -> int:
     if options.batch < 1:
         raise UsageError(f"--batch is {options.batch}", expected="1 or more", remedy="leave it out for the default")
     skipped: list[Path] = []
-    masks = find_masks(options.masks, skipped)
+    cases = find_cases(options.masks, skipped)
     for path in skipped:
         print(f"warning: {path.name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
     if options.list:
-        missing = [mask for mask in masks if not mask.exists()]
-        print("\n".join(printable(mask) for mask in masks if mask not in missing))
-        for mask in missing:
-            print(f"error: {printable(mask)} does not exist", file=sys.stderr)
+        missing = [case for case in cases if not case.path.exists()]
+        print("\n".join(printable(case.path) for case in cases if case not in missing))
+        for case in missing:
+            print(f"error: {printable(case.path)} does not exist", file=sys.stderr)
         return 1 if missing else 0
     with Synthesizer.open(options.model, backend=options.backend, batch=options.batch) as synth:
         label_map = None if options.labels is None else load_map(options.labels, synth.manifest.labels)
         if not options.quiet:
             print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
         if options.dry_run:
-            return _dry_run(synth, masks, label_map, options.quiet)
-        return _run(synth, masks, label_map, options)
+            return _dry_run(synth, cases, label_map, options.quiet)
+        return _run(synth, cases, label_map, options)
 
 
-def _run(synth: Synthesizer, masks: Sequence[Path], label_map: Any, options: argparse.Namespace) -> int:
+def _run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, options: argparse.Namespace) -> int:
     started = time.perf_counter()
     if options.report is not None:
         check_writable(options.report.parent)
-    progress = Progress("CTs", len(masks) * (options.variants or 1), quiet=options.quiet)
+    progress = Progress("CTs", len(cases) * (options.variants or 1), quiet=options.quiet)
     results: list[CaseResult] = []
     try:
         for result in synthesize(
-            synth, masks, options.output, variants=options.variants, seed=options.seed, labels=label_map,
+            synth, cases, options.output, format=options.format, variants=options.variants, seed=options.seed, labels=label_map,
             on_slice=lambda n: progress.update(len(results), f"{n} slices of the next"),
         ):  # fmt: skip
             results.append(result)
@@ -116,13 +118,11 @@ def _say(result: CaseResult) -> None:
         print(f"error: {result.error}", file=sys.stderr)
 
 
-def _dry_run(synth: Synthesizer, masks: Sequence[Path], label_map: Any, quiet: bool) -> int:
-    from .io.nifti import read_labels
-
+def _dry_run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, quiet: bool) -> int:
     failed = 0
-    for mask in masks:
+    for case in cases:
         try:
-            volume = read_labels(mask, synth.manifest.labels, label_map)
+            volume = read_case(case, synth.manifest.labels, label_map)
         except InputError as exc:
             failed += 1
             print(f"error: {exc}", file=sys.stderr)
@@ -132,7 +132,8 @@ def _dry_run(synth: Synthesizer, masks: Sequence[Path], label_map: Any, quiet: b
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
         if not quiet:
             print(
-                f"{printable(mask)}: {width} x {height} x {depth} voxels of {spacing} mm, {grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
+                f"{printable(case.path)}: {width} x {height} x {depth} voxels of {spacing} mm, "
+                f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
             )
     return 1 if failed else 0
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
-from numpy.typing import NDArray
-
-from .contract import LabelTable
-from .errors import InputError, UnreadableVolume, UsageError, reading, writing
+from .errors import InputError, UnreadableVolume, UsageError, writing
 from .files import remove_orphans, temporary_name
-from .io.headers import NOTICE, SUFFIXES, is_synthetic, stem
-from .io.nifti import isal_threaded, read_labels, write_nifti, write_values
+from .io.detect import Case, read_case
+from .io.formats import FORMATS, Format, Painting
 from .volume import CTSlab, LabelVolume
 
 if TYPE_CHECKING:
@@ -39,108 +35,68 @@ class CaseResult:
     error: InputError | None = None
 
 
-def find_masks(arguments: Sequence[Path], skipped: list[Path] | None = None) -> list[Path]:
-    """Files as given, and for a folder the volumes directly in it, sorted, each file once.
-
-    What mask2ct itself wrote into such a folder is no mask: it is passed over and appended to `skipped`. Raises `UsageError`
-    for an empty folder and for two masks of one case name. A file that does not exist stays in the list: it is that case's
-    failure, not the run's.
-    """
-    masks: list[Path] = []
-    for argument in arguments:
-        if _is_folder(argument):
-            with reading(argument, "a folder that can be listed", UsageError):
-                found = sorted(p for p in argument.iterdir() if p.name.lower().endswith(SUFFIXES) and not p.name.startswith("."))
-            own = [path for path in found if is_synthetic(path)]
-            if skipped is not None:
-                skipped += own
-            if len(found) == len(own):
-                raise UsageError(f"the folder {argument} holds no masks", expected=f"files ending in {', '.join(SUFFIXES)}",
-                                 remedy="check the path", file=argument)  # fmt: skip
-            masks += [path for path in found if path not in own]
-        else:
-            masks.append(argument)
-    seen: dict[str, Path] = {}
-    for mask in masks:
-        other = seen.setdefault(stem(mask), mask)
-        if other.absolute() != mask.absolute():
-            raise UsageError(f"{other} and {mask} would both be written as {stem(mask)}_ct.nii.gz", expected="each case name once",
-                             remedy="rename one, or run them into two output folders", file=mask)  # fmt: skip
-    return list(seen.values())
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that no file system takes
-        return False
-
-
 def synthesize(
     synthesizer: Synthesizer,
-    masks: Sequence[Path],
+    cases: Sequence[Case],
     output: Path,
     *,
+    format: str = "nifti",
     variants: int | None = None,
     seed: int = 0,
     labels: Mapping[int | None, int] | None = None,
     on_slice: Callable[[int], None] | None = None,
 ) -> Iterator[CaseResult]:
-    """Paint each mask (files or folders) into `output`: CASE_ct.nii.gz; with `variants` = K, CASE_v0_ct.nii.gz and
-    CASE_v0_mask.nii.gz (the mask in the model's own values) … up to K - 1. Existing results are replaced.
+    """Paint each case into `output`, as `runtime.io.formats` says for `format`; `variants` = K writes K pairs of CT and mask for
+    each, 0 to K - 1. Existing results are replaced.
 
-    Returns an iterator of one result per file pair, given as soon as it is on disk. A mask that cannot be used gives its error
+    Returns an iterator of one result per CT, given as soon as it is on disk. A mask that cannot be used gives its error
     and the next one follows; `OutputError` is raised, for what cannot be written for one cannot for any. `on_slice(n)` is
     told that n slices of the case are painted. Raises `UsageError` and `OutputError` at once, before any work, for options
     that are wrong, a folder that cannot be written, or a file in it that is not ours and would be replaced.
     """
     if variants is not None and variants < 1:
         raise UsageError(f"{variants} variants were asked for", expected="1 or more", remedy="leave the option out for one CT per mask")
-    cases = find_masks(masks)
-    isal_threaded()
+    if format not in FORMATS:
+        raise UsageError(f"there is no format {format!r}", expected=", ".join(FORMATS), remedy="choose one of these")
+    writer = FORMATS[format]()
+    writer.check(synthesizer.manifest)
     check_writable(output)
-    for mask in cases:
-        for file in (file for variant in _variants(variants) for file in targets(output, stem(mask), variant)):
-            if _fits(file) and file.exists() and not is_synthetic(file):
+    for case in cases:
+        for file in (file for variant in _variants(variants) for file in writer.files(output, case.name, variant)):
+            if _fits(file) and file.exists() and not writer.is_ours(file):
                 raise UsageError(f"{file.name} is in the way and was not written by mask2ct", expected="an output folder without files of that name",
                                  remedy="choose another --output, or move that file", file=file)  # fmt: skip
-    return _cases(synthesizer, cases, output, variants, seed, labels, on_slice)
+    return _cases(synthesizer, cases, output, writer, variants, seed, labels, on_slice)
 
 
 def _cases(
-    synthesizer: Synthesizer, masks: Sequence[Path], output: Path, variants: int | None, seed: int,
+    synthesizer: Synthesizer, cases: Sequence[Case], output: Path, writer: Format, variants: int | None, seed: int,
     labels: Mapping[int | None, int] | None, on_slice: Callable[[int], None] | None,
 ) -> Iterator[CaseResult]:  # fmt: skip
-    for mask in masks:
-        case, started = stem(mask), time.perf_counter()
+    for case in cases:
+        started = time.perf_counter()
         try:
-            if not all(_fits(file) for variant in _variants(variants) for file in targets(output, case, variant)):
-                raise UnreadableVolume(f"the name of {mask.name} is too long for what is written beside it", expected="some 200 bytes at most",
-                                       remedy="rename it", file=mask)  # fmt: skip
-            volume = read_labels(mask, synthesizer.manifest.labels, labels)
-            warnings = tuple(_warnings(mask, volume, synthesizer))
+            if not all(_fits(file) for variant in _variants(variants) for file in writer.files(output, case.name, variant)):
+                raise UnreadableVolume(f"the name of {case.path.name} is too long for what is written beside it", expected="some 200 bytes at most",
+                                       remedy="rename it", file=case.path)  # fmt: skip
+            volume = read_case(case, synthesizer.manifest.labels, labels)
+            warnings = tuple(_warnings(case.path, volume, synthesizer))
         except InputError as exc:
-            exc.file = exc.file or mask
-            yield CaseResult(case, mask, None, error=exc)
+            exc.file = exc.file or case.path
+            yield CaseResult(case.name, case.path, None, error=exc)
             continue
         read = time.perf_counter() - started
         for variant in _variants(variants):
             started = time.perf_counter()
             slabs = _Meter(synthesizer.slabs(volume, seed=seed, variant=variant or 0), on_slice)
-            files = _write_pair(targets(output, case, variant), volume, synthesizer.manifest.labels, slabs)
+            painting = Painting(case.name, variant, volume, synthesizer.manifest, synthesizer.backend, synthesizer.file, seed)
+            files = writer.write(output, painting, slabs)
             seconds = {"read": read, "paint": slabs.seconds, "write": time.perf_counter() - started - slabs.seconds}
-            yield CaseResult(case, mask, variant, files, slabs.slices, seconds, warnings)
+            yield CaseResult(case.name, case.path, variant, files, slabs.slices, seconds, warnings)
 
 
 def _variants(count: int | None) -> Sequence[int | None]:
     return [None] if count is None else range(count)
-
-
-def targets(output: Path, case: str, variant: int | None) -> tuple[Path, ...]:
-    """The files of one result: the CT, and its mask beside it when there are variants."""
-    if variant is None:
-        return (output / f"{case}_ct.nii.gz",)
-    return output / f"{case}_v{variant}_ct.nii.gz", output / f"{case}_v{variant}_mask.nii.gz"
 
 
 def _fits(file: Path) -> bool:
@@ -178,24 +134,6 @@ class _Meter:
             yield slab
             if self._on_slice is not None:
                 self._on_slice(self.slices)
-
-
-def _write_pair(files: tuple[Path, ...], volume: LabelVolume, table: LabelTable, slabs: Iterable[CTSlab]) -> tuple[Path, ...]:
-    depth, height, width = volume.labels.shape
-    write_nifti(files[0], slabs, (depth, height, width), volume.geometry, nifti_header=volume.nifti_header, description=NOTICE)
-    for mask in files[1:]:
-        description = "mask of a " + NOTICE
-        write_values(mask, file_values(volume, table), volume.geometry, nifti_header=volume.nifti_header, description=description)
-    return files
-
-
-def file_values(volume: LabelVolume, table: LabelTable) -> NDArray[Any]:
-    """Model indices back to the table's own values (D, H, W), in the smallest of uint8, uint16, int16 and int32 that holds them."""
-    values = np.array([label.value for label in table.labels])
-    dtype = next(
-        d for d in (np.uint8, np.uint16, np.int16, np.int32) if np.iinfo(d).min <= values.min() and values.max() <= np.iinfo(d).max
-    )
-    return values.astype(dtype)[volume.labels]
 
 
 def check_writable(output: Path) -> None:

@@ -32,8 +32,18 @@ class Synthesizer:
     `cap`: bytes of host memory for slices in flight. Use as a context manager, or call `close()`.
     """
 
-    def __init__(self, manifest: Manifest, engine: Engine, *, batch: int = DEFAULT_BATCH, cap: int = DEFAULT_CAP, reason: str = "given"):
+    def __init__(
+        self,
+        manifest: Manifest,
+        engine: Engine,
+        *,
+        batch: int = DEFAULT_BATCH,
+        cap: int = DEFAULT_CAP,
+        reason: str = "given",
+        file: str = "",
+    ):
         self.manifest = manifest
+        self.file = file  # the model file that the engine runs; empty for one without
         self._engine: Engine | None = engine
         self._reason, self._batch = reason, max(1, batch)
         self._pool = HostPool(cap)
@@ -43,8 +53,8 @@ class Synthesizer:
         """Open a model folder. Raises `ModelError`, `UsageError` or `MissingComponent`; see `runtime.engines.registry`."""
         folder = Path(model)
         manifest = Manifest.load(folder)
-        engine, reason = open_engine(backend, manifest, folder)
-        return cls(manifest, engine, batch=batch, cap=cap, reason=reason)
+        engine, reason, file = open_engine(backend, manifest, folder)
+        return cls(manifest, engine, batch=batch, cap=cap, reason=reason, file=file)
 
     @property
     def backend(self) -> str:
@@ -106,10 +116,12 @@ class Synthesizer:
         return SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels)
 
     def stream(self, masks: str | Path | Iterable[str | Path], output: str | Path, **options: Any) -> Iterator[CaseResult]:
-        """Synthesize files into the folder `output`: see `runtime.stream.synthesize`, whose options these are."""
+        """Synthesize files and folders into the folder `output`: see `runtime.stream.synthesize`, whose options these are."""
+        from .io.detect import find_cases
         from .stream import synthesize
 
-        return synthesize(self, [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)], Path(output), **options)
+        cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)])
+        return synthesize(self, cases, Path(output), **options)
 
     def close(self) -> None:
         """Close the engine and give the memory back; twice is harmless."""

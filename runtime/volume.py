@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -94,12 +95,29 @@ class Volume:
 
 
 @dataclass(frozen=True)
+class DicomSource:
+    """The DICOM instances a mask was read from. All of this identifies a patient: it reaches an output only in attached mode.
+
+    `attributes`: of the patient and the study by keyword (PatientID, StudyInstanceUID …), as text.
+    """
+
+    sop_class_uid: str
+    sop_instance_uids: tuple[str, ...]
+    frame_of_reference_uid: str
+    attributes: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class LabelVolume:
-    """`labels` uint8 (D, H, W) in the model's own indices 0..K, and where they lie."""
+    """`labels` uint8 (D, H, W) in the model's own indices 0..K, and where they lie.
+
+    `nifti_header`, `dicom`: what a writer of the source's own format may take over; see `Volume` and `DicomSource`.
+    """
 
     labels: NDArray[np.uint8]
     geometry: Geometry
     nifti_header: bytes | None = field(default=None, compare=False)
+    dicom: DicomSource | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if self.labels.ndim != 3 or self.labels.dtype != np.uint8 or 0 in self.labels.shape:

@@ -42,8 +42,8 @@ BACKENDS = (Backend("onnx", ("onnx", "fp32"), "onnxruntime", 'pip install "mask2
 CHOICES = ("auto", *(backend.name for backend in BACKENDS), "fake")
 
 
-def open_engine(backend: str, manifest: Manifest, folder: Path) -> tuple[Engine, str]:
-    """Open the engine of that name for the model in `folder`; returns it and why it was chosen.
+def open_engine(backend: str, manifest: Manifest, folder: Path) -> tuple[Engine, str, str]:
+    """Open the engine of that name for the model in `folder`; returns it, why it was chosen and the file it runs.
 
     `auto` takes the first that is installed and has its file. Its file's SHA-256 is checked before it is loaded. Raises
     `UsageError` for an unknown name, `MissingComponent` when nothing serves, `ModelError` for an altered file.
@@ -51,7 +51,7 @@ def open_engine(backend: str, manifest: Manifest, folder: Path) -> tuple[Engine,
     if backend == "fake":
         from .fake import FakeEngine
 
-        return FakeEngine(manifest), "asked for"
+        return FakeEngine(manifest), "asked for", ""
     if backend not in CHOICES:
         raise UsageError(f"there is no backend {backend!r}", expected=", ".join(CHOICES), remedy="choose one of these")
     absent = {b.name: b.absent(manifest) for b in BACKENDS if backend in ("auto", b.name)}
@@ -67,4 +67,4 @@ def open_engine(backend: str, manifest: Manifest, folder: Path) -> tuple[Engine,
     reason = (
         "asked for" if backend != "auto" else "; ".join(["the first of " + ", ".join(b.name for b in BACKENDS) + " that serves", *passed])
     )
-    return chosen.open(folder / name, manifest), reason
+    return chosen.open(folder / name, manifest), reason, name
