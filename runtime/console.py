@@ -17,8 +17,6 @@ EXIT_CODES = """exit codes: 0 done · 1 at least one case failed · 2 the comman
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)`; print a `Mask2CTError` on one screen and return its exit code; 130 on Ctrl-C."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as the command had it while it was imported
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with _terminated():
             return main(sys.argv[1:] if argv is None else argv)
@@ -41,6 +39,8 @@ def _terminated() -> Iterator[None]:
         raise KeyboardInterrupt
 
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as a command has it while it is imported
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         before = signal.signal(signal.SIGTERM, interrupt)
     except ValueError:  # not the main thread: the host program owns the signals
         yield

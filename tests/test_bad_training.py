@@ -121,7 +121,9 @@ def test_a_bad_patient_starts_nothing(train, kind: str, folder: Path, tmp_path: 
     spoil, says = FILES[kind]
     spoil(folder)
     (tmp_path / "c.json").write_text("{}")
-    refused(train, capsys, 1, says, "--config", tmp_path / "c.json", "--dataset-path", folder, "--output", tmp_path / "run", "--set", *SMALL)
+    refused(
+        train, capsys, 1, says, "--config", tmp_path / "c.json", "--dataset-path", folder, "--output", tmp_path / "run", "--set", *SMALL
+    )
     assert not (tmp_path / "run").exists()
 
 

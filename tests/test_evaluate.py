@@ -170,7 +170,7 @@ def test_an_organs_steps_are_its_own() -> None:
 @pytest.mark.parametrize(("total", "count"), [(48, 24), (48, 47), (30, 2), (9, 5), (7, 6), (5, 4), (100, 98)])
 def test_validation_takes_pairs_of_neighbours_spread_over_the_volume(total: int, count: int) -> None:
     chosen = neighbours(total, count)
-    assert len(chosen) == count // 2 * 2 and (np.diff(chosen) > 0).all() and 0 <= chosen[0] and chosen[-1] < total
+    assert len(chosen) == count // 2 * 2 and (np.diff(chosen) > 0).all() and chosen[0] >= 0 and chosen[-1] < total
     assert (chosen[1::2] - chosen[::2] == 1).all()
     assert np.diff(chosen[::2]).max(initial=0) <= np.ceil(2 * total / count) + 1
     assert neighbours(total, total).tolist() == list(range(total)) and neighbours(total, 1).tolist() == [total // 2]

@@ -107,7 +107,9 @@ def refuse(errors: Sequence[InputError], count: int) -> None:
         raise errors[0]
     if errors:
         more = [f"... and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
-        lines = [exc.fact if exc.file and exc.file.name in exc.fact else f"{exc.file and exc.file.name}: {exc.fact}" for exc in errors[:SHOWN]]
+        lines = [
+            exc.fact if exc.file and exc.file.name in exc.fact else f"{exc.file and exc.file.name}: {exc.fact}" for exc in errors[:SHOWN]
+        ]
         facts = "".join(f"\n    {line}" for line in [*lines, *more])
         remedies = list(dict.fromkeys(exc.remedy for exc in errors))
         raise InputError(f"{len(errors)} of {count} patients cannot be trained on:{facts}", expected=errors[0].expected,
@@ -208,7 +210,9 @@ def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> 
         raise InputError(f"{file.name} holds values from {low:g} to {high:g}, which are no HU", expected=f"air below {AIR_HU} HU, nothing above {HIGHEST_HU}",
                          remedy=f'{remedy}, or set intensity to {{"unit": "a.u.", "low": {low:g}, "high": {high:g}}}', file=file)  # fmt: skip
     if low == high and len(values) > 1:
-        raise InputError(f"{file.name} holds {low:g} everywhere", expected="an image", remedy="take the patient out, or write the file again", file=file)
+        raise InputError(
+            f"{file.name} holds {low:g} everywhere", expected="an image", remedy="take the patient out, or write the file again", file=file
+        )
     if low >= intensity.high or high <= intensity.low:
         raise InputError(f"{file.name} holds values from {low:g} to {high:g} {intensity.unit}, all outside the range that is trained on",
                          expected=f"values between {intensity.low} and {intensity.high}", remedy="set intensity.low and intensity.high", file=file)  # fmt: skip

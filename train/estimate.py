@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def describe(config: RunConfig) -> str:
     threads = set_threads(config)
     step = Step(config, device)
     per_step, measured = _time_steps(config, step)
-    other = "bf16" if config.training.precision == "fp32" else "fp32"
+    other: Literal["fp32", "bf16"] = "bf16" if config.training.precision == "fp32" else "fp32"
     compared = f"; {other} was not tried, it may take long"
     if per_step <= OTHER_SECONDS:
         changed = replace(config, training=replace(config.training, precision=other))

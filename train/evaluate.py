@@ -169,7 +169,9 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
     """The metrics for a person, in `unit`; labels that are (almost) absent on one line."""
     width = max([18, *(len(name) + 1 for name, o in result["organs"].items() if o is not None)])
     absent = [name for name, o in result["organs"].items() if o is None]
-    rows = [f"{unit:<{width}}{'median':>8}{'true':>8}{'error':>8}{'IQR':>8}{'true':>8}{'texture':>9}{'true':>8}{'ratio':>7}{'W1':>7}{'z W1':>7}"]
+    rows = [
+        f"{unit:<{width}}{'median':>8}{'true':>8}{'error':>8}{'IQR':>8}{'true':>8}{'texture':>9}{'true':>8}{'ratio':>7}{'W1':>7}{'z W1':>7}"
+    ]
     for name, o in result["organs"].items():
         if o is None:
             continue
@@ -177,7 +179,8 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
         ratio = (
             ""
             if o["texture_ratio"] is None
-            else f"{o['texture']:9.1f}{o['texture_true']:8.1f}{o['texture_ratio']:7.2f}{o['wasserstein']:7.0f}" + ("" if o["z_difference"] is None else f"{o['z_difference']:7.1f}")
+            else f"{o['texture']:9.1f}{o['texture_true']:8.1f}{o['texture_ratio']:7.2f}{o['wasserstein']:7.0f}"
+            + ("" if o["z_difference"] is None else f"{o['z_difference']:7.1f}")
         )
         rows.append(f"{name:<{width}}" + "".join(f"{n:8.0f}" for n in numbers) + ratio)
     if absent:

@@ -123,7 +123,7 @@ def enough_memory() -> Iterator[None]:
             raise
         raise UsageError(f"the memory does not suffice: {(str(exc).strip().splitlines() or ['none is left'])[0][:200]}",
                          expected="room for both networks, their optimisers and a batch",
-                         remedy="lower training.batch_size, generator.filters or data.canvas; on a GPU, training.precision=bf16 takes less") from exc  # fmt: skip
+                         remedy="lower training.batch_size, generator.filters or data.canvas; on a GPU, training.precision=bf16 helps") from exc  # fmt: skip
 
 
 def dry_run(resolved: config.RunConfig) -> int:

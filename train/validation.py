@@ -71,12 +71,17 @@ class Validation:
         variants = [
             paint(net, case.labels[chosen], noise[chosen], len(self._table), self._intensity, device, batch_size, style) for style in styles
         ]
-        return diversity([variants], [self.masks[first][chosen]], list(organ_medians(train, len(self._table))), self._names, self._intensity)
+        return diversity(
+            [variants], [self.masks[first][chosen]], list(organ_medians(train, len(self._table))), self._names, self._intensity
+        )
 
     def ceiling(self, train: Sequence[Slices]) -> dict[str, Any]:
         """What lies between the held-out and the training patients: train/metrics.py's `ceiling`, on as many slices of each."""
         others = [neighbours(len(p), max(1, round(self._share * len(p)))) for p in train]
-        images, masks = [p.image[n] for p, n in zip(train, others, strict=True)], [_middle(p)[n] for p, n in zip(train, others, strict=True)]
+        images, masks = (
+            [p.image[n] for p, n in zip(train, others, strict=True)],
+            [_middle(p)[n] for p, n in zip(train, others, strict=True)],
+        )
         return ceiling(self.images, self.masks, images, masks, self._names, (self.places, others), self._intensity)
 
     def draw(self, path: Path, painted: list[NDArray[np.int16]], title: str) -> None:
