@@ -150,6 +150,14 @@ def test_a_full_disk_is_exit_4_and_what_was_done_stays(root: Path, tmp_path: Pat
         subprocess.run(["umount", disk], check=True)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "fact"),
+    [
+        (["--batch", "0"], "--batch is 0"),
+        (["--variants", "0"], "0 variants"),
+        (["--labels", "nope.json"], "label map cannot be read"),
+    ],
+)
 def test_a_wrong_command_is_exit_2(
     arguments: list[str], fact: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -283,14 +283,6 @@ def test_a_simpleitk_image_of_another_kind_is_refused(fake_model: Path) -> None:
                 opened(sitk.Cast(image(blobs()), kind))
 
 
-@pytest.mark.parametrize(
-    ("arguments", "fact"),
-    [
-        (["--batch", "0"], "--batch is 0"),
-        (["--variants", "0"], "0 variants"),
-        (["--labels", "nope.json"], "label map cannot be read"),
-    ],
-)
 def test_what_simpleitk_itself_refuses_is_no_traceback(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     sitk.WriteImage(image(blobs()), str(tmp_path / "m.nrrd"))
     text = (tmp_path / "m.nrrd").read_bytes()
