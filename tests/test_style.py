@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from samples import image
+from samples import export_run, image, train_small
 
 from export.graph import LabelsToIntensity
 from export.parity import FP32_MAX, measure, random_inputs
@@ -105,26 +105,16 @@ def test_no_style_is_the_style_zero_and_each_sample_has_its_own(kind: str) -> No
 def styled(cohort: Path, command, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(run folder, model folder) of a small edge network with a style of 2 numbers, 30 steps."""
     folder = tmp_path_factory.mktemp("styled")
-    settings = ["training.steps=30", "training.batch_size=4", "generator.kind=edge", "generator.filters=8", "generator.depth=4", "generator.style=2",
-                "data.canvas=[64,64]", "discriminator.filters=8", "training.recalibrate=2", "training.valid_slices=8", "training.ema_decay=0.5",
-                "training.threads=1"]  # fmt: skip
-    for arguments in (
-        (
-            "train/run.py",
-            "--config",
-            "train/configs/phantom.json",
-            "--dataset-path",
-            cohort,
-            "--output",
-            folder / "run",
-            "--set",
-            *settings,
-        ),
-        ("export/build_engine.py", folder / "run", "-o", folder / "model", "--onnx-only"),
-    ):
-        done = command(*arguments, "--quiet")
-        assert done.returncode == 0, done.stderr
-    return folder / "run", folder / "model"
+    settings = [
+        "training.steps=30",
+        "generator.kind=edge",
+        "generator.depth=4",
+        "generator.style=2",
+        "training.ema_decay=0.5",
+        "training.threads=1",
+    ]
+    run = train_small(command, cohort, folder / "run", *settings)
+    return run, export_run(command, run, folder / "model")
 
 
 def test_training_uses_the_style(styled: tuple[Path, Path]) -> None:
