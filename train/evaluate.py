@@ -158,7 +158,8 @@ def table(result: dict[str, Any]) -> str:
     for name, o in result.get("diversity", {}).get("organs", {}).items():
         if o["ratio"] is not None:
             rows.append(
-                f"{name:<18} median's spread {o['spread']:.0f} HU over styles, {o['spread_true']:.0f} between patients: {o['ratio']:.2f}"
+                f"{name:<18} median's spread {o['spread']:.0f} HU over styles, {o['spread_true']:.0f} between patients: {o['ratio']:.2f}, "
+                f"median {o['median_error']:+.0f} HU from theirs"
             )
     for what, found in (("over styles", result.get("diversity")), ("between patients", result.get("ceiling", {}).get("similarity"))):
         if found and found["ms_ssim"] is not None:
