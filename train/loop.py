@@ -161,8 +161,8 @@ class Training:
         settings, part, style = self.config.augment, self.batches.part, None
         if self.styles is not None:  # while labels and image still lie on each other
             drawn, moves = self.styles(self.batches.slices(n), n)
-            style, shifts, sides, centres = (torch.from_numpy(array[part]).to(self.device) for array in (drawn, *moves))
-            image = stretch(move(image, labels, shifts), labels, sides, centres)
+            style, shifts, factors, centres = (torch.from_numpy(array[part]).to(self.device) for array in (drawn, *moves))
+            image = stretch(move(image, labels, shifts), labels, factors, centres)
         if settings.active:
             rng = dataset.stream(self.config.training.seed, "augment", n)
             labels, image = augment.augment(settings, labels, image, rng, self.batches.batch_size, part)

@@ -123,7 +123,12 @@ def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArra
         voxels = np.concatenate([v[mask == index] for painted, mask in zip(variants, masks, strict=True) for v in painted])
         seen = table[~np.isnan(table[:, index - 1]), index - 1]
         away = np.median(voxels) - seen.mean() if voxels.size and seen.size else np.nan
-        organs[name] = {"spread": float(s), "spread_true": float(t), "ratio": float(s / t) if t > 0 else np.nan, "median_error": float(away)}
+        organs[name] = {
+            "spread": float(s),
+            "spread_true": float(t),
+            "ratio": float(s / t) if t > 0 else np.nan,
+            "median_error": float(away),
+        }
     pairs = []
     for painted, mask in zip(variants, masks, strict=True):
         chosen = _labelled(mask, ALIKE_SLICES)

@@ -28,7 +28,7 @@ from .evaluate import body_mask
 from .metrics import medians
 
 FRESH = 0.6  # share of a training style's deviation that is drawn for each slice, the rest being its patient's
-SIDES = 4  # of an outline: towards lower and higher columns, lower and higher rows
+DIRECTIONS = 12  # from the labels' centre to an outline, at equal angles from the columns' axis towards the rows'
 OUTLINES = 16  # labelled slices of a patient, at most, that its outline is measured on
 MARGIN = 0.09  # of the image's width: as far from the labels the surroundings are stretched in full
 ROUNDING = 1e-6  # a smaller deviation is none
@@ -41,10 +41,11 @@ def organ_medians(patients: Sequence[Slices], classes: int) -> NDArray[np.float6
 
 
 def outlines(patients: Sequence[Slices]) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """(log of the distance in pixels from the labels' centre to the body's `SIDES` (patients, 4), NaN where unknown; the centres
-    (patients, 2), x and y in [-1, 1] across the image, of whole volumes in HU).
+    """(log of the distance in pixels from the labels' centre to the body's outline in each of the `DIRECTIONS` (patients, 12), NaN where
+    unknown; the centres (patients, 2), x and y in [-1, 1] across the image), of patients in HU.
     """
-    logs, centres = np.full((len(patients), SIDES), np.nan), np.zeros((len(patients), 2), np.float32)
+    logs, centres = np.full((len(patients), DIRECTIONS), np.nan), np.zeros((len(patients), 2), np.float32)
+    angles = 2 * np.pi / DIRECTIONS * np.arange(DIRECTIONS)
     for n, patient in enumerate(patients):
         masks = patient.labels[:, patient.labels.shape[1] // 2]
         labelled = np.flatnonzero(masks.any((1, 2)))
@@ -55,13 +56,13 @@ def outlines(patients: Sequence[Slices]) -> tuple[NDArray[np.float64], NDArray[n
         x, y = columns.mean(), rows.mean()
         h, w = masks.shape[1:]
         centres[n] = (2 * x + 1) / w - 1, (2 * y + 1) / h - 1
-        found = []
-        for body in body_mask(patient.image[chosen]):
-            if body.any():
-                across, down = np.flatnonzero(body.any(0)), np.flatnonzero(body.any(1))
-                found.append((x - across[0], across[-1] - x, y - down[0], down[-1] - y))
-        if found:
-            logs[n] = np.log(np.maximum(np.median(found, 0), 1))
+        away = np.arange(0, h + w, 0.5)
+        ray_x, ray_y = (np.rint(at + np.outer(f(angles), away)).astype(int) for at, f in ((x, np.cos), (y, np.sin)))
+        within = (ray_x >= 0) & (ray_x < w) & (ray_y >= 0) & (ray_y < h)
+        ray_x, ray_y = np.clip(ray_x, 0, w - 1), np.clip(ray_y, 0, h - 1)
+        reach = [((body[ray_y, ray_x] & within) * away).max(1) for body in body_mask(patient.image[chosen]) if body.any()]
+        if reach:
+            logs[n] = np.log(np.maximum(np.median(reach, 0), 1))
     return logs, centres
 
 
@@ -86,7 +87,7 @@ def patient_styles(table: NDArray[np.float64], size: int) -> tuple[NDArray[np.fl
 
 class Moves(NamedTuple):
     """What a batch's styles change in its slices, float32: `shifts` (N, classes) of the labels' intensities, as share of the range;
-    `stretch` (N, 4), logs of the factors on the four sides of `centres` (N, 2); see `move`.
+    `stretch` (N, 12), logs of the factors in the `DIRECTIONS` from `centres` (N, 2); see `move` and `stretch`.
     """
 
     shifts: NDArray[np.float32]
@@ -99,15 +100,17 @@ class Styles:
 
     def __init__(self, train: Sequence[Slices], classes: int, size: int, seed: int, intensity: Intensity):
         table = organ_medians(train, classes)
-        logs, centres = (
-            outlines(train) if intensity.unit == "HU" else (np.zeros((len(train), SIDES)), np.zeros((len(train), 2), np.float32))
-        )
-        scale = _deviation(table) / _deviation(logs)  # a side counts as much as an organ
+        logs, centres = outlines(train)
+        if intensity.unit != "HU":  # where the body ends is not known
+            logs[:] = 0
+        scale = _deviation(table) / _deviation(logs)  # outlines count as much as organs
         styles, effects = patient_styles(np.concatenate([table, scale * logs], 1), size)
         lengths = [len(p) for p in train]
         self._of_slice, self._centres = np.repeat(styles, lengths, 0), np.repeat(centres, lengths, 0)
-        self._shifts = np.pad(effects[:, :-SIDES], ((0, 0), (1, 0))) / np.float32(intensity.high - intensity.low)  # none on the background
-        self._stretch = effects[:, -SIDES:] / np.float32(scale)
+        self._shifts = np.pad(effects[:, :-DIRECTIONS], ((0, 0), (1, 0))) / np.float32(
+            intensity.high - intensity.low
+        )  # none on the background
+        self._stretch = effects[:, -DIRECTIONS:] / np.float32(scale)
         self._seed = seed
 
     def __call__(self, slices: NDArray[np.intp], step: int) -> tuple[NDArray[np.float32], Moves]:
@@ -120,10 +123,10 @@ class Styles:
 
 
 def _deviation(table: NDArray[np.float64]) -> float:
-    """Root mean square over columns of the rows' standard deviation, NaN left out; 1 where there is none."""
-    centred = table - np.where(np.isnan(table), 0, table).sum(0) / np.maximum((~np.isnan(table)).sum(0), 1)
-    known = centred[~np.isnan(centred)]
-    found = float(np.sqrt((known**2).mean())) if known.size else 0.0
+    """Root of the sum over columns of the rows' variance, NaN left out; 1 where there is none."""
+    known = ~np.isnan(table)
+    centred = np.where(known, table - np.where(known, table, 0).sum(0) / np.maximum(known.sum(0), 1), 0)
+    found = float(np.sqrt((centred**2).sum()))
     return found if found > ROUNDING else 1.0
 
 
@@ -133,18 +136,22 @@ def move(image: Tensor, labels: Tensor, shifts: Tensor) -> Tensor:
     return (image + shifts.gather(1, middle.flatten(1)).view_as(image)).clamp(0, 1)
 
 
-def stretch(image: Tensor, labels: Tensor, sides: Tensor, centres: Tensor) -> Tensor:
-    """`image` (N, 1, H, W) with its surroundings stretched away from `centres` (N, 2) by exp(`sides` (N, 4)); labels stay where they are.
+def stretch(image: Tensor, labels: Tensor, factors: Tensor, centres: Tensor) -> Tensor:
+    """`image` (N, 1, H, W) with its surroundings stretched away from `centres` (N, 2) by exp(`factors` (N, 12)); labels stay where they are.
 
-    The stretch grows from nothing at the labels of the middle of `labels` (N, Z, H, W) to the whole `MARGIN` away.
+    The stretch grows from nothing at the labels of the middle of `labels` (N, Z, H, W) to the whole `MARGIN` away. Between two
+    directions it is interpolated.
     """
-    reach = max(1, round(MARGIN * image.shape[-1] / 2))
+    h, w = image.shape[-2:]
+    reach = max(1, round(MARGIN * w / 2))
     inside = (labels[:, labels.shape[1] // 2, None] != 0).to(image.dtype)
     wide = functional.max_pool2d(functional.max_pool2d(inside, (1, 2 * reach + 1), 1, (0, reach)), (2 * reach + 1, 1), 1, (reach, 0))
     share = 1 - functional.avg_pool2d(wide, 2 * reach + 1, 1, reach, count_include_pad=False)[:, 0]  # (N, H, W)
-    grid = functional.affine_grid(torch.eye(2, 3, device=image.device, dtype=image.dtype).expand(len(image), 2, 3), list(image.shape),
-                                  align_corners=False)  # fmt: skip
-    away = grid - centres[:, None, None]
-    low, high = sides[:, None, None, ::2], sides[:, None, None, 1::2]
-    source = centres[:, None, None] + away * torch.exp(-torch.where(away < 0, low, high) * share[..., None])
+    same = torch.eye(2, 3, device=image.device, dtype=image.dtype).expand(len(image), 2, 3)
+    away = functional.affine_grid(same, list(image.shape), align_corners=False) - centres[:, None, None]  # (N, H, W, 2)
+    place = torch.atan2(away[..., 1] * h, away[..., 0] * w) * (DIRECTIONS / (2 * torch.pi))
+    lower = place.floor()
+    first, second = (factors.gather(1, ((lower + n).long() % DIRECTIONS).flatten(1)).view_as(place) for n in (0, 1))
+    shrink = torch.exp(-share * torch.lerp(first, second, place - lower))
+    source = centres[:, None, None] + away * shrink[..., None]
     return functional.grid_sample(image, source, mode="bicubic", padding_mode="border", align_corners=False).clamp(0, 1)
