@@ -28,7 +28,7 @@ class Geometry:
     affine: NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        affine = np.array(self.affine, np.float64) + 0.0  # no -0.0: equal grids have equal bytes, and so equal digests
+        affine = np.array(self.affine, np.float64) + 0.0  # -0 becomes 0: equal grids are equal bytes, which digests are made of
         expected = "a finite 4x4 affine with orthogonal axes, LPS, mm"
         if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.array_equal(affine[3], [0, 0, 0, 1]):
             raise GeometryError(

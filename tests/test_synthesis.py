@@ -30,7 +30,13 @@ def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(tmp_path: Path,
     assert synth(model, tmp_path / "a", *masks) == 0
     expected = results(tmp_path / "a")
     assert list(expected) == ["0_ct.nii.gz", "1_ct.nii.gz", "2_ct.nii.gz"]
-    for name, extra in {"b": ("--batch", "1"), "c": ("--batch", "16"), "d": ("--batch", "4")}.items():
+    settings = {
+        "b": ("--batch", "1"),
+        "c": ("--batch", "16", "--workers", "1"),
+        "d": ("--batch", "4", "--workers", "2"),
+        "e": ("--workers", "4"),
+    }
+    for name, extra in settings.items():
         assert synth(model, tmp_path / name, *reversed(masks), extra=extra) == 0
         assert results(tmp_path / name) == expected
     assert synth(model, tmp_path / "a", *masks) == 0  # over its own results
