@@ -1,154 +1,150 @@
-"""Throughput of a model on this machine, against what a user would otherwise run:  python benchmarks/run.py engine --model MODEL
+"""Throughput of this machine, against what a user would otherwise run and against its limit:  python benchmarks/run.py SUITE...
 
-Suite `engine`: slices/s of the synthesizer (mask in, HU on the mask's grid out) beside the bare backend called in a tight loop
-on prepared tensors, which is its ceiling, and the same network in eager PyTorch, which is what people run today (with --run).
-Suites `stream` and `train`: see benchmarks/stream.py and benchmarks/train.py.
-Contenders take turns within every round, so that a machine whose speed drifts slows all of them; ratios are taken round by
-round. A table for people, then one JSON line.
+Suites: engine, stream, memory, coldstart, io, train; each module says what it measures. Contenders run in processes of their own and
+take turns within every round (benchmarks/paired.py). A table for people, then one JSON line with every record.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
 
-import numpy as np
-
-from benchmarks.record import machine
-from runtime import Synthesizer
-from runtime.console import EXIT_CODES, Progress, run
+from benchmarks import coldstart, engine, io, stream
+from benchmarks.history import Record, append, before, falls, load, make_record
+from benchmarks.paired import Contender, Measured, measure
+from benchmarks.report import measured_on, rows
+from runtime.console import EXIT_CODES, run
 from runtime.contract import Manifest
-from runtime.engines.registry import open_engine
+from runtime.errors import UsageError
 from runtime.files import write_json
-from runtime.memory import HOST_STREAM
-from runtime.volume import Geometry, LabelVolume
 
-Contender = Callable[[], int]  # does some slices (or steps), returns how many
-OURS, BARE, TORCH = "mask2ct synthesizer", "bare backend, tight loop", "PyTorch eager"
+
+@dataclass(frozen=True)
+class Suite:
+    """`groups(options)`: contenders that are measured together, by name, ours first. `shares`: of the roof, if there is one."""
+
+    unit: str
+    groups: Callable[[argparse.Namespace], Mapping[str, Sequence[Contender]]]
+    shares: Callable[[argparse.Namespace, Mapping[str, Measured]], Mapping[str, float]] = field(default=lambda options, measured: {})
+
+
+SUITES = {
+    "engine": Suite(
+        "slices/s",
+        lambda o: engine.groups(o.model, _trained(o), o.backend, 16 if o.quick else 64, compiled=not o.quick),
+        lambda o, measured: engine.shares(o.model, measured),
+    ),
+    "stream": Suite(
+        "slices/s", lambda o: stream.groups(None if o.random else o.model, None if o.random else _trained(o), o.backend, o.quick)
+    ),
+    "coldstart": Suite("starts/s", lambda o: coldstart.groups(o.model, _trained(o), o.backend)),
+    "train": Suite("steps/s", lambda o: _train_groups(o)),
+    "io": Suite("bytes/s", lambda o: io.groups("64x128x128" if o.quick else "300x512x512")),
+}
 
 
 def main(argv: Sequence[str]) -> int:
-    if argv[:1] in (["train"], ["stream"]):  # options of their own
-        suite: Any = import_module(f"benchmarks.{argv[0]}")
-        return int(suite.main(argv[1:]))
     parser = argparse.ArgumentParser("run.py", description="Throughput on this machine.", epilog=EXIT_CODES)
-    parser.add_argument("suite", choices=["engine", "stream", "train"], help="`train --help` shows the options of that suite")
-    parser.add_argument(
-        "--model", type=Path, default=ROOT / "runs" / "demo" / "model", help="a model folder (default: that of `make demo`)"
-    )
-    parser.add_argument("--run", type=Path, help="the run folder it came from: adds eager PyTorch (default: `train` beside the model)")
+    parser.add_argument("suites", nargs="+", choices=list(SUITES), metavar="SUITE", help=", ".join(SUITES))
+    parser.add_argument("--model", type=Path, help="a model folder (default: that of `make demo`; of `stream`, `edge` with random weights)")
+    parser.add_argument("--run", type=Path, help="the run folder it came from, for PyTorch (default: `train` beside the model)")
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--quick", action="store_true", help="fewer slices a round")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    parser.add_argument(
+        "--config", type=Path, default=ROOT / "train" / "configs" / "phantom.json", help="what `train` trains (default: the phantom)"
+    )
+    parser.add_argument("--dataset-path", metavar="DIR", help="on which patients (default: the config's phantom, made first)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", nargs="+", help="override the config, as train/run.py has it"
+    )
+    parser.add_argument("--quick", action="store_true", help="less work a round, fewer rounds and contenders")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records here")
+    parser.add_argument("--record", action="store_true", help="append them to benchmarks/results/history.jsonl")
+    parser.add_argument("--compare", metavar="REV|last", help="exit 1 when a ratio fell since that commit's record, by more than its noise")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(argv)
+    options.random, options.model = options.model is None, options.model or ROOT / "runs" / "demo" / "model"
 
-    slices, rounds = (8, 7) if options.quick else (32, 11)
-    beside = options.model.parent / "train"
-    contenders, backend = engine_suite(
-        options.model, options.run or (beside if (beside / "run.json").is_file() else None), options.backend, slices
-    )
-    rates = measure(contenders, rounds, options.quiet)
-    result = summarise(rates)
-    print(f"{'':<28}{'slices/s':>10}{'range':>18}{'ours / this':>14}{'range':>16}")
-    for name, row in result.items():
-        rate, ratio = (f"{row[key + '_least']:.4g} … {row[key + '_most']:.4g}" for key in ("rate", "ratio"))
-        print(f"{name:<28}{row['rate']:>10.1f}{rate:>18}{row['ratio']:>14.2f}{ratio:>16}")
-    print(f"backend: {backend}; median of {rounds} rounds of {slices} slices, in turn")
-    record = {"suite": "engine", "backend": backend, "rounds": rounds, "slices": slices, "machine": machine(ROOT), "result": result}
+    records = [record for name in options.suites for record in _measure(name, options)]
     if options.json:
-        write_json(options.json, record)
-    print(json.dumps(record))
-    return 0
+        write_json(options.json, records)
+    fallen = _compare(records, options.compare) if options.compare else 0
+    if options.record:
+        append(records)
+    print(json.dumps(records))
+    return 1 if fallen else 0
 
 
-def engine_suite(model: Path, trained: Path | None, backend: str, slices: int) -> tuple[dict[str, Contender], str]:
-    """The contenders by name, and which backend they run. They were checked to paint the same before any is timed."""
-    manifest = Manifest.load(model)
-    engine, reason, _ = open_engine(backend, manifest, model)  # one for both: a second session's threads would spin beside the first's
-    synth = Synthesizer(manifest, engine, reason=reason)
-    h, w = manifest.grid.canvas
-    spacing = manifest.grid.pixel_spacing or (1.0, 1.0)
-    labels = np.random.default_rng(0).integers(0, len(manifest.labels), (slices, h // 8, w // 8), np.uint8).repeat(8, 1).repeat(8, 2)
-    volume = LabelVolume(labels, Geometry(np.diag([spacing[1], spacing[0], manifest.grid.slice_spacing or 3.0, 1.0])))
-
-    batch = engine.spec.batch
-    inputs: dict[str, Any] = {"labels": np.ascontiguousarray(np.repeat(labels[:batch, None], manifest.grid.slices, 1))}
-    if manifest.noise:
-        inputs["noise"] = np.random.default_rng(1).integers(0, 256, (batch, h, w), np.uint8)
-    out = np.empty((batch, h, w, 2), np.uint8)
-
-    def ours() -> int:
-        return len(synth.paint(volume))
-
-    def bare() -> int:
-        for _ in range(0, slices, batch):
-            engine.run(inputs, out, stream=HOST_STREAM)
-        return slices
-
-    contenders: dict[str, Contender] = {OURS: ours, BARE: bare}
-    if trained is not None:
-        contenders[TORCH] = _torch(trained, inputs, slices)
-    return contenders, synth.backend
+def _measure(name: str, options: argparse.Namespace) -> list[Record]:
+    suite, records = SUITES[name], []
+    for group, contenders in suite.groups(options).items():
+        measured = measure(contenders, 7 if options.quick else 11, quiet=options.quiet)
+        record = make_record(group, _options(name, options), suite.unit, measured)
+        for contender, share in suite.shares(options, measured).items():
+            record["contenders"][contender]["share_of_roof"] = share
+        records.append(record)
+        _print(record)
+    return records
 
 
-def _torch(trained: Path, inputs: dict[str, Any], slices: int) -> Contender:
-    import torch
-
-    from export.graph import LabelsToIntensity
-    from train.checkpoint import load_generator, load_run
-
-    facts = load_run(trained)
-    graph = LabelsToIntensity(load_generator(trained), len(facts.labels), facts.intensity)
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-
-    def eager() -> int:
-        with torch.inference_mode():
-            for _ in range(0, slices, len(tensors["labels"])):
-                graph(**tensors)
-        return slices
-
-    return eager
+def _options(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What a record must share with another to be compared with it. No path: records travel."""
+    if name == "train":
+        return {"quick": options.quick, "config": options.config.stem, "set": [x for xs in options.set for x in xs]}
+    model = "random" if name == "stream" and options.random else Manifest.load(options.model).name if name != "io" else ""
+    return {"quick": options.quick, "backend": options.backend, "model": model}
 
 
-def measure(contenders: Mapping[str, Contender], rounds: int, quiet: bool) -> dict[str, list[float]]:
-    """Rate of each contender in each round, in what it counts per second, after one round of warm-up that is not counted."""
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    progress = Progress("rounds", rounds + 1, quiet=quiet)
-    for n in range(rounds + 1):
-        names = list(contenders)
-        for name in names[n % len(names) :] + names[: n % len(names)]:  # nobody always follows the same one
-            contender = contenders[name]
-            started = time.perf_counter()
-            done = contender()
-            if n:
-                rates[name].append(done / (time.perf_counter() - started))
-        progress.update(n + 1)
-    progress.close()
-    return rates
+def _print(record: Record) -> None:
+    table = rows(record)
+    widths = [max(len(row[n]) for row in table) for n in range(len(table[0]))]
+    print(f"\n{record['suite']}")
+    for row in table:
+        print(
+            "  ".join(cell.ljust(width) if n == 0 else cell.rjust(width) for n, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        )
+    for contender, why in record["absent"].items():
+        print(f"not there: {contender} ({why})")
+    print(measured_on(record))
 
 
-def summarise(rates: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Median and range of each contender, and of ours (the first) / it, taken round by round."""
-    rows = {}
-    first = next(iter(rates.values()))
-    for name, values in rates.items():
-        ratios = [ours / other for ours, other in zip(first, values, strict=True)]
-        rows[name] = {
-            "rate": statistics.median(values), "rate_least": min(values), "rate_most": max(values),
-            "ratio": statistics.median(ratios), "ratio_least": min(ratios), "ratio_most": max(ratios),
-        }  # fmt: skip
-    return rows
+def _compare(records: Sequence[Record], revision: str) -> int:
+    """How many ratios fell; each is said on standard error. Raises `UsageError` when there is nothing to compare with."""
+    kept, found = load(), 0
+    for record in records:
+        old = before(record, kept, revision)
+        if old is None:
+            raise UsageError(
+                f"there is no record of {record['suite']} for {revision} with these options on this machine",
+                expected="a record in benchmarks/results/history.jsonl", remedy="record one with --record",
+            )  # fmt: skip
+        for fall in falls(old, record):
+            found += 1
+            print(f"{fall} since commit {old['machine']['commit']}", file=sys.stderr)
+    return found
+
+
+def _train_groups(options: argparse.Namespace) -> Mapping[str, Sequence[Contender]]:
+    from benchmarks import train  # takes seconds: it imports torch
+    from train import config
+    from train.settle import settle
+
+    given = config.resolve(config.load(options.config), [x for xs in options.set for x in xs], dataset_path=options.dataset_path)
+    return train.groups(settle(given)[0], options.quick)
+
+
+def _trained(options: argparse.Namespace) -> Path | None:
+    """The run folder that the model came from, when it is known."""
+    beside: Any = options.run or options.model.parent / "train"
+    return beside if (beside / "run.json").is_file() else None
 
 
 if __name__ == "__main__":

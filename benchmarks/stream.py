@@ -1,144 +1,95 @@
-"""From a mask file to a CT file, against what people run today:  python benchmarks/run.py stream
+"""Suite `stream`: from a mask file to a CT file, against what people run today.
 
 One 300 x 512 x 512 mask, .nii.gz to .nii.gz, a network that paints 256 x 256 (`edge` with random weights, or --model MODEL --run RUN).
 Contenders: `Synthesizer.stream`; (a) nibabel, the same weights in eager PyTorch slice by slice, nibabel; (b) SimpleITK, ONNX
-Runtime as it comes slice by slice, SimpleITK. They take turns within every round. All are opened before; each reads and writes
-files. Then 20 masks in one run: wall time against the time its slowest stage was busy, and against the processor time of the whole
-process divided by its cores, below which no schedule can go. And a process of its own: seconds for `import runtime`, and from then on to the first
-slab that is handed to the compressor.
+Runtime as it comes slice by slice, SimpleITK. All are opened before; each reads and writes files. They resample differently, and draw
+other noise, so that their outputs are not compared. Then 20 masks in one run: wall time against the time its slowest stage was busy, and
+against the processor time of the whole process divided by its cores, below which no schedule can go.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import atexit
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-
 import numpy as np
 
-from benchmarks.record import machine
-from benchmarks.run import Contender, measure, summarise
 from runtime import Synthesizer
-from runtime.console import EXIT_CODES, run
 from runtime.contract import GridPolicy, Intensity, Manifest
-from runtime.engines.host import cores
+from runtime.engines.base import cores
 from runtime.files import write_json
 from runtime.labels import MM_WHS
 
+from .paired import Contender, Ready
+
 OURS, TORCH, SERIAL = "mask2ct stream", "nibabel → torch eager → nibabel", "SimpleITK → ONNX Runtime → SimpleITK"
 SIDE, SPACING = 512, (0.75, 0.75, 1.0)  # pixels; mm
-COLD = """
-import json, sys, time
-started = time.perf_counter()
-import runtime
-imported = time.perf_counter()
-first = []
-def painted(n):
-    first.append(time.perf_counter())
-    if len(first) == 1:
-        print(json.dumps({"import": imported - started, "first_slab": first[0] - imported}), flush=True)
-with runtime.Synthesizer.open(sys.argv[1]) as synth:
-    list(synth.stream([sys.argv[2]], sys.argv[3], on_slice=painted))
-"""
+EDGE_RANGE = Intensity("HU", -1024, 1976)
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("run.py stream", description="Mask files to CT files on this machine.", epilog=EXIT_CODES)
-    parser.add_argument("--model", type=Path, help="a model folder with model.onnx (default: `edge` at 256 x 256 with random weights)")
-    parser.add_argument("--run", type=Path, help="the run folder it came from: adds eager PyTorch")
-    parser.add_argument("--backend", default="auto", help="what runs the model in `mask2ct stream` (default: %(default)s)")
-    parser.add_argument("--slices", type=int, help="of the mask (default: 300, with --quick 24)")
-    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--quick", action="store_true", help="fewer slices")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    options = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        record = _measured(options, Path(folder))
-    if options.json:
-        write_json(options.json, record)
-    print(json.dumps(record))
-    return 0
+def groups(model: Path | None, trained: Path | None, backend: str, quick: bool) -> dict[str, list[Contender]]:
+    """`stream`: one large mask; `stream many`: a run of masks, beside the bound that its stages and its processor set.
 
-
-def _measured(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    model, graph = _model(options, folder)
+    Without a `model`, `edge` with random weights, which nobody has proven: ONNX Runtime has to be asked for by name.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="mask2ct-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    weights, random = None if trained is None else str(trained), model is None
+    if model is None:
+        model, backend = edge_model(folder / "model"), "onnx" if backend == "auto" else backend
     manifest = Manifest.load(model)
-    slices, each, count = (24, 4, 8) if options.quick else (300, 60, 20)
-    slices = options.slices or slices
-    mask = write_mask(folder / "mask.nii.gz", manifest, slices)
-    cold = _cold(model, mask, folder / "cold")
-    with Synthesizer.open(model, backend=options.backend) as synth:
-        contenders: dict[str, Contender] = {OURS: lambda: _ours(synth, mask, folder / "ours")}
-        if graph is not None:
-            contenders[TORCH] = lambda: torch_serial(graph, manifest, mask, folder / "torch.nii.gz")
-        session = _session(model / "model.onnx")
-        contenders[SERIAL] = lambda: onnx_serial(session, manifest, mask, folder / "serial.nii.gz")
-        spent: dict[str, list[float]] = {name: [] for name in contenders}
-        counted = {name: _counted(contender, spent[name]) for name, contender in contenders.items()}
-        result = summarise(measure(counted, options.rounds, options.quiet))
-        print(f"{'':<40}{'slices/s':>10}{'range':>16}{'seconds':>9}{'processor s':>13}{'ours / this':>13}{'range':>16}")
-        for name, row in result.items():
-            row["cpu"] = statistics.median(spent[name][1:])
-            rate, ratio = (f"{row[key + '_least']:.4g} … {row[key + '_most']:.4g}" for key in ("rate", "ratio"))
-            print(
-                f"{name:<40}{row['rate']:>10.1f}{rate:>16}{slices / row['rate']:>9.1f}{row['cpu']:>13.1f}{row['ratio']:>13.2f}{ratio:>16}"
-            )
-        print(f"backend: {synth.backend}; median of {options.rounds} rounds of {slices} slices of {SIDE} x {SIDE}, in turn")
-        many = _many(synth, manifest, folder, count, each)
-        backend = synth.backend
-    busy = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in many["busy"].items())
-    print(f"{count} masks of {each} slices: wall {many['wall']:.1f} s; busy {busy} s; processor {many['cpu']:.1f} s on {cores()} cores = "
-          f"{many['cpu'] / cores():.1f} s at least; wall / the larger bound {many['ratio']:.2f}")  # fmt: skip
-    print(f"alone: import runtime {cold['import']:.2f} s, then {cold['first_slab']:.2f} s to the first slab of 16 slices")
-    return {"suite": "stream", "backend": backend, "rounds": options.rounds, "slices": slices, "machine": machine(ROOT), "result": result,
-            "many": many, "cold": cold}  # fmt: skip
+    slices, each, count = (24, 4, 8) if quick else (300, 60, 20)
+    given = {"model": str(model), "mask": str(write_mask(folder / "mask.nii.gz", manifest, slices))}
+    found = [Contender(OURS, "benchmarks.stream:ours", {**given, "backend": backend})]
+    if random or weights is not None:
+        found.append(Contender(TORCH, "benchmarks.stream:by_torch", {**given, "trained": weights}))
+    found.append(Contender(SERIAL, "benchmarks.stream:by_onnx", given))
+    masks = [str(write_mask(folder / "masks" / f"{n}.nii.gz", manifest, each, seed=n)) for n in range(count)]
+    whole = Contender(
+        f"mask2ct, {count} masks of {each} slices", "benchmarks.stream:many", {"model": str(model), "backend": backend, "masks": masks}
+    )
+    return {"stream": found, "stream many": [whole]}
 
 
-def _counted(contender: Contender, spent: list[float]) -> Contender:
-    """The contender, and the processor seconds of the whole process that each of its turns took: what other programs do tells less on them."""
+def ours(model: str, mask: str, backend: str) -> Ready:
+    synth = Synthesizer.open(model, backend=backend)
+    kept = tempfile.TemporaryDirectory()
 
-    def turn() -> int:
-        started = time.process_time()
-        done = contender()
-        spent.append(time.process_time() - started)
-        return done
+    def run() -> float:
+        out = Path(kept.name) / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        (result,) = synth.stream([mask], out)
+        assert result.error is None, result.error
+        return float(result.slices)
 
-    return turn
-
-
-def _ours(synth: Synthesizer, mask: Path, out: Path) -> int:
-    shutil.rmtree(out, ignore_errors=True)
-    (result,) = synth.stream([mask], out)
-    assert result.error is None, result.error
-    return result.slices
+    return Ready(run, facts={"backend": synth.backend})
 
 
-def _many(synth: Synthesizer, manifest: Manifest, folder: Path, count: int, slices: int) -> dict[str, Any]:
-    masks = [write_mask(folder / "masks" / f"{n}.nii.gz", manifest, slices, seed=n) for n in range(count)]
-    busy = {"read": 0.0, "paint": 0.0, "write": 0.0}
-    wall, cpu = time.perf_counter(), time.process_time()
-    for result in synth.stream(masks, folder / "many"):
-        for stage, seconds in result.seconds.items():
-            busy[stage] += seconds
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    return {"masks": count, "slices": slices, "wall": wall, "busy": busy, "cpu": cpu, "ratio": wall / max(*busy.values(), cpu / cores())}
+def many(model: str, backend: str, masks: list[str]) -> Ready:
+    """Facts: seconds on the wall, each stage's busy ones, the process' own divided by the cores, and the wall by the largest bound."""
+    synth = Synthesizer.open(model, backend=backend)
+    kept = tempfile.TemporaryDirectory()
+    facts: dict[str, Any] = {"backend": synth.backend}
 
+    def run() -> float:
+        out = Path(kept.name) / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        slices, busy = 0, {"read": 0.0, "paint": 0.0, "write": 0.0}
+        wall, cpu = time.perf_counter(), time.process_time()
+        for result in synth.stream(masks, out):
+            slices += result.slices
+            for stage, seconds in result.seconds.items():
+                busy[stage] += seconds
+        wall, bound = time.perf_counter() - wall, (time.process_time() - cpu) / cores()
+        facts.update(wall=wall, busy=busy, processor=bound, wall_by_bound=wall / max(*busy.values(), bound))
+        return float(slices)
 
-def _cold(model: Path, mask: Path, out: Path) -> dict[str, float]:
-    done = subprocess.run([sys.executable, "-c", COLD, model, mask, out], cwd=ROOT, capture_output=True, text=True, check=True)
-    return dict(json.loads(done.stdout.splitlines()[0]))
+    return Ready(run, facts=facts)
 
 
 def write_mask(path: Path, manifest: Manifest, slices: int, seed: int = 0) -> Path:
@@ -159,34 +110,46 @@ def write_mask(path: Path, manifest: Manifest, slices: int, seed: int = 0) -> Pa
     return path
 
 
-def _model(options: argparse.Namespace, folder: Path) -> tuple[Path, Any]:
-    """The model folder and its network in PyTorch, if there is one."""
+def edge_network() -> Any:
+    """The network of train/configs/edge.json with random weights, as a graph in PyTorch."""
     import torch
 
     from export.graph import LabelsToIntensity
-    from export.model_folder import describe_file
-    from export.to_onnx import to_onnx
-    from train.checkpoint import load_generator, load_run
     from train.generator import Generator, initialise
 
-    if options.model is not None:
-        if options.run is None:
-            return options.model, None
-        facts = load_run(options.run)
-        return options.model, LabelsToIntensity(load_generator(options.run), len(facts.labels), facts.intensity)
     torch.manual_seed(0)
-    net = Generator(len(MM_WHS), kind="edge", filters=32, depth=6, skips=True, textures=8)  # as train/configs/edge.json
+    net = Generator(len(MM_WHS), kind="edge", filters=32, depth=6, skips=True, textures=8)
     initialise([net])
-    intensity = Intensity("HU", -1024, 1976)
-    graph = LabelsToIntensity(net, len(MM_WHS), intensity)
-    grid = GridPolicy((256, 256), (2 * SPACING[0], 2 * SPACING[1]), net.divisor)
-    manifest = Manifest("edge", MM_WHS, grid, intensity, style=0, noise=True, files={})
-    model = folder / "model"
-    model.mkdir()
-    to_onnx(graph, manifest.inputs, net.divisor, model / "model.onnx")
-    whole = replace(manifest, files={"model.onnx": describe_file(model / "model.onnx", "onnx", "fp32")})
-    write_json(model / "manifest.json", whole.to_json())
-    return model, graph
+    return LabelsToIntensity(net, len(MM_WHS), EDGE_RANGE)
+
+
+def edge_model(folder: Path) -> Path:
+    """A model folder of `edge_network`, 256 x 256, FP32, not proven."""
+    from export.model_folder import describe_file
+    from export.to_onnx import to_onnx
+
+    graph = edge_network()
+    divisor = graph.generator.divisor
+    grid = GridPolicy((256, 256), (2 * SPACING[0], 2 * SPACING[1]), divisor)
+    manifest = Manifest("edge", MM_WHS, grid, EDGE_RANGE, style=0, noise=True, files={})
+    folder.mkdir()
+    to_onnx(graph, manifest, folder / "model.onnx")
+    files = {"model.onnx": describe_file(folder / "model.onnx", "onnx", "fp32")}
+    write_json(folder / "manifest.json", replace(manifest, files=files).to_json())
+    return folder
+
+
+def by_torch(model: str, mask: str, trained: str | None) -> Ready:
+    from export.graph import LabelsToIntensity
+    from train.checkpoint import load_generator, load_run
+
+    if trained is None:
+        graph = edge_network()
+    else:
+        facts = load_run(Path(trained))
+        graph = LabelsToIntensity(load_generator(Path(trained)), len(facts.labels), facts.intensity)
+    manifest, kept = Manifest.load(Path(model)), tempfile.TemporaryDirectory()
+    return Ready(lambda: float(torch_serial(graph, manifest, Path(mask), Path(kept.name) / "ct.nii.gz")))
 
 
 def torch_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
@@ -212,10 +175,12 @@ def torch_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
     return int(values.shape[2])
 
 
-def _session(path: Path) -> Any:
+def by_onnx(model: str, mask: str) -> Ready:
     import onnxruntime
 
-    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(Path(model) / "model.onnx"), providers=["CPUExecutionProvider"])
+    manifest, kept = Manifest.load(Path(model)), tempfile.TemporaryDirectory()
+    return Ready(lambda: float(onnx_serial(session, manifest, Path(mask), Path(kept.name) / "ct.nii.gz")))
 
 
 def onnx_serial(session: Any, manifest: Manifest, mask: Path, out: Path) -> int:
@@ -242,7 +207,3 @@ def onnx_serial(session: Any, manifest: Manifest, mask: Path, out: Path) -> int:
     painted.CopyInformation(small)
     sitk.WriteImage(sitk.Resample(painted, image, sitk.Transform(), sitk.sitkLinear, manifest.intensity.low), str(out), True)
     return int(depth)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

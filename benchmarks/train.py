@@ -1,29 +1,24 @@
-"""Iterations/s of training against the loop people write:  python benchmarks/run.py train --config train/configs/phantom.json
+"""Suite `train`: iterations/s of training against the loop people write.
 
 Ours is the training's own step on its own batches: slices from the memory-mapped cache, augmentation in batches on the device,
 channels_last, fused Adam, running average of the weights. The plain loop is written as the original and pix2pix are: a
 `Dataset` that reads two DICOM files an item at every step with SimpleITK and augments it with scipy (as Keras' ImageDataGenerator
 does), float32, NCHW, Adam, the losses' `.item()` at every step; once with the files read in the main process (the original), once
 by DataLoader workers (pix2pix: four; here no more than cores). The networks, their initial weights, the losses and the batch size are the same (a test
-holds the first step's losses equal). Contenders take turns within every round; ratios are taken round by round.
+holds the first step's losses equal).
 """
 
 from __future__ import annotations
 
-import argparse
-import json
+import atexit
+import shutil
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-
-ROOT = Path(__file__).resolve().parent.parent
-if __name__ == "__main__":
-    sys.path[0] = str(ROOT)
 
 import numpy as np
 import torch
@@ -33,19 +28,16 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks.record import machine
-from benchmarks.run import measure, summarise
-from runtime.console import EXIT_CODES, run
 from runtime.contract import Intensity
-from runtime.files import write_json
 from runtime.io.nifti import simpleitk
 from train import augment, config
 from train.dataset import Slices, to_unit
 from train.generator import standardise_noise
 from train.loop import Training, open_cohort
 from train.losses import discriminator_losses, generator_losses, weighted_sum
-from train.settle import settle
 from train.step import Batch, make_discriminator, make_generator
+
+from .paired import Contender, Ready
 
 OURS, PLAIN, WORKERS = "mask2ct training", "plain loop", "plain loop with workers"
 PIX2PIX_WORKERS = 4  # its --num_threads
@@ -129,61 +121,45 @@ class Timed:
         return self._steps
 
 
-def contenders(settings: config.RunConfig, folder: Path, steps: int) -> tuple[dict[str, Timed], dict[str, float]]:
-    """The contenders by name, and the seconds that reading the cohort took: without a cache entry, and with."""
+def groups(settings: config.RunConfig, quick: bool) -> dict[str, list[Contender]]:
+    """Ours and the two plain loops, on the config's own data; the phantom, if it is one, is made once, by the first."""
+    folder = tempfile.mkdtemp(prefix="mask2ct-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    # many steps a round: what workers fetched ahead is little of it
+    given: dict[str, Any] = {"settings": config.to_json(settings), "folder": folder, "steps": 4 if quick else 20}
+    ours = Contender(OURS, "benchmarks.train:ours", given)
+    plain = ((PLAIN, 0), (WORKERS, min(PIX2PIX_WORKERS, torch.get_num_threads())))
+    return {"train": [ours, *(Contender(name, "benchmarks.train:plain", {**given, "workers": n}) for name, n in plain)]}
+
+
+def ours(settings: dict[str, Any], folder: str, steps: int) -> Ready:
+    resolved = config.from_json(settings)
     opening = []
-    for cache in (None, folder / "slices", folder / "slices"):  # the phantom, if it is one, is made at the first
+    for _ in range(2):  # without a cache entry, and with
         before = time.perf_counter()
-        cohort = open_cohort(settings, folder / "run", cache=cache, quiet=True)
-        opening.append(time.perf_counter() - before)
-    training = Training(settings, folder / "run", cohort, quiet=True)
-    (folder / "files").mkdir()
-    files = SliceFiles(folder / "files", cohort.train, settings.augment, config.intensity(settings))
-    entrants = {OURS: Timed(steps, training.batch, training.step)}
-    for name, workers in ((PLAIN, 0), (WORKERS, min(PIX2PIX_WORKERS, torch.get_num_threads()))):
-        entrants[name] = _plain(PlainLoop(settings), _endless(files, settings.training.batch_size, workers), steps)
-    return entrants, {"first": round(opening[1], 2), "again": round(opening[2], 2)}
+        cohort = open_cohort(resolved, Path(folder) / "run", cache=Path(folder) / "slices", quiet=True)
+        opening.append(round(time.perf_counter() - before, 2))
+    training = Training(resolved, Path(folder) / "run", cohort, quiet=True)
+    return _ready(Timed(steps, training.batch, training.step), {"opening_seconds": opening})
 
 
-def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("run.py train", description="Training iterations/s on this machine.", epilog=EXIT_CODES)
-    parser.add_argument("--config", type=Path, default=ROOT / "train" / "configs" / "phantom.json")
-    parser.add_argument("--dataset-path", metavar="DIR", help="patients to train on (default: the config's phantom, made first)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", nargs="+", help="override, as train/run.py has it")
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
-    parser.add_argument("--quiet", action="store_true", help="no progress")
-    options = parser.parse_args(argv)
-    settings, _ = settle(
-        config.resolve(config.load(options.config), [x for xs in options.set for x in xs], dataset_path=options.dataset_path)
-    )
-
-    rounds, steps = (3, 4) if options.quick else (7, 20)  # many steps a round: what workers fetched ahead is little of it
-    with tempfile.TemporaryDirectory() as folder:
-        entrants, opening = contenders(settings, Path(folder), steps)
-        rates = measure(entrants, rounds, options.quiet)
-    result = summarise(rates)
-    print(f"{'':<24}{'steps/s':>9}{'range':>16}{'ours / this':>13}{'range':>14}{'loader':>9}")
-    for name, row in result.items():
-        row["loader_share"] = statistics.median(entrants[name].shares[1:])
-        rate, ratio = (f"{row[key + '_least']:.3g} … {row[key + '_most']:.3g}" for key in ("rate", "ratio"))
-        print(f"{name:<24}{row['rate']:>9.2f}{rate:>16}{row['ratio']:>13.2f}{ratio:>14}{row['loader_share']:>9.1%}")
-    print(f"the cohort is read in {opening['first']} s the first time, in {opening['again']} s from the cache")
-    print(
-        f"{settings.name}, batch {settings.training.batch_size}, {torch.get_num_threads()} threads; median of {rounds} rounds of {steps} steps"
-    )
-    stated = config.to_json(settings)
-    stated["data"]["path"] = None  # records travel
-    record: dict[str, Any] = {"suite": "train", "config": stated, "threads": torch.get_num_threads(), "rounds": rounds,
-                              "steps": steps, "opening_seconds": opening, "machine": machine(ROOT), "result": result}  # fmt: skip
-    if options.json:
-        write_json(options.json, record)
-    print(json.dumps(record))
-    return 0
+def plain(settings: dict[str, Any], folder: str, steps: int, workers: int) -> Ready:
+    resolved = config.from_json(settings)
+    cohort = open_cohort(resolved, Path(folder) / "run", cache=Path(folder) / "slices", quiet=True)
+    own = Path(folder) / f"files-{workers}"
+    own.mkdir()
+    files = SliceFiles(own, cohort.train, resolved.augment, config.intensity(resolved))
+    loop, batches = PlainLoop(resolved), _endless(files, resolved.training.batch_size, workers)
+    return _ready(Timed(steps, lambda _: next(batches), lambda _, batch: loop(batch)), {})
 
 
-def _plain(loop: PlainLoop, batches: Iterator[Batch], steps: int) -> Timed:
-    return Timed(steps, lambda _: next(batches), lambda _, batch: loop(batch))
+def _ready(timed: Timed, facts: dict[str, Any]) -> Ready:
+    def run() -> float:
+        done = float(timed())
+        facts["loader_share"] = statistics.median(timed.shares)
+        return done
+
+    return Ready(run, facts=facts)
 
 
 def _endless(files: SliceFiles, batch_size: int, workers: int) -> Iterator[Batch]:
@@ -205,7 +181,3 @@ def _moved(
         return np.stack([ndimage.affine_transform(plane, matrix, offset, order=order) for plane in volume])
 
     return planes(labels, 0), planes(image, 1)
-
-
-if __name__ == "__main__":
-    sys.exit(run(main))

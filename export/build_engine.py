@@ -1,17 +1,22 @@
-"""Checkpoint → ONNX → proof → model folder:  python export/build_engine.py RUN -o MODEL --onnx-only"""
+"""Checkpoint → ONNX → TensorRT engine → proof → model folder:  python export/build_engine.py RUN -o MODEL [--onnx-only]"""
 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this is imported ends it without a traceback
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # replace, not prepend: export/ must not shadow packages
 
+from export.to_tensorrt import HARDWARE, BuildOptions, why_not
 from runtime.console import EXIT_CODES, duration, run
 from runtime.errors import MissingComponent
+from runtime.memory import parse_bytes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -20,7 +25,8 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("run", type=Path, help="a run folder, as train/run.py leaves it")
     parser.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--onnx-only", action="store_true", help="write and prove the ONNX graph, build no TensorRT engine")
+    parser.add_argument("--onnx-only", action="store_true", help="write and prove the ONNX graphs, build no TensorRT engine")
+    _add_engine_options(parser.add_argument_group("TensorRT engine"))
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     options = parser.parse_args(argv)
     started = time.perf_counter()
@@ -29,23 +35,55 @@ def main(argv: Sequence[str]) -> int:
         if not options.quiet:
             print(text, file=sys.stderr)
 
+    missing = None if options.onnx_only else why_not()
+    if missing is not None:
+        say(f"{missing.fact}; the ONNX graphs are written first")
     _require_packages()
     from export.graph import LabelsToIntensity
     from export.model_folder import write_model
-    from train.checkpoint import load_generator, load_run, load_validation
+    from train.checkpoint import load_calibration, load_generator, load_run, load_validation
 
     trained = load_run(options.run)
     graph = LabelsToIntensity(load_generator(options.run), len(trained.labels), trained.intensity)
-    write_model(trained, graph, load_validation(trained), options.output, say=say)
+    masks = load_validation(trained)
+    write_model(trained, graph, masks, load_calibration(trained), options.output, say=say)
     say(f"model folder {options.output} written in {duration(time.perf_counter() - started)}")
-    if not options.onnx_only:
-        raise MissingComponent(
-            "this version of mask2ct builds no TensorRT engine; the ONNX graph and its proof are written",
-            expected="--onnx-only",
-            remedy=f"use the ONNX model: python -m runtime synth MASK --model {options.output} --output OUT",
-            file=options.output,
-        )
+    if options.onnx_only:
+        return 0
+    if missing is not None:
+        kept = f"the proven ONNX graphs are kept: python -m runtime synth MASK --model {options.output} --output OUT"
+        missing.remedy, missing.file = f"{missing.remedy}; then run this again ({kept})", options.output
+        raise missing
+    from export.add_engine import add_engine, prover
+    from runtime.driver import device
+
+    names = ("precision", "native", "hardware", "max_batch", "workspace", "timing_cache")
+    build = BuildOptions(**{name: getattr(options, name) for name in names})
+    add_engine(options.output, build, prover(graph, masks, options.output, options.precision), gpu=device(), say=say, quiet=options.quiet)
+    say(f"engine built and proven in {duration(time.perf_counter() - started)}")
     return 0
+
+
+def _add_engine_options(group: argparse._ArgumentGroup) -> None:
+    default = BuildOptions()
+    group.add_argument("--precision", choices=("fp16", "fp32"), default=default.precision, help="of the engine (default fp16)")
+    group.add_argument(
+        "--native", action="store_true", help="fastest, for this very TensorRT; else the lean runtime loads it, later ones too"
+    )
+    hardware = "GPUs it runs on: of this compute capability (same, the default), any from Ampere on, or this model alone"
+    group.add_argument("--hardware", choices=tuple(HARDWARE), default=default.hardware, help=hardware)
+    batch = f"slices it takes at once (default {default.max_batch})"
+    group.add_argument("--max-batch", type=_count, default=default.max_batch, metavar="N", help=batch)
+    workspace = f"most scratch memory of a layer (default {default.workspace >> 30}GiB)"
+    group.add_argument("--workspace", type=parse_bytes, default=default.workspace, metavar="SIZE", help=workspace)
+    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="kept from build to build on one GPU: the next one is faster")
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 def _require_packages() -> None:

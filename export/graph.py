@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from runtime.contract import Intensity
 from train.generator import Generator, one_hot, standardise_noise
@@ -12,20 +15,73 @@ from train.generator import Generator, one_hot, standardise_noise
 class LabelsToIntensity(nn.Module):
     """`runtime.contract`'s graph round a trained generator: uint8 labels (style, noise) → int16 HU as little-endian bytes.
 
-    FP32 throughout: 65536 does not fit FP16. First node on each input is a Cast to float, the last a Cast to uint8, for
-    TensorRT allows uint8 at the border only (and has no int16).
+    FP32 before and after the generator: 65536 does not fit FP16. First node on each input is a Cast to float, the last a Cast
+    to uint8, for TensorRT allows uint8 at the border only (and has no int16).
     """
 
     def __init__(self, generator: Generator, classes: int, intensity: Intensity):
         super().__init__()
         self.generator, self.classes = generator.eval(), classes
         self.low, self.high = float(intensity.low), float(intensity.high)
+        self.precision = torch.float32  # of the stages
 
     def forward(self, labels: Tensor, style: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """`labels` uint8 (N, Z, H, W), `style` float32 (N, S), `noise` uint8 (N, H, W) → uint8 (N, H, W, 2)."""
         white = None if noise is None else standardise_noise(noise).unsqueeze(1)
-        image = self.generator(one_hot(labels, self.classes), white, style)[:, 0]  # (N, H, W) in [0, 1]
+        condition = one_hot(labels, self.classes).to(self.precision)
+        image = self.generator(condition, white, style)[:, 0]  # (N, H, W) in [0, 1]
         values = torch.clamp(torch.round(image * (self.high - self.low) + self.low), self.low, self.high)
         unsigned = torch.where(values < 0, values + 65536.0, values)
         upper = torch.floor(unsigned / 256.0)
         return torch.stack([unsigned - 256.0 * upper, upper], -1).to(torch.uint8)
+
+
+class Half(nn.Module):
+    """A layer with FP16 weights, input and output."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer.half()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x.half())
+        return out
+
+
+class Full(nn.Module):
+    """A norm in FP32 between FP16 layers."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x.float())
+        return out.to(x.dtype)
+
+
+def folded(graph: LabelsToIntensity) -> LabelsToIntensity:
+    """A copy whose batch norms are part of the convolutions they follow."""
+    graph = copy.deepcopy(graph)
+    for block in [m for m in graph.modules() if isinstance(m, nn.Sequential)]:
+        for n in range(len(block) - 1, 0, -1):
+            before, norm = block[n - 1], block[n]
+            if isinstance(before, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(norm, nn.BatchNorm2d):
+                block[n - 1] = fuse_conv_bn_eval(before, norm, transpose=isinstance(before, nn.ConvTranspose2d))
+                block[n] = nn.Identity()
+    return graph
+
+
+def halved(graph: LabelsToIntensity) -> LabelsToIntensity:
+    """A copy with FP16 layers. Norms, what comes after the last layers (`Generator.paint`) and the labels' contrast stay FP32."""
+    graph = copy.deepcopy(graph)
+    graph.precision = torch.float16
+    for parent in [m for m in graph.modules() if not isinstance(m, (Half, Full))]:
+        for name, layer in parent.named_children():
+            if layer is graph.generator.contrast:
+                continue
+            if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
+                setattr(parent, name, Half(layer))
+            elif isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d)):
+                setattr(parent, name, Full(layer))
+    return graph

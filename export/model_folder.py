@@ -1,7 +1,8 @@
-"""The model folder: graph files, their proof and the manifest, whole or absent."""
+"""The model folder: graph files, their proof, the manifest and the model card, whole or absent."""
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,50 +11,124 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract import MANIFEST, Manifest, ModelFile
-from runtime.engines.onnx import OnnxEngine
-from runtime.files import atomic_folder, sha256_of, write_json
+from runtime.engines.registry import BACKENDS
+from runtime.errors import ParityError
+from runtime.files import atomic_folder, sha256_of, write_json, write_text
 from train.checkpoint import Run
 
-from .graph import LabelsToIntensity
-from .parity import measure, random_inputs, require
+from . import parity, regions
+from .graph import LabelsToIntensity, folded, halved
+from .model_card import CARD, model_card
+from .quantize import quantize
 from .to_onnx import to_onnx
 
-RANDOM_SLICES = 8
+Say = Callable[[str], None]
+CALIBRATION_SLICES, TRIAL_SLICES = 32, 16  # of the training masks: to calibrate INT8 on, and to choose its layers by
+MARGIN = 0.75  # of INT8's limits that its layers are chosen to keep on training masks: the proof's masks are others
+FILES = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 
 
 def describe_file(path: Path, kind: str, precision: str) -> ModelFile:
     return ModelFile(kind, precision, path.stat().st_size, sha256_of(path))
 
 
-def write_model(run: Run, graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path, *, say: Callable[[str], None]) -> Manifest:
-    """Export `graph`, prove it on `masks` (validation slices, uint8 (n, Z, H, W)) and on random labels, write `folder`.
+def write_model(run: Run, graph: LabelsToIntensity, masks: NDArray[np.uint8], training_masks: NDArray[np.uint8] | None, folder: Path, *,
+                say: Say) -> Manifest:  # fmt: skip
+    """Export `graph` in FP32, FP16 and INT8, prove each in every engine that is here, write `folder`.
 
-    Nothing is written, and a folder that was there stays as it was, when the proof fails (`ParityError`).
+    `masks`: of held-out slices, uint8 (n, Z, H, W), to prove on; `training_masks`: of the training set, to calibrate INT8 on (None:
+    a run that kept none; the held-out ones serve). Nothing is written, and a folder that was there stays as it was, when a proof
+    fails (`ParityError`).
     """
     manifest = Manifest(
         name=str(run.data["name"]), labels=run.labels, grid=run.grid, intensity=run.intensity, style=run.style, noise=run.noise,
         files={}, training=provenance(run), license=str(run.data.get("license", "")),
     )  # fmt: skip
+    network = folded(graph)
     with atomic_folder(folder) as part:
-        path = part / "model.onnx"
-        say(f"exporting {path.name}")
-        to_onnx(graph, manifest.inputs, run.grid.divisor, path)
-        say(f"proving {path.name} on {len(masks)} validation slices and {RANDOM_SLICES} of random labels")
-        engine = OnnxEngine(path, manifest)
-        proof: dict[str, Any] = {}
-        random = random_inputs(RANDOM_SLICES, run.grid.slices, run.grid.canvas, len(run.labels))
-        for what, labels in (("validation masks", masks), ("random labels", random)):
-            parity = measure(graph, engine, labels)
-            require(parity, path.name, what)
-            proof[what] = parity.to_json()
-            say(f"  {what}: max {parity.max} HU, mean {parity.mean:.5f} HU, {100 * parity.differing:.4f} % of the pixels differ")
-        name = engine.name.split(",")[0]
-        engine.close()
-        whole = Manifest(
-            **{**vars(manifest), "files": {path.name: describe_file(path, "onnx", "fp32")}, "parity": {path.name: {name: proof}}}
-        )
+        truths = parity.references(graph, manifest, masks)
+        say(f"proving on {parity.SLICES} held-out slices ({len(masks)} different masks) and {parity.RANDOM_SLICES} of random labels")
+        files: dict[str, ModelFile] = {}
+        proofs: dict[str, Any] = {}
+
+        def take(precision: str) -> None:
+            path = part / FILES[precision]
+            proofs[path.name] = proven(graph, path, precision, manifest, truths, say)
+            files[path.name] = describe_file(path, "onnx", precision)
+
+        to_onnx(network, manifest, part / FILES["fp32"])
+        take("fp32")
+        to_onnx(halved(network), manifest, part / FILES["fp16"])
+        take("fp16")
+        notes = write_int8(graph, part, manifest, masks if training_masks is None else training_masks, say)
+        if notes["layers"]:
+            notes["calibrated_on"] = "validation masks" if training_masks is None else "training masks"
+            take("int8")
+        whole = Manifest(**{**vars(manifest), "files": files, "parity": proofs, "export": {**versions(), "int8": notes}})
         write_json(part / MANIFEST, whole.to_json())
+        write_text(part / CARD, model_card(whole))
     return whole
+
+
+def proven(
+    graph: LabelsToIntensity, path: Path, precision: str, manifest: Manifest, truths: Mapping[str, parity.Reference], say: Say
+) -> Any:
+    """The proof of an ONNX file in every backend that runs it here; `ParityError` names the backend and the region of the network."""
+    proof = {}
+    for backend in (b for b in BACKENDS if b.file == ("onnx", precision)):
+        if why := backend.uninstalled():
+            say(f"  {path.name} is not proven in {backend.name}: {why}")
+            continue
+        try:
+            proof[backend.name] = parity.prove(path, precision, backend, manifest, truths)
+        except parity.Exceeded as exc:
+            where = regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs), precision)
+            raise ParityError(f"{exc.fact}\n{where}", expected=exc.expected, remedy=exc.remedy) from exc
+        say("  " + line(path.name, proof[backend.name]))
+    return proof
+
+
+def line(file: str, proof: Mapping[str, Any]) -> str:
+    """One file in one engine, for a person."""
+    n = proof[parity.ON_MASKS]
+    organs = max((abs(shift) for shift in n["organs"].values() if shift is not None), default=0)
+    body = "" if n["body_mean"] is None else f", body mean {n['body_mean']:.3g}"
+    return (f"{file} in {proof['engine']}: mean {n['mean']:.3g}, p99.9 {n['p99_9']:g}, max {n['max']}{body}, organ medians within {organs:g} HU, "
+            f"1 - SSIM {n['dssim']:.2g}, {proof['slices_per_second']:.0f} slices/s")  # fmt: skip
+
+
+def write_int8(graph: LabelsToIntensity, part: Path, manifest: Manifest, masks: NDArray[np.uint8], say: Say) -> dict[str, Any]:
+    """Write the INT8 graph with the layers that training masks say may be quantised. Returns how, as JSON data; "layers" is 0 where none may."""
+    chosen = masks[np.linspace(0, len(masks) - 1, CALIBRATION_SLICES).round().astype(int)]
+    inputs = parity.draw_inputs(manifest.inputs, chosen, seed=1)
+    step = CALIBRATION_SLICES // TRIAL_SLICES
+    truth = parity.reference(graph, {name: array[::step] for name, array in inputs.items()})
+    backend = next(b for b in BACKENDS if b.file == ("onnx", "int8") and not b.uninstalled())
+
+    def error(path: Path) -> float:
+        engine = backend.open(path, manifest)
+        numbers = parity.differences(truth, parity.paint(engine, truth.inputs)[0], manifest)
+        engine.close()
+        return max(value / (MARGIN * limit) for value, limit in parity.excess("int8", numbers).values())
+
+    path = part / FILES["int8"]
+    made = quantize(part / FILES["fp32"], path, inputs, error, say)
+    layers = made.layers - len(made.floating)
+    if not layers:
+        path.unlink()
+        say(f"  {path.name} is left out: no layer can be quantised within {parity.LIMITS['int8']} HU")
+        return {"layers": 0, "of": made.layers, "floating": list(made.floating)}
+    share = path.stat().st_size / (part / FILES["fp32"]).stat().st_size
+    say(f"  {path.name}: {layers} of {made.layers} layers in INT8, {100 * share:.1f} % of {FILES['fp32']}'s size")
+    return {"layers": layers, "of": made.layers, "floating": list(made.floating)}
+
+
+def versions() -> dict[str, str]:
+    """Of what made the files."""
+    from importlib.metadata import version
+
+    names = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def provenance(run: Run) -> Mapping[str, Any]:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
+from collections import Counter
 from pathlib import Path
 
 import onnx
 import torch
 
-from runtime.contract import TensorSpec
+from runtime.contract import METADATA, Manifest, TensorSpec
 
 from .graph import LabelsToIntensity
 
@@ -24,11 +26,13 @@ def example_inputs(specs: tuple[TensorSpec, ...], divisor: int) -> dict[str, tor
     return {s.name: torch.zeros(shapes[s.name], dtype=getattr(torch, s.dtype)) for s in specs}
 
 
-def to_onnx(graph: LabelsToIntensity, specs: tuple[TensorSpec, ...], divisor: int, path: Path) -> None:
-    """Write `graph` to `path` (not atomically: the model folder around it is). H and W stay multiples of `divisor`.
+def to_onnx(graph: LabelsToIntensity, manifest: Manifest, path: Path) -> None:
+    """Write `graph` to `path` (not atomically: the model folder around it is). H and W stay multiples of the grid's divisor.
 
-    Raises onnx's `ValidationError` when the written graph does not pass the full checker.
+    The file states the manifest's contract (`Manifest.statement`), and its nodes bear the names of the network's modules. Raises
+    onnx's `ValidationError` when the written graph does not pass the full checker.
     """
+    specs, divisor = manifest.inputs, manifest.grid.divisor
     batch = torch.export.Dim("N", min=1)
     multiple = {"H": torch.export.Dim("h", min=1) * divisor, "W": torch.export.Dim("w", min=1) * divisor}
     shapes = {s.name: {axis: batch if d == "N" else multiple[d] for axis, d in enumerate(s.shape) if isinstance(d, str)} for s in specs}
@@ -38,19 +42,38 @@ def to_onnx(graph: LabelsToIntensity, specs: tuple[TensorSpec, ...], divisor: in
         level = quiet.level
         quiet.setLevel(logging.ERROR)
         try:
-            torch.onnx.export(
+            program = torch.onnx.export(
                 graph.eval(),
                 (),
-                str(path),
                 kwargs=example_inputs(specs, divisor),
                 dynamo=True,
                 opset_version=OPSET,
                 dynamic_shapes=shapes,
                 input_names=[s.name for s in specs],
-                output_names=["ct"],
+                output_names=[manifest.output.name],
                 external_data=False,
                 verbose=False,
             )
         finally:
             quiet.setLevel(level)
+    assert program is not None
+    model = program.model_proto
+    name_nodes(model.graph)
+    onnx.helper.set_model_props(model, {METADATA: manifest.statement()})
+    onnx.save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
+
+
+def name_nodes(graph: onnx.GraphProto) -> None:
+    """Name each node MODULE/OPERATOR, such as generator.encoder.0.0/Conv, and drop what else the exporter notes of its source."""
+    seen: Counter[str] = Counter()
+    for node in graph.node:
+        notes = {note.key: note.value for note in node.metadata_props}
+        scopes = ast.literal_eval(notes.get("pkg.torch.onnx.name_scopes", "[]"))
+        module = next((scope for scope in reversed(scopes[:-1]) if scope), "graph").replace(".layer", "")  # of export.graph.Half
+        name = f"{module}/{node.op_type}"
+        seen[name] += 1
+        node.name = name if seen[name] == 1 else f"{name}.{seen[name]}"
+        node.ClearField("metadata_props")
+    for value in (*graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        value.ClearField("metadata_props")

@@ -21,8 +21,9 @@ from typing import Any
 from .errors import ModelError
 from .files import sha256_of
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+METADATA = "mask2ct"  # the key under which a graph file states what it was exported for
 MAX_LABELS = 256  # indices cross the seams as uint8
 
 
@@ -134,17 +135,25 @@ def tensor_specs(slices: int, style: int, noise: bool) -> tuple[tuple[TensorSpec
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One file of a model folder: its role ("onnx", "engine"), precision, size in bytes and SHA-256."""
+    """One file of a model folder: its role ("onnx", "engine", "layers"), precision, size in bytes and SHA-256.
+
+    `facts`: what an engine is tied to (TensorRT's version, compute capability, shapes, device memory); empty for a graph.
+    """
 
     kind: str
     precision: str
     bytes: int
     sha256: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a model folder says of itself. `parity`: file name → engine → the errors in HU measured at export."""
+    """What a model folder says of itself (JSON Schema: manifest.schema.json, beside this module).
+
+    `parity`: file name → backend → what was measured at export: the errors against the network in HU, slices/s, versions.
+    `training`, `export`: how the weights and the files were made.
+    """
 
     name: str
     labels: LabelTable
@@ -155,6 +164,7 @@ class Manifest:
     files: Mapping[str, ModelFile]
     parity: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
+    export: Mapping[str, Any] = field(default_factory=dict)
     license: str = ""
 
     @property
@@ -168,6 +178,37 @@ class Manifest:
     def file_of(self, kind: str, precision: str) -> str | None:
         """The name of the file of that kind and precision, or None."""
         return next((name for name, f in self.files.items() if (f.kind, f.precision) == (kind, precision)), None)
+
+    def statement(self) -> str:
+        """What a graph file must have been exported for to serve this manifest, as JSON; it is written into the file itself."""
+        intensity = [self.intensity.unit, self.intensity.low, self.intensity.high]
+        labels = [[label.name, label.value] for label in self.labels.labels]
+        return json.dumps(
+            {
+                "labels": labels,
+                "slices": self.grid.slices,
+                "divisor": self.grid.divisor,
+                "style": self.style,
+                "noise": self.noise,
+                "intensity": intensity,
+            }
+        )
+
+    def check_statement(self, stated: str | None, path: Path) -> None:
+        """Raise `ModelError` when the graph in `path` was exported for other labels, inputs or intensities than this manifest's."""
+        wanted = json.loads(self.statement())
+        try:
+            found = json.loads(stated or "{}")
+            wrong = {key: found.get(key) for key in wanted if found.get(key) != wanted[key]}
+        except (ValueError, AttributeError):
+            wrong = {"statement": stated}
+        if wrong:
+            raise ModelError(
+                f"{path.name} was exported for other {', '.join(wrong)}: {json.dumps(wrong)[:300]}",
+                expected=f"what {MANIFEST} says: {json.dumps({key: wanted.get(key) for key in wrong})[:300]}",
+                remedy="restore the model folder, or export the run again",
+                file=path,
+            )
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -184,6 +225,7 @@ class Manifest:
             "files": {name: vars(file) for name, file in self.files.items()},
             "parity": self.parity,
             "training": self.training,
+            "export": self.export,
         }
 
     @classmethod
@@ -201,11 +243,14 @@ class Manifest:
             files={name: ModelFile(**file) for name, file in data["files"].items()},
             parity=data.get("parity", {}),
             training=data.get("training", {}),
+            export=data.get("export", {}),
             license=str(data.get("license", "")),
         )
-        for key in ("files", "parity", "training"):
+        for key in ("files", "parity", "training", "export"):
             if not isinstance(data.get(key, {}), Mapping):
                 raise _no(f"{key!r} is no object", "a JSON object")
+        if not all(isinstance(proof, Mapping) for proof in manifest.parity.values()):
+            raise _no("a file's parity is no object", "backend → proof")
         for name in manifest.files:
             if Path(name).name != name:
                 raise _no(f"file name {name!r}", "a plain name in the model folder")

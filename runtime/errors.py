@@ -8,7 +8,8 @@
     ├── UsageError               exit 2   the command, the config or the model is wrong; nothing was started
     │   ├── ConfigError
     │   └── ModelError
-    │       └── ParityError      exit 1   an exported graph differs from the network it came from
+    │       ├── ParityError      exit 1   an exported graph differs from the network it came from
+    │       └── BuildError       exit 1   TensorRT makes no engine, or not the one asked for, of a proven graph
     ├── MissingComponent         exit 3   a package, a driver or a device is absent
     ├── OutputError              exit 4   the result cannot be written
     └── MemoryCapExceeded        exit 4   also a MemoryError: a pool's cap would be passed, or the device is full
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import errno
 import os
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -81,6 +83,12 @@ class ParityError(ModelError):
     exit_code = 1
 
 
+class BuildError(ModelError):
+    """TensorRT makes no engine of a graph, or not the one that was asked for."""
+
+    exit_code = 1
+
+
 class MissingComponent(Mask2CTError):
     """A package, a driver or a device is absent: says which, why it is needed, and the command that installs it."""
 
@@ -102,12 +110,12 @@ class MemoryCapExceeded(Mask2CTError, MemoryError):
     free: int | None = None
 
     @classmethod
-    def of(cls, kind: str, asked: int, *, cap: int, in_use: int, free: int | None = None) -> MemoryCapExceeded:
-        """The error for `asked` more bytes of `kind` ("host memory", "memory of GPU 0")."""
+    def of(cls, kind: str, asked: int, *, cap: int, in_use: int, free: int | None = None, refused: bool = False) -> MemoryCapExceeded:
+        """The error for `asked` more bytes of `kind` ("host memory", "memory of GPU 0"): past the cap, or `refused` by the system."""
         left = "" if free is None else f"; the device has {free} bytes free"
-        if in_use + asked <= cap and free is not None:
-            fact = f"the device refused {asked} more bytes: {in_use} of the pool's cap of {cap} bytes are in use"
-            remedy = "end what else uses the device, use --batch auto, or choose another --device"
+        if refused:
+            fact = f"the system refused {asked} more bytes: {in_use} of the pool's cap of {cap} bytes are in use"
+            remedy = "end what else uses that memory, let --batch auto choose what fits, or choose another --device"
         else:
             fact = f"{asked} more bytes would pass the pool's cap: {in_use} of {cap} bytes are in use"
             remedy = "raise --max-memory, or let --batch auto choose what fits"
@@ -143,7 +151,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def reading(path: str | os.PathLike[str], expected: str, error: type[Mask2CTError] = UnreadableVolume) -> Iterator[None]:
-    """Map what readers raise on a bad file (OSError, EOFError, ValueError, RuntimeError) to `error`."""
+    """Map what readers raise on a bad file (OSError, EOFError, ValueError, RuntimeError, zlib.error) to `error`."""
     name = Path(path).name
     try:
         yield
@@ -151,7 +159,7 @@ def reading(path: str | os.PathLike[str], expected: str, error: type[Mask2CTErro
         raise error(f"{name} does not exist", expected=expected, remedy="check the path", file=path) from exc
     except PermissionError as exc:
         raise error(f"{name} cannot be read: permission denied", expected=expected, remedy="check its permissions", file=path) from exc
-    except (OSError, EOFError, ValueError, RuntimeError) as exc:
+    except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as exc:
         lines = str(exc).strip().splitlines() or [type(exc).__name__]
         raise error(
             f"{name} cannot be read: {lines[-1][:200]}", expected=expected, remedy="check the file, or write it again", file=path

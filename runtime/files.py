@@ -9,12 +9,14 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import writing
 
+SYNCED_AT_ONCE = 4  # files of a folder: a disk writes what waits together, 300 slices in 0.1 s and not in 1
 # A leading dot, the machine and the process: never taken for a result, and its owner can be told.
 _PART = ".part-"
 _TEMPORARY = f"{_PART}{re.sub('[^A-Za-z0-9]', '', platform.node())[:16]}-"
@@ -57,6 +59,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _sync(file: Path) -> None:
+    with open(file, "rb+") as handle:
+        os.fsync(handle.fileno())
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield the temporary path to write; on success sync and rename it to `path`, on any error remove it.
@@ -68,8 +75,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield part
-            with open(part, "rb+") as handle:
-                os.fsync(handle.fileno())
+            _sync(part)
             os.replace(part, path)
             sync_folder(path.parent)
         finally:
@@ -96,10 +102,9 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         part.mkdir()
         try:
             yield part
-            for file in part.rglob("*"):
-                if file.is_file():
-                    with open(file, "rb+") as handle:
-                        os.fsync(handle.fileno())
+            with ThreadPoolExecutor(SYNCED_AT_ONCE) as pool:
+                for _ in pool.map(_sync, [file for file in part.rglob("*") if file.is_file()]):
+                    pass
             sync_folder(part)
             if path.exists():  # the old one steps aside first, so that no moment shows a mixture
                 old = temporary_name(path.with_name(path.name + ".old"))
@@ -124,10 +129,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def sha256_of(path: Path) -> str:
-    """The file's SHA-256 as 64 hexadecimal digits, read in 1 MiB pieces."""
+def sha256_of(source: Path | BinaryIO) -> str:
+    """The SHA-256 of a file, or of what an open one still holds, as 64 hexadecimal digits, read in 1 MiB pieces."""
+    if isinstance(source, Path):
+        with open(source, "rb") as handle:
+            return sha256_of(handle)
     digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
+    while chunk := source.read(1 << 20):
+        digest.update(chunk)
     return digest.hexdigest()

@@ -37,7 +37,7 @@ class SliceGrid:
 
     def __init__(self, policy: GridPolicy, geometry: Geometry, shape: tuple[int, int, int], labels: NDArray[np.uint8] | None = None):
         self._policy = policy
-        slices, rows, columns = _axial_axes(geometry)
+        slices, rows, columns = axial_axes(geometry)
         self.axis, self.count = slices, shape[slices]
         # array axis a is voxel index 2 - a; its sign says which way the patient axis runs along it
         sign = {a: np.sign(geometry.direction[2 - n, 2 - a]) for n, a in enumerate((slices, rows, columns))}
@@ -122,7 +122,7 @@ class SliceGrid:
         return (plane.T if self._transpose else plane)[self._flip]
 
 
-def _axial_axes(geometry: Geometry) -> tuple[int, int, int]:
+def axial_axes(geometry: Geometry) -> tuple[int, int, int]:
     """The array axes that count (slices, rows, columns): the assignment of axes to S, P, L with the largest |cosines|."""
     cosines = np.abs(geometry.direction)  # [LPS axis, voxel axis]
     best = max(permutations(range(3)), key=lambda p: cosines[2, p[0]] + cosines[1, p[1]] + cosines[0, p[2]] - 1e-9 * _disorder(p))

@@ -1,92 +1,140 @@
-"""Label values of files → the model's indices 0..K, by a table; nothing is guessed."""
+"""What files call a structure → the model's indices 0..K, by a table; nothing is guessed.
+
+A structure is known to a file by its value and, in DICOM and in Slicer's files, by a coded type and a name as well. The code
+counts first, then the name, then the value, in the model's own table and in a MAP.json alike.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .contract import Label, LabelTable
-from .errors import UnknownLabels, UsageError
+from .contract import LabelTable
+from .errors import InputError, UnknownLabels, UsageError
+from .presets import MM_WHS, MM_WHS_INDICES, OTHERS, PRESETS, STANDS_FOR
+from .volume import Layers, Segment
 
-# The seven structures of MM-WHS with the values its label files hold, in that order (Zhuang & Shen, Medical Image
-# Analysis 31, 2016); the released labels also hold a stray 421, which means 420. Codes: SNOMED CT.
-MM_WHS = LabelTable(
-    (
-        Label("background", 0),
-        Label("myocardium", 205, snomed="74281007"),
-        Label("left atrium", 420, aliases=(421,), snomed="82471001"),
-        Label("left ventricle", 500, snomed="87878005"),
-        Label("right atrium", 550, snomed="73829009"),
-        Label("right ventricle", 600, snomed="53085002"),
-        Label("ascending aorta", 820, snomed="54247002"),
-        Label("pulmonary artery", 850, snomed="81040000"),
-    )
-)
-# The same structures numbered 0..7, as slices prepared for the original system hold them.
-MM_WHS_INDICES = LabelTable(tuple(Label(x.name, index, snomed=x.snomed) for index, x in enumerate(MM_WHS.labels)))
-PRESETS: dict[str, LabelTable] = {"mm-whs": MM_WHS, "mm-whs-indices": MM_WHS_INDICES}
+__all__ = ["MM_WHS", "MM_WHS_INDICES", "PRESETS", "LabelMap", "load_map", "lost", "match", "overlay", "present_values", "to_indices"]
 
-LabelMap = Mapping[int, int]  # file value → model index
-MAP_HELP = 'a JSON file such as {"51": "left ventricle", "52": "ascending aorta", "*": "background"}'
+LabelMap = Mapping[int | str | None, int]  # a value, a code or a name (as `plain` writes them), None for every other → model index
+MAP_HELP = 'a JSON file such as {"51": "left ventricle", "SCT:54247002": "ascending aorta", "*": "background"}'
+# What says nothing of its own, so that the number may speak: "Segment_3", "ROI 3", "3"; tissue, organ, body structure, region of interest.
+_NUMBERED = re.compile(r"(segment|label|roi|region|structure|class)?[ #.-]*\d*")
+_GENERIC = {"sct:85756007", "sct:113343008", "sct:123037004", "sct:91723000", "dcm:111099"}
 
 
-def load_map(path: Path, table: LabelTable) -> dict[int | None, int]:
-    """Read `--labels MAP.json`: file value → the model's label, by name or by value; "*" is for every other value.
+def plain(text: str) -> str:
+    """A name or a code as it is compared: case, surrounding blanks, and underscores for blanks do not count; all else does."""
+    return " ".join(text.replace("_", " ").casefold().split())
 
-    Returns file value → model index, with None for "*". Raises `UsageError` when the file or an entry is wrong.
+
+def load_map(source: str | Path, table: LabelTable) -> dict[int | str | None, int]:
+    """Read `--labels MAP.json`, or take the preset of that name: value, code ("SCT:80891009") or name → the model's label, by name
+    or by value; "*" is for every other one.
+
+    Returns keys as `LabelMap` has them → model index. Raises `UsageError` when the file or an entry is wrong.
     """
+    if str(source) in PRESETS:
+        return _preset(str(source), table)
+    path = Path(source)
     try:
         data: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as exc:
-        raise UsageError(
-            f"the label map cannot be read: {exc}", expected=MAP_HELP, remedy="check the path and the JSON", file=path
-        ) from exc
+    except (OSError, ValueError, RecursionError) as exc:
+        raise UsageError(f"the label map cannot be read: {exc}", expected=f"{MAP_HELP}, or one of {', '.join(PRESETS)}",
+                         remedy="check the path and the JSON", file=path) from exc  # fmt: skip
     if not isinstance(data, dict) or not data:
         raise UsageError("the label map is not a JSON object with entries", expected=MAP_HELP, remedy="write it as one", file=path)
-    result: dict[int | None, int] = {}
+    result: dict[int | str | None, int] = {}
     for key, target in data.items():
         index = table.by_name.get(target) if isinstance(target, str) else table.by_value.get(target) if type(target) is int else None
         if index is None:
             raise UsageError(f"the label map sends {key!r} to {target!r}", expected=f"a label of the model, by name or value: {table}",
                              remedy="correct the entry", file=path)  # fmt: skip
-        try:
-            result[None if key == "*" else int(key)] = index
-        except ValueError as exc:
-            raise UsageError(
-                f"the label map has the key {key!r}", expected='an integer file value, or "*"', remedy="correct the entry", file=path
-            ) from exc
+        parsed = _key(key)
+        if result.get(parsed, index) != index or parsed == "":
+            raise UsageError(f"the label map has the key {key!r} twice, or it is empty", expected="each value, code and name once",
+                             remedy="correct the entry", file=path)  # fmt: skip
+        result[parsed] = index
     return result
 
 
+def _key(text: str) -> int | str | None:
+    if text == "*":
+        return None
+    return int(text) if re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text) else plain(text)
+
+
+def _preset(name: str, table: LabelTable) -> dict[int | str | None, int]:
+    """The preset's values → the model's label of the same code, or name; what the model has no label for is its background."""
+    known = _own(table)
+    result: dict[int | str | None, int] = dict.fromkeys(OTHERS.get(name, ()), 0)
+    for label in PRESETS[name].labels:
+        keys = [f"sct:{label.snomed}", f"sct:{STANDS_FOR.get(label.snomed or '')}", plain(label.name)]
+        index = next((known[key] for key in keys if key in known), 0)
+        result.update(dict.fromkeys((label.value, *label.aliases), index))
+        result.update({key: index for key in (keys[0], keys[2]) if label.value and key != "sct:None"})
+    return result
+
+
+def lost(name: str, table: LabelTable) -> list[str]:
+    """The structures of a preset that the model has no label for, so that they become its background."""
+    mapped = _preset(name, table)
+    return [f"{label.value} {label.name}" for label in PRESETS[name].labels[1:] if mapped[label.value] == 0]
+
+
+def _own(table: LabelTable) -> dict[int | str | None, int]:
+    """What the model's own table says of codes, names and values."""
+    known: dict[int | str | None, int] = dict(table.by_value.items())
+    known.update({plain(name): index for name, index in table.by_name.items()})
+    known.update({f"sct:{label.snomed}": index for index, label in enumerate(table.labels) if label.snomed})
+    return known
+
+
+def match(segment: Segment, table: LabelTable, label_map: LabelMap | None = None) -> int | None:
+    """The model's index for a structure, None when there is none: by its code, else its name, else its number, else "*".
+
+    Without a `label_map` the number counts only where code and name say nothing of their own ("Segment_3", tissue): the third
+    segment of a file is not the model's third label because both are third.
+    """
+    known: LabelMap = _own(table) if label_map is None else label_map
+    code, name = plain(segment.code), plain(segment.name)
+    keys: list[int | str] = [key for key in (code, name) if key]
+    if label_map is not None or (_NUMBERED.fullmatch(name) and (not code or code in _GENERIC)):
+        keys.append(segment.number)
+    return next((known[key] for key in keys if key in known), known.get(None))
+
+
+def describe(segment: Segment) -> str:
+    """For a person: 3 'left ventricle' (SCT:87878005)."""
+    return f"{segment.number}" + (f" {segment.name!r}" if segment.name else "") + (f" ({segment.code})" if segment.code else "")
+
+
 def to_indices(
-    values: NDArray[Any], table: LabelTable, label_map: Mapping[int | None, int] | None = None, *, file: Path | None = None
+    values: NDArray[Any],
+    table: LabelTable,
+    label_map: LabelMap | None = None,
+    *,
+    segments: Sequence[Segment] = (),
+    file: Path | None = None,
 ) -> NDArray[np.uint8]:
-    """Map an integer array of file values to model indices, same shape, uint8.
+    """Map an integer array of file values to model indices, same shape, uint8; `segments` tell what its values mean, if the file does.
 
     Without `label_map` the table's own values (and aliases) are used. Raises `UnknownLabels`, listing what was found, what
     the model knows and the remedy, when a value has no index.
     """
     found = present_values(values)
-    known: dict[int | None, int] = dict(table.by_value.items() if label_map is None else label_map.items())
-    rest = known.get(None)
-    unknown = [v for v in found if v not in known] if rest is None else []
-    if unknown:
-        name = "the mask" if file is None else file.name
-        raise UnknownLabels(
-            f"{name} holds {_listed(unknown)}, which the {'model' if label_map is None else 'label map'} does not know; all its values: {_listed(found)}",
-            expected=f"only {table}" if label_map is None else f"only {_listed(sorted(k for k in known if k is not None))}",
-            remedy=f"give --labels MAP.json, {MAP_HELP}",
-            file=file,
-        )
-    indices = [known.get(v, rest) for v in found]
-    if wrong := [index for index in indices if not isinstance(index, int) or not 0 <= index < len(table)]:
-        raise UsageError(f"the label map leads to {wrong[0]!r}", expected=f"model indices 0 to {len(table) - 1}: {table}",
-                         remedy="map to indices, or read a map with runtime.labels.load_map", file=file)  # fmt: skip
+    named = {segment.number: segment for segment in segments}
+    indices = [match(named.get(v, Segment(v)), table, label_map) for v in found]
+    if segments and 0 in found and 0 not in named:  # what no segment claims
+        indices[found.index(0)] = indices[found.index(0)] or 0
+    _refuse([named.get(v, Segment(v)) for v, index in zip(found, indices, strict=True) if index is None],
+            [named.get(v, Segment(v)) for v in found], table, label_map, file)  # fmt: skip
     targets = np.asarray(indices, np.uint8)
     order = np.asarray(found)
     out = np.empty(values.shape, np.uint8)
@@ -101,6 +149,73 @@ def to_indices(
     return out
 
 
+def overlay(
+    layers: Layers, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), file: Path | None = None
+) -> NDArray[np.uint8]:
+    """Segments that may overlap → model indices, uint8 of `layers.shape`.
+
+    Where two that mean different labels overlap, the one that `order` names first wins (by code, name, number or the model's label); one that
+    is not named yields to one that is. What maps to the background is not painted. Raises `UnknownLabels`, and `InputError`
+    listing the pairs when an overlap is not settled.
+    """
+    targets = [match(segment, table, label_map) for segment in layers.segments]
+    _refuse([s for s, index in zip(layers.segments, targets, strict=True) if index is None], layers.segments, table, label_map, file)
+    lut = np.array([0, *(index or 0 for index in targets)], np.uint8)  # owner → model index; owner 0: nobody
+    ranks = np.array([len(order), *(_rank(s, table.labels[i or 0].name, order) for s, i in zip(layers.segments, targets, strict=True))])
+    number = {segment.number: n + 1 for n, segment in enumerate(layers.segments)}
+    owners = np.zeros(layers.shape, np.uint8 if len(lut) <= 256 else np.uint16)
+    conflicts: dict[tuple[int, int], int] = {}
+    for value, k, piece in layers.pieces():
+        new = number[value]
+        rows = np.flatnonzero(piece.any(axis=1))
+        if lut[new] == 0 or not rows.size:
+            continue
+        plane, mask = owners[k, rows[0] : rows[-1] + 1], piece[rows[0] : rows[-1] + 1]
+        there = plane[mask]
+        if there.any():
+            rivals = (there != 0) & (lut[there] != lut[new])
+            for old in np.unique(there[rivals & (ranks[there] == ranks[new])]).tolist():
+                pair = (min(old, new), max(old, new))
+                conflicts[pair] = conflicts.get(pair, 0) + int(np.count_nonzero(there == old))
+            there[~rivals | (ranks[there] > ranks[new])] = new
+            plane[mask] = there
+        else:
+            plane[mask] = new
+    if conflicts:
+        name = "the mask" if file is None else file.name
+        pairs = [
+            f"{describe(layers.segments[a - 1])} and {describe(layers.segments[b - 1])} in {n} voxels" for (a, b), n in conflicts.items()
+        ]
+        raise InputError(f"segments of {name} overlap: {'; '.join(pairs[:6])}{'; …' if len(pairs) > 6 else ''}", expected="one label per voxel",
+                         remedy="say which wins, first one first: --overlap-order NAME,NAME", file=file)  # fmt: skip
+    if owners.dtype == np.uint8:
+        for plane in owners:
+            plane[...] = lut[plane]
+        return owners
+    return lut[owners]
+
+
+def _rank(segment: Segment, label: str, order: Sequence[str]) -> int:
+    called = {plain(segment.code), plain(segment.name), str(segment.number), plain(label)} - {""}
+    return next((n for n, name in enumerate(order) if plain(name) in called), len(order))
+
+
+def _refuse(unknown: Sequence[Segment], found: Sequence[Segment], table: LabelTable, label_map: LabelMap | None, file: Path | None) -> None:
+    """Raise for what nothing maps, and for a map that leads nowhere."""
+    if unknown:
+        name, whose = "the mask" if file is None else file.name, "model" if label_map is None else "label map"
+        keys = sorted((k for k in label_map or () if k is not None), key=lambda k: (isinstance(k, str), k))
+        raise UnknownLabels(
+            f"{name} holds {_listed(unknown)}, which the {whose} does not know; all its values: {_listed(found)}",
+            expected=f"only {table}" if label_map is None else f"only {', '.join(map(str, keys[:40]))}",
+            remedy=f"give --labels MAP.json, {MAP_HELP}",
+            file=file,
+        )
+    if wrong := [index for index in (label_map or {}).values() if not isinstance(index, int) or not 0 <= index < len(table)]:
+        raise UsageError(f"the label map leads to {wrong[0]!r}", expected=f"model indices 0 to {len(table) - 1}: {table}",
+                         remedy="map to indices, or read a map with runtime.labels.load_map", file=file)  # fmt: skip
+
+
 def present_values(values: NDArray[Any]) -> list[int]:
     """The distinct values of an integer array (D, H, W), ascending."""
     found: set[int] = set()
@@ -112,6 +227,6 @@ def present_values(values: NDArray[Any]) -> list[int]:
     return sorted(found)
 
 
-def _listed(values: list[int], most: int = 24) -> str:
-    shown = ", ".join(str(v) for v in values[:most])
-    return shown + (f", … ({len(values)} values)" if len(values) > most else "")
+def _listed(segments: Sequence[Segment], most: int = 24) -> str:
+    shown = ", ".join(describe(segment) for segment in segments[:most])
+    return shown + (f", … ({len(segments)} values)" if len(segments) > most else "")

@@ -87,7 +87,7 @@ class Source(Memory, Protocol):
 
     `kind`: for people. `held`: bytes taken from the system, free ones included; `blocks`: how often it was asked for them.
     `growth(nbytes)`: how many more it might take to serve a request. `trim` gives back what nobody uses. `free`: bytes the
-    system has left, None where that has no meaning.
+    system has left, None where that has no meaning. `allocate` raises MemoryError when the system has no more.
     """
 
     kind: str
@@ -104,6 +104,8 @@ class Source(Memory, Protocol):
     def growth(self, nbytes: int) -> int: ...
 
     def trim(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -162,6 +164,7 @@ class Pool:
         self._lock = threading.Lock()
         self._usage = Usage()
         self._reserved = 0
+        self._closing = self._closed = False
         self._active: dict[int, int] = {}
         self._purposes: dict[str, Counted] = {}
 
@@ -178,7 +181,10 @@ class Pool:
                 self._source.trim()
             if self._held + self._source.growth(size) > self._cap:
                 raise self.exceeded(size)
-            block = self._source.allocate(size, stream=stream)
+            try:
+                block = self._source.allocate(size, stream=stream)
+            except MemoryError as exc:
+                raise self.exceeded(size, refused=True) from exc
             self._usage = self._usage.plus(size)
             self._active[block.ptr] = size
 
@@ -187,6 +193,7 @@ class Pool:
                 self._usage = self._usage.plus(-size)
                 del self._active[block.ptr]
                 block.close()
+                self._end()
 
         return Buffer(block.ptr, size, release, block._block)
 
@@ -212,9 +219,10 @@ class Pool:
         """Whether a buffer of this pool that is in use begins at `ptr`."""
         return ptr in self._active
 
-    def exceeded(self, nbytes: int) -> MemoryCapExceeded:
-        """The error that says that `nbytes` more are too many."""
-        return MemoryCapExceeded.of(self._source.kind, nbytes, cap=self._cap, in_use=self._usage.in_use, free=self._source.free)
+    def exceeded(self, nbytes: int, *, refused: bool = False) -> MemoryCapExceeded:
+        """The error that says that `nbytes` more are too many: past the cap, or `refused` by the system."""
+        source = self._source
+        return MemoryCapExceeded.of(source.kind, nbytes, cap=self._cap, in_use=self._usage.in_use, free=source.free, refused=refused)
 
     @property
     def stats(self) -> PoolStats:
@@ -223,9 +231,17 @@ class Pool:
             return PoolStats(self._usage.in_use, self._usage.peak, self._held, self._cap, self._source.blocks, purposes)
 
     def close(self) -> None:
-        """Give back everything that is not in use."""
+        """Give back everything that is not in use; what is, when its buffer is closed, and with the last of them the source."""
         with self._lock:
             self._source.trim()
+            self._closing = True
+            self._end()
+
+    def _end(self) -> None:
+        if self._closing and not self._active and not self._closed:
+            self._closed = True
+            self._source.trim()
+            self._source.close()
 
     @property
     def _held(self) -> int:
@@ -260,6 +276,9 @@ class HostMemory:
     def trim(self) -> None:
         self.held -= sum(size * len(blocks) for size, blocks in self._free.items())
         self._free.clear()
+
+    def close(self) -> None:
+        """The system has it back already."""
 
 
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}

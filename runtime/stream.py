@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 
 from .errors import InputError, UnreadableVolume, UsageError, reading, writing
 from .files import remove_orphans, sha256_of, temporary_name
+from .io.archive import opened
 from .io.detect import Case, read_case
-from .io.formats import FORMATS, Format, Painting, result_name
+from .io.formats import DEFAULT_OPTIONS, FORMATS, Format, FormatOptions, Painting, result_name
 from .journal import Entry, Journal, digest_of, key_of
+from .labels import LabelMap
 from .pipeline import Ahead, Behind
 from .variants import Ranges, Shapes
 from .version import VERSION
@@ -53,10 +55,11 @@ def synthesize(
     output: Path,
     *,
     format: str = "nifti",
+    options: FormatOptions = DEFAULT_OPTIONS,
     variants: int | None = None,
     ranges: Ranges | None = None,
     seed: int = 0,
-    labels: Mapping[int | None, int] | None = None,
+    labels: LabelMap | None = None,
     resume: bool = False,
     on_slice: Callable[[int], None] | None = None,
 ) -> Iterator[CaseResult]:
@@ -76,8 +79,8 @@ def synthesize(
         raise UsageError(f"{variants} variants were asked for", expected="1 or more", remedy="leave the option out for one CT per mask")
     if format not in FORMATS:
         raise UsageError(f"there is no format {format!r}", expected=", ".join(FORMATS), remedy="choose one of these")
-    writer = FORMATS[format]()
-    writer.check(synthesizer.manifest)
+    writer = FORMATS[format](options)
+    writer.check(synthesizer.manifest, output)
     check_writable(output)
     for case in cases:
         for file in (file for variant in _variants(variants) for file in writer.files(output, case.name, variant)):
@@ -111,7 +114,7 @@ class _Run:
 
     def __init__(
         self, synthesizer: Synthesizer, output: Path, writer: Format, variants: Sequence[int | None], ranges: Ranges, seed: int,
-        labels: Mapping[int | None, int] | None, resume: bool, on_slice: Callable[[int], None] | None,
+        labels: LabelMap | None, resume: bool, on_slice: Callable[[int], None] | None,
     ):  # fmt: skip
         self._synthesizer, self._output, self._format, self._variants = synthesizer, output, writer, variants
         self._ranges, self._seed, self._labels, self._resume, self._on_slice = ranges, seed, labels, resume, on_slice
@@ -166,10 +169,11 @@ class _Run:
                 if len(proven) == len(keys):
                     continue
                 volume = read_case(case, self._synthesizer.manifest.labels, self._labels)
-                warnings = tuple(_warnings(case.path, volume, self._synthesizer))
+                self._format.check_mask(volume)
+                warnings = tuple(_warnings(case.called.name, volume, self._synthesizer))
                 volume.digest  # noqa: B018 - computed here, beside the painter, and kept
             except InputError as exc:
-                exc.file = exc.file or case.path
+                exc.file = exc.file or case.called
                 yield _Item(CaseResult(case.name, case.path, None, error=exc), "")
                 continue
             seconds, shapes = {"read": time.perf_counter() - started}, Shapes(volume, self._ranges, self._seed)
@@ -177,7 +181,7 @@ class _Run:
                 started = time.perf_counter()
                 varied = shapes.vary(variant or 0)
                 times = {**seconds, "deform": time.perf_counter() - started} if variant else seconds
-                said = (*warnings, *(f"{case.path.name}, variant {variant}: {fact}" for fact in varied.warnings))
+                said = (*warnings, *(f"{case.called.name}, variant {variant}: {fact}" for fact in varied.warnings))
                 result = CaseResult(case.name, case.path, variant, seconds=times, warnings=said, input=inputs)
                 item = _Item(result, keys[variant], varied.volume)
                 del varied
@@ -216,10 +220,11 @@ class _Run:
         return replace(result, files=files, slices=counted.slices, seconds=seconds, sha256=digests)
 
     def _input(self, case: Case) -> dict[str, str]:
-        digests = {}
-        for file in case.files:
-            with reading(file, "a file that can be read"):
-                digests[file.name] = sha256_of(file)
+        """SHA-256 of each file the case is read from. Files of a DICOM source are numbered: their names may name a patient."""
+        digests, files = {}, (*case.files, *case.grid)
+        for n, file in enumerate(files):
+            with reading(case.called, "a file that can be read"), opened(file) as handle:
+                digests[case.called.name if len(files) == 1 else f"{case.called.name} {n + 1}"] = sha256_of(handle)
         return digests
 
     def _key(self, case: Case, variant: int | None, inputs: Mapping[str, str]) -> str:
@@ -240,8 +245,8 @@ class _Run:
 
     def _check_names(self, case: Case) -> None:
         if not all(_fits(file) for variant in self._variants for file in self._format.files(self._output, case.name, variant)):
-            raise UnreadableVolume(f"the name of {case.path.name} is too long for what is written beside it", expected="some 200 bytes at most",
-                                   remedy="rename it", file=case.path)  # fmt: skip
+            raise UnreadableVolume(f"the name of {case.called.name} is too long for what is written beside it", expected="some 200 bytes at most",
+                                   remedy="rename it", file=case.called)  # fmt: skip
 
 
 def _variants(count: int | None) -> Sequence[int | None]:
@@ -253,16 +258,15 @@ def _fits(file: Path) -> bool:
     return len(os.fsencode(temporary_name(file).name)) <= LONGEST_NAME
 
 
-def _warnings(mask: Path, volume: LabelVolume, synthesizer: Synthesizer) -> Iterator[str]:
-    """What is allowed, but may not be meant."""
+def _warnings(mask: str, volume: LabelVolume, synthesizer: Synthesizer) -> Iterator[str]:
+    """What is allowed, but may not be meant. `mask`: what to call it."""
+    yield from volume.notes
     if not volume.labels.any():
-        yield f"{mask.name} is empty: no voxel has a label, the CT shows background alone"
-    if volume.nifti_header is not None and volume.nifti_header[252:256] == bytes(4):  # qform_code and sform_code
-        yield f"{mask.name} states no orientation (qform and sform codes are 0): it is taken to run right to left, front to back, feet to head"
+        yield f"{mask} is empty: no voxel has a label, the CT shows background alone"
     if not synthesizer.grid(volume).covers:
         policy, intensity = synthesizer.manifest.grid, synthesizer.manifest.intensity
         seen = " x ".join(f"{side * step:.0f}" for side, step in zip(policy.canvas, policy.pixel_spacing or (), strict=True))
-        yield f"{mask.name} shows more than the {seen} mm the model was trained on: beyond them the CT is {intensity.low} {intensity.unit}"
+        yield f"{mask} shows more than the {seen} mm the model was trained on: beyond them the CT is {intensity.low} {intensity.unit}"
 
 
 class _Meter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 from .contract import Manifest
 from .engines.base import Engine, EngineError, EngineOptions
 from .engines.registry import open_engine
-from .errors import UnknownLabels
+from .errors import GeometryError, UnknownLabels
 from .grid import SliceGrid
-from .labels import to_indices
+from .labels import LabelMap, to_indices
 from .memory import PoolStats, parse_bytes
 from .randomness import CaseRandom
 from .slot import Slot
@@ -83,7 +83,7 @@ class Synthesizer:
         """The accounting by kind of memory ("host", or "device" and "page-locked"), in bytes; readable after `close()` too."""
         return self._engine.memory()
 
-    def __call__(self, mask: Any, *, seed: int = 0, variant: int = 0, labels: Mapping[int | None, int] | None = None) -> Any:
+    def __call__(self, mask: Any, *, seed: int = 0, variant: int = 0, labels: LabelMap | None = None) -> Any:
         """A SimpleITK label image → a SimpleITK image of int16 HU with the same size, spacing, origin and direction.
 
         `labels`: file value → model index (see `runtime.labels.load_map`); default: the model's own values. Raises
@@ -97,7 +97,7 @@ class Synthesizer:
         ct.CopyInformation(mask)
         return ct
 
-    def volume(self, values: NDArray[Any], geometry: Geometry, *, labels: Mapping[int | None, int] | None = None) -> LabelVolume:
+    def volume(self, values: NDArray[Any], geometry: Geometry, *, labels: LabelMap | None = None) -> LabelVolume:
         """A label array of integers (D, H, W) as what `paint`, `slabs` and `runtime.variants.vary` take; nothing is read or written.
 
         `geometry`: see `Geometry.from_spacing` and `Geometry.from_ras`. `labels` as in `__call__`. Raises `InputError`s.
@@ -187,9 +187,16 @@ class Synthesizer:
                 self._slots.discard(slot)
 
     def grid(self, volume: LabelVolume) -> SliceGrid:
-        """How the slices of `volume` lie on the model's canvas."""
+        """How the slices of `volume` lie on the model's canvas. Raises `GeometryError` where they need a larger one than the engine takes."""
         depth, height, width = volume.labels.shape
-        return SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels)
+        grid, largest = SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels), self._engine.spec.largest
+        if largest is not None and (grid.size[0] > largest[0] or grid.size[1] > largest[1]):
+            raise GeometryError(
+                f"its labels need a canvas of {grid.size[0]} x {grid.size[1]} pixels",
+                expected=f"at most {largest[0]} x {largest[1]}, for which {self._engine.name} was made",
+                remedy="check the mask for stray voxels far off, or use --backend onnx, which takes any size",
+            )
+        return grid
 
     def stream(self, masks: str | Path | Iterable[str | Path], output: str | Path, **options: Any) -> Iterator[CaseResult]:
         """Synthesize files and folders into the folder `output`: see `runtime.stream.synthesize`, whose options these are."""

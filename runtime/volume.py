@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import GeometryError, UnreadableVolume
 
+SMALLEST_MM, LARGEST_MM = 1e-6, 1e7  # beyond these a header is damaged (and float32, which NIfTI holds, is at an end)
 ORTHOGONAL_TOLERANCE = 1e-3  # largest |cosine| between two axes of a grid that still counts as not sheared
 
 
@@ -34,10 +35,9 @@ class Geometry:
                 f"the affine {affine.tolist()} is not one", expected=expected, remedy="write the mask again with a valid header"
             )
         lengths = np.linalg.norm(affine[:3, :3], axis=0)
-        if (lengths <= 0).any():
-            raise GeometryError(
-                f"the voxel spacing is {lengths.tolist()} mm", expected="three positive numbers", remedy="correct the header"
-            )
+        if (lengths < SMALLEST_MM).any() or np.abs(affine).max() > LARGEST_MM:
+            raise GeometryError(f"the voxel spacing is {lengths.tolist()} mm, the origin {affine[:3, 3].tolist()}",
+                                expected=f"positive spacings, within {LARGEST_MM:g} mm", remedy="correct the header")  # fmt: skip
         unit = affine[:3, :3] / lengths
         cosines = np.abs(unit.T @ unit - np.eye(3))
         if cosines.max() > ORTHOGONAL_TOLERANCE:
@@ -93,19 +93,6 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Volume:
-    """What a reader returns: the file's `values` (D, H, W) in its own dtype, and where they lie.
-
-    `nifti_header`: the 348 header bytes of a little-endian NIfTI-1 source, so that a NIfTI result can carry its grid bit
-    for bit; else None.
-    """
-
-    values: NDArray[Any]
-    geometry: Geometry
-    nifti_header: bytes | None = None
-
-
-@dataclass(frozen=True)
 class DicomSource:
     """The DICOM instances a mask was read from. All of this identifies a patient: it reaches an output only in attached mode.
 
@@ -119,16 +106,60 @@ class DicomSource:
 
 
 @dataclass(frozen=True)
+class Segment:
+    """One structure as a file tells of it. `number`: what stands for it in the file (label value, segment or ROI number);
+    `name`: its label there; `code`: of its property type, with the coding scheme ("SCT:80891009"). Both may be empty.
+    """
+
+    number: int
+    name: str = ""
+    code: str = ""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """What a reader returns: the file's `values` (D, H, W) in its own dtype, and where they lie.
+
+    `nifti_header`: the 348 header bytes of a little-endian NIfTI-1 source, so that a NIfTI result can carry its grid bit
+    for bit; else None. `segments`: what the file says its values mean, if it does. `notes`: what a person should be told.
+    """
+
+    values: NDArray[Any]
+    geometry: Geometry
+    nifti_header: bytes | None = None
+    segments: tuple[Segment, ...] = ()
+    dicom: DicomSource | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Layers:
+    """What a reader returns of a mask whose segments may overlap: one piece at a time, on a grid of `shape` (D, H, W).
+
+    `pieces()` yields (segment number, slice k, bool (H, W) of its pixels there), slices in any order; a piece may be missing, not twice.
+    """
+
+    segments: tuple[Segment, ...]
+    shape: tuple[int, int, int]
+    geometry: Geometry
+    pieces: Callable[[], Iterator[tuple[int, int, NDArray[np.bool_]]]]
+    dicom: DicomSource | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class LabelVolume:
     """`labels` uint8 (D, H, W) in the model's own indices 0..K, and where they lie.
 
     `nifti_header`, `dicom`: what a writer of the source's own format may take over; see `Volume` and `DicomSource`.
+    `notes`: what a person should be told of how it was read.
     """
 
     labels: NDArray[np.uint8]
     geometry: Geometry
     nifti_header: bytes | None = field(default=None, compare=False)
     dicom: DicomSource | None = field(default=None, compare=False)
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     def __post_init__(self) -> None:
         if self.labels.ndim != 3 or self.labels.dtype != np.uint8 or 0 in self.labels.shape:

@@ -12,6 +12,7 @@ from samples import image
 
 from train.evaluate import body, body_mask, ceiling, diversity, evaluate, organ, table, texture
 from train.metrics import scales_of, similarity, steps_along_z, wasserstein
+from train.validation import neighbours
 
 
 def thorax(shape: tuple[int, int, int] = (3, 64, 64)) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +99,7 @@ def test_an_organs_border_does_not_count_as_texture() -> None:
 def test_the_table_is_for_people() -> None:
     ct, mask = thorax()
     text = table(evaluate([ct], [ct + 1], [mask], ["heart", "aorta"]))
-    assert "heart" in text and "(absent)" in text and "ratio" in text
+    assert "heart" in text and "absent, or almost: aorta" in text and "ratio" in text
 
 
 def test_folders_are_compared_from_the_command_line(tmp_path: Path, command) -> None:
@@ -141,7 +142,38 @@ def test_slices_that_flicker_are_told_from_slices_that_agree() -> None:
     assert same is not None and same["z_difference"] == 0  # a shift of all is another metric's matter
     inside = np.zeros((2, 2, 2), bool)
     inside[:, 0, 0] = True
-    assert steps_along_z(np.arange(8).reshape(2, 2, 2), inside).tolist() == [4]
+    assert steps_along_z(np.arange(8).reshape(2, 2, 2), inside, np.arange(2)).tolist() == [4]
+
+
+def test_only_slices_that_follow_each_other_in_the_volume_are_compared() -> None:
+    ct, mask = thorax((4, 64, 64))
+    ct[2:] += 300  # other anatomy, far from slice 1
+    painted = ct.copy()
+    painted[3] += 20
+    place = np.array([4, 5, 20, 21])
+    result = evaluate([painted], [ct], [mask], ["heart"], [place])
+    assert result["body"]["z_difference"] == 10 and result["organs"]["heart"]["z_difference"] == 10  # steps 0 and 20, for 0 and 0
+    painted[2:] -= 300  # between slices 1 and 2 there is nothing to compare
+    assert evaluate([painted], [ct], [mask], ["heart"], [place])["body"]["z_difference"] == 10
+    assert evaluate([painted], [ct], [mask], ["heart"])["body"]["z_difference"] > 50
+
+
+def test_an_organs_steps_are_its_own() -> None:
+    ct, mask = thorax((4, 64, 64))
+    painted = ct.copy()
+    painted[1::2][mask[1::2] == 1] += 40
+    result = evaluate([painted], [ct], [mask], ["heart"])
+    assert result["organs"]["heart"]["z_difference"] == 40 and result["body"]["z_difference"] < 20
+    assert ceiling([painted], [mask], [ct], [mask], ["heart"])["organs"]["heart"]["z_difference"] == 40
+
+
+@pytest.mark.parametrize(("total", "count"), [(48, 24), (48, 47), (30, 2), (9, 5), (7, 6), (5, 4), (100, 98)])
+def test_validation_takes_pairs_of_neighbours_spread_over_the_volume(total: int, count: int) -> None:
+    chosen = neighbours(total, count)
+    assert len(chosen) == count // 2 * 2 and (np.diff(chosen) > 0).all() and chosen[0] >= 0 and chosen[-1] < total
+    assert (chosen[1::2] - chosen[::2] == 1).all()
+    assert np.diff(chosen[::2]).max(initial=0) <= np.ceil(2 * total / count) + 1
+    assert neighbours(total, total).tolist() == list(range(total)) and neighbours(total, 1).tolist() == [total // 2]
 
 
 def test_ms_ssim_takes_the_scales_that_the_slices_allow() -> None:
@@ -158,8 +190,22 @@ def test_diversity_is_the_spread_over_variants_against_that_between_patients() -
     variants = [[np.full(mask.shape, 300 + shift) for shift in (-20, 0, 20)]]
     real = [np.array([value, np.nan]) for value in (200.0, 240, 280)]
     result = diversity(variants, [mask], real, ["heart", "aorta"])
-    assert result["variants"] == 3 and result["organs"]["heart"] == {"spread": 20, "spread_true": 40, "ratio": 0.5}
-    assert result["organs"]["aorta"] == {"spread": None, "spread_true": None, "ratio": None}
+    assert result["variants"] == 3 and result["organs"]["heart"] == {"spread": 20, "spread_true": 40, "ratio": 0.5, "median_error": 60}
+    assert set(result["organs"]["aorta"].values()) == {None}
+
+
+def test_variants_are_compared_with_each_other_and_patients_with_patients() -> None:
+    rng = np.random.default_rng(0)
+    a, b, c = rng.integers(-500, 500, (3, 12, 64, 64)).astype(np.int16)
+    mask = np.zeros((12, 64, 64), np.uint8)
+    mask[3:9, 20:40, 20:40] = 1
+    real = [np.array([0.0]), np.array([1.0])]
+    alike, third, unlike = (diversity([variants], [mask], real, ["heart"])["ms_ssim"] for variants in ([a, a], [a, a, b], [a, b, c]))
+    assert alike == pytest.approx(1) and unlike < 0.3 and third == pytest.approx((1 + 2 * unlike) / 3, abs=0.05)
+    below = np.roll(a, -2, 0)  # the same patient, lying two slices lower
+    assert ceiling([a], [mask], [below], [np.roll(mask, -2, 0)], ["heart"])["similarity"]["ms_ssim"] == pytest.approx(1)
+    assert ceiling([a], [mask], [below], [mask], ["heart"])["similarity"]["ms_ssim"] < 0.3
+    assert ceiling([a], [mask], [b[:, :32]], [mask[:, :32]], ["heart"])["similarity"]["ms_ssim"] is None
 
 
 def test_the_ceiling_is_what_lies_between_real_patients() -> None:

@@ -15,7 +15,8 @@ from runtime.contract import GridPolicy
 from runtime.engines.base import EngineSpec
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.grid import SliceGrid
-from runtime.io.nifti import read_volume, write_values
+from runtime.io.nifti import read_volume
+from runtime.io.volumes import write_volume
 from runtime.volume import Geometry
 
 FAKE_HU = dict(zip(MM_WHS_VALUES, np.rint(np.linspace(-1024, 1024, 8)), strict=True))
@@ -99,10 +100,14 @@ def test_neighbours_keep_one_distance_in_every_slice() -> None:
         assert grid.labels(volume, k)[:, 0, 0].tolist() == [k - 8, k, k + 8]
 
 
+def write(path: Path, values: np.ndarray, grid: Geometry) -> None:
+    write_volume(path, values, values.shape, values.dtype, grid)
+
+
 @pytest.mark.parametrize("angle", [179.0, 179.9, 179.99, 180.0])
 def test_a_qform_near_a_half_turn_agrees_with_the_sform_or_is_not_stated(angle: float, tmp_path: Path) -> None:
     g = Geometry.from_parts((0, 0, 0), (0.71, 0.71, 1.25), rotation((0.3, angle, 0.2)).ravel())
-    write_values(tmp_path / "x.nii", np.zeros((300, 512, 512), np.uint8)[:, ::64, ::64], g)
+    write(tmp_path / "x.nii", np.zeros((300, 8, 8), np.uint8), g)
     header = nibabel.load(tmp_path / "x.nii").header
     if header["qform_code"]:
         assert np.abs((header.get_qform() - header.get_sform()) @ [7, 7, 299, 1]).max() <= 2e-4
@@ -223,7 +228,7 @@ def test_headers_that_nibabel_writes_keep_their_codes_and_affines(
 @pytest.mark.parametrize("direction", directions()[::3], ids=str)
 def test_a_grid_written_from_scratch_lies_where_simpleitk_and_nibabel_say(direction: np.ndarray, tmp_path: Path) -> None:
     g = Geometry.from_parts((12.5, -90.0, 300.25), (0.7, 0.9, 3.1), (rotation((12, -8, 25)) @ direction).ravel())
-    write_values(tmp_path / "x.nii.gz", np.zeros((4, 5, 6), np.int16), g)
+    write(tmp_path / "x.nii.gz", np.zeros((4, 5, 6), np.int16), g)
     itk, nib = sitk.ReadImage(str(tmp_path / "x.nii.gz")), nibabel.load(tmp_path / "x.nii.gz")
     for index in ([0, 0, 0], [5, 4, 3], [5, 0, 2]):
         expected = (g.affine @ [*index, 1])[:3]

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 import SimpleITK as sitk
 from samples import image
+
+from runtime.contract import Intensity
+from train.evaluate import HU, diversity, evaluate, table
 
 LABELS = [{"name": "background", "value": 0}, {"name": "fluid", "value": 10}, {"name": "tissue", "value": 20, "aliases": [21]}]
 
@@ -30,14 +35,13 @@ def test_an_mr_like_cohort_trains_exports_and_synthesizes(tmp_path: Path, comman
     write_mr(data, 4)
     settings = [f"data.labels={json.dumps(LABELS)}", "data.canvas=[64,64]", "generator.depth=4", "generator.filters=8", "discriminator.filters=8",
                 "training.steps=60", "training.batch_size=4", "training.recalibrate=4", "training.threads=2", "optimizer.lr_g=2e-3",
-                "intensity.high=1200"]  # fmt: skip
-    trained = command(
-        "train/run.py", "--config", "train/configs/mr.json", "--dataset-path", data, "--output", run, "--quiet", "--set", *settings
-    )
+                "intensity.high=1200", "license=CC-BY-4.0"]  # fmt: skip
+    trained = command("train/run.py", "--config", "train/configs/mr.json", "--dataset-path", data, "--output", run, "--set", *settings)
     assert trained.returncode == 0, trained.stderr
     exported = command("export/build_engine.py", run, "-o", model, "--onnx-only", "--quiet")
     assert exported.returncode == 0, exported.stderr
     manifest = json.loads((model / "manifest.json").read_text())
+    assert manifest["license"] == "CC-BY-4.0" and manifest["name"] == "mr"
     assert manifest["intensity"] == {"unit": "a.u.", "low": 0, "high": 1200}
     assert [(row["name"], row["value"]) for row in manifest["labels"]] == [("background", 0), ("fluid", 10), ("tissue", 20)]
     painted = command("-m", "runtime", "synth", data / "mr0_label.nii.gz", "--model", model, "--output", out, "--quiet")
@@ -47,3 +51,65 @@ def test_an_mr_like_cohort_trains_exports_and_synthesizes(tmp_path: Path, comman
     assert values.dtype == np.int16 and values.min() >= 0 and values.max() <= 1200
     air, fluid, tissue = (np.median(values[mask == value]) for value in (0, 10, 20))
     assert air < tissue < fluid and abs(tissue - 400) < 150  # what the labels mean is learnt
+    assert "a.u. between real and real" in trained.stdout and "HU" not in trained.stdout
+
+    folders = {name: tmp_path / "compared" / name for name in ("masks", "truth", "synthetic")}
+    for name, source in (
+        ("masks", data / "mr0_label.nii.gz"),
+        ("truth", data / "mr0_image.nii.gz"),
+        ("synthetic", next(out.glob("*_ct.nii.gz"))),
+    ):
+        folders[name].mkdir(parents=True)
+        shutil.copy(source, folders[name] / ("case_ct.nii.gz" if name == "synthetic" else "case.nii.gz"))
+    line = ["-m", "train.evaluate", *(part for name, folder in folders.items() for part in (f"--{name}", folder))]
+    for stated in (run, model):
+        done = command(*line, "--run", stated)
+        assert done.returncode == 0, done.stderr
+        result = json.loads(done.stdout.splitlines()[-1])
+        assert result["organs"]["fluid"]["median_true"] == pytest.approx(800, abs=5) and "fluid" in done.stdout and "HU" not in done.stdout
+        assert result["body"]["voxels"] == pytest.approx((mask != 0).sum(), rel=0.02)  # the outline of what is bright
+    refused = command(*line)  # an HU table of what is not in HU, and labels that the preset does not know
+    assert refused.returncode == 1 and "Traceback" not in refused.stderr
+    again = command("-m", "train.evaluate", "--run", run)
+    assert again.returncode == 0, again.stderr
+    stated = json.loads((run / "run.json").read_text())["metrics"]
+    assert json.loads(again.stdout.splitlines()[-1])["organs"]["tissue"] == stated["organs"]["tissue"]
+
+
+def test_arbitrary_units_are_measured_like_hu_on_their_own_range() -> None:
+    """The same images, once in HU and once as greys of 0..255: all that is relative agrees."""
+    rng = np.random.default_rng(0)
+    mask = np.zeros((3, 64, 64), np.uint8)
+    mask[:, 16:40, 16:40] = 1
+    ct = np.where(mask, 400, 30) + rng.normal(0, 40, mask.shape)
+    ct[:, :8] = ct[:, :, :8] = -1000
+    painted = ct + rng.normal(0, 60, ct.shape)
+    greys = Intensity("a.u.", 0, 255)
+    hu, grey = (
+        evaluate([a.astype(np.float32)], [b.astype(np.float32)], [mask], ["heart"], intensity=unit)
+        for a, b, unit in ((painted, ct, HU), ((painted + 1024) / 2048 * 255, (ct + 1024) / 2048 * 255, greys))
+    )
+    assert hu["body"]["voxels"] == grey["body"]["voxels"] > 0
+    assert grey["body"]["mae_ratio"] == pytest.approx(hu["body"]["mae_ratio"], rel=1e-3)
+    assert grey["similarity"] == pytest.approx(hu["similarity"], rel=1e-3)
+    assert grey["organs"]["heart"]["median"] == pytest.approx((hu["organs"]["heart"]["median"] + 1024) / 2048 * 255, rel=1e-3)
+    assert "MAE" in table(grey, "a.u.") and "HU" not in table(grey, "a.u.")
+    variants = [[painted, painted + 50]]
+    as_hu = diversity(variants, [mask], [np.array([400.0]), np.array([450.0])], ["heart"])
+    as_greys = diversity([[(v + 1024) / 2048 * 255 for v in variants[0]]], [mask], [np.array([400.0]), np.array([450.0])], ["heart"], greys)
+    assert as_greys["ssim"] == pytest.approx(as_hu["ssim"], rel=1e-3)
+
+
+def test_an_hu_table_of_images_without_hu_is_refused_with_the_reason(tmp_path: Path, command) -> None:
+    for name in ("masks", "truth", "synthetic"):
+        (tmp_path / name).mkdir()
+        values = np.full((2, 16, 16), 500, np.int16)
+        sitk.WriteImage(image(values), str(tmp_path / name / ("a_ct.nii.gz" if name == "synthetic" else "a.nii.gz")))
+    line = ["-m", "train.evaluate", *(part for name in ("masks", "truth", "synthetic") for part in (f"--{name}", tmp_path / name))]
+    done = command(*line)
+    assert done.returncode == 1 and "a.nii.gz holds values from 500 to 500, which are no HU" in done.stderr and "--run" in done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+    for wrong, says in ((line[:-2], "--synthetic is not given"), ([*line, "--run", "x", "--labels", "mm-whs"], "given together"),
+                        ([*line, "--run", tmp_path], "run.json")):  # fmt: skip
+        done = command(*wrong)
+        assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr

@@ -121,11 +121,13 @@ def test_altered_or_missing_run_files_are_refused(trained: Path, tmp_path: Path)
         checkpoint.load_run(tmp_path)
 
 
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(config: Path, cohort: Path, tmp_path: Path, command) -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(precision: str, config: Path, cohort: Path, tmp_path: Path, command) -> None:
+    how = f"training.precision={precision}"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert command(*arguments(config, cohort, whole, 20)).returncode == 0
-    assert command(*arguments(config, cohort, parts, 10)).returncode == 0
-    done = command(*arguments(config, cohort, parts, 20), "--resume")
+    assert command(*arguments(config, cohort, whole, 20, how)).returncode == 0
+    assert command(*arguments(config, cohort, parts, 10, how)).returncode == 0
+    done = command(*arguments(config, cohort, parts, 20, how), "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_bits(tensors(whole, 20), tensors(parts, 20))
     assert_same_bits(load_file(whole / "generator.safetensors"), load_file(parts / "generator.safetensors"))
@@ -351,7 +353,14 @@ def test_a_dry_run_shows_everything_and_starts_nothing(config: Path, cohort: Pat
     run = tmp_path / "run"
     done = command(*arguments(config, cohort, run, 1000), "--dry-run")
     assert done.returncode == 0, done.stderr
-    for expected in ('"batch_size": 4', "train                 3      96", "generator", "MACs per slice", "for 1000 steps"):
+    for expected in (
+        '"batch_size": 4',
+        "train                 3      96",
+        "generator",
+        "MACs per slice",
+        "for 1000 steps",
+        "a step in fp32; ",
+    ):
         assert expected in done.stdout, done.stdout
     assert not run.exists()
 

@@ -6,6 +6,8 @@ zoom drawn for each axis on its own.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -32,8 +34,8 @@ def augment(config: AugmentConfig, labels: Tensor, image: Tensor, rng: np.random
     `labels` and `image` may be a `part` of the batch of `count` slices that maps are drawn for, as one of several ranks has it.
     """
     whole = len(labels) if count is None else count
-    for_labels = torch.from_numpy(draw(config, whole, rng)[part]).to(labels.device)
-    for_image = for_labels if config.same else torch.from_numpy(draw(config, whole, rng)[part]).to(labels.device)
+    for_labels = on_device(draw(config, whole, rng)[part], labels.device)
+    for_image = for_labels if config.same else on_device(draw(config, whole, rng)[part], labels.device)
     moved = _labels(for_labels, labels) if config.labels else labels
     return moved, _image(for_image, image) if config.image else image
 
@@ -56,5 +58,13 @@ def _image(affine: Tensor, image: Tensor) -> Tensor:
 
 def _grid(affine: Tensor, planes: Tensor) -> Tensor:
     h, w = planes.shape[-2:]
-    square = affine.new_tensor([[1, h / w, 1], [w / h, 1, 1]])  # a rotation is one in pixels, also where H and W differ
+    square = on_device(
+        np.array([[1, h / w, 1], [w / h, 1, 1]], np.float32), affine.device
+    )  # a rotation is one in pixels, also where H and W differ
     return functional.affine_grid(affine * square, [len(planes), 1, h, w], align_corners=False)
+
+
+def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
+    """`array` as a tensor on `device`. To a GPU it goes by way of pinned memory, so that the host need not wait for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

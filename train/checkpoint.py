@@ -29,8 +29,10 @@ if TYPE_CHECKING:  # the command line answers --help without torch
 
 SCHEMA_VERSION = 1
 RUN, CONFIG, METRICS, WEIGHTS, CHECKPOINTS = "run.json", "config.json", "metrics.jsonl", "generator.safetensors", "checkpoints"
-VALIDATION = "validation.safetensors"  # label maps of held-out slices, on which export proves its graphs
+# Label maps for export, which has no data set: it proves its graphs on the held-out ones and calibrates INT8 on the others.
+MASKS = {"validation": "validation.safetensors", "calibration": "calibration.safetensors"}
 _STATE, _META = "state.safetensors", "state.json"
+FREE = ("training.steps", "logging.", "license")  # keys that decide nothing of what a run computes up to a step
 _REMEDY = "point at a folder that `python train/run.py` has finished"
 
 
@@ -100,32 +102,44 @@ def load_generator(folder: Path) -> Generator:
 
 def load_validation(run: Run) -> NDArray[np.uint8]:
     """The held-out label slices of a run, uint8 (n, Z, H, W) model indices. Raises `ModelError` when they were altered."""
+    return _load_masks(run, "validation")
+
+
+def load_calibration(run: Run) -> NDArray[np.uint8] | None:
+    """Label slices that a run was trained on, as `load_validation`'s; None of a run that kept none (they were once not written)."""
+    return _load_masks(run, "calibration") if "calibration" in run.data else None
+
+
+def _load_masks(run: Run, purpose: str) -> NDArray[np.uint8]:
     from safetensors.numpy import load_file
 
-    stated = run.data.get("validation", {})
-    path = run.folder / VALIDATION
+    stated = run.data.get(purpose, {})
+    path = run.folder / MASKS[purpose]
     if not path.is_file() or sha256_of(path) != stated.get("sha256"):
-        raise ModelError(f"{VALIDATION} is not the file {RUN} describes", expected=f"sha256 {stated.get('sha256')}",
+        raise ModelError(f"{path.name} is not the file {RUN} describes", expected=f"sha256 {stated.get('sha256')}",
                          remedy="copy the run folder again, or train again", file=path)  # fmt: skip
     labels: NDArray[np.uint8] = load_file(path)["labels"]
     return labels
 
 
-def write_run(folder: Path, net: Generator, validation: NDArray[np.uint8], facts: Mapping[str, Any]) -> None:
-    """Write generator.safetensors and validation.safetensors, then run.json: `facts` with their SHA-256 added."""
+def write_run(folder: Path, net: Generator, masks: Mapping[str, NDArray[np.uint8]], facts: Mapping[str, Any]) -> None:
+    """Write generator.safetensors and the `masks` of each purpose, then run.json: `facts` with their SHA-256 added."""
     import torch
 
-    with atomic_path(folder / VALIDATION) as part:
-        write_tensors({"labels": torch.from_numpy(np.ascontiguousarray(validation))}, part)
+    stated = {}
+    for purpose, labels in masks.items():
+        path = folder / MASKS[purpose]
+        with atomic_path(path) as part:
+            write_tensors({"labels": torch.from_numpy(np.ascontiguousarray(labels))}, part)
+        stated[purpose] = {"file": path.name, "sha256": sha256_of(path), "slices": len(labels)}
     with atomic_path(folder / WEIGHTS) as part:
         write_tensors({name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}, part)
     weights = {"file": WEIGHTS, "sha256": sha256_of(folder / WEIGHTS), "average": "ema"}
-    held_out = {"file": VALIDATION, "sha256": sha256_of(folder / VALIDATION), "slices": len(validation)}
-    write_json(folder / RUN, {"schema_version": SCHEMA_VERSION, **facts, "weights": weights, "validation": held_out})
+    write_json(folder / RUN, {"schema_version": SCHEMA_VERSION, **facts, "weights": weights, **stated})
 
 
-def starting_point(folder: Path, config: RunConfig, resume: bool) -> Path | None:
-    """Check that `config` may be trained in `folder`; writes nothing.
+def starting_point(folder: Path, config: RunConfig, resume: bool, *, quiet: bool = False) -> Path | None:
+    """Check that `config` may be trained in `folder`; writes nothing. `quiet`: no warning of a damaged checkpoint.
 
     Returns the checkpoint to go on from (see `usable`), or None to start at step 0. Raises `ConfigError` when the folder
     already holds a run and `resume` is off, holds none and it is on, or holds one of another config.
@@ -137,11 +151,12 @@ def starting_point(folder: Path, config: RunConfig, resume: bool) -> Path | None
                               remedy="add --resume to continue it, choose another --output, or remove the folder")  # fmt: skip
         return None
     stored = configs.to_json(stored_config(folder))
-    changed = [key for key in differences(stored, configs.to_json(config)) if key != "training.steps" and not key.startswith("logging.")]
+    changed = [key for key in differences(stored, configs.to_json(config)) if not key.startswith(FREE)]
     if changed:
-        raise ConfigError(f"the run was started with other values of {', '.join(changed)}", expected="that config (steps and logging may change)",
+        raise ConfigError(f"the run was started with other values of {', '.join(changed)}",
+                          expected="that config (steps, logging and licence may change)",
                           remedy="drop the change, or start a new run with another --output", file=path)  # fmt: skip
-    return usable(folder, config.training.steps)
+    return usable(folder, config.training.steps, quiet=quiet)
 
 
 def claim(folder: Path, config: RunConfig) -> None:
@@ -156,7 +171,7 @@ def stored_config(folder: Path) -> RunConfig:
         raise ConfigError(
             f"{folder} holds no run to resume",
             expected=f"a run folder with {CONFIG}",
-            remedy="drop --resume, or correct --output",
+            remedy="correct --output, or drop --resume (--test, --run)",
             file=folder,
         )
     return configs.from_json(configs.load(path))
@@ -168,17 +183,18 @@ def newest(folder: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def usable(folder: Path, limit: int) -> Path | None:
+def usable(folder: Path, limit: int, *, quiet: bool = False) -> Path | None:
     """The last checkpoint of at most `limit` steps whose files are what was written; None when there are no checkpoints.
 
-    Each damaged one that is passed over is named on standard error. Raises `ModelError` when none is left.
+    Each damaged one that is passed over is named on standard error, unless `quiet`. Raises `ModelError` when none is left.
     """
     found = _all(folder)
     for path in reversed([p for p in found if _step(p) <= limit]):
         try:
             _verified(path)
         except ModelError as exc:
-            print(f"warning: {exc.fact}; trying the one before", file=sys.stderr)
+            if not quiet:
+                print(f"warning: {exc.fact}; trying the one before", file=sys.stderr)
         else:
             return path
     if found:

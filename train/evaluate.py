@@ -3,11 +3,15 @@
 Cases are volumes (D, H, W) of axial slices: synthetic and true HU, and model indices (0 is the background). All voxels of
 an organ are pooled over the cases.
 
-    python -m train.evaluate --synthetic DIR --truth DIR --masks DIR [--reference DIR] [--labels mm-whs] [--json FILE]
+    python -m train.evaluate --synthetic DIR --truth DIR --masks DIR [--reference DIR] [--labels mm-whs | --run RUN] [--json FILE]
+    python -m train.evaluate --run RUN [--split valid|test] [--dataset-path DIR] [--json FILE]
 
-reads CASE.nii.gz from the masks and the truth, CASE_ct.nii.gz from the synthetic folder, or CASE_v0_ct.nii.gz, CASE_v1_ct.nii.gz ...,
-whose diversity is measured too (the first is the one that is compared). The reference, other real patients as training
-reads them, tells what the distances are between real and real.
+The first reads CASE.nii.gz from the masks and the truth, CASE_ct.nii.gz from the synthetic folder, or CASE_v0_ct.nii.gz,
+CASE_v1_ct.nii.gz ..., whose diversity is measured too (the first is the one that is compared). The reference, other real patients as
+training reads them, tells what the distances are between real and real. The second paints a run's own held-out patients.
+
+Images are in HU, unless the run (or a model folder) says that they are in arbitrary units: all figures are then in these, the body
+is what is brighter than Otsu's threshold, and SSIM sees the run's range as it sees that of HU.
 """
 
 from __future__ import annotations
@@ -24,13 +28,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from runtime.contract import MANIFEST, Intensity, LabelTable, Manifest
 from runtime.errors import InputError, UsageError
 from runtime.files import write_json
 from runtime.labels import PRESETS
 
 from . import metrics
-from .metrics import LEAST_VOXELS, similarity, steps_along_z, wasserstein
+from .checks import AIR_HU
+from .metrics import LEAST_VOXELS, LIMITS_HU, Places, similarity, wasserstein, z_difference
 
+HU = Intensity("HU", *map(int, LIMITS_HU))
 BODY_HU = -500  # between air and fat
 THIN = 128  # parts of an image W pixels wide that are no thicker than 2 W / THIN are not body: table, tubes
 TEXTURE_SIGMA = 2.0  # px; what a Gaussian of this width leaves over is texture
@@ -40,30 +47,40 @@ _IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([0, 1, 0], bool)[
 Volumes = Sequence[NDArray[Any]]
 
 
-def evaluate(synthetic: Volumes, truth: Volumes, masks: Volumes, names: Sequence[str]) -> dict[str, Any]:
-    """Metrics of painted cases against true ones, in HU. `names`: of the indices 1, 2, ...
+def evaluate(synthetic: Volumes, truth: Volumes, masks: Volumes, names: Sequence[str], places: Places | None = None,
+             intensity: Intensity = HU) -> dict[str, Any]:  # fmt: skip
+    """Metrics of painted cases against true ones, in `intensity.unit`. `names`: of the indices 1, 2, ...; `places`: the slices'
+    numbers in their volumes where cases do not hold all, so that only neighbours are compared along z.
 
     Returns {"cases", "organs": {name: ...}, "body": ..., "similarity": ...}: see `organ`, `body` and `metrics.similarity`. An organ
     that is (almost) absent is null.
     """
-    organs = {name: organ(synthetic, truth, masks, index) for index, name in enumerate(names, 1)}
-    whole = body(synthetic, truth, masks, len(names) + 1)
-    return {"cases": len(truth), "organs": organs, "body": whole, "similarity": _plain(**similarity(synthetic, truth))}
+    organs = {name: organ(synthetic, truth, masks, index, places) for index, name in enumerate(names, 1)}
+    whole = body(synthetic, truth, masks, len(names) + 1, places, intensity)
+    alike = similarity(_as_hu(synthetic, intensity), _as_hu(truth, intensity))
+    return {"cases": len(truth), "organs": organs, "body": whole, "similarity": _plain(**alike)}
 
 
-def ceiling(truth: Volumes, masks: Volumes, others: Volumes, other_masks: Volumes, names: Sequence[str]) -> dict[str, Any]:
+def ceiling(truth: Volumes, masks: Volumes, others: Volumes, other_masks: Volumes, names: Sequence[str],
+            places: Sequence[Places | None] = (None, None), intensity: Intensity = HU) -> dict[str, Any]:  # fmt: skip
     """The distances of `evaluate` between two groups of real patients: see `metrics.ceiling`."""
-    insides = [[body_mask(v) for v in volumes] for volumes in (truth, others)]
-    return _plain_tree(metrics.ceiling(truth, masks, others, other_masks, insides, names))
+    insides = [[body_mask(v, intensity) for v in volumes] for volumes in (truth, others)]
+    return _plain_tree(metrics.ceiling(truth, masks, others, other_masks, insides, names, places))
 
 
-def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArray[np.float64]], names: Sequence[str]) -> dict[str, Any]:
+def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArray[np.float64]], names: Sequence[str],
+              intensity: Intensity = HU) -> dict[str, Any]:  # fmt: skip
     """`metrics.diversity`, as JSON data."""
-    return _plain_tree(metrics.diversity(variants, masks, real, names))
+    result = metrics.diversity(variants, masks, real, names)
+    if intensity.unit != HU.unit:
+        result |= similarity(*(_as_hu([painted[n] for painted in variants], intensity) for n in (0, 1)))
+    return _plain_tree(result)
 
 
-def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int) -> dict[str, float] | None:
-    """Median, interquartile range and texture of one organ, painted and true, and the distance of their HU, over all cases' voxels."""
+def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int, places: Places | None = None) -> dict[str, float] | None:
+    """Median, interquartile range and texture of one organ, painted and true, over all cases' voxels, and the distances of their HU
+    (`wasserstein`) and of their steps from slice to slice (`z_difference`: `metrics.z_difference`).
+    """
     inside = [mask == index for mask in masks]
     voxels = sum(int(m.sum()) for m in inside)
     if voxels < LEAST_VOXELS:
@@ -74,10 +91,12 @@ def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int) -> dic
     return _plain(
         voxels=voxels, median=median, median_true=true_median, median_error=median - true_median, iqr=q3 - q1, iqr_true=t3 - t1,
         wasserstein=wasserstein(painted, true), texture=sd, texture_true=true_sd, texture_ratio=sd / true_sd if true_sd else float("nan"),
+        z_difference=z_difference((synthetic, truth), (inside, inside), (places, places)),
     )  # fmt: skip
 
 
-def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int) -> dict[str, float] | None:
+def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int, places: Places | None = None,
+         intensity: Intensity = HU) -> dict[str, float] | None:  # fmt: skip
     """Mean absolute error inside the true body, and its ratio to that of mean painting (None without a body).
 
     Mean painting gives every label, and the rest of the body, its own true mean in that case. `z_difference`: the distance in HU
@@ -85,17 +104,14 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int) -> di
     """
     error = baseline = 0.0
     voxels = 0
-    steps: list[list[NDArray[np.int32]]] = [[], []]
-    for painted, true, mask in zip(synthetic, truth, masks, strict=True):
-        inside = body_mask(true)
+    insides = [body_mask(true, intensity) for true in truth]
+    for painted, true, mask, inside in zip(synthetic, truth, masks, insides, strict=True):
         t, region = true[inside].astype(np.float64), mask[inside]
         counts = np.maximum(np.bincount(region, minlength=classes), 1)
         means = np.bincount(region, t, minlength=classes) / counts
         error += float(np.abs(painted[inside] - t).sum())
         baseline += float(np.abs(means[region] - t).sum())
         voxels += t.size
-        for found, volume in zip(steps, (painted, true), strict=True):
-            found.append(steps_along_z(volume, inside))
     if not voxels:
         return None
     return _plain(
@@ -103,20 +119,39 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int) -> di
         mae=error / voxels,
         mae_mean_painting=baseline / voxels,
         mae_ratio=error / baseline if baseline else float("nan"),
-        z_difference=wasserstein(*(np.concatenate(found) for found in steps)),
+        z_difference=z_difference((synthetic, truth), (insides, insides), (places, places)),
     )
 
 
-def body_mask(ct: NDArray[Any]) -> NDArray[np.bool_]:
-    """The patient's outline, filled, slice by slice: bool (D, H, W) of an HU volume. Lungs are inside, the table is not."""
+def body_mask(ct: NDArray[Any], intensity: Intensity = HU) -> NDArray[np.bool_]:
+    """The patient's outline, filled, slice by slice: bool (D, H, W) of a volume. Lungs are inside, the table is not."""
     result = np.zeros(ct.shape, bool)
+    least = BODY_HU if intensity.unit == HU.unit else otsu(ct, intensity)
     for k, plane in enumerate(ct):
-        tissue = ndimage.binary_opening(plane > BODY_HU, iterations=max(1, round(plane.shape[1] / THIN)))
+        tissue = ndimage.binary_opening(plane > least, iterations=max(1, round(plane.shape[1] / THIN)))
         parts, count = ndimage.label(tissue)
         if count:
             sizes = np.bincount(parts.ravel())[1:]
             result[k] = ndimage.binary_fill_holes(parts == 1 + int(sizes.argmax()))
     return result
+
+
+def otsu(values: NDArray[Any], intensity: Intensity) -> float:
+    """The threshold that best tells two classes apart (Otsu 1979, 256 bins over the intensity range)."""
+    counts, edges = np.histogram(np.clip(values, intensity.low, intensity.high), 256, (intensity.low, intensity.high))
+    share = counts.cumsum() / counts.sum()
+    mean = (counts * (edges[:-1] + edges[1:]) / 2).cumsum() / counts.sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        between = (mean[-1] * share - mean) ** 2 / (share * (1 - share))
+    return float(edges[1 + np.nan_to_num(between, posinf=0).argmax()])
+
+
+def _as_hu(volumes: Volumes, intensity: Intensity) -> Volumes:
+    """`volumes`, their range laid onto that of `LIMITS_HU` where they are not in HU."""
+    if intensity.unit == HU.unit:
+        return volumes
+    scale = (HU.high - HU.low) / (intensity.high - intensity.low)
+    return [(volume.astype(np.float32) - intensity.low) * np.float32(scale) + HU.low for volume in volumes]
 
 
 def texture(volumes: Volumes, inside: Sequence[NDArray[np.bool_]]) -> float:
@@ -130,25 +165,30 @@ def texture(volumes: Volumes, inside: Sequence[NDArray[np.bool_]]) -> float:
     return float(np.std(np.concatenate(rest))) if rest else float("nan")
 
 
-def table(result: dict[str, Any]) -> str:
-    """The metrics for a person."""
-    rows = [f"{'':<18}{'median':>8}{'true':>8}{'error':>8}{'IQR':>8}{'true':>8}{'texture':>9}{'true':>8}{'ratio':>7}{'W1':>7}"]
+def table(result: dict[str, Any], unit: str = "HU") -> str:
+    """The metrics for a person, in `unit`; labels that are (almost) absent on one line."""
+    width = max([18, *(len(name) + 1 for name, o in result["organs"].items() if o is not None)])
+    absent = [name for name, o in result["organs"].items() if o is None]
+    rows = [
+        f"{unit:<{width}}{'median':>8}{'true':>8}{'error':>8}{'IQR':>8}{'true':>8}{'texture':>9}{'true':>8}{'ratio':>7}{'W1':>7}{'z W1':>7}"
+    ]
     for name, o in result["organs"].items():
         if o is None:
-            rows.append(f"{name:<18}{'(absent)':>8}")
             continue
         numbers = (o["median"], o["median_true"], o["median_error"], o["iqr"], o["iqr_true"])
+        more = [(o["texture"], "9.1f"), (o["texture_true"], "8.1f"), (o["texture_ratio"], "7.2f"), (o["wasserstein"], "7.0f"),
+                (o["z_difference"], "7.1f")]  # fmt: skip
         ratio = (
-            ""
-            if o["texture_ratio"] is None
-            else f"{o['texture']:9.1f}{o['texture_true']:8.1f}{o['texture_ratio']:7.2f}{o['wasserstein']:7.0f}"
+            "" if o["texture_ratio"] is None else "".join(" " * int(how.split(".")[0]) if n is None else f"{n:{how}}" for n, how in more)
         )
-        rows.append(f"{name:<18}" + "".join(f"{n:8.0f}" for n in numbers) + ratio)
+        rows.append(f"{name:<{width}}" + "".join(f"{n:8.0f}" for n in numbers) + ratio)
+    if absent:
+        rows.append(f"absent, or almost: {', '.join(absent)}")
     if b := result["body"]:
         ratio = "" if b["mae_ratio"] is None else f", ratio {b['mae_ratio']:.3f}"
-        rows.append(f"body: MAE {b['mae']:.1f} HU, mean painting {b['mae_mean_painting']:.1f} HU{ratio}")
+        rows.append(f"body: MAE {b['mae']:.1f} {unit}, mean painting {b['mae_mean_painting']:.1f} {unit}{ratio}")
         if b["z_difference"] is not None:
-            rows.append(f"body: distance of |I(z+1) - I(z)| {b['z_difference']:.1f} HU")
+            rows.append(f"body: distance of |I(z+1) - I(z)| {b['z_difference']:.1f} {unit}")
     if found := result.get("similarity"):
         rows.append(
             f"SSIM {found['ssim']:.3f}" + (f", MS-SSIM {found['ms_ssim']:.3f} ({found['scales']} scales)" if found["scales"] else "")
@@ -156,11 +196,15 @@ def table(result: dict[str, Any]) -> str:
     for name, o in result.get("diversity", {}).get("organs", {}).items():
         if o["ratio"] is not None:
             rows.append(
-                f"{name:<18} median's spread {o['spread']:.0f} HU over styles, {o['spread_true']:.0f} between patients: {o['ratio']:.2f}"
+                f"{name:<{width}} median's spread {o['spread']:.0f} {unit} over styles, {o['spread_true']:.0f} between patients: {o['ratio']:.2f}, "
+                f"median {o['median_error']:+.0f} {unit} from theirs"
             )
+    for what, found in (("over styles", result.get("diversity")), ("between patients", result.get("ceiling", {}).get("similarity"))):
+        if found and found["ms_ssim"] is not None:
+            rows.append(f"MS-SSIM {what} {found['ms_ssim']:.3f} ({found['scales']} scales)")
     for name, o in result.get("ceiling", {}).get("organs", {}).items():
         if o["wasserstein"] is not None:
-            rows.append(f"{name:<18} W1 {o['wasserstein']:.0f} HU between real and real")
+            rows.append(f"{name:<{width}} W1 {o['wasserstein']:.0f} {unit} between real and real")
     return "\n".join(rows)
 
 
@@ -176,14 +220,17 @@ def _plain_tree(tree: Any) -> Any:
 Arrays = list[NDArray[Any]]
 
 
-def read_cases(synthetic: Path, truth: Path, masks: Path, labels: str) -> tuple[Arrays, Arrays, Arrays]:
-    """(painted, true, masks) of all cases in `masks`, as axial slices. Raises `UsageError` or `InputError`, naming the file."""
+def read_cases(synthetic: Path, truth: Path, masks: Path, labels: LabelTable) -> tuple[Arrays, Arrays, Arrays]:
+    """(painted, true, masks) of all cases in `masks`, as axial slices, in HU. Raises `UsageError` or `InputError`, naming the file."""
     variants, true, found = read_variants(synthetic, truth, masks, labels)
     return [volumes[0] for volumes in variants], true, found
 
 
-def read_variants(synthetic: Path, truth: Path, masks: Path, labels: str) -> tuple[list[Arrays], Arrays, Arrays]:
-    """As `read_cases`, with all variants CASE_v0_ct.nii.gz, CASE_v1_ct.nii.gz ... of each case where there are any."""
+def read_variants(synthetic: Path, truth: Path, masks: Path, labels: LabelTable, unit: str = "HU") -> tuple[list[Arrays], Arrays, Arrays]:
+    """As `read_cases`, with all variants CASE_v0_ct.nii.gz, CASE_v1_ct.nii.gz ... of each case where there are any.
+
+    True images without air are refused where the unit is HU.
+    """
     from runtime.io.nifti import read_labels, read_volume
 
     cases = sorted(p for p in masks.glob("*.nii.gz") if not p.name.startswith(".")) if masks.is_dir() else []
@@ -199,51 +246,85 @@ def read_variants(synthetic: Path, truth: Path, masks: Path, labels: str) -> tup
         return values
 
     for path in cases:
-        mask, case = read_labels(path, PRESETS[labels]).labels, path.name.removesuffix(".nii.gz")
+        mask, case = read_labels(path, labels).labels, path.name.removesuffix(".nii.gz")
         files = sorted(synthetic.glob(f"{glob.escape(case)}_v[0-9]*_ct.nii.gz")) or [synthetic / f"{case}_ct.nii.gz"]
         variants.append([read(file, mask.shape) for file in files])
         true.append(read(truth / path.name, mask.shape))
+        if unit == HU.unit and (low := true[-1].min()) > AIR_HU:
+            raise InputError(f"{path.name} holds values from {low:g} to {true[-1].max():g}, which are no HU",
+                             expected=f"air below {AIR_HU} HU: organs' medians, the body and all distances are measured in HU",
+                             remedy="name the run (or model folder) whose units these are: --run RUN", file=truth / path.name)  # fmt: skip
         found.append(mask)
     return variants, true, found
 
 
-def read_reference(folder: Path, labels: str) -> tuple[Arrays, Arrays]:
+def read_reference(folder: Path, labels: LabelTable) -> tuple[Arrays, Arrays]:
     """(images, masks) of the real patients in a folder that training could read. Raises `UsageError` or `InputError`."""
     from runtime.io.nifti import read_labels, read_volume
 
     from .dataset import find_pairs
 
     pairs = find_pairs(folder)
-    return [read_volume(pair.image).values for pair in pairs], [read_labels(pair.label, PRESETS[labels]).labels for pair in pairs]
+    return [read_volume(pair.image).values for pair in pairs], [read_labels(pair.label, labels).labels for pair in pairs]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line in the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description="compare painted CTs with true ones")
-    for name in ("synthetic", "truth", "masks"):
-        parser.add_argument(f"--{name}", type=Path, required=True, metavar="DIR")
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description="compare painted images with true ones")
+    folders = ("synthetic", "truth", "masks")
+    for name in folders:
+        parser.add_argument(f"--{name}", type=Path, metavar="DIR")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="other real patients: also measure real against real")
-    parser.add_argument("--labels", choices=sorted(PRESETS), default="mm-whs", help="label table of the masks")
+    parser.add_argument("--labels", choices=sorted(PRESETS), help="label table of the masks (default: mm-whs)")
+    parser.add_argument("--run", type=Path, help="a run (or model) folder that states labels and intensities; alone: measure its network")
+    parser.add_argument("--split", choices=("valid", "test"), default="valid", help="the run's patients to paint (default: %(default)s)")
+    parser.add_argument("--dataset-path", "--dataset_path", metavar="DIR", help="where the run's data lie now")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics here")
     args = parser.parse_args(argv)
-    names = organ_names(args.labels)
-    variants, truth, masks = read_variants(args.synthetic, args.truth, args.masks, args.labels)
-    result = evaluate([volumes[0] for volumes in variants], truth, masks, names)
-    if min(map(len, variants)) > 1:
-        real = [metrics.medians(image, mask, len(names) + 1) for image, mask in zip(truth, masks, strict=True)]
-        result["diversity"] = diversity(variants, masks, real, names)
-    if args.reference:
-        result["ceiling"] = ceiling(truth, masks, *read_reference(args.reference, args.labels), names)
-    print(table(result))
+    given = [name for name in folders if getattr(args, name)]
+    if given != [*folders] and (given or not args.run):
+        raise UsageError(f"--{', --'.join(n for n in folders if n not in given)} is not given", expected="the three folders, or --run alone",
+                         remedy="python -m train.evaluate --help")  # fmt: skip
+    if args.run and args.labels:
+        raise UsageError("--run and --labels are given together", expected="one of them: a run states its labels", remedy="drop --labels")
+    if given:
+        result, unit = _folders(args)
+    else:
+        from .restore import held_out
+
+        result, unit = held_out(args.run, args.split, args.dataset_path)
+    print(table(result, unit))
     if args.json:
         write_json(args.json, result)
     print(json.dumps(result))
     return 0
 
 
-def organ_names(labels: str) -> list[str]:
-    """The structures of a preset, in the order of their indices 1, 2, ..."""
-    return [label.name for label in PRESETS[labels].labels[1:]]
+def _folders(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """(metrics, unit) of painted, true and label volumes on disk."""
+    labels, intensity = described(args.run) if args.run else (PRESETS[args.labels or "mm-whs"], HU)
+    names = organ_names(labels)
+    variants, truth, masks = read_variants(args.synthetic, args.truth, args.masks, labels, intensity.unit)
+    result = evaluate([volumes[0] for volumes in variants], truth, masks, names, intensity=intensity)
+    if min(map(len, variants)) > 1:
+        real = [metrics.medians(image, mask, len(names) + 1) for image, mask in zip(truth, masks, strict=True)]
+        result["diversity"] = diversity(variants, masks, real, names, intensity)
+    if args.reference:
+        result["ceiling"] = ceiling(truth, masks, *read_reference(args.reference, labels), names, intensity=intensity)
+    return result, intensity.unit
+
+
+def described(folder: Path) -> tuple[LabelTable, Intensity]:
+    """(labels, intensities) that a run folder or a model folder states. Raises `ModelError`."""
+    from .checkpoint import load_run
+
+    stated = Manifest.load(folder) if (folder / MANIFEST).is_file() else load_run(folder)
+    return stated.labels, stated.intensity
+
+
+def organ_names(labels: LabelTable) -> list[str]:
+    """The structures, in the order of their indices 1, 2, ..."""
+    return [label.name for label in labels.labels[1:]]
 
 
 def flat(metrics: dict[str, Any]) -> Iterable[tuple[str, float]]:

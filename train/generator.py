@@ -26,8 +26,8 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     Written with slices, Equal and Concat: a flatten with dynamic H, W would hang Shape nodes on a uint8 input.
     """
     values = labels.float()
-    planes = [values[:, z : z + 1] == v for z in range(labels.shape[1]) for v in range(classes)]
-    return torch.cat([plane.float() for plane in planes], 1)
+    indices = torch.arange(classes, dtype=torch.float32, device=labels.device).view(1, -1, 1, 1)
+    return torch.cat([(values[:, z : z + 1] == indices).float() for z in range(labels.shape[1])], 1)
 
 
 def standardise_noise(noise: Tensor) -> Tensor:
@@ -83,12 +83,16 @@ class Generator(nn.Module):
         return self.paint(condition, noise, style)[1]
 
     def paint(self, condition: Tensor, noise: Tensor | None = None, style: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(image without texture, image with it), both as `forward` returns them; the same tensor when there is no noise."""
+        """(image without texture, image with it), both as `forward` returns them; the same tensor when there is no noise.
+
+        From the logits on all is FP32, in whatever precision the stages compute: a sigmoid near 1 has steps of 1 HU in FP16.
+        """
         base, amplitudes = self.logits(condition, style)
+        base = base.float()
         smooth = torch.sigmoid(base)
         if noise is None or amplitudes is None:
             return smooth, smooth
-        return smooth, torch.sigmoid(base + self.texture(amplitudes, noise))
+        return smooth, torch.sigmoid(base + self.texture(amplitudes.float(), noise))
 
     def logits(self, condition: Tensor, style: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What the output activation gets without noise (N, 1, H, W), and the texture's amplitude maps (N, K, H, W) if any."""

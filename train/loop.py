@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import platform
@@ -32,8 +33,8 @@ from .layouts import find
 from .loggers import Loggers
 from .ranks import ALONE, Ranks
 from .step import Batch, Step
-from .style import Styles, move
-from .validation import Validation
+from .style import Styles, move, stretch
+from .validation import MASKS_KEPT, Validation, label_maps
 from .watch import Watch, note
 
 
@@ -157,11 +158,12 @@ class Training:
 
     def batch(self, n: int) -> Batch:
         """The n-th batch on the device, augmented: a function of (seed, n)."""
-        labels, image, noise = (torch.from_numpy(array).to(self.device, non_blocking=True) for array in self.batches[n])
+        labels, image, noise = (augment.on_device(array, self.device) for array in self.batches[n])
         settings, part, style = self.config.augment, self.batches.part, None
         if self.styles is not None:  # while labels and image still lie on each other
-            style, shifts = (torch.from_numpy(array[part]).to(self.device) for array in self.styles(self.batches.slices(n), n))
-            image = move(image, labels, shifts)
+            drawn, moves = self.styles(self.batches.slices(n), n)
+            style, shifts, factors, centres = (augment.on_device(array[part], self.device) for array in (drawn, *moves))
+            image = stretch(move(image, labels, shifts), labels, factors, centres)
         if settings.active:
             rng = dataset.stream(self.config.training.seed, "augment", n)
             labels, image = augment.augment(settings, labels, image, rng, self.batches.batch_size, part)
@@ -210,7 +212,8 @@ class Training:
         if t.best_metric is None:
             return None
         if t.best_metric not in numbers:
-            print(f"warning: no best checkpoint is kept: {t.best_metric} is not among {', '.join(numbers)}", file=sys.stderr)
+            near = difflib.get_close_matches(t.best_metric, numbers, 4, 0.3)
+            print(f"warning: no best checkpoint is kept: {t.best_metric} is not measured; there are {', '.join(near)} ...", file=sys.stderr)
             return None
         return numbers[t.best_metric] * (1 if t.best_is == "lowest" else -1)
 
@@ -229,7 +232,8 @@ class Training:
         net = self.network()
         metrics = self.metrics or self.validation.measure(net, self.device, self.config.training.batch_size)[0]
         metrics["ceiling"] = self.validation.ceiling(self.cohort.train)
-        checkpoint.write_run(self.folder, net, self.validation.labels, facts(self.config, self.cohort, self.done, metrics))
+        masks = {"validation": label_maps(self.cohort.valid, MASKS_KEPT), "calibration": label_maps(self.cohort.train, MASKS_KEPT)}
+        checkpoint.write_run(self.folder, net, masks, facts(self.config, self.cohort, self.done, metrics))
         run_report.write(self.folder)
         return metrics
 
@@ -240,6 +244,7 @@ def facts(config: RunConfig, cohort: dataset.Cohort, step: int, metrics: dict[st
     data["data"]["path"] = None
     return {
         "name": config.name,
+        "license": config.license,
         "config": data,
         "labels": labels_to_json(configs.label_table(config.data)),
         "grid": grid_to_json(configs.grid_policy(config)),

@@ -5,16 +5,20 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import torch
 
 from runtime.errors import ConfigError, ModelError, UsageError
 from runtime.files import write_json
 
 from . import checkpoint
 from . import config as configs
+from .cache import FOLDER
 from .config import RunConfig
-from .dataset import Cohort
-from .loop import Training, choose_device, set_threads
+from .dataset import Cohort, Slices
+from .generator import Generator
+from .loop import Training, choose_device, open_cohort, set_threads
 from .step import Step
 from .validation import Validation
 
@@ -55,7 +59,7 @@ def begin_from(source: Path, config: RunConfig, folder: Path) -> Path:
 def stored(run: Path, given: RunConfig, dataset_path: str | None) -> RunConfig:
     """The config that `run` was trained with; its dataset may have moved. Raises `ConfigError` when `given` is another one."""
     config = checkpoint.stored_config(run)
-    free = ["training.steps", "data.path", "logging.", *(["data.phantom"] if config.data.path is not None else [])]
+    free = [*checkpoint.FREE, "data.path", *(["data.phantom"] if config.data.path is not None else [])]
     free += ["data.labels"] if given.data.labels is None else []  # left to the data, and settled by them
     free += ["intensity."] if given.intensity.unit == "auto" else []
     changed = checkpoint.differences(configs.to_json(config), configs.to_json(given))
@@ -72,22 +76,50 @@ def measure_test(config: RunConfig, source: Path, output: Path, cohort: Cohort, 
     Raises `UsageError` when nobody is left to test on.
     """
     if not cohort.test:
-        raise UsageError("the test split is empty", expected="patients that are neither trained on nor validated with",
-                         remedy="lower data.train_ratio or add patients; in the original's layout train_ratio 1 tests on testing/")  # fmt: skip
-    if (source / checkpoint.RUN).is_file():
-        device, _ = choose_device(config)
-        set_threads(config)
-        step, net = checkpoint.load_run(source).step, checkpoint.load_generator(source).to(device)
-    else:
-        training = Training(config, output, cohort, checkpoint_of(source), quiet=quiet)
-        device, step, net = training.device, training.done, training.network()
-    table, intensity = configs.label_table(config.data), configs.intensity(config)
-    held_out = Validation(cohort.test, sum(map(len, cohort.test)), table, intensity, config.training.seed)
-    metrics, painted = held_out.measure(net, device, config.training.batch_size)
-    held_out.draw(output / "figures" / "test.png", painted, f"test patients, step {step}")
+        raise _nobody("test")
+    step, device, net = network_of(config, source, output, cohort, quiet=quiet)
+    patients = _all_slices(config, cohort.test)
+    metrics, painted = patients.measure(net, device, config.training.batch_size)
+    patients.draw(output / "figures" / "test.png", painted, f"test patients, step {step}")
     counts = cohort.summary()
     write_json(output / TEST, {"split": "test", "patients": counts["patients"]["test"], "slices": counts["slices"]["test"], "step": step,
                                "data": counts["digest"], "metrics": metrics})  # fmt: skip
     if not quiet:
         print(f"tested on {len(cohort.test)} patient(s) at step {step}", file=sys.stderr)
     return metrics
+
+
+def held_out(source: Path, split: Literal["valid", "test"], dataset_path: str | None = None) -> tuple[dict[str, Any], str]:
+    """(metrics of every slice of a run's `split`, their unit); writes nothing but decoded slices. Raises as `measure_test` does."""
+    run = run_of(source)
+    config = checkpoint.stored_config(run)
+    if dataset_path is not None:
+        config = replace(config, data=replace(config.data, path=dataset_path, phantom=None))
+    cohort = open_cohort(config, run, cache=run.parent / FOLDER, quiet=True)
+    patients: tuple[Slices, ...] = getattr(cohort, split)
+    if not patients:
+        raise _nobody(split)
+    _, device, net = network_of(config, source, run, cohort, quiet=True)
+    measured = _all_slices(config, patients)
+    metrics = measured.measure(net, device, config.training.batch_size)[0]
+    metrics["ceiling"] = measured.ceiling(cohort.train)
+    return metrics, config.intensity.unit
+
+
+def network_of(config: RunConfig, source: Path, output: Path, cohort: Cohort, *, quiet: bool) -> tuple[int, torch.device, Generator]:
+    """(steps trained, device, network): of a finished run as exported, else of a checkpoint."""
+    if (source / checkpoint.RUN).is_file():
+        device, _ = choose_device(config)
+        set_threads(config)
+        return checkpoint.load_run(source).step, device, checkpoint.load_generator(source).to(device)
+    training = Training(config, output, cohort, checkpoint_of(source), quiet=quiet)
+    return training.done, training.device, training.network()
+
+
+def _all_slices(config: RunConfig, patients: tuple[Slices, ...]) -> Validation:
+    return Validation(patients, sum(map(len, patients)), configs.label_table(config.data), configs.intensity(config), config.training.seed)
+
+
+def _nobody(split: str) -> UsageError:
+    return UsageError(f"the {split} split is empty", expected="patients that are neither trained on nor validated with",
+                      remedy="lower data.train_ratio or add patients; in the original's layout train_ratio 1 tests on testing/")  # fmt: skip

@@ -5,23 +5,25 @@ RUN ends with generator.safetensors and run.json; metrics.jsonl, figures/ and ch
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this is imported ends it without a traceback
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of train/, whose file names would hide other packages
 
 import argparse
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from runtime import console
 from runtime.errors import UsageError
 from train import checkpoint, config
-
-if TYPE_CHECKING:  # --help is answered without torch
-    from train.ranks import Ranks
+from train.ranks import Ranks, check, joined  # no torch: --help is answered without it
 
 
 def parser() -> argparse.ArgumentParser:
@@ -91,28 +93,45 @@ def cache_of(args: argparse.Namespace, folder: Path) -> Path | None:
 
 
 def main(argv: Sequence[str]) -> int:
-    args = parser().parse_args(argv)
-    if args.test:
-        return test(args)
-    resolved, folder = resolve(args)
-    from train.loggers import require
-    from train.settle import settle
+    with enough_memory(), joined() as ranks:
+        with ranks.first_then_others():  # what is wrong is said once
+            args = parser().parse_args(argv)
+            if args.test:
+                return test(args) if ranks.first else 0
+            resolved, folder = resolve(args)
+            from train.loggers import require
+            from train.settle import settle
 
-    require(resolved.logging)
-    resolved, found = settle(resolved)
-    if args.dry_run:
-        from train.estimate import describe
-
-        print(describe(resolved))
-        return 0
-    if args.ckpt_load and args.resume:
-        raise UsageError("--ckpt-load and --resume are given together", expected="one of them: --resume goes on, --ckpt-load begins anew",
-                         remedy="drop one")  # fmt: skip
-    from train.ranks import check, joined
-
-    with joined() as ranks:
-        check(resolved, ranks)
+            require(resolved.logging)
+            resolved, found = settle(resolved)
+            if args.dry_run:
+                return dry_run(resolved) if ranks.first else 0
+            if args.ckpt_load and args.resume:
+                raise UsageError("--ckpt-load and --resume are given together", expected="one of them: --resume goes on, --ckpt-load begins anew",
+                                 remedy="drop one")  # fmt: skip
+            check(resolved, ranks)
         return train(args, resolved, found, folder, ranks)
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Map what torch raises when a GPU's memory, or the machine's, is used up to `UsageError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as exc:
+        if isinstance(exc, RuntimeError) and not re.search("out of memory|allocate memory|not enough memory", str(exc)):
+            raise
+        raise UsageError(f"the memory does not suffice: {(str(exc).strip().splitlines() or ['none is left'])[0][:200]}",
+                         expected="room for both networks, their optimisers and a batch",
+                         remedy="lower training.batch_size, generator.filters or data.canvas; on a GPU, training.precision=bf16 helps") from exc  # fmt: skip
+
+
+def dry_run(resolved: config.RunConfig) -> int:
+    """--dry-run: what the run would be."""
+    from train.estimate import describe
+
+    print(describe(resolved))
+    return 0
 
 
 def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, folder: Path, ranks: Ranks) -> int:
@@ -130,17 +149,18 @@ def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, fold
             print(found, file=sys.stderr)
     with ranks.first_then_others():
         source = checkpoint_of(args.ckpt_load) if args.ckpt_load and ranks.first else None
-        resume_from = checkpoint.starting_point(folder, resolved, args.resume or not ranks.first)
+        resume_from = checkpoint.starting_point(folder, resolved, args.resume or not ranks.first, quiet=not ranks.first)
         cohort = open_cohort(resolved, folder, cache=cache_of(args, folder), quiet=quiet)
         if source is not None:
             resume_from = begin_from(source, resolved, folder)  # the others find it as their starting point
+        training = Training(resolved, folder, cohort, resume_from, quiet=quiet, ranks=ranks)
         if ranks.first:
-            checkpoint.claim(folder, resolved)
-    metrics = Training(resolved, folder, cohort, resume_from, quiet=quiet, ranks=ranks).run()
+            checkpoint.claim(folder, resolved)  # from here on there is a run to resume
+    metrics = training.run()
     if not quiet:
         from train.evaluate import table
 
-        print(table(metrics))
+        print(table(metrics, resolved.intensity.unit))
     if ranks.first:
         print(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.RUN} are written")
     return 0
@@ -162,7 +182,7 @@ def test(args: argparse.Namespace) -> int:
     cohort = open_cohort(settled, run, cache=cache_of(args, output), quiet=args.quiet)
     metrics = restore.measure_test(settled, source, output, cohort, quiet=args.quiet)
     if not args.quiet:
-        print(table(metrics))
+        print(table(metrics, settled.intensity.unit))
     print(f"{output / restore.TEST} is written")
     return 0
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from runtime.errors import MissingComponent
 
 from .config import RunConfig, label_table
 from .discriminator import Discriminator
@@ -67,6 +69,7 @@ class Step:
         betas = (config.optimizer.beta1, config.optimizer.beta2)
         self._adam_g = torch.optim.Adam(self.generator.parameters(), config.optimizer.lr_g, betas, fused=True)
         self._adam_d = torch.optim.Adam(self.discriminator.parameters(), config.optimizer.lr_d, betas, fused=True)
+        self._paint, self._judge = (as_configured(f, config, self.device) for f in (self.generator.paint, self.discriminator))
 
     def __call__(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """Advance from `step` steps done to `step` + 1. Returns the losses by name, as scalars on the device."""
@@ -75,10 +78,11 @@ class Step:
         _set_rate(self._adam_d, o.lr_d * math.exp(-o.decay_d * step))
         labels, real, noise, style = (t if t is None else t.to(self.device, non_blocking=True) for t in batch)
         condition = one_hot(labels, self.classes).contiguous(memory_format=torch.channels_last)
-        smooth, painted = self.generator.paint(condition, standardise_noise(noise) if self.generator.noisy else None, style)
+        white = standardise_noise(noise) if self.generator.noisy else None
+        smooth, painted = (image.float() for image in self._paint(condition, white, style))
 
         self.discriminator.requires_grad_(True)
-        score_real, score_fake = self.discriminator(condition, real)[0], self.discriminator(condition, painted.detach())[0]
+        score_real, score_fake = (self._judge(condition, image)[0].float() for image in (real, painted.detach()))
         d_losses = discriminator_losses(score_real, score_fake, loss.gan)
         _descend(self._adam_d, self._ranks, weighted_sum(d_losses, dict.fromkeys(d_losses, 1.0)))
 
@@ -86,12 +90,12 @@ class Step:
         # The judge sees the texture but does not shape it: free noise is the easy way to look like bones and vessels.
         judged = smooth + (painted - smooth).detach()
         weight = centre_weight(labels) if loss.weighting == "weighted" else 1.0
-        score, features = self.discriminator(condition, judged)
-        g_losses = generator_losses(score, smooth, painted, real, gan=loss.gan, weight=weight)
+        score, features = self._judge(condition, judged)
+        g_losses = generator_losses(score.float(), smooth, painted, real, gan=loss.gan, weight=weight)
         if loss.features:
             with torch.no_grad():
-                wanted = self.discriminator(condition, real)[1]
-            g_losses["features"] = feature_matching(features, wanted)
+                wanted = self._judge(condition, real)[1]
+            g_losses["features"] = feature_matching([f.float() for f in features], [f.float() for f in wanted])
         _descend(self._adam_g, self._ranks, weighted_sum(g_losses, asdict(loss)))
 
         update_average(self.average, self.generator, average_decay(step, self._config.training.ema_decay))
@@ -134,6 +138,37 @@ class Step:
 
     def _optimizers(self) -> dict[str, tuple[torch.optim.Adam, nn.Module]]:
         return {"adam_g": (self._adam_g, self.generator), "adam_d": (self._adam_d, self.discriminator)}
+
+
+def as_configured(network: Callable[..., Any], config: RunConfig, device: torch.device) -> Callable[..., Any]:
+    """`network` in the arithmetic of `training.precision`, compiled where `training.compile` says so.
+
+    bf16 by autocast: weights, gradients, losses and everything that is averaged stay float32.
+    """
+    run = compiled(network) if config.training.compile else network
+
+    def call(*arguments: Tensor | None) -> Any:
+        with torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bf16"):
+            return run(*arguments)
+
+    return call
+
+
+def compiled(network: Callable[..., Any]) -> Callable[..., Any]:
+    """`network` by torch.compile, when it is first called. Raises `MissingComponent` then, where that cannot work."""
+    from torch._dynamo.exc import TorchDynamoException  # a second to import
+
+    run = torch.compile(network, dynamic=False)
+
+    def call(*arguments: Tensor | None) -> Any:
+        try:
+            return run(*arguments)
+        except TorchDynamoException as exc:
+            lines = str(exc).strip().splitlines() or [type(exc).__name__]
+            raise MissingComponent(f"torch.compile cannot be used here: {lines[0][:200]}", expected="a C++ compiler (CPU) or Triton (GPU)",
+                                   remedy="install one, or set training.compile=false") from exc  # fmt: skip
+
+    return call
 
 
 def average_decay(step: int, decay: float) -> float:

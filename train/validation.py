@@ -20,10 +20,11 @@ from .style import organ_medians
 
 STYLES = 16  # in which the held-out masks are painted to measure diversity
 DIVERSE_SLICES = 24  # of them, at most
+MASKS_KEPT = 64  # slices of each kind that a run folder keeps for export
 
 
 class Validation:
-    """Up to `most` slices of `patients`, evenly spaced, with fixed noise: two moments differ by the network alone.
+    """Up to `most` slices of `patients`, as evenly spaced pairs of neighbours, with fixed noise: two moments differ by the network alone.
 
     A network that takes a style paints the mean patient's, and for its diversity `STYLES` of them, fixed too.
     """
@@ -31,7 +32,8 @@ class Validation:
     def __init__(self, patients: tuple[Slices, ...], most: int, table: LabelTable, intensity: Intensity, seed: int):
         total = sum(map(len, patients))
         self._share = min(1.0, most / total)
-        self._cases = [_evenly(p, max(1, round(self._share * len(p)))) for p in patients]
+        self.places = [neighbours(len(p), max(1, round(self._share * len(p)))) for p in patients]
+        self._cases = [Slices(p.labels[chosen], p.image[chosen]) for p, chosen in zip(patients, self.places, strict=True)]
         self.masks = [_middle(case) for case in self._cases]
         self._table, self._intensity, self._seed = table, intensity, seed
         self._names = [label.name for label in table.labels[1:]]
@@ -53,29 +55,37 @@ class Validation:
             paint(net, case.labels, noise, len(self._table), self._intensity, device, batch_size)
             for case, noise in zip(self._cases, self._noise, strict=True)
         ]
-        return evaluate(painted, self.images, self.masks, self._names), painted
+        return evaluate(painted, self.images, self.masks, self._names, self.places, self._intensity), painted
 
     def diversity(self, net: Generator, device: torch.device, batch_size: int, train: Sequence[Slices]) -> dict[str, Any] | None:
-        """train/metrics.py's `diversity` of a network with a style: the labelled slices of the first patient with any, in many styles.
+        """train/metrics.py's `diversity` of a network with a style: the labelled slices of the first patient with any, in many styles,
+        each with noise of its own, as variants have.
 
         None where none is labelled.
         """
         first = next((n for n, mask in enumerate(self.masks) if mask.any()), None)
         if first is None:
             return None
-        case, noise = self._cases[first], self._noise[first]
+        case = self._cases[first]
         labelled = np.flatnonzero(self.masks[first].any((1, 2)))
         chosen = labelled[np.linspace(0, len(labelled) - 1, min(len(labelled), DIVERSE_SLICES)).round().astype(int)]
         styles = np.random.default_rng(self._seed).standard_normal((STYLES, net.style), np.float32)
         variants = [
-            paint(net, case.labels[chosen], noise[chosen], len(self._table), self._intensity, device, batch_size, style) for style in styles
-        ]
-        return diversity([variants], [self.masks[first][chosen]], list(organ_medians(train, len(self._table))), self._names)
+            paint(net, case.labels[chosen], noise_bytes((len(chosen), *case.image.shape[1:]), self._seed, n), len(self._table),
+                  self._intensity, device, batch_size, style) for n, style in enumerate(styles)
+        ]  # fmt: skip
+        return diversity(
+            [variants], [self.masks[first][chosen]], list(organ_medians(train, len(self._table))), self._names, self._intensity
+        )
 
     def ceiling(self, train: Sequence[Slices]) -> dict[str, Any]:
-        """What lies between the held-out and the training patients: train/metrics.py's `ceiling`, on slices as far apart."""
-        others = [_evenly(p, max(1, round(self._share * len(p)))) for p in train]
-        return ceiling(self.images, self.masks, [p.image for p in others], [_middle(p) for p in others], self._names)
+        """What lies between the held-out and the training patients: train/metrics.py's `ceiling`, on as many slices of each."""
+        others = [neighbours(len(p), max(1, round(self._share * len(p)))) for p in train]
+        images, masks = (
+            [p.image[n] for p, n in zip(train, others, strict=True)],
+            [_middle(p)[n] for p, n in zip(train, others, strict=True)],
+        )
+        return ceiling(self.images, self.masks, images, masks, self._names, (self.places, others), self._intensity)
 
     def draw(self, path: Path, painted: list[NDArray[np.int16]], title: str) -> None:
         """The three slices of `_chosen` beside what `measure` painted of them."""
@@ -114,10 +124,23 @@ def paint(net: Generator, labels: NDArray[np.uint8], noise: NDArray[np.uint8], c
     return np.concatenate(out)
 
 
+def label_maps(patients: Sequence[Slices], most: int) -> NDArray[np.uint8]:
+    """Up to `most` label maps, uint8 (n, Z, H, W), evenly spaced over the slices of all `patients`."""
+    all_slices = [(patient, k) for patient in patients for k in range(len(patient))]
+    chosen = np.linspace(0, len(all_slices) - 1, min(most, len(all_slices))).round().astype(int)
+    return np.stack([patient.labels[k] for patient, k in (all_slices[n] for n in chosen)])
+
+
 def _middle(patient: Slices) -> NDArray[np.uint8]:
     return patient.labels[:, patient.labels.shape[1] // 2]
 
 
-def _evenly(patient: Slices, count: int) -> Slices:
-    chosen = np.linspace(0, len(patient) - 1, count).round().astype(int)
-    return Slices(patient.labels[chosen], patient.image[chosen])
+def neighbours(total: int, count: int) -> NDArray[np.intp]:
+    """Numbers of `count` of `total` slices, as evenly spaced pairs of neighbours (an odd one is left out): rising, none twice."""
+    if count >= total:
+        return np.arange(total)
+    if count < 2:
+        return np.array([total // 2])
+    middles = (np.arange(count // 2) + 0.5) * total / (count // 2)
+    first: NDArray[np.intp] = np.floor(middles - 1).astype(np.intp)
+    return np.stack([first, first + 1], 1).ravel()

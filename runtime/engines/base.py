@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..contract import TensorSpec
-from ..errors import Mask2CTError
+from ..contract import Manifest, TensorSpec
+from ..errors import Mask2CTError, ModelError
 from ..memory import Pool, PoolStats, Stream
 
 Inputs = Mapping[str, NDArray[Any]]
@@ -27,13 +29,15 @@ class EngineSpec:
     """The tensors of `runtime.contract`, the batch the engine is always given, and how many streams keep it busy.
 
     `batch`: kernels may round differently from one batch size to another, so N never varies; the last batch is padded.
-    `streams`: with as many, tensors are filled and emptied for one while the engine works on the others.
+    `streams`: with as many, tensors are filled and emptied for one while the engine works on the others. `largest`: (H, W) of the
+    largest canvas it takes; None: any.
     """
 
     inputs: tuple[TensorSpec, ...]
     output: TensorSpec
     batch: int
     streams: int = 2
+    largest: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,24 @@ class Engine(Protocol):
     def memory(self) -> dict[str, PoolStats]: ...
 
     def close(self) -> None: ...
+
+
+def cores() -> int:
+    """How many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_graph(manifest: Manifest, inputs: Mapping[str, str | None], statement: str | None, path: Path) -> None:
+    """Raise `ModelError` unless the graph in `path`, of `inputs` (name → dtype), is one that the manifest can describe.
+
+    `statement`: what the file says it was exported for (`Manifest.statement`), None when it says nothing.
+    """
+    stated = {t.name: t.dtype for t in manifest.inputs}
+    if stated != inputs:
+        raise ModelError(
+            f"{path.name} takes {dict(inputs)}", expected=f"the manifest's inputs {stated}", remedy="export the run again", file=path
+        )
+    manifest.check_statement(statement, path)
 
 
 def check_call(spec: EngineSpec, inputs: Inputs, out: NDArray[np.uint8]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -11,14 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..memory import DEFAULT_CAP, HostMemory, HostStream, Pool, PoolStats, Stream
-from .base import EngineOptions, EngineSpec, Inputs, check_call, closed
+from .base import EngineOptions, EngineSpec, Inputs, check_call, closed, cores
 
 MOST_WORKERS = 4  # batches at once: each has activations of its own; on more cores each batch gets several
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class WorkerStream(HostStream):

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..contract import Manifest
+from ..contract import METADATA, Manifest
 from ..errors import MissingComponent, ModelError
-from .base import EngineOptions, EngineSpec, Inputs, closed
-from .host import HostEngine, cores
+from .base import EngineOptions, EngineSpec, Inputs, check_graph, closed, cores
+from .host import HostEngine
 
 # One slice a run: on two cores a batch of 8 gained 9 to 13 % for the widest network and lost for a light one, and one
 # slice at a time needs the least memory and pads nothing.
@@ -46,11 +46,8 @@ class OnnxEngine(HostEngine):
         except Exception as exc:  # ONNX Runtime raises classes of its own that share no base but Exception
             raise ModelError(f"{path.name} is not a graph ONNX Runtime loads: {str(exc).splitlines()[0][:200]}", expected="an ONNX graph as export writes it",
                              remedy="export the run again", file=path) from exc  # fmt: skip
-        stated, found = {t.name: t.dtype for t in manifest.inputs}, {i.name: _DTYPES.get(i.type) for i in self._session.get_inputs()}
-        if stated != found:
-            raise ModelError(
-                f"{path.name} takes {found}", expected=f"the manifest's inputs {stated}", remedy="export the run again", file=path
-            )
+        inputs = {i.name: DTYPES.get(i.type) for i in self._session.get_inputs()}
+        check_graph(manifest, inputs, self._session.get_modelmeta().custom_metadata_map.get(METADATA), path)
         self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.workers + 1)
         self.name = f"onnxruntime {ort.__version__} on CPU, {path.name}"
 
@@ -69,4 +66,4 @@ class OnnxEngine(HostEngine):
         self._session = None
 
 
-_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
+DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}

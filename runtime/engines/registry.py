@@ -8,27 +8,45 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..contract import Manifest
-from ..errors import MissingComponent, UsageError
+from ..errors import MissingComponent, ModelError, UsageError
 from .base import Engine, EngineOptions
 
 
 @dataclass(frozen=True)
 class Backend:
-    """`file`: the (kind, precision) of the model file it runs; `module` and `install`: the package it needs and the command."""
+    """`file`: the (kind, precision) of the model file it runs; `module` and `install`: the package it needs and the command.
+
+    `automatic`: `auto` may take it. The others are asked for by name: INT8 paints other values than the network, within limits, and
+    FP16 on a CPU is for looking at what a GPU paints. `why`: asked where more than the package is needed.
+    """
 
     name: str
     file: tuple[str, str]
     module: str
     install: str
-    open: Callable[[Path, Manifest, EngineOptions], Engine]
+    make: Callable[[Path, Manifest, EngineOptions], Engine]
+    automatic: bool = True
+    why: Callable[[], str | None] | None = None
+
+    def open(self, path: Path, manifest: Manifest, options: EngineOptions | None = None) -> Engine:
+        """The engine that runs the file at `path`, which nobody has checked."""
+        return self.make(path, manifest, options or EngineOptions())
+
+    def uninstalled(self) -> str | None:
+        """Why it runs nothing on this machine, or None when it can."""
+        if self.why is not None:
+            return self.why()
+        return f"{self.module} is not installed ({self.install})" if find_spec(self.module) is None else None
 
     def absent(self, manifest: Manifest) -> str | None:
         """Why this backend cannot serve the model here, or None when it can."""
         if manifest.file_of(*self.file) is None:
             return f"the model holds no {self.file[1]} {self.file[0]} file"
-        if find_spec(self.module) is None:
-            return f"{self.module} is not installed ({self.install})"
-        return None
+        return self.uninstalled()
+
+    def proven(self, manifest: Manifest) -> bool:
+        """Whether export measured, in this backend, that the file paints what the network paints."""
+        return self.name in manifest.parity.get(manifest.file_of(*self.file) or "", {})
 
 
 def _open_onnx(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
@@ -37,16 +55,60 @@ def _open_onnx(path: Path, manifest: Manifest, options: EngineOptions) -> Engine
     return OnnxEngine(path, manifest, options)
 
 
-# In the order `auto` prefers them.
-BACKENDS = (Backend("onnx", ("onnx", "fp32"), "onnxruntime", 'pip install "mask2ct[onnx]"', _open_onnx),)
+def _open_openvino(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
+    from .openvino import OpenVinoEngine
+
+    return OpenVinoEngine(path, manifest, options)
+
+
+def _open_tensorrt(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
+    from .tensorrt import TensorRTEngine
+
+    return TensorRTEngine(path, manifest, options)
+
+
+def _why_no_tensorrt() -> str | None:
+    from .tensorrt import why_absent
+
+    return why_absent()
+
+
+def _open_onnx_cuda(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
+    from .onnx_cuda import OnnxCudaEngine
+
+    return OnnxCudaEngine(path, manifest, options)
+
+
+def _why_no_onnx_cuda() -> str | None:
+    from .onnx_cuda import why_absent
+
+    return why_absent()
+
+
+_GPU = 'pip install "mask2ct[gpu]"'
+_ONNX = ("onnxruntime", 'pip install "mask2ct[onnx]"', _open_onnx)
+_OPENVINO = ("openvino", 'pip install "mask2ct[openvino]"', _open_openvino)
+
+# `auto` takes the first that serves: the order is that of their speed (docs/decisions/0013-which-engine-auto-takes.md).
+BACKENDS = (
+    Backend("tensorrt", ("engine", "fp16"), "tensorrt_lean", _GPU, _open_tensorrt, why=_why_no_tensorrt),
+    Backend("onnx-cuda", ("onnx", "fp16"), "onnxruntime", _GPU, _open_onnx_cuda, why=_why_no_onnx_cuda),
+    Backend("openvino", ("onnx", "fp32"), *_OPENVINO),
+    Backend("onnx", ("onnx", "fp32"), *_ONNX),
+    Backend("openvino-fp16", ("onnx", "fp16"), *_OPENVINO, automatic=False),
+    Backend("onnx-fp16", ("onnx", "fp16"), *_ONNX, automatic=False),
+    Backend("openvino-int8", ("onnx", "int8"), *_OPENVINO, automatic=False),
+    Backend("onnx-int8", ("onnx", "int8"), *_ONNX, automatic=False),
+)
 CHOICES = ("auto", *(backend.name for backend in BACKENDS), "fake")
 
 
 def open_engine(backend: str, manifest: Manifest, folder: Path, options: EngineOptions | None = None) -> tuple[Engine, str, str]:
     """Open the engine of that name for the model in `folder`; returns it, why it was chosen and the file it runs.
 
-    `auto` takes the first that is installed and has its file. Its file's SHA-256 is checked before it is loaded. Raises
-    `UsageError` for an unknown name, `MissingComponent` when nothing serves, `ModelError` for an altered file.
+    `auto` takes the fastest that is installed and whose file was proven in it. The file's SHA-256 is checked before it is
+    loaded. Raises `UsageError` for an unknown name, `MissingComponent` when nothing serves, `ModelError` for an altered file
+    and for an INT8 file without a proof.
     """
     if backend == "fake":
         from .fake import FakeEngine
@@ -54,17 +116,37 @@ def open_engine(backend: str, manifest: Manifest, folder: Path, options: EngineO
         return FakeEngine(manifest, options=options), "asked for", ""
     if backend not in CHOICES:
         raise UsageError(f"there is no backend {backend!r}", expected=", ".join(CHOICES), remedy="choose one of these")
-    absent = {b.name: b.absent(manifest) for b in BACKENDS if backend in ("auto", b.name)}
-    chosen = next((b for b in BACKENDS if absent.get(b.name, "") is None), None)
-    if chosen is None:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
-        raise MissingComponent(f"no backend can run this model here ({reasons})", expected="a backend and the model file it runs",
-                               remedy=next(b for b in BACKENDS if b.name in absent).install, file=folder)  # fmt: skip
+    chosen, reason = _automatic(manifest, folder) if backend == "auto" else _by_name(backend, manifest, folder)
     name = manifest.file_of(*chosen.file)
     assert name is not None
     manifest.verify(folder, [name])
-    passed = [f"{n}: {reason}" for n, reason in absent.items() if reason]
-    reason = (
-        "asked for" if backend != "auto" else "; ".join(["the first of " + ", ".join(b.name for b in BACKENDS) + " that serves", *passed])
-    )
-    return chosen.open(folder / name, manifest, options or EngineOptions()), reason, name
+    return chosen.open(folder / name, manifest, options), reason, name
+
+
+def _automatic(manifest: Manifest, folder: Path) -> tuple[Backend, str]:
+    passed: list[str] = []
+    for backend in (b for b in BACKENDS if b.automatic):
+        why = backend.absent(manifest)
+        if why is None and not backend.proven(manifest):
+            why = "not proven when this model was exported"
+        if why is None:
+            faster = [b.name for b in BACKENDS if b.file[1] == "int8" and b.absent(manifest) is None and b.proven(manifest)]
+            hint = [f"INT8 is proven too, for who asks: --backend {faster[0]}"] if faster else []
+            return backend, "; ".join(["the fastest that is installed and proven for this model", *passed, *hint])
+        passed.append(f"{backend.name}: {why}")
+    first = next((b for b in BACKENDS if b.automatic and manifest.file_of(*b.file)), BACKENDS[0])
+    raise MissingComponent(f"no backend can run this model here ({'; '.join(passed)})", expected="a backend and the model file it runs",
+                           remedy=first.install, file=folder)  # fmt: skip
+
+
+def _by_name(name: str, manifest: Manifest, folder: Path) -> tuple[Backend, str]:
+    backend = next(b for b in BACKENDS if b.name == name)
+    if why := backend.absent(manifest):
+        raise MissingComponent(f"the backend {name} cannot run this model here: {why}", expected="a backend and the model file it runs",
+                               remedy=backend.install, file=folder)  # fmt: skip
+    if backend.proven(manifest):
+        return backend, "asked for"
+    if backend.file[1] == "int8":
+        raise ModelError(f"this model's INT8 file was not proven in {backend.module} when it was exported", expected="a proof in manifest.json",
+                         remedy=f"export the run again where {backend.module} is installed, or choose another backend", file=folder)  # fmt: skip
+    return backend, "asked for; not proven when this model was exported"

@@ -11,18 +11,24 @@ import math
 import re
 import struct
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import GeometryError, UnreadableVolume, reading
+from ..volume import Segment
 
-NOTICE = "SYNTHETIC CT - NOT FOR DIAGNOSIS (mask2ct)"  # what every header written says of itself; 79 characters fit
+MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")  # what every header written says of itself, within its first bytes
+MARKS_WITHIN = 8192
+NOTICE = f"{MARKS[0]} ({MARKS[1]})"  # 79 characters fit into a NIfTI
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 EXPECTED = "one 3-D volume of integers as NIfTI, NRRD or MHA"
 MAX_EXTENT = 32767  # voxels along one axis that NIfTI-1 can say
+AFFINES_TOLERANCE = 0.25  # how far qform and sform may disagree at a corner, in the smallest voxel spacing
 MAX_VOXELS = 1 << 34  # 16 G voxels: past this a header is taken for damaged
 
 # nifti1.h, from sizeof_hdr to magic: the 348 bytes of a header
@@ -45,19 +51,34 @@ def stem(path: Path) -> str:
 
 
 def is_synthetic(path: Path) -> bool:
-    """Whether this is a NIfTI that mask2ct wrote: its header says so (NOTICE in descrip)."""
+    """Whether this is a file that mask2ct wrote, of whatever format: its header says so (MARKS)."""
     try:
         with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as handle:
-            head = handle.read(348)
+            head = handle.read(MARKS_WITHIN)
     except (OSError, EOFError, zlib.error):
         return False
-    return NOTICE.encode() in head[148:228]
+    return all(mark.encode() in head for mark in MARKS)
 
 
-def check_header(path: Path) -> bytes | None:
+@dataclass(frozen=True)
+class Header:
+    """What a checked header says besides the grid.
+
+    `nifti`: the header of a NIfTI-1 file as 348 little-endian bytes, None for other formats. `oriented`: whether it states how
+    the axes lie in the patient. `segments`: of a Slicer .seg.nrrd, each with the layer that it lies in (`layers` of them; 1 for any
+    other volume).
+    """
+
+    nifti: bytes | None = None
+    oriented: bool = True
+    segments: tuple[tuple[Segment, int], ...] = ()
+    layers: int = 1
+
+
+def check_header(path: Path, *, voxels: bool = True) -> Header:
     """Refuse (`UnreadableVolume`, `GeometryError`) a file that is not one 3-D scalar volume with its voxels present.
 
-    Returns the header of a NIfTI-1 file as 348 little-endian bytes, None for other formats.
+    A layered .seg.nrrd passes, too. Without `voxels` those of a NIfTI are not counted: for looking at a header alone.
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
@@ -75,11 +96,10 @@ def check_header(path: Path) -> bytes | None:
                 raise _bad(path, "is not gzip-compressed though it is named .gz")
             handle.seek(0)
             with gzip.open(handle) as content:
-                return _nifti(path, content)  # type: ignore[arg-type]
+                return _nifti(path, content, voxels)  # type: ignore[arg-type]
         if name.endswith(".nii"):
-            return _nifti(path, handle)
-        (_nrrd if name.endswith((".nrrd", ".nhdr")) else _meta)(path, handle)
-        return None
+            return _nifti(path, handle, voxels)
+        return (_nrrd if name.endswith((".nrrd", ".nhdr")) else _meta)(path, handle)
 
 
 def _bad(path: Path, fact: str, remedy: str = "check the file, or write it again") -> UnreadableVolume:
@@ -99,7 +119,7 @@ def _check_shape(path: Path, shape: Sequence[int]) -> None:
         raise _bad(path, f"has {max(shape)} voxels along one axis", f"cut it: NIfTI-1, which is written, holds {MAX_EXTENT}")
 
 
-def _nifti(path: Path, content: BinaryIO) -> bytes | None:
+def _nifti(path: Path, content: BinaryIO, voxels: bool) -> Header:
     head = content.read(348)
     if len(head) < 348:
         raise _bad(path, f"ends after {len(head)} bytes, inside its header")
@@ -108,6 +128,7 @@ def _nifti(path: Path, content: BinaryIO) -> bytes | None:
         raise _bad(path, "is not a NIfTI file (its first number is neither 348 nor 540)")
     if struct.unpack_from(order + "i", head)[0] == 348:
         header, first = struct.pack("<" + NIFTI_1, *struct.unpack(order + NIFTI_1, head)), 348
+        codes = struct.unpack_from("<2h", header, 252)  # qform_code, sform_code
         magic, dim = head[344:348], struct.unpack_from(order + "8h", head, 40)
         (datatype,), (offset,) = struct.unpack_from(order + "h", head, 70), struct.unpack_from(order + "f", head, 108)
         spacing = struct.unpack_from(order + "3f", head, 80)
@@ -118,6 +139,7 @@ def _nifti(path: Path, content: BinaryIO) -> bytes | None:
         if len(head) < 540:
             raise _bad(path, f"ends after {len(head)} bytes, inside its header")
         header, first = None, 540
+        codes = struct.unpack_from(order + "2i", head, 344)
         dim, spacing = struct.unpack_from(order + "8q", head, 16), struct.unpack_from(order + "3d", head, 112)
         (datatype,), (offset,) = struct.unpack_from(order + "h", head, 12), struct.unpack_from(order + "q", head, 168)
     if not 1 <= dim[0] <= 7:
@@ -128,14 +150,51 @@ def _nifti(path: Path, content: BinaryIO) -> bytes | None:
     if not all(math.isfinite(s) and s != 0 for s in spacing):
         raise GeometryError(f"{path.name} states the voxel spacing {spacing}", expected="three numbers of mm other than 0",
                             remedy="write the true spacing into the header", file=path)  # fmt: skip
+    _check_affines(path, head, order, dim, spacing)
     if not math.isfinite(offset) or not first <= offset < 1 << 31:
         raise _bad(path, f"puts its voxels at byte {offset}")
+    if not voxels:
+        return Header(header, any(codes))
     need = int(offset) - first + math.prod(dim[1 : dim[0] + 1]) * _BYTES[datatype]
     content.read(int(offset) - first)
     have = int(offset) - first + _count(path, content, need, _FLOATS.get(datatype, ""), order)
     if have < need:
         raise _bad(path, f"is truncated: {have} of {need} bytes are there behind its header", "copy or download it again")
-    return header
+    return Header(header, any(codes))
+
+
+def _check_affines(path: Path, head: bytes, order: str, dim: Sequence[int], spacing: Sequence[float]) -> None:
+    """A NIfTI may say twice where it lies, by quaternion (qform) and by matrix (sform): the two must agree at every corner."""
+    nifti2 = len(head) > 348
+    number, at = ("d", (344, 352, 104, 400)) if nifti2 else ("f", (252, 256, 76, 280))
+    qform_code, sform_code = struct.unpack_from(order + ("2i" if nifti2 else "2h"), head, at[0])
+    if qform_code <= 0 or sform_code <= 0:
+        return
+    b, c, d, *offset = struct.unpack_from(order + "6" + number, head, at[1])
+    (qfac,) = struct.unpack_from(order + number, head, at[2])
+    sform = np.array(struct.unpack_from(order + "12" + number, head, at[3])).reshape(3, 4)
+    qform = np.column_stack([rotation(b, c, d) * [1, 1, -1 if qfac < 0 else 1] * np.abs(spacing), offset])
+    corners = np.array([[i, j, k, 1] for i in (0, dim[1] - 1) for j in (0, dim[2] - 1) for k in (0, dim[3] - 1)], float)
+    if not (np.isfinite(sform).all() and np.isfinite(qform).all()):
+        raise GeometryError(
+            f"{path.name} states a place that is not finite", expected="a grid in mm", remedy="write a valid header", file=path
+        )
+    apart = float(np.linalg.norm(corners @ (sform - qform).T, axis=1).max())
+    if apart > AFFINES_TOLERANCE * float(np.min(np.abs(spacing))):
+        raise GeometryError(f"{path.name} lies in two places: its qform (code {qform_code}) and its sform (code {sform_code}) are {apart:.3g} mm apart",
+                            expected="one place", remedy="set the one that is wrong to code 0, or make them equal (fslorient, nibabel)", file=path)  # fmt: skip
+
+
+def rotation(b: float, c: float, d: float) -> NDArray[np.float64]:
+    """The 3x3 rotation of the unit quaternion (a, b, c, d), a >= 0 (nifti1.h, method 2)."""
+    a = math.sqrt(max(0.0, 1 - b * b - c * c - d * d))
+    return np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+        ]
+    )
 
 
 def _count(path: Path, content: BinaryIO, need: int, floats: str, order: str) -> int:
@@ -173,21 +232,25 @@ def _text_header(path: Path, handle: BinaryIO, separator: str, end: str) -> dict
     raise _bad(path, "has a header without an end")
 
 
-def _numbers(path: Path, fields: dict[str, str], key: str) -> list[int]:
+def _numbers(path: Path, fields: Mapping[str, str], key: str) -> list[int]:
     try:
-        return [int(n) for n in fields[key].split()]
+        return [int(n) for n in fields[key].split()][:16] or [int("")]
     except (KeyError, ValueError) as exc:
         raise _bad(path, f"has no readable '{key}' in its header") from exc
 
 
-def _nrrd(path: Path, handle: BinaryIO) -> None:
+def _nrrd(path: Path, handle: BinaryIO) -> Header:
     if not handle.readline(64).startswith(b"NRRD"):
         raise _bad(path, "is not an NRRD file")
     fields = _text_header(path, handle, ":", "")
     shape = _numbers(path, fields, "sizes")
     if _numbers(path, fields, "dimension") != [len(shape)]:
         raise _bad(path, f"states {len(shape)} sizes for {fields['dimension']} dimensions")
-    _check_shape(path, shape)
+    segments = tuple(_segments(path, fields))
+    layered = bool(segments) and len(shape) == 4 and fields.get("kinds", "").lower().startswith("list")
+    _check_shape(path, shape[1:] if layered else shape)
+    if layered and not 1 <= shape[0] <= len(segments):
+        raise _bad(path, f"claims {shape[0]} layers for {len(segments)} segments")
     if fields.get("type", "").lower() == "block":
         raise _bad(path, "holds blocks, not numbers", "save the labels as integers")
     stated = fields.get("spacedirections", fields.get("spacings"))
@@ -195,9 +258,25 @@ def _nrrd(path: Path, handle: BinaryIO) -> None:
     _same_folder(path, fields.get("datafile", "LOCAL"))
     if "datafile" not in fields and fields.get("encoding", "").lower() == "raw":
         _require_voxels(path, handle, shape, _NRRD_BYTES.get(fields.get("type", "").lower(), 1))
+    return Header(None, "space" in fields and "spacedirections" in fields, segments, shape[0] if layered else 1)
 
 
-def _meta(path: Path, handle: BinaryIO) -> None:
+def _segments(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[Segment, int]]:
+    """The segments that Slicer writes into a .seg.nrrd: Segment0_LabelValue, _Layer, _Name and _TerminologyEntry, whose second
+    part is the type as SCHEME^VALUE^MEANING."""
+    for key in fields:
+        if not (found := re.fullmatch(r"segment(\d{1,6})_labelvalue", key)):
+            continue
+        prefix = f"segment{found[1]}_"
+        type_ = re.split(r"[~]", fields.get(prefix + "terminologyentry", "") + "~~")[2].split("^")
+        code = f"{type_[0]}:{type_[1]}" if len(type_) >= 2 and all(type_[:2]) else ""
+        yield (
+            Segment(_numbers(path, fields, key)[0], fields.get(prefix + "name", ""), code),
+            (_numbers(path, fields, prefix + "layer") if prefix + "layer" in fields else [0])[0],
+        )
+
+
+def _meta(path: Path, handle: BinaryIO) -> Header:
     fields = _text_header(path, handle, "=", "elementdatafile")
     shape = _numbers(path, fields, "dimsize")
     if _numbers(path, fields, "ndims") != [len(shape)]:
@@ -209,6 +288,7 @@ def _meta(path: Path, handle: BinaryIO) -> None:
     _same_folder(path, fields["elementdatafile"])
     if fields["elementdatafile"].upper() == "LOCAL" and fields.get("compresseddata", "false").lower() != "true":
         _require_voxels(path, handle, shape, _META_BYTES.get(fields.get("elementtype", "").upper(), 1))
+    return Header(None, any(key in fields for key in ("transformmatrix", "rotation", "orientation")))
 
 
 def _require_grid(path: Path, stated: str | None, key: str) -> None:

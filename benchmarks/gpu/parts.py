@@ -1,0 +1,155 @@
+"""TensorRT, ONNX Runtime and torch on a GPU, one means at a time: what our engines are made of, and what was never seen without a GPU."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu.bare import Bare, require
+from benchmarks.gpu.case import BATCH, FP16, FP32, Absent, Case, against_cpu, graph_of, lean_module, module, need_gpu, parity
+from benchmarks.gpu.model import draw, hu, random_graph
+from benchmarks.gpu.torch_engine import loopback
+from export.engine_layers import LEAST_HALF
+from runtime.driver import device
+
+
+def gpu(case: Case) -> str:
+    need_gpu()
+    found = device()
+    return f"{found}, driver for CUDA {found.driver[0]}.{found.driver[1]}"
+
+
+def half_torch(case: Case) -> str:
+    """Whatever engine runs it: do FP16 weights and tensor cores keep the picture?"""
+    need_gpu()
+    torch = module("torch")
+    if not torch.cuda.is_available():
+        raise Absent("this torch has no CUDA")
+    from export.graph import halved
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    manifest, graph = random_graph()
+    inputs = {name: torch.from_numpy(array) for name, array in draw(manifest, BATCH).items()}
+    with torch.inference_mode():
+        expected = hu(graph(**inputs).numpy())
+        found = halved(graph).cuda()(**{name: tensor.cuda() for name, tensor in inputs.items()})
+    return parity(hu(found.cpu().numpy()), expected, FP16)
+
+
+def parse_uint8(case: Case) -> str:
+    trt = tensorrt()
+    from export.to_tensorrt import collecting_logger, parse
+
+    logger = collecting_logger(trt, [])
+    network = parse(trt, trt.Builder(logger), logger, graph_of(case))
+    types = [network.get_input(n).dtype.name for n in range(network.num_inputs)] + [network.get_output(0).dtype.name]
+    wanted = [{"uint8": "UINT8", "float32": "FLOAT"}[t.dtype] for t in (*case.manifest.inputs, case.manifest.output)]
+    require(types == wanted, f"the network's tensors are {types}, not {wanted}")
+    return f"{network.num_layers} layers, inputs and output {' '.join(types)}"
+
+
+def build_compatible(case: Case) -> str:
+    """As build_engine.py does it: built, its types counted, read back, and listed; the checks below are its proof."""
+    tensorrt()
+    from export.add_engine import ENGINE, add_engine
+    from export.to_tensorrt import BuildOptions
+
+    if ENGINE in case.manifest.files:
+        return f"{ENGINE} is in the model already"
+    graph_of(case)
+    began = time.perf_counter()
+    options = BuildOptions(max_batch=BATCH, timing_cache=case.work / "timing.cache")
+    made = add_engine(case.model, options, lambda manifest: {}, gpu=device(), say=lambda text: None, quiet=True)
+    entry = made.files[ENGINE]
+    return f"{entry.bytes / 2**20:.1f} MiB in {time.perf_counter() - began:.0f} s, {100 * entry.facts['half_network']:.0f} % of the network's convolutions FP16"
+
+
+def build_native(case: Case) -> str:
+    """What the inspector says of FP16, and the pictures in the full runtime: of FP16, and of FP32 without TF32."""
+    trt = tensorrt()
+    from export.engine_layers import half_convolutions, inspect_plan
+    from export.to_tensorrt import BuildOptions, build, collecting_logger, shapes_of
+
+    shapes, cache, seen = shapes_of(case.manifest, BATCH), case.work / "timing.cache", []
+    for precision, limits in (("fp16", FP16), ("fp32", FP32)):
+        options = BuildOptions(precision=precision, native=True, max_batch=BATCH, timing_cache=cache)
+        plan = build(graph_of(case, precision), shapes, options, trt=trt).plan
+        found = inspect_plan(trt, plan, shapes, native=True, logger=collecting_logger(trt, []))
+        require(found.information is not None, f"not inspected: {found.reason}")
+        half, convolutions = half_convolutions(found.information or {})
+        require(
+            convolutions and half >= LEAST_HALF * convolutions * (precision == "fp16"), f"{half} of {convolutions} convolutions are FP16"
+        )
+        text = against_cpu(case, Bare("tensorrt", plan, case.manifest, BATCH).run, limits)
+        memory = sum(found.activations or ()) / 2**20
+        seen.append(f"{precision}: {half} of {convolutions} convolutions FP16, {memory:.0f} MiB of activations, {text}")
+    return "; ".join(seen)
+
+
+def lean_loads(case: Case) -> str:
+    bare = Bare(lean_module(), _plan(case), case.manifest, BATCH)
+    return against_cpu(case, bare.run)
+
+
+def lean_managed(case: Case) -> str:
+    return _same(case, managed=True)
+
+
+def captured(case: Case) -> str:
+    return _same(case, managed=True, captured=True)
+
+
+def ort_cuda(case: Case) -> str:
+    """ONNX Runtime's CUDA provider, with no way back to the CPU."""
+    need_gpu()
+    ort = module("onnxruntime")
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        raise Absent("this onnxruntime has no CUDA provider (onnxruntime-gpu has)")
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    session = ort.InferenceSession(str(graph_of(case)), options, providers=["CUDAExecutionProvider"])
+    require(session.get_providers()[0] == "CUDAExecutionProvider", f"it runs on {session.get_providers()}")
+    return against_cpu(case, lambda inputs: session.run(None, inputs)[0])
+
+
+def tensorrt() -> Any:
+    need_gpu()
+    return module("tensorrt")
+
+
+def _plan(case: Case) -> bytes:
+    """The model's own engine, if the lean runtime can take it."""
+    name = case.manifest.file_of("engine", "fp16")
+    if name is None or not case.manifest.files[name].facts.get("version_compatible"):
+        raise Absent("the model holds no version-compatible FP16 engine")
+    case.manifest.verify(case.model, [name])
+    return (case.model / name).read_bytes()
+
+
+def _same(case: Case, **options: bool) -> str:
+    """The lean engine with `options` paints what it paints without, on two sets of inputs."""
+    name, plan = lean_module(), _plan(case)
+    plain, special = Bare(name, plan, case.manifest, BATCH), Bare(name, plan, case.manifest, BATCH, **options)
+    for seed in (3, 4):
+        inputs = draw(case.manifest, BATCH, seed)
+        require(np.array_equal(plain.run(inputs), special.run(inputs)), f"other values with {', '.join(options)}")
+    return "the same bytes on two sets of inputs"
+
+
+CHECKS: dict[str, tuple[str, Callable[[Case], str]]] = {
+    "gpu": ("an NVIDIA GPU and its driver", gpu),
+    "half": ("the FP16 graph on the GPU, in torch: HU parity", half_torch),
+    "loopback": ("our memory and streams: a CUDA graph of copies", loopback),
+    "uint8": ("TensorRT parses uint8 in and out", parse_uint8),
+    "build": ("uint8 pairs stack under strong typing: the engine builds", build_compatible),
+    "lean": ("the lean runtime loads VERSION_COMPATIBLE + EXCLUDE_LEAN_RUNTIME: HU parity", lean_loads),
+    "managed": ("USER_MANAGED activations in the lean runtime", lean_managed),
+    "captured": ("a CUDA graph of the lean engine with its copies", captured),
+    "native": ("native engines: share of FP16 layers, HU parity of FP16 and FP32", build_native),
+    "ort": ("ONNX Runtime CUDA, no way back to the CPU: HU parity", ort_cuda),
+}

@@ -1,0 +1,118 @@
+"""Everything that can only be seen on a GPU, in one command:  python benchmarks/gpu_acceptance.py [--model MODEL] [--json FILE]
+
+Runs with whatever is there of TensorRT (full, lean), ONNX Runtime, cuda-bindings and torch; SimpleITK is not needed. Without
+--model it makes a small network with random weights, for which it needs torch and onnx. Each check runs in a process of its own,
+so that one that crashes fails alone. Prints pass, fail or not present for each, then one JSON line.
+Exit code: 0 nothing failed · 1 something did · 3 there was nothing here to check (no GPU).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+from benchmarks.gpu.case import Absent, Case, need_gpu
+from benchmarks.gpu.engines import RUNTIME
+from benchmarks.gpu.model import write_random_model
+from benchmarks.gpu.parts import CHECKS
+from benchmarks.record import machine
+from runtime.console import run
+from runtime.errors import Mask2CTError
+from runtime.files import write_json
+
+PASS, FAIL, ABSENT = "pass", "fail", "not present"
+TIMEOUT = 1800  # s for one check: a build may take minutes
+ENGINES = {"tensorrt": "our TensorRT engine", "onnx-cuda": "our ONNX Runtime engine", "torch": "our slots round torch"}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("gpu_acceptance.py", description=(__doc__ or "").split("\n\n")[1])
+    parser.add_argument("--model", type=Path, help="a model folder with fp32 and fp16 graphs (and an engine, for our own engines)")
+    parser.add_argument("--only", nargs="+", metavar="CHECK", help="these alone: " + " ".join(titles()))
+    parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
+    parser.add_argument("--check", help=argparse.SUPPRESS)  # one check, in this process
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args(argv)
+    if options.check:
+        print(json.dumps(one(options.check, Case(options.work / "model", options.work, options.quick))))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="gpu-acceptance-") as work:
+        if options.model:  # an engine may be added to it
+            shutil.copytree(options.model, Path(work) / "model")
+        rows = {name: outcome(name, options, Path(work)) for name in titles() if not options.only or name in options.only}
+    width = max(len(title) for title in titles().values())
+    for name, row in rows.items():
+        print(f"{titles()[name]:<{width}}  {row['outcome']:<11}  {row['seen']}")
+    outcomes = [row["outcome"] for row in rows.values()]
+    print(", ".join(f"{outcomes.count(kind)} {kind}" for kind in (PASS, FAIL, ABSENT)))
+    record = {"suite": "gpu_acceptance", "model": str(options.model or "random weights"), "machine": machine(ROOT), "result": rows}
+    if options.json:
+        write_json(options.json, record)
+    print(json.dumps(record))
+    return 1 if FAIL in outcomes else 0 if PASS in outcomes else 3
+
+
+def titles() -> dict[str, str]:
+    """Check → what it shows, in the order they run: TensorRT's parts one by one, then our engines as a whole."""
+    ours = {f"{backend}-{name}": f"{engine}: {title}" for backend, engine in ENGINES.items() for name, (title, _) in RUNTIME.items()}
+    return {"model": "the model to check with", **{name: title for name, (title, _) in CHECKS.items()}, **ours}
+
+
+def outcome(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+    """Run one check in a process of its own. One that ends without an answer has failed: a crash is what we look for."""
+    command = [sys.executable, __file__, "--check", name, "--work", str(work)]
+    print(f"{titles()[name]} …", file=sys.stderr, flush=True)
+    try:
+        done = subprocess.run(
+            [*command, *(["--quick"] if options.quick else [])], capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"outcome": FAIL, "seen": f"no answer within {TIMEOUT} s"}
+    lines = done.stdout.strip().splitlines()
+    try:
+        return dict(json.loads(lines[-1]))
+    except (IndexError, ValueError):
+        said = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+        how = f"ended by signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        return {"outcome": FAIL, "seen": f"{how}: {said[:300]}"}
+
+
+def one(name: str, case: Case) -> dict[str, Any]:
+    """The outcome of a check in this process."""
+    try:
+        if name == "model":
+            return {"outcome": PASS, "seen": prepare(case)}
+        if name in CHECKS:
+            return {"outcome": PASS, "seen": CHECKS[name][1](case)}
+        backend, _, what = name.rpartition("-")
+        return {"outcome": PASS, "seen": RUNTIME[what][1](case, backend)}
+    except Absent as exc:
+        return {"outcome": ABSENT, "seen": str(exc)}
+    except Mask2CTError as exc:
+        return {"outcome": FAIL, "seen": exc.fact}
+    except Exception as exc:  # whatever it is, it is the check's answer
+        return {"outcome": FAIL, "seen": f"{type(exc).__name__}: {exc}"[:500]}
+
+
+def prepare(case: Case) -> str:
+    """Make the model when none was given, and its engine where one can be built."""
+    need_gpu()
+    if (case.model / "manifest.json").is_file():
+        return f"{case.manifest.name}: {', '.join(case.manifest.files)}"
+    write_random_model(case.model)
+    return f"random weights, canvas {case.manifest.grid.canvas}"
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,147 @@
+"""The recorded measurements as one page, and the README's table:  python benchmarks/report.py [-o FILE.html] [--readme]
+
+The page holds everything (pictures inside): the newest record of every suite and machine as a table, and how each ratio went from
+commit to commit. `--readme` writes the newest table of the README's own suites between its two marks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)
+
+from benchmarks.history import HISTORY, Record, fingerprint, load, ratio_of
+from runtime.console import EXIT_CODES, run
+from runtime.errors import UsageError
+from runtime.files import write_text
+from train.report import figure, page, picture, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+BEGIN, END = "<!-- benchmarks: python benchmarks/report.py --readme -->", "<!-- /benchmarks -->"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("report.py", description="Recorded measurements as one HTML page.", epilog=EXIT_CODES)
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "runs" / "benchmarks.html")
+    parser.add_argument("--history", type=Path, default=HISTORY, help="the records (default: benchmarks/results/history.jsonl)")
+    parser.add_argument("--readme", action="store_true", help="write the README's table instead")
+    options = parser.parse_args(argv)
+    records = load(options.history)
+    if not records:
+        raise UsageError(
+            f"{options.history} holds no records", expected="results of `benchmarks/run.py … --record`", remedy="record some first"
+        )
+    if options.readme:
+        readme = ROOT / "README.md"
+        write_text(readme, with_table(readme.read_text(encoding="utf-8"), records))
+        print(f"wrote the table in {readme}")
+        return 0
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    write_page(options.output, records)
+    print(f"wrote {options.output}")
+    return 0
+
+
+def newest(records: Iterable[Record]) -> list[Record]:
+    """The last record of each suite, options and machine, in the order they first came."""
+    last: dict[tuple[str, str, str], Record] = {}
+    for record in records:
+        last[record["suite"], repr(sorted(record["options"].items())), fingerprint(record)] = record
+    return list(last.values())
+
+
+def rows(record: Record) -> list[list[str]]:
+    """The record as a table: heading, then a row per contender, ours first. p90: the rate that nine of ten rounds reach."""
+    roofed = any("share_of_roof" in row for row in record["contenders"].values())
+    made = [["", record["unit"], "p90", "peak MiB", *(["of the roof"] if roofed else []), "ours / this"]]
+    for name, row in record["contenders"].items():
+        share = [f"{row['share_of_roof']:.0%}" if "share_of_roof" in row else ""] if roofed else []
+        ratio = f"{ratio_of(record, name)}" if name in record["ratios"] else ""
+        made.append([name, si(row["median"]), si(1 / row["p90_seconds"]), f"{row['peak_rss'] / 2**20:.0f}", *share, ratio])
+    return made
+
+
+def si(number: float) -> str:
+    """Three or four digits with a prefix: 217.4, 2.17 G."""
+    for factor, prefix in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+        if number >= factor:
+            return f"{number / factor * (10 if prefix == ' k' else 1):.3g}{prefix}"
+    return f"{number:.4g}"
+
+
+def measured_on(record: Record) -> str:
+    """Where and when: machine, versions, commit, load."""
+    m = record["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in m["packages"].items())
+    load = ", ".join(f"{key} {value}" for key, value in record["load"].items())
+    rounds = len(next(iter(record["contenders"].values()))["rates"])
+    return (
+        f"{record['date']}, commit {m['commit']}, {fingerprint(record)}, Python {m['python']}, {packages}; {rounds} rounds in turn; {load}"
+    )
+
+
+def write_page(path: Path, records: Sequence[Record]) -> None:
+    """One self-contained HTML page. Raises `OutputError`."""
+    sections = []
+    for record in newest(records):
+        head, *body = rows(record)
+        settings = ", ".join(f"{key} {value}" for key, value in record["options"].items())
+        content = table(head, body) + f"<p class=note>{html.escape(measured_on(record))}</p>"
+        content += "".join(f"<p>not there: {html.escape(name)} ({html.escape(why)})</p>" for name, why in record["absent"].items())
+        same = [
+            r for r in records if (r["suite"], r["options"], fingerprint(r)) == (record["suite"], record["options"], fingerprint(record))
+        ]
+        sections.append((f"{record['suite']}: {settings}", content + (picture(course(same), "ratios by commit") if len(same) > 1 else "")))
+    page(
+        path, "mask2ct: benchmarks", "Contenders took turns in every round; a ratio is ours against that one, with its interval.", sections
+    )
+
+
+def course(records: Sequence[Record]) -> Figure:
+    """Every ratio of one suite on one machine from commit to commit."""
+    drawn = figure(9, 3.5)
+    axes = drawn.subplots()
+    places = range(len(records))
+    for name in dict.fromkeys(n for r in records for n in r["ratios"]):
+        held = [(x, ratio_of(r, name)) for x, r in zip(places, records, strict=True) if name in r["ratios"]]
+        spread = [[r.value - r.least for _, r in held], [r.most - r.value for _, r in held]]
+        axes.errorbar([x for x, _ in held], [r.value for _, r in held], yerr=spread, marker="o", capsize=3, label=f"ours / {name}")
+    axes.axhline(1, color="#999", linewidth=1)
+    axes.set_xticks(list(places), [str(r["machine"]["commit"]) for r in records], rotation=30)
+    axes.set_yscale("log")
+    axes.set_ylabel("times as fast")
+    axes.legend(frameon=False, fontsize=8)
+    return drawn
+
+
+def with_table(readme: str, records: Sequence[Record]) -> str:
+    """`readme` with everything between its marks replaced. Raises `UsageError` when it has none."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise UsageError("the README has no place for the table", expected=f"{BEGIN} and {END}, once each", remedy="put them back")
+    shown: list[str] = []
+    for record in (r for r in newest(records) if r.get("readme")):
+        head, *body = rows(record)
+        lines = [head, [":--", *["--:"] * (len(head) - 1)], *body]
+        shown += [
+            f"**{record['readme']}**",
+            "",
+            *("| " + " | ".join(line) + " |" for line in lines),
+            "",
+            f"<sub>{measured_on(record)}</sub>",
+            "",
+        ]
+    return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: "\n".join([BEGIN, "", *shown, END]), readme, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,133 @@
+"""Series of DICOM images, one slice a file: a mask whose pixels are labels, or the grid that contours were drawn on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import GeometryError, UnreadableVolume
+from ..volume import DicomSource, Geometry, Volume
+from .dicom_files import ORIENTATION_TOLERANCE, dataset, guarded, numbers, source, stack
+
+MAX_LABELS = 256  # more distinct values than this in one slice are grey values
+MAX_PIXELS = 1 << 26  # of one slice; what a few compressed bytes may become
+_ACQUIRED = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF")  # a mask's header is often a copy of its image's
+_LOSSY = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81")  # JPEG baseline, extended; JPEG-LS near-lossless
+_GRID = ["SOPInstanceUID", "Rows", "Columns", "NumberOfFrames", "PixelSpacing", "NominalScannedPixelSpacing", "ImagePositionPatient", "ImageOrientationPatient",
+         "SliceThickness", "SpacingBetweenSlices", "FrameOfReferenceUID"]  # fmt: skip
+
+
+def read_series(paths: Sequence[Path], name: str) -> Volume:
+    """The label values of a series, each file one slice; messages call it `name`. Raises `InputError`s, also for an image that is no mask."""
+    with guarded(name):
+        geometry, shape, order, notes = _grid([dataset(path, tags=_GRID) for path in paths], name)
+        values: NDArray[Any] | None = None
+        uids = [""] * len(paths)
+        for path, k in zip(paths, order, strict=True):
+            ds = dataset(path)
+            plane = _pixels(ds, shape[1:], name)
+            values = np.empty(shape, plane.dtype) if values is None else values
+            if plane.dtype != values.dtype:
+                values = values.astype(np.result_type(values, plane))
+            values[k] = plane
+            uids[k] = str(ds.get("SOPInstanceUID", ""))
+        assert values is not None
+        if str(ds.get("Modality", "")) in _ACQUIRED and _is_grey(values):
+            raise _no_mask(ds, name, "its pixels change like grey values")
+        return Volume(values, geometry, dicom=source(ds, uids), notes=notes)
+
+
+def series_grid(paths: Sequence[Path], name: str) -> tuple[Geometry, tuple[int, int, int], DicomSource]:
+    """Where the slices of an image series lie, and its shape (D, H, W); no pixel is read."""
+    with guarded(name):
+        headers = [dataset(path, tags=_GRID) for path in paths]
+        geometry, shape, order, _ = _grid(headers, name)
+        uids = [str(headers[n].get("SOPInstanceUID", "")) for n in np.argsort(order)]
+        return geometry, shape, DicomSource("", tuple(uids), str(headers[0].get("FrameOfReferenceUID", "")), {})
+
+
+def _grid(headers: Sequence[Any], name: str) -> tuple[Geometry, tuple[int, int, int], NDArray[np.intp], tuple[str, ...]]:
+    """Geometry, shape, the slice of each file, and what had to be taken for granted of a single slice."""
+    file, first = Path(name), headers[0]
+    sizes = {(int(ds.get("Rows") or 0), int(ds.get("Columns") or 0)) for ds in headers}
+    if len(sizes) > 1 or not 0 < np.prod(next(iter(sizes))) <= MAX_PIXELS:
+        raise UnreadableVolume(f"{name} has slices of {', '.join(f'{c} x {r}' for r, c in sorted(sizes))} pixels", expected="one size",
+                               remedy="give one series", file=file)  # fmt: skip
+    if any(int(ds.get("NumberOfFrames") or 1) != 1 for ds in headers):
+        raise UnreadableVolume(
+            f"{name} is a multi-frame image",
+            expected="one slice a file, or a DICOM SEG",
+            remedy="convert it to a SEG or to NIfTI",
+            file=file,
+        )
+    notes: list[str] = []
+    alone = len(headers) == 1
+    spacings = [ds.get("PixelSpacing") or (ds.get("NominalScannedPixelSpacing") if alone else None) for ds in headers]
+    spacing = np.array([numbers(s, 2, name, "PixelSpacing") for s in spacings])
+    thickness, step = (abs(float(first.get(key) or 0)) or None for key in ("SliceThickness", "SpacingBetweenSlices"))
+    if alone and "ImagePositionPatient" not in first and "ImageOrientationPatient" not in first:  # the original system's slices
+        notes.append(f"{name} states no position: it is taken for an axial slice at 0, 0, 0")
+        position, orientation = np.zeros((1, 3)), np.array([[1.0, 0, 0, 0, 1, 0]])
+    else:
+        position = np.array([numbers(ds.get("ImagePositionPatient"), 3, name, "ImagePositionPatient") for ds in headers])
+        orientation = np.array([numbers(ds.get("ImageOrientationPatient"), 6, name, "ImageOrientationPatient") for ds in headers])
+    if alone and not (thickness or step):
+        notes.append(f"{name} states no slice thickness: it is taken to be 1 mm")
+    if (
+        np.abs(orientation - orientation[0]).max() > ORIENTATION_TOLERANCE
+        or np.abs(spacing - spacing[0]).max() > ORIENTATION_TOLERANCE * spacing[0].max()
+    ):
+        raise GeometryError(f"{name} has slices in mixed orientations or spacings", expected="parallel slices of one spacing",
+                            remedy="give one series, without its localizer", file=file)  # fmt: skip
+    geometry, order, depth = stack(position, orientation[0], spacing[0], name, step=step, thickness=thickness)
+    rows, columns = next(iter(sizes))
+    return geometry, (depth, rows, columns), order, tuple(notes)
+
+
+def _pixels(ds: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
+    """One slice's values with the rescale applied, checked to be such as labels can be."""
+    from pydicom.pixels.utils import pixel_array
+
+    file, syntax = Path(name), ds.file_meta.TransferSyntaxUID
+    slope, intercept = (
+        float(ds.get(key) if ds.get(key) is not None else default) for key, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
+    )
+    if int(ds.get("SamplesPerPixel", 1)) != 1:
+        raise UnreadableVolume(f"{name} is a colour image", expected="one label per pixel", remedy="export the mask as a SEG", file=file)
+    if intercept or slope != 1 or syntax in _LOSSY or ds.get("LossyImageCompression") == "01":
+        raise _no_mask(ds, name, "its values are rescaled or compressed with loss")
+    have, need = len(ds.get("PixelData") or b""), shape[0] * shape[1] * int(ds.BitsAllocated) // 8
+    if not have or (not syntax.is_compressed and have < need):
+        raise UnreadableVolume(f"{name} is truncated: {have} of {need} bytes of pixels are there in a slice", expected="complete DICOM files",
+                               remedy="copy or export it again", file=file)  # fmt: skip
+    try:
+        plane = np.asarray(pixel_array(ds, raw=True))
+    except (RuntimeError, NotImplementedError) as exc:  # no decoder here for this compression
+        raise UnreadableVolume(f"{name} is compressed as {syntax.name}, which cannot be decoded here", expected="labels without compression",
+                               remedy='decompress it (gdcmconv --raw), or pip install "pylibjpeg[all]"', file=file) from exc  # fmt: skip
+    if plane.shape != shape:
+        raise UnreadableVolume(f"{name} has a slice of {plane.shape} pixels", expected=str(shape), remedy="export it again", file=file)
+    if plane.min() < 0 or np.unique(plane).size > MAX_LABELS:
+        raise _no_mask(ds, name, "it holds grey values")
+    return plane
+
+
+def _is_grey(values: NDArray[Any]) -> bool:
+    """Whether most neighbours in a row differ where there is anything: inside labels they agree."""
+    there = differ = 0
+    for plane in values:
+        left, right = plane[:, :-1], plane[:, 1:]
+        there += int(np.count_nonzero(left | right))
+        differ += int(np.count_nonzero(left != right))
+    return there >= 1000 and differ > there / 2
+
+
+def _no_mask(ds: Any, name: str, why: str) -> UnreadableVolume:
+    modality = str(ds.get("Modality", ""))
+    what = f"a{'n' if modality[:1] in 'MNXR' else ''} {modality} image" if modality in _ACQUIRED else "an image"
+    return UnreadableVolume(f"{name} is {what}, not a mask: {why}", expected="a DICOM SEG, an RTSTRUCT, or a series whose pixels are labels",
+                            remedy="give the mask that was drawn on it", file=Path(name))  # fmt: skip

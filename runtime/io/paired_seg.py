@@ -1,0 +1,57 @@
+"""The mask of a painted series as a DICOM SEG (PS3.3 A.51) that names this very series as its source; encoded by highdicom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..contract import Label
+from ..version import VERSION
+from .painting import Painting
+from .profile import DESCRIPTION, FIXED_DATE, FIXED_TIME, STUDY, Identity, describe, text
+from .upright import UprightGrid
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+NAME = "seg.dcm"
+TITLE = f"MASK OF A {DESCRIPTION}"
+_FIXED = {"InstanceCreationDate": FIXED_DATE, "InstanceCreationTime": FIXED_TIME, "ContentDate": FIXED_DATE, "ContentTime": FIXED_TIME,
+          "SeriesDate": FIXED_DATE, "SeriesTime": FIXED_TIME}  # fmt: skip
+
+
+def write_seg(folder: Path, painting: Painting, identity: Identity, grid: UprightGrid, images: Sequence[Dataset], kind: str) -> None:
+    """Write seg.dcm; segment n is the model's label n. `images`: what it is a mask of, in order, without pixels; `kind`: "binary", "labelmap"."""
+    from highdicom.seg import Segmentation
+
+    first = images[0]
+    for keyword in STUDY:  # highdicom refuses or prints values it finds odd, such as a date that never was; `describe` sets them all
+        setattr(first, keyword, "")
+    seg: Any = Segmentation(
+        images, grid.view(painting.mask.labels), kind.upper(), [_segment(n, x) for n, x in enumerate(painting.manifest.labels.labels) if n],
+        series_instance_uid=identity.uid("seg series", kind, first.SOPClassUID), series_number=int(first.SeriesNumber) + 1,
+        sop_instance_uid=identity.uid("seg", kind, first.SOPClassUID), instance_number=1, manufacturer=first.Manufacturer,
+        manufacturer_model_name=first.ManufacturerModelName, software_versions=VERSION, device_serial_number="0",
+        omit_empty_frames=bool(painting.mask.labels.any()), content_label="MASK", content_description="The mask that this synthetic CT was painted from",
+    )  # fmt: skip
+    describe(seg, painting, identity, title=TITLE)
+    dimensions = identity.uid("seg dimensions", kind)
+    for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
+        item.DimensionOrganizationUID = dimensions
+    for keyword, value in _FIXED.items():
+        if keyword in seg:
+            setattr(seg, keyword, value)
+    seg.save_as(folder / NAME, enforce_file_format=True)
+
+
+def _segment(number: int, label: Label) -> Any:
+    from highdicom import AlgorithmIdentificationSequence
+    from highdicom.seg import SegmentDescription
+    from pydicom.sr.codedict import codes
+    from pydicom.sr.coding import Code
+
+    name = text(label.name, f"label {label.value}")
+    kind = Code(label.snomed, "SCT", name) if label.snomed else Code(f"LABEL{label.value}", "99MASK2CT", name)
+    algorithm = AlgorithmIdentificationSequence("mask2ct", codes.cid7162.ArtificialIntelligence, VERSION)
+    return SegmentDescription(number, name, codes.cid7150.AnatomicalStructure, kind, "AUTOMATIC", algorithm)

@@ -1,0 +1,219 @@
+"""Every format a result is written in: the grid is the mask's for every reader, the bytes are one's own, others' files are left alone."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from samples import blobs, directions, rotation, write_mask
+
+from runtime import LabelVolume, Synthesizer, UsageError
+from runtime.__main__ import main
+from runtime.console import run
+from runtime.contract import Label, LabelTable
+from runtime.engines.fake import FakeEngine, fake_manifest
+from runtime.io.formats import DEFAULT_OPTIONS, FORMATS
+from runtime.io.headers import is_synthetic
+from runtime.io.painting import result_name
+from runtime.io.volumes import GZIP_THREADS, planes_of, write_ct
+from runtime.volume import CTSlab, Geometry
+
+VOLUMES = {"nifti": ".nii.gz", "nii": ".nii", "nrrd": ".nrrd", "mha": ".mha"}
+NOTICE = b"SYNTHETIC CT - NOT FOR DIAGNOSIS"
+
+
+def synth(model: Path, out: Path, *masks: Path, extra: tuple[str, ...] = ()) -> int:
+    arguments = ["synth", *map(str, masks), "--model", str(model), "--output", str(out), "--quiet", "--backend", "fake", *extra]
+    return run(main, arguments)
+
+
+def test_every_format_of_the_command_is_one() -> None:
+    assert set(FORMATS) == {*VOLUMES, "dicom", "nnunet", "msd"}
+
+
+@pytest.mark.parametrize(
+    "direction", directions(), ids=lambda d: "".join("+-"[int(c.sum() < 0)] + "xyz"[int(np.abs(c).argmax())] for c in d.T)
+)
+@pytest.mark.parametrize("shape", [(4, 6, 5), (1, 6, 5)], ids=["volume", "single slice"])
+def test_the_grid_of_every_volume_format_is_the_masks_in_all_axis_orders(direction: np.ndarray, shape, tmp_path: Path) -> None:
+    """Oblique and anisotropic. SimpleITK reads all of them, nibabel the NIfTIs: corners and centre within 1e-3 mm, every voxel its own."""
+    axis = int(np.abs(direction[2]).argmax())
+    hu = np.arange(np.prod(shape), dtype=np.int16).reshape(shape) - 60
+    mask = LabelVolume(
+        np.zeros(shape, np.uint8), Geometry.from_parts((12.5, -90, 300.25), (0.7, 0.9, 3.1), (rotation((12, -8, 25)) @ direction).ravel())
+    )
+    last = shape[0] - 1
+    index = [[0, 0, 0], [4, 5, last], [4, 0, last], [0, 5, 0], [2, 3, last // 2]]
+    expected = np.array([(mask.geometry.affine @ [*i, 1])[:3] for i in index])
+    array_axis = 2 - axis
+    slabs = [CTSlab(np.take(hu, [k], array_axis), array_axis, k) for k in range(shape[array_axis])]
+    for suffix in VOLUMES.values():
+        path = tmp_path / f"x{suffix}"
+        write_ct(path, slabs, mask)
+        read = sitk.ReadImage(str(path))
+        assert np.array_equal(sitk.GetArrayFromImage(read), hu) and read.GetPixelID() == sitk.sitkInt16
+        assert np.abs([read.TransformIndexToPhysicalPoint(i) for i in index] - expected).max() < 1e-3
+        if "nii" in suffix:
+            nib = nibabel.load(path)
+            assert np.array_equal(np.asarray(nib.dataobj).T, hu)
+            assert np.abs([(nib.affine @ [*i, 1])[:3] * [-1, -1, 1] for i in index] - expected).max() < 1e-3
+
+
+@pytest.mark.parametrize(("name", "suffix"), VOLUMES.items())
+def test_a_volume_says_that_it_is_synthetic_and_comes_with_its_mask(name: str, suffix: str, tmp_path: Path, fake_model: Path) -> None:
+    mask = write_mask(tmp_path / "case.nii.gz")
+    assert synth(fake_model, tmp_path / "out", mask, extra=("--format", name, "--variants", "2")) == 0
+    made = sorted((tmp_path / "out").glob(f"*{suffix}"))
+    assert [p.name for p in made] == [f"case_v{n}_{what}{suffix}" for n in range(2) for what in ("ct", "mask")]
+    for path in made:
+        content = gzip.decompress(path.read_bytes()) if suffix == ".nii.gz" else path.read_bytes()
+        assert NOTICE in content[:1024] and is_synthetic(path)
+    assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(made[1]))), blobs())
+    before = {p.name: p.read_bytes() for p in made}
+    assert synth(fake_model, tmp_path / "out", mask, extra=("--format", name, "--variants", "2", "--batch", "1")) == 0  # over its own
+    assert {p.name: p.read_bytes() for p in made} == before
+
+
+@pytest.mark.parametrize("suffix", VOLUMES.values())
+def test_the_bytes_depend_neither_on_threads_nor_on_how_slabs_are_cut(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = (12, 300, 290)
+    hu = np.random.default_rng(0).integers(-1024, 1024, shape).astype(np.int16)
+    mask = LabelVolume(np.zeros(shape, np.uint8), Geometry(np.eye(4)))
+    written = set()
+    for threads, step in ((GZIP_THREADS, 12), (1, 1), (4, 5)):
+        monkeypatch.setattr("runtime.io.volumes.GZIP_THREADS", threads)
+        write_ct(tmp_path / f"x{suffix}", [CTSlab(hu[k : k + step], 0, k) for k in range(0, 12, step)], mask)
+        written.add((tmp_path / f"x{suffix}").read_bytes())
+    assert len(written) == 1
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_volume_painted_along_another_axis_is_never_held(axis: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.io.volumes.SPOOLED", 1 << 20)
+    shape = (96, 200, 200)  # 7.3 MiB
+    hu = np.random.default_rng(0).integers(-1024, 1024, shape).astype(np.int16)
+    slabs = (CTSlab(np.take(hu, range(k, k + 8), axis), axis, k) for k in range(0, 200, 8))
+    tracemalloc.start()
+    try:
+        for k, plane in enumerate(planes_of(slabs, shape, tmp_path)):
+            assert np.array_equal(plane, hu[k])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert k == 95 and peak < 3 << 20 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_what_others_wrote_is_never_replaced(name: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, manifest = tmp_path / "out", fake_manifest()
+    with Synthesizer(manifest, FakeEngine(manifest)) as opened:
+        mask = write_mask(tmp_path / "case.nii.gz")
+        (result,) = opened.stream([mask], out, format=name)
+        target = result.files[0]
+        precious = target / "notes.dcm" if target.is_dir() else target
+        precious.write_bytes(b"mine")
+        with pytest.raises(UsageError, match="was not written by mask2ct"):
+            opened.stream([mask], out, format=name)
+    assert precious.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "\\\\server\\x", "x\0y", ".hidden"])
+def test_no_case_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="cannot name a file"):
+        result_name(name, None)
+    for made in FORMATS.values():
+        with pytest.raises(UsageError):
+            made(DEFAULT_OPTIONS).files(tmp_path, name, 0)
+
+
+def test_a_file_called_dot_dot_replaces_no_folder(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The file "...nii.gz" is the case ".."; as a DICOM folder that would be the output folder's parent."""
+    os.replace(write_mask(tmp_path / "m.nii.gz"), tmp_path / "...nii.gz")
+    for name in FORMATS:
+        assert synth(fake_model, tmp_path / "out" / "deep", tmp_path / "...nii.gz", extra=("--format", name)) == 2
+        assert "rename the mask" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["...nii.gz", "deep", "out"]
+
+
+def test_nnunet_raw_is_what_nnunet_asks_for_and_grows(tmp_path: Path, fake_model: Path) -> None:
+    out = tmp_path / "Dataset501_Synthetic"
+    for n in range(2):
+        write_mask(tmp_path / f"c{n}.nii.gz", blobs(seed=n))
+    assert synth(fake_model, out, tmp_path / "c0.nii.gz", extra=("--format", "nnunet", "--variants", "2")) == 0
+    data = json.loads((out / "dataset.json").read_text())
+    names = [
+        "background",
+        "myocardium",
+        "left atrium",
+        "left ventricle",
+        "right atrium",
+        "right ventricle",
+        "ascending aorta",
+        "pulmonary artery",
+    ]
+    assert data["channel_names"] == {"0": "CT"} and data["file_ending"] == ".nii.gz" and data["numTraining"] == 2
+    assert data["labels"] == {name: n for n, name in enumerate(names)}
+    assert sorted(p.name for p in (out / "imagesTr").iterdir()) == ["c0_v0_0000.nii.gz", "c0_v1_0000.nii.gz"]
+    assert sorted(p.name for p in (out / "labelsTr").iterdir()) == ["c0_v0.nii.gz", "c0_v1.nii.gz"]
+    label = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "labelsTr" / "c0_v0.nii.gz")))
+    assert np.array_equal(label, np.searchsorted([0, 205, 420, 500, 550, 600, 820, 850], blobs()))
+    for _ in range(2):  # appended, and a second time: the same
+        assert synth(fake_model, out, tmp_path / "c1.nii.gz", extra=("--format", "nnunet")) == 0
+        assert json.loads((out / "dataset.json").read_text())["numTraining"] == 3
+
+
+def test_msd_lists_its_pairs_and_keeps_what_others_listed(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "Task01_Heart"
+    assert synth(fake_model, out, write_mask(tmp_path / "a.nii.gz"), extra=("--format", "msd")) == 0
+    data = json.loads((out / "dataset.json").read_text())
+    assert data["labels"]["3"] == "left ventricle" and data["modality"] == {"0": "CT"}
+    assert data["training"] == [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}] and data["numTraining"] == 1
+    real = {"image": "./imagesTr/real_7.nii.gz", "label": "./labelsTr/real_7.nii.gz"}
+    (out / "dataset.json").write_text(json.dumps({**data, "training": [real, *data["training"]], "licence": "theirs"}))
+    assert synth(fake_model, out, write_mask(tmp_path / "b.nii.gz"), extra=("--format", "msd")) == 0
+    data = json.loads((out / "dataset.json").read_text())
+    assert [row["label"][11:] for row in data["training"]] == ["real_7.nii.gz", "a.nii.gz", "b.nii.gz"]
+    assert data["numTraining"] == 3 and data["licence"] == "theirs"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": {"background": 0, "tumour": 1}},
+        {"channel_names": {"0": "CT", "1": "PET"}},
+        {"file_ending": ".mha"},
+        {"dataset": {}},
+        "no json",
+    ],
+)
+def test_a_data_set_of_another_kind_is_not_touched(change, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "Dataset001_Theirs"
+    mask = write_mask(tmp_path / "a.nii.gz")
+    assert synth(fake_model, out, mask, extra=("--format", "nnunet")) == 0
+    theirs = change if isinstance(change, str) else json.dumps({**json.loads((out / "dataset.json").read_text()), **change})
+    (out / "dataset.json").write_text(theirs)
+    assert synth(fake_model, out, write_mask(tmp_path / "b.nii.gz"), extra=("--format", "nnunet")) == 2
+    assert "dataset.json" in capsys.readouterr().err
+    assert (out / "dataset.json").read_text() == theirs and len(list((out / "imagesTr").iterdir())) == 1
+
+
+def test_arbitrary_units_are_no_ct_for_nnunet_and_no_dicom_series(tmp_path: Path) -> None:
+    from dataclasses import replace
+
+    from runtime.contract import Intensity
+
+    manifest = replace(fake_manifest(LabelTable((Label("background", 0), Label("a", 1)))), intensity=Intensity("a.u.", 0, 255))
+    mask = write_mask(tmp_path / "m.nii.gz", (blobs() > 0).astype(np.uint8))
+    with Synthesizer(manifest, FakeEngine(manifest)) as opened:
+        list(opened.stream([mask], tmp_path / "set", format="nnunet"))
+        assert json.loads((tmp_path / "set" / "dataset.json").read_text())["channel_names"] == {"0": "synthetic"}
+        with pytest.raises(UsageError, match=r"paints a\.u\., not HU"):
+            opened.stream([mask], tmp_path / "series", format="dicom")
+    assert not (tmp_path / "series").exists()

@@ -1,0 +1,334 @@
+"""TensorRT and ONNX Runtime on a GPU: slots, pools, graphs and failures, on a fake device whose results are the CPU's to the bit."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_cuda import World, install
+from hand_made import write_model
+from samples import blobs
+
+from runtime import Synthesizer
+from runtime.__main__ import main
+from runtime.console import run
+from runtime.contract import Manifest
+from runtime.engines.base import EngineError, EngineOptions
+from runtime.engines.registry import open_engine
+from runtime.errors import GeometryError, Mask2CTError, MemoryCapExceeded, MissingComponent, ModelError
+from runtime.labels import MM_WHS, to_indices
+from runtime.memory import HOST_STREAM
+from runtime.volume import Geometry, LabelVolume
+
+BACKENDS = ("tensorrt", "onnx-cuda")
+PROVIDERS = ("cuda-core", "pycuda")
+
+
+@pytest.fixture(scope="session")
+def gpu_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("gpu") / "model")
+
+
+def volume(depth: int = 9, side: int = 30, seed: int = 0) -> LabelVolume:
+    values = blobs((depth, side, side), seed=seed)
+    return LabelVolume(to_indices(values, MM_WHS), Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
+
+
+@pytest.fixture(params=PROVIDERS)
+def world(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> World:
+    return install(monkeypatch, request.param)
+
+
+@pytest.fixture
+def core(monkeypatch: pytest.MonkeyPatch) -> World:
+    return install(monkeypatch)
+
+
+def on_cpu(model: Path, *volumes: LabelVolume) -> list[np.ndarray]:
+    with Synthesizer.open(model, backend="onnx") as synth:
+        return [synth.paint(one) for one in volumes]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_bytes_are_the_cpus_whatever_the_batch(world: World, gpu_model: Path, backend: str) -> None:
+    volumes = [volume(), volume(5, seed=1), volume(1, seed=2)]
+    expected = on_cpu(gpu_model, *volumes)
+    for batch in (1, 4, 16):
+        with Synthesizer.open(gpu_model, backend=backend, batch=batch) as synth:
+            assert all(np.array_equal(synth.paint(one), ct) for one, ct in zip(volumes, expected, strict=True))
+        assert world.left() == {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_steady_state_asks_for_nothing(world: World, gpu_model: Path, backend: str) -> None:
+    allocating = ("cuMemAllocAsync", "cuMemAllocHost", "cuMemAlloc", "cuMemHostAlloc")
+    with Synthesizer.open(gpu_model, backend=backend) as synth:
+        for batches in (2, 1):  # two batches of the shape, one in each slot
+            synth.paint(volume(synth._engine.spec.batch * batches))
+        memory, calls = synth.memory(), [world.calls[name] for name in allocating]
+        for seed in range(3):
+            synth.paint(volume(20, seed=seed))
+        assert synth.memory() == memory and [world.calls[name] for name in allocating] == calls
+        assert world.in_use("device") <= memory["device"].held and world.in_use("pinned") == memory["page-locked"].held
+        assert {"labels", "noise", "ct"} <= set(memory["device"].purposes)
+    assert all(stats.in_use == stats.held == 0 for stats in synth.memory().values()) and world.left() == {}
+
+
+def test_a_shape_is_captured_once_and_again_when_it_changes(core: World, gpu_model: Path) -> None:
+    with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
+        batch = synth._engine.spec.batch
+        assert "CUDA graphs" in synth.backend and "no CUDA graphs" not in synth.backend
+        synth.paint(volume(2 * batch))  # the first batch of each slot
+        assert core.calls["cuGraphInstantiate"] == 0
+        synth.paint(volume(6 * batch))
+        assert core.calls["cuGraphInstantiate"] == 2 and core.calls["cuGraphLaunch"] == 6 and core.calls["execute_async_v3"] == 4
+        synth.paint(volume(6 * batch, side=80))  # a larger canvas: new slots
+        synth.paint(volume(6 * batch))
+        assert core.calls["cuGraphInstantiate"] == 6
+
+
+def test_a_graph_follows_the_addresses(core: World, gpu_model: Path) -> None:
+    """Two sets of page-locked tensors in turn through one stream: a graph of the first would paint into the first."""
+    manifest = Manifest.load(gpu_model)
+    engine, *_ = open_engine("tensorrt", manifest, gpu_model)
+    stream, (h, w), n = engine.open_stream(), manifest.grid.canvas, engine.spec.batch
+    sets = []
+    for seed in range(2):
+        arrays = {}
+        for tensor in (*engine.spec.inputs, engine.spec.output):
+            shape = tuple({"N": n, "H": h, "W": w}.get(str(d), d) for d in tensor.shape)
+            buffer = engine.pool.allocate(int(np.prod(shape)) * np.dtype(tensor.dtype).itemsize, stream=stream)
+            arrays[tensor.name] = buffer.array(shape, tensor.dtype)
+            arrays[tensor.name][...] = np.random.default_rng(seed).integers(0, 8, shape)
+            sets.append(buffer)
+        sets.append(arrays)
+    first, second = sets[len(sets) // 2 - 1], sets[-1]
+    results = []
+    for arrays in (first, first, first, second, second, second, first):
+        inputs = {name: array for name, array in arrays.items() if name != "ct"}
+        arrays["ct"][...] = 0
+        engine.run(inputs, arrays["ct"], stream=stream)
+        stream.synchronize()
+        results.append(arrays["ct"].copy())
+    assert all(np.array_equal(results[n], results[0]) for n in (1, 2, 6)) and all(np.array_equal(results[n], results[3]) for n in (4, 5))
+    assert not np.array_equal(results[0], results[3]) and core.calls["cuGraphInstantiate"] == 2
+    for one in sets:
+        if not isinstance(one, dict):
+            one.close()
+    engine.close()
+    assert core.left() == {}
+
+
+def test_without_graphs_it_works_and_says_so(core: World, gpu_model: Path) -> None:
+    expected = on_cpu(gpu_model, volume(20))[0]
+    with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
+        core.fail("cuGraphInstantiate")
+        assert np.array_equal(synth.paint(volume(20)), expected)
+        assert "no CUDA graphs" in synth.backend and core.calls["cuGraphLaunch"] == 0
+    assert core.left() == {}
+
+
+# Where a failure is put, and the how-manieth call of that name it is, counted from the open synthesizer.
+PLACES = [
+    ("cuStreamCreate", 1), ("cuEventCreate", 2), ("cuMemAllocHost", 2), ("cuMemAllocAsync", 1), ("cuMemAllocAsync", 3),
+    ("cuMemcpyHtoDAsync", 1), ("cuMemcpyHtoDAsync", 3), ("cuMemcpyDtoHAsync", 2), ("cuEventRecord", 2), ("cuEventSynchronize", 3),
+]  # fmt: skip
+TENSORRT = [
+    ("create_execution_context", 2), ("set_input_shape", 2), ("set_tensor_address", 3), ("execute_async_v3", 2), ("cuGraphLaunch", 1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "at"), [*PLACES, *TENSORRT])
+def test_a_failure_anywhere_frees_every_byte(core: World, gpu_model: Path, place: str, at: int) -> None:
+    expected = on_cpu(gpu_model, volume(30))[0]
+    with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
+        start = {kind: stats.in_use for kind, stats in synth.memory().items()}
+        core.fail(place, at)
+        with pytest.raises(Mask2CTError):
+            synth.paint(volume(30))
+        assert {kind: stats.in_use for kind, stats in synth.memory().items()} == start
+        assert np.array_equal(synth.paint(volume(30)), expected)  # the device was not lost: the next volume is painted
+    assert all(stats.in_use == stats.held == 0 for stats in synth.memory().values()) and core.left() == {}
+
+
+@pytest.mark.parametrize(
+    ("place", "at"), [*PLACES[:3], ("cuMemAllocAsync", 2), ("cuMemcpyDtoHAsync", 2), ("run_with_iobinding", 3), ("cuEventRecord", 4)]
+)
+def test_so_does_one_in_onnx_runtime(core: World, gpu_model: Path, place: str, at: int) -> None:
+    with Synthesizer.open(gpu_model, backend="onnx-cuda") as synth:
+        start = {kind: stats.in_use for kind, stats in synth.memory().items()}
+        core.fail(place, at)
+        with pytest.raises(Mask2CTError):
+            synth.paint(volume(30))
+        assert {kind: stats.in_use for kind, stats in synth.memory().items()} == start
+    assert core.left() == {}
+
+
+@pytest.mark.parametrize("place", ["cuMemAlloc", "cuMemHostAlloc"])
+def test_so_does_one_in_pycudas_pools(monkeypatch: pytest.MonkeyPatch, gpu_model: Path, place: str) -> None:
+    world = install(monkeypatch, "pycuda")
+    with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
+        assert "PyCUDA" in synth.backend
+        world.fail(place, 2)
+        with pytest.raises(MemoryCapExceeded, match="the system refused"):
+            synth.paint(volume())
+    assert world.left() == {}
+
+
+@pytest.mark.parametrize("place", ["cuDevicePrimaryCtxRetain", "cuStreamCreate", "deserialize_cuda_engine", "create_execution_context"])
+def test_an_engine_that_does_not_open_leaves_nothing(core: World, gpu_model: Path, place: str) -> None:
+    core.fail(place)
+    with pytest.raises(Mask2CTError):
+        Synthesizer.open(gpu_model, backend="tensorrt", max_memory="512MiB")
+    assert core.left() == {}
+
+
+def test_a_lost_device_still_gives_the_accounting_back(core: World, gpu_model: Path) -> None:
+    synth = Synthesizer.open(gpu_model, backend="tensorrt")
+    synth.paint(volume())
+    core.broken = True
+    with pytest.raises(EngineError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+        synth.paint(volume())
+    synth.close()
+    assert all(stats.in_use == 0 for stats in synth.memory().values())
+
+
+def test_the_cap_chooses_the_batch_when_asked_and_refuses_otherwise(core: World, gpu_model: Path) -> None:
+    expected = on_cpu(gpu_model, volume())[0]
+    batches = []
+    for cap in ("64MiB", "2MiB", "1.1MiB"):
+        with Synthesizer.open(gpu_model, backend="tensorrt", batch="auto", max_memory=cap) as synth:
+            assert np.array_equal(synth.paint(volume()), expected)
+            stats = synth.memory()["device"]
+            assert stats.peak <= stats.held <= stats.cap
+            batches.append((synth._engine.spec.batch, synth._engine.spec.streams))
+    assert batches[0] == (8, 2) and batches == sorted(batches, reverse=True) and len(set(batches)) == 3
+    with pytest.raises(MemoryCapExceeded, match="would pass the pool's cap") as caught:
+        Synthesizer.open(gpu_model, backend="tensorrt", max_memory="512KiB")
+    assert caught.value.cap == 512 << 10 and caught.value.asked > caught.value.cap and caught.value.free is not None
+    assert core.left() == {}
+
+
+def test_a_full_device_is_told_from_a_full_cap(monkeypatch: pytest.MonkeyPatch, gpu_model: Path) -> None:
+    world = install(monkeypatch, memory=1 << 20)
+    with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
+        with pytest.raises(MemoryCapExceeded, match="the system refused") as caught:
+            synth.paint(volume())
+        error = caught.value
+        assert isinstance(error, MemoryError) and error.exit_code == 4
+        assert error.in_use + error.asked <= error.cap and 0 <= error.free < error.asked and f"{error.free} bytes free" in str(error)
+    assert world.left() == {}
+
+
+def test_onnx_runtimes_arena_is_capped_and_a_batch_that_fits_is_found(core: World, gpu_model: Path) -> None:
+    with Synthesizer.open(gpu_model, backend="onnx-cuda", max_memory="3MiB") as synth, pytest.raises(MemoryCapExceeded):
+        synth.paint(volume())
+    with Synthesizer.open(gpu_model, backend="onnx-cuda", max_memory="3MiB", batch="auto") as synth:
+        assert 1 <= synth._engine.spec.batch < 8 and np.array_equal(synth.paint(volume()), on_cpu(gpu_model, volume())[0])
+        assert synth.memory()["device"].purposes["arena"].in_use > 1 << 19
+    assert core.left() == {}
+
+
+def test_labels_past_the_engines_canvas_fail_that_case_alone(core: World, gpu_model: Path) -> None:
+    expected = on_cpu(gpu_model, volume())[0]
+    with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
+        with pytest.raises(GeometryError, match="need a canvas of"):
+            synth.paint(volume(4, side=300))
+        assert np.array_equal(synth.paint(volume()), expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_several_threads_and_synthesizers_share_a_process(world: World, gpu_model: Path, backend: str) -> None:
+    volumes = [volume(7, seed=seed) for seed in range(4)]
+    expected = on_cpu(gpu_model, *volumes)
+    synths = [Synthesizer.open(gpu_model, backend=backend, max_memory="512MiB") for _ in range(2)]
+    with ThreadPoolExecutor(4) as threads:
+        painted = list(threads.map(lambda n: synths[n % 2].paint(volumes[n]), range(4)))
+    assert all(np.array_equal(a, b) for a, b in zip(painted, expected, strict=True))
+    synths[0].close()
+    assert np.array_equal(synths[1].paint(volumes[0]), expected[0])
+    synths[1].close()
+    assert world.left() == {}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_closing_while_work_is_queued_waits_and_frees(world: World, gpu_model: Path, backend: str) -> None:
+    synth = Synthesizer.open(gpu_model, backend=backend, batch=1)
+    slabs = synth.slabs(volume(30))
+    next(slabs)
+    closing = threading.Thread(target=synth.close)
+    closing.start()
+    closing.join()
+    assert world.left() == {}
+    with pytest.raises(EngineError, match="closed"):
+        list(slabs)
+
+
+def test_a_caller_without_page_locked_memory_gets_the_same_bytes(core: World, gpu_model: Path) -> None:
+    manifest = Manifest.load(gpu_model)
+    outs = []
+    for backend in BACKENDS:
+        engine, *_ = open_engine(backend, manifest, gpu_model)
+        n, (h, w), rng = engine.spec.batch, manifest.grid.canvas, np.random.default_rng(3)
+        inputs = {
+            "labels": rng.integers(0, 8, (n, manifest.grid.slices, h, w), np.uint8),
+            "noise": rng.integers(0, 256, (n, h, w), np.uint8),
+            "style": np.ones((n, manifest.style), np.float32),
+        }
+        out = np.zeros((n, h, w, 2), np.uint8)
+        for _ in range(3):
+            engine.run(inputs, out, stream=HOST_STREAM)
+        outs.append(out[:4])
+        engine.close()
+    assert core.calls["cuGraphLaunch"] == 0 and core.left() == {}
+
+
+def test_what_is_missing_is_exit_3(
+    monkeypatch: pytest.MonkeyPatch, gpu_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No driver, no provider of memory, no CUDA in onnxruntime: each with its remedy, and never a silent run on the CPU."""
+    import runtime.driver
+
+    arguments = ["synth", str(tmp_path / "m.nii.gz"), "--model", str(gpu_model), "--output", str(tmp_path / "out"), "--backend"]
+    assert run(main, [*arguments, "onnx-cuda"]) == 3
+    assert "built without CUDA" in capsys.readouterr().err
+    monkeypatch.setattr(runtime.driver, "LIBRARY", "libabsent.so.1")
+    install(monkeypatch)
+    monkeypatch.setattr("runtime.engines.tensorrt.why_no_gpu", lambda: "the NVIDIA driver is not installed")
+    assert run(main, [*arguments, "tensorrt"]) == 3
+    assert "driver is not installed" in capsys.readouterr().err
+    world = install(monkeypatch)
+    import sys
+
+    monkeypatch.delattr(sys.modules["cuda"], "core")
+    monkeypatch.setitem(sys.modules, "cuda.core", None)
+    with pytest.raises(MissingComponent, match="no provider of GPU memory"):
+        Synthesizer.open(gpu_model, backend="tensorrt")
+    assert world.left() == {}
+
+
+def test_an_engine_of_another_tensorrt_is_refused_with_what_it_said(core: World, gpu_model: Path) -> None:
+    core.fail("deserialize_cuda_engine")
+    with pytest.raises(ModelError, match="magicTag does not match"):
+        Synthesizer.open(gpu_model, backend="tensorrt")
+
+
+def test_an_altered_engine_never_reaches_tensorrt(core: World, gpu_model: Path, tmp_path: Path) -> None:
+    import shutil
+
+    folder = Path(shutil.copytree(gpu_model, tmp_path / "model"))
+    data = bytearray((folder / "model.engine").read_bytes())
+    data[-1] ^= 1
+    (folder / "model.engine").write_bytes(bytes(data))
+    with pytest.raises(ModelError, match="is not the file its manifest describes"):
+        Synthesizer.open(folder, backend="tensorrt")
+    assert core.calls["deserialize_cuda_engine"] == 0
+
+
+def test_options_reach_the_engine(core: World, gpu_model: Path) -> None:
+    engine, *_ = open_engine("tensorrt", Manifest.load(gpu_model), gpu_model, EngineOptions(max_memory=50 << 20))
+    assert engine.memory()["device"].cap == 50 << 20
+    engine.close()

@@ -1,0 +1,105 @@
+"""The statistics that benchmarks rest on, and the processes that contenders run in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import history
+from benchmarks.paired import Contender, ContenderFailed, Measured, Ready, measure, ratio
+from runtime.errors import MissingComponent, UsageError
+
+ROUNDS = 9
+
+
+def counting(units: int, value: float = 0.0) -> Ready:
+    return Ready(lambda: units, lambda: np.full(4, value), {"doubled": 2 * units})
+
+
+def missing() -> Ready:
+    raise MissingComponent("no such engine", expected="an engine", remedy="install it")
+
+
+def dying() -> Ready:
+    return Ready(lambda: exit(3))
+
+
+def here(name: str, function: str, tolerance: float | None = None, **options: Any) -> Contender:
+    return Contender(name, f"tests.test_paired:{function}", options, tolerance)
+
+
+def test_each_contender_runs_in_its_own_process_and_an_absent_one_says_why() -> None:
+    found = measure([here("a", "counting", units=3), here("b", "missing"), here("c", "counting", units=5)], ROUNDS, quiet=True)
+    assert list(found) == ["a", "b", "c"] and "no such engine" in str(found["b"].absent)
+    assert found["c"].facts == {"doubled": 10} and len(found["a"].rates) == ROUNDS and min(found["a"].rates) > 0
+    assert found["a"].peak_rss > 1e6
+
+
+def test_a_contender_that_computes_something_else_is_not_timed() -> None:
+    with pytest.raises(ContenderFailed, match="'b' computes something else than 'a'"):
+        measure([here("a", "counting", units=1), here("b", "counting", 0.5, units=1, value=0.6)], ROUNDS, quiet=True)
+    measure([here("a", "counting", units=1), here("b", "counting", 0.5, units=1, value=0.4)], ROUNDS, quiet=True)
+
+
+def test_a_contender_that_dies_is_an_error_that_names_it() -> None:
+    with pytest.raises(ContenderFailed, match="'gone' ended"):
+        measure([here("a", "counting", units=1), here("gone", "dying")], ROUNDS, quiet=True)
+
+
+def noisy(rng: np.random.Generator, speed: float, drift: np.ndarray, sigma: float = 0.05) -> list[float]:
+    """Rates of one contender: the machine's drift is shared, stolen time hits anyone now and then."""
+    stolen = np.where(rng.random(len(drift)) < 0.08, rng.uniform(0.4, 0.9, len(drift)), 1.0)
+    return list(speed * drift * stolen * np.exp(rng.normal(0, sigma, len(drift))))
+
+
+def test_the_interval_holds_the_true_ratio_as_often_as_it_says() -> None:
+    rng, inside = np.random.default_rng(0), 0
+    for _ in range(400):
+        drift = np.exp(np.cumsum(rng.normal(0, 0.2, ROUNDS)))
+        found = ratio(noisy(rng, 3.0, drift), noisy(rng, 2.0, drift))
+        inside += found.least <= 1.5 <= found.most
+    assert inside / 400 >= 0.93
+
+
+def test_a_ratio_whose_interval_holds_one_is_no_difference() -> None:
+    assert "no difference" in str(ratio([1, 2, 3, 1, 2, 3, 2], [2, 1, 3, 2, 1, 3, 2]))
+    found = ratio([2.0, 2.1, 1.9, 2.2, 2.0, 2.1, 1.8], [1.0] * 7)
+    assert found.differs and 1.8 <= found.least <= found.value <= found.most <= 2.2
+
+
+def record(rng: np.random.Generator, speed: float, commit: str = "abc1234") -> dict[str, Any]:
+    drift = np.exp(np.cumsum(rng.normal(0, 0.1, ROUNDS)))
+    names = {"ours": speed, "torch": 1.0, "serial": 0.5}
+    made = history.make_record(
+        "stream", {"quick": True}, "slices/s", {n: Measured(tuple(noisy(rng, s, drift)), 1) for n, s in names.items()}
+    )
+    made["machine"]["commit"] = commit
+    return made
+
+
+def test_a_planted_slowdown_is_found_and_no_change_is_not() -> None:
+    rng = np.random.default_rng(1)
+    slowed = sum(bool(history.falls(record(rng, 3.0), record(rng, 2.0))) for _ in range(100))
+    same = sum(bool(history.falls(record(rng, 3.0), record(rng, 3.0))) for _ in range(100))
+    assert slowed >= 90 and same <= 10
+
+
+def test_records_are_kept_and_found_again_by_commit_machine_and_options(tmp_path: Path) -> None:
+    rng, file = np.random.default_rng(2), tmp_path / "results" / "history.jsonl"
+    first, second, other = record(rng, 3.0), record(rng, 3.0, "def5678"), {**record(rng, 3.0), "options": {"quick": False}}
+    history.append([first], file)
+    history.append([second, other], file)
+    kept = history.load(file)
+    assert kept == json.loads(json.dumps([first, second, other]))
+    new = record(rng, 3.0)
+    assert history.before(new, kept, "last") == kept[1] and history.before(new, kept, "abc1234") == kept[0]
+    assert history.before(new, kept, "0000000") is None
+    new["machine"]["cores"] = 64
+    assert history.before(new, kept, "last") is None
+    file.write_text("{}\nnot json\n")
+    with pytest.raises(UsageError, match="line 2"):
+        history.load(file)
