@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,23 +27,32 @@ class WorkerStream(HostStream):
             raise closed(self._name) from exc
 
     def synchronize(self) -> None:
-        queued, self._queued = self._queued, []
-        wait(queued)
-        try:
-            for one in queued:
-                one.result()
-        except CancelledError as exc:
-            raise closed(self._name) from exc
+        failed = [exc for exc in map(_outcome, self._take()) if exc is not None]
+        if failed:
+            raise closed(self._name) if isinstance(failed[0], CancelledError) else failed[0]
 
     def close(self) -> None:
-        wait(self._queued)
-        self._queued = []
+        for one in self._take():
+            _outcome(one)
+
+    def _take(self) -> list[Future[None]]:
+        queued, self._queued = self._queued, []
+        return queued
+
+
+def _outcome(one: Future[None]) -> BaseException | None:
+    """What it raised, once it is done. (`concurrent.futures.wait` would wait for ever for what an ended worker dropped.)"""
+    try:
+        return one.exception()
+    except CancelledError as exc:
+        return exc
 
 
 class HostEngine:
     """Base of engines on the CPU: they give a `name` and a `spec` and compute one batch in `_infer`.
 
-    All streams share one thread, as they would share one device: two batches at once would halve the speed of each.
+    All streams share one thread, as they would share one device, and callers take turns: two batches at once would halve the
+    speed of each, and an engine need not be safe to call twice.
     """
 
     name: str
@@ -52,7 +61,8 @@ class HostEngine:
     def __init__(self, options: EngineOptions | None = None):
         self.pool = Pool(HostMemory(), (options and options.max_memory) or DEFAULT_CAP)
         self._worker: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock()  # of what is open
+        self._turn = threading.Lock()  # of the computation
         self._closed = False
 
     def open_stream(self) -> Stream:
@@ -68,7 +78,11 @@ class HostEngine:
             raise closed(self.name)
         check_call(self.spec, inputs, out)
         assert isinstance(stream, HostStream), "a stream of another engine"
-        stream.submit(lambda: self._infer(inputs, out))
+        stream.submit(lambda: self._paint(inputs, out))
+
+    def _paint(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
+        with self._turn:
+            self._infer(inputs, out)
 
     def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
         """Fill `out` from `inputs`, which were checked."""
