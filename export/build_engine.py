@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this is imported ends it without a traceback
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # replace, not prepend: export/ must not shadow packages
 
 from export.to_tensorrt import HARDWARE, BuildOptions, why_not

@@ -39,6 +39,8 @@ def _terminated() -> Iterator[None]:
         raise KeyboardInterrupt
 
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as a command has it while it is imported
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         before = signal.signal(signal.SIGTERM, interrupt)
     except ValueError:  # not the main thread: the host program owns the signals
         yield

@@ -113,7 +113,7 @@ def test_labels_without_a_snomed_code_make_a_seg_too(tmp_path: Path) -> None:
     assert pydicom.dcmread(made.folder / "0001.dcm").get("BodyPartExamined") is None
 
 
-def test_an_empty_mask_has_a_series_and_a_seg(tmp_path: Path, fake_model: Path) -> None:
+def test_an_empty_mask_has_a_series_and_a_seg(tmp_path: Path, fake_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     mask = write_mask(tmp_path / "m.nii.gz", np.zeros((3, 20, 20), np.uint8))
     arguments = [
         "synth",
@@ -128,6 +128,7 @@ def test_an_empty_mask_has_a_series_and_a_seg(tmp_path: Path, fake_model: Path) 
         "dicom",
     ]
     assert run(main, [*arguments, "--quiet"]) == 0
+    assert not caplog.records  # highdicom would say so on the screen
     assert not highdicom.seg.segread(tmp_path / "out" / "m" / "seg.dcm").get_volume(combine_segments=True).array.any()
 
 

@@ -41,14 +41,16 @@ def test_every_format_of_the_command_is_one() -> None:
 @pytest.mark.parametrize(
     "direction", directions(), ids=lambda d: "".join("+-"[int(c.sum() < 0)] + "xyz"[int(np.abs(c).argmax())] for c in d.T)
 )
-def test_the_grid_of_every_volume_format_is_the_masks_in_all_axis_orders(direction: np.ndarray, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(4, 6, 5), (1, 6, 5)], ids=["volume", "single slice"])
+def test_the_grid_of_every_volume_format_is_the_masks_in_all_axis_orders(direction: np.ndarray, shape, tmp_path: Path) -> None:
     """Oblique and anisotropic. SimpleITK reads all of them, nibabel the NIfTIs: corners and centre within 1e-3 mm, every voxel its own."""
-    shape, axis = (4, 6, 5), int(np.abs(direction[2]).argmax())
+    axis = int(np.abs(direction[2]).argmax())
     hu = np.arange(np.prod(shape), dtype=np.int16).reshape(shape) - 60
     mask = LabelVolume(
         np.zeros(shape, np.uint8), Geometry.from_parts((12.5, -90, 300.25), (0.7, 0.9, 3.1), (rotation((12, -8, 25)) @ direction).ravel())
     )
-    index = [[0, 0, 0], [4, 5, 3], [4, 0, 3], [0, 5, 0], [2, 3, 1]]
+    last = shape[0] - 1
+    index = [[0, 0, 0], [4, 5, last], [4, 0, last], [0, 5, 0], [2, 3, last // 2]]
     expected = np.array([(mask.geometry.affine @ [*i, 1])[:3] for i in index])
     array_axis = 2 - axis
     slabs = [CTSlab(np.take(hu, [k], array_axis), array_axis, k) for k in range(shape[array_axis])]
@@ -182,7 +184,14 @@ def test_msd_lists_its_pairs_and_keeps_what_others_listed(tmp_path: Path, fake_m
 
 
 @pytest.mark.parametrize(
-    "change", [{"labels": {"background": 0, "tumour": 1}}, {"channel_names": {"0": "CT", "1": "PET"}}, {"file_ending": ".mha"}, "no json"]
+    "change",
+    [
+        {"labels": {"background": 0, "tumour": 1}},
+        {"channel_names": {"0": "CT", "1": "PET"}},
+        {"file_ending": ".mha"},
+        {"dataset": {}},
+        "no json",
+    ],
 )
 def test_a_data_set_of_another_kind_is_not_touched(change, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "Dataset001_Theirs"

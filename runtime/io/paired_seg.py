@@ -33,7 +33,7 @@ def write_seg(folder: Path, painting: Painting, identity: Identity, grid: Uprigh
         series_instance_uid=identity.uid("seg series", kind, first.SOPClassUID), series_number=int(first.SeriesNumber) + 1,
         sop_instance_uid=identity.uid("seg", kind, first.SOPClassUID), instance_number=1, manufacturer=first.Manufacturer,
         manufacturer_model_name=first.ManufacturerModelName, software_versions=VERSION, device_serial_number="0",
-        content_label="MASK", content_description="The mask that this synthetic CT was painted from",
+        omit_empty_frames=bool(painting.mask.labels.any()), content_label="MASK", content_description="The mask that this synthetic CT was painted from",
     )  # fmt: skip
     describe(seg, painting, identity, title=TITLE)
     dimensions = identity.uid("seg dimensions", kind)
