@@ -64,7 +64,7 @@ class Refuse:
         if top not in sys.stdlib_module_names and top not in ("runtime", "numpy"):
             raise ImportError("hidden: " + name)
 sys.meta_path.insert(0, Refuse())
-import runtime, runtime.__main__, runtime.engines.fake, runtime.engines.onnx, runtime.io.nifti, runtime.io.headers
+import runtime, runtime.__main__, runtime.engines.fake, runtime.engines.onnx, runtime.engines.openvino, runtime.describe, runtime.io.nifti, runtime.io.headers
 print("imported")
 """
     assert python(code, cwd=root) == "imported"
