@@ -40,7 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--model", type=Path, required=True, help="a model folder, as export/build_engine.py writes it")
     synth.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     synth.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
-    synth.add_argument("--backend", choices=CHOICES, default="auto", help="what runs the model (default: the first that serves)")
+    synth.add_argument(
+        "--backend",
+        choices=CHOICES,
+        default="auto",
+        help="what runs the model (default: the fastest that is installed and proven for it; INT8 must be asked for)",
+    )
     synth.add_argument("--variants", type=int, metavar="K", help="write K different CTs per mask, each with its mask")
     synth.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
     synth.add_argument("--labels", type=Path, metavar="MAP.json", help=f"{MAP_HELP}")
