@@ -187,6 +187,7 @@ def driver_module(world: World) -> ModuleType:
                 (CUresult.CUDA_SUCCESS,) if value is None else (CUresult.CUDA_SUCCESS, *(value if isinstance(value, tuple) else (value,)))
             )
 
+        wrapped.__wrapped__ = function  # its signature
         setattr(made, function.__name__, wrapped)
         return wrapped
 
@@ -378,7 +379,7 @@ def core_module(world: World) -> ModuleType:
         def allocate(self, size: int, *, stream: Any = None) -> Buffer:
             return Buffer(guarded("cuMemAllocHost", lambda: world.allocate(size, "pinned")), size)
 
-    for thing in (Device, Stream, DeviceMemoryResourceOptions, DeviceMemoryResource, LegacyPinnedMemoryResource):
+    for thing in (Buffer, Device, Stream, DeviceMemoryResourceOptions, DeviceMemoryResource, LegacyPinnedMemoryResource):
         setattr(made, thing.__name__, thing)
     return made
 
