@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 from bindings import folder, python
-from fake_cuda import World, core_module, driver_module, pycuda_modules
+from fake_cuda import driver_module
+from fake_memory import core_module, pycuda_modules
+from fake_world import World
 
 API = r"""
 import inspect, json, re
