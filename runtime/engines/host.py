@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,8 @@ class WorkerStream(HostStream):
         before = self._queued[-1:]  # begun already, or before this in the same queue
 
         def after() -> None:
-            wait(before)
+            for one in before:
+                _outcome(one)
             work()
 
         try:
@@ -35,24 +36,32 @@ class WorkerStream(HostStream):
             raise closed(self._name) from exc
 
     def synchronize(self) -> None:
-        queued, self._queued = self._queued, []
-        wait(queued)
-        try:
-            for one in queued:
-                one.result()
-        except CancelledError as exc:
-            raise closed(self._name) from exc
+        failed = [exc for exc in map(_outcome, self._take()) if exc is not None]
+        if failed:
+            raise closed(self._name) if isinstance(failed[0], CancelledError) else failed[0]
 
     def close(self) -> None:
-        wait(self._queued)
-        self._queued = []
+        for one in self._take():
+            _outcome(one)
+
+    def _take(self) -> list[Future[None]]:
+        queued, self._queued = self._queued, []
+        return queued
+
+
+def _outcome(one: Future[None]) -> BaseException | None:
+    """What it raised, once it is done. (`concurrent.futures.wait` would wait for ever for what ended threads dropped.)"""
+    try:
+        return one.exception()
+    except CancelledError as exc:
+        return exc
 
 
 class HostEngine:
     """Base of engines on the CPU: they give a `name` and a `spec` and compute one batch in `_infer`.
 
     `workers` batches are computed at once, each on its share of the cores: several on one core each leave no core waiting for
-    another at the end of every layer, which one batch on all cores does.
+    another at the end of every layer, which one batch on all cores does. `_infer` is called from several threads at once.
     """
 
     name: str
