@@ -20,6 +20,7 @@ from .randomness import CaseRandom
 from .volume import CTSlab, LabelVolume
 
 if TYPE_CHECKING:
+    from .io.detect import ReadOptions
     from .stream import CaseResult
 
 DEFAULT_BATCH = 16  # slices in one slab
@@ -115,12 +116,17 @@ class Synthesizer:
         depth, height, width = volume.labels.shape
         return SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels)
 
-    def stream(self, masks: str | Path | Iterable[str | Path], output: str | Path, **options: Any) -> Iterator[CaseResult]:
-        """Synthesize files and folders into the folder `output`: see `runtime.stream.synthesize`, whose options these are."""
+    def stream(
+        self, masks: str | Path | Iterable[str | Path], output: str | Path, *, reading: ReadOptions | None = None, **options: Any
+    ) -> Iterator[CaseResult]:
+        """Synthesize files, folders and zips into the folder `output`: see `runtime.stream.synthesize`, whose options these are.
+
+        `reading`: how overlaps, fractions and dangling references are settled (`runtime.io.detect.ReadOptions`).
+        """
         from .io.detect import find_cases
         from .stream import synthesize
 
-        cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)])
+        cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)], options=reading)
         return synthesize(self, cases, Path(output), **options)
 
     def close(self) -> None:
