@@ -39,6 +39,8 @@ _META_BYTES = {f"MET_{u}{name}": n for u in ("", "U") for name, n in (("CHAR", 1
 }
 _NRRD_BYTES = {"short": 2, "ushort": 2, "unsigned short": 2, "int16": 2, "uint16": 2, "int": 4, "uint": 4, "unsigned int": 4, "int32": 4,
                "uint32": 4, "float": 4, "double": 8, "int64": 8, "uint64": 8}  # fmt: skip
+DEFLATE = 1032  # the most bytes that one byte of deflate can stand for (zlib's technical details)
+_NRRD_EXPANSION = {"raw": 1.0, "gzip": DEFLATE, "gz": DEFLATE, "txt": 8.0, "text": 8.0, "ascii": 8.0, "hex": 1.0}
 _NOT_LABELS = {1: "bits", 32: "complex numbers", 128: "RGB colours", 1536: "128-bit floats", 1792: "complex numbers", 2304: "RGBA colours"}
 
 
@@ -255,8 +257,11 @@ def _nrrd(path: Path, handle: BinaryIO) -> Header:
     _require_grid(path, stated, "space directions")
     _check_numbers(path, fields, "spaceorigin")
     _same_folder(path, fields.get("datafile", "LOCAL"))
-    if "datafile" not in fields and fields.get("encoding", "").lower() == "raw":
-        _require_voxels(path, handle, shape, _NRRD_BYTES.get(fields.get("type", "").lower(), 1))
+    encoding = fields.get("encoding", "").lower()
+    if encoding not in _NRRD_EXPANSION:
+        raise _bad(path, f"has the encoding {encoding!r}", "save it raw or with gzip")
+    need = math.prod(shape) * _NRRD_BYTES.get(fields.get("type", "").lower(), 1)
+    _require_voxels(path, handle, fields.get("datafile", "LOCAL"), need, _NRRD_EXPANSION[encoding])
     return Header(None, "space" in fields and "spacedirections" in fields, segments, shape[0] if layered else 1)
 
 
@@ -286,8 +291,10 @@ def _meta(path: Path, handle: BinaryIO) -> Header:
     _require_grid(path, fields.get("elementspacing", fields.get("elementsize")), "ElementSpacing")
     _check_numbers(path, fields, "transformmatrix", "rotation", "orientation", "offset", "position", "origin")
     _same_folder(path, fields["elementdatafile"])
-    if fields["elementdatafile"].upper() == "LOCAL" and fields.get("compresseddata", "false").lower() != "true":
-        _require_voxels(path, handle, shape, _META_BYTES.get(fields.get("elementtype", "").upper(), 1))
+    need = math.prod(shape) * _META_BYTES.get(fields.get("elementtype", "").upper(), 1)
+    packed = fields.get("compresseddata", "false").lower()[:1] in "t1"
+    text = fields.get("binarydata", "true").lower()[:1] in "f0"
+    _require_voxels(path, handle, fields["elementdatafile"], need, DEFLATE if packed else 8 if text else 1)
     return Header(None, any(key in fields for key in ("transformmatrix", "rotation", "orientation")))
 
 
@@ -314,11 +321,12 @@ def _check_numbers(path: Path, fields: Mapping[str, str], *keys: str) -> None:
                                 remedy="write a valid header", file=path)  # fmt: skip
 
 
-def _require_voxels(path: Path, handle: BinaryIO, shape: Sequence[int], size: int) -> None:
-    """Uncompressed voxels of `size` bytes must all be there."""
-    need, have = math.prod(shape) * size, path.stat().st_size - handle.tell()
-    if have < need:
-        raise _bad(path, f"is truncated: {have} of {need} bytes are there behind its header", "copy or download it again")
+def _require_voxels(path: Path, handle: BinaryIO, data_file: str, need: int, expansion: float) -> None:
+    """`need` bytes of voxels must be there, or could be: `expansion` is the most that a byte of their encoding can stand for."""
+    local = data_file.upper() == "LOCAL"
+    have = path.stat().st_size - handle.tell() if local else (path.parent / data_file).stat().st_size
+    if have * expansion + (0 if expansion == 1 else 64) < need:
+        raise _bad(path, f"is truncated: {have} bytes are there for {need} bytes of voxels", "copy or download it again")
 
 
 def _same_folder(path: Path, data_file: str) -> None:
