@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,6 +188,17 @@ def test_an_attached_series_joins_its_masks_study_and_names_it(sop_class: str, s
     for ds in series.slices:
         (item,) = ds[sequence].value
         assert (item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID) == (sop_class, "1.2.3.4.5")
+
+
+def test_what_is_invalid_in_the_source_is_attached_to_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As hospitals have it: dates that never were, names of one part, values too long. Nothing is said of them, for they name a patient."""
+    odd = {**SOURCE.attributes, "PatientBirthDate": "19700229", "PatientName": "DOE", "StudyID": "X" * 20, "StudyDate": "unknown"}
+    series = write_series(tmp_path, source=replace(SOURCE, attributes=odd), attach=True, segmentation="binary")
+    for path in series.folder.iterdir():
+        ds = pydicom.dcmread(path)
+        for keyword in odd:
+            assert ds.get_item(keyword).value.decode().strip(" \0") == odd[keyword]  # type: ignore[union-attr]
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("direction", [np.eye(3), np.diag([1.0, -1.0, -1.0])], ids=["towards the head", "towards the feet"])
