@@ -16,9 +16,10 @@ from runtime.contract import MANIFEST, Manifest, ModelFile
 from runtime.driver import Device
 from runtime.engines.registry import BACKENDS
 from runtime.errors import MissingComponent, ModelError
-from runtime.files import atomic_file, sha256_of, write_json
+from runtime.files import atomic_file, sha256_of, write_json, write_text
 
 from .engine_layers import Inspection, half_convolutions, half_weights, inspect_plan, require_half
+from .model_card import CARD, model_card
 from .to_tensorrt import INSTALL, BuildOptions, Built, OnProgress, build, collecting_logger, shapes_of
 
 if TYPE_CHECKING:  # a GPU machine that has neither torch nor scipy can build too
@@ -72,6 +73,7 @@ def add_engine(
         for file in (ENGINE, LAYERS):
             (folder / file).unlink(missing_ok=True)
         raise
+    write_text(folder / CARD, model_card(whole))
     return whole
 
 
@@ -83,6 +85,7 @@ def _without_engine(folder: Path) -> Manifest:
         return found
     bare = replace(found, files=kept, parity={name: proof for name, proof in found.parity.items() if name != ENGINE})
     write_json(folder / MANIFEST, bare.to_json())
+    write_text(folder / CARD, model_card(bare))
     return bare
 
 

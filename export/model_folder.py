@@ -82,7 +82,7 @@ def proven(
         try:
             proof[backend.name] = parity.prove(path, precision, backend, manifest, truths)
         except parity.Exceeded as exc:
-            where = regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs))
+            where = regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs), precision)
             raise ParityError(f"{exc.fact}\n{where}", expected=exc.expected, remedy=exc.remedy) from exc
         say("  " + line(path.name, proof[backend.name]))
     return proof
@@ -107,7 +107,7 @@ def write_int8(graph: LabelsToIntensity, part: Path, manifest: Manifest, masks: 
 
     def error(path: Path) -> float:
         engine = backend.open(path, manifest)
-        numbers = parity.compare(truth, parity.paint(engine, truth.inputs)[0], manifest)
+        numbers = parity.differences(truth, parity.paint(engine, truth.inputs)[0], manifest)
         engine.close()
         return max(value / (MARGIN * limit) for value, limit in parity.excess("int8", numbers).values())
 

@@ -695,6 +695,9 @@ def onnxruntime_module(world: World) -> Any:
         def get_inputs(self) -> Any:
             return self._session.get_inputs()
 
+        def get_modelmeta(self) -> Any:
+            return self._session.get_modelmeta()
+
         def io_binding(self) -> Binding:
             return Binding()
 

@@ -104,3 +104,25 @@ def mask2ct(arguments: list[str]) -> NoReturn:
     """The command, for a process of its own: in a terminal's place, for who runs in the background has Ctrl-C ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(run(main, arguments))
+
+
+def synth(model: Path, out: Path, *masks: Path, extra: tuple[str, ...] = ("--backend", "fake")) -> int:
+    """The exit code of `mask2ct synth` on `masks`, run in this process."""
+    return run(main, ["synth", *map(str, masks), "--model", str(model), "--output", str(out), "--quiet", *extra])
+
+
+def train_small(command: Any, cohort: Path, folder: Path, *settings: str) -> Path:
+    """A run folder after a few steps of a small network on `cohort`, by the command people type (`command`: the fixture)."""
+    base = ["training.steps=6", "training.batch_size=4", "generator.filters=8", "generator.depth=5", "data.canvas=[64,64]", "discriminator.filters=8",
+            "training.recalibrate=2", "training.valid_slices=8"]  # fmt: skip
+    line = ["train/run.py", "--config", "train/configs/phantom.json", "--dataset-path", cohort, "--output", folder, "--quiet"]
+    done = command(*line, "--set", *base, *settings)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def export_run(command: Any, run_folder: Path, folder: Path) -> Path:
+    """The model folder exported from a run."""
+    done = command("export/build_engine.py", run_folder, "-o", folder, "--onnx-only", "--quiet")
+    assert done.returncode == 0, done.stderr
+    return folder

@@ -2,40 +2,72 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_cuda import install
+from hand_made import write_model
 
+from runtime import Synthesizer
 from runtime.contract import Manifest
 from runtime.engines.base import Engine, EngineError
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.engines.registry import BACKENDS, open_engine
-from runtime.memory import HOST_STREAM
+from runtime.errors import InputError
+from runtime.memory import HOST_STREAM, Stream
+from runtime.volume import Geometry, LabelVolume
+
+GPU = ("tensorrt", "onnx-cuda")
+Opened = tuple[Engine, Manifest]
 
 
-def open_fake(model: Path) -> tuple[Engine, Manifest]:
-    manifest = fake_manifest()
-    return FakeEngine(manifest), manifest
+def open_backend(name: str, folder: Path) -> Opened:
+    manifest = Manifest.load(folder)
+    return open_engine(name, manifest, folder)[0], manifest
 
 
-def opener(name: str) -> Callable[[Path], tuple[Engine, Manifest]]:
-    def open_backend(model: Path) -> tuple[Engine, Manifest]:
-        manifest = Manifest.load(model)
-        return open_engine(name, manifest, model)[0], manifest
-
-    return open_backend
+ENGINES = ["fake", *(b.name for b in BACKENDS), *(f"{name} on a fake GPU" for name in GPU)]
 
 
-ENGINES = {"fake": open_fake, **{backend.name: opener(backend.name) for backend in BACKENDS}}
+@pytest.fixture(scope="session")
+def hand_made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("hand") / "model")
 
 
 @pytest.fixture(params=ENGINES)
-def opened(request: pytest.FixtureRequest, model: Path):
-    engine, manifest = ENGINES[request.param](model)
-    yield engine, manifest
-    engine.close()
+def opener(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Opened]]:
+    """Opens the engine, again and again if need be; what was opened is closed."""
+    opened: list[Engine] = []
+    name = request.param
+    backend = next((b for b in BACKENDS if b.name == name), None)
+    folder = None
+    if name.endswith("fake GPU"):
+        install(monkeypatch)
+        folder, name = request.getfixturevalue("hand_made"), name.split()[0]
+    elif backend is not None:
+        folder = request.getfixturevalue("model")
+        why = backend.uninstalled() or backend.absent(Manifest.load(folder))
+        if why is not None:
+            pytest.skip(f"{name}: {why}")
+
+    def open_one() -> Opened:
+        manifest = fake_manifest()
+        made = (FakeEngine(manifest), manifest) if folder is None else open_backend(name, folder)
+        opened.append(made[0])
+        return made
+
+    yield open_one
+    for engine in opened:
+        engine.close()
+
+
+@pytest.fixture
+def opened(opener: Callable[[], Opened]) -> Opened:
+    return opener()
 
 
 def tensors(engine: Engine, manifest: Manifest, rows: int = 1, seed: int = 0):
@@ -44,6 +76,8 @@ def tensors(engine: Engine, manifest: Manifest, rows: int = 1, seed: int = 0):
     n, (h, w) = engine.spec.batch, manifest.grid.canvas
     h *= rows
     inputs = {"labels": rng.integers(0, len(manifest.labels), (n, manifest.grid.slices, h, w), np.uint8)}
+    if manifest.style:
+        inputs["style"] = np.tile(rng.standard_normal((1, manifest.style)).astype(np.float32), (n, 1))
     if manifest.noise:
         inputs["noise"] = rng.integers(0, 256, (n, h, w), np.uint8)
     return inputs, np.full((n, h, w, 2), 0xAB, np.uint8)
@@ -133,7 +167,7 @@ def test_noise_changes_the_image_and_labels_do(opened) -> None:
         lambda i, o: ({**i, "labels": i["labels"][:0]}, o[:0]),  # empty batch
         lambda i, o: ({**i, "labels": i["labels"][..., ::2]}, o),  # not contiguous, other width
         lambda i, o: ({k: v for k, v in i.items() if k != "labels"}, o),
-        lambda i, o: ({**i, "style": np.zeros((1, 4), np.float32)}, o),
+        lambda i, o: ({**i, "contrast": np.zeros((1, 4), np.float32)}, o),
     ],
 )
 def test_tensors_that_break_the_contract_are_refused(opened, broken) -> None:
@@ -149,3 +183,149 @@ def test_use_after_close_is_refused_and_closing_twice_is_harmless(opened) -> Non
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         engine.run(*tensors(engine, manifest), stream=HOST_STREAM)
+    with pytest.raises(EngineError, match="closed"):
+        engine.open_stream()
+
+
+def pooled(engine: Engine, manifest: Manifest, stream: Stream, seed: int, rows: int = 1) -> tuple[dict, np.ndarray, list]:
+    """The same as `tensors`, in the engine's own memory, and what gives it back."""
+    inputs, out = tensors(engine, manifest, rows, seed)
+    buffers, copies = [], {}
+    for name, array in (*inputs.items(), ("ct", out)):
+        buffers.append(engine.pool.purpose(name).allocate(array.nbytes, stream=stream))
+        copies[name] = buffers[-1].array(array.shape, array.dtype)
+        copies[name][...] = array
+    return copies, copies.pop("ct"), buffers
+
+
+def test_streams_in_flight_give_what_one_call_gives(opened) -> None:
+    """Several batches at once on two streams, shapes changing in the middle, tensors of the engine's own and others."""
+    engine, manifest = opened
+    streams = [engine.open_stream(), engine.open_stream()]
+    work = [(seed, 1 + (seed in (4, 5)), streams[seed % 2]) for seed in range(8)]
+    expected = []
+    for seed, rows, _ in work:
+        inputs, out = tensors(engine, manifest, rows, seed)
+        engine.run(inputs, out, stream=HOST_STREAM)
+        expected.append(hu(out))
+    held = [pooled(engine, manifest, stream, seed, rows) for seed, rows, stream in work[:6]]
+    held += [(*tensors(engine, manifest, rows, seed), []) for seed, rows, _ in work[6:]]
+    for pair in range(0, 8, 2):
+        for n in (pair, pair + 1):
+            engine.run(held[n][0], held[n][1], stream=work[n][2])
+        for stream in streams:
+            stream.synchronize()
+    for (_, out, buffers), want in zip(held, expected, strict=True):
+        assert np.array_equal(hu(out), want)
+        for buffer in buffers:
+            buffer.close()
+    for stream in streams:
+        stream.close()
+        stream.close()
+
+
+def test_every_thread_may_have_a_stream(opened) -> None:
+    engine, manifest = opened
+
+    def paint(seed: int) -> list[np.ndarray]:
+        stream, results = engine.open_stream(), []
+        for n in range(3):
+            inputs, out = tensors(engine, manifest, seed=10 * seed + n)
+            engine.run(inputs, out, stream=stream if seed else HOST_STREAM)
+            stream.synchronize()
+            results.append(hu(out))
+        stream.close()
+        return results
+
+    one_by_one = [paint(seed) for seed in range(3)]
+    with ThreadPoolExecutor(3) as threads:
+        at_once = list(threads.map(paint, range(3)))
+    assert all(np.array_equal(a, b) for x, y in zip(one_by_one, at_once, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def test_closing_with_work_queued_ends_it_and_frees_every_byte(opened) -> None:
+    engine, manifest = opened
+    stream = engine.open_stream()
+    held = [pooled(engine, manifest, stream, seed) for seed in range(3)]
+    for inputs, out, _ in held:
+        engine.run(inputs, out, stream=stream)
+    engine.close()
+    stream.close()
+    for _, _, buffers in held:
+        for buffer in buffers:
+            buffer.close()
+    assert all(stats.in_use == stats.held == 0 for stats in engine.memory().values())
+
+
+def volume(manifest: Manifest, depth: int, seed: int = 0) -> LabelVolume:
+    h, w = manifest.grid.canvas
+    spacing = manifest.grid.pixel_spacing or (1.0, 1.0)
+    labels = np.random.default_rng(seed).integers(0, len(manifest.labels), (depth, h // 8, w // 8), np.uint8).repeat(8, 1).repeat(8, 2)
+    return LabelVolume(labels, Geometry(np.diag([spacing[1], spacing[0], 3.0, 1.0])))
+
+
+def test_a_volume_is_the_same_for_any_batch_and_any_company(opener) -> None:
+    """Two synthesizers in one process, each with an engine, painting at once; one given up half-way; whole batches and single slices."""
+    synths = []
+    for batch in (1, 5):
+        engine, manifest = opener()
+        synths.append(Synthesizer(manifest, engine, batch=batch))
+    want = synths[0].paint(volume(manifest, 7))
+    start = {kind: stats.in_use for kind, stats in synths[1].memory().items()}
+    given_up = synths[1].slabs(volume(manifest, 9, seed=1))
+    next(given_up)
+    with ThreadPoolExecutor(2) as threads:
+        painted = list(threads.map(lambda synth: synth.paint(volume(manifest, 7)), synths))
+    given_up.close()
+    assert all(np.array_equal(ct, want) for ct in painted)
+    assert np.array_equal(synths[1].paint(volume(manifest, 7)), want)
+    synths[0].close()
+    assert np.array_equal(synths[1].paint(volume(manifest, 7)), want)
+    synths[1].close()
+    assert all(stats.in_use == 0 for synth in synths for stats in synth.memory().values()) and start
+
+
+def test_an_error_in_the_middle_of_a_stream_frees_every_byte(opened) -> None:
+    engine, manifest = opened
+    with Synthesizer(manifest, engine, batch=1) as synth:
+        want = synth.paint(volume(manifest, 6))
+        slabs = synth.slabs(volume(manifest, 30))
+        next(slabs)
+        with pytest.raises(InputError):
+            slabs.throw(InputError("the receiver's disk is full"))
+        assert np.array_equal(synth.paint(volume(manifest, 6)), want)
+    assert all(stats.in_use == stats.held == 0 for stats in synth.memory().values())
+
+
+def test_closing_from_another_thread_ends_a_volume_with_an_error(opened) -> None:
+    engine, manifest = opened
+    synth = Synthesizer(manifest, engine, batch=1)
+    slabs = synth.slabs(volume(manifest, 60))
+    next(slabs)
+    closing = threading.Thread(target=synth.close)
+    closing.start()
+    closing.join()
+    with pytest.raises(EngineError, match="closed"):
+        list(slabs)
+    assert all(stats.in_use == 0 for stats in synth.memory().values())
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino", *(f"{gpu} on a fake GPU" for gpu in GPU)])
+def test_a_style_changes_the_image_and_is_the_same_in_every_engine(name: str, hand_made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = next(b for b in BACKENDS if b.name == name.split()[0])
+    if "fake GPU" in name:
+        install(monkeypatch)
+    if why := backend.uninstalled():
+        pytest.skip(f"{name}: {why}")
+    engine, manifest = open_backend(backend.name, hand_made)
+    inputs, out = tensors(engine, manifest)
+    inputs["labels"][...] = 1
+    inputs["noise"][...] = 128
+    results = []
+    for style in (0.0, 1.0):
+        inputs["style"][...] = style
+        engine.run(inputs, out, stream=HOST_STREAM)
+        results.append(hu(out).astype(np.int32))
+    engine.close()
+    inside = results[0][0] > manifest.intensity.low
+    assert inside.any() and (results[1] - results[0] == 160).all()  # four numbers of 1, 40 HU each

@@ -93,7 +93,7 @@ def test_links_in_a_zip_are_not_followed_and_text_is_no_zip(tmp_path: Path) -> N
     with pytest.raises(UsageError, match="holds no masks"):
         find_cases([member(tmp_path / "z.zip", "a.nii.gz", content=b"/etc/passwd", link=True)])
     (tmp_path / "text.zip").write_text("no zip")
-    with pytest.raises(UsageError, match="text.zip cannot be read"):
+    with pytest.raises(UsageError, match=r"text\.zip cannot be read"):
         find_cases([tmp_path / "text.zip"])
 
 
@@ -110,7 +110,7 @@ def test_of_two_image_series_one_must_be_chosen(tmp_path: Path) -> None:
     for choice in ("5", second[0].SeriesInstanceUID, names["5"]):
         (case,) = find_cases([tmp_path / "in"], series=choice)
         assert read_mask(case).values.shape == (3, 20, 24)
-    with pytest.raises(UsageError, match="no series in .* are called 6"):
+    with pytest.raises(UsageError, match=r"no series in .* are called 6"):
         find_cases([tmp_path / "in"], series="6")
 
 

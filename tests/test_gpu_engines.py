@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_cuda import World, install, plan_of
+from fake_cuda import World, install
+from hand_made import write_model
 from samples import blobs
 
 from runtime import Synthesizer
 from runtime.__main__ import main
 from runtime.console import run
-from runtime.contract import Manifest, ModelFile
+from runtime.contract import Manifest
 from runtime.engines.base import EngineError, EngineOptions
 from runtime.engines.registry import open_engine
 from runtime.errors import GeometryError, Mask2CTError, MemoryCapExceeded, MissingComponent, ModelError
-from runtime.files import sha256_of, write_json
 from runtime.labels import MM_WHS, to_indices
 from runtime.memory import HOST_STREAM
 from runtime.volume import Geometry, LabelVolume
@@ -29,20 +28,8 @@ PROVIDERS = ("cuda-core", "pycuda")
 
 
 @pytest.fixture(scope="session")
-def gpu_model(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with an engine and an FP16 graph for the fake GPU: both compute its FP32 graph."""
-    folder = tmp_path_factory.mktemp("gpu") / "model"
-    folder.mkdir()
-    manifest = Manifest.load(model)
-    graph = (model / "model.onnx").read_bytes()
-    contents = {"model.onnx": ("onnx", "fp32", graph), "model.fp16.onnx": ("onnx", "fp16", graph),
-                "model.engine": ("engine", "fp16", plan_of(graph, manifest))}  # fmt: skip
-    files = {}
-    for name, (kind, precision, data) in contents.items():
-        (folder / name).write_bytes(data)
-        files[name] = ModelFile(kind, precision, len(data), sha256_of(folder / name))
-    write_json(folder / "manifest.json", dataclasses.replace(manifest, files=files).to_json())
-    return folder
+def gpu_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("gpu") / "model")
 
 
 def volume(depth: int = 9, side: int = 30, seed: int = 0) -> LabelVolume:
@@ -113,7 +100,7 @@ def test_a_graph_follows_the_addresses(core: World, gpu_model: Path) -> None:
         arrays = {}
         for tensor in (*engine.spec.inputs, engine.spec.output):
             shape = tuple({"N": n, "H": h, "W": w}.get(str(d), d) for d in tensor.shape)
-            buffer = engine.pool.allocate(int(np.prod(shape)), stream=stream)
+            buffer = engine.pool.allocate(int(np.prod(shape)) * np.dtype(tensor.dtype).itemsize, stream=stream)
             arrays[tensor.name] = buffer.array(shape, tensor.dtype)
             arrays[tensor.name][...] = np.random.default_rng(seed).integers(0, 8, shape)
             sets.append(buffer)
@@ -212,7 +199,7 @@ def test_a_lost_device_still_gives_the_accounting_back(core: World, gpu_model: P
 def test_the_cap_chooses_the_batch_when_asked_and_refuses_otherwise(core: World, gpu_model: Path) -> None:
     expected = on_cpu(gpu_model, volume())[0]
     batches = []
-    for cap in ("64MiB", "2.6MiB", "1.8MiB"):
+    for cap in ("64MiB", "2MiB", "1.1MiB"):
         with Synthesizer.open(gpu_model, backend="tensorrt", batch="auto", max_memory=cap) as synth:
             assert np.array_equal(synth.paint(volume()), expected)
             stats = synth.memory()["device"]
@@ -220,8 +207,8 @@ def test_the_cap_chooses_the_batch_when_asked_and_refuses_otherwise(core: World,
             batches.append((synth._engine.spec.batch, synth._engine.spec.streams))
     assert batches[0] == (8, 2) and batches == sorted(batches, reverse=True) and len(set(batches)) == 3
     with pytest.raises(MemoryCapExceeded, match="would pass the pool's cap") as caught:
-        Synthesizer.open(gpu_model, backend="tensorrt", max_memory="1MiB")
-    assert caught.value.cap == 1 << 20 and caught.value.asked > caught.value.cap and caught.value.free is not None
+        Synthesizer.open(gpu_model, backend="tensorrt", max_memory="512KiB")
+    assert caught.value.cap == 512 << 10 and caught.value.asked > caught.value.cap and caught.value.free is not None
     assert core.left() == {}
 
 
@@ -285,11 +272,11 @@ def test_a_caller_without_page_locked_memory_gets_the_same_bytes(core: World, gp
     outs = []
     for backend in BACKENDS:
         engine, *_ = open_engine(backend, manifest, gpu_model)
-        n, (h, w), rng = 2 * engine.spec.batch, manifest.grid.canvas, np.random.default_rng(3)
-        n = engine.spec.batch
+        n, (h, w), rng = engine.spec.batch, manifest.grid.canvas, np.random.default_rng(3)
         inputs = {
             "labels": rng.integers(0, 8, (n, manifest.grid.slices, h, w), np.uint8),
             "noise": rng.integers(0, 256, (n, h, w), np.uint8),
+            "style": np.ones((n, manifest.style), np.float32),
         }
         out = np.zeros((n, h, w, 2), np.uint8)
         for _ in range(3):

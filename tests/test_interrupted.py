@@ -8,6 +8,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -163,3 +164,24 @@ def test_an_input_that_cannot_be_read_is_named_and_stops_no_other(start: Callabl
     loop.symlink_to(loop)
     assert finish(start(tmp_path / "out", loop)) == 1
     assert results(tmp_path / "out") == whole
+
+
+# Ctrl-C as soon as the script begins to import numpy: nobody waits for a command to be ready before giving up on it.
+IMPORTING = """
+import os, runpy, signal, sys
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, CtrlC())
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("script", ["train/run.py", "export/build_engine.py"])
+def test_ctrl_c_during_the_imports_is_no_traceback(script: str, root: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTING, script, "--help"], cwd=root, capture_output=True, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    assert done.returncode == -signal.SIGINT and done.stdout == done.stderr == ""

@@ -90,7 +90,7 @@ def test_layers_of_a_slicer_segmentation_may_overlap_only_in_an_order(tmp_path: 
     layers[0, 1, 2:6, 2:6], layers[1, 1, 4:8, 4:8], layers[1, 3, 0, 0] = 1, 1, 2
     segments = [("left ventricle", 1, 0, "85756007"), ("left atrium", 1, 1, "85756007"), ("myocardium", 2, 1, "85756007")]
     path = slicer(tmp_path / "m.seg.nrrd", layers, segments)
-    with pytest.raises(InputError, match="'left ventricle' .* and 2 'left atrium' .* in 4 voxels"):
+    with pytest.raises(InputError, match=r"'left ventricle' .* and 2 'left atrium' .* in 4 voxels"):
         read_case(case(path), MM_WHS)
     first, second = (read_case(case(path, overlap_order=(name,)), MM_WHS).labels for name in ("left ventricle", "left atrium"))
     assert (first[1, 4:6, 4:6] == 3).all() and (second[1, 4:6, 4:6] == 2).all() and first[3, 0, 0] == second[3, 0, 0] == 1

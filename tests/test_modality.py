@@ -35,12 +35,13 @@ def test_an_mr_like_cohort_trains_exports_and_synthesizes(tmp_path: Path, comman
     write_mr(data, 4)
     settings = [f"data.labels={json.dumps(LABELS)}", "data.canvas=[64,64]", "generator.depth=4", "generator.filters=8", "discriminator.filters=8",
                 "training.steps=60", "training.batch_size=4", "training.recalibrate=4", "training.threads=2", "optimizer.lr_g=2e-3",
-                "intensity.high=1200"]  # fmt: skip
+                "intensity.high=1200", "license=CC-BY-4.0"]  # fmt: skip
     trained = command("train/run.py", "--config", "train/configs/mr.json", "--dataset-path", data, "--output", run, "--set", *settings)
     assert trained.returncode == 0, trained.stderr
     exported = command("export/build_engine.py", run, "-o", model, "--onnx-only", "--quiet")
     assert exported.returncode == 0, exported.stderr
     manifest = json.loads((model / "manifest.json").read_text())
+    assert manifest["license"] == "CC-BY-4.0" and manifest["name"] == "mr"
     assert manifest["intensity"] == {"unit": "a.u.", "low": 0, "high": 1200}
     assert [(row["name"], row["value"]) for row in manifest["labels"]] == [("background", 0), ("fluid", 10), ("tissue", 20)]
     painted = command("-m", "runtime", "synth", data / "mr0_label.nii.gz", "--model", model, "--output", out, "--quiet")

@@ -10,6 +10,7 @@ import pytest
 import SimpleITK as sitk
 from samples import blobs
 
+from runtime import Geometry, LabelVolume
 from runtime.io.nifti import read_volume
 
 TYPES = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
@@ -40,3 +41,9 @@ def test_scaled_values_are_scaled(slope: tuple[float, float], tmp_path: Path) ->
     data[112:120] = np.array(slope, "<f4").tobytes()
     path.write_bytes(data)
     assert np.array_equal(read_volume(path).values, sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+
+
+def test_equal_grids_have_one_digest_whatever_the_sign_of_their_zeros() -> None:
+    labels = np.ones((2, 3, 4), np.uint8)
+    affine = np.diag([1.0, 1.0, 2.0, 1.0])
+    assert LabelVolume(labels, Geometry(affine)).digest == LabelVolume(labels, Geometry(affine * np.where(affine == 0, -1.0, 1.0))).digest

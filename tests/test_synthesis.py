@@ -30,7 +30,13 @@ def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(tmp_path: Path,
     assert synth(model, tmp_path / "a", *masks) == 0
     expected = results(tmp_path / "a")
     assert list(expected) == ["0_ct.nii.gz", "1_ct.nii.gz", "2_ct.nii.gz"]
-    for name, extra in {"b": ("--batch", "1"), "c": ("--batch", "16"), "d": ("--batch", "4")}.items():
+    settings = {
+        "b": ("--batch", "1"),
+        "c": ("--batch", "16", "--workers", "1"),
+        "d": ("--batch", "4", "--workers", "2"),
+        "e": ("--workers", "4"),
+    }
+    for name, extra in settings.items():
         assert synth(model, tmp_path / name, *reversed(masks), extra=extra) == 0
         assert results(tmp_path / name) == expected
     assert synth(model, tmp_path / "a", *masks) == 0  # over its own results
@@ -75,6 +81,13 @@ def test_the_masks_of_variants_hold_the_tables_values_whatever_their_size(tmp_pa
     with Synthesizer(manifest, FakeEngine(manifest)) as opened:
         (result,) = opened.stream([path], tmp_path / "out", variants=1)
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(result.files[1]))), values)
+
+
+def test_equal_grids_have_equal_digests_whichever_way_a_reader_writes_zero() -> None:
+    labels, affine = np.zeros((2, 2, 2), np.uint8), np.diag([1.0, 1.0, 1.0, 1.0])
+    negative = np.where(affine == 0, -0.0, affine)
+    negative[3] = affine[3]
+    assert LabelVolume(labels, Geometry(affine)).digest == LabelVolume(labels, Geometry(negative)).digest
 
 
 def test_the_command_the_stream_and_the_call_agree(tmp_path: Path, model: Path) -> None:

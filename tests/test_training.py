@@ -353,7 +353,14 @@ def test_a_dry_run_shows_everything_and_starts_nothing(config: Path, cohort: Pat
     run = tmp_path / "run"
     done = command(*arguments(config, cohort, run, 1000), "--dry-run")
     assert done.returncode == 0, done.stderr
-    for expected in ('"batch_size": 4', "train                 3      96", "generator", "MACs per slice", "for 1000 steps"):
+    for expected in (
+        '"batch_size": 4',
+        "train                 3      96",
+        "generator",
+        "MACs per slice",
+        "for 1000 steps",
+        "a step in fp32; ",
+    ):
         assert expected in done.stdout, done.stdout
     assert not run.exists()
 

@@ -107,7 +107,10 @@ def refuse(errors: Sequence[InputError], count: int) -> None:
         raise errors[0]
     if errors:
         more = [f"... and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
-        facts = "".join(f"\n    {line}" for line in [*(exc.fact for exc in errors[:SHOWN]), *more])
+        lines = [
+            exc.fact if exc.file and exc.file.name in exc.fact else f"{exc.file and exc.file.name}: {exc.fact}" for exc in errors[:SHOWN]
+        ]
+        facts = "".join(f"\n    {line}" for line in [*lines, *more])
         remedies = list(dict.fromkeys(exc.remedy for exc in errors))
         raise InputError(f"{len(errors)} of {count} patients cannot be trained on:{facts}", expected=errors[0].expected,
                          remedy="; ".join(remedies[:3]), file=errors[0].file and errors[0].file.parent)  # fmt: skip

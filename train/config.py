@@ -181,7 +181,7 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        if Path(self.name).name != self.name or not self.name.isprintable():
+        if not self.name.strip() or Path(self.name).name != self.name or not self.name.isprintable():
             raise wrong("name", self.name, "a plain name, as of a folder")
         divisor, patch = 2**self.generator.depth, self.discriminator.patch_size
         if any(side % divisor for side in self.data.canvas):

@@ -94,6 +94,7 @@ def load_cohort(pairs: Sequence[Pair], data: DataConfig, table: LabelTable, poli
         try:
             patients.append((load or load_patient)(pair, table, policy, intensity))
         except InputError as exc:
+            exc.file = exc.file or pair.label
             errors.append(exc)
     refuse(errors, len(pairs))
     require_labels(pairs, [p.facts for p in patients if p.facts], [len(p) for p in patients], table)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +23,7 @@ from .loop import choose_device, set_threads
 from .step import Batch, Step
 
 BUDGET_SECONDS = 8.0  # for trial steps
+OTHER_SECONDS = 0.5  # a step of at most so long is tried in the other precision too
 TRIAL_STEPS = 6
 
 
@@ -30,7 +33,12 @@ def describe(config: RunConfig) -> str:
     threads = set_threads(config)
     step = Step(config, device)
     per_step, measured = _time_steps(config, step)
-    estimate = f"{duration(per_step)} a step, {duration(per_step * config.training.steps)} for {config.training.steps} steps, validation not counted"
+    other: Literal["fp32", "bf16"] = "bf16" if config.training.precision == "fp32" else "fp32"
+    compared = f"; {other} was not tried, it may take long"
+    if per_step <= OTHER_SECONDS:
+        changed = replace(config, training=replace(config.training, precision=other))
+        compared = f"; {duration_of_step(_time_steps(changed, Step(changed, device))[0])} in {other}"
+    estimate = f"{duration_of_step(per_step)} a step, {duration(per_step * config.training.steps)} for {config.training.steps} steps, validation not counted"
     return "\n".join([
         json.dumps(configs.to_json(config), indent=1),
         "",
@@ -40,7 +48,13 @@ def describe(config: RunConfig) -> str:
         "",
         f"device         {device} ({reason}), {threads} CPU threads",
         f"time           {estimate} (median of {measured} steps here)",
+        f"precision      {duration_of_step(per_step)} a step in {config.training.precision}{compared}",
     ])  # fmt: skip
+
+
+def duration_of_step(seconds: float) -> str:
+    """Seconds of one step for a person."""
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else duration(seconds)
 
 
 def data_table(config: RunConfig) -> str:

@@ -5,9 +5,12 @@ RUN ends with generator.safetensors and run.json; metrics.jsonl, figures/ and ch
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this is imported ends it without a traceback
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of train/, whose file names would hide other packages
 
@@ -120,7 +123,7 @@ def enough_memory() -> Iterator[None]:
             raise
         raise UsageError(f"the memory does not suffice: {(str(exc).strip().splitlines() or ['none is left'])[0][:200]}",
                          expected="room for both networks, their optimisers and a batch",
-                         remedy="lower training.batch_size, generator.filters or data.canvas; on a GPU, training.precision=bf16 takes less") from exc  # fmt: skip
+                         remedy="lower training.batch_size, generator.filters or data.canvas; on a GPU, training.precision=bf16 helps") from exc  # fmt: skip
 
 
 def dry_run(resolved: config.RunConfig) -> int:

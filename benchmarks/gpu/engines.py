@@ -184,6 +184,7 @@ def _engine(case: Case, backend: str) -> Any:
 
 
 def _cuda_torch() -> Any:
+    need_gpu()
     torch = module("torch")
     if not torch.cuda.is_available():
         raise Absent("this torch has no CUDA")

@@ -5,8 +5,17 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import numpy as np
+
+from benchmarks.gpu.bare import require
 from benchmarks.gpu.case import BATCH, Absent, Case, need_gpu
 from benchmarks.gpu.model import NAME, random_graph
+from runtime.cuda import Cuda
+from runtime.cuda_memory import open_memory
+from runtime.engines import gpu
+from runtime.engines.base import EngineOptions, EngineSpec
+from runtime.errors import MissingComponent
+from runtime.memory import HOST_STREAM, Pool
 
 CAP = 256 << 20  # bytes, device and page-locked each
 TYPES = {"uint8": "|u1", "float32": "<f4"}
@@ -24,12 +33,7 @@ def torch_engine(case: Case) -> Any:
     torch = import_module("torch")
     if case.manifest.name != NAME:
         raise Absent("torch has the weights of the random model alone")
-    try:
-        gpu = import_module("runtime.engines.gpu")
-    except ImportError as exc:
-        raise Absent(f"this mask2ct has no engines for a GPU ({exc})") from exc
     from export.graph import halved
-    from runtime.engines.base import EngineOptions, EngineSpec
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
@@ -68,21 +72,10 @@ def torch_engine(case: Case) -> Any:
 
 def loopback(case: Case) -> str:
     """Copies up and down as one CUDA graph on our stream: new bytes in, the same bytes out, at every launch."""
-    import numpy as np
-
-    from benchmarks.gpu.bare import require
-
     need_gpu()
     try:
-        cuda_module, memory = import_module("runtime.cuda"), import_module("runtime.cuda_memory")
-    except ImportError as exc:
-        raise Absent(f"this mask2ct has no engines for a GPU ({exc})") from exc
-    from runtime.errors import MissingComponent
-    from runtime.memory import HOST_STREAM, Pool
-
-    try:
-        cuda = cuda_module.Cuda(0)
-        device, host, why = memory.open_memory(cuda)
+        cuda = Cuda(0)
+        device, host, why = open_memory(cuda)
     except MissingComponent as exc:
         raise Absent(exc.fact) from exc
     rng, size = np.random.default_rng(0), 1 << 20

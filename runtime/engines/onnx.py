@@ -46,7 +46,7 @@ class OnnxEngine(HostEngine):
         except Exception as exc:  # ONNX Runtime raises classes of its own that share no base but Exception
             raise ModelError(f"{path.name} is not a graph ONNX Runtime loads: {str(exc).splitlines()[0][:200]}", expected="an ONNX graph as export writes it",
                              remedy="export the run again", file=path) from exc  # fmt: skip
-        inputs = {i.name: _DTYPES.get(i.type) for i in self._session.get_inputs()}
+        inputs = {i.name: DTYPES.get(i.type) for i in self._session.get_inputs()}
         check_graph(manifest, inputs, self._session.get_modelmeta().custom_metadata_map.get(METADATA), path)
         self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.workers + 1)
         self.name = f"onnxruntime {ort.__version__} on CPU, {path.name}"
@@ -66,4 +66,4 @@ class OnnxEngine(HostEngine):
         self._session = None
 
 
-_DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}
+DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}

@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..contract import Manifest
+from ..contract import METADATA, Manifest
 from ..driver import why_no_gpu
 from ..errors import MemoryCapExceeded, MissingComponent, ModelError
 from ..memory import HOST_STREAM
-from .base import EngineError, EngineOptions, EngineSpec, Inputs
+from .base import EngineError, EngineOptions, EngineSpec, Inputs, check_graph
 from .gpu import STREAMS, GpuEngine, GpuSlot, Shapes, batches, nbytes_of, shapes_of
 from .host import WorkerStream
-from .onnx import onnxruntime
+from .onnx import DTYPES, onnxruntime
 
 PROVIDER = "CUDAExecutionProvider"
 INSTALL = 'pip uninstall onnxruntime, then pip install "mask2ct[gpu]" "onnxruntime-gpu[cuda,cudnn]" (never beside onnxruntime)'
@@ -91,11 +91,8 @@ class OnnxCudaEngine(GpuEngine):
             raise _missing(f"ONNX Runtime cannot run this graph on the GPU: {text}") from exc
         if session.get_providers()[:1] != [PROVIDER]:
             raise _missing(f"ONNX Runtime chose {session.get_providers()} instead of the GPU")
-        found = {i.name for i in session.get_inputs()}
-        if found != {t.name for t in manifest.inputs}:
-            raise ModelError(
-                f"{path.name} takes {sorted(found)}", expected="the manifest's inputs", remedy="export the run again", file=path
-            )
+        inputs = {i.name: DTYPES.get(i.type) for i in session.get_inputs()}
+        check_graph(manifest, inputs, session.get_modelmeta().custom_metadata_map.get(METADATA), path)
         return session
 
     def _choose_batch(self, manifest: Manifest, room: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import stat
 import zipfile
 import zlib
@@ -54,12 +55,21 @@ def exists(path: Path) -> bool:
     return path.exists() or _inside(path) is not None
 
 
+class _Bounded(io.BufferedReader):
+    """A file that makes no room for more than it holds, whatever length a damaged header makes a reader ask for."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > 1 << 16:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
 @contextmanager
 def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
     """The file's bytes, wherever it lies; of a member at most its claimed size, or its first `limit` bytes, are unpacked (in memory)."""
     inside = _inside(path)
     if inside is None:
-        with open(path, "rb") as handle:
+        with _Bounded(io.FileIO(path)) as handle:
             yield handle
         return
     try:
@@ -67,7 +77,7 @@ def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
             info = archive.getinfo(inside[1])
             with archive.open(info) as handle:
                 content = handle.read(info.file_size if limit is None else min(limit, info.file_size))
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, zlib.error, RuntimeError, EOFError) as exc:
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, zlib.error, RuntimeError, EOFError, OSError, ValueError) as exc:
         raise UnreadableVolume(f"{path.name} cannot be unpacked: {exc}", expected="an undamaged archive", remedy="copy it again") from exc
     yield io.BytesIO(content)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import GeometryError, UnreadableVolume, reading
 from ..volume import Segment
@@ -27,6 +28,7 @@ NOTICE = f"{MARKS[0]} ({MARKS[1]})"  # 79 characters fit into a NIfTI
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 EXPECTED = "one 3-D volume of integers as NIfTI, NRRD or MHA"
 MAX_EXTENT = 32767  # voxels along one axis that NIfTI-1 can say
+AFFINES_TOLERANCE = 0.25  # how far qform and sform may disagree at a corner, in the smallest voxel spacing
 MAX_VOXELS = 1 << 34  # 16 G voxels: past this a header is taken for damaged
 
 # nifti1.h, from sizeof_hdr to magic: the 348 bytes of a header
@@ -148,6 +150,7 @@ def _nifti(path: Path, content: BinaryIO, voxels: bool) -> Header:
     if not all(math.isfinite(s) and s != 0 for s in spacing):
         raise GeometryError(f"{path.name} states the voxel spacing {spacing}", expected="three numbers of mm other than 0",
                             remedy="write the true spacing into the header", file=path)  # fmt: skip
+    _check_affines(path, head, order, dim, spacing)
     if not math.isfinite(offset) or not first <= offset < 1 << 31:
         raise _bad(path, f"puts its voxels at byte {offset}")
     if not voxels:
@@ -158,6 +161,40 @@ def _nifti(path: Path, content: BinaryIO, voxels: bool) -> Header:
     if have < need:
         raise _bad(path, f"is truncated: {have} of {need} bytes are there behind its header", "copy or download it again")
     return Header(header, any(codes))
+
+
+def _check_affines(path: Path, head: bytes, order: str, dim: Sequence[int], spacing: Sequence[float]) -> None:
+    """A NIfTI may say twice where it lies, by quaternion (qform) and by matrix (sform): the two must agree at every corner."""
+    nifti2 = len(head) > 348
+    number, at = ("d", (344, 352, 104, 400)) if nifti2 else ("f", (252, 256, 76, 280))
+    qform_code, sform_code = struct.unpack_from(order + ("2i" if nifti2 else "2h"), head, at[0])
+    if qform_code <= 0 or sform_code <= 0:
+        return
+    b, c, d, *offset = struct.unpack_from(order + "6" + number, head, at[1])
+    (qfac,) = struct.unpack_from(order + number, head, at[2])
+    sform = np.array(struct.unpack_from(order + "12" + number, head, at[3])).reshape(3, 4)
+    qform = np.column_stack([rotation(b, c, d) * [1, 1, -1 if qfac < 0 else 1] * np.abs(spacing), offset])
+    corners = np.array([[i, j, k, 1] for i in (0, dim[1] - 1) for j in (0, dim[2] - 1) for k in (0, dim[3] - 1)], float)
+    if not (np.isfinite(sform).all() and np.isfinite(qform).all()):
+        raise GeometryError(
+            f"{path.name} states a place that is not finite", expected="a grid in mm", remedy="write a valid header", file=path
+        )
+    apart = float(np.linalg.norm(corners @ (sform - qform).T, axis=1).max())
+    if apart > AFFINES_TOLERANCE * float(np.min(np.abs(spacing))):
+        raise GeometryError(f"{path.name} lies in two places: its qform (code {qform_code}) and its sform (code {sform_code}) are {apart:.3g} mm apart",
+                            expected="one place", remedy="set the one that is wrong to code 0, or make them equal (fslorient, nibabel)", file=path)  # fmt: skip
+
+
+def rotation(b: float, c: float, d: float) -> NDArray[np.float64]:
+    """The 3x3 rotation of the unit quaternion (a, b, c, d), a >= 0 (nifti1.h, method 2)."""
+    a = math.sqrt(max(0.0, 1 - b * b - c * c - d * d))
+    return np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+        ]
+    )
 
 
 def _count(path: Path, content: BinaryIO, need: int, floats: str, order: str) -> int:
