@@ -142,7 +142,7 @@ def test_slices_that_flicker_are_told_from_slices_that_agree() -> None:
     assert same is not None and same["z_difference"] == 0  # a shift of all is another metric's matter
     inside = np.zeros((2, 2, 2), bool)
     inside[:, 0, 0] = True
-    assert steps_along_z(np.arange(8).reshape(2, 2, 2), inside).tolist() == [4]
+    assert steps_along_z(np.arange(8).reshape(2, 2, 2), inside, np.arange(2)).tolist() == [4]
 
 
 def test_only_slices_that_follow_each_other_in_the_volume_are_compared() -> None:
@@ -190,8 +190,22 @@ def test_diversity_is_the_spread_over_variants_against_that_between_patients() -
     variants = [[np.full(mask.shape, 300 + shift) for shift in (-20, 0, 20)]]
     real = [np.array([value, np.nan]) for value in (200.0, 240, 280)]
     result = diversity(variants, [mask], real, ["heart", "aorta"])
-    assert result["variants"] == 3 and result["organs"]["heart"] == {"spread": 20, "spread_true": 40, "ratio": 0.5}
-    assert result["organs"]["aorta"] == {"spread": None, "spread_true": None, "ratio": None}
+    assert result["variants"] == 3 and result["organs"]["heart"] == {"spread": 20, "spread_true": 40, "ratio": 0.5, "median_error": 60}
+    assert set(result["organs"]["aorta"].values()) == {None}
+
+
+def test_variants_are_compared_with_each_other_and_patients_with_patients() -> None:
+    rng = np.random.default_rng(0)
+    a, b, c = rng.integers(-500, 500, (3, 12, 64, 64)).astype(np.int16)
+    mask = np.zeros((12, 64, 64), np.uint8)
+    mask[3:9, 20:40, 20:40] = 1
+    real = [np.array([0.0]), np.array([1.0])]
+    alike, third, unlike = (diversity([variants], [mask], real, ["heart"])["ms_ssim"] for variants in ([a, a], [a, a, b], [a, b, c]))
+    assert alike == pytest.approx(1) and unlike < 0.3 and third == pytest.approx((1 + 2 * unlike) / 3, abs=0.05)
+    below = np.roll(a, -2, 0)  # the same patient, lying two slices lower
+    assert ceiling([a], [mask], [below], [np.roll(mask, -2, 0)], ["heart"])["similarity"]["ms_ssim"] == pytest.approx(1)
+    assert ceiling([a], [mask], [below], [mask], ["heart"])["similarity"]["ms_ssim"] < 0.3
+    assert ceiling([a], [mask], [b[:, :32]], [mask[:, :32]], ["heart"])["similarity"]["ms_ssim"] is None
 
 
 def test_the_ceiling_is_what_lies_between_real_patients() -> None:

@@ -176,11 +176,10 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
         if o is None:
             continue
         numbers = (o["median"], o["median_true"], o["median_error"], o["iqr"], o["iqr_true"])
+        more = [(o["texture"], "9.1f"), (o["texture_true"], "8.1f"), (o["texture_ratio"], "7.2f"), (o["wasserstein"], "7.0f"),
+                (o["z_difference"], "7.1f")]  # fmt: skip
         ratio = (
-            ""
-            if o["texture_ratio"] is None
-            else f"{o['texture']:9.1f}{o['texture_true']:8.1f}{o['texture_ratio']:7.2f}{o['wasserstein']:7.0f}"
-            + ("" if o["z_difference"] is None else f"{o['z_difference']:7.1f}")
+            "" if o["texture_ratio"] is None else "".join(" " * int(how.split(".")[0]) if n is None else f"{n:{how}}" for n, how in more)
         )
         rows.append(f"{name:<{width}}" + "".join(f"{n:8.0f}" for n in numbers) + ratio)
     if absent:
@@ -197,8 +196,12 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
     for name, o in result.get("diversity", {}).get("organs", {}).items():
         if o["ratio"] is not None:
             rows.append(
-                f"{name:<{width}} median's spread {o['spread']:.0f} {unit} over styles, {o['spread_true']:.0f} between patients: {o['ratio']:.2f}"
+                f"{name:<{width}} median's spread {o['spread']:.0f} {unit} over styles, {o['spread_true']:.0f} between patients: {o['ratio']:.2f}, "
+                f"median {o['median_error']:+.0f} {unit} from theirs"
             )
+    for what, found in (("over styles", result.get("diversity")), ("between patients", result.get("ceiling", {}).get("similarity"))):
+        if found and found["ms_ssim"] is not None:
+            rows.append(f"MS-SSIM {what} {found['ms_ssim']:.3f} ({found['scales']} scales)")
     for name, o in result.get("ceiling", {}).get("organs", {}).items():
         if o["wasserstein"] is not None:
             rows.append(f"{name:<{width}} W1 {o['wasserstein']:.0f} {unit} between real and real")

@@ -33,7 +33,7 @@ from .layouts import find
 from .loggers import Loggers
 from .ranks import ALONE, Ranks
 from .step import Batch, Step
-from .style import Styles, move
+from .style import Styles, move, stretch
 from .validation import Validation
 from .watch import Watch, note
 
@@ -161,8 +161,9 @@ class Training:
         labels, image, noise = (augment.on_device(array, self.device) for array in self.batches[n])
         settings, part, style = self.config.augment, self.batches.part, None
         if self.styles is not None:  # while labels and image still lie on each other
-            style, shifts = (augment.on_device(array[part], self.device) for array in self.styles(self.batches.slices(n), n))
-            image = move(image, labels, shifts)
+            drawn, moves = self.styles(self.batches.slices(n), n)
+            style, shifts, factors, centres = (augment.on_device(array[part], self.device) for array in (drawn, *moves))
+            image = stretch(move(image, labels, shifts), labels, factors, centres)
         if settings.active:
             rng = dataset.stream(self.config.training.seed, "augment", n)
             labels, image = augment.augment(settings, labels, image, rng, self.batches.batch_size, part)
