@@ -73,7 +73,8 @@ def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArra
     """`metrics.diversity`, as JSON data."""
     result = metrics.diversity(variants, masks, real, names)
     if intensity.unit != HU.unit:
-        result |= similarity(*(_as_hu([painted[n] for painted in variants], intensity) for n in (0, 1)))
+        alike = metrics.diversity([_as_hu(painted, intensity) for painted in variants], masks, real, names)
+        result |= {key: alike[key] for key in ("ssim", "ms_ssim", "scales")}
     return _plain_tree(result)
 
 
