@@ -7,7 +7,7 @@ PIP_OPTIONS ?=
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo test test-all fuzz lint bench clean tensorrt-bindings
+.PHONY: setup demo test test-all fuzz lint bench clean tensorrt-bindings pycuda-bindings
 
 setup: $(STAMP)
 
@@ -36,6 +36,20 @@ $(BINDINGS)/.installed: $(STAMP) Makefile
 	for version in 10.13.2.6 10.16.1.11 11.4.0.106; do \
 		$(RUN) -m pip install --quiet --no-deps --target $(BINDINGS)/$$version tensorrt-cu13-bindings==$$version || exit 1; done
 	$(RUN) -m pip install --quiet --no-deps --target $(BINDINGS)/lean tensorrt-lean-cu13-bindings==$(LEAN) tensorrt-lean-cu13-libs==$(LEAN)
+	$(RUN) -m pip install --quiet --no-deps --target $(BINDINGS)/cuda cuda-core==1.2.2 cuda-bindings==13.5.0 cuda-pathfinder==1.9.0 numpy
+	@touch $@
+
+# For the slow test that runs the real PyCUDA on a stand-in driver: compiles it (minutes) against the toolkit in CUDA_ROOT.
+PYCUDA = $(VENV)/pycuda-bindings
+CUDA_ROOT ?= /usr/local/cuda
+
+pycuda-bindings: $(PYCUDA)/.installed
+
+$(PYCUDA)/.installed: $(STAMP)
+	mkdir -p $(PYCUDA)/home $(PYCUDA)/stub
+	echo "int nothing(void) { return 0; }" | gcc -shared -fPIC -Wl,-soname,libcuda.so.1 -x c - -o $(PYCUDA)/stub/libcuda.so
+	printf "CUDA_ROOT = '$(CUDA_ROOT)'\nCUDA_ENABLE_CURAND = False\nCUDADRV_LIB_DIR = ['$(abspath $(PYCUDA))/stub']\n" > $(PYCUDA)/home/.aksetup-defaults.py
+	HOME=$(abspath $(PYCUDA))/home PATH="$(CUDA_ROOT)/bin:$$PATH" $(RUN) -m pip install --quiet --no-deps --target $(PYCUDA)/site pycuda==2026.1
 	@touch $@
 
 demo: setup

@@ -88,12 +88,12 @@ def _count(text: str) -> int:
 
 def _require_packages() -> None:
     """Name a missing package before anything is started. Raises `MissingComponent`."""
-    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors"):
+    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "scipy", "torchmetrics"):
         try:
             __import__(name)
         except ImportError as exc:
             raise MissingComponent(f"{name} cannot be imported: {exc}", expected="the packages of the export extra",
-                                   remedy='pip install -e ".[train,export,onnx]"  (or: make setup)') from exc  # fmt: skip
+                                   remedy='pip install -e ".[train,export,onnx,openvino]"  (or: make setup)') from exc  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -54,7 +54,12 @@ def _parser() -> argparse.ArgumentParser:
         default="binary",
         help="dicom: the SEG beside the series (default: %(default)s)",
     )
-    synth.add_argument("--backend", choices=CHOICES, default="auto", help="what runs the model (default: the first that serves)")
+    synth.add_argument(
+        "--backend",
+        choices=CHOICES,
+        default="auto",
+        help="what runs the model (default: the fastest that is installed and proven for it; INT8 must be asked for)",
+    )
     synth.add_argument(
         "--variants", type=int, metavar="K", help="write K different CTs per mask, each with its mask, deformed but for the first"
     )

@@ -24,6 +24,7 @@ from .slot import Slot
 from .volume import CTSlab, Geometry, LabelVolume
 
 if TYPE_CHECKING:
+    from .io.detect import ReadOptions
     from .stream import CaseResult
 
 DEFAULT_BATCH = 16  # slices in one slab
@@ -198,12 +199,17 @@ class Synthesizer:
             )
         return grid
 
-    def stream(self, masks: str | Path | Iterable[str | Path], output: str | Path, **options: Any) -> Iterator[CaseResult]:
-        """Synthesize files and folders into the folder `output`: see `runtime.stream.synthesize`, whose options these are."""
+    def stream(
+        self, masks: str | Path | Iterable[str | Path], output: str | Path, *, reading: ReadOptions | None = None, **options: Any
+    ) -> Iterator[CaseResult]:
+        """Synthesize files, folders and zips into the folder `output`: see `runtime.stream.synthesize`, whose options these are.
+
+        `reading`: how overlaps, fractions and dangling references are settled (`runtime.io.detect.ReadOptions`).
+        """
         from .io.detect import find_cases
         from .stream import synthesize
 
-        cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)])
+        cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)], options=reading)
         return synthesize(self, cases, Path(output), **options)
 
     def close(self) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from fake_cuda import plan_of
+from fake_engines import plan_of
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.contract import METADATA, GridPolicy, Intensity, Manifest, ModelFile

@@ -98,6 +98,18 @@ def two_places(path: Path) -> None:
     path.write_bytes(data)
 
 
+def bomb(path: Path) -> None:
+    """Two kilobytes that claim 16 GB."""
+    head = b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2500 2500 2500\nspacings: 1 1 1\nencoding: gzip\n\n"
+    path.write_bytes(head + gzip.compress(bytes(2 << 20)))
+
+
+def short_raw(path: Path) -> None:
+    write_mask(path)
+    data = path.with_suffix(".raw")
+    data.write_bytes(data.read_bytes()[:-1])
+
+
 def complex_mask(path: Path) -> None:
     write_mask(path.with_suffix(".tmp.mha"))
     sitk.WriteImage(sitk.Cast(sitk.ReadImage(str(path.with_suffix(".tmp.mha"))), sitk.sitkComplexFloat32), str(path))
@@ -129,8 +141,16 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "negative size": ("m.nii", lambda p: patched(p, "<h", 42, -5), "claims the size"),
     "spacing 0": ("m.nii", lambda p: patched(p, "<3f", 80, 1, 0, 1), "voxel spacing"),
     "spacing NaN": ("m.nii", lambda p: patched(p, "<3f", 80, 1, 1, float("nan")), "voxel spacing"),
+    "a bomb": ("m.nrrd", bomb, "for 15625000000 bytes of voxels"),
+    "too few voxels beside it": ("m.mhd", short_raw, "5759 bytes are there for 5760"),
     "two places": ("m.nii", two_places, "its qform (code 1) and its sform (code 1) are 7 mm apart"),
-    "far away": ("m.mha", lambda p: write_mask(p, origin=(1e30, 0.0, 0.0)), "the origin [1e+30"),
+    "far away": ("m.mha", lambda p: write_mask(p, origin=(1e30, 0.0, 0.0)), "states the offset"),
+    "a matrix that ITK never returns from": (
+        "m.mha",
+        lambda p: p.write_bytes(write_mask(p).read_bytes().replace(b"Matrix = 1 0 0 0", b"Matrix = 1 0 0 1e308")),
+        "states the transformmatrix",
+    ),
+    "nowhere": ("m.nii", lambda p: patched(p, "<f", 292, float("nan")), "states a place beyond"),
     "no such type": ("m.nii", lambda p: patched(p, "<h", 70, 77), "unknown type 77"),
     "RGB": ("m.nii.gz", rgb, "RGB colours"),
     "vector": ("m.mha", vector, "3 channels"),

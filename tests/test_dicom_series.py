@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from runtime.__main__ import main
 from runtime.console import run
 from runtime.contract import Label, LabelTable
 from runtime.engines.fake import fake_manifest
-from runtime.io.formats import FORMATS, FormatOptions
-from runtime.volume import DicomSource, Geometry, LabelVolume
+from runtime.io.formats import FORMATS, FormatOptions, Painting
+from runtime.volume import CTSlab, DicomSource, Geometry, LabelVolume
 
 
 def gdcm(series: Series) -> sitk.Image:
@@ -72,6 +74,25 @@ def test_every_voxel_of_an_enhanced_ct_lies_at_its_place(direction: np.ndarray, 
     assert "mask sha256" in ds.DerivationDescription and ds.SOPInstanceUID.startswith("2.25.")
     before = digests(series.folder)
     assert digests(write_series(tmp_path, direction, enhanced=True, segmentation="binary").folder) == before
+
+
+@pytest.mark.parametrize("enhanced", [False, True], ids=["classic", "enhanced"])
+def test_slices_are_written_as_they_come(enhanced: bool, tmp_path: Path) -> None:
+    shape = (96, 256, 256)  # 12 MiB
+    mask = LabelVolume(np.zeros(shape, np.uint8), Geometry(np.diag([1.0, 1.0, -2.0, 1.0])))  # towards the feet: the last slice comes first
+    painting = Painting("case", None, mask, fake_manifest(), "fake (given)", "", 0)
+    writer = FORMATS["dicom"](FormatOptions(enhanced=enhanced, segmentation="none"))
+    writer.check(painting.manifest, tmp_path)
+    slabs = (CTSlab(np.full((4, *shape[1:]), k, np.int16), 0, k) for k in range(0, 96, 4))
+    tracemalloc.start()
+    try:
+        (folder,) = writer.write(tmp_path, painting, slabs)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
+    read = sitk.ReadImage(str(folder / "ct.dcm")) if enhanced else gdcm(Series(folder, np.empty(shape, np.int16), mask))
+    assert sitk.GetArrayFromImage(read)[:, 0, 0].tolist() == [k // 4 * 4 for k in reversed(range(96))]
 
 
 def test_a_single_slice_keeps_its_thickness_and_place(tmp_path: Path) -> None:
@@ -189,6 +210,17 @@ def test_an_attached_series_joins_its_masks_study_and_names_it(sop_class: str, s
         assert (item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID) == (sop_class, "1.2.3.4.5")
 
 
+def test_what_is_invalid_in_the_source_is_attached_to_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As hospitals have it: dates that never were, names of one part, values too long. Nothing is said of them, for they name a patient."""
+    odd = {**SOURCE.attributes, "PatientBirthDate": "19700229", "PatientName": "DOE", "StudyID": "X" * 20, "StudyDate": "unknown"}
+    series = write_series(tmp_path, source=replace(SOURCE, attributes=odd), attach=True, segmentation="binary")
+    for path in series.folder.iterdir():
+        ds = pydicom.dcmread(path)
+        for keyword in odd:
+            assert ds.get_item(keyword).value.decode().strip(" \0") == odd[keyword]  # type: ignore[union-attr]
+    assert capsys.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("direction", [np.eye(3), np.diag([1.0, -1.0, -1.0])], ids=["towards the head", "towards the feet"])
 def test_each_slice_names_the_slice_of_a_label_series_that_lies_there(direction: np.ndarray, tmp_path: Path) -> None:
     source = DicomSource("1.2.840.10008.5.1.4.1.1.2", tuple(f"1.2.3.{k}" for k in range(5)), "1.2.3.99", SOURCE.attributes)
@@ -241,7 +273,8 @@ def test_without_the_dicom_extra_nothing_starts(
     assert run(main, [*arguments, "--format", "dicom"]) == 3
     assert "mask2ct[dicom]" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert run(main, [*arguments, "--format", "dicom", "--segmentation", "none"]) == 0
-    assert run(main, [*arguments, "--attach"]) == 2
+    for option in (["--attach"], ["--enhanced"], ["--segmentation", "none"]):  # without --format dicom
+        assert run(main, [*arguments, *option]) == 2
 
 
 def test_the_command_writes_variants_as_folders(tmp_path: Path, fake_model: Path) -> None:

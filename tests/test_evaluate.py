@@ -158,6 +158,16 @@ def test_only_slices_that_follow_each_other_in_the_volume_are_compared() -> None
     assert evaluate([painted], [ct], [mask], ["heart"])["body"]["z_difference"] > 50
 
 
+def test_an_outline_that_flickers_is_counted_in_pixels() -> None:
+    ct, mask = thorax((4, 64, 64))
+    painted = ct.copy()
+    painted[1, 10:12, 10:54] = -1000  # two rows of 44 pixels less
+    found = evaluate([painted], [ct], [mask], ["heart"])["body"]
+    assert (found["outline_step"], found["outline_step_true"]) == (pytest.approx(2 * 88 / 3, abs=3), 0)
+    apart = evaluate([painted], [ct], [mask], ["heart"], [np.array([0, 1, 9, 10])])["body"]
+    assert apart["outline_step"] == pytest.approx(44, abs=3)
+
+
 def test_an_organs_steps_are_its_own() -> None:
     ct, mask = thorax((4, 64, 64))
     painted = ct.copy()

@@ -157,24 +157,22 @@ def test_a_run_that_was_altered_is_refused_with_exit_2(spoil, fact: str, trained
     assert not (tmp_path / "model").exists()
 
 
-def test_an_engine_that_cannot_be_built_is_exit_3_and_the_onnx_model_is_kept(trained: Path, tmp_path: Path, command) -> None:
-    done = command("export/build_engine.py", trained, "-o", tmp_path / "model")
-    assert done.returncode == 3 and "TensorRT" in done.stderr and "Traceback" not in done.stderr
-    Manifest.load(tmp_path / "model").verify(tmp_path / "model", ["model.onnx"])
-
-
 def test_an_output_that_cannot_be_written_is_exit_4(trained: Path, tmp_path: Path, command) -> None:
     (tmp_path / "file").write_text("")
     done = command("export/build_engine.py", trained, "-o", tmp_path / "file" / "model", "--onnx-only", "--quiet")
     assert done.returncode == 4 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_second_export_replaces_the_first_whole(trained: Path, model: Path, tmp_path: Path, command) -> None:
+def test_without_tensorrt_it_is_exit_3_and_the_proven_onnx_model_replaces_the_older_one_whole(
+    trained: Path, model: Path, tmp_path: Path, command
+) -> None:
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "model" / "stale.txt").write_text("of an older version")
-    assert command("export/build_engine.py", trained, "-o", tmp_path / "model", "--onnx-only", "--quiet").returncode == 0
+    done = command("export/build_engine.py", trained, "-o", tmp_path / "model")
+    assert done.returncode == 3 and "TensorRT" in done.stderr and "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == FILES
+    Manifest.load(tmp_path / "model").verify(tmp_path / "model", FILES[2:])
 
 
 def test_load_generator_rebuilds_the_network_from_the_folder_alone(trained: Path) -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel
@@ -14,12 +15,12 @@ import pytest
 import SimpleITK as sitk
 from samples import blobs, directions, rotation, write_mask
 
-from runtime import LabelVolume, Synthesizer, UsageError
+from runtime import LabelVolume, OutputError, Synthesizer, UsageError
 from runtime.__main__ import main
 from runtime.console import run
 from runtime.contract import Label, LabelTable
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.io.formats import DEFAULT_OPTIONS, FORMATS
+from runtime.io.formats import DEFAULT_OPTIONS, FORMATS, Painting
 from runtime.io.headers import is_synthetic
 from runtime.io.painting import result_name
 from runtime.io.volumes import GZIP_THREADS, planes_of, write_ct
@@ -122,6 +123,27 @@ def test_what_others_wrote_is_never_replaced(name: str, tmp_path: Path, fake_mod
         with pytest.raises(UsageError, match="was not written by mask2ct"):
             opened.stream([mask], out, format=name)
     assert precious.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_result_that_fails_on_the_way_leaves_the_one_before(name: str, tmp_path: Path) -> None:
+    manifest, labels = fake_manifest(), np.ones((6, 8, 9), np.uint8)
+    painting = Painting("case", 0, LabelVolume(labels, Geometry(np.eye(4))), manifest, "fake (given)", "", 0)
+    writer = FORMATS[name](DEFAULT_OPTIONS)
+    writer.check(manifest, tmp_path)
+
+    def slabs(count: int) -> Iterator[CTSlab]:
+        for k in range(count):
+            yield CTSlab(np.full((1, 8, 9), k, np.int16), 0, k)
+        if count < 6:
+            raise OSError(28, "No space left on device")
+
+    for _ in range(2):  # first there is nothing before it, then a whole result
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "labelsTr" not in p.parts}
+        with pytest.raises(OutputError, match="the disk is full"):
+            writer.write(tmp_path, painting, slabs(3))
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "labelsTr" not in p.parts} == before
+        writer.write(tmp_path, painting, slabs(6))
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "\\\\server\\x", "x\0y", ".hidden"])

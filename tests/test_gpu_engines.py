@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_cuda import World, install
+from fake_cuda import install
+from fake_world import World
 from hand_made import write_model
 from samples import blobs
 

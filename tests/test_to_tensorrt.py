@@ -23,7 +23,7 @@ from samples import write_fake_model
 
 import export.add_engine
 import export.engine_layers
-from export.add_engine import ENGINE, LAYERS, add_engine, prover
+from export.add_engine import ENGINE, LAYERS, add_engine, progress, prover
 from export.engine_layers import half_weights
 from export.graph import LabelsToIntensity
 from export.model_card import CARD
@@ -302,6 +302,14 @@ def test_progress_counts_the_outermost_phase_to_its_end(folder: Path) -> None:
     profile = shapes_of(Manifest.load(folder), 8)
     build(folder / "model.fp16.onnx", profile, BuildOptions(), trt=tensorrt(Script()), on_progress=lambda *step: seen.append(step))
     assert seen == [("Building Engine", 1, 3), ("Building Engine", 2, 3), ("Building Engine", 3, 3)]
+
+
+def test_a_phase_is_one_progress_line_for_a_person(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    profile = shapes_of(Manifest.load(folder), 8)
+    for quiet, lines in ((False, ["Building Engine 3/3", "Building Engine 3/3 in"]), (True, [])):
+        build(folder / "model.fp16.onnx", profile, BuildOptions(), trt=tensorrt(Script()), on_progress=progress(quiet))
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == len(lines) and all(line.startswith(start) for line, start in zip(said, lines, strict=True))
 
 
 def test_ctrl_c_stops_the_build_without_an_exception_inside_tensorrt(folder: Path) -> None:

@@ -23,6 +23,7 @@ from .loop import choose_device, set_threads
 from .step import Batch, Step
 
 BUDGET_SECONDS = 8.0  # for trial steps
+FEW = 2  # slices
 OTHER_SECONDS = 0.5  # a step of at most so long is tried in the other precision too
 TRIAL_STEPS = 6
 
@@ -99,17 +100,25 @@ def network_table(config: RunConfig, step: Step) -> str:
 
 
 def _time_steps(config: RunConfig, step: Step) -> tuple[float, int]:
-    """(median seconds of a step on made-up slices, how many were timed). The first warms up, and counts only when it takes the budget."""
+    """(median seconds of a step on made-up slices, how many were timed).
+
+    The first, of `FEW` slices, warms up; where it says that a whole batch takes long, steps of as few are timed and scaled up.
+    """
     rng, (h, w), n = np.random.default_rng(0), config.data.canvas, config.training.batch_size
-    labels = torch.from_numpy(rng.integers(0, step.classes, (n, config.data.slices, h, w), np.uint8))
-    image = torch.from_numpy(rng.random((n, 1, h, w), np.float32))
-    style = torch.from_numpy(rng.standard_normal((n, config.generator.style), np.float32)) if config.generator.style else None
-    batch = Batch(labels, image, torch.from_numpy(rng.integers(0, 256, (n, 1, h, w), np.uint8)), style)
-    times: list[float] = []
-    start = time.perf_counter()
-    while not times or (len(times) < TRIAL_STEPS and time.perf_counter() - start + times[-1] < BUDGET_SECONDS):
+    few = min(n, FEW)
+
+    def seconds(count: int) -> float:
+        labels = torch.from_numpy(rng.integers(0, step.classes, (count, config.data.slices, h, w), np.uint8))
+        image = torch.from_numpy(rng.random((count, 1, h, w), np.float32))
+        style = torch.from_numpy(rng.standard_normal((count, config.generator.style), np.float32)) if config.generator.style else None
+        batch = Batch(labels, image, torch.from_numpy(rng.integers(0, 256, (count, 1, h, w), np.uint8)), style)
         before = time.perf_counter()
         step(0, batch)["adversarial"].item()  # waits for the device
-        times.append(time.perf_counter() - before)
-    timed = times[1:] or times
-    return float(np.median(timed)), len(timed)
+        return time.perf_counter() - before
+
+    start = time.perf_counter()
+    count = few if seconds(few) * n / few > BUDGET_SECONDS / 2 else n
+    times: list[float] = []
+    while not times or (len(times) < TRIAL_STEPS and time.perf_counter() - start + times[-1] < BUDGET_SECONDS):
+        times.append(seconds(count))
+    return float(np.median(times)) * n / count, len(times)

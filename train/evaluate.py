@@ -35,7 +35,7 @@ from runtime.labels import PRESETS
 
 from . import metrics
 from .checks import AIR_HU
-from .metrics import LEAST_VOXELS, LIMITS_HU, Places, similarity, wasserstein, z_difference
+from .metrics import LEAST_VOXELS, LIMITS_HU, Places, outline_step, similarity, wasserstein, z_difference
 
 HU = Intensity("HU", *map(int, LIMITS_HU))
 BODY_HU = -500  # between air and fat
@@ -65,7 +65,10 @@ def ceiling(truth: Volumes, masks: Volumes, others: Volumes, other_masks: Volume
             places: Sequence[Places | None] = (None, None), intensity: Intensity = HU) -> dict[str, Any]:  # fmt: skip
     """The distances of `evaluate` between two groups of real patients: see `metrics.ceiling`."""
     insides = [[body_mask(v, intensity) for v in volumes] for volumes in (truth, others)]
-    return _plain_tree(metrics.ceiling(truth, masks, others, other_masks, insides, names, places))
+    result = metrics.ceiling(truth, masks, others, other_masks, insides, names, places)
+    if intensity.unit != HU.unit:
+        result["similarity"] = metrics.between_patients(_as_hu(truth, intensity), masks, _as_hu(others, intensity), other_masks)
+    return _plain_tree(result)
 
 
 def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArray[np.float64]], names: Sequence[str],
@@ -73,7 +76,8 @@ def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArra
     """`metrics.diversity`, as JSON data."""
     result = metrics.diversity(variants, masks, real, names)
     if intensity.unit != HU.unit:
-        result |= similarity(*(_as_hu([painted[n] for painted in variants], intensity) for n in (0, 1)))
+        alike = metrics.diversity([_as_hu(painted, intensity) for painted in variants], masks, real, names)
+        result |= {key: alike[key] for key in ("ssim", "ms_ssim", "scales")}
     return _plain_tree(result)
 
 
@@ -100,7 +104,7 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int, place
     """Mean absolute error inside the true body, and its ratio to that of mean painting (None without a body).
 
     Mean painting gives every label, and the rest of the body, its own true mean in that case. `z_difference`: the distance in HU
-    between the painted and the true distribution of |I(z+1) - I(z)|.
+    between the painted and the true distribution of |I(z+1) - I(z)|. `outline_step`: see `metrics.outline_step`.
     """
     error = baseline = 0.0
     voxels = 0
@@ -120,6 +124,8 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int, place
         mae_mean_painting=baseline / voxels,
         mae_ratio=error / baseline if baseline else float("nan"),
         z_difference=z_difference((synthetic, truth), (insides, insides), (places, places)),
+        outline_step=outline_step([body_mask(painted) for painted in synthetic], places),
+        outline_step_true=outline_step(insides, places),
     )
 
 
@@ -189,6 +195,8 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
         rows.append(f"body: MAE {b['mae']:.1f} {unit}, mean painting {b['mae_mean_painting']:.1f} {unit}{ratio}")
         if b["z_difference"] is not None:
             rows.append(f"body: distance of |I(z+1) - I(z)| {b['z_difference']:.1f} {unit}")
+        if b["outline_step"] is not None:
+            rows.append(f"body: outline moves by {b['outline_step']:.0f} px from slice to slice, true {b['outline_step_true']:.0f}")
     if found := result.get("similarity"):
         rows.append(
             f"SSIM {found['ssim']:.3f}" + (f", MS-SSIM {found['ms_ssim']:.3f} ({found['scales']} scales)" if found["scales"] else "")

@@ -58,6 +58,17 @@ def z_difference(volumes: Sequence[Volumes], insides: Sequence[Volumes], places:
     return wasserstein(*steps)
 
 
+def outline_step(bodies: Sequence[NDArray[np.bool_]], places: Places | None = None) -> float:
+    """Mean number of pixels that are body in one of two neighbouring slices and not in the other; NaN without neighbours.
+
+    Bodies change little from slice to slice: an outline that is guessed anew for each flickers.
+    """
+    numbers = [np.arange(len(body)) for body in bodies] if places is None else places
+    moved = [(body[1:] ^ body[:-1]).sum((1, 2))[np.diff(place) == 1] for body, place in zip(bodies, numbers, strict=True)]
+    counts = np.concatenate(moved)
+    return float(counts.mean()) if counts.size else float("nan")
+
+
 def similarity(a: Volumes, b: Volumes) -> dict[str, float]:
     """Mean SSIM and MS-SSIM (torchmetrics) over the slices of all pairs, HU clipped to `LIMITS_HU`, and the number of `scales`.
 

@@ -53,7 +53,7 @@ def torch_engine(case: Case) -> Any:
 
     class TorchSlot(gpu.GpuSlot):
         def _bind(self, shapes: dict[str, tuple[int, ...]]) -> None:
-            dtypes = {t.name: t.dtype for t in self.engine.tensors}
+            dtypes = {t.name: t.dtype for t in self.owner.tensors}
             self._bound = {
                 name: torch.as_tensor(Array(self.buffers[name].ptr, shape, dtypes[name]), device="cuda") for name, shape in shapes.items()
             }
@@ -63,9 +63,9 @@ def torch_engine(case: Case) -> Any:
             super()._unbind()
 
         def _compute(self) -> None:
-            inputs = {name: tensor for name, tensor in self._bound.items() if name != self.engine.spec.output.name}
+            inputs = {name: tensor for name, tensor in self._bound.items() if name != self.owner.spec.output.name}
             with torch.inference_mode(), torch.cuda.stream(torch.cuda.ExternalStream(int(self._handle))):
-                self._bound[self.engine.spec.output.name].copy_(graph(**inputs))
+                self._bound[self.owner.spec.output.name].copy_(graph(**inputs))
 
     return TorchEngine()
 

@@ -129,8 +129,8 @@ class GpuSlot:
     Subclasses bind their model to the tensors and put the computation on the stream.
     """
 
-    def __init__(self, engine: GpuEngine):
-        self.engine, self.cuda = engine, engine.cuda
+    def __init__(self, owner: GpuEngine):
+        self.owner, self.cuda = owner, owner.cuda
         self._lock = threading.RLock()
         self._open, self._pending = True, False
         self._shapes: Shapes = {}
@@ -150,8 +150,8 @@ class GpuSlot:
         """Put a batch on the stream: upload, computation, download. The arrays are in use until `synchronize`."""
         with self._lock, self.cuda.current():
             if not self._open:
-                raise closed(self.engine.name)
-            shapes = {**{name: array.shape for name, array in inputs.items()}, self.engine.spec.output.name: out.shape}
+                raise closed(self.owner.name)
+            shapes = {**{name: array.shape for name, array in inputs.items()}, self.owner.spec.output.name: out.shape}
             if shapes != self._shapes:
                 self._bind_to(shapes)
             self._busy = (inputs, out)
@@ -189,8 +189,8 @@ class GpuSlot:
         self._shapes = {}
         self._unbind()
         try:
-            pool = self.engine.device_pool
-            for tensor in self.engine.tensors:
+            pool = self.owner.device_pool
+            for tensor in self.owner.tensors:
                 nbytes = math.prod(shapes[tensor.name]) * np.dtype(tensor.dtype).itemsize
                 self.buffers[tensor.name] = pool.purpose(tensor.name).allocate(nbytes, stream=self)
             self._bind(shapes)
@@ -223,7 +223,7 @@ class GpuSlot:
         raise NotImplementedError
 
     def _download(self, out: NDArray[np.uint8]) -> None:
-        self.cuda.download(out, self.buffers[self.engine.spec.output.name].ptr, self._handle)
+        self.cuda.download(out, self.buffers[self.owner.spec.output.name].ptr, self._handle)
 
     def _finish(self) -> None:
         """Wait for the batch, and raise what went wrong in it."""

@@ -127,21 +127,21 @@ class OnnxCudaSlot(GpuSlot):
     """An IO binding to the slot's tensors. Computation is started by the engine's one thread, since a run of ONNX Runtime returns
     when it is done; uploads and downloads of other slots go on beside it."""
 
-    engine: OnnxCudaEngine
+    owner: OnnxCudaEngine
 
-    def __init__(self, engine: OnnxCudaEngine):
+    def __init__(self, owner: OnnxCudaEngine):
         self._binding: Any = None
-        assert engine.worker is not None
-        self._queue = WorkerStream(engine.worker, engine.name)
-        super().__init__(engine)
+        assert owner.worker is not None
+        self._queue = WorkerStream(owner.worker, owner.name)
+        super().__init__(owner)
 
     def _bind(self, shapes: Shapes) -> None:
-        binding, ordinal = self.engine.session.io_binding(), self.cuda.device.ordinal
-        for tensor in self.engine.tensors[:-1]:
+        binding, ordinal = self.owner.session.io_binding(), self.cuda.device.ordinal
+        for tensor in self.owner.tensors[:-1]:
             binding.bind_input(
                 tensor.name, "cuda", ordinal, np.dtype(tensor.dtype).type, shapes[tensor.name], self.buffers[tensor.name].ptr
             )
-        output = self.engine.tensors[-1]
+        output = self.owner.tensors[-1]
         binding.bind_output(output.name, "cuda", ordinal, np.uint8, shapes[output.name], self.buffers[output.name].ptr)
         self._binding = binding
 
@@ -159,7 +159,7 @@ class OnnxCudaSlot(GpuSlot):
             with self.cuda.current():
                 self.cuda.wait(self._event)
                 try:
-                    self.engine.session.run_with_iobinding(self._binding)
+                    self.owner.session.run_with_iobinding(self._binding)
                 except Exception as exc:
                     raise self._failed(exc) from exc
                 self._download(out)
@@ -170,7 +170,7 @@ class OnnxCudaSlot(GpuSlot):
     def _failed(self, exc: Exception) -> Exception:
         text = str(exc)
         if short := re.search(r"requested bytes of (\d+)", text):
-            return self.engine.device_pool.exceeded(int(short[1]))
+            return self.owner.device_pool.exceeded(int(short[1]))
         return EngineError(f"ONNX Runtime failed on the GPU: {text.splitlines()[0][:300]}", expected="a batch painted",
                            remedy="run again, or with --backend onnx on the CPU")  # fmt: skip
 

@@ -24,9 +24,8 @@ def openvino() -> Any:
 
     Raises `MissingComponent`.
     """
-    silent = "openvino" in sys.modules or _TELEMETRY in sys.modules  # somebody else imported it: theirs to decide
-    if not silent:
-        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # not importable: openvino takes its own stub
+    hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == _TELEMETRY}
+    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # cannot be imported: openvino takes its own stub
     try:
         import openvino
     except ImportError as exc:
@@ -34,8 +33,8 @@ def openvino() -> Any:
             f"OpenVINO cannot be imported: {exc}", expected="openvino", remedy='pip install "mask2ct[openvino]"'
         ) from exc
     finally:
-        if not silent:
-            del sys.modules[_TELEMETRY]
+        del sys.modules[_TELEMETRY]
+        sys.modules.update(hidden)
     return openvino
 
 

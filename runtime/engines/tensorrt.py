@@ -44,7 +44,7 @@ class TensorRTEngine(GpuEngine):
         super().__init__(manifest, options)
         try:
             with self.cuda.current():
-                self._module, self._runtime, self.engine = _deserialize(path)
+                self._trt, self._runtime, self.engine = _deserialize(path)
                 self._check(path)
                 self._plan(path, manifest, options)
         except BaseException:
@@ -53,7 +53,7 @@ class TensorRTEngine(GpuEngine):
 
     def _check(self, path: Path) -> None:
         """Hold the engine's tensors against the manifest's."""
-        trt, engine = self._module, self.engine
+        trt, engine = self._trt, self.engine
         kinds = {"uint8": trt.DataType.UINT8, "float32": trt.DataType.FLOAT}
         modes = {t.name: trt.TensorIOMode.OUTPUT if t is self.tensors[-1] else trt.TensorIOMode.INPUT for t in self.tensors}
         names = [engine.get_tensor_name(n) for n in range(engine.num_io_tensors)]
@@ -98,7 +98,8 @@ class TensorRTEngine(GpuEngine):
 
     def context(self) -> Any:
         """A context without activation memory."""
-        context = self.engine.create_execution_context(self._module.ExecutionContextAllocationStrategy.USER_MANAGED)
+        trt = self._trt
+        context = self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         accepted(context is not None, "an execution context")
         return context
 
@@ -112,7 +113,7 @@ class TensorRTEngine(GpuEngine):
 
     def _what(self) -> str:
         graphs = f"no CUDA graphs ({self._no_graphs})" if self._no_graphs else "CUDA graphs"
-        return f"{self._module.__name__.removesuffix('_bindings')} {self._module.__version__}, {graphs}"
+        return f"{self._trt.__name__.removesuffix('_bindings')} {self._trt.__version__}, {graphs}"
 
     def _slot(self) -> GpuSlot:
         return TensorRTSlot(self)
@@ -128,24 +129,24 @@ class TensorRTSlot(GpuSlot):
     the graph launched from then on, until a shape or an address changes. Tensors that are not page-locked are never captured.
     """
 
-    engine: TensorRTEngine
+    owner: TensorRTEngine
 
-    def __init__(self, engine: TensorRTEngine):
+    def __init__(self, owner: TensorRTEngine):
         self._context: Any = None
         self._activations: Buffer | None = None
         self._graph: Any = None
         self._addresses: tuple[int, ...] = ()
         self._uncaptured = 0
-        super().__init__(engine)
+        super().__init__(owner)
         try:
             with self.cuda.current():
-                self._context = engine.context()
+                self._context = owner.context()
         except BaseException:
             self.close()
             raise
 
     def _bind(self, shapes: Shapes) -> None:
-        context, names = self._context, [t.name for t in self.engine.tensors]
+        context, names = self._context, [t.name for t in self.owner.tensors]
         for name in names[:-1]:
             accepted(context.set_input_shape(name, shapes[name]), f"the shape {shapes[name]} of {name}")
         missing = context.infer_shapes()
@@ -153,7 +154,7 @@ class TensorRTSlot(GpuSlot):
         found = tuple(context.get_tensor_shape(names[-1]))
         accepted(found == shapes[names[-1]], f"an output of {shapes[names[-1]]}, it is {found}")
         needed = max(1, int(context.update_device_memory_size_for_shapes()))
-        self._activations = self.engine.device_pool.purpose("activations").allocate(needed, stream=self)
+        self._activations = self.owner.device_pool.purpose("activations").allocate(needed, stream=self)
         assert self._activations.ptr % ALIGNMENT == 0
         context.set_device_memory(self._activations.ptr, self._activations.nbytes)
         for name in names:
@@ -173,14 +174,16 @@ class TensorRTSlot(GpuSlot):
     def _work(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
         addresses = tuple(array.ctypes.data for array in (*inputs.values(), out))
         if addresses != self._addresses:
+            if self._graph is not None:
+                self._drain()
             self._forget_graph()
             self._addresses = addresses
-        if self._graph is None and self._uncaptured and self.engine.graphs and all(map(self.engine.pool.owns, addresses)):
+        if self._graph is None and self._uncaptured and self.owner.graphs and all(map(self.owner.pool.owns, addresses)):
             self._drain()
             try:
                 self._graph = self.cuda.capture(lambda: super(TensorRTSlot, self)._work(inputs, out), self._handle)
             except EngineError as exc:
-                self.engine.without_graphs(exc.fact)
+                self.owner.without_graphs(exc.fact)
         if self._graph is not None:
             self.cuda.launch(self._graph, self._handle)
             return
@@ -209,21 +212,21 @@ def _deserialize(path: Path) -> tuple[Any, Any, Any]:
     found = False
     for name in MODULES:
         try:
-            module = import_module(name)
+            trt = import_module(name)
         except ImportError as exc:
             reasons.append(f"{name}: {exc}")
             continue
-        if not VERSIONS[0] <= tuple(int(n) for n in module.__version__.split(".")[:2]) < VERSIONS[1]:
-            reasons.append(f"{name} is {module.__version__}")
+        if not VERSIONS[0] <= tuple(int(n) for n in str(trt.__version__).split(".")[:2]) < VERSIONS[1]:
+            reasons.append(f"{name} is {trt.__version__}")
             continue
         found = True
         said: list[str] = []
-        runtime = module.Runtime(_logger(module, said))
+        runtime = trt.Runtime(_logger(trt, said))
         assert not runtime.engine_host_code_allowed, "an engine must not bring code of its own"
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is not None:
-            return module, runtime, engine
-        reasons.append(f"{name} {module.__version__}: {'; '.join(said[-3:]) or 'it says no more'}")
+            return trt, runtime, engine
+        reasons.append(f"{name} {trt.__version__}: {'; '.join(said[-3:]) or 'it says no more'}")
     if not found:
         raise MissingComponent(f"no TensorRT runtime can be used: {'; '.join(reasons)}", expected="tensorrt_lean or tensorrt >= 10.13, < 12",
                                remedy=INSTALL)  # fmt: skip
@@ -231,13 +234,13 @@ def _deserialize(path: Path) -> tuple[Any, Any, Any]:
                      remedy="build it on this machine; one built with --native needs the same full TensorRT", file=path)  # fmt: skip
 
 
-def _logger(module: Any, said: list[str]) -> Any:
+def _logger(trt: Any, said: list[str]) -> Any:
     """A TensorRT logger that keeps what it calls errors in `said`."""
-    errors = (module.ILogger.Severity.INTERNAL_ERROR, module.ILogger.Severity.ERROR)
+    errors = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
-    class Logger(module.ILogger):  # type: ignore[misc, name-defined]
+    class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
-            module.ILogger.__init__(self)
+            trt.ILogger.__init__(self)
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in errors:

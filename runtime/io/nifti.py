@@ -49,7 +49,7 @@ def read_volume(path: Path) -> Volume:
     """
     volume = read_mask(path)
     if isinstance(volume, Layers):
-        raise UnreadableVolume(f"{path.name} holds several layers", expected=EXPECTED, remedy="save it as one layer", file=path)
+        raise UnreadableVolume(f"{Path(path).name} holds several layers", expected=EXPECTED, remedy="save it as one layer", file=path)
     return volume
 
 

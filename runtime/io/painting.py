@@ -82,9 +82,11 @@ def result_name(case: str, variant: int | None) -> str:
 
 def refuse_dicom_options(options: FormatOptions) -> None:
     """Raise `UsageError` for options that only a DICOM series knows: to pass over them would not be what was asked for."""
-    if options.attach or options.enhanced:
-        name = "--attach" if options.attach else "--enhanced"
-        raise UsageError(f"{name} is for DICOM", expected="--format dicom with it", remedy=f"add --format dicom, or leave {name} out")
+    for name in ("attach", "enhanced", "segmentation"):
+        if getattr(options, name) != getattr(DEFAULT_OPTIONS, name):
+            raise UsageError(
+                f"--{name} is for DICOM", expected="--format dicom with it", remedy=f"add --format dicom, or leave --{name} out"
+            )
 
 
 def table_values(table: LabelTable) -> NDArray[Any]:

@@ -81,11 +81,16 @@ def check_attachable(mask: LabelVolume) -> None:
 
 def describe(ds: Dataset, painting: Painting, identity: Identity, *, title: str = DESCRIPTION) -> None:
     """Set on `ds` what is the same for every object of one result: patient, study, the marks of a synthetic image, its making."""
+    from pydicom import DataElement
+    from pydicom.config import IGNORE
+    from pydicom.datadict import dictionary_VR
+
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.add_new(SYNTHETIC_DATA, "CS", "YES")
     for keyword in STUDY:
         if keyword in identity.study or keyword != "StudyDescription":  # the others are of type 2: present, if empty
-            setattr(ds, keyword, identity.study.get(keyword, ""))
+            value = identity.study.get(keyword, "")  # a source's own value stays as it is, valid or not, and unquoted on the screen
+            ds.add(DataElement(keyword, dictionary_VR(keyword), value, validation_mode=IGNORE))
     ds.StudyInstanceUID = identity.study_uid
     ds.FrameOfReferenceUID = identity.frame_of_reference_uid
     ds.PositionReferenceIndicator = ""
