@@ -7,7 +7,7 @@ PIP_OPTIONS ?=
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo test test-all lint bench clean tensorrt-bindings pycuda-bindings
+.PHONY: setup demo test test-all fuzz lint bench clean tensorrt-bindings pycuda-bindings
 
 setup: $(STAMP)
 
@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 		echo "$$place" > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer-torch.pth"; \
 	elif [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia ] && [ -z "$(PIP_OPTIONS)" ]; then \
 		echo "no NVIDIA driver here: if pip fetches torch with CUDA (several GB), see PIP_OPTIONS in the Makefile"; fi
-	$(RUN) -m pip install --quiet $(PIP_OPTIONS) -e ".[train,export,onnx,dicom,dev]"
+	$(RUN) -m pip install --quiet $(PIP_OPTIONS) -e ".[train,logging,export,onnx,openvino,dicom,dev]"
 	@touch $(STAMP)
 
 # For the tests that hold our code against the real TensorRT on a machine without a GPU (50 MB, NVIDIA's licence, tests alone). Without
@@ -60,6 +60,9 @@ test: setup
 
 test-all: setup
 	$(RUN) -m pytest
+
+fuzz: setup
+	MASK2CT_FUZZ=2000 $(RUN) -m pytest tests/test_fuzz.py
 
 lint: setup
 	$(RUN) -m ruff check .

@@ -10,6 +10,7 @@ from typing import Any
 
 from runtime.console import duration
 from runtime.contract import Manifest
+from runtime.describe import PARITY_HEAD, parity_rows
 from runtime.files import atomic_path, write_json
 from runtime.io.nifti import read_volume
 from runtime.labels import MM_WHS
@@ -82,15 +83,8 @@ def _organs(metrics: Mapping[str, Any]) -> str:
 
 
 def _parity(manifest: Manifest) -> str:
-    rows = [
-        (file, engine, what, numbers["slices"], numbers["max"], f"{numbers['mean']:.5f}", f"{100 * numbers['differing']:.4f} %")
-        for file, engines in manifest.parity.items()
-        for engine, proof in engines.items()
-        for what, numbers in proof.items()
-    ]
-    return "<p class=note>The exported graph against the PyTorch network, HU.</p>" + table(
-        ("file", "engine", "on", "slices", "max", "mean", "pixels that differ"), rows
-    )
+    note = "<p class=note>The exported files against the PyTorch network, HU, in every engine that was there.</p>"
+    return note + table(PARITY_HEAD, parity_rows(manifest))
 
 
 def _seconds(seconds: Mapping[str, float], synthesis: Mapping[str, Any]) -> str:

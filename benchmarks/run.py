@@ -18,11 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks import coldstart, engine, io
+from benchmarks import coldstart, engine, io, stream
 from benchmarks.history import Record, append, before, falls, load, make_record
 from benchmarks.paired import Contender, Measured, measure
 from benchmarks.report import measured_on, rows
 from runtime.console import EXIT_CODES, run
+from runtime.contract import Manifest
 from runtime.errors import UsageError
 from runtime.files import write_json
 
@@ -42,6 +43,9 @@ SUITES = {
         lambda o: engine.groups(o.model, _trained(o), o.backend, 16 if o.quick else 64, compiled=not o.quick),
         lambda o, measured: engine.shares(o.model, measured),
     ),
+    "stream": Suite(
+        "slices/s", lambda o: stream.groups(None if o.random else o.model, None if o.random else _trained(o), o.backend, o.quick)
+    ),
     "coldstart": Suite("starts/s", lambda o: coldstart.groups(o.model, _trained(o), o.backend)),
     "train": Suite("steps/s", lambda o: _train_groups(o)),
     "io": Suite("bytes/s", lambda o: io.groups("64x128x128" if o.quick else "300x512x512")),
@@ -51,9 +55,7 @@ SUITES = {
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("run.py", description="Throughput on this machine.", epilog=EXIT_CODES)
     parser.add_argument("suites", nargs="+", choices=list(SUITES), metavar="SUITE", help=", ".join(SUITES))
-    parser.add_argument(
-        "--model", type=Path, default=ROOT / "runs" / "demo" / "model", help="a model folder (default: that of `make demo`)"
-    )
+    parser.add_argument("--model", type=Path, help="a model folder (default: that of `make demo`; of `stream`, `edge` with random weights)")
     parser.add_argument("--run", type=Path, help="the run folder it came from, for PyTorch (default: `train` beside the model)")
     parser.add_argument("--backend", default="auto")
     parser.add_argument(
@@ -69,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--compare", metavar="REV|last", help="exit 1 when a ratio fell since that commit's record, by more than its noise")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(argv)
+    options.random, options.model = options.model is None, options.model or ROOT / "runs" / "demo" / "model"
 
     records = [record for name in options.suites for record in _measure(name, options)]
     if options.json:
@@ -96,7 +99,8 @@ def _options(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a record must share with another to be compared with it. No path: records travel."""
     if name == "train":
         return {"quick": options.quick, "config": options.config.stem, "set": [x for xs in options.set for x in xs]}
-    return {"quick": options.quick, "backend": options.backend}
+    model = "random" if name == "stream" and options.random else Manifest.load(options.model).name if name != "io" else ""
+    return {"quick": options.quick, "backend": options.backend, "model": model}
 
 
 def _print(record: Record) -> None:

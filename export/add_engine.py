@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,12 +16,14 @@ from runtime.contract import MANIFEST, Manifest, ModelFile
 from runtime.driver import Device
 from runtime.engines.registry import BACKENDS
 from runtime.errors import MissingComponent, ModelError
-from runtime.files import atomic_file, sha256_of, write_json
+from runtime.files import atomic_file, sha256_of, write_json, write_text
 
-from . import parity
 from .engine_layers import Inspection, half_convolutions, half_weights, inspect_plan, require_half
-from .graph import LabelsToIntensity
+from .model_card import CARD, model_card
 from .to_tensorrt import INSTALL, BuildOptions, Built, OnProgress, build, collecting_logger, shapes_of
+
+if TYPE_CHECKING:  # a GPU machine that has neither torch nor scipy can build too
+    from .graph import LabelsToIntensity
 
 ENGINE, LAYERS = "model.engine", "model.engine.json"
 Prove = Callable[[Manifest], Mapping[str, Any]]
@@ -58,7 +60,7 @@ def add_engine(
     try:
         with atomic_file(folder / ENGINE) as handle:
             handle.write(built.plan)
-        write_json(folder / LAYERS, {"network": built.layers.rows, "engine": inspection.information, "reason": inspection.reason})
+        write_json(folder / LAYERS, {"network": built.layers.to_json(), "engine": inspection.information, "reason": inspection.reason})
         listed = {
             ENGINE: _describe(folder / ENGINE, "engine", options.precision, facts),
             LAYERS: _describe(folder / LAYERS, "layers", options.precision, {}),
@@ -71,6 +73,7 @@ def add_engine(
         for file in (ENGINE, LAYERS):
             (folder / file).unlink(missing_ok=True)
         raise
+    write_text(folder / CARD, model_card(whole))
     return whole
 
 
@@ -82,11 +85,13 @@ def _without_engine(folder: Path) -> Manifest:
         return found
     bare = replace(found, files=kept, parity={name: proof for name, proof in found.parity.items() if name != ENGINE})
     write_json(folder / MANIFEST, bare.to_json())
+    write_text(folder / CARD, model_card(bare))
     return bare
 
 
 def prover(graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path, precision: str) -> Prove:
     """Runs the engine as the hospital will, through the runtime, on what the ONNX graphs were proven on. Raises `ParityError`."""
+    from . import parity
 
     def prove(manifest: Manifest) -> Mapping[str, Any]:
         backend = next((b for b in BACKENDS if b.name == "tensorrt"), None)
@@ -107,7 +112,7 @@ def facts_of(manifest: Manifest, onnx: str, built: Built, options: BuildOptions,
         "hardware": options.hardware,
         "version_compatible": not options.native,
         "profiles": [{name: dict(zip(("min", "opt", "max"), map(list, shapes), strict=True)) for name, shapes in built.profile.items()}],
-        "device_memory": None if inspection.device_memory is None else list(inspection.device_memory),
+        "device_memory": None if inspection.activations is None else list(inspection.activations),
         "workspace": options.workspace,
         "onnx_sha256": manifest.files[onnx].sha256,
         "half_network": round(built.layers.half, 4),  # share of the convolutions in the network TensorRT parsed

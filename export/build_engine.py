@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this is imported ends it without a traceback
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # replace, not prepend: export/ must not shadow packages
 
 from export.to_tensorrt import HARDWARE, BuildOptions, why_not
-from runtime.console import EXIT_CODES, duration, run, size_in_bytes
+from runtime.console import EXIT_CODES, duration, run
 from runtime.errors import MissingComponent
+from runtime.memory import parse_bytes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -71,7 +75,7 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
     batch = f"slices it takes at once (default {default.max_batch})"
     group.add_argument("--max-batch", type=_count, default=default.max_batch, metavar="N", help=batch)
     workspace = f"most scratch memory of a layer (default {default.workspace >> 30}GiB)"
-    group.add_argument("--workspace", type=size_in_bytes, default=default.workspace, metavar="SIZE", help=workspace)
+    group.add_argument("--workspace", type=parse_bytes, default=default.workspace, metavar="SIZE", help=workspace)
     group.add_argument("--timing-cache", type=Path, metavar="FILE", help="kept from build to build on one GPU: the next one is faster")
 
 
@@ -84,12 +88,12 @@ def _count(text: str) -> int:
 
 def _require_packages() -> None:
     """Name a missing package before anything is started. Raises `MissingComponent`."""
-    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors"):
+    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "scipy", "torchmetrics"):
         try:
             __import__(name)
         except ImportError as exc:
             raise MissingComponent(f"{name} cannot be imported: {exc}", expected="the packages of the export extra",
-                                   remedy='pip install -e ".[train,export,onnx]"  (or: make setup)') from exc  # fmt: skip
+                                   remedy='pip install -e ".[train,export,onnx,openvino]"  (or: make setup)') from exc  # fmt: skip
 
 
 if __name__ == "__main__":

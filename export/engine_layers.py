@@ -29,6 +29,9 @@ class LayerTypes:
         types = [outputs for _, operation, outputs in self.rows if operation in _CONVOLUTIONS]
         return sum("HALF" in outputs for outputs in types) / max(1, len(types))
 
+    def to_json(self) -> list[dict[str, Any]]:
+        return [{"name": name, "type": operation, "outputs": list(outputs)} for name, operation, outputs in self.rows]
+
 
 def read_network(trt: Any, network: Any) -> LayerTypes:
     """The types TensorRT gave every layer when it parsed the graph. It must keep them: the network is strongly typed."""
@@ -83,9 +86,9 @@ def _types(row: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the built engine says of itself: bytes of device memory per profile, the inspector's JSON, and `reason`, why one is None."""
+    """What the built engine says of itself: bytes of activations per profile, the inspector's JSON, and `reason`, why one is None."""
 
-    device_memory: tuple[int, ...] | None = None
+    activations: tuple[int, ...] | None = None
     information: Mapping[str, Any] | None = None
     reason: str = ""
 

@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from runtime.contract import MANIFEST, Manifest, ModelFile
 from runtime.engines.registry import BACKENDS
 from runtime.errors import ParityError
-from runtime.files import atomic_folder, sha256_of, write_json
+from runtime.files import atomic_folder, sha256_of, write_json, write_text
 from train.checkpoint import Run
 
 from . import parity, regions
 from .graph import LabelsToIntensity, folded, halved
+from .model_card import CARD, model_card
 from .quantize import quantize
 from .to_onnx import to_onnx
 
@@ -65,6 +66,7 @@ def write_model(run: Run, graph: LabelsToIntensity, masks: NDArray[np.uint8], tr
             take("int8")
         whole = Manifest(**{**vars(manifest), "files": files, "parity": proofs, "export": {**versions(), "int8": notes}})
         write_json(part / MANIFEST, whole.to_json())
+        write_text(part / CARD, model_card(whole))
     return whole
 
 
@@ -80,7 +82,7 @@ def proven(
         try:
             proof[backend.name] = parity.prove(path, precision, backend, manifest, truths)
         except parity.Exceeded as exc:
-            where = regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs))
+            where = regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs), precision)
             raise ParityError(f"{exc.fact}\n{where}", expected=exc.expected, remedy=exc.remedy) from exc
         say("  " + line(path.name, proof[backend.name]))
     return proof
@@ -105,7 +107,7 @@ def write_int8(graph: LabelsToIntensity, part: Path, manifest: Manifest, masks: 
 
     def error(path: Path) -> float:
         engine = backend.open(path, manifest)
-        numbers = parity.compare(truth, parity.paint(engine, truth.inputs)[0], manifest)
+        numbers = parity.differences(truth, parity.paint(engine, truth.inputs)[0], manifest)
         engine.close()
         return max(value / (MARGIN * limit) for value, limit in parity.excess("int8", numbers).values())
 

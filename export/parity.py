@@ -108,7 +108,12 @@ def paint(engine: Engine, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[n
 
 
 def compare(truth: Reference, painted: NDArray[np.int16], manifest: Manifest) -> dict[str, Any]:
-    """Absolute differences in HU, each organ's shift of the median, and 1 - SSIM of the slices. JSON data.
+    """`differences`, and 1 - SSIM of the slices. JSON data."""
+    return {**differences(truth, painted, manifest), "dssim": _dssim(painted, truth.values, manifest)}
+
+
+def differences(truth: Reference, painted: NDArray[np.int16], manifest: Manifest) -> dict[str, Any]:
+    """Absolute differences in HU, and each organ's shift of the median. JSON data.
 
     `differing`: the share of pixels that differ at all. Body figures and organs are null where there is none.
     """
@@ -123,7 +128,6 @@ def compare(truth: Reference, painted: NDArray[np.int16], manifest: Manifest) ->
         "differing": round(float(np.count_nonzero(delta) / delta.size), 6),
         **{f"body_{key}": value for key, value in _figures(delta[truth.body]).items()},
         "organs": {name: None if np.isnan(shift) else float(shift) for name, shift in zip(names, shifts, strict=True)},
-        "dssim": _dssim(painted, truth.values, manifest),
     }
 
 

@@ -17,6 +17,7 @@ from .graph import LabelsToIntensity
 
 SLICES = 4  # painted to find the region
 PREFIX = "generator."
+ROUNDING = {"fp32": 1e-5, "fp16": 3e-3, "int8": 5e-2}  # relative errors of whole regions that a right file may have
 IMAGE = "image in HU"  # the whole graph's output: what goes wrong here alone lies behind the generator
 
 
@@ -39,7 +40,7 @@ def stages(graph: LabelsToIntensity) -> dict[str, nn.Module]:
 
 
 def regions(graph: LabelsToIntensity, path: Path, inputs: Mapping[str, NDArray[Any]]) -> list[Region]:
-    """The error of each stage of the graph in `path` on the first `inputs`, in the order of the graph. Empty where it cannot be run."""
+    """The error of each stage of the graph in `path` on the first `inputs`, in the order of the graph, the image last."""
     import onnxruntime
 
     few = {name: array[:SLICES] for name, array in inputs.items()}
@@ -56,17 +57,19 @@ def regions(graph: LabelsToIntensity, path: Path, inputs: Mapping[str, NDArray[A
     return [Region(stage, _error(got, expected[stage])) for stage, got in zip(outputs, found, strict=True)]
 
 
-def table(found: list[Region]) -> str:
-    """The regions for a person; the worst is the one that adds most to the error of all before it."""
-    if not found:
-        return ""
-    before, worst, most = 0.0, found[0].name, -1.0
+def worst(found: list[Region], precision: str) -> Region:
+    """The region whose error is the largest multiple of all errors before it, or of what rounding alone makes of it."""
+    before, ratios = ROUNDING[precision], []
     for region in found:
-        if region.error - before > most:
-            worst, most = region.name, region.error - before
+        ratios.append(region.error / before)
         before = max(before, region.error)
-    width = max(len(region.name) for region in found)
-    rows = [f"    {r.name:<{width}}  {100 * r.error:9.4f} %{'  <- the worst region' if r.name == worst else ''}" for r in found]
+    return found[int(np.argmax(ratios))]
+
+
+def table(found: list[Region], precision: str) -> str:
+    """The regions for a person, the worst marked."""
+    bad, width = worst(found, precision), max(len(region.name) for region in found)
+    rows = [f"    {r.name:<{width}}  {100 * r.error:9.4f} %{'  <- the worst region' if r is bad else ''}" for r in found]
     return "\n".join(["  error of each region's output, relative to the network's:", *rows])
 
 
@@ -99,6 +102,7 @@ def _outputs(graph: onnx.GraphProto, names: list[str]) -> dict[str, str]:
         module = node.name.removeprefix(PREFIX).split("/")[0]
         for name in names:
             if module == name or module.startswith(f"{name}."):
+                ends.pop(name, None)  # in the order in which the stages end
                 ends[name] = node.output[0]
     return ends
 

@@ -21,7 +21,7 @@ from runtime.files import atomic_file
 from .engine_layers import LayerTypes, read_network
 
 VERSIONS = ((10, 13), (12, 0))  # from, below
-INSTALL = 'pip install "tensorrt-cu13>=10.13,<12" "tensorrt-lean-cu13>=10.13,<12"'
+INSTALL = 'pip install -e ".[tensorrt]"  (tensorrt-cu13 and tensorrt-lean-cu13 >= 10.13, < 12)'
 GROWTH = 2  # times the canvas' height and width that an engine takes: a canvas grows only where labels reach beyond it
 HARDWARE = {"same": "SAME_COMPUTE_CAPABILITY", "ampere+": "AMPERE_PLUS", "this": "NONE"}
 

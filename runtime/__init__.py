@@ -24,6 +24,7 @@ from .errors import (
 )
 from .stream import CaseResult
 from .synthesizer import Synthesizer
+from .variants import Ranges, vary
 from .version import VERSION
 from .volume import CTSlab, Geometry, LabelVolume
 
@@ -45,8 +46,10 @@ __all__ = [
     "MissingComponent",
     "ModelError",
     "OutputError",
+    "Ranges",
     "Synthesizer",
     "UnknownLabels",
     "UnreadableVolume",
     "UsageError",
+    "vary",
 ]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from .console import EXIT_CODES, Progress, duration, run
+from .console import EXIT_CODES, run
 from .contract import LabelTable, Manifest
+from .describe import describe
 from .engines.registry import CHOICES
 from .errors import InputError, UsageError, printable
 from .files import write_json
@@ -20,8 +20,10 @@ from .io.formats import FORMATS, FormatOptions
 from .io.headers import SUFFIXES
 from .labels import MAP_HELP, MM_WHS, PRESETS, LabelMap, load_map, lost, match
 from .memory import parse_bytes
-from .stream import CaseResult, check_writable, synthesize
+from .report import Summary
+from .stream import check_writable, synthesize
 from .synthesizer import DEFAULT_BATCH, Synthesizer
+from .variants import Ranges
 from .version import VERSION
 
 MASK_HELP = "a NIfTI, NRRD or MHA label map, a DICOM SEG or RTSTRUCT, the slices of a DICOM label series, or a folder or zip of such"
@@ -45,14 +47,36 @@ def _parser() -> argparse.ArgumentParser:
     synth.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     synth.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
     synth.add_argument("--attach", action="store_true", help="dicom: into the mask's own patient, study and frame of reference")
+    synth.add_argument("--enhanced", action="store_true", help="dicom: one multi-frame Enhanced CT and not a file a slice")
     synth.add_argument(
         "--segmentation",
         choices=("binary", "labelmap", "none"),
         default="binary",
         help="dicom: the SEG beside the series (default: %(default)s)",
     )
-    synth.add_argument("--backend", choices=CHOICES, default="auto", help="what runs the model (default: the first that serves)")
-    synth.add_argument("--variants", type=int, metavar="K", help="write K different CTs per mask, each with its mask")
+    synth.add_argument(
+        "--backend",
+        choices=CHOICES,
+        default="auto",
+        help="what runs the model (default: the fastest that is installed and proven for it; INT8 must be asked for)",
+    )
+    synth.add_argument(
+        "--variants", type=int, metavar="K", help="write K different CTs per mask, each with its mask, deformed but for the first"
+    )
+    synth.add_argument(
+        "--deform",
+        type=float,
+        metavar="MM",
+        default=Ranges.deform,
+        help="of variants 1, 2 …: bend the mask by up to this (default: %(default)s)",
+    )
+    synth.add_argument(
+        "--rotate", type=float, metavar="DEGREES", default=Ranges.rotate, help="turn it about each axis (default: %(default)s)"
+    )
+    synth.add_argument(
+        "--scale", type=float, metavar="FRACTION", default=Ranges.scale, help="stretch it along each axis (default: %(default)s)"
+    )
+    synth.add_argument("--any-topology", action="store_true", help="also when a label falls apart, merges or vanishes by that")
     synth.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
     _add_reading(synth)
     synth.add_argument(
@@ -66,6 +90,10 @@ def _parser() -> argparse.ArgumentParser:
         help="of the GPU, 2GiB or bytes (default: what the engine needs); else of the host",
     )
     synth.add_argument("--device", type=int, default=0, metavar="N", help="which GPU, in the driver's order (default: %(default)s)")
+    synth.add_argument(
+        "--workers", type=int, metavar="N", help="slices painted at once on a CPU; the result is the same (default: one a core, up to 4)"
+    )
+    synth.add_argument("--resume", action="store_true", help="keep what the output folder's journal proves complete")
     synth.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each case")
     synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
     synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
@@ -121,6 +149,8 @@ def _find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = F
 
 
 def _synth(options: argparse.Namespace) -> int:
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"--workers is {options.workers}", expected="1 or more", remedy="leave it out for the default")
     cases = _find(options, options.masks, every=options.list)
     if options.list:
         missing = [case for case in cases if not exists(case.path)]
@@ -129,55 +159,56 @@ def _synth(options: argparse.Namespace) -> int:
             print(f"error: {printable(case.path)} does not exist", file=sys.stderr)
         return 1 if missing else 0
     with Synthesizer.open(
-        options.model, backend=options.backend, batch=options.batch, max_memory=options.max_memory, device=options.device
+        options.model,
+        backend=options.backend,
+        batch=options.batch,
+        max_memory=options.max_memory,
+        device=options.device,
+        workers=options.workers,
     ) as synth:
         label_map = _label_map(options, synth.manifest.labels)
         if not options.quiet:
             print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
         if options.dry_run:
-            return _dry_run(synth, cases, label_map, options.quiet)
+            return _dry_run(synth, cases, label_map, options)
         return _run(synth, cases, label_map, options)
 
 
+def _format_options(options: argparse.Namespace) -> FormatOptions:
+    return FormatOptions(attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation)
+
+
 def _run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, options: argparse.Namespace) -> int:
-    started = time.perf_counter()
+    ranges = Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology)
     if options.report is not None:
         check_writable(options.report.parent)
-    progress = Progress("CTs", len(cases) * (options.variants or 1), quiet=options.quiet)
-    results: list[CaseResult] = []
-    format_options = FormatOptions(attach=options.attach, segmentation=options.segmentation)
+    summary = Summary(synth, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
     try:
         for result in synthesize(
-            synth, cases, options.output, format=options.format, options=format_options, variants=options.variants, seed=options.seed, labels=label_map,
-            on_slice=lambda n: progress.update(len(results), f"{n} slices of the next"),
+            synth, cases, options.output, format=options.format, options=_format_options(options), variants=options.variants, ranges=ranges,
+            seed=options.seed, labels=label_map, resume=options.resume, on_slice=summary.painting,
         ):  # fmt: skip
-            results.append(result)
-            progress.update(len(results), result.case)
-            _say(result)
+            summary.add(result)
+            for warning in result.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+            if result.error is not None:
+                print(f"error: {result.error}", file=sys.stderr)
     finally:  # what was done is told also of a run that was stopped
-        seconds = time.perf_counter() - started
         if options.report is not None:
-            write_json(options.report, _report(synth, options, results, seconds))
-    progress.close()
-    slices, failed = sum(r.slices for r in results), [r for r in results if r.error]
+            write_json(options.report, summary.to_json())
+    summary.close()
     if not options.quiet:
-        speed = f"{slices} slices in {duration(seconds)} ({slices / seconds:.1f} slices/s)"
-        print(f"{len(results) - len(failed)} done, {len(failed)} failed, {speed} → {options.output}")
-    return 1 if failed else 0
+        print(f"{summary} → {options.output}")
+    return 1 if summary.failed else 0
 
 
-def _say(result: CaseResult) -> None:
-    for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if result.error is not None:
-        print(f"error: {result.error}", file=sys.stderr)
-
-
-def _dry_run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, quiet: bool) -> int:
-    failed = 0
+def _dry_run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, options: argparse.Namespace) -> int:
+    failed, writer = 0, FORMATS[options.format](_format_options(options))
+    writer.check(synth.manifest, options.output)
     for case in cases:
         try:
             volume = read_case(case, synth.manifest.labels, label_map)
+            writer.check_mask(volume)
         except InputError as exc:
             failed += 1
             print(f"error: {exc}", file=sys.stderr)
@@ -185,35 +216,12 @@ def _dry_run(synth: Synthesizer, cases: Sequence[Case], label_map: Any, quiet: b
         depth, height, width = volume.labels.shape
         grid = synth.grid(volume)
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
-        if not quiet:
+        if not options.quiet:
             print(
                 f"{printable(case.called)}: {width} x {height} x {depth} voxels of {spacing} mm, "
                 f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
             )
     return 1 if failed else 0
-
-
-def _report(synth: Synthesizer, options: argparse.Namespace, results: Sequence[CaseResult], seconds: float) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "model": synth.manifest.name,
-        "model_files": {name: file.sha256 for name, file in synth.manifest.files.items()},
-        "backend": synth.backend,
-        "seed": options.seed,
-        "seconds": round(seconds, 3),
-        "cases": [
-            {
-                "case": r.case,
-                "variant": r.variant,
-                "files": [file.name for file in r.files],
-                "slices": r.slices,
-                "seconds": {stage: round(s, 4) for stage, s in r.seconds.items()},
-                "warnings": list(r.warnings),
-                "error": None if r.error is None else str(r.error),
-            }
-            for r in results
-        ],
-    }
 
 
 def _label_map(options: argparse.Namespace, table: LabelTable) -> LabelMap | None:
@@ -264,28 +272,7 @@ def _print_labels(case: Case, table: LabelTable, label_map: LabelMap | None) -> 
 
 
 def _describe(options: argparse.Namespace) -> int:
-    manifest = Manifest.load(options.model)
-    grid, intensity = manifest.grid, manifest.intensity
-    scale = (
-        "each slice fitted to it"
-        if grid.pixel_spacing is None
-        else f"{grid.pixel_spacing[0]} x {grid.pixel_spacing[1]} mm a pixel, grows in steps of {grid.divisor} where labels need it"
-    )
-    print(f"model      {manifest.name}\nlicense    {manifest.license or 'not stated'}\nlabels     {manifest.labels}")
-    print(
-        f"canvas     {grid.canvas[0]} x {grid.canvas[1]}, {scale}\nslices     {grid.slices}"
-        + (f", {grid.slice_spacing} mm apart" if grid.slices > 1 else "")
-    )
-    print(
-        f"paints     {intensity.low} … {intensity.high} {intensity.unit}, noise {'yes' if manifest.noise else 'no'}, style of {manifest.style}"
-    )
-    for name, file in manifest.files.items():
-        manifest.verify(options.model, [name])
-        print(f"file       {name}: {file.precision}, {file.bytes / 1e6:.1f} MB, sha256 {file.sha256[:16]}… verified")
-        for engine, numbers in manifest.parity.get(name, {}).items():
-            print(f"  parity   {engine}: " + ", ".join(f"{key} {value}" for key, value in numbers.items()))
-    for key, value in manifest.training.items():
-        print(f"training   {key}: {value}")
+    print(describe(Manifest.load(options.model), options.model))
     return 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import signal
 import sys
 import time
@@ -40,6 +39,8 @@ def _terminated() -> Iterator[None]:
         raise KeyboardInterrupt
 
     try:
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as a command has it while it is imported
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         before = signal.signal(signal.SIGTERM, interrupt)
     except ValueError:  # not the main thread: the host program owns the signals
         yield
@@ -56,18 +57,6 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes = int(seconds // 60)
     return f"{minutes} min {int(seconds % 60):02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def size_in_bytes(text: str) -> int:
-    """`512MiB`, `2GiB`, `1.5 GB` or a plain number of bytes, as bytes. Raises ValueError for anything else, and for 0."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B|B?)\s*", text)
-    if match is None:
-        raise ValueError(f"{text!r} is no size in bytes such as 2GiB")
-    number, prefix, binary = match.groups()
-    size = int(float(number) * (1 if prefix is None else (1024 if binary else 1000) ** (1 + "KMGT".index(prefix))))
-    if size < 1:
-        raise ValueError(f"{text!r} is no size above 0")
-    return size
 
 
 class Progress:

@@ -249,6 +249,8 @@ class Manifest:
         for key in ("files", "parity", "training", "export"):
             if not isinstance(data.get(key, {}), Mapping):
                 raise _no(f"{key!r} is no object", "a JSON object")
+        if not all(isinstance(proof, Mapping) for proof in manifest.parity.values()):
+            raise _no("a file's parity is no object", "backend → proof")
         for name in manifest.files:
             if Path(name).name != name:
                 raise _no(f"file name {name!r}", "a plain name in the model folder")

@@ -18,7 +18,8 @@ from .errors import writing
 
 SYNCED_AT_ONCE = 4  # files of a folder: a disk writes what waits together, 300 slices in 0.1 s and not in 1
 # A leading dot, the machine and the process: never taken for a result, and its owner can be told.
-_TEMPORARY = f".part-{re.sub('[^A-Za-z0-9]', '', platform.node())[:16]}-"
+_PART = ".part-"
+_TEMPORARY = f"{_PART}{re.sub('[^A-Za-z0-9]', '', platform.node())[:16]}-"
 
 
 def temporary_name(path: Path) -> Path:
@@ -26,11 +27,14 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{_TEMPORARY}{os.getpid()}-{os.urandom(3).hex()}-{path.name}")  # containers share process numbers
 
 
-def remove_orphans(folder: Path) -> None:
-    """Remove temporary files in `folder` whose process, on this machine, is gone (killed, or cut off by a power failure)."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
+def remove_orphans(folder: Path, *, locked: bool = False) -> None:
+    """Remove temporary files in `folder` whose process, on this machine, is gone (killed, or cut off by a power failure).
+
+    `locked`: the caller holds the folder's journal, so nobody else is writing there: those of any machine and process go.
+    """
+    for path in folder.glob(f"{_PART if locked else _TEMPORARY}*"):
         owner = path.name.removeprefix(_TEMPORARY).split("-")[0]
-        if owner.isdigit() and not _alive(int(owner)):
+        if locked or (owner.isdigit() and not _alive(int(owner))):
             path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
@@ -125,10 +129,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
-def sha256_of(path: Path) -> str:
-    """The file's SHA-256 as 64 hexadecimal digits, read in 1 MiB pieces."""
+def sha256_of(source: Path | BinaryIO) -> str:
+    """The SHA-256 of a file, or of what an open one still holds, as 64 hexadecimal digits, read in 1 MiB pieces."""
+    if isinstance(source, Path):
+        with open(source, "rb") as handle:
+            return sha256_of(handle)
     digest = hashlib.sha256()
-    with open(path, "rb") as handle:
-        while chunk := handle.read(1 << 20):
-            digest.update(chunk)
+    while chunk := source.read(1 << 20):
+        digest.update(chunk)
     return digest.hexdigest()

@@ -28,6 +28,12 @@ class CaseRandom:
         bits = np.random.Generator(np.random.Philox(key=self._words(1)))
         return bits.standard_normal(size).astype(np.float32)
 
+    def shape(self, attempt: int, count: int) -> NDArray[np.float64]:
+        """Numbers uniform in [-1, 1) (count,): how the variant's mask differs from the case's, at the given attempt."""
+        key = np.frombuffer(hashlib.sha256(b"shape " + self._key).digest()[:16], "<u8").astype(np.uint64)
+        raw = np.random.Philox(key=key, counter=[0, 0, 0, attempt]).random_raw(count)
+        return np.asarray((raw >> np.uint64(11)) * 2.0**-52 - 1)
+
     def _raw(self, domain: int, k: int, words: int) -> NDArray[np.uint64]:
         stream = np.random.Philox(key=self._words(domain), counter=[0, 0, 0, k])
         return np.asarray(stream.random_raw(words)).astype("<u8")

@@ -1,39 +1,52 @@
-"""Many masks → many CTs: files in, files out, one bad case never stops the others."""
+"""Many masks → many CTs: files in, files out, overlapped, resumable; one bad case never stops the others."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError, UnreadableVolume, UsageError, writing
-from .files import remove_orphans, temporary_name
+from .errors import InputError, UnreadableVolume, UsageError, reading, writing
+from .files import remove_orphans, sha256_of, temporary_name
+from .io.archive import opened
 from .io.detect import Case, read_case
-from .io.formats import DEFAULT_OPTIONS, FORMATS, Format, FormatOptions, Painting
+from .io.formats import DEFAULT_OPTIONS, FORMATS, Format, FormatOptions, Painting, result_name
+from .journal import Entry, Journal, digest_of, key_of
 from .labels import LabelMap
+from .pipeline import Ahead, Behind
+from .variants import Ranges, Shapes
+from .version import VERSION
 from .volume import CTSlab, LabelVolume
 
 if TYPE_CHECKING:
     from .synthesizer import Synthesizer
 
 LONGEST_NAME = 255  # bytes of a file name on every common file system
+LARGE_MASK = 96 << 20  # bytes; above, nothing is held but the one mask being painted, and what comes next waits
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of one mask in one variant. `variant` is None when none were asked for; `error` is None when it is done."""
+    """What became of one mask in one variant. `variant` is None when none were asked for; `error` is None when it is done.
+
+    `input`, `sha256`: SHA-256 by file name of what was read and written. `seconds`: by stage, spent working and not waiting;
+    stages overlap. `skipped`: it was complete already, and proven so.
+    """
 
     case: str
     mask: Path
     variant: int | None
     files: tuple[Path, ...] = ()
     slices: int = 0
-    seconds: Mapping[str, float] = field(default_factory=dict)  # wall time by stage
+    seconds: Mapping[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
     error: InputError | None = None
+    input: Mapping[str, str] = field(default_factory=dict)
+    sha256: Mapping[str, str] = field(default_factory=dict)
+    skipped: bool = False
 
 
 def synthesize(
@@ -44,17 +57,23 @@ def synthesize(
     format: str = "nifti",
     options: FormatOptions = DEFAULT_OPTIONS,
     variants: int | None = None,
+    ranges: Ranges | None = None,
     seed: int = 0,
     labels: LabelMap | None = None,
+    resume: bool = False,
     on_slice: Callable[[int], None] | None = None,
 ) -> Iterator[CaseResult]:
     """Paint each case into `output`, as `runtime.io.formats` says for `format`; `variants` = K writes K pairs of CT and mask for
-    each, 0 to K - 1. Existing results are replaced.
+    each, 0 to K - 1: the first of the mask as it is, the others deformed within `ranges` (see `runtime.variants`).
 
-    Returns an iterator of one result per CT, given as soon as it is on disk. A mask that cannot be used gives its error
-    and the next one follows; `OutputError` is raised, for what cannot be written for one cannot for any. `on_slice(n)` is
-    told that n slices of the case are painted. Raises `UsageError` and `OutputError` at once, before any work, for options
-    that are wrong, a folder that cannot be written, or a file in it that is not ours and would be replaced.
+    `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all that the bytes depend on, is
+    not made again; without it existing results are replaced.
+
+    Returns an iterator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and results written behind while
+    the caller's thread paints. A mask that cannot be used gives its error and the next one follows; `OutputError` is raised, for
+    what cannot be written for one cannot for any. `on_slice(n)` is told that n slices of the case are painted. Raises
+    `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be written, or a
+    file in it that is not ours and would be replaced; and when it starts, if another run is writing into the folder.
     """
     if variants is not None and variants < 1:
         raise UsageError(f"{variants} variants were asked for", expected="1 or more", remedy="leave the option out for one CT per mask")
@@ -68,34 +87,166 @@ def synthesize(
             if _fits(file) and file.exists() and not writer.is_ours(file):
                 raise UsageError(f"{file.name} is in the way and was not written by mask2ct", expected="an output folder without files of that name",
                                  remedy="choose another --output, or move that file", file=file)  # fmt: skip
-    return _cases(synthesizer, cases, output, writer, variants, seed, labels, on_slice)
+    run = _Run(synthesizer, output, writer, _variants(variants), ranges or Ranges(), seed, labels, resume, on_slice)
+    return run.results(cases)
 
 
-def _cases(
-    synthesizer: Synthesizer, cases: Sequence[Case], output: Path, writer: Format, variants: int | None, seed: int,
-    labels: LabelMap | None, on_slice: Callable[[int], None] | None,
-) -> Iterator[CaseResult]:  # fmt: skip
-    for case in cases:
-        started = time.perf_counter()
+@dataclass(frozen=True)
+class _Item:
+    """A result to paint, or, without a `volume`, what there is to say instead."""
+
+    result: CaseResult
+    key: str
+    volume: LabelVolume | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the writer is given of a result before its slabs. `seconds` holds the stages before its own when the last slab is through."""
+
+    item: _Item
+    painting: Painting
+    seconds: dict[str, float]
+
+
+class _Run:
+    """The stages of one call: `_prepare` in a thread, `results` in the caller's, `_write` in another."""
+
+    def __init__(
+        self, synthesizer: Synthesizer, output: Path, writer: Format, variants: Sequence[int | None], ranges: Ranges, seed: int,
+        labels: LabelMap | None, resume: bool, on_slice: Callable[[int], None] | None,
+    ):  # fmt: skip
+        self._synthesizer, self._output, self._format, self._variants = synthesizer, output, writer, variants
+        self._ranges, self._seed, self._labels, self._resume, self._on_slice = ranges, seed, labels, resume, on_slice
+
+    def results(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
+        self._journal = Journal(self._output)
         try:
-            if not all(_fits(file) for variant in _variants(variants) for file in writer.files(output, case.name, variant)):
-                raise UnreadableVolume(f"the name of {case.called.name} is too long for what is written beside it", expected="some 200 bytes at most",
-                                       remedy="rename it", file=case.called)  # fmt: skip
-            volume = read_case(case, synthesizer.manifest.labels, labels)
-            writer.check_mask(volume)
-            warnings = tuple(_warnings(case.called.name, volume, synthesizer))
-        except InputError as exc:
-            exc.file = exc.file or case.called
-            yield CaseResult(case.name, case.path, None, error=exc)
-            continue
-        read = time.perf_counter() - started
-        for variant in _variants(variants):
+            planned = {
+                f.parent for case in cases for variant in self._variants for f in self._format.files(self._output, case.name, variant)
+            }
+            for folder in {self._output, *planned}:
+                remove_orphans(folder, locked=True)
+            yield from self._results(cases)
+        finally:
+            self._journal.close()
+
+    def _results(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
+        ahead, behind = Ahead(self._prepare(cases)), Behind(self._write)
+        try:
+            for item in ahead:
+                large = item.volume is not None and item.volume.labels.nbytes > LARGE_MASK
+                if not large:
+                    ahead.permit()
+                if item.volume is None:
+                    yield item.result
+                else:
+                    yield from self._paint(item, item.volume, behind)
+                del item
+                yield from behind.finished(wait=large)
+                if large:
+                    ahead.permit()
+            yield from behind.finished(wait=True)
+        finally:
+            behind.close()
+            ahead.close()
+
+    def _prepare(self, cases: Sequence[Case]) -> Iterator[_Item]:
+        """Read, check and deform; what is complete or cannot be used is passed on as its result."""
+        for case in cases:
             started = time.perf_counter()
-            slabs = _Meter(synthesizer.slabs(volume, seed=seed, variant=variant or 0), on_slice)
-            painting = Painting(case.name, variant, volume, synthesizer.manifest, synthesizer.backend, synthesizer.file, seed)
-            files = writer.write(output, painting, slabs)
-            seconds = {"read": read, "paint": slabs.seconds, "write": time.perf_counter() - started - slabs.seconds}
-            yield CaseResult(case.name, case.path, variant, files, slabs.slices, seconds, warnings)
+            try:
+                self._check_names(case)
+                inputs = self._input(case)
+                keys = {variant: self._key(case, variant, inputs) for variant in self._variants}
+                proven = {
+                    v: entry for v, key in keys.items() if self._resume and (entry := self._journal.proven(result_name(case.name, v), key))
+                }
+                for variant, entry in proven.items():
+                    files = self._format.files(self._output, case.name, variant)
+                    yield _Item(CaseResult(case.name, case.path, variant, files, entry.slices, warnings=entry.warnings, input=inputs,
+                                           sha256=entry.files, skipped=True), entry.key)  # fmt: skip
+                if len(proven) == len(keys):
+                    continue
+                volume = read_case(case, self._synthesizer.manifest.labels, self._labels)
+                self._format.check_mask(volume)
+                warnings = tuple(_warnings(case.called.name, volume, self._synthesizer))
+                volume.digest  # noqa: B018 - computed here, beside the painter, and kept
+            except InputError as exc:
+                exc.file = exc.file or case.called
+                yield _Item(CaseResult(case.name, case.path, None, error=exc), "")
+                continue
+            seconds, shapes = {"read": time.perf_counter() - started}, Shapes(volume, self._ranges, self._seed)
+            for variant in [variant for variant in keys if variant not in proven]:
+                started = time.perf_counter()
+                varied = shapes.vary(variant or 0)
+                times = {**seconds, "deform": time.perf_counter() - started} if variant else seconds
+                said = (*warnings, *(f"{case.called.name}, variant {variant}: {fact}" for fact in varied.warnings))
+                result = CaseResult(case.name, case.path, variant, seconds=times, warnings=said, input=inputs)
+                item = _Item(result, keys[variant], varied.volume)
+                del varied
+                yield item
+                del item  # a mask lives as long as whoever uses it
+                seconds = {"read": 0.0}
+            del volume, shapes
+
+    def _paint(self, item: _Item, volume: LabelVolume, behind: Behind[_Job, CaseResult]) -> Iterator[CaseResult]:
+        """Paint one result into the writer, passing on meanwhile what it has finished."""
+        result, synth = item.result, self._synthesizer
+        painting = Painting(result.case, result.variant, volume, synth.manifest, synth.backend, synth.file, self._seed)
+        slabs = _Meter(synth.slabs(volume, seed=self._seed, variant=result.variant or 0), self._on_slice)
+        job = _Job(item, painting, dict(result.seconds))
+        behind.begin(job)
+        try:
+            for slab in slabs:
+                behind.put(slab)
+                yield from behind.finished()
+            job.seconds["paint"] = slabs.seconds
+            behind.end()
+        except InputError as exc:
+            behind.abort()
+            exc.file = exc.file or result.mask
+            yield replace(result, error=exc)
+
+    def _write(self, job: _Job, slabs: Iterable[CTSlab]) -> CaseResult:
+        """Write one result and, when it is whole, its line in the journal."""
+        result, counted = job.item.result, _Meter(iter(slabs))
+        started = time.perf_counter()
+        files = self._format.write(self._output, job.painting, counted)
+        with writing(self._output):
+            digests = {file.relative_to(self._output).as_posix(): digest_of(file) for file in files}
+        self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings))
+        seconds = {**job.seconds, "write": time.perf_counter() - started - counted.seconds}
+        return replace(result, files=files, slices=counted.slices, seconds=seconds, sha256=digests)
+
+    def _input(self, case: Case) -> dict[str, str]:
+        """SHA-256 of each file the case is read from. Files of a DICOM source are numbered: their names may name a patient."""
+        digests, files = {}, (*case.files, *case.grid)
+        for n, file in enumerate(files):
+            with reading(case.called, "a file that can be read"), opened(file) as handle:
+                digests[case.called.name if len(files) == 1 else f"{case.called.name} {n + 1}"] = sha256_of(handle)
+        return digests
+
+    def _key(self, case: Case, variant: int | None, inputs: Mapping[str, str]) -> str:
+        """Of everything the result's bytes depend on. A field that a `Case` or a format gains is part of it."""
+        synth = self._synthesizer
+        return key_of({
+            "version": VERSION,
+            "model": key_of(synth.manifest.to_json()),
+            "engine": [synth.engine, synth.file],
+            "format": [type(self._format).__name__, {k: repr(v) for k, v in vars(self._format).items() if not k.startswith("_")}],
+            "case": {f.name: repr(getattr(case, f.name)) for f in fields(case) if f.name not in ("path", "files")},
+            "input": sorted(inputs.values()),
+            "labels": None if self._labels is None else sorted(map(repr, self._labels.items())),
+            "seed": self._seed,
+            "variant": variant,
+            "ranges": vars(self._ranges) if variant else None,
+        })  # fmt: skip
+
+    def _check_names(self, case: Case) -> None:
+        if not all(_fits(file) for variant in self._variants for file in self._format.files(self._output, case.name, variant)):
+            raise UnreadableVolume(f"the name of {case.called.name} is too long for what is written beside it", expected="some 200 bytes at most",
+                                   remedy="rename it", file=case.called)  # fmt: skip
 
 
 def _variants(count: int | None) -> Sequence[int | None]:
@@ -121,7 +272,7 @@ def _warnings(mask: str, volume: LabelVolume, synthesizer: Synthesizer) -> Itera
 class _Meter:
     """Passes slabs on, counting slices and the seconds spent making them."""
 
-    def __init__(self, slabs: Iterator[CTSlab], on_slice: Callable[[int], None] | None):
+    def __init__(self, slabs: Iterator[CTSlab], on_slice: Callable[[int], None] | None = None):
         self._slabs, self._on_slice = slabs, on_slice
         self.slices, self.seconds = 0, 0.0
 

@@ -21,9 +21,10 @@ from .labels import LabelMap, to_indices
 from .memory import PoolStats, parse_bytes
 from .randomness import CaseRandom
 from .slot import Slot
-from .volume import CTSlab, LabelVolume
+from .volume import CTSlab, Geometry, LabelVolume
 
 if TYPE_CHECKING:
+    from .io.detect import ReadOptions
     from .stream import CaseResult
 
 DEFAULT_BATCH = 16  # slices in one slab
@@ -54,16 +55,17 @@ class Synthesizer:
         batch: int | Literal["auto"] = DEFAULT_BATCH,
         max_memory: int | str | None = None,
         device: int = 0,
+        workers: int | None = None,
     ) -> Synthesizer:
         """Open a model folder. Raises `ModelError`, `UsageError` or `MissingComponent`; see `runtime.engines.registry`.
 
         `max_memory`: bytes, or "2GiB", that may be held on the GPU (with an engine for the CPU: of host memory, beside the engine's
         own), by default what the engine needs. `device`: which GPU. `batch="auto"` gives a GPU engine the largest batch that
-        fits, which may round differently from its usual one.
+        fits, which may round differently from its usual one. `workers`: batches that an engine on the CPU computes at once.
         """
         folder = Path(model)
         manifest = Manifest.load(folder)
-        options = EngineOptions(None if max_memory is None else parse_bytes(max_memory), device, batch == "auto")
+        options = EngineOptions(None if max_memory is None else parse_bytes(max_memory), device, batch == "auto", workers)
         engine, reason, file = open_engine(backend, manifest, folder, options)
         slices = max(DEFAULT_BATCH, engine.spec.batch * engine.spec.streams) if batch == "auto" else batch
         return cls(manifest, engine, batch=slices, reason=reason, file=file)
@@ -72,6 +74,11 @@ class Synthesizer:
     def backend(self) -> str:
         """Which engine runs, and why that one."""
         return f"{self._live.name} ({self._reason})"
+
+    @property
+    def engine(self) -> str:
+        """Which engine runs: what else than the model decides the bytes of a result."""
+        return self._live.name
 
     def memory(self) -> dict[str, PoolStats]:
         """The accounting by kind of memory ("host", or "device" and "page-locked"), in bytes; readable after `close()` too."""
@@ -90,6 +97,19 @@ class Synthesizer:
         ct = simpleitk().GetImageFromArray(self.paint(LabelVolume(indices, volume.geometry), seed=seed, variant=variant))
         ct.CopyInformation(mask)
         return ct
+
+    def volume(self, values: NDArray[Any], geometry: Geometry, *, labels: LabelMap | None = None) -> LabelVolume:
+        """A label array of integers (D, H, W) as what `paint`, `slabs` and `runtime.variants.vary` take; nothing is read or written.
+
+        `geometry`: see `Geometry.from_spacing` and `Geometry.from_ras`. `labels` as in `__call__`. Raises `InputError`s.
+        """
+        from .io.nifti import as_integers
+
+        return LabelVolume(to_indices(as_integers(np.asarray(values)), self.manifest.labels, labels), geometry)
+
+    def values(self, volume: LabelVolume) -> NDArray[np.int32]:
+        """The label values of the model's table (D, H, W): what `volume` was given."""
+        return np.array([label.value for label in self.manifest.labels.labels], np.int32)[volume.labels]
 
     def paint(self, volume: LabelVolume, *, seed: int = 0, variant: int = 0) -> NDArray[np.int16]:
         """The whole CT as one array: int16 HU (D, H, W)."""
@@ -186,12 +206,17 @@ class Synthesizer:
             )
         return grid
 
-    def stream(self, masks: str | Path | Iterable[str | Path], output: str | Path, **options: Any) -> Iterator[CaseResult]:
-        """Synthesize files and folders into the folder `output`: see `runtime.stream.synthesize`, whose options these are."""
+    def stream(
+        self, masks: str | Path | Iterable[str | Path], output: str | Path, *, reading: ReadOptions | None = None, **options: Any
+    ) -> Iterator[CaseResult]:
+        """Synthesize files, folders and zips into the folder `output`: see `runtime.stream.synthesize`, whose options these are.
+
+        `reading`: how overlaps, fractions and dangling references are settled (`runtime.io.detect.ReadOptions`).
+        """
         from .io.detect import find_cases
         from .stream import synthesize
 
-        cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)])
+        cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)], options=reading)
         return synthesize(self, cases, Path(output), **options)
 
     def close(self) -> None:

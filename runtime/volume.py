@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from .errors import GeometryError, UnreadableVolume
 
+SMALLEST_MM, LARGEST_MM = 1e-6, 1e7  # beyond these a header is damaged (and float32, which NIfTI holds, is at an end)
 ORTHOGONAL_TOLERANCE = 1e-3  # largest |cosine| between two axes of a grid that still counts as not sheared
 
 
@@ -27,17 +28,16 @@ class Geometry:
     affine: NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        affine = np.array(self.affine, np.float64)
+        affine = np.array(self.affine, np.float64) + 0.0  # -0 becomes 0: equal grids are equal bytes, which digests are made of
         expected = "a finite 4x4 affine with orthogonal axes, LPS, mm"
         if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.array_equal(affine[3], [0, 0, 0, 1]):
             raise GeometryError(
                 f"the affine {affine.tolist()} is not one", expected=expected, remedy="write the mask again with a valid header"
             )
         lengths = np.linalg.norm(affine[:3, :3], axis=0)
-        if (lengths <= 0).any():
-            raise GeometryError(
-                f"the voxel spacing is {lengths.tolist()} mm", expected="three positive numbers", remedy="correct the header"
-            )
+        if (lengths < SMALLEST_MM).any() or np.abs(affine).max() > LARGEST_MM:
+            raise GeometryError(f"the voxel spacing is {lengths.tolist()} mm, the origin {affine[:3, 3].tolist()}",
+                                expected=f"positive spacings, within {LARGEST_MM:g} mm", remedy="correct the header")  # fmt: skip
         unit = affine[:3, :3] / lengths
         cosines = np.abs(unit.T @ unit - np.eye(3))
         if cosines.max() > ORTHOGONAL_TOLERANCE:
@@ -56,6 +56,17 @@ class Geometry:
         affine[:3, :3] = np.asarray(direction, float).reshape(3, 3) * np.asarray(spacing, float)
         affine[:3, 3] = origin
         return cls(affine)
+
+    @classmethod
+    def from_ras(cls, affine: Any) -> Geometry:
+        """From the 4x4 affine of nibabel, MONAI or TorchIO, which is RAS+, in mm, for indices (i, j, k)."""
+        return cls(np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(affine, float))
+
+    @classmethod
+    def from_spacing(cls, spacing: Any) -> Geometry:
+        """From the spacing (x, y, z) in mm alone, of an array whose slices run from the feet to the head, rows from front to back and
+        columns from the patient's right to the left, as axial CT is stored and shown."""
+        return cls(np.diag([*np.asarray(spacing, float), 1.0]))
 
     @cached_property
     def spacing(self) -> tuple[float, float, float]:

@@ -1,7 +1,8 @@
-"""The real TensorRT bindings on a machine without a GPU: `make tensorrt-bindings` installs them, three stand-in libraries load them.
+"""The real TensorRT bindings, and a stand-in driver, on a machine without a GPU.
 
-The wheels `tensorrt-cu13-bindings` hold the Python classes and need three libraries of 3 GB only to be linked. Stand-ins of
-nine functions that return NULL are enough to import every class, enum and signature; nothing can be built or run.
+`make tensorrt-bindings` installs the wheels `tensorrt-cu13-bindings`. They hold the Python classes and need three libraries of
+3 GB only to be linked: stand-ins of nine functions that return NULL are enough to import every class, enum and signature.
+Nothing can be built or run with them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,20 @@ STAND_IN = """
 NOTHING(createInferBuilder_INTERNAL) NOTHING(createInferRefitter_INTERNAL) NOTHING(createInferRuntime_INTERNAL)
 NOTHING(getBuilderPluginRegistry) NOTHING(getPluginRegistry) NOTHING(createNvOnnxParser_INTERNAL)
 NOTHING(createNvOnnxParserRefitter_INTERNAL) NOTHING(initLibNvInferPlugins) int getNvOnnxParserVersion(void) { return 0; }
+"""
+
+# The NVIDIA driver, as far as runtime/driver.py asks it.
+DRIVER = r"""
+#include <string.h>
+#include <stddef.h>
+int cuInit(unsigned flags) { return flags ? 1 : INIT; }
+int cuGetErrorName(int code, const char **text) { *text = code == 100 ? "CUDA_ERROR_NO_DEVICE" : 0; return 0; }
+int cuDeviceGetCount(int *n) { *n = COUNT; return 0; }
+int cuDeviceGet(int *d, int n) { *d = 40 + n; return n < COUNT ? 0 : 101; }
+int cuDeviceGetName(char *text, int n, int d) { strncpy(text, d == 41 ? "NVIDIA Second" : "NVIDIA First", n); return 0; }
+int cuDeviceGetAttribute(int *v, int what, int d) { *v = what == 75 ? 8 : what == 76 ? 9 : -1; return d < 40; }
+int cuDeviceTotalMem_v2(size_t *n, int d) { *n = (size_t)d << 30; return 0; }
+int cuDriverGetVersion(int *v) { *v = 13020; return 0; }
 """
 
 # Everything the module has, as JSON: dotted names, and per method the parameters of each overload, read from its docstring.
@@ -86,16 +101,26 @@ def folder(name: str) -> Path:
     return path
 
 
+def compiled(source: str, library: Path, *options: str) -> None:
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed: no stand-in library can be compiled")
+    subprocess.run(["gcc", "-shared", "-fPIC", *options, "-x", "c", "-", "-o", str(library)], input=source, text=True, check=True)
+
+
+def driver(folder: Path, *, init: int = 0, count: int = 2, name: str = "") -> str:
+    """A library with libcuda's functions: `cuInit` returns `init`, there are `count` devices."""
+    library = folder / (name or f"libcuda-{init}-{count}.so")
+    compiled(DRIVER, library, f"-DINIT={init}", f"-DCOUNT={count}")
+    return str(library)
+
+
 def libraries(major: str, where: Path) -> Path:
     """A folder with the three stand-ins, compiled with gcc, under the names that TensorRT `major` links."""
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed: the stand-in libraries cannot be compiled")
     made = where / major
     made.mkdir(parents=True, exist_ok=True)
     for name in LIBRARIES:
         file = f"lib{name}.so.{major}"
-        command = ["gcc", "-shared", "-fPIC", f"-Wl,-soname,{file}", "-x", "c", "-", "-o", str(made / file)]
-        subprocess.run(command, input=STAND_IN, text=True, check=True)
+        compiled(STAND_IN, made / file, f"-Wl,-soname,{file}")
     return made
 
 
@@ -129,7 +154,7 @@ ROLES = {
     "inspector": "EngineInspector",
 }
 RETURNS = {"get_input": "ITensor", "get_output": "ITensor"}  # methods whose result is used without a name
-MODULES = ("trt", "tensorrt")
+MODULES = ("trt", "tensorrt", "module")  # of TensorRT's, full or lean
 
 
 @dataclass(frozen=True)
@@ -149,21 +174,38 @@ class Touch:
         return f"{self.owner}.{self.name}" if self.owner else self.name
 
 
+def _name(node: ast.expr) -> str:
+    """What a variable or an attribute is called, `_engine` as `engine`."""
+    return (node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else "").lstrip("_")
+
+
 def _chain(node: ast.expr) -> str | None:
-    """`trt.A.B` → "A.B"."""
+    """`trt.A.B`, `self._module.A.B` → "A.B"."""
     names = []
-    while isinstance(node, ast.Attribute):
+    while isinstance(node, ast.Attribute) and _name(node) not in MODULES:
         names.append(node.attr)
         node = node.value
-    return ".".join(reversed(names)) if isinstance(node, ast.Name) and node.id in MODULES else None
+    return ".".join(reversed(names)) if names and _name(node) in MODULES else None
 
 
 def _owner(node: ast.expr) -> str | None:
     """The TensorRT class of a receiver, by its name."""
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         return RETURNS.get(node.func.attr)
-    name = node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else ""
-    return ROLES.get(name.lstrip("_"))
+    return ROLES.get(_name(node))
+
+
+def defined(source: str) -> set[str]:
+    """Attributes and methods that a source gives its own classes: an engine of ours is called `engine` as well."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef):
+            names.add(node.name)
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            names.add(node.target.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _name(node.value) == "self":
+            names.add(node.attr)
+    return names
 
 
 def touched(source: str) -> list[Touch]:
@@ -192,8 +234,9 @@ def touched(source: str) -> list[Touch]:
     return found
 
 
-def problems(source: str, api: Api) -> list[str]:
-    """What of `touched(source)` this version does not have, or takes otherwise."""
+def problems(source: str, api: Api, beside: str = "") -> list[str]:
+    """What of `touched(source)` this version does not have, or takes otherwise. `beside`: the source of base classes of ours."""
+    ours = defined(source) | defined(beside)
     methods = {path.rsplit(".", 1)[1] for path in api.names if path.count(".") == 1 and path.split(".")[0] in ROLES.values()}
     found = []
     for touch in touched(source):
@@ -201,6 +244,8 @@ def problems(source: str, api: Api) -> list[str]:
         if touch.owner is None:
             if touch.name in methods:
                 found.append(f"{where}: TensorRT has a method of this name, and what it is called on is not in ROLES")
+        elif touch.path not in api.names and (touch.name in ours or touch.name.startswith("__")):
+            continue
         elif touch.path not in api.names:
             found.append(f"{where} is not in TensorRT {api.version}")
         elif touch.kind == "set" and touch.path not in api.settable:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from samples import write_fake_model
+from samples import export_run, train_small, write_fake_model
 
 from runtime.engines.fake import fake_manifest
 
@@ -47,32 +47,13 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def trained(cohort: Path, command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder after 6 steps of a small network."""
-    folder = tmp_path_factory.mktemp("run") / "tiny"
-    settings = ["training.steps=6", "training.batch_size=4", "generator.filters=8", "generator.depth=5", "data.canvas=[64,64]", "discriminator.filters=8",
-                "training.recalibrate=2", "training.valid_slices=8"]  # fmt: skip
-    done = command(
-        "train/run.py",
-        "--config",
-        "train/configs/phantom.json",
-        "--dataset-path",
-        cohort,
-        "--output",
-        folder,
-        "--quiet",
-        "--set",
-        *settings,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder
+    return train_small(command, cohort, tmp_path_factory.mktemp("run") / "tiny")
 
 
 @pytest.fixture(scope="session")
 def model(trained: Path, command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model folder exported from `trained`."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    done = command("export/build_engine.py", trained, "-o", folder, "--onnx-only", "--quiet")
-    assert done.returncode == 0, done.stderr
-    return folder
+    return export_run(command, trained, tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ def tensorrt(script: Script) -> Any:
             if script.parser_errors:
                 return False
             graph = onnx.load(model).graph
-            weights = {tensor.name: TYPES[tensor.data_type] for tensor in graph.initializer}
+            weights = {tensor.name: TYPES[tensor.data_type] for tensor in graph.initializer if tensor.data_type in TYPES}
             for tensor in graph.input:
                 sizes = [d.dim_value if d.HasField("dim_value") else -1 for d in tensor.type.tensor_type.shape.dim]
                 self._network.inputs.append(ITensor(tensor.name, TYPES[tensor.type.tensor_type.elem_type], tuple(sizes)))

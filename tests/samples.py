@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 from itertools import permutations, product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import SimpleITK as sitk
 from numpy.typing import NDArray
 
+from runtime.__main__ import main
+from runtime.console import run
 from runtime.contract import Manifest
 from runtime.files import write_json
+from runtime.journal import JOURNAL
 from runtime.volume import Geometry
 
 MM_WHS_VALUES = (0, 205, 420, 500, 550, 600, 820, 850)
@@ -86,4 +91,38 @@ def write_slices(folder: Path, patients: int, *, side: int = 64, hu: bool = Fals
         patient.mkdir(parents=True)
         for name, plane in (("whs_img", values), ("whs_img_gt", labels)):
             sitk.WriteImage(sitk.GetImageFromArray(plane), str(patient / f"{patient.name}_{name}.dcm"))
+    return folder
+
+
+def results(folder: Path) -> dict[str, bytes]:
+    """What a run left in its output folder, by path, without its journal."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != JOURNAL)
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def mask2ct(arguments: list[str]) -> NoReturn:
+    """The command, for a process of its own: in a terminal's place, for who runs in the background has Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(run(main, arguments))
+
+
+def synth(model: Path, out: Path, *masks: Path, extra: tuple[str, ...] = ("--backend", "fake")) -> int:
+    """The exit code of `mask2ct synth` on `masks`, run in this process."""
+    return run(main, ["synth", *map(str, masks), "--model", str(model), "--output", str(out), "--quiet", *extra])
+
+
+def train_small(command: Any, cohort: Path, folder: Path, *settings: str) -> Path:
+    """A run folder after a few steps of a small network on `cohort`, by the command people type (`command`: the fixture)."""
+    base = ["training.steps=6", "training.batch_size=4", "generator.filters=8", "generator.depth=5", "data.canvas=[64,64]", "discriminator.filters=8",
+            "training.recalibrate=2", "training.valid_slices=8"]  # fmt: skip
+    line = ["train/run.py", "--config", "train/configs/phantom.json", "--dataset-path", cohort, "--output", folder, "--quiet"]
+    done = command(*line, "--set", *base, *settings)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def export_run(command: Any, run_folder: Path, folder: Path) -> Path:
+    """The model folder exported from a run."""
+    done = command("export/build_engine.py", run_folder, "-o", folder, "--onnx-only", "--quiet")
+    assert done.returncode == 0, done.stderr
     return folder

@@ -16,7 +16,7 @@ from samples import rotation
 from runtime.contract import Manifest
 from runtime.engines.fake import fake_manifest
 from runtime.grid import axial_axes
-from runtime.io.ct_series import DicomFormat
+from runtime.io.dicom_folder import DicomFormat
 from runtime.io.formats import FormatOptions, Painting
 from runtime.volume import CTSlab, DicomSource, Geometry, LabelVolume
 
@@ -53,6 +53,7 @@ def write_series(
     segmentation: str = "none",
     source: DicomSource | None = None,
     attach: bool = False,
+    enhanced: bool = False,
     seed: int = 0,
     variant: int | None = None,
     manifest: Manifest | None = None,
@@ -68,7 +69,7 @@ def write_series(
     axis = axial_axes(mask.geometry)[0]
     slabs = (CTSlab(np.take(hu, range(k, min(k + 2, shape[axis])), axis), axis, k) for k in range(0, shape[axis], 2))
     painting = Painting("case", variant, mask, manifest or fake_manifest(), "fake (given)", "", seed)
-    writer = DicomFormat(FormatOptions(attach=attach, segmentation=segmentation))
+    writer = DicomFormat(FormatOptions(attach=attach, enhanced=enhanced, segmentation=segmentation))
     writer.check(painting.manifest, output)
     writer.check_mask(mask)
     (folder,) = writer.write(output, painting, slabs)

@@ -64,10 +64,10 @@ class Refuse:
         if top not in sys.stdlib_module_names and top not in ("runtime", "numpy"):
             raise ImportError("hidden: " + name)
 sys.meta_path.insert(0, Refuse())
-import runtime, runtime.__main__, runtime.engines.fake, runtime.engines.onnx
-import pkgutil, importlib, runtime.io
-for module in pkgutil.iter_modules(runtime.io.__path__):  # pydicom, highdicom, SimpleITK: only when they are needed
-    importlib.import_module('runtime.io.' + module.name)
+import pkgutil, importlib, runtime, runtime.io, runtime.engines
+for package in (runtime, runtime.io, runtime.engines):  # pydicom, highdicom, SimpleITK and every engine: only when they are needed
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(package.__name__ + '.' + module.name)
 print("imported")
 """
     assert python(code, cwd=root) == "imported"

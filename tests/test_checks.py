@@ -58,7 +58,7 @@ def test_the_table_counts_what_the_files_hold(folder: Path) -> None:
         "420 left atrium                1           23",
         "500 left ventricle             3         1200",
         "3 voxels hold 421, which is read as 420 left atrium",
-        "no patient has right atrium",
+        "no patient has myocardium, right atrium, right ventricle, ascending aorta, pulmonary artery",
     ):
         assert line in text, text
 
@@ -95,6 +95,22 @@ def test_an_unlabelled_volume_is_refused_and_named(folder: Path) -> None:
     for n in range(3):
         write(folder, n, labels=np.zeros((4, 32, 32), np.uint16))
     with pytest.raises(UsageError, match="no patient has a labelled voxel"):
+        cohort(folder)
+
+
+def test_all_patients_that_cannot_be_used_are_named_at_once(folder: Path) -> None:
+    write(folder, 0, ct=np.full((4, 32, 32), np.nan, np.float32))
+    write(folder, 2, ct=np.zeros((4, 32, 32), np.uint8))
+    (folder / "p3_label.nii.gz").write_text("no volume")
+    with pytest.raises(InputError, match="3 of 4 patients cannot be trained on") as caught:
+        cohort(folder)
+    text = str(caught.value)
+    assert "p0_image" in text and "p2_image" in text and "p3_label" in text and "p1" not in text and len(text.splitlines()) <= 7
+    for n in (1, 3):
+        write(folder, n, labels=np.zeros((4, 32, 32), np.uint16))
+    for n in (0, 2):
+        write(folder, n)
+    with pytest.raises(InputError, match=r"2 of 4 patients cannot be trained on:\n.*p1_label.*holds no label at all\n.*p3_label"):
         cohort(folder)
 
 

@@ -99,6 +99,7 @@ def test_the_defaults_are_the_originals() -> None:
     assert (c.generator.filters, c.generator.depth, c.generator.skips, c.generator.textures) == (64, 7, False, 0)
     assert (c.discriminator.filters, c.discriminator.patch_size, c.discriminator.conditional) == (64, 16, True)
     assert (c.loss.adversarial, c.loss.reconstruction, c.loss.texture) == (1, 100, 0)
+    assert (c.data.train_ratio, c.data.valid_ratio, c.data.split_seed) == (0.95, 0.02, 123)
     assert (c.optimizer.lr_g, c.optimizer.lr_d, c.optimizer.beta1, c.training.batch_size) == (1.3e-4, 1.5e-4, 0.5, 8)
 
 

@@ -108,13 +108,19 @@ def test_the_report_is_self_contained_and_says_what_was_measured(demo: Path) -> 
     metrics = json.loads((demo / "metrics.json").read_text())
     for name, organ in metrics["organs"].items():
         assert name in page and f"{organ['median']:.0f}" in page
-    for stage in ("phantom cohort", "training", "export and proof", "synthesis", "slices/s", "commit", "onnxruntime"):
+    for stage in ("phantom cohort", "training", "export and proof", "synthesis", "slices/s", "commit", "openvino"):
         assert stage in page, stage
 
 
 def test_the_parity_of_the_demo_is_proven_on_its_held_out_masks(demo: Path) -> None:
-    (proof,) = json.loads((demo / "model" / "manifest.json").read_text())["parity"]["model.onnx"].values()
-    assert proof["validation masks"]["slices"] >= 48 and proof["validation masks"]["max"] <= 1
+    manifest = json.loads((demo / "model" / "manifest.json").read_text())
+    assert set(manifest["parity"]) == {"model.onnx", "model.fp16.onnx", "model.int8.onnx"}
+    for proof in manifest["parity"]["model.onnx"].values():
+        assert proof["validation masks"]["masks"] >= 64 and proof["validation masks"]["max"] <= 1
+    for proof in manifest["parity"]["model.int8.onnx"].values():
+        assert proof["validation masks"]["body_mean"] <= 8
+    sizes = {name: file["bytes"] for name, file in manifest["files"].items()}
+    assert sizes["model.int8.onnx"] <= 0.32 * sizes["model.onnx"]
 
 
 def test_a_second_run_over_the_same_folder_starts_anew_and_others_are_left_alone(tmp_path: Path, command) -> None:

@@ -27,6 +27,7 @@ from series import SOURCE, TILT, Series, assert_in_place, write_series
 
 from runtime.contract import Label, LabelTable
 from runtime.engines.fake import fake_manifest
+from runtime.volume import DicomSource
 
 # what dciodvfy of 2022 says of Synthetic Data (0008,001C), which the standard has had since 2023
 UNKNOWN_TO_IT = (
@@ -60,34 +61,51 @@ def output_of(*command: object) -> str:
     return done.stdout + done.stderr
 
 
+def problems(file: Path) -> list[str]:
+    """Errors and warnings of dciodvfy other than that it does not know Synthetic Data, which must be there."""
+    lines = output_of(tool("dciodvfy"), "-new", file).splitlines()
+    assert any(line in ("CTImage", "EnhancedCTImage", "Segmentation") for line in lines), lines  # it did look
+    assert UNKNOWN_TO_IT[0] in lines  # the mark is there
+    return [line for line in lines if line.startswith(("Error", "Warning")) and line not in UNKNOWN_TO_IT]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dicom3tools_and_dcmtk_find_nothing_wrong(kind: str, tmp_path: Path) -> None:
-    dciodvfy, dcentvfy, dcmftest = tool("dciodvfy"), tool("dcentvfy"), tool("dcmftest")
+    dcentvfy, dcmftest = tool("dcentvfy"), tool("dcmftest")
     series = KINDS[kind](tmp_path)
     files = sorted(series.folder.iterdir())
     assert files[-1].name == "seg.dcm"
     for file in files:
-        lines = output_of(dciodvfy, "-new", file).splitlines()
-        assert any(line in ("CTImage", "Segmentation") for line in lines), lines  # it did look
-        assert [line for line in lines if line.startswith(("Error", "Warning")) and line not in UNKNOWN_TO_IT] == []
-        assert UNKNOWN_TO_IT[0] in lines  # the mark is there
+        assert problems(file) == []
         assert output_of(dcmftest, file).startswith("yes")
     assert "Error" not in output_of(dcentvfy, *files)
 
 
 def test_labels_of_ones_own_are_valid_too(tmp_path: Path) -> None:
     """Structures without a SNOMED code get one of our own scheme, which the validator mentions; nothing is wrong."""
-    dciodvfy = tool("dciodvfy")
-    table = LabelTable(tuple(Label(f"étiquette {n}" if n else "background", 10 * n) for n in range(8)))
-    for file in write_series(tmp_path, segmentation="binary", manifest=fake_manifest(table)).folder.iterdir():
-        errors = [line for line in output_of(dciodvfy, "-new", file).splitlines() if line.startswith("Error")]
-        assert errors == [UNKNOWN_TO_IT[0]]
+    names = ("background", "étiquette", "a\\b", "tab\there", " ", "心室", "x" * 100, "plain")
+    manifest = replace(fake_manifest(LabelTable(tuple(Label(name, 10 * n) for n, name in enumerate(names)))), name="models\\été" + "y" * 80)
+    for file in write_series(tmp_path, segmentation="binary", manifest=manifest).folder.iterdir():
+        assert [line for line in problems(file) if line.startswith("Error")] == []
 
 
+@pytest.mark.parametrize(
+    "source", [None, SOURCE, replace(SOURCE, sop_class_uid=RTStructureSetStorage)], ids=["detached", "SEG", "RTSTRUCT"]
+)
+def test_an_enhanced_ct_is_valid_too(source: DicomSource | None, tmp_path: Path) -> None:
+    """The warnings are that Derivation Description and the sources are an extension of this object."""
+    series = write_series(tmp_path, TILT, segmentation="binary", enhanced=True, source=source, attach=source is not None)
+    for file in sorted(series.folder.iterdir()):
+        assert [line for line in problems(file) if line.startswith("Error")] == []
+        assert output_of(tool("dcmftest"), file).startswith("yes")
+    assert "Error" not in output_of(tool("dcentvfy"), *series.folder.iterdir())
+
+
+@pytest.mark.parametrize("enhanced", [False, True], ids=["classic", "enhanced"])
 @pytest.mark.parametrize("direction", [TILT @ d for d in directions()[::6]] + [rotation((0, 40, 0))], ids=str)
-def test_dcm2niix_finds_every_voxel_in_its_place(direction: np.ndarray, tmp_path: Path) -> None:
+def test_dcm2niix_finds_every_voxel_in_its_place(direction: np.ndarray, enhanced: bool, tmp_path: Path) -> None:
     dcm2niix = tool("dcm2niix")
-    series = write_series(tmp_path / "made", direction, shape=(5, 8, 6))
+    series = write_series(tmp_path / "made", direction, shape=(5, 8, 6), enhanced=enhanced)
     (tmp_path / "converted").mkdir()
     said = output_of(dcm2niix, "-z", "n", "-b", "n", "-f", "ct", "-o", tmp_path / "converted", series.folder)
     (path,) = (tmp_path / "converted").glob("*.nii")
@@ -143,15 +161,16 @@ def by_stow(series: Series, address: str, port: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("enhanced", [False, True], ids=["classic", "enhanced"])
 @pytest.mark.parametrize("send", [by_cstore, by_stow], ids=["C-STORE", "DICOMweb"])
 def test_a_pacs_takes_series_and_seg_and_gives_them_back(
-    send: Callable[[Series, str, int], None], orthanc: tuple[str, int], tmp_path: Path
+    send: Callable[[Series, str, int], None], enhanced: bool, orthanc: tuple[str, int], tmp_path: Path
 ) -> None:
     address, port = orthanc
-    series = write_series(tmp_path / "made", TILT, segmentation="binary")
+    series = write_series(tmp_path / "made", TILT, segmentation="binary", enhanced=enhanced)
     for _ in range(2):  # a second time: the same objects, not more of them
         send(series, address, port)
-        assert json.loads(fetch(f"{address}/statistics")[0])["CountInstances"] == 6
+        assert json.loads(fetch(f"{address}/statistics")[0])["CountInstances"] == (2 if enhanced else 6)
     for file in series.folder.iterdir():
         sent = pydicom.dcmread(file)
         base = f"{address}/dicom-web/studies/{sent.StudyInstanceUID}/series/{sent.SeriesInstanceUID}/instances/{sent.SOPInstanceUID}"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,8 @@ from runtime.__main__ import main
 from runtime.console import run
 from runtime.contract import Label, LabelTable
 from runtime.engines.fake import fake_manifest
-from runtime.io.formats import FORMATS, FormatOptions
-from runtime.volume import DicomSource, Geometry, LabelVolume
+from runtime.io.formats import FORMATS, FormatOptions, Painting
+from runtime.volume import CTSlab, DicomSource, Geometry, LabelVolume
 
 
 def gdcm(series: Series) -> sitk.Image:
@@ -54,6 +56,43 @@ def test_every_voxel_lies_at_its_place_for_gdcm_and_highdicom(direction: np.ndar
     assert normals == sorted(normals) and [d.InstanceNumber for d in series.slices] == list(range(1, len(normals) + 1))
     upright = np.reshape(series.slices[0].ImageOrientationPatient, (2, 3))
     assert upright[0].argmax() == 0 and upright[1].argmax() == 1  # right to left, front to back: the picture is not upside down
+
+
+@pytest.mark.parametrize("direction", [TILT @ d for d in directions()[::5]], ids=str)
+def test_every_voxel_of_an_enhanced_ct_lies_at_its_place(direction: np.ndarray, tmp_path: Path) -> None:
+    series = write_series(tmp_path, direction, enhanced=True, segmentation="binary")
+    read = sitk.ReadImage(str(series.folder / "ct.dcm"))
+    affine = Geometry.from_parts(read.GetOrigin(), read.GetSpacing(), read.GetDirection()).affine
+    assert_every_voxel_in_place(series, sitk.GetArrayFromImage(read).transpose(2, 1, 0), affine)
+    volume = highdicom.imread(series.folder / "ct.dcm").get_volume()
+    assert_every_voxel_in_place(series, volume.array, volume.affine)
+    mask = highdicom.seg.segread(series.folder / "seg.dcm").get_volume(combine_segments=True)
+    labelled = series.mask.labels > 0
+    assert_in_place(series.points[labelled], series.mask.labels[labelled], mask.array, mask.affine)
+    ds = pydicom.dcmread(series.folder / "ct.dcm")
+    assert ds[0x0008001C].value == "YES" and ds.ImageType[0] == "DERIVED" and ds.PatientID.startswith("SYNTH-")
+    assert "mask sha256" in ds.DerivationDescription and ds.SOPInstanceUID.startswith("2.25.")
+    before = digests(series.folder)
+    assert digests(write_series(tmp_path, direction, enhanced=True, segmentation="binary").folder) == before
+
+
+@pytest.mark.parametrize("enhanced", [False, True], ids=["classic", "enhanced"])
+def test_slices_are_written_as_they_come(enhanced: bool, tmp_path: Path) -> None:
+    shape = (96, 256, 256)  # 12 MiB
+    mask = LabelVolume(np.zeros(shape, np.uint8), Geometry(np.diag([1.0, 1.0, -2.0, 1.0])))  # towards the feet: the last slice comes first
+    painting = Painting("case", None, mask, fake_manifest(), "fake (given)", "", 0)
+    writer = FORMATS["dicom"](FormatOptions(enhanced=enhanced, segmentation="none"))
+    writer.check(painting.manifest, tmp_path)
+    slabs = (CTSlab(np.full((4, *shape[1:]), k, np.int16), 0, k) for k in range(0, 96, 4))
+    tracemalloc.start()
+    try:
+        (folder,) = writer.write(tmp_path, painting, slabs)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4 << 20
+    read = sitk.ReadImage(str(folder / "ct.dcm")) if enhanced else gdcm(Series(folder, np.empty(shape, np.int16), mask))
+    assert sitk.GetArrayFromImage(read)[:, 0, 0].tolist() == [k // 4 * 4 for k in reversed(range(96))]
 
 
 def test_a_single_slice_keeps_its_thickness_and_place(tmp_path: Path) -> None:
@@ -95,7 +134,7 @@ def test_labels_without_a_snomed_code_make_a_seg_too(tmp_path: Path) -> None:
     assert pydicom.dcmread(made.folder / "0001.dcm").get("BodyPartExamined") is None
 
 
-def test_an_empty_mask_has_a_series_and_a_seg(tmp_path: Path, fake_model: Path) -> None:
+def test_an_empty_mask_has_a_series_and_a_seg(tmp_path: Path, fake_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     mask = write_mask(tmp_path / "m.nii.gz", np.zeros((3, 20, 20), np.uint8))
     arguments = [
         "synth",
@@ -110,6 +149,7 @@ def test_an_empty_mask_has_a_series_and_a_seg(tmp_path: Path, fake_model: Path) 
         "dicom",
     ]
     assert run(main, [*arguments, "--quiet"]) == 0
+    assert not caplog.records  # highdicom would say so on the screen
     assert not highdicom.seg.segread(tmp_path / "out" / "m" / "seg.dcm").get_volume(combine_segments=True).array.any()
 
 
@@ -143,8 +183,9 @@ def test_a_second_run_writes_the_same_objects_and_other_keys_others(tmp_path: Pa
     first = write_series(tmp_path / "0", segmentation="binary")
     assert digests(write_series(tmp_path / "1", segmentation="binary").folder) == digests(first.folder)
     assert digests(write_series(tmp_path / "0", segmentation="binary").folder) == digests(first.folder)  # in its own place
+    assert digests(write_series(tmp_path / "2", segmentation="binary", variant=0).folder) == digests(first.folder)  # the same picture
     seen = {ds.SOPInstanceUID for ds in first.slices}
-    kinds = ({"seed": 1}, {"variant": 0}, {"variant": 1}, {"direction": TILT}, {"source": SOURCE, "attach": True})
+    kinds = ({"seed": 1}, {"variant": 1}, {"direction": TILT}, {"source": SOURCE, "attach": True})
     for n, change in enumerate(kinds):
         other = {ds.SOPInstanceUID for ds in write_series(tmp_path / f"x{n}", **change).slices}  # type: ignore[arg-type]
         assert not other & seen
@@ -167,6 +208,27 @@ def test_an_attached_series_joins_its_masks_study_and_names_it(sop_class: str, s
     for ds in series.slices:
         (item,) = ds[sequence].value
         assert (item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID) == (sop_class, "1.2.3.4.5")
+
+
+def test_what_is_invalid_in_the_source_is_attached_to_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As hospitals have it: dates that never were, names of one part, values too long. Nothing is said of them, for they name a patient."""
+    odd = {**SOURCE.attributes, "PatientBirthDate": "19700229", "PatientName": "DOE", "StudyID": "X" * 20, "StudyDate": "unknown"}
+    series = write_series(tmp_path, source=replace(SOURCE, attributes=odd), attach=True, segmentation="binary")
+    for path in series.folder.iterdir():
+        ds = pydicom.dcmread(path)
+        for keyword in odd:
+            assert ds.get_item(keyword).value.decode().strip(" \0") == odd[keyword]  # type: ignore[union-attr]
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("direction", [np.eye(3), np.diag([1.0, -1.0, -1.0])], ids=["towards the head", "towards the feet"])
+def test_each_slice_names_the_slice_of_a_label_series_that_lies_there(direction: np.ndarray, tmp_path: Path) -> None:
+    source = DicomSource("1.2.840.10008.5.1.4.1.1.2", tuple(f"1.2.3.{k}" for k in range(5)), "1.2.3.99", SOURCE.attributes)
+    series = write_series(tmp_path, direction, source=source, attach=True)
+    for ds in series.slices:
+        (item,) = ds.SourceImageSequence
+        k = int(item.ReferencedSOPInstanceUID.rpartition(".")[2])
+        assert np.isclose(ds.ImagePositionPatient[2], series.points[k, 0, 0, 2])
 
 
 @pytest.mark.parametrize("missing", ["all", "frame of reference", "study"])
@@ -211,7 +273,8 @@ def test_without_the_dicom_extra_nothing_starts(
     assert run(main, [*arguments, "--format", "dicom"]) == 3
     assert "mask2ct[dicom]" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert run(main, [*arguments, "--format", "dicom", "--segmentation", "none"]) == 0
-    assert run(main, [*arguments, "--attach"]) == 2
+    for option in (["--attach"], ["--enhanced"], ["--segmentation", "none"]):  # without --format dicom
+        assert run(main, [*arguments, *option]) == 2
 
 
 def test_the_command_writes_variants_as_folders(tmp_path: Path, fake_model: Path) -> None:

@@ -2,37 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from bindings import driver
 
 from runtime.driver import device, why_no_gpu
 from runtime.errors import MissingComponent
-
-DRIVER = r"""
-#include <string.h>
-#include <stddef.h>
-int cuInit(unsigned flags) { return flags ? 1 : INIT; }
-int cuGetErrorName(int code, const char **text) { *text = code == 100 ? "CUDA_ERROR_NO_DEVICE" : 0; return 0; }
-int cuDeviceGetCount(int *n) { *n = COUNT; return 0; }
-int cuDeviceGet(int *d, int n) { *d = 40 + n; return n < COUNT ? 0 : 101; }
-int cuDeviceGetName(char *text, int n, int d) { strncpy(text, d == 41 ? "NVIDIA Second" : "NVIDIA First", n); return 0; }
-int cuDeviceGetAttribute(int *v, int what, int d) { *v = what == 75 ? 8 : what == 76 ? 9 : -1; return d < 40; }
-int cuDeviceTotalMem_v2(size_t *n, int d) { *n = (size_t)d << 30; return 0; }
-int cuDriverGetVersion(int *v) { *v = 13020; return 0; }
-"""
-
-
-def driver(folder: Path, *, init: int = 0, count: int = 2) -> str:
-    """A library with libcuda's functions: `cuInit` returns `init`, there are `count` devices."""
-    if shutil.which("gcc") is None:
-        pytest.skip("gcc is not installed: no stand-in driver can be compiled")
-    library = folder / f"libcuda-{init}-{count}.so"
-    compiler = ["gcc", "-shared", "-fPIC", f"-DINIT={init}", f"-DCOUNT={count}", "-x", "c", "-", "-o", str(library)]
-    subprocess.run(compiler, input=DRIVER, text=True, check=True)
-    return str(library)
 
 
 def test_no_driver_no_device_and_a_failing_driver_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -142,7 +142,7 @@ def test_slices_that_flicker_are_told_from_slices_that_agree() -> None:
     assert same is not None and same["z_difference"] == 0  # a shift of all is another metric's matter
     inside = np.zeros((2, 2, 2), bool)
     inside[:, 0, 0] = True
-    assert steps_along_z(np.arange(8).reshape(2, 2, 2), inside).tolist() == [4]
+    assert steps_along_z(np.arange(8).reshape(2, 2, 2), inside, np.arange(2)).tolist() == [4]
 
 
 def test_only_slices_that_follow_each_other_in_the_volume_are_compared() -> None:
@@ -158,6 +158,16 @@ def test_only_slices_that_follow_each_other_in_the_volume_are_compared() -> None
     assert evaluate([painted], [ct], [mask], ["heart"])["body"]["z_difference"] > 50
 
 
+def test_an_outline_that_flickers_is_counted_in_pixels() -> None:
+    ct, mask = thorax((4, 64, 64))
+    painted = ct.copy()
+    painted[1, 10:12, 10:54] = -1000  # two rows of 44 pixels less
+    found = evaluate([painted], [ct], [mask], ["heart"])["body"]
+    assert (found["outline_step"], found["outline_step_true"]) == (pytest.approx(2 * 88 / 3, abs=3), 0)
+    apart = evaluate([painted], [ct], [mask], ["heart"], [np.array([0, 1, 9, 10])])["body"]
+    assert apart["outline_step"] == pytest.approx(44, abs=3)
+
+
 def test_an_organs_steps_are_its_own() -> None:
     ct, mask = thorax((4, 64, 64))
     painted = ct.copy()
@@ -170,7 +180,7 @@ def test_an_organs_steps_are_its_own() -> None:
 @pytest.mark.parametrize(("total", "count"), [(48, 24), (48, 47), (30, 2), (9, 5), (7, 6), (5, 4), (100, 98)])
 def test_validation_takes_pairs_of_neighbours_spread_over_the_volume(total: int, count: int) -> None:
     chosen = neighbours(total, count)
-    assert len(chosen) == count // 2 * 2 and (np.diff(chosen) > 0).all() and 0 <= chosen[0] and chosen[-1] < total
+    assert len(chosen) == count // 2 * 2 and (np.diff(chosen) > 0).all() and chosen[0] >= 0 and chosen[-1] < total
     assert (chosen[1::2] - chosen[::2] == 1).all()
     assert np.diff(chosen[::2]).max(initial=0) <= np.ceil(2 * total / count) + 1
     assert neighbours(total, total).tolist() == list(range(total)) and neighbours(total, 1).tolist() == [total // 2]
@@ -190,8 +200,22 @@ def test_diversity_is_the_spread_over_variants_against_that_between_patients() -
     variants = [[np.full(mask.shape, 300 + shift) for shift in (-20, 0, 20)]]
     real = [np.array([value, np.nan]) for value in (200.0, 240, 280)]
     result = diversity(variants, [mask], real, ["heart", "aorta"])
-    assert result["variants"] == 3 and result["organs"]["heart"] == {"spread": 20, "spread_true": 40, "ratio": 0.5}
-    assert result["organs"]["aorta"] == {"spread": None, "spread_true": None, "ratio": None}
+    assert result["variants"] == 3 and result["organs"]["heart"] == {"spread": 20, "spread_true": 40, "ratio": 0.5, "median_error": 60}
+    assert set(result["organs"]["aorta"].values()) == {None}
+
+
+def test_variants_are_compared_with_each_other_and_patients_with_patients() -> None:
+    rng = np.random.default_rng(0)
+    a, b, c = rng.integers(-500, 500, (3, 12, 64, 64)).astype(np.int16)
+    mask = np.zeros((12, 64, 64), np.uint8)
+    mask[3:9, 20:40, 20:40] = 1
+    real = [np.array([0.0]), np.array([1.0])]
+    alike, third, unlike = (diversity([variants], [mask], real, ["heart"])["ms_ssim"] for variants in ([a, a], [a, a, b], [a, b, c]))
+    assert alike == pytest.approx(1) and unlike < 0.3 and third == pytest.approx((1 + 2 * unlike) / 3, abs=0.05)
+    below = np.roll(a, -2, 0)  # the same patient, lying two slices lower
+    assert ceiling([a], [mask], [below], [np.roll(mask, -2, 0)], ["heart"])["similarity"]["ms_ssim"] == pytest.approx(1)
+    assert ceiling([a], [mask], [below], [mask], ["heart"])["similarity"]["ms_ssim"] < 0.3
+    assert ceiling([a], [mask], [b[:, :32]], [mask[:, :32]], ["heart"])["similarity"]["ms_ssim"] is None
 
 
 def test_the_ceiling_is_what_lies_between_real_patients() -> None:

@@ -6,6 +6,7 @@ import gzip
 import json
 import os
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel
@@ -14,12 +15,12 @@ import pytest
 import SimpleITK as sitk
 from samples import blobs, directions, rotation, write_mask
 
-from runtime import LabelVolume, Synthesizer, UsageError
+from runtime import LabelVolume, OutputError, Synthesizer, UsageError
 from runtime.__main__ import main
 from runtime.console import run
 from runtime.contract import Label, LabelTable
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.io.formats import DEFAULT_OPTIONS, FORMATS
+from runtime.io.formats import DEFAULT_OPTIONS, FORMATS, Painting
 from runtime.io.headers import is_synthetic
 from runtime.io.painting import result_name
 from runtime.io.volumes import GZIP_THREADS, planes_of, write_ct
@@ -41,14 +42,16 @@ def test_every_format_of_the_command_is_one() -> None:
 @pytest.mark.parametrize(
     "direction", directions(), ids=lambda d: "".join("+-"[int(c.sum() < 0)] + "xyz"[int(np.abs(c).argmax())] for c in d.T)
 )
-def test_the_grid_of_every_volume_format_is_the_masks_in_all_axis_orders(direction: np.ndarray, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(4, 6, 5), (1, 6, 5)], ids=["volume", "single slice"])
+def test_the_grid_of_every_volume_format_is_the_masks_in_all_axis_orders(direction: np.ndarray, shape, tmp_path: Path) -> None:
     """Oblique and anisotropic. SimpleITK reads all of them, nibabel the NIfTIs: corners and centre within 1e-3 mm, every voxel its own."""
-    shape, axis = (4, 6, 5), int(np.abs(direction[2]).argmax())
+    axis = int(np.abs(direction[2]).argmax())
     hu = np.arange(np.prod(shape), dtype=np.int16).reshape(shape) - 60
     mask = LabelVolume(
         np.zeros(shape, np.uint8), Geometry.from_parts((12.5, -90, 300.25), (0.7, 0.9, 3.1), (rotation((12, -8, 25)) @ direction).ravel())
     )
-    index = [[0, 0, 0], [4, 5, 3], [4, 0, 3], [0, 5, 0], [2, 3, 1]]
+    last = shape[0] - 1
+    index = [[0, 0, 0], [4, 5, last], [4, 0, last], [0, 5, 0], [2, 3, last // 2]]
     expected = np.array([(mask.geometry.affine @ [*i, 1])[:3] for i in index])
     array_axis = 2 - axis
     slabs = [CTSlab(np.take(hu, [k], array_axis), array_axis, k) for k in range(shape[array_axis])]
@@ -122,6 +125,27 @@ def test_what_others_wrote_is_never_replaced(name: str, tmp_path: Path, fake_mod
     assert precious.read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_result_that_fails_on_the_way_leaves_the_one_before(name: str, tmp_path: Path) -> None:
+    manifest, labels = fake_manifest(), np.ones((6, 8, 9), np.uint8)
+    painting = Painting("case", 0, LabelVolume(labels, Geometry(np.eye(4))), manifest, "fake (given)", "", 0)
+    writer = FORMATS[name](DEFAULT_OPTIONS)
+    writer.check(manifest, tmp_path)
+
+    def slabs(count: int) -> Iterator[CTSlab]:
+        for k in range(count):
+            yield CTSlab(np.full((1, 8, 9), k, np.int16), 0, k)
+        if count < 6:
+            raise OSError(28, "No space left on device")
+
+    for _ in range(2):  # first there is nothing before it, then a whole result
+        before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "labelsTr" not in p.parts}
+        with pytest.raises(OutputError, match="the disk is full"):
+            writer.write(tmp_path, painting, slabs(3))
+        assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "labelsTr" not in p.parts} == before
+        writer.write(tmp_path, painting, slabs(6))
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "\\\\server\\x", "x\0y", ".hidden"])
 def test_no_case_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot name a file"):
@@ -182,7 +206,14 @@ def test_msd_lists_its_pairs_and_keeps_what_others_listed(tmp_path: Path, fake_m
 
 
 @pytest.mark.parametrize(
-    "change", [{"labels": {"background": 0, "tumour": 1}}, {"channel_names": {"0": "CT", "1": "PET"}}, {"file_ending": ".mha"}, "no json"]
+    "change",
+    [
+        {"labels": {"background": 0, "tumour": 1}},
+        {"channel_names": {"0": "CT", "1": "PET"}},
+        {"file_ending": ".mha"},
+        {"dataset": {}},
+        "no json",
+    ],
 )
 def test_a_data_set_of_another_kind_is_not_touched(change, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "Dataset001_Theirs"

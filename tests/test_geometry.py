@@ -264,4 +264,5 @@ def test_reading_agrees_with_the_orientations_that_others_stored(real_data: Path
 
 def test_engine_spec_is_the_manifests() -> None:
     manifest = fake_manifest()
-    assert FakeEngine(manifest).spec == EngineSpec(manifest.inputs, manifest.output, 2)
+    spec = FakeEngine(manifest).spec
+    assert spec == EngineSpec(manifest.inputs, manifest.output, 2, spec.streams)

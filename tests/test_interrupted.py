@@ -1,72 +1,187 @@
-"""A run that is stopped or killed leaves whole files only, and the next one makes the rest, bit for bit."""
+"""A run that is stopped, killed or runs out of disk leaves whole files only; `--resume` makes the rest, bit for bit, and no more."""
 
 from __future__ import annotations
 
-import gzip
+import multiprocessing
+import os
+import random
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from samples import blobs, write_mask
+from samples import blobs, mask2ct, results, write_mask
 
-# Prints each case as soon as it is on disk, so that the test knows where the run is without waiting.
-CHILD = """
-import sys
-from runtime.console import run
-from runtime.synthesizer import Synthesizer
-def main(argv):
-    with Synthesizer.open(sys.argv[1], backend="fake") as synth:
-        for result in synth.stream(sys.argv[3:], sys.argv[2]):
-            print(result.case, flush=True)
-    return 0
-sys.exit(run(main, []))
+from runtime.journal import JOURNAL
+
+KILLS = 50
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory, fake_model: Path) -> Callable[..., multiprocessing.process.BaseProcess]:
+    """Start `synth --resume` on the same twelve masks, two variants each, in a process forked from one that has imported everything."""
+    folder = tmp_path_factory.mktemp("masks")
+    for n in range(12):
+        write_mask(folder / f"case{n}.nii.gz", blobs((16, 96, 96), seed=n), spacing=(1.0, 1.0, 2.0))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["samples", "isal.igzip_threaded", "runtime.io.nifti"])
+
+    def start(out: Path, *more: Path) -> multiprocessing.process.BaseProcess:
+        arguments = [
+            "synth",
+            str(folder),
+            *map(str, more),
+            "--model",
+            str(fake_model),
+            "--backend",
+            "fake",
+            "--variants",
+            "2",
+            "--resume",
+            "--quiet",
+        ]
+        process = context.Process(target=mask2ct, args=([*arguments, "--output", str(out)],))
+        process.start()
+        return process
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(start: Callable, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What an uninterrupted run writes."""
+    out = tmp_path_factory.mktemp("whole")
+    assert finish(start(out)) == 0
+    made = results(out)
+    assert len(made) == 12 * 2 * 2
+    return made
+
+
+def finish(process: multiprocessing.process.BaseProcess) -> int | None:
+    process.join()
+    return process.exitcode
+
+
+def is_part_of(out: Path, whole: dict[str, bytes]) -> bool:
+    """Whether every file with a result's name is whole."""
+    return all(whole[name] == data for name, data in results(out).items() if not Path(name).name.startswith("."))
+
+
+def complete(start: Callable, out: Path, whole: dict[str, bytes]) -> None:
+    assert finish(start(out)) == 0
+    assert results(out) == whole  # with names beginning with a dot: nothing half-written is left
+
+
+def stopped(start: Callable, out: Path, send: Callable, when: random.Random, *, begun: bool = False) -> int | None:
+    """The exit code of a run that was sent a signal at some moment, `begun`: of its work, or None when it was done before."""
+    process = start(out)
+    while begun and process.is_alive() and not (out / JOURNAL).exists():
+        process.join(0.001)
+    process.join(when.uniform(0.0, 0.8))
+    if not process.is_alive():
+        assert finish(process) == 0
+        return None
+    send(process)
+    return finish(process)
+
+
+def test_killed_at_fifty_random_moments_the_set_is_that_of_an_uninterrupted_run(
+    start: Callable, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    when, kills, halfway, out = random.Random(0), 0, 0, tmp_path / "out"
+    while kills < KILLS:
+        code = stopped(start, out, lambda process: process.kill(), when)
+        if code is None:
+            assert results(out) == whole
+            shutil.rmtree(out)
+            continue
+        assert code == -signal.SIGKILL
+        kills += 1
+        halfway += bool(results(out)) and len(results(out)) < len(whole)
+        assert is_part_of(out, whole)
+    complete(start, out, whole)
+    assert halfway >= 10  # or the moments were not in the run
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_is_exit_130_and_leaves_nothing_half_written(
+    number: signal.Signals, start: Callable, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    when, stops, out = random.Random(1), 0, tmp_path / "out"
+    while stops < 6:
+        code = stopped(start, out, lambda process: os.kill(process.pid, number), when, begun=True)
+        if code is not None:
+            assert code == 130 and is_part_of(out, whole)
+            assert not [name for name in results(out) if Path(name).name.startswith(".")]
+            stops += 1
+        shutil.rmtree(out) if code is None or stops % 2 else None  # every other one goes on from where it was stopped
+    complete(start, out, whole)
+
+
+@contextmanager
+def disk(folder: Path, options: str) -> Iterator[Path]:
+    if os.name != "posix" or os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root")
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False, capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a tmpfs")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_after_a_full_disk_what_was_done_stays_and_the_rest_follows(start: Callable, whole: dict[str, bytes], tmp_path: Path) -> None:
+    half = sum(map(len, whole.values())) // 2048
+    with disk(tmp_path / "disk", f"size={half}k") as mounted:
+        assert finish(start(mounted / "out")) == 4
+        assert results(mounted / "out") and is_part_of(mounted / "out", whole)
+        assert not [name for name in results(mounted / "out") if Path(name).name.startswith(".")]
+        subprocess.run(["mount", "-o", "remount,size=64m", mounted], check=True)
+        complete(start, mounted / "out", whole)
+
+
+def test_a_disk_that_became_read_only_is_exit_4_and_the_run_goes_on_when_it_is_not(
+    start: Callable, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    with disk(tmp_path / "disk", "size=64m") as mounted:
+        when = random.Random(2)
+        while stopped(start, mounted / "out", lambda process: process.kill(), when) is None:
+            shutil.rmtree(mounted / "out")
+        subprocess.run(["mount", "-o", "remount,ro", mounted], check=True)
+        assert finish(start(mounted / "out")) == 4
+        subprocess.run(["mount", "-o", "remount,rw", mounted], check=True)
+        complete(start, mounted / "out", whole)
+
+
+def test_an_input_that_cannot_be_read_is_named_and_stops_no_other(start: Callable, whole: dict[str, bytes], tmp_path: Path) -> None:
+    loop = tmp_path / "loop.nii.gz"
+    loop.symlink_to(loop)
+    assert finish(start(tmp_path / "out", loop)) == 1
+    assert results(tmp_path / "out") == whole
+
+
+# Ctrl-C as soon as the script begins to import numpy: nobody waits for a command to be ready before giving up on it.
+IMPORTING = """
+import os, runpy, signal, sys
+class CtrlC:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, CtrlC())
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def start(root: Path, model: Path, out: Path, masks: list[Path]) -> subprocess.Popen[str]:
-    """In a terminal's place: whoever starts the tests in the background has Ctrl-C ignored, and children inherit that."""
-    command = [sys.executable, "-c", CHILD, model, out, *masks]
-    return subprocess.Popen(
-        command,
-        cwd=root,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def complete(root: Path, model: Path, out: Path, masks: list[Path]) -> None:
-    with start(root, model, out, masks) as child:
-        _, error = child.communicate()
-    assert child.returncode == 0, error
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("after", [1, 2, 5])
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
-def test_what_has_its_final_name_is_whole_and_a_second_run_completes_the_set(
-    how: signal.Signals, after: int, root: Path, tmp_path: Path, fake_model: Path
-) -> None:
-    masks = [write_mask(tmp_path / f"case{n}.nii.gz", blobs((40, 160, 160), seed=n), spacing=(1.0, 1.0, 2.0)) for n in range(12)]
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    complete(root, fake_model, whole, masks)
-    with start(root, fake_model, out, masks) as child:
-        assert child.stdout is not None
-        for _ in range(after):
-            child.stdout.readline()
-        child.send_signal(how)
-        _, error = child.communicate()
-    assert child.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
-    assert "Traceback" not in error
-    done = sorted(p.name for p in out.iterdir() if not p.name.startswith("."))
-    assert after <= len(done) < 12
-    for name in done:
-        assert gzip.decompress((out / name).read_bytes()) == gzip.decompress((whole / name).read_bytes())
-    if how == signal.SIGINT:
-        assert not [p for p in out.iterdir() if p.name.startswith(".")]  # nothing half-written is left behind
-    complete(root, fake_model, out, masks)
-    for path in whole.iterdir():
-        assert (out / path.name).read_bytes() == path.read_bytes()
+@pytest.mark.parametrize("script", ["train/run.py", "export/build_engine.py"])
+def test_ctrl_c_during_the_imports_is_no_traceback(script: str, root: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTING, script, "--help"], cwd=root, capture_output=True, text=True,
+                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    assert done.returncode == -signal.SIGINT and done.stdout == done.stderr == ""

@@ -128,7 +128,7 @@ def test_another_canvas_takes_the_memory_of_the_last_one() -> None:
     """Labels past the canvas make it grow; both together would pass the cap."""
     manifest = fake_manifest()
     small, large = volume(4, 32), volume(4, 64)
-    engine = FakeEngine(manifest, options=EngineOptions(max_memory=2 * 2 * 4 * 96 * 96))
+    engine = FakeEngine(manifest, options=EngineOptions(max_memory=2 * 2 * 4 * 96 * 96, workers=1))
     with Synthesizer(manifest, engine) as synth:
         assert synth.grid(large).size != synth.grid(small).size
         for _ in range(2):

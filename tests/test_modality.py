@@ -35,14 +35,13 @@ def test_an_mr_like_cohort_trains_exports_and_synthesizes(tmp_path: Path, comman
     write_mr(data, 4)
     settings = [f"data.labels={json.dumps(LABELS)}", "data.canvas=[64,64]", "generator.depth=4", "generator.filters=8", "discriminator.filters=8",
                 "training.steps=60", "training.batch_size=4", "training.recalibrate=4", "training.threads=2", "optimizer.lr_g=2e-3",
-                "intensity.high=1200"]  # fmt: skip
-    trained = command(
-        "train/run.py", "--config", "train/configs/mr.json", "--dataset-path", data, "--output", run, "--set", *settings
-    )
+                "intensity.high=1200", "license=CC-BY-4.0"]  # fmt: skip
+    trained = command("train/run.py", "--config", "train/configs/mr.json", "--dataset-path", data, "--output", run, "--set", *settings)
     assert trained.returncode == 0, trained.stderr
     exported = command("export/build_engine.py", run, "-o", model, "--onnx-only", "--quiet")
     assert exported.returncode == 0, exported.stderr
     manifest = json.loads((model / "manifest.json").read_text())
+    assert manifest["license"] == "CC-BY-4.0" and manifest["name"] == "mr"
     assert manifest["intensity"] == {"unit": "a.u.", "low": 0, "high": 1200}
     assert [(row["name"], row["value"]) for row in manifest["labels"]] == [("background", 0), ("fluid", 10), ("tissue", 20)]
     painted = command("-m", "runtime", "synth", data / "mr0_label.nii.gz", "--model", model, "--output", out, "--quiet")
@@ -55,7 +54,11 @@ def test_an_mr_like_cohort_trains_exports_and_synthesizes(tmp_path: Path, comman
     assert "a.u. between real and real" in trained.stdout and "HU" not in trained.stdout
 
     folders = {name: tmp_path / "compared" / name for name in ("masks", "truth", "synthetic")}
-    for name, source in (("masks", data / "mr0_label.nii.gz"), ("truth", data / "mr0_image.nii.gz"), ("synthetic", next(out.glob("*_ct.nii.gz")))):
+    for name, source in (
+        ("masks", data / "mr0_label.nii.gz"),
+        ("truth", data / "mr0_image.nii.gz"),
+        ("synthetic", next(out.glob("*_ct.nii.gz"))),
+    ):
         folders[name].mkdir(parents=True)
         shutil.copy(source, folders[name] / ("case_ct.nii.gz" if name == "synthetic" else "case.nii.gz"))
     line = ["-m", "train.evaluate", *(part for name, folder in folders.items() for part in (f"--{name}", folder))]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 import torch
 from samples import write_slices
 
@@ -14,10 +15,13 @@ from runtime.errors import ConfigError, ModelError
 from train import checkpoint
 from train.augment import augment
 from train.config import AugmentConfig, load, resolve
+from train.loop import open_cohort
 from train.losses import centre_weight, generator_losses
+from train.settle import settle
+from train.step import Batch, Step
 
 WHS = Path(__file__).parent / "whs_original.json"
-QUICK = ["MAX_ITER=4", "IMAGE_RES=[64,64]", "FIRST_LAYERS_FILTERS=4", "BATCH_SIZE=2", "generator.depth=4", "discriminator.filters=4",
+QUICK = ["MAX_ITER=4", "IMAGE_RES=[64,48]", "FIRST_LAYERS_FILTERS=4", "BATCH_SIZE=2", "generator.depth=4", "discriminator.filters=4",
          "training.recalibrate=1", "training.threads=2", "VAL_INTERVAL=4", "SAVE_MODEL_INTERVAL=2"]  # fmt: skip
 
 
@@ -79,6 +83,37 @@ def test_the_run_is_one_in_greys_on_the_originals_labels(run: Path) -> None:
     assert data["intensity"] == {"unit": "a.u.", "low": 0, "high": 255}
     assert [row["value"] for row in data["labels"]] == list(range(8)) and data["labels"][3]["name"] == "left ventricle"
     assert data["data"]["patients"] == {"train": 5, "valid": 1, "test": 2}
+
+
+def test_the_intervals_decide_what_is_left(run: Path) -> None:
+    """Scores every LOG_INTERVAL steps (10), pictures every VAL_INTERVAL (4), checkpoints every SAVE_MODEL_INTERVAL (2)."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], "metrics" in row) for row in rows] == [(2, False), (4, True)]
+    assert {"adversarial", "reconstruction", "d_real", "d_fake"} <= rows[0]["losses"].keys()
+    assert [p.name for p in sorted((run / "figures").glob("step-*"))] == ["step-00000004.png"]
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == ["step-00000002", "step-00000004"]
+
+
+def test_label_maps_are_resized_without_mixing_labels(tmp_path: Path) -> None:
+    """Between 0 and 7, a smoothing filter would make every label there is."""
+    write_slices(tmp_path, 3)
+    for path in tmp_path.glob("training/*/*_gt.dcm"):
+        labels = np.zeros((1, 64, 64), np.uint8)
+        labels[0, 11:50, 13:46] = 7
+        sitk.WriteImage(sitk.GetImageFromArray(labels), str(path))
+    config = settle(resolve(load(WHS), ["IMAGE_RES=[48,80]", "generator.depth=4"], dataset_path=str(tmp_path)))[0]
+    cohort = open_cohort(config, tmp_path, quiet=True)
+    for patient in (*cohort.train, *cohort.valid):
+        assert patient.labels.shape == (1, 1, 48, 80) and np.unique(patient.labels).tolist() == [0, 7]
+
+
+@pytest.mark.parametrize("conditional", [True, False])
+def test_skips_and_the_unconditional_discriminator_train(conditional: bool) -> None:
+    config = resolve(load(WHS), [*QUICK, "SKIP_CONNECTIONS_GENERATOR=true", f"CONDITIONAL_DISCRIMINATOR={json.dumps(conditional)}"])
+    step, rng = Step(config), np.random.default_rng(0)
+    batch = Batch(torch.from_numpy(rng.integers(0, 8, (2, 1, 64, 48), np.uint8)), torch.rand(2, 1, 64, 48), torch.zeros(2, 1, 64, 48))
+    assert step.discriminator.stages[0][0].in_channels == (9 if conditional else 1) and step.generator.skips
+    assert all(torch.isfinite(value) for value in step(0, batch).values())
 
 
 def test_test_measures_the_test_split_not_the_validation_split(run: Path, folder: Path, command) -> None:

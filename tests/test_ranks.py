@@ -181,3 +181,30 @@ def test_two_ranks_stop_together_and_resume_to_the_same_bits(config: Path, cohor
     assert done.returncode == 0, done.stderr
     a, b = (checkpoint.load(run / "checkpoints" / "step-00000010")[1] for run in (whole, parts))
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.mark.slow
+def test_two_ranks_say_what_is_wrong_once_and_one_tests(
+    config: Path, cohort: Path, root: Path, trained: Path, tmp_path: Path, port: int
+) -> None:
+    def said(*more: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(torchrun(*more, port=port), cwd=root, capture_output=True, text=True, timeout=300)
+
+    line = arguments(config, cohort, tmp_path / "run", 10)
+    for wrong, says in (
+        ([*line, "training.stepz=3"], "there is no key 'training.stepz'"),
+        ([*line, "training.batch_size=5"], "training.batch_size is 5"),
+        ([*line, "generator.style=99"], "generator.style is 99"),
+        (["train/run.py", "--config", "absent.json"], "absent.json does not exist"),
+        (["train/run.py", "--confog", "x"], "unrecognized arguments: --confog"),
+        (["train/run.py", "--test", "--output", trained], "the test split is empty"),
+    ):
+        done = said(*wrong)
+        assert done.returncode != 0 and done.stderr.count(says) == 1, done.stderr
+        assert 'train/run.py", line' not in done.stderr and not (tmp_path / "run").exists()
+    done = said(*line, "data.train_ratio=0.5", "data.valid_ratio=0.25", "--dry-run")
+    assert done.returncode == 0 and done.stdout.count("MACs per slice") == 1, done.stderr
+    assert said(*line, "data.train_ratio=0.5", "data.valid_ratio=0.25").returncode == 0
+    done = said("train/run.py", "--test", "--output", tmp_path / "run")
+    assert done.returncode == 0 and done.stdout.count("test.json is written") == 1, done.stderr
+    assert json.loads((tmp_path / "run" / "test.json").read_text())["patients"] == 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from samples import image
+from samples import export_run, image, train_small
 
 from export.graph import LabelsToIntensity
 from export.parity import FP32_MAX, measure, random_inputs
@@ -19,7 +20,7 @@ from runtime.synthesizer import Synthesizer
 from train.checkpoint import load_generator, load_run
 from train.dataset import Slices, to_unit
 from train.generator import Generator
-from train.style import FRESH, Styles, move, organ_medians, patient_styles
+from train.style import FRESH, Styles, move, organ_medians, outlines, patient_styles, stretch
 
 
 def patients(medians: np.ndarray) -> list[Slices]:
@@ -76,7 +77,7 @@ def test_a_slices_style_is_near_its_patients_and_a_function_of_seed_and_step() -
 def test_an_organ_is_moved_to_what_its_slices_style_says_and_the_background_stays() -> None:
     medians = np.array([[100.0, 50], [200, 60], [600, 100]])
     cohort = patients(medians)
-    styles, shifts = Styles(cohort, 3, 1, 3, UNIT)(np.arange(3), 0)
+    styles, (shifts, _, _) = Styles(cohort, 3, 1, 3, UNIT)(np.arange(3), 0)
     image = torch.from_numpy(np.stack([to_unit(p.image, UNIT) for p in cohort]))
     labels = torch.from_numpy(np.concatenate([p.labels for p in cohort]))
     moved = move(image, labels, torch.from_numpy(shifts)).numpy() * 2048 - 1024
@@ -84,6 +85,51 @@ def test_an_organ_is_moved_to_what_its_slices_style_says_and_the_background_stay
     for index in (1, 2):
         assert np.allclose(moved[labels.numpy() == index].reshape(3, -1)[:, 0], said[:, index - 1], atol=0.5)  # HU
     assert np.allclose(moved[labels.numpy() == 0], 0, atol=0.01)
+
+
+def builds(wide: Sequence[int], hu: int = 400) -> list[Slices]:
+    """Bodies of so many columns to the left of a label, 30 to its right, 20 rows before and behind it."""
+    labels = np.zeros((4, 1, 96, 160), np.uint8)
+    labels[1:, :, 43:53, 75:85] = 1
+    cohort = []
+    for left in wide:
+        image = np.full((4, 96, 160), -1000, np.int16)
+        image[:, 28:68, 80 - left : 110] = 40
+        image[labels[:, 0] == 1] = hu
+        cohort.append(Slices(labels, image))
+    return cohort
+
+
+def test_an_outline_is_how_far_the_body_reaches_from_the_labels() -> None:
+    empty = Slices(np.zeros((2, 1, 96, 160), np.uint8), np.zeros((2, 96, 160), np.int16))
+    logs, centres = outlines([*builds([40, 50]), empty])
+    found = np.exp(logs[:2])
+    assert np.allclose(found[:, [6, 0, 9, 3]], [[39.5, 29.5, 19.5, 19.5], [49.5, 29.5, 19.5, 19.5]], atol=1) and np.isnan(logs[2]).all()
+    assert np.allclose(
+        found[:, 1] * np.sin(np.pi / 6), 29.5 * np.tan(np.pi / 6), atol=1
+    )  # 30 degrees down to the right, where the body ends at the right
+    assert np.allclose(centres[0], [0, 0], atol=0.01)
+
+
+def test_surroundings_are_stretched_to_what_the_style_says_and_labels_stay() -> None:
+    cohort = builds([36, 40, 50])  # nothing else differs
+    styles, moves = Styles(cohort, 2, 1, 3, UNIT)(np.arange(0, 12, 4), 0)
+    image = torch.from_numpy(np.stack([to_unit(p.image[:1], UNIT) for p in cohort]))
+    labels = torch.from_numpy(np.stack([p.labels[1] for p in cohort]))
+    away, factors, centres = (torch.from_numpy(array) for array in (moves.shifts, moves.stretch, moves.centres))
+    assert away.abs().max() * 2048 < 0.5
+    moved = stretch(image, labels, factors, centres)
+    inside = labels[:, 0] == 1
+    torch.testing.assert_close(moved[:, 0][inside], image[:, 0][inside], atol=1e-4, rtol=0)
+    said = outlines(cohort)[0].mean(0) + styles @ patient_styles(outlines(cohort)[0], 1)[1]
+    hu = (moved[:, 0] * 2048 - 1024).numpy().astype(np.int16)
+    found = outlines([Slices(label[None], plane[None]) for label, plane in zip(labels.numpy(), hu, strict=True)])[0]
+    assert np.allclose(np.exp(found), np.exp(said), atol=1.5)  # pixels
+
+
+def test_units_without_a_body_have_organs_alone() -> None:
+    cohort, greys = builds([36, 40, 50], hu=0) + builds([40], hu=90), Intensity("a.u.", 0, 1000)
+    assert not Styles(cohort, 2, 1, 3, greys)(np.arange(3), 0)[1].stretch.any()
 
 
 @pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
@@ -105,26 +151,16 @@ def test_no_style_is_the_style_zero_and_each_sample_has_its_own(kind: str) -> No
 def styled(cohort: Path, command, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(run folder, model folder) of a small edge network with a style of 2 numbers, 30 steps."""
     folder = tmp_path_factory.mktemp("styled")
-    settings = ["training.steps=30", "training.batch_size=4", "generator.kind=edge", "generator.filters=8", "generator.depth=4", "generator.style=2",
-                "data.canvas=[64,64]", "discriminator.filters=8", "training.recalibrate=2", "training.valid_slices=8", "training.ema_decay=0.5",
-                "training.threads=1"]  # fmt: skip
-    for arguments in (
-        (
-            "train/run.py",
-            "--config",
-            "train/configs/phantom.json",
-            "--dataset-path",
-            cohort,
-            "--output",
-            folder / "run",
-            "--set",
-            *settings,
-        ),
-        ("export/build_engine.py", folder / "run", "-o", folder / "model", "--onnx-only"),
-    ):
-        done = command(*arguments, "--quiet")
-        assert done.returncode == 0, done.stderr
-    return folder / "run", folder / "model"
+    settings = [
+        "training.steps=30",
+        "generator.kind=edge",
+        "generator.depth=4",
+        "generator.style=2",
+        "training.ema_decay=0.5",
+        "training.threads=1",
+    ]
+    run = train_small(command, cohort, folder / "run", *settings)
+    return run, export_run(command, run, folder / "model")
 
 
 def test_training_uses_the_style(styled: tuple[Path, Path]) -> None:

@@ -13,8 +13,8 @@ from fake_tensorrt import Script, tensorrt
 from export.to_tensorrt import HARDWARE
 from runtime.driver import why_no_gpu
 
-BUILDER_FILES = ("export/to_tensorrt.py", "export/engine_layers.py")
-RUNTIME_FILE = "runtime/engines/tensorrt.py"
+BUILDER_FILES = ("export/to_tensorrt.py", "export/engine_layers.py", "benchmarks/gpu/parts.py")
+RUNTIME_FILES = ("runtime/engines/tensorrt.py", "benchmarks/gpu/bare.py")
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +46,13 @@ def test_every_name_the_builder_touches_exists(version: str, file: str, root: Pa
 
 
 @pytest.mark.parametrize("version", [*VERSIONS, "lean"])
-def test_every_name_the_runtime_touches_exists(version: str, root: Path, read) -> None:
+@pytest.mark.parametrize("file", RUNTIME_FILES)
+def test_every_name_the_runtime_touches_exists(version: str, file: str, root: Path, read) -> None:
     """The same file runs on the lean runtime and on the full one."""
-    file = root / RUNTIME_FILE
-    if not file.is_file():
-        pytest.skip(f"{RUNTIME_FILE} is not written yet")
-    assert problems(file.read_text(), read(version)) == []
+    if not (root / file).is_file():
+        pytest.skip(f"{file} is not written yet")
+    beside = root / "runtime/engines/gpu.py"
+    assert problems((root / file).read_text(), read(version), beside.read_text() if beside.is_file() else "") == []
 
 
 def test_the_walk_sees_what_the_builder_does(root: Path) -> None:

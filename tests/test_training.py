@@ -122,9 +122,7 @@ def test_altered_or_missing_run_files_are_refused(trained: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
-    precision: str, config: Path, cohort: Path, tmp_path: Path, command
-) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(precision: str, config: Path, cohort: Path, tmp_path: Path, command) -> None:
     how = f"training.precision={precision}"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert command(*arguments(config, cohort, whole, 20, how)).returncode == 0
@@ -355,7 +353,14 @@ def test_a_dry_run_shows_everything_and_starts_nothing(config: Path, cohort: Pat
     run = tmp_path / "run"
     done = command(*arguments(config, cohort, run, 1000), "--dry-run")
     assert done.returncode == 0, done.stderr
-    for expected in ('"batch_size": 4', "train                 3      96", "generator", "MACs per slice", "for 1000 steps"):
+    for expected in (
+        '"batch_size": 4',
+        "train                 3      96",
+        "generator",
+        "MACs per slice",
+        "for 1000 steps",
+        "a step in fp32; ",
+    ):
         assert expected in done.stdout, done.stdout
     assert not run.exists()
 

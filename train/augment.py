@@ -58,7 +58,9 @@ def _image(affine: Tensor, image: Tensor) -> Tensor:
 
 def _grid(affine: Tensor, planes: Tensor) -> Tensor:
     h, w = planes.shape[-2:]
-    square = on_device(np.array([[1, h / w, 1], [w / h, 1, 1]], np.float32), affine.device)  # a rotation is one in pixels, also where H and W differ
+    square = on_device(
+        np.array([[1, h / w, 1], [w / h, 1, 1]], np.float32), affine.device
+    )  # a rotation is one in pixels, also where H and W differ
     return functional.affine_grid(affine * square, [len(planes), 1, h, w], align_corners=False)
 
 

@@ -171,7 +171,7 @@ def stored_config(folder: Path) -> RunConfig:
         raise ConfigError(
             f"{folder} holds no run to resume",
             expected=f"a run folder with {CONFIG}",
-            remedy="drop --resume, or correct --output",
+            remedy="correct --output, or drop --resume (--test, --run)",
             file=folder,
         )
     return configs.from_json(configs.load(path))

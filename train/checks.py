@@ -22,6 +22,7 @@ from .layouts import Pair
 AIR_HU = -200  # every CT of a body holds values below this
 HIGHEST_HU = 32767  # metal, in scanners with an extended range
 GRID_TOLERANCE_MM = 1e-3  # between the corners of an image's and its label map's grid
+SHOWN = 8  # patients that cannot be trained on, at most, in one error
 _SPACING, _POSITION = "0028|0030", "0020|0032"  # DICOM: PixelSpacing, ImagePositionPatient
 
 
@@ -93,10 +94,26 @@ def require_labels(pairs: Sequence[Pair], facts: Sequence[Facts], slices: Sequen
         raise UsageError(
             "no patient has a labelled voxel", expected=f"label maps with some of {table}", remedy="check the label maps and data.keep"
         )
-    for pair, f, count in zip(pairs, facts, slices, strict=True):
-        if count > 1 and set(f.voxels) == {table.labels[0].value}:
-            raise InputError(f"{pair.label.name} holds no label at all", expected=f"some of {table}",
-                             remedy="take the patient out, or give it its labels", file=pair.label)  # fmt: skip
+    refuse([
+        InputError(f"{pair.label.name} holds no label at all", expected=f"some of {table}", remedy="take the patient out, or give it its labels",
+                   file=pair.label)
+        for pair, f, count in zip(pairs, facts, slices, strict=True) if count > 1 and set(f.voxels) == {table.labels[0].value}
+    ], len(pairs))  # fmt: skip
+
+
+def refuse(errors: Sequence[InputError], count: int) -> None:
+    """Raise what is wrong with some of `count` patients: all of it at once, so that one look at the data is enough."""
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        more = [f"... and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
+        lines = [
+            exc.fact if exc.file and exc.file.name in exc.fact else f"{exc.file and exc.file.name}: {exc.fact}" for exc in errors[:SHOWN]
+        ]
+        facts = "".join(f"\n    {line}" for line in [*lines, *more])
+        remedies = list(dict.fromkeys(exc.remedy for exc in errors))
+        raise InputError(f"{len(errors)} of {count} patients cannot be trained on:{facts}", expected=errors[0].expected,
+                         remedy="; ".join(remedies[:3]), file=errors[0].file and errors[0].file.parent)  # fmt: skip
 
 
 def facts_table(facts: Sequence[Facts], labels: LabelTable, intensity: Intensity) -> str:
@@ -111,7 +128,7 @@ def facts_table(facts: Sequence[Facts], labels: LabelTable, intensity: Intensity
         + (f"; clipped: {', '.join(clipped)}" if clipped else ""),
         f"{'label':<26} {'patients':>8} {'voxels':>12}",
     ]
-    notes = []
+    notes, absent = [], []
     for position, label in enumerate(labels.labels):
         values = (label.value, *label.aliases)
         held = [sum(f.voxels.get(v, 0) for v in values) for f in facts]
@@ -119,7 +136,9 @@ def facts_table(facts: Sequence[Facts], labels: LabelTable, intensity: Intensity
         stray = {v: sum(f.voxels.get(v, 0) for f in facts) for v in label.aliases} if position else {}
         notes += [f"note           {n} voxels hold {v}, which is read as {label.value} {label.name}" for v, n in stray.items() if n]
         if not sum(held):
-            notes.append(f"note           no patient has {label.name}")
+            absent.append(label.name)
+    if absent:
+        notes.append(f"note           no patient has {', '.join(absent)}")
     by_value = labels.by_value
     empty = sum(not any(n for v, n in f.voxels.items() if by_value[v]) for f in facts)
     if empty:
@@ -190,6 +209,10 @@ def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> 
         remedy = "these look like 8-bit greys: give the images in HU" if greys else "apply the rescale intercept (often -1024)"
         raise InputError(f"{file.name} holds values from {low:g} to {high:g}, which are no HU", expected=f"air below {AIR_HU} HU, nothing above {HIGHEST_HU}",
                          remedy=f'{remedy}, or set intensity to {{"unit": "a.u.", "low": {low:g}, "high": {high:g}}}', file=file)  # fmt: skip
+    if low == high and len(values) > 1:
+        raise InputError(
+            f"{file.name} holds {low:g} everywhere", expected="an image", remedy="take the patient out, or write the file again", file=file
+        )
     if low >= intensity.high or high <= intensity.low:
         raise InputError(f"{file.name} holds values from {low:g} to {high:g} {intensity.unit}, all outside the range that is trained on",
                          expected=f"values between {intensity.low} and {intensity.high}", remedy="set intensity.low and intensity.high", file=file)  # fmt: skip

@@ -23,6 +23,7 @@ __all__ = ["RunConfig", "from_json", "grid_policy", "intensity", "label_table", 
 
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
+Seed = Annotated[int, Range(0, 2**63 - 1)]
 Share = Annotated[float, Range(0, 1)]
 Positive = Annotated[float, Range(1e-12)]
 NotNegative = Annotated[float, Range(0)]
@@ -33,7 +34,7 @@ class PhantomConfig:
     """A cohort made by train/phantom.py: `patients` thoraces of `size` (D, H, W) voxels."""
 
     patients: Count = 24
-    seed: Whole = 1
+    seed: Seed = 1
     size: tuple[Count, Count, Count] = (48, 128, 128)
 
 
@@ -51,7 +52,7 @@ class DataConfig:
     slice_spacing: Positive | None = None  # mm between them
     train_ratio: Share = 0.95
     valid_ratio: Share = 0.02
-    split_seed: Whole = 123
+    split_seed: Seed = 123
     split_by: Literal["patients", "slices"] = "patients"  # slices: blocks of every volume, for want of patients; flatters all metrics
     image_name: str = "whs_img"  # in the original's layout: PATIENT_<name>.dcm holds the image ...
     label_name: str = "whs_img_gt"  # ... and this one the labels
@@ -137,7 +138,7 @@ class OptimizerConfig:
 class TrainingConfig:
     steps: Whole = 100_000
     batch_size: Count = 8
-    seed: Whole = 0
+    seed: Seed = 0
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.999
     recalibrate: Whole = 32  # batches over which the averaged weights' batch statistics are measured anew; 0: averaged too
     log_every: Count = 10
@@ -148,7 +149,7 @@ class TrainingConfig:
     best_metric: str | None = "body.mae_ratio"  # of the held-out patients (train/evaluate.py), by which a checkpoint is the best
     best_is: Literal["lowest", "highest"] = "lowest"
     collapse_steps: Whole = 2000  # the run stops when the discriminator's losses were about 0 for so long; 0: never
-    threads: Whole = 0  # of the CPU; 0: as many as the process may use
+    threads: Annotated[int, Range(0, 1024)] = 0  # of the CPU; 0: as many as the process may use
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["fp32", "bf16"] = "fp32"  # of the networks' arithmetic in training; --dry-run times both on this machine
     compile: bool = False  # the networks by torch.compile: minutes at the start, faster steps
@@ -180,6 +181,8 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
+        if not self.name.strip() or Path(self.name).name != self.name or not self.name.isprintable():
+            raise wrong("name", self.name, "a plain name, as of a folder")
         divisor, patch = 2**self.generator.depth, self.discriminator.patch_size
         if any(side % divisor for side in self.data.canvas):
             raise wrong("data.canvas", list(self.data.canvas), f"multiples of {divisor} = 2**generator.depth", "change one of the two")
@@ -218,6 +221,8 @@ def label_table(data: DataConfig) -> LabelTable:
             raise wrong("data.labels", data.labels, f"a list of labels, or a preset: {', '.join(PRESETS)}")
         table = PRESETS[data.labels]
     else:
+        if not isinstance(data.labels, list) or not all(isinstance(row, dict) for row in data.labels):
+            raise wrong("data.labels", data.labels, f'a preset ({", ".join(PRESETS)}) or [{{"name": "background", "value": 0}}, ...]')
         try:
             table = labels_from_json(data.labels)
         except (KeyError, TypeError, ValueError, AttributeError) as exc:

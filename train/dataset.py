@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.contract import GridPolicy, Intensity, LabelTable
-from runtime.errors import UsageError
+from runtime.errors import InputError, UsageError
 from runtime.grid import SliceGrid
 from runtime.io.nifti import simpleitk
 from runtime.volume import Geometry
 
-from .checks import Facts, check_leakage, facts_table, read_image, read_pair, require_labels
+from .checks import Facts, check_leakage, facts_table, read_image, read_pair, refuse, require_labels
 from .config import DataConfig
 from .layouts import LEAST_PATIENTS, SPLITS, Pair
 from .layouts import find_pairs as find_pairs  # offered here too, where pairs become slices
@@ -89,7 +89,14 @@ def load_cohort(pairs: Sequence[Pair], data: DataConfig, table: LabelTable, poli
     `load`: how a patient is read, such as a train/cache.py `SliceCache`; None: `load_patient`. Raises `InputError`s that name
     the file, `UsageError` when nobody has a label.
     """
-    patients = [(load or load_patient)(pair, table, policy, intensity) for pair in pairs]
+    patients, errors = [], []
+    for pair in pairs:
+        try:
+            patients.append((load or load_patient)(pair, table, policy, intensity))
+        except InputError as exc:
+            exc.file = exc.file or pair.label
+            errors.append(exc)
+    refuse(errors, len(pairs))
     require_labels(pairs, [p.facts for p in patients if p.facts], [len(p) for p in patients], table)
     digest, images = hashlib.sha256(), []
     for patient in patients:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -21,6 +23,8 @@ from .loop import choose_device, set_threads
 from .step import Batch, Step
 
 BUDGET_SECONDS = 8.0  # for trial steps
+FEW = 2  # slices
+OTHER_SECONDS = 0.5  # a step of at most so long is tried in the other precision too
 TRIAL_STEPS = 6
 
 
@@ -30,7 +34,12 @@ def describe(config: RunConfig) -> str:
     threads = set_threads(config)
     step = Step(config, device)
     per_step, measured = _time_steps(config, step)
-    estimate = f"{duration(per_step)} a step, {duration(per_step * config.training.steps)} for {config.training.steps} steps, validation not counted"
+    other: Literal["fp32", "bf16"] = "bf16" if config.training.precision == "fp32" else "fp32"
+    compared = f"; {other} was not tried, it may take long"
+    if per_step <= OTHER_SECONDS:
+        changed = replace(config, training=replace(config.training, precision=other))
+        compared = f"; {duration_of_step(_time_steps(changed, Step(changed, device))[0])} in {other}"
+    estimate = f"{duration_of_step(per_step)} a step, {duration(per_step * config.training.steps)} for {config.training.steps} steps, validation not counted"
     return "\n".join([
         json.dumps(configs.to_json(config), indent=1),
         "",
@@ -40,7 +49,13 @@ def describe(config: RunConfig) -> str:
         "",
         f"device         {device} ({reason}), {threads} CPU threads",
         f"time           {estimate} (median of {measured} steps here)",
+        f"precision      {duration_of_step(per_step)} a step in {config.training.precision}{compared}",
     ])  # fmt: skip
+
+
+def duration_of_step(seconds: float) -> str:
+    """Seconds of one step for a person."""
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else duration(seconds)
 
 
 def data_table(config: RunConfig) -> str:
@@ -85,17 +100,25 @@ def network_table(config: RunConfig, step: Step) -> str:
 
 
 def _time_steps(config: RunConfig, step: Step) -> tuple[float, int]:
-    """(median seconds of a step on made-up slices, how many were timed). The first warms up, and counts only when it takes the budget."""
+    """(median seconds of a step on made-up slices, how many were timed).
+
+    The first, of `FEW` slices, warms up; where it says that a whole batch takes long, steps of as few are timed and scaled up.
+    """
     rng, (h, w), n = np.random.default_rng(0), config.data.canvas, config.training.batch_size
-    labels = torch.from_numpy(rng.integers(0, step.classes, (n, config.data.slices, h, w), np.uint8))
-    image = torch.from_numpy(rng.random((n, 1, h, w), np.float32))
-    style = torch.from_numpy(rng.standard_normal((n, config.generator.style), np.float32)) if config.generator.style else None
-    batch = Batch(labels, image, torch.from_numpy(rng.integers(0, 256, (n, 1, h, w), np.uint8)), style)
-    times: list[float] = []
-    start = time.perf_counter()
-    while not times or (len(times) < TRIAL_STEPS and time.perf_counter() - start + times[-1] < BUDGET_SECONDS):
+    few = min(n, FEW)
+
+    def seconds(count: int) -> float:
+        labels = torch.from_numpy(rng.integers(0, step.classes, (count, config.data.slices, h, w), np.uint8))
+        image = torch.from_numpy(rng.random((count, 1, h, w), np.float32))
+        style = torch.from_numpy(rng.standard_normal((count, config.generator.style), np.float32)) if config.generator.style else None
+        batch = Batch(labels, image, torch.from_numpy(rng.integers(0, 256, (count, 1, h, w), np.uint8)), style)
         before = time.perf_counter()
         step(0, batch)["adversarial"].item()  # waits for the device
-        times.append(time.perf_counter() - before)
-    timed = times[1:] or times
-    return float(np.median(timed)), len(timed)
+        return time.perf_counter() - before
+
+    start = time.perf_counter()
+    count = few if seconds(few) * n / few > BUDGET_SECONDS / 2 else n
+    times: list[float] = []
+    while not times or (len(times) < TRIAL_STEPS and time.perf_counter() - start + times[-1] < BUDGET_SECONDS):
+        times.append(seconds(count))
+    return float(np.median(times)) * n / count, len(times)

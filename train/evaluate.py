@@ -35,7 +35,7 @@ from runtime.labels import PRESETS
 
 from . import metrics
 from .checks import AIR_HU
-from .metrics import LEAST_VOXELS, LIMITS_HU, Places, similarity, wasserstein, z_difference
+from .metrics import LEAST_VOXELS, LIMITS_HU, Places, outline_step, similarity, wasserstein, z_difference
 
 HU = Intensity("HU", *map(int, LIMITS_HU))
 BODY_HU = -500  # between air and fat
@@ -73,7 +73,8 @@ def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArra
     """`metrics.diversity`, as JSON data."""
     result = metrics.diversity(variants, masks, real, names)
     if intensity.unit != HU.unit:
-        result |= similarity(*(_as_hu([painted[n] for painted in variants], intensity) for n in (0, 1)))
+        alike = metrics.diversity([_as_hu(painted, intensity) for painted in variants], masks, real, names)
+        result |= {key: alike[key] for key in ("ssim", "ms_ssim", "scales")}
     return _plain_tree(result)
 
 
@@ -100,7 +101,7 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int, place
     """Mean absolute error inside the true body, and its ratio to that of mean painting (None without a body).
 
     Mean painting gives every label, and the rest of the body, its own true mean in that case. `z_difference`: the distance in HU
-    between the painted and the true distribution of |I(z+1) - I(z)|.
+    between the painted and the true distribution of |I(z+1) - I(z)|. `outline_step`: see `metrics.outline_step`.
     """
     error = baseline = 0.0
     voxels = 0
@@ -120,6 +121,8 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int, place
         mae_mean_painting=baseline / voxels,
         mae_ratio=error / baseline if baseline else float("nan"),
         z_difference=z_difference((synthetic, truth), (insides, insides), (places, places)),
+        outline_step=outline_step([body_mask(painted) for painted in synthetic], places),
+        outline_step_true=outline_step(insides, places),
     )
 
 
@@ -169,15 +172,17 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
     """The metrics for a person, in `unit`; labels that are (almost) absent on one line."""
     width = max([18, *(len(name) + 1 for name, o in result["organs"].items() if o is not None)])
     absent = [name for name, o in result["organs"].items() if o is None]
-    rows = [f"{unit:<{width}}{'median':>8}{'true':>8}{'error':>8}{'IQR':>8}{'true':>8}{'texture':>9}{'true':>8}{'ratio':>7}{'W1':>7}{'z W1':>7}"]
+    rows = [
+        f"{unit:<{width}}{'median':>8}{'true':>8}{'error':>8}{'IQR':>8}{'true':>8}{'texture':>9}{'true':>8}{'ratio':>7}{'W1':>7}{'z W1':>7}"
+    ]
     for name, o in result["organs"].items():
         if o is None:
             continue
         numbers = (o["median"], o["median_true"], o["median_error"], o["iqr"], o["iqr_true"])
+        more = [(o["texture"], "9.1f"), (o["texture_true"], "8.1f"), (o["texture_ratio"], "7.2f"), (o["wasserstein"], "7.0f"),
+                (o["z_difference"], "7.1f")]  # fmt: skip
         ratio = (
-            ""
-            if o["texture_ratio"] is None
-            else f"{o['texture']:9.1f}{o['texture_true']:8.1f}{o['texture_ratio']:7.2f}{o['wasserstein']:7.0f}" + ("" if o["z_difference"] is None else f"{o['z_difference']:7.1f}")
+            "" if o["texture_ratio"] is None else "".join(" " * int(how.split(".")[0]) if n is None else f"{n:{how}}" for n, how in more)
         )
         rows.append(f"{name:<{width}}" + "".join(f"{n:8.0f}" for n in numbers) + ratio)
     if absent:
@@ -187,6 +192,8 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
         rows.append(f"body: MAE {b['mae']:.1f} {unit}, mean painting {b['mae_mean_painting']:.1f} {unit}{ratio}")
         if b["z_difference"] is not None:
             rows.append(f"body: distance of |I(z+1) - I(z)| {b['z_difference']:.1f} {unit}")
+        if b["outline_step"] is not None:
+            rows.append(f"body: outline moves by {b['outline_step']:.0f} px from slice to slice, true {b['outline_step_true']:.0f}")
     if found := result.get("similarity"):
         rows.append(
             f"SSIM {found['ssim']:.3f}" + (f", MS-SSIM {found['ms_ssim']:.3f} ({found['scales']} scales)" if found["scales"] else "")
@@ -194,8 +201,12 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
     for name, o in result.get("diversity", {}).get("organs", {}).items():
         if o["ratio"] is not None:
             rows.append(
-                f"{name:<{width}} median's spread {o['spread']:.0f} {unit} over styles, {o['spread_true']:.0f} between patients: {o['ratio']:.2f}"
+                f"{name:<{width}} median's spread {o['spread']:.0f} {unit} over styles, {o['spread_true']:.0f} between patients: {o['ratio']:.2f}, "
+                f"median {o['median_error']:+.0f} {unit} from theirs"
             )
+    for what, found in (("over styles", result.get("diversity")), ("between patients", result.get("ceiling", {}).get("similarity"))):
+        if found and found["ms_ssim"] is not None:
+            rows.append(f"MS-SSIM {what} {found['ms_ssim']:.3f} ({found['scales']} scales)")
     for name, o in result.get("ceiling", {}).get("organs", {}).items():
         if o["wasserstein"] is not None:
             rows.append(f"{name:<{width}} W1 {o['wasserstein']:.0f} {unit} between real and real")

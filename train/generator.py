@@ -26,8 +26,8 @@ def one_hot(labels: Tensor, classes: int) -> Tensor:
     Written with slices, Equal and Concat: a flatten with dynamic H, W would hang Shape nodes on a uint8 input.
     """
     values = labels.float()
-    planes = [values[:, z : z + 1] == v for z in range(labels.shape[1]) for v in range(classes)]
-    return torch.cat([plane.float() for plane in planes], 1)
+    indices = torch.arange(classes, dtype=torch.float32, device=labels.device).view(1, -1, 1, 1)
+    return torch.cat([(values[:, z : z + 1] == indices).float() for z in range(labels.shape[1])], 1)
 
 
 def standardise_noise(noise: Tensor) -> Tensor:

@@ -5,11 +5,13 @@ Numbers alone: the figures hold patients' slices and stay in the run folder, and
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import MissingComponent
+from runtime.errors import MissingComponent, UsageError
 
 from . import config as configs
 from .config import LoggingConfig, RunConfig
@@ -18,7 +20,9 @@ PROJECT = "mask2ct"
 
 
 def require(logging: LoggingConfig) -> None:
-    """Import what the config asks for, before anything is started. Raises `MissingComponent`."""
+    """Import what the config asks for, before anything is started. Raises `MissingComponent`, and `UsageError` where Weights &
+    Biases will not take the run.
+    """
     for name, wanted in (("tensorboard", logging.tensorboard), ("wandb", logging.wandb)):
         if wanted:
             try:
@@ -26,6 +30,27 @@ def require(logging: LoggingConfig) -> None:
             except ImportError as exc:
                 raise MissingComponent(f"{name} cannot be imported: {exc}", expected=f"{name}, since logging.{name} is on",
                                        remedy=f"pip install {name}, or drop the option") from exc  # fmt: skip
+    if logging.wandb:
+        import wandb
+
+        with _weights_and_biases():
+            if logging.wandb_id is not None:
+                wandb.Settings(run_id=logging.wandb_id)
+            if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
+                raise UsageError("Weights & Biases has no API key here", expected="a login, or WANDB_MODE=offline",
+                                 remedy="run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later")  # fmt: skip
+
+
+@contextmanager
+def _weights_and_biases() -> Iterator[None]:
+    """Map its errors to `UsageError`."""
+    import wandb
+
+    try:
+        yield
+    except wandb.errors.Error as exc:
+        raise UsageError(f"Weights & Biases does not take the run: {str(exc).splitlines()[0][:200]}", expected="a login and a plain run id",
+                         remedy="correct --wandb-resume-id, run `wandb login`, or set WANDB_MODE=offline") from exc  # fmt: skip
 
 
 class Loggers:
@@ -50,8 +75,9 @@ class Loggers:
             data["data"]["path"] = None
             # neither the command line, which names the dataset, nor what is printed leaves with the numbers
             settings = wandb.Settings(silent=quiet, console="off", save_code=False, disable_git=True, x_disable_meta=True)
-            self._wandb = wandb.init(project=PROJECT, name=config.name, id=wanted.wandb_id, resume="allow" if wanted.wandb_id else None,
-                                     dir=str(folder), config=data, settings=settings)  # fmt: skip
+            with _weights_and_biases():
+                self._wandb = wandb.init(project=PROJECT, name=config.name, id=wanted.wandb_id, resume="allow" if wanted.wandb_id else None,
+                                         dir=str(folder), config=data, settings=settings)  # fmt: skip
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log `numbers` by name at `step`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import platform
@@ -32,7 +33,7 @@ from .layouts import find
 from .loggers import Loggers
 from .ranks import ALONE, Ranks
 from .step import Batch, Step
-from .style import Styles, move
+from .style import Styles, move, stretch
 from .validation import MASKS_KEPT, Validation, label_maps
 from .watch import Watch, note
 
@@ -160,8 +161,9 @@ class Training:
         labels, image, noise = (augment.on_device(array, self.device) for array in self.batches[n])
         settings, part, style = self.config.augment, self.batches.part, None
         if self.styles is not None:  # while labels and image still lie on each other
-            style, shifts = (augment.on_device(array[part], self.device) for array in self.styles(self.batches.slices(n), n))
-            image = move(image, labels, shifts)
+            drawn, moves = self.styles(self.batches.slices(n), n)
+            style, shifts, factors, centres = (augment.on_device(array[part], self.device) for array in (drawn, *moves))
+            image = stretch(move(image, labels, shifts), labels, factors, centres)
         if settings.active:
             rng = dataset.stream(self.config.training.seed, "augment", n)
             labels, image = augment.augment(settings, labels, image, rng, self.batches.batch_size, part)
@@ -210,7 +212,8 @@ class Training:
         if t.best_metric is None:
             return None
         if t.best_metric not in numbers:
-            print(f"warning: no best checkpoint is kept: {t.best_metric} is not among {', '.join(numbers)}", file=sys.stderr)
+            near = difflib.get_close_matches(t.best_metric, numbers, 4, 0.3)
+            print(f"warning: no best checkpoint is kept: {t.best_metric} is not measured; there are {', '.join(near)} ...", file=sys.stderr)
             return None
         return numbers[t.best_metric] * (1 if t.best_is == "lowest" else -1)
 

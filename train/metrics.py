@@ -7,6 +7,7 @@ means something beside the same distance between two groups of real patients: `c
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ KERNEL = 11  # px, of the Gaussian window (sigma 1.5) of Wang et al.
 BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales of MS-SSIM (Wang, Simoncelli, Bovik 2003)
 LIMITS_HU = (-1024.0, 1024.0)  # images are clipped to them, and their range is SSIM's
 AT_ONCE = 8  # slices
+ALIKE_SLICES = 8  # of two volumes, at most, whose likeness is measured
+ALIKE_PAIRS = 16  # of patients, at most
 LEAST_VOXELS = 50  # a region with fewer has no median
 
 Volumes = Sequence[NDArray[Any]]
@@ -33,14 +36,12 @@ def wasserstein(a: NDArray[Any], b: NDArray[Any]) -> float:
     return float(wasserstein_distance(x, y, u, v))
 
 
-def steps_along_z(volume: NDArray[Any], inside: NDArray[np.bool_], place: NDArray[np.intp] | None = None) -> NDArray[np.int32]:
+def steps_along_z(volume: NDArray[Any], inside: NDArray[np.bool_], place: NDArray[np.intp]) -> NDArray[np.int32]:
     """|I(z+1) - I(z)| of all voxels that are inside in both slices, in HU: their distribution tells slices that do not agree.
 
-    `place` (D,): the number of each slice in its volume. Only slices that follow each other there are compared; None: all do.
+    `place` (D,): the number of each slice in its volume. Only slices that follow each other there are compared.
     """
-    both = inside[1:] & inside[:-1]
-    if place is not None:
-        both &= (np.diff(place) == 1)[:, None, None]
+    both = inside[1:] & inside[:-1] & (np.diff(place) == 1)[:, None, None]
     steps: NDArray[np.int32] = np.abs(np.diff(volume.astype(np.int32), axis=0))[both]
     return steps
 
@@ -50,11 +51,22 @@ def z_difference(volumes: Sequence[Volumes], insides: Sequence[Volumes], places:
 
     Grain counts: white noise on every slice makes steps too large, slices that share too much make them too small.
     """
-    steps = [
-        np.concatenate([steps_along_z(*case) for case in zip(group, inside, place or [None] * len(group), strict=True)])
-        for group, inside, place in zip(volumes, insides, places, strict=True)
-    ]
+    steps = []
+    for group, inside, place in zip(volumes, insides, places, strict=True):
+        numbers = [np.arange(len(v)) for v in group] if place is None else place
+        steps.append(np.concatenate([steps_along_z(*case) for case in zip(group, inside, numbers, strict=True)]))
     return wasserstein(*steps)
+
+
+def outline_step(bodies: Sequence[NDArray[np.bool_]], places: Places | None = None) -> float:
+    """Mean number of pixels that are body in one of two neighbouring slices and not in the other; NaN without neighbours.
+
+    Bodies change little from slice to slice: an outline that is guessed anew for each flickers.
+    """
+    numbers = [np.arange(len(body)) for body in bodies] if places is None else places
+    moved = [(body[1:] ^ body[:-1]).sum((1, 2))[np.diff(place) == 1] for body, place in zip(bodies, numbers, strict=True)]
+    counts = np.concatenate(moved)
+    return float(counts.mean()) if counts.size else float("nan")
 
 
 def similarity(a: Volumes, b: Volumes) -> dict[str, float]:
@@ -109,18 +121,50 @@ def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArra
     """How much the paintings of one mask differ. `variants`: per mask its paintings; `real`: medians of real patients.
 
     Per organ the spread of its median over the paintings of one mask (root mean square over masks), the spread between the real
-    patients, and their ratio (1: as diverse as patients are); MS-SSIM between the first two paintings, averaged over masks.
+    patients, and their ratio (1: as diverse as patients are); how far the median of all paintings' voxels lies from the mean of the real
+    patients' medians; SSIM and MS-SSIM between each painting and the next, on slices with labels.
     """
     classes = len(names) + 1
     each = np.stack([spread([medians(v, mask, classes) for v in painted]) for painted, mask in zip(variants, masks, strict=True)])
     known = ~np.isnan(each)
     ours = np.sqrt((np.where(known, each, 0) ** 2).sum(0) / np.where(known.any(0), known.sum(0), np.nan))
-    true = spread(real)
-    organs = {
-        name: {"spread": float(s), "spread_true": float(t), "ratio": float(s / t) if t > 0 else float("nan")}
-        for name, s, t in zip(names, ours, true, strict=True)
-    }
-    return {"variants": min(map(len, variants)), "organs": organs, **similarity([v[0] for v in variants], [v[1] for v in variants])}
+    true, table = spread(real), np.stack(real)
+    organs = {}
+    for index, (name, s, t) in enumerate(zip(names, ours, true, strict=True), 1):
+        voxels = np.concatenate([v[mask == index] for painted, mask in zip(variants, masks, strict=True) for v in painted])
+        seen = table[~np.isnan(table[:, index - 1]), index - 1]
+        away = np.median(voxels) - seen.mean() if voxels.size and seen.size else np.nan
+        organs[name] = {
+            "spread": float(s),
+            "spread_true": float(t),
+            "ratio": float(s / t) if t > 0 else np.nan,
+            "median_error": float(away),
+        }
+    pairs = []
+    for painted, mask in zip(variants, masks, strict=True):
+        chosen = _labelled(mask, ALIKE_SLICES)
+        ring = [*painted, painted[0]] if len(painted) > 2 else painted
+        pairs += [(one[chosen], other[chosen]) for one, other in pairwise(ring)]
+    return {"variants": min(map(len, variants)), "organs": organs, **similarity(*zip(*pairs, strict=True))}
+
+
+def _labelled(mask: NDArray[Any], most: int) -> NDArray[np.intp]:
+    """At most so many slices of `mask` (D, H, W) with labels, evenly spaced among them (among all, where none has any)."""
+    found = np.flatnonzero(mask.any((1, 2)))
+    found = found if len(found) else np.arange(len(mask))
+    return found[np.linspace(0, len(found) - 1, min(len(found), most)).round().astype(int)]
+
+
+def between_patients(one: Volumes, one_masks: Volumes, other: Volumes, other_masks: Volumes) -> dict[str, float]:
+    """`similarity` of real patients of two groups: how alike CTs are that share no mask. Slices are compared that lie at the same height
+    among those with labels; NaN where no two patients' slices have one size.
+    """
+    numbers = [(i, j) for j in range(len(other)) for i in range(len(one)) if one[i].shape[1:] == other[j].shape[1:] == one[0].shape[1:]]
+    pairs = []
+    for i, j in numbers[:: -(-len(numbers) // ALIKE_PAIRS) or 1]:
+        count = min(ALIKE_SLICES, *(len(_labelled(mask, ALIKE_SLICES)) for mask in (one_masks[i], other_masks[j])))
+        pairs.append((one[i][_labelled(one_masks[i], count)], other[j][_labelled(other_masks[j], count)]))
+    return similarity(*zip(*pairs, strict=True)) if pairs else {"ssim": float("nan"), "ms_ssim": float("nan"), "scales": 0}
 
 
 def ceiling(
@@ -130,7 +174,7 @@ def ceiling(
     """What two groups of real patients have between them: the distances no painting can be expected to beat.
 
     `insides`: the body of each case, of the two groups. `places`: the slices' numbers in their volumes, where slices are left out.
-    {"organs": {name: {"wasserstein", "z_difference"}}, "body": {"z_difference"}}.
+    {"organs": {name: {"wasserstein", "z_difference"}}, "body": {"z_difference"}, "similarity": `between_patients`}.
     """
     groups = (one, other)
     organs = {}
@@ -138,4 +182,5 @@ def ceiling(
         regions = [[mask == index for mask in masks] for masks in (one_masks, other_masks)]
         pooled = (np.concatenate([v[m] for v, m in zip(*group, strict=True)]) for group in zip(groups, regions, strict=True))
         organs[name] = {"wasserstein": wasserstein(*pooled), "z_difference": z_difference(groups, regions, places)}
-    return {"organs": organs, "body": {"z_difference": z_difference(groups, insides, places)}}
+    alike = between_patients(one, one_masks, other, other_masks)
+    return {"organs": organs, "body": {"z_difference": z_difference(groups, insides, places)}, "similarity": alike}

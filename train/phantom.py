@@ -117,8 +117,12 @@ def vote(labels: NDArray[np.uint16]) -> NDArray[np.uint16]:
 
 def make_patient(seed: int, index: int, size: Size = (48, 128, 128)) -> Patient:
     """Patient ``index`` (from 0) of cohort ``seed`` on a ``size`` (Z, Y, X) matrix."""
+    return simulate(draw(seed, index), size)
+
+
+def simulate(params: Parameters, size: Size = (48, 128, 128)) -> Patient:
+    """The patient that ``params`` describe on a ``size`` (Z, Y, X) matrix."""
     check_size(size)
-    params = draw(seed, index)
     z, y, x = (extent / n for extent, n in zip(FIELD_OF_VIEW_MM, size, strict=True))
     factor, grid = sample_axes(size, (z, y, x), FINEST_SAMPLE_MM)
     hu, labels = np.empty(size, np.float32), np.empty(size, np.uint16)

@@ -5,15 +5,20 @@ RUN ends with generator.safetensors and run.json; metrics.jsonl, figures/ and ch
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this is imported ends it without a traceback
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of train/, whose file names would hide other packages
 
 import argparse
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from runtime import console
 from runtime.errors import UsageError
@@ -88,7 +93,7 @@ def cache_of(args: argparse.Namespace, folder: Path) -> Path | None:
 
 
 def main(argv: Sequence[str]) -> int:
-    with joined() as ranks:
+    with enough_memory(), joined() as ranks:
         with ranks.first_then_others():  # what is wrong is said once
             args = parser().parse_args(argv)
             if args.test:
@@ -106,6 +111,19 @@ def main(argv: Sequence[str]) -> int:
                                  remedy="drop one")  # fmt: skip
             check(resolved, ranks)
         return train(args, resolved, found, folder, ranks)
+
+
+@contextmanager
+def enough_memory() -> Iterator[None]:
+    """Map what torch raises when a GPU's memory, or the machine's, is used up to `UsageError`."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as exc:
+        if isinstance(exc, RuntimeError) and not re.search("out of memory|allocate memory|not enough memory", str(exc)):
+            raise
+        raise UsageError(f"the memory does not suffice: {(str(exc).strip().splitlines() or ['none is left'])[0][:200]}",
+                         expected="room for both networks, their optimisers and a batch",
+                         remedy="lower training.batch_size, generator.filters or data.canvas; on a GPU, training.precision=bf16 helps") from exc  # fmt: skip
 
 
 def dry_run(resolved: config.RunConfig) -> int:
@@ -135,9 +153,10 @@ def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, fold
         cohort = open_cohort(resolved, folder, cache=cache_of(args, folder), quiet=quiet)
         if source is not None:
             resume_from = begin_from(source, resolved, folder)  # the others find it as their starting point
+        training = Training(resolved, folder, cohort, resume_from, quiet=quiet, ranks=ranks)
         if ranks.first:
-            checkpoint.claim(folder, resolved)
-    metrics = Training(resolved, folder, cohort, resume_from, quiet=quiet, ranks=ranks).run()
+            checkpoint.claim(folder, resolved)  # from here on there is a run to resume
+    metrics = training.run()
     if not quiet:
         from train.evaluate import table
 

@@ -64,6 +64,9 @@ def _organs(metrics: Mapping[str, Any]) -> str:
 def _whole(metrics: Mapping[str, Any]) -> str:
     rows = [(f"body: {key.replace('_', ' ')}", _number(value)) for key, value in (metrics["body"] or {}).items()]
     rows += [(key.replace("_", "-").upper(), _number(value)) for key, value in metrics["similarity"].items()]
+    for what, found in (("over styles", metrics.get("diversity")), ("between patients", metrics.get("ceiling", {}).get("similarity"))):
+        if found:
+            rows.append((f"MS-SSIM {what}", _number(found["ms_ssim"])))
     if real := metrics.get("ceiling"):
         rows.append(("body: z difference, real-real", _number(real["body"]["z_difference"])))
     return table(("", ""), rows)

@@ -8,6 +8,7 @@ Understood: bool, int, float, str, `Literal[...]`, `X | None`, `tuple[X, ...]`, 
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
@@ -116,7 +117,7 @@ def _fits(hint: Any, value: Any) -> bool:
     if get_origin(hint) is Literal:
         return any(value == allowed and type(value) is type(allowed) for allowed in get_args(hint))
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if hint is int:  # 1e5 is an integer to a person
         return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
     return isinstance(value, hint)

@@ -58,26 +58,33 @@ class Validation:
         return evaluate(painted, self.images, self.masks, self._names, self.places, self._intensity), painted
 
     def diversity(self, net: Generator, device: torch.device, batch_size: int, train: Sequence[Slices]) -> dict[str, Any] | None:
-        """train/metrics.py's `diversity` of a network with a style: the labelled slices of the first patient with any, in many styles.
+        """train/metrics.py's `diversity` of a network with a style: the labelled slices of the first patient with any, in many styles,
+        each with noise of its own, as variants have.
 
         None where none is labelled.
         """
         first = next((n for n, mask in enumerate(self.masks) if mask.any()), None)
         if first is None:
             return None
-        case, noise = self._cases[first], self._noise[first]
+        case = self._cases[first]
         labelled = np.flatnonzero(self.masks[first].any((1, 2)))
         chosen = labelled[np.linspace(0, len(labelled) - 1, min(len(labelled), DIVERSE_SLICES)).round().astype(int)]
         styles = np.random.default_rng(self._seed).standard_normal((STYLES, net.style), np.float32)
         variants = [
-            paint(net, case.labels[chosen], noise[chosen], len(self._table), self._intensity, device, batch_size, style) for style in styles
-        ]
-        return diversity([variants], [self.masks[first][chosen]], list(organ_medians(train, len(self._table))), self._names, self._intensity)
+            paint(net, case.labels[chosen], noise_bytes((len(chosen), *case.image.shape[1:]), self._seed, n), len(self._table),
+                  self._intensity, device, batch_size, style) for n, style in enumerate(styles)
+        ]  # fmt: skip
+        return diversity(
+            [variants], [self.masks[first][chosen]], list(organ_medians(train, len(self._table))), self._names, self._intensity
+        )
 
     def ceiling(self, train: Sequence[Slices]) -> dict[str, Any]:
         """What lies between the held-out and the training patients: train/metrics.py's `ceiling`, on as many slices of each."""
         others = [neighbours(len(p), max(1, round(self._share * len(p)))) for p in train]
-        images, masks = [p.image[n] for p, n in zip(train, others, strict=True)], [_middle(p)[n] for p, n in zip(train, others, strict=True)]
+        images, masks = (
+            [p.image[n] for p, n in zip(train, others, strict=True)],
+            [_middle(p)[n] for p, n in zip(train, others, strict=True)],
+        )
         return ceiling(self.images, self.masks, images, masks, self._names, (self.places, others), self._intensity)
 
     def draw(self, path: Path, painted: list[NDArray[np.int16]], title: str) -> None:
@@ -135,4 +142,5 @@ def neighbours(total: int, count: int) -> NDArray[np.intp]:
     if count < 2:
         return np.array([total // 2])
     middles = (np.arange(count // 2) + 0.5) * total / (count // 2)
-    return (np.floor(middles - 1).astype(np.intp)[:, None] + [0, 1]).ravel()
+    first: NDArray[np.intp] = np.floor(middles - 1).astype(np.intp)
+    return np.stack([first, first + 1], 1).ravel()

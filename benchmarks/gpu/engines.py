@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from benchmarks.gpu.bare import Bare, require
 from benchmarks.gpu.case import BATCH, Absent, Case, against_cpu, lean_module, module, need_gpu
 from benchmarks.gpu.model import draw
+from benchmarks.gpu.torch_engine import torch_engine
 
 LEAST_OF_BARE = 0.95
 CHANGES = 1000  # between torch and our engine
@@ -59,9 +60,7 @@ def runtime_steady(case: Case, backend: str) -> str:
 
 def runtime_beside_torch(case: Case, backend: str) -> str:
     """One process that alternates torch's CUDA work and our engine: right, and flat in memory."""
-    torch = module("torch")
-    if not torch.cuda.is_available():
-        raise Absent("this torch has no CUDA")
+    torch = _cuda_torch()
     engine = _engine(case, backend)
     step = Pipeline(case, engine)
     square = torch.randn(512, 512, device="cuda")
@@ -119,8 +118,9 @@ def runtime_throughput(case: Case, backend: str) -> str:
             ratios.append(theirs / mine)
             rates.append(batch * calls / mine)
     ratio = statistics.median(ratios)
-    require(ratio >= LEAST_OF_BARE, f"only {ratio:.3f} of the bare engine's throughput ({min(ratios):.3f} to {max(ratios):.3f})")
-    return f"{ratio:.3f} of the bare engine ({min(ratios):.3f} to {max(ratios):.3f}), {statistics.median(rates):.0f} slices/s"
+    require(ratio >= LEAST_OF_BARE, f"only {ratio:.3f} of the throughput without a pipeline ({min(ratios):.3f} to {max(ratios):.3f})")
+    what = "the bare engine" if backend == "tensorrt" else "one batch after the other"
+    return f"{ratio:.3f} of {what} ({min(ratios):.3f} to {max(ratios):.3f}), {statistics.median(rates):.0f} slices/s"
 
 
 class Pipeline:
@@ -168,19 +168,32 @@ class Pipeline:
 
 def _engine(case: Case, backend: str) -> Any:
     need_gpu()
-    from runtime.engines.registry import open_engine
+    from runtime.engines.registry import CHOICES, open_engine
     from runtime.errors import MissingComponent
 
     try:
+        if backend == "torch":
+            _cuda_torch()
+            return torch_engine(case)
+        if backend not in CHOICES:
+            raise Absent(f"this mask2ct has no backend {backend!r}")
         engine, *_ = open_engine(backend, case.manifest, case.model)
     except MissingComponent as exc:
         raise Absent(exc.fact) from exc
     return engine
 
 
+def _cuda_torch() -> Any:
+    need_gpu()
+    torch = module("torch")
+    if not torch.cuda.is_available():
+        raise Absent("this torch has no CUDA")
+    return torch
+
+
 RUNTIME: dict[str, tuple[str, Callable[[Case, str], str]]] = {
     "parity": ("paints what the CPU paints", runtime_parity),
     "steady": ("allocates nothing in steady state", runtime_steady),
     "torch": (f"beside torch, {CHANGES} changes", runtime_beside_torch),
-    "throughput": (f"pipelined >= {LEAST_OF_BARE} of bare", runtime_throughput),
+    "throughput": (f"pipelined at least {LEAST_OF_BARE} of bare", runtime_throughput),
 }

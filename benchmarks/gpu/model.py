@@ -13,6 +13,7 @@ from runtime.contract import MANIFEST, GridPolicy, Intensity, Manifest, ModelFil
 from runtime.files import sha256_of, write_json
 from runtime.labels import MM_WHS
 
+NAME = "random weights"
 GENERATOR: dict[str, Any] = {"kind": "unet", "filters": 32, "depth": 5, "skips": True, "textures": 4, "style": 2}
 GRID = GridPolicy((128, 128), (3.0, 3.0), 32, slices=3, slice_spacing=9.0)
 
@@ -28,9 +29,7 @@ def random_graph() -> tuple[Manifest, Any]:
     generator = Generator(GRID.slices * len(MM_WHS), **GENERATOR)
     initialise([generator])
     intensity = Intensity("HU", -1024, 1024)
-    return Manifest("random weights", MM_WHS, GRID, intensity, style=2, noise=True, files={}), LabelsToIntensity(
-        generator, len(MM_WHS), intensity
-    )
+    return Manifest(NAME, MM_WHS, GRID, intensity, style=2, noise=True, files={}), LabelsToIntensity(generator, len(MM_WHS), intensity)
 
 
 def write_random_model(folder: Path) -> Manifest:

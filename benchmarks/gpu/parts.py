@@ -11,6 +11,7 @@ import numpy as np
 from benchmarks.gpu.bare import Bare, require
 from benchmarks.gpu.case import BATCH, FP16, FP32, Absent, Case, against_cpu, graph_of, lean_module, module, need_gpu, parity
 from benchmarks.gpu.model import draw, hu, random_graph
+from benchmarks.gpu.torch_engine import loopback
 from export.engine_layers import LEAST_HALF
 from runtime.driver import device
 
@@ -83,7 +84,7 @@ def build_native(case: Case) -> str:
             convolutions and half >= LEAST_HALF * convolutions * (precision == "fp16"), f"{half} of {convolutions} convolutions are FP16"
         )
         text = against_cpu(case, Bare("tensorrt", plan, case.manifest, BATCH).run, limits)
-        memory = sum(found.device_memory or ()) / 2**20
+        memory = sum(found.activations or ()) / 2**20
         seen.append(f"{precision}: {half} of {convolutions} convolutions FP16, {memory:.0f} MiB of activations, {text}")
     return "; ".join(seen)
 
@@ -143,11 +144,12 @@ def _same(case: Case, **options: bool) -> str:
 CHECKS: dict[str, tuple[str, Callable[[Case], str]]] = {
     "gpu": ("an NVIDIA GPU and its driver", gpu),
     "half": ("the FP16 graph on the GPU, in torch: HU parity", half_torch),
+    "loopback": ("our memory and streams: a CUDA graph of copies", loopback),
     "uint8": ("TensorRT parses uint8 in and out", parse_uint8),
     "build": ("uint8 pairs stack under strong typing: the engine builds", build_compatible),
     "lean": ("the lean runtime loads VERSION_COMPATIBLE + EXCLUDE_LEAN_RUNTIME: HU parity", lean_loads),
     "managed": ("USER_MANAGED activations in the lean runtime", lean_managed),
-    "captured": ("a CUDA graph with its copies", captured),
+    "captured": ("a CUDA graph of the lean engine with its copies", captured),
     "native": ("native engines: share of FP16 layers, HU parity of FP16 and FP32", build_native),
     "ort": ("ONNX Runtime CUDA, no way back to the CPU: HU parity", ort_cuda),
 }

@@ -1,4 +1,4 @@
-"""What engines that compute on the CPU share: tensors in plain host memory, and one thread that works while the caller prepares."""
+"""What engines that compute on the CPU share: tensors in plain host memory, and threads that work while the caller prepares."""
 
 from __future__ import annotations
 
@@ -10,20 +10,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..memory import DEFAULT_CAP, HostMemory, HostStream, Pool, PoolStats, Stream
-from .base import EngineOptions, EngineSpec, Inputs, check_call, closed
+from .base import EngineOptions, EngineSpec, Inputs, check_call, closed, cores
+
+MOST_WORKERS = 4  # batches at once: each has activations of its own; on more cores each batch gets several
 
 
 class WorkerStream(HostStream):
-    """Work done by `worker`'s one thread, in the order it is given."""
+    """Work done by `workers`' threads, in the order it is given."""
 
-    def __init__(self, worker: ThreadPoolExecutor, name: str):
-        self._worker, self._name = worker, name
+    def __init__(self, workers: ThreadPoolExecutor, name: str):
+        self._workers, self._name = workers, name
         self._queued: list[Future[None]] = []
 
     def submit(self, work: Callable[[], None]) -> None:
+        before = self._queued[-1:]  # begun already, or before this in the same queue
+
+        def after() -> None:
+            for one in before:
+                _outcome(one)
+            work()
+
         try:
-            self._queued.append(self._worker.submit(work))
-        except RuntimeError as exc:  # the engine was closed and its thread with it
+            self._queued.append(self._workers.submit(after))
+        except RuntimeError as exc:  # the engine was closed and its threads with it
             raise closed(self._name) from exc
 
     def synchronize(self) -> None:
@@ -41,7 +50,7 @@ class WorkerStream(HostStream):
 
 
 def _outcome(one: Future[None]) -> BaseException | None:
-    """What it raised, once it is done. (`concurrent.futures.wait` would wait for ever for what an ended worker dropped.)"""
+    """What it raised, once it is done. (`concurrent.futures.wait` would wait for ever for what ended threads dropped.)"""
     try:
         return one.exception()
     except CancelledError as exc:
@@ -51,8 +60,8 @@ def _outcome(one: Future[None]) -> BaseException | None:
 class HostEngine:
     """Base of engines on the CPU: they give a `name` and a `spec` and compute one batch in `_infer`.
 
-    All streams share one thread, as they would share one device, and callers take turns: two batches at once would halve the
-    speed of each, and an engine need not be safe to call twice.
+    `workers` batches are computed at once, each on its share of the cores: several on one core each leave no core waiting for
+    another at the end of every layer, which one batch on all cores does. `_infer` is called from several threads at once.
     """
 
     name: str
@@ -60,29 +69,25 @@ class HostEngine:
 
     def __init__(self, options: EngineOptions | None = None):
         self.pool = Pool(HostMemory(), (options and options.max_memory) or DEFAULT_CAP)
-        self._worker: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()  # of what is open
-        self._turn = threading.Lock()  # of the computation
+        self.workers = (options and options.workers) or min(cores(), MOST_WORKERS)
+        self._threads: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
         self._closed = False
 
     def open_stream(self) -> Stream:
         with self._lock:
             if self._closed:
                 raise closed(self.name)
-            if self._worker is None:
-                self._worker = ThreadPoolExecutor(1, thread_name_prefix="mask2ct engine")
-            return WorkerStream(self._worker, self.name)
+            if self._threads is None:
+                self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="mask2ct engine")
+            return WorkerStream(self._threads, self.name)
 
     def run(self, inputs: Inputs, out: NDArray[np.uint8], *, stream: Stream) -> None:
         if self._closed:
             raise closed(self.name)
         check_call(self.spec, inputs, out)
         assert isinstance(stream, HostStream), "a stream of another engine"
-        stream.submit(lambda: self._paint(inputs, out))
-
-    def _paint(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
-        with self._turn:
-            self._infer(inputs, out)
+        stream.submit(lambda: self._infer(inputs, out))
 
     def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
         """Fill `out` from `inputs`, which were checked."""
@@ -94,7 +99,7 @@ class HostEngine:
     def close(self) -> None:
         """What is queued and not begun is dropped, what is begun is waited for."""
         with self._lock:
-            self._closed, worker, self._worker = True, self._worker, None
-        if worker is not None:
-            worker.shutdown(wait=True, cancel_futures=True)
+            self._closed, threads, self._threads = True, self._threads, None
+        if threads is not None:
+            threads.shutdown(wait=True, cancel_futures=True)
         self.pool.close()

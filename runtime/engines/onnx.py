@@ -32,13 +32,14 @@ def onnxruntime() -> Any:
 
 
 class OnnxEngine(HostEngine):
-    """`path` run by ONNX Runtime's CPU provider on `threads` threads (default: the cores this process may use)."""
+    """`path` run by ONNX Runtime's CPU provider, each batch on `threads` threads (default: the workers share the cores)."""
 
     def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None, *, threads: int | None = None):
         super().__init__(options)
         ort = onnxruntime()
         settings = ort.SessionOptions()
-        settings.intra_op_num_threads = threads or cores()
+        settings.intra_op_num_threads = threads or max(1, cores() // self.workers)
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # who waits leaves the core to the other stages
         settings.log_severity_level = 3
         try:
             self._session: Any = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
@@ -47,8 +48,8 @@ class OnnxEngine(HostEngine):
                              remedy="export the run again", file=path) from exc  # fmt: skip
         inputs = {i.name: DTYPES.get(i.type) for i in self._session.get_inputs()}
         check_graph(manifest, inputs, self._session.get_modelmeta().custom_metadata_map.get(METADATA), path)
-        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH)
-        self.name = f"onnxruntime {ort.__version__} on CPU, {settings.intra_op_num_threads} threads, {path.name}"
+        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.workers + 1)
+        self.name = f"onnxruntime {ort.__version__} on CPU, {path.name}"
 
     def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
         session = self._session

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..contract import METADATA, Manifest
 from ..errors import MissingComponent, ModelError
-from .base import EngineOptions, EngineSpec, Inputs, check_graph, closed, cores
+from .base import EngineOptions, EngineSpec, Inputs, check_graph, cores
 from .host import HostEngine
 
 BATCH = 1  # one slice a run, as in ONNX Runtime: a batch of 8 was slower for light networks, and pads the last
@@ -23,9 +24,8 @@ def openvino() -> Any:
 
     Raises `MissingComponent`.
     """
-    silent = "openvino" in sys.modules or _TELEMETRY in sys.modules  # somebody else imported it: theirs to decide
-    if not silent:
-        sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # not importable: openvino takes its own stub
+    hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == _TELEMETRY}
+    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # cannot be imported: openvino takes its own stub
     try:
         import openvino
     except ImportError as exc:
@@ -33,8 +33,8 @@ def openvino() -> Any:
             f"OpenVINO cannot be imported: {exc}", expected="openvino", remedy='pip install "mask2ct[openvino]"'
         ) from exc
     finally:
-        if not silent:
-            del sys.modules[_TELEMETRY]
+        del sys.modules[_TELEMETRY]
+        sys.modules.update(hidden)
     return openvino
 
 
@@ -49,10 +49,12 @@ class OpenVinoEngine(HostEngine):
         super().__init__(options)
         ov = openvino()
         count = threads or cores()
+        workers = min(count, self.workers)
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": count,
+            "NUM_STREAMS": workers,  # as many slices at once, each on its share of the threads
             "ENABLE_CPU_PINNING": False,  # several processes on one machine would pin to the same cores
         }
         try:
@@ -63,20 +65,26 @@ class OpenVinoEngine(HostEngine):
                              expected="an ONNX graph as export writes it", remedy="export the run again", file=path) from exc  # fmt: skip
         place = ["framework", METADATA]  # where OpenVINO keeps the metadata of an ONNX file
         statement = str(model.get_rt_info(place).astype(str)) if model.has_rt_info(place) else None
-        check_graph(manifest, {i.any_name: i.element_type.to_dtype().name for i in compiled.inputs}, statement, path)
-        self._ov, self._request = ov, compiled.create_infer_request()
-        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH)
+        known = {tensor.name for tensor in manifest.inputs}  # OpenVINO may give a port the names of tensors made of it too
+        names = [next(iter(port.names & known), port.any_name) for port in compiled.inputs]
+        dtypes = [port.element_type.to_dtype().name for port in compiled.inputs]
+        check_graph(manifest, dict(zip(names, dtypes, strict=True)), statement, path)
+        self._ov, self._requests = ov, SimpleQueue[Any]()  # the idle ones: a request serves one call at a time
+        for _ in range(workers):
+            self._requests.put(compiled.create_infer_request())
+        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=workers + 1)
         self.name = f"openvino {ov.get_version().split('-')[0]} on CPU, {count} threads, {path.name}"
 
     def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
-        request = self._request
-        if request is None:
-            raise closed(self.name)
-        for name, array in inputs.items():
-            request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
-        request.set_tensor(self.spec.output.name, self._ov.Tensor(out, shared_memory=True))
-        request.infer()
+        request = self._requests.get()
+        try:
+            for name, array in inputs.items():
+                request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
+            request.set_tensor(self.spec.output.name, self._ov.Tensor(out, shared_memory=True))
+            request.infer()
+        finally:
+            self._requests.put(request)
 
     def close(self) -> None:
         super().close()
-        self._request = None
+        self._requests = SimpleQueue()

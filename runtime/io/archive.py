@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+import os
 import stat
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import BinaryIO
@@ -54,20 +56,35 @@ def exists(path: Path) -> bool:
     return path.exists() or _inside(path) is not None
 
 
+@lru_cache(maxsize=2)
+def _archive(path: Path, changed: int, process: int) -> zipfile.ZipFile:
+    """Kept open: a directory of thousands of members is read once. A forked process, which would share the file's place, opens its own."""
+    return zipfile.ZipFile(path)
+
+
+class _Bounded(io.BufferedReader):
+    """A file that makes no room for more than it holds, whatever length a damaged header makes a reader ask for."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > 1 << 16:
+            size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
+        return super().read(size)
+
+
 @contextmanager
 def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
     """The file's bytes, wherever it lies; of a member at most its claimed size, or its first `limit` bytes, are unpacked (in memory)."""
     inside = _inside(path)
     if inside is None:
-        with open(path, "rb") as handle:
+        with _Bounded(io.FileIO(path)) as handle:
             yield handle
         return
     try:
-        with zipfile.ZipFile(inside[0]) as archive:
-            info = archive.getinfo(inside[1])
-            with archive.open(info) as handle:
-                content = handle.read(info.file_size if limit is None else min(limit, info.file_size))
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, zlib.error, RuntimeError, EOFError) as exc:
+        archive = _archive(inside[0], os.stat(inside[0]).st_mtime_ns, os.getpid())
+        info = archive.getinfo(inside[1])
+        with archive.open(info) as handle:
+            content = handle.read(info.file_size if limit is None else min(limit, info.file_size))
+    except (zipfile.BadZipFile, KeyError, NotImplementedError, zlib.error, RuntimeError, EOFError, OSError, ValueError) as exc:
         raise UnreadableVolume(f"{path.name} cannot be unpacked: {exc}", expected="an undamaged archive", remedy="copy it again") from exc
     yield io.BytesIO(content)
 

@@ -84,7 +84,7 @@ class DatasetFormat:
 
     def _ours(self, manifest: Manifest) -> dict[str, Any]:
         """What a data set of this model's cases must state."""
-        names = [label.name for label in manifest.labels.labels]
+        names = ["background", *(label.name for label in manifest.labels.labels[1:])]  # nnU-Net knows the first by this name
         modality = {"0": "CT" if manifest.intensity.unit == "HU" else "synthetic"}  # nnU-Net normalises by this name
         if self.channel:
             return {"channel_names": modality, "labels": {name: n for n, name in enumerate(names)}, "file_ending": ENDING}
@@ -120,6 +120,10 @@ def _refuse_another(output: Path, known: dict[str, Any] | None, ours: dict[str, 
         if known is not None and key in ours and _plain(known.get(key)) != _plain(ours[key]):
             raise UsageError(f"the data set in the output folder has the {key} {known.get(key)}", expected=f"{ours[key]}, as this model's cases have",
                              remedy="choose another --output", file=output / DATASET)  # fmt: skip
+
+    if known is not None and "dataset" in known:  # nnU-Net's way of listing cases that lie elsewhere
+        raise UsageError("the data set in the output folder lists its cases one by one", expected="one whose cases are what lies in imagesTr",
+                         remedy="choose another --output", file=output / DATASET)  # fmt: skip
 
 
 def _plain(value: Any) -> str:

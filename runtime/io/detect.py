@@ -169,7 +169,7 @@ def _of_instances(instances: Iterable[Instance]) -> list[Case]:
 
 
 def _grid_of(case: Case, instances: Sequence[Instance]) -> tuple[Path, ...]:
-    """The image series that a structure set refers to; else the one in its frame of reference; else none."""
+    """The one image series that contours were drawn on; else the one referred to, else the one in their frame of reference; else none."""
     if case.kind != "rtstruct":
         return ()
     from .rtstruct import references
@@ -178,14 +178,14 @@ def _grid_of(case: Case, instances: Sequence[Instance]) -> tuple[Path, ...]:
         refers = references(case.files[0], case.name)
     except UnreadableVolume:  # reading it will say so
         return ()
-    images = [i for i in instances if i.kind == "image" and not i.ours]
-    groups = [[i for i in images if i.series in refers.series]]
-    groups += [
-        [i for i in images if i.series == uid]
-        for uid in sorted({i.series for i in images if i.frame_of_reference == refers.frame_of_reference})
-    ]
-    found = [group for group in groups if group]
-    return tuple(i.path for i in found[0]) if found and (groups[0] or len(found) == 1) else ()
+    series: dict[str, list[Instance]] = {}
+    for instance in instances:
+        if instance.kind == "image" and not instance.ours:
+            series.setdefault(instance.series, []).append(instance)
+    drawn = {uid for uid, group in series.items() if any(i.uid in refers.instances for i in group)}
+    framed = {uid for uid, group in series.items() if group[0].frame_of_reference == refers.frame_of_reference}
+    found = next((uids for uids in (drawn, set(series) & refers.series, framed) if uids), set())
+    return tuple(i.path for i in series[found.pop()]) if len(found) == 1 else ()
 
 
 def read_mask(case: Case) -> Volume | Layers:

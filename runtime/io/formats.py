@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from .ct_series import DicomFormat
 from .datasets import DatasetFormat
+from .dicom_folder import DicomFormat
 from .painting import DEFAULT_OPTIONS, Format, FormatOptions, Painting, result_name
 from .volumes import VolumeFormat
 

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import GeometryError, UnreadableVolume, reading
-from ..volume import Segment
+from ..volume import LARGEST_MM, Segment
 
 MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")  # what every header written says of itself, within its first bytes
 MARKS_WITHIN = 8192
@@ -27,6 +28,7 @@ NOTICE = f"{MARKS[0]} ({MARKS[1]})"  # 79 characters fit into a NIfTI
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 EXPECTED = "one 3-D volume of integers as NIfTI, NRRD or MHA"
 MAX_EXTENT = 32767  # voxels along one axis that NIfTI-1 can say
+AFFINES_TOLERANCE = 0.25  # how far qform and sform may disagree at a corner, in the smallest voxel spacing
 MAX_VOXELS = 1 << 34  # 16 G voxels: past this a header is taken for damaged
 
 # nifti1.h, from sizeof_hdr to magic: the 348 bytes of a header
@@ -39,6 +41,8 @@ _META_BYTES = {f"MET_{u}{name}": n for u in ("", "U") for name, n in (("CHAR", 1
 }
 _NRRD_BYTES = {"short": 2, "ushort": 2, "unsigned short": 2, "int16": 2, "uint16": 2, "int": 4, "uint": 4, "unsigned int": 4, "int32": 4,
                "uint32": 4, "float": 4, "double": 8, "int64": 8, "uint64": 8}  # fmt: skip
+DEFLATE = 1032  # the most bytes that one byte of deflate can stand for (zlib's technical details)
+_NRRD_EXPANSION = {"raw": 1.0, "gzip": DEFLATE, "gz": DEFLATE, "txt": 8.0, "text": 8.0, "ascii": 8.0, "hex": 1.0}
 _NOT_LABELS = {1: "bits", 32: "complex numbers", 128: "RGB colours", 1536: "128-bit floats", 1792: "complex numbers", 2304: "RGBA colours"}
 
 
@@ -80,8 +84,8 @@ def check_header(path: Path, *, voxels: bool = True) -> Header:
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
-        raise UnreadableVolume(f"{path.name} is not of a format that is read", expected=f"{EXPECTED} ({', '.join(SUFFIXES)})",
-                               remedy="convert it to NIfTI first", file=path)  # fmt: skip
+        raise UnreadableVolume(f"{path.name} is not of a format that is read", expected=f"{EXPECTED} ({', '.join(SUFFIXES)}), or DICOM with its prefix",
+                               remedy="convert it to one of these", file=path)  # fmt: skip
     try:
         str(path).encode("utf-8")
     except UnicodeEncodeError as exc:  # SimpleITK ends the whole process on such a name
@@ -148,6 +152,7 @@ def _nifti(path: Path, content: BinaryIO, voxels: bool) -> Header:
     if not all(math.isfinite(s) and s != 0 for s in spacing):
         raise GeometryError(f"{path.name} states the voxel spacing {spacing}", expected="three numbers of mm other than 0",
                             remedy="write the true spacing into the header", file=path)  # fmt: skip
+    _check_affines(path, head, order, dim, spacing)
     if not math.isfinite(offset) or not first <= offset < 1 << 31:
         raise _bad(path, f"puts its voxels at byte {offset}")
     if not voxels:
@@ -158,6 +163,40 @@ def _nifti(path: Path, content: BinaryIO, voxels: bool) -> Header:
     if have < need:
         raise _bad(path, f"is truncated: {have} of {need} bytes are there behind its header", "copy or download it again")
     return Header(header, any(codes))
+
+
+def _check_affines(path: Path, head: bytes, order: str, dim: Sequence[int], spacing: Sequence[float]) -> None:
+    """A NIfTI may say twice where it lies, by quaternion (qform) and by matrix (sform): the two must agree at every corner."""
+    nifti2 = len(head) > 348
+    number, at = ("d", (344, 352, 104, 400)) if nifti2 else ("f", (252, 256, 76, 280))
+    qform_code, sform_code = struct.unpack_from(order + ("2i" if nifti2 else "2h"), head, at[0])
+    placed = struct.unpack_from(order + "6" + number, head, at[1]), struct.unpack_from(order + "12" + number, head, at[3])
+    for code, values in zip((qform_code, sform_code), placed, strict=True):
+        if code > 0 and not all(abs(x) <= LARGEST_MM for x in values):  # NaN is not, either
+            raise GeometryError(f"{path.name} states a place beyond {LARGEST_MM:g} mm, or none", expected="a grid in mm",
+                                remedy="write a valid header", file=path)  # fmt: skip
+    if qform_code <= 0 or sform_code <= 0:
+        return
+    (b, c, d, *offset), (qfac,) = placed[0], struct.unpack_from(order + number, head, at[2])
+    sform = np.array(placed[1]).reshape(3, 4)
+    qform = np.column_stack([rotation(b, c, d) * [1, 1, -1 if qfac < 0 else 1] * np.abs(spacing), offset])
+    corners = np.array([[i, j, k, 1] for i in (0, dim[1] - 1) for j in (0, dim[2] - 1) for k in (0, dim[3] - 1)], float)
+    apart = float(np.linalg.norm(corners @ (sform - qform).T, axis=1).max())
+    if apart > AFFINES_TOLERANCE * float(np.min(np.abs(spacing))):
+        raise GeometryError(f"{path.name} lies in two places: its qform (code {qform_code}) and its sform (code {sform_code}) are {apart:.3g} mm apart",
+                            expected="one place", remedy="set the one that is wrong to code 0, or make them equal (fslorient, nibabel)", file=path)  # fmt: skip
+
+
+def rotation(b: float, c: float, d: float) -> NDArray[np.float64]:
+    """The 3x3 rotation of the unit quaternion (a, b, c, d), a >= 0 (nifti1.h, method 2)."""
+    a = math.sqrt(max(0.0, 1 - b * b - c * c - d * d))
+    return np.array(
+        [
+            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
+            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
+            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
+        ]
+    )
 
 
 def _count(path: Path, content: BinaryIO, need: int, floats: str, order: str) -> int:
@@ -218,9 +257,13 @@ def _nrrd(path: Path, handle: BinaryIO) -> Header:
         raise _bad(path, "holds blocks, not numbers", "save the labels as integers")
     stated = fields.get("spacedirections", fields.get("spacings"))
     _require_grid(path, stated, "space directions")
+    _check_numbers(path, fields, "spaceorigin")
     _same_folder(path, fields.get("datafile", "LOCAL"))
-    if "datafile" not in fields and fields.get("encoding", "").lower() == "raw":
-        _require_voxels(path, handle, shape, _NRRD_BYTES.get(fields.get("type", "").lower(), 1))
+    encoding = fields.get("encoding", "").lower()
+    if encoding not in _NRRD_EXPANSION:
+        raise _bad(path, f"has the encoding {encoding!r}", "save it raw or with gzip")
+    need = math.prod(shape) * _NRRD_BYTES.get(fields.get("type", "").lower(), 1)
+    _require_voxels(path, handle, fields.get("datafile", "LOCAL"), need, _NRRD_EXPANSION[encoding])
     return Header(None, "space" in fields and "spacedirections" in fields, segments, shape[0] if layered else 1)
 
 
@@ -248,9 +291,12 @@ def _meta(path: Path, handle: BinaryIO) -> Header:
     if fields.get("elementnumberofchannels", "1") != "1":
         raise _bad(path, f"holds {fields['elementnumberofchannels']} channels", "save the labels as one integer per voxel")
     _require_grid(path, fields.get("elementspacing", fields.get("elementsize")), "ElementSpacing")
+    _check_numbers(path, fields, "transformmatrix", "rotation", "orientation", "offset", "position", "origin")
     _same_folder(path, fields["elementdatafile"])
-    if fields["elementdatafile"].upper() == "LOCAL" and fields.get("compresseddata", "false").lower() != "true":
-        _require_voxels(path, handle, shape, _META_BYTES.get(fields.get("elementtype", "").upper(), 1))
+    need = math.prod(shape) * _META_BYTES.get(fields.get("elementtype", "").upper(), 1)
+    packed = fields.get("compresseddata", "false").lower()[:1] in "t1"
+    text = fields.get("binarydata", "true").lower()[:1] in "f0"
+    _require_voxels(path, handle, fields["elementdatafile"], need, DEFLATE if packed else 8 if text else 1)
     return Header(None, any(key in fields for key in ("transformmatrix", "rotation", "orientation")))
 
 
@@ -260,16 +306,29 @@ def _require_grid(path: Path, stated: str | None, key: str) -> None:
         numbers = [float(n) for n in re.split(r"[\s(),]+", (stated or "").replace("none", "")) if n]
     except ValueError:
         numbers = []
-    if not numbers or not all(math.isfinite(n) for n in numbers) or not any(numbers):
+    if not numbers or not all(abs(n) <= LARGEST_MM for n in numbers) or not any(numbers):
         raise GeometryError(f"{path.name} does not state its voxel spacing ({key}: {stated})", expected="a grid in mm; it is never guessed",
                             remedy="write the true spacing into the header", file=path)  # fmt: skip
 
 
-def _require_voxels(path: Path, handle: BinaryIO, shape: Sequence[int], size: int) -> None:
-    """Uncompressed voxels of `size` bytes must all be there."""
-    need, have = math.prod(shape) * size, path.stat().st_size - handle.tell()
-    if have < need:
-        raise _bad(path, f"is truncated: {have} of {need} bytes are there behind its header", "copy or download it again")
+def _check_numbers(path: Path, fields: Mapping[str, str], *keys: str) -> None:
+    """What states origin and direction must be numbers of a human size: ITK does not come back from a matrix of 1e308."""
+    for key in keys:
+        try:
+            good = all(abs(float(n)) <= LARGEST_MM for n in re.split(r"[\s(),]+", fields.get(key, "")) if n)
+        except ValueError:
+            good = False
+        if not good:
+            raise GeometryError(f"{path.name} states the {key} {fields[key][:80]}", expected=f"numbers within {LARGEST_MM:g} mm",
+                                remedy="write a valid header", file=path)  # fmt: skip
+
+
+def _require_voxels(path: Path, handle: BinaryIO, data_file: str, need: int, expansion: float) -> None:
+    """`need` bytes of voxels must be there, or could be: `expansion` is the most that a byte of their encoding can stand for."""
+    local = data_file.upper() == "LOCAL"
+    have = path.stat().st_size - handle.tell() if local else (path.parent / data_file).stat().st_size
+    if have * expansion + (0 if expansion == 1 else 64) < need:
+        raise _bad(path, f"is truncated: {have} bytes are there for {need} bytes of voxels", "copy or download it again")
 
 
 def _same_folder(path: Path, data_file: str) -> None:

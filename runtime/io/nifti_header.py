@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..volume import Geometry
+from .headers import rotation
 
 _CODES = {
     np.dtype(np.uint8): (2, 8),
@@ -52,15 +53,7 @@ def _handedness(ras: NDArray[np.float64]) -> float:
 def _qform_holds(quaternion: tuple[float, float, float], ras: NDArray[np.float64], shape: tuple[int, int, int]) -> bool:
     """Whether the three float32 numbers place the far corner within QFORM_TOLERANCE_MM. Near half turns they do not:
     a = sqrt(1 - b^2 - c^2 - d^2) loses its digits. Then only the sform is stated."""
-    b, c, d = (float(np.float32(q)) for q in quaternion)
-    a = np.sqrt(max(0.0, 1 - b * b - c * c - d * d))
-    turn = np.array(
-        [
-            [a * a + b * b - c * c - d * d, 2 * (b * c - a * d), 2 * (b * d + a * c)],
-            [2 * (b * c + a * d), a * a + c * c - b * b - d * d, 2 * (c * d - a * b)],
-            [2 * (b * d - a * c), 2 * (c * d + a * b), a * a + d * d - b * b - c * c],
-        ]
-    )
+    turn = rotation(*(float(np.float32(q)) for q in quaternion))
     columns = turn * np.linalg.norm(ras[:3, :3], axis=0) * [1, 1, _handedness(ras)]
     far = np.abs(columns - ras[:3, :3]) @ np.array(shape[::-1], float)
     return bool(far.max() <= QFORM_TOLERANCE_MM)

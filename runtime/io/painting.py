@@ -40,10 +40,11 @@ class Painting:
 @dataclass(frozen=True)
 class FormatOptions:
     """What the command line says about formats. `attach`: a DICOM series joins its mask's patient, study and frame of reference;
-    `segmentation`: "binary", "labelmap" or "none", the SEG beside a series.
+    `enhanced`: it is one multi-frame Enhanced CT and not a file a slice; `segmentation`: "binary", "labelmap" or "none", the SEG beside it.
     """
 
     attach: bool = False
+    enhanced: bool = False
     segmentation: str = "binary"
 
 
@@ -81,8 +82,11 @@ def result_name(case: str, variant: int | None) -> str:
 
 def refuse_dicom_options(options: FormatOptions) -> None:
     """Raise `UsageError` for options that only a DICOM series knows: to pass over them would not be what was asked for."""
-    if options.attach:
-        raise UsageError("--attach is for DICOM", expected="--format dicom with it", remedy="add --format dicom, or leave --attach out")
+    for name in ("attach", "enhanced", "segmentation"):
+        if getattr(options, name) != getattr(DEFAULT_OPTIONS, name):
+            raise UsageError(
+                f"--{name} is for DICOM", expected="--format dicom with it", remedy=f"add --format dicom, or leave --{name} out"
+            )
 
 
 def table_values(table: LabelTable) -> NDArray[Any]:

@@ -9,29 +9,31 @@ from typing import TYPE_CHECKING, Any
 from ..contract import Label
 from ..version import VERSION
 from .painting import Painting
-from .profile import DESCRIPTION, FIXED_DATE, FIXED_TIME, Identity, describe
+from .profile import DESCRIPTION, FIXED_DATE, FIXED_TIME, STUDY, Identity, describe, text
 from .upright import UprightGrid
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
+NAME = "seg.dcm"
 TITLE = f"MASK OF A {DESCRIPTION}"
 _FIXED = {"InstanceCreationDate": FIXED_DATE, "InstanceCreationTime": FIXED_TIME, "ContentDate": FIXED_DATE, "ContentTime": FIXED_TIME,
           "SeriesDate": FIXED_DATE, "SeriesTime": FIXED_TIME}  # fmt: skip
 
 
-def write_seg(path: Path, painting: Painting, identity: Identity, grid: UprightGrid, slices: Sequence[Dataset], kind: str) -> None:
-    """Write the mask; segment n is the model's label n. `slices`: the series, in order, without pixels; `kind`: "binary" or "labelmap"."""
+def write_seg(folder: Path, painting: Painting, identity: Identity, grid: UprightGrid, images: Sequence[Dataset], kind: str) -> None:
+    """Write seg.dcm; segment n is the model's label n. `images`: what it is a mask of, in order, without pixels; `kind`: "binary", "labelmap"."""
     from highdicom.seg import Segmentation
 
-    first = slices[0]
-    first.PatientName = "SYNTHETIC^"  # highdicom prints the names it finds odd; `describe` sets the one that stays
+    first = images[0]
+    for keyword in STUDY:  # highdicom refuses or prints values it finds odd, such as a date that never was; `describe` sets them all
+        setattr(first, keyword, "")
     seg: Any = Segmentation(
-        slices, grid.view(painting.mask.labels), kind.upper(), [_segment(n, x) for n, x in enumerate(painting.manifest.labels.labels) if n],
-        series_instance_uid=identity.uid("seg series", kind), series_number=int(first.SeriesNumber) + 1,
-        sop_instance_uid=identity.uid("seg", kind), instance_number=1, manufacturer=first.Manufacturer,
+        images, grid.view(painting.mask.labels), kind.upper(), [_segment(n, x) for n, x in enumerate(painting.manifest.labels.labels) if n],
+        series_instance_uid=identity.uid("seg series", kind, first.SOPClassUID), series_number=int(first.SeriesNumber) + 1,
+        sop_instance_uid=identity.uid("seg", kind, first.SOPClassUID), instance_number=1, manufacturer=first.Manufacturer,
         manufacturer_model_name=first.ManufacturerModelName, software_versions=VERSION, device_serial_number="0",
-        content_label="MASK", content_description="The mask that this synthetic CT was painted from",
+        omit_empty_frames=bool(painting.mask.labels.any()), content_label="MASK", content_description="The mask that this synthetic CT was painted from",
     )  # fmt: skip
     describe(seg, painting, identity, title=TITLE)
     dimensions = identity.uid("seg dimensions", kind)
@@ -40,7 +42,7 @@ def write_seg(path: Path, painting: Painting, identity: Identity, grid: UprightG
     for keyword, value in _FIXED.items():
         if keyword in seg:
             setattr(seg, keyword, value)
-    seg.save_as(path, enforce_file_format=True)
+    seg.save_as(folder / NAME, enforce_file_format=True)
 
 
 def _segment(number: int, label: Label) -> Any:
@@ -49,6 +51,7 @@ def _segment(number: int, label: Label) -> Any:
     from pydicom.sr.codedict import codes
     from pydicom.sr.coding import Code
 
-    kind = Code(label.snomed, "SCT", label.name[:64]) if label.snomed else Code(f"LABEL{label.value}", "99MASK2CT", label.name[:64])
+    name = text(label.name, f"label {label.value}")
+    kind = Code(label.snomed, "SCT", name) if label.snomed else Code(f"LABEL{label.value}", "99MASK2CT", name)
     algorithm = AlgorithmIdentificationSequence("mask2ct", codes.cid7162.ArtificialIntelligence, VERSION)
-    return SegmentDescription(number, label.name[:64], codes.cid7150.AnatomicalStructure, kind, "AUTOMATIC", algorithm)
+    return SegmentDescription(number, name, codes.cid7150.AnatomicalStructure, kind, "AUTOMATIC", algorithm)

@@ -26,7 +26,7 @@ FIXED_DATE, FIXED_TIME = "20000101", "000000"  # where the standard or a DICOMDI
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 SYNTHETIC_DATA = 0x0008001C  # by tag: dictionaries before pydicom 3.0 lack it
 _NAMESPACE = uuid.UUID("6f6d3c1e-5f0e-5b0a-9c52-0d1f2b7a9e11")
-_STUDY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber",
+STUDY = ("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID", "AccessionNumber",
           "ReferringPhysicianName", "StudyDescription")  # fmt: skip
 
 
@@ -42,15 +42,9 @@ class Identity:
 
     @classmethod
     def of(cls, painting: Painting, attach: bool) -> Identity:
-        """The same model file, engine, mask, seed and variant give the same identity."""
+        """The same model file, kind of engine, mask, seed and variant give the same identity; variant 0 is what is painted when none is asked for."""
         source = painting.mask.dicom if attach else None
-        made = [
-            _engine_sha256(painting),
-            painting.backend.partition(" (")[0],
-            painting.mask.digest.hex(),
-            str(painting.seed),
-            str(painting.variant),
-        ]
+        made = [_engine_sha256(painting), _backend(painting), painting.mask.digest.hex(), str(painting.seed), str(painting.variant or 0)]
         if source is None:
             key = hashlib.sha256("/".join(["mask2ct", *made]).encode()).hexdigest()
             name = f"SYNTH-{key[:16].upper()}"
@@ -59,7 +53,7 @@ class Identity:
             return cls(key, uid(key, "study"), uid(key, "frame of reference"), study, False)
         study_uid = source.attributes["StudyInstanceUID"]
         key = hashlib.sha256("/".join(["mask2ct", *made, study_uid, *source.sop_instance_uids]).encode()).hexdigest()
-        study = {name: source.attributes[name] for name in _STUDY if name in source.attributes}
+        study = {name: source.attributes[name] for name in STUDY if name in source.attributes}
         return cls(key, study_uid, source.frame_of_reference_uid, study, True)
 
     def uid(self, *what: object) -> str:
@@ -87,11 +81,16 @@ def check_attachable(mask: LabelVolume) -> None:
 
 def describe(ds: Dataset, painting: Painting, identity: Identity, *, title: str = DESCRIPTION) -> None:
     """Set on `ds` what is the same for every object of one result: patient, study, the marks of a synthetic image, its making."""
+    from pydicom import DataElement
+    from pydicom.config import IGNORE
+    from pydicom.datadict import dictionary_VR
+
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.add_new(SYNTHETIC_DATA, "CS", "YES")
-    for keyword in _STUDY:
+    for keyword in STUDY:
         if keyword in identity.study or keyword != "StudyDescription":  # the others are of type 2: present, if empty
-            setattr(ds, keyword, identity.study.get(keyword, ""))
+            value = identity.study.get(keyword, "")  # a source's own value stays as it is, valid or not, and unquoted on the screen
+            ds.add(DataElement(keyword, dictionary_VR(keyword), value, validation_mode=IGNORE))
     ds.StudyInstanceUID = identity.study_uid
     ds.FrameOfReferenceUID = identity.frame_of_reference_uid
     ds.PositionReferenceIndicator = ""
@@ -99,7 +98,7 @@ def describe(ds: Dataset, painting: Painting, identity: Identity, *, title: str 
         ds.PatientIdentityRemoved = "YES"
         ds.DeidentificationMethod = "Synthetic: an invented patient, no attribute of a source copied"
     ds.Manufacturer = MARKS[1]
-    ds.ManufacturerModelName = painting.manifest.name[:64]
+    ds.ManufacturerModelName = text(painting.manifest.name)
     ds.SoftwareVersions = VERSION
     ds.SeriesDescription = title
     ds.ProtocolName = DESCRIPTION
@@ -110,12 +109,17 @@ def describe(ds: Dataset, painting: Painting, identity: Identity, *, title: str 
 
 def derivation(painting: Painting) -> str:
     """What made the image, in words: model, engine file, seed, mask."""
-    variant = "" if painting.variant is None else f", variant {painting.variant}"
     return (
         f"Synthetic CT painted by mask2ct {VERSION} from a label mask: model {painting.manifest.name}, "
-        f"engine file {painting.file or 'none'} sha256 {_engine_sha256(painting)}, backend {painting.backend.partition(' (')[0]}, "
-        f"seed {painting.seed}{variant}, mask sha256 {painting.mask.digest.hex()}"
+        f"engine file {painting.file or 'none'} sha256 {_engine_sha256(painting)}, backend {_backend(painting)}, "
+        f"seed {painting.seed}, variant {painting.variant or 0}, mask sha256 {painting.mask.digest.hex()}"
     )[:1024]
+
+
+def text(value: str, default: str = "unnamed") -> str:
+    """`value` as LO (PS3.5 6.2) takes it: 64 bytes (the standard says characters), no backslash, which separates values, no controls."""
+    plain = "".join(c if c.isprintable() and c != "\\" else " " for c in value)
+    return plain.encode()[:64].decode(errors="ignore").strip() or default
 
 
 def code(value: str, scheme: str, meaning: str) -> Any:
@@ -123,7 +127,7 @@ def code(value: str, scheme: str, meaning: str) -> Any:
     from pydicom import Dataset
 
     item = Dataset()
-    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning[:64]
+    item.CodeValue, item.CodingSchemeDesignator, item.CodeMeaning = value, scheme, meaning
     return item
 
 
@@ -143,11 +147,16 @@ def _engine_sha256(painting: Painting) -> str:
     return painting.manifest.files[painting.file].sha256 if painting.file else "none"
 
 
+def _backend(painting: Painting) -> str:
+    """Which kind of engine, without its version or threads: another machine writes the same objects."""
+    return painting.backend.split(None, 1)[0]
+
+
 def _equipment(painting: Painting) -> Any:
     from pydicom import Dataset
 
     item = Dataset()
-    item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = MARKS[1], painting.manifest.name[:64], VERSION
+    item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = MARKS[1], text(painting.manifest.name), VERSION
     item.ContributionDescription = "painted this image from a label mask"
     item.PurposeOfReferenceCodeSequence = [code("109100", "DCM", "Synthesizing Equipment")]
     return item

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,16 +75,19 @@ def read_rtstruct(path: Path, name: str, grid: Grid | None, *, like: bool = Fals
             _check_references(refers, None if grid is None else grid[2], name, allow_missing)
         assert grid is not None
         geometry, shape, series = grid
-        notes = []
-        planes: dict[int, dict[int, list[NDArray[np.float64]]]] = {}
-        for region in regions:
-            planes[region.segment.number], outside = _slices(region, geometry, shape, name, like)
-            if outside:
-                notes.append(f"{name}: {outside} contours of ROI {region.segment.number} reach beyond the grid and are cut off")
-            if region.passed_over:
-                notes.append(
-                    f"{name}: {region.passed_over} points or open lines of ROI {region.segment.number} are no area and are passed over"
-                )
+        tolerance = max(PLANE_TOLERANCE, 0.1 / geometry.spacing[2])  # in slices
+        placed = {region.segment.number: _place(region, geometry, tolerance, name) for region in regions}
+        # On its own series a contour belongs to its slice. On another grid it reaches half way to the next plane of the set.
+        apart = _planes((k for contours in placed.values() for k, _ in contours), tolerance)
+        reach = max(0.5, float(np.diff(apart).min()) / 2) if like and len(apart) > 1 else 0.5
+        if not like and any(abs(k - round(k)) > tolerance for k in apart):
+            raise GeometryError(f"{name} has contours between the slices of the series", expected="contours in its slices",
+                                remedy="give the series they were drawn on, or a grid with --like IMAGE", file=Path(name))  # fmt: skip
+        planes = {number: _by_slice(contours, shape[0], reach, tolerance) for number, contours in placed.items()}
+        notes = [f"{name}: {n} contours of ROI {number} reach beyond the grid and are cut off"
+                 for number, contours in placed.items() if (n := _beyond(contours, shape))]  # fmt: skip
+        notes += [f"{name}: {region.passed_over} points or open lines of ROI {region.segment.number} are no area and are passed over"
+                  for region in regions if region.passed_over]  # fmt: skip
         origin = source(ds, (str(ds.get("SOPInstanceUID", "")),), refers.frame_of_reference or series.frame_of_reference_uid)
 
     def pieces() -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
@@ -158,39 +161,43 @@ def _corners(contour: Any, name: str) -> NDArray[np.float64]:
     return points.reshape(-1, 3)
 
 
-def _slices(
-    region: _Region, geometry: Geometry, shape: tuple[int, int, int], name: str, like: bool
-) -> tuple[dict[int, list[NDArray[np.float64]]], int]:
-    """The region's contours by slice, as (column, row) in pixels of the grid, and how many of them reach beyond it.
-
-    On the series it was drawn on a contour belongs to its slice. On another grid a slice takes the contours of the plane next to it,
-    up to half the distance at which the region's planes follow each other.
-    """
-    inverse, step = np.linalg.inv(geometry.affine), geometry.spacing[2]
-    tolerance = max(PLANE_TOLERANCE, 0.1 / step)  # in slices
-    placed: list[tuple[float, NDArray[np.float64]]] = []
-    outside = 0
+def _place(region: _Region, geometry: Geometry, tolerance: float, name: str) -> list[tuple[float, NDArray[np.float64]]]:
+    """The region's contours as (slice, corners as (column, row)) in voxels of the grid."""
+    inverse = np.linalg.inv(geometry.affine)
+    placed = []
     for contour in region.contours:
         ijk = contour @ inverse[:3, :3].T + inverse[:3, 3]
-        if np.ptp(ijk[:, 2]) > tolerance:
-            raise GeometryError(f"{name}: a contour of ROI {region.segment.number} spans {np.ptp(ijk[:, 2]) * step:.2f} mm across the slices",
+        if (across := float(np.ptp(ijk[:, 2]))) > tolerance:
+            raise GeometryError(f"{name}: a contour of ROI {region.segment.number} spans {across * geometry.spacing[2]:.2f} mm across the slices",
                                 expected="contours in the planes of the grid's slices",
                                 remedy="give the series they were drawn on, or --like an image of their orientation", file=Path(name))  # fmt: skip
         placed.append((float(ijk[:, 2].mean()), ijk[:, :2]))
-        limits = np.array([shape[2], shape[1], shape[0]]) - 0.5
-        outside += bool((ijk < -0.5 - 1e-6).any() or (ijk > limits + 1e-6).any())
-    heights = np.sort([k for k, _ in placed])
-    planes = heights[np.r_[True, np.diff(heights) > tolerance]] if len(heights) else heights
-    reach = max(0.5, float(np.diff(planes).min()) / 2) if like and len(planes) > 1 else 0.5
-    result: dict[int, list[NDArray[np.float64]]] = {}
-    for k in range(
-        max(0, int(np.floor(planes[0] - reach))) if len(planes) else 0,
-        min(shape[0], int(np.ceil(planes[-1] + reach)) + 1) if len(planes) else 0,
-    ):
+    return placed
+
+
+def _planes(heights: Iterable[float], tolerance: float) -> NDArray[np.float64]:
+    """The distinct planes among the heights, ascending."""
+    found = np.sort([*heights])
+    return found[np.r_[True, np.diff(found) > tolerance]] if found.size else found
+
+
+def _by_slice(
+    placed: Sequence[tuple[float, NDArray[np.float64]]], depth: int, reach: float, tolerance: float
+) -> dict[int, list[NDArray[np.float64]]]:
+    """The contours that each slice of the grid takes: those of the plane next to it, up to `reach` slices away."""
+    planes = _planes((height for height, _ in placed), tolerance)
+    if not planes.size:
+        return {}
+    result = {}
+    for k in range(max(0, int(np.floor(planes[0] - reach))), min(depth, int(np.ceil(planes[-1] + reach)) + 1)):
         nearest = planes[np.argmin(np.abs(planes - k))]
         if 1e-6 - reach < k - nearest <= reach + 1e-6:  # a slice halfway between planes takes one of them
             result[k] = [corners for height, corners in placed if -1e-9 <= height - nearest <= tolerance + 1e-9]
-    if not like and any(abs(plane - round(plane)) > tolerance for plane in planes):
-        raise GeometryError(f"{name}: contours of ROI {region.segment.number} lie between the slices of the series", expected="contours in its slices",
-                            remedy="give the series they were drawn on, or a grid with --like IMAGE", file=Path(name))  # fmt: skip
-    return result, outside
+    return result
+
+
+def _beyond(placed: Sequence[tuple[float, NDArray[np.float64]]], shape: tuple[int, int, int]) -> int:
+    """How many contours reach beyond the grid."""
+    depth, height, width = shape
+    limits = np.array([width, height]) - 0.5 + 1e-6
+    return sum(not (-0.5 <= k <= depth - 0.5) or bool((c < -0.5 - 1e-6).any() or (c > limits).any()) for k, c in placed)

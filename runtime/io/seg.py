@@ -81,7 +81,7 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
 
     def pieces() -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
         with guarded(name):
-            for n, frame in enumerate(pydicom().pixels.iter_pixels(ds, raw=True)):
+            for n, frame in enumerate(_frames(ds, frames, rows, columns)):
                 k = int(slices[n])
                 if kind != "LABELMAP":
                     yield of_frame[n], k, frame >= least
@@ -96,6 +96,21 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
     used = known if kind == "LABELMAP" else set(of_frame)
     uids = (str(ds.get("SOPInstanceUID", "")),)
     return Layers(tuple(s for s in segments if s.number in used), (depth, rows, columns), geometry, pieces, source(ds, uids))
+
+
+def _frames(ds: Any, frames: int, rows: int, columns: int) -> Iterator[NDArray[Any]]:
+    """One frame (rows, columns) after the other. Single bits are unpacked here: frames follow each other without padding (PS3.5, 8.1.1),
+    which pydicom 3.0's own iterator does not allow for."""
+    if int(ds.BitsAllocated) != 1:
+        yield from pydicom().pixels.iter_pixels(ds, raw=True)
+        return
+    packed = np.frombuffer(ds.PixelData, np.uint8)
+    if ds.original_encoding[1] is False and ds["PixelData"].VR == "OW":  # big endian words
+        packed = packed[: len(packed) // 2 * 2].reshape(-1, 2)[:, ::-1].ravel()
+    size = rows * columns
+    for start in range(0, frames * size, size):
+        bits = np.unpackbits(packed[start // 8 : (start + size + 7) // 8], bitorder="little")
+        yield bits[start % 8 : start % 8 + size].reshape(rows, columns)
 
 
 def _check_pixels(ds: Any, count: int, name: str) -> None:

@@ -1,0 +1,106 @@
+"""Our slots, streams and pools round a network in torch: where neither TensorRT nor ONNX Runtime has a GPU build, they still can be seen."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu.bare import require
+from benchmarks.gpu.case import BATCH, Absent, Case, need_gpu
+from benchmarks.gpu.model import NAME, random_graph
+from runtime.cuda import Cuda
+from runtime.cuda_memory import open_memory
+from runtime.engines import gpu
+from runtime.engines.base import EngineOptions, EngineSpec
+from runtime.errors import MissingComponent
+from runtime.memory import HOST_STREAM, Pool
+
+CAP = 256 << 20  # bytes, device and page-locked each
+TYPES = {"uint8": "|u1", "float32": "<f4"}
+
+
+class Array:
+    """A block of device memory as torch takes it, without a copy (CUDA array interface 3)."""
+
+    def __init__(self, ptr: int, shape: tuple[int, ...], dtype: str):
+        self.__cuda_array_interface__ = {"shape": shape, "typestr": TYPES[dtype], "data": (ptr, False), "strides": None, "version": 3}
+
+
+def torch_engine(case: Case) -> Any:
+    """An engine by our protocol that computes the half graph of the random model in torch, on our streams and memory."""
+    torch = import_module("torch")
+    if case.manifest.name != NAME:
+        raise Absent("torch has the weights of the random model alone")
+    from export.graph import halved
+
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
+    graph = halved(random_graph()[1]).cuda()
+
+    class TorchEngine(gpu.GpuEngine):
+        def __init__(self) -> None:
+            super().__init__(case.manifest, EngineOptions())
+            self._open_pools(CAP, CAP)
+            self.spec = EngineSpec(case.manifest.inputs, case.manifest.output, BATCH, gpu.STREAMS)
+
+        def _what(self) -> str:
+            return f"torch {torch.__version__}"
+
+        def _slot(self) -> Any:
+            return TorchSlot(self)
+
+    class TorchSlot(gpu.GpuSlot):
+        def _bind(self, shapes: dict[str, tuple[int, ...]]) -> None:
+            dtypes = {t.name: t.dtype for t in self.owner.tensors}
+            self._bound = {
+                name: torch.as_tensor(Array(self.buffers[name].ptr, shape, dtypes[name]), device="cuda") for name, shape in shapes.items()
+            }
+
+        def _unbind(self) -> None:
+            self._bound = {}
+            super()._unbind()
+
+        def _compute(self) -> None:
+            inputs = {name: tensor for name, tensor in self._bound.items() if name != self.owner.spec.output.name}
+            with torch.inference_mode(), torch.cuda.stream(torch.cuda.ExternalStream(int(self._handle))):
+                self._bound[self.owner.spec.output.name].copy_(graph(**inputs))
+
+    return TorchEngine()
+
+
+def loopback(case: Case) -> str:
+    """Copies up and down as one CUDA graph on our stream: new bytes in, the same bytes out, at every launch."""
+    need_gpu()
+    try:
+        cuda = Cuda(0)
+        device, host, why = open_memory(cuda)
+    except MissingComponent as exc:
+        raise Absent(exc.fact) from exc
+    rng, size = np.random.default_rng(0), 1 << 20
+    with cuda.current():
+        stream, pools = cuda.stream(), (Pool(device, CAP), Pool(host, CAP))
+        block = pools[0].allocate(size, stream=HOST_STREAM)
+        buffers = [pools[1].allocate(size, stream=HOST_STREAM) for _ in range(2)]
+        source, target = (buffer.array((size,), "uint8") for buffer in buffers)
+
+        def copies() -> None:
+            cuda.upload(block.ptr, source, stream)
+            cuda.download(target, block.ptr, stream)
+
+        copies()
+        cuda.drain(stream)
+        graph = cuda.capture(copies, stream)
+        for _ in range(10):
+            source[...] = rng.integers(0, 256, size, np.uint8)
+            target[...] = 0
+            cuda.launch(graph, stream)
+            cuda.drain(stream)
+            require(np.array_equal(source, target), "other bytes came back")
+        cuda.destroy(graph=graph, stream=stream)
+        for buffer in (block, *buffers):
+            buffer.close()
+    left = [pool.stats.in_use for pool in pools]
+    require(left == [0, 0], f"{left} bytes are still in use")
+    return f"10 launches, {why}"

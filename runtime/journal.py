@@ -1,0 +1,139 @@
+"""What a run has completed, kept in the output folder, so that `--resume` can prove it and another process is kept out.
+
+One line per result, appended and synced after its files are: a CRC-32, then JSON with the key of what determined its bytes
+and the SHA-256 of its files. A line that a power cut tore is passed over. The file is locked while a run writes; the kernel
+lets go of the lock when the process ends, however it ends. Why not SQLite: docs/decisions/0019.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from .errors import OutputError, UsageError, writing
+from .files import sha256_of, sync_folder
+
+JOURNAL = ".mask2ct.journal"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One completed result. `key`: SHA-256 of all that its bytes depend on; `files`: path within the folder → SHA-256."""
+
+    result: str
+    key: str
+    files: Mapping[str, str]
+    slices: int
+    warnings: tuple[str, ...] = ()
+
+
+class Journal:
+    """The journal of one output folder, open and locked by this process.
+
+    Raises `UsageError` when another run writes into the folder, `OutputError` when the file cannot be written or locked.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder, self._path = folder, folder / JOURNAL
+        self._handle = self._open()
+        with writing(self._path):
+            content = b"".join(iter(lambda: os.read(self._handle, 1 << 20), b""))
+            self._entries = {entry.result: entry for line in content.split(b"\n") if (entry := _parse(line)) is not None}
+            if content and not content.endswith(b"\n"):  # torn by a power cut: the next line begins a line
+                os.write(self._handle, b"\n")
+
+    def proven(self, result: str, key: str) -> Entry | None:
+        """The entry of `result`, if it was made from `key` and its files still have the SHA-256 they were written with."""
+        entry = self._entries.get(result)
+        if entry is None or entry.key != key:
+            return None
+        try:
+            return entry if all(digest_of(self._folder / name) == digest for name, digest in entry.files.items()) else None
+        except OSError:
+            return None
+
+    def add(self, entry: Entry) -> None:
+        """Append, and return when it is on the disk. Raises `OutputError`."""
+        body = json.dumps(asdict(entry)).encode()
+        line = b"%08x %s\n" % (zlib.crc32(body), body)
+        with writing(self._path):
+            while line:  # a write may be cut short, by a full disk for one
+                line = line[os.write(self._handle, line) :]
+            os.fsync(self._handle)
+        self._entries[entry.result] = entry
+
+    def close(self) -> None:
+        """Let go of the lock; a journal without any entry goes."""
+        if self._handle < 0:
+            return
+        if not self._entries:
+            self._path.unlink(missing_ok=True)
+        os.close(self._handle)
+        self._handle = -1
+
+    def _open(self) -> int:
+        with writing(self._path):
+            while True:
+                made = not self._path.exists()
+                handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                try:
+                    _lock(handle, self._path)
+                    if os.path.samestat(os.fstat(handle), os.stat(self._path)):
+                        if made:
+                            sync_folder(self._folder)
+                        return handle
+                except FileNotFoundError:  # its last owner took it away before we had the lock
+                    pass
+                except BaseException:
+                    os.close(handle)
+                    raise
+                os.close(handle)
+
+
+def key_of(facts: Mapping[str, object]) -> str:
+    """SHA-256, as hexadecimal, of facts that can be written as JSON."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """SHA-256 of a file; of a folder: of the names and SHA-256 of the files in it, sorted."""
+    if not path.is_dir():
+        return sha256_of(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return key_of({file.relative_to(path).as_posix(): sha256_of(file) for file in files})
+
+
+def _parse(line: bytes) -> Entry | None:
+    checksum, _, body = line.partition(b" ")
+    try:
+        if int(checksum, 16) != zlib.crc32(body):
+            return None
+        data = json.loads(body)
+        return Entry(data["result"], data["key"], data["files"], data["slices"], tuple(data["warnings"]))
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _lock(handle: int, path: Path) -> None:
+    """Lock the file for this process, or say who cannot: flock is held by the open file, over NFS too, and ends with the process."""
+    try:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            raise UsageError("another run is writing into this folder", expected="one run per output folder",
+                             remedy="wait for it, or choose another --output", file=path.parent) from exc  # fmt: skip
+        raise OutputError("the output folder's file system has no locks", expected="a file system on which a file can be locked",
+                          remedy="write to another disk", file=path) from exc  # fmt: skip

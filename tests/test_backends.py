@@ -1,0 +1,108 @@
+"""Which backend runs a model: proven ones by themselves, INT8 for who asks, and nothing that phones home."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from runtime.contract import Manifest
+from runtime.engines import registry
+from runtime.engines.registry import BACKENDS, open_engine
+from runtime.errors import MissingComponent, ModelError, UsageError
+
+AUTOMATIC = [b.name for b in BACKENDS if b.automatic]
+
+
+def with_parity(model: Path, backends: set[str]) -> Manifest:
+    """The model's manifest, as it would be had export found these backends only."""
+    data = json.loads((model / "manifest.json").read_text())
+    data["parity"] = {file: {b: p for b, p in proofs.items() if b in backends} for file, proofs in data["parity"].items()}
+    return Manifest.from_json(data)
+
+
+def test_auto_takes_the_first_that_was_proven_and_says_why_not_the_others(model: Path) -> None:
+    engine, reason, file = open_engine("auto", with_parity(model, {"onnx", "openvino-int8"}), model)
+    assert engine.name.startswith("onnxruntime") and file == "model.onnx"
+    assert "openvino: not proven when this model was exported" in reason and "--backend openvino-int8" in reason
+    engine, reason, file = open_engine("auto", Manifest.load(model), model)
+    assert engine.name.startswith("openvino") and file == "model.onnx" and "fastest that is installed and proven" in reason
+
+
+def test_auto_passes_over_what_is_not_installed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "find_spec", lambda module: None if module == "openvino" else object())
+    engine, reason, _ = open_engine("auto", Manifest.load(model), model)
+    assert engine.name.startswith("onnxruntime") and "openvino: openvino is not installed (pip install" in reason
+
+
+def test_without_a_proof_there_is_no_automatic_choice_and_no_int8(model: Path) -> None:
+    bare = with_parity(model, set())
+    with pytest.raises(MissingComponent, match="onnx: not proven") as caught:
+        open_engine("auto", bare, model)
+    assert all(name in caught.value.fact for name in AUTOMATIC)
+    _, reason, _ = open_engine("onnx", bare, model)
+    assert "not proven" in reason
+    with pytest.raises(ModelError, match="INT8 file was not proven in openvino"):
+        open_engine("openvino-int8", bare, model)
+
+
+def test_int8_is_opted_into_by_name(model: Path) -> None:
+    for name in ("openvino-int8", "onnx-int8"):
+        assert name not in AUTOMATIC
+        _, reason, file = open_engine(name, Manifest.load(model), model)
+        assert (reason, file) == ("asked for", "model.int8.onnx")
+    with pytest.raises(UsageError):
+        open_engine("openvino-int4", Manifest.load(model), model)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino", "openvino-int8"])
+def test_a_file_that_is_no_graph_is_refused(backend: str, model: Path, tmp_path: Path) -> None:
+    manifest = Manifest.load(model)
+    chosen = next(b for b in BACKENDS if b.name == backend)
+    path = tmp_path / "model.onnx"
+    for content in (b"", b"no graph", (model / "model.onnx").read_bytes()[:5000]):
+        path.write_bytes(content)
+        with pytest.raises(ModelError, match="is not a graph"):
+            chosen.open(path, manifest)
+
+
+def test_openvino_reports_nothing_to_its_makers(model: Path, root: Path, tmp_path: Path) -> None:
+    """Its package sends an event when it is imported. Ours must reach no network, start no process and leave no trace of it."""
+    code = f"""
+import sys
+seen = []
+def watch(event, arguments):
+    if event.startswith(("socket.", "urllib.", "http.client.")) or event in ("subprocess.Popen", "os.posix_spawn", "os.fork"):
+        seen.append(event)
+sys.addaudithook(watch)
+from pathlib import Path
+from runtime.contract import Manifest
+from runtime.engines.registry import open_engine
+model = Path({str(model)!r})
+engine, _, _ = open_engine("openvino", Manifest.load(model), model)
+engine.close()
+print(seen, [m for m in sys.modules if m.startswith("openvino_telemetry")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False, env={"HOME": str(tmp_path)})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "[] []" and list(tmp_path.iterdir()) == []
+
+
+def test_threads_are_those_the_process_may_use(model: Path, root: Path) -> None:
+    if not shutil.which("taskset"):
+        pytest.skip("no taskset here")
+    code = f"""
+from pathlib import Path
+from runtime.contract import Manifest
+from runtime.engines.registry import open_engine
+model = Path({str(model)!r})
+for name in ("onnx", "openvino"):
+    print(open_engine(name, Manifest.load(model), model)[0].name)
+"""
+    first = min(__import__("os").sched_getaffinity(0))
+    done = subprocess.run(["taskset", "-c", str(first), sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.count(", 1 threads, ") == 2, done.stdout + done.stderr

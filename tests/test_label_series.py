@@ -1,0 +1,147 @@
+"""Series of DICOM slices whose pixels are labels: where they lie by GDCM's reading, and which series are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from dicom_masks import save, slices
+from pydicom import dcmread, dcmwrite
+from samples import blobs, directions, rotation, write_slices
+
+from runtime.errors import GeometryError, UnreadableVolume
+from runtime.io.detect import find_cases, read_case
+from runtime.labels import MM_WHS, MM_WHS_INDICES
+
+
+def read(folder: Path, table=MM_WHS):
+    (found,) = find_cases([folder])
+    return read_case(found, table)
+
+
+def by_gdcm(folder: Path) -> sitk.Image:
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    return reader.Execute()
+
+
+@pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (11.0, -7.0, 16.0)], ids=["straight", "oblique"])
+def test_every_axis_order_lies_where_gdcm_says(tilt: tuple[float, float, float], tmp_path: Path) -> None:
+    values = blobs((4, 7, 9))
+    for n, direction in enumerate(directions()):
+        folder = save(tmp_path / str(n), slices(values, direction=rotation(tilt) @ direction))
+        ours, theirs = read(folder), by_gdcm(folder)
+        inverse = np.linalg.inv(ours.geometry.affine)
+        for index in [(0, 0, 0), (8, 0, 0), (0, 6, 0), (0, 0, 3), (8, 6, 3), (4, 3, 2)]:
+            mm = np.array([*theirs.TransformIndexToPhysicalPoint(index), 1])
+            i, j, k = np.rint((inverse @ mm)[:3]).astype(int)
+            assert np.abs(ours.geometry.affine @ [i, j, k, 1] - mm).max() < 1e-3
+            assert MM_WHS.labels[ours.labels[k, j, i]].value == theirs.GetPixel(index)
+
+
+def test_the_slices_may_be_given_one_by_one_in_any_order(tmp_path: Path) -> None:
+    values = blobs((4, 7, 9))
+    folder = save(tmp_path / "s", slices(values))
+    (found,) = find_cases(sorted(folder.iterdir(), reverse=True))
+    assert np.array_equal(read_case(found, MM_WHS).labels, read(folder).labels) and len(found.files) == 4
+
+
+def test_big_endian_and_compressed_slices_hold_the_same_labels(tmp_path: Path) -> None:
+    from pydicom.uid import ExplicitVRBigEndian, RLELossless
+
+    values = blobs((3, 8, 8))
+    plain = read(save(tmp_path / "plain", slices(values)))
+    for n, syntax in enumerate((RLELossless, ExplicitVRBigEndian)):
+        made = slices(values)
+        folder = tmp_path / str(n)
+        folder.mkdir()
+        for k, ds in enumerate(made):
+            if syntax == RLELossless:
+                ds.compress(RLELossless, generate_instance_uid=False)
+            else:
+                ds.PixelData = values[k].astype(">u2").tobytes()
+                ds.file_meta.TransferSyntaxUID = syntax
+            if syntax == RLELossless:
+                ds.save_as(folder / f"{k}.dcm", enforce_file_format=True)
+            else:
+                dcmwrite(folder / f"{k}.dcm", ds, little_endian=False, implicit_vr=False, force_encoding=True)
+        assert np.array_equal(read(folder).labels, plain.labels)
+
+
+def test_the_original_systems_slices_are_read_and_what_they_leave_open_is_said(tmp_path: Path) -> None:
+    write_slices(tmp_path, 1)
+    (path,) = tmp_path.rglob("*_gt.dcm")
+    ds = dcmread(path)
+    for key in (
+        "ImagePositionPatient",
+        "ImageOrientationPatient",
+        "SpacingBetweenSlices",
+        "PixelSpacing",
+    ):  # ITK writes them once it has read a series
+        if key in ds:
+            delattr(ds, key)
+    ds.NominalScannedPixelSpacing = [1, 1]
+    ds.save_as(path)
+    mask = read(path, MM_WHS_INDICES)
+    assert mask.labels.shape == (1, 64, 64) and np.array_equal(mask.labels, sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
+    assert any("states no position" in n for n in mask.notes) and any("thickness" in n for n in mask.notes)
+    del ds.Modality, ds.NominalScannedPixelSpacing, ds.SOPInstanceUID, ds.SeriesInstanceUID
+    ds.PixelSpacing = [2.0, 3.0]
+    ds.save_as(path)
+    assert read(path, MM_WHS_INDICES).geometry.spacing == (3.0, 2.0, 1.0)
+    del ds.PixelSpacing
+    ds.save_as(path)
+    with pytest.raises(GeometryError, match="PixelSpacing"):
+        read(path, MM_WHS_INDICES)
+
+
+def grey(made) -> None:
+    noise = np.random.default_rng(0).integers(0, 60, (40, 40)).astype(np.uint16)
+    for ds in made:
+        ds.Modality, ds.PixelData = "MR", noise.tobytes()
+
+
+def each(change):
+    return lambda made: [change(k, ds) for k, ds in enumerate(made)]
+
+
+def shift(k: int, ds, by: tuple[float, float, float]) -> None:
+    ds.ImagePositionPatient = [float(a) + k * b for a, b in zip(ds.ImagePositionPatient, by, strict=True)]
+
+
+def turn(ds) -> None:
+    ds.ImageOrientationPatient = [0, 1, 0, 0, 0, -1]
+
+
+def wider(ds) -> None:
+    ds.Columns, ds.PixelData = 20, ds.PixelData[: 40 * 40]
+
+
+BAD = {
+    "gantry tilt": (each(lambda k, ds: shift(k, ds, (0, 0.5, 0))), GeometryError, "is sheared: its slices drift 2.50 mm"),
+    "uneven gaps": (lambda made: shift(1, made[2], (0, 0, 0.7)), GeometryError, r"slices 1.8, 2.5, 3.2 mm apart\n"),
+    "missing slice": (lambda made: made.pop(3), GeometryError, r"2.5, 5 mm apart \(some are missing\)"),
+    "duplicate slice": (lambda made: shift(1, made[2], (0, 0, 2.5)), GeometryError, "duplicate slices"),
+    "mixed orientation": (lambda made: turn(made[4]), GeometryError, "mixed orientations"),
+    "mixed sizes": (lambda made: wider(made[1]), UnreadableVolume, "20 x 40, 40 x 40 pixels"),
+    "mixed spacing": (lambda made: setattr(made[1], "PixelSpacing", [1, 1]), GeometryError, "mixed orientations or spacings"),
+    "no position": (lambda made: delattr(made[1], "ImagePositionPatient"), GeometryError, "no usable ImagePositionPatient"),
+    "no direction": (lambda made: each(lambda k, ds: setattr(ds, "ImageOrientationPatient", [1, 0, 0, 1, 0, 0]))(made), GeometryError, "which is none"),
+    "multi-frame": (lambda made: setattr(made[0], "NumberOfFrames", 3), UnreadableVolume, "multi-frame"),
+    "truncated": (lambda made: setattr(made[0], "PixelData", bytes(100)), UnreadableVolume, "truncated: 100 of 3200 bytes"),
+    "CT": (each(lambda k, ds: setattr(ds, "RescaleIntercept", -1024) or setattr(ds, "Modality", "CT")), UnreadableVolume, "a CT image, not a mask"),
+    "grey": (grey, UnreadableVolume, "an MR image, not a mask"),
+    "colour": (lambda made: setattr(made[0], "SamplesPerPixel", 3), UnreadableVolume, "colour"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_series_is_refused_with_its_reason(kind: str, tmp_path: Path) -> None:
+    change, error, fact = BAD[kind]
+    made = slices(blobs((6, 40, 40)))
+    change(made)
+    with pytest.raises(error, match=fact) as caught:
+        read(save(tmp_path / "s", made))
+    assert caught.value.remedy and caught.value.expected and "Planted" not in str(caught.value)

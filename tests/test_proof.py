@@ -1,0 +1,225 @@
+"""The proof: what it measures is right, it names what is wrong and where, and nothing is written then."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from export import model_folder, parity
+from export.graph import LabelsToIntensity
+from export.model_folder import FILES, proven, write_model
+from export.quantize import quantize
+from runtime.contract import Manifest
+from runtime.engines.onnx import OnnxEngine
+from runtime.engines.registry import BACKENDS
+from runtime.errors import ParityError
+from train.checkpoint import load_calibration, load_generator, load_run, load_validation
+
+
+@pytest.fixture(scope="module")
+def graph(trained: Path) -> LabelsToIntensity:
+    run = load_run(trained)
+    return LabelsToIntensity(load_generator(trained), len(run.labels), run.intensity)
+
+
+@pytest.fixture(scope="module")
+def manifest(model: Path) -> Manifest:
+    return Manifest.load(model)
+
+
+@pytest.fixture(scope="module")
+def truths(graph: LabelsToIntensity, manifest: Manifest, trained: Path) -> dict[str, parity.Reference]:
+    return parity.references(graph, manifest, load_validation(load_run(trained)))
+
+
+def test_every_file_is_proven_in_every_backend_that_is_here(manifest: Manifest) -> None:
+    assert {f.precision for f in manifest.files.values()} == {"fp32", "fp16", "int8"}
+    for name, file in manifest.files.items():
+        here = {b.name for b in BACKENDS if b.file == (file.kind, file.precision) and b.uninstalled() is None}
+        assert here and set(manifest.parity[name]) == here
+        for proof in manifest.parity[name].values():
+            masks = proof[parity.ON_MASKS]
+            assert masks["slices"] >= 64 and masks["masks"] == 32 and proof[parity.ON_RANDOM]["slices"] == 8
+            assert all(value <= limit for value, limit in parity.excess(file.precision, masks).values())
+            assert proof["engine"].split()[0] in ("onnxruntime", "openvino") and proof["slices_per_second"] > 0
+    assert all(p[parity.ON_RANDOM]["max"] <= 1 for p in manifest.parity["model.onnx"].values())
+
+
+def test_calibration_and_proof_use_masks_of_different_patients(trained: Path, manifest: Manifest) -> None:
+    run = load_run(trained)
+    ours, theirs = load_validation(run), load_calibration(run)
+    assert theirs is not None and ours.shape[1:] == theirs.shape[1:] == (3, 64, 64) and len(theirs) == 64
+    shared = {m.tobytes() for m in ours if m.any()} & {m.tobytes() for m in theirs if m.any()}
+    assert not shared and manifest.export["int8"]["calibrated_on"] == "training masks"
+
+
+def test_figures_are_the_differences(graph: LabelsToIntensity, manifest: Manifest) -> None:
+    """Images that are 2 HU too high everywhere, and 30 too high at one pixel."""
+    truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, parity.random_labels(2, 3, (64, 64), 8)))
+    painted = truth.values + np.int16(2)
+    painted[1, 10, 20] += 28
+    numbers = parity.compare(truth, painted, manifest)
+    pixels = painted.size
+    assert numbers["slices"] == 2 and numbers["max"] == 30 and numbers["differing"] == 1.0
+    assert numbers["mean"] == pytest.approx(2 + 28 / pixels, abs=1e-6) and numbers["p99_9"] == 2
+    assert set(numbers["organs"].values()) == {2.0} and len(numbers["organs"]) == 7
+    assert 0 < numbers["dssim"] < 0.01
+    assert parity.compare(truth, truth.values, manifest)["dssim"] == 0
+    assert parity.excess("fp16", numbers)["organs"] == (2.0, 1)
+
+
+def test_batch_height_and_width_are_dynamic(model: Path, graph: LabelsToIntensity, manifest: Manifest) -> None:
+    d = manifest.grid.divisor
+    for rows, columns in ((1, 1), (3, 2)):
+        truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, parity.random_labels(3, 3, (rows * d, columns * d), 8)))
+        painted, _ = parity.paint(OnnxEngine(model / "model.onnx", manifest), truth.inputs)
+        assert painted.shape == (3, rows * d, columns * d) and np.abs(painted - truth.values).max() <= 1
+
+
+def altered(path: Path, where: str, change: Callable[[Any], Any], part: int = 1) -> None:
+    """Rewrite the weights (or another `part` of the inputs) of the node of that name."""
+    model = onnx.load(path)
+    node = next(n for n in model.graph.node if n.name == where)
+    tensor = next(t for t in model.graph.initializer if t.name == node.input[part])
+    array = onnx.numpy_helper.to_array(tensor)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(change(array.copy()).astype(array.dtype), tensor.name))
+    onnx.save(model, path)
+
+
+def swap_channels(weights: Any) -> Any:
+    weights[:, [8, 11]] = weights[:, [11, 8]]  # background and left ventricle of the middle slice of three
+    return weights
+
+
+def flush_small(weights: Any) -> Any:
+    return np.where(np.abs(weights) < np.quantile(np.abs(weights), 0.6), 0, weights)  # as a conversion with too narrow a range would
+
+
+DEFECTS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
+    "swapped label channel": (
+        "fp32",
+        lambda p: altered(p, "generator.encoder.0.0/Conv", swap_channels),
+        "the largest difference",
+        "encoder.0 ",
+    ),
+    "broken half conversion": (
+        "fp16",
+        lambda p: altered(p, "generator.decoder.3.0/ConvTranspose", flush_small),
+        "model.fp16.onnx in ",
+        "decoder.3 ",
+    ),
+    "wrong scale of HU": ("fp32", lambda p: altered(p, "graph/Mul", lambda v: v * 1.01), "model.onnx in ", "image in HU "),
+    "too coarse INT8": (
+        "int8",
+        lambda p: altered(p, "generator.encoder.1.0/Conv", lambda b: b + 3, part=2),
+        "model.int8.onnx in ",
+        "encoder.1 ",
+    ),
+}
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_defect_is_named_with_the_region_it_lies_in(
+    defect: str, model: Path, graph: LabelsToIntensity, manifest: Manifest, truths: dict[str, parity.Reference], tmp_path: Path
+) -> None:
+    precision, spoil, fact, region = DEFECTS[defect]
+    path = tmp_path / FILES[precision]
+    shutil.copy(model / path.name, path)
+    proven(graph, path, precision, manifest, truths, lambda _: None)
+    spoil(path)
+    with pytest.raises(ParityError, match="paints other values than the network on validation masks") as caught:
+        proven(graph, path, precision, manifest, truths, lambda _: None)
+    assert fact in caught.value.fact and caught.value.exit_code == 1 and "at most" in caught.value.expected
+    (worst,) = [line for line in caught.value.fact.splitlines() if line.endswith("<- the worst region")]
+    assert worst.strip().startswith(region)
+
+
+@pytest.mark.parametrize("precision", FILES)
+def test_a_truncated_file_is_named(
+    precision: str, model: Path, graph: LabelsToIntensity, manifest: Manifest, truths: dict[str, parity.Reference], tmp_path: Path
+) -> None:
+    path = tmp_path / FILES[precision]
+    whole = (model / path.name).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ParityError, match=f"{path.name} does not run in openvino"):
+        proven(graph, path, precision, manifest, truths, lambda _: None)
+
+
+def test_nothing_is_written_when_a_proof_fails(
+    model: Path, trained: Path, graph: LabelsToIntensity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def swapped(graph: LabelsToIntensity, manifest: Manifest, path: Path) -> None:
+        shutil.copy(model / path.name, path)
+        altered(path, "generator.encoder.0.0/Conv", swap_channels)
+
+    monkeypatch.setattr(model_folder, "to_onnx", swapped)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "manifest.json").write_text("an older one")
+    run = load_run(trained)
+    with pytest.raises(ParityError, match=r"model\.onnx in openvino"):
+        write_model(run, graph, load_validation(run), load_calibration(run), tmp_path / "model", say=lambda _: None)
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "manifest.json").read_text() == "an older one"
+
+
+def test_the_layers_that_cost_too_much_stay_in_float(model: Path, manifest: Manifest, tmp_path: Path) -> None:
+    """Told that two layers are bad, the search leaves out these two and no other."""
+    bad = {"generator.top.image/Conv", "generator.encoder.1.0/Conv"}
+
+    def error(path: Path) -> float:
+        graph = onnx.load(path).graph
+        made = {name for node in graph.node for name in node.output}
+        return 0.5 + sum(0.6 for n in graph.node if n.name in bad and n.input[1] in made)
+
+    inputs = parity.draw_inputs(manifest.inputs, parity.random_labels(4, 3, (64, 64), 8))
+    found = quantize(model / "model.onnx", tmp_path / "q.onnx", inputs, error, lambda _: None)
+    assert set(found.floating) == bad and found.layers > 10 and error(tmp_path / "q.onnx") == 0.5
+    none = quantize(model / "model.onnx", tmp_path / "q.onnx", inputs, lambda path: 2.0, lambda _: None)
+    assert len(none.floating) == none.layers  # the caller leaves the file out
+
+
+def test_without_a_body_the_whole_slice_stands_for_it() -> None:
+    numbers = {"mean": 9.0, "body_mean": None, "organs": {"aorta": None}}
+    assert parity.excess("int8", numbers) == {"body_mean": (9.0, 8), "organs": (0.0, 3)}
+
+
+@pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
+def test_half_and_folding_hold_for_every_network_with_a_style(kind: str, manifest: Manifest) -> None:
+    """In torch, before any file: folded batch norms change rounding only, and halves stay within their limits."""
+    from export.graph import folded, halved
+    from train.generator import Generator, initialise
+
+    torch.manual_seed(0)
+    net = Generator(24, kind=kind, filters=8, depth=3, skips=True, textures=4, texture_kernel=7, style=4)
+    initialise([net])
+    for module in net.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.uniform_(-0.5, 0.5)
+            module.running_var.uniform_(0.5, 2)
+        if isinstance(module, torch.nn.Linear):
+            torch.nn.init.normal_(module.weight, std=0.2)
+    graph = LabelsToIntensity(net, 8, manifest.intensity)
+    inputs = {
+        "labels": torch.randint(0, 8, (2, 3, 32, 32), dtype=torch.uint8),
+        "style": torch.randn(2, 4),
+        "noise": torch.randint(0, 256, (2, 32, 32), dtype=torch.uint8),
+    }
+
+    def hu(graph: LabelsToIntensity) -> Any:
+        with torch.inference_mode():
+            return graph(**inputs).numpy().view("<i2")[..., 0].astype(int)
+
+    truth, flat = hu(graph), folded(graph)
+    assert np.abs(hu(flat) - truth).max() <= 1 and len(np.unique(truth)) > 50
+    left = [m for m in flat.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert len(left) == (2 if kind == "reference" else 0)  # there the norm follows an activation, as in the original
+    delta = np.abs(hu(halved(flat)) - truth)
+    assert 0 < delta.mean() <= 1 and np.percentile(delta, 99.9) <= 10
+    assert all(p.dtype == torch.float32 for p in graph.parameters()), "the network itself is left as it was"

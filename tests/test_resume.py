@@ -1,0 +1,194 @@
+"""The journal: what a folder proves complete is kept, everything else is made again, and two runs never share a folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from samples import blobs, results, write_mask
+
+from runtime import OutputError, Synthesizer, UsageError
+from runtime.__main__ import main
+from runtime.console import run
+from runtime.engines.fake import FakeEngine, fake_manifest
+from runtime.journal import JOURNAL, Entry, Journal
+from runtime.stream import CaseResult
+
+
+def masks(folder: Path, count: int = 3) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    return [write_mask(folder / f"{n}.nii.gz", blobs((8, 24, 24), seed=n)) for n in range(count)]
+
+
+def stream(paths: list[Path], out: Path, **options: object) -> list[CaseResult]:
+    manifest = fake_manifest()
+    with Synthesizer(manifest, FakeEngine(manifest)) as opened:
+        return sorted(opened.stream(paths, out, **options), key=lambda r: (r.case, r.variant or 0))  # they come as they are done
+
+
+def times(out: Path) -> dict[str, int]:
+    return {name: (out / name).stat().st_mtime_ns for name in results(out)}
+
+
+def test_a_second_run_with_resume_makes_nothing_and_reports_the_same(tmp_path: Path) -> None:
+    paths, out = masks(tmp_path / "masks"), tmp_path / "out"
+    first = stream(paths, out, variants=2)
+    before = times(out)
+    second = stream(paths, out, variants=2, resume=True)
+    assert times(out) == before and all(r.skipped for r in second)
+    assert [(r.case, r.variant, r.files, r.sha256, r.input, r.slices) for r in second] == [
+        (r.case, r.variant, r.files, r.sha256, r.input, r.slices) for r in first
+    ]
+
+
+def test_without_resume_everything_is_made_again(tmp_path: Path) -> None:
+    paths, out = masks(tmp_path / "masks"), tmp_path / "out"
+    stream(paths, out)
+    before, bytes_before = times(out), results(out)
+    assert not any(r.skipped for r in stream(paths, out))
+    assert all(times(out)[name] != time for name, time in before.items()) and results(out) == bytes_before
+
+
+@pytest.mark.parametrize("damage", ["flipped", "shorter", "gone", "no journal"])
+def test_what_is_not_proven_is_made_again(damage: str, tmp_path: Path) -> None:
+    paths, out = masks(tmp_path / "masks"), tmp_path / "out"
+    stream(paths, out)
+    whole, victim = results(out), out / "1_ct.nii.gz"
+    data = bytearray(victim.read_bytes())
+    if damage == "flipped":
+        data[-20] ^= 1
+        victim.write_bytes(data)
+    elif damage == "shorter":
+        victim.write_bytes(data[:-30])
+    elif damage == "gone":
+        victim.unlink()
+    else:
+        (out / JOURNAL).unlink()
+    again = stream(paths, out, resume=True)
+    assert [r.skipped for r in again] == ([False] * 3 if damage == "no journal" else [True, False, True])
+    assert results(out) == whole
+
+
+@pytest.mark.parametrize("change", ["seed", "mask", "labels", "variants", "model"])
+def test_a_result_of_another_seed_mask_map_or_model_is_made_again(change: str, tmp_path: Path) -> None:
+    paths, out, fresh = masks(tmp_path / "masks"), tmp_path / "out", tmp_path / "fresh"
+    stream(paths, out, variants=2)
+    options: dict[str, object] = {"variants": 2}
+    if change == "seed":
+        options["seed"] = 1
+    elif change == "mask":
+        write_mask(paths[1], blobs((8, 24, 24), seed=9))
+    elif change == "labels":
+        options["labels"] = {0: 0, None: 3}
+    elif change == "variants":
+        options["variants"] = 3
+    manifest = fake_manifest(noise=change != "model")
+    with Synthesizer(manifest, FakeEngine(manifest)) as opened:
+        resumed = list(opened.stream(paths, out, resume=True, **options))
+        list(opened.stream(paths, fresh, **options))
+    kept = {"mask": {"0", "2"}, "variants": {"0", "1", "2"}}.get(change, set())
+    assert {r.case for r in resumed if r.skipped} == kept
+    assert all(r.skipped == (r.variant != 2) for r in resumed) or change != "variants"
+    assert results(out) == results(fresh)
+
+
+def test_a_torn_or_altered_line_costs_its_own_result_alone(tmp_path: Path) -> None:
+    paths, out = masks(tmp_path / "masks"), tmp_path / "out"
+    stream(paths, out)
+    lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)
+    (out / JOURNAL).write_bytes(lines[0].replace(b'"slices": 8', b'"slices": 9') + lines[1] + lines[2][:-25])
+    assert [r.skipped for r in stream(paths, out, resume=True)] == [False, True, False]
+    assert [r.skipped for r in stream(paths, out, resume=True)] == [True, True, True]  # the torn line did not swallow the next
+
+
+def test_a_mask_that_failed_is_tried_again(tmp_path: Path) -> None:
+    paths, out = masks(tmp_path / "masks"), tmp_path / "out"
+    good = paths[1].read_bytes()
+    paths[1].write_bytes(good[:-40])
+    assert [r.error is None for r in stream(paths, out)] == [True, False, True]
+    paths[1].write_bytes(good)
+    assert [(r.error, r.skipped) for r in stream(paths, out, resume=True)] == [(None, True), (None, False), (None, True)]
+
+
+def test_results_are_the_same_under_every_order_and_in_two_parts(tmp_path: Path) -> None:
+    paths = masks(tmp_path / "masks", 4)
+    stream(paths, tmp_path / "one", variants=2)
+    stream(paths[2:], tmp_path / "two", variants=2)
+    assert sum(r.skipped for r in stream(paths[::-1], tmp_path / "two", variants=2, resume=True)) == 4
+    assert results(tmp_path / "one") == results(tmp_path / "two")
+
+
+def test_a_run_given_up_half_way_leaves_whole_files_and_can_go_on(tmp_path: Path) -> None:
+    paths, out = masks(tmp_path / "masks", 6), tmp_path / "out"
+    manifest = fake_manifest()
+    with Synthesizer(manifest, FakeEngine(manifest)) as opened:
+        results_so_far = opened.stream(paths, out)
+        next(results_so_far)
+        results_so_far.close()  # type: ignore[attr-defined]
+        assert not [p for p in out.iterdir() if p.name.startswith(".part")]
+        list(opened.stream(paths, out, resume=True))
+        list(opened.stream(paths, tmp_path / "whole"))
+    assert results(out) == results(tmp_path / "whole")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths, out = masks(tmp_path / "masks"), tmp_path / "out"
+    arguments = ["synth", *map(str, paths), "--model", str(fake_model), "--backend", "fake", "--output", str(out), "--quiet"]
+    out.mkdir()
+    first = Journal(out)
+    assert run(main, arguments) == 2
+    assert "another run is writing into this folder" in capsys.readouterr().err
+    assert results(out) == {}
+    first.close()
+    assert run(main, arguments) == 0
+    assert len(results(out)) == 3
+
+
+def test_a_journal_taken_away_by_its_owner_is_no_lock(tmp_path: Path) -> None:
+    """Who waited for the lock on a file that is gone from the folder must not believe that it has the folder."""
+    first = Journal(tmp_path)
+    handle = os.open(tmp_path / JOURNAL, os.O_RDWR)  # what a second run holds when the first one ends
+    first.close()
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    second = Journal(tmp_path)
+    with pytest.raises(UsageError, match="another run"):
+        Journal(tmp_path)
+    second.close()
+    os.close(handle)
+    assert not (tmp_path / JOURNAL).exists()
+
+
+def test_the_journal_says_what_was_written_and_no_path(tmp_path: Path) -> None:
+    paths, out = masks(tmp_path / "masks", 1), tmp_path / "out"
+    (result,) = stream(paths, out, variants=1)
+    (line,) = (out / JOURNAL).read_text().splitlines()
+    entry = json.loads(line.partition(" ")[2])
+    assert entry["result"] == "0_v0" and entry["files"] == dict(result.sha256) and len(entry["files"]) == 2
+    assert str(tmp_path) not in line
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
+def test_a_journal_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / JOURNAL).write_text("")
+    (tmp_path / JOURNAL).chmod(0o400)
+    with pytest.raises(OutputError):
+        Journal(tmp_path)
+
+
+def test_entries_survive_reopening(tmp_path: Path) -> None:
+    np.zeros(3).tofile(tmp_path / "file")
+    from runtime.journal import digest_of
+
+    entry = Entry("a", "key", {"file": digest_of(tmp_path / "file")}, 3, ("said",))
+    journal = Journal(tmp_path)
+    journal.add(entry)
+    journal.close()
+    journal = Journal(tmp_path)
+    assert journal.proven("a", "key") == entry and journal.proven("a", "other") is None and journal.proven("b", "key") is None
+    journal.close()

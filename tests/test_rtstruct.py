@@ -1,0 +1,212 @@
+"""RTSTRUCT in: filled contours against analytic shapes and plastimatch, on the right grid, dangling references refused."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from dicom_masks import save, slices, structure_set
+from pydicom import dcmread
+from pydicom.uid import generate_uid
+from samples import directions, image, rotation
+
+from runtime.errors import GeometryError, InputError, UnreadableVolume
+from runtime.io.detect import Case, ReadOptions, find_cases, read_case
+from runtime.io.polygons import fill
+from runtime.labels import MM_WHS
+
+CIRCLE = np.linspace(0, 2 * np.pi, 200, endpoint=False)
+
+
+def ellipse(column: float, row: float, a: float, b: float) -> np.ndarray:
+    return np.stack([column + a * np.cos(CIRCLE), row + b * np.sin(CIRCLE)], axis=1)
+
+
+def inside(column: float, row: float, a: float, b: float, shape: tuple[int, int] = (60, 70)) -> np.ndarray:
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    return ((x - column) / a) ** 2 + ((y - row) / b) ** 2 < 1
+
+
+def test_an_ellipse_covers_the_pixels_whose_centres_it_holds() -> None:
+    for n in range(20):
+        column, row, a, b = np.random.default_rng(n).uniform((20, 20, 5, 5), (50, 40, 18, 18))
+        assert np.count_nonzero(fill([ellipse(column, row, a, b)], (60, 70)) != inside(column, row, a, b)) <= 2  # a polygon of 200 corners
+
+
+def test_neighbours_that_share_an_edge_leave_no_gap_and_do_not_overlap() -> None:
+    corners = np.random.default_rng(3).uniform(0, 60, (4, 2)).round()  # on pixel centres
+    first, second = (fill([np.array(t)], (60, 60)) for t in ([[5, 5], [50, 5], [5, 50]], [[50, 5], [50, 50], [5, 50]]))
+    assert not (first & second).any() and (first | second).sum() == 45 * 45
+    assert np.array_equal(fill([corners], (60, 60)), fill([corners[::-1]], (60, 60)))  # either way round
+
+
+def test_holes_by_a_contour_of_their_own_and_by_a_keyhole_are_the_same() -> None:
+    outer, inner = ellipse(35, 30, 25, 20), ellipse(33, 31, 10, 8)[::-1]
+    keyhole = np.concatenate([outer, outer[:1], inner, inner[:1]])
+    ring = inside(35, 30, 25, 20) & ~inside(33, 31, 10, 8)
+    for contours in ([outer, inner], [keyhole], [outer, inner[::-1]]):
+        assert np.count_nonzero(fill(contours, (60, 70)) != ring) <= 4
+
+
+def test_a_contour_beyond_the_image_is_cut_at_its_edge() -> None:
+    huge = np.array([[-1e6, -1e6], [1e6, -1e6], [1e6, 1e6], [-1e6, 1e6]])
+    assert fill([huge], (7, 9)).all() and not fill([huge + 3e6], (7, 9)).any() and not fill([], (7, 9)).any()
+
+
+def in_mm(sources, k: int, corners: np.ndarray) -> np.ndarray:
+    """(column, row) of a slice → mm, by the standard's own formula (PS3.3, C.7.6.2.1.1)."""
+    ds = sources[k]
+    row_axis, column_axis = np.reshape([float(x) for x in ds.ImageOrientationPatient], (2, 3))
+    dr, dc = (float(x) for x in ds.PixelSpacing)
+    return (
+        np.array([float(x) for x in ds.ImagePositionPatient])
+        + np.outer(corners[:, 0] * dc, row_axis)
+        + np.outer(corners[:, 1] * dr, column_axis)
+    )
+
+
+def case(path: Path, **options: object) -> Case:
+    (found,) = find_cases([path], options=ReadOptions(**options))  # type: ignore[arg-type]
+    return found
+
+
+def drawn(folder: Path, direction: np.ndarray | None = None, kind: str = "CLOSED_PLANAR") -> list:
+    """A CT of 6 slices with a ventricle in slices 1 to 4 (a ring in 2) and an atrium in 3, and its structure set."""
+    sources = slices(np.arange(6 * 60 * 70).reshape(6, 60, 70).astype(np.uint16), direction=direction, Modality="CT")
+    big, hole, small = ellipse(30, 30, 20, 15), ellipse(30, 30, 6, 5), ellipse(58, 45, 7, 9)
+    rois = {
+        "left ventricle": [in_mm(sources, k, big) for k in (1, 2, 3, 4)] + [in_mm(sources, 2, hole)],
+        "Atrium": [in_mm(sources, 3, small)],
+    }
+    save(folder / "ct", sources)
+    structure_set(folder / "rs" / "Doe.dcm", sources, rois, kind, codes={"Atrium": "82471001"})
+    return sources
+
+
+@pytest.mark.parametrize("kind", ["CLOSED_PLANAR", "CLOSEDPLANAR_XOR"])
+@pytest.mark.parametrize("turn", range(0, 48, 5))
+def test_contours_fill_the_grid_of_the_series_they_were_drawn_on(kind: str, turn: int, tmp_path: Path) -> None:
+    sources = drawn(tmp_path, rotation((9.0, -5.0, 13.0)) @ directions()[turn], kind)
+    read = read_case(case(tmp_path), MM_WHS)
+    assert read.labels.shape == (6, 60, 70)
+    for n, source in enumerate(sources):  # by position, since k counts along the normal
+        position = np.array([float(x) for x in source.ImagePositionPatient])
+        k = int(np.rint((np.linalg.inv(read.geometry.affine) @ [*position, 1])[2]))
+        assert np.abs(read.geometry.affine @ [0, 0, k, 1] - [*position, 1]).max() < 1e-3
+        expected = np.zeros((60, 70), np.uint8)
+        if n in (1, 2, 3, 4):
+            expected[inside(30, 30, 20, 15)] = 3
+        if n == 2:
+            expected[inside(30, 30, 6, 5)] = 0
+        if n == 3:
+            expected[inside(58, 45, 7, 9)] = 2
+        assert np.count_nonzero(read.labels[k] != expected) <= 6
+    assert read.dicom is not None and read.dicom.frame_of_reference_uid == sources[0].FrameOfReferenceUID
+
+
+def test_without_its_series_the_references_are_listed_and_a_grid_may_be_given(tmp_path: Path) -> None:
+    sources = drawn(tmp_path)
+    alone = tmp_path / "elsewhere" / "rs.dcm"
+    alone.parent.mkdir()
+    shutil.copy(tmp_path / "rs" / "Doe.dcm", alone)
+    with pytest.raises(InputError, match=r"6 of the 6 images it refers to are not there") as caught:
+        read_case(case(alone), MM_WHS)
+    assert sources[0].SOPInstanceUID[-12:] in caught.value.fact and sources[0].SOPInstanceUID not in str(caught.value)
+    assert "--like IMAGE" in caught.value.remedy
+    on_series = read_case(case(tmp_path / "rs" / "Doe.dcm", like=tmp_path / "ct"), MM_WHS)
+    whole = read_case(case(tmp_path, like=None), MM_WHS)
+    assert np.array_equal(on_series.labels, whole.labels) and on_series.geometry == whole.geometry
+    # a finer, larger volume in another order: each slice takes the plane next to it, and the volume in ml is the same
+    grid = image(np.zeros((30, 150, 160), np.uint8), (0.75, 0.625, 1.25), (-30.0, -10.0, 35.0))
+    sitk.WriteImage(grid, str(tmp_path / "grid.nii.gz"))
+    fine = read_case(case(alone, like=tmp_path / "grid.nii.gz"), MM_WHS)
+    assert fine.labels.shape == (30, 150, 160)
+    for label in (2, 3):
+        ml = [np.count_nonzero(v.labels == label) * np.prod(v.geometry.spacing) for v in (whole, fine)]
+        assert ml[1] == pytest.approx(ml[0], rel=0.02)
+
+
+def test_a_series_without_the_images_referred_to_is_used_only_when_asked(tmp_path: Path) -> None:
+    drawn(tmp_path)
+    for path in sorted((tmp_path / "ct").iterdir()):  # as after an anonymiser that forgot the structure set
+        ds = dcmread(path)
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+        ds.save_as(path)
+    with pytest.raises(InputError, match="other images than those beside it") as caught:
+        read_case(case(tmp_path), MM_WHS)
+    assert "--allow-missing-references" in caught.value.remedy
+    assert np.count_nonzero(read_case(case(tmp_path, allow_missing_references=True), MM_WHS).labels == 3) > 3000
+    other = generate_uid()
+    for path in sorted((tmp_path / "ct").iterdir()):
+        ds = dcmread(path)
+        ds.FrameOfReferenceUID = other
+        ds.save_as(path)
+    with pytest.raises(GeometryError, match="another frame of reference"):
+        read_case(case(tmp_path, allow_missing_references=True), MM_WHS)
+
+
+def bend(contour) -> None:
+    corners = [float(x) for x in contour.ContourData]
+    corners[2] += 2.0
+    contour.ContourData = corners
+
+
+BAD = {
+    "not planar": (lambda c: bend(c), GeometryError, "spans 2.00 mm across the slices"),
+    "between slices": (lambda c: setattr(c, "ContourData", [x + (1.2 if n % 3 == 2 else 0) for n, x in enumerate(map(float, c.ContourData))]),
+                       GeometryError, "between the slices"),
+    "not finite": (lambda c: setattr(c, "ContourData", ["1e999"] * 9), UnreadableVolume, "contour of 9 numbers"),
+    "odd count": (lambda c: setattr(c, "ContourData", list(c.ContourData)[:-1]), UnreadableVolume, "contour of 599 numbers"),
+    "another type": (lambda c: setattr(c, "ContourGeometricType", "OPEN_NONPLANAR"), UnreadableVolume, "'OPEN_NONPLANAR'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_contour_is_refused_with_its_reason(kind: str, tmp_path: Path) -> None:
+    change, error, fact = BAD[kind]
+    drawn(tmp_path)
+    path = tmp_path / "rs" / "Doe.dcm"
+    ds = dcmread(path)
+    change(ds.ROIContourSequence[0].ContourSequence[1])
+    ds.save_as(path)
+    with pytest.raises(error, match=fact):
+        read_case(case(tmp_path), MM_WHS)
+
+
+def test_points_are_passed_over_and_a_region_that_reaches_out_is_said(tmp_path: Path) -> None:
+    sources = drawn(tmp_path)
+    path = tmp_path / "rs" / "Doe.dcm"
+    structure_set(path, sources, {"left ventricle": [in_mm(sources, 1, ellipse(2, 30, 20, 15)), in_mm(sources, 2, ellipse(2, 30, 9, 9))]})
+    ds = dcmread(path)
+    ds.ROIContourSequence[0].ContourSequence[1].ContourGeometricType = "POINT"
+    ds.save_as(path)
+    read = read_case(case(tmp_path), MM_WHS)
+    assert any("1 contours of ROI 1 reach beyond the grid" in n for n in read.notes) and any(
+        "1 points or open lines" in n for n in read.notes
+    )
+    assert not read.labels[2].any() and read.labels[1].any()
+
+
+@pytest.mark.skipif(shutil.which("plastimatch") is None, reason="plastimatch is not installed (apt-get install plastimatch)")
+def test_plastimatch_fills_the_same_voxels(tmp_path: Path) -> None:
+    sources = drawn(tmp_path)
+    flat = tmp_path / "flat"
+    save(flat, sources)
+    shutil.copy(tmp_path / "rs" / "Doe.dcm", flat / "rs.dcm")
+    done = subprocess.run(["plastimatch", "convert", "--input", flat / "rs.dcm", "--referenced-ct", flat, "--output-prefix", tmp_path / "out",
+                           "--prefix-format", "nrrd"], capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    read = read_case(case(tmp_path), MM_WHS)
+    for name, label in (("left ventricle", 3), ("Atrium", 2)):
+        (file,) = (p for p in (tmp_path / "out").iterdir() if name.split()[-1] in p.name)
+        theirs = sitk.ReadImage(str(file))
+        assert np.allclose(theirs.GetOrigin(), read.geometry.origin, atol=1e-3) and np.allclose(
+            theirs.GetSpacing(), read.geometry.spacing, atol=1e-3
+        )
+        values = sitk.GetArrayFromImage(theirs) > 0
+        ours = read.labels == label
+        assert np.count_nonzero(values ^ ours) <= 0.03 * np.count_nonzero(ours)

@@ -1,0 +1,193 @@
+"""DICOM SEG in: every type, missing frames, overlaps, codes; where the voxels lie, by highdicom's own reading of the same file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_masks import segmentation, slices
+from pydicom import dcmread
+from samples import blobs, directions, rotation
+
+from runtime.errors import GeometryError, InputError, UnknownLabels, UnreadableVolume
+from runtime.io.detect import Case, ReadOptions, find_cases, read_case, read_mask
+from runtime.labels import MM_WHS, MM_WHS_INDICES, load_map
+from runtime.volume import Layers
+
+HEART = [("left ventricle", "87878005"), ("left atrium", "82471001"), ("myocardium", "74281007")]
+SHAPE = (5, 9, 13)  # 117 pixels: frames do not end on a byte
+
+
+def case(path: Path, **options: object) -> Case:
+    (found,) = find_cases([path], options=ReadOptions(**options))  # type: ignore[arg-type]
+    return found
+
+
+def numbers(shape: tuple[int, int, int] = SHAPE, count: int = 3) -> np.ndarray:
+    return (blobs(shape, tuple(range(count + 1))) % (count + 1)).astype(np.uint8)
+
+
+def by_highdicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Segment numbers and affine (voxel (k, row, column) → LPS mm)."""
+    import highdicom as hd
+
+    volume = hd.seg.segread(path).get_volume(combine_segments=True)
+    return volume.array, volume.affine
+
+
+@pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
+@pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (11.0, -7.0, 16.0)], ids=["straight", "oblique"])
+def test_every_axis_order_lies_where_highdicom_says(kind: str, tilt: tuple[float, float, float], tmp_path: Path) -> None:
+    for n, direction in enumerate(directions()[:: 1 if kind == "BINARY" and tilt == (0.0, 0.0, 0.0) else 7]):
+        values = numbers()
+        path = segmentation(tmp_path / f"{n}.dcm", slices(values, direction=rotation(tilt) @ direction), values, HEART, kind)
+        read = read_case(case(path), MM_WHS)
+        theirs, affine = by_highdicom(path)
+        ours = np.array([0, 3, 2, 1], np.uint8)  # segment → index in MM-WHS
+        for k, row, column in [(0, 0, 0), (0, 0, 12), (0, 8, 0), (4, 0, 0), (4, 8, 12), (2, 4, 6)]:
+            mm = affine @ [k, row, column, 1]
+            i, j, slice_ = np.rint((np.linalg.inv(read.geometry.affine) @ mm)[:3]).astype(int)
+            assert np.abs(read.geometry.affine @ [i, j, slice_, 1] - mm).max() < 1e-3
+            assert read.labels[slice_, j, i] == ours[theirs[k, row, column]]
+        assert sorted(np.bincount(read.labels.ravel())) == sorted(np.bincount(values.ravel()))
+
+
+def test_the_code_counts_before_the_name_and_the_name_before_the_number(tmp_path: Path) -> None:
+    values = numbers(count=4)
+    named = [("liver of all things", "87878005"), ("Left_Atrium", "85756007"), ("Segment_3", "85756007"), ("right ventricle", "53085002")]
+    path = segmentation(tmp_path / "s.dcm", slices(values), values, named)
+    read = read_case(case(path), MM_WHS_INDICES)
+    assert [int(read.labels[values == n][0]) for n in range(5)] == [0, 3, 2, 3, 5]  # by code, by name, by number 3, by code
+    unknown = segmentation(tmp_path / "u.dcm", slices(values), (values == 1).astype(np.uint8), [("liver", "10200004")])
+    with pytest.raises(UnknownLabels, match=r"1 'liver' \(SCT:10200004\), which the model does not know"):  # though it is number 1
+        read_case(case(unknown), MM_WHS_INDICES)
+    (tmp_path / "map.json").write_text('{"SCT:10200004": "left ventricle", "*": "background"}')
+    assert (read_case(case(unknown), MM_WHS, load_map(tmp_path / "map.json", MM_WHS)).labels[values == 1] == 3).all()
+
+
+def test_missing_frames_are_empty_slices_and_the_order_of_frames_does_not_matter(tmp_path: Path) -> None:
+    values = np.zeros((9, 8, 8), np.uint8)
+    values[1, 2, 3], values[4, 5, 6], values[6, 1, 1] = 1, 1, 2
+    path = segmentation(tmp_path / "s.dcm", slices(values), values, HEART[:2], omit_empty_frames=True)
+    ds = dcmread(path)
+    assert ds.NumberOfFrames == 3
+    read = read_case(case(path), MM_WHS)
+    assert read.labels.shape == (6, 8, 8)  # slices 1 to 6: an empty end is not in the file
+    assert [tuple(p) for p in np.argwhere(read.labels)] == [(0, 2, 3), (3, 5, 6), (5, 1, 1)]
+    assert np.allclose(read.geometry.origin, (-12.5, 3.0, 42.5)) and np.allclose(read.geometry.spacing, (1.5, 1.25, 2.5))
+
+
+def test_overlaps_are_an_error_that_lists_them_unless_an_order_is_given(tmp_path: Path) -> None:
+    masks = np.zeros((4, 8, 8, 3), np.uint8)
+    masks[1:3, 1:5, 1:5, 0], masks[1:3, 3:7, 3:7, 1] = 1, 1
+    masks[0, 0, 0, 2] = 1
+    path = segmentation(tmp_path / "s.dcm", slices(masks[..., 0]), masks, HEART)
+    with pytest.raises(InputError, match=r"1 'left ventricle' .* and 2 'left atrium' .* in 8 voxels") as caught:
+        read_case(case(path), MM_WHS)
+    assert "--overlap-order" in caught.value.remedy
+    for order, winner in [(("left atrium", "left ventricle"), 2), (("SCT:87878005",), 3), (("2",), 2)]:
+        assert (read_case(case(path, overlap_order=order), MM_WHS).labels[1:3, 3:5, 3:5] == winner).all()
+    same = {1: 3, 2: 3, 3: 0}  # two segments of one label do not contend
+    assert np.count_nonzero(read_case(case(path), MM_WHS, same).labels) == np.count_nonzero(masks[..., :2].any(-1))
+
+
+def test_fractions_are_refused_unless_a_threshold_is_given(tmp_path: Path) -> None:
+    fractions = np.zeros((3, 8, 8), float)
+    fractions[1, 2:6, 2:6], fractions[1, 3:5, 3:5] = 0.4, 0.8
+    path = segmentation(
+        tmp_path / "s.dcm", slices(fractions.astype(np.uint8)), fractions, HEART[:1], "FRACTIONAL", fractional_type="PROBABILITY"
+    )
+    with pytest.raises(InputError, match="holds fractions, not labels") as caught:
+        read_case(case(path), MM_WHS)
+    assert "--threshold" in caught.value.remedy
+    assert [np.count_nonzero(read_case(case(path, threshold=t), MM_WHS).labels) for t in (0.3, 0.5, 0.9)] == [16, 4, 0]
+
+
+def test_compressed_label_maps_hold_the_same_labels(tmp_path: Path) -> None:
+    from pydicom.uid import RLELossless
+
+    values = numbers((4, 16, 16))
+    plain, packed = (segmentation(tmp_path / f"{n}.dcm", slices(values), values, HEART, "LABELMAP", **options)
+                     for n, options in enumerate(({}, {"transfer_syntax_uid": RLELossless})))  # fmt: skip
+    assert dcmread(packed).file_meta.TransferSyntaxUID == RLELossless
+    assert np.array_equal(read_case(case(plain), MM_WHS).labels, read_case(case(packed), MM_WHS).labels)
+
+
+def test_what_the_source_tells_of_a_patient_waits_for_attached_mode(tmp_path: Path) -> None:
+    values = numbers()
+    sources = slices(values)
+    path = segmentation(tmp_path / "Doe_John.dcm", sources, values, HEART)
+    found = case(path)
+    assert found.name.startswith("seg-") and "Doe" not in found.name and str(found.called) == found.name
+    read = read_case(found, MM_WHS)
+    assert read.dicom is not None and read.dicom.attributes["PatientID"] == "PLANTED-ID-4711"
+    assert read.dicom.frame_of_reference_uid == sources[0].FrameOfReferenceUID
+    assert read.dicom.sop_instance_uids == (dcmread(path).SOPInstanceUID,) and read.dicom.sop_class_uid == dcmread(path).SOPClassUID
+
+
+def spoilt(path: Path, change) -> Path:
+    ds = dcmread(path)
+    change(ds)
+    ds.save_as(path)
+    return path
+
+
+def positions(ds, *shifts: tuple[float, float, float]) -> None:
+    for frame, shift in zip(ds.PerFrameFunctionalGroupsSequence, shifts, strict=False):
+        item = frame.PlanePositionSequence[0]
+        item.ImagePositionPatient = [float(a) + b for a, b in zip(item.ImagePositionPatient, shift, strict=True)]
+
+
+def claim_frames(ds) -> None:
+    ds.NumberOfFrames = 4000
+
+
+def mixed(ds) -> None:
+    from pydicom.dataset import Dataset
+
+    item = Dataset()
+    item.ImageOrientationPatient = [0, 1, 0, 1, 0, 0]
+    ds.PerFrameFunctionalGroupsSequence[1].PlaneOrientationSequence = [item]
+
+
+BAD = {
+    "tilted": (lambda ds: positions(ds, (0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0)), GeometryError, "is sheared"),
+    "uneven": (lambda ds: positions(ds, (0, 0, 0), (0, 0, 0.6)), GeometryError, "mm apart"),
+    "two in one place": (lambda ds: positions(ds, (0, 0, 0), (0, 0, -2.5)), GeometryError, "two frames of one segment"),
+    "mixed": (mixed, GeometryError, "mixed orientations"),
+    "frames": (claim_frames, UnreadableVolume, "claims 4000 frames"),
+    "truncated": (lambda ds: setattr(ds, "PixelData", ds.PixelData[:10]), UnreadableVolume, "truncated"),
+    "no position": (lambda ds: [delattr(f, "PlanePositionSequence") for f in ds.PerFrameFunctionalGroupsSequence], GeometryError, "PlanePositionSequence"),
+    "not a number": (lambda ds: positions(ds, (float("nan"), 0, 0)), GeometryError, "ImagePositionPatient"),
+    "surface": (lambda ds: setattr(ds, "SegmentationType", "MESH"), UnreadableVolume, "type 'MESH'"),
+    "undescribed segment": (lambda ds: setattr(ds.PerFrameFunctionalGroupsSequence[0].SegmentIdentificationSequence[0], "ReferencedSegmentNumber", 9),
+                            UnreadableVolume, "which it does not describe"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_bad_seg_is_refused_with_its_reason(kind: str, tmp_path: Path) -> None:
+    change, error, fact = BAD[kind]
+    values = np.zeros((4, 8, 8), np.uint8)
+    values[:, 2:4, 2:4], values[3, 6, 6] = 1, 2
+    found = case(spoilt(segmentation(tmp_path / "s.dcm", slices(values), values, HEART[:2]), change))
+    with pytest.raises(error, match=fact) as caught:
+        read_case(found, MM_WHS)
+    assert caught.value.remedy and str(caught.value.file) == found.name
+
+
+def test_real_segs_agree_with_highdicom(real_data: Path) -> None:
+    for name in ("seg_and_ct/liver.dcm", "seg_and_ct/23x38x3/seg/label.seg", "seg_and_ct/24x38x3/seg/label.seg"):
+        mask = read_mask(case(real_data / name))
+        assert isinstance(mask, Layers) and mask.segments[0].code == "SCT:10200004"  # SNOMED-RT's T-62000
+        theirs, affine = by_highdicom(real_data / name)
+        total = 0
+        for _, k, piece in mask.pieces():
+            total += np.count_nonzero(piece)
+            if not piece.any():
+                continue
+            row, column = np.argwhere(piece)[0]
+            at = np.rint(np.linalg.inv(affine) @ mask.geometry.affine @ [column, row, k, 1]).astype(int)
+            assert theirs[tuple(at[:3])]
+        assert total == np.count_nonzero(theirs)

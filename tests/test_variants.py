@@ -1,0 +1,219 @@
+"""Deformed masks: plausible, drawn from keyed streams, the topology and the situs kept, on the grid of the mask they came from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from numpy.typing import NDArray
+from samples import blobs, results, rotation, write_mask
+
+from runtime import Geometry, LabelVolume, Synthesizer, UsageError
+from runtime.__main__ import main
+from runtime.console import run
+from runtime.engines.fake import FakeEngine, fake_manifest
+from runtime.topology import parts
+from runtime.variants import Ranges, vary
+
+STILL = Ranges(deform=0, rotate=0, scale=0)
+
+
+def heart(shape: tuple[int, int, int] = (40, 64, 64), step: float = 3.0) -> NDArray[np.uint8]:
+    """A shell (1) round a ball (2), a thinner tube (3) that leaves through the last slice, and a speck of a fourth label."""
+    d, h, w = np.ogrid[: shape[0], : shape[1], : shape[2]]
+    radius = np.sqrt((step * (d - 16)) ** 2 + (step * (h - 32)) ** 2 + (step * (w - 26)) ** 2)
+    labels = np.where(radius < 24, 2, np.where(radius < 33, 1, 0)).astype(np.uint8)
+    labels[((h - 30) ** 2 + (w - 44) ** 2 < 12) & (d > 12)] = 3
+    labels[20:23, 50:53, 20:23] = 4
+    return labels
+
+
+def volume(labels: NDArray[np.uint8], spacing: tuple[float, float, float] = (3.0, 3.0, 3.0), direction: object = None) -> LabelVolume:
+    return LabelVolume(labels, Geometry.from_parts((5.0, -7.0, 11.0), spacing, np.eye(3).ravel() if direction is None else direction))
+
+
+def centre(labels: NDArray[np.uint8], value: int) -> NDArray[np.float64]:
+    return np.argwhere(labels == value).mean(0)
+
+
+def dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
+    return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
+
+
+def test_the_first_variant_is_the_mask_and_the_others_differ_from_it_and_each_other() -> None:
+    source = volume(heart())
+    assert vary(source, Ranges(), seed=0, variant=0).volume is source
+    made = [vary(source, Ranges(), seed=0, variant=n).volume.labels for n in range(1, 6)]
+    assert len({m.tobytes() for m in [source.labels, *made]}) == 6
+    for labels in made:
+        assert 0.4 < dice(labels == 2, source.labels == 2) < 0.99
+        assert 0.5 < (labels == 2).sum() / (source.labels == 2).sum() < 1.7
+        assert np.array_equal(parts(labels), parts(source.labels))
+
+
+def test_the_same_keys_give_the_same_mask_whatever_was_made_before() -> None:
+    source = volume(heart())
+    first = vary(source, Ranges(), seed=3, variant=2).volume.labels
+    for other in (1, 4):
+        vary(source, Ranges(), seed=3, variant=other)
+    assert np.array_equal(vary(volume(heart()), Ranges(), seed=3, variant=2).volume.labels, first)
+    assert not np.array_equal(vary(source, Ranges(), seed=4, variant=2).volume.labels, first)
+
+
+def test_left_stays_left_and_up_stays_up() -> None:
+    """The tube (3) lies left of, before and above the ball's centre, as the array's axes run; in every variant it still does."""
+    source = volume(heart())
+    for variant in range(1, 9):
+        labels = vary(source, Ranges(), seed=1, variant=variant).volume.labels
+        d, _, w = centre(labels, 3) - centre(labels, 2)
+        assert d > 5 and w > 10
+
+
+def test_without_ranges_nothing_moves() -> None:
+    source = volume(heart())
+    assert vary(source, STILL, seed=0, variant=1).volume is source
+
+
+@pytest.mark.parametrize("change", ["rotate", "scale", "deform"])
+def test_each_range_bounds_what_it_names(change: str) -> None:
+    source = volume(heart())
+    ranges = {"rotate": Ranges(0, 20, 0), "scale": Ranges(0, 0, 0.3), "deform": Ranges(10, 0, 0)}[change]
+    ratios, shifts = [], []
+    for variant in range(1, 7):
+        labels = vary(source, ranges, seed=2, variant=variant).volume.labels
+        ratios.append((labels == 2).sum() / (source.labels == 2).sum())
+        shifts.append(np.abs(3.0 * (centre(labels, 2) - centre(source.labels, 2))).max())
+    if change == "rotate":  # volumes stay
+        assert np.allclose(ratios, 1, atol=0.04)
+    elif change == "scale":
+        assert min(ratios) > 0.7**3 * 0.9 and max(ratios) < 1.35**3 * 1.1 and np.std(ratios) > 0.05
+    else:
+        assert 0.5 < max(shifts) < 10  # mm
+
+
+def test_a_rotation_is_about_the_patients_axes_on_an_oblique_grid_too() -> None:
+    ranges = Ranges(deform=0, rotate=30, scale=0, topology=False)
+    turn = rotation((0.0, 0.0, 25.0))
+    labels = heart()
+    plain = vary(volume(labels), ranges, seed=0, variant=1).volume
+    # the same voxels, called oblique: what changes is the frame they are turned in, not by how much they turn
+    oblique = vary(volume(labels, direction=turn.ravel()), ranges, seed=0, variant=1).volume
+    for made in (plain, oblique):
+        before, after = (made.geometry.direction @ ((centre(x, 3) - centre(x, 2))[::-1] * 3.0) for x in (labels, made.labels))
+        angle = np.degrees(np.arccos(before @ after / np.linalg.norm(before) / np.linalg.norm(after)))
+        assert angle < 3**0.5 * 30 + 5
+    assert not np.array_equal(plain.labels, oblique.labels)
+
+
+@pytest.mark.parametrize("shape", [(1, 30, 40), (17, 1, 9), (30, 33, 1), (3, 3, 3)])
+def test_a_volume_may_have_one_slice(shape: tuple[int, int, int]) -> None:
+    labels = np.zeros(shape, np.uint8)
+    labels[tuple(slice(n // 4, n - n // 4) for n in shape)] = 1
+    made = vary(volume(labels), Ranges(), seed=0, variant=1).volume
+    assert made.labels.shape == shape and made.labels.any()
+
+
+def test_labels_at_the_border_still_reach_it() -> None:
+    source = volume(heart())
+    for variant in range(1, 7):
+        made = vary(source, Ranges(deform=12, rotate=0, scale=0.1), seed=0, variant=variant).volume.labels
+        assert (made[-1] == 3).any()  # the tube leaves through the last slice
+
+
+def test_what_cannot_be_deformed_is_kept_and_said() -> None:
+    """A checkerboard of single voxels falls apart whatever is done to it."""
+    labels = (np.indices((10, 20, 20)).sum(0) % 7 == 0).astype(np.uint8)
+    varied = vary(volume(labels), Ranges(), seed=0, variant=1)
+    assert np.array_equal(parts(varied.volume.labels), parts(labels))
+    if varied.warnings:
+        assert "keeps its shape" in varied.warnings[0] and varied.volume.labels is labels
+    assert not vary(volume(labels), Ranges(topology=False), seed=0, variant=1).warnings
+
+
+def test_the_jacobian_is_positive_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the lattice at its bound, from where each voxel comes, which three ramps of labels tell to a voxel."""
+    n, step = 60, 6
+    monkeypatch.setattr(LabelVolume, "digest", b"the same draw for all three")
+    ranges = Ranges(deform=19, rotate=0, scale=0, topology=False)  # 0.4 of 48 mm
+    places = []
+    for axis in range(3):
+        ramp = np.moveaxis(np.broadcast_to(np.arange(1, n + 1, dtype=np.uint8)[:, None, None], (n, n, n)), 0, axis)
+        places.append(vary(volume(ramp), ranges, seed=5, variant=1).volume.labels.astype(float))
+    inner = (slice(8, -8),) * 3  # beyond the border its last voxel stands in
+    jacobian = np.stack([np.stack([(np.roll(p, -step, a) - p)[inner] / step for a in range(3)], -1) for p in places], -2)
+    determinant = np.linalg.det(jacobian)
+    assert determinant.min() > 0 and determinant.std() > 0.1
+
+
+def test_parts_agree_with_simpleitks_components() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        shape = tuple(rng.integers(1, 12, 3))
+        labels = ((rng.random(shape) < rng.choice([0.1, 0.3, 0.6])) * rng.integers(1, 4, shape)).astype(np.uint8)
+        counted = parts(labels)
+        for value in range(1, 4):
+            components = sitk.ConnectedComponent(sitk.GetImageFromArray((labels == value).astype(np.uint8)), True)
+            sizes = np.bincount(sitk.GetArrayFromImage(components).ravel())[1:]
+            assert counted[value] == (sizes >= 0.01 * sizes.sum()).sum()
+
+
+def test_ct_and_mask_of_a_variant_are_a_pair(tmp_path: Path) -> None:
+    """The fake engine paints a value per label: where the mask holds a label, the CT holds its value, voxel for voxel."""
+    manifest = fake_manifest(noise=False)
+    table = np.array([label.value for label in manifest.labels.labels])
+    path = write_mask(tmp_path / "m.nii.gz", table[heart()].astype(np.uint16), spacing=(3.0, 3.0, 3.0))
+    with Synthesizer(manifest, FakeEngine(manifest)) as opened:
+        made = list(opened.stream([path], tmp_path / "out", variants=3, seed=2))
+    hu = np.rint(np.linspace(-1024, 1024, len(table)))
+    masks = []
+    for result in made:
+        ct, mask = (sitk.ReadImage(str(file)) for file in result.files)
+        assert (ct.GetOrigin(), ct.GetSpacing(), ct.GetDirection()) == (mask.GetOrigin(), mask.GetSpacing(), mask.GetDirection())
+        masks.append(sitk.GetArrayFromImage(mask))
+        assert np.array_equal(sitk.GetArrayFromImage(ct), hu[np.searchsorted(table, masks[-1])])
+    assert np.array_equal(masks[0], table[heart()]) and not np.array_equal(masks[1], masks[0])
+
+
+def test_variants_are_the_same_bytes_in_any_order_batch_and_number(tmp_path: Path, fake_model: Path) -> None:
+    paths = [write_mask(tmp_path / f"{n}.nii.gz", blobs((12, 30, 30), seed=n)) for n in range(2)]
+    arguments = ["--model", str(fake_model), "--backend", "fake", "--quiet"]
+    for out, order, extra in (
+        ("a", paths, ["--variants", "3"]),
+        ("b", paths[::-1], ["--variants", "3", "--batch", "1"]),
+        ("c", paths, ["--variants", "4"]),
+    ):
+        assert run(main, ["synth", *map(str, order), "--output", str(tmp_path / out), *arguments, *extra]) == 0
+    a, b, c = (results(tmp_path / out) for out in "abc")
+    assert a == b and a.items() <= c.items() and len(c) == 16
+
+
+@pytest.mark.parametrize("wrong", [{"deform": -1}, {"rotate": 46}, {"scale": 0.6}, {"deform": float("nan")}])
+def test_a_range_out_of_bounds_is_refused(wrong: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="the range"):
+        Ranges(**wrong)
+
+
+def test_the_options_reach_the_variants(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_mask(tmp_path / "m.nii.gz", np.array([0, 205, 420, 500, 550])[heart()].astype(np.uint16), spacing=(3.0, 3.0, 3.0))
+    arguments = [
+        "synth",
+        str(path),
+        "--model",
+        str(fake_model),
+        "--backend",
+        "fake",
+        "--variants",
+        "2",
+        "--quiet",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert run(main, [*arguments, "--deform", "0", "--rotate", "0", "--scale", "0"]) == 0
+    made = results(tmp_path / "out")
+    assert made["m_v0_mask.nii.gz"] == made["m_v1_mask.nii.gz"]
+    assert run(main, arguments) == 0
+    assert results(tmp_path / "out")["m_v1_mask.nii.gz"] != made["m_v1_mask.nii.gz"]
+    assert run(main, [*arguments, "--rotate", "90"]) == 2
+    assert "0 to 45 degrees" in capsys.readouterr().err
