@@ -342,3 +342,18 @@ def test_options_reach_the_engine(core: World, gpu_model: Path) -> None:
     engine, *_ = open_engine("tensorrt", Manifest.load(gpu_model), gpu_model, EngineOptions(max_memory=50 << 20))
     assert engine.memory()["device"].cap == 50 << 20
     engine.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_acceptance_of_our_engines_is_ready(
+    core: World, gpu_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """What benchmarks/gpu_acceptance.py runs on a GPU, on the fake: parity to the bit, and no allocation in steady state."""
+    from benchmarks.gpu import case as cases
+    from benchmarks.gpu import engines
+
+    monkeypatch.setattr(engines, "need_gpu", lambda: None)
+    case = cases.Case(gpu_model, tmp_path, quick=True)
+    assert "mean 0, p99.9 0, max 0 HU" in engines.runtime_parity(case, backend)
+    assert "0 bytes in use after close" in engines.runtime_steady(case, backend)
+    assert core.left() == {}
