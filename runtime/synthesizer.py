@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from .contract import Manifest
 from .engines.base import Engine, EngineError, EngineOptions
 from .engines.registry import open_engine
-from .errors import GeometryError, UnknownLabels
+from .errors import GeometryError, MemoryCapExceeded, UnknownLabels
 from .grid import SliceGrid
 from .labels import LabelMap, to_indices
 from .memory import PoolStats, parse_bytes
@@ -143,18 +143,25 @@ class Synthesizer:
 
     def _painted(self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom) -> Generator[tuple[Slot, range]]:
         """Each group of slices with the slot that holds it, in order; the engine works on the next ones meanwhile."""
-        batch = self._engine.spec.batch
+        batch, k = self._engine.spec.batch, 0
         slots = self._borrow(grid.size)
         free, busy = deque(slots), deque[tuple[Slot, range]]()
         try:
-            for k in range(0, grid.count, batch):
-                if not free:
+            while k < grid.count or busy:
+                if not free or k == grid.count:
                     yield busy[0]
                     free.append(busy.popleft()[0])
+                    continue
                 slot, ks = free.popleft(), range(k, min(k + batch, grid.count))
-                slot.start(grid, labels, random, ks)
+                try:
+                    slot.start(grid, labels, random, ks)
+                except MemoryCapExceeded:  # of a GPU: slots take its memory when they start
+                    if not busy:
+                        raise
+                    self._drop([slot])  # those that found room go on
+                    continue
                 busy.append((slot, ks))
-            yield from busy
+                k = ks.stop
         except BaseException:  # given up half-way too: what the engine still works on goes with its slots
             self._drop(slots)
             raise

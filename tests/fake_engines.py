@@ -207,8 +207,9 @@ def onnxruntime_module(world: World) -> Any:
 
     providers = ["CUDAExecutionProvider", "CPUExecutionProvider"]
 
-    def session(path: str, settings: Any, providers: Any) -> Any:
-        return (real.InferenceSession if providers == ["CPUExecutionProvider"] else InferenceSession)(path, settings, providers=providers)
+    def session(path_or_bytes: Any, sess_options: Any = None, providers: Any = None) -> Any:
+        made = real.InferenceSession if providers == ["CPUExecutionProvider"] else InferenceSession
+        return made(path_or_bytes, sess_options, providers=providers)
 
     return SimpleNamespace(InferenceSession=session, SessionOptions=real.SessionOptions, __version__=real.__version__,
                            get_available_providers=lambda: providers, __spec__=ModuleSpec("onnxruntime", None))  # fmt: skip

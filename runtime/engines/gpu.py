@@ -159,7 +159,7 @@ class GpuSlot:
                 self._work(inputs, out)
                 self.cuda.record(self._event, self._handle)
             except BaseException:
-                self.cuda.drain(self._handle)  # the arrays are the caller's again when this is raised
+                self._drain()  # the arrays are the caller's again when this is raised
                 raise
             self._pending = True
 

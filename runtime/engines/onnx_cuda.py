@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..contract import METADATA, Manifest
-from ..driver import why_no_gpu
+from ..driver import DRIVER_REMEDY, why_no_gpu
 from ..errors import MemoryCapExceeded, MissingComponent, ModelError
 from ..memory import HOST_STREAM
 from .base import EngineError, EngineOptions, EngineSpec, Inputs, check_graph
@@ -29,13 +29,14 @@ DEFAULT_CAP = 2 << 30  # bytes; the graph states no need, and what cuDNN takes f
 BATCH, MOST = 8, 64
 
 
-def why_absent() -> str | None:
-    """Why ONNX Runtime runs nothing on a GPU here, or None when it may. Imports onnxruntime, which says what it was built for."""
+def why_absent() -> tuple[str, str] | None:
+    """Why ONNX Runtime runs nothing on a GPU here and the remedy, or None when it may. Imports onnxruntime, which says what it is."""
     if find_spec("onnxruntime") is None:
-        return f"onnxruntime is not installed ({INSTALL})"
+        return "onnxruntime-gpu is not installed", INSTALL
     if PROVIDER not in onnxruntime().get_available_providers():
-        return f"the installed onnxruntime was built without CUDA ({INSTALL})"
-    return why_no_gpu()
+        return "the installed onnxruntime was built without CUDA", INSTALL
+    why = why_no_gpu()
+    return (why, DRIVER_REMEDY) if why else None
 
 
 class OnnxCudaEngine(GpuEngine):

@@ -26,17 +26,22 @@ class Backend:
     install: str
     make: Callable[[Path, Manifest, EngineOptions], Engine]
     automatic: bool = True
-    why: Callable[[], str | None] | None = None
+    why: Callable[[], tuple[str, str] | None] | None = None
 
     def open(self, path: Path, manifest: Manifest, options: EngineOptions | None = None) -> Engine:
         """The engine that runs the file at `path`, which nobody has checked."""
         return self.make(path, manifest, options or EngineOptions())
 
-    def uninstalled(self) -> str | None:
-        """Why it runs nothing on this machine, or None when it can."""
+    def missing(self) -> tuple[str, str] | None:
+        """What this machine lacks to run it and how to get that, or None when it can."""
         if self.why is not None:
             return self.why()
-        return f"{self.module} is not installed ({self.install})" if find_spec(self.module) is None else None
+        return (f"{self.module} is not installed", self.install) if find_spec(self.module) is None else None
+
+    def uninstalled(self) -> str | None:
+        """`missing`, as one phrase."""
+        missing = self.missing()
+        return missing and f"{missing[0]} ({missing[1]})"
 
     def absent(self, manifest: Manifest) -> str | None:
         """Why this backend cannot serve the model here, or None when it can."""
@@ -67,7 +72,7 @@ def _open_tensorrt(path: Path, manifest: Manifest, options: EngineOptions) -> En
     return TensorRTEngine(path, manifest, options)
 
 
-def _why_no_tensorrt() -> str | None:
+def _why_no_tensorrt() -> tuple[str, str] | None:
     from .tensorrt import why_absent
 
     return why_absent()
@@ -79,7 +84,7 @@ def _open_onnx_cuda(path: Path, manifest: Manifest, options: EngineOptions) -> E
     return OnnxCudaEngine(path, manifest, options)
 
 
-def _why_no_onnx_cuda() -> str | None:
+def _why_no_onnx_cuda() -> tuple[str, str] | None:
     from .onnx_cuda import why_absent
 
     return why_absent()
@@ -143,7 +148,7 @@ def _by_name(name: str, manifest: Manifest, folder: Path) -> tuple[Backend, str]
     backend = next(b for b in BACKENDS if b.name == name)
     if why := backend.absent(manifest):
         raise MissingComponent(f"the backend {name} cannot run this model here: {why}", expected="a backend and the model file it runs",
-                               remedy=backend.install, file=folder)  # fmt: skip
+                               remedy=(backend.missing() or ("", "export the run again, with that file"))[1], file=folder)  # fmt: skip
     if backend.proven(manifest):
         return backend, "asked for"
     if backend.file[1] == "int8":

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..contract import Manifest
-from ..driver import why_no_gpu
+from ..driver import DRIVER_REMEDY, why_no_gpu
 from ..errors import MemoryCapExceeded, MissingComponent, ModelError
 from ..memory import ALIGNMENT, Buffer
 from .base import EngineError, EngineOptions, EngineSpec, Inputs
@@ -24,11 +24,12 @@ VERSIONS = ((10, 13), (12, 0))  # from, below: the names used here exist in all 
 INSTALL = 'pip install "mask2ct[gpu]"'
 
 
-def why_absent() -> str | None:
-    """Why no TensorRT engine can run here, or None when one can. Imports nothing of TensorRT's."""
-    if not any(find_spec(module) for module in MODULES):
-        return f"neither tensorrt_lean nor tensorrt is installed ({INSTALL})"
-    return why_no_gpu()
+def why_absent() -> tuple[str, str] | None:
+    """Why no TensorRT engine can run here and the remedy, or None when one can. Imports nothing of TensorRT's."""
+    if not any(find_spec(name) for name in MODULES):
+        return "neither tensorrt_lean nor tensorrt is installed", INSTALL
+    why = why_no_gpu()
+    return (why, DRIVER_REMEDY) if why else None
 
 
 class TensorRTEngine(GpuEngine):
