@@ -159,7 +159,7 @@ def on_stand_in(code: str, driver: Path, *packages: Path, arguments: tuple[objec
 ENGINE = r"""
 import ctypes, sys
 import numpy as np
-from fake_engines import tensorrt_module
+from fake_engines import onnxruntime_module, tensorrt_module
 from fake_world import World
 from hand_made import write_model
 from pathlib import Path
@@ -178,10 +178,13 @@ labels = np.random.default_rng(0).integers(0, 8, (21, 8, 8), np.uint8).repeat(7,
 volume = LabelVolume(labels, Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
 with Synthesizer.open(model, backend="onnx") as synth:
     want = synth.paint(volume)
-with Synthesizer.open(model, backend="tensorrt", max_memory="16MiB") as synth:
-    painted = [np.array_equal(synth.paint(volume), want) for _ in range(3)]
-    print(painted, synth.memory()["device"].allocations, "no CUDA graphs" in synth.backend, "PyCUDA, which" in synth.backend)
-print([stats.in_use for stats in synth.memory().values()], ctypes.CDLL("libcuda.so.1").stand_in_left(), ctypes.CDLL("libcuda.so.1").stand_in_retained())
+sys.modules["onnxruntime"] = onnxruntime_module(world)
+left = ctypes.CDLL("libcuda.so.1")
+for backend in ("tensorrt", "onnx-cuda"):
+    with Synthesizer.open(model, backend=backend, max_memory="16MiB") as synth:
+        painted = [np.array_equal(synth.paint(volume), want) for _ in range(3)]
+        print(painted, synth.memory()["device"].allocations, "no CUDA graphs" in synth.backend, "PyCUDA, which" in synth.backend)
+    print([stats.in_use for stats in synth.memory().values()], left.stand_in_left(), left.stand_in_retained())
 """
 
 
@@ -189,7 +192,8 @@ def test_the_real_bindings_and_cuda_core_carry_our_engine(root: Path, tmp_path: 
     """Every call with the real types: the driver's gate, context, streams, events, copies, pools. TensorRT alone is the fake."""
     driver = stand_in(root, tmp_path, set())
     lines = on_stand_in(ENGINE, driver, folder("cuda"), root, root / "tests", arguments=(tmp_path,))
-    assert lines == ["[True, True, True] 10 True False", "[0, 0] 0 1"]  # cuda-core itself keeps the context, once, until the end
+    end = "[0, 0] 0 1"  # cuda-core itself keeps the context, once, until the end
+    assert lines == ["[True, True, True] 10 True False", end, "[True, True, True] 8 False False", end]
 
 
 @pytest.mark.slow
@@ -203,7 +207,7 @@ def test_the_real_pycuda_serves_our_pools_and_our_engine(root: Path, tmp_path: P
     lines = on_stand_in(POOLS, driver, site, root)
     assert lines == [f"{expected[2][1]} 0 1", "True 1", "42.0 True", "MemoryCapExceeded 123 True", str(expected), "0 0 0"]
     lines = on_stand_in(ENGINE, driver, site, folder("cuda"), root, root / "tests", arguments=(tmp_path,))
-    assert lines == ["[True, True, True] 10 True True", "[0, 0] 0 0"]
+    assert lines == ["[True, True, True] 10 True True", "[0, 0] 0 0", "[True, True, True] 8 False True", "[0, 0] 0 0"]
 
 
 def _fake_pool():
