@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,8 @@ def lost(name: str, table: LabelTable) -> list[str]:
     return [f"{label.value} {label.name}" for label in PRESETS[name].labels[1:] if mapped[label.value] == 0]
 
 
-def _own(table: LabelTable) -> dict[int | str | None, int]:
+@lru_cache(maxsize=16)
+def _own(table: LabelTable) -> LabelMap:
     """What the model's own table says of codes, names and values."""
     known: dict[int | str | None, int] = dict(table.by_value.items())
     known.update({plain(name): index for name, index in table.by_name.items()})
@@ -177,7 +179,7 @@ def overlay(
             for old in np.unique(there[rivals & (ranks[there] == ranks[new])]).tolist():
                 pair = (min(old, new), max(old, new))
                 conflicts[pair] = conflicts.get(pair, 0) + int(np.count_nonzero(there == old))
-            there[~rivals | (ranks[there] > ranks[new])] = new
+            there[(there == 0) | (ranks[there] > ranks[new])] = new
             plane[mask] = there
         else:
             plane[mask] = new

@@ -69,11 +69,11 @@ def synthesize(
     `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all that the bytes depend on, is
     not made again; without it existing results are replaced.
 
-    Returns an iterator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and results written behind while
-    the caller's thread paints. A mask that cannot be used gives its error and the next one follows; `OutputError` is raised, for
-    what cannot be written for one cannot for any. `on_slice(n)` is told that n slices of the case are painted. Raises
-    `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be written, or a
-    file in it that is not ours and would be replaced; and when it starts, if another run is writing into the folder.
+    Returns an iterator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
+    results written behind while the caller's thread paints. A mask that cannot be used gives its error and the next one follows;
+    `OutputError` is raised, for what cannot be written for one cannot for any. `on_slice(n)` is told that n slices of the case are
+    painted. Raises `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be
+    written, or a file in it that is not ours and would be replaced; and when it starts, if another run is writing into the folder.
     """
     if variants is not None and variants < 1:
         raise UsageError(f"{variants} variants were asked for", expected="1 or more", remedy="leave the option out for one CT per mask")
@@ -235,7 +235,7 @@ class _Run:
             "model": key_of(synth.manifest.to_json()),
             "engine": [synth.engine, synth.file],
             "format": [type(self._format).__name__, {k: repr(v) for k, v in vars(self._format).items() if not k.startswith("_")}],
-            "case": {f.name: repr(getattr(case, f.name)) for f in fields(case) if f.name not in ("path", "files")},
+            "case": {f.name: repr(getattr(case, f.name)) for f in fields(case) if f.name not in ("path", "files", "grid")},
             "input": sorted(inputs.values()),
             "labels": None if self._labels is None else sorted(map(repr, self._labels.items())),
             "seed": self._seed,

@@ -202,9 +202,9 @@ def test_two_ranks_say_what_is_wrong_once_and_one_tests(
         done = said(*wrong)
         assert done.returncode != 0 and done.stderr.count(says) == 1, done.stderr
         assert 'train/run.py", line' not in done.stderr and not (tmp_path / "run").exists()
-    done = said(*line, "data.train_ratio=0.5", "data.valid_ratio=0.25", "--dry-run")
+    done = said(*line, "data.train_ratio=0.5", "data.valid_ratio=0.25", "generator.style=1", "--dry-run")
     assert done.returncode == 0 and done.stdout.count("MACs per slice") == 1, done.stderr
-    assert said(*line, "data.train_ratio=0.5", "data.valid_ratio=0.25").returncode == 0
+    assert said(*line, "data.train_ratio=0.5", "data.valid_ratio=0.25", "generator.style=1").returncode == 0
     done = said("train/run.py", "--test", "--output", tmp_path / "run")
     assert done.returncode == 0 and done.stdout.count("test.json is written") == 1, done.stderr
     assert json.loads((tmp_path / "run" / "test.json").read_text())["patients"] == 1

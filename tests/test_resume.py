@@ -73,6 +73,19 @@ def test_what_is_not_proven_is_made_again(damage: str, tmp_path: Path) -> None:
     assert results(out) == whole
 
 
+@pytest.mark.parametrize(("format", "victim"), [("dicom", "1_v1/**/0003.dcm"), ("nnunet", "labelsTr/1_v1.nii.gz"), ("mha", "1_v1_ct.mha")])
+def test_every_format_is_proven_file_by_file(format: str, victim: str, tmp_path: Path) -> None:
+    paths, out = masks(tmp_path / "masks"), tmp_path / "out"
+    stream(paths, out, variants=2, format=format)
+    whole = results(out)
+    assert all(r.skipped for r in stream(paths, out, variants=2, format=format, resume=True))
+    (path,) = out.glob(victim)
+    path.unlink()
+    again = stream(paths, out, variants=2, format=format, resume=True)
+    assert [(r.case, r.variant) for r in again if not r.skipped] == [("1", 1)]
+    assert results(out) == whole
+
+
 @pytest.mark.parametrize("change", ["seed", "mask", "labels", "variants", "model"])
 def test_a_result_of_another_seed_mask_map_or_model_is_made_again(change: str, tmp_path: Path) -> None:
     paths, out, fresh = masks(tmp_path / "masks"), tmp_path / "out", tmp_path / "fresh"

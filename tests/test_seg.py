@@ -88,6 +88,8 @@ def test_overlaps_are_an_error_that_lists_them_unless_an_order_is_given(tmp_path
     assert "--overlap-order" in caught.value.remedy
     for order, winner in [(("left atrium", "left ventricle"), 2), (("SCT:87878005",), 3), (("2",), 2)]:
         assert (read_case(case(path, overlap_order=order), MM_WHS).labels[1:3, 3:5, 3:5] == winner).all()
+    both = read_case(case(path, overlap_order=("1", "3", "2")), MM_WHS, {1: 3, 2: 2, 3: 3})  # two of one label, one of them behind
+    assert (both.labels[1:3, 3:5, 3:5] == 3).all()
     same = {1: 3, 2: 3, 3: 0}  # two segments of one label do not contend
     assert np.count_nonzero(read_case(case(path), MM_WHS, same).labels) == np.count_nonzero(masks[..., :2].any(-1))
 

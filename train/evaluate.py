@@ -65,7 +65,10 @@ def ceiling(truth: Volumes, masks: Volumes, others: Volumes, other_masks: Volume
             places: Sequence[Places | None] = (None, None), intensity: Intensity = HU) -> dict[str, Any]:  # fmt: skip
     """The distances of `evaluate` between two groups of real patients: see `metrics.ceiling`."""
     insides = [[body_mask(v, intensity) for v in volumes] for volumes in (truth, others)]
-    return _plain_tree(metrics.ceiling(truth, masks, others, other_masks, insides, names, places))
+    result = metrics.ceiling(truth, masks, others, other_masks, insides, names, places)
+    if intensity.unit != HU.unit:
+        result["similarity"] = metrics.between_patients(_as_hu(truth, intensity), masks, _as_hu(others, intensity), other_masks)
+    return _plain_tree(result)
 
 
 def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArray[np.float64]], names: Sequence[str],
