@@ -91,12 +91,18 @@ def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
 
 @contextmanager
 def on_disk(path: Path) -> Iterator[Path]:
-    """A path that any reader can open: `path` itself, or for a member of a zip a copy in a temporary folder that goes again."""
-    if _inside(path) is None:
+    """A path that any reader can open: `path` itself, or for a member of a zip a copy in a temporary folder that goes again.
+
+    A header whose voxels lie beside it (MHD, NHDR) brings what lies beside it.
+    """
+    inside = _inside(path)
+    if inside is None:
         yield path
         return
+    detached = path.suffix.lower() in (".mhd", ".nhdr")
     with TemporaryDirectory(prefix="mask2ct-") as folder:
-        copy = Path(folder) / path.name
-        with opened(path) as source:
-            copy.write_bytes(source.read())
-        yield copy
+        for member in members(inside[0]) if detached else [path]:
+            if member.parent == path.parent:
+                with opened(member) as source:
+                    (Path(folder) / member.name).write_bytes(source.read())
+        yield Path(folder) / path.name
