@@ -93,6 +93,8 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch
 def test_links_in_a_zip_are_not_followed_and_text_is_no_zip(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no masks"):
         find_cases([member(tmp_path / "z.zip", "a.nii.gz", content=b"/etc/passwd", link=True)])
+    with pytest.raises(UsageError, match="holds no masks"):
+        find_cases([member(tmp_path / "nameless.zip", "")])
     (tmp_path / "text.zip").write_text("no zip")
     with pytest.raises(UsageError, match=r"text\.zip cannot be read"):
         find_cases([tmp_path / "text.zip"])
