@@ -12,6 +12,7 @@ import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -97,8 +98,8 @@ def check_header(path: Path, *, voxels: bool = True) -> Header:
             if handle.read(2) != b"\x1f\x8b":
                 raise _bad(path, "is not gzip-compressed though it is named .gz")
             handle.seek(0)
-            with gzip.open(handle) as content:
-                return _nifti(path, content, voxels)  # type: ignore[arg-type]
+            with _unpacked(path, handle) as content:
+                return _nifti(path, content, voxels)
         if name.endswith(".nii"):
             return _nifti(path, handle, voxels)
         return (_nrrd if name.endswith((".nrrd", ".nhdr")) else _meta)(path, handle)
@@ -119,6 +120,19 @@ def _check_shape(path: Path, shape: Sequence[int]) -> None:
         raise _bad(path, f"claims the size {text}")
     if max(shape) > MAX_EXTENT:
         raise _bad(path, f"has {max(shape)} voxels along one axis", f"cut it: NIfTI-1, which is written, holds {MAX_EXTENT}")
+
+
+@contextmanager
+def _unpacked(path: Path, handle: BinaryIO) -> Iterator[BinaryIO]:
+    """What a gzip file holds, by isal: three times as fast as zlib, and every mask is read once to be checked."""
+    from isal import igzip
+    from isal.igzip_lib import IsalError
+
+    try:
+        with igzip.open(handle, "rb") as content:
+            yield content
+    except (EOFError, gzip.BadGzipFile, IsalError) as exc:  # type: ignore[misc]
+        raise _bad(path, f"is truncated or damaged: {exc}", "copy or download it again") from exc
 
 
 def _nifti(path: Path, content: BinaryIO, voxels: bool) -> Header:
