@@ -192,7 +192,7 @@ class PyCudaPools:
 
     def _stop(self) -> None:
         self._driver.Context.pop()
-        self._context = None
+        self._context.detach()  # its destructor would end the context as if it were not the primary one
 
 
 class _PyCuda:

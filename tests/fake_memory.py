@@ -106,7 +106,8 @@ def pycuda_modules(world: World) -> tuple[ModuleType, ModuleType]:
         def pop() -> None:
             world.stack().pop()
 
-        def __del__(self) -> None:
+        def detach(self) -> None:
+            assert threading.get_ident() == self.thread
             world.retained -= 1
 
     class Device:

@@ -66,15 +66,17 @@ def test_a_graph_that_is_none_is_refused_even_when_the_manifest_agrees(
     shutil.copytree(model, spoilt)
     (spoilt / "model.onnx").write_bytes(b"not a graph")
     broken_manifest(spoilt, lambda d: d["files"]["model.onnx"].update(bytes=11, sha256=sha256_of(spoilt / "model.onnx")))
-    assert synth(spoilt, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), extra=()) == 2
-    assert "not a graph ONNX Runtime loads" in capsys.readouterr().err
+    for backend, name in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO")):
+        assert synth(spoilt, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), extra=("--backend", backend)) == 2
+        assert f"not a graph {name} loads" in capsys.readouterr().err
 
 
-WITHOUT_ONNXRUNTIME = """
+WITHOUT_ENGINES = """
 import importlib.util, sys
-sys.modules["onnxruntime"] = None  # importing it raises, looking for it finds nothing
+hidden = ("onnxruntime", "openvino")
+sys.modules.update(dict.fromkeys(hidden))  # importing one raises, looking for it finds nothing
 find = importlib.util.find_spec
-importlib.util.find_spec = lambda name, *rest: None if name == "onnxruntime" else find(name, *rest)
+importlib.util.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
 from runtime.__main__ import main
 from runtime.console import run
 sys.exit(run(main))
@@ -83,10 +85,12 @@ sys.exit(run(main))
 
 def test_a_missing_backend_is_exit_3_with_the_command_that_installs_it(root: Path, tmp_path: Path, model: Path) -> None:
     mask, out = write_mask(tmp_path / "m.nii.gz"), tmp_path / "out"
-    arguments = [sys.executable, "-c", WITHOUT_ONNXRUNTIME, "synth", mask, "--model", model, "--output", out]
+    arguments = [sys.executable, "-c", WITHOUT_ENGINES, "synth", mask, "--model", model, "--output", out]
     done = subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
-    assert "onnxruntime is not installed" in done.stderr and 'pip install "mask2ct[onnx]"' in done.stderr and not out.exists()
+    for package, extra in (("onnxruntime", "onnx"), ("openvino", "openvino")):
+        assert f'{package} is not installed (pip install "mask2ct[{extra}]")' in done.stderr
+    assert "remedy" in done.stderr and not out.exists()
 
 
 @pytest.mark.parametrize("place", ["under a file", "in /proc"])

@@ -7,6 +7,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -107,35 +108,14 @@ def pycuda() -> Path:
     return path
 
 
-# A driver of one device whose memory is the host's: as much as PyCUDA's pools need to run. Everything else answers "no device".
-DRIVER = r"""
-#include <stdlib.h>
-static void *stack[64]; static int depth; static long left = 1 << 24;
-int cuInit(unsigned f) { return 0; }
-int cuDeviceGet(int *d, int n) { *d = n; return 0; }
-int cuDevicePrimaryCtxRetain(void **c, int d) { *c = (void *)7; return 0; }
-int cuDevicePrimaryCtxRelease_v2(int d) { return 0; }
-int cuCtxPushCurrent_v2(void *c) { stack[depth++] = c; return 0; }
-int cuCtxPopCurrent_v2(void **c) { if (!depth) return 201; *c = stack[--depth]; return 0; }
-int cuMemAlloc_v2(unsigned long long *p, size_t n) {
-  if (!depth) return 201; if ((long)n > left) return 2; left -= n; size_t *b = aligned_alloc(512, (n + 1535) / 512 * 512); *b = n;
-  *p = (unsigned long long)b + 512; return 0; }
-int cuMemFree_v2(unsigned long long p) { left += *(size_t *)(p - 512); free((void *)(p - 512)); return 0; }
-int cuMemHostAlloc(void **p, size_t n, unsigned f) { if (!depth) return 201; *p = aligned_alloc(4096, (n + 4095) / 4096 * 4096); return 0; }
-int cuMemFreeHost(void *p) { free(p); return 0; }
-int cuGetErrorString(int e, const char **text) { *text = "stand-in"; return 0; }
-int cuGetErrorName(int e, const char **text) { *text = "STAND_IN"; return 0; }
-"""
-
 POOLS = r"""
 import contextlib, sys, threading, types
-sys.path.insert(0, sys.argv[1])
 from pycuda import driver, tools
 from runtime.cuda_memory import PyCudaPools
 from runtime.memory import HOST_STREAM, Pool
 cuda = types.SimpleNamespace(device=types.SimpleNamespace(ordinal=0), current=contextlib.nullcontext, free=lambda: 123)
 pools = PyCudaPools(driver, tools, cuda)
-device, host = Pool(pools.device, 1 << 25), Pool(pools.page_locked, 1 << 22)
+device, host = Pool(pools.device, 1 << 30), Pool(pools.page_locked, 1 << 22)
 first = device.purpose("ct").allocate(1 << 20, stream=HOST_STREAM)
 print(device.stats.held, first.ptr % 256, device.stats.allocations)
 threading.Thread(target=first.close).start()          # from another thread, which PyCUDA alone would not survive
@@ -145,7 +125,7 @@ print(again.ptr == first.ptr, device.stats.allocations)
 view = host.allocate(24, stream=HOST_STREAM)
 view.array((2, 3), "f4")[...] = 7
 print(float(view.array((2, 3), "f4").sum()), host.owns(view.ptr))
-try: device.allocate(1 << 24, stream=HOST_STREAM)
+try: device.allocate(1 << 27, stream=HOST_STREAM)
 except MemoryError as exc: print(type(exc).__name__, exc.free, "system refused" in str(exc))
 print([(n, pools.device._pool.alloc_size(pools.device._pool.bin_number(n))) for n in (256, 1000, 1 << 20, 8 << 20, 12345678)])
 again.close(), view.close(), device.close(), host.close()
@@ -153,23 +133,81 @@ print(device.stats.held, host.stats.held, device.stats.in_use)
 """
 
 
+def stand_in(root: Path, where: Path, symbols: set[str]) -> Path:
+    """tests/stand_in_driver.c as libcuda.so.1, with the other `symbols` that somebody links answering that there is no device."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed: the stand-in driver cannot be compiled")
+    source = (root / "tests/stand_in_driver.c").read_text()
+    rest = "".join(f"int {name}(void) {{ return 100; }}\n" for name in sorted(symbols) if f" {name}(" not in source)
+    made = where / "libcuda.so.1"
+    command = ["gcc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o", str(made), "-ldl"]
+    subprocess.run(command, input=source + rest, text=True, check=True)
+    return made
+
+
+def on_stand_in(code: str, driver: Path, *packages: Path, arguments: tuple[object, ...] = ()) -> list[str]:
+    """The lines that `code` prints in a process whose CUDA driver is the stand-in and which sees `packages` first."""
+    paths = os.pathsep.join(map(str, packages))
+    env = {**os.environ, "PYTHONPATH": paths, "LD_PRELOAD": str(driver), "LD_LIBRARY_PATH": str(driver.parent)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], env=env, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+ENGINE = r"""
+import ctypes, sys
+import numpy as np
+from fake_engines import onnxruntime_module, tensorrt_module
+from fake_world import World
+from hand_made import write_model
+from pathlib import Path
+from runtime import Synthesizer
+from runtime.volume import Geometry, LabelVolume
+
+class Direct(World):  # the stand-in's memory is the host's, its streams do everything at once
+    def at(self, ptr, nbytes): return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(ptr))
+    def enqueue(self, stream, work): work()
+    def need_context(self): pass
+
+world = Direct()
+sys.modules["tensorrt_lean"] = tensorrt_module(world)
+model = write_model(Path(sys.argv[1]) / "model")
+labels = np.random.default_rng(0).integers(0, 8, (21, 8, 8), np.uint8).repeat(7, 1).repeat(7, 2)
+volume = LabelVolume(labels, Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
+with Synthesizer.open(model, backend="onnx") as synth:
+    want = synth.paint(volume)
+sys.modules["onnxruntime"] = onnxruntime_module(world)
+left = ctypes.CDLL("libcuda.so.1")
+for backend in ("tensorrt", "onnx-cuda"):
+    with Synthesizer.open(model, backend=backend, max_memory="16MiB") as synth:
+        painted = [np.array_equal(synth.paint(volume), want) for _ in range(3)]
+        print(painted, synth.memory()["device"].allocations, "no CUDA graphs" in synth.backend, "PyCUDA, which" in synth.backend)
+    print([stats.in_use for stats in synth.memory().values()], left.stand_in_left(), left.stand_in_retained())
+"""
+
+
+def test_the_real_bindings_and_cuda_core_carry_our_engine(root: Path, tmp_path: Path) -> None:
+    """Every call with the real types: the driver's gate, context, streams, events, copies, pools. TensorRT alone is the fake."""
+    driver = stand_in(root, tmp_path, set())
+    lines = on_stand_in(ENGINE, driver, folder("cuda"), root, root / "tests", arguments=(tmp_path,))
+    end = "[0, 0] 0 1"  # cuda-core itself keeps the context, once, until the end
+    assert lines == ["[True, True, True] 10 True False", end, "[True, True, True] 8 False False", end]
+
+
 @pytest.mark.slow
-def test_the_real_pycuda_serves_our_pools_on_a_stand_in_driver(root: Path, tmp_path: Path) -> None:
+def test_the_real_pycuda_serves_our_pools_and_our_engine(root: Path, tmp_path: Path) -> None:
     site = pycuda()
     (extension,) = (site / "pycuda").glob("_driver*.so")
     symbols = subprocess.run(["nm", "-D", "--undefined-only", str(extension)], capture_output=True, text=True, check=True).stdout
-    wanted = set(re.findall(r"\bU (cu[A-Z]\w*)", symbols))
-    rest = "".join(f"int {name}(void) {{ return 100; }}\n" for name in sorted(wanted) if f" {name}(" not in DRIVER)
-    stub = tmp_path / "libcuda.so.1"
-    command = ["gcc", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o", str(stub)]
-    subprocess.run(command, input=DRIVER + rest, text=True, check=True)
-    env = {**os.environ, "PYTHONPATH": str(site), "LD_PRELOAD": str(stub)}  # linkers drop a library that was empty when PyCUDA was built
-    done = subprocess.run([sys.executable, "-c", POOLS, str(root)], env=env, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    pool = _fake_pool()
-    sizes = [(n, pool.alloc_size(pool.bin_number(n))) for n in (256, 1000, 1 << 20, 8 << 20, 12345678)]
-    assert lines == [f"{sizes[2][1]} 0 1", "True 1", "42.0 True", "MemoryCapExceeded 123 True", str(sizes), "0 0 0"]
+    driver = stand_in(root, tmp_path, set(re.findall(r"\bU (cu[A-Z]\w*)", symbols)))
+    pool, sizes = _fake_pool(), (256, 1000, 1 << 20, 8 << 20, 12345678)
+    expected = [(n, pool.alloc_size(pool.bin_number(n))) for n in sizes]
+    lines = on_stand_in(POOLS, driver, site, root)
+    assert lines == [f"{expected[2][1]} 0 1", "True 1", "42.0 True", "MemoryCapExceeded 123 True", str(expected), "0 0 0"]
+    lines = on_stand_in(ENGINE, driver, site, folder("cuda"), root, root / "tests", arguments=(tmp_path,))
+    assert lines == ["[True, True, True] 10 True True", "[0, 0] 0 0", "[True, True, True] 8 False True", "[0, 0] 0 0"]
 
 
 def _fake_pool():

@@ -59,9 +59,10 @@ def test_every_seg_and_structure_set_of_a_folder_is_a_case_and_its_ct_is_none(tm
 def test_a_zip_is_read_as_the_folder_in_it_would_be(tmp_path: Path) -> None:
     hospital(tmp_path / "in")
     write_mask(tmp_path / "in" / "mine.nii.gz")
+    write_mask(tmp_path / "in" / "detached.mhd")
     packed = {case.name: read_case(case, MM_WHS) for case in find_cases([zipped(tmp_path / "in")])}
     plain = {case.name: read_case(case, MM_WHS) for case in find_cases([tmp_path / "in"])}
-    assert packed.keys() == plain.keys() and len(plain) == 5
+    assert packed.keys() == plain.keys() and len(plain) == 6
     for name, mask in plain.items():
         assert np.array_equal(mask.labels, packed[name].labels) and mask.geometry == packed[name].geometry
 
@@ -92,6 +93,8 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(tmp_path: Path, monkeypatch
 def test_links_in_a_zip_are_not_followed_and_text_is_no_zip(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="holds no masks"):
         find_cases([member(tmp_path / "z.zip", "a.nii.gz", content=b"/etc/passwd", link=True)])
+    with pytest.raises(UsageError, match="holds no masks"):
+        find_cases([member(tmp_path / "nameless.zip", "")])
     (tmp_path / "text.zip").write_text("no zip")
     with pytest.raises(UsageError, match=r"text\.zip cannot be read"):
         find_cases([tmp_path / "text.zip"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -30,8 +31,8 @@ def members(archive: Path) -> list[Path]:
     with reading(archive, _EXPECTED, UsageError):
         try:
             with zipfile.ZipFile(archive) as opened:
-                infos = [info for info in opened.infolist() if not info.is_dir()]
-        except (zipfile.BadZipFile, NotImplementedError, zlib.error) as exc:
+                infos = [info for info in opened.infolist() if info.filename and not info.filename.endswith("/")]
+        except (zipfile.BadZipFile, NotImplementedError, zlib.error, struct.error, LookupError) as exc:
             raise ValueError(str(exc)) from exc
     claimed = sum(info.file_size for info in infos)
     if claimed > MAX_UNPACKED or len(infos) > MAX_MEMBERS:
@@ -84,19 +85,25 @@ def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
         info = archive.getinfo(inside[1])
         with archive.open(info) as handle:
             content = handle.read(info.file_size if limit is None else min(limit, info.file_size))
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, zlib.error, RuntimeError, EOFError, OSError, ValueError) as exc:
+    except (zipfile.BadZipFile, LookupError, RuntimeError, zlib.error, struct.error, EOFError, OSError, ValueError) as exc:
         raise UnreadableVolume(f"{path.name} cannot be unpacked: {exc}", expected="an undamaged archive", remedy="copy it again") from exc
     yield io.BytesIO(content)
 
 
 @contextmanager
 def on_disk(path: Path) -> Iterator[Path]:
-    """A path that any reader can open: `path` itself, or for a member of a zip a copy in a temporary folder that goes again."""
-    if _inside(path) is None:
+    """A path that any reader can open: `path` itself, or for a member of a zip a copy in a temporary folder that goes again.
+
+    A header whose voxels lie beside it (MHD, NHDR) brings what lies beside it.
+    """
+    inside = _inside(path)
+    if inside is None:
         yield path
         return
+    detached = path.suffix.lower() in (".mhd", ".nhdr")
     with TemporaryDirectory(prefix="mask2ct-") as folder:
-        copy = Path(folder) / path.name
-        with opened(path) as source:
-            copy.write_bytes(source.read())
-        yield copy
+        for member in members(inside[0]) if detached else [path]:
+            if member.parent == path.parent:
+                with opened(member) as source:
+                    (Path(folder) / member.name).write_bytes(source.read())
+        yield Path(folder) / path.name
