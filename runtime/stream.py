@@ -32,6 +32,8 @@ LARGE_MASK = 96 << 20  # bytes; above, nothing is held but the one mask being pa
 class CaseResult:
     """What became of one mask in one variant. `variant` is None when none were asked for; `error` is None when it is done.
 
+    `mask`: its path, or for a DICOM source the name of the case: its path may name a patient.
+
     `input`, `sha256`: SHA-256 by file name of what was read and written. `seconds`: by stage, spent working and not waiting;
     stages overlap. `skipped`: it was complete already, and proven so.
     """
@@ -164,7 +166,7 @@ class _Run:
                 }
                 for variant, entry in proven.items():
                     files = self._format.files(self._output, case.name, variant)
-                    yield _Item(CaseResult(case.name, case.path, variant, files, entry.slices, warnings=entry.warnings, input=inputs,
+                    yield _Item(CaseResult(case.name, case.called, variant, files, entry.slices, warnings=entry.warnings, input=inputs,
                                            sha256=entry.files, skipped=True), entry.key)  # fmt: skip
                 if len(proven) == len(keys):
                     continue
@@ -174,7 +176,7 @@ class _Run:
                 volume.digest  # noqa: B018 - computed here, beside the painter, and kept
             except InputError as exc:
                 exc.file = exc.file or case.called
-                yield _Item(CaseResult(case.name, case.path, None, error=exc), "")
+                yield _Item(CaseResult(case.name, case.called, None, error=exc), "")
                 continue
             seconds, shapes = {"read": time.perf_counter() - started}, Shapes(volume, self._ranges, self._seed)
             for variant in [variant for variant in keys if variant not in proven]:
@@ -182,7 +184,7 @@ class _Run:
                 varied = shapes.vary(variant or 0)
                 times = {**seconds, "deform": time.perf_counter() - started} if variant else seconds
                 said = (*warnings, *(f"{case.called.name}, variant {variant}: {fact}" for fact in varied.warnings))
-                result = CaseResult(case.name, case.path, variant, seconds=times, warnings=said, input=inputs)
+                result = CaseResult(case.name, case.called, variant, seconds=times, warnings=said, input=inputs)
                 item = _Item(result, keys[variant], varied.volume)
                 del varied
                 yield item
