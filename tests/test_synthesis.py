@@ -15,7 +15,7 @@ from runtime import Synthesizer
 from runtime.__main__ import main
 from runtime.console import run
 from runtime.contract import Label, LabelTable
-from runtime.engines.base import EngineError
+from runtime.engines.base import EngineError, EngineOptions
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.randomness import CaseRandom
 from runtime.volume import Geometry, LabelVolume
@@ -139,7 +139,7 @@ def test_slices_are_never_all_in_float_at_once(axis: int) -> None:
     direction = {0: np.eye(3), 1: np.eye(3)[:, [0, 2, 1]], 2: np.eye(3)[:, [2, 1, 0]]}[axis]
     volume = LabelVolume(np.ones(shape, np.uint8), Geometry.from_parts((0, 0, 0), (3.0, 3.0, 3.0), direction.ravel()))
     manifest = fake_manifest()
-    with Synthesizer(manifest, FakeEngine(manifest), batch=4) as opened:
+    with Synthesizer(manifest, FakeEngine(manifest, options=EngineOptions(workers=1)), batch=4) as opened:
         tracemalloc.start()
         try:
             count = sum(slab.hu.shape[slab.axis] for slab in opened.slabs(volume) if slab.axis == axis)
