@@ -7,7 +7,7 @@ PIP_OPTIONS ?=
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo test test-all fuzz lint bench clean tensorrt-bindings pycuda-bindings
+.PHONY: setup demo test test-all fuzz lint bench bench-full clean tensorrt-bindings pycuda-bindings
 
 setup: $(STAMP)
 
@@ -69,8 +69,12 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
+# Every suite at a size for a laptop; bench-full at that of the README.
 bench: setup
-	$(RUN) benchmarks/run.py engine --quick
+	$(RUN) benchmarks/run.py engine stream memory coldstart io train --quick
+
+bench-full: setup
+	$(RUN) benchmarks/run.py engine stream memory coldstart io train
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

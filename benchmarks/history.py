@@ -44,6 +44,16 @@ def make_record(suite: str, options: Mapping[str, Any], unit: str, measured: Map
     }
 
 
+STANDARD = (
+    "rates",
+    "median",
+    "p90_seconds",
+    "p99_seconds",
+    "peak_rss",
+    "share_of_roof",
+)  # keys of a contender's row; others are its own facts
+
+
 def _row(measured: Measured) -> dict[str, Any]:
     seconds = sorted(1 / rate for rate in measured.rates)
     return {

@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks import coldstart, engine, io, stream
-from benchmarks.history import Record, append, before, falls, load, make_record
+from benchmarks import coldstart, engine, io, memory, stream
+from benchmarks.history import STANDARD, Record, append, before, falls, load, make_record
 from benchmarks.paired import Contender, Measured, measure
 from benchmarks.report import measured_on, rows
 from runtime.console import EXIT_CODES, run
@@ -46,6 +46,7 @@ SUITES = {
     "stream": Suite(
         "slices/s", lambda o: stream.groups(None if o.random else o.model, None if o.random else _trained(o), o.backend, o.quick)
     ),
+    "memory": Suite("slices/s", lambda o: memory.groups(o.model, _trained(o), o.backend, o.quick)),
     "coldstart": Suite("starts/s", lambda o: coldstart.groups(o.model, _trained(o), o.backend)),
     "train": Suite("steps/s", lambda o: _train_groups(o)),
     "io": Suite("bytes/s", lambda o: io.groups("64x128x128" if o.quick else "300x512x512")),
@@ -111,6 +112,9 @@ def _print(record: Record) -> None:
         print(
             "  ".join(cell.ljust(width) if n == 0 else cell.rjust(width) for n, (cell, width) in enumerate(zip(row, widths, strict=True)))
         )
+    for contender, row in record["contenders"].items():
+        if facts := {key: value for key, value in row.items() if key not in (*STANDARD, "backend")}:
+            print(f"{contender}: {json.dumps(facts)[1:-1]}")
     for contender, why in record["absent"].items():
         print(f"not there: {contender} ({why})")
     print(measured_on(record))

@@ -2,9 +2,10 @@
 
 One 300 x 512 x 512 mask, .nii.gz to .nii.gz, a network that paints 256 x 256 (`edge` with random weights, or --model MODEL --run RUN).
 Contenders: `Synthesizer.stream`; (a) nibabel, the same weights in eager PyTorch slice by slice, nibabel; (b) SimpleITK, ONNX
-Runtime as it comes slice by slice, SimpleITK. All are opened before; each reads and writes files. They resample differently, and draw
-other noise, so that their outputs are not compared. Then 20 masks in one run: wall time against the time its slowest stage was busy, and
-against the processor time of the whole process divided by its cores, below which no schedule can go.
+Runtime as it comes slice by slice, SimpleITK. All are opened before; each reads and writes files. They resample differently and draw
+other noise, so that their outputs are not compared; where the network sees neighbours they give it the same slice again, which
+costs the same. Then 20 masks in one run: wall time against the time its slowest stage was busy, and against the processor time of
+the whole process divided by its cores, below which no schedule can go.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ from runtime.labels import MM_WHS
 from .paired import Contender, Ready
 
 OURS, TORCH, SERIAL = "mask2ct stream", "nibabel → torch eager → nibabel", "SimpleITK → ONNX Runtime → SimpleITK"
+MONAI = "MONAI: LoadImage → SliceInferer → SaveImage"
+FORMATS = ("nifti", "nii", "dicom")  # what `stream formats` writes
 SIDE, SPACING = 512, (0.75, 0.75, 1.0)  # pixels; mm
 EDGE_RANGE = Intensity("HU", -1024, 1976)
 
 
 def groups(model: Path | None, trained: Path | None, backend: str, quick: bool) -> dict[str, list[Contender]]:
-    """`stream`: one large mask; `stream many`: a run of masks, beside the bound that its stages and its processor set.
+    """`stream`: one large mask; `stream formats`: the same written otherwise; `stream many`: a run of masks, beside the bound that its
+    stages and its processor set.
 
     Without a `model`, `edge` with random weights, which nobody has proven: ONNX Runtime has to be asked for by name.
     """
@@ -47,23 +51,27 @@ def groups(model: Path | None, trained: Path | None, backend: str, quick: bool) 
     given = {"model": str(model), "mask": str(write_mask(folder / "mask.nii.gz", manifest, slices))}
     found = [Contender(OURS, "benchmarks.stream:ours", {**given, "backend": backend})]
     if random or weights is not None:
-        found.append(Contender(TORCH, "benchmarks.stream:by_torch", {**given, "trained": weights}))
+        found += [
+            Contender(name, f"benchmarks.stream:{make}", {**given, "trained": weights})
+            for name, make in ((TORCH, "by_torch"), (MONAI, "by_monai"))
+        ]
     found.append(Contender(SERIAL, "benchmarks.stream:by_onnx", given))
     masks = [str(write_mask(folder / "masks" / f"{n}.nii.gz", manifest, each, seed=n)) for n in range(count)]
     whole = Contender(
         f"mask2ct, {count} masks of {each} slices", "benchmarks.stream:many", {"model": str(model), "backend": backend, "masks": masks}
     )
-    return {"stream": found, "stream many": [whole]}
+    formats = [Contender(f"mask2ct to {name}", "benchmarks.stream:ours", {**given, "backend": backend, "format": name}) for name in FORMATS]
+    return {"stream": found, "stream formats": formats, "stream many": [whole]}
 
 
-def ours(model: str, mask: str, backend: str) -> Ready:
+def ours(model: str, mask: str, backend: str, format: str = "nifti") -> Ready:
     synth = Synthesizer.open(model, backend=backend)
     kept = tempfile.TemporaryDirectory()
 
     def run() -> float:
         out = Path(kept.name) / "out"
         shutil.rmtree(out, ignore_errors=True)
-        (result,) = synth.stream([mask], out)
+        (result,) = synth.stream([mask], out, format=format)
         assert result.error is None, result.error
         return float(result.slices)
 
@@ -139,17 +147,25 @@ def edge_model(folder: Path) -> Path:
     return folder
 
 
-def by_torch(model: str, mask: str, trained: str | None) -> Ready:
+def load_graph(trained: str | None) -> Any:
+    """A run's network as a graph in PyTorch; without one `edge_network`."""
+    if trained is None:
+        return edge_network()
     from export.graph import LabelsToIntensity
     from train.checkpoint import load_generator, load_run
 
-    if trained is None:
-        graph = edge_network()
-    else:
-        facts = load_run(Path(trained))
-        graph = LabelsToIntensity(load_generator(Path(trained)), len(facts.labels), facts.intensity)
-    manifest, kept = Manifest.load(Path(model)), tempfile.TemporaryDirectory()
+    facts = load_run(Path(trained))
+    return LabelsToIntensity(load_generator(Path(trained)), len(facts.labels), facts.intensity)
+
+
+def by_torch(model: str, mask: str, trained: str | None) -> Ready:
+    graph, manifest, kept = load_graph(trained), Manifest.load(Path(model)), tempfile.TemporaryDirectory()
     return Ready(lambda: float(torch_serial(graph, manifest, Path(mask), Path(kept.name) / "ct.nii.gz")))
+
+
+def by_monai(model: str, mask: str, trained: str | None) -> Ready:
+    graph, manifest, kept = load_graph(trained), Manifest.load(Path(model)), tempfile.TemporaryDirectory()
+    return Ready(lambda: float(monai_serial(graph, manifest, Path(mask), Path(kept.name))))
 
 
 def torch_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
@@ -168,11 +184,38 @@ def torch_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
             labels = torch.from_numpy(np.searchsorted(known, values[:, :, k].T).astype(np.uint8))[None, None]
             small = interpolate(labels, (height, width), mode="nearest")
             noise = torch.randint(0, 256, (1, height, width), dtype=torch.uint8)
-            hu = graph(small, noise=noise).numpy().view("<i2")[..., 0].astype(np.float32)
+            hu = graph(small.repeat(1, manifest.grid.slices, 1, 1), noise=noise).numpy().view("<i2")[..., 0].astype(np.float32)
             large = interpolate(torch.from_numpy(hu)[None], values.shape[1::-1], mode="bilinear")
             ct[:, :, k] = large[0, 0].round().numpy().T
     nibabel.save(nibabel.Nifti1Image(ct, image.affine), out)
     return int(values.shape[2])
+
+
+def monai_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
+    """MONAI's transforms with their defaults, eight slices at once through the network."""
+    import torch
+    from monai.inferers import SliceInferer
+    from monai.transforms import LoadImage, Resize, SaveImage
+
+    image: Any = LoadImage(ensure_channel_first=True, image_only=True)(mask)  # (1, W, H, D)
+    canvas, whole = manifest.grid.canvas, tuple(image.shape[1:])
+    known = torch.tensor([label.value for label in manifest.labels.labels], dtype=image.dtype)
+    small = Resize((canvas[1], canvas[0], whole[2]), mode="nearest")(torch.searchsorted(known, image).float())
+
+    def predict(labels: Any) -> Any:
+        """(N, 1, W, H) → HU, the same shape."""
+        turned = torch.as_tensor(labels).round().to(torch.uint8).transpose(2, 3).contiguous()
+        noise = torch.randint(0, 256, (len(turned), *canvas), dtype=torch.uint8)
+        hu = torch.from_numpy(
+            graph(turned.repeat(1, manifest.grid.slices, 1, 1), noise=noise).numpy().view("<i2")[..., 0].astype(np.float32)
+        )
+        return hu.transpose(1, 2)[:, None]
+
+    with torch.inference_mode():
+        painted = SliceInferer(roi_size=(canvas[1], canvas[0]), sw_batch_size=8, spatial_dim=2)(small[None], predict)[0]
+    large = Resize(whole, mode="trilinear")(painted)
+    SaveImage(out, output_ext=".nii.gz", output_dtype=np.int16, separate_folder=False, print_log=False)(large, meta_data=image.meta)
+    return int(whole[2])
 
 
 def by_onnx(model: str, mask: str) -> Ready:
@@ -202,7 +245,9 @@ def onnx_serial(session: Any, manifest: Manifest, mask: Path, out: Path) -> int:
     hu = np.empty(labels.shape, np.int16)
     for k in range(depth):
         noise = rng.integers(0, 256, (1, *canvas), np.uint8)
-        hu[k] = session.run(None, {"labels": labels[k : k + 1, None], "noise": noise})[0].view("<i2")[0, :, :, 0]
+        hu[k] = session.run(None, {"labels": labels[k : k + 1, None].repeat(manifest.grid.slices, 1), "noise": noise})[0].view("<i2")[
+            0, :, :, 0
+        ]
     painted = sitk.GetImageFromArray(hu)
     painted.CopyInformation(small)
     sitk.WriteImage(sitk.Resample(painted, image, sitk.Transform(), sitk.sitkLinear, manifest.intensity.low), str(out), True)

@@ -1,0 +1,93 @@
+"""Suite `memory`: what a mask file → CT file run holds at its peak, by size, and whether anything is still allocated in steady state.
+
+Facts of each contender: `base_rss` once the model is open, `bytes_per_voxel` that the peak lies above it, `allocations` of the engine's pools
+after the first and after the last run. Beside it the loop people write today, which holds whole volumes.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import SimpleITK as sitk
+
+from runtime import Synthesizer
+from runtime.contract import Manifest
+
+from .paired import Contender, Ready
+from .stream import load_graph, torch_serial
+from .volumes import SIZES, mask, values
+
+
+def groups(model: Path, trained: Path | None, backend: str, quick: bool) -> dict[str, list[Contender]]:
+    sizes = list(SIZES)[: 2 if quick else None]
+    found = {}
+    for size in sizes:
+        given = {"model": str(model), "size": size}
+        ours = Contender("mask2ct stream", "benchmarks.memory:ours", {**given, "backend": backend})
+        torch = Contender("nibabel → torch eager → nibabel", "benchmarks.memory:by_torch", {**given, "trained": str(trained)})
+        found[f"memory {size}"] = [ours] if trained is None else [ours, torch]
+    return found
+
+
+def ours(model: str, size: str, backend: str) -> Ready:
+    synth = Synthesizer.open(model, backend=backend)
+    kept = tempfile.TemporaryDirectory()
+    source = _write(size, Path(model), Path(kept.name))
+    facts: dict[str, Any] = {"backend": synth.backend, "allocations": []}
+
+    def paint() -> int:
+        shutil.rmtree(Path(kept.name) / "out", ignore_errors=True)
+        (result,) = synth.stream([source], Path(kept.name) / "out")
+        assert result.error is None, result.error
+        facts["allocations"] = [*facts["allocations"][:1], {kind: stats.allocations for kind, stats in synth.memory().items()}]
+        return result.slices
+
+    return Ready(_watched(paint, size, facts), facts=facts)
+
+
+def by_torch(model: str, size: str, trained: str) -> Ready:
+    graph, manifest, kept = load_graph(trained), Manifest.load(Path(model)), tempfile.TemporaryDirectory()
+    source = _write(size, Path(model), Path(kept.name))
+    facts: dict[str, Any] = {}
+    return Ready(_watched(lambda: torch_serial(graph, manifest, source, Path(kept.name) / "ct.nii.gz"), size, facts), facts=facts)
+
+
+def _write(size: str, model: Path, folder: Path) -> Path:
+    """The mask's file. It is written by a process of its own: what making it takes is not what is measured."""
+    import multiprocessing
+
+    path = folder / "mask.nii.gz"
+    writer = multiprocessing.get_context("spawn").Process(target=_write_mask, args=(size, str(model), str(path)))
+    writer.start()
+    writer.join()
+    return path
+
+
+def _write_mask(size: str, model: str, path: str) -> None:
+    table = Manifest.load(Path(model)).labels
+    volume = mask(SIZES[size], len(table))
+    image = sitk.GetImageFromArray(values(volume, table))
+    image.SetSpacing(volume.geometry.spacing)
+    sitk.WriteImage(image, path)
+
+
+def _watched(paint: Callable[[], int], size: str, facts: dict[str, Any]) -> Callable[[], float]:
+    base = _peak()
+    facts["base_rss"] = base
+    voxels = SIZES[size][0] * SIZES[size][1] * SIZES[size][2]
+
+    def run() -> float:
+        done = paint()
+        facts["bytes_per_voxel"] = round((_peak() - base) / voxels, 2)
+        return float(done)
+
+    return run
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
