@@ -86,4 +86,4 @@ def test_a_compiled_run_learns_the_same_and_resumes_bit_for_bit(config: Path, co
         assert done.returncode == 0, done.stderr
     assert losses(plain)[0][1] == pytest.approx(losses(whole)[0][1], rel=1e-2)  # the first two steps: later ones drift apart
     assert_same_bits(tensors(whole, 10), tensors(parts, 10))
-    assert losses(whole) == losses(parts)
+    assert [row[:2] for row in losses(whole)] == [row[:2] for row in losses(parts)]  # a run that ends measures itself, and goes on

@@ -169,7 +169,7 @@ def test_an_engine_is_proven_as_the_graphs_are(model: Path, trained: Path, tmp_p
     onnx.save(broken, tmp_path / ENGINE)
     with pytest.raises(ParityError, match=r"model.engine in tensorrt paints other values than the network"):
         prove(manifest)
-    monkeypatch.setattr(export.add_engine, "BACKENDS", (replace(backend, why=lambda: "there is no GPU"),))
+    monkeypatch.setattr(export.add_engine, "BACKENDS", (replace(backend, why=lambda: ("there is no GPU", "use one")),))
     with pytest.raises(MissingComponent, match=r"model.engine cannot be proven: there is no GPU"):
         prove(manifest)
 
