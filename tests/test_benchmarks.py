@@ -47,9 +47,11 @@ def test_a_record_becomes_a_page_and_the_readmes_table(tmp_path: Path) -> None:
     text = page.read_text()
     assert "bbbbbbb" in text and "data:image/png;base64," in text and "<script" not in text
     readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
-    written = report.with_table(readme, [{**newer, "readme": "Streams"}])
+    shown = {**newer, "options": {"quick": False}}
+    written = report.with_table(readme, [older, shown])
     assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
-    assert "| ours |" in written and "bbbbbbb" in written and report.with_table(written, [{**newer, "readme": "Streams"}]) == written
+    assert "| ours |" in written and "bbbbbbb" in written and report.with_table(written, [shown]) == written
+    assert "| ours |" not in report.with_table(readme, [newer])  # a quick run is none to show
     with pytest.raises(UsageError, match="no place for the table"):
         report.with_table("no marks", [newer])
 
