@@ -6,7 +6,6 @@ after the first and after the last run. Beside it the loop people write today, w
 
 from __future__ import annotations
 
-import resource
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from runtime import Synthesizer
 from runtime.contract import Manifest
 
 from .paired import Contender, Ready
+from .record import peak_rss
 from .stream import load_graph, torch_serial
 from .volumes import SIZES, mask, values
 
@@ -77,17 +77,13 @@ def _write_mask(size: str, model: str, path: str) -> None:
 
 
 def _watched(paint: Callable[[], int], size: str, facts: dict[str, Any]) -> Callable[[], float]:
-    base = _peak()
+    base = peak_rss()
     facts["base_rss"] = base
     voxels = SIZES[size][0] * SIZES[size][1] * SIZES[size][2]
 
     def run() -> float:
         done = paint()
-        facts["bytes_per_voxel"] = round((_peak() - base) / voxels, 2)
+        facts["bytes_per_voxel"] = round((peak_rss() - base) / voxels, 2)
         return float(done)
 
     return run
-
-
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

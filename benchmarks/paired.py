@@ -12,7 +12,6 @@ import importlib
 import json
 import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +29,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from benchmarks.record import peak_rss
 from runtime.console import Progress
 from runtime.errors import Mask2CTError, MissingComponent
 
@@ -216,8 +216,7 @@ def _child(make: str, options: Mapping[str, Any]) -> int:
         started = time.perf_counter()
         units = ready.run()
         seconds = time.perf_counter() - started
-        peak = 1024 * max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-        answers.write(json.dumps({"units": units, "seconds": seconds, "peak_rss": peak, "facts": dict(ready.facts)}) + "\n")
+        answers.write(json.dumps({"units": units, "seconds": seconds, "peak_rss": peak_rss(), "facts": dict(ready.facts)}) + "\n")
     if "output" in said:
         Path(said["output"]).unlink(missing_ok=True)
     return 0

@@ -103,3 +103,9 @@ def test_records_are_kept_and_found_again_by_commit_machine_and_options(tmp_path
     file.write_text("{}\nnot json\n")
     with pytest.raises(UsageError, match="line 2"):
         history.load(file)
+
+
+def test_a_contenders_peak_is_its_own_and_not_that_of_who_started_it() -> None:
+    ballast = np.ones(60_000_000)  # 480 MB here
+    found = measure([here("a", "counting", units=3)], ROUNDS, quiet=True)
+    assert 1e6 < found["a"].peak_rss < ballast.nbytes
