@@ -70,8 +70,9 @@ def rows(record: Record) -> list[list[str]]:
     made = [["", record["unit"], "p90", "peak MiB", *(["of the roof"] if roofed else []), "ours / this"]]
     for name, row in record["contenders"].items():
         share = [f"{row['share_of_roof']:.0%}" if "share_of_roof" in row else ""] if roofed else []
+        peak = f"{row['peak_rss'] / 2**20:.0f}" if "peak_rss" in row else ""
         ratio = f"{ratio_of(record, name)}" if name in record["ratios"] else ""
-        made.append([name, si(row["median"]), si(1 / row["p90_seconds"]), f"{row['peak_rss'] / 2**20:.0f}", *share, ratio])
+        made.append([name, si(row["median"]), si(1 / row["p90_seconds"]), peak, *share, ratio])
     return made
 
 
