@@ -30,7 +30,7 @@ from .roof import contenders as roofs
 from .volumes import mask
 
 SAME_HU = 0.05  # mean difference of two float32 computations; they may fall on either side of a half
-INT8_HU = 20.0  # of an int8 one: its proof in the manifest is stricter, and in the body alone
+HU = {"fp32": SAME_HU, "fp16": 1.0, "int8": 20.0}  # the proof in the manifest is stricter
 
 
 def groups(model: Path, trained: Path | None, backend: str, slices: int, compiled: bool) -> dict[str, list[Contender]]:
@@ -39,7 +39,7 @@ def groups(model: Path, trained: Path | None, backend: str, slices: int, compile
     ours = Contender("mask2ct synthesizer", "benchmarks.engine:synthesizer", {**given, "backend": backend})
     found = [ours, Contender("its backend, tight loop", "benchmarks.engine:bare", {**given, "backend": backend}, SAME_HU)]
     found += [
-        Contender(f"{b.name}, tight loop", "benchmarks.engine:bare", {**given, "backend": b.name}, INT8_HU if "int8" in b.name else SAME_HU)
+        Contender(f"{b.name}, tight loop", "benchmarks.engine:bare", {**given, "backend": b.name}, HU[b.file[1]])
         for b in BACKENDS
         if manifest.file_of(*b.file)
     ]
