@@ -16,6 +16,7 @@ sys.path[0] = str(ROOT)  # in place of train/, whose file names would hide other
 
 import argparse
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -188,4 +189,10 @@ def test(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(console.run(main))
+    code = run(main)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        # Nothing is left to do, and gloo's threads may abort an interpreter that takes itself down ("terminate called without …").
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
