@@ -189,7 +189,7 @@ def test(args: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    code = run(main)
+    code = console.run(main)
     if "TORCHELASTIC_RUN_ID" in os.environ:
         # Nothing is left to do, and gloo's threads may abort an interpreter that takes itself down ("terminate called without …").
         sys.stdout.flush()
