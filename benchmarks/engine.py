@@ -64,7 +64,7 @@ def shares(model: Path, measured: Mapping[str, Measured]) -> dict[str, float]:
     macs = count(model / file, {"N": 1, "H": h, "W": w})
     found = {}
     for name, m in measured.items():
-        roof = measured[INT8 if "int8" in str(m.facts.get("backend", name)) else FP32]
+        roof = measured[INT8 if "model.int8.onnx" in str(m.facts.get("backend", "")) else FP32]
         if m.rates and roof.rates and not name.startswith(ROOF):
             found[name] = float(np.median([macs * rate / limit for rate, limit in zip(m.rates, roof.rates, strict=True)]))
     return found
