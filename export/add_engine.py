@@ -15,12 +15,13 @@ from runtime.console import Progress
 from runtime.contract import MANIFEST, Manifest, ModelFile
 from runtime.driver import Device
 from runtime.engines.registry import BACKENDS
+from runtime.engines.tensorrt import collecting_logger
 from runtime.errors import MissingComponent, ModelError
 from runtime.files import atomic_file, sha256_of, write_json, write_text
 
 from .engine_layers import Inspection, half_convolutions, half_weights, inspect_plan, require_half
 from .model_card import CARD, model_card
-from .to_tensorrt import INSTALL, BuildOptions, Built, OnProgress, build, collecting_logger, shapes_of
+from .to_tensorrt import INSTALL, BuildOptions, Built, OnProgress, build, shapes_of
 
 if TYPE_CHECKING:  # a GPU machine that has neither torch nor scipy can build too
     from .graph import LabelsToIntensity

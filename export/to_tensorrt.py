@@ -15,6 +15,7 @@ from typing import Any
 
 from runtime.contract import Manifest
 from runtime.driver import DRIVER_REMEDY, why_no_gpu
+from runtime.engines.tensorrt import collecting_logger
 from runtime.errors import BuildError, MissingComponent
 from runtime.files import atomic_file
 
@@ -189,21 +190,6 @@ def _load_cache(config: Any, file: Path | None) -> tuple[tuple[str, ...], Any]:
 
 def _last(said: list[str]) -> str:
     return "; ".join(said[-3:]) or "it says no more"
-
-
-def collecting_logger(trt: Any, said: list[str]) -> Any:
-    """A TensorRT logger that keeps what it calls errors in `said`."""
-    errors = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
-
-    class Logger(trt.ILogger):
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, msg: str) -> None:
-            if severity in errors:
-                said.append(msg)
-
-    return Logger()
 
 
 def _monitor(trt: Any, on_progress: OnProgress | None) -> Any:

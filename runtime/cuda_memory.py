@@ -7,6 +7,7 @@ it has passed (`runtime.engines.gpu`), which PyCUDA's pools need: they hand a bl
 from __future__ import annotations
 
 import ctypes
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -51,7 +52,7 @@ def _view(ptr: int, nbytes: int) -> NDArray[np.uint8]:
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(ptr))
 
 
-class _CudaCore:
+class _CudaCore(ABC):
     """What both kinds of cuda-core's memory share. Raises MemoryError when the driver has no more."""
 
     kind = ""
@@ -67,7 +68,7 @@ class _CudaCore:
     def growth(self, nbytes: int) -> int:
         return nbytes
 
-    def trim(self) -> None:
+    def trim(self) -> None:  # noqa: B027  (nothing to do, by default)
         """What came back went back: the driver keeps what it keeps, and gives it to others before it refuses them."""
 
     def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
@@ -89,8 +90,9 @@ class _CudaCore:
 
         return Buffer(ptr, nbytes, release, self._block(ptr, nbytes))
 
+    @abstractmethod
     def _allocate(self, nbytes: int) -> Any:
-        raise NotImplementedError
+        """The library's block of `nbytes` bytes."""
 
     def _release(self, block: Any) -> None:
         block.close()
@@ -195,7 +197,7 @@ class PyCudaPools:
         self._context.detach()  # its destructor would end the context as if it were not the primary one
 
 
-class _PyCuda:
+class _PyCuda(ABC):
     """What both pools share: the sizes they really take (16 to an octave), and the blocks they keep."""
 
     kind = ""
@@ -225,8 +227,9 @@ class _PyCuda:
         self.blocks += self.held > before
         return Buffer(ptr, nbytes, lambda: self._pools.do(release), block)
 
+    @abstractmethod
     def _allocate(self, nbytes: int) -> tuple[int, Callable[[], None], NDArray[np.uint8] | None]:
-        raise NotImplementedError
+        """(address, what gives it back, its bytes where the host can reach them)."""
 
     def close(self) -> None:
         if self._pool is not None:

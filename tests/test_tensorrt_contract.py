@@ -55,9 +55,9 @@ def test_every_name_the_runtime_touches_exists(version: str, file: str, root: Pa
     assert problems((root / file).read_text(), read(version), beside.read_text() if beside.is_file() else "") == []
 
 
-def test_the_walk_sees_what_the_builder_does(root: Path) -> None:
+def test_the_walk_sees_what_the_code_does(root: Path) -> None:
     """Blindness would pass every test above: what FACTS name as traps has to be among what is found."""
-    paths = {touch.path for file in BUILDER_FILES for touch in touched((root / file).read_text())}
+    paths = {touch.path for file in (*BUILDER_FILES, *RUNTIME_FILES) for touch in touched((root / file).read_text())}
     assert paths >= {
         "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "Builder.create_network", "OnnxParser.parse_from_file", "OnnxParser.num_errors",
         "ParserError.node_operator", "IBuilderConfig.set_memory_pool_limit", "IBuilderConfig.hardware_compatibility_level",

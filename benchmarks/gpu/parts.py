@@ -41,7 +41,8 @@ def half_torch(case: Case) -> str:
 
 def parse_uint8(case: Case) -> str:
     trt = tensorrt()
-    from export.to_tensorrt import collecting_logger, parse
+    from export.to_tensorrt import parse
+    from runtime.engines.tensorrt import collecting_logger
 
     logger = collecting_logger(trt, [])
     network = parse(trt, trt.Builder(logger), logger, graph_of(case))
@@ -71,7 +72,8 @@ def build_native(case: Case) -> str:
     """What the inspector says of FP16, and the pictures in the full runtime: of FP16, and of FP32 without TF32."""
     trt = tensorrt()
     from export.engine_layers import half_convolutions, inspect_plan
-    from export.to_tensorrt import BuildOptions, build, collecting_logger, shapes_of
+    from export.to_tensorrt import BuildOptions, build, shapes_of
+    from runtime.engines.tensorrt import collecting_logger
 
     shapes, cache, seen = shapes_of(case.manifest, BATCH), case.work / "timing.cache", []
     for precision, limits in (("fp16", FP16), ("fp32", FP32)):

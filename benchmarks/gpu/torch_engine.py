@@ -62,10 +62,13 @@ def torch_engine(case: Case) -> Any:
             self._bound = {}
             super()._unbind()
 
-        def _compute(self) -> None:
-            inputs = {name: tensor for name, tensor in self._bound.items() if name != self.owner.spec.output.name}
+        def _work(self, inputs: Any, out: Any) -> None:
+            self._upload(inputs)
+            result = self.owner.spec.output.name
+            given = {name: tensor for name, tensor in self._bound.items() if name != result}
             with torch.inference_mode(), torch.cuda.stream(torch.cuda.ExternalStream(int(self._handle))):
-                self._bound[self.owner.spec.output.name].copy_(graph(**inputs))
+                self._bound[result].copy_(graph(**given))
+            self._download(out)
 
     return TorchEngine()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import threading
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def nbytes_of(tensors: tuple[TensorSpec, ...], shapes: Shapes) -> int:
     return sum(math.prod(shapes[t.name]) * np.dtype(t.dtype).itemsize + 256 for t in tensors)
 
 
-class GpuEngine:
+class GpuEngine(ABC):
     """Base of engines on a GPU. A subclass loads its model, calls `_open_pools`, sets `spec` and makes slots."""
 
     spec: EngineSpec
@@ -65,14 +66,15 @@ class GpuEngine:
     def name(self) -> str:
         return f"{self._what()}, batch {self.spec.batch}, {self.cuda.device}, {self._sources[2]}"
 
+    @abstractmethod
     def _what(self) -> str:
         """The library, its version and how it works here."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _slot(self) -> GpuSlot:
-        raise NotImplementedError
+        """A new slot of this engine's kind."""
 
-    def _release(self) -> None:
+    def _release(self) -> None:  # noqa: B027  (nothing to do, by default)
         """Let go of the model."""
 
     def open_stream(self) -> Stream:
@@ -123,7 +125,7 @@ class GpuEngine:
             self.cuda.close()  # what a caller still holds keeps the context
 
 
-class GpuSlot:
+class GpuSlot(ABC):
     """One batch's way over the GPU and back: a stream, an event, and the tensors on the device. A `Stream`.
 
     Subclasses bind their model to the tensors and put the computation on the stream.
@@ -199,9 +201,9 @@ class GpuSlot:
             raise
         self._shapes = shapes
 
+    @abstractmethod
     def _bind(self, shapes: Shapes) -> None:
         """Point the model to `buffers`, by tensor name."""
-        raise NotImplementedError
 
     def _unbind(self) -> None:
         """Give the buffers back."""
@@ -209,18 +211,13 @@ class GpuSlot:
             buffer.close()
         self.buffers.clear()
 
+    @abstractmethod
     def _work(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
-        self._upload(inputs)
-        self._compute()
-        self._download(out)
+        """Put a batch on the stream: its tensors up, the computation, the result down."""
 
     def _upload(self, inputs: Inputs) -> None:
         for name, array in inputs.items():
             self.cuda.upload(self.buffers[name].ptr, array, self._handle)
-
-    def _compute(self) -> None:
-        """Put the computation on the stream."""
-        raise NotImplementedError
 
     def _download(self, out: NDArray[np.uint8]) -> None:
         self.cuda.download(out, self.buffers[self.owner.spec.output.name].ptr, self._handle)
@@ -233,7 +230,7 @@ class GpuSlot:
         """Wait for whatever is on the stream."""
         self.cuda.drain(self._handle)
 
-    def _close(self) -> None:
+    def _close(self) -> None:  # noqa: B027  (nothing to do, by default)
         """Let go of what the slot holds of the model."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 
@@ -57,7 +58,7 @@ def _outcome(one: Future[None]) -> BaseException | None:
         return exc
 
 
-class HostEngine:
+class HostEngine(ABC):
     """Base of engines on the CPU: they give a `name` and a `spec` and compute one batch in `_infer`.
 
     `workers` batches are computed at once, each on its share of the cores: several on one core each leave no core waiting for
@@ -89,9 +90,9 @@ class HostEngine:
         assert isinstance(stream, HostStream), "a stream of another engine"
         stream.submit(lambda: self._infer(inputs, out))
 
+    @abstractmethod
     def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
         """Fill `out` from `inputs`, which were checked."""
-        raise NotImplementedError
 
     def memory(self) -> dict[str, PoolStats]:
         return {"host": self.pool.stats}

@@ -182,17 +182,19 @@ class TensorRTSlot(GpuSlot):
         if self._graph is None and self._uncaptured and self.owner.graphs and all(map(self.owner.pool.owns, addresses)):
             self._drain()
             try:
-                self._graph = self.cuda.capture(lambda: super(TensorRTSlot, self)._work(inputs, out), self._handle)
+                self._graph = self.cuda.capture(lambda: self._enqueue(inputs, out), self._handle)
             except EngineError as exc:
                 self.owner.without_graphs(exc.fact)
         if self._graph is not None:
             self.cuda.launch(self._graph, self._handle)
             return
-        super()._work(inputs, out)
+        self._enqueue(inputs, out)
         self._uncaptured += 1
 
-    def _compute(self) -> None:
+    def _enqueue(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
+        self._upload(inputs)
         accepted(self._context.execute_async_v3(int(self._handle)), "the batch")
+        self._download(out)
 
     def _close(self) -> None:
         self._context = None
@@ -222,7 +224,7 @@ def _deserialize(path: Path) -> tuple[Any, Any, Any]:
             continue
         found = True
         said: list[str] = []
-        runtime = trt.Runtime(_logger(trt, said))
+        runtime = trt.Runtime(collecting_logger(trt, said))
         assert not runtime.engine_host_code_allowed, "an engine must not bring code of its own"
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is not None:
@@ -235,7 +237,7 @@ def _deserialize(path: Path) -> tuple[Any, Any, Any]:
                      remedy="build it on this machine; one built with --native needs the same full TensorRT", file=path)  # fmt: skip
 
 
-def _logger(trt: Any, said: list[str]) -> Any:
+def collecting_logger(trt: Any, said: list[str]) -> Any:
     """A TensorRT logger that keeps what it calls errors in `said`."""
     errors = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
