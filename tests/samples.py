@@ -106,9 +106,10 @@ def mask2ct(arguments: list[str]) -> NoReturn:
     sys.exit(run(main, arguments))
 
 
-def synth(model: Path, out: Path, *masks: Path, extra: tuple[str, ...] = ("--backend", "fake")) -> int:
-    """The exit code of `mask2ct synth` on `masks`, run in this process."""
-    return run(main, ["synth", *map(str, masks), "--model", str(model), "--output", str(out), "--quiet", *extra])
+def synth(model: Path, out: Path, *arguments: str | Path, backend: str | None = "fake") -> int:
+    """The exit code of `mask2ct synth` on `arguments` (masks and options), run in this process. None: the backend of its own choice."""
+    chosen = [] if backend is None else ["--backend", backend]
+    return run(main, ["synth", *map(str, arguments), "--model", str(model), "--output", str(out), "--quiet", *chosen])
 
 
 def train_small(command: Any, cohort: Path, folder: Path, *settings: str) -> Path:

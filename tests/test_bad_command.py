@@ -51,7 +51,7 @@ def test_a_bad_model_starts_nothing(kind: str, tmp_path: Path, model: Path, caps
     spoilt, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(model, spoilt)
     spoil(spoilt)
-    assert synth(spoilt, out, write_mask(tmp_path / "m.nii.gz"), extra=()) == 2
+    assert synth(spoilt, out, write_mask(tmp_path / "m.nii.gz"), backend=None) == 2
     error = capsys.readouterr().err
     assert fact in error and "remedy" in error and str(spoilt) in error and "Traceback" not in error
     assert not out.exists()
@@ -67,7 +67,7 @@ def test_a_graph_that_is_none_is_refused_even_when_the_manifest_agrees(
     (spoilt / "model.onnx").write_bytes(b"not a graph")
     broken_manifest(spoilt, lambda d: d["files"]["model.onnx"].update(bytes=11, sha256=sha256_of(spoilt / "model.onnx")))
     for backend, name in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO")):
-        assert synth(spoilt, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), extra=("--backend", backend)) == 2
+        assert synth(spoilt, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), backend=backend) == 2
         assert f"not a graph {name} loads" in capsys.readouterr().err
 
 
@@ -165,7 +165,7 @@ def test_a_full_disk_is_exit_4_and_what_was_done_stays(root: Path, tmp_path: Pat
 def test_a_wrong_command_is_exit_2(
     arguments: list[str], fact: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), extra=("--backend", "fake", *arguments)) == 2
+    assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), *arguments) == 2
     assert fact in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
@@ -174,8 +174,7 @@ def test_a_wrong_label_map_is_exit_2_and_shows_a_right_one(
     content: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "map.json").write_text(content)
-    extra = ("--backend", "fake", "--labels", str(tmp_path / "map.json"))
-    assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), extra=extra) == 2
+    assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), "--labels", tmp_path / "map.json") == 2
     error = capsys.readouterr().err
     assert "label" in error and "remedy" in error and str(tmp_path / "map.json") in error
 

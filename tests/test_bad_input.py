@@ -275,10 +275,10 @@ def test_a_killed_run_leaves_no_litter_behind_the_next(tmp_path: Path, fake_mode
 
 def test_the_report_is_written_of_a_run_that_fails_and_its_place_is_checked_first(tmp_path: Path, fake_model: Path) -> None:
     mask = write_mask(tmp_path / "m.nii.gz")
-    assert synth(fake_model, tmp_path / "out", mask, extra=("--backend", "fake", "--report", "/proc/x.json")) == 4
+    assert synth(fake_model, tmp_path / "out", mask, "--report", "/proc/x.json") == 4
     assert not (tmp_path / "out").exists()
     (tmp_path / "taken").write_text("")
-    assert synth(fake_model, tmp_path / "taken", mask, extra=("--backend", "fake", "--report", str(tmp_path / "r.json"))) == 4
+    assert synth(fake_model, tmp_path / "taken", mask, "--report", tmp_path / "r.json") == 4
     assert json.loads((tmp_path / "r.json").read_text())["cases"] == []
 
 

@@ -16,12 +16,10 @@ import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage
-from samples import directions, write_mask
+from samples import directions, synth, write_mask
 from series import SOURCE, TILT, Series, assert_in_place, write_series
 
 from runtime import GeometryError, InputError
-from runtime.__main__ import main
-from runtime.console import run
 from runtime.contract import Label, LabelTable
 from runtime.engines.fake import fake_manifest
 from runtime.io.formats import FORMATS, FormatOptions, Painting
@@ -136,19 +134,7 @@ def test_labels_without_a_snomed_code_make_a_seg_too(tmp_path: Path) -> None:
 
 def test_an_empty_mask_has_a_series_and_a_seg(tmp_path: Path, fake_model: Path, caplog: pytest.LogCaptureFixture) -> None:
     mask = write_mask(tmp_path / "m.nii.gz", np.zeros((3, 20, 20), np.uint8))
-    arguments = [
-        "synth",
-        str(mask),
-        "--model",
-        str(fake_model),
-        "--backend",
-        "fake",
-        "--output",
-        str(tmp_path / "out"),
-        "--format",
-        "dicom",
-    ]
-    assert run(main, [*arguments, "--quiet"]) == 0
+    assert synth(fake_model, tmp_path / "out", mask, "--format", "dicom") == 0
     assert not caplog.records  # highdicom would say so on the screen
     assert not highdicom.seg.segread(tmp_path / "out" / "m" / "seg.dcm").get_volume(combine_segments=True).array.any()
 
@@ -260,39 +246,19 @@ def without_highdicom(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_the_dicom_extra_nothing_starts(
     without_highdicom: None, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = [
-        "synth",
-        str(write_mask(tmp_path / "m.nii.gz")),
-        "--model",
-        str(fake_model),
-        "--backend",
-        "fake",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    assert run(main, [*arguments, "--format", "dicom"]) == 3
-    assert "mask2ct[dicom]" in capsys.readouterr().err and not (tmp_path / "out").exists()
-    assert run(main, [*arguments, "--format", "dicom", "--segmentation", "none"]) == 0
+    mask, out = write_mask(tmp_path / "m.nii.gz"), tmp_path / "out"
+    assert synth(fake_model, out, mask, "--format", "dicom") == 3
+    assert "mask2ct[dicom]" in capsys.readouterr().err and not out.exists()
+    assert synth(fake_model, out, mask, "--format", "dicom", "--segmentation", "none") == 0
     for option in (["--attach"], ["--enhanced"], ["--segmentation", "none"]):  # without --format dicom
-        assert run(main, [*arguments, *option]) == 2
+        assert synth(fake_model, out, mask, *option) == 2
 
 
 def test_the_command_writes_variants_as_folders(tmp_path: Path, fake_model: Path) -> None:
     mask = write_mask(tmp_path / "m.nii.gz", direction=directions()[20])
-    arguments = [
-        "synth",
-        str(mask),
-        "--model",
-        str(fake_model),
-        "--backend",
-        "fake",
-        "--output",
-        str(tmp_path / "out"),
-        "--format",
-        "dicom",
-    ]
-    assert run(main, [*arguments, "--variants", "2", "--quiet"]) == 0
-    made = {p.name: digests(p) for p in sorted((tmp_path / "out").iterdir()) if p.is_dir()}
+    out, options = tmp_path / "out", ("--format", "dicom", "--variants", "2")
+    assert synth(fake_model, out, mask, *options) == 0
+    made = {p.name: digests(p) for p in sorted(out.iterdir()) if p.is_dir()}
     assert list(made) == ["m_v0", "m_v1"] and list(made["m_v0"])[-1] == "seg.dcm"
-    assert run(main, [*arguments, "--variants", "2", "--quiet", "--batch", "1"]) == 0
-    assert {p.name: digests(p) for p in sorted((tmp_path / "out").iterdir()) if p.is_dir()} == made
+    assert synth(fake_model, out, mask, *options, "--batch", "1") == 0
+    assert {p.name: digests(p) for p in sorted(out.iterdir()) if p.is_dir()} == made

@@ -13,11 +13,9 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from samples import blobs, directions, rotation, write_mask
+from samples import blobs, directions, rotation, synth, write_mask
 
 from runtime import LabelVolume, OutputError, Synthesizer, UsageError
-from runtime.__main__ import main
-from runtime.console import run
 from runtime.contract import Label, LabelTable
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.io.formats import DEFAULT_OPTIONS, FORMATS, Painting
@@ -28,11 +26,6 @@ from runtime.volume import CTSlab, Geometry
 
 VOLUMES = {"nifti": ".nii.gz", "nii": ".nii", "nrrd": ".nrrd", "mha": ".mha"}
 NOTICE = b"SYNTHETIC CT - NOT FOR DIAGNOSIS"
-
-
-def synth(model: Path, out: Path, *masks: Path, extra: tuple[str, ...] = ()) -> int:
-    arguments = ["synth", *map(str, masks), "--model", str(model), "--output", str(out), "--quiet", "--backend", "fake", *extra]
-    return run(main, arguments)
 
 
 def test_every_format_of_the_command_is_one() -> None:
@@ -70,7 +63,7 @@ def test_the_grid_of_every_volume_format_is_the_masks_in_all_axis_orders(directi
 @pytest.mark.parametrize(("name", "suffix"), VOLUMES.items())
 def test_a_volume_says_that_it_is_synthetic_and_comes_with_its_mask(name: str, suffix: str, tmp_path: Path, fake_model: Path) -> None:
     mask = write_mask(tmp_path / "case.nii.gz")
-    assert synth(fake_model, tmp_path / "out", mask, extra=("--format", name, "--variants", "2")) == 0
+    assert synth(fake_model, tmp_path / "out", mask, "--format", name, "--variants", "2") == 0
     made = sorted((tmp_path / "out").glob(f"*{suffix}"))
     assert [p.name for p in made] == [f"case_v{n}_{what}{suffix}" for n in range(2) for what in ("ct", "mask")]
     for path in made:
@@ -78,7 +71,7 @@ def test_a_volume_says_that_it_is_synthetic_and_comes_with_its_mask(name: str, s
         assert NOTICE in content[:1024] and is_synthetic(path)
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(made[1]))), blobs())
     before = {p.name: p.read_bytes() for p in made}
-    assert synth(fake_model, tmp_path / "out", mask, extra=("--format", name, "--variants", "2", "--batch", "1")) == 0  # over its own
+    assert synth(fake_model, tmp_path / "out", mask, "--format", name, "--variants", "2", "--batch", "1") == 0  # over its own
     assert {p.name: p.read_bytes() for p in made} == before
 
 
@@ -159,7 +152,7 @@ def test_a_file_called_dot_dot_replaces_no_folder(tmp_path: Path, fake_model: Pa
     """The file "...nii.gz" is the case ".."; as a DICOM folder that would be the output folder's parent."""
     os.replace(write_mask(tmp_path / "m.nii.gz"), tmp_path / "...nii.gz")
     for name in FORMATS:
-        assert synth(fake_model, tmp_path / "out" / "deep", tmp_path / "...nii.gz", extra=("--format", name)) == 2
+        assert synth(fake_model, tmp_path / "out" / "deep", tmp_path / "...nii.gz", "--format", name) == 2
         assert "rename the mask" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["...nii.gz", "deep", "out"]
 
@@ -168,7 +161,7 @@ def test_nnunet_raw_is_what_nnunet_asks_for_and_grows(tmp_path: Path, fake_model
     out = tmp_path / "Dataset501_Synthetic"
     for n in range(2):
         write_mask(tmp_path / f"c{n}.nii.gz", blobs(seed=n))
-    assert synth(fake_model, out, tmp_path / "c0.nii.gz", extra=("--format", "nnunet", "--variants", "2")) == 0
+    assert synth(fake_model, out, tmp_path / "c0.nii.gz", "--format", "nnunet", "--variants", "2") == 0
     data = json.loads((out / "dataset.json").read_text())
     names = [
         "background",
@@ -187,19 +180,19 @@ def test_nnunet_raw_is_what_nnunet_asks_for_and_grows(tmp_path: Path, fake_model
     label = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "labelsTr" / "c0_v0.nii.gz")))
     assert np.array_equal(label, np.searchsorted([0, 205, 420, 500, 550, 600, 820, 850], blobs()))
     for _ in range(2):  # appended, and a second time: the same
-        assert synth(fake_model, out, tmp_path / "c1.nii.gz", extra=("--format", "nnunet")) == 0
+        assert synth(fake_model, out, tmp_path / "c1.nii.gz", "--format", "nnunet") == 0
         assert json.loads((out / "dataset.json").read_text())["numTraining"] == 3
 
 
 def test_msd_lists_its_pairs_and_keeps_what_others_listed(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "Task01_Heart"
-    assert synth(fake_model, out, write_mask(tmp_path / "a.nii.gz"), extra=("--format", "msd")) == 0
+    assert synth(fake_model, out, write_mask(tmp_path / "a.nii.gz"), "--format", "msd") == 0
     data = json.loads((out / "dataset.json").read_text())
     assert data["labels"]["3"] == "left ventricle" and data["modality"] == {"0": "CT"}
     assert data["training"] == [{"image": "./imagesTr/a.nii.gz", "label": "./labelsTr/a.nii.gz"}] and data["numTraining"] == 1
     real = {"image": "./imagesTr/real_7.nii.gz", "label": "./labelsTr/real_7.nii.gz"}
     (out / "dataset.json").write_text(json.dumps({**data, "training": [real, *data["training"]], "licence": "theirs"}))
-    assert synth(fake_model, out, write_mask(tmp_path / "b.nii.gz"), extra=("--format", "msd")) == 0
+    assert synth(fake_model, out, write_mask(tmp_path / "b.nii.gz"), "--format", "msd") == 0
     data = json.loads((out / "dataset.json").read_text())
     assert [row["label"][11:] for row in data["training"]] == ["real_7.nii.gz", "a.nii.gz", "b.nii.gz"]
     assert data["numTraining"] == 3 and data["licence"] == "theirs"
@@ -218,10 +211,10 @@ def test_msd_lists_its_pairs_and_keeps_what_others_listed(tmp_path: Path, fake_m
 def test_a_data_set_of_another_kind_is_not_touched(change, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "Dataset001_Theirs"
     mask = write_mask(tmp_path / "a.nii.gz")
-    assert synth(fake_model, out, mask, extra=("--format", "nnunet")) == 0
+    assert synth(fake_model, out, mask, "--format", "nnunet") == 0
     theirs = change if isinstance(change, str) else json.dumps({**json.loads((out / "dataset.json").read_text()), **change})
     (out / "dataset.json").write_text(theirs)
-    assert synth(fake_model, out, write_mask(tmp_path / "b.nii.gz"), extra=("--format", "nnunet")) == 2
+    assert synth(fake_model, out, write_mask(tmp_path / "b.nii.gz"), "--format", "nnunet") == 2
     assert "dataset.json" in capsys.readouterr().err
     assert (out / "dataset.json").read_text() == theirs and len(list((out / "imagesTr").iterdir())) == 1
 

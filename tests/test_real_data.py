@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
+from samples import synth
 
 from runtime.__main__ import main
 from runtime.console import run
@@ -23,20 +24,7 @@ def test_every_real_file_works_on_its_own_grid_or_is_refused(
     done = refused = 0
     for n, path in enumerate(sorted(p for p in real_data.rglob("*") if p.is_file())):
         out = tmp_path / str(n)
-        arguments = [
-            "synth",
-            str(path),
-            "--model",
-            str(fake_model),
-            "--backend",
-            "fake",
-            "--output",
-            str(out),
-            "--labels",
-            str(label_map),
-            "--quiet",
-        ]
-        code, error = run(main, arguments), capsys.readouterr().err
+        code, error = synth(fake_model, out, path, "--labels", label_map), capsys.readouterr().err
         assert code in (0, 1), (path, error)
         assert "Traceback" not in error and len(error.splitlines()) <= 8, (path, error)
         if code == 1:
@@ -105,9 +93,8 @@ FOLDERS: dict[str, tuple[str, list[str], int, int, str]] = {
 def test_real_folders(kind: str, real_data: Path, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, options, code, count, said = FOLDERS[kind]
     (tmp_path / "map.json").write_text(json.dumps({"1": "left ventricle", "*": "background"}))
-    arguments = ["synth", str(real_data / folder), "--model", str(fake_model), "--backend", "fake", "--output", str(tmp_path / "out"), "--quiet",
-                 "--labels", str(tmp_path / "map.json"), *(str(real_data / o) if "/" in o else o for o in options)]  # fmt: skip
-    assert run(main, arguments) == code
+    extra = (real_data / option if "/" in option else option for option in options)
+    assert synth(fake_model, tmp_path / "out", real_data / folder, "--labels", tmp_path / "map.json", *extra) == code
     assert said in capsys.readouterr().err
     assert len(list((tmp_path / "out").glob("*_ct.nii.gz"))) == count
 
@@ -124,8 +111,7 @@ def test_a_real_partial_overlap_needs_an_order(
         "DARK_BLUE": "right ventricle",
     }
     (tmp_path / "map.json").write_text(json.dumps(names))
-    arguments = ["synth", str(path), "--model", str(fake_model), "--backend", "fake", "--output", str(tmp_path / "out"), "--quiet",
-                 "--labels", str(tmp_path / "map.json")]  # fmt: skip
-    assert run(main, arguments) == 1
+    arguments = (fake_model, tmp_path / "out", path, "--labels", tmp_path / "map.json")
+    assert synth(*arguments) == 1
     assert "overlap" in capsys.readouterr().err
-    assert run(main, [*arguments, "--overlap-order", "DARK_BLUE,LIGHT_BLUE,PURPLE,ORANGE"]) == 0
+    assert synth(*arguments, "--overlap-order", "DARK_BLUE,LIGHT_BLUE,PURPLE,ORANGE") == 0

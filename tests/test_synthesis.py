@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from samples import blobs, image, results, write_mask
+from samples import blobs, image, results, synth, write_mask
 
 from runtime import Synthesizer
 from runtime.__main__ import main
@@ -21,13 +21,9 @@ from runtime.randomness import CaseRandom
 from runtime.volume import Geometry, LabelVolume
 
 
-def synth(model: Path, out: Path, *masks: Path, extra: tuple[str, ...] = ()) -> int:
-    return run(main, ["synth", *map(str, masks), "--model", str(model), "--output", str(out), "--quiet", *extra])
-
-
 def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(tmp_path: Path, model: Path) -> None:
     masks = [write_mask(tmp_path / f"{n}.nii.gz", blobs((9, 40, 50), seed=n), spacing=(3.0, 3.1, 2.0)) for n in range(3)]
-    assert synth(model, tmp_path / "a", *masks) == 0
+    assert synth(model, tmp_path / "a", *masks, backend=None) == 0
     expected = results(tmp_path / "a")
     assert list(expected) == ["0_ct.nii.gz", "1_ct.nii.gz", "2_ct.nii.gz"]
     settings = {
@@ -37,9 +33,9 @@ def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(tmp_path: Path,
         "e": ("--workers", "4"),
     }
     for name, extra in settings.items():
-        assert synth(model, tmp_path / name, *reversed(masks), extra=extra) == 0
+        assert synth(model, tmp_path / name, *reversed(masks), *extra, backend=None) == 0
         assert results(tmp_path / name) == expected
-    assert synth(model, tmp_path / "a", *masks) == 0  # over its own results
+    assert synth(model, tmp_path / "a", *masks, backend=None) == 0  # over its own results
     assert results(tmp_path / "a") == expected
 
 
@@ -47,22 +43,22 @@ def test_a_large_plane_compresses_to_the_same_bytes_for_any_batch(tmp_path: Path
     """A slab of several MiB reaches the compressor in the same pieces as single slices do."""
     mask = write_mask(tmp_path / "m.nii.gz", blobs((24, 320, 320)), spacing=(0.9, 0.9, 2.0))
     for batch in ("1", "7", "24"):
-        assert synth(fake_model, tmp_path / batch, mask, extra=("--backend", "fake", "--batch", batch)) == 0
+        assert synth(fake_model, tmp_path / batch, mask, "--batch", batch) == 0
     assert results(tmp_path / "1") == results(tmp_path / "7") == results(tmp_path / "24")
 
 
 def test_the_seed_and_the_variant_change_the_noise_and_the_file_name_does_not(tmp_path: Path, model: Path) -> None:
     for name in ("a", "b"):
         write_mask(tmp_path / f"{name}.nii.gz")
-    assert synth(model, tmp_path / "0", tmp_path / "a.nii.gz", tmp_path / "b.nii.gz") == 0
-    assert synth(model, tmp_path / "7", tmp_path / "a.nii.gz", extra=("--seed", "7")) == 0
+    assert synth(model, tmp_path / "0", tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", backend=None) == 0
+    assert synth(model, tmp_path / "7", tmp_path / "a.nii.gz", "--seed", "7", backend=None) == 0
     first = results(tmp_path / "0")
     assert first["a_ct.nii.gz"] == first["b_ct.nii.gz"] != results(tmp_path / "7")["a_ct.nii.gz"]
 
 
 def test_variants_come_in_pairs_with_their_masks(tmp_path: Path, model: Path) -> None:
     mask = write_mask(tmp_path / "case.nii.gz")
-    assert synth(model, tmp_path / "out", mask, extra=("--variants", "2", "--report", str(tmp_path / "report.json"))) == 0
+    assert synth(model, tmp_path / "out", mask, "--variants", "2", "--report", tmp_path / "report.json", backend=None) == 0
     made = results(tmp_path / "out")
     assert list(made) == ["case_v0_ct.nii.gz", "case_v0_mask.nii.gz", "case_v1_ct.nii.gz", "case_v1_mask.nii.gz"]
     assert made["case_v0_ct.nii.gz"] != made["case_v1_ct.nii.gz"]
@@ -92,7 +88,7 @@ def test_equal_grids_have_equal_digests_whichever_way_a_reader_writes_zero() -> 
 
 def test_the_command_the_stream_and_the_call_agree(tmp_path: Path, model: Path) -> None:
     path = write_mask(tmp_path / "m.nii.gz")
-    assert synth(model, tmp_path / "out", path, extra=("--seed", "3")) == 0
+    assert synth(model, tmp_path / "out", path, "--seed", "3", backend=None) == 0
     by_command = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "m_ct.nii.gz")))
     with Synthesizer.open(model) as opened:
         by_call = sitk.GetArrayFromImage(opened(sitk.ReadImage(str(path)), seed=3))
@@ -105,7 +101,7 @@ def test_labels_can_be_mapped_by_name_by_value_and_for_the_rest(tmp_path: Path, 
     values = np.array([[[0, 5, 7, 900]]], np.uint16).repeat(4, 0).repeat(4, 1)
     path = write_mask(tmp_path / "m.nii.gz", values, spacing=(3.0, 3.0, 3.0))
     (tmp_path / "map.json").write_text(json.dumps({"5": "left ventricle", "7": 850, "*": "background"}))
-    assert synth(fake_model, tmp_path / "out", path, extra=("--backend", "fake", "--labels", str(tmp_path / "map.json"))) == 0
+    assert synth(fake_model, tmp_path / "out", path, "--labels", tmp_path / "map.json") == 0
     ct = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "m_ct.nii.gz")))
     assert ct[0, 0].tolist() == [-1024, round(-1024 + 3 * 2048 / 7), 1024, -1024]
 
@@ -113,7 +109,7 @@ def test_labels_can_be_mapped_by_name_by_value_and_for_the_rest(tmp_path: Path, 
 def test_the_stray_421_of_mm_whs_is_the_left_atrium(tmp_path: Path, fake_model: Path) -> None:
     for name, value in (("a", 420), ("b", 421)):
         write_mask(tmp_path / f"{name}.nii.gz", np.where(blobs() == 420, value, blobs()).astype(np.uint16))
-    assert synth(fake_model, tmp_path / "out", tmp_path, extra=("--backend", "fake")) == 0
+    assert synth(fake_model, tmp_path / "out", tmp_path) == 0
     made = results(tmp_path / "out")
     assert made["a_ct.nii.gz"] == made["b_ct.nii.gz"]
 
@@ -123,10 +119,8 @@ def test_negative_and_sparse_values_map_too(tmp_path: Path, fake_model: Path) ->
     (tmp_path / "map.json").write_text(json.dumps({"-3": "myocardium", "70000": "left ventricle", "0": "background"}))
     write_mask(tmp_path / "a.nii.gz", values)
     write_mask(tmp_path / "b.nii.gz", np.where(np.isin(blobs(), (205, 500)), blobs(), 0).astype(np.uint16))
-    assert (
-        synth(fake_model, tmp_path / "out", tmp_path / "a.nii.gz", extra=("--backend", "fake", "--labels", str(tmp_path / "map.json"))) == 0
-    )
-    assert synth(fake_model, tmp_path / "out", tmp_path / "b.nii.gz", extra=("--backend", "fake")) == 0
+    assert synth(fake_model, tmp_path / "out", tmp_path / "a.nii.gz", "--labels", tmp_path / "map.json") == 0
+    assert synth(fake_model, tmp_path / "out", tmp_path / "b.nii.gz") == 0
     a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / f"{n}_ct.nii.gz"))) for n in "ab")
     assert np.array_equal(a, b)
 

@@ -8,11 +8,9 @@ import numpy as np
 import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
-from samples import blobs, results, rotation, write_mask
+from samples import blobs, results, rotation, synth, write_mask
 
 from runtime import Geometry, LabelVolume, Synthesizer, UsageError
-from runtime.__main__ import main
-from runtime.console import run
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.topology import parts
 from runtime.variants import Ranges, vary
@@ -178,13 +176,12 @@ def test_ct_and_mask_of_a_variant_are_a_pair(tmp_path: Path) -> None:
 
 def test_variants_are_the_same_bytes_in_any_order_batch_and_number(tmp_path: Path, fake_model: Path) -> None:
     paths = [write_mask(tmp_path / f"{n}.nii.gz", blobs((12, 30, 30), seed=n)) for n in range(2)]
-    arguments = ["--model", str(fake_model), "--backend", "fake", "--quiet"]
     for out, order, extra in (
         ("a", paths, ["--variants", "3"]),
         ("b", paths[::-1], ["--variants", "3", "--batch", "1"]),
         ("c", paths, ["--variants", "4"]),
     ):
-        assert run(main, ["synth", *map(str, order), "--output", str(tmp_path / out), *arguments, *extra]) == 0
+        assert synth(fake_model, tmp_path / out, *order, *extra) == 0
     a, b, c = (results(tmp_path / out) for out in "abc")
     assert a == b and a.items() <= c.items() and len(c) == 16
 
@@ -197,23 +194,11 @@ def test_a_range_out_of_bounds_is_refused(wrong: dict[str, float]) -> None:
 
 def test_the_options_reach_the_variants(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_mask(tmp_path / "m.nii.gz", np.array([0, 205, 420, 500, 550])[heart()].astype(np.uint16), spacing=(3.0, 3.0, 3.0))
-    arguments = [
-        "synth",
-        str(path),
-        "--model",
-        str(fake_model),
-        "--backend",
-        "fake",
-        "--variants",
-        "2",
-        "--quiet",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    assert run(main, [*arguments, "--deform", "0", "--rotate", "0", "--scale", "0"]) == 0
-    made = results(tmp_path / "out")
+    out, two = tmp_path / "out", ("--variants", "2")
+    assert synth(fake_model, out, path, *two, "--deform", "0", "--rotate", "0", "--scale", "0") == 0
+    made = results(out)
     assert made["m_v0_mask.nii.gz"] == made["m_v1_mask.nii.gz"]
-    assert run(main, arguments) == 0
-    assert results(tmp_path / "out")["m_v1_mask.nii.gz"] != made["m_v1_mask.nii.gz"]
-    assert run(main, [*arguments, "--rotate", "90"]) == 2
+    assert synth(fake_model, out, path, *two) == 0
+    assert results(out)["m_v1_mask.nii.gz"] != made["m_v1_mask.nii.gz"]
+    assert synth(fake_model, out, path, *two, "--rotate", "90") == 2
     assert "0 to 45 degrees" in capsys.readouterr().err
