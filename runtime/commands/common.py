@@ -1,0 +1,146 @@
+"""What several commands share: their options, and what is made of them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from ..contract import LabelTable
+from ..engines.registry import CHOICES
+from ..errors import UsageError
+from ..io.detect import Case, ReadOptions, find_cases
+from ..io.formats import FORMATS, FormatOptions
+from ..io.headers import SUFFIXES
+from ..labels import MAP_HELP, PRESETS, LabelMap, load_map, lost
+from ..memory import parse_bytes
+from ..synthesizer import DEFAULT_BATCH, Synthesizer
+from ..variants import Ranges
+
+MASK_HELP = "a NIfTI, NRRD or MHA label map, a DICOM SEG or RTSTRUCT, the slices of a DICOM label series, or a folder or zip of such"
+
+
+def add_engine(parser: argparse.ArgumentParser) -> None:
+    """Which model, and what runs it: for every command that paints."""
+    parser.add_argument("--model", type=Path, required=True, help="a model folder, as export/build_engine.py writes it")
+    how = parser.add_argument_group("engine")
+    how.add_argument(
+        "--backend",
+        choices=CHOICES,
+        default="auto",
+        help="what runs the model (default: the fastest that is installed and proven for it; INT8 must be asked for)",
+    )
+    how.add_argument(
+        "--batch", type=_batch, default=DEFAULT_BATCH, metavar="N",
+        help="slices held at once; the result is the same (default: %(default)s). auto: on a GPU, paint as many together as fit",
+    )  # fmt: skip
+    how.add_argument(
+        "--max-memory",
+        type=parse_bytes,
+        metavar="SIZE",
+        help="of the GPU, 2GiB or bytes (default: what the engine needs); else of the host",
+    )
+    how.add_argument("--device", type=int, default=0, metavar="N", help="which GPU, in the driver's order (default: %(default)s)")
+    how.add_argument(
+        "--workers", type=int, metavar="N", help="slices painted at once on a CPU; the result is the same (default: one a core, up to 4)"
+    )
+
+
+def add_results(parser: argparse.ArgumentParser) -> None:
+    """What is made of a mask and how it is written: for every command that paints."""
+    parser.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
+    how = parser.add_argument_group("results")
+    how.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
+    how.add_argument("--attach", action="store_true", help="dicom: into the mask's own patient, study and frame of reference")
+    how.add_argument("--enhanced", action="store_true", help="dicom: one multi-frame Enhanced CT and not a file a slice")
+    how.add_argument(
+        "--segmentation",
+        choices=("binary", "labelmap", "none"),
+        default="binary",
+        help="dicom: the SEG beside the series (default: %(default)s)",
+    )
+    how.add_argument(
+        "--variants", type=int, metavar="K", help="write K different CTs per mask, each with its mask, deformed but for the first"
+    )
+    how.add_argument(
+        "--deform",
+        type=float,
+        metavar="MM",
+        default=Ranges.deform,
+        help="of variants 1, 2 …: bend the mask by up to this (default: %(default)s)",
+    )
+    how.add_argument(
+        "--rotate", type=float, metavar="DEGREES", default=Ranges.rotate, help="turn it about each axis (default: %(default)s)"
+    )
+    how.add_argument(
+        "--scale", type=float, metavar="FRACTION", default=Ranges.scale, help="stretch it along each axis (default: %(default)s)"
+    )
+    how.add_argument("--any-topology", action="store_true", help="also when a label falls apart, merges or vanishes by that")
+    how.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
+
+
+def add_reading(parser: argparse.ArgumentParser) -> None:
+    """How a mask is read, for every command that reads masks."""
+    how = parser.add_argument_group("reading masks")
+    how.add_argument("--labels", metavar="MAP.json|PRESET", help=f"{MAP_HELP}; or a preset: {', '.join(PRESETS)}")
+    how.add_argument("--series", metavar="UID|NUMBER|NAME", help="which of several DICOM series in a folder is the mask")
+    how.add_argument("--overlap-order", default="", metavar="NAME,NAME", help="which segment wins where several overlap, first one first")
+    how.add_argument(
+        "--threshold", type=float, metavar="F", help="the fraction from which on a voxel of a FRACTIONAL segmentation is inside"
+    )
+    how.add_argument("--like", type=Path, metavar="IMAGE", help="a volume, or a DICOM series' folder, on whose grid contours are filled")
+    how.add_argument(
+        "--allow-missing-references",
+        action="store_true",
+        help="fill contours on the series that is there, though it is not the one referred to",
+    )
+
+
+def open_synthesizer(options: argparse.Namespace) -> Synthesizer:
+    if options.workers is not None and options.workers < 1:
+        raise UsageError(f"--workers is {options.workers}", expected="1 or more", remedy="leave it out for the default")
+    return Synthesizer.open(options.model, backend=options.backend, batch=options.batch, max_memory=options.max_memory,
+                            device=options.device, workers=options.workers)  # fmt: skip
+
+
+def recipe(options: argparse.Namespace, table: LabelTable) -> dict[str, Any]:
+    """What `add_results` and --labels say, as `runtime.stream.synthesize` takes it. What a label preset loses is said."""
+    return {
+        "format": options.format,
+        "options": FormatOptions(attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation),
+        "variants": options.variants,
+        "ranges": Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology),
+        "seed": options.seed,
+        "labels": label_map(options, table),
+    }
+
+
+def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = False) -> list[Case]:
+    """The cases, read as the options say; what was passed over is said."""
+    skipped: list[Path] = []
+    order = tuple(name.strip() for name in options.overlap_order.split(",") if name.strip())
+    how = ReadOptions(order, options.threshold, options.like, options.allow_missing_references)
+    cases = find_cases(masks, skipped, options=how, series=options.series, every=every)
+    for path in skipped:
+        name = path.name if path.name.lower().endswith(SUFFIXES) else "a DICOM file"
+        print(f"warning: {name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
+    return cases
+
+
+def label_map(options: argparse.Namespace, table: LabelTable) -> LabelMap | None:
+    """--labels as a map; what a preset loses is said."""
+    if options.labels is None:
+        return None
+    if options.labels in PRESETS and (without := lost(options.labels, table)):
+        print(f"warning: the model has no label for {', '.join(without)} of {options.labels}: they become background", file=sys.stderr)
+    return load_map(options.labels, table)
+
+
+def _batch(text: str) -> int | Literal["auto"]:
+    if text == "auto":
+        return "auto"
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"--batch is {text}", expected="1 or more, or auto", remedy="leave it out for the default")
+    return int(text)

@@ -1,0 +1,61 @@
+"""`mask2ct labels`: what a mask holds and how it would map."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..console import EXIT_CODES
+from ..contract import LabelTable, Manifest
+from ..errors import InputError, printable
+from ..io.detect import Case, count, read_mask
+from ..labels import MAP_HELP, MM_WHS, LabelMap, match
+from .common import MASK_HELP, add_reading, find, label_map
+
+
+def add(commands: Any) -> None:
+    labels = commands.add_parser("labels", help="what a mask holds and how it would map", epilog=EXIT_CODES)
+    labels.set_defaults(command=_labels)
+    labels.add_argument("file", nargs="+", type=Path, help=MASK_HELP)
+    labels.add_argument("--model", type=Path, help="map to this model's labels (default: the MM-WHS table)")
+    add_reading(labels)
+
+
+def _labels(options: argparse.Namespace) -> int:
+    table = MM_WHS if options.model is None else Manifest.load(options.model).labels
+    mapped, code = label_map(options, table), 0
+    cases = find(options, options.file)
+    for case in cases:
+        if len(cases) > 1:
+            print(f"{printable(case.called)}")
+        try:
+            code = max(code, _print_labels(case, table, mapped))
+        except InputError as exc:
+            code = 1
+            print(f"error: {exc}", file=sys.stderr)
+    return code
+
+
+def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int:
+    """What one mask holds and how it would map; 1 when something would not."""
+    mask = read_mask(case)
+    for note in mask.notes:
+        print(f"warning: {note}", file=sys.stderr)
+    counts = count(mask, case.called)
+    millilitres = float(np.prod(mask.geometry.spacing)) / 1000
+    print(f"{'value':>7} {'voxels':>11} {'ml':>10}  {'maps to':<24}  name and code")
+    unknown = 0
+    for segment, voxels in counts:
+        index = match(segment, table, mapped)
+        if index is None and mask.segments and segment.number == 0:
+            index = 0
+        unknown += index is None
+        known = "UNKNOWN" if index is None else table.labels[index].name
+        print(f"{segment.number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {known:<24}  {segment.name} {segment.code}".rstrip())
+    if unknown:
+        print(f"{unknown} unknown: synth needs --labels MAP.json, {MAP_HELP}; the table knows {table}")
+    return 1 if unknown else 0

@@ -1,0 +1,93 @@
+"""`mask2ct synth`: a CT for each mask, once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ..console import EXIT_CODES
+from ..errors import InputError, printable
+from ..files import write_json
+from ..io.archive import exists
+from ..io.detect import Case, listing, read_case
+from ..io.formats import FORMATS
+from ..report import Summary
+from ..stream import check_writable, synthesize
+from ..synthesizer import Synthesizer
+from .common import MASK_HELP, add_engine, add_reading, add_results, find, open_synthesizer, recipe
+
+
+def add(commands: Any) -> None:
+    synth = commands.add_parser("synth", help="paint a CT for each mask", epilog=EXIT_CODES)
+    synth.set_defaults(command=_synth)
+    synth.add_argument("masks", nargs="+", type=Path, metavar="MASK", help=MASK_HELP)
+    add_engine(synth)
+    add_results(synth)
+    add_reading(synth)
+    synth.add_argument("--resume", action="store_true", help="keep what the output folder's journal proves complete")
+    synth.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each case")
+    synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
+    synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
+    synth.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+
+
+def _synth(options: argparse.Namespace) -> int:
+    cases = find(options, options.masks, every=options.list)
+    if options.list:
+        missing = [case for case in cases if not exists(case.path)]
+        print("\n".join(listing(case) for case in cases if case not in missing))
+        for case in missing:
+            print(f"error: {printable(case.path)} does not exist", file=sys.stderr)
+        return 1 if missing else 0
+    with open_synthesizer(options) as synth:
+        made = recipe(options, synth.manifest.labels)
+        if not options.quiet:
+            print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
+        if options.dry_run:
+            return _dry_run(synth, cases, made, options)
+        return _run(synth, cases, made, options)
+
+
+def _run(synth: Synthesizer, cases: Sequence[Case], recipe: dict[str, Any], options: argparse.Namespace) -> int:
+    if options.report is not None:
+        check_writable(options.report.parent)
+    summary = Summary(synth, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
+    try:
+        for result in synthesize(synth, cases, options.output, **recipe, resume=options.resume, on_slice=summary.painting):
+            summary.add(result)
+            for warning in result.warnings:
+                print(f"warning: {warning}", file=sys.stderr)
+            if result.error is not None:
+                print(f"error: {result.error}", file=sys.stderr)
+    finally:  # what was done is told also of a run that was stopped
+        if options.report is not None:
+            write_json(options.report, summary.to_json())
+    summary.close()
+    if not options.quiet:
+        print(f"{summary} → {options.output}")
+    return 1 if summary.failed else 0
+
+
+def _dry_run(synth: Synthesizer, cases: Sequence[Case], recipe: dict[str, Any], options: argparse.Namespace) -> int:
+    failed, writer = 0, FORMATS[recipe["format"]](recipe["options"])
+    writer.check(synth.manifest, options.output)
+    for case in cases:
+        try:
+            volume = read_case(case, synth.manifest.labels, recipe["labels"])
+            writer.check_mask(volume)
+        except InputError as exc:
+            failed += 1
+            print(f"error: {exc}", file=sys.stderr)
+            continue
+        depth, height, width = volume.labels.shape
+        grid = synth.grid(volume)
+        spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
+        if not options.quiet:
+            print(
+                f"{printable(case.called)}: {width} x {height} x {depth} voxels of {spacing} mm, "
+                f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
+            )
+    return 1 if failed else 0
