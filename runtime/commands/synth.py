@@ -10,12 +10,12 @@ from typing import Any
 
 from ..console import EXIT_CODES
 from ..errors import InputError, printable
-from ..files import write_json
+from ..files import check_writable, write_json
 from ..io.archive import exists
 from ..io.detect import Case, listing, read_case
 from ..io.formats import FORMATS
 from ..report import Summary
-from ..stream import check_writable, synthesize
+from ..stream import synthesize
 from ..synthesizer import Synthesizer
 from .common import MASK_HELP, add_engine, add_reading, add_results, find, open_synthesizer, recipe
 
