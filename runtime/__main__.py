@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .commands import describe, labels, synth
+from .commands import describe, labels, serve, synth
 from .console import EXIT_CODES, run
 from .version import VERSION
 
-COMMANDS = (synth, labels, describe)
+COMMANDS = (synth, labels, describe, serve)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -49,10 +49,15 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
-    """What is made of a mask and how it is written: for every command that paints."""
+    """What is made of a mask, where to and how it is written: for every command that paints into a folder."""
     parser.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     how = parser.add_argument_group("results")
     how.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
+    add_making(how)
+
+
+def add_making(how: argparse._ArgumentGroup) -> None:
+    """What is made of a mask: for every command that paints."""
     how.add_argument("--attach", action="store_true", help="dicom: into the mask's own patient, study and frame of reference")
     how.add_argument("--enhanced", action="store_true", help="dicom: one multi-frame Enhanced CT and not a file a slice")
     how.add_argument(
