@@ -105,7 +105,7 @@ def _serve(options: argparse.Namespace) -> int:
             )
             stack.callback(watch.close)
             ports["http"] = watch.port
-        events(
+        events.say(
             "listening",
             aet=options.aet,
             host=options.host,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,21 @@ def pynetdicom() -> Any:
     return pynetdicom
 
 
+def hang_up(associations: Iterable[Any]) -> None:
+    """End associations at once, also those that are not established: an A-ABORT, and the connection is shut whatever the peer does."""
+    import socket
+
+    for association in associations:
+        association.abort(block=False)
+    pause = threading.Event()
+    for association in associations:
+        for _ in range(20):
+            if not association.dul.to_provider_queue.empty():
+                pause.wait(0.01)  # the A-ABORT is on its way
+        with suppress(OSError, AttributeError):  # it is closed already
+            association.dul.socket.socket.shutdown(socket.SHUT_RDWR)
+
+
 class Acceptor:
     """Listens until it is closed. `allow`: calling AE titles; empty means any. Raises `UsageError` when the port cannot be had."""
 
@@ -79,8 +96,7 @@ class Acceptor:
     def close(self) -> None:
         """Listen no more and end every association: what was not acknowledged its sender still has."""
         self._server.shutdown()
-        for association in self._server.active_associations:
-            association.abort(block=False)
+        hang_up(self._server.active_associations)
 
     def _store(self, event: Any) -> int:
         request, association = event.request, event.assoc
@@ -135,11 +151,13 @@ class Acceptor:
             message.data_set.truncate()
 
     def _accepted(self, event: Any) -> None:
+        """One line for the SOP classes that were offered in vain. A UID that is none of the standard's might be anything: it is not quoted."""
         from pydicom.uid import UID
 
-        for context in event.assoc.rejected_contexts:
-            name = UID(context.abstract_syntax).name if UID(context.abstract_syntax).name != context.abstract_syntax else "unknown"
-            self._events("not-supported", peer=self._peer(event.assoc), sop_class=name)
+        offered = {UID(context.abstract_syntax) for context in event.assoc.rejected_contexts}
+        if offered:
+            names = sorted(uid.name if uid.name != str(uid) else "unknown" for uid in offered)
+            self._events("not-supported", peer=self._peer(event.assoc), classes=len(offered), such_as=names[0])
 
     def _rejected(self, event: Any) -> None:
         asked = event.assoc.requestor.primitive
@@ -190,6 +208,7 @@ def _server(events: Events, limits: Limits, tls: ssl.SSLContext | None) -> Any:
 
             def bounded(count: int) -> Any:
                 if count > largest:
+                    hang_up([association])
                     raise OSError("the PDU is longer than was agreed")
                 return receive(count)
 
