@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -60,12 +60,21 @@ class Recipe:
                                  remedy="choose another --output, or move that file", file=file)  # fmt: skip
 
     @contextmanager
-    def journal(self, cases: Sequence[Case]) -> Iterator[Journal]:
-        """The output folder's journal, locked; what writers that are gone left half-written is removed."""
+    def journal(self, manifest: Manifest, cases: Sequence[Case]) -> Iterator[Journal]:
+        """The output folder's journal, locked. Before and after, what writers that are gone left half-written is removed; at the end, also
+        of a run that was stopped, a data set's index counts what lies in it."""
         journal = Journal(self.output)
+        folders = {self.output, *(file.parent for case in cases for file in self.files(case.name))}
         try:
-            for folder in {self.output, *(file.parent for case in cases for file in self.files(case.name))}:
-                remove_orphans(folder, locked=True)
+            self._sweep(folders)
             yield journal
         finally:
-            journal.close()
+            try:
+                self._sweep(folders)
+                self.writer.finish(self.output, manifest)
+            finally:
+                journal.close()
+
+    def _sweep(self, folders: Iterable[Path]) -> None:
+        for folder in folders:
+            remove_orphans(folder, locked=True)

@@ -10,6 +10,7 @@ from .stream import CaseResult
 from .version import VERSION
 
 if TYPE_CHECKING:
+    from .scale import RaySynthesizer
     from .synthesizer import Synthesizer
 
 THREADS = {"read": "reading", "deform": "reading", "paint": "painting", "write": "writing"}  # stage → which thread's time it is
@@ -18,7 +19,7 @@ THREADS = {"read": "reading", "deform": "reading", "paint": "painting", "write":
 class Summary:
     """The results of one run so far."""
 
-    def __init__(self, synthesizer: Synthesizer, seed: int, total: int, *, quiet: bool):
+    def __init__(self, synthesizer: Synthesizer | RaySynthesizer, seed: int, total: int, *, quiet: bool):
         self._synthesizer, self._seed, self._started = synthesizer, seed, time.perf_counter()
         self._results: list[CaseResult] = []
         self._progress = Progress("CTs", total, quiet=quiet)
@@ -95,7 +96,8 @@ class Summary:
 
     def _limit(self) -> str:
         thread, seconds = max(self.busy.items(), key=lambda item: item[1])
-        return f", limited by {thread} ({100 * seconds / self._elapsed:.0f} % busy)" if seconds else ""
+        share = seconds / self._elapsed / getattr(self._synthesizer, "count", 1)  # several workers' seconds
+        return f", limited by {thread} ({100 * share:.0f} % busy)" if seconds else ""
 
     def _show(self, note: str) -> None:
         speed = f"{self._slices / self._elapsed:.1f} slices/s" if self._slices else ""

@@ -84,7 +84,7 @@ def synthesize(
 def _locked(
     synthesizer: Synthesizer, recipe: Recipe, cases: Sequence[Case], on_slice: Callable[[int], None] | None
 ) -> Iterator[CaseResult]:
-    with recipe.journal(cases) as journal:
+    with recipe.journal(synthesizer.manifest, cases) as journal:
         yield from Run(synthesizer, recipe, journal, on_slice).results(cases)
 
 

@@ -99,10 +99,14 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def open_synthesizer(options: argparse.Namespace) -> Synthesizer:
+    return Synthesizer.open(options.model, **engine(options))
+
+
+def engine(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_engine` says besides the model, as `Synthesizer.open` takes it."""
     if options.workers is not None and options.workers < 1:
         raise UsageError(f"--workers is {options.workers}", expected="1 or more", remedy="leave it out for the default")
-    return Synthesizer.open(options.model, backend=options.backend, batch=options.batch, max_memory=options.max_memory,
-                            device=options.device, workers=options.workers)  # fmt: skip
+    return {name: getattr(options, name) for name in ("backend", "batch", "max_memory", "device", "workers")}
 
 
 def recipe(options: argparse.Namespace, table: LabelTable) -> dict[str, Any]:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..console import EXIT_CODES
-from ..errors import InputError, printable
+from ..errors import InputError, UsageError, printable
 from ..files import check_writable, write_json
 from ..io.archive import exists
 from ..io.detect import Case, listing, read_case
 from ..io.formats import FORMATS
 from ..report import Summary
+from ..scale import RaySynthesizer
 from ..stream import synthesize
 from ..synthesizer import Synthesizer
-from .common import MASK_HELP, add_engine, add_reading, add_results, find, open_synthesizer, recipe
+from .common import MASK_HELP, add_engine, add_reading, add_results, engine, find, open_synthesizer, recipe
 
 
 def add(commands: Any) -> None:
@@ -32,6 +35,14 @@ def add(commands: Any) -> None:
     synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
     synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
     synth.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+    how = synth.add_argument_group("several processes or machines, by Ray; the result is the same")
+    how.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS", help="on workers: of this machine, or auto or HOST:PORT for a cluster's"
+    )
+    how.add_argument(
+        "--ray-workers", type=int, metavar="N", help="how many (default: one a GPU, without any one for every --workers cores)"
+    )
+    how.add_argument("--ray-gpus", type=float, metavar="F", help="GPUs of each, a fraction shares one (default: 1 where there are some)")
 
 
 def _synth(options: argparse.Namespace) -> int:
@@ -42,26 +53,37 @@ def _synth(options: argparse.Namespace) -> int:
         for case in missing:
             print(f"error: {printable(case.path)} does not exist", file=sys.stderr)
         return 1 if missing else 0
-    with open_synthesizer(options) as synth:
+    with _open(options) as synth:
         made = recipe(options, synth.manifest.labels)
         if not options.quiet:
             print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
-        if options.dry_run:
+        if options.dry_run and isinstance(synth, Synthesizer):
             return _dry_run(synth, cases, made, options)
         return _run(synth, cases, made, options)
 
 
-def _run(synth: Synthesizer, cases: Sequence[Case], recipe: dict[str, Any], options: argparse.Namespace) -> int:
+def _open(options: argparse.Namespace) -> Synthesizer | RaySynthesizer:
+    """Here, or on workers; a dry run is always here."""
+    if options.ray is None and (options.ray_workers is not None or options.ray_gpus is not None):
+        raise UsageError("--ray-workers and --ray-gpus are for Ray", expected="--ray with them", remedy="add --ray, or leave them out")
+    if options.ray is None or options.dry_run:
+        return open_synthesizer(options)
+    return RaySynthesizer.open(options.model, address=options.ray, count=options.ray_workers, gpus=options.ray_gpus, **engine(options))
+
+
+def _run(synth: Synthesizer | RaySynthesizer, cases: Sequence[Case], recipe: dict[str, Any], options: argparse.Namespace) -> int:
     if options.report is not None:
         check_writable(options.report.parent)
     summary = Summary(synth, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
+    paint = synth.synthesize if isinstance(synth, RaySynthesizer) else partial(synthesize, synth, on_slice=summary.painting)
     try:
-        for result in synthesize(synth, cases, options.output, **recipe, resume=options.resume, on_slice=summary.painting):
-            summary.add(result)
-            for warning in result.warnings:
-                print(f"warning: {warning}", file=sys.stderr)
-            if result.error is not None:
-                print(f"error: {result.error}", file=sys.stderr)
+        with redirect_stdout(sys.stderr):  # Ray says there what becomes of its workers
+            for result in paint(cases, options.output, **recipe, resume=options.resume):
+                summary.add(result)
+                for warning in result.warnings:
+                    print(f"warning: {warning}")
+                if result.error is not None:
+                    print(f"error: {result.error}")
     finally:  # what was done is told also of a run that was stopped
         if options.report is not None:
             write_json(options.report, summary.to_json())
