@@ -129,6 +129,30 @@ def test_the_discriminator_scores_patches(conditional: bool, inputs: int) -> Non
     assert [tuple(f.shape) for f in features] == [(2, 64, 32, 16), (2, 128, 16, 8), (2, 256, 8, 4), (2, 512, 4, 2)]
 
 
+def test_the_discriminators_first_convolution_is_one_over_image_and_labels() -> None:
+    torch.manual_seed(0)
+    net = Discriminator(3, filters=4, patch_size=8).double().eval()
+    condition, image = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.rand(2, 1, 32, 32, dtype=torch.float64)
+    x = torch.cat([image, condition], 1)
+    for stage in net.stages:
+        x = stage(x)
+    torch.testing.assert_close(net(condition, image)[0], net.score(x))
+
+
+@pytest.mark.parametrize("kind", ["unet", "edge"])
+def test_the_labels_that_join_again_are_the_middle_slices(kind: str) -> None:
+    """With nothing arriving from below, neighbours' labels change nothing and the middle's do."""
+    torch.manual_seed(0)
+    net = Generator(3 * 5, kind=kind, filters=8, depth=3, skips=True, slices=3).eval()
+    for parameter in net.encoder.parameters():
+        nn.init.zeros_(parameter)
+    labels = torch.randint(0, 5, (3, 3, 32, 32))
+    labels[1, 1], labels[2, [0, 2]] = labels[0, 1], labels[0, [0, 2]]
+    first, other_neighbours, other_middle = net(one_hot(labels, 5))
+    assert torch.equal(first, other_neighbours)
+    assert not torch.equal(first, other_middle)
+
+
 def test_losses_against_values_worked_by_hand() -> None:
     real, fake = torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.2])
     d = discriminator_losses(real, fake)
