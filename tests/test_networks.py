@@ -47,7 +47,7 @@ def test_the_reference_generator_is_the_originals() -> None:
     assert [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)] == [0.2] * 12  # 6 down (not the first), 6 up
 
 
-@pytest.mark.parametrize("slices", [1, 3])
+@pytest.mark.parametrize("slices", [1, 3, 5])
 def test_the_edge_generator_needs_a_twelfth_of_the_references_work(slices: int) -> None:
     """At 256 x 256, as its config ships it, with texture and a style; the reference as the original has it."""
     edge = GeneratorConfig(**load(Path("train/configs/edge.json"))["generator"])
@@ -137,20 +137,6 @@ def test_the_discriminators_first_convolution_is_one_over_image_and_labels() -> 
     for stage in net.stages:
         x = stage(x)
     torch.testing.assert_close(net(condition, image)[0], net.score(x))
-
-
-@pytest.mark.parametrize("kind", ["unet", "edge"])
-def test_the_labels_that_join_again_are_the_middle_slices(kind: str) -> None:
-    """With nothing arriving from below, neighbours' labels change nothing and the middle's do."""
-    torch.manual_seed(0)
-    net = Generator(3 * 5, kind=kind, filters=8, depth=3, skips=True, slices=3).eval()
-    for parameter in net.encoder.parameters():
-        nn.init.zeros_(parameter)
-    labels = torch.randint(0, 5, (3, 3, 32, 32))
-    labels[1, 1], labels[2, [0, 2]] = labels[0, 1], labels[0, [0, 2]]
-    first, other_neighbours, other_middle = net(one_hot(labels, 5))
-    assert torch.equal(first, other_neighbours)
-    assert not torch.equal(first, other_middle)
 
 
 def test_losses_against_values_worked_by_hand() -> None:

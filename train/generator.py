@@ -51,18 +51,12 @@ class Texture(nn.Module):
 
 
 class Generator(nn.Module):
-    """`channels`: of the condition (classes * Z); `slices`: Z. The other arguments are the config's (train/config.py, GeneratorConfig).
-
-    The way down sees all slices; where labels join again, for the sake of edges, it is those of the middle slice.
-    """
+    """`channels`: of the condition (classes * Z). The other arguments are the config's (train/config.py, GeneratorConfig)."""
 
     def __init__(
-        self, channels: int, *, kind: str, filters: int, depth: int, skips: bool, slices: int = 1, textures: int = 0, texture_kernel: int = 7,
-        style: int = 0,
-    ):  # fmt: skip
+        self, channels: int, *, kind: str, filters: int, depth: int, skips: bool, textures: int = 0, texture_kernel: int = 7, style: int = 0
+    ):
         super().__init__()
-        classes = channels // slices
-        self._middle = slice(slices // 2 * classes, (slices // 2 + 1) * classes)
         self.channels, self.divisor, self.noisy, self.skips, self.style = channels, 2**depth, textures > 0, skips, style
         down, up, top = KINDS[kind]
         widths = [filters * min(2**n, WIDEST) for n in range(depth)]
@@ -73,7 +67,7 @@ class Generator(nn.Module):
             self.decoder.append(up(width, target))
             width = target * (2 if skips else 1)
         self.modulations = nn.ModuleList(Modulation(style, target) for target in reversed(widths[:-1]) if style)
-        self.top = top(width, classes, filters, textures, style)
+        self.top = top(width, channels, filters, textures, style)
         # The most of a style is by how much brighter each label is: said directly, it need not be squeezed through few features.
         self.contrast = nn.Linear(style, channels, bias=False) if style else None
         if self.contrast is not None:
@@ -112,7 +106,7 @@ class Generator(nn.Module):
                 x = self.modulations[n](x, style)
             if self.skips:
                 x = torch.cat([x, skip], 1)
-        base, amplitudes = self.top(x, condition[:, self._middle], style)
+        base, amplitudes = self.top(x, condition, style)
         if self.contrast is not None and style is not None:
             base = base + (condition * self.contrast(style)[:, :, None, None]).sum(1, keepdim=True)
         return base, amplitudes

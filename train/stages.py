@@ -45,7 +45,7 @@ class Modulation(nn.Module):
 class TopReference(nn.Module):
     """From half resolution to the image, as the original does: a transposed convolution to one channel, a convolution."""
 
-    def __init__(self, width: int, classes: int, filters: int, textures: int, style: int):
+    def __init__(self, width: int, channels: int, filters: int, textures: int, style: int):
         super().__init__()
         self.image = nn.Sequential(nn.ConvTranspose2d(width, 1, 4, 2, 1), same_conv4(1, 1))
         self.amplitudes = nn.ConvTranspose2d(width, textures, 4, 2, 1) if textures else None
@@ -60,11 +60,11 @@ class TopUnet(nn.Module):
     which shows as a checkerboard.
     """
 
-    def __init__(self, width: int, classes: int, filters: int, textures: int, style: int):
+    def __init__(self, width: int, channels: int, filters: int, textures: int, style: int):
         super().__init__()
         features = max(8, filters // 2)
         self.up = nn.Sequential(*_conv3(width, features), nn.Upsample(scale_factor=2))
-        self.join = nn.Sequential(*_conv3(features + classes, features))
+        self.join = nn.Sequential(*_conv3(features + channels, features))
         self.modulation = Modulation(style, features) if style else None
         self.image = nn.Conv2d(features, 1, 3, padding=1)
         self.amplitudes = nn.Conv2d(features, textures, 1) if textures else None
@@ -81,9 +81,9 @@ class TopEdge(nn.Module):
     2x2 blocks as channels, so that edges stay where they are, and the image leaves as 2x2 blocks too (Shi et al., CVPR 2016).
     """
 
-    def __init__(self, width: int, classes: int, filters: int, textures: int, style: int):
+    def __init__(self, width: int, channels: int, filters: int, textures: int, style: int):
         super().__init__()
-        self.join = nn.Sequential(*_separable(width + 4 * classes, filters))
+        self.join = nn.Sequential(*_separable(width + 4 * channels, filters))
         self.modulation = Modulation(style, filters) if style else None
         self.image = nn.Conv2d(filters, 4, 3, padding=1)
         self.amplitudes = nn.Conv2d(filters, 4 * textures, 1) if textures else None

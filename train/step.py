@@ -39,8 +39,8 @@ def make_generator(config: RunConfig) -> Generator:
     """The generator that `config` describes, channels_last, uninitialised beyond torch's defaults."""
     g = config.generator
     channels = len(label_table(config.data)) * config.data.slices
-    net = Generator(channels, kind=g.kind, filters=g.filters, depth=g.depth, skips=g.skips, slices=config.data.slices,
-                    textures=g.textures, texture_kernel=g.texture_kernel, style=g.style)  # fmt: skip
+    net = Generator(channels, kind=g.kind, filters=g.filters, depth=g.depth, skips=g.skips, textures=g.textures,
+                    texture_kernel=g.texture_kernel, style=g.style)  # fmt: skip
     net.to(memory_format=torch.channels_last)
     return net
 
