@@ -138,6 +138,15 @@ _WRITE_REMEDIES = {
 
 
 @contextmanager
+def importing(package: str, expected: str, remedy: str) -> Iterator[None]:
+    """Map an ImportError to `MissingComponent`."""
+    try:
+        yield
+    except ImportError as exc:
+        raise MissingComponent(f"{package} cannot be imported: {exc}", expected=expected, remedy=remedy) from exc
+
+
+@contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Map an OSError raised while `path` is written to `OutputError`."""
     try:

@@ -69,8 +69,9 @@ class HostEngine(ABC):
     spec: EngineSpec
 
     def __init__(self, options: EngineOptions | None = None):
-        self.pool = Pool(HostMemory(), (options and options.max_memory) or DEFAULT_CAP)
-        self.workers = (options and options.workers) or min(cores(), MOST_WORKERS)
+        options = options or EngineOptions()
+        self.pool = Pool(HostMemory(), options.max_memory or DEFAULT_CAP, options.allowance)
+        self.workers = options.workers or min(cores(), MOST_WORKERS)
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._closed = False

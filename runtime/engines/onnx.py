@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..contract import METADATA, Manifest
-from ..errors import MissingComponent, ModelError
+from ..errors import ModelError, importing
 from .base import EngineOptions, EngineSpec, Inputs, check_graph, closed, cores
 from .host import HostEngine
 
@@ -20,14 +20,9 @@ BATCH = 1
 
 def onnxruntime() -> Any:
     """The onnxruntime module. Raises `MissingComponent` with the two packages that provide it."""
-    try:
+    which = "onnxruntime (or onnxruntime-gpu; never both, they overwrite each other)"
+    with importing("ONNX Runtime", which, 'pip install "mask2ct[onnx]"'):
         import onnxruntime
-    except ImportError as exc:
-        raise MissingComponent(
-            f"ONNX Runtime cannot be imported: {exc}",
-            expected="onnxruntime (or onnxruntime-gpu; never both, they overwrite each other)",
-            remedy='pip install "mask2ct[onnx]"',
-        ) from exc
     return onnxruntime
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..contract import METADATA, Manifest
-from ..errors import MissingComponent, ModelError
+from ..errors import ModelError, importing
 from .base import EngineOptions, EngineSpec, Inputs, check_graph, cores
 from .host import HostEngine
 
@@ -27,11 +27,8 @@ def openvino() -> Any:
     hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == _TELEMETRY}
     sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # cannot be imported: openvino takes its own stub
     try:
-        import openvino
-    except ImportError as exc:
-        raise MissingComponent(
-            f"OpenVINO cannot be imported: {exc}", expected="openvino", remedy='pip install "mask2ct[openvino]"'
-        ) from exc
+        with importing("OpenVINO", "openvino", 'pip install "mask2ct[openvino]"'):
+            import openvino
     finally:
         del sys.modules[_TELEMETRY]
         sys.modules.update(hidden)
