@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import redirect_stdout
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,12 @@ from ..files import check_writable, write_json
 from ..io.archive import exists
 from ..io.detect import Case, listing, read_case
 from ..io.formats import FORMATS
+from ..models import Models, named
 from ..report import Summary
 from ..scale import RaySynthesizer
-from ..stream import synthesize
+from ..stream import CaseResult, synthesize
 from ..synthesizer import Synthesizer
-from .common import MASK_HELP, add_engine, add_reading, add_results, engine, find, open_synthesizer, recipe
+from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, recipe
 
 
 def add(commands: Any) -> None:
@@ -53,33 +53,60 @@ def _synth(options: argparse.Namespace) -> int:
         for case in missing:
             print(f"error: {printable(case.path)} does not exist", file=sys.stderr)
         return 1 if missing else 0
-    with _open(options) as synth:
+    if options.ray is not None and not options.dry_run:
+        return _on_ray(cases, options)
+    if options.ray_workers is not None or options.ray_gpus is not None:
+        raise UsageError("--ray-workers and --ray-gpus are for Ray", expected="--ray with them", remedy="add --ray, or leave them out")
+    with open_models(options) as models:
+        recipes = {name: recipe(options, models[name].manifest.labels) for name in models.names}
+        if not options.quiet:
+            introduce(models)
+        if options.dry_run:
+            return _dry_run(models, cases, recipes, options)
+        summary = _summary({name: models[name] for name in models.names}, cases, options)
+        return _run(summary, _here(models, cases, recipes, summary, options), options)
+
+
+def _here(
+    models: Models, cases: Sequence[Case], recipes: dict[str, dict[str, Any]], summary: Summary, options: argparse.Namespace
+) -> Iterator[tuple[CaseResult, str]]:
+    """Each result, with the name of its model."""
+    chosen: dict[str, list[Case]] = {}
+    for case in cases:
+        try:
+            chosen.setdefault(choose(models, case, recipes, quiet=options.quiet), []).append(case)
+        except InputError as exc:
+            yield CaseResult(case.name, case.called, None, error=exc), ""
+    for name, those in chosen.items():  # one model after the other: none is opened twice for want of memory
+        made = recipes[name]
+        for result in synthesize(models[name], those, options.output, **made, resume=options.resume, on_slice=summary.painting):
+            yield result, name
+
+
+def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
+    (name, folder), *more = named(options.model).items()
+    if more:
+        raise UsageError("--ray was given several models", expected="one", remedy="run the command once for each model's masks")
+    how = {"address": options.ray, "count": options.ray_workers, "gpus": options.ray_gpus}
+    with RaySynthesizer.open(folder, **how, **engine(options)) as synth:
         made = recipe(options, synth.manifest.labels)
         if not options.quiet:
             print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
-        if options.dry_run and isinstance(synth, Synthesizer):
-            return _dry_run(synth, cases, made, options)
-        return _run(synth, cases, made, options)
+        results = synth.synthesize(cases, options.output, **made, resume=options.resume)
+        return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), options)
 
 
-def _open(options: argparse.Namespace) -> Synthesizer | RaySynthesizer:
-    """Here, or on workers; a dry run is always here."""
-    if options.ray is None and (options.ray_workers is not None or options.ray_gpus is not None):
-        raise UsageError("--ray-workers and --ray-gpus are for Ray", expected="--ray with them", remedy="add --ray, or leave them out")
-    if options.ray is None or options.dry_run:
-        return open_synthesizer(options)
-    return RaySynthesizer.open(options.model, address=options.ray, count=options.ray_workers, gpus=options.ray_gpus, **engine(options))
-
-
-def _run(synth: Synthesizer | RaySynthesizer, cases: Sequence[Case], recipe: dict[str, Any], options: argparse.Namespace) -> int:
+def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence[Case], options: argparse.Namespace) -> Summary:
     if options.report is not None:
         check_writable(options.report.parent)
-    summary = Summary(synth, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
-    paint = synth.synthesize if isinstance(synth, RaySynthesizer) else partial(synthesize, synth, on_slice=summary.painting)
+    return Summary(models, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
+
+
+def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: argparse.Namespace) -> int:
     try:
         with redirect_stdout(sys.stderr):  # Ray says there what becomes of its workers
-            for result in paint(cases, options.output, **recipe, resume=options.resume):
-                summary.add(result)
+            for result, model in results:
+                summary.add(result, model)
                 for warning in result.warnings:
                     print(f"warning: {warning}")
                 if result.error is not None:
@@ -93,13 +120,16 @@ def _run(synth: Synthesizer | RaySynthesizer, cases: Sequence[Case], recipe: dic
     return 1 if summary.failed else 0
 
 
-def _dry_run(synth: Synthesizer, cases: Sequence[Case], recipe: dict[str, Any], options: argparse.Namespace) -> int:
-    failed, writer = 0, FORMATS[recipe["format"]](recipe["options"])
-    writer.check(synth.manifest, options.output)
+def _dry_run(models: Models, cases: Sequence[Case], recipes: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
+    failed, writers = 0, {name: FORMATS[made["format"]](made["options"]) for name, made in recipes.items()}
+    for name, writer in writers.items():
+        writer.check(models[name].manifest, options.output)
     for case in cases:
         try:
-            volume = read_case(case, synth.manifest.labels, recipe["labels"])
-            writer.check_mask(volume)
+            name = choose(models, case, recipes, quiet=options.quiet)
+            synth = models[name]
+            volume = read_case(case, synth.manifest.labels, recipes[name]["labels"])
+            writers[name].check_mask(volume)
         except InputError as exc:
             failed += 1
             print(f"error: {exc}", file=sys.stderr)
