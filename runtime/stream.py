@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,15 +63,18 @@ def synthesize(
     seed: int = 0,
     labels: LabelMap | None = None,
     resume: bool = False,
+    replace: bool = True,
+    journal: Journal | None = None,
     on_slice: Callable[[int], None] | None = None,
-) -> Iterator[CaseResult]:
+) -> Generator[CaseResult]:
     """Paint each case into `output`, as `runtime.io.formats` says for `format`; `variants` = K writes K pairs of CT and mask for
     each, 0 to K - 1: the first of the mask as it is, the others deformed within `ranges` (see `runtime.variants`).
 
     `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all that the bytes depend on, is
-    not made again; without it existing results are replaced.
+    not made again; without it existing results are replaced. Without `replace` a mask is refused whose result would replace one that the
+    journal has of another. `journal`: of the folder, opened by the caller, who closes it.
 
-    Returns an iterator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
+    Returns a generator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
     results written behind while the caller's thread paints. A mask that cannot be used gives its error and the next one follows;
     `OutputError` is raised, for what cannot be written for one cannot for any. `on_slice(n)` is told that n slices of the case are
     painted. Raises `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be
@@ -89,8 +92,8 @@ def synthesize(
             if _fits(file) and file.exists() and not writer.is_ours(file):
                 raise UsageError(f"{file.name} is in the way and was not written by mask2ct", expected="an output folder without files of that name",
                                  remedy="choose another --output, or move that file", file=file)  # fmt: skip
-    run = _Run(synthesizer, output, writer, _variants(variants), ranges or Ranges(), seed, labels, resume, on_slice)
-    return run.results(cases)
+    run = _Run(synthesizer, output, writer, _variants(variants), ranges or Ranges(), seed, labels, resume, replace, on_slice)
+    return run.results(cases, journal)
 
 
 @dataclass(frozen=True)
@@ -116,13 +119,14 @@ class _Run:
 
     def __init__(
         self, synthesizer: Synthesizer, output: Path, writer: Format, variants: Sequence[int | None], ranges: Ranges, seed: int,
-        labels: LabelMap | None, resume: bool, on_slice: Callable[[int], None] | None,
+        labels: LabelMap | None, resume: bool, replace: bool, on_slice: Callable[[int], None] | None,
     ):  # fmt: skip
         self._synthesizer, self._output, self._format, self._variants = synthesizer, output, writer, variants
         self._ranges, self._seed, self._labels, self._resume, self._on_slice = ranges, seed, labels, resume, on_slice
+        self._replace = replace
 
-    def results(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
-        self._journal = Journal(self._output)
+    def results(self, cases: Sequence[Case], journal: Journal | None = None) -> Generator[CaseResult]:
+        self._journal = journal or Journal(self._output)
         try:
             planned = {
                 f.parent for case in cases for variant in self._variants for f in self._format.files(self._output, case.name, variant)
@@ -131,7 +135,8 @@ class _Run:
                 remove_orphans(folder, locked=True)
             yield from self._results(cases)
         finally:
-            self._journal.close()
+            if journal is None:
+                self._journal.close()
 
     def _results(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
         ahead, behind = Ahead(self._prepare(cases)), Behind(self._write)
@@ -161,6 +166,8 @@ class _Run:
                 self._check_names(case)
                 inputs = self._input(case)
                 keys = {variant: self._key(case, variant, inputs) for variant in self._variants}
+                if not self._replace:
+                    self._refuse_to_replace(case, keys)
                 proven = {
                     v: entry for v, key in keys.items() if self._resume and (entry := self._journal.proven(result_name(case.name, v), key))
                 }
@@ -244,6 +251,11 @@ class _Run:
             "variant": variant,
             "ranges": vars(self._ranges) if variant else None,
         })  # fmt: skip
+
+    def _refuse_to_replace(self, case: Case, keys: Mapping[int | None, str]) -> None:
+        if there := [name for variant, key in keys.items() if self._journal.foreign(name := result_name(case.name, variant), key)]:
+            raise InputError(f"the output folder holds {there[0]}, made of another mask or with other options", file=case.called,
+                             expected="a name of its own for each case", remedy="rename the mask, or take that result away")  # fmt: skip
 
     def _check_names(self, case: Case) -> None:
         if not all(_fits(file) for variant in self._variants for file in self._format.files(self._output, case.name, variant)):
