@@ -30,6 +30,7 @@ class Recipe:
     seed: int = 0
     labels: LabelMap | None = None
     resume: bool = False
+    replace: bool = True
 
     @cached_property
     def writer(self) -> Format:
@@ -60,12 +61,13 @@ class Recipe:
                                  remedy="choose another --output, or move that file", file=file)  # fmt: skip
 
     @contextmanager
-    def journal(self, cases: Sequence[Case]) -> Iterator[Journal]:
-        """The output folder's journal, locked; what writers that are gone left half-written is removed."""
-        journal = Journal(self.output)
+    def journal(self, cases: Sequence[Case], held: Journal | None = None) -> Iterator[Journal]:
+        """The output folder's journal, locked, or the one that the caller holds; what writers that are gone left half-written is removed."""
+        journal = held or Journal(self.output)
         try:
             for folder in {self.output, *(file.parent for case in cases for file in self.files(case.name))}:
                 remove_orphans(folder, locked=True)
             yield journal
         finally:
-            journal.close()
+            if held is None:
+                journal.close()
