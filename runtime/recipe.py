@@ -30,6 +30,7 @@ class Recipe:
     seed: int = 0
     labels: LabelMap | None = None
     resume: bool = False
+    replace: bool = True
 
     @cached_property
     def writer(self) -> Format:
@@ -60,10 +61,10 @@ class Recipe:
                                  remedy="choose another --output, or move that file", file=file)  # fmt: skip
 
     @contextmanager
-    def journal(self, manifest: Manifest, cases: Sequence[Case]) -> Iterator[Journal]:
-        """The output folder's journal, locked. Before and after, what writers that are gone left half-written is removed; at the end, also
-        of a run that was stopped, a data set's index counts what lies in it."""
-        journal = Journal(self.output)
+    def journal(self, manifest: Manifest, cases: Sequence[Case], held: Journal | None = None) -> Iterator[Journal]:
+        """The output folder's journal, locked, or the one that the caller holds. Before and after, what writers that are gone left
+        half-written is removed; at the end, also of a run that was stopped, a data set's index counts what lies in it."""
+        journal = held or Journal(self.output)
         folders = {self.output, *(file.parent for case in cases for file in self.files(case.name))}
         try:
             self._sweep(folders)
@@ -73,7 +74,8 @@ class Recipe:
                 self._sweep(folders)
                 self.writer.finish(self.output, manifest)
             finally:
-                journal.close()
+                if held is None:
+                    journal.close()
 
     def _sweep(self, folders: Iterable[Path]) -> None:
         for folder in folders:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,7 +13,7 @@ from .files import fits, sha256_of
 from .io.archive import opened
 from .io.detect import Case, read_case
 from .io.formats import DEFAULT_OPTIONS, FormatOptions, Painting, result_name
-from .journal import Entry, Ledger, digest_of, key_of
+from .journal import Entry, Journal, Ledger, digest_of, key_of
 from .labels import LabelMap
 from .pipeline import Ahead, Behind
 from .recipe import Recipe
@@ -62,29 +62,32 @@ def synthesize(
     seed: int = 0,
     labels: LabelMap | None = None,
     resume: bool = False,
+    replace: bool = True,
+    journal: Journal | None = None,
     on_slice: Callable[[int], None] | None = None,
-) -> Iterator[CaseResult]:
+) -> Generator[CaseResult]:
     """Paint each case into `output`, as `runtime.io.formats` says for `format`; `variants` = K writes K pairs of CT and mask for
     each, 0 to K - 1: the first of the mask as it is, the others deformed within `ranges` (see `runtime.variants`).
 
     `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all that the bytes depend on, is
-    not made again; without it existing results are replaced.
+    not made again; without it existing results are replaced. Without `replace` a mask is refused whose result would replace one that the
+    journal has of another. `journal`: of the folder, opened by the caller, who closes it.
 
-    Returns an iterator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
+    Returns a generator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
     results written behind while the caller's thread paints. A mask that cannot be used gives its error and the next one follows;
     `OutputError` is raised, for what cannot be written for one cannot for any. `on_slice(n)` is told that n slices of the case are
     painted. Raises `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be
     written, or a file in it that is not ours and would be replaced; and when it starts, if another run is writing into the folder.
     """
-    recipe = Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume)
+    recipe = Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume, replace)
     recipe.check(synthesizer.manifest, cases)
-    return _locked(synthesizer, recipe, cases, on_slice)
+    return _locked(synthesizer, recipe, cases, journal, on_slice)
 
 
 def _locked(
-    synthesizer: Synthesizer, recipe: Recipe, cases: Sequence[Case], on_slice: Callable[[int], None] | None
-) -> Iterator[CaseResult]:
-    with recipe.journal(synthesizer.manifest, cases) as journal:
+    synthesizer: Synthesizer, recipe: Recipe, cases: Sequence[Case], held: Journal | None, on_slice: Callable[[int], None] | None
+) -> Generator[CaseResult]:
+    with recipe.journal(synthesizer.manifest, cases, held) as journal:
         yield from Run(synthesizer, recipe, journal, on_slice).results(cases)
 
 
@@ -142,6 +145,8 @@ class Run:
                 self._check_names(case)
                 inputs = self._input(case)
                 keys = {variant: self._key(case, variant, inputs) for variant in self._variants}
+                if not self._recipe.replace:
+                    self._refuse_to_replace(case, keys)
                 proven = {
                     v: entry for v, key in keys.items() if self._resume and (entry := self._journal.proven(result_name(case.name, v), key))
                 }
@@ -225,6 +230,11 @@ class Run:
             "variant": variant,
             "ranges": vars(self._ranges) if variant else None,
         })  # fmt: skip
+
+    def _refuse_to_replace(self, case: Case, keys: Mapping[int | None, str]) -> None:
+        if there := [name for variant, key in keys.items() if self._journal.foreign(name := result_name(case.name, variant), key)]:
+            raise InputError(f"the output folder holds {there[0]}, made of another mask or with other options", file=case.called,
+                             expected="a name of its own for each case", remedy="rename the mask, or take that result away")  # fmt: skip
 
     def _check_names(self, case: Case) -> None:
         if not all(map(fits, self._recipe.files(case.name))):

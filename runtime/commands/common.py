@@ -146,13 +146,13 @@ def recipe(options: argparse.Namespace, table: LabelTable) -> dict[str, Any]:
     }
 
 
-def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = False) -> list[Case]:
+def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = False, say: bool = True) -> list[Case]:
     """The cases, read as the options say; what was passed over is said."""
     skipped: list[Path] = []
     order = tuple(name.strip() for name in options.overlap_order.split(",") if name.strip())
     how = ReadOptions(order, options.threshold, options.like, options.allow_missing_references)
     cases = find_cases(masks, skipped, options=how, series=options.series, every=every)
-    for path in skipped:
+    for path in skipped if say else ():
         name = path.name if path.name.lower().endswith(SUFFIXES) else "a DICOM file"
         print(f"warning: {name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
     return cases
