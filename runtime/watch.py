@@ -39,8 +39,9 @@ class Watcher:
     """Paints what is put into `inbox` into `output`, each mask by the one of `models` that it is for.
 
     `recipes`: by model, what `runtime.stream.synthesize` is to be given; `find`: the cases at a path, and whether what is odd about it is
-    to be said; `stable`: see `Inbox`. Results are those of `mask2ct synth` on the same masks. The output folder's journal is held while there is work, so that several watchers of one output folder
-    take turns; what was claimed and not finished is gone on with by the next that looks. A result of another mask is never replaced.
+    to be said; `stable`: see `Inbox`. Results are those of `mask2ct synth` on the same masks.
+
+    The output folder's journal is held while there is work, so that several watchers of one output folder take turns; what was claimed and not finished is gone on with by the next that looks. A result of another mask is never replaced.
 
     Raises `UsageError` and `OutputError` before any work.
     """

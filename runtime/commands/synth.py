@@ -58,12 +58,12 @@ def _synth(options: argparse.Namespace) -> int:
     if options.ray_workers is not None or options.ray_gpus is not None:
         raise UsageError("--ray-workers and --ray-gpus are for Ray", expected="--ray with them", remedy="add --ray, or leave them out")
     with open_models(options) as models:
-        recipes = {name: recipe(options, models[name].manifest.labels) for name in models.names}
+        recipes = {name: recipe(options, synth.manifest.labels) for name, synth in models.items()}
         if not options.quiet:
             introduce(models)
         if options.dry_run:
             return _dry_run(models, cases, recipes, options)
-        summary = _summary({name: models[name] for name in models.names}, cases, options)
+        summary = _summary(models, cases, options)
         return _run(summary, _here(models, cases, recipes, summary, options), options)
 
 

@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
 
 def _watch(options: argparse.Namespace) -> int:
     with open_models(options) as models:
-        recipes = {name: recipe(options, models[name].manifest.labels) for name in models.names}
+        recipes = {name: recipe(options, synth.manifest.labels) for name, synth in models.items()}
         log = _Log(several=len(models) > 1, quiet=options.quiet)
         watcher = Watcher(options.inbox, models, options.output, recipes, find=lambda path, say: find(options, [path], say=say), stable=options.stable,
                           listener=log)  # fmt: skip
