@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 from .errors import writing
 
+LONGEST_NAME = 255  # bytes of a file name on every common file system
 SYNCED_AT_ONCE = 4  # files of a folder: a disk writes what waits together, 300 slices in 0.1 s and not in 1
 # A leading dot, the machine and the process: never taken for a result, and its owner can be told.
 _PART = ".part-"
@@ -28,6 +29,11 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{_TEMPORARY}{os.getpid()}-{os.urandom(3).hex()}-{path.name}")  # containers share process numbers
 
 
+def fits(file: Path) -> bool:
+    """Whether the file's name, and the temporary one it is written under, are short enough."""
+    return len(os.fsencode(temporary_name(file).name)) <= LONGEST_NAME
+
+
 def remove_orphans(folder: Path, *, locked: bool = False) -> None:
     """Remove temporary files in `folder` whose process, on this machine, is gone (killed, or cut off by a power failure).
 
@@ -37,6 +43,18 @@ def remove_orphans(folder: Path, *, locked: bool = False) -> None:
         owner = path.name.removeprefix(_TEMPORARY).split("-")[0]
         if locked or (owner.isdigit() and not _alive(int(owner))):
             path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+
+
+def check_writable(output: Path) -> None:
+    """Make the folder and a file in it, and take the file away again. Raises `OutputError` before any work is done."""
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        remove_orphans(output)
+        probe = temporary_name(output / "probe")
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
 
 
 def _alive(process: int) -> bool:

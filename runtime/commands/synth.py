@@ -10,13 +10,13 @@ from typing import Any
 
 from ..console import EXIT_CODES
 from ..errors import InputError, printable
-from ..files import write_json
+from ..files import check_writable, write_json
 from ..io.archive import exists
 from ..io.detect import Case, listing, read_case
 from ..io.formats import FORMATS
 from ..models import Models
 from ..report import Summary
-from ..stream import CaseResult, check_writable, synthesize
+from ..stream import CaseResult, synthesize
 from .common import MASK_HELP, add_engine, add_reading, add_results, choose, find, introduce, open_models, recipe
 
 

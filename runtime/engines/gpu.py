@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -159,12 +160,13 @@ class GpuSlot(ABC):
             if shapes != self._shapes:
                 self._bind_to(shapes)
             self._busy = (inputs, out)
-            try:
-                self._work(inputs, out)
-                self.cuda.record(self._event, self._handle)
-            except BaseException:
-                self._drain()  # the arrays are the caller's again when this is raised
-                raise
+            with self._turn():
+                try:
+                    self._work(inputs, out)
+                    self.cuda.record(self._event, self._handle)
+                except BaseException:
+                    self._drain()  # the arrays are the caller's again when this is raised
+                    raise
             self._pending = True
 
     def synchronize(self) -> None:
@@ -212,6 +214,10 @@ class GpuSlot(ABC):
         for buffer in self.buffers.values():
             buffer.close()
         self.buffers.clear()
+
+    def _turn(self) -> AbstractContextManager[None]:
+        """What it takes to have what slots share to itself, while a batch is put on the stream."""
+        return nullcontext()
 
     @abstractmethod
     def _work(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
