@@ -13,7 +13,7 @@ from .files import fits, sha256_of
 from .io.archive import opened
 from .io.detect import Case, read_case
 from .io.formats import DEFAULT_OPTIONS, FormatOptions, Painting, result_name
-from .journal import Entry, Journal, Ledger, digest_of, key_of
+from .journal import Entry, Ledger, digest_of, key_of
 from .labels import LabelMap
 from .pipeline import Ahead, Behind
 from .recipe import Recipe
@@ -62,32 +62,29 @@ def synthesize(
     seed: int = 0,
     labels: LabelMap | None = None,
     resume: bool = False,
-    replace: bool = True,
-    journal: Journal | None = None,
     on_slice: Callable[[int], None] | None = None,
-) -> Generator[CaseResult]:
+) -> Iterator[CaseResult]:
     """Paint each case into `output`, as `runtime.io.formats` says for `format`; `variants` = K writes K pairs of CT and mask for
     each, 0 to K - 1: the first of the mask as it is, the others deformed within `ranges` (see `runtime.variants`).
 
     `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all that the bytes depend on, is
-    not made again; without it existing results are replaced. Without `replace` a mask is refused whose result would replace one that the
-    journal has of another. `journal`: of the folder, opened by the caller, who closes it.
+    not made again; without it existing results are replaced.
 
-    Returns a generator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
+    Returns an iterator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
     results written behind while the caller's thread paints. A mask that cannot be used gives its error and the next one follows;
     `OutputError` is raised, for what cannot be written for one cannot for any. `on_slice(n)` is told that n slices of the case are
     painted. Raises `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be
     written, or a file in it that is not ours and would be replaced; and when it starts, if another run is writing into the folder.
     """
-    recipe = Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume, replace)
+    recipe = Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume)
     recipe.check(synthesizer.manifest, cases)
-    return _locked(synthesizer, recipe, cases, journal, on_slice)
+    return _locked(synthesizer, recipe, cases, on_slice)
 
 
 def _locked(
-    synthesizer: Synthesizer, recipe: Recipe, cases: Sequence[Case], held: Journal | None, on_slice: Callable[[int], None] | None
-) -> Generator[CaseResult]:
-    with recipe.journal(synthesizer.manifest, cases, held) as journal:
+    synthesizer: Synthesizer, recipe: Recipe, cases: Sequence[Case], on_slice: Callable[[int], None] | None
+) -> Iterator[CaseResult]:
+    with recipe.journal(synthesizer.manifest, cases) as journal:
         yield from Run(synthesizer, recipe, journal, on_slice).results(cases)
 
 
@@ -117,7 +114,7 @@ class Run:
         self._recipe, self._output, self._format, self._variants = recipe, recipe.output, recipe.writer, recipe.numbers
         self._ranges, self._seed, self._labels, self._resume = recipe.ranges, recipe.seed, recipe.labels, recipe.resume
 
-    def results(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
+    def results(self, cases: Sequence[Case]) -> Generator[CaseResult]:
         ahead, behind = Ahead(self._prepare(cases)), Behind(self._write)
         try:
             for item in ahead:
