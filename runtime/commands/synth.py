@@ -18,9 +18,9 @@ from ..io.formats import FORMATS
 from ..models import Models, named
 from ..report import Summary
 from ..scale import RaySynthesizer
-from ..stream import CaseResult, synthesize
+from ..stream import CaseResult
 from ..synthesizer import Synthesizer
-from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, recipe
+from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, painted, recipe
 
 
 def add(commands: Any) -> None:
@@ -64,23 +64,8 @@ def _synth(options: argparse.Namespace) -> int:
         if options.dry_run:
             return _dry_run(models, cases, recipes, options)
         summary = _summary(models, cases, options)
-        return _run(summary, _here(models, cases, recipes, summary, options), options)
-
-
-def _here(
-    models: Models, cases: Sequence[Case], recipes: dict[str, dict[str, Any]], summary: Summary, options: argparse.Namespace
-) -> Iterator[tuple[CaseResult, str]]:
-    """Each result, with the name of its model."""
-    chosen: dict[str, list[Case]] = {}
-    for case in cases:
-        try:
-            chosen.setdefault(choose(models, case, recipes, quiet=options.quiet), []).append(case)
-        except InputError as exc:
-            yield CaseResult(case.name, case.called, None, error=exc), ""
-    for name, those in chosen.items():  # one model after the other: none is opened twice for want of memory
-        made = recipes[name]
-        for result in synthesize(models[name], those, options.output, **made, resume=options.resume, on_slice=summary.painting):
-            yield result, name
+        results = painted(models, cases, recipes, options.output, resume=options.resume, quiet=options.quiet, on_slice=summary.painting)
+        return _run(summary, results, options)
 
 
 def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
