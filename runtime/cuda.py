@@ -64,6 +64,10 @@ class Cuda:
     def record(self, event: Any, stream: Any) -> None:
         self._done("an event", self._driver.cuEventRecord(event, stream))
 
+    def follow(self, stream: Any, event: Any) -> None:
+        """What is put on `stream` from now on waits, on the device, for what was before `event` when it was recorded."""
+        self._done("an order of streams", self._driver.cuStreamWaitEvent(stream, event, 0))
+
     def wait(self, event: Any) -> None:
         """Return when what was on the stream at `record` is done. Raises what went wrong in it."""
         self._done("the work", self._driver.cuEventSynchronize(event))

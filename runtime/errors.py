@@ -7,6 +7,7 @@
     │   └── UnknownLabels                 it holds values the model was not trained on
     ├── UsageError               exit 2   the command, the config or the model is wrong; nothing was started
     │   ├── ConfigError
+    │   ├── FolderBusy                    another run is writing into the output folder
     │   └── ModelError
     │       ├── ParityError      exit 1   an exported graph differs from the network it came from
     │       └── BuildError       exit 1   TensorRT makes no engine, or not the one asked for, of a proven graph
@@ -71,6 +72,10 @@ class UsageError(Mask2CTError):
 
 class ConfigError(UsageError):
     """A training configuration is wrong; names the key."""
+
+
+class FolderBusy(UsageError):
+    """Another run is writing into the output folder."""
 
 
 class ModelError(UsageError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -63,6 +64,27 @@ def _alive(process: int) -> bool:
         return False
     except OSError:  # another user's
         return True
+    return True
+
+
+def lock(handle: int) -> bool:
+    """Lock the open file for this process, and say whether that was possible now.
+
+    By flock, which an open file holds, over NFS too, and which the kernel ends with the process. Raises OSError where files have no locks.
+    """
+    try:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
     return True
 
 

@@ -7,7 +7,6 @@ lets go of the lock when the process ends, however it ends. Why not SQLite: docs
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -17,8 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import OutputError, UsageError, writing
-from .files import sha256_of, sync_folder
+from .errors import FolderBusy, OutputError, writing
+from .files import lock, sha256_of, sync_folder
 
 JOURNAL = ".mask2ct.journal"
 
@@ -50,6 +49,11 @@ class Ledger:
         except OSError:
             return None
 
+    def foreign(self, result: str, key: str) -> bool:
+        """Whether files of `result` are there that were made from anything else than `key`."""
+        entry = self.entries.get(result)
+        return entry is not None and entry.key != key and any((self._folder / name).exists() for name in entry.files)
+
     def add(self, entry: Entry) -> None:
         self.entries[entry.result] = entry
 
@@ -57,7 +61,7 @@ class Ledger:
 class Journal(Ledger):
     """The journal of one output folder, open and locked by this process.
 
-    Raises `UsageError` when another run writes into the folder, `OutputError` when the file cannot be written or locked.
+    Raises `FolderBusy` when another run writes into the folder, `OutputError` when the file cannot be written or locked.
     """
 
     def __init__(self, folder: Path):
@@ -145,19 +149,12 @@ def _entry(facts: Mapping[str, Any]) -> Entry | None:
 
 
 def _lock(handle: int, path: Path) -> None:
-    """Lock the file for this process, or say who cannot: flock is held by the open file, over NFS too, and ends with the process."""
+    """Lock the file for this process, or say who cannot."""
     try:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            import msvcrt
-
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock(handle)
     except OSError as exc:
-        if exc.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            raise UsageError("another run is writing into this folder", expected="one run per output folder",
-                             remedy="wait for it, or choose another --output", file=path.parent) from exc  # fmt: skip
         raise OutputError("the output folder's file system has no locks", expected="a file system on which a file can be locked",
                           remedy="write to another disk", file=path) from exc  # fmt: skip
+    if not locked:
+        raise FolderBusy("another run is writing into this folder", expected="one run per output folder",
+                         remedy="wait for it, or choose another --output", file=path.parent)  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -84,7 +84,7 @@ def synthesize(
 def _locked(
     synthesizer: Synthesizer, recipe: Recipe, cases: Sequence[Case], on_slice: Callable[[int], None] | None
 ) -> Iterator[CaseResult]:
-    with recipe.journal(cases) as journal:
+    with recipe.journal(synthesizer.manifest, cases) as journal:
         yield from Run(synthesizer, recipe, journal, on_slice).results(cases)
 
 
@@ -114,7 +114,7 @@ class Run:
         self._recipe, self._output, self._format, self._variants = recipe, recipe.output, recipe.writer, recipe.numbers
         self._ranges, self._seed, self._labels, self._resume = recipe.ranges, recipe.seed, recipe.labels, recipe.resume
 
-    def results(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
+    def results(self, cases: Sequence[Case]) -> Generator[CaseResult]:
         ahead, behind = Ahead(self._prepare(cases)), Behind(self._write)
         try:
             for item in ahead:
@@ -142,6 +142,8 @@ class Run:
                 self._check_names(case)
                 inputs = self._input(case)
                 keys = {variant: self._key(case, variant, inputs) for variant in self._variants}
+                if not self._recipe.replace:
+                    self._refuse_to_replace(case, keys)
                 proven = {
                     v: entry for v, key in keys.items() if self._resume and (entry := self._journal.proven(result_name(case.name, v), key))
                 }
@@ -225,6 +227,11 @@ class Run:
             "variant": variant,
             "ranges": vars(self._ranges) if variant else None,
         })  # fmt: skip
+
+    def _refuse_to_replace(self, case: Case, keys: Mapping[int | None, str]) -> None:
+        if there := [name for variant, key in keys.items() if self._journal.foreign(name := result_name(case.name, variant), key)]:
+            raise InputError(f"the output folder holds {there[0]}, made of another mask or with other options", file=case.called,
+                             expected="a name of its own for each case", remedy="rename the mask, or take that result away")  # fmt: skip
 
     def _check_names(self, case: Case) -> None:
         if not all(map(fits, self._recipe.files(case.name))):

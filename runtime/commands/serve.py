@@ -23,8 +23,8 @@ from ..node.service import END, Node
 from ..node.spool import Spool
 from ..node.store import Acceptor, Limits
 from ..node.stow import DicomWeb, loopback
-from ..stream import CaseResult, synthesize
-from .common import add_engine, add_making, add_reading, find, open_synthesizer, recipe
+from ..stream import CaseResult
+from .common import add_engine, add_making, add_reading, find, open_models, painted, recipe
 
 LOOPBACK = "127.0.0.1"
 
@@ -79,22 +79,22 @@ def _serve(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         events = Events()
         destinations = _destinations(options, tls)
-        synth = stack.enter_context(open_synthesizer(options))
+        models = stack.enter_context(open_models(options))
         spool = Spool(options.spool, keep=options.keep)
         stack.callback(spool.close)
-        options.output = options.spool
-        made = recipe(options, synth.manifest.labels)
-        FORMATS[options.format](made["options"]).check(synth.manifest, options.spool)
+        recipes = {name: recipe(options, synth.manifest.labels) for name, synth in models.items()}
+        for name, made in recipes.items():
+            FORMATS[options.format](made["options"]).check(models[name].manifest, options.spool)
 
         def paint(cases: Sequence[Case], results: Path) -> Iterator[CaseResult]:
-            return synthesize(synth, cases, results, **made, resume=True)
+            return (result for result, _ in painted(models, cases, recipes, results, resume=True, quiet=True))
 
         outbox = Outbox(spool, destinations, events)
         stack.callback(outbox.close, END)
         acceptor = Acceptor(spool, events, options.aet, (options.host, options.port), tuple(options.allow), limits, tls)
         stack.callback(acceptor.close)
         node = Node(spool, outbox, events, options.quiet_period, lambda folder: find(options, [folder]), paint)
-        ports: dict[str, object] = {"dicom": acceptor.port}
+        ports: dict[str, Any] = {"dicom": acceptor.port}
         if options.http_port is not None:
             watch = Watch(
                 (options.host, options.http_port),
@@ -111,8 +111,8 @@ def _serve(options: argparse.Namespace) -> int:
             host=options.host,
             **ports,
             tls="mutual" if tls else "none",
-            model=synth.manifest.name,
-            backend=synth.backend,
+            model=", ".join(synth.manifest.name for synth in models.values()),
+            backend=", ".join(synth.backend for synth in models.values()),
         )
         try:
             node.run()
