@@ -155,33 +155,30 @@ def as_bytes(ds: Dataset) -> bytes:
     return buffer.getvalue()
 
 
-def send_as(association: Any, ds: Dataset, uid: str) -> int:
-    """C-STORE a data set under another SOP Instance UID than its own: pynetdicom takes that from the data set, so it is set while it does."""
+def send_as(association: Any, data: bytes | Dataset, uid: str) -> int:
+    """The status of a C-STORE whose data set is whatever it is: pynetdicom itself would send none but what it understands."""
     from pynetdicom.dimse_primitives import C_STORE
     from pynetdicom.dsutils import encode
 
-    context = association.accepted_contexts[0]
+    (context,) = association.accepted_contexts
+    if isinstance(data, Dataset):
+        data = encode(data, context.transfer_syntax[0].is_implicit_VR, context.transfer_syntax[0].is_little_endian) or b""
     request = C_STORE()
     request.MessageID, request.Priority = 1, 2
-    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = SegmentationStorage, uid
-    syntax = context.transfer_syntax[0]
-    request.DataSet = BytesIO(encode(ds, syntax.is_implicit_VR, syntax.is_little_endian) or b"")
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID, request.DataSet = SegmentationStorage, uid, BytesIO(data)
+    association._reactor_checkpoint.clear()  # as its own send_c_store does: the answer is ours
+    until(lambda: association._is_paused, "the association's thread waits")
     association.dimse.send_msg(request, context.context_id)
-    return int(association.dimse.get_msg(block=True)[1].Status)
+    status = int(association.dimse.get_msg(block=True)[1].Status)
+    association._reactor_checkpoint.set()
+    return status
 
 
 def test_garbage_as_a_data_set_is_refused_by_status(fake_model: Path, tmp_path: Path) -> None:
-    from pynetdicom.dimse_primitives import C_STORE
-
     with Serving(fake_model, tmp_path / "spool", "--keep") as node:
         association = associate(node.port, [SegmentationStorage])
         for damage in (b"\xff" * 4000, b"\x08\x00\x16\x00UI\xff\xffDoe^John", b"DoeDoeDoe" * 99):
-            request = C_STORE()
-            request.MessageID, request.Priority = 1, 2
-            request.AffectedSOPClassUID, request.AffectedSOPInstanceUID = SegmentationStorage, "1.2.3"
-            request.DataSet = BytesIO(damage)
-            association.dimse.send_msg(request, association.accepted_contexts[0].context_id)
-            assert association.dimse.get_msg(block=True)[1].Status in (0xC000, 0xA900)
+            assert send_as(association, damage, "1.2.3") in (0xC000, 0xA900)
         association.release()
         until(lambda: node.count("refused") == 3, "each is named")
         assert not spooled(tmp_path / "spool") and not [*(tmp_path / "spool" / "incoming").iterdir()]
@@ -433,6 +430,7 @@ def test_a_thousand_objects_from_eight_senders_at_once_are_all_there_and_memory_
         made = dcmread(first)
         for n in range(each):
             made.SOPInstanceUID = made.file_meta.MediaStorageSOPInstanceUID = generate_uid()
+            made.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing = [1 + n / 1000, 1.5]  # no two masks are one
             made.save_as(folder / f"{n}.dcm")
             expected.add(str(made.SOPInstanceUID))
         first.unlink()
@@ -459,7 +457,7 @@ def test_a_thousand_objects_from_eight_senders_at_once_are_all_there_and_memory_
             }
             assert kept == expected | {str(dcmread(warm).SOPInstanceUID)}
             assert len([*(tmp_path / "spool" / "done").glob("*/results/*/seg.dcm")]) == 1001
-            assert node.count("failed") == 0 and len(seen) == len(set(seen))
+            assert node.count("failed") == 0 and len(seen) == len(set(seen)) == 3 * 1001
             assert max(memory) - memory[0] < 24 << 20, memory
             code, seconds = node.stop()
     assert code == 0 and seconds < 5

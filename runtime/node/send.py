@@ -68,4 +68,4 @@ class Pacs:
 
     def stop(self) -> None:
         """End what is on its way, from another thread."""
-        hang_up([*self._associations])
+        hang_up([*self._associations], abort=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
-from collections.abc import Iterable
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -45,17 +45,15 @@ def pynetdicom() -> Any:
     return pynetdicom
 
 
-def hang_up(associations: Iterable[Any]) -> None:
-    """End associations at once, also those that are not established: an A-ABORT, and the connection is shut whatever the peer does."""
+def hang_up(associations: Sequence[Any], *, abort: bool = False) -> None:
+    """End the connections of associations, also of those that are not established, whatever the peer does; with an A-ABORT before."""
     import socket
 
+    if abort:
+        for association in associations:
+            association.abort(block=False)
+        threading.Event().wait(0.1)  # what is on its way
     for association in associations:
-        association.abort(block=False)
-    pause = threading.Event()
-    for association in associations:
-        for _ in range(20):
-            if not association.dul.to_provider_queue.empty():
-                pause.wait(0.01)  # the A-ABORT is on its way
         with suppress(OSError, AttributeError):  # it is closed already
             association.dul.socket.socket.shutdown(socket.SHUT_RDWR)
 
@@ -96,7 +94,7 @@ class Acceptor:
     def close(self) -> None:
         """Listen no more and end every association: what was not acknowledged its sender still has."""
         self._server.shutdown()
-        hang_up(self._server.active_associations)
+        hang_up(self._server.active_associations, abort=True)
 
     def _store(self, event: Any) -> int:
         request, association = event.request, event.assoc
@@ -210,7 +208,10 @@ def _server(events: Events, limits: Limits, tls: ssl.SSLContext | None) -> Any:
                 if count > largest:
                     hang_up([association])
                     raise OSError("the PDU is longer than was agreed")
-                return receive(count)
+                found = receive(count)
+                if len(found) < count:  # the peer has ended: pynetdicom would keep our half open until it is collected
+                    hang_up([association])
+                return found
 
             connection.recv = bounded
             return association
