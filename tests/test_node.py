@@ -415,6 +415,36 @@ def test_two_nodes_never_share_a_spool(fake_model: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.slow
+def test_killed_again_and_again_it_loses_nothing_and_sends_what_was_acknowledged_once(fake_model: Path, tmp_path: Path) -> None:
+    """Killed as soon as it has stored, painted, sent a part, sent all: what was in flight may come twice, as the same object."""
+    kills = 12
+    masks = [write_study(tmp_path / "in" / str(n), n, (30, 16, 16)) for n in range(kills)]
+    assert synth(fake_model, tmp_path / "local", *masks, "--format", "dicom") == 0
+    local = read_all(tmp_path / "local")
+    with archive(tmp_path / "pacs") as (port, seen):
+        to = ("--send-to", f"PACS@127.0.0.1:{port}")
+        for n, mask in enumerate(masks):
+            with Serving(fake_model, tmp_path / "spool", *to, quiet=0.1) as node:
+                before = len(seen)
+                assert push(node.port, mask) == [0]
+                reached = [
+                    lambda: True,
+                    lambda: node.said("painted"),
+                    lambda before=before: len(seen) > before + 7,
+                    lambda: node.said("settled"),
+                ][n % 4]
+                until(reached, "the moment to kill it")
+                node.stop(signal.SIGKILL)
+        with Serving(fake_model, tmp_path / "spool", *to, quiet=0.1) as node:
+            until(lambda: set(seen) >= set(local), "all has arrived")
+            until(lambda: not any([*(tmp_path / "spool" / room).iterdir()] for room in ("incoming", "studies", "outbox")), "nothing waits")
+            assert node.stop()[0] == 0
+        assert read_all(tmp_path / "pacs") == local and len(local) == kills * 31
+        assert len(seen) <= len(local) + kills  # at most the one in flight at each kill
+    assert not [*(tmp_path / "spool" / "failed").iterdir()]
+
+
+@pytest.mark.slow
 def test_a_thousand_objects_from_eight_senders_at_once_are_all_there_and_memory_stays_flat(fake_model: Path, tmp_path: Path) -> None:
     """By DCMTK's storescu; painted meanwhile and afterwards; a stranger is refused in the midst of it."""
     senders, each, expected = 8, 125, set[str]()
