@@ -39,6 +39,18 @@ def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(tmp_path: Path,
     assert results(tmp_path / "a") == expected
 
 
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_a_resume_with_other_workers_keeps_what_is_done(tmp_path: Path, model: Path, backend: str) -> None:
+    mask = write_mask(tmp_path / "case.nii.gz")
+    for workers, kept in ((1, False), (3, True)):
+        with Synthesizer.open(model, backend=backend, workers=workers) as opened:
+            (result,) = opened.stream(mask, tmp_path / "out", resume=True)
+            assert result.error is None and result.skipped == kept
+    with Synthesizer.open(model, backend=backend, workers=3) as opened:  # and rightly so: they paint the same bytes
+        (again,) = opened.stream(mask, tmp_path / "again")
+    assert dict(again.sha256) == dict(result.sha256)
+
+
 def test_a_large_plane_compresses_to_the_same_bytes_for_any_batch(tmp_path: Path, fake_model: Path) -> None:
     """A slab of several MiB reaches the compressor in the same pieces as single slices do."""
     mask = write_mask(tmp_path / "m.nii.gz", blobs((24, 320, 320)), spacing=(0.9, 0.9, 2.0))
