@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .driver import device
 from .engines.base import EngineError
-from .errors import MissingComponent
+from .errors import importing
 
 INSTALL = 'pip install "mask2ct[gpu]"'
 
@@ -127,8 +127,6 @@ class Cuda:
 
 
 def _bindings() -> Any:
-    try:
+    with importing("cuda-bindings", "cuda-bindings >= 13, < 14", INSTALL):
         from cuda.bindings import driver
-    except ImportError as exc:
-        raise MissingComponent(f"cuda-bindings cannot be imported: {exc}", expected="cuda-bindings >= 13, < 14", remedy=INSTALL) from exc
     return driver

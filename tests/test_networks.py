@@ -47,7 +47,7 @@ def test_the_reference_generator_is_the_originals() -> None:
     assert [m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)] == [0.2] * 12  # 6 down (not the first), 6 up
 
 
-@pytest.mark.parametrize("slices", [1, 3])
+@pytest.mark.parametrize("slices", [1, 3, 5])
 def test_the_edge_generator_needs_a_twelfth_of_the_references_work(slices: int) -> None:
     """At 256 x 256, as its config ships it, with texture and a style; the reference as the original has it."""
     edge = GeneratorConfig(**load(Path("train/configs/edge.json"))["generator"])
@@ -127,6 +127,16 @@ def test_the_discriminator_scores_patches(conditional: bool, inputs: int) -> Non
     score, features = net(torch.zeros(2, 8, 64, 32), torch.zeros(2, 1, 64, 32))
     assert score.shape == (2, 1, 4, 2)
     assert [tuple(f.shape) for f in features] == [(2, 64, 32, 16), (2, 128, 16, 8), (2, 256, 8, 4), (2, 512, 4, 2)]
+
+
+def test_the_discriminators_first_convolution_is_one_over_image_and_labels() -> None:
+    torch.manual_seed(0)
+    net = Discriminator(3, filters=4, patch_size=8).double().eval()
+    condition, image = torch.rand(2, 3, 32, 32, dtype=torch.float64), torch.rand(2, 1, 32, 32, dtype=torch.float64)
+    x = torch.cat([image, condition], 1)
+    for stage in net.stages:
+        x = stage(x)
+    torch.testing.assert_close(net(condition, image)[0], net.score(x))
 
 
 def test_losses_against_values_worked_by_hand() -> None:

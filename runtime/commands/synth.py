@@ -10,14 +10,14 @@ from typing import Any
 
 from ..console import EXIT_CODES
 from ..errors import InputError, printable
-from ..files import write_json
+from ..files import check_writable, write_json
 from ..io.archive import exists
 from ..io.detect import Case, listing, read_case
 from ..io.formats import FORMATS
+from ..models import Models
 from ..report import Summary
-from ..stream import check_writable, synthesize
-from ..synthesizer import Synthesizer
-from .common import MASK_HELP, add_engine, add_reading, add_results, find, open_synthesizer, recipe
+from ..stream import CaseResult, synthesize
+from .common import MASK_HELP, add_engine, add_reading, add_results, choose, find, introduce, open_models, recipe
 
 
 def add(commands: Any) -> None:
@@ -42,26 +42,32 @@ def _synth(options: argparse.Namespace) -> int:
         for case in missing:
             print(f"error: {printable(case.path)} does not exist", file=sys.stderr)
         return 1 if missing else 0
-    with open_synthesizer(options) as synth:
-        made = recipe(options, synth.manifest.labels)
+    with open_models(options) as models:
+        recipes = {name: recipe(options, models[name].manifest.labels) for name in models.names}
         if not options.quiet:
-            print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
+            introduce(models)
         if options.dry_run:
-            return _dry_run(synth, cases, made, options)
-        return _run(synth, cases, made, options)
+            return _dry_run(models, cases, recipes, options)
+        return _run(models, cases, recipes, options)
 
 
-def _run(synth: Synthesizer, cases: Sequence[Case], recipe: dict[str, Any], options: argparse.Namespace) -> int:
+def _run(models: Models, cases: Sequence[Case], recipes: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
     if options.report is not None:
         check_writable(options.report.parent)
-    summary = Summary(synth, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
+    summary = Summary(
+        {name: models[name] for name in models.names}, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet
+    )
     try:
-        for result in synthesize(synth, cases, options.output, **recipe, resume=options.resume, on_slice=summary.painting):
-            summary.add(result)
-            for warning in result.warnings:
-                print(f"warning: {warning}", file=sys.stderr)
-            if result.error is not None:
-                print(f"error: {result.error}", file=sys.stderr)
+        chosen: dict[str, list[Case]] = {}
+        for case in cases:
+            try:
+                chosen.setdefault(choose(models, case, recipes, quiet=options.quiet), []).append(case)
+            except InputError as exc:
+                _add(summary, CaseResult(case.name, case.called, None, error=exc), "")
+        for name, those in chosen.items():  # one model after the other: none is opened twice for want of memory
+            made = recipes[name]
+            for result in synthesize(models[name], those, options.output, **made, resume=options.resume, on_slice=summary.painting):
+                _add(summary, result, name)
     finally:  # what was done is told also of a run that was stopped
         if options.report is not None:
             write_json(options.report, summary.to_json())
@@ -71,13 +77,24 @@ def _run(synth: Synthesizer, cases: Sequence[Case], recipe: dict[str, Any], opti
     return 1 if summary.failed else 0
 
 
-def _dry_run(synth: Synthesizer, cases: Sequence[Case], recipe: dict[str, Any], options: argparse.Namespace) -> int:
-    failed, writer = 0, FORMATS[recipe["format"]](recipe["options"])
-    writer.check(synth.manifest, options.output)
+def _add(summary: Summary, result: CaseResult, model: str) -> None:
+    summary.add(result, model)
+    for warning in result.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    if result.error is not None:
+        print(f"error: {result.error}", file=sys.stderr)
+
+
+def _dry_run(models: Models, cases: Sequence[Case], recipes: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
+    failed, writers = 0, {name: FORMATS[made["format"]](made["options"]) for name, made in recipes.items()}
+    for name, writer in writers.items():
+        writer.check(models[name].manifest, options.output)
     for case in cases:
         try:
-            volume = read_case(case, synth.manifest.labels, recipe["labels"])
-            writer.check_mask(volume)
+            name = choose(models, case, recipes, quiet=options.quiet)
+            synth = models[name]
+            volume = read_case(case, synth.manifest.labels, recipes[name]["labels"])
+            writers[name].check_mask(volume)
         except InputError as exc:
             failed += 1
             print(f"error: {exc}", file=sys.stderr)

@@ -51,6 +51,7 @@ class GpuEngine(ABC):
         self._slots: list[GpuSlot] = []
         self._own: GpuSlot | None = None
         self._closed = False
+        self._allowance = options.allowance
         self._reserved: list[Buffer] = []
         self.cuda = Cuda(options.device)  # the gate: nothing of CUDA's or TensorRT's is touched before
         try:
@@ -61,7 +62,8 @@ class GpuEngine(ABC):
 
     def _open_pools(self, device: int, page_locked: int) -> None:
         """The pools, capped at so many bytes."""
-        self.device_pool, self.pool = Pool(self._sources[0], device), Pool(self._sources[1], page_locked)
+        self.device_pool = Pool(self._sources[0], device, self._allowance)
+        self.pool = Pool(self._sources[1], page_locked)
 
     @property
     def name(self) -> str:

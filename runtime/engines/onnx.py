@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..contract import METADATA, Manifest
-from ..errors import MissingComponent, ModelError
+from ..errors import ModelError, importing
 from .base import EngineOptions, EngineSpec, Inputs, check_graph, closed, cores
 from .host import HostEngine
 
@@ -20,19 +20,14 @@ BATCH = 1
 
 def onnxruntime() -> Any:
     """The onnxruntime module. Raises `MissingComponent` with the two packages that provide it."""
-    try:
+    which = "onnxruntime (or onnxruntime-gpu; never both, they overwrite each other)"
+    with importing("ONNX Runtime", which, 'pip install "mask2ct[onnx]"'):
         import onnxruntime
-    except ImportError as exc:
-        raise MissingComponent(
-            f"ONNX Runtime cannot be imported: {exc}",
-            expected="onnxruntime (or onnxruntime-gpu; never both, they overwrite each other)",
-            remedy='pip install "mask2ct[onnx]"',
-        ) from exc
     return onnxruntime
 
 
 class OnnxEngine(HostEngine):
-    """`path` run by ONNX Runtime's CPU provider, the workers sharing the cores."""
+    """`path` run by ONNX Runtime's CPU provider, whose workers share the cores: its threads change no byte."""
 
     def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None):
         super().__init__(options)

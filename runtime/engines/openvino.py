@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..contract import METADATA, Manifest
-from ..errors import MissingComponent, ModelError
+from ..errors import ModelError, importing
 from .base import EngineOptions, EngineSpec, Inputs, check_graph
 from .host import HostEngine
 
@@ -30,11 +30,8 @@ def openvino() -> Any:
     hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == _TELEMETRY}
     sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # cannot be imported: openvino takes its own stub
     try:
-        import openvino
-    except ImportError as exc:
-        raise MissingComponent(
-            f"OpenVINO cannot be imported: {exc}", expected="openvino", remedy='pip install "mask2ct[openvino]"'
-        ) from exc
+        with importing("OpenVINO", "openvino", 'pip install "mask2ct[openvino]"'):
+            import openvino
     finally:
         del sys.modules[_TELEMETRY]
         sys.modules.update(hidden)
@@ -42,11 +39,13 @@ def openvino() -> Any:
 
 
 class OpenVinoEngine(HostEngine):
-    """`path` run by OpenVINO's CPU plugin, each slice by one thread: shared among several, it may round differently.
+    """`path` run by OpenVINO's CPU plugin, each slice on one core.
 
+    Three threads round otherwise than two, by a HU here and there; one is the same on every machine, and several slices at once keep
+    the other cores busy. For the canvas the network was trained on the graph is compiled with its sizes fixed, which saves a quarter of
+    the time and more; for all others, when the first comes, with sizes that are open.
     What is not quantised is computed in FP32. Left to itself OpenVINO takes bfloat16 where the CPU has it, which is slower
-    without AMX and changes the image. For the canvas the network was trained on the graph is compiled with its sizes fixed, which saves a
-    quarter of the time and more; for all others, when the first comes, with sizes that are open.
+    without AMX and changes the image.
     """
 
     def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None):
@@ -56,7 +55,7 @@ class OpenVinoEngine(HostEngine):
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.workers,
-            "NUM_STREAMS": self.workers,  # as many slices at once
+            "NUM_STREAMS": self.workers,  # as many slices at once, each on a thread of its own
             "ENABLE_CPU_PINNING": False,  # several processes on one machine would pin to the same cores
         }
         self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.workers + 1)

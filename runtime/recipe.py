@@ -1,0 +1,73 @@
+"""What is made of every mask and where it is put, checked before anything begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from .contract import Manifest
+from .errors import UsageError
+from .files import check_writable, fits, remove_orphans
+from .io.detect import Case
+from .io.formats import DEFAULT_OPTIONS, FORMATS, Format, FormatOptions
+from .journal import Journal
+from .labels import LabelMap
+from .variants import Ranges
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is made of every mask: the options of `runtime.stream.synthesize`. Plain data, so that it may cross to another process."""
+
+    output: Path
+    format: str = "nifti"
+    options: FormatOptions = DEFAULT_OPTIONS
+    variants: int | None = None
+    ranges: Ranges = field(default_factory=Ranges)
+    seed: int = 0
+    labels: LabelMap | None = None
+    resume: bool = False
+    replace: bool = True
+
+    @cached_property
+    def writer(self) -> Format:
+        if self.format not in FORMATS:
+            raise UsageError(f"there is no format {self.format!r}", expected=", ".join(FORMATS), remedy="choose one of these")
+        return FORMATS[self.format](self.options)
+
+    @property
+    def numbers(self) -> Sequence[int | None]:
+        """The variants of each mask."""
+        return [None] if self.variants is None else range(self.variants)
+
+    def files(self, case: str) -> list[Path]:
+        """All that will be written for one mask."""
+        return [file for variant in self.numbers for file in self.writer.files(self.output, case, variant)]
+
+    def check(self, manifest: Manifest, cases: Sequence[Case]) -> None:
+        """Raise what `synthesize` raises before any work."""
+        if self.variants is not None and self.variants < 1:
+            raise UsageError(
+                f"{self.variants} variants were asked for", expected="1 or more", remedy="leave the option out for one CT per mask"
+            )
+        self.writer.check(manifest, self.output)
+        check_writable(self.output)
+        for file in (file for case in cases for file in self.files(case.name)):
+            if fits(file) and file.exists() and not self.writer.is_ours(file):
+                raise UsageError(f"{file.name} is in the way and was not written by mask2ct", expected="an output folder without files of that name",
+                                 remedy="choose another --output, or move that file", file=file)  # fmt: skip
+
+    @contextmanager
+    def journal(self, cases: Sequence[Case], held: Journal | None = None) -> Iterator[Journal]:
+        """The output folder's journal, locked, or the one that the caller holds; what writers that are gone left half-written is removed."""
+        journal = held or Journal(self.output)
+        try:
+            for folder in {self.output, *(file.parent for case in cases for file in self.files(case.name))}:
+                remove_orphans(folder, locked=True)
+            yield journal
+        finally:
+            if held is None:
+                journal.close()
