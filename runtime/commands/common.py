@@ -94,6 +94,7 @@ def add_making(how: argparse._ArgumentGroup) -> None:
         "--scale", type=float, metavar="FRACTION", default=Ranges.scale, help="stretch it along each axis (default: %(default)s)"
     )
     how.add_argument("--any-topology", action="store_true", help="also when a label falls apart, merges or vanishes by that")
+    how.add_argument("--mirror", action="store_true", help="mirror some of them left to right; without it left stays left")
     how.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
 
 
@@ -162,7 +163,7 @@ def recipe(options: argparse.Namespace, table: LabelTable) -> dict[str, Any]:
         "format": options.format,
         "options": FormatOptions(attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation),
         "variants": options.variants,
-        "ranges": Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology),
+        "ranges": Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology, mirror=options.mirror),
         "seed": options.seed,
         "labels": label_map(options, table),
     }
