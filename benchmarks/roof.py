@@ -28,7 +28,7 @@ ROOF = "roof: "
 ROOFS: Mapping[str, tuple[tuple[str, str, Mapping[str, Any]], ...]] = {
     **{
         short: ((f"{short} matrix product", "gemm", {"dtype": dtype}), (f"{short} 3x3 convolution", "conv", {"dtype": dtype}))
-        for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"))
+        for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
     },
     "int8": (("int8 matrix product", "gemm_int8", {}), ("int8 3x3 convolution", "conv_int8", {})),
     "memcpy": (("memcpy", "memcpy", {}),),
@@ -179,10 +179,10 @@ def memcpy() -> Ready:
 def disk(folder: str | None = None) -> Ready:
     """Writing and syncing a file where temporary files lie."""
     block: Any = np.random.default_rng(0).bytes(1 << 26)
-    kept = tempfile.TemporaryDirectory(dir=folder)  # goes with the process
-    place = Path(kept.name) / "block"
+    kept = tempfile.TemporaryDirectory(dir=folder)
 
     def run() -> float:
+        place = Path(kept.name) / "block"  # the folder is kept while there are runs
         with open(place, "wb") as handle:
             handle.write(block)
             handle.flush()

@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks import agree, bars, engine, libraries, macs, models, report
+from benchmarks import agree, bars, engine, libraries, macs, models, report, roof
 from benchmarks.gpu import contenders as gpu
 from benchmarks.history import load
 from benchmarks.paired import Contender, Measured, Ready
@@ -80,6 +80,11 @@ def test_a_share_is_of_the_limit_that_is_nearest_and_of_its_faster_roof() -> Non
     assert shares([ours, idle], measured) == {"ours": ("fp32", 0.25)}
     del measured[f"{ROOF}fp32 matrix product"], measured[f"{ROOF}fp32 3x3 convolution"]
     assert shares([ours], measured) == {"ours": ("memcpy", 0.02)}
+
+
+def test_the_roofs_of_memory_and_disk_are_measured(tmp_path: Path) -> None:
+    assert roof.memcpy().run() == 1 << 28
+    assert roof.disk(str(tmp_path)).run() == 1 << 26 and not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_column_is_there_when_some_contender_fills_it() -> None:
