@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -178,16 +177,13 @@ def memcpy() -> Ready:
 
 def disk(folder: str | None = None) -> Ready:
     """Writing and syncing a file where temporary files lie."""
-    block: Any = np.random.default_rng(0).bytes(1 << 26)
-    kept = tempfile.TemporaryDirectory(dir=folder)
+    block = np.random.default_rng(0).bytes(1 << 26)
 
     def run() -> float:
-        place = Path(kept.name) / "block"  # the folder is kept while there are runs
-        with open(place, "wb") as handle:
+        with tempfile.NamedTemporaryFile(dir=folder) as handle:
             handle.write(block)
             handle.flush()
             os.fsync(handle.fileno())
-        place.unlink()
         return float(len(block))
 
     return Ready(run)
