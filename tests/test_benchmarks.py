@@ -49,9 +49,10 @@ def test_a_record_becomes_a_page_and_the_readmes_table(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     older, newer = record(rng, 2.0, "aaaaaaa"), record(rng, 3.0, "bbbbbbb")
     page = tmp_path / "page.html"
-    report.write_page(page, [older, newer])
+    report.write_page(page, [older, newer], tmp_path / "pictures")
     text = page.read_text()
-    assert "bbbbbbb" in text and "data:image/png;base64," in text and "<script" not in text
+    assert "bbbbbbb" in text and text.count("data:image/png;base64,") == 2 and "<script" not in text
+    assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == ["stream-course.png", "stream-ratios.png"]
     readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     shown = {**newer, "options": {"quick": False}}
     written = report.with_table(readme, [older, shown])
@@ -66,7 +67,7 @@ def test_the_readmes_table_is_the_one_that_the_committed_records_give(root: Path
     readme = (root / "README.md").read_text(encoding="utf-8")
     assert readme == report.with_table(readme, load()), "run: python benchmarks/report.py --readme"
     table = readme.split(report.BEGIN)[1].split(report.END)[0]
-    assert table.count("commit ") >= 2 and " cores" in table and "ours / this" in table
+    assert table.count("commit ") >= 1 and " cores" in table and "ours / this" in table
 
 
 def test_a_share_is_of_the_limit_that_is_nearest_and_of_its_faster_roof() -> None:
