@@ -166,7 +166,14 @@ def course(records: Sequence[Record]) -> Figure:
         aside = 0.5 * ((n + 0.5) / len(names) - 0.5)
         held = [(x + aside, ratio_of(r, name)) for x, r in enumerate(records) if name in r["ratios"]]
         spread = [[r.value - r.least for _, r in held], [r.most - r.value for _, r in held]]
-        style: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 2, "linewidth": 1, "color": f"C{n % 10}", "linestyle": "-" if n < 10 else "--"}
+        style: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 4,
+            "capsize": 2,
+            "linewidth": 1,
+            "color": f"C{n % 10}",
+            "linestyle": "-" if n < 10 else "--",
+        }
         axes.errorbar([x for x, _ in held], [r.value for _, r in held], yerr=spread, label=f"ours / {name}", **style)
         ends += [end for _, r in held for end in (r.least, r.most)]
     axes.axhline(1, color="#999", linewidth=1)
