@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
+from .models import Prepared
 from .paired import ROOT, Contender, Ready
 
 _CLOCK = "import sys, time, json; sys.path.insert(0, {root!r}); t = [time.perf_counter()]\n"
@@ -41,13 +41,13 @@ with torch.inference_mode():
 """
 
 
-def groups(model: Path, trained: Path | None, backend: str) -> dict[str, list[Contender]]:
-    ours = Contender("mask2ct: first slab of 16", "benchmarks.coldstart:start", {"code": _OURS, "model": str(model), "backend": backend})
-    if trained is None:
-        return {"coldstart": [ours]}
-    return {
-        "coldstart": [ours, Contender("PyTorch eager: first slice", "benchmarks.coldstart:start", {"code": _TORCH, "run": str(trained)})]
-    }
+def groups(model: Prepared, backend: str) -> dict[str, list[Contender]]:
+    given = {"code": _OURS, "model": str(model.model), "backend": backend}
+    found = [Contender("mask2ct: first slab of 16", "benchmarks.coldstart:start", given, cost={"start": 1})]
+    if model.trained is not None:
+        given = {"code": _TORCH, "run": str(model.trained)}
+        found.append(Contender("PyTorch eager: first slice", "benchmarks.coldstart:start", given, cost={"start": 1}))
+    return {"coldstart": found}
 
 
 def start(code: str, **names: str) -> Ready:

@@ -1,15 +1,15 @@
-"""Suite `engine`: slices/s of the synthesizer (mask in, HU on the mask's grid out) beside whatever else could run the same network.
+"""Suite `engine`: slices/s of the networks, by backend, precision, batch and size, on prepared tensors and from a mask.
 
-Beside it: the backend called in a tight loop on prepared tensors, which is its ceiling; every other backend and precision that the
-model holds and this machine has; and the network in PyTorch (eager, channels_last, compiled), which is what people run today.
-All paint the same slices with the same noise, and are compared before they are timed. Shares are of the measured roof at the
-same precision: multiply-accumulates of the graph times slices/s.
+One group for each network and canvas. Ours twice: the synthesizer (a mask in, HU on the mask's grid out), and its engine alone, with
+prepared tensors through all of its streams. Beside them whatever else could run the same network (benchmarks/libraries.py, on a
+GPU benchmarks/gpu/contenders.py). All paint the same slices with the same noise; how far each is from the FP32 picture is compared
+before anything is timed and printed with it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -18,76 +18,79 @@ from numpy.typing import NDArray
 
 from runtime import Synthesizer
 from runtime.contract import Manifest
-from runtime.engines.registry import BACKENDS, open_engine
-from runtime.grid import SliceGrid
-from runtime.memory import HOST_STREAM
-from runtime.randomness import CaseRandom
-from runtime.volume import Geometry, LabelVolume
+from runtime.engines.registry import open_engine
 
-from .paired import Contender, Measured, Ready
-from .roof import CONV_FP32, FP32, INT8, ROOF
-from .roof import contenders as roofs
-from .volumes import mask
+from .libraries import Calls, tensors
+from .macs import count
+from .models import Prepared, at_size, prepared
+from .paired import Contender, Ready
 
-SAME_HU = 0.05  # mean difference of two float32 computations; they may fall on either side of a half
-HU = {"fp32": SAME_HU, "fp16": 1.0, "int8": 20.0}  # the proof in the manifest is stricter
-
-
-def groups(model: Path, trained: Path | None, backend: str, slices: int, compiled: bool) -> dict[str, list[Contender]]:
-    manifest = Manifest.load(model)
-    given: dict[str, Any] = {"model": str(model), "slices": slices}
-    ours = Contender("mask2ct synthesizer", "benchmarks.engine:synthesizer", {**given, "backend": backend})
-    found = [ours, Contender("its backend, tight loop", "benchmarks.engine:bare", {**given, "backend": backend}, SAME_HU)]
-    found += [
-        Contender(f"{b.name}, tight loop", "benchmarks.engine:bare", {**given, "backend": b.name}, HU[b.file[1]])
-        for b in BACKENDS
-        if manifest.file_of(*b.file)
-    ]
-    if trained is not None:
-        ways = ["eager", "channels_last", *(["compile"] if compiled else [])]
-        found += [
-            Contender(f"PyTorch {way}", "benchmarks.engine:pytorch", {**given, "trained": str(trained), "way": way}, SAME_HU)
-            for way in ways
-        ]
-    return {"engine": [*found, *roofs(FP32, INT8, CONV_FP32)]}
+HU = {"fp32": 0.05, "fp16": 2.0, "int8": 20.0}  # mean difference from the FP32 picture; the proofs in the manifests are stricter
+SIZES, QUICK_SIZES = (256, 128, 512), (256,)
+BATCHES, QUICK_BATCHES = (1, 8), (1,)
+SLICES = {"reference": 8, "unet": 16, "edge": 32}  # a round at 256 x 256, about a second; others scale with their pixels
+LIBRARIES = {"OpenVINO": "by_openvino", "ONNX Runtime": "by_onnxruntime"}
+GPU = {"PyTorch FP16, CUDA graph": "by_pytorch", "ONNX Runtime CUDA FP16": "by_onnxruntime", "TensorRT FP16": "by_tensorrt"}
 
 
-def shares(model: Path, measured: Mapping[str, Measured]) -> dict[str, float]:
-    """Each contender's multiply-accumulates per second as a share of the fastest matrix product at its precision."""
-    from .macs import count
-
-    manifest = Manifest.load(model)
-    file = manifest.file_of("onnx", "fp32")
-    if file is None:
-        return {}
-    h, w = manifest.grid.canvas
-    macs = count(model / file, {"N": 1, "H": h, "W": w})
+def groups(given: Prepared | None, backend: str, quick: bool) -> dict[str, list[Contender]]:
+    """`given`: this model alone, at its own size; else one of each kind, and `edge` at other sizes."""
+    if given is not None:
+        return {"engine": contenders(given.model, given.trained, backend, 32, quick)}
     found = {}
-    for name, m in measured.items():
-        roof = measured[INT8 if "model.int8.onnx" in str(m.facts.get("backend", "")) else FP32]
-        if m.rates and roof.rates and not name.startswith(ROOF):
-            found[name] = float(np.median([macs * rate / limit for rate, limit in zip(m.rates, roof.rates, strict=True)]))
+    for kind, slices in SLICES.items():
+        made = prepared(kind)
+        for side in SIZES if kind == "edge" and not quick else QUICK_SIZES:
+            some = max(8, slices * 256**2 // side**2 // 8 * 8)
+            found[f"engine {kind} {side}x{side}"] = contenders(at_size(made.model, side), made.trained, backend, some, quick)
     return found
 
 
-def _slices(manifest: Manifest, slices: int) -> tuple[LabelVolume, dict[str, NDArray[Any]]]:
-    """A mask on the model's own grid, and the tensors that the synthesizer makes of it (N = all its slices)."""
-    (h, w), spacing = manifest.grid.canvas, manifest.grid.pixel_spacing or (1.0, 1.0)
-    labels = mask((slices, h, w), len(manifest.labels)).labels
-    volume = LabelVolume(labels, Geometry(np.diag([spacing[1], spacing[0], manifest.grid.slice_spacing or 3.0, 1.0])))
-    grid, random = SliceGrid(manifest.grid, volume.geometry, (slices, h, w), labels), CaseRandom(0, volume.digest, 0)
-    inputs: dict[str, NDArray[Any]] = {"labels": np.stack([grid.labels(labels, k) for k in range(slices)])}
-    if manifest.style:
-        inputs["style"] = np.repeat(random.style(manifest.style)[None], slices, 0)
-    if manifest.noise:
-        inputs["noise"] = np.stack([random.noise(k, (h, w)) for k in range(slices)])
-    return volume, inputs
+def contenders(model: Path, trained: Path | None, backend: str, slices: int, quick: bool) -> list[Contender]:
+    manifest, given = Manifest.load(model), {"model": str(model), "slices": slices}
+    if backend == "auto" and not manifest.parity:
+        backend = "openvino"  # nothing is proven, so that it has to be asked for by name
+    cost = macs(model)
+    batches = QUICK_BATCHES if quick else BATCHES
+    found = [
+        Contender(f"mask2ct {what}", f"benchmarks.engine:{make}", {**given, "backend": backend}, HU["fp32"], {"fp32": cost})
+        for what, make in (("synthesizer", "synthesizer"), ("engine", "ours"))
+    ]
+    if "openvino-int8" in manifest.parity.get(str(manifest.file_of("onnx", "int8")), {}):
+        options = {**given, "backend": "openvino-int8"}
+        found.append(Contender("mask2ct synthesizer, INT8", "benchmarks.engine:synthesizer", options, HU["int8"], {"int8": cost}))
+    found += [
+        Contender(f"{name} {precision.upper()}, batch {batch}", f"benchmarks.libraries:{make}",
+                  {**given, "precision": precision, "batch": batch}, HU[precision], {"int8" if precision == "int8" else "fp32": cost})
+        for precision in ("fp32", "int8") if manifest.file_of("onnx", precision)
+        for name, make in LIBRARIES.items()
+        for batch in batches
+    ]  # fmt: skip
+    if trained is not None:
+        ways = [("eager", 1), ("eager", 8), ("channels_last", 8), *([] if quick else [("compile", 8)])]
+        found += [
+            Contender(f"PyTorch {way}, batch {batch}", "benchmarks.libraries:by_pytorch",
+                      {**given, "trained": str(trained), "way": way, "batch": batch}, HU["fp32"], {"fp32": cost})
+            for way, batch in ways
+        ]  # fmt: skip
+    found += [
+        Contender(f"{name}, batch 8", f"benchmarks.gpu.contenders:{make}", {**given, "trained": str(trained), "batch": 8}, HU["fp16"])
+        for name, make in GPU.items()
+    ]
+    return found
+
+
+def macs(model: Path) -> int:
+    """Multiply-accumulates of a slice on the model's canvas, counted in its graph."""
+    manifest = Manifest.load(model)
+    h, w = manifest.grid.canvas
+    return count(model / str(manifest.file_of("onnx", "fp32")), {"N": 1, "H": h, "W": w})
 
 
 def synthesizer(model: str, slices: int, backend: str, planted: float = 0.0) -> Ready:
     """`planted`: makes every round slower by that share of itself; for benchmarks/selfcheck.py."""
     synth = Synthesizer.open(model, backend=backend)
-    volume, _ = _slices(synth.manifest, slices)
+    volume, _ = tensors(synth.manifest, slices)
 
     def run() -> float:
         started = time.perf_counter()
@@ -100,46 +103,38 @@ def synthesizer(model: str, slices: int, backend: str, planted: float = 0.0) -> 
     return Ready(run, lambda: synth.paint(volume), {"backend": synth.backend})
 
 
-def bare(model: str, slices: int, backend: str) -> Ready:
+def ours(model: str, slices: int, backend: str) -> Ready:
+    """The engine by its own protocol: a call for each of its streams in flight, as the synthesizer has it."""
     manifest = Manifest.load(Path(model))
     engine = open_engine(backend, manifest, Path(model))[0]
-    batch, (h, w) = engine.spec.batch, manifest.grid.canvas
-    _, inputs = _slices(manifest, slices)
-    slices -= slices % batch
-    out = np.empty((slices, h, w, 2), np.uint8)
+    batch, inputs = engine.spec.batch, tensors(manifest, slices)[1]
+    out = np.empty((slices, *manifest.grid.canvas, 2), np.uint8)
+    streams = [engine.open_stream() for _ in range(engine.spec.streams)]
+    facts: dict[str, Any] = {"backend": engine.name, "batch": batch}
+    calls = Calls(facts)
 
     def run() -> float:
-        for n in range(0, slices, batch):
-            engine.run({name: array[n : n + batch] for name, array in inputs.items()}, out[n : n + batch], stream=HOST_STREAM)
-        return float(slices)
+        free, busy = deque(streams), deque[tuple[Any, float]]()
+
+        def wait() -> None:
+            stream, since = busy.popleft()
+            stream.synchronize()
+            calls.took(time.perf_counter() - since)
+            free.append(stream)
+
+        for n in range(0, slices - slices % batch, batch):
+            if not free:
+                wait()
+            busy.append((free.popleft(), time.perf_counter()))
+            part = {name: array[n : n + batch] for name, array in inputs.items()}
+            engine.run(part, out[n : n + batch], stream=busy[-1][0])
+        while busy:
+            wait()
+        calls.next_round()
+        return float(slices - slices % batch)
 
     def output() -> NDArray[Any]:
         run()
         return out.view("<i2")[..., 0]
 
-    return Ready(run, output, {"backend": engine.name})
-
-
-def pytorch(model: str, slices: int, trained: str, way: str) -> Ready:
-    import torch
-
-    from export.graph import LabelsToIntensity
-    from train.checkpoint import load_generator, load_run
-
-    facts = load_run(Path(trained))
-    graph = LabelsToIntensity(load_generator(Path(trained)), len(facts.labels), facts.intensity)
-    if way == "channels_last":
-        graph = graph.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    call: Any = torch.compile(graph) if way == "compile" else graph
-    _, inputs = _slices(Manifest.load(Path(model)), slices)
-    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
-    batch = min(8, slices)  # its best on two cores
-
-    def paint() -> NDArray[Any]:
-        with torch.inference_mode():
-            return np.concatenate([call(**{k: t[n : n + batch] for k, t in tensors.items()}).numpy() for n in range(0, slices, batch)])
-
-    def run() -> float:
-        return float(len(paint()))
-
-    return Ready(run, lambda: paint().view("<i2")[..., 0], {"batch": batch})
+    return Ready(run, output, facts)

@@ -25,8 +25,17 @@ SURE = 0.05  # the chance of calling a fall where there is none, shared by all r
 Record = dict[str, Any]
 
 
-def make_record(suite: str, options: Mapping[str, Any], unit: str, measured: Mapping[str, Measured], **more: Any) -> Record:
-    """A suite's result as JSON values. The first contender is ours; every other one but roofs gets a ratio, ours / it."""
+def make_record(
+    suite: str,
+    options: Mapping[str, Any],
+    unit: str,
+    measured: Mapping[str, Measured],
+    shares: Mapping[str, tuple[str, float]] | None = None,
+) -> Record:
+    """A suite's result as JSON values. The first contender is ours; every other one but roofs gets a ratio, ours / it.
+
+    `shares`: contender → the limit it is nearest to, and its share of it.
+    """
     present = {name: m for name, m in measured.items() if m.absent is None}
     ours, *others = (name for name in present if not name.startswith(ROOF))
     ratios = {name: ratio(present[ours].rates, present[name].rates, len(others)) for name in others}
@@ -37,24 +46,17 @@ def make_record(suite: str, options: Mapping[str, Any], unit: str, measured: Map
         "unit": unit,
         "machine": machine(ROOT),
         "load": noise(),
-        "contenders": {name: _row(m) for name, m in present.items()},
+        "contenders": {name: _row(m, (shares or {}).get(name)) for name, m in present.items()},
         "absent": {name: m.absent for name, m in measured.items() if m.absent is not None},
         "ratios": {name: {"value": r.value, "least": r.least, "most": r.most} for name, r in ratios.items()},
-        **more,
     }
 
 
-STANDARD = (
-    "rates",
-    "median",
-    "p90_seconds",
-    "p99_seconds",
-    "peak_rss",
-    "share_of_roof",
-)  # keys of a contender's row; others are its own facts
+# Keys of a contender's row; others are its own facts.
+STANDARD = ("rates", "median", "p90_seconds", "p99_seconds", "peak_rss", "roof", "share_of_roof", "error")
 
 
-def _row(measured: Measured) -> dict[str, Any]:
+def _row(measured: Measured, share: tuple[str, float] | None) -> dict[str, Any]:
     seconds = sorted(1 / rate for rate in measured.rates)
     return {
         "rates": [float(f"{rate:.5g}") for rate in measured.rates],
@@ -62,6 +64,8 @@ def _row(measured: Measured) -> dict[str, Any]:
         "p90_seconds": seconds[math.ceil(0.90 * len(seconds)) - 1],
         "p99_seconds": seconds[math.ceil(0.99 * len(seconds)) - 1],
         "peak_rss": measured.peak_rss,
+        **({} if measured.error is None else {"error": measured.error}),
+        **({} if share is None else {"roof": share[0], "share_of_roof": share[1]}),
         **measured.facts,
     }
 

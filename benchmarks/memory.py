@@ -17,20 +17,24 @@ import SimpleITK as sitk
 from runtime import Synthesizer
 from runtime.contract import Manifest
 
+from .engine import macs
+from .libraries import network
+from .models import Prepared
 from .paired import Contender, Ready
 from .record import peak_rss
-from .stream import load_graph, torch_serial
+from .stream import torch_serial
 from .volumes import SIZES, mask, values
 
 
-def groups(model: Path, trained: Path | None, backend: str, quick: bool) -> dict[str, list[Contender]]:
-    sizes = list(SIZES)[: 2 if quick else None]
-    found = {}
-    for size in sizes:
-        given = {"model": str(model), "size": size}
-        ours = Contender("mask2ct stream", "benchmarks.memory:ours", {**given, "backend": backend})
-        torch = Contender("nibabel → torch eager → nibabel", "benchmarks.memory:by_torch", {**given, "trained": str(trained)})
-        found[f"memory {size}"] = [ours] if trained is None else [ours, torch]
+def groups(model: Prepared, backend: str, quick: bool) -> dict[str, list[Contender]]:
+    found, cost = {}, {"fp32": macs(model.model)}
+    for size in list(SIZES)[: 2 if quick else None]:
+        given = {"model": str(model.model), "size": size}
+        some = [Contender("mask2ct stream", "benchmarks.memory:ours", {**given, "backend": backend}, cost=cost)]
+        if model.trained is not None:
+            options = {**given, "trained": str(model.trained)}
+            some.append(Contender("nibabel → torch eager → nibabel", "benchmarks.memory:by_torch", options, cost=cost))
+        found[f"memory {size}"] = some
     return found
 
 
@@ -51,7 +55,7 @@ def ours(model: str, size: str, backend: str) -> Ready:
 
 
 def by_torch(model: str, size: str, trained: str) -> Ready:
-    graph, manifest, kept = load_graph(trained), Manifest.load(Path(model)), tempfile.TemporaryDirectory()
+    graph, manifest, kept = network(trained), Manifest.load(Path(model)), tempfile.TemporaryDirectory()
     source = _write(size, Path(model), Path(kept.name))
     facts: dict[str, Any] = {}
     return Ready(_watched(lambda: torch_serial(graph, manifest, source, Path(kept.name) / "ct.nii.gz"), size, facts), facts=facts)

@@ -42,12 +42,14 @@ class Contender:
     """`make`: "module:function" of what sets it up in its own process, called with `options` (JSON values); returns a `Ready`.
 
     `tolerance`: how far its output may be from the first contender's, mean absolute difference; None: it has none to compare.
+    `cost`: what one unit of its work takes of each limit (benchmarks/roof.py): multiply-accumulates at a precision, bytes.
     """
 
     name: str
     make: str
     options: Mapping[str, Any] = field(default_factory=dict)
     tolerance: float | None = None
+    cost: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,12 +67,16 @@ class Ready:
 
 @dataclass(frozen=True)
 class Measured:
-    """What became of one contender: units/s in each round, peak resident bytes, what it says of itself, or why it is not there."""
+    """What became of one contender: units/s in each round, peak resident bytes, what it says of itself, or why it is not there.
+
+    `error`: mean absolute difference of its output from the first contender's, where they were compared.
+    """
 
     rates: tuple[float, ...] = ()
     peak_rss: int = 0
     facts: Mapping[str, Any] = field(default_factory=dict)
     absent: str | None = None
+    error: float | None = None
 
 
 class ContenderFailed(Mask2CTError):
@@ -91,7 +97,8 @@ def measure(contenders: Sequence[Contender], rounds: int, *, quiet: bool = False
         found = {c.name: stack.enter_context(_process(c)) for c in contenders}
         absent = {name: child["absent"] for name, (_, child) in found.items() if "absent" in child}
         present = {name: child for name, (child, _) in found.items() if name not in absent}
-        _compare([c for c in contenders if c.name in present], {name: answer.get("output") for name, (_, answer) in found.items()})
+        outputs = {name: answer.get("output") for name, (_, answer) in found.items()}
+        errors = _compare([c for c in contenders if c.name in present], outputs)
         rates: dict[str, list[float]] = {name: [] for name in present}
         last: dict[str, dict[str, Any]] = {}
         progress = Progress("rounds", rounds + 1, quiet=quiet)
@@ -107,7 +114,7 @@ def measure(contenders: Sequence[Contender], rounds: int, *, quiet: bool = False
     return {
         c.name: Measured(absent=absent[c.name])
         if c.name in absent
-        else Measured(tuple(rates[c.name]), last[c.name]["peak_rss"], last[c.name]["facts"])
+        else Measured(tuple(rates[c.name]), last[c.name]["peak_rss"], last[c.name]["facts"], error=errors.get(c.name))
         for c in contenders
     }
 
@@ -181,7 +188,9 @@ def _answer(child: subprocess.Popen[str], name: str) -> dict[str, Any]:
     return answer
 
 
-def _compare(contenders: Sequence[Contender], outputs: Mapping[str, str | None]) -> None:
+def _compare(contenders: Sequence[Contender], outputs: Mapping[str, str | None]) -> dict[str, float]:
+    """How far each output is from the first contender's. Raises `ContenderFailed`."""
+    errors = {}
     for contender in contenders:
         if contender.tolerance is None:
             continue
@@ -193,6 +202,8 @@ def _compare(contenders: Sequence[Contender], outputs: Mapping[str, str | None])
                 expected=f"at most {contender.tolerance:g}",
                 remedy="a figure for a wrong result is no figure: mend the contender",
             )
+        errors[contender.name] = far
+    return errors
 
 
 def _child(make: str, options: Mapping[str, Any]) -> int:

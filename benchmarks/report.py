@@ -10,9 +10,9 @@ import argparse
 import html
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
@@ -65,15 +65,27 @@ def newest(records: Iterable[Record]) -> list[Record]:
 
 
 def rows(record: Record) -> list[list[str]]:
-    """The record as a table: heading, then a row per contender, ours first. p90: the rate that nine of ten rounds reach."""
-    roofed = any("share_of_roof" in row for row in record["contenders"].values())
-    made = [["", record["unit"], "p90", "peak MiB", *(["of the roof"] if roofed else []), "ours / this"]]
-    for name, row in record["contenders"].items():
-        share = [f"{row['share_of_roof']:.0%}" if "share_of_roof" in row else ""] if roofed else []
-        peak = f"{row['peak_rss'] / 2**20:.0f}" if "peak_rss" in row else ""
-        ratio = f"{ratio_of(record, name)}" if name in record["ratios"] else ""
-        made.append([name, si(row["median"]), si(1 / row["p90_seconds"]), peak, *share, ratio])
-    return made
+    """A table: head, then a line for each contender. Rates as median, and as what nine of ten rounds reach; a column nobody fills is left out."""
+    columns: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
+        "": lambda name, row: name,
+        record["unit"]: lambda name, row: si(row["median"]),
+        "p90": lambda name, row: si(1 / row["p90_seconds"]),
+        "a call, ms: p50 / p90 / p99": lambda name, row: " / ".join(f"{ms:.3g}" for ms in row.get("call_ms", {}).values()),
+        "peak MiB": lambda name, row: f"{row['peak_rss'] / 2**20:.0f}" if "peak_rss" in row else "",
+        "GPU MiB": lambda name, row: f"{row['vram'] / 2**20:.0f}" if "vram" in row else "",
+        "error": lambda name, row: f"{row['error']:.3g}" if "error" in row else "",
+        "of the roof": lambda name, row: f"{row['share_of_roof']:.0%} {row.get('roof', '')}".strip() if "share_of_roof" in row else "",
+        "ours / this": lambda name, row: f"{ratio_of(record, name)}" if name in record["ratios"] else "",
+    }
+    body = [[cell(name, row) for cell in columns.values()] for name, row in record["contenders"].items()]
+    filled = [n for n in range(len(columns)) if n == 0 or any(line[n] for line in body)]
+    return [[line[n] for n in filled] for line in ([*columns], *body)]
+
+
+def in_columns(table: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of text: the first column to the left, the others to the right."""
+    widths = [max(len(row[n]) for row in table) for n in range(len(table[0]))]
+    return ["  ".join(c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))) for row in table]
 
 
 def si(number: float) -> str:

@@ -1,28 +1,71 @@
-"""What this machine can do at most, measured beside the contenders: matrix products, 3x3 convolutions, memory, disk."""
+"""What this machine can do at most, measured beside the contenders, and each one's share of it.
+
+Limits: multiply-accumulates a second at each precision (the faster of a square matrix product and a 3x3 convolution), bytes a second
+copied in memory and written to disk, and starts a second of a Python that imports numpy and nothing else. A contender says what one unit
+of its work takes of each (`Contender.cost`); its share is that of the limit it is nearest to, the median over the rounds.
+"""
 
 from __future__ import annotations
 
 import os
+import statistics
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .paired import Contender, Ready
+from .paired import Contender, Measured, Ready
 
 GEMM = 2048  # square
 CONV = (64, 64, 128)  # channels, rows, columns: what the networks' middle layers see
+IMAGES = 8
 ROOF = "roof: "
-FP32, INT8, BF16 = (f"{ROOF}{precision} matrix product" for precision in ("fp32", "int8", "bf16"))
-CONV_FP32, MEMCPY, DISK = f"{ROOF}fp32 3x3 convolution", f"{ROOF}memcpy", f"{ROOF}disk write"
+# Limit → its roofs: name, function of this module, options.
+ROOFS: Mapping[str, tuple[tuple[str, str, Mapping[str, Any]], ...]] = {
+    **{
+        short: ((f"{short} matrix product", "gemm", {"dtype": dtype}), (f"{short} 3x3 convolution", "conv", {"dtype": dtype}))
+        for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"))
+    },
+    "int8": (("int8 matrix product", "gemm_int8", {}), ("int8 3x3 convolution", "conv_int8", {})),
+    "memcpy": (("memcpy", "memcpy", {}),),
+    "disk": (("disk write", "disk", {}),),
+    "start": (("Python and numpy", "start", {}),),
+}
 
 
-def contenders(*names: str) -> list[Contender]:
-    """The roofs of these names as contenders; units are multiply-accumulates, or bytes for memcpy and disk."""
-    makes = {FP32: ("gemm", {"dtype": "float32"}), BF16: ("gemm", {"dtype": "bfloat16"}), INT8: ("gemm_int8", {}), CONV_FP32: ("conv", {}),
-             MEMCPY: ("memcpy", {}), DISK: ("disk", {})}  # fmt: skip
-    return [Contender(name, f"benchmarks.roof:{makes[name][0]}", makes[name][1]) for name in names]
+def roofs(*limits: str) -> list[Contender]:
+    """The contenders that measure these limits."""
+    return [Contender(ROOF + name, f"benchmarks.roof:{make}", options) for limit in limits for name, make, options in ROOFS[limit]]
+
+
+def beside(contenders: Iterable[Contender]) -> list[Contender]:
+    """The roofs of every limit that the contenders' costs name."""
+    return roofs(*dict.fromkeys(limit for contender in contenders for limit in contender.cost))
+
+
+def shares(contenders: Iterable[Contender], measured: Mapping[str, Measured]) -> dict[str, tuple[str, float]]:
+    """Contender → (the limit it is nearest to, its share of it)."""
+    rates = {
+        limit: [measured[ROOF + name].rates for name, *_ in made if measured.get(ROOF + name, Measured()).rates]
+        for limit, made in ROOFS.items()
+    }
+    found = {}
+    for contender in contenders:
+        each = {
+            limit: statistics.median(
+                cost * rate / max(roof) for rate, *roof in zip(measured[contender.name].rates, *rates[limit], strict=True)
+            )
+            for limit, cost in contender.cost.items()
+            if rates[limit] and measured[contender.name].rates
+        }
+        if each:
+            nearest = max(each, key=lambda limit: each[limit])
+            found[contender.name] = (nearest, each[nearest])
+    return found
 
 
 def gemm(dtype: str) -> Ready:
@@ -62,17 +105,62 @@ def gemm_int8() -> Ready:
     return Ready(run)
 
 
-def conv() -> Ready:
+def conv(dtype: str) -> Ready:
     import torch
 
     channels, h, w = CONV
-    net = torch.nn.Conv2d(channels, channels, 3, padding=1).to(memory_format=torch.channels_last)
-    image = torch.randn(8, channels, h, w).to(memory_format=torch.channels_last)
+    kind = getattr(torch, dtype)
+    net = torch.nn.Conv2d(channels, channels, 3, padding=1).to(memory_format=torch.channels_last, dtype=kind)  # type: ignore[call-overload]
+    image = torch.randn(IMAGES, channels, h, w).to(memory_format=torch.channels_last, dtype=kind)
 
     def run() -> float:
         with torch.inference_mode():
             net(image)
-        return float(8 * channels * channels * 9 * h * w)
+        return float(IMAGES * channels * channels * 9 * h * w)
+
+    return Ready(run)
+
+
+def conv_int8() -> Ready:
+    """uint8 x int8 between quantise and dequantise nodes, as an INT8 graph has it, in OpenVINO."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    from runtime.engines.openvino import openvino
+
+    ov = openvino()
+    channels, h, w = CONV
+    shape = [IMAGES, channels, h, w]
+    rng = np.random.default_rng(0)
+    held = {"step": np.float32(0.02), "zero": np.uint8(0), "weights": rng.integers(-64, 64, (channels, channels, 3, 3), np.int8),
+            "steps": np.full(channels, 0.01, np.float32), "zeros": np.zeros(channels, np.int8)}  # fmt: skip
+    nodes = [
+        helper.make_node("DequantizeLinear", ["a", "step", "zero"], ["x"]),
+        helper.make_node("DequantizeLinear", ["weights", "steps", "zeros"], ["k"], axis=0),
+        helper.make_node("Conv", ["x", "k"], ["y"], pads=[1, 1, 1, 1]),
+        helper.make_node("QuantizeLinear", ["y", "step", "zero"], ["out"]),
+    ]
+    tensors = [helper.make_tensor_value_info(name, TensorProto.UINT8, shape) for name in ("a", "out")]
+    graph = helper.make_graph(nodes, "conv", tensors[:1], tensors[1:], [numpy_helper.from_array(np.asarray(v), n) for n, v in held.items()])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    onnx.checker.check_model(model)
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)), "ENABLE_CPU_PINNING": False}
+    request = ov.Core().compile_model(ov.Core().read_model(model.SerializeToString()), "CPU", settings).create_infer_request()
+    request.set_input_tensor(ov.Tensor(rng.integers(0, 128, shape, np.uint8)))
+
+    def run() -> float:
+        request.infer()
+        return float(IMAGES * channels * channels * 9 * h * w)
+
+    return Ready(run)
+
+
+def start() -> Ready:
+    """What no program that computes with numpy can be faster than."""
+
+    def run() -> float:
+        subprocess.run([sys.executable, "-c", "import numpy"], check=True)
+        return 1.0
 
     return Ready(run)
 

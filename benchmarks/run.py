@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,43 +21,40 @@ if __name__ == "__main__":
 
 from benchmarks import coldstart, engine, io, memory, stream
 from benchmarks.history import STANDARD, Record, append, before, falls, load, make_record
-from benchmarks.paired import Contender, Measured, measure
-from benchmarks.report import measured_on, rows
-from runtime.console import EXIT_CODES, run
+from benchmarks.models import Prepared, prepared
+from benchmarks.paired import Contender, measure
+from benchmarks.report import in_columns, measured_on, rows
+from benchmarks.roof import beside, shares
+from runtime.console import EXIT_CODES, duration, run
 from runtime.contract import Manifest
 from runtime.errors import UsageError
 from runtime.files import write_json
 
+QUICK_ROUNDS, ROUNDS = 9, 11
+
 
 @dataclass(frozen=True)
 class Suite:
-    """`groups(options)`: contenders that are measured together, by name, ours first. `shares`: of the roof, if there is one."""
+    """`groups(options)`: contenders that are measured together, by name, ours first."""
 
     unit: str
     groups: Callable[[argparse.Namespace], Mapping[str, Sequence[Contender]]]
-    shares: Callable[[argparse.Namespace, Mapping[str, Measured]], Mapping[str, float]] = field(default=lambda options, measured: {})
 
 
 SUITES = {
-    "engine": Suite(
-        "slices/s",
-        lambda o: engine.groups(o.model, _trained(o), o.backend, 16 if o.quick else 64, compiled=not o.quick),
-        lambda o, measured: engine.shares(o.model, measured),
-    ),
-    "stream": Suite(
-        "slices/s", lambda o: stream.groups(None if o.random else o.model, None if o.random else _trained(o), o.backend, o.quick)
-    ),
-    "memory": Suite("slices/s", lambda o: memory.groups(o.model, _trained(o), o.backend, o.quick)),
-    "coldstart": Suite("starts/s", lambda o: coldstart.groups(o.model, _trained(o), o.backend)),
-    "train": Suite("steps/s", lambda o: _train_groups(o)),
+    "engine": Suite("slices/s", lambda o: engine.groups(_given(o), o.backend, o.quick)),
+    "stream": Suite("slices/s", lambda o: stream.groups(_given(o) or prepared("edge"), o.backend, o.quick)),
+    "memory": Suite("slices/s", lambda o: memory.groups(_given(o) or prepared("edge"), o.backend, o.quick)),
+    "coldstart": Suite("starts/s", lambda o: coldstart.groups(_given(o) or prepared("edge"), o.backend)),
     "io": Suite("bytes/s", lambda o: io.groups("64x128x128" if o.quick else "300x512x512")),
+    "train": Suite("steps/s", lambda o: _train_groups(o)),
 }
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("run.py", description="Throughput on this machine.", epilog=EXIT_CODES)
     parser.add_argument("suites", nargs="+", choices=list(SUITES), metavar="SUITE", help=", ".join(SUITES))
-    parser.add_argument("--model", type=Path, help="a model folder (default: that of `make demo`; of `stream`, `edge` with random weights)")
+    parser.add_argument("--model", type=Path, help="a model folder (default: networks of its own, made once under runs/bench)")
     parser.add_argument("--run", type=Path, help="the run folder it came from, for PyTorch (default: `train` beside the model)")
     parser.add_argument("--backend", default="auto")
     parser.add_argument(
@@ -72,7 +70,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--compare", metavar="REV|last", help="exit 1 when a ratio fell since that commit's record, by more than its noise")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(argv)
-    options.random, options.model = options.model is None, options.model or ROOT / "runs" / "demo" / "model"
 
     records = [record for name in options.suites for record in _measure(name, options)]
     if options.json:
@@ -87,12 +84,11 @@ def main(argv: Sequence[str]) -> int:
 def _measure(name: str, options: argparse.Namespace) -> list[Record]:
     suite, records = SUITES[name], []
     for group, contenders in suite.groups(options).items():
-        measured = measure(contenders, 7 if options.quick else 11, quiet=options.quiet)
-        record = make_record(group, _options(name, options), suite.unit, measured)
-        for contender, share in suite.shares(options, measured).items():
-            record["contenders"][contender]["share_of_roof"] = share
-        records.append(record)
-        _print(record)
+        began = time.perf_counter()
+        measured = measure([*contenders, *beside(contenders)], QUICK_ROUNDS if options.quick else ROUNDS, quiet=options.quiet)
+        records.append(make_record(group, _options(name, options), suite.unit, measured, shares(contenders, measured)))
+        _print(records[-1])
+        print(f"measured in {duration(time.perf_counter() - began)}", flush=True)
     return records
 
 
@@ -100,20 +96,15 @@ def _options(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a record must share with another to be compared with it. No path: records travel."""
     if name == "train":
         return {"quick": options.quick, "config": options.config.stem, "set": [x for xs in options.set for x in xs]}
-    model = "random" if name == "stream" and options.random else Manifest.load(options.model).name if name != "io" else ""
-    return {"quick": options.quick, "backend": options.backend, "model": model}
+    if name == "io":
+        return {"quick": options.quick}
+    return {"quick": options.quick, "backend": options.backend, "model": Manifest.load(options.model).name if options.model else "own"}
 
 
 def _print(record: Record) -> None:
-    table = rows(record)
-    widths = [max(len(row[n]) for row in table) for n in range(len(table[0]))]
-    print(f"\n{record['suite']}")
-    for row in table:
-        print(
-            "  ".join(cell.ljust(width) if n == 0 else cell.rjust(width) for n, (cell, width) in enumerate(zip(row, widths, strict=True)))
-        )
+    print("\n".join(["", record["suite"], *in_columns(rows(record))]))
     for contender, row in record["contenders"].items():
-        if facts := {key: value for key, value in row.items() if key not in (*STANDARD, "backend")}:
+        if facts := {key: value for key, value in row.items() if key not in (*STANDARD, "backend", "call_ms", "vram")}:
             print(f"{contender}: {json.dumps(facts)[1:-1]}")
     for contender, why in record["absent"].items():
         print(f"not there: {contender} ({why})")
@@ -145,10 +136,12 @@ def _train_groups(options: argparse.Namespace) -> Mapping[str, Sequence[Contende
     return train.groups(settle(given)[0], options.quick)
 
 
-def _trained(options: argparse.Namespace) -> Path | None:
-    """The run folder that the model came from, when it is known."""
-    beside: Any = options.run or options.model.parent / "train"
-    return beside if (beside / "run.json").is_file() else None
+def _given(options: argparse.Namespace) -> Prepared | None:
+    """The model that was asked for, with the run folder it came from when that is known."""
+    if options.model is None:
+        return None
+    beside = options.run or options.model.parent / "train"
+    return Prepared(options.model, beside if (beside / "run.json").is_file() else None)
 
 
 if __name__ == "__main__":

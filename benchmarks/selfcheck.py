@@ -18,6 +18,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 from benchmarks.history import Record, falls, make_record
+from benchmarks.models import prepared
 from benchmarks.paired import LEAST_ROUNDS, Contender, measure
 from benchmarks.record import machine
 from runtime.console import EXIT_CODES, Progress, run
@@ -29,16 +30,17 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "selfcheck.py", description="Does --compare find a planted slowdown, and nothing else?", epilog=EXIT_CODES
     )
-    parser.add_argument("--model", type=Path, default=ROOT / "runs" / "demo" / "model")
+    parser.add_argument("--model", type=Path, help="a model folder (default: `edge`, made once under runs/bench)")
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(argv)
+    model = options.model or prepared("edge").model
     found = {"planted": 0, "nothing": 0}
     progress = Progress("comparisons", 2 * options.times, quiet=options.quiet)
     for n in range(options.times):
-        base = _record(options.model, 0.0)
+        base = _record(model, 0.0)
         for what, slowdown in (("planted", SLOWDOWN), ("nothing", 0.0)):
-            found[what] += bool(falls(base, _record(options.model, slowdown)))
+            found[what] += bool(falls(base, _record(model, slowdown)))
         progress.update(2 * (n + 1))
     progress.close()
     print(
@@ -52,7 +54,7 @@ def _record(model: Path, planted: float) -> Record:
     given = {"model": str(model), "slices": 16, "backend": "auto"}
     contenders = [
         Contender("mask2ct synthesizer", "benchmarks.engine:synthesizer", {**given, "planted": planted}),
-        Contender("its backend, tight loop", "benchmarks.engine:bare", given),
+        Contender("its engine", "benchmarks.engine:ours", given),
     ]
     return make_record("selfcheck", {}, "slices/s", measure(contenders, LEAST_ROUNDS + 2, quiet=True))
 

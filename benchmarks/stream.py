@@ -1,6 +1,6 @@
 """Suite `stream`: from a mask file to a CT file, against what people run today.
 
-One 300 x 512 x 512 mask, .nii.gz to .nii.gz, a network that paints 256 x 256 (`edge` with random weights, or --model MODEL --run RUN).
+One 300 x 512 x 512 mask, .nii.gz to .nii.gz, a network that paints 256 x 256 (`edge`, barely trained, or --model MODEL --run RUN).
 Contenders: `Synthesizer.stream`; (a) nibabel, the same weights in eager PyTorch slice by slice, nibabel; (b) SimpleITK, ONNX
 Runtime as it comes slice by slice, SimpleITK. All are opened before; each reads and writes files. They resample differently and draw
 other noise, so that their outputs are not compared; where the network sees neighbours they give it the same slice again, which
@@ -14,68 +14,82 @@ import atexit
 import shutil
 import tempfile
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtime import Synthesizer
-from runtime.contract import GridPolicy, Intensity, Manifest
+from runtime.contract import Manifest
 from runtime.engines.base import cores
-from runtime.files import write_json
-from runtime.labels import MM_WHS
 
+from .engine import macs
+from .libraries import network
+from .models import Prepared
 from .paired import Contender, Ready
 
 OURS, TORCH, SERIAL = "mask2ct stream", "nibabel → torch eager → nibabel", "SimpleITK → ONNX Runtime → SimpleITK"
 MONAI = "MONAI: LoadImage → SliceInferer → SaveImage"
+THEIRS = {TORCH: "by_torch", MONAI: "by_monai"}
 FORMATS = ("nifti", "nii", "dicom")  # what `stream formats` writes
-SIDE, SPACING = 512, (0.75, 0.75, 1.0)  # pixels; mm
-EDGE_RANGE = Intensity("HU", -1024, 1976)
+SIDE, SPACING = 512, 0.75  # pixels; mm
+SIZES, QUICK_SIZES = ((64, 128, 128), (128, 256, 256), (300, 512, 512)), ((16, 128, 128), (16, 512, 512))
 
 
-def groups(model: Path | None, trained: Path | None, backend: str, quick: bool) -> dict[str, list[Contender]]:
-    """`stream`: one large mask; `stream formats`: the same written otherwise; `stream many`: a run of masks, beside the bound that its
-    stages and its processor set.
-
-    Without a `model`, `edge` with random weights, which nobody has proven: ONNX Runtime has to be asked for by name.
+def groups(given: Prepared, backend: str, quick: bool) -> dict[str, list[Contender]]:
+    """`stream`: one large mask; `stream sizes`: three sizes in two formats; `stream formats`: the large one written otherwise; `stream
+    many`: a run of masks, beside the bound that its stages and its processor set.
     """
     folder = Path(tempfile.mkdtemp(prefix="mask2ct-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    weights, random = None if trained is None else str(trained), model is None
-    if model is None:
-        model, backend = edge_model(folder / "model"), "onnx" if backend == "auto" else backend
-    manifest = Manifest.load(model)
+    manifest, model = Manifest.load(given.model), str(given.model)
     slices, each, count = (24, 4, 8) if quick else (300, 60, 20)
-    given = {"model": str(model), "mask": str(write_mask(folder / "mask.nii.gz", manifest, slices))}
-    found = [Contender(OURS, "benchmarks.stream:ours", {**given, "backend": backend})]
-    if random or weights is not None:
-        found += [
-            Contender(name, f"benchmarks.stream:{make}", {**given, "trained": weights})
-            for name, make in ((TORCH, "by_torch"), (MONAI, "by_monai"))
-        ]
-    found.append(Contender(SERIAL, "benchmarks.stream:by_onnx", given))
-    masks = [str(write_mask(folder / "masks" / f"{n}.nii.gz", manifest, each, seed=n)) for n in range(count)]
-    whole = Contender(
-        f"mask2ct, {count} masks of {each} slices", "benchmarks.stream:many", {"model": str(model), "backend": backend, "masks": masks}
-    )
-    formats = [Contender(f"mask2ct to {name}", "benchmarks.stream:ours", {**given, "backend": backend, "format": name}) for name in FORMATS]
-    return {"stream": found, "stream formats": formats, "stream many": [whole]}
+    cost = macs(given.model)
+    mask = {"model": model, "mask": str(write_mask(folder / "mask.nii.gz", manifest, (slices, SIDE, SIDE)))}
+
+    def painting(name: str, given: dict[str, Any], backend: str = backend, make: str = "ours") -> Contender:
+        return Contender(
+            name, f"benchmarks.stream:{make}", {**given, "backend": backend}, cost={"int8" if "int8" in backend else "fp32": cost}
+        )
+
+    large = [painting(OURS, mask)]
+    if "openvino-int8" in manifest.parity.get(str(manifest.file_of("onnx", "int8")), {}):
+        large.append(painting(f"{OURS}, INT8", mask, "openvino-int8"))
+    if given.trained is not None:
+        weights = {**mask, "trained": str(given.trained)}
+        large += [Contender(name, f"benchmarks.stream:{make}", weights, cost={"fp32": cost}) for name, make in THEIRS.items()]
+    large.append(Contender(SERIAL, "benchmarks.stream:by_onnx", mask, cost={"fp32": cost}))
+
+    sizes = []
+    for shape in QUICK_SIZES if quick else SIZES:
+        name = "x".join(map(str, shape))
+        options = {"model": model, "mask": str(write_mask(folder / name / "mask.nii.gz", manifest, shape))}
+        sizes += [painting(f"{name} to {format}", {**options, "format": format}) for format in ("nifti", "dicom")]
+
+    masks = [str(write_mask(folder / "masks" / f"{n}.nii.gz", manifest, (each, SIDE, SIDE), seed=n)) for n in range(count)]
+    many = painting(f"mask2ct, {count} masks of {each} slices", {"model": model, "masks": masks}, make="many")
+    formats = [painting(f"mask2ct to {name}", {**mask, "format": name}) for name in FORMATS]
+    return {"stream": large, "stream sizes": sizes, "stream formats": formats, "stream many": [many]}
 
 
 def ours(model: str, mask: str, backend: str, format: str = "nifti") -> Ready:
+    """Facts: volumes a second, the share of the wall time that each stage is busy, and which is most, of the last run."""
     synth = Synthesizer.open(model, backend=backend)
     kept = tempfile.TemporaryDirectory()
+    facts: dict[str, Any] = {"backend": synth.backend}
 
     def run() -> float:
         out = Path(kept.name) / "out"
         shutil.rmtree(out, ignore_errors=True)
+        before = time.perf_counter()
         (result,) = synth.stream([mask], out, format=format)
+        wall = time.perf_counter() - before
         assert result.error is None, result.error
+        busy = {stage: round(seconds / wall, 3) for stage, seconds in result.seconds.items()}
+        facts.update(volumes_per_second=float(f"{1 / wall:.3g}"), busy=busy, limits=max(busy, key=lambda stage: busy[stage]))
         return float(result.slices)
 
-    return Ready(run, facts={"backend": synth.backend})
+    return Ready(run, facts=facts)
 
 
 def many(model: str, backend: str, masks: list[str]) -> Ready:
@@ -100,71 +114,31 @@ def many(model: str, backend: str, masks: list[str]) -> Ready:
     return Ready(run, facts=facts)
 
 
-def write_mask(path: Path, manifest: Manifest, slices: int, seed: int = 0) -> Path:
-    """A heart of nested and neighbouring balls in the model's values, uint16, 512 x 512, some of it in every slice."""
+def write_mask(path: Path, manifest: Manifest, shape: tuple[int, int, int], seed: int = 0) -> Path:
+    """A heart of nested and neighbouring balls in the model's values, uint16 (D, H, W), some of it in every slice."""
     import SimpleITK as sitk
 
-    rng = np.random.default_rng(seed)
-    k, h, w = np.ogrid[:slices, :SIDE, :SIDE]
-    labels = np.zeros((slices, SIDE, SIDE), np.uint16)
+    rng, (slices, rows, columns) = np.random.default_rng(seed), shape
+    k, h, w = np.ogrid[:slices, :rows, :columns]
+    labels = np.zeros(shape, np.uint16)
     for label in manifest.labels.labels[1:]:
-        row, column, radius = *rng.uniform(180, 330, 2), rng.uniform(40, 80)
+        row, column, radius = (rows / SIDE * n for n in (*rng.uniform(180, 330, 2), rng.uniform(40, 80)))
         depth = (k - slices / 2) / slices * 1.2 * radius
         labels[depth**2 + (h - row) ** 2 + (w - column) ** 2 < radius**2] = label.value
     image = sitk.GetImageFromArray(labels)
-    image.SetSpacing(SPACING)
+    image.SetSpacing((SIDE / columns * SPACING, SIDE / rows * SPACING, 1.0))
     path.parent.mkdir(exist_ok=True)
     sitk.WriteImage(image, str(path), True)
     return path
 
 
-def edge_network() -> Any:
-    """The network of train/configs/edge.json with random weights, as a graph in PyTorch."""
-    import torch
-
-    from export.graph import LabelsToIntensity
-    from train.generator import Generator, initialise
-
-    torch.manual_seed(0)
-    net = Generator(len(MM_WHS), kind="edge", filters=32, depth=6, skips=True, textures=8)
-    initialise([net])
-    return LabelsToIntensity(net, len(MM_WHS), EDGE_RANGE)
-
-
-def edge_model(folder: Path) -> Path:
-    """A model folder of `edge_network`, 256 x 256, FP32, not proven."""
-    from export.model_folder import describe_file
-    from export.to_onnx import to_onnx
-
-    graph = edge_network()
-    divisor = graph.generator.divisor
-    grid = GridPolicy((256, 256), (2 * SPACING[0], 2 * SPACING[1]), divisor)
-    manifest = Manifest("edge", MM_WHS, grid, EDGE_RANGE, style=0, noise=True, files={})
-    folder.mkdir()
-    to_onnx(graph, manifest, folder / "model.onnx")
-    files = {"model.onnx": describe_file(folder / "model.onnx", "onnx", "fp32")}
-    write_json(folder / "manifest.json", replace(manifest, files=files).to_json())
-    return folder
-
-
-def load_graph(trained: str | None) -> Any:
-    """A run's network as a graph in PyTorch; without one `edge_network`."""
-    if trained is None:
-        return edge_network()
-    from export.graph import LabelsToIntensity
-    from train.checkpoint import load_generator, load_run
-
-    facts = load_run(Path(trained))
-    return LabelsToIntensity(load_generator(Path(trained)), len(facts.labels), facts.intensity)
-
-
-def by_torch(model: str, mask: str, trained: str | None) -> Ready:
-    graph, manifest, kept = load_graph(trained), Manifest.load(Path(model)), tempfile.TemporaryDirectory()
+def by_torch(model: str, mask: str, trained: str) -> Ready:
+    graph, manifest, kept = network(trained), Manifest.load(Path(model)), tempfile.TemporaryDirectory()
     return Ready(lambda: float(torch_serial(graph, manifest, Path(mask), Path(kept.name) / "ct.nii.gz")))
 
 
-def by_monai(model: str, mask: str, trained: str | None) -> Ready:
-    graph, manifest, kept = load_graph(trained), Manifest.load(Path(model)), tempfile.TemporaryDirectory()
+def by_monai(model: str, mask: str, trained: str) -> Ready:
+    graph, manifest, kept = network(trained), Manifest.load(Path(model)), tempfile.TemporaryDirectory()
     return Ready(lambda: float(monai_serial(graph, manifest, Path(mask), Path(kept.name))))
 
 

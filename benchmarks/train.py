@@ -27,6 +27,7 @@ from scipy import ndimage
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
 
 from runtime.contract import Intensity
 from runtime.io.nifti import simpleitk
@@ -135,9 +136,19 @@ def groups(settings: config.RunConfig, quick: bool) -> dict[str, list[Contender]
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # many steps a round: what workers fetched ahead is little of it
     given: dict[str, Any] = {"settings": config.to_json(settings), "folder": folder, "steps": 4 if quick else 20}
-    ours = Contender(OURS, "benchmarks.train:ours", given)
+    cost = {"fp32": step_macs(settings)}
+    ours = Contender(OURS, "benchmarks.train:ours", given, cost=cost)
     plain = ((PLAIN, 0), (WORKERS, min(PIX2PIX_WORKERS, torch.get_num_threads())))
-    return {"train": [ours, *(Contender(name, "benchmarks.train:plain", {**given, "workers": n}) for name, n in plain)]}
+    return {"train": [ours, *(Contender(name, "benchmarks.train:plain", {**given, "workers": n}, cost=cost) for name, n in plain)]}
+
+
+def step_macs(settings: config.RunConfig) -> int:
+    """Multiply-accumulates of one step, forward and backward, as torch counts them while the plain loop takes one."""
+    n, (h, w) = settings.training.batch_size, settings.data.canvas
+    planes = torch.zeros(n, settings.data.slices, h, w, dtype=torch.uint8)
+    with FlopCounterMode(display=False) as counter:
+        PlainLoop(settings)(Batch(planes, torch.zeros(n, 1, h, w), planes[:, :1]))
+    return int(counter.get_total_flops()) // 2
 
 
 def ours(settings: dict[str, Any], folder: str, steps: int) -> Ready:

@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)  # replace, not prepen
 
 from export.to_tensorrt import HARDWARE, BuildOptions, why_not
 from runtime.console import EXIT_CODES, duration, run
-from runtime.errors import MissingComponent
+from runtime.errors import importing
 from runtime.memory import parse_bytes
 
 
@@ -89,11 +89,8 @@ def _count(text: str) -> int:
 def _require_packages() -> None:
     """Name a missing package before anything is started. Raises `MissingComponent`."""
     for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "scipy", "torchmetrics"):
-        try:
+        with importing(name, "the packages of the export extra", 'pip install -e ".[train,export,onnx,openvino]"  (or: make setup)'):
             __import__(name)
-        except ImportError as exc:
-            raise MissingComponent(f"{name} cannot be imported: {exc}", expected="the packages of the export extra",
-                                   remedy='pip install -e ".[train,export,onnx,openvino]"  (or: make setup)') from exc  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from .errors import (
     UnreadableVolume,
     UsageError,
 )
+from .models import Models
 from .stream import CaseResult
 from .synthesizer import Synthesizer
 from .variants import Ranges, vary
@@ -45,6 +46,7 @@ __all__ = [
     "MemoryCapExceeded",
     "MissingComponent",
     "ModelError",
+    "Models",
     "OutputError",
     "Ranges",
     "Synthesizer",

@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .commands import describe, labels, synth
+from .commands import describe, labels, serve, synth, watch
 from .console import EXIT_CODES, run
 from .version import VERSION
 
-COMMANDS = (synth, labels, describe)
+COMMANDS = (synth, watch, serve, labels, describe)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .driver import device
 from .engines.base import EngineError
-from .errors import MissingComponent
+from .errors import importing
 
 INSTALL = 'pip install "mask2ct[gpu]"'
 
@@ -63,6 +63,10 @@ class Cuda:
 
     def record(self, event: Any, stream: Any) -> None:
         self._done("an event", self._driver.cuEventRecord(event, stream))
+
+    def follow(self, stream: Any, event: Any) -> None:
+        """What is put on `stream` from now on waits, on the device, for what was before `event` when it was recorded."""
+        self._done("an order of streams", self._driver.cuStreamWaitEvent(stream, event, 0))
 
     def wait(self, event: Any) -> None:
         """Return when what was on the stream at `record` is done. Raises what went wrong in it."""
@@ -123,8 +127,6 @@ class Cuda:
 
 
 def _bindings() -> Any:
-    try:
+    with importing("cuda-bindings", "cuda-bindings >= 13, < 14", INSTALL):
         from cuda.bindings import driver
-    except ImportError as exc:
-        raise MissingComponent(f"cuda-bindings cannot be imported: {exc}", expected="cuda-bindings >= 13, < 14", remedy=INSTALL) from exc
     return driver

@@ -7,6 +7,7 @@
     │   └── UnknownLabels                 it holds values the model was not trained on
     ├── UsageError               exit 2   the command, the config or the model is wrong; nothing was started
     │   ├── ConfigError
+    │   ├── FolderBusy                    another run is writing into the output folder
     │   └── ModelError
     │       ├── ParityError      exit 1   an exported graph differs from the network it came from
     │       └── BuildError       exit 1   TensorRT makes no engine, or not the one asked for, of a proven graph
@@ -73,6 +74,10 @@ class ConfigError(UsageError):
     """A training configuration is wrong; names the key."""
 
 
+class FolderBusy(UsageError):
+    """Another run is writing into the output folder."""
+
+
 class ModelError(UsageError):
     """A model folder or a run folder is missing, incomplete or altered."""
 
@@ -135,6 +140,15 @@ _WRITE_REMEDIES = {
     errno.EISDIR: ("a folder of that name is in the way", "choose another output folder"),
     errno.EFBIG: ("the file system does not take a file this large", "write to another disk"),
 }
+
+
+@contextmanager
+def importing(package: str, expected: str, remedy: str) -> Iterator[None]:
+    """Map an ImportError to `MissingComponent`."""
+    try:
+        yield
+    except ImportError as exc:
+        raise MissingComponent(f"{package} cannot be imported: {exc}", expected=expected, remedy=remedy) from exc
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 
 from .errors import writing
 
+LONGEST_NAME = 255  # bytes of a file name on every common file system
 SYNCED_AT_ONCE = 4  # files of a folder: a disk writes what waits together, 300 slices in 0.1 s and not in 1
 # A leading dot, the machine and the process: never taken for a result, and its owner can be told.
 _PART = ".part-"
@@ -25,6 +27,11 @@ _TEMPORARY = f"{_PART}{re.sub('[^A-Za-z0-9]', '', platform.node())[:16]}-"
 def temporary_name(path: Path) -> Path:
     """The name `path` is written under until it is whole: hidden, in the same folder, with `path`'s own suffixes."""
     return path.with_name(f"{_TEMPORARY}{os.getpid()}-{os.urandom(3).hex()}-{path.name}")  # containers share process numbers
+
+
+def fits(file: Path) -> bool:
+    """Whether the file's name, and the temporary one it is written under, are short enough."""
+    return len(os.fsencode(temporary_name(file).name)) <= LONGEST_NAME
 
 
 def remove_orphans(folder: Path, *, locked: bool = False) -> None:
@@ -38,6 +45,18 @@ def remove_orphans(folder: Path, *, locked: bool = False) -> None:
             path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
 
+def check_writable(output: Path) -> None:
+    """Make the folder and a file in it, and take the file away again. Raises `OutputError` before any work is done."""
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        remove_orphans(output)
+        probe = temporary_name(output / "probe")
+        try:
+            probe.touch()
+        finally:
+            probe.unlink(missing_ok=True)
+
+
 def _alive(process: int) -> bool:
     try:
         os.kill(process, 0)
@@ -45,6 +64,27 @@ def _alive(process: int) -> bool:
         return False
     except OSError:  # another user's
         return True
+    return True
+
+
+def lock(handle: int) -> bool:
+    """Lock the open file for this process, and say whether that was possible now.
+
+    By flock, which an open file holds, over NFS too, and which the kernel ends with the process. Raises OSError where files have no locks.
+    """
+    try:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            import msvcrt
+
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+        else:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as exc:
+        if exc.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
+            return False
+        raise
     return True
 
 

@@ -7,17 +7,17 @@ lets go of the lock when the process ends, however it ends. Why not SQLite: docs
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from .errors import OutputError, UsageError, writing
-from .files import sha256_of, sync_folder
+from .errors import FolderBusy, OutputError, writing
+from .files import lock, sha256_of, sync_folder
 
 JOURNAL = ".mask2ct.journal"
 
@@ -33,24 +33,15 @@ class Entry:
     warnings: tuple[str, ...] = ()
 
 
-class Journal:
-    """The journal of one output folder, open and locked by this process.
+class Ledger:
+    """What is complete in an output folder, kept in memory: `entries` by result. Who holds none of its locks works with one."""
 
-    Raises `UsageError` when another run writes into the folder, `OutputError` when the file cannot be written or locked.
-    """
-
-    def __init__(self, folder: Path):
-        self._folder, self._path = folder, folder / JOURNAL
-        self._handle = self._open()
-        with writing(self._path):
-            content = b"".join(iter(lambda: os.read(self._handle, 1 << 20), b""))
-            self._entries = {entry.result: entry for line in content.split(b"\n") if (entry := _parse(line)) is not None}
-            if content and not content.endswith(b"\n"):  # torn by a power cut: the next line begins a line
-                os.write(self._handle, b"\n")
+    def __init__(self, folder: Path, entries: Mapping[str, Entry] | None = None):
+        self._folder, self.entries = folder, dict(entries or {})
 
     def proven(self, result: str, key: str) -> Entry | None:
         """The entry of `result`, if it was made from `key` and its files still have the SHA-256 they were written with."""
-        entry = self._entries.get(result)
+        entry = self.entries.get(result)
         if entry is None or entry.key != key:
             return None
         try:
@@ -58,21 +49,45 @@ class Journal:
         except OSError:
             return None
 
+    def foreign(self, result: str, key: str) -> bool:
+        """Whether files of `result` are there that were made from anything else than `key`."""
+        entry = self.entries.get(result)
+        return entry is not None and entry.key != key and any((self._folder / name).exists() for name in entry.files)
+
+    def add(self, entry: Entry) -> None:
+        self.entries[entry.result] = entry
+
+
+class Journal(Ledger):
+    """The journal of one output folder, open and locked by this process.
+
+    Raises `FolderBusy` when another run writes into the folder, `OutputError` when the file cannot be written or locked.
+    """
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self._path = folder / JOURNAL
+        self._handle = self._open()
+        with writing(self._path):
+            content = b"".join(iter(lambda: os.read(self._handle, 1 << 20), b""))
+            self.entries = {entry.result: entry for facts in facts_in(content) if (entry := _entry(facts)) is not None}
+            if content and not content.endswith(b"\n"):  # torn by a power cut: the next line begins a line
+                os.write(self._handle, b"\n")
+
     def add(self, entry: Entry) -> None:
         """Append, and return when it is on the disk. Raises `OutputError`."""
-        body = json.dumps(asdict(entry)).encode()
-        line = b"%08x %s\n" % (zlib.crc32(body), body)
+        line = line_of(asdict(entry))
         with writing(self._path):
             while line:  # a write may be cut short, by a full disk for one
                 line = line[os.write(self._handle, line) :]
             os.fsync(self._handle)
-        self._entries[entry.result] = entry
+        super().add(entry)
 
     def close(self) -> None:
         """Let go of the lock; a journal without any entry goes."""
         if self._handle < 0:
             return
-        if not self._entries:
+        if not self.entries:
             self._path.unlink(missing_ok=True)
         os.close(self._handle)
         self._handle = -1
@@ -109,31 +124,37 @@ def digest_of(path: Path) -> str:
     return key_of({file.relative_to(path).as_posix(): sha256_of(file) for file in files})
 
 
-def _parse(line: bytes) -> Entry | None:
-    checksum, _, body = line.partition(b" ")
+def line_of(facts: Mapping[str, object]) -> bytes:
+    """A line of a journal: the CRC-32 of its JSON, and that."""
+    body = json.dumps(facts).encode()
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def facts_in(content: bytes) -> Iterator[dict[str, Any]]:
+    """What a journal's lines hold, in their order; one that is torn or altered is passed over."""
+    for line in content.split(b"\n"):
+        checksum, _, body = line.partition(b" ")
+        try:
+            if int(checksum, 16) == zlib.crc32(body) and isinstance(facts := json.loads(body), dict):
+                yield facts
+        except ValueError:
+            pass
+
+
+def _entry(facts: Mapping[str, Any]) -> Entry | None:
     try:
-        if int(checksum, 16) != zlib.crc32(body):
-            return None
-        data = json.loads(body)
-        return Entry(data["result"], data["key"], data["files"], data["slices"], tuple(data["warnings"]))
-    except (ValueError, KeyError, TypeError):
+        return Entry(facts["result"], facts["key"], facts["files"], facts["slices"], tuple(facts["warnings"]))
+    except (KeyError, TypeError):
         return None
 
 
 def _lock(handle: int, path: Path) -> None:
-    """Lock the file for this process, or say who cannot: flock is held by the open file, over NFS too, and ends with the process."""
+    """Lock the file for this process, or say who cannot."""
     try:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            import msvcrt
-
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
-        else:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        locked = lock(handle)
     except OSError as exc:
-        if exc.errno in (errno.EWOULDBLOCK, errno.EACCES, errno.EDEADLK):
-            raise UsageError("another run is writing into this folder", expected="one run per output folder",
-                             remedy="wait for it, or choose another --output", file=path.parent) from exc  # fmt: skip
         raise OutputError("the output folder's file system has no locks", expected="a file system on which a file can be locked",
                           remedy="write to another disk", file=path) from exc  # fmt: skip
+    if not locked:
+        raise FolderBusy("another run is writing into this folder", expected="one run per output folder",
+                         remedy="wait for it, or choose another --output", file=path.parent)  # fmt: skip

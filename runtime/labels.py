@@ -21,7 +21,20 @@ from .errors import InputError, UnknownLabels, UsageError
 from .presets import MM_WHS, MM_WHS_INDICES, OTHERS, PRESETS, STANDS_FOR
 from .volume import Layers, Segment
 
-__all__ = ["MM_WHS", "MM_WHS_INDICES", "PRESETS", "LabelMap", "load_map", "lost", "match", "overlay", "present_values", "to_indices"]
+__all__ = [
+    "MM_WHS",
+    "MM_WHS_INDICES",
+    "PRESETS",
+    "LabelMap",
+    "called",
+    "listed",
+    "load_map",
+    "lost",
+    "match",
+    "overlay",
+    "present_values",
+    "to_indices",
+]
 
 LabelMap = Mapping[int | str | None, int]  # a value, a code or a name (as `plain` writes them), None for every other → model index
 MAP_HELP = 'a JSON file such as {"51": "left ventricle", "SCT:54247002": "ascending aorta", "*": "background"}'
@@ -197,9 +210,14 @@ def overlay(
     return lut[owners]
 
 
+def called(segment: Segment) -> set[str]:
+    """All that a person may call a structure, as `plain` writes it: its code, its name, its number."""
+    return {plain(segment.code), plain(segment.name), str(segment.number)} - {""}
+
+
 def _rank(segment: Segment, label: str, order: Sequence[str]) -> int:
-    called = {plain(segment.code), plain(segment.name), str(segment.number), plain(label)} - {""}
-    return next((n for n, name in enumerate(order) if plain(name) in called), len(order))
+    names = called(segment) | {plain(label)}
+    return next((n for n, name in enumerate(order) if plain(name) in names), len(order))
 
 
 def _refuse(unknown: Sequence[Segment], found: Sequence[Segment], table: LabelTable, label_map: LabelMap | None, file: Path | None) -> None:
@@ -208,7 +226,7 @@ def _refuse(unknown: Sequence[Segment], found: Sequence[Segment], table: LabelTa
         name, whose = "the mask" if file is None else file.name, "model" if label_map is None else "label map"
         keys = sorted((k for k in label_map or () if k is not None), key=lambda k: (isinstance(k, str), k))
         raise UnknownLabels(
-            f"{name} holds {_listed(unknown)}, which the {whose} does not know; all its values: {_listed(found)}",
+            f"{name} holds {listed(unknown)}, which the {whose} does not know; all its values: {listed(found)}",
             expected=f"only {table}" if label_map is None else f"only {', '.join(map(str, keys[:40]))}",
             remedy=f"give --labels MAP.json, {MAP_HELP}",
             file=file,
@@ -229,6 +247,7 @@ def present_values(values: NDArray[Any]) -> list[int]:
     return sorted(found)
 
 
-def _listed(segments: Sequence[Segment], most: int = 24) -> str:
+def listed(segments: Sequence[Segment], most: int = 24) -> str:
+    """For a person: the first `most` of them, and how many there are."""
     shown = ", ".join(describe(segment) for segment in segments[:most])
     return shown + (f", … ({len(segments)} values)" if len(segments) > most else "")

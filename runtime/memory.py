@@ -156,12 +156,34 @@ class Counted:
             self.usage = self.usage.plus(nbytes)
 
 
-class Pool:
-    """A `source` of which at most `cap` bytes are ever held. Safe to use from several threads: one call at a time reaches it."""
+class Allowance:
+    """What several pools may hold together: `cap` bytes, None for what the system gives. Their sources are called one at a time.
 
-    def __init__(self, source: Source, cap: int):
+    `make_room` is asked when that is short, in the thread that allocates: it gives something back, if it can, and says whether it did.
+    """
+
+    def __init__(self, cap: int | None, make_room: Callable[[], bool]):
+        self.cap, self.make_room = cap, make_room
+        self.lock = threading.Lock()
+        self.pools: set[Pool] = set()
+
+    @property
+    def held(self) -> int:
+        """Bytes that all of its pools hold."""
+        return sum(pool._held for pool in tuple(self.pools))
+
+
+class Pool:
+    """A `source` of which at most `cap` bytes are ever held. Safe to use from several threads: one call at a time reaches it.
+
+    `allowance`: what it shares with other pools, whose sum is capped too.
+    """
+
+    def __init__(self, source: Source, cap: int, allowance: Allowance | None = None):
         self._source, self._cap = source, cap
-        self._lock = threading.Lock()
+        self._allowance = allowance or Allowance(None, lambda: False)
+        self._allowance.pools.add(self)
+        self._lock = self._allowance.lock
         self._usage = Usage()
         self._reserved = 0
         self._closing = self._closed = False
@@ -176,10 +198,22 @@ class Pool:
     def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
         """A block of `nbytes` bytes, at least, aligned to ALIGNMENT; its content is whatever was there."""
         size = max(ALIGNMENT, math.ceil(nbytes / ALIGNMENT) * ALIGNMENT)
+        return self._with_room(lambda: self._allocate(size, stream))
+
+    def _with_room(self, take: Callable[[], Buffer]) -> Buffer:
+        """What `take` returns, when the others have made room for it if need be."""
+        while True:
+            try:
+                return take()
+            except MemoryCapExceeded:
+                if not self._allowance.make_room():
+                    raise
+
+    def _allocate(self, size: int, stream: Stream) -> Buffer:
         with self._lock:
-            if self._held + self._source.growth(size) > self._cap:  # what is free in other sizes goes back before anything is refused
+            if self._past_cap(self._source.growth(size)):  # what is free in other sizes goes back before anything is refused
                 self._source.trim()
-            if self._held + self._source.growth(size) > self._cap:
+            if self._past_cap(self._source.growth(size)):
                 raise self.exceeded(size)
             try:
                 block = self._source.allocate(size, stream=stream)
@@ -199,8 +233,11 @@ class Pool:
 
     def reserve(self, nbytes: int, purpose: str) -> Buffer:
         """Count `nbytes` that a library takes for itself beside the pool: they lessen what the cap leaves. Has no address."""
+        return self._with_room(lambda: self._reserve(nbytes, purpose))
+
+    def _reserve(self, nbytes: int, purpose: str) -> Buffer:
         with self._lock:
-            if self._held + nbytes > self._cap:
+            if self._past_cap(nbytes):
                 raise self.exceeded(nbytes)
             self._reserved += nbytes
             self._usage = self._usage.plus(nbytes)
@@ -221,8 +258,15 @@ class Pool:
 
     def exceeded(self, nbytes: int, *, refused: bool = False) -> MemoryCapExceeded:
         """The error that says that `nbytes` more are too many: past the cap, or `refused` by the system."""
-        source = self._source
-        return MemoryCapExceeded.of(source.kind, nbytes, cap=self._cap, in_use=self._usage.in_use, free=source.free, refused=refused)
+        source, shared = self._source, self._allowance
+        cap, in_use = self._cap, self._usage.in_use
+        if shared.cap is not None and shared.held + nbytes > shared.cap:
+            cap, in_use = shared.cap, shared.held
+        return MemoryCapExceeded.of(source.kind, nbytes, cap=cap, in_use=in_use, free=source.free, refused=refused)
+
+    def _past_cap(self, nbytes: int) -> bool:
+        shared = self._allowance
+        return self._held + nbytes > self._cap or (shared.cap is not None and shared.held + nbytes > shared.cap)
 
     @property
     def stats(self) -> PoolStats:
@@ -242,6 +286,7 @@ class Pool:
             self._closed = True
             self._source.trim()
             self._source.close()
+            self._allowance.pools.discard(self)
 
     @property
     def _held(self) -> int:

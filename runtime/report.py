@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from .console import Progress, duration
@@ -10,6 +11,7 @@ from .stream import CaseResult
 from .version import VERSION
 
 if TYPE_CHECKING:
+    from .scale import RaySynthesizer
     from .synthesizer import Synthesizer
 
 THREADS = {"read": "reading", "deform": "reading", "paint": "painting", "write": "writing"}  # stage → which thread's time it is
@@ -18,9 +20,10 @@ THREADS = {"read": "reading", "deform": "reading", "paint": "painting", "write":
 class Summary:
     """The results of one run so far."""
 
-    def __init__(self, synthesizer: Synthesizer, seed: int, total: int, *, quiet: bool):
-        self._synthesizer, self._seed, self._started = synthesizer, seed, time.perf_counter()
+    def __init__(self, models: Mapping[str, Synthesizer | RaySynthesizer], seed: int, total: int, *, quiet: bool):
+        self._models, self._seed, self._started = dict(models), seed, time.perf_counter()
         self._results: list[CaseResult] = []
+        self._by: list[str] = []  # of each result, the model; empty where none fitted
         self._progress = Progress("CTs", total, quiet=quiet)
         self._seconds = 0.0
 
@@ -28,8 +31,10 @@ class Summary:
         """That many slices of the next result are painted."""
         self._show(f"{slices} slices of the next")
 
-    def add(self, result: CaseResult) -> None:
+    def add(self, result: CaseResult, model: str = "") -> None:
+        """`model`: the name of the one that painted it, where there are several."""
         self._results.append(result)
+        self._by.append(model)
         self._show(result.case)
 
     def close(self) -> None:
@@ -57,19 +62,18 @@ class Summary:
         return f"{done} done{kept}, {self.failed} failed, {speed}{self._limit()}"
 
     def to_json(self) -> dict[str, Any]:
-        """Machine-readable: file names, no paths."""
-        synth = self._synthesizer
+        """Machine-readable: file names, no paths. Of several models, each under `models` and by its name in the cases."""
+        facts = {name: _facts(synth) for name, synth in self._models.items()}
         return {
             "version": VERSION,
-            "model": synth.manifest.name,
-            "model_files": {name: file.sha256 for name, file in synth.manifest.files.items()},
-            "backend": synth.backend,
+            **({"models": facts} if len(facts) > 1 else next(iter(facts.values()))),
             "seed": self._seed,
             "seconds": round(self._elapsed, 3),
             "busy": {thread: round(seconds, 3) for thread, seconds in self.busy.items()},
             "cases": [
                 {
                     "case": r.case,
+                    **({"model": model} if len(facts) > 1 else {}),
                     "variant": r.variant,
                     "seed": self._seed,
                     "files": [file.name for file in r.files],
@@ -81,7 +85,7 @@ class Summary:
                     "warnings": list(r.warnings),
                     "error": None if r.error is None else str(r.error),
                 }
-                for r in self._results
+                for r, model in zip(self._results, self._by, strict=True)
             ],
         }
 
@@ -95,8 +99,17 @@ class Summary:
 
     def _limit(self) -> str:
         thread, seconds = max(self.busy.items(), key=lambda item: item[1])
-        return f", limited by {thread} ({100 * seconds / self._elapsed:.0f} % busy)" if seconds else ""
+        share = seconds / self._elapsed / max(getattr(synth, "count", 1) for synth in self._models.values())  # workers
+        return f", limited by {thread} ({100 * share:.0f} % busy)" if seconds else ""
 
     def _show(self, note: str) -> None:
         speed = f"{self._slices / self._elapsed:.1f} slices/s" if self._slices else ""
         self._progress.update(len(self._results), f"{speed}{self._limit()}  {note}" if speed else note)
+
+
+def _facts(synth: Synthesizer | RaySynthesizer) -> dict[str, Any]:
+    return {
+        "model": synth.manifest.name,
+        "model_files": {name: file.sha256 for name, file in synth.manifest.files.items()},
+        "backend": synth.backend,
+    }

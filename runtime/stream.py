@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError, UnreadableVolume, UsageError, reading, writing
-from .files import remove_orphans, sha256_of, temporary_name
+from .errors import InputError, UnreadableVolume, reading, writing
+from .files import fits, sha256_of
 from .io.archive import opened
 from .io.detect import Case, read_case
-from .io.formats import DEFAULT_OPTIONS, FORMATS, Format, FormatOptions, Painting, result_name
-from .journal import Entry, Journal, digest_of, key_of
+from .io.formats import DEFAULT_OPTIONS, FormatOptions, Painting, result_name
+from .journal import Entry, Ledger, digest_of, key_of
 from .labels import LabelMap
 from .pipeline import Ahead, Behind
+from .recipe import Recipe
 from .variants import Ranges, Shapes
 from .version import VERSION
 from .volume import CTSlab, LabelVolume
@@ -24,7 +24,6 @@ from .volume import CTSlab, LabelVolume
 if TYPE_CHECKING:
     from .synthesizer import Synthesizer
 
-LONGEST_NAME = 255  # bytes of a file name on every common file system
 LARGE_MASK = 96 << 20  # bytes; above, nothing is held but the one mask being painted, and what comes next waits
 
 
@@ -77,20 +76,16 @@ def synthesize(
     painted. Raises `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be
     written, or a file in it that is not ours and would be replaced; and when it starts, if another run is writing into the folder.
     """
-    if variants is not None and variants < 1:
-        raise UsageError(f"{variants} variants were asked for", expected="1 or more", remedy="leave the option out for one CT per mask")
-    if format not in FORMATS:
-        raise UsageError(f"there is no format {format!r}", expected=", ".join(FORMATS), remedy="choose one of these")
-    writer = FORMATS[format](options)
-    writer.check(synthesizer.manifest, output)
-    check_writable(output)
-    for case in cases:
-        for file in (file for variant in _variants(variants) for file in writer.files(output, case.name, variant)):
-            if _fits(file) and file.exists() and not writer.is_ours(file):
-                raise UsageError(f"{file.name} is in the way and was not written by mask2ct", expected="an output folder without files of that name",
-                                 remedy="choose another --output, or move that file", file=file)  # fmt: skip
-    run = _Run(synthesizer, output, writer, _variants(variants), ranges or Ranges(), seed, labels, resume, on_slice)
-    return run.results(cases)
+    recipe = Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume)
+    recipe.check(synthesizer.manifest, cases)
+    return _locked(synthesizer, recipe, cases, on_slice)
+
+
+def _locked(
+    synthesizer: Synthesizer, recipe: Recipe, cases: Sequence[Case], on_slice: Callable[[int], None] | None
+) -> Iterator[CaseResult]:
+    with recipe.journal(synthesizer.manifest, cases) as journal:
+        yield from Run(synthesizer, recipe, journal, on_slice).results(cases)
 
 
 @dataclass(frozen=True)
@@ -111,29 +106,15 @@ class _Job:
     seconds: dict[str, float]
 
 
-class _Run:
-    """The stages of one call: `_prepare` in a thread, `results` in the caller's, `_write` in another."""
+class Run:
+    """The stages of one call: `_prepare` in a thread, `results` in the caller's, `_write` in another. Who holds the lock is not asked."""
 
-    def __init__(
-        self, synthesizer: Synthesizer, output: Path, writer: Format, variants: Sequence[int | None], ranges: Ranges, seed: int,
-        labels: LabelMap | None, resume: bool, on_slice: Callable[[int], None] | None,
-    ):  # fmt: skip
-        self._synthesizer, self._output, self._format, self._variants = synthesizer, output, writer, variants
-        self._ranges, self._seed, self._labels, self._resume, self._on_slice = ranges, seed, labels, resume, on_slice
+    def __init__(self, synthesizer: Synthesizer, recipe: Recipe, journal: Ledger, on_slice: Callable[[int], None] | None = None):
+        self._synthesizer, self._journal, self._on_slice = synthesizer, journal, on_slice
+        self._recipe, self._output, self._format, self._variants = recipe, recipe.output, recipe.writer, recipe.numbers
+        self._ranges, self._seed, self._labels, self._resume = recipe.ranges, recipe.seed, recipe.labels, recipe.resume
 
-    def results(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
-        self._journal = Journal(self._output)
-        try:
-            planned = {
-                f.parent for case in cases for variant in self._variants for f in self._format.files(self._output, case.name, variant)
-            }
-            for folder in {self._output, *planned}:
-                remove_orphans(folder, locked=True)
-            yield from self._results(cases)
-        finally:
-            self._journal.close()
-
-    def _results(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
+    def results(self, cases: Sequence[Case]) -> Generator[CaseResult]:
         ahead, behind = Ahead(self._prepare(cases)), Behind(self._write)
         try:
             for item in ahead:
@@ -161,6 +142,8 @@ class _Run:
                 self._check_names(case)
                 inputs = self._input(case)
                 keys = {variant: self._key(case, variant, inputs) for variant in self._variants}
+                if not self._recipe.replace:
+                    self._refuse_to_replace(case, keys)
                 proven = {
                     v: entry for v, key in keys.items() if self._resume and (entry := self._journal.proven(result_name(case.name, v), key))
                 }
@@ -245,19 +228,15 @@ class _Run:
             "ranges": vars(self._ranges) if variant else None,
         })  # fmt: skip
 
+    def _refuse_to_replace(self, case: Case, keys: Mapping[int | None, str]) -> None:
+        if there := [name for variant, key in keys.items() if self._journal.foreign(name := result_name(case.name, variant), key)]:
+            raise InputError(f"the output folder holds {there[0]}, made of another mask or with other options", file=case.called,
+                             expected="a name of its own for each case", remedy="rename the mask, or take that result away")  # fmt: skip
+
     def _check_names(self, case: Case) -> None:
-        if not all(_fits(file) for variant in self._variants for file in self._format.files(self._output, case.name, variant)):
+        if not all(map(fits, self._recipe.files(case.name))):
             raise UnreadableVolume(f"the name of {case.called.name} is too long for what is written beside it", expected="some 200 bytes at most",
                                    remedy="rename it", file=case.called)  # fmt: skip
-
-
-def _variants(count: int | None) -> Sequence[int | None]:
-    return [None] if count is None else range(count)
-
-
-def _fits(file: Path) -> bool:
-    """Whether the file's name, and the temporary one it is written under, are short enough."""
-    return len(os.fsencode(temporary_name(file).name)) <= LONGEST_NAME
 
 
 def _warnings(mask: str, volume: LabelVolume, synthesizer: Synthesizer) -> Iterator[str]:
@@ -289,15 +268,3 @@ class _Meter:
             yield slab
             if self._on_slice is not None:
                 self._on_slice(self.slices)
-
-
-def check_writable(output: Path) -> None:
-    """Make the folder and a file in it, and take the file away again. Raises `OutputError` before any work is done."""
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        remove_orphans(output)
-        probe = temporary_name(output / "probe")
-        try:
-            probe.touch()
-        finally:
-            probe.unlink(missing_ok=True)

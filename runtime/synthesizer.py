@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,7 +18,7 @@ from .engines.registry import open_engine
 from .errors import GeometryError, MemoryCapExceeded, UnknownLabels
 from .grid import SliceGrid
 from .labels import LabelMap, to_indices
-from .memory import PoolStats, parse_bytes
+from .memory import Allowance, PoolStats, parse_bytes
 from .randomness import CaseRandom
 from .slot import Slot
 from .volume import CTSlab, Geometry, LabelVolume
@@ -37,10 +37,14 @@ class Synthesizer:
     manager, or call `close()`.
     """
 
-    def __init__(self, manifest: Manifest, engine: Engine, *, batch: int = DEFAULT_BATCH, reason: str = "given", file: str = ""):
+    def __init__(
+        self, manifest: Manifest, engine: Engine, *, batch: int = DEFAULT_BATCH, reason: str = "given", file: str = "",
+        again: Callable[[], Engine] | None = None,
+    ):  # fmt: skip
         self.manifest = manifest
         self.file = file  # the model file that the engine runs; empty for one without
         self._engine, self._closed = engine, False
+        self._again, self._released = again, False  # what opens the engine again after `release`
         self._reason, self._batch = reason, max(1, batch)
         self._slots: set[Slot] = set()  # all that are open
         self._idle: list[Slot] = []  # of these, what no volume uses
@@ -56,19 +60,31 @@ class Synthesizer:
         max_memory: int | str | None = None,
         device: int = 0,
         workers: int | None = None,
+        allowance: Allowance | None = None,
     ) -> Synthesizer:
         """Open a model folder. Raises `ModelError`, `UsageError` or `MissingComponent`; see `runtime.engines.registry`.
 
         `max_memory`: bytes, or "2GiB", that may be held on the GPU (with an engine for the CPU: of host memory, beside the engine's
         own), by default what the engine needs. `device`: which GPU. `batch="auto"` gives a GPU engine the largest batch that
         fits, which may round differently from its usual one. `workers`: batches that an engine on the CPU computes at once.
+        `allowance`: memory shared with other models (`runtime.models`).
         """
         folder = Path(model)
         manifest = Manifest.load(folder)
-        options = EngineOptions(None if max_memory is None else parse_bytes(max_memory), device, batch == "auto", workers)
+        options = EngineOptions(None if max_memory is None else parse_bytes(max_memory), device, batch == "auto", workers, allowance)
         engine, reason, file = open_engine(backend, manifest, folder, options)
         slices = max(DEFAULT_BATCH, engine.spec.batch * engine.spec.streams) if batch == "auto" else batch
-        return cls(manifest, engine, batch=slices, reason=reason, file=file)
+
+        def again() -> Engine:
+            new, _, found = open_engine(backend, manifest, folder, options)
+            if (type(new), found, new.spec.batch) == (type(engine), file, engine.spec.batch):
+                return new
+            new.close()
+            raise EngineError(
+                f"opened again, the model runs otherwise: {new.name}", expected=engine.name, remedy="start again, with --backend"
+            )
+
+        return cls(manifest, engine, batch=slices, reason=reason, file=file, again=again)
 
     @property
     def backend(self) -> str:
@@ -143,8 +159,8 @@ class Synthesizer:
 
     def _painted(self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom) -> Generator[tuple[Slot, range]]:
         """Each group of slices with the slot that holds it, in order; the engine works on the next ones meanwhile."""
-        batch, k = self._engine.spec.batch, 0
         slots = self._borrow(grid.size)
+        batch, k = self._engine.spec.batch, 0
         free, busy = deque(slots), deque[tuple[Slot, range]]()
         try:
             while k < grid.count or busy:
@@ -172,6 +188,9 @@ class Synthesizer:
         """Slots for a canvas of `size`: idle ones, then new ones; idle ones of another size make room first."""
         with self._lock:
             engine = self._live
+            if self._released and self._again is not None:
+                engine = self._engine = self._again()
+                self._released = False
             for slot in self._idle:
                 if slot.size != size:
                     slot.close()
@@ -219,16 +238,35 @@ class Synthesizer:
         cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)], options=reading)
         return synthesize(self, cases, Path(output), **options)
 
+    def release(self) -> bool:
+        """Give the engine and its memory back until the next volume, which opens it again, and say whether that was done.
+
+        It is not while a volume is in work, nor where the engine was given and not opened from a folder. Waits for nothing.
+        """
+        if self._again is None or not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self._closed or self._released or len(self._idle) < len(self._slots):
+                return False
+            self._released = True
+            self._end()
+        finally:
+            self._lock.release()
+        return True
+
     def close(self) -> None:
         """Close the engine and give the memory back, also of volumes in work, whose next slab raises; twice is harmless."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
-            for slot in self._slots:
-                slot.close()
-            self._slots.clear()
-            self._idle.clear()
+            self._end()
+
+    def _end(self) -> None:
+        for slot in self._slots:
+            slot.close()
+        self._slots.clear()
+        self._idle.clear()
         self._engine.close()
 
     def __enter__(self) -> Synthesizer:

@@ -118,7 +118,15 @@ def driver_module(world: World) -> ModuleType:
         world.need_context()
         if hStream not in world.streams or hEvent not in world.events:
             raise Refused(CUresult.CUDA_ERROR_INVALID_HANDLE)
-        world.events[hEvent] = (hStream, world.put[hStream])
+        world.record(hEvent, hStream)
+
+    @call
+    def cuStreamWaitEvent(hStream: int, hEvent: int, Flags: int) -> None:
+        world.need_context()
+        assert Flags == 0 and hStream not in world.captures, "a graph would keep the order for ever"
+        if hStream not in world.streams or hEvent not in world.events:
+            raise Refused(CUresult.CUDA_ERROR_INVALID_HANDLE)
+        world.follow(hStream, hEvent)
 
     @call
     def cuEventSynchronize(hEvent: int) -> None:
@@ -160,7 +168,8 @@ def driver_module(world: World) -> ModuleType:
     @call
     def cuGraphLaunch(hGraphExec: int, hStream: int) -> None:
         world.need_context()
-        world.enqueue(hStream, lambda: [work() for work in world.graphs[hGraphExec]] and None)
+        activations = [block for _, blocks in world.graphs[hGraphExec] for block in blocks]
+        world.enqueue(hStream, lambda: [work() for work, _ in world.graphs[hGraphExec]] and None, activations)
 
     @call
     def cuGraphDestroy(hGraph: int) -> None:

@@ -83,9 +83,6 @@ def tensorrt_module(world: World, name: str = "tensorrt_lean", version: str = "1
             capturing = stream_handle in world.captures
             if said_no("execute_async_v3") or not ready or (capturing and self._warm != self._shapes):
                 return False
-            others = [spans for stream, spans in world.busy.items() if stream != stream_handle]
-            assert all(a + n <= self._memory or self._memory + needed <= a for spans in others for a, n in spans), "activations are shared"
-            world.busy.setdefault(stream_handle, []).append((self._memory, needed))
             shapes, addresses, memory = {n: self.get_tensor_shape(n) for n in self._engine.modes}, dict(self._addresses), self._memory
 
             def work() -> None:
@@ -99,7 +96,7 @@ def tensorrt_module(world: World, name: str = "tensorrt_lean", version: str = "1
                 world.at(addresses["ct"], math.prod(shapes["ct"]))[...] = compute(self._engine.session, inputs).ravel()
 
             try:
-                world.enqueue(stream_handle, work)
+                world.enqueue(stream_handle, work, [(memory, needed)])
             except Refused:
                 return False
             self._warm = dict(self._shapes)

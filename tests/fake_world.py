@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
 from importlib.machinery import ModuleSpec
@@ -12,6 +12,8 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+Operation = tuple[Callable[[], None], tuple[tuple[int, int], ...]]  # the work, and the activation blocks it uses
 
 
 class CUresult(IntEnum):
@@ -41,9 +43,11 @@ class World:
     events: dict[int, tuple[int, int]] = field(default_factory=dict)  # stream, operations that were on it at `record`
     done: Counter[int] = field(default_factory=Counter)  # operations ever done on a stream
     put: Counter[int] = field(default_factory=Counter)
-    graphs: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
-    captures: dict[int, tuple[int, list[Callable[[], None]]]] = field(default_factory=dict)  # stream → thread, operations
-    busy: dict[int, list[tuple[int, int]]] = field(default_factory=dict)  # stream → activation blocks of queued work
+    graphs: dict[int, list[Operation]] = field(default_factory=dict)
+    captures: dict[int, tuple[int, list[Operation]]] = field(default_factory=dict)  # stream → thread, operations
+    uses: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)  # stream → operation, activation block of queued work
+    after: dict[int, Counter[int]] = field(default_factory=dict)  # stream → operations of others that its next one comes after
+    before: dict[int, Counter[int]] = field(default_factory=dict)  # event → operations of all streams that are done when it is
     retained: int = 0
     broken: bool = False
     failing: dict[str, int] = field(default_factory=dict)
@@ -113,7 +117,8 @@ class World:
         self.broken = True
         raise Refused(CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
 
-    def enqueue(self, stream: int, work: Callable[[], None]) -> None:
+    def enqueue(self, stream: int, work: Callable[[], None], activations: Sequence[tuple[int, int]] = ()) -> None:
+        """`activations`: the blocks (address, bytes) that nothing else may use while the work is done."""
         with self.lock:
             if stream not in self.streams:
                 raise Refused(CUresult.CUDA_ERROR_INVALID_HANDLE)
@@ -121,10 +126,25 @@ class World:
                 thread, captured = self.captures[stream]
                 if thread != threading.get_ident():
                     raise Refused(CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED)
-                captured.append(work)
+                captured.append((work, tuple(activations)))
                 return
+            for memory, nbytes in activations:
+                for other, queued in self.uses.items():
+                    late = [n for n, a, size in queued if a < memory + nbytes and memory < a + size and n >= self.done[other]]
+                    assert other == stream or all(n < self.after.get(stream, Counter())[other] for n in late), "activations are shared"
+                self.uses.setdefault(stream, []).append((self.put[stream], memory, nbytes))
             self.streams[stream].append(work)
             self.put[stream] += 1
+
+    def record(self, event: int, stream: int) -> None:
+        self.events[event] = (stream, self.put[stream])
+        self.before[event] = self.after.setdefault(stream, Counter()) | Counter({stream: self.put[stream]})
+
+    def follow(self, stream: int, event: int) -> None:
+        other, until = self.events[event]
+        self.after[stream] = self.after.setdefault(stream, Counter()) | self.before.get(event, Counter())
+        if other in self.streams:
+            self.enqueue(stream, lambda: self.drain(other, until) if other in self.streams else None)
 
     def drain(self, stream: int, until: int | None = None) -> None:
         with self.lock:
@@ -136,8 +156,7 @@ class World:
             while queue and (until is None or self.done[stream] < until):
                 self.done[stream] += 1
                 queue.pop(0)()
-            if not queue:
-                self.busy.pop(stream, None)
+            self.uses[stream] = [use for use in self.uses.get(stream, []) if use[0] >= self.done[stream]]
 
     def left(self) -> dict[str, int]:
         """What was not given back."""

@@ -40,6 +40,7 @@ int cuEventCreate(void **e, unsigned f) { return depth && f == 3 ? (events++, *e
 int cuEventDestroy_v2(void *e) { return events--, free(e), 0; }
 int cuEventRecord(void *e, void *s) { return e && s ? 0 : 400; }
 int cuEventSynchronize(void *e) { return e ? 0 : 400; }
+int cuStreamWaitEvent(void *s, void *e, unsigned f) { return e && s && !f ? 0 : 400; }
 int cuMemcpyHtoDAsync_v2(P d, const void *h, size_t n, void *s) { return memcpy((void *)d, h, n), 0; }
 int cuMemcpyDtoHAsync_v2(void *h, P d, size_t n, void *s) { return memcpy(h, (void *)d, n), 0; }
 

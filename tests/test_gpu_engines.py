@@ -91,6 +91,46 @@ def test_a_shape_is_captured_once_and_again_when_it_changes(core: World, gpu_mod
         assert core.calls["cuGraphInstantiate"] == 6
 
 
+def test_contexts_that_never_run_at_once_share_their_activations(core: World, gpu_model: Path) -> None:
+    """A second volume in work, the first one's batches still on the device: two blocks for four contexts, bytes as on the CPU."""
+    volumes = [volume(30), volume(30, seed=1), volume(20, side=80)]
+    expected = on_cpu(gpu_model, *volumes)
+    with Synthesizer.open(gpu_model, backend="tensorrt", batch=1) as synth:
+        assert np.array_equal(synth.paint(volumes[0]), expected[0])
+        alone = synth.memory()["device"].purposes["activations"].peak
+        slabs = synth.slabs(volumes[0])
+        first = next(slabs)
+        for _ in range(2):
+            assert np.array_equal(synth.paint(volumes[1]), expected[1])
+        assert synth.memory()["device"].purposes["activations"].peak == alone and core.calls["create_execution_context"] == 4
+        waited = core.calls["cuStreamWaitEvent"]
+        assert waited
+        larger = synth.paint(volumes[2])  # blocks for another canvas are its own, and go when the first canvas returns
+        rest = [next(slabs).hu for _ in range(29)]
+        assert np.array_equal(larger, expected[2]) and np.array_equal(np.concatenate([first.hu, *rest]), expected[0])
+        slabs.close()
+        synth.paint(volumes[1])
+        assert synth.memory()["device"].purposes["activations"].in_use == alone
+    assert core.left() == {}
+
+
+def test_where_memory_is_short_both_slots_take_turns_on_one_block(core: World, gpu_model: Path) -> None:
+    engine, *_ = open_engine("tensorrt", Manifest.load(gpu_model), gpu_model)
+    blocks = engine.activations  # type: ignore[attr-defined]
+    stream = engine.open_stream()
+    size = engine.device_pool.stats.cap - engine.device_pool.stats.in_use - 4096  # type: ignore[attr-defined]
+    with pytest.raises(MemoryCapExceeded):
+        blocks.take(2 * size, stream=stream)
+    with engine.cuda.current():  # type: ignore[attr-defined]
+        first, second = (blocks.take(size, stream=stream) for _ in range(2))
+        assert first is second and engine.memory()["device"].purposes["activations"].in_use >= size
+        for block in (first, second):
+            blocks.leave(block, None)
+    assert engine.memory()["device"].purposes["activations"].in_use == 0
+    engine.close()
+    assert core.left() == {}
+
+
 def test_a_graph_follows_the_addresses(core: World, gpu_model: Path) -> None:
     """Two sets of page-locked tensors in turn through one stream: a graph of the first would paint into the first."""
     manifest = Manifest.load(gpu_model)

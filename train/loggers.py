@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import MissingComponent, UsageError
+from runtime.errors import UsageError, importing
 
 from . import config as configs
 from .config import LoggingConfig, RunConfig
@@ -25,11 +25,8 @@ def require(logging: LoggingConfig) -> None:
     """
     for name, wanted in (("tensorboard", logging.tensorboard), ("wandb", logging.wandb)):
         if wanted:
-            try:
+            with importing(name, f"{name}, since logging.{name} is on", f"pip install {name}, or drop the option"):
                 __import__(name)
-            except ImportError as exc:
-                raise MissingComponent(f"{name} cannot be imported: {exc}", expected=f"{name}, since logging.{name} is on",
-                                       remedy=f"pip install {name}, or drop the option") from exc  # fmt: skip
     if logging.wandb:
         import wandb
 

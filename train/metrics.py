@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import wasserstein_distance
 
-from runtime.errors import MissingComponent
+from runtime.errors import importing
 
 KERNEL = 11  # px, of the Gaussian window (sigma 1.5) of Wang et al.
 BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of the scales of MS-SSIM (Wang, Simoncelli, Bovik 2003)
@@ -77,13 +77,9 @@ def similarity(a: Volumes, b: Volumes) -> dict[str, float]:
     """
     import torch
 
-    try:
+    with importing("torchmetrics", "torchmetrics, which measures SSIM", "pip install torchmetrics lightning-utilities"):
         from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
         from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-    except ImportError as exc:
-        raise MissingComponent(
-            f"SSIM needs torchmetrics: {exc}", expected="torchmetrics", remedy="pip install torchmetrics lightning-utilities"
-        ) from exc
     low, high = LIMITS_HU
     sums, count, scales = np.zeros(2), 0, scales_of(min(a[0].shape[1:]))
     betas = tuple(beta / sum(BETAS[:scales]) for beta in BETAS[:scales])

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ..contract import LabelTable
 from ..engines.registry import CHOICES
-from ..errors import UsageError
+from ..errors import InputError, UsageError, printable
 from ..io.detect import Case, ReadOptions, find_cases
 from ..io.formats import FORMATS, FormatOptions
 from ..io.headers import SUFFIXES
 from ..labels import MAP_HELP, PRESETS, LabelMap, load_map, lost
 from ..memory import parse_bytes
-from ..synthesizer import DEFAULT_BATCH, Synthesizer
+from ..models import RULES_HELP, Models
+from ..stream import CaseResult, synthesize
+from ..synthesizer import DEFAULT_BATCH
 from ..variants import Ranges
 
 MASK_HELP = "a NIfTI, NRRD or MHA label map, a DICOM SEG or RTSTRUCT, the slices of a DICOM label series, or a folder or zip of such"
@@ -24,7 +26,16 @@ MASK_HELP = "a NIfTI, NRRD or MHA label map, a DICOM SEG or RTSTRUCT, the slices
 
 def add_engine(parser: argparse.ArgumentParser) -> None:
     """Which model, and what runs it: for every command that paints."""
-    parser.add_argument("--model", type=Path, required=True, help="a model folder, as export/build_engine.py writes it")
+    parser.add_argument(
+        "--model",
+        action="append",
+        required=True,
+        metavar="[NAME=]FOLDER",
+        help="a model folder, as export/build_engine.py writes it; more than one: each mask is painted by the one that knows its labels",
+    )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--use", metavar="NAME", help="of several models, this one for every mask")
+    which.add_argument("--rules", type=Path, metavar="RULES.json", help=f"of several models, which one for which mask: {RULES_HELP}")
     how = parser.add_argument_group("engine")
     how.add_argument(
         "--backend",
@@ -40,19 +51,24 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--max-memory",
         type=parse_bytes,
         metavar="SIZE",
-        help="of the GPU, 2GiB or bytes (default: what the engine needs); else of the host",
+        help="of the GPU, 2GiB or bytes (default: what the engine needs); else of the host; of all models together",
     )
     how.add_argument("--device", type=int, default=0, metavar="N", help="which GPU, in the driver's order (default: %(default)s)")
     how.add_argument(
-        "--workers", type=int, metavar="N", help="slices painted at once on a CPU; the result is the same (default: one a core, up to 4)"
+        "--workers", type=int, metavar="N", help="slices painted at once on a CPU; the result is the same (default: one a core, up to 16)"
     )
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
-    """What is made of a mask and how it is written: for every command that paints."""
+    """What is made of a mask, where to and how it is written: for every command that paints into a folder."""
     parser.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     how = parser.add_argument_group("results")
     how.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
+    add_making(how)
+
+
+def add_making(how: argparse._ArgumentGroup) -> None:
+    """What is made of a mask: for every command that paints."""
     how.add_argument("--attach", action="store_true", help="dicom: into the mask's own patient, study and frame of reference")
     how.add_argument("--enhanced", action="store_true", help="dicom: one multi-frame Enhanced CT and not a file a slice")
     how.add_argument(
@@ -98,11 +114,46 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_synthesizer(options: argparse.Namespace) -> Synthesizer:
+def open_models(options: argparse.Namespace) -> Models:
+    return Models.open(options.model, rules=options.rules, use=options.use, **engine(options))
+
+
+def engine(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_engine` says besides the models, as `Synthesizer.open` takes it."""
     if options.workers is not None and options.workers < 1:
         raise UsageError(f"--workers is {options.workers}", expected="1 or more", remedy="leave it out for the default")
-    return Synthesizer.open(options.model, backend=options.backend, batch=options.batch, max_memory=options.max_memory,
-                            device=options.device, workers=options.workers)  # fmt: skip
+    return {name: getattr(options, name) for name in ("backend", "batch", "max_memory", "device", "workers")}
+
+
+def introduce(models: Models) -> None:
+    """Say which models there are and what runs each."""
+    for name in models.names:
+        called = f" {name}:" if len(models) > 1 else ""
+        print(f"model{called} {models[name].manifest.name}, backend {models[name].backend}", file=sys.stderr)
+
+
+def choose(models: Models, case: Case, recipes: Mapping[str, Mapping[str, Any]], *, quiet: bool) -> str:
+    """The name of the model that the case is for; the choice is said with its reason. Raises `InputError`s."""
+    name, reason = models.decide(case, {name: made["labels"] for name, made in recipes.items()})
+    if len(models) > 1 and not quiet:
+        print(f"{printable(Path(case.called.name))}: {name} ({reason})", file=sys.stderr)
+    return name
+
+
+def painted(
+    models: Models, cases: Sequence[Case], recipes: Mapping[str, Mapping[str, Any]], output: Path, *, resume: bool, quiet: bool,
+    on_slice: Callable[[int], None] | None = None,
+) -> Iterator[tuple[CaseResult, str]]:  # fmt: skip
+    """Paint each case by the model it is for: each result, with that model's name, empty where none fits."""
+    chosen: dict[str, list[Case]] = {}
+    for case in cases:
+        try:
+            chosen.setdefault(choose(models, case, recipes, quiet=quiet), []).append(case)
+        except InputError as exc:
+            yield CaseResult(case.name, case.called, None, error=exc), ""
+    for name, those in chosen.items():  # one model after the other: none is opened twice for want of memory
+        for result in synthesize(models[name], those, output, **recipes[name], resume=resume, on_slice=on_slice):
+            yield result, name
 
 
 def recipe(options: argparse.Namespace, table: LabelTable) -> dict[str, Any]:
@@ -117,13 +168,13 @@ def recipe(options: argparse.Namespace, table: LabelTable) -> dict[str, Any]:
     }
 
 
-def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = False) -> list[Case]:
+def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = False, say: bool = True) -> list[Case]:
     """The cases, read as the options say; what was passed over is said."""
     skipped: list[Path] = []
     order = tuple(name.strip() for name in options.overlap_order.split(",") if name.strip())
     how = ReadOptions(order, options.threshold, options.like, options.allow_missing_references)
     cases = find_cases(masks, skipped, options=how, series=options.series, every=every)
-    for path in skipped:
+    for path in skipped if say else ():
         name = path.name if path.name.lower().endswith(SUFFIXES) else "a DICOM file"
         print(f"warning: {name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
     return cases

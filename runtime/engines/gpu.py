@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import threading
 from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class GpuEngine(ABC):
         self._slots: list[GpuSlot] = []
         self._own: GpuSlot | None = None
         self._closed = False
+        self._allowance = options.allowance
         self._reserved: list[Buffer] = []
         self.cuda = Cuda(options.device)  # the gate: nothing of CUDA's or TensorRT's is touched before
         try:
@@ -60,7 +62,8 @@ class GpuEngine(ABC):
 
     def _open_pools(self, device: int, page_locked: int) -> None:
         """The pools, capped at so many bytes."""
-        self.device_pool, self.pool = Pool(self._sources[0], device), Pool(self._sources[1], page_locked)
+        self.device_pool = Pool(self._sources[0], device, self._allowance)
+        self.pool = Pool(self._sources[1], page_locked)
 
     @property
     def name(self) -> str:
@@ -157,12 +160,13 @@ class GpuSlot(ABC):
             if shapes != self._shapes:
                 self._bind_to(shapes)
             self._busy = (inputs, out)
-            try:
-                self._work(inputs, out)
-                self.cuda.record(self._event, self._handle)
-            except BaseException:
-                self._drain()  # the arrays are the caller's again when this is raised
-                raise
+            with self._turn():
+                try:
+                    self._work(inputs, out)
+                    self.cuda.record(self._event, self._handle)
+                except BaseException:
+                    self._drain()  # the arrays are the caller's again when this is raised
+                    raise
             self._pending = True
 
     def synchronize(self) -> None:
@@ -210,6 +214,10 @@ class GpuSlot(ABC):
         for buffer in self.buffers.values():
             buffer.close()
         self.buffers.clear()
+
+    def _turn(self) -> AbstractContextManager[None]:
+        """What it takes to have what slots share to itself, while a batch is put on the stream."""
+        return nullcontext()
 
     @abstractmethod
     def _work(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:

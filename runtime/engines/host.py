@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..memory import DEFAULT_CAP, HostMemory, HostStream, Pool, PoolStats, Stream
 from .base import EngineOptions, EngineSpec, Inputs, check_call, closed, cores
 
-MOST_WORKERS = 4  # batches at once: each has activations of its own; on more cores each batch gets several
+MOST_WORKERS = 16  # batches at once, unless more are asked for: each has activations of its own
 
 
 class WorkerStream(HostStream):
@@ -69,8 +69,9 @@ class HostEngine(ABC):
     spec: EngineSpec
 
     def __init__(self, options: EngineOptions | None = None):
-        self.pool = Pool(HostMemory(), (options and options.max_memory) or DEFAULT_CAP)
-        self.workers = (options and options.workers) or min(cores(), MOST_WORKERS)
+        options = options or EngineOptions()
+        self.pool = Pool(HostMemory(), options.max_memory or DEFAULT_CAP, options.allowance)
+        self.workers = options.workers or min(cores(), MOST_WORKERS)
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._closed = False

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..contract import METADATA, Manifest
-from ..errors import MissingComponent, ModelError
+from ..errors import ModelError, importing
 from .base import EngineOptions, EngineSpec, Inputs, check_graph, closed, cores
 from .host import HostEngine
 
@@ -20,25 +20,20 @@ BATCH = 1
 
 def onnxruntime() -> Any:
     """The onnxruntime module. Raises `MissingComponent` with the two packages that provide it."""
-    try:
+    which = "onnxruntime (or onnxruntime-gpu; never both, they overwrite each other)"
+    with importing("ONNX Runtime", which, 'pip install "mask2ct[onnx]"'):
         import onnxruntime
-    except ImportError as exc:
-        raise MissingComponent(
-            f"ONNX Runtime cannot be imported: {exc}",
-            expected="onnxruntime (or onnxruntime-gpu; never both, they overwrite each other)",
-            remedy='pip install "mask2ct[onnx]"',
-        ) from exc
     return onnxruntime
 
 
 class OnnxEngine(HostEngine):
-    """`path` run by ONNX Runtime's CPU provider, each batch on `threads` threads (default: the workers share the cores)."""
+    """`path` run by ONNX Runtime's CPU provider, whose workers share the cores: its threads change no byte."""
 
-    def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None, *, threads: int | None = None):
+    def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None):
         super().__init__(options)
         ort = onnxruntime()
         settings = ort.SessionOptions()
-        settings.intra_op_num_threads = threads or max(1, cores() // self.workers)
+        settings.intra_op_num_threads = max(1, cores() // self.workers)
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # who waits leaves the core to the other stages
         settings.log_severity_level = 3
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from ..contract import Manifest
 from ..driver import DRIVER_REMEDY, why_no_gpu
 from ..errors import MemoryCapExceeded, MissingComponent, ModelError
-from ..memory import ALIGNMENT, Buffer
+from ..memory import ALIGNMENT
+from .activations import Activations, Block
 from .base import EngineError, EngineOptions, EngineSpec, Inputs
 from .gpu import STREAMS, GpuEngine, GpuSlot, Shapes, batches, nbytes_of, shapes_of
 
@@ -80,11 +82,12 @@ class TensorRTEngine(GpuEngine):
                 kind = f"memory of GPU {options.device}"
                 raise MemoryCapExceeded.of(kind, needs[batch] + weights, cap=room + weights, in_use=0, free=self.cuda.free())
             streams = min(STREAMS, room // needs[batch])
-        # a slot each on the largest canvas, and one for those who call the engine themselves
+        # a slot each on the largest canvas, and one for volumes of another canvas at the same time
         io = nbytes_of(self.tensors, shapes_of(self.tensors, batch, canvas))
         most = (STREAMS + 1) * (self.engine.get_device_memory_size_for_profile_v2(0) + io + ALIGNMENT)
         self._open_pools(options.max_memory or weights + most, max(options.max_memory or 0, (STREAMS + 1) * io))
         self._reserved.append(self.device_pool.reserve(weights, "weights"))
+        self.activations = Activations(self.cuda, self.device_pool.purpose("activations"), streams)
         self.spec = EngineSpec(manifest.inputs, manifest.output, batch, streams, canvas)
 
     def _needs(self, wanted: list[int]) -> list[int]:
@@ -124,7 +127,7 @@ class TensorRTEngine(GpuEngine):
 
 
 class TensorRTSlot(GpuSlot):
-    """An execution context with activation memory of its own, since slots run at once, and a CUDA graph of its shape.
+    """An execution context, the activation memory it works in, and a CUDA graph of its shape.
 
     The first batch of a shape goes call by call, which lets TensorRT set itself up. The second is captured, with its copies, and
     the graph launched from then on, until a shape or an address changes. Tensors that are not page-locked are never captured.
@@ -134,7 +137,7 @@ class TensorRTSlot(GpuSlot):
 
     def __init__(self, owner: TensorRTEngine):
         self._context: Any = None
-        self._activations: Buffer | None = None
+        self._activations: Block | None = None
         self._graph: Any = None
         self._addresses: tuple[int, ...] = ()
         self._uncaptured = 0
@@ -155,7 +158,7 @@ class TensorRTSlot(GpuSlot):
         found = tuple(context.get_tensor_shape(names[-1]))
         accepted(found == shapes[names[-1]], f"an output of {shapes[names[-1]]}, it is {found}")
         needed = max(1, int(context.update_device_memory_size_for_shapes()))
-        self._activations = self.owner.device_pool.purpose("activations").allocate(needed, stream=self)
+        self._activations = self.owner.activations.take(needed, stream=self)
         assert self._activations.ptr % ALIGNMENT == 0
         context.set_device_memory(self._activations.ptr, self._activations.nbytes)
         for name in names:
@@ -164,13 +167,17 @@ class TensorRTSlot(GpuSlot):
     def _unbind(self) -> None:
         self._forget_graph()
         if self._activations is not None:
-            self._activations.close()
+            self.owner.activations.leave(self._activations, self._event)
             self._activations = None
         super()._unbind()
 
     def _forget_graph(self) -> None:
         self.cuda.destroy(graph=self._graph)
         self._graph, self._addresses, self._uncaptured = None, (), 0
+
+    def _turn(self) -> AbstractContextManager[None]:
+        assert self._activations is not None
+        return self._activations.turn(self._handle, self._event)
 
     def _work(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
         addresses = tuple(array.ctypes.data for array in (*inputs.values(), out))

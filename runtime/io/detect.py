@@ -230,6 +230,17 @@ def read_case(case: Case, table: LabelTable, label_map: LabelMap | None = None) 
     return LabelVolume(labels, mask.geometry, mask.nifti_header, mask.dicom, mask.notes)
 
 
+def structures(mask: Volume | Layers, file: Path) -> list[Segment]:
+    """What a mask holds: the segments that it states, or the values that occur, named where it names them."""
+    from .nifti import as_integers
+
+    if isinstance(mask, Layers):
+        return [*mask.segments]
+    named = {segment.number: segment for segment in mask.segments}
+    found = [value for value in present_values(as_integers(mask.values, file)) if value or not named or 0 in named]
+    return [named.get(value, Segment(value)) for value in found]
+
+
 def count(mask: Volume | Layers, file: Path) -> list[tuple[Segment, int]]:
     """Each value or segment that occurs, with its voxels; segments that overlap count the shared ones each."""
     from .nifti import as_integers

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import GeometryError, Mask2CTError, MissingComponent, UnreadableVolume
+from ..errors import GeometryError, Mask2CTError, UnreadableVolume, importing
 from ..volume import DicomSource, Geometry
 from . import archive
 
@@ -55,11 +55,8 @@ class Instance:
 
 def pydicom() -> Any:
     """The pydicom module. Raises `MissingComponent` when it is not installed."""
-    try:
+    with importing("pydicom", "pydicom, which reads DICOM masks", 'pip install "mask2ct[dicom]"'):
         import pydicom
-    except ImportError as exc:
-        raise MissingComponent(f"pydicom cannot be imported: {exc}", expected="pydicom, which reads DICOM masks",
-                               remedy='pip install "mask2ct[dicom]"') from exc  # fmt: skip
     return pydicom
 
 

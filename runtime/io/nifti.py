@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..contract import LabelTable
-from ..errors import GeometryError, MissingComponent, UnreadableVolume, reading
+from ..errors import GeometryError, UnreadableVolume, importing, reading
 from ..labels import LabelMap, to_indices
 from ..volume import Geometry, LabelVolume, Layers, Segment, Volume
 from .headers import EXPECTED, Header, check_header
@@ -33,12 +33,8 @@ _INTEGERS = {2: "u1", 4: "i2", 8: "i4", 256: "i1", 512: "u2", 768: "u4", 1024: "
 
 def simpleitk() -> Any:
     """The SimpleITK module. Raises `MissingComponent` when it is not installed."""
-    try:
+    with importing("SimpleITK", "SimpleITK, which reads volumes", "pip install SimpleITK"):
         import SimpleITK
-    except ImportError as exc:
-        raise MissingComponent(
-            f"SimpleITK cannot be imported: {exc}", expected="SimpleITK, which reads volumes", remedy="pip install SimpleITK"
-        ) from exc
     return SimpleITK
 
 

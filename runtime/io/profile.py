@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..errors import GeometryError, InputError, MissingComponent
+from ..errors import GeometryError, InputError, importing
 from ..version import VERSION
 from ..volume import LabelVolume
 from .headers import MARKS, NOTICE
@@ -136,11 +136,8 @@ def require_libraries(*names: str) -> None:
     import importlib
 
     for name in names:
-        try:
+        with importing(name, f"{name}, which writes DICOM", 'pip install "mask2ct[dicom]"'):
             importlib.import_module(name)
-        except ImportError as exc:
-            raise MissingComponent(f"{name} cannot be imported: {exc}", expected=f"{name}, which writes DICOM",
-                                   remedy='pip install "mask2ct[dicom]"') from exc  # fmt: skip
 
 
 def _engine_sha256(painting: Painting) -> str:

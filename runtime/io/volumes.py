@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..contract import Manifest
-from ..errors import MissingComponent
+from ..errors import importing
 from ..files import atomic_path
 from ..volume import CTSlab, Geometry, LabelVolume
 from .headers import NOTICE, is_synthetic
@@ -63,6 +63,9 @@ class VolumeFormat:
         for file in files[1:]:
             write_labels(file, painting.mask, table_values(painting.manifest.labels), description="mask of a " + NOTICE)
         return files
+
+    def finish(self, output: Path, manifest: Manifest) -> None:
+        pass
 
 
 def write_ct(path: Path, slabs: Iterable[CTSlab], mask: LabelVolume, *, description: str = "") -> None:
@@ -144,12 +147,8 @@ def planes_of(slabs: Iterable[CTSlab], shape: tuple[int, int, int], folder: Path
 
 def isal_threaded() -> Any:
     """isal's threaded gzip. Raises `MissingComponent` when it is not installed."""
-    try:
+    with importing("isal", "isal, which compresses volumes", "pip install isal"):
         from isal import igzip_threaded
-    except ImportError as exc:
-        raise MissingComponent(
-            f"isal cannot be imported: {exc}", expected="isal, which compresses volumes", remedy="pip install isal"
-        ) from exc
     return igzip_threaded
 
 

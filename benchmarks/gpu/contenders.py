@@ -1,0 +1,123 @@
+"""What could run the same network on a GPU: PyTorch FP16 in a CUDA graph, ONNX Runtime's CUDA provider, a bare TensorRT engine.
+
+Contenders of the suite `engine`, beside ours of the same backend. Each says what keeps it from running where it cannot. They have not been
+run yet: no machine with a GPU has had them. Fact `vram`: bytes of the device's memory that are in use while it runs, less what
+was in use before.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.gpu.bare import Bare
+from benchmarks.libraries import loop, network, opened, tensors
+from benchmarks.paired import Ready
+from runtime.contract import Manifest
+from runtime.driver import DRIVER_REMEDY, why_no_gpu
+from runtime.engines.onnx import onnxruntime
+from runtime.engines.onnx_cuda import INSTALL, PROVIDER
+from runtime.errors import MissingComponent
+
+
+def by_pytorch(model: str, trained: str, slices: int, batch: int) -> Ready:
+    """The half graph of the run in `trained`, captured once with fixed tensors and replayed."""
+    _need_gpu()
+    import torch
+
+    from export.graph import folded, halved
+
+    if not torch.cuda.is_available():
+        raise _absent(f"torch {torch.__version__} has no CUDA")
+    if not (Path(trained) / "run.json").is_file():
+        raise _absent("the run folder of this model is not here")
+    before = torch.cuda.mem_get_info()[0]
+    graph = halved(folded(network(trained))).cuda()
+    _, inputs, out = opened(model, "fp32", slices, batch)
+    host = {name: torch.from_numpy(array).pin_memory() for name, array in inputs.items()}
+    result = torch.from_numpy(out).pin_memory()
+    given = {name: tensor[:batch].cuda() for name, tensor in host.items()}
+    with torch.inference_mode():
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                graph(**given)
+        torch.cuda.current_stream().wait_stream(side)
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            painted = graph(**given)
+
+    def call(caller: int, n: int) -> None:
+        for name, tensor in given.items():
+            tensor.copy_(host[name][n : n + batch], non_blocking=True)
+        captured.replay()
+        result[n : n + batch].copy_(painted, non_blocking=True)
+        torch.cuda.synchronize()
+
+    return loop(call, result.numpy(), batch, 1, vram=before - torch.cuda.mem_get_info()[0])
+
+
+def by_onnxruntime(model: str, trained: str, slices: int, batch: int) -> Ready:
+    """The FP16 graph with the provider's own settings, tensors copied to and fro by ONNX Runtime; never on the CPU."""
+    _need_gpu()
+    ort = onnxruntime()
+    if PROVIDER not in ort.get_available_providers():
+        raise MissingComponent("the installed onnxruntime was built without CUDA", expected=PROVIDER, remedy=INSTALL)
+    path, inputs, out = opened(model, "fp16", slices, batch)
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+    settings = ort.SessionOptions()
+    settings.log_severity_level = 3
+    settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    before = _free()
+    session: Any = ort.InferenceSession(str(path), settings, providers=[PROVIDER])
+
+    def call(caller: int, n: int) -> None:
+        out[n : n + batch] = session.run(None, {name: array[n : n + batch] for name, array in inputs.items()})[0]
+
+    call(0, 0)
+    return loop(call, out, batch, 1, vram=before - _free())
+
+
+def by_tensorrt(model: str, trained: str, slices: int, batch: int) -> Ready:
+    """The model's own engine file as one CUDA graph with its copies (benchmarks/gpu/bare.py)."""
+    manifest = Manifest.load(Path(model))
+    name = manifest.file_of("engine", "fp16")
+    if name is None:
+        raise MissingComponent("the model holds no fp16 engine file", expected="one", remedy="export the run on a machine with this GPU")
+    _need_gpu()
+    lean = bool(manifest.files[name].facts.get("version_compatible"))
+    before, inputs = _free(), tensors(manifest, slices)[1]
+    bare = Bare("tensorrt_lean" if lean else "tensorrt", (Path(model) / name).read_bytes(), manifest, batch, captured=True)
+    out = np.empty((slices, *manifest.grid.canvas, 2), np.uint8)
+
+    def call(caller: int, n: int) -> None:
+        for key, array in inputs.items():
+            bare.inputs[key][...] = array[n : n + batch]
+        bare.launch()
+        bare.wait()
+        out[n : n + batch] = bare.output
+
+    return loop(call, out, batch, 1, vram=before - _free())
+
+
+def _need_gpu() -> None:
+    if why := why_no_gpu():
+        raise _absent(why)
+
+
+def _absent(why: str) -> MissingComponent:
+    return MissingComponent(why, expected="an NVIDIA GPU", remedy=DRIVER_REMEDY)
+
+
+def _free() -> int:
+    """Bytes of device memory that nobody uses."""
+    from cuda.bindings import runtime as cuda
+
+    code, free, _ = cuda.cudaMemGetInfo()
+    if int(code):
+        raise _absent(f"CUDA error {int(code)} when asked for its memory")
+    return int(free)

@@ -1,0 +1,94 @@
+"""`mask2ct watch`: a CT for each mask that is put into a folder."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..console import EXIT_CODES
+from ..errors import UsageError
+from ..inbox import Claim, reason
+from ..io.detect import Case
+from ..recipe import Recipe
+from ..stream import CaseResult
+from ..watch import Watcher
+from .common import add_engine, add_reading, add_results, find, introduce, open_models, recipe
+
+
+def add(commands: Any) -> None:
+    watch = commands.add_parser("watch", help="paint a CT for each mask that is put into a folder", epilog=EXIT_CODES)
+    watch.set_defaults(command=_watch)
+    watch.add_argument(
+        "inbox", type=Path, metavar="INBOX", help="the folder: masks, zips and folders of masks in it end in done/ or failed/ there"
+    )
+    add_engine(watch)
+    add_results(watch)
+    add_reading(watch)
+    when = watch.add_argument_group("watching")
+    when.add_argument("--poll", type=_seconds, default=2.0, metavar="SECONDS", help="how often to look (default: %(default)s)")
+    when.add_argument(
+        "--stable", type=_seconds, default=5.0, metavar="SECONDS", help="take what has not changed for so long (default: %(default)s)"
+    )
+    when.add_argument("--once", action="store_true", help="end when nothing is left that is complete")
+    watch.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+
+
+def _watch(options: argparse.Namespace) -> int:
+    with open_models(options) as models:
+        recipes = {name: Recipe(options.output, **recipe(options, synth.manifest.labels)) for name, synth in models.items()}
+        log = _Log(several=len(models) > 1, quiet=options.quiet)
+        watcher = Watcher(options.inbox, models, recipes, find=lambda path, say: find(options, [path], say=say), stable=options.stable,
+                          listener=log)  # fmt: skip
+        if not options.quiet:
+            introduce(models)
+        try:
+            watcher.run(poll=options.poll, once=options.once)
+        finally:
+            log.say(f"{log.done} done, {log.failed} failed → {options.output}")
+    return 1 if log.failed else 0
+
+
+class _Log:
+    """One line for what became of each item; nothing of a patient is in it."""
+
+    def __init__(self, *, several: bool, quiet: bool):
+        self._several, self._quiet = several, quiet
+        self.done = self.failed = 0
+        self._told = False
+
+    def say(self, text: str) -> None:
+        if not self._quiet:
+            print(text, flush=True)
+
+    def chosen(self, case: Case, model: str, reason: str) -> None:
+        if self._several:
+            self.say(f"{case.called.name}: {model} ({reason})")
+
+    def made(self, result: CaseResult) -> None:
+        for warning in result.warnings:
+            print(f"warning: {warning}", file=sys.stderr, flush=True)
+
+    def settled(self, claim: Claim, place: Path) -> None:
+        self._told = False
+        for error in claim.errors:
+            print(f"error: {reason(claim, error)}", file=sys.stderr, flush=True)
+        self.failed += bool(claim.errors)
+        self.done += not claim.errors
+        self.say(f"{claim.called}: {place.parent.name}")
+
+    def waiting(self) -> None:
+        if not self._told:
+            self.say("another run is writing into the output folder: waiting for it")
+        self._told = True
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e6:
+        raise UsageError(f"{text!r} is not a number of seconds", expected="0 or more", remedy="leave it out for the default")
+    return seconds

@@ -1,0 +1,87 @@
+"""What is made of every mask and where it is put, checked before anything begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from .contract import Manifest
+from .errors import UsageError
+from .files import check_writable, fits, remove_orphans
+from .io.detect import Case
+from .io.formats import DEFAULT_OPTIONS, FORMATS, Format, FormatOptions
+from .journal import Journal
+from .labels import LabelMap
+from .variants import Ranges
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is made of every mask: the options of `runtime.stream.synthesize`. Plain data, so that it may cross to another process.
+
+    Without `replace` a mask is refused whose result would take the place of one that the journal has of another.
+    """
+
+    output: Path
+    format: str = "nifti"
+    options: FormatOptions = DEFAULT_OPTIONS
+    variants: int | None = None
+    ranges: Ranges = field(default_factory=Ranges)
+    seed: int = 0
+    labels: LabelMap | None = None
+    resume: bool = False
+    replace: bool = True
+
+    @cached_property
+    def writer(self) -> Format:
+        if self.format not in FORMATS:
+            raise UsageError(f"there is no format {self.format!r}", expected=", ".join(FORMATS), remedy="choose one of these")
+        return FORMATS[self.format](self.options)
+
+    @property
+    def numbers(self) -> Sequence[int | None]:
+        """The variants of each mask."""
+        return [None] if self.variants is None else range(self.variants)
+
+    def files(self, case: str) -> list[Path]:
+        """All that will be written for one mask."""
+        return [file for variant in self.numbers for file in self.writer.files(self.output, case, variant)]
+
+    def check(self, manifest: Manifest, cases: Sequence[Case]) -> None:
+        """Raise what `synthesize` raises before any work."""
+        if self.variants is not None and self.variants < 1:
+            raise UsageError(
+                f"{self.variants} variants were asked for", expected="1 or more", remedy="leave the option out for one CT per mask"
+            )
+        self.writer.check(manifest, self.output)
+        check_writable(self.output)
+        for file in (file for case in cases for file in self.files(case.name)):
+            if fits(file) and file.exists() and not self.writer.is_ours(file):
+                raise UsageError(f"{file.name} is in the way and was not written by mask2ct", expected="an output folder without files of that name",
+                                 remedy="choose another --output, or move that file", file=file)  # fmt: skip
+
+    @contextmanager
+    def journal(self, manifest: Manifest, cases: Sequence[Case]) -> Iterator[Journal]:
+        """The output folder's journal, locked, and the folder kept tidy."""
+        with closing(Journal(self.output)) as journal, self.tidy(manifest, cases):
+            yield journal
+
+    @contextmanager
+    def tidy(self, manifest: Manifest, cases: Sequence[Case]) -> Iterator[None]:
+        """For who holds the journal: before and after, what writers that are gone left half-written is removed; at the end, also of a run
+        that was stopped, a data set's index counts what lies in it."""
+        folders = {self.output, *(file.parent for case in cases for file in self.files(case.name))}
+        try:
+            _sweep(folders)
+            yield
+        finally:
+            _sweep(folders)
+            self.writer.finish(self.output, manifest)
+
+
+def _sweep(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        remove_orphans(folder, locked=True)
