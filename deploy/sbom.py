@@ -54,11 +54,11 @@ SPDX = {
 
 def licence(package: Distribution) -> str:
     """An SPDX expression, or what the package says in its own words, or ""."""
-    metadata = package.metadata
-    if expression := metadata.get("License-Expression"):
-        return str(expression)
-    said = str(metadata.get("License") or "").strip()
-    classified = [c.rsplit(" :: ", 1)[-1] for c in metadata.get_all("Classifier") or () if c.startswith("License :: ")]
+    stated = {name: package.metadata.get_all(name) or [] for name in ("License-Expression", "License", "Classifier")}
+    if stated["License-Expression"]:
+        return str(stated["License-Expression"][0])
+    said = "".join(stated["License"]).strip()
+    classified = [line.rsplit(" :: ", 1)[-1] for line in stated["Classifier"] if line.startswith("License :: ")]
     known = dict.fromkeys(SPDX[text.casefold()] for text in (said, *classified) if text.casefold() in SPDX)
     if said in PERMISSIVE or re.fullmatch(r"[\w.+-]+( (AND|OR|WITH) [\w.+-]+)+", said):
         return said

@@ -85,7 +85,8 @@ def test_the_unit_starts_a_command_that_mask2ct_has_with_options_that_it_knows(n
         pytest.skip(f"mask2ct has no {name}")
     (line,) = re.findall("(?m)^ExecStart=/opt/mask2ct/venv/bin/mask2ct (.*)$", unit(root, name))
     (defaults,) = re.findall("(?m)^Environment=(.*)$", unit(root, name))
-    values = {**dict(word.split("=", 1) for word in shlex.split(defaults)), "MODEL": str(tmp_path / "no-model")}
+    (example,) = re.findall("(?m)^# .* OPTIONS=(--.*)$", unit(root, name))  # as its comment proposes
+    values = {**dict(word.split("=", 1) for word in shlex.split(defaults)), "MODEL": str(tmp_path / "no-model"), "OPTIONS": example}
     words = shlex.split(re.sub(r"\$\{?(\w+)\}?", lambda found: values[found[1]], line).replace("/var/lib/mask2ct", str(tmp_path)))
     done = command("-m", "runtime", *words)
     assert done.returncode == 2 and "no-model" in done.stderr and "usage:" not in done.stderr
