@@ -7,7 +7,7 @@ PIP_OPTIONS ?=
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo test test-all fuzz lint bench bench-full clean tensorrt-bindings pycuda-bindings
+.PHONY: setup demo test test-all fuzz lint bench bench-full bench-record bench-twice clean tensorrt-bindings pycuda-bindings
 
 setup: $(STAMP)
 
@@ -69,12 +69,28 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# Every suite at a size for a laptop; bench-full at that of the README.
+# docs/benchmarks.md says what each suite measures. bench: a size for a laptop; bench-full: 300 x 512 x 512 and every contender.
+SUITES = engine stream memory coldstart io train
+
 bench: setup
-	$(RUN) benchmarks/run.py engine stream memory coldstart io train --quick
+	$(RUN) benchmarks/run.py $(SUITES) --quick
 
 bench-full: setup
-	$(RUN) benchmarks/run.py engine stream memory coldstart io train
+	$(RUN) benchmarks/run.py $(SUITES)
+	$(RUN) benchmarks/bars.py
+
+# The same, kept in benchmarks/results/history.jsonl, and the README's table anew: on a machine that does nothing else.
+bench-record: setup
+	$(RUN) benchmarks/run.py $(SUITES) --record
+	$(RUN) benchmarks/bars.py --record
+	$(RUN) benchmarks/report.py
+	$(RUN) benchmarks/report.py --readme
+
+# Do two runs say the same? Twice as long as bench.
+bench-twice: setup
+	$(RUN) benchmarks/run.py $(SUITES) --quick --json runs/bench/one.json
+	$(RUN) benchmarks/run.py $(SUITES) --quick --json runs/bench/other.json
+	$(RUN) benchmarks/agree.py runs/bench/one.json runs/bench/other.json
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

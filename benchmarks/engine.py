@@ -48,13 +48,15 @@ def groups(given: Prepared | None, backend: str, quick: bool) -> dict[str, list[
 
 def contenders(model: Path, trained: Path | None, backend: str, slices: int, quick: bool) -> list[Contender]:
     manifest, given = Manifest.load(model), {"model": str(model), "slices": slices}
+    if backend == "auto" and not manifest.parity:
+        backend = "openvino"  # nothing is proven, so that it has to be asked for by name
     cost = macs(model)
     batches = QUICK_BATCHES if quick else BATCHES
     found = [
         Contender(f"mask2ct {what}", f"benchmarks.engine:{make}", {**given, "backend": backend}, HU["fp32"], {"fp32": cost})
         for what, make in (("synthesizer", "synthesizer"), ("engine", "ours"))
     ]
-    if manifest.file_of("onnx", "int8") and backend == "auto":
+    if "openvino-int8" in manifest.parity.get(str(manifest.file_of("onnx", "int8")), {}):
         options = {**given, "backend": "openvino-int8"}
         found.append(Contender("mask2ct synthesizer, INT8", "benchmarks.engine:synthesizer", options, HU["int8"], {"int8": cost}))
     found += [

@@ -53,7 +53,7 @@ def groups(given: Prepared, backend: str, quick: bool) -> dict[str, list[Contend
         )
 
     large = [painting(OURS, mask)]
-    if manifest.file_of("onnx", "int8") and backend == "auto":
+    if "openvino-int8" in manifest.parity.get(str(manifest.file_of("onnx", "int8")), {}):
         large.append(painting(f"{OURS}, INT8", mask, "openvino-int8"))
     if given.trained is not None:
         weights = {**mask, "trained": str(given.trained)}

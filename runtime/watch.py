@@ -21,6 +21,7 @@ from .recipe import Recipe
 from .stream import CaseResult, Run
 
 AT_ONCE = 4  # claimed together: one is read ahead while another is painted, and little is kept from other watchers
+SHORTEST = 0.01  # seconds between two looks
 PER_LOOK = 64  # items between two looks at the whole folder
 
 
@@ -67,7 +68,7 @@ class Watcher:
             if not self.step():
                 if once and not self._inbox.settling and not self._waiting:
                     return
-                time.sleep(poll)
+                time.sleep(max(poll, SHORTEST))
 
     def step(self) -> bool:
         """One look, and the work it finds; whether any was done."""

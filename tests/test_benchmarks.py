@@ -10,8 +10,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks import macs, report
-from runtime.errors import UsageError
+from benchmarks import agree, bars, engine, libraries, macs, models, report
+from benchmarks.gpu import contenders as gpu
+from benchmarks.history import load
+from benchmarks.paired import Contender, Measured, Ready
+from benchmarks.roof import ROOF, beside, shares
+from runtime import Synthesizer
+from runtime.driver import why_no_gpu
+from runtime.errors import MissingComponent, UsageError
 
 
 def graph(path: Path) -> Path:
@@ -54,6 +60,102 @@ def test_a_record_becomes_a_page_and_the_readmes_table(tmp_path: Path) -> None:
     assert "| ours |" not in report.with_table(readme, [newer])  # a quick run is none to show
     with pytest.raises(UsageError, match="no place for the table"):
         report.with_table("no marks", [newer])
+
+
+def test_the_readmes_table_is_the_one_that_the_committed_records_give(root: Path) -> None:
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    assert readme == report.with_table(readme, load()), "run: python benchmarks/report.py --readme"
+    table = readme.split(report.BEGIN)[1].split(report.END)[0]
+    assert table.count("commit ") >= 2 and " cores" in table and "ours / this" in table
+
+
+def test_a_share_is_of_the_limit_that_is_nearest_and_of_its_faster_roof() -> None:
+    ours, idle = Contender("ours", "m:f", cost={"fp32": 10, "memcpy": 1}), Contender("idle", "m:f")
+    assert [c.name for c in beside([ours, idle])] == [f"{ROOF}fp32 matrix product", f"{ROOF}fp32 3x3 convolution", f"{ROOF}memcpy"]
+    measured = {
+        "ours": Measured((1.0, 2.0, 3.0)), "idle": Measured((1.0, 1.0, 1.0)),
+        f"{ROOF}fp32 matrix product": Measured((20.0, 80.0, 20.0)), f"{ROOF}fp32 3x3 convolution": Measured((40.0, 40.0, 60.0)),
+        f"{ROOF}memcpy": Measured((100.0, 100.0, 100.0)),
+    }  # fmt: skip
+    assert shares([ours, idle], measured) == {"ours": ("fp32", 0.25)}
+    del measured[f"{ROOF}fp32 matrix product"], measured[f"{ROOF}fp32 3x3 convolution"]
+    assert shares([ours], measured) == {"ours": ("memcpy", 0.02)}
+
+
+def test_a_column_is_there_when_some_contender_fills_it() -> None:
+    from test_paired import record
+
+    made = record(np.random.default_rng(0), 2.0)
+    head, *body = report.rows(made)
+    assert "GPU MiB" not in head and "of the roof" not in head and head[-1] == "ours / this"
+    made["contenders"]["torch"] |= {"vram": 3 << 20, "roof": "fp32", "share_of_roof": 0.5, "call_ms": {"p50": 1.0, "p90": 2.0, "p99": 4.5}}
+    head, *body = report.rows(made)
+    line = dict(zip(head, body[1], strict=True))
+    assert (line["GPU MiB"], line["of the roof"], line["a call, ms: p50 / p90 / p99"]) == ("3", "50% fp32", "1 / 2 / 4.5")
+    assert dict(zip(head, body[0], strict=True))["GPU MiB"] == ""
+
+
+def test_two_runs_agree_where_their_intervals_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(name: str, *intervals: tuple[float, float, float]) -> str:
+        ratios = {str(n): dict(zip(("least", "value", "most"), i, strict=True)) for n, i in enumerate(intervals)}
+        (tmp_path / name).write_text(json.dumps([{"suite": "engine", "ratios": ratios}]))
+        return str(tmp_path / name)
+
+    same = [(0.9, 1.0, 1.1)] * 9
+    one, other, third = (
+        run("a", *same, (2, 2.1, 2.2)),
+        run("b", *same, (1.8, 1.9, 2.0)),
+        run("c", *same[1:], (0.5, 0.6, 0.7), (1.8, 1.9, 1.95)),
+    )
+    assert agree.main([one, other]) == 0
+    assert '{"ratios": 10, "agree": 10, "held": 9}' in capsys.readouterr().out
+    assert agree.main([one, third]) == 1
+    assert "apart: engine: ours / 9: 2.10 (2.00 … 2.20)" in capsys.readouterr().out
+    (tmp_path / "bad").write_text("{}")
+    with pytest.raises(UsageError, match="holds no records"):
+        agree.main([one, str(tmp_path / "bad")])
+
+
+def test_a_bar_is_decided_by_the_hardest_contender() -> None:
+    bar, made = bars.Bar("at least twice as fast", 2.0, []), {"suite": "bar", "ratios": {}}
+    for name, least, value, most in (("slow", 4, 5, 6), ("fast", 1.9, 2.1, 2.3)):
+        made["ratios"][name] = {"least": least, "value": value, "most": most}
+    held, said = bars.verdict(bar, made)
+    assert held and "held, 2.1 (1.9 … 2.3) against fast" in said and "surely" not in said
+    assert bars.verdict(bars.Bar("", 2.2, []), made)[0] is False and "surely held" in bars.verdict(bars.Bar("", 1.9, []), made)[1]
+
+
+def test_whoever_runs_the_network_paints_the_same_slices(model: Path, trained: Path) -> None:
+    given = {"model": str(model), "slices": 8}
+    found: dict[str, Ready] = {
+        "synthesizer": engine.synthesizer(**given, backend="auto"),
+        "engine": engine.ours(**given, backend="auto"),
+        "OpenVINO": libraries.by_openvino(**given, precision="fp32", batch=4),
+        "ONNX Runtime": libraries.by_onnxruntime(**given, precision="fp32", batch=1),
+        "PyTorch": libraries.by_pytorch(**given, trained=str(trained), way="channels_last", batch=8),
+    }
+    painted = {name: ready.output() for name, ready in found.items() if ready.output is not None}
+    assert painted["engine"].std() > 1 and painted["engine"].shape[0] == 8
+    for name, values in painted.items():
+        assert np.abs(values.astype(float) - painted["engine"]).mean() <= engine.HU["fp32"], name
+    assert found["OpenVINO"].run() == 8 and found["OpenVINO"].run() == 8
+    assert set(found["OpenVINO"].facts["call_ms"]) == {"p50", "p90", "p99"}  # of the third round: the first two set up and warm
+
+
+def test_a_model_is_measured_at_another_size_under_the_same_proof(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "FOLDER", tmp_path)
+    assert models.at_size(model, 64) == model
+    larger = models.at_size(model, 96)
+    with Synthesizer.open(larger) as synth:
+        assert synth.manifest.grid.canvas == (96, 96) and "proven" in synth.backend
+    assert engine.macs(larger) == pytest.approx(engine.macs(model) * (96 / 64) ** 2, rel=1e-3)
+
+
+@pytest.mark.skipif(why_no_gpu() is None, reason="there is a GPU here")
+@pytest.mark.parametrize("make", sorted(engine.GPU.values()))
+def test_a_contender_for_a_gpu_says_why_it_is_not_there(make: str, model: Path, trained: Path) -> None:
+    with pytest.raises(MissingComponent, match=r"driver|engine file|GPU"):
+        getattr(gpu, make)(model=str(model), trained=str(trained), slices=8, batch=8)
 
 
 def test_every_suite_is_named_in_the_help(command) -> None:

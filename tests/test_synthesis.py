@@ -39,6 +39,19 @@ def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(tmp_path: Path,
     assert results(tmp_path / "a") == expected
 
 
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_the_number_of_cores_changes_no_byte(model: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
+    """OpenVINO divides a slice between three threads otherwise than between two: the image differs by a HU here and there."""
+    volumes, painted = ((blobs((9, 40, 50)), (3.0, 3.1, 2.0)), (blobs((2, 256, 256)), (2.0, 2.0, 2.0))), set()
+    for count, workers in ((1, None), (2, 1), (3, 1), (3, 3), (8, None)):
+        for module in ("host", "onnx", "openvino"):
+            monkeypatch.setattr(f"runtime.engines.{module}.cores", lambda count=count: count, raising=False)
+        with Synthesizer.open(model, backend=backend, workers=workers) as opened:
+            for values, spacing in volumes:
+                painted.add((spacing, opened.paint(opened.volume(values, Geometry.from_spacing(spacing))).tobytes()))
+    assert len(painted) == 2
+
+
 def test_a_large_plane_compresses_to_the_same_bytes_for_any_batch(tmp_path: Path, fake_model: Path) -> None:
     """A slab of several MiB reaches the compressor in the same pieces as single slices do."""
     mask = write_mask(tmp_path / "m.nii.gz", blobs((24, 320, 320)), spacing=(0.9, 0.9, 2.0))

@@ -54,7 +54,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--device", type=int, default=0, metavar="N", help="which GPU, in the driver's order (default: %(default)s)")
     how.add_argument(
-        "--workers", type=int, metavar="N", help="slices painted at once on a CPU; the result is the same (default: one a core, up to 4)"
+        "--workers", type=int, metavar="N", help="slices painted at once on a CPU; the result is the same (default: one a core, up to 16)"
     )
 
 

@@ -44,7 +44,7 @@ class EngineSpec:
 class EngineOptions:
     """What may be asked of any engine. `max_memory`: bytes its pool may hold where it computes (the GPU, or the host), None for
     what the engine needs. `device`: which GPU. `auto_batch`: take the largest batch that fits, where the engine has a choice. `workers`: batches that
-    an engine on the CPU computes at once, None for one a core, up to 4. `allowance`: what its pool shares with those of other engines."""
+    an engine on the CPU computes at once, None for one a core, up to 16. `allowance`: what its pool shares with those of other engines."""
 
     max_memory: int | None = None
     device: int = 0

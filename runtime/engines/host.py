@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..memory import DEFAULT_CAP, HostMemory, HostStream, Pool, PoolStats, Stream
 from .base import EngineOptions, EngineSpec, Inputs, check_call, closed, cores
 
-MOST_WORKERS = 4  # batches at once: each has activations of its own; on more cores each batch gets several
+MOST_WORKERS = 16  # batches at once, unless more are asked for: each has activations of its own
 
 
 class WorkerStream(HostStream):

@@ -27,13 +27,13 @@ def onnxruntime() -> Any:
 
 
 class OnnxEngine(HostEngine):
-    """`path` run by ONNX Runtime's CPU provider, each batch on `threads` threads (default: the workers share the cores)."""
+    """`path` run by ONNX Runtime's CPU provider, whose workers share the cores: its threads change no byte."""
 
-    def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None, *, threads: int | None = None):
+    def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None):
         super().__init__(options)
         ort = onnxruntime()
         settings = ort.SessionOptions()
-        settings.intra_op_num_threads = threads or max(1, cores() // self.workers)
+        settings.intra_op_num_threads = max(1, cores() // self.workers)
         settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # who waits leaves the core to the other stages
         settings.log_severity_level = 3
         try:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..contract import METADATA, Manifest
 from ..errors import ModelError, importing
-from .base import EngineOptions, EngineSpec, Inputs, check_graph, cores
+from .base import EngineOptions, EngineSpec, Inputs, check_graph
 from .host import HostEngine
 
 BATCH = 1  # one slice a run, as in ONNX Runtime: a batch of 8 was slower for light networks, and pads the last
@@ -36,22 +36,22 @@ def openvino() -> Any:
 
 
 class OpenVinoEngine(HostEngine):
-    """`path` run by OpenVINO's CPU plugin on `threads` threads (default: the cores this process may use).
+    """`path` run by OpenVINO's CPU plugin, each slice on one core.
 
+    Three threads round otherwise than two, by a HU here and there; one is the same on every machine, and several slices at once keep
+    the other cores busy.
     What is not quantised is computed in FP32. Left to itself OpenVINO takes bfloat16 where the CPU has it, which is slower
     without AMX and changes the image.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None, *, threads: int | None = None):
+    def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None):
         super().__init__(options)
         ov = openvino()
-        count = threads or cores()
-        workers = min(count, self.workers)
         settings = {
             "INFERENCE_PRECISION_HINT": "f32",
             "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": count,
-            "NUM_STREAMS": workers,  # as many slices at once, each on its share of the threads
+            "INFERENCE_NUM_THREADS": self.workers,
+            "NUM_STREAMS": self.workers,  # as many slices at once, each on a thread of its own
             "ENABLE_CPU_PINNING": False,  # several processes on one machine would pin to the same cores
         }
         try:
@@ -67,10 +67,10 @@ class OpenVinoEngine(HostEngine):
         dtypes = [port.element_type.to_dtype().name for port in compiled.inputs]
         check_graph(manifest, dict(zip(names, dtypes, strict=True)), statement, path)
         self._ov, self._requests = ov, SimpleQueue[Any]()  # the idle ones: a request serves one call at a time
-        for _ in range(workers):
+        for _ in range(self.workers):
             self._requests.put(compiled.create_infer_request())
-        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=workers + 1)
-        self.name = f"openvino {ov.get_version().split('-')[0]} on CPU, {count} threads, {path.name}"
+        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.workers + 1)
+        self.name = f"openvino {ov.get_version().split('-')[0]} on CPU, {path.name}"
 
     def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
         request = self._requests.get()
