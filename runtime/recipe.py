@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -20,10 +20,7 @@ from .variants import Ranges
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is made of every mask: the options of `runtime.stream.synthesize`. Plain data, so that it may cross to another process.
-
-    Without `replace` a mask is refused whose result would take the place of one that the journal has of another.
-    """
+    """What is made of every mask: the options of `runtime.stream.synthesize`. Plain data, so that it may cross to another process."""
 
     output: Path
     format: str = "nifti"
@@ -64,16 +61,22 @@ class Recipe:
                                  remedy="choose another --output, or move that file", file=file)  # fmt: skip
 
     @contextmanager
-    def journal(self, cases: Sequence[Case]) -> Iterator[Journal]:
-        """The output folder's journal, locked; what writers that are gone left half-written is removed."""
-        journal = Journal(self.output)
+    def journal(self, manifest: Manifest, cases: Sequence[Case], held: Journal | None = None) -> Iterator[Journal]:
+        """The output folder's journal, locked, or the one that the caller holds. Before and after, what writers that are gone left
+        half-written is removed; at the end, also of a run that was stopped, a data set's index counts what lies in it."""
+        journal = held or Journal(self.output)
+        folders = {self.output, *(file.parent for case in cases for file in self.files(case.name))}
         try:
-            self.tidy(cases)
+            self._sweep(folders)
             yield journal
         finally:
-            journal.close()
+            try:
+                self._sweep(folders)
+                self.writer.finish(self.output, manifest)
+            finally:
+                if held is None:
+                    journal.close()
 
-    def tidy(self, cases: Sequence[Case]) -> None:
-        """Remove what others left half-written where the cases' results go; for who holds the folder's journal."""
-        for folder in {self.output, *(file.parent for case in cases for file in self.files(case.name))}:
+    def _sweep(self, folders: Iterable[Path]) -> None:
+        for folder in folders:
             remove_orphans(folder, locked=True)

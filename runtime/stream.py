@@ -63,14 +63,14 @@ def synthesize(
     labels: LabelMap | None = None,
     resume: bool = False,
     on_slice: Callable[[int], None] | None = None,
-) -> Iterator[CaseResult]:
+) -> Generator[CaseResult]:
     """Paint each case into `output`, as `runtime.io.formats` says for `format`; `variants` = K writes K pairs of CT and mask for
     each, 0 to K - 1: the first of the mask as it is, the others deformed within `ranges` (see `runtime.variants`).
 
     `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all that the bytes depend on, is
     not made again; without it existing results are replaced.
 
-    Returns an iterator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
+    Returns a generator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
     results written behind while the caller's thread paints. A mask that cannot be used gives its error and the next one follows;
     `OutputError` is raised, for what cannot be written for one cannot for any. `on_slice(n)` is told that n slices of the case are
     painted. Raises `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be
@@ -83,8 +83,8 @@ def synthesize(
 
 def _locked(
     synthesizer: Synthesizer, recipe: Recipe, cases: Sequence[Case], on_slice: Callable[[int], None] | None
-) -> Iterator[CaseResult]:
-    with recipe.journal(cases) as journal:
+) -> Generator[CaseResult]:
+    with recipe.journal(synthesizer.manifest, cases) as journal:
         yield from Run(synthesizer, recipe, journal, on_slice).results(cases)
 
 
@@ -114,7 +114,7 @@ class Run:
         self._recipe, self._output, self._format, self._variants = recipe, recipe.output, recipe.writer, recipe.numbers
         self._ranges, self._seed, self._labels, self._resume = recipe.ranges, recipe.seed, recipe.labels, recipe.resume
 
-    def results(self, cases: Sequence[Case]) -> Generator[CaseResult]:
+    def results(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
         ahead, behind = Ahead(self._prepare(cases)), Behind(self._write)
         try:
             for item in ahead:

@@ -109,10 +109,14 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def open_models(options: argparse.Namespace) -> Models:
+    return Models.open(options.model, rules=options.rules, use=options.use, **engine(options))
+
+
+def engine(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_engine` says besides the models, as `Synthesizer.open` takes it."""
     if options.workers is not None and options.workers < 1:
         raise UsageError(f"--workers is {options.workers}", expected="1 or more", remedy="leave it out for the default")
-    return Models.open(options.model, rules=options.rules, use=options.use, backend=options.backend, batch=options.batch,
-                       max_memory=options.max_memory, device=options.device, workers=options.workers)  # fmt: skip
+    return {name: getattr(options, name) for name in ("backend", "batch", "max_memory", "device", "workers")}
 
 
 def introduce(models: Models) -> None:
