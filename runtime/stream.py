@@ -114,7 +114,7 @@ class Run:
         self._recipe, self._output, self._format, self._variants = recipe, recipe.output, recipe.writer, recipe.numbers
         self._ranges, self._seed, self._labels, self._resume = recipe.ranges, recipe.seed, recipe.labels, recipe.resume
 
-    def results(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
+    def results(self, cases: Sequence[Case]) -> Generator[CaseResult]:
         ahead, behind = Ahead(self._prepare(cases)), Behind(self._write)
         try:
             for item in ahead:

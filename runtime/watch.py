@@ -64,9 +64,9 @@ class Watcher:
 
         Raises `OutputError` where results cannot be written, and what concerns all masks alike.
         """
-        with suppress(FolderBusy), closing(Journal(self._output)) as journal:  # what a watcher that was killed did not come to
+        with suppress(FolderBusy), closing(Journal(self._output)):  # what a watcher that was killed did not come to
             for name, recipe in self._recipes.items():
-                with recipe.journal(self._models[name].manifest, [], journal):
+                with recipe.tidy(self._models[name].manifest, []):
                     pass
         while True:
             if not self.step():
@@ -126,7 +126,7 @@ class Watcher:
         try:
             synth, recipe, mine = self._models[model], self._recipes[model], [cases[name][1] for name in names]
             recipe.check(synth.manifest, mine)
-            with recipe.journal(synth.manifest, mine, journal), closing(Run(synth, recipe, journal).results(mine)) as results:
+            with recipe.tidy(synth.manifest, mine), closing(Run(synth, recipe, journal).results(mine)) as results:
                 for result in results:
                     self._listener.made(result)
                     self._count(cases[result.case][0], result)
