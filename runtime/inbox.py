@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import Mask2CTError, UsageError, writing
-from .files import lock, write_text
+from .files import fits, lock, write_text
 from .io.archive import is_zip
 from .io.dicom_files import neutral
 from .io.headers import SUFFIXES
 
 WORK, DONE, FAILED = ".work", "done", "failed"
-LOCK = "lock"
+LOCK = ".lock"  # nothing that is taken begins with a dot
 UNFINISHED = (".part", ".partial", ".tmp", ".filepart", ".crdownload", "~")  # what copies are called before they are whole
+IGNORED = (".ds_store", "._")  # what macOS leaves in folders begins with
 PATIENCE = 10  # times as long as for others, what does not look whole is left to whoever may still be writing it
 
 Fingerprint = tuple[tuple[str, int, int], ...]
@@ -139,7 +140,9 @@ class Inbox:
             with self._alone():
                 place = _free(folder / claim.item.name)
                 if claim.errors:  # first, so that nothing lies there without its reason
-                    write_text(place.with_name(f"{place.name}.reason.txt"), "\n\n".join(reason(claim, exc) for exc in claim.errors) + "\n")
+                    beside = place.with_name(f"{place.name}.reason.txt")
+                    beside = beside if fits(beside) else place.with_name(f"{neutral('item', place.name)}.reason.txt")
+                    write_text(beside, "\n\n".join(reason(claim, exc) for exc in claim.errors) + "\n")
                 os.rename(claim.item, place)
             self._end(claim)
         return place
@@ -173,7 +176,7 @@ def fingerprint(path: Path) -> Fingerprint:
     try:
         if not path.is_dir():
             return (("", path.stat().st_size, path.stat().st_mtime_ns),)
-        files = [Path(where) / name for where, _, names in os.walk(path) for name in names]
+        files = [Path(where) / name for where, _, names in os.walk(path) for name in names if not name.lower().startswith(IGNORED)]
         if any(_unfinished(file.name) for file in files):
             return ()
         return tuple(sorted((file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files))

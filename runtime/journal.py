@@ -24,13 +24,15 @@ JOURNAL = ".mask2ct.journal"
 
 @dataclass(frozen=True)
 class Entry:
-    """One completed result. `key`: SHA-256 of all that its bytes depend on; `files`: path within the folder → SHA-256."""
+    """One completed result. `key`: SHA-256 of all that its bytes depend on, `mask`: of the mask's files alone, empty where an
+    older mask2ct wrote it; `files`: path within the folder → SHA-256."""
 
     result: str
     key: str
     files: Mapping[str, str]
     slices: int
     warnings: tuple[str, ...] = ()
+    mask: str = ""
 
 
 class Ledger:
@@ -49,10 +51,10 @@ class Ledger:
         except OSError:
             return None
 
-    def foreign(self, result: str, key: str) -> bool:
-        """Whether files of `result` are there that were made from anything else than `key`."""
+    def foreign(self, result: str, mask: str) -> bool:
+        """Whether files of `result` are there that were made of another mask."""
         entry = self.entries.get(result)
-        return entry is not None and entry.key != key and any((self._folder / name).exists() for name in entry.files)
+        return entry is not None and entry.mask != mask and any((self._folder / name).exists() for name in entry.files)
 
     def add(self, entry: Entry) -> None:
         self.entries[entry.result] = entry
@@ -143,7 +145,7 @@ def facts_in(content: bytes) -> Iterator[dict[str, Any]]:
 
 def _entry(facts: Mapping[str, Any]) -> Entry | None:
     try:
-        return Entry(facts["result"], facts["key"], facts["files"], facts["slices"], tuple(facts["warnings"]))
+        return Entry(facts["result"], facts["key"], facts["files"], facts["slices"], tuple(facts["warnings"]), facts.get("mask", ""))
     except (KeyError, TypeError):
         return None
 

@@ -63,14 +63,14 @@ def synthesize(
     labels: LabelMap | None = None,
     resume: bool = False,
     on_slice: Callable[[int], None] | None = None,
-) -> Iterator[CaseResult]:
+) -> Generator[CaseResult]:
     """Paint each case into `output`, as `runtime.io.formats` says for `format`; `variants` = K writes K pairs of CT and mask for
     each, 0 to K - 1: the first of the mask as it is, the others deformed within `ranges` (see `runtime.variants`).
 
     `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all that the bytes depend on, is
     not made again; without it existing results are replaced.
 
-    Returns an iterator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
+    Returns a generator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
     results written behind while the caller's thread paints. A mask that cannot be used gives its error and the next one follows;
     `OutputError` is raised, for what cannot be written for one cannot for any. `on_slice(n)` is told that n slices of the case are
     painted. Raises `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be
@@ -83,7 +83,7 @@ def synthesize(
 
 def _locked(
     synthesizer: Synthesizer, recipe: Recipe, cases: Sequence[Case], on_slice: Callable[[int], None] | None
-) -> Iterator[CaseResult]:
+) -> Generator[CaseResult]:
     with recipe.journal(synthesizer.manifest, cases) as journal:
         yield from Run(synthesizer, recipe, journal, on_slice).results(cases)
 
@@ -143,7 +143,7 @@ class Run:
                 inputs = self._input(case)
                 keys = {variant: self._key(case, variant, inputs) for variant in self._variants}
                 if not self._recipe.replace:
-                    self._refuse_to_replace(case, keys)
+                    self._refuse_to_replace(case, _mask(inputs))
                 proven = {
                     v: entry for v, key in keys.items() if self._resume and (entry := self._journal.proven(result_name(case.name, v), key))
                 }
@@ -200,7 +200,7 @@ class Run:
         files = self._format.write(self._output, job.painting, counted)
         with writing(self._output):
             digests = {file.relative_to(self._output).as_posix(): digest_of(file) for file in files}
-        self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings))
+        self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings, _mask(result.input)))
         seconds = {**job.seconds, "write": time.perf_counter() - started - counted.seconds}
         return replace(result, files=files, slices=counted.slices, seconds=seconds, sha256=digests)
 
@@ -228,15 +228,20 @@ class Run:
             "ranges": vars(self._ranges) if variant else None,
         })  # fmt: skip
 
-    def _refuse_to_replace(self, case: Case, keys: Mapping[int | None, str]) -> None:
-        if there := [name for variant, key in keys.items() if self._journal.foreign(name := result_name(case.name, variant), key)]:
-            raise InputError(f"the output folder holds {there[0]}, made of another mask or with other options", file=case.called,
+    def _refuse_to_replace(self, case: Case, mask: str) -> None:
+        if there := [name for variant in self._variants if self._journal.foreign(name := result_name(case.name, variant), mask)]:
+            raise InputError(f"the output folder holds {there[0]}, made of another mask", file=case.called,
                              expected="a name of its own for each case", remedy="rename the mask, or take that result away")  # fmt: skip
 
     def _check_names(self, case: Case) -> None:
         if not all(map(fits, self._recipe.files(case.name))):
             raise UnreadableVolume(f"the name of {case.called.name} is too long for what is written beside it", expected="some 200 bytes at most",
                                    remedy="rename it", file=case.called)  # fmt: skip
+
+
+def _mask(inputs: Mapping[str, str]) -> str:
+    """SHA-256 of what a case was read from."""
+    return key_of({"input": sorted(inputs.values())})
 
 
 def _warnings(mask: str, volume: LabelVolume, synthesizer: Synthesizer) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +21,7 @@ from .recipe import Recipe
 from .stream import CaseResult, Run
 
 AT_ONCE = 4  # claimed together: one is read ahead while another is painted, and little is kept from other watchers
+SHORTEST = 0.01  # seconds between two looks
 PER_LOOK = 64  # items between two looks at the whole folder
 
 
@@ -63,11 +64,15 @@ class Watcher:
 
         Raises `OutputError` where results cannot be written, and what concerns all masks alike.
         """
+        with suppress(FolderBusy), closing(Journal(self._output)):  # what a watcher that was killed did not come to
+            for name, recipe in self._recipes.items():
+                with recipe.tidy(self._models[name].manifest, []):
+                    pass
         while True:
             if not self.step():
                 if once and not self._inbox.settling and not self._waiting:
                     return
-                time.sleep(poll)
+                time.sleep(max(poll, SHORTEST))
 
     def step(self) -> bool:
         """One look, and the work it finds; whether any was done."""
@@ -119,21 +124,22 @@ class Watcher:
         for name in names:
             cases[name][0].outstanding[name] = len(self._recipes[model].numbers)
         try:
-            recipe, mine = self._recipes[model], [cases[name][1] for name in names]
-            manifest = self._models[model].manifest
-            recipe.check(manifest, mine)
-            with recipe.tidy(manifest, mine), closing(Run(self._models[model], recipe, journal).results(mine)) as results:
+            synth, recipe, mine = self._models[model], self._recipes[model], [cases[name][1] for name in names]
+            recipe.check(synth.manifest, mine)
+            with recipe.tidy(synth.manifest, mine), closing(Run(synth, recipe, journal).results(mine)) as results:
                 for result in results:
                     self._listener.made(result)
                     self._count(cases[result.case][0], result)
         except (UsageError, MemoryCapExceeded) as exc:  # of one of them: which, shows when each is alone
-            if len(names) > 1:
-                for name in names:
-                    self._paint(model, [name], cases, journal)
+            left = [name for name in names if cases[name][0].outstanding[name]]
+            if not left:
+                raise
+            if len(names) == 1:
+                cases[left[0]][0].errors.append(exc)
+                self._finish(cases[left[0]][0], left[0])
             else:
-                claim = cases[names[0]][0]
-                claim.errors.append(exc)
-                self._finish(claim, names[0])
+                for name in left:
+                    self._paint(model, [name], cases, journal)
 
     def _count(self, claim: Claim, result: CaseResult) -> None:
         if result.error is not None:

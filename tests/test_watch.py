@@ -109,9 +109,10 @@ def test_what_cannot_be_used_lies_in_failed_with_its_reason_and_stops_no_other(
     hospital(inbox / "Doe^John^Planted", "liver", "10200004")
     save(inbox, slices(blobs((1, 20, 24))), "Doe_John")  # one slice of a label series
     (inbox / "cut.zip").write_bytes(b"PK")
+    (inbox / "lock").write_bytes(b"what claims are locked by is not called that")
     assert watch(fake_model, inbox, tmp_path / "out") == 1
     assert listed(inbox / DONE) == {"good.nii.gz"} and {*results(tmp_path / "out")} == {"good_ct.nii.gz"} and is_tidy(inbox)
-    items = {"cut.nii.gz", "notes.txt", "unknown.nii.gz", "Doe^John^Planted", "Doe_John_000_000.dcm", "cut.zip"}
+    items = {"cut.nii.gz", "notes.txt", "unknown.nii.gz", "Doe^John^Planted", "Doe_John_000_000.dcm", "cut.zip", "lock"}
     assert listed(inbox / FAILED) == items | {f"{name}.reason.txt" for name in items}
     reasons = {name: (inbox / FAILED / f"{name}.reason.txt").read_text() for name in items}
     assert (
@@ -145,6 +146,18 @@ def test_a_name_that_was_there_before_is_numbered_and_no_result_is_replaced_by_a
     assert listed(inbox / DONE) == {"a.nii.gz", "a-2.nii.gz", "a-3.nii.gz"} and results(out) != whole
 
 
+def test_what_was_claimed_under_other_options_is_made_again_under_these(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    """A watcher died behind the first of two variants, and its successor was started with another seed."""
+    out, mask = tmp_path / "out", write_mask(inbox / "a.nii.gz")
+    assert (
+        synth(fake_model, out, mask, "--variants", "1")
+        == synth(fake_model, tmp_path / "expected", mask, "--variants", "2", "--seed", "1")
+        == 0
+    )
+    assert watch(fake_model, inbox, out, "--variants", "2", "--seed", "1") == 0
+    assert results(out) == results(tmp_path / "expected")
+
+
 def test_two_folders_with_masks_of_one_name_do_not_meet(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
     for n in range(3):
         (inbox / f"p{n}").mkdir()
@@ -173,6 +186,9 @@ def test_masks_go_to_the_model_that_knows_them(inbox: Path, tmp_path: Path, caps
 
 def test_what_is_being_written_is_left_alone(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
     whole = write_mask(inbox / "a.nii.gz").read_bytes()
+    (inbox / "mac").mkdir()
+    for name in ("a.nii.gz", ".DS_Store", "._a.nii.gz"):
+        (inbox / "mac" / name.replace("a.nii", "m.nii")).write_bytes(whole)
     for name in ("b.nii.gz.part", ".c.nii.gz", "d.nii.gz.TMP", "e.nii.gz.filepart", "f.nii.gz~"):
         (inbox / name).write_bytes(whole)
     (inbox / "series").mkdir()
@@ -180,7 +196,7 @@ def test_what_is_being_written_is_left_alone(fake_model: Path, inbox: Path, tmp_
     (inbox / "series" / "b.nii.part").write_bytes(whole)
     (inbox / "empty").mkdir()
     assert watch(fake_model, inbox, tmp_path / "out") == 0
-    assert listed(inbox / DONE) == {"a.nii.gz"} and len(listed(inbox)) == 2 + 7
+    assert listed(inbox / DONE) == {"a.nii.gz", "mac"} and len(listed(inbox)) == 2 + 7
 
 
 class Clock:

@@ -94,6 +94,7 @@ def add_making(how: argparse._ArgumentGroup) -> None:
         "--scale", type=float, metavar="FRACTION", default=Ranges.scale, help="stretch it along each axis (default: %(default)s)"
     )
     how.add_argument("--any-topology", action="store_true", help="also when a label falls apart, merges or vanishes by that")
+    how.add_argument("--mirror", action="store_true", help="mirror some of them left to right; without it left stays left")
     how.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
 
 
@@ -156,15 +157,21 @@ def painted(
             yield result, name
 
 
-def recipe(options: argparse.Namespace, table: LabelTable) -> dict[str, Any]:
+def recipes(options: argparse.Namespace, models: Models) -> dict[str, dict[str, Any]]:
+    """By model, `recipe`. A label map may be for several models: each takes its own entries."""
+    tables = [synth.manifest.labels for synth in models.values()]
+    return {name: recipe(options, synth.manifest.labels, tables) for name, synth in models.items()}
+
+
+def recipe(options: argparse.Namespace, table: LabelTable, tables: Sequence[LabelTable] = ()) -> dict[str, Any]:
     """What `add_results` and --labels say, as `runtime.stream.synthesize` takes it. What a label preset loses is said."""
     return {
         "format": options.format,
         "options": FormatOptions(attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation),
         "variants": options.variants,
-        "ranges": Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology),
+        "ranges": Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology, mirror=options.mirror),
         "seed": options.seed,
-        "labels": label_map(options, table),
+        "labels": label_map(options, table, tables),
     }
 
 
@@ -180,13 +187,13 @@ def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = Fa
     return cases
 
 
-def label_map(options: argparse.Namespace, table: LabelTable) -> LabelMap | None:
+def label_map(options: argparse.Namespace, table: LabelTable, tables: Sequence[LabelTable] = ()) -> LabelMap | None:
     """--labels as a map; what a preset loses is said."""
     if options.labels is None:
         return None
     if options.labels in PRESETS and (without := lost(options.labels, table)):
         print(f"warning: the model has no label for {', '.join(without)} of {options.labels}: they become background", file=sys.stderr)
-    return load_map(options.labels, table)
+    return load_map(options.labels, table, tables)
 
 
 def _batch(text: str) -> int | Literal["auto"]:

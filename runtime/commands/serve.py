@@ -25,7 +25,7 @@ from ..node.spool import Spool
 from ..node.store import Acceptor, Limits
 from ..node.stow import DicomWeb, loopback
 from ..stream import CaseResult
-from .common import add_engine, add_making, add_reading, find, open_models, painted, recipe
+from .common import add_engine, add_making, add_reading, find, open_models, painted, recipes
 
 LOOPBACK = "127.0.0.1"
 
@@ -83,12 +83,12 @@ def _serve(options: argparse.Namespace) -> int:
         models = stack.enter_context(open_models(options))
         spool = Spool(options.spool, keep=options.keep)
         stack.callback(spool.close)
-        recipes = {name: recipe(options, synth.manifest.labels) for name, synth in models.items()}
-        for name, made in recipes.items():
+        made_of = recipes(options, models)
+        for name, made in made_of.items():
             FORMATS[options.format](made["options"]).check(models[name].manifest, options.spool)
 
         def paint(cases: Sequence[Case], results: Path) -> Iterator[CaseResult]:
-            return (result for result, _ in painted(models, cases, recipes, results, resume=True, quiet=True))
+            return (result for result, _ in painted(models, cases, made_of, results, resume=True, quiet=True))
 
         outbox = Outbox(spool, destinations, events)
         stack.callback(outbox.close, END)

@@ -20,7 +20,7 @@ from ..report import Summary
 from ..scale import RaySynthesizer
 from ..stream import CaseResult
 from ..synthesizer import Synthesizer
-from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, painted, recipe
+from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, painted, recipe, recipes
 
 
 def add(commands: Any) -> None:
@@ -58,13 +58,13 @@ def _synth(options: argparse.Namespace) -> int:
     if options.ray_workers is not None or options.ray_gpus is not None:
         raise UsageError("--ray-workers and --ray-gpus are for Ray", expected="--ray with them", remedy="add --ray, or leave them out")
     with open_models(options) as models:
-        recipes = {name: recipe(options, synth.manifest.labels) for name, synth in models.items()}
+        made = recipes(options, models)
         if not options.quiet:
             introduce(models)
         if options.dry_run:
-            return _dry_run(models, cases, recipes, options)
+            return _dry_run(models, cases, made, options)
         summary = _summary(models, cases, options)
-        results = painted(models, cases, recipes, options.output, resume=options.resume, quiet=options.quiet, on_slice=summary.painting)
+        results = painted(models, cases, made, options.output, resume=options.resume, quiet=options.quiet, on_slice=summary.painting)
         return _run(summary, results, options)
 
 
@@ -105,15 +105,15 @@ def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: a
     return 1 if summary.failed else 0
 
 
-def _dry_run(models: Models, cases: Sequence[Case], recipes: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
-    failed, writers = 0, {name: FORMATS[made["format"]](made["options"]) for name, made in recipes.items()}
+def _dry_run(models: Models, cases: Sequence[Case], made_of: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
+    failed, writers = 0, {name: FORMATS[made["format"]](made["options"]) for name, made in made_of.items()}
     for name, writer in writers.items():
         writer.check(models[name].manifest, options.output)
     for case in cases:
         try:
-            name = choose(models, case, recipes, quiet=options.quiet)
+            name = choose(models, case, made_of, quiet=options.quiet)
             synth = models[name]
-            volume = read_case(case, synth.manifest.labels, recipes[name]["labels"])
+            volume = read_case(case, synth.manifest.labels, made_of[name]["labels"])
             writers[name].check_mask(volume)
         except InputError as exc:
             failed += 1

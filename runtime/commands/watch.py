@@ -14,7 +14,7 @@ from ..io.detect import Case
 from ..recipe import Recipe
 from ..stream import CaseResult
 from ..watch import Watcher
-from .common import add_engine, add_reading, add_results, find, introduce, open_models, recipe
+from .common import add_engine, add_reading, add_results, find, introduce, open_models, recipes
 
 
 def add(commands: Any) -> None:
@@ -37,9 +37,9 @@ def add(commands: Any) -> None:
 
 def _watch(options: argparse.Namespace) -> int:
     with open_models(options) as models:
-        recipes = {name: Recipe(options.output, **recipe(options, synth.manifest.labels)) for name, synth in models.items()}
+        made_of = {name: Recipe(options.output, **made) for name, made in recipes(options, models).items()}
         log = _Log(several=len(models) > 1, quiet=options.quiet)
-        watcher = Watcher(options.inbox, models, recipes, find=lambda path, say: find(options, [path], say=say), stable=options.stable,
+        watcher = Watcher(options.inbox, models, made_of, find=lambda path, say: find(options, [path], say=say), stable=options.stable,
                           listener=log)  # fmt: skip
         if not options.quiet:
             introduce(models)
