@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import Mask2CTError, OutputError
 from ..io.detect import Case
+from ..io.dicom_files import scan, walk
 from ..stream import CaseResult
 from .events import Events
 from .outbox import Outbox
@@ -52,8 +53,12 @@ class Node:
     def _make(self, study: Path) -> None:
         reasons, made, slices, warned = [], 0, 0, 0
         try:
-            cases = [case for case in self._find(study / OBJECTS) if case.kind in ("seg", "rtstruct")]
-            for result in self._paint(cases, study / RESULTS):
+            if all(instance.ours for instance in scan(walk(study / OBJECTS))):  # an archive that sends on whatever it gets
+                cases = []
+                self._events("ignored", study=study.name, reason="mask2ct wrote it")
+            else:
+                cases = [case for case in self._find(study / OBJECTS) if case.kind in ("seg", "rtstruct")]
+            for result in self._paint(cases, study / RESULTS) if cases else ():
                 warned += len(result.warnings)
                 if result.error is None:
                     made, slices = made + 1, slices + result.slices
