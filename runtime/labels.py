@@ -164,7 +164,7 @@ def to_indices(
         lut = np.zeros(found[-1] + 1, np.uint8)
         lut[order] = targets
         for n, plane in enumerate(values):  # plane by plane: no wide copy of the volume is ever made
-            out[n] = lut[plane]
+            np.take(lut, plane, out=out[n], mode="clip")  # all are within; to check that again takes as long as the rest
     else:  # negative or sparse values
         for n, plane in enumerate(values):
             out[n] = targets[np.searchsorted(order, plane)]
@@ -247,10 +247,8 @@ def present_values(values: NDArray[Any]) -> list[int]:
     """The distinct values of an integer array (D, H, W), ascending."""
     found: set[int] = set()
     for plane in values:
-        if plane.dtype.kind == "u" and plane.dtype.itemsize <= 2:
-            found.update(np.flatnonzero(np.bincount(plane.ravel())).tolist())
-        else:
-            found.update(np.unique(plane).tolist())
+        line = plane.ravel()
+        found.update(np.unique(line[np.flatnonzero(line[1:] != line[:-1])]).tolist(), line[-1:].tolist())  # where a run of one value ends
     return sorted(found)
 
 

@@ -10,9 +10,11 @@ import logging
 import os
 import pickle
 import re
+import signal
 import socket
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -248,7 +250,10 @@ def _join(ray: Any, address: str) -> None:
         try:
             if host:  # Ray itself would try for minutes
                 socket.create_connection((host, int(port)), CONNECT_WITHIN).close()
+            before = signal.getsignal(signal.SIGTERM)
             ray.init(**how)
+            with suppress(ValueError):  # outside the main thread Ray leaves it alone too
+                signal.signal(signal.SIGTERM, before)  # who asked for a clean end gets the program's, not Ray's
         except (OSError, RuntimeError, ValueError) as exc:
             raise UsageError(f"no Ray answers at {address}: {_last_line(exc)}", expected="auto on a machine of the cluster, or HOST:PORT of its head",
                              remedy="start one with `ray start --head`, or leave the address out for this machine alone") from exc  # fmt: skip

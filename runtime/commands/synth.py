@@ -18,9 +18,9 @@ from ..io.formats import FORMATS
 from ..models import Models, named
 from ..report import Summary
 from ..scale import RaySynthesizer
-from ..stream import CaseResult, synthesize
+from ..stream import CaseResult
 from ..synthesizer import Synthesizer
-from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, recipe, recipes
+from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, painted, recipe, recipes
 
 
 def add(commands: Any) -> None:
@@ -64,23 +64,8 @@ def _synth(options: argparse.Namespace) -> int:
         if options.dry_run:
             return _dry_run(models, cases, made, options)
         summary = _summary(models, cases, options)
-        return _run(summary, _here(models, cases, made, summary, options), options)
-
-
-def _here(
-    models: Models, cases: Sequence[Case], made_of: dict[str, dict[str, Any]], summary: Summary, options: argparse.Namespace
-) -> Iterator[tuple[CaseResult, str]]:
-    """Each result, with the name of its model."""
-    chosen: dict[str, list[Case]] = {}
-    for case in cases:
-        try:
-            chosen.setdefault(choose(models, case, made_of, quiet=options.quiet), []).append(case)
-        except InputError as exc:
-            yield CaseResult(case.name, case.called, None, error=exc), ""
-    for name, those in chosen.items():  # one model after the other: none is opened twice for want of memory
-        made = made_of[name]
-        for result in synthesize(models[name], those, options.output, **made, resume=options.resume, on_slice=summary.painting):
-            yield result, name
+        results = painted(models, cases, made, options.output, resume=options.resume, quiet=options.quiet, on_slice=summary.painting)
+        return _run(summary, results, options)
 
 
 def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
