@@ -5,29 +5,35 @@
         ct = synth(mask)                       # SimpleITK image in → int16 HU on the mask's own grid
         for result in synth.stream(paths, "out/"): ...
 
-Importing this package imports numpy and the standard library, nothing else: engines and codecs come when they are used.
+Importing this package imports next to nothing; what is taken from it comes with numpy and the standard library alone, engines and
+codecs when they are used.
 """
 
-from .contract import Label, LabelTable, Manifest
-from .errors import (
-    ConfigError,
-    GeometryError,
-    InputError,
-    Mask2CTError,
-    MemoryCapExceeded,
-    MissingComponent,
-    ModelError,
-    OutputError,
-    UnknownLabels,
-    UnreadableVolume,
-    UsageError,
-)
-from .models import Models
-from .stream import CaseResult
-from .synthesizer import Synthesizer
-from .variants import Ranges, vary
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .version import VERSION
-from .volume import CTSlab, Geometry, LabelVolume
+
+if TYPE_CHECKING:
+    from .contract import Label, LabelTable, Manifest
+    from .errors import (
+        ConfigError,
+        GeometryError,
+        InputError,
+        Mask2CTError,
+        MemoryCapExceeded,
+        MissingComponent,
+        ModelError,
+        OutputError,
+        UnknownLabels,
+        UnreadableVolume,
+        UsageError,
+    )
+    from .models import Models
+    from .stream import CaseResult
+    from .synthesizer import Synthesizer
+    from .variants import Ranges, vary
+    from .volume import CTSlab, Geometry, LabelVolume
 
 __version__ = VERSION
 
@@ -55,3 +61,16 @@ __all__ = [
     "UsageError",
     "vary",
 ]
+
+_HOMES = ("errors", "volume", "contract", "variants", "models", "stream", "synthesizer")
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, when it is first asked for (PEP 562): who only starts the command waits for nothing else."""
+    if name in __all__:
+        for home in _HOMES:
+            module = import_module(f".{home}", __name__)
+            if hasattr(module, name):
+                globals()[name] = getattr(module, name)
+                return globals()[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .commands import describe, labels, synth, watch
-from .console import EXIT_CODES, run
-from .version import VERSION
-
-COMMANDS = (synth, watch, labels, describe)
-
 
 def main(argv: Sequence[str]) -> int:
+    import argparse
+
+    from .commands import describe, labels, serve, synth, watch
+    from .console import EXIT_CODES
+    from .version import VERSION
+
     parser = argparse.ArgumentParser("mask2ct", description="Paint a synthetic CT for any label mask.", epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"mask2ct {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in COMMANDS:
+    for command in (synth, watch, serve, labels, describe):
         command.add(commands)
     options = parser.parse_args(argv)
     chosen: Any = options.command
@@ -26,7 +26,11 @@ def main(argv: Sequence[str]) -> int:
 
 
 def entry() -> int:
-    """The console script."""
+    """The console script. What it needs is imported within, so that Ctrl-C meanwhile ends it without a traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from .console import run
+
     return run(main)
 
 

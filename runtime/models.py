@@ -43,7 +43,7 @@ class Rule:
     labels: tuple[str, ...] = ()
 
 
-class Models:
+class Models(Mapping[str, Synthesizer]):
     """Model folders opened as `Synthesizer`s. Safe to use from several threads, as they are.
 
     Together they hold no more than `max_memory`: where the next volume finds no room, the engine of the model that was chosen least

@@ -3,7 +3,7 @@
 A free-form deformation on a lattice of cubic B-splines (Rueckert et al., IEEE TMI 18(8), 1999), then an affine. Where no
 lattice point moves by LARGEST_MOVE of the lattice's spacing or more, the deformation is injective with a positive Jacobian
 everywhere (Choi & Lee, Graphical Models 62(6), 2000), and an affine of positive scales and a rotation flips nothing: left stays
-left. The field is never held: each slice is evaluated from the lattice.
+left, unless mirrored variants are asked for. The field is never held: each slice is evaluated from the lattice.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ ATTEMPTS = 6  # draws, each of half the amplitude of the one before, until one k
 @dataclass(frozen=True)
 class Ranges:
     """How far variants 1, 2 … may differ from the mask: `deform` mm that a lattice point moves along each axis, `rotate` degrees
-    about each of the patient's axes, `scale` as a fraction along each. `topology`: draw again when a label's parts change."""
+    about each of the patient's axes, `scale` as a fraction along each. `topology`: draw again when a label's parts change. `mirror`: every
+    second one, by chance, is mirrored left to right: another situs, which is plausible where the model's patients show both."""
 
     deform: float = 12.0
     rotate: float = 6.0
     scale: float = 0.08
     topology: bool = True
+    mirror: bool = False
 
     def __post_init__(self) -> None:
         for name, value, most, unit in (
@@ -70,11 +72,12 @@ class Shapes:
 
     def vary(self, variant: int) -> Varied:
         ranges = self._ranges
-        if variant == 0 or not (ranges.deform or ranges.rotate or ranges.scale) or self._box is None:
-            return Varied(self._volume)
         random = CaseRandom(self._seed, self._volume.digest, variant)
+        mirrored = ranges.mirror and bool(random.shape(ATTEMPTS, 1)[0] < 0)  # a draw of its own: all others stay what they are
+        if variant == 0 or not (ranges.deform or ranges.rotate or ranges.scale or mirrored) or self._box is None:
+            return Varied(self._volume)
         for attempt in range(ATTEMPTS):
-            labels = self._draw(random, attempt)
+            labels = self._draw(random, attempt, mirrored)
             if not ranges.topology or np.array_equal(parts(labels), self._parts):
                 return Varied(replace(self._volume, labels=labels))
         return Varied(self._volume, (f"{ATTEMPTS} deformations changed how many parts a label has: the mask keeps its shape",))
@@ -95,7 +98,7 @@ class Shapes:
         found = [np.flatnonzero(line) for line in (planes, rows, columns)]
         return np.array([[f[0] for f in found], [f[-1] for f in found]]) if planes.any() else None
 
-    def _draw(self, random: CaseRandom, attempt: int) -> NDArray[np.uint8]:
+    def _draw(self, random: CaseRandom, attempt: int, mirrored: bool) -> NDArray[np.uint8]:
         """One deformed copy of the labels, uint8 (D, H, W), nearest."""
         assert self._box is not None
         geometry, labels, ranges = self._volume.geometry, np.ascontiguousarray(self._volume.labels), self._ranges
@@ -105,6 +108,7 @@ class Shapes:
         lattice = [line.points for line in lines]
         drawn = random.shape(attempt, 6 + 3 * math.prod(lattice))  # uniform in [-1, 1)
         turn = _rotation(np.radians(ranges.rotate * amplitude) * drawn[:3]) * (1 + ranges.scale * amplitude * drawn[3:6])
+        turn[:, 0] *= -1 if mirrored else 1  # x runs to the patient's left
 
         # mm → voxels of the array's axes (d, h, w): a voxel q comes from the voxel P (q + moves(q)) + b, about the labels' middle
         axes = geometry.affine[:3, :3][:, ::-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import sys
 import tracemalloc
 from dataclasses import replace
@@ -194,6 +195,22 @@ def test_an_attached_series_joins_its_masks_study_and_names_it(sop_class: str, s
     for ds in series.slices:
         (item,) = ds[sequence].value
         assert (item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID) == (sop_class, "1.2.3.4.5")
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_the_files_are_byte_for_byte_what_pydicom_writes(attach: bool, tmp_path: Path) -> None:
+    named = {**SOURCE.attributes, "PatientName": "Müller^Jörg"}
+    series = write_series(tmp_path, source=replace(SOURCE, attributes=named) if attach else None, attach=attach)
+    for path in sorted(series.folder.glob("0*.dcm")):
+        ds = pydicom.dcmread(path)
+        again = pydicom.Dataset()
+        for element in ds:  # decoded, so that it is encoded anew
+            again.add(element)
+        again.file_meta = ds.file_meta
+        assert again.PatientName == "Müller^Jörg" or not attach
+        whole = io.BytesIO()
+        pydicom.dcmwrite(whole, again, enforce_file_format=True)
+        assert whole.getvalue() == path.read_bytes()
 
 
 def test_what_is_invalid_in_the_source_is_attached_to_all_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -40,6 +40,18 @@ def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(tmp_path: Path,
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
+def test_a_resume_with_other_workers_keeps_what_is_done(tmp_path: Path, model: Path, backend: str) -> None:
+    mask = write_mask(tmp_path / "case.nii.gz")
+    for workers, kept in ((1, False), (3, True)):
+        with Synthesizer.open(model, backend=backend, workers=workers) as opened:
+            (result,) = opened.stream(mask, tmp_path / "out", resume=True)
+            assert result.error is None and result.skipped == kept
+    with Synthesizer.open(model, backend=backend, workers=3) as opened:  # and rightly so: they paint the same bytes
+        (again,) = opened.stream(mask, tmp_path / "again")
+    assert dict(again.sha256) == dict(result.sha256)
+
+
+@pytest.mark.parametrize("backend", ["onnx", "openvino"])
 def test_the_number_of_cores_changes_no_byte(model: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """OpenVINO divides a slice between three threads otherwise than between two: the image differs by a HU here and there."""
     volumes, painted = ((blobs((9, 40, 50)), (3.0, 3.1, 2.0)), (blobs((2, 256, 256)), (2.0, 2.0, 2.0))), set()

@@ -69,6 +69,50 @@ def test_left_stays_left_and_up_stays_up() -> None:
         assert d > 5 and w > 10
 
 
+def handed(labels: NDArray[np.uint8]) -> bool:
+    """On which side of the plane through ball, tube and the body's long axis the speck (4) lies: a mirror alone changes it."""
+    ball, tube, speck = (centre(labels, value) for value in (2, 3, 4))
+    return bool(np.linalg.det(np.stack([tube - ball, speck - ball, [1, 0, 0]])) > 0)
+
+
+def test_no_variant_is_mirrored_unless_asked_for() -> None:
+    source = volume(heart())
+    kept = [vary(source, Ranges(), seed=0, variant=n).volume.labels for n in range(1, 13)]
+    free = [vary(source, Ranges(mirror=True), seed=0, variant=n).volume.labels for n in range(1, 13)]
+    assert {handed(labels) for labels in kept} == {handed(source.labels)}
+    mirrored = [handed(labels) != handed(source.labels) for labels in free]
+    assert 2 < sum(mirrored) < 10
+    assert all(turned or np.array_equal(a, b) for a, b, turned in zip(kept, free, mirrored, strict=True))  # the others are what they were
+    assert all(np.array_equal(parts(labels), parts(source.labels)) for labels in free)
+
+
+def test_a_mirror_alone_is_exact_and_about_the_labels_middle() -> None:
+    for spin in ("", "flipped"):
+        labels = heart()[:, :, ::-1] if spin else heart()
+        source = volume(np.ascontiguousarray(labels))
+        made = [vary(source, Ranges(0, 0, 0, mirror=True), seed=0, variant=n).volume.labels for n in range(1, 6)]
+        held = np.flatnonzero(labels.any((0, 1)))
+        expected = np.zeros_like(labels)
+        expected[:, :, held[0] : held[-1] + 1] = labels[:, :, held[0] : held[-1] + 1][:, :, ::-1]
+        assert {one.tobytes() for one in made} == {source.labels.tobytes(), expected.tobytes()}
+
+
+def test_mask_and_ct_are_mirrored_together(tmp_path: Path, fake_model: Path) -> None:
+    table = fake_manifest().labels
+    mask = write_mask(tmp_path / "case.nii.gz", np.array([label.value for label in table.labels])[heart()], spacing=(3.0, 3.0, 3.0))
+    assert synth(fake_model, tmp_path / "out", mask, "--variants", "6", "--mirror") == 0
+    sides = set()
+    for n in range(6):
+        painted = tmp_path / "out" / f"case_v{n}_mask.nii.gz"
+        labels = np.searchsorted([label.value for label in table.labels], sitk.GetArrayFromImage(sitk.ReadImage(str(painted))))
+        sides.add(handed(labels.astype(np.uint8)))
+        assert synth(fake_model, tmp_path / "again", painted) == 0
+        first, second = (sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in
+                         (tmp_path / "out" / f"case_v{n}_ct.nii.gz", tmp_path / "again" / f"case_v{n}_mask_ct.nii.gz"))  # fmt: skip
+        assert np.array_equal(first, second)
+    assert sides == {False, True}
+
+
 def test_without_ranges_nothing_moves() -> None:
     source = volume(heart())
     assert vary(source, STILL, seed=0, variant=1).volume is source

@@ -18,9 +18,9 @@ from ..io.formats import FORMATS
 from ..models import Models, named
 from ..report import Summary
 from ..scale import RaySynthesizer
-from ..stream import CaseResult, synthesize
+from ..stream import CaseResult
 from ..synthesizer import Synthesizer
-from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, recipe
+from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, painted, recipe, recipes
 
 
 def add(commands: Any) -> None:
@@ -58,29 +58,14 @@ def _synth(options: argparse.Namespace) -> int:
     if options.ray_workers is not None or options.ray_gpus is not None:
         raise UsageError("--ray-workers and --ray-gpus are for Ray", expected="--ray with them", remedy="add --ray, or leave them out")
     with open_models(options) as models:
-        recipes = {name: recipe(options, models[name].manifest.labels) for name in models.names}
+        made = recipes(options, models)
         if not options.quiet:
             introduce(models)
         if options.dry_run:
-            return _dry_run(models, cases, recipes, options)
-        summary = _summary({name: models[name] for name in models.names}, cases, options)
-        return _run(summary, _here(models, cases, recipes, summary, options), options)
-
-
-def _here(
-    models: Models, cases: Sequence[Case], recipes: dict[str, dict[str, Any]], summary: Summary, options: argparse.Namespace
-) -> Iterator[tuple[CaseResult, str]]:
-    """Each result, with the name of its model."""
-    chosen: dict[str, list[Case]] = {}
-    for case in cases:
-        try:
-            chosen.setdefault(choose(models, case, recipes, quiet=options.quiet), []).append(case)
-        except InputError as exc:
-            yield CaseResult(case.name, case.called, None, error=exc), ""
-    for name, those in chosen.items():  # one model after the other: none is opened twice for want of memory
-        made = recipes[name]
-        for result in synthesize(models[name], those, options.output, **made, resume=options.resume, on_slice=summary.painting):
-            yield result, name
+            return _dry_run(models, cases, made, options)
+        summary = _summary(models, cases, options)
+        results = painted(models, cases, made, options.output, resume=options.resume, quiet=options.quiet, on_slice=summary.painting)
+        return _run(summary, results, options)
 
 
 def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
@@ -120,15 +105,15 @@ def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: a
     return 1 if summary.failed else 0
 
 
-def _dry_run(models: Models, cases: Sequence[Case], recipes: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
-    failed, writers = 0, {name: FORMATS[made["format"]](made["options"]) for name, made in recipes.items()}
+def _dry_run(models: Models, cases: Sequence[Case], made_of: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
+    failed, writers = 0, {name: FORMATS[made["format"]](made["options"]) for name, made in made_of.items()}
     for name, writer in writers.items():
         writer.check(models[name].manifest, options.output)
     for case in cases:
         try:
-            name = choose(models, case, recipes, quiet=options.quiet)
+            name = choose(models, case, made_of, quiet=options.quiet)
             synth = models[name]
-            volume = read_case(case, synth.manifest.labels, recipes[name]["labels"])
+            volume = read_case(case, synth.manifest.labels, made_of[name]["labels"])
             writers[name].check_mask(volume)
         except InputError as exc:
             failed += 1

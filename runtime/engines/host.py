@@ -61,8 +61,8 @@ def _outcome(one: Future[None]) -> BaseException | None:
 class HostEngine(ABC):
     """Base of engines on the CPU: they give a `name` and a `spec` and compute one batch in `_infer`.
 
-    `workers` batches are computed at once, each on its share of the cores: several on one core each leave no core waiting for
-    another at the end of every layer, which one batch on all cores does. `_infer` is called from several threads at once.
+    `workers` batches are computed at once: several on one core each leave no core waiting for another at the end of every layer,
+    which one batch on all cores does. `_infer` is called from several threads at once.
     """
 
     name: str

@@ -6,10 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ..volume import CTSlab
 from .ct_image import WINDOW, decimals, image_dataset, set_sources
+from .dicom_bytes import SliceWriter
 from .painting import Painting
 from .profile import Identity
 from .upright import UprightGrid
@@ -20,26 +19,25 @@ if TYPE_CHECKING:
 
 def write_series(folder: Path, painting: Painting, identity: Identity, grid: UprightGrid, slabs: Iterable[CTSlab]) -> list[Dataset]:
     """Write 0001.dcm … from the feet to the head, and return their datasets without pixels, in order."""
-    from pydicom import Dataset, dcmwrite
-    from pydicom.uid import UID
+    from pydicom import Dataset
 
     common = series_dataset(painting, identity, grid)
+    writer = SliceWriter(common)
     headers: list[Any] = [None] * grid.shape[0]
     digits = max(4, len(str(len(headers))))
     for slab in slabs:
         for k, plane in zip(grid.numbers(slab), grid.view(slab.hu), strict=True):
+            own = Dataset()
+            own.SOPInstanceUID = identity.uid("ct", k)
+            own.InstanceNumber = k + 1
+            own.ImagePositionPatient = decimals(grid.position(k))
+            if identity.attached and painting.mask.dicom is not None:
+                set_sources(own, painting.mask.dicom, _instances_at(painting.mask.dicom.sop_instance_uids, grid, k))
+            writer.write(folder / f"{k + 1:0{digits}d}.dcm", own, plane)
             headers[k] = ds = Dataset()
             ds.update(common)
-            ds.SOPInstanceUID = UID(identity.uid("ct", k))
-            ds.InstanceNumber = k + 1
-            ds.ImagePositionPatient = decimals(grid.position(k))
-            if identity.attached and painting.mask.dicom is not None:
-                set_sources(ds, painting.mask.dicom, _instances_at(painting.mask.dicom.sop_instance_uids, grid, k))
+            ds.update(own)
             ds.file_meta = common.file_meta
-            ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
-            ds.PixelData = np.ascontiguousarray(plane, "<i2").tobytes()
-            dcmwrite(folder / f"{k + 1:0{digits}d}.dcm", ds, enforce_file_format=True)
-            del ds.PixelData
     return headers
 
 
