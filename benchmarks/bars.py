@@ -41,10 +41,11 @@ class Bar:
     contenders: Sequence[Contender]
 
 
-def bars() -> dict[str, Bar]:
-    edge, reference = prepared("edge"), prepared("reference")
-    given = {"model": str(edge.model), "slices": SLICES}
-    cost, heavy = macs(edge.model), macs(reference.model)
+def bars(edge: Path) -> dict[str, Bar]:
+    """`edge`: the light model's folder, with an INT8 graph."""
+    reference = prepared("reference")
+    given = {"model": str(edge), "slices": SLICES}
+    cost, heavy = macs(edge), macs(reference.model)
     found = {}
     for precision, suffix in (("fp32", ""), ("int8", "-int8")):
         for library, backend, make in (("OpenVINO", "openvino", "by_openvino"), ("ONNX Runtime", "onnx", "by_onnxruntime")):
@@ -73,12 +74,13 @@ def verdict(bar: Bar, record: Record) -> tuple[bool, str]:
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("bars.py", description="What must hold on a CPU, measured.", epilog=EXIT_CODES)
+    parser.add_argument("--model", type=Path, help="the light model, with an INT8 graph (default: `edge`, made once under runs/bench)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records here")
     parser.add_argument("--record", action="store_true", help="append them to benchmarks/results/history.jsonl")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(argv)
     records, verdicts = [], []
-    for name, bar in bars().items():
+    for name, bar in bars(options.model or prepared("edge").model).items():
         measured = measure([*bar.contenders, *beside(bar.contenders)], ROUNDS, quiet=options.quiet)
         record = make_record(name, {"quick": False, "rounds": ROUNDS}, "slices/s", measured, shares(bar.contenders, measured))
         records.append(record)

@@ -14,7 +14,10 @@ from .models import Prepared
 from .paired import ROOT, Contender, Ready
 
 _CLOCK = "import sys, time, json; sys.path.insert(0, {root!r}); t = [time.perf_counter()]\n"
-_SAY = "t.append(time.perf_counter()); print(json.dumps([b - a for a, b in zip(t, t[1:])]))"
+_SAY = """t.append(time.perf_counter())
+from benchmarks.record import peak_rss
+print(json.dumps([*(b - a for a, b in zip(t, t[1:])), peak_rss()]))
+"""
 _OURS = """
 import numpy as np
 from runtime import Geometry, LabelVolume, Synthesizer
@@ -56,7 +59,8 @@ def start(code: str, **names: str) -> Ready:
 
     def run() -> float:
         done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        facts["seconds"] = dict(zip(("import", "open", "first"), json.loads(done.stdout.splitlines()[-1]), strict=True))
+        *seconds, facts["peak_rss"] = json.loads(done.stdout.splitlines()[-1])  # the program's own, in the place of ours
+        facts["seconds"] = dict(zip(("import", "open", "first"), seconds, strict=True))
         return 1.0
 
     return Ready(run, facts=facts)

@@ -67,7 +67,7 @@ def contenders(model: Path, trained: Path | None, backend: str, slices: int, qui
         for batch in batches
     ]  # fmt: skip
     if trained is not None:
-        ways = [("eager", 1), ("eager", 8), ("channels_last", 8), *([] if quick else [("compile", 8)])]
+        ways = [("eager", 8), ("channels_last", 8), *([] if quick else [("eager", 1), ("compile", 8)])]
         found += [
             Contender(f"PyTorch {way}, batch {batch}", "benchmarks.libraries:by_pytorch",
                       {**given, "trained": str(trained), "way": way, "batch": batch}, HU["fp32"], {"fp32": cost})

@@ -28,7 +28,7 @@ from .volumes import SIZES, mask, values
 
 def groups(model: Prepared, backend: str, quick: bool) -> dict[str, list[Contender]]:
     found, cost = {}, {"fp32": macs(model.model)}
-    for size in list(SIZES)[: 2 if quick else None]:
+    for size in list(SIZES)[: 1 if quick else None]:
         given = {"model": str(model.model), "size": size}
         some = [Contender("mask2ct stream", "benchmarks.memory:ours", {**given, "backend": backend}, cost=cost)]
         if model.trained is not None:

@@ -1,4 +1,4 @@
-"""The recorded measurements as one page, and the README's table:  python benchmarks/report.py [-o FILE.html] [--readme]
+"""The recorded measurements as one page, and the README's table:  python benchmarks/report.py [-o FILE.html] [--pictures FOLDER] [--readme]
 
 The page holds everything (pictures inside): the newest record of every suite and machine as a table, and how each ratio went from
 commit to commit. `--readme` writes the newest table of the README's own suites between its two marks.
@@ -20,15 +20,18 @@ if __name__ == "__main__":
 
 from benchmarks.history import HISTORY, Record, fingerprint, load, ratio_of
 from runtime.console import EXIT_CODES, run
-from runtime.errors import UsageError
+from runtime.errors import UsageError, writing
 from runtime.files import write_text
 from train.report import figure, page, picture, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-README = {  # suites that the README shows, at full size
-    "engine": "One network, by engine: slices a second on its own canvas",
+LIGHT = "A light network, by engine: slices a second on its own canvas"
+README = {  # suite → the table of the README in which its newest record at full size stands
+    "engine": LIGHT,
+    "engine edge 256x256": LIGHT,
+    "engine reference 256x256": "The original's network, by engine: slices a second on its own canvas",
     "stream": "A mask file to a CT file, 300 x 512 x 512, .nii.gz to .nii.gz: slices a second",
 }
 BEGIN, END = "<!-- benchmarks: python benchmarks/report.py --readme -->", "<!-- /benchmarks -->"
@@ -38,6 +41,7 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("report.py", description="Recorded measurements as one HTML page.", epilog=EXIT_CODES)
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "runs" / "benchmarks.html")
     parser.add_argument("--history", type=Path, default=HISTORY, help="the records (default: benchmarks/results/history.jsonl)")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="also write the page's pictures there, as PNG files")
     parser.add_argument("--readme", action="store_true", help="write the README's table instead")
     options = parser.parse_args(argv)
     records = load(options.history)
@@ -51,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"wrote the table in {readme}")
         return 0
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    write_page(options.output, records)
+    write_page(options.output, records, options.pictures)
     print(f"wrote {options.output}")
     return 0
 
@@ -107,38 +111,91 @@ def measured_on(record: Record) -> str:
     )
 
 
-def write_page(path: Path, records: Sequence[Record]) -> None:
-    """One self-contained HTML page. Raises `OutputError`."""
+def write_page(path: Path, records: Sequence[Record], pictures: Path | None = None) -> None:
+    """One self-contained HTML page; with `pictures`, each of its pictures as a PNG file in that folder too. Raises `OutputError`."""
     sections = []
     for record in newest(records):
         head, *body = rows(record)
         settings = ", ".join(f"{key} {value}" for key, value in record["options"].items())
         content = table(head, body) + f"<p class=note>{html.escape(measured_on(record))}</p>"
         content += "".join(f"<p>not there: {html.escape(name)} ({html.escape(why)})</p>" for name, why in record["absent"].items())
-        same = [
-            r for r in records if (r["suite"], r["options"], fingerprint(r)) == (record["suite"], record["options"], fingerprint(record))
-        ]
-        sections.append((f"{record['suite']}: {settings}", content + (picture(course(same), "ratios by commit") if len(same) > 1 else "")))
-    page(
-        path, "mask2ct: benchmarks", "Contenders took turns in every round; a ratio is ours against that one, with its interval.", sections
-    )
+        same = [r for r in records if alike(r, record)]
+        drawn = {"ratios": ratios(record)} if record["ratios"] else {}
+        if len(same) > 1 and record["ratios"]:
+            drawn["course"] = course(same)
+        sections.append(
+            (f"{record['suite']}: {settings}", content + "".join(picture(f, f"{name} of {record['suite']}") for name, f in drawn.items()))
+        )
+        if pictures is not None:
+            with writing(pictures):
+                pictures.mkdir(parents=True, exist_ok=True)
+                for name, made in drawn.items():
+                    made.savefig(pictures / f"{re.sub(r'[^a-z0-9]+', '-', record['suite'].lower())}-{name}.png", dpi=110)
+    lead = "Contenders took turns in every round. A ratio is ours against that one, with the interval that holds the true median; docs/benchmarks.md says more."
+    page(path, "mask2ct: benchmarks", lead, sections)
+
+
+def alike(a: Record, b: Record) -> bool:
+    """Whether two records can be compared: suite, options and machine."""
+    return (a["suite"], a["options"], fingerprint(a)) == (b["suite"], b["options"], fingerprint(b))
+
+
+def ratios(record: Record) -> Figure:
+    """Every ratio of a record with its interval, grey where it is no difference."""
+    names = [*record["ratios"]][::-1]
+    drawn = figure(9, 0.9 + 0.28 * len(names))
+    axes = drawn.subplots()
+    for place, name in enumerate(names):
+        r = ratio_of(record, name)
+        color = "#888" if not r.differs else "#1a6" if r.value > 1 else "#c33"
+        axes.errorbar(r.value, place, xerr=[[r.value - r.least], [r.most - r.value]], marker="o", capsize=3, color=color)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel(f"{next(iter(record['contenders']))}: times as fast as this")
+    _times(axes.xaxis, [getattr(ratio_of(record, n), end) for n in names for end in ("least", "most")])
+    axes.axvline(1, color="#999", linewidth=1)
+    return drawn
 
 
 def course(records: Sequence[Record]) -> Figure:
-    """Every ratio of one suite on one machine from commit to commit."""
-    drawn = figure(9, 3.5)
+    """Every ratio of one suite on one machine from commit to commit; those of one commit stand beside each other."""
+    names = list(dict.fromkeys(n for r in records for n in r["ratios"]))
+    drawn = figure(9, max(3.5, 1 + 0.2 * len(names)))
     axes = drawn.subplots()
-    places = range(len(records))
-    for name in dict.fromkeys(n for r in records for n in r["ratios"]):
-        held = [(x, ratio_of(r, name)) for x, r in zip(places, records, strict=True) if name in r["ratios"]]
+    ends = []
+    for n, name in enumerate(names):
+        aside = 0.5 * ((n + 0.5) / len(names) - 0.5)
+        held = [(x + aside, ratio_of(r, name)) for x, r in enumerate(records) if name in r["ratios"]]
         spread = [[r.value - r.least for _, r in held], [r.most - r.value for _, r in held]]
-        axes.errorbar([x for x, _ in held], [r.value for _, r in held], yerr=spread, marker="o", capsize=3, label=f"ours / {name}")
+        style: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 4,
+            "capsize": 2,
+            "linewidth": 1,
+            "color": f"C{n % 10}",
+            "linestyle": "-" if n < 10 else "--",
+        }
+        axes.errorbar([x for x, _ in held], [r.value for _, r in held], yerr=spread, label=f"ours / {name}", **style)
+        ends += [end for _, r in held for end in (r.least, r.most)]
     axes.axhline(1, color="#999", linewidth=1)
-    axes.set_xticks(list(places), [str(r["machine"]["commit"]) for r in records], rotation=30)
-    axes.set_yscale("log")
+    axes.set_xticks(range(len(records)), [f"{r['machine']['commit']}\n{r['date']}" for r in records])
+    _times(axes.yaxis, ends)
     axes.set_ylabel("times as fast")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return drawn
+
+
+def _times(axis: Any, shown: Iterable[float]) -> None:
+    """A logarithmic axis in plain numbers that holds what is shown, and 1."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+    least, most = min(1.0, *shown) / 1.1, max(1.0, *shown) * 1.1
+    steps = (1, 1.2, 1.5, 2, 3, 5, 7) if most / least < 12 else (1, 2, 5)
+    ticks = [m * 10.0**n for n in range(-3, 5) for m in steps]
+    (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
+    (axis.axes.set_xlim if axis.axis_name == "x" else axis.axes.set_ylim)(least, most)
+    axis.set_major_locator(FixedLocator([tick for tick in ticks if least <= tick <= most]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def with_table(readme: str, records: Sequence[Record]) -> str:
@@ -146,11 +203,12 @@ def with_table(readme: str, records: Sequence[Record]) -> str:
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise UsageError("the README has no place for the table", expected=f"{BEGIN} and {END}, once each", remedy="put them back")
     shown: list[str] = []
-    for record in (r for r in newest(records) if r["suite"] in README and not r["options"]["quick"]):
+    last = {(README[r["suite"]], fingerprint(r)): r for r in records if r["suite"] in README and not r["options"]["quick"]}
+    for (title, _), record in sorted(last.items(), key=lambda item: [*README.values()].index(item[0][0])):
         head, *body = rows(record)
         lines = [head, [":--", *["--:"] * (len(head) - 1)], *body]
         shown += [
-            f"**{README[record['suite']]}**",
+            f"**{title}**",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
             "",

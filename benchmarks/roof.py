@@ -13,7 +13,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ ROOF = "roof: "
 ROOFS: Mapping[str, tuple[tuple[str, str, Mapping[str, Any]], ...]] = {
     **{
         short: ((f"{short} matrix product", "gemm", {"dtype": dtype}), (f"{short} 3x3 convolution", "conv", {"dtype": dtype}))
-        for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16"), ("fp16", "float16"))
+        for short, dtype in (("fp32", "float32"), ("bf16", "bfloat16"))
     },
     "int8": (("int8 matrix product", "gemm_int8", {}), ("int8 3x3 convolution", "conv_int8", {})),
     "memcpy": (("memcpy", "memcpy", {}),),
@@ -178,16 +177,13 @@ def memcpy() -> Ready:
 
 def disk(folder: str | None = None) -> Ready:
     """Writing and syncing a file where temporary files lie."""
-    block: Any = np.random.default_rng(0).bytes(1 << 26)
-    kept = tempfile.TemporaryDirectory(dir=folder)  # goes with the process
-    place = Path(kept.name) / "block"
+    block = np.random.default_rng(0).bytes(1 << 26)
 
     def run() -> float:
-        with open(place, "wb") as handle:
+        with tempfile.NamedTemporaryFile(dir=folder) as handle:
             handle.write(block)
             handle.flush()
             os.fsync(handle.fileno())
-        place.unlink()
         return float(len(block))
 
     return Ready(run)

@@ -90,17 +90,25 @@ class PlainLoop:
 
         self.discriminator.requires_grad_(True)
         self._adam_d.zero_grad()
-        d = discriminator_losses(self.discriminator(condition, batch.image)[0], self.discriminator(condition, painted.detach())[0])
+        d = discriminator_losses(self._judge(condition, batch.image), self._judge(condition, painted.detach()))
         weighted_sum(d, dict.fromkeys(d, 1.0)).backward()
         self._adam_d.step()
 
         self.discriminator.requires_grad_(False)
         self._adam_g.zero_grad()
         judged = smooth + (painted - smooth).detach()
-        g = generator_losses(self.discriminator(condition, judged)[0], smooth, painted, batch.image)
+        g = generator_losses(self._judge(condition, judged), smooth, painted, batch.image)
         weighted_sum(g, asdict(self._config.loss)).backward()
         self._adam_g.step()
         return {name: value.item() for name, value in {**g, **d}.items()}
+
+    def _judge(self, condition: Tensor, image: Tensor) -> Tensor:
+        """The scores as people write it: image and labels concatenated."""
+        x = torch.cat([image, condition], 1) if self.discriminator.conditional else image
+        for stage in self.discriminator.stages:
+            x = stage(x)
+        scores: Tensor = self.discriminator.score(x)
+        return scores
 
 
 class Timed:

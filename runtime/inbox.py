@@ -15,14 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import Mask2CTError, UsageError, writing
-from .files import lock, write_text
+from .files import fits, lock, write_text
 from .io.archive import is_zip
 from .io.dicom_files import neutral
 from .io.headers import SUFFIXES
 
 WORK, DONE, FAILED = ".work", "done", "failed"
-LOCK = "lock"
+LOCK = ".lock"  # nothing that is taken begins with a dot
 UNFINISHED = (".part", ".partial", ".tmp", ".filepart", ".crdownload", "~")  # what copies are called before they are whole
+IGNORED = (".ds_store", "._")  # what macOS leaves in folders begins with
 PATIENCE = 10  # times as long as for others, what does not look whole is left to whoever may still be writing it
 
 Fingerprint = tuple[tuple[str, int, int], ...]
@@ -44,6 +45,16 @@ class Claim:
         return called(self.item)
 
 
+@dataclass
+class _Seen:
+    """An item as it was at the last look: since when it has not changed, on the clock of this machine alone."""
+
+    found: Fingerprint
+    since: float
+    age: float = 0.0  # seconds
+    whole: bool | None = None  # None: nobody has looked
+
+
 class Inbox:
     """`folder`, watched for one output folder: what others claimed for another output is theirs. `stable`: seconds that nothing of a mask may
     have changed for, by its size, its time of change and, of a folder, its list of files. `whole(path)`: whether it can be opened.
@@ -60,32 +71,36 @@ class Inbox:
                              file=output)  # fmt: skip
         self._folder, self._stable, self._whole = folder, stable, whole
         self._for = hashlib.sha256(os.fsencode(output.absolute().resolve())).hexdigest()[:8]
-        self._seen: dict[str, tuple[Fingerprint, float]] = {}
+        self._seen: dict[str, _Seen] = {}
         self.settling = False  # whether the last look saw something that would be ready if it stayed as it is
 
-    def look(self) -> list[tuple[Path, Fingerprint]]:
-        """What is complete now and nobody's yet, the oldest first."""
+    def look(self) -> list[Path]:
+        """What has not changed for long enough, the one that changed last at the end."""
         now, seen, ready = time.monotonic(), {}, []
         self.settling = False
         with writing(self._folder):
             items = [p for p in self._folder.iterdir() if p.name not in (DONE, FAILED) and not _unfinished(p.name)]
         for item in items:
-            found = fingerprint(item)
-            if not found:
+            if not (found := fingerprint(item)):
                 continue
-            before, since = self._seen.get(item.name, (found, now))
-            changed = before != found
-            seen[item.name] = (found, now if changed else since)
-            age = now - seen[item.name][1]
-            if age >= self._stable and (age >= PATIENCE * self._stable or self._whole(item)):
-                ready.append((item, found))
+            before = self._seen.get(item.name)
+            one = seen[item.name] = before if before is not None and before.found == found else _Seen(found, now)
+            one.age = now - one.since
+            if one.age >= self._stable * (PATIENCE if one.whole is False else 1):
+                ready.append(item)
             else:
-                self.settling |= not changed
+                self.settling |= before is None or one is before
         self._seen = seen
-        return sorted(ready, key=lambda one: (max(changed for *_, changed in one[1]), one[0].name))
+        return sorted(ready, key=lambda item: (max(changed for *_, changed in seen[item.name].found), item.name))
 
-    def claim(self, item: Path, found: Fingerprint) -> Claim | None:
-        """Take it, or None when another was faster or it has changed since it was looked at."""
+    def claim(self, item: Path) -> Claim | None:
+        """Take what `look` gave. None when it is not whole, when another was faster and when it has changed since."""
+        seen = self._seen[item.name]
+        if seen.whole is None:
+            seen.whole = self._whole(item)
+        if not seen.whole and seen.age < PATIENCE * self._stable:
+            self.settling = True
+            return None
         with writing(self._folder):
             ticket = self._folder / WORK / f"{self._for}-{os.urandom(6).hex()}"
             ticket.mkdir(parents=True)
@@ -95,7 +110,7 @@ class Inbox:
             claim = Claim(ticket, ticket / item.name, handle)
             with suppress(FileNotFoundError):
                 os.rename(item, claim.item)
-                if fingerprint(claim.item) == found or os.path.lexists(item):
+                if fingerprint(claim.item) == seen.found or os.path.lexists(item):
                     return claim
                 os.rename(claim.item, item)  # somebody still writes it
             self._end(claim)
@@ -125,7 +140,9 @@ class Inbox:
             with self._alone():
                 place = _free(folder / claim.item.name)
                 if claim.errors:  # first, so that nothing lies there without its reason
-                    write_text(place.with_name(f"{place.name}.reason.txt"), "\n\n".join(reason(claim, exc) for exc in claim.errors) + "\n")
+                    beside = place.with_name(f"{place.name}.reason.txt")
+                    beside = beside if fits(beside) else place.with_name(f"{neutral('item', place.name)}.reason.txt")
+                    write_text(beside, "\n\n".join(reason(claim, exc) for exc in claim.errors) + "\n")
                 os.rename(claim.item, place)
             self._end(claim)
         return place
@@ -159,7 +176,7 @@ def fingerprint(path: Path) -> Fingerprint:
     try:
         if not path.is_dir():
             return (("", path.stat().st_size, path.stat().st_mtime_ns),)
-        files = [Path(where) / name for where, _, names in os.walk(path) for name in names]
+        files = [Path(where) / name for where, _, names in os.walk(path) for name in names if not name.lower().startswith(IGNORED)]
         if any(_unfinished(file.name) for file in files):
             return ()
         return tuple(sorted((file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files))

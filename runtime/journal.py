@@ -11,9 +11,10 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from .errors import FolderBusy, OutputError, writing
 from .files import lock, sha256_of, sync_folder
@@ -23,13 +24,15 @@ JOURNAL = ".mask2ct.journal"
 
 @dataclass(frozen=True)
 class Entry:
-    """One completed result. `key`: SHA-256 of all that its bytes depend on; `files`: path within the folder → SHA-256."""
+    """One completed result. `key`: SHA-256 of all that its bytes depend on, `mask`: of the mask's files alone, empty where an
+    older mask2ct wrote it; `files`: path within the folder → SHA-256."""
 
     result: str
     key: str
     files: Mapping[str, str]
     slices: int
     warnings: tuple[str, ...] = ()
+    mask: str = ""
 
 
 class Ledger:
@@ -48,10 +51,10 @@ class Ledger:
         except OSError:
             return None
 
-    def foreign(self, result: str, key: str) -> bool:
-        """Whether files of `result` are there that were made from anything else than `key`."""
+    def foreign(self, result: str, mask: str) -> bool:
+        """Whether files of `result` are there that were made of another mask."""
         entry = self.entries.get(result)
-        return entry is not None and entry.key != key and any((self._folder / name).exists() for name in entry.files)
+        return entry is not None and entry.mask != mask and any((self._folder / name).exists() for name in entry.files)
 
     def add(self, entry: Entry) -> None:
         self.entries[entry.result] = entry
@@ -69,14 +72,13 @@ class Journal(Ledger):
         self._handle = self._open()
         with writing(self._path):
             content = b"".join(iter(lambda: os.read(self._handle, 1 << 20), b""))
-            self.entries = {entry.result: entry for line in content.split(b"\n") if (entry := _parse(line)) is not None}
+            self.entries = {entry.result: entry for facts in facts_in(content) if (entry := _entry(facts)) is not None}
             if content and not content.endswith(b"\n"):  # torn by a power cut: the next line begins a line
                 os.write(self._handle, b"\n")
 
     def add(self, entry: Entry) -> None:
         """Append, and return when it is on the disk. Raises `OutputError`."""
-        body = json.dumps(asdict(entry)).encode()
-        line = b"%08x %s\n" % (zlib.crc32(body), body)
+        line = line_of(asdict(entry))
         with writing(self._path):
             while line:  # a write may be cut short, by a full disk for one
                 line = line[os.write(self._handle, line) :]
@@ -124,14 +126,27 @@ def digest_of(path: Path) -> str:
     return key_of({file.relative_to(path).as_posix(): sha256_of(file) for file in files})
 
 
-def _parse(line: bytes) -> Entry | None:
-    checksum, _, body = line.partition(b" ")
+def line_of(facts: Mapping[str, object]) -> bytes:
+    """A line of a journal: the CRC-32 of its JSON, and that."""
+    body = json.dumps(facts).encode()
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def facts_in(content: bytes) -> Iterator[dict[str, Any]]:
+    """What a journal's lines hold, in their order; one that is torn or altered is passed over."""
+    for line in content.split(b"\n"):
+        checksum, _, body = line.partition(b" ")
+        try:
+            if int(checksum, 16) == zlib.crc32(body) and isinstance(facts := json.loads(body), dict):
+                yield facts
+        except ValueError:
+            pass
+
+
+def _entry(facts: Mapping[str, Any]) -> Entry | None:
     try:
-        if int(checksum, 16) != zlib.crc32(body):
-            return None
-        data = json.loads(body)
-        return Entry(data["result"], data["key"], data["files"], data["slices"], tuple(data["warnings"]))
-    except (ValueError, KeyError, TypeError):
+        return Entry(facts["result"], facts["key"], facts["files"], facts["slices"], tuple(facts["warnings"]), facts.get("mask", ""))
+    except (KeyError, TypeError):
         return None
 
 

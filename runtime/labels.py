@@ -48,11 +48,12 @@ def plain(text: str) -> str:
     return " ".join(text.replace("_", " ").casefold().split())
 
 
-def load_map(source: str | Path, table: LabelTable) -> dict[int | str | None, int]:
+def load_map(source: str | Path, table: LabelTable, others: Sequence[LabelTable] = ()) -> dict[int | str | None, int]:
     """Read `--labels MAP.json`, or take the preset of that name: value, code ("SCT:80891009") or name → the model's label, by name
     or by value; "*" is for every other one.
 
-    Returns keys as `LabelMap` has them → model index. Raises `UsageError` when the file or an entry is wrong.
+    Returns keys as `LabelMap` has them → model index; without the entries that lead to a label of `others` alone, models that the same
+    map is for. Raises `UsageError` when the file or an entry is wrong.
     """
     if str(source) in PRESETS:
         return _preset(str(source), table)
@@ -67,6 +68,12 @@ def load_map(source: str | Path, table: LabelTable) -> dict[int | str | None, in
     result: dict[int | str | None, int] = {}
     for key, target in data.items():
         index = table.by_name.get(target) if isinstance(target, str) else table.by_value.get(target) if type(target) is int else None
+        if (
+            index is None
+            and isinstance(target, (str, int))
+            and any(target in other.by_name or target in other.by_value for other in others)
+        ):
+            continue
         if index is None:
             raise UsageError(f"the label map sends {key!r} to {target!r}", expected=f"a label of the model, by name or value: {table}",
                              remedy="correct the entry", file=path)  # fmt: skip

@@ -43,7 +43,7 @@ class Rule:
     labels: tuple[str, ...] = ()
 
 
-class Models:
+class Models(Mapping[str, Synthesizer]):
     """Model folders opened as `Synthesizer`s. Safe to use from several threads, as they are.
 
     Together they hold no more than `max_memory`: where the next volume finds no room, the engine of the model that was chosen least
@@ -75,12 +75,14 @@ class Models:
         `rules`: a file as `load_rules` reads it; `use`: the name of the model that every case is for. The rest as in `Synthesizer.open`;
         `max_memory` is of all models together. Raises what that raises, and `UsageError` for names that are not there, or there twice.
         """
-        named = _named(folders)
-        if use is not None and use not in named:
-            raise UsageError(f"there is no model {use!r}", expected=f"one of {', '.join(named)}", remedy="name one of them with --use")
-        models = cls(max_memory=max_memory, rules=() if rules is None else load_rules(rules, [*named]), use=use)
+        folders_by_name = named(folders)
+        if use is not None and use not in folders_by_name:
+            raise UsageError(
+                f"there is no model {use!r}", expected=f"one of {', '.join(folders_by_name)}", remedy="name one of them with --use"
+            )
+        models = cls(max_memory=max_memory, rules=() if rules is None else load_rules(rules, [*folders_by_name]), use=use)
         try:
-            for name, folder in named.items():
+            for name, folder in folders_by_name.items():
                 opened = Synthesizer.open(folder, backend=backend, batch=batch, max_memory=max_memory, device=device, workers=workers,
                                           allowance=models._allowance)  # fmt: skip
                 models._synthesizers[name] = opened
@@ -196,7 +198,7 @@ def load_rules(path: Path, names: Sequence[str]) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
-def _named(folders: Sequence[str | Path]) -> dict[str, Path]:
+def named(folders: Sequence[str | Path]) -> dict[str, Path]:
     """Name → folder. What is a folder is one, also with "=" in its name."""
     named: dict[str, Path] = {}
     for text in map(str, folders):

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,10 @@ from .variants import Ranges
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is made of every mask: the options of `runtime.stream.synthesize`. Plain data, so that it may cross to another process."""
+    """What is made of every mask: the options of `runtime.stream.synthesize`. Plain data, so that it may cross to another process.
+
+    Without `replace` a mask is refused whose result would take the place of one that the journal has of another.
+    """
 
     output: Path
     format: str = "nifti"
@@ -61,13 +64,24 @@ class Recipe:
                                  remedy="choose another --output, or move that file", file=file)  # fmt: skip
 
     @contextmanager
-    def journal(self, cases: Sequence[Case], held: Journal | None = None) -> Iterator[Journal]:
-        """The output folder's journal, locked, or the one that the caller holds; what writers that are gone left half-written is removed."""
-        journal = held or Journal(self.output)
-        try:
-            for folder in {self.output, *(file.parent for case in cases for file in self.files(case.name))}:
-                remove_orphans(folder, locked=True)
+    def journal(self, manifest: Manifest, cases: Sequence[Case]) -> Iterator[Journal]:
+        """The output folder's journal, locked, and the folder kept tidy."""
+        with closing(Journal(self.output)) as journal, self.tidy(manifest, cases):
             yield journal
+
+    @contextmanager
+    def tidy(self, manifest: Manifest, cases: Sequence[Case]) -> Iterator[None]:
+        """For who holds the journal: before and after, what writers that are gone left half-written is removed; at the end, also of a run
+        that was stopped, a data set's index counts what lies in it."""
+        folders = {self.output, *(file.parent for case in cases for file in self.files(case.name))}
+        try:
+            _sweep(folders)
+            yield
         finally:
-            if held is None:
-                journal.close()
+            _sweep(folders)
+            self.writer.finish(self.output, manifest)
+
+
+def _sweep(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        remove_orphans(folder, locked=True)

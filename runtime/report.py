@@ -11,6 +11,7 @@ from .stream import CaseResult
 from .version import VERSION
 
 if TYPE_CHECKING:
+    from .scale import RaySynthesizer
     from .synthesizer import Synthesizer
 
 THREADS = {"read": "reading", "deform": "reading", "paint": "painting", "write": "writing"}  # stage → which thread's time it is
@@ -19,7 +20,7 @@ THREADS = {"read": "reading", "deform": "reading", "paint": "painting", "write":
 class Summary:
     """The results of one run so far."""
 
-    def __init__(self, models: Mapping[str, Synthesizer], seed: int, total: int, *, quiet: bool):
+    def __init__(self, models: Mapping[str, Synthesizer | RaySynthesizer], seed: int, total: int, *, quiet: bool):
         self._models, self._seed, self._started = dict(models), seed, time.perf_counter()
         self._results: list[CaseResult] = []
         self._by: list[str] = []  # of each result, the model; empty where none fitted
@@ -98,14 +99,15 @@ class Summary:
 
     def _limit(self) -> str:
         thread, seconds = max(self.busy.items(), key=lambda item: item[1])
-        return f", limited by {thread} ({100 * seconds / self._elapsed:.0f} % busy)" if seconds else ""
+        share = seconds / self._elapsed / max(getattr(synth, "count", 1) for synth in self._models.values())  # workers
+        return f", limited by {thread} ({100 * share:.0f} % busy)" if seconds else ""
 
     def _show(self, note: str) -> None:
         speed = f"{self._slices / self._elapsed:.1f} slices/s" if self._slices else ""
         self._progress.update(len(self._results), f"{speed}{self._limit()}  {note}" if speed else note)
 
 
-def _facts(synth: Synthesizer) -> dict[str, Any]:
+def _facts(synth: Synthesizer | RaySynthesizer) -> dict[str, Any]:
     return {
         "model": synth.manifest.name,
         "model_files": {name: file.sha256 for name, file in synth.manifest.files.items()},

@@ -13,7 +13,7 @@ from .files import fits, sha256_of
 from .io.archive import opened
 from .io.detect import Case, read_case
 from .io.formats import DEFAULT_OPTIONS, FormatOptions, Painting, result_name
-from .journal import Entry, Journal, Ledger, digest_of, key_of
+from .journal import Entry, Ledger, digest_of, key_of
 from .labels import LabelMap
 from .pipeline import Ahead, Behind
 from .recipe import Recipe
@@ -62,16 +62,13 @@ def synthesize(
     seed: int = 0,
     labels: LabelMap | None = None,
     resume: bool = False,
-    replace: bool = True,
-    journal: Journal | None = None,
     on_slice: Callable[[int], None] | None = None,
 ) -> Generator[CaseResult]:
     """Paint each case into `output`, as `runtime.io.formats` says for `format`; `variants` = K writes K pairs of CT and mask for
     each, 0 to K - 1: the first of the mask as it is, the others deformed within `ranges` (see `runtime.variants`).
 
     `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all that the bytes depend on, is
-    not made again; without it existing results are replaced. Without `replace` a mask is refused whose result would replace one that the
-    journal has of another. `journal`: of the folder, opened by the caller, who closes it.
+    not made again; without it existing results are replaced.
 
     Returns a generator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
     results written behind while the caller's thread paints. A mask that cannot be used gives its error and the next one follows;
@@ -79,15 +76,15 @@ def synthesize(
     painted. Raises `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be
     written, or a file in it that is not ours and would be replaced; and when it starts, if another run is writing into the folder.
     """
-    recipe = Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume, replace)
+    recipe = Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume)
     recipe.check(synthesizer.manifest, cases)
-    return _locked(synthesizer, recipe, cases, journal, on_slice)
+    return _locked(synthesizer, recipe, cases, on_slice)
 
 
 def _locked(
-    synthesizer: Synthesizer, recipe: Recipe, cases: Sequence[Case], held: Journal | None, on_slice: Callable[[int], None] | None
+    synthesizer: Synthesizer, recipe: Recipe, cases: Sequence[Case], on_slice: Callable[[int], None] | None
 ) -> Generator[CaseResult]:
-    with recipe.journal(cases, held) as journal:
+    with recipe.journal(synthesizer.manifest, cases) as journal:
         yield from Run(synthesizer, recipe, journal, on_slice).results(cases)
 
 
@@ -117,7 +114,7 @@ class Run:
         self._recipe, self._output, self._format, self._variants = recipe, recipe.output, recipe.writer, recipe.numbers
         self._ranges, self._seed, self._labels, self._resume = recipe.ranges, recipe.seed, recipe.labels, recipe.resume
 
-    def results(self, cases: Sequence[Case]) -> Iterator[CaseResult]:
+    def results(self, cases: Sequence[Case]) -> Generator[CaseResult]:
         ahead, behind = Ahead(self._prepare(cases)), Behind(self._write)
         try:
             for item in ahead:
@@ -146,7 +143,7 @@ class Run:
                 inputs = self._input(case)
                 keys = {variant: self._key(case, variant, inputs) for variant in self._variants}
                 if not self._recipe.replace:
-                    self._refuse_to_replace(case, keys)
+                    self._refuse_to_replace(case, _mask(inputs))
                 proven = {
                     v: entry for v, key in keys.items() if self._resume and (entry := self._journal.proven(result_name(case.name, v), key))
                 }
@@ -203,7 +200,7 @@ class Run:
         files = self._format.write(self._output, job.painting, counted)
         with writing(self._output):
             digests = {file.relative_to(self._output).as_posix(): digest_of(file) for file in files}
-        self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings))
+        self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings, _mask(result.input)))
         seconds = {**job.seconds, "write": time.perf_counter() - started - counted.seconds}
         return replace(result, files=files, slices=counted.slices, seconds=seconds, sha256=digests)
 
@@ -231,15 +228,20 @@ class Run:
             "ranges": vars(self._ranges) if variant else None,
         })  # fmt: skip
 
-    def _refuse_to_replace(self, case: Case, keys: Mapping[int | None, str]) -> None:
-        if there := [name for variant, key in keys.items() if self._journal.foreign(name := result_name(case.name, variant), key)]:
-            raise InputError(f"the output folder holds {there[0]}, made of another mask or with other options", file=case.called,
+    def _refuse_to_replace(self, case: Case, mask: str) -> None:
+        if there := [name for variant in self._variants if self._journal.foreign(name := result_name(case.name, variant), mask)]:
+            raise InputError(f"the output folder holds {there[0]}, made of another mask", file=case.called,
                              expected="a name of its own for each case", remedy="rename the mask, or take that result away")  # fmt: skip
 
     def _check_names(self, case: Case) -> None:
         if not all(map(fits, self._recipe.files(case.name))):
             raise UnreadableVolume(f"the name of {case.called.name} is too long for what is written beside it", expected="some 200 bytes at most",
                                    remedy="rename it", file=case.called)  # fmt: skip
+
+
+def _mask(inputs: Mapping[str, str]) -> str:
+    """SHA-256 of what a case was read from."""
+    return key_of({"input": sorted(inputs.values())})
 
 
 def _warnings(mask: str, volume: LabelVolume, synthesizer: Synthesizer) -> Iterator[str]:

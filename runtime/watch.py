@@ -5,22 +5,24 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from .errors import FolderBusy, InputError, MemoryCapExceeded, UnreadableVolume, UsageError
-from .files import check_writable
 from .inbox import Claim, Inbox, waves
 from .io.archive import is_zip, on_disk
 from .io.detect import Case
-from .io.formats import FORMATS
 from .io.headers import check_header
 from .journal import Journal
 from .models import Models
-from .stream import CaseResult, synthesize
+from .recipe import Recipe
+from .stream import CaseResult, Run
 
 AT_ONCE = 4  # claimed together: one is read ahead while another is painted, and little is kept from other watchers
+SHORTEST = 0.01  # seconds between two looks
+PER_LOOK = 64  # items between two looks at the whole folder
 
 
 class Listener(Protocol):
@@ -36,36 +38,41 @@ class Listener(Protocol):
 
 
 class Watcher:
-    """Paints what is put into `inbox` into `output`, each mask by the one of `models` that it is for.
+    """Paints what is put into `inbox`, each mask by the one of `models` that it is for.
 
-    `recipes`: by model, what `runtime.stream.synthesize` is to be given; `find`: the cases at a path, and whether what is odd about it is
-    to be said; `stable`: see `Inbox`. Results are those of `mask2ct synth` on the same masks. The output folder's journal is held while there is work, so that several watchers of one output folder
-    take turns; what was claimed and not finished is gone on with by the next that looks. A result of another mask is never replaced.
+    `recipes`: by model, what is made of a mask, all in one output folder; `find`: the cases at a path, and whether what is odd about it is
+    to be said; `stable`: see `Inbox`. Results are those of `mask2ct synth` on the same masks, and never replace one of another mask. The output
+    folder's journal is held while there is work: several watchers of one output folder take turns. What one claimed and did not finish, the next
+    that looks goes on with.
 
     Raises `UsageError` and `OutputError` before any work.
     """
 
     def __init__(
-        self, inbox: Path, models: Models, output: Path, recipes: Mapping[str, Mapping[str, Any]], *, find: Callable[[Path, bool], list[Case]],
+        self, inbox: Path, models: Models, recipes: Mapping[str, Recipe], *, find: Callable[[Path, bool], list[Case]],
         stable: float, listener: Listener,
     ):  # fmt: skip
-        self._inbox = Inbox(inbox, output, stable=stable, whole=self._whole)
-        self._models, self._output, self._recipes = models, output, recipes
-        self._find, self._listener, self._waiting = find, listener, False
-        check_writable(output)
+        self._models, self._find, self._listener, self._waiting = models, find, listener, False
+        self._recipes = {name: replace(recipe, resume=True, replace=False) for name, recipe in recipes.items()}
+        (self._output,) = {recipe.output for recipe in recipes.values()}
+        self._inbox = Inbox(inbox, self._output, stable=stable, whole=self._whole)
         for name, recipe in recipes.items():
-            FORMATS[recipe["format"]](recipe["options"]).check(models[name].manifest, output)
+            recipe.check(models[name].manifest, [])
 
     def run(self, *, poll: float, once: bool = False) -> None:
         """Look every `poll` seconds, until interrupted; `once`: until nothing is left that is complete, or that only has to prove it.
 
         Raises `OutputError` where results cannot be written, and what concerns all masks alike.
         """
+        with suppress(FolderBusy), closing(Journal(self._output)):  # what a watcher that was killed did not come to
+            for name, recipe in self._recipes.items():
+                with recipe.tidy(self._models[name].manifest, []):
+                    pass
         while True:
             if not self.step():
                 if once and not self._inbox.settling and not self._waiting:
                     return
-                time.sleep(poll)
+                time.sleep(max(poll, SHORTEST))
 
     def step(self) -> bool:
         """One look, and the work it finds; whether any was done."""
@@ -76,10 +83,10 @@ class Watcher:
         claims: list[Claim] = []
         try:
             with closing(Journal(self._output)) as journal:
-                for item, found in ready:
-                    if len(claims) < AT_ONCE and (claim := self._inbox.claim(item, found)):
-                        claims.append(claim)
-                self._work(claims, journal)
+                for n in range(0, min(len(ready), PER_LOOK), AT_ONCE):
+                    taken = [claim for item in ready[n : n + AT_ONCE] if (claim := self._inbox.claim(item))]
+                    claims += taken
+                    self._work(taken, journal)
                 random.shuffle(left)  # and one by one, last: should a file end the process, it keeps no other waiting for ever
                 for claim in left:
                     self._work([claim], journal)
@@ -115,21 +122,24 @@ class Watcher:
         if not names:
             return
         for name in names:
-            cases[name][0].outstanding[name] = self._recipes[model].get("variants") or 1
+            cases[name][0].outstanding[name] = len(self._recipes[model].numbers)
         try:
-            with closing(synthesize(self._models[model], [cases[name][1] for name in names], self._output, **self._recipes[model],
-                                    resume=True, replace=False, journal=journal)) as results:  # fmt: skip
+            synth, recipe, mine = self._models[model], self._recipes[model], [cases[name][1] for name in names]
+            recipe.check(synth.manifest, mine)
+            with recipe.tidy(synth.manifest, mine), closing(Run(synth, recipe, journal).results(mine)) as results:
                 for result in results:
                     self._listener.made(result)
                     self._count(cases[result.case][0], result)
         except (UsageError, MemoryCapExceeded) as exc:  # of one of them: which, shows when each is alone
-            if len(names) > 1:
-                for name in names:
-                    self._paint(model, [name], cases, journal)
+            left = [name for name in names if cases[name][0].outstanding[name]]
+            if not left:
+                raise
+            if len(names) == 1:
+                cases[left[0]][0].errors.append(exc)
+                self._finish(cases[left[0]][0], left[0])
             else:
-                claim = cases[names[0]][0]
-                claim.errors.append(exc)
-                self._finish(claim, names[0])
+                for name in left:
+                    self._paint(model, [name], cases, journal)
 
     def _count(self, claim: Claim, result: CaseResult) -> None:
         if result.error is not None:
@@ -154,7 +164,7 @@ class Watcher:
             if case.kind == "series" and not item.is_dir() and not is_zip(item):
                 raise UnreadableVolume(f"{case.called} is one image of a series", expected="the whole series", file=case.called,
                                        remedy="put the series into a folder, and that into the watched one")  # fmt: skip
-            name, reason = self._models.decide(case, {name: recipe["labels"] for name, recipe in self._recipes.items()})
+            name, reason = self._models.decide(case, {name: recipe.labels for name, recipe in self._recipes.items()})
             self._listener.chosen(case, name, reason)
             chosen.append((case, name))
         return chosen

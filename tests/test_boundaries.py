@@ -18,7 +18,7 @@ ALLOWED = {
 }
 ROOMS = tuple(ALLOWED)
 # the synthesizer is for those who deploy; training and export share the contract, the grid and the readers with it
-NOT_FOR_TRAINING = ("runtime.synthesizer", "runtime.stream", "runtime.commands", "runtime.__main__")
+NOT_FOR_TRAINING = ("runtime.synthesizer", "runtime.stream", "runtime.commands", "runtime.node", "runtime.__main__")
 
 
 def imports(file: Path) -> list[str]:
@@ -64,8 +64,8 @@ class Refuse:
         if top not in sys.stdlib_module_names and top not in ("runtime", "numpy"):
             raise ImportError("hidden: " + name)
 sys.meta_path.insert(0, Refuse())
-import pkgutil, importlib, runtime, runtime.commands, runtime.io, runtime.engines
-for package in (runtime, runtime.commands, runtime.io, runtime.engines):  # pydicom, highdicom, SimpleITK and every engine: only when they are needed
+import pkgutil, importlib, runtime, runtime.commands, runtime.io, runtime.engines, runtime.node
+for package in (runtime, runtime.commands, runtime.io, runtime.engines, runtime.node):  # codecs, engines, protocols: only when they are needed
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(package.__name__ + '.' + module.name)
 print("imported")

@@ -79,6 +79,22 @@ def test_each_mask_is_painted_by_the_model_that_knows_its_labels(
     assert [*told["models"]] == ["heart", "abdomen"] and told["models"]["heart"]["model"] == "fake"
 
 
+def test_one_label_map_serves_several_models_each_with_its_own_entries(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masks, maps = [mask(tmp_path, "a", 0, 51, 52), mask(tmp_path, "b", 0, 5)], tmp_path / "map.json"
+    maps.write_text(json.dumps({"0": "background", "51": "left ventricle", "52": "ascending aorta", "5": "liver"}))
+    line = ["synth", *map(str, masks), "--output", str(tmp_path / "out"), "--backend", "fake", "--labels", str(maps)]
+    line += [f"--model={folder}" for folder in folders.values()]
+    assert run(main, line) == 0
+    said = capsys.readouterr().err
+    assert "a.nii.gz: heart (its labels: 0, 51, 52)" in said and "b.nii.gz: abdomen (its labels: 0, 5)" in said
+    maps.write_text(json.dumps({"5": "liver", "7": "pancreas"}))
+    assert run(main, line) == 2 and "'pancreas'" in capsys.readouterr().err
+    maps.write_text(json.dumps({"5": ["liver"]}))
+    assert run(main, line) == 2
+
+
 def test_of_several_that_fit_the_one_the_name_speaks_of_is_taken(folders: dict[str, Path], tmp_path: Path) -> None:
     with both(folders) as models:
         assert choice(models, mask(tmp_path, "Patient-7_HEART", 0, 500)) == ("heart", "its labels and its name or description")

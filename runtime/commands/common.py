@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from ..contract import LabelTable
 from ..engines.registry import CHOICES
-from ..errors import UsageError, printable
+from ..errors import InputError, UsageError, printable
 from ..io.detect import Case, ReadOptions, find_cases
 from ..io.formats import FORMATS, FormatOptions
 from ..io.headers import SUFFIXES
 from ..labels import MAP_HELP, PRESETS, LabelMap, load_map, lost
 from ..memory import parse_bytes
 from ..models import RULES_HELP, Models
+from ..stream import CaseResult, synthesize
 from ..synthesizer import DEFAULT_BATCH
 from ..variants import Ranges
 
@@ -59,10 +60,15 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
-    """What is made of a mask and how it is written: for every command that paints."""
+    """What is made of a mask, where to and how it is written: for every command that paints into a folder."""
     parser.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     how = parser.add_argument_group("results")
     how.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
+    add_making(how)
+
+
+def add_making(how: argparse._ArgumentGroup) -> None:
+    """What is made of a mask: for every command that paints."""
     how.add_argument("--attach", action="store_true", help="dicom: into the mask's own patient, study and frame of reference")
     how.add_argument("--enhanced", action="store_true", help="dicom: one multi-frame Enhanced CT and not a file a slice")
     how.add_argument(
@@ -110,10 +116,14 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
 
 
 def open_models(options: argparse.Namespace) -> Models:
+    return Models.open(options.model, rules=options.rules, use=options.use, **engine(options))
+
+
+def engine(options: argparse.Namespace) -> dict[str, Any]:
+    """What `add_engine` says besides the models, as `Synthesizer.open` takes it."""
     if options.workers is not None and options.workers < 1:
         raise UsageError(f"--workers is {options.workers}", expected="1 or more", remedy="leave it out for the default")
-    return Models.open(options.model, rules=options.rules, use=options.use, backend=options.backend, batch=options.batch,
-                       max_memory=options.max_memory, device=options.device, workers=options.workers)  # fmt: skip
+    return {name: getattr(options, name) for name in ("backend", "batch", "max_memory", "device", "workers")}
 
 
 def introduce(models: Models) -> None:
@@ -131,7 +141,29 @@ def choose(models: Models, case: Case, recipes: Mapping[str, Mapping[str, Any]],
     return name
 
 
-def recipe(options: argparse.Namespace, table: LabelTable) -> dict[str, Any]:
+def painted(
+    models: Models, cases: Sequence[Case], recipes: Mapping[str, Mapping[str, Any]], output: Path, *, resume: bool, quiet: bool,
+    on_slice: Callable[[int], None] | None = None,
+) -> Iterator[tuple[CaseResult, str]]:  # fmt: skip
+    """Paint each case by the model it is for: each result, with that model's name, empty where none fits."""
+    chosen: dict[str, list[Case]] = {}
+    for case in cases:
+        try:
+            chosen.setdefault(choose(models, case, recipes, quiet=quiet), []).append(case)
+        except InputError as exc:
+            yield CaseResult(case.name, case.called, None, error=exc), ""
+    for name, those in chosen.items():  # one model after the other: none is opened twice for want of memory
+        for result in synthesize(models[name], those, output, **recipes[name], resume=resume, on_slice=on_slice):
+            yield result, name
+
+
+def recipes(options: argparse.Namespace, models: Models) -> dict[str, dict[str, Any]]:
+    """By model, `recipe`. A label map may be for several models: each takes its own entries."""
+    tables = [synth.manifest.labels for synth in models.values()]
+    return {name: recipe(options, synth.manifest.labels, tables) for name, synth in models.items()}
+
+
+def recipe(options: argparse.Namespace, table: LabelTable, tables: Sequence[LabelTable] = ()) -> dict[str, Any]:
     """What `add_results` and --labels say, as `runtime.stream.synthesize` takes it. What a label preset loses is said."""
     return {
         "format": options.format,
@@ -139,7 +171,7 @@ def recipe(options: argparse.Namespace, table: LabelTable) -> dict[str, Any]:
         "variants": options.variants,
         "ranges": Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology, mirror=options.mirror),
         "seed": options.seed,
-        "labels": label_map(options, table),
+        "labels": label_map(options, table, tables),
     }
 
 
@@ -155,13 +187,13 @@ def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = Fa
     return cases
 
 
-def label_map(options: argparse.Namespace, table: LabelTable) -> LabelMap | None:
+def label_map(options: argparse.Namespace, table: LabelTable, tables: Sequence[LabelTable] = ()) -> LabelMap | None:
     """--labels as a map; what a preset loses is said."""
     if options.labels is None:
         return None
     if options.labels in PRESETS and (without := lost(options.labels, table)):
         print(f"warning: the model has no label for {', '.join(without)} of {options.labels}: they become background", file=sys.stderr)
-    return load_map(options.labels, table)
+    return load_map(options.labels, table, tables)
 
 
 def _batch(text: str) -> int | Literal["auto"]:

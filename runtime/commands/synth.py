@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from ..console import EXIT_CODES
-from ..errors import InputError, printable
+from ..errors import InputError, UsageError, printable
 from ..files import check_writable, write_json
 from ..io.archive import exists
 from ..io.detect import Case, listing, read_case
 from ..io.formats import FORMATS
-from ..models import Models
+from ..models import Models, named
 from ..report import Summary
-from ..stream import CaseResult, synthesize
-from .common import MASK_HELP, add_engine, add_reading, add_results, choose, find, introduce, open_models, recipe
+from ..scale import RaySynthesizer
+from ..stream import CaseResult
+from ..synthesizer import Synthesizer
+from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, painted, recipe, recipes
 
 
 def add(commands: Any) -> None:
@@ -32,6 +35,14 @@ def add(commands: Any) -> None:
     synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
     synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
     synth.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+    how = synth.add_argument_group("several processes or machines, by Ray; the result is the same")
+    how.add_argument(
+        "--ray", nargs="?", const="local", metavar="ADDRESS", help="on workers: of this machine, or auto or HOST:PORT for a cluster's"
+    )
+    how.add_argument(
+        "--ray-workers", type=int, metavar="N", help="how many (default: one a GPU, without any one for every --workers cores)"
+    )
+    how.add_argument("--ray-gpus", type=float, metavar="F", help="GPUs of each, a fraction shares one (default: 1 where there are some)")
 
 
 def _synth(options: argparse.Namespace) -> int:
@@ -42,32 +53,49 @@ def _synth(options: argparse.Namespace) -> int:
         for case in missing:
             print(f"error: {printable(case.path)} does not exist", file=sys.stderr)
         return 1 if missing else 0
+    if options.ray is not None and not options.dry_run:
+        return _on_ray(cases, options)
+    if options.ray_workers is not None or options.ray_gpus is not None:
+        raise UsageError("--ray-workers and --ray-gpus are for Ray", expected="--ray with them", remedy="add --ray, or leave them out")
     with open_models(options) as models:
-        recipes = {name: recipe(options, models[name].manifest.labels) for name in models.names}
+        made = recipes(options, models)
         if not options.quiet:
             introduce(models)
         if options.dry_run:
-            return _dry_run(models, cases, recipes, options)
-        return _run(models, cases, recipes, options)
+            return _dry_run(models, cases, made, options)
+        summary = _summary(models, cases, options)
+        results = painted(models, cases, made, options.output, resume=options.resume, quiet=options.quiet, on_slice=summary.painting)
+        return _run(summary, results, options)
 
 
-def _run(models: Models, cases: Sequence[Case], recipes: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
+def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
+    (name, folder), *more = named(options.model).items()
+    if more:
+        raise UsageError("--ray was given several models", expected="one", remedy="run the command once for each model's masks")
+    how = {"address": options.ray, "count": options.ray_workers, "gpus": options.ray_gpus}
+    with RaySynthesizer.open(folder, **how, **engine(options)) as synth:
+        made = recipe(options, synth.manifest.labels)
+        if not options.quiet:
+            print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
+        results = synth.synthesize(cases, options.output, **made, resume=options.resume)
+        return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), options)
+
+
+def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence[Case], options: argparse.Namespace) -> Summary:
     if options.report is not None:
         check_writable(options.report.parent)
-    summary = Summary(
-        {name: models[name] for name in models.names}, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet
-    )
+    return Summary(models, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
+
+
+def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: argparse.Namespace) -> int:
     try:
-        chosen: dict[str, list[Case]] = {}
-        for case in cases:
-            try:
-                chosen.setdefault(choose(models, case, recipes, quiet=options.quiet), []).append(case)
-            except InputError as exc:
-                _add(summary, CaseResult(case.name, case.called, None, error=exc), "")
-        for name, those in chosen.items():  # one model after the other: none is opened twice for want of memory
-            made = recipes[name]
-            for result in synthesize(models[name], those, options.output, **made, resume=options.resume, on_slice=summary.painting):
-                _add(summary, result, name)
+        with redirect_stdout(sys.stderr):  # Ray says there what becomes of its workers
+            for result, model in results:
+                summary.add(result, model)
+                for warning in result.warnings:
+                    print(f"warning: {warning}")
+                if result.error is not None:
+                    print(f"error: {result.error}")
     finally:  # what was done is told also of a run that was stopped
         if options.report is not None:
             write_json(options.report, summary.to_json())
@@ -77,23 +105,15 @@ def _run(models: Models, cases: Sequence[Case], recipes: dict[str, dict[str, Any
     return 1 if summary.failed else 0
 
 
-def _add(summary: Summary, result: CaseResult, model: str) -> None:
-    summary.add(result, model)
-    for warning in result.warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    if result.error is not None:
-        print(f"error: {result.error}", file=sys.stderr)
-
-
-def _dry_run(models: Models, cases: Sequence[Case], recipes: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
-    failed, writers = 0, {name: FORMATS[made["format"]](made["options"]) for name, made in recipes.items()}
+def _dry_run(models: Models, cases: Sequence[Case], made_of: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
+    failed, writers = 0, {name: FORMATS[made["format"]](made["options"]) for name, made in made_of.items()}
     for name, writer in writers.items():
         writer.check(models[name].manifest, options.output)
     for case in cases:
         try:
-            name = choose(models, case, recipes, quiet=options.quiet)
+            name = choose(models, case, made_of, quiet=options.quiet)
             synth = models[name]
-            volume = read_case(case, synth.manifest.labels, recipes[name]["labels"])
+            volume = read_case(case, synth.manifest.labels, made_of[name]["labels"])
             writers[name].check_mask(volume)
         except InputError as exc:
             failed += 1

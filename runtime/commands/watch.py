@@ -11,9 +11,10 @@ from ..console import EXIT_CODES
 from ..errors import UsageError
 from ..inbox import Claim, reason
 from ..io.detect import Case
+from ..recipe import Recipe
 from ..stream import CaseResult
 from ..watch import Watcher
-from .common import add_engine, add_reading, add_results, find, introduce, open_models, recipe
+from .common import add_engine, add_reading, add_results, find, introduce, open_models, recipes
 
 
 def add(commands: Any) -> None:
@@ -36,9 +37,9 @@ def add(commands: Any) -> None:
 
 def _watch(options: argparse.Namespace) -> int:
     with open_models(options) as models:
-        recipes = {name: recipe(options, models[name].manifest.labels) for name in models.names}
+        made_of = {name: Recipe(options.output, **made) for name, made in recipes(options, models).items()}
         log = _Log(several=len(models) > 1, quiet=options.quiet)
-        watcher = Watcher(options.inbox, models, options.output, recipes, find=lambda path, say: find(options, [path], say=say), stable=options.stable,
+        watcher = Watcher(options.inbox, models, made_of, find=lambda path, say: find(options, [path], say=say), stable=options.stable,
                           listener=log)  # fmt: skip
         if not options.quiet:
             introduce(models)

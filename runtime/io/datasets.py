@@ -2,7 +2,7 @@
 
 The output folder is the data set: new, or one that exists, also one of real cases, provided that its labels are these. Labels are
 consecutive, 0..K as the model counts them, which nnU-Net requires. A case is complete once its image is there: the label map is
-written first, `dataset.json`, which counts what lies in the folder, last. One run at a time writes into a folder.
+written first; `dataset.json`, which counts what lies in the folder, at the end of a run. One run at a time writes into a folder.
 """
 
 from __future__ import annotations
@@ -58,17 +58,16 @@ class DatasetFormat:
         image, label = self.files(output, painting.case, painting.variant)
         write_labels(label, painting.mask, np.arange(len(painting.manifest.labels), dtype=np.uint8), description="mask of a " + NOTICE)
         write_ct(image, slabs, painting.mask, description=NOTICE)
-        self._register(output, painting.manifest)
         return image, label
 
-    def _register(self, output: Path, manifest: Manifest) -> None:
-        """Bring `dataset.json` to what lies in the folder; what others wrote into it stays."""
+    def finish(self, output: Path, manifest: Manifest) -> None:
+        """Bring `dataset.json` to what lies in the folder; what others wrote into it stays. Without a case there is none."""
+        found = sorted(path.name[: -len(ENDING)] for path in (output / LABELS).glob(f"[!.]*{ENDING}"))
+        complete = [case for case in found if (output / IMAGES / f"{case}{self.channel}{ENDING}").exists()]
+        if not complete:
+            return
         known, ours = _read(output), self._ours(manifest)
         _refuse_another(output, known, ours)
-        found = sorted(
-            p.name[: -len(ENDING)] for p in (output / LABELS).iterdir() if p.name.endswith(ENDING) and not p.name.startswith(".")
-        )
-        complete = [case for case in found if (output / IMAGES / f"{case}{self.channel}{ENDING}").exists()]
         data = dict(known) if known is not None else self._new(output, manifest, ours)
         if self.channel:
             data["numTraining"] = len(complete)

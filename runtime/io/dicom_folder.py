@@ -53,3 +53,6 @@ class DicomFormat:
             if self.options.segmentation != "none":
                 write_seg(folder, painting, identity, grid, images, self.options.segmentation)
         return (path,)
+
+    def finish(self, output: Path, manifest: Manifest) -> None:
+        pass

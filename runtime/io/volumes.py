@@ -64,6 +64,9 @@ class VolumeFormat:
             write_labels(file, painting.mask, table_values(painting.manifest.labels), description="mask of a " + NOTICE)
         return files
 
+    def finish(self, output: Path, manifest: Manifest) -> None:
+        pass
+
 
 def write_ct(path: Path, slabs: Iterable[CTSlab], mask: LabelVolume, *, description: str = "") -> None:
     """Write int16 slabs that together fill the grid of `mask`, as `write_volume` does."""

@@ -1,0 +1,89 @@
+"""The node at work: one study after the other is painted in the caller's thread, while others arrive and are sent."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..errors import Mask2CTError, OutputError, UsageError
+from ..io.detect import Case
+from ..stream import CaseResult
+from .events import Events
+from .outbox import Outbox
+from .spool import OBJECTS, RESULTS, Spool
+
+POLL = 0.25  # s between two looks whether a study is complete
+FULL_DISK = 30.0  # s before a study that could not be written is tried again
+END = 3.0  # s that senders have to end
+
+
+class Node:
+    """`find` gives the masks among a study's objects; `paint` makes of them results in a folder, keeping what is there already."""
+
+    def __init__(
+        self, spool: Spool, outbox: Outbox, events: Events, quiet: float, find: Callable[[Path], Sequence[Case]],
+        paint: Callable[[Sequence[Case], Path], Iterable[CaseResult]],
+    ):  # fmt: skip
+        self._spool, self._outbox, self._events, self._quiet, self._find, self._paint = spool, outbox, events, quiet, find, paint
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Work until KeyboardInterrupt, or `end` is called from another thread."""
+        with _discreet(self._events):
+            self._outbox.start()
+            while not self._ended.is_set():
+                study = self._spool.next(self._quiet)
+                if study is None:
+                    self._ended.wait(POLL)
+                    continue
+                try:
+                    self._make(study)
+                except OutputError as exc:  # it is as it was, and the fault is not its own
+                    self._events("waiting", study=study.name, reason=exc.fact)
+                    self._ended.wait(FULL_DISK)
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _make(self, study: Path) -> None:
+        reasons, made, slices = [], 0, 0
+        try:
+            cases = [case for case in self._find(study / OBJECTS) if case.kind in ("seg", "rtstruct")]
+            for result in self._paint(cases, study / RESULTS):
+                for warning in result.warnings:
+                    self._events.say("warning", study=study.name, case=result.case, text=warning)
+                if result.error is not None:
+                    reasons.append(f"{result.case}: {result.error}")
+                    self._events("failed", study=study.name, case=result.case, reason=result.error.fact)
+                else:
+                    made, slices = made + 1, slices + result.slices
+        except OutputError:
+            raise
+        except Exception as exc:  # a study must not end the node: it is put aside with what is known
+            fact = exc.fact if isinstance(exc, Mask2CTError) else f"an error of mask2ct's own ({type(exc).__name__})"
+            reasons.append(str(exc) if isinstance(exc, UsageError) else fact)
+            self._events("failed", study=study.name, reason=fact)
+        self._spool.painted(study, reasons)
+        self._events("painted", study=study.name, results=made, slices=slices)
+        self._outbox.wake()
+
+
+@contextmanager
+def _discreet(events: Events) -> Iterator[None]:
+    """Neither a warning of a library nor a thread's traceback may quote what a file says."""
+
+    def hook(failure: Any) -> None:
+        if failure.exc_type is not SystemExit:
+            events("broken", reason=f"a thread ended by {failure.exc_type.__name__}")
+
+    before, threading.excepthook = threading.excepthook, hook
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        threading.excepthook = before

@@ -1,0 +1,405 @@
+"""A watched folder: what is complete is painted once, as `synth` paints it, and moved to done/ or failed/, whoever dies meanwhile."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+import zipfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_masks import save, segmentation, slices
+from samples import blobs, mask2ct, results, synth, write_fake_model, write_mask
+
+from runtime import Models
+from runtime.__main__ import main
+from runtime.console import run
+from runtime.contract import Label, LabelTable
+from runtime.engines.fake import fake_manifest
+from runtime.inbox import DONE, FAILED, LOCK, PATIENCE, WORK, Inbox
+from runtime.io.detect import find_cases
+from runtime.journal import Journal
+from runtime.recipe import Recipe
+from runtime.watch import Watcher
+
+KILLS = 20
+
+
+@pytest.fixture
+def inbox(tmp_path: Path) -> Path:
+    folder = tmp_path / "inbox"
+    folder.mkdir()
+    return folder
+
+
+def arguments(model: Path, inbox: Path, out: Path, *more: object) -> list[str]:
+    return [
+        "watch",
+        str(inbox),
+        "--model",
+        str(model),
+        "--backend",
+        "fake",
+        "--output",
+        str(out),
+        "--stable",
+        "0",
+        "--poll",
+        "0.01",
+        *map(str, more),
+    ]
+
+
+def watch(model: Path, inbox: Path, out: Path, *more: object) -> int:
+    return run(main, arguments(model, inbox, out, "--once", *more))
+
+
+def listed(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def is_tidy(inbox: Path) -> bool:
+    return listed(inbox) <= {WORK, DONE, FAILED} and listed(inbox / WORK) <= {LOCK}
+
+
+def hospital(folder: Path, name: str = "left ventricle", code: str = "87878005") -> Path:
+    """A series with a segmentation of it, in a folder and in files that name a patient."""
+    drawn = slices(np.zeros((6, 20, 24), np.int16), Modality="CT")
+    save(folder / "CT", drawn)
+    segmentation(folder / "SEG" / "Doe_John_Planted.dcm", drawn, (blobs((6, 20, 24), (0, 1))).astype(np.uint8), [(name, code)])
+    return folder
+
+
+def test_what_is_put_in_becomes_what_synth_makes_of_it(
+    fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file, a zip, a folder with a series and its segmentation, a folder of volumes: each ends in done/ as it came."""
+    hospital(inbox / "Doe^John^Planted")
+    write_mask(inbox / "a.nii.gz", blobs(seed=1))
+    write_mask(tmp_path / "b.nrrd", blobs(seed=2))
+    with zipfile.ZipFile(inbox / "some.zip", "w") as archive:
+        archive.write(tmp_path / "b.nrrd", "b.nrrd")
+    (inbox / "two").mkdir()
+    write_mask(inbox / "two" / "c.mha", blobs(seed=3))
+    write_mask(inbox / "two" / "d.nii", blobs(seed=4))
+    given, items = results(inbox), sorted(inbox.iterdir())
+    assert synth(fake_model, tmp_path / "expected", *items, "--variants", "2", "--seed", "5") == 0
+    assert watch(fake_model, inbox, tmp_path / "out", "--variants", "2", "--seed", "5") == 0
+    assert results(tmp_path / "out") == results(tmp_path / "expected") and len(results(tmp_path / "out")) == 5 * 4
+    assert results(inbox / DONE) == given and is_tidy(inbox) and not (inbox / FAILED).exists()
+    said = capsys.readouterr()
+    assert "a.nii.gz: done" in said.out and "4 done, 0 failed" in said.out
+    assert not [word for word in ("Doe", "John", "Planted", "PLANTED") if word in said.out + said.err]
+
+
+def test_what_cannot_be_used_lies_in_failed_with_its_reason_and_stops_no_other(
+    fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = write_mask(inbox / "good.nii.gz").read_bytes()
+    (inbox / "cut.nii.gz").write_bytes(good[:-40])
+    (inbox / "notes.txt").write_text("for you")
+    write_mask(inbox / "unknown.nii.gz", blobs(values=(0, 7)))
+    hospital(inbox / "Doe^John^Planted", "liver", "10200004")
+    save(inbox, slices(blobs((1, 20, 24))), "Doe_John")  # one slice of a label series
+    (inbox / "cut.zip").write_bytes(b"PK")
+    (inbox / "lock").write_bytes(b"what claims are locked by is not called that")
+    assert watch(fake_model, inbox, tmp_path / "out") == 1
+    assert listed(inbox / DONE) == {"good.nii.gz"} and {*results(tmp_path / "out")} == {"good_ct.nii.gz"} and is_tidy(inbox)
+    items = {"cut.nii.gz", "notes.txt", "unknown.nii.gz", "Doe^John^Planted", "Doe_John_000_000.dcm", "cut.zip", "lock"}
+    assert listed(inbox / FAILED) == items | {f"{name}.reason.txt" for name in items}
+    reasons = {name: (inbox / FAILED / f"{name}.reason.txt").read_text() for name in items}
+    assert (
+        "truncated" in reasons["cut.nii.gz"] and "holds 7" in reasons["unknown.nii.gz"] and "holds 1 'liver'" in reasons["Doe^John^Planted"]
+    )
+    assert "one image of a series" in reasons["Doe_John_000_000.dcm"] and "into a folder" in reasons["Doe_John_000_000.dcm"]
+    everything = "".join([*reasons.values(), *capsys.readouterr()])
+    assert not [word for word in ("Doe", "John", "lanted", "PLANTED", WORK, str(inbox)) if word in everything]
+    assert all("remedy" in text and len(text.splitlines()) < 12 for text in reasons.values())
+
+
+def test_a_name_that_was_there_before_is_numbered_and_no_result_is_replaced_by_another_masks(
+    fake_model: Path, inbox: Path, tmp_path: Path
+) -> None:
+    out, first = tmp_path / "out", blobs(seed=1)
+    write_mask(inbox / "a.nii.gz", first)
+    assert watch(fake_model, inbox, out) == 0
+    whole, written = results(out), (out / "a_ct.nii.gz").stat().st_mtime_ns
+    write_mask(inbox / "a.nii.gz", first)
+    assert watch(fake_model, inbox, out) == 0  # the same once more: it is proven to be there
+    for _ in range(2):
+        write_mask(inbox / "a.nii.gz", blobs(seed=2))
+        assert watch(fake_model, inbox, out) == 1
+    assert listed(inbox / DONE) == {"a.nii.gz", "a-2.nii.gz"}
+    assert listed(inbox / FAILED) == {"a.nii.gz", "a.nii.gz.reason.txt", "a-2.nii.gz", "a-2.nii.gz.reason.txt"}
+    assert "the output folder holds a, made of another mask" in (inbox / FAILED / "a-2.nii.gz.reason.txt").read_text()
+    assert results(out) == whole and (out / "a_ct.nii.gz").stat().st_mtime_ns == written
+    (out / "a_ct.nii.gz").rename(tmp_path / "taken away")  # by whoever uses it
+    write_mask(inbox / "a.nii.gz", blobs(seed=2))
+    assert watch(fake_model, inbox, out) == 0
+    assert listed(inbox / DONE) == {"a.nii.gz", "a-2.nii.gz", "a-3.nii.gz"} and results(out) != whole
+
+
+def test_what_was_claimed_under_other_options_is_made_again_under_these(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    """A watcher died behind the first of two variants, and its successor was started with another seed."""
+    out, mask = tmp_path / "out", write_mask(inbox / "a.nii.gz")
+    assert (
+        synth(fake_model, out, mask, "--variants", "1")
+        == synth(fake_model, tmp_path / "expected", mask, "--variants", "2", "--seed", "1")
+        == 0
+    )
+    assert watch(fake_model, inbox, out, "--variants", "2", "--seed", "1") == 0
+    assert results(out) == results(tmp_path / "expected")
+
+
+def test_two_folders_with_masks_of_one_name_do_not_meet(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    for n in range(3):
+        (inbox / f"p{n}").mkdir()
+        write_mask(inbox / f"p{n}" / "mask.nii.gz", blobs(seed=n))
+    assert watch(fake_model, inbox, tmp_path / "out") == 1
+    (done,) = listed(inbox / DONE)
+    assert synth(fake_model, tmp_path / "expected", inbox / DONE / done) == 0
+    assert results(tmp_path / "out") == results(tmp_path / "expected") and len(listed(inbox / FAILED)) == 4
+
+
+def test_masks_go_to_the_model_that_knows_them(inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heart = write_fake_model(tmp_path / "heart", fake_manifest())
+    liver = write_fake_model(tmp_path / "liver", fake_manifest(LabelTable((Label("background", 0), Label("liver", 6))), noise=False))
+    write_mask(inbox / "a.nii.gz", blobs(values=(0, 205)))
+    write_mask(inbox / "b.nii.gz", blobs(values=(0, 6)))
+    write_mask(inbox / "c.nii.gz", blobs(values=(0, 7)))
+    given = {path.name: path.read_bytes() for path in inbox.iterdir()}
+    assert watch(heart, inbox, tmp_path / "out", "--model", liver) == 1
+    assert "b.nii.gz: liver (its labels: 0, 6)" in capsys.readouterr().out
+    for name, model in {"a.nii.gz": heart, "b.nii.gz": liver}.items():
+        assert (inbox / DONE / name).read_bytes() == given[name]
+        assert synth(model, tmp_path / "expected", inbox / DONE / name) == 0
+    assert results(tmp_path / "out") == results(tmp_path / "expected")
+    assert "fits no model" in (inbox / FAILED / "c.nii.gz.reason.txt").read_text()
+
+
+def test_what_is_being_written_is_left_alone(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    whole = write_mask(inbox / "a.nii.gz").read_bytes()
+    (inbox / "mac").mkdir()
+    for name in ("a.nii.gz", ".DS_Store", "._a.nii.gz"):
+        (inbox / "mac" / name.replace("a.nii", "m.nii")).write_bytes(whole)
+    for name in ("b.nii.gz.part", ".c.nii.gz", "d.nii.gz.TMP", "e.nii.gz.filepart", "f.nii.gz~"):
+        (inbox / name).write_bytes(whole)
+    (inbox / "series").mkdir()
+    (inbox / "series" / "a.nii").write_bytes(whole)
+    (inbox / "series" / "b.nii.part").write_bytes(whole)
+    (inbox / "empty").mkdir()
+    assert watch(fake_model, inbox, tmp_path / "out") == 0
+    assert listed(inbox / DONE) == {"a.nii.gz", "mac"} and len(listed(inbox)) == 2 + 7
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 1000.0
+        monkeypatch.setattr("runtime.inbox.time.monotonic", lambda: self.now)
+
+
+def names(inbox: Inbox) -> list[str]:
+    return [path.name for path in inbox.look()]
+
+
+def test_a_file_or_folder_counts_as_complete_when_nothing_of_it_changed_for_so_long(
+    inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, watched = Clock(monkeypatch), Inbox(inbox, tmp_path / "out", stable=5, whole=lambda path: True)
+    (inbox / "a").write_bytes(b"1")
+    (inbox / "series").mkdir()
+    (inbox / "series" / "1").write_bytes(b"1")
+    assert names(watched) == [] and watched.settling
+    clock.now += 4.9
+    assert names(watched) == []
+    (inbox / "series" / "2").write_bytes(b"")
+    clock.now += 0.2
+    assert names(watched) == ["a"]
+    for change in (lambda: (inbox / "series" / "2").write_bytes(b"2"), lambda: os.utime(inbox / "series" / "1", ns=(0, 7))):
+        change()
+        clock.now += 4.9
+        assert names(watched) == ["a"] and not watched.settling  # it has just changed: nobody knows when it will be done
+        clock.now += 4.9
+        assert names(watched) == ["a"] and watched.settling
+    clock.now += 0.2
+    assert names(watched) == ["a", "series"] or names(watched) == ["series", "a"]
+
+
+def test_what_does_not_look_whole_is_waited_for_longer_and_then_taken(inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, looked = Clock(monkeypatch), []
+    watched = Inbox(inbox, tmp_path / "out", stable=5, whole=lambda path: bool(looked.append(path)))
+    (inbox / "a").write_bytes(b"half of it")
+    watched.look()
+    for _ in range(3):
+        clock.now += 5
+        assert all(watched.claim(item) is None for item in watched.look()) and watched.settling
+    assert len(looked) == 1  # what has not changed is not opened again
+    clock.now += 5 * PATIENCE
+    (item,) = watched.look()
+    claim = watched.claim(item)
+    assert claim is not None and claim.item.read_bytes() == b"half of it" and not item.exists()
+    watched.leave(claim)
+
+
+def test_what_changes_between_look_and_claim_is_put_back(inbox: Path, tmp_path: Path) -> None:
+    watched = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True)
+    (inbox / "a").write_bytes(b"1")
+    (item,) = watched.look()
+    item.write_bytes(b"12")
+    assert watched.claim(item) is None and item.read_bytes() == b"12" and is_tidy(inbox) is False
+    assert listed(inbox / WORK) == set()
+
+
+def test_of_many_who_claim_one_thing_one_has_it(inbox: Path, tmp_path: Path) -> None:
+    watchers = [Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True) for _ in range(8)]
+    with ThreadPoolExecutor(len(watchers)) as threads:
+        for n in range(20):
+            (inbox / f"{n}").write_bytes(b"1")
+            seen = [watched.look() for watched in watchers]
+            assert all(items == [inbox / f"{n}"] for items in seen)
+            claims = list(threads.map(lambda one: one[0].claim(one[1][0]), zip(watchers, seen, strict=True)))
+            (claim,) = [claim for claim in claims if claim is not None]
+            assert claim.item.read_bytes() == b"1"
+            assert not [other for watched in watchers for other in watched.abandoned()]  # it is alive
+            watchers[0].settle(claim)
+    assert listed(inbox / DONE) == {f"{n}" for n in range(20)} and is_tidy(inbox)
+
+
+def test_what_a_dead_watcher_claimed_is_taken_up_by_one_for_the_same_output(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    given = {name: write_mask(inbox / f"{name}.nii.gz", blobs(seed=n)).read_bytes() for n, name in enumerate("abc")}
+    dead, other = (Inbox(inbox, tmp_path / out, stable=0, whole=lambda path: True) for out in ("out", "other"))
+    first, second, third = dead.look()
+    left, alive = dead.claim(first), dead.claim(second)
+    other.look()
+    elsewhere = other.claim(third)
+    assert left and alive and elsewhere
+    dead.leave(left)  # as the kernel does when its process ends
+    other.leave(elsewhere)
+    assert watch(fake_model, inbox, tmp_path / "out") == 0
+    assert results(inbox / DONE) == {"a.nii.gz": given["a"]} and alive.item.exists() and elsewhere.item.exists()
+    dead.leave(alive)
+    assert watch(fake_model, inbox, tmp_path / "out") == watch(fake_model, inbox, tmp_path / "other") == 0
+    assert {*results(inbox / DONE)} == {"a.nii.gz", "b.nii.gz", "c.nii.gz"} and is_tidy(inbox)
+    assert {*results(tmp_path / "out")} == {"a_ct.nii.gz", "b_ct.nii.gz"} and {*results(tmp_path / "other")} == {"c_ct.nii.gz"}
+
+
+class Told:
+    """What a listener was told."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: self.calls.append(name)
+
+
+def test_while_another_run_writes_into_the_output_folder_nothing_is_claimed(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    write_mask(inbox / "a.nii.gz")
+    out, told = tmp_path / "out", Told()
+    with Models.open([fake_model], backend="fake") as models:
+        watcher = Watcher(
+            inbox, models, {name: Recipe(out) for name in models}, find=lambda path, say: find_cases([path]), stable=0, listener=told
+        )
+        another = Journal(out)
+        assert not watcher.step() and told.calls == ["waiting"] and listed(inbox) == {"a.nii.gz"}
+        another.close()
+        assert watcher.step() and told.calls[1:] == ["chosen", "made", "settled"] and listed(inbox / DONE) == {"a.nii.gz"}
+
+
+@pytest.mark.parametrize("wrong", ["no inbox", "output in it", "output is it"])
+def test_folders_that_cannot_be_meant_start_nothing(
+    wrong: str, fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_mask(inbox / "a.nii.gz")
+    where = {"no inbox": (tmp_path / "none", tmp_path / "out"), "output in it": (inbox, inbox / "out"), "output is it": (inbox, inbox)}[
+        wrong
+    ]
+    assert watch(fake_model, *where) == 2
+    assert "remedy" in capsys.readouterr().err and listed(inbox) == {"a.nii.gz"}
+
+
+@pytest.fixture(scope="module")
+def start(fake_model: Path) -> Callable[[Path, Path], BaseProcess]:
+    """Start `watch` in a process forked from one that has imported everything."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["samples", "isal.igzip_threaded", "runtime.io.nifti"])
+
+    def start(inbox: Path, out: Path) -> BaseProcess:
+        process = context.Process(target=mask2ct, args=(arguments(fake_model, inbox, out, "--variants", "2", "--quiet"),))
+        process.start()
+        return process
+
+    return start
+
+
+def wait_until(true: Callable[[], object], *processes: BaseProcess, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline and all(process.is_alive() for process in processes)
+        processes[0].join(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("outputs", [("out", "out"), ("one", "two")])
+def test_two_watchers_killed_twenty_times_lose_nothing_and_double_nothing(
+    outputs: tuple[str, str], start: Callable[[Path, Path], BaseProcess], fake_model: Path, inbox: Path, tmp_path: Path
+) -> None:
+    """With one output folder, where they take turns, and with two. New masks come while they are killed."""
+    when, given = random.Random(0), {}
+    for n in range(24):
+        path = write_mask(tmp_path / f"case{n}.nii.gz", blobs((16, 96, 96), seed=n), spacing=(1.0, 1.0, 2.0))
+        given[path.name] = path.read_bytes()
+    assert synth(fake_model, tmp_path / "expected", *(tmp_path / name for name in given), "--variants", "2") == 0
+    coming, places = [*given], [tmp_path / out for out in outputs]
+    watchers = [start(inbox, place) for place in places]
+    halfway = 0
+    for _ in range(KILLS):
+        for name in coming[:1]:
+            os.rename(tmp_path / name, inbox / name)
+            coming.remove(name)
+        victim = when.randrange(2)
+        watchers[victim].join(when.uniform(0.0, 0.4))
+        watchers[victim].kill()
+        watchers[victim].join()
+        assert watchers[victim].exitcode == -signal.SIGKILL
+        halfway += bool([path for path in (inbox / WORK).glob("*/*") if path.name != LOCK])
+        watchers[victim] = start(inbox, places[victim])
+    for name in coming:
+        os.rename(tmp_path / name, inbox / name)
+    wait_until(lambda: len(listed(inbox / DONE)) == len(given) and is_tidy(inbox), *watchers)
+    for watcher in watchers:
+        os.kill(watcher.pid or 0, signal.SIGTERM)
+        watcher.join(5)
+        assert watcher.exitcode == 130
+    assert halfway >= KILLS // 4  # or the moments were not in the work
+    assert results(inbox / DONE) == given and not (inbox / FAILED).exists()
+    made = [results(place) for place in sorted({*places})]
+    assert sum(map(len, made)) == len(given) * 4  # nothing twice
+    assert {name: data for one in made for name, data in one.items()} == results(tmp_path / "expected")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_watcher_ends_at_once_and_its_work_is_gone_on_with(
+    number: signal.Signals, start: Callable[[Path, Path], BaseProcess], fake_model: Path, inbox: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    masks = [write_mask(tmp_path / f"case{n}.nii.gz", blobs((16, 96, 96), seed=n), spacing=(1.0, 1.0, 2.0)) for n in range(8)]
+    assert synth(fake_model, tmp_path / "expected", *masks, "--variants", "2") == 0
+    for mask in masks:
+        os.rename(mask, inbox / mask.name)
+    watcher = start(inbox, out)
+    wait_until(lambda: listed(inbox / DONE), watcher)
+    os.kill(watcher.pid or 0, number)
+    watcher.join(5)
+    assert watcher.exitcode == 130
+    assert not [name for name in results(out) if Path(name).name.startswith(".")]  # nothing half-written
+    assert watch(fake_model, inbox, out, "--variants", "2") == 0
+    assert results(out) == results(tmp_path / "expected") and len(listed(inbox / DONE)) == 8 and is_tidy(inbox)
