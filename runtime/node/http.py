@@ -22,11 +22,10 @@ class Watch:
         for room in ROOMS:
             rooms.labels(room).set_function(partial(_count, spool, room))
         try:
-            self._server = ThreadingHTTPServer(address, _handler(events, {"/health": healthy, "/ready": ready}))
+            self._server = _Server(address, _handler(events, {"/health": healthy, "/ready": ready}))
         except OSError as exc:
             raise UsageError(f"--http-port {address[1]} cannot be had: {exc.strerror}", expected="a free port",
                              remedy="choose another") from exc  # fmt: skip
-        self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True, name="http")
         self._thread.start()
 
@@ -37,6 +36,13 @@ class Watch:
     def close(self) -> None:
         self._server.shutdown()
         self._server.server_close()
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """No traceback for who hangs up."""
 
 
 def _count(spool: Spool, room: str) -> int:

@@ -37,14 +37,14 @@ class Node:
         with _discreet(self._events):
             self._outbox.start()
             while not self._ended.is_set():
-                study = self._spool.next(self._quiet)
-                if study is None:
-                    self._ended.wait(POLL)
-                    continue
                 try:
-                    self._make(study)
-                except OutputError as exc:  # it is as it was, and the fault is not its own
-                    self._events("waiting", study=study.name, reason=exc.fact)
+                    study = self._spool.next(self._quiet)
+                    if study is None:
+                        self._ended.wait(POLL)
+                    else:
+                        self._make(study)
+                except OutputError as exc:  # a study is as it was, and the fault is not its own
+                    self._events("waiting", reason=exc.fact)
                     self._ended.wait(FULL_DISK)
 
     def end(self) -> None:

@@ -109,12 +109,15 @@ class Spool:
         return study
 
     def next(self, quiet: float) -> Path | None:
-        """A study to paint: one that was begun before, else one with a mask to which nobody has brought anything for `quiet` seconds."""
-        for name in self.names("studies"):
-            if (self.root / "studies" / name / OBJECTS).is_dir():
-                return self.root / "studies" / name
-            os.rmdir(self.root / "studies" / name)  # claimed when the power went
-        with self._lock:
+        """A study to paint: one that was begun before, else one with a mask to which nobody has brought anything for `quiet` seconds.
+
+        Raises `OutputError`.
+        """
+        with self._lock, writing(self.root):
+            for folder in (self.root / "studies" / name for name in self.names("studies")):
+                if (folder / OBJECTS).is_dir():
+                    return folder
+                self._discard(folder)  # claimed when the power went
             now = time.monotonic()
             for study, arriving in self._arriving.items():
                 arriving.senders = {thread for thread in arriving.senders if thread.is_alive()}
