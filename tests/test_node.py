@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -405,6 +406,28 @@ def test_a_wrong_command_starts_nothing(
     assert fact in said and "remedy" in said and "listening" not in said
 
 
+@pytest.mark.parametrize("package", ["pynetdicom", "prometheus_client"])
+def test_a_missing_package_is_named_with_what_installs_it(
+    package: str, fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    line = [
+        "serve",
+        "--model",
+        str(fake_model),
+        "--backend",
+        "fake",
+        "--spool",
+        str(tmp_path / "spool"),
+        "--port",
+        "0",
+        "--allow-any",
+        "--keep",
+    ]
+    assert run(main, line) == 3 and 'pip install "mask2ct[node]"' in capsys.readouterr().err
+    assert not (tmp_path / "spool").exists()
+
+
 def test_two_nodes_never_share_a_spool(fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Serving(fake_model, tmp_path / "spool", "--keep"):
         line = [
@@ -491,7 +514,6 @@ def test_a_thousand_objects_from_eight_senders_at_once_are_all_there_and_memory_
             assert kept == expected | {str(dcmread(warm).SOPInstanceUID)}
             assert len([*(tmp_path / "spool" / "done").glob("*/results/*/0002.dcm")]) == 1001
             assert node.count("failed") == 0 and len(seen) == len(set(seen)) == 2 * 1001
-            print([size >> 20 for size in memory])
             assert max(memory) - memory[0] < 24 << 20, memory
             code, seconds = node.stop()
     assert code == 0 and seconds < 5
