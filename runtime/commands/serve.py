@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import ssl
 import sys
 from collections.abc import Iterator, Sequence
@@ -105,7 +106,7 @@ def _serve(options: argparse.Namespace) -> int:
             )
             stack.callback(watch.close)
             ports["http"] = watch.port
-        events(
+        events.say(
             "listening",
             aet=options.aet,
             host=options.host,
@@ -119,6 +120,7 @@ def _serve(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             events("stopping")
     events("stopped")
+    gc.freeze()  # else the interpreter's last collection walks through all that was loaded: seconds on a busy machine
     return 0
 
 
