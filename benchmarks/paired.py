@@ -18,8 +18,8 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from itertools import combinations_with_replacement
+from dataclasses import dataclass, field, replace
+from itertools import combinations_with_replacement, count
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from runtime.console import Progress
 from runtime.errors import Mask2CTError, MissingComponent
 
 LEAST_ROUNDS = 7
+LAUNCHES = 2
 CONFIDENCE = 0.95
 
 
@@ -85,14 +86,24 @@ class ContenderFailed(Mask2CTError):
     exit_code = 1
 
 
-def measure(contenders: Sequence[Contender], rounds: int, *, quiet: bool = False) -> dict[str, Measured]:
-    """Set every contender up, compare their outputs with the first one's, then time them.
+def measure(contenders: Sequence[Contender], rounds: int, *, launches: int = LAUNCHES, quiet: bool = False) -> dict[str, Measured]:
+    """Set every contender up, compare their outputs with the first one's, then time them; all of it `launches` times, for a part of the rounds each.
 
-    A contender that raises `MissingComponent` or `ImportError` while it is set up is given as absent, with its reason. One round of
-    warm-up is not counted; who comes first moves on from round to round. Raises `ContenderFailed`.
+    Processes anew differ by more than rounds within one (where memory came to lie, which kernels were chosen): one launch's interval
+    would be too narrow to hold the next run's ratio. A contender that raises `MissingComponent` or `ImportError` while it is set up is
+    given as absent, with its reason. One round of warm-up a launch is not counted; who comes first moves on from round to round.
+    Raises `ContenderFailed`.
     """
     if rounds < LEAST_ROUNDS:
         raise ValueError(f"{rounds} rounds say nothing of the noise (expected {LEAST_ROUNDS} or more)")
+    progress = Progress("rounds", rounds + launches, quiet=quiet)
+    counted = count(1)
+    done = [_launch(contenders, len(range(n, rounds, launches)), lambda: progress.update(next(counted))) for n in range(launches)]
+    progress.close()
+    return {c.name: _joined([one[c.name] for one in done]) for c in contenders}
+
+
+def _launch(contenders: Sequence[Contender], rounds: int, advance: Callable[[], None]) -> dict[str, Measured]:
     with ExitStack() as stack:
         found = {c.name: stack.enter_context(_process(c)) for c in contenders}
         absent = {name: child["absent"] for name, (_, child) in found.items() if "absent" in child}
@@ -101,7 +112,6 @@ def measure(contenders: Sequence[Contender], rounds: int, *, quiet: bool = False
         errors = _compare([c for c in contenders if c.name in present], outputs)
         rates: dict[str, list[float]] = {name: [] for name in present}
         last: dict[str, dict[str, Any]] = {}
-        progress = Progress("rounds", rounds + 1, quiet=quiet)
         order = list(present)
         for n in range(rounds + 1):
             for name in order[n % len(order) :] + order[: n % len(order)]:
@@ -109,14 +119,19 @@ def measure(contenders: Sequence[Contender], rounds: int, *, quiet: bool = False
                 last[name] = done
                 if n:
                     rates[name].append(done["units"] / done["seconds"])
-            progress.update(n + 1)
-        progress.close()
+            advance()
     return {
         c.name: Measured(absent=absent[c.name])
         if c.name in absent
         else Measured(tuple(rates[c.name]), last[c.name]["peak_rss"], last[c.name]["facts"], error=errors.get(c.name))
         for c in contenders
     }
+
+
+def _joined(launches: Sequence[Measured]) -> Measured:
+    """The rounds of all launches, the highest peak, the last one's facts."""
+    rates = tuple(rate for one in launches for rate in one.rates)
+    return replace(launches[-1], rates=rates, peak_rss=max(one.peak_rss for one in launches))
 
 
 @dataclass(frozen=True)

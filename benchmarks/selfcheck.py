@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks.history import Record, falls, make_record
+from benchmarks.history import Record, falls, make_record, noise
 from benchmarks.models import prepared
-from benchmarks.paired import LEAST_ROUNDS, Contender, measure
+from benchmarks.paired import Contender, measure
 from benchmarks.record import machine
+from benchmarks.run import ROUNDS
 from runtime.console import EXIT_CODES, Progress, run
 
 SLOWDOWN = 0.5
@@ -46,17 +47,17 @@ def main(argv: Sequence[str]) -> int:
     print(
         f"a slowdown of {SLOWDOWN:.0%} was called {found['planted']} times of {options.times}, no change {found['nothing']} times of {options.times}"
     )
-    print(json.dumps({"suite": "selfcheck", "times": options.times, "called": found, "machine": machine(ROOT)}))
+    print(json.dumps({"suite": "selfcheck", "times": options.times, "called": found, "load": noise(), "machine": machine(ROOT)}))
     return int(found["planted"] < 0.9 * options.times or found["nothing"] > 0.1 * options.times)
 
 
 def _record(model: Path, planted: float) -> Record:
-    given = {"model": str(model), "slices": 16, "backend": "auto"}
+    given = {"model": str(model), "slices": 32, "backend": "auto"}
     contenders = [
         Contender("mask2ct synthesizer", "benchmarks.engine:synthesizer", {**given, "planted": planted}),
         Contender("its engine", "benchmarks.engine:ours", given),
     ]
-    return make_record("selfcheck", {}, "slices/s", measure(contenders, LEAST_ROUNDS + 2, quiet=True))
+    return make_record("selfcheck", {}, "slices/s", measure(contenders, ROUNDS, quiet=True))
 
 
 if __name__ == "__main__":

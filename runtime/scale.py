@@ -37,6 +37,7 @@ TRIES = 2  # of what a worker died on, each time it is dealt: with others, then 
 OBJECT_STORE = 100 << 20  # bytes, of a Ray of our own: names and results alone pass through it
 CONNECT_WITHIN = 10.0  # seconds
 LOCAL = "local"
+FOR_GPUS = ("auto", "tensorrt", "onnx-cuda")  # backends that take one
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class RaySynthesizer:
 
         `address`: "local" for a Ray of its own on this machine, that ends with `close()`; "auto" or "HOST:PORT" for a cluster that
         runs; a Ray that this process has joined is used as it is. `count`: workers; default: one for each GPU of the cluster, without
-        any one for every `workers` cores. `gpus`: of each worker, a fraction shares one; default 1 where the cluster has some.
+        any one for every `workers` cores. `gpus`: of each worker, a fraction shares one; default 1 where the cluster has some and the backend takes one.
         `engine`: what else `Synthesizer.open` takes; its `workers` (default: 4, or the cores there are) is the cores of each.
 
         Raises `MissingComponent` where Ray, or mask2ct on the workers, is absent, `UsageError`s for what cannot be, and what
@@ -85,6 +86,8 @@ class RaySynthesizer:
         if address not in (LOCAL, "auto") and not re.fullmatch(r"[^/:]+:\d+", address):
             raise UsageError(f"{address!r} is no address of a Ray cluster", expected="auto, or HOST:PORT of its head",
                              remedy="write --ray=ADDRESS, or --ray alone behind the masks")  # fmt: skip
+        if address == LOCAL:  # loopback alone, as Ray has it on other systems: whoever reaches a Ray may run programs on it
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         ray = _ray()
         if engine.get("device"):
             raise UsageError("a GPU was chosen by number", expected="workers whose GPUs Ray chooses", remedy="leave --device out")
@@ -96,7 +99,7 @@ class RaySynthesizer:
         _join(ray, address)
         try:
             cores, cards = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-            gpus = float(cards > 0) if gpus is None else gpus
+            gpus = float(cards > 0 and engine.get("backend", "auto") in FOR_GPUS) if gpus is None else gpus
             cpus = engine.get("workers") or max(1, min(4, cores // (count or 1)))
             count = count or max(1, int(cards / gpus) if gpus else cores // cpus)
             if ours and address == LOCAL and (count * cpus > cores or count * gpus > cards):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,22 @@ def test_each_contender_runs_in_its_own_process_and_an_absent_one_says_why() -> 
     assert list(found) == ["a", "b", "c"] and "no such engine" in str(found["b"].absent)
     assert found["c"].facts == {"doubled": 10} and len(found["a"].rates) == ROUNDS and min(found["a"].rates) > 0
     assert found["a"].peak_rss > 1e6
+
+
+def noted(file: str) -> Ready:
+    def run() -> float:
+        with open(file, "a") as handle:
+            handle.write(f"{os.getpid()}\n")
+        return 1.0
+
+    return Ready(run)
+
+
+def test_every_launch_is_a_process_anew_with_a_warm_up_of_its_own(tmp_path: Path) -> None:
+    found = measure([here("a", "noted", file=str(tmp_path / "pids"))], ROUNDS, launches=2, quiet=True)
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(found["a"].rates) == ROUNDS and len(pids) == ROUNDS + 2
+    assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [6, 5]
 
 
 def test_a_contender_that_computes_something_else_is_not_timed() -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -114,6 +115,23 @@ def children(of: int) -> dict[int, str]:
     return found
 
 
+def listening(processes: Iterable[int]) -> set[str]:
+    """The addresses on which they take TCP connections."""
+    sockets = set()
+    for process in processes:
+        try:
+            sockets |= {os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir()}
+        except OSError:
+            continue
+    found = set()
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for _, local, _, state, *_, inode in [line.split()[:10] for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]:
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                words = bytes.fromhex(local.partition(":")[0])  # 32-bit words in this machine's order
+                found.add(socket.inet_ntop(family, b"".join(words[n : n + 4][::-1] for n in range(0, len(words), 4))))
+    return found
+
+
 def assert_ended(processes: Iterable[int], within: float = 30) -> None:
     """Those that still run end in so many seconds."""
     for process in processes:
@@ -151,6 +169,8 @@ def test_two_workers_of_whom_one_is_killed_leave_the_bytes_of_one_process(
     family = children(process.pid)
     workers = [pid for pid, line in family.items() if "MapWorker" in line]
     assert len(workers) == 2
+    addresses = listening(family)
+    assert addresses and addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}  # who reaches a Ray may run programs on it
     os.kill(workers[0], signal.SIGKILL)
     at = done(tmp_path)
     code, said, told = finish(process)
