@@ -15,7 +15,7 @@ from train.generator import Generator, one_hot, standardise_noise
 class LabelsToIntensity(nn.Module):
     """`runtime.contract`'s graph round a trained generator: uint8 labels (style, noise) → int16 HU as little-endian bytes.
 
-    FP32 before and after the generator: 65536 does not fit FP16. First node on each input is a Cast to float, the last a Cast
+    FP32 before and after the generator: FP16 does not hold every HU. First node on each input is a Cast to float, the last a Cast
     to uint8, for TensorRT allows uint8 at the border only (and has no int16).
     """
 
@@ -24,6 +24,7 @@ class LabelsToIntensity(nn.Module):
         self.generator, self.classes = generator.eval(), classes
         self.low, self.high = float(intensity.low), float(intensity.high)
         self.precision = torch.float32  # of the stages
+        self.places = torch.tensor([1.0, 1 / 256])  # what a little-endian pair of bytes divides a value by
 
     def forward(self, labels: Tensor, style: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """`labels` uint8 (N, Z, H, W), `style` float32 (N, S), `noise` uint8 (N, H, W) → uint8 (N, H, W, 2)."""
@@ -31,9 +32,8 @@ class LabelsToIntensity(nn.Module):
         condition = one_hot(labels, self.classes).to(self.precision)
         image = self.generator(condition, white, style)[:, 0]  # (N, H, W) in [0, 1]
         values = torch.clamp(torch.round(image * (self.high - self.low) + self.low), self.low, self.high)
-        unsigned = torch.where(values < 0, values + 65536.0, values)
-        upper = torch.floor(unsigned / 256.0)
-        return torch.stack([unsigned - 256.0 * upper, upper], -1).to(torch.uint8)
+        pair = torch.floor(values.unsqueeze(-1) * self.places.to(values.device))  # exact, and no Concat of single values, which is slow
+        return (pair - 256.0 * torch.floor(pair / 256.0)).to(torch.uint8)
 
 
 class Half(nn.Module):

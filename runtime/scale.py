@@ -33,10 +33,11 @@ if TYPE_CHECKING:
     from .io.detect import ReadOptions
 
 CASES_AT_ONCE = 4  # dealt out together: read ahead, painted and written behind within a worker, and told when all of them are done
-TRIES = 2  # of what a worker died on: with others, then alone, so that one mask that kills takes no other with it
+TRIES = 2  # of what a worker died on, each time it is dealt: with others, then alone, so that a mask that kills takes no other with it
 OBJECT_STORE = 100 << 20  # bytes, of a Ray of our own: names and results alone pass through it
 CONNECT_WITHIN = 10.0  # seconds
 LOCAL = "local"
+FOR_GPUS = ("auto", "tensorrt", "onnx-cuda")  # backends that take one
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class RaySynthesizer:
     def __init__(self, opened: Opened, model: Path, engine: Mapping[str, Any], count: int, share: Mapping[str, float], ours: bool):
         self.manifest, self.backend, self.count = opened.manifest, f"{opened.backend}, {count} workers of Ray", count
         self._opened, self._model, self._engine, self._share, self._ours = opened, model, engine, share, ours
+        self._closed = False
 
     @classmethod
     def open(
@@ -75,7 +77,7 @@ class RaySynthesizer:
 
         `address`: "local" for a Ray of its own on this machine, that ends with `close()`; "auto" or "HOST:PORT" for a cluster that
         runs; a Ray that this process has joined is used as it is. `count`: workers; default: one for each GPU of the cluster, without
-        any one for every `workers` cores. `gpus`: of each worker, a fraction shares one; default 1 where the cluster has some.
+        any one for every `workers` cores. `gpus`: of each worker, a fraction shares one; default 1 where the cluster has some and the backend takes one.
         `engine`: what else `Synthesizer.open` takes; its `workers` (default: 4, or the cores there are) is the cores of each.
 
         Raises `MissingComponent` where Ray, or mask2ct on the workers, is absent, `UsageError`s for what cannot be, and what
@@ -84,6 +86,8 @@ class RaySynthesizer:
         if address not in (LOCAL, "auto") and not re.fullmatch(r"[^/:]+:\d+", address):
             raise UsageError(f"{address!r} is no address of a Ray cluster", expected="auto, or HOST:PORT of its head",
                              remedy="write --ray=ADDRESS, or --ray alone behind the masks")  # fmt: skip
+        if address == LOCAL:  # loopback alone, as Ray has it on other systems: whoever reaches a Ray may run programs on it
+            os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         ray = _ray()
         if engine.get("device"):
             raise UsageError("a GPU was chosen by number", expected="workers whose GPUs Ray chooses", remedy="leave --device out")
@@ -95,7 +99,7 @@ class RaySynthesizer:
         _join(ray, address)
         try:
             cores, cards = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-            gpus = float(cards > 0) if gpus is None else gpus
+            gpus = float(cards > 0 and engine.get("backend", "auto") in FOR_GPUS) if gpus is None else gpus
             cpus = engine.get("workers") or max(1, min(4, cores // (count or 1)))
             count = count or max(1, int(cards / gpus) if gpus else cores // cpus)
             if ours and address == LOCAL and (count * cpus > cores or count * gpus > cards):
@@ -124,6 +128,8 @@ class RaySynthesizer:
 
         A worker that dies is started again and its cases are done again. A case that no worker survives is an `InputError` of its own.
         """
+        if self._closed:
+            raise UsageError("the workers are closed, or a run on them was given up", expected="open ones", remedy="open them again")
         made = Recipe(output, **{name: value for name, value in recipe.items() if value is not None})
         made.check(self.manifest, cases)
         return self._results(cases, made)
@@ -138,13 +144,16 @@ class RaySynthesizer:
 
     def _dealt(self, cases: Sequence[Case], recipe: Recipe, journal: Journal) -> Iterator[CaseResult]:
         left = {case.name: case for case in cases}
-        for together in (min(CASES_AT_ONCE, max(1, len(left) // (4 * self.count))), 1):
+        together, dealt = min(CASES_AT_ONCE, max(1, len(left) // (4 * self.count))), 0
+        while left and dealt != len(left):  # what was lost is dealt again, alone, as long as that brings any of it
+            dealt = len(left) if together == 1 else 0
             rows = [(case, _known(journal, case.name, recipe)) for case in left.values()]
             for result, entry in self._deal(rows, recipe, together):
                 left.pop(result.case, None)
                 if entry is not None:
                     journal.add(entry)
                 yield result
+            together = 1
         for case in left.values():
             error = InputError("every worker that was given it died", expected="a mask that fits into a worker's memory", file=case.called,
                                remedy="see Ray's log of the worker's end; give workers more memory, or fewer to a machine")  # fmt: skip
@@ -156,14 +165,13 @@ class RaySynthesizer:
         """What the workers make of the rows, as it comes; of those that were lost with a worker, nothing."""
         ray = _ray()
         blocks = -(-len(rows) // together)
-        if not blocks:
-            return
+        pool = ray.data.ActorPoolStrategy(size=min(self.count, blocks), max_tasks_in_flight_per_actor=1 if together == 1 else None)
         cases = ray.data.from_items([{"case": pickle.dumps(row)} for row in rows], override_num_blocks=blocks)
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is lost is told by us
         with warnings.catch_warnings():  # the only way to limit the tries; `ray[data]` is pinned below the version that takes it away
             warnings.simplefilter("ignore", DeprecationWarning)
             made = cases.map_batches(
-                _Worker, batch_size=None, batch_format="numpy", compute=ray.data.ActorPoolStrategy(size=min(self.count, blocks)),
+                _Worker, batch_size=None, batch_format="numpy", compute=pool,
                 fn_constructor_args=(self._model, self._engine, self._opened.key, _folder(self._model, rows, recipe), recipe),
                 max_restarts=-1, max_task_retries=TRIES - 1, **self._share,
             )  # fmt: skip
@@ -179,8 +187,9 @@ class RaySynthesizer:
 
     def close(self) -> None:
         """Leave the cluster if this joined it, whose workers then end; a Ray of our own ends."""
-        if self._ours:
+        if self._ours and not self._closed:
             _ray().shutdown()
+        self._closed = True
 
     def __enter__(self) -> RaySynthesizer:
         return self

@@ -53,11 +53,11 @@ def write_study(folder: Path, seed: int = 0, shape: tuple[int, int, int] = (5, 1
 
 
 class Serving:
-    """`mask2ct serve` as a process of its own, with the fake engine."""
+    """`mask2ct serve` as a process of its own."""
 
-    def __init__(self, model: Path, spool: Path, *options: object, quiet: float = 0.2, allow: str | None = "SENDER"):
+    def __init__(self, model: Path, spool: Path, *options: object, quiet: float = 0.2, allow: str | None = "SENDER", backend: str = "fake"):
         who = ["--allow-any"] if allow is None else ["--allow", allow]
-        line = [sys.executable, "-m", "runtime", "serve", "--model", model, "--backend", "fake", "--spool", spool, "--port", 0, "--http-port", 0,
+        line = [sys.executable, "-m", "runtime", "serve", "--model", model, "--backend", backend, "--spool", spool, "--port", 0, "--http-port", 0,
                 "--quiet-period", quiet, *who, *options]  # fmt: skip
         self.process = subprocess.Popen([*map(str, line)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import multiprocessing
 import os
 import tracemalloc
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import nibabel
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from samples import blobs, directions, rotation, synth, write_mask
+from samples import blobs, directions, mask2ct, rotation, synth, write_mask
 
 from runtime import LabelVolume, OutputError, Synthesizer, UsageError
 from runtime.contract import Label, LabelTable
@@ -196,6 +197,30 @@ def test_msd_lists_its_pairs_and_keeps_what_others_listed(tmp_path: Path, fake_m
     data = json.loads((out / "dataset.json").read_text())
     assert [row["label"][11:] for row in data["training"]] == ["real_7.nii.gz", "a.nii.gz", "b.nii.gz"]
     assert data["numTraining"] == 3 and data["licence"] == "theirs"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["nnunet", "msd"])
+def test_the_index_of_500_cases_is_right_also_after_a_kill(format: str, tmp_path: Path, fake_model: Path) -> None:
+    """It is written once a run: of one that was killed, by the run that goes on, even where nothing was left to paint."""
+    out = tmp_path / "set"
+    arguments = ["synth", str(write_mask(tmp_path / "c.nii.gz", blobs((2, 16, 16)))), "--model", str(fake_model), "--backend", "fake", "--quiet",
+                 "--output", str(out), "--format", format, "--variants", "500", "--deform", "0", "--rotate", "0", "--scale", "0"]  # fmt: skip
+    process = multiprocessing.get_context("spawn").Process(target=mask2ct, args=(arguments,))
+    process.start()
+    while process.is_alive() and len(list((out / "labelsTr").glob("c*"))) < 100:
+        process.join(0.01)
+    process.kill()
+    process.join()
+    assert not (out / "dataset.json").exists() and 99 <= len(list((out / "labelsTr").glob("c*"))) < 500
+    for _ in range(2):
+        assert synth(fake_model, out, *arguments[1:2], *arguments[9:], "--resume") == 0
+        data = json.loads((out / "dataset.json").read_text())
+        assert data["numTraining"] == 500
+        if format == "msd":
+            rows = [{"image": f"./imagesTr/c_v{n}.nii.gz", "label": f"./labelsTr/c_v{n}.nii.gz"} for n in range(500)]
+            assert sorted(data["training"], key=str) == sorted(rows, key=str)
+        (out / "dataset.json").unlink()
 
 
 @pytest.mark.parametrize(

@@ -55,14 +55,14 @@ def test_every_file_is_proven_in_every_backend_that_is_here(manifest: Manifest) 
 def test_calibration_and_proof_use_masks_of_different_patients(trained: Path, manifest: Manifest) -> None:
     run = load_run(trained)
     ours, theirs = load_validation(run), load_calibration(run)
-    assert theirs is not None and ours.shape[1:] == theirs.shape[1:] == (3, 64, 64) and len(theirs) == 64
+    assert theirs is not None and ours.shape[1:] == theirs.shape[1:] == (manifest.grid.slices, 64, 64) and len(theirs) == 64
     shared = {m.tobytes() for m in ours if m.any()} & {m.tobytes() for m in theirs if m.any()}
     assert not shared and manifest.export["int8"]["calibrated_on"] == "training masks"
 
 
 def test_figures_are_the_differences(graph: LabelsToIntensity, manifest: Manifest) -> None:
     """Images that are 2 HU too high everywhere, and 30 too high at one pixel."""
-    truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, parity.random_labels(2, 3, (64, 64), 8)))
+    truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, parity.random_labels(2, manifest.grid.slices, (64, 64), 8)))
     painted = truth.values + np.int16(2)
     painted[1, 10, 20] += 28
     numbers = parity.compare(truth, painted, manifest)
@@ -78,7 +78,8 @@ def test_figures_are_the_differences(graph: LabelsToIntensity, manifest: Manifes
 def test_batch_height_and_width_are_dynamic(model: Path, graph: LabelsToIntensity, manifest: Manifest) -> None:
     d = manifest.grid.divisor
     for rows, columns in ((1, 1), (3, 2)):
-        truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, parity.random_labels(3, 3, (rows * d, columns * d), 8)))
+        labels = parity.random_labels(3, manifest.grid.slices, (rows * d, columns * d), 8)
+        truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, labels))
         painted, _ = parity.paint(OnnxEngine(model / "model.onnx", manifest), truth.inputs)
         assert painted.shape == (3, rows * d, columns * d) and np.abs(painted - truth.values).max() <= 1
 
@@ -178,7 +179,7 @@ def test_the_layers_that_cost_too_much_stay_in_float(model: Path, manifest: Mani
         made = {name for node in graph.node for name in node.output}
         return 0.5 + sum(0.6 for n in graph.node if n.name in bad and n.input[1] in made)
 
-    inputs = parity.draw_inputs(manifest.inputs, parity.random_labels(4, 3, (64, 64), 8))
+    inputs = parity.draw_inputs(manifest.inputs, parity.random_labels(4, manifest.grid.slices, (64, 64), 8))
     found = quantize(model / "model.onnx", tmp_path / "q.onnx", inputs, error, lambda _: None)
     assert set(found.floating) == bad and found.layers > 10 and error(tmp_path / "q.onnx") == 0.5
     none = quantize(model / "model.onnx", tmp_path / "q.onnx", inputs, lambda path: 2.0, lambda _: None)

@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import select
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from samples import blobs, results, synth, write_mask
 
@@ -112,6 +115,23 @@ def children(of: int) -> dict[int, str]:
     return found
 
 
+def listening(processes: Iterable[int]) -> set[str]:
+    """The addresses on which they take TCP connections."""
+    sockets = set()
+    for process in processes:
+        try:
+            sockets |= {os.readlink(link) for link in Path(f"/proc/{process}/fd").iterdir()}
+        except OSError:
+            continue
+    found = set()
+    for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for _, local, _, state, *_, inode in [line.split()[:10] for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]:
+            if state == "0A" and f"socket:[{inode}]" in sockets:
+                words = bytes.fromhex(local.partition(":")[0])  # 32-bit words in this machine's order
+                found.add(socket.inet_ntop(family, b"".join(words[n : n + 4][::-1] for n in range(0, len(words), 4))))
+    return found
+
+
 def assert_ended(processes: Iterable[int], within: float = 30) -> None:
     """Those that still run end in so many seconds."""
     for process in processes:
@@ -149,6 +169,8 @@ def test_two_workers_of_whom_one_is_killed_leave_the_bytes_of_one_process(
     family = children(process.pid)
     workers = [pid for pid, line in family.items() if "MapWorker" in line]
     assert len(workers) == 2
+    addresses = listening(family)
+    assert addresses and addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}  # who reaches a Ray may run programs on it
     os.kill(workers[0], signal.SIGKILL)
     at = done(tmp_path)
     code, said, told = finish(process)
@@ -229,6 +251,50 @@ def test_what_is_wrong_is_said_before_any_work(start: Start, masks: Path, tmp_pa
     assert code == 2 and "2 GPUs each" in told and not (tmp_path / "out").exists()
     code, _, told = finish(start(tmp_path / "out", masks, address="127.0.0.1:9"))
     assert code == 2 and "no Ray answers at 127.0.0.1:9" in told and "Traceback" not in told
+
+
+@pytest.fixture
+def script(root: Path, model: Path, tmp_path: Path) -> Callable[..., str]:
+    """Run a block of docs/scaling.md beside a `runs/demo` with a small model; what it prints."""
+    blocks = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", (root / "docs" / "scaling.md").read_text(), re.DOTALL))
+    (tmp_path / "runs/demo/masks").mkdir(parents=True)
+    (tmp_path / "runs/demo/model").symlink_to(model)
+    for n in range(3):
+        write_mask(tmp_path / f"runs/demo/masks/unseen_{n}.nii.gz", blobs((6, 40, 40), seed=n), direction=np.diag([1.0, -1.0, 1.0]))
+
+    def run(name: str, *arguments: str) -> str:
+        (tmp_path / name).write_text(blocks[name])
+        done = subprocess.run([sys.executable, name, *arguments], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True,
+                              text=True, check=False, timeout=300)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
+
+
+@needs_ray
+@pytest.mark.slow
+def test_the_embedding_recipe_makes_what_a_synthesizer_makes(script: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    printed = script("on_ray.py").splitlines()
+    assert "2 workers of Ray" in printed[0]
+    assert sorted(printed[1:]) == sorted(
+        f"unseen_{n} {v} ['unseen_{n}_v{v}_ct.nii.gz', 'unseen_{n}_v{v}_mask.nii.gz']" for n in range(3) for v in range(2)
+    )
+    assert synth(model, tmp_path / "alone", tmp_path / "runs/demo/masks", "--variants", "2", "--seed", "7", backend=None) == 0
+    assert results(tmp_path / "out") == results(tmp_path / "alone")
+
+
+@needs_ray
+@pytest.mark.slow
+def test_the_recipe_for_buckets_makes_what_is_not_there_yet(script: Callable[..., str], model: Path, tmp_path: Path) -> None:
+    masks, out = tmp_path / "runs/demo/masks", tmp_path / "bucket"
+    urls = (masks.as_uri(), out.as_uri())
+    assert synth(model, tmp_path / "alone", masks, "--seed", "7", backend=None) == 0
+    assert sorted(script("buckets.py", *urls).splitlines()) == [f"unseen_{n}.nii.gz done" for n in range(3)]
+    assert results(out) == results(tmp_path / "alone")
+    (out / "unseen_1_ct.nii.gz").unlink()
+    assert script("buckets.py", *urls).splitlines() == ["unseen_1.nii.gz done"]
+    assert results(out) == results(tmp_path / "alone") and script("buckets.py", *urls) == ""
 
 
 def test_without_ray_the_remedy_is_named(

@@ -177,7 +177,7 @@ def test_the_exported_graph_takes_a_style_and_is_proven_with_random_ones(styled:
     graph = LabelsToIntensity(load_generator(styled[0]), len(run.labels), run.intensity)
     with torch.no_grad():
         graph.generator.top.modulation.factors.weight.add_(0.5)  # a graph that read its style otherwise would be found out
-    truth = reference(graph, draw_inputs(manifest.inputs, random_labels(4, 3, (64, 64), 8)))
+    truth = reference(graph, draw_inputs(manifest.inputs, random_labels(4, manifest.grid.slices, (64, 64), 8)))
     assert compare(truth, paint(engine, truth.inputs)[0], manifest)["max"] > LIMITS["fp32"]["max"]
     for numbers in manifest.parity["model.onnx"]["onnx"].values():
         assert not isinstance(numbers, dict) or numbers["max"] <= LIMITS["fp32"]["max"]

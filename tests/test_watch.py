@@ -158,6 +158,20 @@ def test_what_was_claimed_under_other_options_is_made_again_under_these(fake_mod
     assert results(out) == results(tmp_path / "expected")
 
 
+def test_a_data_set_whose_index_a_killed_watcher_did_not_come_to_is_indexed_by_the_next(
+    fake_model: Path, inbox: Path, tmp_path: Path
+) -> None:
+    index = tmp_path / "out" / "dataset.json"
+    for n in range(2):
+        write_mask(inbox / f"{n}.nii.gz", blobs(seed=n))
+    assert watch(fake_model, inbox, tmp_path / "out", "--format", "nnunet") == 0
+    whole = index.read_text()
+    assert '"numTraining": 2' in whole
+    index.write_text(whole.replace('"numTraining": 2', '"numTraining": 1'))
+    assert watch(fake_model, inbox, tmp_path / "out", "--format", "nnunet") == 0
+    assert index.read_text() == whole
+
+
 def test_two_folders_with_masks_of_one_name_do_not_meet(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
     for n in range(3):
         (inbox / f"p{n}").mkdir()

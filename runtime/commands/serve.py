@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import ssl
 import sys
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from ..node.outbox import Destination, Outbox
 from ..node.send import Pacs
 from ..node.service import END, Node
 from ..node.spool import Spool
-from ..node.store import Acceptor, Limits
+from ..node.store import Acceptor, Limits, pynetdicom
 from ..node.stow import DicomWeb, loopback
 from ..stream import CaseResult
 from .common import add_engine, add_making, add_reading, find, open_models, painted, recipes
@@ -76,8 +77,9 @@ def add(commands: Any) -> None:
 
 def _serve(options: argparse.Namespace) -> int:
     limits, tls = _check(options), _tls(options)
+    pynetdicom()  # before the model is opened, that it is there
+    events = Events()
     with ExitStack() as stack:
-        events = Events()
         destinations = _destinations(options, tls)
         models = stack.enter_context(open_models(options))
         spool = Spool(options.spool, keep=options.keep)
@@ -105,7 +107,7 @@ def _serve(options: argparse.Namespace) -> int:
             )
             stack.callback(watch.close)
             ports["http"] = watch.port
-        events(
+        events.say(
             "listening",
             aet=options.aet,
             host=options.host,
@@ -119,6 +121,7 @@ def _serve(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             events("stopping")
     events("stopped")
+    gc.freeze()  # else the interpreter's last collection walks through all that was loaded: seconds on a busy machine
     return 0
 
 

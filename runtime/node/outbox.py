@@ -146,8 +146,15 @@ class _Sender(threading.Thread):
         for package in self._spool.packages():
             if self._ended.is_set():
                 return
-            if not self._paused(package.name):
+            if self._paused(package.name):
+                continue
+            try:
                 self._send(package)
+            except Unreachable:
+                raise
+            except Exception as exc:  # one study's fault must not keep the others here
+                self._events("not-taken", peer=self._destination.name, study=package.name, error=type(exc).__name__,
+                             again_in=f"{self._pause(package.name):g}s")  # fmt: skip
 
     def _send(self, package: Path) -> None:
         done = Acknowledged(package, self._destination.name)

@@ -10,9 +10,9 @@ from typing import Any
 
 from ..errors import UsageError
 from .outbox import Outcome, Unreachable
-from .store import pynetdicom
+from .store import hang_up, pynetdicom
 
-CONNECT, ANSWER = 10.0, 120.0  # s that a peer has to take a connection, and to answer for one object
+CONNECT, AGREE, ANSWER = 3.0, 10.0, 120.0  # s that a peer has to take a connection, an association, and to answer for one object
 _STORED = (0x0000, 0xB000, 0xB006, 0xB007)  # success, and stored with a warning (PS3.4 table B.2-1)
 _PEER = re.compile(r"(?P<tls>tls://)?(?P<aet>[^@\\\s][^@\\]{0,15})@(?P<host>\[[0-9A-Fa-f:.]+\]|[^@:/\s]+):(?P<port>\d{1,5})")
 
@@ -29,7 +29,7 @@ class Pacs:
         self.name, self._aet = text, aet
         self._called, self._address = found["aet"].strip(), (found["host"].strip("[]"), int(found["port"]))
         self._tls = tls if found["tls"] else None
-        self._association: Any = None
+        self._associations: list[Any] = []  # the one that sends, from its first moment on
 
     def send(self, files: Sequence[Path]) -> Iterator[Outcome]:
         """What the peer says of each file, in one association, as it says it. Raises `Unreachable`."""
@@ -37,12 +37,13 @@ class Pacs:
         from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
         ae = pynetdicom().AE(ae_title=self._aet)
-        ae.connection_timeout, ae.acse_timeout, ae.dimse_timeout, ae.network_timeout = CONNECT, CONNECT, ANSWER, ANSWER
+        ae.connection_timeout, ae.acse_timeout, ae.dimse_timeout, ae.network_timeout = CONNECT, AGREE, ANSWER, ANSWER
         for sop_class in {str(dcmread(file, specific_tags=["SOPClassUID"], stop_before_pixels=True).SOPClassUID) for file in files}:
             for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian):  # one each: where both are taken, files go as they are
                 ae.add_requested_context(sop_class, syntax)
         tls = None if self._tls is None else (self._tls, self._address[0])
-        self._association = association = ae.associate(*self._address, ae_title=self._called, tls_args=tls)
+        opened = [(pynetdicom().evt.EVT_CONN_OPEN, lambda event: self._associations.append(event.assoc))]
+        association = ae.associate(*self._address, ae_title=self._called, tls_args=tls, evt_handlers=opened)
         try:
             if association.is_rejected:
                 raise Unreachable("the association is rejected")
@@ -63,9 +64,8 @@ class Pacs:
         finally:
             if association.is_established:
                 association.release()
-            self._association = None
+            self._associations.clear()
 
     def stop(self) -> None:
         """End what is on its way, from another thread."""
-        if (association := self._association) is not None:
-            association.abort(block=False)
+        hang_up([*self._associations], abort=True)

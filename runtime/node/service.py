@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ..errors import Mask2CTError, OutputError, UsageError
+from ..errors import Mask2CTError, OutputError
 from ..io.detect import Case
+from ..io.dicom_files import scan, walk
 from ..stream import CaseResult
 from .events import Events
 from .outbox import Outbox
@@ -50,25 +51,27 @@ class Node:
         self._ended.set()
 
     def _make(self, study: Path) -> None:
-        reasons, made, slices = [], 0, 0
+        reasons, made, slices, warned = [], 0, 0, 0
         try:
-            cases = [case for case in self._find(study / OBJECTS) if case.kind in ("seg", "rtstruct")]
-            for result in self._paint(cases, study / RESULTS):
-                for warning in result.warnings:
-                    self._events.say("warning", study=study.name, case=result.case, text=warning)
-                if result.error is not None:
-                    reasons.append(f"{result.case}: {result.error}")
-                    self._events("failed", study=study.name, case=result.case, reason=result.error.fact)
-                else:
+            if all(instance.ours for instance in scan(walk(study / OBJECTS))):  # an archive that sends on whatever it gets
+                cases = []
+                self._events("ignored", study=study.name, reason="mask2ct wrote it")
+            else:
+                cases = [case for case in self._find(study / OBJECTS) if case.kind in ("seg", "rtstruct")]
+            for result in self._paint(cases, study / RESULTS) if cases else ():
+                warned += len(result.warnings)
+                if result.error is None:
                     made, slices = made + 1, slices + result.slices
+                else:  # what it says may quote the file: its words stay beside the mask
+                    reasons.append(f"{result.case}: {result.error}")
+                    self._events("failed", study=study.name, case=result.case, error=type(result.error).__name__)
         except OutputError:
             raise
         except Exception as exc:  # a study must not end the node: it is put aside with what is known
-            fact = exc.fact if isinstance(exc, Mask2CTError) else f"an error of mask2ct's own ({type(exc).__name__})"
-            reasons.append(str(exc) if isinstance(exc, UsageError) else fact)
-            self._events("failed", study=study.name, reason=fact)
+            reasons.append(str(exc) if isinstance(exc, Mask2CTError) else f"an error of mask2ct's own: {type(exc).__name__}")
+            self._events("failed", study=study.name, error=type(exc).__name__)
         self._spool.painted(study, reasons)
-        self._events("painted", study=study.name, results=made, slices=slices)
+        self._events("painted", study=study.name, results=made, slices=slices, warnings=warned)
         self._outbox.wake()
 
 

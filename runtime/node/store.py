@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import ssl
 import threading
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 SUCCESS, OUT_OF_RESOURCES, NO_MATCH, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xA900, 0xC000  # PS3.4 table B.2-1
 IMAGES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.128")  # CT, MR, PET: what contours lie on
 LONGEST_REQUEST = 1 << 17  # bytes of a PDU that asks for an association, which comes before anyone is known
+STRANGERS = 100  # connections that have not asked for an association: each may take HANDSHAKE to do so
 LONGEST_COMMAND = 1 << 16  # bytes of a DIMSE command set
 HANDSHAKE = 10.0  # s that a peer has for TLS, and for asking for an association
 IDLE = 60.0  # s without a word after which an association is ended
@@ -43,6 +46,19 @@ def pynetdicom() -> Any:
     return pynetdicom
 
 
+def hang_up(associations: Sequence[Any], *, abort: bool = False) -> None:
+    """End the connections of associations, also of those that are not established, whatever the peer does; with an A-ABORT before."""
+    import socket
+
+    if abort:
+        for association in associations:
+            association.abort(block=False)
+        threading.Event().wait(0.1)  # what is on its way
+    for association in associations:
+        with suppress(OSError, AttributeError):  # it is closed already
+            association.dul.socket.socket.shutdown(socket.SHUT_RDWR)
+
+
 class Acceptor:
     """Listens until it is closed. `allow`: calling AE titles; empty means any. Raises `UsageError` when the port cannot be had."""
 
@@ -51,7 +67,7 @@ class Acceptor:
     ):  # fmt: skip
         self._spool, self._events, self._allow, self._aet, self._limits = spool, events, allow, aet, limits
         self._cut: set[Any] = set()  # associations whose present object is larger than it may be
-        evt, ae = pynetdicom().evt, pynetdicom().AE(ae_title=aet)
+        evt, ae = pynetdicom().evt, _entity(aet)
         ae.maximum_associations, ae.maximum_pdu_size = limits.associations, limits.pdu
         ae.require_called_aet, ae.require_calling_aet = True, [*allow]
         ae.acse_timeout, ae.dimse_timeout, ae.network_timeout = HANDSHAKE, IDLE, IDLE
@@ -64,7 +80,6 @@ class Acceptor:
             raise UsageError(f"{address[0]} port {address[1]} cannot be had: {exc.strerror}", expected="an address of this machine and a free port",
                              remedy="choose another --port") from exc  # fmt: skip
         ae._servers.append(self._server)  # as `start_server` does: its shutdown takes itself out
-        self._ae = ae
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True, name="acceptor")
         self._thread.start()
 
@@ -79,8 +94,7 @@ class Acceptor:
     def close(self) -> None:
         """Listen no more and end every association: what was not acknowledged its sender still has."""
         self._server.shutdown()
-        for association in self._server.active_associations:
-            association.abort(block=False)
+        hang_up(self._server.active_associations, abort=True)
 
     def _store(self, event: Any) -> int:
         request, association = event.request, event.assoc
@@ -135,11 +149,13 @@ class Acceptor:
             message.data_set.truncate()
 
     def _accepted(self, event: Any) -> None:
+        """One line for the SOP classes that were offered in vain. A UID that is none of the standard's might be anything: it is not quoted."""
         from pydicom.uid import UID
 
-        for context in event.assoc.rejected_contexts:
-            name = UID(context.abstract_syntax).name if UID(context.abstract_syntax).name != context.abstract_syntax else "unknown"
-            self._events("not-supported", peer=self._peer(event.assoc), sop_class=name)
+        offered = {UID(context.abstract_syntax) for context in event.assoc.rejected_contexts}
+        if offered:
+            names = sorted(uid.name if uid.name != str(uid) else "unknown" for uid in offered)
+            self._events("not-supported", peer=self._peer(event.assoc), classes=len(offered), such_as=names[0])
 
     def _rejected(self, event: Any) -> None:
         asked = event.assoc.requestor.primitive
@@ -178,6 +194,20 @@ def _support(ae: Any) -> None:
         ae.add_supported_context(sop_class, [*plain_syntaxes, *compressed])
 
 
+def _entity(aet: str) -> Any:
+    """pynetdicom's application entity, whose limit here is of associations that were asked for: who only connects takes nobody's place."""
+
+    class Entity(pynetdicom().AE):  # type: ignore[misc]
+        @property
+        def active_associations(self) -> list[Any]:
+            ended = ("is_released", "is_aborted", "is_rejected")
+            return [
+                a for a in super().active_associations if a.requestor.primitive is not None and not any(getattr(a, how) for how in ended)
+            ]
+
+    return Entity(ae_title=aet)
+
+
 def _server(events: Events, limits: Limits, tls: ssl.SSLContext | None) -> Any:
     """pynetdicom's server, which here does the TLS handshake in the connection's own thread, and bounds what a stranger may send."""
     from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
@@ -190,8 +220,12 @@ def _server(events: Events, limits: Limits, tls: ssl.SSLContext | None) -> Any:
 
             def bounded(count: int) -> Any:
                 if count > largest:
+                    hang_up([association])
                     raise OSError("the PDU is longer than was agreed")
-                return receive(count)
+                found = receive(count)
+                if len(found) < count:  # the peer has ended: pynetdicom would keep our half open until it is collected
+                    hang_up([association])
+                return found
 
             connection.recv = bounded
             return association
@@ -204,7 +238,7 @@ def _server(events: Events, limits: Limits, tls: ssl.SSLContext | None) -> Any:
             super().__init__(*arguments, **{**options, "request_handler": Handler})
 
         def verify_request(self, request: socket.socket, client_address: Any) -> bool:
-            return len(self.active_associations) < 4 * limits.associations  # beyond, not even an answer
+            return len(self.active_associations) < STRANGERS + limits.associations  # beyond, not even an answer
 
         def finish_request(self, request: Any, client_address: Any) -> None:
             request.settimeout(IDLE)

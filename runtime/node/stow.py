@@ -11,9 +11,11 @@ import http.client
 import json
 import netrc
 import os
+import socket
 import ssl
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from ipaddress import ip_address
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -54,12 +56,14 @@ class DicomWeb:
         except (OSError, http.client.HTTPException) as exc:
             raise Unreachable(f"no answer ({type(exc).__name__})") from exc
         finally:
-            self.stop()
+            self._connection.close()
+            self._connection = None
 
     def stop(self) -> None:
         """End what is on its way, from another thread."""
         if (connection := self._connection) is not None:
-            connection.close()
+            with suppress(OSError, AttributeError):  # it is not open
+                connection.sock.shutdown(socket.SHUT_RDWR)  # wakes who waits for an answer, which closing does not
 
     def _post(self, connection: http.client.HTTPConnection, files: Sequence[Path]) -> Iterator[Outcome]:
         boundary = uuid.uuid4().hex
