@@ -166,7 +166,7 @@ def plain(settings: dict[str, Any], folder: str, steps: int, workers: int) -> Re
     resolved = config.from_json(settings)
     cohort = open_cohort(resolved, Path(folder) / "run", cache=Path(folder) / "slices", quiet=True)
     own = Path(folder) / f"files-{workers}"
-    own.mkdir()
+    own.mkdir(exist_ok=True)  # started again, it writes the same
     files = SliceFiles(own, cohort.train, resolved.augment, config.intensity(resolved))
     loop, batches = PlainLoop(resolved), _endless(files, resolved.training.batch_size, workers)
     return _ready(Timed(steps, lambda _: next(batches), lambda _, batch: loop(batch)), {})
