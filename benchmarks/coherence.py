@@ -22,8 +22,9 @@ from scipy import ndimage
 
 from runtime.console import run
 from runtime.labels import MM_WHS
-from train.evaluate import body_mask, read_cases
+from train.evaluate import read_cases
 from train.metrics import wasserstein
+from train.scores import body_mask
 
 REGIONS = ("labels", "skin", "bone", "lung", "rest")
 NEAR = 3  # px, of the outline, to either side

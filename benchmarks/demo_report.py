@@ -14,8 +14,9 @@ from runtime.describe import PARITY_HEAD, parity_rows
 from runtime.files import atomic_path, write_json
 from runtime.io.nifti import read_volume
 from runtime.labels import MM_WHS
-from train.evaluate import evaluate, organ_names, read_cases
+from train.evaluate import read_cases
 from train.report import curves, page, picture, planes, read_metrics, table
+from train.scores import evaluate, organ_names
 
 
 def write_report(out: Path, seconds: Mapping[str, float], machine: Mapping[str, Any], shown: int) -> None:

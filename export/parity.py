@@ -18,8 +18,8 @@ from runtime.engines.base import Engine
 from runtime.engines.registry import Backend
 from runtime.errors import ModelError, ParityError
 from runtime.memory import HOST_STREAM
-from train.evaluate import body_mask
 from train.metrics import KERNEL, medians
+from train.scores import body_mask
 
 from .graph import LabelsToIntensity
 

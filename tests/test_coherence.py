@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.coherence import REGIONS, coherence, regions
-from train.evaluate import body, body_mask
+from train.scores import body, body_mask
 
 
 def thorax(slices: int = 9) -> tuple[np.ndarray, np.ndarray]:

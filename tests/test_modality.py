@@ -12,7 +12,7 @@ import SimpleITK as sitk
 from samples import image
 
 from runtime.contract import Intensity
-from train.evaluate import HU, diversity, evaluate, table
+from train.scores import HU, diversity, evaluate, table
 
 LABELS = [{"name": "background", "value": 0}, {"name": "fluid", "value": 10}, {"name": "tissue", "value": 20, "aliases": [21]}]
 

@@ -146,7 +146,7 @@ class TrainingConfig:
     valid_slices: Count = 128  # at most so many held-out slices are painted at a validation step
     checkpoint_every: Count = 1000
     keep_checkpoints: Count = 2  # the newest; the best is kept as well
-    best_metric: str | None = "body.mae_ratio"  # of the held-out patients (train/evaluate.py), by which a checkpoint is the best
+    best_metric: str | None = "body.mae_ratio"  # of the held-out patients (train/scores.py), by which a checkpoint is the best
     best_is: Literal["lowest", "highest"] = "lowest"
     collapse_steps: Whole = 2000  # the run stops when the discriminator's losses were about 0 for so long; 0: never
     threads: Annotated[int, Range(0, 1024)] = 0  # of the CPU; 0: as many as the process may use

@@ -24,7 +24,7 @@ from runtime.contract import grid_to_json, labels_to_json
 from runtime.errors import ModelError, UsageError, writing
 from runtime.files import write_text
 
-from . import augment, checkpoint, dataset, evaluate, figures, run_report
+from . import augment, checkpoint, dataset, figures, run_report, scores
 from . import config as configs
 from .cache import SliceCache
 from .config import RunConfig
@@ -208,7 +208,7 @@ class Training:
 
     def _score(self) -> float | None:
         """`training.best_metric` of the last validation, lower is better; None when it is not among the metrics."""
-        t, numbers = self.config.training, dict(evaluate.flat(self.metrics or {}))
+        t, numbers = self.config.training, dict(scores.flat(self.metrics or {}))
         if t.best_metric is None:
             return None
         if t.best_metric not in numbers:
@@ -295,7 +295,7 @@ class _Log:
         seconds = round(self._before + time.monotonic() - self._start, 2)
         with writing(self._path), open(self._path, "a", encoding="utf-8") as handle:
             handle.write(json.dumps({"step": step, "seconds": seconds, **row}, allow_nan=False) + "\n")
-        self._loggers.write(step, dict(evaluate.flat(row)))
+        self._loggers.write(step, dict(scores.flat(row)))
 
     def close(self) -> None:
         """Flush what is pending."""

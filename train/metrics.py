@@ -1,6 +1,6 @@
 """Distances between painted and real CTs beyond medians and errors: distributions, structure, slices that agree, diversity.
 
-Cases are volumes (D, H, W) of axial slices in integer HU, as in train/evaluate.py, which puts these figures together. A distance
+Cases are volumes (D, H, W) of axial slices in integer HU, as in train/scores.py, which puts these figures together. A distance
 means something beside the same distance between two groups of real patients: `ceiling`.
 """
 

@@ -159,7 +159,7 @@ def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, fold
             checkpoint.claim(folder, resolved)  # from here on there is a run to resume
     metrics = training.run()
     if not quiet:
-        from train.evaluate import table
+        from train.scores import table
 
         print(table(metrics, resolved.intensity.unit))
     if ranks.first:
@@ -170,8 +170,8 @@ def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, fold
 def test(args: argparse.Namespace) -> int:
     """--test: the test split through a finished run, or a checkpoint."""
     from train import restore
-    from train.evaluate import table
     from train.loop import open_cohort
+    from train.scores import table
 
     source = args.ckpt_load or (resolve(args)[1] if args.config else args.output)
     if source is None:

@@ -24,8 +24,8 @@ from runtime.contract import Intensity
 from runtime.errors import UsageError
 
 from .dataset import Slices, stream
-from .evaluate import body_mask
 from .metrics import medians
+from .scores import body_mask
 
 FRESH = 0.6  # share of a training style's deviation that is drawn for each slice, the rest being its patient's
 DIRECTIONS = 12  # from the labels' centre to an outline, at equal angles from the columns' axis towards the rows'

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from runtime.contract import Intensity, LabelTable
 
 from .dataset import Slices, from_unit, noise_bytes
-from .evaluate import ceiling, diversity, evaluate
 from .figures import comparison, window
 from .generator import Generator, one_hot, standardise_noise
+from .scores import ceiling, diversity, evaluate
 from .style import organ_medians
 
 STYLES = 16  # in which the held-out masks are painted to measure diversity
@@ -50,7 +50,7 @@ class Validation:
         return [case.image for case in self._cases]
 
     def measure(self, net: Generator, device: torch.device, batch_size: int) -> tuple[dict[str, Any], list[NDArray[np.int16]]]:
-        """(metrics of train/evaluate.py, the painted slices of each patient)."""
+        """(metrics of train/scores.py, the painted slices of each patient)."""
         painted = [
             paint(net, case.labels, noise, len(self._table), self._intensity, device, batch_size)
             for case, noise in zip(self._cases, self._noise, strict=True)
