@@ -191,3 +191,10 @@ def test_too_little_memory_is_said(train, folder: Path, tmp_path: Path, capsys: 
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_phantom_that_shows_no_thorax_is_refused(tmp_path: Path, command) -> None:
+    line = ["train/run.py", "--config", "train/configs/phantom.json", "--output", tmp_path / "run", "--set", "data.phantom.size=[16,64,64]"]
+    done = command(*line)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "16 x 64 x 64" in done.stderr and "data.phantom.size" in done.stderr

@@ -83,9 +83,9 @@ def _phantom(phantom: configs.PhantomConfig, folder: Path, quiet: bool) -> Path:
     if not marker.exists():
         from .phantom import generate_cohort
 
-        if not quiet:
-            print(f"making {phantom.patients} phantom patients in {folder}", file=sys.stderr)
-        generate_cohort(folder, phantom.patients, seed=phantom.seed, size=phantom.size)
+        line = Progress("phantom patients", phantom.patients, quiet=quiet)
+        generate_cohort(folder, phantom.patients, seed=phantom.seed, size=phantom.size, progress=lambda done, _: line.update(done))
+        line.close()
         write_text(marker, "")
     return folder
 

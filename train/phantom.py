@@ -15,7 +15,6 @@ import json
 import multiprocessing
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -25,6 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime import console
+from runtime.errors import UsageError, writing
 from train.phantom_anatomy import LABELS, Parameters, render
 from train.phantom_physics import Warp, blocks, enhancement, sample_axes, scan
 
@@ -137,12 +138,10 @@ def simulate(params: Parameters, size: Size = (48, 128, 128)) -> Patient:
 
 
 def check_size(size: Sequence[int]) -> None:
-    """Raise ValueError unless ``size`` is three matrix edges that can show a thorax and fit into memory."""
+    """Raise `UsageError` unless ``size`` is three matrix edges that can show a thorax and fit into memory."""
     if len(size) != 3 or min(size) < SMALLEST_SIZE or max(size) > LARGEST_SIZE:
-        raise ValueError(
-            f"the size is {' x '.join(map(str, size))} voxels; expected Z Y X of {SMALLEST_SIZE} to "
-            f"{LARGEST_SIZE} each. Give for example --size 48 128 128."
-        )
+        raise UsageError(f"a phantom of {' x '.join(map(str, size))} voxels was asked for", expected=f"Z Y X of {SMALLEST_SIZE} to {LARGEST_SIZE} each",
+                         remedy="give for example --size 48 128 128 (data.phantom.size in a config)")  # fmt: skip
 
 
 def write_volume(path: Path, array: NDArray[np.generic], spacing: tuple[float, float, float]) -> None:
@@ -183,53 +182,41 @@ def generate_cohort(
     """Write ``patients`` simulated cases into ``out`` and return their image files in order.
 
     ``workers`` processes share the work (default: the CPUs this process may use; 1 stays in this process);
-    ``progress(done, total)`` is called after every case.  Raises ValueError for an unusable request and OSError
+    ``progress(done, total)`` is called after every case.  Raises `UsageError` for an unusable request and `OutputError`
     where ``out`` cannot be written.
     """
     if patients < 1 or not 0 <= seed < 2**63:
-        raise ValueError(
-            f"{patients} patients with seed {seed} were requested; expected at least 1 patient and a "
-            "seed from 0 to 2^63 - 1. Give for example --patients 24 --seed 0."
-        )
+        raise UsageError(f"{patients} patients with seed {seed} were asked for", expected="at least 1 patient and a seed from 0 to 2^63 - 1",
+                         remedy="give for example --patients 24 --seed 0")  # fmt: skip
     check_size(size)
     out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    workers = min(workers or len(os.sched_getaffinity(0)), patients)
-    report = progress or (lambda done, total: None)
-    drawn: list[dict[str, Any]] = [{}] * patients
-    if workers == 1:
-        for index in range(patients):
-            drawn[index] = write_patient(out, seed, index, size)
-            report(index + 1, patients)
-    else:  # spawned, not forked: the caller may hold threads
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            tasks = {pool.submit(write_patient, out, seed, index, size): index for index in range(patients)}
-            try:
-                for done, task in enumerate(as_completed(tasks), 1):
-                    drawn[tasks[task]] = task.result()
-                    report(done, patients)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-    summary = out / f".{os.getpid()}-cohort.json"
-    summary.write_text(json.dumps({"seed": seed, "size": list(size), "patients": drawn}, indent=1) + "\n")
-    os.replace(summary, out / "cohort.json")
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        workers = min(workers or len(os.sched_getaffinity(0)), patients)
+        report = progress or (lambda done, total: None)
+        drawn: list[dict[str, Any]] = [{}] * patients
+        if workers == 1:
+            for index in range(patients):
+                drawn[index] = write_patient(out, seed, index, size)
+                report(index + 1, patients)
+        else:  # spawned, not forked: the caller may hold threads
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+                tasks = {pool.submit(write_patient, out, seed, index, size): index for index in range(patients)}
+                try:
+                    for done, task in enumerate(as_completed(tasks), 1):
+                        drawn[tasks[task]] = task.result()
+                        report(done, patients)
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+        summary = out / f".{os.getpid()}-cohort.json"
+        summary.write_text(json.dumps({"seed": seed, "size": list(size), "patients": drawn}, indent=1) + "\n")
+        os.replace(summary, out / "cohort.json")
     return [out / f"{case['case']}_image.nii.gz" for case in drawn]
 
 
-def progress_line() -> Callable[[int, int], None]:
-    """A progress callback that rewrites one line with the remaining time on standard error."""
-    begin = time.monotonic()
-
-    def show(done: int, total: int) -> None:
-        left = (time.monotonic() - begin) / done * (total - done)
-        print(f"\rphantom: {done}/{total} patients, {left:.0f} s left ", end="\n" if done == total else "", file=sys.stderr, flush=True)
-
-    return show
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line; returns the exit code: 0 done, 2 bad arguments, 4 cannot write."""
+    """The command line in the module's docstring."""
     parser = argparse.ArgumentParser(prog="python -m train.phantom", description="Write a simulated cardiac CT cohort.")
     parser.add_argument("out", type=Path, help="folder to write the cases to; created if missing")
     parser.add_argument("--patients", type=int, required=True, metavar="N", help="number of cases")
@@ -245,22 +232,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress line")
     options = parser.parse_args(arguments)
     z, y, x = options.size
-    try:
-        generate_cohort(
-            options.out, options.patients, seed=options.seed, size=(z, y, x), progress=None if options.quiet else progress_line()
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(
-            f"error: cannot write the cohort to {options.out}: {error.strerror or error}. Expected a folder that "
-            "can be created and written. Choose another folder or free its space.",
-            file=sys.stderr,
-        )
-        return 4
+    line = console.Progress("phantom patients", options.patients, quiet=options.quiet)
+    generate_cohort(options.out, options.patients, seed=options.seed, size=(z, y, x), progress=lambda done, total: line.update(done))
+    line.close()
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(console.run(main))
