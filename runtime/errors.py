@@ -28,8 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def printable(path: os.PathLike[str]) -> str:
-    """The path as text that any stream takes: bytes that are no UTF-8 are written as escapes."""
+def printable(path: str | os.PathLike[str]) -> str:
+    """The path, or a text that holds one, as any stream takes it: bytes that are no UTF-8 are written as escapes."""
     return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
 
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import Mask2CTError, UsageError, writing
+from .errors import Mask2CTError, UsageError, printable, writing
 from .files import fits, lock, write_text
 from .io.archive import is_zip
 from .io.dicom_files import neutral
@@ -186,13 +186,13 @@ def fingerprint(path: Path) -> Fingerprint:
 
 def called(item: Path) -> str:
     """What messages may call it: a volume by its file name, all else, which may be DICOM's and named after a patient, by a digest."""
-    return item.name if item.name.lower().endswith(SUFFIXES) else neutral("zip" if is_zip(item) else "item", item.name)
+    return printable(item.name) if item.name.lower().endswith(SUFFIXES) else neutral("zip" if is_zip(item) else "item", item.name)
 
 
 def reason(claim: Claim, exc: Mask2CTError) -> str:
     """The error for a person, without the place where it was worked on, and without a name that may be a patient's."""
-    text = str(exc).replace(str(claim.item), claim.called)
-    return text.replace(claim.item.name, claim.called) if len(claim.item.name) > 3 else text
+    text, name = printable(str(exc)).replace(printable(claim.item), claim.called), printable(claim.item.name)
+    return text.replace(name, claim.called) if len(name) > 3 else text
 
 
 def waves(claims: Sequence[Claim], names: Mapping[str, Sequence[str]]) -> Iterator[list[Claim]]:

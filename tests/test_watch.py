@@ -124,6 +124,23 @@ def test_what_cannot_be_used_lies_in_failed_with_its_reason_and_stops_no_other(
     assert all("remedy" in text and len(text.splitlines()) < 12 for text in reasons.values())
 
 
+def test_names_that_are_no_utf8_end_no_watcher_and_stand_in_no_message(
+    fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As old shares have them. A volume of such a name is refused, for its result would be called so."""
+    name = os.fsdecode(b"Planted_M\xfcller")
+    hospital(inbox / name)
+    (inbox / f"{name}_2").mkdir()
+    for path in (inbox / f"{name}_2" / "a.nii.gz", inbox / os.fsdecode(b"h\xfcfte.nii.gz")):
+        write_mask(tmp_path / "mask.nii.gz").rename(path)
+    assert watch(fake_model, inbox, tmp_path / "out") == 1
+    assert listed(inbox / DONE) == {name} and is_tidy(inbox)
+    reasons = [file.read_text() for file in (inbox / FAILED).glob("*.reason.txt")]
+    said = "".join([*reasons, *capsys.readouterr()])
+    assert len(reasons) == 2 and all("not valid UTF-8" in text for text in reasons)
+    assert "Planted" not in said and WORK not in said
+
+
 def test_a_name_that_was_there_before_is_numbered_and_no_result_is_replaced_by_another_masks(
     fake_model: Path, inbox: Path, tmp_path: Path
 ) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import EXIT_CODES
-from ..errors import UsageError
+from ..errors import UsageError, printable
 from ..inbox import Claim, reason
 from ..io.detect import Case
 from ..recipe import Recipe
@@ -64,7 +64,7 @@ class _Log:
 
     def chosen(self, case: Case, model: str, reason: str) -> None:
         if self._several:
-            self.say(f"{case.called.name}: {model} ({reason})")
+            self.say(f"{printable(case.called.name)}: {model} ({reason})")
 
     def made(self, result: CaseResult) -> None:
         for warning in result.warnings:

@@ -76,7 +76,8 @@ def guarded(name: str) -> Iterator[None]:
 
 def neutral(kind: str, uid: str) -> str:
     """What a DICOM source is called, in messages and in results: its kind and 32 bits of a digest of its UID."""
-    return f"{kind}-{hashlib.sha256(uid.encode()).hexdigest()[:8]}"
+    digest = hashlib.sha256(uid.encode("utf-8", "surrogateescape"))  # also of a file name, which may be any bytes
+    return f"{kind}-{digest.hexdigest()[:8]}"
 
 
 def is_dicom(path: Path) -> bool:
