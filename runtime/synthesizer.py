@@ -203,6 +203,7 @@ class Synthesizer:
             except BaseException:
                 for slot in slots:
                     slot.close()
+                self._slots.difference_update(slots)
                 raise
             self._slots.update(slots)
             return slots

@@ -13,14 +13,16 @@ from fake_cuda import install
 from hand_made import write_model
 from samples import blobs, results, synth, write_fake_model, write_mask
 
-from runtime import InputError, Models, UsageError
+from runtime import InputError, Models, Synthesizer, UsageError
 from runtime.__main__ import main
 from runtime.console import run
 from runtime.contract import Label, LabelTable
-from runtime.engines.fake import fake_manifest
+from runtime.engines.base import EngineOptions, Inputs
+from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.errors import MemoryCapExceeded
 from runtime.io.detect import find_cases
 from runtime.labels import MM_WHS
+from runtime.memory import Stream
 from runtime.volume import Geometry, LabelVolume
 
 ABDOMEN = LabelTable((Label("background", 0), Label("liver", 6, snomed="10200004"), Label("spleen", 1), Label("left ventricle", 500)))
@@ -223,6 +225,35 @@ def test_a_model_at_work_is_never_closed_for_another(folders: dict[str, Path]) -
             models["abdomen"].paint(volume(1))
         assert all(np.array_equal(a, b) for a, b in zip([first, *(slab.hu for slab in slabs)], whole, strict=True))
         models["abdomen"].paint(volume(1))
+
+
+class Tight(FakeEngine):
+    """Short of memory as a GPU may be: when a slot starts, then when one is made."""
+
+    short = ""
+
+    def open_stream(self) -> Stream:
+        if self.short == "made":
+            raise MemoryCapExceeded("no room")
+        return super().open_stream()
+
+    def run(self, inputs: Inputs, out: np.ndarray, *, stream: Stream) -> None:
+        if self.short == "started":
+            self.short = "made"
+            raise MemoryCapExceeded("no room")
+        super().run(inputs, out, stream=stream)
+        self.short = "started" if self.short == "soon" else self.short
+
+
+def test_a_model_that_found_no_room_for_its_slots_still_gives_way_afterwards() -> None:
+    manifest = fake_manifest()
+    engine = Tight(manifest, options=EngineOptions(workers=1))
+    with Synthesizer(manifest, engine, again=lambda: FakeEngine(manifest)) as synth:
+        engine.short = "soon"
+        whole = synth.paint(volume(0))  # in the one slot that found room
+        with pytest.raises(MemoryCapExceeded):
+            synth.paint(volume(0))
+        assert synth.release() and np.array_equal(synth.paint(volume(0)), whole)
 
 
 @pytest.fixture(scope="module")
