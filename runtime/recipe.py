@@ -35,6 +35,12 @@ class Recipe:
     resume: bool = False
     replace: bool = True
 
+    def __post_init__(self) -> None:
+        if self.variants is not None and self.variants < 1:
+            raise UsageError(
+                f"{self.variants} variants were asked for", expected="1 or more", remedy="leave the option out for one CT per mask"
+            )
+
     @cached_property
     def writer(self) -> Format:
         if self.format not in FORMATS:
@@ -52,10 +58,6 @@ class Recipe:
 
     def check(self, manifest: Manifest, cases: Sequence[Case]) -> None:
         """Raise what `synthesize` raises before any work."""
-        if self.variants is not None and self.variants < 1:
-            raise UsageError(
-                f"{self.variants} variants were asked for", expected="1 or more", remedy="leave the option out for one CT per mask"
-            )
         self.writer.check(manifest, self.output)
         check_writable(self.output)
         for file in (file for case in cases for file in self.files(case.name)):

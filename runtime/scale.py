@@ -117,22 +117,21 @@ class RaySynthesizer:
         return cls(opened, Path(model), engine, count, share, ours)
 
     def stream(
-        self, masks: str | Path | Iterable[str | Path], output: str | Path, *, reading: ReadOptions | None = None, **recipe: Any
+        self, masks: str | Path | Iterable[str | Path], output: str | Path, *, reading: ReadOptions | None = None, **options: Any
     ) -> Iterator[CaseResult]:
         """Synthesize files, folders and zips into the folder `output`: as `Synthesizer.stream`."""
         cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)], options=reading)
-        return self.synthesize(cases, Path(output), **recipe)
+        return self.make(cases, Recipe(Path(output), **{name: value for name, value in options.items() if value is not None}))
 
-    def synthesize(self, cases: Sequence[Case], output: Path, **recipe: Any) -> Iterator[CaseResult]:
-        """As `runtime.stream.synthesize`, in the order the workers are done; a result is told when it is on disk and in the journal.
+    def make(self, cases: Sequence[Case], recipe: Recipe) -> Iterator[CaseResult]:
+        """As `runtime.stream.make`, in the order the workers are done; a result is told when it is on disk and in the journal.
 
         A worker that dies is started again and its cases are done again. A case that no worker survives is an `InputError` of its own.
         """
         if self._closed:
             raise UsageError("the workers are closed, or a run on them was given up", expected="open ones", remedy="open them again")
-        made = Recipe(output, **{name: value for name, value in recipe.items() if value is not None})
-        made.check(self.manifest, cases)
-        return self._results(cases, made)
+        recipe.check(self.manifest, cases)
+        return self._results(cases, recipe)
 
     def _results(self, cases: Sequence[Case], recipe: Recipe) -> Iterator[CaseResult]:
         with recipe.journal(self.manifest, cases) as journal:

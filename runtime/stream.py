@@ -76,7 +76,13 @@ def synthesize(
     painted. Raises `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be
     written, or a file in it that is not ours and would be replaced; and when it starts, if another run is writing into the folder.
     """
-    recipe = Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume)
+    return make(synthesizer, cases, Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume), on_slice)
+
+
+def make(
+    synthesizer: Synthesizer, cases: Sequence[Case], recipe: Recipe, on_slice: Callable[[int], None] | None = None
+) -> Generator[CaseResult]:
+    """`synthesize`, of what the recipe says."""
     recipe.check(synthesizer.manifest, cases)
     return _locked(synthesizer, recipe, cases, on_slice)
 

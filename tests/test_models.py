@@ -227,6 +227,17 @@ def test_a_model_at_work_is_never_closed_for_another(folders: dict[str, Path]) -
         models["abdomen"].paint(volume(1))
 
 
+def test_what_is_in_a_later_models_way_is_said_before_the_first_one_paints(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    masks, out = [mask(tmp_path, "a", 0, 205), mask(tmp_path, "b", 0, 6)], tmp_path / "out"
+    out.mkdir()
+    (out / "b_ct.nii.gz").write_bytes(b"a person's own")
+    line = ["synth", *map(str, masks), "--output", str(out), "--backend", "fake", *(f"--model={folder}" for folder in folders.values())]
+    assert run(main, line) == 2 and "b_ct.nii.gz is in the way" in capsys.readouterr().err
+    assert [*results(out)] == ["b_ct.nii.gz"]
+
+
 class Tight(FakeEngine):
     """Short of memory as a GPU may be: when a slot starts, then when one is made."""
 

@@ -314,3 +314,7 @@ def test_an_address_that_is_none_and_options_without_ray_are_refused(
     assert "--ray=" in capsys.readouterr().err
     assert synth(fake_model, tmp_path / "out", mask, "--ray-workers", "2") == 2
     assert "--ray with them" in capsys.readouterr().err
+    for option in ("--use=no-such", "--rules=no-such.json"):
+        assert synth(fake_model, tmp_path / "out", mask, "--ray", option) == 2
+        assert "one model" in capsys.readouterr().err
+    assert synth(fake_model, tmp_path / "out", mask, "--ray", "--ray-workers", "2", "--dry-run") == 0

@@ -221,6 +221,15 @@ def test_list_and_dry_run_write_nothing(tmp_path: Path, model: Path, capsys: pyt
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_names_every_mask_that_would_fail(fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    far, unknown = write_mask(tmp_path / "far.nii.gz", spacing=(500, 500, 3)), write_mask(tmp_path / "unknown.nii.gz", blobs(values=(0, 7)))
+    assert synth(fake_model, tmp_path / "out", far, unknown, "--dry-run") == 1
+    said = capsys.readouterr().err
+    assert "far.nii.gz" in said and "canvas" in said and "unknown.nii.gz holds 7" in said
+    assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "good.nii.gz"), "--dry-run", "--variants", "0") == 2
+    assert not (tmp_path / "out").exists()
+
+
 def test_labels_command_counts_voxels_and_millilitres(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     values = np.zeros((4, 10, 10), np.uint16)
     values[1, :5, :4] = 500

@@ -17,7 +17,8 @@ from ..io.headers import SUFFIXES
 from ..labels import MAP_HELP, PRESETS, LabelMap, load_map, lost
 from ..memory import parse_bytes
 from ..models import RULES_HELP, Models
-from ..stream import CaseResult, synthesize
+from ..recipe import Recipe
+from ..stream import CaseResult, make
 from ..synthesizer import DEFAULT_BATCH
 from ..variants import Ranges
 
@@ -133,18 +134,17 @@ def introduce(models: Models) -> None:
         print(f"model{called} {models[name].manifest.name}, backend {models[name].backend}", file=sys.stderr)
 
 
-def choose(models: Models, case: Case, recipes: Mapping[str, Mapping[str, Any]], *, quiet: bool) -> str:
+def choose(models: Models, case: Case, recipes: Mapping[str, Recipe], *, quiet: bool) -> str:
     """The name of the model that the case is for; the choice is said with its reason. Raises `InputError`s."""
-    name, reason = models.decide(case, {name: made["labels"] for name, made in recipes.items()})
+    name, reason = models.decide(case, {name: recipe.labels for name, recipe in recipes.items()})
     if len(models) > 1 and not quiet:
         print(f"{printable(Path(case.called.name))}: {name} ({reason})", file=sys.stderr)
     return name
 
 
 def painted(
-    models: Models, cases: Sequence[Case], recipes: Mapping[str, Mapping[str, Any]], output: Path, *, resume: bool, quiet: bool,
-    on_slice: Callable[[int], None] | None = None,
-) -> Iterator[tuple[CaseResult, str]]:  # fmt: skip
+    models: Models, cases: Sequence[Case], recipes: Mapping[str, Recipe], *, quiet: bool, on_slice: Callable[[int], None] | None = None
+) -> Iterator[tuple[CaseResult, str]]:
     """Paint each case by the model it is for: each result, with that model's name, empty where none fits."""
     chosen: dict[str, list[Case]] = {}
     for case in cases:
@@ -152,27 +152,30 @@ def painted(
             chosen.setdefault(choose(models, case, recipes, quiet=quiet), []).append(case)
         except InputError as exc:
             yield CaseResult(case.name, case.called, None, error=exc), ""
-    for name, those in chosen.items():  # one model after the other: none is opened twice for want of memory
-        for result in synthesize(models[name], those, output, **recipes[name], resume=resume, on_slice=on_slice):
+    checked = {name: make(models[name], those, recipes[name], on_slice) for name, those in chosen.items()}
+    for name, results in checked.items():  # one model after the other: none is opened twice for want of memory
+        for result in results:
             yield result, name
 
 
-def recipes(options: argparse.Namespace, models: Models) -> dict[str, dict[str, Any]]:
+def recipes(options: argparse.Namespace, models: Models, output: Path, *, resume: bool) -> dict[str, Recipe]:
     """By model, `recipe`. A label map may be for several models: each takes its own entries."""
     tables = [synth.manifest.labels for synth in models.values()]
-    return {name: recipe(options, synth.manifest.labels, tables) for name, synth in models.items()}
+    return {name: recipe(options, output, synth.manifest.labels, tables, resume=resume) for name, synth in models.items()}
 
 
-def recipe(options: argparse.Namespace, table: LabelTable, tables: Sequence[LabelTable] = ()) -> dict[str, Any]:
-    """What `add_results` and --labels say, as `runtime.stream.synthesize` takes it. What a label preset loses is said."""
-    return {
-        "format": options.format,
-        "options": FormatOptions(attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation),
-        "variants": options.variants,
-        "ranges": Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology, mirror=options.mirror),
-        "seed": options.seed,
-        "labels": label_map(options, table, tables),
-    }
+def recipe(options: argparse.Namespace, output: Path, table: LabelTable, tables: Sequence[LabelTable] = (), *, resume: bool) -> Recipe:
+    """What `add_results` and --labels say. What a label preset loses is said."""
+    return Recipe(
+        output,
+        options.format,
+        FormatOptions(attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation),
+        options.variants,
+        Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology, mirror=options.mirror),
+        options.seed,
+        label_map(options, table, tables),
+        resume,
+    )
 
 
 def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = False, say: bool = True) -> list[Case]:

@@ -8,13 +8,13 @@ import ssl
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..console import EXIT_CODES
 from ..errors import UsageError, reading
 from ..io.detect import Case
-from ..io.formats import FORMATS
 from ..memory import parse_bytes
 from ..node.events import Events
 from ..node.http import Watch
@@ -84,12 +84,13 @@ def _serve(options: argparse.Namespace) -> int:
         models = stack.enter_context(open_models(options))
         spool = Spool(options.spool, keep=options.keep)
         stack.callback(spool.close)
-        made_of = recipes(options, models)
-        for name, made in made_of.items():
-            FORMATS[options.format](made["options"]).check(models[name].manifest, options.spool)
+        made_of = recipes(options, models, options.spool, resume=True)
+        for name, recipe in made_of.items():
+            recipe.writer.check(models[name].manifest, options.spool)
 
         def paint(cases: Sequence[Case], results: Path) -> Iterator[CaseResult]:
-            return (result for result, _ in painted(models, cases, made_of, results, resume=True, quiet=True))
+            there = {name: replace(recipe, output=results) for name, recipe in made_of.items()}
+            return (result for result, _ in painted(models, cases, there, quiet=True))
 
         outbox = Outbox(spool, destinations, events)
         stack.callback(outbox.close, END)

@@ -14,8 +14,8 @@ from ..errors import InputError, UsageError, printable
 from ..files import check_writable, write_json
 from ..io.archive import exists
 from ..io.detect import Case, listing, read_case
-from ..io.formats import FORMATS
 from ..models import Models, named
+from ..recipe import Recipe
 from ..report import Summary
 from ..scale import RaySynthesizer
 from ..stream import CaseResult
@@ -55,29 +55,30 @@ def _synth(options: argparse.Namespace) -> int:
         return 1 if missing else 0
     if options.ray is not None and not options.dry_run:
         return _on_ray(cases, options)
-    if options.ray_workers is not None or options.ray_gpus is not None:
+    if options.ray is None and (options.ray_workers is not None or options.ray_gpus is not None):
         raise UsageError("--ray-workers and --ray-gpus are for Ray", expected="--ray with them", remedy="add --ray, or leave them out")
     with open_models(options) as models:
-        made = recipes(options, models)
+        made = recipes(options, models, options.output, resume=options.resume)
         if not options.quiet:
             introduce(models)
         if options.dry_run:
             return _dry_run(models, cases, made, options)
         summary = _summary(models, cases, options)
-        results = painted(models, cases, made, options.output, resume=options.resume, quiet=options.quiet, on_slice=summary.painting)
+        results = painted(models, cases, made, quiet=options.quiet, on_slice=summary.painting)
         return _run(summary, results, options)
 
 
 def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
     (name, folder), *more = named(options.model).items()
-    if more:
-        raise UsageError("--ray was given several models", expected="one", remedy="run the command once for each model's masks")
+    if more or options.rules or options.use:
+        raise UsageError("--ray takes one model, and nothing to choose it by", expected="one --model, without --use and --rules",
+                         remedy="run the command once for each model's masks")  # fmt: skip
     how = {"address": options.ray, "count": options.ray_workers, "gpus": options.ray_gpus}
     with RaySynthesizer.open(folder, **how, **engine(options)) as synth:
-        made = recipe(options, synth.manifest.labels)
+        made = recipe(options, options.output, synth.manifest.labels, resume=options.resume)
         if not options.quiet:
             print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
-        results = synth.synthesize(cases, options.output, **made, resume=options.resume)
+        results = synth.make(cases, made)
         return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), options)
 
 
@@ -105,22 +106,22 @@ def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: a
     return 1 if summary.failed else 0
 
 
-def _dry_run(models: Models, cases: Sequence[Case], made_of: dict[str, dict[str, Any]], options: argparse.Namespace) -> int:
-    failed, writers = 0, {name: FORMATS[made["format"]](made["options"]) for name, made in made_of.items()}
-    for name, writer in writers.items():
-        writer.check(models[name].manifest, options.output)
+def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe], options: argparse.Namespace) -> int:
+    failed = 0
+    for name, made in made_of.items():
+        made.writer.check(models[name].manifest, options.output)
     for case in cases:
         try:
             name = choose(models, case, made_of, quiet=options.quiet)
             synth = models[name]
-            volume = read_case(case, synth.manifest.labels, made_of[name]["labels"])
-            writers[name].check_mask(volume)
+            volume = read_case(case, synth.manifest.labels, made_of[name].labels)
+            made_of[name].writer.check_mask(volume)
+            grid = synth.grid(volume)
         except InputError as exc:
-            failed += 1
+            failed, exc.file = failed + 1, exc.file or case.called
             print(f"error: {exc}", file=sys.stderr)
             continue
         depth, height, width = volume.labels.shape
-        grid = synth.grid(volume)
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
         if not options.quiet:
             print(

@@ -11,7 +11,6 @@ from ..console import EXIT_CODES
 from ..errors import UsageError, printable
 from ..inbox import Claim, reason
 from ..io.detect import Case
-from ..recipe import Recipe
 from ..stream import CaseResult
 from ..watch import Watcher
 from .common import add_engine, add_reading, add_results, find, introduce, open_models, recipes
@@ -37,7 +36,7 @@ def add(commands: Any) -> None:
 
 def _watch(options: argparse.Namespace) -> int:
     with open_models(options) as models:
-        made_of = {name: Recipe(options.output, **made) for name, made in recipes(options, models).items()}
+        made_of = recipes(options, models, options.output, resume=True)
         log = _Log(several=len(models) > 1, quiet=options.quiet)
         watcher = Watcher(options.inbox, models, made_of, find=lambda path, say: find(options, [path], say=say), stable=options.stable,
                           listener=log)  # fmt: skip
