@@ -124,6 +124,25 @@ def test_what_cannot_be_used_lies_in_failed_with_its_reason_and_stops_no_other(
     assert all("remedy" in text and len(text.splitlines()) < 12 for text in reasons.values())
 
 
+def test_a_damaged_file_in_a_zip_is_not_called_by_its_name(
+    fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, zipped = hospital(tmp_path / "one"), inbox / "a.zip"
+    with zipfile.ZipFile(zipped, "w") as archive:
+        for file in sorted(folder.rglob("*.dcm")):
+            archive.write(file, file.relative_to(folder))
+    with zipfile.ZipFile(zipped) as archive:
+        last = archive.infolist()[-1]
+        assert "Planted" in last.filename
+        end = last.header_offset + 30 + len(last.filename) + last.compress_size
+    content = bytearray(zipped.read_bytes())
+    content[end - 1] ^= 255
+    zipped.write_bytes(content)
+    assert synth(fake_model, tmp_path / "out", zipped) == watch(fake_model, inbox, tmp_path / "out") == 1
+    said = "".join([*capsys.readouterr(), (inbox / FAILED / "a.zip.reason.txt").read_text()])
+    assert said.count("cannot be unpacked (BadZipFile)") == 3 and "Planted" not in said
+
+
 def test_names_that_are_no_utf8_end_no_watcher_and_stand_in_no_message(
     fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

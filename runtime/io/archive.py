@@ -86,7 +86,9 @@ def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
         with archive.open(info) as handle:
             content = handle.read(info.file_size if limit is None else min(limit, info.file_size))
     except (zipfile.BadZipFile, LookupError, RuntimeError, zlib.error, struct.error, EOFError, OSError, ValueError) as exc:
-        raise UnreadableVolume(f"{path.name} cannot be unpacked: {exc}", expected="an undamaged archive", remedy="copy it again") from exc
+        # zipfile quotes the member's name, which may be a patient's
+        raise UnreadableVolume(f"a file of the archive cannot be unpacked ({type(exc).__name__})", expected="an undamaged archive",
+                               remedy="copy it again") from exc  # fmt: skip
     yield io.BytesIO(content)
 
 
