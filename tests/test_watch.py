@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import time
 import zipfile
@@ -141,6 +142,16 @@ def test_a_damaged_file_in_a_zip_is_not_called_by_its_name(
     assert synth(fake_model, tmp_path / "out", zipped) == watch(fake_model, inbox, tmp_path / "out") == 1
     said = "".join([*capsys.readouterr(), (inbox / FAILED / "a.zip.reason.txt").read_text()])
     assert said.count("cannot be unpacked (BadZipFile)") == 3 and "Planted" not in said
+
+
+def test_one_segmentation_in_two_folders_is_not_called_by_its_files(
+    fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = hospital(tmp_path / "one")
+    shutil.copytree(folder, tmp_path / "two")
+    assert synth(fake_model, tmp_path / "out", folder, tmp_path / "two") == 2
+    said = capsys.readouterr().err
+    assert "would both be written as seg-" in said and "leave one out" in said and "Planted" not in said
 
 
 def test_names_that_are_no_utf8_end_no_watcher_and_stand_in_no_message(

@@ -107,8 +107,8 @@ def _add(cases: dict[str, Case], found: Iterable[Case], options: ReadOptions) ->
     for case in found:
         other = cases.setdefault(case.name, replace(case, options=options))
         if [f.absolute() for f in other.files] != [f.absolute() for f in case.files]:
-            raise UsageError(f"{other.files[0]} and {case.files[0]} would both be written as {case.name}", expected="each case name once",
-                             remedy="rename one, or run them into two output folders", file=case.path)  # fmt: skip
+            raise UsageError(f"{other.called} and {case.called} would both be written as {case.name}", expected="each case name once",
+                             remedy="rename one, leave one out, or run them into two output folders", file=case.called)  # fmt: skip
 
 
 def _in_folder(folder: Path, skipped: list[Path], series: str | None, every: bool) -> list[Case]:
