@@ -105,7 +105,8 @@ class Inbox:
             ticket = self._folder / WORK / f"{self._for}-{os.urandom(6).hex()}"
             ticket.mkdir(parents=True)
             handle = _hold(ticket, os.O_CREAT)
-            if handle is None:
+            if handle is None:  # another took the new ticket for a dead watcher's
+                self.settling = True
                 return None
             claim = Claim(ticket, ticket / item.name, handle)
             with suppress(FileNotFoundError):

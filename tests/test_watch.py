@@ -19,6 +19,7 @@ import pytest
 from dicom_masks import save, segmentation, slices
 from samples import blobs, mask2ct, results, synth, write_fake_model, write_mask
 
+import runtime.inbox
 from runtime import Models
 from runtime.__main__ import main
 from runtime.console import run
@@ -316,6 +317,23 @@ def test_what_changes_between_look_and_claim_is_put_back(inbox: Path, tmp_path: 
     item.write_bytes(b"12")
     assert watched.claim(item) is None and item.read_bytes() == b"12" and is_tidy(inbox) is False
     assert listed(inbox / WORK) == set()
+
+
+def test_a_ticket_that_another_took_for_a_dead_ones_is_tried_again(inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the making of its folder and of its lock; who watches `--once` does not end then."""
+    item = write_mask(inbox / "a.nii.gz")
+    mine, others = (Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True) for _ in range(2))
+    hold = runtime.inbox._hold
+
+    def late(ticket: Path, flags: int = 0) -> int | None:
+        monkeypatch.undo()
+        assert not [*others.abandoned()]
+        return hold(ticket, flags)
+
+    assert mine.look() == [item]
+    monkeypatch.setattr(runtime.inbox, "_hold", late)
+    assert mine.claim(item) is None and mine.settling
+    assert mine.look() == [item] and mine.claim(item) is not None
 
 
 def test_of_many_who_claim_one_thing_one_has_it(inbox: Path, tmp_path: Path) -> None:
