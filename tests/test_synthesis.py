@@ -221,6 +221,16 @@ def test_list_and_dry_run_write_nothing(tmp_path: Path, model: Path, capsys: pyt
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", [("--mirror",), ("--any-topology",), ("--deform", "4"), ("--rotate", "0"), ("--scale", "0.1")])
+def test_what_changes_variants_alone_is_refused_without_them(
+    option: tuple[str, ...], fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = write_mask(tmp_path / "mask.nii.gz")
+    assert synth(fake_model, tmp_path / "out", mask, *option) == 2
+    assert "--variants K with them" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert synth(fake_model, tmp_path / "out", mask, *option, "--variants", "2") == 0
+
+
 def test_a_dry_run_names_every_mask_that_would_fail(fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     far, unknown = write_mask(tmp_path / "far.nii.gz", spacing=(500, 500, 3)), write_mask(tmp_path / "unknown.nii.gz", blobs(values=(0, 7)))
     assert synth(fake_model, tmp_path / "out", far, unknown, "--dry-run") == 1

@@ -166,12 +166,16 @@ def recipes(options: argparse.Namespace, models: Models, output: Path, *, resume
 
 def recipe(options: argparse.Namespace, output: Path, table: LabelTable, tables: Sequence[LabelTable] = (), *, resume: bool) -> Recipe:
     """What `add_results` and --labels say. What a label preset loses is said."""
+    ranges = Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology, mirror=options.mirror)
+    if options.variants is None and ranges != Ranges():
+        raise UsageError("--deform, --rotate, --scale, --any-topology and --mirror change variants alone", expected="--variants K with them",
+                         remedy="add --variants, or leave them out")  # fmt: skip
     return Recipe(
         output,
         options.format,
         FormatOptions(attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation),
         options.variants,
-        Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology, mirror=options.mirror),
+        ranges,
         options.seed,
         label_map(options, table, tables),
         resume,
