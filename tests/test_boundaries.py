@@ -90,4 +90,5 @@ def test_public_names_are_listed_and_sorted() -> None:
     import runtime
 
     assert runtime.__all__ == sorted(runtime.__all__, key=lambda n: (n.swapcase(),)) or runtime.__all__ == sorted(runtime.__all__)
+    assert {*runtime.__all__} <= {*dir(runtime)}  # a person's Tab key, before anything was asked for
     assert all(hasattr(runtime, name) for name in runtime.__all__)
