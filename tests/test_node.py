@@ -30,6 +30,7 @@ from runtime.__main__ import main
 from runtime.console import run
 from runtime.node.events import plain
 from runtime.node.outbox import Acknowledged, Unreachable
+from runtime.node.send import Pacs
 from runtime.node.spool import Spool
 from runtime.node.stow import DicomWeb
 
@@ -257,6 +258,38 @@ def test_sigterm_ends_it_within_five_seconds_with_a_peer_that_says_nothing(fake_
     with archive(tmp_path / "pacs") as (port, seen), Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node:
         settled(node)
         assert len(seen) == 6
+
+
+def test_an_archive_that_stops_reading_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the association and then no more of an object than fits into the network's buffers."""
+    monkeypatch.setattr("runtime.node.send.ANSWER", 0.5)
+    large = dcmread(write_study(tmp_path / "in"))
+    large.PixelData = bytes(24 << 20)
+    large.save_as(tmp_path / "large.dcm")
+    ended = threading.Event()
+    with archive(tmp_path / "pacs") as (port, _), socket.create_server(("127.0.0.1", 0)) as between:
+
+        def pass_on() -> None:
+            with between.accept()[0] as one, socket.create_connection(("127.0.0.1", port)) as other:
+                other.sendall(one.recv(1 << 16))  # the association, both ways, and that is all
+                one.sendall(other.recv(1 << 16))
+                ended.wait(DEADLINE)
+
+        passing = threading.Thread(target=pass_on)
+        passing.start()
+        to, said = Pacs(f"PACS@127.0.0.1:{between.getsockname()[1]}", "MASK2CT", None), []
+
+        def send() -> None:
+            with pytest.raises(Unreachable) as failure:
+                list(to.send([tmp_path / "large.dcm"]))
+            said.append(str(failure.value))
+
+        sending = threading.Thread(target=send, daemon=True)
+        sending.start()
+        sending.join(10)
+        ended.set()
+        passing.join(DEADLINE)
+    assert said == ["the association broke"]
 
 
 def certificates(folder: Path) -> dict[str, Path]:
