@@ -10,7 +10,7 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -28,8 +28,9 @@ from samples import synth
 from runtime import OutputError, UsageError
 from runtime.__main__ import main
 from runtime.console import run
-from runtime.node.events import plain
-from runtime.node.outbox import Acknowledged, Unreachable
+from runtime.node import outbox as outbox_module
+from runtime.node.events import Events, plain
+from runtime.node.outbox import Acknowledged, Outbox, Outcome, Unreachable
 from runtime.node.send import Pacs
 from runtime.node.spool import Spool
 from runtime.node.stow import DicomWeb
@@ -290,6 +291,65 @@ def test_an_archive_that_stops_reading_is_given_up(tmp_path: Path, monkeypatch: 
         ended.set()
         passing.join(DEADLINE)
     assert said == ["the association broke"]
+
+
+class Picky:
+    """A destination that breaks down on some files. `taken`: those it has stored."""
+
+    name = "PICKY"
+
+    def __init__(self, poison: str):
+        self._poison = poison
+        self.taken: list[str] = []
+
+    def send(self, files: Sequence[Path]) -> Iterator[Outcome]:
+        for file in files:
+            if self._poison in file.read_text():
+                raise Unreachable("the association broke")
+            self.taken.append(file.read_text())
+            yield Outcome(file, "")
+
+    def stop(self) -> None: ...
+
+
+def results_in(spool: Path, study: str, text: str) -> Path:
+    file = spool / "outbox" / study / "results" / "seg" / "0001.dcm"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    return file.parents[2]
+
+
+def test_a_study_on_which_an_archive_breaks_down_keeps_no_other_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.node.outbox.FIRST_PAUSE", 0.02)
+    spool, to = Spool(tmp_path), Picky("poison")
+    for n, text in enumerate(("poison a", "poison b", "good c", "good d")):
+        results_in(tmp_path, f"study-{n}-1", text)
+    outbox = Outbox(spool, [to], Events())
+    outbox.start()
+    try:
+        until(lambda: len(spool.names("outbox")) == 2, "the good ones are sent", 5)
+    finally:
+        outbox.close(5)
+        spool.close()
+    assert to.taken == ["good c", "good d"]
+
+
+def test_a_study_that_comes_again_while_its_first_is_settled_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the same name again: it comes to the outbox after a sender has looked there for the first one's files and found none."""
+    spool, look = Spool(tmp_path), outbox_module.sendable
+    come: list[str] = []
+
+    def looks_too_early(package: Path) -> list[str]:
+        found = look(package)
+        if not package.exists():
+            results_in(tmp_path, package.name, "new")
+            come.append(package.name)
+        return found
+
+    monkeypatch.setattr(outbox_module, "sendable", looks_too_early)
+    Outbox(spool, [Picky("poison")], Events()).settle(tmp_path / "outbox" / "study-1")
+    assert spool.names("outbox") == come
+    spool.close()
 
 
 def certificates(folder: Path) -> dict[str, Path]:

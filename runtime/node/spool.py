@@ -141,11 +141,9 @@ class Spool:
         """What is to be sent."""
         return (self.root / "outbox" / name for name in self.names("outbox"))
 
-    def finish(self, package: Path) -> bool:
-        """All of a study is where it belongs. False when that is known already."""
+    def finish(self, package: Path) -> None:
+        """All of a study is where it belongs."""
         with self._lock, writing(package):
-            if not package.is_dir():
-                return False
             if (package / REASON).exists():
                 if not self._keep:
                     shutil.rmtree(package / RESULTS, ignore_errors=True)
@@ -154,7 +152,6 @@ class Spool:
                 self._move(package, self.root / "done" / package.name)
             else:
                 self._discard(package)
-            return True
 
     def _claim(self, study: str) -> Path:
         taken = {name for room in ROOMS for name in self.names(room)}
