@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -456,6 +458,61 @@ def test_a_full_disk_takes_nothing_and_leaves_nothing_half_written(tmp_path: Pat
         spool.close()
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def kept(spool: Spool, mask: Path) -> str:
+    """What the spool calls the study of a file that it takes, from a sender that is gone already."""
+    ds, gone = dcmread(mask), threading.Thread()
+    return spool.receive(lambda handle: handle.write(mask.read_bytes()), (ds.SOPClassUID, ds.SOPInstanceUID), 1 << 20, gone)
+
+
+def test_a_mask_that_could_not_be_kept_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder could not be made, as on a disk without inodes: nothing was acknowledged, nothing is there to paint."""
+    spool, made = Spool(tmp_path / "spool"), Path.mkdir
+
+    def full(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.parent.name == "incoming":
+            raise OSError(errno.ENOSPC, "no space")
+        made(path, *arguments, **options)
+
+    other = dcmread(write_study(tmp_path / "in"))
+    other.StudyInstanceUID = generate_uid()
+    other.save_as(tmp_path / "other.dcm")
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OutputError):
+        kept(spool, tmp_path / "other.dcm")
+    monkeypatch.setattr(Path, "mkdir", made)
+    study = kept(spool, write_study(tmp_path / "in"))
+    taken = spool.next(0)
+    assert taken is not None and taken.name == f"{study}-1"
+    spool.close()
+
+
+def test_a_study_that_failed_and_then_is_painted_after_all_has_no_reason(tmp_path: Path) -> None:
+    """The node was killed after the reason was written; the next time the mask could be painted."""
+    spool = Spool(tmp_path / "spool")
+    kept(spool, write_study(tmp_path / "in"))
+    study = spool.next(0)
+    assert study is not None
+    (study / "reason.txt").write_text("out of memory")
+    spool.painted(study, [])
+    spool.finish(tmp_path / "spool" / "outbox" / study.name)
+    assert not spool.names("failed") and not spooled(tmp_path / "spool")
+    spool.close()
+
+
+def test_nobody_else_on_the_machine_can_look_into_the_spool(tmp_path: Path) -> None:
+    Spool(tmp_path / "spool").close()
+    assert (tmp_path / "spool").stat().st_mode & 0o077 == 0
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", full)
+        Events()("stored")
+        patched.undo()
+        with suppress(OSError):  # what is left in its buffer
+            full.close()
 
 
 def test_a_torn_line_of_acknowledgement_is_none(tmp_path: Path) -> None:
