@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import signal
@@ -10,7 +11,8 @@ import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
@@ -28,8 +30,10 @@ from samples import synth
 from runtime import OutputError, UsageError
 from runtime.__main__ import main
 from runtime.console import run
-from runtime.node.events import plain
-from runtime.node.outbox import Acknowledged, Unreachable
+from runtime.node import outbox as outbox_module
+from runtime.node.events import Events, plain
+from runtime.node.outbox import Acknowledged, Outbox, Outcome, Unreachable
+from runtime.node.send import Pacs
 from runtime.node.spool import Spool
 from runtime.node.stow import DicomWeb
 
@@ -259,6 +263,97 @@ def test_sigterm_ends_it_within_five_seconds_with_a_peer_that_says_nothing(fake_
         assert len(seen) == 6
 
 
+def test_an_archive_that_stops_reading_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the association and then no more of an object than fits into the network's buffers."""
+    monkeypatch.setattr("runtime.node.send.ANSWER", 0.5)
+    large = dcmread(write_study(tmp_path / "in"))
+    large.PixelData = bytes(24 << 20)
+    large.save_as(tmp_path / "large.dcm")
+    ended = threading.Event()
+    with archive(tmp_path / "pacs") as (port, _), socket.create_server(("127.0.0.1", 0)) as between:
+
+        def pass_on() -> None:
+            with between.accept()[0] as one, socket.create_connection(("127.0.0.1", port)) as other:
+                other.sendall(one.recv(1 << 16))  # the association, both ways, and that is all
+                one.sendall(other.recv(1 << 16))
+                ended.wait(DEADLINE)
+
+        passing = threading.Thread(target=pass_on)
+        passing.start()
+        to, said = Pacs(f"PACS@127.0.0.1:{between.getsockname()[1]}", "MASK2CT", None), []
+
+        def send() -> None:
+            with pytest.raises(Unreachable) as failure:
+                list(to.send([tmp_path / "large.dcm"]))
+            said.append(str(failure.value))
+
+        sending = threading.Thread(target=send, daemon=True)
+        sending.start()
+        sending.join(10)
+        ended.set()
+        passing.join(DEADLINE)
+    assert said == ["the association broke"]
+
+
+class Picky:
+    """A destination that breaks down on some files. `taken`: those it has stored."""
+
+    name = "PICKY"
+
+    def __init__(self, poison: str):
+        self._poison = poison
+        self.taken: list[str] = []
+
+    def send(self, files: Sequence[Path]) -> Iterator[Outcome]:
+        for file in files:
+            if self._poison in file.read_text():
+                raise Unreachable("the association broke")
+            self.taken.append(file.read_text())
+            yield Outcome(file, "")
+
+    def stop(self) -> None: ...
+
+
+def results_in(spool: Path, study: str, text: str) -> Path:
+    file = spool / "outbox" / study / "results" / "seg" / "0001.dcm"
+    file.parent.mkdir(parents=True)
+    file.write_text(text)
+    return file.parents[2]
+
+
+def test_a_study_on_which_an_archive_breaks_down_keeps_no_other_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.node.outbox.FIRST_PAUSE", 0.02)
+    spool, to = Spool(tmp_path), Picky("poison")
+    for n, text in enumerate(("poison a", "poison b", "good c", "good d")):
+        results_in(tmp_path, f"study-{n}-1", text)
+    outbox = Outbox(spool, [to], Events())
+    outbox.start()
+    try:
+        until(lambda: len(spool.names("outbox")) == 2, "the good ones are sent", 5)
+    finally:
+        outbox.close(5)
+        spool.close()
+    assert to.taken == ["good c", "good d"]
+
+
+def test_a_study_that_comes_again_while_its_first_is_settled_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has the same name again: it comes to the outbox after a sender has looked there for the first one's files and found none."""
+    spool, look = Spool(tmp_path), outbox_module.sendable
+    come: list[str] = []
+
+    def looks_too_early(package: Path) -> list[str]:
+        found = look(package)
+        if not package.exists():
+            results_in(tmp_path, package.name, "new")
+            come.append(package.name)
+        return found
+
+    monkeypatch.setattr(outbox_module, "sendable", looks_too_early)
+    Outbox(spool, [Picky("poison")], Events()).settle(tmp_path / "outbox" / "study-1")
+    assert spool.names("outbox") == come
+    spool.close()
+
+
 def certificates(folder: Path) -> dict[str, Path]:
     """An authority and a certificate for localhost that it signed, by openssl."""
     made = {name: folder / f"{name}.pem" for name in ("ca", "ca-key", "cert", "key")}
@@ -363,6 +458,61 @@ def test_a_full_disk_takes_nothing_and_leaves_nothing_half_written(tmp_path: Pat
         spool.close()
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def kept(spool: Spool, mask: Path) -> str:
+    """What the spool calls the study of a file that it takes, from a sender that is gone already."""
+    ds, gone = dcmread(mask), threading.Thread()
+    return spool.receive(lambda handle: handle.write(mask.read_bytes()), (ds.SOPClassUID, ds.SOPInstanceUID), 1 << 20, gone)
+
+
+def test_a_mask_that_could_not_be_kept_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder could not be made, as on a disk without inodes: nothing was acknowledged, nothing is there to paint."""
+    spool, made = Spool(tmp_path / "spool"), Path.mkdir
+
+    def full(path: Path, *arguments: Any, **options: Any) -> None:
+        if path.parent.name == "incoming":
+            raise OSError(errno.ENOSPC, "no space")
+        made(path, *arguments, **options)
+
+    other = dcmread(write_study(tmp_path / "in"))
+    other.StudyInstanceUID = generate_uid()
+    other.save_as(tmp_path / "other.dcm")
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OutputError):
+        kept(spool, tmp_path / "other.dcm")
+    monkeypatch.setattr(Path, "mkdir", made)
+    study = kept(spool, write_study(tmp_path / "in"))
+    taken = spool.next(0)
+    assert taken is not None and taken.name == f"{study}-1"
+    spool.close()
+
+
+def test_a_study_that_failed_and_then_is_painted_after_all_has_no_reason(tmp_path: Path) -> None:
+    """The node was killed after the reason was written; the next time the mask could be painted."""
+    spool = Spool(tmp_path / "spool")
+    kept(spool, write_study(tmp_path / "in"))
+    study = spool.next(0)
+    assert study is not None
+    (study / "reason.txt").write_text("out of memory")
+    spool.painted(study, [])
+    spool.finish(tmp_path / "spool" / "outbox" / study.name)
+    assert not spool.names("failed") and not spooled(tmp_path / "spool")
+    spool.close()
+
+
+def test_nobody_else_on_the_machine_can_look_into_the_spool(tmp_path: Path) -> None:
+    Spool(tmp_path / "spool").close()
+    assert (tmp_path / "spool").stat().st_mode & 0o077 == 0
+
+
+def test_a_log_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+        patched.setattr(sys, "stderr", full)
+        Events()("stored")
+        patched.undo()
+        with suppress(OSError):  # what is left in its buffer
+            full.close()
 
 
 def test_a_torn_line_of_acknowledgement_is_none(tmp_path: Path) -> None:

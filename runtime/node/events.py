@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from contextlib import suppress
 from datetime import datetime, timezone
 from typing import Any
 
@@ -30,10 +31,10 @@ class Events:
         self.say(event, **({"peer": peer} if peer else {}), **facts)
 
     def say(self, event: str, **facts: object) -> None:
-        """The line alone."""
+        """The line alone. Where it cannot be written, for a full disk, the work goes on without."""
         when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
         line = " ".join([when, event, *(f"{key}={plain(str(value))}" for key, value in facts.items())])
-        with self._lock:
+        with self._lock, suppress(OSError):
             print(line, file=sys.stderr, flush=True)
 
 

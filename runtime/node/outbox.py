@@ -77,7 +77,7 @@ class Outbox:
 
     def __init__(self, spool: Spool, destinations: Sequence[Destination], events: Events):
         self._spool, self._events = spool, events
-        self._ended = threading.Event()
+        self._ended, self._settling = threading.Event(), threading.Lock()
         self._senders = [_Sender(destination, self, spool, events, self._ended) for destination in destinations]
         self._names = [destination.name for destination in destinations]
 
@@ -94,10 +94,14 @@ class Outbox:
                 self.settle(package)
 
     def settle(self, package: Path) -> None:
-        """Take a study that every destination has acknowledged out of the outbox."""
-        files = set(sendable(package))
-        if all(files <= Acknowledged(package, name).files for name in self._names) and self._spool.finish(package):
-            self._events("settled", study=package.name, objects=len(files))
+        """Take a study that every destination has acknowledged out of the outbox. Another sender may have done so, and the study be back."""
+        with self._settling:
+            if not package.is_dir():
+                return
+            files = set(sendable(package))
+            if all(files <= Acknowledged(package, name).files for name in self._names):
+                self._spool.finish(package)
+                self._events("settled", study=package.name, objects=len(files))
 
     @property
     def alive(self) -> bool:
@@ -122,6 +126,7 @@ class _Sender(threading.Thread):
         self._destination, self._outbox, self._spool, self._events, self._ended = destination, outbox, spool, events, ended
         self.wake = threading.Event()
         self._pauses: dict[str, tuple[float, float]] = {}  # study, or "" for the destination → how long the pause is and when it ends
+        self._broken: dict[str, int] = {}  # study → how often the destination broke down on it: those come last, in case it is their doing
 
     def run(self) -> None:
         while not self._ended.is_set():
@@ -132,9 +137,8 @@ class _Sender(threading.Thread):
                 if not self._ended.is_set():
                     reason = str(exc) if isinstance(exc, Unreachable) else type(exc).__name__
                     self._events("unreachable", peer=self._destination.name, reason=reason, again_in=f"{self._pause(''):g}s")
-            now = time.monotonic()
-            due = min((end for _, end in self._pauses.values()), default=None)
-            self.wake.wait(None if due is None else max(0.05, due - now))
+            due = self._pauses[""][1] if self._paused("") else min((end for _, end in self._pauses.values()), default=None)
+            self.wake.wait(None if due is None else max(0.05, due - time.monotonic()))
 
     def end(self) -> None:
         self._destination.stop()
@@ -143,14 +147,16 @@ class _Sender(threading.Thread):
     def _round(self) -> None:
         if self._paused(""):
             return
-        for package in self._spool.packages():
+        for package in sorted(self._spool.packages(), key=lambda package: self._broken.get(package.name, 0)):
             if self._ended.is_set():
                 return
             if self._paused(package.name):
                 continue
             try:
                 self._send(package)
+                self._broken.pop(package.name, None)
             except Unreachable:
+                self._broken[package.name] = self._broken.get(package.name, 0) + 1
                 raise
             except Exception as exc:  # one study's fault must not keep the others here
                 self._events("not-taken", peer=self._destination.name, study=package.name, error=type(exc).__name__,

@@ -42,7 +42,7 @@ class Pacs:
             for syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian):  # one each: where both are taken, files go as they are
                 ae.add_requested_context(sop_class, syntax)
         tls = None if self._tls is None else (self._tls, self._address[0])
-        opened = [(pynetdicom().evt.EVT_CONN_OPEN, lambda event: self._associations.append(event.assoc))]
+        opened = [(pynetdicom().evt.EVT_CONN_OPEN, self._opened)]
         association = ae.associate(*self._address, ae_title=self._called, tls_args=tls, evt_handlers=opened)
         try:
             if association.is_rejected:
@@ -65,6 +65,10 @@ class Pacs:
             if association.is_established:
                 association.release()
             self._associations.clear()
+
+    def _opened(self, event: Any) -> None:
+        event.assoc.dul.socket.socket.settimeout(ANSWER)  # else who reads no more holds what is written to it for ever
+        self._associations.append(event.assoc)
 
     def stop(self) -> None:
         """End what is on its way, from another thread."""

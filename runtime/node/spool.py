@@ -53,8 +53,9 @@ class Spool:
     def __init__(self, root: Path, *, keep: bool = False):
         self.root, self._keep = root, keep
         with writing(root):
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)  # masks lie there
             for room in ROOMS:
-                (root / room).mkdir(parents=True, exist_ok=True)
+                (root / room).mkdir(exist_ok=True)
         self._journal = Journal(root)
         self._lock = threading.Lock()
         for folder in (root / "incoming", *(root / "incoming").iterdir()):
@@ -95,8 +96,6 @@ class Spool:
                 study, mask = _identify(part, claimed)
                 with self._lock:
                     arriving = self._arriving.setdefault(study, _Arriving(0))
-                    arriving.last = time.monotonic()
-                    arriving.mask |= mask
                     arriving.senders.add(sender)  # from here on nobody claims the study
                 folder = incoming / study
                 if not folder.exists():
@@ -104,6 +103,9 @@ class Spool:
                     sync_folder(incoming)
                 os.replace(part, folder / f"{'mask' if mask else 'image'}-{_digest(claimed[1], 32)}.dcm")
                 sync_folder(folder)
+                with self._lock:
+                    arriving.last = time.monotonic()
+                    arriving.mask |= mask  # now there is one
             finally:
                 part.unlink(missing_ok=True)
         return study
@@ -123,7 +125,7 @@ class Spool:
                 arriving.senders = {thread for thread in arriving.senders if thread.is_alive()}
                 if arriving.senders:
                     arriving.last = now
-                elif arriving.mask and now - arriving.last >= quiet:
+                elif arriving.mask and now - arriving.last >= quiet and (self.root / "incoming" / study).is_dir():
                     return self._claim(study)
         return None
 
@@ -131,6 +133,7 @@ class Spool:
         """A study's results/ are all that it gives. `reasons`: of the masks that could not be painted."""
         package = self.root / "outbox" / study.name
         with writing(study):
+            (study / REASON).unlink(missing_ok=True)  # of a time before the process was killed
             if reasons:
                 write_text(study / REASON, "\n\n".join(reasons) + "\n")
             self._move(study, package)
@@ -141,11 +144,9 @@ class Spool:
         """What is to be sent."""
         return (self.root / "outbox" / name for name in self.names("outbox"))
 
-    def finish(self, package: Path) -> bool:
-        """All of a study is where it belongs. False when that is known already."""
+    def finish(self, package: Path) -> None:
+        """All of a study is where it belongs."""
         with self._lock, writing(package):
-            if not package.is_dir():
-                return False
             if (package / REASON).exists():
                 if not self._keep:
                     shutil.rmtree(package / RESULTS, ignore_errors=True)
@@ -154,7 +155,6 @@ class Spool:
                 self._move(package, self.root / "done" / package.name)
             else:
                 self._discard(package)
-            return True
 
     def _claim(self, study: str) -> Path:
         taken = {name for room in ROOMS for name in self.names(room)}
@@ -168,7 +168,7 @@ class Spool:
 
     def _discard(self, folder: Path) -> None:
         """Take a folder away so that no moment shows half of it."""
-        gone = self.root / f"{_GONE}{folder.name}"
+        gone = self.root / f"{_GONE}{folder.name}-{os.urandom(3).hex()}"  # a study may come again before the last one is all gone
         os.replace(folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
