@@ -412,9 +412,9 @@ def web() -> Iterator[tuple[str, list[Any], list[Any]]]:
     server.server_close()
 
 
-def answer(stored: list[str], failed: list[str]) -> bytes:
+def answer(stored: list[str], failed: list[str], reason: int = 0xA700) -> bytes:
     def item(uid: str) -> dict[str, Any]:
-        return {"00081155": {"vr": "UI", "Value": [uid]}, "00081197": {"vr": "US", "Value": [0xA700]}}
+        return {"00081155": {"vr": "UI", "Value": [uid]}, "00081197": {"vr": "US", "Value": [reason]}}
 
     return json.dumps({"00081199": {"Value": [item(u) for u in stored]}, "00081198": {"Value": [item(u) for u in failed]}}).encode()
 
@@ -440,8 +440,28 @@ def test_stow_takes_each_object_at_the_services_word(fake_model: Path, tmp_path:
     assert all(outcome.refused for outcome in to.send(files))  # success without a word of the object is none
     with pytest.raises(UsageError, match="in the clear"):
         DicomWeb("http://pacs.example/dicom-web", None)
-    with pytest.raises(UsageError, match="no DICOMweb address"):
-        DicomWeb("https://user:secret@pacs.example/dicom-web", None)
+    for wrong in (
+        "user:secret@pacs.example/dicom-web",
+        "pacs.example:99999/",
+        "pacs.example:x/",
+        "[pacs/",
+        "pacs.example/#a",
+        "pacs.example/a b",
+    ):
+        with pytest.raises(UsageError, match="no DICOMweb address"):
+            DicomWeb(f"https://{wrong}", None)
+
+
+def test_stow_takes_what_is_there_already_as_stored_and_sends_one_by_one_what_is_too_much_at_once(tmp_path: Path, web: Any) -> None:
+    """Some services refuse an object that they have: it was sent before a kill, or its study came twice. Others limit a request's size."""
+    url, answers, seen = web
+    files = [write_study(tmp_path / str(n), n) for n in range(3)]
+    uids = [str(dcmread(file).SOPInstanceUID) for file in files]
+    answers += [(413, b""), *((200, answer([uid], [])) for uid in uids[:2]), (409, answer([], uids[2:], 0xB00E))]
+    assert [outcome.refused for outcome in DicomWeb(url, None).send(files)] == [""] * 3
+    assert [sum(file.read_bytes() in body for file in files) for _, _, body in seen] == [3, 1, 1, 1]
+    answers += [(413, b"")]
+    assert [outcome.refused for outcome in DicomWeb(url, None).send(files[:1])] == ["HTTP 413, failure reason 0x0000"]
 
 
 def test_a_full_disk_takes_nothing_and_leaves_nothing_half_written(tmp_path: Path) -> None:
@@ -554,6 +574,16 @@ def test_a_wrong_command_starts_nothing(
     assert run(main, line) == 2
     said = capsys.readouterr().err
     assert fact in said and "remedy" in said and "listening" not in said
+
+
+def test_a_services_token_goes_to_one_service_alone(
+    fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MASK2CT_STOW_TOKEN", "secret-4711")
+    line = ["serve", "--model", str(fake_model), "--backend", "fake", "--spool", str(tmp_path / "spool"), "--allow", "A"]
+    assert run(main, [*line, "--stow", "https://one.example/dicom-web", "--stow", "https://two.example/dicom-web"]) == 2
+    said = capsys.readouterr().err
+    assert "several" in said and ".netrc" in said and "secret" not in said
 
 
 @pytest.mark.parametrize("package", ["pynetdicom", "prometheus_client"])

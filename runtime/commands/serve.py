@@ -23,7 +23,7 @@ from ..node.send import Pacs
 from ..node.service import END, Node
 from ..node.spool import Spool
 from ..node.store import Acceptor, Limits, pynetdicom
-from ..node.stow import DicomWeb, loopback
+from ..node.stow import DicomWeb, from_environment, loopback
 from ..stream import CaseResult
 from .common import add_engine, add_making, add_reading, find, open_models, painted, recipes
 
@@ -171,10 +171,11 @@ def _context(protocol: int, cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
 
 def _destinations(options: argparse.Namespace, tls: ssl.SSLContext | None) -> list[Destination]:
     outward = None if tls is None else _context(ssl.PROTOCOL_TLS_CLIENT, options.tls_cert, options.tls_key, options.tls_ca)
-    found: list[Destination] = [
-        *(Pacs(text, options.aet, outward) for text in options.send_to),
-        *(DicomWeb(url, outward) for url in options.stow),
-    ]
+    web = [DicomWeb(url, outward) for url in options.stow]
+    if len({service.host for service in web}) > 1 and from_environment():
+        raise UsageError("the credentials in the environment would go to several hosts", expected="one --stow host",
+                         remedy="give each host's in ~/.netrc, and none in MASK2CT_STOW_TOKEN and MASK2CT_STOW_USER")  # fmt: skip
+    found: list[Destination] = [*(Pacs(text, options.aet, outward) for text in options.send_to), *web]
     if len({destination.name for destination in found}) < len(found):
         raise UsageError("a destination is given twice", expected="each once", remedy="leave one out")
     return found

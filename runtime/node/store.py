@@ -33,7 +33,7 @@ class Limits:
 
     associations: int = 10
     pdu: int = 1 << 17
-    size: int = 512 << 20
+    size: int = 256 << 20
 
 
 def pynetdicom() -> Any:

@@ -25,6 +25,7 @@ from .outbox import Outcome, Unreachable
 
 ANSWER = 120.0  # s that the service has for one request
 AT_ONCE = 16 << 20  # bytes of the objects in one request, unless one alone is larger
+THERE = (0x0111, 0xB00E)  # failure reasons for what a service has already: an object that we send again is the same one
 _REFERENCED, _FAILED, _INSTANCE, _REASON = "00081199", "00081198", "00081155", "00081197"
 
 
@@ -32,12 +33,18 @@ class DicomWeb:
     """A DICOMweb root, such as https://pacs.example/dicom-web. Raises `UsageError` for another URL, and credentials in one."""
 
     def __init__(self, url: str, tls: ssl.SSLContext | None):
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.password or parts.query:
-            raise UsageError("--stow is no DICOMweb address", expected="http(s)://HOST[:PORT]/ROOT without credentials or a query",
-                             remedy="give credentials in MASK2CT_STOW_TOKEN, MASK2CT_STOW_USER and _PASSWORD, or ~/.netrc")  # fmt: skip
-        self.name = url.rstrip("/")
-        self._host, self._port, self._path = parts.hostname, parts.port, f"{parts.path.rstrip('/')}/studies"
+        wrong = UsageError("--stow is no DICOMweb address", expected="http(s)://HOST[:PORT]/ROOT without credentials or a query",
+                           remedy="give credentials in MASK2CT_STOW_TOKEN, MASK2CT_STOW_USER and _PASSWORD, or ~/.netrc")  # fmt: skip
+        try:
+            parts = urlsplit(url)
+            port = parts.port
+        except ValueError:
+            raise wrong from None
+        plain = url.isascii() and url.isprintable() and not set(url) & set(" @?#")
+        if parts.scheme not in ("http", "https") or not parts.hostname or not plain:
+            raise wrong
+        self.name, self.host = url.rstrip("/"), parts.hostname
+        self._port, self._path = port, f"{parts.path.rstrip('/')}/studies"
         self._tls = (tls or ssl.create_default_context()) if parts.scheme == "https" else None
         self._authorization = _credentials(parts.hostname)
         if self._authorization and self._tls is None and not loopback(parts.hostname):
@@ -47,9 +54,9 @@ class DicomWeb:
     def send(self, files: Sequence[Path]) -> Iterator[Outcome]:
         """What the service says of each file, in requests of some 16 MiB on one connection. Raises `Unreachable`."""
         if self._tls is None:
-            self._connection = http.client.HTTPConnection(self._host, self._port, timeout=ANSWER)
+            self._connection = http.client.HTTPConnection(self.host, self._port, timeout=ANSWER)
         else:
-            self._connection = http.client.HTTPSConnection(self._host, self._port, timeout=ANSWER, context=self._tls)
+            self._connection = http.client.HTTPSConnection(self.host, self._port, timeout=ANSWER, context=self._tls)
         try:
             for batch in _batches(files):
                 yield from self._post(self._connection, batch)
@@ -86,10 +93,14 @@ class DicomWeb:
         said = reply.read(64 << 20)
         if reply.status in (401, 403, 404, 408, 429) or reply.status >= 500 or 300 <= reply.status < 400:
             raise Unreachable(f"HTTP {reply.status}")
+        if reply.status == 413 and len(files) > 1:  # too much at once
+            for file in files:
+                yield from self._post(connection, [file])
+            return
         stored, refused = _answer(said)
         for file in files:
             uid = _instance(file)
-            if uid in stored and uid not in refused:
+            if (uid in stored and uid not in refused) or refused.get(uid) in THERE:
                 yield Outcome(file, "")
             else:
                 yield Outcome(file, f"HTTP {reply.status}, failure reason 0x{refused.get(uid, 0):04X}")
@@ -101,6 +112,11 @@ def loopback(host: str) -> bool:
         return host == "localhost" or ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def from_environment() -> bool:
+    """Whether the credentials are the environment's, which names no host."""
+    return bool(os.environ.get("MASK2CT_STOW_TOKEN") or os.environ.get("MASK2CT_STOW_USER"))
 
 
 def _credentials(host: str) -> str:
