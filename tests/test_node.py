@@ -173,6 +173,16 @@ def send_as(association: Any, data: bytes | Dataset, uid: str) -> int:
     return status
 
 
+def test_what_the_archive_has_already_is_sent_no_more(fake_model: Path, tmp_path: Path) -> None:
+    mask = write_study(tmp_path / "in")
+    with (
+        archive(tmp_path / "pacs", status=lambda uid: 0x0111) as (port, _),  # Duplicate SOP Instance
+        Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node,
+    ):
+        assert push(node.port, mask) == [0]
+        until(lambda: node.said("settled"), "the study is settled")
+
+
 def test_garbage_as_a_data_set_is_refused_by_status(fake_model: Path, tmp_path: Path) -> None:
     with Serving(fake_model, tmp_path / "spool", "--keep") as node:
         association = associate(node.port, [SegmentationStorage])
