@@ -121,7 +121,7 @@ def test_altered_or_missing_run_files_are_refused(trained: Path, tmp_path: Path)
         checkpoint.load_run(tmp_path)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(precision: str, config: Path, cohort: Path, tmp_path: Path, command) -> None:
     how = f"training.precision={precision}"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
