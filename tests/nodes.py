@@ -169,3 +169,11 @@ def read_all(folder: Path) -> dict[str, Dataset]:
     """The DICOM files below a folder by their UID, read whole."""
     found = [dcmread(io.BytesIO(path.read_bytes())) for path in sorted(folder.rglob("*.dcm"))]
     return {str(ds.SOPInstanceUID): ds for ds in found}
+
+
+def settled(node: Serving, studies: int = 1, seconds: float = DEADLINE) -> None:
+    until(lambda: node.count("settled") >= studies, "all is sent", seconds)
+
+
+def spooled(spool: Path) -> list[Path]:
+    return list(spool.rglob("*.dcm"))

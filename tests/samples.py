@@ -16,6 +16,7 @@ from runtime.__main__ import main
 from runtime.console import run
 from runtime.contract import Manifest
 from runtime.files import write_json
+from runtime.inbox import DONE, FAILED, LOCK, WORK
 from runtime.journal import JOURNAL
 from runtime.volume import Geometry
 
@@ -127,3 +128,11 @@ def export_run(command: Any, run_folder: Path, folder: Path) -> Path:
     done = command("export/build_engine.py", run_folder, "-o", folder, "--onnx-only", "--quiet")
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def listed(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+def is_tidy(inbox: Path) -> bool:
+    return listed(inbox) <= {WORK, DONE, FAILED} and listed(inbox / WORK) <= {LOCK}

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import gc
-import json
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -21,21 +18,17 @@ from typing import Any
 import numpy as np
 import pytest
 from dicom_masks import save, slices, structure_set
-from nodes import DEADLINE, SECRETS, Serving, archive, associate, free_port, push, read_all, resident, until, write_study
+from nodes import SECRETS, Serving, archive, associate, push, read_all, resident, settled, spooled, until, write_study
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage, SegmentationStorage, generate_uid
 from samples import synth
 
-from runtime import OutputError, UsageError
+from runtime import OutputError
 from runtime.__main__ import main
 from runtime.console import run
-from runtime.node import outbox as outbox_module
 from runtime.node.events import Events, plain
-from runtime.node.outbox import Acknowledged, Outbox, Outcome, Unreachable
-from runtime.node.send import Pacs
 from runtime.node.spool import Spool
-from runtime.node.stow import DicomWeb
 
 VERIFICATION = "1.2.840.10008.1.1"
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -46,14 +39,6 @@ def _collected() -> Iterator[None]:
     """pynetdicom leaves the sockets of rejected associations to the collector, which says so."""
     yield
     gc.collect()
-
-
-def settled(node: Serving, studies: int = 1, seconds: float = DEADLINE) -> None:
-    until(lambda: node.count("settled") >= studies, "all is sent", seconds)
-
-
-def spooled(spool: Path) -> list[Path]:
-    return list(spool.rglob("*.dcm"))
 
 
 def test_a_segmentation_becomes_a_series_in_the_archive(fake_model: Path, tmp_path: Path) -> None:
@@ -173,16 +158,6 @@ def send_as(association: Any, data: bytes | Dataset, uid: str) -> int:
     return status
 
 
-def test_what_the_archive_has_already_is_sent_no_more(fake_model: Path, tmp_path: Path) -> None:
-    mask = write_study(tmp_path / "in")
-    with (
-        archive(tmp_path / "pacs", status=lambda uid: 0x0111) as (port, _),  # Duplicate SOP Instance
-        Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node,
-    ):
-        assert push(node.port, mask) == [0]
-        until(lambda: node.said("settled"), "the study is settled")
-
-
 def test_garbage_as_a_data_set_is_refused_by_status(fake_model: Path, tmp_path: Path) -> None:
     with Serving(fake_model, tmp_path / "spool", "--keep") as node:
         association = associate(node.port, [SegmentationStorage])
@@ -221,29 +196,6 @@ def test_what_it_painted_itself_comes_back_and_goes_no_further(fake_model: Path,
         assert node.said("ignored") and not seen and not spooled(tmp_path / "spool")
 
 
-def test_what_is_not_acknowledged_is_sent_again_and_nothing_else(fake_model: Path, tmp_path: Path) -> None:
-    """The archive is away, then it refuses some objects, meanwhile the node is killed: all arrive, and what was acknowledged only once."""
-    port, mask, refused = free_port(), write_study(tmp_path / "in"), set[str]()
-
-    def status(uid: str) -> int:
-        if len(refused) < 2 and uid not in refused:
-            refused.add(uid)
-            return 0xA700
-        return 0
-
-    to = ("--send-to", f"PACS@127.0.0.1:{port}")
-    with Serving(fake_model, tmp_path / "spool", *to) as node:
-        assert push(node.port, mask) == [0]
-        until(lambda: node.said("unreachable"), "the archive is away")
-        assert node.stop(signal.SIGKILL)[0] == -signal.SIGKILL
-    with archive(tmp_path / "pacs", port, status=status) as (_, seen), Serving(fake_model, tmp_path / "spool", *to) as node:
-        settled(node)
-        assert len(refused) == 2 and node.said("not-taken")
-        assert sorted(seen) == sorted([*read_all(tmp_path / "pacs"), *refused]) and len(seen) == 8
-        assert not node.said("painted")  # it was painted before the kill, and proven so
-    assert not spooled(tmp_path / "spool")
-
-
 def test_what_was_acknowledged_survives_kill_and_is_painted_afterwards(fake_model: Path, tmp_path: Path) -> None:
     masks = [write_study(tmp_path / "in" / str(n), n) for n in range(3)]
     with Serving(fake_model, tmp_path / "spool", "--keep", quiet=3600) as node:
@@ -271,97 +223,6 @@ def test_sigterm_ends_it_within_five_seconds_with_a_peer_that_says_nothing(fake_
     with archive(tmp_path / "pacs") as (port, seen), Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node:
         settled(node)
         assert len(seen) == 6
-
-
-def test_an_archive_that_stops_reading_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the association and then no more of an object than fits into the network's buffers."""
-    monkeypatch.setattr("runtime.node.send.ANSWER", 0.5)
-    large = dcmread(write_study(tmp_path / "in"))
-    large.PixelData = bytes(24 << 20)
-    large.save_as(tmp_path / "large.dcm")
-    ended = threading.Event()
-    with archive(tmp_path / "pacs") as (port, _), socket.create_server(("127.0.0.1", 0)) as between:
-
-        def pass_on() -> None:
-            with between.accept()[0] as one, socket.create_connection(("127.0.0.1", port)) as other:
-                other.sendall(one.recv(1 << 16))  # the association, both ways, and that is all
-                one.sendall(other.recv(1 << 16))
-                ended.wait(DEADLINE)
-
-        passing = threading.Thread(target=pass_on)
-        passing.start()
-        to, said = Pacs(f"PACS@127.0.0.1:{between.getsockname()[1]}", "MASK2CT", None), []
-
-        def send() -> None:
-            with pytest.raises(Unreachable) as failure:
-                list(to.send([tmp_path / "large.dcm"]))
-            said.append(str(failure.value))
-
-        sending = threading.Thread(target=send, daemon=True)
-        sending.start()
-        sending.join(10)
-        ended.set()
-        passing.join(DEADLINE)
-    assert said == ["the association broke"]
-
-
-class Picky:
-    """A destination that breaks down on some files. `taken`: those it has stored."""
-
-    name = "PICKY"
-
-    def __init__(self, poison: str):
-        self._poison = poison
-        self.taken: list[str] = []
-
-    def send(self, files: Sequence[Path]) -> Iterator[Outcome]:
-        for file in files:
-            if self._poison in file.read_text():
-                raise Unreachable("the association broke")
-            self.taken.append(file.read_text())
-            yield Outcome(file, "")
-
-    def stop(self) -> None: ...
-
-
-def results_in(spool: Path, study: str, text: str) -> Path:
-    file = spool / "outbox" / study / "results" / "seg" / "0001.dcm"
-    file.parent.mkdir(parents=True)
-    file.write_text(text)
-    return file.parents[2]
-
-
-def test_a_study_on_which_an_archive_breaks_down_keeps_no_other_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.node.outbox.FIRST_PAUSE", 0.02)
-    spool, to = Spool(tmp_path), Picky("poison")
-    for n, text in enumerate(("poison a", "poison b", "good c", "good d")):
-        results_in(tmp_path, f"study-{n}-1", text)
-    outbox = Outbox(spool, [to], Events())
-    outbox.start()
-    try:
-        until(lambda: len(spool.names("outbox")) == 2, "the good ones are sent", 5)
-    finally:
-        outbox.close(5)
-        spool.close()
-    assert to.taken == ["good c", "good d"]
-
-
-def test_a_study_that_comes_again_while_its_first_is_settled_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has the same name again: it comes to the outbox after a sender has looked there for the first one's files and found none."""
-    spool, look = Spool(tmp_path), outbox_module.sendable
-    come: list[str] = []
-
-    def looks_too_early(package: Path) -> list[str]:
-        found = look(package)
-        if not package.exists():
-            results_in(tmp_path, package.name, "new")
-            come.append(package.name)
-        return found
-
-    monkeypatch.setattr(outbox_module, "sendable", looks_too_early)
-    Outbox(spool, [Picky("poison")], Events()).settle(tmp_path / "outbox" / "study-1")
-    assert spool.names("outbox") == come
-    spool.close()
 
 
 def certificates(folder: Path) -> dict[str, Path]:
@@ -394,86 +255,6 @@ def test_tls_lets_in_who_has_a_certificate_and_nobody_else(fake_model: Path, tmp
         assert end.count("stored") == 6
 
 
-@pytest.fixture
-def web() -> Iterator[tuple[str, list[Any], list[Any]]]:
-    """A DICOMweb service that answers as it is told: (URL, answers to come, requests seen)."""
-    answers: list[Any] = []
-    seen: list[Any] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            seen.append((self.path, dict(self.headers), body))
-            code, reply = answers.pop(0)
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(reply)))
-            self.end_headers()
-            self.wfile.write(reply)
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, args=(0.05,)).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/dicom-web/", answers, seen
-    server.shutdown()
-    server.server_close()
-
-
-def answer(stored: list[str], failed: list[str], reason: int = 0xA700) -> bytes:
-    def item(uid: str) -> dict[str, Any]:
-        return {"00081155": {"vr": "UI", "Value": [uid]}, "00081197": {"vr": "US", "Value": [reason]}}
-
-    return json.dumps({"00081199": {"Value": [item(u) for u in stored]}, "00081198": {"Value": [item(u) for u in failed]}}).encode()
-
-
-def test_stow_takes_each_object_at_the_services_word(fake_model: Path, tmp_path: Path, web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    url, answers, seen = web
-    assert synth(fake_model, tmp_path / "out", write_study(tmp_path / "in"), "--format", "dicom") == 0
-    files = sorted((tmp_path / "out").rglob("*.dcm"))
-    uids = [str(dcmread(file).SOPInstanceUID) for file in files]
-    monkeypatch.setenv("MASK2CT_STOW_TOKEN", "secret-4711")
-    to = DicomWeb(url, None)
-    answers += [(409, answer(uids[:4], uids[4:5])), (503, b""), (200, b"not JSON")]
-    assert [outcome.refused for outcome in to.send(files)] == [""] * 4 + [
-        "HTTP 409, failure reason 0xA700",
-        "HTTP 409, failure reason 0x0000",
-    ]
-    path, headers, body = seen[0]
-    assert path == "/dicom-web/studies" and headers["Authorization"] == "Bearer secret-4711"
-    assert headers["Content-Type"].startswith('multipart/related; type="application/dicom"; boundary=')
-    assert all(file.read_bytes() in body for file in files) and body.count(b"Content-Type: application/dicom\r\n\r\n") == 6
-    with pytest.raises(Unreachable, match="HTTP 503"):
-        list(to.send(files))
-    assert all(outcome.refused for outcome in to.send(files))  # success without a word of the object is none
-    with pytest.raises(UsageError, match="in the clear"):
-        DicomWeb("http://pacs.example/dicom-web", None)
-    for wrong in (
-        "user:secret@pacs.example/dicom-web",
-        "pacs.example:99999/",
-        "pacs.example:x/",
-        "[pacs/",
-        "pacs.example/#a",
-        "pacs.example/a b",
-    ):
-        with pytest.raises(UsageError, match="no DICOMweb address"):
-            DicomWeb(f"https://{wrong}", None)
-
-
-def test_stow_takes_what_is_there_already_as_stored_and_sends_one_by_one_what_is_too_much_at_once(tmp_path: Path, web: Any) -> None:
-    """Some services refuse an object that they have: it was sent before a kill, or its study came twice. Others limit a request's size."""
-    url, answers, seen = web
-    files = [write_study(tmp_path / str(n), n) for n in range(3)]
-    uids = [str(dcmread(file).SOPInstanceUID) for file in files]
-    answers += [(413, b""), *((200, answer([uid], [])) for uid in uids[:2]), (409, answer([], uids[2:], 0xB00E))]
-    assert [outcome.refused for outcome in DicomWeb(url, None).send(files)] == [""] * 3
-    assert [sum(file.read_bytes() in body for file in files) for _, _, body in seen] == [3, 1, 1, 1]
-    answers += [(413, b"")]
-    assert [outcome.refused for outcome in DicomWeb(url, None).send(files[:1])] == ["HTTP 413, failure reason 0x0000"]
-
-
 def test_a_full_disk_takes_nothing_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -490,52 +271,6 @@ def test_a_full_disk_takes_nothing_and_leaves_nothing_half_written(tmp_path: Pat
         subprocess.run(["umount", disk], check=True)
 
 
-def kept(spool: Spool, mask: Path) -> str:
-    """What the spool calls the study of a file that it takes, from a sender that is gone already."""
-    ds, gone = dcmread(mask), threading.Thread()
-    return spool.receive(lambda handle: handle.write(mask.read_bytes()), (ds.SOPClassUID, ds.SOPInstanceUID), 1 << 20, gone)
-
-
-def test_a_mask_that_could_not_be_kept_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its folder could not be made, as on a disk without inodes: nothing was acknowledged, nothing is there to paint."""
-    spool, made = Spool(tmp_path / "spool"), Path.mkdir
-
-    def full(path: Path, *arguments: Any, **options: Any) -> None:
-        if path.parent.name == "incoming":
-            raise OSError(errno.ENOSPC, "no space")
-        made(path, *arguments, **options)
-
-    other = dcmread(write_study(tmp_path / "in"))
-    other.StudyInstanceUID = generate_uid()
-    other.save_as(tmp_path / "other.dcm")
-    monkeypatch.setattr(Path, "mkdir", full)
-    with pytest.raises(OutputError):
-        kept(spool, tmp_path / "other.dcm")
-    monkeypatch.setattr(Path, "mkdir", made)
-    study = kept(spool, write_study(tmp_path / "in"))
-    taken = spool.next(0)
-    assert taken is not None and taken.name == f"{study}-1"
-    spool.close()
-
-
-def test_a_study_that_failed_and_then_is_painted_after_all_has_no_reason(tmp_path: Path) -> None:
-    """The node was killed after the reason was written; the next time the mask could be painted."""
-    spool = Spool(tmp_path / "spool")
-    kept(spool, write_study(tmp_path / "in"))
-    study = spool.next(0)
-    assert study is not None
-    (study / "reason.txt").write_text("out of memory")
-    spool.painted(study, [])
-    spool.finish(tmp_path / "spool" / "outbox" / study.name)
-    assert not spool.names("failed") and not spooled(tmp_path / "spool")
-    spool.close()
-
-
-def test_nobody_else_on_the_machine_can_look_into_the_spool(tmp_path: Path) -> None:
-    Spool(tmp_path / "spool").close()
-    assert (tmp_path / "spool").stat().st_mode & 0o077 == 0
-
-
 def test_a_log_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     with open("/dev/full", "w") as full, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", full)
@@ -543,19 +278,6 @@ def test_a_log_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPat
         patched.undo()
         with suppress(OSError):  # what is left in its buffer
             full.close()
-
-
-def test_a_torn_line_of_acknowledgement_is_none(tmp_path: Path) -> None:
-    sent = Acknowledged(tmp_path, "PACS@host:104")
-    sent.add("seg-1/0001.dcm")
-    sent.add("seg-1/0002.dcm")
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(file.read_bytes()[:-5])
-    again = Acknowledged(tmp_path, "PACS@host:104")
-    assert again.files == {"seg-1/0001.dcm"}
-    again.add("seg-1/0003.dcm")
-    assert Acknowledged(tmp_path, "PACS@host:104").files == {"seg-1/0001.dcm", "seg-1/0003.dcm"}
-    assert Acknowledged(tmp_path, "OTHER@host:104").files == set()
 
 
 def test_a_value_stays_on_its_line() -> None:
@@ -584,16 +306,6 @@ def test_a_wrong_command_starts_nothing(
     assert run(main, line) == 2
     said = capsys.readouterr().err
     assert fact in said and "remedy" in said and "listening" not in said
-
-
-def test_a_services_token_goes_to_one_service_alone(
-    fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MASK2CT_STOW_TOKEN", "secret-4711")
-    line = ["serve", "--model", str(fake_model), "--backend", "fake", "--spool", str(tmp_path / "spool"), "--allow", "A"]
-    assert run(main, [*line, "--stow", "https://one.example/dicom-web", "--stow", "https://two.example/dicom-web"]) == 2
-    said = capsys.readouterr().err
-    assert "several" in said and ".netrc" in said and "secret" not in said
 
 
 @pytest.mark.parametrize("package", ["pynetdicom", "prometheus_client"])

@@ -1,0 +1,110 @@
+"""When an item of a watched folder counts as complete, and who has it."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from samples import is_tidy, listed, write_mask
+
+import runtime.inbox
+from runtime.inbox import DONE, PATIENCE, WORK, Inbox
+
+
+@pytest.fixture
+def inbox(tmp_path: Path) -> Path:
+    folder = tmp_path / "inbox"
+    folder.mkdir()
+    return folder
+
+
+class Clock:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.now = 1000.0
+        monkeypatch.setattr("runtime.inbox.time.monotonic", lambda: self.now)
+
+
+def names(inbox: Inbox) -> list[str]:
+    return [path.name for path in inbox.look()]
+
+
+def test_a_file_or_folder_counts_as_complete_when_nothing_of_it_changed_for_so_long(
+    inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, watched = Clock(monkeypatch), Inbox(inbox, tmp_path / "out", stable=5, whole=lambda path: True)
+    (inbox / "a").write_bytes(b"1")
+    (inbox / "series").mkdir()
+    (inbox / "series" / "1").write_bytes(b"1")
+    assert names(watched) == [] and watched.settling
+    clock.now += 4.9
+    assert names(watched) == []
+    (inbox / "series" / "2").write_bytes(b"")
+    clock.now += 0.2
+    assert names(watched) == ["a"]
+    for change in (lambda: (inbox / "series" / "2").write_bytes(b"2"), lambda: os.utime(inbox / "series" / "1", ns=(0, 7))):
+        change()
+        clock.now += 4.9
+        assert names(watched) == ["a"] and not watched.settling  # it has just changed: nobody knows when it will be done
+        clock.now += 4.9
+        assert names(watched) == ["a"] and watched.settling
+    clock.now += 0.2
+    assert names(watched) == ["a", "series"] or names(watched) == ["series", "a"]
+
+
+def test_what_does_not_look_whole_is_waited_for_longer_and_then_taken(inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, looked = Clock(monkeypatch), []
+    watched = Inbox(inbox, tmp_path / "out", stable=5, whole=lambda path: bool(looked.append(path)))
+    (inbox / "a").write_bytes(b"half of it")
+    watched.look()
+    for _ in range(3):
+        clock.now += 5
+        assert all(watched.claim(item) is None for item in watched.look()) and watched.settling
+    assert len(looked) == 1  # what has not changed is not opened again
+    clock.now += 5 * PATIENCE
+    (item,) = watched.look()
+    claim = watched.claim(item)
+    assert claim is not None and claim.item.read_bytes() == b"half of it" and not item.exists()
+    watched.leave(claim)
+
+
+def test_what_changes_between_look_and_claim_is_put_back(inbox: Path, tmp_path: Path) -> None:
+    watched = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True)
+    (inbox / "a").write_bytes(b"1")
+    (item,) = watched.look()
+    item.write_bytes(b"12")
+    assert watched.claim(item) is None and item.read_bytes() == b"12" and is_tidy(inbox) is False
+    assert listed(inbox / WORK) == set()
+
+
+def test_a_ticket_that_another_took_for_a_dead_ones_is_tried_again(inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the making of its folder and of its lock; who watches `--once` does not end then."""
+    item = write_mask(inbox / "a.nii.gz")
+    mine, others = (Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True) for _ in range(2))
+    hold = runtime.inbox._hold
+
+    def late(ticket: Path, flags: int = 0) -> int | None:
+        monkeypatch.undo()
+        assert not [*others.abandoned()]
+        return hold(ticket, flags)
+
+    assert mine.look() == [item]
+    monkeypatch.setattr(runtime.inbox, "_hold", late)
+    assert mine.claim(item) is None and mine.settling
+    assert mine.look() == [item] and mine.claim(item) is not None
+
+
+def test_of_many_who_claim_one_thing_one_has_it(inbox: Path, tmp_path: Path) -> None:
+    watchers = [Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True) for _ in range(8)]
+    with ThreadPoolExecutor(len(watchers)) as threads:
+        for n in range(20):
+            (inbox / f"{n}").write_bytes(b"1")
+            seen = [watched.look() for watched in watchers]
+            assert all(items == [inbox / f"{n}"] for items in seen)
+            claims = list(threads.map(lambda one: one[0].claim(one[1][0]), zip(watchers, seen, strict=True)))
+            (claim,) = [claim for claim in claims if claim is not None]
+            assert claim.item.read_bytes() == b"1"
+            assert not [other for watched in watchers for other in watched.abandoned()]  # it is alive
+            watchers[0].settle(claim)
+    assert listed(inbox / DONE) == {f"{n}" for n in range(20)} and is_tidy(inbox)
