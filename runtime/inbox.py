@@ -157,8 +157,8 @@ class Inbox:
         (claim.ticket / LOCK).unlink(missing_ok=True)
         with suppress(OSError):
             claim.ticket.rmdir()
+        claim.open = False  # first: Ctrl-C may come in between, and a number that is closed may be another file's by then
         os.close(claim.handle)
-        claim.open = False
 
     @contextmanager
     def _alone(self) -> Iterator[None]:

@@ -91,8 +91,8 @@ class Journal(Ledger):
             return
         if not self.entries:
             self._path.unlink(missing_ok=True)
-        os.close(self._handle)
-        self._handle = -1
+        handle, self._handle = self._handle, -1  # first: Ctrl-C may come in between
+        os.close(handle)
 
     def _open(self) -> int:
         with writing(self._path):

@@ -108,3 +108,23 @@ def test_of_many_who_claim_one_thing_one_has_it(inbox: Path, tmp_path: Path) -> 
             assert not [other for watched in watchers for other in watched.abandoned()]  # it is alive
             watchers[0].settle(claim)
     assert listed(inbox / DONE) == {f"{n}" for n in range(20)} and is_tidy(inbox)
+
+
+def test_an_interrupt_while_a_claim_ends_closes_nothing_twice(inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    watched, really = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True), os.close
+    (inbox / "a").write_bytes(b"1")
+    (item,) = watched.look()
+    claim = watched.claim(item)
+    assert claim is not None
+
+    def interrupted(handle: int) -> None:
+        really(handle)
+        if handle == claim.handle:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        watched.settle(claim)
+    monkeypatch.undo()
+    watched.leave(claim)
+    assert listed(inbox / DONE) == {"a"} and is_tidy(inbox)

@@ -205,3 +205,18 @@ def test_entries_survive_reopening(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     assert journal.proven("a", "key") == entry and journal.proven("a", "other") is None and journal.proven("b", "key") is None
     journal.close()
+
+
+def test_an_interrupt_while_the_journal_closes_closes_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, really = Journal(tmp_path), os.close
+
+    def interrupted(handle: int) -> None:
+        really(handle)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "close", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        journal.close()
+    monkeypatch.undo()
+    journal.close()
+    Journal(tmp_path).close()  # and the lock is let go
