@@ -151,12 +151,15 @@ class Inbox:
     def leave(self, claim: Claim) -> None:
         """Let go of it where it is: it is taken up as `abandoned`, by whoever comes first."""
         if claim.open:
-            os.close(claim.handle)
+            self._close(claim)
 
     def _end(self, claim: Claim) -> None:
         (claim.ticket / LOCK).unlink(missing_ok=True)
         with suppress(OSError):
             claim.ticket.rmdir()
+        self._close(claim)
+
+    def _close(self, claim: Claim) -> None:
         claim.open = False  # first: Ctrl-C may come in between, and a number that is closed may be another file's by then
         os.close(claim.handle)
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -69,3 +71,10 @@ def real_data() -> Path:
     if not (folder / "README.md").is_file():
         pytest.skip(f"no real images: {folder} is absent (set MASK2CT_REAL_DATA)")
     return folder
+
+
+@pytest.fixture
+def collected() -> Iterator[None]:
+    """The garbage of a test is collected before the next one."""
+    yield
+    gc.collect()

@@ -17,11 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 from dicom_masks import segmentation, slices
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pynetdicom import AE, evt
 from samples import MM_WHS_VALUES, blobs
+
+from runtime.__main__ import main
+from runtime.console import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SEGMENTS = [("left ventricle", "87878005"), ("right atrium", "73829009")]
@@ -50,6 +54,15 @@ def write_study(folder: Path, seed: int = 0, shape: tuple[int, int, int] = (5, 1
     values = blobs(shape, MM_WHS_VALUES, seed)
     masks = ((values == 500) + 2 * (values == 550)).astype("uint8")
     return segmentation(folder / "Doe_John_Planted.dcm", slices(values, Modality="CT"), masks, SEGMENTS)
+
+
+# pynetdicom leaves the sockets of rejected associations to the collector, which says so.
+QUIETLY = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"), pytest.mark.usefixtures("collected")]
+
+
+def serve(model: Path, spool: Path, *options: str) -> int:
+    """The exit code of `mask2ct serve`, run in this process: of one that does not begin to listen."""
+    return run(main, ["serve", "--model", str(model), "--backend", "fake", "--spool", str(spool), "--port", "0", *options])
 
 
 class Serving:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
 from io import BytesIO
 from pathlib import Path
@@ -18,27 +16,18 @@ from typing import Any
 import numpy as np
 import pytest
 from dicom_masks import save, slices, structure_set
-from nodes import SECRETS, Serving, archive, associate, push, read_all, resident, settled, spooled, until, write_study
+from nodes import QUIETLY, SECRETS, Serving, archive, associate, push, read_all, resident, serve, settled, spooled, until, write_study
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage, SegmentationStorage, generate_uid
 from samples import synth
 
 from runtime import OutputError
-from runtime.__main__ import main
-from runtime.console import run
 from runtime.node.events import Events, plain
 from runtime.node.spool import Spool
 
 VERIFICATION = "1.2.840.10008.1.1"
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def _collected() -> Iterator[None]:
-    """pynetdicom leaves the sockets of rejected associations to the collector, which says so."""
-    yield
-    gc.collect()
+pytestmark = QUIETLY
 
 
 def test_a_segmentation_becomes_a_series_in_the_archive(fake_model: Path, tmp_path: Path) -> None:
@@ -302,8 +291,7 @@ def test_a_value_stays_on_its_line() -> None:
 def test_a_wrong_command_starts_nothing(
     options: list[str], fact: str, fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = ["serve", "--model", str(fake_model), "--backend", "fake", "--spool", str(tmp_path / "spool"), "--port", "0", *options]
-    assert run(main, line) == 2
+    assert serve(fake_model, tmp_path / "spool", *options) == 2
     said = capsys.readouterr().err
     assert fact in said and "remedy" in said and "listening" not in said
 
@@ -313,39 +301,13 @@ def test_a_missing_package_is_named_with_what_installs_it(
     package: str, fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    line = [
-        "serve",
-        "--model",
-        str(fake_model),
-        "--backend",
-        "fake",
-        "--spool",
-        str(tmp_path / "spool"),
-        "--port",
-        "0",
-        "--allow-any",
-        "--keep",
-    ]
-    assert run(main, line) == 3 and 'pip install "mask2ct[node]"' in capsys.readouterr().err
+    assert serve(fake_model, tmp_path / "spool", "--allow-any", "--keep") == 3 and 'pip install "mask2ct[node]"' in capsys.readouterr().err
     assert not (tmp_path / "spool").exists()
 
 
 def test_two_nodes_never_share_a_spool(fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Serving(fake_model, tmp_path / "spool", "--keep"):
-        line = [
-            "serve",
-            "--model",
-            str(fake_model),
-            "--backend",
-            "fake",
-            "--spool",
-            str(tmp_path / "spool"),
-            "--port",
-            "0",
-            "--allow-any",
-            "--keep",
-        ]
-        assert run(main, line) == 2 and "folder" in capsys.readouterr().err
+        assert serve(fake_model, tmp_path / "spool", "--allow-any", "--keep") == 2 and "folder" in capsys.readouterr().err
 
 
 @pytest.mark.slow

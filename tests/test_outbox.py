@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import json
 import signal
 import socket
@@ -14,14 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nodes import DEADLINE, Serving, archive, free_port, push, read_all, settled, spooled, until, write_study
+from nodes import DEADLINE, QUIETLY, Serving, archive, free_port, push, read_all, serve, settled, spooled, until, write_study
 from pydicom import dcmread
 from pydicom.uid import generate_uid
 from samples import synth
 
 from runtime import OutputError, UsageError
-from runtime.__main__ import main
-from runtime.console import run
 from runtime.node import outbox as outbox_module
 from runtime.node.events import Events
 from runtime.node.outbox import Acknowledged, Outbox, Outcome, Unreachable
@@ -29,14 +26,7 @@ from runtime.node.send import Pacs
 from runtime.node.spool import Spool
 from runtime.node.stow import DicomWeb
 
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def _collected() -> Iterator[None]:
-    """pynetdicom leaves the sockets of rejected associations to the collector, which says so."""
-    yield
-    gc.collect()
+pytestmark = QUIETLY
 
 
 def test_what_the_archive_has_already_is_sent_no_more(fake_model: Path, tmp_path: Path) -> None:
@@ -306,7 +296,7 @@ def test_a_services_token_goes_to_one_service_alone(
     fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MASK2CT_STOW_TOKEN", "secret-4711")
-    line = ["serve", "--model", str(fake_model), "--backend", "fake", "--spool", str(tmp_path / "spool"), "--allow", "A"]
-    assert run(main, [*line, "--stow", "https://one.example/dicom-web", "--stow", "https://two.example/dicom-web"]) == 2
+    services = ("--stow", "https://one.example/dicom-web", "--stow", "https://two.example/dicom-web")
+    assert serve(fake_model, tmp_path / "spool", "--allow", "A", *services) == 2
     said = capsys.readouterr().err
     assert "several" in said and ".netrc" in said and "secret" not in said

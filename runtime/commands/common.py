@@ -18,8 +18,9 @@ from ..labels import MAP_HELP, PRESETS, LabelMap, load_map, lost
 from ..memory import parse_bytes
 from ..models import RULES_HELP, Models
 from ..recipe import Recipe
+from ..scale import RaySynthesizer
 from ..stream import CaseResult, make
-from ..synthesizer import DEFAULT_BATCH
+from ..synthesizer import DEFAULT_BATCH, Synthesizer
 from ..variants import Ranges
 
 MASK_HELP = "a NIfTI, NRRD or MHA label map, a DICOM SEG or RTSTRUCT, the slices of a DICOM label series, or a folder or zip of such"
@@ -127,11 +128,11 @@ def engine(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("backend", "batch", "max_memory", "device", "workers")}
 
 
-def introduce(models: Models) -> None:
+def introduce(models: Mapping[str, Synthesizer | RaySynthesizer]) -> None:
     """Say which models there are and what runs each."""
-    for name in models.names:
+    for name, synth in models.items():
         called = f" {name}:" if len(models) > 1 else ""
-        print(f"model{called} {models[name].manifest.name}, backend {models[name].backend}", file=sys.stderr)
+        print(f"model{called} {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
 
 
 def choose(models: Models, case: Case, recipes: Mapping[str, Recipe], *, quiet: bool) -> str:

@@ -77,7 +77,7 @@ def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
     with RaySynthesizer.open(folder, **how, **engine(options)) as synth:
         made = recipe(options, options.output, synth.manifest.labels, resume=options.resume)
         if not options.quiet:
-            print(f"model {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
+            introduce({name: synth})
         results = synth.make(cases, made)
         return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), options)
 

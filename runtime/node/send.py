@@ -13,7 +13,7 @@ from .outbox import Outcome, Unreachable
 from .store import hang_up, pynetdicom
 
 CONNECT, AGREE, ANSWER = 3.0, 10.0, 120.0  # s that a peer has to take a connection, an association, and to answer for one object
-_STORED = (0x0000, 0xB000, 0xB006, 0xB007, 0x0111)  # success, stored with a warning (PS3.4 table B.2-1), and there already (PS3.7 C.5.6)
+_STORED = (0x0000, 0xB000, 0xB006, 0xB007, 0x0111)  # success, stored with a warning (PS3.4 table B.2-1), and there already (PS3.7, annex C)
 _PEER = re.compile(r"(?P<tls>tls://)?(?P<aet>[^@\\\s][^@\\]{0,15})@(?P<host>\[[0-9A-Fa-f:.]+\]|[^@:/\s]+):(?P<port>\d{1,5})")
 
 
