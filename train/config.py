@@ -101,6 +101,7 @@ class GeneratorConfig:
     textures: Whole = 0  # learned noise filters; 0: the network takes no noise
     texture_kernel: Count = 7  # their side in pixels, odd
     style: Whole = 0  # S, numbers in a style (train/style.py); 0: the network takes no style
+    style_spread: Positive = 1.5  # deviations of the cohort that a style of 1 stands for: how widely variants differ
 
 
 @dataclass(frozen=True)
