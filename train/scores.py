@@ -178,7 +178,9 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
         ratio = "" if b["mae_ratio"] is None else f", ratio {b['mae_ratio']:.3f}"
         rows.append(f"body: MAE {b['mae']:.1f} {unit}, mean painting {b['mae_mean_painting']:.1f} {unit}{ratio}")
         if b["z_difference"] is not None:
-            rows.append(f"body: distance of |I(z+1) - I(z)| {b['z_difference']:.1f} {unit}, from the true one in its place {b['z_error']:.1f} {unit}")
+            rows.append(
+                f"body: distance of |I(z+1) - I(z)| {b['z_difference']:.1f} {unit}, from the true one in its place {b['z_error']:.1f} {unit}"
+            )
         if b["outline_step"] is not None:
             rows.append(f"body: outline moves by {b['outline_step']:.0f} px from slice to slice, true {b['outline_step_true']:.0f}")
     if found := result.get("similarity"):
