@@ -72,6 +72,7 @@ class HostEngine(ABC):
         options = options or EngineOptions()
         self.pool = Pool(HostMemory(), options.max_memory or DEFAULT_CAP, options.allowance)
         self.workers = options.workers or min(cores(), MOST_WORKERS)
+        self.streams = 2 * (self.workers + 1)  # while one half is emptied and filled, the other keeps every worker busy, and one ahead
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._closed = False
