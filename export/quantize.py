@@ -10,20 +10,23 @@ import contextlib
 import io
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 from numpy.typing import NDArray
+from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QDQQuantizer, QuantType, create_calibrator
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 OPERATORS = ("Conv", "ConvTranspose")
 PERCENTILE = 99.9995  # of an activation's values that its range holds: single outliers would make its steps coarse
 AT_ONCE = 4  # slices: the calibrator keeps every activation of as many
+MOVED = 16  # multiply-accumulates in whose time a core reads or writes one element
 Inputs = Mapping[str, NDArray[Any]]
 
 
@@ -50,6 +53,7 @@ class Quantizer:
 
     def __init__(self, source: Path, inputs: Inputs):
         count = len(next(iter(inputs.values())))
+        self._sizes = {name: array.shape for name, array in inputs.items()}
         with tempfile.TemporaryDirectory() as folder, _quiet():
             prepared = Path(folder) / "prepared.onnx"
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True, skip_optimization=True)  # H and W are dynamic
@@ -65,6 +69,47 @@ class Quantizer:
                 calibrator.collect_data(_Feed(inputs, start, min(start + AT_ONCE, count)))
             self._ranges = calibrator.compute_data()
         self.layers = tuple(node.name for node in self._model.graph.node if node.op_type in OPERATORS)
+        self._shifts: dict[str, NDArray[np.float32]] = {}
+        self._shifts = self._measure_shifts(inputs)
+
+    def _measure_shifts(self, inputs: Inputs) -> dict[str, NDArray[np.float32]]:
+        """By how much each layer's channels are higher on average when it alone is quantised, by layer: (C,) float32 of each.
+
+        One graph holds both: every layer twice, of which the float one is read by what comes after it.
+        """
+        with tempfile.TemporaryDirectory() as folder, _quiet():
+            path = Path(folder) / "both.onnx"
+            self.write(path, ())
+            both = onnx.load(path)
+            graph, weights = both.graph, {tensor.name: tensor for tensor in self._model.graph.initializer}
+            quantised = {node.name: node for node in graph.node}
+            axes = numpy_helper.from_array(np.array([0, 2, 3], np.int64), "shift/axes")
+            graph.initializer.append(axes)
+            nodes = []
+            del graph.output[:]
+            for node in self._model.graph.node:
+                if node.name not in self.layers:
+                    continue
+                twin, made = quantised[node.name], node.output[0]
+                twin.output[0] = f"{made}/quantised"
+                single = onnx.NodeProto()
+                single.CopyFrom(node)
+                single.name = f"{node.name}/float"
+                for n, name in enumerate(node.input[1:], 1):  # the quantised graph may use the name
+                    single.input[n] = f"{node.name}/float/{n}"
+                    graph.initializer.append(numpy_helper.from_array(numpy_helper.to_array(weights[name]), single.input[n]))
+                nodes += [
+                    single,
+                    helper.make_node("Sub", [twin.output[0], made], [f"{made}/difference"]),
+                    helper.make_node("ReduceMean", [f"{made}/difference", "shift/axes"], [f"{made}/shift"], keepdims=0),
+                ]
+                graph.output.append(helper.make_empty_tensor_value_info(f"{made}/shift"))
+            graph.node.extend(nodes)
+            session = ort.InferenceSession(both.SerializeToString(), providers=["CPUExecutionProvider"])
+        count = len(next(iter(inputs.values())))
+        starts = range(0, count, AT_ONCE)
+        runs = [session.run(None, {name: array[n : n + AT_ONCE] for name, array in inputs.items()}) for n in starts]
+        return {layer: np.mean(shift, 0) for layer, shift in zip(self.layers, zip(*runs, strict=True), strict=True)}
 
     def write(self, path: Path, floating: Sequence[str]) -> None:
         """Quantise all layers but those named. Activations are unsigned (OpenVINO's results were wrong by 200 HU with signed
@@ -72,6 +117,7 @@ class Quantizer:
         """
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
+        self._correct(model.graph, set(self._shifts) - set(floating))
         options = {"OpTypesToExcludeOutputQuantization": list(OPERATORS)}
         with _quiet():
             quantizer = QDQQuantizer(
@@ -80,11 +126,46 @@ class Quantizer:
             quantizer.quantize_model()
         quantizer.model.save_model_to_file(str(path))
 
+    def work(self) -> dict[str, float]:
+        """What each layer takes, by name: its multiply-accumulates on a slice, and the elements it reads and writes at `MOVED` each."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self._model)
+        del model.graph.value_info[:]
+        for tensor in model.graph.input:
+            shape = tensor.type.tensor_type.shape
+            for dim, size in zip(shape.dim, (1, *self._sizes[tensor.name][1:]), strict=True):
+                dim.dim_value = size
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+        shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inferred.value_info}
+        shapes |= {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+        found = {}
+        for node in model.graph.node:
+            if node.name in self.layers:
+                read, weights, made = (shapes[name] for name in (node.input[0], node.input[1], node.output[0]))
+                applied = (made if node.op_type == "Conv" else read)[2:]  # at as many places all weights are used
+                found[node.name] = float(np.prod(weights) * np.prod(applied) + MOVED * (np.prod(read) + np.prod(made)))
+        return found
+
+    def _correct(self, graph: onnx.GraphProto, layers: Set[str]) -> None:
+        weights = {tensor.name: tensor for tensor in graph.initializer}
+        for node in graph.node:
+            if node.name not in layers:
+                continue
+            name = f"{node.name}/bias"
+            bias = -self._shifts[node.name]
+            if len(node.input) > 2:
+                bias = bias + numpy_helper.to_array(weights[node.input[2]])
+                node.input[2] = name
+            else:
+                node.input.append(name)
+            graph.initializer.append(numpy_helper.from_array(bias.astype(np.float32), name))
+
 
 def quantize(source: Path, path: Path, inputs: Inputs, error: Callable[[Path], float], say: Callable[[str], None]) -> Quantized:
-    """Write `path` with as many layers in INT8 as `error` allows: of a file, its error over what is allowed (1: just allowed).
+    """Write `path` with as much of the work in INT8 as `error` allows: of a file, its error over what is allowed (1: just allowed).
 
-    Where all layers together are above 1, each is tried alone, and the worst are left in float, as few as bisection finds to do.
+    Where all layers together are above 1, each is tried alone. Then they join one by one, those first that cost the least error for
+    the work that they take over, and who would bring the error above 1 stays in float.
     """
     quantizer = Quantizer(source, inputs)
 
@@ -96,14 +177,15 @@ def quantize(source: Path, path: Path, inputs: Inputs, error: Callable[[Path], f
     if tried(()) <= 1:
         return Quantized((), len(layers))
     say(f"  quantising all {len(layers)} layers costs too much: measuring each alone")
+    work = quantizer.work()
     alone = {layer: tried([other for other in layers if other != layer]) for layer in layers}
-    worst = sorted(layers, key=lambda layer: -alone[layer])
-    low, high = 0, len(worst)  # with `low` of the worst in float it is too much, with `high` it is not (all: the float graph)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if tried(worst[:middle]) <= 1 else (middle, high)
-    quantizer.write(path, worst[:high])
-    return Quantized(tuple(worst[:high]), len(layers))
+    floating = sorted(layers, key=lambda layer: alone[layer] ** 2 / work[layer])  # squares: what the errors of several add up as
+    for layer in [layer for layer in floating if alone[layer] <= 1]:
+        rest = [other for other in floating if other != layer]
+        if tried(rest) <= 1:
+            floating = rest
+    quantizer.write(path, floating)
+    return Quantized(tuple(floating), len(layers))
 
 
 @contextlib.contextmanager
