@@ -124,6 +124,13 @@ class Quantizer:
                 model, True, False, QuantType.QInt8, QuantType.QUInt8, self._ranges, [], list(floating), list(OPERATORS), options
             )
             quantizer.quantize_model()
+        sources = {name: node for node in quantizer.model.nodes() for name in node.output}
+        for node in quantizer.model.nodes():  # ONNX Runtime has all readers of a tensor read what was quantised for one of them
+            if node.name not in set(self.layers) - set(floating):
+                for n, name in enumerate(node.input):
+                    made = sources.get(name)
+                    if made is not None and made.op_type == "DequantizeLinear" and made.input[0] in sources:
+                        node.input[n] = sources[made.input[0]].input[0]
         quantizer.model.save_model_to_file(str(path))
 
     def work(self) -> dict[str, float]:
