@@ -76,12 +76,12 @@ bench: setup
 	$(RUN) benchmarks/run.py $(SUITES) --quick
 
 bench-full: setup
-	$(RUN) benchmarks/run.py $(SUITES)
+	$(RUN) benchmarks/run.py $(SUITES) commands
 	$(RUN) benchmarks/bars.py
 
 # The same, kept in benchmarks/results/history.jsonl, and the README's table anew: on a machine that does nothing else.
 bench-record: setup
-	$(RUN) benchmarks/run.py $(SUITES) --record
+	$(RUN) benchmarks/run.py $(SUITES) commands --record
 	$(RUN) benchmarks/bars.py --record
 	$(RUN) benchmarks/report.py
 	$(RUN) benchmarks/report.py --readme

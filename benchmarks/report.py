@@ -86,6 +86,16 @@ def rows(record: Record) -> list[list[str]]:
     return [[line[n] for n in filled] for line in ([*columns], *body)]
 
 
+def held(record: Record) -> list[str]:
+    """Of each fact that a contender states a bar for (`at_most`), whether it is held."""
+    found = []
+    for name, row in record["contenders"].items():
+        for fact, most in row.get("at_most", {}).items():
+            verdict = "held" if row[fact] <= most else "NOT HELD"
+            found.append(f"bar: {name}: {fact.replace('_', ' ')} {row[fact]:.3g}, at most {most:g}: {verdict}")
+    return found
+
+
 def in_columns(table: Sequence[Sequence[str]]) -> list[str]:
     """Lines of text: the first column to the left, the others to the right."""
     widths = [max(len(row[n]) for row in table) for n in range(len(table[0]))]

@@ -1,6 +1,6 @@
 """Throughput of this machine, against what a user would otherwise run and against its limit:  python benchmarks/run.py SUITE...
 
-Suites: engine, stream, memory, coldstart, io, train; each module says what it measures. Contenders run in processes of their own and
+Suites: engine, stream, memory, coldstart, io, train, commands; each module says what it measures. Contenders run in processes of their own and
 take turns within every round (benchmarks/paired.py). A table for people, then one JSON line with every record.
 """
 
@@ -19,11 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks import coldstart, engine, io, memory, stream
+from benchmarks import coldstart, commands, engine, io, memory, stream
 from benchmarks.history import STANDARD, Record, append, before, falls, load, make_record
 from benchmarks.models import Prepared, prepared
 from benchmarks.paired import Contender, measure
-from benchmarks.report import in_columns, measured_on, rows
+from benchmarks.report import held, in_columns, measured_on, rows
 from benchmarks.roof import beside, shares
 from runtime.console import EXIT_CODES, duration, run
 from runtime.contract import Manifest
@@ -48,6 +48,7 @@ SUITES = {
     "coldstart": Suite("starts/s", lambda o: coldstart.groups(_given(o) or prepared("edge"), o.backend)),
     "io": Suite("bytes/s", lambda o: io.groups("64x128x128" if o.quick else "300x512x512")),
     "train": Suite("steps/s", lambda o: _train_groups(o)),
+    "commands": Suite("starts/s", lambda o: commands.groups()),
 }
 
 
@@ -96,7 +97,7 @@ def _options(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a record must share with another to be compared with it. No path: records travel."""
     if name == "train":
         return {"quick": options.quick, "config": options.config.stem, "set": [x for xs in options.set for x in xs]}
-    if name == "io":
+    if name in ("io", "commands"):
         return {"quick": options.quick}
     return {"quick": options.quick, "backend": options.backend, "model": Manifest.load(options.model).name if options.model else "own"}
 
@@ -104,8 +105,10 @@ def _options(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def _print(record: Record) -> None:
     print("\n".join(["", record["suite"], *in_columns(rows(record))]))
     for contender, row in record["contenders"].items():
-        if facts := {key: value for key, value in row.items() if key not in (*STANDARD, "backend", "call_ms", "vram")}:
+        if facts := {key: value for key, value in row.items() if key not in (*STANDARD, "backend", "call_ms", "vram", "at_most")}:
             print(f"{contender}: {json.dumps(facts)[1:-1]}")
+    for line in held(record):
+        print(line)
     for contender, why in record["absent"].items():
         print(f"not there: {contender} ({why})")
     print(measured_on(record))

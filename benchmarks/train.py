@@ -42,6 +42,7 @@ from .paired import Contender, Ready
 
 OURS, PLAIN, WORKERS = "mask2ct training", "plain loop", "plain loop with workers"
 PIX2PIX_WORKERS = 4  # its --num_threads
+LOADING = 0.05  # of a step's time, the most that our loader may take
 
 
 class SliceFiles(Dataset[tuple[Tensor, Tensor, Tensor]]):
@@ -159,7 +160,7 @@ def ours(settings: dict[str, Any], folder: str, steps: int) -> Ready:
         cohort = open_cohort(resolved, Path(folder) / "run", cache=Path(folder) / "slices", quiet=True)
         opening.append(round(time.perf_counter() - before, 2))
     training = Training(resolved, Path(folder) / "run", cohort, quiet=True)
-    return _ready(Timed(steps, training.batch, training.step), {"opening_seconds": opening})
+    return _ready(Timed(steps, training.batch, training.step), {"opening_seconds": opening, "at_most": {"loader_share": LOADING}})
 
 
 def plain(settings: dict[str, Any], folder: str, steps: int, workers: int) -> Ready:

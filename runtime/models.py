@@ -73,13 +73,17 @@ class Models(Mapping[str, Synthesizer]):
         """Open each of `folders`, "FOLDER" or "NAME=FOLDER"; a model is called by its folder's name unless it is given one.
 
         `rules`: a file as `load_rules` reads it; `use`: the name of the model that every case is for. The rest as in `Synthesizer.open`;
-        `max_memory` is of all models together. Raises what that raises, and `UsageError` for names that are not there, or there twice.
+        `max_memory` is of all models together. Raises what that raises, and `UsageError` for names that are not there, or there twice, and for
+        rules where there is one model alone.
         """
         folders_by_name = named(folders)
         if use is not None and use not in folders_by_name:
             raise UsageError(
                 f"there is no model {use!r}", expected=f"one of {', '.join(folders_by_name)}", remedy="name one of them with --use"
             )
+        if rules is not None and len(folders_by_name) == 1:
+            raise UsageError(f"--rules choose between models, and {folders_by_name.popitem()[0]} is the only one", file=rules,
+                             expected="every model that the rules name", remedy="give the others with --model, or leave the rules out")  # fmt: skip
         models = cls(max_memory=max_memory, rules=() if rules is None else load_rules(rules, [*folders_by_name]), use=use)
         try:
             for name, folder in folders_by_name.items():

@@ -187,3 +187,23 @@ def test_two_masks_of_one_name_are_refused_before_anything_is_written(
     masks = write_mask(tmp_path / "x" / "m.nii.gz"), write_mask(tmp_path / "y" / "m.mha")
     assert synth(fake_model, tmp_path / "out", *masks) == 2
     assert "written as m" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--list", "--report", "r.json"], "--report has no effect beside --list"),
+        (["--list", "--ray"], "--ray has no effect beside --list"),
+        (["--list", "--ray-workers", "2"], "--ray-workers has no effect beside --list"),
+        (["--list", "--dry-run"], "--dry-run has no effect beside --list"),
+        (["--dry-run", "--report", "r.json"], "--report has no effect beside --dry-run"),
+    ],
+)
+def test_an_option_that_would_have_no_effect_is_refused(
+    options: list[str], says: str, fake_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mask = write_mask(tmp_path / "m.nii.gz")
+    assert synth(fake_model, tmp_path / "out", mask, *options) == 2
+    said = capsys.readouterr()
+    assert says in said.err and "remedy" in said.err and said.out == "" and [*tmp_path.iterdir()] == [mask]

@@ -165,9 +165,21 @@ def test_a_contender_for_a_gpu_says_why_it_is_not_there(make: str, model: Path, 
         getattr(gpu, make)(model=str(model), trained=str(trained), slices=8, batch=8)
 
 
+def test_a_figure_with_a_bar_is_said_to_hold_it_or_not() -> None:
+    rows = {
+        "ours": {"loader_share": 0.004, "at_most": {"loader_share": 0.05}},
+        "slow": {"seconds": 21.5, "at_most": {"seconds": 20}},
+        "free": {},
+    }
+    assert report.held({"contenders": rows}) == [
+        "bar: ours: loader share 0.004, at most 0.05: held",
+        "bar: slow: seconds 21.5, at most 20: NOT HELD",
+    ]
+
+
 def test_every_suite_is_named_in_the_help(command) -> None:
     told = command("benchmarks/run.py", "--help").stdout
-    assert all(suite in told for suite in ("engine", "stream", "memory", "coldstart", "io", "train"))
+    assert all(suite in told for suite in ("engine", "stream", "memory", "coldstart", "io", "train", "commands"))
     done = command("benchmarks/run.py", "nonsense")
     assert done.returncode == 2 and "invalid choice" in done.stderr
 

@@ -21,6 +21,10 @@ def test_every_shipped_config_resolves_and_survives_json(path: Path) -> None:
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 
+def test_the_configs_that_people_are_told_of_are_shipped() -> None:
+    assert {"phantom", "whs", "whs-lv-myo", "edge", "mr"} <= {path.stem for path in SHIPPED}
+
+
 def test_the_phantom_config_needs_no_dataset_and_a_dataset_replaces_it() -> None:
     data = load(SHIPPED[0].parent / "phantom.json")
     assert resolve(data).data.phantom is not None

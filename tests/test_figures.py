@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from runtime.errors import UsageError
-from train.figures import progress, write_snapshot
+from train.figures import comparison, progress, write_snapshot
 
 
 def test_a_run_keeps_three_slices_at_the_papers_moments(trained: Path) -> None:
@@ -41,3 +41,20 @@ def test_the_nearest_moment_stands_in_for_one_that_was_not_painted(trained: Path
     (tmp_path / "progress" / "step-00000004.safetensors").write_bytes(b"torn")
     with pytest.raises(UsageError, match="cannot be read"):
         progress(tmp_path, tmp_path / "figure.png")
+
+
+def test_a_comparison_shows_condition_generated_and_original_of_three_slices(tmp_path: Path) -> None:
+    """As the original's pictures do: a row for each sample, at the window's dark end, its middle and its bright end."""
+    from matplotlib.image import imread
+
+    greys = np.array([-700, 0, 700], np.int16)
+    planes = np.broadcast_to(greys[:, None, None], (3, 16, 16))
+    labels = np.zeros((5, 16, 16), np.uint8)
+    generated, original = np.concatenate([planes, planes[:2]]), np.concatenate([planes[::-1], planes[:2]])
+    comparison(tmp_path / "a.png", labels, generated, original, classes=2, window=(-700, 700))
+    image = imread(tmp_path / "a.png")[..., :3]
+    height, width = image.shape[:2]
+    top = int(height * 0.4 / (3 * 3 + 0.4))  # the titles
+    centres = [[image[top + (height - top) * (2 * row + 1) // 6, width * (2 * column + 1) // 6] for column in range(3)] for row in range(3)]
+    shown = np.array(centres)[:, 1:].mean(-1)
+    assert np.allclose(shown, [[0, 1], [0.5, 0.5], [1, 0]], atol=0.01)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from samples import image
+from samples import image, synth, write_fake_model, write_mask
 
+from runtime.__main__ import main
+from runtime.console import run
 from runtime.contract import Intensity
+from runtime.engines.fake import fake_manifest
 from train.scores import HU, diversity, evaluate, table
 
 LABELS = [{"name": "background", "value": 0}, {"name": "fluid", "value": 10}, {"name": "tissue", "value": 20, "aliases": [21]}]
@@ -52,6 +57,9 @@ def test_an_mr_like_cohort_trains_exports_and_synthesizes(tmp_path: Path, comman
     air, fluid, tissue = (np.median(values[mask == value]) for value in (0, 10, 20))
     assert air < tissue < fluid and abs(tissue - 400) < 150  # what the labels mean is learnt
     assert "a.u. between real and real" in trained.stdout and "HU" not in trained.stdout
+    for said in ((run / "report.html"), (model / "MODEL_CARD.md")):
+        text = said.read_text()
+        assert "a.u." in text and not re.search(r"\bHU\b", text), said.name  # and no figure of it is called HU
 
     folders = {name: tmp_path / "compared" / name for name in ("masks", "truth", "synthetic")}
     for name, source in (
@@ -113,3 +121,53 @@ def test_an_hu_table_of_images_without_hu_is_refused_with_the_reason(tmp_path: P
                         ([*line, "--run", tmp_path], "run.json")):  # fmt: skip
         done = command(*wrong)
         assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("options", [[], ["--enhanced"], ["--dry-run"], ["--report", "report.json"]], ids=" ".join)
+def test_a_ct_series_of_what_is_not_in_hu_is_refused_with_the_reason(
+    options: list[str], greys: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    mask = write_mask(tmp_path / "a.nii.gz")
+    assert synth(greys, tmp_path / "out", mask, "--format", "dicom", *options) == 2
+    assert_refused(capsys.readouterr().err)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.nii.gz"]  # not even an empty folder
+    if not options:
+        assert synth(greys, tmp_path / "out", mask) == 0 and (tmp_path / "out" / "a_ct.nii.gz").is_file()  # the remedy that it names
+
+
+def test_a_watcher_for_a_ct_series_of_what_is_not_in_hu_does_not_begin(
+    greys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inbox = tmp_path / "in"
+    inbox.mkdir()
+    mask = write_mask(inbox / "a.nii.gz")
+    line = ["--model", str(greys), "--backend", "fake", "--output", str(tmp_path / "out"), "--format", "dicom", "--once", "--stable", "0"]
+    assert run(main, ["watch", str(inbox), *line]) == 2
+    assert_refused(capsys.readouterr().err)
+    assert mask.is_file() and [*inbox.iterdir()] == [mask] and [*tmp_path.iterdir()] == [inbox]
+
+
+def test_a_node_for_a_model_that_is_not_in_hu_does_not_begin_to_listen(
+    greys: Path, fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor beside one that is: which studies it would refuse, no sender could know."""
+    spool = tmp_path / "spool"
+    for models in ([greys], [fake_model, greys]):
+        line = [part for model in models for part in ("--model", str(model))]
+        assert run(main, ["serve", *line, "--backend", "fake", "--spool", str(spool), "--port", "0", "--allow-any", "--keep"]) == 2
+        said = capsys.readouterr().err
+        assert_refused(said)
+        assert "listening" not in said and not spool.exists()
+
+
+@pytest.fixture
+def greys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model for `--backend fake` whose images are in arbitrary units."""
+    manifest = replace(fake_manifest(noise=False), name="greys", intensity=Intensity("a.u.", 0, 255))
+    return write_fake_model(tmp_path_factory.mktemp("models") / "greys", manifest)
+
+
+def assert_refused(said: str) -> None:
+    assert "paints a.u., not HU" in said and "Hounsfield units for a CT series" in said and "--format nifti" in said
+    assert "Traceback" not in said and "→" not in said

@@ -152,6 +152,14 @@ def test_rules_that_cannot_be_meant_start_nothing(text: str, folders: dict[str, 
     assert caught.value.file == rules and "models: heart, abdomen" in caught.value.expected
 
 
+def test_rules_for_one_model_are_refused_for_they_would_have_no_effect(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Who gives them has forgotten a model, or a rule's: a mask that no rule is for would be painted all the same."""
+    rules = tmp_path / "rules.json"
+    rules.write_text(json.dumps([{"case": "LA*", "model": "heart"}]))
+    with pytest.raises(UsageError, match="--rules choose between models, and heart is the only one"):
+        Models.open([folders["heart"]], backend="fake", rules=rules)
+
+
 def test_one_model_takes_every_mask_and_so_does_the_one_that_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
     path = mask(tmp_path, "abdomen", 0, 6)
     with Models.open([folders["heart"]], backend="fake") as models:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,16 +15,53 @@ from samples import write_slices
 
 from runtime.errors import ConfigError, ModelError
 from train import checkpoint
-from train.augment import augment
-from train.config import AugmentConfig, load, resolve
+from train.augment import augment, draw
+from train.config import ORIGINAL_KEYS, AugmentConfig, label_table, load, resolve, to_json
 from train.loop import open_cohort
 from train.losses import centre_weight, generator_losses
+from train.original import FIXED_KEYS
 from train.settle import settle
 from train.step import Batch, Step
 
 WHS = Path(__file__).parent / "whs_original.json"
 QUICK = ["MAX_ITER=4", "IMAGE_RES=[64,48]", "FIRST_LAYERS_FILTERS=4", "BATCH_SIZE=2", "generator.depth=4", "discriminator.filters=4",
          "training.recalibrate=1", "training.threads=2", "VAL_INTERVAL=4", "SAVE_MODEL_INTERVAL=2"]  # fmt: skip
+
+
+# each key but those of one value, a value that is not the default, and the key of ours that it sets
+SETS = [
+    ("NAME", "other", "name"),
+    ("LABELS", [0, 1, 3], "data.keep"),
+    ("TARGET_NAME", "ct", "data.image_name"),
+    ("INPUT_NAME", "seg", "data.label_name"),
+    ("TARGET_TRANS", 1 / 4095, "intensity.high"),
+    ("IMAGE_RES", [128, 384], "data.canvas"),
+    ("AUG_ROTATION_RANGE_DEGREES", 11, "augment.rotation"),
+    ("AUG_SHEAR_RANGE_ANGLE", 12, "augment.shear"),
+    ("AUG_WIDTH_SHIFT_RANGE_RATIO", 0.13, "augment.shift_width"),
+    ("AUG_HEIGHT_SHIFT_RANGE_RATIO", 0.14, "augment.shift_height"),
+    ("AUG_ZOOM_RANGE_RATIO", 0.15, "augment.zoom"),
+    ("AUG_INPUT", False, "augment.labels"),
+    ("AUG_TARGET", False, "augment.image"),
+    ("AUG_SAME_FOR_BOTH", False, "augment.same"),
+    ("FIRST_LAYERS_FILTERS", 16, "generator.filters"),
+    ("SKIP_CONNECTIONS_GENERATOR", True, "generator.skips"),
+    ("PATCH_SIZE", 32, "discriminator.patch_size"),
+    ("CONDITIONAL_DISCRIMINATOR", False, "discriminator.conditional"),
+    ("LOSS_WEIGHT_DISC", 2, "loss.adversarial"),
+    ("LOSS_WEIGHT_GEN", 50, "loss.reconstruction"),
+    ("RECON_LOSS", "weighted", "loss.weighting"),
+    ("LEARNING_RATE_G", 1e-3, "optimizer.lr_g"),
+    ("LEARNING_RATE_D", 2e-3, "optimizer.lr_d"),
+    ("LR_EXP_DECAY_FACTOR_G", 1e-5, "optimizer.decay_g"),
+    ("LR_EXP_DECAY_FACTOR_D", 2e-5, "optimizer.decay_d"),
+    ("ADAM_B1", 0.4, "optimizer.beta1"),
+    ("MAX_ITER", 7, "training.steps"),
+    ("BATCH_SIZE", 3, "training.batch_size"),
+    ("LOG_INTERVAL", 11, "training.log_every"),
+    ("VAL_INTERVAL", 12, "training.valid_every"),
+    ("SAVE_MODEL_INTERVAL", 13, "training.checkpoint_every"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +88,29 @@ def test_every_key_of_the_originals_config_is_understood() -> None:
     assert (config.data.label_name, config.data.image_name, config.data.keep) == ("whs_img_gt", "whs_img", (1, 2, 3, 4, 5, 6, 7))
     assert (config.intensity.unit, config.intensity.high, config.loss.weighting) == ("auto", 255, "basic")
     assert config.augment == AugmentConfig(5, 2, 0.05, 0.05, 0.05)
+
+
+@pytest.mark.parametrize(("key", "value", "ours"), SETS, ids=[row[0] for row in SETS])
+def test_a_key_of_the_originals_sets_what_it_says_and_nothing_else(key: str, value: object, ours: str) -> None:
+    """No two of one kind are mistaken for each other, as where both have the same default."""
+    theirs = load(WHS)
+    del theirs["CONDITION_NAME"]  # INPUT_NAME's value, as the next test says
+    plain, changed = (flat(to_json(resolve(data))) for data in (theirs, {**theirs, key: value}))
+    made = {"LABELS": [1, 3], "TARGET_TRANS": 4095}.get(key, value)
+    assert {name: changed[name] for name in plain if plain[name] != changed[name]} == {ours: made}
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
+
+
+def test_no_key_of_the_originals_is_left_out() -> None:
+    assert [*sorted({key for key, _, _ in SETS} | {"GEN_OUTPUT_ACT", *FIXED_KEYS})] == sorted(load(WHS))
+    assert {*ORIGINAL_KEYS, *FIXED_KEYS} == {*load(WHS)}
 
 
 @pytest.mark.parametrize(
@@ -83,6 +145,40 @@ def test_the_run_is_one_in_greys_on_the_originals_labels(run: Path) -> None:
     assert data["intensity"] == {"unit": "a.u.", "low": 0, "high": 255}
     assert [row["value"] for row in data["labels"]] == list(range(8)) and data["labels"][3]["name"] == "left ventricle"
     assert data["data"]["patients"] == {"train": 5, "valid": 1, "test": 2}
+
+
+def test_labels_are_in_the_order_of_mm_whs_values() -> None:
+    """0..7 in its slices, 205..850 in the challenge's volumes: the same structures in the same order."""
+    values = [205, 420, 500, 550, 600, 820, 850]
+    names = ["myocardium", "left atrium", "left ventricle", "right atrium", "right ventricle", "ascending aorta", "pulmonary artery"]
+    volumes = label_table(resolve({}).data)
+    assert volumes.by_value == {0: 0, **{value: n for n, value in enumerate(values, 1)}, 421: 2}
+    for table in (volumes, label_table(replace(resolve(load(WHS)).data, labels="mm-whs-indices"))):
+        assert [label.name for label in table.labels] == ["background", *names]
+
+
+def test_slices_in_hu_keep_them_to_the_unit(tmp_path: Path) -> None:
+    """The original made 8 bits of them. Its folders, with CT slices in HU: what is trained on is what was scanned."""
+    write_slices(tmp_path, 3, hu=True)
+    config = settle(resolve(load(WHS), ["IMAGE_RES=[64,64]", "generator.depth=4"], dataset_path=str(tmp_path)))[0]
+    assert config.intensity.unit == "HU" and (config.intensity.low, config.intensity.high) == (-1024, 1976)
+    cohort = open_cohort(config, tmp_path, quiet=True)
+    scanned = [sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in sorted(tmp_path.glob("training/*/*_img.dcm"))]
+    assert len({int(value) for value in np.unique(scanned)}) > 100
+    assert sorted(patient.image.tolist() for patient in (*cohort.train, *cohort.valid)) == sorted(values.tolist() for values in scanned)
+
+
+def test_two_structures_are_kept_by_our_own_config(folder: Path) -> None:
+    """train/configs/whs-lv-myo.json: `LABELS: [0, 1, 3]`, all else becomes background."""
+    shipped = load(Path("train/configs/whs-lv-myo.json"))
+    assert shipped["LABELS"] == [0, 1, 3]
+    shipped["intensity"] = {"unit": "a.u.", "low": 0, "high": 255}
+    config = settle(resolve(shipped, ["IMAGE_RES=[64,64]", "generator.depth=4"], dataset_path=str(folder)))[0]
+    assert [label.name for label in label_table(config.data).labels] == ["background", "myocardium", "left ventricle"]
+    cohort = open_cohort(config, folder, quiet=True)
+    drawn = [sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in sorted(folder.glob("training/*/*_gt.dcm"))]
+    kept = sorted(np.select([labels == 1, labels == 3], [1, 2], 0).tolist() for labels in drawn)
+    assert sorted(patient.labels[:, 0].tolist() for patient in (*cohort.train, *cohort.valid)) == kept
 
 
 def test_the_intervals_decide_what_is_left(run: Path) -> None:
@@ -182,6 +278,14 @@ def test_the_weighted_reconstruction_is_the_weighted_mean_difference() -> None:
     score = torch.zeros(1, 1, 2, 2)
     assert generator_losses(score, smooth, smooth, real, weight=weight)["reconstruction"].item() == pytest.approx(0.125)
     assert generator_losses(score, smooth, smooth, real)["reconstruction"].item() == pytest.approx(0.5)
+
+
+def test_shear_slants_the_columns_by_its_angle() -> None:
+    """The one range that the others do not show: rows stay where they are, columns lean, as Keras' generator draws it."""
+    maps = draw(AugmentConfig(shear=20), 200, np.random.default_rng(0))
+    angles = np.degrees(np.arctan2(-maps[:, 0, 1], maps[:, 1, 1]))
+    assert np.array_equal(maps[:, :, 0], np.broadcast_to([1, 0], (200, 2))) and not maps[:, :, 2].any()
+    assert 19 < angles.max() <= 20 and -20 <= angles.min() < -19 and np.allclose(np.hypot(maps[:, 0, 1], maps[:, 1, 1]), 1)
 
 
 def test_augmentation_moves_both_alike_unless_told_otherwise() -> None:

@@ -82,11 +82,11 @@ def _serve(options: argparse.Namespace) -> int:
     with ExitStack() as stack:
         destinations = _destinations(options, tls)
         models = stack.enter_context(open_models(options))
-        spool = Spool(options.spool, keep=options.keep)
-        stack.callback(spool.close)
         made_of = recipes(options, models, options.spool, resume=True)
         for name, recipe in made_of.items():
             recipe.writer.check(models[name].manifest, options.spool)
+        spool = Spool(options.spool, keep=options.keep)
+        stack.callback(spool.close)
 
         def paint(cases: Sequence[Case], results: Path) -> Iterator[CaseResult]:
             there = {name: replace(recipe, output=results) for name, recipe in made_of.items()}

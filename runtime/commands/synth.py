@@ -46,6 +46,7 @@ def add(commands: Any) -> None:
 
 
 def _synth(options: argparse.Namespace) -> int:
+    _check(options)
     cases = find(options, options.masks, every=options.list)
     if options.list:
         missing = [case for case in cases if not exists(case.path)]
@@ -55,8 +56,6 @@ def _synth(options: argparse.Namespace) -> int:
         return 1 if missing else 0
     if options.ray is not None and not options.dry_run:
         return _on_ray(cases, options)
-    if options.ray is None and (options.ray_workers is not None or options.ray_gpus is not None):
-        raise UsageError("--ray-workers and --ray-gpus are for Ray", expected="--ray with them", remedy="add --ray, or leave them out")
     with open_models(options) as models:
         made = recipes(options, models, options.output, resume=options.resume)
         if not options.quiet:
@@ -66,6 +65,21 @@ def _synth(options: argparse.Namespace) -> int:
         summary = _summary(models, cases, options)
         results = painted(models, cases, made, quiet=options.quiet, on_slice=summary.painting)
         return _run(summary, results, options)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raise `UsageError` for options that would have no effect beside the others."""
+    without = ("dry_run", "report", "ray", "ray_workers", "ray_gpus") if options.list else ("report",) if options.dry_run else ()
+    for name in without:
+        if getattr(options, name) not in (None, False):
+            what = "--list" if options.list else "--dry-run"
+            raise UsageError(
+                f"--{name.replace('_', '-')} has no effect beside {what}, which paints nothing",
+                expected="one of them",
+                remedy="leave one out",
+            )
+    if options.ray is None and (options.ray_workers is not None or options.ray_gpus is not None):
+        raise UsageError("--ray-workers and --ray-gpus are for Ray", expected="--ray with them", remedy="add --ray, or leave them out")
 
 
 def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:

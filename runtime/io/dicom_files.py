@@ -9,29 +9,26 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import GeometryError, Mask2CTError, UnreadableVolume, importing
 from ..volume import DicomSource, Geometry
-from . import archive
+from . import archive, deflated
 
 SEGMENTATION = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # Segmentation, Label Map Segmentation Storage
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
-MAX_INFLATED = 1 << 30  # bytes that a deflated file may become
 MAX_FILES = 200_000
 SLICE_TOLERANCE = 0.01  # how far a slice may lie from its even place, in slice spacings
 SHEAR_TOLERANCE = 1e-3  # sideways drift of the slices per mm of stack that still counts as none
 ORIENTATION_TOLERANCE = 1e-4  # largest difference of direction cosines that still counts as the same
 MAX_SLICES = 4096
-_DEFLATED = b"1.2.840.10008.1.2.1.99"
 _HEADER = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality", "SeriesNumber", "SeriesDescription", "Rows", "Columns",
            "NumberOfFrames", "FrameOfReferenceUID", "SyntheticData", "PixelData", "InstanceNumber"]  # fmt: skip
 _IDENTITY = ["SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "PatientAge", "StudyInstanceUID", "StudyDate", "StudyTime",
@@ -91,25 +88,9 @@ def is_dicom(path: Path) -> bool:
 
 def dataset(path: Path, *, tags: Sequence[str] | None = None) -> Any:
     """The whole file, or with `tags` those alone, never the pixels then. Call it within `guarded`."""
-    with archive.opened(path) as handle:
-        _check_deflated(handle)
-        return pydicom().dcmread(handle, specific_tags=None if tags is None else [*tags], stop_before_pixels=tags is not None)
-
-
-def _check_deflated(handle: BinaryIO) -> None:
-    """Refuse a deflated file that would become more than MAX_INFLATED bytes: pydicom inflates without a bound."""
-    head = handle.read(4096)
-    handle.seek(0)
-    if _DEFLATED not in head:
-        return
-    handle.seek(144 + int.from_bytes(head[140:144], "little"))  # behind the meta information, whose length comes first (PS3.10, 7.1)
-    inflater, data, size = zlib.decompressobj(-zlib.MAX_WBITS), handle.read(), 0
-    while data and not inflater.eof:
-        size += len(inflater.decompress(data, 1 << 20))
-        data = inflater.unconsumed_tail
-        if size > MAX_INFLATED:
-            raise ValueError("inflates beyond the bound")
-    handle.seek(0)
+    reader = pydicom()
+    with archive.opened(path) as handle, closing(deflated.readable(handle, pixels=tags is None)) as plain:
+        return reader.dcmread(plain, specific_tags=None if tags is None else [*tags], stop_before_pixels=tags is not None)
 
 
 def scan(paths: Iterable[Path]) -> list[Instance]:

@@ -1,0 +1,112 @@
+"""Deflated DICOM files: read like others, and a small one that becomes a large one is refused before it has."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from dicom_masks import dataset, segmentation, slices
+from pydicom import dcmread, dcmwrite
+from pydicom.uid import DeflatedExplicitVRLittleEndian
+from samples import blobs
+
+from runtime.errors import UnreadableVolume
+from runtime.io.detect import find_cases, read_case
+from runtime.io.dicom_files import SEGMENTATION
+from runtime.labels import MM_WHS
+
+MIB = 1 << 20
+SYNTAX = struct.pack("<HH2sH", 2, 0x10, b"UI", 22) + DeflatedExplicitVRLittleEndian.encode()
+
+LABELS = """
+import sys
+from runtime.__main__ import main
+from runtime.console import run
+code = run(main, ["labels", sys.argv[1]])
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+sys.exit(code)
+"""
+
+
+def deflated(path: Path) -> Path:
+    """A copy of a DICOM file with the Deflated transfer syntax, as pydicom writes it."""
+    ds, copy = dcmread(path), path.with_name(f"deflated-{path.name}")
+    ds.file_meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    dcmwrite(copy, ds, implicit_vr=False, little_endian=True, enforce_file_format=True)
+    return copy
+
+
+def seg(folder: Path) -> Path:
+    values = blobs((5, 16, 16), (0, 500))
+    return segmentation(folder / "a.dcm", slices(values, Modality="CT"), (values > 0).astype(np.uint8), [("left ventricle", "87878005")])
+
+
+def bomb(folder: Path, tag: tuple[int, int], mib: int, *, before: bytes = b"", meta: bytes = b"", length: int | None = None) -> Path:
+    """A SEG of one 16 x 16 frame with `mib` MiB of zeros in the element `tag`, deflated to a thousandth of that.
+
+    `before`: deflated ahead of it all; `meta`: ahead of the transfer syntax; `length`: what the meta information says that it takes.
+    """
+    made = dataset(
+        SEGMENTATION[0], StudyInstanceUID="1.2.3", SeriesInstanceUID="1.2.4", Rows=16, Columns=16, NumberOfFrames=1, BitsAllocated=1
+    )
+    plain = folder / "plain"
+    made.save_as(plain, enforce_file_format=True)
+    raw = plain.read_bytes()
+    plain.unlink()
+    behind = 144 + int.from_bytes(raw[140:144], "little")
+    head = raw[144 : raw.index(b"\x02\x00\x10\x00UI")] + meta + SYNTAX
+    packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
+    own = struct.pack("<HH2sHI", *tag, b"OB", 0, mib * MIB)
+    parts = [packer.compress(before), *([packer.compress(raw[behind:])] if tag[0] > 0x0070 else []), packer.compress(own)]
+    parts += [packer.compress(bytes(MIB)) for _ in range(mib)]
+    path = folder / "Doe_John_Planted.dcm"
+    said = len(head) if length is None else length
+    path.write_bytes(raw[:132] + struct.pack("<HH2sHI", 2, 0, b"UL", 4, said) + head + b"".join([*parts, packer.flush()]))
+    assert path.stat().st_size < mib * MIB / 500
+    return path
+
+
+def test_a_deflated_seg_is_read_as_any_other(tmp_path: Path) -> None:
+    path = seg(tmp_path)
+    copy, zipped = deflated(path), tmp_path / "m.zip"
+    with zipfile.ZipFile(zipped, "w") as made:
+        made.write(copy, "a/b.dcm")
+    plain, *others = (read_case(find_cases([given])[0], MM_WHS) for given in (path, copy, zipped))
+    assert plain.labels.any() and b"1.2.840.10008.1.2.1.99" in copy.read_bytes()[:600]
+    for other in others:
+        assert np.array_equal(other.labels, plain.labels) and other.geometry == plain.geometry
+
+
+def test_one_that_ends_early_is_refused(tmp_path: Path) -> None:
+    copy = deflated(seg(tmp_path))
+    copy.write_bytes(copy.read_bytes()[:-40])
+    with pytest.raises(UnreadableVolume):
+        read_case(find_cases([copy])[0], MM_WHS)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"tag": (0x7FE0, 0x0010)},
+        {"tag": (0x7FE0, 0x0010), "length": 1 << 30},  # so that the compressed part seems to lie elsewhere
+        {"tag": (0x7FE0, 0x0010), "meta": struct.pack("<HH2sHI", 2, 1, b"OB", 0, 8192) + bytes(8192)},  # so that the syntax comes late
+        {"tag": (0x7FE0, 0x0010), "before": SYNTAX},  # so that what was inflated would be inflated again
+        {"tag": (0x0009, 0x1010)},  # before anything else, and no pixels
+    ],
+    ids=["pixels", "a wrong length", "a late syntax", "twice", "a header"],
+)
+def test_a_small_file_that_becomes_a_large_one_is_refused_in_little_memory(how: dict, tmp_path: Path, command) -> None:
+    path = bomb(tmp_path, **{"mib": 600, **how})
+    done = command("-c", LABELS, path)
+    said, peak = done.stderr, int(done.stdout.split()[-1])  # KiB; Python with numpy and pydicom is some 60 MiB
+    assert done.returncode == 1 and "Traceback" not in said and "Doe" not in said, said
+    if how["tag"] == (0x7FE0, 0x0010) and "before" not in how:
+        assert re.search(r"becomes more than 2\d{6} bytes", said) and "export it without compression" in said
+        assert peak < 150 << 10
+    else:
+        assert "damaged DICOM file" in said and peak < 450 << 10
