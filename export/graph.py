@@ -37,14 +37,14 @@ class LabelsToIntensity(nn.Module):
 
 
 class Half(nn.Module):
-    """A layer with FP16 weights, input and output."""
+    """A layer with FP16 weights, inputs and output."""
 
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer.half()
 
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.layer(x.half())
+    def forward(self, *inputs: Tensor) -> Tensor:
+        out: Tensor = self.layer(*(x.half() for x in inputs))
         return out
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ast
 import logging
+import sys
 import warnings
 from collections import Counter
 from pathlib import Path
 
 import onnx
+import onnxscript.optimizer
 import torch
 
 from runtime.contract import METADATA, Manifest, TensorSpec
@@ -57,6 +59,7 @@ def to_onnx(graph: LabelsToIntensity, manifest: Manifest, path: Path) -> None:
         finally:
             quiet.setLevel(level)
     assert program is not None
+    onnxscript.optimizer.optimize(program.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)  # large weights too
     model = program.model_proto
     name_nodes(model.graph)
     onnx.helper.set_model_props(model, {METADATA: manifest.statement()})

@@ -18,8 +18,8 @@ from .randomness import CaseRandom
 class Slot:
     """Pooled tensors of N = the engine's own batch on a canvas of `size` (H, W), kept from volume to volume.
 
-    `start` fills them and sets the engine to work; `fetch` waits for it, the first time, and puts a slice back on the mask's
-    grid. `close` waits for the work before the memory goes back, and may come from any thread at any time.
+    `start` fills them and sets the engine to work, `working` until it was waited for; `fetch` waits for it, the first time, and puts
+    a slice back on the mask's grid. `close` waits for the work before the memory goes back, and may come from any thread at any time.
     """
 
     def __init__(self, engine: Engine, size: tuple[int, int]):
@@ -28,7 +28,7 @@ class Slot:
         self._lock = threading.Lock()
         self._buffers: list[Buffer] = []
         self._stream: Stream | None = engine.open_stream()
-        self._first, self._working = 0, False
+        self._first, self.working = 0, False
         names = {"N": engine.spec.batch, "H": size[0], "W": size[1]}
         try:
             tensors = {
@@ -51,16 +51,18 @@ class Slot:
                     self._inputs["noise"][n] = random.noise(k, grid.size)
             if "style" in self._inputs:
                 self._inputs["style"][...] = random.style(self._inputs["style"].shape[1])
-            self._first, self._working = ks.start, True
+            self._first, self.working = ks.start, True
             self._engine.run(self._inputs, self._out, stream=stream)
+
+    def wait(self) -> None:
+        """Until the engine is done; raises what went wrong there."""
+        with self._lock:
+            self._wait()
 
     def fetch(self, grid: SliceGrid, k: int, hu: NDArray[np.int16], outside: int) -> None:
         """Put slice k, painted, on the mask's own grid into `hu`."""
         with self._lock:
-            stream = self._live
-            if self._working:
-                self._working = False
-                stream.synchronize()
+            self._wait()
             hu[...] = grid.back(self._out.view("<i2")[k - self._first, :, :, 0], outside)
 
     def close(self) -> None:
@@ -70,6 +72,12 @@ class Slot:
                 stream.close()
             for buffer in self._buffers:
                 buffer.close()
+
+    def _wait(self) -> None:
+        stream = self._live
+        if self.working:
+            self.working = False
+            stream.synchronize()
 
     @property
     def _live(self) -> Stream:

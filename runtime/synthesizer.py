@@ -158,13 +158,18 @@ class Synthesizer:
                         hu = np.empty((min(self._batch, grid.count - start), *plane), np.int16)
 
     def _painted(self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom) -> Generator[tuple[Slot, range]]:
-        """Each group of slices with the slot that holds it, in order; the engine works on the next ones meanwhile."""
+        """Each group of slices with the slot that holds it, in order; the engine works on the next ones meanwhile.
+
+        Half of the slots are waited for at once: to wake for each would interrupt, every time, a core that computes.
+        """
         slots = self._borrow(grid.size)
         batch, k = self._engine.spec.batch, 0
         free, busy = deque(slots), deque[tuple[Slot, range]]()
         try:
             while k < grid.count or busy:
                 if not free or k == grid.count:
+                    if busy[0][0].working:
+                        busy[(len(busy) - 1) // 2][0].wait()
                     yield busy[0]
                     free.append(busy.popleft()[0])
                     continue
@@ -185,7 +190,7 @@ class Synthesizer:
             self._idle += [slot for slot in slots if slot in self._slots]
 
     def _borrow(self, size: tuple[int, int]) -> list[Slot]:
-        """Slots for a canvas of `size`: idle ones, then new ones; idle ones of another size make room first."""
+        """Slots for a canvas of `size`: idle ones, then new ones, as many as there is memory for; idle ones of another size make room first."""
         with self._lock:
             engine = self._live
             if self._released and self._again is not None:
@@ -200,6 +205,9 @@ class Synthesizer:
             try:
                 while len(slots) < engine.spec.streams:
                     slots.append(Slot(engine, size))
+            except MemoryCapExceeded:
+                if not slots:
+                    raise
             except BaseException:
                 for slot in slots:
                     slot.close()

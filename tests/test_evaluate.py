@@ -158,6 +158,23 @@ def test_only_slices_that_follow_each_other_in_the_volume_are_compared() -> None
     assert evaluate([painted], [ct], [mask], ["heart"])["body"]["z_difference"] > 50
 
 
+def test_a_step_in_one_place_does_not_stand_in_for_one_that_is_missing_in_another() -> None:
+    ct, mask = thorax((4, 64, 64))
+    true, painted = ct.copy(), ct.copy()
+    true[1::2, 20:24, 30:34] += 60  # the true steps are here, the painted ones as large elsewhere
+    painted[1::2, 40:44, 30:34] += 60
+    found = evaluate([painted], [true], [mask], ["heart"])["body"]
+    inside = int(body_mask(true)[0].sum())
+    assert found["z_difference"] == 0 and found["z_error"] == pytest.approx(60 * 32 / inside, rel=0.01)
+    rising, falling = ct.copy(), ct.copy()
+    rising[2:] += 10
+    falling[2:] -= 10
+    found = evaluate([falling], [rising], [mask], ["heart"])["body"]  # up is not down
+    assert found["z_difference"] == 0 and found["z_error"] == pytest.approx(20 / 3, rel=0.01)
+    apart = evaluate([painted], [true], [mask], ["heart"], [np.array([0, 2, 4, 6])])["body"]
+    assert apart["z_error"] is None  # nothing follows anything
+
+
 def test_an_outline_that_flickers_is_counted_in_pixels() -> None:
     ct, mask = thorax((4, 64, 64))
     painted = ct.copy()

@@ -45,7 +45,7 @@ def test_no_patient_or_path_reaches_the_model(model: Path, cohort: Path) -> None
 # What TensorRT's parser documents (onnx-tensorrt, docs/operators.md) of what our networks are made of
 PARSED = {
     "Add", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Conv", "ConvTranspose", "DepthToSpace", "Div", "Equal", "Floor", "Gather",
-    "Gemm", "LeakyRelu", "Less", "Mul", "ReduceSum", "Relu", "Reshape", "Resize", "Round", "Shape", "Sigmoid", "Slice", "Split", "Sub",
+    "Gemm", "LeakyRelu", "Less", "MatMul", "Mul", "ReduceSum", "Relu", "Reshape", "Resize", "Round", "Shape", "Sigmoid", "Slice", "Split", "Sub",
     "Transpose", "Unsqueeze", "Where",
 }  # fmt: skip
 ONNX = onnx.TensorProto

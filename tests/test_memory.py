@@ -136,6 +136,16 @@ def test_another_canvas_takes_the_memory_of_the_last_one() -> None:
             synth.paint(large)
 
 
+def test_a_cap_that_holds_one_slice_at_a_time_changes_no_byte() -> None:
+    manifest = fake_manifest()
+    with Synthesizer(manifest, FakeEngine(manifest)) as synth:
+        want = synth.paint(volume(7))
+        slots, in_use = synth._engine.spec.streams, synth.memory()["host"].peak
+    with Synthesizer(manifest, FakeEngine(manifest, options=EngineOptions(max_memory=in_use // slots))) as synth:
+        assert np.array_equal(synth.paint(volume(7)), want)
+        assert synth.memory()["host"].in_use == in_use // slots
+
+
 def test_an_abandoned_stream_gives_its_memory_back() -> None:
     manifest = fake_manifest()
     with Synthesizer(manifest, FakeEngine(manifest), batch=2) as synth:

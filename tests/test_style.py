@@ -52,6 +52,16 @@ def test_styles_are_the_cohorts_principal_components_of_unit_variance() -> None:
     assert np.allclose(patient_styles(lost, 2)[0][3], 0, atol=1e-5)  # nothing known: the mean patient
 
 
+def test_a_draw_reaches_as_far_beyond_the_cohort_as_its_spread_says() -> None:
+    medians = np.random.default_rng(0).normal((400, 300, 100), (60, 40, 5), (40, 3))
+    (styles, effects), (wide, reach) = (patient_styles(medians, 3, spread) for spread in (1, 1.5))
+    assert np.allclose(wide, styles / 1.5, atol=1e-5) and np.allclose(
+        wide @ reach, styles @ effects, atol=0.01
+    )  # patients are who they were
+    drawn = np.random.default_rng(1).standard_normal((20000, 3)) @ reach
+    assert np.allclose(drawn.std(0), 1.5 * medians.std(0), rtol=0.03)
+
+
 def test_more_style_than_the_patients_differ_in_is_refused_with_the_number() -> None:
     medians = np.outer([1.0, 2, 4], [10, 20, 30])
     with pytest.raises(UsageError, match=r"generator\.style is 2.*in 1 dimension") as caught:

@@ -101,6 +101,7 @@ class GeneratorConfig:
     textures: Whole = 0  # learned noise filters; 0: the network takes no noise
     texture_kernel: Count = 7  # their side in pixels, odd
     style: Whole = 0  # S, numbers in a style (train/style.py); 0: the network takes no style
+    style_spread: Positive = 1.5  # deviations of the cohort that a style of 1 stands for: how widely variants differ
 
 
 @dataclass(frozen=True)
@@ -183,6 +184,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.name.strip() or Path(self.name).name != self.name or not self.name.isprintable():
             raise wrong("name", self.name, "a plain name, as of a folder")
+        if self.generator.kind == "edge" and self.generator.depth < 2:
+            raise wrong("generator.depth", self.generator.depth, "at least 2 for edge, whose image is made in 4x4 blocks")
         divisor, patch = 2**self.generator.depth, self.discriminator.patch_size
         if any(side % divisor for side in self.data.canvas):
             raise wrong("data.canvas", list(self.data.canvas), f"multiples of {divisor} = 2**generator.depth", "change one of the two")

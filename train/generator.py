@@ -13,8 +13,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from .stages import KINDS, WIDEST, Modulation
+from .stages import KINDS, WIDEST, BlockConv2d, Modulation, joined
 
 FAINT = 0.02  # the texture's amplitude at the start, against what initialisation would give
 NOISE_MEAN, NOISE_SD = 127.5, 73.9  # of a uniform byte
@@ -41,13 +42,18 @@ class Texture(nn.Module):
     Linear in the noise, so what the network learns is the spectrum and the local amplitude of the texture.
     """
 
-    def __init__(self, textures: int, kernel: int):
+    def __init__(self, textures: int, kernel: int, block: int):
         super().__init__()
-        self.filters = nn.Conv2d(1, textures, kernel, padding=kernel // 2, bias=False)
+        self.textures, self.block = textures, block
+        self.filters = BlockConv2d(1, textures, kernel, block, bias=False)
 
     def forward(self, amplitudes: Tensor, noise: Tensor) -> Tensor:
-        """`amplitudes` (N, K, H, W), `noise` (N, 1, H, W) → (N, 1, H, W)."""
-        return (amplitudes * self.filters(noise)).sum(1, keepdim=True)
+        """`amplitudes` (N, K * block², H / block, W / block), `noise` (N, 1, H, W) → (N, block², H / block, W / block)."""
+        shaped = amplitudes * self.filters(noise)
+        if self.block == 1:
+            return shaped.sum(1, keepdim=True)
+        alike = torch.eye(self.block**2, dtype=shaped.dtype, device=shaped.device).repeat(self.textures, 1)
+        return (shaped.permute(0, 2, 3, 1) @ alike).permute(0, 3, 1, 2)  # the sum over k, as what takes channels in any layout
 
 
 class Generator(nn.Module):
@@ -73,7 +79,7 @@ class Generator(nn.Module):
         if self.contrast is not None:
             nn.init.zeros_(self.contrast.weight)
         if self.noisy:
-            self.texture = Texture(textures, texture_kernel)
+            self.texture = Texture(textures, texture_kernel, top.block)
 
     def forward(self, condition: Tensor, noise: Tensor | None = None, style: Tensor | None = None) -> Tensor:
         """Image float (N, 1, H, W) in [0, 1], from float `condition` (N, channels, H, W), `noise` (N, 1, H, W), `style` (N, S).
@@ -88,28 +94,37 @@ class Generator(nn.Module):
         From the logits on all is FP32, in whatever precision the stages compute: a sigmoid near 1 has steps of 1 HU in FP16.
         """
         base, amplitudes = self.logits(condition, style)
-        base = base.float()
-        smooth = torch.sigmoid(base)
+        base, contrast = base.float(), self._contrast(condition, style)
+        smooth = self._image(base, contrast)
         if noise is None or amplitudes is None:
             return smooth, smooth
-        return smooth, torch.sigmoid(base + self.texture(amplitudes.float(), noise))
+        return smooth, self._image(base + self.texture(amplitudes.float(), noise), contrast)
 
     def logits(self, condition: Tensor, style: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """What the output activation gets without noise (N, 1, H, W), and the texture's amplitude maps (N, K, H, W) if any."""
+        """What the output activation gets without noise and contrast, and the texture's amplitude maps if any, both with the top's
+        blocks as channels: (N, block², H / block, W / block) and (N, K * block², H / block, W / block).
+        """
         x, kept = condition, []
         for stage in self.encoder:
             x = stage(x)
             kept.append(x)
+        parts = [x]
         for n, (stage, skip) in enumerate(zip(self.decoder, reversed(kept[:-1]), strict=True)):
-            x = stage(x)
+            x = stage(joined(parts))
             if self.style:
                 x = self.modulations[n](x, style)
-            if self.skips:
-                x = torch.cat([x, skip], 1)
-        base, amplitudes = self.top(x, condition, style)
-        if self.contrast is not None and style is not None:
-            base = base + (condition * self.contrast(style)[:, :, None, None]).sum(1, keepdim=True)
+            parts = [x, skip] if self.skips else [x]
+        base, amplitudes = self.top(parts, condition, style)
         return base, amplitudes
+
+    def _contrast(self, condition: Tensor, style: Tensor | None) -> Tensor | None:
+        if self.contrast is None or style is None:
+            return None
+        return (condition * self.contrast(style)[:, :, None, None]).sum(1, keepdim=True)
+
+    def _image(self, logits: Tensor, contrast: Tensor | None) -> Tensor:
+        whole = functional.pixel_shuffle(logits, self.top.block) if self.top.block > 1 else logits
+        return torch.sigmoid(whole if contrast is None else whole + contrast)
 
 
 def initialise(modules: Sequence[nn.Module]) -> None:

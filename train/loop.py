@@ -115,7 +115,8 @@ class Training:
                                  remedy="go on with the version that wrote it, or start anew in another --output", file=resume_from) from exc  # fmt: skip
         t, intensity = config.training, configs.intensity(config)
         self.batches = dataset.Batches(cohort.train, t.batch_size, t.seed, intensity, ranks.rank, ranks.world)
-        self.styles = Styles(cohort.train, self.step.classes, config.generator.style, t.seed, intensity) if config.generator.style else None
+        g = config.generator
+        self.styles = Styles(cohort.train, self.step.classes, g.style, t.seed, intensity, g.style_spread) if g.style else None
         self.validation = Validation(cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed)
         self.metrics: dict[str, Any] | None = None
         self.watch = Watch(folder, t.collapse_steps if config.loss.adversarial else 0)

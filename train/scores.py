@@ -17,7 +17,7 @@ from scipy import ndimage
 from runtime.contract import Intensity, LabelTable
 
 from . import metrics
-from .metrics import LEAST_VOXELS, LIMITS_HU, Places, outline_step, similarity, wasserstein, z_difference
+from .metrics import LEAST_VOXELS, LIMITS_HU, Places, outline_step, similarity, wasserstein, z_difference, z_error
 
 HU = Intensity("HU", *map(int, LIMITS_HU))
 BODY_HU = -500  # between air and fat
@@ -65,7 +65,7 @@ def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArra
 
 def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int, places: Places | None = None) -> dict[str, float] | None:
     """Median, interquartile range and texture of one organ, painted and true, over all cases' voxels, and the distances of their HU
-    (`wasserstein`) and of their steps from slice to slice (`z_difference`: `metrics.z_difference`).
+    (`wasserstein`) and of their steps from slice to slice (`metrics.z_difference`, `metrics.z_error`).
     """
     inside = [mask == index for mask in masks]
     voxels = sum(int(m.sum()) for m in inside)
@@ -77,7 +77,7 @@ def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int, places
     return _plain(
         voxels=voxels, median=median, median_true=true_median, median_error=median - true_median, iqr=q3 - q1, iqr_true=t3 - t1,
         wasserstein=wasserstein(painted, true), texture=sd, texture_true=true_sd, texture_ratio=sd / true_sd if true_sd else float("nan"),
-        z_difference=z_difference((synthetic, truth), (inside, inside), (places, places)),
+        z_difference=z_difference((synthetic, truth), (inside, inside), (places, places)), z_error=z_error(synthetic, truth, inside, places),
     )  # fmt: skip
 
 
@@ -86,7 +86,8 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int, place
     """Mean absolute error inside the true body, and its ratio to that of mean painting (None without a body).
 
     Mean painting gives every label, and the rest of the body, its own true mean in that case. `z_difference`: the distance in HU
-    between the painted and the true distribution of |I(z+1) - I(z)|. `outline_step`: see `metrics.outline_step`.
+    between the painted and the true distribution of |I(z+1) - I(z)|; `z_error`: between steps in the same place. `outline_step`: see
+    `metrics.outline_step`.
     """
     error = baseline = 0.0
     voxels = 0
@@ -106,6 +107,7 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int, place
         mae_mean_painting=baseline / voxels,
         mae_ratio=error / baseline if baseline else float("nan"),
         z_difference=z_difference((synthetic, truth), (insides, insides), (places, places)),
+        z_error=z_error(synthetic, truth, insides, places),
         outline_step=outline_step([body_mask(painted) for painted in synthetic], places),
         outline_step_true=outline_step(insides, places),
     )
@@ -176,7 +178,9 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
         ratio = "" if b["mae_ratio"] is None else f", ratio {b['mae_ratio']:.3f}"
         rows.append(f"body: MAE {b['mae']:.1f} {unit}, mean painting {b['mae_mean_painting']:.1f} {unit}{ratio}")
         if b["z_difference"] is not None:
-            rows.append(f"body: distance of |I(z+1) - I(z)| {b['z_difference']:.1f} {unit}")
+            rows.append(
+                f"body: distance of |I(z+1) - I(z)| {b['z_difference']:.1f} {unit}, from the true one in its place {b['z_error']:.1f} {unit}"
+            )
         if b["outline_step"] is not None:
             rows.append(f"body: outline moves by {b['outline_step']:.0f} px from slice to slice, true {b['outline_step_true']:.0f}")
     if found := result.get("similarity"):

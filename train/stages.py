@@ -5,7 +5,7 @@ Batch normalisation only: it folds into the convolutions at export and survives 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,9 +17,57 @@ BN_MOMENTUM = 0.2  # 0.8 in Keras' convention
 LEAK = 0.2
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """`parts` (N, C, H, W) side by side as channels."""
+    return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
+
+
 def same_conv4(channels_in: int, channels_out: int) -> nn.Sequential:
     """4x4 convolution, stride 1, padded to the same size as Keras does: one pixel before, two after."""
     return nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(channels_in, channels_out, 4))
+
+
+class BlockConv2d(nn.Conv2d):
+    """`pixel_unshuffle(convolution, block)` as one convolution of stride `block`: what would be a few channels at every pixel, which
+    leave most of a vector register empty, are many at fewer pixels. Its kernel, odd and padded to the same size, is tried at each place.
+    """
+
+    def __init__(self, channels_in: int, channels_out: int, kernel: int, block: int, *, bias: bool = True):
+        super().__init__(channels_in, channels_out, kernel, padding=kernel // 2, bias=bias)
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → (N, F * block², H / block, W / block), channel f * block² + i * block + j."""
+        last = self.block - 1
+        places = [functional.pad(self.weight, (j, last - j, i, last - i)) for i in range(self.block) for j in range(self.block)]
+        bias = None if self.bias is None else self.bias.repeat_interleave(len(places))
+        return functional.conv2d(x, torch.stack(places, 1).flatten(0, 1), bias, self.block, self.padding)
+
+
+class JoinConv2d(nn.Conv2d):
+    """A 1x1 convolution of `cat([*parts, pixel_unshuffle(condition, 2)], 1)` as a sum of convolutions of each: nothing is copied
+    together, and what is 1x1 on the condition's 2x2 blocks is 2x2 of stride 2 on the condition.
+    """
+
+    def forward(self, condition: Tensor, *parts: Tensor) -> Tensor:
+        """`condition` (N, C, H, W), `parts` (N, C', H / 2, W / 2) → (N, F, H / 2, W / 2)."""
+        start = self.in_channels - 4 * condition.shape[1]
+        x = functional.conv2d(condition, self.weight[:, start:].reshape(self.out_channels, -1, 2, 2), self.bias, 2)
+        for part in reversed(parts):
+            stop, start = start, start - part.shape[1]
+            x = x + functional.conv2d(part, self.weight[:, start:stop])
+        return x
+
+
+class Join(nn.Sequential):
+    """Layers of which the first takes several tensors."""
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        first, *others = self
+        x: Tensor = first(*inputs)
+        for layer in others:
+            x = layer(x)
+        return x
 
 
 class Modulation(nn.Module):
@@ -45,12 +93,15 @@ class Modulation(nn.Module):
 class TopReference(nn.Module):
     """From half resolution to the image, as the original does: a transposed convolution to one channel, a convolution."""
 
+    block = 1
+
     def __init__(self, width: int, channels: int, filters: int, textures: int, style: int):
         super().__init__()
         self.image = nn.Sequential(nn.ConvTranspose2d(width, 1, 4, 2, 1), same_conv4(1, 1))
         self.amplitudes = nn.ConvTranspose2d(width, textures, 4, 2, 1) if textures else None
 
-    def forward(self, x: Tensor, condition: Tensor, style: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def forward(self, parts: Sequence[Tensor], condition: Tensor, style: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        x = joined(parts)
         return self.image(x), self.amplitudes(x) if self.amplitudes is not None else None
 
 
@@ -59,6 +110,8 @@ class TopUnet(nn.Module):
     through the stages. Pixels are repeated, not deconvolved: a transposed convolution treats odd and even pixels apart,
     which shows as a checkerboard.
     """
+
+    block = 1
 
     def __init__(self, width: int, channels: int, filters: int, textures: int, style: int):
         super().__init__()
@@ -69,8 +122,8 @@ class TopUnet(nn.Module):
         self.image = nn.Conv2d(features, 1, 3, padding=1)
         self.amplitudes = nn.Conv2d(features, textures, 1) if textures else None
 
-    def forward(self, x: Tensor, condition: Tensor, style: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        full = self.join(torch.cat([self.up(x), condition], 1))
+    def forward(self, parts: Sequence[Tensor], condition: Tensor, style: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        full = self.join(torch.cat([self.up(joined(parts)), condition], 1))
         if self.modulation is not None:
             full = self.modulation(full, style)
         return self.image(full), self.amplitudes(full) if self.amplitudes is not None else None
@@ -81,19 +134,20 @@ class TopEdge(nn.Module):
     2x2 blocks as channels, so that edges stay where they are, and the image leaves as 2x2 blocks too (Shi et al., CVPR 2016).
     """
 
+    block = 2
+
     def __init__(self, width: int, channels: int, filters: int, textures: int, style: int):
         super().__init__()
-        self.join = nn.Sequential(*_separable(width + 4 * channels, filters))
+        self.join = Join(*_separable(width + 4 * channels, filters, JoinConv2d))
         self.modulation = Modulation(style, filters) if style else None
-        self.image = nn.Conv2d(filters, 4, 3, padding=1)
+        self.image = BlockConv2d(filters, 4, 3, 2)
         self.amplitudes = nn.Conv2d(filters, 4 * textures, 1) if textures else None
 
-    def forward(self, x: Tensor, condition: Tensor, style: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        half = self.join(torch.cat([x, functional.pixel_unshuffle(condition, 2)], 1))
+    def forward(self, parts: Sequence[Tensor], condition: Tensor, style: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        half = self.join(condition, *parts)
         if self.modulation is not None:
             half = self.modulation(half, style)
-        image = functional.pixel_shuffle(self.image(half), 2)
-        return image, functional.pixel_shuffle(self.amplitudes(half), 2) if self.amplitudes is not None else None
+        return functional.pixel_shuffle(self.image(half), 2), self.amplitudes(half) if self.amplitudes is not None else None
 
 
 def _down(channels_in: int, channels_out: int, *, first: bool) -> nn.Sequential:
@@ -123,9 +177,9 @@ def _conv3(channels_in: int, channels_out: int) -> list[nn.Module]:
     return [nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False), nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM), nn.ReLU()]
 
 
-def _separable(channels_in: int, channels_out: int) -> list[nn.Module]:
+def _separable(channels_in: int, channels_out: int, mixer: type[nn.Conv2d] = nn.Conv2d) -> list[nn.Module]:
     """1x1, then 3x3 for each channel alone (Howard et al., "MobileNets", 2017): about 1/9 of a 3x3 convolution's work."""
-    mix = nn.Conv2d(channels_in, channels_out, 1, bias=False)
+    mix = mixer(channels_in, channels_out, 1, bias=False)
     spread = nn.Conv2d(channels_out, channels_out, 3, padding=1, groups=channels_out, bias=False)
     norms = [nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM) for _ in range(2)]
     return [mix, norms[0], nn.ReLU(), spread, norms[1], nn.ReLU()]

@@ -1,8 +1,9 @@
 """What differs between patients though their masks agree, as a vector: the style that the generator is given.
 
 Contrast timing, dose and the like show in the organs' intensities, the patient's build in the outline of the body about them, and
-both are known while training. A patient's style is these numbers as principal components of the cohort, each scaled to unit
-variance: the style of a patient that was never seen is a draw from N(0, 1). There is no encoder to train, and nothing to keep from
+both are known while training. A patient's style is these numbers as principal components of the cohort, each scaled to a deviation of
+1 / `spread`: the style of a patient that was never seen is a draw from N(0, 1), which reaches `spread` times as far as the cohort
+(docs/decisions/0027-styles-reach-further-than-the-cohort.md). There is no encoder to train, and nothing to keep from
 being ignored: the reconstruction loss itself rewards the network for using the style (docs/decisions/0007-what-a-style-means.md).
 
 A few dozen patients could be told by their masks instead. So every training slice is moved to a style of its own near its patient's:
@@ -66,10 +67,10 @@ def outlines(patients: Sequence[Slices]) -> tuple[NDArray[np.float64], NDArray[n
     return logs, centres
 
 
-def patient_styles(table: NDArray[np.float64], size: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def patient_styles(table: NDArray[np.float64], size: int, spread: float = 1.0) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Medians `table` (patients, organs), NaN where unknown → styles (patients, size), and what they do (size, organs).
 
-    Styles are the scores of the first `size` principal components: zero mean, unit variance, uncorrelated. table is about its
+    Styles are the scores of the first `size` principal components: zero mean, deviation 1 / `spread`, uncorrelated. table is about its
     mean + styles @ what they do. An unknown median counts as the cohort's mean. Raises `UsageError` when the patients differ in fewer
     dimensions.
     """
@@ -80,7 +81,7 @@ def patient_styles(table: NDArray[np.float64], size: int) -> tuple[NDArray[np.fl
         raise UsageError(f"generator.style is {size}, but the organs and outlines of the {len(table)} training patients differ in {dimensions} dimension(s)",
                          expected="at most that many", remedy=f"set generator.style={dimensions}, or add patients")  # fmt: skip
     signs = np.sign(axes[np.arange(size), np.abs(axes[:size]).argmax(1)])  # which sign comes out is LAPACK's whim
-    scale = np.sqrt(len(table))
+    scale = np.sqrt(len(table)) / spread
     effects = (signs * deviations[:size] / scale)[:, None] * axes[:size]
     return (scores[:, :size] * signs * scale).astype(np.float32), effects.astype(np.float32)
 
@@ -96,15 +97,15 @@ class Moves(NamedTuple):
 
 
 class Styles:
-    """The training slices' styles. `train`: the patients, in the order of `Batches`; `size`: S, at least 1."""
+    """The training slices' styles. `train`: the patients, in the order of `Batches`; `size`: S, at least 1; `spread`: see `patient_styles`."""
 
-    def __init__(self, train: Sequence[Slices], classes: int, size: int, seed: int, intensity: Intensity):
+    def __init__(self, train: Sequence[Slices], classes: int, size: int, seed: int, intensity: Intensity, spread: float = 1.0):
         table = organ_medians(train, classes)
         logs, centres = outlines(train)
         if intensity.unit != "HU":  # where the body ends is not known
             logs[:] = 0
         scale = _deviation(table) / _deviation(logs)  # outlines count as much as organs
-        styles, effects = patient_styles(np.concatenate([table, scale * logs], 1), size)
+        styles, effects = patient_styles(np.concatenate([table, scale * logs], 1), size, spread)
         lengths = [len(p) for p in train]
         self._of_slice, self._centres = np.repeat(styles, lengths, 0), np.repeat(centres, lengths, 0)
         self._shifts = np.pad(effects[:, :-DIRECTIONS], ((0, 0), (1, 0))) / np.float32(

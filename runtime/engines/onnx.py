@@ -43,7 +43,7 @@ class OnnxEngine(HostEngine):
                              remedy="export the run again", file=path) from exc  # fmt: skip
         inputs = {i.name: DTYPES.get(i.type) for i in self._session.get_inputs()}
         check_graph(manifest, inputs, self._session.get_modelmeta().custom_metadata_map.get(METADATA), path)
-        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.workers + 1)
+        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.streams)
         self.name = f"onnxruntime {ort.__version__} on CPU, {path.name}"
 
     def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:

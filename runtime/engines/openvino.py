@@ -58,7 +58,7 @@ class OpenVinoEngine(HostEngine):
             "NUM_STREAMS": self.workers,  # as many slices at once, each on a thread of its own
             "ENABLE_CPU_PINNING": False,  # several processes on one machine would pin to the same cores
         }
-        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.workers + 1)
+        self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.streams)
         self.name = f"openvino {ov.get_version().split('-')[0]} on CPU, {path.name}"
         self._canvas, self._compiling = manifest.grid.canvas, threading.Lock()
         self._requests: dict[tuple[int, int] | None, SimpleQueue[Any]] = {}  # canvas (None: any other) → the idle ones
