@@ -80,7 +80,12 @@ def measure(model: Path, size: str, format: str) -> Costs:
     depth, height, width = volume.labels.shape
     grid, random = SliceGrid(manifest.grid, volume.geometry, (depth, height, width), volume.labels), CaseRandom(0, volume.digest, 0)
     ct, writer = some_ct(volume), FORMATS[format](DEFAULT_OPTIONS)
-    painted = some_ct(mask((1, *grid.size), len(manifest.labels)))[0]
+    painted, plane = some_ct(mask((1, *grid.size), len(manifest.labels)))[0], ct[0].copy()
+
+    def back() -> None:
+        for _ in range(depth):
+            grid.back(painted, plane, manifest.intensity.low)
+
     with tempfile.TemporaryDirectory() as folder:
         import SimpleITK as sitk
 
@@ -92,7 +97,7 @@ def measure(model: Path, size: str, format: str) -> Costs:
             "read .nii.gz": _seconds(lambda: read_case(find_cases([source])[0], manifest.labels)) / depth,
             "to the model's grid": _seconds(lambda: [grid.labels(volume.labels, k) for k in range(depth)]) / depth,
             "noise": _seconds(lambda: [random.noise(k, grid.size) for k in range(depth)]) / depth if manifest.noise else 0.0,
-            "back to the mask's grid": _seconds(lambda: [grid.back(painted, -1024) for _ in range(depth)]) / depth,
+            "back to the mask's grid": _seconds(back) / depth,
             f"write {format}": _seconds(lambda: writer.write(out, painting, slabs_of(ct))) / depth,
         }
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

@@ -20,6 +20,7 @@ from .contract import GridPolicy
 from .errors import GeometryError
 from .volume import Geometry
 
+ROWS_AT_ONCE = 64  # of the mask's: what is between stays in the core's cache, and is too small to be asked of the system anew each time
 MOST_GROWTH = 64  # times the canvas' area; larger is taken for a wrong unit
 Taps = tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]  # lower index, upper index, weight of the upper
 
@@ -90,21 +91,24 @@ class SliceGrid:
         out[~self._from_mask] = outside
         return out
 
-    def back(self, ct: NDArray[np.int16], outside: int) -> NDArray[np.int16]:
-        """A painted canvas, int16 (H, W), on the mask's own grid: int16, the volume's slice in its own axis order, linear.
+    def back(self, ct: NDArray[np.int16], out: NDArray[np.int16], outside: int) -> None:
+        """Put a painted canvas, int16 (H, W), on the mask's own grid into `out`: int16, a slice of the volume in its own axis order, linear.
 
         Voxels beyond the canvas are `outside`.
         """
-        rows, columns = self._to_mask
-        if rows[2].any() or columns[2].any():
-            plane = _lerp(_lerp(ct.astype(np.float32), rows, 0), columns, 1)
-            out = np.rint(plane, out=plane).astype(np.int16)
+        out = (out.T if self._transpose else out)[self._flip]
+        (low, high, weight), columns = self._to_mask
+        if weight.any() or columns[2].any():
+            for start in range(0, len(low), ROWS_AT_ONCE):
+                rows = slice(start, start + ROWS_AT_ONCE)
+                first, last = low[rows][0], high[rows][-1]
+                plane = _lerp(ct[first : last + 1].astype(np.float32), columns, 1)
+                plane = _lerp(plane, (low[rows] - first, high[rows] - first, weight[rows]), 0)
+                out[rows] = np.rint(plane, out=plane)
         else:  # every pixel of the mask lies on a pixel of the canvas
-            out = ct[np.ix_(rows[0], columns[0])]
+            out[...] = ct[np.ix_(low, columns[0])]
         if not self.covers:
             out[~self._from_canvas] = outside
-        out = out[self._flip]
-        return out.T if self._transpose else out
 
     def _spans(self, labels: NDArray[np.uint8]) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
         """First and last row, and column, that hold a label in any slice."""

@@ -63,7 +63,7 @@ class Slot:
         """Put slice k, painted, on the mask's own grid into `hu`."""
         with self._lock:
             self._wait()
-            hu[...] = grid.back(self._out.view("<i2")[k - self._first, :, :, 0], outside)
+            grid.back(self._out.view("<i2")[k - self._first, :, :, 0], hu, outside)
 
     def close(self) -> None:
         with self._lock:

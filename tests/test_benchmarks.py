@@ -10,12 +10,13 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks import agree, bars, engine, libraries, macs, models, report, roof
+from benchmarks import agree, bars, coldstart, engine, libraries, macs, models, report, roof, stream
 from benchmarks.gpu import contenders as gpu
 from benchmarks.history import load
 from benchmarks.paired import Contender, Measured, Ready
 from benchmarks.roof import ROOF, beside, shares
 from runtime import Synthesizer
+from runtime.contract import Manifest
 from runtime.driver import why_no_gpu
 from runtime.errors import MissingComponent, UsageError
 
@@ -181,6 +182,17 @@ def test_every_suite_is_named_in_the_help(command) -> None:
     assert all(suite in told for suite in ("engine", "stream", "memory", "coldstart", "io", "train", "commands"))
     done = command("benchmarks/run.py", "nonsense")
     assert done.returncode == 2 and "invalid choice" in done.stderr
+
+
+def test_a_cold_start_ends_with_the_first_slab_and_not_with_the_file(fake_model: Path, tmp_path: Path) -> None:
+    mask = stream.write_mask(tmp_path / "mask.nii.gz", Manifest.load(fake_model), (24, 32, 32))
+    given = {"model": str(fake_model), "backend": "fake"}
+    ready = coldstart.start("written", **given, mask=str(mask), output=str(tmp_path / "out"))
+    assert ready.run() == 1 and [*ready.facts["seconds"]] == ["import", "first written slab"]
+    assert [file.suffix for file in (tmp_path / "out").iterdir() if "_ct" in file.name] == [".gz"]  # begun,
+    assert not (tmp_path / "out" / "mask_ct.nii.gz").exists()  # and not ended
+    painted = coldstart.start("painted", **given)
+    assert painted.run() == 1 and min(painted.facts["seconds"].values()) > 0
 
 
 @pytest.mark.slow

@@ -113,6 +113,15 @@ def test_a_qform_near_a_half_turn_agrees_with_the_sform_or_is_not_stated(angle: 
         assert np.abs((header.get_qform() - header.get_sform()) @ [7, 7, 299, 1]).max() <= 2e-4
 
 
+def on_the_mask(grid: SliceGrid, ct: np.ndarray, shape: tuple[int, ...], outside: int = 0) -> np.ndarray:
+    """`ct` back on a slice of `shape`, of which every voxel has to be filled."""
+    slices = [np.full(shape, filled, np.int16) for filled in (-30000, 30000)]
+    for out in slices:
+        grid.back(ct, out, outside)
+    assert np.array_equal(*slices)
+    return slices[0]
+
+
 def test_a_linear_ramp_survives_the_way_to_the_canvas_and_back() -> None:
     """Linear interpolation is exact on a ramp in mm, whatever the two spacings."""
     shape, spacing = (3, 40, 52), (1.3, 0.9, 2.0)
@@ -121,16 +130,38 @@ def test_a_linear_ramp_survives_the_way_to_the_canvas_and_back() -> None:
     ramp = (3 * x - 5 * y).astype(np.float32)
     grid = SliceGrid(GridPolicy((32, 48), (2.1, 1.7), 16), g, shape)
     canvas = grid.image(np.broadcast_to(ramp, shape), 1, outside=0.0)
-    back = grid.back(np.rint(canvas).astype(np.int16), 0)
+    back = on_the_mask(grid, np.rint(canvas).astype(np.int16), shape[1:])
     inner = (slice(3, -3), slice(3, -3))  # beyond the outermost canvas pixels the last value holds
     assert np.abs(back[inner] - ramp[inner]).max() <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("direction", "lies"),
+    [
+        (np.eye(3), lambda ct: ct),
+        (np.diag([-1, 1, -1]), lambda ct: ct[:, ::-1]),
+        (np.diag([1, -1, 1])[:, [1, 0, 2]], lambda ct: ct.T[:, ::-1]),  # the last axis runs from posterior to anterior
+    ],
+)
+def test_a_painted_slice_comes_back_as_bilinear_interpolation_has_it_in_any_orientation(direction: np.ndarray, lies) -> None:
+    """Against double precision, of a slice of several strips of rows, the last of them not whole."""
+    shape, canvas = (1, 150, 150), (48, 64)
+    grid = SliceGrid(GridPolicy(canvas, None, 16), Geometry.from_parts((0, 0, 0), (1, 1, 1), direction.ravel()), shape)
+    ct = np.random.default_rng(0).integers(-1000, 1000, canvas).astype(np.int16)
+    places = [np.clip((np.arange(150) + 0.5) * side / 150 - 0.5, 0, side - 1) for side in canvas]
+    low = [np.minimum(p.astype(int), side - 2) for p, side in zip(places, canvas, strict=True)]
+    weights = [np.stack([1 - (p - n), p - n]) for p, n in zip(places, low, strict=True)]
+    want = sum(
+        weights[0][a][:, None] * weights[1][b] * ct[np.ix_(low[0] + a, low[1] + b)].astype(np.float64) for a in (0, 1) for b in (0, 1)
+    )
+    assert np.abs(on_the_mask(grid, ct, shape[1:]) - lies(want)).max() <= 0.5 + 1e-3
 
 
 def test_equal_spacing_copies_pixels_even_when_sizes_differ_by_an_odd_number() -> None:
     for extent in (31, 32, 33):
         ct = np.arange(2 * extent * extent).reshape(2, extent, extent).astype(np.int16)
         grid = SliceGrid(GridPolicy((64, 64), (1.0, 1.0), 64), Geometry(np.eye(4)), ct.shape)
-        assert np.array_equal(grid.back(grid.image(ct, 1, 0).astype(np.int16), 0), ct[1])
+        assert np.array_equal(on_the_mask(grid, grid.image(ct, 1, 0).astype(np.int16), (extent, extent)), ct[1])
 
 
 def corner_labels(shape: tuple[int, int, int], *places: tuple[int, int]) -> np.ndarray:
@@ -155,7 +186,7 @@ def test_a_slice_larger_than_the_canvas_is_cut_to_it_about_its_labels(places, si
     labels = corner_labels(shape, *places)
     grid = SliceGrid(GridPolicy((32, 32), (1.0, 1.0), 32), Geometry(np.eye(4)), shape, labels)
     assert grid.size == size and not grid.covers
-    painted = grid.back(np.full(size, 7, np.int16), -1024)
+    painted = on_the_mask(grid, np.full(size, 7, np.int16), shape[1:], -1024)
     assert tuple(np.flatnonzero((painted == 7).any(1))[[0, -1]] + [0, 1]) == rows
     assert (painted[labels[0] > 0] == 7).all()  # no label is ever beyond the canvas
     assert ((painted == 7) | (painted == -1024)).all()
@@ -166,7 +197,7 @@ def test_a_slice_smaller_than_the_canvas_lies_in_its_middle_and_one_without_spac
     assert small.size == (64, 64) and small.covers
     marked = np.zeros((64, 64), np.int16)
     marked[28:36, 26:38] = 5
-    assert (small.back(marked, 0) == 5).all()  # 10 x 20 mm: 5 x 10 pixels, with their neighbours
+    assert (on_the_mask(small, marked, (10, 20)) == 5).all()  # 10 x 20 mm: 5 x 10 pixels, with their neighbours
     fitted = SliceGrid(GridPolicy((64, 64), None, 32), Geometry(np.eye(4)), (1, 10, 300))
     assert fitted.size == (64, 64) and fitted.covers
 

@@ -53,7 +53,7 @@ def test_the_edge_generator_needs_a_twelfth_of_the_references_work(slices: int) 
     edge = GeneratorConfig(**load(Path("train/configs/edge.json"))["generator"])
     nets = [
         Generator(8 * slices, kind="reference", filters=64, depth=7, skips=False),
-        Generator(8 * slices, **{k: v for k, v in vars(edge).items() if k not in ("activation", "style")}, style=4),
+        Generator(8 * slices, **{k: v for k, v in vars(edge).items() if not k.startswith(("activation", "style"))}, style=4),
     ]
     work = []
     for net in nets:

@@ -14,6 +14,7 @@ from ..memory import DEFAULT_CAP, HostMemory, HostStream, Pool, PoolStats, Strea
 from .base import EngineOptions, EngineSpec, Inputs, check_call, closed, cores
 
 MOST_WORKERS = 16  # batches at once, unless more are asked for: each has activations of its own
+AHEAD = 4  # batches that wait for a worker when the caller begins to fill more: with fewer, it interrupts the workers more often
 
 
 class WorkerStream(HostStream):
@@ -72,7 +73,7 @@ class HostEngine(ABC):
         options = options or EngineOptions()
         self.pool = Pool(HostMemory(), options.max_memory or DEFAULT_CAP, options.allowance)
         self.workers = options.workers or min(cores(), MOST_WORKERS)
-        self.streams = 2 * (self.workers + 1)  # while one half is emptied and filled, the other keeps every worker busy, and one ahead
+        self.streams = 2 * (self.workers + AHEAD)  # one half is emptied and filled while the other keeps the workers busy
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._closed = False
