@@ -144,13 +144,15 @@ class Quantizer:
                 dim.dim_value = size
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
         shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inferred.value_info}
+        shapes |= {name: list(size) for name, size in self._sizes.items()}
         shapes |= {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
         found = {}
         for node in model.graph.node:
             if node.name in self.layers:
                 read, weights, made = (shapes[name] for name in (node.input[0], node.input[1], node.output[0]))
                 applied = (made if node.op_type == "Conv" else read)[2:]  # at as many places all weights are used
-                found[node.name] = float(np.prod(weights) * np.prod(applied) + MOVED * (np.prod(read) + np.prod(made)))
+                moved = np.prod(read[1:]) + np.prod(made[1:])
+                found[node.name] = float(np.prod(weights) * np.prod(applied) + MOVED * moved)
         return found
 
     def _correct(self, graph: onnx.GraphProto, layers: Set[str]) -> None:

@@ -1,0 +1,87 @@
+"""INT8 on small graphs of known weights: what quantising may change, and which layers it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from export.quantize import Quantizer, quantize
+
+SLICES = 8
+
+
+@pytest.fixture
+def forked(tmp_path: Path) -> Path:
+    """x → wide convolution → ReLU, which two 1x1 convolutions read."""
+    rng = np.random.default_rng(0)
+    weights = {"first": rng.standard_normal((16, 2, 5, 5)), "left": rng.random((4, 16, 1, 1)), "right": rng.standard_normal((4, 16, 1, 1))}
+    nodes = [
+        helper.make_node("Conv", ["x", "first.w"], ["a"], "first", pads=[2] * 4),
+        helper.make_node("Relu", ["a"], ["r"], "relu"),
+        helper.make_node("Conv", ["r", "left.w"], ["left.y"], "left"),
+        helper.make_node("Conv", ["r", "right.w"], ["right.y"], "right"),
+    ]
+    tensors = [numpy_helper.from_array(w.astype(np.float32), f"{name}.w") for name, w in weights.items()]
+    given = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 2, "H", "W"])
+    made = [helper.make_tensor_value_info(f"{name}.y", TensorProto.FLOAT, ["N", 4, "H", "W"]) for name in ("left", "right")]
+    graph = helper.make_graph(nodes, "forked", [given], made, tensors)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "forked.onnx")
+    return tmp_path / "forked.onnx"
+
+
+@pytest.fixture
+def regions() -> dict[str, np.ndarray]:
+    """Flat regions, as one-hot labels give: every pixel of one is rounded the same way."""
+    x = np.zeros((SLICES, 2, 32, 32), np.float32)
+    x[:, 0, :20], x[:, 1, 20:] = 1, 1
+    return {"x": x}
+
+
+def run(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return dict(zip([o.name for o in session.get_outputs()], session.run(None, inputs), strict=True))
+
+
+def test_a_constant_shift_of_a_quantised_layer_is_taken_back(forked: Path, regions, tmp_path: Path) -> None:
+    quantizer = Quantizer(forked, regions)
+    truth, path = run(forked, regions), tmp_path / "int8.onnx"
+    quantizer.write(path, ["first", "right"])
+    painted = run(path, regions)["left.y"]
+    error = painted - truth["left.y"]
+    assert np.abs(error).max() > 1e-4  # it is quantised
+    assert np.abs(error.mean((0, 2, 3))).max() < 1e-4 * np.abs(truth["left.y"]).max()
+
+
+def test_a_layer_left_in_float_reads_what_was_not_quantised_for_another(forked: Path, regions, tmp_path: Path) -> None:
+    path = tmp_path / "int8.onnx"
+    Quantizer(forked, regions).write(path, ["first", "right"])
+    painted, truth = run(path, regions), run(forked, regions)
+    np.testing.assert_allclose(painted["right.y"], truth["right.y"], rtol=0, atol=1e-5)
+    assert np.abs(painted["left.y"] - truth["left.y"]).max() > 1e-4
+
+
+def test_one_hot_labels_are_held_exactly(forked: Path, regions, tmp_path: Path) -> None:
+    path = tmp_path / "int8.onnx"
+    Quantizer(forked, regions).write(path, ["left", "right"])
+    graph = onnx.load(path).graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    (step, zero), = [[constants[name] for name in n.input[1:]] for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "x"]  # fmt: skip
+    assert zero == 0 and step * min(255, np.rint(1 / step)) == pytest.approx(1, abs=1e-4)
+
+
+def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(forked: Path, regions, tmp_path: Path) -> None:
+    """`first` has 50 times the work of `left`; both together are too much, and each alone may be."""
+    harm = {"first": 0.8, "left": 0.9, "right": 0.3}
+
+    def error(path: Path) -> float:
+        floats = {n.name for n in onnx.load(path).graph.node if n.op_type == "Conv" and n.input[1].endswith(".w")}
+        return float(sum(value**2 for name, value in harm.items() if name not in floats) ** 0.5)
+
+    chosen = quantize(forked, tmp_path / "int8.onnx", regions, error, lambda text: None)
+    assert (chosen.floating, chosen.layers) == (("left",), 3)
+    assert error(tmp_path / "int8.onnx") <= 1
