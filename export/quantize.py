@@ -21,6 +21,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QDQQuantizer, QuantType, create_calibrator
+from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 OPERATORS = ("Conv", "ConvTranspose")
@@ -68,6 +69,9 @@ class Quantizer:
             for start in range(0, count, AT_ONCE):
                 calibrator.collect_data(_Feed(inputs, start, min(start + AT_ONCE, count)))
             self._ranges = calibrator.compute_data()
+        for node in self._model.graph.node:
+            if node.op_type == "Cast" and node.output[0] in self._ranges:  # one-hot labels: 0 and 1, which a histogram's bins miss
+                self._ranges[node.output[0]] = TensorData(lowest=np.float32(0), highest=np.float32(1))
         self.layers = tuple(node.name for node in self._model.graph.node if node.op_type in OPERATORS)
         self._shifts: dict[str, NDArray[np.float32]] = {}
         self._shifts = self._measure_shifts(inputs)
@@ -143,7 +147,7 @@ class Quantizer:
             for dim, size in zip(shape.dim, (1, *self._sizes[tensor.name][1:]), strict=True):
                 dim.dim_value = size
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-        shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in inferred.value_info}
+        shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*inferred.value_info, *inferred.output)}
         shapes |= {name: list(size) for name, size in self._sizes.items()}
         shapes |= {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
         found = {}
