@@ -21,7 +21,7 @@ from .io.dicom_files import neutral
 from .io.headers import SUFFIXES
 
 WORK, DONE, FAILED = ".work", "done", "failed"
-LOCK = ".lock"  # nothing that is taken begins with a dot
+LOCK, STARTS = ".lock", ".starts"  # nothing that is taken begins with a dot
 UNFINISHED = (".part", ".partial", ".tmp", ".filepart", ".crdownload", "~")  # what copies are called before they are whole
 IGNORED = (".ds_store", "._")  # what macOS leaves in folders begins with
 PATIENCE = 10  # times as long as for others, what does not look whole is left to whoever may still be writing it
@@ -43,6 +43,11 @@ class Claim:
     @property
     def called(self) -> str:
         return called(self.item)
+
+    @property
+    def starts(self) -> Path:
+        """Where it is counted how often a process ended while it worked on this alone (`runtime.starts`)."""
+        return self.ticket / STARTS
 
 
 @dataclass
@@ -126,7 +131,7 @@ class Inbox:
                 handle = _hold(ticket)
                 if handle is None:
                     continue
-                items = [path for path in ticket.iterdir() if path.name != LOCK]
+                items = [path for path in ticket.iterdir() if path.name not in (LOCK, STARTS)]
                 claim = Claim(ticket, items[0] if items else ticket / LOCK, handle)
                 if not items:
                     self._end(claim)
@@ -154,6 +159,7 @@ class Inbox:
             self._close(claim)
 
     def _end(self, claim: Claim) -> None:
+        claim.starts.unlink(missing_ok=True)
         (claim.ticket / LOCK).unlink(missing_ok=True)
         with suppress(OSError):
             claim.ticket.rmdir()

@@ -18,6 +18,7 @@ from .io.headers import check_header
 from .journal import Journal
 from .models import Models
 from .recipe import Recipe
+from .starts import MOST, came_forward, counted, poisonous, starts
 from .stream import CaseResult, Run
 
 AT_ONCE = 4  # claimed together: one is read ahead while another is painted, and little is kept from other watchers
@@ -43,7 +44,7 @@ class Watcher:
     `recipes`: by model, what is made of a mask, all in one output folder; `find`: the cases at a path, and whether what is odd about it is
     to be said; `stable`: see `Inbox`. Results are those of `mask2ct synth` on the same masks, and never replace one of another mask. The output
     folder's journal is held while there is work: several watchers of one output folder take turns. What one claimed and did not finish, the next
-    that looks goes on with.
+    that looks goes on with, unless `MOST` of them ended in it.
 
     Raises `UsageError` and `OutputError` before any work.
     """
@@ -88,8 +89,13 @@ class Watcher:
                     claims += taken
                     self._work(taken, journal)
                 random.shuffle(left)  # and one by one, last: should a file end the process, it keeps no other waiting for ever
-                for claim in left:
-                    self._work([claim], journal)
+                for claim in sorted(left, key=lambda claim: starts(claim.starts)):
+                    if starts(claim.starts) >= MOST:
+                        claim.errors.append(poisonous(claim.called))
+                        self._settle(claim)
+                        continue
+                    with counted(claim.starts):
+                        self._work([claim], journal)
         except FolderBusy:
             self._waiting = True
             self._listener.waiting()
@@ -144,6 +150,8 @@ class Watcher:
     def _count(self, claim: Claim, result: CaseResult) -> None:
         if result.error is not None:
             claim.errors.append(result.error)
+        elif not result.skipped:
+            came_forward(claim.starts)
         claim.outstanding[result.case] -= 1
         if not claim.outstanding[result.case] or (result.error is not None and result.variant is None):
             self._finish(claim, result.case)

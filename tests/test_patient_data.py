@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pydicom
 import pytest
 from dicom_masks import save, segmentation, slices, structure_set
 from pydicom.uid import RTStructureSetStorage, SegmentationStorage
-from samples import MM_WHS_VALUES, blobs, write_fake_model, write_mask
+from samples import MM_WHS_VALUES, blobs, synth, write_fake_model, write_mask
 from series import write_series
 
 from runtime import Synthesizer
@@ -212,3 +213,23 @@ def test_the_seg_that_is_written_is_a_mask_again(tmp_path: Path, fake_model: Pat
 def label_map(folder: Path) -> Path:
     (folder / "map.json").write_text(json.dumps({"left ventricle": "left ventricle", "3": "left ventricle", "*": "background"}))
     return folder / "map.json"
+
+
+def test_a_folder_within_a_zip_is_named_in_no_message(fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Archives are packed by patient. The mask's own name is its owner's choice, and names its result."""
+    zipped, out, report = tmp_path / "masks.zip", tmp_path / "out", tmp_path / "report.json"
+    write_mask(tmp_path / "good.nii.gz")
+    with zipfile.ZipFile(zipped, "w") as made:
+        made.write(tmp_path / "good.nii.gz", "Doe^John/1944/good.nii.gz")
+        made.writestr("Doe^John/torn.nii.gz", (tmp_path / "good.nii.gz").read_bytes()[:100])
+    assert synth(fake_model, out, zipped, "--report", report) == 1
+    assert run(main, ["labels", str(zipped)]) == run(main, ["synth", str(zipped), "--model", str(fake_model), "--backend", "fake",
+                                                            "--output", str(out), "--dry-run"]) == 1  # fmt: skip
+    said = capsys.readouterr()
+    everything = said.out + said.err + report.read_text() + "".join(path.read_bytes().decode("latin-1") for path in out.glob(".*"))
+    assert "Doe" not in everything and "masks.zip/…/torn.nii.gz" in said.err and "masks.zip/…/good.nii.gz" in said.out
+    with zipfile.ZipFile(zipped, "a") as made:
+        made.write(tmp_path / "good.nii.gz", "Doe^Jane/good.nii.gz")
+    assert synth(fake_model, out, zipped) == 2
+    said = capsys.readouterr()
+    assert "both be written as good" in said.err and "Doe" not in said.err

@@ -39,7 +39,8 @@ def standardise_noise(noise: Tensor) -> Tensor:
 class Texture(nn.Module):
     """CT texture: sum_k a_k(x) * (w_k * n)(x), white noise n filtered by learned kernels w_k, weighted by amplitude maps a_k.
 
-    Linear in the noise, so what the network learns is the spectrum and the local amplitude of the texture.
+    Linear in the noise, so what the network learns is the spectrum and the local amplitude of the texture. All of it with `block` x `block`
+    pixels as channels, as the top gives its maps.
     """
 
     def __init__(self, textures: int, kernel: int, block: int):
@@ -52,8 +53,9 @@ class Texture(nn.Module):
         shaped = amplitudes * self.filters(noise)
         if self.block == 1:
             return shaped.sum(1, keepdim=True)
-        alike = torch.eye(self.block**2, dtype=shaped.dtype, device=shaped.device).repeat(self.textures, 1)
-        return (shaped.permute(0, 2, 3, 1) @ alike).permute(0, 3, 1, 2)  # the sum over k, as what takes channels in any layout
+        # The sum over k as a product: no engine moves channels for it, and it is no convolution, so never quantised.
+        places = torch.eye(self.block**2, dtype=shaped.dtype, device=shaped.device).repeat(self.textures, 1)
+        return (shaped.permute(0, 2, 3, 1) @ places).permute(0, 3, 1, 2)
 
 
 class Generator(nn.Module):

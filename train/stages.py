@@ -29,7 +29,8 @@ def same_conv4(channels_in: int, channels_out: int) -> nn.Sequential:
 
 class BlockConv2d(nn.Conv2d):
     """`pixel_unshuffle(convolution, block)` as one convolution of stride `block`: what would be a few channels at every pixel, which
-    leave most of a vector register empty, are many at fewer pixels. Its kernel, odd and padded to the same size, is tried at each place.
+    leave most of a vector register empty, are many at fewer pixels. The weights are the plain convolution's (odd, padded to the same
+    size), set at each place of the block; an exported file holds the result.
     """
 
     def __init__(self, channels_in: int, channels_out: int, kernel: int, block: int, *, bias: bool = True):
@@ -93,7 +94,7 @@ class Modulation(nn.Module):
 class TopReference(nn.Module):
     """From half resolution to the image, as the original does: a transposed convolution to one channel, a convolution."""
 
-    block = 1
+    block = 1  # the side of the blocks of pixels that it gives as channels
 
     def __init__(self, width: int, channels: int, filters: int, textures: int, style: int):
         super().__init__()

@@ -146,25 +146,17 @@ def choose(models: Models, case: Case, recipes: Mapping[str, Recipe], *, quiet: 
 def painted(
     models: Models, cases: Sequence[Case], recipes: Mapping[str, Recipe], *, quiet: bool, on_slice: Callable[[int], None] | None = None
 ) -> Iterator[tuple[CaseResult, str]]:
-    """Paint each case by the model it is for: each result, with that model's name, empty where none fits.
-
-    Raises what `make` raises before any work, at once.
-    """
+    """Paint each case by the model it is for: each result, with that model's name, empty where none fits."""
     chosen: dict[str, list[Case]] = {}
-    wrong = []
     for case in cases:
         try:
             chosen.setdefault(choose(models, case, recipes, quiet=quiet), []).append(case)
         except InputError as exc:
-            wrong.append(CaseResult(case.name, case.called, None, error=exc))
+            yield CaseResult(case.name, case.called, None, error=exc), ""
     checked = {name: make(models[name], those, recipes[name], on_slice) for name, those in chosen.items()}
-
-    def results() -> Iterator[tuple[CaseResult, str]]:
-        yield from ((result, "") for result in wrong)
-        for name, made in checked.items():  # one model after the other: none is opened twice for want of memory
-            yield from ((result, name) for result in made)
-
-    return results()
+    for name, results in checked.items():  # one model after the other: none is opened twice for want of memory
+        for result in results:
+            yield result, name
 
 
 def recipes(options: argparse.Namespace, models: Models, output: Path, *, resume: bool) -> dict[str, Recipe]:

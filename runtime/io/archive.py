@@ -53,6 +53,14 @@ def _inside(path: Path) -> tuple[Path, str] | None:
     return None if archive is None else (archive, path.relative_to(archive).as_posix())
 
 
+def called(path: Path) -> Path:
+    """What messages may call a file: a member by its archive and its own name, for the folders between, which its sender's system made,
+    may be called after patients. Any other path is as its owner gave it.
+    """
+    inside = _inside(path)
+    return path if inside is None or "/" not in inside[1] else inside[0] / "…" / path.name
+
+
 def exists(path: Path) -> bool:
     return path.exists() or _inside(path) is not None
 

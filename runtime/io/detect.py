@@ -64,8 +64,8 @@ class Case:
 
     @property
     def called(self) -> Path:
-        """What messages and logs may call it: a volume by its path, a DICOM source by its case name."""
-        return self.path if self.kind == "volume" else Path(self.name)
+        """What messages and logs may call it: a volume by its path, without folders in a zip, a DICOM source by its case name."""
+        return archive.called(self.path) if self.kind == "volume" else Path(self.name)
 
 
 def find_cases(

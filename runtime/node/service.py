@@ -12,10 +12,11 @@ from typing import Any
 from ..errors import Mask2CTError, OutputError
 from ..io.detect import Case
 from ..io.dicom_files import scan, walk
+from ..starts import MOST, came_forward, counted, poisonous, starts
 from ..stream import CaseResult
 from .events import Events
 from .outbox import Outbox
-from .spool import OBJECTS, RESULTS, Spool
+from .spool import OBJECTS, RESULTS, STARTS, Spool
 
 POLL = 0.25  # s between two looks whether a study is complete
 FULL_DISK = 30.0  # s before a study that could not be written is tried again
@@ -42,7 +43,9 @@ class Node:
                     if study is None:
                         self._ended.wait(POLL)
                     else:
-                        self._make(study)
+                        spent = starts(study / STARTS) >= MOST
+                        with counted(study / STARTS):
+                            self._make(study, spent)
                 except OutputError as exc:  # a study is as it was, and the fault is not its own
                     self._events("waiting", reason=exc.fact)
                     self._ended.wait(FULL_DISK)
@@ -50,9 +53,12 @@ class Node:
     def end(self) -> None:
         self._ended.set()
 
-    def _make(self, study: Path) -> None:
+    def _make(self, study: Path, spent: bool) -> None:
+        """`spent`: it has ended so many processes that it is not begun again."""
         reasons, made, slices, warned = [], 0, 0, 0
         try:
+            if spent:
+                raise poisonous("this study")
             if all(instance.ours for instance in scan(walk(study / OBJECTS))):  # an archive that sends on whatever it gets
                 cases = []
                 self._events("ignored", study=study.name, reason="mask2ct wrote it")
@@ -62,6 +68,8 @@ class Node:
                 warned += len(result.warnings)
                 if result.error is None:
                     made, slices = made + 1, slices + result.slices
+                    if not result.skipped:
+                        came_forward(study / STARTS)
                 else:  # what it says may quote the file: its words stay beside the mask
                     reasons.append(f"{result.case}: {result.error}")
                     self._events("failed", study=study.name, case=result.case, error=type(result.error).__name__)

@@ -26,9 +26,10 @@ from ..errors import InputError, OutputError, writing
 from ..files import remove_orphans, sync_folder, temporary_name, write_text
 from ..io.dicom_files import RTSTRUCT, SEGMENTATION, dataset, guarded
 from ..journal import Journal
+from ..starts import starts
 
 ROOMS = ("incoming", "studies", "outbox", "failed", "done")
-OBJECTS, RESULTS, REASON = "objects", "results", "reason.txt"
+OBJECTS, RESULTS, REASON, STARTS = "objects", "results", "reason.txt", ".starts"
 RESERVE = 64 << 20  # bytes of the disk that objects from outside never take: what is painted and noted must find room
 _GONE = ".gone-"
 _HEADER = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")
@@ -62,7 +63,7 @@ class Spool:
             remove_orphans(folder, locked=True)
         for gone in root.glob(f"{_GONE}*"):
             shutil.rmtree(gone, ignore_errors=True)
-        now = time.monotonic()
+        self._opened = now = time.monotonic()
         self._arriving = {name: _Arriving(now, any((root / "incoming" / name).glob("mask-*"))) for name in self.names("incoming")}
 
     def close(self) -> None:
@@ -111,15 +112,21 @@ class Spool:
         return study
 
     def next(self, quiet: float) -> Path | None:
-        """A study to paint: one that was begun before, else one with a mask to which nobody has brought anything for `quiet` seconds.
+        """A study to paint: one that was begun before, else one with a mask to which nobody has brought anything for `quiet` seconds, and
+        last what an earlier process ended in.
 
         Raises `OutputError`.
         """
         with self._lock, writing(self.root):
+            begun = []
             for folder in (self.root / "studies" / name for name in self.names("studies")):
                 if (folder / OBJECTS).is_dir():
-                    return folder
-                self._discard(folder)  # claimed when the power went
+                    begun.append(folder)
+                else:
+                    self._discard(folder)  # claimed when the power went
+            begun.sort(key=lambda folder: starts(folder / STARTS))
+            if begun and not starts(begun[0] / STARTS):
+                return begun[0]
             now = time.monotonic()
             for study, arriving in self._arriving.items():
                 arriving.senders = {thread for thread in arriving.senders if thread.is_alive()}
@@ -127,12 +134,13 @@ class Spool:
                     arriving.last = now
                 elif arriving.mask and now - arriving.last >= quiet and (self.root / "incoming" / study).is_dir():
                     return self._claim(study)
-        return None
+            return begun[0] if begun and now - self._opened >= quiet else None  # what had arrived before has had its turn
 
     def painted(self, study: Path, reasons: list[str]) -> None:
         """A study's results/ are all that it gives. `reasons`: of the masks that could not be painted."""
         package = self.root / "outbox" / study.name
         with writing(study):
+            (study / STARTS).unlink(missing_ok=True)
             (study / REASON).unlink(missing_ok=True)  # of a time before the process was killed
             if reasons:
                 write_text(study / REASON, "\n\n".join(reasons) + "\n")

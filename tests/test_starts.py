@@ -1,0 +1,117 @@
+"""A mask whose painting ends the whole process, as for want of memory: it stops no other, and after some starts it is put aside."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+from dicom_masks import segmentation, slices
+from nodes import Serving, push, until, write_study
+from samples import is_tidy, listed, write_mask
+
+from runtime.inbox import DONE, FAILED, WORK
+from runtime.node.spool import STARTS
+from runtime.starts import MOST, came_forward, counted, starts
+
+POISON = 850  # of MM-WHS, index 7: what holds it cannot be painted
+KILLED = f"""
+import os, signal, sys
+from runtime.__main__ import main
+from runtime.console import run
+from runtime.engines.fake import FakeEngine
+
+def infer(self, inputs, out, really=FakeEngine._infer):
+    if (inputs["labels"] == 7).any():
+        os.kill(os.getpid(), signal.{signal.SIGKILL.name})
+    really(self, inputs, out)
+
+FakeEngine._infer = infer
+sys.exit(run(main, sys.argv[1:]))
+"""
+
+
+def block(value: int) -> np.ndarray:
+    values = np.zeros((6, 16, 16), np.uint16)
+    values[1:5, 4:12, 4:12] = value
+    return values
+
+
+def test_a_watchers_poisonous_mask_ends_in_failed_after_the_others_are_done(fake_model: Path, tmp_path: Path, command) -> None:
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    inbox.mkdir()
+    for n, value in enumerate((500, POISON, 550, 600)):
+        write_mask(inbox / f"{n}.nii.gz", block(value))
+    line = ["watch", inbox, "--model", fake_model, "--backend", "fake", "--output", out, "--stable", 0, "--poll", 0.01, "--once"]
+    codes = [command("-c", KILLED, *line).returncode for _ in range(3)]
+    assert codes == [-signal.SIGKILL] * 3 and listed(inbox / DONE) == {"0.nii.gz", "2.nii.gz", "3.nii.gz"}
+    assert starts(next((inbox / WORK).glob(f"*/{STARTS}"))) == 2  # the first time it was in work with the others: nobody's fault is known
+    write_mask(inbox / "4.nii.gz", block(420))
+    assert command("-c", KILLED, *line).returncode == -signal.SIGKILL and "4.nii.gz" in listed(inbox / DONE)
+    last = command("-c", KILLED, *line)
+    assert last.returncode == 1 and f"each of the last {MOST} starts" in last.stderr and "1.nii.gz" in last.stderr
+    assert listed(inbox / FAILED) == {"1.nii.gz", "1.nii.gz.reason.txt"} and is_tidy(inbox)
+    assert "out of memory" in (inbox / FAILED / "1.nii.gz.reason.txt").read_text()
+    assert listed(out) >= {f"{n}_ct.nii.gz" for n in (0, 2, 3, 4)} and "1_ct.nii.gz" not in listed(out)
+    os.rename(inbox / FAILED / "1.nii.gz", inbox / "1.nii.gz")  # with more memory, say
+    assert command("-m", "runtime", *line).returncode == 0 and (out / "1_ct.nii.gz").is_file()
+
+
+def test_a_nodes_poisonous_study_ends_in_failed_after_the_others_are_painted(fake_model: Path, tmp_path: Path) -> None:
+    spool = tmp_path / "spool"
+    uids = (f"1.2.826.{n}" for n in range(1 << 20))
+    first = next(uid for uid in uids if hashlib.sha256(uid.encode()).hexdigest().startswith("000"))  # of those that wait
+    sources = slices(np.zeros((6, 16, 16), np.int16), Modality="CT", StudyInstanceUID=first)
+    poison = segmentation(tmp_path / "p.dcm", sources, (block(1) > 0).astype(np.uint8), [("pulmonary artery", "81040000")])
+    with Serving(fake_model, spool, "--keep", quiet=3600) as node:
+        assert push(node.port, poison, *(write_study(tmp_path / str(n), n) for n in range(3))) == [0] * 4
+        node.stop(signal.SIGKILL)
+    for n in range(1, MOST + 1):
+        with serving(fake_model, spool) as child:
+            assert child.wait(60) == -signal.SIGKILL
+        assert [starts(path / STARTS) for path in spool.glob("studies/*")] == [n] and len(listed(spool / "done")) == (3 if n > 1 else 0)
+    with serving(fake_model, spool) as child:
+        until(lambda: listed(spool / "failed"), "it is put aside")
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(60) == 0
+    (failed,) = (spool / "failed").iterdir()
+    assert f"each of the last {MOST} starts" in (failed / "reason.txt").read_text() and listed(failed) == {
+        "objects",
+        "results",
+        "reason.txt",
+    }
+    assert not listed(spool / "studies") and not listed(spool / "outbox")
+
+
+@contextmanager
+def serving(model: Path, spool: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """`mask2ct serve` whose process ends when it paints what is poisonous."""
+    line = ["serve", "--model", model, "--backend", "fake", "--spool", spool, "--port", 0, "--allow-any", "--keep", "--quiet-period", 0.1]
+    with subprocess.Popen([sys.executable, "-c", KILLED, *map(str, line)], stderr=subprocess.DEVNULL) as child:
+        try:
+            yield child
+        finally:
+            child.kill()
+
+
+def test_what_leaves_the_process_alive_is_no_start_that_ended_in_it(tmp_path: Path) -> None:
+    file = tmp_path / STARTS
+    for _ in range(3):
+        with suppress(KeyboardInterrupt), counted(file):
+            assert starts(file) == 1
+            raise KeyboardInterrupt
+    file.write_bytes(b"..")
+    with counted(file):
+        assert starts(file) == 3
+        came_forward(file)
+        assert starts(file) == 1  # should it be killed now, that is the first time
+    assert starts(file) == 0
+    with counted(file):
+        file.unlink()
+    assert starts(file) == 0 and not file.exists()
