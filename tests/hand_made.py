@@ -21,8 +21,8 @@ def manifest() -> Manifest:
     return Manifest("made by hand", MM_WHS, grid, Intensity("HU", -1024, 1024), style=STYLE, noise=True, files={})
 
 
-def graph(made: Manifest) -> bytes:
-    """A 5 x 5 convolution over the three slices, plus noise, plus the style's sum, in HU."""
+def graph(made: Manifest, size: int | None = None) -> bytes:
+    """A 5 x 5 convolution over the three slices, plus noise, plus the style's sum, in HU. `size`: it computes one slice of size x size alone."""
     weights = np.random.default_rng(0).normal(0, 8, (1, 3, 5, 5)).astype(np.float32)
     numbers = {
         "w": weights,
@@ -38,9 +38,12 @@ def graph(made: Manifest) -> bytes:
     values = {name: np.asarray(value, np.float32) for name, value in numbers.items()}
     axes = {"one": [1], "last": [-1], "planes": [2, 3]}
     initializers = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    if size is not None:
+        axes["fixed"] = [1, 1, size, size]
     initializers += [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in axes.items()]
     steps = [
-        ("Cast", ["labels"], "l", {"to": TensorProto.FLOAT}), ("Conv", ["l", "w"], "c", {"pads": [2, 2, 2, 2]}),
+        ("Cast", ["labels"], "l", {"to": TensorProto.FLOAT}), ("Conv", ["l", "w"], "c" if size is None else "c0", {"pads": [2, 2, 2, 2]}),
+        *([] if size is None else [("Reshape", ["c0", "fixed"], "c", {})]),
         ("Cast", ["noise"], "n0", {"to": TensorProto.FLOAT}), ("Unsqueeze", ["n0", "one"], "n1", {}), ("Sub", ["n1", "128"], "n2", {}),
         ("Mul", ["n2", "scale"], "n", {}), ("ReduceSum", ["style", "one"], "s0", {"keepdims": 1}), ("Unsqueeze", ["s0", "planes"], "s1", {}),
         ("Mul", ["s1", "gain"], "s", {}), ("Add", ["c", "n"], "v0", {}), ("Add", ["v0", "s"], "v1", {}), ("Round", ["v1"], "v2", {}),
@@ -62,11 +65,11 @@ def graph(made: Manifest) -> bytes:
     return model.SerializeToString()
 
 
-def write_model(folder: Path) -> Path:
+def write_model(folder: Path, size: int | None = None) -> Path:
     """The folder with its FP32 graph, the same as "FP16" and as an engine of the fake GPU, so that results must agree to the bit."""
     folder.mkdir(parents=True)
     made = manifest()
-    data = graph(made)
+    data = graph(made, size)
     files = {}
     for name, kind, precision, content in (
         ("model.onnx", "onnx", "fp32", data), ("model.fp16.onnx", "onnx", "fp16", data), ("model.engine", "engine", "fp16", plan_of(data, made)),

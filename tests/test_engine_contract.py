@@ -337,3 +337,25 @@ def test_a_style_changes_the_image_and_is_the_same_in_every_engine(name: str, ha
     engine.close()
     inside = results[0][0] > manifest.intensity.low
     assert inside.any() and (results[1] - results[0] == 160).all()  # four numbers of 1, 40 HU each
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_a_graph_that_fails_while_it_computes_is_an_error_of_ours_and_the_engine_goes_on(name: str, tmp_path: Path) -> None:
+    """A graph for 64 x 64 alone, as it says nowhere: another canvas fails in the library, on the caller's thread and on a stream."""
+    if why := next(b for b in BACKENDS if b.name == name).uninstalled():
+        pytest.skip(why)
+    engine, manifest = open_backend(name, write_model(tmp_path / "model", size=64))
+    inputs, out = tensors(engine, manifest)
+    engine.run(inputs, out, stream=HOST_STREAM)
+    painted = hu(out)
+    with pytest.raises(EngineError, match="failed") as caught:
+        engine.run(*tensors(engine, manifest, rows=2), stream=HOST_STREAM)
+    assert caught.value.expected and "export" in caught.value.remedy and caught.value.__cause__ is not None
+    stream = engine.open_stream()
+    engine.run(*tensors(engine, manifest, rows=2), stream=stream)
+    with pytest.raises(EngineError, match="failed"):
+        stream.synchronize()
+    engine.run(inputs, out, stream=stream)
+    stream.synchronize()
+    assert np.array_equal(hu(out), painted)
+    engine.close()

@@ -19,7 +19,7 @@ Inputs = Mapping[str, NDArray[Any]]
 
 
 class EngineError(Mask2CTError):
-    """An engine was given tensors that break the contract, or was used after `close()`: a fault of the caller."""
+    """An engine was given tensors that break the contract or was used after `close()`, or what it runs on failed."""
 
     exit_code = 1
 
@@ -63,7 +63,8 @@ class Engine(Protocol):
     alone until that stream's `synchronize()`, which also raises what went wrong. One stream serves one thread at a time; several
     may be in use at once. `memory()`: the accounting by kind of memory, which stays readable after `close()`.
 
-    Raises `EngineError` for tensors that break the contract, and after `close()`; `MemoryCapExceeded` where memory is short.
+    Raises `EngineError` for tensors that break the contract, after `close()`, and where what it runs on fails; `MemoryCapExceeded`
+    where memory is short.
     """
 
     @property

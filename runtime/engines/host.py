@@ -10,8 +10,9 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import Mask2CTError
 from ..memory import DEFAULT_CAP, HostMemory, HostStream, Pool, PoolStats, Stream
-from .base import EngineOptions, EngineSpec, Inputs, check_call, closed, cores
+from .base import EngineError, EngineOptions, EngineSpec, Inputs, check_call, closed, cores
 
 MOST_WORKERS = 16  # batches at once, unless more are asked for: each has activations of its own
 AHEAD = 4  # batches that wait for a worker when the caller begins to fill more: with fewer, it interrupts the workers more often
@@ -91,11 +92,20 @@ class HostEngine(ABC):
             raise closed(self.name)
         check_call(self.spec, inputs, out)
         assert isinstance(stream, HostStream), "a stream of another engine"
-        stream.submit(lambda: self._infer(inputs, out))
+        stream.submit(lambda: self._compute(inputs, out))
+
+    def _compute(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
+        try:
+            self._infer(inputs, out)
+        except Mask2CTError:
+            raise
+        except Exception as exc:  # libraries raise RuntimeError and classes of their own
+            raise EngineError(f"{self.name} failed on a canvas of {out.shape[1]} x {out.shape[2]}: {' '.join(str(exc).split())[-300:]}",
+                              expected="a batch painted", remedy="export the run again; where memory is short, try fewer --workers") from exc  # fmt: skip
 
     @abstractmethod
     def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
-        """Fill `out` from `inputs`, which were checked."""
+        """Fill `out` from `inputs`, which were checked. What it raises becomes an `EngineError`."""
 
     def memory(self) -> dict[str, PoolStats]:
         return {"host": self.pool.stats}
