@@ -29,7 +29,7 @@ from .volumes import mask
 FOLDER = ROOT / "runs" / "bench"
 CONFIGS = ROOT / "train" / "configs"
 COHORT = ("--patients", "4", "--seed", "1", "--size", "32", "256", "256")
-STEPS = 720
+STEPS = 120
 EDGE = ("data.labels=mm-whs", "training.valid_slices=8", "training.batch_size=4", "discriminator.filters=8", "loss.adversarial=0",
         "training.ema_decay=0.95", *(f"training.{key}={STEPS}" for key in ("steps", "valid_every", "checkpoint_every")))  # fmt: skip
 UNTRAINED = {"reference": ("data.labels=mm-whs",), "unet": ("data.labels=mm-whs", "generator.kind=unet", "generator.skips=true")}

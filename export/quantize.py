@@ -121,7 +121,10 @@ class Quantizer:
         """
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
-        self._correct(model.graph, set(self._shifts) - set(floating))
+        quantised = set(self.layers) - set(floating)
+        self._round(model.graph, quantised)
+        if self._shifts:
+            self._correct(model.graph, quantised)
         options = {"OpTypesToExcludeOutputQuantization": list(OPERATORS)}
         with _quiet():
             quantizer = QDQQuantizer(
@@ -159,6 +162,18 @@ class Quantizer:
                 found[node.name] = float(np.prod(weights) * np.prod(applied) + MOVED * moved)
         return found
 
+    def _round(self, graph: onnx.GraphProto, layers: Set[str]) -> None:
+        """Put the layers' weights where 8 bits will hold them: see `rounded`."""
+        weights = {tensor.name: tensor for tensor in graph.initializer}
+        for node in graph.node:
+            if node.name in layers:
+                tensor, name = numpy_helper.to_array(weights[node.input[1]]), f"{node.name}/weight"
+                node.input[1] = name
+                transposed = node.op_type == "ConvTranspose"
+                fitting = rounded(tensor.swapaxes(0, 1) if transposed else tensor)
+                fitting = fitting.swapaxes(0, 1) if transposed else fitting
+                graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(fitting), name))
+
     def _correct(self, graph: onnx.GraphProto, layers: Set[str]) -> None:
         weights = {tensor.name: tensor for tensor in graph.initializer}
         for node in graph.node:
@@ -172,6 +187,22 @@ class Quantizer:
             else:
                 node.input.append(name)
             graph.initializer.append(numpy_helper.from_array(bias.astype(np.float32), name))
+
+
+def rounded(weights: NDArray[np.float32]) -> NDArray[np.float32]:
+    """`weights` (C_out, C_in, h, w) at multiples of each output channel's step, its largest / 127, so that the taps of every kernel keep their
+    sum to half a step: where labels are flat a kernel sees one value, and only the sum of its taps counts.
+    """
+    step = np.maximum(np.abs(weights).max((1, 2, 3), keepdims=True), 1e-30) / 127
+    exact = (weights / step).reshape(-1, weights[0, 0].size).astype(np.float64)
+    whole = np.rint(exact)
+    missing = np.rint((exact - whole).sum(1)).astype(int)  # steps that rounding took from the sum
+    order = np.argsort(
+        -np.sign(missing)[:, None] * (exact - whole), 1, kind="stable"
+    )  # those first that were rounded the most the wrong way
+    rank = np.argsort(order, 1, kind="stable")
+    whole += np.sign(missing)[:, None] * (rank < np.abs(missing)[:, None])
+    return (np.clip(whole, -127, 127).reshape(weights.shape) * step).astype(np.float32)
 
 
 def quantize(source: Path, path: Path, inputs: Inputs, error: Callable[[Path], float], say: Callable[[str], None]) -> Quantized:

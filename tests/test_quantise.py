@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.quantize import Quantizer, quantize
+from export.quantize import Quantizer, quantize, rounded
 
 SLICES = 8
 
@@ -64,6 +64,32 @@ def test_a_layer_left_in_float_reads_what_was_not_quantised_for_another(forked: 
     painted, truth = run(path, regions), run(forked, regions)
     np.testing.assert_allclose(painted["right.y"], truth["right.y"], rtol=0, atol=1e-5)
     assert np.abs(painted["left.y"] - truth["left.y"]).max() > 1e-4
+
+
+def test_a_kernel_keeps_the_sum_of_its_taps_which_is_all_that_flat_labels_show() -> None:
+    weights = np.random.default_rng(1).standard_normal((8, 3, 4, 4)).astype(np.float32)
+    step = np.abs(weights).max((1, 2, 3), keepdims=True) / 127
+    held = rounded(weights)
+    assert np.allclose(held / step, np.rint(held / step), atol=1e-3) and np.abs(held / step).max() < 127.01  # 8 bits hold it
+    assert (np.abs(held - weights) < 1.001 * step).all()
+    lost, nearest = (np.abs((w - weights).sum((2, 3)) / step[..., 0, 0]) for w in (held, np.rint(weights / step) * step))
+    assert lost.max() <= 0.501 < nearest.max()
+    single = weights[:, :, :1, :1]
+    step = np.abs(single).max(1, keepdims=True) / 127
+    np.testing.assert_allclose(rounded(single), np.rint(single / step) * step, rtol=0, atol=1e-6)  # one tap is the nearest
+
+
+def test_what_was_rounded_is_what_the_file_holds(forked: Path, regions, tmp_path: Path) -> None:
+    path = tmp_path / "int8.onnx"
+    Quantizer(forked, regions).write(path, ["left", "right"])
+    graph = onnx.load(path).graph
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes = {name: node for node in graph.node for name in node.output}
+    (conv,) = (node for node in graph.node if node.name == "first")
+    whole, step, _ = (constants[name] for name in nodes[conv.input[1]].input)
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(forked).graph.initializer}["first.w"]
+    assert whole.dtype == np.int8
+    np.testing.assert_allclose(whole * step[:, None, None, None], rounded(weights), rtol=0, atol=1e-6)
 
 
 def test_one_hot_labels_are_held_exactly(forked: Path, regions, tmp_path: Path) -> None:
