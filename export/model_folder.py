@@ -84,16 +84,16 @@ def proven(
         except parity.Exceeded as exc:
             where = regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs), precision)
             raise ParityError(f"{exc.fact}\n{where}", expected=exc.expected, remedy=exc.remedy) from exc
-        say("  " + line(path.name, proof[backend.name]))
+        say("  " + line(path.name, proof[backend.name], manifest.intensity.unit))
     return proof
 
 
-def line(file: str, proof: Mapping[str, Any]) -> str:
+def line(file: str, proof: Mapping[str, Any], unit: str) -> str:
     """One file in one engine, for a person."""
     n = proof[parity.ON_MASKS]
     organs = max((abs(shift) for shift in n["organs"].values() if shift is not None), default=0)
     body = "" if n["body_mean"] is None else f", body mean {n['body_mean']:.3g}"
-    return (f"{file} in {proof['engine']}: mean {n['mean']:.3g}, p99.9 {n['p99_9']:g}, max {n['max']}{body}, organ medians within {organs:g} HU, "
+    return (f"{file} in {proof['engine']}: mean {n['mean']:.3g}, p99.9 {n['p99_9']:g}, max {n['max']}{body}, organ medians within {organs:g} {unit}, "
             f"1 - SSIM {n['dssim']:.2g}, {proof['slices_per_second']:.0f} slices/s")  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def write_int8(graph: LabelsToIntensity, part: Path, manifest: Manifest, masks: 
     layers = made.layers - len(made.floating)
     if not layers:
         path.unlink()
-        say(f"  {path.name} is left out: no layer can be quantised within {parity.LIMITS['int8']} HU")
+        say(f"  {path.name} is left out: no layer can be quantised within {parity.LIMITS['int8']} {manifest.intensity.unit}")
         return {"layers": 0, "of": made.layers, "floating": list(made.floating)}
     share = path.stat().st_size / (part / FILES["fp32"]).stat().st_size
     say(f"  {path.name}: {layers} of {made.layers} layers in INT8, {100 * share:.1f} % of {FILES['fp32']}'s size")

@@ -164,19 +164,21 @@ def prove(path: Path, precision: str, backend: Backend, manifest: Manifest, trut
     for what, numbers in proof.items():
         wrong = {k: v for k, v in excess(precision, numbers).items() if v[0] > v[1]}
         if wrong and (what == ON_MASKS or precision == "fp32"):
-            raise Exceeded(path, backend.name, what, wrong, numbers)
+            raise Exceeded(path, backend.name, what, wrong, numbers, manifest.intensity.unit)
     return {"engine": name, "slices_per_second": round(speed, 1), **proof}
 
 
 class Exceeded(ParityError):
     """A file that paints other values than the network, before it is known where it goes wrong (export/regions.py finds out)."""
 
-    def __init__(self, path: Path, backend: str, what: str, wrong: Mapping[str, tuple[float, float]], numbers: Mapping[str, Any]):
+    def __init__(
+        self, path: Path, backend: str, what: str, wrong: Mapping[str, tuple[float, float]], numbers: Mapping[str, Any], unit: str = "HU"
+    ):
         found = ", ".join(f"{LIMIT_NAMES[key]} {value:.3g}" for key, (value, _) in wrong.items())
         super().__init__(
-            f"{path.name} in {backend} paints other values than the network on {what}: {found} HU; "
-            f"{100 * numbers['differing']:.2f} % of the pixels differ, by up to {numbers['max']} HU",
-            expected="at most " + ", ".join(f"{LIMIT_NAMES[key]} {limit:g}" for key, (_, limit) in wrong.items()) + " HU",
+            f"{path.name} in {backend} paints other values than the network on {what}: {found} {unit}; "
+            f"{100 * numbers['differing']:.2f} % of the pixels differ, by up to {numbers['max']} {unit}",
+            expected="at most " + ", ".join(f"{LIMIT_NAMES[key]} {limit:g}" for key, (_, limit) in wrong.items()) + f" {unit}",
             remedy=REMEDY,
         )
 

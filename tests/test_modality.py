@@ -43,8 +43,9 @@ def test_an_mr_like_cohort_trains_exports_and_synthesizes(tmp_path: Path, comman
                 "intensity.high=1200", "license=CC-BY-4.0"]  # fmt: skip
     trained = command("train/run.py", "--config", "train/configs/mr.json", "--dataset-path", data, "--output", run, "--set", *settings)
     assert trained.returncode == 0, trained.stderr
-    exported = command("export/build_engine.py", run, "-o", model, "--onnx-only", "--quiet")
+    exported = command("export/build_engine.py", run, "-o", model, "--onnx-only")
     assert exported.returncode == 0, exported.stderr
+    assert "a.u., 1 - SSIM" in exported.stderr + exported.stdout and not re.search(r"\bHU\b", exported.stderr + exported.stdout)
     manifest = json.loads((model / "manifest.json").read_text())
     assert manifest["license"] == "CC-BY-4.0" and manifest["name"] == "mr"
     assert manifest["intensity"] == {"unit": "a.u.", "low": 0, "high": 1200}
