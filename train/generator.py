@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .stages import KINDS, WIDEST, BlockConv2d, Modulation, joined
+from .stages import KINDS, WIDEST, BlockConv2d, Join, Modulation, joined
 
 FAINT = 0.02  # the texture's amplitude at the start, against what initialisation would give
 NOISE_MEAN, NOISE_SD = 127.5, 73.9  # of a uniform byte
@@ -112,7 +112,7 @@ class Generator(nn.Module):
             kept.append(x)
         parts = [x]
         for n, (stage, skip) in enumerate(zip(self.decoder, reversed(kept[:-1]), strict=True)):
-            x = stage(joined(parts))
+            x = stage(*parts) if isinstance(stage, Join) else stage(joined(parts))
             if self.style:
                 x = self.modulations[n](x, style)
             parts = [x, skip] if self.skips else [x]

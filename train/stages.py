@@ -45,9 +45,25 @@ class BlockConv2d(nn.Conv2d):
         return functional.conv2d(x, torch.stack(places, 1).flatten(0, 1), bias, self.block, self.padding)
 
 
+class SumConv2d(nn.Conv2d):
+    """A 1x1 convolution of `cat(parts, 1)` as a sum of convolutions of each: nothing is copied together, and in INT8 each has a range of
+    its own.
+    """
+
+    def forward(self, *parts: Tensor) -> Tensor:
+        """`parts` (N, C, H, W) → (N, F, H, W)."""
+        first, *others = parts
+        start = first.shape[1]
+        x = functional.conv2d(first, self.weight[:, :start], self.bias)
+        for part in others:
+            x = x + functional.conv2d(part, self.weight[:, start : start + part.shape[1]])
+            start += part.shape[1]
+        return x
+
+
 class JoinConv2d(nn.Conv2d):
-    """A 1x1 convolution of `cat([*parts, pixel_unshuffle(condition, 2)], 1)` as a sum of convolutions of each: nothing is copied
-    together, and what is 1x1 on the condition's 2x2 blocks is 2x2 of stride 2 on the condition.
+    """`SumConv2d` of `[*parts, pixel_unshuffle(condition, 2)]`: what is 1x1 on the condition's 2x2 blocks is 2x2 of stride 2 on the
+    condition.
     """
 
     def forward(self, condition: Tensor, *parts: Tensor) -> Tensor:
@@ -195,9 +211,9 @@ def _down_edge(channels_in: int, channels_out: int, *, first: bool) -> nn.Sequen
     return nn.Sequential(shrink, norms[0], nn.LeakyReLU(LEAK), mix, norms[1], nn.LeakyReLU(LEAK))
 
 
-def _up_edge(channels_in: int, channels_out: int) -> nn.Sequential:
-    mix, norm, relu, *spread = _separable(channels_in, channels_out)
-    return nn.Sequential(mix, norm, relu, nn.Upsample(scale_factor=2), *spread)  # channels are mixed where pixels are few
+def _up_edge(channels_in: int, channels_out: int) -> Join:
+    mix, norm, relu, *spread = _separable(channels_in, channels_out, SumConv2d)
+    return Join(mix, norm, relu, nn.Upsample(scale_factor=2), *spread)  # channels are mixed where pixels are few
 
 
 class Kind(NamedTuple):
