@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,12 +92,21 @@ class HostEngine(ABC):
         if self._closed:
             raise closed(self.name)
         check_call(self.spec, inputs, out)
+        self._submit(inputs, out, stream)
+
+    def _submit(self, inputs: Inputs, out: NDArray[np.uint8], stream: Stream) -> None:
         assert isinstance(stream, HostStream), "a stream of another engine"
         stream.submit(lambda: self._compute(inputs, out))
 
     def _compute(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
-        try:
+        with self.failing(out):
             self._infer(inputs, out)
+
+    @contextmanager
+    def failing(self, out: NDArray[np.uint8]) -> Iterator[None]:
+        """What the library raises within becomes an `EngineError`."""
+        try:
+            yield
         except Mask2CTError:
             raise
         except Exception as exc:  # libraries raise RuntimeError and classes of their own

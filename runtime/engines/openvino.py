@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..contract import METADATA, Manifest
 from ..errors import ModelError, importing
-from .base import EngineOptions, EngineSpec, Inputs, check_graph
+from ..memory import Stream
+from .base import EngineError, EngineOptions, EngineSpec, Inputs, check_graph, closed
 from .host import HostEngine
 
 BATCH = 1  # one slice a run, as in ONNX Runtime: a batch of 8 was slower for light networks, and pads the last
@@ -36,6 +36,47 @@ def openvino() -> Any:
         del sys.modules[_TELEMETRY]
         sys.modules.update(hidden)
     return openvino
+
+
+class _Call(NamedTuple):
+    """A slice in work, and what it reads and writes."""
+
+    request: Any
+    inputs: Inputs
+    out: NDArray[np.uint8]
+
+
+class RequestStream:
+    """Slices that OpenVINO's own threads compute: between two of them no thread has to wait for the interpreter."""
+
+    def __init__(self, engine: OpenVinoEngine):
+        self._engine = engine
+        self._call: _Call | None = None
+        self._failure: EngineError | None = None  # the first since `synchronize`
+
+    def begin(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
+        self._wait()
+        try:
+            self._call = self._engine.begin(inputs, out)
+        except EngineError as exc:
+            self._failure = self._failure or exc
+
+    def synchronize(self) -> None:
+        self._wait()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        self._wait()
+
+    def _wait(self) -> None:
+        call, self._call = self._call, None
+        if call is not None:
+            try:
+                self._engine.end(call)
+            except EngineError as exc:
+                self._failure = self._failure or exc
 
 
 class OpenVinoEngine(HostEngine):
@@ -61,7 +102,9 @@ class OpenVinoEngine(HostEngine):
         self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.streams)
         self.name = f"openvino {ov.get_version().split('-')[0]} on CPU, {path.name}"
         self._canvas, self._compiling = manifest.grid.canvas, threading.Lock()
-        self._requests: dict[tuple[int, int] | None, SimpleQueue[Any]] = {}  # canvas (None: any other) → the idle ones
+        self._idle: dict[tuple[int, int] | None, list[Any]] = {}  # by canvas (None: any other) the requests that serve no call
+        self._compiled: dict[tuple[int, int] | None, Any] = {}
+        self._working: dict[int, _Call] = {}
         with _loading(path):
             self._core = ov.Core()
             self._graph = self._core.read_model(path)
@@ -71,39 +114,81 @@ class OpenVinoEngine(HostEngine):
         self._ports = {next(iter(port.names & known), port.any_name): port.element_type.to_dtype().name for port in self._graph.inputs}
         check_graph(manifest, self._ports, statement, path)
         with _loading(path):
-            self._idle(self._canvas)
+            self._compile(self._canvas)
 
-    def _idle(self, size: tuple[int, int]) -> SimpleQueue[Any]:
-        """The idle requests for canvases of that size: one serves one call at a time. Compiles the graph for the first of them."""
-        canvas = size if size == self._canvas else None
+    def open_stream(self) -> Stream:
+        with self._lock:
+            if self._closed:
+                raise closed(self.name)
+            return RequestStream(self)
+
+    def _compile(self, canvas: tuple[int, int] | None) -> Any:
         with self._compiling:
-            if canvas not in self._requests:
+            if canvas not in self._compiled:
                 graph = self._graph
                 if canvas is not None:
                     graph = graph.clone()
                     sizes = {"N": BATCH, "H": canvas[0], "W": canvas[1]}
                     named = {tensor.name: [sizes.get(str(d), d) for d in tensor.shape] for tensor in self.spec.inputs}
                     graph.reshape({port: named[name] for port, name in zip(graph.inputs, self._ports, strict=True)})
-                compiled = self._core.compile_model(graph, "CPU", self._settings)
-                self._requests[canvas] = SimpleQueue()
-                for _ in range(self.workers):
-                    self._requests[canvas].put(compiled.create_infer_request())
-            return self._requests[canvas]
+                self._idle[canvas] = []
+                self._compiled[canvas] = self._core.compile_model(graph, "CPU", self._settings)
+            return self._compiled[canvas]
+
+    def _submit(self, inputs: Inputs, out: NDArray[np.uint8], stream: Stream) -> None:
+        if isinstance(stream, RequestStream):
+            stream.begin(inputs, out)
+        else:
+            super()._submit(inputs, out, stream)
 
     def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
-        idle = self._idle((out.shape[1], out.shape[2]))
-        request = idle.get()
-        try:
+        self.end(self.begin(inputs, out))
+
+    def begin(self, inputs: Inputs, out: NDArray[np.uint8]) -> _Call:
+        """Set OpenVINO to work on a slice; `end` waits for it. Raises `EngineError`."""
+        with self.failing(out):
+            compiled, idle = self._compile(canvas := self._canvas_of(out)), self._idle[canvas]
+            try:
+                request = idle.pop()
+            except IndexError:
+                request = compiled.create_infer_request()
             for name, array in inputs.items():
                 request.set_tensor(name, self._ov.Tensor(array, shared_memory=True))
             request.set_tensor(self.spec.output.name, self._ov.Tensor(out, shared_memory=True))
-            request.infer()
-        finally:
-            idle.put(request)
+            call = _Call(request, inputs, out)
+            with self._lock:
+                if self._closed:
+                    raise closed(self.name)
+                request.start_async()
+                self._working[id(call)] = call
+        return call
+
+    def end(self, call: _Call) -> None:
+        """Wait for a slice. Raises `EngineError`."""
+        with self.failing(call.out):
+            try:
+                call.request.wait()
+            finally:
+                self._working.pop(id(call), None)
+                if self._closed:  # it may have been cancelled, and only the first to wait is told
+                    raise closed(self.name)
+        self._idle[self._canvas_of(call.out)].append(call.request)  # one that failed is not used again
+
+    def _canvas_of(self, out: NDArray[np.uint8]) -> tuple[int, int] | None:
+        size = (out.shape[1], out.shape[2])
+        return size if size == self._canvas else None
 
     def close(self) -> None:
+        with self._lock:
+            self._closed, working = True, list(self._working.values())
+        for call in working:
+            call.request.cancel()
+        for call in working:
+            with suppress(Exception):  # whoever gave the work is told
+                call.request.wait()
         super().close()
-        self._requests.clear()
+        self._idle = {canvas: [] for canvas in self._idle}
+        self._compiled.clear()
         self._graph = None
 
 
