@@ -169,7 +169,8 @@ class Synthesizer:
             while k < grid.count or busy:
                 if not free or k == grid.count:
                     if busy[0][0].working:
-                        busy[(len(busy) - 1) // 2][0].wait()
+                        for slot, _ in [*busy][(len(busy) - 1) // 2 :: -1]:  # the last of them first: the others are done by then
+                            slot.wait()
                     yield busy[0]
                     free.append(busy.popleft()[0])
                     continue
