@@ -185,7 +185,7 @@ class Synthesizer:
                 busy.append((slot, ks))
                 k = ks.stop
         except BaseException:  # given up half-way too: what the engine still works on goes with its slots
-            self._drop(slots)
+            self._drop([*(slot for slot, _ in reversed(busy)), *slots])  # what waits for its turn first, so that it gets none
             raise
         with self._lock:
             self._idle += [slot for slot in slots if slot in self._slots]
