@@ -69,9 +69,8 @@ class Quantizer:
             for start in range(0, count, AT_ONCE):
                 calibrator.collect_data(_Feed(inputs, start, min(start + AT_ONCE, count)))
             self._ranges = calibrator.compute_data()
-        for node in self._model.graph.node:
-            if node.op_type == "Cast" and node.output[0] in self._ranges:  # one-hot labels: 0 and 1, which a histogram's bins miss
-                self._ranges[node.output[0]] = TensorData(lowest=np.float32(0), highest=np.float32(1))
+        for name in one_hot(self._model.graph) & set(self._ranges.keys()):  # 0 and 1, which a histogram's bins miss
+            self._ranges[name] = TensorData(lowest=np.float32(0), highest=np.float32(1))
         self.layers = tuple(node.name for node in self._model.graph.node if node.op_type in OPERATORS)
         self._shifts: dict[str, NDArray[np.float32]] = {}
         self._shifts = self._measure_shifts(inputs)
@@ -187,6 +186,17 @@ class Quantizer:
             else:
                 node.input.append(name)
             graph.initializer.append(numpy_helper.from_array(bias.astype(np.float32), name))
+
+
+def one_hot(graph: onnx.GraphProto) -> set[str]:
+    """The tensors of 0 and 1 alone: comparisons as numbers, several of them side by side where the network sees several slices."""
+    truths = {node.output[0] for node in graph.node if node.op_type == "Equal"}
+    truths |= {tensor.name for tensor in graph.input if tensor.type.tensor_type.elem_type == onnx.TensorProto.BOOL}
+    found: set[str] = set()
+    for node in graph.node:
+        if (node.op_type == "Cast" and node.input[0] in truths) or (node.op_type == "Concat" and found.issuperset(node.input)):
+            found.add(node.output[0])
+    return found
 
 
 def rounded(weights: NDArray[np.float32]) -> NDArray[np.float32]:

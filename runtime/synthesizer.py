@@ -169,7 +169,8 @@ class Synthesizer:
             while k < grid.count or busy:
                 if not free or k == grid.count:
                     if busy[0][0].working:
-                        busy[(len(busy) - 1) // 2][0].wait()
+                        for slot, _ in [*busy][(len(busy) - 1) // 2 :: -1]:  # the last of them first: the others are done by then
+                            slot.wait()
                     yield busy[0]
                     free.append(busy.popleft()[0])
                     continue
@@ -184,7 +185,7 @@ class Synthesizer:
                 busy.append((slot, ks))
                 k = ks.stop
         except BaseException:  # given up half-way too: what the engine still works on goes with its slots
-            self._drop(slots)
+            self._drop([*(slot for slot, _ in reversed(busy)), *slots])  # what waits for its turn first, so that it gets none
             raise
         with self._lock:
             self._idle += [slot for slot in slots if slot in self._slots]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
 import zipfile
@@ -16,6 +17,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from samples import blobs
 
 from runtime.errors import UnreadableVolume
+from runtime.io.deflated import Inflated
 from runtime.io.detect import find_cases, read_case
 from runtime.io.dicom_files import SEGMENTATION
 from runtime.labels import MM_WHS
@@ -87,6 +89,15 @@ def test_one_that_ends_early_is_refused(tmp_path: Path) -> None:
     copy.write_bytes(copy.read_bytes()[:-40])
     with pytest.raises(UnreadableVolume):
         read_case(find_cases([copy])[0], MM_WHS)
+
+
+def test_what_the_inflater_still_holds_when_all_of_the_file_was_read_is_read() -> None:
+    """The last byte of a file that ends in zeros may stand for hundreds, and what is inflated at once may end within these."""
+    for size in range(MIB, MIB + 260, 3):
+        data = b"\x08\x00" + bytes(size - 2)
+        packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
+        whole = Inflated(io.BytesIO(packer.compress(data) + packer.flush())).read()
+        assert whole.endswith(data) and len(whole) < len(data) + 200, size
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,16 @@ def run(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, inputs), strict=True))
 
 
+def with_output(path: Path, tensor: str) -> bytes:
+    """The quantised graph with what convolutions read in the place of `tensor` as an output "held"."""
+    model = onnx.load(path)
+    (quantised,) = (node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == tensor)
+    (read,) = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] == quantised}
+    model.graph.node.append(helper.make_node("Identity", [read], ["held"], "held"))
+    model.graph.output.append(helper.make_empty_tensor_value_info("held"))
+    return bytes(model.SerializeToString())
+
+
 def test_a_constant_shift_of_a_quantised_layer_is_taken_back(forked: Path, regions, tmp_path: Path) -> None:
     quantizer = Quantizer(forked, regions)
     truth, path = run(forked, regions), tmp_path / "int8.onnx"
@@ -99,6 +109,20 @@ def test_one_hot_labels_are_held_exactly(forked: Path, regions, tmp_path: Path) 
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     (step, zero), = [[constants[name] for name in n.input[1:]] for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "x"]  # fmt: skip
     assert zero == 0 and step * min(255, np.rint(1 / step)) == pytest.approx(1, abs=1e-6)
+
+
+def test_one_hot_labels_of_several_slices_are_held_exactly_too(forked: Path, regions, tmp_path: Path) -> None:
+    """A network that sees its neighbours reads a Concat."""
+    model, path = onnx.load(forked), tmp_path / "int8.onnx"
+    model.graph.node[1].input[0] = "both"
+    model.graph.node.insert(1, helper.make_node("Concat", ["x", "x"], ["both"], "concat", axis=1))
+    (first,) = (tensor for tensor in model.graph.initializer if tensor.name == "first.w")
+    first.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(first).repeat(2, 1), "first.w"))
+    onnx.save(model, tmp_path / "several.onnx")
+    Quantizer(tmp_path / "several.onnx", regions).write(path, ["left", "right"])
+    session = ort.InferenceSession(with_output(path, "both"), providers=["CPUExecutionProvider"])
+    (held,) = session.run(["held"], regions)
+    assert np.array_equal(held, np.concatenate([regions["labels"]] * 2, 1).astype(np.float32))
 
 
 def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(forked: Path, regions, tmp_path: Path) -> None:

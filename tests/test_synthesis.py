@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 import tracemalloc
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +22,7 @@ from runtime.console import run
 from runtime.contract import Label, LabelTable
 from runtime.engines.base import EngineError, EngineOptions
 from runtime.engines.fake import FakeEngine, fake_manifest
+from runtime.memory import HostStream, Stream
 from runtime.randomness import CaseRandom
 from runtime.volume import Geometry, LabelVolume
 
@@ -166,6 +172,76 @@ def test_slices_are_never_all_in_float_at_once(axis: int) -> None:
         finally:
             tracemalloc.stop()
     assert count == 512 and peak < 5 << 20
+
+
+class Waited(FakeEngine):
+    """Computes when somebody waits, in the order given and no further than that: `woken` says how often there was something to wait for."""
+
+    def __init__(self) -> None:
+        super().__init__(fake_manifest(), batch=1, options=EngineOptions(workers=1))
+        self.queue, self.woken = deque[tuple[Stream, Callable[[], None]]](), 0
+
+    def open_stream(self) -> Stream:
+        return WaitedStream(self)
+
+
+class WaitedStream(HostStream):
+    def __init__(self, engine: Waited):
+        self.engine = engine
+
+    def submit(self, work: Callable[[], None]) -> None:
+        self.engine.queue.append((self, work))
+
+    def synchronize(self) -> None:
+        queue = self.engine.queue
+        self.engine.woken += any(stream is self for stream, _ in queue)
+        while any(stream is self for stream, _ in queue):
+            queue.popleft()[1]()
+
+    close = synchronize
+
+
+@pytest.mark.parametrize("count", [1, 2, 60])
+def test_painting_wakes_once_for_half_of_the_slices_in_flight(count: int) -> None:
+    """To wake for each slice would interrupt, every time, a core that computes the next."""
+    volume = LabelVolume((blobs((count, 30, 30)) > 0).astype(np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
+    engine = Waited()
+    with Synthesizer(fake_manifest(), engine) as waited, Synthesizer(fake_manifest(), FakeEngine(fake_manifest())) as plain:
+        assert np.array_equal(waited.paint(volume), plain.paint(volume))
+    half = engine.spec.streams // 2
+    assert engine.woken <= count / half + half.bit_length() + 1 and engine.woken <= count  # the last ones by halves of what is left
+
+
+class Permitted(FakeEngine):
+    """Computes as many batches as `permits` lets it; `begun` counts."""
+
+    def __init__(self, permits: int):
+        super().__init__(fake_manifest(), batch=1, options=EngineOptions(workers=1))
+        self.permits, self.begun = threading.Semaphore(permits), 0
+
+    def _infer(self, *given: Any) -> None:
+        self.begun += 1
+        self.permits.acquire()
+        super()._infer(*given)
+
+
+def test_a_volume_that_is_given_up_is_not_painted_to_the_last_slice_in_flight() -> None:
+    """Who presses Ctrl-C waits for the slice that is computed, not for all that are queued behind it."""
+    half = FakeEngine(fake_manifest(), options=EngineOptions(workers=1)).spec.streams // 2
+    engine = Permitted(half)
+    volume = LabelVolume(np.ones((60, 30, 30), np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
+    with Synthesizer(fake_manifest(), engine, batch=1) as opened:
+        slabs = opened.slabs(volume)
+        next(slabs)
+        slot = opened.memory()["host"].in_use // (2 * half)
+        closing = threading.Thread(target=slabs.close)  # type: ignore[attr-defined]
+        closing.start()
+        end = time.monotonic() + 5
+        while opened.memory()["host"].in_use > (half + 1) * slot and time.monotonic() < end:
+            closing.join(0.01)
+        engine.permits.release(60)
+        closing.join()
+        assert engine.begun <= half + 1 and opened.memory()["host"].in_use == 0
 
 
 def test_slabs_belong_to_the_receiver_and_fill_the_volume_in_order() -> None:

@@ -45,7 +45,10 @@ class WorkerStream(HostStream):
             raise closed(self._name) if isinstance(failed[0], CancelledError) else failed[0]
 
     def close(self) -> None:
-        for one in self._take():
+        queued = self._take()
+        for one in queued:
+            one.cancel()  # what is not begun never is
+        for one in queued:
             _outcome(one)
 
     def _take(self) -> list[Future[None]]:

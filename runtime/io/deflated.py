@@ -79,9 +79,10 @@ class Inflated:
         """Until there are `size` bytes, or all."""
         while len(self._held) < size and not self._inflater.eof:
             given = self._left or self._handle.read(1 << 16)
-            if not given:
+            found = self._inflater.decompress(given, STEP)  # of nothing: what it had no room for yet
+            if not given and not found and not self._inflater.eof:
                 raise zlib.error("the compressed part ends early")
-            self._held += self._inflater.decompress(given, STEP)
+            self._held += found
             self._left = self._inflater.unconsumed_tail
             if len(self._held) > self.limit:
                 raise UnreadableVolume(f"a deflated DICOM file becomes more than {self.limit} bytes", expected="what its header states, and no more",
