@@ -68,6 +68,8 @@ class RequestStream:
             raise failure
 
     def close(self) -> None:
+        if self._call is not None:
+            self._call.request.cancel()  # what is not begun never is
         self._wait()
 
     def _wait(self) -> None:
