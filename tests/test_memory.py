@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
@@ -9,10 +12,11 @@ import numpy as np
 import pytest
 
 from runtime import Synthesizer
-from runtime.engines.base import EngineOptions
+from runtime.engines.base import EngineOptions, Inputs
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.errors import MemoryCapExceeded, UsageError
 from runtime.memory import ALIGNMENT, HOST_STREAM, HostMemory, Pool, parse_bytes
+from runtime.randomness import CaseRandom
 from runtime.volume import Geometry, LabelVolume
 
 
@@ -144,6 +148,34 @@ def test_a_cap_that_holds_one_slice_at_a_time_changes_no_byte() -> None:
     with Synthesizer(manifest, FakeEngine(manifest, options=EngineOptions(max_memory=in_use // slots))) as synth:
         assert np.array_equal(synth.paint(volume(7)), want)
         assert synth.memory()["host"].in_use == in_use // slots
+
+
+def test_memory_goes_back_after_the_work_in_it_also_when_the_wait_for_it_was_interrupted() -> None:
+    manifest, armed, go = fake_manifest(), threading.Event(), threading.Event()
+
+    class Interrupted(FakeEngine):
+        def _infer(self, inputs: Inputs, out: np.ndarray) -> None:
+            armed.wait(30)
+            os.kill(os.getpid(), signal.SIGINT)
+            go.wait(5)
+            super()._infer(inputs, out)
+
+    with Synthesizer(manifest, Interrupted(manifest, options=EngineOptions(workers=1))) as synth:
+        (slot, *_) = synth._borrow(synth.grid(volume(1)).size)
+        grid = synth.grid(volume(1))
+        assert grid.size == slot.size
+        slot.start(grid, volume(1).labels, CaseRandom(0, b"", 0), range(1))
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            armed.set()
+            slot.wait()
+        in_use = synth.memory()["host"].in_use
+        closing = threading.Thread(target=slot.close)
+        closing.start()
+        closing.join(0.1)
+        assert closing.is_alive() and synth.memory()["host"].in_use == in_use
+        go.set()
+        closing.join()
+        assert synth.memory()["host"].in_use < in_use
 
 
 def test_an_abandoned_stream_gives_its_memory_back() -> None:

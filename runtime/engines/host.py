@@ -40,20 +40,17 @@ class WorkerStream(HostStream):
             raise closed(self._name) from exc
 
     def synchronize(self) -> None:
-        failed = [exc for exc in map(_outcome, self._take()) if exc is not None]
+        failed = [exc for exc in map(_outcome, self._queued) if exc is not None]
+        self._queued = []  # now, not before: Ctrl-C may have ended the wait, and `close` has to know what to wait for
         if failed:
             raise closed(self._name) if isinstance(failed[0], CancelledError) else failed[0]
 
     def close(self) -> None:
-        queued = self._take()
+        queued, self._queued = self._queued, []
         for one in queued:
             one.cancel()  # what is not begun never is
         for one in queued:
             _outcome(one)
-
-    def _take(self) -> list[Future[None]]:
-        queued, self._queued = self._queued, []
-        return queued
 
 
 def _outcome(one: Future[None]) -> BaseException | None:
