@@ -73,12 +73,12 @@ class RequestStream:
         self._wait()
 
     def _wait(self) -> None:
-        call, self._call = self._call, None
-        if call is not None:
+        if self._call is not None:  # kept until it is done: an interrupt leaves it to `close`
             try:
-                self._engine.end(call)
+                self._engine.end(self._call)
             except EngineError as exc:
                 self._failure = self._failure or exc
+            self._call = None
 
 
 class OpenVinoEngine(HostEngine):
@@ -171,10 +171,11 @@ class OpenVinoEngine(HostEngine):
             try:
                 call.request.wait()
             finally:
-                self._working.pop(id(call), None)
+                first = self._working.pop(id(call), None) is not None  # and not again after an interrupt
                 if self._closed:  # it may have been cancelled, and only the first to wait is told
                     raise closed(self.name)
-        self._idle[self._canvas_of(call.out)].append(call.request)  # one that failed is not used again
+        if first:
+            self._idle[self._canvas_of(call.out)].append(call.request)  # one that failed is not used again
 
     def _canvas_of(self, out: NDArray[np.uint8]) -> tuple[int, int] | None:
         size = (out.shape[1], out.shape[2])
