@@ -104,6 +104,15 @@ def _sync(file: Path) -> None:
         os.fsync(handle.fileno())
 
 
+def synced(file: Path) -> str:
+    """Make the file survive a power cut. Returns its SHA-256, computed while the disk is waited for."""
+    with ThreadPoolExecutor(1) as beside:
+        waiting = beside.submit(_sync, file)
+        digest = sha256_of(file)
+        waiting.result()
+    return digest
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield the temporary path to write; on success sync and rename it to `path`, on any error remove it.

@@ -150,24 +150,24 @@ def to_indices(
     Without `label_map` the table's own values (and aliases) are used. Raises `UnknownLabels`, listing what was found, what
     the model knows and the remedy, when a value has no index.
     """
-    found = present_values(values)
     named = {segment.number: segment for segment in segments}
-    indices = [match(named.get(v, Segment(v)), table, label_map) for v in found]
-    if segments and 0 in found and 0 not in named:  # what no segment claims
-        indices[found.index(0)] = indices[found.index(0)] or 0
-    _refuse([named.get(v, Segment(v)) for v, index in zip(found, indices, strict=True) if index is None],
-            [named.get(v, Segment(v)) for v in found], table, label_map, file)  # fmt: skip
-    targets = np.asarray(indices, np.uint8)
-    order = np.asarray(found)
+    known: dict[int, int | None] = {}
+    if segments and 0 not in named:  # what no segment claims
+        known[0] = match(Segment(0), table, label_map) or 0
+    _check_map(label_map, table, file)
+    seen: set[int] = set()
     out = np.empty(values.shape, np.uint8)
-    if found and found[0] >= 0 and found[-1] < 1 << 16:
-        lut = np.zeros(found[-1] + 1, np.uint8)
-        lut[order] = targets
-        for n, plane in enumerate(values):  # plane by plane: no wide copy of the volume is ever made
-            np.take(lut, plane, out=out[n], mode="clip")  # all are within; to check that again takes as long as the rest
-    else:  # negative or sparse values
-        for n, plane in enumerate(values):
-            out[n] = targets[np.searchsorted(order, plane)]
+    for n, plane in enumerate(values):  # by runs of one value: to look every voxel up takes three times as long
+        worth, lengths = _runs(plane)
+        there = np.unique(worth)
+        for value in there.tolist():
+            if value not in known:
+                known[value] = match(named.get(value, Segment(value)), table, label_map)
+        seen.update(there.tolist())
+        indices = np.array([known[value] or 0 for value in there.tolist()], np.uint8)
+        out[n] = np.repeat(indices[np.searchsorted(there, worth)], lengths).reshape(plane.shape)
+    _refuse([named.get(v, Segment(v)) for v in sorted(seen) if known[v] is None], [named.get(v, Segment(v)) for v in sorted(seen)],
+            table, label_map, file)  # fmt: skip
     return out
 
 
@@ -181,6 +181,7 @@ def overlay(
     listing the pairs when an overlap is not settled.
     """
     targets = [match(segment, table, label_map) for segment in layers.segments]
+    _check_map(label_map, table, file)
     _refuse([s for s, index in zip(layers.segments, targets, strict=True) if index is None], layers.segments, table, label_map, file)
     lut = np.array([0, *(index or 0 for index in targets)], np.uint8)  # owner → model index; owner 0: nobody
     ranks = np.array([len(order), *(_rank(s, table.labels[i or 0].name, order) for s, i in zip(layers.segments, targets, strict=True))])
@@ -228,7 +229,7 @@ def _rank(segment: Segment, label: str, order: Sequence[str]) -> int:
 
 
 def _refuse(unknown: Sequence[Segment], found: Sequence[Segment], table: LabelTable, label_map: LabelMap | None, file: Path | None) -> None:
-    """Raise for what nothing maps, and for a map that leads nowhere."""
+    """Raise for what nothing maps."""
     if unknown:
         name, whose = "the mask" if file is None else file.name, "model" if label_map is None else "label map"
         keys = sorted((k for k in label_map or () if k is not None), key=lambda k: (isinstance(k, str), k))
@@ -238,6 +239,10 @@ def _refuse(unknown: Sequence[Segment], found: Sequence[Segment], table: LabelTa
             remedy=f"give --labels MAP.json, {MAP_HELP}",
             file=file,
         )
+
+
+def _check_map(label_map: LabelMap | None, table: LabelTable, file: Path | None) -> None:
+    """Raise for a map that leads nowhere."""
     if wrong := [index for index in (label_map or {}).values() if not isinstance(index, int) or not 0 <= index < len(table)]:
         raise UsageError(f"the label map leads to {wrong[0]!r}", expected=f"model indices 0 to {len(table) - 1}: {table}",
                          remedy="map to indices, or read a map with runtime.labels.load_map", file=file)  # fmt: skip
@@ -247,9 +252,15 @@ def present_values(values: NDArray[Any]) -> list[int]:
     """The distinct values of an integer array (D, H, W), ascending."""
     found: set[int] = set()
     for plane in values:
-        line = plane.ravel()
-        found.update(np.unique(line[np.flatnonzero(line[1:] != line[:-1])]).tolist(), line[-1:].tolist())  # where a run of one value ends
+        found.update(np.unique(_runs(plane)[0]).tolist())
     return sorted(found)
+
+
+def _runs(plane: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    """A slice as runs of one value, line after line: what each is, and how many voxels long."""
+    line = plane.ravel()
+    ends = np.append(np.flatnonzero(line[1:] != line[:-1]), line.size - 1)[: line.size]  # of an empty slice none
+    return line[ends], np.diff(ends, prepend=-1)
 
 
 def listed(segments: Sequence[Segment], most: int = 24) -> str:

@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .errors import InputError, UnreadableVolume, reading, writing
+from .errors import InputError, UnreadableVolume, reading
 from .files import fits, sha256_of
 from .io.archive import opened
 from .io.detect import Case, read_case
 from .io.formats import DEFAULT_OPTIONS, FormatOptions, Painting, result_name
-from .journal import Entry, Ledger, digest_of, key_of
+from .journal import Entry, Ledger, key_of
 from .labels import LabelMap
 from .pipeline import Ahead, Behind
 from .recipe import Recipe
@@ -204,11 +204,10 @@ class Run:
         result, counted = job.item.result, _Meter(iter(slabs))
         started = time.perf_counter()
         files = self._format.write(self._output, job.painting, counted)
-        with writing(self._output):
-            digests = {file.relative_to(self._output).as_posix(): digest_of(file) for file in files}
+        digests = {file.relative_to(self._output).as_posix(): digest for file, digest in files.items()}
         self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings, _mask(result.input)))
         seconds = {**job.seconds, "write": time.perf_counter() - started - counted.seconds}
-        return replace(result, files=files, slices=counted.slices, seconds=seconds, sha256=digests)
+        return replace(result, files=tuple(files), slices=counted.slices, seconds=seconds, sha256=digests)
 
     def _input(self, case: Case) -> dict[str, str]:
         """SHA-256 of each file the case is read from. Files of a DICOM source are numbered: their names may name a patient."""

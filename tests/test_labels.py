@@ -137,3 +137,18 @@ def test_integers_of_any_width_and_order_are_labels(tmp_path: Path) -> None:
     nibabel.save(big, tmp_path / "big.nii")
     assert (tmp_path / "big.nii").read_bytes()[:4] == b"\x00\x00\x01\x5c"
     assert np.array_equal(read_case(case(tmp_path / "big.nii"), MM_WHS).labels, to_indices(values, MM_WHS))
+
+
+def test_each_voxel_gets_the_index_of_its_own_value() -> None:
+    """Single voxels, runs across lines and slices, values of any sign and size, arrays of any layout."""
+    rng = np.random.default_rng(3)
+    label_map = {-(1 << 40): 1, -3: 2, 0: 0, 7: 3, 65536: 4, 1 << 50: 5}
+    known = np.array([*label_map])
+    values = np.where(rng.random((5, 9, 11)) < 0.5, known[rng.integers(0, len(known), (5, 9, 11))], 7)
+    values[1:3] = -3
+    for given in (values, values.T, values[::-1, ::2, ::-1]):
+        assert to_indices(given, MM_WHS, label_map).tolist() == np.vectorize(label_map.get)(given).tolist()
+    values[-1, -1, -1] = 12
+    with pytest.raises(UnknownLabels, match=r"holds 12, .*all its values: -1099511627776, -3, 0, 7, 12, 65536, 1125899906842624"):
+        to_indices(values, MM_WHS, label_map)
+    assert to_indices(np.empty((2, 0, 3), np.int16), MM_WHS).shape == (2, 0, 3)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +54,11 @@ class DatasetFormat:
     def is_ours(self, path: Path) -> bool:
         return is_synthetic(path)
 
-    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> tuple[Path, ...]:
+    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
         image, label = self.files(output, painting.case, painting.variant)
-        write_labels(label, painting.mask, np.arange(len(painting.manifest.labels), dtype=np.uint8), description="mask of a " + NOTICE)
-        write_ct(image, slabs, painting.mask, description=NOTICE)
-        return image, label
+        values = np.arange(len(painting.manifest.labels), dtype=np.uint8)
+        mask = write_labels(label, painting.mask, values, description="mask of a " + NOTICE)
+        return {image: write_ct(image, slabs, painting.mask, description=NOTICE), label: mask}
 
     def finish(self, output: Path, manifest: Manifest) -> None:
         """Bring `dataset.json` to what lies in the folder; what others wrote into it stays. Without a case there is none."""

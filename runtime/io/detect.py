@@ -297,7 +297,7 @@ def listing(case: Case) -> str:
 def _volume_size(path: Path) -> tuple[int, ...]:
     from .nifti import simpleitk
 
-    check_header(path, voxels=False)
+    check_header(path, voxels="unseen")
     reader = simpleitk().ImageFileReader()
     reader.SetFileName(str(path))
     with reading(path, "a volume"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..contract import Manifest
 from ..errors import UsageError
 from ..files import atomic_folder
+from ..journal import digest_of
 from ..volume import CTSlab, LabelVolume
 from .ct_series import write_series
 from .enhanced_ct import write_enhanced
@@ -43,7 +44,7 @@ class DicomFormat:
     def is_ours(self, path: Path) -> bool:
         return path.is_dir() and all(p.suffix == ".dcm" and p.is_file() and is_synthetic(p) for p in path.iterdir())
 
-    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> tuple[Path, ...]:
+    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
         (path,) = self.files(output, painting.case, painting.variant)
         identity = Identity.of(painting, self.options.attach)
         grid = UprightGrid.of(painting.mask.geometry, painting.mask.labels.shape)
@@ -52,7 +53,7 @@ class DicomFormat:
             images = write_ct(folder, painting, identity, grid, slabs)
             if self.options.segmentation != "none":
                 write_seg(folder, painting, identity, grid, images, self.options.segmentation)
-        return (path,)
+        return {path: digest_of(path)}
 
     def finish(self, output: Path, manifest: Manifest) -> None:
         pass

@@ -1,7 +1,7 @@
 """What a volume file claims to be, checked before a reader is trusted with it (some claims crash readers).
 
-Each check reads the header alone, and for NIfTI counts the bytes behind it, so that no claim makes anyone allocate what
-the file does not hold. Formats: NIfTI-1.1 (nifti1.h) and NIfTI-2, NRRD 5 (teem), MetaImage (ITK).
+Each check reads the header alone, and for NIfTI the voxels behind it as well: they are counted, or kept, so that no claim makes
+anyone allocate what the file does not hold, and no file is decompressed twice. Formats: NIfTI-1.1 (nifti1.h) and NIfTI-2, NRRD 5 (teem), MetaImage (ITK).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from ..volume import LARGEST_MM, Segment
 MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")  # what every header written says of itself, within its first bytes
 MARKS_WITHIN = 8192
 NOTICE = f"{MARKS[0]} ({MARKS[1]})"  # 79 characters fit into a NIfTI
+Voxels = Literal["unseen", "counted", "kept"]
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 EXPECTED = "one 3-D volume of integers as NIfTI, NRRD or MHA"
 MAX_EXTENT = 32767  # voxels along one axis that NIfTI-1 can say
@@ -35,6 +36,7 @@ MAX_VOXELS = 1 << 34  # 16 G voxels: past this a header is taken for damaged
 # nifti1.h, from sizeof_hdr to magic: the 348 bytes of a header
 NIFTI_1 = "i10s18sihcB8h3f4h8f3fhcB4f2i80s24s2h6f4f4f4f16s4s"
 _BYTES = {2: 1, 4: 2, 8: 4, 16: 4, 64: 8, 256: 1, 512: 2, 768: 4, 1024: 8, 1280: 8}  # datatype code → bytes a voxel
+_INTEGERS = {2: "u1", 4: "i2", 8: "i4", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}  # datatype code → numpy's
 _FLOATS = {16: "f4", 64: "f8"}
 _META_BYTES = {f"MET_{u}{name}": n for u in ("", "U") for name, n in (("CHAR", 1), ("SHORT", 2), ("INT", 4), ("LONG_LONG", 8))} | {
     "MET_FLOAT": 4,
@@ -69,19 +71,21 @@ class Header:
 
     `nifti`: the header of a NIfTI-1 file as 348 little-endian bytes, None for other formats. `oriented`: whether it states how
     the axes lie in the patient. `segments`: of a Slicer .seg.nrrd, each with the layer that it lies in (`layers` of them; 1 for any
-    other volume).
+    other volume). `values`: the voxels (D, H, W), in the machine's byte order, where they were to be kept and are the unscaled integers of
+    a 3-D NIfTI-1.
     """
 
     nifti: bytes | None = None
     oriented: bool = True
     segments: tuple[tuple[Segment, int], ...] = ()
     layers: int = 1
+    values: NDArray[Any] | None = None
 
 
-def check_header(path: Path, *, voxels: bool = True) -> Header:
+def check_header(path: Path, *, voxels: Voxels = "counted") -> Header:
     """Refuse (`UnreadableVolume`, `GeometryError`) a file that is not one 3-D scalar volume with its voxels present.
 
-    A layered .seg.nrrd passes, too. Without `voxels` those of a NIfTI are not counted: for looking at a header alone.
+    A layered .seg.nrrd passes, too. `voxels` is about those of a NIfTI; "unseen" is for looking at a header alone.
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
@@ -135,7 +139,7 @@ def _unpacked(path: Path, handle: BinaryIO) -> Iterator[BinaryIO]:
         raise _bad(path, f"is truncated or damaged: {exc}", "copy or download it again") from exc
 
 
-def _nifti(path: Path, content: BinaryIO, voxels: bool) -> Header:
+def _nifti(path: Path, content: BinaryIO, voxels: Voxels) -> Header:
     head = content.read(348)
     if len(head) < 348:
         raise _bad(path, f"ends after {len(head)} bytes, inside its header")
@@ -169,14 +173,29 @@ def _nifti(path: Path, content: BinaryIO, voxels: bool) -> Header:
     _check_affines(path, head, order, dim, spacing)
     if not math.isfinite(offset) or not first <= offset < 1 << 31:
         raise _bad(path, f"puts its voxels at byte {offset}")
-    if not voxels:
+    if voxels == "unseen":
         return Header(header, any(codes))
-    need = int(offset) - first + math.prod(dim[1 : dim[0] + 1]) * _BYTES[datatype]
-    content.read(int(offset) - first)
-    have = int(offset) - first + _count(path, content, need, _FLOATS.get(datatype, ""), order)
+    skipped, need = int(offset) - first, math.prod(dim[1 : dim[0] + 1]) * _BYTES[datatype]
+    packed, there = path.name.lower().endswith(".gz"), path.stat().st_size
+    if there * (DEFLATE if packed else 1) < need:
+        raise _bad(path, f"is truncated: {there} bytes are there for {need} bytes of voxels", "copy or download it again")
+    values = None
+    if voxels == "kept" and header is not None and dim[0] == 3 and datatype in _INTEGERS and _unscaled(header):
+        values = np.empty(dim[3:0:-1], order + _INTEGERS[datatype])
+    content.read(skipped)
+    have = _take(path, content, need, _FLOATS.get(datatype, ""), order, values)
     if have < need:
-        raise _bad(path, f"is truncated: {have} of {need} bytes are there behind its header", "copy or download it again")
-    return Header(header, any(codes))
+        raise _bad(
+            path, f"is truncated: {skipped + have} of {skipped + need} bytes are there behind its header", "copy or download it again"
+        )
+    if values is not None and not values.dtype.isnative:
+        values = values.byteswap(inplace=True).view(values.dtype.newbyteorder("="))
+    return Header(header, any(codes), values=values)
+
+
+def _unscaled(header: bytes) -> bool:
+    slope, intercept = struct.unpack_from("<2f", header, 112)
+    return slope in (0, 1) and intercept == 0
 
 
 def _check_affines(path: Path, head: bytes, order: str, dim: Sequence[int], spacing: Sequence[float]) -> None:
@@ -213,18 +232,26 @@ def rotation(b: float, c: float, d: float) -> NDArray[np.float64]:
     )
 
 
-def _count(path: Path, content: BinaryIO, need: int, floats: str, order: str) -> int:
-    """How many bytes follow, up to `need`; for gzip the trailing checksum is verified as well.
+def _take(path: Path, content: BinaryIO, need: int, floats: str, order: str, values: NDArray[Any] | None) -> int:
+    """How many bytes follow, up to `need`, put into `values` if there are any; for gzip the trailing checksum is verified as well.
 
     `floats`: the numpy code of floating-point voxels, which are checked for NaN and infinity here, because the NIfTI
     library under SimpleITK turns those into 0 without a word (nifti1_io.c, nifti_read_buffer).
     """
-    have, size = 0, np.dtype(floats).itemsize if floats else 1
+    have, piece, size = 0, 1 << 20, np.dtype(floats).itemsize if floats else 1
+    place = None if values is None else values.reshape(-1).view(np.uint8).data
     try:
-        while have < need and (chunk := content.read(min(1 << 20, need - have))):
-            have += len(chunk)
-            if floats and not np.isfinite(values := np.frombuffer(chunk[: len(chunk) // size * size], order + floats)).all():
-                raise _bad(path, f"holds {values[~np.isfinite(values)][0]}, which is no label", "give a label map of whole numbers")
+        while have < need:
+            if place is None:
+                chunk = content.read(min(piece, need - have))
+                got = len(chunk)
+                if floats and not np.isfinite(numbers := np.frombuffer(chunk[: got // size * size], order + floats)).all():
+                    raise _bad(path, f"holds {numbers[~np.isfinite(numbers)][0]}, which is no label", "give a label map of whole numbers")
+            else:
+                got = content.readinto(place[have : have + piece])  # type: ignore[attr-defined]
+            if not got:
+                break
+            have += got
         content.read(1)  # at the end of a gzip stream its checksum is compared
         return have
     except (EOFError, zlib.error, gzip.BadGzipFile) as exc:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,7 +27,6 @@ _IMAGE_IO = {
 _DEFAULT_ORIENTATION = dict.fromkeys((".gz", ".nii"), "it is taken to run right to left, front to back, feet to head") | dict.fromkeys(
     (".nrrd", ".nhdr", ".mha", ".mhd"), "its axes are taken to run to the left, to the back and to the head"
 )
-_INTEGERS = {2: "u1", 4: "i2", 8: "i4", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}  # datatype → dtype
 
 
 def simpleitk() -> Any:
@@ -52,15 +50,15 @@ def read_volume(path: Path) -> Volume:
 def read_mask(path: Path) -> Volume | Layers:
     """As `read_volume`; a Slicer segmentation in several layers comes as `Layers`."""
     path = Path(path)
-    header = check_header(path)
     sitk = simpleitk()
+    header = check_header(path, voxels="kept")
     with reading(path, EXPECTED):
-        if path.name.lower().endswith((".nii", ".nii.gz")) and (values := _read_integers(path)) is not None:
+        if header.values is not None:  # SimpleITK would hold a second copy while it reads, and take three times as long to decompress
             about = sitk.ImageFileReader()
             about.SetImageIO("NiftiImageIO")
             about.SetFileName(str(path))
             about.ReadImageInformation()
-            return Volume(values, from_sitk_geometry(about, path), header.nifti, notes=_notes(header, path))
+            return Volume(header.values, from_sitk_geometry(about, path), header.nifti, notes=_notes(header, path))
         image = sitk.ReadImage(str(path), imageIO=_IMAGE_IO[path.suffix.lower()])  # by name: nothing else is tried on the file
     while image.GetDimension() > 3:  # only dimensions of 1 are left
         image = image[(slice(None),) * (image.GetDimension() - 1) + (0,)]
@@ -109,40 +107,6 @@ def from_sitk_geometry(image: Any, file: Path | None = None) -> Geometry:
     except GeometryError as exc:
         exc.file = file
         raise
-
-
-def _read_integers(path: Path) -> NDArray[Any] | None:
-    """The voxels of a 3-D NIfTI-1 of unscaled integers (D, H, W), read straight into their place; None for any other.
-
-    SimpleITK holds a second copy of all voxels while it reads, and takes three times as long to decompress them.
-    """
-    with _open_to_read(path) as file:
-        head = file.read(348)
-        order = next((o for o in "<>" if struct.unpack_from(o + "i", head)[0] == 348), None)
-        if order is None:  # NIfTI-2
-            return None
-        dim, (code,) = struct.unpack_from(order + "8h", head, 40), struct.unpack_from(order + "h", head, 70)
-        offset, slope, intercept = struct.unpack_from(order + "3f", head, 108)
-        if dim[0] != 3 or code not in _INTEGERS or slope not in (0, 1) or intercept != 0:
-            return None
-        values = np.empty(dim[3:0:-1], order + _INTEGERS[code])
-        file.seek(int(offset))
-        flat, done = values.reshape(-1).view(np.uint8).data, 0
-        while done < len(flat):
-            got = file.readinto(flat[done : done + (1 << 20)])  # type: ignore[attr-defined]
-            if not got:
-                raise EOFError(f"it ends after {done} of {len(flat)} bytes of voxels")
-            done += got
-    return values if values.dtype.isnative else values.byteswap(inplace=True).view(values.dtype.newbyteorder("="))
-
-
-def _open_to_read(path: Path) -> BinaryIO:
-    if not path.name.lower().endswith(".gz"):
-        return open(path, "rb")
-    from isal import igzip
-
-    file: BinaryIO = igzip.open(str(path), "rb")
-    return file
 
 
 class _Kept:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -57,8 +57,9 @@ class Format(Protocol):
     `check` raises `MissingComponent` or `UsageError` before any work when this cannot write results of that model into
     `output`; `check_mask` raises an `InputError` for a mask whose result it cannot write. `files` names what `write` will leave in
     `output` for one result: files, or a folder that is replaced as a whole; `is_ours` tells whether such a path was written by
-    mask2ct and may be replaced. `write` takes the slabs as they are painted and returns those paths, each complete; several processes
-    may write different results. `finish` is called once at the end of a run, by the one process that holds the folder's lock.
+    mask2ct and may be replaced. `write` takes the slabs as they are painted and returns those paths, each complete, with their digests
+    (`runtime.journal.digest_of`); several processes may write different results. `finish` is called once at the end of a run, by the one
+    process that holds the folder's lock.
     Both raise `OutputError`.
     """
 
@@ -70,7 +71,7 @@ class Format(Protocol):
 
     def is_ours(self, path: Path) -> bool: ...
 
-    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> tuple[Path, ...]: ...
+    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> Mapping[Path, str]: ...
 
     def finish(self, output: Path, manifest: Manifest) -> None: ...
 

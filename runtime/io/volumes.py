@@ -6,7 +6,7 @@ Formats: nifti1.h; NRRD 5 (teem.sourceforge.net/nrrd/format.html); MetaImage (it
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..contract import Manifest
 from ..errors import importing
-from ..files import atomic_path
+from ..files import atomic_path, synced
 from ..volume import CTSlab, Geometry, LabelVolume
 from .headers import NOTICE, is_synthetic
 from .nifti_header import nifti_header
@@ -57,30 +57,31 @@ class VolumeFormat:
     def is_ours(self, path: Path) -> bool:
         return is_synthetic(path)
 
-    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> tuple[Path, ...]:
+    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
         files = self.files(output, painting.case, painting.variant)
-        write_ct(files[0], slabs, painting.mask, description=NOTICE)
+        written = {files[0]: write_ct(files[0], slabs, painting.mask, description=NOTICE)}
         for file in files[1:]:
-            write_labels(file, painting.mask, table_values(painting.manifest.labels), description="mask of a " + NOTICE)
-        return files
+            values = table_values(painting.manifest.labels)
+            written[file] = write_labels(file, painting.mask, values, description="mask of a " + NOTICE)
+        return written
 
     def finish(self, output: Path, manifest: Manifest) -> None:
         pass
 
 
-def write_ct(path: Path, slabs: Iterable[CTSlab], mask: LabelVolume, *, description: str = "") -> None:
+def write_ct(path: Path, slabs: Iterable[CTSlab], mask: LabelVolume, *, description: str = "") -> str:
     """Write int16 slabs that together fill the grid of `mask`, as `write_volume` does."""
     depth, height, width = mask.labels.shape
     shape = (depth, height, width)
     planes = planes_of(slabs, shape, path.parent)
-    write_volume(path, planes, shape, np.dtype(np.int16), mask.geometry, nifti_source=mask.nifti_header, description=description)
+    return write_volume(path, planes, shape, np.dtype(np.int16), mask.geometry, nifti_source=mask.nifti_header, description=description)
 
 
-def write_labels(path: Path, mask: LabelVolume, values: NDArray[Any], *, description: str = "") -> None:
+def write_labels(path: Path, mask: LabelVolume, values: NDArray[Any], *, description: str = "") -> str:
     """Write a mask with `values[index]` for each of its indices, as `write_volume` does."""
     depth, height, width = mask.labels.shape
-    write_volume(path, (values[plane] for plane in mask.labels), (depth, height, width), values.dtype, mask.geometry,
-                 nifti_source=mask.nifti_header, description=description)  # fmt: skip
+    return write_volume(path, (values[plane] for plane in mask.labels), (depth, height, width), values.dtype, mask.geometry,
+                        nifti_source=mask.nifti_header, description=description)  # fmt: skip
 
 
 def write_volume(
@@ -92,27 +93,30 @@ def write_volume(
     *,
     nifti_source: bytes | None = None,
     description: str = "",
-) -> None:
+) -> str:
     """Write the D planes (H, W) of a uint8, uint16, int16 or int32 volume as the kind of file that the suffix of `path` names, atomically.
 
     .nii is raw; .nii.gz, .nrrd and .mha are compressed by isal. With `nifti_source` (the mask's own header) a NIfTI has its very
-    bits for the grid; its free text is dropped, for it may name a patient. The same input gives the same bytes. Raises `OutputError`.
+    bits for the grid; its free text is dropped, for it may name a patient. The same input gives the same bytes. Returns their SHA-256.
+    Raises `OutputError`.
     """
     nifti, raw = path.name.endswith((".nii", ".nii.gz")), path.name.endswith(".nii")
-    with atomic_path(path) as part, open(part, "wb") as whole:
-        if not nifti:
-            header = _meta_header if path.name.endswith(".mha") else _nrrd_header
-            whole.write(header(shape, dtype, geometry, description))
-        start = whole.tell()
-        with nullcontext(whole) if raw else isal_threaded().open(whole, "wb", compresslevel=GZIP_LEVEL, threads=GZIP_THREADS) as file:
-            if nifti:
-                file.write(nifti_header(shape, dtype, geometry, nifti_source, description))
-            for plane in planes:  # one write a plane: how the input is cut into blocks must not depend on how slabs were cut
-                file.write(np.ascontiguousarray(plane, dtype.newbyteorder("<")).data.cast("B"))
-        if path.name.endswith(".mha"):
-            size = whole.tell() - start
-            whole.seek(0)
-            whole.write(_meta_header(shape, dtype, geometry, description, size))
+    with atomic_path(path) as part:
+        with open(part, "wb") as whole:
+            if not nifti:
+                header = _meta_header if path.name.endswith(".mha") else _nrrd_header
+                whole.write(header(shape, dtype, geometry, description))
+            start = whole.tell()
+            with nullcontext(whole) if raw else isal_threaded().open(whole, "wb", compresslevel=GZIP_LEVEL, threads=GZIP_THREADS) as file:
+                if nifti:
+                    file.write(nifti_header(shape, dtype, geometry, nifti_source, description))
+                for plane in planes:  # one write a plane: how the input is cut into blocks must not depend on how slabs were cut
+                    file.write(np.ascontiguousarray(plane, dtype.newbyteorder("<")).data.cast("B"))
+            if path.name.endswith(".mha"):
+                size = whole.tell() - start
+                whole.seek(0)
+                whole.write(_meta_header(shape, dtype, geometry, description, size))
+        return synced(part)
 
 
 def planes_of(slabs: Iterable[CTSlab], shape: tuple[int, int, int], folder: Path) -> Iterator[NDArray[np.int16]]:
