@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -150,14 +150,28 @@ def to_indices(
     Without `label_map` the table's own values (and aliases) are used. Raises `UnknownLabels`, listing what was found, what
     the model knows and the remedy, when a value has no index.
     """
+    out = np.empty(values.shape, np.uint8)
+    for n, plane in enumerate(index_planes(values, table, label_map, segments=segments, file=file)):
+        out[n] = plane
+    return out
+
+
+def index_planes(
+    planes: Iterable[NDArray[Any]],
+    table: LabelTable,
+    label_map: LabelMap | None = None,
+    *,
+    segments: Sequence[Segment] = (),
+    file: Path | None = None,
+) -> Iterator[NDArray[np.uint8]]:
+    """`to_indices` of one plane after the other; what has no index is told when all were seen."""
     named = {segment.number: segment for segment in segments}
     known: dict[int, int | None] = {}
     if segments and 0 not in named:  # what no segment claims
         known[0] = match(Segment(0), table, label_map) or 0
     _check_map(label_map, table, file)
     seen: set[int] = set()
-    out = np.empty(values.shape, np.uint8)
-    for n, plane in enumerate(values):  # by runs of one value: to look every voxel up takes three times as long
+    for plane in planes:  # by runs of one value: to look every voxel up takes three times as long
         worth, lengths = _runs(plane)
         there = np.unique(worth)
         for value in there.tolist():
@@ -165,10 +179,9 @@ def to_indices(
                 known[value] = match(named.get(value, Segment(value)), table, label_map)
         seen.update(there.tolist())
         indices = np.array([known[value] or 0 for value in there.tolist()], np.uint8)
-        out[n] = np.repeat(indices[np.searchsorted(there, worth)], lengths).reshape(plane.shape)
+        yield np.repeat(indices[np.searchsorted(there, worth)], lengths).reshape(plane.shape)
     _refuse([named.get(v, Segment(v)) for v in sorted(seen) if known[v] is None], [named.get(v, Segment(v)) for v in sorted(seen)],
             table, label_map, file)  # fmt: skip
-    return out
 
 
 def overlay(

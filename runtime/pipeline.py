@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from queue import Empty, Queue
 from typing import Any, Generic, TypeVar
@@ -68,6 +69,16 @@ class Ahead(Generic[T]):
                 del item  # its memory is the receiver's now
         except BaseException as exc:
             self._queue.put(("error", exc))
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """`items`, each handed on while a thread makes the next."""
+    end: Any = object()
+    with ThreadPoolExecutor(1, thread_name_prefix="mask2ct-ahead") as beside:
+        coming = beside.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = beside.submit(next, items, end)
+            yield item
 
 
 class Cancelled(Exception):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -169,14 +170,35 @@ class LabelVolume:
                 remedy="map its values with runtime.labels.to_indices",
             )
 
+    @classmethod
+    def gathered(
+        cls, planes: Iterable[NDArray[np.uint8]], shape: tuple[int, int, int], geometry: Geometry, nifti_header: bytes | None = None,
+        *, notes: tuple[str, ...] = (),
+    ) -> LabelVolume:  # fmt: skip
+        """Of the D planes (H, W) of its labels, digested as they come, in a thread beside the one that makes them."""
+        labels, digest = np.empty(shape, np.uint8), _digest(shape, geometry)
+        with ThreadPoolExecutor(1, thread_name_prefix="mask2ct-digest") as beside:
+            for n, plane in enumerate(planes):
+                labels[n] = plane
+                beside.submit(digest.update, labels[n].data)
+        volume = cls(labels, geometry, nifti_header, notes=notes)
+        volume.__dict__["digest"] = digest.digest()  # where the property keeps it
+        return volume
+
     @cached_property
     def digest(self) -> bytes:
         """SHA-256 (32 bytes) of labels and geometry: what this case *is*, whatever its file is called."""
-        digest = hashlib.sha256(np.asarray(self.labels.shape, "<i8").tobytes())
-        digest.update(self.geometry.affine.astype("<f8").tobytes())
+        digest = _digest(self.labels.shape, self.geometry)
         for plane in self.labels:
             digest.update(np.ascontiguousarray(plane).data)
         return digest.digest()
+
+
+def _digest(shape: tuple[int, ...], geometry: Geometry) -> Any:
+    """Of a `LabelVolume`, without its labels yet."""
+    digest = hashlib.sha256(np.asarray(shape, "<i8").tobytes())
+    digest.update(geometry.affine.astype("<f8").tobytes())
+    return digest
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import tracemalloc
 from pathlib import Path
 
 import nibabel
@@ -11,7 +13,9 @@ import SimpleITK as sitk
 from samples import blobs
 
 from runtime import Geometry, LabelVolume
-from runtime.io.nifti import read_volume
+from runtime.errors import UnreadableVolume
+from runtime.io.nifti import read_labels, read_volume
+from runtime.labels import MM_WHS, to_indices
 
 TYPES = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
 
@@ -47,3 +51,34 @@ def test_equal_grids_have_one_digest_whatever_the_sign_of_their_zeros() -> None:
     labels = np.ones((2, 3, 4), np.uint8)
     affine = np.diag([1.0, 1.0, 2.0, 1.0])
     assert LabelVolume(labels, Geometry(affine)).digest == LabelVolume(labels, Geometry(affine * np.where(affine == 0, -1.0, 1.0))).digest
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_a_mask_read_plane_by_plane_is_the_mask(suffix: str, tmp_path: Path) -> None:
+    """Several blocks of planes: labels, and the digest that keys every random number of the result, are those of the whole array."""
+    path, values = tmp_path / f"m{suffix}", np.zeros((70, 160, 150), np.int32)
+    values[3:60] = blobs((57, 160, 150))
+    sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
+    tracemalloc.start()
+    try:
+        read = read_labels(path, MM_WHS)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    whole = LabelVolume(to_indices(values, MM_WHS), read_volume(path).geometry)
+    assert np.array_equal(read.labels, whole.labels) and read.digest == whole.digest and read.geometry == whole.geometry
+    assert peak < values.size + (12 << 20), "more is held than the indices and some planes"
+
+
+@pytest.mark.parametrize("lost", [1, 4000])
+def test_a_mask_cut_off_in_its_last_planes_is_refused(lost: int, tmp_path: Path) -> None:
+    path = tmp_path / "m.nii"
+    sitk.WriteImage(sitk.GetImageFromArray(blobs((70, 160, 150)).astype(np.int32)), str(path))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-lost])
+    (tmp_path / "m.nii.gz").write_bytes(gzip.compress(whole)[:-lost])
+    (tmp_path / "crc.nii.gz").write_bytes((packed := gzip.compress(whole))[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:])
+    for file in (path, tmp_path / "m.nii.gz", tmp_path / "crc.nii.gz"):
+        with pytest.raises(UnreadableVolume, match=r"truncated|damaged") as refused:
+            read_labels(file, MM_WHS)
+        assert refused.value.file == file

@@ -6,7 +6,8 @@ archives write patients into file names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from ..contract import LabelTable
 from ..errors import InputError, UnreadableVolume, UsageError, printable, reading
-from ..labels import LabelMap, overlay, present_values, to_indices
+from ..labels import LabelMap, present_values
 from ..volume import DicomSource, Geometry, LabelVolume, Layers, Segment, Volume
 from . import archive
 from .dicom_files import Instance, is_dicom, neutral, scan, walk
@@ -191,7 +192,7 @@ def _grid_of(case: Case, instances: Sequence[Instance]) -> tuple[Path, ...]:
 def read_mask(case: Case) -> Volume | Layers:
     """What the case's files hold, in their own values. Raises `InputError`s that say which case."""
     options = case.options
-    try:
+    with _naming(case):
         if case.kind == "seg":
             from .seg import read_seg
 
@@ -213,21 +214,28 @@ def read_mask(case: Case) -> Volume | Layers:
 
         with archive.on_disk(case.path) as path:
             return nifti.read_mask(path)
-    except InputError as exc:
-        exc.file = case.called
-        raise
 
 
 def read_case(case: Case, table: LabelTable, label_map: LabelMap | None = None) -> LabelVolume:
     """The case's labels in the model's indices. Raises `InputError`s that say which case."""
-    from .nifti import as_integers
+    from . import nifti
 
-    mask = read_mask(case)
-    if isinstance(mask, Layers):
-        labels = overlay(mask, table, label_map, order=case.options.overlap_order, file=case.called)
-        return LabelVolume(labels, mask.geometry, dicom=mask.dicom, notes=mask.notes)
-    labels = to_indices(as_integers(mask.values, case.called), table, label_map, segments=mask.segments, file=case.called)
-    return LabelVolume(labels, mask.geometry, mask.nifti_header, mask.dicom, mask.notes)
+    order = case.options.overlap_order
+    with _naming(case):
+        if case.kind == "volume":
+            with archive.on_disk(case.path) as path:
+                return nifti.read_labels(path, table, label_map, order=order, file=case.called)
+        return nifti.labels_of(read_mask(case), table, label_map, order=order, file=case.called)
+
+
+@contextmanager
+def _naming(case: Case) -> Iterator[None]:
+    """Errors are about what the case is called."""
+    try:
+        yield
+    except InputError as exc:
+        exc.file = case.called
+        raise
 
 
 def structures(mask: Volume | Layers, file: Path) -> list[Segment]:
@@ -297,7 +305,7 @@ def listing(case: Case) -> str:
 def _volume_size(path: Path) -> tuple[int, ...]:
     from .nifti import simpleitk
 
-    check_header(path, voxels="unseen")
+    check_header(path, voxels=False)
     reader = simpleitk().ImageFileReader()
     reader.SetFileName(str(path))
     with reading(path, "a volume"):

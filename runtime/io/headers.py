@@ -1,7 +1,7 @@
 """What a volume file claims to be, checked before a reader is trusted with it (some claims crash readers).
 
-Each check reads the header alone, and for NIfTI the voxels behind it as well: they are counted, or kept, so that no claim makes
-anyone allocate what the file does not hold, and no file is decompressed twice. Formats: NIfTI-1.1 (nifti1.h) and NIfTI-2, NRRD 5 (teem), MetaImage (ITK).
+Each check reads the header alone, and for NIfTI counts the bytes behind it, so that no claim makes anyone allocate what
+the file does not hold. Formats: NIfTI-1.1 (nifti1.h) and NIfTI-2, NRRD 5 (teem), MetaImage (ITK).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,6 @@ from ..volume import LARGEST_MM, Segment
 MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")  # what every header written says of itself, within its first bytes
 MARKS_WITHIN = 8192
 NOTICE = f"{MARKS[0]} ({MARKS[1]})"  # 79 characters fit into a NIfTI
-Voxels = Literal["unseen", "counted", "kept"]
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 EXPECTED = "one 3-D volume of integers as NIfTI, NRRD or MHA"
 MAX_EXTENT = 32767  # voxels along one axis that NIfTI-1 can say
@@ -66,26 +65,35 @@ def is_synthetic(path: Path) -> bool:
 
 
 @dataclass(frozen=True)
+class Plain:
+    """Where the unscaled integers of a 3-D NIfTI-1 lie: from byte `offset` on, (D, H, W) = `shape`, as they lie in the file."""
+
+    offset: int
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+
+
+@dataclass(frozen=True)
 class Header:
     """What a checked header says besides the grid.
 
     `nifti`: the header of a NIfTI-1 file as 348 little-endian bytes, None for other formats. `oriented`: whether it states how
     the axes lie in the patient. `segments`: of a Slicer .seg.nrrd, each with the layer that it lies in (`layers` of them; 1 for any
-    other volume). `values`: the voxels (D, H, W), in the machine's byte order, where they were to be kept and are the unscaled integers of
-    a 3-D NIfTI-1.
+    other volume). `plain`: where a NIfTI's voxels can be read without a library.
     """
 
     nifti: bytes | None = None
     oriented: bool = True
     segments: tuple[tuple[Segment, int], ...] = ()
     layers: int = 1
-    values: NDArray[Any] | None = None
+    plain: Plain | None = None
 
 
-def check_header(path: Path, *, voxels: Voxels = "counted") -> Header:
+def check_header(path: Path, *, voxels: bool = True) -> Header:
     """Refuse (`UnreadableVolume`, `GeometryError`) a file that is not one 3-D scalar volume with its voxels present.
 
-    A layered .seg.nrrd passes, too. `voxels` is about those of a NIfTI; "unseen" is for looking at a header alone.
+    A layered .seg.nrrd passes, too. Without `voxels` those of a NIfTI are not counted, only their number is not out of reach: for looking at
+    a header alone, and where a reader counts them itself.
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
@@ -100,16 +108,17 @@ def check_header(path: Path, *, voxels: Voxels = "counted") -> Header:
     with reading(path, EXPECTED), open(path, "rb") as handle:
         if name.endswith(".nii.gz"):
             if handle.read(2) != b"\x1f\x8b":
-                raise _bad(path, "is not gzip-compressed though it is named .gz")
+                raise bad(path, "is not gzip-compressed though it is named .gz")
             handle.seek(0)
-            with _unpacked(path, handle) as content:
+            with unpacked(path, handle) as content:
                 return _nifti(path, content, voxels)
         if name.endswith(".nii"):
             return _nifti(path, handle, voxels)
         return (_nrrd if name.endswith((".nrrd", ".nhdr")) else _meta)(path, handle)
 
 
-def _bad(path: Path, fact: str, remedy: str = "check the file, or write it again") -> UnreadableVolume:
+def bad(path: Path, fact: str, remedy: str = "check the file, or write it again") -> UnreadableVolume:
+    """The file is not what a reader takes."""
     return UnreadableVolume(f"{path.name} {fact}", expected=EXPECTED, remedy=remedy, file=path)
 
 
@@ -117,17 +126,17 @@ def _check_shape(path: Path, shape: Sequence[int]) -> None:
     """Three dimensions (further ones of 1 are let pass), positive, no more than MAX_VOXELS together."""
     text = "x".join(str(n) for n in shape)
     if len(shape) < 3:
-        raise _bad(path, f"is {len(shape)}-D ({text})", "save it as a 3-D volume (one slice is enough) with its true slice spacing")
+        raise bad(path, f"is {len(shape)}-D ({text})", "save it as a 3-D volume (one slice is enough) with its true slice spacing")
     if any(n != 1 for n in shape[3:]):
-        raise _bad(path, f"is {len(shape)}-D ({text})", "save one 3-D volume per file: one channel, one time point")
+        raise bad(path, f"is {len(shape)}-D ({text})", "save one 3-D volume per file: one channel, one time point")
     if any(n < 1 for n in shape) or math.prod(shape) > MAX_VOXELS:
-        raise _bad(path, f"claims the size {text}")
+        raise bad(path, f"claims the size {text}")
     if max(shape) > MAX_EXTENT:
-        raise _bad(path, f"has {max(shape)} voxels along one axis", f"cut it: NIfTI-1, which is written, holds {MAX_EXTENT}")
+        raise bad(path, f"has {max(shape)} voxels along one axis", f"cut it: NIfTI-1, which is written, holds {MAX_EXTENT}")
 
 
 @contextmanager
-def _unpacked(path: Path, handle: BinaryIO) -> Iterator[BinaryIO]:
+def unpacked(path: Path, handle: BinaryIO) -> Iterator[BinaryIO]:
     """What a gzip file holds, by isal: three times as fast as zlib, and every mask is read once to be checked."""
     from isal import igzip
     from isal.igzip_lib import IsalError
@@ -136,16 +145,16 @@ def _unpacked(path: Path, handle: BinaryIO) -> Iterator[BinaryIO]:
         with igzip.open(handle, "rb") as content:
             yield content
     except (EOFError, gzip.BadGzipFile, IsalError) as exc:  # type: ignore[misc]
-        raise _bad(path, f"is truncated or damaged: {exc}", "copy or download it again") from exc
+        raise bad(path, f"is truncated or damaged: {exc}", "copy or download it again") from exc
 
 
-def _nifti(path: Path, content: BinaryIO, voxels: Voxels) -> Header:
+def _nifti(path: Path, content: BinaryIO, voxels: bool) -> Header:
     head = content.read(348)
     if len(head) < 348:
-        raise _bad(path, f"ends after {len(head)} bytes, inside its header")
+        raise bad(path, f"ends after {len(head)} bytes, inside its header")
     order = next((o for o in "<>" if struct.unpack_from(o + "i", head)[0] in (348, 540)), None)
     if order is None:
-        raise _bad(path, "is not a NIfTI file (its first number is neither 348 nor 540)")
+        raise bad(path, "is not a NIfTI file (its first number is neither 348 nor 540)")
     if struct.unpack_from(order + "i", head)[0] == 348:
         header, first = struct.pack("<" + NIFTI_1, *struct.unpack(order + NIFTI_1, head)), 348
         codes = struct.unpack_from("<2h", header, 252)  # qform_code, sform_code
@@ -153,44 +162,39 @@ def _nifti(path: Path, content: BinaryIO, voxels: Voxels) -> Header:
         (datatype,), (offset,) = struct.unpack_from(order + "h", head, 70), struct.unpack_from(order + "f", head, 108)
         spacing = struct.unpack_from(order + "3f", head, 80)
         if magic != b"n+1\0":
-            raise _bad(path, "is not a single-file NIfTI (its magic is not n+1)", "save header and voxels in one .nii file")
+            raise bad(path, "is not a single-file NIfTI (its magic is not n+1)", "save header and voxels in one .nii file")
     else:
         head += content.read(540 - 348)
         if len(head) < 540:
-            raise _bad(path, f"ends after {len(head)} bytes, inside its header")
+            raise bad(path, f"ends after {len(head)} bytes, inside its header")
         header, first = None, 540
         codes = struct.unpack_from(order + "2i", head, 344)
         dim, spacing = struct.unpack_from(order + "8q", head, 16), struct.unpack_from(order + "3d", head, 112)
         (datatype,), (offset,) = struct.unpack_from(order + "h", head, 12), struct.unpack_from(order + "q", head, 168)
     if not 1 <= dim[0] <= 7:
-        raise _bad(path, f"claims {dim[0]} dimensions")
+        raise bad(path, f"claims {dim[0]} dimensions")
     _check_shape(path, dim[1 : dim[0] + 1])
     if datatype not in _BYTES:
-        raise _bad(path, f"holds {_NOT_LABELS.get(datatype, f'values of the unknown type {datatype}')}", "save the labels as integers")
+        raise bad(path, f"holds {_NOT_LABELS.get(datatype, f'values of the unknown type {datatype}')}", "save the labels as integers")
     if not all(math.isfinite(s) and s != 0 for s in spacing):
         raise GeometryError(f"{path.name} states the voxel spacing {spacing}", expected="three numbers of mm other than 0",
                             remedy="write the true spacing into the header", file=path)  # fmt: skip
     _check_affines(path, head, order, dim, spacing)
     if not math.isfinite(offset) or not first <= offset < 1 << 31:
-        raise _bad(path, f"puts its voxels at byte {offset}")
-    if voxels == "unseen":
-        return Header(header, any(codes))
-    skipped, need = int(offset) - first, math.prod(dim[1 : dim[0] + 1]) * _BYTES[datatype]
-    packed, there = path.name.lower().endswith(".gz"), path.stat().st_size
-    if there * (DEFLATE if packed else 1) < need:
-        raise _bad(path, f"is truncated: {there} bytes are there for {need} bytes of voxels", "copy or download it again")
-    values = None
-    if voxels == "kept" and header is not None and dim[0] == 3 and datatype in _INTEGERS and _unscaled(header):
-        values = np.empty(dim[3:0:-1], order + _INTEGERS[datatype])
-    content.read(skipped)
-    have = _take(path, content, need, _FLOATS.get(datatype, ""), order, values)
+        raise bad(path, f"puts its voxels at byte {offset}")
+    size, there = math.prod(dim[1 : dim[0] + 1]) * _BYTES[datatype], path.stat().st_size
+    if there * (DEFLATE if path.name.lower().endswith(".gz") else 1) < size:
+        raise bad(path, f"is truncated: {there} bytes are there for {size} bytes of voxels", "copy or download it again")
+    if not voxels:
+        plain = header is not None and dim[0] == 3 and datatype in _INTEGERS and _unscaled(header)
+        dtype = np.dtype(order + _INTEGERS.get(datatype, "u1"))
+        return Header(header, any(codes), plain=Plain(int(offset), (dim[3], dim[2], dim[1]), dtype) if plain else None)
+    need = int(offset) - first + size
+    content.read(int(offset) - first)
+    have = int(offset) - first + _count(path, content, need, _FLOATS.get(datatype, ""), order)
     if have < need:
-        raise _bad(
-            path, f"is truncated: {skipped + have} of {skipped + need} bytes are there behind its header", "copy or download it again"
-        )
-    if values is not None and not values.dtype.isnative:
-        values = values.byteswap(inplace=True).view(values.dtype.newbyteorder("="))
-    return Header(header, any(codes), values=values)
+        raise bad(path, f"is truncated: {have} of {need} bytes are there behind its header", "copy or download it again")
+    return Header(header, any(codes))
 
 
 def _unscaled(header: bytes) -> bool:
@@ -232,30 +236,22 @@ def rotation(b: float, c: float, d: float) -> NDArray[np.float64]:
     )
 
 
-def _take(path: Path, content: BinaryIO, need: int, floats: str, order: str, values: NDArray[Any] | None) -> int:
-    """How many bytes follow, up to `need`, put into `values` if there are any; for gzip the trailing checksum is verified as well.
+def _count(path: Path, content: BinaryIO, need: int, floats: str, order: str) -> int:
+    """How many bytes follow, up to `need`; for gzip the trailing checksum is verified as well.
 
     `floats`: the numpy code of floating-point voxels, which are checked for NaN and infinity here, because the NIfTI
     library under SimpleITK turns those into 0 without a word (nifti1_io.c, nifti_read_buffer).
     """
-    have, piece, size = 0, 1 << 20, np.dtype(floats).itemsize if floats else 1
-    place = None if values is None else values.reshape(-1).view(np.uint8).data
+    have, size = 0, np.dtype(floats).itemsize if floats else 1
     try:
-        while have < need:
-            if place is None:
-                chunk = content.read(min(piece, need - have))
-                got = len(chunk)
-                if floats and not np.isfinite(numbers := np.frombuffer(chunk[: got // size * size], order + floats)).all():
-                    raise _bad(path, f"holds {numbers[~np.isfinite(numbers)][0]}, which is no label", "give a label map of whole numbers")
-            else:
-                got = content.readinto(place[have : have + piece])  # type: ignore[attr-defined]
-            if not got:
-                break
-            have += got
+        while have < need and (chunk := content.read(min(1 << 20, need - have))):
+            have += len(chunk)
+            if floats and not np.isfinite(values := np.frombuffer(chunk[: len(chunk) // size * size], order + floats)).all():
+                raise bad(path, f"holds {values[~np.isfinite(values)][0]}, which is no label", "give a label map of whole numbers")
         content.read(1)  # at the end of a gzip stream its checksum is compared
         return have
     except (EOFError, zlib.error, gzip.BadGzipFile) as exc:
-        raise _bad(path, f"is truncated or damaged: {exc}", "copy or download it again") from exc
+        raise bad(path, f"is truncated or damaged: {exc}", "copy or download it again") from exc
 
 
 def _text_header(path: Path, handle: BinaryIO, separator: str, end: str) -> dict[str, str]:
@@ -271,38 +267,38 @@ def _text_header(path: Path, handle: BinaryIO, separator: str, end: str) -> dict
             if end and key.strip().lower() == end:
                 return fields
         elif not line.startswith("#") and fields == {} and line:
-            raise _bad(path, "does not start as its suffix promises")
-    raise _bad(path, "has a header without an end")
+            raise bad(path, "does not start as its suffix promises")
+    raise bad(path, "has a header without an end")
 
 
 def _numbers(path: Path, fields: Mapping[str, str], key: str) -> list[int]:
     try:
         return [int(n) for n in fields[key].split()][:16] or [int("")]
     except (KeyError, ValueError) as exc:
-        raise _bad(path, f"has no readable '{key}' in its header") from exc
+        raise bad(path, f"has no readable '{key}' in its header") from exc
 
 
 def _nrrd(path: Path, handle: BinaryIO) -> Header:
     if not handle.readline(64).startswith(b"NRRD"):
-        raise _bad(path, "is not an NRRD file")
+        raise bad(path, "is not an NRRD file")
     fields = _text_header(path, handle, ":", "")
     shape = _numbers(path, fields, "sizes")
     if _numbers(path, fields, "dimension") != [len(shape)]:
-        raise _bad(path, f"states {len(shape)} sizes for {fields['dimension']} dimensions")
+        raise bad(path, f"states {len(shape)} sizes for {fields['dimension']} dimensions")
     segments = tuple(_segments(path, fields))
     layered = bool(segments) and len(shape) == 4 and fields.get("kinds", "").lower().startswith("list")
     _check_shape(path, shape[1:] if layered else shape)
     if layered and not 1 <= shape[0] <= len(segments):
-        raise _bad(path, f"claims {shape[0]} layers for {len(segments)} segments")
+        raise bad(path, f"claims {shape[0]} layers for {len(segments)} segments")
     if fields.get("type", "").lower() == "block":
-        raise _bad(path, "holds blocks, not numbers", "save the labels as integers")
+        raise bad(path, "holds blocks, not numbers", "save the labels as integers")
     stated = fields.get("spacedirections", fields.get("spacings"))
     _require_grid(path, stated, "space directions")
     _check_numbers(path, fields, "spaceorigin")
     _same_folder(path, fields.get("datafile", "LOCAL"))
     encoding = fields.get("encoding", "").lower()
     if encoding not in _NRRD_EXPANSION:
-        raise _bad(path, f"has the encoding {encoding!r}", "save it raw or with gzip")
+        raise bad(path, f"has the encoding {encoding!r}", "save it raw or with gzip")
     need = math.prod(shape) * _NRRD_BYTES.get(fields.get("type", "").lower(), 1)
     _require_voxels(path, handle, fields.get("datafile", "LOCAL"), need, _NRRD_EXPANSION[encoding])
     return Header(None, "space" in fields and "spacedirections" in fields, segments, shape[0] if layered else 1)
@@ -327,10 +323,10 @@ def _meta(path: Path, handle: BinaryIO) -> Header:
     fields = _text_header(path, handle, "=", "elementdatafile")
     shape = _numbers(path, fields, "dimsize")
     if _numbers(path, fields, "ndims") != [len(shape)]:
-        raise _bad(path, f"states {len(shape)} sizes for {fields['ndims']} dimensions")
+        raise bad(path, f"states {len(shape)} sizes for {fields['ndims']} dimensions")
     _check_shape(path, shape)
     if fields.get("elementnumberofchannels", "1") != "1":
-        raise _bad(path, f"holds {fields['elementnumberofchannels']} channels", "save the labels as one integer per voxel")
+        raise bad(path, f"holds {fields['elementnumberofchannels']} channels", "save the labels as one integer per voxel")
     _require_grid(path, fields.get("elementspacing", fields.get("elementsize")), "ElementSpacing")
     _check_numbers(path, fields, "transformmatrix", "rotation", "orientation", "offset", "position", "origin")
     _same_folder(path, fields["elementdatafile"])
@@ -369,10 +365,10 @@ def _require_voxels(path: Path, handle: BinaryIO, data_file: str, need: int, exp
     local = data_file.upper() == "LOCAL"
     have = path.stat().st_size - handle.tell() if local else (path.parent / data_file).stat().st_size
     if have * expansion + (0 if expansion == 1 else 64) < need:
-        raise _bad(path, f"is truncated: {have} bytes are there for {need} bytes of voxels", "copy or download it again")
+        raise bad(path, f"is truncated: {have} bytes are there for {need} bytes of voxels", "copy or download it again")
 
 
 def _same_folder(path: Path, data_file: str) -> None:
     """A header may name another file for its voxels: only one beside it is read."""
     if data_file.upper() != "LOCAL" and (Path(data_file).name != data_file or not (path.parent / data_file).is_file()):
-        raise _bad(path, f"keeps its voxels in {data_file!r}", "keep header and voxels in one folder, or in one file")
+        raise bad(path, f"keeps its voxels in {data_file!r}", "keep header and voxels in one folder, or in one file")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ from numpy.typing import NDArray
 
 from ..contract import LabelTable
 from ..errors import GeometryError, UnreadableVolume, importing, reading
-from ..labels import LabelMap, to_indices
+from ..labels import LabelMap, index_planes, overlay, to_indices
+from ..pipeline import ahead
 from ..volume import Geometry, LabelVolume, Layers, Segment, Volume
-from .headers import EXPECTED, Header, check_header
+from .headers import EXPECTED, Header, Plain, bad, check_header, unpacked
+
+READ_AT_ONCE = 2 << 20  # bytes of planes from thread to thread: they stay in the core's cache
 
 _IMAGE_IO = {
     ".gz": "NiftiImageIO",
@@ -50,15 +55,11 @@ def read_volume(path: Path) -> Volume:
 def read_mask(path: Path) -> Volume | Layers:
     """As `read_volume`; a Slicer segmentation in several layers comes as `Layers`."""
     path = Path(path)
-    sitk = simpleitk()
-    header = check_header(path, voxels="kept")
+    header, sitk = _checked(path), simpleitk()
+    if header.plain is not None:  # SimpleITK would hold a second copy while it reads, and take three times as long to decompress
+        (values,) = _planes(path, header.plain, header.plain.shape[0])
+        return Volume(values, _geometry_of(path), header.nifti, notes=_notes(header, path))
     with reading(path, EXPECTED):
-        if header.values is not None:  # SimpleITK would hold a second copy while it reads, and take three times as long to decompress
-            about = sitk.ImageFileReader()
-            about.SetImageIO("NiftiImageIO")
-            about.SetFileName(str(path))
-            about.ReadImageInformation()
-            return Volume(header.values, from_sitk_geometry(about, path), header.nifti, notes=_notes(header, path))
         image = sitk.ReadImage(str(path), imageIO=_IMAGE_IO[path.suffix.lower()])  # by name: nothing else is tried on the file
     while image.GetDimension() > 3:  # only dimensions of 1 are left
         image = image[(slice(None),) * (image.GetDimension() - 1) + (0,)]
@@ -67,6 +68,22 @@ def read_mask(path: Path) -> Volume | Layers:
     if len({s.number for s in segments}) < len(segments) or header.layers > 1:
         return _layers(image, header, notes, path)
     return replace(from_sitk(image, header.nifti, path), segments=segments, notes=notes)
+
+
+def _checked(path: Path) -> Header:
+    """The header, of a file whose voxels are there, or `plain` and counted when they are read."""
+    header = check_header(path, voxels=False)
+    return header if header.plain is not None else check_header(path)
+
+
+def _geometry_of(path: Path) -> Geometry:
+    """Where a NIfTI lies, as SimpleITK reads its header."""
+    with reading(path, EXPECTED):
+        about = simpleitk().ImageFileReader()
+        about.SetImageIO("NiftiImageIO")
+        about.SetFileName(str(path))
+        about.ReadImageInformation()
+    return from_sitk_geometry(about, path)
 
 
 def _notes(header: Header, path: Path) -> tuple[str, ...]:
@@ -109,6 +126,28 @@ def from_sitk_geometry(image: Any, file: Path | None = None) -> Geometry:
         raise
 
 
+def _planes(path: Path, plain: Plain, at_once: int) -> Iterator[NDArray[Any]]:
+    """The voxels of a NIfTI, `at_once` planes (n, H, W) at a time, in the machine's byte order; for gzip the checksum is verified before the
+    last of them. Raises `UnreadableVolume` where they end too early.
+    """
+    depth, row = plain.shape[0], math.prod(plain.shape[1:]) * plain.dtype.itemsize
+    packed = path.name.lower().endswith(".gz")
+    with reading(path, EXPECTED), open(path, "rb") as handle, unpacked(path, handle) if packed else nullcontext(handle) as content:
+        content.seek(plain.offset)
+        for start in range(0, depth, at_once):
+            values = np.empty((min(at_once, depth - start), *plain.shape[1:]), plain.dtype)
+            place, have = values.reshape(-1).view(np.uint8).data, 0
+            while have < len(place) and (got := content.readinto(place[have : have + (1 << 20)])):  # type: ignore[attr-defined]
+                have += got
+            if have < len(place):
+                raise bad(
+                    path, f"is truncated: {start * row + have} of {depth * row} bytes of voxels are there", "copy or download it again"
+                )
+            if start + len(values) == depth:
+                content.read(1)  # at the end of a gzip stream its checksum is compared
+            yield values if plain.dtype.isnative else values.byteswap(inplace=True).view(plain.dtype.newbyteorder("="))
+
+
 class _Kept:
     """An image's voxels (D, H, W) for numpy, which keeps this, and so the image, as long as an array looks at them."""
 
@@ -117,11 +156,35 @@ class _Kept:
         self.__array_interface__ = simpleitk().GetArrayViewFromImage(image).__array_interface__
 
 
-def read_labels(path: Path, table: LabelTable, label_map: LabelMap | None = None) -> LabelVolume:
-    """Read a mask and map its values to the model's indices. Raises `InputError`s that name the file."""
-    volume = read_volume(path)
-    indices = to_indices(as_integers(volume.values, path), table, label_map, segments=volume.segments, file=path)
-    return LabelVolume(indices, volume.geometry, volume.nifti_header, notes=volume.notes)
+def read_labels(
+    path: Path, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), file: Path | None = None
+) -> LabelVolume:
+    """Read a mask and map its values to the model's indices. Raises `InputError`s that name `file`, by default the path.
+
+    `order`: what wins where segments overlap (`runtime.labels.overlay`). Of a NIfTI of plain integers only the indices are ever held: it is
+    decompressed, mapped and digested in three threads, a few planes behind each other.
+    """
+    file, header = file or path, _checked(path)
+    if header.plain is None:
+        return labels_of(read_mask(path), table, label_map, order=order, file=file)
+    geometry, at_once = (
+        _geometry_of(path),
+        max(1, READ_AT_ONCE // (header.plain.shape[1] * header.plain.shape[2] * header.plain.dtype.itemsize)),
+    )
+    planes = (plane for block in ahead(_planes(path, header.plain, at_once)) for plane in block)
+    indices = index_planes(planes, table, label_map, file=file)
+    return LabelVolume.gathered(indices, header.plain.shape, geometry, header.nifti, notes=_notes(header, path))
+
+
+def labels_of(
+    mask: Volume | Layers, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), file: Path
+) -> LabelVolume:
+    """What a reader returned, in the model's indices. Raises `InputError`s that name `file`."""
+    if isinstance(mask, Layers):
+        labels = overlay(mask, table, label_map, order=order, file=file)
+        return LabelVolume(labels, mask.geometry, dicom=mask.dicom, notes=mask.notes)
+    labels = to_indices(as_integers(mask.values, file), table, label_map, segments=mask.segments, file=file)
+    return LabelVolume(labels, mask.geometry, mask.nifti_header, mask.dicom, mask.notes)
 
 
 def as_integers(values: NDArray[Any], file: Path | None = None) -> NDArray[Any]:
