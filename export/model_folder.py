@@ -19,7 +19,7 @@ from train.checkpoint import Run
 from . import parity, regions
 from .graph import LabelsToIntensity, folded, halved
 from .model_card import CARD, model_card
-from .quantize import quantize
+from .quantize import Error, quantize
 from .to_onnx import to_onnx
 
 Say = Callable[[str], None]
@@ -105,11 +105,11 @@ def write_int8(graph: LabelsToIntensity, part: Path, manifest: Manifest, masks: 
     truth = parity.reference(graph, {name: array[::step] for name, array in inputs.items()})
     backend = next(b for b in BACKENDS if b.file == ("onnx", "int8") and not b.uninstalled())
 
-    def error(path: Path) -> float:
+    def error(path: Path) -> Error:
         engine = backend.open(path, manifest)
         numbers = parity.differences(truth, parity.paint(engine, truth.inputs)[0], manifest)
         engine.close()
-        return max(value / (MARGIN * limit) for value, limit in parity.excess("int8", numbers).values())
+        return Error(max(value / (MARGIN * limit) for value, limit in parity.excess("int8", numbers).values()), numbers["mean"])
 
     path = part / FILES["int8"]
     made = quantize(part / FILES["fp32"], path, inputs, error, say)

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -47,6 +47,13 @@ class Quantized:
 
     floating: tuple[str, ...]
     layers: int
+
+
+class Error(NamedTuple):
+    """Of a file. `limits`: over what is allowed (1: just allowed); `mean`: of all pixels, without the steps that medians of integers have."""
+
+    limits: float
+    mean: float
 
 
 class Quantizer:
@@ -215,29 +222,34 @@ def rounded(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     return (np.clip(whole, -127, 127).reshape(weights.shape) * step).astype(np.float32)
 
 
-def quantize(source: Path, path: Path, inputs: Inputs, error: Callable[[Path], float], say: Callable[[str], None]) -> Quantized:
-    """Write `path` with as much of the work in INT8 as `error` allows: of a file, its error over what is allowed (1: just allowed).
+def quantize(source: Path, path: Path, inputs: Inputs, error: Callable[[Path], Error], say: Callable[[str], None]) -> Quantized:
+    """Write `path` with as much of the work in INT8 as `error` allows.
 
-    Where all layers together are above 1, each is tried alone. Then they join one by one, those first that cost the least error for
-    the work that they take over, and who would bring the error above 1 stays in float.
+    Where all layers together are above the limits, each is tried alone. Then they join one by one, those first that cost the least
+    for the work that they take over, and who would bring the error above the limits stays in float; until no more join, for the
+    errors of some take those of others back.
     """
     quantizer = Quantizer(source, inputs)
 
-    def tried(floating: Sequence[str]) -> float:
+    def tried(floating: Sequence[str]) -> Error:
         quantizer.write(path, floating)
         return error(path)
 
     layers = quantizer.layers
-    if tried(()) <= 1:
+    if tried(()).limits <= 1:
         return Quantized((), len(layers))
     say(f"  quantising all {len(layers)} layers costs too much: measuring each alone")
     work = quantizer.work()
     alone = {layer: tried([other for other in layers if other != layer]) for layer in layers}
-    floating = sorted(layers, key=lambda layer: alone[layer] ** 2 / work[layer])  # squares: what the errors of several add up as
-    for layer in [layer for layer in floating if alone[layer] <= 1]:
-        rest = [other for other in floating if other != layer]
-        if tried(rest) <= 1:
-            floating = rest
+    floating = sorted(layers, key=lambda layer: alone[layer].mean ** 2 / work[layer])  # squares: what the errors of several add up as
+    waiting = [layer for layer in floating if alone[layer].limits <= 1]
+    before = None
+    while before != floating:
+        before = floating
+        for layer in [layer for layer in waiting if layer in floating]:
+            rest = [other for other in floating if other != layer]
+            if tried(rest).limits <= 1:
+                floating = rest
     quantizer.write(path, floating)
     return Quantized(tuple(floating), len(layers))
 

@@ -15,7 +15,7 @@ import torch
 from export import model_folder, parity
 from export.graph import LabelsToIntensity
 from export.model_folder import FILES, proven, write_model
-from export.quantize import quantize
+from export.quantize import Error, quantize
 from runtime.contract import Manifest
 from runtime.engines.onnx import OnnxEngine
 from runtime.engines.registry import BACKENDS
@@ -174,15 +174,16 @@ def test_the_layers_that_cost_too_much_stay_in_float(model: Path, manifest: Mani
     """Told that two layers are bad, the search leaves out these two and no other."""
     bad = {"generator.top.image/Conv", "generator.encoder.1.0/Conv"}
 
-    def error(path: Path) -> float:
+    def error(path: Path) -> Error:
         graph = onnx.load(path).graph
         made = {name for node in graph.node for name in node.output}
-        return 0.5 + sum(0.6 for n in graph.node if n.name in bad and n.input[1] in made)
+        harm = 0.5 + sum(0.6 for n in graph.node if n.name in bad and n.input[1] in made)
+        return Error(harm, harm)
 
     inputs = parity.draw_inputs(manifest.inputs, parity.random_labels(4, manifest.grid.slices, (64, 64), 8))
     found = quantize(model / "model.onnx", tmp_path / "q.onnx", inputs, error, lambda _: None)
-    assert set(found.floating) == bad and found.layers > 10 and error(tmp_path / "q.onnx") == 0.5
-    none = quantize(model / "model.onnx", tmp_path / "q.onnx", inputs, lambda path: 2.0, lambda _: None)
+    assert set(found.floating) == bad and found.layers > 10 and error(tmp_path / "q.onnx").limits == 0.5
+    none = quantize(model / "model.onnx", tmp_path / "q.onnx", inputs, lambda path: Error(2, 2), lambda _: None)
     assert len(none.floating) == none.layers  # the caller leaves the file out
 
 

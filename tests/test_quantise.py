@@ -10,7 +10,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.quantize import Quantizer, quantize, rounded
+from export.quantize import Error, Quantizer, quantize, rounded
 
 SLICES = 8
 
@@ -129,10 +129,40 @@ def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(forked: Pat
     """`first` has 50 times the work of `left`; both together are too much, and each alone may be."""
     harm = {"first": 0.8, "left": 0.9, "right": 0.3}
 
-    def error(path: Path) -> float:
-        floats = {n.name for n in onnx.load(path).graph.node if n.op_type == "Conv" and n.input[1].endswith(".w")}
-        return float(sum(value**2 for name, value in harm.items() if name not in floats) ** 0.5)
+    def error(path: Path) -> Error:
+        total = float(sum(harm[name] ** 2 for name in in_int8(path)) ** 0.5)
+        return Error(total, total)
 
     chosen = quantize(forked, tmp_path / "int8.onnx", regions, error, lambda text: None)
     assert (chosen.floating, chosen.layers) == (("left",), 3)
-    assert error(tmp_path / "int8.onnx") <= 1
+    assert error(tmp_path / "int8.onnx").limits <= 1
+
+
+def test_a_layer_joins_whose_error_a_later_one_takes_back(forked: Path, regions, tmp_path: Path) -> None:
+    """In the order of their means `right` comes before `left`, and is too much until `left` is there."""
+    shift, mean = {"first": 0.9, "right": 0.6, "left": -0.7}, {"first": 0.1, "right": 0.1, "left": 9.0}
+
+    def error(path: Path) -> Error:
+        found = in_int8(path)
+        return Error(
+            abs(sum(shift[name] for name in found)) * (2 if len(found) == 3 and not tries else 1), sum(mean[name] for name in found)
+        )
+
+    tries: list[str] = []  # all together are refused at first, or no one would ask which
+    chosen = quantize(forked, tmp_path / "int8.onnx", regions, error, tries.append)
+    assert chosen.floating == () and in_int8(tmp_path / "int8.onnx") == {"first", "left", "right"}
+
+
+def test_what_the_limits_cannot_tell_apart_the_mean_does(forked: Path, regions, tmp_path: Path) -> None:
+    """Medians of integers move in steps: `left` and `right`, of the same work, both move one by 1 HU, and only one has room."""
+    for worse in ("left", "right"):
+
+        def error(path: Path, worse: str = worse) -> Error:
+            found = in_int8(path)
+            return Error(0.8 * len(found & {"left", "right"}), sum(0.9 if name == worse else 0.1 for name in found))
+
+        assert quantize(forked, tmp_path / "int8.onnx", regions, error, lambda text: None).floating == (worse,)
+
+
+def in_int8(path: Path) -> set[str]:
+    return {n.name for n in onnx.load(path).graph.node if n.op_type == "Conv" and not n.input[1].endswith(".w")}
