@@ -190,12 +190,13 @@ class Quantizer:
 
 
 def one_hot(graph: onnx.GraphProto) -> set[str]:
-    """The tensors of 0 and 1 alone: comparisons as numbers, several of them side by side where the network sees several slices."""
+    """The tensors of 0 and 1 alone: comparisons as numbers, put in another order, and side by side where the network sees several slices."""
     truths = {node.output[0] for node in graph.node if node.op_type == "Equal"}
     truths |= {tensor.name for tensor in graph.input if tensor.type.tensor_type.elem_type == onnx.TensorProto.BOOL}
     found: set[str] = set()
     for node in graph.node:
-        if (node.op_type == "Cast" and node.input[0] in truths) or (node.op_type in ("Concat", "Transpose") and found.issuperset(node.input)):
+        moved = node.op_type in ("Concat", "Transpose") and found.issuperset(node.input)
+        if moved or (node.op_type == "Cast" and node.input[0] in truths):
             found.add(node.output[0])
     return found
 

@@ -13,8 +13,9 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from .stages import KINDS, WIDEST, BlockConv2d, Join, Modulation, joined, unblocked
+from .stages import KINDS, WIDEST, BlockConv2d, Join, Modulation, joined
 
 FAINT = 0.02  # the texture's amplitude at the start, against what initialisation would give
 NOISE_MEAN, NOISE_SD = 127.5, 73.9  # of a uniform byte
@@ -23,12 +24,13 @@ NOISE_MEAN, NOISE_SD = 127.5, 73.9  # of a uniform byte
 def one_hot(labels: Tensor, classes: int) -> Tensor:
     """Model indices (N, Z, H, W), any dtype → float32 (N, Z * classes, H, W): channel z * classes + v is 1 where slice z holds v.
 
-    Channels last in memory, as convolutions read few channels. Written with slices, Equal and Concat: a flatten with dynamic H, W would
-    hang Shape nodes on a uint8 input.
+    Each slice is compared channels last, which is how engines hold what they convolve: nothing is put in another order afterwards.
+    Written with slices, Equal and Concat: a flatten with dynamic H, W would hang Shape nodes on a uint8 input.
     """
-    values = labels.float().permute(0, 2, 3, 1)
+    values = labels.float()
     indices = torch.arange(classes, dtype=torch.float32, device=labels.device)
-    return torch.cat([(values[..., z : z + 1] == indices).float() for z in range(labels.shape[1])], -1).permute(0, 3, 1, 2)
+    slices = [values[:, z : z + 1].permute(0, 2, 3, 1) == indices for z in range(labels.shape[1])]
+    return torch.cat([found.float().permute(0, 3, 1, 2) for found in slices], 1)
 
 
 def standardise_noise(noise: Tensor) -> Tensor:
@@ -125,7 +127,7 @@ class Generator(nn.Module):
         return (condition * self.contrast(style)[:, :, None, None]).sum(1, keepdim=True)
 
     def _image(self, logits: Tensor, contrast: Tensor | None) -> Tensor:
-        whole = unblocked(logits, self.top.block) if self.top.block > 1 else logits
+        whole = functional.pixel_shuffle(logits, self.top.block) if self.top.block > 1 else logits
         return torch.sigmoid(whole if contrast is None else whole + contrast)
 
 

@@ -22,13 +22,6 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
 
 
-def unblocked(x: Tensor, block: int) -> Tensor:
-    """`pixel_shuffle(x, block)` of (N, block², H, W) → (N, 1, H * block, W * block), moving rows of a block whole: pixels lie channels last."""
-    n, _, h, w = x.shape
-    rows = x.permute(0, 2, 3, 1).reshape(n, h, w, block, block).transpose(2, 3)
-    return rows.reshape(n, 1, h * block, w * block)
-
-
 def same_conv4(channels_in: int, channels_out: int) -> nn.Sequential:
     """4x4 convolution, stride 1, padded to the same size as Keras does: one pixel before, two after."""
     return nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(channels_in, channels_out, 4))

@@ -77,7 +77,7 @@ class Step:
         _set_rate(self._adam_g, o.lr_g * math.exp(-o.decay_g * step))
         _set_rate(self._adam_d, o.lr_d * math.exp(-o.decay_d * step))
         labels, real, noise, style = (t if t is None else t.to(self.device, non_blocking=True) for t in batch)
-        condition = one_hot(labels, self.classes)
+        condition = one_hot(labels, self.classes).contiguous(memory_format=torch.channels_last)
         white = standardise_noise(noise) if self.generator.noisy else None
         smooth, painted = (image.float() for image in self._paint(condition, white, style))
 
@@ -113,7 +113,7 @@ class Step:
                     layer.momentum = None  # a plain mean over the batches
             with torch.no_grad():
                 style = None if batch.style is None else batch.style.to(self.device)
-                net(one_hot(batch.labels.to(self.device), self.classes), style=style)
+                net(one_hot(batch.labels.to(self.device), self.classes).contiguous(memory_format=torch.channels_last), style=style)
         net.eval()
         return net
 
