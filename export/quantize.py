@@ -144,6 +144,7 @@ class Quantizer:
                     made = sources.get(name)
                     if made is not None and made.op_type == "DequantizeLinear" and made.input[0] in sources:
                         node.input[n] = sources[made.input[0]].input[0]
+        hold_exactly(quantizer.model.graph())
         quantizer.model.save_model_to_file(str(path))
 
     def work(self) -> dict[str, float]:
@@ -196,14 +197,40 @@ class Quantizer:
 
 
 def one_hot(graph: onnx.GraphProto) -> set[str]:
-    """The tensors of 0 and 1 alone: comparisons as numbers, several of them side by side where the network sees several slices."""
+    """The tensors of 0 and 1 alone: comparisons as numbers, put in another order, and side by side where the network sees several slices."""
     truths = {node.output[0] for node in graph.node if node.op_type == "Equal"}
     truths |= {tensor.name for tensor in graph.input if tensor.type.tensor_type.elem_type == onnx.TensorProto.BOOL}
     found: set[str] = set()
     for node in graph.node:
-        if (node.op_type == "Cast" and node.input[0] in truths) or (node.op_type == "Concat" and found.issuperset(node.input)):
+        moved = node.op_type in ("Concat", "Transpose") and found.issuperset(node.input)
+        if moved or (node.op_type == "Cast" and node.input[0] in truths):
             found.add(node.output[0])
     return found
+
+
+def hold_exactly(graph: onnx.GraphProto) -> None:
+    """Have what is 0 or 1 and read quantised be made as uint8 at once, and DequantizeLinear make it float: no arithmetic, and no step."""
+    found = one_hot(graph)
+    quantised = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear" and node.input[0] in found}
+    back = {n.output[0]: quantised[n.input[0]] for n in graph.node if n.op_type == "DequantizeLinear" and n.input[0] in quantised}
+    if not back:
+        return
+    graph.initializer.append(numpy_helper.from_array(np.float32(1), "one_hot/step"))
+    graph.initializer.append(numpy_helper.from_array(np.uint8(0), "one_hot/zero"))
+    nodes = []
+    for node in (n for n in graph.node if n.output[0] not in {*quantised, *back}):
+        nodes.append(node)
+        node.input[:] = [back.get(name, name) for name in node.input]
+        if node.op_type == "Cast" and node.output[0] in found:
+            (to,), (name,) = node.attribute, node.output
+            to.i, node.output[0] = onnx.TensorProto.UINT8, f"{name}/uint8"
+            given = [node.output[0], "one_hot/step", "one_hot/zero"]
+            nodes.append(helper.make_node("DequantizeLinear", given, [name], f"{name}/DequantizeLinear"))
+    read = {name for node in nodes for name in node.input}
+    constants = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.node[:], graph.initializer[:]
+    graph.node.extend(nodes)
+    graph.initializer.extend(constants)
 
 
 def rounded(weights: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -101,6 +101,8 @@ def test_one_hot_orders_channels_by_slice_then_class() -> None:
         assert torch.equal(one_hot(values, 3), expected)
     random = torch.randint(0, 8, (3, 1, 5, 7))
     assert torch.equal(one_hot(random, 8).long(), nn.functional.one_hot(random[:, 0], 8).permute(0, 3, 1, 2))
+    for slices in (1, 3):  # as convolutions read it
+        assert one_hot(random.expand(-1, slices, -1, -1), 8).is_contiguous(memory_format=torch.channels_last)
 
 
 def test_noise_bytes_become_zero_mean_and_unit_variance() -> None:

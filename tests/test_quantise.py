@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from export.quantize import Error, Quantizer, quantize, rounded
+from train.generator import one_hot
 
 SLICES = 8
 
@@ -46,16 +49,6 @@ def regions() -> dict[str, np.ndarray]:
 def run(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
     return dict(zip([o.name for o in session.get_outputs()], session.run(None, inputs), strict=True))
-
-
-def with_output(path: Path, tensor: str) -> bytes:
-    """The quantised graph with what convolutions read in the place of `tensor` as an output "held"."""
-    model = onnx.load(path)
-    (quantised,) = (node.output[0] for node in model.graph.node if node.op_type == "QuantizeLinear" and node.input[0] == tensor)
-    (read,) = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] == quantised}
-    model.graph.node.append(helper.make_node("Identity", [read], ["held"], "held"))
-    model.graph.output.append(helper.make_empty_tensor_value_info("held"))
-    return bytes(model.SerializeToString())
 
 
 def test_a_constant_shift_of_a_quantised_layer_is_taken_back(forked: Path, regions, tmp_path: Path) -> None:
@@ -102,27 +95,53 @@ def test_what_was_rounded_is_what_the_file_holds(forked: Path, regions, tmp_path
     np.testing.assert_allclose(whole * step[:, None, None, None], rounded(weights), rtol=0, atol=1e-6)
 
 
-def test_one_hot_labels_are_held_exactly(forked: Path, regions, tmp_path: Path) -> None:
+@pytest.fixture(params=[1, 3])
+def of_labels(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
+    """One-hot labels of one or three slices as the generator has them, which a layer "left" and a layer "right" read; and labels."""
+
+    class Forked(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = (torch.nn.Conv2d(4 * request.param, 8, 3, padding=1) for _ in range(2))
+
+        def forward(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            condition = one_hot(labels, 4)
+            return self.left(condition), self.right(condition)
+
+    torch.manual_seed(0)
+    labels = np.random.default_rng(0).integers(0, 4, (SLICES, request.param, 32, 32), dtype=np.uint8)
+    path, names = tmp_path / "labels.onnx", ["left.y", "right.y"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
+        program = torch.onnx.export(Forked().eval(), (torch.from_numpy(labels),), dynamo=True, opset_version=21, input_names=["labels"],
+                                    output_names=names, dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False)  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    for node in model.graph.node:
+        node.name = node.output[0].removesuffix(".y") if node.op_type == "Conv" else node.name
+    onnx.save(model, path)
+    return path, {"labels": labels}
+
+
+@pytest.mark.parametrize("floating", [(), ("right",)])
+def test_one_hot_labels_are_held_exactly_and_by_no_arithmetic(floating: tuple[str, ...], of_labels, tmp_path: Path) -> None:
+    source, inputs = of_labels
     path = tmp_path / "int8.onnx"
-    Quantizer(forked, regions).write(path, ["left", "right"])
-    graph = onnx.load(path).graph
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
-    (step, zero), = [[constants[name] for name in n.input[1:]] for n in graph.node if n.op_type == "QuantizeLinear" and n.input[0] == "x"]  # fmt: skip
-    assert zero == 0 and step * min(255, np.rint(1 / step)) == pytest.approx(1, abs=1e-6)
-
-
-def test_one_hot_labels_of_several_slices_are_held_exactly_too(forked: Path, regions, tmp_path: Path) -> None:
-    """A network that sees its neighbours reads a Concat."""
-    model, path = onnx.load(forked), tmp_path / "int8.onnx"
-    model.graph.node[1].input[0] = "both"
-    model.graph.node.insert(1, helper.make_node("Concat", ["x", "x"], ["both"], "concat", axis=1))
-    (first,) = (tensor for tensor in model.graph.initializer if tensor.name == "first.w")
-    first.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(first).repeat(2, 1), "first.w"))
-    onnx.save(model, tmp_path / "several.onnx")
-    Quantizer(tmp_path / "several.onnx", regions).write(path, ["left", "right"])
-    session = ort.InferenceSession(with_output(path, "both"), providers=["CPUExecutionProvider"])
-    (held,) = session.run(["held"], regions)
-    assert np.array_equal(held, np.concatenate([regions["labels"]] * 2, 1).astype(np.float32))
+    Quantizer(source, inputs).write(path, floating)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert not [node.name for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    read = {node.input[0] for node in model.graph.node if node.op_type == "Conv"}
+    model.graph.node.extend(helper.make_node("Identity", [name], [f"{name}/held"]) for name in read)
+    del model.graph.output[:]
+    model.graph.output.extend(helper.make_empty_tensor_value_info(f"{name}/held") for name in read)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    expected = np.concatenate([inputs["labels"][:, z : z + 1] == np.arange(4)[:, None, None] for z in range(inputs["labels"].shape[1])], 1)
+    for held in session.run(None, inputs):
+        np.testing.assert_array_equal(held, expected.astype(np.float32))
+    if floating:
+        np.testing.assert_allclose(run(path, inputs)["right.y"], run(source, inputs)["right.y"], rtol=0, atol=1e-5)
+    assert np.abs(run(path, inputs)["left.y"] - run(source, inputs)["left.y"]).max() > 1e-4  # it is quantised
 
 
 def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(forked: Path, regions, tmp_path: Path) -> None:

@@ -24,11 +24,13 @@ NOISE_MEAN, NOISE_SD = 127.5, 73.9  # of a uniform byte
 def one_hot(labels: Tensor, classes: int) -> Tensor:
     """Model indices (N, Z, H, W), any dtype → float32 (N, Z * classes, H, W): channel z * classes + v is 1 where slice z holds v.
 
+    Each slice is compared channels last, which is how engines hold what they convolve: nothing is put in another order afterwards.
     Written with slices, Equal and Concat: a flatten with dynamic H, W would hang Shape nodes on a uint8 input.
     """
     values = labels.float()
-    indices = torch.arange(classes, dtype=torch.float32, device=labels.device).view(1, -1, 1, 1)
-    return torch.cat([(values[:, z : z + 1] == indices).float() for z in range(labels.shape[1])], 1)
+    indices = torch.arange(classes, dtype=torch.float32, device=labels.device)
+    slices = [values[:, z : z + 1].permute(0, 2, 3, 1) == indices for z in range(labels.shape[1])]
+    return torch.cat([found.float().permute(0, 3, 1, 2) for found in slices], 1)
 
 
 def standardise_noise(noise: Tensor) -> Tensor:
