@@ -14,7 +14,9 @@ from pathlib import Path
 from .errors import InputError, writing
 from .files import sync_folder
 
-MOST = 3  # starts that may end in one piece of work before it is put aside
+MOST = (
+    10  # starts that may end in one piece of work before it is put aside: it comes last, and whoever kills for other reasons may hit it too
+)
 
 
 def starts(file: Path) -> int:

@@ -232,6 +232,40 @@ def test_streams_in_flight_give_what_one_call_gives(opened) -> None:
         stream.close()
 
 
+def test_tensors_given_again_are_read_anew_and_others_are_checked(opened) -> None:
+    """As a slot gives them, slice after slice; then others in their place, of which one is wrong."""
+    engine, manifest = opened
+    stream = engine.open_stream()
+    inputs, out, buffers = pooled(engine, manifest, stream, 0)
+
+    def painted(given: dict, made: np.ndarray) -> np.ndarray:
+        made[...] = 0xAB
+        engine.run(given, made, stream=stream)
+        stream.synchronize()
+        return hu(made)
+
+    def expected(given: dict) -> np.ndarray:
+        made = np.empty(out.shape, np.uint8)
+        engine.run({name: array.copy() for name, array in given.items()}, made, stream=HOST_STREAM)
+        return hu(made)
+
+    for seed in (1, 2, 1):
+        for name, array in tensors(engine, manifest, seed=seed)[0].items():
+            inputs[name][...] = array
+        assert np.array_equal(painted(inputs, out), expected(inputs))
+    others = tensors(engine, manifest, seed=3)
+    assert np.array_equal(painted(*others), expected(others[0]))
+    assert np.array_equal(painted(inputs, out), expected(inputs))
+    inputs["labels"] = others[0]["labels"]
+    assert np.array_equal(painted(inputs, out), expected(inputs))
+    inputs["labels"] = np.ascontiguousarray(others[0]["labels"][..., :-1])
+    with pytest.raises(EngineError, match="of shape"):
+        painted(inputs, out)
+    stream.close()
+    for buffer in buffers:
+        buffer.close()
+
+
 def test_every_thread_may_have_a_stream(opened) -> None:
     engine, manifest = opened
 

@@ -54,6 +54,8 @@ def test_a_watchers_poisonous_mask_ends_in_failed_after_the_others_are_done(fake
     assert starts(next((inbox / WORK).glob(f"*/{STARTS}"))) == 2  # the first time it was in work with the others: nobody's fault is known
     write_mask(inbox / "4.nii.gz", block(420))
     assert command("-c", KILLED, *line).returncode == -signal.SIGKILL and "4.nii.gz" in listed(inbox / DONE)
+    for _ in range(MOST - 3):
+        assert command("-c", KILLED, *line).returncode == -signal.SIGKILL
     last = command("-c", KILLED, *line)
     assert last.returncode == 1 and f"each of the last {MOST} starts" in last.stderr and "1.nii.gz" in last.stderr
     assert listed(inbox / FAILED) == {"1.nii.gz", "1.nii.gz.reason.txt"} and is_tidy(inbox)

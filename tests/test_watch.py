@@ -9,7 +9,7 @@ import shutil
 import signal
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -305,17 +305,21 @@ def test_folders_that_cannot_be_meant_start_nothing(
 
 
 @pytest.fixture(scope="module")
-def start(fake_model: Path) -> Callable[[Path, Path], BaseProcess]:
+def start(fake_model: Path) -> Iterator[Callable[[Path, Path], BaseProcess]]:
     """Start `watch` in a process forked from one that has imported everything."""
+    started: list[BaseProcess] = []
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["samples", "isal.igzip_threaded", "runtime.io.nifti"])
 
     def start(inbox: Path, out: Path) -> BaseProcess:
         process = context.Process(target=mask2ct, args=(arguments(fake_model, inbox, out, "--variants", "2", "--quiet"),))
         process.start()
+        started.append(process)
         return process
 
-    return start
+    yield start
+    for process in started:  # those of a test that failed
+        process.kill()
 
 
 def wait_until(true: Callable[[], object], *processes: BaseProcess, seconds: float = 120) -> None:
@@ -352,7 +356,7 @@ def test_two_watchers_killed_twenty_times_lose_nothing_and_double_nothing(
         watchers[victim] = start(inbox, places[victim])
     for name in coming:
         os.rename(tmp_path / name, inbox / name)
-    wait_until(lambda: len(listed(inbox / DONE)) == len(given) and is_tidy(inbox), *watchers)
+    wait_until(lambda: len([*listed(inbox / DONE), *listed(inbox / FAILED)]) >= len(given) and is_tidy(inbox), *watchers)
     for watcher in watchers:
         os.kill(watcher.pid or 0, signal.SIGTERM)
         watcher.join(5)
