@@ -104,31 +104,37 @@ def synthesizer(model: str, slices: int, backend: str, planted: float = 0.0) -> 
 
 
 def ours(model: str, slices: int, backend: str) -> Ready:
-    """The engine by its own protocol: a call for each of its streams in flight, half of them waited for at once, as the synthesizer has it."""
+    """The engine by its own protocol: a call for each of its streams in flight, half of them waited for at once, each in tensors of its own
+    that are filled and emptied, as the synthesizer has it.
+    """
     manifest = Manifest.load(Path(model))
     engine = open_engine(backend, manifest, Path(model))[0]
     batch, inputs = engine.spec.batch, tensors(manifest, slices)[1]
     out = np.empty((slices, *manifest.grid.canvas, 2), np.uint8)
-    streams = [engine.open_stream() for _ in range(engine.spec.streams)]
+    slots = [({name: array[:batch].copy() for name, array in inputs.items()}, out[:batch].copy(), engine.open_stream())
+             for _ in range(engine.spec.streams)]  # fmt: skip
     facts: dict[str, Any] = {"backend": engine.name, "batch": batch}
     calls = Calls(facts)
 
     def run() -> float:
-        free, busy = deque(streams), deque[tuple[Any, float]]()
+        free, busy = deque(slots), deque[tuple[Any, int, float]]()
 
         def wait() -> None:
             half = [busy.popleft() for _ in range((len(busy) + 1) // 2)]
-            for stream, since in reversed(half):
+            for (_, made, stream), n, since in reversed(half):
                 stream.synchronize()
                 calls.took(time.perf_counter() - since)
-            free.extend(stream for stream, _ in half)
+                out[n : n + batch] = made
+            free.extend(slot for slot, *_ in half)
 
         for n in range(0, slices - slices % batch, batch):
             if not free:
                 wait()
-            busy.append((free.popleft(), time.perf_counter()))
-            part = {name: array[n : n + batch] for name, array in inputs.items()}
-            engine.run(part, out[n : n + batch], stream=busy[-1][0])
+            given, made, stream = slot = free.popleft()
+            for name, array in inputs.items():
+                given[name][...] = array[n : n + batch]
+            busy.append((slot, n, time.perf_counter()))
+            engine.run(given, made, stream=stream)
         while busy:
             wait()
         calls.next_round()
