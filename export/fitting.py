@@ -8,7 +8,7 @@ rounded one by one, of which those still to be rounded take the error back (Fran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,10 +23,11 @@ from torch.overrides import TorchFunctionMode
 from .graph import LabelsToIntensity
 
 EQUAL = 0.75  # the power of each channel's range that is taken out of it: 1 would leave all alike, and weights further apart
-HELD = 0.5  # by how much weights are held where they were, of an input's mean square
+HELD = 0.2  # by how much weights are held where they were, of an input's mean square
 DAMPED = 0.003  # of an input's mean square, so that the error of a rounding is not spread over inputs that hardly differ
 LARGEST = 600  # weights of one output that are solved for; layers with more (and transposed ones) get a bias only
 SAMPLES = 2**18  # places that a layer is fitted at, of all slices
+HOMOGENEOUS = ("Relu", "LeakyRelu", "Resize", "Add")  # of inputs times a channel's factor, their output is the output times it
 _ORDER = {
     functional.conv2d: ("bias", "stride", "padding", "dilation", "groups"),
     functional.conv_transpose2d: ("bias", "stride", "padding", "output_padding", "groups", "dilation"),
@@ -57,9 +58,10 @@ class _Calls(TorchFunctionMode):
 
 
 def fit(
-    network: LabelsToIntensity, graph: onnx.GraphProto, layers: Sequence[str], ranges: Sequence[tuple[float, float] | None], inputs: Mapping[str, NDArray[Any]]
+    network: LabelsToIntensity, graph: onnx.GraphProto, layers: Sequence[str], ranges: Sequence[tuple[float, float] | None], inputs: Mapping[str, NDArray[Any]],
+    floating: Collection[str] = (),
 ) -> dict[str, Fitted]:  # fmt: skip
-    """New weights of `graph`'s `layers`, by name, all of which are to be INT8.
+    """New weights of `graph`'s `layers`, by name, all of which are to be INT8 but those `floating`, which take back errors of those before them.
 
     `network`: what the graph was exported from; `ranges`: of what each layer reads, None where it is exact (kept, the new weights fit
     them); `inputs`: the network's, of n slices. Raises `ValueError` where network and graph do not agree.
@@ -93,14 +95,20 @@ def fit(
         if made is not None:
             start = start / made.view((1, -1, 1, 1) if transposed else (-1, 1, 1, 1))
             wanted = given / made.view(1, -1, 1, 1)
-        span = ranges[n]
-        seen = x_int8 if span is None else held_in_8_bits(x_int8, *span)
+        span, whole = ranges[n], layers[n] not in floating
+        seen = held_in_8_bits(x_int8, *span) if whole and span is not None else x_int8
         if not transposed and start[0].numel() <= LARGEST:
-            fitting = _solved(seen, start, wanted, options)
+            fitting = _solved(seen, start, wanted, options, whole)
+        elif not whole:
+            fitting = start
         else:
             fitting = torch.from_numpy(_rounded(start.numpy(), transposed))
         out = operator(seen, fitting, None, **options)
         shift = (wanted - out).mean((0, 2, 3))
+        if whole:  # a bias is held in steps of inputs times weights; flat regions would come to lie on another step without
+            largest = fitting.abs().amax((0, 2, 3) if transposed else (1, 2, 3))
+            step = (1 if span is None else (span[1] - span[0]) / 255) * largest.clamp(min=1e-30) / 127
+            shift = torch.round(shift / step) * step
         found[layers[n]] = Fitted(fitting.numpy(), shift.numpy())
         return torch.cat([given, out + shift.view(1, -1, 1, 1)])
 
@@ -132,7 +140,7 @@ def _factors(
     nodes = {node.name: node for node in graph.node}
     for node in graph.node:
         passed = node.input[: 2 if node.op_type == "Add" else 1]
-        if node.op_type in ("Relu", "LeakyRelu", "Resize", "Add") and not constants.intersection(passed):  # of x * a channel's factor, theirs is the same
+        if node.op_type in HOMOGENEOUS and not constants.intersection(passed):
             for name in passed:
                 root[find(name)] = find(node.output[0])
         elif node.name not in layers:
@@ -148,8 +156,8 @@ def _factors(
     return {name: shares[find(name)] ** EQUAL for name in list(root) if find(name) in shares}
 
 
-def _solved(x: Tensor, weights: Tensor, wanted: Tensor, options: Mapping[str, Any]) -> Tensor:
-    """Weights in 8 bits by which `x` comes nearest to `wanted`, whatever the bias."""
+def _solved(x: Tensor, weights: Tensor, wanted: Tensor, options: Mapping[str, Any], whole: bool) -> Tensor:
+    """Weights, `whole`: in 8 bits, by which `x` comes nearest to `wanted`, whatever the bias."""
     groups, (outputs, *kernel) = options.get("groups", 1), weights.shape
     size = int(np.prod(kernel))
     start = weights.reshape(groups, outputs // groups, size)
@@ -169,7 +177,9 @@ def _solved(x: Tensor, weights: Tensor, wanted: Tensor, options: Mapping[str, An
     power = torch.diagonal(square[:, :-1, :-1], dim1=1, dim2=2).mean(1).clamp(min=1e-9)[:, None, None]
     eye = torch.eye(size, dtype=torch.float64)
     better = start.double() + torch.linalg.solve(covariance + HELD * power * eye, toward).mT
-    return _in_steps(better, covariance + DAMPED * power * eye).float().reshape(weights.shape)
+    if whole:
+        better = _in_steps(better, covariance + DAMPED * power * eye)
+    return better.float().reshape(weights.shape)
 
 
 def _in_steps(weights: Tensor, square: Tensor) -> Tensor:

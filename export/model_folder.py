@@ -24,8 +24,8 @@ from .to_onnx import to_onnx
 
 Say = Callable[[str], None]
 CALIBRATION_SLICES, TRIAL_SLICES = 32, 16  # of the training masks: to calibrate INT8 on, and to choose its layers by
-FIT_SLICES = 48  # at most, to fit its layers on: masks by which they are not chosen
-MARGIN = 0.75  # of INT8's limits that its layers are chosen to keep on training masks: the proof's masks are others
+FIT_SLICES, FIT_PIXELS = 48, 48 << 16  # at most, to fit its layers on, all held at once: masks by which they are not chosen
+MARGIN = 0.85  # of INT8's limits that its layers are chosen to keep on training masks: the proof's masks are others
 FILES = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 
 
@@ -114,19 +114,17 @@ def write_int8(graph: LabelsToIntensity, part: Path, manifest: Manifest, masks: 
 
     path = part / FILES["int8"]
     others = np.setdiff1d(np.arange(len(masks)), picked[::step])  # what layers are fitted on says nothing of how well they are
-    fit_on = parity.draw_inputs(manifest.inputs, masks[others[:FIT_SLICES] if len(others) else picked], seed=2)
-    made = quantize(part / FILES["fp32"], path, inputs, error, say, folded(graph), fit_on)
-    how = {"layers": made.layers - len(made.floating), "of": made.layers, "floating": list(made.floating)}
-    if made.fitted is not None:
-        before, after = made.fitted
-        how["fitted"] = {"slices": len(fit_on["labels"]), "mean_before": round(before.mean, 3), "mean_after": round(after.mean, 3)}
-    if not how["layers"]:
+    most = max(1, min(FIT_SLICES, FIT_PIXELS // masks[0, 0].size))
+    fit_on = parity.draw_inputs(manifest.inputs, masks[(others if len(others) else picked)[:most]], seed=2)
+    made = quantize(part / FILES["fp32"], path, inputs, folded(graph), fit_on, error, say)
+    layers = made.layers - len(made.floating)
+    if not layers:
         path.unlink()
         say(f"  {path.name} is left out: no layer can be quantised within {parity.LIMITS['int8']} {manifest.intensity.unit}")
-        return how
+        return {"layers": 0, "of": made.layers, "floating": list(made.floating)}
     share = path.stat().st_size / (part / FILES["fp32"]).stat().st_size
-    say(f"  {path.name}: {how['layers']} of {made.layers} layers in INT8, {100 * share:.1f} % of {FILES['fp32']}'s size")
-    return how
+    say(f"  {path.name}: {layers} of {made.layers} layers in INT8, {100 * share:.1f} % of {FILES['fp32']}'s size")
+    return {"layers": layers, "of": made.layers, "floating": list(made.floating)}
 
 
 def versions() -> dict[str, str]:

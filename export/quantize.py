@@ -1,4 +1,4 @@
-"""The INT8 graph for CPUs: static QDQ of the convolutions, as few of them left in float as the error allows.
+"""The INT8 graph for CPUs: static QDQ of the convolutions, fitted to what they are to give, as few of them left in float as the error allows.
 
 Quantisers, calibration and file format are ONNX Runtime's (Jacob et al., "Quantization and Training of Neural Networks for
 Efficient Integer-Arithmetic-Only Inference", CVPR 2018). Which layers stay in float is measured here, on masks of the training set.
@@ -54,13 +54,10 @@ class Error(NamedTuple):
 
 @dataclass(frozen=True)
 class Quantized:
-    """What came out: the layers left in `floating` point, by node name, how many there are in all, and where they were fitted, the errors
-    of all of them together before and after.
-    """
+    """What came out: the layers left in `floating` point, by node name, and how many there are in all."""
 
     floating: tuple[str, ...]
     layers: int
-    fitted: tuple[Error, Error] | None = None
 
 
 class Quantizer:
@@ -154,11 +151,11 @@ class Quantizer:
         hold_exactly(quantizer.model.graph())
         quantizer.model.save_model_to_file(str(path))
 
-    def fitted(self, network: LabelsToIntensity, inputs: Inputs) -> Quantizer:
+    def fitted(self, network: LabelsToIntensity, inputs: Inputs, floating: Sequence[str] = ()) -> Quantizer:
         """One that quantises the same graph with weights fitted to INT8 (export/fitting.py), on the `network` it was exported from."""
         exact, nodes = one_hot(self._model.graph), {node.name: node for node in self._model.graph.node}
         ranges = [None if nodes[name].input[0] in exact else self._range(nodes[name].input[0]) for name in self.layers]
-        found = fit(network, self._model.graph, self.layers, ranges, inputs)
+        found = fit(network, self._model.graph, self.layers, ranges, inputs, floating)
         other = copy.copy(self)
         other._model, other._shifts = onnx.ModelProto(), {}
         other._model.CopyFrom(self._model)
@@ -277,82 +274,41 @@ def rounded(weights: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def quantize(
-    source: Path,
-    path: Path,
-    inputs: Inputs,
-    error: Callable[[Path], Error],
-    say: Callable[[str], None],
-    network: LabelsToIntensity | None = None,
-    fit_on: Inputs | None = None,
-) -> Quantized:
-    """Write `path` with as much of the work in INT8 as `error` allows.
+    source: Path, path: Path, inputs: Inputs, network: LabelsToIntensity, fit_on: Inputs, error: Callable[[Path], Error], say: Callable[[str], None]
+) -> Quantized:  # fmt: skip
+    """Write `path` with as much of the work in INT8 as `error` allows, fitted to what the `network` that `source` was exported from gives on
+    `fit_on`, slices that `error` does not see.
 
-    Where all layers together are above the limits, and the `network` is given that `source` was exported from, they are fitted to what it
-    gives on `fit_on`, slices that `error` does not see. Where some must stay in float then, those are sought with and without.
+    Where all layers together are above the limits, each is tried alone and not fitted. Those stay in float that cost the most for the work
+    that they take over, as few of them as bring the rest, fitted to each other, within the limits.
     """
     quantizer = Quantizer(source, inputs)
-    layers, work = quantizer.layers, quantizer.work()
-    before = _tried(quantizer, path, (), error)
-    if before.limits <= 1:
+    layers = list(quantizer.layers)
+
+    def tried(floating: Sequence[str]) -> Error:
+        quantizer.fitted(network, fit_on, floating).write(path, floating)
+        return error(path)
+
+    say(f"  fitting {len(layers)} layers to INT8, on {len(fit_on['labels'])} slices")
+    if tried(()).limits <= 1:
         return Quantized((), len(layers))
-    found: list[tuple[Quantizer, list[str], tuple[Error, Error] | None]] = []
-    if network is not None and fit_on is not None:
-        say(f"  quantising all {len(layers)} layers costs too much: fitting them to what the network paints, on {len(fit_on['labels'])} slices")
-        better = quantizer.fitted(network, fit_on)
-        after = _tried(better, path, (), error)
-        say(f"  the mean error of all layers together is {after.mean:.3g} then, {before.mean:.3g} before")
-        if after.limits <= 1:
-            return Quantized((), len(layers), (before, after))
-        found.append((better, _fewest(better, path, error, say), (before, after)))
-    found.append((quantizer, _most(quantizer, path, error, say), None))
-    best, floating, errors = min(found, key=lambda made: sum(work[layer] for layer in made[1]))  # of equals the fitted one
-    best.write(path, floating)
-    return Quantized(tuple(floating), len(layers), errors)
-
-
-def _tried(quantizer: Quantizer, path: Path, floating: Sequence[str], error: Callable[[Path], Error]) -> Error:
-    quantizer.write(path, floating)
-    return error(path)
-
-
-def _most(quantizer: Quantizer, path: Path, error: Callable[[Path], Error], say: Callable[[str], None]) -> list[str]:
-    """The layers that stay in float when each is tried alone and then they join one by one, those first that cost the least for the work
-    that they take over, and who would bring the error above the limits stays; until no more join, for the errors of some take those of
-    others back.
-    """
-    layers, work = quantizer.layers, quantizer.work()
-    say(f"  which of {len(layers)} layers may be quantised: measuring each alone")
-    alone = {layer: _tried(quantizer, path, [other for other in layers if other != layer], error) for layer in layers}
-    floating = sorted(layers, key=lambda layer: alone[layer].mean ** 2 / work[layer])  # squares: what the errors of several add up as
-    return _joined(quantizer, path, error, floating, [layer for layer in floating if alone[layer].limits <= 1])
-
-
-def _fewest(quantizer: Quantizer, path: Path, error: Callable[[Path], Error], say: Callable[[str], None]) -> list[str]:
-    """The layers that stay in float when they leave INT8 one by one, those first that give the most for the work that they take with them,
-    until the rest is within the limits; and then those join again that may. For layers that are fitted to each other: alone they are not.
-    """
-    layers, work = quantizer.layers, quantizer.work()
-    say(f"  which of {len(layers)} layers may stay quantised: measuring without each")
-    without = {layer: _tried(quantizer, path, [layer], error) for layer in layers}
-    order = sorted(layers, key=lambda layer: (without[layer].mean ** 2 - max(e.mean for e in without.values()) ** 2) / work[layer])
-    for count in range(1, len(order) + 1):
-        if _tried(quantizer, path, order[:count], error).limits <= 1:
-            return _joined(quantizer, path, error, order[:count], order[:count])
-    return list(layers)
-
-
-def _joined(
-    quantizer: Quantizer, path: Path, error: Callable[[Path], Error], floating: Sequence[str], waiting: Sequence[str]
-) -> list[str]:  # fmt: skip
-    """What remains of `floating` when those of `waiting` join INT8 one by one that leave the error within the limits, until no more do."""
-    left, before = list(floating), None
-    while before != left:
-        before = left
-        for layer in [layer for layer in waiting if layer in left]:
-            rest = [other for other in left if other != layer]
-            if _tried(quantizer, path, rest, error).limits <= 1:
-                left = rest
-    return left
+    say("  all of them cost too much: measuring each alone")
+    work, alone = quantizer.work(), {}
+    for layer in layers:
+        others = [other for other in layers if other != layer]
+        quantizer.write(path, others)
+        alone[layer] = error(path)
+    layers.sort(key=lambda layer: -(alone[layer].mean ** 2) / work[layer])  # squares: what the errors of several add up as
+    few, enough = 0, len(layers)  # in float: too few, and enough
+    while enough - few > 1:
+        middle = (few + enough) // 2
+        if tried(layers[:middle]).limits <= 1:
+            enough = middle
+        else:
+            few = middle
+    floating = layers[:enough]
+    quantizer.fitted(network, fit_on, floating).write(path, floating)
+    return Quantized(tuple(floating), len(layers))
 
 
 @contextlib.contextmanager

@@ -112,7 +112,7 @@ class Growing:
     """
 
     def __init__(self, path: Path):
-        self._path, self._file = path, open(path, "wb", buffering=0)
+        self._path, self._file = path, open(path, "wb", buffering=0)  # noqa: SIM115 - closed by __exit__
         self._digest: Any = hashlib.sha256()
         self._unsynced = 0
         self._syncing: Future[None] | None = None

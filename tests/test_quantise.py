@@ -11,6 +11,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch.nn.functional import conv2d
 
 from export.quantize import Error, Quantizer, quantize, rounded
 from train.generator import one_hot
@@ -144,7 +145,20 @@ def test_one_hot_labels_are_held_exactly_and_by_no_arithmetic(floating: tuple[st
     assert np.abs(run(path, inputs)["left.y"] - run(source, inputs)["left.y"]).max() > 1e-4  # it is quantised
 
 
-def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(forked: Path, regions, tmp_path: Path) -> None:
+@pytest.fixture
+def network(forked: Path) -> torch.nn.Module:
+    """What `forked` says, in PyTorch."""
+    constants = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in onnx.load(forked).graph.initializer}
+
+    class Forked(torch.nn.Module):
+        def forward(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            shared = conv2d(labels.float(), constants["first.w"], padding=2).relu()
+            return conv2d(shared, constants["left.w"]), conv2d(shared, constants["right.w"])
+
+    return Forked()
+
+
+def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(forked: Path, network, regions, tmp_path: Path) -> None:
     """`first` has 50 times the work of `left`; both together are too much, and each alone may be."""
     harm = {"first": 0.8, "left": 0.9, "right": 0.3}
 
@@ -152,27 +166,12 @@ def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(forked: Pat
         total = float(sum(harm[name] ** 2 for name in in_int8(path)) ** 0.5)
         return Error(total, total)
 
-    chosen = quantize(forked, tmp_path / "int8.onnx", regions, error, lambda text: None)
+    chosen = quantize(forked, tmp_path / "int8.onnx", regions, network, regions, error, lambda text: None)
     assert (chosen.floating, chosen.layers) == (("left",), 3)
     assert error(tmp_path / "int8.onnx").limits <= 1
 
 
-def test_a_layer_joins_whose_error_a_later_one_takes_back(forked: Path, regions, tmp_path: Path) -> None:
-    """In the order of their means `right` comes before `left`, and is too much until `left` is there."""
-    shift, mean = {"first": 0.9, "right": 0.6, "left": -0.7}, {"first": 0.1, "right": 0.1, "left": 9.0}
-
-    def error(path: Path) -> Error:
-        found = in_int8(path)
-        return Error(
-            abs(sum(shift[name] for name in found)) * (2 if len(found) == 3 and not tries else 1), sum(mean[name] for name in found)
-        )
-
-    tries: list[str] = []  # all together are refused at first, or no one would ask which
-    chosen = quantize(forked, tmp_path / "int8.onnx", regions, error, tries.append)
-    assert chosen.floating == () and in_int8(tmp_path / "int8.onnx") == {"first", "left", "right"}
-
-
-def test_what_the_limits_cannot_tell_apart_the_mean_does(forked: Path, regions, tmp_path: Path) -> None:
+def test_what_the_limits_cannot_tell_apart_the_mean_does(forked: Path, network, regions, tmp_path: Path) -> None:
     """Medians of integers move in steps: `left` and `right`, of the same work, both move one by 1 HU, and only one has room."""
     for worse in ("left", "right"):
 
@@ -180,8 +179,19 @@ def test_what_the_limits_cannot_tell_apart_the_mean_does(forked: Path, regions, 
             found = in_int8(path)
             return Error(0.8 * len(found & {"left", "right"}), sum(0.9 if name == worse else 0.1 for name in found))
 
-        assert quantize(forked, tmp_path / "int8.onnx", regions, error, lambda text: None).floating == (worse,)
+        chosen = quantize(forked, tmp_path / "int8.onnx", regions, network, regions, error, lambda text: None)
+        assert chosen.floating == (worse,) and in_int8(tmp_path / "int8.onnx") == {"first", "left", "right"} - {worse}
+
+
+def test_where_no_layer_may_be_quantised_none_is(forked: Path, network, regions, tmp_path: Path) -> None:
+    chosen = quantize(
+        forked, tmp_path / "int8.onnx", regions, network, regions, lambda path: Error(2.0 * bool(in_int8(path)), 1.0), lambda text: None
+    )
+    assert set(chosen.floating) == {"first", "left", "right"} and in_int8(tmp_path / "int8.onnx") == set()
 
 
 def in_int8(path: Path) -> set[str]:
-    return {n.name for n in onnx.load(path).graph.node if n.op_type == "Conv" and not n.input[1].endswith(".w")}
+    """The convolutions whose weights are integers."""
+    graph = onnx.load(path).graph
+    whole = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    return {node.name for node in graph.node if node.op_type == "Conv" and node.input[1] in whole}

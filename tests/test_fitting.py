@@ -1,0 +1,118 @@
+"""Layers fitted to INT8, on small networks of which all is known."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import nn
+
+from export.fitting import held_in_8_bits
+from export.quantize import Quantizer
+
+SLICES, CLASSES = 12, 4
+LAYERS = ("first", "spread", "mix", "last")
+
+
+class Network(nn.Module):
+    """A wide convolution, a depthwise one and two 1x1 ones, as `edge` has them. `scales`: of the channels between the first two."""
+
+    def __init__(self, scales: torch.Tensor):
+        super().__init__()
+        self.first = nn.Conv2d(CLASSES, 16, 3, padding=1)
+        self.spread = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+        self.mix, self.last = nn.Conv2d(16, 16, 1), nn.Conv2d(16, 2, 1)
+        with torch.no_grad():
+            self.first.weight.mul_(scales[:, None, None, None])
+            self.first.bias.mul_(scales)  # type: ignore[union-attr]
+            self.spread.weight.div_(scales[:, None, None, None])
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        condition = (labels[..., None] == torch.arange(CLASSES)).float().permute(0, 3, 1, 2)
+        x = nn.functional.leaky_relu(self.first(condition), 0.2)
+        return self.last(self.mix(self.spread(x).relu()).relu())
+
+
+def labels(seed: int) -> dict[str, np.ndarray]:
+    """Maps of flat regions."""
+    return {"labels": np.random.default_rng(seed).integers(0, CLASSES, (SLICES, 5, 5), np.uint8).repeat(8, 1).repeat(8, 2)}
+
+
+def exported(network: nn.Module, path: Path) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter
+        program = torch.onnx.export(network, (torch.from_numpy(labels(0)["labels"]),), dynamo=True, opset_version=21, input_names=["labels"],
+                                    output_names=["y"], dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False)  # fmt: skip
+    assert program is not None
+    model = program.model_proto
+    names = iter(LAYERS)
+    for node in model.graph.node:
+        node.name = next(names) if node.op_type == "Conv" else node.name
+    onnx.save(model, path)
+    return path
+
+
+def painted(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    (y,) = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)
+    return np.asarray(y)
+
+
+def error(path: Path, network: nn.Module, inputs: dict[str, np.ndarray]) -> float:
+    """The root mean square of what differs over that of the network's values."""
+    with torch.inference_mode():
+        truth = network(torch.from_numpy(inputs["labels"])).numpy()
+    return float(np.sqrt(np.square(painted(path, inputs) - truth).mean() / truth.var()))
+
+
+@pytest.fixture(params=[False, True], ids=["alike", "apart"])
+def network(request: pytest.FixtureRequest) -> Network:
+    """Channels of one range, or of ranges up to a hundred times apart."""
+    torch.manual_seed(0)
+    return Network(torch.logspace(-1, 1, 16) if request.param else torch.ones(16)).eval()
+
+
+def test_on_slices_it_was_not_fitted_to_the_error_is_a_fraction_of_what_it_was(network: Network, tmp_path: Path) -> None:
+    quantizer, path = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)), tmp_path / "int8.onnx"
+    quantizer.write(path, ())
+    before = error(path, network, labels(2))
+    quantizer.fitted(network, labels(1)).write(path, ())
+    assert all(node.op_type != "Conv" or node.input[1].endswith("DequantizeLinear_Output") for node in onnx.load(path).graph.node)
+    assert 1e-5 < error(path, network, labels(2)) < 0.7 * before
+
+
+def test_a_layer_left_in_float_takes_back_errors_of_those_before_it(network: Network, tmp_path: Path) -> None:
+    quantizer, path = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)), tmp_path / "int8.onnx"
+    quantizer.write(path, ("mix",))
+    before = error(path, network, labels(2))
+    quantizer.fitted(network, labels(1), ("mix",)).write(path, ("mix",))
+    assert error(path, network, labels(2)) < 0.7 * before
+
+
+def test_all_in_float_it_is_the_network_itself(network: Network, tmp_path: Path) -> None:
+    quantizer, path = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)), tmp_path / "float.onnx"
+    quantizer.fitted(network, labels(1), LAYERS).write(path, LAYERS)
+    assert error(path, network, labels(2)) < 1e-5
+
+
+def test_the_same_inputs_give_the_same_file(network: Network, tmp_path: Path) -> None:
+    source = exported(network, tmp_path / "fp32.onnx")
+    for name in ("a", "b"):
+        Quantizer(source, labels(0)).fitted(network, labels(1)).write(tmp_path / name, ())
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_network_that_the_graph_does_not_come_from_is_refused(network: Network, tmp_path: Path) -> None:
+    quantizer = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0))
+    with pytest.raises(ValueError, match="convolution 0 of the network is not the graph's"):
+        quantizer.fitted(Network(torch.full((16,), 2.0)).eval(), labels(1))
+
+
+def test_eight_bits_hold_zero_exactly_and_end_at_their_range() -> None:
+    x = torch.tensor([-2.0, -0.5, 0.0, 0.004, 1.5, 9.0])
+    held = held_in_8_bits(x, -1.0, 1.55)
+    np.testing.assert_allclose(held, [-1.0, -0.5, 0.0, 0.0, 1.5, 1.55], atol=1e-6)
