@@ -18,8 +18,8 @@ from runtime.engines.fake import fake_manifest
 from runtime.grid import axial_axes
 from runtime.io.ct_series import write_series
 from runtime.io.enhanced_ct import write_enhanced
-from runtime.io.paired_seg import NAME, seg_dataset, write_seg
 from runtime.io.painting import Painting
+from runtime.io.paired_seg import NAME, seg_dataset, write_seg
 from runtime.io.profile import Identity
 from runtime.io.seg_bytes import sketch, write_binary
 from runtime.io.upright import UprightGrid
@@ -68,7 +68,9 @@ class Writing:
         self.images = (write_enhanced if enhanced else write_series)(folder, self.painting, self.identity, self.grid, [slab])
 
     def of_the_whole(self) -> bytes:
-        seg_dataset(self.painting, self.identity, self.images, "binary", self.labels).save_as(self.folder / "whole", enforce_file_format=True)
+        seg_dataset(self.painting, self.identity, self.images, "binary", self.labels).save_as(
+            self.folder / "whole", enforce_file_format=True
+        )
         return (self.folder / "whole").read_bytes()
 
     def write(self) -> Path:
@@ -102,13 +104,14 @@ def test_neither_the_mask_nor_its_frames_are_held_in_memory(order: tuple[int, in
     labels = random_labels((48, 384, 384), 7).transpose(order)
     writing = Writing(tmp_path, labels, fake_manifest(), np.eye(3)[:, [2 - axis for axis in order[::-1]]])
     assert writing.labels.shape == (48, 384, 384)
+    file = writing.write()  # loads highdicom's tables
     tracemalloc.start()
     try:
-        file = writing.write()
+        writing.write()
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert peak < 5 << 20 < file.stat().st_size < labels.nbytes
+    assert peak < 2 << 20 < file.stat().st_size < labels.nbytes
 
 
 def test_what_the_length_of_an_element_cannot_say_is_refused(tmp_path: Path) -> None:
