@@ -82,12 +82,15 @@ def _item(said: dict[int, bytes], segment: int, position: int) -> bytes:
 
 def _write_pixels(file: BinaryIO, labels: NDArray[np.uint8], shown: Sequence[Iterable[int]], frames: list[tuple[int, int]]) -> None:
     """Each slice is gathered once, whatever the order of the axes, and its frames written where they belong."""
-    start, number = file.tell(), {frame: n for n, frame in enumerate(frames)}
+    start, number = file.tell(), {key: n for n, key in enumerate(frames)}
     shared: dict[int, int] = defaultdict(int)  # a byte that frames share is written with each of them, by the last of them whole
+    room = np.zeros(7 + labels[0].size, bool)  # a frame behind as many zeros as a byte may hold of the one before
+    frame = room[7:].reshape(labels.shape[1:])
     for k, plane in enumerate(map(np.ascontiguousarray, labels)):
         for n in shown[k]:
             place, before = divmod(number[n, k] * plane.size, 8)
-            bits = np.packbits(np.append(np.zeros(before, bool), plane == n), bitorder="little")
+            np.equal(plane, n, out=frame)
+            bits = np.packbits(room[7 - before :], bitorder="little")
             for end in (0, bits.size - 1):
                 shared[place + end] |= int(bits[end])
                 bits[end] = shared[place + end]
