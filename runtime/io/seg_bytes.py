@@ -1,8 +1,8 @@
 """A binary SEG as bytes: what its frames say of a slice is encoded once, and their pixels go to the file slice by slice.
 
-A frame is a segment in a slice, 7 a slice where 7 labels are shown. highdicom makes an object of each and pydicom encodes them, which takes a
-second or two and Python's lock. Here they see a sketch of the mask, one pixel a slice, which they describe as they would the whole: frames differ in
-three numbers. The bytes are those that they write of the whole mask, which tests hold them against.
+A frame is one segment in one slice. highdicom makes an object of each and pydicom encodes it: of 300 slices that show 7 labels, a second and
+a half of Python's lock. Here they see a sketch of the mask, one pixel a slice, of which they say what they would of the whole; what a slice says is
+repeated for each segment with three numbers set. The bytes are those that they write of the whole mask, which tests hold them against.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def labels_shown(labels: NDArray[np.uint8], count: int) -> list[list[int]]:
 
 
 def sketch(shown: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
-    """A mask (slices, 1, 1) of segment 1 alone, in every slice that shows any."""
+    """A mask uint8 (slices, 1, 1) of segment 1 alone, in every slice that shows any: nothing that is said of a slice depends on its pixels."""
     return np.array([[[bool(numbers)]] for numbers in shown], np.uint8)
 
 
