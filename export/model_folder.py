@@ -24,6 +24,7 @@ from .to_onnx import to_onnx
 
 Say = Callable[[str], None]
 CALIBRATION_SLICES, TRIAL_SLICES = 32, 16  # of the training masks: to calibrate INT8 on, and to choose its layers by
+FIT_SLICES = 48  # at most, to fit its layers on: masks by which they are not chosen
 MARGIN = 0.75  # of INT8's limits that its layers are chosen to keep on training masks: the proof's masks are others
 FILES = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 
@@ -99,8 +100,8 @@ def line(file: str, proof: Mapping[str, Any], unit: str) -> str:
 
 def write_int8(graph: LabelsToIntensity, part: Path, manifest: Manifest, masks: NDArray[np.uint8], say: Say) -> dict[str, Any]:
     """Write the INT8 graph with the layers that training masks say may be quantised. Returns how, as JSON data; "layers" is 0 where none may."""
-    chosen = masks[np.linspace(0, len(masks) - 1, CALIBRATION_SLICES).round().astype(int)]
-    inputs = parity.draw_inputs(manifest.inputs, chosen, seed=1)
+    picked = np.linspace(0, len(masks) - 1, CALIBRATION_SLICES).round().astype(int)
+    inputs = parity.draw_inputs(manifest.inputs, masks[picked], seed=1)
     step = CALIBRATION_SLICES // TRIAL_SLICES
     truth = parity.reference(graph, {name: array[::step] for name, array in inputs.items()})
     backend = next(b for b in BACKENDS if b.file == ("onnx", "int8") and not b.uninstalled())
@@ -112,15 +113,20 @@ def write_int8(graph: LabelsToIntensity, part: Path, manifest: Manifest, masks: 
         return Error(max(value / (MARGIN * limit) for value, limit in parity.excess("int8", numbers).values()), numbers["mean"])
 
     path = part / FILES["int8"]
-    made = quantize(part / FILES["fp32"], path, inputs, error, say)
-    layers = made.layers - len(made.floating)
-    if not layers:
+    others = np.setdiff1d(np.arange(len(masks)), picked[::step])  # what layers are fitted on says nothing of how well they are
+    fit_on = parity.draw_inputs(manifest.inputs, masks[others[:FIT_SLICES] if len(others) else picked], seed=2)
+    made = quantize(part / FILES["fp32"], path, inputs, error, say, folded(graph), fit_on)
+    how = {"layers": made.layers - len(made.floating), "of": made.layers, "floating": list(made.floating)}
+    if made.fitted is not None:
+        before, after = made.fitted
+        how["fitted"] = {"slices": len(fit_on["labels"]), "mean_before": round(before.mean, 3), "mean_after": round(after.mean, 3)}
+    if not how["layers"]:
         path.unlink()
         say(f"  {path.name} is left out: no layer can be quantised within {parity.LIMITS['int8']} {manifest.intensity.unit}")
-        return {"layers": 0, "of": made.layers, "floating": list(made.floating)}
+        return how
     share = path.stat().st_size / (part / FILES["fp32"]).stat().st_size
-    say(f"  {path.name}: {layers} of {made.layers} layers in INT8, {100 * share:.1f} % of {FILES['fp32']}'s size")
-    return {"layers": layers, "of": made.layers, "floating": list(made.floating)}
+    say(f"  {path.name}: {how['layers']} of {made.layers} layers in INT8, {100 * share:.1f} % of {FILES['fp32']}'s size")
+    return how
 
 
 def versions() -> dict[str, str]:

@@ -7,6 +7,7 @@ Efficient Integer-Arithmetic-Only Inference", CVPR 2018). Which layers stay in f
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import logging
 import tempfile
@@ -23,6 +24,9 @@ from onnx import helper, numpy_helper
 from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QDQQuantizer, QuantType, create_calibrator
 from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.shape_inference import quant_pre_process
+
+from .fitting import Fitted, fit
+from .graph import LabelsToIntensity
 
 OPERATORS = ("Conv", "ConvTranspose")
 PERCENTILE = 99.9995  # of an activation's values that its range holds: single outliers would make its steps coarse
@@ -41,19 +45,22 @@ class _Feed(CalibrationDataReader):  # type: ignore[misc]
         return next(self._rows, None)
 
 
-@dataclass(frozen=True)
-class Quantized:
-    """What came out: the layers left in `floating` point, by node name, and how many there are in all."""
-
-    floating: tuple[str, ...]
-    layers: int
-
-
 class Error(NamedTuple):
     """Of a file. `limits`: over what is allowed (1: just allowed); `mean`: of all pixels, without the steps that medians of integers have."""
 
     limits: float
     mean: float
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What came out: the layers left in `floating` point, by node name, how many there are in all, and where they were fitted, the errors
+    of all of them together before and after.
+    """
+
+    floating: tuple[str, ...]
+    layers: int
+    fitted: tuple[Error, Error] | None = None
 
 
 class Quantizer:
@@ -146,6 +153,26 @@ class Quantizer:
                         node.input[n] = sources[made.input[0]].input[0]
         hold_exactly(quantizer.model.graph())
         quantizer.model.save_model_to_file(str(path))
+
+    def fitted(self, network: LabelsToIntensity, inputs: Inputs) -> Quantizer:
+        """One that quantises the same graph with weights fitted to INT8 (export/fitting.py), on the `network` it was exported from."""
+        exact, nodes = one_hot(self._model.graph), {node.name: node for node in self._model.graph.node}
+        ranges = [None if nodes[name].input[0] in exact else self._range(nodes[name].input[0]) for name in self.layers]
+        found = fit(network, self._model.graph, self.layers, ranges, inputs)
+        other = copy.copy(self)
+        other._model, other._shifts = onnx.ModelProto(), {}
+        other._model.CopyFrom(self._model)
+        graph = other._model.graph
+        for node in graph.node:
+            if node.name in found:
+                names = [f"{node.name}/fitted/{part}" for part in Fitted._fields]
+                node.input[1:] = names
+                graph.initializer.extend(numpy_helper.from_array(array, name) for array, name in zip(found[node.name], names, strict=True))
+        return other
+
+    def _range(self, name: str) -> tuple[float, float]:
+        low, high = (float(np.asarray(end).item()) for end in self._ranges[name].range_value)
+        return min(low, 0.0), max(high, 0.0)
 
     def work(self) -> dict[str, float]:
         """What each layer takes, by name: its multiply-accumulates on a slice, and the elements it reads and writes at `MOVED` each."""
@@ -249,36 +276,83 @@ def rounded(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     return (np.clip(whole, -127, 127).reshape(weights.shape) * step).astype(np.float32)
 
 
-def quantize(source: Path, path: Path, inputs: Inputs, error: Callable[[Path], Error], say: Callable[[str], None]) -> Quantized:
+def quantize(
+    source: Path,
+    path: Path,
+    inputs: Inputs,
+    error: Callable[[Path], Error],
+    say: Callable[[str], None],
+    network: LabelsToIntensity | None = None,
+    fit_on: Inputs | None = None,
+) -> Quantized:
     """Write `path` with as much of the work in INT8 as `error` allows.
 
-    Where all layers together are above the limits, each is tried alone. Then they join one by one, those first that cost the least
-    for the work that they take over, and who would bring the error above the limits stays in float; until no more join, for the
-    errors of some take those of others back.
+    Where all layers together are above the limits, and the `network` is given that `source` was exported from, they are fitted to what it
+    gives on `fit_on`, slices that `error` does not see. Where some must stay in float then, those are sought with and without.
     """
     quantizer = Quantizer(source, inputs)
-
-    def tried(floating: Sequence[str]) -> Error:
-        quantizer.write(path, floating)
-        return error(path)
-
-    layers = quantizer.layers
-    if tried(()).limits <= 1:
+    layers, work = quantizer.layers, quantizer.work()
+    before = _tried(quantizer, path, (), error)
+    if before.limits <= 1:
         return Quantized((), len(layers))
-    say(f"  quantising all {len(layers)} layers costs too much: measuring each alone")
-    work = quantizer.work()
-    alone = {layer: tried([other for other in layers if other != layer]) for layer in layers}
-    floating = sorted(layers, key=lambda layer: alone[layer].mean ** 2 / work[layer])  # squares: what the errors of several add up as
-    waiting = [layer for layer in floating if alone[layer].limits <= 1]
-    before = None
-    while before != floating:
-        before = floating
-        for layer in [layer for layer in waiting if layer in floating]:
-            rest = [other for other in floating if other != layer]
-            if tried(rest).limits <= 1:
-                floating = rest
+    found: list[tuple[Quantizer, list[str], tuple[Error, Error] | None]] = []
+    if network is not None and fit_on is not None:
+        say(f"  quantising all {len(layers)} layers costs too much: fitting them to what the network paints, on {len(fit_on['labels'])} slices")
+        better = quantizer.fitted(network, fit_on)
+        after = _tried(better, path, (), error)
+        say(f"  the mean error of all layers together is {after.mean:.3g} then, {before.mean:.3g} before")
+        if after.limits <= 1:
+            return Quantized((), len(layers), (before, after))
+        found.append((better, _fewest(better, path, error, say), (before, after)))
+    found.append((quantizer, _most(quantizer, path, error, say), None))
+    best, floating, errors = min(found, key=lambda made: sum(work[layer] for layer in made[1]))  # of equals the fitted one
+    best.write(path, floating)
+    return Quantized(tuple(floating), len(layers), errors)
+
+
+def _tried(quantizer: Quantizer, path: Path, floating: Sequence[str], error: Callable[[Path], Error]) -> Error:
     quantizer.write(path, floating)
-    return Quantized(tuple(floating), len(layers))
+    return error(path)
+
+
+def _most(quantizer: Quantizer, path: Path, error: Callable[[Path], Error], say: Callable[[str], None]) -> list[str]:
+    """The layers that stay in float when each is tried alone and then they join one by one, those first that cost the least for the work
+    that they take over, and who would bring the error above the limits stays; until no more join, for the errors of some take those of
+    others back.
+    """
+    layers, work = quantizer.layers, quantizer.work()
+    say(f"  which of {len(layers)} layers may be quantised: measuring each alone")
+    alone = {layer: _tried(quantizer, path, [other for other in layers if other != layer], error) for layer in layers}
+    floating = sorted(layers, key=lambda layer: alone[layer].mean ** 2 / work[layer])  # squares: what the errors of several add up as
+    return _joined(quantizer, path, error, floating, [layer for layer in floating if alone[layer].limits <= 1])
+
+
+def _fewest(quantizer: Quantizer, path: Path, error: Callable[[Path], Error], say: Callable[[str], None]) -> list[str]:
+    """The layers that stay in float when they leave INT8 one by one, those first that give the most for the work that they take with them,
+    until the rest is within the limits; and then those join again that may. For layers that are fitted to each other: alone they are not.
+    """
+    layers, work = quantizer.layers, quantizer.work()
+    say(f"  which of {len(layers)} layers may stay quantised: measuring without each")
+    without = {layer: _tried(quantizer, path, [layer], error) for layer in layers}
+    order = sorted(layers, key=lambda layer: (without[layer].mean ** 2 - max(e.mean for e in without.values()) ** 2) / work[layer])
+    for count in range(1, len(order) + 1):
+        if _tried(quantizer, path, order[:count], error).limits <= 1:
+            return _joined(quantizer, path, error, order[:count], order[:count])
+    return list(layers)
+
+
+def _joined(
+    quantizer: Quantizer, path: Path, error: Callable[[Path], Error], floating: Sequence[str], waiting: Sequence[str]
+) -> list[str]:  # fmt: skip
+    """What remains of `floating` when those of `waiting` join INT8 one by one that leave the error within the limits, until no more do."""
+    left, before = list(floating), None
+    while before != left:
+        before = left
+        for layer in [layer for layer in waiting if layer in left]:
+            rest = [other for other in left if other != layer]
+            if _tried(quantizer, path, rest, error).limits <= 1:
+                left = rest
+    return left
 
 
 @contextlib.contextmanager

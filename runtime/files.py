@@ -10,7 +10,7 @@ import platform
 import re
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 from .errors import writing
 
 LONGEST_NAME = 255  # bytes of a file name on every common file system
+SYNCED_EVERY = 8 << 20  # bytes of a file that grows
 SYNCED_AT_ONCE = 4  # files of a folder: a disk writes what waits together, 300 slices in 0.1 s and not in 1
 # A leading dot, the machine and the process: never taken for a result, and its owner can be told.
 _PART = ".part-"
@@ -104,13 +105,62 @@ def _sync(file: Path) -> None:
         os.fsync(handle.fileno())
 
 
-def synced(file: Path) -> str:
-    """Make the file survive a power cut. Returns its SHA-256, computed while the disk is waited for."""
-    with ThreadPoolExecutor(1) as beside:
-        waiting = beside.submit(_sync, file)
-        digest = sha256_of(file)
+class Growing:
+    """A new file, written from its beginning on; it is hashed and handed to the disk as it grows, so that at its end little is waited for.
+
+    `finish` once all is written. Use as a context manager. Raises OSError.
+    """
+
+    def __init__(self, path: Path):
+        self._path, self._file = path, open(path, "wb", buffering=0)
+        self._digest: Any = hashlib.sha256()
+        self._unsynced = 0
+        self._syncing: Future[None] | None = None
+        self._beside = ThreadPoolExecutor(1, thread_name_prefix="mask2ct-sync")
+
+    def write(self, data: bytes | memoryview) -> int:
+        view = memoryview(data).cast("B")
+        self._digest.update(view)
+        written = 0
+        while written < len(view):  # a full disk may take a part
+            written += self._file.write(view[written:]) or 0
+        self._unsynced += written
+        if self._unsynced >= SYNCED_EVERY and (self._syncing is None or self._syncing.done()):
+            self._wait()
+            self._unsynced, self._syncing = 0, self._beside.submit(os.fsync, self._file.fileno())
+        return written
+
+    def flush(self) -> None:
+        """Nothing: there is no buffer."""
+
+    def tell(self) -> int:
+        """How many bytes there are."""
+        return self._file.tell()
+
+    def overwrite(self, data: bytes) -> None:
+        """Put `data` where the file begins."""
+        self._file.seek(0)
+        self._file.write(data)
+        self._digest = None  # of what was there before
+
+    def finish(self) -> str:
+        """Make the file survive a power cut. Returns its SHA-256."""
+        self._wait()
+        waiting = self._beside.submit(os.fsync, self._file.fileno())
+        digest = sha256_of(self._path) if self._digest is None else str(self._digest.hexdigest())
         waiting.result()
-    return digest
+        return digest
+
+    def _wait(self) -> None:
+        if self._syncing is not None:
+            self._syncing.result()
+
+    def __enter__(self) -> Growing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._beside.shutdown()
+        self._file.close()
 
 
 @contextmanager

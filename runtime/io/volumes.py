@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..contract import Manifest
 from ..errors import importing
-from ..files import atomic_path, synced
+from ..files import Growing, atomic_path
 from ..volume import CTSlab, Geometry, LabelVolume
 from .headers import NOTICE, is_synthetic
 from .nifti_header import nifti_header
@@ -101,22 +101,19 @@ def write_volume(
     Raises `OutputError`.
     """
     nifti, raw = path.name.endswith((".nii", ".nii.gz")), path.name.endswith(".nii")
-    with atomic_path(path) as part:
-        with open(part, "wb") as whole:
-            if not nifti:
-                header = _meta_header if path.name.endswith(".mha") else _nrrd_header
-                whole.write(header(shape, dtype, geometry, description))
-            start = whole.tell()
-            with nullcontext(whole) if raw else isal_threaded().open(whole, "wb", compresslevel=GZIP_LEVEL, threads=GZIP_THREADS) as file:
-                if nifti:
-                    file.write(nifti_header(shape, dtype, geometry, nifti_source, description))
-                for plane in planes:  # one write a plane: how the input is cut into blocks must not depend on how slabs were cut
-                    file.write(np.ascontiguousarray(plane, dtype.newbyteorder("<")).data.cast("B"))
-            if path.name.endswith(".mha"):
-                size = whole.tell() - start
-                whole.seek(0)
-                whole.write(_meta_header(shape, dtype, geometry, description, size))
-        return synced(part)
+    with atomic_path(path) as part, Growing(part) as whole:
+        if not nifti:
+            header = _meta_header if path.name.endswith(".mha") else _nrrd_header
+            whole.write(header(shape, dtype, geometry, description))
+        start = whole.tell()
+        with nullcontext(whole) if raw else isal_threaded().open(whole, "wb", compresslevel=GZIP_LEVEL, threads=GZIP_THREADS) as file:
+            if nifti:
+                file.write(nifti_header(shape, dtype, geometry, nifti_source, description))
+            for plane in planes:  # one write a plane: how the input is cut into blocks must not depend on how slabs were cut
+                file.write(np.ascontiguousarray(plane, dtype.newbyteorder("<")).data.cast("B"))
+        if path.name.endswith(".mha"):
+            whole.overwrite(_meta_header(shape, dtype, geometry, description, whole.tell() - start))
+        return whole.finish()
 
 
 def planes_of(slabs: Iterable[CTSlab], shape: tuple[int, int, int], folder: Path) -> Iterator[NDArray[np.int16]]:

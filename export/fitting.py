@@ -1,0 +1,194 @@
+"""Layers fitted to INT8: what the float network gives is put back together from inputs that are held in 8 bits.
+
+First all channels of a tensor are brought nearer to one range, which its 8 bits are of (Xiao et al., "SmoothQuant", ICML 2023; the layers before and
+after take the factors). Then layer after layer gets the weights by which the inputs that it will read, errors of all layers before it and all,
+come nearest to what the float layer gives for its own (Hubara et al., "Accurate Post Training Quantization With Small Calibration Sets", ICML 2021),
+rounded one by one, of which those still to be rounded take the error back (Frantar et al., "GPTQ", ICLR 2023). Least squares: no training, no seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from onnx import numpy_helper
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from .graph import LabelsToIntensity
+
+EQUAL = 0.75  # the power of each channel's range that is taken out of it: 1 would leave all alike, and weights further apart
+HELD = 0.5  # by how much weights are held where they were, of an input's mean square
+DAMPED = 0.003  # of an input's mean square, so that the error of a rounding is not spread over inputs that hardly differ
+LARGEST = 600  # weights of one output that are solved for; layers with more (and transposed ones) get a bias only
+SAMPLES = 2**18  # places that a layer is fitted at, of all slices
+_ORDER = {
+    functional.conv2d: ("bias", "stride", "padding", "dilation", "groups"),
+    functional.conv_transpose2d: ("bias", "stride", "padding", "output_padding", "groups", "dilation"),
+}
+
+
+class Fitted(NamedTuple):
+    """A layer's new weights (the old ones' shape), multiples of each output's step where they were solved for, and bias (C_out,); float32."""
+
+    weights: NDArray[np.float32]
+    bias: NDArray[np.float32]
+
+
+class _Calls(TorchFunctionMode):
+    """Has `visit(n, operator, x, weights, bias, options)` stand for the n-th convolution: one call for each node of the ONNX graph, in its order."""
+
+    def __init__(self, visit: Callable[..., Tensor]):
+        super().__init__()
+        self._visit, self.count = visit, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in _ORDER:
+            return func(*args, **(kwargs or {}))
+        x, weights, *rest = args
+        options = {**dict(zip(_ORDER[func], rest, strict=False)), **(kwargs or {})}
+        self.count += 1
+        return self._visit(self.count - 1, func, x, weights, options.pop("bias", None), options)
+
+
+def fit(
+    network: LabelsToIntensity, graph: onnx.GraphProto, layers: Sequence[str], ranges: Sequence[tuple[float, float] | None], inputs: Mapping[str, NDArray[Any]]
+) -> dict[str, Fitted]:  # fmt: skip
+    """New weights of `graph`'s `layers`, by name, all of which are to be INT8.
+
+    `network`: what the graph was exported from; `ranges`: of what each layer reads, None where it is exact (kept, the new weights fit
+    them); `inputs`: the network's, of n slices. Raises `ValueError` where network and graph do not agree.
+    """
+    nodes = {node.name: node for node in graph.node}
+    held = {tensor.name: tensor for tensor in graph.initializer}
+    torches = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+    extents: list[tuple[Tensor, Tensor]] = []
+
+    def look(n: int, operator: Any, x: Tensor, weights: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
+        known = numpy_helper.to_array(held[nodes[layers[n]].input[1]]) if n < len(layers) else None
+        if known is None or known.shape != weights.shape or not np.allclose(known, weights.numpy(), atol=1e-6):
+            raise ValueError(f"convolution {n} of the network is not the graph's")
+        extents.append((x.amin((0, 2, 3)), x.amax((0, 2, 3))))
+        return operator(x, weights, bias, **options)  # type: ignore[no-any-return]
+
+    with torch.inference_mode(), _Calls(look):
+        network(**torches)
+    factors = _factors(graph, layers, ranges, extents)
+    found: dict[str, Fitted] = {}
+
+    def solve(n: int, operator: Any, x: Tensor, weights: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
+        """Of the batch, the first half is the float network's, the second the INT8 one's."""
+        x_float, x_int8 = x.chunk(2)
+        given = operator(x_float, weights, bias, **options)
+        read, made = (factors.get(name) for name in (nodes[layers[n]].input[0], nodes[layers[n]].output[0]))
+        transposed, grouped = operator is functional.conv_transpose2d, options.get("groups", 1) > 1
+        start, wanted = weights, given
+        if read is not None:
+            start = start * read.view((-1, 1, 1, 1) if transposed or grouped else (1, -1, 1, 1))
+        if made is not None:
+            start = start / made.view((1, -1, 1, 1) if transposed else (-1, 1, 1, 1))
+            wanted = given / made.view(1, -1, 1, 1)
+        span = ranges[n]
+        seen = x_int8 if span is None else held_in_8_bits(x_int8, *span)
+        if not transposed and start[0].numel() <= LARGEST:
+            fitting = _solved(seen, start, wanted, options)
+        else:
+            fitting = torch.from_numpy(_rounded(start.numpy(), transposed))
+        out = operator(seen, fitting, None, **options)
+        shift = (wanted - out).mean((0, 2, 3))
+        found[layers[n]] = Fitted(fitting.numpy(), shift.numpy())
+        return torch.cat([given, out + shift.view(1, -1, 1, 1)])
+
+    with torch.inference_mode(), _Calls(solve):
+        network(**{name: torch.cat([array, array]) for name, array in torches.items()})
+    return found
+
+
+def held_in_8_bits(x: Tensor, low: float, high: float) -> Tensor:
+    """`x` as an unsigned INT8 tensor of that range holds it; 0 is one of its steps (Jacob et al., CVPR 2018)."""
+    step = (high - low) / 255
+    zero = round(-low / step)
+    return (torch.clamp(torch.round(x / step) + zero, 0, 255) - zero) * step
+
+
+def _factors(
+    graph: onnx.GraphProto, layers: Sequence[str], ranges: Sequence[tuple[float, float] | None], extents: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, Tensor]:
+    """What each channel is divided by, (C,), for the tensors that lie between layers alone: by name, the same for all that must have the same."""
+    root: dict[str, str] = {}
+
+    def find(name: str) -> str:
+        while root.setdefault(name, name) != name:
+            name = root[name]
+        return name
+
+    fixed = {tensor.name for tensor in graph.output}
+    constants = {tensor.name for tensor in graph.initializer}
+    nodes = {node.name: node for node in graph.node}
+    for node in graph.node:
+        passed = node.input[: 2 if node.op_type == "Add" else 1]
+        if node.op_type in ("Relu", "LeakyRelu", "Resize", "Add") and not constants.intersection(passed):  # of x * a channel's factor, theirs is the same
+            for name in passed:
+                root[find(name)] = find(node.output[0])
+        elif node.name not in layers:
+            fixed.update(node.input, node.output)
+    fixed = {find(name) for name in fixed}
+    made = {find(nodes[layer].output[0]) for layer in layers}
+    shares: dict[str, Tensor] = {}
+    for layer, span, (low, high) in zip(layers, ranges, extents, strict=True):
+        key = find(nodes[layer].input[0])
+        if span is not None and key in made - fixed:
+            share = torch.maximum(low / min(span[0], -1e-9) if span[0] < 0 else torch.zeros_like(low), high / max(span[1], 1e-9))
+            shares[key] = torch.maximum(shares.get(key, torch.full_like(share, 1e-3)), share)
+    return {name: shares[find(name)] ** EQUAL for name in list(root) if find(name) in shares}
+
+
+def _solved(x: Tensor, weights: Tensor, wanted: Tensor, options: Mapping[str, Any]) -> Tensor:
+    """Weights in 8 bits by which `x` comes nearest to `wanted`, whatever the bias."""
+    groups, (outputs, *kernel) = options.get("groups", 1), weights.shape
+    size = int(np.prod(kernel))
+    start = weights.reshape(groups, outputs // groups, size)
+    every = max(1, len(x) * wanted[0, 0].numel() // SAMPLES) | 1  # odd: not always the same columns of the image
+    square = torch.zeros(groups, size + 1, size + 1, dtype=torch.float64)
+    missing = torch.zeros(groups, size + 1, outputs // groups, dtype=torch.float64)
+    for one, target in zip(x.split(1), wanted, strict=True):
+        taps = functional.unfold(one, tuple(kernel[1:]), padding=options.get("padding", 0), stride=options.get("stride", 1))
+        taps = taps.view(groups, size, -1)[..., ::every]
+        residual = target.reshape(groups, outputs // groups, -1)[..., ::every] - start @ taps
+        taps = torch.cat([taps, torch.ones(groups, 1, taps.shape[2])], 1)
+        square += (taps @ taps.mT).double()
+        missing += (taps @ residual.mT).double()
+    mean = square[:, :-1, -1:] / square[:, -1:, -1:]  # of each tap; the bias takes it
+    covariance = square[:, :-1, :-1] - mean * square[:, -1:, :-1]
+    toward = missing[:, :-1] - mean * missing[:, -1:]
+    power = torch.diagonal(square[:, :-1, :-1], dim1=1, dim2=2).mean(1).clamp(min=1e-9)[:, None, None]
+    eye = torch.eye(size, dtype=torch.float64)
+    better = start.double() + torch.linalg.solve(covariance + HELD * power * eye, toward).mT
+    return _in_steps(better, covariance + DAMPED * power * eye).float().reshape(weights.shape)
+
+
+def _in_steps(weights: Tensor, square: Tensor) -> Tensor:
+    """`weights` (G, C_out, K) at multiples of each output's step, its largest / 127, rounded one by one: those after take the error back that
+    the inputs of `square` (G, K, K) would see.
+    """
+    step = weights.abs().amax(2, keepdim=True).clamp(min=1e-30) / 127
+    left = weights / step
+    largest, ends = left.abs().argmax(2), 127 * torch.sign(left.gather(2, left.abs().argmax(2, keepdim=True)))[..., 0]
+    spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(square)), upper=True)
+    for k in range(left.shape[2]):
+        whole = torch.where(largest == k, ends, torch.round(left[..., k]).clamp(-127, 127))  # the largest stays: it gives the step
+        error = (left[..., k] - whole) / spread[:, k, k, None]
+        left[..., k + 1 :] -= error[..., None] * spread[:, None, k, k + 1 :]
+        left[..., k] = whole
+    return left * step
+
+
+def _rounded(weights: NDArray[np.float32], transposed: bool) -> NDArray[np.float32]:
+    from .quantize import rounded
+
+    return np.ascontiguousarray(rounded(weights.swapaxes(0, 1)).swapaxes(0, 1) if transposed else rounded(weights))
