@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 GROUP_LENGTH, MEDIA_STORAGE_INSTANCE = 0x00020000, 0x00020003
+MOST_BYTES = (1 << 32) - 2  # that the length of an element can say
 PREAMBLE = bytes(128) + b"DICM"  # PS3.10 7.1
 
 
@@ -30,7 +31,7 @@ class SliceWriter:
 
         common.file_meta.MediaStorageSOPInstanceUID = UID("2.25.0")  # each slice has its own
         validate_file_meta(common.file_meta, enforce_standard=True)
-        self._common, self._meta = dict(_encoded(common)), dict(_encoded(common.file_meta))
+        self._common, self._meta = dict(encoded(common)), dict(encoded(common.file_meta))
 
     def write(self, path: Path, own: Dataset, plane: NDArray[Any]) -> None:
         """One slice: `own` holds its SOP Instance UID and whatever else is not in `common`, `plane` int16 (H, W)."""
@@ -38,17 +39,22 @@ class SliceWriter:
 
         meta = FileMetaDataset()
         meta.MediaStorageSOPInstanceUID = own.SOPInstanceUID
-        parts = {**self._meta, **dict(_encoded(meta)), GROUP_LENGTH: b""}
+        parts = {**self._meta, **dict(encoded(meta)), GROUP_LENGTH: b""}
         group = b"".join(parts[tag] for tag in sorted(parts))
-        elements = {**self._common, **dict(_encoded(own))}
+        elements = {**self._common, **dict(encoded(own))}
         with open(path, "wb") as file:
             file.write(PREAMBLE + struct.pack("<HH2sHI", 2, 0, b"UL", 4, len(group)) + group)
             file.write(b"".join(elements[tag] for tag in sorted(elements)))  # Pixel Data (7FE0,0010) has the highest tag
-            file.write(struct.pack("<HH2sHI", 0x7FE0, 0x0010, b"OW", 0, plane.size * 2))
+            file.write(head(0x7FE00010, b"OW", plane.size * 2))
             file.write(np.ascontiguousarray(plane, "<i2").data.cast("B"))
 
 
-def _encoded(ds: Dataset) -> Iterator[tuple[int, bytes]]:
+def head(tag: int, vr: bytes, length: int) -> bytes:
+    """What stands before the value of an OB, OW or SQ element (PS3.5 7.1.2)."""
+    return struct.pack("<HH2s2xI", tag >> 16, tag & 0xFFFF, vr, length)
+
+
+def encoded(ds: Dataset) -> Iterator[tuple[int, bytes]]:
     """Each element's tag and bytes."""
     from pydicom import Dataset
     from pydicom.filebase import DicomBytesIO

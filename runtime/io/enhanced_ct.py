@@ -6,7 +6,6 @@ and the sources stand where the classic object has them, as a standard extension
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from ..errors import OutputError
 from ..version import VERSION
 from ..volume import CTSlab
 from .ct_image import WINDOW, decimals, image_dataset, paints_hearts, set_sources
+from .dicom_bytes import MOST_BYTES, head
 from .painting import Painting
 from .profile import FIXED_DATE, FIXED_TIME, Identity, code
 from .upright import UprightGrid
@@ -24,7 +24,6 @@ from .upright import UprightGrid
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-MOST_BYTES = (1 << 32) - 2  # of pixels, that the length of an element can say
 NAME = "ct.dcm"
 _FRAME_TYPE = ["DERIVED", "PRIMARY", "VOLUME", "NONE"]
 
@@ -42,7 +41,7 @@ def write_enhanced(folder: Path, painting: Painting, identity: Identity, grid: U
     ds = enhanced_dataset(painting, identity, grid)
     with open(folder / NAME, "wb") as file:
         dcmwrite(file, ds, enforce_file_format=True)
-        file.write(struct.pack("<HH2s2xI", 0x7FE0, 0x0010, b"OW", size))  # PS3.5 7.1.2
+        file.write(head(0x7FE00010, b"OW", size))
         start = file.tell()
         for slab in slabs:
             for k, plane in zip(grid.numbers(slab), grid.view(slab.hu), strict=True):

@@ -6,10 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..contract import Label
 from ..version import VERSION
 from .painting import Painting
 from .profile import DESCRIPTION, FIXED_DATE, FIXED_TIME, STUDY, Identity, describe, text
+from .seg_bytes import labels_shown, sketch, write_binary
 from .upright import UprightGrid
 
 if TYPE_CHECKING:
@@ -22,18 +26,31 @@ _FIXED = {"InstanceCreationDate": FIXED_DATE, "InstanceCreationTime": FIXED_TIME
 
 
 def write_seg(folder: Path, painting: Painting, identity: Identity, grid: UprightGrid, images: Sequence[Dataset], kind: str) -> None:
-    """Write seg.dcm; segment n is the model's label n. `images`: what it is a mask of, in order, without pixels; `kind`: "binary", "labelmap"."""
+    """Write seg.dcm; segment n is the model's label n. `images`: what it is a mask of, in order, without pixels, and used up; `kind`:
+    "binary", "labelmap". Raises `OutputError` where a binary one is too large."""
+    labels = grid.view(painting.mask.labels)
+    if kind == "binary":
+        shown = labels_shown(labels, len(painting.manifest.labels.labels) - 1)
+        for image in images:
+            image.Rows = image.Columns = 1  # as the sketch has
+        write_binary(folder / NAME, seg_dataset(painting, identity, images, kind, sketch(shown)), labels, shown)
+    else:
+        seg_dataset(painting, identity, images, kind, labels).save_as(folder / NAME, enforce_file_format=True)
+
+
+def seg_dataset(painting: Painting, identity: Identity, images: Sequence[Dataset], kind: str, labels: NDArray[np.uint8]) -> Dataset:
+    """The object, pixels and all, as highdicom makes it of `labels` (slices, rows, columns)."""
     from highdicom.seg import Segmentation
 
     first = images[0]
     for keyword in STUDY:  # highdicom refuses or prints values it finds odd, such as a date that never was; `describe` sets them all
         setattr(first, keyword, "")
     seg: Any = Segmentation(
-        images, grid.view(painting.mask.labels), kind.upper(), [_segment(n, x) for n, x in enumerate(painting.manifest.labels.labels) if n],
+        images, labels, kind.upper(), [_segment(n, x) for n, x in enumerate(painting.manifest.labels.labels) if n],
         series_instance_uid=identity.uid("seg series", kind, first.SOPClassUID), series_number=int(first.SeriesNumber) + 1,
         sop_instance_uid=identity.uid("seg", kind, first.SOPClassUID), instance_number=1, manufacturer=first.Manufacturer,
         manufacturer_model_name=first.ManufacturerModelName, software_versions=VERSION, device_serial_number="0",
-        omit_empty_frames=bool(painting.mask.labels.any()), content_label="MASK", content_description="The mask that this synthetic CT was painted from",
+        omit_empty_frames=bool(labels.any()), content_label="MASK", content_description="The mask that this synthetic CT was painted from",
     )  # fmt: skip
     describe(seg, painting, identity, title=TITLE)
     dimensions = identity.uid("seg dimensions", kind)
@@ -42,7 +59,7 @@ def write_seg(folder: Path, painting: Painting, identity: Identity, grid: Uprigh
     for keyword, value in _FIXED.items():
         if keyword in seg:
             setattr(seg, keyword, value)
-    seg.save_as(folder / NAME, enforce_file_format=True)
+    return seg
 
 
 def _segment(number: int, label: Label) -> Any:
