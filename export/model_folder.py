@@ -19,7 +19,7 @@ from train.checkpoint import Run
 from . import parity, regions
 from .graph import LabelsToIntensity, folded, halved
 from .model_card import CARD, model_card
-from .quantize import Error, quantize
+from .quantize import candidates
 from .to_onnx import to_onnx
 
 Say = Callable[[str], None]
@@ -48,7 +48,9 @@ def write_model(run: Run, graph: LabelsToIntensity, masks: NDArray[np.uint8], tr
     network = folded(graph)
     with atomic_folder(folder) as part:
         truths = parity.references(graph, manifest, masks)
-        say(f"proving on {parity.SLICES} held-out slices ({len(masks)} different masks) and {parity.RANDOM_SLICES} of random labels")
+        say(
+            f"proving on {len(truths[parity.ON_MASKS].values)} held-out slices ({len(masks)} different masks) and {parity.RANDOM_SLICES} of random labels"
+        )
         files: dict[str, ModelFile] = {}
         proofs: dict[str, Any] = {}
 
@@ -61,10 +63,10 @@ def write_model(run: Run, graph: LabelsToIntensity, masks: NDArray[np.uint8], tr
         take("fp32")
         to_onnx(halved(network), manifest, part / FILES["fp16"])
         take("fp16")
-        notes = write_int8(graph, part, manifest, masks if training_masks is None else training_masks, say)
-        if notes["layers"]:
+        notes, proof = write_int8(graph, part, manifest, masks if training_masks is None else training_masks, truths, say)
+        if proof is not None:
             notes["calibrated_on"] = "validation masks" if training_masks is None else "training masks"
-            take("int8")
+            proofs[FILES["int8"]], files[FILES["int8"]] = proof, describe_file(part / FILES["int8"], "onnx", "int8")
         whole = Manifest(**{**vars(manifest), "files": files, "parity": proofs, "export": {**versions(), "int8": notes}})
         write_json(part / MANIFEST, whole.to_json())
         write_text(part / CARD, model_card(whole))
@@ -73,18 +75,22 @@ def write_model(run: Run, graph: LabelsToIntensity, masks: NDArray[np.uint8], tr
 
 def proven(
     graph: LabelsToIntensity, path: Path, precision: str, manifest: Manifest, truths: Mapping[str, parity.Reference], say: Say
-) -> Any:
+) -> dict[str, Any]:
     """The proof of an ONNX file in every backend that runs it here; `ParityError` names the backend and the region of the network."""
+    try:
+        return _proven(path, precision, manifest, truths, say)
+    except parity.Exceeded as exc:
+        where = regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs), precision)
+        raise ParityError(f"{exc.fact}\n{where}", expected=exc.expected, remedy=exc.remedy) from exc
+
+
+def _proven(path: Path, precision: str, manifest: Manifest, truths: Mapping[str, parity.Reference], say: Say) -> dict[str, Any]:
     proof = {}
     for backend in (b for b in BACKENDS if b.file == ("onnx", precision)):
         if why := backend.uninstalled():
             say(f"  {path.name} is not proven in {backend.name}: {why}")
             continue
-        try:
-            proof[backend.name] = parity.prove(path, precision, backend, manifest, truths)
-        except parity.Exceeded as exc:
-            where = regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs), precision)
-            raise ParityError(f"{exc.fact}\n{where}", expected=exc.expected, remedy=exc.remedy) from exc
+        proof[backend.name] = parity.prove(path, precision, backend, manifest, truths)
         say("  " + line(path.name, proof[backend.name], manifest.intensity.unit))
     return proof
 
@@ -98,33 +104,46 @@ def line(file: str, proof: Mapping[str, Any], unit: str) -> str:
             f"1 - SSIM {n['dssim']:.2g}, {proof['slices_per_second']:.0f} slices/s")  # fmt: skip
 
 
-def write_int8(graph: LabelsToIntensity, part: Path, manifest: Manifest, masks: NDArray[np.uint8], say: Say) -> dict[str, Any]:
-    """Write the INT8 graph with the layers that training masks say may be quantised. Returns how, as JSON data; "layers" is 0 where none may."""
+def write_int8(
+    graph: LabelsToIntensity, part: Path, manifest: Manifest, masks: NDArray[np.uint8], truths: Mapping[str, parity.Reference], say: Say
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Write the INT8 graph with as many layers as training masks say may be quantised, and the proof on `truths` allows.
+
+    Returns how it was made, as JSON data ("layers" is 0 where none may be), and its proof. `ParityError` where a backend cannot run it.
+    """
     picked = np.linspace(0, len(masks) - 1, CALIBRATION_SLICES).round().astype(int)
-    inputs = parity.draw_inputs(manifest.inputs, masks[picked], seed=1)
-    step = CALIBRATION_SLICES // TRIAL_SLICES
-    truth = parity.reference(graph, {name: array[::step] for name, array in inputs.items()})
-    backend = next(b for b in BACKENDS if b.file == ("onnx", "int8") and not b.uninstalled())
-
-    def error(path: Path) -> Error:
-        engine = backend.open(path, manifest)
-        numbers = parity.differences(truth, parity.paint(engine, truth.inputs)[0], manifest)
-        engine.close()
-        return Error(max(value / (MARGIN * limit) for value, limit in parity.excess("int8", numbers).values()), numbers["mean"])
-
-    path = part / FILES["int8"]
-    others = np.setdiff1d(np.arange(len(masks)), picked[::step])  # what layers are fitted on says nothing of how well they are
+    tried_on = picked[:: CALIBRATION_SLICES // TRIAL_SLICES]
+    truth = parity.reference(
+        graph, parity.draw_inputs(manifest.inputs, parity.repeated(masks[tried_on], TRIAL_SLICES, manifest.inputs), seed=3)
+    )
+    others = np.setdiff1d(np.arange(len(masks)), tried_on)  # what layers are fitted on says nothing of how well they are
     most = max(1, min(FIT_SLICES, FIT_PIXELS // masks[0, 0].size))
     fit_on = parity.draw_inputs(manifest.inputs, masks[(others if len(others) else picked)[:most]], seed=2)
-    made = quantize(part / FILES["fp32"], path, inputs, folded(graph), fit_on, error, say)
-    layers = made.layers - len(made.floating)
-    if not layers:
-        path.unlink()
-        say(f"  {path.name} is left out: no layer can be quantised within {parity.LIMITS['int8']} {manifest.intensity.unit}")
-        return {"layers": 0, "of": made.layers, "floating": list(made.floating)}
-    share = path.stat().st_size / (part / FILES["fp32"]).stat().st_size
-    say(f"  {path.name}: {layers} of {made.layers} layers in INT8, {100 * share:.1f} % of {FILES['fp32']}'s size")
-    return {"layers": layers, "of": made.layers, "floating": list(made.floating)}
+    backend = next(b for b in BACKENDS if b.file == ("onnx", "int8") and not b.uninstalled())
+
+    def numbers(path: Path) -> dict[str, Any]:
+        engine = backend.open(path, manifest)
+        try:
+            return parity.differences(truth, parity.paint(engine, truth.inputs)[0], manifest)
+        finally:
+            engine.close()
+
+    path, fp32, count = part / FILES["int8"], part / FILES["fp32"], 0
+    inputs = parity.draw_inputs(manifest.inputs, masks[picked], seed=1)
+    for made in candidates(fp32, path, inputs, folded(graph), fit_on, lambda path: float(numbers(path)["mean"]), say):
+        count = made.layers
+        if any(value > MARGIN * limit for value, limit in parity.excess("int8", numbers(path)).values()):
+            continue
+        layers = count - len(made.floating)
+        share = path.stat().st_size / fp32.stat().st_size
+        say(f"  {path.name}: {layers} of {count} layers in INT8, {100 * share:.1f} % of {fp32.name}'s size")
+        try:
+            return {"layers": layers, "of": count, "floating": list(made.floating)}, _proven(path, "int8", manifest, truths, say)
+        except parity.Exceeded as exc:
+            say(f"  not taken: {exc.fact}")
+    path.unlink()
+    say(f"  {path.name} is left out: no layer can be quantised within {parity.LIMITS['int8']} {manifest.intensity.unit}")
+    return {"layers": 0, "of": count, "floating": []}, None
 
 
 def versions() -> dict[str, str]:

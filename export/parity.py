@@ -23,10 +23,8 @@ from train.scores import body_mask
 
 from .graph import LabelsToIntensity
 
-SLICES, RANDOM_SLICES = (
-    64,
-    8,
-)  # that a proof paints: of held-out masks, again with other noise and style where they are fewer; of random labels
+SLICES, RANDOM_SLICES = 64, 8  # at least, that a proof paints: of held-out masks; of random labels
+PIXELS = 1 << 20  # at least, where noise or a style makes other images of the same masks: the median of a few is chance
 ON_MASKS, ON_RANDOM = "validation masks", "random labels"
 REMEDY = "nothing was written; report this with the run's run.json"
 AT_ONCE = 8  # slices through the network
@@ -60,6 +58,12 @@ def random_labels(slices: int, z: int, size: tuple[int, int], classes: int, seed
     return np.random.default_rng(seed).integers(0, classes, (slices, z, *size), np.uint8)
 
 
+def repeated(masks: NDArray[np.uint8], slices: int, specs: tuple[TensorSpec, ...]) -> NDArray[np.uint8]:
+    """`masks` (n, Z, H, W) again and again: at least `slices` of them and, of a graph that takes more than labels, `PIXELS`."""
+    most = max(slices, len(masks), -(-PIXELS // masks[0, 0].size) if len(specs) > 1 else 0)
+    return masks[np.arange(most) % len(masks)]
+
+
 def draw_inputs(specs: tuple[TensorSpec, ...], labels: NDArray[np.uint8], seed: int = 0) -> dict[str, NDArray[Any]]:
     """`labels` (n, Z, H, W) and, where the graph takes them, noise and a style for each slice as the runtime would draw them."""
     rng = np.random.default_rng(seed)
@@ -84,7 +88,7 @@ def reference(graph: LabelsToIntensity, inputs: Mapping[str, NDArray[Any]], mask
 
 def references(graph: LabelsToIntensity, manifest: Manifest, masks: NDArray[np.uint8]) -> dict[str, Reference]:
     """What a file of `manifest` is measured against: `masks` of held-out slices, uint8 (n, Z, H, W), and random labels."""
-    chosen = masks[np.arange(max(SLICES, len(masks))) % len(masks)]
+    chosen = repeated(masks, SLICES, manifest.inputs)
     random = random_labels(RANDOM_SLICES, manifest.grid.slices, manifest.grid.canvas, len(manifest.labels))
     return {
         ON_MASKS: reference(graph, draw_inputs(manifest.inputs, chosen), len(masks)),

@@ -1,7 +1,7 @@
-"""The INT8 graph for CPUs: static QDQ of the convolutions, fitted to what they are to give, as few of them left in float as the error allows.
+"""The INT8 graph for CPUs: static QDQ of the convolutions, fitted to what they are to give.
 
 Quantisers, calibration and file format are ONNX Runtime's (Jacob et al., "Quantization and Training of Neural Networks for
-Efficient Integer-Arithmetic-Only Inference", CVPR 2018). Which layers stay in float is measured here, on masks of the training set.
+Efficient Integer-Arithmetic-Only Inference", CVPR 2018). Which layers are to stay in float is measured here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import onnx
@@ -45,16 +45,9 @@ class _Feed(CalibrationDataReader):  # type: ignore[misc]
         return next(self._rows, None)
 
 
-class Error(NamedTuple):
-    """Of a file. `limits`: over what is allowed (1: just allowed); `mean`: of all pixels, without the steps that medians of integers have."""
-
-    limits: float
-    mean: float
-
-
 @dataclass(frozen=True)
 class Quantized:
-    """What came out: the layers left in `floating` point, by node name, and how many there are in all."""
+    """What was written: the layers left in `floating` point, by node name, and how many there are in all."""
 
     floating: tuple[str, ...]
     layers: int
@@ -273,42 +266,33 @@ def rounded(weights: NDArray[np.float32]) -> NDArray[np.float32]:
     return (np.clip(whole, -127, 127).reshape(weights.shape) * step).astype(np.float32)
 
 
-def quantize(
-    source: Path, path: Path, inputs: Inputs, network: LabelsToIntensity, fit_on: Inputs, error: Callable[[Path], Error], say: Callable[[str], None]
-) -> Quantized:  # fmt: skip
-    """Write `path` with as much of the work in INT8 as `error` allows, fitted to what the `network` that `source` was exported from gives on
-    `fit_on`, slices that `error` does not see.
+def candidates(
+    source: Path, path: Path, inputs: Inputs, network: LabelsToIntensity, fit_on: Inputs, error: Callable[[Path], float], say: Callable[[str], None]
+) -> Iterator[Quantized]:  # fmt: skip
+    """Write `path` with all layers in INT8, then with fewer and fewer, down to one: take the first that is near enough to the network.
 
-    Where all layers together are above the limits, each is tried alone and not fitted. Those stay in float that cost the most for the work
-    that they take over, as few of them as bring the rest, fitted to each other, within the limits.
+    The layers are fitted to what the `network` that `source` was exported from gives on `fit_on`. To leave some in float, each is tried
+    alone and not fitted: those go first whose squared `error` (HU, mean, on other slices) is largest for the work that they take over.
     """
     quantizer = Quantizer(source, inputs)
     layers = list(quantizer.layers)
 
-    def tried(floating: Sequence[str]) -> Error:
+    def written(floating: Sequence[str]) -> Quantized:
         quantizer.fitted(network, fit_on, floating).write(path, floating)
-        return error(path)
+        return Quantized(tuple(floating), len(layers))
 
     say(f"  fitting {len(layers)} layers to INT8, on {len(fit_on['labels'])} slices")
-    if tried(()).limits <= 1:
-        return Quantized((), len(layers))
+    yield written(())
     say("  all of them cost too much: measuring each alone")
     work, alone = quantizer.work(), {}
     for layer in layers:
-        others = [other for other in layers if other != layer]
-        quantizer.write(path, others)
+        quantizer.write(path, [other for other in layers if other != layer])
         alone[layer] = error(path)
-    layers.sort(key=lambda layer: -(alone[layer].mean ** 2) / work[layer])  # squares: what the errors of several add up as
-    few, enough = 0, len(layers)  # in float: too few, and enough
-    while enough - few > 1:
-        middle = (few + enough) // 2
-        if tried(layers[:middle]).limits <= 1:
-            enough = middle
-        else:
-            few = middle
-    floating = layers[:enough]
-    quantizer.fitted(network, fit_on, floating).write(path, floating)
-    return Quantized(tuple(floating), len(layers))
+    layers.sort(key=lambda layer: -(alone[layer] ** 2) / work[layer])  # squares: what the errors of several add up as
+    count = 1
+    while count < len(layers):
+        yield written(layers[:count])
+        count = min(2 * count, (count + len(layers) + 1) // 2)  # one, two, four … in float; and from half of them on half of the rest
 
 
 @contextlib.contextmanager
