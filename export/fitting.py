@@ -102,7 +102,7 @@ def fit(
         elif not whole:
             fitting = start
         else:
-            fitting = torch.from_numpy(_rounded(start.numpy(), transposed))
+            fitting = torch.from_numpy(rounded(start.numpy(), transposed))
         out = operator(seen, fitting, None, **options)
         shift = (wanted - out).mean((0, 2, 3))
         if whole:  # a bias is held in steps of inputs times weights; flat regions would come to lie on another step without
@@ -198,7 +198,17 @@ def _in_steps(weights: Tensor, square: Tensor) -> Tensor:
     return left * step
 
 
-def _rounded(weights: NDArray[np.float32], transposed: bool) -> NDArray[np.float32]:
-    from .quantize import rounded
-
-    return np.ascontiguousarray(rounded(weights.swapaxes(0, 1)).swapaxes(0, 1) if transposed else rounded(weights))
+def rounded(weights: NDArray[np.float32], transposed: bool = False) -> NDArray[np.float32]:
+    """`weights` (C_out, C_in, h, w), `transposed` (C_in, C_out, h, w), at multiples of each output channel's step, its largest / 127, so that the
+    taps of every kernel keep their sum to half a step: where labels are flat a kernel sees one value, and only the sum of its taps counts.
+    """
+    if transposed:
+        return np.ascontiguousarray(rounded(weights.swapaxes(0, 1)).swapaxes(0, 1))
+    step = np.maximum(np.abs(weights).max((1, 2, 3), keepdims=True), 1e-30) / 127
+    exact = (weights / step).reshape(-1, weights[0, 0].size).astype(np.float64)
+    whole = np.rint(exact)
+    missing = np.rint((exact - whole).sum(1)).astype(int)  # steps that rounding took from the sum
+    wrong = np.sign(missing)[:, None] * (exact - whole)
+    rank = np.argsort(np.argsort(-wrong, 1, kind="stable"), 1, kind="stable")  # those first that were rounded the most the wrong way
+    whole += np.sign(missing)[:, None] * (rank < np.abs(missing)[:, None])
+    return (np.clip(whole, -127, 127).reshape(weights.shape) * step).astype(np.float32)

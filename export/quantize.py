@@ -25,7 +25,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from .fitting import Fitted, fit
+from .fitting import Fitted, fit, rounded
 from .graph import LabelsToIntensity
 
 OPERATORS = ("Conv", "ConvTranspose")
@@ -193,10 +193,7 @@ class Quantizer:
             if node.name in layers:
                 tensor, name = numpy_helper.to_array(weights[node.input[1]]), f"{node.name}/weight"
                 node.input[1] = name
-                transposed = node.op_type == "ConvTranspose"
-                fitting = rounded(tensor.swapaxes(0, 1) if transposed else tensor)
-                fitting = fitting.swapaxes(0, 1) if transposed else fitting
-                graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(fitting), name))
+                graph.initializer.append(numpy_helper.from_array(rounded(tensor, node.op_type == "ConvTranspose"), name))
 
     def _correct(self, graph: onnx.GraphProto, layers: Set[str]) -> None:
         weights = {tensor.name: tensor for tensor in graph.initializer}
@@ -248,22 +245,6 @@ def hold_exactly(graph: onnx.GraphProto) -> None:
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend(constants)
-
-
-def rounded(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """`weights` (C_out, C_in, h, w) at multiples of each output channel's step, its largest / 127, so that the taps of every kernel keep their
-    sum to half a step: where labels are flat a kernel sees one value, and only the sum of its taps counts.
-    """
-    step = np.maximum(np.abs(weights).max((1, 2, 3), keepdims=True), 1e-30) / 127
-    exact = (weights / step).reshape(-1, weights[0, 0].size).astype(np.float64)
-    whole = np.rint(exact)
-    missing = np.rint((exact - whole).sum(1)).astype(int)  # steps that rounding took from the sum
-    order = np.argsort(
-        -np.sign(missing)[:, None] * (exact - whole), 1, kind="stable"
-    )  # those first that were rounded the most the wrong way
-    rank = np.argsort(order, 1, kind="stable")
-    whole += np.sign(missing)[:, None] * (rank < np.abs(missing)[:, None])
-    return (np.clip(whole, -127, 127).reshape(weights.shape) * step).astype(np.float32)
 
 
 def candidates(

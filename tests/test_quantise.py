@@ -13,7 +13,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn.functional import conv2d
 
-from export.quantize import Quantizer, candidates, rounded
+from export.fitting import rounded
+from export.quantize import Quantizer, candidates
 from train.generator import one_hot
 
 SLICES = 8
