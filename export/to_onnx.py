@@ -78,5 +78,5 @@ def name_nodes(graph: onnx.GraphProto) -> None:
         seen[name] += 1
         node.name = name if seen[name] == 1 else f"{name}.{seen[name]}"
         node.ClearField("metadata_props")
-    for value in (*graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        value.ClearField("metadata_props")
+    for noted in (graph, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        noted.ClearField("metadata_props")  # the graph's are in another order each time: the same network is to be the same file

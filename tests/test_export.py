@@ -173,6 +173,8 @@ def test_without_tensorrt_it_is_exit_3_and_the_proven_onnx_model_replaces_the_ol
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == FILES
     Manifest.load(tmp_path / "model").verify(tmp_path / "model", FILES[2:])
+    for name in FILES[2:]:  # the same run is the same files, whatever hash seed the process had
+        assert sha256_of(tmp_path / "model" / name) == sha256_of(model / name), name
 
 
 def test_load_generator_rebuilds_the_network_from_the_folder_alone(trained: Path) -> None:
