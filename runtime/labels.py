@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from .contract import LabelTable
 from .errors import InputError, UnknownLabels, UsageError
 from .presets import MM_WHS, MM_WHS_INDICES, OTHERS, PRESETS, STANDS_FOR
-from .volume import Layers, Segment
+from .volume import Layers, Segment, runs
 
 __all__ = [
     "MM_WHS",
@@ -172,7 +172,7 @@ def index_planes(
     _check_map(label_map, table, file)
     seen: set[int] = set()
     for plane in planes:  # by runs of one value: to look every voxel up takes three times as long
-        worth, lengths = _runs(plane)
+        worth, lengths = runs(plane)
         there = np.unique(worth)
         for value in there.tolist():
             if value not in known:
@@ -265,15 +265,8 @@ def present_values(values: NDArray[Any]) -> list[int]:
     """The distinct values of an integer array (D, H, W), ascending."""
     found: set[int] = set()
     for plane in values:
-        found.update(np.unique(_runs(plane)[0]).tolist())
+        found.update(np.unique(runs(plane)[0]).tolist())
     return sorted(found)
-
-
-def _runs(plane: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
-    """A slice as runs of one value, line after line: what each is, and how many voxels long."""
-    line = plane.ravel()
-    ends = np.append(np.flatnonzero(line[1:] != line[:-1]), line.size - 1)[: line.size]  # of an empty slice none
-    return line[ends], np.diff(ends, prepend=-1)
 
 
 def listed(segments: Sequence[Segment], most: int = 24) -> str:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .io.detect import ReadOptions
     from .stream import CaseResult
 
-DEFAULT_BATCH = 16  # slices in one slab
+DEFAULT_BATCH = 8  # slices in one slab: with few, the writer begins early and has little left at the end
 
 
 class Synthesizer:

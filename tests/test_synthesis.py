@@ -117,6 +117,22 @@ def test_equal_grids_have_equal_digests_whichever_way_a_reader_writes_zero() -> 
     assert LabelVolume(labels, Geometry(affine)).digest == LabelVolume(labels, Geometry(negative)).digest
 
 
+def test_masks_that_differ_anywhere_have_other_digests_however_they_lie_in_memory() -> None:
+    """The digest keys every random number, so that one case never repeats another's noise."""
+    rng, grid = np.random.default_rng(0), Geometry(np.eye(4))
+    volumes = [rng.integers(0, high, (2, 3, 4), np.uint8) for high in (1, 2, 8)]
+    for volume in list(volumes):
+        for place in np.ndindex(volume.shape):
+            other = volume.copy()
+            other[place] ^= 1
+            volumes.append(other)
+    volumes += [volume.reshape(3, 2, 4) for volume in volumes] + [volume.reshape(2, 4, 3) for volume in volumes]
+    kinds = {(volume.shape, volume.tobytes()): volume for volume in volumes}
+    assert len({LabelVolume(volume, grid).digest for volume in kinds.values()}) == len(kinds)
+    for volume in volumes[:3]:
+        assert LabelVolume(np.asfortranarray(volume), grid).digest == LabelVolume(volume, grid).digest
+
+
 def test_the_command_the_stream_and_the_call_agree(tmp_path: Path, model: Path) -> None:
     path = write_mask(tmp_path / "m.nii.gz")
     assert synth(model, tmp_path / "out", path, "--seed", "3", backend=None) == 0

@@ -162,7 +162,7 @@ def read_labels(
     """Read a mask and map its values to the model's indices. Raises `InputError`s that name `file`, by default the path.
 
     `order`: what wins where segments overlap (`runtime.labels.overlay`). Of a NIfTI of plain integers only the indices are ever held: it is
-    decompressed, mapped and digested in three threads, a few planes behind each other.
+    decompressed in one thread, and mapped and digested in another, a few planes behind.
     """
     file, header = file or path, _checked(path)
     if header.plain is None:
