@@ -12,6 +12,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,12 +59,13 @@ class Ready:
     """A contender set up: `run()` does one round's work and returns how many units (slices, bytes, steps) that was.
 
     `output()` gives what it computes, to be compared before anything is timed; `facts`: what a reader should know of it, also
-    what only its runs tell.
+    what only its runs tell. `folder`: where it writes; a round finds it empty, and the disk idle, and is not timed for either.
     """
 
     run: Callable[[], float]
     output: Callable[[], np.ndarray] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
+    folder: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -239,6 +241,9 @@ def _child(make: str, options: Mapping[str, Any]) -> int:
         said["output"] = path
     answers.write(json.dumps(said) + "\n")
     for _ in sys.stdin:
+        if ready.folder is not None:
+            shutil.rmtree(ready.folder, ignore_errors=True)
+            ready.folder.mkdir()
         os.sync()  # who waits for the disk, as we do, would wait for what the one before left unwritten, too
         started = time.perf_counter()
         units = ready.run()

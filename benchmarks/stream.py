@@ -40,8 +40,7 @@ def groups(given: Prepared, backend: str, quick: bool) -> dict[str, list[Contend
     """`stream`: one large mask; `stream sizes`: three sizes in two formats; `stream formats`: the large one written otherwise; `stream
     many`: a run of masks, beside the bound that its stages and its processor set.
     """
-    folder = Path(tempfile.mkdtemp(prefix="mask2ct-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = new_folder()
     manifest, model = Manifest.load(given.model), str(given.model)
     slices, each, count = (24, 4, 8) if quick else (300, 60, 20)
     cost = macs(given.model)
@@ -74,13 +73,10 @@ def groups(given: Prepared, backend: str, quick: bool) -> dict[str, list[Contend
 
 def ours(model: str, mask: str, backend: str, format: str = "nifti") -> Ready:
     """Facts: volumes a second, the share of the wall time that each stage is busy, and which is most, of the last run."""
-    synth = Synthesizer.open(model, backend=backend)
-    kept = tempfile.TemporaryDirectory()
+    synth, out = Synthesizer.open(model, backend=backend), new_folder()
     facts: dict[str, Any] = {"backend": synth.backend}
 
     def run() -> float:
-        out = Path(kept.name) / "out"
-        shutil.rmtree(out, ignore_errors=True)
         before = time.perf_counter()
         (result,) = synth.stream([mask], out, format=format)
         wall = time.perf_counter() - before
@@ -89,18 +85,15 @@ def ours(model: str, mask: str, backend: str, format: str = "nifti") -> Ready:
         facts.update(volumes_per_second=float(f"{1 / wall:.3g}"), busy=busy, limits=max(busy, key=lambda stage: busy[stage]))
         return float(result.slices)
 
-    return Ready(run, facts=facts)
+    return Ready(run, facts=facts, folder=out)
 
 
 def many(model: str, backend: str, masks: list[str]) -> Ready:
     """Facts: seconds on the wall, each stage's busy ones, the process' own divided by the cores, and the wall by the largest bound."""
-    synth = Synthesizer.open(model, backend=backend)
-    kept = tempfile.TemporaryDirectory()
+    synth, out = Synthesizer.open(model, backend=backend), new_folder()
     facts: dict[str, Any] = {"backend": synth.backend}
 
     def run() -> float:
-        out = Path(kept.name) / "out"
-        shutil.rmtree(out, ignore_errors=True)
         slices, busy = 0, {"read": 0.0, "paint": 0.0, "write": 0.0}
         wall, cpu = time.perf_counter(), time.process_time()
         for result in synth.stream(masks, out):
@@ -111,7 +104,14 @@ def many(model: str, backend: str, masks: list[str]) -> Ready:
         facts.update(wall=wall, busy=busy, processor=bound, wall_by_bound=wall / max(*busy.values(), bound))
         return float(slices)
 
-    return Ready(run, facts=facts)
+    return Ready(run, facts=facts, folder=out)
+
+
+def new_folder() -> Path:
+    """It goes when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="mask2ct-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def write_mask(path: Path, manifest: Manifest, shape: tuple[int, int, int], seed: int = 0) -> Path:
@@ -133,13 +133,13 @@ def write_mask(path: Path, manifest: Manifest, shape: tuple[int, int, int], seed
 
 
 def by_torch(model: str, mask: str, trained: str) -> Ready:
-    graph, manifest, kept = network(trained), Manifest.load(Path(model)), tempfile.TemporaryDirectory()
-    return Ready(lambda: float(torch_serial(graph, manifest, Path(mask), Path(kept.name) / "ct.nii.gz")))
+    graph, manifest, out = network(trained), Manifest.load(Path(model)), new_folder()
+    return Ready(lambda: float(torch_serial(graph, manifest, Path(mask), out / "ct.nii.gz")), folder=out)
 
 
 def by_monai(model: str, mask: str, trained: str) -> Ready:
-    graph, manifest, kept = network(trained), Manifest.load(Path(model)), tempfile.TemporaryDirectory()
-    return Ready(lambda: float(monai_serial(graph, manifest, Path(mask), Path(kept.name))))
+    graph, manifest, out = network(trained), Manifest.load(Path(model)), new_folder()
+    return Ready(lambda: float(monai_serial(graph, manifest, Path(mask), out)), folder=out)
 
 
 def torch_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
@@ -196,8 +196,8 @@ def by_onnx(model: str, mask: str) -> Ready:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(Path(model) / "model.onnx"), providers=["CPUExecutionProvider"])
-    manifest, kept = Manifest.load(Path(model)), tempfile.TemporaryDirectory()
-    return Ready(lambda: float(onnx_serial(session, manifest, Path(mask), Path(kept.name) / "ct.nii.gz")))
+    manifest, out = Manifest.load(Path(model)), new_folder()
+    return Ready(lambda: float(onnx_serial(session, manifest, Path(mask), out / "ct.nii.gz")), folder=out)
 
 
 def onnx_serial(session: Any, manifest: Manifest, mask: Path, out: Path) -> int:

@@ -56,6 +56,22 @@ def test_every_launch_is_a_process_anew_with_a_warm_up_of_its_own(tmp_path: Path
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [6, 5]
 
 
+def leaving(folder: str) -> Ready:
+    def run() -> float:
+        left = Path(folder, "left")
+        assert not left.exists()
+        left.write_text("of this round")
+        return 1.0
+
+    return Ready(run, folder=Path(folder))
+
+
+def test_every_round_finds_the_folder_that_it_writes_to_empty(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    found = measure([here("a", "leaving", folder=str(tmp_path / "out"))], ROUNDS, quiet=True)
+    assert len(found["a"].rates) == ROUNDS and (tmp_path / "out" / "left").exists()
+
+
 def test_a_contender_that_computes_something_else_is_not_timed() -> None:
     with pytest.raises(ContenderFailed, match="'b' computes something else than 'a'"):
         measure([here("a", "counting", units=1), here("b", "counting", 0.5, units=1, value=0.6)], ROUNDS, quiet=True)
