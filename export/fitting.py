@@ -88,10 +88,11 @@ def fit(
         x_float, x_int8 = x.chunk(2)
         given = operator(x_float, weights, bias, **options)
         read, made = (factors.get(name) for name in (nodes[layers[n]].input[0], nodes[layers[n]].output[0]))
-        transposed, grouped = operator is functional.conv_transpose2d, options.get("groups", 1) > 1
-        start, wanted = weights, given
+        transposed, start, wanted = operator is functional.conv_transpose2d, weights, given
         if read is not None:
-            start = start * read.view((-1, 1, 1, 1) if transposed or grouped else (1, -1, 1, 1))
+            groups = 1 if transposed else options.get("groups", 1)  # transposed weights are (C_in, C_out, h, w)
+            each = read.view((-1, 1, 1, 1) if transposed else (groups, 1, -1, 1, 1))
+            start = (start.view(groups, -1, *start.shape[1:]) * each).view(start.shape)
         if made is not None:
             start = start / made.view((1, -1, 1, 1) if transposed else (-1, 1, 1, 1))
             wanted = given / made.view(1, -1, 1, 1)
@@ -107,7 +108,7 @@ def fit(
         shift = (wanted - out).mean((0, 2, 3))
         if whole:  # a bias is held in steps of inputs times weights; flat regions would come to lie on another step without
             largest = fitting.abs().amax((0, 2, 3) if transposed else (1, 2, 3))
-            step = (1 if span is None else (span[1] - span[0]) / 255) * largest.clamp(min=1e-30) / 127
+            step = _step(*(span or (0, 1))) * torch.where(largest > 0, largest / 127, 1)
             shift = torch.round(shift / step) * step
         found[layers[n]] = Fitted(fitting.numpy(), shift.numpy())
         return torch.cat([given, out + shift.view(1, -1, 1, 1)])
@@ -119,9 +120,14 @@ def fit(
 
 def held_in_8_bits(x: Tensor, low: float, high: float) -> Tensor:
     """`x` as an unsigned INT8 tensor of that range holds it; 0 is one of its steps (Jacob et al., CVPR 2018)."""
-    step = (high - low) / 255
+    step = _step(low, high)
     zero = round(-low / step)
     return (torch.clamp(torch.round(x / step) + zero, 0, 255) - zero) * step
+
+
+def _step(low: float, high: float) -> float:
+    """Of a range; ONNX Runtime holds what is always 0 in steps of 1."""
+    return (high - low) / 255 or 1.0
 
 
 def _factors(
@@ -165,7 +171,9 @@ def _solved(x: Tensor, weights: Tensor, wanted: Tensor, options: Mapping[str, An
     square = torch.zeros(groups, size + 1, size + 1, dtype=torch.float64)
     missing = torch.zeros(groups, size + 1, outputs // groups, dtype=torch.float64)
     for one, target in zip(x.split(1), wanted, strict=True):
-        taps = functional.unfold(one, tuple(kernel[1:]), padding=options.get("padding", 0), stride=options.get("stride", 1))
+        taps = functional.unfold(
+            one, tuple(kernel[1:]), **{name: options[name] for name in ("padding", "stride", "dilation") if name in options}
+        )
         taps = taps.view(groups, size, -1)[..., ::every]
         residual = target.reshape(groups, outputs // groups, -1)[..., ::every] - start @ taps
         taps = torch.cat([taps, torch.ones(groups, 1, taps.shape[2])], 1)

@@ -80,8 +80,12 @@ def proven(
     try:
         return _proven(path, precision, manifest, truths, say)
     except parity.Exceeded as exc:
-        where = regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs), precision)
-        raise ParityError(f"{exc.fact}\n{where}", expected=exc.expected, remedy=exc.remedy) from exc
+        raise ParityError(f"{exc.fact}\n{located(graph, path, precision, truths)}", expected=exc.expected, remedy=exc.remedy) from exc
+
+
+def located(graph: LabelsToIntensity, path: Path, precision: str, truths: Mapping[str, parity.Reference]) -> str:
+    """Where in the network the file goes wrong, for a person."""
+    return regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs), precision)
 
 
 def _proven(path: Path, precision: str, manifest: Manifest, truths: Mapping[str, parity.Reference], say: Say) -> dict[str, Any]:
@@ -111,14 +115,15 @@ def write_int8(
 
     Returns how it was made, as JSON data ("layers" is 0 where none may be), and its proof. `ParityError` where a backend cannot run it.
     """
-    picked = np.linspace(0, len(masks) - 1, CALIBRATION_SLICES).round().astype(int)
+    picked = spread(len(masks), CALIBRATION_SLICES)
     tried_on = picked[:: CALIBRATION_SLICES // TRIAL_SLICES]
     truth = parity.reference(
         graph, parity.draw_inputs(manifest.inputs, parity.repeated(masks[tried_on], TRIAL_SLICES, manifest.inputs), seed=3)
     )
     others = np.setdiff1d(np.arange(len(masks)), tried_on)  # what layers are fitted on says nothing of how well they are
+    fitted_on = others if len(others) else picked
     most = max(1, min(FIT_SLICES, FIT_PIXELS // masks[0, 0].size))
-    fit_on = parity.draw_inputs(manifest.inputs, masks[(others if len(others) else picked)[:most]], seed=2)
+    fit_on = parity.draw_inputs(manifest.inputs, masks[fitted_on[spread(len(fitted_on), min(most, len(fitted_on)))]], seed=2)
     backend = next(b for b in BACKENDS if b.file == ("onnx", "int8") and not b.uninstalled())
 
     def numbers(path: Path) -> dict[str, Any]:
@@ -140,10 +145,15 @@ def write_int8(
         try:
             return {"layers": layers, "of": count, "floating": list(made.floating)}, _proven(path, "int8", manifest, truths, say)
         except parity.Exceeded as exc:
-            say(f"  not taken: {exc.fact}")
+            say(f"  not taken: {exc.fact}\n{located(graph, path, 'int8', truths)}")
     path.unlink()
     say(f"  {path.name} is left out: no layer can be quantised within {parity.LIMITS['int8']} {manifest.intensity.unit}")
     return {"layers": 0, "of": count, "floating": []}, None
+
+
+def spread(count: int, most: int) -> NDArray[np.intp]:
+    """`most` of `count` masks, from the first patient's to the last one's; some twice where there are fewer."""
+    return np.linspace(0, count - 1, most).round().astype(int)
 
 
 def versions() -> dict[str, str]:

@@ -112,6 +112,46 @@ def test_a_network_that_the_graph_does_not_come_from_is_refused(network: Network
         quantizer.fitted(Network(torch.full((16,), 2.0)).eval(), labels(1))
 
 
+def test_a_layer_that_reads_zeros_alone_is_held(tmp_path: Path) -> None:
+    """As in a network that died in training: its file is to be proven like any other."""
+    torch.manual_seed(0)
+    dead = Network(torch.ones(16)).eval()
+    with torch.no_grad():
+        dead.spread.bias.fill_(-1e3)  # type: ignore[union-attr]
+        dead.last.bias[0] = 0.5  # type: ignore[index]
+    Quantizer(exported(dead, tmp_path / "fp32.onnx"), labels(0)).fitted(dead, labels(1)).write(tmp_path / "int8.onnx", ())
+    with torch.inference_mode():
+        truth = dead(torch.from_numpy(labels(2)["labels"])).numpy()
+    np.testing.assert_allclose(painted(tmp_path / "int8.onnx", labels(2)), truth, rtol=0, atol=0.02)
+
+
+class Grouped(nn.Module):
+    """Two channels an output of four groups, with gaps between the taps, after channels of ranges far apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        scales = torch.logspace(-1, 1, 8)
+        self.first, self.second = nn.Conv2d(CLASSES, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4)
+        with torch.no_grad():
+            self.first.weight.mul_(scales[:, None, None, None])
+            self.first.bias.mul_(scales)  # type: ignore[union-attr]
+            self.second.weight.div_(scales.view(4, 1, 2, 1, 1).expand(4, 2, 2, 1, 1).reshape(8, 2, 1, 1))
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        condition = (labels[..., None] == torch.arange(CLASSES)).float().permute(0, 3, 1, 2)
+        return self.second(self.first(condition).relu())
+
+
+def test_groups_of_several_channels_and_gaps_between_taps_are_fitted_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Grouped().eval()
+    quantizer, path = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)), tmp_path / "int8.onnx"
+    quantizer.write(path, ())
+    before = error(path, network, labels(2))
+    quantizer.fitted(network, labels(1)).write(path, ())
+    assert error(path, network, labels(2)) < 0.7 * before
+
+
 def test_eight_bits_hold_zero_exactly_and_end_at_their_range() -> None:
     x = torch.tensor([-2.0, -0.5, 0.0, 0.004, 1.5, 9.0])
     held = held_in_8_bits(x, -1.0, 1.55)

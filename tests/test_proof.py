@@ -184,7 +184,7 @@ def test_int8_layers_that_the_proof_refuses_stay_in_float(
     monkeypatch.setattr(model_folder, "MARGIN", 1e9)
     monkeypatch.setattr(parity, "LIMITS", {**parity.LIMITS, "int8": {"body_mean": 1.5, "organs": 3}})
     found, said = write_again(graph, trained, tmp_path / "model")
-    assert "not taken: model.int8.onnx in openvino-int8 paints other values" in said
+    assert "not taken: model.int8.onnx in openvino-int8 paints other values" in said and "<- the worst region" in said
     assert 0 < found.export["int8"]["layers"] < found.export["int8"]["of"]
     assert all(proof[parity.ON_MASKS]["body_mean"] <= 1.5 for proof in found.parity["model.int8.onnx"].values())
 
@@ -198,6 +198,11 @@ def test_an_int8_file_that_no_masks_let_pass_is_left_out(
     assert set(found.files) == {"model.onnx", "model.fp16.onnx"} == set(found.parity)
     assert not (tmp_path / "model" / "model.int8.onnx").exists() and found.export["int8"]["layers"] == 0
     assert "model.int8.onnx is left out: no layer can be quantised" in said
+
+
+def test_masks_are_taken_of_all_patients_and_not_of_the_first() -> None:
+    assert list(model_folder.spread(48, 4)) == [0, 16, 31, 47] and list(model_folder.spread(5, 5)) == [0, 1, 2, 3, 4]
+    assert list(model_folder.spread(1, 3)) == [0, 0, 0]
 
 
 def test_small_slices_are_painted_until_their_medians_mean_something(manifest: Manifest) -> None:
