@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import sys
 from itertools import permutations, product
@@ -128,6 +130,13 @@ def export_run(command: Any, run_folder: Path, folder: Path) -> Path:
     done = command("export/build_engine.py", run_folder, "-o", folder, "--onnx-only", "--quiet")
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def elsewhere(name: str) -> str | None:
+    """Where a program is that is not of this environment: pynetdicom brings a storescu of its own, which would hide DCMTK's."""
+    ours = {Path(sys.prefix, "bin"), Path(sys.executable).parent}
+    places = [place for place in os.environ["PATH"].split(os.pathsep) if Path(place) not in ours]
+    return shutil.which(name, path=os.pathsep.join([*places, "/usr/sbin"]))
 
 
 def listed(folder: Path) -> set[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import urllib.request
@@ -22,7 +21,7 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.uid import RTStructureSetStorage
-from samples import directions, rotation
+from samples import directions, elsewhere, rotation
 from series import SOURCE, TILT, Series, assert_in_place, write_series
 
 from runtime.contract import Label, LabelTable
@@ -49,7 +48,7 @@ KINDS = {
 
 def tool(name: str) -> str:
     """Where a program is, or a skipped test."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin")
+    found = elsewhere(name)
     if found is None and not os.environ.get("MASK2CT_REQUIRE_TOOLS"):
         pytest.skip(f"{name} is not installed")
     assert found, f"{name} is not installed, and MASK2CT_REQUIRE_TOOLS is set"

@@ -20,7 +20,7 @@ from nodes import QUIETLY, SECRETS, Serving, archive, associate, push, read_all,
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage, SegmentationStorage, generate_uid
-from samples import synth
+from samples import elsewhere, synth
 
 from runtime import OutputError
 from runtime.node.events import Events, plain
@@ -354,7 +354,7 @@ def test_a_thousand_objects_from_eight_senders_at_once_are_all_there_and_memory_
             made.save_as(folder / f"{n}.dcm")
             expected.add(str(made.SOPInstanceUID))
         first.unlink()
-    command = ["storescu", "-R", "-aet", "SENDER", "-aec", "MASK2CT", "+sd", "127.0.0.1"]
+    command = [str(elsewhere("storescu")), "-R", "-aet", "SENDER", "-aec", "MASK2CT", "+sd", "127.0.0.1"]
     with archive(tmp_path / "pacs") as (port, seen):
         to = ("--keep", "--segmentation", "none", "--max-associations", senders + 1, "--send-to", f"PACS@127.0.0.1:{port}")
         with Serving(fake_model, tmp_path / "spool", *to, quiet=0.5) as node:
