@@ -121,14 +121,12 @@ class Growing:
     def write(self, data: bytes | memoryview) -> int:
         view = memoryview(data).cast("B")
         self._digest.update(view)
-        written = 0
-        while written < len(view):  # a full disk may take a part
-            written += self._file.write(view[written:]) or 0
-        self._unsynced += written
+        self._put(view)
+        self._unsynced += len(view)
         if self._unsynced >= SYNCED_EVERY and (self._syncing is None or self._syncing.done()):
             self._wait()
             self._unsynced, self._syncing = 0, self._beside.submit(os.fsync, self._file.fileno())
-        return written
+        return len(view)
 
     def flush(self) -> None:
         """Nothing: there is no buffer."""
@@ -140,7 +138,7 @@ class Growing:
     def overwrite(self, data: bytes) -> None:
         """Put `data` where the file begins."""
         self._file.seek(0)
-        self._file.write(data)
+        self._put(memoryview(data))
         self._digest = None  # of what was there before
 
     def finish(self) -> str:
@@ -150,6 +148,11 @@ class Growing:
         digest = sha256_of(self._path) if self._digest is None else str(self._digest.hexdigest())
         waiting.result()
         return digest
+
+    def _put(self, view: memoryview) -> None:
+        written = 0
+        while written < len(view):  # a full disk may take a part
+            written += self._file.write(view[written:]) or 0
 
     def _wait(self) -> None:
         if self._syncing is not None:
