@@ -10,12 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from .append_log import append, facts_in, line_of
 from .errors import FolderBusy, OutputError, writing
 from .files import lock, sha256_of, sync_folder
 
@@ -80,9 +80,7 @@ class Journal(Ledger):
         """Append, and return when it is on the disk. Raises `OutputError`."""
         line = line_of(asdict(entry))
         with writing(self._path):
-            while line:  # a write may be cut short, by a full disk for one
-                line = line[os.write(self._handle, line) :]
-            os.fsync(self._handle)
+            append(self._handle, line)
         super().add(entry)
 
     def close(self) -> None:
@@ -124,23 +122,6 @@ def digest_of(path: Path) -> str:
         return sha256_of(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     return key_of({file.relative_to(path).as_posix(): sha256_of(file) for file in files})
-
-
-def line_of(facts: Mapping[str, object]) -> bytes:
-    """A line of a journal: the CRC-32 of its JSON, and that."""
-    body = json.dumps(facts).encode()
-    return b"%08x %s\n" % (zlib.crc32(body), body)
-
-
-def facts_in(content: bytes) -> Iterator[dict[str, Any]]:
-    """What a journal's lines hold, in their order; one that is torn or altered is passed over."""
-    for line in content.split(b"\n"):
-        checksum, _, body = line.partition(b" ")
-        try:
-            if int(checksum, 16) == zlib.crc32(body) and isinstance(facts := json.loads(body), dict):
-                yield facts
-        except ValueError:
-            pass
 
 
 def _entry(facts: Mapping[str, Any]) -> Entry | None:

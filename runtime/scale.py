@@ -42,13 +42,14 @@ FOR_GPUS = ("auto", "tensorrt", "onnx-cuda")  # backends that take one
 
 @dataclass(frozen=True)
 class Opened:
-    """What a worker opened. All but `backend`, which holds the reason too, decides the bytes: it must be the same on every worker."""
+    """What a worker opened. All but `backend`, which holds the reason too, and the manifest's digest decides the bytes: it must be the same on every worker."""
 
     version: str
     manifest: Manifest
     engine: str
     file: str
     backend: str
+    manifest_sha256: str
 
     @property
     def key(self) -> str:
@@ -66,6 +67,7 @@ class RaySynthesizer:
 
     def __init__(self, opened: Opened, model: Path, engine: Mapping[str, Any], count: int, share: Mapping[str, float], ours: bool):
         self.manifest, self.backend, self.count = opened.manifest, f"{opened.backend}, {count} workers of Ray", count
+        self.engine, self.file, self.manifest_sha256 = opened.engine, opened.file, opened.manifest_sha256
         self._opened, self._model, self._engine, self._share, self._ours = opened, model, engine, share, ours
         self._closed = False
 
@@ -109,12 +111,13 @@ class RaySynthesizer:
                     remedy="lower --ray-workers, --workers or --ray-gpus, or name a cluster with --ray ADDRESS",
                 )
             share, engine = {"num_cpus": cpus, "num_gpus": gpus}, {**engine, "workers": cpus}
-            opened = _first(ray, share, Path(model), engine)
+            model = Path(model).resolve()  # a link may lead elsewhere by the time that a worker opens it
+            opened = _first(ray, share, model, engine)
         except BaseException:
             if ours:
                 ray.shutdown()
             raise
-        return cls(opened, Path(model), engine, count, share, ours)
+        return cls(opened, model, engine, count, share, ours)
 
     def stream(
         self, masks: str | Path | Iterable[str | Path], output: str | Path, *, reading: ReadOptions | None = None, **options: Any
@@ -236,7 +239,14 @@ class _Worker:
 
 
 def _opened(synthesizer: Synthesizer) -> Opened:
-    return Opened(VERSION, synthesizer.manifest, synthesizer.engine, synthesizer.file, synthesizer.backend)
+    return Opened(
+        VERSION,
+        synthesizer.manifest,
+        synthesizer.engine,
+        synthesizer.file,
+        synthesizer.backend,
+        synthesizer.manifest_sha256,
+    )
 
 
 def _ray() -> Any:

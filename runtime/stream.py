@@ -49,6 +49,11 @@ class CaseResult:
     sha256: Mapping[str, str] = field(default_factory=dict)
     skipped: bool = False
 
+    @property
+    def mask_sha256(self) -> str:
+        """SHA-256 of what the case was read from, as the journal has it; empty where it was not read."""
+        return _mask(self.input) if self.input else ""
+
 
 def synthesize(
     synthesizer: Synthesizer,

@@ -10,7 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from .errors import FolderBusy, InputError, MemoryCapExceeded, UnreadableVolume, UsageError
+from .audit import AuditTrail
+from .errors import FolderBusy, InputError, Mask2CTError, MemoryCapExceeded, UnreadableVolume, UsageError
 from .inbox import Claim, Inbox, waves
 from .io.archive import is_zip, on_disk
 from .io.detect import Case
@@ -51,9 +52,10 @@ class Watcher:
 
     def __init__(
         self, inbox: Path, models: Models, recipes: Mapping[str, Recipe], *, find: Callable[[Path, bool], list[Case]],
-        stable: float, listener: Listener,
+        stable: float, listener: Listener, audit: AuditTrail | None = None,
     ):  # fmt: skip
         self._models, self._find, self._listener, self._waiting = models, find, listener, False
+        self._audit = audit or AuditTrail(None, "watch")
         self._recipes = {name: replace(recipe, resume=True, replace=False) for name, recipe in recipes.items()}
         (self._output,) = {recipe.output for recipe in recipes.values()}
         self._inbox = Inbox(inbox, self._output, stable=stable, whole=self._whole)
@@ -91,7 +93,7 @@ class Watcher:
                 random.shuffle(left)  # and one by one, last: should a file end the process, it keeps no other waiting for ever
                 for claim in sorted(left, key=lambda claim: starts(claim.starts)):
                     if starts(claim.starts) >= MOST:
-                        claim.errors.append(poisonous(claim.called))
+                        self._fail(claim, poisonous(claim.called))
                         self._settle(claim)
                         continue
                     with counted(claim.starts):
@@ -109,11 +111,12 @@ class Watcher:
         found: dict[str, list[tuple[Case, str]]] = {}
         good = []
         for claim in claims:
+            self._audit.add("received", item=claim.called)
             try:
                 found[claim.ticket.name] = self._cases(claim.item)
                 good.append(claim)
             except (InputError, UsageError) as exc:
-                claim.errors.append(exc)
+                self._fail(claim, exc)
                 self._settle(claim)
         for wave in waves(good, {ticket: [case.name for case, _ in cases] for ticket, cases in found.items()}):
             cases = {case.name: (claim, case, model) for claim in wave for case, model in found[claim.ticket.name]}
@@ -134,6 +137,7 @@ class Watcher:
             recipe.check(synth.manifest, mine)
             with recipe.tidy(synth.manifest, mine), closing(Run(synth, recipe, journal).results(mine)) as results:
                 for result in results:
+                    self._audit.result(result, model, recipe.seed, item=cases[result.case][0].called)
                     self._listener.made(result)
                     self._count(cases[result.case][0], result)
         except (UsageError, MemoryCapExceeded) as exc:  # of one of them: which, shows when each is alone
@@ -141,7 +145,7 @@ class Watcher:
             if not left:
                 raise
             if len(names) == 1:
-                cases[left[0]][0].errors.append(exc)
+                self._fail(cases[left[0]][0], exc)
                 self._finish(cases[left[0]][0], left[0])
             else:
                 for name in left:
@@ -160,6 +164,11 @@ class Watcher:
         claim.outstanding[name] = 0
         if not any(claim.outstanding.values()):
             self._settle(claim)
+
+    def _fail(self, claim: Claim, exc: Mask2CTError) -> None:
+        """An error that is none of a result's."""
+        self._audit.add("failed", item=claim.called, error=type(exc).__name__)
+        claim.errors.append(exc)
 
     def _settle(self, claim: Claim) -> None:
         place = self._inbox.settle(claim)

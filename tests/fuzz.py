@@ -32,6 +32,7 @@ from samples import blobs, image, write_fake_model, write_mask
 from runtime.__main__ import main
 from runtime.console import run
 from runtime.engines.fake import fake_manifest
+from runtime.audit import AUDIT
 from runtime.journal import JOURNAL
 
 SECONDS = 10
@@ -184,7 +185,7 @@ def attempt(target: Path, given: Path, model: Path, folder: Path) -> str:
         log.write_text(text.getvalue()[-3000:])
         os._exit(code)
     _, status, usage = os.wait4(child, 0)
-    written = [p for p in out.rglob("*") if p.is_file() and p.name != JOURNAL] if out.exists() else []
+    written = [p for p in out.rglob("*") if p.is_file() and p.name not in (JOURNAL, AUDIT)] if out.exists() else []
     if os.WIFSIGNALED(status):
         return f"signal {signal.Signals(os.WTERMSIG(status)).name}"
     if (usage.ru_maxrss << 10) - before > SPARE + PER_BYTE * size:

@@ -117,6 +117,16 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_audit(parser: argparse.ArgumentParser, default: str) -> None:
+    """Where it is noted what was made of what, by which model."""
+    parser.add_argument(
+        "--audit",
+        type=Path,
+        metavar="FILE.jsonl",
+        help=f"append what was made of which mask, by which model, a line each (default: {default})",
+    )
+
+
 def open_models(options: argparse.Namespace) -> Models:
     return Models.open(options.model, rules=options.rules, use=options.use, **engine(options))
 

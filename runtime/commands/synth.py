@@ -9,6 +9,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from ..audit import AuditTrail
 from ..console import EXIT_CODES
 from ..errors import InputError, UsageError, printable
 from ..files import check_writable, write_json
@@ -20,7 +21,21 @@ from ..report import Summary
 from ..scale import RaySynthesizer
 from ..stream import CaseResult
 from ..synthesizer import Synthesizer
-from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, painted, recipe, recipes
+from .common import (
+    MASK_HELP,
+    add_audit,
+    add_engine,
+    add_reading,
+    add_results,
+    choose,
+    engine,
+    find,
+    introduce,
+    open_models,
+    painted,
+    recipe,
+    recipes,
+)
 
 
 def add(commands: Any) -> None:
@@ -32,6 +47,7 @@ def add(commands: Any) -> None:
     add_reading(synth)
     synth.add_argument("--resume", action="store_true", help="keep what the output folder's journal proves complete")
     synth.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each case")
+    add_audit(synth, "no such file")
     synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
     synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
     synth.add_argument("--quiet", action="store_true", help="print errors and warnings only")
@@ -64,12 +80,14 @@ def _synth(options: argparse.Namespace) -> int:
             return _dry_run(models, cases, made, options)
         summary = _summary(models, cases, options)
         results = painted(models, cases, made, quiet=options.quiet, on_slice=summary.painting)
-        return _run(summary, results, options)
+        return _run(summary, results, options, models)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raise `UsageError` for options that would have no effect beside the others."""
-    without = ("dry_run", "report", "ray", "ray_workers", "ray_gpus") if options.list else ("report",) if options.dry_run else ()
+    without = (
+        ("dry_run", "report", "audit", "ray", "ray_workers", "ray_gpus") if options.list else ("report", "audit") if options.dry_run else ()
+    )
     for name in without:
         if getattr(options, name) not in (None, False):
             what = "--list" if options.list else "--dry-run"
@@ -93,7 +111,7 @@ def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
         if not options.quiet:
             introduce({name: synth})
         results = synth.make(cases, made)
-        return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), options)
+        return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), options, {name: synth})
 
 
 def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence[Case], options: argparse.Namespace) -> Summary:
@@ -102,10 +120,18 @@ def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence
     return Summary(models, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
 
 
-def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: argparse.Namespace) -> int:
+def _run(
+    summary: Summary,
+    results: Iterator[tuple[CaseResult, str]],
+    options: argparse.Namespace,
+    models: Mapping[str, Synthesizer | RaySynthesizer],
+) -> int:
     try:
-        with redirect_stdout(sys.stderr):  # Ray says there what becomes of its workers
+        # Ray says there what becomes of its workers
+        with redirect_stdout(sys.stderr), AuditTrail(options.audit, "synth") as audit:
+            audit.load(models)
             for result, model in results:
+                audit.result(result, model, options.seed)
                 summary.add(result, model)
                 for warning in result.warnings:
                     print(f"warning: {warning}")

@@ -8,10 +8,12 @@ from __future__ import annotations
 import sys
 import threading
 from contextlib import suppress
-from datetime import datetime, timezone
 from typing import Any
 
 from ..errors import importing
+from ..logfmt import log_line, one_line
+
+plain = one_line
 
 
 class Events:
@@ -32,13 +34,6 @@ class Events:
 
     def say(self, event: str, **facts: object) -> None:
         """The line alone. Where it cannot be written, for a full disk, the work goes on without."""
-        when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        line = " ".join([when, event, *(f"{key}={plain(str(value))}" for key, value in facts.items())])
+        line = log_line(event, facts)
         with self._lock, suppress(OSError):
             print(line, file=sys.stderr, flush=True)
-
-
-def plain(text: str) -> str:
-    """A value on one line whatever a peer has put into it: no control characters, quoted where it holds a space."""
-    shown = "".join(c if c.isprintable() else "?" for c in text)[:400].replace('"', "'")
-    return f'"{shown}"' if " " in shown or not shown else shown
