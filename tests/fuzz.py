@@ -30,9 +30,9 @@ import SimpleITK as sitk
 from samples import blobs, image, write_fake_model, write_mask
 
 from runtime.__main__ import main
+from runtime.audit import AUDIT
 from runtime.console import run
 from runtime.engines.fake import fake_manifest
-from runtime.audit import AUDIT
 from runtime.journal import JOURNAL
 
 SECONDS = 10
