@@ -44,7 +44,8 @@ def last_line(handle: int) -> tuple[bytes, bool]:
     while start and b"\n" not in tail[:-1]:
         length = min(BLOCK, start)
         start -= length
-        tail = os.pread(handle, length, start) + tail
+        os.lseek(handle, start, os.SEEK_SET)
+        tail = os.read(handle, length) + tail
     torn = bool(tail) and not tail.endswith(b"\n")
     return tail.removesuffix(b"\n").rpartition(b"\n")[2], torn
 

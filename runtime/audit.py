@@ -87,7 +87,7 @@ class AuditFile:
             with suppress(OSError), open(path, "rb") as file:
                 for line in file:
                     if b'"model loaded"' in line or b'"model switched"' in line:
-                        with suppress(ValueError, KeyError, TypeError, AttributeError):
+                        with suppress(ValueError, KeyError, TypeError, RecursionError):
                             facts = json.loads(line)
                             models[str(facts["model"])] = facts
         return models

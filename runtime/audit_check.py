@@ -12,7 +12,7 @@ from typing import Any
 
 from .audit import ACTIONS, NO_LINE, SCHEMA
 from .errors import InputError, UsageError, printable, reading
-from .logfmt import one_line
+from .logfmt import printable_line
 
 LONGEST_LINE = 64 << 20  # bytes: a series of 5,000 slices needs 0.7 MB
 
@@ -43,7 +43,7 @@ class AuditSummary:
             *((action, f"{self.actions[action]}") for action in ACTIONS if self.actions[action]),
         ]
         for (name, manifest, file), count in self.models.items():
-            rows.append(("made by", f"{one_line(name)}, manifest {manifest}, model file {file or 'none'}: {count}"))
+            rows.append(("made by", f"{name}, manifest {manifest}, model file {file or 'none'}: {count}"))
         if self.continues:
             rows.append(("continues", f"a file whose last line has the SHA-256 {self.continues}"))
         if self.torn_before:
@@ -51,7 +51,8 @@ class AuditSummary:
         if self.torn:
             rows.append(("torn", f"{self.torn} bytes at the end: a crash or a full disk cut the last line short"))
         rows.append(("last line", f"SHA-256 {self.last}"))
-        return "\n".join(f"{key:<15} {text}" for key, text in rows)
+        # what the file holds may be anyone's: nothing of it may steer a terminal
+        return "\n".join(f"{key:<15} {printable_line(text)}" for key, text in rows)
 
 
 def check_audit(files: Sequence[Path], holds: str = "") -> AuditSummary:

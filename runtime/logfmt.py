@@ -23,5 +23,10 @@ def log_line(event: str, facts: Mapping[str, object]) -> str:
 
 def one_line(text: str) -> str:
     """A value on one line whatever a stranger has put into it: no control characters, quoted where it holds a space."""
-    shown = "".join(c if c.isprintable() else "?" for c in text)[:400].replace('"', "'")
+    shown = printable_line(text)[:400].replace('"', "'")
     return f'"{shown}"' if " " in shown or not shown else shown
+
+
+def printable_line(text: str) -> str:
+    """The text with a question mark for each control character."""
+    return "".join(c if c.isprintable() else "?" for c in text)

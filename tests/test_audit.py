@@ -278,6 +278,13 @@ def test_an_audit_file_in_the_inbox_is_refused(fake_model: Path, inbox: Path, tm
     assert watch(fake_model, inbox, tmp_path / "out", "--audit", str(inbox / "audit.jsonl")) == 2
 
 
+def test_words_of_the_file_steer_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    AuditFile(tmp_path / "audit.jsonl").add("synthesized", model_name="a\x1b[2Jb\nc")
+    assert run(main, ["audit", str(tmp_path / "audit.jsonl")]) == 0
+    out = capsys.readouterr().out
+    assert "a?[2Jb?c" in out and "\x1b" not in out
+
+
 def test_no_audit_file_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(main, ["audit", str(tmp_path / "none.jsonl")]) == 2 and "does not exist" in capsys.readouterr().err
     (tmp_path / "empty.jsonl").touch()
