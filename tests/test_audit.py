@@ -7,15 +7,17 @@ import json
 import multiprocessing
 import os
 import stat
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from nodes import QUIETLY, SECRETS, Serving, archive, push, settled, write_study
+from nodes import QUIETLY, SECRETS, Serving, archive, push, settled, until, write_study
 from samples import blobs, results, synth, write_mask
-from test_watch import hospital, watch
+from test_watch import arguments, hospital, watch
 
 from runtime import Models
 from runtime.__main__ import main
@@ -313,3 +315,28 @@ class TestNode:
         assert f"mask_sha256={made['mask_sha256']}" in log and f"manifest_sha256={made['manifest_sha256']}" in log
         assert not [word for word in SECRETS if word in file.read_text()]
         assert run(main, ["audit", str(file)]) == 0
+
+
+def killed_after(file: Path, growth: int, line: list[str], root: Path) -> bool:
+    """Run the command until the file has grown by so many bytes, then kill it; whether it was still at work."""
+    size = file.stat().st_size if file.exists() else 0
+    process = subprocess.Popen([sys.executable, "-m", "runtime", *line], cwd=root)
+    until(lambda: process.poll() is not None or (file.exists() and file.stat().st_size > size + growth), "it writes")
+    at_work = process.poll() is None
+    process.kill()
+    process.wait(60)
+    return at_work
+
+
+@pytest.mark.slow
+def test_kills_leave_no_result_without_a_line(fake_model: Path, inbox: Path, tmp_path: Path, root: Path) -> None:
+    """Killed as soon as the file has grown a little, again and again."""
+    for n in range(12):
+        write_mask(inbox / f"mask{n:02d}.nii.gz", blobs(seed=n))
+    file = tmp_path / "out" / AUDIT
+    line = [*arguments(fake_model, inbox, tmp_path / "out", "--once", "--quiet")]
+    kills = sum(killed_after(file, 900 * n, line, root) for n in range(8))
+    assert kills >= 4 and run(main, line) == 0
+    check_audit([file])
+    told = {row["case"] for action in ("synthesized", "skipped") for row in of(action, file)}
+    assert told == {f"mask{n:02d}" for n in range(12)}
