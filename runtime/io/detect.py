@@ -19,7 +19,7 @@ from ..labels import LabelMap, present_values
 from ..volume import DicomSource, Geometry, LabelVolume, Layers, Segment, Volume
 from . import archive
 from .dicom_files import Instance, is_dicom, neutral, scan, walk
-from .headers import SUFFIXES, check_header, is_synthetic, stem
+from .headers import SUFFIXES, check_header, is_synthetic, stem, volume_files
 
 
 @dataclass(frozen=True)
@@ -303,18 +303,11 @@ def listing(case: Case) -> str:
 
 
 def _volume_size(path: Path) -> tuple[int, ...]:
-    from .nifti import simpleitk
-
-    check_header(path, voxels=False)
-    reader = simpleitk().ImageFileReader()
-    reader.SetFileName(str(path))
-    with reading(path, "a volume"):
-        reader.ReadImageInformation()
-    return tuple(int(n) for n in reader.GetSize()[:3])
+    return check_header(path, voxels=False).voxels.shape[::-1]
 
 
 def _volume(path: Path) -> Case:
-    return Case(stem(path), path, "volume", (path,))
+    return Case(stem(path), path, "volume", volume_files(path))
 
 
 def _is_volume(path: Path) -> bool:
