@@ -7,6 +7,7 @@ import itertools
 import os
 import struct
 import tracemalloc
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import pytest
 import SimpleITK as sitk
 from samples import blobs, image, rotation, synth, write_mask
 
+from runtime.__main__ import main
+from runtime.console import run
 from runtime.errors import GeometryError, InputError, UnreadableVolume
 from runtime.io.detect import find_cases
 from runtime.io.headers import check_header, volume_files
@@ -352,6 +355,44 @@ def test_resume_sees_other_voxels_of_one_header(suffix: str, tmp_path: Path, fak
     assert synth(fake_model, tmp_path / "fresh", path) == 0 and (tmp_path / "fresh" / "m_ct.nii.gz").read_bytes() == again
 
 
+def test_a_detached_header_in_a_zip_is_its_two_files(tmp_path: Path, fake_model: Path) -> None:
+    write_mask(tmp_path / "m.mhd")
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
+        for name in ("m.mhd", "m.raw"):
+            archive.write(tmp_path / name, f"a/{name}")
+    (case,) = find_cases([tmp_path / "z.zip"])
+    assert [file.name for file in case.files] == ["m.mhd", "m.raw"]
+    assert synth(fake_model, tmp_path / "zip", tmp_path / "z.zip") == 0 == synth(fake_model, tmp_path / "plain", tmp_path / "m.mhd")
+    assert (tmp_path / "zip" / "m_ct.nii.gz").read_bytes() == (tmp_path / "plain" / "m_ct.nii.gz").read_bytes()
+
+
+def test_watch_keeps_equal_headers_apart(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two patients whose headers are equal, as an exporter writes them: none gets the other's CT."""
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    line = [
+        "watch",
+        str(inbox),
+        "--model",
+        str(fake_model),
+        "--output",
+        str(out),
+        "--backend",
+        "fake",
+        "--once",
+        "--stable",
+        "0",
+        "--poll",
+        "0.01",
+    ]
+    for patient, code in (("p1", 0), ("p2", 1)):
+        (inbox / patient).mkdir(parents=True)
+        write_mask(inbox / patient / "m.mhd", blobs() if patient == "p1" else blobs()[::-1])
+        assert run(main, line) == code, capsys.readouterr().err
+    assert "made of another mask" in (inbox / "failed" / "p2.reason.txt").read_text()
+    assert synth(fake_model, tmp_path / "first", inbox / "done" / "p1") == 0
+    assert (out / "m_ct.nii.gz").read_bytes() == (tmp_path / "first" / "m_ct.nii.gz").read_bytes()
+
+
 def flat(folder: Path) -> list[Path]:
     """One slice of 6 x 5 voxels of 2 x 3 mm in every format."""
     values = np.zeros((5, 6), np.uint8)
@@ -422,3 +463,14 @@ def test_labels_of_every_format_are_read_plane_by_plane(tmp_path: Path) -> None:
         expected = expected or read
         assert np.array_equal(read.labels, expected.labels)
         assert read.digest == LabelVolume(read.labels, read.geometry).digest
+
+
+@pytest.mark.skipif(not hasattr(os, "sysconf"), reason="asks the system for its memory")
+def test_labels_beyond_all_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sparse file, or a few MB of gzip, holds what no machine does."""
+    path = nifti(tmp_path / "m.nii")
+    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 5 * 6 * 7 - 1}.__getitem__)
+    with pytest.raises(UnreadableVolume, match="7 x 6 x 5 voxels, more than this machine has memory for"):
+        read_labels(path, MM_WHS)
+    monkeypatch.undo()
+    assert read_labels(path, MM_WHS).labels.shape == (5, 6, 7)

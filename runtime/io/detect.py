@@ -297,7 +297,11 @@ def listing(case: Case) -> str:
         except InputError as exc:
             return f"{case.kind:<9} {case.name:<24} {'unreadable':<16} {printable(case.path)}  {exc.fact}"
     text = " x ".join(map(str, size)) if all(size) else "contours"
-    where = printable(case.files[0]) if len(case.files) == 1 else f"{printable(case.files[0].parent)} ({len(case.files)} files)"
+    where = (
+        printable(case.files[0])
+        if len(case.files) == 1 or case.kind == "volume"
+        else f"{printable(case.files[0].parent)} ({len(case.files)} files)"
+    )
     notes = [f"series {case.number}" if case.number else "", case.title, f"on {len(case.grid)} images" if case.grid else ""]
     return "  ".join(x for x in [f"{case.kind:<9} {case.name:<24} {text:<16} {where}", *notes] if x)
 

@@ -55,7 +55,7 @@ def volume_files(path: Path) -> tuple[Path, ...]:
     (.mhd, .nhdr) that is the header and the file with its voxels. Nothing is raised: of a header
     that is no good, or a file that is not there, reading will say so.
     """
-    if not path.name.lower().endswith(_TEXT_HEADERS):
+    if not path.name.lower().endswith(_TEXT_HEADERS) or (path.exists() and not path.is_file()):
         return (path,)
     module = nrrd_header if path.name.lower().endswith((".nrrd", ".nhdr")) else meta_header
     try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +123,22 @@ def read_labels(
     blocks = ahead(planes(path, header.voxels, at_once))
     values = (plane for block in blocks for plane in as_integers(block, file))
     indices = index_planes(values, table, label_map, segments=segments, file=file)
-    return LabelVolume.gathered(indices, header.voxels.shape, header.geometry, header.nifti, notes=_notes(header, path))
+    with _in_memory(header, file):
+        return LabelVolume.gathered(indices, header.voxels.shape, header.geometry, header.nifti, notes=_notes(header, path))
+
+
+@contextmanager
+def _in_memory(header: Header, file: Path) -> Iterator[None]:
+    """Refuse a mask of which not even the labels, a byte each, have room: a few MB of gzip can hold them."""
+    shape = header.voxels.shape
+    too_large = UnreadableVolume(f"{file.name} holds {' x '.join(map(str, shape[::-1]))} voxels, more than this machine has memory for",
+                                 expected="a mask whose labels, a byte each, fit into memory", remedy="cut it, or use a larger machine", file=file)  # fmt: skip
+    if hasattr(os, "sysconf") and math.prod(shape) > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise too_large
+    try:
+        yield
+    except MemoryError as exc:
+        raise too_large from exc
 
 
 def labels_of(
