@@ -218,8 +218,9 @@ class Run:
         """SHA-256 of each file the case is read from. Files of a DICOM source are numbered: their names may name a patient."""
         digests, files = {}, (*case.files, *case.grid)
         for n, file in enumerate(files):
+            numbered = case.called.name if len(files) == 1 else f"{case.called.name} {n + 1}"
             with reading(case.called, "a file that can be read"), opened(file) as handle:
-                digests[case.called.name if len(files) == 1 else f"{case.called.name} {n + 1}"] = sha256_of(handle)
+                digests[file.name if case.kind == "volume" else numbered] = sha256_of(handle)
         return digests
 
     def _key(self, case: Case, variant: int | None, inputs: Mapping[str, str]) -> str:

@@ -19,7 +19,7 @@ from ..labels import LabelMap, present_values
 from ..volume import DicomSource, Geometry, LabelVolume, Layers, Segment, Volume
 from . import archive
 from .dicom_files import Instance, is_dicom, neutral, scan, walk
-from .headers import SUFFIXES, check_header, is_synthetic, stem
+from .headers import SUFFIXES, check_header, is_synthetic, stem, volume_files
 
 
 @dataclass(frozen=True)
@@ -297,24 +297,21 @@ def listing(case: Case) -> str:
         except InputError as exc:
             return f"{case.kind:<9} {case.name:<24} {'unreadable':<16} {printable(case.path)}  {exc.fact}"
     text = " x ".join(map(str, size)) if all(size) else "contours"
-    where = printable(case.files[0]) if len(case.files) == 1 else f"{printable(case.files[0].parent)} ({len(case.files)} files)"
+    where = (
+        printable(case.files[0])
+        if len(case.files) == 1 or case.kind == "volume"
+        else f"{printable(case.files[0].parent)} ({len(case.files)} files)"
+    )
     notes = [f"series {case.number}" if case.number else "", case.title, f"on {len(case.grid)} images" if case.grid else ""]
     return "  ".join(x for x in [f"{case.kind:<9} {case.name:<24} {text:<16} {where}", *notes] if x)
 
 
 def _volume_size(path: Path) -> tuple[int, ...]:
-    from .nifti import simpleitk
-
-    check_header(path, voxels=False)
-    reader = simpleitk().ImageFileReader()
-    reader.SetFileName(str(path))
-    with reading(path, "a volume"):
-        reader.ReadImageInformation()
-    return tuple(int(n) for n in reader.GetSize()[:3])
+    return check_header(path, voxels=False).voxels.shape[::-1]
 
 
 def _volume(path: Path) -> Case:
-    return Case(stem(path), path, "volume", (path,))
+    return Case(stem(path), path, "volume", volume_files(path))
 
 
 def _is_volume(path: Path) -> bool:
