@@ -115,6 +115,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="fill contours on the series that is there, though it is not the one referred to",
     )
+    how.add_argument("--force-labels", action="store_true", help="read what looks like an image as a label map")
 
 
 def open_models(options: argparse.Namespace) -> Models:
@@ -187,7 +188,7 @@ def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = Fa
     """The cases, read as the options say; what was passed over is said."""
     skipped: list[Path] = []
     order = tuple(name.strip() for name in options.overlap_order.split(",") if name.strip())
-    how = ReadOptions(order, options.threshold, options.like, options.allow_missing_references)
+    how = ReadOptions(order, options.threshold, options.like, options.allow_missing_references, options.force_labels)
     cases = find_cases(masks, skipped, options=how, series=options.series, every=every)
     for path in skipped if say else ():
         name = path.name if path.name.lower().endswith(SUFFIXES) else "a DICOM file"

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ..census import Census
 from ..contract import LabelTable
 from ..errors import InputError, UnreadableVolume, UsageError, printable, reading
-from ..labels import LabelMap, present_values
+from ..labels import LabelMap
 from ..volume import DicomSource, Geometry, LabelVolume, Layers, Segment, Volume
 from . import archive
 from .dicom_files import Instance, is_dicom, neutral, scan, walk
@@ -27,13 +28,15 @@ class ReadOptions:
     """How a person settles what a mask leaves open.
 
     `overlap_order`: segments, the first wins; `threshold`: the fraction from which on a voxel is inside; `like`: a volume file, or a
-    folder with one DICOM series, whose grid contours are filled on; `allow_missing_references`: fill them on the series that is there.
+    folder with one DICOM series, whose grid contours are filled on; `allow_missing_references`: fill them on the series that is there;
+    `force_labels`: what looks like an image is a label map all the same.
     """
 
     overlap_order: tuple[str, ...] = ()
     threshold: float | None = None
     like: Path | None = None
     allow_missing_references: bool = False
+    force_labels: bool = False
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 < self.threshold <= 1:
@@ -206,7 +209,7 @@ def read_mask(case: Case) -> Volume | Layers:
         if case.kind == "series":
             from .label_series import read_series
 
-            return read_series(case.files, case.name)
+            return read_series(case.files, case.name, force=options.force_labels)
         if case.kind != "volume":
             raise UnreadableVolume(f"{case.name} is {'a damaged DICOM file' if case.kind == 'damaged' else 'a DICOM file without pixels or contours'}",
                                    expected="a DICOM SEG, an RTSTRUCT or a series of labels", remedy="give the mask")  # fmt: skip
@@ -220,12 +223,12 @@ def read_case(case: Case, table: LabelTable, label_map: LabelMap | None = None) 
     """The case's labels in the model's indices. Raises `InputError`s that say which case."""
     from . import nifti
 
-    order = case.options.overlap_order
+    order, force = case.options.overlap_order, case.options.force_labels
     with _naming(case):
         if case.kind == "volume":
             with archive.on_disk(case.path) as path:
-                return nifti.read_labels(path, table, label_map, order=order, file=case.called)
-        return nifti.labels_of(read_mask(case), table, label_map, order=order, file=case.called)
+                return nifti.read_labels(path, table, label_map, order=order, force=force, file=case.called)
+        return nifti.labels_of(read_mask(case), table, label_map, order=order, force=force, file=case.called)
 
 
 @contextmanager
@@ -238,19 +241,17 @@ def _naming(case: Case) -> Iterator[None]:
         raise
 
 
-def structures(mask: Volume | Layers, file: Path) -> list[Segment]:
-    """What a mask holds: the segments that it states, or the values that occur, named where it names them."""
-    from .nifti import as_integers
-
+def structures(mask: Volume | Layers, file: Path, *, force: bool = False) -> list[Segment]:
+    """What a mask holds: the segments that it states, or the values that occur, named where it names them. Raises as `count` does."""
     if isinstance(mask, Layers):
         return [*mask.segments]
-    named = {segment.number: segment for segment in mask.segments}
-    found = [value for value in present_values(as_integers(mask.values, file)) if value or not named or 0 in named]
-    return [named.get(value, Segment(value)) for value in found]
+    named = {segment.number for segment in mask.segments}
+    return [segment for segment, _ in count(mask, file, force=force) if segment.number or not named or 0 in named]
 
 
-def count(mask: Volume | Layers, file: Path) -> list[tuple[Segment, int]]:
-    """Each value or segment that occurs, with its voxels; segments that overlap count the shared ones each."""
+def count(mask: Volume | Layers, file: Path, *, force: bool = False) -> list[tuple[Segment, int]]:
+    """Each value or segment that occurs, with its voxels; segments that overlap count the shared ones each. Raises `UnreadableVolume`
+    for an image, unless `force`."""
     from .nifti import as_integers
 
     if isinstance(mask, Layers):
@@ -258,8 +259,11 @@ def count(mask: Volume | Layers, file: Path) -> list[tuple[Segment, int]]:
         for number, _, piece in mask.pieces():
             voxels[number] += int(np.count_nonzero(piece))
         return [(segment, voxels[segment.number]) for segment in mask.segments]
-    values, named = as_integers(mask.values, file), {segment.number: segment for segment in mask.segments}
-    return [(named.get(v, Segment(v)), int(np.count_nonzero(values == v))) for v in present_values(values)]
+    named = {segment.number: segment for segment in mask.segments}
+    census = Census.of(as_integers(mask.values, file))
+    if not force:
+        census.refuse_image(file)
+    return [(named.get(value, Segment(value)), voxels) for value, voxels in sorted(census.voxels.items())]
 
 
 def _grid(case: Case) -> tuple[Geometry, tuple[int, int, int], DicomSource] | None:

@@ -18,6 +18,7 @@ from ..labels import LabelMap, index_planes, overlay, to_indices
 from ..pipeline import ahead
 from ..volume import Geometry, LabelVolume, Layers, Segment, Volume
 from .headers import EXPECTED, Header, Plain, bad, check_header, unpacked
+from .nifti_names import embedded_names
 
 READ_AT_ONCE = 2 << 20  # bytes of planes from thread to thread: they stay in the core's cache
 
@@ -58,13 +59,15 @@ def read_mask(path: Path) -> Volume | Layers:
     header, sitk = _checked(path), simpleitk()
     if header.plain is not None:  # SimpleITK would hold a second copy while it reads, and take three times as long to decompress
         (values,) = _planes(path, header.plain, header.plain.shape[0])
-        return Volume(values, _geometry_of(path), header.nifti, notes=_notes(header, path))
+        return Volume(values, _geometry_of(path), header.nifti, embedded_names(path), notes=_notes(header, path))
     with reading(path, EXPECTED):
         image = sitk.ReadImage(str(path), imageIO=_IMAGE_IO[path.suffix.lower()])  # by name: nothing else is tried on the file
     while image.GetDimension() > 3:  # only dimensions of 1 are left
         image = image[(slice(None),) * (image.GetDimension() - 1) + (0,)]
     notes = _notes(header, path)
     segments = tuple(segment for segment, _ in header.segments)
+    if _IMAGE_IO[path.suffix.lower()] == "NiftiImageIO":
+        segments = embedded_names(path)
     if len({s.number for s in segments}) < len(segments) or header.layers > 1:
         return _layers(image, header, notes, path)
     return replace(from_sitk(image, header.nifti, path), segments=segments, notes=notes)
@@ -157,33 +160,35 @@ class _Kept:
 
 
 def read_labels(
-    path: Path, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), file: Path | None = None
-) -> LabelVolume:
+    path: Path, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), force: bool = False,
+    file: Path | None = None,
+) -> LabelVolume:  # fmt: skip
     """Read a mask and map its values to the model's indices. Raises `InputError`s that name `file`, by default the path.
 
-    `order`: what wins where segments overlap (`runtime.labels.overlay`). Of a NIfTI of plain integers only the indices are ever held: it is
-    decompressed in one thread, and mapped and digested in another, a few planes behind.
+    `order`: what wins where segments overlap (`runtime.labels.overlay`); `force`: what looks like an image is read, too.
+    Of a NIfTI of plain integers only the indices are ever held: it is decompressed in one thread, and mapped and digested in another, a few planes behind.
     """
     file, header = file or path, _checked(path)
     if header.plain is None:
-        return labels_of(read_mask(path), table, label_map, order=order, file=file)
+        return labels_of(read_mask(path), table, label_map, order=order, force=force, file=file)
     geometry, at_once = (
         _geometry_of(path),
         max(1, READ_AT_ONCE // (header.plain.shape[1] * header.plain.shape[2] * header.plain.dtype.itemsize)),
     )
     planes = (plane for block in ahead(_planes(path, header.plain, at_once)) for plane in block)
-    indices = index_planes(planes, table, label_map, file=file)
+    indices = index_planes(planes, table, label_map, segments=embedded_names(path), force=force, file=file)
     return LabelVolume.gathered(indices, header.plain.shape, geometry, header.nifti, notes=_notes(header, path))
 
 
 def labels_of(
-    mask: Volume | Layers, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), file: Path
-) -> LabelVolume:
+    mask: Volume | Layers, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), force: bool = False,
+    file: Path,
+) -> LabelVolume:  # fmt: skip
     """What a reader returned, in the model's indices. Raises `InputError`s that name `file`."""
     if isinstance(mask, Layers):
         labels = overlay(mask, table, label_map, order=order, file=file)
         return LabelVolume(labels, mask.geometry, dicom=mask.dicom, notes=mask.notes)
-    labels = to_indices(as_integers(mask.values, file), table, label_map, segments=mask.segments, file=file)
+    labels = to_indices(as_integers(mask.values, file), table, label_map, segments=mask.segments, force=force, file=file)
     return LabelVolume(labels, mask.geometry, mask.nifti_header, mask.dicom, mask.notes)
 
 
