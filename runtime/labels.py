@@ -93,10 +93,12 @@ def load_map(source: str | Path, table: LabelTable, others: Sequence[LabelTable]
     return result
 
 
-def names_of(source: str | Path | None, tables: Iterable[LabelTable]) -> frozenset[str]:
-    """The names of structures, as `plain` writes them, that a label map (a file or a preset, or none) and models know."""
+def names_of(source: str | Path | LabelMap | None, tables: Iterable[LabelTable]) -> frozenset[str]:
+    """The names of structures, as `plain` writes them, that a label map (also its file, or a preset's name) and models know."""
     names = {label.name for table in tables for label in table.labels[1:]}
-    if source is not None and str(source) in PRESETS:
+    if isinstance(source, Mapping):
+        names |= {key for key in source if isinstance(key, str) and not is_code(key)}
+    elif source is not None and str(source) in PRESETS:
         names |= {name for value, name in class_names(str(source)).items() if value}
     elif source is not None:
         names |= {key for key in _entries(Path(source)) if isinstance(_key(key), str) and not is_code(key)}
@@ -168,7 +170,7 @@ def match(segment: Segment, table: LabelTable, label_map: LabelMap | None = None
             return known[key]
     if partial in known and not _is_other_side(segment, table, known[partial]):
         return known[partial]
-    counts = label_map is not None and not (segment.strict and isinstance(label_map, Preset))
+    counts = label_map is not None and not (segment.strict and (segment.number < 0 or isinstance(label_map, Preset)))
     if counts or (_NUMBERED.fullmatch(name) and (not whole or whole in _GENERIC)):
         return known.get(segment.number, known.get(None))
     return known.get(None)
@@ -237,7 +239,9 @@ def _refuse_merged(segments: Sequence[Segment], table: LabelTable, label_map: La
 
 def describe(segment: Segment) -> str:
     """For a person: 3 'left ventricle' (SCT:87878005)."""
-    return f"{segment.number}" + (f" {segment.name!r}" if segment.name else "") + (f" ({segment.code})" if segment.code else "")
+    number = "" if segment.strict and segment.number < 0 else str(segment.number)
+    name, code = repr(segment.name) if segment.name else "", f"({segment.code})" if segment.code else ""
+    return " ".join(text for text in (number, name, code) if text)
 
 
 def to_indices(
@@ -352,13 +356,20 @@ def _refuse(unknown: Sequence[Segment], found: Sequence[Segment], table: LabelTa
     """Raise for what nothing maps."""
     if unknown:
         name, whose = "the mask" if file is None else file.name, "model" if label_map is None else "label map"
-        keys = sorted((k for k in label_map or () if k is not None), key=lambda k: (isinstance(k, str), k))
+        by_name = all(segment.strict and segment.number < 0 for segment in unknown)
+        keys = sorted((k for k in label_map or () if k is not None), key=lambda k: (isinstance(k, str) != by_name, k))
         raise UnknownLabels(
             f"{name} holds {listed(unknown)}, which the {whose} does not know; all its values: {listed(found)}",
             expected=f"only {table}" if label_map is None else f"only {', '.join(map(str, keys[:40]))}",
-            remedy=f"give --labels MAP.json, {MAP_HELP}",
+            remedy=f"give {_presets_for(found)}--labels MAP.json, {MAP_HELP}",
             file=file,
         )
+
+
+def _presets_for(segments: Sequence[Segment]) -> str:
+    """The presets that know every structure by its name, as the start of a remedy."""
+    names = {plain(segment.name) for segment in segments if segment.number}
+    return "".join(f"--labels {preset} or " for preset in PRESETS if names and names <= names_of(preset, ()))
 
 
 def _refuse_misnamed(unknown: Sequence[Segment], preset: str, file: Path | None) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, UnreadableVolume, reading
 from .files import fits, sha256_of
@@ -96,11 +96,12 @@ def _locked(
 
 @dataclass(frozen=True)
 class _Item:
-    """A result to paint, or, without a `volume`, what there is to say instead."""
+    """A result to paint, or, without a `volume`, what there is to say instead. `mask`: SHA-256 of what the case was read from."""
 
     result: CaseResult
     key: str
     volume: LabelVolume | None = None
+    mask: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,7 +150,7 @@ class Run:
                 inputs = self._input(case)
                 keys = {variant: self._key(case, variant, inputs) for variant in self._variants}
                 if not self._recipe.replace:
-                    self._refuse_to_replace(case, _mask(inputs))
+                    self._refuse_to_replace(case, _mask(case, inputs))
                 proven = {
                     v: entry for v, key in keys.items() if self._resume and (entry := self._journal.proven(result_name(case.name, v), key))
                 }
@@ -174,7 +175,7 @@ class Run:
                 times = {**seconds, "deform": time.perf_counter() - started} if variant else seconds
                 said = (*warnings, *(f"{case.called.name}, variant {variant}: {fact}" for fact in varied.warnings))
                 result = CaseResult(case.name, case.called, variant, seconds=times, warnings=said, input=inputs)
-                item = _Item(result, keys[variant], varied.volume)
+                item = _Item(result, keys[variant], varied.volume, _mask(case, inputs))
                 del varied
                 yield item
                 del item  # a mask lives as long as whoever uses it
@@ -205,7 +206,7 @@ class Run:
         started = time.perf_counter()
         files = self._format.write(self._output, job.painting, counted)
         digests = {file.relative_to(self._output).as_posix(): digest for file, digest in files.items()}
-        self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings, _mask(result.input)))
+        self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings, job.item.mask))
         seconds = {**job.seconds, "write": time.perf_counter() - started - counted.seconds}
         return replace(result, files=tuple(files), slices=counted.slices, seconds=seconds, sha256=digests)
 
@@ -214,7 +215,8 @@ class Run:
         digests, files = {}, (*case.files, *case.grid)
         for n, file in enumerate(files):
             with reading(case.called, "a file that can be read"), opened(file) as handle:
-                digests[case.called.name if len(files) == 1 else f"{case.called.name} {n + 1}"] = sha256_of(handle)
+                name = f" {file.name}" if case.kind == "classes" else "" if len(files) == 1 else f" {n + 1}"
+                digests[case.called.name + name] = sha256_of(handle)
         return digests
 
     def _key(self, case: Case, variant: int | None, inputs: Mapping[str, str]) -> str:
@@ -226,7 +228,7 @@ class Run:
             "engine": [synth.engine, synth.file],
             "format": [type(self._format).__name__, {k: repr(v) for k, v in vars(self._format).items() if not k.startswith("_")}],
             "case": {f.name: repr(getattr(case, f.name)) for f in fields(case) if f.name not in ("path", "files", "grid")},
-            "input": sorted(inputs.values()),
+            "input": _content(case, inputs),
             "labels": None if self._labels is None else sorted(map(repr, self._labels.items())),
             "seed": self._seed,
             "variant": variant,
@@ -244,9 +246,14 @@ class Run:
                                    remedy="rename it", file=case.called)  # fmt: skip
 
 
-def _mask(inputs: Mapping[str, str]) -> str:
+def _content(case: Case, inputs: Mapping[str, str]) -> list[Any]:
+    """What a case was read from, whatever its files are called; but of one a class the name is what it means."""
+    return sorted(inputs.items() if case.kind == "classes" else inputs.values())
+
+
+def _mask(case: Case, inputs: Mapping[str, str]) -> str:
     """SHA-256 of what a case was read from."""
-    return key_of({"input": sorted(inputs.values())})
+    return key_of({"input": _content(case, inputs)})
 
 
 def _warnings(mask: str, volume: LabelVolume, synthesizer: Synthesizer) -> Iterator[str]:

@@ -109,7 +109,8 @@ class DicomSource:
 class Segment:
     """One structure as a file tells of it. `number`: what stands for it in the file (label value, segment or ROI number);
     `name`: its label there; `code`: of its property type, with the coding scheme ("SCT:80891009"; see `runtime.codes`). Both may be
-    empty. `strict`: the file's own table names its numbers, so that under another table the number alone says nothing.
+    empty. `strict`: the file's own table names its numbers, so that under another table the number alone says nothing; of one that has a
+    name alone it is negative.
     """
 
     number: int

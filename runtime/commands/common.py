@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..contract import LabelTable
+from ..contract import LabelTable, Manifest
 from ..engines.registry import CHOICES
 from ..errors import InputError, UsageError, printable
+from ..io.class_files import is_class_name
 from ..io.detect import Case, ReadOptions, find_cases
 from ..io.formats import FORMATS, FormatOptions
 from ..io.headers import SUFFIXES
-from ..labels import MAP_HELP, PRESETS, LabelMap, load_map, lost
+from ..labels import MAP_HELP, MM_WHS, PRESETS, LabelMap, load_map, lost, names_of
 from ..memory import parse_bytes
-from ..models import RULES_HELP, Models
+from ..models import RULES_HELP, Models, named
 from ..recipe import Recipe
 from ..scale import RaySynthesizer
 from ..stream import CaseResult, make
@@ -189,11 +190,26 @@ def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = Fa
     skipped: list[Path] = []
     order = tuple(name.strip() for name in options.overlap_order.split(",") if name.strip())
     how = ReadOptions(order, options.threshold, options.like, options.allow_missing_references, options.force_labels)
-    cases = find_cases(masks, skipped, options=how, series=options.series, every=every)
+    known = _names(options)
+    cases = find_cases(masks, skipped, options=how, series=options.series, every=every, names=known)
+    for case in cases if say else ():
+        if case.kind == "classes":
+            print(
+                f"{printable(case.called)}: {len(case.files)} binary files, one a class, are read as one mask, {case.name}", file=sys.stderr
+            )
+        elif case.kind == "volume" and is_class_name(case.path, known):
+            print(f"warning: {printable(case.called)} is called like a structure and read by its values; give the folder of all classes to "
+                  "read each by its name", file=sys.stderr)  # fmt: skip
     for path in skipped if say else ():
         name = path.name if path.name.lower().endswith(SUFFIXES) else "a DICOM file"
         print(f"warning: {name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
     return cases
+
+
+def _names(options: argparse.Namespace) -> frozenset[str]:
+    """What --labels and the models call structures."""
+    models = [options.model] if isinstance(options.model, Path) else [*named(options.model or ()).values()]
+    return names_of(options.labels, [Manifest.load(folder).labels for folder in models] or [MM_WHS])
 
 
 def label_map(options: argparse.Namespace, table: LabelTable, tables: Sequence[LabelTable] = ()) -> LabelMap | None:

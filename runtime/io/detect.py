@@ -6,7 +6,7 @@ archives write patients into file names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from ..errors import InputError, UnreadableVolume, UsageError, printable, readin
 from ..labels import LabelMap
 from ..volume import DicomSource, Geometry, LabelVolume, Layers, Segment, Volume
 from . import archive
+from .class_files import classes_among
 from .dicom_files import Instance, is_dicom, neutral, scan, walk
 from .headers import SUFFIXES, check_header, is_synthetic, stem
 
@@ -50,9 +51,9 @@ class ReadOptions:
 class Case:
     """One mask that was found. Plain data: it may cross to another process.
 
-    `name`: of its results; `path`: the file, folder or zip that was given; `kind`: "volume" for a NIfTI, NRRD or MHA file, "seg", "rtstruct",
-    or "series" for DICOM images; `files`: what it is read from; `grid`: the image series that contours were drawn on. `size` (columns, rows,
-    slices or frames) and `title` are for the screen: a title may name a patient.
+    `name`: of its results; `path`: the file, folder or zip that was given; `kind`: "volume" for a NIfTI, NRRD or MHA file, "classes" for
+    several of them, one a class, "seg", "rtstruct", or "series" for DICOM images; `files`: what it is read from; `grid`: the image series
+    that contours were drawn on. `size` (columns, rows, slices or frames) and `title` are for the screen: a title may name a patient.
     """
 
     name: str
@@ -69,7 +70,7 @@ class Case:
     @property
     def called(self) -> Path:
         """What messages and logs may call it: a volume by its path, without folders in a zip, a DICOM source by its case name."""
-        return archive.called(self.path) if self.kind == "volume" else Path(self.name)
+        return archive.called(self.path) if self.kind in ("volume", "classes") else Path(self.name)
 
 
 def find_cases(
@@ -79,12 +80,14 @@ def find_cases(
     options: ReadOptions | None = None,
     series: str | None = None,
     every: bool = False,
+    names: Collection[str] = (),
 ) -> list[Case]:
     """The masks at files, folders and zips, in their order: of a folder the volumes directly in it and the DICOM objects anywhere below.
 
     Each SEG and each RTSTRUCT is a case; image series beside one are what it was drawn on. Where there are image series alone, the
     one is a case; of several, `series` must choose: its UID, SeriesNumber or case name (`every`: all of them, for a listing). What
-    mask2ct itself wrote into such a folder is no mask: it is passed over and appended to `skipped`.
+    mask2ct itself wrote into such a folder is no mask: it is passed over and appended to `skipped`. Binary volumes of a folder that are called
+    like structures (`names`, as `runtime.labels.names_of` has them, or TotalSegmentator's) are together one case, called like the folder.
 
     Raises `UsageError` for a folder without masks, two masks of one case name, and series that nobody chose from. A file that does not
     exist stays in the list: it is that case's failure, not the run's.
@@ -94,7 +97,7 @@ def find_cases(
     options, skipped = options or ReadOptions(), [] if skipped is None else skipped
     for argument in arguments:
         if _is(argument, Path.is_dir) or (archive.is_zip(argument) and _is(argument, Path.is_file)):
-            found = _in_folder(argument, skipped, series, every)
+            found = _in_folder(argument, skipped, series, every, names)
         elif not argument.name.lower().endswith(SUFFIXES) and is_dicom(argument):
             loose.append(argument)
             continue
@@ -115,7 +118,7 @@ def _add(cases: dict[str, Case], found: Iterable[Case], options: ReadOptions) ->
                              remedy="rename one, leave one out, or run them into two output folders", file=case.called)  # fmt: skip
 
 
-def _in_folder(folder: Path, skipped: list[Path], series: str | None, every: bool) -> list[Case]:
+def _in_folder(folder: Path, skipped: list[Path], series: str | None, every: bool, names: Collection[str]) -> list[Case]:
     if archive.is_zip(folder):
         files = archive.members(folder)
         volumes = [p for p in files if _is_volume(p)]
@@ -127,7 +130,10 @@ def _in_folder(folder: Path, skipped: list[Path], series: str | None, every: boo
     instances = scan(p for p in files if not _is_volume(p))
     own += [instance.path for instance in instances if instance.ours]
     skipped += own
-    cases = [replace(_volume(path), path=path) for path in volumes if path not in own]
+    volumes = [path for path in volumes if path not in own]
+    classes = classes_among(volumes, names)
+    cases = [Case(_folder_name(folder), folder, "classes", tuple(classes))] if classes else []
+    cases += [replace(_volume(path), path=path) for path in volumes if path not in classes]
     dicom = _of_instances(i for i in instances if not i.ours)
     cases += [replace(case, path=folder, grid=_grid_of(case, instances)) for case in _chosen(folder, dicom, series, every)]
     if not cases:
@@ -210,6 +216,10 @@ def read_mask(case: Case) -> Volume | Layers:
             from .label_series import read_series
 
             return read_series(case.files, case.name, force=options.force_labels)
+        if case.kind == "classes":
+            from .class_files import read_classes
+
+            return read_classes(case.files, case.called)
         if case.kind != "volume":
             raise UnreadableVolume(f"{case.name} is {'a damaged DICOM file' if case.kind == 'damaged' else 'a DICOM file without pixels or contours'}",
                                    expected="a DICOM SEG, an RTSTRUCT or a series of labels", remedy="give the mask")  # fmt: skip
@@ -315,6 +325,11 @@ def _volume_size(path: Path) -> tuple[int, ...]:
     with reading(path, "a volume"):
         reader.ReadImageInformation()
     return tuple(int(n) for n in reader.GetSize()[:3])
+
+
+def _folder_name(folder: Path) -> str:
+    """What a mask is called that a whole folder or zip holds."""
+    return folder.stem if archive.is_zip(folder) else folder.absolute().resolve().name
 
 
 def _volume(path: Path) -> Case:

@@ -24,7 +24,7 @@ _LABEL = re.compile(r"<Label\b[^>]*?\bKey\s*=\s*[\"'](-?\d{1,10})[\"'][^>]*>\s*(
 def embedded_names(path: Path) -> tuple[Segment, ...]:
     """What a NIfTI itself calls its values, none where it says nothing. The header is one that `check_header` let pass.
 
-    Value 0 is left out: it is what nothing is called, whatever its name ("???").
+    Only positive values count: 0 is what nothing is called, whatever its name ("???").
     """
     packed = path.name.lower().endswith(".gz")
     with reading(path, EXPECTED), open(path, "rb") as handle, unpacked(path, handle) if packed else nullcontext(handle) as content:
@@ -40,4 +40,4 @@ def embedded_names(path: Path) -> tuple[Segment, ...]:
         text = content.read(offset - len(head)).decode("utf-8", "replace")
     table = _TABLE.search(text)
     found = {} if table is None else {int(m[1]): unescape(m[2] if m[2] is not None else m[3]).strip() for m in _LABEL.finditer(table[1])}
-    return tuple(Segment(value, name[:256], strict=True) for value, name in sorted(found.items()) if value and name)
+    return tuple(Segment(value, name[:256], strict=True) for value, name in sorted(found.items()) if value > 0 and name)
