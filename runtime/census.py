@@ -81,6 +81,7 @@ class Census:
                 f"{name} looks like an image, not a mask: {len(self.voxels)} values from {min(self.voxels)} to {max(self.voxels)}, "
                 f"and {self.different()[0]:.0%} of neighbouring voxels differ",
                 expected="a label map: the voxels of a structure have one value",
-                remedy="give the mask that was drawn on it; if these are labels all the same, say --force-labels",
+                remedy="give the mask that was drawn on it; if these are labels all the same, "
+                + ("map them with runtime.labels.to_indices(force=True)" if file is None else "say --force-labels"),
                 file=file,
             )

@@ -235,3 +235,18 @@ def test_an_extension_without_a_table_says_nothing(text: bytes, tmp_path: Path) 
     for length in (size, 7, 1 << 30):  # what the extension says of its own length is not trusted
         path.write_bytes(bytes(head) + b"\1\0\0\0" + (struct.pack("<2i", length, 0) + text).ljust(size, b"\0") + raw[352:])
         assert np.array_equal(read_case(only(path, None), MM_WHS).labels, np.where(MASK == 500, 3, 0))
+
+
+def test_a_watched_folder_of_classes_is_one_case(tmp_path: Path, fake_model: Path) -> None:
+    inbox, out = tmp_path / "inbox", tmp_path / "out"
+    class_folder(inbox / "patient")
+    line = ["watch", str(inbox), "--model", str(fake_model), "--output", str(out), "--backend", "fake", "--labels", HEART, "--once", "--stable", "0"]
+    assert run(main, line) == 0
+    assert {name for name in listed(out) if not name.startswith(".")} == {"patient_ct.nii.gz"}
+    assert (inbox / "done").is_dir() and len(list((inbox / "done").rglob("*.nii.gz"))) == 7
+
+
+def test_the_list_names_classes_and_their_number(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = class_folder(tmp_path / "patient")
+    assert synth(fake_model, tmp_path / "out", folder, "--list") == 0
+    assert "classes   patient" in (text := capsys.readouterr().out) and "(7 files)" in text and "contours" not in text

@@ -17,8 +17,12 @@ from ..volume import Segment
 from .headers import EXPECTED, unpacked
 
 MAX_BYTES = 4 << 20  # of all extensions; what is longer is no label table
-_TABLE = re.compile(r"<LabelTable\b[^>]*>(.*?)</LabelTable>", re.DOTALL)
-_LABEL = re.compile(r"<Label\b[^>]*?\bKey\s*=\s*[\"'](-?\d{1,10})[\"'][^>]*>\s*(?:<!\[CDATA\[(.*?)\]\]>|([^<]*))\s*</Label>", re.DOTALL)
+_START, _END = "<LabelTable", "</LabelTable>"
+# Every part has an end, so that no text, however it was made, takes longer than it is long.
+_LABEL = re.compile(
+    r"<Label\b[^<>]{0,200}?\bKey\s{0,9}=\s{0,9}[\"'](\d{1,10})[\"'][^<>]{0,200}>\s{0,99}"
+    r"(?:<!\[CDATA\[([^\]<>]{0,256})\]\]>|([^<>]{0,256}))\s{0,99}</Label>"
+)
 
 
 def embedded_names(path: Path) -> tuple[Segment, ...]:
@@ -38,6 +42,7 @@ def embedded_names(path: Path) -> tuple[Segment, ...]:
         if len(head) < 352 or head[-4] == 0 or not len(head) + 8 <= offset <= MAX_BYTES:
             return ()
         text = content.read(offset - len(head)).decode("utf-8", "replace")
-    table = _TABLE.search(text)
-    found = {} if table is None else {int(m[1]): unescape(m[2] if m[2] is not None else m[3]).strip() for m in _LABEL.finditer(table[1])}
-    return tuple(Segment(value, name[:256], strict=True) for value, name in sorted(found.items()) if value > 0 and name)
+    start = text.find(_START)
+    end = text.find(_END, start) if start >= 0 else -1
+    names = {int(m[1]): (m[2] if m[2] is not None else unescape(m[3])).strip() for m in _LABEL.finditer(text, max(0, start), max(0, end))}
+    return tuple(Segment(value, name, strict=True) for value, name in sorted(names.items()) if value and name)
