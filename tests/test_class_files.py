@@ -240,7 +240,21 @@ def test_an_extension_without_a_table_says_nothing(text: bytes, tmp_path: Path) 
 def test_a_watched_folder_of_classes_is_one_case(tmp_path: Path, fake_model: Path) -> None:
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     class_folder(inbox / "patient")
-    line = ["watch", str(inbox), "--model", str(fake_model), "--output", str(out), "--backend", "fake", "--labels", HEART, "--once", "--stable", "0"]
+    line = [
+        "watch",
+        str(inbox),
+        "--model",
+        str(fake_model),
+        "--output",
+        str(out),
+        "--backend",
+        "fake",
+        "--labels",
+        HEART,
+        "--once",
+        "--stable",
+        "0",
+    ]
     assert run(main, line) == 0
     assert {name for name in listed(out) if not name.startswith(".")} == {"patient_ct.nii.gz"}
     assert (inbox / "done").is_dir() and len(list((inbox / "done").rglob("*.nii.gz"))) == 7
