@@ -55,7 +55,8 @@ def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int
             index = 0
         unknown += index is None
         known = "UNKNOWN" if index is None else table.labels[index].name
-        print(f"{segment.number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {known:<24}  {segment.name} {segment.code}".rstrip())
+        number = "" if segment.strict and segment.number < 0 else segment.number
+        print(f"{number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {known:<24}  {segment.name} {segment.code}".rstrip())
     if unknown:
         print(f"{unknown} unknown: synth needs --labels MAP.json, {MAP_HELP}; the table knows {table}")
     refuse_contradictions([segment for segment, _ in counts], table, mapped, file=case.called)
