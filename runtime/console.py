@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from typing import Any, TextIO
 
 from .errors import Mask2CTError
@@ -17,6 +18,9 @@ EXIT_CODES = """exit codes: 0 done · 1 at least one case failed · 2 the comman
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)`; print a `Mask2CTError` on one screen and return its exit code; 130 on Ctrl-C."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # an arrow in cp1252 is written as \u2192, and ends nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _terminated():
             return main(sys.argv[1:] if argv is None else argv)

@@ -147,10 +147,10 @@ class Models(Mapping[str, Synthesizer]):
         held: list[Segment] | None = None
         for n, rule in enumerate(self._rules, 1):
             if _like(case.name, rule.case) and _like(case.title, rule.series):
-                held = structures(read_mask(case), case.called) if rule.labels and held is None else held
+                held = _held(case) if rule.labels and held is None else held
                 if self._holds(rule, held or (), maps):
                     return rule.model, f"rule {n}"
-        held = structures(read_mask(case), case.called) if held is None else held
+        held = _held(case) if held is None else held
         fitting = [name for name in self if not self._unknown(name, held, maps)]
         named = [name for name in fitting if _names(name, case.title) or _names(name, case.name)]
         if len(fitting) == 1:
@@ -214,6 +214,11 @@ def named(folders: Sequence[str | Path]) -> dict[str, Path]:
                              remedy="give one: --model NAME=FOLDER", file=folder)  # fmt: skip
         named[name] = folder
     return named
+
+
+def _held(case: Case) -> list[Segment]:
+    """What the case's mask holds."""
+    return structures(read_mask(case), case.called, force=case.options.force_labels)
 
 
 def _like(text: str, pattern: str) -> bool:

@@ -24,6 +24,7 @@ from .errors import InputError, Mask2CTError, MissingComponent, UsageError, impo
 from .io.detect import Case, find_cases
 from .io.formats import result_name
 from .journal import JOURNAL, Entry, Journal, Ledger, key_of
+from .labels import names_of
 from .recipe import Recipe
 from .stream import CaseResult, Run
 from .synthesizer import Synthesizer
@@ -123,7 +124,8 @@ class RaySynthesizer:
         self, masks: str | Path | Iterable[str | Path], output: str | Path, *, reading: ReadOptions | None = None, **options: Any
     ) -> Iterator[CaseResult]:
         """Synthesize files, folders and zips into the folder `output`: as `Synthesizer.stream`."""
-        cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)], options=reading)
+        paths = [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)]
+        cases = find_cases(paths, options=reading, names=names_of(options.get("labels"), [self.manifest.labels]))
         return self.make(cases, Recipe(Path(output), **{name: value for name, value in options.items() if value is not None}))
 
     def make(self, cases: Sequence[Case], recipe: Recipe) -> Iterator[CaseResult]:

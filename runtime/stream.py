@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, UnreadableVolume, reading
 from .files import fits, sha256_of
@@ -33,8 +33,8 @@ class CaseResult:
 
     `mask`: its path, or for a DICOM source the name of the case: its path may name a patient.
 
-    `input`, `sha256`: SHA-256 by file name of what was read and written. `seconds`: by stage, spent working and not waiting;
-    stages overlap. `skipped`: it was complete already, and proven so.
+    `input`, `sha256`: SHA-256 by file name of what was read and written; `mask_sha256`: of
+    all that was read, as the journal has it. `seconds`: by stage, spent working and not waiting; stages overlap. `skipped`: it was complete already, and proven so.
     """
 
     case: str
@@ -48,11 +48,7 @@ class CaseResult:
     input: Mapping[str, str] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
     skipped: bool = False
-
-    @property
-    def mask_sha256(self) -> str:
-        """SHA-256 of what the case was read from, as the journal has it; empty where it was not read."""
-        return _mask(self.input) if self.input else ""
+    mask_sha256: str = ""
 
 
 def synthesize(
@@ -152,16 +148,17 @@ class Run:
             try:
                 self._check_names(case)
                 inputs = self._input(case)
+                mask = _mask(case, inputs)
                 keys = {variant: self._key(case, variant, inputs) for variant in self._variants}
                 if not self._recipe.replace:
-                    self._refuse_to_replace(case, _mask(inputs))
+                    self._refuse_to_replace(case, mask)
                 proven = {
                     v: entry for v, key in keys.items() if self._resume and (entry := self._journal.proven(result_name(case.name, v), key))
                 }
                 for variant, entry in proven.items():
                     files = self._format.files(self._output, case.name, variant)
                     yield _Item(CaseResult(case.name, case.called, variant, files, entry.slices, warnings=entry.warnings, input=inputs,
-                                           sha256=entry.files, skipped=True), entry.key)  # fmt: skip
+                                           sha256=entry.files, skipped=True, mask_sha256=mask), entry.key)  # fmt: skip
                 if len(proven) == len(keys):
                     continue
                 volume = read_case(case, self._synthesizer.manifest.labels, self._labels)
@@ -178,7 +175,7 @@ class Run:
                 varied = shapes.vary(variant or 0)
                 times = {**seconds, "deform": time.perf_counter() - started} if variant else seconds
                 said = (*warnings, *(f"{case.called.name}, variant {variant}: {fact}" for fact in varied.warnings))
-                result = CaseResult(case.name, case.called, variant, seconds=times, warnings=said, input=inputs)
+                result = CaseResult(case.name, case.called, variant, seconds=times, warnings=said, input=inputs, mask_sha256=mask)
                 item = _Item(result, keys[variant], varied.volume)
                 del varied
                 yield item
@@ -210,7 +207,7 @@ class Run:
         started = time.perf_counter()
         files = self._format.write(self._output, job.painting, counted)
         digests = {file.relative_to(self._output).as_posix(): digest for file, digest in files.items()}
-        self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings, _mask(result.input)))
+        self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings, result.mask_sha256))
         seconds = {**job.seconds, "write": time.perf_counter() - started - counted.seconds}
         return replace(result, files=tuple(files), slices=counted.slices, seconds=seconds, sha256=digests)
 
@@ -219,8 +216,9 @@ class Run:
         digests, files = {}, (*case.files, *case.grid)
         for n, file in enumerate(files):
             numbered = case.called.name if len(files) == 1 else f"{case.called.name} {n + 1}"
+            name = {"volume": file.name, "classes": f"{case.called.name} {file.name}"}.get(case.kind, numbered)
             with reading(case.called, "a file that can be read"), opened(file) as handle:
-                digests[file.name if case.kind == "volume" else numbered] = sha256_of(handle)
+                digests[name] = sha256_of(handle)
         return digests
 
     def _key(self, case: Case, variant: int | None, inputs: Mapping[str, str]) -> str:
@@ -232,7 +230,7 @@ class Run:
             "engine": [synth.engine, synth.file],
             "format": [type(self._format).__name__, {k: repr(v) for k, v in vars(self._format).items() if not k.startswith("_")}],
             "case": {f.name: repr(getattr(case, f.name)) for f in fields(case) if f.name not in ("path", "files", "grid")},
-            "input": sorted(inputs.values()),
+            "input": _content(case, inputs),
             "labels": None if self._labels is None else sorted(map(repr, self._labels.items())),
             "seed": self._seed,
             "variant": variant,
@@ -250,9 +248,14 @@ class Run:
                                    remedy="rename it", file=case.called)  # fmt: skip
 
 
-def _mask(inputs: Mapping[str, str]) -> str:
+def _content(case: Case, inputs: Mapping[str, str]) -> list[Any]:
+    """What a case was read from, whatever its files are called; but of one a class the name is what it means."""
+    return sorted(inputs.items() if case.kind == "classes" else inputs.values())
+
+
+def _mask(case: Case, inputs: Mapping[str, str]) -> str:
     """SHA-256 of what a case was read from."""
-    return key_of({"input": sorted(inputs.values())})
+    return key_of({"input": _content(case, inputs)})
 
 
 def _warnings(mask: str, volume: LabelVolume, synthesizer: Synthesizer) -> Iterator[str]:

@@ -18,7 +18,7 @@ from .engines.registry import open_engine
 from .errors import GeometryError, MemoryCapExceeded, UnknownLabels
 from .files import sha256_of
 from .grid import SliceGrid
-from .labels import LabelMap, to_indices
+from .labels import LabelMap, names_of, to_indices
 from .memory import Allowance, PoolStats, parse_bytes
 from .randomness import CaseRandom
 from .slot import Slot
@@ -250,7 +250,8 @@ class Synthesizer:
         from .io.detect import find_cases
         from .stream import synthesize
 
-        cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)], options=reading)
+        paths = [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)]
+        cases = find_cases(paths, options=reading, names=names_of(options.get("labels"), [self.manifest.labels]))
         return synthesize(self, cases, Path(output), **options)
 
     def release(self) -> bool:

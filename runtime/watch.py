@@ -192,8 +192,8 @@ class Watcher:
             for case in self._find(item, False):
                 if case.kind == "damaged":
                     return False
-                if case.kind == "volume":
-                    with on_disk(case.path) as path:
+                for file in case.files if case.kind in ("volume", "classes") else ():
+                    with on_disk(file) as path:
                         check_header(path)
         except (InputError, UsageError):
             return False

@@ -58,9 +58,12 @@ def read_pair(pair: Pair, table: LabelTable, intensity: Intensity, *, spaced: bo
     _check_intensity(pair.image, image.values, intensity)
     values = as_integers(raw.values, pair.label)
     try:
-        labels = to_indices(values, table, file=pair.label)
+        labels = to_indices(values, table, force=True, file=pair.label)  # a table of labels refuses grey values by themselves
     except UnknownLabels as exc:
-        exc.remedy = "add the value to data.labels (as a label, or among the aliases of one), or correct the label map"
+        exc.remedy = (
+            "add the value to data.labels (as a label, or among the aliases of one), or correct the label map; "
+            "where the value is nnU-Net's ignore, complete the label map or take the patient out"
+        )
         raise
     facts = Facts(
         image.geometry.spacing, float(image.values.min()), float(image.values.max()), int((image.values < intensity.low).sum()),

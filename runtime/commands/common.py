@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..contract import LabelTable
+from ..contract import LabelTable, Manifest
 from ..engines.registry import CHOICES
 from ..errors import InputError, UsageError, printable
+from ..io.class_files import is_class_name
 from ..io.detect import Case, ReadOptions, find_cases
 from ..io.formats import FORMATS, FormatOptions
 from ..io.headers import SUFFIXES
-from ..labels import MAP_HELP, PRESETS, LabelMap, load_map, lost
+from ..labels import MAP_HELP, MM_WHS, PRESETS, LabelMap, load_map, lost, names_of
 from ..memory import parse_bytes
-from ..models import RULES_HELP, Models
+from ..models import RULES_HELP, Models, named
 from ..recipe import Recipe
 from ..scale import RaySynthesizer
 from ..stream import CaseResult, make
@@ -115,6 +116,7 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="fill contours on the series that is there, though it is not the one referred to",
     )
+    how.add_argument("--force-labels", action="store_true", help="read what looks like an image as a label map")
 
 
 def add_audit(parser: argparse.ArgumentParser, default: str) -> None:
@@ -197,12 +199,27 @@ def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = Fa
     """The cases, read as the options say; what was passed over is said."""
     skipped: list[Path] = []
     order = tuple(name.strip() for name in options.overlap_order.split(",") if name.strip())
-    how = ReadOptions(order, options.threshold, options.like, options.allow_missing_references)
-    cases = find_cases(masks, skipped, options=how, series=options.series, every=every)
+    how = ReadOptions(order, options.threshold, options.like, options.allow_missing_references, options.force_labels)
+    known = _names(options)
+    cases = find_cases(masks, skipped, options=how, series=options.series, every=every, names=known)
+    for case in cases if say else ():
+        if case.kind == "classes":
+            print(
+                f"{printable(case.called)}: {len(case.files)} binary files, one a class, are read as one mask, {case.name}", file=sys.stderr
+            )
+        elif case.kind == "volume" and is_class_name(case.path, known):
+            print(f"warning: {printable(case.called)} is called like a structure and read by its values; give the folder of all classes to "
+                  "read each by its name", file=sys.stderr)  # fmt: skip
     for path in skipped if say else ():
         name = path.name if path.name.lower().endswith(SUFFIXES) else "a DICOM file"
         print(f"warning: {name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
     return cases
+
+
+def _names(options: argparse.Namespace) -> frozenset[str]:
+    """What --labels and the models call structures."""
+    models = [options.model] if isinstance(options.model, Path) else [*named(options.model or ()).values()]
+    return names_of(options.labels, [Manifest.load(folder).labels for folder in models] or [MM_WHS])
 
 
 def label_map(options: argparse.Namespace, table: LabelTable, tables: Sequence[LabelTable] = ()) -> LabelMap | None:

@@ -13,7 +13,7 @@ from ..console import EXIT_CODES
 from ..contract import LabelTable, Manifest
 from ..errors import InputError, printable
 from ..io.detect import Case, count, read_mask
-from ..labels import MAP_HELP, MM_WHS, LabelMap, match
+from ..labels import MAP_HELP, MM_WHS, LabelMap, match, refuse_contradictions
 from .common import MASK_HELP, add_reading, find, label_map
 
 
@@ -45,7 +45,7 @@ def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int
     mask = read_mask(case)
     for note in mask.notes:
         print(f"warning: {note}", file=sys.stderr)
-    counts = count(mask, case.called)
+    counts = count(mask, case.called, force=case.options.force_labels)
     millilitres = float(np.prod(mask.geometry.spacing)) / 1000
     print(f"{'value':>7} {'voxels':>11} {'ml':>10}  {'maps to':<24}  name and code")
     unknown = 0
@@ -55,7 +55,9 @@ def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int
             index = 0
         unknown += index is None
         known = "UNKNOWN" if index is None else table.labels[index].name
-        print(f"{segment.number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {known:<24}  {segment.name} {segment.code}".rstrip())
+        number = "" if segment.strict and segment.number < 0 else segment.number
+        print(f"{number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {known:<24}  {segment.name} {segment.code}".rstrip())
     if unknown:
         print(f"{unknown} unknown: synth needs --labels MAP.json, {MAP_HELP}; the table knows {table}")
+    refuse_contradictions([segment for segment, _ in counts], table, mapped, file=case.called)
     return 1 if unknown else 0

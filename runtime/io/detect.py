@@ -6,18 +6,20 @@ archives write patients into file names.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 
+from ..census import Census
 from ..contract import LabelTable
 from ..errors import InputError, UnreadableVolume, UsageError, printable, reading
-from ..labels import LabelMap, present_values
+from ..labels import LabelMap
 from ..volume import DicomSource, Geometry, LabelVolume, Layers, Segment, Volume
 from . import archive
+from .class_files import classes_among
 from .dicom_files import Instance, is_dicom, neutral, scan, walk
 from .headers import SUFFIXES, check_header, is_synthetic, stem, volume_files
 
@@ -27,13 +29,15 @@ class ReadOptions:
     """How a person settles what a mask leaves open.
 
     `overlap_order`: segments, the first wins; `threshold`: the fraction from which on a voxel is inside; `like`: a volume file, or a
-    folder with one DICOM series, whose grid contours are filled on; `allow_missing_references`: fill them on the series that is there.
+    folder with one DICOM series, whose grid contours are filled on; `allow_missing_references`: fill them on the series that is there;
+    `force_labels`: what looks like an image is a label map all the same.
     """
 
     overlap_order: tuple[str, ...] = ()
     threshold: float | None = None
     like: Path | None = None
     allow_missing_references: bool = False
+    force_labels: bool = False
 
     def __post_init__(self) -> None:
         if self.threshold is not None and not 0 < self.threshold <= 1:
@@ -47,9 +51,9 @@ class ReadOptions:
 class Case:
     """One mask that was found. Plain data: it may cross to another process.
 
-    `name`: of its results; `path`: the file, folder or zip that was given; `kind`: "volume" for a NIfTI, NRRD or MHA file, "seg", "rtstruct",
-    or "series" for DICOM images; `files`: what it is read from; `grid`: the image series that contours were drawn on. `size` (columns, rows,
-    slices or frames) and `title` are for the screen: a title may name a patient.
+    `name`: of its results; `path`: the file, folder or zip that was given; `kind`: "volume" for a NIfTI, NRRD or MHA file, "classes" for
+    several of them, one a class, "seg", "rtstruct", or "series" for DICOM images; `files`: what it is read from; `grid`: the image series
+    that contours were drawn on. `size` (columns, rows, slices or frames) and `title` are for the screen: a title may name a patient.
     """
 
     name: str
@@ -66,7 +70,7 @@ class Case:
     @property
     def called(self) -> Path:
         """What messages and logs may call it: a volume by its path, without folders in a zip, a DICOM source by its case name."""
-        return archive.called(self.path) if self.kind == "volume" else Path(self.name)
+        return archive.called(self.path) if self.kind in ("volume", "classes") else Path(self.name)
 
 
 def find_cases(
@@ -76,12 +80,14 @@ def find_cases(
     options: ReadOptions | None = None,
     series: str | None = None,
     every: bool = False,
+    names: Collection[str] = (),
 ) -> list[Case]:
     """The masks at files, folders and zips, in their order: of a folder the volumes directly in it and the DICOM objects anywhere below.
 
     Each SEG and each RTSTRUCT is a case; image series beside one are what it was drawn on. Where there are image series alone, the
     one is a case; of several, `series` must choose: its UID, SeriesNumber or case name (`every`: all of them, for a listing). What
-    mask2ct itself wrote into such a folder is no mask: it is passed over and appended to `skipped`.
+    mask2ct itself wrote into such a folder is no mask: it is passed over and appended to `skipped`. Binary volumes of a folder that are called
+    like structures (`names`, as `runtime.labels.names_of` has them, or TotalSegmentator's) are together one case, called like the folder.
 
     Raises `UsageError` for a folder without masks, two masks of one case name, and series that nobody chose from. A file that does not
     exist stays in the list: it is that case's failure, not the run's.
@@ -91,7 +97,7 @@ def find_cases(
     options, skipped = options or ReadOptions(), [] if skipped is None else skipped
     for argument in arguments:
         if _is(argument, Path.is_dir) or (archive.is_zip(argument) and _is(argument, Path.is_file)):
-            found = _in_folder(argument, skipped, series, every)
+            found = _in_folder(argument, skipped, series, every, names)
         elif not argument.name.lower().endswith(SUFFIXES) and is_dicom(argument):
             loose.append(argument)
             continue
@@ -112,7 +118,7 @@ def _add(cases: dict[str, Case], found: Iterable[Case], options: ReadOptions) ->
                              remedy="rename one, leave one out, or run them into two output folders", file=case.called)  # fmt: skip
 
 
-def _in_folder(folder: Path, skipped: list[Path], series: str | None, every: bool) -> list[Case]:
+def _in_folder(folder: Path, skipped: list[Path], series: str | None, every: bool, names: Collection[str]) -> list[Case]:
     if archive.is_zip(folder):
         files = archive.members(folder)
         volumes = [p for p in files if _is_volume(p)]
@@ -124,7 +130,10 @@ def _in_folder(folder: Path, skipped: list[Path], series: str | None, every: boo
     instances = scan(p for p in files if not _is_volume(p))
     own += [instance.path for instance in instances if instance.ours]
     skipped += own
-    cases = [replace(_volume(path), path=path) for path in volumes if path not in own]
+    volumes = [path for path in volumes if path not in own]
+    classes = classes_among(volumes, names)
+    cases = [Case(_folder_name(folder), folder, "classes", tuple(classes))] if classes else []
+    cases += [replace(_volume(path), path=path) for path in volumes if path not in classes]
     dicom = _of_instances(i for i in instances if not i.ours)
     cases += [replace(case, path=folder, grid=_grid_of(case, instances)) for case in _chosen(folder, dicom, series, every)]
     if not cases:
@@ -206,7 +215,11 @@ def read_mask(case: Case) -> Volume | Layers:
         if case.kind == "series":
             from .label_series import read_series
 
-            return read_series(case.files, case.name)
+            return read_series(case.files, case.name, force=options.force_labels)
+        if case.kind == "classes":
+            from .class_files import read_classes
+
+            return read_classes(case.files, case.called)
         if case.kind != "volume":
             raise UnreadableVolume(f"{case.name} is {'a damaged DICOM file' if case.kind == 'damaged' else 'a DICOM file without pixels or contours'}",
                                    expected="a DICOM SEG, an RTSTRUCT or a series of labels", remedy="give the mask")  # fmt: skip
@@ -220,12 +233,12 @@ def read_case(case: Case, table: LabelTable, label_map: LabelMap | None = None) 
     """The case's labels in the model's indices. Raises `InputError`s that say which case."""
     from . import nifti
 
-    order = case.options.overlap_order
+    order, force = case.options.overlap_order, case.options.force_labels
     with _naming(case):
         if case.kind == "volume":
             with archive.on_disk(case.path) as path:
-                return nifti.read_labels(path, table, label_map, order=order, file=case.called)
-        return nifti.labels_of(read_mask(case), table, label_map, order=order, file=case.called)
+                return nifti.read_labels(path, table, label_map, order=order, force=force, file=case.called)
+        return nifti.labels_of(read_mask(case), table, label_map, order=order, force=force, file=case.called)
 
 
 @contextmanager
@@ -238,19 +251,17 @@ def _naming(case: Case) -> Iterator[None]:
         raise
 
 
-def structures(mask: Volume | Layers, file: Path) -> list[Segment]:
-    """What a mask holds: the segments that it states, or the values that occur, named where it names them."""
-    from .nifti import as_integers
-
+def structures(mask: Volume | Layers, file: Path, *, force: bool = False) -> list[Segment]:
+    """What a mask holds: the segments that it states, or the values that occur, named where it names them. Raises as `count` does."""
     if isinstance(mask, Layers):
         return [*mask.segments]
-    named = {segment.number: segment for segment in mask.segments}
-    found = [value for value in present_values(as_integers(mask.values, file)) if value or not named or 0 in named]
-    return [named.get(value, Segment(value)) for value in found]
+    named = {segment.number for segment in mask.segments}
+    return [segment for segment, _ in count(mask, file, force=force) if segment.number or not named or 0 in named]
 
 
-def count(mask: Volume | Layers, file: Path) -> list[tuple[Segment, int]]:
-    """Each value or segment that occurs, with its voxels; segments that overlap count the shared ones each."""
+def count(mask: Volume | Layers, file: Path, *, force: bool = False) -> list[tuple[Segment, int]]:
+    """Each value or segment that occurs, with its voxels; segments that overlap count the shared ones each. Raises `UnreadableVolume`
+    for an image, unless `force`."""
     from .nifti import as_integers
 
     if isinstance(mask, Layers):
@@ -258,8 +269,11 @@ def count(mask: Volume | Layers, file: Path) -> list[tuple[Segment, int]]:
         for number, _, piece in mask.pieces():
             voxels[number] += int(np.count_nonzero(piece))
         return [(segment, voxels[segment.number]) for segment in mask.segments]
-    values, named = as_integers(mask.values, file), {segment.number: segment for segment in mask.segments}
-    return [(named.get(v, Segment(v)), int(np.count_nonzero(values == v))) for v in present_values(values)]
+    named = {segment.number: segment for segment in mask.segments}
+    census = Census.of(as_integers(mask.values, file))
+    if not force:
+        census.refuse_image(file)
+    return [(named.get(value, Segment(value)), voxels) for value, voxels in sorted(census.voxels.items())]
 
 
 def _grid(case: Case) -> tuple[Geometry, tuple[int, int, int], DicomSource] | None:
@@ -308,6 +322,11 @@ def listing(case: Case) -> str:
 
 def _volume_size(path: Path) -> tuple[int, ...]:
     return check_header(path, voxels=False).voxels.shape[::-1]
+
+
+def _folder_name(folder: Path) -> str:
+    """What a mask is called that a whole folder or zip holds."""
+    return folder.stem if archive.is_zip(folder) else folder.absolute().resolve().name
 
 
 def _volume(path: Path) -> Case:

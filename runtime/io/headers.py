@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
+from ..codes import concept, modified
 from ..errors import UnreadableVolume, reading
 from ..volume import Segment
 from . import meta_header, nifti_header_in, nrrd_header
@@ -106,7 +107,7 @@ def _read_header(path: Path, name: str, handle: BinaryIO) -> Header:
     if name.endswith((".mha", ".mhd")):
         return meta_header.read_header(path, handle)
     header = nrrd_header.read_header(path, handle)
-    segments = tuple(_segments(path, header.keys))
+    segments = tuple(_segments(path, header.keys, header.layers))
     if header.layers > 1 and not segments:
         raise bad(path, f"is 4-D ({header.layers} values per voxel)", "save one 3-D volume per file: one channel, one time point")
     if segments and header.layers > len(segments):
@@ -114,16 +115,28 @@ def _read_header(path: Path, name: str, handle: BinaryIO) -> Header:
     return replace(header, segments=segments)
 
 
-def _segments(path: Path, fields: Mapping[str, str]) -> Iterator[tuple[Segment, int]]:
-    """The segments that Slicer writes into a .seg.nrrd: Segment0_LabelValue, _Layer, _Name and _TerminologyEntry, whose second
-    part is the type as SCHEME^VALUE^MEANING."""
-    for key in fields:
-        if not (found := re.fullmatch(r"segment(\d{1,6})_labelvalue", key)):
-            continue
-        prefix = f"segment{found[1]}_"
-        type_ = re.split(r"[~]", fields.get(prefix + "terminologyentry", "") + "~~")[2].split("^")
-        code = f"{type_[0]}:{type_[1]}" if len(type_) >= 2 and all(type_[:2]) else ""
-        yield (
-            Segment(_numbers(path, fields, key)[0], fields.get(prefix + "name", ""), code),
-            (_numbers(path, fields, prefix + "layer") if prefix + "layer" in fields else [0])[0],
-        )
+def _segments(path: Path, fields: Mapping[str, str], layers: int) -> Iterator[tuple[Segment, int]]:
+    """The segments that Slicer writes into a .seg.nrrd: Segment0_LabelValue, _Layer, _Name and, among its _Tags, a terminology entry.
+
+    Before version 4.11 it wrote neither value nor layer: each segment is 1 in a layer of its own. Without a value several segments of one
+    layer cannot be told apart, and none is returned.
+    """
+    names = sorted({m[1] for key in fields if (m := re.fullmatch(r"segment(\d{1,6})_(?:id|name)", key))}, key=int)
+    valued = [m[1] for key in fields if (m := re.fullmatch(r"segment(\d{1,6})_labelvalue", key))]
+    if not valued and len(names) > 1 and layers == 1:
+        return
+    for n, number in enumerate(valued or names):
+        prefix = f"segment{number}_"
+        value = _numbers(path, fields, prefix + "labelvalue")[0] if valued else 1
+        layer = _numbers(path, fields, prefix + "layer")[0] if prefix + "layer" in fields else 0 if valued else n
+        yield Segment(value, fields.get(prefix + "name", ""), _terminology(fields, prefix)), layer
+
+
+def _terminology(fields: Mapping[str, str], prefix: str) -> str:
+    """A segment's code. Its tags are KEY:VALUE|KEY:VALUE|; of these TerminologyEntry is seven parts, "~" between them: context, category,
+    type, type modifier, anatomic context, region, region modifier; each code is SCHEME^VALUE^MEANING
+    (vtkSlicerTerminologiesModuleLogic)."""
+    tags = dict(tag.strip().split(":", 1) for tag in fields.get(prefix + "tags", "").split("|") if ":" in tag)
+    entry = tags.get("TerminologyEntry") or fields.get(prefix + "terminologyentry", "")
+    codes = [concept(*(part + "^^").split("^")[:2]) for part in (entry + "~" * 6).split("~")[:7]]
+    return modified(codes[2], (codes[3], codes[5], codes[6]))

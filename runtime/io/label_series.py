@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..census import Census
 from ..errors import GeometryError, UnreadableVolume
 from ..volume import DicomSource, Geometry, Volume
 from .dicom_files import ORIENTATION_TOLERANCE, dataset, guarded, numbers, source, stack
@@ -21,22 +22,23 @@ _GRID = ["SOPInstanceUID", "Rows", "Columns", "NumberOfFrames", "PixelSpacing", 
          "SliceThickness", "SpacingBetweenSlices", "FrameOfReferenceUID"]  # fmt: skip
 
 
-def read_series(paths: Sequence[Path], name: str) -> Volume:
-    """The label values of a series, each file one slice; messages call it `name`. Raises `InputError`s, also for an image that is no mask."""
+def read_series(paths: Sequence[Path], name: str, *, force: bool = False) -> Volume:
+    """The label values of a series, each file one slice; messages call it `name`. Raises `InputError`s, also for an image that is no mask,
+    unless `force`: then grey values are labels, too, if nothing rescaled them."""
     with guarded(name):
         geometry, shape, order, notes = _grid([dataset(path, tags=_GRID) for path in paths], name)
         values: NDArray[Any] | None = None
         uids = [""] * len(paths)
         for path, k in zip(paths, order, strict=True):
             ds = dataset(path)
-            plane = _pixels(ds, shape[1:], name)
+            plane = _pixels(ds, shape[1:], name, force)
             values = np.empty(shape, plane.dtype) if values is None else values
             if plane.dtype != values.dtype:
                 values = values.astype(np.result_type(values, plane))
             values[k] = plane
             uids[k] = str(ds.get("SOPInstanceUID", ""))
         assert values is not None
-        if str(ds.get("Modality", "")) in _ACQUIRED and _is_grey(values):
+        if not force and str(ds.get("Modality", "")) in _ACQUIRED and Census.of(values).is_image(most_labels=0):
             raise _no_mask(ds, name, "its pixels change like grey values")
         return Volume(values, geometry, dicom=source(ds, uids), notes=notes)
 
@@ -88,7 +90,7 @@ def _grid(headers: Sequence[Any], name: str) -> tuple[Geometry, tuple[int, int, 
     return geometry, (depth, rows, columns), order, tuple(notes)
 
 
-def _pixels(ds: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
+def _pixels(ds: Any, shape: tuple[int, int], name: str, force: bool) -> NDArray[Any]:
     """One slice's values with the rescale applied, checked to be such as labels can be."""
     from pydicom.pixels.utils import pixel_array
 
@@ -111,19 +113,9 @@ def _pixels(ds: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
                                remedy='decompress it (gdcmconv --raw), or pip install "pylibjpeg[all]"', file=file) from exc  # fmt: skip
     if plane.shape != shape:
         raise UnreadableVolume(f"{name} has a slice of {plane.shape} pixels", expected=str(shape), remedy="export it again", file=file)
-    if plane.min() < 0 or np.unique(plane).size > MAX_LABELS:
+    if not force and (plane.min() < 0 or np.unique(plane).size > MAX_LABELS):
         raise _no_mask(ds, name, "it holds grey values")
     return plane
-
-
-def _is_grey(values: NDArray[Any]) -> bool:
-    """Whether most neighbours in a row differ where there is anything: inside labels they agree."""
-    there = differ = 0
-    for plane in values:
-        left, right = plane[:, :-1], plane[:, 1:]
-        there += int(np.count_nonzero(left | right))
-        differ += int(np.count_nonzero(left != right))
-    return there >= 1000 and differ > there / 2
 
 
 def _no_mask(ds: Any, name: str, why: str) -> UnreadableVolume:

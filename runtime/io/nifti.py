@@ -18,6 +18,7 @@ from ..labels import LabelMap, index_planes, overlay, to_indices
 from ..pipeline import ahead
 from ..volume import Geometry, LabelVolume, Layers, Segment, Volume
 from .headers import EXPECTED, Header, check_header
+from .nifti_names import embedded_names
 from .voxels import planes
 
 READ_AT_ONCE = 2 << 20  # bytes of planes from thread to thread: they stay in the core's cache
@@ -50,10 +51,17 @@ def read_mask(path: Path) -> Volume | Layers:
     path = Path(path)
     header = check_header(path, voxels=False)
     (values,) = planes(path, header.voxels, header.voxels.shape[0])
-    segments = tuple(segment for segment, _ in header.segments)
+    segments = _segments_of(header, path)
     if len({s.number for s in segments}) < len(segments) or header.layers > 1:
         return _layers(values, header, path)
     return Volume(values, header.geometry, header.nifti, segments, notes=_notes(header, path))
+
+
+def _segments_of(header: Header, path: Path) -> tuple[Segment, ...]:
+    """What the file calls its values: a Slicer segmentation's segments, or the names embedded in a NIfTI."""
+    if path.suffix.lower() in (".gz", ".nii"):
+        return embedded_names(path)
+    return tuple(segment for segment, _ in header.segments)
 
 
 def _notes(header: Header, path: Path) -> tuple[str, ...]:
@@ -107,22 +115,24 @@ class _Kept:
 
 
 def read_labels(
-    path: Path, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), file: Path | None = None
-) -> LabelVolume:
+    path: Path, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), force: bool = False,
+    file: Path | None = None,
+) -> LabelVolume:  # fmt: skip
     """Read a mask and map its values to the model's indices. Raises `InputError`s that name `file`, by default the path.
 
-    `order`: what wins where segments overlap (`runtime.labels.overlay`). Of a volume in one layer only the indices are ever held: it is
-    decompressed in one thread, and mapped and digested in another, a few planes behind.
+    `order`: what wins where segments overlap (`runtime.labels.overlay`); `force`: what looks like an image is read, too.
+    Of a volume in one layer only the indices are ever held: it is decompressed in one thread, and mapped and digested in another, a few
+    planes behind.
     """
     path = Path(path)
     file, header = file or path, check_header(path, voxels=False)
-    segments = [segment for segment, _ in header.segments]
+    segments = _segments_of(header, path)
     if header.layers > 1 or len({s.number for s in segments}) < len(segments):
-        return labels_of(read_mask(path), table, label_map, order=order, file=file)
+        return labels_of(read_mask(path), table, label_map, order=order, force=force, file=file)
     at_once = max(1, READ_AT_ONCE * header.voxels.shape[0] // header.voxels.size)
     blocks = ahead(planes(path, header.voxels, at_once))
     values = (plane for block in blocks for plane in as_integers(block, file))
-    indices = index_planes(values, table, label_map, segments=segments, file=file)
+    indices = index_planes(values, table, label_map, segments=segments, force=force, file=file)
     with _in_memory(header, file):
         return LabelVolume.gathered(indices, header.voxels.shape, header.geometry, header.nifti, notes=_notes(header, path))
 
@@ -142,13 +152,14 @@ def _in_memory(header: Header, file: Path) -> Iterator[None]:
 
 
 def labels_of(
-    mask: Volume | Layers, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), file: Path
-) -> LabelVolume:
+    mask: Volume | Layers, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), force: bool = False,
+    file: Path,
+) -> LabelVolume:  # fmt: skip
     """What a reader returned, in the model's indices. Raises `InputError`s that name `file`."""
     if isinstance(mask, Layers):
         labels = overlay(mask, table, label_map, order=order, file=file)
         return LabelVolume(labels, mask.geometry, dicom=mask.dicom, notes=mask.notes)
-    labels = to_indices(as_integers(mask.values, file), table, label_map, segments=mask.segments, file=file)
+    labels = to_indices(as_integers(mask.values, file), table, label_map, segments=mask.segments, force=force, file=file)
     return LabelVolume(labels, mask.geometry, mask.nifti_header, mask.dicom, mask.notes)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..codes import concept, modified
 from ..errors import GeometryError, InputError, UnreadableVolume
 from ..volume import Layers, Segment
 from .dicom_files import ORIENTATION_TOLERANCE, dataset, guarded, numbers, pydicom, source, stack
@@ -156,16 +157,23 @@ def _plane(groups: Any, shared: Any, name: str) -> tuple[NDArray[np.float64], ND
 
 def _segments(ds: Any, kind: str) -> Iterator[Segment]:
     for item in ds.SegmentSequence:
-        number, codes = int(item.SegmentNumber), item.get("SegmentedPropertyTypeCodeSequence")
+        number = int(item.SegmentNumber)
         if kind != "LABELMAP" or number:  # a label map may describe its background
-            yield Segment(number, str(item.get("SegmentLabel", "")), code_of(codes[0]) if codes else "")
+            yield Segment(number, str(item.get("SegmentLabel", "")), _segment_code(item))
+
+
+def _segment_code(segment: Any) -> str:
+    """A segment's type with all that modifies it: the type's modifiers, the anatomic regions and theirs (PS3.3, C.8.20.2)."""
+    types = segment.get("SegmentedPropertyTypeCodeSequence")
+    if not types:
+        return ""
+    regions = segment.get("AnatomicRegionSequence") or []
+    modifiers = [*(types[0].get("SegmentedPropertyTypeModifierCodeSequence") or []), *regions]
+    modifiers += [item for region in regions for item in region.get("AnatomicRegionModifierSequence") or []]
+    return modified(code_of(types[0]), map(code_of, modifiers))
 
 
 def code_of(item: Any) -> str:
     """A coded entry as "SCHEME:VALUE"; codes of SNOMED's older scheme as those of today (PS3.16, annex L)."""
-    from pydicom.sr._snomed_dict import mapping  # pydicom compares codes by it, and offers no other way to it
-
     value = str(item.get("CodeValue") or item.get("LongCodeValue") or item.get("URNCodeValue") or "")
-    scheme = {"SNM3": "SRT", "99SDM": "SRT"}.get(str(item.get("CodingSchemeDesignator", "")), str(item.get("CodingSchemeDesignator", "")))
-    today = mapping["SRT"].get(value) if scheme == "SRT" else None
-    return f"SCT:{today}" if today else f"{scheme}:{value}" if value else ""
+    return concept(str(item.get("CodingSchemeDesignator", "")), value)
