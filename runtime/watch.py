@@ -178,10 +178,10 @@ class Watcher:
         return chosen
 
     def _whole(self, item: Path) -> bool:
-        """Whether everything in it can be opened, by its headers."""
+        """Whether everything in it can be opened, by its headers, and no file of it seems to be missing."""
         try:
             for case in self._find(item, False):
-                if case.kind == "damaged":
+                if not case.whole:
                     return False
                 if case.kind == "volume":
                     with on_disk(case.path) as path:

@@ -20,7 +20,22 @@ from ..report import Summary
 from ..scale import RaySynthesizer
 from ..stream import CaseResult
 from ..synthesizer import Synthesizer
-from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, painted, recipe, recipes
+from .common import (
+    MASK_HELP,
+    add_engine,
+    add_reading,
+    add_results,
+    add_verbose,
+    choose,
+    engine,
+    find,
+    introduce,
+    open_models,
+    painted,
+    recipe,
+    recipes,
+)
+from .failures import Failures
 
 
 def add(commands: Any) -> None:
@@ -34,6 +49,7 @@ def add(commands: Any) -> None:
     synth.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each case")
     synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
     synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
+    add_verbose(synth)
     synth.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     how = synth.add_argument_group("several processes or machines, by Ray; the result is the same")
     how.add_argument(
@@ -103,6 +119,7 @@ def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence
 
 
 def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: argparse.Namespace) -> int:
+    failures = Failures(verbose=options.verbose)
     try:
         with redirect_stdout(sys.stderr):  # Ray says there what becomes of its workers
             for result, model in results:
@@ -110,8 +127,9 @@ def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: a
                 for warning in result.warnings:
                     print(f"warning: {warning}")
                 if result.error is not None:
-                    print(f"error: {result.error}")
+                    failures.add(result.error)
     finally:  # what was done is told also of a run that was stopped
+        failures.close()
         if options.report is not None:
             write_json(options.report, summary.to_json())
     summary.close()
@@ -121,7 +139,7 @@ def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: a
 
 
 def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe], options: argparse.Namespace) -> int:
-    failed = 0
+    failed, failures = 0, Failures(verbose=options.verbose)
     for name, made in made_of.items():
         made.writer.check(models[name].manifest, options.output)
     for case in cases:
@@ -133,7 +151,7 @@ def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe
             grid = synth.grid(volume)
         except InputError as exc:
             failed, exc.file = failed + 1, exc.file or case.called
-            print(f"error: {exc}", file=sys.stderr)
+            failures.add(exc)
             continue
         depth, height, width = volume.labels.shape
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
@@ -142,4 +160,5 @@ def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe
                 f"{printable(case.called)}: {width} x {height} x {depth} voxels of {spacing} mm, "
                 f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
             )
+    failures.close()
     return 1 if failed else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
 import re
 import struct
 import zlib
@@ -97,6 +98,10 @@ def check_header(path: Path, *, voxels: bool = True) -> Header:
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
+        with reading(path, EXPECTED):  # what cannot be read is of no format
+            path.stat()
+            if not os.access(path, os.R_OK):
+                raise PermissionError
         raise UnreadableVolume(f"{path.name} is not of a format that is read", expected=f"{EXPECTED} ({', '.join(SUFFIXES)}), or DICOM with its prefix",
                                remedy="convert it to one of these", file=path)  # fmt: skip
     try:
