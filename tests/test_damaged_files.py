@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,7 @@ DAMAGE = {
     "text": (lambda file: file.write_text("no such study"), "1 text"),
     "no preamble": (without_preamble, "1 without the DICOM prefix"),
     "half a prefix": (cut_to(100), "1 without the DICOM prefix"),
-    "prefix alone": (cut_to(132), "1 cut short"),
+    "prefix alone": (cut_to(132), "1 with an incomplete header"),
     "cut in the header": (cut_to(500), "1 cut short"),
     "cut before the pixels": (cut_by(960 + 12), "1 cut short"),
     "cut in the pixels": (cut_by(2), "1 cut short"),
@@ -156,6 +157,15 @@ def test_a_damaged_file_elsewhere_hides_no_series(tmp_path: Path) -> None:
         read_mask(damaged)
 
 
+def test_a_slice_damaged_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    for n, ds in enumerate(slices(blobs((4, 20, 24)))):
+        save(tmp_path / "in" / str(n), [ds])
+    next((tmp_path / "in" / "3").iterdir()).write_bytes(b"")
+    case = find_cases([tmp_path / "in"])[0]
+    with pytest.raises(UnreadableVolume, match="1 empty"):
+        read_mask(case)
+
+
 def test_list_names_the_damaged_files(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = save(tmp_path / "s", slices(blobs((6, 20, 24))))
     first, *_, last = sorted(folder.iterdir())
@@ -183,6 +193,69 @@ def test_contours_cut_short_are_refused(size: int, tmp_path: Path) -> None:
     assert cases
     with pytest.raises(UnreadableVolume):
         list(read_mask(cases[0]).pieces())  # type: ignore[union-attr]
+
+
+def test_contours_of_undefined_length_are_whole_with_padding(tmp_path: Path) -> None:
+    """Lengths may be left open and a file padded with zeros; cut, its last delimiter is missing."""
+    import pydicom
+
+    series = slices(np.zeros((4, 20, 24), np.uint16), Modality="CT")
+    square = [np.array([[-10.0, 5, z], [0, 5, z], [0, 12, z], [-10, 12, z]]) for z in (40.0, 42.5)]
+    save(tmp_path / "in" / "ct", series)
+    path = structure_set(tmp_path / "in" / "rs.dcm", series, {"left ventricle": square})
+    ds = pydicom.dcmread(path)
+    for element in ds.iterall():
+        if element.VR == "SQ":
+            element.is_undefined_length = True
+    ds.save_as(path)
+    (case,) = (case for case in find_cases([tmp_path / "in"]) if case.kind == "rtstruct")
+    whole = path.read_bytes()
+    assert whole.endswith(b"\xfe\xff\xdd\xe0\0\0\0\0")
+    path.write_bytes(whole + bytes(128))
+    assert len(list(read_mask(case).pieces())) == 2  # type: ignore[union-attr]
+    path.write_bytes(whole[:-40])
+    with pytest.raises(UnreadableVolume):
+        read_mask(case)
+
+
+def test_compressed_slices_cut_short_are_told_from_whole_ones(tmp_path: Path) -> None:
+    from pydicom.uid import RLELossless
+
+    series = slices(blobs((4, 20, 24)))
+    for ds in series:
+        ds.compress(RLELossless, generate_instance_uid=False)
+    folder = save(tmp_path / "s", series)
+    (case,) = find_cases([folder])
+    assert case.whole and read_mask(case).values.shape == (4, 20, 24)
+    cut_by(8)(sorted(folder.iterdir())[0])
+    (case,) = find_cases([folder])
+    with pytest.raises(UnreadableVolume, match="1 cut short"):
+        read_mask(case)
+
+
+def test_slices_compressed_in_two_ways_count_once(tmp_path: Path) -> None:
+    from pydicom.uid import RLELossless
+
+    values = blobs((4, 20, 24))
+    series = slices(values)
+    folder = save(tmp_path / "s", series)
+    for ds in series:
+        ds.compress(RLELossless, generate_instance_uid=False)
+    save(folder, series, "again")
+    volume = read_mask(find_cases([folder])[0])
+    assert np.array_equal(volume.values, values)  # type: ignore[union-attr]
+
+
+def test_what_is_said_of_a_series_reaches_the_report(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    series = slices(blobs((6, 20, 24)))
+    series[2].ImagePositionPatient[2] += 0.05
+    save(tmp_path / "s", series[1:])
+    report = tmp_path / "report.json"
+    assert synth(fake_model, tmp_path / "out", tmp_path / "s", "--report", report) == 0
+    (case,) = json.loads(report.read_text())["cases"]
+    error = capsys.readouterr().err
+    for words in ("may not be complete: its images are numbered from 2", "is uneven: slices lie up to"):
+        assert any(words in warning for warning in case["warnings"]) and words in error
 
 
 def edited(ds: Dataset) -> None:

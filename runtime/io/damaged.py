@@ -26,8 +26,9 @@ def damaged_beside(instances: Sequence[Instance], others: Iterable[Path]) -> lis
     A name passes by a DICOM suffix, by the pattern of a DICOM file's name in the same folder (digits count as one), and by the
     suffix of one (or the want of any), unless the file is plain text as licences are.
     """
+    others = list(others)
     patterns, suffixes = defaultdict(set), defaultdict(set)
-    for instance in instances:
+    for instance in instances if others else ():
         patterns[instance.path.parent].add(_pattern(instance.path.name))
         suffixes[instance.path.parent].add(_pattern(instance.path.suffix))
     damaged = []

@@ -207,6 +207,8 @@ def _chosen(folder: Path, cases: list[Case], series: str | None, every: bool) ->
 
 def _counted_once(cases: Sequence[Case]) -> list[Case]:
     """Without the damaged files of folders whose series is among the cases: they are its damage."""
+    if all(case.kind != "damaged" for case in cases):
+        return [*cases]
     folders = {file.parent for case in cases if case.kind == "series" for file in case.files}
     return [case for case in cases if case.kind != "damaged" or not folders.issuperset(file.parent for file in case.files)]
 
@@ -220,7 +222,8 @@ def _ask(folder: Path, cases: Sequence[Case], fact: str) -> UsageError:
 def _of_instances(instances: Iterable[Instance], *, every: bool) -> list[Case]:
     """A case for each SEG, each RTSTRUCT, each image series and each DICOM file that is none of these (which reading will refuse).
 
-    The damaged files of a folder are one case (with `every`, one each). They are also the damage of each image series in that folder.
+    The damaged files of a folder are one case (with `every`, one each). They are also the damage of each image series in that folder, and
+    of a series in several folders where nothing else is in theirs: some exporters give each slice a folder.
     """
     groups: dict[tuple[str, str], list[Instance]] = {}
     damaged: dict[Path, list[Instance]] = {}
@@ -233,12 +236,16 @@ def _of_instances(instances: Iterable[Instance], *, every: bool) -> list[Case]:
     for folder, those in damaged.items():
         for one in those:
             groups.setdefault(("damaged", str(one.path if every else folder)), []).append(one)
+    alone = {*damaged} - {one.path.parent for (kind, _), group in groups.items() if kind != "damaged" for one in group if not one.damage}
     cases = []
     for (kind, uid), group in groups.items():
         columns, rows, frames = group[0].size
         damage = [instance.damage for instance in group if instance.damage]
         if kind == "image":
-            beside = [one for folder in dict.fromkeys(i.path.parent for i in group) for one in damaged.get(folder, ())]
+            folders = {i.path.parent for i in group} if damaged else set()
+            beside = [
+                one for folder, those in damaged.items() if folder in folders or (len(folders) > 1 and folder in alone) for one in those
+            ]
             damage += [one.damage for one in beside if one not in group]
         cases.append(Case(neutral("series" if kind == "image" else kind if kind != "other" else "dicom", uid), group[0].path,
                           "series" if kind == "image" else kind, tuple(i.path for i in group), number=group[0].number, series=group[0].series,

@@ -40,6 +40,8 @@ _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # float, double float, integ
 _DICOMDIR = "1.2.840.10008.1.3.10"
 _UNDEFINED = 0xFFFFFFFF  # a length that a delimiter ends (PS3.5, 7.1.3)
 _ITEM, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE0DD
+_PADDING = 4096  # bytes of zeros that may follow a file's last element
+_MAX_FRAGMENTS = 1 << 17  # of compressed pixels that are followed to their end
 CUT_SHORT, UNFINISHED_COPY = "cut short", "unfinished copy"
 UNFINISHED = (".part", ".partial", ".tmp", ".filepart", ".crdownload", "~")  # what copies are called before they are whole
 _IDENTITY = ["SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "PatientAge", "StudyInstanceUID", "StudyDate", "StudyTime",
@@ -135,9 +137,9 @@ def _last_element_is_cut(ds: Any, plain: Any) -> bool:
         return last.length != _UNDEFINED and last.value is not None and len(last.value) < last.length
     if not getattr(last, "is_undefined_length", False) or last.VR != "SQ":
         return False
-    plain.seek(plain.seek(0, 2) - 8)
-    end = struct.unpack("<HHL" if ds.original_encoding[1] else ">HHL", plain.read(8))
-    return (end[0] << 16 | end[1], end[2]) != (_SEQUENCE_END, 0)
+    plain.seek(max(0, plain.seek(0, 2) - _PADDING))
+    delimiter = struct.pack("<HH" if ds.original_encoding[1] else ">HH", _SEQUENCE_END >> 16, _SEQUENCE_END & 0xFFFF)
+    return not plain.read(_PADDING).rstrip(b"\0").endswith(delimiter)  # whose length is 0
 
 
 def scan(paths: Iterable[Path], others: list[Path] | None = None) -> list[Instance]:
@@ -210,7 +212,7 @@ def _instance(path: Path) -> Instance:
             kind = "seg" if sop in SEGMENTATION else "rtstruct" if sop == RTSTRUCT else "image" if size[0] and size[1] else None
             cut = _ends_early(ds, plain, pixels=kind in ("seg", "image"))
             if kind is None and (cut or _lacks_header(ds, sop)):
-                return damaged_instance(path, CUT_SHORT)
+                return damaged_instance(path, CUT_SHORT if cut else "with an incomplete header")
             description = str(ds.get("SeriesDescription", ""))
             return Instance(path, kind, uid, str(ds.get("SeriesInstanceUID", "")) or uid, str(ds.get("SeriesNumber") or ""),
                             str(ds.get("FrameOfReferenceUID", "")), description, (size[0], size[1], size[2]),
@@ -228,7 +230,7 @@ def damaged_instance(path: Path, damage: str) -> Instance:
 
 def _integer(ds: Any, keyword: str) -> int | None:
     try:
-        return int(ds.get(keyword))
+        return int(ds[keyword].value) if keyword in ds else None
     except (TypeError, ValueError):
         return None
 
@@ -251,12 +253,15 @@ def _ends_early(ds: Any, plain: Any, *, pixels: bool) -> bool:
     if isinstance(plain, deflated.Inflated):
         return False
     start = plain.tell()
-    size = plain.seek(0, 2)
+    try:
+        size = os.fstat(plain.fileno()).st_size  # a seek to the end would empty the buffer
+    except OSError:  # of a zip's member, which lies in memory
+        size = plain.seek(0, 2)
+        plain.seek(start)
     if start >= size:
         return pixels or start > size
     implicit, little = ds.original_encoding
     order = "<" if little else ">"
-    plain.seek(start)
     head = plain.read(12)
     if len(head) < 8:
         return True
@@ -270,7 +275,7 @@ def _ends_early(ds: Any, plain: Any, *, pixels: bool) -> bool:
     if length != _UNDEFINED:
         return bool(start + place + 4 + length > size)
     place += start + 4
-    while True:  # fragment by fragment, to the delimiter (PS3.5, A.4)
+    for _ in range(_MAX_FRAGMENTS):  # one by one, to the delimiter (PS3.5, A.4)
         plain.seek(place)
         head = plain.read(8)
         if len(head) < 8:
@@ -279,6 +284,7 @@ def _ends_early(ds: Any, plain: Any, *, pixels: bool) -> bool:
         if group << 16 | element != _ITEM:
             return group << 16 | element != _SEQUENCE_END
         place += 8 + length
+    return False
 
 
 def source(ds: Any, uids: Sequence[str], frame_of_reference: str = "") -> DicomSource:
