@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -23,6 +22,7 @@ from ..errors import GeometryError, Mask2CTError, UnreadableVolume, UsageError, 
 from ..files import sha256_of
 from ..volume import DicomSource, Geometry
 from . import archive, deflated
+from .cut_short import ends_early, last_element_is_cut
 
 SEGMENTATION = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # Segmentation, Label Map Segmentation Storage
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
@@ -36,12 +36,7 @@ MAX_SLICES = 4096
 _HEADER = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality", "SeriesNumber", "SeriesDescription", "Rows", "Columns",
            "NumberOfFrames", "FrameOfReferenceUID", "SyntheticData", "PixelData", "InstanceNumber", "ImagesInAcquisition",
            "NumberOfSlices"]  # fmt: skip
-_PIXEL_TAGS = (0x7FE00008, 0x7FE00009, 0x7FE00010)  # float, double float, integer
 _DICOMDIR = "1.2.840.10008.1.3.10"
-_UNDEFINED = 0xFFFFFFFF  # a length that a delimiter ends (PS3.5, 7.1.3)
-_ITEM, _SEQUENCE_END = 0xFFFEE000, 0xFFFEE0DD
-_PADDING = 4096  # bytes of zeros that may follow a file's last element
-_MAX_FRAGMENTS = 1 << 17  # of compressed pixels that are followed to their end
 CUT_SHORT, UNFINISHED_COPY = "cut short", "unfinished copy"
 UNFINISHED = (".part", ".partial", ".tmp", ".filepart", ".crdownload", "~")  # what copies are called before they are whole
 _IDENTITY = ["SpecificCharacterSet", "PatientName", "PatientID", "PatientBirthDate", "PatientSex", "PatientAge", "StudyInstanceUID", "StudyDate", "StudyTime",
@@ -119,27 +114,13 @@ def dataset(path: Path, *, tags: Sequence[str] | None = None) -> Any:
         if tags is not None:
             return reader.dcmread(plain, specific_tags=[*tags], stop_before_pixels=True)
         ds = reader.dcmread(plain)
-        if _last_element_is_cut(ds, plain):
+        if last_element_is_cut(ds, plain):
             raise UnreadableVolume(
                 "a DICOM file is truncated: it ends within an element",
                 expected="complete DICOM files",
                 remedy="copy or export it again",
             )
         return ds
-
-
-def _last_element_is_cut(ds: Any, plain: Any) -> bool:
-    """Whether the file ended within its last element, which pydicom takes as it comes: contours would be missing without a word."""
-    if not len(ds):
-        return False
-    last = ds.get_item(max(ds.keys()))
-    if getattr(last, "is_raw", False):
-        return last.length != _UNDEFINED and last.value is not None and len(last.value) < last.length
-    if not getattr(last, "is_undefined_length", False) or last.VR != "SQ":
-        return False
-    plain.seek(max(0, plain.seek(0, 2) - _PADDING))
-    delimiter = struct.pack("<HH" if ds.original_encoding[1] else ">HH", _SEQUENCE_END >> 16, _SEQUENCE_END & 0xFFFF)
-    return not plain.read(_PADDING).rstrip(b"\0").endswith(delimiter)  # whose length is 0
 
 
 def scan(paths: Iterable[Path], others: list[Path] | None = None) -> list[Instance]:
@@ -210,7 +191,7 @@ def _instance(path: Path) -> Instance:
             sop, uid = str(ds.get("SOPClassUID", "")), str(ds.get("SOPInstanceUID", "")) or str(path)
             size = tuple(int(ds.get(key) or default) for key, default in (("Columns", 0), ("Rows", 0), ("NumberOfFrames", 1)))
             kind = "seg" if sop in SEGMENTATION else "rtstruct" if sop == RTSTRUCT else "image" if size[0] and size[1] else None
-            cut = _ends_early(ds, plain, pixels=kind in ("seg", "image"))
+            cut = ends_early(ds, plain, pixels=kind in ("seg", "image"))
             if kind is None and (cut or _lacks_header(ds, sop)):
                 return damaged_instance(path, CUT_SHORT if cut else "with an incomplete header")
             description = str(ds.get("SeriesDescription", ""))
@@ -243,48 +224,6 @@ def _lacks_header(ds: Any, sop: str) -> bool:
     if not sop:
         return stored_as != _DICOMDIR
     return (bool(stored_as) and sop != stored_as) or "Image Storage" in UID(sop).name
-
-
-def _ends_early(ds: Any, plain: Any, *, pixels: bool) -> bool:
-    """Whether a file ends within an element, or before its pixels do. `plain`: the file, where pydicom stopped before them.
-
-    Of a deflated file nothing is said: inflating it finds out.
-    """
-    if isinstance(plain, deflated.Inflated):
-        return False
-    start = plain.tell()
-    try:
-        size = os.fstat(plain.fileno()).st_size  # a seek to the end would empty the buffer
-    except OSError:  # of a zip's member, which lies in memory
-        size = plain.seek(0, 2)
-        plain.seek(start)
-    if start >= size:
-        return pixels or start > size
-    implicit, little = ds.original_encoding
-    order = "<" if little else ">"
-    head = plain.read(12)
-    if len(head) < 8:
-        return True
-    group, element = struct.unpack(f"{order}HH", head[:4])
-    if group << 16 | element not in _PIXEL_TAGS:
-        return False
-    place = 4 if implicit else 8
-    if len(head) < place + 4:
-        return True
-    (length,) = struct.unpack(f"{order}L", head[place : place + 4])
-    if length != _UNDEFINED:
-        return bool(start + place + 4 + length > size)
-    place += start + 4
-    for _ in range(_MAX_FRAGMENTS):  # one by one, to the delimiter (PS3.5, A.4)
-        plain.seek(place)
-        head = plain.read(8)
-        if len(head) < 8:
-            return True
-        group, element, length = struct.unpack("<HHL", head)
-        if group << 16 | element != _ITEM:
-            return group << 16 | element != _SEQUENCE_END
-        place += 8 + length
-    return False
 
 
 def source(ds: Any, uids: Sequence[str], frame_of_reference: str = "") -> DicomSource:
