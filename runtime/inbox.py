@@ -17,12 +17,11 @@ from pathlib import Path
 from .errors import Mask2CTError, UsageError, printable, writing
 from .files import fits, lock, write_text
 from .io.archive import is_zip
-from .io.dicom_files import neutral
+from .io.dicom_files import UNFINISHED, neutral
 from .io.headers import SUFFIXES
 
 WORK, DONE, FAILED = ".work", "done", "failed"
 LOCK, STARTS = ".lock", ".starts"  # nothing that is taken begins with a dot
-UNFINISHED = (".part", ".partial", ".tmp", ".filepart", ".crdownload", "~")  # what copies are called before they are whole
 IGNORED = (".ds_store", "._")  # what macOS leaves in folders begins with
 PATIENCE = 10  # times as long as for others, what does not look whole is left to whoever may still be writing it
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, UnreadableVolume, reading
 from .files import fits, sha256_of
 from .io.archive import opened
-from .io.detect import Case, read_case
+from .io.detect import Case, like_digests, read_case
 from .io.formats import DEFAULT_OPTIONS, FormatOptions, Painting, result_name
 from .journal import Entry, Ledger, key_of
 from .labels import LabelMap
@@ -34,7 +35,8 @@ class CaseResult:
     `mask`: its path, or for a DICOM source the name of the case: its path may name a patient.
 
     `input`, `sha256`: SHA-256 by file name of what was read and written; `mask_sha256`: of
-    all that was read, as the journal has it. `seconds`: by stage, spent working and not waiting; stages overlap. `skipped`: it was complete already, and proven so.
+    all that was read, as the journal has it. `seconds`: by stage, spent working and not waiting;
+    stages overlap. `skipped`: it was complete already, and proven so.
     """
 
     case: str
@@ -120,6 +122,7 @@ class Run:
         self._synthesizer, self._journal, self._on_slice = synthesizer, journal, on_slice
         self._recipe, self._output, self._format, self._variants = recipe, recipe.output, recipe.writer, recipe.numbers
         self._ranges, self._seed, self._labels, self._resume = recipe.ranges, recipe.seed, recipe.labels, recipe.resume
+        self._like = cache(like_digests)  # of one run: an image that all cases share is read once
 
     def results(self, cases: Sequence[Case]) -> Generator[CaseResult]:
         ahead, behind = Ahead(self._prepare(cases)), Behind(self._write)
@@ -229,7 +232,9 @@ class Run:
             "model": key_of(synth.manifest.to_json()),
             "engine": [synth.engine, synth.file],
             "format": [type(self._format).__name__, {k: repr(v) for k, v in vars(self._format).items() if not k.startswith("_")}],
-            "case": {f.name: repr(getattr(case, f.name)) for f in fields(case) if f.name not in ("path", "files", "grid")},
+            "case": {f.name: repr(getattr(case, f.name)) for f in fields(case) if f.name not in ("path", "files", "grid", "options")},
+            "reading": repr(replace(case.options, like=None)),
+            "like": self._like(case.options.like),
             "input": _content(case, inputs),
             "labels": None if self._labels is None else sorted(map(repr, self._labels.items())),
             "seed": self._seed,

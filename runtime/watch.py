@@ -187,10 +187,10 @@ class Watcher:
         return chosen
 
     def _whole(self, item: Path) -> bool:
-        """Whether everything in it can be opened, by its headers."""
+        """Whether everything in it can be opened, by its headers, and no file of it seems to be missing."""
         try:
             for case in self._find(item, False):
-                if case.kind == "damaged":
+                if not case.whole:
                     return False
                 for file in case.files if case.kind in ("volume", "classes") else ():
                     with on_disk(file) as path:

@@ -139,7 +139,7 @@ def test_nothing_of_a_patient_reaches_results_reports_or_messages(
     code = run(main, ["synth", str(tmp_path / "in"), "--model", str(fake_model), "--backend", "fake", "--output", str(tmp_path / "out"),
                       "--report", str(report)])  # fmt: skip
     said = capsys.readouterr()
-    assert code == 1 and len(json.loads(report.read_text())["cases"]) == 5
+    assert code == 1 and len(json.loads(report.read_text())["cases"]) == 6  # the torn file, too
     names = [str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*")]
     everything = said.out + said.err + report.read_text() + " ".join(names)
     uids = [

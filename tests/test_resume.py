@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from samples import blobs, results, write_mask
+import SimpleITK as sitk
+from dicom_masks import save, slices, structure_set
+from samples import blobs, results, synth, write_mask
 
 from runtime import OutputError, Synthesizer, UsageError
 from runtime.__main__ import main
@@ -220,3 +222,26 @@ def test_an_interrupt_while_the_journal_closes_closes_nothing_twice(tmp_path: Pa
     monkeypatch.undo()
     journal.close()
     Journal(tmp_path).close()  # and the lock is let go
+
+
+def test_the_image_given_by_like_counts_by_its_content(tmp_path: Path, fake_model: Path) -> None:
+    """Another image under the same name is another grid; the same image under another name is not."""
+    series = slices(np.zeros((4, 20, 24), np.uint16), Modality="CT")
+    square = np.array([[-10.0, 5, 42.5], [0, 5, 42.5], [0, 12, 42.5], [-10, 12, 42.5]])
+    contours = structure_set(tmp_path / "rs.dcm", series, {"left ventricle": [square]})
+    like, out = write_mask(tmp_path / "like.nii.gz", blobs((4, 20, 24))), tmp_path / "out"
+
+    def made(image: Path) -> tuple[int, tuple[int, ...]]:
+        assert synth(fake_model, out, contours, "--like", image, "--resume") == 0
+        (ct,) = out.glob("*_ct.nii.gz")
+        return ct.stat().st_mtime_ns, sitk.ReadImage(str(ct)).GetSize()
+
+    first = made(like)
+    assert first[1] == (24, 20, 4) and made(like) == first
+    write_mask(like, blobs((5, 22, 26)))
+    second = made(like)
+    assert second[0] != first[0] and second[1] == (26, 22, 5)
+    assert made(like.rename(tmp_path / "renamed.nii.gz")) == second
+    folder = save(tmp_path / "series", slices(np.zeros((6, 20, 24), np.uint16), Modality="CT"))
+    third = made(folder)
+    assert third[1] == (24, 20, 6) and made(folder.rename(tmp_path / "moved")) == third

@@ -12,7 +12,7 @@ from ..contract import LabelTable, Manifest
 from ..engines.registry import CHOICES
 from ..errors import InputError, UsageError, printable
 from ..io.class_files import is_class_name
-from ..io.detect import Case, ReadOptions, find_cases
+from ..io.detect import OWN, Case, PassedOver, ReadOptions, find_cases
 from ..io.formats import FORMATS, FormatOptions
 from ..io.headers import SUFFIXES
 from ..labels import MAP_HELP, MM_WHS, PRESETS, LabelMap, load_map, lost, names_of
@@ -101,6 +101,11 @@ def add_making(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
 
 
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """For every command that ends with what failed."""
+    parser.add_argument("--verbose", action="store_true", help="print each failed case in full (default: of many, a table of reasons)")
+
+
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """How a mask is read, for every command that reads masks."""
     how = parser.add_argument_group("reading masks")
@@ -110,7 +115,9 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--threshold", type=float, metavar="F", help="the fraction from which on a voxel of a FRACTIONAL segmentation is inside"
     )
-    how.add_argument("--like", type=Path, metavar="IMAGE", help="a volume, or a DICOM series' folder, on whose grid contours are filled")
+    how.add_argument(
+        "--like", type=Path, metavar="IMAGE", help="RTSTRUCT: a volume, or a DICOM series' folder, on whose grid contours are filled"
+    )
     how.add_argument(
         "--allow-missing-references",
         action="store_true",
@@ -197,7 +204,7 @@ def recipe(options: argparse.Namespace, output: Path, table: LabelTable, tables:
 
 def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = False, say: bool = True) -> list[Case]:
     """The cases, read as the options say; what was passed over is said."""
-    skipped: list[Path] = []
+    skipped: list[PassedOver] = []
     order = tuple(name.strip() for name in options.overlap_order.split(",") if name.strip())
     how = ReadOptions(order, options.threshold, options.like, options.allow_missing_references, options.force_labels)
     known = _names(options)
@@ -210,9 +217,8 @@ def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = Fa
         elif case.kind == "volume" and is_class_name(case.path, known):
             print(f"warning: {printable(case.called)} is called like a structure and read by its values; give the folder of all classes to "
                   "read each by its name", file=sys.stderr)  # fmt: skip
-    for path in skipped if say else ():
-        name = path.name if path.name.lower().endswith(SUFFIXES) else "a DICOM file"
-        print(f"warning: {name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
+    if say:
+        _say_passed_over(skipped, paths=every)
     return cases
 
 
@@ -220,6 +226,22 @@ def _names(options: argparse.Namespace) -> frozenset[str]:
     """What --labels and the models call structures."""
     models = [options.model] if isinstance(options.model, Path) else [*named(options.model or ()).values()]
     return names_of(options.labels, [Manifest.load(folder).labels for folder in models] or [MM_WHS])
+
+
+def _say_passed_over(skipped: Sequence[PassedOver], *, paths: bool) -> None:
+    """A line for each file that mask2ct wrote, and one for each kind of link and folder; `paths`: with theirs, for the screen."""
+    others: dict[str, list[Path]] = {}
+    for one in skipped:
+        if one.what != OWN:
+            others.setdefault(one.what, []).append(one.path)
+            continue
+        name = one.path.name if one.path.name.lower().endswith(SUFFIXES) else "a DICOM file"
+        print(f"warning: {name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
+    for what, places in others.items():
+        named = places if paths else [Path(place.name) for place in places if place.name.lower().endswith(SUFFIXES)]
+        names = f": {', '.join(map(printable, named[:12]))}{', …' if len(named) > 12 else ''}" if named else ""
+        hint = " (give what a link leads to itself)" if what == "linked folder" else "" if paths else " (--list shows where)"
+        print(f"warning: {len(places)} {what}{'s' if len(places) > 1 else ''} not read{hint}{names}", file=sys.stderr)
 
 
 def label_map(options: argparse.Namespace, table: LabelTable, tables: Sequence[LabelTable] = ()) -> LabelMap | None:

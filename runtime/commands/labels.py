@@ -14,7 +14,8 @@ from ..contract import LabelTable, Manifest
 from ..errors import InputError, printable
 from ..io.detect import Case, count, read_mask
 from ..labels import MAP_HELP, MM_WHS, LabelMap, match, refuse_contradictions
-from .common import MASK_HELP, add_reading, find, label_map
+from .common import MASK_HELP, add_reading, add_verbose, find, label_map
+from .failures import Failures
 
 
 def add(commands: Any) -> None:
@@ -23,12 +24,13 @@ def add(commands: Any) -> None:
     labels.add_argument("file", nargs="+", type=Path, help=MASK_HELP)
     labels.add_argument("--model", type=Path, help="map to this model's labels (default: the MM-WHS table)")
     add_reading(labels)
+    add_verbose(labels)
 
 
 def _labels(options: argparse.Namespace) -> int:
     table = MM_WHS if options.model is None else Manifest.load(options.model).labels
     mapped, code = label_map(options, table), 0
-    cases = find(options, options.file)
+    cases, failures = find(options, options.file), Failures(verbose=options.verbose)
     for case in cases:
         if len(cases) > 1:
             print(f"{printable(case.called)}")
@@ -36,7 +38,8 @@ def _labels(options: argparse.Namespace) -> int:
             code = max(code, _print_labels(case, table, mapped))
         except InputError as exc:
             code = 1
-            print(f"error: {exc}", file=sys.stderr)
+            failures.add(exc)
+    failures.close()
     return code
 
 

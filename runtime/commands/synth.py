@@ -27,6 +27,7 @@ from .common import (
     add_engine,
     add_reading,
     add_results,
+    add_verbose,
     choose,
     engine,
     find,
@@ -36,6 +37,7 @@ from .common import (
     recipe,
     recipes,
 )
+from .failures import Failures
 
 
 def add(commands: Any) -> None:
@@ -50,6 +52,7 @@ def add(commands: Any) -> None:
     add_audit(synth, "no such file")
     synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
     synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
+    add_verbose(synth)
     synth.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     how = synth.add_argument_group("several processes or machines, by Ray; the result is the same")
     how.add_argument(
@@ -126,6 +129,7 @@ def _run(
     options: argparse.Namespace,
     models: Mapping[str, Synthesizer | RaySynthesizer],
 ) -> int:
+    failures = Failures(verbose=options.verbose)
     try:
         # Ray says there what becomes of its workers
         with redirect_stdout(sys.stderr), AuditTrail(options.audit, "synth") as audit:
@@ -136,8 +140,9 @@ def _run(
                 for warning in result.warnings:
                     print(f"warning: {warning}")
                 if result.error is not None:
-                    print(f"error: {result.error}")
+                    failures.add(result.error)
     finally:  # what was done is told also of a run that was stopped
+        failures.close()
         if options.report is not None:
             write_json(options.report, summary.to_json())
     summary.close()
@@ -147,7 +152,7 @@ def _run(
 
 
 def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe], options: argparse.Namespace) -> int:
-    failed = 0
+    failed, failures = 0, Failures(verbose=options.verbose)
     for name, made in made_of.items():
         made.writer.check(models[name].manifest, options.output)
     for case in cases:
@@ -159,7 +164,7 @@ def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe
             grid = synth.grid(volume)
         except InputError as exc:
             failed, exc.file = failed + 1, exc.file or case.called
-            print(f"error: {exc}", file=sys.stderr)
+            failures.add(exc)
             continue
         depth, height, width = volume.labels.shape
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
@@ -168,4 +173,5 @@ def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe
                 f"{printable(case.called)}: {width} x {height} x {depth} voxels of {spacing} mm, "
                 f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
             )
+    failures.close()
     return 1 if failed else 0

@@ -7,6 +7,7 @@ voxels are read from what it said (`voxels`). No file of a user reaches another 
 from __future__ import annotations
 
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -81,6 +82,10 @@ def check_header(path: Path, *, voxels: bool = True) -> Header:
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
+        with reading(path, EXPECTED):  # what cannot be read is of no format
+            path.stat()
+            if not os.access(path, os.R_OK):
+                raise PermissionError
         raise UnreadableVolume(f"{path.name} is not of a format that is read", expected=f"{EXPECTED} ({', '.join(SUFFIXES)}), or DICOM with its prefix",
                                remedy="convert it to one of these", file=path)  # fmt: skip
     try:

@@ -54,7 +54,8 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
     positions = np.array([numbers(_group(g, shared, "PlanePositionSequence", name).get("ImagePositionPatient"), 3, name, "ImagePositionPatient")
                           for g in groups])  # fmt: skip
     orientation, spacing, step, thickness = _plane(groups, shared, name)
-    geometry, slices, depth = stack(positions, orientation, spacing, name, step=step, thickness=thickness, gaps=True)
+    notes: list[str] = []
+    geometry, slices, depth = stack(positions, orientation, spacing, name, step=step, thickness=thickness, gaps=True, notes=notes)
     if depth == 1 and step is None and thickness is None:
         raise GeometryError(f"{name} has one slice and states no thickness", expected="SliceThickness; geometry is never guessed",
                             remedy="export it with its geometry", file=file)  # fmt: skip
@@ -96,7 +97,8 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
 
     used = known if kind == "LABELMAP" else set(of_frame)
     uids = (str(ds.get("SOPInstanceUID", "")),)
-    return Layers(tuple(s for s in segments if s.number in used), (depth, rows, columns), geometry, pieces, source(ds, uids))
+    shown = tuple(s for s in segments if s.number in used)
+    return Layers(shown, (depth, rows, columns), geometry, pieces, source(ds, uids), tuple(notes))
 
 
 def _frames(ds: Any, frames: int, rows: int, columns: int) -> Iterator[NDArray[Any]]:
