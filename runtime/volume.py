@@ -109,11 +109,13 @@ class DicomSource:
 class Segment:
     """One structure as a file tells of it. `number`: what stands for it in the file (label value, segment or ROI number);
     `name`: its label there; `code`: of its property type, with the coding scheme ("SCT:80891009"). Both may be empty.
+    `private`: of a DICOM source, whose words may be a patient's: messages call it by `runtime.labels.describe`.
     """
 
     number: int
     name: str = ""
     code: str = ""
+    private: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

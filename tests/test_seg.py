@@ -60,7 +60,7 @@ def test_the_code_counts_before_the_name_and_the_name_before_the_number(tmp_path
     read = read_case(case(path), MM_WHS_INDICES)
     assert [int(read.labels[values == n][0]) for n in range(5)] == [0, 3, 2, 3, 5]  # by code, by name, by number 3, by code
     unknown = segmentation(tmp_path / "u.dcm", slices(values), (values == 1).astype(np.uint8), [("liver", "10200004")])
-    with pytest.raises(UnknownLabels, match=r"1 'liver' \(SCT:10200004\), which the model does not know"):  # though it is number 1
+    with pytest.raises(UnknownLabels, match=r"holds 1 \(SCT:10200004\), which the model does not know"):  # though it is number 1
         read_case(case(unknown), MM_WHS_INDICES)
     (tmp_path / "map.json").write_text('{"SCT:10200004": "left ventricle", "*": "background"}')
     assert (read_case(case(unknown), MM_WHS, load_map(tmp_path / "map.json", MM_WHS)).labels[values == 1] == 3).all()
@@ -83,7 +83,7 @@ def test_overlaps_are_an_error_that_lists_them_unless_an_order_is_given(tmp_path
     masks[1:3, 1:5, 1:5, 0], masks[1:3, 3:7, 3:7, 1] = 1, 1
     masks[0, 0, 0, 2] = 1
     path = segmentation(tmp_path / "s.dcm", slices(masks[..., 0]), masks, HEART)
-    with pytest.raises(InputError, match=r"1 'left ventricle' .* and 2 'left atrium' .* in 8 voxels") as caught:
+    with pytest.raises(InputError, match=r"1 \(SCT:87878005\) and 2 \(SCT:82471001\) in 8 voxels") as caught:
         read_case(case(path), MM_WHS)
     assert "--overlap-order" in caught.value.remedy
     for order, winner in [(("left atrium", "left ventricle"), 2), (("SCT:87878005",), 3), (("2",), 2)]:
@@ -162,7 +162,7 @@ BAD = {
     "truncated": (lambda ds: setattr(ds, "PixelData", ds.PixelData[:10]), UnreadableVolume, "truncated"),
     "no position": (lambda ds: [delattr(f, "PlanePositionSequence") for f in ds.PerFrameFunctionalGroupsSequence], GeometryError, "PlanePositionSequence"),
     "not a number": (lambda ds: positions(ds, (float("nan"), 0, 0)), GeometryError, "ImagePositionPatient"),
-    "surface": (lambda ds: setattr(ds, "SegmentationType", "MESH"), UnreadableVolume, "type 'MESH'"),
+    "surface": (lambda ds: setattr(ds, "SegmentationType", "MESH"), UnreadableVolume, "segmentation of another type"),
     "undescribed segment": (lambda ds: setattr(ds.PerFrameFunctionalGroupsSequence[0].SegmentIdentificationSequence[0], "ReferencedSegmentNumber", 9),
                             UnreadableVolume, "which it does not describe"),
 }  # fmt: skip

@@ -35,7 +35,7 @@ def _labels(options: argparse.Namespace) -> int:
         try:
             code = max(code, _print_labels(case, table, mapped))
         except InputError as exc:
-            code = 1
+            code = max(code, exc.exit_code)
             print(f"error: {exc}", file=sys.stderr)
     return code
 

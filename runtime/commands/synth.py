@@ -103,6 +103,7 @@ def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence
 
 
 def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: argparse.Namespace) -> int:
+    code = 0
     try:
         with redirect_stdout(sys.stderr):  # Ray says there what becomes of its workers
             for result, model in results:
@@ -110,6 +111,7 @@ def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: a
                 for warning in result.warnings:
                     print(f"warning: {warning}")
                 if result.error is not None:
+                    code = max(code, result.error.exit_code)
                     print(f"error: {result.error}")
     finally:  # what was done is told also of a run that was stopped
         if options.report is not None:
@@ -117,11 +119,11 @@ def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: a
     summary.close()
     if not options.quiet:
         print(f"{summary} → {options.output}")
-    return 1 if summary.failed else 0
+    return code
 
 
 def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe], options: argparse.Namespace) -> int:
-    failed = 0
+    code = 0
     for name, made in made_of.items():
         made.writer.check(models[name].manifest, options.output)
     for case in cases:
@@ -132,7 +134,7 @@ def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe
             made_of[name].writer.check_mask(volume)
             grid = synth.grid(volume)
         except InputError as exc:
-            failed, exc.file = failed + 1, exc.file or case.called
+            code, exc.file = max(code, exc.exit_code), exc.file or case.called
             print(f"error: {exc}", file=sys.stderr)
             continue
         depth, height, width = volume.labels.shape
@@ -142,4 +144,4 @@ def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe
                 f"{printable(case.called)}: {width} x {height} x {depth} voxels of {spacing} mm, "
                 f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
             )
-    return 1 if failed else 0
+    return code

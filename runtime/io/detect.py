@@ -269,7 +269,7 @@ def _grid(case: Case) -> tuple[Geometry, tuple[int, int, int], DicomSource] | No
 
     like = case.options.like
     if like is None:
-        return series_grid(case.grid, case.name) if case.grid else None
+        return series_grid(case.grid, f"the image series that {case.name} was drawn on") if case.grid else None
     if not like.is_dir() and not is_dicom(like):
         volume = read_volume(like)
         depth, height, width = volume.values.shape
@@ -284,7 +284,7 @@ def _grid(case: Case) -> tuple[Geometry, tuple[int, int, int], DicomSource] | No
             expected="one",
             remedy="give a folder with one series",
         )
-    return series_grid(next(iter(groups.values())), case.name)
+    return series_grid(next(iter(groups.values())), "the image series that --like gives")
 
 
 def listing(case: Case) -> str:
