@@ -26,7 +26,6 @@ def fill(contours: Sequence[Contour], shape: tuple[int, int]) -> NDArray[np.bool
     Returns:
         Bool (H, W).
     """
-    height, width = shape
     inside = np.zeros(shape, bool)
     box = _box(contours, shape)
     if box is None:
