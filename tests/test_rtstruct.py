@@ -346,6 +346,14 @@ def test_memory_is_bounded_by_the_image() -> None:
     tracemalloc.stop()
 
 
+@pytest.mark.filterwarnings("ignore")  # so long a value is written as UN
+def test_a_scribble_is_refused_at_once(tmp_path: Path) -> None:
+    zigzag = np.column_stack([np.linspace(0, 69, 100_000), np.arange(100_000) % 2 * 59.0])
+    found = structure(tmp_path, [(1, zigzag)])
+    with pytest.raises(UnreadableVolume, match="too often for an outline"):
+        read_case(found, MM_WHS)
+
+
 def test_an_uneven_series_is_called_uneven(tmp_path: Path) -> None:
     found = structure(tmp_path, [(1, box(10, 30, 10, 30))])
     path = sorted((tmp_path / "ct").iterdir())[2]

@@ -18,6 +18,8 @@ from .polygons import Contour, fill
 from .seg import code_of
 
 PLANE_TOLERANCE = 0.1  # how far the corners of a contour may lie off its plane, in slice spacings (at least 0.1 mm)
+MOST_CROSSINGS = 16  # of the contours of a region and the rows of a slice, per pixel: an outline never comes near
+MIN_CROSSINGS = 1 << 22  # that many are allowed in any image
 _AREAS = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "CLOSED_PLANAR_XOR")
 _Placed = list[tuple[float, Contour]]  # slice, and corners as (column, row), in voxels of the grid
 _Planes = dict[float, list[Contour]]  # height in slices → the contours there
@@ -143,6 +145,9 @@ def _settled(planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: flo
         contours = planes[height]
         different = distinct(contours) if may_overlap(contours) else contours
         twice += len(contours) - len(different)
+        if sum(_rows_crossed(c, shape[1]) for c in different) > max(MIN_CROSSINGS, MOST_CROSSINGS * shape[1] * shape[2]):
+            raise UnreadableVolume("a structure set has contours that cross the rows of its image too often for an outline",
+                                   expected="outlines of structures", remedy="export it again")  # fmt: skip
         crossings = 0 if xor or not may_overlap(different) else area(different, shape[1:])[1]
         united += crossings
         settled[height] = _Plane(different, crossings > 0)
@@ -289,6 +294,12 @@ def _by_slice(planes: _Planes, depth: int, reach: float) -> dict[int, float]:
         if 1e-6 - reach < k - nearest <= reach + 1e-6:  # a slice halfway between planes takes one of them
             result[k] = nearest
     return result
+
+
+def _rows_crossed(contour: Contour, height: int) -> float:
+    """How many rows of the image the edges of a contour cross, each edge for itself."""
+    rows = np.clip(contour[:, 1], -1, height)
+    return float(np.abs(np.diff(rows)).sum())
 
 
 def _beyond(planes: _Planes, shape: tuple[int, int, int]) -> int:

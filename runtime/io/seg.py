@@ -43,7 +43,8 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
                                file=file)  # fmt: skip
     places = _places(ds, kind, frames, name)
     check_frames(ds, frames, name)
-    least, notes = 1, []
+    notes: list[str] = []
+    least = 1
     if kind == "FRACTIONAL":
         least, notes = _least(ds, frames, threshold, name)
     geometry, slices, depth = stack(places.positions, places.orientation, places.spacing, name, step=places.step, thickness=places.thickness,
@@ -89,7 +90,8 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
 def _check_volume(ds: Any, kind: str, name: str) -> None:
     """Raise for segmentations that are no volume's or of a kind that is not read."""
     if kind not in ("BINARY", "LABELMAP", "FRACTIONAL"):
-        raise UnreadableVolume(f"{name} is a segmentation of another type", expected="BINARY, FRACTIONAL or LABELMAP",
+        what = "is a segmentation of another type" if kind else "states no SegmentationType"
+        raise UnreadableVolume(f"{name} {what}", expected="BINARY, FRACTIONAL or LABELMAP",
                                remedy="export it as a BINARY DICOM SEG", file=Path(name))  # fmt: skip
     if str(ds.get("DimensionOrganizationType", "")).startswith("TILED") or "TotalPixelMatrixColumns" in ds:
         raise GeometryError(f"{name} is a segmentation of a slide (a whole-slide image in tiles)", expected="a segmentation of a volume",

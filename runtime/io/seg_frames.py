@@ -185,7 +185,7 @@ def _bits(frame: NDArray[Any], name: str) -> NDArray[Any]:
 
 
 def _check_decoder(syntax: str, name: str) -> None:
-    from pydicom.pixels import get_decoder
+    from pydicom.pixels.decoders.base import get_decoder
 
     try:
         decoder = get_decoder(syntax)
