@@ -12,6 +12,7 @@
     │       ├── ParityError      exit 1   an exported graph differs from the network it came from
     │       └── BuildError       exit 1   TensorRT makes no engine, or not the one asked for, of a proven graph
     ├── MissingComponent         exit 3   a package, a driver or a device is absent
+    │   └── MissingDecoder                for one case, so that it is an InputError as well
     ├── OutputError              exit 4   the result cannot be written
     └── MemoryCapExceeded        exit 4   also a MemoryError: a pool's cap would be passed, or the device is full
 
@@ -98,6 +99,10 @@ class MissingComponent(Mask2CTError):
     """A package, a driver or a device is absent: says which, why it is needed, and the command that installs it."""
 
     exit_code = 3
+
+
+class MissingDecoder(MissingComponent, InputError):
+    """One case is compressed in a way that no installed package decodes; the others go on."""
 
 
 class OutputError(Mask2CTError):

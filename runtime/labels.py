@@ -37,6 +37,7 @@ __all__ = [
     "overlay",
     "refuse_contradictions",
     "to_indices",
+    "where_names_are",
 ]
 
 # A value, a code (as `runtime.codes.canonical` writes it) or a name (as `plain` does), None for every other → model index.
@@ -45,6 +46,10 @@ MAP_HELP = 'a JSON file such as {"51": "left ventricle", "SCT:54247002": "ascend
 # What says nothing of its own, so that the number may speak: "Segment_3", "ROI 3", "3"; tissue, organ, body structure, region of interest.
 _NUMBERED = re.compile(r"(segment|label|roi|region|structure|class)?[ #.-]*\d*")
 _GENERIC = {"sct:85756007", "sct:113343008", "sct:123037004", "sct:91723000", "dcm:111099"}
+
+# Coding schemes that are published, and how their codes are written (PS3.16, 8.2).
+_PUBLIC = {"SCT": r"\d{6,18}", "SRT": r"[A-Z]-[0-9A-F]{4,5}", "DCM": r"\d{4,6}", "FMA": r"\d{1,7}", "UMLS": r"C\d{7}", "NCIT": r"C\d{1,7}",
+           "RADLEX": r"RID\d{1,6}", "LN": r"\d{1,7}-\d", "UBERON": r"\d{7}"}  # fmt: skip
 
 
 class Preset(dict[int | str | None, int]):
@@ -238,10 +243,22 @@ def _refuse_merged(segments: Sequence[Segment], table: LabelTable, label_map: La
 
 
 def describe(segment: Segment) -> str:
-    """For a person: 3 'left ventricle' (SCT:87878005)."""
+    """For a message: 3 'left ventricle' (SCT:87878005); of a DICOM source its number, and its code if that is of a public scheme."""
     number = "" if segment.strict and segment.number < 0 else str(segment.number)
-    name, code = repr(segment.name) if segment.name else "", f"({segment.code})" if segment.code else ""
+    name = repr(segment.name) if segment.name and not segment.private else ""
+    code = "" if not segment.code or (segment.private and not _is_public(segment.code)) else f"({segment.code})"
     return " ".join(text for text in (number, name, code) if text)
+
+
+def _is_public(code: str) -> bool:
+    """Whether a code, with what modifies it, is of standard schemes and written as their codes are: it says no more than they do."""
+    parts = [part.strip().partition(":") for part in code.split("+")]
+    return all(re.fullmatch(_PUBLIC.get(scheme.upper(), r"(?!)"), value) for scheme, _, value in parts)
+
+
+def where_names_are(segments: Iterable[Segment]) -> str:
+    """The end of a remedy where `describe` leaves names out."""
+    return "; mask2ct labels FILE shows the names" if any(segment.private and segment.name for segment in segments) else ""
 
 
 def to_indices(
@@ -334,7 +351,7 @@ def overlay(
             f"{describe(layers.segments[a - 1])} and {describe(layers.segments[b - 1])} in {n} voxels" for (a, b), n in conflicts.items()
         ]
         raise InputError(f"segments of {name} overlap: {'; '.join(pairs[:6])}{'; …' if len(pairs) > 6 else ''}", expected="one label per voxel",
-                         remedy="say which wins, first one first: --overlap-order NAME,NAME", file=file)  # fmt: skip
+                         remedy="say which wins, first one first: --overlap-order NAME,NAME" + where_names_are(layers.segments), file=file)  # fmt: skip
     if owners.dtype == np.uint8:
         for plane in owners:
             plane[...] = lut[plane]
@@ -361,7 +378,7 @@ def _refuse(unknown: Sequence[Segment], found: Sequence[Segment], table: LabelTa
         raise UnknownLabels(
             f"{name} holds {listed(unknown)}, which the {whose} does not know; all its values: {listed(found)}",
             expected=f"only {table}" if label_map is None else f"only {', '.join(map(str, keys[:40]))}",
-            remedy=f"give {_presets_for(found)}--labels MAP.json, {MAP_HELP}",
+            remedy=f"give {_presets_for(found)}--labels MAP.json, {MAP_HELP}{where_names_are(found)}",
             file=file,
         )
 

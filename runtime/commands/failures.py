@@ -14,15 +14,20 @@ ROWS = 20  # reasons that a table has at most
 
 
 class Failures:
-    """The errors of one run. `verbose`: each is printed in full; else the first `FULL`, and the rest is counted by reason."""
+    """The errors of one run. `verbose`: each is printed in full; else the first `FULL`, and the rest is counted by reason.
+
+    `code`: the largest of their exit codes, 0 without any.
+    """
 
     def __init__(self, *, verbose: bool, stream: TextIO | None = None):
         self._verbose, self._stream, self._count = verbose, sys.stderr if stream is None else stream, 0
+        self.code = 0
         self._by_reason: dict[str, list[str]] = defaultdict(list)
 
     def add(self, error: Mask2CTError) -> None:
         """Print the error, or count it."""
         self._count += 1
+        self.code = max(self.code, error.exit_code)
         self._by_reason[_reason(error)].append(_text(error))
         if self._verbose or self._count <= FULL:
             print(f"error: {error}", file=self._stream)

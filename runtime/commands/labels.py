@@ -37,10 +37,9 @@ def _labels(options: argparse.Namespace) -> int:
         try:
             code = max(code, _print_labels(case, table, mapped))
         except InputError as exc:
-            code = 1
             failures.add(exc)
     failures.close()
-    return code
+    return max(code, failures.code)
 
 
 def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int:

@@ -148,11 +148,11 @@ def _run(
     summary.close()
     if not options.quiet:
         print(f"{summary} → {options.output}")
-    return 1 if summary.failed else 0
+    return failures.code
 
 
 def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe], options: argparse.Namespace) -> int:
-    failed, failures = 0, Failures(verbose=options.verbose)
+    failures = Failures(verbose=options.verbose)
     for name, made in made_of.items():
         made.writer.check(models[name].manifest, options.output)
     for case in cases:
@@ -163,7 +163,7 @@ def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe
             made_of[name].writer.check_mask(volume)
             grid = synth.grid(volume)
         except InputError as exc:
-            failed, exc.file = failed + 1, exc.file or case.called
+            exc.file = exc.file or case.called
             failures.add(exc)
             continue
         depth, height, width = volume.labels.shape
@@ -174,4 +174,4 @@ def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe
                 f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
             )
     failures.close()
-    return 1 if failed else 0
+    return failures.code
