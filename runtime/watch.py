@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Protocol
 
 from .errors import FolderBusy, InputError, MemoryCapExceeded, UnreadableVolume, UsageError
-from .inbox import Claim, Inbox, waves
+from .inbox import Claim, Inbox, called, waves
 from .io.archive import is_zip, on_disk
 from .io.detect import Case
+from .io.dicom_files import walk
 from .io.headers import check_header
 from .journal import Journal
 from .models import Models
@@ -168,6 +169,13 @@ class Watcher:
     def _cases(self, item: Path) -> list[tuple[Case, str]]:
         """The cases of an item, each with the name of its model. Raises `InputError` and `UsageError`."""
         chosen = []
+        if foreign := _foreign(item):
+            fact = "is" if foreign == [item] else f"holds {len(foreign)} times"
+            raise UnreadableVolume(
+                f"{called(item)} {fact} what is not opened: a link that is broken or leads outside, a pipe or a device",
+                expected="files, in a folder of their own",
+                remedy="put in the files themselves",
+            )
         for case in self._find(item, True):
             if case.kind == "series" and not item.is_dir() and not is_zip(item):
                 raise UnreadableVolume(f"{case.called} is one image of a series", expected="the whole series", file=case.called,
@@ -178,7 +186,9 @@ class Watcher:
         return chosen
 
     def _whole(self, item: Path) -> bool:
-        """Whether everything in it can be opened, by its headers."""
+        """Whether everything in it can be opened, by its headers. What never can be is not waited for."""
+        if _foreign(item):
+            return True
         try:
             for case in self._find(item, False):
                 if case.kind == "damaged":
@@ -189,3 +199,13 @@ class Watcher:
         except (InputError, UsageError):
             return False
         return True
+
+
+def _foreign(item: Path) -> list[Path]:
+    """What of an item is not opened: links that lead outside of it, and all but files and folders."""
+    foreign: list[Path] = []
+    if item.is_dir() and not item.is_symlink():
+        walk(item, foreign)
+    elif item.is_symlink() or not item.is_file():
+        foreign.append(item)
+    return foreign

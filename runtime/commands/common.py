@@ -188,7 +188,16 @@ def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = Fa
     skipped: list[Path] = []
     order = tuple(name.strip() for name in options.overlap_order.split(",") if name.strip())
     how = ReadOptions(order, options.threshold, options.like, options.allow_missing_references)
-    cases = find_cases(masks, skipped, options=how, series=options.series, every=every)
+    foreign: list[Path] = []
+    try:
+        cases = find_cases(masks, skipped, options=how, series=options.series, every=every, foreign=foreign)
+    finally:
+        if foreign and say:
+            print(
+                f"warning: {len(foreign)} in the given folders not opened: pipes, devices, linked folders, and links that are broken or lead "
+                "outside (name the files themselves to have them)",
+                file=sys.stderr,
+            )
     for path in skipped if say else ():
         name = path.name if path.name.lower().endswith(SUFFIXES) else "a DICOM file"
         print(f"warning: {name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)

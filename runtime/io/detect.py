@@ -15,6 +15,7 @@ import numpy as np
 
 from ..contract import LabelTable
 from ..errors import InputError, UnreadableVolume, UsageError, printable, reading
+from ..files import belongs_to
 from ..labels import LabelMap, present_values
 from ..volume import DicomSource, Geometry, LabelVolume, Layers, Segment, Volume
 from . import archive
@@ -76,12 +77,14 @@ def find_cases(
     options: ReadOptions | None = None,
     series: str | None = None,
     every: bool = False,
+    foreign: list[Path] | None = None,
 ) -> list[Case]:
     """The masks at files, folders and zips, in their order: of a folder the volumes directly in it and the DICOM objects anywhere below.
 
     Each SEG and each RTSTRUCT is a case; image series beside one are what it was drawn on. Where there are image series alone, the
     one is a case; of several, `series` must choose: its UID, SeriesNumber or case name (`every`: all of them, for a listing). What
-    mask2ct itself wrote into such a folder is no mask: it is passed over and appended to `skipped`.
+    mask2ct itself wrote into such a folder is no mask: it is passed over and appended to `skipped`. What is not opened, because it
+    is no file or a link that leads outside of its folder, is appended to `foreign`; a link among `arguments` is followed.
 
     Raises `UsageError` for a folder without masks, two masks of one case name, and series that nobody chose from. A file that does not
     exist stays in the list: it is that case's failure, not the run's.
@@ -91,7 +94,7 @@ def find_cases(
     options, skipped = options or ReadOptions(), [] if skipped is None else skipped
     for argument in arguments:
         if _is(argument, Path.is_dir) or (archive.is_zip(argument) and _is(argument, Path.is_file)):
-            found = _in_folder(argument, skipped, series, every)
+            found = _in_folder(argument, skipped, series, every, foreign)
         elif not argument.name.lower().endswith(SUFFIXES) and is_dicom(argument):
             loose.append(argument)
             continue
@@ -112,14 +115,14 @@ def _add(cases: dict[str, Case], found: Iterable[Case], options: ReadOptions) ->
                              remedy="rename one, leave one out, or run them into two output folders", file=case.called)  # fmt: skip
 
 
-def _in_folder(folder: Path, skipped: list[Path], series: str | None, every: bool) -> list[Case]:
+def _in_folder(folder: Path, skipped: list[Path], series: str | None, every: bool, foreign: list[Path] | None) -> list[Case]:
     if archive.is_zip(folder):
         files = archive.members(folder)
         volumes = [p for p in files if _is_volume(p)]
     else:
         with reading(folder, "a folder that can be listed", UsageError):
-            volumes = sorted(p for p in folder.iterdir() if _is_volume(p))
-        files = walk(folder)
+            volumes = sorted(p for p in folder.iterdir() if _is_volume(p) and (p.is_dir() or belongs_to(folder, p)))
+        files = walk(folder, foreign)
     own = [path for path in volumes if not archive.is_zip(folder) and is_synthetic(path)]
     instances = scan(p for p in files if not _is_volume(p))
     own += [instance.path for instance in instances if instance.ours]

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import GeometryError, Mask2CTError, UnreadableVolume, importing
+from ..files import belongs_to
 from ..volume import DicomSource, Geometry
 from . import archive, deflated
 
@@ -103,12 +104,18 @@ def scan(paths: Iterable[Path]) -> list[Instance]:
     return [*found.values()]
 
 
-def walk(folder: Path) -> list[Path]:
-    """Every file below a folder, sorted; hidden ones and linked folders are left out."""
+def walk(folder: Path, foreign: list[Path] | None = None) -> list[Path]:
+    """Every file below a folder, sorted, without hidden ones.
+
+    Pipes, devices, linked folders and links that lead outside of `folder` are not opened: they are appended to `foreign`.
+    """
     found: list[Path] = []
+    foreign = [] if foreign is None else foreign
     for where, folders, names in os.walk(folder):
         folders[:] = sorted(n for n in folders if not n.startswith("."))
-        found += [Path(where) / n for n in sorted(names) if not n.startswith(".")]
+        foreign += [link for n in folders if (link := Path(where) / n).is_symlink()]
+        for path in (Path(where) / n for n in sorted(names) if not n.startswith(".")):
+            (found if belongs_to(folder, path) else foreign).append(path)
         if len(found) > MAX_FILES:
             break
     return found[:MAX_FILES]

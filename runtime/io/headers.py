@@ -21,10 +21,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import GeometryError, UnreadableVolume, reading
+from ..files import belongs_to, open_input
 from ..volume import LARGEST_MM, Segment
 
 MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")  # what every header written says of itself, within its first bytes
 MARKS_WITHIN = 8192
+NIFTI_HEADER = 352  # bytes, with the four behind it that say whether extensions follow
 NOTICE = f"{MARKS[0]} ({MARKS[1]})"  # 79 characters fit into a NIfTI
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 EXPECTED = "one 3-D volume of integers as NIfTI, NRRD or MHA"
@@ -56,12 +58,32 @@ def stem(path: Path) -> str:
 
 def is_synthetic(path: Path) -> bool:
     """Whether this is a file that mask2ct wrote, of whatever format: its header says so (MARKS)."""
+    return _is_marked(_first_bytes(path))
+
+
+def is_cut(path: Path) -> bool:
+    """Whether so little of a file is left that it cannot say who wrote it: it was cut, to nothing or within its first bytes.
+
+    What mask2ct writes says so within the header of a NIfTI, of which a whole volume has more, or within `MARKS_WITHIN` bytes of DICOM.
+    """
+    head = _first_bytes(path)
+    least = NIFTI_HEADER if path.name.lower().endswith(SUFFIXES) else MARKS_WITHIN
+    return head is not None and len(head) < least and not _is_marked(head)
+
+
+def _is_marked(head: bytes | None) -> bool:
+    return head is not None and all(mark.encode() in head for mark in MARKS)
+
+
+def _first_bytes(path: Path) -> bytes | None:
+    """The first `MARKS_WITHIN` bytes, or as many as there are, of what a file holds, unpacked. None: it cannot be opened, or is no gzip."""
     try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as handle:
-            head = handle.read(MARKS_WITHIN)
-    except (OSError, EOFError, zlib.error):
-        return False
-    return all(mark.encode() in head for mark in MARKS)
+        with open_input(path) as handle:
+            if not path.name.lower().endswith(".gz"):
+                return handle.read(MARKS_WITHIN)
+            return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(handle.read(MARKS_WITHIN), MARKS_WITHIN)
+    except (OSError, zlib.error):
+        return None
 
 
 @dataclass(frozen=True)
@@ -105,7 +127,7 @@ def check_header(path: Path, *, voxels: bool = True) -> Header:
         raise UnreadableVolume(
             f"the file name {path.name!r} is not valid UTF-8", expected="a name in UTF-8", remedy="rename the file"
         ) from exc
-    with reading(path, EXPECTED), open(path, "rb") as handle:
+    with reading(path, EXPECTED), open_input(path) as handle:
         if name.endswith(".nii.gz"):
             if handle.read(2) != b"\x1f\x8b":
                 raise bad(path, "is not gzip-compressed though it is named .gz")
@@ -370,5 +392,6 @@ def _require_voxels(path: Path, handle: BinaryIO, data_file: str, need: int, exp
 
 def _same_folder(path: Path, data_file: str) -> None:
     """A header may name another file for its voxels: only one beside it is read."""
-    if data_file.upper() != "LOCAL" and (Path(data_file).name != data_file or not (path.parent / data_file).is_file()):
+    beside = path.parent / data_file
+    if data_file.upper() != "LOCAL" and (Path(data_file).name != data_file or not belongs_to(path.parent, beside)):
         raise bad(path, f"keeps its voxels in {data_file!r}", "keep header and voxels in one folder, or in one file")

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..contract import LabelTable
 from ..errors import GeometryError, UnreadableVolume, importing, reading
+from ..files import open_input
 from ..labels import LabelMap, index_planes, overlay, to_indices
 from ..pipeline import ahead
 from ..volume import Geometry, LabelVolume, Layers, Segment, Volume
@@ -132,7 +133,7 @@ def _planes(path: Path, plain: Plain, at_once: int) -> Iterator[NDArray[Any]]:
     """
     depth, row = plain.shape[0], math.prod(plain.shape[1:]) * plain.dtype.itemsize
     packed = path.name.lower().endswith(".gz")
-    with reading(path, EXPECTED), open(path, "rb") as handle, unpacked(path, handle) if packed else nullcontext(handle) as content:
+    with reading(path, EXPECTED), open_input(path) as handle, unpacked(path, handle) if packed else nullcontext(handle) as content:
         content.seek(plain.offset)
         for start in range(0, depth, at_once):
             values = np.empty((min(at_once, depth - start), *plain.shape[1:]), plain.dtype)
