@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from .errors import Mask2CTError
 
-PATIENCE = 10.0  # s that what is under way has to end by itself
+PATIENCE = 8.0  # s that what is under way has to end by itself; systemd kills after 10 (deploy/systemd)
 EXIT_CODES = """exit codes: 0 done · 1 at least one case failed · 2 the command, config or model is wrong ·
 3 a required component is missing · 4 the output cannot be written · 130 interrupted"""
 

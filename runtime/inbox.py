@@ -10,11 +10,11 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import Mask2CTError, UsageError, printable, writing
+from .errors import Mask2CTError, OutputError, UsageError, printable, writing
 from .files import fits, lock, write_text
 from .io.archive import is_zip
 from .io.dicom_files import neutral
@@ -142,7 +142,9 @@ class Inbox:
         if fingerprint(claim.item) != seen.found:
             return False
         if seen.whole is None:
-            with counted(claim.starts):
+            with ExitStack() as counting:
+                with suppress(OutputError):  # on a full disk that it was claimed tells of the first start
+                    counting.enter_context(counted(claim.starts))
                 seen.whole = self._whole(claim.item)
         if seen.whole or seen.age >= PATIENCE * self._stable:
             return True

@@ -15,21 +15,25 @@ import numpy as np
 import pytest
 from samples import blobs, listed, write_mask
 
-from runtime.labels import MM_WHS
 from runtime.errors import UnreadableVolume, UsageError
 from runtime.io import archive
 from runtime.io.detect import find_cases, read_case
+from runtime.labels import MM_WHS
 
 REFUSING = """
-import resource, sys
+import sys
 from pathlib import Path
 from runtime.errors import UsageError
 from runtime.io.detect import find_cases
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def peak():
+    return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+before = peak()
 try:
     find_cases([Path(sys.argv[1])])
 except UsageError as exc:
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, exc.fact)
+    print(peak() - before, exc.fact)
 """
 
 
@@ -63,9 +67,10 @@ def test_overlapping_members_are_refused(tmp_path: Path) -> None:
 
 
 def test_equal_names_are_refused(tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / "z.zip", "w") as zipped, pytest.warns(UserWarning):
+    with zipfile.ZipFile(tmp_path / "z.zip", "w") as zipped:
         zipped.writestr("a.nii", b"1")
-        zipped.writestr("a.nii", b"2")
+        zipped.writestr("b.nii", b"2")
+        zipped.filelist[1].filename = "a.nii"
     with pytest.raises(UsageError, match="two files of one name"):
         find_cases([tmp_path / "z.zip"])
 
@@ -80,7 +85,7 @@ def test_other_compression_is_refused(method: int, tmp_path: Path) -> None:
 
 
 def test_endless_directory_is_refused_unread(tmp_path: Path) -> None:
-    path = repeat_directory(pack(tmp_path / "z.zip", a_nii=b"1"), 200_000)
+    path = repeat_directory(pack(tmp_path / "z.zip", a_nii=b"1"), 300_000)
     with pytest.raises(UsageError, match=f"list of members is longer than {archive.MAX_DIRECTORY} bytes"):
         find_cases([path])
 
@@ -166,9 +171,10 @@ def test_copies_of_a_living_run_stay(tmp_path: Path, command) -> None:
     assert not folder.exists()
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="where Linux states the peak of memory")
 def test_refusals_of_bombs_take_little_memory(tmp_path: Path, command) -> None:
     """At most 200 MB over what the process has when it is idle: a long directory, and a member that claims 3.9 GB."""
-    many = repeat_directory(pack(tmp_path / "many.zip", a_nii=b"1"), 120_000)
+    many = repeat_directory(pack(tmp_path / "many.zip", a_nii=b"1"), 240_000)
     with zipfile.ZipFile(tmp_path / "large.zip", "w", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr("a.nii", bytes(1 << 20))
         zipped.filelist[0].file_size = 3900 << 20
@@ -176,4 +182,4 @@ def test_refusals_of_bombs_take_little_memory(tmp_path: Path, command) -> None:
         done = command("-c", REFUSING, path)
         kilobytes, _, fact = done.stdout.partition(" ")
         assert done.returncode == 0 and int(kilobytes) < 200_000, done.stdout + done.stderr
-        assert "120000 files" in fact or "claims to become" in fact
+        assert "240000 files" in fact or "claims to become" in fact

@@ -59,9 +59,7 @@ def test_pipe_swapped_in_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not before or len(os.listdir("/proc/self/fd")) == before
 
 
-def test_links_out_of_a_folder_are_passed_over(
-    fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_links_out_of_a_folder_are_passed_over(fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, secret = tmp_path / "in", write_mask(tmp_path / "secret.nii.gz")
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
@@ -100,14 +98,11 @@ def test_a_folder_of_nothing_but_links_says_so(tmp_path: Path, fake_model: Path,
 def test_voxels_behind_a_link_are_not_read(tmp_path: Path) -> None:
     """A header in a folder names a file beside it, which leads to one that its sender could not read."""
 
-    write_mask(tmp_path / "in.mhd")
-    (tmp_path / "in.zraw").rename(tmp_path / "secret") if (tmp_path / "in.zraw").exists() else (tmp_path / "in.raw").rename(
-        tmp_path / "secret"
-    )
+    header = write_mask(tmp_path / "in.mhd").read_text()
+    name = header.rpartition("ElementDataFile = ")[2].strip()
+    (tmp_path / name).rename(tmp_path / "secret")
     folder = tmp_path / "folder"
     folder.mkdir()
-    header = (tmp_path / "in.mhd").read_text()
-    name = header.rpartition("ElementDataFile = ")[2].strip()
     (folder / "in.mhd").write_text(header)
     (folder / name).symlink_to(tmp_path / "secret")
     with pytest.raises(UnreadableVolume, match="keeps its voxels in"):
@@ -119,7 +114,13 @@ def test_voxels_behind_a_link_are_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("locked", [True, False])
 def test_only_our_unfinished_files_are_swept(locked: bool, tmp_path: Path) -> None:
-    names = [".part-notes.txt", ".part-of-my-thesis", ".mask2ct-part-notes.txt", ".mask2ct-part-a-1-x.nii", ".part-host-123456-0a1b2c-x.nii"]
+    names = [
+        ".part-notes.txt",
+        ".part-of-my-thesis",
+        ".mask2ct-part-notes.txt",
+        ".mask2ct-part-a-1-x.nii",
+        ".part-host-123456-0a1b2c-x.nii",
+    ]
     for name in names:
         (tmp_path / name).write_text("precious")
     mine = temporary_name(tmp_path / "x_ct.nii.gz")

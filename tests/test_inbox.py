@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from samples import is_tidy, listed, write_mask
 
 import runtime.inbox
-from runtime.errors import UsageError
+from runtime.errors import OutputError, UsageError
 from runtime.inbox import DONE, FAILED, PATIENCE, STARTS, WORK, Inbox
 from runtime.starts import starts
 
@@ -146,6 +147,20 @@ def test_nothing_is_opened_before_it_is_claimed_and_counted(inbox: Path, tmp_pat
     assert claim is not None and seen == [(WORK, 1, 1)]  # .work alone is left there
     assert starts(claim.starts) == 0  # the process lives
     watched.leave(claim)
+
+
+def test_a_full_inbox_is_emptied_all_the_same(inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moving takes no room, counting does."""
+
+    def full(file: Path) -> Any:
+        raise OutputError("the disk is full")
+
+    (inbox / "a").write_bytes(b"1")
+    monkeypatch.setattr(runtime.inbox, "counted", full)
+    watched = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True)
+    claim = watched.claim(*watched.look())
+    assert claim is not None
+    assert watched.settle(claim) == inbox / DONE / "a"
 
 
 def test_what_is_not_whole_goes_back_as_it_was(inbox: Path, tmp_path: Path) -> None:

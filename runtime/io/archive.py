@@ -26,8 +26,8 @@ from ..workspace import private_folder
 
 ALWAYS = 1 << 30  # bytes that a member may become, however small it is: labels of 512 x 512 x 1000 voxels, and more
 EXPANSION = 250  # bytes that it may become beyond that for each of its compressed bytes; deflate itself ends at 1032
-MAX_MEMBERS = 50_000
-MAX_DIRECTORY = 6 << 20  # bytes of a zip's list of its members, which is read as a whole
+MAX_MEMBERS = 100_000
+MAX_DIRECTORY = 12 << 20  # bytes of a zip's list of its members, which is read as a whole
 HELD = 4 << 20  # bytes of a member that are unpacked in memory; larger ones go to disk
 RESERVE = 64 << 20  # bytes of the disk with temporary files that are never taken
 AT_ONCE = 1 << 20  # bytes
