@@ -28,6 +28,12 @@ MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")  # what every header wri
 MARKS_WITHIN = 8192
 NIFTI_HEADER = 352  # bytes, with the four behind it that say whether extensions follow
 NOTICE = f"{MARKS[0]} ({MARKS[1]})"  # 79 characters fit into a NIfTI
+_BEGINNINGS = {
+    ".nii": b"\x5c\x01\0\0",
+    ".nrrd": b"NRRD0004\n",
+    ".mha": b"ObjectType = Image\n",
+    ".dcm": bytes(128) + b"DICM",
+}  # as written here
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 EXPECTED = "one 3-D volume of integers as NIfTI, NRRD or MHA"
 MAX_EXTENT = 32767  # voxels along one axis that NIfTI-1 can say
@@ -65,10 +71,14 @@ def is_cut(path: Path) -> bool:
     """Whether so little of a file is left that it cannot say who wrote it: it was cut, to nothing or within its first bytes.
 
     What mask2ct writes says so within the header of a NIfTI, of which a whole volume has more, or within `MARKS_WITHIN` bytes of DICOM.
+    What is left must begin as such a file does: other short files are somebody's own.
     """
     head = _first_bytes(path)
-    least = NIFTI_HEADER if path.name.lower().endswith(SUFFIXES) else MARKS_WITHIN
-    return head is not None and len(head) < least and not _is_marked(head)
+    suffix = next((suffix for suffix in _BEGINNINGS if path.name.lower().removesuffix(".gz").endswith(suffix)), None)
+    if head is None or suffix is None or _is_marked(head):
+        return False
+    least, beginning = (MARKS_WITHIN if suffix == ".dcm" else NIFTI_HEADER), _BEGINNINGS[suffix]
+    return len(head) < least and head[: len(beginning)] == beginning[: len(head)]
 
 
 def _is_marked(head: bytes | None) -> bool:
