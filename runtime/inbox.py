@@ -10,15 +10,16 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import Mask2CTError, UsageError, printable, writing
+from .errors import Mask2CTError, OutputError, UsageError, printable, writing
 from .files import fits, lock, write_text
 from .io.archive import is_zip
 from .io.dicom_files import UNFINISHED, neutral
 from .io.headers import SUFFIXES
+from .starts import counted
 
 WORK, DONE, FAILED = ".work", "done", "failed"
 LOCK, STARTS = ".lock", ".starts"  # nothing that is taken begins with a dot
@@ -73,6 +74,14 @@ class Inbox:
         if output.absolute().resolve().is_relative_to(folder.resolve()):
             raise UsageError("the output folder lies in the watched one", expected="results beside it, not in it", remedy="choose another --output",
                              file=output)  # fmt: skip
+        for name in (WORK, DONE, FAILED):
+            if (folder / name).is_symlink():
+                raise UsageError(
+                    f"{name} in the watched folder is a link",
+                    expected="a folder of its own, or none",
+                    remedy="remove the link; masks are moved there, not copied",
+                    file=folder / name,
+                )
         self._folder, self._stable, self._whole = folder, stable, whole
         self._for = hashlib.sha256(os.fsencode(output.absolute().resolve())).hexdigest()[:8]
         self._seen: dict[str, _Seen] = {}
@@ -98,11 +107,13 @@ class Inbox:
         return sorted(ready, key=lambda item: (max(changed for *_, changed in seen[item.name].found), item.name))
 
     def claim(self, item: Path) -> Claim | None:
-        """Take what `look` gave. None when it is not whole, when another was faster and when it has changed since."""
+        """Take what `look` gave. None when it is not whole, when another was faster and when it has changed since.
+
+        It is opened only when it is this process' own and the start is counted: a file that ends whoever opens it
+        is not opened before others once more, and not for ever.
+        """
         seen = self._seen[item.name]
-        if seen.whole is None:
-            seen.whole = self._whole(item)
-        if not seen.whole and seen.age < PATIENCE * self._stable:
+        if seen.whole is False and seen.age < PATIENCE * self._stable:
             self.settling = True
             return None
         with writing(self._folder):
@@ -113,13 +124,39 @@ class Inbox:
                 self.settling = True
                 return None
             claim = Claim(ticket, ticket / item.name, handle)
-            with suppress(FileNotFoundError):
+            try:
                 os.rename(item, claim.item)
-                if fingerprint(claim.item) == seen.found or os.path.lexists(item):
+                if self._is_complete(claim, seen) or os.path.lexists(item):
                     return claim
-                os.rename(claim.item, item)  # somebody still writes it
-            self._end(claim)
+            except FileNotFoundError:  # another was faster
+                pass
+            except BaseException:
+                self._put_back(claim, item)
+                raise
+            self._put_back(claim, item)  # somebody still writes it
             return None
+
+    def _is_complete(self, claim: Claim, seen: _Seen) -> bool:
+        """Whether it is what was seen, and whole, or waited for long enough."""
+        if fingerprint(claim.item) != seen.found:
+            return False
+        if seen.whole is None:
+            with ExitStack() as counting:
+                with suppress(OutputError):  # on a full disk that it was claimed tells of the first start
+                    counting.enter_context(counted(claim.starts))
+                seen.whole = self._whole(claim.item)
+        if seen.whole or seen.age >= PATIENCE * self._stable:
+            return True
+        self.settling = True
+        return False
+
+    def _put_back(self, claim: Claim, item: Path) -> None:
+        if os.path.lexists(claim.item):
+            if os.path.lexists(item):  # one of that name has come meanwhile
+                self._close(claim)
+                return
+            os.rename(claim.item, item)
+        self._end(claim)
 
     def abandoned(self) -> Iterator[Claim]:
         """What watchers for the same output left when they ended, while this process has no claim of its own; each is its now."""
@@ -181,14 +218,18 @@ class Inbox:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Name, size in bytes and time of change of every file; empty where there is none, or one that is being copied."""
+    """Name, size in bytes and time of change of every file; empty where there is none, or one that is being copied.
+
+    Of a link its own, not those of what it leads to.
+    """
     try:
-        if not path.is_dir():
-            return (("", path.stat().st_size, path.stat().st_mtime_ns),)
+        if path.is_symlink() or not path.is_dir():
+            return (("", path.lstat().st_size, path.lstat().st_mtime_ns),)
         files = [Path(where) / name for where, _, names in os.walk(path) for name in names if not name.lower().startswith(IGNORED)]
         if any(_unfinished(file.name) for file in files):
             return ()
-        return tuple(sorted((file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+        states = ((file.relative_to(path).as_posix(), file.lstat()) for file in files)
+        return tuple(sorted((name, state.st_size, state.st_mtime_ns) for name, state in states))
     except OSError:  # it went away, or cannot be read yet
         return ()
 

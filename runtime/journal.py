@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -96,7 +97,7 @@ class Journal(Ledger):
         with writing(self._path):
             while True:
                 made = not self._path.exists()
-                handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                handle = _open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
                 try:
                     _lock(handle, self._path)
                     if os.path.samestat(os.fstat(handle), os.stat(self._path)):
@@ -109,6 +110,39 @@ class Journal(Ledger):
                     os.close(handle)
                     raise
                 os.close(handle)
+
+
+def names_in(folder: Path) -> frozenset[str]:
+    """What the folder's journal says was written there by anybody, as paths below it; nothing where it cannot be read."""
+    try:
+        with open(_open(folder / JOURNAL, os.O_RDONLY), "rb") as handle:
+            entries = [_entry(facts) for facts in facts_in(handle.read())]
+    except (OSError, OutputError):
+        return frozenset()
+    return frozenset(name for entry in entries if entry is not None for name in entry.files)
+
+
+def _open(path: Path, flags: int) -> int:
+    """A descriptor of the journal, which is a file of the folder itself: no link leads to another one.
+
+    Raises:
+        OSError: it cannot be opened.
+        OutputError: it is a link, a pipe or the like.
+    """
+    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    refusal = OutputError(
+        "the journal of the output folder is a link or no file",
+        expected="a file that mask2ct made, or none",
+        remedy="remove it, or choose another --output",
+        file=path,
+    )
+    if path.is_symlink():
+        raise refusal
+    handle = os.open(path, flags | safe, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise refusal
+    return handle
 
 
 def key_of(facts: Mapping[str, object]) -> str:

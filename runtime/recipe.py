@@ -10,12 +10,14 @@ from pathlib import Path
 
 from .contract import Manifest
 from .errors import UsageError
-from .files import check_writable, fits, remove_orphans
+from .files import belongs_to, check_writable, fits, remove_orphans
 from .io.detect import Case
 from .io.formats import DEFAULT_OPTIONS, FORMATS, Format, FormatOptions
-from .journal import Journal
+from .io.headers import is_cut, is_synthetic
+from .journal import Journal, names_in
 from .labels import LabelMap
 from .variants import Ranges
+from .workspace import remove_abandoned
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,16 @@ class Recipe:
         """Raise what `synthesize` raises before any work."""
         self.writer.check(manifest, self.output)
         check_writable(self.output)
+        remove_abandoned()
+        written: frozenset[str] | None = None  # by earlier runs; asked for when something is in the way
         for file in (file for case in cases for file in self.files(case.name)):
-            if fits(file) and file.exists() and not self.writer.is_ours(file):
+            if not fits(file):
+                continue
+            _refuse_links(self.output, file)
+            if file.exists() and not self.writer.is_ours(file):
+                written = names_in(self.output) if written is None else written
+                if file.relative_to(self.output).as_posix() in written and _is_damaged(file):
+                    continue  # a result that was cut is made again
                 raise UsageError(f"{file.name} is in the way and was not written by mask2ct", expected="an output folder without files of that name",
                                  remedy="choose another --output, or move that file", file=file)  # fmt: skip
 
@@ -82,6 +92,26 @@ class Recipe:
         finally:
             _sweep(folders)
             self.writer.finish(self.output, manifest)
+
+
+def _is_damaged(result: Path) -> bool:
+    """Whether a result of ours is so short that it does not say whose it is: a file, or some of a folder's."""
+    if not result.is_dir():
+        return is_cut(result)
+    return all(belongs_to(result, file) and (is_synthetic(file) or is_cut(file)) for file in result.iterdir())
+
+
+def _refuse_links(output: Path, file: Path) -> None:
+    """A folder on the way to a result that is a link leads to where nobody asked to write. Raises `UsageError`."""
+    folders = [parent for parent in file.parents if parent != output and parent.is_relative_to(output)]
+    for folder in (*folders, *([file] if file.is_dir() else [])):
+        if folder.is_symlink():
+            raise UsageError(
+                f"{folder.name} in the output folder is a link to another folder",
+                expected="an output folder whose own folders lie in it",
+                remedy="remove the link, or choose another --output",
+                file=folder,
+            )
 
 
 def _sweep(folders: Iterable[Path]) -> None:

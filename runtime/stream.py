@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .errors import InputError, UnreadableVolume, reading
 from .files import fits, sha256_of
-from .io.archive import opened
+from .io.archive import opened, outer
 from .io.detect import Case, like_digests, read_case
 from .io.formats import DEFAULT_OPTIONS, FormatOptions, Painting, result_name
 from .journal import Entry, Ledger, key_of
@@ -25,6 +26,8 @@ from .volume import CTSlab, LabelVolume
 if TYPE_CHECKING:
     from .synthesizer import Synthesizer
 
+State = tuple[int, int, int, int, int, float]
+YOUNG = 2.0  # s: file systems state times in steps of up to so long
 LARGE_MASK = 96 << 20  # bytes; above, nothing is held but the one mask being painted, and what comes next waits
 
 
@@ -150,6 +153,7 @@ class Run:
             started = time.perf_counter()
             try:
                 self._check_names(case)
+                before = _states(case)
                 inputs = self._input(case)
                 mask = _mask(case, inputs)
                 keys = {variant: self._key(case, variant, inputs) for variant in self._variants}
@@ -165,6 +169,7 @@ class Run:
                 if len(proven) == len(keys):
                     continue
                 volume = read_case(case, self._synthesizer.manifest.labels, self._labels)
+                self._check_unchanged(case, before, inputs)
                 self._format.check_mask(volume)
                 warnings = tuple(_warnings(case.called.name, volume, self._synthesizer))
                 volume.digest  # noqa: B018 - computed here, beside the painter, and kept
@@ -224,6 +229,22 @@ class Run:
                 digests[name] = sha256_of(handle)
         return digests
 
+    def _check_unchanged(self, case: Case, before: tuple[State, ...], inputs: Mapping[str, str]) -> None:
+        """Refuse a mask that changed between its digest and its reading: the result would be called made of another one.
+
+        The files are digested once more only where their system's state leaves a doubt: it is another one, or so young that a further
+        change would not show in it.
+        """
+        if _states(case) == before and all(abs(time.time() - changed) > YOUNG for *_, changed in before):
+            return
+        if self._input(case) != inputs:
+            raise UnreadableVolume(
+                f"{case.called.name} changed while it was read",
+                expected="a mask that stays as it is until its CT is made",
+                remedy="give it again when it is complete",
+                file=case.called,
+            )
+
     def _key(self, case: Case, variant: int | None, inputs: Mapping[str, str]) -> str:
         """Of everything the result's bytes depend on. A field that a `Case` or a format gains is part of it."""
         synth = self._synthesizer
@@ -251,6 +272,16 @@ class Run:
         if not all(map(fits, self._recipe.files(case.name))):
             raise UnreadableVolume(f"the name of {case.called.name} is too long for what is written beside it", expected="some 200 bytes at most",
                                    remedy="rename it", file=case.called)  # fmt: skip
+
+
+def _states(case: Case) -> tuple[State, ...]:
+    """Of each file that the case is read from: device, number, bytes, nanoseconds of change of content and of state, seconds of the latter."""
+    states = []
+    for file in (*case.files, *case.grid):
+        with reading(case.called, "a file that can be read"):
+            s = os.stat(outer(file))
+        states.append((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ctime))
+    return tuple(states)
 
 
 def _content(case: Case, inputs: Mapping[str, str]) -> list[Any]:

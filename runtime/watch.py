@@ -12,9 +12,10 @@ from typing import Protocol
 
 from .audit import AuditTrail
 from .errors import FolderBusy, InputError, Mask2CTError, MemoryCapExceeded, UnreadableVolume, UsageError
-from .inbox import Claim, Inbox, waves
+from .inbox import Claim, Inbox, called, waves
 from .io.archive import is_zip, on_disk
 from .io.detect import Case
+from .io.dicom_files import LINKED, OUTSIDE, is_broken_link, walk
 from .io.headers import check_header
 from .journal import Journal
 from .models import Models
@@ -177,6 +178,13 @@ class Watcher:
     def _cases(self, item: Path) -> list[tuple[Case, str]]:
         """The cases of an item, each with the name of its model. Raises `InputError` and `UsageError`."""
         chosen = []
+        if foreign := _foreign(item):
+            fact = "is" if foreign == [item] else f"holds {len(foreign)} times"
+            raise UnreadableVolume(
+                f"{called(item)} {fact} what is not opened: a link that is broken or leads outside, a pipe or a device",
+                expected="files, in a folder of their own",
+                remedy="put in the files themselves",
+            )
         for case in self._find(item, True):
             if case.kind == "series" and not item.is_dir() and not is_zip(item):
                 raise UnreadableVolume(f"{case.called} is one image of a series", expected="the whole series", file=case.called,
@@ -187,7 +195,12 @@ class Watcher:
         return chosen
 
     def _whole(self, item: Path) -> bool:
-        """Whether everything in it can be opened, by its headers, and no file of it seems to be missing."""
+        """Whether everything in it can be opened, by its headers, and no file of it seems to be missing.
+
+        What never can be is not waited for.
+        """
+        if _foreign(item):
+            return True
         try:
             for case in self._find(item, False):
                 if not case.whole:
@@ -198,3 +211,12 @@ class Watcher:
         except (InputError, UsageError):
             return False
         return True
+
+
+def _foreign(item: Path) -> list[Path]:
+    """What of an item is not opened: links that lead outside of it, and all but files and folders."""
+    if item.is_dir() and not item.is_symlink():
+        unread: dict[str, list[Path]] = {}
+        broken = [path for path in walk(item, unread) if is_broken_link(path)]
+        return [*unread.get(LINKED, ()), *unread.get(OUTSIDE, ()), *broken]
+    return [item] if item.is_symlink() or not item.is_file() else []

@@ -193,7 +193,7 @@ def attempt(target: Path, given: Path, model: Path, folder: Path) -> str:
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, 1, 2) or "Traceback" in log.read_text():
         return f"exit {code}: {log.read_text()[-500:]}"
-    if any(".part-" in p.name for p in written) or (code == 2 and written):
+    if any(".mask2ct-part-" in p.name for p in written) or (code == 2 and written):
         return f"partial output {written}"
     for path in written:
         try:

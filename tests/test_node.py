@@ -190,7 +190,7 @@ def test_what_was_acknowledged_survives_kill_and_is_painted_afterwards(fake_mode
     with Serving(fake_model, tmp_path / "spool", "--keep", quiet=3600) as node:
         assert push(node.port, *masks) == [0] * 3
         node.stop(signal.SIGKILL)
-    (tmp_path / "spool" / "incoming" / ".part-elsewhere-1-ff-object.dcm").write_bytes(b"half")
+    (tmp_path / "spool" / "incoming" / ".mask2ct-part-elsewhere-1-0a1b2c-object.dcm").write_bytes(b"half")
     with Serving(fake_model, tmp_path / "spool", "--keep") as node:
         settled(node, 3)
     assert len([*(tmp_path / "spool" / "done").glob("*/results/*/seg.dcm")]) == 3

@@ -314,6 +314,25 @@ def test_what_a_dead_watcher_claimed_is_taken_up_by_one_for_the_same_output(fake
     assert {*results(tmp_path / "out")} == {"a_ct.nii.gz", "b_ct.nii.gz"} and {*results(tmp_path / "other")} == {"c_ct.nii.gz"}
 
 
+@pytest.mark.skipif(os.name != "posix", reason="pipes with names")
+def test_pipes_and_links_end_in_failed(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    """Neither holds up the good mask, and nothing outside the item is read."""
+    secret = write_mask(tmp_path / "secret.nii.gz")
+    good = write_mask(inbox / "good.nii.gz").read_bytes()
+    os.mkfifo(inbox / "pipe.nii")
+    (inbox / "link.nii.gz").symlink_to(secret)
+    (inbox / "broken.nii.gz").symlink_to("nowhere")
+    (inbox / "folder").mkdir()
+    write_mask(inbox / "folder" / "a.nii.gz")
+    (inbox / "folder" / "b.nii.gz").symlink_to(secret)
+    assert watch(fake_model, inbox, tmp_path / "out") == 1
+    assert results(inbox / DONE) == {"good.nii.gz": good} and {*results(tmp_path / "out")} == {"good_ct.nii.gz"}
+    items = {"pipe.nii", "link.nii.gz", "broken.nii.gz", "folder"}
+    assert listed(inbox / FAILED) == items | {f"{name}.reason.txt" for name in items} and is_tidy(inbox)
+    assert all("is not opened" in (inbox / FAILED / f"{name}.reason.txt").read_text() for name in items)
+    assert secret.is_file()
+
+
 class Told:
     """What a listener was told."""
 

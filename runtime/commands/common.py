@@ -13,6 +13,7 @@ from ..engines.registry import CHOICES
 from ..errors import InputError, UsageError, printable
 from ..io.class_files import is_class_name
 from ..io.detect import OWN, Case, PassedOver, ReadOptions, find_cases
+from ..io.dicom_files import LINKED, OUTSIDE
 from ..io.formats import FORMATS, FormatOptions
 from ..io.headers import SUFFIXES
 from ..labels import MAP_HELP, MM_WHS, PRESETS, LabelMap, load_map, lost, names_of
@@ -240,7 +241,7 @@ def _say_passed_over(skipped: Sequence[PassedOver], *, paths: bool) -> None:
     for what, places in others.items():
         named = places if paths else [Path(place.name) for place in places if place.name.lower().endswith(SUFFIXES)]
         names = f": {', '.join(map(printable, named[:12]))}{', …' if len(named) > 12 else ''}" if named else ""
-        hint = " (give what a link leads to itself)" if what == "linked folder" else "" if paths else " (--list shows where)"
+        hint = " (give what a link leads to itself)" if what in (LINKED, OUTSIDE) else "" if paths else " (--list shows where)"
         print(f"warning: {len(places)} {what}{'s' if len(places) > 1 else ''} not read{hint}{names}", file=sys.stderr)
 
 

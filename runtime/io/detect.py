@@ -18,13 +18,13 @@ import numpy as np
 from ..census import Census
 from ..contract import LabelTable
 from ..errors import InputError, UnreadableVolume, UsageError, printable, reading
-from ..files import sha256_of
+from ..files import belongs_to, sha256_of
 from ..labels import LabelMap
 from ..volume import DicomSource, LabelVolume, Layers, Segment, Volume
 from . import archive
 from .class_files import classes_among
 from .damaged import counted, damaged_beside
-from .dicom_files import Instance, is_dicom, neutral, scan, walk
+from .dicom_files import Instance, is_broken_link, is_dicom, neutral, scan, walk
 from .headers import SUFFIXES, check_header, is_synthetic, stem, volume_files
 
 if TYPE_CHECKING:
@@ -172,19 +172,21 @@ def _in_folder(folder: Path, skipped: list[PassedOver], series: str | None, ever
     unread: dict[str, list[Path]] = {}
     if archive.is_zip(folder):
         files = archive.members(folder)
-        volumes, own = [p for p in files if _is_volume(p)], []
+        volumes, own, broken = [p for p in files if _is_volume(p)], [], []
     else:
         with reading(folder, "a folder that can be listed", UsageError):
             volumes = sorted(p for p in folder.iterdir() if _is_volume(p))
         files = walk(folder, unread)
         unread["folder called like a volume"] = [path for path in volumes if _is(path, Path.is_dir)]
-        volumes = [path for path in volumes if path not in unread["folder called like a volume"]]
+        broken = [path for path in volumes if is_broken_link(path)]
+        volumes = [path for path in volumes if belongs_to(folder, path)]
         own = [path for path in volumes if is_synthetic(path)]
     others: list[Path] = []
     instances = scan((p for p in files if not _is_volume(p)), others)
     damaged = damaged_beside(instances, others)
     own += [instance.path for instance in instances if instance.ours]
-    unread["broken link"] = [path for path in others if path.is_symlink() and not path.exists() and all(path != d.path for d in damaged)]
+    broken += [path for path in others if is_broken_link(path) and all(path != one.path for one in damaged)]
+    unread["broken link"] = broken
     passed_over = [PassedOver(path, what) for what, paths in unread.items() for path in paths]
     skipped += [*(PassedOver(path, OWN) for path in own), *passed_over]
     volumes = [path for path in volumes if path not in own]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import GeometryError, Mask2CTError, UnreadableVolume, UsageError, importing
-from ..files import sha256_of
+from ..files import belongs_to, sha256_of
 from ..volume import DicomSource, Geometry
 from . import archive, deflated
 from .cut_short import ends_early, last_element_is_cut
@@ -27,6 +27,7 @@ from .cut_short import ends_early, last_element_is_cut
 SEGMENTATION = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # Segmentation, Label Map Segmentation Storage
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 MAX_FILES = 200_000
+LINKED, OUTSIDE = "linked folder", "pipe, device or outward link"  # what `walk` leaves out
 SLICE_TOLERANCE = 0.01  # how far a slice may lie from its even place, in slice spacings
 UNEVEN_MM, UNEVEN = 0.1, 0.05  # up to the larger of these, mm and slice spacings, it is read with a note …
 UNEVEN_AT_MOST = 0.25  # … but never beyond this, in slice spacings: a missing slice moves others by half a spacing
@@ -154,7 +155,9 @@ def _distinct(sharing: Sequence[Instance]) -> list[Instance]:
 
 
 def walk(folder: Path, unread: dict[str, list[Path]] | None = None) -> list[Path]:
-    """Every file below a folder, sorted; hidden ones and linked folders are left out.
+    """Every file below a folder, sorted; hidden ones, linked folders, and what is no file of the folder (`OUTSIDE`) are left out.
+
+    A link that leads nowhere is in the list: what it stands for may be missing.
 
     Args:
         folder: where to begin; it may itself be a link.
@@ -168,8 +171,9 @@ def walk(folder: Path, unread: dict[str, list[Path]] | None = None) -> list[Path
     closed = unread.setdefault("folder that cannot be listed", [])
     for where, folders, names in os.walk(folder, onerror=lambda exc: closed.append(Path(exc.filename))):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        unread.setdefault("linked folder", []).extend(Path(where) / name for name in folders if os.path.islink(Path(where) / name))
-        files += [Path(where) / name for name in sorted(names) if not name.startswith(".")]
+        unread.setdefault(LINKED, []).extend(Path(where) / name for name in folders if os.path.islink(Path(where) / name))
+        for path in (Path(where) / name for name in sorted(names) if not name.startswith(".")):
+            (files if belongs_to(folder, path) or is_broken_link(path) else unread.setdefault(OUTSIDE, [])).append(path)
         if len(files) > MAX_FILES:
             raise UsageError(
                 f"{folder} holds more than {MAX_FILES} files",
@@ -178,6 +182,11 @@ def walk(folder: Path, unread: dict[str, list[Path]] | None = None) -> list[Path
                 file=folder,
             )
     return files
+
+
+def is_broken_link(path: Path) -> bool:
+    """Whether a link leads nowhere, or in a circle."""
+    return path.is_symlink() and not os.path.exists(path)
 
 
 def _instance(path: Path) -> Instance:

@@ -6,7 +6,6 @@ voxels are read from what it said (`voxels`). No file of a user reaches another 
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 import zlib
@@ -18,6 +17,7 @@ from typing import BinaryIO
 
 from ..codes import concept, modified
 from ..errors import UnreadableVolume, reading
+from ..files import open_input
 from ..volume import Segment
 from . import meta_header, nifti_header_in, nrrd_header
 from .archive import opened
@@ -29,7 +29,14 @@ __all__ = ["EXPECTED", "MARKS", "NOTICE", "SUFFIXES", "Header", "Voxels", "bad",
 
 MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")  # what every header written says of itself, within its first bytes
 MARKS_WITHIN = 8192
+NIFTI_HEADER = 352  # bytes, with the four behind it that say whether extensions follow
 NOTICE = f"{MARKS[0]} ({MARKS[1]})"  # 79 characters fit into a NIfTI
+_BEGINNINGS = {
+    ".nii": b"\x5c\x01\0\0",
+    ".nrrd": b"NRRD0004\n",
+    ".mha": b"ObjectType = Image\n",
+    ".dcm": bytes(128) + b"DICM",
+}  # as written here
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 _TEXT_HEADERS = (".nrrd", ".nhdr", ".mha", ".mhd")
 
@@ -42,12 +49,36 @@ def stem(path: Path) -> str:
 
 def is_synthetic(path: Path) -> bool:
     """Whether this is a file that mask2ct wrote, of whatever format: its header says so (MARKS)."""
-    try:
-        with gzip.open(path) if path.name.lower().endswith(".gz") else open(path, "rb") as handle:
-            head = handle.read(MARKS_WITHIN)
-    except (OSError, EOFError, zlib.error):
+    return _is_marked(_first_bytes(path))
+
+
+def is_cut(path: Path) -> bool:
+    """Whether so little of a file is left that it cannot say who wrote it: it was cut, to nothing or within its first bytes.
+
+    What mask2ct writes says so within the header of a NIfTI, of which a whole volume has more, or within `MARKS_WITHIN` bytes of DICOM.
+    What is left must begin as such a file does: other short files are somebody's own.
+    """
+    head = _first_bytes(path)
+    suffix = next((suffix for suffix in _BEGINNINGS if path.name.lower().removesuffix(".gz").endswith(suffix)), None)
+    if head is None or suffix is None or _is_marked(head):
         return False
-    return all(mark.encode() in head for mark in MARKS)
+    least, beginning = (MARKS_WITHIN if suffix == ".dcm" else NIFTI_HEADER), _BEGINNINGS[suffix]
+    return len(head) < least and head[: len(beginning)] == beginning[: len(head)]
+
+
+def _is_marked(head: bytes | None) -> bool:
+    return head is not None and all(mark.encode() in head for mark in MARKS)
+
+
+def _first_bytes(path: Path) -> bytes | None:
+    """The first `MARKS_WITHIN` bytes, or as many as there are, of what a file holds, unpacked. None: it cannot be opened, or is no gzip."""
+    try:
+        with open_input(path) as handle:
+            if not path.name.lower().endswith(".gz"):
+                return handle.read(MARKS_WITHIN)
+            return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(handle.read(MARKS_WITHIN), MARKS_WITHIN)
+    except (OSError, zlib.error):
+        return None
 
 
 def volume_files(path: Path) -> tuple[Path, ...]:
@@ -94,7 +125,7 @@ def check_header(path: Path, *, voxels: bool = True) -> Header:
         raise UnreadableVolume(
             f"the file name {path.name!r} is not valid UTF-8", expected="a name in UTF-8", remedy="rename the file"
         ) from exc
-    with reading(path, EXPECTED), open(path, "rb") as handle:
+    with reading(path, EXPECTED), open_input(path) as handle:
         header = _read_header(path, name, handle)
     if voxels:
         check_complete(path, header.voxels)

@@ -13,6 +13,7 @@ from html import unescape
 from pathlib import Path
 
 from ..errors import reading
+from ..files import open_input
 from ..volume import Segment
 from .volume_header import EXPECTED
 from .voxels import unpacked
@@ -32,7 +33,7 @@ def embedded_names(path: Path) -> tuple[Segment, ...]:
     Only positive values count: 0 is what nothing is called, whatever its name ("???").
     """
     packed = path.name.lower().endswith(".gz")
-    with reading(path, EXPECTED), open(path, "rb") as handle, unpacked(path, handle) if packed else nullcontext(handle) as content:
+    with reading(path, EXPECTED), open_input(path) as handle, unpacked(path, handle) if packed else nullcontext(handle) as content:
         head = content.read(352)
         order = next((o for o in "<>" if struct.unpack_from(o + "i", head)[0] in (348, 540)), "<")
         if struct.unpack_from(order + "i", head)[0] == 540:
