@@ -172,21 +172,19 @@ def _in_folder(folder: Path, skipped: list[PassedOver], series: str | None, ever
     unread: dict[str, list[Path]] = {}
     if archive.is_zip(folder):
         files = archive.members(folder)
-        volumes, own, broken = [p for p in files if _is_volume(p)], [], []
+        volumes, own = [p for p in files if _is_volume(p)], []
     else:
         with reading(folder, "a folder that can be listed", UsageError):
             volumes = sorted(p for p in folder.iterdir() if _is_volume(p))
         files = walk(folder, unread)
         unread["folder called like a volume"] = [path for path in volumes if _is(path, Path.is_dir)]
-        broken = [path for path in volumes if is_broken_link(path)]
-        volumes = [path for path in volumes if belongs_to(folder, path)]
+        volumes = [path for path in volumes if belongs_to(folder, path) or is_broken_link(path)]  # a broken one is a mask that is missing
         own = [path for path in volumes if is_synthetic(path)]
     others: list[Path] = []
     instances = scan((p for p in files if not _is_volume(p)), others)
     damaged = damaged_beside(instances, others)
     own += [instance.path for instance in instances if instance.ours]
-    broken += [path for path in others if is_broken_link(path) and all(path != one.path for one in damaged)]
-    unread["broken link"] = broken
+    unread["broken link"] = [path for path in others if is_broken_link(path) and all(path != one.path for one in damaged)]
     passed_over = [PassedOver(path, what) for what, paths in unread.items() for path in paths]
     skipped += [*(PassedOver(path, OWN) for path in own), *passed_over]
     volumes = [path for path in volumes if path not in own]
