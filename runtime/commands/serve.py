@@ -20,9 +20,10 @@ from ..node.events import Events
 from ..node.http import Watch
 from ..node.outbox import Destination, Outbox
 from ..node.send import Pacs
+from ..node.server import Limits
 from ..node.service import END, Node
 from ..node.spool import Spool
-from ..node.store import Acceptor, Limits, pynetdicom
+from ..node.store import Acceptor, pynetdicom
 from ..node.stow import DicomWeb, from_environment, loopback
 from ..stream import CaseResult
 from .common import add_engine, add_making, add_reading, find, open_models, painted, recipes
@@ -127,7 +128,7 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _wrong(acceptor: Acceptor, outbox: Outbox) -> str:
-    return "" if acceptor.listening and outbox.alive else "a thread has ended"
+    return acceptor.wrong() or ("" if outbox.alive else "a thread that sends has ended")
 
 
 def _check(options: argparse.Namespace) -> Limits:
