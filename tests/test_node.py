@@ -59,9 +59,7 @@ def test_a_segmentation_becomes_a_series_in_the_archive(fake_model: Path, tmp_pa
 def test_contours_wait_for_the_images_they_lie_on_and_images_for_contours(fake_model: Path, tmp_path: Path) -> None:
     """The same bytes as a local run; what comes within the quiet period belongs together, images alone are no mask."""
     images = slices(np.zeros((4, 16, 16), np.int16), Modality="CT", StudyInstanceUID=generate_uid())
-    z = [float(ds.ImagePositionPatient[2]) for ds in images]
-    rois = {"left ventricle": [np.array([[-8.0, 6, h], [0, 6, h], [0, 14, h], [-8, 14, h]]) for h in z]}
-    contours = structure_set(tmp_path / "local" / "Doe_John_Planted_rt.dcm", images, rois)
+    structures = contours(tmp_path / "local", images)
     save(tmp_path / "local", images)
     assert synth(fake_model, tmp_path / "out", tmp_path / "local", "--format", "dicom") == 0
     with Serving(fake_model, tmp_path / "spool", "--keep", quiet=0.5) as node:
@@ -70,11 +68,55 @@ def test_contours_wait_for_the_images_they_lie_on_and_images_for_contours(fake_m
         assert push(node.port, other) == [0]
         settled(node)  # the other study: by now the images have been quiet as well
         assert len([*(tmp_path / "spool" / "incoming").glob("*/image-*.dcm")]) == 4
-        assert push(node.port, contours) == [0]
+        assert push(node.port, structures) == [0]
         settled(node, 2)
         done = read_all(tmp_path / "spool" / "done")
     local = read_all(tmp_path / "out")
     assert len(local) == 5 and {uid: done[uid] for uid in local} == local
+
+
+def contours(folder: Path, images: list[Dataset]) -> Path:
+    """An RTSTRUCT of one box on each of the images."""
+    z = [float(ds.ImagePositionPatient[2]) for ds in images]
+    rois = {"left ventricle": [np.array([[-8.0, 6, h], [0, 6, h], [0, 14, h], [-8, 14, h]]) for h in z]}
+    return structure_set(folder / "Doe_John_Planted_rt.dcm", images, rois)
+
+
+@pytest.mark.parametrize("early", [0, 2], ids=["no image", "half of them"])
+def test_late_images_open_the_study_again(early: int, fake_model: Path, tmp_path: Path) -> None:
+    """Contours fail without their images, whose rest comes in two associations; then they give what a local run gives."""
+    images = slices(np.zeros((6, 16, 16), np.int16), Modality="CT", StudyInstanceUID=generate_uid())
+    structures = contours(tmp_path / "local", images)
+    save(tmp_path / "local", images)
+    assert synth(fake_model, tmp_path / "out", tmp_path / "local", "--format", "dicom") == 0
+    failed = tmp_path / "spool" / "failed"
+    with Serving(fake_model, tmp_path / "spool", "--keep", quiet=0.2) as node:
+        for n, late in enumerate((images[:early], images[early:5], images[5:])):
+            assert push(node.port, *([structures] if n == 0 else []), *late) == [0] * (len(late) + (n == 0))
+            until(lambda n=n: node.count("painted") == n + 1, "it is tried")
+            assert len([*failed.glob("*/reason.txt")]) == (n < 2)
+        settled(node)
+        done = read_all(tmp_path / "spool" / "done")
+        assert not [*failed.iterdir()] and not [*(tmp_path / "spool" / "incoming").iterdir()]
+    local = read_all(tmp_path / "out")
+    assert len(local) == 7 and {uid: done[uid] for uid in local} == local
+
+
+def test_interrupted_retry_loses_no_object(tmp_path: Path) -> None:
+    """The process ends while what failed is laid beside what arrived: whichever files have moved, the next one takes the rest."""
+    for moved in range(4):
+        spool = tmp_path / str(moved)
+        Spool(spool).close()
+        names = ["image-1.dcm", "mask-1.dcm", "mask-2.dcm"]
+        for room, group in (("failed/study-a-1/objects", names[moved:]), ("incoming/study-a", [*names[:moved], "image-2.dcm"])):
+            (spool / room).mkdir(parents=True)
+            for name in group:
+                (spool / room / name).write_text("x")
+        opened = Spool(spool)
+        study = opened.next(0)
+        assert study is not None and {path.name for path in (study / "objects").iterdir()} == {*names, "image-2.dcm"}
+        assert not [*(spool / "failed").iterdir()]
+        opened.close()
 
 
 def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_path: Path) -> None:

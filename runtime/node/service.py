@@ -78,7 +78,7 @@ class Node:
         except Exception as exc:  # a study must not end the node: it is put aside with what is known
             reasons.append(str(exc) if isinstance(exc, Mask2CTError) else f"an error of mask2ct's own: {type(exc).__name__}")
             self._events("failed", study=study.name, error=type(exc).__name__)
-        self._spool.painted(study, reasons)
+        self._spool.painted(study, reasons, poison=spent)
         self._events("painted", study=study.name, results=made, slices=slices, warnings=warned)
         self._outbox.wake()
 
