@@ -25,6 +25,7 @@ from ..node.service import END, Node
 from ..node.spool import Spool
 from ..node.store import Acceptor, pynetdicom
 from ..node.stow import DicomWeb, from_environment, loopback
+from ..stopping import ends_when_told
 from ..stream import CaseResult
 from .common import add_engine, add_making, add_reading, find, open_models, painted, recipes
 
@@ -81,6 +82,7 @@ def _serve(options: argparse.Namespace) -> int:
     pynetdicom()  # before the model is opened, that it is there
     events = Events()
     with ExitStack() as stack:
+        stack.enter_context(ends_when_told(0))
         destinations = _destinations(options, tls)
         models = stack.enter_context(open_models(options))
         made_of = recipes(options, models, options.spool, resume=True)

@@ -11,9 +11,12 @@ from ..console import EXIT_CODES
 from ..errors import UsageError, printable
 from ..inbox import Claim, reason
 from ..io.detect import Case
+from ..stopping import ends_when_told
 from ..stream import CaseResult
 from ..watch import Watcher
 from .common import add_engine, add_reading, add_results, find, introduce, open_models, recipes
+
+EXIT_INTERRUPTED = 130  # as `console.run` returns it
 
 
 def add(commands: Any) -> None:
@@ -35,7 +38,7 @@ def add(commands: Any) -> None:
 
 
 def _watch(options: argparse.Namespace) -> int:
-    with open_models(options) as models:
+    with ends_when_told(EXIT_INTERRUPTED), open_models(options) as models:
         made_of = recipes(options, models, options.output, resume=True)
         log = _Log(several=len(models) > 1, quiet=options.quiet)
         watcher = Watcher(options.inbox, models, made_of, find=lambda path, say: find(options, [path], say=say), stable=options.stable,

@@ -19,6 +19,7 @@ from .events import Events, plain
 
 LONGEST_REQUEST = 1 << 17  # bytes of a PDU that asks for an association, which comes before anyone is known
 WAIT_FOR_PLACE = 0.5  # s before an association is one too many: another's end may be seen by its peer before us
+BEFORE_REFUSAL = 0.02  # s: pynetdicom takes a refusal that comes before it looks at its connection for a broken one
 ENDING = 2.0  # s that an association whose thread failed has to send its abort
 
 ABORT_UNEXPECTED_PDU, ABORT_INVALID_PARAMETER = 2, 6  # PS3.8 table 9-26, of the service provider
@@ -217,6 +218,7 @@ def server_class(events: Events, aet: str, allow: tuple[str, ...], limits: Limit
                     events("rejected", calling=plain(refused.calling), reason=refused.reason)
                 else:
                     events("broken", reason=refused.reason)
+                threading.Event().wait(BEFORE_REFUSAL)
                 with suppress(OSError):
                     connection.sendall(refused.answer)
             except ssl.SSLError as exc:

@@ -6,8 +6,9 @@
     failed/STUDY-N/      objects/ of which some could not be painted, with reason.txt
     done/STUDY-N/        with --keep: what has been sent
 
-A study goes from room to room by one rename; but what failed is taken along when more of its study arrives, file by file
-before the study is claimed: an RTSTRUCT whose images were not all there is tried again when they are. Folders and files are called by digests of UIDs: no name here names a patient.
+A study goes from room to room by one rename. But what failed of a study is taken along when more of it arrives, file by
+file before it is claimed: an RTSTRUCT whose images were not all there is tried again when they are.
+Folders and files are called by digests of UIDs: no name here names a patient.
 """
 
 from __future__ import annotations
@@ -133,9 +134,12 @@ class Spool:
                 arriving.senders = {thread for thread in arriving.senders if thread.is_alive()}
                 if arriving.senders:
                     arriving.last = now
-                elif now - arriving.last >= quiet and (self.root / "incoming" / study).is_dir():
-                    if arriving.mask or any(any((folder / OBJECTS).glob("mask-*")) for folder in self._failed(study)):
-                        return self._claim(study)
+                elif (
+                    now - arriving.last >= quiet
+                    and (self.root / "incoming" / study).is_dir()
+                    and (arriving.mask or self._has_failed_mask(study))
+                ):
+                    return self._claim(study)
             return begun[0] if begun and now - self._opened >= quiet else None  # what had arrived before has had its turn
 
     def painted(self, study: Path, reasons: list[str], *, poison: bool = False) -> None:
@@ -172,6 +176,9 @@ class Spool:
         """What failed of a study that is arriving, and may be tried again."""
         folders = (self.root / "failed").glob(f"{study}-*")
         return (folder for folder in folders if (folder / OBJECTS).is_dir() and not (folder / STARTS).exists())
+
+    def _has_failed_mask(self, study: str) -> bool:
+        return any(path for folder in self._failed(study) for path in (folder / OBJECTS).glob("mask-*"))
 
     def _take_along(self, study: str) -> None:
         """Lay what failed of a study beside what has arrived of it. What arrived is newer, and stays.
