@@ -8,7 +8,9 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -284,6 +286,29 @@ def test_tls_lets_in_who_has_a_certificate_and_nobody_else(fake_model: Path, tmp
             settled(node)
             assert node.said("rejected", "reason=TLS")
         assert end.count("stored") == 6
+
+
+def test_metrics_name_models_and_time_stages(fake_model: Path, tmp_path: Path) -> None:
+    """After two studies: one more of each count than after the first, and sums that a clock beside it agrees with."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    def samples() -> dict[tuple[str, str], float]:
+        families = text_string_to_metric_families(node.get("/metrics"))
+        return {(sample.name, sample.labels.get("stage", "")): sample.value for family in families for sample in family.samples}
+
+    started = time.monotonic()
+    with archive(tmp_path / "pacs") as (port, _), Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node:
+        (info,) = [line for line in node.get("/metrics").splitlines() if line.startswith("mask2ct_model_info{")]
+        digest = sha256((fake_model / "manifest.json").read_bytes()).hexdigest()
+        assert f'model="{fake_model.name}"' in info and 'engine="fake' in info and f'manifest_sha256="{digest}"' in info
+        for n in (1, 2):
+            assert push(node.port, write_study(tmp_path / str(n), n)) == [0]
+            settled(node, n)
+            now = samples()
+            assert [now["mask2ct_node_stage_seconds_count", stage] for stage in ("read", "synthesize", "write", "send")] == [n] * 4
+            assert now["mask2ct_node_study_seconds_count", ""] == n
+        stages = sum(now["mask2ct_node_stage_seconds_sum", stage] for stage in ("read", "synthesize", "write", "send"))
+        assert stages > 0 and 2 * 0.2 <= now["mask2ct_node_study_seconds_sum", ""] < time.monotonic() - started
 
 
 def test_a_full_disk_takes_nothing_and_leaves_nothing_half_written(tmp_path: Path) -> None:

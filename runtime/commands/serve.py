@@ -6,16 +6,19 @@ import argparse
 import gc
 import ssl
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..console import EXIT_CODES
+from ..contract import MANIFEST
 from ..errors import UsageError, reading
+from ..files import sha256_of
 from ..io.detect import Case
 from ..memory import parse_bytes
+from ..models import Models, named
 from ..node.events import Events
 from ..node.http import Watch
 from ..node.outbox import Destination, Outbox
@@ -85,6 +88,7 @@ def _serve(options: argparse.Namespace) -> int:
         stack.enter_context(ends_when_told(0))
         destinations = _destinations(options, tls)
         models = stack.enter_context(open_models(options))
+        _introduce(models, named(options.model), events)
         made_of = recipes(options, models, options.spool, resume=True)
         for name, recipe in made_of.items():
             recipe.writer.check(models[name].manifest, options.spool)
@@ -127,6 +131,18 @@ def _serve(options: argparse.Namespace) -> int:
     events("stopped")
     gc.freeze()  # else the interpreter's last collection walks through all that was loaded: seconds on a busy machine
     return 0
+
+
+def _introduce(models: Models, folders: Mapping[str, Path], events: Events) -> None:
+    """Name the open models to whoever reads the metrics."""
+    for name, synth in models.items():
+        file = synth.manifest.files.get(synth.file)
+        events.metrics.model(
+            name,
+            engine=synth.engine,
+            manifest_sha256=sha256_of(folders[name] / MANIFEST),
+            model_sha256="" if file is None else file.sha256,
+        )
 
 
 def _wrong(acceptor: Acceptor, outbox: Outbox) -> str:

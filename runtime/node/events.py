@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from typing import Any
 
 from ..errors import importing
+from .metrics import Metrics
 
 
 class Events:
@@ -23,6 +24,7 @@ class Events:
         self.registry: Any = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._count = Counter("mask2ct_node_events", "What the node did, by kind and peer", ["event", "peer"], registry=self.registry)
+        self.metrics = Metrics(self.registry)
         self._lock = threading.Lock()
 
     def __call__(self, event: str, *, peer: str = "", **facts: object) -> None:
