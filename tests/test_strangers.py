@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -165,6 +166,25 @@ def test_bad_requests_are_answered_and_ended(asked: bytes, kind: int, reason: by
             until(lambda: threading.active_count() == threads and descriptors() == files + 1, "all is given back", 10)
 
 
+def test_damaged_requests_leave_nothing_behind(tmp_path: Path) -> None:
+    """Three hundred, with bytes changed or missing, of peers who hang up or wait: no thread, descriptor or place is lost."""
+    random, whole = Random(1), request()
+    with acceptor(tmp_path, associations=2) as node:
+        assert echo(node.port) == 0
+        threads, files = threading.active_count(), descriptors()
+        for n in range(300):
+            damaged = bytearray(whole)
+            for _ in range(random.randint(1, 4)):
+                damaged[random.randrange(len(damaged))] = random.randrange(256)
+            with connect(node.port) as peer, suppress(OSError):
+                peer.sendall(damaged[: random.randint(1, len(damaged))] if n % 3 == 0 else damaged)
+                if n % 3 == 1:
+                    peer.shutdown(socket.SHUT_WR)
+                    answer(peer)
+        until(lambda: threading.active_count() <= threads and descriptors() <= files, "all is given back", 20)
+        assert not node.wrong() and [echo(node.port) for _ in range(2)] == [0, 0]
+
+
 def test_silent_association_gives_back_its_place(tmp_path: Path) -> None:
     with acceptor(tmp_path, associations=1, idle_seconds=0.5) as node, connect(node.port, request()) as silent:
         said = answer(silent)
@@ -299,3 +319,43 @@ def test_strangers_words_are_printed_harmlessly(tmp_path: Path, capsys: pytest.C
                 assert answer(stranger)[0] in (ABORTED, REJECTED)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 3 and all(line.isprintable() for line in lines)
+
+
+def usage(process: int) -> dict[str, int]:
+    """What a process holds: resident MiB, threads, descriptors."""
+    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines() if ":\t" in line)
+    files = len(os.listdir(f"/proc/{process}/fd"))
+    return {"MiB": int(status["VmRSS"].split()[0]) >> 10, "threads": int(status["Threads"]), "files": files}
+
+
+@pytest.mark.slow
+def test_load_that_is_held(fake_model: Path, tmp_path: Path) -> None:
+    """The figures of docs/dicom-node.md: 400 strangers of each kind, who stay; meanwhile a known peer's echo takes below a second."""
+    pem = certificates(tmp_path / "tls")
+    options = ("--tls-cert", pem["cert"], "--tls-key", pem["key"], "--tls-ca", pem["ca"])
+    client = ssl.create_default_context(cafile=pem["ca"])
+    client.load_cert_chain(pem["cert"], pem["key"])
+    kinds = {
+        "silent": ((), False, b""),
+        "half a request": ((), False, HALF_REQUEST),
+        "no transfer syntax": ((), False, request(syntax=b"")),
+        "no TLS handshake": (options, False, b""),
+        "half an HTTP request": ((), True, b"GET /health HTTP/1.1\r\nX: "),
+    }
+    for kind, (more, is_http, first) in kinds.items():
+        with Serving(fake_model, tmp_path / kind, "--keep", *more) as node, ExitStack() as stack:
+            tls = (client, "127.0.0.1") if more else None
+            assert echo(node.port, tls) == 0
+            before = usage(node.process.pid)
+            for _ in range(400):
+                stranger = socket.create_connection(("127.0.0.1", node.http if is_http else node.port), timeout=20)
+                stack.callback(stranger.close)
+                with suppress(OSError):  # it is ended already
+                    stranger.sendall(first)
+            started = time.monotonic()
+            assert echo(node.port, tls) == 0 and node.get("/health") == "ok\n"
+            seconds, during = time.monotonic() - started, usage(node.process.pid)
+            print(f"400 x {kind}: {before} -> {during}, echo and health {seconds:.2f} s")
+            assert seconds < 3 and during["threads"] < 130 and during["files"] < 130 and during["MiB"] < before["MiB"] + 48
+            stack.close()
+            until(lambda node=node, before=before: usage(node.process.pid)["threads"] <= before["threads"] + 1, "the threads end", 20)
