@@ -27,7 +27,8 @@ def descriptors() -> int:
         import resource
     except ImportError:  # not POSIX
         return 1024
-    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 20 if most == resource.RLIM_INFINITY else most
 
 
 class PendingConnections:

@@ -72,7 +72,8 @@ def _handler(events: Events, checks: dict[str, Callable[[], str]]) -> type[BaseH
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = 10
+        timeout = SECONDS
+        server_version, sys_version = "mask2ct", ""  # what else runs here is nobody's business
 
         def do_GET(self) -> None:
             if self.path == "/metrics":
