@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import TextIOWrapper
 from typing import Any, TextIO
 
 from .errors import Mask2CTError
+from .stopping import ends_when_told
 
-PATIENCE = 8.0  # s that what is under way has to end by itself; systemd kills after 10 (deploy/systemd)
 EXIT_CODES = """exit codes: 0 done · 1 at least one case failed · 2 the command, config or model is wrong ·
 3 a required component is missing · 4 the output cannot be written · 130 interrupted"""
 
@@ -42,7 +40,7 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
 def _terminated() -> Iterator[None]:
     """SIGTERM is taken as Ctrl-C is: what is half-written goes, the exit code is 130.
 
-    Where a library or a file system does not come back for `PATIENCE` seconds, the process ends all the same, as it does by
+    Where a library or a file system does not come back, the process ends all the same (`stopping.ends_when_told`), as it does by
     `kill -9`: the next start removes what is half-written.
     """
 
@@ -57,51 +55,10 @@ def _terminated() -> Iterator[None]:
         yield
         return
     try:
-        with _ended_at_the_latest(interrupt):
+        with ends_when_told(130):
             yield
     finally:
         signal.signal(signal.SIGTERM, before)
-
-
-@contextmanager
-def _ended_at_the_latest(handler: Any) -> Iterator[None]:
-    """End the process `PATIENCE` seconds after a SIGTERM that `handler` is for, if it has not ended by then.
-
-    Python calls handlers between two steps of the main thread, which may wait within a library. So a thread is told of the signal by the
-    pipe that Python's own, lower handler writes to (`signal.set_wakeup_fd`).
-    """
-    if os.name != "posix":
-        yield
-        return
-    source, sink = os.pipe()
-    os.set_blocking(sink, False)
-    ended, process = threading.Event(), os.getpid()
-
-    def wait() -> None:
-        while (number := os.read(source, 1)) != b"\0":
-            ours = number[0] == signal.SIGTERM and signal.getsignal(signal.SIGTERM) is handler
-            if ours and not ended.wait(PATIENCE):
-                os.write(2, b"interrupted: what was being read or written did not end by itself\n")
-                os._exit(130)
-
-    def forget() -> None:
-        with suppress(ValueError):
-            signal.set_wakeup_fd(-1)  # a forked process must not tell this one of its own signals
-
-    thread = threading.Thread(target=wait, name="mask2ct-end", daemon=True)
-    thread.start()
-    before = signal.set_wakeup_fd(sink, warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=lambda: None if ended.is_set() else forget())
-    try:
-        yield
-    finally:
-        ended.set()
-        if os.getpid() == process:
-            signal.set_wakeup_fd(before)
-            os.write(sink, b"\0")
-            thread.join()
-        os.close(sink)
-        os.close(source)
 
 
 def duration(seconds: float) -> str:

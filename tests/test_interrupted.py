@@ -17,8 +17,9 @@ import pytest
 from samples import blobs, is_tidy, mask2ct, results, write_mask
 
 from runtime.__main__ import main
-from runtime.console import PATIENCE, run
+from runtime.console import run
 from runtime.journal import JOURNAL
+from runtime.stopping import GRACE
 
 KILLS = 50
 pytestmark = pytest.mark.slow
@@ -228,7 +229,7 @@ def test_sigterm_ends_a_stuck_reader(where: str, fake_model: Path, tmp_path: Pat
         next(row for row in process.stdout if row == "stuck\n")
         process.send_signal(signal.SIGTERM)
         try:
-            assert process.wait(PATIENCE + 10) == 130
+            assert process.wait(GRACE + 10) == 130
         finally:
             process.kill()
     assert run(main, arguments) == 0
@@ -240,8 +241,8 @@ def test_a_forked_childs_sigterm_is_its_own(tmp_path: Path, command) -> None:
     """A process that a command forks, as Ray's and PyTorch's do, ends without ending the command."""
     forking = """
 import os, signal, sys, time
-from runtime import console
-console.PATIENCE = 0.2
+from runtime import console, stopping
+stopping.GRACE = 0.2
 
 def main(argv):
     child = os.fork()

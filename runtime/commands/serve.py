@@ -17,14 +17,17 @@ from ..console import EXIT_CODES
 from ..errors import UsageError, reading
 from ..io.detect import Case
 from ..memory import parse_bytes
+from ..models import Models
 from ..node.events import Events
 from ..node.http import Watch
 from ..node.outbox import Destination, Outbox
 from ..node.send import Pacs
+from ..node.server import Limits
 from ..node.service import END, Node
 from ..node.spool import Spool
-from ..node.store import Acceptor, Limits, pynetdicom
+from ..node.store import Acceptor, pynetdicom
 from ..node.stow import DicomWeb, from_environment, loopback
+from ..stopping import ends_when_told
 from ..stream import CaseResult
 from .common import add_audit, add_engine, add_making, add_reading, find, open_models, painted, recipes
 
@@ -82,8 +85,10 @@ def _serve(options: argparse.Namespace) -> int:
     pynetdicom()  # before the model is opened, that it is there
     events = Events()
     with ExitStack() as stack:
+        stack.enter_context(ends_when_told(0))
         destinations = _destinations(options, tls)
         models = stack.enter_context(open_models(options))
+        _introduce(models, events)
         made_of = recipes(options, models, options.spool, resume=True)
         for name, recipe in made_of.items():
             recipe.writer.check(models[name].manifest, options.spool)
@@ -138,8 +143,20 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _introduce(models: Models, events: Events) -> None:
+    """Name the open models to whoever reads the metrics."""
+    for name, synth in models.items():
+        file = synth.manifest.files.get(synth.file)
+        events.metrics.model(
+            name,
+            engine=synth.engine,
+            manifest_sha256=synth.manifest_sha256,
+            model_sha256="" if file is None else file.sha256,
+        )
+
+
 def _wrong(acceptor: Acceptor, outbox: Outbox) -> str:
-    return "" if acceptor.listening and outbox.alive else "a thread has ended"
+    return acceptor.wrong() or ("" if outbox.alive else "a thread that sends has ended")
 
 
 def _check(options: argparse.Namespace) -> Limits:

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import importing
 from ..logfmt import log_line, one_line
+from .metrics import Metrics
 
 plain = one_line
 
@@ -25,6 +26,7 @@ class Events:
         self.registry: Any = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._count = Counter("mask2ct_node_events", "What the node did, by kind and peer", ["event", "peer"], registry=self.registry)
+        self.metrics = Metrics(self.registry)
         self._lock = threading.Lock()
 
     def __call__(self, event: str, *, peer: str = "", **facts: object) -> None:

@@ -106,6 +106,7 @@ class Outbox:
             files = set(sendable(package))
             if all(files <= Acknowledged(package, name).files for name in self._names):
                 self._spool.finish(package)
+                self._events.metrics.settled(package.name)
                 self._events("settled", study=package.name, objects=len(files))
 
     @property
@@ -174,6 +175,7 @@ class _Sender(threading.Thread):
         sent = 0
         refused: list[Outcome] = []
         if waiting:
+            started = time.monotonic()
             for outcome in self._destination.send(waiting):
                 if outcome.refused:
                     refused.append(outcome)
@@ -183,6 +185,7 @@ class _Sender(threading.Thread):
                 if self._ended.is_set():
                     return
             self._pauses.pop("", None)
+            self._events.metrics.stage("send", time.monotonic() - started)
             self._events("sent", peer=self._destination.name, study=package.name, objects=sent)
         if refused:
             pause = self._pause(package.name)

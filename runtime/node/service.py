@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,8 @@ class Node:
     def _make(self, study: Path, spent: bool) -> None:
         """`spent`: it has ended so many processes that it is not begun again."""
         reasons, made, slices, warned = [], 0, 0, 0
+        arrived = min((path.stat().st_mtime for path in (study / OBJECTS).iterdir()), default=time.time())
+        self._events.metrics.claimed(study.name, arrived)
         self._audit.add("received", study=study.name)
         try:
             if spent:
@@ -74,6 +77,7 @@ class Node:
                     made, slices = made + 1, slices + result.slices
                     if not result.skipped:
                         came_forward(study / STARTS)
+                        self._events.metrics.result(result.seconds)
                 else:  # what it says may quote the file: its words stay beside the mask
                     reasons.append(f"{result.case}: {result.error}")
                     self._events("failed", study=study.name, case=result.case, error=type(result.error).__name__)
@@ -83,7 +87,7 @@ class Node:
             reasons.append(str(exc) if isinstance(exc, Mask2CTError) else f"an error of mask2ct's own: {type(exc).__name__}")
             self._audit.add("failed", study=study.name, error=type(exc).__name__)
             self._events("failed", study=study.name, error=type(exc).__name__)
-        self._spool.painted(study, reasons)
+        self._spool.painted(study, reasons, poison=spent)
         self._events("painted", study=study.name, results=made, slices=slices, warnings=warned)
         self._outbox.wake()
 
