@@ -201,7 +201,7 @@ def called(item: Path) -> str:
 
 def reason(claim: Claim, exc: Mask2CTError) -> str:
     """The error for a person, without the place where it was worked on, and without a name that may be a patient's."""
-    text, name = printable(str(exc)).replace(printable(claim.item), claim.called), printable(claim.item.name)
+    text, name = str(exc).replace(printable(claim.item), claim.called), printable(claim.item.name)
     return text.replace(name, claim.called) if len(name) > 3 else text
 
 

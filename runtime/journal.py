@@ -13,7 +13,7 @@ import os
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import FolderBusy, OutputError, writing
@@ -139,15 +139,29 @@ def facts_in(content: bytes) -> Iterator[dict[str, Any]]:
         try:
             if int(checksum, 16) == zlib.crc32(body) and isinstance(facts := json.loads(body), dict):
                 yield facts
-        except ValueError:
+        except (ValueError, RecursionError):
             pass
 
 
 def _entry(facts: Mapping[str, Any]) -> Entry | None:
+    """The entry that a line states; None where it is none of ours, whatever its checksum says."""
     try:
-        return Entry(facts["result"], facts["key"], facts["files"], facts["slices"], tuple(facts["warnings"]), facts.get("mask", ""))
+        entry = Entry(facts["result"], facts["key"], facts["files"], facts["slices"], tuple(facts["warnings"]), facts.get("mask", ""))
     except (KeyError, TypeError):
         return None
+    texts = [entry.result, entry.key, entry.mask, *entry.warnings]
+    if not isinstance(entry.files, dict) or type(entry.slices) is not int or entry.slices < 0:
+        return None
+    texts += [*entry.files, *entry.files.values()]
+    if not entry.files or not all(isinstance(text, str) for text in texts) or not all(map(_within, entry.files)):
+        return None
+    return entry
+
+
+def _within(name: str) -> bool:
+    """Whether a path is one below the output folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _lock(handle: int, path: Path) -> None:

@@ -132,14 +132,14 @@ def introduce(models: Mapping[str, Synthesizer | RaySynthesizer]) -> None:
     """Say which models there are and what runs each."""
     for name, synth in models.items():
         called = f" {name}:" if len(models) > 1 else ""
-        print(f"model{called} {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
+        print(printable(f"model{called} {synth.manifest.name}, backend {synth.backend}"), file=sys.stderr)
 
 
 def choose(models: Models, case: Case, recipes: Mapping[str, Recipe], *, quiet: bool) -> str:
     """The name of the model that the case is for; the choice is said with its reason. Raises `InputError`s."""
     name, reason = models.decide(case, {name: recipe.labels for name, recipe in recipes.items()})
     if len(models) > 1 and not quiet:
-        print(f"{printable(Path(case.called.name))}: {name} ({reason})", file=sys.stderr)
+        print(printable(f"{case.called.name}: {name} ({reason})"), file=sys.stderr)
     return name
 
 
@@ -191,7 +191,7 @@ def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = Fa
     cases = find_cases(masks, skipped, options=how, series=options.series, every=every)
     for path in skipped if say else ():
         name = path.name if path.name.lower().endswith(SUFFIXES) else "a DICOM file"
-        print(f"warning: {name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
+        print(f"warning: {printable(name)} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
     return cases
 
 
@@ -200,7 +200,8 @@ def label_map(options: argparse.Namespace, table: LabelTable, tables: Sequence[L
     if options.labels is None:
         return None
     if options.labels in PRESETS and (without := lost(options.labels, table)):
-        print(f"warning: the model has no label for {', '.join(without)} of {options.labels}: they become background", file=sys.stderr)
+        names = printable(", ".join(without))
+        print(f"warning: the model has no label for {names} of {options.labels}: they become background", file=sys.stderr)
     return load_map(options.labels, table, tables)
 
 

@@ -44,7 +44,7 @@ def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int
     """What one mask holds and how it would map; 1 when something would not."""
     mask = read_mask(case)
     for note in mask.notes:
-        print(f"warning: {note}", file=sys.stderr)
+        print(f"warning: {printable(note)}", file=sys.stderr)
     counts = count(mask, case.called)
     millilitres = float(np.prod(mask.geometry.spacing)) / 1000
     print(f"{'value':>7} {'voxels':>11} {'ml':>10}  {'maps to':<24}  name and code")
@@ -55,7 +55,8 @@ def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int
             index = 0
         unknown += index is None
         known = "UNKNOWN" if index is None else table.labels[index].name
-        print(f"{segment.number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {known:<24}  {segment.name} {segment.code}".rstrip())
+        row = f"{segment.number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {known:<24}  {segment.name} {segment.code}"
+        print(printable(row.rstrip()))
     if unknown:
-        print(f"{unknown} unknown: synth needs --labels MAP.json, {MAP_HELP}; the table knows {table}")
+        print(f"{unknown} unknown: synth needs --labels MAP.json, {MAP_HELP}; the table knows {printable(str(table))}")
     return 1 if unknown else 0

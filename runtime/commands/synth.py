@@ -108,7 +108,7 @@ def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: a
             for result, model in results:
                 summary.add(result, model)
                 for warning in result.warnings:
-                    print(f"warning: {warning}")
+                    print(f"warning: {printable(warning)}")
                 if result.error is not None:
                     print(f"error: {result.error}")
     finally:  # what was done is told also of a run that was stopped
@@ -116,7 +116,7 @@ def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: a
             write_json(options.report, summary.to_json())
     summary.close()
     if not options.quiet:
-        print(f"{summary} → {options.output}")
+        print(printable(f"{summary} → {options.output}"))
     return 1 if summary.failed else 0
 
 

@@ -295,11 +295,11 @@ def listing(case: Case) -> str:
             with archive.on_disk(case.path) as path:
                 size = _volume_size(path)
         except InputError as exc:
-            return f"{case.kind:<9} {case.name:<24} {'unreadable':<16} {printable(case.path)}  {exc.fact}"
+            return printable(f"{case.kind:<9} {case.name:<24} {'unreadable':<16} {case.path}  {exc.fact}")
     text = " x ".join(map(str, size)) if all(size) else "contours"
-    where = printable(case.files[0]) if len(case.files) == 1 else f"{printable(case.files[0].parent)} ({len(case.files)} files)"
+    where = str(case.files[0]) if len(case.files) == 1 else f"{case.files[0].parent} ({len(case.files)} files)"
     notes = [f"series {case.number}" if case.number else "", case.title, f"on {len(case.grid)} images" if case.grid else ""]
-    return "  ".join(x for x in [f"{case.kind:<9} {case.name:<24} {text:<16} {where}", *notes] if x)
+    return printable("  ".join(x for x in [f"{case.kind:<9} {case.name:<24} {text:<16} {where}", *notes] if x))
 
 
 def _volume_size(path: Path) -> tuple[int, ...]:
