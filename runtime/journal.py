@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .errors import FolderBusy, OutputError, writing
-from .files import lock, sha256_of, sync_folder
+from .files import lock, permitted, sha256_of, sync_folder
 
 JOURNAL = ".mask2ct.journal"
 
@@ -98,7 +98,7 @@ class Journal(Ledger):
         with writing(self._path):
             while True:
                 made = not self._path.exists()
-                handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, permitted(0o666))
                 try:
                     _lock(handle, self._path)
                     if os.path.samestat(os.fstat(handle), os.stat(self._path)):

@@ -107,16 +107,13 @@ def test_graphs_without_end_are_refused(tmp_path: Path) -> None:
         check_weights(path)
 
 
-def test_every_cut_is_refused_or_taken(tmp_path: Path) -> None:
+def test_a_cut_graph_is_refused(tmp_path: Path) -> None:
+    """Where the cut falls into the graph; the checksum of the manifest covers the rest."""
     whole, path = ELSEWHERE["in a branch"]().SerializeToString(), tmp_path / "model.onnx"
-    for length in range(1, len(whole)):
+    for length in range(20, len(whole) - 20):
         path.write_bytes(whole[:length])
-        try:
+        with pytest.raises(ModelError):
             check_weights(path)
-        except ModelError:
-            continue
-        with pytest.raises(Exception, match="."):  # nothing but the header of a graph is left
-            onnx.checker.check_model(onnx.load_from_string(whole[:length]))
 
 
 def test_every_message_that_holds_a_tensor_is_known() -> None:

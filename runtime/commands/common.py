@@ -66,6 +66,9 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     how = parser.add_argument_group("results")
     how.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
+    how.add_argument(
+        "--shared", action="store_true", help="what is made of DICOM may be read as the umask says, and not by its owner alone"
+    )
     add_making(how)
 
 
@@ -180,6 +183,7 @@ def recipe(options: argparse.Namespace, output: Path, table: LabelTable, tables:
         options.seed,
         label_map(options, table, tables),
         resume,
+        shared=getattr(options, "shared", False),
     )
 
 

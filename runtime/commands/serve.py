@@ -87,6 +87,8 @@ def _serve(options: argparse.Namespace) -> int:
             recipe.writer.check(models[name].manifest, options.spool)
         spool = Spool(options.spool, keep=options.keep)
         stack.callback(spool.close)
+        if spool.narrowed:
+            events.say("spool_narrowed", mode="700")
 
         def paint(cases: Sequence[Case], results: Path) -> Iterator[CaseResult]:
             there = {name: replace(recipe, output=results) for name, recipe in made_of.items()}

@@ -11,11 +11,11 @@ from typing import Any
 
 from ..console import EXIT_CODES
 from ..errors import InputError, UsageError, printable
-from ..files import check_writable, write_json
+from ..files import check_writable, private, write_json
 from ..io.archive import exists
 from ..io.detect import Case, listing, read_case
 from ..models import Models, named
-from ..recipe import Recipe
+from ..recipe import Recipe, any_dicom
 from ..report import Summary
 from ..scale import RaySynthesizer
 from ..stream import CaseResult
@@ -64,7 +64,7 @@ def _synth(options: argparse.Namespace) -> int:
             return _dry_run(models, cases, made, options)
         summary = _summary(models, cases, options)
         results = painted(models, cases, made, quiet=options.quiet, on_slice=summary.painting)
-        return _run(summary, results, options)
+        return _run(summary, results, cases, options)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -93,7 +93,7 @@ def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
         if not options.quiet:
             introduce({name: synth})
         results = synth.make(cases, made)
-        return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), options)
+        return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), cases, options)
 
 
 def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence[Case], options: argparse.Namespace) -> Summary:
@@ -102,7 +102,7 @@ def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence
     return Summary(models, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
 
 
-def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: argparse.Namespace) -> int:
+def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], cases: Sequence[Case], options: argparse.Namespace) -> int:
     try:
         with redirect_stdout(sys.stderr):  # Ray says there what becomes of its workers
             for result, model in results:
@@ -113,7 +113,8 @@ def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: a
                     print(f"error: {result.error}")
     finally:  # what was done is told also of a run that was stopped
         if options.report is not None:
-            write_json(options.report, summary.to_json())
+            with private(any_dicom(cases) and not options.shared):
+                write_json(options.report, summary.to_json())
     summary.close()
     if not options.quiet:
         print(printable(f"{summary} → {options.output}"))
