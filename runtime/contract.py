@@ -30,7 +30,7 @@ MAX_LABELS = 256  # indices cross the seams as uint8
 # What a manifest may ask for. Far beyond any network, and little enough that no manifest fills a machine.
 MAX_BYTES = 4 << 20  # of manifest.json
 MAX_CANVAS, MAX_SLICES, MAX_STYLE = 8192, 255, 4096
-MIN_SPACING, MAX_SPACING = 1e-3, 1000.0  # mm
+MIN_SPACING, MAX_SPACING = 1e-6, 1000.0  # mm
 MAX_TEXT = 1000  # characters of a name
 
 
