@@ -82,7 +82,8 @@ def proven(
     try:
         return _proven(path, precision, manifest, truths, say)
     except parity.Exceeded as exc:
-        raise ParityError(f"{exc.fact}\n{located(graph, path, precision, truths)}", expected=exc.expected, remedy=exc.remedy) from exc
+        rows = located(graph, path, precision, truths).splitlines()
+        raise ParityError(exc.fact, rows=rows, expected=exc.expected, remedy=exc.remedy) from exc
 
 
 def located(graph: LabelsToIntensity, path: Path, precision: str, truths: Mapping[str, parity.Reference]) -> str:

@@ -63,5 +63,5 @@ def facts_in(content: bytes) -> Iterator[dict[str, Any]]:
         try:
             if int(checksum, 16) == zlib.crc32(body) and isinstance(facts := json.loads(body), dict):
                 yield facts
-        except ValueError:
+        except (ValueError, RecursionError):
             pass

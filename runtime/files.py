@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -25,6 +26,25 @@ SYNCED_AT_ONCE = 4  # files of a folder: a disk writes what waits together, 300 
 _PART = ".mask2ct-part-"
 _HOST = re.sub("[^A-Za-z0-9]", "", platform.node())[:16]
 _OURS = re.compile(re.escape(_PART) + r"([A-Za-z0-9]{0,16})-(\d+)-[0-9a-f]{6}-")
+
+
+_owner_alone = threading.local()
+
+
+@contextmanager
+def private(on: bool = True) -> Iterator[None]:
+    """What this thread makes within, by the functions of this module, only its owner may read (600, folders 700); else the umask decides."""
+    before = getattr(_owner_alone, "on", False)
+    _owner_alone.on = on
+    try:
+        yield
+    finally:
+        _owner_alone.on = before
+
+
+def permitted(mode: int) -> int:
+    """The permissions that a new file or folder is made with, before the umask: `mode`, or the owner's part of it."""
+    return mode & 0o700 if getattr(_owner_alone, "on", False) else mode
 
 
 def temporary_name(path: Path) -> Path:
@@ -58,7 +78,7 @@ def remove_orphans(folder: Path, *, locked: bool = False) -> None:
 def check_writable(output: Path) -> None:
     """Make the folder and a file in it, and take the file away again. Raises `OutputError` before any work is done."""
     with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(permitted(0o777), parents=True, exist_ok=True)
         remove_orphans(output)
         probe = temporary_name(output / "probe")
         try:
@@ -232,8 +252,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     part = temporary_name(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(permitted(0o777), parents=True, exist_ok=True)
         try:
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, permitted(0o666)))  # whoever writes it
             yield part
             _sync(part)
             os.replace(part, path)
@@ -257,13 +278,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     part = temporary_name(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(permitted(0o777), parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+        part.mkdir(permitted(0o777))
         try:
             yield part
+            files = [file for file in part.rglob("*") if file.is_file()]
+            for file in files:
+                file.chmod(permitted(file.stat().st_mode & 0o777))
             with ThreadPoolExecutor(SYNCED_AT_ONCE) as pool:
-                for _ in pool.map(_sync, [file for file in part.rglob("*") if file.is_file()]):
+                for _ in pool.map(_sync, files):
                     pass
             sync_folder(part)
             if path.exists():  # the old one steps aside first, so that no moment shows a mixture

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .errors import Mask2CTError, OutputError, UsageError, printable, writing
-from .files import fits, lock, write_text
+from .files import fits, lock, private, write_text
 from .io.archive import is_zip
 from .io.dicom_files import UNFINISHED, neutral
 from .io.headers import SUFFIXES
@@ -62,12 +62,13 @@ class _Seen:
 
 class Inbox:
     """`folder`, watched for one output folder: what others claimed for another output is theirs. `stable`: seconds that nothing of a mask may
-    have changed for, by its size, its time of change and, of a folder, its list of files. `whole(path)`: whether it can be opened.
+    have changed for, by its size, its time of change and, of a folder, its list of files. `whole(path)`: whether it can be opened. The
+    reason of what may be DICOM is for the owner alone, unless `shared`.
 
     Raises `UsageError` when there is no such folder and `OutputError` where nothing can be moved.
     """
 
-    def __init__(self, folder: Path, output: Path, *, stable: float, whole: Callable[[Path], bool]):
+    def __init__(self, folder: Path, output: Path, *, stable: float, whole: Callable[[Path], bool], shared: bool = False):
         if not folder.is_dir():
             raise UsageError(f"there is no folder {folder} to watch", expected="a folder that masks are put into", remedy="make it, or check the path",
                              file=folder)  # fmt: skip
@@ -82,7 +83,9 @@ class Inbox:
                     remedy="remove the link; masks are moved there, not copied",
                     file=folder / name,
                 )
-        self._folder, self._stable, self._whole = folder, stable, whole
+        self._folder, self._stable, self._whole, self._shared = folder, stable, whole, shared
+        with writing(folder):
+            self._mode = folder.stat().st_mode & 0o777  # who may see the folder may see what is made in it, and nobody else
         self._for = hashlib.sha256(os.fsencode(output.absolute().resolve())).hexdigest()[:8]
         self._seen: dict[str, _Seen] = {}
         self.settling = False  # whether the last look saw something that would be ready if it stayed as it is
@@ -118,7 +121,8 @@ class Inbox:
             return None
         with writing(self._folder):
             ticket = self._folder / WORK / f"{self._for}-{os.urandom(6).hex()}"
-            ticket.mkdir(parents=True)
+            ticket.parent.mkdir(self._mode, exist_ok=True)
+            ticket.mkdir(self._mode)
             handle = _hold(ticket, os.O_CREAT)
             if handle is None:  # another took the new ticket for a dead watcher's
                 self.settling = True
@@ -178,13 +182,14 @@ class Inbox:
         """Move it to done/, or to failed/ with NAME.reason.txt; under a numbered name where its own is taken. Returns the place."""
         folder = self._folder / (FAILED if claim.errors else DONE)
         with writing(folder):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(self._mode, exist_ok=True)
             with self._alone():
                 place = _free(folder / claim.item.name)
                 if claim.errors:  # first, so that nothing lies there without its reason
                     beside = place.with_name(f"{place.name}.reason.txt")
                     beside = beside if fits(beside) else place.with_name(f"{neutral('item', place.name)}.reason.txt")
-                    write_text(beside, "\n\n".join(reason(claim, exc) for exc in claim.errors) + "\n")
+                    with private(not self._shared and may_be_dicom(claim.item)):
+                        write_text(beside, "\n\n".join(reason(claim, exc) for exc in claim.errors) + "\n")
                 os.rename(claim.item, place)
             self._end(claim)
         return place
@@ -234,14 +239,19 @@ def fingerprint(path: Path) -> Fingerprint:
         return ()
 
 
+def may_be_dicom(item: Path) -> bool:
+    """Whether it may hold a patient's data besides a mask: what is no volume by its name."""
+    return not item.name.lower().endswith(SUFFIXES)
+
+
 def called(item: Path) -> str:
     """What messages may call it: a volume by its file name, all else, which may be DICOM's and named after a patient, by a digest."""
-    return printable(item.name) if item.name.lower().endswith(SUFFIXES) else neutral("zip" if is_zip(item) else "item", item.name)
+    return printable(item.name) if not may_be_dicom(item) else neutral("zip" if is_zip(item) else "item", item.name)
 
 
 def reason(claim: Claim, exc: Mask2CTError) -> str:
     """The error for a person, without the place where it was worked on, and without a name that may be a patient's."""
-    text, name = printable(str(exc)).replace(printable(claim.item), claim.called), printable(claim.item.name)
+    text, name = str(exc).replace(printable(claim.item), claim.called), printable(claim.item.name)
     return text.replace(name, claim.called) if len(name) > 3 else text
 
 

@@ -13,12 +13,12 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from .append_log import append, facts_in, line_of
 from .errors import FolderBusy, OutputError, writing
-from .files import lock, sha256_of, sync_folder
+from .files import lock, permitted, sha256_of, sync_folder
 
 JOURNAL = ".mask2ct.journal"
 
@@ -138,7 +138,7 @@ def _open(path: Path, flags: int) -> int:
     )
     if path.is_symlink():
         raise refusal
-    handle = os.open(path, flags | safe, 0o666)
+    handle = os.open(path, flags | safe, permitted(0o666))
     if not stat.S_ISREG(os.fstat(handle).st_mode):
         os.close(handle)
         raise refusal
@@ -159,10 +159,24 @@ def digest_of(path: Path) -> str:
 
 
 def _entry(facts: Mapping[str, Any]) -> Entry | None:
+    """The entry that a line states; None where it is none of ours, whatever its checksum says."""
     try:
-        return Entry(facts["result"], facts["key"], facts["files"], facts["slices"], tuple(facts["warnings"]), facts.get("mask", ""))
+        entry = Entry(facts["result"], facts["key"], facts["files"], facts["slices"], tuple(facts["warnings"]), facts.get("mask", ""))
     except (KeyError, TypeError):
         return None
+    texts = [entry.result, entry.key, entry.mask, *entry.warnings]
+    if not isinstance(entry.files, dict) or type(entry.slices) is not int or entry.slices < 0:
+        return None
+    texts += [*entry.files, *entry.files.values()]
+    if not entry.files or not all(isinstance(text, str) for text in texts) or not all(map(_within, entry.files)):
+        return None
+    return entry
+
+
+def _within(name: str) -> bool:
+    """Whether a path is one below the output folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _lock(handle: int, path: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from .contract import Manifest
 from .errors import UsageError
-from .files import belongs_to, check_writable, fits, remove_orphans
+from .files import belongs_to, check_writable, fits, private, remove_orphans
 from .io.detect import Case
 from .io.formats import DEFAULT_OPTIONS, FORMATS, Format, FormatOptions
 from .io.headers import is_cut, is_synthetic
@@ -24,7 +24,8 @@ from .workspace import remove_abandoned
 class Recipe:
     """What is made of every mask: the options of `runtime.stream.synthesize`. Plain data, so that it may cross to another process.
 
-    Without `replace` a mask is refused whose result would take the place of one that the journal has of another.
+    Without `replace` a mask is refused whose result would take the place of one that the journal has of another. What is made of a DICOM
+    source only its owner may read, unless it is `shared`: then, as for all else, the umask decides.
     """
 
     output: Path
@@ -36,6 +37,7 @@ class Recipe:
     labels: LabelMap | None = None
     resume: bool = False
     replace: bool = True
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if self.variants is not None and self.variants < 1:
@@ -61,7 +63,8 @@ class Recipe:
     def check(self, manifest: Manifest, cases: Sequence[Case]) -> None:
         """Raise what `synthesize` raises before any work."""
         self.writer.check(manifest, self.output)
-        check_writable(self.output)
+        with self.private(any_dicom(cases)):
+            check_writable(self.output)
         remove_abandoned()
         written: frozenset[str] | None = None  # by earlier runs; asked for when something is in the way
         for file in (file for case in cases for file in self.files(case.name)):
@@ -78,8 +81,14 @@ class Recipe:
     @contextmanager
     def journal(self, manifest: Manifest, cases: Sequence[Case]) -> Iterator[Journal]:
         """The output folder's journal, locked, and the folder kept tidy."""
-        with closing(Journal(self.output)) as journal, self.tidy(manifest, cases):
+        with self.private(any_dicom(cases)):
+            journal = Journal(self.output)
+        with closing(journal), self.tidy(manifest, cases):
             yield journal
+
+    def private(self, dicom: bool) -> AbstractContextManager[None]:
+        """Within, this thread makes files for their owner alone, where they come of a DICOM source."""
+        return private(dicom and not self.shared)
 
     @contextmanager
     def tidy(self, manifest: Manifest, cases: Sequence[Case]) -> Iterator[None]:
@@ -92,6 +101,11 @@ class Recipe:
         finally:
             _sweep(folders)
             self.writer.finish(self.output, manifest)
+
+
+def any_dicom(cases: Iterable[Case]) -> bool:
+    """Whether some of the cases come from a DICOM source."""
+    return any(case.kind not in ("volume", "classes") for case in cases)
 
 
 def _is_damaged(result: Path) -> bool:

@@ -252,7 +252,6 @@ def _opened(synthesizer: Synthesizer) -> Opened:
 
 
 def _ray() -> Any:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to its makers
     for name, value in {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DEDUP_LOGS": "0"}.items():
         os.environ.setdefault(name, value)
     with importing("Ray", "Ray Data, which deals masks out to workers", 'pip install "mask2ct[ray]"'):

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, UnreadableVolume, reading
+from .errors import InputError, UnreadableVolume, reading, writing
 from .files import fits, sha256_of
 from .io.archive import opened, outer
 from .io.detect import Case, like_digests, read_case
@@ -68,10 +68,13 @@ def synthesize(
     seed: int = 0,
     labels: LabelMap | None = None,
     resume: bool = False,
+    shared: bool = False,
     on_slice: Callable[[int], None] | None = None,
 ) -> Generator[CaseResult]:
     """Paint each case into `output`, as `runtime.io.formats` says for `format`; `variants` = K writes K pairs of CT and mask for
     each, 0 to K - 1: the first of the mask as it is, the others deformed within `ranges` (see `runtime.variants`).
+
+    `shared`: what is made of a DICOM source may be read as the umask says; else by its owner alone.
 
     `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all that the bytes depend on, is
     not made again; without it existing results are replaced.
@@ -82,7 +85,8 @@ def synthesize(
     painted. Raises `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be
     written, or a file in it that is not ours and would be replaced; and when it starts, if another run is writing into the folder.
     """
-    return make(synthesizer, cases, Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume), on_slice)
+    recipe = Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume, shared=shared)
+    return make(synthesizer, cases, recipe, on_slice)
 
 
 def make(
@@ -213,7 +217,10 @@ class Run:
         """Write one result and, when it is whole, its line in the journal."""
         result, counted = job.item.result, _Meter(iter(slabs))
         started = time.perf_counter()
-        files = self._format.write(self._output, job.painting, counted)
+        dicom = job.painting.mask.dicom is not None
+        # reading back what is there, to digest it, may fail too
+        with writing(self._output / job.painting.name), self._recipe.private(dicom):
+            files = self._format.write(self._output, job.painting, counted)
         digests = {file.relative_to(self._output).as_posix(): digest for file, digest in files.items()}
         self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings, result.mask_sha256))
         seconds = {**job.seconds, "write": time.perf_counter() - started - counted.seconds}

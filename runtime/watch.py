@@ -12,6 +12,7 @@ from typing import Protocol
 
 from .audit import AuditTrail
 from .errors import FolderBusy, InputError, Mask2CTError, MemoryCapExceeded, UnreadableVolume, UsageError
+from .files import private
 from .inbox import Claim, Inbox, called, waves
 from .io.archive import is_zip, on_disk
 from .io.detect import Case
@@ -58,8 +59,9 @@ class Watcher:
         self._models, self._find, self._listener, self._waiting = models, find, listener, False
         self._audit = audit or AuditTrail(None, "watch")
         self._recipes = {name: replace(recipe, resume=True, replace=False) for name, recipe in recipes.items()}
+        self._shared = any(recipe.shared for recipe in recipes.values())
         (self._output,) = {recipe.output for recipe in recipes.values()}
-        self._inbox = Inbox(inbox, self._output, stable=stable, whole=self._whole)
+        self._inbox = Inbox(inbox, self._output, stable=stable, whole=self._whole, shared=self._shared)
         for name, recipe in recipes.items():
             recipe.check(models[name].manifest, [])
 
@@ -68,7 +70,7 @@ class Watcher:
 
         Raises `OutputError` where results cannot be written, and what concerns all masks alike.
         """
-        with suppress(FolderBusy), closing(Journal(self._output)):  # what a watcher that was killed did not come to
+        with suppress(FolderBusy), closing(self._journal()):  # what a watcher that was killed did not come to
             for name, recipe in self._recipes.items():
                 with recipe.tidy(self._models[name].manifest, []):
                     pass
@@ -78,6 +80,11 @@ class Watcher:
                     return
                 time.sleep(max(poll, SHORTEST))
 
+    def _journal(self) -> Journal:
+        """For its owner alone: nobody knows yet what will come."""
+        with private(not self._shared):
+            return Journal(self._output)
+
     def step(self) -> bool:
         """One look, and the work it finds; whether any was done."""
         ready, left = self._inbox.look(), [*self._inbox.abandoned()]
@@ -86,7 +93,7 @@ class Watcher:
             return False
         claims: list[Claim] = []
         try:
-            with closing(Journal(self._output)) as journal:
+            with closing(self._journal()) as journal:
                 for n in range(0, min(len(ready), PER_LOOK), AT_ONCE):
                     taken = [claim for item in ready[n : n + AT_ONCE] if (claim := self._inbox.claim(item))]
                     claims += taken

@@ -113,9 +113,9 @@ def refuse(errors: Sequence[InputError], count: int) -> None:
         lines = [
             exc.fact if exc.file and exc.file.name in exc.fact else f"{exc.file and exc.file.name}: {exc.fact}" for exc in errors[:SHOWN]
         ]
-        facts = "".join(f"\n    {line}" for line in [*lines, *more])
+        rows = [f"    {line}" for line in [*lines, *more]]
         remedies = list(dict.fromkeys(exc.remedy for exc in errors))
-        raise InputError(f"{len(errors)} of {count} patients cannot be trained on:{facts}", expected=errors[0].expected,
+        raise InputError(f"{len(errors)} of {count} patients cannot be trained on:", rows=rows, expected=errors[0].expected,
                          remedy="; ".join(remedies[:3]), file=errors[0].file and errors[0].file.parent)  # fmt: skip
 
 

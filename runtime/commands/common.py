@@ -68,6 +68,9 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     how = parser.add_argument_group("results")
     how.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
+    how.add_argument(
+        "--shared", action="store_true", help="what is made of DICOM may be read as the umask says, and not by its owner alone"
+    )
     add_making(how)
 
 
@@ -152,14 +155,14 @@ def introduce(models: Mapping[str, Synthesizer | RaySynthesizer]) -> None:
     """Say which models there are and what runs each."""
     for name, synth in models.items():
         called = f" {name}:" if len(models) > 1 else ""
-        print(f"model{called} {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
+        print(printable(f"model{called} {synth.manifest.name}, backend {synth.backend}"), file=sys.stderr)
 
 
 def choose(models: Models, case: Case, recipes: Mapping[str, Recipe], *, quiet: bool) -> str:
     """The name of the model that the case is for; the choice is said with its reason. Raises `InputError`s."""
     name, reason = models.decide(case, {name: recipe.labels for name, recipe in recipes.items()})
     if len(models) > 1 and not quiet:
-        print(f"{printable(Path(case.called.name))}: {name} ({reason})", file=sys.stderr)
+        print(printable(f"{case.called.name}: {name} ({reason})"), file=sys.stderr)
     return name
 
 
@@ -200,6 +203,7 @@ def recipe(options: argparse.Namespace, output: Path, table: LabelTable, tables:
         options.seed,
         label_map(options, table, tables),
         resume,
+        shared=getattr(options, "shared", False),
     )
 
 
@@ -237,7 +241,7 @@ def _say_passed_over(skipped: Sequence[PassedOver], *, paths: bool) -> None:
             others.setdefault(one.what, []).append(one.path)
             continue
         name = one.path.name if one.path.name.lower().endswith(SUFFIXES) else "a DICOM file"
-        print(f"warning: {name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
+        print(f"warning: {printable(name)} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
     for what, places in others.items():
         named = places if paths else [Path(place.name) for place in places if place.name.lower().endswith(SUFFIXES)]
         names = f": {', '.join(map(printable, named[:12]))}{', …' if len(named) > 12 else ''}" if named else ""
@@ -250,7 +254,8 @@ def label_map(options: argparse.Namespace, table: LabelTable, tables: Sequence[L
     if options.labels is None:
         return None
     if options.labels in PRESETS and (without := lost(options.labels, table)):
-        print(f"warning: the model has no label for {', '.join(without)} of {options.labels}: they become background", file=sys.stderr)
+        names = printable(", ".join(without))
+        print(f"warning: the model has no label for {names} of {options.labels}: they become background", file=sys.stderr)
     return load_map(options.labels, table, tables)
 
 

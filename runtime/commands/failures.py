@@ -40,7 +40,7 @@ class Failures:
         by_count = sorted(self._by_reason.values(), key=len, reverse=True)
         for texts in by_count[:ROWS]:
             like = " (and others like it)" if len(set(texts)) > 1 else ""
-            print(f"  {len(texts):>6}  {texts[0]}{like}", file=self._stream)
+            print(f"  {len(texts):>6}  {printable(texts[0])}{like}", file=self._stream)
         if len(by_count) > ROWS:
             print(f"  {sum(map(len, by_count[ROWS:])):>6}  for {len(by_count) - ROWS} other reasons", file=self._stream)
 

@@ -46,7 +46,7 @@ def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int
     """What one mask holds and how it would map; 1 when something would not."""
     mask = read_mask(case)
     for note in mask.notes:
-        print(f"warning: {note}", file=sys.stderr)
+        print(f"warning: {printable(note)}", file=sys.stderr)
     counts = count(mask, case.called, force=case.options.force_labels)
     millilitres = float(np.prod(mask.geometry.spacing)) / 1000
     print(f"{'value':>7} {'voxels':>11} {'ml':>10}  {'maps to':<24}  name and code")
@@ -58,8 +58,9 @@ def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int
         unknown += index is None
         known = "UNKNOWN" if index is None else table.labels[index].name
         number = "" if segment.strict and segment.number < 0 else segment.number
-        print(f"{number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {known:<24}  {segment.name} {segment.code}".rstrip())
+        row = f"{number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {known:<24}  {segment.name} {segment.code}"
+        print(printable(row.rstrip()))
     if unknown:
-        print(f"{unknown} unknown: synth needs --labels MAP.json, {MAP_HELP}; the table knows {table}")
+        print(f"{unknown} unknown: synth needs --labels MAP.json, {MAP_HELP}; the table knows {printable(str(table))}")
     refuse_contradictions([segment for segment, _ in counts], table, mapped, file=case.called)
     return 1 if unknown else 0

@@ -94,6 +94,8 @@ def _serve(options: argparse.Namespace) -> int:
             recipe.writer.check(models[name].manifest, options.spool)
         spool = Spool(options.spool, keep=options.keep)
         stack.callback(spool.close)
+        if spool.narrowed:
+            events.say("spool_narrowed", mode="700")
 
         def log(action: str, facts: Facts) -> None:
             if action != "failed":  # which the node says itself

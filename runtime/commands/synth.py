@@ -12,11 +12,11 @@ from typing import Any
 from ..audit import AuditTrail
 from ..console import EXIT_CODES
 from ..errors import InputError, UsageError, printable
-from ..files import check_writable, write_json
+from ..files import check_writable, private, write_json
 from ..io.archive import exists
 from ..io.detect import Case, listing, read_case
 from ..models import Models, named
-from ..recipe import Recipe
+from ..recipe import Recipe, any_dicom
 from ..report import Summary
 from ..scale import RaySynthesizer
 from ..stream import CaseResult
@@ -83,7 +83,7 @@ def _synth(options: argparse.Namespace) -> int:
             return _dry_run(models, cases, made, options)
         summary = _summary(models, cases, options)
         results = painted(models, cases, made, quiet=options.quiet, on_slice=summary.painting)
-        return _run(summary, results, options, models)
+        return _run(summary, results, cases, options, models)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -114,7 +114,7 @@ def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
         if not options.quiet:
             introduce({name: synth})
         results = synth.make(cases, made)
-        return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), options, {name: synth})
+        return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), cases, options, {name: synth})
 
 
 def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence[Case], options: argparse.Namespace) -> Summary:
@@ -126,6 +126,7 @@ def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence
 def _run(
     summary: Summary,
     results: Iterator[tuple[CaseResult, str]],
+    cases: Sequence[Case],
     options: argparse.Namespace,
     models: Mapping[str, Synthesizer | RaySynthesizer],
 ) -> int:
@@ -138,16 +139,17 @@ def _run(
                 audit.result(result, model, options.seed)
                 summary.add(result, model)
                 for warning in result.warnings:
-                    print(f"warning: {warning}")
+                    print(f"warning: {printable(warning)}")
                 if result.error is not None:
                     failures.add(result.error)
     finally:  # what was done is told also of a run that was stopped
         failures.close()
         if options.report is not None:
-            write_json(options.report, summary.to_json())
+            with private(any_dicom(cases) and not options.shared):
+                write_json(options.report, summary.to_json())
     summary.close()
     if not options.quiet:
-        print(f"{summary} → {options.output}")
+        print(printable(f"{summary} → {options.output}"))
     return failures.code
 
 

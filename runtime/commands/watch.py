@@ -86,15 +86,15 @@ class _Log:
 
     def say(self, text: str) -> None:
         if not self._quiet:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def chosen(self, case: Case, model: str, reason: str) -> None:
         if self._several:
-            self.say(f"{printable(case.called.name)}: {model} ({reason})")
+            self.say(f"{case.called.name}: {model} ({reason})")
 
     def made(self, result: CaseResult) -> None:
         for warning in result.warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
 
     def settled(self, claim: Claim, place: Path) -> None:
         self._told = False

@@ -441,14 +441,14 @@ def listing(case: Case) -> str:
             with archive.on_disk(case.path) as path:
                 size = _volume_size(path)
         except InputError as exc:
-            return f"{case.kind:<9} {case.name:<24} {'unreadable':<16} {printable(case.path)}  {exc.fact}"
+            return printable(f"{case.kind:<9} {case.name:<24} {'unreadable':<16} {case.path}  {exc.fact}")
     text = " x ".join(map(str, size)) if all(size) else "contours"
-    where = f"{printable(case.files[0].parent)} ({len(case.files)} files)"
+    where = f"{case.files[0].parent} ({len(case.files)} files)"
     if len(case.files) == 1 or case.kind not in ("series", "classes"):  # several of one UID
-        where = ", ".join(map(printable, case.files))
+        where = ", ".join(map(str, case.files))
     differ = f"{len(case.files)} files of one UID that differ" if len(case.files) > 1 and case.kind in ("seg", "rtstruct") else ""
     notes = [differ, f"series {case.number}" if case.number else "", case.title, f"on {len(case.grid)} images" if case.grid else ""]
-    return "  ".join(x for x in [f"{case.kind:<9} {case.name:<24} {text:<16} {where}", *notes] if x)
+    return printable("  ".join(x for x in [f"{case.kind:<9} {case.name:<24} {text:<16} {where}", *notes] if x))
 
 
 def _volume_size(path: Path) -> tuple[int, ...]:

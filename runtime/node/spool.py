@@ -24,7 +24,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import InputError, OutputError, writing
+from ..errors import InputError, OutputError, UsageError, writing
 from ..files import remove_orphans, sync_folder, temporary_name, write_text
 from ..io.dicom_files import RTSTRUCT, SEGMENTATION, dataset, guarded
 from ..journal import Journal
@@ -57,6 +57,7 @@ class Spool:
         self.root, self._keep = root, keep
         with writing(root):
             root.mkdir(mode=0o700, parents=True, exist_ok=True)  # masks lie there
+            self.narrowed = _narrow(root)
             for room in ROOMS:
                 (root / room).mkdir(exist_ok=True)
         self._journal = Journal(root)
@@ -230,3 +231,15 @@ def _identify(file: Path, claimed: tuple[str, str]) -> tuple[str, bool]:
 
 def _digest(uid: str, digits: int) -> str:
     return hashlib.sha256(uid.encode()).hexdigest()[:digits]
+
+
+def _narrow(root: Path) -> bool:
+    """Take a spool that was there from everybody but its owner, and say whether that was needed. Raises `UsageError`, OSError."""
+    if os.name != "posix" or not root.stat().st_mode & 0o077:
+        return False
+    others = [path.name for path in root.iterdir() if path.name not in ROOMS and not path.name.startswith(".")]
+    if others:
+        raise UsageError("the spool can be read by others and holds more than a spool", expected="a folder of mode 700 for the spool alone",
+                         remedy="choose another --spool, or make it private with chmod 700", file=root)  # fmt: skip
+    root.chmod(0o700)
+    return True
