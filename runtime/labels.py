@@ -237,7 +237,7 @@ def _refuse_merged(segments: Sequence[Segment], table: LabelTable, label_map: La
                 f"{'the mask' if file is None else file.name} holds {describe(first)} and {describe(second)}, and the {whose} has {known_as} "
                 f"alone, which would make both {table.labels[known[key]].name}",
                 expected="an entry for each of the two",
-                remedy=f'give --labels MAP.json with the whole codes as keys: "{first.code}" and "{second.code}"',
+                remedy=f"give --labels MAP.json with the whole codes as keys: {_as_key(first)} and {_as_key(second)}",
                 file=file,
             )
 
@@ -248,6 +248,12 @@ def describe(segment: Segment) -> str:
     name = repr(segment.name) if segment.name and not segment.private else ""
     code = "" if not segment.code or (segment.private and not _is_public(segment.code)) else f"({segment.code})"
     return " ".join(text for text in (number, name, code) if text)
+
+
+def _as_key(segment: Segment) -> str:
+    """A segment's code as the key of a map."""
+    hidden = segment.private and not _is_public(segment.code)
+    return f"the code that mask2ct labels FILE shows of {segment.number}" if hidden else f'"{segment.code}"'
 
 
 def _is_public(code: str) -> bool:
