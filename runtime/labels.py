@@ -237,7 +237,7 @@ def _refuse_merged(segments: Sequence[Segment], table: LabelTable, label_map: La
                 f"{'the mask' if file is None else file.name} holds {describe(first)} and {describe(second)}, and the {whose} has {known_as} "
                 f"alone, which would make both {table.labels[known[key]].name}",
                 expected="an entry for each of the two",
-                remedy=f"give --labels MAP.json with the whole codes as keys{_codes_of(first, second)}{where_names_are(group)}",
+                remedy=f"give --labels MAP.json with the whole codes as keys: {_as_key(first)} and {_as_key(second)}",
                 file=file,
             )
 
@@ -246,18 +246,14 @@ def describe(segment: Segment) -> str:
     """For a message: 3 'left ventricle' (SCT:87878005); of a DICOM source its number, and its code if that is of a public scheme."""
     number = "" if segment.strict and segment.number < 0 else str(segment.number)
     name = repr(segment.name) if segment.name and not segment.private else ""
-    code = f"({segment.code})" if segment.code and _may_be_said(segment) else ""
+    code = "" if not segment.code or (segment.private and not _is_public(segment.code)) else f"({segment.code})"
     return " ".join(text for text in (number, name, code) if text)
 
 
-def _may_be_said(segment: Segment) -> bool:
-    """Whether a message may quote the segment's code: one of a DICOM source's own making may hold a patient's words."""
-    return not segment.private or _is_public(segment.code)
-
-
-def _codes_of(*segments: Segment) -> str:
-    """The codes, for a remedy; nothing where one of them may not be quoted."""
-    return ": " + " and ".join(f'"{s.code}"' for s in segments) if all(map(_may_be_said, segments)) else ""
+def _as_key(segment: Segment) -> str:
+    """A segment's code as the key of a map."""
+    hidden = segment.private and not _is_public(segment.code)
+    return f"the code that mask2ct labels FILE shows of {segment.number}" if hidden else f'"{segment.code}"'
 
 
 def _is_public(code: str) -> bool:
