@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING, Any
 from .append_log import append, last_line
 from .errors import OutputError, writing
 from .files import lock, sync_folder
+from .io.dicom_files import neutral
+from .io.headers import SUFFIXES
 from .journal import key_of
 
 if TYPE_CHECKING:
@@ -212,7 +214,7 @@ def model_facts(name: str, synth: Synthesizer | RaySynthesizer) -> Facts:
 def result_facts(result: CaseResult, seed: int) -> Facts:
     """What there is to say of a result but its model. `files`: path in the output folder → SHA-256."""
     return {
-        "case": result.case,
+        "case": _case_name(result),
         "mask_sha256": result.mask_sha256,
         "seed": seed,
         "variant": result.variant,
@@ -223,6 +225,12 @@ def result_facts(result: CaseResult, seed: int) -> Facts:
         "files": dict(result.sha256),
         "output_sha256": key_of(result.sha256) if result.sha256 else "",
     }
+
+
+def _case_name(result: CaseResult) -> str:
+    """The case's name; of a file that is no volume, and no DICOM source either, a digest: its name may be a patient's."""
+    known = result.mask == Path(result.case) or result.mask.name.lower().endswith(SUFFIXES) or result.error is None
+    return result.case if known else neutral("item", result.mask.name)
 
 
 def _renamed(path: Path) -> list[Path]:

@@ -340,3 +340,14 @@ def test_kills_leave_no_result_without_a_line(fake_model: Path, inbox: Path, tmp
     check_audit([file])
     told = {row["case"] for action in ("synthesized", "skipped") for row in of(action, file)}
     assert told == {f"mask{n:02d}" for n in range(12)}
+
+
+def test_a_stray_files_name_stays_out(fake_model: Path, tmp_path: Path) -> None:
+    """What is put in by mistake may be called after a patient: a letter, a scan of one."""
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    inbox.mkdir()
+    (inbox / "Doe_John_letter.txt").write_text("not a mask")
+    line = ["watch", inbox, "--model", fake_model, "--backend", "fake", "--output", out, "--stable", 0, "--poll", 0.01, "--once"]
+    assert main([*map(str, line)]) == 1
+    text = (out / ".mask2ct.audit.jsonl").read_text()
+    assert '"failed"' in text and "Doe" not in text

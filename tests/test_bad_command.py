@@ -66,9 +66,9 @@ def test_a_graph_that_is_none_is_refused_even_when_the_manifest_agrees(
     shutil.copytree(model, spoilt)
     (spoilt / "model.onnx").write_bytes(b"not a graph")
     broken_manifest(spoilt, lambda d: d["files"]["model.onnx"].update(bytes=11, sha256=sha256_of(spoilt / "model.onnx")))
-    for backend, name in (("onnx", "ONNX Runtime"), ("openvino", "OpenVINO")):
+    for backend in ("onnx", "openvino"):
         assert synth(spoilt, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), backend=backend) == 2
-        assert f"not a graph {name} loads" in capsys.readouterr().err
+        assert "model.onnx is not a graph" in capsys.readouterr().err
 
 
 WITHOUT_ENGINES = """

@@ -139,7 +139,7 @@ def test_a_defect_is_named_with_the_region_it_lies_in(
     with pytest.raises(ParityError, match="paints other values than the network on validation masks") as caught:
         proven(graph, path, precision, manifest, truths, lambda _: None)
     assert fact in caught.value.fact and caught.value.exit_code == 1 and "at most" in caught.value.expected
-    (worst,) = [line for line in caught.value.fact.splitlines() if line.endswith("<- the worst region")]
+    (worst,) = [line for line in str(caught.value).splitlines() if line.endswith("<- the worst region")]
     assert worst.strip().startswith(region)
 
 

@@ -78,7 +78,7 @@ FOLDERS: dict[str, tuple[str, list[str], int, int, str]] = {
     "dangling references allowed": ("rtstruct/sts001", ["--allow-missing-references"], 0, 1, ""),
     "contours on a given grid": ("rtstruct/sts001/STS_001/CT/mask", ["--like", "rtstruct/sts001/STS_001/CT/image"], 0, 1, ""),
     "SEGs, volumes and CTs": ("seg_and_ct", [], 0, 8, "heart_seg.nrrd is empty"),
-    "fractions": ("seg_fractional_overlap", [], 1, 3, "holds fractions, not labels"),
+    "fractions": ("seg_fractional_overlap", [], 1, 4, "holds fractions, not labels"),
     "fractions by a threshold": ("seg_fractional_overlap", ["--threshold", "0.5"], 1, 5, "frames without a PlanePositionSequence"),
     "three series": ("odd_dicom/dicomdirtests", [], 2, 0, "holds 3 image series"),
     "one of three series": ("odd_dicom/dicomdirtests", ["--series", "5"], 1, 0, "a CT image, not a mask"),

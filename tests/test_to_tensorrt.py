@@ -196,7 +196,7 @@ def test_every_error_of_the_parser_is_listed(folder: Path) -> None:
     errors = ((7, "OneHot", "node_one_hot", "UINT8 is not supported"), (-1, "", "", "no importer"), (9, "Foo", "node_foo", "no plugin"))
     with pytest.raises(BuildError) as caught:
         add(folder, Script(parser_errors=errors))
-    assert caught.value.fact.splitlines() == [
+    assert [caught.value.fact, *caught.value.rows] == [
         "TensorRT 11.4.0.106 does not take model.fp16.onnx, 3 errors:",
         "1. OneHot 'node_one_hot' at node 7: UINT8 is not supported",
         "2. ? '': no importer",

@@ -108,7 +108,9 @@ def test_what_cannot_be_used_lies_in_failed_with_its_reason_and_stops_no_other(
     assert listed(inbox / FAILED) == items | {f"{name}.reason.txt" for name in items}
     reasons = {name: (inbox / FAILED / f"{name}.reason.txt").read_text() for name in items}
     assert (
-        "truncated" in reasons["cut.nii.gz"] and "holds 7" in reasons["unknown.nii.gz"] and "holds 1 'liver'" in reasons["Doe^John^Planted"]
+        "truncated" in reasons["cut.nii.gz"]
+        and "holds 7" in reasons["unknown.nii.gz"]
+        and "holds 1 (SCT:10200004)" in reasons["Doe^John^Planted"]
     )
     assert "one image of a series" in reasons["Doe_John_000_000.dcm"] and "into a folder" in reasons["Doe_John_000_000.dcm"]
     everything = "".join([*reasons.values(), *capsys.readouterr()])

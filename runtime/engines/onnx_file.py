@@ -35,8 +35,12 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 def check_weights(path: Path) -> None:
     """Raise `ModelError` unless the ONNX file at `path` holds all of its weights itself."""
     expected = "an ONNX graph as export writes it, with its weights in it"
-    with reading(path, expected, ModelError), open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        external = any(_external(data))
+    with reading(path, expected, ModelError), open(path, "rb") as handle:
+        try:
+            with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                external = any(_external(data))
+        except ValueError as exc:  # an empty file cannot be mapped
+            raise ModelError(f"{path.name} is not a graph: {exc}", expected=expected, remedy="export the run again", file=path) from exc
     if external:
         raise ModelError(f"{path.name} keeps weights in other files, which no manifest describes", expected=expected,
                          remedy="export the run again", file=path)  # fmt: skip
