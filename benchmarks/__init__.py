@@ -1,0 +1,1 @@
+import runtime  # noqa: F401 - first: it switches off what libraries report

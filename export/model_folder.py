@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from runtime.contract import MANIFEST, Manifest, ModelFile
 from runtime.engines.registry import BACKENDS
 from runtime.errors import ParityError
-from runtime.files import atomic_folder, sha256_of, write_json, write_text
+from runtime.files import atomic_folder, remove_orphans, sha256_of, write_json, write_text
 from train.checkpoint import Run
 
 from . import parity, regions
@@ -46,6 +46,8 @@ def write_model(run: Run, graph: LabelsToIntensity, masks: NDArray[np.uint8], tr
         files={}, training=provenance(run), license=str(run.data.get("license", "")),
     )  # fmt: skip
     network = folded(graph)
+    if folder.parent.is_dir():
+        remove_orphans(folder.parent)  # of exports that were killed
     with atomic_folder(folder) as part:
         truths = parity.references(graph, manifest, masks)
         say(
@@ -80,7 +82,8 @@ def proven(
     try:
         return _proven(path, precision, manifest, truths, say)
     except parity.Exceeded as exc:
-        raise ParityError(f"{exc.fact}\n{located(graph, path, precision, truths)}", expected=exc.expected, remedy=exc.remedy) from exc
+        rows = located(graph, path, precision, truths).splitlines()
+        raise ParityError(exc.fact, rows=rows, expected=exc.expected, remedy=exc.remedy) from exc
 
 
 def located(graph: LabelsToIntensity, path: Path, precision: str, truths: Mapping[str, parity.Reference]) -> str:

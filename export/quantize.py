@@ -58,8 +58,9 @@ class Quantizer:
 
     def __init__(self, source: Path, inputs: Inputs):
         count = len(next(iter(inputs.values())))
+        self._beside = source.parent  # an export that is killed leaves all that it made in one place
         self._sizes = {name: array.shape for name, array in inputs.items()}
-        with tempfile.TemporaryDirectory() as folder, _quiet():
+        with tempfile.TemporaryDirectory(dir=source.parent) as folder, _quiet():
             prepared = Path(folder) / "prepared.onnx"
             quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True, skip_optimization=True)  # H and W are dynamic
             self._model = onnx.load(prepared)
@@ -84,7 +85,7 @@ class Quantizer:
 
         One graph holds both: every layer twice, of which the float one is read by what comes after it.
         """
-        with tempfile.TemporaryDirectory() as folder, _quiet():
+        with tempfile.TemporaryDirectory(dir=self._beside) as folder, _quiet():
             path = Path(folder) / "both.onnx"
             self.write(path, ())
             both = onnx.load(path)

@@ -15,6 +15,7 @@ from typing import Any
 
 from runtime.contract import Manifest
 from runtime.driver import DRIVER_REMEDY, why_no_gpu
+from runtime.engines.onnx_file import check_weights
 from runtime.engines.tensorrt import collecting_logger
 from runtime.errors import BuildError, MissingComponent
 from runtime.files import atomic_file
@@ -103,6 +104,7 @@ def build(onnx: Path, profile: Profile, options: BuildOptions, *, trt: Any = Non
     The timing cache is read before and written after, atomically. Raises `BuildError` with what TensorRT said when it refuses
     the graph, the shapes or the build; `OutputError` when the cache cannot be written; `KeyboardInterrupt` when interrupted.
     """
+    check_weights(onnx)
     trt = trt or import_module("tensorrt")
     said: list[str] = []
     logger = collecting_logger(trt, said)
@@ -139,7 +141,7 @@ def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
         error = parser.get_error(index)
         where = f" at node {error.node()}" if error.node() >= 0 else ""
         rows.append(f"{index + 1}. {error.node_operator() or '?'} {error.node_name()!r}{where}: {error.desc()}")
-    raise BuildError("\n".join([f"TensorRT {trt.__version__} does not take {onnx.name}, {len(rows)} errors:", *rows]),
+    raise BuildError(f"TensorRT {trt.__version__} does not take {onnx.name}, {len(rows)} errors:", rows=rows,
                      expected="a graph of operators that TensorRT's ONNX parser documents", remedy="report this with the errors above", file=onnx)  # fmt: skip
 
 

@@ -5,14 +5,17 @@
         ct = synth(mask)                       # SimpleITK image in → int16 HU on the mask's own grid
         for result in synth.stream(paths, "out/"): ...
 
-Importing this package imports next to nothing; what is taken from it comes with numpy and the standard library alone, engines and
-codecs when they are used.
+Importing this package imports next to nothing and switches off what libraries report to their makers (`runtime.telemetry`).
+What is taken from it comes with numpy and the standard library alone, engines and codecs when they are used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .telemetry import switch_off
 from .version import VERSION
+
+switch_off()
 
 if TYPE_CHECKING:
     from .contract import Label, LabelTable, Manifest

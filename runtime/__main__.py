@@ -9,16 +9,14 @@ from typing import Any
 
 
 def main(argv: Sequence[str]) -> int:
-    import argparse
-
-    from .commands import describe, labels, serve, synth, watch
-    from .console import EXIT_CODES
+    from .commands import audit, describe, labels, serve, synth, watch
+    from .console import EXIT_CODES, Parser
     from .version import VERSION
 
-    parser = argparse.ArgumentParser("mask2ct", description="Paint a synthetic CT for any label mask.", epilog=EXIT_CODES)
+    parser = Parser("mask2ct", description="Paint a synthetic CT for any label mask.", epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"mask2ct {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (synth, watch, serve, labels, describe):
+    for command in (synth, watch, serve, labels, describe, audit):
         command.add(commands)
     options = parser.parse_args(argv)
     chosen: Any = options.command

@@ -2,38 +2,111 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, TextIO
+from contextlib import contextmanager, suppress
+from io import TextIOWrapper
+from typing import Any, NoReturn, TextIO
 
-from .errors import Mask2CTError
+from .errors import Mask2CTError, OutputError, printable
+from .stopping import ends_when_told
 
 EXIT_CODES = """exit codes: 0 done · 1 at least one case failed · 2 the command, config or model is wrong ·
 3 a required component is missing · 4 the output cannot be written · 130 interrupted"""
 
 
+class Parser(argparse.ArgumentParser):
+    """One that quotes the words it does not take as `printable` does: a pattern of the shell may have found them."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse would pass over what cannot be written."""
+        print(message, end="", file=file or sys.stderr, flush=True)
+
+
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Call `main(argv)`; print a `Mask2CTError` on one screen and return its exit code; 130 on Ctrl-C."""
+    """Call `main(argv)`; print a `Mask2CTError` on one screen and return its exit code; 130 on Ctrl-C.
+
+    What a command prints is a part of its output: where it cannot be written, the exit code is 4.
+    """
+    _open_standard_streams()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):  # an arrow in cp1252 is written as \u2192, and ends nothing
+            stream.reconfigure(errors="backslashreplace")
     try:
         with _terminated():
-            return main(sys.argv[1:] if argv is None else argv)
+            return _flushed(main, sys.argv[1:] if argv is None else argv)
     except Mask2CTError as exc:
-        print(f"error: {exc}", file=sys.stderr)
-        return exc.exit_code
+        return _report(exc)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        _print_error("interrupted")
         return 130
     except BrokenPipeError:  # the reader of our output went away (`| head`)
         sys.stderr.close()
         return 0
+    except MemoryError as exc:
+        fact = f"the memory does not suffice: {exc or 'none is left'}"
+        return _report(OutputError(fact, expected="a machine with more", remedy="give smaller masks, or end what else runs"))
+    except OSError as exc:  # the file system failed where nobody expects it to
+        return _report(OutputError(f"the system refused: {exc.strerror or exc}", expected="files and streams that work",
+                                   remedy="check the disk and where the output goes, then run again", file=exc.filename))  # fmt: skip
+
+
+def _flushed(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+    """`main(argv)`, and what it printed is written: else Python would say so when it ends, in words of its own."""
+    try:
+        try:
+            code = main(argv)
+        except SystemExit:  # --help and --version print, too
+            sys.stdout.flush()
+            raise
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError, ValueError):  # what is left in the buffer goes nowhere
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise
+    return code
+
+
+def _open_standard_streams() -> None:
+    """Give a process that was started without some of them streams that lead nowhere.
+
+    Else the next file that is opened, a result for one, would take the number of standard error, and
+    whatever a library says there would be written into it.
+    """
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+
+
+def _report(error: Mask2CTError) -> int:
+    _print_error(f"error: {error}")
+    return error.exit_code
+
+
+def _print_error(text: str) -> None:
+    with suppress(OSError):  # the exit code says it, too
+        print(text, file=sys.stderr)
 
 
 @contextmanager
 def _terminated() -> Iterator[None]:
-    """SIGTERM is taken as Ctrl-C is: what is half-written goes, the exit code is 130."""
+    """SIGTERM is taken as Ctrl-C is: what is half-written goes, the exit code is 130.
+
+    Where a library or a file system does not come back, the process ends all the same (`stopping.ends_when_told`), as it does by
+    `kill -9`: the next start removes what is half-written.
+    """
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
@@ -46,7 +119,8 @@ def _terminated() -> Iterator[None]:
         yield
         return
     try:
-        yield
+        with ends_when_told(130):
+            yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -91,6 +165,7 @@ class Progress:
             self._write(f"{self._what} {self._done}/{self._total} in {duration(time.monotonic() - self._started)}", last=True)
 
     def _write(self, text: str, last: bool = False) -> None:
+        text = printable(text)
         if self._terminal:
             self._stream.write(f"\r\x1b[2K{text}" + ("\n" if last else ""))
         else:

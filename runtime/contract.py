@@ -13,18 +13,25 @@ Standard library only: training and export import this module too.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .errors import ModelError
+from .errors import ModelError, reading
 from .files import sha256_of
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 METADATA = "mask2ct"  # the key under which a graph file states what it was exported for
 MAX_LABELS = 256  # indices cross the seams as uint8
+# What a manifest may ask for. Far beyond any network, and little enough that no manifest fills a machine.
+MAX_BYTES = 4 << 20  # of manifest.json
+MAX_CANVAS, MAX_SLICES, MAX_STYLE = 8192, 255, 4096
+MIN_SPACING, MAX_SPACING = 1e-6, 1000.0  # mm
+MAX_TEXT = 1000  # characters of a name
 
 
 def _no(problem: str, expected: str) -> ValueError:
@@ -54,9 +61,9 @@ class LabelTable:
             raise _no(f"{len(self.labels)} labels", f"a background and 1 to {MAX_LABELS - 1} structures")
         names = [label.name for label in self.labels]
         values = [value for label in self.labels for value in (label.value, *label.aliases)]
-        if twice := [name for name in names if names.count(name) > 1]:
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise _no(f"label name {twice[0]!r} occurs twice", "each once")
-        if again := [value for value in values if values.count(value) > 1]:
+        if again := [value for value, count in Counter(values).items() if count > 1]:
             raise _no(f"label value {again[0]} occurs twice", "each once")
 
     def __len__(self) -> int:
@@ -93,11 +100,13 @@ class GridPolicy:
     def __post_init__(self) -> None:
         if self.divisor < 1 or any(n < 1 or n % self.divisor for n in self.canvas):
             raise _no(f"canvas {self.canvas} with divisor {self.divisor}", "positive multiples of the divisor")
-        if self.pixel_spacing is not None and not all(0 < s < 100 for s in self.pixel_spacing):
+        if max(self.canvas) > MAX_CANVAS:
+            raise _no(f"canvas {self.canvas}", f"at most {MAX_CANVAS} pixels a side")
+        if self.pixel_spacing is not None and not all(MIN_SPACING <= s < 100 for s in self.pixel_spacing):
             raise _no(f"pixel spacing {self.pixel_spacing}", "two positive numbers of mm")
-        if self.slices < 1 or self.slices % 2 == 0:
-            raise _no(f"{self.slices} slices", "an odd number, 1 or more")
-        if self.slices > 1 and not (self.slice_spacing and self.slice_spacing > 0):
+        if not 1 <= self.slices <= MAX_SLICES or self.slices % 2 == 0:
+            raise _no(f"{self.slices} slices", f"an odd number, 1 to {MAX_SLICES}")
+        if self.slices > 1 and not (self.slice_spacing and MIN_SPACING <= self.slice_spacing <= MAX_SPACING):
             raise _no(f"slice spacing {self.slice_spacing}", "a positive number of mm when slices > 1")
 
 
@@ -200,7 +209,7 @@ class Manifest:
         try:
             found = json.loads(stated or "{}")
             wrong = {key: found.get(key) for key in wanted if found.get(key) != wanted[key]}
-        except (ValueError, AttributeError):
+        except (ValueError, AttributeError, RecursionError):
             wrong = {"statement": stated}
         if wrong:
             raise ModelError(
@@ -231,29 +240,27 @@ class Manifest:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
         """Rebuild from `to_json`'s form. Raises KeyError, TypeError or ValueError that say what is wrong."""
+        data = _mapping(data, "the manifest")
         if data["schema_version"] != SCHEMA_VERSION:
             raise _no(f"schema version {data['schema_version']!r}", f"{SCHEMA_VERSION}, which this mask2ct reads")
+        intensity = _mapping(data["intensity"], "'intensity'")
+        files = _mapping(data["files"], "'files'")
+        described = {key: _mapping(data.get(key, {}), f"{key!r}") for key in ("parity", "training", "export")}
+        for name, proof in described["parity"].items():
+            _mapping(proof, f"the parity of {name!r}")
+        if type(data["noise"]) is not bool:
+            raise _no(f"'noise' is {data['noise']!r}", "true or false")
         manifest = cls(
-            name=str(data["name"]),
+            name=_text(data["name"], "'name'"),
             labels=labels_from_json(data["labels"]),
             grid=grid_from_json(data["grid"]),
-            intensity=Intensity(**data["intensity"]),
-            style=int(data["style"]),
-            noise=bool(data["noise"]),
-            files={name: ModelFile(**file) for name, file in data["files"].items()},
-            parity=data.get("parity", {}),
-            training=data.get("training", {}),
-            export=data.get("export", {}),
-            license=str(data.get("license", "")),
+            intensity=Intensity(_text(intensity["unit"], "'unit'"), intensity["low"], intensity["high"]),
+            style=_whole(data["style"], "'style'", 0, MAX_STYLE),
+            noise=data["noise"],
+            files={name: _file(name, file) for name, file in files.items()},
+            license=_text(data.get("license", ""), "'license'"),
+            **described,
         )
-        for key in ("files", "parity", "training", "export"):
-            if not isinstance(data.get(key, {}), Mapping):
-                raise _no(f"{key!r} is no object", "a JSON object")
-        if not all(isinstance(proof, Mapping) for proof in manifest.parity.values()):
-            raise _no("a file's parity is no object", "backend → proof")
-        for name in manifest.files:
-            if Path(name).name != name:
-                raise _no(f"file name {name!r}", "a plain name in the model folder")
         stated = ([_spec(s) for s in data["inputs"]], _spec(data["output"]))
         if stated != ([*manifest.inputs], manifest.output):
             raise _no("its tensors do not fit its own slices, style and noise", "the tensors of the contract")
@@ -264,16 +271,22 @@ class Manifest:
         """Read `folder/manifest.json`. Raises `ModelError` when it is missing or wrong; the files are not read."""
         path = folder / MANIFEST
         remedy = "point --model at a folder that `python export/build_engine.py RUN -o MODEL` wrote"
-        if not folder.is_dir():
+        with reading(folder, "a folder with manifest.json", ModelError):
+            there, stated = folder.is_dir(), path.is_file()
+        if not there:
             raise ModelError(f"model folder {folder} does not exist", expected="a folder with manifest.json", remedy=remedy, file=folder)
-        if not path.is_file():
+        if not stated:
             raise ModelError(f"{folder} holds no {MANIFEST}", expected="a model folder", remedy=remedy, file=folder)
+        with reading(path, "a manifest as export writes it", ModelError), open(path, "rb") as handle:
+            content = handle.read(MAX_BYTES + 1)
         try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as exc:
+            if len(content) > MAX_BYTES:
+                raise _no(f"it has more than {MAX_BYTES} bytes", "some thousand")
+            return cls.from_json(json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates))
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as exc:
             what = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc)
             raise ModelError(
-                f"{MANIFEST} cannot be used: {what}", expected="a manifest as export writes it", remedy=remedy, file=path
+                f"{MANIFEST} cannot be used: {what[:500]}", expected="a manifest as export writes it", remedy=remedy, file=path
             ) from exc
 
     def verify(self, folder: Path, names: Iterable[str]) -> None:
@@ -281,10 +294,70 @@ class Manifest:
         for name in names:
             path, stated = folder / name, self.files[name]
             expected, remedy = f"{stated.bytes} bytes with sha256 {stated.sha256}", "copy the model folder again from where it was built"
-            if not path.is_file():
+            with reading(path, expected, ModelError):
+                missing = not path.is_file()
+                altered = not missing and (path.stat().st_size != stated.bytes or sha256_of(path) != stated.sha256)
+            if missing:
                 raise ModelError(f"{name} is missing from the model folder", expected=expected, remedy=remedy, file=path)
-            if path.stat().st_size != stated.bytes or sha256_of(path) != stated.sha256:
+            if altered:
                 raise ModelError(f"{name} is not the file its manifest describes", expected=expected, remedy=remedy, file=path)
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, each key of which stands in it once: two readers would take another of two."""
+    data = dict(pairs)
+    if len(data) < len(pairs):
+        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise _no(f"the key {key!r} occurs twice", "each once")
+    return data
+
+
+def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _no(f"{what} is no object", "a JSON object")
+    return value
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str) or len(value) > MAX_TEXT:
+        raise _no(f"{what} is {value!r:.100}", f"a text of at most {MAX_TEXT} characters")
+    return value
+
+
+def _whole(value: Any, what: str, low: int, high: int) -> int:
+    if type(value) is not int or not low <= value <= high:
+        raise _no(f"{what} is {value!r:.100}", f"an integer from {low} to {high}")
+    return value
+
+
+def _number(value: Any, what: str) -> float:
+    if type(value) not in (int, float):
+        raise _no(f"{what} is {value!r:.100}", "a number")
+    return value  # type: ignore[no-any-return]  # as it is written: results are keyed by it
+
+
+def _list(value: Any, what: str, length: int | None = None) -> Sequence[Any]:
+    if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
+        raise _no(f"{what} is {value!r:.100}", "a list" if length is None else f"a list of {length}")
+    return value
+
+
+def _file(name: str, data: Any) -> ModelFile:
+    data = _mapping(data, f"the file {name!r}")
+    if Path(name).name != name or name == ".." or "\\" in name:
+        raise _no(f"file name {name!r}", "a plain name in the model folder")
+    if unknown := set(data) - {"kind", "precision", "bytes", "sha256", "facts"}:
+        raise _no(f"the file {name!r} has a key {min(unknown)!r}", "those that this mask2ct knows")
+    digest = _text(data["sha256"], f"the sha256 of {name!r}")
+    if not re.fullmatch("[0-9a-f]{64}", digest):
+        raise _no(f"the sha256 of {name!r} is {digest!r:.100}", "64 hexadecimal digits")
+    return ModelFile(
+        _text(data["kind"], f"the kind of {name!r}"),
+        _text(data["precision"], f"the precision of {name!r}"),
+        _whole(data["bytes"], f"the size of {name!r}", 1, 1 << 50),
+        digest,
+        _mapping(data.get("facts", {}), f"what is said of {name!r}"),
+    )
 
 
 def _spec(data: Mapping[str, Any]) -> TensorSpec:
@@ -301,9 +374,15 @@ def labels_from_json(rows: Iterable[Mapping[str, Any]]) -> LabelTable:
     """Raises KeyError, TypeError or ValueError when a row is wrong or the rows are not in the order of their index."""
     labels = []
     for position, row in enumerate(rows):
+        row = _mapping(row, f"label {position}")
+        name = _text(row["name"], f"the name of label {position}")
         if row.get("index", position) != position:
-            raise _no(f"label {row['name']!r} has index {row['index']} at position {position}", "labels in the order of their index")
-        labels.append(Label(str(row["name"]), int(row["value"]), tuple(int(a) for a in row.get("aliases", ())), row.get("snomed")))
+            raise _no(f"label {name!r} has index {row['index']!r} at position {position}", "labels in the order of their index")
+        values = [row["value"], *_list(row.get("aliases", ()), f"'aliases' of label {name!r}")]
+        value, *aliases = [_whole(n, f"a value of label {name!r}", -(1 << 31), (1 << 31) - 1) for n in values]
+        snomed = row.get("snomed")
+        code = None if snomed is None else _text(snomed, f"'snomed' of label {name!r}")
+        labels.append(Label(name, value, tuple(aliases), code))
     return LabelTable(tuple(labels))
 
 
@@ -312,11 +391,15 @@ def grid_to_json(grid: GridPolicy) -> dict[str, Any]:
 
 
 def grid_from_json(data: Mapping[str, Any]) -> GridPolicy:
-    spacing = data["pixel_spacing"]
+    data = _mapping(data, "'grid'")
+    height, width = (_whole(side, "a side of 'canvas'", 1, MAX_CANVAS) for side in _list(data["canvas"], "'canvas'", 2))
+    pixel, apart = data["pixel_spacing"], data["slice_spacing"]
+    if pixel is not None:
+        pixel = tuple(float(_number(step, "'pixel_spacing'")) for step in _list(pixel, "'pixel_spacing'", 2))
     return GridPolicy(
-        canvas=(int(data["canvas"][0]), int(data["canvas"][1])),
-        pixel_spacing=None if spacing is None else (float(spacing[0]), float(spacing[1])),
-        divisor=int(data["divisor"]),
-        slices=int(data["slices"]),
-        slice_spacing=data["slice_spacing"],
+        canvas=(height, width),
+        pixel_spacing=pixel,
+        divisor=_whole(data["divisor"], "'divisor'", 1, MAX_CANVAS),
+        slices=_whole(data["slices"], "'slices'", 1, MAX_SLICES),
+        slice_spacing=None if apart is None else _number(apart, "'slice_spacing'"),
     )

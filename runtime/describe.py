@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from .contract import MANIFEST, Manifest
+from .engines.onnx_file import check_weights
 from .engines.registry import BACKENDS
-from .errors import ModelError
+from .errors import ModelError, printable
 
 USES = {"train": "to train on", "valid": "to choose and prove with", "test": "to test on"}
 ORGAN_HEAD = ("", "median", "true", "error", "IQR", "true", "texture ratio")
@@ -19,8 +20,8 @@ def describe(manifest: Manifest, folder: Path) -> str:
     """The manifest as text, every file's SHA-256 compared on the way. Raises `ModelError` for one that is missing or altered."""
     try:
         return _describe(manifest, folder)
-    except (LookupError, TypeError, ValueError, AttributeError) as exc:
-        raise ModelError(f"what {MANIFEST} says of training, export or proof cannot be read: {exc!r}", expected="a manifest as export writes it",
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as exc:
+        raise ModelError(f"what {MANIFEST} says of training, export or proof cannot be read: {exc!r:.200}", expected="a manifest as export writes it",
                          remedy="export the run again", file=folder / MANIFEST) from exc  # fmt: skip
 
 
@@ -45,17 +46,19 @@ def _describe(manifest: Manifest, folder: Path) -> str:
     ]
     for name, file in manifest.files.items():
         manifest.verify(folder, [name])
+        if file.kind == "onnx":
+            check_weights(folder / name)
         rows.append(("file", f"{name}: {file.precision}, {file.bytes / 1e6:.1f} MB, sha256 {file.sha256} verified"))
     for backend in BACKENDS:
         if manifest.file_of(*backend.file):
             why = backend.absent(manifest) or ("proven" if backend.proven(manifest) else "not proven when this model was exported")
             rows.append(("backend", f"{backend.name}: {why}{'' if backend.automatic else ', by name only'}"))
     rows += [("training", text) for text in training_lines(manifest)] + [("export", text) for text in export_lines(manifest)]
-    parts = ["\n".join(f"{key:<10} {value}" for key, value in rows)]
+    parts = ["\n".join(f"{key:<10} {printable(value)}" for key, value in rows)]
     if organs := organ_rows(manifest):
-        parts.append(f"held-out patients, {intensity.unit}, painted and true\n{aligned(ORGAN_HEAD, organs)}")
+        parts.append(f"held-out patients, {printable(intensity.unit)}, painted and true\n{aligned(ORGAN_HEAD, organs)}")
     if proof := parity_rows(manifest):
-        parts.append(f"proof: differences of the files from the network, {intensity.unit}\n{aligned(PARITY_HEAD, proof)}")
+        parts.append(f"proof: differences of the files from the network, {printable(intensity.unit)}\n{aligned(PARITY_HEAD, proof)}")
     return "\n\n".join(parts)
 
 
@@ -114,6 +117,7 @@ def parity_rows(manifest: Manifest) -> list[tuple[str, ...]]:
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in plain text."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows))
 

@@ -12,6 +12,7 @@
     │       ├── ParityError      exit 1   an exported graph differs from the network it came from
     │       └── BuildError       exit 1   TensorRT makes no engine, or not the one asked for, of a proven graph
     ├── MissingComponent         exit 3   a package, a driver or a device is absent
+    │   └── MissingDecoder                for one case, so that it is an InputError as well
     ├── OutputError              exit 4   the result cannot be written
     └── MemoryCapExceeded        exit 4   also a MemoryError: a pool's cap would be passed, or the device is full
 
@@ -22,30 +23,51 @@ from __future__ import annotations
 
 import errno
 import os
+import unicodedata
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 
-def printable(path: str | os.PathLike[str]) -> str:
-    """The path, or a text that holds one, as any stream takes it: bytes that are no UTF-8 are written as escapes."""
-    return str(path).encode("utf-8", "backslashreplace").decode("utf-8")
+def printable(text: str | os.PathLike[str]) -> str:
+    """`text`, often a name that somebody else chose, so that it can neither steer a terminal nor begin a line.
+
+    Control and format characters, a line's end among them, bytes that are no UTF-8 and unassigned
+    code points become Python's escapes: `\\x1b`, `\\n`, `\\udcff`. Spaces of any script stay.
+    """
+    text = str(text)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else escaped(c) for c in text)
+
+
+def escaped(text: str) -> str:
+    return text.encode("unicode_escape").decode("ascii")
 
 
 class Mask2CTError(Exception):
-    """Base of the tree. `fact`, `expected`, `remedy`: sentences for a person; `file`: what they concern, if a file."""
+    """Base of the tree. `fact`, `expected`, `remedy`: sentences for a person; `file`: what they concern, if a file; `rows`: lines below the fact."""
 
     exit_code = 1
 
-    def __init__(self, fact: str, *, expected: str = "", remedy: str = "", file: str | os.PathLike[str] | None = None):
-        self.fact, self.expected, self.remedy = fact, expected, remedy
+    def __init__(
+        self,
+        fact: str,
+        *,
+        expected: str = "",
+        remedy: str = "",
+        file: str | os.PathLike[str] | None = None,
+        rows: Sequence[str] = (),
+    ):
+        self.fact, self.expected, self.remedy, self.rows = fact, expected, remedy, tuple(rows)
         self.file = None if file is None else Path(file)
         super().__init__(fact)
 
     def __str__(self) -> str:
-        rows = [("file", "" if self.file is None else printable(self.file)), ("expected", self.expected), ("remedy", self.remedy)]
-        return "\n".join([self.fact, *(f"  {name:<9} {text}" for name, text in rows if text)])
+        facts = [("file", "" if self.file is None else str(self.file)), ("expected", self.expected), ("remedy", self.remedy)]
+        lines = [self.fact, *self.rows, *(f"  {name:<9} {text}" for name, text in facts if text)]
+        return "\n".join(map(printable, lines))
 
 
 class InputError(Mask2CTError):
@@ -98,6 +120,10 @@ class MissingComponent(Mask2CTError):
     """A package, a driver or a device is absent: says which, why it is needed, and the command that installs it."""
 
     exit_code = 3
+
+
+class MissingDecoder(MissingComponent, InputError):
+    """One case is compressed in a way that no installed package decodes; the others go on."""
 
 
 class OutputError(Mask2CTError):

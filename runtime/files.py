@@ -9,6 +9,8 @@ import os
 import platform
 import re
 import shutil
+import stat
+import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,14 +22,35 @@ from .errors import writing
 LONGEST_NAME = 255  # bytes of a file name on every common file system
 SYNCED_EVERY = 8 << 20  # bytes of a file that grows
 SYNCED_AT_ONCE = 4  # files of a folder: a disk writes what waits together, 300 slices in 0.1 s and not in 1
-# A leading dot, the machine and the process: never taken for a result, and its owner can be told.
-_PART = ".part-"
-_TEMPORARY = f"{_PART}{re.sub('[^A-Za-z0-9]', '', platform.node())[:16]}-"
+# Hidden, so never taken for a result; the mark that mask2ct alone writes, the machine and the process: its owner can be told.
+_PART = ".mask2ct-part-"
+_HOST = re.sub("[^A-Za-z0-9]", "", platform.node())[:16]
+_OURS = re.compile(re.escape(_PART) + r"([A-Za-z0-9]{0,16})-(\d+)-[0-9a-f]{6}-")
+
+
+_owner_alone = threading.local()
+
+
+@contextmanager
+def private(on: bool = True) -> Iterator[None]:
+    """What this thread makes within, by the functions of this module, only its owner may read (600, folders 700); else the umask decides."""
+    before = getattr(_owner_alone, "on", False)
+    _owner_alone.on = on
+    try:
+        yield
+    finally:
+        _owner_alone.on = before
+
+
+def permitted(mode: int) -> int:
+    """The permissions that a new file or folder is made with, before the umask: `mode`, or the owner's part of it."""
+    return mode & 0o700 if getattr(_owner_alone, "on", False) else mode
 
 
 def temporary_name(path: Path) -> Path:
     """The name `path` is written under until it is whole: hidden, in the same folder, with `path`'s own suffixes."""
-    return path.with_name(f"{_TEMPORARY}{os.getpid()}-{os.urandom(3).hex()}-{path.name}")  # containers share process numbers
+    unique = os.urandom(3).hex()  # containers share process numbers
+    return path.with_name(f"{_PART}{_HOST}-{os.getpid()}-{unique}-{path.name}")
 
 
 def fits(file: Path) -> bool:
@@ -39,23 +62,78 @@ def remove_orphans(folder: Path, *, locked: bool = False) -> None:
     """Remove temporary files in `folder` whose process, on this machine, is gone (killed, or cut off by a power failure).
 
     `locked`: the caller holds the folder's journal, so nobody else is writing there: those of any machine and process go.
+    What does not have the whole form of `temporary_name` is somebody else's and stays, whatever it is called.
     """
-    for path in folder.glob(f"{_PART if locked else _TEMPORARY}*"):
-        owner = path.name.removeprefix(_TEMPORARY).split("-")[0]
-        if locked or (owner.isdigit() and not _alive(int(owner))):
-            path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob(f"{_PART}*"):
+        if not (name := _OURS.match(path.name)):
+            continue
+        host, process = name[1], int(name[2])
+        if locked or (host == _HOST and not _alive(process)):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def check_writable(output: Path) -> None:
     """Make the folder and a file in it, and take the file away again. Raises `OutputError` before any work is done."""
     with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
+        output.mkdir(permitted(0o777), parents=True, exist_ok=True)
         remove_orphans(output)
         probe = temporary_name(output / "probe")
         try:
             probe.touch()
         finally:
             probe.unlink(missing_ok=True)
+
+
+def open_input(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file that somebody else has provided, without ever waiting for anybody.
+
+    A pipe, a socket or a device of that name is not read. That is asked of the open file itself: what is
+    swapped between a look at the name and the opening is noticed, too.
+
+    Args:
+        path: the file; a link is followed, for whoever names one chooses it.
+
+    Raises:
+        OSError: it cannot be opened, or is not a regular file.
+    """
+    return open(path, "rb", opener=_open_regular)
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """What `open` calls: a descriptor of the regular file at `path`."""
+    _require_regular(os.stat(path).st_mode)  # first by name: to open a device may already do something
+    handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
+    try:
+        _require_regular(os.fstat(handle).st_mode)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _require_regular(mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise OSError(f"it is {kind}, not a file")
+
+
+def belongs_to(folder: Path, path: Path) -> bool:
+    """Whether `path`, found below `folder`, is a file that may be opened.
+
+    That is a regular file, or a link to one that lies below `folder` as well. Pipes, sockets, devices, broken links
+    and links that lead outside are not.
+    """
+    try:
+        mode = os.lstat(path).st_mode
+        if stat.S_ISLNK(mode):
+            target = path.resolve(strict=True)
+            return target.is_file() and target.is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # RuntimeError: a circle of links
+        return False
+    return stat.S_ISREG(mode)
 
 
 def _alive(process: int) -> bool:
@@ -174,8 +252,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     part = temporary_name(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(permitted(0o777), parents=True, exist_ok=True)
         try:
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, permitted(0o666)))  # whoever writes it
             yield part
             _sync(part)
             os.replace(part, path)
@@ -199,13 +278,16 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """
     part = temporary_name(path)
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(permitted(0o777), parents=True, exist_ok=True)
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
+        part.mkdir(permitted(0o777))
         try:
             yield part
+            files = [file for file in part.rglob("*") if file.is_file()]
+            for file in files:
+                file.chmod(permitted(file.stat().st_mode & 0o777))
             with ThreadPoolExecutor(SYNCED_AT_ONCE) as pool:
-                for _ in pool.map(_sync, [file for file in part.rglob("*") if file.is_file()]):
+                for _ in pool.map(_sync, files):
                     pass
             sync_folder(part)
             if path.exists():  # the old one steps aside first, so that no moment shows a mixture
@@ -234,7 +316,7 @@ def write_json(path: Path, value: Any) -> None:
 def sha256_of(source: Path | BinaryIO) -> str:
     """The SHA-256 of a file, or of what an open one still holds, as 64 hexadecimal digits, read in 1 MiB pieces."""
     if isinstance(source, Path):
-        with open(source, "rb") as handle:
+        with open_input(source) as handle:
             return sha256_of(handle)
     digest = hashlib.sha256()
     while chunk := source.read(1 << 20):

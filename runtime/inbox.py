@@ -10,19 +10,19 @@ import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .errors import Mask2CTError, UsageError, printable, writing
-from .files import fits, lock, write_text
+from .errors import Mask2CTError, OutputError, UsageError, printable, writing
+from .files import fits, lock, private, write_text
 from .io.archive import is_zip
-from .io.dicom_files import neutral
+from .io.dicom_files import UNFINISHED, neutral
 from .io.headers import SUFFIXES
+from .starts import counted
 
 WORK, DONE, FAILED = ".work", "done", "failed"
 LOCK, STARTS = ".lock", ".starts"  # nothing that is taken begins with a dot
-UNFINISHED = (".part", ".partial", ".tmp", ".filepart", ".crdownload", "~")  # what copies are called before they are whole
 IGNORED = (".ds_store", "._")  # what macOS leaves in folders begins with
 PATIENCE = 10  # times as long as for others, what does not look whole is left to whoever may still be writing it
 
@@ -62,19 +62,30 @@ class _Seen:
 
 class Inbox:
     """`folder`, watched for one output folder: what others claimed for another output is theirs. `stable`: seconds that nothing of a mask may
-    have changed for, by its size, its time of change and, of a folder, its list of files. `whole(path)`: whether it can be opened.
+    have changed for, by its size, its time of change and, of a folder, its list of files. `whole(path)`: whether it can be opened. The
+    reason of what may be DICOM is for the owner alone, unless `shared`.
 
     Raises `UsageError` when there is no such folder and `OutputError` where nothing can be moved.
     """
 
-    def __init__(self, folder: Path, output: Path, *, stable: float, whole: Callable[[Path], bool]):
+    def __init__(self, folder: Path, output: Path, *, stable: float, whole: Callable[[Path], bool], shared: bool = False):
         if not folder.is_dir():
             raise UsageError(f"there is no folder {folder} to watch", expected="a folder that masks are put into", remedy="make it, or check the path",
                              file=folder)  # fmt: skip
         if output.absolute().resolve().is_relative_to(folder.resolve()):
             raise UsageError("the output folder lies in the watched one", expected="results beside it, not in it", remedy="choose another --output",
                              file=output)  # fmt: skip
-        self._folder, self._stable, self._whole = folder, stable, whole
+        for name in (WORK, DONE, FAILED):
+            if (folder / name).is_symlink():
+                raise UsageError(
+                    f"{name} in the watched folder is a link",
+                    expected="a folder of its own, or none",
+                    remedy="remove the link; masks are moved there, not copied",
+                    file=folder / name,
+                )
+        self._folder, self._stable, self._whole, self._shared = folder, stable, whole, shared
+        with writing(folder):
+            self._mode = folder.stat().st_mode & 0o777  # who may see the folder may see what is made in it, and nobody else
         self._for = hashlib.sha256(os.fsencode(output.absolute().resolve())).hexdigest()[:8]
         self._seen: dict[str, _Seen] = {}
         self.settling = False  # whether the last look saw something that would be ready if it stayed as it is
@@ -99,28 +110,57 @@ class Inbox:
         return sorted(ready, key=lambda item: (max(changed for *_, changed in seen[item.name].found), item.name))
 
     def claim(self, item: Path) -> Claim | None:
-        """Take what `look` gave. None when it is not whole, when another was faster and when it has changed since."""
+        """Take what `look` gave. None when it is not whole, when another was faster and when it has changed since.
+
+        It is opened only when it is this process' own and the start is counted: a file that ends whoever opens it
+        is not opened before others once more, and not for ever.
+        """
         seen = self._seen[item.name]
-        if seen.whole is None:
-            seen.whole = self._whole(item)
-        if not seen.whole and seen.age < PATIENCE * self._stable:
+        if seen.whole is False and seen.age < PATIENCE * self._stable:
             self.settling = True
             return None
         with writing(self._folder):
             ticket = self._folder / WORK / f"{self._for}-{os.urandom(6).hex()}"
-            ticket.mkdir(parents=True)
+            ticket.parent.mkdir(self._mode, exist_ok=True)
+            ticket.mkdir(self._mode)
             handle = _hold(ticket, os.O_CREAT)
             if handle is None:  # another took the new ticket for a dead watcher's
                 self.settling = True
                 return None
             claim = Claim(ticket, ticket / item.name, handle)
-            with suppress(FileNotFoundError):
+            try:
                 os.rename(item, claim.item)
-                if fingerprint(claim.item) == seen.found or os.path.lexists(item):
+                if self._is_complete(claim, seen) or os.path.lexists(item):
                     return claim
-                os.rename(claim.item, item)  # somebody still writes it
-            self._end(claim)
+            except FileNotFoundError:  # another was faster
+                pass
+            except BaseException:
+                self._put_back(claim, item)
+                raise
+            self._put_back(claim, item)  # somebody still writes it
             return None
+
+    def _is_complete(self, claim: Claim, seen: _Seen) -> bool:
+        """Whether it is what was seen, and whole, or waited for long enough."""
+        if fingerprint(claim.item) != seen.found:
+            return False
+        if seen.whole is None:
+            with ExitStack() as counting:
+                with suppress(OutputError):  # on a full disk that it was claimed tells of the first start
+                    counting.enter_context(counted(claim.starts))
+                seen.whole = self._whole(claim.item)
+        if seen.whole or seen.age >= PATIENCE * self._stable:
+            return True
+        self.settling = True
+        return False
+
+    def _put_back(self, claim: Claim, item: Path) -> None:
+        if os.path.lexists(claim.item):
+            if os.path.lexists(item):  # one of that name has come meanwhile
+                self._close(claim)
+                return
+            os.rename(claim.item, item)
+        self._end(claim)
 
     def abandoned(self) -> Iterator[Claim]:
         """What watchers for the same output left when they ended, while this process has no claim of its own; each is its now."""
@@ -142,13 +182,14 @@ class Inbox:
         """Move it to done/, or to failed/ with NAME.reason.txt; under a numbered name where its own is taken. Returns the place."""
         folder = self._folder / (FAILED if claim.errors else DONE)
         with writing(folder):
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(self._mode, exist_ok=True)
             with self._alone():
                 place = _free(folder / claim.item.name)
                 if claim.errors:  # first, so that nothing lies there without its reason
                     beside = place.with_name(f"{place.name}.reason.txt")
                     beside = beside if fits(beside) else place.with_name(f"{neutral('item', place.name)}.reason.txt")
-                    write_text(beside, "\n\n".join(reason(claim, exc) for exc in claim.errors) + "\n")
+                    with private(not self._shared and may_be_dicom(claim.item)):
+                        write_text(beside, "\n\n".join(reason(claim, exc) for exc in claim.errors) + "\n")
                 os.rename(claim.item, place)
             self._end(claim)
         return place
@@ -182,26 +223,35 @@ class Inbox:
 
 
 def fingerprint(path: Path) -> Fingerprint:
-    """Name, size in bytes and time of change of every file; empty where there is none, or one that is being copied."""
+    """Name, size in bytes and time of change of every file; empty where there is none, or one that is being copied.
+
+    Of a link its own, not those of what it leads to.
+    """
     try:
-        if not path.is_dir():
-            return (("", path.stat().st_size, path.stat().st_mtime_ns),)
+        if path.is_symlink() or not path.is_dir():
+            return (("", path.lstat().st_size, path.lstat().st_mtime_ns),)
         files = [Path(where) / name for where, _, names in os.walk(path) for name in names if not name.lower().startswith(IGNORED)]
         if any(_unfinished(file.name) for file in files):
             return ()
-        return tuple(sorted((file.relative_to(path).as_posix(), file.stat().st_size, file.stat().st_mtime_ns) for file in files))
+        states = ((file.relative_to(path).as_posix(), file.lstat()) for file in files)
+        return tuple(sorted((name, state.st_size, state.st_mtime_ns) for name, state in states))
     except OSError:  # it went away, or cannot be read yet
         return ()
 
 
+def may_be_dicom(item: Path) -> bool:
+    """Whether it may hold a patient's data besides a mask: what is no volume by its name."""
+    return not item.name.lower().endswith(SUFFIXES)
+
+
 def called(item: Path) -> str:
     """What messages may call it: a volume by its file name, all else, which may be DICOM's and named after a patient, by a digest."""
-    return printable(item.name) if item.name.lower().endswith(SUFFIXES) else neutral("zip" if is_zip(item) else "item", item.name)
+    return printable(item.name) if not may_be_dicom(item) else neutral("zip" if is_zip(item) else "item", item.name)
 
 
 def reason(claim: Claim, exc: Mask2CTError) -> str:
     """The error for a person, without the place where it was worked on, and without a name that may be a patient's."""
-    text, name = printable(str(exc)).replace(printable(claim.item), claim.called), printable(claim.item.name)
+    text, name = str(exc).replace(printable(claim.item), claim.called), printable(claim.item.name)
     return text.replace(name, claim.called) if len(name) > 3 else text
 
 

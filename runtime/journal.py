@@ -10,14 +10,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zlib
-from collections.abc import Iterator, Mapping
+import stat
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from .append_log import append, facts_in, line_of
 from .errors import FolderBusy, OutputError, writing
-from .files import lock, sha256_of, sync_folder
+from .files import lock, permitted, sha256_of, sync_folder
 
 JOURNAL = ".mask2ct.journal"
 
@@ -80,9 +81,7 @@ class Journal(Ledger):
         """Append, and return when it is on the disk. Raises `OutputError`."""
         line = line_of(asdict(entry))
         with writing(self._path):
-            while line:  # a write may be cut short, by a full disk for one
-                line = line[os.write(self._handle, line) :]
-            os.fsync(self._handle)
+            append(self._handle, line)
         super().add(entry)
 
     def close(self) -> None:
@@ -98,7 +97,7 @@ class Journal(Ledger):
         with writing(self._path):
             while True:
                 made = not self._path.exists()
-                handle = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+                handle = _open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
                 try:
                     _lock(handle, self._path)
                     if os.path.samestat(os.fstat(handle), os.stat(self._path)):
@@ -111,6 +110,39 @@ class Journal(Ledger):
                     os.close(handle)
                     raise
                 os.close(handle)
+
+
+def names_in(folder: Path) -> frozenset[str]:
+    """What the folder's journal says was written there by anybody, as paths below it; nothing where it cannot be read."""
+    try:
+        with open(_open(folder / JOURNAL, os.O_RDONLY), "rb") as handle:
+            entries = [_entry(facts) for facts in facts_in(handle.read())]
+    except (OSError, OutputError):
+        return frozenset()
+    return frozenset(name for entry in entries if entry is not None for name in entry.files)
+
+
+def _open(path: Path, flags: int) -> int:
+    """A descriptor of the journal, which is a file of the folder itself: no link leads to another one.
+
+    Raises:
+        OSError: it cannot be opened.
+        OutputError: it is a link, a pipe or the like.
+    """
+    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+    refusal = OutputError(
+        "the journal of the output folder is a link or no file",
+        expected="a file that mask2ct made, or none",
+        remedy="remove it, or choose another --output",
+        file=path,
+    )
+    if path.is_symlink():
+        raise refusal
+    handle = os.open(path, flags | safe, permitted(0o666))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise refusal
+    return handle
 
 
 def key_of(facts: Mapping[str, object]) -> str:
@@ -126,28 +158,25 @@ def digest_of(path: Path) -> str:
     return key_of({file.relative_to(path).as_posix(): sha256_of(file) for file in files})
 
 
-def line_of(facts: Mapping[str, object]) -> bytes:
-    """A line of a journal: the CRC-32 of its JSON, and that."""
-    body = json.dumps(facts).encode()
-    return b"%08x %s\n" % (zlib.crc32(body), body)
-
-
-def facts_in(content: bytes) -> Iterator[dict[str, Any]]:
-    """What a journal's lines hold, in their order; one that is torn or altered is passed over."""
-    for line in content.split(b"\n"):
-        checksum, _, body = line.partition(b" ")
-        try:
-            if int(checksum, 16) == zlib.crc32(body) and isinstance(facts := json.loads(body), dict):
-                yield facts
-        except ValueError:
-            pass
-
-
 def _entry(facts: Mapping[str, Any]) -> Entry | None:
+    """The entry that a line states; None where it is none of ours, whatever its checksum says."""
     try:
-        return Entry(facts["result"], facts["key"], facts["files"], facts["slices"], tuple(facts["warnings"]), facts.get("mask", ""))
+        entry = Entry(facts["result"], facts["key"], facts["files"], facts["slices"], tuple(facts["warnings"]), facts.get("mask", ""))
     except (KeyError, TypeError):
         return None
+    texts = [entry.result, entry.key, entry.mask, *entry.warnings]
+    if not isinstance(entry.files, dict) or type(entry.slices) is not int or entry.slices < 0:
+        return None
+    texts += [*entry.files, *entry.files.values()]
+    if not entry.files or not all(isinstance(text, str) for text in texts) or not all(map(_within, entry.files)):
+        return None
+    return entry
+
+
+def _within(name: str) -> bool:
+    """Whether a path is one below the output folder."""
+    path = PurePosixPath(name)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
 
 
 def _lock(handle: int, path: Path) -> None:

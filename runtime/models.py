@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from .errors import InputError, UnknownLabels, UsageError, reading
 from .io.detect import Case, read_mask, structures
-from .labels import LabelMap, called, listed, match, plain
+from .labels import LabelMap, called, listed, match, plain, where_names_are
 from .memory import Allowance, PoolStats, parse_bytes
 from .synthesizer import DEFAULT_BATCH, Synthesizer
 from .volume import Segment
@@ -147,10 +147,10 @@ class Models(Mapping[str, Synthesizer]):
         held: list[Segment] | None = None
         for n, rule in enumerate(self._rules, 1):
             if _like(case.name, rule.case) and _like(case.title, rule.series):
-                held = structures(read_mask(case), case.called) if rule.labels and held is None else held
+                held = _held(case) if rule.labels and held is None else held
                 if self._holds(rule, held or (), maps):
                     return rule.model, f"rule {n}"
-        held = structures(read_mask(case), case.called) if held is None else held
+        held = _held(case) if held is None else held
         fitting = [name for name in self if not self._unknown(name, held, maps)]
         named = [name for name in fitting if _names(name, case.title) or _names(name, case.name)]
         if len(fitting) == 1:
@@ -174,13 +174,13 @@ class Models(Mapping[str, Synthesizer]):
         return [segment for segment in held if match(segment, table, maps.get(name)) is None]
 
     def _refusal(self, case: Case, held: Sequence[Segment], fitting: Sequence[str], maps: Mapping[str, LabelMap | None]) -> InputError:
-        remedy = "say which with --use NAME or in --rules RULES.json"
+        remedy, names = "say which with --use NAME or in --rules RULES.json", where_names_are(held)
         if fitting:
             return InputError(f"{case.called.name} fits the models {', '.join(fitting)}: each knows {listed(held, 6)}", expected="one model that it fits",
-                              remedy=remedy, file=case.called)  # fmt: skip
+                              remedy=remedy + names, file=case.called)  # fmt: skip
         lacks = "; ".join(f"{name} does not know {listed(self._unknown(name, held, maps), 6)}" for name in self)
         return UnknownLabels(f"{case.called.name} fits no model: {lacks}", expected="one model that knows all of its labels",
-                             remedy=f"{remedy}, and map its labels with --labels MAP.json", file=case.called)  # fmt: skip
+                             remedy=f"{remedy}, and map its labels with --labels MAP.json{names}", file=case.called)  # fmt: skip
 
     def _make_room(self) -> bool:
         with self._lock:
@@ -214,6 +214,11 @@ def named(folders: Sequence[str | Path]) -> dict[str, Path]:
                              remedy="give one: --model NAME=FOLDER", file=folder)  # fmt: skip
         named[name] = folder
     return named
+
+
+def _held(case: Case) -> list[Segment]:
+    """What the case's mask holds."""
+    return structures(read_mask(case), case.called, force=case.options.force_labels)
 
 
 def _like(text: str, pattern: str) -> bool:

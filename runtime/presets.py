@@ -1,13 +1,14 @@
 """Named label tables: the values that well-known label files hold, and the structures they mean.
 
 A preset may describe the labels that a model is trained on, or (as `--labels NAME`) the values of masks that come from elsewhere. Codes
-are SNOMED CT. Sources: MM-WHS (Zhuang & Shen, Medical Image Analysis 31, 2016); TotalSegmentator v2, `total` (117 classes) and
-`heartchambers_highres` (Wasserthal et al., Radiology: AI 5, 2023); AMOS (Ji et al., NeurIPS 2022).
+are SNOMED CT. Sources: MM-WHS (Zhuang & Shen, Medical Image Analysis 31, 2016); TotalSegmentator v1 (104 classes) and v2 (117 classes),
+`total`, and `heartchambers_highres` (Wasserthal et al., Radiology: AI 5, 2023); AMOS (Ji et al., NeurIPS 2022).
 """
 
 from __future__ import annotations
 
 from .contract import Label, LabelTable
+from .totalsegmentator import TOTAL_V1, TOTAL_V2
 
 # In the order of the values; the released labels also hold a stray 421, which means 420.
 MM_WHS = LabelTable(
@@ -37,7 +38,7 @@ TOTALSEGMENTATOR_HEART = LabelTable(
         Label("pulmonary_artery", 7, snomed="81040000"),
     )
 )
-# Of the 117 classes those in and next to the heart; the others are in OTHERS.
+# Of the 117 classes those in and next to the heart; the others are in CLASSES.
 TOTALSEGMENTATOR = LabelTable(
     (
         Label("background", 0),
@@ -48,6 +49,19 @@ TOTALSEGMENTATOR = LabelTable(
         Label("atrial_appendage_left", 61, snomed="33626005"),
         Label("superior_vena_cava", 62, snomed="48345005"),
         Label("inferior_vena_cava", 63, snomed="64131007"),
+    )
+)
+TOTALSEGMENTATOR_V1 = LabelTable(
+    (
+        Label("background", 0),
+        Label("aorta", 7, snomed="15825003"),
+        Label("inferior_vena_cava", 8, snomed="64131007"),
+        Label("heart_myocardium", 44, snomed="74281007"),
+        Label("heart_atrium_left", 45, snomed="82471001"),
+        Label("heart_ventricle_left", 46, snomed="87878005"),
+        Label("heart_atrium_right", 47, snomed="73829009"),
+        Label("heart_ventricle_right", 48, snomed="53085002"),
+        Label("pulmonary_artery", 49, snomed="81040000"),
     )
 )
 AMOS = LabelTable(
@@ -74,10 +88,16 @@ PRESETS: dict[str, LabelTable] = {
     "mm-whs": MM_WHS,
     "mm-whs-indices": MM_WHS_INDICES,
     "totalsegmentator": TOTALSEGMENTATOR,
+    "totalsegmentator-v1": TOTALSEGMENTATOR_V1,
     "totalsegmentator-heartchambers": TOTALSEGMENTATOR_HEART,
     "amos": AMOS,
 }
-# Values that a file of the preset may hold besides the table's own.
-OTHERS: dict[str, range] = {"totalsegmentator": range(1, 118)}
+# Value → name of all that a file of the preset may hold, where that is more than the table.
+CLASSES: dict[str, dict[int, str]] = {"totalsegmentator": TOTAL_V2, "totalsegmentator-v1": TOTAL_V1}
 # A structure that a model lacks → the part of it that stands for it instead: MM-WHS labels of the aorta its ascending part alone.
 STANDS_FOR: dict[str, str] = {"15825003": "54247002"}
+
+
+def class_names(preset: str) -> dict[int, str]:
+    """Value → name of all that a file of the preset may hold."""
+    return {**CLASSES.get(preset, {}), **{label.value: label.name for label in PRESETS[preset].labels}}

@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from .contract import Manifest
 from .errors import UsageError
-from .files import check_writable, fits, remove_orphans
+from .files import belongs_to, check_writable, fits, private, remove_orphans
 from .io.detect import Case
 from .io.formats import DEFAULT_OPTIONS, FORMATS, Format, FormatOptions
-from .journal import Journal
+from .io.headers import is_cut, is_synthetic
+from .journal import Journal, names_in
 from .labels import LabelMap
 from .variants import Ranges
+from .workspace import remove_abandoned
 
 
 @dataclass(frozen=True)
 class Recipe:
     """What is made of every mask: the options of `runtime.stream.synthesize`. Plain data, so that it may cross to another process.
 
-    Without `replace` a mask is refused whose result would take the place of one that the journal has of another.
+    Without `replace` a mask is refused whose result would take the place of one that the journal has of another. What is made of a DICOM
+    source only its owner may read, unless it is `shared`: then, as for all else, the umask decides.
     """
 
     output: Path
@@ -34,6 +37,7 @@ class Recipe:
     labels: LabelMap | None = None
     resume: bool = False
     replace: bool = True
+    shared: bool = False
 
     def __post_init__(self) -> None:
         if self.variants is not None and self.variants < 1:
@@ -59,17 +63,32 @@ class Recipe:
     def check(self, manifest: Manifest, cases: Sequence[Case]) -> None:
         """Raise what `synthesize` raises before any work."""
         self.writer.check(manifest, self.output)
-        check_writable(self.output)
+        with self.private(any_dicom(cases)):
+            check_writable(self.output)
+        remove_abandoned()
+        written: frozenset[str] | None = None  # by earlier runs; asked for when something is in the way
         for file in (file for case in cases for file in self.files(case.name)):
-            if fits(file) and file.exists() and not self.writer.is_ours(file):
+            if not fits(file):
+                continue
+            _refuse_links(self.output, file)
+            if file.exists() and not self.writer.is_ours(file):
+                written = names_in(self.output) if written is None else written
+                if file.relative_to(self.output).as_posix() in written and _is_damaged(file):
+                    continue  # a result that was cut is made again
                 raise UsageError(f"{file.name} is in the way and was not written by mask2ct", expected="an output folder without files of that name",
                                  remedy="choose another --output, or move that file", file=file)  # fmt: skip
 
     @contextmanager
     def journal(self, manifest: Manifest, cases: Sequence[Case]) -> Iterator[Journal]:
         """The output folder's journal, locked, and the folder kept tidy."""
-        with closing(Journal(self.output)) as journal, self.tidy(manifest, cases):
+        with self.private(any_dicom(cases)):
+            journal = Journal(self.output)
+        with closing(journal), self.tidy(manifest, cases):
             yield journal
+
+    def private(self, dicom: bool) -> AbstractContextManager[None]:
+        """Within, this thread makes files for their owner alone, where they come of a DICOM source."""
+        return private(dicom and not self.shared)
 
     @contextmanager
     def tidy(self, manifest: Manifest, cases: Sequence[Case]) -> Iterator[None]:
@@ -82,6 +101,31 @@ class Recipe:
         finally:
             _sweep(folders)
             self.writer.finish(self.output, manifest)
+
+
+def any_dicom(cases: Iterable[Case]) -> bool:
+    """Whether some of the cases come from a DICOM source."""
+    return any(case.kind not in ("volume", "classes") for case in cases)
+
+
+def _is_damaged(result: Path) -> bool:
+    """Whether a result of ours is so short that it does not say whose it is: a file, or some of a folder's."""
+    if not result.is_dir():
+        return is_cut(result)
+    return all(belongs_to(result, file) and (is_synthetic(file) or is_cut(file)) for file in result.iterdir())
+
+
+def _refuse_links(output: Path, file: Path) -> None:
+    """A folder on the way to a result that is a link leads to where nobody asked to write. Raises `UsageError`."""
+    folders = [parent for parent in file.parents if parent != output and parent.is_relative_to(output)]
+    for folder in (*folders, *([file] if file.is_dir() else [])):
+        if folder.is_symlink():
+            raise UsageError(
+                f"{folder.name} in the output folder is a link to another folder",
+                expected="an output folder whose own folders lie in it",
+                remedy="remove the link, or choose another --output",
+                file=folder,
+            )
 
 
 def _sweep(folders: Iterable[Path]) -> None:

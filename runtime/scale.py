@@ -24,6 +24,7 @@ from .errors import InputError, Mask2CTError, MissingComponent, UsageError, impo
 from .io.detect import Case, find_cases
 from .io.formats import result_name
 from .journal import JOURNAL, Entry, Journal, Ledger, key_of
+from .labels import names_of
 from .recipe import Recipe
 from .stream import CaseResult, Run
 from .synthesizer import Synthesizer
@@ -42,13 +43,14 @@ FOR_GPUS = ("auto", "tensorrt", "onnx-cuda")  # backends that take one
 
 @dataclass(frozen=True)
 class Opened:
-    """What a worker opened. All but `backend`, which holds the reason too, decides the bytes: it must be the same on every worker."""
+    """What a worker opened. All but `backend`, which holds the reason too, and the manifest's digest decides the bytes: it must be the same on every worker."""
 
     version: str
     manifest: Manifest
     engine: str
     file: str
     backend: str
+    manifest_sha256: str
 
     @property
     def key(self) -> str:
@@ -66,6 +68,7 @@ class RaySynthesizer:
 
     def __init__(self, opened: Opened, model: Path, engine: Mapping[str, Any], count: int, share: Mapping[str, float], ours: bool):
         self.manifest, self.backend, self.count = opened.manifest, f"{opened.backend}, {count} workers of Ray", count
+        self.engine, self.file, self.manifest_sha256 = opened.engine, opened.file, opened.manifest_sha256
         self._opened, self._model, self._engine, self._share, self._ours = opened, model, engine, share, ours
         self._closed = False
 
@@ -109,18 +112,20 @@ class RaySynthesizer:
                     remedy="lower --ray-workers, --workers or --ray-gpus, or name a cluster with --ray ADDRESS",
                 )
             share, engine = {"num_cpus": cpus, "num_gpus": gpus}, {**engine, "workers": cpus}
-            opened = _first(ray, share, Path(model), engine)
+            model = Path(model).resolve()  # a link may lead elsewhere by the time that a worker opens it
+            opened = _first(ray, share, model, engine)
         except BaseException:
             if ours:
                 ray.shutdown()
             raise
-        return cls(opened, Path(model), engine, count, share, ours)
+        return cls(opened, model, engine, count, share, ours)
 
     def stream(
         self, masks: str | Path | Iterable[str | Path], output: str | Path, *, reading: ReadOptions | None = None, **options: Any
     ) -> Iterator[CaseResult]:
         """Synthesize files, folders and zips into the folder `output`: as `Synthesizer.stream`."""
-        cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)], options=reading)
+        paths = [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)]
+        cases = find_cases(paths, options=reading, names=names_of(options.get("labels"), [self.manifest.labels]))
         return self.make(cases, Recipe(Path(output), **{name: value for name, value in options.items() if value is not None}))
 
     def make(self, cases: Sequence[Case], recipe: Recipe) -> Iterator[CaseResult]:
@@ -236,11 +241,17 @@ class _Worker:
 
 
 def _opened(synthesizer: Synthesizer) -> Opened:
-    return Opened(VERSION, synthesizer.manifest, synthesizer.engine, synthesizer.file, synthesizer.backend)
+    return Opened(
+        VERSION,
+        synthesizer.manifest,
+        synthesizer.engine,
+        synthesizer.file,
+        synthesizer.backend,
+        synthesizer.manifest_sha256,
+    )
 
 
 def _ray() -> Any:
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # nothing is reported to its makers
     for name, value in {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DEDUP_LOGS": "0"}.items():
         os.environ.setdefault(name, value)
     with importing("Ray", "Ray Data, which deals masks out to workers", 'pip install "mask2ct[ray]"'):

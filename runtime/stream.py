@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .errors import InputError, UnreadableVolume, reading
+from .errors import InputError, UnreadableVolume, reading, writing
 from .files import fits, sha256_of
-from .io.archive import opened
-from .io.detect import Case, read_case
+from .io.archive import opened, outer
+from .io.detect import Case, like_digests, read_case
 from .io.formats import DEFAULT_OPTIONS, FormatOptions, Painting, result_name
 from .journal import Entry, Ledger, key_of
 from .labels import LabelMap
@@ -24,6 +26,8 @@ from .volume import CTSlab, LabelVolume
 if TYPE_CHECKING:
     from .synthesizer import Synthesizer
 
+State = tuple[int, int, int, int, int, float]
+YOUNG = 2.0  # s: file systems state times in steps of up to so long
 LARGE_MASK = 96 << 20  # bytes; above, nothing is held but the one mask being painted, and what comes next waits
 
 
@@ -33,7 +37,8 @@ class CaseResult:
 
     `mask`: its path, or for a DICOM source the name of the case: its path may name a patient.
 
-    `input`, `sha256`: SHA-256 by file name of what was read and written. `seconds`: by stage, spent working and not waiting;
+    `input`, `sha256`: SHA-256 by file name of what was read and written; `mask_sha256`: of
+    all that was read, as the journal has it. `seconds`: by stage, spent working and not waiting;
     stages overlap. `skipped`: it was complete already, and proven so.
     """
 
@@ -48,6 +53,7 @@ class CaseResult:
     input: Mapping[str, str] = field(default_factory=dict)
     sha256: Mapping[str, str] = field(default_factory=dict)
     skipped: bool = False
+    mask_sha256: str = ""
 
 
 def synthesize(
@@ -62,10 +68,13 @@ def synthesize(
     seed: int = 0,
     labels: LabelMap | None = None,
     resume: bool = False,
+    shared: bool = False,
     on_slice: Callable[[int], None] | None = None,
 ) -> Generator[CaseResult]:
     """Paint each case into `output`, as `runtime.io.formats` says for `format`; `variants` = K writes K pairs of CT and mask for
     each, 0 to K - 1: the first of the mask as it is, the others deformed within `ranges` (see `runtime.variants`).
+
+    `shared`: what is made of a DICOM source may be read as the umask says; else by its owner alone.
 
     `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all that the bytes depend on, is
     not made again; without it existing results are replaced.
@@ -76,7 +85,8 @@ def synthesize(
     painted. Raises `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be
     written, or a file in it that is not ours and would be replaced; and when it starts, if another run is writing into the folder.
     """
-    return make(synthesizer, cases, Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume), on_slice)
+    recipe = Recipe(output, format, options, variants, ranges or Ranges(), seed, labels, resume, shared=shared)
+    return make(synthesizer, cases, recipe, on_slice)
 
 
 def make(
@@ -119,6 +129,7 @@ class Run:
         self._synthesizer, self._journal, self._on_slice = synthesizer, journal, on_slice
         self._recipe, self._output, self._format, self._variants = recipe, recipe.output, recipe.writer, recipe.numbers
         self._ranges, self._seed, self._labels, self._resume = recipe.ranges, recipe.seed, recipe.labels, recipe.resume
+        self._like = cache(like_digests)  # of one run: an image that all cases share is read once
 
     def results(self, cases: Sequence[Case]) -> Generator[CaseResult]:
         ahead, behind = Ahead(self._prepare(cases)), Behind(self._write)
@@ -146,20 +157,23 @@ class Run:
             started = time.perf_counter()
             try:
                 self._check_names(case)
+                before = _states(case)
                 inputs = self._input(case)
+                mask = _mask(case, inputs)
                 keys = {variant: self._key(case, variant, inputs) for variant in self._variants}
                 if not self._recipe.replace:
-                    self._refuse_to_replace(case, _mask(inputs))
+                    self._refuse_to_replace(case, mask)
                 proven = {
                     v: entry for v, key in keys.items() if self._resume and (entry := self._journal.proven(result_name(case.name, v), key))
                 }
                 for variant, entry in proven.items():
                     files = self._format.files(self._output, case.name, variant)
                     yield _Item(CaseResult(case.name, case.called, variant, files, entry.slices, warnings=entry.warnings, input=inputs,
-                                           sha256=entry.files, skipped=True), entry.key)  # fmt: skip
+                                           sha256=entry.files, skipped=True, mask_sha256=mask), entry.key)  # fmt: skip
                 if len(proven) == len(keys):
                     continue
                 volume = read_case(case, self._synthesizer.manifest.labels, self._labels)
+                self._check_unchanged(case, before, inputs)
                 self._format.check_mask(volume)
                 warnings = tuple(_warnings(case.called.name, volume, self._synthesizer))
                 volume.digest  # noqa: B018 - computed here, beside the painter, and kept
@@ -173,7 +187,7 @@ class Run:
                 varied = shapes.vary(variant or 0)
                 times = {**seconds, "deform": time.perf_counter() - started} if variant else seconds
                 said = (*warnings, *(f"{case.called.name}, variant {variant}: {fact}" for fact in varied.warnings))
-                result = CaseResult(case.name, case.called, variant, seconds=times, warnings=said, input=inputs)
+                result = CaseResult(case.name, case.called, variant, seconds=times, warnings=said, input=inputs, mask_sha256=mask)
                 item = _Item(result, keys[variant], varied.volume)
                 del varied
                 yield item
@@ -203,9 +217,12 @@ class Run:
         """Write one result and, when it is whole, its line in the journal."""
         result, counted = job.item.result, _Meter(iter(slabs))
         started = time.perf_counter()
-        files = self._format.write(self._output, job.painting, counted)
+        dicom = job.painting.mask.dicom is not None
+        # reading back what is there, to digest it, may fail too
+        with writing(self._output / job.painting.name), self._recipe.private(dicom):
+            files = self._format.write(self._output, job.painting, counted)
         digests = {file.relative_to(self._output).as_posix(): digest for file, digest in files.items()}
-        self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings, _mask(result.input)))
+        self._journal.add(Entry(job.painting.name, job.item.key, digests, counted.slices, result.warnings, result.mask_sha256))
         seconds = {**job.seconds, "write": time.perf_counter() - started - counted.seconds}
         return replace(result, files=tuple(files), slices=counted.slices, seconds=seconds, sha256=digests)
 
@@ -213,9 +230,27 @@ class Run:
         """SHA-256 of each file the case is read from. Files of a DICOM source are numbered: their names may name a patient."""
         digests, files = {}, (*case.files, *case.grid)
         for n, file in enumerate(files):
+            numbered = case.called.name if len(files) == 1 else f"{case.called.name} {n + 1}"
+            name = {"volume": file.name, "classes": f"{case.called.name} {file.name}"}.get(case.kind, numbered)
             with reading(case.called, "a file that can be read"), opened(file) as handle:
-                digests[case.called.name if len(files) == 1 else f"{case.called.name} {n + 1}"] = sha256_of(handle)
+                digests[name] = sha256_of(handle)
         return digests
+
+    def _check_unchanged(self, case: Case, before: tuple[State, ...], inputs: Mapping[str, str]) -> None:
+        """Refuse a mask that changed between its digest and its reading: the result would be called made of another one.
+
+        The files are digested once more only where their system's state leaves a doubt: it is another one, or so young that a further
+        change would not show in it.
+        """
+        if _states(case) == before and all(abs(time.time() - changed) > YOUNG for *_, changed in before):
+            return
+        if self._input(case) != inputs:
+            raise UnreadableVolume(
+                f"{case.called.name} changed while it was read",
+                expected="a mask that stays as it is until its CT is made",
+                remedy="give it again when it is complete",
+                file=case.called,
+            )
 
     def _key(self, case: Case, variant: int | None, inputs: Mapping[str, str]) -> str:
         """Of everything the result's bytes depend on. A field that a `Case` or a format gains is part of it."""
@@ -225,8 +260,10 @@ class Run:
             "model": key_of(synth.manifest.to_json()),
             "engine": [synth.engine, synth.file],
             "format": [type(self._format).__name__, {k: repr(v) for k, v in vars(self._format).items() if not k.startswith("_")}],
-            "case": {f.name: repr(getattr(case, f.name)) for f in fields(case) if f.name not in ("path", "files", "grid")},
-            "input": sorted(inputs.values()),
+            "case": {f.name: repr(getattr(case, f.name)) for f in fields(case) if f.name not in ("path", "files", "grid", "options")},
+            "reading": repr(replace(case.options, like=None)),
+            "like": self._like(case.options.like),
+            "input": _content(case, inputs),
             "labels": None if self._labels is None else sorted(map(repr, self._labels.items())),
             "seed": self._seed,
             "variant": variant,
@@ -244,9 +281,24 @@ class Run:
                                    remedy="rename it", file=case.called)  # fmt: skip
 
 
-def _mask(inputs: Mapping[str, str]) -> str:
+def _states(case: Case) -> tuple[State, ...]:
+    """Of each file that the case is read from: device, number, bytes, nanoseconds of change of content and of state, seconds of the latter."""
+    states = []
+    for file in (*case.files, *case.grid):
+        with reading(case.called, "a file that can be read"):
+            s = os.stat(outer(file))
+        states.append((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ctime))
+    return tuple(states)
+
+
+def _content(case: Case, inputs: Mapping[str, str]) -> list[Any]:
+    """What a case was read from, whatever its files are called; but of one a class the name is what it means."""
+    return sorted(inputs.items() if case.kind == "classes" else inputs.values())
+
+
+def _mask(case: Case, inputs: Mapping[str, str]) -> str:
     """SHA-256 of what a case was read from."""
-    return key_of({"input": sorted(inputs.values())})
+    return key_of({"input": _content(case, inputs)})
 
 
 def _warnings(mask: str, volume: LabelVolume, synthesizer: Synthesizer) -> Iterator[str]:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .contract import Manifest
+from .contract import MANIFEST, Manifest
 from .engines.base import Engine, EngineError, EngineOptions
 from .engines.registry import open_engine
 from .errors import GeometryError, MemoryCapExceeded, UnknownLabels
+from .files import sha256_of
 from .grid import SliceGrid
-from .labels import LabelMap, to_indices
+from .labels import LabelMap, names_of, to_indices
 from .memory import Allowance, PoolStats, parse_bytes
 from .randomness import CaseRandom
 from .slot import Slot
@@ -43,6 +44,7 @@ class Synthesizer:
     ):  # fmt: skip
         self.manifest = manifest
         self.file = file  # the model file that the engine runs; empty for one without
+        self.manifest_sha256 = ""  # of manifest.json; empty where there was none
         self._engine, self._closed = engine, False
         self._again, self._released = again, False  # what opens the engine again after `release`
         self._reason, self._batch = reason, max(1, batch)
@@ -69,8 +71,9 @@ class Synthesizer:
         fits, which may round differently from its usual one. `workers`: batches that an engine on the CPU computes at once.
         `allowance`: memory shared with other models (`runtime.models`).
         """
-        folder = Path(model)
+        folder = Path(model).resolve()  # a link may lead elsewhere by the time that the engine is opened again
         manifest = Manifest.load(folder)
+        manifest_sha256 = sha256_of(folder / MANIFEST)
         options = EngineOptions(None if max_memory is None else parse_bytes(max_memory), device, batch == "auto", workers, allowance)
         engine, reason, file = open_engine(backend, manifest, folder, options)
         slices = max(DEFAULT_BATCH, engine.spec.batch * engine.spec.streams) if batch == "auto" else batch
@@ -84,7 +87,9 @@ class Synthesizer:
                 f"opened again, the model runs otherwise: {new.name}", expected=engine.name, remedy="start again, with --backend"
             )
 
-        return cls(manifest, engine, batch=slices, reason=reason, file=file, again=again)
+        synthesizer = cls(manifest, engine, batch=slices, reason=reason, file=file, again=again)
+        synthesizer.manifest_sha256 = manifest_sha256
+        return synthesizer
 
     @property
     def backend(self) -> str:
@@ -245,7 +250,8 @@ class Synthesizer:
         from .io.detect import find_cases
         from .stream import synthesize
 
-        cases = find_cases([Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)], options=reading)
+        paths = [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)]
+        cases = find_cases(paths, options=reading, names=names_of(options.get("labels"), [self.manifest.labels]))
         return synthesize(self, cases, Path(output), **options)
 
     def release(self) -> bool:

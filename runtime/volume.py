@@ -108,12 +108,17 @@ class DicomSource:
 @dataclass(frozen=True)
 class Segment:
     """One structure as a file tells of it. `number`: what stands for it in the file (label value, segment or ROI number);
-    `name`: its label there; `code`: of its property type, with the coding scheme ("SCT:80891009"). Both may be empty.
+    `name`: its label there; `code`: of its property type, with the coding scheme ("SCT:80891009"; see `runtime.codes`). Both may be
+    empty. `strict`: the file's own table names its numbers, so that under another table the number alone says nothing; of one that has a
+    name alone it is negative.
+    `private`: of a DICOM source, whose words may be a patient's: messages call it by `runtime.labels.describe`.
     """
 
     number: int
     name: str = ""
     code: str = ""
+    strict: bool = False
+    private: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
-from .errors import FolderBusy, InputError, MemoryCapExceeded, UnreadableVolume, UsageError
-from .inbox import Claim, Inbox, waves
+from .audit import AuditTrail
+from .errors import FolderBusy, InputError, Mask2CTError, MemoryCapExceeded, UnreadableVolume, UsageError
+from .files import private
+from .inbox import Claim, Inbox, called, waves
 from .io.archive import is_zip, on_disk
 from .io.detect import Case
+from .io.dicom_files import LINKED, OUTSIDE, is_broken_link, walk
 from .io.headers import check_header
 from .journal import Journal
 from .models import Models
@@ -51,12 +54,14 @@ class Watcher:
 
     def __init__(
         self, inbox: Path, models: Models, recipes: Mapping[str, Recipe], *, find: Callable[[Path, bool], list[Case]],
-        stable: float, listener: Listener,
+        stable: float, listener: Listener, audit: AuditTrail | None = None,
     ):  # fmt: skip
         self._models, self._find, self._listener, self._waiting = models, find, listener, False
+        self._audit = audit or AuditTrail(None, "watch")
         self._recipes = {name: replace(recipe, resume=True, replace=False) for name, recipe in recipes.items()}
+        self._shared = any(recipe.shared for recipe in recipes.values())
         (self._output,) = {recipe.output for recipe in recipes.values()}
-        self._inbox = Inbox(inbox, self._output, stable=stable, whole=self._whole)
+        self._inbox = Inbox(inbox, self._output, stable=stable, whole=self._whole, shared=self._shared)
         for name, recipe in recipes.items():
             recipe.check(models[name].manifest, [])
 
@@ -65,7 +70,7 @@ class Watcher:
 
         Raises `OutputError` where results cannot be written, and what concerns all masks alike.
         """
-        with suppress(FolderBusy), closing(Journal(self._output)):  # what a watcher that was killed did not come to
+        with suppress(FolderBusy), closing(self._journal()):  # what a watcher that was killed did not come to
             for name, recipe in self._recipes.items():
                 with recipe.tidy(self._models[name].manifest, []):
                     pass
@@ -75,6 +80,11 @@ class Watcher:
                     return
                 time.sleep(max(poll, SHORTEST))
 
+    def _journal(self) -> Journal:
+        """For its owner alone: nobody knows yet what will come."""
+        with private(not self._shared):
+            return Journal(self._output)
+
     def step(self) -> bool:
         """One look, and the work it finds; whether any was done."""
         ready, left = self._inbox.look(), [*self._inbox.abandoned()]
@@ -83,7 +93,7 @@ class Watcher:
             return False
         claims: list[Claim] = []
         try:
-            with closing(Journal(self._output)) as journal:
+            with closing(self._journal()) as journal:
                 for n in range(0, min(len(ready), PER_LOOK), AT_ONCE):
                     taken = [claim for item in ready[n : n + AT_ONCE] if (claim := self._inbox.claim(item))]
                     claims += taken
@@ -91,7 +101,7 @@ class Watcher:
                 random.shuffle(left)  # and one by one, last: should a file end the process, it keeps no other waiting for ever
                 for claim in sorted(left, key=lambda claim: starts(claim.starts)):
                     if starts(claim.starts) >= MOST:
-                        claim.errors.append(poisonous(claim.called))
+                        self._fail(claim, poisonous(claim.called))
                         self._settle(claim)
                         continue
                     with counted(claim.starts):
@@ -109,11 +119,12 @@ class Watcher:
         found: dict[str, list[tuple[Case, str]]] = {}
         good = []
         for claim in claims:
+            self._audit.add("received", item=claim.called)
             try:
                 found[claim.ticket.name] = self._cases(claim.item)
                 good.append(claim)
             except (InputError, UsageError) as exc:
-                claim.errors.append(exc)
+                self._fail(claim, exc)
                 self._settle(claim)
         for wave in waves(good, {ticket: [case.name for case, _ in cases] for ticket, cases in found.items()}):
             cases = {case.name: (claim, case, model) for claim in wave for case, model in found[claim.ticket.name]}
@@ -134,6 +145,7 @@ class Watcher:
             recipe.check(synth.manifest, mine)
             with recipe.tidy(synth.manifest, mine), closing(Run(synth, recipe, journal).results(mine)) as results:
                 for result in results:
+                    self._audit.result(result, model, recipe.seed, item=cases[result.case][0].called)
                     self._listener.made(result)
                     self._count(cases[result.case][0], result)
         except (UsageError, MemoryCapExceeded) as exc:  # of one of them: which, shows when each is alone
@@ -141,7 +153,7 @@ class Watcher:
             if not left:
                 raise
             if len(names) == 1:
-                cases[left[0]][0].errors.append(exc)
+                self._fail(cases[left[0]][0], exc)
                 self._finish(cases[left[0]][0], left[0])
             else:
                 for name in left:
@@ -161,6 +173,11 @@ class Watcher:
         if not any(claim.outstanding.values()):
             self._settle(claim)
 
+    def _fail(self, claim: Claim, exc: Mask2CTError) -> None:
+        """An error that is none of a result's."""
+        self._audit.add("failed", item=claim.called, error=type(exc).__name__)
+        claim.errors.append(exc)
+
     def _settle(self, claim: Claim) -> None:
         place = self._inbox.settle(claim)
         self._listener.settled(claim, place)
@@ -168,6 +185,13 @@ class Watcher:
     def _cases(self, item: Path) -> list[tuple[Case, str]]:
         """The cases of an item, each with the name of its model. Raises `InputError` and `UsageError`."""
         chosen = []
+        if foreign := _foreign(item):
+            fact = "is" if foreign == [item] else f"holds {len(foreign)} times"
+            raise UnreadableVolume(
+                f"{called(item)} {fact} what is not opened: a link that is broken or leads outside, a pipe or a device",
+                expected="files, in a folder of their own",
+                remedy="put in the files themselves",
+            )
         for case in self._find(item, True):
             if case.kind == "series" and not item.is_dir() and not is_zip(item):
                 raise UnreadableVolume(f"{case.called} is one image of a series", expected="the whole series", file=case.called,
@@ -178,14 +202,28 @@ class Watcher:
         return chosen
 
     def _whole(self, item: Path) -> bool:
-        """Whether everything in it can be opened, by its headers."""
+        """Whether everything in it can be opened, by its headers, and no file of it seems to be missing.
+
+        What never can be is not waited for.
+        """
+        if _foreign(item):
+            return True
         try:
             for case in self._find(item, False):
-                if case.kind == "damaged":
+                if not case.whole:
                     return False
-                if case.kind == "volume":
-                    with on_disk(case.path) as path:
+                for file in case.files if case.kind in ("volume", "classes") else ():
+                    with on_disk(file) as path:
                         check_header(path)
         except (InputError, UsageError):
             return False
         return True
+
+
+def _foreign(item: Path) -> list[Path]:
+    """What of an item is not opened: links that lead outside of it, and all but files and folders."""
+    if item.is_dir() and not item.is_symlink():
+        unread: dict[str, list[Path]] = {}
+        broken = [path for path in walk(item, unread) if is_broken_link(path)]
+        return [*unread.get(LINKED, ()), *unread.get(OUTSIDE, ()), *broken]
+    return [item] if item.is_symlink() or not item.is_file() else []

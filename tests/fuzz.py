@@ -30,6 +30,7 @@ import SimpleITK as sitk
 from samples import blobs, image, write_fake_model, write_mask
 
 from runtime.__main__ import main
+from runtime.audit import AUDIT
 from runtime.console import run
 from runtime.engines.fake import fake_manifest
 from runtime.journal import JOURNAL
@@ -184,7 +185,7 @@ def attempt(target: Path, given: Path, model: Path, folder: Path) -> str:
         log.write_text(text.getvalue()[-3000:])
         os._exit(code)
     _, status, usage = os.wait4(child, 0)
-    written = [p for p in out.rglob("*") if p.is_file() and p.name != JOURNAL] if out.exists() else []
+    written = [p for p in out.rglob("*") if p.is_file() and p.name not in (JOURNAL, AUDIT)] if out.exists() else []
     if os.WIFSIGNALED(status):
         return f"signal {signal.Signals(os.WTERMSIG(status)).name}"
     if (usage.ru_maxrss << 10) - before > SPARE + PER_BYTE * size:
@@ -192,7 +193,7 @@ def attempt(target: Path, given: Path, model: Path, folder: Path) -> str:
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, 1, 2) or "Traceback" in log.read_text():
         return f"exit {code}: {log.read_text()[-500:]}"
-    if any(".part-" in p.name for p in written) or (code == 2 and written):
+    if any(".mask2ct-part-" in p.name for p in written) or (code == 2 and written):
         return f"partial output {written}"
     for path in written:
         try:

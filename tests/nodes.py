@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,10 @@ def serve(model: Path, spool: Path, *options: str) -> int:
 class Serving:
     """`mask2ct serve` as a process of its own."""
 
-    def __init__(self, model: Path, spool: Path, *options: object, quiet: float = 0.2, allow: str | None = "SENDER", backend: str = "fake"):
+    def __init__(self, model: Path, spool: Path, *options: object, quiet: float = 0.2, allow: str | None = "SENDER", backend: str = "fake",
+                 traced: Sequence[str] = ()):  # fmt: skip
         who = ["--allow-any"] if allow is None else ["--allow", allow]
-        line = [sys.executable, "-m", "runtime", "serve", "--model", model, "--backend", backend, "--spool", spool, "--port", 0, "--http-port", 0,
+        line = [*traced, sys.executable, "-m", "runtime", "serve", "--model", model, "--backend", backend, "--spool", spool, "--port", 0, "--http-port", 0,
                 "--quiet-period", quiet, *who, *options]  # fmt: skip
         self.process = subprocess.Popen([*map(str, line)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []

@@ -15,6 +15,7 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from runtime.__main__ import main
+from runtime.audit import AUDIT
 from runtime.console import run
 from runtime.contract import Manifest
 from runtime.files import write_json
@@ -98,8 +99,8 @@ def write_slices(folder: Path, patients: int, *, side: int = 64, hu: bool = Fals
 
 
 def results(folder: Path) -> dict[str, bytes]:
-    """What a run left in its output folder, by path, without its journal."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != JOURNAL)
+    """What a run left in its output folder, by path, without its journal and audit file."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (JOURNAL, AUDIT))
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 

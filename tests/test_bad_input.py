@@ -134,7 +134,7 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "flipped bit": ("m.nii.gz", flipped_bit, "truncated or damaged"),
     "4-D": ("m.nii.gz", lambda p: nifti(p, np.zeros((2, 3, 4, 5), np.int16)), "4-D"),
     "5-D": ("m.nii.gz", lambda p: nifti(p, np.zeros((2, 2, 3, 4, 5), np.int16)), "5-D"),
-    "2-D": ("m.nii.gz", lambda p: nifti(p, np.zeros((4, 5), np.int16)), "2-D"),
+    "1-D": ("m.nii.gz", lambda p: nifti(p, np.zeros(4, np.int16)), "1-D"),
     "8 dimensions": ("m.nii", lambda p: patched(p, "<h", 40, 8), "claims 8 dimensions"),
     "huge": ("m.nii", lambda p: patched(p, "<4h", 40, 3, 32767, 32767, 32767), "claims the size"),
     "more than is there": ("m.nii", lambda p: patched(p, "<4h", 40, 3, 512, 512, 512), "truncated"),

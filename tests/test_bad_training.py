@@ -105,7 +105,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "text": (replaced("p1_label.nii.gz", b"hello"), "p1_label.nii.gz is not gzip-compressed"),
     "4-D": (lambda f: sitk.WriteImage(sitk.GetImageFromArray(np.zeros((2, 4, 8, 8), np.int16), isVector=False), str(f / "p1_image.nii.gz")), "4-D"),
     "label 0.5": (volume(labels=np.full(SHAPE, 0.5, np.float32)), "0.5, which is no label"),
-    "image NaN": (volume(ct=np.full(SHAPE, np.nan, np.float32)), "nan"),
+    "image NaN": (volume(ct=np.full(SHAPE, np.nan, np.float32)), "NaN or infinite values"),
     "one value": (volume(ct=np.full(SHAPE, -1000, np.int16)), "p1_image.nii.gz holds -1000 everywhere"),
     "label map turned": (volume(direction=[0, 1, 0, 1, 0, 0, 0, 0, 1]), "mm off its image"),
     "label map of another size": (volume(labels=np.zeros((5, 32, 32), np.uint16)), "its image (4, 32, 32)"),

@@ -97,6 +97,15 @@ def test_a_file_that_moved_is_still_known_and_one_that_changed_is_not(folder: Pa
     assert len(entries(cache)) == 2
 
 
+def test_voxels_beside_a_header_count(folder: Path) -> None:
+    for name in ("image", "label"):
+        sitk.WriteImage(image(blobs()), str(folder / f"d_{name}.mhd"))
+    pair = Pair("d", folder / "d_image.mhd", folder / "d_label.mhd")
+    before = caching.key(pair, MM_WHS, POLICY, HU)
+    sitk.WriteImage(image(blobs()[::-1]), str(folder / "d_label.mhd"))
+    assert caching.key(pair, MM_WHS, POLICY, HU) != before
+
+
 def test_every_setting_makes_an_entry_of_its_own(pair: Pair, cache: SliceCache, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = (MM_WHS, POLICY, HU)
     fewer = replace(MM_WHS, labels=(replace(MM_WHS.labels[0], aliases=(MM_WHS.labels[7].value,)), *MM_WHS.labels[1:7]))

@@ -18,6 +18,8 @@ import jsonschema
 import pytest
 from packaging.requirements import Requirement
 
+from runtime.starts import MOST
+
 UNITS = ("watch", "serve")
 EXPOSURE = 12  # tenths: what `systemd-analyze security` may find; 1.2 of 10 is "OK", a unit without any hardening has 9.6
 # Of CycloneDX 1.6 what a reader cannot do without; the whole schema is not ours to ship.
@@ -77,6 +79,26 @@ def test_systemd_takes_the_unit_and_finds_little_that_it_could_harm(name: str, r
     assert done.returncode == 0, done.stdout
     path.write_text(re.sub("(?m)^(CapabilityBoundingSet|SystemCallFilter|ProtectSystem)=.*\n", "", path.read_text()))
     assert subprocess.run(judge, capture_output=True, check=False).returncode != 0  # or the bar is none
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_start_limit_comes_after_our_own(name: str, root: Path) -> None:
+    """Whatever a mask that ends the process does, systemd starts the unit until the mask is put aside.
+
+    A start that ends at once is the worst: then only RestartSec lies between two. systemd refuses a start when
+    StartLimitBurst of them lie within StartLimitIntervalSec (systemd.unit(5)). Several such masks take turns, so that
+    the limit must hold for any number of starts in a row, and for MOST + 1 of them, the last of which puts aside.
+    """
+    lines = [line.split("=", 1) for line in unit(root, name).splitlines() if re.match(r"\w+=", line)]
+    settings = dict(lines)  # of a setting that stands there twice, the last counts
+    interval, burst, pause = (int(settings[key]) for key in ("StartLimitIntervalSec", "StartLimitBurst", "RestartSec"))
+    assert pause > 0 and settings["Restart"] == "on-failure"  # which takes a signal and the end of memory as failures
+    starts_in_interval = interval // pause + 1
+    assert interval == 0 or starts_in_interval < burst, "systemd would end the service before the mask is put aside"
+    assert interval == 0 or burst > MOST + 1
+    assert not {"137", "9", "SIGKILL"} & set(settings["RestartPreventExitStatus"].split() + settings["SuccessExitStatus"].split())
+    assert "StartLimitAction" not in settings and "OOMPolicy" not in settings
+    assert settings["Type"] == "exec"  # a start that takes long, for many images in the spool, is none that failed
 
 
 @pytest.mark.parametrize("name", UNITS)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from samples import is_tidy, listed, write_mask
 
 import runtime.inbox
-from runtime.inbox import DONE, PATIENCE, WORK, Inbox
+from runtime.errors import OutputError, UsageError
+from runtime.inbox import DONE, FAILED, PATIENCE, STARTS, WORK, Inbox
+from runtime.starts import starts
 
 
 @pytest.fixture
@@ -128,3 +131,87 @@ def test_an_interrupt_while_a_claim_ends_closes_nothing_twice(inbox: Path, tmp_p
     monkeypatch.undo()
     watched.leave(claim)
     assert listed(inbox / DONE) == {"a"} and is_tidy(inbox)
+
+
+def test_nothing_is_opened_before_it_is_claimed_and_counted(inbox: Path, tmp_path: Path) -> None:
+    (inbox / "a").write_bytes(b"1")
+    seen: list[tuple[str, int, int]] = []
+
+    def look_into(path: Path) -> bool:
+        count = starts(path.parent / STARTS)
+        seen.append((path.parent.parent.name, count, len(listed(inbox))))
+        return True
+
+    watched = Inbox(inbox, tmp_path / "out", stable=0, whole=look_into)
+    claim = watched.claim(*watched.look())
+    assert claim is not None and seen == [(WORK, 1, 1)]  # .work alone is left there
+    assert starts(claim.starts) == 0  # the process lives
+    watched.leave(claim)
+
+
+def test_a_full_inbox_is_emptied_all_the_same(inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Moving takes no room, counting does."""
+
+    def full(file: Path) -> Any:
+        raise OutputError("the disk is full")
+
+    (inbox / "a").write_bytes(b"1")
+    monkeypatch.setattr(runtime.inbox, "counted", full)
+    watched = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True)
+    claim = watched.claim(*watched.look())
+    assert claim is not None
+    assert watched.settle(claim) == inbox / DONE / "a"
+
+
+def test_what_is_not_whole_goes_back_as_it_was(inbox: Path, tmp_path: Path) -> None:
+    (inbox / "series").mkdir()
+    (inbox / "series" / "1").write_bytes(b"half")
+    watched = Inbox(inbox, tmp_path / "out", stable=1e-9, whole=lambda path: False)
+    watched.look()
+    (item,) = watched.look()
+    watched._seen[item.name].age = 0  # as young as it may be
+    assert watched.claim(item) is None and watched.settling
+    assert (inbox / "series" / "1").read_bytes() == b"half" and listed(inbox / WORK) == set()
+
+
+def test_an_item_whose_name_came_again_is_kept(inbox: Path, tmp_path: Path) -> None:
+    """While it is looked into a sender begins anew: neither file takes the other's place."""
+    (inbox / "a").write_bytes(b"half")
+
+    def begin_anew(path: Path) -> bool:
+        (inbox / "a").write_bytes(b"whole")
+        return False
+
+    watched = Inbox(inbox, tmp_path / "out", stable=1, whole=begin_anew)
+    watched.look()
+    watched._seen["a"].age = 1
+    claim = watched.claim(inbox / "a")
+    assert claim is not None and claim.item.read_bytes() == b"half" and (inbox / "a").read_bytes() == b"whole"
+    watched.leave(claim)
+
+
+def test_an_interrupt_while_an_item_is_looked_into_puts_it_back(inbox: Path, tmp_path: Path) -> None:
+    (inbox / "a").write_bytes(b"1")
+
+    def interrupted(path: Path) -> bool:
+        raise KeyboardInterrupt
+
+    watched = Inbox(inbox, tmp_path / "out", stable=0, whole=interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        watched.claim(*watched.look())
+    assert (inbox / "a").read_bytes() == b"1" and listed(inbox / WORK) == set()
+
+
+@pytest.mark.parametrize("name", [WORK, DONE, FAILED])
+def test_linked_folders_of_an_inbox_are_refused(name: str, inbox: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (inbox / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UsageError, match=f"{name} in the watched folder is a link"):
+        Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True)
+
+
+def test_a_link_counts_by_itself(inbox: Path, tmp_path: Path) -> None:
+    """What it leads to is not asked, and a broken one is not waited for for ever."""
+    (inbox / "a").symlink_to(tmp_path / "nowhere")
+    watched = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True)
+    assert watched.look() == [inbox / "a"]

@@ -14,9 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from samples import blobs, mask2ct, results, write_mask
+from samples import blobs, is_tidy, mask2ct, results, write_mask
 
+from runtime.__main__ import main
+from runtime.console import run
 from runtime.journal import JOURNAL
+from runtime.stopping import GRACE
 
 KILLS = 50
 pytestmark = pytest.mark.slow
@@ -193,3 +196,66 @@ def test_ctrl_c_during_the_imports_is_no_traceback(script: str, root: Path) -> N
         assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
     else:
         assert done.returncode == -signal.SIGINT and done.stdout == done.stderr == ""
+
+
+STUCK = """
+import ctypes, sys
+from runtime.__main__ import main
+from runtime.console import run
+
+def wait_for_ever(*_):
+    "As a library does that holds out against a file server that went away: no signal handler of Python's comes to its turn."
+    lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+    print("stuck", flush=True)
+    lock(mutex)
+    lock(mutex)
+
+import runtime.stream, runtime.watch
+setattr({where}, wait_for_ever)
+sys.exit(run(main, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("where", ["runtime.stream, 'read_case'", "runtime.watch, 'check_header'"])
+def test_sigterm_ends_a_stuck_reader(where: str, fake_model: Path, tmp_path: Path) -> None:
+    """In the thread that reads ahead, and in the main one. The next start goes on with the mask."""
+    inbox, out = tmp_path / "in", tmp_path / "out"
+    inbox.mkdir()
+    write_mask(inbox / "a.nii.gz")
+    line = ["watch", inbox, "--model", fake_model, "--backend", "fake", "--output", out, "--stable", 0, "--poll", 0.01, "--once"]
+    arguments = [*map(str, line)]
+    with subprocess.Popen([sys.executable, "-c", STUCK.format(where=where), *arguments], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        next(row for row in process.stdout if row == "stuck\n")
+        process.send_signal(signal.SIGTERM)
+        try:
+            assert process.wait(GRACE + 10) == 130
+        finally:
+            process.kill()
+    assert run(main, arguments) == 0
+    assert [*results(out)] == ["a_ct.nii.gz"] and is_tidy(inbox)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="forks")
+def test_a_forked_childs_sigterm_is_its_own(tmp_path: Path, command) -> None:
+    """A process that a command forks, as Ray's and PyTorch's do, ends without ending the command."""
+    forking = """
+import os, signal, sys, time
+from runtime import console, stopping
+stopping.GRACE = 0.2
+
+def main(argv):
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(3))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    _, status = os.waitpid(child, 0)
+    time.sleep(0.6)  # three times as long as it would have
+    print(os.waitstatus_to_exitcode(status))
+    return 0
+
+sys.exit(console.run(main, []))
+"""
+    done = command("-c", forking, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "3\n"), done.stderr

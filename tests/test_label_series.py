@@ -12,7 +12,7 @@ from pydicom import dcmread, dcmwrite
 from samples import blobs, directions, rotation, write_slices
 
 from runtime.errors import GeometryError, UnreadableVolume
-from runtime.io.detect import find_cases, read_case
+from runtime.io.detect import find_cases, read_case, read_mask
 from runtime.labels import MM_WHS, MM_WHS_INDICES
 
 
@@ -121,8 +121,8 @@ def wider(ds) -> None:
 
 BAD = {
     "gantry tilt": (each(lambda k, ds: shift(k, ds, (0, 0.5, 0))), GeometryError, "is sheared: its slices drift 2.50 mm"),
-    "uneven gaps": (lambda made: shift(1, made[2], (0, 0, 0.7)), GeometryError, r"slices 1.8, 2.5, 3.2 mm apart\n"),
-    "missing slice": (lambda made: made.pop(3), GeometryError, r"2.5, 5 mm apart \(some are missing\)"),
+    "uneven gaps": (lambda made: shift(1, made[2], (0, 0, 0.7)), GeometryError, r"is uneven: it has slices 1.8, 2.5, 3.2 mm apart\n.*\n.*\n.*resample"),
+    "missing slice": (lambda made: made.pop(3), GeometryError, r"2.5, 5 mm apart \(some are missing\)\n.*\n.*\n.*whole series"),
     "duplicate slice": (lambda made: shift(1, made[2], (0, 0, 2.5)), GeometryError, "duplicate slices"),
     "mixed orientation": (lambda made: turn(made[4]), GeometryError, "mixed orientations"),
     "mixed sizes": (lambda made: wider(made[1]), UnreadableVolume, "20 x 40, 40 x 40 pixels"),
@@ -145,3 +145,82 @@ def test_a_bad_series_is_refused_with_its_reason(kind: str, tmp_path: Path) -> N
     with pytest.raises(error, match=fact) as caught:
         read(save(tmp_path / "s", made))
     assert caught.value.remedy and caught.value.expected and "Planted" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("spacing", "off"), [(3.27, 0.04), (2.5, 0.1), (5.0, 0.24), (0.5, 0.09)])
+def test_slightly_uneven_slices_are_read(spacing: float, off: float, tmp_path: Path) -> None:
+    """Up to 0.1 mm or 5 % of the spacing, on the mean distance, with a note that reaches whoever reads the mask."""
+    values = blobs((9, 20, 24))
+    series = slices(values, spacing=(1.5, 1.25, spacing))
+    for k in (2, 5):
+        shift(1, series[k], (0, 0, off if k == 2 else -off))
+    mask = read(save(tmp_path / "s", series))
+    assert np.array_equal(mask.labels, read(save(tmp_path / "even", slices(values))).labels)
+    assert np.allclose(mask.geometry.spacing, (1.5, 1.25, spacing)) and mask.geometry.origin == (-12.5, 3.0, 40.0)
+    (note,) = mask.notes
+    assert f"is uneven: slices lie up to {off:.2g} mm off" in note and f"mean of {spacing:g} mm" in note
+
+
+@pytest.mark.parametrize(("spacing", "off"), [(2.5, 0.13), (5.0, 0.26), (0.3, 0.08)])
+def test_uneven_slices_beyond_the_limit_are_refused(spacing: float, off: float, tmp_path: Path) -> None:
+    series = slices(blobs((9, 20, 24)), spacing=(1.5, 1.25, spacing))
+    shift(1, series[4], (0, 0, off))
+    with pytest.raises(GeometryError, match="is uneven") as caught:
+        read(save(tmp_path / "s", series))
+    assert "whole series" not in str(caught.value)
+
+
+def test_a_missing_slice_is_never_called_uneven(tmp_path: Path) -> None:
+    for k in range(1, 19):
+        series = slices(blobs((20, 8, 8)), spacing=(1, 1, 0.15))
+        del series[k]
+        with pytest.raises(GeometryError, match="some are missing"):
+            read(save(tmp_path / str(k), series))
+
+
+def test_files_of_one_uid_are_slices_where_they_lie_apart(tmp_path: Path) -> None:
+    values = blobs((6, 20, 24))
+    plain, shared = slices(values), slices(values)
+    for ds in shared:
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = shared[0].SOPInstanceUID
+    folder = save(tmp_path / "shared", shared)
+    for file in sorted(folder.iterdir())[:3]:
+        (folder / f"copy_of_{file.name}").write_bytes(file.read_bytes())
+    mask = read(folder)
+    assert np.array_equal(mask.labels, read(save(tmp_path / "plain", plain)).labels)
+    assert np.array_equal(mask.labels, read(folder).labels) and mask.dicom is not None and len(mask.dicom.sop_instance_uids) == 6
+
+
+def test_a_slice_saved_again_counts_once(tmp_path: Path) -> None:
+    values = blobs((6, 20, 24))
+    series = slices(values)
+    folder = save(tmp_path / "s", series)
+    series[3].InstitutionName = "elsewhere"
+    save(folder, [series[3]], "again")
+    assert len(list(folder.iterdir())) == 7
+    assert np.array_equal(read(folder).labels, read(save(tmp_path / "plain", slices(values))).labels)
+
+
+def test_an_edited_slice_beside_its_original_is_refused(tmp_path: Path) -> None:
+    series = slices(blobs((6, 20, 24)))
+    folder = save(tmp_path / "s", series)
+    series[3].PixelData = bytes(len(series[3].PixelData))
+    save(folder, [series[3]], "edited")
+    with pytest.raises(UnreadableVolume, match="two files of one SOP Instance UID in one place, and they differ"):
+        read(folder)
+
+
+def test_a_series_that_states_more_images_says_so(tmp_path: Path) -> None:
+    series = slices(blobs((6, 20, 24)), ImagesInAcquisition=6)
+    assert read(save(tmp_path / "whole", series)).notes == ()
+    cases = {"first": series[1:], "last": series[:-1]}
+    for end, rest in cases.items():
+        (note,) = read(save(tmp_path / end, rest)).notes
+        assert "may not be complete: it has 5 of the 6 images" in note
+    unstated = slices(blobs((6, 20, 24)))
+    (note,) = read(save(tmp_path / "from 3", unstated[2:])).notes
+    assert "may not be complete: its images are numbered from 3" in note
+    for ds in unstated:
+        ds.InstanceNumber -= 1
+    (case,) = find_cases([save(tmp_path / "from 0", unstated)])
+    assert read_mask(case).notes == () and case.whole

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import SimpleITK as sitk
 from samples import image, write_slices
 
-from runtime.errors import ConfigError, UsageError
+from runtime.errors import ConfigError, UnknownLabels, UsageError
 from train.config import DataConfig, intensity, label_table, resolve
 from train.dataset import assign
 from train.layouts import find
@@ -108,11 +109,46 @@ def test_nnunets_older_labels_and_a_config_that_contradicts_them(tmp_path: Path)
         settle(config_for(tmp_path, data={"labels": "mm-whs"}))
 
 
+@pytest.mark.parametrize("labels", [{"background": [0], "liver": [1]}, {"background": "0", "liver": "1"}, {"liver": 1}])
+def test_nnunet_labels_in_other_spellings(labels: dict[str, Any], tmp_path: Path) -> None:
+    path = write_nnunet(tmp_path, labels) / "dataset.json"
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    config, _ = settle(config_for(tmp_path))
+    assert str(label_table(config.data)) == "0 background, 1 liver"
+    assert open_cohort(config, tmp_path, quiet=True).train[0].labels.max() == 1
+
+
+def test_what_nnunet_ignores_is_no_tissue(tmp_path: Path) -> None:
+    write_nnunet(tmp_path, {"background": 0, "liver": 1, "ignore": 2})
+    config, said = settle(config_for(tmp_path))
+    assert str(label_table(config.data)) == "0 background, 1 liver" and "ignore (2) is no label" in said
+    open_cohort(config, tmp_path, quiet=True)
+    path = next((tmp_path / "labelsTr").iterdir())
+    volume = sitk.ReadImage(str(path))
+    volume[0, 0, 0] = 2
+    sitk.WriteImage(volume, str(path))
+    with pytest.raises(UnknownLabels, match="holds 2, which the model does not know") as caught:
+        open_cohort(config, tmp_path, quiet=True)
+    assert "ignore" in caught.value.remedy
+
+
 def test_nnunet_folders_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 channels"):
         find(write_nnunet(tmp_path / "a", channels=2), DataConfig())
-    with pytest.raises(UsageError, match="no usable labels"):
-        find(write_nnunet(tmp_path / "b", {"background": 0, "whole": [1, 2]}), DataConfig())
+    for labels in ({"background": 0, "whole": [1, 2]}, {"background": 0, "liver": 1, "whole": [1, 2]}):
+        with pytest.raises(UsageError, match=r"no usable labels but regions, several labels together: whole \[1, 2\]"):
+            find(write_nnunet(tmp_path / "b", labels), DataConfig())
+    for labels in (
+        {"background": 0, "a": 1, "b": "1"},
+        {"background": 0, "a": "one"},
+        {"a": None},
+        {"a": 1.5},
+        {"a": True},
+        {"a": []},
+        {"a": [[1]]},
+    ):
+        with pytest.raises(UsageError, match="no usable labels"):
+            find(write_nnunet(tmp_path / "b", labels), DataConfig())  # type: ignore[arg-type]
     folder = write_nnunet(tmp_path / "c")
     (folder / "labelsTr" / "case_002.nii.gz").unlink()
     with pytest.raises(UsageError, match=r"case_002 has no labelsTr/case_002\.nii\.gz"):

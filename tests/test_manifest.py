@@ -12,11 +12,14 @@ from typing import Any
 
 import jsonschema
 import pytest
+from samples import write_mask
 
 from export.model_card import model_card
+from runtime.__main__ import main
+from runtime.console import run
 from runtime.contract import Manifest
 from runtime.engines.fake import fake_manifest
-from runtime.errors import ModelError
+from runtime.errors import ModelError, printable
 
 
 @pytest.fixture(scope="module")
@@ -127,3 +130,102 @@ def _swap(data: Any) -> str:
 def _range(data: Any) -> str:
     data["intensity"]["high"] = 2048
     return "intensity"
+
+
+def _grid(key: str, value: Any) -> Callable[[Any], None]:
+    return lambda m: m["grid"].update({key: value})
+
+
+def _file(key: str, value: Any) -> Callable[[Any], None]:
+    return lambda m: m["files"].update({"model.onnx": {**FILE, key: value}})
+
+
+FILE = {"kind": "onnx", "precision": "fp32", "bytes": 1, "sha256": "0" * 64, "facts": {}}
+WRONG: dict[str, tuple[Callable[[Any], None], str]] = {
+    "huge canvas": (_grid("canvas", [1 << 40, 1 << 40]), "canvas"),
+    "short canvas": (_grid("canvas", [64]), "canvas"),
+    "canvas of an object": (_grid("canvas", {"0": 64, "1": 64}), "canvas"),
+    "divisor that is no integer": (_grid("divisor", 32.5), "divisor"),
+    "slices without end": (_grid("slices", 1e400), "slices"),
+    "slices beyond count": (_grid("slices", 999999999), "slices"),
+    "spacing without end": (lambda m: m["grid"].update(slices=3, slice_spacing=1e308), "slice spacing"),
+    "spacing of almost nothing": (_grid("pixel_spacing", [1e-300, 1e-300]), "pixel spacing"),
+    "spacing that is no number": (_grid("pixel_spacing", [float("nan")] * 2), "pixel spacing"),
+    "spacing that is a word": (_grid("slice_spacing", "x"), "slice_spacing"),
+    "true for a number": (_grid("divisor", True), "divisor"),
+    "huge style": (lambda m: m.update(style=1 << 33), "style"),
+    "noise that is a word": (lambda m: m.update(noise="no"), "noise"),
+    "name that is a list": (lambda m: m.update(name=["a"]), "name"),
+    "name without end": (lambda m: m.update(name="a" * 5000), "name"),
+    "code that is an object": (lambda m: m["labels"][1].update(snomed={"a": 1}), "snomed"),
+    "aliases that are a word": (lambda m: m["labels"][1].update(aliases="12"), "aliases"),
+    "unit that is a list": (lambda m: m["intensity"].update(unit=["HU"]), "unit"),
+    "size that is a word": (_file("bytes", "1"), "size"),
+    "digest that is a number": (_file("sha256", 5), "sha256"),
+    "facts that are a list": (_file("facts", [1]), "model.onnx"),
+    "unknown fact of a file": (_file("extra", 1), "extra"),
+    "file above the folder": (lambda m: m["files"].update({"..": FILE}), "file name"),
+    "parity that is a list": (lambda m: m.update(parity={"model.onnx": ["onnx"]}), "parity"),
+    "training that is a list": (lambda m: m.update(training=[1]), "training"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_value_is_named(name: str, tmp_path: Path) -> None:
+    spoil, named = WRONG[name]
+    data = copy.deepcopy(fake_manifest().to_json())
+    spoil(data)
+    (tmp_path / "manifest.json").write_text(json.dumps(data, default=vars))
+    with pytest.raises(ModelError) as refused:
+        Manifest.load(tmp_path)
+    assert named in refused.value.fact and len(refused.value.fact) < 800
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[" * 200_000, "recursion"),
+        ("[]", "no object"),
+        ("", "Expecting value"),
+        ('{"schema_version": ' + "9" * 5000 + "}", "digits"),
+        ('{"name": "a", "name": "b"}', "'name' occurs twice"),
+        (" " * (5 << 20) + "{}", "bytes"),
+        ("\udcff", "utf-8"),
+    ],
+)
+def test_a_file_that_is_no_manifest(text: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ModelError, match=said):
+        Manifest.load(tmp_path)
+
+
+EVIL = "\x1b]0;pwned\x07\x1b[31mred\nfile       model.onnx verified\x9b2K\u202e"
+
+
+def test_a_manifest_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = copy.deepcopy(fake_manifest(noise=False).to_json())
+    data.update(name=EVIL, license=EVIL, training={"weights_sha256": EVIL, "versions": {EVIL: EVIL}}, export={EVIL: EVIL})
+    data["labels"][1]["name"], data["intensity"]["unit"] = EVIL, EVIL
+    data["training"]["metrics"] = {"organs": {EVIL: {"median": 1}}}
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "manifest.json").write_text(json.dumps(data, default=vars))
+    mask = write_mask(tmp_path / f"m{EVIL[:20]}.nii.gz")
+    assert run(main, ["describe", str(model)]) == 0
+    painting = [str(mask), "--model", str(model), "--backend", "fake", "--output", str(tmp_path / "out")]
+    assert run(main, ["synth", *painting]) == 0
+    assert run(main, ["synth", *painting, "--list"]) == 0
+    assert run(main, ["labels", str(mask), "--model", str(model)]) == 0
+    mask.write_bytes(b"damaged")
+    assert run(main, ["synth", *painting]) == 1
+    with pytest.raises(SystemExit):
+        run(main, ["synth", "--x\x1b]0;pwned", *painting])
+    said = "".join(capsys.readouterr())
+    assert {c for c in said if not c.isprintable()} == {"\n"}
+    assert "\\x1b]0;pwned" in said and not any(line.startswith("file ") for line in said.splitlines())
+
+
+def test_the_letters_of_every_script_are_shown() -> None:
+    for text in ("Herz — größer", "心臓　右", "قلب", "a b"):
+        assert printable(text) == text
+    assert printable("a\tb\r\n\x7f\udcff") == "a\\tb\\r\\n\\x7f\\udcff"

@@ -8,7 +8,9 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from contextlib import suppress
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -59,9 +61,7 @@ def test_a_segmentation_becomes_a_series_in_the_archive(fake_model: Path, tmp_pa
 def test_contours_wait_for_the_images_they_lie_on_and_images_for_contours(fake_model: Path, tmp_path: Path) -> None:
     """The same bytes as a local run; what comes within the quiet period belongs together, images alone are no mask."""
     images = slices(np.zeros((4, 16, 16), np.int16), Modality="CT", StudyInstanceUID=generate_uid())
-    z = [float(ds.ImagePositionPatient[2]) for ds in images]
-    rois = {"left ventricle": [np.array([[-8.0, 6, h], [0, 6, h], [0, 14, h], [-8, 14, h]]) for h in z]}
-    contours = structure_set(tmp_path / "local" / "Doe_John_Planted_rt.dcm", images, rois)
+    structures = contours(tmp_path / "local", images)
     save(tmp_path / "local", images)
     assert synth(fake_model, tmp_path / "out", tmp_path / "local", "--format", "dicom") == 0
     with Serving(fake_model, tmp_path / "spool", "--keep", quiet=0.5) as node:
@@ -70,11 +70,55 @@ def test_contours_wait_for_the_images_they_lie_on_and_images_for_contours(fake_m
         assert push(node.port, other) == [0]
         settled(node)  # the other study: by now the images have been quiet as well
         assert len([*(tmp_path / "spool" / "incoming").glob("*/image-*.dcm")]) == 4
-        assert push(node.port, contours) == [0]
+        assert push(node.port, structures) == [0]
         settled(node, 2)
         done = read_all(tmp_path / "spool" / "done")
     local = read_all(tmp_path / "out")
     assert len(local) == 5 and {uid: done[uid] for uid in local} == local
+
+
+def contours(folder: Path, images: list[Dataset]) -> Path:
+    """An RTSTRUCT of one box on each of the images."""
+    z = [float(ds.ImagePositionPatient[2]) for ds in images]
+    rois = {"left ventricle": [np.array([[-8.0, 6, h], [0, 6, h], [0, 14, h], [-8, 14, h]]) for h in z]}
+    return structure_set(folder / "Doe_John_Planted_rt.dcm", images, rois)
+
+
+@pytest.mark.parametrize("early", [0, 2], ids=["no image", "half of them"])
+def test_late_images_open_the_study_again(early: int, fake_model: Path, tmp_path: Path) -> None:
+    """Contours fail without their images, whose rest comes in two associations; then they give what a local run gives."""
+    images = slices(np.zeros((6, 16, 16), np.int16), Modality="CT", StudyInstanceUID=generate_uid())
+    structures = contours(tmp_path / "local", images)
+    save(tmp_path / "local", images)
+    assert synth(fake_model, tmp_path / "out", tmp_path / "local", "--format", "dicom") == 0
+    failed = tmp_path / "spool" / "failed"
+    with Serving(fake_model, tmp_path / "spool", "--keep", quiet=0.2) as node:
+        for n, late in enumerate((images[:early], images[early:5], images[5:])):
+            assert push(node.port, *([structures] if n == 0 else []), *late) == [0] * (len(late) + (n == 0))
+            until(lambda n=n: node.count("painted") == n + 1, "it is tried")
+            assert len([*failed.glob("*/reason.txt")]) == (n < 2)
+        settled(node)
+        done = read_all(tmp_path / "spool" / "done")
+        assert not [*failed.iterdir()] and not [*(tmp_path / "spool" / "incoming").iterdir()]
+    local = read_all(tmp_path / "out")
+    assert len(local) == 7 and {uid: done[uid] for uid in local} == local
+
+
+def test_interrupted_retry_loses_no_object(tmp_path: Path) -> None:
+    """The process ends while what failed is laid beside what arrived: whichever files have moved, the next one takes the rest."""
+    for moved in range(4):
+        spool = tmp_path / str(moved)
+        Spool(spool).close()
+        names = ["image-1.dcm", "mask-1.dcm", "mask-2.dcm"]
+        for room, group in (("failed/study-a-1/objects", names[moved:]), ("incoming/study-a", [*names[:moved], "image-2.dcm"])):
+            (spool / room).mkdir(parents=True)
+            for name in group:
+                (spool / room / name).write_text("x")
+        opened = Spool(spool)
+        study = opened.next(0)
+        assert study is not None and {path.name for path in (study / "objects").iterdir()} == {*names, "image-2.dcm"}
+        assert not [*(spool / "failed").iterdir()]
+        opened.close()
 
 
 def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_path: Path) -> None:
@@ -190,7 +234,7 @@ def test_what_was_acknowledged_survives_kill_and_is_painted_afterwards(fake_mode
     with Serving(fake_model, tmp_path / "spool", "--keep", quiet=3600) as node:
         assert push(node.port, *masks) == [0] * 3
         node.stop(signal.SIGKILL)
-    (tmp_path / "spool" / "incoming" / ".part-elsewhere-1-ff-object.dcm").write_bytes(b"half")
+    (tmp_path / "spool" / "incoming" / ".mask2ct-part-elsewhere-1-0a1b2c-object.dcm").write_bytes(b"half")
     with Serving(fake_model, tmp_path / "spool", "--keep") as node:
         settled(node, 3)
     assert len([*(tmp_path / "spool" / "done").glob("*/results/*/seg.dcm")]) == 3
@@ -242,6 +286,29 @@ def test_tls_lets_in_who_has_a_certificate_and_nobody_else(fake_model: Path, tmp
             settled(node)
             assert node.said("rejected", "reason=TLS")
         assert end.count("stored") == 6
+
+
+def test_metrics_name_models_and_time_stages(fake_model: Path, tmp_path: Path) -> None:
+    """After two studies: one more of each count than after the first, and sums that a clock beside it agrees with."""
+    from prometheus_client.parser import text_string_to_metric_families
+
+    def samples() -> dict[tuple[str, str], float]:
+        families = text_string_to_metric_families(node.get("/metrics"))
+        return {(sample.name, sample.labels.get("stage", "")): sample.value for family in families for sample in family.samples}
+
+    started = time.monotonic()
+    with archive(tmp_path / "pacs") as (port, _), Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node:
+        (info,) = [line for line in node.get("/metrics").splitlines() if line.startswith("mask2ct_model_info{")]
+        digest = sha256((fake_model / "manifest.json").read_bytes()).hexdigest()
+        assert f'model="{fake_model.name}"' in info and 'engine="fake' in info and f'manifest_sha256="{digest}"' in info
+        for n in (1, 2):
+            assert push(node.port, write_study(tmp_path / str(n), n)) == [0]
+            settled(node, n)
+            now = samples()
+            assert [now["mask2ct_node_stage_seconds_count", stage] for stage in ("read", "synthesize", "write", "send")] == [n] * 4
+            assert now["mask2ct_node_study_seconds_count", ""] == n
+        stages = sum(now["mask2ct_node_stage_seconds_sum", stage] for stage in ("read", "synthesize", "write", "send"))
+        assert stages > 0 and 2 * 0.2 <= now["mask2ct_node_study_seconds_sum", ""] < time.monotonic() - started
 
 
 def test_a_full_disk_takes_nothing_and_leaves_nothing_half_written(tmp_path: Path) -> None:

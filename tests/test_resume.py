@@ -5,16 +5,22 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from samples import blobs, results, write_mask
+import SimpleITK as sitk
+from dicom_masks import save, slices, structure_set
+from samples import blobs, results, synth, write_mask
 
+import runtime.stream as stream_module
 from runtime import OutputError, Synthesizer, UsageError
 from runtime.__main__ import main
 from runtime.console import run
 from runtime.engines.fake import FakeEngine, fake_manifest
+from runtime.io.detect import Case
 from runtime.journal import JOURNAL, Entry, Journal
 from runtime.stream import CaseResult
 
@@ -220,3 +226,104 @@ def test_an_interrupt_while_the_journal_closes_closes_nothing_twice(tmp_path: Pa
     monkeypatch.undo()
     journal.close()
     Journal(tmp_path).close()  # and the lock is let go
+
+
+def test_the_image_given_by_like_counts_by_its_content(tmp_path: Path, fake_model: Path) -> None:
+    """Another image under the same name is another grid; the same image under another name is not."""
+    series = slices(np.zeros((4, 20, 24), np.uint16), Modality="CT")
+    square = np.array([[-10.0, 5, 42.5], [0, 5, 42.5], [0, 12, 42.5], [-10, 12, 42.5]])
+    contours = structure_set(tmp_path / "rs.dcm", series, {"left ventricle": [square]})
+    like, out = write_mask(tmp_path / "like.nii.gz", blobs((4, 20, 24))), tmp_path / "out"
+
+    def made(image: Path) -> tuple[int, tuple[int, ...]]:
+        assert synth(fake_model, out, contours, "--like", image, "--resume") == 0
+        (ct,) = out.glob("*_ct.nii.gz")
+        return ct.stat().st_mtime_ns, sitk.ReadImage(str(ct)).GetSize()
+
+    first = made(like)
+    assert first[1] == (24, 20, 4) and made(like) == first
+    write_mask(like, blobs((5, 22, 26)))
+    second = made(like)
+    assert second[0] != first[0] and second[1] == (26, 22, 5)
+    assert made(like.rename(tmp_path / "renamed.nii.gz")) == second
+    folder = save(tmp_path / "series", slices(np.zeros((6, 20, 24), np.uint16), Modality="CT"))
+    third = made(folder)
+    assert third[1] == (24, 20, 6) and made(folder.rename(tmp_path / "moved")) == third
+
+
+CUTS = {"nothing": lambda size: 0, "a byte": lambda size: 1, "its header": lambda size: min(100, size // 3), "half": lambda size: size // 2,
+        "all but a byte": lambda size: size - 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("left", CUTS)
+@pytest.mark.parametrize("format", ["nifti", "nii", "nrrd", "mha", "nnunet", "dicom"])
+def test_a_cut_result_is_made_again(format: str, left: str, fake_model: Path, tmp_path: Path) -> None:
+    """Whatever a dying disk left of it, it is ours by the journal, and no other mask waits for it."""
+    paths, out = masks(tmp_path / "masks", 2), tmp_path / "out"
+    assert synth(fake_model, out, *paths, "--format", format) == 0
+    whole = results(out)
+    for name in [name for name in whole if "0" in Path(name).parts[0] or "/0" in name]:
+        os.truncate(out / name, CUTS[left](len(whole[name])))
+    missing = next(name for name in whole if name.startswith("1") or "/1" in name)
+    (out / missing).unlink()
+    assert synth(fake_model, out, *paths, "--format", format, "--resume") == 0
+    assert results(out) == whole
+
+
+@pytest.mark.parametrize("format", ["nifti", "dicom"])
+def test_a_strangers_file_is_never_taken_for_a_cut_one(format: str, fake_model: Path, tmp_path: Path) -> None:
+    """Nor without the journal's word: whose an empty file is cannot be told."""
+    (path,), out = masks(tmp_path / "masks", 1), tmp_path / "out"
+    assert synth(fake_model, out, path, "--format", format) == 0
+    victim = out / ("0_ct.nii.gz" if format == "nifti" else "0/0001.dcm")
+    write_mask(tmp_path / "theirs.nii.gz", blobs((16, 64, 64)))
+    victim.write_bytes((tmp_path / "theirs.nii.gz").read_bytes() if format == "nifti" else bytes(20_000))
+    theirs = victim.read_bytes()
+    assert synth(fake_model, out, path, "--format", format, "--resume") == 2 and victim.read_bytes() == theirs
+    (out / JOURNAL).unlink()
+    victim.write_bytes(b"")
+    assert synth(fake_model, out, path, "--format", format, "--resume") == 2 and victim.read_bytes() == b""
+
+
+@pytest.mark.parametrize("how", ["in place", "another file", "only its date"])
+def test_a_mask_that_changes_while_it_is_read_fails(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its CT would be called made of what was digested. The change keeps size and date, as a copy with `-p` does."""
+    paths, out = masks(tmp_path / "masks", 2), tmp_path / "out"
+    really, other = stream_module.read_case, write_mask(tmp_path / "other.nii", blobs((8, 24, 24), seed=7))
+    paths[0] = write_mask(tmp_path / "masks" / "0.nii", blobs((8, 24, 24), seed=0))
+
+    def read(case: Case, *more: Any) -> Any:
+        if case.name == "0":
+            state = paths[0].stat()
+            if how == "in place":
+                paths[0].write_bytes(other.read_bytes())
+            elif how == "another file":
+                os.replace(other, paths[0])
+            os.utime(paths[0], ns=(state.st_atime_ns, state.st_mtime_ns + (how == "only its date")))
+        return really(case, *more)
+
+    monkeypatch.setattr(stream_module, "read_case", read)
+    changed, good = stream(paths, out)
+    assert good.error is None
+    if how == "only its date":
+        assert changed.error is None
+    else:
+        assert "0.nii changed while it was read" in str(changed.error) and {*results(out)} == {"1_ct.nii.gz"}
+
+
+def test_a_zip_that_changes_while_it_is_read_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    zipped, really = tmp_path / "z.zip", stream_module.read_case
+
+    def pack(seed: int) -> None:
+        write_mask(tmp_path / "a.nii", blobs((8, 24, 24), seed=seed))
+        with zipfile.ZipFile(zipped, "w") as archive:
+            archive.write(tmp_path / "a.nii", "a.nii")
+
+    def read(case: Case, *more: Any) -> Any:
+        pack(2)
+        return really(case, *more)
+
+    pack(1)
+    monkeypatch.setattr(stream_module, "read_case", read)
+    (result,) = stream([zipped], tmp_path / "out")
+    assert "changed while it was read" in str(result.error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,9 @@ from pydicom import dcmread
 from pydicom.uid import generate_uid
 from samples import directions, image, rotation
 
-from runtime.errors import GeometryError, InputError, UnreadableVolume
+from runtime.errors import GeometryError, InputError, UnknownLabels, UnreadableVolume
 from runtime.io.detect import Case, ReadOptions, find_cases, read_case
+from runtime.io.nesting import area, distinct, once_around
 from runtime.io.polygons import fill
 from runtime.labels import MM_WHS
 
@@ -210,3 +212,168 @@ def test_plastimatch_fills_the_same_voxels(tmp_path: Path) -> None:
         values = sitk.GetArrayFromImage(theirs) > 0
         ours = read.labels == label
         assert np.count_nonzero(values ^ ours) <= 0.03 * np.count_nonzero(ours)
+
+
+def box(x0: float, x1: float, y0: float, y1: float) -> np.ndarray:
+    return np.array([[x0, y0], [x1, y0], [x1, y1], [x0, y1]], float)
+
+
+def mask(*boxes: tuple[int, int, int, int], shape: tuple[int, int] = (60, 70)) -> np.ndarray:
+    result = np.zeros(shape, bool)
+    for x0, x1, y0, y1 in boxes:
+        result[y0:y1, x0:x1] = True
+    return result
+
+
+OUTER, HOLE, ISLAND = (5, 45, 5, 45), (10, 30, 10, 30), (15, 20, 15, 20)
+AREAS = {
+    "apart": ([OUTER, (50, 60, 5, 9)], mask(OUTER, (50, 60, 5, 9)), 0),
+    "sharing an edge": ([OUTER, (45, 60, 5, 45)], mask((5, 60, 5, 45)), 0),
+    "hole": ([OUTER, HOLE], mask(OUTER) & ~mask(HOLE), 0),
+    "island in a hole": ([OUTER, HOLE, ISLAND], mask(OUTER) & ~mask(HOLE) | mask(ISLAND), 0),
+    "crossing": ([OUTER, (30, 60, 20, 55)], mask(OUTER, (30, 60, 20, 55)), 1),
+    "chain of three": ([(0, 20, 0, 20), (15, 40, 0, 20), (35, 60, 0, 20)], mask((0, 60, 0, 20)), 2),
+    "a bridge over two": ([(0, 20, 0, 20), (30, 50, 0, 20), (10, 40, 5, 10)], mask((0, 20, 0, 20), (30, 50, 0, 20), (10, 40, 5, 10)), 1),
+    "crossing beside a hole": ([OUTER, HOLE, (35, 60, 20, 40)], mask(OUTER, (35, 60, 20, 40)) & ~mask(HOLE), 1),
+    "two holes that cross": ([OUTER, HOLE, (25, 40, 25, 40)], mask(OUTER) & ~mask(HOLE, (25, 40, 25, 40)), 1),
+    "a hole in the overlap": ([OUTER, (20, 60, 5, 45), (25, 35, 10, 20)], mask((5, 60, 5, 45)) & ~mask((25, 35, 10, 20)), 1),
+}
+
+
+@pytest.mark.parametrize("name", AREAS)
+def test_crossing_contours_unite_and_holes_stay(name: str) -> None:
+    boxes, expected, united = AREAS[name]
+    for shift in (0.0, -0.25):  # corners on pixel centres, and between them
+        for contours in ([box(*b) + shift for b in boxes], [box(*b)[::-1] + shift for b in boxes[::-1]]):
+            pixels, count = area(distinct(contours), (60, 70))
+            assert np.array_equal(pixels, expected) and count == united
+
+
+def test_nested_contours_are_the_even_odd_rule() -> None:
+    for n in range(30):
+        random = np.random.default_rng(n)
+        column, row = random.uniform(25, 40, 2)
+        contours = [ellipse(column, row, *random.uniform(0.9, 1, 2) * size) for size in (24, 18, 12, 6, 0.3)]
+        pixels, united = area(random.permutation(np.array(contours)), (60, 70))
+        assert np.array_equal(pixels, fill(contours, (60, 70))) and not united
+
+
+def test_a_hole_along_the_outline_stays_a_hole() -> None:
+    outer, hole = box(5, 45, 5, 45), box(5, 25, 10, 30)
+    for noise in (0, 1e-4, -1e-4, 1e-2, -1e-2):  # as files round it
+        pixels, united = area([outer, hole + noise], (60, 70))
+        assert np.count_nonzero(pixels != (mask((5, 45, 5, 45)) & ~mask((5, 25, 10, 30)))) <= 80 and not pixels[15:25, 6:24].any()
+        assert not united
+
+
+@pytest.mark.parametrize("change", [
+    lambda c: c, lambda c: c[::-1], lambda c: np.roll(c, 77, axis=0), lambda c: np.concatenate([c, c[:1]]), lambda c: c.round(2),
+    lambda c: np.repeat(c, 2, axis=0), lambda c: (c + np.roll(c, -1, axis=0)) / 2,
+], ids=["again", "reversed", "from another corner", "closed", "rounded", "corners doubled", "other corners"])  # fmt: skip
+def test_a_contour_written_twice_counts_once(change) -> None:
+    contour = ellipse(35, 30, 25, 20)
+    assert len(distinct([contour, change(contour)])) == 1
+    assert len(distinct([contour, ellipse(35, 30, 24.8, 19.8), contour * [-1, 1] + [71, 0]])) == 3  # a thin wall, a neighbour
+
+
+def test_a_contour_that_goes_around_twice_is_filled() -> None:
+    once = ellipse(35, 30, 25, 20)
+    for twice in (np.concatenate([once, once]), np.concatenate([once, once[:1], once]), np.concatenate([once, once[:1], once, once[:1]])):
+        assert np.array_equal(fill([once_around(twice)], (60, 70)), fill([once], (60, 70)))
+    assert once_around(once) is once
+
+
+def structure(folder: Path, contours, kind: str = "CLOSED_PLANAR", **more) -> Case:
+    """A CT of 6 slices, and on it an ROI of (slice, corners); a quarter of a pixel off, so that rounding decides nothing."""
+    sources = slices(np.zeros((6, 60, 70), np.uint16), Modality="CT")
+    save(folder / "ct", sources)
+    rois = {"left ventricle": [in_mm(sources, k, c - 0.25) for k, c in contours]}
+    rois |= {name.replace("_", " "): [in_mm(sources, k, c - 0.25) for k, c in drawn] for name, drawn in more.items()}
+    structure_set(folder / "rs" / "Doe.dcm", sources, rois, kind, codes={"left ventricle": "87878005"})
+    return case(folder)
+
+
+def test_doubled_and_crossing_contours_are_said(tmp_path: Path) -> None:
+    square = box(10, 30, 10, 30)
+    read = read_case(structure(tmp_path, [(1, square), (1, square[::-1]), (2, square), (2, box(20, 50, 20, 50)), (4, square)]), MM_WHS)
+    assert np.array_equal(read.labels[1] == 3, mask((10, 30, 10, 30)))
+    assert np.array_equal(read.labels[2] == 3, mask((10, 30, 10, 30), (20, 50, 20, 50)))
+    said = " | ".join(read.notes)
+    assert "1 contours of ROI 1 are there twice" in said and "1 contours of ROI 1 overlap others" in said
+    assert "1 slices between the first and the last of ROI 1 have no contour" in said and "ventricle" not in said
+
+
+def test_xor_contours_stay_exclusive(tmp_path: Path) -> None:
+    first, second = (10, 30, 10, 30), (20, 50, 20, 50)
+    read = read_case(structure(tmp_path, [(1, box(*first)), (1, box(*second))], "CLOSEDPLANAR_XOR"), MM_WHS)
+    assert np.array_equal(read.labels[1] == 3, mask(first) ^ mask(second))
+
+
+def test_one_and_two_corners_refuse_no_other_roi(tmp_path: Path) -> None:
+    square = box(10, 30, 10, 30)
+    read = read_case(structure(tmp_path, [(1, square), (3, square[:2])], Doe_marker=[(4, square[:1])]), MM_WHS)
+    assert np.array_equal(np.argwhere(read.labels == 3)[:, 0], np.ones(400)) and not read.labels[3].any()
+    said = " | ".join(read.notes)
+    assert "1 points or open lines of ROI 1 (in slice 3, " in said and "1 points or open lines of ROI 2 (in slice 4, " in said
+    assert "Doe" not in said
+
+
+def test_a_contour_that_lost_its_corners_is_refused(tmp_path: Path) -> None:
+    structure(tmp_path, [(1, box(10, 30, 10, 30)), (2, box(10, 30, 10, 30))])
+    ds = dcmread(tmp_path / "rs" / "Doe.dcm")
+    ds.ROIContourSequence[0].ContourSequence[1].ContourData = ["1", "2", "3"]
+    ds.save_as(tmp_path / "rs" / "Doe.dcm")
+    with pytest.raises(UnreadableVolume, match="a contour of 3 numbers"):
+        read_case(case(tmp_path), MM_WHS)
+
+
+def test_contours_near_each_other_are_all_filled(tmp_path: Path) -> None:
+    found = structure(tmp_path, [(1, box(5, 13, 10, 20)), (2, box(20, 28, 10, 20))])
+    ds = dcmread(tmp_path / "rs" / "Doe.dcm")
+    contours = ds.ROIContourSequence[0].ContourSequence
+    for contour, height in zip(contours, (-0.09, 0.09), strict=True):  # both of slice 1, 0.18 slices apart
+        contour.ContourData = [x if n % 3 < 2 else 40 + 2.5 * (1 + height) for n, x in enumerate(map(float, contour.ContourData))]
+    ds.save_as(tmp_path / "rs" / "Doe.dcm")
+    assert np.array_equal(read_case(found, MM_WHS).labels[1] == 3, mask((5, 13, 10, 20), (20, 28, 10, 20)))
+
+
+def test_memory_is_bounded_by_the_image() -> None:
+    corners = np.column_stack([np.linspace(0, 511, 40_000), np.arange(40_000) % 2 * 511.0])
+    fill([corners[:1000]], (512, 512))
+    tracemalloc.start()
+    fill([corners], (512, 512))  # crosses the rows 20 million times
+    assert tracemalloc.get_traced_memory()[1] < 40e6
+    tracemalloc.stop()
+
+
+@pytest.mark.filterwarnings("ignore")  # so long a value is written as UN
+def test_a_scribble_is_refused_at_once(tmp_path: Path) -> None:
+    zigzag = np.column_stack([np.linspace(0, 69, 100_000), np.arange(100_000) % 2 * 59.0])
+    found = structure(tmp_path, [(1, zigzag)])
+    with pytest.raises(UnreadableVolume, match="too often for an outline"):
+        read_case(found, MM_WHS)
+
+
+def test_an_uneven_series_is_called_uneven(tmp_path: Path) -> None:
+    found = structure(tmp_path, [(1, box(10, 30, 10, 30))])
+    path = sorted((tmp_path / "ct").iterdir())[2]
+    ds = dcmread(path)
+    ds.ImagePositionPatient = [*ds.ImagePositionPatient[:2], float(ds.ImagePositionPatient[2]) + 1.1]
+    ds.save_as(path)
+    with pytest.raises(GeometryError, match=f"^the image series that {found.name} was drawn on .*slices .* mm apart"):
+        read_case(found, MM_WHS)
+
+
+def test_a_series_in_a_sister_folder_has_its_remedy(tmp_path: Path) -> None:
+    structure(tmp_path, [(1, box(10, 30, 10, 30))])
+    with pytest.raises(InputError) as caught:
+        read_case(case(tmp_path / "rs"), MM_WHS)
+    assert "give the folder above both" in caught.value.remedy
+    assert (read_case(case(tmp_path), MM_WHS).labels == 3).any()
+
+
+def test_messages_leave_names_of_rois_out(tmp_path: Path) -> None:
+    found = structure(tmp_path, [(1, box(10, 30, 10, 30))], Doe_John_lesion=[(2, box(10, 30, 10, 30))])
+    with pytest.raises(UnknownLabels, match=r"holds 2, which the model does not know; all its values: 1 \(SCT:87878005\), 2\n") as caught:
+        read_case(found, MM_WHS)
+    assert "Doe" not in str(caught.value) and "mask2ct labels FILE shows the names" in caught.value.remedy

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import shutil
+import zlib
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from dicom_masks import segmentation, slices
+from PIL import Image
 from pydicom import dcmread
+from pydicom.encaps import encapsulate
+from pydicom.uid import UID
 from samples import blobs, directions, rotation
 
-from runtime.errors import GeometryError, InputError, UnknownLabels, UnreadableVolume
+from runtime.__main__ import main
+from runtime.errors import GeometryError, InputError, MissingDecoder, UnknownLabels, UnreadableVolume
 from runtime.io.detect import Case, ReadOptions, find_cases, read_case, read_mask
-from runtime.labels import MM_WHS, MM_WHS_INDICES, load_map
-from runtime.volume import Layers
+from runtime.labels import MM_WHS, MM_WHS_INDICES, describe, load_map
+from runtime.volume import Layers, Segment
 
 HEART = [("left ventricle", "87878005"), ("left atrium", "82471001"), ("myocardium", "74281007")]
 SHAPE = (5, 9, 13)  # 117 pixels: frames do not end on a byte
@@ -60,7 +68,7 @@ def test_the_code_counts_before_the_name_and_the_name_before_the_number(tmp_path
     read = read_case(case(path), MM_WHS_INDICES)
     assert [int(read.labels[values == n][0]) for n in range(5)] == [0, 3, 2, 3, 5]  # by code, by name, by number 3, by code
     unknown = segmentation(tmp_path / "u.dcm", slices(values), (values == 1).astype(np.uint8), [("liver", "10200004")])
-    with pytest.raises(UnknownLabels, match=r"1 'liver' \(SCT:10200004\), which the model does not know"):  # though it is number 1
+    with pytest.raises(UnknownLabels, match=r"holds 1 \(SCT:10200004\), which the model does not know"):  # though it is number 1
         read_case(case(unknown), MM_WHS_INDICES)
     (tmp_path / "map.json").write_text('{"SCT:10200004": "left ventricle", "*": "background"}')
     assert (read_case(case(unknown), MM_WHS, load_map(tmp_path / "map.json", MM_WHS)).labels[values == 1] == 3).all()
@@ -83,7 +91,7 @@ def test_overlaps_are_an_error_that_lists_them_unless_an_order_is_given(tmp_path
     masks[1:3, 1:5, 1:5, 0], masks[1:3, 3:7, 3:7, 1] = 1, 1
     masks[0, 0, 0, 2] = 1
     path = segmentation(tmp_path / "s.dcm", slices(masks[..., 0]), masks, HEART)
-    with pytest.raises(InputError, match=r"1 'left ventricle' .* and 2 'left atrium' .* in 8 voxels") as caught:
+    with pytest.raises(InputError, match=r"1 \(SCT:87878005\) and 2 \(SCT:82471001\) in 8 voxels") as caught:
         read_case(case(path), MM_WHS)
     assert "--overlap-order" in caught.value.remedy
     for order, winner in [(("left atrium", "left ventricle"), 2), (("SCT:87878005",), 3), (("2",), 2)]:
@@ -162,7 +170,7 @@ BAD = {
     "truncated": (lambda ds: setattr(ds, "PixelData", ds.PixelData[:10]), UnreadableVolume, "truncated"),
     "no position": (lambda ds: [delattr(f, "PlanePositionSequence") for f in ds.PerFrameFunctionalGroupsSequence], GeometryError, "PlanePositionSequence"),
     "not a number": (lambda ds: positions(ds, (float("nan"), 0, 0)), GeometryError, "ImagePositionPatient"),
-    "surface": (lambda ds: setattr(ds, "SegmentationType", "MESH"), UnreadableVolume, "type 'MESH'"),
+    "surface": (lambda ds: setattr(ds, "SegmentationType", "MESH"), UnreadableVolume, "segmentation of another type"),
     "undescribed segment": (lambda ds: setattr(ds.PerFrameFunctionalGroupsSequence[0].SegmentIdentificationSequence[0], "ReferencedSegmentNumber", 9),
                             UnreadableVolume, "which it does not describe"),
 }  # fmt: skip
@@ -193,3 +201,166 @@ def test_real_segs_agree_with_highdicom(real_data: Path) -> None:
             at = np.rint(np.linalg.inv(affine) @ mask.geometry.affine @ [column, row, k, 1]).astype(int)
             assert theirs[tuple(at[:3])]
         assert total == np.count_nonzero(theirs)
+
+
+def plain_seg(path: Path, kind: str = "BINARY", shape: tuple[int, int, int] = SHAPE) -> tuple[Path, np.ndarray]:
+    values = numbers(shape)
+    return segmentation(path, slices(values), values, HEART, kind), values
+
+
+def deflated(frame: bytes) -> bytes:
+    packer = zlib.compressobj(9, wbits=-15)
+    return packer.compress(frame) + packer.flush()
+
+
+def rle(*segments: bytes) -> bytes:
+    """Literal runs, and the header (PS3.5, G.5)."""
+    runs = [b"".join(bytes([len(s[i : i + 128]) - 1]) + s[i : i + 128] for i in range(0, len(s), 128)) for s in segments]
+    runs = [run + b"\x80" * (len(run) % 2) for run in runs]
+    offsets = np.cumsum([64, *map(len, runs)])[:-1]
+    return np.array([len(runs), *offsets, *[0] * (15 - len(runs))], "<u4").tobytes() + b"".join(runs)
+
+
+def j2k(frame: np.ndarray) -> bytes:
+    """A codestream of the frame as 8 bits: pydicom's encoder needs a package more, Pillow is there."""
+    stream = BytesIO()
+    Image.fromarray(frame.astype(np.uint8)).save(stream, "JPEG2000", irreversible=False, no_jp2=True)
+    return stream.getvalue()
+
+
+def encapsulated(path: Path, syntax: str, frames: list[bytes]) -> Path:
+    """The SEG with its frames in fragments; pydicom writes no syntax that it does not know, so that the UID is put in afterwards."""
+    known = "1.2.840.10008.1.2.4.90"
+    ds = dcmread(path)
+    ds.file_meta.TransferSyntaxUID = UID(known)
+    ds.PixelData = encapsulate([f + b"\0" * (len(f) % 2) for f in frames])
+    ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
+    ds.save_as(path)
+    path.write_bytes(path.read_bytes().replace(known.encode(), syntax.encode().ljust(len(known), b"\0"), 1))
+    return path
+
+
+def frames_of(path: Path) -> np.ndarray:
+    """Every frame (N, rows, columns), bits as they follow each other (PS3.5, 8.1.1)."""
+    ds = dcmread(path)
+    shape = (int(ds.NumberOfFrames), ds.Rows, ds.Columns)
+    if ds.BitsAllocated == 1:
+        return np.unpackbits(np.frombuffer(ds.PixelData, np.uint8), bitorder="little", count=int(np.prod(shape))).reshape(shape)
+    return np.frombuffer(ds.PixelData, f"<u{ds.BitsAllocated // 8}", int(np.prod(shape))).reshape(shape)
+
+
+def packed(frame: np.ndarray) -> bytes:
+    return np.packbits(frame, bitorder="little").tobytes() if frame.max(initial=0) < 2 else frame.tobytes()
+
+
+ENCODINGS = {
+    "uncompressed": ("1.2.840.10008.1.2.1.98", packed),
+    "deflated": ("1.2.840.10008.1.2.8.1", lambda f: deflated(packed(f))),
+    "RLE of packed bits": ("1.2.840.10008.1.2.5", lambda f: rle(packed(f))),
+    "RLE of a byte a bit": ("1.2.840.10008.1.2.5", lambda f: rle(f.astype(np.uint8).tobytes())),
+    "JPEG 2000": ("1.2.840.10008.1.2.4.90", j2k),
+}
+
+
+@pytest.mark.parametrize("shape", [SHAPE, (4, 16, 24)], ids=["odd bits", "whole bytes"])
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_compressed_bits_are_the_plain_ones(encoding: str, shape: tuple[int, int, int], tmp_path: Path) -> None:
+    syntax, encode = ENCODINGS[encoding]
+    path, values = plain_seg(tmp_path / "s.dcm", shape=shape)
+    expected = read_case(case(path), MM_WHS).labels
+    assert sorted(np.bincount(expected.ravel())) == sorted(np.bincount(values.ravel()))
+    encapsulated(path, syntax, [encode(frame) for frame in frames_of(path)])
+    assert np.array_equal(read_case(case(path), MM_WHS).labels, expected)
+
+
+@pytest.mark.parametrize("encoding", ["uncompressed", "deflated", "RLE of a byte a bit", "JPEG 2000"])
+def test_compressed_label_maps_are_the_plain_ones(encoding: str, tmp_path: Path) -> None:
+    syntax, encode = ENCODINGS[encoding]
+    path, _ = plain_seg(tmp_path / "s.dcm", "LABELMAP")
+    expected = read_case(case(path), MM_WHS).labels
+    plain = {"uncompressed": np.ndarray.tobytes, "deflated": lambda f: deflated(f.tobytes())}
+    encapsulated(path, syntax, [plain.get(encoding, encode)(frame) for frame in frames_of(path)])
+    assert np.array_equal(read_case(case(path), MM_WHS).labels, expected)
+
+
+def test_wide_labels_in_rle_keep_their_bytes(tmp_path: Path) -> None:
+    path, _ = plain_seg(tmp_path / "s.dcm", "LABELMAP")
+    wide = np.array([0, 1, 256, 515], np.uint16)[frames_of(path)]
+    ds = dcmread(path)
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelData = 16, 16, 15, wide.tobytes()
+    for segment in ds.SegmentSequence:
+        segment.SegmentNumber = int([0, 1, 256, 515][segment.SegmentNumber])
+    ds.save_as(path)
+    expected = read_case(case(path), MM_WHS).labels
+    encapsulated(path, "1.2.840.10008.1.2.5", [rle((f >> 8).astype(np.uint8).tobytes(), f.astype(np.uint8).tobytes()) for f in wide])
+    assert np.array_equal(read_case(case(path), MM_WHS).labels, expected) and expected.max() == 3
+
+
+SPOILT = {
+    "a frame too few": lambda frames: [packed(f) for f in frames[:-1]],
+    "a frame too many": lambda frames: [packed(f) for f in (*frames, frames[0])],
+    "a frame cut": lambda frames: [packed(f)[:-2] for f in frames],
+    "a byte a bit": lambda frames: [f.tobytes() for f in frames],
+}
+
+
+@pytest.mark.parametrize("kind", SPOILT)
+@pytest.mark.parametrize("encoding", ["uncompressed", "deflated", "RLE of packed bits"])
+def test_frames_of_another_size_are_refused(kind: str, encoding: str, tmp_path: Path) -> None:
+    if (kind, encoding) == ("a byte a bit", "RLE of packed bits"):
+        pytest.skip("it is read")
+    path, _ = plain_seg(tmp_path / "s.dcm")
+    wrap = {"uncompressed": bytes, "deflated": deflated, "RLE of packed bits": rle}[encoding]
+    encapsulated(path, ENCODINGS[encoding][0], [wrap(f) for f in SPOILT[kind](frames_of(path))])
+    with pytest.raises(UnreadableVolume):
+        read_case(case(path), MM_WHS)
+
+
+def test_a_codestream_of_another_size_is_refused(tmp_path: Path) -> None:
+    path, _ = plain_seg(tmp_path / "s.dcm", shape=(4, 16, 24))
+    for frames in (frames_of(path).reshape(-1, 24, 16), frames_of(path) * 255):
+        bad = tmp_path / "bad.dcm"
+        shutil.copy(path, bad)
+        with pytest.raises(UnreadableVolume, match=r"size that its header states|hold 255"):
+            read_case(case(encapsulated(bad, "1.2.840.10008.1.2.4.90", [j2k(frame) for frame in frames])), MM_WHS)
+
+
+def test_a_missing_decoder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if find_spec("gdcm") or find_spec("libjpeg"):
+        pytest.skip("a decoder of JPEG Lossless is installed")
+    path, _ = plain_seg(tmp_path / "s.dcm")
+    encapsulated(path, "1.2.840.10008.1.2.4.57", [j2k(frame) for frame in frames_of(path)])
+    with pytest.raises(MissingDecoder) as caught:
+        read_case(case(path), MM_WHS)
+    assert isinstance(caught.value, InputError) and "pip install python-gdcm" in caught.value.remedy
+    assert main(["labels", str(path)]) == 3 and "no decoder is installed" in capsys.readouterr().err
+
+
+def test_fractions_of_all_or_nothing_are_read(tmp_path: Path) -> None:
+    whole = np.zeros((3, 8, 8), float)
+    whole[1, 2:6, 2:6] = 1
+    path = segmentation(tmp_path / "s.dcm", slices(whole.astype(np.uint8)), whole, HEART[:1], "FRACTIONAL", fractional_type="OCCUPANCY")
+    read = read_case(case(path), MM_WHS)
+    assert np.count_nonzero(read.labels == 3) == 16 and "is read as BINARY" in " ".join(read.notes)
+    encapsulated(path, "1.2.840.10008.1.2.8.1", [deflated(frame.tobytes()) for frame in frames_of(path)])
+    assert np.count_nonzero(read_case(case(path), MM_WHS).labels == 3) == 16
+
+
+def test_a_slide_is_called_a_slide(tmp_path: Path) -> None:
+    path, _ = plain_seg(tmp_path / "s.dcm")
+
+    def tile(ds) -> None:
+        ds.DimensionOrganizationType, ds.TotalPixelMatrixColumns, ds.TotalPixelMatrixRows = "TILED_FULL", 900, 900
+        del ds.PerFrameFunctionalGroupsSequence
+
+    with pytest.raises(GeometryError, match="a segmentation of a slide"):
+        read_case(case(spoilt(path, tile)), MM_WHS)
+
+
+@pytest.mark.parametrize(("code", "shown"), [
+    ("SCT:10200004", "1 (SCT:10200004)"), ("SCT:10200004+SCT:7771000", "1 (SCT:10200004+SCT:7771000)"), ("DCM:125040", "1 (DCM:125040)"),
+    ("99DOE:LESION", "1"), ("SCT:Doe^John", "1"), ("SCT:10200004+99DOE:2", "1"), ("", "1"),
+])  # fmt: skip
+def test_messages_show_public_codes_alone(code: str, shown: str) -> None:
+    assert describe(Segment(1, "Doe's liver", code, private=True)) == shown
+    assert "Doe's liver" in describe(Segment(1, "Doe's liver", code))  # a volume's words are its owner's

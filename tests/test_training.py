@@ -77,7 +77,7 @@ def test_a_run_leaves_what_it_promises(trained: Path, cohort: Path) -> None:
         "figures/step-00000006.png",
         "checkpoints/step-00000006/state.json",
     } <= files
-    assert not [name for name in files if name.endswith((".pt", ".pth", ".pkl")) or ".part-" in name]
+    assert not [name for name in files if name.endswith((".pt", ".pth", ".pkl")) or ".mask2ct-part-" in name]
     text = (trained / "run.json").read_text()
     assert str(cohort) not in text and "ct_train" not in text  # run folders travel; patients' names do not
     data = json.loads(text)

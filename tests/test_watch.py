@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dicom_masks import save, segmentation, slices
+from dicom_masks import save, segmentation, slices, structure_set
 from samples import blobs, is_tidy, listed, mask2ct, results, synth, write_fake_model, write_mask
 
 from runtime import Models
@@ -251,6 +251,51 @@ def test_what_is_being_written_is_left_alone(fake_model: Path, inbox: Path, tmp_
     assert listed(inbox / DONE) == {"a.nii.gz", "mac"} and len(listed(inbox)) == 2 + 7
 
 
+def test_a_series_with_a_damaged_slice_is_waited_for_and_fails(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    folder = save(inbox / "study", slices(blobs((6, 20, 24))))
+    victim = sorted(folder.iterdir())[-1]
+    content = victim.read_bytes()
+    victim.write_bytes(b"")
+    out = tmp_path / "out"
+    assert watch(fake_model, inbox, out) == 1
+    assert listed(inbox / FAILED) == {"study", "study.reason.txt"} and not list(out.glob("*.nii.gz"))
+    assert "1 cannot be read (1 empty)" in (inbox / FAILED / "study.reason.txt").read_text()
+    again = shutil.move(inbox / FAILED / "study", inbox / "study")
+    (Path(again) / victim.name).write_bytes(content)
+    assert watch(fake_model, inbox, out) == 0
+    assert listed(inbox / DONE) == {"study"} and len(list(out.glob("series-*_ct.nii.gz"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("lacking", "ends_in", "seconds"),
+    [("nothing", DONE, 5), ("an empty slice", FAILED, 50), ("a slice that contours name", FAILED, 50), ("the first slice", DONE, 50)],
+)
+def test_what_seems_to_lack_a_file_is_waited_for(
+    lacking: str, ends_in: str, seconds: int, fake_model: Path, inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten times as long as what is whole, by a clock that the test moves on."""
+    clock = [0.0]
+    monkeypatch.setattr("runtime.inbox.time.monotonic", lambda: clock[0])
+    series = slices(blobs((6, 20, 24)), Modality="CT")
+    folder = save(inbox / "study", series)
+    first, *_, last = sorted(folder.iterdir(), key=lambda file: file.name[-7:])
+    if lacking == "the first slice":
+        first.unlink()
+    elif lacking == "an empty slice":
+        last.write_bytes(b"")
+    elif lacking == "a slice that contours name":
+        last.unlink()
+        structure_set(folder / "rs.dcm", series, {"left ventricle": [np.array([[-10.0, 5, 45], [0, 5, 45], [0, 12, 45]])]})
+    with Models.open([str(fake_model)], backend="fake") as models:
+        recipes = {name: Recipe(tmp_path / "out") for name in models}
+        watcher = Watcher(inbox, models, recipes, find=lambda path, say: find_cases([path]), stable=5, listener=Told())
+        for now in (0, seconds - 0.1):
+            clock[0] = now
+            assert not watcher.step() and folder.exists()
+        clock[0] = seconds
+        assert watcher.step() and (inbox / ends_in / "study").exists()
+
+
 def test_what_a_dead_watcher_claimed_is_taken_up_by_one_for_the_same_output(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
     given = {name: write_mask(inbox / f"{name}.nii.gz", blobs(seed=n)).read_bytes() for n, name in enumerate("abc")}
     dead, other = (Inbox(inbox, tmp_path / out, stable=0, whole=lambda path: True) for out in ("out", "other"))
@@ -267,6 +312,25 @@ def test_what_a_dead_watcher_claimed_is_taken_up_by_one_for_the_same_output(fake
     assert watch(fake_model, inbox, tmp_path / "out") == watch(fake_model, inbox, tmp_path / "other") == 0
     assert {*results(inbox / DONE)} == {"a.nii.gz", "b.nii.gz", "c.nii.gz"} and is_tidy(inbox)
     assert {*results(tmp_path / "out")} == {"a_ct.nii.gz", "b_ct.nii.gz"} and {*results(tmp_path / "other")} == {"c_ct.nii.gz"}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pipes with names")
+def test_pipes_and_links_end_in_failed(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    """Neither holds up the good mask, and nothing outside the item is read."""
+    secret = write_mask(tmp_path / "secret.nii.gz")
+    good = write_mask(inbox / "good.nii.gz").read_bytes()
+    os.mkfifo(inbox / "pipe.nii")
+    (inbox / "link.nii.gz").symlink_to(secret)
+    (inbox / "broken.nii.gz").symlink_to("nowhere")
+    (inbox / "folder").mkdir()
+    write_mask(inbox / "folder" / "a.nii.gz")
+    (inbox / "folder" / "b.nii.gz").symlink_to(secret)
+    assert watch(fake_model, inbox, tmp_path / "out") == 1
+    assert results(inbox / DONE) == {"good.nii.gz": good} and {*results(tmp_path / "out")} == {"good_ct.nii.gz"}
+    items = {"pipe.nii", "link.nii.gz", "broken.nii.gz", "folder"}
+    assert listed(inbox / FAILED) == items | {f"{name}.reason.txt" for name in items} and is_tidy(inbox)
+    assert all("is not opened" in (inbox / FAILED / f"{name}.reason.txt").read_text() for name in items)
+    assert secret.is_file()
 
 
 class Told:

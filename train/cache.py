@@ -19,6 +19,7 @@ import numpy as np
 
 from runtime.contract import GridPolicy, Intensity, LabelTable, grid_to_json, labels_to_json
 from runtime.files import atomic_file, sha256_of
+from runtime.io.headers import volume_files
 
 from .checks import Facts
 from .dataset import Slices, load_patient
@@ -47,11 +48,11 @@ class SliceCache:
 
 
 def key(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity) -> str:
-    """64 hexadecimal digits of the two files' content and all settings that slices depend on. Names and dates do not count."""
+    """64 hexadecimal digits of the two volumes' content and all settings that slices depend on. Names and dates do not count."""
     facts = {
         "version": VERSION,
-        "image": sha256_of(pair.image),
-        "label": sha256_of(pair.label),
+        "image": " ".join(map(sha256_of, volume_files(pair.image))),
+        "label": " ".join(map(sha256_of, volume_files(pair.label))),
         "labels": labels_to_json(table),
         "grid": grid_to_json(policy),
         "intensity": vars(intensity),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from runtime.contract import GridPolicy, Intensity, LabelTable, grid_from_json, labels_from_json
 from runtime.errors import ConfigError, ModelError
-from runtime.files import atomic_folder, atomic_path, sha256_of, write_json
+from runtime.files import atomic_folder, atomic_path, remove_orphans, sha256_of, write_json
 
 from . import config as configs
 from .config import RunConfig
@@ -161,6 +161,9 @@ def starting_point(folder: Path, config: RunConfig, resume: bool, *, quiet: bool
 
 def claim(folder: Path, config: RunConfig) -> None:
     """Make `folder` this config's run folder: from now on only --resume goes on in it. Raises `OutputError`."""
+    for place in (folder, folder / CHECKPOINTS):
+        if place.is_dir():
+            remove_orphans(place)  # of a training that was killed
     write_json(folder / CONFIG, configs.to_json(config))
 
 

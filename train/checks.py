@@ -58,9 +58,12 @@ def read_pair(pair: Pair, table: LabelTable, intensity: Intensity, *, spaced: bo
     _check_intensity(pair.image, image.values, intensity)
     values = as_integers(raw.values, pair.label)
     try:
-        labels = to_indices(values, table, file=pair.label)
+        labels = to_indices(values, table, force=True, file=pair.label)  # a table of labels refuses grey values by themselves
     except UnknownLabels as exc:
-        exc.remedy = "add the value to data.labels (as a label, or among the aliases of one), or correct the label map"
+        exc.remedy = (
+            "add the value to data.labels (as a label, or among the aliases of one), or correct the label map; "
+            "where the value is nnU-Net's ignore, complete the label map or take the patient out"
+        )
         raise
     facts = Facts(
         image.geometry.spacing, float(image.values.min()), float(image.values.max()), int((image.values < intensity.low).sum()),
@@ -110,9 +113,9 @@ def refuse(errors: Sequence[InputError], count: int) -> None:
         lines = [
             exc.fact if exc.file and exc.file.name in exc.fact else f"{exc.file and exc.file.name}: {exc.fact}" for exc in errors[:SHOWN]
         ]
-        facts = "".join(f"\n    {line}" for line in [*lines, *more])
+        rows = [f"    {line}" for line in [*lines, *more]]
         remedies = list(dict.fromkeys(exc.remedy for exc in errors))
-        raise InputError(f"{len(errors)} of {count} patients cannot be trained on:{facts}", expected=errors[0].expected,
+        raise InputError(f"{len(errors)} of {count} patients cannot be trained on:", rows=rows, expected=errors[0].expected,
                          remedy="; ".join(remedies[:3]), file=errors[0].file and errors[0].file.parent)  # fmt: skip
 
 

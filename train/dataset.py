@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from runtime.contract import GridPolicy, Intensity, LabelTable
 from runtime.errors import InputError, UsageError
 from runtime.grid import SliceGrid
+from runtime.io.headers import check_header
 from runtime.io.nifti import simpleitk
 from runtime.volume import Geometry
 
@@ -151,6 +152,10 @@ def slice_counts(pairs: Iterable[Pair], policy: GridPolicy) -> list[int]:
     """Axial slices of each patient, from the headers alone."""
     counts = []
     for pair in pairs:
+        if pair.image.suffix.lower() != ".dcm":
+            header = check_header(pair.image, voxels=False)
+            counts.append(SliceGrid(policy, header.geometry, header.voxels.shape).count)
+            continue
         reader = simpleitk().ImageFileReader()
         reader.SetFileName(str(pair.image))
         try:

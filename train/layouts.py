@@ -134,11 +134,10 @@ def _nnunet(folder: Path, data: DataConfig) -> Layout:
     path = folder / "dataset.json"
     expected = 'nnU-Net\'s {"channel_names": {"0": "CT"}, "labels": {"background": 0, ...}, ...}'
     with reading(path, expected, UsageError):
-        stated = json.loads(path.read_text(encoding="utf-8"))
+        stated = json.loads(path.read_text(encoding="utf-8-sig"))
     try:
         channels = stated.get("channel_names") or stated.get("modality") or {"0": ""}
-        version_2 = all(isinstance(value, int) for value in stated["labels"].values())  # {name: value}; 1 has {"value": name}
-        names = {int(v if version_2 else k): str(k if version_2 else v) for k, v in stated["labels"].items()}
+        names = _stated_labels(stated["labels"], path)
     except (AttributeError, KeyError, TypeError, ValueError) as exc:
         raise UsageError(f"{path.name} states no usable labels: {exc}", expected=expected, remedy="correct the file", file=path) from exc
     if len(channels) != 1:
@@ -154,9 +153,34 @@ def _nnunet(folder: Path, data: DataConfig) -> Layout:
         pairs.append(Pair(name, image, label))
     if not pairs:
         raise UsageError(f"imagesTr holds no CASE_0000{ending}", expected=LAYOUT, remedy="check --dataset-path", file=folder)
-    labels = [{"name": names[value], "value": value} for value in sorted(names)]
+    ignored = [value for value, name in names.items() if name.casefold() == "ignore"]  # what nobody labelled is no tissue
+    labels = [{"name": names[value], "value": value} for value in sorted(names) if value not in ignored]
     says = f"{len(pairs)} patients in nnU-Net's raw layout, {len(labels) - 1} labels, channel {next(iter(channels.values()))}"
+    says += "".join(f"; ignore ({value}) is no label: a label map that holds it is refused" for value in ignored)
     return Layout(pairs, says, labels)
+
+
+def _stated_labels(stated: dict[str, Any], path: Path) -> dict[int, str]:
+    """nnU-Net's labels as value → name, with a background. Version 2 has {name: value}, also as text or as a list of one, version 1 {"value": name}.
+
+    Raises `UsageError` for regions, `ValueError` for what is none of these.
+    """
+    flat = {}
+    for key, value in stated.items():
+        if isinstance(value, list) and len(value) != 1:
+            regions = [f"{k} {v}" for k, v in stated.items() if isinstance(v, list) and len(v) != 1]
+            raise UsageError(f"{path.name} states no usable labels but regions, several labels together: {', '.join(regions)[:300]}",
+                             expected="labels that exclude each other, one value each", file=path,
+                             remedy="list the values themselves as labels, each with its name, and leave the regions out")  # fmt: skip
+        flat[key] = value[0] if isinstance(value, list) else value
+    version_1 = all(str(key).strip().isdecimal() and isinstance(value, str) for key, value in flat.items())
+    names: dict[int, str] = {}
+    for key, value in flat.items():
+        number, name = (key, value) if version_1 else (value, key)
+        if isinstance(number, (bool, float)) or int(number) in names:
+            raise ValueError(f"{name} is {number!r}, which is no number of its own")
+        names[int(number)] = str(name)
+    return {0: "background", **names}
 
 
 def _folder_table(folder: Path, data: DataConfig) -> Layout:

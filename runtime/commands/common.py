@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from ..contract import LabelTable
+from ..contract import LabelTable, Manifest
 from ..engines.registry import CHOICES
 from ..errors import InputError, UsageError, printable
-from ..io.detect import Case, ReadOptions, find_cases
+from ..io.class_files import is_class_name
+from ..io.detect import OWN, Case, PassedOver, ReadOptions, find_cases
+from ..io.dicom_files import LINKED, OUTSIDE
 from ..io.formats import FORMATS, FormatOptions
 from ..io.headers import SUFFIXES
-from ..labels import MAP_HELP, PRESETS, LabelMap, load_map, lost
+from ..labels import MAP_HELP, MM_WHS, PRESETS, LabelMap, load_map, lost, names_of
 from ..memory import parse_bytes
-from ..models import RULES_HELP, Models
+from ..models import RULES_HELP, Models, named
 from ..recipe import Recipe
 from ..scale import RaySynthesizer
 from ..stream import CaseResult, make
@@ -66,6 +68,9 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     how = parser.add_argument_group("results")
     how.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
+    how.add_argument(
+        "--shared", action="store_true", help="what is made of DICOM may be read as the umask says, and not by its owner alone"
+    )
     add_making(how)
 
 
@@ -100,6 +105,11 @@ def add_making(how: argparse._ArgumentGroup) -> None:
     how.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
 
 
+def add_verbose(parser: argparse.ArgumentParser) -> None:
+    """For every command that ends with what failed."""
+    parser.add_argument("--verbose", action="store_true", help="print each failed case in full (default: of many, a table of reasons)")
+
+
 def add_reading(parser: argparse.ArgumentParser) -> None:
     """How a mask is read, for every command that reads masks."""
     how = parser.add_argument_group("reading masks")
@@ -109,11 +119,24 @@ def add_reading(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--threshold", type=float, metavar="F", help="the fraction from which on a voxel of a FRACTIONAL segmentation is inside"
     )
-    how.add_argument("--like", type=Path, metavar="IMAGE", help="a volume, or a DICOM series' folder, on whose grid contours are filled")
+    how.add_argument(
+        "--like", type=Path, metavar="IMAGE", help="RTSTRUCT: a volume, or a DICOM series' folder, on whose grid contours are filled"
+    )
     how.add_argument(
         "--allow-missing-references",
         action="store_true",
         help="fill contours on the series that is there, though it is not the one referred to",
+    )
+    how.add_argument("--force-labels", action="store_true", help="read what looks like an image as a label map")
+
+
+def add_audit(parser: argparse.ArgumentParser, default: str) -> None:
+    """Where it is noted what was made of what, by which model."""
+    parser.add_argument(
+        "--audit",
+        type=Path,
+        metavar="FILE.jsonl",
+        help=f"append what was made of which mask, by which model, a line each (default: {default})",
     )
 
 
@@ -132,14 +155,14 @@ def introduce(models: Mapping[str, Synthesizer | RaySynthesizer]) -> None:
     """Say which models there are and what runs each."""
     for name, synth in models.items():
         called = f" {name}:" if len(models) > 1 else ""
-        print(f"model{called} {synth.manifest.name}, backend {synth.backend}", file=sys.stderr)
+        print(printable(f"model{called} {synth.manifest.name}, backend {synth.backend}"), file=sys.stderr)
 
 
 def choose(models: Models, case: Case, recipes: Mapping[str, Recipe], *, quiet: bool) -> str:
     """The name of the model that the case is for; the choice is said with its reason. Raises `InputError`s."""
     name, reason = models.decide(case, {name: recipe.labels for name, recipe in recipes.items()})
     if len(models) > 1 and not quiet:
-        print(f"{printable(Path(case.called.name))}: {name} ({reason})", file=sys.stderr)
+        print(printable(f"{case.called.name}: {name} ({reason})"), file=sys.stderr)
     return name
 
 
@@ -180,19 +203,50 @@ def recipe(options: argparse.Namespace, output: Path, table: LabelTable, tables:
         options.seed,
         label_map(options, table, tables),
         resume,
+        shared=getattr(options, "shared", False),
     )
 
 
 def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = False, say: bool = True) -> list[Case]:
     """The cases, read as the options say; what was passed over is said."""
-    skipped: list[Path] = []
+    skipped: list[PassedOver] = []
     order = tuple(name.strip() for name in options.overlap_order.split(",") if name.strip())
-    how = ReadOptions(order, options.threshold, options.like, options.allow_missing_references)
-    cases = find_cases(masks, skipped, options=how, series=options.series, every=every)
-    for path in skipped if say else ():
-        name = path.name if path.name.lower().endswith(SUFFIXES) else "a DICOM file"
-        print(f"warning: {name} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
+    how = ReadOptions(order, options.threshold, options.like, options.allow_missing_references, options.force_labels)
+    known = _names(options)
+    cases = find_cases(masks, skipped, options=how, series=options.series, every=every, names=known)
+    for case in cases if say else ():
+        if case.kind == "classes":
+            print(
+                f"{printable(case.called)}: {len(case.files)} binary files, one a class, are read as one mask, {case.name}", file=sys.stderr
+            )
+        elif case.kind == "volume" and is_class_name(case.path, known):
+            print(f"warning: {printable(case.called)} is called like a structure and read by its values; give the folder of all classes to "
+                  "read each by its name", file=sys.stderr)  # fmt: skip
+    if say:
+        _say_passed_over(skipped, paths=every)
     return cases
+
+
+def _names(options: argparse.Namespace) -> frozenset[str]:
+    """What --labels and the models call structures."""
+    models = [options.model] if isinstance(options.model, Path) else [*named(options.model or ()).values()]
+    return names_of(options.labels, [Manifest.load(folder).labels for folder in models] or [MM_WHS])
+
+
+def _say_passed_over(skipped: Sequence[PassedOver], *, paths: bool) -> None:
+    """A line for each file that mask2ct wrote, and one for each kind of link and folder; `paths`: with theirs, for the screen."""
+    others: dict[str, list[Path]] = {}
+    for one in skipped:
+        if one.what != OWN:
+            others.setdefault(one.what, []).append(one.path)
+            continue
+        name = one.path.name if one.path.name.lower().endswith(SUFFIXES) else "a DICOM file"
+        print(f"warning: {printable(name)} was written by mask2ct and is not taken for a mask (name it to have it)", file=sys.stderr)
+    for what, places in others.items():
+        named = places if paths else [Path(place.name) for place in places if place.name.lower().endswith(SUFFIXES)]
+        names = f": {', '.join(map(printable, named[:12]))}{', …' if len(named) > 12 else ''}" if named else ""
+        hint = " (give what a link leads to itself)" if what in (LINKED, OUTSIDE) else "" if paths else " (--list shows where)"
+        print(f"warning: {len(places)} {what}{'s' if len(places) > 1 else ''} not read{hint}{names}", file=sys.stderr)
 
 
 def label_map(options: argparse.Namespace, table: LabelTable, tables: Sequence[LabelTable] = ()) -> LabelMap | None:
@@ -200,7 +254,8 @@ def label_map(options: argparse.Namespace, table: LabelTable, tables: Sequence[L
     if options.labels is None:
         return None
     if options.labels in PRESETS and (without := lost(options.labels, table)):
-        print(f"warning: the model has no label for {', '.join(without)} of {options.labels}: they become background", file=sys.stderr)
+        names = printable(", ".join(without))
+        print(f"warning: the model has no label for {names} of {options.labels}: they become background", file=sys.stderr)
     return load_map(options.labels, table, tables)
 
 

@@ -12,20 +12,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..audit import AUDIT, AuditTrail, Facts
 from ..console import EXIT_CODES
 from ..errors import UsageError, reading
 from ..io.detect import Case
 from ..memory import parse_bytes
+from ..models import Models
 from ..node.events import Events
 from ..node.http import Watch
 from ..node.outbox import Destination, Outbox
 from ..node.send import Pacs
+from ..node.server import Limits
 from ..node.service import END, Node
 from ..node.spool import Spool
-from ..node.store import Acceptor, Limits, pynetdicom
+from ..node.store import Acceptor, pynetdicom
 from ..node.stow import DicomWeb, from_environment, loopback
+from ..stopping import ends_when_told
 from ..stream import CaseResult
-from .common import add_engine, add_making, add_reading, find, open_models, painted, recipes
+from .common import add_audit, add_engine, add_making, add_reading, find, open_models, painted, recipes
 
 LOOPBACK = "127.0.0.1"
 
@@ -38,6 +42,7 @@ def add(commands: Any) -> None:
     serve.set_defaults(command=_serve, format="dicom")
     add_engine(serve)
     serve.add_argument("--spool", type=Path, required=True, metavar="DIR", help="the folder for what has arrived and is not yet sent on")
+    add_audit(serve, f"{AUDIT} in DIR")
     serve.add_argument("--keep", action="store_true", help="keep what has been sent on, and its masks, in DIR/done")
     serve.add_argument("--quiet-period", type=float, default=10.0, metavar="SECONDS",
                        help="a study is complete when nobody has sent anything of it for so long (default: %(default)s)")  # fmt: skip
@@ -80,23 +85,37 @@ def _serve(options: argparse.Namespace) -> int:
     pynetdicom()  # before the model is opened, that it is there
     events = Events()
     with ExitStack() as stack:
+        stack.enter_context(ends_when_told(0))
         destinations = _destinations(options, tls)
         models = stack.enter_context(open_models(options))
+        _introduce(models, events)
         made_of = recipes(options, models, options.spool, resume=True)
         for name, recipe in made_of.items():
             recipe.writer.check(models[name].manifest, options.spool)
         spool = Spool(options.spool, keep=options.keep)
         stack.callback(spool.close)
+        if spool.narrowed:
+            events.say("spool_narrowed", mode="700")
+
+        def log(action: str, facts: Facts) -> None:
+            if action != "failed":  # which the node says itself
+                events.say(action, **facts)
+
+        audit_file = options.audit or options.spool / AUDIT
+        audit = stack.enter_context(AuditTrail(audit_file, "serve", log))
+        audit.load(models)
 
         def paint(cases: Sequence[Case], results: Path) -> Iterator[CaseResult]:
             there = {name: replace(recipe, output=results) for name, recipe in made_of.items()}
-            return (result for result, _ in painted(models, cases, there, quiet=True))
+            for result, model in painted(models, cases, there, quiet=True):
+                audit.result(result, model, options.seed, study=results.parent.name)
+                yield result
 
-        outbox = Outbox(spool, destinations, events)
+        outbox = Outbox(spool, destinations, events, audit)
         stack.callback(outbox.close, END)
         acceptor = Acceptor(spool, events, options.aet, (options.host, options.port), tuple(options.allow), limits, tls)
         stack.callback(acceptor.close)
-        node = Node(spool, outbox, events, options.quiet_period, lambda folder: find(options, [folder]), paint)
+        node = Node(spool, outbox, events, options.quiet_period, lambda folder: find(options, [folder]), paint, audit)
         ports: dict[str, Any] = {"dicom": acceptor.port}
         if options.http_port is not None:
             watch = Watch(
@@ -126,8 +145,20 @@ def _serve(options: argparse.Namespace) -> int:
     return 0
 
 
+def _introduce(models: Models, events: Events) -> None:
+    """Name the open models to whoever reads the metrics."""
+    for name, synth in models.items():
+        file = synth.manifest.files.get(synth.file)
+        events.metrics.model(
+            name,
+            engine=synth.engine,
+            manifest_sha256=synth.manifest_sha256,
+            model_sha256="" if file is None else file.sha256,
+        )
+
+
 def _wrong(acceptor: Acceptor, outbox: Outbox) -> str:
-    return "" if acceptor.listening and outbox.alive else "a thread has ended"
+    return acceptor.wrong() or ("" if outbox.alive else "a thread that sends has ended")
 
 
 def _check(options: argparse.Namespace) -> Limits:

@@ -9,18 +9,35 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from ..audit import AuditTrail
 from ..console import EXIT_CODES
 from ..errors import InputError, UsageError, printable
-from ..files import check_writable, write_json
+from ..files import check_writable, private, write_json
 from ..io.archive import exists
 from ..io.detect import Case, listing, read_case
 from ..models import Models, named
-from ..recipe import Recipe
+from ..recipe import Recipe, any_dicom
 from ..report import Summary
 from ..scale import RaySynthesizer
 from ..stream import CaseResult
 from ..synthesizer import Synthesizer
-from .common import MASK_HELP, add_engine, add_reading, add_results, choose, engine, find, introduce, open_models, painted, recipe, recipes
+from .common import (
+    MASK_HELP,
+    add_audit,
+    add_engine,
+    add_reading,
+    add_results,
+    add_verbose,
+    choose,
+    engine,
+    find,
+    introduce,
+    open_models,
+    painted,
+    recipe,
+    recipes,
+)
+from .failures import Failures
 
 
 def add(commands: Any) -> None:
@@ -32,8 +49,10 @@ def add(commands: Any) -> None:
     add_reading(synth)
     synth.add_argument("--resume", action="store_true", help="keep what the output folder's journal proves complete")
     synth.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each case")
+    add_audit(synth, "no such file")
     synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
     synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
+    add_verbose(synth)
     synth.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     how = synth.add_argument_group("several processes or machines, by Ray; the result is the same")
     how.add_argument(
@@ -64,12 +83,14 @@ def _synth(options: argparse.Namespace) -> int:
             return _dry_run(models, cases, made, options)
         summary = _summary(models, cases, options)
         results = painted(models, cases, made, quiet=options.quiet, on_slice=summary.painting)
-        return _run(summary, results, options)
+        return _run(summary, results, cases, options, models)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raise `UsageError` for options that would have no effect beside the others."""
-    without = ("dry_run", "report", "ray", "ray_workers", "ray_gpus") if options.list else ("report",) if options.dry_run else ()
+    without = (
+        ("dry_run", "report", "audit", "ray", "ray_workers", "ray_gpus") if options.list else ("report", "audit") if options.dry_run else ()
+    )
     for name in without:
         if getattr(options, name) not in (None, False):
             what = "--list" if options.list else "--dry-run"
@@ -93,7 +114,7 @@ def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
         if not options.quiet:
             introduce({name: synth})
         results = synth.make(cases, made)
-        return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), options)
+        return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), cases, options, {name: synth})
 
 
 def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence[Case], options: argparse.Namespace) -> Summary:
@@ -102,26 +123,38 @@ def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence
     return Summary(models, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
 
 
-def _run(summary: Summary, results: Iterator[tuple[CaseResult, str]], options: argparse.Namespace) -> int:
+def _run(
+    summary: Summary,
+    results: Iterator[tuple[CaseResult, str]],
+    cases: Sequence[Case],
+    options: argparse.Namespace,
+    models: Mapping[str, Synthesizer | RaySynthesizer],
+) -> int:
+    failures = Failures(verbose=options.verbose)
     try:
-        with redirect_stdout(sys.stderr):  # Ray says there what becomes of its workers
+        # Ray says there what becomes of its workers
+        with redirect_stdout(sys.stderr), AuditTrail(options.audit, "synth") as audit:
+            audit.load(models)
             for result, model in results:
+                audit.result(result, model, options.seed)
                 summary.add(result, model)
                 for warning in result.warnings:
-                    print(f"warning: {warning}")
+                    print(f"warning: {printable(warning)}")
                 if result.error is not None:
-                    print(f"error: {result.error}")
+                    failures.add(result.error)
     finally:  # what was done is told also of a run that was stopped
+        failures.close()
         if options.report is not None:
-            write_json(options.report, summary.to_json())
+            with private(any_dicom(cases) and not options.shared):
+                write_json(options.report, summary.to_json())
     summary.close()
     if not options.quiet:
-        print(f"{summary} → {options.output}")
-    return 1 if summary.failed else 0
+        print(printable(f"{summary} → {options.output}"))
+    return failures.code
 
 
 def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe], options: argparse.Namespace) -> int:
-    failed = 0
+    failures = Failures(verbose=options.verbose)
     for name, made in made_of.items():
         made.writer.check(models[name].manifest, options.output)
     for case in cases:
@@ -132,8 +165,8 @@ def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe
             made_of[name].writer.check_mask(volume)
             grid = synth.grid(volume)
         except InputError as exc:
-            failed, exc.file = failed + 1, exc.file or case.called
-            print(f"error: {exc}", file=sys.stderr)
+            exc.file = exc.file or case.called
+            failures.add(exc)
             continue
         depth, height, width = volume.labels.shape
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
@@ -142,4 +175,5 @@ def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe
                 f"{printable(case.called)}: {width} x {height} x {depth} voxels of {spacing} mm, "
                 f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
             )
-    return 1 if failed else 0
+    failures.close()
+    return failures.code

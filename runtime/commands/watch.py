@@ -7,13 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..audit import AUDIT, AuditTrail
 from ..console import EXIT_CODES
 from ..errors import UsageError, printable
 from ..inbox import Claim, reason
 from ..io.detect import Case
+from ..logfmt import log_line
 from ..stream import CaseResult
 from ..watch import Watcher
-from .common import add_engine, add_reading, add_results, find, introduce, open_models, recipes
+from .common import add_audit, add_engine, add_reading, add_results, find, introduce, open_models, recipes
 
 
 def add(commands: Any) -> None:
@@ -31,26 +33,51 @@ def add(commands: Any) -> None:
         "--stable", type=_seconds, default=5.0, metavar="SECONDS", help="take what has not changed for so long (default: %(default)s)"
     )
     when.add_argument("--once", action="store_true", help="end when nothing is left that is complete")
+    add_audit(watch, f"{AUDIT} in the output folder")
     watch.add_argument("--quiet", action="store_true", help="print errors and warnings only")
 
 
 def _watch(options: argparse.Namespace) -> int:
+    audit_file = _audit_file(options)
     with open_models(options) as models:
         made_of = recipes(options, models, options.output, resume=True)
         log = _Log(several=len(models) > 1, quiet=options.quiet)
-        watcher = Watcher(options.inbox, models, made_of, find=lambda path, say: find(options, [path], say=say), stable=options.stable,
-                          listener=log)  # fmt: skip
+        audit = AuditTrail(audit_file, "watch", lambda action, facts: log.say(log_line(action, facts)))
+        watcher = Watcher(
+            options.inbox,
+            models,
+            made_of,
+            find=lambda path, say: find(options, [path], say=say),
+            stable=options.stable,
+            listener=log,
+            audit=audit,
+        )
         if not options.quiet:
             introduce(models)
-        try:
-            watcher.run(poll=options.poll, once=options.once)
-        finally:
-            log.say(f"{log.done} done, {log.failed} failed → {options.output}")
+        with audit:
+            audit.load(models)
+            try:
+                watcher.run(poll=options.poll, once=options.once)
+            finally:
+                log.say(f"{log.done} done, {log.failed} failed → {options.output}")
     return 1 if log.failed else 0
 
 
+def _audit_file(options: argparse.Namespace) -> Path:
+    """Where the audit file lies. Raises `UsageError` for a place in the watched folder."""
+    file = options.audit or options.output / AUDIT
+    if file.absolute().resolve().is_relative_to(options.inbox.resolve()):
+        raise UsageError(
+            "the audit file lies in the watched folder",
+            expected="a file beside it, not in it",
+            remedy="choose another --audit",
+            file=file,
+        )
+    return Path(file)
+
+
 class _Log:
-    """One line for what became of each item; nothing of a patient is in it."""
+    """One line for what became of each item and of each result; nothing of a patient is in it."""
 
     def __init__(self, *, several: bool, quiet: bool):
         self._several, self._quiet = several, quiet
@@ -59,15 +86,15 @@ class _Log:
 
     def say(self, text: str) -> None:
         if not self._quiet:
-            print(text, flush=True)
+            print(printable(text), flush=True)
 
     def chosen(self, case: Case, model: str, reason: str) -> None:
         if self._several:
-            self.say(f"{printable(case.called.name)}: {model} ({reason})")
+            self.say(f"{case.called.name}: {model} ({reason})")
 
     def made(self, result: CaseResult) -> None:
         for warning in result.warnings:
-            print(f"warning: {warning}", file=sys.stderr, flush=True)
+            print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
 
     def settled(self, claim: Claim, place: Path) -> None:
         self._told = False

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,11 +14,11 @@ from numpy.typing import NDArray
 from ..contract import METADATA, Manifest
 from ..errors import ModelError, importing
 from ..memory import Stream
+from ..telemetry import OPENVINO, hidden
 from .base import EngineError, EngineOptions, EngineSpec, Inputs, check_graph, closed
 from .host import HostEngine
 
 BATCH = 1  # one slice a run, as in ONNX Runtime: a batch of 8 was slower for light networks, and pads the last
-_TELEMETRY = "openvino_telemetry"
 
 
 def openvino() -> Any:
@@ -27,14 +26,8 @@ def openvino() -> Any:
 
     Raises `MissingComponent`.
     """
-    hidden = {name: sys.modules.pop(name) for name in [*sys.modules] if name.split(".")[0] == _TELEMETRY}
-    sys.modules[_TELEMETRY] = None  # type: ignore[assignment]  # cannot be imported: openvino takes its own stub
-    try:
-        with importing("OpenVINO", "openvino", 'pip install "mask2ct[openvino]"'):
-            import openvino
-    finally:
-        del sys.modules[_TELEMETRY]
-        sys.modules.update(hidden)
+    with hidden(OPENVINO), importing("OpenVINO", "openvino", 'pip install "mask2ct[openvino]"'):
+        import openvino
     return openvino
 
 

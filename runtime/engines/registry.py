@@ -10,6 +10,7 @@ from pathlib import Path
 from ..contract import Manifest
 from ..errors import MissingComponent, ModelError, UsageError
 from .base import Engine, EngineOptions
+from .onnx_file import check_weights
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,9 @@ class Backend:
     why: Callable[[], tuple[str, str] | None] | None = None
 
     def open(self, path: Path, manifest: Manifest, options: EngineOptions | None = None) -> Engine:
-        """The engine that runs the file at `path`, which nobody has checked."""
+        """The engine that runs the file at `path`, of which nothing is checked but that it holds its own weights."""
+        if self.file[0] == "onnx":
+            check_weights(path)
         return self.make(path, manifest, options or EngineOptions())
 
     def missing(self) -> tuple[str, str] | None:

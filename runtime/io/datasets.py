@@ -100,7 +100,10 @@ class DatasetFormat:
 def _read(output: Path) -> dict[str, Any] | None:
     path = output / DATASET
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if not text:
+            return None  # it was cut to nothing: it is made again of what lies in the folder
+        data = json.loads(text)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as exc:

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 from ..errors import UnreadableVolume
 from .dicom_bytes import PREAMBLE
 
-MAX_HEADER = 1 << 28  # bytes that all of a file but its pixels may become: a SEG of 100,000 frames needs some 150 MB
+MAX_HEADER = 1 << 26  # bytes that all of a file but its pixels may become: a SEG of 40,000 frames needs some 60 MB
 MAX_INFLATED = 1 << 30  # with them: what 4096 slices of 512 x 512 labels take
 MARGIN = 1 << 20  # bytes that may stand behind the pixels
 STEP = 1 << 20  # bytes that are inflated at once

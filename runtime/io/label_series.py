@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..census import Census
 from ..errors import GeometryError, UnreadableVolume
 from ..volume import DicomSource, Geometry, Volume
 from .dicom_files import ORIENTATION_TOLERANCE, dataset, guarded, numbers, source, stack
@@ -19,39 +20,80 @@ _ACQUIRED = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF")  # a ma
 _LOSSY = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81")  # JPEG baseline, extended; JPEG-LS near-lossless
 _GRID = ["SOPInstanceUID", "Rows", "Columns", "NumberOfFrames", "PixelSpacing", "NominalScannedPixelSpacing", "ImagePositionPatient", "ImageOrientationPatient",
          "SliceThickness", "SpacingBetweenSlices", "FrameOfReferenceUID"]  # fmt: skip
+_RESCALE = ("RescaleSlope", "RescaleIntercept")
 
 
-def read_series(paths: Sequence[Path], name: str) -> Volume:
-    """The label values of a series, each file one slice; messages call it `name`. Raises `InputError`s, also for an image that is no mask."""
+def read_series(paths: Sequence[Path], name: str, *, force: bool = False) -> Volume:
+    """The label values of a series, each file one slice; messages call it `name`. Raises `InputError`s, also for an image that is no mask,
+    unless `force`: then grey values are labels, too, if nothing rescaled them."""
     with guarded(name):
-        geometry, shape, order, notes = _grid([dataset(path, tags=_GRID) for path in paths], name)
+        headers = [dataset(path, tags=_GRID) for path in paths]
+        paths, headers = _one_at_a_place(paths, headers, name)
+        geometry, shape, order, notes = _grid(headers, name)
         values: NDArray[Any] | None = None
         uids = [""] * len(paths)
         for path, k in zip(paths, order, strict=True):
             ds = dataset(path)
-            plane = _pixels(ds, shape[1:], name)
+            plane = _pixels(ds, shape[1:], name, force)
             values = np.empty(shape, plane.dtype) if values is None else values
             if plane.dtype != values.dtype:
                 values = values.astype(np.result_type(values, plane))
             values[k] = plane
             uids[k] = str(ds.get("SOPInstanceUID", ""))
         assert values is not None
-        if str(ds.get("Modality", "")) in _ACQUIRED and _is_grey(values):
+        if not force and str(ds.get("Modality", "")) in _ACQUIRED and Census.of(values).is_image(most_labels=0):
             raise _no_mask(ds, name, "its pixels change like grey values")
         return Volume(values, geometry, dicom=source(ds, uids), notes=notes)
 
 
-def series_grid(paths: Sequence[Path], name: str) -> tuple[Geometry, tuple[int, int, int], DicomSource]:
-    """Where the slices of an image series lie, and its shape (D, H, W); no pixel is read."""
+def series_grid(paths: Sequence[Path], name: str) -> tuple[tuple[Geometry, tuple[int, int, int], DicomSource], tuple[str, ...]]:
+    """Where the slices of an image series lie, its shape (D, H, W), its instances, and what is to be said of it; no pixel is used."""
     with guarded(name):
         headers = [dataset(path, tags=_GRID) for path in paths]
-        geometry, shape, order, _ = _grid(headers, name)
+        paths, headers = _one_at_a_place(paths, headers, name)
+        geometry, shape, order, notes = _grid(headers, name)
         uids = [str(headers[n].get("SOPInstanceUID", "")) for n in np.argsort(order)]
-        return geometry, shape, DicomSource("", tuple(uids), str(headers[0].get("FrameOfReferenceUID", "")), {})
+        frame = str(headers[0].get("FrameOfReferenceUID", ""))
+        return (geometry, shape, DicomSource("", tuple(uids), frame, {})), notes
+
+
+def _one_at_a_place(paths: Sequence[Path], headers: Sequence[Any], name: str) -> tuple[list[Path], list[Any]]:
+    """Without files that share SOP Instance UID and place with another of the same pixels.
+
+    Instances are told apart by their UID, which some exporters give to all slices of a series: those are slices where they lie apart.
+
+    Raises:
+        UnreadableVolume: where two files of one UID lie in one place and differ.
+    """
+    by_place: dict[tuple[str, str], int] = {}
+    distinct = []
+    for n, header in enumerate(headers):
+        uid = str(header.get("SOPInstanceUID", ""))
+        place = str([header.get("ImagePositionPatient"), header.get("ImageOrientationPatient")])
+        first = by_place.setdefault((uid, place), n) if uid else n
+        if first == n:
+            distinct.append(n)
+        elif not _same_pixels(paths[first], paths[n]):
+            raise UnreadableVolume(f"{name} has two files of one SOP Instance UID in one place, and they differ", expected="one file of each slice",
+                                   remedy="take away the one that is not meant", file=Path(name))  # fmt: skip
+    return [paths[n] for n in distinct], [headers[n] for n in distinct]
+
+
+def _same_pixels(one: Path, other: Path) -> bool:
+    """Whether two files hold the same pixels, compressed in whatever way; not when they cannot be decoded here."""
+    from pydicom.pixels.utils import pixel_array
+
+    first, second = dataset(one), dataset(other)
+    if any(first.get(key) != second.get(key) for key in _RESCALE):
+        return False
+    try:
+        return np.array_equal(pixel_array(first, raw=True), pixel_array(second, raw=True))
+    except (RuntimeError, NotImplementedError):  # no decoder here for this compression
+        return bool(first.get("PixelData") == second.get("PixelData"))
 
 
 def _grid(headers: Sequence[Any], name: str) -> tuple[Geometry, tuple[int, int, int], NDArray[np.intp], tuple[str, ...]]:
-    """Geometry, shape, the slice of each file, and what had to be taken for granted of a single slice."""
+    """Geometry, shape, the slice of each file, and what a person should be told of them."""
     file, first = Path(name), headers[0]
     sizes = {(int(ds.get("Rows") or 0), int(ds.get("Columns") or 0)) for ds in headers}
     if len(sizes) > 1 or not 0 < np.prod(next(iter(sizes))) <= MAX_PIXELS:
@@ -83,12 +125,12 @@ def _grid(headers: Sequence[Any], name: str) -> tuple[Geometry, tuple[int, int, 
     ):
         raise GeometryError(f"{name} has slices in mixed orientations or spacings", expected="parallel slices of one spacing",
                             remedy="give one series, without its localizer", file=file)  # fmt: skip
-    geometry, order, depth = stack(position, orientation[0], spacing[0], name, step=step, thickness=thickness)
+    geometry, order, depth = stack(position, orientation[0], spacing[0], name, step=step, thickness=thickness, notes=notes)
     rows, columns = next(iter(sizes))
     return geometry, (depth, rows, columns), order, tuple(notes)
 
 
-def _pixels(ds: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
+def _pixels(ds: Any, shape: tuple[int, int], name: str, force: bool) -> NDArray[Any]:
     """One slice's values with the rescale applied, checked to be such as labels can be."""
     from pydicom.pixels.utils import pixel_array
 
@@ -111,19 +153,9 @@ def _pixels(ds: Any, shape: tuple[int, int], name: str) -> NDArray[Any]:
                                remedy='decompress it (gdcmconv --raw), or pip install "pylibjpeg[all]"', file=file) from exc  # fmt: skip
     if plane.shape != shape:
         raise UnreadableVolume(f"{name} has a slice of {plane.shape} pixels", expected=str(shape), remedy="export it again", file=file)
-    if plane.min() < 0 or np.unique(plane).size > MAX_LABELS:
+    if not force and (plane.min() < 0 or np.unique(plane).size > MAX_LABELS):
         raise _no_mask(ds, name, "it holds grey values")
     return plane
-
-
-def _is_grey(values: NDArray[Any]) -> bool:
-    """Whether most neighbours in a row differ where there is anything: inside labels they agree."""
-    there = differ = 0
-    for plane in values:
-        left, right = plane[:, :-1], plane[:, 1:]
-        there += int(np.count_nonzero(left | right))
-        differ += int(np.count_nonzero(left != right))
-    return there >= 1000 and differ > there / 2
 
 
 def _no_mask(ds: Any, name: str, why: str) -> UnreadableVolume:

@@ -1,11 +1,11 @@
-"""Volumes in: NIfTI, NRRD and MHA are read by SimpleITK behind `headers.check_header`."""
+"""Volumes in: NIfTI, NRRD and MHA, from what `headers.check_header` says of them."""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..contract import LabelTable
-from ..errors import GeometryError, UnreadableVolume, importing, reading
+from ..errors import GeometryError, UnreadableVolume, importing
 from ..labels import LabelMap, index_planes, overlay, to_indices
 from ..pipeline import ahead
 from ..volume import Geometry, LabelVolume, Layers, Segment, Volume
-from .headers import EXPECTED, Header, Plain, bad, check_header, unpacked
+from .headers import EXPECTED, Header, check_header
+from .nifti_names import embedded_names
+from .voxels import planes
 
 READ_AT_ONCE = 2 << 20  # bytes of planes from thread to thread: they stay in the core's cache
 
-_IMAGE_IO = {
-    ".gz": "NiftiImageIO",
-    ".nii": "NiftiImageIO",
-    ".nrrd": "NrrdImageIO",
-    ".nhdr": "NrrdImageIO",
-    ".mha": "MetaImageIO",
-    ".mhd": "MetaImageIO",
-}
 _DEFAULT_ORIENTATION = dict.fromkeys((".gz", ".nii"), "it is taken to run right to left, front to back, feet to head") | dict.fromkeys(
     (".nrrd", ".nhdr", ".mha", ".mhd"), "its axes are taken to run to the left, to the back and to the head"
 )
@@ -55,47 +49,34 @@ def read_volume(path: Path) -> Volume:
 def read_mask(path: Path) -> Volume | Layers:
     """As `read_volume`; a Slicer segmentation in several layers comes as `Layers`."""
     path = Path(path)
-    header, sitk = _checked(path), simpleitk()
-    if header.plain is not None:  # SimpleITK would hold a second copy while it reads, and take three times as long to decompress
-        (values,) = _planes(path, header.plain, header.plain.shape[0])
-        return Volume(values, _geometry_of(path), header.nifti, notes=_notes(header, path))
-    with reading(path, EXPECTED):
-        image = sitk.ReadImage(str(path), imageIO=_IMAGE_IO[path.suffix.lower()])  # by name: nothing else is tried on the file
-    while image.GetDimension() > 3:  # only dimensions of 1 are left
-        image = image[(slice(None),) * (image.GetDimension() - 1) + (0,)]
-    notes = _notes(header, path)
-    segments = tuple(segment for segment, _ in header.segments)
-    if len({s.number for s in segments}) < len(segments) or header.layers > 1:
-        return _layers(image, header, notes, path)
-    return replace(from_sitk(image, header.nifti, path), segments=segments, notes=notes)
-
-
-def _checked(path: Path) -> Header:
-    """The header, of a file whose voxels are there, or `plain` and counted when they are read."""
     header = check_header(path, voxels=False)
-    return header if header.plain is not None else check_header(path)
+    (values,) = planes(path, header.voxels, header.voxels.shape[0])
+    segments = _segments_of(header, path)
+    if len({s.number for s in segments}) < len(segments) or header.layers > 1:
+        return _layers(values, header, path)
+    return Volume(values, header.geometry, header.nifti, segments, notes=_notes(header, path))
 
 
-def _geometry_of(path: Path) -> Geometry:
-    """Where a NIfTI lies, as SimpleITK reads its header."""
-    with reading(path, EXPECTED):
-        about = simpleitk().ImageFileReader()
-        about.SetImageIO("NiftiImageIO")
-        about.SetFileName(str(path))
-        about.ReadImageInformation()
-    return from_sitk_geometry(about, path)
+def _segments_of(header: Header, path: Path) -> tuple[Segment, ...]:
+    """What the file calls its values: a Slicer segmentation's segments, or the names embedded in a NIfTI."""
+    if path.suffix.lower() in (".gz", ".nii"):
+        return embedded_names(path)
+    return tuple(segment for segment, _ in header.segments)
 
 
 def _notes(header: Header, path: Path) -> tuple[str, ...]:
-    return () if header.oriented else (f"{path.name} states no orientation: {_DEFAULT_ORIENTATION[path.suffix.lower()]}",)
+    if header.oriented:
+        return header.notes
+    return (f"{path.name} states no orientation: {_DEFAULT_ORIENTATION[path.suffix.lower()]}", *header.notes)
 
 
-def _layers(image: Any, header: Header, notes: tuple[str, ...], path: Path) -> Layers:
+def _layers(values: NDArray[Any], header: Header, path: Path) -> Layers:
     """A layered .seg.nrrd: the components of a voxel are its layers, and a value means something in its own layer only."""
-    if image.GetNumberOfComponentsPerPixel() != header.layers or any(not 0 <= layer < header.layers for _, layer in header.segments):
-        raise UnreadableVolume(f"{path.name} has {image.GetNumberOfComponentsPerPixel()} layers, not those its segments name",
+    if any(not 0 <= layer < header.layers for _, layer in header.segments):
+        raise UnreadableVolume(f"{path.name} has {header.layers} layers, not those its segments name",
                                expected=EXPECTED, remedy="save it again from Slicer", file=path)  # fmt: skip
-    values = as_integers(simpleitk().GetArrayFromImage(image), path).reshape(*image.GetSize()[::-1], header.layers)
+    depth, height, width = header.voxels.shape
+    values = as_integers(values, path).reshape(depth, height, width, header.layers)
     renumbered = tuple(Segment(n + 1, segment.name, segment.code) for n, (segment, _) in enumerate(header.segments))
 
     def pieces() -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
@@ -103,8 +84,7 @@ def _layers(image: Any, header: Header, notes: tuple[str, ...], path: Path) -> L
             for named, (segment, layer) in zip(renumbered, header.segments, strict=True):
                 yield named.number, k, plane[..., layer] == segment.number
 
-    depth, height, width = values.shape[:3]
-    return Layers(renumbered, (depth, height, width), from_sitk_geometry(image, path), pieces, notes=notes)
+    return Layers(renumbered, header.voxels.shape, header.geometry, pieces, notes=_notes(header, path))
 
 
 def from_sitk(image: Any, nifti_header: bytes | None = None, file: Path | None = None) -> Volume:
@@ -126,28 +106,6 @@ def from_sitk_geometry(image: Any, file: Path | None = None) -> Geometry:
         raise
 
 
-def _planes(path: Path, plain: Plain, at_once: int) -> Iterator[NDArray[Any]]:
-    """The voxels of a NIfTI, `at_once` planes (n, H, W) at a time, in the machine's byte order; for gzip the checksum is verified before the
-    last of them. Raises `UnreadableVolume` where they end too early.
-    """
-    depth, row = plain.shape[0], math.prod(plain.shape[1:]) * plain.dtype.itemsize
-    packed = path.name.lower().endswith(".gz")
-    with reading(path, EXPECTED), open(path, "rb") as handle, unpacked(path, handle) if packed else nullcontext(handle) as content:
-        content.seek(plain.offset)
-        for start in range(0, depth, at_once):
-            values = np.empty((min(at_once, depth - start), *plain.shape[1:]), plain.dtype)
-            place, have = values.reshape(-1).view(np.uint8).data, 0
-            while have < len(place) and (got := content.readinto(place[have : have + (1 << 20)])):  # type: ignore[attr-defined]
-                have += got
-            if have < len(place):
-                raise bad(
-                    path, f"is truncated: {start * row + have} of {depth * row} bytes of voxels are there", "copy or download it again"
-                )
-            if start + len(values) == depth:
-                content.read(1)  # at the end of a gzip stream its checksum is compared
-            yield values if plain.dtype.isnative else values.byteswap(inplace=True).view(plain.dtype.newbyteorder("="))
-
-
 class _Kept:
     """An image's voxels (D, H, W) for numpy, which keeps this, and so the image, as long as an array looks at them."""
 
@@ -157,33 +115,51 @@ class _Kept:
 
 
 def read_labels(
-    path: Path, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), file: Path | None = None
-) -> LabelVolume:
+    path: Path, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), force: bool = False,
+    file: Path | None = None,
+) -> LabelVolume:  # fmt: skip
     """Read a mask and map its values to the model's indices. Raises `InputError`s that name `file`, by default the path.
 
-    `order`: what wins where segments overlap (`runtime.labels.overlay`). Of a NIfTI of plain integers only the indices are ever held: it is
-    decompressed in one thread, and mapped and digested in another, a few planes behind.
+    `order`: what wins where segments overlap (`runtime.labels.overlay`); `force`: what looks like an image is read, too.
+    Of a volume in one layer only the indices are ever held: it is decompressed in one thread, and mapped and digested in another, a few
+    planes behind.
     """
-    file, header = file or path, _checked(path)
-    if header.plain is None:
-        return labels_of(read_mask(path), table, label_map, order=order, file=file)
-    geometry, at_once = (
-        _geometry_of(path),
-        max(1, READ_AT_ONCE // (header.plain.shape[1] * header.plain.shape[2] * header.plain.dtype.itemsize)),
-    )
-    planes = (plane for block in ahead(_planes(path, header.plain, at_once)) for plane in block)
-    indices = index_planes(planes, table, label_map, file=file)
-    return LabelVolume.gathered(indices, header.plain.shape, geometry, header.nifti, notes=_notes(header, path))
+    path = Path(path)
+    file, header = file or path, check_header(path, voxels=False)
+    segments = _segments_of(header, path)
+    if header.layers > 1 or len({s.number for s in segments}) < len(segments):
+        return labels_of(read_mask(path), table, label_map, order=order, force=force, file=file)
+    at_once = max(1, READ_AT_ONCE * header.voxels.shape[0] // header.voxels.size)
+    blocks = ahead(planes(path, header.voxels, at_once))
+    values = (plane for block in blocks for plane in as_integers(block, file))
+    indices = index_planes(values, table, label_map, segments=segments, force=force, file=file)
+    with _in_memory(header, file):
+        return LabelVolume.gathered(indices, header.voxels.shape, header.geometry, header.nifti, notes=_notes(header, path))
+
+
+@contextmanager
+def _in_memory(header: Header, file: Path) -> Iterator[None]:
+    """Refuse a mask of which not even the labels, a byte each, have room: a few MB of gzip can hold them."""
+    shape = header.voxels.shape
+    too_large = UnreadableVolume(f"{file.name} holds {' x '.join(map(str, shape[::-1]))} voxels, more than this machine has memory for",
+                                 expected="a mask whose labels, a byte each, fit into memory", remedy="cut it, or use a larger machine", file=file)  # fmt: skip
+    if hasattr(os, "sysconf") and math.prod(shape) > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+        raise too_large
+    try:
+        yield
+    except MemoryError as exc:
+        raise too_large from exc
 
 
 def labels_of(
-    mask: Volume | Layers, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), file: Path
-) -> LabelVolume:
+    mask: Volume | Layers, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), force: bool = False,
+    file: Path,
+) -> LabelVolume:  # fmt: skip
     """What a reader returned, in the model's indices. Raises `InputError`s that name `file`."""
     if isinstance(mask, Layers):
         labels = overlay(mask, table, label_map, order=order, file=file)
         return LabelVolume(labels, mask.geometry, dicom=mask.dicom, notes=mask.notes)
-    labels = to_indices(as_integers(mask.values, file), table, label_map, segments=mask.segments, file=file)
+    labels = to_indices(as_integers(mask.values, file), table, label_map, segments=mask.segments, force=force, file=file)
     return LabelVolume(labels, mask.geometry, mask.nifti_header, mask.dicom, mask.notes)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from typing import Any
 
@@ -9,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..volume import Geometry
-from .headers import rotation
+from .nifti_header_in import rotation
+from .volume_header import UNSHEARED, shear_of
 
 _CODES = {
     np.dtype(np.uint8): (2, 8),
@@ -52,11 +54,15 @@ def _handedness(ras: NDArray[np.float64]) -> float:
 
 def _qform_holds(quaternion: tuple[float, float, float], ras: NDArray[np.float64], shape: tuple[int, int, int]) -> bool:
     """Whether the three float32 numbers place the far corner within QFORM_TOLERANCE_MM. Near half turns they do not:
-    a = sqrt(1 - b^2 - c^2 - d^2) loses its digits. Then only the sform is stated."""
-    turn = rotation(*(float(np.float32(q)) for q in quaternion))
+    a = sqrt(1 - b^2 - c^2 - d^2) loses its digits. Then only the sform is stated. Of a sheared grid the qform is the nearest rotation,
+    for readers that refuse its sform (ITK)."""
+    b, c, d = (float(np.float32(q)) for q in quaternion)
+    turn = rotation(math.sqrt(max(0.0, 1 - b * b - c * c - d * d)), b, c, d)
     columns = turn * np.linalg.norm(ras[:3, :3], axis=0) * [1, 1, _handedness(ras)]
     far = np.abs(columns - ras[:3, :3]) @ np.array(shape[::-1], float)
-    return bool(far.max() <= QFORM_TOLERANCE_MM)
+    shear = shear_of(ras)
+    slack = shear * float(np.linalg.norm(shape[::-1] * np.linalg.norm(ras[:3, :3], axis=0)))
+    return bool(far.max() <= QFORM_TOLERANCE_MM + (slack if shear > UNSHEARED else 0.0))
 
 
 def _quaternion(ras: NDArray[np.float64]) -> tuple[float, float, float]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 import sys
 import threading
 from contextlib import suppress
-from datetime import datetime, timezone
 from typing import Any
 
 from ..errors import importing
+from ..logfmt import log_line, one_line
+from .metrics import Metrics
+
+plain = one_line
 
 
 class Events:
@@ -23,6 +26,7 @@ class Events:
         self.registry: Any = CollectorRegistry()
         ProcessCollector(registry=self.registry)
         self._count = Counter("mask2ct_node_events", "What the node did, by kind and peer", ["event", "peer"], registry=self.registry)
+        self.metrics = Metrics(self.registry)
         self._lock = threading.Lock()
 
     def __call__(self, event: str, *, peer: str = "", **facts: object) -> None:
@@ -32,13 +36,6 @@ class Events:
 
     def say(self, event: str, **facts: object) -> None:
         """The line alone. Where it cannot be written, for a full disk, the work goes on without."""
-        when = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-        line = " ".join([when, event, *(f"{key}={plain(str(value))}" for key, value in facts.items())])
+        line = log_line(event, facts)
         with self._lock, suppress(OSError):
             print(line, file=sys.stderr, flush=True)
-
-
-def plain(text: str) -> str:
-    """A value on one line whatever a peer has put into it: no control characters, quoted where it holds a space."""
-    shown = "".join(c if c.isprintable() else "?" for c in text)[:400].replace('"', "'")
-    return f'"{shown}"' if " " in shown or not shown else shown

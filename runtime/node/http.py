@@ -5,24 +5,39 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from functools import partial
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from typing import Any
 
 from ..errors import UsageError
+from .connections import BoundedServer, PendingConnections
 from .events import Events
 from .spool import ROOMS, Spool
+
+AT_ONCE = 16  # requests; one more ends the oldest
+SECONDS = 10.0  # for a request and its answer
 
 
 class Watch:
     """The HTTP port. `healthy`, `ready`: what is wrong, or nothing; 503 says it. Raises `UsageError` when the port is taken."""
 
-    def __init__(self, address: tuple[str, int], events: Events, spool: Spool, healthy: Callable[[], str], ready: Callable[[], str]):
+    def __init__(
+        self,
+        address: tuple[str, int],
+        events: Events,
+        spool: Spool,
+        healthy: Callable[[], str],
+        ready: Callable[[], str],
+        pending: PendingConnections | None = None,
+    ):
         from prometheus_client import Gauge
 
         rooms = Gauge("mask2ct_node_studies", "Studies by where they are", ["room"], registry=events.registry)
         for room in ROOMS:
             rooms.labels(room).set_function(partial(_count, spool, room))
         try:
-            self._server = _Server(address, _handler(events, {"/health": healthy, "/ready": ready}))
+            self._server = _Server(
+                address, _handler(events, {"/health": healthy, "/ready": ready}), pending=pending or PendingConnections(AT_ONCE, SECONDS)
+            )
         except OSError as exc:
             raise UsageError(f"--http-port {address[1]} cannot be had: {exc.strerror}", expected="a free port",
                              remedy="choose another") from exc  # fmt: skip
@@ -38,8 +53,12 @@ class Watch:
         self._server.server_close()
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
+class _Server(BoundedServer, HTTPServer):
+    """Takes few at once, and gives each little time in all, for the request and the answer."""
+
+    def finish_request(self, request: Any, client_address: Any) -> None:
+        with self.pending.hold(request):
+            super().finish_request(request, client_address)
 
     def handle_error(self, request: object, client_address: object) -> None:
         """No traceback for who hangs up."""
@@ -53,7 +72,8 @@ def _handler(events: Events, checks: dict[str, Callable[[], str]]) -> type[BaseH
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
     class Handler(BaseHTTPRequestHandler):
-        timeout = 10
+        timeout = SECONDS
+        server_version, sys_version = "mask2ct", ""  # what else runs here is nobody's business
 
         def do_GET(self) -> None:
             if self.path == "/metrics":

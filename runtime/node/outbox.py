@@ -7,7 +7,6 @@ next is sent. This is what commits us to an object: where the line is missing, t
 from __future__ import annotations
 
 import hashlib
-import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -15,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from ..append_log import append, facts_in, line_of
+from ..audit import AuditTrail
 from ..errors import writing
 from ..files import sync_folder
-from ..journal import facts_in, line_of
 from .events import Events
 from .spool import RESULTS, Spool
 
@@ -62,10 +62,8 @@ class Acknowledged:
         """Append, and return when it is on the disk. Raises `OutputError`."""
         with writing(self._path):
             made = not self._path.exists()
-            with open(self._path, "ab") as handle:
-                handle.write((b"\n" if self._torn else b"") + line_of({"sent": file}))
-                handle.flush()
-                os.fsync(handle.fileno())
+            with open(self._path, "ab", buffering=0) as handle:
+                append(handle.fileno(), (b"\n" if self._torn else b"") + line_of({"sent": file}))
             if made:
                 sync_folder(self._path.parent)
         self._torn = False
@@ -75,8 +73,15 @@ class Acknowledged:
 class Outbox:
     """The threads that send. `start` them, `wake` them when there is something new, `close` ends them within seconds."""
 
-    def __init__(self, spool: Spool, destinations: Sequence[Destination], events: Events):
+    def __init__(
+        self,
+        spool: Spool,
+        destinations: Sequence[Destination],
+        events: Events,
+        audit: AuditTrail | None = None,
+    ):
         self._spool, self._events = spool, events
+        self.audit = audit or AuditTrail(None, "serve")
         self._ended, self._settling = threading.Event(), threading.Lock()
         self._senders = [_Sender(destination, self, spool, events, self._ended) for destination in destinations]
         self._names = [destination.name for destination in destinations]
@@ -101,6 +106,7 @@ class Outbox:
             files = set(sendable(package))
             if all(files <= Acknowledged(package, name).files for name in self._names):
                 self._spool.finish(package)
+                self._events.metrics.settled(package.name)
                 self._events("settled", study=package.name, objects=len(files))
 
     @property
@@ -125,6 +131,7 @@ class _Sender(threading.Thread):
         super().__init__(name=f"sender {destination.name}", daemon=True)
         self._destination, self._outbox, self._spool, self._events, self._ended = destination, outbox, spool, events, ended
         self.wake = threading.Event()
+        self._delivered: set[str] = set()  # studies that the audit file has as delivered here
         self._pauses: dict[str, tuple[float, float]] = {}  # study, or "" for the destination → how long the pause is and when it ends
         self._broken: dict[str, int] = {}  # study → how often the destination broke down on it: those come last, in case it is their doing
 
@@ -168,6 +175,7 @@ class _Sender(threading.Thread):
         sent = 0
         refused: list[Outcome] = []
         if waiting:
+            started = time.monotonic()
             for outcome in self._destination.send(waiting):
                 if outcome.refused:
                     refused.append(outcome)
@@ -177,6 +185,7 @@ class _Sender(threading.Thread):
                 if self._ended.is_set():
                     return
             self._pauses.pop("", None)
+            self._events.metrics.stage("send", time.monotonic() - started)
             self._events("sent", peer=self._destination.name, study=package.name, objects=sent)
         if refused:
             pause = self._pause(package.name)
@@ -190,6 +199,14 @@ class _Sender(threading.Thread):
             )
         else:
             self._pauses.pop(package.name, None)
+            if sent or package.name not in self._delivered:  # again after a restart, lest it be missing
+                self._outbox.audit.add(
+                    "delivered",
+                    study=package.name,
+                    destination=self._destination.name,
+                    objects=len(done.files),
+                )
+                self._delivered.add(package.name)
             self._outbox.settle(package)
 
     def _pause(self, what: str) -> float:

@@ -10,7 +10,8 @@ from typing import Any
 
 from ..errors import UsageError
 from .outbox import Outcome, Unreachable
-from .store import hang_up, pynetdicom
+from .server import hang_up
+from .store import pynetdicom
 
 CONNECT, AGREE, ANSWER = 3.0, 10.0, 120.0  # s that a peer has to take a connection, an association, and to answer for one object
 _STORED = (0x0000, 0xB000, 0xB006, 0xB007, 0x0111)  # success, stored with a warning (PS3.4 table B.2-1), and there already (PS3.7, annex C)

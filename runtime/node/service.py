@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..audit import AuditTrail
 from ..errors import Mask2CTError, OutputError
 from ..io.detect import Case
 from ..io.dicom_files import scan, walk
@@ -28,8 +30,9 @@ class Node:
 
     def __init__(
         self, spool: Spool, outbox: Outbox, events: Events, quiet: float, find: Callable[[Path], Sequence[Case]],
-        paint: Callable[[Sequence[Case], Path], Iterable[CaseResult]],
+        paint: Callable[[Sequence[Case], Path], Iterable[CaseResult]], audit: AuditTrail | None = None,
     ):  # fmt: skip
+        self._audit = audit or AuditTrail(None, "serve")
         self._spool, self._outbox, self._events, self._quiet, self._find, self._paint = spool, outbox, events, quiet, find, paint
         self._ended = threading.Event()
 
@@ -56,11 +59,15 @@ class Node:
     def _make(self, study: Path, spent: bool) -> None:
         """`spent`: it has ended so many processes that it is not begun again."""
         reasons, made, slices, warned = [], 0, 0, 0
+        arrived = min((path.stat().st_mtime for path in (study / OBJECTS).iterdir()), default=time.time())
+        self._events.metrics.claimed(study.name, arrived)
+        self._audit.add("received", study=study.name)
         try:
             if spent:
                 raise poisonous("this study")
             if all(instance.ours for instance in scan(walk(study / OBJECTS))):  # an archive that sends on whatever it gets
                 cases = []
+                self._audit.add("skipped", study=study.name, reason="mask2ct wrote it")
                 self._events("ignored", study=study.name, reason="mask2ct wrote it")
             else:
                 cases = [case for case in self._find(study / OBJECTS) if case.kind in ("seg", "rtstruct")]
@@ -70,6 +77,7 @@ class Node:
                     made, slices = made + 1, slices + result.slices
                     if not result.skipped:
                         came_forward(study / STARTS)
+                        self._events.metrics.result(result.seconds)
                 else:  # what it says may quote the file: its words stay beside the mask
                     reasons.append(f"{result.case}: {result.error}")
                     self._events("failed", study=study.name, case=result.case, error=type(result.error).__name__)
@@ -77,8 +85,9 @@ class Node:
             raise
         except Exception as exc:  # a study must not end the node: it is put aside with what is known
             reasons.append(str(exc) if isinstance(exc, Mask2CTError) else f"an error of mask2ct's own: {type(exc).__name__}")
+            self._audit.add("failed", study=study.name, error=type(exc).__name__)
             self._events("failed", study=study.name, error=type(exc).__name__)
-        self._spool.painted(study, reasons)
+        self._spool.painted(study, reasons, poison=spent)
         self._events("painted", study=study.name, results=made, slices=slices, warnings=warned)
         self._outbox.wake()
 

@@ -6,7 +6,9 @@
     failed/STUDY-N/      objects/ of which some could not be painted, with reason.txt
     done/STUDY-N/        with --keep: what has been sent
 
-A study goes from room to room by one rename. Folders and files are called by digests of UIDs: no name here names a patient.
+A study goes from room to room by one rename. But what failed of a study is taken along when more of it arrives, file by
+file before it is claimed: an RTSTRUCT whose images were not all there is tried again when they are.
+Folders and files are called by digests of UIDs: no name here names a patient.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from itertools import count
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import InputError, OutputError, writing
+from ..errors import InputError, OutputError, UsageError, writing
 from ..files import remove_orphans, sync_folder, temporary_name, write_text
 from ..io.dicom_files import RTSTRUCT, SEGMENTATION, dataset, guarded
 from ..journal import Journal
@@ -55,6 +57,7 @@ class Spool:
         self.root, self._keep = root, keep
         with writing(root):
             root.mkdir(mode=0o700, parents=True, exist_ok=True)  # masks lie there
+            self.narrowed = _narrow(root)
             for room in ROOMS:
                 (root / room).mkdir(exist_ok=True)
         self._journal = Journal(root)
@@ -132,15 +135,21 @@ class Spool:
                 arriving.senders = {thread for thread in arriving.senders if thread.is_alive()}
                 if arriving.senders:
                     arriving.last = now
-                elif arriving.mask and now - arriving.last >= quiet and (self.root / "incoming" / study).is_dir():
+                elif (
+                    now - arriving.last >= quiet
+                    and (self.root / "incoming" / study).is_dir()
+                    and (arriving.mask or self._has_failed_mask(study))
+                ):
                     return self._claim(study)
             return begun[0] if begun and now - self._opened >= quiet else None  # what had arrived before has had its turn
 
-    def painted(self, study: Path, reasons: list[str]) -> None:
-        """A study's results/ are all that it gives. `reasons`: of the masks that could not be painted."""
+    def painted(self, study: Path, reasons: list[str], *, poison: bool = False) -> None:
+        """A study's results/ are all that it gives. `reasons`: of the masks that could not be painted; `poison`: it ended
+        too many processes, and is not tried again when more of it arrives."""
         package = self.root / "outbox" / study.name
         with writing(study):
-            (study / STARTS).unlink(missing_ok=True)
+            if not poison:
+                (study / STARTS).unlink(missing_ok=True)
             (study / REASON).unlink(missing_ok=True)  # of a time before the process was killed
             if reasons:
                 write_text(study / REASON, "\n\n".join(reasons) + "\n")
@@ -164,7 +173,29 @@ class Spool:
             else:
                 self._discard(package)
 
+    def _failed(self, study: str) -> Iterator[Path]:
+        """What failed of a study that is arriving, and may be tried again."""
+        folders = (self.root / "failed").glob(f"{study}-*")
+        return (folder for folder in folders if (folder / OBJECTS).is_dir() and not (folder / STARTS).exists())
+
+    def _has_failed_mask(self, study: str) -> bool:
+        return any(path for folder in self._failed(study) for path in (folder / OBJECTS).glob("mask-*"))
+
+    def _take_along(self, study: str) -> None:
+        """Lay what failed of a study beside what has arrived of it. What arrived is newer, and stays.
+
+        A process that dies in the midst leaves the rest in failed/, and the next claim takes it.
+        """
+        incoming = self.root / "incoming" / study
+        for folder in [*self._failed(study)]:
+            for path in sorted((folder / OBJECTS).iterdir()):  # images before masks: a mask alone says that it may be claimed
+                if not (incoming / path.name).exists():
+                    os.replace(path, incoming / path.name)
+            sync_folder(incoming)
+            self._discard(folder)
+
     def _claim(self, study: str) -> Path:
+        self._take_along(study)
         taken = {name for room in ROOMS for name in self.names(room)}
         name = next(name for n in count(1) if (name := f"{study}-{n}") not in taken)
         folder = self.root / "studies" / name
@@ -200,3 +231,15 @@ def _identify(file: Path, claimed: tuple[str, str]) -> tuple[str, bool]:
 
 def _digest(uid: str, digits: int) -> str:
     return hashlib.sha256(uid.encode()).hexdigest()[:digits]
+
+
+def _narrow(root: Path) -> bool:
+    """Take a spool that was there from everybody but its owner, and say whether that was needed. Raises `UsageError`, OSError."""
+    if os.name != "posix" or not root.stat().st_mode & 0o077:
+        return False
+    others = [path.name for path in root.iterdir() if path.name not in ROOMS and not path.name.startswith(".")]
+    if others:
+        raise UsageError("the spool can be read by others and holds more than a spool", expected="a folder of mode 700 for the spool alone",
+                         remedy="choose another --spool, or make it private with chmod 700", file=root)  # fmt: skip
+    root.chmod(0o700)
+    return True

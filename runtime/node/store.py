@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import logging
 import ssl
+import sys
 import threading
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import time
+from typing import Any
 
 from ..errors import InputError, OutputError, UsageError, importing
 from ..io.dicom_files import RTSTRUCT, SEGMENTATION
-from .events import Events, plain
+from .events import Events
+from .server import Limits, hang_up, server_class
 from .spool import NoMatch, Spool
-
-if TYPE_CHECKING:
-    import socket
 
 SUCCESS, OUT_OF_RESOURCES, NO_MATCH, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xA900, 0xC000  # PS3.4 table B.2-1
 IMAGES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.128")  # CT, MR, PET: what contours lie on
-LONGEST_REQUEST = 1 << 17  # bytes of a PDU that asks for an association, which comes before anyone is known
-STRANGERS = 100  # connections that have not asked for an association: each may take HANDSHAKE to do so
 LONGEST_COMMAND = 1 << 16  # bytes of a DIMSE command set
-HANDSHAKE = 10.0  # s that a peer has for TLS, and for asking for an association
-IDLE = 60.0  # s without a word after which an association is ended
-
-
-@dataclass(frozen=True)
-class Limits:
-    """`associations` at once; `pdu`: bytes of a PDU that is received; `size`: bytes of an object."""
-
-    associations: int = 10
-    pdu: int = 1 << 17
-    size: int = 256 << 20
 
 
 def pynetdicom() -> Any:
@@ -46,19 +30,6 @@ def pynetdicom() -> Any:
     return pynetdicom
 
 
-def hang_up(associations: Sequence[Any], *, abort: bool = False) -> None:
-    """End the connections of associations, also of those that are not established, whatever the peer does; with an A-ABORT before."""
-    import socket
-
-    if abort:
-        for association in associations:
-            association.abort(block=False)
-        threading.Event().wait(0.1)  # what is on its way
-    for association in associations:
-        with suppress(OSError, AttributeError):  # it is closed already
-            association.dul.socket.socket.shutdown(socket.SHUT_RDWR)
-
-
 class Acceptor:
     """Listens until it is closed. `allow`: calling AE titles; empty means any. Raises `UsageError` when the port cannot be had."""
 
@@ -67,15 +38,17 @@ class Acceptor:
     ):  # fmt: skip
         self._spool, self._events, self._allow, self._aet, self._limits = spool, events, allow, aet, limits
         self._cut: set[Any] = set()  # associations whose present object is larger than it may be
-        evt, ae = pynetdicom().evt, _entity(aet)
-        ae.maximum_associations, ae.maximum_pdu_size = limits.associations, limits.pdu
-        ae.require_called_aet, ae.require_calling_aet = True, [*allow]
-        ae.acse_timeout, ae.dimse_timeout, ae.network_timeout = HANDSHAKE, IDLE, IDLE
+        self._began: dict[Any, tuple[float, int]] = {}  # association → when its present object began, and the bytes since
+        evt, ae = pynetdicom().evt, pynetdicom().AE(ae_title=aet)
+        ae.maximum_associations = sys.maxsize  # the server counts places itself, before pynetdicom begins
+        ae.maximum_pdu_size = limits.pdu
+        ae.acse_timeout = limits.request_seconds
+        ae.dimse_timeout = ae.network_timeout = limits.idle_seconds
         _support(ae)
         handlers = [(evt.EVT_C_STORE, self._store), (evt.EVT_C_ECHO, self._echo), (evt.EVT_PDU_RECV, self._measure), (evt.EVT_ACCEPTED, self._accepted),
-                    (evt.EVT_REJECTED, self._rejected), (evt.EVT_CONN_CLOSE, self._closed)]  # fmt: skip
+                    (evt.EVT_CONN_CLOSE, self._closed)]  # fmt: skip
         try:
-            self._server = ae.make_server(address, evt_handlers=handlers, server_class=_server(events, limits, tls))
+            self._server = ae.make_server(address, evt_handlers=handlers, server_class=server_class(events, aet, allow, limits, tls))
         except OSError as exc:
             raise UsageError(f"{address[0]} port {address[1]} cannot be had: {exc.strerror}", expected="an address of this machine and a free port",
                              remedy="choose another --port") from exc  # fmt: skip
@@ -87,13 +60,20 @@ class Acceptor:
     def port(self) -> int:
         return int(self._server.server_address[1])
 
-    @property
-    def listening(self) -> bool:
-        return self._thread.is_alive()
+    def wrong(self) -> str:
+        """Why nobody gets in, or nothing."""
+        if not self._thread.is_alive():
+            return "the thread that takes connections has ended"
+        if self._server.shortage:
+            return f"no connection can be taken: {self._server.shortage}"
+        if self._server.places_taken >= self._limits.associations:
+            return f"all {self._limits.associations} associations are taken"
+        return ""
 
     def close(self) -> None:
         """Listen no more and end every association: what was not acknowledged its sender still has."""
         self._server.shutdown()
+        self._server.pending.end_all()
         hang_up(self._server.active_associations, abort=True)
 
     def _store(self, event: Any) -> int:
@@ -137,10 +117,15 @@ class Acceptor:
 
     def _measure(self, event: Any) -> None:
         """Before each PDU is taken in: an object beyond the limit is received to its end, since only then it can be answered, but not kept."""
-        message, association = event.assoc.dimse.message, event.assoc
-        if message is None:
+        association, message = event.assoc, event.assoc.dimse.message
+        if message is None:  # this PDU begins one
+            self._began[association] = time.monotonic(), 0
             return
-        if message.encoded_command_set.tell() > LONGEST_COMMAND:
+        began, received = self._began.get(association, (time.monotonic(), 0))
+        received += event.pdu.pdu_length
+        self._began[association] = began, received
+        too_slow = time.monotonic() - began > self._limits.idle_seconds + received / self._limits.slowest
+        if too_slow or message.encoded_command_set.tell() > LONGEST_COMMAND:
             association.abort(block=False)
         elif message.data_set is not None and message.data_set.tell() > self._limits.size:
             self._cut.add(association)
@@ -157,22 +142,10 @@ class Acceptor:
             names = sorted(uid.name if uid.name != str(uid) else "unknown" for uid in offered)
             self._events("not-supported", peer=self._peer(event.assoc), classes=len(offered), such_as=names[0])
 
-    def _rejected(self, event: Any) -> None:
-        asked = event.assoc.requestor.primitive
-        calling, called = str(asked.calling_ae_title).strip(), str(asked.called_ae_title).strip()
-        known = not self._allow or calling in self._allow
-        reason = (
-            "calling AE title is not allowed"
-            if not known
-            else "too many associations"
-            if called == self._aet
-            else "called AE title is another"
-        )
-        self._events("rejected", calling=plain(calling), reason=reason)
-
     def _closed(self, event: Any) -> None:
         self._cut.discard(event.assoc)
-        if not (event.assoc.is_released or event.assoc.is_rejected):
+        self._began.pop(event.assoc, None)
+        if not event.assoc.is_released:
             self._events("broken", reason="the association ended without a release")
 
     def _peer(self, association: Any) -> str:
@@ -192,68 +165,3 @@ def _support(ae: Any) -> None:
                   uid.JPEGLSNearLossless, uid.JPEG2000Lossless, uid.JPEG2000]  # fmt: skip
     for sop_class in IMAGES:  # only where their slices lie is read
         ae.add_supported_context(sop_class, [*plain_syntaxes, *compressed])
-
-
-def _entity(aet: str) -> Any:
-    """pynetdicom's application entity, whose limit here is of associations that were asked for: who only connects takes nobody's place."""
-
-    class Entity(pynetdicom().AE):  # type: ignore[misc]
-        @property
-        def active_associations(self) -> list[Any]:
-            ended = ("is_released", "is_aborted", "is_rejected")
-            return [
-                a for a in super().active_associations if a.requestor.primitive is not None and not any(getattr(a, how) for how in ended)
-            ]
-
-    return Entity(ae_title=aet)
-
-
-def _server(events: Events, limits: Limits, tls: ssl.SSLContext | None) -> Any:
-    """pynetdicom's server, which here does the TLS handshake in the connection's own thread, and bounds what a stranger may send."""
-    from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
-
-    class Handler(RequestHandler):  # type: ignore[misc]
-        def _create_association(self) -> Any:
-            association = super()._create_association()
-            connection, largest = association.dul.socket, max(limits.pdu, LONGEST_REQUEST)
-            receive = connection.recv
-
-            def bounded(count: int) -> Any:
-                if count > largest:
-                    hang_up([association])
-                    raise OSError("the PDU is longer than was agreed")
-                found = receive(count)
-                if len(found) < count:  # the peer has ended: pynetdicom would keep our half open until it is collected
-                    hang_up([association])
-                return found
-
-            connection.recv = bounded
-            return association
-
-    class Server(ThreadedAssociationServer):  # type: ignore[misc]
-        daemon_threads = True
-        request_queue_size = 64
-
-        def __init__(self, *arguments: Any, **options: Any):
-            super().__init__(*arguments, **{**options, "request_handler": Handler})
-
-        def verify_request(self, request: socket.socket, client_address: Any) -> bool:
-            return len(self.active_associations) < STRANGERS + limits.associations  # beyond, not even an answer
-
-        def finish_request(self, request: Any, client_address: Any) -> None:
-            request.settimeout(IDLE)
-            if tls is not None:
-                try:
-                    request.settimeout(HANDSHAKE)
-                    request = tls.wrap_socket(request, server_side=True)
-                    request.settimeout(IDLE)
-                except OSError as exc:  # ssl.SSLError, too
-                    events("rejected", reason="TLS", detail=getattr(exc, "reason", None) or type(exc).__name__)
-                    request.close()
-                    return
-            super().finish_request(request, client_address)
-
-        def handle_error(self, request: Any, client_address: Any) -> None:
-            events("broken", reason="a connection failed before it was an association")
-
-    return Server

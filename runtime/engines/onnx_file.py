@@ -1,0 +1,80 @@
+"""Where an ONNX file keeps its weights: a graph whose weights lie in other files is not taken.
+
+The manifest states the SHA-256 of the graph; a file that the graph names is stated nowhere, and could be
+any file of the machine. Export writes none. This walks the messages of onnx.proto that can hold a tensor
+and jumps over everything else, weights among it: a millisecond, without the onnx package.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import ModelError, reading
+
+MAX_DEPTH = 64  # of graphs within graphs
+MAX_FIELDS = 4_000_000  # looked at: more than any network has
+# onnx.proto: message → field number → the message that it holds; those without a tensor are left out
+MESSAGES: dict[str, dict[int, str]] = {
+    "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
+    "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
+    "FunctionProto": {7: "NodeProto", 11: "AttributeProto"},
+    "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
+    "NodeProto": {5: "AttributeProto"},
+    "AttributeProto": {
+        5: "TensorProto", 6: "GraphProto", 10: "TensorProto", 11: "GraphProto", 22: "SparseTensorProto", 23: "SparseTensorProto",
+    },
+    "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
+    "TensorProto": {},
+}  # fmt: skip
+EXTERNAL_DATA, DATA_LOCATION = 13, 14  # fields of a TensorProto
+VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
+
+
+def check_weights(path: Path) -> None:
+    """Raise `ModelError` unless the ONNX file at `path` holds all of its weights itself."""
+    expected = "an ONNX graph as export writes it, with its weights in it"
+    with reading(path, expected, ModelError), open(path, "rb") as handle, mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        external = any(_external(data))
+    if external:
+        raise ModelError(f"{path.name} keeps weights in other files, which no manifest describes", expected=expected,
+                         remedy="export the run again", file=path)  # fmt: skip
+
+
+def _external(data: mmap.mmap) -> Iterator[bool]:
+    """For each field of a tensor that says where its data lies, whether that is elsewhere. Raises ValueError."""
+    fields = 0
+    waiting = [("ModelProto", 0, len(data), 0)]
+    while waiting:
+        message, position, end, depth = waiting.pop()
+        if depth > MAX_DEPTH:
+            raise ValueError("graphs lie too deep in it")
+        while position < end:
+            fields += 1
+            if fields > MAX_FIELDS:
+                raise ValueError("it has too many fields")
+            key, position = _varint(data, position, end)
+            number, kind = key >> 3, key & 7
+            value, position = _varint(data, position, end) if kind in (VARINT, BYTES) else (0, position)
+            start = position
+            position += {VARINT: 0, BYTES: value, FIXED64: 8, FIXED32: 4}.get(kind, end)
+            if position > end:
+                raise ValueError("it is no ONNX file, or cut off")
+            if message == "TensorProto":
+                yield number == EXTERNAL_DATA or (number == DATA_LOCATION and value != 0)
+            elif kind == BYTES and (inner := MESSAGES[message].get(number)):
+                waiting.append((inner, start, position, depth + 1))
+
+
+def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
+    """An integer of protobuf's and the position behind it."""
+    value = shift = 0
+    while position < end and shift < 70:
+        byte = data[position]
+        value |= (byte & 0x7F) << shift
+        position += 1
+        if byte < 0x80:
+            return value, position
+        shift += 7
+    raise ValueError("it is no ONNX file, or cut off")

@@ -1,0 +1,113 @@
+"""Streams that are closed or full, journals that were written by nobody, files that cannot be read: one screen each."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from samples import results, synth, write_fake_model, write_mask
+
+from runtime.engines.fake import fake_manifest
+from runtime.files import sha256_of
+from runtime.journal import JOURNAL, line_of
+
+ROOT = Path(__file__).resolve().parent.parent
+posix = pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
+
+
+def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """`line` with "$@" as mask2ct and its arguments."""
+    command = [sys.executable, "-m", "runtime", *map(str, arguments)]
+    return subprocess.run(["bash", "-c", line, "x", *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+
+
+def painting(model: Path, mask: Path, out: Path) -> list[object]:
+    return ["synth", mask, "--model", model, "--backend", "fake", "--output", out]
+
+
+@posix
+@pytest.mark.parametrize("closed", ["2>&-", "1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
+def test_closed_streams_change_no_result(closed: str, fake_model: Path, tmp_path: Path) -> None:
+    """Nor does a file get the number of a stream that is closed, and what is written to that one."""
+    mask = write_mask(tmp_path / "case.nii.gz")
+    assert synth(fake_model, tmp_path / "expected", mask) == 0
+    done = shell(f'"$@" {closed}', *painting(fake_model, mask, tmp_path / "out"))
+    assert done.returncode == 0 and "Traceback" not in done.stderr
+    assert results(tmp_path / "out") == results(tmp_path / "expected")
+
+
+@posix
+@pytest.mark.parametrize("arguments", [["describe", "MODEL"], ["--version"], ["synth", "--help"]])
+def test_a_full_disk_behind_stdout_is_said(arguments: list[str], fake_model: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    done = shell('"$@" > /dev/full', *[fake_model if word == "MODEL" else word for word in arguments])
+    assert done.returncode == 4 and done.stderr.startswith("error: the system refused: No space left")
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+
+
+@posix
+def test_a_full_disk_behind_both_streams(fake_model: Path, tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full")
+    done = shell('"$@" > /dev/full 2>&1', "describe", tmp_path / "absent")
+    assert (done.returncode, done.stderr) == (2, "")
+
+
+def lines(*facts: dict[str, Any]) -> bytes:
+    return b"".join(map(line_of, facts))
+
+
+JOURNALS: dict[str, Any] = {
+    "files that are a list": lambda f: lines({**f, "files": ["a"]}),
+    "files that are none": lambda f: lines({**f, "files": None}),
+    "no file": lambda f: lines({**f, "files": {}}),
+    "a number for a digest": lambda f: lines({**f, "files": {"case_ct.nii.gz": 5}}),
+    "a result that is a list": lambda f: lines({**f, "result": ["a"]}),
+    "a key that is a list": lambda f: lines({**f, "key": ["a"]}),
+    "slices that are a word": lambda f: lines({**f, "slices": "x"}),
+    "warnings that are numbers": lambda f: lines({**f, "warnings": [1, None]}),
+    "a file elsewhere": lambda f: lines({**f, "files": {"/etc/hostname": sha256_of(Path("/etc/hostname"))}}),
+    "a file above": lambda f: lines({**f, "files": {"../case.nii.gz": "0" * 64}}),
+    "lists in lists": lambda f: b"%08x %s\n" % (zlib.crc32(b"[" * 100_000), b"[" * 100_000),
+}
+
+
+@pytest.mark.parametrize("name", JOURNALS)
+def test_a_line_of_another_form_proves_nothing(name: str, fake_model: Path, tmp_path: Path) -> None:
+    """Its checksum is right: anybody can count one."""
+    mask, out = write_mask(tmp_path / "case.nii.gz"), tmp_path / "out"
+    assert synth(fake_model, out, mask) == 0
+    expected = results(out)
+    fact = json.loads((out / JOURNAL).read_bytes().split(b" ", 1)[1])
+    (out / JOURNAL).write_bytes(JOURNALS[name](fact))
+    (out / "case_ct.nii.gz").unlink()
+    assert synth(fake_model, out, mask, "--resume") == 0
+    assert results(out) == expected
+
+
+@posix
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root reads everything")
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = write_fake_model(tmp_path / "model", fake_manifest())
+    (model / "manifest.json").chmod(0)
+    assert synth(model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz")) == 2
+    assert "permission denied" in capsys.readouterr().err
+
+
+def test_a_result_that_cannot_be_read_back(fake_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fails while a result is digested, as `read` would say it."""
+    from runtime.files import Growing
+
+    def fail(self: Growing) -> str:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Growing, "finish", fail)
+    assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz")) == 4
+    assert not results(tmp_path / "out")

@@ -1,0 +1,95 @@
+"""SIGTERM ends a service within seconds, whatever hangs in it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from nodes import ROOT, push, until, write_study
+from samples import write_mask
+
+from runtime.stopping import ends_when_told
+
+# The engine hangs as a library does that waits for a network share: no signal ends its thread.
+HANGS = """
+import sys, threading
+import runtime.stopping
+from runtime.__main__ import main
+from runtime.console import run
+from runtime.engines.fake import FakeEngine
+
+def infer(self, inputs, out):
+    print("hanging", file=sys.stderr, flush=True)
+    threading.Event().wait()
+
+FakeEngine._infer = infer
+runtime.stopping.GRACE = 1.0
+sys.exit(run(main, sys.argv[1:]))
+"""
+
+
+class Hanging:
+    """A command whose engine never answers, as a process."""
+
+    def __init__(self, *words: object):
+        line = [sys.executable, "-c", HANGS, *map(str, words), "--backend", "fake"]
+        self.process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def said(self, word: str) -> str:
+        return next((line for line in [*self.lines] if word in line), "")
+
+    def stop(self) -> tuple[int, float]:
+        """The exit code, and the seconds from SIGTERM to the end."""
+        until(lambda: self.said("hanging"), "the engine hangs")
+        started = time.monotonic()
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            code = self.process.wait(20)
+        finally:
+            self.process.kill()
+            self._reader.join(10)
+        return code, time.monotonic() - started
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            for line in lines:
+                self.lines.append(line)
+
+
+def test_hanging_watcher_ends(fake_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_mask(tmp_path / "in" / "case.nii.gz")
+    hanging = Hanging("watch", tmp_path / "in", "--model", fake_model, "--output", tmp_path / "out", "--stable", 0, "--poll", 0.01)
+    code, seconds = hanging.stop()
+    assert code == 130 and 0.5 < seconds < 6 and hanging.said("does not end")
+
+
+def test_hanging_node_ends(fake_model: Path, tmp_path: Path) -> None:
+    hanging = Hanging(
+        "serve", "--model", fake_model, "--spool", tmp_path / "spool", "--port", 0, "--allow-any", "--keep", "--quiet-period", 0.1
+    )
+    line = until(lambda: hanging.said("listening"), "the node listens")
+    assert push(int(line.split("dicom=")[1].split()[0]), write_study(tmp_path / "study")) == [0]
+    code, seconds = hanging.stop()
+    assert code == 0 and 0.5 < seconds < 8 and hanging.said("does not end")
+
+
+def test_program_that_ends_is_not_ended() -> None:
+    """Also in a program of somebody else's, which goes on after the work within: no thread is left, nor a descriptor."""
+    threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with ends_when_told(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert threading.active_count() == threads and len(os.listdir("/proc/self/fd")) == files
+    finally:
+        signal.signal(signal.SIGTERM, before)
