@@ -26,7 +26,8 @@ from runtime.commands import serve
 from runtime.contract import Label, LabelTable
 from runtime.engines.fake import fake_manifest
 from runtime.node.send import AGREE, ANSWER, CONNECT
-from runtime.node.store import HANDSHAKE, IDLE, _support, pynetdicom
+from runtime.node.server import Limits
+from runtime.node.store import _support, pynetdicom
 from runtime.volume import DicomSource
 
 OWN_LABELS = replace(fake_manifest(LabelTable(tuple(Label(f"own {n}", n) for n in range(8)))), name="own")
@@ -149,8 +150,11 @@ def test_the_figures_are_the_codes(page: str) -> None:
         assert figures["Implementation Class UID, in associations"].startswith(library.PYNETDICOM_IMPLEMENTATION_UID)
         assert figures["Implementation Version Name, in associations"] == library.PYNETDICOM_IMPLEMENTATION_VERSION
     assert figures["Implementation Class UID, in files"].split()[0] == PYDICOM_IMPLEMENTATION_UID
-    assert figures["time to ask for an association, TLS handshake included"] == f"{HANDSHAKE:g} s each"
-    assert figures["idle association"] == f"ended after {IDLE:g} s"
+    limits = Limits()
+    assert figures["time to ask for an association, TLS handshake included"] == f"{limits.request_seconds:g} s in all"
+    assert figures["connections that have not asked yet"] == str(limits.pending)
+    assert figures["time for one PDU of an association"] == f"{limits.pdu_seconds:g} s"
+    assert figures["idle association"] == f"ended after {limits.idle_seconds:g} s"
     assert figures["as SCU: connection, association, answer to one object"] == f"{CONNECT:g} s, {AGREE:g} s, {ANSWER:g} s"
     assert figures["maximum PDU length as SCU"] == f"{library.AE().maximum_pdu_size} bytes"
     parser = argparse.ArgumentParser()
