@@ -34,6 +34,11 @@ class CaseRandom:
         raw = np.random.Philox(key=key, counter=[0, 0, 0, attempt]).random_raw(count)
         return np.asarray((raw >> np.uint64(11)) * 2.0**-52 - 1)
 
+    def intensity(self, count: int) -> NDArray[np.float64]:
+        """Standard normal numbers (count,): how far the intensities of a warped image move."""
+        key = np.frombuffer(hashlib.sha256(b"intensity " + self._key).digest()[:16], "<u8").astype(np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).standard_normal(count)
+
     def _raw(self, domain: int, k: int, words: int) -> NDArray[np.uint64]:
         stream = np.random.Philox(key=self._words(domain), counter=[0, 0, 0, k])
         return np.asarray(stream.random_raw(words)).astype("<u8")

@@ -71,16 +71,21 @@ class Shapes:
         self._volume, self._ranges, self._seed = volume, ranges, seed
 
     def vary(self, variant: int) -> Varied:
+        return self.deformed(variant)[0]
+
+    def deformed(self, variant: int) -> tuple[Varied, DeformationField | None]:
+        """As `vary`, with the field that moved the labels, for an image that is to move with them; None where nothing moved."""
         ranges = self._ranges
         random = CaseRandom(self._seed, self._volume.digest, variant)
         mirrored = ranges.mirror and bool(random.shape(ATTEMPTS, 1)[0] < 0)  # a draw of its own: all others stay what they are
         if variant == 0 or not (ranges.deform or ranges.rotate or ranges.scale or mirrored) or self._box is None:
-            return Varied(self._volume)
+            return Varied(self._volume), None
         for attempt in range(ATTEMPTS):
-            labels = self._draw(random, attempt, mirrored)
+            field = self._field(random, attempt, mirrored)
+            labels = self._draw(field)
             if not ranges.topology or np.array_equal(parts(labels), self._parts):
-                return Varied(replace(self._volume, labels=labels))
-        return Varied(self._volume, (f"{ATTEMPTS} deformations changed how many parts a label has: the mask keeps its shape",))
+                return Varied(replace(self._volume, labels=labels)), field
+        return Varied(self._volume, (f"{ATTEMPTS} deformations changed how many parts a label has: the mask keeps its shape",)), None
 
     @cached_property
     def _parts(self) -> NDArray[np.int64]:
@@ -98,13 +103,32 @@ class Shapes:
         found = [np.flatnonzero(line) for line in (planes, rows, columns)]
         return np.array([[f[0] for f in found], [f[-1] for f in found]]) if planes.any() else None
 
-    def _draw(self, random: CaseRandom, attempt: int, mirrored: bool) -> NDArray[np.uint8]:
-        """One deformed copy of the labels, uint8 (D, H, W), nearest."""
+    def _draw(self, field: DeformationField) -> NDArray[np.uint8]:
+        """The labels moved by `field`, uint8 (D, H, W), nearest."""
+        labels = np.ascontiguousarray(self._volume.labels)
+        low, high = self._region(field.p, field.b, field.reach)
+
+        out = np.zeros(labels.shape, np.uint8)
+        rows, columns = np.arange(low[1], high[1]), np.arange(low[2], high[2])
+        flat, last = labels.ravel(), np.array(labels.shape) - 1
+        for k in range(low[0], high[0]):
+            at = np.zeros((len(rows), len(columns)), np.intp)
+            for axis in range(3):
+                place = field.places(axis, k, rows, columns)
+                np.rint(place, out=place)
+                np.clip(place, 0, last[axis], out=place)  # past the border its last voxel stands in
+                at *= labels.shape[axis]
+                at += place.astype(np.intp)
+            out[k, low[1] : high[1], low[2] : high[2]] = flat.take(at)
+        return out
+
+    def _field(self, random: CaseRandom, attempt: int, mirrored: bool) -> DeformationField:
+        """The deformation of the `attempt`-th draw, whose amplitude is halved with each attempt. The mask must hold a label."""
         assert self._box is not None
-        geometry, labels, ranges = self._volume.geometry, np.ascontiguousarray(self._volume.labels), self._ranges
+        geometry, shape, ranges = self._volume.geometry, self._volume.labels.shape, self._ranges
         spacing, amplitude = np.array(geometry.spacing[::-1]), 0.5**attempt
         step = max(SPACING, ranges.deform / LARGEST_MOVE * 1.01)
-        lines = [_Line(n, s / step) for n, s in zip(labels.shape, spacing, strict=True)]
+        lines = [_Line(n, s / step) for n, s in zip(shape, spacing, strict=True)]
         lattice = [line.points for line in lines]
         drawn = random.shape(attempt, 6 + 3 * math.prod(lattice))  # uniform in [-1, 1)
         turn = _rotation(np.radians(ranges.rotate * amplitude) * drawn[:3]) * (1 + ranges.scale * amplitude * drawn[3:6])
@@ -114,28 +138,9 @@ class Shapes:
         axes = geometry.affine[:3, :3][:, ::-1]
         p = np.linalg.inv(axes) @ turn @ axes
         middle = self._box.mean(0)
-        b = middle - p @ middle
         moves = ranges.deform * amplitude * drawn[6:].reshape(3, *lattice) / spacing[:, None, None, None]
         moves = np.stack([row[0] * moves[0] + row[1] * moves[1] + row[2] * moves[2] for row in p])
-        low, high = self._region(p, b, np.abs(moves).reshape(3, -1).max(1))
-
-        out = np.zeros(labels.shape, np.uint8)
-        rows, columns = np.arange(low[1], high[1]), np.arange(low[2], high[2])
-        flat, last = labels.ravel(), np.array(labels.shape) - 1
-        for k in range(low[0], high[0]):
-            at = np.zeros((len(rows), len(columns)), np.intp)
-            for axis in range(3):
-                field = lines[0].at(moves[axis], k)  # (lattice rows, lattice columns)
-                field = lines[1].along(field, rows, 0).astype(np.float32)
-                place = lines[2].along(field, columns, 1)
-                place += (p[axis, 0] * k + p[axis, 1] * rows + b[axis]).astype(np.float32)[:, None]
-                place += (p[axis, 2] * columns).astype(np.float32)
-                np.rint(place, out=place)
-                np.clip(place, 0, last[axis], out=place)  # past the border its last voxel stands in
-                at *= labels.shape[axis]
-                at += place.astype(np.intp)
-            out[k, low[1] : high[1], low[2] : high[2]] = flat.take(at)
-        return out
+        return DeformationField(p, middle - p @ middle, moves, lines)
 
     def _region(self, p: NDArray[np.float64], b: NDArray[np.float64], reach: NDArray[np.float64]) -> tuple[list[int], list[int]]:
         """The part of the array, first and one past the last index along each axis, beyond which no label can come to lie."""
@@ -149,6 +154,31 @@ class Shapes:
         low = np.clip(np.floor(found.min(0)), 0, last).astype(int)
         high = np.clip(np.ceil(found.max(0)), 0, last).astype(int) + 1
         return low.tolist(), high.tolist()
+
+
+@dataclass(frozen=True)
+class DeformationField:
+    """Where each voxel of a deformed volume comes from: an affine (`p` (3, 3), `b` (3,)) and B-spline `moves` (3, *lattice), all in
+    voxels of the array's axes (d, h, w). Nothing of the volume's size is held: a slice is evaluated when it is asked for."""
+
+    p: NDArray[np.float64]
+    b: NDArray[np.float64]
+    moves: NDArray[np.float64]
+    lines: list[_Line]
+
+    @property
+    def reach(self) -> NDArray[np.float64]:
+        """The most voxels (3,) that a lattice point moves along each axis."""
+        return np.asarray(np.abs(self.moves).reshape(3, -1).max(1))
+
+    def places(self, axis: int, k: int, rows: NDArray[np.intp], columns: NDArray[np.intp]) -> NDArray[np.float32]:
+        """The source coordinate along `axis` (voxels, not clipped to the volume), float32 (rows, columns), of slice `k`."""
+        field = self.lines[0].at(self.moves[axis], k)  # (lattice rows, lattice columns)
+        field = self.lines[1].along(field, rows, 0).astype(np.float32)
+        place = self.lines[2].along(field, columns, 1)
+        place += (self.p[axis, 0] * k + self.p[axis, 1] * rows + self.b[axis]).astype(np.float32)[:, None]
+        place += (self.p[axis, 2] * columns).astype(np.float32)
+        return place
 
 
 class _Line:
