@@ -13,6 +13,7 @@ from io import TextIOWrapper
 from typing import Any, NoReturn, TextIO
 
 from .errors import Mask2CTError, OutputError, printable
+from .standard_streams import droppable_messages, open_standard_streams
 from .stopping import ends_when_told
 
 EXIT_CODES = """exit codes: 0 done · 1 at least one case failed · 2 the command, config or model is wrong ·
@@ -33,22 +34,26 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)`; print a `Mask2CTError` on one screen and return its exit code; 130 on Ctrl-C.
 
-    What a command prints is a part of its output: where it cannot be written, the exit code is 4.
+    What a command prints is a part of its output: where it cannot be written, the exit code is 4. Messages, on
+    standard error, are none: where they cannot be written the work goes on without (`droppable_messages`).
     """
-    _open_standard_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):  # an arrow in cp1252 is written as \u2192, and ends nothing
-            stream.reconfigure(errors="backslashreplace")
+    open_standard_streams()
+    if isinstance(sys.stdout, TextIOWrapper):  # an arrow in cp1252 is written as \u2192, and ends nothing
+        sys.stdout.reconfigure(errors="backslashreplace")
+    with droppable_messages():
+        return _exit_code(main, sys.argv[1:] if argv is None else argv)
+
+
+def _exit_code(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     try:
         with _terminated():
-            return _flushed(main, sys.argv[1:] if argv is None else argv)
+            return _flushed(main, argv)
     except Mask2CTError as exc:
         return _report(exc)
     except KeyboardInterrupt:
         _print_error("interrupted")
         return 130
     except BrokenPipeError:  # the reader of our output went away (`| head`)
-        sys.stderr.close()
         return 0
     except MemoryError as exc:
         fact = f"the memory does not suffice: {exc or 'none is left'}"
@@ -59,7 +64,11 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
 
 
 def _flushed(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """`main(argv)`, and what it printed is written: else Python would say so when it ends, in words of its own."""
+    """`main(argv)`, and what it printed is written: else Python would say so when it ends, in words of its own.
+
+    Where its reader left, the command's own exit code counts.
+    """
+    code = None
     try:
         try:
             code = main(argv)
@@ -67,27 +76,12 @@ def _flushed(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
             sys.stdout.flush()
             raise
         sys.stdout.flush()
-    except OSError:
+    except OSError as exc:
         with suppress(OSError, ValueError):  # what is left in the buffer goes nowhere
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise
+        if code is None or not isinstance(exc, BrokenPipeError):
+            raise
     return code
-
-
-def _open_standard_streams() -> None:
-    """Give a process that was started without some of them streams that lead nowhere.
-
-    Else the next file that is opened, a result for one, would take the number of standard error, and
-    whatever a library says there would be written into it.
-    """
-    if None not in (sys.stdin, sys.stdout, sys.stderr):
-        return
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        os.set_inheritable(number, True)
-    os.close(number)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
 
 
 def _report(error: Mask2CTError) -> int:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import subprocess
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,71 @@ def test_a_full_disk_behind_both_streams(fake_model: Path, tmp_path: Path) -> No
         pytest.skip("no /dev/full")
     done = shell('"$@" > /dev/full 2>&1', "describe", tmp_path / "absent")
     assert (done.returncode, done.stderr) == (2, "")
+
+
+@pytest.fixture(params=["a reader that left", "a full disk"])
+def nowhere(request: pytest.FixtureRequest) -> Iterator[int]:
+    """A descriptor that takes nothing."""
+    if request.param == "a full disk":
+        if not Path("/dev/full").exists():
+            pytest.skip("no /dev/full")
+        descriptor = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, descriptor = os.pipe()
+        os.close(reader)
+    yield descriptor
+    os.close(descriptor)
+
+
+def saying(stream: str, descriptor: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command with `stream` ("stdout", "stderr") led to `descriptor`."""
+    command = [sys.executable, "-m", "runtime", *map(str, arguments)]
+    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: descriptor}
+    return subprocess.run(command, cwd=ROOT, text=True, check=False, timeout=120, **streams)
+
+
+@posix
+def test_unread_messages_stop_no_work(nowhere: int, fake_model: Path, tmp_path: Path) -> None:
+    """They are not the output: a log that has no room, or no reader, is no reason to end with masks left."""
+    mask = write_mask(tmp_path / "case.nii.gz")
+    assert synth(fake_model, tmp_path / "expected", mask) == 0
+    done = saying("stderr", nowhere, *painting(fake_model, mask, tmp_path / "out"))
+    assert done.returncode == 0 and done.stdout.startswith("1 done, 0 failed")
+    assert results(tmp_path / "out") == results(tmp_path / "expected")
+
+
+@posix
+def test_an_unread_error_keeps_its_code(nowhere: int, fake_model: Path, tmp_path: Path) -> None:
+    assert saying("stderr", nowhere, "describe", tmp_path / "absent").returncode == 2
+    absent = painting(fake_model, tmp_path / "absent.nii", tmp_path / "out")
+    assert saying("stderr", nowhere, *absent).returncode == 1
+
+
+@posix
+def test_a_summary_nobody_reads_keeps_the_code(fake_model: Path, tmp_path: Path) -> None:
+    reader, nowhere = os.pipe()
+    os.close(reader)
+    try:
+        absent = painting(fake_model, tmp_path / "absent.nii", tmp_path / "out")
+        done = saying("stdout", nowhere, *absent)
+        assert done.returncode == 1 and "does not exist" in done.stderr and "Exception ignored" not in done.stderr
+        assert saying("stdout", nowhere, "describe", fake_model).returncode == 0
+    finally:
+        os.close(nowhere)
+
+
+@posix
+@pytest.mark.parametrize("stream", ["stdout", "stderr"])
+def test_a_watcher_nobody_reads_goes_on(stream: str, nowhere: int, fake_model: Path, tmp_path: Path) -> None:
+    (inbox := tmp_path / "inbox").mkdir()
+    for name in ("a", "b", "c"):
+        write_mask(inbox / f"{name}.nii.gz")
+    done = saying(stream, nowhere, "watch", inbox, "--model", fake_model, "--backend", "fake", "--output", tmp_path / "out",
+                  "--once", "--stable", 0, "--poll", 0.05)  # fmt: skip
+    assert sorted(path.name for path in (inbox / "done").iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    assert len(results(tmp_path / "out")) == 3
+    # as of every command: the lines on standard output are asked for, and a full disk behind them is told
+    assert done.returncode == (4 if stream == "stdout" and stat.S_ISCHR(os.fstat(nowhere).st_mode) else 0)
 
 
 def lines(*facts: dict[str, Any]) -> bytes:

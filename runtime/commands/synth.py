@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,8 @@ def _run(
                 write_json(options.report, summary.to_json())
     summary.close()
     if not options.quiet:
-        print(printable(f"{summary} → {options.output}"))
+        with suppress(BrokenPipeError):  # nobody reads it: the code counts
+            print(printable(f"{summary} → {options.output}"))
     return failures.code
 
 

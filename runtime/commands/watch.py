@@ -60,6 +60,8 @@ def _watch(options: argparse.Namespace) -> int:
                 watcher.run(poll=options.poll, once=options.once)
             finally:
                 log.say(f"{log.done} done, {log.failed} failed → {options.output}")
+    if log.unsaid is not None:
+        raise log.unsaid
     return 1 if log.failed else 0
 
 
@@ -82,11 +84,17 @@ class _Log:
     def __init__(self, *, several: bool, quiet: bool):
         self._several, self._quiet = several, quiet
         self.done = self.failed = 0
+        self.unsaid: OSError | None = None
         self._told = False
 
     def say(self, text: str) -> None:
         if not self._quiet:
-            print(printable(text), flush=True)
+            try:
+                print(printable(text), flush=True)
+            except BrokenPipeError:  # nobody reads it
+                pass
+            except OSError as exc:  # the masks that wait are no less urgent; the exit code will say it
+                self.unsaid = exc
 
     def chosen(self, case: Case, model: str, reason: str) -> None:
         if self._several:
