@@ -303,6 +303,103 @@ def test_doubled_and_crossing_contours_are_said(tmp_path: Path) -> None:
     assert "1 slices between the first and the last of ROI 1 have no contour" in said and "ventricle" not in said
 
 
+def turned(contour: np.ndarray, side: str) -> np.ndarray:
+    """A contour drawn at the left side of the 60 x 70 image, at another side of it."""
+    column, row = contour.T
+    turns = {
+        "left": (column, row),
+        "right": (69 - column, row),
+        "top": (row, column),
+        "bottom": (row, 59 - column),
+    }
+    return np.stack(turns[side], axis=1)
+
+
+SIDES = ("left", "right", "top", "bottom")
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_contours_that_cross_beyond_the_image_unite(side: str) -> None:
+    outer = box(-20, 40, 10, 50)
+    for other in (box(-35, 25, 20, 40), box(-15, 25, -10, 20), box(-15, -5, 30, 70)):
+        for shift in (0.25, -0.25):
+            contours = [turned(c, side) + shift for c in (outer, other)]
+            pixels, united = area(contours, (60, 70))
+            either = fill(contours[:1], (60, 70)) | fill(contours[1:], (60, 70))
+            assert np.array_equal(pixels, either) and united == 1
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_contours_that_cross_beyond_a_corner_unite(side: str) -> None:
+    outer, inner = box(-20, 40, -30, 40) + 0.25, box(-30, 20, -20, 20) + 0.25
+    contours = [turned(outer, side), turned(inner, side)]
+    pixels, united = area(contours, (60, 70))
+    assert np.array_equal(pixels, fill(contours[:1], (60, 70))) and united == 1
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_hole_beyond_the_image_stays(side: str) -> None:
+    for outer, hole in (
+        (box(-20, 40, 10, 50), box(-10, 25, 20, 40)),
+        (box(-20, 40, -30, 40), box(-15, 20, -25, 20)),
+        (box(-1e6, 40, -1e6, 1e6), box(-300, 25, 20, 40)),
+    ):
+        contours = [turned(outer, side) + 0.25, turned(hole, side) + 0.25]
+        pixels, united = area(contours, (60, 70))
+        assert np.array_equal(pixels, fill(contours, (60, 70))) and not united
+        assert not pixels[fill(contours[1:], (60, 70))].any() and pixels.any()
+
+
+def test_the_edge_of_the_image_decides_nothing() -> None:
+    for n in range(60):
+        random = np.random.default_rng(n)
+        sizes = random.uniform((10, 10, 3, 3), (80, 70, 28, 28), (random.integers(2, 7), 4))
+        contours = [ellipse(*size) for size in sizes]
+        whole, _ = area([c + 64 for c in contours], (256, 256))
+        for top, left in ((0, 0), (20, 30), (35, 45)):
+            pixels, _ = area([c - [left, top] for c in contours], (30, 40))
+            assert np.array_equal(pixels, whole[64 + top :, 64 + left :][:30, :40])
+
+
+def test_a_contour_outside_joins_two_inside() -> None:
+    first, second, bridge = box(-30, 30, 5, 20), box(-30, 30, 30, 45), box(-25, -10, 10, 40)
+    both = box(5, 15, 10, 40)  # crosses the two, and lies in no single one
+    pixels, united = area([first, second, bridge, both], (60, 70))
+    assert np.array_equal(pixels, mask((0, 30, 5, 20), (0, 30, 30, 45), (5, 15, 10, 40))) and united == 2
+
+
+@pytest.mark.parametrize("shape", ["box", "ellipse"])
+def test_contours_leave_by_more_than_rounding(shape: str) -> None:
+    outer = box(5.1, 45, 5, 45)
+    for left, is_hole in ((4.95, True), (4.5, False)):
+        inner = box(left, 25, 10, 30) if shape == "box" else ellipse(left + 10, 20, 10, 9)
+        pixels, united = area([outer, inner], (60, 70))
+        hole = fill([inner], (60, 70))
+        assert united == (not is_hole) and pixels[hole].any() == (not is_hole)
+
+
+def test_many_crossings_within_one_outline() -> None:
+    corners = [(x, y) for x in range(10, 1000, 10) for y in range(10, 500, 10)]
+    holes = [box(x, x + 4, y, y + 4) for x, y in corners]
+    crossing = [box(x + 2, x + 5, y + 2, y + 5) for x, y in corners]
+    pixels, united = area([box(0, 1010, 0, 510), *holes, *crossing], (512, 1024))
+    assert united == len(corners)
+    assert np.count_nonzero(pixels) == 1010 * 510 - (16 + 9 - 4) * len(corners)
+
+
+def test_crossings_beyond_the_image_are_said(tmp_path: Path) -> None:
+    contours = [(1, box(-20, 50, 10, 50)), (1, box(-40, 30, 20, 40))]
+    read = read_case(structure(tmp_path, contours), MM_WHS)
+    assert np.array_equal(read.labels[1] == 3, mask((0, 50, 10, 50)))
+    assert "1 contours of ROI 1 overlap others" in " | ".join(read.notes)
+
+
+def test_crossings_too_far_away_are_refused(tmp_path: Path) -> None:
+    contours = [(1, box(-9000, 30, -9000, 30)), (1, box(-9900, 20, -8000, 20))]
+    with pytest.raises(UnreadableVolume, match="overlap each other far beyond"):
+        read_case(structure(tmp_path, contours), MM_WHS)
+
+
 def test_xor_contours_stay_exclusive(tmp_path: Path) -> None:
     first, second = (10, 30, 10, 30), (20, 50, 20, 50)
     read = read_case(structure(tmp_path, [(1, box(*first)), (1, box(*second))], "CLOSEDPLANAR_XOR"), MM_WHS)

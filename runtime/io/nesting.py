@@ -7,17 +7,21 @@ Decision 17 says why they are united.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from itertools import product
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .polygons import Contour, fill, window
+from ..errors import UnreadableVolume
+from .polygons import Contour, distance, fill, window
+from .rings import Place, Rings
 
 SAME = 0.05  # pixels: contours that lie this close to each other all around are one that was written twice
 CANDIDATES = 8  # of those of equal area and extent, how many a contour is compared with
 CORNERS = 1 << 11  # corners that are compared at once
+MARGIN = 256  # pixels: how far a contour is followed beyond the image and all the others
+MIN_CANVAS = 1 << 22  # pixels on which contours that leave the image may be compared, for any image
+MIN_BEYOND = 1 << 24  # pixels outside of the image that contours may be looked at, each for itself
 
 
 def distinct(contours: Sequence[Contour]) -> list[Contour]:
@@ -76,109 +80,89 @@ def area(contours: Sequence[Contour], shape: tuple[int, int]) -> tuple[NDArray[n
     """The pixels of a region whose contours may lie in each other, beside each other or across each other.
 
     By the even-odd rule over rings: a contour inside another ring is a hole, or an island in a hole. A contour that crosses a ring is
-    united with it. A contour that leaves a ring by no more than its own border pixels, as rounding makes it, is inside.
+    united with it. A contour that leaves a ring by at most a quarter of a pixel, as rounding makes it, is inside. Contours are
+    compared where they lie, beyond the image too: its edge decides nothing.
 
     Args:
         contours: `distinct` ones, each (n, 2), in pixels.
         shape: Rows and columns of the image (H, W).
 
     Returns:
-        Bool (H, W), and how many contours were united with others.
+        Bool (H, W), and how many contours were united with others, of those that have to do with the image.
+
+    Raises:
+        UnreadableVolume: when contours overlap each other so far beyond the image that comparing them would take minutes.
     """
-    rings = _Rings(np.zeros(shape, np.int32))
-    for contour in sorted(contours, key=_size, reverse=True):
-        if (place := window(contour, shape)) is not None:
-            shift = (place[1].start, place[0].start)
-            size = (place[0].stop - place[0].start, place[1].stop - place[1].start)
-            rings.add(place, fill([contour - shift], size))
-    return rings.inside(), rings.united
+    result = np.zeros(shape, bool)
+    united = 0
+    for group in _groups(contours):
+        if len(group) == 1:
+            result |= fill(group, shape)
+            continue
+        low, high = _canvas(group, shape)
+        columns, rows = (slice(max(0, lo), min(size, hi)) for lo, hi, size in zip(low, high, shape[::-1], strict=True))
+        if rows.start >= rows.stop or columns.start >= columns.stop:
+            continue  # the whole group lies beside the image
+        rings = _nested(group, low, (high[1] - low[1], high[0] - low[0]), shape)
+        in_image = (slice(rows.start - low[1], rows.stop - low[1]), slice(columns.start - low[0], columns.stop - low[0]))
+        result[rows, columns] |= rings.inside()[in_image]
+        united += rings.united
+    return result, united
 
 
-@dataclass
-class _Rings:
-    """Nested rings as a tree. `innermost` (H, W): of each pixel the innermost ring, 0 outside of all; `parents`: of each ring."""
-
-    innermost: NDArray[np.int32]
-    parents: list[int] = field(default_factory=lambda: [0])
-    united: int = 0
-
-    def add(self, place: tuple[slice, slice], pixels: NDArray[np.bool_]) -> None:
-        """Add a contour that holds `pixels` of the window at `place`."""
-        view = self.innermost[place]
-        ids = view[pixels]
-        if not ids.size:
-            return
-        if ids.min() == ids.max():  # in one ring, or outside of all
-            self._new(view, pixels, int(ids[0]))
-            return
-        base, crossed = self._branches(np.unique(ids).tolist())
-        held: list[int] = []
-        for ring in crossed:
-            whole = self._within(ring)
-            inner, overlap = whole[place], whole[place] & pixels
-            if np.count_nonzero(overlap) == np.count_nonzero(whole):
-                held.append(ring)  # the ring is inside the contour
-                continue
-            core = _core(pixels)
-            if core.any() and not (core & ~inner).any() and (_core(whole)[place] & ~pixels).any():
-                self.add(place, pixels & inner)  # inside but for border pixels
-                return
-        crossed = [ring for ring in crossed if ring not in held]
-        if not crossed:
-            ring = self._new(view, pixels & (view == base), base)
-            for inner_ring in held:
-                self.parents[inner_ring] = ring
-            return
-        self.united += 1
-        first = crossed[0]
-        for ring in crossed[1:]:
-            self._merge(ring, first)
-        view[pixels & (view == base)] = first
-        for inner_ring in held:
-            self.parents[inner_ring] = first
-
-    def inside(self) -> NDArray[np.bool_]:
-        """The pixels in an odd number of rings."""
-        odd = np.zeros(len(self.parents), bool)
-        for ring in range(1, len(self.parents)):
-            odd[ring] = len(self._chain(ring)) % 2 == 0  # the chain ends with 0
-        return odd[self.innermost]
-
-    def _new(self, view: NDArray[np.int32], pixels: NDArray[np.bool_], parent: int) -> int:
-        self.parents.append(parent)
-        view[pixels] = len(self.parents) - 1
-        return len(self.parents) - 1
-
-    def _chain(self, ring: int) -> list[int]:
-        """The ring and all around it, the outermost last, then 0."""
-        chain = [ring]
-        while chain[-1]:
-            chain.append(self.parents[chain[-1]])
-        return chain
-
-    def _branches(self, ids: list[int]) -> tuple[int, list[int]]:
-        """The innermost ring around all of `ids`, and the rings directly in it that hold some of them."""
-        chains = [self._chain(ring)[::-1] for ring in ids]
-        depth = 0
-        while all(len(c) > depth + 1 for c in chains) and len({c[depth + 1] for c in chains}) == 1:
-            depth += 1
-        return chains[0][depth], sorted({c[depth + 1] for c in chains if len(c) > depth + 1})
-
-    def _within(self, ring: int) -> NDArray[np.bool_]:
-        """The pixels inside the outline of a ring (H, W), with those of the rings in it."""
-        belongs = np.array([ring in self._chain(other) for other in range(len(self.parents))])
-        result: NDArray[np.bool_] = belongs[self.innermost]
-        return result
-
-    def _merge(self, ring: int, into: int) -> None:
-        self.innermost[self.innermost == ring] = into
-        self.parents = [into if parent == ring else parent for parent in self.parents]
+def _nested(group: Sequence[Contour], low: tuple[int, int], size: tuple[int, int], shape: tuple[int, int]) -> Rings:
+    """The rings of a group's contours on a canvas of `size` (H, W) whose first pixel is `low` (column, row) of the image."""
+    placed = [(contour, place) for contour in group if (place := window(contour - low, size)) is not None]
+    leaves = min(low) < 0 or low[1] + size[0] > shape[0] or low[0] + size[1] > shape[1]
+    beyond = sum(_pixels(place) - _pixels(window(contour, shape)) for contour, place in placed) if leaves else 0
+    image = shape[0] * shape[1]
+    if size[0] * size[1] > max(MIN_CANVAS, 4 * image) or beyond > max(MIN_BEYOND, 16 * image):
+        raise UnreadableVolume(
+            "a structure set has contours that overlap each other far beyond its image",
+            expected="outlines of structures",
+            remedy="export it again, or give a grid that holds them with --like IMAGE",
+        )
+    rings = Rings(np.zeros(size, np.int32))
+    for contour, place in sorted(placed, key=lambda pair: _size(pair[0]), reverse=True):
+        rows, columns = place
+        first = (low[0] + columns.start, low[1] + rows.start)
+        rings.add(contour - low, place, fill([contour - first], (rows.stop - rows.start, columns.stop - columns.start)))
+    return rings
 
 
-def _core(pixels: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The pixels whose four neighbours are set as well."""
-    padded = np.pad(pixels, 1)
-    return padded[1:-1, 1:-1] & padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
+def _groups(contours: Sequence[Contour]) -> list[list[Contour]]:
+    """The contours in groups, in their order: the extents of those in different groups do not overlap."""
+    extents = np.array([[*c.min(axis=0), *c.max(axis=0)] for c in contours])
+    order = np.argsort(extents[:, 0])
+    lefts, tops, rights, bottoms = extents[order].T
+    ends = np.searchsorted(lefts, rights, side="left")
+    labels = np.arange(len(contours))
+    for n, end in enumerate(ends.tolist()):
+        overlapping = (tops[n + 1 : end] < bottoms[n]) & (bottoms[n + 1 : end] > tops[n])
+        others = labels[n + 1 : end][overlapping]
+        if (others != labels[n]).any():
+            labels[np.isin(labels, others)] = labels[n]
+    groups: dict[int, list[Contour]] = {}
+    for n in np.argsort(order).tolist():  # the place of each contour in `order`
+        groups.setdefault(int(labels[n]), []).append(contours[order[n]])
+    return [*groups.values()]
+
+
+def _canvas(group: Sequence[Contour], shape: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Where the contours of a group are compared: the first pixel, as (column, row) of the image, and the one behind the last."""
+    lows = np.sort([c.min(axis=0) for c in group], axis=0)
+    highs = np.sort([c.max(axis=0) for c in group], axis=0)
+    # Beyond the image and all contours but one, that one is followed for a margin: the rest of it meets nothing.
+    low = np.maximum(lows[0], np.minimum(lows[1] - MARGIN, 0))
+    high = np.minimum(highs[-1], np.maximum(highs[-2] + MARGIN, shape[::-1]))
+    left, top = np.floor(low).astype(int).tolist()
+    right, bottom = np.ceil(high).astype(int).tolist()
+    return (left, top), (right, bottom)
+
+
+def _pixels(place: Place | None) -> int:
+    """How many pixels a window has."""
+    return 0 if place is None else (place[0].stop - place[0].start) * (place[1].stop - place[1].start)
 
 
 def _key(contour: Contour) -> bytes:
@@ -207,12 +191,5 @@ def _same(one: Contour, other: Contour) -> bool:
 
 def _lies_on(corners: Contour, outline: Contour) -> bool:
     """Whether each of the corners lies on the outline, within `SAME`."""
-    start, edge = outline, np.roll(outline, -1, axis=0) - outline
-    squared = np.maximum((edge**2).sum(axis=1), 1e-12)
-    for block in np.array_split(corners, -(-len(corners) // 64)):
-        offset = block[:, None] - start
-        along = np.clip((offset * edge).sum(axis=2) / squared, 0, 1)
-        distance = np.linalg.norm(offset - along[..., None] * edge, axis=2).min(axis=1)
-        if distance.max() > SAME:
-            return False
-    return True
+    blocks = np.array_split(corners, -(-len(corners) // 64))
+    return all(distance(block, outline).max() <= SAME for block in blocks)

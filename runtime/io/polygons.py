@@ -48,6 +48,27 @@ def window(contour: Contour, shape: tuple[int, int]) -> tuple[slice, slice] | No
     return None if box is None else (slice(box[0], box[1]), slice(box[2], box[3]))
 
 
+def contains(outline: Contour, points: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Which of the points (m, 2) lie inside an outline (n, 2), by the even-odd rule: bool (m,). It holds m x n numbers."""
+    start, end = outline, np.roll(outline, -1, axis=0)
+    x, y = points[:, :1], points[:, 1:]
+    crossed = (start[:, 1] <= y) != (end[:, 1] <= y)
+    rise = np.where(end[:, 1] == start[:, 1], 1, end[:, 1] - start[:, 1])
+    beside = x < start[:, 0] + (y - start[:, 1]) * (end[:, 0] - start[:, 0]) / rise
+    odd: NDArray[np.bool_] = np.count_nonzero(crossed & beside, axis=1) % 2 == 1
+    return odd
+
+
+def distance(points: NDArray[np.float64], outline: Contour) -> NDArray[np.float64]:
+    """How far each of the points (m, 2) lies from an outline (n, 2), in pixels: (m,). It holds m x n numbers."""
+    edge = np.roll(outline, -1, axis=0) - outline
+    squared = np.maximum((edge**2).sum(axis=1), 1e-12)
+    offset = points[:, None] - outline
+    along = np.clip((offset * edge).sum(axis=2) / squared, 0, 1)
+    nearest: NDArray[np.float64] = np.linalg.norm(offset - along[..., None] * edge, axis=2).min(axis=1)
+    return nearest
+
+
 def _box(contours: Sequence[Contour], shape: tuple[int, int]) -> tuple[int, int, int, int] | None:
     """First row, row behind the last, and the same of columns, of the pixels that the contours can hold."""
     if not contours:
