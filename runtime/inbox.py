@@ -230,7 +230,12 @@ def fingerprint(path: Path) -> Fingerprint:
     try:
         if path.is_symlink() or not path.is_dir():
             return (("", path.lstat().st_size, path.lstat().st_mtime_ns),)
-        files = [Path(where) / name for where, _, names in os.walk(path) for name in names if not name.lower().startswith(IGNORED)]
+        files = [
+            file
+            for where, folders, names in os.walk(path)
+            for file in (Path(where) / name for name in (*names, *folders) if not name.lower().startswith(IGNORED))
+            if file.name in names or file.is_symlink()  # a linked folder is not entered, but is there
+        ]
         if any(_unfinished(file.name) for file in files):
             return ()
         states = ((file.relative_to(path).as_posix(), file.lstat()) for file in files)

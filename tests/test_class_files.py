@@ -264,3 +264,15 @@ def test_the_list_names_classes_and_their_number(tmp_path: Path, fake_model: Pat
     folder = class_folder(tmp_path / "patient")
     assert synth(fake_model, tmp_path / "out", folder, "--list") == 0
     assert "classes   patient" in (text := capsys.readouterr().out) and "(7 files)" in text and "contours" not in text
+
+
+@pytest.mark.parametrize("name", ["aorta", "heart_myocardium"])
+def test_one_class_alone_contradicts_no_preset(name: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its 1 is what the file is called, not what the preset has at 1: an aorta would become myocardium."""
+    path = write_mask(tmp_path / f"{name}.nii.gz", (MASK == 205).astype(np.uint8))
+    code = synth(fake_model, tmp_path / "out", path, "--labels", HEART)
+    error = capsys.readouterr().err
+    if name == "aorta":
+        assert code == 2 and "'heart_myocardium'" in error and "aorta.nii.gz" in error and not listed(tmp_path / "out")
+    else:
+        assert code == 0 and listed(tmp_path / "out") >= {f"{name}_ct.nii.gz"}

@@ -110,14 +110,14 @@ def test_contours_fill_the_grid_of_the_series_they_were_drawn_on(kind: str, turn
     assert read.dicom is not None and read.dicom.frame_of_reference_uid == sources[0].FrameOfReferenceUID
 
 
-def test_without_its_series_the_references_are_listed_and_a_grid_may_be_given(tmp_path: Path) -> None:
+def test_without_its_series_the_references_are_counted_and_a_grid_may_be_given(tmp_path: Path) -> None:
     sources = drawn(tmp_path)
     alone = tmp_path / "elsewhere" / "rs.dcm"
     alone.parent.mkdir()
     shutil.copy(tmp_path / "rs" / "Doe.dcm", alone)
     with pytest.raises(InputError, match=r"6 of the 6 images it refers to are not there") as caught:
         read_case(case(alone), MM_WHS)
-    assert sources[0].SOPInstanceUID[-12:] in caught.value.fact and sources[0].SOPInstanceUID not in str(caught.value)
+    assert "6 of the 6 images" in caught.value.fact and sources[0].SOPInstanceUID[-12:] not in str(caught.value)
     assert "--like IMAGE" in caught.value.remedy
     on_series = read_case(case(tmp_path / "rs" / "Doe.dcm", like=tmp_path / "ct"), MM_WHS)
     whole = read_case(case(tmp_path, like=None), MM_WHS)
@@ -371,7 +371,7 @@ def test_a_contour_outside_joins_two_inside() -> None:
 @pytest.mark.parametrize("shape", ["box", "ellipse"])
 def test_contours_leave_by_more_than_rounding(shape: str) -> None:
     outer = box(5.1, 45, 5, 45)
-    for left, is_hole in ((4.95, True), (4.5, False)):
+    for left, is_hole in ((5.02, True), (4.5, False)):
         inner = box(left, 25, 10, 30) if shape == "box" else ellipse(left + 10, 20, 10, 9)
         pixels, united = area([outer, inner], (60, 70))
         hole = fill([inner], (60, 70))

@@ -452,3 +452,13 @@ def test_a_stopped_watcher_ends_at_once_and_its_work_is_gone_on_with(
     assert not [name for name in results(out) if Path(name).name.startswith(".")]  # nothing half-written
     assert watch(fake_model, inbox, out, "--variants", "2") == 0
     assert results(out) == results(tmp_path / "expected") and len(listed(inbox / DONE)) == 8 and is_tidy(inbox)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links")
+def test_a_folder_of_links_alone_is_refused(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    """It would lie there for ever, and nothing would be said."""
+    (tmp_path / "elsewhere").mkdir()
+    (inbox / "case").mkdir()
+    (inbox / "case" / "linked").symlink_to(tmp_path / "elsewhere")
+    assert watch(fake_model, inbox, tmp_path / "out") == 1
+    assert "is not opened" in (inbox / FAILED / "case.reason.txt").read_text()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ..contract import LabelTable, Manifest
 from ..engines.registry import CHOICES
 from ..errors import InputError, UsageError, printable
-from ..io.class_files import is_class_name
+from ..io.class_files import contradicted, is_class_name
 from ..io.detect import OWN, Case, PassedOver, ReadOptions, find_cases
 from ..io.dicom_files import LINKED, OUTSIDE
 from ..io.formats import FORMATS, FormatOptions
@@ -19,6 +19,7 @@ from ..io.headers import SUFFIXES
 from ..labels import MAP_HELP, MM_WHS, PRESETS, LabelMap, load_map, lost, names_of
 from ..memory import parse_bytes
 from ..models import RULES_HELP, Models, named
+from ..presets import class_names
 from ..recipe import Recipe
 from ..scale import RaySynthesizer
 from ..stream import CaseResult, make
@@ -220,11 +221,23 @@ def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = Fa
                 f"{printable(case.called)}: {len(case.files)} binary files, one a class, are read as one mask, {case.name}", file=sys.stderr
             )
         elif case.kind == "volume" and is_class_name(case.path, known):
+            _refuse_contradicted(case, options)
             print(f"warning: {printable(case.called)} is called like a structure and read by its values; give the folder of all classes to "
                   "read each by its name", file=sys.stderr)  # fmt: skip
     if say:
         _say_passed_over(skipped, paths=every)
     return cases
+
+
+def _refuse_contradicted(case: Case, options: argparse.Namespace) -> None:
+    """Raise `UsageError` for one class alone whose name is not what the preset calls its value."""
+    if options.labels in PRESETS and (other := contradicted(case.path, class_names(options.labels))):
+        raise UsageError(
+            f"{printable(case.called)} is called like a structure, and the preset {options.labels} calls its value {other!r}",
+            expected="a file whose values are those of the preset, or a folder of one file a class",
+            remedy="give the folder of all classes, or a --labels MAP.json that says what the value is",
+            file=case.called,
+        )
 
 
 def _names(options: argparse.Namespace) -> frozenset[str]:

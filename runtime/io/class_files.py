@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,22 @@ def classes_among(volumes: Sequence[Path], names: Collection[str]) -> list[Path]
         return []
     binary = [path for path in volumes if _is_binary(path)]
     return binary if sum(is_class_name(path, names) for path in binary) >= LEAST_NAMES else []
+
+
+def contradicted(path: Path, value_names: Mapping[int, str]) -> str:
+    """What a table calls the one value of a file that is called like another structure; empty where nothing is contradicted.
+
+    A binary file that its owner called `aorta` holds an aorta, whatever its value means in a table of many structures.
+
+    Args:
+        path: a volume file that `is_class_name` takes for a class.
+        value_names: what the table calls the values.
+    """
+    if not _is_binary(path):
+        return ""
+    own = plain(stem(path))
+    meanings = [value_names[value] for value in (1, 255) if value in value_names]
+    return "" if not meanings or any(plain(name) == own for name in meanings) else meanings[0]
 
 
 def read_classes(files: Sequence[Path], called: Path) -> Layers:

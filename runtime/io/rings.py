@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from .polygons import Contour, contains, distance
 
-BORDER = 0.25  # pixels: a contour that leaves a ring by no more, as rounding and short edges make it, is inside
+BORDER = 0.1  # pixels: a contour that leaves a ring by no more, as rounding and short edges make it, is inside
 MOST_PAIRS = 1 << 24  # of corners and edges that are compared to tell whether a contour leaves a ring
 Place = tuple[slice, slice]  # rows and columns of a canvas
 

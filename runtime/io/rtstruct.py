@@ -184,13 +184,8 @@ def _check_references(refers: References, series: DicomSource | None, name: str,
             raise GeometryError(f"{name} lies in another frame of reference than the image series beside it", expected="the series it was drawn on",
                                 remedy="give a grid with --like IMAGE", file=Path(name))  # fmt: skip
         return
-    shown = ", ".join(f"…{uid[-12:]}" for uid in missing[:8]) + (
-        ", …" if len(missing) > 8 else ""
-    )  # the ends: a whole UID points to a patient
     fact = (
-        f"{len(missing)} of the {len(refers.instances)} images it refers to are not there ({shown})"
-        if refers.instances
-        else "it refers to no image"
+        f"{len(missing)} of the {len(refers.instances)} images it refers to are not there" if refers.instances else "it refers to no image"
     )
     lift = (
         "give the folder above both where it lies in another one, add it, or "
