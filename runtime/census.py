@@ -19,14 +19,17 @@ from .volume import runs
 MOST_LABELS = 64
 MOST_DIFFERENT = 0.5
 LEAST_PAIRS = 1000  # of neighbours; fewer tell nothing
+MOST_PENDING = 1 << 20  # values of planes that are not added up yet
 
 
 @dataclass
 class Census:
     """Of the planes that it was shown: `voxels` by value, and how often neighbours in a row differ."""
 
-    voxels: Counter[int] = field(default_factory=Counter)
+    _voxels: Counter[int] = field(default_factory=Counter)
     _runs: Counter[int] = field(default_factory=Counter)
+    _pending: list[tuple[NDArray[Any], ...]] = field(default_factory=list)  # of each plane: values, voxels, runs
+    _size: int = 0  # values that are pending
     _ends: Counter[int] = field(default_factory=Counter)  # runs at either end of a plane: they have one neighbour
     _changes: int = 0
 
@@ -46,16 +49,34 @@ class Census:
         """
         distinct = np.unique(values)
         positions = np.searchsorted(distinct, values)
-        names, count = distinct.tolist(), len(distinct)
-        voxels, number = np.bincount(positions, lengths, count), np.bincount(positions, minlength=count)
-        for value, of_value, runs_of_value in zip(names, voxels.tolist(), number.tolist(), strict=True):
-            self.voxels[value] += int(of_value)
-            self._runs[value] += runs_of_value
+        count = len(distinct)
+        self._pending.append((distinct, np.bincount(positions, lengths, count), np.bincount(positions, minlength=count)))
+        self._size += count
+        if self._size > MOST_PENDING:
+            self._sum_up()
         if len(values):
             self._ends[int(values[0])] += 1
             self._ends[int(values[-1])] += 1
             self._changes += len(values) - 1
         return distinct, positions
+
+    @property
+    def voxels(self) -> Counter[int]:
+        """How many voxels have each value."""
+        self._sum_up()
+        return self._voxels
+
+    def _sum_up(self) -> None:
+        """Add up what is pending: of many planes at once, for a loop in Python over each takes as long as the counting."""
+        if not self._pending:
+            return
+        names, voxels, number = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))
+        self._pending, self._size = [], 0
+        distinct, positions = np.unique(names, return_inverse=True)
+        sums = np.bincount(positions, voxels), np.bincount(positions, number)
+        for value, of_value, runs_of_value in zip(distinct.tolist(), *(part.tolist() for part in sums), strict=True):
+            self._voxels[value] += int(of_value)
+            self._runs[value] += int(runs_of_value)
 
     def different(self) -> tuple[float, int]:
         """The part of neighbours that differ where neither is background, the value that most voxels have; and how many pairs there are."""
