@@ -145,7 +145,12 @@ def test_the_node_does_not_report(observer: Observer, model: Path, monkeypatch: 
     assert code == 0 and observer.left() == [] and observer.addresses() == set()
 
 
+# What PyTorch's and matplotlib's own work leaves of an export, on this machine alone: a list of fonts, and the clock of libuuid.
+LOCAL_CACHES = re.compile(r"/matplotlib/fontlist-v[\d.]+\.json$|/libuuid/clock\.txt$")
+
+
 @pytest.mark.slow
 def test_no_export_reports(observer: Observer, trained: Path) -> None:
     observer.run(ROOT / "export" / "build_engine.py", trained, "-o", observer.folder / "model", "--onnx-only", "--quiet")
-    assert observer.left() == [] and observer.addresses() == set()
+    left = [path for path in observer.left() if not LOCAL_CACHES.search(path)]
+    assert left == [] and observer.addresses() == set()
