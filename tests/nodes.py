@@ -121,7 +121,8 @@ class Serving:
         self._reader.join(DEADLINE)
         assert self.process.stderr is not None
         self.process.stderr.close()
-        assert not any(word in self.log for word in SECRETS), self.log
+        log = re.sub(r"\b[0-9a-f]{64}\b", "", self.log)  # of 4,000 digests one holds any six digits by chance
+        assert not any(word in log for word in SECRETS), log
 
 
 def associate(port: int, sop_classes: Iterable[str], *, calling: str = "SENDER", called: str = "MASK2CT", tls: Any = None) -> Any:
