@@ -36,8 +36,16 @@ AUDIT = ".mask2ct.audit.jsonl"
 SCHEMA = 1
 NO_LINE = "0" * 64  # `previous` of the first line of a chain
 ACTIONS = (
-    "started", "stopped", "model loaded", "model switched", "received", "synthesized", "skipped", "failed", "delivered",
-)  # fmt: skip
+    "started",
+    "stopped",
+    "model loaded",
+    "model switched",
+    "received",
+    "synthesized",
+    "skipped",
+    "failed",
+    "delivered",
+)
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # what log rotation makes of a file that is no longer read
 STAGES = {"paint": "synthesize"}  # stage as `CaseResult.seconds` calls it → as the file does
 

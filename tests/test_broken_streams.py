@@ -119,8 +119,23 @@ def test_a_watcher_nobody_reads_goes_on(stream: str, nowhere: int, fake_model: P
     (inbox := tmp_path / "inbox").mkdir()
     for name in ("a", "b", "c"):
         write_mask(inbox / f"{name}.nii.gz")
-    done = saying(stream, nowhere, "watch", inbox, "--model", fake_model, "--backend", "fake", "--output", tmp_path / "out",
-                  "--once", "--stable", 0, "--poll", 0.05)  # fmt: skip
+    done = saying(
+        stream,
+        nowhere,
+        "watch",
+        inbox,
+        "--model",
+        fake_model,
+        "--backend",
+        "fake",
+        "--output",
+        tmp_path / "out",
+        "--once",
+        "--stable",
+        0,
+        "--poll",
+        0.05,
+    )
     assert sorted(path.name for path in (inbox / "done").iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
     assert len(results(tmp_path / "out")) == 3
     # as of every command: the lines on standard output are asked for, and a full disk behind them is told

@@ -115,8 +115,12 @@ def test_a_forced_series_is_read(tmp_path: Path) -> None:
 
 def test_real_images_are_caught_and_real_masks_are_not(real_data: Path) -> None:
     """All CTs and MRs of two data sets and of three single ones, and their masks."""
-    pairs = [(kind, path) for name in ("head_neck_ct", "hippocampus_mr") for kind in ("images", "labels")
-             for path in sorted((real_data / name).glob(f"{kind}T?/*.nii.gz"))]  # fmt: skip
+    pairs = [
+        (kind, path)
+        for name in ("head_neck_ct", "hippocampus_mr")
+        for kind in ("images", "labels")
+        for path in sorted((real_data / name).glob(f"{kind}T?/*.nii.gz"))
+    ]
     pairs += [
         ("images", real_data / name)
         for name in ("abdomen_3mm/ct.nii.gz", "abdomen_3mm_small/ct.nii.gz", "lung_mha/Testing/Baselines/3DCT_lung.mha")
@@ -125,7 +129,9 @@ def test_real_images_are_caught_and_real_masks_are_not(real_data: Path) -> None:
         ("labels", real_data / name)
         for name in ("abdomen_3mm/labels.nii.gz", "abdomen_3mm_small/labels.nii.gz", "lung_mha/3DCT_lung_baseline_mask.mha")
     ]
-    caught = {kind: [Census.of(sitk.GetArrayFromImage(sitk.ReadImage(os.fspath(path)))).is_image() for k, path in pairs if k == kind]
-              for kind in ("images", "labels")}  # fmt: skip
+    caught = {
+        kind: [Census.of(sitk.GetArrayFromImage(sitk.ReadImage(os.fspath(path)))).is_image() for k, path in pairs if k == kind]
+        for kind in ("images", "labels")
+    }
     assert len(caught["images"]) == len(caught["labels"]) == 223
     assert all(caught["images"]) and not any(caught["labels"])

@@ -174,8 +174,10 @@ def test_classes_in_a_zip_are_one_mask(tmp_path: Path) -> None:
 
 def with_names(path: Path, values: NDArray[np.uint8], names: dict[int, str], *, cdata: bool = True, code: int = 0) -> Path:
     """A NIfTI with a label table in its extension, as TotalSegmentator writes it."""
-    text = "".join(f'<Label Key="{k}" Red="0.1" Alpha="1"><![CDATA[{n}]]></Label>' if cdata else f"<Label Red='0' Key='{k}'>{n}</Label>"
-                   for k, n in names.items())  # fmt: skip
+    text = "".join(
+        f'<Label Key="{k}" Red="0.1" Alpha="1"><![CDATA[{n}]]></Label>' if cdata else f"<Label Red='0' Key='{k}'>{n}</Label>"
+        for k, n in names.items()
+    )
     xml = f"<?xml version='1.0'?>\n<CaretExtension><VolumeInformation Index='0'><LabelTable>{text}</LabelTable></VolumeInformation></CaretExtension>"
     made = nibabel.Nifti1Image(values.T, np.diag([1.5, 1.5, 2, 1]))
     made.header.extensions.append(nibabel.nifti1.Nifti1Extension(code, xml.encode()))

@@ -57,7 +57,10 @@ BOTH = [(LEFT, "SCT"), (RIGHT, "SCT"), (LEFT, "SCT")]
 def test_a_side_is_part_of_the_code(tmp_path: Path) -> None:
     path = sided(tmp_path / "s.dcm", *BOTH)
     assert [s.code for s in read_mask(case(path)).segments] == [
-        f"SCT:{ATRIUM}+SCT:{LEFT}", f"SCT:{ATRIUM}+SCT:{RIGHT}", f"SCT:{VENTRICLE}+SCT:{LEFT}"]  # fmt: skip
+        f"SCT:{ATRIUM}+SCT:{LEFT}",
+        f"SCT:{ATRIUM}+SCT:{RIGHT}",
+        f"SCT:{VENTRICLE}+SCT:{LEFT}",
+    ]
     expected = np.array([0, 2, 4, 3], np.uint8)[VALUES]  # the model's own codes say both in one
     assert np.array_equal(read_case(case(path), MM_WHS).labels, expected)
     entries = {f"SCT:{ATRIUM}+SCT:{LEFT}": 550, f"sct:{RIGHT}": "myocardium", f"SCT:{ATRIUM} + SRT:G-A100": 420, f"SCT:{VENTRICLE}": 500}
@@ -113,8 +116,10 @@ def retagged(path: Path, tags: list[str]) -> Path:
 
 
 def entry(kind: str, modifier: str = "^^", region: str = "^^", side: str = "^^") -> str:
-    return (f"TerminologyEntry:Segmentation category and type - 3D Slicer General Anatomy list~SCT^123037004^Anatomical Structure~{kind}~{modifier}"
-            f"~Anatomic codes - DICOM master list~{region}~{side}")  # fmt: skip
+    return (
+        f"TerminologyEntry:Segmentation category and type - 3D Slicer General Anatomy list~SCT^123037004^Anatomical Structure~{kind}~{modifier}"
+        f"~Anatomic codes - DICOM master list~{region}~{side}"
+    )
 
 
 def test_slicer_keeps_codes_among_its_tags(tmp_path: Path) -> None:
@@ -124,7 +129,7 @@ def test_slicer_keeps_codes_among_its_tags(tmp_path: Path) -> None:
         f"Segmentation.Status:inprogress|{entry(f'SCT^{ATRIUM}^Atrium', f'SCT^{LEFT}^Left')}|",
         f"{entry('SRT^T-32100^Atrium', 'SRT^G-A100^Right')}|Segmentation.Status:completed|DicomRtImport.RoiNumber:2|",
         f"Note:see http://x|{entry('SCT^74281007^Myocardium')}",
-    ]  # fmt: skip
+    ]
     retagged(path, tags)
     assert [s.code for s in read_mask(case(path)).segments] == [f"SCT:{ATRIUM}+SCT:{LEFT}", f"SCT:{ATRIUM}+SCT:{RIGHT}", "SCT:74281007"]
     assert np.array_equal(read_case(case(path), MM_WHS).labels, np.array([0, 2, 4, 1], np.uint8)[values])

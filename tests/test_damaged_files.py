@@ -317,8 +317,10 @@ def test_links_and_odd_folders_are_said(tmp_path: Path, fake_model: Path, capsys
     (case,) = find_cases([folder], skipped)
     assert case.name == "a"
     assert {(one.path.name, one.what) for one in skipped} == {
-        ("x.nii.gz", "folder called like a volume"), ("Doe_link", "linked folder"), ("Doe_dead", "broken link")
-    }  # fmt: skip
+        ("x.nii.gz", "folder called like a volume"),
+        ("Doe_link", "linked folder"),
+        ("Doe_dead", "broken link"),
+    }
     assert synth(fake_model, tmp_path / "out", folder) == 0
     error = capsys.readouterr().err
     assert "1 linked folder not read" in error and "1 broken link not read" in error and "x.nii.gz" in error and "Doe" not in error

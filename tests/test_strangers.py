@@ -226,9 +226,13 @@ def segmentation_request() -> bytes:
         return struct.pack("<HHI", 0, number, len(value)) + value
 
     parts = (
-        element(0x0002, SegmentationStorage.encode()) + element(0x0100, b"\x01\x00") + element(0x0110, b"\x01\x00")
-        + element(0x0700, b"\x02\x00") + element(0x0800, b"\x01\x00") + element(0x1000, b"1.2.3")
-    )  # fmt: skip
+        element(0x0002, SegmentationStorage.encode())
+        + element(0x0100, b"\x01\x00")
+        + element(0x0110, b"\x01\x00")
+        + element(0x0700, b"\x02\x00")
+        + element(0x0800, b"\x01\x00")
+        + element(0x1000, b"1.2.3")
+    )
     return element(0x0000, struct.pack("<I", len(parts))) + parts
 
 

@@ -137,19 +137,40 @@ def test_nifti_2_is_read(dtype: str, suffix: str, order: str, tmp_path: Path) ->
     assert np.array_equal(affine_ras(tmp_path / f"m{suffix}"), SFORM) and read.nifti_header is None
 
 
-def nrrd(path: Path, fields: str = "", *, space: str = "space: left-posterior-superior\n", data: bytes | None = None,
-         directions: str = "space directions: (2,0,0) (0,3,0) (0,0,4)\nspace origin: (10,20,30)\n",
-         encoding: str = "raw", kind: str = "uint8", sizes: str = "2 3 4", endian: str = "little") -> Path:  # fmt: skip
-    text = (f"NRRD0005\ntype: {kind}\ndimension: {len(sizes.split())}\n{space}sizes: {sizes}\n{directions}"
-            f"encoding: {encoding}\nendian: {endian}\n{fields}\n")  # fmt: skip
+def nrrd(
+    path: Path,
+    fields: str = "",
+    *,
+    space: str = "space: left-posterior-superior\n",
+    data: bytes | None = None,
+    directions: str = "space directions: (2,0,0) (0,3,0) (0,0,4)\nspace origin: (10,20,30)\n",
+    encoding: str = "raw",
+    kind: str = "uint8",
+    sizes: str = "2 3 4",
+    endian: str = "little",
+) -> Path:
+    text = (
+        f"NRRD0005\ntype: {kind}\ndimension: {len(sizes.split())}\n{space}sizes: {sizes}\n{directions}"
+        f"encoding: {encoding}\nendian: {endian}\n{fields}\n"
+    )
     path.write_bytes(text.encode() + (bytes(range(24)) if data is None else data))
     return path
 
 
-def meta(path: Path, fields: str = "", *, data: bytes | None = None, kind: str = "MET_UCHAR", size: str = "2 3 4", file: str = "LOCAL",
-         spacing: str = "ElementSpacing = 2 3 4\nOffset = 10 20 30\nTransformMatrix = 1 0 0 0 1 0 0 0 1\n") -> Path:  # fmt: skip
-    text = (f"ObjectType = Image\nNDims = {len(size.split())}\n{spacing}{fields}DimSize = {size}\nElementType = {kind}\n"
-            f"ElementDataFile = {file}\n")  # fmt: skip
+def meta(
+    path: Path,
+    fields: str = "",
+    *,
+    data: bytes | None = None,
+    kind: str = "MET_UCHAR",
+    size: str = "2 3 4",
+    file: str = "LOCAL",
+    spacing: str = "ElementSpacing = 2 3 4\nOffset = 10 20 30\nTransformMatrix = 1 0 0 0 1 0 0 0 1\n",
+) -> Path:
+    text = (
+        f"ObjectType = Image\nNDims = {len(size.split())}\n{spacing}{fields}DimSize = {size}\nElementType = {kind}\n"
+        f"ElementDataFile = {file}\n"
+    )
     path.write_bytes(text.encode() + (bytes(range(24)) if data is None else data))
     return path
 
@@ -213,7 +234,7 @@ REFUSED_NRRD = {
     "short gzip": ({"encoding": "gzip", "data": gzip.compress(bytes(23))}, "is truncated"),
     "cut gzip": ({"encoding": "gzip", "data": gzip.compress(bytes(range(24)))[:-3]}, "truncated or damaged"),
     "no gzip": ({"encoding": "gzip", "data": bytes(80)}, "not gzip"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED_NRRD)
@@ -242,7 +263,7 @@ REFUSED_META = {
     "cut zlib": ({"fields": "CompressedData = True\n", "data": zlib.compress(bytes(range(24)))[:-3]}, "truncated or damaged"),
     "flipped zlib": ({"fields": "CompressedData = True\n", "data": zlib.compress(bytes(range(24)))[:-1] + b"\x07"}, "truncated or damaged"),
     "short text": ({"fields": "BinaryData = False\n", "data": b"100 " * 12}, "is truncated"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", REFUSED_META)
@@ -260,8 +281,13 @@ def test_metaimage_distance_units_are_scaled(unit: str, mm: float, tmp_path: Pat
     assert geometry.spacing == pytest.approx((2 * mm, 3 * mm, 4 * mm)) and geometry.origin == pytest.approx((10 * mm, 20 * mm, 30 * mm))
 
 
-NRRD_TYPES = dict(zip(("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"),
-                      ("int8", "uchar", "short", "unsigned short", "int", "uint32_t", "int64", "ulonglong", "float", "double"), strict=True))  # fmt: skip
+NRRD_TYPES = dict(
+    zip(
+        ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"),
+        ("int8", "uchar", "short", "unsigned short", "int", "uint32_t", "int64", "ulonglong", "float", "double"),
+        strict=True,
+    )
+)
 META_TYPES = dict(
     zip(NRRD_TYPES, ("CHAR", "UCHAR", "SHORT", "USHORT", "INT", "UINT", "LONG_LONG", "ULONG_LONG", "FLOAT", "DOUBLE"), strict=True)
 )
@@ -276,8 +302,12 @@ def test_every_type_order_and_encoding_is_read(code: str, order: str, tmp_path: 
         read = read_volume(nrrd(tmp_path / "m.nrrd", data=data, encoding=encoding, kind=NRRD_TYPES[code], endian=endian))
         assert read.values.dtype == code and np.array_equal(read.values, values), encoding
         assert np.array_equal(read.values, sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "m.nrrd")))), encoding
-    for fields, data in (("", plain), ("CompressedData = True\n", zlib.compress(plain)), ("CompressedData = True\n", gzip.compress(plain)),
-                         ("BinaryData = False\n", text)):  # fmt: skip
+    for fields, data in (
+        ("", plain),
+        ("CompressedData = True\n", zlib.compress(plain)),
+        ("CompressedData = True\n", gzip.compress(plain)),
+        ("BinaryData = False\n", text),
+    ):
         read = read_volume(meta(tmp_path / "m.mha", f"BinaryDataByteOrderMSB = {big}\n{fields}", data=data, kind=f"MET_{META_TYPES[code]}"))
         assert read.values.dtype == code and np.array_equal(read.values, values), fields
         assert read.geometry.spacing == (2, 3, 4) and read.geometry.origin == (10, 20, 30)
@@ -306,7 +336,7 @@ OUTSIDE = {
     "meta colon": (".mha", "ElementDataFile : {secret}\nElementDataFile = LOCAL\n"),
     "meta link": (".mhd", "ElementDataFile = ./ln.raw\n"),
     "meta list": (".mhd", "ElementDataFile = LIST\n{secret}\n"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", OUTSIDE)

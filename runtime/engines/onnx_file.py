@@ -23,11 +23,16 @@ MESSAGES: dict[str, dict[int, str]] = {
     "GraphProto": {1: "NodeProto", 5: "TensorProto", 15: "SparseTensorProto"},
     "NodeProto": {5: "AttributeProto"},
     "AttributeProto": {
-        5: "TensorProto", 6: "GraphProto", 10: "TensorProto", 11: "GraphProto", 22: "SparseTensorProto", 23: "SparseTensorProto",
+        5: "TensorProto",
+        6: "GraphProto",
+        10: "TensorProto",
+        11: "GraphProto",
+        22: "SparseTensorProto",
+        23: "SparseTensorProto",
     },
     "SparseTensorProto": {1: "TensorProto", 2: "TensorProto"},
     "TensorProto": {},
-}  # fmt: skip
+}
 EXTERNAL_DATA, DATA_LOCATION = 13, 14  # fields of a TensorProto
 VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
@@ -42,8 +47,12 @@ def check_weights(path: Path) -> None:
         except ValueError as exc:  # an empty file cannot be mapped
             raise ModelError(f"{path.name} is not a graph: {exc}", expected=expected, remedy="export the run again", file=path) from exc
     if external:
-        raise ModelError(f"{path.name} keeps weights in other files, which no manifest describes", expected=expected,
-                         remedy="export the run again", file=path)  # fmt: skip
+        raise ModelError(
+            f"{path.name} keeps weights in other files, which no manifest describes",
+            expected=expected,
+            remedy="export the run again",
+            file=path,
+        )
 
 
 def _external(data: mmap.mmap) -> Iterator[bool]:

@@ -70,13 +70,21 @@ def read_classes(files: Sequence[Path], called: Path) -> Layers:
         with archive.on_disk(file) as path:
             volume = read_volume(path)
         if not _holds_one_value(as_integers(volume.values, file)):
-            raise InputError(f"{file.name} is not binary", expected="0, and 1 or 255, in a file of one class", file=called,
-                             remedy="give it alone, or take it out of the folder")  # fmt: skip
+            raise InputError(
+                f"{file.name} is not binary",
+                expected="0, and 1 or 255, in a file of one class",
+                file=called,
+                remedy="give it alone, or take it out of the folder",
+            )
         if geometry is None:
             geometry, shape, notes = volume.geometry, volume.values.shape, volume.notes  # type: ignore[assignment]
         elif volume.values.shape != shape or _apart(volume.geometry, geometry, shape) > GRID_TOLERANCE:
-            raise GeometryError(f"{file.name} lies on another grid than {files[0].name}", expected="all classes of a mask on one grid",
-                                remedy="resample it to the grid of the others (nearest neighbour)", file=called)  # fmt: skip
+            raise GeometryError(
+                f"{file.name} lies on another grid than {files[0].name}",
+                expected="all classes of a mask on one grid",
+                remedy="resample it to the grid of the others (nearest neighbour)",
+                file=called,
+            )
         if (box := _box(volume.values)) is not None:
             segments.append(Segment(-n, stem(file), strict=True))
             packed.append((box, np.packbits(volume.values[box] != 0, axis=2)))

@@ -55,18 +55,15 @@ def read_header(path: Path, handle: BinaryIO) -> Header:
         raise bad(path, f"states {len(sizes)} sizes for {fields['ndims']} dimensions")
     shape = check_shape(path, sizes)
     if fields.get("elementnumberofchannels", "1") != "1":
-        raise bad(path, f"holds {fields['elementnumberofchannels'][:40]} channels",
-                  "save the labels as one integer per voxel")  # fmt: skip
+        raise bad(path, f"holds {fields['elementnumberofchannels'][:40]} channels", "save the labels as one integer per voxel")
     for key, neutral in (("slope", 1.0), ("offset", 0.0)):
         name = f"elementtointensityfunction{key}"
         if name in fields and lengths(path, name, fields[name]) != [neutral]:
-            raise bad(path, f"rescales its values ({name} = {fields[name][:40]})",
-                      "save the labels themselves")  # fmt: skip
+            raise bad(path, f"rescales its values ({name} = {fields[name][:40]})", "save the labels themselves")
     columns, origin, notes = _place(path, fields, len(sizes))
     geometry, sheared = geometry_of(path, columns, origin)
     voxels = _voxels(path, handle, fields, shape)
-    return Header(geometry, voxels, oriented=_one_of(path, fields, _MATRIX) is not None,
-                  notes=(*notes, *sheared))  # fmt: skip
+    return Header(geometry, voxels, oriented=_one_of(path, fields, _MATRIX) is not None, notes=(*notes, *sheared))
 
 
 def voxel_file_of(path: Path, handle: BinaryIO) -> str | None:
@@ -125,8 +122,7 @@ def _voxels(path: Path, handle: BinaryIO, fields: Mapping[str, str], shape: tupl
     file, start = (path, handle.tell()) if local else (voxel_file(path, name), 0)
     (skip,) = integers(path, fields, "headersize")[:1] if "headersize" in fields else (0,)
     if skip and (local or encoding != "raw"):
-        raise bad(path, f"states HeaderSize = {skip} for voxels that follow its header or are packed",
-                  "write it again, without HeaderSize")  # fmt: skip
+        raise bad(path, f"states HeaderSize = {skip} for voxels that follow its header or are packed", "write it again, without HeaderSize")
     voxels = Voxels(file, start, skip, encoding, dtype, shape)
     if skip == -1:  # the last bytes of the file
         voxels = Voxels(file, max(0, file.stat().st_size - voxels.size), 0, encoding, dtype, shape)
@@ -146,13 +142,11 @@ def _place(path: Path, fields: Mapping[str, str], dimension: int) -> tuple[NDArr
         lone = np.delete(directions[:axes], slice(axes), 1), np.delete(directions[:, :axes], slice(axes), 0)
         unit = np.abs(np.linalg.norm(directions[:axes, :axes], axis=0) - 1) <= UNIT_DIRECTION
         if len(numbers) != dimension**2 or any(part.any() for part in lone) or not unit.all():
-            raise bad_grid(path, f"states the {name} {fields[name][:80]}", "directions of length 1",
-                           "write a valid header")  # fmt: skip
+            raise bad_grid(path, f"states the {name} {fields[name][:80]}", "directions of length 1", "write a valid header")
     if (name := _one_of(path, fields, _OFFSET)) is not None:
         numbers = lengths(path, name, fields[name])
         if len(numbers) != dimension:
-            raise bad_grid(path, f"states the {name} {fields[name][:80]}", f"{dimension} numbers",
-                           "write a valid header")  # fmt: skip
+            raise bad_grid(path, f"states the {name} {fields[name][:80]}", f"{dimension} numbers", "write a valid header")
         origin[:axes] = numbers[:axes]
     columns = np.zeros((3, axes))
     columns[:axes] = directions[:axes, :axes] * np.array(steps)

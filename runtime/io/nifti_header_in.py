@@ -34,12 +34,25 @@ from .volume_header import (
 # nifti1.h, from sizeof_hdr to magic: the 348 bytes of a header
 NIFTI_1 = "i10s18sihcB8h3f4h8f3fhcB4f2i80s24s2h6f4f4f4f16s4s"
 _TYPES = {
-    2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8",
-}  # fmt: skip
+    2: "u1",
+    4: "i2",
+    8: "i4",
+    16: "f4",
+    64: "f8",
+    256: "i1",
+    512: "u2",
+    768: "u4",
+    1024: "i8",
+    1280: "u8",
+}
 _NOT_LABELS = {
-    1: "bits", 32: "complex numbers", 128: "RGB colours", 1536: "128-bit floats",
-    1792: "complex numbers", 2304: "RGBA colours",
-}  # fmt: skip
+    1: "bits",
+    32: "complex numbers",
+    128: "RGB colours",
+    1536: "128-bit floats",
+    1792: "complex numbers",
+    2304: "RGBA colours",
+}
 _MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # xyzt_units: unknown, metre, mm, micron
 TWO_PLACES = 0.25  # how far qform and sform may disagree at a corner, in the smallest spacing
 SAME_PLACE = 0.01  # how far a matrix and its voxel sizes may disagree there, likewise
@@ -79,7 +92,7 @@ class _Stated:
 _PLACES: dict[int, tuple[tuple[str, int], ...]] = {
     348: (("8h", 40), ("h", 70), ("f", 108), ("4f", 76), ("2f", 112), ("B", 123), ("2h", 252), ("6f", 256), ("12f", 280)),
     540: (("8q", 16), ("h", 12), ("q", 168), ("4d", 104), ("2d", 176), ("i", 500), ("2i", 344), ("6d", 352), ("12d", 400)),
-}  # fmt: skip
+}
 
 
 def read_header(path: Path, content: BinaryIO) -> Header:
@@ -99,8 +112,12 @@ def read_header(path: Path, content: BinaryIO) -> Header:
         what = _NOT_LABELS.get(stated.datatype, f"values of the unknown type {stated.datatype}")
         raise bad(path, f"holds {what}", "save the labels as integers")
     if stated.unit & 7 not in _MILLIMETRES:
-        raise bad_grid(path, f"states its grid in the unit {stated.unit & 7}, which NIfTI does not have",
-                       "metres, mm or micrometres (xyzt_units 1, 2 or 3)", "write a valid header")  # fmt: skip
+        raise bad_grid(
+            path,
+            f"states its grid in the unit {stated.unit & 7}, which NIfTI does not have",
+            "metres, mm or micrometres (xyzt_units 1, 2 or 3)",
+            "write a valid header",
+        )
     geometry, whole, notes = _place(path, stated, shape)
     dtype = np.dtype(_TYPES[stated.datatype]).newbyteorder(">" if stated.order == ">" else "<")
     if not math.isfinite(stated.offset) or not stated.size <= stated.offset < 1 << 40:
@@ -108,8 +125,7 @@ def read_header(path: Path, content: BinaryIO) -> Header:
     encoding = "gzip" if path.name.lower().endswith(".gz") else "raw"
     voxels = Voxels(path, 0, int(stated.offset), encoding, dtype, shape, scale=_scale(path, stated))
     packed = struct.pack("<" + NIFTI_1, *struct.unpack(stated.order + NIFTI_1, head)) if len(head) == 348 else None
-    return Header(geometry, check_voxels(path, voxels), packed if whole else None,
-                  any(code > 0 for code in stated.codes), notes)  # fmt: skip
+    return Header(geometry, check_voxels(path, voxels), packed if whole else None, any(code > 0 for code in stated.codes), notes)
 
 
 def _numbers(path: Path, head: bytes, content: BinaryIO) -> tuple[_Stated, bytes]:
@@ -126,8 +142,9 @@ def _numbers(path: Path, head: bytes, content: BinaryIO) -> tuple[_Stated, bytes
         raise bad(path, f"ends after {len(head)} bytes, inside its header")
     magic = head[344:348] == b"n+1\0" if size == 348 else head[4:12] == b"n+2\0\r\n\x1a\n"
     if not magic:
-        raise bad(path, f"is not a single-file NIfTI (its magic is not n+{1 if size == 348 else 2})",
-                  "save header and voxels in one .nii file")  # fmt: skip
+        raise bad(
+            path, f"is not a single-file NIfTI (its magic is not n+{1 if size == 348 else 2})", "save header and voxels in one .nii file"
+        )
     values = [struct.unpack_from(order + code, head, at) for code, at in _PLACES[size]]
     dim, (datatype,), (offset,), pixdim, scale, (unit,), codes, qform, sform = values
     return _Stated(size, order, dim, datatype, offset, pixdim, scale, unit, codes, qform, sform), head
@@ -150,8 +167,9 @@ def _place(path: Path, stated: _Stated, shape: tuple[int, int, int]) -> tuple[Ge
         sides[2], whole = 1.0 / _MILLIMETRES[stated.unit & 7], False
         notes.append(slice_note(path))
     if not all(math.isfinite(side) and side != 0 for side in sides):
-        raise bad_grid(path, f"states the voxel spacing {tuple(sides)}", "three numbers of mm other than 0",
-                       "write the true spacing into the header")  # fmt: skip
+        raise bad_grid(
+            path, f"states the voxel spacing {tuple(sides)}", "three numbers of mm other than 0", "write the true spacing into the header"
+        )
     if min(sides) < 0:
         whole = False
         notes.append(f"{path.name} states a negative voxel size (pixdim {_text(sides)}): its size counts, not its sign")
@@ -172,8 +190,10 @@ def _place(path: Path, stated: _Stated, shape: tuple[int, int, int]) -> tuple[Ge
     else:
         whole = False
         if sform is not None and min(sides) > 0:
-            notes.append(f"{path.name} states voxels of {_text(np.linalg.norm(used[:, :3], axis=0))} by its sform and of "
-                         f"{_text(steps)} by its pixdim: the sform counts")  # fmt: skip
+            notes.append(
+                f"{path.name} states voxels of {_text(np.linalg.norm(used[:, :3], axis=0))} by its sform and of "
+                f"{_text(steps)} by its pixdim: the sform counts"
+            )
     lps = np.array([-1.0, -1.0, 1.0])
     geometry, sheared = geometry_of(path, columns * lps[:, None], used[:, 3] * lps * mm)
     return geometry, whole and shear_of(geometry.affine) <= UNSHEARED, (*notes, *sheared)
@@ -188,8 +208,12 @@ def _qform(path: Path, stated: _Stated, qfac: float, steps: NDArray[np.float64])
         return None
     b, c, d, *offset = _within(path, "qform", stated.qform)
     if math.sqrt(b * b + c * c + d * d) > _LONGEST_QUATERNION:
-        raise bad_grid(path, f"states the quaternion {_text((b, c, d))} in its qform, which is no rotation",
-                       "a unit quaternion", "set qform_code to 0, or write a valid qform")  # fmt: skip
+        raise bad_grid(
+            path,
+            f"states the quaternion {_text((b, c, d))} in its qform, which is no rotation",
+            "a unit quaternion",
+            "set qform_code to 0, or write a valid qform",
+        )
     columns = rotation(*_unit_quaternion(b, c, d)) * (steps * [1, 1, -1 if qfac < 0 else 1])
     if stated.size == 348:
         columns = columns.astype(np.float32).astype(np.float64)
@@ -204,22 +228,29 @@ def _sform(path: Path, stated: _Stated, shape: tuple[int, int, int]) -> NDArray[
     if shape[0] == 1 and not matrix[:, 2].any():
         matrix[:, :3] = third_axis(matrix[:, :3])
     if not np.abs(matrix[:, :3]).any(axis=0).all():
-        raise bad_grid(path, f"states an sform with an empty column ({_text(stated.sform)})", "three axes",
-                       "set sform_code to 0, or write a valid sform")  # fmt: skip
+        raise bad_grid(
+            path,
+            f"states an sform with an empty column ({_text(stated.sform)})",
+            "three axes",
+            "set sform_code to 0, or write a valid sform",
+        )
     return matrix
 
 
 def _within(path: Path, name: str, numbers: Sequence[float]) -> list[float]:
     if not all(abs(number) <= LARGEST_MM for number in numbers):  # NaN is not, either
-        raise bad_grid(path, f"states a place beyond {LARGEST_MM:g} mm, or none ({name})", "a grid in mm",
-                       "write a valid header")  # fmt: skip
+        raise bad_grid(path, f"states a place beyond {LARGEST_MM:g} mm, or none ({name})", "a grid in mm", "write a valid header")
     return [*numbers]
 
 
 def _check_one_place(
-    path: Path, stated: _Stated, qform: NDArray[np.float64], sform: NDArray[np.float64],
-    steps: NDArray[np.float64], corners: NDArray[np.float64],
-) -> None:  # fmt: skip
+    path: Path,
+    stated: _Stated,
+    qform: NDArray[np.float64],
+    sform: NDArray[np.float64],
+    steps: NDArray[np.float64],
+    corners: NDArray[np.float64],
+) -> None:
     """qform and sform must agree at every corner, as far as a qform can say what an sform says.
 
     Near a half turn a = sqrt(1 - b^2 - c^2 - d^2) has lost most of its digits, and with it the
@@ -233,9 +264,12 @@ def _check_one_place(
     slack = (angle + min(shear_of(sform), 1e-3)) * extent
     distance = _apart(qform, sform, corners)
     if distance > TWO_PLACES * steps.min() + slack:
-        raise bad_grid(path, f"lies in two places: its qform (code {stated.codes[0]}) and its sform (code {stated.codes[1]}) "
-                       f"are {distance:.3g} mm apart", "one place",
-                       "set the one that is wrong to code 0, or make them equal (fslorient, nibabel)")  # fmt: skip
+        raise bad_grid(
+            path,
+            f"lies in two places: its qform (code {stated.codes[0]}) and its sform (code {stated.codes[1]}) are {distance:.3g} mm apart",
+            "one place",
+            "set the one that is wrong to code 0, or make them equal (fslorient, nibabel)",
+        )
 
 
 def _corners(shape: tuple[int, int, int]) -> NDArray[np.float64]:

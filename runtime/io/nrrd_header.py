@@ -34,11 +34,37 @@ from .volume_header import (
 )
 
 _FIELDS = {
-    "axismaxs", "axismins", "blocksize", "byteskip", "centers", "content", "datafile", "dimension",
-    "encoding", "endian", "kinds", "labels", "lineskip", "max", "measurementframe", "min", "number",
-    "oldmax", "oldmin", "sampleunits", "sizes", "space", "spacedimension", "spacedirections",
-    "spaceorigin", "spaceunits", "spacings", "thicknesses", "type", "units",
-}  # fmt: skip
+    "axismaxs",
+    "axismins",
+    "blocksize",
+    "byteskip",
+    "centers",
+    "content",
+    "datafile",
+    "dimension",
+    "encoding",
+    "endian",
+    "kinds",
+    "labels",
+    "lineskip",
+    "max",
+    "measurementframe",
+    "min",
+    "number",
+    "oldmax",
+    "oldmin",
+    "sampleunits",
+    "sizes",
+    "space",
+    "spacedimension",
+    "spacedirections",
+    "spaceorigin",
+    "spaceunits",
+    "spacings",
+    "thicknesses",
+    "type",
+    "units",
+}
 _ALIASES = {"centerings": "centers"}
 _TYPES = {
     name: code
@@ -59,10 +85,13 @@ _TYPES = {
 _ENCODINGS = {"raw": "raw", "gz": "gzip", "gzip": "gzip", "hex": "hex"} | dict.fromkeys(("txt", "text", "ascii"), "text")
 # Signs that turn the space's axes into those to the left, to the back and to the head.
 _SPACES = {
-    "left-posterior-superior": (1, 1, 1), "lps": (1, 1, 1),
-    "right-anterior-superior": (-1, -1, 1), "ras": (-1, -1, 1),
-    "left-anterior-superior": (1, -1, 1), "las": (1, -1, 1),
-}  # fmt: skip
+    "left-posterior-superior": (1, 1, 1),
+    "lps": (1, 1, 1),
+    "right-anterior-superior": (-1, -1, 1),
+    "ras": (-1, -1, 1),
+    "left-anterior-superior": (1, -1, 1),
+    "las": (1, -1, 1),
+}
 _UNORIENTED = ("", "3d-right-handed", "3dr")  # no words on the patient, and not mirrored
 _SCALAR = ("domain", "space", "???", "none")
 
@@ -135,9 +164,13 @@ def _add(path: Path, fields: dict[str, str], name: str, value: str) -> None:
 
 
 def _voxels(
-    path: Path, handle: BinaryIO, fields: Mapping[str, str], shape: tuple[int, int, int],
-    layers: int, ended: bool,
-) -> Voxels:  # fmt: skip
+    path: Path,
+    handle: BinaryIO,
+    fields: Mapping[str, str],
+    shape: tuple[int, int, int],
+    layers: int,
+    ended: bool,
+) -> Voxels:
     """Where the values lie, as the header states it."""
     type_ = " ".join(fields.get("type", "").lower().split())
     if type_ not in _TYPES:
@@ -177,13 +210,15 @@ def _place(
     if "spacedirections" not in fields:
         return _place_by_spacings(path, fields, axes)
     if "spacings" in fields and re.sub(r"nan|none", "", fields["spacings"].lower()).strip():
-        raise bad_grid(path, "states both 'space directions' and 'spacings'", "one of them",
-                       "take the wrong one out of its header")  # fmt: skip
+        raise bad_grid(path, "states both 'space directions' and 'spacings'", "one of them", "take the wrong one out of its header")
     space = fields.get("space", "").lower()
     if space not in _SPACES and space not in _UNORIENTED:
-        raise bad_grid(path, f"states its axes in the space {space[:40]!r}, which does not say how they "
-                       "lie in the patient", "left-posterior-superior, or another named by the body",
-                       "write it with such a space")  # fmt: skip
+        raise bad_grid(
+            path,
+            f"states its axes in the space {space[:40]!r}, which does not say how they lie in the patient",
+            "left-posterior-superior, or another named by the body",
+            "write it with such a space",
+        )
     vectors = _vectors(path, "space directions", fields["spacedirections"])
     stated = [vectors[n] for n in axes if n < len(vectors)]
     width = {len(vector) for vector in stated if vector is not None}
@@ -193,24 +228,30 @@ def _place(
     if components == 2 and len(axes) != 2:
         raise no_spacing(path, "space directions", fields["spacedirections"])
     if "spacedimension" in fields and integers(path, fields, "spacedimension") != [components]:
-        raise bad_grid(path, f"states a space of {fields['spacedimension'][:40]} dimensions and directions of "
-                       f"{components}", "one number of dimensions", "write a valid header")  # fmt: skip
+        raise bad_grid(
+            path,
+            f"states a space of {fields['spacedimension'][:40]} dimensions and directions of {components}",
+            "one number of dimensions",
+            "write a valid header",
+        )
     columns = np.zeros((3, len(axes)))
     columns[:components] = np.array(stated, float).T
     origin, notes = np.zeros(3), []
     if "spaceorigin" in fields:
         given = _vectors(path, "space origin", fields["spaceorigin"])
         if len(given) != 1 or given[0] is None or len(given[0]) != components:
-            raise bad_grid(path, f"states the spaceorigin {fields['spaceorigin'][:80]}",
-                           f"one vector of {components} numbers", "write a valid header")  # fmt: skip
+            raise bad_grid(
+                path, f"states the spaceorigin {fields['spaceorigin'][:80]}", f"one vector of {components} numbers", "write a valid header"
+            )
         origin[:components] = given[0]
     else:
         notes.append(f"{path.name} states no origin: its first voxel is taken to lie at 0, 0, 0")
     mm = np.ones(3)
     mm[:components] = _units(path, fields, "spaceunits", components)
     if set(_units(path, fields, "units", dimension)) != {1.0}:
-        raise bad_grid(path, f"states 'units' {fields['units'][:60]} beside 'space directions'",
-                       "'space units'", "take 'units' out of its header")  # fmt: skip
+        raise bad_grid(
+            path, f"states 'units' {fields['units'][:60]} beside 'space directions'", "'space units'", "take 'units' out of its header"
+        )
     signs = np.array(_SPACES.get(space, (1, 1, 1)), float)
     columns, origin = columns * mm[:, None], origin * mm * signs
     if len(axes) == 2:
@@ -234,8 +275,7 @@ def _place_by_spacings(
         mins = fields["axismins"].split()
         low = lengths(path, "axis mins", " ".join(mins[axes[0] : axes[-1] + 1]))
         if len(low) != len(axes):
-            raise bad_grid(path, f"states the axis mins {fields['axismins'][:80]}",
-                           "one number an axis", "write a valid header")  # fmt: skip
+            raise bad_grid(path, f"states the axis mins {fields['axismins'][:80]}", "one number an axis", "write a valid header")
         centers = [*fields.get("centers", "").lower().split()[axes[0] :], "", "", ""]
         mm = _units(path, fields, "units", len(mins))[axes[0] :]
         for n, (at, step) in enumerate(zip(low, steps, strict=True)):
@@ -271,6 +311,5 @@ def _units(path: Path, fields: Mapping[str, str], key: str, count: int) -> list[
     names = ["" if name.lower() in ("none", "???") else name for name in names]
     factors = [1.0 if not name else MILLIMETRES.get(name.lower(), 0.0) for name in names]
     if len(factors) != count or 0.0 in factors:
-        raise bad_grid(path, f"states the {key} {fields[key][:80]}", "a unit an axis: mm, cm, m or um",
-                       "write the grid in mm")  # fmt: skip
+        raise bad_grid(path, f"states the {key} {fields[key][:80]}", "a unit an axis: mm, cm, m or um", "write the grid in mm")
     return factors

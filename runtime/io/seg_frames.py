@@ -45,11 +45,16 @@ def check_frames(ds: Any, count: int, name: str) -> None:
     """
     syntax, bits = str(ds.file_meta.TransferSyntaxUID), int(ds.BitsAllocated)
     if int(ds.get("SamplesPerPixel") or 1) != 1 or bits not in (1, 8, 16, 32):
-        raise UnreadableVolume(f"{name} holds pixels of {bits} bits", expected="one label or one bit per pixel",
-                               remedy="export it as a BINARY DICOM SEG", file=Path(name))  # fmt: skip
+        raise UnreadableVolume(
+            f"{name} holds pixels of {bits} bits",
+            expected="one label or one bit per pixel",
+            remedy="export it as a BINARY DICOM SEG",
+            file=Path(name),
+        )
     if syntax in _LOSSY or (_encapsulated(ds) and ds.get("LossyImageCompression") == "01"):
-        raise UnreadableVolume(f"{name} is compressed with loss", expected="labels as they were drawn", remedy="export it without loss",
-                               file=Path(name))  # fmt: skip
+        raise UnreadableVolume(
+            f"{name} is compressed with loss", expected="labels as they were drawn", remedy="export it without loss", file=Path(name)
+        )
     have, need = len(ds.get("PixelData") or b""), (count * int(ds.Rows) * int(ds.Columns) * bits + 7) // 8
     if have == 0 or (not _encapsulated(ds) and have < need):
         raise _truncated(name, f"{have} of {need} bytes of pixels")
@@ -179,8 +184,12 @@ def _unpacked(data: bytes, most: int) -> bytes:
 
 def _bits(frame: NDArray[Any], name: str) -> NDArray[Any]:
     if frame.max(initial=0) > 1:
-        raise UnreadableVolume(f"{name} states single bits, and its compressed frames hold {int(frame.max())}", expected="0 and 1 alone",
-                               remedy="export it again, without compression", file=Path(name))  # fmt: skip
+        raise UnreadableVolume(
+            f"{name} states single bits, and its compressed frames hold {int(frame.max())}",
+            expected="0 and 1 alone",
+            remedy="export it again, without compression",
+            file=Path(name),
+        )
     return frame
 
 
@@ -190,12 +199,20 @@ def _check_decoder(syntax: str, name: str) -> None:
     try:
         decoder = get_decoder(syntax)
     except NotImplementedError as exc:
-        raise UnreadableVolume(f"{name} is compressed in a way that is not read", expected="a DICOM SEG without compression",
-                               remedy="export it without compression", file=Path(name)) from exc  # fmt: skip
+        raise UnreadableVolume(
+            f"{name} is compressed in a way that is not read",
+            expected="a DICOM SEG without compression",
+            remedy="export it without compression",
+            file=Path(name),
+        ) from exc
     if not decoder.is_available:
         package = _PACKAGES.get(syntax, "pylibjpeg")
-        raise MissingDecoder(f"{name} is compressed as {decoder.UID.name}, for which no decoder is installed", expected=f"the package {package}",
-                             remedy=f"pip install {package}, or export it without compression", file=Path(name))  # fmt: skip
+        raise MissingDecoder(
+            f"{name} is compressed as {decoder.UID.name}, for which no decoder is installed",
+            expected=f"the package {package}",
+            remedy=f"pip install {package}, or export it without compression",
+            file=Path(name),
+        )
 
 
 def _check_size(data: bytes, shape: tuple[int, int], name: str) -> None:
@@ -221,10 +238,15 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 def _truncated(name: str, what: str) -> UnreadableVolume:
-    return UnreadableVolume(f"{name} is truncated: {what} are there", expected="a complete DICOM SEG", remedy="copy or export it again",
-                            file=Path(name))  # fmt: skip
+    return UnreadableVolume(
+        f"{name} is truncated: {what} are there", expected="a complete DICOM SEG", remedy="copy or export it again", file=Path(name)
+    )
 
 
 def _wrong(name: str) -> UnreadableVolume:
-    return UnreadableVolume(f"{name} has a compressed frame that is damaged, or not of the size that its header states",
-                            expected="a complete DICOM SEG", remedy="export it again, without compression", file=Path(name))  # fmt: skip
+    return UnreadableVolume(
+        f"{name} has a compressed frame that is damaged, or not of the size that its header states",
+        expected="a complete DICOM SEG",
+        remedy="export it again, without compression",
+        file=Path(name),
+    )

@@ -125,13 +125,11 @@ def check_shape(path: Path, sizes: Sequence[int]) -> tuple[int, int, int]:
     if len(sizes) < 2:
         raise bad(path, f"is {len(sizes)}-D ({text})", "save it as a 2-D or 3-D label map")
     if any(n != 1 for n in sizes[3:]):
-        raise bad(path, f"is {len(sizes)}-D ({text})",
-                  "save one 3-D volume per file: one channel, one time point")  # fmt: skip
+        raise bad(path, f"is {len(sizes)}-D ({text})", "save one 3-D volume per file: one channel, one time point")
     if any(n < 1 for n in sizes) or math.prod(sizes) > MAX_VOXELS:
         raise bad(path, f"claims the size {text}")
     if max(sizes) > MAX_EXTENT:
-        raise bad(path, f"has {max(sizes)} voxels along one axis",
-                  f"cut it: NIfTI-1, which is written, holds {MAX_EXTENT}")  # fmt: skip
+        raise bad(path, f"has {max(sizes)} voxels along one axis", f"cut it: NIfTI-1, which is written, holds {MAX_EXTENT}")
     return (sizes[2] if len(sizes) > 2 else 1), sizes[1], sizes[0]
 
 
@@ -143,12 +141,14 @@ def check_voxels(path: Path, voxels: Voxels) -> Voxels:
             compression could not put them into the bytes that are there.
     """
     if voxels.skip < 0 or (voxels.encoding != "raw" and voxels.skip > MAX_GAP):
-        raise bad(path, f"puts its voxels {voxels.skip} bytes behind its header",
-                  f"write it again: up to {MAX_GAP} bytes may lie between")  # fmt: skip
+        raise bad(path, f"puts its voxels {voxels.skip} bytes behind its header", f"write it again: up to {MAX_GAP} bytes may lie between")
     have = voxels.file.stat().st_size - voxels.start
     if have < _least_bytes(voxels):
-        raise bad(path, f"is truncated: {max(0, have - voxels.skip)} bytes are there for "
-                  f"{voxels.size} bytes of voxels", "copy or download it again")  # fmt: skip
+        raise bad(
+            path,
+            f"is truncated: {max(0, have - voxels.skip)} bytes are there for {voxels.size} bytes of voxels",
+            "copy or download it again",
+        )
     return voxels
 
 
@@ -173,7 +173,7 @@ def voxel_name(path: Path, name: str) -> str:
         raise bad(path, f"keeps its voxels in several files ({name[:80]!r})", "save it as one file")
     plain = name.removeprefix("./")
     if not plain or "/" in plain or "\\" in plain or plain in (".", ".."):
-        raise bad(path, f"keeps its voxels in {name[:80]!r}", "keep header and voxels in one folder, or in one file")  # fmt: skip
+        raise bad(path, f"keeps its voxels in {name[:80]!r}", "keep header and voxels in one folder, or in one file")
     return plain
 
 
@@ -190,8 +190,7 @@ def voxel_file(path: Path, name: str) -> Path:
         kind = 0
     if not stat.S_ISREG(kind):
         fact = "is a link" if stat.S_ISLNK(kind) else "is no file beside it"
-        raise bad(path, f"keeps its voxels in {name[:80]!r}, which {fact}",
-                  "keep header and voxels in one folder, or in one file")  # fmt: skip
+        raise bad(path, f"keeps its voxels in {name[:80]!r}, which {fact}", "keep header and voxels in one folder, or in one file")
     return beside
 
 
@@ -236,8 +235,7 @@ def lengths(path: Path, key: str, text: str) -> list[float]:
         numbers = [float(word) for word in words]
         if all(abs(number) <= LARGEST_MM for number in numbers):
             return numbers
-    raise bad_grid(path, f"states the {key} {text[:80]}", f"numbers within {LARGEST_MM:g} mm",
-                   "write a valid header")  # fmt: skip
+    raise bad_grid(path, f"states the {key} {text[:80]}", f"numbers within {LARGEST_MM:g} mm", "write a valid header")
 
 
 def spacings(path: Path, key: str, text: str | None, count: int) -> list[float]:
@@ -252,9 +250,12 @@ def spacings(path: Path, key: str, text: str | None, count: int) -> list[float]:
 
 def no_spacing(path: Path, key: str, text: str | None) -> GeometryError:
     stated = None if text is None else text[:80]
-    return bad_grid(path, f"does not state its voxel spacing ({key}: {stated})",
-                    "a grid in mm; it is never guessed",
-                    "write the true spacing into the header")  # fmt: skip
+    return bad_grid(
+        path,
+        f"does not state its voxel spacing ({key}: {stated})",
+        "a grid in mm; it is never guessed",
+        "write the true spacing into the header",
+    )
 
 
 def third_axis(columns: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -285,8 +286,7 @@ def geometry_of(path: Path, columns: Any, origin: Any) -> tuple[Geometry, tuple[
     shear = shear_of(geometry.affine)
     if shear <= SHEAR_SAID:
         return geometry, ()
-    return geometry, (f"{path.name} is sheared a little: two of its axes have the cosine {shear:.1g}; "
-                      "it is taken as it is",)  # fmt: skip
+    return geometry, (f"{path.name} is sheared a little: two of its axes have the cosine {shear:.1g}; it is taken as it is",)
 
 
 def shear_of(affine: NDArray[np.float64]) -> float:

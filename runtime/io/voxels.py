@@ -46,8 +46,7 @@ def planes(path: Path, voxels: Voxels, at_once: int) -> Iterator[NDArray[Any]]:
             have = _fill(content, place)
             done += have
             if have < len(place):
-                raise bad(path, f"is truncated: {done} of {voxels.size} bytes of voxels are there",
-                          "copy or download it again")  # fmt: skip
+                raise bad(path, f"is truncated: {done} of {voxels.size} bytes of voxels are there", "copy or download it again")
             if start + len(values) == depth and voxels.encoding != "raw":
                 content.read(1)  # at its end the checksum of a compressed stream is compared
             if not values.dtype.isnative:
@@ -135,8 +134,7 @@ def _pass_over(path: Path, content: Any, count: int) -> None:
     while left and (read := _fill(content, place[: min(left, PIECE)])):
         left -= read
     if left:
-        raise bad(path, f"is truncated: it ends {left} bytes before its voxels",
-                  "copy or download it again")  # fmt: skip
+        raise bad(path, f"is truncated: it ends {left} bytes before its voxels", "copy or download it again")
 
 
 def _scaled(values: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
