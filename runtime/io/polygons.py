@@ -59,16 +59,6 @@ def contains(outline: Contour, points: NDArray[np.float64]) -> NDArray[np.bool_]
     return odd
 
 
-def distance(points: NDArray[np.float64], outline: Contour) -> NDArray[np.float64]:
-    """How far each of the points (m, 2) lies from an outline (n, 2), in pixels: (m,). It holds m x n numbers."""
-    edge = np.roll(outline, -1, axis=0) - outline
-    squared = np.maximum((edge**2).sum(axis=1), 1e-12)
-    offset = points[:, None] - outline
-    along = np.clip((offset * edge).sum(axis=2) / squared, 0, 1)
-    nearest: NDArray[np.float64] = np.linalg.norm(offset - along[..., None] * edge, axis=2).min(axis=1)
-    return nearest
-
-
 def _box(contours: Sequence[Contour], shape: tuple[int, int]) -> tuple[int, int, int, int] | None:
     """First row, row behind the last, and the same of columns, of the pixels that the contours can hold."""
     if not contours:

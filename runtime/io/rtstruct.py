@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from ..errors import GeometryError, InputError, UnreadableVolume
 from ..volume import DicomSource, Geometry, Layers, Segment
+from .crossings import TOLERANCE
 from .dicom_files import dataset, guarded, source
-from .nesting import area, distinct, may_overlap, once_around
-from .polygons import Contour, fill
+from .nesting import THIN, Area, area, once_around
+from .polygons import Contour
 from .seg import code_of
 
 PLANE_TOLERANCE = 0.1  # how far the corners of a contour may lie off its plane, in slice spacings (at least 0.1 mm)
@@ -35,17 +36,6 @@ class _Region:
     contours: list[NDArray[np.float64]] = field(default_factory=list)
     passed_over: list[NDArray[np.float64]] = field(default_factory=list)
     xor: bool = True
-
-
-@dataclass(frozen=True)
-class _Plane:
-    """The contours of one region in one plane, corners as (column, row); `crossing`: whether some are to be united."""
-
-    contours: list[Contour]
-    crossing: bool
-
-    def pixels(self, shape: tuple[int, int]) -> NDArray[np.bool_]:
-        return area(self.contours, shape)[0] if self.crossing else fill(self.contours, shape)
 
 
 @dataclass(frozen=True)
@@ -118,7 +108,7 @@ def read_rtstruct(path: Path, name: str, grid: Grid | None, *, like: bool = Fals
             raise GeometryError(f"{name} has contours between the slices of the series", expected="contours in its slices",
                                 remedy="give the series they were drawn on, or a grid with --like IMAGE", file=Path(name))  # fmt: skip
         notes: list[str] = []
-        slices: dict[int, dict[int, _Plane]] = {}
+        slices: dict[int, dict[int, Area]] = {}
         for region in regions:
             number = region.segment.number
             planes = _planes(placed.pop(number), tolerance if like else None)
@@ -136,30 +126,39 @@ def read_rtstruct(path: Path, name: str, grid: Grid | None, *, like: bool = Fals
     return Layers(used, shape, geometry, pieces, origin, tuple(notes))
 
 
-def _settled(planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: float) -> tuple[dict[int, _Plane], list[str]]:
-    """What each slice of the grid takes of a region, and what a person should be told of it, "{}" where the region is meant."""
-    facts, twice, united = [], 0, 0
-    settled: dict[float, _Plane] = {}
+def _settled(planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: float) -> tuple[dict[int, Area], list[str]]:
+    """What each slice of the grid takes of a region, and what a person should be told of it.
+
+    "{}" stands for the region in what is told.
+    """
     slices = _by_slice(planes, shape[0], reach)
-    for height in {*slices.values()}:
-        contours = planes[height]
-        different = distinct(contours) if may_overlap(contours) else contours
-        twice += len(contours) - len(different)
-        if sum(_rows_crossed(c, shape[1]) for c in different) > max(MIN_CROSSINGS, MOST_CROSSINGS * shape[1] * shape[2]):
-            raise UnreadableVolume("a structure set has contours that cross the rows of its image too often for an outline",
-                                   expected="outlines of structures", remedy="export it again")  # fmt: skip
-        crossings = 0 if xor or not may_overlap(different) else area(different, shape[1:])[1]
-        united += crossings
-        settled[height] = _Plane(different, crossings > 0)
-    if beyond := _beyond(planes, shape):
-        facts.append(f"{beyond} contours of {{}} reach beyond the grid and are cut off")
-    if twice:
-        facts.append(f"{twice} contours of {{}} are there twice and count once")
-    if united:
-        facts.append(f"{united} contours of {{}} overlap others without lying inside them and are united with them")
-    if slices and (gaps := max(slices) - min(slices) + 1 - len(slices)):
-        facts.append(f"{gaps} slices between the first and the last of {{}} have no contour of it and stay empty")
-    return {k: settled[height] for k, height in slices.items()}, facts
+    areas = {height: _area(planes[height], xor, shape[1:]) for height in {*slices.values()}}
+    repeated, united, touching, thin = (
+        sum(getattr(plane, name) for plane in areas.values()) for name in ("repeated", "united", "touching", "thin")
+    )
+    gaps = max(slices) - min(slices) + 1 - len(slices) if slices else 0
+    facts = [
+        (_beyond(planes, shape), "contours of {} reach beyond the grid and are cut off"),
+        (repeated, f"contours of {{}} are there twice (to {TOLERANCE} pixels) and count once"),
+        (united, "contours of {} overlap others without lying inside them and are united with them"),
+        (touching, f"contours of {{}} overlap others by up to {TOLERANCE} pixels and are not united"),
+        (thin, f"contours of {{}} lie inside others and leave less than {THIN} pixels of them"),
+        (gaps, "slices between the first and the last of {} have no contour of it and stay empty"),
+    ]
+    told = [f"{count} {fact}" for count, fact in facts if count]
+    return {k: areas[height] for k, height in slices.items()}, told
+
+
+def _area(contours: list[Contour], xor: bool, shape: tuple[int, int]) -> Area:
+    """The area of a region in one plane of an image of `shape`. Raises `UnreadableVolume`."""
+    crossings = sum(_rows_crossed(contour, shape[0]) for contour in contours)
+    if crossings > max(MIN_CROSSINGS, MOST_CROSSINGS * shape[0] * shape[1]):
+        raise UnreadableVolume(
+            "a structure set has contours that cross the rows of its image too often for an outline",
+            expected="outlines of structures",
+            remedy="export it again",
+        )
+    return area(contours, xor=xor)
 
 
 def _passed_over(region: _Region, geometry: Geometry) -> list[str]:
