@@ -297,6 +297,133 @@ def test_heaps_of_boxes_follow_the_rule() -> None:
         assert np.array_equal(pixels, _expected(boxes, (64, 64))), boxes
 
 
+HEAPS = {  # columns, rows, half axes and turns of ellipses; pixels by shapely 2.2 (GEOS 3.14), united
+    "heap 7": (
+        [
+            (95.0, 85.5, 14.0, 17.0, 2.7),
+            (25.4, 89.1, 36.9, 23.7, 0.9),
+            (46.7, 44.9, 22.8, 25.2, 1.7),
+            (102.6, 86.8, 29.9, 44.6, 0.7),
+            (37.5, 72.8, 6.8, 6.4, 1.6),
+        ],
+        7513,
+        2,
+    ),
+    "heap 12": (
+        [
+            (98.8, 39.8, 12.2, 19.0, 0.7),
+            (77.3, 34.0, 40.9, 39.3, 0.0),
+            (67.2, 33.3, 15.3, 21.7, 1.4),
+            (61.5, 97.3, 15.4, 12.5, 2.1),
+        ],
+        3766,
+        1,
+    ),
+    "heap 13": (
+        [
+            (91.7, 88.3, 15.5, 8.1, 2.9),
+            (72.9, 25.2, 41.4, 44.4, 0.9),
+            (88.5, 31.4, 22.5, 37.7, 1.3),
+            (65.4, 34.1, 37.6, 24.9, 0.8),
+            (85.6, 101.4, 26.5, 34.5, 3.1),
+        ],
+        7485,
+        2,
+    ),
+    "heap 28": (
+        [
+            (94.0, 84.7, 6.3, 7.0, 1.0),
+            (93.3, 99.2, 26.3, 36.4, 1.0),
+            (88.8, 88.7, 7.9, 43.5, 1.1),
+            (38.8, 65.5, 29.9, 5.7, 0.5),
+        ],
+        3563,
+        1,
+    ),
+    "heap 46": (
+        [
+            (31.0, 46.3, 29.9, 42.4, 0.3),
+            (74.1, 85.5, 25.5, 34.9, 2.7),
+            (63.9, 87.0, 7.2, 34.2, 2.4),
+            (30.2, 33.2, 20.6, 18.0, 0.8),
+        ],
+        5505,
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEAPS)
+def test_heaps_of_ellipses_follow_the_rule(name: str) -> None:
+    ellipses, pixels, united = HEAPS[name]
+    contours = [_turned_ellipse(*numbers) for numbers in ellipses]
+    for order in (contours, contours[::-1]):
+        region = area(order)
+        assert abs(np.count_nonzero(region.pixels((128, 128))) - pixels) <= 3
+        assert region.united == united
+
+
+def _turned_ellipse(column: float, row: float, a: float, b: float, turn: float) -> np.ndarray:
+    x, y = a * np.cos(CIRCLE), b * np.sin(CIRCLE)
+    across, down = x * np.cos(turn) - y * np.sin(turn), x * np.sin(turn) + y * np.cos(turn)
+    return np.stack([column + across, row + down], axis=1)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.3, 0.7])
+def test_pixel_grid_decides_nothing(shift: float) -> None:
+    outer = box(5, 45, 5, 45) + shift
+    for left, unites in ((4.95, False), (4.85, True)):  # no pixel lies between
+        region = area([outer, box(left, 25, 10, 30) + shift])
+        assert region.united == unites and region.touching == (not unites)
+        hole = region.pixels((60, 70))[12:28, 8:23]
+        assert hole.all() if unites else not hole.any()
+
+
+def _ring() -> np.ndarray:
+    """A ring as one contour: an outline, a hole, and a cut between them."""
+    outer, hole = ellipse(35, 30, 25, 20), ellipse(33, 31, 10, 8)[::-1]
+    return np.concatenate([outer, outer[:1], hole, hole[:1]])
+
+
+@pytest.mark.parametrize("again", [ellipse(33, 31, 10, 8), ellipse(35, 30, 25, 20), _ring()[::-1]])
+def test_a_ring_counts_once(again: np.ndarray) -> None:
+    for contours in ([_ring(), again], [again, _ring()]):
+        region = area(contours)
+        assert np.array_equal(region.pixels((60, 70)), fill([_ring()], (60, 70)))
+        assert region.repeated == 1
+
+
+def test_an_island_in_a_ring_stays() -> None:
+    region = area([_ring(), ellipse(33, 31, 4, 3)])
+    expected = fill([_ring(), ellipse(33, 31, 4, 3)], (60, 70))
+    assert np.array_equal(region.pixels((60, 70)), expected) and not region.repeated
+
+
+def test_close_copies_are_told() -> None:
+    contour = ellipse(35, 30, 25, 20)
+    for smaller in (0.01, 0.05, 0.09):
+        region = area([contour, ellipse(35, 30, 25 - smaller, 20 - smaller)])
+        assert region.repeated == 1 and region.pixels((60, 70)).sum() > 1500
+    for smaller in (0.11, 0.5, 0.9):
+        assert area([contour, ellipse(35, 30, 25 - smaller, 20 - smaller)]).thin == 1
+    assert not area([contour, ellipse(35, 30, 23, 18)]).thin
+
+
+def test_areas_enclosed_twice_are_told() -> None:
+    contour, lobes = ellipse(35, 30, 25, 20), CIRCLE * 2
+    eight = np.stack([35 + 25 * np.sin(CIRCLE), 30 + 20 * np.sin(lobes)], axis=1)
+    loop = np.stack([np.cos(CIRCLE), np.sin(CIRCLE)], axis=1) * (10 + 15 * np.cos(CIRCLE))[:, None]
+    for simple in (contour, eight, _ring(), np.repeat(contour, 2, axis=0)):
+        assert not area([simple]).overlaid
+    for twice in (loop + 30, np.concatenate([contour, ellipse(35, 30, 25, 20)[::2]])):
+        assert area([twice]).overlaid == 1 and area([twice, box(2, 6, 2, 6)]).overlaid == 1
+
+
+def test_too_many_overlaps_are_refused() -> None:
+    with pytest.raises(UnreadableVolume, match="contours overlap more than"):
+        area([ellipse(35, 30, 20, 10 + n / 50)[::20] for n in range(300)])
+
+
 def test_nested_contours_are_the_even_odd_rule() -> None:
     for n in range(30):
         random = np.random.default_rng(n)
@@ -462,6 +589,30 @@ def test_one_and_two_corners_refuse_no_other_roi(tmp_path: Path) -> None:
     said = " | ".join(read.notes)
     assert "1 points or open lines of ROI 1 (in slice 3, " in said and "1 points or open lines of ROI 2 (in slice 4, " in said
     assert "Doe" not in said
+
+
+def test_a_flat_contour_is_no_area(tmp_path: Path) -> None:
+    line = np.array([[10, 10], [30, 20], [50, 30], [20, 15]], float)
+    contours = [(1, box(10, 30, 10, 30)), (1, line), (3, np.full((4, 2), 20.0))]
+    read = read_case(structure(tmp_path, contours), MM_WHS)
+    assert np.array_equal(read.labels[1] == 3, mask((10, 30, 10, 30))) and not read.labels[3].any()
+    assert "2 points or open lines of ROI 1 (in slices 1, 3, " in " | ".join(read.notes)
+
+
+def test_tolerances_are_said(tmp_path: Path) -> None:
+    square = box(10, 30, 10, 30)
+    twice = np.concatenate([square, box(10, 30, 10, 30)[[1, 2, 3, 0]], square[1:2]])
+    contours = [
+        (1, square),
+        (1, box(9.95, 20, 15, 25)),
+        (2, square),
+        (2, box(10.5, 29.5, 10.5, 29.5)),
+        (3, twice),
+    ]
+    notes = " | ".join(read_case(structure(tmp_path, contours), MM_WHS).notes)
+    assert "1 contours of ROI 1 overlap others by up to 0.1 pixels and are not united" in notes
+    assert "1 contours of ROI 1 are holes that leave less than 1 pixel" in notes
+    assert "1 contours of ROI 1 go around some area twice" in notes
 
 
 def test_a_contour_that_lost_its_corners_is_refused(tmp_path: Path) -> None:

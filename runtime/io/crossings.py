@@ -47,8 +47,9 @@ class Relation(Enum):
 
     APART = auto()  # beside the other one, or around it
     INSIDE = auto()
-    SAME = auto()
-    CROSSING = auto()
+    TRACES = auto()  # it runs along the other one's outline all around
+    TRACED = auto()  # the other one runs along its outline, which goes further
+    CROSSING = auto()  # each outline runs both inside and outside of the other one
 
 
 def relation(contour: Outline, other: Outline, tolerance: float = TOLERANCE) -> tuple[Relation, bool]:
@@ -60,24 +61,26 @@ def relation(contour: Outline, other: Outline, tolerance: float = TOLERANCE) -> 
         tolerance: Up to which distance, in pixels, an outline counts as lying on the other one.
 
     Returns:
-        `CROSSING` where each outline runs both inside and outside of the other one, `SAME` where each
-        runs along the other one all around; and whether it is not `CROSSING` by the tolerance alone,
-        by more than `ROUNDING`.
+        The relation; and whether it is not `CROSSING` by the tolerance alone, by more than
+        `ROUNDING`.
 
     Raises:
         UnreadableVolume: when the two outlines run beside each other too often to be compared.
     """
     inside, outside, touches = _sides(contour, other, tolerance)
-    if inside and outside:
-        touches = True
-        if all(_sides(other, contour, tolerance)[:2]):
-            return Relation.CROSSING, False
-    same = not inside and not outside and not any(_sides(other, contour, tolerance)[:2])
-    if same:
-        return Relation.SAME, False
-    within = Relation.INSIDE if inside and not outside else Relation.APART
-    by_tolerance = touches and tolerance > ROUNDING
-    return within, by_tolerance and relation(contour, other, ROUNDING)[0] is Relation.CROSSING
+    if not inside and not outside:
+        return Relation.TRACES, False
+    within = Relation.APART if outside else Relation.INSIDE
+    if not touches and not (inside and outside):
+        return within, False
+    other_inside, other_outside, _ = _sides(other, contour, tolerance)
+    if not other_inside and not other_outside:
+        return Relation.TRACED, False
+    if inside and outside and other_inside and other_outside:
+        return Relation.CROSSING, False
+    if tolerance <= ROUNDING:
+        return within, False
+    return within, relation(contour, other, ROUNDING)[0] is Relation.CROSSING
 
 
 def _sides(contour: Outline, other: Outline, tolerance: float) -> tuple[bool, bool, bool]:

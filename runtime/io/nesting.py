@@ -18,7 +18,9 @@ from .crossings import TOLERANCE, Outline, Relation, relation
 from .polygons import Contour, fill, window
 
 MOST_OVERLAPS = 1 << 15  # pairs of contours of a plane whose extents overlap
-THIN = 0.5  # pixels: a wall between two contours that is said to be thin
+THIN = 1.0  # pixels: a wall between two contours that is said to be thin
+LINE_CORNERS = 1 << 20  # lines times corners that are looked at together
+MOST_LINES = 64  # across a contour, on which it is looked for areas that it encloses twice
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Area:
         repeated: How many contours were there before and were left out.
         united: How many contours were united with others.
         touching: How many contours overlap another one by up to `TOLERANCE` and were not united.
-        thin: How many contours lie in another one of nearly the same size.
+        overlaid: How many contours go around some area twice, which is left out.
+        thin: How many contours lie in another one and leave less than `THIN` of it.
     """
 
     components: tuple[tuple[Contour, ...], ...]
@@ -39,6 +42,7 @@ class Area:
     united: int = 0
     touching: int = 0
     thin: int = 0
+    overlaid: int = 0
 
     def pixels(self, shape: tuple[int, int]) -> NDArray[np.bool_]:
         """The pixels of the region in an image of `shape`, rows and columns: bool (H, W)."""
@@ -60,8 +64,8 @@ def area(contours: Sequence[Contour], *, xor: bool = False) -> Area:
     """The area of a region whose contours may lie in each other, beside each other or across.
 
     Contours that cross are united, and so are those that cross one of these. What is united counts
-    as one contour; one that lies in another is a hole, or an island in a hole. Two that lie within
-    `TOLERANCE` of each other all around are one that was written twice.
+    as one contour; one that lies in another is a hole, or an island in a hole. One that runs within
+    `TOLERANCE` of another's outline all around is there already and is left out.
 
     Args:
         contours: Each (n, 2), in pixels.
@@ -71,7 +75,7 @@ def area(contours: Sequence[Contour], *, xor: bool = False) -> Area:
         UnreadableVolume: when so many contours overlap that comparing them would take minutes.
     """
     if len(contours) == 1:
-        return Area(((contours[0],),))
+        return Area(((contours[0],),), overlaid=int(encloses_twice(contours[0])))
     distinct = [*{_key(contour): contour for contour in contours}.values()]
     sizes = [_size(contour) for contour in distinct]
     # The larger first: of two the smaller one is compared with the larger one.
@@ -85,8 +89,10 @@ def area(contours: Sequence[Contour], *, xor: bool = False) -> Area:
     for larger, smaller in _overlapping(distinct):
         lies, by_tolerance = relation(outlines[smaller], outlines[larger])
         wall = (sizes[larger] - sizes[smaller]) / outlines[smaller].length
-        if lies is Relation.SAME:
+        if lies is Relation.TRACES:
             repeated.add(smaller)
+        elif lies is Relation.TRACED:
+            repeated.add(larger)
         elif lies is Relation.CROSSING:
             crossing.append((larger, smaller))
         elif by_tolerance:
@@ -104,6 +110,7 @@ def area(contours: Sequence[Contour], *, xor: bool = False) -> Area:
         len(remaining) - len(components),
         len(touching - repeated),
         len(thin - repeated),
+        sum(encloses_twice(distinct[n]) for n in remaining),
     )
 
 
@@ -116,6 +123,31 @@ def once_around(contour: Contour) -> Contour:
         if len(again) >= 3 and np.abs(again - contour[: len(again)]).max() <= TOLERANCE:
             return contour[:size]
     return contour
+
+
+def encloses_twice(contour: Contour) -> bool:
+    """Whether a contour goes around some area twice, as seen on `MOST_LINES` lines across it.
+
+    The even-odd rule leaves such an area out, and nothing says whether it was meant so.
+
+    Args:
+        contour: Its corners (n, 2), in pixels.
+    """
+    start, end = contour, np.concatenate([contour[1:], contour[:1]])
+    top, bottom = contour[:, 1].min(), contour[:, 1].max()
+    lines = max(4, min(MOST_LINES, int(bottom - top), LINE_CORNERS // len(contour)))
+    rows = top + (bottom - top) * (np.arange(lines) + 0.5) / lines
+    below = contour[:, 1] <= rows[:, None]
+    crossed = below != np.concatenate([below[:, 1:], below[:, :1]], axis=1)
+    line, edge = np.nonzero(crossed)
+    if np.bincount(line).max(initial=0) <= 2:
+        return False
+    start, end = start[edge], end[edge]
+    x = start[:, 0] + (rows[line] - start[:, 1]) * (end - start)[:, 0] / (end - start)[:, 1]
+    order = np.lexsort((x, line))
+    turns = np.cumsum(np.where(end[order, 1] > start[order, 1], 1, -1))  # 0 at the end of a line
+    widths = np.diff(x[order], append=np.inf)
+    return bool(((turns % 2 == 0) & (turns != 0) & (widths > TOLERANCE)).any())
 
 
 def _overlapping(contours: Sequence[Contour]) -> Iterator[tuple[int, int]]:

@@ -133,8 +133,8 @@ def _settled(planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: flo
     """
     slices = _by_slice(planes, shape[0], reach)
     areas = {height: _area(planes[height], xor, shape[1:]) for height in {*slices.values()}}
-    repeated, united, touching, thin = (
-        sum(getattr(plane, name) for plane in areas.values()) for name in ("repeated", "united", "touching", "thin")
+    repeated, united, touching, thin, overlaid = (
+        sum(getattr(plane, name) for plane in areas.values()) for name in ("repeated", "united", "touching", "thin", "overlaid")
     )
     gaps = max(slices) - min(slices) + 1 - len(slices) if slices else 0
     facts = [
@@ -142,7 +142,8 @@ def _settled(planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: flo
         (repeated, f"contours of {{}} are there twice (to {TOLERANCE} pixels) and count once"),
         (united, "contours of {} overlap others without lying inside them and are united with them"),
         (touching, f"contours of {{}} overlap others by up to {TOLERANCE} pixels and are not united"),
-        (thin, f"contours of {{}} lie inside others and leave less than {THIN} pixels of them"),
+        (thin, f"contours of {{}} are holes that leave less than {THIN:g} pixel of what is around them"),
+        (overlaid, "contours of {} go around some area twice, which counts as outside of them"),
         (gaps, "slices between the first and the last of {} have no contour of it and stay empty"),
     ]
     told = [f"{count} {fact}" for count, fact in facts if count]
@@ -223,11 +224,21 @@ def _take(region: _Region, contour: Any, name: str) -> None:
         raise UnreadableVolume(f"{name} has a contour of {known}", expected="closed planar contours",
                                remedy="export it with planar contours", file=Path(name))  # fmt: skip
     corners = _corners(contour, name)
-    if kind in _AREAS and len(corners) >= 3:
+    if kind in _AREAS and len(corners) >= 3 and not _is_line(corners):
         region.contours.append(corners)
         region.xor &= kind != "CLOSED_PLANAR"
-    elif len(corners):  # of fewer corners: a point, a line
+    elif len(corners):
         region.passed_over.append(corners[0])
+
+
+def _is_line(corners: NDArray[np.float64]) -> bool:
+    """Whether all corners (n, 3), in mm, lie on one line or in one point."""
+    offsets = corners - corners[0]
+    distances = np.einsum("ij,ij->i", offsets, offsets)
+    farthest = offsets[int(distances.argmax())]
+    squared = max(float(farthest @ farthest), 1e-12)
+    beside = offsets - np.outer(offsets @ farthest / squared, farthest)
+    return bool(np.abs(beside).max() < 1e-6)
 
 
 def _corners(contour: Any, name: str) -> NDArray[np.float64]:
