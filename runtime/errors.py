@@ -46,6 +46,17 @@ def escaped(text: str) -> str:
     return text.encode("unicode_escape").decode("ascii")
 
 
+def quantity(count: int, noun: str, plural: str = "") -> str:
+    """`1 contour`, `2 contours`, `0 contours`: a count with its noun.
+
+    Args:
+        count: How many.
+        noun: What is counted, in the singular.
+        plural: Its plural where that is not the noun with an s.
+    """
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 class Mask2CTError(Exception):
     """Base of the tree. `fact`, `expected`, `remedy`: sentences for a person; `file`: what they concern, if a file; `rows`: lines below the fact."""
 
