@@ -105,7 +105,10 @@ class GridPolicy:
         if not 1 <= self.slices <= MAX_SLICES or self.slices % 2 == 0:
             raise _no(f"'slices' is {self.slices}", f"an odd number, 1 to {MAX_SLICES}")
         if self.slices > 1 and not (self.slice_spacing and MIN_SPACING <= self.slice_spacing <= MAX_SPACING):
-            raise _no(f"'slice_spacing' is {'null' if self.slice_spacing is None else self.slice_spacing}", "a positive number of mm when slices > 1")
+            raise _no(
+                f"'slice_spacing' is {'null' if self.slice_spacing is None else self.slice_spacing}",
+                "a positive number of mm when slices > 1",
+            )
 
 
 @dataclass(frozen=True)
@@ -252,7 +255,9 @@ class Manifest:
             name=text(data["name"], "'name'"),
             labels=labels_from_json(data["labels"]),
             grid=grid_from_json(data["grid"]),
-            intensity=Intensity(intensity.read("unit", text), *(whole(intensity[key], f"{key!r} of 'intensity'", -32768, 32767) for key in ("low", "high"))),
+            intensity=Intensity(
+                intensity.read("unit", text), *(whole(intensity[key], f"{key!r} of 'intensity'", -32768, 32767) for key in ("low", "high"))
+            ),
             style=whole(data["style"], "'style'", 0, MAX_STYLE),
             noise=data["noise"],
             files={name: _file(name, file) for name, file in files.items()},

@@ -250,7 +250,9 @@ CRAFTED = {
     "empty object": {},
     "nested": nested(200),
 }
-PYTHON = re.compile(r"\w(Error|Exception)\b|\bNone|NoneType|' object|attribute|subscript|indices|operand|__|codec|\b(dict|str|int|tuple|nan|inf)\b")
+PYTHON = re.compile(
+    r"\w(Error|Exception)\b|\bNone|NoneType|' object|attribute|subscript|indices|operand|__|codec|\b(dict|str|int|tuple|nan|inf)\b"
+)
 
 
 @pytest.mark.parametrize("kind", CRAFTED)
