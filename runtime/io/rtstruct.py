@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import GeometryError, InputError, UnreadableVolume
+from ..errors import GeometryError, InputError, UnreadableVolume, quantity
 from ..volume import DicomSource, Geometry, Layers, Segment
 from .dicom_files import dataset, guarded, source
 from .nesting import area, distinct, may_overlap, once_around
@@ -152,13 +152,17 @@ def _settled(planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: flo
         united += crossings
         settled[height] = _Plane(different, crossings > 0)
     if beyond := _beyond(planes, shape):
-        facts.append(f"{beyond} contours of {{}} reach beyond the grid and are cut off")
+        facts.append(f"{quantity(beyond, 'contour of {} reaches', 'contours of {} reach')} beyond the grid and {_are(beyond)} cut off")
     if twice:
-        facts.append(f"{twice} contours of {{}} are there twice and count once")
+        facts.append(f"{quantity(twice, 'contour of {} is there twice and counts', 'contours of {} are there twice and count')} once")
     if united:
-        facts.append(f"{united} contours of {{}} overlap others without lying inside them and are united with them")
+        overlap = quantity(united, "contour of {} overlaps", "contours of {} overlap")
+        facts.append(f"{overlap} others without lying inside them and {_are(united)} united with them")
     if slices and (gaps := max(slices) - min(slices) + 1 - len(slices)):
-        facts.append(f"{gaps} slices between the first and the last of {{}} have no contour of it and stay empty")
+        facts.append(
+            f"{quantity(gaps, 'slice')} between the first and the last of {{}} "
+            f"{'has no contour of it and stays' if gaps == 1 else 'have no contour of it and stay'} empty"
+        )
     return {k: settled[height] for k, height in slices.items()}, facts
 
 
@@ -171,7 +175,14 @@ def _passed_over(region: _Region, geometry: Geometry) -> list[str]:
     slices = sorted({int(k) for k in np.rint(heights)})
     listed = ", ".join(map(str, slices[:8])) + (", …" if len(slices) > 8 else "")
     where = f"in slice{'s' if len(slices) > 1 else ''} {listed}, counted from 0"
-    return [f"{len(region.passed_over)} points or open lines of {{}} ({where}) are no area and are passed over"]
+    count = len(region.passed_over)
+    return [
+        f"{quantity(count, 'point or open line', 'points or open lines')} of {{}} ({where}) {_are(count)} no area and {_are(count)} passed over"
+    ]
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _check_references(refers: References, series: DicomSource | None, name: str, allowed: bool) -> None:
@@ -185,7 +196,9 @@ def _check_references(refers: References, series: DicomSource | None, name: str,
                                 remedy="give a grid with --like IMAGE", file=Path(name))  # fmt: skip
         return
     fact = (
-        f"{len(missing)} of the {len(refers.instances)} images it refers to are not there" if refers.instances else "it refers to no image"
+        f"{len(missing)} of the {quantity(len(refers.instances), 'image')} it refers to {_are(len(missing))} not there"
+        if refers.instances
+        else "it refers to no image"
     )
     lift = (
         "give the folder above both where it lies in another one, add it, or "
