@@ -188,7 +188,7 @@ def test_points_are_passed_over_and_a_region_that_reaches_out_is_said(tmp_path: 
     ds.save_as(path)
     read = read_case(case(tmp_path), MM_WHS)
     assert any("1 contour of ROI 1 reaches beyond the grid" in n for n in read.notes) and any(
-        "1 points or open lines" in n for n in read.notes
+        "1 point or open line" in n for n in read.notes
     )
     assert not read.labels[2].any() and read.labels[1].any()
 

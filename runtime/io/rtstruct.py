@@ -195,11 +195,10 @@ def _check_references(refers: References, series: DicomSource | None, name: str,
             raise GeometryError(f"{name} lies in another frame of reference than the image series beside it", expected="the series it was drawn on",
                                 remedy="give a grid with --like IMAGE", file=Path(name))  # fmt: skip
         return
-    fact = (
-        f"{len(missing)} of the {quantity(len(refers.instances), 'image')} it refers to {_are(len(missing))} not there"
-        if refers.instances
-        else "it refers to no image"
-    )
+    fact = "it refers to no image"
+    if refers.instances:
+        stated = quantity(len(refers.instances), "image")
+        fact = f"{len(missing)} of the {stated} it refers to {_are(len(missing))} not there"
     lift = (
         "give the folder above both where it lies in another one, add it, or "
         if series is None
