@@ -300,7 +300,7 @@ def test_doubled_and_crossing_contours_are_said(tmp_path: Path) -> None:
     assert np.array_equal(read.labels[2] == 3, mask((10, 30, 10, 30), (20, 50, 20, 50)))
     said = " | ".join(read.notes)
     assert "1 contour of ROI 1 is there twice" in said and "1 contour of ROI 1 overlaps others" in said
-    assert "1 slices between the first and the last of ROI 1 have no contour" in said and "ventricle" not in said
+    assert "1 slice between the first and the last of ROI 1 has no contour" in said and "ventricle" not in said
 
 
 def turned(contour: np.ndarray, side: str) -> np.ndarray:
