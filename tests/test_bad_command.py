@@ -26,7 +26,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "does not exist"),
     "no manifest": (lambda m: (m / "manifest.json").unlink(), "holds no manifest.json"),
     "not JSON": (lambda m: (m / "manifest.json").write_text("{"), "cannot be used"),
-    "a key is missing": (lambda m: broken_manifest(m, lambda d: d.pop("grid")), "'grid' is missing"),
+    "a key is missing": (lambda m: broken_manifest(m, lambda d: d.pop("grid")), "has no key 'grid'"),
     "another schema": (lambda m: broken_manifest(m, lambda d: d.update(schema_version=99)), "schema version 99"),
     "impossible grid": (lambda m: broken_manifest(m, lambda d: d["grid"].update(slices=2)), "odd number"),
     "label twice": (lambda m: broken_manifest(m, lambda d: d["labels"][1].update(value=0)), "occurs twice"),
