@@ -88,7 +88,7 @@ def _count(text: str) -> int:
 
 def _require_packages() -> None:
     """Name a missing package before anything is started. Raises `MissingComponent`."""
-    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "scipy", "torchmetrics"):
+    for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "scipy"):
         with importing(name, "the packages of the export extra", 'pip install -e ".[train,export,onnx,openvino]"  (or: make setup)'):
             __import__(name)
 

@@ -24,6 +24,7 @@ from train.scores import body_mask
 from .graph import LabelsToIntensity
 
 SLICES, RANDOM_SLICES = 64, 8  # at least, that a proof paints: of held-out masks; of random labels
+SIGMA = 1.5  # px, of the Gaussian window of KERNEL pixels
 PIXELS = 1 << 20  # at least, where noise or a style makes other images of the same masks: the median of a few is chance
 ON_MASKS, ON_RANDOM = "validation masks", "random labels"
 REMEDY = "nothing was written; report this with the run's run.json"
@@ -199,15 +200,34 @@ def _figures(delta: NDArray[np.int32]) -> dict[str, Any]:
 
 
 def _dssim(a: NDArray[np.int16], b: NDArray[np.int16], manifest: Manifest) -> float:
-    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
-
     span = float(manifest.intensity.high - manifest.intensity.low)
     total = 0.0
     for start in range(0, len(a), AT_ONCE):
         x, y = (torch.from_numpy(v[start : start + AT_ONCE, None].astype(np.float32)) for v in (a, b))
-        found: Any = ssim(x, y, data_range=span, kernel_size=KERNEL)
-        total += len(x) * (1 - float(found))
+        total += len(x) * (1 - similarity(x, y, span))
     return round(max(0.0, total / len(a)), 8)
+
+
+def similarity(x: torch.Tensor, y: torch.Tensor, span: float) -> float:
+    """Mean structural similarity of two stacks of slices (Wang et al. 2004), as `train.metrics.similarity` measures it.
+
+    Not by torchmetrics here: it imports matplotlib.pyplot, which leaves a list of this machine's fonts in the home folder,
+    and an export leaves no file but its own.
+
+    Args:
+        x: float32 (N, 1, H, W); y: the same.
+        span: What lies between the smallest and the largest value that there can be.
+    """
+    distances = torch.arange(KERNEL) - (KERNEL - 1) / 2
+    bell = torch.exp(-((distances / SIGMA) ** 2) / 2)
+    window = torch.outer(bell, bell)[None, None] / bell.sum() ** 2
+    x, y = (torch.nn.functional.pad(image, [KERNEL // 2] * 4, mode="reflect") for image in (x, y))
+    blurred = torch.nn.functional.conv2d(torch.cat([x, y, x * x, y * y, x * y]), window)
+    mean_x, mean_y, xx, yy, xy = blurred.chunk(5)
+    small, larger = (0.01 * span) ** 2, (0.03 * span) ** 2
+    spread = (xx - mean_x**2).clamp(min=0) + (yy - mean_y**2).clamp(min=0)
+    alike = (2 * mean_x * mean_y + small) * (2 * (xy - mean_x * mean_y) + larger)
+    return float((alike / ((mean_x**2 + mean_y**2 + small) * (spread + larger))).mean())
 
 
 def _hu(pairs: NDArray[np.uint8]) -> NDArray[np.int16]:

@@ -220,7 +220,11 @@ def model_facts(name: str, synth: Synthesizer | RaySynthesizer) -> Facts:
 
 
 def result_facts(result: CaseResult, seed: int) -> Facts:
-    """What there is to say of a result but its model. `files`: path in the output folder → SHA-256."""
+    """What there is to say of a result but its model.
+
+    `files`: path in the output folder → SHA-256. `file_list_sha256`: of that list, not of a file; one value for a series of
+    a thousand slices. Lines written before it had this name call it `output_sha256`.
+    """
     return {
         "case": _case_name(result),
         "mask_sha256": result.mask_sha256,
@@ -231,7 +235,7 @@ def result_facts(result: CaseResult, seed: int) -> Facts:
         "error": "" if result.error is None else type(result.error).__name__,  # its words may quote the mask
         "seconds": {STAGES.get(stage, stage): round(value, 3) for stage, value in result.seconds.items()},
         "files": dict(result.sha256),
-        "output_sha256": key_of(result.sha256) if result.sha256 else "",
+        "file_list_sha256": key_of(result.sha256) if result.sha256 else "",
     }
 
 

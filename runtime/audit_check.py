@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .audit import ACTIONS, NO_LINE, SCHEMA
-from .errors import InputError, UsageError, printable, reading
+from .errors import InputError, UsageError, printable, quantity, reading
+from .files import open_input
 from .logfmt import printable_line
 
 LONGEST_LINE = 64 << 20  # bytes: a series of 5,000 slices needs 0.7 MB
@@ -47,9 +48,9 @@ class AuditSummary:
         if self.continues:
             rows.append(("continues", f"a file whose last line has the SHA-256 {self.continues}"))
         if self.torn_before:
-            rows.append(("torn", f"{self.torn_before} lines that a crash or a full disk cut short, each told by the next"))
+            rows.append(("torn", f"{quantity(self.torn_before, 'line')} that a crash or a full disk cut short, each told by the next"))
         if self.torn:
-            rows.append(("torn", f"{self.torn} bytes at the end: a crash or a full disk cut the last line short"))
+            rows.append(("torn", f"{quantity(self.torn, 'byte')} at the end: a crash or a full disk cut the last line short"))
         rows.append(("last line", f"SHA-256 {self.last}"))
         # what the file holds may be anyone's: nothing of it may steer a terminal
         return "\n".join(f"{key:<15} {printable_line(text)}" for key, text in rows)
@@ -98,7 +99,7 @@ class _Chain:
         self._unread: _Unread | None = None
 
     def follow(self, file: Path) -> None:
-        with open(file, "rb") as handle:
+        with open_input(file) as handle:
             for number, line in enumerate(iter(lambda: handle.readline(LONGEST_LINE), b""), 1):
                 content = line.removesuffix(b"\n")
                 facts = _facts(content) if line.endswith(b"\n") else None

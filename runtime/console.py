@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 
 from .errors import Mask2CTError, OutputError, printable
 from .standard_streams import droppable_messages, open_standard_streams
-from .stopping import ends_when_told
+from .stopping import command_line, ends_when_told
 
 EXIT_CODES = """exit codes: 0 done · 1 at least one case failed · 2 the command, config or model is wrong ·
 3 a required component is missing · 4 the output cannot be written · 130 interrupted"""
@@ -34,6 +34,11 @@ class Parser(argparse.ArgumentParser):
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
     """Call `main(argv)`; print a `Mask2CTError` on one screen and return its exit code; 130 on Ctrl-C.
 
+    Args:
+        main: What the command does; returns its exit code.
+        argv: Words of the command line. None: those that this process was started with, so that the process is this command
+            and ends when told, whatever hangs in it (`stopping.command_line`). A program that gives words of its own goes on.
+
     What a command prints is a part of its output: where it cannot be written, the exit code is 4. Messages, on
     standard error, are none: where they cannot be written the work goes on without (`droppable_messages`).
     """
@@ -41,7 +46,10 @@ def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None)
     if isinstance(sys.stdout, TextIOWrapper):  # an arrow in cp1252 is written as \u2192, and ends nothing
         sys.stdout.reconfigure(errors="backslashreplace")
     with droppable_messages():
-        return _exit_code(main, sys.argv[1:] if argv is None else argv)
+        if argv is not None:
+            return _exit_code(main, argv)
+        with command_line():
+            return _exit_code(main, sys.argv[1:])
 
 
 def _exit_code(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:

@@ -13,15 +13,18 @@ Standard library only: training and export import this module too.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from .errors import ModelError, reading
-from .files import sha256_of
+from .files import open_input, sha256_of
+from .stated import items, mapping, nesting, number, parse, shown, text, whole
+from .stated import refusal as _no
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -31,11 +34,6 @@ MAX_LABELS = 256  # indices cross the seams as uint8
 MAX_BYTES = 4 << 20  # of manifest.json
 MAX_CANVAS, MAX_SLICES, MAX_STYLE = 8192, 255, 4096
 MIN_SPACING, MAX_SPACING = 1e-6, 1000.0  # mm
-MAX_TEXT = 1000  # characters of a name
-
-
-def _no(problem: str, expected: str) -> ValueError:
-    return ValueError(f"{problem} (expected {expected})")
 
 
 @dataclass(frozen=True)
@@ -58,13 +56,13 @@ class LabelTable:
         if not all(-(1 << 31) <= v < 1 << 31 for label in self.labels for v in (label.value, *label.aliases)):
             raise _no("a label value is beyond 32 bits", "integers of 32 bits")
         if not 2 <= len(self.labels) <= MAX_LABELS:
-            raise _no(f"{len(self.labels)} labels", f"a background and 1 to {MAX_LABELS - 1} structures")
+            raise _no(f"'labels' has {len(self.labels)} rows", f"a background and 1 to {MAX_LABELS - 1} structures")
         names = [label.name for label in self.labels]
         values = [value for label in self.labels for value in (label.value, *label.aliases)]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise _no(f"label name {twice[0]!r} occurs twice", "each once")
         if again := [value for value, count in Counter(values).items() if count > 1]:
-            raise _no(f"label value {again[0]} occurs twice", "each once")
+            raise _no(f"label value {again[0]} occurs twice in 'value' and 'aliases' of 'labels'", "each once")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -99,15 +97,18 @@ class GridPolicy:
 
     def __post_init__(self) -> None:
         if self.divisor < 1 or any(n < 1 or n % self.divisor for n in self.canvas):
-            raise _no(f"canvas {self.canvas} with divisor {self.divisor}", "positive multiples of the divisor")
+            raise _no(f"'canvas' is {self.canvas} with divisor {self.divisor}", "positive multiples of the divisor")
         if max(self.canvas) > MAX_CANVAS:
-            raise _no(f"canvas {self.canvas}", f"at most {MAX_CANVAS} pixels a side")
+            raise _no(f"'canvas' is {self.canvas}", f"at most {MAX_CANVAS} pixels a side")
         if self.pixel_spacing is not None and not all(MIN_SPACING <= s < 100 for s in self.pixel_spacing):
-            raise _no(f"pixel spacing {self.pixel_spacing}", "two positive numbers of mm")
+            raise _no(f"'pixel_spacing' is {self.pixel_spacing}", "two positive numbers of mm")
         if not 1 <= self.slices <= MAX_SLICES or self.slices % 2 == 0:
-            raise _no(f"{self.slices} slices", f"an odd number, 1 to {MAX_SLICES}")
+            raise _no(f"'slices' is {self.slices}", f"an odd number, 1 to {MAX_SLICES}")
         if self.slices > 1 and not (self.slice_spacing and MIN_SPACING <= self.slice_spacing <= MAX_SPACING):
-            raise _no(f"slice spacing {self.slice_spacing}", "a positive number of mm when slices > 1")
+            raise _no(
+                f"'slice_spacing' is {'null' if self.slice_spacing is None else self.slice_spacing}",
+                "a positive number of mm when slices > 1",
+            )
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Intensity:
 
     def __post_init__(self) -> None:
         if not all(type(n) is int for n in (self.low, self.high)) or not -32768 <= self.low < self.high <= 32767:
-            raise _no(f"intensity range [{self.low}, {self.high}]", "low < high within int16")
+            raise _no(f"'low' and 'high' are {self.low} and {self.high}", "low < high within int16")
 
 
 @dataclass(frozen=True)
@@ -240,30 +241,34 @@ class Manifest:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
         """Rebuild from `to_json`'s form. Raises KeyError, TypeError or ValueError that say what is wrong."""
-        data = _mapping(data, "the manifest")
+        data = mapping(data, "the manifest")
         if data["schema_version"] != SCHEMA_VERSION:
-            raise _no(f"schema version {data['schema_version']!r}", f"{SCHEMA_VERSION}, which this mask2ct reads")
-        intensity = _mapping(data["intensity"], "'intensity'")
-        files = _mapping(data["files"], "'files'")
-        described = {key: _mapping(data.get(key, {}), f"{key!r}") for key in ("parity", "training", "export")}
+            raise _no(f"'schema_version' is {shown(data['schema_version'])}", f"{SCHEMA_VERSION}, which this mask2ct reads")
+        intensity = mapping(data["intensity"], "'intensity'")
+        files = mapping(data["files"], "'files'")
+        described = {key: mapping(data.get(key, {}), f"{key!r}") for key in ("parity", "training", "export")}
         for name, proof in described["parity"].items():
-            _mapping(proof, f"the parity of {name!r}")
+            mapping(proof, f"the parity of {name!r}")
         if type(data["noise"]) is not bool:
-            raise _no(f"'noise' is {data['noise']!r}", "true or false")
+            raise _no(f"'noise' is {shown(data['noise'])}", "true or false")
         manifest = cls(
-            name=_text(data["name"], "'name'"),
+            name=text(data["name"], "'name'"),
             labels=labels_from_json(data["labels"]),
             grid=grid_from_json(data["grid"]),
-            intensity=Intensity(_text(intensity["unit"], "'unit'"), intensity["low"], intensity["high"]),
-            style=_whole(data["style"], "'style'", 0, MAX_STYLE),
+            intensity=Intensity(
+                intensity.read("unit", text), *(whole(intensity[key], f"{key!r} of 'intensity'", -32768, 32767) for key in ("low", "high"))
+            ),
+            style=whole(data["style"], "'style'", 0, MAX_STYLE),
             noise=data["noise"],
             files={name: _file(name, file) for name, file in files.items()},
-            license=_text(data.get("license", ""), "'license'"),
+            license=text(data.get("license", ""), "'license'"),
             **described,
         )
-        stated = ([_spec(s) for s in data["inputs"]], _spec(data["output"]))
-        if stated != ([*manifest.inputs], manifest.output):
-            raise _no("its tensors do not fit its own slices, style and noise", "the tensors of the contract")
+        stated = {"inputs": [_spec(s, "a part of 'inputs'") for s in items(data["inputs"], "'inputs'")]}
+        stated["output"] = [_spec(data["output"], "'output'")]
+        for key, prescribed in (("inputs", [*manifest.inputs]), ("output", [manifest.output])):
+            if stated[key] != prescribed:
+                raise _no(f"{key!r} does not fit 'slices', 'style' and 'noise'", "the tensors that the contract prescribes")
         return manifest
 
     @classmethod
@@ -272,21 +277,21 @@ class Manifest:
         path = folder / MANIFEST
         remedy = "point --model at a folder that `python export/build_engine.py RUN -o MODEL` wrote"
         with reading(folder, "a folder with manifest.json", ModelError):
-            there, stated = folder.is_dir(), path.is_file()
+            there, stated = folder.is_dir(), path.exists()
         if not there:
             raise ModelError(f"model folder {folder} does not exist", expected="a folder with manifest.json", remedy=remedy, file=folder)
         if not stated:
             raise ModelError(f"{folder} holds no {MANIFEST}", expected="a model folder", remedy=remedy, file=folder)
-        with reading(path, "a manifest as export writes it", ModelError), open(path, "rb") as handle:
+        with reading(path, "a manifest as export writes it", ModelError), open_input(path) as handle:
             content = handle.read(MAX_BYTES + 1)
         try:
             if len(content) > MAX_BYTES:
                 raise _no(f"it has more than {MAX_BYTES} bytes", "some thousand")
-            return cls.from_json(json.loads(content.decode("utf-8"), object_pairs_hook=_without_duplicates))
-        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as exc:
-            what = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc)
+            with nesting():
+                return cls.from_json(parse(content))
+        except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as exc:
             raise ModelError(
-                f"{MANIFEST} cannot be used: {what[:500]}", expected="a manifest as export writes it", remedy=remedy, file=path
+                f"{MANIFEST} cannot be used: {str(exc)[:500]}", expected="a manifest as export writes it", remedy=remedy, file=path
             ) from exc
 
     def verify(self, folder: Path, names: Iterable[str]) -> None:
@@ -295,73 +300,40 @@ class Manifest:
             path, stated = folder / name, self.files[name]
             expected, remedy = f"{stated.bytes} bytes with sha256 {stated.sha256}", "copy the model folder again from where it was built"
             with reading(path, expected, ModelError):
-                missing = not path.is_file()
-                altered = not missing and (path.stat().st_size != stated.bytes or sha256_of(path) != stated.sha256)
+                missing, altered = not path.exists(), False
+                if not missing:
+                    with open_input(path) as handle:
+                        altered = os.fstat(handle.fileno()).st_size != stated.bytes or sha256_of(handle) != stated.sha256
             if missing:
                 raise ModelError(f"{name} is missing from the model folder", expected=expected, remedy=remedy, file=path)
             if altered:
                 raise ModelError(f"{name} is not the file its manifest describes", expected=expected, remedy=remedy, file=path)
 
 
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, each key of which stands in it once: two readers would take another of two."""
-    data = dict(pairs)
-    if len(data) < len(pairs):
-        key = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise _no(f"the key {key!r} occurs twice", "each once")
-    return data
-
-
-def _mapping(value: Any, what: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise _no(f"{what} is no object", "a JSON object")
-    return value
-
-
-def _text(value: Any, what: str) -> str:
-    if not isinstance(value, str) or len(value) > MAX_TEXT:
-        raise _no(f"{what} is {value!r:.100}", f"a text of at most {MAX_TEXT} characters")
-    return value
-
-
-def _whole(value: Any, what: str, low: int, high: int) -> int:
-    if type(value) is not int or not low <= value <= high:
-        raise _no(f"{what} is {value!r:.100}", f"an integer from {low} to {high}")
-    return value
-
-
-def _number(value: Any, what: str) -> float:
-    if type(value) not in (int, float):
-        raise _no(f"{what} is {value!r:.100}", "a number")
-    return value  # type: ignore[no-any-return]  # as it is written: results are keyed by it
-
-
-def _list(value: Any, what: str, length: int | None = None) -> Sequence[Any]:
-    if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
-        raise _no(f"{what} is {value!r:.100}", "a list" if length is None else f"a list of {length}")
-    return value
-
-
 def _file(name: str, data: Any) -> ModelFile:
-    data = _mapping(data, f"the file {name!r}")
+    data = mapping(data, f"the file {name!r}")
     if Path(name).name != name or name == ".." or "\\" in name:
         raise _no(f"file name {name!r}", "a plain name in the model folder")
     if unknown := set(data) - {"kind", "precision", "bytes", "sha256", "facts"}:
         raise _no(f"the file {name!r} has a key {min(unknown)!r}", "those that this mask2ct knows")
-    digest = _text(data["sha256"], f"the sha256 of {name!r}")
+    digest = text(data["sha256"], f"the sha256 of {name!r}")
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise _no(f"the sha256 of {name!r} is {digest!r:.100}", "64 hexadecimal digits")
     return ModelFile(
-        _text(data["kind"], f"the kind of {name!r}"),
-        _text(data["precision"], f"the precision of {name!r}"),
-        _whole(data["bytes"], f"the size of {name!r}", 1, 1 << 50),
+        text(data["kind"], f"the kind of {name!r}"),
+        text(data["precision"], f"the precision of {name!r}"),
+        whole(data["bytes"], f"the size of {name!r}", 1, 1 << 50),
         digest,
-        _mapping(data.get("facts", {}), f"what is said of {name!r}"),
+        mapping(data.get("facts", {}), f"what is said of {name!r}"),
     )
 
 
-def _spec(data: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(data["name"], data["dtype"], tuple(data["shape"]))
+def _spec(data: Any, what: str) -> TensorSpec:
+    data = mapping(data, what)
+    name, dtype, shape = data.read("name", text), data.read("dtype", text), data.read("shape", items)
+    if not all(isinstance(side, (int, str)) for side in shape):
+        raise _no(f"'shape' of {what} is {shown(shape)}", "integers and names")
+    return TensorSpec(name, dtype, tuple(shape))
 
 
 def labels_to_json(table: LabelTable) -> list[dict[str, Any]]:
@@ -373,15 +345,15 @@ def labels_to_json(table: LabelTable) -> list[dict[str, Any]]:
 def labels_from_json(rows: Iterable[Mapping[str, Any]]) -> LabelTable:
     """Raises KeyError, TypeError or ValueError when a row is wrong or the rows are not in the order of their index."""
     labels = []
-    for position, row in enumerate(rows):
-        row = _mapping(row, f"label {position}")
-        name = _text(row["name"], f"the name of label {position}")
+    for position, row in enumerate(items(rows, "'labels'")):
+        row = mapping(row, f"row {position} of 'labels'")
+        name = row.read("name", text)
         if row.get("index", position) != position:
-            raise _no(f"label {name!r} has index {row['index']!r} at position {position}", "labels in the order of their index")
-        values = [row["value"], *_list(row.get("aliases", ()), f"'aliases' of label {name!r}")]
-        value, *aliases = [_whole(n, f"a value of label {name!r}", -(1 << 31), (1 << 31) - 1) for n in values]
+            raise _no(f"label {name!r} has 'index' {shown(row['index'])} at position {position}", "labels in the order of their index")
+        values = [row["value"], *items(row.get("aliases", ()), f"'aliases' of label {name!r}")]
+        value, *aliases = [whole(n, f"'value' or one of 'aliases' of label {name!r}", -(1 << 31), (1 << 31) - 1) for n in values]
         snomed = row.get("snomed")
-        code = None if snomed is None else _text(snomed, f"'snomed' of label {name!r}")
+        code = None if snomed is None else text(snomed, f"'snomed' of label {name!r}")
         labels.append(Label(name, value, tuple(aliases), code))
     return LabelTable(tuple(labels))
 
@@ -391,15 +363,15 @@ def grid_to_json(grid: GridPolicy) -> dict[str, Any]:
 
 
 def grid_from_json(data: Mapping[str, Any]) -> GridPolicy:
-    data = _mapping(data, "'grid'")
-    height, width = (_whole(side, "a side of 'canvas'", 1, MAX_CANVAS) for side in _list(data["canvas"], "'canvas'", 2))
+    data = mapping(data, "'grid'")
+    height, width = (whole(side, "a side of 'canvas'", 1, MAX_CANVAS) for side in items(data["canvas"], "'canvas'", 2))
     pixel, apart = data["pixel_spacing"], data["slice_spacing"]
     if pixel is not None:
-        pixel = tuple(float(_number(step, "'pixel_spacing'")) for step in _list(pixel, "'pixel_spacing'", 2))
+        pixel = tuple(float(number(step, "'pixel_spacing'")) for step in items(pixel, "'pixel_spacing'", 2))
     return GridPolicy(
         canvas=(height, width),
         pixel_spacing=pixel,
-        divisor=_whole(data["divisor"], "'divisor'", 1, MAX_CANVAS),
-        slices=_whole(data["slices"], "'slices'", 1, MAX_SLICES),
-        slice_spacing=None if apart is None else _number(apart, "'slice_spacing'"),
+        divisor=whole(data["divisor"], "'divisor'", 1, MAX_CANVAS),
+        slices=whole(data["slices"], "'slices'", 1, MAX_SLICES),
+        slice_spacing=None if apart is None else number(apart, "'slice_spacing'"),
     )

@@ -9,7 +9,8 @@ from typing import Any
 from .contract import MANIFEST, Manifest
 from .engines.onnx_file import check_weights
 from .engines.registry import BACKENDS
-from .errors import ModelError, printable
+from .errors import ModelError, printable, quantity
+from .stated import Object, mapping, nesting, number, text, texts, whole, word
 
 USES = {"train": "to train on", "valid": "to choose and prove with", "test": "to test on"}
 ORGAN_HEAD = ("", "median", "true", "error", "IQR", "true", "texture ratio")
@@ -19,10 +20,15 @@ PARITY_HEAD = ("file", "backend", "on", "slices", "mean", "p99.9", "max", "body 
 def describe(manifest: Manifest, folder: Path) -> str:
     """The manifest as text, every file's SHA-256 compared on the way. Raises `ModelError` for one that is missing or altered."""
     try:
-        return _describe(manifest, folder)
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as exc:
-        raise ModelError(f"what {MANIFEST} says of training, export or proof cannot be read: {exc!r:.200}", expected="a manifest as export writes it",
-                         remedy="export the run again", file=folder / MANIFEST) from exc  # fmt: skip
+        with nesting():
+            return _describe(manifest, folder)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as exc:
+        raise ModelError(
+            f"{MANIFEST} cannot be used: {str(exc)[:500]}",
+            expected="a manifest as export writes it",
+            remedy="export the run again",
+            file=folder / MANIFEST,
+        ) from exc
 
 
 def _describe(manifest: Manifest, folder: Path) -> str:
@@ -63,56 +69,76 @@ def _describe(manifest: Manifest, folder: Path) -> str:
 
 
 def training_lines(manifest: Manifest) -> list[str]:
-    """How the weights came to be, as sentences."""
-    known, lines = manifest.training, []
-    data = known.get("data", {})
+    """How the weights came to be, as sentences. Raises ValueError for what export does not write."""
+    known, lines = mapping(manifest.training, "'training'"), []
+    data, metrics, versions = (_part(known, key) for key in ("data", "metrics", "versions"))
+    patients, slices = _part(data, "patients"), _part(data, "slices")
     counts = [
-        f"{n} patients, {data['slices'][split]} slices {USES.get(split, split)}" for split, n in data.get("patients", {}).items() if n
+        f"{quantity(n, 'patient')}, {quantity(slices.read(split, whole), 'slice')} {USES.get(split, split)}"
+        for split in patients
+        if (n := patients.read(split, whole))
     ]
     if counts:
         lines.append("; ".join(counts))
-    if body := known.get("metrics", {}).get("body"):
-        lines.append(
-            f"mean absolute error inside held-out bodies {body['mae']:.0f}, of painting each label with its mean {body['mae_mean_painting']:.0f}"
-        )
-    versions = " ".join(f"{name} {version}" for name, version in known.get("versions", {}).items())
-    facts = [f"{known['step']} steps" if "step" in known else "", versions, f"commit {known['commit']}" if known.get("commit") else ""]
+    if body := _part(metrics, "body"):
+        error, baseline = body.read("mae", number), body.read("mae_mean_painting", number)
+        lines.append(f"mean absolute error inside held-out bodies {error:.0f}, of painting each label with its mean {baseline:.0f}")
+    facts = [f"{quantity(known.read('step', whole), 'step')}" if "step" in known else ""]
+    facts.append(" ".join(f"{name} {versions.read(name, word)}" for name in versions))
+    facts.append(f"commit {known.read('commit', text)}" if known.get("commit") else "")
     if "weights_sha256" in known:
-        facts.append(f"weights {known['weights_sha256']}")
+        facts.append(f"weights {known.read('weights_sha256', text)}")
     return [*lines, *[", ".join(filter(None, facts))]] if any(facts) else lines
 
 
 def export_lines(manifest: Manifest) -> list[str]:
-    """How the files were made, as sentences."""
-    known = dict(manifest.export)
-    int8 = known.pop("int8", None)
-    lines = [" ".join(f"{name} {version}" for name, version in known.items())] if known else []
-    if int8 and int8["layers"]:
-        left = f"; in floating point: {', '.join(int8['floating'])}" if int8["floating"] else ""
-        lines.append(f"INT8: {int8['layers']} of {int8['of']} layers, calibrated on {int8['calibrated_on']}{left}")
+    """How the files were made, as sentences. Raises ValueError for what export does not write."""
+    known = mapping(manifest.export, "'export'")
+    int8 = _part(known, "int8")
+    versions = [f"{name} {known.read(name, word)}" for name in known if name != "int8"]
+    lines = [" ".join(versions)] if versions else []
+    if int8 and (layers := int8.read("layers", whole)):
+        kept = int8.read("floating", texts)
+        left = f"; in floating point: {', '.join(kept)}" if kept else ""
+        counts, masks = int8.read("of", whole), int8.read("calibrated_on", word)
+        lines.append(f"INT8: {layers} of {quantity(counts, 'layer')}, calibrated on {masks}{left}")
     elif int8:
         lines.append("INT8: left out, no layer can be quantised within the limits")
     return lines
 
 
 def organ_rows(manifest: Manifest) -> list[tuple[str, ...]]:
-    """The metrics of each organ on the held-out patients, in the columns of `ORGAN_HEAD`."""
-    organs: Mapping[str, Any] = manifest.training.get("metrics", {}).get("organs", {})
+    """The metrics of each organ on the held-out patients, in the columns of `ORGAN_HEAD`. Raises ValueError as above."""
+    organs = _part(_part(mapping(manifest.training, "'training'"), "metrics"), "organs")
     keys = ("median", "median_true", "median_error", "iqr", "iqr_true", "texture_ratio")
-    return [(name, *(_short(organ.get(key)) for key in keys)) for name, organ in organs.items() if organ]
+    rows = [(name, _part(organs, name)) for name in organs]
+    return [(name, *(_short(organ.read_or(key, _or_null, None)) for key in keys)) for name, organ in rows if organ]
 
 
 def parity_rows(manifest: Manifest) -> list[tuple[str, ...]]:
-    """The proof of each file in each backend, in the columns of `PARITY_HEAD`."""
+    """The proof of each file in each backend, in the columns of `PARITY_HEAD`. Raises ValueError as above."""
     rows = []
     for file, backends in manifest.parity.items():
-        for backend, proof in backends.items():
-            for what, n in proof.items():
-                if isinstance(n, Mapping):
-                    organs = max((abs(shift) for shift in n["organs"].values() if shift is not None), default=None)
-                    numbers = (n["mean"], n["p99_9"], n["max"], n["body_mean"], organs, n["dssim"])
-                    rows.append((file, backend, what, str(n["slices"]), *map(_short, numbers), _short(proof["slices_per_second"])))
+        for backend in (proofs := mapping(backends, f"{file!r} of 'parity'")):
+            proof = proofs.read(backend, mapping)
+            for what in proof:
+                if isinstance(proof[what], Mapping):
+                    n, speed = proof.read(what, mapping), proof.read("slices_per_second", _or_null)
+                    organs = n.read("organs", mapping)
+                    shifts = [abs(shift) for organ in organs if (shift := organs.read(organ, _or_null)) is not None]
+                    numbers = [n.read(key, _or_null) for key in ("mean", "p99_9", "max", "body_mean", "dssim")]
+                    numbers.insert(4, max(shifts, default=None))
+                    rows.append((file, backend, what, str(n.read("slices", whole)), *map(_short, numbers), _short(speed)))
     return rows
+
+
+def _part(known: Object, key: str) -> Object:
+    """An object within another, empty where it is missing or null."""
+    return known.read_or(key, mapping, Object({}, repr(key)))
+
+
+def _or_null(value: Any, what: str) -> float | None:
+    return None if value is None else number(value, what)
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -46,6 +46,17 @@ def escaped(text: str) -> str:
     return text.encode("unicode_escape").decode("ascii")
 
 
+def quantity(count: int, noun: str, plural: str = "") -> str:
+    """`1 contour`, `2 contours`, `0 contours`: a count with its noun.
+
+    Args:
+        count: How many.
+        noun: What is counted, in the singular.
+        plural: Its plural where that is not the noun with an s.
+    """
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 class Mask2CTError(Exception):
     """Base of the tree. `fact`, `expected`, `remedy`: sentences for a person; `file`: what they concern, if a file; `rows`: lines below the fact."""
 
@@ -179,9 +190,18 @@ def importing(package: str, expected: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Map an OSError raised while `path` is written to `OutputError`."""
+    """Map an OSError or a MemoryError raised while `path` is written to `OutputError`."""
     try:
         yield
+    except Mask2CTError:
+        raise
+    except MemoryError as exc:
+        raise OutputError(
+            f"{Path(path).name} cannot be written: the memory does not suffice",
+            expected="memory for some slices",
+            remedy="give smaller masks, raise the limit, or end what else runs",
+            file=path,
+        ) from exc
     except OSError as exc:
         reason, remedy = _WRITE_REMEDIES.get(exc.errno or 0, (exc.strerror or str(exc), "choose another output folder"))
         raise OutputError(

@@ -13,15 +13,34 @@ from contextlib import contextmanager, suppress
 GRACE = 8.0  # s that what is under way has to end by itself; systemd kills after 10 (deploy/systemd)
 
 
+_is_command_line = False
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Within, the process is a command line of ours and ours to end; a program that calls the runtime is not."""
+    global _is_command_line
+    before, _is_command_line = _is_command_line, True
+    try:
+        yield
+    finally:
+        _is_command_line = before
+
+
 @contextmanager
 def ends_when_told(code: int) -> Iterator[None]:
     """For the work within: end the process with exit code `code` when it has not ended `GRACE` after SIGTERM or SIGINT.
+
+    Does so within `command_line` alone: a program that embeds the runtime goes on, with its threads, whatever it was told.
 
     Python hears of a signal between two of the main thread's instructions, which do not come while it waits for
     a thread that hangs. So another thread is told of it, by the C-level handler. Nothing is lost by that: it is what
     a kill does. Whoever handles the signal otherwise within, as training does, which ends with a checkpoint, is left
     to do so. Does nothing outside the main thread, where the host program owns the signals.
     """
+    if not _is_command_line:
+        yield
+        return
     heard, told = socket.socketpair()
     told.setblocking(False)
     try:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from .audit import AuditTrail
-from .errors import FolderBusy, InputError, Mask2CTError, MemoryCapExceeded, UnreadableVolume, UsageError
+from .errors import FolderBusy, InputError, Mask2CTError, MemoryCapExceeded, UnreadableVolume, UsageError, quantity
 from .files import private
 from .inbox import Claim, Inbox, called, waves
 from .io.archive import is_zip, on_disk
@@ -186,9 +186,10 @@ class Watcher:
         """The cases of an item, each with the name of its model. Raises `InputError` and `UsageError`."""
         chosen = []
         if foreign := _foreign(item):
-            fact = "is" if foreign == [item] else f"holds {len(foreign)} times"
+            entries = quantity(len(foreign), "entry that is", "entries that are")
+            fact = "is" if foreign == [item] else f"holds {entries}"
             raise UnreadableVolume(
-                f"{called(item)} {fact} what is not opened: a link that is broken or leads outside, a pipe or a device",
+                f"{called(item)} {fact} not opened: a link that is broken or leads outside, a pipe or a device",
                 expected="files, in a folder of their own",
                 remedy="put in the files themselves",
             )

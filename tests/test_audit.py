@@ -79,8 +79,27 @@ def test_each_result_has_a_line(model: Path, inbox: Path, tmp_path: Path, capsys
     assert line["engine"].startswith("onnxruntime") and {*line["seconds"]} == {"read", "synthesize", "write"}
     assert of("failed", file)[0]["error"] == "UnreadableVolume"
     (told,) = [row for row in capsys.readouterr().out.splitlines() if " synthesized " in row]
-    for key in ("case", "mask_sha256", "seed", "manifest_sha256", "model_sha256", "output_sha256"):
+    for key in ("case", "mask_sha256", "seed", "manifest_sha256", "model_sha256", "file_list_sha256"):
         assert f" {key}={line[key]}" in told
+
+
+def test_digest_of_the_file_list(fake_model: Path, tmp_path: Path) -> None:
+    """It is called what it is, and can be computed from `files` alone."""
+    mask, file = write_mask(tmp_path / "a.nii.gz"), tmp_path / "audit.jsonl"
+    assert synth(fake_model, tmp_path / "out", mask, "--variants", "2", "--audit", str(file)) == 0
+    for line in of("synthesized", file):
+        listed = json.dumps(line["files"], sort_keys=True).encode()
+        assert len(line["files"]) == 2 and "output_sha256" not in line
+        assert line["file_list_sha256"] == hashlib.sha256(listed).hexdigest()
+
+
+def test_older_audit_lines_are_read(fake_model: Path, tmp_path: Path) -> None:
+    mask, file = write_mask(tmp_path / "a.nii.gz"), tmp_path / "audit.jsonl"
+    older = {"model_name": "a", "manifest_sha256": "a" * 64, "model_sha256": "", "output_sha256": "b" * 64}
+    AuditFile(file).add("synthesized", **older)
+    assert synth(fake_model, tmp_path / "out", mask, "--audit", str(file)) == 0
+    summary = check_audit([file])
+    assert summary.actions["synthesized"] == 2 and summary.models["a", "a" * 64, ""] == 1
 
 
 def test_what_is_complete_is_skipped(fake_model: Path, inbox: Path, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import pytest
 from samples import listed, synth, write_mask
 
 import runtime.files
+from runtime.__main__ import main
+from runtime.console import run
 from runtime.errors import UnreadableVolume
 from runtime.files import belongs_to, open_input, remove_orphans, temporary_name
 from runtime.io.detect import PassedOver, find_cases
@@ -178,3 +180,21 @@ def test_a_journal_that_is_a_pipe_waits_for_nobody(fake_model: Path, tmp_path: P
     (tmp_path / "out").mkdir()
     make_pipe(tmp_path / "out" / ".mask2ct.journal")
     assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "a.nii.gz")) == 4
+
+
+@pytest.mark.parametrize("make", SPECIAL)
+@pytest.mark.parametrize("name", ["manifest.json", "model.onnx", "audit.jsonl"])
+def test_special_files_are_called_so(
+    name: str, make: Callable[[Path], None], fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a model folder and of an audit file: neither waited for nor called missing."""
+    import json
+
+    stated = json.loads((fake_model / "manifest.json").read_text())
+    stated["files"]["model.onnx"] = {"kind": "onnx", "precision": "fp32", "bytes": 1, "sha256": "0" * 64}
+    if name != "manifest.json":
+        (tmp_path / "manifest.json").write_text(json.dumps(stated))
+    make(tmp_path / name)
+    line = ["audit", str(tmp_path / name)] if name == "audit.jsonl" else ["describe", str(tmp_path)]
+    assert run(main, line) == 2
+    assert f"{name} cannot be read: it is a pipe, a socket or a device, not a file" in capsys.readouterr().err

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from export.model_card import model_card
 from runtime.__main__ import main
 from runtime.console import run
 from runtime.contract import Manifest
+from runtime.describe import describe
 from runtime.engines.fake import fake_manifest
 from runtime.errors import ModelError, printable
 
@@ -78,7 +80,7 @@ def test_describe_refuses_what_it_cannot_read(model: Path, tmp_path: Path, comma
     for key, value in (("parity", {"model.onnx": {"onnx": {"validation masks": {}}}}), ("training", {"data": {"patients": {"train": 3}}})):
         (tmp_path / "model" / "manifest.json").write_text(json.dumps({**data, key: value}))
         done = command("-m", "runtime", "describe", tmp_path / "model")
-        assert done.returncode == 2 and "cannot be read" in done.stderr and "Traceback" not in done.stderr
+        assert done.returncode == 2 and "cannot be used" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_the_model_card_says_what_the_manifest_says(model: Path) -> None:
@@ -148,9 +150,9 @@ WRONG: dict[str, tuple[Callable[[Any], None], str]] = {
     "divisor that is no integer": (_grid("divisor", 32.5), "divisor"),
     "slices without end": (_grid("slices", 1e400), "slices"),
     "slices beyond count": (_grid("slices", 999999999), "slices"),
-    "spacing without end": (lambda m: m["grid"].update(slices=3, slice_spacing=1e308), "slice spacing"),
-    "spacing of almost nothing": (_grid("pixel_spacing", [1e-300, 1e-300]), "pixel spacing"),
-    "spacing that is no number": (_grid("pixel_spacing", [float("nan")] * 2), "pixel spacing"),
+    "spacing without end": (lambda m: m["grid"].update(slices=3, slice_spacing=1e308), "slice_spacing"),
+    "spacing of almost nothing": (_grid("pixel_spacing", [1e-300, 1e-300]), "pixel_spacing"),
+    "spacing that is no number": (_grid("pixel_spacing", [float("nan")] * 2), "pixel_spacing"),
     "spacing that is a word": (_grid("slice_spacing", "x"), "slice_spacing"),
     "true for a number": (_grid("divisor", True), "divisor"),
     "huge style": (lambda m: m.update(style=1 << 33), "style"),
@@ -184,19 +186,114 @@ def test_a_wrong_value_is_named(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[" * 200_000, "recursion"),
+        ("[" * 200_000, "nested too deep"),
         ("[]", "no object"),
         ("", "Expecting value"),
         ('{"schema_version": ' + "9" * 5000 + "}", "digits"),
         ('{"name": "a", "name": "b"}', "'name' occurs twice"),
         (" " * (5 << 20) + "{}", "bytes"),
-        ("\udcff", "utf-8"),
+        ("\udcff", "not UTF-8"),
     ],
 )
 def test_a_file_that_is_no_manifest(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ModelError, match=said):
         Manifest.load(tmp_path)
+
+
+def as_export_writes_it() -> Any:
+    """A manifest with all that `describe` reads."""
+    data = json.loads(json.dumps(fake_manifest().to_json(), default=vars))
+    numbers = {"slices": 8, "mean": 0.1, "p99_9": 1.0, "max": 2, "body_mean": 0.2, "organs": {"aorta": -0.5, "liver": None}, "dssim": 1e-5}
+    data["parity"] = {"model.onnx": {"onnx": {"engine": "onnxruntime", "slices_per_second": 80.1, "random labels": numbers}}}
+    organ = {"median": 139.0, "median_true": 116.0, "median_error": 23.0, "iqr": None, "iqr_true": 33.0, "texture_ratio": 1.2}
+    data["training"] = {
+        "data": {"patients": {"train": 22, "test": 0}, "slices": {"train": 1056, "test": 0}},
+        "metrics": {"body": {"mae": 110.1, "mae_mean_painting": 306.0}, "organs": {"aorta": organ, "liver": {}}},
+        "versions": {"torch": "2.13.0"},
+        "step": 720,
+        "commit": "2efb16d",
+        "weights_sha256": "0" * 64,
+    }
+    data["export"] = {"onnx": "1.23.2", "int8": {"layers": 14, "of": 16, "floating": ["a", "b"], "calibrated_on": "training masks"}}
+    return data
+
+
+def keys_of(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path to each value of an object, and to the first two of each list."""
+    children = [*node.items()] if isinstance(node, dict) else [*enumerate(node)][:2] if isinstance(node, list) else []
+    for key, child in children:
+        yield (*path, key)
+        yield from keys_of(child, (*path, key))
+
+
+def nested(depth: int) -> Any:
+    value: Any = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+NO_VALUE = object()
+CRAFTED = {
+    "missing": NO_VALUE,
+    "null": None,
+    "true": True,
+    "text": "x",
+    "negative": -1,
+    "fraction": 1.5,
+    "huge": 10**400,
+    "NaN": float("nan"),
+    "Infinity": float("inf"),
+    "empty list": [],
+    "long list": [1] * 50,
+    "empty object": {},
+    "nested": nested(200),
+}
+PYTHON = re.compile(
+    r"\w(Error|Exception)\b|\bNone|NoneType|' object|attribute|subscript|indices|operand|__|codec|\b(dict|str|int|tuple|nan|inf)\b"
+)
+
+
+def refusal_of(folder: Path) -> ModelError | None:
+    try:
+        describe(Manifest.load(folder), folder)
+    except ModelError as exc:
+        return exc
+    return None
+
+
+@pytest.mark.parametrize("kind", CRAFTED)
+def test_crafted_manifests_are_refused_plainly(kind: str, tmp_path: Path) -> None:
+    """Each key with a value that export never writes: it is described, or one sentence names the key and what is expected."""
+    refused = 0
+    for path in keys_of(as_export_writes_it()):
+        data = as_export_writes_it()
+        *parents, last = path
+        node = data
+        for key in parents:
+            node = node[key]
+        if CRAFTED[kind] is NO_VALUE:
+            del node[last]
+        else:
+            node[last] = CRAFTED[kind]
+        (tmp_path / "manifest.json").write_text(json.dumps(data))
+        error = refusal_of(tmp_path)
+        if error is None:
+            continue
+        refused += 1
+        names = [key for key in path if isinstance(key, str)][-2:]
+        assert any(name in error.fact for name in names), (path, error.fact)
+        assert "(expected " in error.fact and not PYTHON.search(error.fact), (path, error.fact)
+        assert len(str(error)) < 1000 and error.exit_code == 2
+    assert refused > 20
+
+
+def test_what_export_writes_is_described(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text(json.dumps(as_export_writes_it()))
+    told = describe(Manifest.load(tmp_path), tmp_path)
+    for words in ("22 patients, 1056 slices to train on", "720 steps, torch 2.13.0", "INT8: 14 of 16 layers", "in floating point: a, b"):
+        assert words in told
 
 
 EVIL = "\x1b]0;pwned\x07\x1b[31mred\nfile       model.onnx verified\x9b2K\u202e"

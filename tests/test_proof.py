@@ -261,3 +261,16 @@ def test_half_and_folding_hold_for_every_network_with_a_style(kind: str, manifes
     delta = np.abs(hu(halved(flat)) - truth)
     assert 0 < delta.mean() <= 1 and np.percentile(delta, 99.9) <= 10
     assert all(p.dtype == torch.float32 for p in graph.parameters()), "the network itself is left as it was"
+
+
+def test_similarity_is_that_of_torchmetrics() -> None:
+    """In the export it is measured without that package, which would leave a list of fonts behind."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as reference
+
+    generator = torch.Generator().manual_seed(7)
+    x = 2048 * torch.rand(3, 1, 40, 56, generator=generator) - 1024
+    for noise in (0.0, 1.0, 300.0):
+        y = x + noise * torch.randn(x.shape, generator=generator)
+        expected = float(reference(y, x, data_range=2048.0, kernel_size=11))
+        assert parity.similarity(y, x, 2048.0) == pytest.approx(expected, abs=1e-6)
+    assert parity.similarity(x, x, 2048.0) == pytest.approx(1.0, abs=1e-6)

@@ -187,8 +187,8 @@ def test_points_are_passed_over_and_a_region_that_reaches_out_is_said(tmp_path: 
     ds.ROIContourSequence[0].ContourSequence[1].ContourGeometricType = "POINT"
     ds.save_as(path)
     read = read_case(case(tmp_path), MM_WHS)
-    assert any("1 contours of ROI 1 reach beyond the grid" in n for n in read.notes) and any(
-        "1 points or open lines" in n for n in read.notes
+    assert any("1 contour of ROI 1 reaches beyond the grid" in n for n in read.notes) and any(
+        "1 point or open line" in n for n in read.notes
     )
     assert not read.labels[2].any() and read.labels[1].any()
 
@@ -474,8 +474,8 @@ def test_doubled_and_crossing_contours_are_said(tmp_path: Path) -> None:
     assert np.array_equal(read.labels[1] == 3, mask((10, 30, 10, 30)))
     assert np.array_equal(read.labels[2] == 3, mask((10, 30, 10, 30), (20, 50, 20, 50)))
     said = " | ".join(read.notes)
-    assert "1 contours of ROI 1 are there twice" in said and "1 contours of ROI 1 overlap others" in said
-    assert "1 slices between the first and the last of ROI 1 have no contour" in said and "ventricle" not in said
+    assert "1 contour of ROI 1 is there twice" in said and "1 contour of ROI 1 overlaps others" in said
+    assert "1 slice between the first and the last of ROI 1 has no contour" in said and "ventricle" not in said
 
 
 def turned(contour: np.ndarray, side: str) -> np.ndarray:
@@ -566,7 +566,7 @@ def test_crossings_beyond_the_image_are_said(tmp_path: Path) -> None:
     contours = [(1, box(-20, 50, 10, 50)), (1, box(-40, 30, 20, 40))]
     read = read_case(structure(tmp_path, contours), MM_WHS)
     assert np.array_equal(read.labels[1] == 3, mask((0, 50, 10, 50)))
-    assert "1 contours of ROI 1 overlap others" in " | ".join(read.notes)
+    assert "1 contour of ROI 1 overlaps others" in " | ".join(read.notes)
 
 
 def test_crossings_far_away_unite(tmp_path: Path) -> None:
@@ -587,7 +587,7 @@ def test_one_and_two_corners_refuse_no_other_roi(tmp_path: Path) -> None:
     read = read_case(structure(tmp_path, [(1, square), (3, square[:2])], Doe_marker=[(4, square[:1])]), MM_WHS)
     assert np.array_equal(np.argwhere(read.labels == 3)[:, 0], np.ones(400)) and not read.labels[3].any()
     said = " | ".join(read.notes)
-    assert "1 points or open lines of ROI 1 (in slice 3, " in said and "1 points or open lines of ROI 2 (in slice 4, " in said
+    assert "1 point or open line of ROI 1 (in slice 3, " in said and "1 point or open line of ROI 2 (in slice 4, " in said
     assert "Doe" not in said
 
 

@@ -26,7 +26,7 @@ def infer(self, inputs, out):
 
 FakeEngine._infer = infer
 runtime.stopping.GRACE = 1.0
-sys.exit(run(main, sys.argv[1:]))
+sys.exit(run(main))
 """
 
 
@@ -86,7 +86,7 @@ import runtime.stopping
 runtime.stopping.GRACE = 0.3
 signal.signal(signal.SIGTERM, lambda *_: None)
 threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
-with runtime.stopping.ends_when_told(3):
+with runtime.stopping.command_line(), runtime.stopping.ends_when_told(3):
     os.kill(os.getpid(), signal.SIGTERM)
 assert threading.active_count() == threads and len(os.listdir("/proc/self/fd")) == files
 threading.Event().wait(0.9)  # three times as long as it would have
@@ -100,3 +100,32 @@ def test_program_that_ends_is_not_ended() -> None:
     """
     done = subprocess.run([sys.executable, "-c", GOES_ON], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+EMBEDS = """
+import os, signal, sys, threading
+import runtime.stopping
+from runtime.console import run
+runtime.stopping.GRACE = 0.3
+over = threading.Event()
+
+def main(argv):
+    threading.Thread(target=over.wait).start()  # the host's own, begun meanwhile
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        over.wait()
+    except KeyboardInterrupt:
+        over.wait(0.1)  # whoever listens for the signal has it by then
+        raise
+
+assert run(main, ["synth"]) == 130
+over.wait(0.9)  # three times as long as a command line has
+print("the host goes on")
+over.set()
+"""
+
+
+def test_embedding_program_is_not_ended() -> None:
+    """A program that calls a command in its own process keeps its threads and itself."""
+    done = subprocess.run([sys.executable, "-c", EMBEDS], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "the host goes on\n"), done.stderr

@@ -500,7 +500,7 @@ def test_labels_beyond_all_memory_are_refused(tmp_path: Path, monkeypatch: pytes
     """A sparse file, or a few MB of gzip, holds what no machine does."""
     path = nifti(tmp_path / "m.nii")
     monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 5 * 6 * 7 - 1}.__getitem__)
-    with pytest.raises(UnreadableVolume, match="7 x 6 x 5 voxels, more than this machine has memory for"):
+    with pytest.raises(UnreadableVolume, match="7 x 6 x 5 voxels, more than this run has memory for"):
         read_labels(path, MM_WHS)
     monkeypatch.undo()
     assert read_labels(path, MM_WHS).labels.shape == (5, 6, 7)

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from runtime.contract import GridPolicy, Intensity, Label, LabelTable, labels_from_json
 from runtime.errors import ConfigError, reading
+from runtime.files import open_input
 from runtime.labels import MM_WHS, PRESETS
 
 from .original import FIXED_KEYS, check_fixed, greys
@@ -295,8 +296,8 @@ ORIGINAL_KEYS: dict[str, tuple[str, Any]] = {
 
 def load(path: Path) -> dict[str, Any]:
     """Read a config file. Raises `ConfigError` when it is missing or not a JSON object."""
-    with reading(path, "a JSON file such as train/configs/phantom.json", ConfigError):
-        data = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path, "a JSON file such as train/configs/phantom.json", ConfigError), open_input(path) as handle:
+        data = json.loads(handle.read().decode("utf-8"))
     if not isinstance(data, dict):
         raise ConfigError(
             f"{path.name} does not hold a JSON object", expected='{"name": ..., "training": {...}}', remedy="see train/configs", file=path

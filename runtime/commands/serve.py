@@ -15,6 +15,7 @@ from typing import Any
 from ..audit import AUDIT, AuditTrail, Facts
 from ..console import EXIT_CODES
 from ..errors import UsageError, reading
+from ..files import open_input
 from ..io.detect import Case
 from ..memory import parse_bytes
 from ..models import Models
@@ -193,7 +194,11 @@ def _tls(options: argparse.Namespace) -> ssl.SSLContext | None:
 def _context(protocol: int, cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    with reading(cert, "a certificate, its private key and a certificate authority in PEM", UsageError):
+    expected = "a certificate, its private key and a certificate authority in PEM"
+    for file in (cert, key, ca):
+        with reading(file, expected, UsageError), open_input(file):  # OpenSSL would wait for whoever writes into a pipe
+            pass
+    with reading(cert, expected, UsageError):
         context.load_cert_chain(cert, key)
         context.load_verify_locations(ca)
     context.verify_mode = ssl.CERT_REQUIRED

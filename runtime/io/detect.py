@@ -367,6 +367,13 @@ def _naming(case: Case) -> Iterator[None]:
     except InputError as exc:
         exc.file = case.called
         raise
+    except MemoryError as exc:
+        raise UnreadableVolume(
+            f"{case.called.name} needs more memory than this run has: {exc or 'none is left'}",
+            expected="a mask that fits into memory",
+            remedy="cut it, raise the limit, or use a larger machine",
+            file=case.called,
+        ) from exc
 
 
 def structures(mask: Volume | Layers, file: Path, *, force: bool = False) -> list[Segment]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +14,10 @@ from numpy.typing import NDArray
 from ..contract import LabelTable
 from ..errors import GeometryError, UnreadableVolume, importing
 from ..labels import LabelMap, index_planes, overlay, to_indices
+from ..memory_limit import memory_limit
 from ..pipeline import ahead
 from ..volume import Geometry, LabelVolume, Layers, Segment, Volume
-from .headers import EXPECTED, Header, check_header
+from .headers import EXPECTED, Header, Voxels, check_header
 from .nifti_names import embedded_names
 from .voxels import planes
 
@@ -50,7 +50,8 @@ def read_mask(path: Path) -> Volume | Layers:
     """As `read_volume`; a Slicer segmentation in several layers comes as `Layers`."""
     path = Path(path)
     header = check_header(path, voxels=False)
-    (values,) = planes(path, header.voxels, header.voxels.shape[0])
+    with _in_memory(header.voxels, header.voxels.size, path):
+        (values,) = planes(path, header.voxels, header.voxels.shape[0])
     segments = _segments_of(header, path)
     if len({s.number for s in segments}) < len(segments) or header.layers > 1:
         return _layers(values, header, path)
@@ -133,22 +134,37 @@ def read_labels(
     blocks = ahead(planes(path, header.voxels, at_once))
     values = (plane for block in blocks for plane in as_integers(block, file))
     indices = index_planes(values, table, label_map, segments=segments, force=force, file=file)
-    with _in_memory(header, file):
+    with _in_memory(header.voxels, math.prod(header.voxels.shape), file):
         return LabelVolume.gathered(indices, header.voxels.shape, header.geometry, header.nifti, notes=_notes(header, path))
 
 
 @contextmanager
-def _in_memory(header: Header, file: Path) -> Iterator[None]:
-    """Refuse a mask of which not even the labels, a byte each, have room: a few MB of gzip can hold them."""
-    shape = header.voxels.shape
-    too_large = UnreadableVolume(f"{file.name} holds {' x '.join(map(str, shape[::-1]))} voxels, more than this machine has memory for",
-                                 expected="a mask whose labels, a byte each, fit into memory", remedy="cut it, or use a larger machine", file=file)  # fmt: skip
-    if hasattr(os, "sysconf") and math.prod(shape) > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
-        raise too_large
+def _in_memory(voxels: Voxels, size: int, file: Path) -> Iterator[None]:
+    """Refuse a mask for which there is no room, before it is read where that shows by its header: a few MB of gzip can hold GBs.
+
+    Args:
+        voxels: From the checked header.
+        size: Bytes of what is held of them.
+        file: What the error is about.
+    """
+    limit = memory_limit()
+    if limit is not None and size > limit:
+        raise _too_large(voxels, size, limit, file)
     try:
         yield
     except MemoryError as exc:
-        raise too_large from exc
+        raise _too_large(voxels, size, limit, file) from exc
+
+
+def _too_large(voxels: Voxels, size: int, limit: int | None, file: Path) -> UnreadableVolume:
+    shape = " x ".join(map(str, voxels.shape[::-1]))
+    return UnreadableVolume(
+        f"{file.name} holds {shape} voxels, more than this run has memory for: they take {size} bytes",
+        expected="a mask that fits into memory"
+        + ("" if limit is None else f": machine and limits of the process leave {limit} bytes at most"),
+        remedy="cut it, raise the limit, or use a larger machine",
+        file=file,
+    )
 
 
 def labels_of(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import GeometryError, InputError, UnreadableVolume
+from ..errors import GeometryError, InputError, UnreadableVolume, quantity
 from ..volume import DicomSource, Geometry, Layers, Segment
 from .crossings import TOLERANCE
 from .dicom_files import dataset, guarded, source
@@ -137,16 +137,45 @@ def _settled(planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: flo
         sum(getattr(plane, name) for plane in areas.values()) for name in ("repeated", "united", "touching", "thin", "overlaid")
     )
     gaps = max(slices) - min(slices) + 1 - len(slices) if slices else 0
+    within = f"(to {TOLERANCE} pixels)"
     facts = [
-        (_beyond(planes, shape), "contours of {} reach beyond the grid and are cut off"),
-        (repeated, f"contours of {{}} are there twice (to {TOLERANCE} pixels) and count once"),
-        (united, "contours of {} overlap others without lying inside them and are united with them"),
-        (touching, f"contours of {{}} overlap others by up to {TOLERANCE} pixels and are not united"),
-        (thin, f"contours of {{}} are holes that leave less than {THIN:g} pixel of what is around them"),
-        (overlaid, "contours of {} go around some area twice, which counts as outside of them"),
-        (gaps, "slices between the first and the last of {} have no contour of it and stay empty"),
+        (
+            _beyond(planes, shape),
+            "contour of {} reaches beyond the grid and is cut off",
+            "contours of {} reach beyond the grid and are cut off",
+        ),
+        (
+            repeated,
+            f"contour of {{}} is there twice {within} and counts once",
+            f"contours of {{}} are there twice {within} and count once",
+        ),
+        (
+            united,
+            "contour of {} overlaps others without lying inside them and is united with them",
+            "contours of {} overlap others without lying inside them and are united with them",
+        ),
+        (
+            touching,
+            f"contour of {{}} overlaps others by up to {TOLERANCE} pixels and is not united",
+            f"contours of {{}} overlap others by up to {TOLERANCE} pixels and are not united",
+        ),
+        (
+            thin,
+            f"contour of {{}} is a hole that leaves less than {THIN:g} pixel of what is around it",
+            f"contours of {{}} are holes that leave less than {THIN:g} pixel of what is around them",
+        ),
+        (
+            overlaid,
+            "contour of {} goes around some area twice, which counts as outside of it",
+            "contours of {} go around some area twice, which counts as outside of them",
+        ),
+        (
+            gaps,
+            "slice between the first and the last of {} has no contour of it and stays empty",
+            "slices between the first and the last of {} have no contour of it and stay empty",
+        ),
     ]
-    told = [f"{count} {fact}" for count, fact in facts if count]
+    told = [quantity(count, one, many) for count, one, many in facts if count]
     return {k: areas[height] for k, height in slices.items()}, told
 
 
@@ -171,7 +200,14 @@ def _passed_over(region: _Region, geometry: Geometry) -> list[str]:
     slices = sorted({int(k) for k in np.rint(heights)})
     listed = ", ".join(map(str, slices[:8])) + (", …" if len(slices) > 8 else "")
     where = f"in slice{'s' if len(slices) > 1 else ''} {listed}, counted from 0"
-    return [f"{len(region.passed_over)} points or open lines of {{}} ({where}) are no area and are passed over"]
+    count = len(region.passed_over)
+    return [
+        f"{quantity(count, 'point or open line', 'points or open lines')} of {{}} ({where}) {_are(count)} no area and {_are(count)} passed over"
+    ]
+
+
+def _are(count: int) -> str:
+    return "is" if count == 1 else "are"
 
 
 def _check_references(refers: References, series: DicomSource | None, name: str, allowed: bool) -> None:
@@ -184,9 +220,10 @@ def _check_references(refers: References, series: DicomSource | None, name: str,
             raise GeometryError(f"{name} lies in another frame of reference than the image series beside it", expected="the series it was drawn on",
                                 remedy="give a grid with --like IMAGE", file=Path(name))  # fmt: skip
         return
-    fact = (
-        f"{len(missing)} of the {len(refers.instances)} images it refers to are not there" if refers.instances else "it refers to no image"
-    )
+    fact = "it refers to no image"
+    if refers.instances:
+        stated = quantity(len(refers.instances), "image")
+        fact = f"{len(missing)} of the {stated} it refers to {_are(len(missing))} not there"
     lift = (
         "give the folder above both where it lies in another one, add it, or "
         if series is None

@@ -23,6 +23,10 @@ MAX_VOXELS = 1 << 34  # 16 G voxels: past this a header is taken for damaged
 MAX_HEADER = 1 << 20  # bytes of a text header, Slicer's lists of segments among them
 MAX_GAP = 1 << 26  # bytes between a header and its voxels, NIfTI extensions among them
 DEFLATE = 1032  # the most bytes that one byte of deflate can stand for (zlib's technical details)
+# What compressed voxels may become, of whatever type: each is held as a label of one byte. An organ in 512 x 512 x 2000 voxels,
+# all of one label, is within the first alone; a large mask has outlines, and deflate needs a byte for some hundred voxels of them.
+ALWAYS = 1 << 30  # voxels, however few their compressed bytes are
+EXPANSION = 250  # voxels beyond that for each compressed byte; deflate itself ends at 1032 bytes
 SLICE_MM = 1.0  # thickness of a single slice that states none
 SHEAR_SAID = 1e-5  # cosine between two axes from which on a person is told
 UNSHEARED = 1e-4  # up to which other readers (ITK) take a grid
@@ -148,6 +152,14 @@ def check_voxels(path: Path, voxels: Voxels) -> Voxels:
             path,
             f"is truncated: {max(0, have - voxels.skip)} bytes are there for {voxels.size} bytes of voxels",
             "copy or download it again",
+        )
+    count, most = voxels.size // voxels.dtype.itemsize, ALWAYS + EXPANSION * have
+    if voxels.encoding in ("gzip", "zlib") and count > most:
+        raise UnreadableVolume(
+            f"{path.name} states {count} voxels in {have} compressed bytes",
+            expected=f"at most {most} voxels: {EXPANSION} for each compressed byte, and {ALWAYS}",
+            remedy="if it is a mask, save it without compression, or cut it",
+            file=path,
         )
     return voxels
 
