@@ -57,9 +57,7 @@ class CTSource(Protocol):
     @property
     def file(self) -> str: ...
 
-    def variants(
-        self, case: Case, mask: LabelVolume, ranges: Ranges, seed: int
-    ) -> Callable[[int], Variant]:
+    def variants(self, case: Case, mask: LabelVolume, ranges: Ranges, seed: int) -> Callable[[int], Variant]:
         """What gives variant 0 (the mask's own shape), 1, 2 … of a case whose mask was read.
 
         Raises `InputError`s for a case that it cannot use.

@@ -89,17 +89,13 @@ def synthesize(
     return make(synthesizer, cases, recipe, on_slice)
 
 
-def make(
-    source: CTSource, cases: Sequence[Case], recipe: Recipe, on_slice: Callable[[int], None] | None = None
-) -> Generator[CaseResult]:
+def make(source: CTSource, cases: Sequence[Case], recipe: Recipe, on_slice: Callable[[int], None] | None = None) -> Generator[CaseResult]:
     """`synthesize`, of what the recipe says."""
     recipe.check(source.manifest, cases)
     return _locked(source, recipe, cases, on_slice)
 
 
-def _locked(
-    source: CTSource, recipe: Recipe, cases: Sequence[Case], on_slice: Callable[[int], None] | None
-) -> Generator[CaseResult]:
+def _locked(source: CTSource, recipe: Recipe, cases: Sequence[Case], on_slice: Callable[[int], None] | None) -> Generator[CaseResult]:
     with recipe.journal(source.manifest, cases) as journal:
         yield from Run(source, recipe, journal, on_slice).results(cases)
 

@@ -71,9 +71,7 @@ def tissue_map(image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str
     return np.stack([_classes(plane, of, thresholds) for plane, of in zip(image, labels, strict=True)])
 
 
-def _thresholds(
-    image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str
-) -> NDArray[np.float32]:
+def _thresholds(image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str) -> NDArray[np.float32]:
     """Where one tissue ends and the next begins, float32 (4,), in the image's unit."""
     if unit == "HU":
         return np.array(HU_THRESHOLDS, np.float32)
@@ -85,9 +83,7 @@ def _thresholds(
     return np.array([smooth.quantile(share) for share in QUANTILES], np.float32)
 
 
-def _classes(
-    plane: NDArray[np.floating], labels: NDArray[np.uint8], thresholds: NDArray[np.float32]
-) -> NDArray[np.uint8]:
+def _classes(plane: NDArray[np.floating], labels: NDArray[np.uint8], thresholds: NDArray[np.float32]) -> NDArray[np.uint8]:
     """`tissue_map` of one slice (H, W)."""
     smooth = _blur(plane.astype(np.float32), TISSUE_BLUR)
     classes = np.zeros(plane.shape, np.uint8)
@@ -223,9 +219,7 @@ class Warp:
         scale = 1.0 if self._unit == "HU" else (whole.quantile(0.99) - whole.quantile(0.01)) / 500
         return _Statistics(thresholds, medians, low, scale)
 
-    def _resampled(
-        self, plane: Planes, field: DeformationField, labels: NDArray[np.uint8]
-    ) -> Iterator[NDArray[np.float32]]:
+    def _resampled(self, plane: Planes, field: DeformationField, labels: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
         """The image where `field` takes each voxel from, trilinear, slice after slice (H, W)."""
         depth, height, width = self._image.shape
         rows, columns = np.arange(height), np.arange(width)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class WarpSource:
     """
 
     labels: LabelTable
-    jitter: IntensityJitter | None = IntensityJitter()
+    jitter: IntensityJitter | None = field(default_factory=IntensityJitter)
     file: str = ""
     manifest_sha256: str = ""
 
@@ -133,7 +133,9 @@ def _mapped(path: Path) -> tuple[LabelTable, LabelMap]:
     entries = read_entries(path)
     targets = list(dict.fromkeys(target for target in entries.values() if target not in (0, "background")))
     if not all(isinstance(target, str) or type(target) is int for target in targets):
-        raise UsageError("a target of the label map is no name and no value", expected="names or whole numbers", remedy="correct it", file=path)
+        raise UsageError(
+            "a target of the label map is no name and no value", expected="names or whole numbers", remedy="correct it", file=path
+        )
     taken = {target for target in targets if isinstance(target, int)}
     free = (value for value in range(1, 1 << 16) if value not in taken)
     rows = [Label(target, next(free)) if isinstance(target, str) else Label(f"label {target}", target) for target in targets]

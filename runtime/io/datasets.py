@@ -91,7 +91,11 @@ class DatasetFormat:
         return {"modality": modality, "labels": {str(n): name for n, name in enumerate(names)}}
 
     def _new(self, output: Path, manifest: Manifest, ours: dict[str, Any]) -> dict[str, Any]:
-        common = {"name": output.absolute().name, "description": notice(derived=manifest.derived), "licence": manifest.license or "not stated"}
+        common = {
+            "name": output.absolute().name,
+            "description": notice(derived=manifest.derived),
+            "licence": manifest.license or "not stated",
+        }
         if self.channel:
             return {**ours, "numTraining": 0, **common}
         return {**common, "reference": "mask2ct", "release": "0.0", "tensorImageSize": "3D", **ours,

@@ -25,7 +25,22 @@ from .volume_header import EXPECTED, MAX_HEADER, Header, Voxels, bad, voxel_name
 from .volume_header import integers as _numbers
 from .voxels import check_complete, unpacked
 
-__all__ = ["DERIVED_MARK", "EXPECTED", "MARKS", "NOTICE", "SUFFIXES", "Header", "Voxels", "bad", "check_header", "is_synthetic", "mark", "notice", "stem", "volume_files"]
+__all__ = [
+    "DERIVED_MARK",
+    "EXPECTED",
+    "MARKS",
+    "NOTICE",
+    "SUFFIXES",
+    "Header",
+    "Voxels",
+    "bad",
+    "check_header",
+    "is_synthetic",
+    "mark",
+    "notice",
+    "stem",
+    "volume_files",
+]
 
 MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")  # what every header written says of itself, within its first bytes
 MARKS_WITHIN = 8192

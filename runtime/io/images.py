@@ -199,9 +199,7 @@ def _whole(values: NDArray[np.generic], name: str) -> NDArray[np.int16]:
 
 
 def _grid_text(shape: Sequence[int], geometry: Geometry) -> str:
-    size, spacing, origin = (
-        " x ".join(f"{n:.6g}" for n in numbers) for numbers in (shape[::-1], geometry.spacing, geometry.origin)
-    )
+    size, spacing, origin = (" x ".join(f"{n:.6g}" for n in numbers) for numbers in (shape[::-1], geometry.spacing, geometry.origin))
     return f"{size} voxels of {spacing} mm from {origin.replace(' x ', ', ')}"
 
 

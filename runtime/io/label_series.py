@@ -58,7 +58,18 @@ def read_ct(paths: Sequence[Path], name: str) -> Volume:
         for path, k in zip(paths, order, strict=True):
             ds = dataset(path)
             if str(ds.get("Modality", "")) != "CT" or int(ds.get("SamplesPerPixel", 1)) != 1:
-                raise UnreadableVolume(f"{name} is no CT", expected="a CT series in Hounsfield units", remedy="give the CT that the mask was drawn on")
+                raise UnreadableVolume(
+                    f"{name} is no CT",
+                    expected="a CT series in Hounsfield units",
+                    remedy="give the CT that the mask was drawn on",
+                )
+            is_lossy = ds.file_meta.TransferSyntaxUID in _LOSSY or ds.get("LossyImageCompression") == "01"
+            if is_lossy or ds.get("BurnedInAnnotation") == "YES":
+                raise UnreadableVolume(
+                    f"{name} is compressed with loss, or has text burned into its pixels",
+                    expected="a CT as it was reconstructed",
+                    remedy="give the original series",
+                )
             try:
                 plane = np.asarray(pixel_array(ds, raw=True))
             except (RuntimeError, NotImplementedError) as exc:  # no decoder here for this compression
