@@ -113,8 +113,8 @@ class RandWarp:
                 expected=f"whole numbers, at most {MAX_LABELS - 1} beside 0",
                 remedy="give the label map, not an image",
             )
-        indices = np.argsort(order)[indices].astype(np.uint8).reshape(labels.shape)
-        mask = LabelVolume(np.ascontiguousarray(indices.T), geometry)
+        model_indices = np.argsort(order)[indices].astype(np.uint8).reshape(labels.shape)
+        mask = LabelVolume(np.ascontiguousarray(model_indices.T), geometry)
         warp = Warp(Volume(values.T, geometry), mask, ranges=self.ranges, jitter=self.jitter, unit=self.unit)
         moved, deformed, _ = warp.variant(self.seed, number)
         return _like(image, moved.T), _like(label, named[order][deformed.labels.T])

@@ -129,5 +129,5 @@ def test_what_is_wrong_is_said() -> None:
         RandWarp()(image[0], label[0], spacing=SPACING)
     with pytest.raises(InputError, match="values"):
         RandWarp()(image, image + 0.5, spacing=SPACING)
-    with pytest.raises(InputError, match="grid|lie apart"):
+    with pytest.raises(InputError, match="lie apart"):
         RandWarp()(image, label[:-1], spacing=SPACING)

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,32 @@ def test_other_grids_are_refused(files: tuple[Path, Path], tmp_path: Path, capsy
     assert results(tmp_path / "out") == {}
 
 
+def test_one_folder_holds_both(tmp_path: Path) -> None:
+    """CASE_image and CASE_label side by side, the folder given twice; and in a zip."""
+    both = tmp_path / "both"
+    for n in range(2):
+        mask, ct = pair(shift=n)
+        write(both / f"p{n}_label.nii.gz", mask)
+        write(both / f"p{n}_image.nii.gz", ct)
+    assert warp(both, "--warp", both, "--output", tmp_path / "out", "--variants", 2) == 0
+    with zipfile.ZipFile(tmp_path / "cts.zip", "w") as archive:
+        for path in sorted(both.glob("*_image.nii.gz")):
+            archive.write(path, path.name)
+    assert warp(*sorted(both.glob("*_label*")), "--warp", tmp_path / "cts.zip", "--output", tmp_path / "zip", "--variants", 2) == 0
+    assert results(tmp_path / "out") == results(tmp_path / "zip") and len(results(tmp_path / "out")) == 8
+
+
+def test_ct_with_loss_is_refused(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask, ct = files
+    series = write_dicom(tmp_path / "dicom", read(ct))
+    for keyword, value, words in (("LossyImageCompression", "01", "with loss"), ("Modality", "MR", "is no CT")):
+        ds = pydicom.dcmread(series / "000.dcm")
+        setattr(ds, keyword, value)
+        ds.save_as(series / "000.dcm")
+        assert warp(mask, "--warp", series, "--output", tmp_path / "out") == 1
+        assert words in capsys.readouterr().err and results(tmp_path / "out") == {}
+
+
 def test_reordered_voxels_are_the_same_grid(files: tuple[Path, Path], tmp_path: Path) -> None:
     """A CT stored in another axis order, and one that reaches further, have the mask's voxels all the same."""
     mask, ct = files
@@ -192,6 +218,7 @@ def test_killed_run_is_resumed(files: tuple[Path, Path], tmp_path: Path) -> None
 
 def test_results_say_what_they_are(files: tuple[Path, Path], tmp_path: Path) -> None:
     mask, ct = files
+    assert warp(mask, "--warp", ct, "--output", tmp_path / "dry", "--dry-run") == 0 and not (tmp_path / "dry").exists()
     for name in ("nifti", "nrrd", "mha"):
         out = tmp_path / name
         assert warp(mask, "--warp", ct, "--output", out, "--variants", 1, "--format", name, "--audit", tmp_path / "audit.jsonl") == 0
@@ -314,8 +341,8 @@ def test_no_model_code_is_loaded(files: tuple[Path, Path], tmp_path: Path) -> No
     code = ("import sys; from runtime.__main__ import main; from runtime.console import run; assert run(main, sys.argv[1:]) == 0; "
             "print(sorted(m for m in sys.modules if m.startswith(('torch', 'onnxruntime', 'openvino', 'tensorrt', 'train', 'export'))))")  # fmt: skip
     line = ["synth", str(files[0]), "--warp", str(files[1]), "--output", str(tmp_path / "out"), "--quiet"]
-    done = subprocess.run([sys.executable, "-c", code, *line], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *line], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "[]", done.stderr
     assert len([*(tmp_path / "out").glob("*_ct.nii.gz")]) == 3
-
-

@@ -49,6 +49,7 @@ def with_images(cases: Sequence[Case], place: Path) -> list[Case]:
     Raises:
         UsageError: where there is no CT, or none that belongs to any of the masks.
     """
+    cases = [case for case in cases if not _is_image_of(case, cases)]
     masks = {file.absolute() for case in cases for file in case.files}
     images = [image for image in _images_at(place) if not masks & {file.absolute() for file in image.files}]
     if not images:
@@ -86,15 +87,20 @@ def read_image(case: Case, mask: LabelVolume) -> Volume:
             file=case.called,
         )
     name = f"the CT of {case.called.name}"
-    if len(case.image) == 1 and case.image[0].name.lower().endswith(SUFFIXES):
+    if _is_volume(case.image[0]):
         with archive.on_disk(case.image[0]) as path:
             volume = read_volume(path)
-    elif case.image[0].name.lower().endswith(SUFFIXES):  # a header and its voxels
-        volume = read_volume(case.image[0])
     else:
         volume = read_ct(case.image, name)
     values = _on_grid(volume, mask, case)
     return Volume(_whole(values, name), mask.geometry, notes=volume.notes)
+
+
+def _is_image_of(case: Case, cases: Sequence[Case]) -> bool:
+    """Whether a case is the CT of another: a folder of both was given as the folder of masks."""
+    name = _plain(case.name, IMAGE_ENDINGS)
+    masks = {_plain(other.name, MASK_ENDINGS) for other in cases if other.kind == "volume" and other is not case}
+    return case.kind == "volume" and name != case.name and name in masks
 
 
 def _images_at(place: Path) -> list[_Image]:
@@ -107,8 +113,7 @@ def _images_at(place: Path) -> list[_Image]:
         files, volumes = walk(place), sorted(path for path in place.iterdir() if _is_volume(path) and path.is_file())
     else:
         files, volumes = [place], [place] if _is_volume(place) else []
-    masks = tuple(f"{ending}" for ending in MASK_ENDINGS)
-    named = [path for path in volumes if len(volumes) == 1 or not stem(path).endswith(masks)]
+    named = [path for path in volumes if len(volumes) == 1 or not stem(path).endswith(MASK_ENDINGS)]
     images = [_Image(_plain(stem(path), IMAGE_ENDINGS), "", volume_files(path)) for path in named if not is_synthetic(path)]
     series: dict[str, list[Path]] = {}
     for instance in scan(path for path in files if not _is_volume(path)):
