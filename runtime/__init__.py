@@ -33,10 +33,12 @@ if TYPE_CHECKING:
         UsageError,
     )
     from .models import Models
+    from .rand_warp import RandWarp
     from .stream import CaseResult
     from .synthesizer import Synthesizer
     from .variants import Ranges, vary
-    from .volume import CTSlab, Geometry, LabelVolume
+    from .volume import CTSlab, Geometry, LabelVolume, Volume
+    from .warp import IntensityJitter, Warp
 
 __version__ = VERSION
 
@@ -47,6 +49,7 @@ __all__ = [
     "Geometry",
     "GeometryError",
     "InputError",
+    "IntensityJitter",
     "Label",
     "LabelTable",
     "LabelVolume",
@@ -57,15 +60,18 @@ __all__ = [
     "ModelError",
     "Models",
     "OutputError",
+    "RandWarp",
     "Ranges",
     "Synthesizer",
     "UnknownLabels",
     "UnreadableVolume",
     "UsageError",
+    "Volume",
+    "Warp",
     "vary",
 ]
 
-_HOMES = ("errors", "volume", "contract", "variants", "models", "stream", "synthesizer")
+_HOMES = ("errors", "volume", "contract", "variants", "warp", "rand_warp", "models", "stream", "synthesizer")
 
 
 def __getattr__(name: str) -> Any:

@@ -28,9 +28,8 @@ from .io.headers import SUFFIXES
 from .journal import key_of
 
 if TYPE_CHECKING:
-    from .scale import RaySynthesizer
+    from .report import Maker
     from .stream import CaseResult
-    from .synthesizer import Synthesizer
 
 AUDIT = ".mask2ct.audit.jsonl"
 SCHEMA = 1
@@ -171,11 +170,13 @@ class AuditTrail:
         if self._file is not None:
             self._file.add(action, **facts)
 
-    def load(self, models: Mapping[str, Synthesizer | RaySynthesizer]) -> None:
+    def load(self, models: Mapping[str, Maker]) -> None:
         """Note which models are open: as switched where the file's last line about one of that name had other digests."""
         known = {} if self._file is None else self._file.models()
         for name, synth in models.items():
             facts = self._models[name] = model_facts(name, synth)
+            if synth.manifest.derived:  # a method, and no model
+                continue
             before = known.get(name)
             if before is None or all(before.get(key) == facts[key] for key in ("manifest_sha256", "model_sha256")):
                 self.add("model loaded", **facts)
@@ -205,7 +206,7 @@ class AuditTrail:
             self._log(action, {**known, **seconds})
 
 
-def model_facts(name: str, synth: Synthesizer | RaySynthesizer) -> Facts:
+def model_facts(name: str, synth: Maker) -> Facts:
     """What identifies an open model: its names, the SHA-256 of its manifest and of the file that runs, engine and precision."""
     file = synth.manifest.files.get(synth.file)
     return {
@@ -228,6 +229,7 @@ def result_facts(result: CaseResult, seed: int) -> Facts:
     return {
         "case": _case_name(result),
         "mask_sha256": result.mask_sha256,
+        **({"image_sha256": result.image_sha256} if result.image_sha256 else {}),
         "seed": seed,
         "variant": result.variant,
         "slices": result.slices,

@@ -162,7 +162,8 @@ class Manifest:
     """What a model folder says of itself (JSON Schema: manifest.schema.json, beside this module).
 
     `parity`: file name → backend → what was measured at export: the errors against the network in HU, slices/s, versions.
-    `training`, `export`: how the weights and the files were made.
+    `training`, `export`: how the weights and the files were made. `derived`: the CTs are real ones, deformed, and not synthetic; no model
+    folder says so.
     """
 
     name: str
@@ -176,6 +177,7 @@ class Manifest:
     training: Mapping[str, Any] = field(default_factory=dict)
     export: Mapping[str, Any] = field(default_factory=dict)
     license: str = ""
+    derived: bool = False
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -262,7 +264,9 @@ class Manifest:
             noise=data["noise"],
             files={name: _file(name, file) for name, file in files.items()},
             license=text(data.get("license", ""), "'license'"),
-            **described,
+            parity=described["parity"],
+            training=described["training"],
+            export=described["export"],
         )
         stated = {"inputs": [_spec(s, "a part of 'inputs'") for s in items(data["inputs"], "'inputs'")]}
         stated["output"] = [_spec(data["output"], "'output'")]

@@ -110,6 +110,17 @@ def names_of(source: str | Path | LabelMap | None, tables: Iterable[LabelTable])
     return frozenset(map(plain, names))
 
 
+def read_entries(path: Path, *, parsed: bool = False) -> dict[Any, Any]:
+    """What a MAP.json says, as it is written, or with its keys as a `LabelMap` has them. Raises `UsageError`."""
+    entries = _entries(path)
+    return {_key(key): target for key, target in entries.items()} if parsed else entries
+
+
+def code_of(segment: Segment) -> str:
+    """A structure's code as a `LabelMap` has it; empty without one."""
+    return canonical(segment.code) if segment.code else ""
+
+
 def _entries(path: Path) -> dict[str, Any]:
     """What a MAP.json says."""
     try:

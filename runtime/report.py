@@ -13,6 +13,9 @@ from .version import VERSION
 if TYPE_CHECKING:
     from .scale import RaySynthesizer
     from .synthesizer import Synthesizer
+    from .warp_source import WarpSource
+
+    Maker = Synthesizer | RaySynthesizer | WarpSource
 
 THREADS = {"read": "reading", "deform": "reading", "paint": "painting", "write": "writing"}  # stage → which thread's time it is
 
@@ -20,7 +23,7 @@ THREADS = {"read": "reading", "deform": "reading", "paint": "painting", "write":
 class Summary:
     """The results of one run so far."""
 
-    def __init__(self, models: Mapping[str, Synthesizer | RaySynthesizer], seed: int, total: int, *, quiet: bool):
+    def __init__(self, models: Mapping[str, Maker], seed: int, total: int, *, quiet: bool):
         self._models, self._seed, self._started = dict(models), seed, time.perf_counter()
         self._results: list[CaseResult] = []
         self._by: list[str] = []  # of each result, the model; empty where none fitted
@@ -107,7 +110,7 @@ class Summary:
         self._progress.update(len(self._results), f"{speed}{self._limit()}  {note}" if speed else note)
 
 
-def _facts(synth: Synthesizer | RaySynthesizer) -> dict[str, Any]:
+def _facts(synth: Maker) -> dict[str, Any]:
     return {
         "model": synth.manifest.name,
         "model_files": {name: file.sha256 for name, file in synth.manifest.files.items()},

@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .errors import InputError, UnreadableVolume, reading, writing
 from .files import fits, sha256_of
@@ -19,12 +19,10 @@ from .journal import Entry, Ledger, key_of
 from .labels import LabelMap
 from .pipeline import Ahead, Behind
 from .recipe import Recipe
-from .variants import Ranges, Shapes
+from .source import CTSource, Variant
+from .variants import Ranges
 from .version import VERSION
-from .volume import CTSlab, LabelVolume
-
-if TYPE_CHECKING:
-    from .synthesizer import Synthesizer
+from .volume import CTSlab
 
 State = tuple[int, int, int, int, int, float]
 YOUNG = 2.0  # s: file systems state times in steps of up to so long
@@ -38,7 +36,8 @@ class CaseResult:
     `mask`: its path, or for a DICOM source the name of the case: its path may name a patient.
 
     `input`, `sha256`: SHA-256 by file name of what was read and written; `mask_sha256`: of
-    all that was read, as the journal has it. `seconds`: by stage, spent working and not waiting;
+    all that the mask was read from, as the journal has it; `image_sha256`: the same of the real CT
+    that is deformed with it, empty where there is none. `seconds`: by stage, spent working and not waiting;
     stages overlap. `skipped`: it was complete already, and proven so.
     """
 
@@ -54,10 +53,11 @@ class CaseResult:
     sha256: Mapping[str, str] = field(default_factory=dict)
     skipped: bool = False
     mask_sha256: str = ""
+    image_sha256: str = ""
 
 
 def synthesize(
-    synthesizer: Synthesizer,
+    synthesizer: CTSource,
     cases: Sequence[Case],
     output: Path,
     *,
@@ -89,28 +89,24 @@ def synthesize(
     return make(synthesizer, cases, recipe, on_slice)
 
 
-def make(
-    synthesizer: Synthesizer, cases: Sequence[Case], recipe: Recipe, on_slice: Callable[[int], None] | None = None
-) -> Generator[CaseResult]:
+def make(source: CTSource, cases: Sequence[Case], recipe: Recipe, on_slice: Callable[[int], None] | None = None) -> Generator[CaseResult]:
     """`synthesize`, of what the recipe says."""
-    recipe.check(synthesizer.manifest, cases)
-    return _locked(synthesizer, recipe, cases, on_slice)
+    recipe.check(source.manifest, cases)
+    return _locked(source, recipe, cases, on_slice)
 
 
-def _locked(
-    synthesizer: Synthesizer, recipe: Recipe, cases: Sequence[Case], on_slice: Callable[[int], None] | None
-) -> Generator[CaseResult]:
-    with recipe.journal(synthesizer.manifest, cases) as journal:
-        yield from Run(synthesizer, recipe, journal, on_slice).results(cases)
+def _locked(source: CTSource, recipe: Recipe, cases: Sequence[Case], on_slice: Callable[[int], None] | None) -> Generator[CaseResult]:
+    with recipe.journal(source.manifest, cases) as journal:
+        yield from Run(source, recipe, journal, on_slice).results(cases)
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A result to paint, or, without a `volume`, what there is to say instead."""
+    """A result to paint, or, without a `variant`, what there is to say instead."""
 
     result: CaseResult
     key: str
-    volume: LabelVolume | None = None
+    variant: Variant | None = None
 
 
 @dataclass(frozen=True)
@@ -125,8 +121,8 @@ class _Job:
 class Run:
     """The stages of one call: `_prepare` in a thread, `results` in the caller's, `_write` in another. Who holds the lock is not asked."""
 
-    def __init__(self, synthesizer: Synthesizer, recipe: Recipe, journal: Ledger, on_slice: Callable[[int], None] | None = None):
-        self._synthesizer, self._journal, self._on_slice = synthesizer, journal, on_slice
+    def __init__(self, source: CTSource, recipe: Recipe, journal: Ledger, on_slice: Callable[[int], None] | None = None):
+        self._source, self._journal, self._on_slice = source, journal, on_slice
         self._recipe, self._output, self._format, self._variants = recipe, recipe.output, recipe.writer, recipe.numbers
         self._ranges, self._seed, self._labels, self._resume = recipe.ranges, recipe.seed, recipe.labels, recipe.resume
         self._like = cache(like_digests)  # of one run: an image that all cases share is read once
@@ -135,13 +131,13 @@ class Run:
         ahead, behind = Ahead(self._prepare(cases)), Behind(self._write)
         try:
             for item in ahead:
-                large = item.volume is not None and item.volume.labels.nbytes > LARGE_MASK
+                large = item.variant is not None and item.variant.nbytes > LARGE_MASK
                 if not large:
                     ahead.permit()
-                if item.volume is None:
+                if item.variant is None:
                     yield item.result
                 else:
-                    yield from self._paint(item, item.volume, behind)
+                    yield from self._paint(item, item.variant, behind)
                 del item
                 yield from behind.finished(wait=large)
                 if large:
@@ -159,8 +155,9 @@ class Run:
                 self._check_names(case)
                 before = _states(case)
                 inputs = self._input(case)
-                mask = _mask(case, inputs)
-                keys = {variant: self._key(case, variant, inputs) for variant in self._variants}
+                images = self._input(case, image=True)
+                mask, image = key_of({"input": _content(case, inputs)}), key_of({"image": sorted(images.values())}) if images else ""
+                keys = {variant: self._key(case, variant, inputs, image) for variant in self._variants}
                 if not self._recipe.replace:
                     self._refuse_to_replace(case, mask)
                 proven = {
@@ -168,38 +165,42 @@ class Run:
                 }
                 for variant, entry in proven.items():
                     files = self._format.files(self._output, case.name, variant)
-                    yield _Item(CaseResult(case.name, case.called, variant, files, entry.slices, warnings=entry.warnings, input=inputs,
-                                           sha256=entry.files, skipped=True, mask_sha256=mask), entry.key)  # fmt: skip
+                    yield _Item(CaseResult(case.name, case.called, variant, files, entry.slices, warnings=entry.warnings, input={**inputs, **images},
+                                           sha256=entry.files, skipped=True, mask_sha256=mask, image_sha256=image), entry.key)  # fmt: skip
                 if len(proven) == len(keys):
                     continue
-                volume = read_case(case, self._synthesizer.manifest.labels, self._labels)
-                self._check_unchanged(case, before, inputs)
+                volume = read_case(case, self._source.manifest.labels, self._labels)
+                variants = self._source.variants(case, volume, self._ranges, self._seed)
+                self._check_unchanged(case, before, {**inputs, **images})
                 self._format.check_mask(volume)
-                warnings = tuple(_warnings(case.called.name, volume, self._synthesizer))
+                warnings = (*volume.notes, *self._source.notes(case.called.name, volume))
                 volume.digest  # noqa: B018 - computed here, beside the painter, and kept
             except InputError as exc:
                 exc.file = exc.file or case.called
                 yield _Item(CaseResult(case.name, case.called, None, error=exc), "")
                 continue
-            seconds, shapes = {"read": time.perf_counter() - started}, Shapes(volume, self._ranges, self._seed)
+            seconds = {"read": time.perf_counter() - started}
             for variant in [variant for variant in keys if variant not in proven]:
                 started = time.perf_counter()
-                varied = shapes.vary(variant or 0)
+                varied = variants(variant or 0)
                 times = {**seconds, "deform": time.perf_counter() - started} if variant else seconds
                 said = (*warnings, *(f"{case.called.name}, variant {variant}: {fact}" for fact in varied.warnings))
-                result = CaseResult(case.name, case.called, variant, seconds=times, warnings=said, input=inputs, mask_sha256=mask)
-                item = _Item(result, keys[variant], varied.volume)
+                result = CaseResult(case.name, case.called, variant, seconds=times, warnings=said, input={**inputs, **images},
+                                    mask_sha256=mask, image_sha256=image)  # fmt: skip
+                item = _Item(result, keys[variant], varied)
                 del varied
                 yield item
                 del item  # a mask lives as long as whoever uses it
                 seconds = {"read": 0.0}
-            del volume, shapes
+            del volume, variants
 
-    def _paint(self, item: _Item, volume: LabelVolume, behind: Behind[_Job, CaseResult]) -> Iterator[CaseResult]:
+    def _paint(self, item: _Item, variant: Variant, behind: Behind[_Job, CaseResult]) -> Iterator[CaseResult]:
         """Paint one result into the writer, passing on meanwhile what it has finished."""
-        result, synth = item.result, self._synthesizer
-        painting = Painting(result.case, result.variant, volume, synth.manifest, synth.backend, synth.file, self._seed)
-        slabs = _Meter(synth.slabs(volume, seed=self._seed, variant=result.variant or 0), self._on_slice)
+        result, source = item.result, self._source
+        painting = Painting(
+            result.case, result.variant, variant.mask, source.manifest, source.backend, source.file, self._seed, result.image_sha256
+        )
+        slabs = _Meter(variant.slabs(), self._on_slice)
         job = _Job(item, painting, dict(result.seconds))
         behind.begin(job)
         try:
@@ -226,12 +227,14 @@ class Run:
         seconds = {**job.seconds, "write": time.perf_counter() - started - counted.seconds}
         return replace(result, files=tuple(files), slices=counted.slices, seconds=seconds, sha256=digests)
 
-    def _input(self, case: Case) -> dict[str, str]:
-        """SHA-256 of each file the case is read from. Files of a DICOM source are numbered: their names may name a patient."""
-        digests, files = {}, (*case.files, *case.grid)
+    def _input(self, case: Case, *, image: bool = False) -> dict[str, str]:
+        """SHA-256 of each file that the case's mask is read from, or its `image`. Files of a DICOM source are numbered: their names may
+        name a patient."""
+        digests, files = {}, case.image if image else (*case.files, *case.grid)
+        owner = f"image of {case.called.name}" if image else case.called.name
         for n, file in enumerate(files):
-            numbered = case.called.name if len(files) == 1 else f"{case.called.name} {n + 1}"
-            name = {"volume": file.name, "classes": f"{case.called.name} {file.name}"}.get(case.kind, numbered)
+            numbered = owner if len(files) == 1 else f"{owner} {n + 1}"
+            name = numbered if image else {"volume": file.name, "classes": f"{owner} {file.name}"}.get(case.kind, numbered)
             with reading(case.called, "a file that can be read"), opened(file) as handle:
                 digests[name] = sha256_of(handle)
         return digests
@@ -244,7 +247,7 @@ class Run:
         """
         if _states(case) == before and all(abs(time.time() - changed) > YOUNG for *_, changed in before):
             return
-        if self._input(case) != inputs:
+        if {**self._input(case), **self._input(case, image=True)} != inputs:
             raise UnreadableVolume(
                 f"{case.called.name} changed while it was read",
                 expected="a mask that stays as it is until its CT is made",
@@ -252,18 +255,19 @@ class Run:
                 file=case.called,
             )
 
-    def _key(self, case: Case, variant: int | None, inputs: Mapping[str, str]) -> str:
+    def _key(self, case: Case, variant: int | None, inputs: Mapping[str, str], image: str) -> str:
         """Of everything the result's bytes depend on. A field that a `Case` or a format gains is part of it."""
-        synth = self._synthesizer
+        source = self._source
         return key_of({
             "version": VERSION,
-            "model": key_of(synth.manifest.to_json()),
-            "engine": [synth.engine, synth.file],
+            "model": key_of(source.manifest.to_json()),
+            "engine": [source.engine, source.file],
             "format": [type(self._format).__name__, {k: repr(v) for k, v in vars(self._format).items() if not k.startswith("_")}],
-            "case": {f.name: repr(getattr(case, f.name)) for f in fields(case) if f.name not in ("path", "files", "grid", "options")},
+            "case": {f.name: repr(getattr(case, f.name)) for f in fields(case) if f.name not in ("path", "files", "grid", "image", "options")},
             "reading": repr(replace(case.options, like=None)),
             "like": self._like(case.options.like),
             "input": _content(case, inputs),
+            **({"image": image} if image else {}),
             "labels": None if self._labels is None else sorted(map(repr, self._labels.items())),
             "seed": self._seed,
             "variant": variant,
@@ -284,7 +288,7 @@ class Run:
 def _states(case: Case) -> tuple[State, ...]:
     """Of each file that the case is read from: device, number, bytes, nanoseconds of change of content and of state, seconds of the latter."""
     states = []
-    for file in (*case.files, *case.grid):
+    for file in (*case.files, *case.grid, *case.image):
         with reading(case.called, "a file that can be read"):
             s = os.stat(outer(file))
         states.append((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ctime))
@@ -294,22 +298,6 @@ def _states(case: Case) -> tuple[State, ...]:
 def _content(case: Case, inputs: Mapping[str, str]) -> list[Any]:
     """What a case was read from, whatever its files are called; but of one a class the name is what it means."""
     return sorted(inputs.items() if case.kind == "classes" else inputs.values())
-
-
-def _mask(case: Case, inputs: Mapping[str, str]) -> str:
-    """SHA-256 of what a case was read from."""
-    return key_of({"input": _content(case, inputs)})
-
-
-def _warnings(mask: str, volume: LabelVolume, synthesizer: Synthesizer) -> Iterator[str]:
-    """What is allowed, but may not be meant. `mask`: what to call it."""
-    yield from volume.notes
-    if not volume.labels.any():
-        yield f"{mask} is empty: no voxel has a label, the CT shows background alone"
-    if not synthesizer.grid(volume).covers:
-        policy, intensity = synthesizer.manifest.grid, synthesizer.manifest.intensity
-        seen = " x ".join(f"{side * step:.0f}" for side, step in zip(policy.canvas, policy.pixel_spacing or (), strict=True))
-        yield f"{mask} shows more than the {seen} mm the model was trained on: beyond them the CT is {intensity.low} {intensity.unit}"
 
 
 class _Meter:

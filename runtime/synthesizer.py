@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,10 +23,12 @@ from .labels import LabelMap, names_of, to_indices
 from .memory import Allowance, PoolStats, parse_bytes
 from .randomness import CaseRandom
 from .slot import Slot
+from .source import Variant
+from .variants import Ranges, Shapes
 from .volume import CTSlab, Geometry, LabelVolume
 
 if TYPE_CHECKING:
-    from .io.detect import ReadOptions
+    from .io.detect import Case, ReadOptions
     from .stream import CaseResult
 
 DEFAULT_BATCH = 8  # slices in one slab: with few, the writer begins early and has little left at the end
@@ -161,6 +164,26 @@ class Synthesizer:
                         yield CTSlab(np.moveaxis(hu, 0, grid.axis), grid.axis, start)
                         start += len(hu)
                         hu = np.empty((min(self._batch, grid.count - start), *plane), np.int16)
+
+    def variants(self, case: Case, mask: LabelVolume, ranges: Ranges, seed: int) -> Callable[[int], Variant]:
+        """What gives each variant of a mask, deformed within `ranges`, and its CT (see `runtime.source`)."""
+        shapes = Shapes(mask, ranges, seed)
+
+        def variant(number: int) -> Variant:
+            varied = shapes.vary(number)
+            slabs = partial(self.slabs, varied.volume, seed=seed, variant=number)
+            return Variant(varied.volume, slabs, varied.volume.labels.nbytes, varied.warnings)
+
+        return variant
+
+    def notes(self, name: str, mask: LabelVolume) -> Iterator[str]:
+        """What is allowed of a mask, but may not be meant. `name`: what to call it."""
+        if not mask.labels.any():
+            yield f"{name} is empty: no voxel has a label, the CT shows background alone"
+        if not self.grid(mask).covers:
+            policy, intensity = self.manifest.grid, self.manifest.intensity
+            seen = " x ".join(f"{side * step:.0f}" for side, step in zip(policy.canvas, policy.pixel_spacing or (), strict=True))
+            yield f"{name} shows more than the {seen} mm the model was trained on: beyond them the CT is {intensity.low} {intensity.unit}"
 
     def _painted(self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom) -> Generator[tuple[Slot, range]]:
         """Each group of slices with the slot that holds it, in order; the engine works on the next ones meanwhile.

@@ -18,6 +18,7 @@ BLOCK = re.compile(r"```python\n# (\w+\.py)\n(.*?)```", re.DOTALL)
 PRINTS = {
     "arrays.py": "3 (8, 96, 96) [  0 205 500]",
     "warped.py": "3 (8, 96, 96) [0 1]",
+    "rand_warp.py": "warped (1, 40, 40, 6) (1, 40, 40, 6)",
     "pairs.py": "fixed 2 (2, 1, 6, 40, 40)\nfresh 2",
     "with_monai.py": "monai (1, 40, 40, 6)",
     "with_torchio.py": "torchio 4 (1, 40, 40, 6)",

@@ -29,12 +29,12 @@ from ..variants import Ranges
 MASK_HELP = "a NIfTI, NRRD or MHA label map, a DICOM SEG or RTSTRUCT, the slices of a DICOM label series, or a folder or zip of such"
 
 
-def add_engine(parser: argparse.ArgumentParser) -> None:
+def add_engine(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Which model, and what runs it: for every command that paints."""
     parser.add_argument(
         "--model",
         action="append",
-        required=True,
+        required=required,
         metavar="[NAME=]FOLDER",
         help="a model folder, as export/build_engine.py writes it; more than one: each mask is painted by the one that knows its labels",
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..audit import AuditTrail
 from ..console import EXIT_CODES
@@ -19,8 +19,9 @@ from ..models import Models, named
 from ..recipe import Recipe, any_dicom
 from ..report import Summary
 from ..scale import RaySynthesizer
-from ..stream import CaseResult
-from ..synthesizer import Synthesizer
+from ..stream import CaseResult, make
+from ..volume import LabelVolume
+from ..warp_source import WARP, WarpSource
 from .common import (
     MASK_HELP,
     add_audit,
@@ -38,13 +39,18 @@ from .common import (
     recipes,
 )
 from .failures import Failures
+from .warp import add_warp, check_warp, warp_source
+
+if TYPE_CHECKING:
+    from ..report import Maker
 
 
 def add(commands: Any) -> None:
     synth = commands.add_parser("synth", help="paint a CT for each mask", epilog=EXIT_CODES)
     synth.set_defaults(command=_synth)
     synth.add_argument("masks", nargs="+", type=Path, metavar="MASK", help=MASK_HELP)
-    add_engine(synth)
+    add_engine(synth, required=False)
+    add_warp(synth)
     add_results(synth)
     add_reading(synth)
     synth.add_argument("--resume", action="store_true", help="keep what the output folder's journal proves complete")
@@ -73,6 +79,8 @@ def _synth(options: argparse.Namespace) -> int:
         for case in missing:
             print(f"error: {printable(case.path)} does not exist", file=sys.stderr)
         return 1 if missing else 0
+    if options.warp is not None:
+        return _warp(cases, options)
     if options.ray is not None and not options.dry_run:
         return _on_ray(cases, options)
     with open_models(options) as models:
@@ -88,6 +96,7 @@ def _synth(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Raise `UsageError` for options that would have no effect beside the others."""
+    check_warp(options)
     without = (
         ("dry_run", "report", "audit", "ray", "ray_workers", "ray_gpus") if options.list else ("report", "audit") if options.dry_run else ()
     )
@@ -117,7 +126,17 @@ def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
         return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), cases, options, {name: synth})
 
 
-def _summary(models: Mapping[str, Synthesizer | RaySynthesizer], cases: Sequence[Case], options: argparse.Namespace) -> Summary:
+def _warp(cases: Sequence[Case], options: argparse.Namespace) -> int:
+    """`--warp`: real CTs, each deformed with its mask, and no model."""
+    source, cases, made = warp_source(cases, options)
+    if options.dry_run:
+        return _dry_run_warp(source, cases, made, options)
+    summary = _summary({WARP: source}, cases, options)
+    results = make(source, cases, made, summary.painting)
+    return _run(summary, ((result, WARP) for result in results), cases, options, {WARP: source})
+
+
+def _summary(models: Mapping[str, Maker], cases: Sequence[Case], options: argparse.Namespace) -> Summary:
     if options.report is not None:
         check_writable(options.report.parent)
     return Summary(models, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
@@ -128,7 +147,7 @@ def _run(
     results: Iterator[tuple[CaseResult, str]],
     cases: Sequence[Case],
     options: argparse.Namespace,
-    models: Mapping[str, Synthesizer | RaySynthesizer],
+    models: Mapping[str, Maker],
 ) -> int:
     failures = Failures(verbose=options.verbose)
     try:
@@ -155,16 +174,38 @@ def _run(
 
 
 def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe], options: argparse.Namespace) -> int:
-    failures = Failures(verbose=options.verbose)
     for name, made in made_of.items():
         made.writer.check(models[name].manifest, options.output)
+
+    def checked(case: Case) -> tuple[LabelVolume, str]:
+        name = choose(models, case, made_of, quiet=options.quiet)
+        synth = models[name]
+        volume = read_case(case, synth.manifest.labels, made_of[name].labels)
+        made_of[name].writer.check_mask(volume)
+        grid = synth.grid(volume)
+        return volume, f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
+
+    return _tried(cases, checked, options)
+
+
+def _dry_run_warp(source: WarpSource, cases: Sequence[Case], made: Recipe, options: argparse.Namespace) -> int:
+    made.writer.check(source.manifest, options.output)
+
+    def checked(case: Case) -> tuple[LabelVolume, str]:
+        volume = read_case(case, source.manifest.labels, made.labels)
+        made.writer.check_mask(volume)
+        source.variants(case, volume, made.ranges, made.seed)
+        return volume, "its CT is on the same grid"
+
+    return _tried(cases, checked, options)
+
+
+def _tried(cases: Sequence[Case], checked: Callable[[Case], tuple[LabelVolume, str]], options: argparse.Namespace) -> int:
+    """Say of each case what `checked` says of it, or what is wrong with it."""
+    failures = Failures(verbose=options.verbose)
     for case in cases:
         try:
-            name = choose(models, case, made_of, quiet=options.quiet)
-            synth = models[name]
-            volume = read_case(case, synth.manifest.labels, made_of[name].labels)
-            made_of[name].writer.check_mask(volume)
-            grid = synth.grid(volume)
+            volume, said = checked(case)
         except InputError as exc:
             exc.file = exc.file or case.called
             failures.add(exc)
@@ -172,9 +213,6 @@ def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe
         depth, height, width = volume.labels.shape
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
         if not options.quiet:
-            print(
-                f"{printable(case.called)}: {width} x {height} x {depth} voxels of {spacing} mm, "
-                f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
-            )
+            print(f"{printable(case.called)}: {width} x {height} x {depth} voxels of {spacing} mm, {said}")
     failures.close()
     return failures.code

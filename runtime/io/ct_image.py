@@ -37,7 +37,8 @@ def image_dataset(sop_class: UID, painting: Painting, identity: Identity, grid: 
         ds.BodyPartExamined = "HEART"
     else:
         ds.Laterality = ""  # type 2C: the model does not say which part of the body it paints
-    ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"
+    if not painting.manifest.derived:  # of another's pixels that is not known
+        ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     _, ds.Rows, ds.Columns = grid.shape
     ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1

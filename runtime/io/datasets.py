@@ -20,7 +20,7 @@ from ..contract import Manifest
 from ..errors import UsageError
 from ..files import write_json
 from ..volume import CTSlab, LabelVolume
-from .headers import NOTICE, is_synthetic
+from .headers import is_synthetic, notice
 from .painting import FormatOptions, Painting, refuse_dicom_options, result_name
 from .volumes import isal_threaded, write_ct, write_labels
 
@@ -57,8 +57,9 @@ class DatasetFormat:
     def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
         image, label = self.files(output, painting.case, painting.variant)
         values = np.arange(len(painting.manifest.labels), dtype=np.uint8)
-        mask = write_labels(label, painting.mask, values, description="mask of a " + NOTICE)
-        return {image: write_ct(image, slabs, painting.mask, description=NOTICE), label: mask}
+        text = notice(derived=painting.manifest.derived)
+        mask = write_labels(label, painting.mask, values, description="mask of a " + text)
+        return {image: write_ct(image, slabs, painting.mask, description=text), label: mask}
 
     def finish(self, output: Path, manifest: Manifest) -> None:
         """Bring `dataset.json` to what lies in the folder; what others wrote into it stays. Without a case there is none."""
@@ -90,7 +91,11 @@ class DatasetFormat:
         return {"modality": modality, "labels": {str(n): name for n, name in enumerate(names)}}
 
     def _new(self, output: Path, manifest: Manifest, ours: dict[str, Any]) -> dict[str, Any]:
-        common = {"name": output.absolute().name, "description": NOTICE, "licence": manifest.license or "not stated"}
+        common = {
+            "name": output.absolute().name,
+            "description": notice(derived=manifest.derived),
+            "licence": manifest.license or "not stated",
+        }
         if self.channel:
             return {**ours, "numTraining": 0, **common}
         return {**common, "reference": "mask2ct", "release": "0.0", "tensorImageSize": "3D", **ours,

@@ -60,7 +60,8 @@ class Case:
 
     `name`: of its results; `path`: the file, folder or zip that was given; `kind`: "volume" for a NIfTI, NRRD or MHA file, "classes" for
     several of them, one a class, "seg", "rtstruct", "series" for DICOM images, or "damaged" for the files of one folder that cannot be
-    read as DICOM; `files`: what it is read from; `grid`: the image series that contours were drawn on. `size` (columns, rows, slices or
+    read as DICOM; `files`: what it is read from; `grid`: the image series that contours were drawn on; `image`: the real CT that is to be
+    deformed with it (`runtime.io.images`). `size` (columns, rows, slices or
     frames) and `title` are for the screen: a title may name a patient. `damage`: of DICOM what is wrong with a file of it, or with one
     beside it that may belong to it, a reason for each; `lacking`: images that it refers to and that are not there; `doubts`: what else
     says that it is not complete.
@@ -71,6 +72,7 @@ class Case:
     kind: str
     files: tuple[Path, ...]
     grid: tuple[Path, ...] = ()
+    image: tuple[Path, ...] = ()
     options: ReadOptions = ReadOptions()
     number: str = ""  # SeriesNumber
     series: str = field(default="", repr=False)  # SeriesInstanceUID

@@ -23,6 +23,7 @@ from ..files import belongs_to, sha256_of
 from ..volume import DicomSource, Geometry
 from . import archive, deflated
 from .cut_short import ends_early, last_element_is_cut
+from .headers import DERIVED_MARK, MARKS
 
 SEGMENTATION = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")  # Segmentation, Label Map Segmentation Storage
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
@@ -36,7 +37,7 @@ ORIENTATION_TOLERANCE = 1e-4  # largest difference of direction cosines that sti
 MAX_SLICES = 4096
 _HEADER = ["SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID", "Modality", "SeriesNumber", "SeriesDescription", "Rows", "Columns",
            "NumberOfFrames", "FrameOfReferenceUID", "SyntheticData", "PixelData", "InstanceNumber", "ImagesInAcquisition",
-           "NumberOfSlices"]  # fmt: skip
+           "NumberOfSlices", "Manufacturer"]  # fmt: skip
 _DICOMDIR = "1.2.840.10008.1.3.10"
 CUT_SHORT, UNFINISHED_COPY = "cut short", "unfinished copy"
 UNFINISHED = (".part", ".partial", ".tmp", ".filepart", ".crdownload", "~")  # what copies are called before they are whole
@@ -206,11 +207,17 @@ def _instance(path: Path) -> Instance:
             description = str(ds.get("SeriesDescription", ""))
             return Instance(path, kind, uid, str(ds.get("SeriesInstanceUID", "")) or uid, str(ds.get("SeriesNumber") or ""),
                             str(ds.get("FrameOfReferenceUID", "")), description, (size[0], size[1], size[2]),
-                            ds.get("SyntheticData") == "YES" and "NOT FOR DIAGNOSIS" in description, CUT_SHORT if cut else "",
+                            _is_ours(ds, description), CUT_SHORT if cut else "",
                             _integer(ds, "InstanceNumber"),
                             max(_integer(ds, "ImagesInAcquisition") or 0, _integer(ds, "NumberOfSlices") or 0))  # fmt: skip
     except UnreadableVolume:
         return damaged_instance(path, "with a damaged header")
+
+
+def _is_ours(ds: Any, description: str) -> bool:
+    """Whether mask2ct wrote an instance, synthetic or derived."""
+    is_synthetic = ds.get("SyntheticData") == "YES" and "NOT FOR DIAGNOSIS" in description
+    return is_synthetic or (str(ds.get("Manufacturer", "")) == MARKS[1] and DERIVED_MARK in description)
 
 
 def damaged_instance(path: Path, damage: str) -> Instance:

@@ -33,6 +33,10 @@ class DicomFormat:
             raise UsageError(f"the model paints {manifest.intensity.unit}, not HU", expected="Hounsfield units for a CT series",
                              remedy="write a volume format, such as --format nifti")  # fmt: skip
 
+        if manifest.derived and self.options.attach:
+            raise UsageError("a deformed CT does not lie in its patient's frame of reference, and is none of their images",
+                             expected="a patient of its own for it", remedy="leave --attach out")  # fmt: skip
+
     def check_mask(self, mask: LabelVolume) -> None:
         UprightGrid.of(mask.geometry, mask.labels.shape)
         if self.options.attach:

@@ -58,6 +58,7 @@ def enhanced_dataset(painting: Painting, identity: Identity, grid: UprightGrid) 
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(identity.uid("enhanced ct"))
     ds.SeriesInstanceUID = identity.uid("enhanced ct series")
     ds.InstanceNumber, ds.NumberOfFrames = 1, grid.shape[0]
+    ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"  # asked for here; `label_series.read_ct` refuses CTs of other kinds
     ds.DeviceSerialNumber, ds.SoftwareVersions = "0", VERSION
     ds.ContentDate, ds.ContentTime = FIXED_DATE, FIXED_TIME
     ds.ImageType, ds.ContentQualification, ds.PresentationLUTShape = _FRAME_TYPE, "RESEARCH", "IDENTITY"

@@ -25,12 +25,28 @@ from .volume_header import EXPECTED, MAX_HEADER, Header, Voxels, bad, voxel_name
 from .volume_header import integers as _numbers
 from .voxels import check_complete, unpacked
 
-__all__ = ["EXPECTED", "MARKS", "NOTICE", "SUFFIXES", "Header", "Voxels", "bad", "check_header", "is_synthetic", "stem", "volume_files"]
+__all__ = [
+    "DERIVED_MARK",
+    "EXPECTED",
+    "MARKS",
+    "NOTICE",
+    "SUFFIXES",
+    "Header",
+    "Voxels",
+    "bad",
+    "check_header",
+    "is_synthetic",
+    "mark",
+    "notice",
+    "stem",
+    "volume_files",
+]
 
 MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")  # what every header written says of itself, within its first bytes
 MARKS_WITHIN = 8192
 NIFTI_HEADER = 352  # bytes, with the four behind it that say whether extensions follow
 NOTICE = f"{MARKS[0]} ({MARKS[1]})"  # 79 characters fit into a NIfTI
+DERIVED_MARK = "DERIVED CT - NOT FOR DIAGNOSIS"  # of a real CT that was deformed, in the place of the first of MARKS
 _BEGINNINGS = {
     ".nii": b"\x5c\x01\0\0",
     ".nrrd": b"NRRD0004\n",
@@ -47,8 +63,18 @@ def stem(path: Path) -> str:
     return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), path.stem)
 
 
+def mark(*, derived: bool) -> str:
+    """What a result is called in every header: a synthetic CT, or one derived from a real one."""
+    return DERIVED_MARK if derived else MARKS[0]
+
+
+def notice(*, derived: bool) -> str:
+    """As `mark`, with who wrote it: the description of a volume file."""
+    return f"{mark(derived=derived)} ({MARKS[1]})"
+
+
 def is_synthetic(path: Path) -> bool:
-    """Whether this is a file that mask2ct wrote, of whatever format: its header says so (MARKS)."""
+    """Whether this is a file that mask2ct wrote, of whatever format, synthetic or derived: its header says so."""
     return _is_marked(_first_bytes(path))
 
 
@@ -67,7 +93,7 @@ def is_cut(path: Path) -> bool:
 
 
 def _is_marked(head: bytes | None) -> bool:
-    return head is not None and all(mark.encode() in head for mark in MARKS)
+    return head is not None and MARKS[1].encode() in head and any(text.encode() in head for text in (MARKS[0], DERIVED_MARK))
 
 
 def _first_bytes(path: Path) -> bytes | None:

@@ -46,6 +46,43 @@ def read_series(paths: Sequence[Path], name: str, *, force: bool = False) -> Vol
         return Volume(values, geometry, dicom=source(ds, uids), notes=notes)
 
 
+def read_ct(paths: Sequence[Path], name: str) -> Volume:
+    """A CT series in HU, float32 (D, H, W); messages call it `name`. Raises `InputError`s, also for other modalities."""
+    from pydicom.pixels.utils import pixel_array
+
+    with guarded(name):
+        headers = [dataset(path, tags=_GRID) for path in paths]
+        paths, headers = _one_at_a_place(paths, headers, name)
+        geometry, shape, order, notes = _grid(headers, name)
+        values = np.empty(shape, np.float32)
+        for path, k in zip(paths, order, strict=True):
+            ds = dataset(path)
+            if str(ds.get("Modality", "")) != "CT" or int(ds.get("SamplesPerPixel", 1)) != 1:
+                raise UnreadableVolume(
+                    f"{name} is no CT",
+                    expected="a CT series in Hounsfield units",
+                    remedy="give the CT that the mask was drawn on",
+                )
+            is_lossy = ds.file_meta.TransferSyntaxUID in _LOSSY or ds.get("LossyImageCompression") == "01"
+            if is_lossy or ds.get("BurnedInAnnotation") == "YES":
+                raise UnreadableVolume(
+                    f"{name} is compressed with loss, or has text burned into its pixels",
+                    expected="a CT as it was reconstructed",
+                    remedy="give the original series",
+                )
+            try:
+                plane = np.asarray(pixel_array(ds, raw=True))
+            except (RuntimeError, NotImplementedError) as exc:  # no decoder here for this compression
+                raise UnreadableVolume(f"{name} is compressed as {ds.file_meta.TransferSyntaxUID.name}, which cannot be decoded here",
+                                       expected="a CT without compression",
+                                       remedy='decompress it (gdcmconv --raw), or pip install "pylibjpeg[all]"') from exc  # fmt: skip
+            if plane.shape != shape[1:]:
+                raise UnreadableVolume(f"{name} has a slice of {plane.shape} pixels", expected=str(shape[1:]), remedy="export it again")
+            slope, intercept = ds.get("RescaleSlope"), ds.get("RescaleIntercept")
+            values[k] = plane * float(1 if slope is None else slope) + float(0 if intercept is None else intercept)
+        return Volume(values, geometry, notes=notes)
+
+
 def series_grid(paths: Sequence[Path], name: str) -> tuple[tuple[Geometry, tuple[int, int, int], DicomSource], tuple[str, ...]]:
     """Where the slices of an image series lie, its shape (D, H, W), its instances, and what is to be said of it; no pixel is used."""
     with guarded(name):

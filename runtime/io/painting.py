@@ -20,7 +20,7 @@ class Painting:
     """One result to write, all but its voxels: the mask that is painted, and what painted it.
 
     `variant` is None when no variants were asked for. `file`: the model file that the engine runs, a key of
-    `manifest.files` (empty for the fake engine).
+    `manifest.files` (empty for the fake engine). `image_sha256`: of the real CT that was deformed; empty where the CT is synthetic.
     """
 
     case: str
@@ -30,6 +30,7 @@ class Painting:
     backend: str
     file: str
     seed: int
+    image_sha256: str = ""
 
     @property
     def name(self) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ..contract import Label
 from ..version import VERSION
 from .painting import Painting
-from .profile import DESCRIPTION, FIXED_DATE, FIXED_TIME, STUDY, Identity, describe, text
+from .profile import FIXED_DATE, FIXED_TIME, STUDY, Identity, describe, text
 from .seg_bytes import labels_shown, sketch, write_binary
 from .upright import UprightGrid
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 NAME = "seg.dcm"
-TITLE = f"MASK OF A {DESCRIPTION}"
+_CONTENT = {False: "The mask that this synthetic CT was painted from", True: "The mask that was deformed with this CT"}
 _FIXED = {"InstanceCreationDate": FIXED_DATE, "InstanceCreationTime": FIXED_TIME, "ContentDate": FIXED_DATE, "ContentTime": FIXED_TIME,
           "SeriesDate": FIXED_DATE, "SeriesTime": FIXED_TIME}  # fmt: skip
 
@@ -46,13 +46,13 @@ def seg_dataset(painting: Painting, identity: Identity, images: Sequence[Dataset
     for keyword in STUDY:  # highdicom refuses or prints values it finds odd, such as a date that never was; `describe` sets them all
         setattr(first, keyword, "")
     seg: Any = Segmentation(
-        images, labels, kind.upper(), [_segment(n, x) for n, x in enumerate(painting.manifest.labels.labels) if n],
+        images, labels, kind.upper(), [_segment(n, x, painting) for n, x in enumerate(painting.manifest.labels.labels) if n],
         series_instance_uid=identity.uid("seg series", kind, first.SOPClassUID), series_number=int(first.SeriesNumber) + 1,
         sop_instance_uid=identity.uid("seg", kind, first.SOPClassUID), instance_number=1, manufacturer=first.Manufacturer,
         manufacturer_model_name=first.ManufacturerModelName, software_versions=VERSION, device_serial_number="0",
-        omit_empty_frames=bool(labels.any()), content_label="MASK", content_description="The mask that this synthetic CT was painted from",
+        omit_empty_frames=bool(labels.any()), content_label="MASK", content_description=_CONTENT[painting.manifest.derived],
     )  # fmt: skip
-    describe(seg, painting, identity, title=TITLE)
+    describe(seg, painting, identity, of="MASK OF A ")
     dimensions = identity.uid("seg dimensions", kind)
     for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
         item.DimensionOrganizationUID = dimensions
@@ -62,7 +62,7 @@ def seg_dataset(painting: Painting, identity: Identity, images: Sequence[Dataset
     return seg
 
 
-def _segment(number: int, label: Label) -> Any:
+def _segment(number: int, label: Label, painting: Painting) -> Any:
     from highdicom import AlgorithmIdentificationSequence
     from highdicom.seg import SegmentDescription
     from pydicom.sr.codedict import codes
@@ -70,5 +70,6 @@ def _segment(number: int, label: Label) -> Any:
 
     name = text(label.name, f"label {label.value}")
     kind = Code(label.snomed, "SCT", name) if label.snomed else Code(f"LABEL{label.value}", "99MASK2CT", name)
-    algorithm = AlgorithmIdentificationSequence("mask2ct", codes.cid7162.ArtificialIntelligence, VERSION)
+    family = codes.cid7162.DeformableModels if painting.manifest.derived else codes.cid7162.ArtificialIntelligence
+    algorithm = AlgorithmIdentificationSequence("mask2ct", family, VERSION)
     return SegmentDescription(number, name, codes.cid7150.AnatomicalStructure, kind, "AUTOMATIC", algorithm)

@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import GeometryError, InputError, importing
 from ..version import VERSION
 from ..volume import LabelVolume
-from .headers import MARKS, NOTICE
+from .headers import MARKS, mark, notice
 from .painting import Painting
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-DESCRIPTION = MARKS[0]
 FIXED_DATE, FIXED_TIME = "20000101", "000000"  # where the standard or a DICOMDIR asks for a date: the same one in every run
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 SYNTHETIC_DATA = 0x0008001C  # by tag: dictionaries before pydicom 3.0 lack it
@@ -45,10 +44,14 @@ class Identity:
         """The same model file, kind of engine, mask, seed and variant give the same identity; variant 0 is what is painted when none is asked for."""
         source = painting.mask.dicom if attach else None
         made = [_engine_sha256(painting), _backend(painting), painting.mask.digest.hex(), str(painting.seed), str(painting.variant or 0)]
+        derived = painting.manifest.derived
+        if derived:
+            made.append(painting.image_sha256)
         if source is None:
             key = hashlib.sha256("/".join(["mask2ct", *made]).encode()).hexdigest()
-            name = f"SYNTH-{key[:16].upper()}"
-            study = {"PatientName": f"{name}^", "PatientID": name, "StudyID": "SYNTHETIC", "StudyDescription": DESCRIPTION,
+            kind, prefix = ("DERIVED", "DERIV") if derived else ("SYNTHETIC", "SYNTH")
+            name = f"{prefix}-{key[:16].upper()}"
+            study = {"PatientName": f"{name}^", "PatientID": name, "StudyID": kind, "StudyDescription": mark(derived=derived),
                      "StudyDate": FIXED_DATE, "StudyTime": FIXED_TIME}  # fmt: skip
             return cls(key, uid(key, "study"), uid(key, "frame of reference"), study, False)
         study_uid = source.attributes["StudyInstanceUID"]
@@ -79,14 +82,20 @@ def check_attachable(mask: LabelVolume) -> None:
         raise InputError("the mask has no Study Instance UID", expected="the study to attach the series to", remedy="leave --attach out")
 
 
-def describe(ds: Dataset, painting: Painting, identity: Identity, *, title: str = DESCRIPTION) -> None:
-    """Set on `ds` what is the same for every object of one result: patient, study, the marks of a synthetic image, its making."""
+def describe(ds: Dataset, painting: Painting, identity: Identity, *, of: str = "") -> None:
+    """Set on `ds` what is the same for every object of one result: patient, study, the marks of a synthetic or derived image, its making.
+
+    A derived one states neither Synthetic Data (its voxels were acquired, and moved) nor that its patient's identity was removed: the
+    anatomy is a patient's. `of`: what the object is of the CT; empty for the CT itself.
+    """
     from pydicom import DataElement
     from pydicom.config import IGNORE
     from pydicom.datadict import dictionary_VR
 
     ds.SpecificCharacterSet = "ISO_IR 192"
-    ds.add_new(SYNTHETIC_DATA, "CS", "YES")
+    derived = painting.manifest.derived
+    if not derived:
+        ds.add_new(SYNTHETIC_DATA, "CS", "YES")
     for keyword in STUDY:
         if keyword in identity.study or keyword != "StudyDescription":  # the others are of type 2: present, if empty
             value = identity.study.get(keyword, "")  # a source's own value stays as it is, valid or not, and unquoted on the screen
@@ -94,21 +103,26 @@ def describe(ds: Dataset, painting: Painting, identity: Identity, *, title: str 
     ds.StudyInstanceUID = identity.study_uid
     ds.FrameOfReferenceUID = identity.frame_of_reference_uid
     ds.PositionReferenceIndicator = ""
-    if not identity.attached:
+    if not identity.attached and not derived:
         ds.PatientIdentityRemoved = "YES"
         ds.DeidentificationMethod = "Synthetic: an invented patient, no attribute of a source copied"
     ds.Manufacturer = MARKS[1]
     ds.ManufacturerModelName = text(painting.manifest.name)
     ds.SoftwareVersions = VERSION
-    ds.SeriesDescription = title
-    ds.ProtocolName = DESCRIPTION
-    ds.ImageComments = NOTICE
+    ds.SeriesDescription = of + mark(derived=derived)
+    ds.ProtocolName = mark(derived=derived)
+    ds.ImageComments = notice(derived=derived)
     ds.DerivationDescription = derivation(painting)
     ds.ContributingEquipmentSequence = [_equipment(painting)]
 
 
 def derivation(painting: Painting) -> str:
-    """What made the image, in words: model, engine file, seed, mask."""
+    """What made the image, in words: model, engine file, seed, mask; or the CT that was deformed."""
+    if painting.manifest.derived:
+        return (
+            f"Real CT deformed with its label mask by mask2ct {VERSION}, without a model: {painting.backend}, seed {painting.seed}, "
+            f"variant {painting.variant or 0}, CT sha256 {painting.image_sha256}, mask sha256 {painting.mask.digest.hex()}"
+        )
     return (
         f"Synthetic CT painted by mask2ct {VERSION} from a label mask: model {painting.manifest.name}, "
         f"engine file {painting.file or 'none'} sha256 {_engine_sha256(painting)}, backend {_backend(painting)}, "
@@ -154,6 +168,10 @@ def _equipment(painting: Painting) -> Any:
 
     item = Dataset()
     item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = MARKS[1], text(painting.manifest.name), VERSION
-    item.ContributionDescription = "painted this image from a label mask"
-    item.PurposeOfReferenceCodeSequence = [code("109100", "DCM", "Synthesizing Equipment")]
+    if painting.manifest.derived:
+        item.ContributionDescription = "deformed this image with its label mask"
+        item.PurposeOfReferenceCodeSequence = [code("109103", "DCM", "Modifying Equipment")]
+    else:
+        item.ContributionDescription = "painted this image from a label mask"
+        item.PurposeOfReferenceCodeSequence = [code("109100", "DCM", "Synthesizing Equipment")]
     return item

@@ -20,7 +20,7 @@ from ..contract import Manifest
 from ..errors import importing
 from ..files import Growing, atomic_path
 from ..volume import CTSlab, Geometry, LabelVolume
-from .headers import NOTICE, is_synthetic
+from .headers import is_synthetic, notice
 from .nifti_header import nifti_header
 from .painting import FormatOptions, Painting, refuse_dicom_options, result_name, table_values
 
@@ -59,10 +59,11 @@ class VolumeFormat:
 
     def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
         files = self.files(output, painting.case, painting.variant)
-        written = {files[0]: write_ct(files[0], slabs, painting.mask, description=NOTICE)}
+        text = notice(derived=painting.manifest.derived)
+        written = {files[0]: write_ct(files[0], slabs, painting.mask, description=text)}
         for file in files[1:]:
             values = table_values(painting.manifest.labels)
-            written[file] = write_labels(file, painting.mask, values, description="mask of a " + NOTICE)
+            written[file] = write_labels(file, painting.mask, values, description="mask of a " + text)
         return written
 
     def finish(self, output: Path, manifest: Manifest) -> None:
