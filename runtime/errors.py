@@ -211,7 +211,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 
 @contextmanager
 def reading(path: str | os.PathLike[str], expected: str, error: type[Mask2CTError] = UnreadableVolume) -> Iterator[None]:
-    """Map what readers raise on a bad file (OSError, EOFError, ValueError, RuntimeError, zlib.error) to `error`."""
+    """Map what readers raise on a bad file (OSError, EOFError, ValueError, RuntimeError, OverflowError, zlib.error) to `error`."""
     name = Path(path).name
     try:
         yield
@@ -219,7 +219,7 @@ def reading(path: str | os.PathLike[str], expected: str, error: type[Mask2CTErro
         raise error(f"{name} does not exist", expected=expected, remedy="check the path", file=path) from exc
     except PermissionError as exc:
         raise error(f"{name} cannot be read: permission denied", expected=expected, remedy="check its permissions", file=path) from exc
-    except (OSError, EOFError, ValueError, RuntimeError, zlib.error) as exc:
+    except (OSError, EOFError, ValueError, RuntimeError, OverflowError, zlib.error) as exc:
         lines = str(exc).strip().splitlines() or [type(exc).__name__]
         raise error(
             f"{name} cannot be read: {lines[-1][:200]}", expected=expected, remedy="check the file, or write it again", file=path

@@ -13,13 +13,14 @@ import stat
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from .errors import writing
 
 LONGEST_NAME = 255  # bytes of a file name on every common file system
+MAX_TEXT = 4 << 20  # bytes of a text that a person writes, a label map for one
 SYNCED_EVERY = 8 << 20  # bytes of a file that grows
 SYNCED_AT_ONCE = 4  # files of a folder: a disk writes what waits together, 300 slices in 0.1 s and not in 1
 # Hidden, so never taken for a result; the mark that mask2ct alone writes, the machine and the process: its owner can be told.
@@ -100,6 +101,25 @@ def open_input(path: str | os.PathLike[str]) -> BinaryIO:
         OSError: it cannot be opened, or is not a regular file.
     """
     return open(path, "rb", opener=_open_regular)
+
+
+def read_text(path: str | os.PathLike[str], *, most: int = MAX_TEXT, encoding: str = "utf-8") -> str:
+    """Read a text file that somebody else has provided, without waiting and without filling memory.
+
+    Args:
+        path: the file; a link is followed.
+        most: bytes that it may have.
+        encoding: of the text.
+
+    Raises:
+        OSError: it cannot be opened, is not a regular file, or is larger.
+        ValueError: it is not text of that encoding.
+    """
+    with open_input(path) as handle:
+        content = handle.read(most + 1)
+    if len(content) > most:
+        raise OSError(f"it has more than {most} bytes")
+    return content.decode(encoding)
 
 
 def _open_regular(path: str, flags: int) -> int:
@@ -248,11 +268,13 @@ class Growing:
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield the temporary path to write; on success sync and rename it to `path`, on any error remove it.
 
-    Raises `OutputError` when the folder cannot be made or written, or the disk is full.
+    Raises `OutputError` when the folder cannot be made or written, the disk is full, or a pipe or a device has that name:
+    to put a file in its place would take /dev/null from the whole machine.
     """
     part = temporary_name(path)
     with writing(path):
         path.parent.mkdir(permitted(0o777), parents=True, exist_ok=True)
+        _require_replaceable(path)
         try:
             os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, permitted(0o666)))  # whoever writes it
             yield part
@@ -261,6 +283,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
             sync_folder(path.parent)
         finally:
             part.unlink(missing_ok=True)
+
+
+def _require_replaceable(path: Path) -> None:
+    """Raise OSError where a pipe, a socket or a device has the name."""
+    with suppress(FileNotFoundError):
+        mode = os.lstat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode) or stat.S_ISDIR(mode)):
+            raise OSError("a pipe, a socket or a device has that name")
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from .census import Census
 from .codes import LEFT, RIGHT, canonical, is_code, sides, unmodified
 from .contract import LabelTable
 from .errors import InputError, UnknownLabels, UsageError
+from .files import read_text
 from .presets import CLASSES, MM_WHS, MM_WHS_INDICES, PRESETS, STANDS_FOR, class_names
 from .volume import Layers, Segment, runs
 
@@ -124,7 +125,7 @@ def code_of(segment: Segment) -> str:
 def _entries(path: Path) -> dict[str, Any]:
     """What a MAP.json says."""
     try:
-        data: Any = json.loads(path.read_text(encoding="utf-8-sig"))
+        data: Any = json.loads(read_text(path, encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as exc:
         raise UsageError(f"the label map cannot be read: {exc}", expected=f"{MAP_HELP}, or one of {', '.join(PRESETS)}",
                          remedy="check the path and the JSON", file=path) from exc  # fmt: skip

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import InputError, UnknownLabels, UsageError, reading
+from .files import read_text
 from .io.detect import Case, read_mask, structures
 from .labels import LabelMap, called, listed, match, plain, where_names_are
 from .memory import Allowance, PoolStats, parse_bytes
@@ -192,7 +193,7 @@ def load_rules(path: Path, names: Sequence[str]) -> tuple[Rule, ...]:
     """Read `--rules RULES.json` for the models of these names. Raises `UsageError` when the file or a rule is wrong."""
     expected = f"{RULES_HELP}; models: {', '.join(names)}"
     with reading(path, expected, UsageError):
-        data: Any = json.loads(path.read_text(encoding="utf-8"))
+        data: Any = json.loads(read_text(path))
     rules = []
     for n, row in enumerate(data if isinstance(data, list) else [data], 1):
         known = isinstance(row, dict) and row.get("model") in names and set(row) <= {"model", *_CONDITIONS}

@@ -75,6 +75,18 @@ def test_equal_names_are_refused(tmp_path: Path) -> None:
         find_cases([tmp_path / "z.zip"])
 
 
+def test_folders_within_folders_are_bounded(tmp_path: Path) -> None:
+    """A name of 18 kB costs the square of its folders for each file of that zip."""
+    path = tmp_path / "z.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.writestr("d/" * (archive.MAX_DEPTH - 1) + "a.nii", b"1")
+    assert len(archive.members(path)) == 1
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as zipped:
+        zipped.writestr("d/" * 9000 + "b.nii", b"2")
+    with pytest.raises(UsageError, match=r"z\.zip holds a file in too many folders"):
+        find_cases([path])
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_other_compression_is_refused(method: int, tmp_path: Path) -> None:
     """45 bytes of bzip2 become 45 MB at once, whatever is asked of it."""

@@ -104,6 +104,12 @@ def bomb(path: Path) -> None:
     path.write_bytes(head + gzip.compress(bytes(2 << 20)))
 
 
+def endless_gzip_name(path: Path) -> None:
+    """The name that a gzip file may state of what it holds (RFC 1952, FNAME) has no bound."""
+    packed = write_mask(path).read_bytes()
+    path.write_bytes(packed[:3] + b"\x08" + packed[4:10] + b"A" * (1 << 20) + b"\0" + packed[10:])
+
+
 def short_raw(path: Path) -> None:
     write_mask(path)
     data = path.with_suffix(".raw")
@@ -132,6 +138,7 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "truncated nii": ("m.nii", truncated, "truncated"),
     "cut in the header": ("m.nii.gz", cut_in_the_header, "inside its header"),
     "flipped bit": ("m.nii.gz", flipped_bit, "truncated or damaged"),
+    "endless gzip name": ("m.nii.gz", endless_gzip_name, "truncated or damaged"),
     "4-D": ("m.nii.gz", lambda p: nifti(p, np.zeros((2, 3, 4, 5), np.int16)), "4-D"),
     "5-D": ("m.nii.gz", lambda p: nifti(p, np.zeros((2, 2, 3, 4, 5), np.int16)), "5-D"),
     "1-D": ("m.nii.gz", lambda p: nifti(p, np.zeros(4, np.int16)), "1-D"),

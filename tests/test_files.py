@@ -13,8 +13,8 @@ from samples import listed, synth, write_mask
 import runtime.files
 from runtime.__main__ import main
 from runtime.console import run
-from runtime.errors import UnreadableVolume
-from runtime.files import belongs_to, open_input, remove_orphans, temporary_name
+from runtime.errors import OutputError, UnreadableVolume, UsageError
+from runtime.files import MAX_TEXT, belongs_to, open_input, remove_orphans, temporary_name, write_text
 from runtime.io.detect import PassedOver, find_cases
 from runtime.io.dicom_files import is_dicom
 from runtime.io.headers import check_header, is_synthetic
@@ -35,6 +35,11 @@ def link_device(path: Path) -> None:
     path.symlink_to("/dev/zero")
 
 
+def make_large(path: Path) -> None:
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # 1 TiB without a block on the disk
+
+
 SPECIAL = [make_pipe, make_socket, link_device]
 
 
@@ -45,6 +50,31 @@ def test_special_files_are_refused_at_once(make: Callable[[Path], None], tmp_pat
     with pytest.raises(OSError, match="a pipe, a socket or a device"):
         open_input(path)
     assert not is_dicom(path) and not is_synthetic(path)
+
+
+@pytest.mark.parametrize("option", ["--labels", "--rules"])
+@pytest.mark.parametrize("make", [*SPECIAL, make_large])
+def test_texts_wait_for_nobody(make: Callable[[Path], None], option: str, fake_model: Path, tmp_path: Path) -> None:
+    """Neither a pipe that nobody writes into nor a text without an end holds the command, or its memory."""
+    make(tmp_path / "map.json")
+    write_mask(tmp_path / "m.nii")
+    more = ["--model", f"a={fake_model}", "--model", f"b={fake_model}"] if option == "--rules" else ["--model", fake_model]
+    line = ["synth", tmp_path / "m.nii", *more, option, tmp_path / "map.json", "--backend", "fake", "--output", tmp_path / "out"]
+    with pytest.raises(UsageError, match=rf"a pipe, a socket or a device|more than {MAX_TEXT} bytes"):
+        main([str(word) for word in line])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("make", SPECIAL[:2])
+def test_a_report_replaces_no_device(make: Callable[[Path], None], tmp_path: Path) -> None:
+    """`--report /dev/null`, by root, must not take that device from everybody."""
+    path = tmp_path / "report.json"
+    make(path)
+    before = os.lstat(path)
+    with pytest.raises(OutputError, match=r"report\.json cannot be written: a pipe, a socket or a device has that name"):
+        write_text(path, "{}")
+    assert os.path.samestat(os.lstat(path), before)
+    assert listed(tmp_path) == {"report.json"}
 
 
 def test_pipe_swapped_in_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -107,6 +107,15 @@ def test_graphs_without_end_are_refused(tmp_path: Path) -> None:
         check_weights(path)
 
 
+def test_wide_field_numbers_hide_no_weights(tmp_path: Path) -> None:
+    """ONNX Runtime and OpenVINO drop what a field's key has beyond 32 bits: to them this is the graph, with its weights elsewhere."""
+    path = tmp_path / "model.onnx"
+    graph = model(initializer=[elsewhere()]).graph.SerializeToString()
+    path.write_bytes(b"\xba\x80\x80\x80\x10" + field(7, graph)[1:])
+    with pytest.raises(ModelError, match="is not a graph: a field of it has a number"):
+        check_weights(path)
+
+
 def test_a_cut_graph_is_refused(tmp_path: Path) -> None:
     """Where the cut falls into the graph; the checksum of the manifest covers the rest."""
     whole, path = ELSEWHERE["in a branch"]().SerializeToString(), tmp_path / "model.onnx"

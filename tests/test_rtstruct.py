@@ -573,7 +573,7 @@ def test_crossings_far_away_unite(tmp_path: Path) -> None:
     contours = [(1, box(-9000, 30, -9000, 30)), (1, box(-9900, 20, -8000, 20))]
     read = read_case(structure(tmp_path, contours), MM_WHS)
     assert np.array_equal(read.labels[1] == 3, mask((0, 30, 0, 30)))
-    assert "1 contours of ROI 1 overlap others" in " | ".join(read.notes)
+    assert "1 contour of ROI 1 overlaps others" in " | ".join(read.notes)
 
 
 def test_xor_contours_stay_exclusive(tmp_path: Path) -> None:
@@ -610,9 +610,9 @@ def test_tolerances_are_said(tmp_path: Path) -> None:
         (3, twice),
     ]
     notes = " | ".join(read_case(structure(tmp_path, contours), MM_WHS).notes)
-    assert "1 contours of ROI 1 overlap others by up to 0.1 pixels and are not united" in notes
-    assert "1 contours of ROI 1 are holes that leave less than 1 pixel" in notes
-    assert "1 contours of ROI 1 go around some area twice" in notes
+    assert "1 contour of ROI 1 overlaps others by up to 0.1 pixels and is not united" in notes
+    assert "1 contour of ROI 1 is a hole that leaves less than 1 pixel" in notes
+    assert "1 contour of ROI 1 goes around some area twice" in notes
 
 
 def test_a_contour_that_lost_its_corners_is_refused(tmp_path: Path) -> None:

@@ -212,28 +212,75 @@ def test_trickled_object_ends_its_association(how: dict[str, float], tmp_path: P
         assert echo(node.port) == 0
 
 
+def test_endless_object_ends_its_association(tmp_path: Path) -> None:
+    """However fast it comes: what is too large is received to be answered, but not for ever."""
+    with acceptor(tmp_path, associations=1, size=1 << 16) as node:
+        association = associate(node.port, [SegmentationStorage])
+        raw = association.dul.socket.socket
+        raw.sendall(p_data(3, segmentation_request()))
+        sent = 0
+        with suppress(OSError):
+            while sent < 64 << 20 and association.is_established:
+                raw.sendall(p_data(0, bytes(16000)))
+                sent += 16000
+        assert sent < 64 << 20
+        until(lambda: not node.wrong(), "its place is free", 10)
+        assert echo(node.port) == 0
+
+
+def test_unread_answers_end_the_association(tmp_path: Path) -> None:
+    """Requests that come faster than they are answered would fill the memory."""
+    with acceptor(tmp_path, associations=1) as node, connect(node.port, request()) as flood:
+        assert flood.recv(1)[0] == ACCEPTED
+        asked = p_data(3, echo_request()) * 1000
+        flood.settimeout(0.2)
+        sent, started = 0, time.monotonic()
+        while time.monotonic() - started < 20:
+            try:
+                sent += flood.send(asked)
+            except TimeoutError:  # nothing is taken at the moment
+                continue
+            except OSError:
+                break
+        assert time.monotonic() - started < 15, f"{sent} bytes of requests were taken"
+        until(lambda: not node.wrong(), "its place is free", 10)
+        assert echo(node.port) == 0
+
+
 def p_data(control: int, content: bytes) -> bytes:
     """A P-DATA-TF PDU with one fragment in context 1 (PS3.8 9.3.5). `control`: bit 0 a command, bit 1 the last fragment."""
     value = struct.pack(">IBB", len(content) + 2, 1, control) + content
     return b"\x04\x00" + struct.pack(">I", len(value)) + value
 
 
-def segmentation_request() -> bytes:
-    """The command set of a C-STORE-RQ (PS3.7 9.3.1.1)."""
+def command_set(elements: dict[int, bytes]) -> bytes:
+    """A DIMSE command set (PS3.7 6.3) of the elements (0000,number), behind its length."""
 
     def element(number: int, value: bytes) -> bytes:
         value += b"\0" * (len(value) % 2)
         return struct.pack("<HHI", 0, number, len(value)) + value
 
-    parts = (
-        element(0x0002, SegmentationStorage.encode())
-        + element(0x0100, b"\x01\x00")
-        + element(0x0110, b"\x01\x00")
-        + element(0x0700, b"\x02\x00")
-        + element(0x0800, b"\x01\x00")
-        + element(0x1000, b"1.2.3")
-    )
+    parts = b"".join(element(number, value) for number, value in elements.items())
     return element(0x0000, struct.pack("<I", len(parts))) + parts
+
+
+def segmentation_request() -> bytes:
+    """A C-STORE-RQ (PS3.7 9.3.1.1)."""
+    return command_set(
+        {
+            0x0002: SegmentationStorage.encode(),
+            0x0100: b"\x01\x00",
+            0x0110: b"\x01\x00",
+            0x0700: b"\x02\x00",
+            0x0800: b"\x01\x00",
+            0x1000: b"1.2.3",
+        }
+    )
+
+
+def echo_request() -> bytes:
+    """A C-ECHO-RQ (PS3.7 9.3.5.1)."""
+    return command_set({0x0002: VERIFICATION.encode(), 0x0100: b"\x30\x00", 0x0110: b"\x01\x00", 0x0800: b"\x01\x01"})
 
 
 def test_no_more_associations_than_allowed(tmp_path: Path) -> None:

@@ -68,6 +68,8 @@ def _external(data: mmap.mmap) -> Iterator[bool]:
             if fields > MAX_FIELDS:
                 raise ValueError("it has too many fields")
             key, position = _varint(data, position, end)
+            if key >> 32:  # protobuf drops the bits beyond and reads another field than stands here
+                raise ValueError("a field of it has a number that no ONNX file has")
             number, kind = key >> 3, key & 7
             value, position = _varint(data, position, end) if kind in (VARINT, BYTES) else (0, position)
             start = position

@@ -27,6 +27,7 @@ from ..workspace import private_folder
 ALWAYS = 1 << 30  # bytes that a member may become, however small it is: labels of 512 x 512 x 1000 voxels, and more
 EXPANSION = 250  # bytes that it may become beyond that for each of its compressed bytes; deflate itself ends at 1032
 MAX_MEMBERS = 100_000
+MAX_DEPTH = 100  # folders within each other
 MAX_DIRECTORY = 12 << 20  # bytes of a zip's list of its members, which is read as a whole
 HELD = 4 << 20  # bytes of a member that are unpacked in memory; larger ones go to disk
 RESERVE = 64 << 20  # bytes of the disk with temporary files that are never taken
@@ -146,6 +147,8 @@ def _check(path: Path, archive: zipfile.ZipFile) -> None:
         odd = "\\" in info.filename or ":" in info.filename or "\0" in info.orig_filename
         if name.is_absolute() or ".." in name.parts or odd:
             refuse("holds a file whose name leads outside of it", "names inside the archive")
+        if len(name.parts) > MAX_DEPTH:
+            refuse("holds a file in too many folders", f"at most {MAX_DEPTH} within each other", "pack it again, with fewer folders")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             refuse("is compressed by another method than deflate", "a zip as every system makes it", "pack it again")
         most = ALWAYS + EXPANSION * info.compress_size

@@ -18,13 +18,14 @@ import numpy as np
 
 from ..contract import Manifest
 from ..errors import UsageError
-from ..files import write_json
+from ..files import read_text, write_json
 from ..volume import CTSlab, LabelVolume
 from .headers import is_synthetic, notice
 from .painting import FormatOptions, Painting, refuse_dicom_options, result_name
 from .volumes import isal_threaded, write_ct, write_labels
 
 DATASET = "dataset.json"
+MAX_DATASET = 256 << 20  # bytes of it: a million cases
 IMAGES, LABELS = "imagesTr", "labelsTr"
 ENDING = ".nii.gz"
 
@@ -105,7 +106,7 @@ class DatasetFormat:
 def _read(output: Path) -> dict[str, Any] | None:
     path = output / DATASET
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, most=MAX_DATASET)
         if not text:
             return None  # it was cut to nothing: it is made again of what lies in the folder
         data = json.loads(text)

@@ -79,7 +79,7 @@ def damage(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (EOFError, gzip.BadGzipFile, zlib.error, IsalError) as exc:  # type: ignore[misc]
+    except (EOFError, OverflowError, gzip.BadGzipFile, zlib.error, IsalError) as exc:  # type: ignore[misc]
         raise bad(path, f"is truncated or damaged: {exc}", "copy or download it again") from exc
 
 

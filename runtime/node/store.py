@@ -18,6 +18,8 @@ from .spool import NoMatch, Spool
 SUCCESS, OUT_OF_RESOURCES, NO_MATCH, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xA900, 0xC000  # PS3.4 table B.2-1
 IMAGES = ("1.2.840.10008.5.1.4.1.1.2", "1.2.840.10008.5.1.4.1.1.4", "1.2.840.10008.5.1.4.1.1.128")  # CT, MR, PET: what contours lie on
 LONGEST_COMMAND = 1 << 16  # bytes of a DIMSE command set
+MOST_UNANSWERED = 100  # messages of one association; who keeps to PS3.7 D.3.3.3 awaits each answer
+RECEIVED_TO_ANSWER = 4  # times the largest object: of a larger one the end is not waited for, to refuse it
 
 
 def pynetdicom() -> Any:
@@ -116,8 +118,15 @@ class Acceptor:
         return SUCCESS
 
     def _measure(self, event: Any) -> None:
-        """Before each PDU is taken in: an object beyond the limit is received to its end, since only then it can be answered, but not kept."""
+        """Before each PDU is taken in: bound what its association takes of memory and time.
+
+        An object beyond the limit is received to its end, since only then it can be answered, but not kept. One
+        without an end, and messages that come faster than they are answered, end the association.
+        """
         association, message = event.assoc, event.assoc.dimse.message
+        if association.dimse.msg_queue.qsize() > MOST_UNANSWERED:
+            association.abort(block=False)
+            return
         if message is None:  # this PDU begins one
             self._began[association] = time.monotonic(), 0
             return
@@ -125,7 +134,8 @@ class Acceptor:
         received += event.pdu.pdu_length
         self._began[association] = began, received
         too_slow = time.monotonic() - began > self._limits.idle_seconds + received / self._limits.slowest
-        if too_slow or message.encoded_command_set.tell() > LONGEST_COMMAND:
+        endless = received > RECEIVED_TO_ANSWER * self._limits.size + LONGEST_COMMAND
+        if too_slow or endless or message.encoded_command_set.tell() > LONGEST_COMMAND:
             association.abort(block=False)
         elif message.data_set is not None and message.data_set.tell() > self._limits.size:
             self._cut.add(association)
