@@ -53,7 +53,7 @@ $(PYCUDA)/.installed: $(STAMP)
 	@touch $@
 
 demo: setup
-	$(RUN) benchmarks/demo.py --output runs/demo
+	$(RUN) tools/demo.py --output runs/demo
 
 test: setup
 	$(RUN) -m pytest -m "not slow"
@@ -77,12 +77,12 @@ bench: setup
 
 bench-full: setup
 	$(RUN) benchmarks/run.py $(SUITES) commands
-	$(RUN) benchmarks/bars.py
+	$(RUN) benchmarks/harness/targets.py
 
 # The same, kept in benchmarks/results/history.jsonl, and the README's table anew: on a machine that does nothing else.
 bench-record: setup
 	$(RUN) benchmarks/run.py $(SUITES) commands --record
-	$(RUN) benchmarks/bars.py --record
+	$(RUN) benchmarks/harness/targets.py --record
 	$(RUN) benchmarks/report.py
 	$(RUN) benchmarks/report.py --readme
 
@@ -90,7 +90,7 @@ bench-record: setup
 bench-twice: setup
 	$(RUN) benchmarks/run.py $(SUITES) --quick --json runs/bench/one.json
 	$(RUN) benchmarks/run.py $(SUITES) --quick --json runs/bench/other.json
-	$(RUN) benchmarks/agree.py runs/bench/one.json runs/bench/other.json
+	$(RUN) benchmarks/harness/reproducibility.py runs/bench/one.json runs/bench/other.json
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -25,10 +25,10 @@ from benchmarks.gpu.case import Absent, Case, need_gpu
 from benchmarks.gpu.engines import RUNTIME
 from benchmarks.gpu.model import write_random_model
 from benchmarks.gpu.parts import CHECKS
-from benchmarks.record import machine
-from runtime.console import run
-from runtime.errors import Mask2CTError
-from runtime.files import write_json
+from benchmarks.harness.record import machine
+from runtime.core.atomic_files import write_json
+from runtime.core.console import run
+from runtime.core.errors import Mask2CTError
 
 PASS, FAIL, ABSENT = "pass", "fail", "not present"
 TIMEOUT = 1800  # s for one check: a build may take minutes

@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks.history import HISTORY, Record, fingerprint, load, ratio_of
-from runtime.console import EXIT_CODES, run
-from runtime.errors import UsageError, writing
-from runtime.files import write_text
-from train.report import figure, page, picture, table
+from benchmarks.harness.history import HISTORY, Record, fingerprint, load, ratio_of
+from runtime.core.atomic_files import write_text
+from runtime.core.console import EXIT_CODES, run
+from runtime.core.errors import UsageError, writing
+from train.reporting.html import figure, page, picture, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """Throughput of this machine, against what a user would otherwise run and against its limit:  python benchmarks/run.py SUITE...
 
 Suites: engine, stream, memory, coldstart, io, train, commands; each module says what it measures. Contenders run in processes of their own and
-take turns within every round (benchmarks/paired.py). A table for people, then one JSON line with every record.
+take turns within every round (benchmarks/harness/paired.py). A table for people, then one JSON line with every record.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks import coldstart, commands, engine, io, memory, stream
-from benchmarks.history import STANDARD, Record, append, before, falls, load, make_record
-from benchmarks.models import Prepared, prepared
-from benchmarks.paired import Contender, measure
+from benchmarks.harness.history import STANDARD, Record, append, before, falls, load, make_record
+from benchmarks.harness.models import Prepared, prepared
+from benchmarks.harness.paired import Contender, measure
+from benchmarks.harness.roofline import beside, shares
 from benchmarks.report import held, in_columns, measured_on, rows
-from benchmarks.roof import beside, shares
-from runtime.console import EXIT_CODES, duration, run
-from runtime.contract import Manifest
-from runtime.errors import UsageError
-from runtime.files import write_json
+from benchmarks.suites import coldstart, commands, engine, io, memory, stream
+from runtime.core.atomic_files import write_json
+from runtime.core.console import EXIT_CODES, duration, run
+from runtime.core.errors import UsageError
+from runtime.core.manifest import Manifest
 
 QUICK_ROUNDS, ROUNDS = 9, 11
 
@@ -131,9 +131,9 @@ def _compare(records: Sequence[Record], revision: str) -> int:
 
 
 def _train_groups(options: argparse.Namespace) -> Mapping[str, Sequence[Contender]]:
-    from benchmarks import train  # takes seconds: it imports torch
+    from benchmarks.suites import train  # takes seconds: it imports torch
     from train import config
-    from train.settle import settle
+    from train.data.inference import settle
 
     given = config.resolve(config.load(options.config), [x for xs in options.set for x in xs], dataset_path=options.dataset_path)
     return train.groups(settle(given)[0], options.quick)

@@ -14,9 +14,9 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 sys.path[0] = str(Path(__file__).resolve().parent.parent)  # replace, not prepend: export/ must not shadow packages
 
 from export.to_tensorrt import HARDWARE, BuildOptions, why_not
-from runtime.console import EXIT_CODES, duration, run
-from runtime.errors import importing
-from runtime.memory import parse_bytes
+from runtime.core.console import EXIT_CODES, duration, run
+from runtime.core.errors import importing
+from runtime.engines.memory import parse_bytes
 
 
 def main(argv: Sequence[str]) -> int:
@@ -54,8 +54,8 @@ def main(argv: Sequence[str]) -> int:
         kept = f"the proven ONNX graphs are kept: python -m runtime synth MASK --model {options.output} --output OUT"
         missing.remedy, missing.file = f"{missing.remedy}; then run this again ({kept})", options.output
         raise missing
-    from export.add_engine import add_engine, prover
-    from runtime.driver import device
+    from export.attach_engine import add_engine, prover
+    from runtime.engines.gpu.probe import device
 
     names = ("precision", "native", "hardware", "max_batch", "workspace", "timing_cache")
     build = BuildOptions(**{name: getattr(options, name) for name in names})

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from runtime.contract import Intensity
-from train.generator import Generator, one_hot, standardise_noise
+from runtime.core.manifest import Intensity
+from train.networks.generator import Generator, one_hot, standardise_noise
 
 
 class LabelsToIntensity(nn.Module):
-    """`runtime.contract`'s graph round a trained generator: uint8 labels (style, noise) → int16 HU as little-endian bytes.
+    """`runtime.core.manifest`'s graph round a trained generator: uint8 labels (style, noise) → int16 HU as little-endian bytes.
 
     FP32 before and after the generator: FP16 does not hold every HU. First node on each input is a Cast to float, the last a Cast
     to uint8, for TensorRT allows uint8 at the border only (and has no int16).

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime.contract import Manifest
-from runtime.describe import ORGAN_HEAD, PARITY_HEAD, export_lines, organ_rows, parity_rows, training_lines
+from runtime.cli.description import ORGAN_HEAD, PARITY_HEAD, export_lines, organ_rows, parity_rows, training_lines
+from runtime.core.manifest import Manifest
 
 CARD = "MODEL_CARD.md"
 UNLICENSED = (

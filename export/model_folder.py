@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import MANIFEST, Manifest, ModelFile
+from runtime.core.atomic_files import atomic_folder, remove_orphans, sha256_of, write_json, write_text
+from runtime.core.errors import ParityError
+from runtime.core.manifest import MANIFEST, Manifest, ModelFile
 from runtime.engines.registry import BACKENDS
-from runtime.errors import ParityError
-from runtime.files import atomic_folder, remove_orphans, sha256_of, write_json, write_text
 from train.checkpoint import Run
 
-from . import parity, regions
+from . import error_localization, parity
 from .graph import LabelsToIntensity, folded, halved
 from .model_card import CARD, model_card
 from .quantize import candidates
@@ -88,7 +88,7 @@ def proven(
 
 def located(graph: LabelsToIntensity, path: Path, precision: str, truths: Mapping[str, parity.Reference]) -> str:
     """Where in the network the file goes wrong, for a person."""
-    return regions.table(regions.regions(graph, path, truths[parity.ON_MASKS].inputs), precision)
+    return error_localization.table(error_localization.regions(graph, path, truths[parity.ON_MASKS].inputs), precision)
 
 
 def _proven(path: Path, precision: str, manifest: Manifest, truths: Mapping[str, parity.Reference], say: Say) -> dict[str, Any]:

@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from runtime.contract import Manifest, TensorSpec
+from runtime.core.errors import ModelError, ParityError
+from runtime.core.manifest import Manifest, TensorSpec
 from runtime.engines.base import Engine
+from runtime.engines.memory import HOST_STREAM
 from runtime.engines.registry import Backend
-from runtime.errors import ModelError, ParityError
-from runtime.memory import HOST_STREAM
-from train.metrics import KERNEL, medians
-from train.scores import body_mask
+from train.metrics.scores import body_mask
+from train.metrics.volume_metrics import KERNEL, medians
 
 from .graph import LabelsToIntensity
 
@@ -174,7 +174,7 @@ def prove(path: Path, precision: str, backend: Backend, manifest: Manifest, trut
 
 
 class Exceeded(ParityError):
-    """A file that paints other values than the network, before it is known where it goes wrong (export/regions.py finds out)."""
+    """A file that paints other values than the network, before it is known where it goes wrong (export/error_localization.py finds out)."""
 
     def __init__(
         self, path: Path, backend: str, what: str, wrong: Mapping[str, tuple[float, float]], numbers: Mapping[str, Any], unit: str = "HU"
@@ -209,7 +209,7 @@ def _dssim(a: NDArray[np.int16], b: NDArray[np.int16], manifest: Manifest) -> fl
 
 
 def similarity(x: torch.Tensor, y: torch.Tensor, span: float) -> float:
-    """Mean structural similarity of two stacks of slices (Wang et al. 2004), as `train.metrics.similarity` measures it.
+    """Mean structural similarity of two stacks of slices (Wang et al. 2004), as `train.metrics.volume_metrics.similarity` measures it.
 
     Not by torchmetrics here: it imports matplotlib.pyplot, which leaves a list of this machine's fonts in the home folder,
     and an export leaves no file but its own.

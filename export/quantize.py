@@ -25,8 +25,8 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
-from .fitting import Fitted, fit, rounded
 from .graph import LabelsToIntensity
+from .weight_reconstruction import Fitted, fit, rounded
 
 OPERATORS = ("Conv", "ConvTranspose")
 PERCENTILE = 99.9995  # of an activation's values that its range holds: single outliers would make its steps coarse
@@ -146,7 +146,7 @@ class Quantizer:
         quantizer.model.save_model_to_file(str(path))
 
     def fitted(self, network: LabelsToIntensity, inputs: Inputs, floating: Sequence[str] = ()) -> Quantizer:
-        """One that quantises the same graph with weights fitted to INT8 (export/fitting.py), on the `network` it was exported from."""
+        """One that quantises the same graph with weights fitted to INT8 (export/weight_reconstruction.py), on the `network` it was exported from."""
         exact, nodes = one_hot(self._model.graph), {node.name: node for node in self._model.graph.node}
         ranges = [None if nodes[name].input[0] in exact else self._range(nodes[name].input[0]) for name in self.layers]
         found = fit(network, self._model.graph, self.layers, ranges, inputs, floating)

@@ -13,7 +13,7 @@ import onnx
 import onnxscript.optimizer
 import torch
 
-from runtime.contract import METADATA, Manifest, TensorSpec
+from runtime.core.manifest import METADATA, Manifest, TensorSpec
 
 from .graph import LabelsToIntensity
 

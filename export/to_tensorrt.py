@@ -2,7 +2,7 @@
 
 A flag could ask for FP16 until TensorRT 10; 11 has none, and code that looks for it builds FP32 without a word. So no
 flag is set here: the FP16 graph carries half weights, the network is strongly typed, and what came out is counted
-(`export.engine_layers`). Only names that 10.13, 10.16 and 11 share are used; tests hold them against the real bindings.
+(`export.precision_audit`). Only names that 10.13, 10.16 and 11 share are used; tests hold them against the real bindings.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from runtime.contract import Manifest
-from runtime.driver import DRIVER_REMEDY, why_no_gpu
+from runtime.core.atomic_files import atomic_file
+from runtime.core.errors import BuildError, MissingComponent
+from runtime.core.manifest import Manifest
+from runtime.engines.gpu.probe import DRIVER_REMEDY, why_no_gpu
+from runtime.engines.gpu.tensorrt import collecting_logger
 from runtime.engines.onnx_file import check_weights
-from runtime.engines.tensorrt import collecting_logger
-from runtime.errors import BuildError, MissingComponent
-from runtime.files import atomic_file
 
-from .engine_layers import LayerTypes, read_network
+from .precision_audit import LayerTypes, read_network
 
 VERSIONS = ((10, 13), (12, 0))  # from, below
 INSTALL = 'pip install -e ".[tensorrt]"  (tensorrt-cu13 and tensorrt-lean-cu13 >= 10.13, < 12)'

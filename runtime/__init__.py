@@ -5,21 +5,23 @@
         ct = synth(mask)                       # SimpleITK image in → int16 HU on the mask's own grid
         for result in synth.stream(paths, "out/"): ...
 
-Importing this package imports next to nothing and switches off what libraries report to their makers (`runtime.telemetry`).
+Importing this package imports next to nothing and switches off what libraries report to their makers (`runtime.core.telemetry`).
 What is taken from it comes with numpy and the standard library alone, engines and codecs when they are used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .telemetry import switch_off
-from .version import VERSION
+from .core.telemetry import switch_off
+from .core.version import VERSION
 
 switch_off()
 
 if TYPE_CHECKING:
-    from .contract import Label, LabelTable, Manifest
-    from .errors import (
+    from .batch.model_router import Models
+    from .batch.runner import CaseResult
+    from .core.deformation import Ranges, vary
+    from .core.errors import (
         ConfigError,
         GeometryError,
         InputError,
@@ -32,13 +34,11 @@ if TYPE_CHECKING:
         UnreadableVolume,
         UsageError,
     )
-    from .models import Models
-    from .rand_warp import RandWarp
-    from .stream import CaseResult
+    from .core.manifest import Label, LabelTable, Manifest
+    from .core.rand_warp import RandWarp
+    from .core.volume import CTSlab, Geometry, LabelVolume, Volume
+    from .core.warp import IntensityJitter, Warp
     from .synthesizer import Synthesizer
-    from .variants import Ranges, vary
-    from .volume import CTSlab, Geometry, LabelVolume, Volume
-    from .warp import IntensityJitter, Warp
 
 __version__ = VERSION
 

@@ -9,9 +9,9 @@ from typing import Any
 
 
 def main(argv: Sequence[str]) -> int:
-    from .commands import audit, describe, labels, serve, synth, watch
-    from .console import EXIT_CODES, Parser
-    from .version import VERSION
+    from .cli import audit, describe, labels, serve, synth, watch
+    from .core.console import EXIT_CODES, Parser
+    from .core.version import VERSION
 
     parser = Parser("mask2ct", description="Paint a synthetic CT for any label mask.", epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"mask2ct {VERSION}")
@@ -27,7 +27,7 @@ def entry() -> int:
     """The console script. What it needs is imported within, so that Ctrl-C meanwhile ends it without a traceback."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-    from .console import run
+    from .core.console import run
 
     return run(main)
 

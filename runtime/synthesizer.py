@@ -13,23 +13,23 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from .contract import MANIFEST, Manifest
+from .core.atomic_files import sha256_of
+from .core.deformation import Ranges, Shapes
+from .core.errors import GeometryError, MemoryCapExceeded, UnknownLabels
+from .core.labels import LabelMap, names_of, to_indices
+from .core.manifest import MANIFEST, Manifest
+from .core.resampling import SliceGrid
+from .core.rng import CaseRandom
+from .core.volume import CTSlab, Geometry, LabelVolume
 from .engines.base import Engine, EngineError, EngineOptions
+from .engines.execution import Slot
+from .engines.memory import Allowance, PoolStats, parse_bytes
 from .engines.registry import open_engine
-from .errors import GeometryError, MemoryCapExceeded, UnknownLabels
-from .files import sha256_of
-from .grid import SliceGrid
-from .labels import LabelMap, names_of, to_indices
-from .memory import Allowance, PoolStats, parse_bytes
-from .randomness import CaseRandom
-from .slot import Slot
-from .source import Variant
-from .variants import Ranges, Shapes
-from .volume import CTSlab, Geometry, LabelVolume
+from .io.ct_source import Variant
 
 if TYPE_CHECKING:
-    from .io.detect import Case, ReadOptions
-    from .stream import CaseResult
+    from .batch.runner import CaseResult
+    from .io.cases import Case, ReadOptions
 
 DEFAULT_BATCH = 8  # slices in one slab: with few, the writer begins early and has little left at the end
 
@@ -72,7 +72,7 @@ class Synthesizer:
         `max_memory`: bytes, or "2GiB", that may be held on the GPU (with an engine for the CPU: of host memory, beside the engine's
         own), by default what the engine needs. `device`: which GPU. `batch="auto"` gives a GPU engine the largest batch that
         fits, which may round differently from its usual one. `workers`: batches that an engine on the CPU computes at once.
-        `allowance`: memory shared with other models (`runtime.models`).
+        `allowance`: memory shared with other models (`runtime.batch.model_router`).
         """
         folder = Path(model).resolve()  # a link may lead elsewhere by the time that the engine is opened again
         manifest = Manifest.load(folder)
@@ -111,10 +111,10 @@ class Synthesizer:
     def __call__(self, mask: Any, *, seed: int = 0, variant: int = 0, labels: LabelMap | None = None) -> Any:
         """A SimpleITK label image → a SimpleITK image of int16 HU with the same size, spacing, origin and direction.
 
-        `labels`: file value → model index (see `runtime.labels.load_map`); default: the model's own values. Raises
+        `labels`: file value → model index (see `runtime.core.labels.load_map`); default: the model's own values. Raises
         `InputError`s for a mask that cannot be used.
         """
-        from .io.nifti import as_integers, from_sitk, simpleitk
+        from .io.readers.volume import as_integers, from_sitk, simpleitk
 
         volume = from_sitk(mask)
         indices = to_indices(as_integers(volume.values), self.manifest.labels, labels)
@@ -123,11 +123,11 @@ class Synthesizer:
         return ct
 
     def volume(self, values: NDArray[Any], geometry: Geometry, *, labels: LabelMap | None = None) -> LabelVolume:
-        """A label array of integers (D, H, W) as what `paint`, `slabs` and `runtime.variants.vary` take; nothing is read or written.
+        """A label array of integers (D, H, W) as what `paint`, `slabs` and `runtime.core.deformation.vary` take; nothing is read or written.
 
         `geometry`: see `Geometry.from_spacing` and `Geometry.from_ras`. `labels` as in `__call__`. Raises `InputError`s.
         """
-        from .io.nifti import as_integers
+        from .io.readers.volume import as_integers
 
         return LabelVolume(to_indices(as_integers(np.asarray(values)), self.manifest.labels, labels), geometry)
 
@@ -151,7 +151,7 @@ class Synthesizer:
         highest = max(int(plane.max()) for plane in volume.labels)
         if highest >= len(self.manifest.labels):
             raise UnknownLabels(f"the mask holds the index {highest}", expected=f"model indices 0 to {len(self.manifest.labels) - 1}",
-                                remedy="map file values with runtime.labels.to_indices")  # fmt: skip
+                                remedy="map file values with runtime.core.labels.to_indices")  # fmt: skip
         grid = self.grid(volume)
         random = CaseRandom(seed, volume.digest, variant)
         plane = [n for axis, n in enumerate(volume.labels.shape) if axis != grid.axis]
@@ -166,7 +166,7 @@ class Synthesizer:
                         hu = np.empty((min(self._batch, grid.count - start), *plane), np.int16)
 
     def variants(self, case: Case, mask: LabelVolume, ranges: Ranges, seed: int) -> Callable[[int], Variant]:
-        """What gives each variant of a mask, deformed within `ranges`, and its CT (see `runtime.source`)."""
+        """What gives each variant of a mask, deformed within `ranges`, and its CT (see `runtime.io.ct_source`)."""
         shapes = Shapes(mask, ranges, seed)
 
         def variant(number: int) -> Variant:
@@ -266,12 +266,12 @@ class Synthesizer:
     def stream(
         self, masks: str | Path | Iterable[str | Path], output: str | Path, *, reading: ReadOptions | None = None, **options: Any
     ) -> Iterator[CaseResult]:
-        """Synthesize files, folders and zips into the folder `output`: see `runtime.stream.synthesize`, whose options these are.
+        """Synthesize files, folders and zips into the folder `output`: see `runtime.batch.runner.synthesize`, whose options these are.
 
-        `reading`: how overlaps, fractions and dangling references are settled (`runtime.io.detect.ReadOptions`).
+        `reading`: how overlaps, fractions and dangling references are settled (`runtime.io.cases.ReadOptions`).
         """
-        from .io.detect import find_cases
-        from .stream import synthesize
+        from .batch.runner import synthesize
+        from .io.cases import find_cases
 
         paths = [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)]
         cases = find_cases(paths, options=reading, names=names_of(options.get("labels"), [self.manifest.labels]))

@@ -28,7 +28,7 @@ NOTHING(getBuilderPluginRegistry) NOTHING(getPluginRegistry) NOTHING(createNvOnn
 NOTHING(createNvOnnxParserRefitter_INTERNAL) NOTHING(initLibNvInferPlugins) int getNvOnnxParserVersion(void) { return 0; }
 """
 
-# The NVIDIA driver, as far as runtime/driver.py asks it.
+# The NVIDIA driver, as far as runtime/engines/gpu/probe.py asks it.
 DRIVER = r"""
 #include <string.h>
 #include <stddef.h>

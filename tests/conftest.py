@@ -39,7 +39,7 @@ def command():
 @pytest.fixture(scope="session")
 def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four phantom patients of 32 x 64 x 64 in the raw MM-WHS layout."""
-    from train.phantom import generate_cohort
+    from train.phantom.cohort import generate_cohort
 
     folder = tmp_path_factory.mktemp("cohort")
     generate_cohort(folder, 4, seed=5, size=(32, 64, 64), workers=1)

@@ -20,7 +20,7 @@ from fake_engines import onnxruntime_module, tensorrt_module
 from fake_memory import core_module, pycuda_modules
 from fake_world import CUresult, Refused, World, new_module
 
-from runtime.driver import Device
+from runtime.engines.gpu.probe import Device
 
 
 def driver_module(world: World) -> ModuleType:
@@ -200,7 +200,7 @@ def install(monkeypatch: pytest.MonkeyPatch, provider: str = "cuda-core", memory
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
     found = Device(0, "Fake GPU", (9, 0), memory, (13, 0))
-    monkeypatch.setattr("runtime.cuda.device", lambda ordinal: found)
+    monkeypatch.setattr("runtime.engines.gpu.cuda_driver.device", lambda ordinal: found)
     for module in ("tensorrt", "onnx_cuda"):
         monkeypatch.setattr(f"runtime.engines.{module}.why_no_gpu", lambda: None)
     return world

@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime as real
 from fake_world import Refused, World, new_module
 
-from runtime.contract import Manifest
+from runtime.core.manifest import Manifest
 
 MAGIC = b"fake plan\n"
 ACTIVATION = 40  # bytes of activations for a pixel of a slice

@@ -1,4 +1,4 @@
-"""cuda-core and PyCUDA on the fake device, as far as `runtime.cuda_memory` uses them."""
+"""cuda-core and PyCUDA on the fake device, as far as `runtime.engines.gpu.cuda_memory` uses them."""
 
 from __future__ import annotations
 

@@ -30,10 +30,10 @@ import SimpleITK as sitk
 from samples import blobs, image, write_fake_model, write_mask
 
 from runtime.__main__ import main
-from runtime.audit import AUDIT
-from runtime.console import run
+from runtime.batch.audit_log import AUDIT
+from runtime.batch.completion_log import JOURNAL
+from runtime.core.console import run
 from runtime.engines.fake import fake_manifest
-from runtime.journal import JOURNAL
 
 SECONDS = 10
 SPARE = 256 << 20  # bytes a process may take besides PER_BYTE for each byte of its files

@@ -9,9 +9,9 @@ import onnx
 from fake_engines import plan_of
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.contract import METADATA, GridPolicy, Intensity, Manifest, ModelFile
-from runtime.files import sha256_of, write_json
-from runtime.labels import MM_WHS
+from runtime.core.atomic_files import sha256_of, write_json
+from runtime.core.labels import MM_WHS
+from runtime.core.manifest import METADATA, GridPolicy, Intensity, Manifest, ModelFile
 
 STYLE = 4
 

@@ -25,7 +25,7 @@ from pynetdicom import AE, evt
 from samples import MM_WHS_VALUES, blobs
 
 from runtime.__main__ import main
-from runtime.console import run
+from runtime.core.console import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SEGMENTS = [("left ventricle", "87878005"), ("right atrium", "73829009")]

@@ -15,13 +15,13 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 
 from runtime.__main__ import main
-from runtime.audit import AUDIT
-from runtime.console import run
-from runtime.contract import Manifest
-from runtime.files import write_json
-from runtime.inbox import DONE, FAILED, LOCK, WORK
-from runtime.journal import JOURNAL
-from runtime.volume import Geometry
+from runtime.batch.audit_log import AUDIT
+from runtime.batch.completion_log import JOURNAL
+from runtime.core.atomic_files import write_json
+from runtime.core.console import run
+from runtime.core.manifest import Manifest
+from runtime.core.volume import Geometry
+from runtime.service.work_queue import DONE, FAILED, LOCK, WORK
 
 MM_WHS_VALUES = (0, 205, 420, 500, 550, 600, 820, 850)
 

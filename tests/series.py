@@ -13,12 +13,12 @@ from pydicom import Dataset
 from pydicom.uid import SegmentationStorage
 from samples import rotation
 
-from runtime.contract import Manifest
+from runtime.core.manifest import Manifest
+from runtime.core.resampling import axial_axes
+from runtime.core.volume import CTSlab, DicomSource, Geometry, LabelVolume
 from runtime.engines.fake import fake_manifest
-from runtime.grid import axial_axes
-from runtime.io.dicom_folder import DicomFormat
-from runtime.io.formats import FormatOptions, Painting
-from runtime.volume import CTSlab, DicomSource, Geometry, LabelVolume
+from runtime.io.writers.dicom import DicomFormat
+from runtime.io.writers.registry import FormatOptions, Painting
 
 TILT = rotation((12, -8, 25))
 SOURCE = DicomSource(

@@ -15,16 +15,16 @@ import numpy as np
 import pytest
 from samples import blobs, listed, write_mask
 
-from runtime.errors import UnreadableVolume, UsageError
+from runtime.core.errors import UnreadableVolume, UsageError
+from runtime.core.labels import MM_WHS
 from runtime.io import archive
-from runtime.io.detect import find_cases, read_case
-from runtime.labels import MM_WHS
+from runtime.io.cases import find_cases, read_case
 
 REFUSING = """
 import sys
 from pathlib import Path
-from runtime.errors import UsageError
-from runtime.io.detect import find_cases
+from runtime.core.errors import UsageError
+from runtime.io.cases import find_cases
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
@@ -171,13 +171,13 @@ def test_copies_of_a_killed_run_are_swept(fake_model: Path, tmp_path: Path, comm
 
 def test_copies_of_a_living_run_stay(tmp_path: Path, command) -> None:
     environment = {"TMPDIR": str(tmp_path)}
-    holding = "from runtime.workspace import private_folder; print(private_folder(), flush=True); input()"
+    holding = "from runtime.core.workspace import private_folder; print(private_folder(), flush=True); input()"
     with subprocess.Popen(
         [sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
     ) as living:
         assert living.stdout is not None
         folder = Path(living.stdout.readline().strip())
-        command("-c", "from runtime.workspace import remove_abandoned; remove_abandoned()", env=environment)
+        command("-c", "from runtime.core.workspace import remove_abandoned; remove_abandoned()", env=environment)
         assert folder.is_dir()
         living.communicate("\n")
     assert not folder.exists()

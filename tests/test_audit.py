@@ -21,14 +21,14 @@ from test_watch import arguments, hospital, watch
 
 from runtime import Models
 from runtime.__main__ import main
-from runtime.audit import AUDIT, AuditFile, AuditTrail
-from runtime.audit_check import BrokenChain, check_audit
-from runtime.console import run
-from runtime.io.detect import find_cases
-from runtime.journal import Journal
-from runtime.recipe import Recipe
-from runtime.stream import CaseResult
-from runtime.watch import Watcher
+from runtime.batch.audit_check import BrokenChain, check_audit
+from runtime.batch.audit_log import AUDIT, AuditFile, AuditTrail
+from runtime.batch.completion_log import Journal
+from runtime.batch.plan import Recipe
+from runtime.batch.runner import CaseResult
+from runtime.core.console import run
+from runtime.io.cases import find_cases
+from runtime.service.watch_folder import Watcher
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from runtime.contract import Manifest
+from runtime.core.errors import MissingComponent, ModelError, UsageError
+from runtime.core.manifest import Manifest
 from runtime.engines import registry
 from runtime.engines.registry import BACKENDS, open_engine
-from runtime.errors import MissingComponent, ModelError, UsageError
 
 AUTOMATIC = [b.name for b in BACKENDS if b.automatic]
 
@@ -81,7 +81,7 @@ def watch(event, arguments):
         seen.append(event)
 sys.addaudithook(watch)
 from pathlib import Path
-from runtime.contract import Manifest
+from runtime.core.manifest import Manifest
 from runtime.engines.registry import open_engine
 model = Path({str(model)!r})
 engine, _, _ = open_engine("openvino", Manifest.load(model), model)
@@ -98,7 +98,7 @@ def test_no_more_cores_are_used_than_the_process_may_use(model: Path, root: Path
         pytest.skip("no taskset here")
     code = f"""
 from pathlib import Path
-from runtime.contract import Manifest
+from runtime.core.manifest import Manifest
 from runtime.engines.registry import open_engine
 model = Path({str(model)!r})
 for name in ("onnx", "openvino"):

@@ -60,7 +60,7 @@ def test_a_bad_model_starts_nothing(kind: str, tmp_path: Path, model: Path, caps
 def test_a_graph_that_is_none_is_refused_even_when_the_manifest_agrees(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from runtime.files import sha256_of
+    from runtime.core.atomic_files import sha256_of
 
     spoilt = tmp_path / "model"
     shutil.copytree(model, spoilt)
@@ -78,7 +78,7 @@ sys.modules.update(dict.fromkeys(hidden))  # importing one raises, looking for i
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *rest: None if name in hidden else find(name, *rest)
 from runtime.__main__ import main
-from runtime.console import run
+from runtime.core.console import run
 sys.exit(run(main))
 """
 

@@ -266,7 +266,7 @@ def test_a_mask_without_orientation_is_said(tmp_path: Path, fake_model: Path, ca
 
 
 def test_a_killed_run_leaves_no_litter_behind_the_next(tmp_path: Path, fake_model: Path) -> None:
-    from runtime.files import temporary_name
+    from runtime.core.atomic_files import temporary_name
 
     out = tmp_path / "out"
     out.mkdir()
@@ -291,7 +291,7 @@ def test_the_report_is_written_of_a_run_that_fails_and_its_place_is_checked_firs
 
 def test_the_python_api_refuses_what_the_command_does(tmp_path: Path, fake_model: Path) -> None:
     from runtime import Synthesizer, UnknownLabels, UsageError
-    from runtime.volume import Geometry, LabelVolume
+    from runtime.core.volume import Geometry, LabelVolume
 
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()

@@ -16,7 +16,7 @@ import pytest
 import SimpleITK as sitk
 from samples import image, write_slices
 
-from runtime.console import run
+from runtime.core.console import run
 
 SMALL = ["data.canvas=[32,32]", "generator.depth=3", "generator.filters=4", "discriminator.patch_size=4", "discriminator.filters=4",
          "training.batch_size=2", "training.recalibrate=1", "training.valid_slices=4", "training.threads=1", "training.steps=1"]  # fmt: skip

@@ -10,15 +10,17 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from benchmarks import agree, bars, coldstart, engine, libraries, macs, models, report, roof, stream
+from benchmarks import report
 from benchmarks.gpu import contenders as gpu
-from benchmarks.history import load
-from benchmarks.paired import Contender, Measured, Ready
-from benchmarks.roof import ROOF, beside, shares
+from benchmarks.harness import libraries, macs, models, reproducibility, roofline, targets
+from benchmarks.harness.history import load
+from benchmarks.harness.paired import Contender, Measured, Ready
+from benchmarks.harness.roofline import ROOF, beside, shares
+from benchmarks.suites import coldstart, engine, stream
 from runtime import Synthesizer
-from runtime.contract import Manifest
-from runtime.driver import why_no_gpu
-from runtime.errors import MissingComponent, UsageError
+from runtime.core.errors import MissingComponent, UsageError
+from runtime.core.manifest import Manifest
+from runtime.engines.gpu.probe import why_no_gpu
 
 
 def graph(path: Path) -> Path:
@@ -85,8 +87,8 @@ def test_a_share_is_of_the_limit_that_is_nearest_and_of_its_faster_roof() -> Non
 
 
 def test_the_roofs_of_memory_and_disk_are_measured(tmp_path: Path) -> None:
-    assert roof.memcpy().run() == 1 << 28
-    assert roof.disk(str(tmp_path)).run() == 1 << 26 and not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert roofline.memcpy().run() == 1 << 28
+    assert roofline.disk(str(tmp_path)).run() == 1 << 26 and not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_a_column_is_there_when_some_contender_fills_it() -> None:
@@ -114,22 +116,24 @@ def test_two_runs_agree_where_their_intervals_overlap(tmp_path: Path, capsys: py
         run("b", *same, (1.8, 1.9, 2.0)),
         run("c", *same[1:], (0.5, 0.6, 0.7), (1.8, 1.9, 1.95)),
     )
-    assert agree.main([one, other]) == 0
+    assert reproducibility.main([one, other]) == 0
     assert '{"ratios": 10, "agree": 10, "held": 9}' in capsys.readouterr().out
-    assert agree.main([one, third]) == 1
+    assert reproducibility.main([one, third]) == 1
     assert "apart: engine: ours / 9: 2.10 (2.00 … 2.20)" in capsys.readouterr().out
     (tmp_path / "bad").write_text("{}")
     with pytest.raises(UsageError, match="holds no records"):
-        agree.main([one, str(tmp_path / "bad")])
+        reproducibility.main([one, str(tmp_path / "bad")])
 
 
 def test_a_bar_is_decided_by_the_hardest_contender() -> None:
-    bar, made = bars.Bar("at least twice as fast", 2.0, []), {"suite": "bar", "ratios": {}}
+    bar, made = targets.Bar("at least twice as fast", 2.0, []), {"suite": "bar", "ratios": {}}
     for name, least, value, most in (("slow", 4, 5, 6), ("fast", 1.9, 2.1, 2.3)):
         made["ratios"][name] = {"least": least, "value": value, "most": most}
-    held, said = bars.verdict(bar, made)
+    held, said = targets.verdict(bar, made)
     assert held and "held, 2.1 (1.9 … 2.3) against fast" in said and "surely" not in said
-    assert bars.verdict(bars.Bar("", 2.2, []), made)[0] is False and "surely held" in bars.verdict(bars.Bar("", 1.9, []), made)[1]
+    assert (
+        targets.verdict(targets.Bar("", 2.2, []), made)[0] is False and "surely held" in targets.verdict(targets.Bar("", 1.9, []), made)[1]
+    )
 
 
 def test_whoever_runs_the_network_paints_the_same_slices(model: Path, trained: Path) -> None:

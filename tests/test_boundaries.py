@@ -18,7 +18,7 @@ ALLOWED = {
 }
 ROOMS = tuple(ALLOWED)
 # the synthesizer is for those who deploy; training and export share the contract, the grid and the readers with it
-NOT_FOR_TRAINING = ("runtime.synthesizer", "runtime.stream", "runtime.commands", "runtime.node", "runtime.__main__")
+NOT_FOR_TRAINING = ("runtime.synthesizer", "runtime.batch.runner", "runtime.commands", "runtime.node", "runtime.__main__")
 
 
 def imports(file: Path) -> list[str]:

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from samples import results, synth, write_fake_model, write_mask
 
+from runtime.batch.completion_log import JOURNAL, line_of
+from runtime.core.atomic_files import sha256_of
 from runtime.engines.fake import fake_manifest
-from runtime.files import sha256_of
-from runtime.journal import JOURNAL, line_of
 
 ROOT = Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
@@ -185,7 +185,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_result_that_cannot_be_read_back(fake_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fails while a result is digested, as `read` would say it."""
-    from runtime.files import Growing
+    from runtime.core.atomic_files import Growing
 
     def fail(self: Growing) -> str:
         raise OSError(5, "Input/output error")

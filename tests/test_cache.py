@@ -14,15 +14,15 @@ import pytest
 import SimpleITK as sitk
 from samples import MM_WHS_VALUES, blobs, image
 
-from runtime.contract import GridPolicy, Intensity
-from runtime.errors import OutputError
-from runtime.files import temporary_name
-from runtime.labels import MM_WHS
-from train import cache as caching
-from train import dataset
-from train.cache import SliceCache
+from runtime.core.atomic_files import temporary_name
+from runtime.core.errors import OutputError
+from runtime.core.labels import MM_WHS
+from runtime.core.manifest import GridPolicy, Intensity
 from train.config import DataConfig
-from train.dataset import Batches, Pair, Slices, find_pairs, load_cohort, load_patient
+from train.data import dataset
+from train.data import slice_cache as caching
+from train.data.dataset import Batches, Pair, Slices, find_pairs, load_cohort, load_patient
+from train.data.slice_cache import SliceCache
 
 HU = Intensity("HU", -1024, 1024)
 POLICY = GridPolicy((32, 24), (1.5, 1.5), 8, slices=3, slice_spacing=2.5)

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from samples import blobs, image, results, synth, write_mask
 
 from runtime.__main__ import main
-from runtime.census import Census
-from runtime.console import run
-from runtime.errors import UnreadableVolume
-from runtime.io.detect import ReadOptions, find_cases, read_case
-from runtime.labels import MM_WHS, to_indices
+from runtime.core.console import run
+from runtime.core.errors import UnreadableVolume
+from runtime.core.intensity_check import Census
+from runtime.core.labels import MM_WHS, to_indices
+from runtime.io.cases import ReadOptions, find_cases, read_case
 
 ANY = {0: 0, None: 3}
 FORMATS = ("nii.gz", "nii", "nrrd", "mha")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from runtime.errors import ModelError, OutputError, writing
+from runtime.core.errors import ModelError, OutputError, writing
 from train import checkpoint
 
 

@@ -9,11 +9,11 @@ import pytest
 import SimpleITK as sitk
 from samples import image
 
-from runtime.contract import GridPolicy, Intensity
-from runtime.errors import InputError, UsageError
-from runtime.labels import MM_WHS
+from runtime.core.errors import InputError, UsageError
+from runtime.core.labels import MM_WHS
+from runtime.core.manifest import GridPolicy, Intensity
 from train.config import DataConfig
-from train.dataset import find_pairs, load_cohort
+from train.data.dataset import find_pairs, load_cohort
 
 HU = Intensity("HU", -1024, 1024)
 
@@ -67,7 +67,7 @@ def test_padding_is_clipped_in_training(folder: Path) -> None:
     ct = np.full((4, 32, 32), -2048, np.int16)
     ct[:, 8:24, 8:24] = 40
     write(folder, 0, ct=ct)
-    from train.dataset import Batches
+    from train.data.dataset import Batches
 
     loaded = cohort(folder)
     batch = Batches([*loaded.train, *loaded.valid], 16, 0, HU)[0][1]

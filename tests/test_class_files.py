@@ -14,12 +14,12 @@ from numpy.typing import NDArray
 from samples import blobs, listed, results, synth, write_mask
 
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.errors import GeometryError, InputError, UnknownLabels
-from runtime.io.detect import Case, ReadOptions, find_cases, read_case
-from runtime.labels import MM_WHS, LabelMap, load_map, names_of
-from runtime.totalsegmentator import TOTAL_V1, TOTAL_V2
-from runtime.volume import Segment
+from runtime.core.console import run
+from runtime.core.errors import GeometryError, InputError, UnknownLabels
+from runtime.core.labels import MM_WHS, LabelMap, load_map, names_of
+from runtime.core.totalsegmentator import TOTAL_V1, TOTAL_V2
+from runtime.core.volume import Segment
+from runtime.io.cases import Case, ReadOptions, find_cases, read_case
 
 CHAMBERS = [
     "heart_myocardium",
@@ -210,7 +210,7 @@ def test_embedded_names_are_segment_names(tmp_path: Path) -> None:
     names = {0: "???", 1: "Left_Atrium", 2: "myocardium &amp; more", 3: "right atrium"}
     path = with_names(tmp_path / "m.nii.gz", (MASK != 0).astype(np.uint8), {**names, 2: "myocardium"})
     assert np.array_equal(read_case(only(path, None), MM_WHS).labels, np.where(MASK, 2, 0))
-    from runtime.io.nifti_names import embedded_names
+    from runtime.io.readers.nifti_names import embedded_names
 
     path = with_names(tmp_path / "n.nii.gz", np.ones((2, 3, 4), np.uint8), names, cdata=False, code=30)
     assert embedded_names(path) == tuple(Segment(k, n.replace("&amp;", "&"), strict=True) for k, n in names.items() if k)

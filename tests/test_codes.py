@@ -13,11 +13,11 @@ from pydicom.dataset import Dataset
 from samples import blobs
 from test_labels import case, slicer
 
-from runtime.codes import canonical, concept
-from runtime.errors import UnknownLabels
-from runtime.io.detect import read_case, read_mask
-from runtime.labels import MM_WHS, load_map, match, refuse_contradictions
-from runtime.volume import Segment
+from runtime.core.errors import UnknownLabels
+from runtime.core.label_codes import canonical, concept
+from runtime.core.labels import MM_WHS, load_map, match, refuse_contradictions
+from runtime.core.volume import Segment
+from runtime.io.cases import read_case, read_mask
 
 ATRIUM, VENTRICLE, LEFT, RIGHT = "59652004", "21814001", "7771000", "24028007"
 SEGMENTS = [("Atrium", ATRIUM), ("Atrium", ATRIUM), ("Ventricle", VENTRICLE)]

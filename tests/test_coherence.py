@@ -1,12 +1,12 @@
-"""benchmarks/coherence.py: steps between slices, region by region, on volumes whose answer is known."""
+"""tools/coherence.py: steps between slices, region by region, on volumes whose answer is known."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from benchmarks.coherence import REGIONS, coherence, regions
-from train.scores import body, body_mask
+from tools.coherence import REGIONS, coherence, regions
+from train.metrics.scores import body, body_mask
 
 
 def thorax(slices: int = 9) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.errors import ConfigError
+from runtime.core.errors import ConfigError
 from train.config import ORIGINAL_KEYS, RunConfig, from_json, grid_policy, label_table, load, resolve, to_json
 
 SHIPPED = sorted((Path(__file__).parent.parent / "train" / "configs").glob("*.json"))

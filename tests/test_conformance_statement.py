@@ -22,13 +22,13 @@ from samples import elsewhere
 from series import SOURCE, write_series
 from test_dicom_conformance import tool
 
-from runtime.commands import serve
-from runtime.contract import Label, LabelTable
+from runtime.cli import serve
+from runtime.core.manifest import Label, LabelTable
+from runtime.core.volume import DicomSource
 from runtime.engines.fake import fake_manifest
-from runtime.node.send import AGREE, ANSWER, CONNECT
-from runtime.node.server import Limits
-from runtime.node.store import _support, pynetdicom
-from runtime.volume import DicomSource
+from runtime.service.dicom_receiver import _support, pynetdicom
+from runtime.service.dicom_server import Limits
+from runtime.service.store_scu import AGREE, ANSWER, CONNECT
 
 OWN_LABELS = replace(fake_manifest(LabelTable(tuple(Label(f"own {n}", n) for n in range(8)))), name="own")
 RTSTRUCT: DicomSource = replace(SOURCE, sop_class_uid=RTStructureSetStorage)

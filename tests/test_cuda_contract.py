@@ -67,7 +67,7 @@ def chains(file: Path, root: str) -> set[tuple[str, int | None]]:
 
 
 def test_every_driver_call_exists_with_as_many_arguments(root: Path, api: dict) -> None:
-    found = chains(root / "runtime/cuda.py", "driver")
+    found = chains(root / "runtime/engines/gpu/cuda_driver.py", "driver")
     assert ("cuGraphLaunch", 2) in found and ("CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL", None) in found and len(found) > 20
     for name, count in found:
         assert name in api["names"], name
@@ -76,7 +76,7 @@ def test_every_driver_call_exists_with_as_many_arguments(root: Path, api: dict) 
 
 
 def test_every_name_of_cuda_core_exists(root: Path, api: dict) -> None:
-    found = {name.split(".")[0] for name, _ in chains(root / "runtime/cuda_memory.py", "core")}
+    found = {name.split(".")[0] for name, _ in chains(root / "runtime/engines/gpu/cuda_memory.py", "core")}
     assert found >= {"Device", "Stream", "DeviceMemoryResource", "DeviceMemoryResourceOptions", "LegacyPinnedMemoryResource", "__version__"}
     assert found <= set(api["core"])
 
@@ -111,8 +111,8 @@ def pycuda() -> Path:
 POOLS = r"""
 import contextlib, sys, threading, types
 from pycuda import driver, tools
-from runtime.cuda_memory import PyCudaPools
-from runtime.memory import HOST_STREAM, Pool
+from runtime.engines.gpu.cuda_memory import PyCudaPools
+from runtime.engines.memory import HOST_STREAM, Pool
 cuda = types.SimpleNamespace(device=types.SimpleNamespace(ordinal=0), current=contextlib.nullcontext, free=lambda: 123)
 pools = PyCudaPools(driver, tools, cuda)
 device, host = Pool(pools.device, 1 << 30), Pool(pools.page_locked, 1 << 22)
@@ -164,7 +164,7 @@ from fake_world import World
 from hand_made import write_model
 from pathlib import Path
 from runtime import Synthesizer
-from runtime.volume import Geometry, LabelVolume
+from runtime.core.volume import Geometry, LabelVolume
 
 class Direct(World):  # the stand-in's memory is the host's, its streams do everything at once
     def at(self, ptr, nbytes): return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(ptr))

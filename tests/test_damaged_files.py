@@ -15,10 +15,10 @@ from pydicom.dataset import Dataset
 from samples import blobs, synth, write_mask
 
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.errors import UnreadableVolume, UsageError
-from runtime.io.detect import PassedOver, find_cases, read_case, read_mask
-from runtime.labels import MM_WHS
+from runtime.core.console import run
+from runtime.core.errors import UnreadableVolume, UsageError
+from runtime.core.labels import MM_WHS
+from runtime.io.cases import PassedOver, find_cases, read_case, read_mask
 
 HEART = [("left ventricle", "87878005")]
 PLANTED = ("Doe", "John", "Planted", "PLANTED", "4711")

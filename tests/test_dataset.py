@@ -13,11 +13,11 @@ import pytest
 import SimpleITK as sitk
 from samples import image
 
-from runtime.contract import GridPolicy, Intensity
-from runtime.errors import InputError, Mask2CTError, UnknownLabels, UsageError
-from runtime.labels import MM_WHS
+from runtime.core.errors import InputError, Mask2CTError, UnknownLabels, UsageError
+from runtime.core.labels import MM_WHS
+from runtime.core.manifest import GridPolicy, Intensity
 from train.config import DataConfig
-from train.dataset import (
+from train.data.dataset import (
     Batches,
     Cohort,
     Slices,

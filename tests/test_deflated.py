@@ -16,11 +16,11 @@ from pydicom import dcmread, dcmwrite
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from samples import blobs
 
-from runtime.errors import UnreadableVolume
-from runtime.io.deflated import Inflated
-from runtime.io.detect import find_cases, read_case
-from runtime.io.dicom_files import SEGMENTATION
-from runtime.labels import MM_WHS
+from runtime.core.errors import UnreadableVolume
+from runtime.core.labels import MM_WHS
+from runtime.io.cases import find_cases, read_case
+from runtime.io.dicom.files import SEGMENTATION
+from runtime.io.dicom.inflate import Inflated
 
 MIB = 1 << 20
 SYNTAX = struct.pack("<HH2sH", 2, 0x10, b"UI", 22) + DeflatedExplicitVRLittleEndian.encode()
@@ -28,7 +28,7 @@ SYNTAX = struct.pack("<HH2sH", 2, 0x10, b"UI", 22) + DeflatedExplicitVRLittleEnd
 LABELS = """
 import sys
 from runtime.__main__ import main
-from runtime.console import run
+from runtime.core.console import run
 code = run(main, ["labels", sys.argv[1]])
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 sys.exit(code)

@@ -20,7 +20,7 @@ STRUCTURES = MM_WHS_VALUES[1:]
 def demo(command, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `make demo` leaves."""
     out = tmp_path_factory.mktemp("demo") / "demo"
-    done = command("benchmarks/demo.py", "--output", out, timeout=3600)
+    done = command("tools/demo.py", "--output", out, timeout=3600)
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 
@@ -125,6 +125,6 @@ def test_the_parity_of_the_demo_is_proven_on_its_held_out_masks(demo: Path) -> N
 
 def test_a_second_run_over_the_same_folder_starts_anew_and_others_are_left_alone(tmp_path: Path, command) -> None:
     (tmp_path / "thesis.tex").write_text("all my work")
-    done = command("benchmarks/demo.py", "--output", tmp_path)
+    done = command("tools/demo.py", "--output", tmp_path)
     assert done.returncode == 2 and "holds something else than a demo" in done.stderr
     assert (tmp_path / "thesis.tex").read_text() == "all my work"

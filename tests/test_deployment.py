@@ -18,7 +18,7 @@ import jsonschema
 import pytest
 from packaging.requirements import Requirement
 
-from runtime.starts import MOST
+from runtime.service.attempts import MOST
 
 UNITS = ("watch", "serve")
 EXPOSURE = 12  # tenths: what `systemd-analyze security` may find; 1.2 of 10 is "OK", a unit without any hardening has 9.6

@@ -24,9 +24,9 @@ from pydicom.uid import RTStructureSetStorage
 from samples import directions, elsewhere, rotation
 from series import SOURCE, TILT, Series, assert_in_place, write_series
 
-from runtime.contract import Label, LabelTable
+from runtime.core.manifest import Label, LabelTable
+from runtime.core.volume import DicomSource
 from runtime.engines.fake import fake_manifest
-from runtime.volume import DicomSource
 
 # what dciodvfy of 2022 says of Synthetic Data (0008,001C), which the standard has had since 2023
 UNKNOWN_TO_IT = (

@@ -21,10 +21,10 @@ from samples import directions, synth, write_mask
 from series import SOURCE, TILT, Series, assert_in_place, write_series
 
 from runtime import GeometryError, InputError
-from runtime.contract import Label, LabelTable
+from runtime.core.manifest import Label, LabelTable
+from runtime.core.volume import CTSlab, DicomSource, Geometry, LabelVolume
 from runtime.engines.fake import fake_manifest
-from runtime.io.formats import FORMATS, FormatOptions, Painting
-from runtime.volume import CTSlab, DicomSource, Geometry, LabelVolume
+from runtime.io.writers.registry import FORMATS, FormatOptions, Painting
 
 
 def gdcm(series: Series) -> sitk.Image:

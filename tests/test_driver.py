@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from bindings import driver
 
-from runtime.driver import device, why_no_gpu
-from runtime.errors import MissingComponent
+from runtime.core.errors import MissingComponent
+from runtime.engines.gpu.probe import device, why_no_gpu
 
 
 def test_no_driver_no_device_and_a_failing_driver_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,15 +14,15 @@ from test_proof import altered
 from torch import Tensor, nn
 from torch.nn import functional
 
-from export import parity, regions
+from export import error_localization, parity
 from export.graph import LabelsToIntensity, folded, halved
 from export.to_onnx import to_onnx
-from runtime.contract import Manifest
+from runtime.core.errors import ConfigError
+from runtime.core.manifest import Manifest
 from runtime.engines.registry import BACKENDS
-from runtime.errors import ConfigError
 from train.config import resolve
-from train.generator import Generator, initialise
-from train.stages import BlockConv2d
+from train.networks.blocks import BlockConv2d
+from train.networks.generator import Generator, initialise
 
 
 def edge(slices: int = 1, *, filters: int = 8, depth: int = 3, skips: bool = True, textures: int = 3, style: int = 0) -> Generator:
@@ -178,13 +178,13 @@ def test_a_defect_is_told_apart_in_each_part_of_the_top(
 ) -> None:
     graph, manifest, folder = exported
     inputs = parity.draw_inputs(manifest.inputs, parity.random_labels(2, manifest.grid.slices, (32, 32), 8))
-    sound = regions.regions(graph, folder / "model.onnx", inputs)
+    sound = error_localization.regions(graph, folder / "model.onnx", inputs)
     assert {"top.join", "top.modulation", "top.image", "top.amplitudes", "texture"} <= {r.name for r in sound}
-    assert max(r.error for r in sound) < regions.ROUNDING["fp32"]
+    assert max(r.error for r in sound) < error_localization.ROUNDING["fp32"]
     path = tmp_path / "model.onnx"
     path.write_bytes((folder / "model.onnx").read_bytes())
     altered(path, where, lambda weights: weights * 1.5)
-    assert regions.worst(regions.regions(graph, path, inputs), "fp32").name == region
+    assert error_localization.worst(error_localization.regions(graph, path, inputs), "fp32").name == region
 
 
 def model_file(precision: str) -> str:

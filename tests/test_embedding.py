@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from samples import blobs, write_mask
 
-from runtime.io.formats import FORMATS
+from runtime.io.writers.registry import FORMATS
 
 BLOCK = re.compile(r"```python\n# (\w+\.py)\n(.*?)```", re.DOTALL)
 PRINTS = {

@@ -13,13 +13,13 @@ from fake_cuda import install
 from hand_made import write_model
 
 from runtime import Synthesizer
-from runtime.contract import Manifest
+from runtime.core.errors import InputError
+from runtime.core.manifest import Manifest
+from runtime.core.volume import Geometry, LabelVolume
 from runtime.engines.base import Engine, EngineError
 from runtime.engines.fake import FakeEngine, fake_manifest
+from runtime.engines.memory import HOST_STREAM, Stream
 from runtime.engines.registry import BACKENDS, open_engine
-from runtime.errors import InputError
-from runtime.memory import HOST_STREAM, Stream
-from runtime.volume import Geometry, LabelVolume
 
 GPU = ("tensorrt", "onnx-cuda")
 Opened = tuple[Engine, Manifest]

@@ -10,8 +10,8 @@ import pytest
 import SimpleITK as sitk
 from samples import image
 
-from train.metrics import scales_of, similarity, steps_along_z, wasserstein
-from train.scores import body, body_mask, ceiling, diversity, evaluate, organ, table, texture
+from train.metrics.scores import body, body_mask, ceiling, diversity, evaluate, organ, table, texture
+from train.metrics.volume_metrics import scales_of, similarity, steps_along_z, wasserstein
 from train.validation import neighbours
 
 

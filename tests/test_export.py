@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from export.graph import LabelsToIntensity
-from runtime.contract import Manifest
-from runtime.errors import ModelError
-from runtime.files import sha256_of
+from runtime.core.atomic_files import sha256_of
+from runtime.core.errors import ModelError
+from runtime.core.manifest import Manifest
 from train.checkpoint import load_generator, load_run
 
 FILES = ["MODEL_CARD.md", "manifest.json", "model.fp16.onnx", "model.int8.onnx", "model.onnx"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from runtime.errors import UsageError
+from runtime.core.errors import UsageError
 from train.figures import comparison, progress, write_snapshot
 
 

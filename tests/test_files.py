@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from samples import listed, synth, write_mask
 
-import runtime.files
+import runtime.core.atomic_files
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.errors import OutputError, UnreadableVolume, UsageError
-from runtime.files import MAX_TEXT, belongs_to, open_input, remove_orphans, temporary_name, write_text
-from runtime.io.detect import PassedOver, find_cases
-from runtime.io.dicom_files import is_dicom
-from runtime.io.headers import check_header, is_synthetic
+from runtime.core.atomic_files import MAX_TEXT, belongs_to, open_input, remove_orphans, temporary_name, write_text
+from runtime.core.console import run
+from runtime.core.errors import OutputError, UnreadableVolume, UsageError
+from runtime.io.cases import PassedOver, find_cases
+from runtime.io.dicom.files import is_dicom
+from runtime.io.volume_files import check_header, is_synthetic
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes and devices with names")
 
@@ -84,7 +84,7 @@ def test_pipe_swapped_in_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     really, states = os.stat, [os.stat(path)]
     path.unlink()
     make_pipe(path)
-    monkeypatch.setattr(runtime.files.os, "stat", lambda *a, **k: states.pop() if states else really(*a, **k))
+    monkeypatch.setattr(runtime.core.atomic_files.os, "stat", lambda *a, **k: states.pop() if states else really(*a, **k))
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     with pytest.raises(OSError, match="a pipe"):
         open_input(path)

@@ -17,11 +17,11 @@ from dicom_masks import save, segmentation, slices, structure_set
 from samples import blobs, write_mask
 
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.errors import UsageError
+from runtime.core.console import run
+from runtime.core.errors import UsageError
+from runtime.core.labels import MM_WHS
 from runtime.io import archive
-from runtime.io.detect import find_cases, read_case, read_mask
-from runtime.labels import MM_WHS
+from runtime.io.cases import find_cases, read_case, read_mask
 
 HEART = [("left ventricle", "87878005"), ("left atrium", "82471001")]
 PLANTED = ("Doe", "John", "Planted", "PLANTED", "4711", "19440102", "20190817")
@@ -155,9 +155,7 @@ def test_nothing_of_a_patient_reaches_results_reports_or_messages(
 
 def test_without_pydicom_a_dicom_mask_is_exit_3_with_the_command(root: Path, tmp_path: Path, fake_model: Path) -> None:
     hospital(tmp_path / "in", segs=1)
-    hide = (
-        "import sys; sys.modules['pydicom'] = None\nfrom runtime.__main__ import main\nfrom runtime.console import run\nsys.exit(run(main))"
-    )
+    hide = "import sys; sys.modules['pydicom'] = None\nfrom runtime.__main__ import main\nfrom runtime.core.console import run\nsys.exit(run(main))"
     done = subprocess.run([sys.executable, "-c", hide, "synth", tmp_path / "in", "--model", fake_model, "--backend", "fake", "--output", tmp_path / "o"],
                           cwd=root, capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == 3, done.stderr

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from export.fitting import held_in_8_bits
 from export.quantize import Quantizer
+from export.weight_reconstruction import held_in_8_bits
 
 SLICES, CLASSES = 12, 4
 LAYERS = ("first", "spread", "mix", "last")

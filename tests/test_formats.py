@@ -17,13 +17,13 @@ import SimpleITK as sitk
 from samples import blobs, directions, mask2ct, rotation, synth, write_mask
 
 from runtime import LabelVolume, OutputError, Synthesizer, UsageError
-from runtime.contract import Label, LabelTable
+from runtime.core.manifest import Label, LabelTable
+from runtime.core.volume import CTSlab, Geometry
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.io.formats import DEFAULT_OPTIONS, FORMATS, Painting
-from runtime.io.headers import is_synthetic
-from runtime.io.painting import result_name
-from runtime.io.volumes import GZIP_THREADS, planes_of, write_ct
-from runtime.volume import CTSlab, Geometry
+from runtime.io.volume_files import is_synthetic
+from runtime.io.writers.base import result_name
+from runtime.io.writers.registry import DEFAULT_OPTIONS, FORMATS, Painting
+from runtime.io.writers.volume import GZIP_THREADS, planes_of, write_ct
 
 VOLUMES = {"nifti": ".nii.gz", "nii": ".nii", "nrrd": ".nrrd", "mha": ".mha"}
 NOTICE = b"SYNTHETIC CT - NOT FOR DIAGNOSIS"
@@ -83,7 +83,7 @@ def test_the_bytes_depend_neither_on_threads_nor_on_how_slabs_are_cut(suffix: st
     mask = LabelVolume(np.zeros(shape, np.uint8), Geometry(np.eye(4)))
     written = set()
     for threads, step in ((GZIP_THREADS, 12), (1, 1), (4, 5)):
-        monkeypatch.setattr("runtime.io.volumes.GZIP_THREADS", threads)
+        monkeypatch.setattr("runtime.io.writers.volume.GZIP_THREADS", threads)
         write_ct(tmp_path / f"x{suffix}", [CTSlab(hu[k : k + step], 0, k) for k in range(0, 12, step)], mask)
         written.add((tmp_path / f"x{suffix}").read_bytes())
     assert len(written) == 1
@@ -91,7 +91,7 @@ def test_the_bytes_depend_neither_on_threads_nor_on_how_slabs_are_cut(suffix: st
 
 @pytest.mark.parametrize("axis", [1, 2])
 def test_a_volume_painted_along_another_axis_is_never_held(axis: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.io.volumes.SPOOLED", 1 << 20)
+    monkeypatch.setattr("runtime.io.writers.volume.SPOOLED", 1 << 20)
     shape = (96, 200, 200)  # 7.3 MiB
     hu = np.random.default_rng(0).integers(-1024, 1024, shape).astype(np.int16)
     slabs = (CTSlab(np.take(hu, range(k, k + 8), axis), axis, k) for k in range(0, 200, 8))
@@ -247,7 +247,7 @@ def test_a_data_set_of_another_kind_is_not_touched(change, tmp_path: Path, fake_
 def test_arbitrary_units_are_no_ct_for_nnunet_and_no_dicom_series(tmp_path: Path) -> None:
     from dataclasses import replace
 
-    from runtime.contract import Intensity
+    from runtime.core.manifest import Intensity
 
     manifest = replace(fake_manifest(LabelTable((Label("background", 0), Label("a", 1)))), intensity=Intensity("a.u.", 0, 255))
     mask = write_mask(tmp_path / "m.nii.gz", (blobs() > 0).astype(np.uint8))

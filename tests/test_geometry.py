@@ -11,13 +11,13 @@ import SimpleITK as sitk
 from samples import MM_WHS_VALUES, blobs, directions, geometry, image, rotation, write_mask
 
 from runtime import GeometryError, Synthesizer
-from runtime.contract import GridPolicy
+from runtime.core.manifest import GridPolicy
+from runtime.core.resampling import SliceGrid
+from runtime.core.volume import Geometry
 from runtime.engines.base import EngineSpec
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.grid import SliceGrid
-from runtime.io.nifti import read_volume
-from runtime.io.volumes import write_volume
-from runtime.volume import Geometry
+from runtime.io.readers.volume import read_volume
+from runtime.io.writers.volume import write_volume
 
 FAKE_HU = dict(zip(MM_WHS_VALUES, np.rint(np.linspace(-1024, 1024, 8)), strict=True))
 

@@ -9,8 +9,8 @@ import pytest
 from bindings import driver
 from samples import write_fake_model
 
-from runtime.driver import why_no_gpu
 from runtime.engines.fake import fake_manifest
+from runtime.engines.gpu.probe import why_no_gpu
 
 SCRIPT = "benchmarks/gpu_acceptance.py"
 
@@ -31,7 +31,7 @@ def test_it_needs_numpy_and_onnx_alone_to_build_and_measure(command) -> None:
 import sys
 for name in ("SimpleITK", "isal", "scipy", "torchmetrics", "matplotlib", "safetensors", "torch"):
     sys.modules[name] = None
-import benchmarks.gpu_acceptance, export.add_engine, export.to_tensorrt
+import benchmarks.gpu_acceptance, export.attach_engine, export.to_tensorrt
 print("imported")
 """
     done = command("-c", code)

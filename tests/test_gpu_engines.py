@@ -15,14 +15,14 @@ from samples import blobs
 
 from runtime import Synthesizer
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.contract import Manifest
+from runtime.core.console import run
+from runtime.core.errors import GeometryError, Mask2CTError, MemoryCapExceeded, MissingComponent, ModelError
+from runtime.core.labels import MM_WHS, to_indices
+from runtime.core.manifest import Manifest
+from runtime.core.volume import Geometry, LabelVolume
 from runtime.engines.base import EngineError, EngineOptions
+from runtime.engines.memory import HOST_STREAM
 from runtime.engines.registry import open_engine
-from runtime.errors import GeometryError, Mask2CTError, MemoryCapExceeded, MissingComponent, ModelError
-from runtime.labels import MM_WHS, to_indices
-from runtime.memory import HOST_STREAM
-from runtime.volume import Geometry, LabelVolume
 
 BACKENDS = ("tensorrt", "onnx-cuda")
 PROVIDERS = ("cuda-core", "pycuda")
@@ -346,7 +346,7 @@ def test_what_is_missing_is_exit_3(
     assert run(main, [*arguments, "onnx-cuda"]) == 3
     assert "built without CUDA" in capsys.readouterr().err
     install(monkeypatch)
-    monkeypatch.setattr("runtime.engines.tensorrt.why_no_gpu", lambda: "the NVIDIA driver is not installed")
+    monkeypatch.setattr("runtime.engines.gpu.tensorrt.why_no_gpu", lambda: "the NVIDIA driver is not installed")
     assert run(main, [*arguments, "tensorrt"]) == 3
     said = capsys.readouterr().err
     assert "driver is not installed" in said and "remedy    run on a machine with an NVIDIA GPU" in said

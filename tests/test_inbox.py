@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from samples import is_tidy, listed, write_mask
 
-import runtime.inbox
-from runtime.errors import OutputError, UsageError
-from runtime.inbox import DONE, FAILED, PATIENCE, STARTS, WORK, Inbox
-from runtime.starts import starts
+import runtime.service.work_queue
+from runtime.core.errors import OutputError, UsageError
+from runtime.service.attempts import starts
+from runtime.service.work_queue import DONE, FAILED, PATIENCE, STARTS, WORK, Inbox
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def inbox(tmp_path: Path) -> Path:
 class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 1000.0
-        monkeypatch.setattr("runtime.inbox.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("runtime.service.work_queue.time.monotonic", lambda: self.now)
 
 
 def names(inbox: Inbox) -> list[str]:
@@ -85,7 +85,7 @@ def test_a_ticket_that_another_took_for_a_dead_ones_is_tried_again(inbox: Path, 
     """Between the making of its folder and of its lock; who watches `--once` does not end then."""
     item = write_mask(inbox / "a.nii.gz")
     mine, others = (Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True) for _ in range(2))
-    hold = runtime.inbox._hold
+    hold = runtime.service.work_queue._hold
 
     def late(ticket: Path, flags: int = 0) -> int | None:
         monkeypatch.undo()
@@ -93,7 +93,7 @@ def test_a_ticket_that_another_took_for_a_dead_ones_is_tried_again(inbox: Path, 
         return hold(ticket, flags)
 
     assert mine.look() == [item]
-    monkeypatch.setattr(runtime.inbox, "_hold", late)
+    monkeypatch.setattr(runtime.service.work_queue, "_hold", late)
     assert mine.claim(item) is None and mine.settling
     assert mine.look() == [item] and mine.claim(item) is not None
 
@@ -156,7 +156,7 @@ def test_a_full_inbox_is_emptied_all_the_same(inbox: Path, tmp_path: Path, monke
         raise OutputError("the disk is full")
 
     (inbox / "a").write_bytes(b"1")
-    monkeypatch.setattr(runtime.inbox, "counted", full)
+    monkeypatch.setattr(runtime.service.work_queue, "counted", full)
     watched = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True)
     claim = watched.claim(*watched.look())
     assert claim is not None

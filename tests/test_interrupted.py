@@ -17,9 +17,9 @@ import pytest
 from samples import blobs, is_tidy, mask2ct, results, write_mask
 
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.journal import JOURNAL
-from runtime.stopping import GRACE
+from runtime.batch.completion_log import JOURNAL
+from runtime.core.console import run
+from runtime.core.stopping import GRACE
 
 KILLS = 50
 pytestmark = pytest.mark.slow
@@ -32,7 +32,7 @@ def start(tmp_path_factory: pytest.TempPathFactory, fake_model: Path) -> Callabl
     for n in range(12):
         write_mask(folder / f"case{n}.nii.gz", blobs((16, 96, 96), seed=n), spacing=(1.0, 1.0, 2.0))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["samples", "isal.igzip_threaded", "runtime.io.nifti"])
+    context.set_forkserver_preload(["samples", "isal.igzip_threaded", "runtime.io.readers.volume"])
 
     def start(out: Path, *more: Path) -> multiprocessing.process.BaseProcess:
         arguments = [
@@ -201,7 +201,7 @@ def test_ctrl_c_during_the_imports_is_no_traceback(script: str, root: Path) -> N
 STUCK = """
 import ctypes, sys
 from runtime.__main__ import main
-from runtime.console import run
+from runtime.core.console import run
 
 def wait_for_ever(*_):
     "As a library does that holds out against a file server that went away: no signal handler of Python's comes to its turn."
@@ -210,13 +210,13 @@ def wait_for_ever(*_):
     lock(mutex)
     lock(mutex)
 
-import runtime.stream, runtime.watch
+import runtime.batch.runner, runtime.service.watch_folder
 setattr({where}, wait_for_ever)
 sys.exit(run(main, sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("where", ["runtime.stream, 'read_case'", "runtime.watch, 'check_header'"])
+@pytest.mark.parametrize("where", ["runtime.batch.runner, 'read_case'", "runtime.service.watch_folder, 'check_header'"])
 def test_sigterm_ends_a_stuck_reader(where: str, fake_model: Path, tmp_path: Path) -> None:
     """In the thread that reads ahead, and in the main one. The next start goes on with the mask."""
     inbox, out = tmp_path / "in", tmp_path / "out"

@@ -11,9 +11,9 @@ from dicom_masks import save, slices
 from pydicom import dcmread, dcmwrite
 from samples import blobs, directions, rotation, write_slices
 
-from runtime.errors import GeometryError, UnreadableVolume
-from runtime.io.detect import find_cases, read_case, read_mask
-from runtime.labels import MM_WHS, MM_WHS_INDICES
+from runtime.core.errors import GeometryError, UnreadableVolume
+from runtime.core.labels import MM_WHS, MM_WHS_INDICES
+from runtime.io.cases import find_cases, read_case, read_mask
 
 
 def read(folder: Path, table=MM_WHS):

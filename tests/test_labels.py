@@ -11,12 +11,12 @@ import SimpleITK as sitk
 from samples import blobs, image, write_mask
 
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.errors import InputError, UnknownLabels, UnreadableVolume
-from runtime.io.detect import Case, ReadOptions, find_cases, read_case
-from runtime.labels import MM_WHS, load_map, lost, match, to_indices
-from runtime.presets import AMOS, PRESETS
-from runtime.volume import Segment
+from runtime.core.console import run
+from runtime.core.errors import InputError, UnknownLabels, UnreadableVolume
+from runtime.core.label_presets import AMOS, PRESETS
+from runtime.core.labels import MM_WHS, load_map, lost, match, to_indices
+from runtime.core.volume import Segment
+from runtime.io.cases import Case, ReadOptions, find_cases, read_case
 
 
 def case(path: Path, **options: object) -> Case:

@@ -18,7 +18,7 @@ CHILD = """
 import resource, sys
 import numpy, SimpleITK, isal.igzip_threaded
 from runtime.__main__ import main
-from runtime.console import run
+from runtime.core.console import run
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 before = peak()

@@ -11,12 +11,12 @@ import pytest
 import SimpleITK as sitk
 from samples import image, write_slices
 
-from runtime.errors import ConfigError, UnknownLabels, UsageError
+from runtime.core.errors import ConfigError, UnknownLabels, UsageError
 from train.config import DataConfig, intensity, label_table, resolve
-from train.dataset import assign
-from train.layouts import find
+from train.data.dataset import assign
+from train.data.inference import settle
+from train.data.layouts import find
 from train.loop import open_cohort
-from train.settle import settle
 
 
 def write_pair(image_file: Path, label_file: Path, n: int, value: int = 1) -> None:

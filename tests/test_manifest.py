@@ -17,11 +17,11 @@ from samples import write_mask
 
 from export.model_card import model_card
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.contract import Manifest
-from runtime.describe import describe
+from runtime.cli.description import describe
+from runtime.core.console import run
+from runtime.core.errors import ModelError, printable
+from runtime.core.manifest import Manifest
 from runtime.engines.fake import fake_manifest
-from runtime.errors import ModelError, printable
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from runtime import Synthesizer
+from runtime.core.errors import MemoryCapExceeded, UsageError
+from runtime.core.rng import CaseRandom
+from runtime.core.volume import Geometry, LabelVolume
 from runtime.engines.base import EngineOptions, Inputs
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.errors import MemoryCapExceeded, UsageError
-from runtime.memory import ALIGNMENT, HOST_STREAM, HostMemory, Pool, parse_bytes
-from runtime.randomness import CaseRandom
-from runtime.volume import Geometry, LabelVolume
+from runtime.engines.memory import ALIGNMENT, HOST_STREAM, HostMemory, Pool, parse_bytes
 
 
 def pool_of(cap: int) -> Pool:
@@ -167,7 +167,7 @@ def test_memory_goes_back_after_the_work_in_it_also_when_the_wait_for_it_was_int
         slot, *_ = synth._borrow(grid.size)
         slot.start(grid, volume(1).labels, CaseRandom(0, b"", 0), range(1))
         assert begun.wait(30)
-        monkeypatch.setattr("runtime.engines.host._outcome", interrupted)
+        monkeypatch.setattr("runtime.engines.cpu.base._outcome", interrupted)
         with pytest.raises(KeyboardInterrupt):
             slot.wait()
         in_use = synth.memory()["host"].in_use

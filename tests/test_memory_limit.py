@@ -13,17 +13,17 @@ import numpy as np
 import pytest
 from samples import synth
 
-from runtime.errors import MemoryCapExceeded, OutputError, UnreadableVolume, writing
-from runtime.io.headers import check_header
-from runtime.io.volume_header import ALWAYS, DEFLATE, EXPANSION
-from runtime.memory_limit import group_limits, memory_limit
+from runtime.core.errors import MemoryCapExceeded, OutputError, UnreadableVolume, writing
+from runtime.core.memory_limit import group_limits, memory_limit
+from runtime.io.readers.volume_header import ALWAYS, DEFLATE, EXPANSION
+from runtime.io.volume_files import check_header
 
 # Runs the command with so much address space, as `ulimit -v` gives it, and prints the peak of its memory in KiB.
 LIMITED = """
 import resource, sys
 import numpy, SimpleITK, isal.igzip, isal.igzip_threaded
 from runtime.__main__ import main
-from runtime.console import run
+from runtime.core.console import run
 most = int(sys.argv[1])
 if most:
     resource.setrlimit(resource.RLIMIT_AS, (most, most))

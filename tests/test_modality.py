@@ -14,10 +14,10 @@ import SimpleITK as sitk
 from samples import image, synth, write_fake_model, write_mask
 
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.contract import Intensity
+from runtime.core.console import run
+from runtime.core.manifest import Intensity
 from runtime.engines.fake import fake_manifest
-from train.scores import HU, diversity, evaluate, table
+from train.metrics.scores import HU, diversity, evaluate, table
 
 LABELS = [{"name": "background", "value": 0}, {"name": "fluid", "value": 10}, {"name": "tissue", "value": 20, "aliases": [21]}]
 

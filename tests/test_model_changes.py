@@ -16,14 +16,14 @@ import numpy as np
 from samples import blobs, results, synth, write_fake_model, write_mask
 
 from runtime import Models, Synthesizer
-from runtime.audit import AUDIT, AuditTrail
-from runtime.contract import Intensity
+from runtime.batch.audit_log import AUDIT, AuditTrail
+from runtime.batch.plan import Recipe
+from runtime.core.atomic_files import sha256_of
+from runtime.core.manifest import Intensity
+from runtime.core.volume import Geometry
 from runtime.engines.fake import fake_manifest
-from runtime.files import sha256_of
-from runtime.io.detect import find_cases
-from runtime.recipe import Recipe
-from runtime.volume import Geometry
-from runtime.watch import Watcher
+from runtime.io.cases import find_cases
+from runtime.service.watch_folder import Watcher
 
 OLD = replace(fake_manifest(noise=False), name="heart 1.2.0")
 NEW = replace(OLD, name="heart 1.3.0", intensity=Intensity("HU", -1000, 1000))

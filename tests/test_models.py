@@ -15,15 +15,15 @@ from samples import blobs, results, synth, write_fake_model, write_mask
 
 from runtime import InputError, Models, Synthesizer, UsageError
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.contract import Label, LabelTable
+from runtime.core.console import run
+from runtime.core.errors import MemoryCapExceeded
+from runtime.core.labels import MM_WHS
+from runtime.core.manifest import Label, LabelTable
+from runtime.core.volume import Geometry, LabelVolume
 from runtime.engines.base import EngineOptions, Inputs
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.errors import MemoryCapExceeded
-from runtime.io.detect import find_cases
-from runtime.labels import MM_WHS
-from runtime.memory import Stream
-from runtime.volume import Geometry, LabelVolume
+from runtime.engines.memory import Stream
+from runtime.io.cases import find_cases
 
 ABDOMEN = LabelTable((Label("background", 0), Label("liver", 6, snomed="10200004"), Label("spleen", 1), Label("left ventricle", 500)))
 

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.augment import apply, draw
 from train.config import AugmentConfig, GeneratorConfig, load, resolve
-from train.discriminator import Discriminator
-from train.generator import NOISE_MEAN, NOISE_SD, Generator, one_hot, standardise_noise
+from train.data.augmentation import apply, draw
 from train.losses import discriminator_losses, feature_matching, generator_losses, noise_floor, weighted_sum
-from train.stages import same_conv4
+from train.networks.blocks import same_conv4
+from train.networks.discriminator import Discriminator
+from train.networks.generator import NOISE_MEAN, NOISE_SD, Generator, one_hot, standardise_noise
 from train.step import Batch, Step, average_decay, update_average
 
 SMALL = ["data.canvas=[32,32]", "generator.depth=3", "generator.filters=8", "discriminator.filters=8", "generator.kind=unet", "generator.skips=true",

@@ -13,9 +13,9 @@ import SimpleITK as sitk
 from samples import blobs
 
 from runtime import Geometry, LabelVolume
-from runtime.errors import UnreadableVolume
-from runtime.io.nifti import read_labels, read_volume
-from runtime.labels import MM_WHS, to_indices
+from runtime.core.errors import UnreadableVolume
+from runtime.core.labels import MM_WHS, to_indices
+from runtime.io.readers.volume import read_labels, read_volume
 
 TYPES = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
 

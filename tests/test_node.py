@@ -25,8 +25,8 @@ from pydicom.uid import SecondaryCaptureImageStorage, SegmentationStorage, gener
 from samples import elsewhere, synth
 
 from runtime import OutputError
-from runtime.node.events import Events, plain
-from runtime.node.spool import Spool
+from runtime.service.events import Events, plain
+from runtime.service.study_spool import Spool
 
 VERIFICATION = "1.2.840.10008.1.1"
 pytestmark = QUIETLY

@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from runtime.core.errors import ModelError
 from runtime.engines.onnx_file import MESSAGES, check_weights
-from runtime.errors import ModelError
 
 
 def elsewhere(location: str = "weights.bin") -> TensorProto:

@@ -13,14 +13,14 @@ import SimpleITK as sitk
 import torch
 from samples import write_slices
 
-from runtime.errors import ConfigError, ModelError
+from runtime.core.errors import ConfigError, ModelError
 from train import checkpoint
-from train.augment import augment, draw
 from train.config import ORIGINAL_KEYS, AugmentConfig, label_table, load, resolve, to_json
+from train.data.augmentation import augment, draw
+from train.data.inference import settle
+from train.data.original import FIXED_KEYS
 from train.loop import open_cohort
 from train.losses import centre_weight, generator_losses
-from train.original import FIXED_KEYS
-from train.settle import settle
 from train.step import Batch, Step
 
 WHS = Path(__file__).parent / "whs_original.json"

@@ -19,12 +19,12 @@ from pydicom.uid import generate_uid
 from samples import synth
 
 from runtime import OutputError, UsageError
-from runtime.node import outbox as outbox_module
-from runtime.node.events import Events
-from runtime.node.outbox import Acknowledged, Outbox, Outcome, Unreachable
-from runtime.node.send import Pacs
-from runtime.node.spool import Spool
-from runtime.node.stow import DicomWeb
+from runtime.service import send_queue as outbox_module
+from runtime.service.dicomweb import DicomWeb
+from runtime.service.events import Events
+from runtime.service.send_queue import Acknowledged, Outbox, Outcome, Unreachable
+from runtime.service.store_scu import Pacs
+from runtime.service.study_spool import Spool
 
 pytestmark = QUIETLY
 
@@ -64,7 +64,7 @@ def test_what_is_not_acknowledged_is_sent_again_and_nothing_else(fake_model: Pat
 
 def test_an_archive_that_stops_reading_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the association and then no more of an object than fits into the network's buffers."""
-    monkeypatch.setattr("runtime.node.send.ANSWER", 0.5)
+    monkeypatch.setattr("runtime.service.store_scu.ANSWER", 0.5)
     large = dcmread(write_study(tmp_path / "in"))
     large.PixelData = bytes(24 << 20)
     large.save_as(tmp_path / "large.dcm")
@@ -121,7 +121,7 @@ def results_in(spool: Path, study: str, text: str) -> Path:
 
 
 def test_a_study_on_which_an_archive_breaks_down_keeps_no_other_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("runtime.node.outbox.FIRST_PAUSE", 0.02)
+    monkeypatch.setattr("runtime.service.send_queue.FIRST_PAUSE", 0.02)
     spool, to = Spool(tmp_path), Picky("poison")
     for n, text in enumerate(("poison a", "poison b", "good c", "good d")):
         results_in(tmp_path, f"study-{n}-1", text)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import history
-from benchmarks.paired import Contender, ContenderFailed, Measured, Ready, measure, ratio
-from runtime.errors import MissingComponent, UsageError
+from benchmarks.harness import history
+from benchmarks.harness.paired import Contender, ContenderFailed, Measured, Ready, measure, ratio
+from runtime.core.errors import MissingComponent, UsageError
 
 ROUNDS = 9
 

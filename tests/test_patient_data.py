@@ -19,13 +19,13 @@ from series import write_series
 
 from runtime import Synthesizer
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.contract import Label, LabelTable
+from runtime.core.console import run
+from runtime.core.labels import MM_WHS
+from runtime.core.manifest import Label, LabelTable
+from runtime.core.volume import DicomSource
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.io.detect import find_cases, read_case
-from runtime.io.formats import FORMATS
-from runtime.labels import MM_WHS
-from runtime.volume import DicomSource
+from runtime.io.cases import find_cases, read_case
+from runtime.io.writers.registry import FORMATS
 
 PLANTED = {
     "PatientName": "ZZDOE^QQJANE", "PatientID": "MRN-7788991", "PatientBirthDate": "19700229", "PatientSex": "F", "StudyInstanceUID": "1.2.826.7.77.777",

@@ -12,10 +12,10 @@ from nodes import serve, write_study
 from samples import write_mask
 
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.errors import UsageError
-from runtime.io.formats import FORMATS
-from runtime.node.spool import Spool
+from runtime.core.console import run
+from runtime.core.errors import UsageError
+from runtime.io.writers.registry import FORMATS
+from runtime.service.study_spool import Spool
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
 

@@ -14,10 +14,10 @@ import SimpleITK as sitk
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from runtime.console import run
-from train import phantom
-from train.phantom_anatomy import LABELS, heart_pose
-from train.phantom_physics import enhancement, noise_field, noise_level
+from runtime.core.console import run
+from train.phantom import cohort
+from train.phantom.anatomy import LABELS, heart_pose
+from train.phantom.physics import enhancement, noise_field, noise_level
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = (32, 96, 80)
@@ -268,7 +268,7 @@ def test_files_carry_the_geometry(cohort: Cohort) -> None:
 
 
 def test_command_line_makes_a_cohort_quietly(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "train.phantom", str(tmp_path / "out"), "--patients", "1", "--quiet"]
+    command = [sys.executable, "-m", "train.phantom.cohort", str(tmp_path / "out"), "--patients", "1", "--quiet"]
     done = subprocess.run([*command, "--size", "32", "32", "32"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert read(tmp_path / "out" / "ct_train_1001_label.nii.gz").shape == (32, 32, 32)
@@ -285,7 +285,7 @@ def test_command_line_makes_a_cohort_quietly(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments_end_in_two(bad: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "train.phantom", str(tmp_path / "out"), *bad]
+    command = [sys.executable, "-m", "train.phantom.cohort", str(tmp_path / "out"), *bad]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -13,14 +13,14 @@ import onnx
 import pytest
 import torch
 
-from export import model_folder, parity, regions
+from export import error_localization, model_folder, parity
 from export.graph import LabelsToIntensity, folded
 from export.model_folder import FILES, proven, write_model
 from export.quantize import candidates
-from runtime.contract import Manifest
-from runtime.engines.onnx import OnnxEngine
+from runtime.core.errors import ParityError
+from runtime.core.manifest import Manifest
+from runtime.engines.cpu.onnxruntime import OnnxEngine
 from runtime.engines.registry import BACKENDS
-from runtime.errors import ParityError
 from train.checkpoint import load_calibration, load_generator, load_run, load_validation
 
 
@@ -219,7 +219,7 @@ def test_a_channel_that_int8_holds_at_another_scale_is_no_error(
     graph: LabelsToIntensity, model: Path, truths: dict[str, parity.Reference]
 ) -> None:
     """Fitting brings channels nearer to one range; the layers after undo it, and the image is right."""
-    for region in regions.regions(graph, model / "model.int8.onnx", truths[parity.ON_MASKS].inputs):
+    for region in error_localization.regions(graph, model / "model.int8.onnx", truths[parity.ON_MASKS].inputs):
         assert region.error < 0.25, region
 
 
@@ -232,7 +232,7 @@ def test_without_a_body_the_whole_slice_stands_for_it() -> None:
 def test_half_and_folding_hold_for_every_network_with_a_style(kind: str, manifest: Manifest) -> None:
     """In torch, before any file: folded batch norms change rounding only, and halves stay within their limits."""
     from export.graph import halved
-    from train.generator import Generator, initialise
+    from train.networks.generator import Generator, initialise
 
     torch.manual_seed(0)
     net = Generator(24, kind=kind, filters=8, depth=3, skips=True, textures=4, texture_kernel=7, style=4)

@@ -13,9 +13,9 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.nn.functional import conv2d
 
-from export.fitting import rounded
 from export.quantize import Quantizer, candidates
-from train.generator import one_hot
+from export.weight_reconstruction import rounded
+from train.networks.generator import one_hot
 
 SLICES = 8
 

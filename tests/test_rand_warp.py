@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from runtime import InputError, IntensityJitter, RandWarp, Ranges, UsageError
+from runtime import DeformationParams, InputError, IntensityJitter, RandWarp, UsageError
 
 SPACING = (2.0, 2.0, 3.0)
 AFFINE = np.diag([2.0, 2.0, 3.0, 1.0])
@@ -117,7 +117,7 @@ def test_other_units_and_odd_labels() -> None:
     moved, deformed = RandWarp(seed=1, unit="a.u.")(small, np.where(label > 0, label, 7), spacing=SPACING)
     assert moved.dtype == np.float32 and 0.5 < np.median(moved[moved > 1]) < 5
     assert {205, 500} < set(np.unique(deformed))
-    still = RandWarp(seed=1, ranges=Ranges(0, 0, 0), jitter=IntensityJitter(shift=0, stable_shift=0, gain=0, common=0))
+    still = RandWarp(seed=1, ranges=DeformationParams(0, 0, 0), jitter=IntensityJitter(shift=0, stable_shift=0, gain=0, common=0))
     assert np.array_equal(still(image, label, spacing=SPACING)[0], image)
 
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from test_training import TINY, arguments, wait_for
 
-from runtime.contract import Intensity
-from runtime.errors import ConfigError
+from runtime.core.errors import ConfigError
+from runtime.core.manifest import Intensity
 from train import checkpoint
 from train.config import resolve
-from train.dataset import Batches, Slices
+from train.data.dataset import Batches, Slices
+from train.distributed import ALONE, Ranks, check
 from train.loop import Training, open_cohort
-from train.ranks import ALONE, Ranks, check
 
 
 class Emulated(Ranks):

@@ -12,8 +12,8 @@ import SimpleITK as sitk
 from samples import synth
 
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.io.headers import SUFFIXES, stem
+from runtime.core.console import run
+from runtime.io.volume_files import SUFFIXES, stem
 
 
 def test_every_real_file_works_on_its_own_grid_or_is_refused(

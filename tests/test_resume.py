@@ -15,14 +15,14 @@ import SimpleITK as sitk
 from dicom_masks import save, slices, structure_set
 from samples import blobs, results, synth, write_mask
 
-import runtime.stream as stream_module
+import runtime.batch.runner as stream_module
 from runtime import OutputError, Synthesizer, UsageError
 from runtime.__main__ import main
-from runtime.console import run
+from runtime.batch.completion_log import JOURNAL, Entry, Journal
+from runtime.batch.runner import CaseResult
+from runtime.core.console import run
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.io.detect import Case
-from runtime.journal import JOURNAL, Entry, Journal
-from runtime.stream import CaseResult
+from runtime.io.cases import Case
 
 
 def masks(folder: Path, count: int = 3) -> list[Path]:
@@ -202,7 +202,7 @@ def test_a_journal_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 def test_entries_survive_reopening(tmp_path: Path) -> None:
     np.zeros(3).tofile(tmp_path / "file")
-    from runtime.journal import digest_of
+    from runtime.batch.completion_log import digest_of
 
     entry = Entry("a", "key", {"file": digest_of(tmp_path / "file")}, 3, ("said",))
     journal = Journal(tmp_path)

@@ -15,11 +15,11 @@ from pydicom import dcmread
 from pydicom.uid import generate_uid
 from samples import directions, image, rotation
 
-from runtime.errors import GeometryError, InputError, UnknownLabels, UnreadableVolume
-from runtime.io.detect import Case, ReadOptions, find_cases, read_case
-from runtime.io.nesting import area, once_around
-from runtime.io.polygons import fill
-from runtime.labels import MM_WHS
+from runtime.core.errors import GeometryError, InputError, UnknownLabels, UnreadableVolume
+from runtime.core.labels import MM_WHS
+from runtime.io.cases import Case, ReadOptions, find_cases, read_case
+from runtime.io.readers.nesting import area, once_around
+from runtime.io.readers.polygons import fill
 
 CIRCLE = np.linspace(0, 2 * np.pi, 200, endpoint=False)
 

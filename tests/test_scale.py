@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from samples import blobs, results, synth, write_mask
 
-from runtime.journal import JOURNAL
+from runtime.batch.completion_log import JOURNAL
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='Ray is absent: pip install "mask2ct[ray]"')
 Start = Callable[..., "subprocess.Popen[str]"]

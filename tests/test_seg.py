@@ -18,10 +18,10 @@ from pydicom.uid import UID
 from samples import blobs, directions, rotation
 
 from runtime.__main__ import main
-from runtime.errors import GeometryError, InputError, MissingDecoder, UnknownLabels, UnreadableVolume
-from runtime.io.detect import Case, ReadOptions, find_cases, read_case, read_mask
-from runtime.labels import MM_WHS, MM_WHS_INDICES, describe, load_map
-from runtime.volume import Layers, Segment
+from runtime.core.errors import GeometryError, InputError, MissingDecoder, UnknownLabels, UnreadableVolume
+from runtime.core.labels import MM_WHS, MM_WHS_INDICES, describe, load_map
+from runtime.core.volume import Layers, Segment
+from runtime.io.cases import Case, ReadOptions, find_cases, read_case, read_mask
 
 HEART = [("left ventricle", "87878005"), ("left atrium", "82471001"), ("myocardium", "74281007")]
 SHAPE = (5, 9, 13)  # 117 pixels: frames do not end on a byte

@@ -13,17 +13,17 @@ from samples import directions, rotation
 from series import SOURCE, TILT, assert_in_place
 
 from runtime import OutputError
-from runtime.contract import Label, LabelTable, Manifest
+from runtime.core.manifest import Label, LabelTable, Manifest
+from runtime.core.resampling import axial_axes
+from runtime.core.volume import CTSlab, Geometry, LabelVolume
 from runtime.engines.fake import fake_manifest
-from runtime.grid import axial_axes
-from runtime.io.ct_series import write_series
-from runtime.io.enhanced_ct import write_enhanced
-from runtime.io.painting import Painting
-from runtime.io.paired_seg import NAME, seg_dataset, write_seg
-from runtime.io.profile import Identity
-from runtime.io.seg_bytes import sketch, write_binary
-from runtime.io.upright import UprightGrid
-from runtime.volume import CTSlab, Geometry, LabelVolume
+from runtime.io.dicom.attributes import Identity
+from runtime.io.dicom.canonical_grid import UprightGrid
+from runtime.io.dicom.ct_series import write_series
+from runtime.io.dicom.enhanced_ct import write_enhanced
+from runtime.io.dicom.segmentation import NAME, seg_dataset, write_seg
+from runtime.io.dicom.segmentation_bytes import sketch, write_binary
+from runtime.io.writers.base import Painting
 
 
 def model_of(count: int) -> Manifest:

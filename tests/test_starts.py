@@ -16,15 +16,15 @@ from dicom_masks import segmentation, slices
 from nodes import Serving, push, until, write_study
 from samples import is_tidy, listed, write_mask
 
-from runtime.inbox import DONE, FAILED, WORK
-from runtime.node.spool import STARTS
-from runtime.starts import MOST, came_forward, counted, starts
+from runtime.service.attempts import MOST, came_forward, counted, starts
+from runtime.service.study_spool import STARTS
+from runtime.service.work_queue import DONE, FAILED, WORK
 
 POISON = 850  # of MM-WHS, index 7: what holds it cannot be painted
 KILLED = f"""
 import os, signal, sys
 from runtime.__main__ import main
-from runtime.console import run
+from runtime.core.console import run
 from runtime.engines.fake import FakeEngine
 
 def infer(self, inputs, out, really=FakeEngine._infer):

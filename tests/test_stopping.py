@@ -15,9 +15,9 @@ from samples import write_mask
 # The engine hangs as a library does that waits for a network share: no signal ends its thread.
 HANGS = """
 import sys, threading
-import runtime.stopping
+import runtime.core.stopping
 from runtime.__main__ import main
-from runtime.console import run
+from runtime.core.console import run
 from runtime.engines.fake import FakeEngine
 
 def infer(self, inputs, out):
@@ -25,7 +25,7 @@ def infer(self, inputs, out):
     threading.Event().wait()
 
 FakeEngine._infer = infer
-runtime.stopping.GRACE = 1.0
+runtime.core.stopping.GRACE = 1.0
 sys.exit(run(main))
 """
 
@@ -82,11 +82,11 @@ def test_hanging_node_ends(fake_model: Path, tmp_path: Path) -> None:
 
 GOES_ON = """
 import os, signal, threading
-import runtime.stopping
-runtime.stopping.GRACE = 0.3
+import runtime.core.stopping
+runtime.core.stopping.GRACE = 0.3
 signal.signal(signal.SIGTERM, lambda *_: None)
 threads, files = threading.active_count(), len(os.listdir("/proc/self/fd"))
-with runtime.stopping.command_line(), runtime.stopping.ends_when_told(3):
+with runtime.core.stopping.command_line(), runtime.core.stopping.ends_when_told(3):
     os.kill(os.getpid(), signal.SIGTERM)
 assert threading.active_count() == threads and len(os.listdir("/proc/self/fd")) == files
 threading.Event().wait(0.9)  # three times as long as it would have
@@ -104,9 +104,9 @@ def test_program_that_ends_is_not_ended() -> None:
 
 EMBEDS = """
 import os, signal, sys, threading
-import runtime.stopping
-from runtime.console import run
-runtime.stopping.GRACE = 0.3
+import runtime.core.stopping
+from runtime.core.console import run
+runtime.core.stopping.GRACE = 0.3
 over = threading.Event()
 
 def main(argv):

@@ -22,12 +22,12 @@ from nodes import QUIETLY, Serving, associate, until
 from pydicom.uid import SegmentationStorage
 from test_node import VERIFICATION, certificates
 
-from runtime.node.connections import PendingConnections
-from runtime.node.events import Events
-from runtime.node.http import Watch
-from runtime.node.server import Limits
-from runtime.node.spool import Spool
-from runtime.node.store import Acceptor
+from runtime.service.connections import PendingConnections
+from runtime.service.dicom_receiver import Acceptor
+from runtime.service.dicom_server import Limits
+from runtime.service.events import Events
+from runtime.service.health_server import Watch
+from runtime.service.study_spool import Spool
 
 IMPLICIT = b"1.2.840.10008.1.2"
 HALF_REQUEST = b"\x01\x00" + struct.pack(">I", 60000)

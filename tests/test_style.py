@@ -13,14 +13,14 @@ from samples import export_run, image, train_small
 
 from export.graph import LabelsToIntensity
 from export.parity import LIMITS, compare, draw_inputs, paint, random_labels, reference
-from runtime.contract import Intensity, Manifest
-from runtime.engines.onnx import OnnxEngine
-from runtime.errors import UsageError
+from runtime.core.errors import UsageError
+from runtime.core.manifest import Intensity, Manifest
+from runtime.engines.cpu.onnxruntime import OnnxEngine
 from runtime.synthesizer import Synthesizer
 from train.checkpoint import load_generator, load_run
-from train.dataset import Slices, to_unit
-from train.generator import Generator
-from train.style import FRESH, Styles, move, organ_medians, outlines, patient_styles, stretch
+from train.data.dataset import Slices, to_unit
+from train.networks.generator import Generator
+from train.networks.style import FRESH, Styles, move, organ_medians, outlines, patient_styles, stretch
 
 
 def patients(medians: np.ndarray) -> list[Slices]:

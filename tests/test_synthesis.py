@@ -18,13 +18,13 @@ from samples import blobs, image, results, synth, write_mask
 
 from runtime import Synthesizer
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.contract import Label, LabelTable
+from runtime.core.console import run
+from runtime.core.manifest import Label, LabelTable
+from runtime.core.rng import CaseRandom
+from runtime.core.volume import Geometry, LabelVolume
 from runtime.engines.base import EngineError, EngineOptions
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.memory import HostStream, Stream
-from runtime.randomness import CaseRandom
-from runtime.volume import Geometry, LabelVolume
+from runtime.engines.memory import HostStream, Stream
 
 
 def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(tmp_path: Path, model: Path) -> None:

@@ -11,10 +11,10 @@ from bindings import VERSIONS, Api, folder, libraries, problems, python, read_ap
 from fake_tensorrt import Script, tensorrt
 
 from export.to_tensorrt import HARDWARE
-from runtime.driver import why_no_gpu
+from runtime.engines.gpu.probe import why_no_gpu
 
-BUILDER_FILES = ("export/to_tensorrt.py", "export/engine_layers.py", "benchmarks/gpu/parts.py")
-RUNTIME_FILES = ("runtime/engines/tensorrt.py", "benchmarks/gpu/bare.py")
+BUILDER_FILES = ("export/to_tensorrt.py", "export/precision_audit.py", "benchmarks/gpu/parts.py")
+RUNTIME_FILES = ("runtime/engines/gpu/tensorrt.py", "benchmarks/gpu/bare.py")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_every_name_the_runtime_touches_exists(version: str, file: str, root: Pa
     """The same file runs on the lean runtime and on the full one."""
     if not (root / file).is_file():
         pytest.skip(f"{file} is not written yet")
-    beside = root / "runtime/engines/gpu.py"
+    beside = root / "runtime/engines/gpu/base.py"
     assert problems((root / file).read_text(), read(version), beside.read_text() if beside.is_file() else "") == []
 
 
@@ -116,7 +116,7 @@ def test_the_full_and_the_lean_bindings_share_a_process(tmp_path: Path) -> None:
 
 
 def test_a_runtime_without_a_device_ends_the_process() -> None:
-    """Pinned, so that an upgrade that mends it is seen: until then `runtime.driver` comes before every `Runtime`."""
+    """Pinned, so that an upgrade that mends it is seen: until then `runtime.engines.gpu.probe` comes before every `Runtime`."""
     if why_no_gpu() is None:
         pytest.skip("there is a GPU: a Runtime is safe here")
     code = "import tensorrt_lean_bindings as trt\nruntime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))\nprint('made', flush=True)\ndel runtime"

@@ -21,21 +21,21 @@ from fake_tensorrt import Script, tensorrt
 from onnx import TensorProto, helper, numpy_helper
 from samples import write_fake_model
 
-import export.add_engine
-import export.engine_layers
-from export.add_engine import ENGINE, LAYERS, add_engine, progress, prover
-from export.engine_layers import half_weights
+import export.attach_engine
+import export.precision_audit
+from export.attach_engine import ENGINE, LAYERS, add_engine, progress, prover
 from export.graph import LabelsToIntensity
 from export.model_card import CARD
+from export.precision_audit import half_weights
 from export.to_tensorrt import BuildOptions, build, shapes_of, why_not
 from runtime import Synthesizer
-from runtime.contract import Manifest, ModelFile
-from runtime.driver import Device
+from runtime.core.atomic_files import sha256_of
+from runtime.core.errors import BuildError, MissingComponent, ModelError, OutputError, ParityError
+from runtime.core.manifest import Manifest, ModelFile
+from runtime.engines.cpu.onnxruntime import OnnxEngine
 from runtime.engines.fake import fake_manifest
-from runtime.engines.onnx import OnnxEngine
+from runtime.engines.gpu.probe import Device
 from runtime.engines.registry import Backend
-from runtime.errors import BuildError, MissingComponent, ModelError, OutputError, ParityError
-from runtime.files import sha256_of
 from train.checkpoint import load_generator, load_run, load_validation
 
 GPU = Device(0, "NVIDIA Test", (8, 9), 24 << 30, (13, 0))
@@ -83,7 +83,7 @@ def lean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file where the lean runtime's library would lie."""
     library = tmp_path / "libnvinfer_lean.so.11"
     library.touch()
-    monkeypatch.setattr(export.engine_layers, "lean_library", lambda: library)
+    monkeypatch.setattr(export.precision_audit, "lean_library", lambda: library)
     return library
 
 
@@ -156,7 +156,7 @@ def test_the_exported_graphs_pass_every_count(model: Path, lean: Path, tmp_path:
 def test_an_engine_is_proven_as_the_graphs_are(model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime stands in for the GPU: the engine is measured against the network, by FP16's limits, and a wrong one is found."""
     backend = Backend("tensorrt", ("engine", "fp16"), "onnxruntime", "", OnnxEngine)
-    monkeypatch.setattr(export.add_engine, "BACKENDS", (backend,))
+    monkeypatch.setattr(export.attach_engine, "BACKENDS", (backend,))
     run, manifest = load_run(trained), Manifest.load(model)
     graph = LabelsToIntensity(load_generator(trained), len(run.labels), run.intensity)
     prove = prover(graph, load_validation(run), tmp_path, "fp16")
@@ -169,7 +169,7 @@ def test_an_engine_is_proven_as_the_graphs_are(model: Path, trained: Path, tmp_p
     onnx.save(broken, tmp_path / ENGINE)
     with pytest.raises(ParityError, match=r"model.engine in tensorrt paints other values than the network"):
         prove(manifest)
-    monkeypatch.setattr(export.add_engine, "BACKENDS", (replace(backend, why=lambda: ("there is no GPU", "use one")),))
+    monkeypatch.setattr(export.attach_engine, "BACKENDS", (replace(backend, why=lambda: ("there is no GPU", "use one")),))
     with pytest.raises(MissingComponent, match=r"model.engine cannot be proven: there is no GPU"):
         prove(manifest)
 
@@ -270,7 +270,7 @@ def test_an_fp16_engine_is_refused_wherever_it_turns_out_fp32(folder: Path, lean
 def test_an_engine_that_cannot_be_read_back_says_so(folder: Path, lean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     facts = add(folder, Script(loads=False))[0].files[ENGINE].facts
     assert facts["device_memory"] is None and facts["not_inspected"] == "TensorRT does not load the engine back here"
-    monkeypatch.setattr(export.engine_layers, "lean_library", lambda: None)
+    monkeypatch.setattr(export.precision_audit, "lean_library", lambda: None)
     facts = add(folder, Script())[0].files[ENGINE].facts
     assert "tensorrt-lean-cu13-libs is not installed" in facts["not_inspected"] and facts["half_network"] == 1
     assert "tensorrt-lean-cu13-libs" in json.loads((folder / LAYERS).read_text())["reason"]

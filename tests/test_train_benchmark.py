@@ -10,10 +10,10 @@ import pytest
 import torch
 from test_training import TINY
 
-from benchmarks.roof import ROOF
-from benchmarks.train import OURS, PLAIN, WORKERS, PlainLoop, SliceFiles, _moved
-from train import augment
+from benchmarks.harness.roofline import ROOF
+from benchmarks.suites.train import OURS, PLAIN, WORKERS, PlainLoop, SliceFiles, _moved
 from train.config import AugmentConfig, resolve
+from train.data import augmentation
 from train.loop import Training, open_cohort
 
 
@@ -48,8 +48,8 @@ def test_items_are_moved_as_our_batches_are() -> None:
     y, x = np.mgrid[:48, :64].astype(np.float32)
     image = (np.exp(-((y - 20) ** 2 + (x - 40) ** 2) / 60))[None]
     labels = (image > 0.5).astype(np.uint8)
-    affine = augment.draw(AugmentConfig(rotation=20, shift_width=0.1, shift_height=0.1, zoom=0.2), 1, np.random.default_rng(3))
-    ours = augment.apply(*(torch.from_numpy(a) for a in (affine, labels[None], image[None])))
+    affine = augmentation.draw(AugmentConfig(rotation=20, shift_width=0.1, shift_height=0.1, zoom=0.2), 1, np.random.default_rng(3))
+    ours = augmentation.apply(*(torch.from_numpy(a) for a in (affine, labels[None], image[None])))
     moved_labels, moved = _moved(affine[0], labels, image)
     assert np.abs(ours[1][0].numpy() - moved).max() < 0.03
     assert (ours[0][0].numpy() != moved_labels).mean() < 0.005

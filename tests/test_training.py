@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from runtime.errors import ModelError
+from runtime.core.errors import ModelError
 from train import checkpoint
 from train.config import resolve
 from train.loop import Training, open_cohort
 from train.step import Batch, Step
-from train.watch import Collapsed, Diverged, Watch
+from train.training_monitor import Collapsed, Diverged, Watch
 
 TINY = ["data.canvas=[64,64]", "generator.kind=unet", "generator.filters=8", "generator.depth=4", "generator.skips=true", "generator.textures=2",
         "generator.style=2", "loss.texture=10", "discriminator.filters=8", "training.batch_size=4", "training.recalibrate=2", "training.valid_slices=6",

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from samples import blobs, results, rotation, synth, write_mask
 
 from runtime import Geometry, LabelVolume, Synthesizer, UsageError
+from runtime.core.components import parts
+from runtime.core.deformation import Ranges, vary
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.topology import parts
-from runtime.variants import Ranges, vary
 
 STILL = Ranges(deform=0, rotate=0, scale=0)
 

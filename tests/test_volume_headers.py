@@ -18,13 +18,13 @@ import SimpleITK as sitk
 from samples import blobs, image, rotation, synth, write_mask
 
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.errors import GeometryError, InputError, UnreadableVolume
-from runtime.io.detect import find_cases
-from runtime.io.headers import check_header, volume_files
-from runtime.io.nifti import read_labels, read_volume
-from runtime.labels import MM_WHS
-from runtime.volume import LabelVolume
+from runtime.core.console import run
+from runtime.core.errors import GeometryError, InputError, UnreadableVolume
+from runtime.core.labels import MM_WHS
+from runtime.core.volume import LabelVolume
+from runtime.io.cases import find_cases
+from runtime.io.readers.volume import read_labels, read_volume
+from runtime.io.volume_files import check_header, volume_files
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 SFORM = np.array([[-1.5, 0, 0, 60], [0, -1.5, 0, 55], [0, 0, 3, -40], [0, 0, 0, 1]], float)

@@ -7,9 +7,9 @@ import pytest
 from numpy.typing import NDArray
 
 from runtime import Geometry, InputError, LabelVolume
-from runtime.variants import Ranges, vary
-from runtime.volume import Volume
-from runtime.warp import TISSUES, IntensityJitter, Warp, tissue_map
+from runtime.core.deformation import Ranges, vary
+from runtime.core.volume import Volume
+from runtime.core.warp import TISSUES, IntensityJitter, Warp, tissue_map
 
 STILL = Ranges(deform=0, rotate=0, scale=0)
 GRID = Geometry.from_parts((5.0, -7.0, 11.0), (2.0, 2.0, 3.0), np.eye(3).ravel())

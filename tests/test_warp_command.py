@@ -20,11 +20,11 @@ from samples import results
 from test_dicom_conformance import UNKNOWN_TO_IT, output_of, tool
 
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.io.dicom_files import scan
-from runtime.io.headers import is_synthetic
-from runtime.io.nifti import read_volume
-from runtime.variants import Ranges
+from runtime.core.console import run
+from runtime.core.deformation import Ranges
+from runtime.io.dicom.files import scan
+from runtime.io.readers.volume import read_volume
+from runtime.io.volume_files import is_synthetic
 
 SHAPE = (12, 40, 44)
 VALUES = (0, 205, 500)
@@ -90,9 +90,9 @@ def test_ct_moves_with_its_mask(files: tuple[Path, Path], tmp_path: Path) -> Non
 
 def test_labels_are_those_of_the_variants(files: tuple[Path, Path], tmp_path: Path) -> None:
     """The mask of a warped pair is the mask that a model's CT of the same variant has."""
-    from runtime.contract import Label, LabelTable
-    from runtime.io.nifti import read_labels
-    from runtime.variants import vary
+    from runtime.core.deformation import vary
+    from runtime.core.manifest import Label, LabelTable
+    from runtime.io.readers.volume import read_labels
 
     mask, ct = files
     assert warp(mask, "--warp", ct, "--output", tmp_path / "out", "--variants", 2, "--seed", 5) == 0
@@ -338,7 +338,7 @@ def test_axis_order_of_the_file_stays(axes: tuple[int, int, int], tmp_path: Path
 
 
 def test_no_model_code_is_loaded(files: tuple[Path, Path], tmp_path: Path) -> None:
-    code = ("import sys; from runtime.__main__ import main; from runtime.console import run; assert run(main, sys.argv[1:]) == 0; "
+    code = ("import sys; from runtime.__main__ import main; from runtime.core.console import run; assert run(main, sys.argv[1:]) == 0; "
             "print(sorted(m for m in sys.modules if m.startswith(('torch', 'onnxruntime', 'openvino', 'tensorrt', 'train', 'export'))))")  # fmt: skip
     line = ["synth", str(files[0]), "--warp", str(files[1]), "--output", str(tmp_path / "out"), "--quiet"]
     done = subprocess.run(

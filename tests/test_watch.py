@@ -20,14 +20,14 @@ from samples import blobs, is_tidy, listed, mask2ct, results, synth, write_fake_
 
 from runtime import Models
 from runtime.__main__ import main
-from runtime.console import run
-from runtime.contract import Label, LabelTable
+from runtime.batch.completion_log import Journal
+from runtime.batch.plan import Recipe
+from runtime.core.console import run
+from runtime.core.manifest import Label, LabelTable
 from runtime.engines.fake import fake_manifest
-from runtime.inbox import DONE, FAILED, LOCK, WORK, Inbox
-from runtime.io.detect import find_cases
-from runtime.journal import Journal
-from runtime.recipe import Recipe
-from runtime.watch import Watcher
+from runtime.io.cases import find_cases
+from runtime.service.watch_folder import Watcher
+from runtime.service.work_queue import DONE, FAILED, LOCK, WORK, Inbox
 
 KILLS = 20
 
@@ -277,7 +277,7 @@ def test_what_seems_to_lack_a_file_is_waited_for(
 ) -> None:
     """Ten times as long as what is whole, by a clock that the test moves on."""
     clock = [0.0]
-    monkeypatch.setattr("runtime.inbox.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("runtime.service.work_queue.time.monotonic", lambda: clock[0])
     series = slices(blobs((6, 20, 24)), Modality="CT")
     folder = save(inbox / "study", series)
     first, *_, last = sorted(folder.iterdir(), key=lambda file: file.name[-7:])
@@ -375,7 +375,7 @@ def start(fake_model: Path) -> Iterator[Callable[[Path, Path], BaseProcess]]:
     """Start `watch` in a process forked from one that has imported everything."""
     started: list[BaseProcess] = []
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["samples", "isal.igzip_threaded", "runtime.io.nifti"])
+    context.set_forkserver_preload(["samples", "isal.igzip_threaded", "runtime.io.readers.volume"])
 
     def start(inbox: Path, out: Path) -> BaseProcess:
         process = context.Process(target=mask2ct, args=(arguments(fake_model, inbox, out, "--variants", "2", "--quiet"),))

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import GridPolicy, Intensity, LabelTable, grid_from_json, labels_from_json
-from runtime.errors import ConfigError, ModelError
-from runtime.files import atomic_folder, atomic_path, remove_orphans, sha256_of, write_json
+from runtime.core.atomic_files import atomic_folder, atomic_path, remove_orphans, sha256_of, write_json
+from runtime.core.errors import ConfigError, ModelError
+from runtime.core.manifest import GridPolicy, Intensity, LabelTable, grid_from_json, labels_from_json
 
 from . import config as configs
 from .config import RunConfig
@@ -25,7 +25,7 @@ from .config import RunConfig
 if TYPE_CHECKING:  # the command line answers --help without torch
     from torch import Tensor
 
-    from .generator import Generator
+    from .networks.generator import Generator
 
 SCHEMA_VERSION = 1
 RUN, CONFIG, METRICS, WEIGHTS, CHECKPOINTS = "run.json", "config.json", "metrics.jsonl", "generator.safetensors", "checkpoints"

@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from runtime.contract import GridPolicy, Intensity, Label, LabelTable, labels_from_json
-from runtime.errors import ConfigError, reading
-from runtime.files import open_input
-from runtime.labels import MM_WHS, PRESETS
+from runtime.core.atomic_files import open_input
+from runtime.core.errors import ConfigError, reading
+from runtime.core.labels import MM_WHS, PRESETS
+from runtime.core.manifest import GridPolicy, Intensity, Label, LabelTable, labels_from_json
 
-from .original import FIXED_KEYS, check_fixed, greys
+from .data.original import FIXED_KEYS, check_fixed, greys
 from .typed import Range, build, to_json, unknown, wrong
 
 __all__ = ["RunConfig", "from_json", "grid_policy", "intensity", "label_table", "load", "resolve", "to_json"]
@@ -32,7 +32,7 @@ NotNegative = Annotated[float, Range(0)]
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """A cohort made by train/phantom.py: `patients` thoraces of `size` (D, H, W) voxels."""
+    """A cohort made by train/phantom/cohort.py: `patients` thoraces of `size` (D, H, W) voxels."""
 
     patients: Count = 24
     seed: Seed = 1
@@ -43,7 +43,7 @@ class PhantomConfig:
 class DataConfig:
     """Where patients come from, what their labels are, and the grid the network sees them on."""
 
-    path: str | None = None  # folder or table in one of the layouts of train/layouts.py; --dataset-path sets it
+    path: str | None = None  # folder or table in one of the layouts of train/data/layouts.py; --dataset-path sets it
     phantom: PhantomConfig | None = None  # made when there is no path
     labels: Any = None  # a preset's name, or [{"name": ..., "value": ...}, ...] beginning with the background; null: the layout's own
     keep: tuple[Count, ...] | None = None  # indices of the table to keep, renumbered; all else becomes background
@@ -61,7 +61,7 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How far training slices are moved at random (train/augment.py); all 0: not at all."""
+    """How far training slices are moved at random (train/data/augmentation.py); all 0: not at all."""
 
     rotation: Annotated[float, Range(0, 180)] = 0.0  # degrees
     shear: Annotated[float, Range(0, 45)] = 0.0  # degrees
@@ -82,7 +82,7 @@ class AugmentConfig:
 class IntensityConfig:
     """The range the network's [0, 1] stands for; what is outside is clipped in training.
 
-    "auto": HU where the images hold them, else a.u. in [low, high] (train/settle.py); settled before a run is claimed.
+    "auto": HU where the images hold them, else a.u. in [low, high] (train/data/inference.py); settled before a run is claimed.
     """
 
     unit: Literal["HU", "a.u.", "auto"] = "HU"
@@ -92,7 +92,7 @@ class IntensityConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """`reference`: the original's; `unet`: lighter, ends in full-resolution features; `edge`: the least work (train/stages.py)."""
+    """`reference`: the original's; `unet`: lighter, ends in full-resolution features; `edge`: the least work (train/networks/blocks.py)."""
 
     kind: Literal["reference", "unet", "edge"] = "reference"
     filters: Count = 64  # of the first layer; they double with depth up to 8 times
@@ -101,7 +101,7 @@ class GeneratorConfig:
     activation: Literal["sigmoid"] = "sigmoid"
     textures: Whole = 0  # learned noise filters; 0: the network takes no noise
     texture_kernel: Count = 7  # their side in pixels, odd
-    style: Whole = 0  # S, numbers in a style (train/style.py); 0: the network takes no style
+    style: Whole = 0  # S, numbers in a style (train/networks/style.py); 0: the network takes no style
     style_spread: Positive = 1.5  # deviations of the cohort that a style of 1 stands for: how widely variants differ
 
 
@@ -148,7 +148,7 @@ class TrainingConfig:
     valid_slices: Count = 128  # at most so many held-out slices are painted at a validation step
     checkpoint_every: Count = 1000
     keep_checkpoints: Count = 2  # the newest; the best is kept as well
-    best_metric: str | None = "body.mae_ratio"  # of the held-out patients (train/scores.py), by which a checkpoint is the best
+    best_metric: str | None = "body.mae_ratio"  # of the held-out patients (train/metrics/scores.py), by which a checkpoint is the best
     best_is: Literal["lowest", "highest"] = "lowest"
     collapse_steps: Whole = 2000  # the run stops when the discriminator's losses were about 0 for so long; 0: never
     threads: Annotated[int, Range(0, 1024)] = 0  # of the CPU; 0: as many as the process may use
@@ -159,7 +159,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Where metrics go beside metrics.jsonl (train/loggers.py). No part of what a run computes: --resume may change it."""
+    """Where metrics go beside metrics.jsonl (train/reporting/loggers.py). No part of what a run computes: --resume may change it."""
 
     tensorboard: bool = False
     wandb: bool = False

@@ -1,4 +1,4 @@
-"""How near painted CTs come to true ones, by the command line: volumes on disk, or a run's held-out patients, through `train.scores`.
+"""How near painted CTs come to true ones, by the command line: volumes on disk, or a run's held-out patients, through `train.metrics.scores`.
 
     python -m train.evaluate --synthetic DIR --truth DIR --masks DIR [--reference DIR] [--labels mm-whs | --run RUN] [--json FILE]
     python -m train.evaluate --run RUN [--split valid|test] [--dataset-path DIR] [--json FILE]
@@ -22,14 +22,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from runtime.contract import MANIFEST, Intensity, LabelTable, Manifest
-from runtime.errors import InputError, UsageError
-from runtime.files import write_json
-from runtime.labels import PRESETS
+from runtime.core.atomic_files import write_json
+from runtime.core.errors import InputError, UsageError
+from runtime.core.labels import PRESETS
+from runtime.core.manifest import MANIFEST, Intensity, LabelTable, Manifest
 
-from . import metrics
-from .checks import AIR_HU
-from .scores import HU, ceiling, diversity, evaluate, organ_names, table
+from .data.checks import AIR_HU
+from .metrics import volume_metrics
+from .metrics.scores import HU, ceiling, diversity, evaluate, organ_names, table
 
 Arrays = list[NDArray[Any]]
 
@@ -45,7 +45,7 @@ def read_variants(synthetic: Path, truth: Path, masks: Path, labels: LabelTable,
 
     True images without air are refused where the unit is HU.
     """
-    from runtime.io.nifti import read_labels, read_volume
+    from runtime.io.readers.volume import read_labels, read_volume
 
     cases = sorted(p for p in masks.glob("*.nii.gz") if not p.name.startswith(".")) if masks.is_dir() else []
     if not cases:
@@ -74,9 +74,9 @@ def read_variants(synthetic: Path, truth: Path, masks: Path, labels: LabelTable,
 
 def read_reference(folder: Path, labels: LabelTable) -> tuple[Arrays, Arrays]:
     """(images, masks) of the real patients in a folder that training could read. Raises `UsageError` or `InputError`."""
-    from runtime.io.nifti import read_labels, read_volume
+    from runtime.io.readers.volume import read_labels, read_volume
 
-    from .dataset import find_pairs
+    from .data.dataset import find_pairs
 
     pairs = find_pairs(folder)
     return [read_volume(pair.image).values for pair in pairs], [read_labels(pair.label, labels).labels for pair in pairs]
@@ -121,7 +121,7 @@ def _folders(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     variants, truth, masks = read_variants(args.synthetic, args.truth, args.masks, labels, intensity.unit)
     result = evaluate([volumes[0] for volumes in variants], truth, masks, names, intensity=intensity)
     if min(map(len, variants)) > 1:
-        real = [metrics.medians(image, mask, len(names) + 1) for image, mask in zip(truth, masks, strict=True)]
+        real = [volume_metrics.medians(image, mask, len(names) + 1) for image, mask in zip(truth, masks, strict=True)]
         result["diversity"] = diversity(variants, masks, real, names, intensity)
     if args.reference:
         result["ceiling"] = ceiling(truth, masks, *read_reference(args.reference, labels), names, intensity=intensity)
@@ -137,6 +137,6 @@ def described(folder: Path) -> tuple[LabelTable, Intensity]:
 
 
 if __name__ == "__main__":
-    from runtime import console
+    from runtime.core import console
 
     sys.exit(console.run(main))

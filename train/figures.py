@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import Intensity
-from runtime.errors import UsageError
-from runtime.files import atomic_path
+from runtime.core.atomic_files import atomic_path
+from runtime.core.errors import UsageError
+from runtime.core.manifest import Intensity
 
 from . import checkpoint
 from . import config as configs
@@ -122,6 +122,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from runtime import console
+    from runtime.core import console
 
     sys.exit(console.run(main))

@@ -19,23 +19,26 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from runtime.console import Progress
-from runtime.contract import grid_to_json, labels_to_json
-from runtime.errors import ModelError, UsageError, writing
-from runtime.files import write_text
+from runtime.core.atomic_files import write_text
+from runtime.core.console import Progress
+from runtime.core.errors import ModelError, UsageError, writing
+from runtime.core.manifest import grid_to_json, labels_to_json
 
-from . import augment, checkpoint, dataset, figures, run_report, scores
+from . import checkpoint, figures
 from . import config as configs
-from .cache import SliceCache
 from .config import RunConfig
-from .generator import Generator
-from .layouts import find
-from .loggers import Loggers
-from .ranks import ALONE, Ranks
+from .data import augmentation, dataset
+from .data.layouts import find
+from .data.slice_cache import SliceCache
+from .distributed import ALONE, Ranks
+from .metrics import scores
+from .networks.generator import Generator
+from .networks.style import Styles, move, stretch
+from .reporting import run_report
+from .reporting.loggers import Loggers
 from .step import Batch, Step
-from .style import Styles, move, stretch
+from .training_monitor import Watch, note
 from .validation import MASKS_KEPT, Validation, label_maps
-from .watch import Watch, note
 
 
 def choose_device(config: RunConfig) -> tuple[torch.device, str]:
@@ -81,7 +84,7 @@ def open_cohort(config: RunConfig, folder: Path, *, cache: Path | None = None, q
 def _phantom(phantom: configs.PhantomConfig, folder: Path, quiet: bool) -> Path:
     marker = folder / ".complete"  # written last; without it an interrupted cohort is made again
     if not marker.exists():
-        from .phantom import generate_cohort
+        from .phantom.cohort import generate_cohort
 
         line = Progress("phantom patients", phantom.patients, quiet=quiet)
         generate_cohort(folder, phantom.patients, seed=phantom.seed, size=phantom.size, progress=lambda done, _: line.update(done))
@@ -128,7 +131,7 @@ class Training:
     def run(self) -> dict[str, Any]:
         """Train to `training.steps`, write the run folder and return the last validation metrics.
 
-        Raises `Diverged` or `Collapsed` (train/watch.py) with the last good checkpoint kept, KeyboardInterrupt after the checkpoint that Ctrl-C asks for.
+        Raises `Diverged` or `Collapsed` (train/training_monitor.py) with the last good checkpoint kept, KeyboardInterrupt after the checkpoint that Ctrl-C asks for.
         """
         t = self.config.training
         moments = {round(share * t.steps) for share in figures.MOMENTS}
@@ -159,15 +162,15 @@ class Training:
 
     def batch(self, n: int) -> Batch:
         """The n-th batch on the device, augmented: a function of (seed, n)."""
-        labels, image, noise = (augment.on_device(array, self.device) for array in self.batches[n])
+        labels, image, noise = (augmentation.on_device(array, self.device) for array in self.batches[n])
         settings, part, style = self.config.augment, self.batches.part, None
         if self.styles is not None:  # while labels and image still lie on each other
             drawn, moves = self.styles(self.batches.slices(n), n)
-            style, shifts, factors, centres = (augment.on_device(array[part], self.device) for array in (drawn, *moves))
+            style, shifts, factors, centres = (augmentation.on_device(array[part], self.device) for array in (drawn, *moves))
             image = stretch(move(image, labels, shifts), labels, factors, centres)
         if settings.active:
             rng = dataset.stream(self.config.training.seed, "augment", n)
-            labels, image = augment.augment(settings, labels, image, rng, self.batches.batch_size, part)
+            labels, image = augmentation.augment(settings, labels, image, rng, self.batches.batch_size, part)
         return Batch(labels, image, noise, style)
 
     def _advance(self) -> None:

@@ -9,16 +9,16 @@ from typing import Any, Literal
 
 import torch
 
-from runtime.errors import ConfigError, ModelError, UsageError
-from runtime.files import write_json
+from runtime.core.atomic_files import write_json
+from runtime.core.errors import ConfigError, ModelError, UsageError
 
 from . import checkpoint
 from . import config as configs
-from .cache import FOLDER
 from .config import RunConfig
-from .dataset import Cohort, Slices
-from .generator import Generator
+from .data.dataset import Cohort, Slices
+from .data.slice_cache import FOLDER
 from .loop import Training, choose_device, open_cohort, set_threads
+from .networks.generator import Generator
 from .step import Step
 from .validation import Validation
 

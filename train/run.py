@@ -21,10 +21,10 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from runtime import console
-from runtime.errors import UsageError
+from runtime.core import console
+from runtime.core.errors import UsageError
 from train import checkpoint, config
-from train.ranks import Ranks, check, joined  # no torch: --help is answered without it
+from train.distributed import Ranks, check, joined  # no torch: --help is answered without it
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,7 +88,7 @@ def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
 
 def cache_of(args: argparse.Namespace, folder: Path) -> Path | None:
     """Where the slices are kept of a command that writes `folder`; None: nowhere."""
-    from train.cache import FOLDER
+    from train.data.slice_cache import FOLDER
 
     return None if args.no_cache else args.cache or folder.parent / FOLDER
 
@@ -100,8 +100,8 @@ def main(argv: Sequence[str]) -> int:
             if args.test:
                 return test(args) if ranks.first else 0
             resolved, folder = resolve(args)
-            from train.loggers import require
-            from train.settle import settle
+            from train.data.inference import settle
+            from train.reporting.loggers import require
 
             require(resolved.logging)
             resolved, found = settle(resolved)
@@ -129,7 +129,7 @@ def enough_memory() -> Iterator[None]:
 
 def dry_run(resolved: config.RunConfig) -> int:
     """--dry-run: what the run would be."""
-    from train.estimate import describe
+    from train.reporting.estimate import describe
 
     print(describe(resolved))
     return 0
@@ -159,7 +159,7 @@ def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, fold
             checkpoint.claim(folder, resolved)  # from here on there is a run to resume
     metrics = training.run()
     if not quiet:
-        from train.scores import table
+        from train.metrics.scores import table
 
         print(table(metrics, resolved.intensity.unit))
     if ranks.first:
@@ -171,7 +171,7 @@ def test(args: argparse.Namespace) -> int:
     """--test: the test split through a finished run, or a checkpoint."""
     from train import restore
     from train.loop import open_cohort
-    from train.scores import table
+    from train.metrics.scores import table
 
     source = args.ckpt_load or (resolve(args)[1] if args.config else args.output)
     if source is None:

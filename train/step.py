@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from runtime.errors import MissingComponent
+from runtime.core.errors import MissingComponent
 
 from .config import RunConfig, label_table
-from .discriminator import Discriminator
-from .generator import Generator, initialise, one_hot, standardise_noise
+from .distributed import ALONE, Ranks
 from .losses import centre_weight, discriminator_losses, feature_matching, generator_losses, weighted_sum
-from .ranks import ALONE, Ranks
+from .networks.discriminator import Discriminator
+from .networks.generator import Generator, initialise, one_hot, standardise_noise
 
 
 class Batch(NamedTuple):

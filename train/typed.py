@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from runtime.errors import ConfigError
+from runtime.core.errors import ConfigError
 
 T = TypeVar("T")
 

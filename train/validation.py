@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from runtime.contract import Intensity, LabelTable
+from runtime.core.manifest import Intensity, LabelTable
 
-from .dataset import Slices, from_unit, noise_bytes
+from .data.dataset import Slices, from_unit, noise_bytes
 from .figures import comparison, window
-from .generator import Generator, one_hot, standardise_noise
-from .scores import ceiling, diversity, evaluate
-from .style import organ_medians
+from .metrics.scores import ceiling, diversity, evaluate
+from .networks.generator import Generator, one_hot, standardise_noise
+from .networks.style import organ_medians
 
 STYLES = 16  # in which the held-out masks are painted to measure diversity
 DIVERSE_SLICES = 24  # of them, at most
@@ -50,7 +50,7 @@ class Validation:
         return [case.image for case in self._cases]
 
     def measure(self, net: Generator, device: torch.device, batch_size: int) -> tuple[dict[str, Any], list[NDArray[np.int16]]]:
-        """(metrics of train/scores.py, the painted slices of each patient)."""
+        """(metrics of train/metrics/scores.py, the painted slices of each patient)."""
         painted = [
             paint(net, case.labels, noise, len(self._table), self._intensity, device, batch_size)
             for case, noise in zip(self._cases, self._noise, strict=True)
@@ -58,7 +58,7 @@ class Validation:
         return evaluate(painted, self.images, self.masks, self._names, self.places, self._intensity), painted
 
     def diversity(self, net: Generator, device: torch.device, batch_size: int, train: Sequence[Slices]) -> dict[str, Any] | None:
-        """train/metrics.py's `diversity` of a network with a style: the labelled slices of the first patient with any, in many styles,
+        """train/metrics/volume_metrics.py's `diversity` of a network with a style: the labelled slices of the first patient with any, in many styles,
         each with noise of its own, as variants have.
 
         None where none is labelled.
@@ -79,7 +79,7 @@ class Validation:
         )
 
     def ceiling(self, train: Sequence[Slices]) -> dict[str, Any]:
-        """What lies between the held-out and the training patients: train/metrics.py's `ceiling`, on as many slices of each."""
+        """What lies between the held-out and the training patients: train/metrics/volume_metrics.py's `ceiling`, on as many slices of each."""
         others = [neighbours(len(p), max(1, round(self._share * len(p)))) for p in train]
         images, masks = (
             [p.image[n] for p, n in zip(train, others, strict=True)],

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import Manifest
+from runtime.core.manifest import Manifest
 
 
 def ok(result: tuple[Any, ...]) -> Any:

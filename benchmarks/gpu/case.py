@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu.bare import require
 from benchmarks.gpu.model import draw, hu, reference
-from runtime.contract import Manifest
-from runtime.driver import why_no_gpu
+from runtime.core.manifest import Manifest
+from runtime.engines.gpu.probe import why_no_gpu
 
 BATCH = 4
 FP16 = {"mean": 1.0, "p99.9": 10.0, "max": float("inf")}  # HU: export's limits

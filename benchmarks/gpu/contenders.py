@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.bare import Bare
-from benchmarks.libraries import loop, network, opened, tensors
-from benchmarks.paired import Ready
-from runtime.contract import Manifest
-from runtime.driver import DRIVER_REMEDY, why_no_gpu
-from runtime.engines.onnx import onnxruntime
-from runtime.engines.onnx_cuda import INSTALL, PROVIDER
-from runtime.errors import MissingComponent
+from benchmarks.harness.libraries import loop, network, opened, tensors
+from benchmarks.harness.paired import Ready
+from runtime.core.errors import MissingComponent
+from runtime.core.manifest import Manifest
+from runtime.engines.cpu.onnxruntime import onnxruntime
+from runtime.engines.gpu.onnxruntime_cuda import INSTALL, PROVIDER
+from runtime.engines.gpu.probe import DRIVER_REMEDY, why_no_gpu
 
 
 def by_pytorch(model: str, trained: str, slices: int, batch: int) -> Ready:

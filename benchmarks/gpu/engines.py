@@ -22,7 +22,7 @@ CHANGES = 1000  # between torch and our engine
 def runtime_parity(case: Case, backend: str) -> str:
     """Our own engine, as a hospital opens it."""
     engine = _engine(case, backend)
-    from runtime.memory import HOST_STREAM
+    from runtime.engines.memory import HOST_STREAM
 
     batch = engine.spec.batch
     out = np.empty((batch, *case.manifest.grid.canvas, 2), np.uint8)
@@ -80,7 +80,7 @@ def runtime_beside_torch(case: Case, backend: str) -> str:
 
 def runtime_throughput(case: Case, backend: str) -> str:
     """The pipelined engine against the bare one (TensorRT), or against itself called one batch after the other."""
-    from runtime.memory import HOST_STREAM
+    from runtime.engines.memory import HOST_STREAM
 
     engine = _engine(case, backend)
     step = Pipeline(case, engine)
@@ -168,8 +168,8 @@ class Pipeline:
 
 def _engine(case: Case, backend: str) -> Any:
     need_gpu()
+    from runtime.core.errors import MissingComponent
     from runtime.engines.registry import CHOICES, open_engine
-    from runtime.errors import MissingComponent
 
     try:
         if backend == "torch":

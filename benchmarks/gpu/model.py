@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.contract import MANIFEST, GridPolicy, Intensity, Manifest, ModelFile
-from runtime.files import sha256_of, write_json
-from runtime.labels import MM_WHS
+from runtime.core.atomic_files import sha256_of, write_json
+from runtime.core.labels import MM_WHS
+from runtime.core.manifest import MANIFEST, GridPolicy, Intensity, Manifest, ModelFile
 
 NAME = "random weights"
 GENERATOR: dict[str, Any] = {"kind": "unet", "filters": 32, "depth": 5, "skips": True, "textures": 4, "style": 2}
@@ -23,7 +23,7 @@ def random_graph() -> tuple[Manifest, Any]:
     import torch
 
     from export.graph import LabelsToIntensity
-    from train.generator import Generator, initialise
+    from train.networks.generator import Generator, initialise
 
     torch.manual_seed(1)
     generator = Generator(GRID.slices * len(MM_WHS), **GENERATOR)

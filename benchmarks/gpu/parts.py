@@ -12,8 +12,8 @@ from benchmarks.gpu.bare import Bare, require
 from benchmarks.gpu.case import BATCH, FP16, FP32, Absent, Case, against_cpu, graph_of, lean_module, module, need_gpu, parity
 from benchmarks.gpu.model import draw, hu, random_graph
 from benchmarks.gpu.torch_engine import loopback
-from export.engine_layers import LEAST_HALF
-from runtime.driver import device
+from export.precision_audit import LEAST_HALF
+from runtime.engines.gpu.probe import device
 
 
 def gpu(case: Case) -> str:
@@ -42,7 +42,7 @@ def half_torch(case: Case) -> str:
 def parse_uint8(case: Case) -> str:
     trt = tensorrt()
     from export.to_tensorrt import parse
-    from runtime.engines.tensorrt import collecting_logger
+    from runtime.engines.gpu.tensorrt import collecting_logger
 
     logger = collecting_logger(trt, [])
     network = parse(trt, trt.Builder(logger), logger, graph_of(case))
@@ -55,7 +55,7 @@ def parse_uint8(case: Case) -> str:
 def build_compatible(case: Case) -> str:
     """As build_engine.py does it: built, its types counted, read back, and listed; the checks below are its proof."""
     tensorrt()
-    from export.add_engine import ENGINE, add_engine
+    from export.attach_engine import ENGINE, add_engine
     from export.to_tensorrt import BuildOptions
 
     if ENGINE in case.manifest.files:
@@ -71,9 +71,9 @@ def build_compatible(case: Case) -> str:
 def build_native(case: Case) -> str:
     """What the inspector says of FP16, and the pictures in the full runtime: of FP16, and of FP32 without TF32."""
     trt = tensorrt()
-    from export.engine_layers import half_convolutions, inspect_plan
+    from export.precision_audit import half_convolutions, inspect_plan
     from export.to_tensorrt import BuildOptions, build, shapes_of
-    from runtime.engines.tensorrt import collecting_logger
+    from runtime.engines.gpu.tensorrt import collecting_logger
 
     shapes, cache, seen = shapes_of(case.manifest, BATCH), case.work / "timing.cache", []
     for precision, limits in (("fp16", FP16), ("fp32", FP32)):

@@ -10,12 +10,12 @@ import numpy as np
 from benchmarks.gpu.bare import require
 from benchmarks.gpu.case import BATCH, Absent, Case, need_gpu
 from benchmarks.gpu.model import NAME, random_graph
-from runtime.cuda import Cuda
-from runtime.cuda_memory import open_memory
-from runtime.engines import gpu
+from runtime.core.errors import MissingComponent
 from runtime.engines.base import EngineOptions, EngineSpec
-from runtime.errors import MissingComponent
-from runtime.memory import HOST_STREAM, Pool
+from runtime.engines.gpu import base
+from runtime.engines.gpu.cuda_driver import Cuda
+from runtime.engines.gpu.cuda_memory import open_memory
+from runtime.engines.memory import HOST_STREAM, Pool
 
 CAP = 256 << 20  # bytes, device and page-locked each
 TYPES = {"uint8": "|u1", "float32": "<f4"}
@@ -39,11 +39,11 @@ def torch_engine(case: Case) -> Any:
     torch.backends.cudnn.deterministic = True
     graph = halved(random_graph()[1]).cuda()
 
-    class TorchEngine(gpu.GpuEngine):
+    class TorchEngine(base.GpuEngine):
         def __init__(self) -> None:
             super().__init__(case.manifest, EngineOptions())
             self._open_pools(CAP, CAP)
-            self.spec = EngineSpec(case.manifest.inputs, case.manifest.output, BATCH, gpu.STREAMS)
+            self.spec = EngineSpec(case.manifest.inputs, case.manifest.output, BATCH, base.STREAMS)
 
         def _what(self) -> str:
             return f"torch {torch.__version__}"
@@ -51,7 +51,7 @@ def torch_engine(case: Case) -> Any:
         def _slot(self) -> Any:
             return TorchSlot(self)
 
-    class TorchSlot(gpu.GpuSlot):
+    class TorchSlot(base.GpuSlot):
         def _bind(self, shapes: dict[str, tuple[int, ...]]) -> None:
             dtypes = {t.name: t.dtype for t in self.owner.tensors}
             self._bound = {

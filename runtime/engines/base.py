@@ -11,9 +11,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import NDArray
 
-from ..contract import Manifest, TensorSpec
-from ..errors import Mask2CTError, ModelError
-from ..memory import Allowance, Pool, PoolStats, Stream
+from ..core.errors import Mask2CTError, ModelError
+from ..core.manifest import Manifest, TensorSpec
+from .memory import Allowance, Pool, PoolStats, Stream
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -26,7 +26,7 @@ class EngineError(Mask2CTError):
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """The tensors of `runtime.contract`, the batch the engine is always given, and how many streams keep it busy.
+    """The tensors of `runtime.core.manifest`, the batch the engine is always given, and how many streams keep it busy.
 
     `batch`: kernels may round differently from one batch size to another, so N never varies; the last batch is padded.
     `streams`: with as many, tensors are filled and emptied for one while the engine works on the others. `largest`: (H, W) of the

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..contract import GridPolicy, Intensity, LabelTable, Manifest
-from ..labels import MM_WHS
+from ..core.labels import MM_WHS
+from ..core.manifest import GridPolicy, Intensity, LabelTable, Manifest
 from .base import EngineOptions, EngineSpec, Inputs
-from .host import HostEngine
+from .cpu.base import HostEngine
 
 NOISE_STEP = 8  # noise bytes for one HU
 

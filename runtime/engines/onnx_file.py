@@ -11,7 +11,7 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import ModelError, reading
+from ..core.errors import ModelError, reading
 
 MAX_DEPTH = 64  # of graphs within graphs
 MAX_FIELDS = 4_000_000  # looked at: more than any network has

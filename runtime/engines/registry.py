@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from ..contract import Manifest
-from ..errors import MissingComponent, ModelError, UsageError
+from ..core.errors import MissingComponent, ModelError, UsageError
+from ..core.manifest import Manifest
 from .base import Engine, EngineOptions
 from .onnx_file import check_weights
 
@@ -58,37 +58,37 @@ class Backend:
 
 
 def _open_onnx(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
-    from .onnx import OnnxEngine
+    from .cpu.onnxruntime import OnnxEngine
 
     return OnnxEngine(path, manifest, options)
 
 
 def _open_openvino(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
-    from .openvino import OpenVinoEngine
+    from .cpu.openvino import OpenVinoEngine
 
     return OpenVinoEngine(path, manifest, options)
 
 
 def _open_tensorrt(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
-    from .tensorrt import TensorRTEngine
+    from .gpu.tensorrt import TensorRTEngine
 
     return TensorRTEngine(path, manifest, options)
 
 
 def _why_no_tensorrt() -> tuple[str, str] | None:
-    from .tensorrt import why_absent
+    from .gpu.tensorrt import why_absent
 
     return why_absent()
 
 
 def _open_onnx_cuda(path: Path, manifest: Manifest, options: EngineOptions) -> Engine:
-    from .onnx_cuda import OnnxCudaEngine
+    from .gpu.onnxruntime_cuda import OnnxCudaEngine
 
     return OnnxCudaEngine(path, manifest, options)
 
 
 def _why_no_onnx_cuda() -> tuple[str, str] | None:
-    from .onnx_cuda import why_absent
+    from .gpu.onnxruntime_cuda import why_absent
 
     return why_absent()
 

@@ -20,9 +20,9 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NoReturn
 
-from ..errors import Mask2CTError, UnreadableVolume, UsageError, reading
-from ..files import open_input
-from ..workspace import private_folder
+from ..core.atomic_files import open_input
+from ..core.errors import Mask2CTError, UnreadableVolume, UsageError, reading
+from ..core.workspace import private_folder
 
 ALWAYS = 1 << 30  # bytes that a member may become, however small it is: labels of 512 x 512 x 1000 voxels, and more
 EXPANSION = 250  # bytes that it may become beyond that for each of its compressed bytes; deflate itself ends at 1032

@@ -1,0 +1,111 @@
+"""Suite `coldstart`: from an empty process to the first painted slab, beside PyTorch doing the same for one slice. Units: starts.
+
+And to the first slab that `mask2ct synth` hands to the result's file, of a mask of 300 x 512 x 512 in .nii.gz, which is read and checked
+before. Each run is a new Python process; the page cache is warm, as it is on a machine that paints now and then. What the engine
+and the codecs import when they are first needed counts as opening, not as import.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from runtime.core.manifest import Manifest
+
+from ..harness.models import Prepared
+from ..harness.paired import ROOT, Contender, Ready
+from .stream import SIDE, write_mask
+
+SLICES = 300
+_CLOCK = """import sys, time, json; sys.path.insert(0, {root!r}); t = [time.perf_counter()]
+def say():
+    t.append(time.perf_counter())
+    from benchmarks.harness.record import peak_rss
+    print(json.dumps([*(b - a for a, b in zip(t, t[1:])), peak_rss()]), file=sys.__stdout__, flush=True)
+"""
+_OURS = """
+import numpy as np
+from runtime import Geometry, LabelVolume, Synthesizer
+t.append(time.perf_counter())
+synth = Synthesizer.open({model!r}, backend={backend!r})
+t.append(time.perf_counter())
+h, w = synth.manifest.grid.canvas
+a, b = synth.manifest.grid.pixel_spacing or (1.0, 1.0)
+next(synth.slabs(LabelVolume(np.ones((16, h, w), np.uint8), Geometry(np.diag([b, a, 3.0, 1.0])))))
+say()
+"""
+_WRITTEN = """
+import os
+from runtime import Synthesizer
+from runtime.__main__ import main
+from runtime.synthesizer import DEFAULT_BATCH
+t.append(time.perf_counter())
+import runtime.io.writers.volume as volumes
+planes_of = volumes.planes_of
+def until_written(*given):
+    for n, plane in enumerate(planes_of(*given)):
+        if n == DEFAULT_BATCH:  # the planes of the first slab are with the file
+            say()
+            os._exit(0)
+        yield plane
+volumes.planes_of = until_written
+main(["synth", {mask!r}, "--model", {model!r}, "--output", {output!r}, "--backend", {backend!r}, "--quiet"])
+"""
+_TORCH = """
+import torch
+from pathlib import Path
+from export.graph import LabelsToIntensity
+from train.checkpoint import load_generator, load_run
+t.append(time.perf_counter())
+facts = load_run(Path({run!r}))
+graph = LabelsToIntensity(load_generator(Path({run!r})), len(facts.labels), facts.intensity)
+t.append(time.perf_counter())
+h, w = facts.grid.canvas
+with torch.inference_mode():
+    labels = torch.ones(1, facts.grid.slices, h, w, dtype=torch.uint8)
+    graph(labels, torch.zeros(1, facts.style) if facts.style else None, labels[:, 0] if facts.noise else None)
+say()
+"""
+_PROGRAMS = {
+    "painted": (_OURS, ("import", "open", "first slab")),
+    "written": (_WRITTEN, ("import", "first written slab")),
+    "torch": (_TORCH, ("import", "open", "first slice")),
+}
+
+
+def groups(model: Prepared, backend: str) -> dict[str, list[Contender]]:
+    folder = Path(tempfile.mkdtemp(prefix="mask2ct-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    mask = write_mask(folder / "mask.nii.gz", Manifest.load(model.model), (SLICES, SIDE, SIDE))
+    given = {"model": str(model.model), "backend": backend}
+    programs: dict[str, dict[str, Any]] = {
+        "mask2ct: first slab of 16": {"program": "painted", **given},
+        "mask2ct synth: first written slab": {"program": "written", **given, "mask": str(mask), "output": str(folder / "out")},
+    }
+    if model.trained is not None:
+        programs["PyTorch eager: first slice"] = {"program": "torch", "run": str(model.trained)}
+    return {
+        "coldstart": [
+            Contender(name, "benchmarks.suites.coldstart:start", options, cost={"start": 1}) for name, options in programs.items()
+        ]
+    }
+
+
+def start(program: str, **given: str) -> Ready:
+    """Facts: seconds by part. A round's own are longer by what Python takes to start and, but for "written", to end."""
+    code, parts = _PROGRAMS[program]
+    code, facts = (_CLOCK + code).format(root=str(ROOT), **given), dict[str, Any]()
+
+    def run() -> float:
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        *seconds, facts["peak_rss"] = json.loads(done.stdout.splitlines()[-1])  # the program's own, in the place of ours
+        facts["seconds"] = dict(zip(parts, seconds, strict=True))
+        return 1.0
+
+    return Ready(run, facts=facts)

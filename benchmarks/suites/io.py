@@ -1,0 +1,129 @@
+"""Suite `io`: reading a mask and writing a CT in each format, beside the libraries' own ways and a copy of the same bytes in memory.
+
+Units are bytes of the array per second: 1 a voxel for the mask as it leaves the reader, 2 for the CT.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.core.labels import MM_WHS
+from runtime.core.manifest import Intensity, Manifest
+from runtime.core.volume import CTSlab, LabelVolume
+from runtime.engines.fake import fake_manifest
+from runtime.io.cases import find_cases, read_case
+from runtime.io.writers.registry import DEFAULT_OPTIONS, FORMATS, Painting
+
+from ..harness.paired import Contender, Ready
+from ..harness.volumes import SIZES, mask, values
+
+SLAB = 16  # slices
+RAW = ("nii", "dicom")  # hold the array's bytes as they are, so that the disk is a limit too
+
+
+def groups(size: str) -> dict[str, list[Contender]]:
+    options = {"size": size}
+    readers = [
+        Contender(f"read .nii.gz, {by}", "benchmarks.suites.io:read", {**options, "by": by}, cost={"memcpy": 1})
+        for by in ("mask2ct", "SimpleITK", "nibabel")
+    ]
+    writers = [
+        *(
+            Contender(f"write {name}, mask2ct", "benchmarks.suites.io:write", {**options, "name": name},
+                      cost={"memcpy": 1, "disk": 1} if name in RAW else {"memcpy": 1})
+            for name in FORMATS
+        ),
+        Contender("write .nii.gz, SimpleITK", "benchmarks.suites.io:write_simpleitk", options, cost={"memcpy": 1}),
+        Contender("write .nii.gz, nibabel", "benchmarks.suites.io:write_nibabel", options, cost={"memcpy": 1}),
+    ]  # fmt: skip
+    return {"io read": readers, "io write": writers}
+
+
+def some_ct(volume: LabelVolume) -> np.ndarray:
+    """Steps between labels and scanner noise everywhere, air included: what compressors find hard."""
+    rng = np.random.default_rng(0)
+    plane = rng.normal(0, 15, volume.labels.shape[1:]).astype(np.int16)
+    return (volume.labels.astype(np.int16) * 60 - 900) + np.stack([np.roll(plane, 37 * k, 1) for k in range(len(volume.labels))])
+
+
+def slabs_of(ct: np.ndarray) -> Iterator[CTSlab]:
+    for start in range(0, len(ct), SLAB):
+        yield CTSlab(ct[start : start + SLAB], 0, start)
+
+
+def write(size: str, name: str) -> Ready:
+    base = fake_manifest()
+    manifest = Manifest(**{**vars(base), "intensity": Intensity("HU", -1024, 1976)})
+    volume = mask(SIZES[size], len(MM_WHS))
+    ct, writer = some_ct(volume), FORMATS[name](DEFAULT_OPTIONS)
+    kept = tempfile.TemporaryDirectory()
+    writer.check(manifest, Path(kept.name))
+    facts: dict[str, Any] = {}
+
+    def run() -> float:
+        files = writer.write(Path(kept.name), Painting("case", None, volume, manifest, "none", "", 0), slabs_of(ct))
+        facts["file_bytes"] = sum(f.stat().st_size for file in files for f in ([file] if file.is_file() else file.iterdir()))
+        return float(ct.nbytes)
+
+    return Ready(run, facts=facts)
+
+
+def read(size: str, by: str) -> Ready:
+    import SimpleITK as sitk
+
+    volume = mask(SIZES[size], len(MM_WHS))
+    kept = tempfile.TemporaryDirectory()
+    sitk.WriteImage(sitk.GetImageFromArray(values(volume, MM_WHS)), f"{kept.name}/mask.nii.gz")
+    readers = {"mask2ct": _read_ours, "SimpleITK": _read_simpleitk, "nibabel": _read_nibabel}
+
+    def run() -> float:
+        return float(readers[by](Path(kept.name) / "mask.nii.gz").size)
+
+    return Ready(run)
+
+
+def _read_ours(path: Path) -> np.ndarray:
+    return read_case(find_cases([path])[0], MM_WHS).labels
+
+
+def _read_simpleitk(path: Path) -> np.ndarray:
+    import SimpleITK as sitk
+
+    return sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+
+
+def _read_nibabel(path: Path) -> np.ndarray:
+    import nibabel
+
+    return np.asarray(nibabel.load(str(path)).dataobj)  # type: ignore[attr-defined]
+
+
+def write_simpleitk(size: str) -> Ready:
+    import SimpleITK as sitk
+
+    ct = some_ct(mask(SIZES[size], len(MM_WHS)))
+    kept = tempfile.TemporaryDirectory()
+
+    def run() -> float:
+        sitk.WriteImage(sitk.GetImageFromArray(ct), f"{kept.name}/ct.nii.gz", useCompression=True)
+        return float(ct.nbytes)
+
+    return Ready(run)
+
+
+def write_nibabel(size: str) -> Ready:
+    import nibabel
+
+    ct = some_ct(mask(SIZES[size], len(MM_WHS)))
+    kept = tempfile.TemporaryDirectory()
+
+    def run() -> float:
+        nibabel.save(nibabel.Nifti1Image(ct.T, np.eye(4)), f"{kept.name}/ct.nii.gz")  # type: ignore[attr-defined]
+        return float(ct.nbytes)
+
+    return Ready(run)

@@ -1,0 +1,181 @@
+"""`RandWarp`: a random transform for training loops: a real image deformed with its label, intensities moved by class.
+
+Numpy alone. It is called like a transform of MONAI or TorchIO and knows neither: whatever has an
+`affine` says where it lies, and whatever has `clone` and `new_tensor` is a tensor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .deformation import Ranges
+from .errors import UnreadableVolume, UsageError
+from .volume import Geometry, LabelVolume, Volume
+from .warp import MAX_LABELS, IntensityJitter, Warp
+
+JITTER = IntensityJitter()
+
+
+class RandWarp:
+    """Deforms an image and its label by one random field, and moves the intensity of each class.
+
+    Every call draws anew, in each worker of a data loader and in each epoch. With `variant` a call
+    draws nothing: the pair is a function of (seed, label, variant) and the image, whichever worker
+    makes it, and however many there are.
+
+    Args:
+        ranges: how far shapes differ, as for the variants of a mask.
+        jitter: how far intensities differ; None leaves them as they are.
+        unit: "HU" or another unit of the images.
+        prob: how likely a call changes anything.
+        seed: of all draws; None takes one from the system.
+        keys: of a dict, the image and the label.
+    """
+
+    def __init__(
+        self,
+        *,
+        ranges: Ranges | None = None,
+        jitter: IntensityJitter | None = JITTER,
+        unit: str = "HU",
+        prob: float = 1.0,
+        seed: int | None = None,
+        keys: tuple[str, str] = ("image", "label"),
+    ) -> None:
+        if not 0 <= prob <= 1:
+            raise UsageError(f"prob is {prob}", expected="0 to 1", remedy="correct it")
+        self.ranges, self.jitter, self.unit = ranges or Ranges(), jitter, unit
+        self.prob, self.keys = prob, keys
+        self.set_random_state(seed)
+
+    def set_random_state(self, seed: int | None = None, state: Any = None) -> RandWarp:
+        """Begin the draws anew, as MONAI's loaders do in each worker.
+
+        Args:
+            seed: of all draws; None takes one from the system, or from `state`.
+            state: a `numpy.random.RandomState` that a seed is drawn from.
+        """
+        if seed is None:
+            seed = int.from_bytes(os.urandom(4), "little") if state is None else int(state.randint(2**31))
+        self.seed, self._calls = int(seed), 0
+        self._process, self._fork = os.getpid(), b""
+        return self
+
+    def __call__(
+        self,
+        image: Any,
+        label: Any = None,
+        *,
+        affine: Any = None,
+        spacing: Any = None,
+        variant: int | None = None,
+    ) -> Any:
+        """One pair.
+
+        Args:
+            image: (i, j, k) or (1, i, j, k), an array or a tensor; or a dict that holds both.
+            label: whole numbers on the same grid; 0 is no label.
+            affine: 4x4, RAS+, mm, of the indices (i, j, k), as NiBabel, MONAI and TorchIO have it;
+                default: the image's own `affine`.
+            spacing: in its place the mm between voxels along i, j and k.
+            variant: which variant of the pair; default: another one at each call. 0 keeps the shape.
+
+        Returns:
+            What was given, deformed: a dict, or image and label; kinds and dtypes stay.
+
+        Raises:
+            UsageError: where nothing says how far voxels lie apart.
+            InputError: for an image and a label that are not on one grid, or no labels.
+        """
+        if isinstance(image, Mapping):
+            first, second = self.keys
+            moved = self(image[first], image[second], affine=affine, spacing=spacing, variant=variant)
+            return {**image, first: moved[0], second: moved[1]}
+        number, is_applied = self._draw() if variant is None else (variant, True)
+        if not is_applied:
+            return image, label
+        values, labels = _spatial(image), _spatial(label)
+        geometry = _geometry(image, affine, spacing)
+        named, indices = np.unique(labels, return_inverse=True)
+        if 0 not in named:
+            named, indices = np.concatenate([[0], named]), indices + 1
+        order = np.argsort(named != 0, kind="stable")  # 0 first: it is no label
+        if len(named) > MAX_LABELS or (named != np.rint(named)).any():
+            raise UnreadableVolume(
+                f"the label holds {len(named)} values, {named[-1]} among them",
+                expected=f"whole numbers, at most {MAX_LABELS - 1} beside 0",
+                remedy="give the label map, not an image",
+            )
+        model_indices = np.argsort(order)[indices].astype(np.uint8).reshape(labels.shape)
+        mask = LabelVolume(np.ascontiguousarray(model_indices.T), geometry)
+        warp = Warp(Volume(values.T, geometry), mask, ranges=self.ranges, jitter=self.jitter, unit=self.unit)
+        moved, deformed, _ = warp.variant(self.seed, number)
+        return _like(image, moved.T), _like(label, named[order][deformed.labels.T])
+
+    def _draw(self) -> tuple[int, bool]:
+        """Which variant this call is, and whether it changes anything.
+
+        A worker has a copy of this object: what torch seeds it with, anew in each epoch, counts; in
+        another process without torch a number from the system.
+        """
+        loading = sys.modules.get("torch.utils.data")
+        worker = loading.get_worker_info() if loading is not None else None
+        if worker is not None:
+            where = f"worker {worker.seed}".encode()
+        else:
+            if os.getpid() != self._process:
+                self._process, self._fork = os.getpid(), os.urandom(16)
+            where = self._fork
+        digest = hashlib.sha256(where + f" seed {self.seed} call {self._calls}".encode()).digest()
+        self._calls += 1
+        number, chance = (int.from_bytes(digest[n : n + 4], "little") for n in (0, 4))
+        return 1 + number % (2**31 - 1), chance < self.prob * 2**32
+
+
+def _spatial(values: Any) -> NDArray[Any]:
+    """The array (i, j, k) of an array or tensor, its one channel left out. Raises `UnreadableVolume`."""
+    array = np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
+    if array.ndim == 4 and len(array) == 1:
+        array = array[0]
+    if array.ndim != 3 or 0 in array.shape:
+        raise UnreadableVolume(
+            f"an image or a label has the shape {array.shape}",
+            expected="(i, j, k), or one channel of it: (1, i, j, k)",
+            remedy="give one volume at a time",
+        )
+    return array
+
+
+def _geometry(image: Any, affine: Any, spacing: Any) -> Geometry:
+    affine = getattr(image, "affine", None) if affine is None and spacing is None else affine
+    if affine is not None:
+        return Geometry.from_ras(np.asarray(affine, float))
+    if spacing is None:
+        raise UsageError(
+            "nothing says how far voxels lie apart",
+            expected="an image with an affine, or affine= or spacing=",
+            remedy="give one of them",
+        )
+    return Geometry.from_spacing(spacing)
+
+
+def _like(template: Any, values: NDArray[Any]) -> Any:
+    """`values` as what `template` is: its shape, dtype and kind."""
+    shape = tuple(template.shape)
+    if hasattr(template, "new_tensor"):
+        out = template.clone()
+        whole = not out.dtype.is_floating_point
+        out.copy_(template.new_tensor(np.ascontiguousarray(np.rint(values) if whole else values)).reshape(shape))
+        return out
+    dtype = np.asarray(template).dtype
+    if dtype.kind in "iu":
+        limits = np.iinfo(dtype)
+        values = np.clip(np.rint(values), limits.min, limits.max)
+    return np.ascontiguousarray(values.reshape(shape), dtype)

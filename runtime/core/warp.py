@@ -1,0 +1,294 @@
+"""A real CT deformed together with its mask, the intensity of every tissue moved at random: new pairs without a network.
+
+The deformation is the one that variants of a mask have (`runtime.core.deformation`). The intensities move by
+class: each label and each tissue outside the labels gets a shift and a gain of its own about its
+median, and all get one common shift, as contrast timing and tube voltage differ between patients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .deformation import DeformationField, Ranges, Shapes, Varied
+from .errors import InputError, UsageError
+from .rng import CaseRandom
+from .volume import LabelVolume, Volume
+
+HU_THRESHOLDS = (-500.0, -30.0, 130.0, 300.0)  # gas | fat | soft tissue | contrast, spongy bone | bone
+TISSUES = ("gas", "fat", "soft", "mid", "dense")
+QUANTILES = (0.1, 0.35, 0.65, 0.9)  # of an image that is not in HU: five classes too
+TISSUE_BLUR = 0.5  # pixels, before the thresholds: noise makes no classes of its own
+EDGE_BLUR = 0.7  # pixels, of the intensity change: no edge is drawn where a class ends
+MAX_LABELS = 256 - len(TISSUES)  # the background among them: classes are uint8
+BINS = 1 << 16  # of a histogram: whole numbers within this range are counted exactly
+
+Planes = Callable[[int], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class IntensityJitter:
+    """How far intensities move, as standard deviations of normal draws.
+
+    Attributes:
+        shift: of one class, HU. Of images in other units: this many 500ths of their 1 % to 99 % range.
+        stable_shift: the same for gas and fat, whose HU hardly differ between patients.
+        gain: of the logarithm of the factor about the class median.
+        common: one more shift for all classes, HU: the contrast phase.
+    """
+
+    shift: float = 22.0
+    stable_shift: float = 9.0
+    gain: float = 0.15
+    common: float = 12.0
+
+
+def tissue_map(image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str) -> NDArray[np.uint8]:
+    """A class for every voxel: its label, else its tissue by intensity.
+
+    Args:
+        image: (D, H, W), HU or arbitrary units.
+        labels: uint8 (D, H, W), model indices; 0 is no label.
+        unit: "HU" takes `HU_THRESHOLDS`, any other the `QUANTILES` of the voxels without a label.
+
+    Returns:
+        uint8 (D, H, W): 0 to 4 for `TISSUES`, 5 and up for the labels 1 and up.
+
+    Raises:
+        UsageError: where labels and tissues do not fit into 256 classes.
+    """
+    if int(labels.max()) >= MAX_LABELS:
+        raise UsageError(
+            f"the mask holds label {labels.max()}",
+            expected=f"at most {MAX_LABELS - 1} labels beside the tissues",
+            remedy="map labels together with --labels MAP.json",
+        )
+    thresholds = _thresholds(image, labels, unit)
+    return np.stack([_classes(plane, of, thresholds) for plane, of in zip(image, labels, strict=True)])
+
+
+def _thresholds(image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str) -> NDArray[np.float32]:
+    """Where one tissue ends and the next begins, float32 (4,), in the image's unit."""
+    if unit == "HU":
+        return np.array(HU_THRESHOLDS, np.float32)
+    smooth = Histogram(float(image.min()), float(image.max()))
+    is_labelled = bool((labels == 0).any())
+    for plane, of in zip(image, labels, strict=True):
+        blurred = _blur(plane.astype(np.float32), TISSUE_BLUR)
+        smooth.add(blurred[of == 0] if is_labelled else blurred)
+    return np.array([smooth.quantile(share) for share in QUANTILES], np.float32)
+
+
+def _classes(plane: NDArray[np.floating], labels: NDArray[np.uint8], thresholds: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """`tissue_map` of one slice (H, W)."""
+    smooth = _blur(plane.astype(np.float32), TISSUE_BLUR)
+    classes = np.zeros(plane.shape, np.uint8)
+    for threshold in thresholds:
+        classes += smooth >= threshold
+    return np.where(labels > 0, labels + np.uint8(len(TISSUES) - 1), classes)
+
+
+class Histogram:
+    """How often values occur from `low` to `high`: whole numbers exactly, where they fit into `BINS`."""
+
+    def __init__(self, low: float, high: float):
+        self._low = low
+        self._width = 1.0 if float(low).is_integer() and high - low < BINS else (high - low) / (BINS - 1)
+        self._counts = np.zeros(BINS, np.int64)
+
+    def add(self, values: NDArray[np.floating]) -> None:
+        bins = np.rint((values.ravel() - self._low) / self._width).astype(np.intp)
+        counts = np.bincount(np.clip(bins, 0, BINS - 1))
+        self._counts[: len(counts)] += counts
+
+    def quantile(self, share: float) -> float:
+        """The value below which `share` of the others lie; halfway between two where it falls between them."""
+        counts = np.cumsum(self._counts)
+        rank = share * (counts[-1] - 1)
+        lower, upper = np.searchsorted(counts, [np.floor(rank), np.ceil(rank)], side="right")
+        place = lower + (rank - np.floor(rank)) * (upper - lower)
+        return float(self._low + place * self._width)
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Of one image: where tissues end, each class's median (256,), its least value and the jitter's scale."""
+
+    thresholds: NDArray[np.float32]
+    medians: NDArray[np.float32]
+    least: float
+    scale: float
+
+
+class Warp:
+    """Variants of one real pair. What they share is computed once; of the image one slice after the other.
+
+    Args:
+        image: the real image; its grid must be the mask's.
+        mask: labels as model indices on the same grid.
+        ranges: how far shapes differ, as for the variants of a mask.
+        jitter: how far intensities differ; None leaves them as they are.
+        unit: "HU" or another unit of `image`.
+
+    Raises:
+        InputError: where image and mask are not on one grid.
+    """
+
+    def __init__(
+        self,
+        image: Volume,
+        mask: LabelVolume,
+        *,
+        ranges: Ranges | None = None,
+        jitter: IntensityJitter | None = None,
+        unit: str = "HU",
+    ) -> None:
+        if image.values.shape != mask.labels.shape or not np.allclose(image.geometry.affine, mask.geometry.affine, atol=1e-3):
+            raise InputError(
+                f"the image has {image.values.shape} voxels, the mask {mask.labels.shape}, or they lie apart",
+                expected="image and mask on one grid",
+                remedy="resample the mask onto its image",
+            )
+        self._image, self._mask, self._jitter, self._unit = image.values, mask, jitter, unit
+        self._ranges = ranges or Ranges()
+
+    def variant(self, seed: int, variant: int) -> tuple[NDArray[np.float32], LabelVolume, tuple[str, ...]]:
+        """One deformed pair, a function of (seed, digest of the mask, variant) and the image.
+
+        Returns:
+            The image, float32 (D, H, W) in its unit; the mask moved by the same field; what a person
+            should be told. Variant 0 keeps the shape; its intensities move as those of any other.
+        """
+        varied, planes = self.planes(seed, variant)
+        return np.stack(list(planes)), varied.volume, varied.warnings
+
+    def planes(self, seed: int, variant: int) -> tuple[Varied, Iterator[NDArray[np.float32]]]:
+        """As `variant`, but the image slice after slice (H, W), each computed when it is taken.
+
+        A voxel that comes from beyond the image has the image's least value, which is its air or
+        padding; one with a label, which the mask carries past the border, has the border's tissue.
+        """
+        varied, field = Shapes(self._mask, self._ranges, seed).deformed(variant)
+        plane = self._moved(CaseRandom(seed, self._mask.digest, variant))
+        if field is None:
+            return varied, map(plane, range(len(self._image)))
+        return varied, self._resampled(plane, field, varied.volume.labels)
+
+    def _moved(self, random: CaseRandom) -> Planes:
+        """What gives each slice of the image, float32 (H, W), with its intensities moved."""
+        if self._jitter is None:
+            return lambda k: self._image[k].astype(np.float32)
+        jitter, of = self._jitter, self._statistics
+        draws = random.intensity(1 + 2 * 256)
+        stable = np.arange(256) < (2 if self._unit == "HU" else 0)  # gas and fat
+        deviation = np.where(stable, jitter.stable_shift, jitter.shift)
+        common = np.where(stable, 0.0, jitter.common * draws[0])
+        gain = np.expm1(jitter.gain * draws[1::2]).astype(np.float32)
+        shift = ((deviation * draws[2::2] + common) * of.scale).astype(np.float32)
+        offset = shift - gain * of.medians
+
+        def plane(k: int) -> NDArray[np.float32]:
+            values = self._image[k].astype(np.float32)
+            classes = _classes(values, self._mask.labels[k], of.thresholds)
+            change = gain.take(classes) * values + offset.take(classes)
+            change[values == of.least] = 0  # padding and blanked air stay what they are
+            return values + _blur(change, EDGE_BLUR)
+
+        return plane
+
+    @cached_property
+    def _statistics(self) -> _Statistics:
+        image, labels = self._image, self._mask.labels
+        low, high = float(image.min()), float(image.max())
+        thresholds = _thresholds(image, labels, self._unit)
+        by_class: dict[int, Histogram] = {}
+        whole = Histogram(low, high)
+        for values, of in zip(image, labels, strict=True):
+            classes = _classes(values, of, thresholds)
+            for value in np.flatnonzero(np.bincount(classes.ravel())).tolist():
+                by_class.setdefault(value, Histogram(low, high)).add(values[classes == value].astype(np.float64))
+            if self._unit != "HU":
+                whole.add(values.astype(np.float64))
+        medians = np.zeros(256, np.float32)
+        for value, histogram in by_class.items():
+            medians[value] = histogram.quantile(0.5)
+        scale = 1.0 if self._unit == "HU" else (whole.quantile(0.99) - whole.quantile(0.01)) / 500
+        return _Statistics(thresholds, medians, low, scale)
+
+    def _resampled(self, plane: Planes, field: DeformationField, labels: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
+        """The image where `field` takes each voxel from, trilinear, slice after slice (H, W)."""
+        depth, height, width = self._image.shape
+        rows, columns = np.arange(height), np.arange(width)
+        ring, least = _Ring(plane, self._image.shape), np.float32(self._image.min())
+        for k in range(depth):
+            first, weight = [], []
+            is_outside = np.zeros((height, width), bool)
+            for axis, size in enumerate(self._image.shape):
+                place = field.places(axis, k, rows, columns)
+                is_outside |= (place < -0.5) | (place > size - 0.5)
+                np.clip(place, 0, size - 1, out=place)
+                low = np.minimum(place.astype(np.intp), max(size - 2, 0))
+                first.append(low)
+                weight.append(place - low)
+            flat = ring.holding(int(first[0].min()), min(int(first[0].max()) + 1, depth - 1))
+            corner = first[1] * width + first[2]
+            down, right = (width if height > 1 else 0), (1 if width > 1 else 0)
+            slices = []
+            for z in (first[0], np.minimum(first[0] + 1, depth - 1)):
+                at = ring.starts(z) + corner
+                lines = []
+                for y in (0, down):
+                    left = flat.take(at + y)
+                    lines.append(left + weight[2] * (flat.take(at + (y + right)) - left))
+                slices.append(lines[0] + weight[1] * (lines[1] - lines[0]))
+            out = slices[0] + weight[0] * (slices[1] - slices[0])
+            out[is_outside & (labels[k] == 0)] = least
+            yield out
+
+
+class _Ring:
+    """The source slices that one deformed slice is drawn from: as many as it takes, and not the volume."""
+
+    def __init__(self, plane: Planes, shape: tuple[int, ...]):
+        self._plane, self._size = plane, shape[1] * shape[2]
+        self._planes = np.empty((0, self._size), np.float32)
+        self._held: list[int] = []
+
+    def holding(self, low: int, high: int) -> NDArray[np.float32]:
+        """The values of all slices held, flat, those from `low` to `high` among them."""
+        if high - low >= len(self._held):
+            count = high - low + 1 + 4  # the next slices may need a little more
+            planes, held = np.empty((count, self._size), np.float32), [-1] * count
+            for k in self._held:
+                if low <= k <= high:
+                    planes[k % count], held[k % count] = self._planes[k % len(self._held)], k
+            self._planes, self._held = planes, held
+        for k in range(low, high + 1):
+            if self._held[k % len(self._held)] != k:
+                self._planes[k % len(self._held)] = self._plane(k).ravel()
+                self._held[k % len(self._held)] = k
+        return self._planes.ravel()
+
+    def starts(self, k: NDArray[np.intp]) -> NDArray[np.intp]:
+        """Where slice `k` begins in what `holding` returned last."""
+        return k % len(self._held) * self._size
+
+
+def _blur(plane: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
+    """A Gaussian of `sigma` pixels over (H, W); the border is continued."""
+    reach = max(1, int(np.ceil(3 * sigma)))
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    kernel = (kernel / kernel.sum()).astype(np.float32)
+    for axis in (0, 1):
+        size = plane.shape[axis]
+        pads = [(reach, reach) if n == axis else (0, 0) for n in (0, 1)]
+        padded = np.pad(plane, pads, mode="edge")
+        total = np.zeros(plane.shape, np.float32)
+        for n, weight in enumerate(kernel):
+            total += weight * (padded[n : n + size] if axis == 0 else padded[:, n : n + size])
+        plane = total
+    return plane

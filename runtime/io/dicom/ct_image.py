@@ -1,0 +1,75 @@
+"""What the classic and the enhanced CT object have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ...core.labels import MM_WHS
+from ...core.volume import DicomSource
+from ..writers.base import Painting
+from .attributes import RTSTRUCT, Identity, code, describe
+from .canonical_grid import UprightGrid
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+    from pydicom.uid import UID
+
+SERIES_NUMBER = 9000  # of the first series; a result with its SEG takes two
+WINDOW = (40, 400)  # centre and width in HU
+
+
+def image_dataset(sop_class: UID, painting: Painting, identity: Identity, grid: UprightGrid) -> Dataset:
+    """Patient, study, equipment and the description of the pixels."""
+    from pydicom import Dataset
+    from pydicom.dataset import FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    ds = Dataset()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = sop_class
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    describe(ds, painting, identity)
+    ds.Modality = "CT"
+    ds.SeriesNumber = SERIES_NUMBER + 2 * (painting.variant or 0)
+    ds.PatientPosition = "HFS"
+    if paints_hearts(painting):
+        ds.BodyPartExamined = "HEART"
+    else:
+        ds.Laterality = ""  # type 2C: the model does not say which part of the body it paints
+    if not painting.manifest.derived:  # of another's pixels that is not known
+        ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"
+    ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+    _, ds.Rows, ds.Columns = grid.shape
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 16, 15, 1
+    return ds
+
+
+def paints_hearts(painting: Painting) -> bool:
+    """Whether all labels are MM-WHS's structures."""
+    return {label.snomed for label in painting.manifest.labels.labels[1:]} <= {label.snomed for label in MM_WHS.labels[1:]}
+
+
+def decimals(values: Iterable[float]) -> list[Any]:
+    """DS (PS3.5 6.2): as many digits as its 16 characters hold."""
+    from pydicom.valuerep import DSfloat
+
+    return [DSfloat(value + 0.0, auto_format=True) for value in values]
+
+
+def set_sources(ds: Dataset, source: DicomSource, instances: Sequence[str]) -> None:
+    """An image in the Source Image Sequence; an RT Structure Set, which is none, in the Source Instance Sequence (PS3.3 C.12.4, C.36)."""
+    from pydicom import Dataset
+
+    image = source.sop_class_uid != RTSTRUCT
+    items = []
+    for instance in instances:
+        item = Dataset()
+        item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = source.sop_class_uid, instance
+        if image:
+            item.PurposeOfReferenceCodeSequence = [code("121322", "DCM", "Source image for image processing operation")]
+        items.append(item)
+    if image:
+        ds.SourceImageSequence = items
+    else:
+        ds.SourceInstanceSequence = items

@@ -1,0 +1,63 @@
+"""`--format dicom`: a folder per result with its CT, classic or enhanced, and its mask as a SEG."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...batch.completion_log import digest_of
+from ...core.atomic_files import atomic_folder
+from ...core.errors import UsageError
+from ...core.manifest import Manifest
+from ...core.volume import CTSlab, LabelVolume
+from ..dicom.attributes import Identity, check_attachable, require_libraries
+from ..dicom.canonical_grid import UprightGrid
+from ..dicom.ct_series import write_series
+from ..dicom.enhanced_ct import write_enhanced
+from ..dicom.segmentation import write_seg
+from ..volume_files import is_synthetic
+from .base import FormatOptions, Painting, result_name
+
+
+@dataclass(frozen=True)
+class DicomFormat:
+    """The folder CASE, or CASE_v0 …, with 0001.dcm … from the feet to the head, or ct.dcm for an Enhanced CT, and seg.dcm, the mask as
+    a SEG of this very series."""
+
+    options: FormatOptions
+
+    def check(self, manifest: Manifest, output: Path) -> None:
+        require_libraries("pydicom", *(["highdicom"] if self.options.segmentation != "none" else []))
+        if manifest.intensity.unit != "HU":
+            raise UsageError(f"the model paints {manifest.intensity.unit}, not HU", expected="Hounsfield units for a CT series",
+                             remedy="write a volume format, such as --format nifti")  # fmt: skip
+
+        if manifest.derived and self.options.attach:
+            raise UsageError("a deformed CT does not lie in its patient's frame of reference, and is none of their images",
+                             expected="a patient of its own for it", remedy="leave --attach out")  # fmt: skip
+
+    def check_mask(self, mask: LabelVolume) -> None:
+        UprightGrid.of(mask.geometry, mask.labels.shape)
+        if self.options.attach:
+            check_attachable(mask)
+
+    def files(self, output: Path, case: str, variant: int | None) -> tuple[Path, ...]:
+        return (output / result_name(case, variant),)
+
+    def is_ours(self, path: Path) -> bool:
+        return path.is_dir() and all(p.suffix == ".dcm" and p.is_file() and is_synthetic(p) for p in path.iterdir())
+
+    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
+        (path,) = self.files(output, painting.case, painting.variant)
+        identity = Identity.of(painting, self.options.attach)
+        grid = UprightGrid.of(painting.mask.geometry, painting.mask.labels.shape)
+        with atomic_folder(path) as folder:
+            write_ct = write_enhanced if self.options.enhanced else write_series
+            images = write_ct(folder, painting, identity, grid, slabs)
+            if self.options.segmentation != "none":
+                write_seg(folder, painting, identity, grid, images, self.options.segmentation)
+        return {path: digest_of(path)}
+
+    def finish(self, output: Path, manifest: Manifest) -> None:
+        pass

@@ -1,0 +1,83 @@
+"""The report that a training leaves, RUN/report.html: how it went, what it paints now, how near that is to real patients."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import METRICS, RUN
+from .html import curves, page, picture, read_metrics, table
+
+REPORT = "report.html"
+FIGURES_SHOWN = 4  # of the validation steps, first and last among them
+
+
+def write(folder: Path) -> Path:
+    """Write RUN/report.html from run.json, metrics.jsonl and figures/ of a finished run. Raises `OutputError`."""
+    run = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    lines, figures = read_metrics(folder / METRICS), sorted((folder / "figures").glob("step-*.png"))
+    last = len(figures) - 1
+    chosen = [figures[n] for n in sorted({round(last * n / (FIGURES_SHOWN - 1)) for n in range(FIGURES_SHOWN)})] if figures else []
+    metrics = run["metrics"]
+    sections = [
+        ("Condition | generated | original, as training went", "".join(_image(path) for path in reversed(chosen))),
+        ("Training", picture(curves(lines), "training curves")),
+        ("Held-out patients", _organs(metrics) + _whole(metrics)),
+        ("Data", table(("split", "patients", "slices"), [(s, n, run["data"]["slices"][s]) for s, n in run["data"]["patients"].items()])),
+        ("Config", f"<pre>{html.escape(json.dumps(run['config'], indent=1))}</pre>"),
+    ]
+    path = folder / REPORT
+    page(path, f"Training {run['name']}", f"{run['step']} steps. Synthetic images, not for diagnosis.", sections)
+    return path
+
+
+def _organs(metrics: Mapping[str, Any]) -> str:
+    keys = ("median", "median_true", "median_error", "iqr", "iqr_true", "texture_ratio", "wasserstein")
+    between = metrics.get("ceiling", {}).get("organs", {})
+    styles = metrics.get("diversity", {}).get("organs", {})
+    rows = []
+    for name, organ in metrics["organs"].items():
+        if organ is not None:
+            ceiling, spread = between.get(name, {}).get("wasserstein"), styles.get(name, {})
+            more = (ceiling, spread.get("spread"), spread.get("spread_true"))
+            rows.append((name, *(_number(organ[key]) for key in keys), *map(_number, more)))
+    head = (
+        "pooled",
+        "median",
+        "true",
+        "error",
+        "IQR",
+        "true",
+        "texture ratio",
+        "W1",
+        "W1 real-real",
+        "spread over styles",
+        "between patients",
+    )
+    return table(head, rows)
+
+
+def _whole(metrics: Mapping[str, Any]) -> str:
+    rows = [(f"body: {key.replace('_', ' ')}", _number(value)) for key, value in (metrics["body"] or {}).items()]
+    rows += [(key.replace("_", "-").upper(), _number(value)) for key, value in metrics["similarity"].items()]
+    for what, found in (("over styles", metrics.get("diversity")), ("between patients", metrics.get("ceiling", {}).get("similarity"))):
+        if found:
+            rows.append((f"MS-SSIM {what}", _number(found["ms_ssim"])))
+    if real := metrics.get("ceiling"):
+        rows.append(("body: z difference, real-real", _number(real["body"]["z_difference"])))
+    return table(("", ""), rows)
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.0f}" if abs(value) >= 20 else f"{value:.2f}"
+
+
+def _image(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
