@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks.harness.history import STANDARD, Record, append, before, falls, load, make_record
+from benchmarks.harness.history import STANDARD, Record, append, before, load, make_record, regressions
 from benchmarks.harness.models import Prepared, prepared
 from benchmarks.harness.paired import Contender, measure
 from benchmarks.harness.roofline import beside, shares
@@ -124,7 +124,7 @@ def _compare(records: Sequence[Record], revision: str) -> int:
                 f"there is no record of {record['suite']} for {revision} with these options on this machine",
                 expected="a record in benchmarks/results/history.jsonl", remedy="record one with --record",
             )  # fmt: skip
-        for fall in falls(old, record):
+        for fall in regressions(old, record):
             found += 1
             print(f"{fall} since commit {old['machine']['commit']}", file=sys.stderr)
     return found
@@ -133,10 +133,10 @@ def _compare(records: Sequence[Record], revision: str) -> int:
 def _train_groups(options: argparse.Namespace) -> Mapping[str, Sequence[Contender]]:
     from benchmarks.suites import train  # takes seconds: it imports torch
     from train import config
-    from train.data.inference import settle
+    from train.data.inference import infer_from_data
 
     given = config.resolve(config.load(options.config), [x for xs in options.set for x in xs], dataset_path=options.dataset_path)
-    return train.groups(settle(given)[0], options.quick)
+    return train.groups(infer_from_data(given)[0], options.quick)
 
 
 def _given(options: argparse.Namespace) -> Prepared | None:

@@ -1,4 +1,4 @@
-"""The engine joins a model folder whose graphs are written and proven: built, counted, run, and only then listed."""
+"""The engine joins a model folder whose graphs are written and validated: built, counted, run, and only then listed."""
 
 from __future__ import annotations
 
@@ -27,16 +27,23 @@ if TYPE_CHECKING:  # a GPU machine that has neither torch nor scipy can build to
     from .graph import LabelsToIntensity
 
 ENGINE, LAYERS = "model.engine", "model.engine.json"
-Prove = Callable[[Manifest], Mapping[str, Any]]
+ParityCheck = Callable[[Manifest], Mapping[str, Any]]
 
 
 def add_engine(
-    folder: Path, options: BuildOptions, prove: Prove, *, gpu: Device, say: Callable[[str], None], quiet: bool = False, trt: Any = None
+    folder: Path,
+    options: BuildOptions,
+    check_parity: ParityCheck,
+    *,
+    gpu: Device,
+    say: Callable[[str], None],
+    quiet: bool = False,
+    trt: Any = None,
 ) -> Manifest:
     """Build `folder`'s graph of that precision, write model.engine and model.engine.json, and list them in the manifest.
 
     `prove` runs the engine beside FP32 torch and returns its proof as `Manifest.parity` holds it, or raises. The manifest is
-    written last: until then, and after any error, the folder is the proven ONNX model it was, without an engine.
+    written last: until then, and after any error, the folder is the validated ONNX model it was, without an engine.
     """
     trt = trt or import_module("tensorrt")
     before = _without_engine(folder)
@@ -68,7 +75,7 @@ def add_engine(
         }
         whole = replace(before, files={**before.files, **listed})
         say(f"proving {ENGINE} on the GPU")
-        whole = replace(whole, parity={**whole.parity, ENGINE: prove(whole)})
+        whole = replace(whole, parity={**whole.parity, ENGINE: check_parity(whole)})
         write_json(folder / MANIFEST, whole.to_json())
     except BaseException:
         for file in (ENGINE, LAYERS):
@@ -84,24 +91,24 @@ def _without_engine(folder: Path) -> Manifest:
     kept = {name: file for name, file in found.files.items() if name not in (ENGINE, LAYERS)}
     if len(kept) == len(found.files):
         return found
-    bare = replace(found, files=kept, parity={name: proof for name, proof in found.parity.items() if name != ENGINE})
+    bare = replace(found, files=kept, parity={name: parity_report for name, parity_report in found.parity.items() if name != ENGINE})
     write_json(folder / MANIFEST, bare.to_json())
     write_text(folder / CARD, model_card(bare))
     return bare
 
 
-def prover(graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path, precision: str) -> Prove:
-    """Runs the engine as the hospital will, through the runtime, on what the ONNX graphs were proven on. Raises `ParityError`."""
+def parity_checker(graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path, precision: str) -> ParityCheck:
+    """Runs the engine as the hospital will, through the runtime, on what the ONNX graphs were validated on. Raises `ParityError`."""
     from . import parity
 
-    def prove(manifest: Manifest) -> Mapping[str, Any]:
+    def check_parity(manifest: Manifest) -> Mapping[str, Any]:
         backend = next((b for b in BACKENDS if b.name == "tensorrt"), None)
         why = "this mask2ct has no TensorRT runtime" if backend is None else backend.uninstalled()
         if backend is None or why:
-            raise MissingComponent(f"{ENGINE} cannot be proven: {why}", expected="the runtime that will run it", remedy=INSTALL)
-        return {backend.name: parity.prove(folder / ENGINE, precision, backend, manifest, parity.references(graph, manifest, masks))}
+            raise MissingComponent(f"{ENGINE} cannot be validated: {why}", expected="the runtime that will run it", remedy=INSTALL)
+        return {backend.name: parity.check_parity(folder / ENGINE, precision, backend, manifest, parity.references(graph, manifest, masks))}
 
-    return prove
+    return check_parity
 
 
 def facts_of(manifest: Manifest, onnx: str, built: Built, options: BuildOptions, inspection: Inspection, gpu: Device) -> dict[str, Any]:

@@ -51,16 +51,18 @@ def main(argv: Sequence[str]) -> int:
     if options.onnx_only:
         return 0
     if missing is not None:
-        kept = f"the proven ONNX graphs are kept: python -m runtime synth MASK --model {options.output} --output OUT"
+        kept = f"the validated ONNX graphs are kept: python -m runtime synth MASK --model {options.output} --output OUT"
         missing.remedy, missing.file = f"{missing.remedy}; then run this again ({kept})", options.output
         raise missing
-    from export.attach_engine import add_engine, prover
+    from export.attach_engine import add_engine, parity_checker
     from runtime.engines.gpu.probe import device
 
     names = ("precision", "native", "hardware", "max_batch", "workspace", "timing_cache")
     build = BuildOptions(**{name: getattr(options, name) for name in names})
-    add_engine(options.output, build, prover(graph, masks, options.output, options.precision), gpu=device(), say=say, quiet=options.quiet)
-    say(f"engine built and proven in {duration(time.perf_counter() - started)}")
+    add_engine(
+        options.output, build, parity_checker(graph, masks, options.output, options.precision), gpu=device(), say=say, quiet=options.quiet
+    )
+    say(f"engine built and validated in {duration(time.perf_counter() - started)}")
     return 0
 
 

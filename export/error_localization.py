@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .graph import LabelsToIntensity
 
-SLICES = 4  # painted to find the region
+SLICES = 4  # synthesized to find the region
 PREFIX = "generator."
 ROUNDING = {"fp32": 1e-5, "fp16": 3e-3, "int8": 5e-2}  # relative errors of whole regions that a right file may have
 IMAGE = "image in HU"  # the whole graph's output: what goes wrong here alone lies behind the generator

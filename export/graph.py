@@ -36,7 +36,7 @@ class LabelsToIntensity(nn.Module):
         return (pair - 256.0 * torch.floor(pair / 256.0)).to(torch.uint8)
 
 
-class Half(nn.Module):
+class Fp16Layer(nn.Module):
     """A layer with FP16 weights, inputs and output."""
 
     def __init__(self, layer: nn.Module):
@@ -48,7 +48,7 @@ class Half(nn.Module):
         return out
 
 
-class Full(nn.Module):
+class Fp32Norm(nn.Module):
     """A norm in FP32 between FP16 layers."""
 
     def __init__(self, layer: nn.Module):
@@ -60,7 +60,7 @@ class Full(nn.Module):
         return out.to(x.dtype)
 
 
-def folded(graph: LabelsToIntensity) -> LabelsToIntensity:
+def fuse_batch_norm(graph: LabelsToIntensity) -> LabelsToIntensity:
     """A copy whose batch norms are part of the convolutions they follow."""
     graph = copy.deepcopy(graph)
     for block in [m for m in graph.modules() if isinstance(m, nn.Sequential)]:
@@ -72,16 +72,16 @@ def folded(graph: LabelsToIntensity) -> LabelsToIntensity:
     return graph
 
 
-def halved(graph: LabelsToIntensity) -> LabelsToIntensity:
-    """A copy with FP16 layers. Norms, what comes after the last layers (`Generator.paint`) and the labels' contrast stay FP32."""
+def to_fp16(graph: LabelsToIntensity) -> LabelsToIntensity:
+    """A copy with FP16 layers. Norms, what comes after the last layers (`Generator.synthesize`) and the labels' contrast stay FP32."""
     graph = copy.deepcopy(graph)
     graph.precision = torch.float16
-    for parent in [m for m in graph.modules() if not isinstance(m, (Half, Full))]:
+    for parent in [m for m in graph.modules() if not isinstance(m, (Fp16Layer, Fp32Norm))]:
         for name, layer in parent.named_children():
             if layer is graph.generator.contrast:
                 continue
             if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d, nn.Linear)):
-                setattr(parent, name, Half(layer))
+                setattr(parent, name, Fp16Layer(layer))
             elif isinstance(layer, (nn.BatchNorm2d, nn.GroupNorm, nn.InstanceNorm2d)):
-                setattr(parent, name, Full(layer))
+                setattr(parent, name, Fp32Norm(layer))
     return graph

@@ -15,13 +15,13 @@ UNLICENSED = (
 INTENDED = """Synthetic images for label masks, to enlarge or balance training sets for segmentation and other image analysis: the mask is the
 right answer to its image by construction.
 
-**Never for diagnosis.** No image this model paints shows a patient, and none may be used, shown or stored as if it did. It must not
+**Never for diagnosis.** No image this model synthesizes shows a patient, and none may be used, shown or stored as if it did. It must not
 be used to judge a person, to plan or guide treatment, or to fill in what a scan did not show."""
 LIMITS = (
-    "It paints what it learned from the patients counted below, and no more: pathologies, ages, scanners, contrast phases and fields of "
-    "view that were not among them are not painted faithfully.",
+    "It synthesizes what it learned from the patients counted below, and no more: pathologies, ages, scanners, contrast phases and fields of "
+    "view that were not among them are not synthesized faithfully.",
     "Whatever the mask does not label (vessels, bones, fat, table) is invented to look plausible.",
-    "Slices are painted one by one from their own and neighbouring labels: structures that no label follows may not agree from slice to slice.",
+    "Slices are synthesized one by one from their own and neighbouring labels: structures that no label follows may not agree from slice to slice.",
     "A network trained on few patients may reproduce what is particular to them. Check that before the model leaves the "
     "institution whose data it was trained on.",
     "Whether the images help a task must be measured on real images of that task: the figures below are distances, not usefulness.",
@@ -46,10 +46,10 @@ def model_card(manifest: Manifest) -> str:
                 f"## Intended use\n\n{INTENDED}",
                 f"## License\n\n{manifest.license or UNLICENSED}",
                 f"## Labels\n\n{_table(('value', 'structure', 'also', 'SNOMED CT'), labels)}",
-                f"A mask with other values is refused. Painted: {manifest.intensity.low} to {manifest.intensity.high} {unit}, on a canvas of "
+                f"A mask with other values is refused. Synthesized: {manifest.intensity.low} to {manifest.intensity.high} {unit}, on a canvas of "
                 f"{grid.canvas[0]} x {grid.canvas[1]}, {spacing}{between}.",
                 "## Data and training\n\n" + _list(training_lines(manifest)),
-                f"## Metrics\n\nOn held-out patients, in {unit}, painted beside true.\n\n{_table(ORGAN_HEAD, organs)}" if organs else "",
+                f"## Metrics\n\nOn held-out patients, in {unit}, synthetic beside true.\n\n{_table(ORGAN_HEAD, organs)}" if organs else "",
                 f"## Proof of the files\n\nDifferences from the network in {unit}, measured at export in each engine. Slices/s are those of the "
                 f"machine that exported.\n\n{_table(PARITY_HEAD, parity_rows(manifest))}\n\n{_list(export_lines(manifest))}",
                 f"## Files\n\n{_table(('file', 'precision', 'size', 'SHA-256'), files)}",

@@ -14,10 +14,10 @@ from runtime.core.atomic_files import atomic_folder, remove_orphans, sha256_of, 
 from runtime.core.errors import ParityError
 from runtime.core.manifest import MANIFEST, Manifest, ModelFile
 from runtime.engines.registry import BACKENDS
-from train.checkpoint import Run
+from train.checkpoint import TrainedRun
 
 from . import error_localization, parity
-from .graph import LabelsToIntensity, folded, halved
+from .graph import LabelsToIntensity, fuse_batch_norm, to_fp16
 from .model_card import CARD, model_card
 from .quantize import candidates
 from .to_onnx import to_onnx
@@ -33,7 +33,7 @@ def describe_file(path: Path, kind: str, precision: str) -> ModelFile:
     return ModelFile(kind, precision, path.stat().st_size, sha256_of(path))
 
 
-def write_model(run: Run, graph: LabelsToIntensity, masks: NDArray[np.uint8], training_masks: NDArray[np.uint8] | None, folder: Path, *,
+def write_model(run: TrainedRun, graph: LabelsToIntensity, masks: NDArray[np.uint8], training_masks: NDArray[np.uint8] | None, folder: Path, *,
                 say: Say) -> Manifest:  # fmt: skip
     """Export `graph` in FP32, FP16 and INT8, prove each in every engine that is here, write `folder`.
 
@@ -45,74 +45,83 @@ def write_model(run: Run, graph: LabelsToIntensity, masks: NDArray[np.uint8], tr
         name=str(run.data["name"]), labels=run.labels, grid=run.grid, intensity=run.intensity, style=run.style, noise=run.noise,
         files={}, training=provenance(run), license=str(run.data.get("license", "")),
     )  # fmt: skip
-    network = folded(graph)
+    network = fuse_batch_norm(graph)
     if folder.parent.is_dir():
         remove_orphans(folder.parent)  # of exports that were killed
     with atomic_folder(folder) as part:
-        truths = parity.references(graph, manifest, masks)
+        references_by_name = parity.references(graph, manifest, masks)
         say(
-            f"proving on {len(truths[parity.ON_MASKS].values)} held-out slices ({len(masks)} different masks) and {parity.RANDOM_SLICES} of random labels"
+            f"proving on {len(references_by_name[parity.ON_MASKS].values)} held-out slices ({len(masks)} different masks) and {parity.RANDOM_SLICES} of random labels"
         )
         files: dict[str, ModelFile] = {}
-        proofs: dict[str, Any] = {}
+        parity_reports: dict[str, Any] = {}
 
         def take(precision: str) -> None:
             path = part / FILES[precision]
-            proofs[path.name] = proven(graph, path, precision, manifest, truths, say)
+            parity_reports[path.name] = validate(graph, path, precision, manifest, references_by_name, say)
             files[path.name] = describe_file(path, "onnx", precision)
 
         to_onnx(network, manifest, part / FILES["fp32"])
         take("fp32")
-        to_onnx(halved(network), manifest, part / FILES["fp16"])
+        to_onnx(to_fp16(network), manifest, part / FILES["fp16"])
         take("fp16")
-        notes, proof = write_int8(graph, part, manifest, masks if training_masks is None else training_masks, truths, say)
-        if proof is not None:
+        notes, parity_report = write_int8(
+            graph, part, manifest, masks if training_masks is None else training_masks, references_by_name, say
+        )
+        if parity_report is not None:
             notes["calibrated_on"] = "validation masks" if training_masks is None else "training masks"
-            proofs[FILES["int8"]], files[FILES["int8"]] = proof, describe_file(part / FILES["int8"], "onnx", "int8")
-        whole = Manifest(**{**vars(manifest), "files": files, "parity": proofs, "export": {**versions(), "int8": notes}})
+            parity_reports[FILES["int8"]], files[FILES["int8"]] = parity_report, describe_file(part / FILES["int8"], "onnx", "int8")
+        whole = Manifest(**{**vars(manifest), "files": files, "parity": parity_reports, "export": {**versions(), "int8": notes}})
         write_json(part / MANIFEST, whole.to_json())
         write_text(part / CARD, model_card(whole))
     return whole
 
 
-def proven(
-    graph: LabelsToIntensity, path: Path, precision: str, manifest: Manifest, truths: Mapping[str, parity.Reference], say: Say
+def validate(
+    graph: LabelsToIntensity, path: Path, precision: str, manifest: Manifest, references_by_name: Mapping[str, parity.Reference], say: Say
 ) -> dict[str, Any]:
     """The proof of an ONNX file in every backend that runs it here; `ParityError` names the backend and the region of the network."""
     try:
-        return _proven(path, precision, manifest, truths, say)
+        return _validate(path, precision, manifest, references_by_name, say)
     except parity.Exceeded as exc:
-        rows = located(graph, path, precision, truths).splitlines()
+        rows = localized(graph, path, precision, references_by_name).splitlines()
         raise ParityError(exc.fact, rows=rows, expected=exc.expected, remedy=exc.remedy) from exc
 
 
-def located(graph: LabelsToIntensity, path: Path, precision: str, truths: Mapping[str, parity.Reference]) -> str:
+def localized(graph: LabelsToIntensity, path: Path, precision: str, references_by_name: Mapping[str, parity.Reference]) -> str:
     """Where in the network the file goes wrong, for a person."""
-    return error_localization.table(error_localization.regions(graph, path, truths[parity.ON_MASKS].inputs), precision)
+    return error_localization.table(error_localization.regions(graph, path, references_by_name[parity.ON_MASKS].inputs), precision)
 
 
-def _proven(path: Path, precision: str, manifest: Manifest, truths: Mapping[str, parity.Reference], say: Say) -> dict[str, Any]:
-    proof = {}
+def _validate(
+    path: Path, precision: str, manifest: Manifest, references_by_name: Mapping[str, parity.Reference], say: Say
+) -> dict[str, Any]:
+    parity_report = {}
     for backend in (b for b in BACKENDS if b.file == ("onnx", precision)):
         if why := backend.uninstalled():
-            say(f"  {path.name} is not proven in {backend.name}: {why}")
+            say(f"  {path.name} is not validated in {backend.name}: {why}")
             continue
-        proof[backend.name] = parity.prove(path, precision, backend, manifest, truths)
-        say("  " + line(path.name, proof[backend.name], manifest.intensity.unit))
-    return proof
+        parity_report[backend.name] = parity.check_parity(path, precision, backend, manifest, references_by_name)
+        say("  " + line(path.name, parity_report[backend.name], manifest.intensity.unit))
+    return parity_report
 
 
-def line(file: str, proof: Mapping[str, Any], unit: str) -> str:
+def line(file: str, parity_report: Mapping[str, Any], unit: str) -> str:
     """One file in one engine, for a person."""
-    n = proof[parity.ON_MASKS]
+    n = parity_report[parity.ON_MASKS]
     organs = max((abs(shift) for shift in n["organs"].values() if shift is not None), default=0)
     body = "" if n["body_mean"] is None else f", body mean {n['body_mean']:.3g}"
-    return (f"{file} in {proof['engine']}: mean {n['mean']:.3g}, p99.9 {n['p99_9']:g}, max {n['max']}{body}, organ medians within {organs:g} {unit}, "
-            f"1 - SSIM {n['dssim']:.2g}, {proof['slices_per_second']:.0f} slices/s")  # fmt: skip
+    return (f"{file} in {parity_report['engine']}: mean {n['mean']:.3g}, p99.9 {n['p99_9']:g}, max {n['max']}{body}, organ medians within {organs:g} {unit}, "
+            f"1 - SSIM {n['dssim']:.2g}, {parity_report['slices_per_second']:.0f} slices/s")  # fmt: skip
 
 
 def write_int8(
-    graph: LabelsToIntensity, part: Path, manifest: Manifest, masks: NDArray[np.uint8], truths: Mapping[str, parity.Reference], say: Say
+    graph: LabelsToIntensity,
+    part: Path,
+    manifest: Manifest,
+    masks: NDArray[np.uint8],
+    references_by_name: Mapping[str, parity.Reference],
+    say: Say,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Write the INT8 graph with as many layers as training masks say may be quantised, and the proof on `truths` allows.
 
@@ -132,23 +141,25 @@ def write_int8(
     def numbers(path: Path) -> dict[str, Any]:
         engine = backend.open(path, manifest)
         try:
-            return parity.differences(truth, parity.paint(engine, truth.inputs)[0], manifest)
+            return parity.error_metrics(truth, parity.run_engine(engine, truth.inputs)[0], manifest)
         finally:
             engine.close()
 
     path, fp32, count = part / FILES["int8"], part / FILES["fp32"], 0
     inputs = parity.draw_inputs(manifest.inputs, masks[picked], seed=1)
-    for made in candidates(fp32, path, inputs, folded(graph), fit_on, lambda path: float(numbers(path)["mean"]), say):
+    for made in candidates(fp32, path, inputs, fuse_batch_norm(graph), fit_on, lambda path: float(numbers(path)["mean"]), say):
         count = made.layers
-        if any(value > MARGIN * limit for value, limit in parity.excess("int8", numbers(path)).values()):
+        if any(value > MARGIN * limit for value, limit in parity.limit_violations("int8", numbers(path)).values()):
             continue
         layers = count - len(made.floating)
         share = path.stat().st_size / fp32.stat().st_size
         say(f"  {path.name}: {layers} of {count} layers in INT8, {100 * share:.1f} % of {fp32.name}'s size")
         try:
-            return {"layers": layers, "of": count, "floating": list(made.floating)}, _proven(path, "int8", manifest, truths, say)
+            return {"layers": layers, "of": count, "floating": list(made.floating)}, _validate(
+                path, "int8", manifest, references_by_name, say
+            )
         except parity.Exceeded as exc:
-            say(f"  not taken: {exc.fact}\n{located(graph, path, 'int8', truths)}")
+            say(f"  not taken: {exc.fact}\n{localized(graph, path, 'int8', references_by_name)}")
     path.unlink()
     say(f"  {path.name} is left out: no layer can be quantised within {parity.LIMITS['int8']} {manifest.intensity.unit}")
     return {"layers": 0, "of": count, "floating": []}, None
@@ -167,7 +178,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
-def provenance(run: Run) -> Mapping[str, Any]:
+def provenance(run: TrainedRun) -> Mapping[str, Any]:
     """What the manifest says of the training: no path, no patient's name."""
     kept = ("step", "metrics", "data", "versions", "commit")
     return {"weights_sha256": run.data["weights"]["sha256"], **{key: run.data[key] for key in kept if key in run.data}}

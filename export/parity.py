@@ -1,4 +1,4 @@
-"""Proof that an exported file paints what the network paints: measured in HU, through each engine that may run it."""
+"""Proof that an exported file synthesizes what the network synthesizes: measured in HU, through each engine that may run it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from train.metrics.volume_metrics import KERNEL, medians
 
 from .graph import LabelsToIntensity
 
-SLICES, RANDOM_SLICES = 64, 8  # at least, that a proof paints: of held-out masks; of random labels
+SLICES, RANDOM_SLICES = 64, 8  # at least, that a proof synthesizes: of held-out masks; of random labels
 SIGMA = 1.5  # px, of the Gaussian window of KERNEL pixels
 PIXELS = 1 << 20  # at least, where noise or a style makes other images of the same masks: the median of a few is chance
 ON_MASKS, ON_RANDOM = "validation masks", "random labels"
@@ -40,7 +40,7 @@ LIMITS: Mapping[str, Mapping[str, float]] = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What the network paints: `inputs` by name (n slices), `values` int16 HU (n, H, W), the body in them, and the middle slice's labels."""
+    """What the network synthesizes: `inputs` by name (n slices), `values` int16 HU (n, H, W), the body in them, and the middle slice's labels."""
 
     inputs: Mapping[str, NDArray[Any]]
     values: NDArray[np.int16]
@@ -49,7 +49,7 @@ class Reference:
 
     @property
     def labels(self) -> NDArray[np.uint8]:
-        """Model indices of the painted slices, (n, H, W)."""
+        """Model indices of the synthetic slices, (n, H, W)."""
         given: NDArray[np.uint8] = self.inputs["labels"]
         return given[:, given.shape[1] // 2]
 
@@ -78,7 +78,7 @@ def draw_inputs(specs: tuple[TensorSpec, ...], labels: NDArray[np.uint8], seed: 
 
 
 def reference(graph: LabelsToIntensity, inputs: Mapping[str, NDArray[Any]], masks: int | None = None) -> Reference:
-    """Paint `inputs` with the FP32 network itself."""
+    """Synthesize `inputs` with the FP32 network itself."""
     parts = []
     for start in range(0, len(inputs["labels"]), AT_ONCE):
         with torch.inference_mode():
@@ -97,10 +97,10 @@ def references(graph: LabelsToIntensity, manifest: Manifest, masks: NDArray[np.u
     }
 
 
-def paint(engine: Engine, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.int16], float]:
+def run_engine(engine: Engine, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.int16], float]:
     """(int16 HU (n, H, W), slices/s: the median call's) of an engine. H and W are multiples of the divisor."""
     count, batch = len(inputs["labels"]), engine.spec.batch
-    painted, seconds = [], []
+    generated, seconds = [], []
     for start in range(0, count, batch):
         picked = [min(n, count - 1) for n in range(start, start + batch)]  # the last batch is padded with its last slice
         given = {name: np.ascontiguousarray(array[picked]) for name, array in inputs.items()}
@@ -108,26 +108,26 @@ def paint(engine: Engine, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[n
         began = time.perf_counter()
         engine.run(given, out, stream=HOST_STREAM)
         seconds.append(time.perf_counter() - began)
-        painted.append(out[: count - start])
-    return _hu(np.concatenate(painted)), batch / statistics.median(seconds)
+        generated.append(out[: count - start])
+    return _hu(np.concatenate(generated)), batch / statistics.median(seconds)
 
 
-def compare(truth: Reference, painted: NDArray[np.int16], manifest: Manifest) -> dict[str, Any]:
+def compare(truth: Reference, generated: NDArray[np.int16], manifest: Manifest) -> dict[str, Any]:
     """`differences`, and 1 - SSIM of the slices. JSON data."""
-    return {**differences(truth, painted, manifest), "dssim": _dssim(painted, truth.values, manifest)}
+    return {**error_metrics(truth, generated, manifest), "dssim": _dssim(generated, truth.values, manifest)}
 
 
-def differences(truth: Reference, painted: NDArray[np.int16], manifest: Manifest) -> dict[str, Any]:
+def error_metrics(truth: Reference, generated: NDArray[np.int16], manifest: Manifest) -> dict[str, Any]:
     """Absolute differences in HU, and each organ's shift of the median. JSON data.
 
     `differing`: the share of pixels that differ at all. Body figures and organs are null where there is none.
     """
-    delta = np.abs(painted.astype(np.int32) - truth.values)
+    delta = np.abs(generated.astype(np.int32) - truth.values)
     classes = len(manifest.labels)
-    shifts = medians(painted, truth.labels, classes) - medians(truth.values, truth.labels, classes)
+    shifts = medians(generated, truth.labels, classes) - medians(truth.values, truth.labels, classes)
     names = [label.name for label in manifest.labels.labels[1:]]
     return {
-        "slices": len(painted),
+        "slices": len(generated),
         "masks": truth.masks,
         **_figures(delta),
         "differing": round(float(np.count_nonzero(delta) / delta.size), 6),
@@ -136,7 +136,7 @@ def differences(truth: Reference, painted: NDArray[np.int16], manifest: Manifest
     }
 
 
-def excess(precision: str, numbers: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
+def limit_violations(precision: str, numbers: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
     """(measured, allowed) of every limit of `precision`. No body: the whole slice stands for it."""
     found = {}
     for key, limit in LIMITS[precision].items():
@@ -148,7 +148,9 @@ def excess(precision: str, numbers: Mapping[str, Any]) -> dict[str, tuple[float,
     return found
 
 
-def prove(path: Path, precision: str, backend: Backend, manifest: Manifest, truths: Mapping[str, Reference]) -> dict[str, Any]:
+def check_parity(
+    path: Path, precision: str, backend: Backend, manifest: Manifest, references_by_name: Mapping[str, Reference]
+) -> dict[str, Any]:
     """Measure the file at `path` in `backend` against `truths`: what the manifest says of the two. JSON data.
 
     Raises `ParityError` when the backend cannot open or run it, or when it differs by more than `LIMITS` allow.
@@ -156,32 +158,32 @@ def prove(path: Path, precision: str, backend: Backend, manifest: Manifest, trut
     try:
         engine = backend.open(path, manifest)
         try:
-            name, proof = engine.name.split(",")[0], {}
-            for what, truth in truths.items():
-                painted, rate = paint(engine, truth.inputs)
-                proof[what] = compare(truth, painted, manifest)
+            name, parity_report = engine.name.split(",")[0], {}
+            for what, truth in references_by_name.items():
+                generated, rate = run_engine(engine, truth.inputs)
+                parity_report[what] = compare(truth, generated, manifest)
                 if what == ON_MASKS:
                     speed = rate
         finally:
             engine.close()
     except ModelError as exc:
         raise ParityError(f"{path.name} does not run in {backend.name}: {exc.fact}", expected=exc.expected, remedy=REMEDY) from exc
-    for what, numbers in proof.items():
-        wrong = {k: v for k, v in excess(precision, numbers).items() if v[0] > v[1]}
+    for what, numbers in parity_report.items():
+        wrong = {k: v for k, v in limit_violations(precision, numbers).items() if v[0] > v[1]}
         if wrong and (what == ON_MASKS or precision == "fp32"):
             raise Exceeded(path, backend.name, what, wrong, numbers, manifest.intensity.unit)
-    return {"engine": name, "slices_per_second": round(speed, 1), **proof}
+    return {"engine": name, "slices_per_second": round(speed, 1), **parity_report}
 
 
 class Exceeded(ParityError):
-    """A file that paints other values than the network, before it is known where it goes wrong (export/error_localization.py finds out)."""
+    """A file that synthesizes other values than the network, before it is known where it goes wrong (export/error_localization.py finds out)."""
 
     def __init__(
         self, path: Path, backend: str, what: str, wrong: Mapping[str, tuple[float, float]], numbers: Mapping[str, Any], unit: str = "HU"
     ):
         found = ", ".join(f"{LIMIT_NAMES[key]} {value:.3g}" for key, (value, _) in wrong.items())
         super().__init__(
-            f"{path.name} in {backend} paints other values than the network on {what}: {found} {unit}; "
+            f"{path.name} in {backend} synthesizes other values than the network on {what}: {found} {unit}; "
             f"{100 * numbers['differing']:.2f} % of the pixels differ, by up to {numbers['max']} {unit}",
             expected="at most " + ", ".join(f"{LIMIT_NAMES[key]} {limit:g}" for key, (_, limit) in wrong.items()) + f" {unit}",
             remedy=REMEDY,

@@ -26,7 +26,7 @@ from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from .graph import LabelsToIntensity
-from .weight_reconstruction import Fitted, fit, rounded
+from .weight_reconstruction import ReconstructedWeights, fit, rounded
 
 OPERATORS = ("Conv", "ConvTranspose")
 PERCENTILE = 99.9995  # of an activation's values that its range holds: single outliers would make its steps coarse
@@ -156,7 +156,7 @@ class Quantizer:
         graph = other._model.graph
         for node in graph.node:
             if node.name in found:
-                names = [f"{node.name}/fitted/{part}" for part in Fitted._fields]
+                names = [f"{node.name}/fitted/{part}" for part in ReconstructedWeights._fields]
                 node.input[1:] = names
                 graph.initializer.extend(numpy_helper.from_array(array, name) for array, name in zip(found[node.name], names, strict=True))
         return other
@@ -213,12 +213,12 @@ class Quantizer:
 
 def one_hot(graph: onnx.GraphProto) -> set[str]:
     """The tensors of 0 and 1 alone: comparisons as numbers, put in another order, and side by side where the network sees several slices."""
-    truths = {node.output[0] for node in graph.node if node.op_type == "Equal"}
-    truths |= {tensor.name for tensor in graph.input if tensor.type.tensor_type.elem_type == onnx.TensorProto.BOOL}
+    references_by_name = {node.output[0] for node in graph.node if node.op_type == "Equal"}
+    references_by_name |= {tensor.name for tensor in graph.input if tensor.type.tensor_type.elem_type == onnx.TensorProto.BOOL}
     found: set[str] = set()
     for node in graph.node:
         moved = node.op_type in ("Concat", "Transpose") and found.issuperset(node.input)
-        if moved or (node.op_type == "Cast" and node.input[0] in truths):
+        if moved or (node.op_type == "Cast" and node.input[0] in references_by_name):
             found.add(node.output[0])
     return found
 

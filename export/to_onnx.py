@@ -62,7 +62,7 @@ def to_onnx(graph: LabelsToIntensity, manifest: Manifest, path: Path) -> None:
     onnxscript.optimizer.optimize(program.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)  # large weights too
     model = program.model_proto
     name_nodes(model.graph)
-    onnx.helper.set_model_props(model, {METADATA: manifest.statement()})
+    onnx.helper.set_model_props(model, {METADATA: manifest.signature()})
     onnx.save(model, path)
     onnx.checker.check_model(str(path), full_check=True)
 

@@ -22,10 +22,10 @@ from torch.overrides import TorchFunctionMode
 
 from .graph import LabelsToIntensity
 
-EQUAL = 0.75  # the power of each channel's range that is taken out of it: 1 would leave all alike, and weights further apart
-HELD = 0.2  # by how much weights are held where they were, of an input's mean square
-DAMPED = 0.003  # of an input's mean square, so that the error of a rounding is not spread over inputs that hardly differ
-LARGEST = 600  # weights of one output that are solved for; layers with more (and transposed ones) get a bias only
+SMOOTHQUANT_ALPHA = 0.75  # the power of each channel's range that is taken out of it: 1 would leave all alike, and weights further apart
+RIDGE = 0.2  # by how much weights are held where they were, of an input's mean square
+GPTQ_DAMPING = 0.003  # of an input's mean square, so that the error of a rounding is not spread over inputs that hardly differ
+MAX_WEIGHTS = 600  # weights of one output that are solved for; layers with more (and transposed ones) get a bias only
 SAMPLES = 2**18  # places that a layer is fitted at, of all slices
 HOMOGENEOUS = ("Relu", "LeakyRelu", "Resize", "Add")  # of inputs times a channel's factor, their output is the output times it
 _ORDER = {
@@ -34,7 +34,7 @@ _ORDER = {
 }
 
 
-class Fitted(NamedTuple):
+class ReconstructedWeights(NamedTuple):
     """A layer's new weights (the old ones' shape), multiples of each output's step where they were solved for, and bias (C_out,); float32."""
 
     weights: NDArray[np.float32]
@@ -60,7 +60,7 @@ class _Calls(TorchFunctionMode):
 def fit(
     network: LabelsToIntensity, graph: onnx.GraphProto, layers: Sequence[str], ranges: Sequence[tuple[float, float] | None], inputs: Mapping[str, NDArray[Any]],
     floating: Collection[str] = (),
-) -> dict[str, Fitted]:  # fmt: skip
+) -> dict[str, ReconstructedWeights]:  # fmt: skip
     """New weights of `graph`'s `layers`, by name, all of which are to be INT8 but those `floating`, which take back errors of those before them.
 
     `network`: what the graph was exported from; `ranges`: of what each layer reads, None where it is exact (kept, the new weights fit
@@ -81,7 +81,7 @@ def fit(
     with torch.inference_mode(), _Calls(look):
         network(**torches)
     factors = _factors(graph, layers, ranges, extents)
-    found: dict[str, Fitted] = {}
+    found: dict[str, ReconstructedWeights] = {}
 
     def solve(n: int, operator: Any, x: Tensor, weights: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
         """Of the batch, the first half is the float network's, the second the INT8 one's."""
@@ -97,8 +97,8 @@ def fit(
             start = start / made.view((1, -1, 1, 1) if transposed else (-1, 1, 1, 1))
             wanted = given / made.view(1, -1, 1, 1)
         span, whole = ranges[n], layers[n] not in floating
-        seen = held_in_8_bits(x_int8, *span) if whole and span is not None else x_int8
-        if not transposed and start[0].numel() <= LARGEST:
+        seen = fake_quantize(x_int8, *span) if whole and span is not None else x_int8
+        if not transposed and start[0].numel() <= MAX_WEIGHTS:
             fitting = _solved(seen, start, wanted, options, whole)
         elif not whole:
             fitting = start
@@ -110,7 +110,7 @@ def fit(
             largest = fitting.abs().amax((0, 2, 3) if transposed else (1, 2, 3))
             step = _step(*(span or (0, 1))) * torch.where(largest > 0, largest / 127, 1)
             shift = torch.round(shift / step) * step
-        found[layers[n]] = Fitted(fitting.numpy(), shift.numpy())
+        found[layers[n]] = ReconstructedWeights(fitting.numpy(), shift.numpy())
         return torch.cat([given, out + shift.view(1, -1, 1, 1)])
 
     with torch.inference_mode(), _Calls(solve):
@@ -118,7 +118,7 @@ def fit(
     return found
 
 
-def held_in_8_bits(x: Tensor, low: float, high: float) -> Tensor:
+def fake_quantize(x: Tensor, low: float, high: float) -> Tensor:
     """`x` as an unsigned INT8 tensor of that range holds it; 0 is one of its steps (Jacob et al., CVPR 2018)."""
     step = _step(low, high)
     zero = round(-low / step)
@@ -159,7 +159,7 @@ def _factors(
         if span is not None and key in made - fixed:
             share = torch.maximum(low / min(span[0], -1e-9) if span[0] < 0 else torch.zeros_like(low), high / max(span[1], 1e-9))
             shares[key] = torch.maximum(shares.get(key, torch.full_like(share, 1e-3)), share)
-    return {name: shares[find(name)] ** EQUAL for name in list(root) if find(name) in shares}
+    return {name: shares[find(name)] ** SMOOTHQUANT_ALPHA for name in list(root) if find(name) in shares}
 
 
 def _solved(x: Tensor, weights: Tensor, wanted: Tensor, options: Mapping[str, Any], whole: bool) -> Tensor:
@@ -184,9 +184,9 @@ def _solved(x: Tensor, weights: Tensor, wanted: Tensor, options: Mapping[str, An
     toward = missing[:, :-1] - mean * missing[:, -1:]
     power = torch.diagonal(square[:, :-1, :-1], dim1=1, dim2=2).mean(1).clamp(min=1e-9)[:, None, None]
     eye = torch.eye(size, dtype=torch.float64)
-    better = start.double() + torch.linalg.solve(covariance + HELD * power * eye, toward).mT
+    better = start.double() + torch.linalg.solve(covariance + RIDGE * power * eye, toward).mT
     if whole:
-        better = _in_steps(better, covariance + DAMPED * power * eye)
+        better = _in_steps(better, covariance + GPTQ_DAMPING * power * eye)
     return better.float().reshape(weights.shape)
 
 

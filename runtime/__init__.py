@@ -5,22 +5,29 @@
         ct = synth(mask)                       # SimpleITK image in → int16 HU on the mask's own grid
         for result in synth.stream(paths, "out/"): ...
 
-Importing this package imports next to nothing and switches off what libraries report to their makers (`runtime.core.telemetry`).
-What is taken from it comes with numpy and the standard library alone, engines and codecs when they are used.
+Importing this package imports next to nothing and switches off what libraries report to their
+makers (`runtime.core.telemetry`). What is taken from it comes with numpy and the standard library
+alone; engines and codecs are imported when they are used.
+
+The wheel installs the package as `mask2ct`; in a clone it is `runtime`, the folder's name.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .core.deprecated import RENAMED, keep_old_names, warn_renamed
+from .core.import_name import require_one_name
 from .core.telemetry import switch_off
 from .core.version import VERSION
 
+require_one_name(__name__, __path__)
 switch_off()
+keep_old_names(__name__)
 
 if TYPE_CHECKING:
-    from .batch.model_router import Models
+    from .api import Models, Synthesizer
     from .batch.runner import CaseResult
-    from .core.deformation import Ranges, vary
+    from .core.deformation import DeformationParams, deform
     from .core.errors import (
         ConfigError,
         GeometryError,
@@ -38,7 +45,6 @@ if TYPE_CHECKING:
     from .core.rand_warp import RandWarp
     from .core.volume import CTSlab, Geometry, LabelVolume, Volume
     from .core.warp import IntensityJitter, Warp
-    from .synthesizer import Synthesizer
 
 __version__ = VERSION
 
@@ -46,6 +52,7 @@ __all__ = [
     "CTSlab",
     "CaseResult",
     "ConfigError",
+    "DeformationParams",
     "Geometry",
     "GeometryError",
     "InputError",
@@ -61,24 +68,26 @@ __all__ = [
     "Models",
     "OutputError",
     "RandWarp",
-    "Ranges",
     "Synthesizer",
     "UnknownLabels",
     "UnreadableVolume",
     "UsageError",
     "Volume",
     "Warp",
-    "vary",
+    "deform",
 ]
 
-_HOMES = ("errors", "volume", "contract", "variants", "warp", "rand_warp", "models", "stream", "synthesizer")
+_MODULES = ("core.errors", "core.volume", "core.manifest", "core.deformation", "core.warp", "core.rand_warp", "batch.runner", "api")
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, when it is first asked for (PEP 562): who only starts the command waits for nothing else."""
+    """A public name, imported when it is first asked for (PEP 562): starting a command stays fast."""
+    if name in RENAMED:
+        warn_renamed(name, RENAMED[name])
+        return __getattr__(RENAMED[name])
     if name in __all__:
-        for home in _HOMES:
-            module = import_module(f".{home}", __name__)
+        for path in _MODULES:
+            module = import_module(f".{path}", __name__)
             if hasattr(module, name):
                 globals()[name] = getattr(module, name)
                 return globals()[name]

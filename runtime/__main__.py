@@ -13,7 +13,7 @@ def main(argv: Sequence[str]) -> int:
     from .core.console import EXIT_CODES, Parser
     from .core.version import VERSION
 
-    parser = Parser("mask2ct", description="Paint a synthetic CT for any label mask.", epilog=EXIT_CODES)
+    parser = Parser("mask2ct", description="Synthesize a synthetic CT for any label mask.", epilog=EXIT_CODES)
     parser.add_argument("--version", action="version", version=f"mask2ct {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (synth, watch, serve, labels, describe, audit):

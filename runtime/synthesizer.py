@@ -14,27 +14,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .core.atomic_files import sha256_of
-from .core.deformation import Ranges, Shapes
+from .core.deformation import DeformationParams, MaskDeformer
 from .core.errors import GeometryError, MemoryCapExceeded, UnknownLabels
-from .core.labels import LabelMap, names_of, to_indices
+from .core.labels import LabelMap, to_indices
 from .core.manifest import MANIFEST, Manifest
 from .core.resampling import SliceGrid
 from .core.rng import CaseRandom
 from .core.volume import CTSlab, Geometry, LabelVolume
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 from .engines.base import Engine, EngineError, EngineOptions
-from .engines.execution import Slot
-from .engines.memory import Allowance, PoolStats, parse_bytes
+from .engines.execution import ExecutionSlot
+from .engines.memory import MemoryBudget, PoolStats, parse_bytes
 from .engines.registry import open_engine
 from .io.ct_source import Variant
 
 if TYPE_CHECKING:
-    from .batch.runner import CaseResult
-    from .io.cases import Case, ReadOptions
+    from .io.cases import Case
 
 DEFAULT_BATCH = 8  # slices in one slab: with few, the writer begins early and has little left at the end
 
 
-class Synthesizer:
+class VolumeSynthesizer:
     """A model opened on an engine. Safe to use from several threads; each volume in work has slots of its own.
 
     `batch`: slices gathered before they are handed on; it changes memory and speed, never a byte of the result. Use as a context
@@ -51,8 +53,8 @@ class Synthesizer:
         self._engine, self._closed = engine, False
         self._again, self._released = again, False  # what opens the engine again after `release`
         self._reason, self._batch = reason, max(1, batch)
-        self._slots: set[Slot] = set()  # all that are open
-        self._idle: list[Slot] = []  # of these, what no volume uses
+        self._slots: set[ExecutionSlot] = set()  # all that are open
+        self._idle: list[ExecutionSlot] = []  # of these, what no volume uses
         self._lock = threading.Lock()
 
     @classmethod
@@ -65,8 +67,8 @@ class Synthesizer:
         max_memory: int | str | None = None,
         device: int = 0,
         workers: int | None = None,
-        allowance: Allowance | None = None,
-    ) -> Synthesizer:
+        budget: MemoryBudget | None = None,
+    ) -> Self:
         """Open a model folder. Raises `ModelError`, `UsageError` or `MissingComponent`; see `runtime.engines.registry`.
 
         `max_memory`: bytes, or "2GiB", that may be held on the GPU (with an engine for the CPU: of host memory, beside the engine's
@@ -77,7 +79,7 @@ class Synthesizer:
         folder = Path(model).resolve()  # a link may lead elsewhere by the time that the engine is opened again
         manifest = Manifest.load(folder)
         manifest_sha256 = sha256_of(folder / MANIFEST)
-        options = EngineOptions(None if max_memory is None else parse_bytes(max_memory), device, batch == "auto", workers, allowance)
+        options = EngineOptions(None if max_memory is None else parse_bytes(max_memory), device, batch == "auto", workers, budget)
         engine, reason, file = open_engine(backend, manifest, folder, options)
         slices = max(DEFAULT_BATCH, engine.spec.batch * engine.spec.streams) if batch == "auto" else batch
 
@@ -118,12 +120,12 @@ class Synthesizer:
 
         volume = from_sitk(mask)
         indices = to_indices(as_integers(volume.values), self.manifest.labels, labels)
-        ct = simpleitk().GetImageFromArray(self.paint(LabelVolume(indices, volume.geometry), seed=seed, variant=variant))
+        ct = simpleitk().GetImageFromArray(self.synthesize(LabelVolume(indices, volume.geometry), seed=seed, variant=variant))
         ct.CopyInformation(mask)
         return ct
 
     def volume(self, values: NDArray[Any], geometry: Geometry, *, labels: LabelMap | None = None) -> LabelVolume:
-        """A label array of integers (D, H, W) as what `paint`, `slabs` and `runtime.core.deformation.vary` take; nothing is read or written.
+        """A label array of integers (D, H, W) as what `synthesize`, `slabs` and `runtime.core.deformation.vary` take; nothing is read or written.
 
         `geometry`: see `Geometry.from_spacing` and `Geometry.from_ras`. `labels` as in `__call__`. Raises `InputError`s.
         """
@@ -135,7 +137,7 @@ class Synthesizer:
         """The label values of the model's table (D, H, W): what `volume` was given."""
         return np.array([label.value for label in self.manifest.labels.labels], np.int32)[volume.labels]
 
-    def paint(self, volume: LabelVolume, *, seed: int = 0, variant: int = 0) -> NDArray[np.int16]:
+    def synthesize(self, volume: LabelVolume, *, seed: int = 0, variant: int = 0) -> NDArray[np.int16]:
         """The whole CT as one array: int16 HU (D, H, W)."""
         ct = np.empty(volume.labels.shape, np.int16)
         for slab in self.slabs(volume, seed=seed, variant=variant):
@@ -143,7 +145,7 @@ class Synthesizer:
         return ct
 
     def slabs(self, volume: LabelVolume, *, seed: int = 0, variant: int = 0) -> Iterator[CTSlab]:
-        """Paint `volume` and yield its CT in slabs of `batch` slices, in the array's order; each is the receiver's own.
+        """Synthesize `volume` and yield its CT in slabs of `batch` slices, in the array's order; each is the receiver's own.
 
         The same (model, labels, geometry, seed, variant, backend) give the same bytes, whatever the batch. Nothing but the
         slices in flight is held.
@@ -156,23 +158,23 @@ class Synthesizer:
         random = CaseRandom(seed, volume.digest, variant)
         plane = [n for axis, n in enumerate(volume.labels.shape) if axis != grid.axis]
         start, hu = 0, np.empty((min(self._batch, grid.count), *plane), np.int16)
-        with closing(self._painted(grid, volume.labels, random)) as painted:
-            for slot, ks in painted:
+        with closing(self._run_slices(grid, volume.labels, random)) as finished:
+            for slot, ks in finished:
                 for k in ks:
-                    slot.fetch(grid, k, hu[k - start], self.manifest.intensity.low)
+                    slot.read_slice(grid, k, hu[k - start], self.manifest.intensity.low)
                     if k + 1 == start + len(hu):
                         yield CTSlab(np.moveaxis(hu, 0, grid.axis), grid.axis, start)
                         start += len(hu)
                         hu = np.empty((min(self._batch, grid.count - start), *plane), np.int16)
 
-    def variants(self, case: Case, mask: LabelVolume, ranges: Ranges, seed: int) -> Callable[[int], Variant]:
+    def variants(self, case: Case, mask: LabelVolume, ranges: DeformationParams, seed: int) -> Callable[[int], Variant]:
         """What gives each variant of a mask, deformed within `ranges`, and its CT (see `runtime.io.ct_source`)."""
-        shapes = Shapes(mask, ranges, seed)
+        deformer = MaskDeformer(mask, ranges, seed)
 
         def variant(number: int) -> Variant:
-            varied = shapes.vary(number)
-            slabs = partial(self.slabs, varied.volume, seed=seed, variant=number)
-            return Variant(varied.volume, slabs, varied.volume.labels.nbytes, varied.warnings)
+            deformed = deformer.deform(number)
+            slabs = partial(self.slabs, deformed.volume, seed=seed, variant=number)
+            return Variant(deformed.volume, slabs, deformed.volume.labels.nbytes, deformed.warnings)
 
         return variant
 
@@ -185,14 +187,14 @@ class Synthesizer:
             seen = " x ".join(f"{side * step:.0f}" for side, step in zip(policy.canvas, policy.pixel_spacing or (), strict=True))
             yield f"{name} shows more than the {seen} mm the model was trained on: beyond them the CT is {intensity.low} {intensity.unit}"
 
-    def _painted(self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom) -> Generator[tuple[Slot, range]]:
+    def _run_slices(self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom) -> Generator[tuple[ExecutionSlot, range]]:
         """Each group of slices with the slot that holds it, in order; the engine works on the next ones meanwhile.
 
         Half of the slots are waited for at once: to wake for each would interrupt, every time, a core that computes.
         """
         slots = self._borrow(grid.size)
         batch, k = self._engine.spec.batch, 0
-        free, busy = deque(slots), deque[tuple[Slot, range]]()
+        free, busy = deque(slots), deque[tuple[ExecutionSlot, range]]()
         try:
             while k < grid.count or busy:
                 if not free or k == grid.count:
@@ -218,7 +220,7 @@ class Synthesizer:
         with self._lock:
             self._idle += [slot for slot in slots if slot in self._slots]
 
-    def _borrow(self, size: tuple[int, int]) -> list[Slot]:
+    def _borrow(self, size: tuple[int, int]) -> list[ExecutionSlot]:
         """Slots for a canvas of `size`: idle ones, then new ones, as many as there is memory for; idle ones of another size make room first."""
         with self._lock:
             engine = self._live
@@ -233,7 +235,7 @@ class Synthesizer:
             slots, self._idle = fitting[: engine.spec.streams], fitting[engine.spec.streams :]
             try:
                 while len(slots) < engine.spec.streams:
-                    slots.append(Slot(engine, size))
+                    slots.append(ExecutionSlot(engine, size))
             except MemoryCapExceeded:
                 if not slots:
                     raise
@@ -245,7 +247,7 @@ class Synthesizer:
             self._slots.update(slots)
             return slots
 
-    def _drop(self, slots: Iterable[Slot]) -> None:
+    def _drop(self, slots: Iterable[ExecutionSlot]) -> None:
         with self._lock:
             for slot in slots:
                 slot.close()
@@ -262,20 +264,6 @@ class Synthesizer:
                 remedy="check the mask for stray voxels far off, or use --backend onnx, which takes any size",
             )
         return grid
-
-    def stream(
-        self, masks: str | Path | Iterable[str | Path], output: str | Path, *, reading: ReadOptions | None = None, **options: Any
-    ) -> Iterator[CaseResult]:
-        """Synthesize files, folders and zips into the folder `output`: see `runtime.batch.runner.synthesize`, whose options these are.
-
-        `reading`: how overlaps, fractions and dangling references are settled (`runtime.io.cases.ReadOptions`).
-        """
-        from .batch.runner import synthesize
-        from .io.cases import find_cases
-
-        paths = [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)]
-        cases = find_cases(paths, options=reading, names=names_of(options.get("labels"), [self.manifest.labels]))
-        return synthesize(self, cases, Path(output), **options)
 
     def release(self) -> bool:
         """Give the engine and its memory back until the next volume, which opens it again, and say whether that was done.
@@ -308,7 +296,7 @@ class Synthesizer:
         self._idle.clear()
         self._engine.close()
 
-    def __enter__(self) -> Synthesizer:
+    def __enter__(self) -> VolumeSynthesizer:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -21,7 +21,7 @@ def core_module(world: World) -> ModuleType:
     class CUDAError(Exception):
         pass
 
-    def guarded(name: str, call: Callable[[], Any]) -> Any:
+    def map_dicom_errors(name: str, call: Callable[[], Any]) -> Any:
         try:
             world.count(name)
             return call()
@@ -34,7 +34,7 @@ def core_module(world: World) -> ModuleType:
 
         def close(self, stream: Any = None) -> None:
             if self.handle:
-                guarded("close", lambda: world.release(self.handle))
+                map_dicom_errors("close", lambda: world.release(self.handle))
                 self.handle = 0
 
     class Device:
@@ -54,7 +54,7 @@ def core_module(world: World) -> ModuleType:
             return Stream(handle)
 
         def sync(self) -> None:
-            guarded("sync", lambda: (world.need_context(), world.drain(self._handle)))
+            map_dicom_errors("sync", lambda: (world.need_context(), world.drain(self._handle)))
 
     @dataclass
     class DeviceMemoryResourceOptions:
@@ -69,14 +69,14 @@ def core_module(world: World) -> ModuleType:
 
         def allocate(self, size: int, *, stream: Any) -> Buffer:
             assert self._open and isinstance(stream, Stream)
-            return Buffer(guarded("cuMemAllocAsync", lambda: world.allocate(size, "device")), size)
+            return Buffer(map_dicom_errors("cuMemAllocAsync", lambda: world.allocate(size, "device")), size)
 
         def close(self) -> None:
             self._open = False
 
     class LegacyPinnedMemoryResource:
         def allocate(self, size: int, *, stream: Any = None) -> Buffer:
-            return Buffer(guarded("cuMemAllocHost", lambda: world.allocate(size, "pinned")), size)
+            return Buffer(map_dicom_errors("cuMemAllocHost", lambda: world.allocate(size, "pinned")), size)
 
     for thing in (Buffer, Device, Stream, DeviceMemoryResourceOptions, DeviceMemoryResource, LegacyPinnedMemoryResource):
         setattr(made, thing.__name__, thing)

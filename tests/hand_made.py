@@ -60,7 +60,7 @@ def graph(made: Manifest, size: int | None = None) -> bytes:
     model = helper.make_model(
         helper.make_graph(nodes, "hand", inputs, [output], initializers), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
     )
-    helper.set_model_props(model, {METADATA: made.statement()})
+    helper.set_model_props(model, {METADATA: made.signature()})
     onnx.checker.check_model(model, full_check=True)
     return model.SerializeToString()
 

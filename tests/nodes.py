@@ -125,12 +125,12 @@ class Serving:
         assert not any(word in log for word in SECRETS), log
 
 
-def associate(port: int, sop_classes: Iterable[str], *, calling: str = "SENDER", called: str = "MASK2CT", tls: Any = None) -> Any:
+def associate(port: int, sop_classes: Iterable[str], *, calling: str = "SENDER", display_name: str = "MASK2CT", tls: Any = None) -> Any:
     """An association that was asked for, established or not."""
     ae = AE(ae_title=calling)
     for sop_class in sop_classes:
         ae.add_requested_context(sop_class)
-    return ae.associate("127.0.0.1", port, ae_title=called, tls_args=tls)
+    return ae.associate("127.0.0.1", port, ae_title=display_name, tls_args=tls)
 
 
 def push(port: int, *files: Path | Dataset, calling: str = "SENDER", tls: Any = None) -> list[int]:

@@ -1,4 +1,4 @@
-"""A painted series to look at: random HU, so that every voxel can be told from every other, and a few blocks of labels."""
+"""A synthetic series to look at: random HU, so that every voxel can be told from every other, and a few blocks of labels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from runtime.core.resampling import axial_axes
 from runtime.core.volume import CTSlab, DicomSource, Geometry, LabelVolume
 from runtime.engines.fake import fake_manifest
 from runtime.io.writers.dicom import DicomFormat
-from runtime.io.writers.registry import FormatOptions, Painting
+from runtime.io.writers.registry import FormatOptions, OutputRecord
 
 TILT = rotation((12, -8, 25))
 SOURCE = DicomSource(
@@ -68,11 +68,11 @@ def write_series(
     mask = LabelVolume(labels, Geometry.from_parts((12.5, -90, 300.25), (0.7, 0.9, 3.1), direction.ravel()), dicom=source)
     axis = axial_axes(mask.geometry)[0]
     slabs = (CTSlab(np.take(hu, range(k, min(k + 2, shape[axis])), axis), axis, k) for k in range(0, shape[axis], 2))
-    painting = Painting("case", variant, mask, manifest or fake_manifest(), "fake (given)", "", seed)
+    record = OutputRecord("case", variant, mask, manifest or fake_manifest(), "fake (given)", "", seed)
     writer = DicomFormat(FormatOptions(attach=attach, enhanced=enhanced, segmentation=segmentation))
-    writer.check(painting.manifest, output)
+    writer.check(record.manifest, output)
     writer.check_mask(mask)
-    (folder,) = writer.write(output, painting, slabs)
+    (folder,) = writer.write(output, record, slabs)
     return Series(folder, hu, mask)
 
 

@@ -24,11 +24,11 @@ from runtime.__main__ import main
 from runtime.batch.audit_check import BrokenChain, check_audit
 from runtime.batch.audit_log import AUDIT, AuditFile, AuditTrail
 from runtime.batch.completion_log import Journal
-from runtime.batch.plan import Recipe
+from runtime.batch.plan import Plan
 from runtime.batch.runner import CaseResult
 from runtime.core.console import run
 from runtime.io.cases import find_cases
-from runtime.service.watch_folder import Watcher
+from runtime.service.watch_folder import FolderWatcher
 
 
 @pytest.fixture
@@ -125,9 +125,9 @@ def test_the_line_comes_before_the_news(fake_model: Path, inbox: Path, tmp_path:
             return lambda *_: None
 
     with Models.open([fake_model], backend="fake") as models:
-        recipes = {name: Recipe(tmp_path / "out") for name in models}
+        plans = {name: Plan(tmp_path / "out") for name in models}
         trail = AuditTrail(file, "watch")
-        Watcher(inbox, models, recipes, find=lambda path, say: find_cases([path]), stable=0, listener=Listener(), audit=trail).run(
+        FolderWatcher(inbox, models, plans, find=lambda path, say: find_cases([path]), stable=0, listener=Listener(), audit=trail).run(
             poll=0, once=True
         )
     assert seen == [1]

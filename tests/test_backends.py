@@ -1,4 +1,4 @@
-"""Which backend runs a model: proven ones by themselves, INT8 for who asks, and nothing that phones home."""
+"""Which backend runs a model: validated ones by themselves, INT8 for who asks, and nothing that phones home."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def with_parity(model: Path, backends: set[str]) -> Manifest:
     return Manifest.from_json(data)
 
 
-def test_auto_takes_the_first_that_was_proven_and_says_why_not_the_others(model: Path) -> None:
+def test_auto_takes_the_first_that_was_validated_and_says_why_not_the_others(model: Path) -> None:
     engine, reason, file = open_engine("auto", with_parity(model, {"onnx", "openvino-int8"}), model)
     assert engine.name.startswith("onnxruntime") and file == "model.onnx"
-    assert "openvino: not proven when this model was exported" in reason and "--backend openvino-int8" in reason
+    assert "openvino: not validated when this model was exported" in reason and "--backend openvino-int8" in reason
     engine, reason, file = open_engine("auto", Manifest.load(model), model)
-    assert engine.name.startswith("openvino") and file == "model.onnx" and "fastest that is installed and proven" in reason
+    assert engine.name.startswith("openvino") and file == "model.onnx" and "fastest that is installed and validated" in reason
 
 
 def test_auto_passes_over_what_is_not_installed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,12 +42,12 @@ def test_auto_passes_over_what_is_not_installed(model: Path, monkeypatch: pytest
 
 def test_without_a_proof_there_is_no_automatic_choice_and_no_int8(model: Path) -> None:
     bare = with_parity(model, set())
-    with pytest.raises(MissingComponent, match="onnx: not proven") as caught:
+    with pytest.raises(MissingComponent, match="onnx: not validated") as caught:
         open_engine("auto", bare, model)
     assert all(name in caught.value.fact for name in AUTOMATIC)
     _, reason, _ = open_engine("onnx", bare, model)
-    assert "not proven" in reason
-    with pytest.raises(ModelError, match="INT8 file was not proven in openvino"):
+    assert "not validated" in reason
+    with pytest.raises(ModelError, match="INT8 file was not validated in openvino"):
         open_engine("openvino-int8", bare, model)
 
 

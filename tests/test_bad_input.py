@@ -215,7 +215,7 @@ def test_unknown_labels_list_what_was_found_what_is_known_and_the_remedy(
     assert "820 ascending aorta" in error and "--labels MAP.json" in error
 
 
-def test_an_empty_mask_is_painted_and_said(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_mask_is_synthesized_and_said(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_mask(tmp_path / "m.nii.gz", np.zeros((4, 10, 10), np.uint8))
     assert synth(fake_model, tmp_path / "out", tmp_path / "m.nii.gz") == 0
     assert "m.nii.gz is empty" in capsys.readouterr().err
@@ -306,7 +306,7 @@ def test_the_python_api_refuses_what_the_command_does(tmp_path: Path, fake_model
         with pytest.raises(UsageError, match="leads to 99"):
             opened(image(blobs((4, 8, 8), (0, 500))), labels={0: 0, 500: 99})
         with pytest.raises(UnknownLabels, match="index 200"):
-            opened.paint(LabelVolume(np.full((2, 8, 8), 200, np.uint8), Geometry(np.eye(4))))
+            opened.synthesize(LabelVolume(np.full((2, 8, 8), 200, np.uint8), Geometry(np.eye(4))))
 
 
 def test_a_simpleitk_image_of_another_kind_is_refused(fake_model: Path) -> None:

@@ -15,7 +15,7 @@ from benchmarks.gpu import contenders as gpu
 from benchmarks.harness import libraries, macs, models, reproducibility, roofline, targets
 from benchmarks.harness.history import load
 from benchmarks.harness.paired import Contender, Measured, Ready
-from benchmarks.harness.roofline import ROOF, beside, shares
+from benchmarks.harness.roofline import PEAK, beside, shares
 from benchmarks.suites import coldstart, engine, stream
 from runtime import Synthesizer
 from runtime.core.errors import MissingComponent, UsageError
@@ -75,14 +75,14 @@ def test_the_readmes_table_is_the_one_that_the_committed_records_give(root: Path
 
 def test_a_share_is_of_the_limit_that_is_nearest_and_of_its_faster_roof() -> None:
     ours, idle = Contender("ours", "m:f", cost={"fp32": 10, "memcpy": 1}), Contender("idle", "m:f")
-    assert [c.name for c in beside([ours, idle])] == [f"{ROOF}fp32 matrix product", f"{ROOF}fp32 3x3 convolution", f"{ROOF}memcpy"]
+    assert [c.name for c in beside([ours, idle])] == [f"{PEAK}fp32 matrix product", f"{PEAK}fp32 3x3 convolution", f"{PEAK}memcpy"]
     measured = {
         "ours": Measured((1.0, 2.0, 3.0)), "idle": Measured((1.0, 1.0, 1.0)),
-        f"{ROOF}fp32 matrix product": Measured((20.0, 80.0, 20.0)), f"{ROOF}fp32 3x3 convolution": Measured((40.0, 40.0, 60.0)),
-        f"{ROOF}memcpy": Measured((100.0, 100.0, 100.0)),
+        f"{PEAK}fp32 matrix product": Measured((20.0, 80.0, 20.0)), f"{PEAK}fp32 3x3 convolution": Measured((40.0, 40.0, 60.0)),
+        f"{PEAK}memcpy": Measured((100.0, 100.0, 100.0)),
     }  # fmt: skip
     assert shares([ours, idle], measured) == {"ours": ("fp32", 0.25)}
-    del measured[f"{ROOF}fp32 matrix product"], measured[f"{ROOF}fp32 3x3 convolution"]
+    del measured[f"{PEAK}fp32 matrix product"], measured[f"{PEAK}fp32 3x3 convolution"]
     assert shares([ours], measured) == {"ours": ("memcpy", 0.02)}
 
 
@@ -126,17 +126,18 @@ def test_two_runs_agree_where_their_intervals_overlap(tmp_path: Path, capsys: py
 
 
 def test_a_bar_is_decided_by_the_hardest_contender() -> None:
-    bar, made = targets.Bar("at least twice as fast", 2.0, []), {"suite": "bar", "ratios": {}}
+    bar, made = targets.Target("at least twice as fast", 2.0, []), {"suite": "bar", "ratios": {}}
     for name, least, value, most in (("slow", 4, 5, 6), ("fast", 1.9, 2.1, 2.3)):
         made["ratios"][name] = {"least": least, "value": value, "most": most}
     held, said = targets.verdict(bar, made)
     assert held and "held, 2.1 (1.9 … 2.3) against fast" in said and "surely" not in said
     assert (
-        targets.verdict(targets.Bar("", 2.2, []), made)[0] is False and "surely held" in targets.verdict(targets.Bar("", 1.9, []), made)[1]
+        targets.verdict(targets.Target("", 2.2, []), made)[0] is False
+        and "surely held" in targets.verdict(targets.Target("", 1.9, []), made)[1]
     )
 
 
-def test_whoever_runs_the_network_paints_the_same_slices(model: Path, trained: Path) -> None:
+def test_whoever_runs_the_network_synthesizes_the_same_slices(model: Path, trained: Path) -> None:
     given = {"model": str(model), "slices": 8}
     found: dict[str, Ready] = {
         "synthesizer": engine.synthesizer(**given, backend="auto"),
@@ -145,10 +146,10 @@ def test_whoever_runs_the_network_paints_the_same_slices(model: Path, trained: P
         "ONNX Runtime": libraries.by_onnxruntime(**given, precision="fp32", batch=1),
         "PyTorch": libraries.by_pytorch(**given, trained=str(trained), way="channels_last", batch=8),
     }
-    painted = {name: ready.output() for name, ready in found.items() if ready.output is not None}
-    assert painted["engine"].std() > 1 and painted["engine"].shape[0] == 8
-    for name, values in painted.items():
-        assert np.abs(values.astype(float) - painted["engine"]).mean() <= engine.HU["fp32"], name
+    generated = {name: ready.output() for name, ready in found.items() if ready.output is not None}
+    assert generated["engine"].std() > 1 and generated["engine"].shape[0] == 8
+    for name, values in generated.items():
+        assert np.abs(values.astype(float) - generated["engine"]).mean() <= engine.HU["fp32"], name
     assert found["OpenVINO"].run() == 8 and found["OpenVINO"].run() == 8
     assert set(found["OpenVINO"].facts["call_ms"]) == {"p50", "p90", "p99"}  # of the third round: the first two set up and warm
 
@@ -158,7 +159,7 @@ def test_a_model_is_measured_at_another_size_under_the_same_proof(model: Path, t
     assert models.at_size(model, 64) == model
     larger = models.at_size(model, 96)
     with Synthesizer.open(larger) as synth:
-        assert synth.manifest.grid.canvas == (96, 96) and "proven" in synth.backend
+        assert synth.manifest.grid.canvas == (96, 96) and "validated" in synth.backend
     assert engine.macs(larger) == pytest.approx(engine.macs(model) * (96 / 64) ** 2, rel=1e-3)
 
 
@@ -195,8 +196,8 @@ def test_a_cold_start_ends_with_the_first_slab_and_not_with_the_file(fake_model:
     assert ready.run() == 1 and [*ready.facts["seconds"]] == ["import", "first written slab"]
     assert [file.suffix for file in (tmp_path / "out").iterdir() if "_ct" in file.name] == [".gz"]  # begun,
     assert not (tmp_path / "out" / "mask_ct.nii.gz").exists()  # and not ended
-    painted = coldstart.start("painted", **given)
-    assert painted.run() == 1 and min(painted.facts["seconds"].values()) > 0
+    generated = coldstart.start("synthesized", **given)
+    assert generated.run() == 1 and min(generated.facts["seconds"].values()) > 0
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", line, "x", *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
 
 
-def painting(model: Path, mask: Path, out: Path) -> list[object]:
+def synthesis(model: Path, mask: Path, out: Path) -> list[object]:
     return ["synth", mask, "--model", model, "--backend", "fake", "--output", out]
 
 
@@ -39,7 +39,7 @@ def test_closed_streams_change_no_result(closed: str, fake_model: Path, tmp_path
     """Nor does a file get the number of a stream that is closed, and what is written to that one."""
     mask = write_mask(tmp_path / "case.nii.gz")
     assert synth(fake_model, tmp_path / "expected", mask) == 0
-    done = shell(f'"$@" {closed}', *painting(fake_model, mask, tmp_path / "out"))
+    done = shell(f'"$@" {closed}', *synthesis(fake_model, mask, tmp_path / "out"))
     assert done.returncode == 0 and "Traceback" not in done.stderr
     assert results(tmp_path / "out") == results(tmp_path / "expected")
 
@@ -88,7 +88,7 @@ def test_unread_messages_stop_no_work(nowhere: int, fake_model: Path, tmp_path: 
     """They are not the output: a log that has no room, or no reader, is no reason to end with masks left."""
     mask = write_mask(tmp_path / "case.nii.gz")
     assert synth(fake_model, tmp_path / "expected", mask) == 0
-    done = saying("stderr", nowhere, *painting(fake_model, mask, tmp_path / "out"))
+    done = saying("stderr", nowhere, *synthesis(fake_model, mask, tmp_path / "out"))
     assert done.returncode == 0 and done.stdout.startswith("1 done, 0 failed")
     assert results(tmp_path / "out") == results(tmp_path / "expected")
 
@@ -96,7 +96,7 @@ def test_unread_messages_stop_no_work(nowhere: int, fake_model: Path, tmp_path: 
 @posix
 def test_an_unread_error_keeps_its_code(nowhere: int, fake_model: Path, tmp_path: Path) -> None:
     assert saying("stderr", nowhere, "describe", tmp_path / "absent").returncode == 2
-    absent = painting(fake_model, tmp_path / "absent.nii", tmp_path / "out")
+    absent = synthesis(fake_model, tmp_path / "absent.nii", tmp_path / "out")
     assert saying("stderr", nowhere, *absent).returncode == 1
 
 
@@ -105,7 +105,7 @@ def test_a_summary_nobody_reads_keeps_the_code(fake_model: Path, tmp_path: Path)
     reader, nowhere = os.pipe()
     os.close(reader)
     try:
-        absent = painting(fake_model, tmp_path / "absent.nii", tmp_path / "out")
+        absent = synthesis(fake_model, tmp_path / "absent.nii", tmp_path / "out")
         done = saying("stdout", nowhere, *absent)
         assert done.returncode == 1 and "does not exist" in done.stderr and "Exception ignored" not in done.stderr
         assert saying("stdout", nowhere, "describe", fake_model).returncode == 0
@@ -185,11 +185,11 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.Capt
 
 def test_a_result_that_cannot_be_read_back(fake_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The disk fails while a result is digested, as `read` would say it."""
-    from runtime.core.atomic_files import Growing
+    from runtime.core.atomic_files import HashingWriter
 
-    def fail(self: Growing) -> str:
+    def fail(self: HashingWriter) -> str:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Growing, "finish", fail)
+    monkeypatch.setattr(HashingWriter, "finish", fail)
     assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz")) == 4
     assert not results(tmp_path / "out")

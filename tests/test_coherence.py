@@ -32,15 +32,15 @@ def test_every_pixel_pair_of_the_body_is_in_one_region() -> None:
 
 def test_errors_that_cancel_in_the_whole_body_are_seen_in_their_regions() -> None:
     ct, mask = thorax()
-    painted = ct.copy()
-    painted[:, 44:50, 12:52] = 240  # ribs smeared over all slices
-    painted[1::2, 8:11, 8:56] = -560  # a skin that flickers by as much as ribs step: 600
-    found = coherence([painted], [ct], [mask])
+    generated = ct.copy()
+    generated[:, 44:50, 12:52] = 240  # ribs smeared over all slices
+    generated[1::2, 8:11, 8:56] = -560  # a skin that flickers by as much as ribs step: 600
+    found = coherence([generated], [ct], [mask])
     assert found["labels"]["distance"] == found["lung"]["distance"] == 0 and found["labels"]["error"] == 0
     bone, skin = found["bone"], found["skin"]
     assert bone["step"] == 0 and bone["distance"] == pytest.approx(bone["step_true"]) and bone["step_true"] > 50
     assert skin["step_true"] == 0 and skin["distance"] == pytest.approx(skin["step"]) and skin["step"] > 50
-    whole = body([painted], [ct], [mask], 2)
+    whole = body([generated], [ct], [mask], 2)
     assert whole is not None and found["body"]["distance"] == pytest.approx(whole["z_difference"], abs=1e-3)
     parts = sum(found[name]["share"] * found[name]["distance"] for name in REGIONS)
     assert found["body"]["distance"] < 0.7 * parts  # what cancels

@@ -177,16 +177,16 @@ model = write_model(Path(sys.argv[1]) / "model")
 labels = np.random.default_rng(0).integers(0, 8, (21, 8, 8), np.uint8).repeat(7, 1).repeat(7, 2)
 volume = LabelVolume(labels, Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
 with Synthesizer.open(model, backend="onnx") as synth:
-    want = synth.paint(volume)
+    want = synth.synthesize(volume)
 sys.modules["onnxruntime"] = onnxruntime_module(world)
 left = ctypes.CDLL("libcuda.so.1")
 for backend in ("tensorrt", "onnx-cuda"):
     with Synthesizer.open(model, backend=backend, max_memory="16MiB") as synth:
-        painted = [np.array_equal(synth.paint(volume), want) for _ in range(3)]
+        synthesized = [np.array_equal(synth.synthesize(volume), want) for _ in range(3)]
         slabs = synth.slabs(volume)  # two volumes at once: four contexts, in turn on two blocks of activations
         begun = next(slabs).hu
-        painted.append(np.array_equal(synth.paint(volume), np.concatenate([begun, *(slab.hu for slab in slabs)])))
-        print(painted, synth.memory()["device"].allocations, "no CUDA graphs" in synth.backend, "PyCUDA, which" in synth.backend)
+        synthesized.append(np.array_equal(synth.synthesize(volume), np.concatenate([begun, *(slab.hu for slab in slabs)])))
+        print(synthesized, synth.memory()["device"].allocations, "no CUDA graphs" in synth.backend, "PyCUDA, which" in synth.backend)
     print([stats.in_use for stats in synth.memory().values()], left.stand_in_left(), left.stand_in_retained())
 """
 

@@ -100,25 +100,25 @@ def test_intensities_go_to_unit_range_and_back() -> None:
     assert from_unit(unit, HU).tolist() == [-1024, -1024, 0, 17, 1024, 1024]
 
 
-def made_of(count: int) -> Slices:
+def plans(count: int) -> Slices:
     """Slices that can be told apart by their value."""
     planes = np.arange(count, dtype=np.int16)
     return Slices(np.zeros((count, 1, 2, 2), np.uint8), np.broadcast_to(planes[:, None, None], (count, 2, 2)))
 
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
-    one, other = (Batches([made_of(10)], 4, 7, HU) for _ in range(2))
+    one, other = (Batches([plans(10)], 4, 7, HU) for _ in range(2))
     for step in (0, 5, 1000):
         for a, b in zip(one[step], other[step], strict=True):
             assert np.array_equal(a, b)
-    assert not np.array_equal(one[0][2], one[1][2]) and not np.array_equal(one[0][2], Batches([made_of(10)], 4, 8, HU)[0][2])
+    assert not np.array_equal(one[0][2], one[1][2]) and not np.array_equal(one[0][2], Batches([plans(10)], 4, 8, HU)[0][2])
     labels, ct, noise = one[0]
     assert (labels.dtype, ct.dtype, noise.dtype) == (np.uint8, np.float32, np.uint8)
     assert labels.shape == ct.shape == noise.shape == (4, 1, 2, 2)
 
 
 def test_an_epoch_shows_every_slice_once() -> None:
-    batches = Batches([made_of(6), made_of(4)], 4, 0, HU)  # 10 slices, batches straddle epochs
+    batches = Batches([plans(6), plans(4)], 4, 0, HU)  # 10 slices, batches straddle epochs
     seen = [from_unit(batches[step][1], HU)[:, 0, 0, 0] for step in range(5)]
     shown = np.concatenate(seen)
     expected = sorted([*range(6), *range(4)])

@@ -54,8 +54,8 @@ def test_no_unseen_patient_is_among_the_trained(demo: Path) -> None:
 
 @pytest.mark.parametrize("value", STRUCTURES)
 def test_median_hu_of_each_structure(value: int, cases) -> None:
-    true, painted = (np.median(np.concatenate([case[n][case[0] == value] for case in cases])) for n in (1, 2))
-    assert abs(painted - true) <= 40, f"{painted} HU for {true} HU"
+    true, generated = (np.median(np.concatenate([case[n][case[0] == value] for case in cases])) for n in (1, 2))
+    assert abs(generated - true) <= 40, f"{generated} HU for {true} HU"
 
 
 def body(ct: np.ndarray) -> np.ndarray:
@@ -68,15 +68,15 @@ def body(ct: np.ndarray) -> np.ndarray:
     return filled
 
 
-def test_error_inside_the_body_against_mean_painting(cases) -> None:
+def test_error_inside_the_body_against_mean_synthesis(cases) -> None:
     insides = [body(true) for _, true, _ in cases]
-    labels, true, painted = (
+    labels, true, generated = (
         np.concatenate([case[n][inside] for case, inside in zip(cases, insides, strict=True)]).astype(float) for n in range(3)
     )
     flat = np.empty_like(true)
     for value in MM_WHS_VALUES:  # the rest of the body is 0
         flat[labels == value] = true[labels == value].mean()
-    ratio = np.abs(painted - true).mean() / np.abs(flat - true).mean()
+    ratio = np.abs(generated - true).mean() / np.abs(flat - true).mean()
     assert ratio <= 0.5, f"ratio {ratio:.3f}"
 
 
@@ -112,7 +112,7 @@ def test_the_report_is_self_contained_and_says_what_was_measured(demo: Path) -> 
         assert stage in page, stage
 
 
-def test_the_parity_of_the_demo_is_proven_on_its_held_out_masks(demo: Path) -> None:
+def test_the_parity_of_the_demo_is_validated_on_its_held_out_masks(demo: Path) -> None:
     manifest = json.loads((demo / "model" / "manifest.json").read_text())
     assert set(manifest["parity"]) == {"model.onnx", "model.fp16.onnx", "model.int8.onnx"}
     for proof in manifest["parity"]["model.onnx"].values():

@@ -18,7 +18,7 @@ import jsonschema
 import pytest
 from packaging.requirements import Requirement
 
-from runtime.service.attempts import MOST
+from runtime.service.attempts import MAX_ATTEMPTS
 
 UNITS = ("watch", "serve")
 EXPOSURE = 12  # tenths: what `systemd-analyze security` may find; 1.2 of 10 is "OK", a unit without any hardening has 9.6
@@ -74,11 +74,11 @@ def test_systemd_takes_the_unit_and_finds_little_that_it_could_harm(name: str, r
     assert (done.returncode, done.stderr) == (0, "")
     if int(subprocess.run([analyze, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]) < 250:
         pytest.skip("this systemd-analyze judges only units that are loaded")
-    judge = [analyze, "security", "--offline=true", f"--threshold={EXPOSURE}", path]
-    done = subprocess.run(judge, capture_output=True, text=True, check=False)
+    rating = [analyze, "security", "--offline=true", f"--threshold={EXPOSURE}", path]
+    done = subprocess.run(rating, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
     path.write_text(re.sub("(?m)^(CapabilityBoundingSet|SystemCallFilter|ProtectSystem)=.*\n", "", path.read_text()))
-    assert subprocess.run(judge, capture_output=True, check=False).returncode != 0  # or the bar is none
+    assert subprocess.run(rating, capture_output=True, check=False).returncode != 0  # or the bar is none
 
 
 @pytest.mark.parametrize("name", UNITS)
@@ -95,7 +95,7 @@ def test_start_limit_comes_after_our_own(name: str, root: Path) -> None:
     assert pause > 0 and settings["Restart"] == "on-failure"  # which takes a signal and the end of memory as failures
     starts_in_interval = interval // pause + 1
     assert interval == 0 or starts_in_interval < burst, "systemd would end the service before the mask is put aside"
-    assert interval == 0 or burst > MOST + 1
+    assert interval == 0 or burst > MAX_ATTEMPTS + 1
     assert not {"137", "9", "SIGKILL"} & set(settings["RestartPreventExitStatus"].split() + settings["SuccessExitStatus"].split())
     assert "StartLimitAction" not in settings and "OOMPolicy" not in settings
     assert settings["Type"] == "exec"  # a start that takes long, for many images in the spool, is none that failed
@@ -154,7 +154,7 @@ def test_the_bundle_installs_and_works_where_there_is_no_network(root: Path, sbo
     done = subprocess.run(install, env=nobody, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     mask = write_mask(tmp_path / "case.nii.gz")
-    paint = [
+    synthesis = [
         *isolated,
         tmp_path / "venv/bin/mask2ct",
         "synth",
@@ -166,7 +166,7 @@ def test_the_bundle_installs_and_works_where_there_is_no_network(root: Path, sbo
         "--output",
         tmp_path / "out",
     ]
-    done = subprocess.run(paint, env=nobody, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(synthesis, env=nobody, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert synth(fake_model, tmp_path / "here", mask) == 0 and results(tmp_path / "out") == results(tmp_path / "here")
     made = json.loads((tmp_path / "venv/sbom.json").read_text())

@@ -34,7 +34,7 @@ UNKNOWN_TO_IT = (
     "Warning - </(0008,001c)> - Attribute is not present in standard DICOM IOD",
     "Warning - </(0008,001c)> - Unrecognized tag - assuming explicit value representation OK [CS]",
 )
-KINDS = {
+ARCHITECTURES = {
     "detached": lambda out: write_series(out, segmentation="binary"),
     "oblique and left-handed": lambda out: write_series(out, TILT @ np.diag([1.0, -1.0, 1.0]), segmentation="binary"),
     "sagittal mask, variant": lambda out: write_series(out, np.eye(3)[:, [1, 2, 0]], segmentation="binary", variant=3),
@@ -68,10 +68,10 @@ def problems(file: Path) -> list[str]:
     return [line for line in lines if line.startswith(("Error", "Warning")) and line not in UNKNOWN_TO_IT]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_dicom3tools_and_dcmtk_find_nothing_wrong(kind: str, tmp_path: Path) -> None:
     dcentvfy, dcmftest = tool("dcentvfy"), tool("dcmftest")
-    series = KINDS[kind](tmp_path)
+    series = ARCHITECTURES[kind](tmp_path)
     files = sorted(series.folder.iterdir())
     assert files[-1].name == "seg.dcm"
     for file in files:

@@ -24,7 +24,7 @@ from runtime import GeometryError, InputError
 from runtime.core.manifest import Label, LabelTable
 from runtime.core.volume import CTSlab, DicomSource, Geometry, LabelVolume
 from runtime.engines.fake import fake_manifest
-from runtime.io.writers.registry import FORMATS, FormatOptions, Painting
+from runtime.io.writers.registry import FORMATS, FormatOptions, OutputRecord
 
 
 def gdcm(series: Series) -> sitk.Image:
@@ -53,8 +53,8 @@ def test_every_voxel_lies_at_its_place_for_gdcm_and_highdicom(direction: np.ndar
     assert_every_voxel_in_place(series, volume.array, volume.affine)
     normals = [np.cross(d.ImageOrientationPatient[:3], d.ImageOrientationPatient[3:]) @ d.ImagePositionPatient for d in series.slices]
     assert normals == sorted(normals) and [d.InstanceNumber for d in series.slices] == list(range(1, len(normals) + 1))
-    upright = np.reshape(series.slices[0].ImageOrientationPatient, (2, 3))
-    assert upright[0].argmax() == 0 and upright[1].argmax() == 1  # right to left, front to back: the picture is not upside down
+    canonical = np.reshape(series.slices[0].ImageOrientationPatient, (2, 3))
+    assert canonical[0].argmax() == 0 and canonical[1].argmax() == 1  # right to left, front to back: the picture is not upside down
 
 
 @pytest.mark.parametrize("direction", [TILT @ d for d in directions()[::5]], ids=str)
@@ -79,13 +79,13 @@ def test_every_voxel_of_an_enhanced_ct_lies_at_its_place(direction: np.ndarray, 
 def test_slices_are_written_as_they_come(enhanced: bool, tmp_path: Path) -> None:
     shape = (96, 256, 256)  # 12 MiB
     mask = LabelVolume(np.zeros(shape, np.uint8), Geometry(np.diag([1.0, 1.0, -2.0, 1.0])))  # towards the feet: the last slice comes first
-    painting = Painting("case", None, mask, fake_manifest(), "fake (given)", "", 0)
+    record = OutputRecord("case", None, mask, fake_manifest(), "fake (given)", "", 0)
     writer = FORMATS["dicom"](FormatOptions(enhanced=enhanced, segmentation="none"))
-    writer.check(painting.manifest, tmp_path)
+    writer.check(record.manifest, tmp_path)
     slabs = (CTSlab(np.full((4, *shape[1:]), k, np.int16), 0, k) for k in range(0, 96, 4))
     tracemalloc.start()
     try:
-        (folder,) = writer.write(tmp_path, painting, slabs)
+        (folder,) = writer.write(tmp_path, record, slabs)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -150,8 +150,8 @@ def test_the_profile_of_a_detached_series(tmp_path: Path) -> None:
         assert ds.PatientIdentityRemoved == "YES" and ds.DeidentificationMethod
         assert ds.SeriesDescription == "SYNTHETIC CT - NOT FOR DIAGNOSIS" and ds.BurnedInAnnotation == "NO" and ds.SeriesNumber == 9000
         (equipment,) = ds.ContributingEquipmentSequence
-        (purpose,) = equipment.PurposeOfReferenceCodeSequence
-        assert (purpose.CodeValue, purpose.CodingSchemeDesignator, purpose.CodeMeaning) == ("109100", "DCM", "Synthesizing Equipment")
+        (tag,) = equipment.PurposeOfReferenceCodeSequence
+        assert (tag.CodeValue, tag.CodingSchemeDesignator, tag.CodeMeaning) == ("109100", "DCM", "Synthesizing Equipment")
         assert "model fake" in ds.DerivationDescription and "seed 7" in ds.DerivationDescription
         assert f"mask sha256 {series.mask.digest.hex()}" in ds.DerivationDescription and "engine file none" in ds.DerivationDescription
         assert (ds.RescaleIntercept, ds.RescaleSlope, ds.RescaleType) == (0, 1, "HU") and ds.KVP is None and ds.AcquisitionNumber is None

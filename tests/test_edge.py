@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from export import error_localization, parity
-from export.graph import LabelsToIntensity, folded, halved
+from export.graph import LabelsToIntensity, fuse_batch_norm, to_fp16
 from export.to_onnx import to_onnx
 from runtime.core.errors import ConfigError
 from runtime.core.manifest import Manifest
@@ -79,7 +79,7 @@ def test_edge_computes_its_plain_formula(slices: int, skips: bool, style: int, n
         found, expected = net(condition, noise, vector), plainly(net, condition, noise, vector)
         torch.testing.assert_close(found.double(), expected, atol=1e-7, rtol=0)  # logits are rounded to float32
         without = [net(condition, noise, None)] * bool(style) + [net(condition, None, vector)] * noisy
-        assert all((image - expected).abs().max() > 1e-2 for image in without), "a part that paints nothing shows nothing"
+        assert all((image - expected).abs().max() > 1e-2 for image in without), "a part that synthesizes nothing shows nothing"
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 7])
@@ -129,8 +129,8 @@ def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Lab
     manifest = replace(trained, style=2, grid=replace(trained.grid, canvas=(64, 64), divisor=4))
     graph = LabelsToIntensity(edge(trained.grid.slices, filters=64, depth=2, style=2), len(trained.labels), trained.intensity)
     folder = tmp_path_factory.mktemp("edge")
-    to_onnx(folded(graph), manifest, folder / "model.onnx")
-    to_onnx(halved(folded(graph)), manifest, folder / "model.fp16.onnx")
+    to_onnx(fuse_batch_norm(graph), manifest, folder / "model.onnx")
+    to_onnx(to_fp16(fuse_batch_norm(graph)), manifest, folder / "model.fp16.onnx")
     return graph, manifest, folder
 
 
@@ -152,14 +152,14 @@ def test_the_file_holds_convolutions_of_constants_and_copies_nothing_together_at
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_file_paints_what_the_network_paints(precision: str, exported: tuple[LabelsToIntensity, Manifest, Path]) -> None:
+def test_the_file_synthesizes_what_the_network_synthesizes(precision: str, exported: tuple[LabelsToIntensity, Manifest, Path]) -> None:
     graph, manifest, folder = exported
     labels = parity.random_labels(3, manifest.grid.slices, (32, 48), 8)
     truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, labels))
     assert truth.values.std() > 50
     for backend in (b for b in BACKENDS if b.file == ("onnx", precision) and not b.uninstalled()):
         engine = backend.open(folder / model_file(precision), manifest)
-        difference = np.abs(parity.paint(engine, truth.inputs)[0].astype(int) - truth.values)
+        difference = np.abs(parity.generate(engine, truth.inputs)[0].astype(int) - truth.values)
         engine.close()
         assert difference.max() <= 1 if precision == "fp32" else difference.mean() <= 1, backend.name
 

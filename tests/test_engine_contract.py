@@ -22,10 +22,10 @@ from runtime.engines.memory import HOST_STREAM, Stream
 from runtime.engines.registry import BACKENDS, open_engine
 
 GPU = ("tensorrt", "onnx-cuda")
-Opened = tuple[Engine, Manifest]
+WorkerModel = tuple[Engine, Manifest]
 
 
-def open_backend(name: str, folder: Path) -> Opened:
+def open_backend(name: str, folder: Path) -> WorkerModel:
     manifest = Manifest.load(folder)
     return open_engine(name, manifest, folder)[0], manifest
 
@@ -47,7 +47,7 @@ def hand_made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=ENGINES)
-def opener(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], Opened]]:
+def opener(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], WorkerModel]]:
     """Opens the engine, again and again if need be; what was opened is closed."""
     opened: list[Engine] = []
     name = request.param
@@ -62,7 +62,7 @@ def opener(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
         if why is not None:
             pytest.skip(f"{name}: {why}")
 
-    def open_one() -> Opened:
+    def open_one() -> WorkerModel:
         manifest = fake_manifest()
         made = (FakeEngine(manifest), manifest) if folder is None else open_backend(name, folder)
         opened.append(made[0])
@@ -74,7 +74,7 @@ def opener(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.fixture
-def opened(opener: Callable[[], Opened]) -> Opened:
+def opened(opener: Callable[[], WorkerModel]) -> WorkerModel:
     return opener()
 
 
@@ -126,9 +126,9 @@ def test_a_slice_does_not_depend_on_its_place_in_the_batch_nor_on_its_neighbours
     a, out = tensors(engine, manifest, seed=1)
     b, _ = tensors(engine, manifest, seed=2)
 
-    def paint(*slices: dict) -> list[np.ndarray]:
+    def infer(*slices: dict) -> list[np.ndarray]:
         """Slices in this order, in as many calls as the engine's batch takes, padded with zeros."""
-        painted = []
+        generated = []
         for start in range(0, len(slices), engine.spec.batch):
             part = slices[start : start + engine.spec.batch]
             inputs = {name: np.zeros_like(array) for name, array in a.items()}
@@ -136,15 +136,15 @@ def test_a_slice_does_not_depend_on_its_place_in_the_batch_nor_on_its_neighbours
                 for name in inputs:
                     inputs[name][n] = one[name]
             engine.run(inputs, out, stream=HOST_STREAM)
-            painted += list(hu(out)[: len(part)])
-        return painted
+            generated += list(hu(out)[: len(part)])
+        return generated
 
     first, second = ({name: array[0] for name, array in inputs.items()} for inputs in (a, b))
-    alone = paint(first)[0]
+    alone = infer(first)[0]
     for order in ((first, second), (second, first), (second, second, first)):
         places = [n for n, one in enumerate(order) if one is first]
-        assert all(np.array_equal(paint(*order)[n], alone) for n in places)
-    assert not np.array_equal(paint(second)[0], alone)
+        assert all(np.array_equal(infer(*order)[n], alone) for n in places)
+    assert not np.array_equal(infer(second)[0], alone)
 
 
 def test_the_shape_may_change_from_call_to_call(opened) -> None:
@@ -200,7 +200,7 @@ def pooled(engine: Engine, manifest: Manifest, stream: Stream, seed: int, rows: 
     inputs, out = tensors(engine, manifest, rows, seed)
     buffers, copies = [], {}
     for name, array in (*inputs.items(), ("ct", out)):
-        buffers.append(engine.pool.purpose(name).allocate(array.nbytes, stream=stream))
+        buffers.append(engine.pool.tag(name).allocate(array.nbytes, stream=stream))
         copies[name] = buffers[-1].array(array.shape, array.dtype)
         copies[name][...] = array
     return copies, copies.pop("ct"), buffers
@@ -238,7 +238,7 @@ def test_tensors_given_again_are_read_anew_and_others_are_checked(opened) -> Non
     stream = engine.open_stream()
     inputs, out, buffers = pooled(engine, manifest, stream, 0)
 
-    def painted(given: dict, made: np.ndarray) -> np.ndarray:
+    def generated(given: dict, made: np.ndarray) -> np.ndarray:
         made[...] = 0xAB
         engine.run(given, made, stream=stream)
         stream.synchronize()
@@ -252,15 +252,15 @@ def test_tensors_given_again_are_read_anew_and_others_are_checked(opened) -> Non
     for seed in (1, 2, 1):
         for name, array in tensors(engine, manifest, seed=seed)[0].items():
             inputs[name][...] = array
-        assert np.array_equal(painted(inputs, out), expected(inputs))
+        assert np.array_equal(generated(inputs, out), expected(inputs))
     others = tensors(engine, manifest, seed=3)
-    assert np.array_equal(painted(*others), expected(others[0]))
-    assert np.array_equal(painted(inputs, out), expected(inputs))
+    assert np.array_equal(generated(*others), expected(others[0]))
+    assert np.array_equal(generated(inputs, out), expected(inputs))
     inputs["labels"] = others[0]["labels"]
-    assert np.array_equal(painted(inputs, out), expected(inputs))
+    assert np.array_equal(generated(inputs, out), expected(inputs))
     inputs["labels"] = np.ascontiguousarray(others[0]["labels"][..., :-1])
     with pytest.raises(EngineError, match="of shape"):
-        painted(inputs, out)
+        generated(inputs, out)
     stream.close()
     for buffer in buffers:
         buffer.close()
@@ -269,7 +269,7 @@ def test_tensors_given_again_are_read_anew_and_others_are_checked(opened) -> Non
 def test_every_thread_may_have_a_stream(opened) -> None:
     engine, manifest = opened
 
-    def paint(seed: int) -> list[np.ndarray]:
+    def infer(seed: int) -> list[np.ndarray]:
         stream, results = engine.open_stream(), []
         for n in range(3):
             inputs, out = tensors(engine, manifest, seed=10 * seed + n)
@@ -279,9 +279,9 @@ def test_every_thread_may_have_a_stream(opened) -> None:
         stream.close()
         return results
 
-    one_by_one = [paint(seed) for seed in range(3)]
+    one_by_one = [infer(seed) for seed in range(3)]
     with ThreadPoolExecutor(3) as threads:
-        at_once = list(threads.map(paint, range(3)))
+        at_once = list(threads.map(infer, range(3)))
     assert all(np.array_equal(a, b) for x, y in zip(one_by_one, at_once, strict=True) for a, b in zip(x, y, strict=True))
 
 
@@ -307,22 +307,22 @@ def volume(manifest: Manifest, depth: int, seed: int = 0) -> LabelVolume:
 
 
 def test_a_volume_is_the_same_for_any_batch_and_any_company(opener) -> None:
-    """Two synthesizers in one process, each with an engine, painting at once; one given up half-way; whole batches and single slices."""
+    """Two synthesizers in one process, each with an engine, synthesis at once; one given up half-way; whole batches and single slices."""
     synths = []
     for batch in (1, 5):
         engine, manifest = opener()
         synths.append(Synthesizer(manifest, engine, batch=batch))
-    want = synths[0].paint(volume(manifest, 7))
+    want = synths[0].synthesize(volume(manifest, 7))
     start = {kind: stats.in_use for kind, stats in synths[1].memory().items()}
     given_up = synths[1].slabs(volume(manifest, 9, seed=1))
     next(given_up)
     with ThreadPoolExecutor(2) as threads:
-        painted = list(threads.map(lambda synth: synth.paint(volume(manifest, 7)), synths))
+        generated = list(threads.map(lambda synth: synth.synthesize(volume(manifest, 7)), synths))
     given_up.close()
-    assert all(np.array_equal(ct, want) for ct in painted)
-    assert np.array_equal(synths[1].paint(volume(manifest, 7)), want)
+    assert all(np.array_equal(ct, want) for ct in generated)
+    assert np.array_equal(synths[1].synthesize(volume(manifest, 7)), want)
     synths[0].close()
-    assert np.array_equal(synths[1].paint(volume(manifest, 7)), want)
+    assert np.array_equal(synths[1].synthesize(volume(manifest, 7)), want)
     synths[1].close()
     assert all(stats.in_use == 0 for synth in synths for stats in synth.memory().values()) and start
 
@@ -330,12 +330,12 @@ def test_a_volume_is_the_same_for_any_batch_and_any_company(opener) -> None:
 def test_an_error_in_the_middle_of_a_stream_frees_every_byte(opened) -> None:
     engine, manifest = opened
     with Synthesizer(manifest, engine, batch=1) as synth:
-        want = synth.paint(volume(manifest, 6))
+        want = synth.synthesize(volume(manifest, 6))
         slabs = synth.slabs(volume(manifest, 30))
         next(slabs)
         with pytest.raises(InputError):
             slabs.throw(InputError("the receiver's disk is full"))
-        assert np.array_equal(synth.paint(volume(manifest, 6)), want)
+        assert np.array_equal(synth.synthesize(volume(manifest, 6)), want)
     assert all(stats.in_use == stats.held == 0 for stats in synth.memory().values())
 
 
@@ -381,7 +381,7 @@ def test_a_graph_that_fails_while_it_computes_is_an_error_of_ours_and_the_engine
     engine, manifest = open_backend(name, write_model(tmp_path / "model", size=64))
     inputs, out = tensors(engine, manifest)
     engine.run(inputs, out, stream=HOST_STREAM)
-    painted = hu(out)
+    generated = hu(out)
     with pytest.raises(EngineError, match="failed") as caught:
         engine.run(*tensors(engine, manifest, rows=2), stream=HOST_STREAM)
     assert caught.value.expected and "export" in caught.value.remedy and caught.value.__cause__ is not None
@@ -391,5 +391,5 @@ def test_a_graph_that_fails_while_it_computes_is_an_error_of_ours_and_the_engine
         stream.synchronize()
     engine.run(inputs, out, stream=stream)
     stream.synchronize()
-    assert np.array_equal(hu(out), painted)
+    assert np.array_equal(hu(out), generated)
     engine.close()

@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 from samples import image
 
-from train.metrics.scores import body, body_mask, ceiling, diversity, evaluate, organ, table, texture
+from train.metrics.scores import body, body_mask, diversity, evaluate, organ, real_baseline, table, texture
 from train.metrics.volume_metrics import scales_of, similarity, steps_along_z, wasserstein
 from train.validation import neighbours
 
@@ -35,9 +35,9 @@ def test_the_body_is_its_filled_outline_without_the_table() -> None:
     assert not body_mask(np.full((1, 16, 16), -1000)).any()
 
 
-def test_a_perfect_painting_has_no_error() -> None:
+def test_a_perfect_synthesis_has_no_error() -> None:
     ct, mask = thorax()
-    ct[:, 12] = 60  # mean painting is not perfect
+    ct[:, 12] = 60  # label means is not perfect
     metrics = evaluate([ct], [ct], [mask], ["heart"])
     assert metrics["cases"] == 1 and metrics["body"]["mae"] == 0 and metrics["body"]["mae_ratio"] == 0
     heart = metrics["organs"]["heart"]
@@ -46,9 +46,9 @@ def test_a_perfect_painting_has_no_error() -> None:
 
 def test_medians_and_quartiles_are_pooled_over_cases() -> None:
     mask = np.ones((1, 10, 10), np.uint8)
-    painted = [np.full((1, 10, 10), 100), np.full((1, 10, 10), 300)]
+    generated = [np.full((1, 10, 10), 100), np.full((1, 10, 10), 300)]
     true = [np.arange(100).reshape(1, 10, 10), np.arange(100, 200).reshape(1, 10, 10)]
-    result = organ(painted, true, [mask, mask], 1)
+    result = organ(generated, true, [mask, mask], 1)
     assert result is not None
     assert (result["voxels"], result["median"], result["median_true"]) == (200, 200, 99.5)
     assert result["median_error"] == 100.5 and result["iqr"] == 200 and result["iqr_true"] == pytest.approx(99.5)
@@ -59,17 +59,17 @@ def test_an_absent_organ_is_null() -> None:
     assert evaluate([ct], [ct], [mask], ["heart", "aorta"])["organs"]["aorta"] is None
 
 
-def test_mean_painting_has_the_ratio_one_and_its_error_is_the_mean_deviation() -> None:
+def test_mean_synthesis_has_the_ratio_one_and_its_error_is_the_mean_deviation() -> None:
     ct, mask = thorax()
     rng = np.random.default_rng(0)
     ct = ct + rng.normal(0, 30, ct.shape).astype(np.int16)
     inside = body_mask(ct)
-    painted = np.zeros(ct.shape)
+    generated = np.zeros(ct.shape)
     for region in (inside & (mask == 0), inside & (mask == 1)):
-        painted[region] = ct[region].mean()
-    result = body([painted], [ct], [mask], 2)
+        generated[region] = ct[region].mean()
+    result = body([generated], [ct], [mask], 2)
     assert result is not None and result["mae_ratio"] == pytest.approx(1, abs=1e-4)
-    assert result["mae"] == pytest.approx(np.abs(painted - ct)[inside].mean(), abs=1e-3)
+    assert result["mae"] == pytest.approx(np.abs(generated - ct)[inside].mean(), abs=1e-3)
     shifted = body([ct + 10], [ct], [mask], 2)
     assert shifted is not None and shifted["mae"] == 10
 
@@ -135,7 +135,7 @@ def test_slices_that_flicker_are_told_from_slices_that_agree() -> None:
     ct, mask = thorax((4, 64, 64))
     ct += (np.arange(4) * 10).astype(np.int16)[:, None, None]
     flicker = ct.copy()
-    flicker[1::2] += 50  # the true step is 10, the painted ones 60, 40, 60
+    flicker[1::2] += 50  # the true step is 10, the synthesized ones 60, 40, 60
     result = body([flicker], [ct], [mask], 2)
     assert result is not None and result["z_difference"] == pytest.approx((50 + 30 + 50) / 3, abs=1)
     same = body([ct + 500], [ct], [mask], 2)
@@ -148,22 +148,22 @@ def test_slices_that_flicker_are_told_from_slices_that_agree() -> None:
 def test_only_slices_that_follow_each_other_in_the_volume_are_compared() -> None:
     ct, mask = thorax((4, 64, 64))
     ct[2:] += 300  # other anatomy, far from slice 1
-    painted = ct.copy()
-    painted[3] += 20
+    generated = ct.copy()
+    generated[3] += 20
     place = np.array([4, 5, 20, 21])
-    result = evaluate([painted], [ct], [mask], ["heart"], [place])
+    result = evaluate([generated], [ct], [mask], ["heart"], [place])
     assert result["body"]["z_difference"] == 10 and result["organs"]["heart"]["z_difference"] == 10  # steps 0 and 20, for 0 and 0
-    painted[2:] -= 300  # between slices 1 and 2 there is nothing to compare
-    assert evaluate([painted], [ct], [mask], ["heart"], [place])["body"]["z_difference"] == 10
-    assert evaluate([painted], [ct], [mask], ["heart"])["body"]["z_difference"] > 50
+    generated[2:] -= 300  # between slices 1 and 2 there is nothing to compare
+    assert evaluate([generated], [ct], [mask], ["heart"], [place])["body"]["z_difference"] == 10
+    assert evaluate([generated], [ct], [mask], ["heart"])["body"]["z_difference"] > 50
 
 
 def test_a_step_in_one_place_does_not_stand_in_for_one_that_is_missing_in_another() -> None:
     ct, mask = thorax((4, 64, 64))
-    true, painted = ct.copy(), ct.copy()
-    true[1::2, 20:24, 30:34] += 60  # the true steps are here, the painted ones as large elsewhere
-    painted[1::2, 40:44, 30:34] += 60
-    found = evaluate([painted], [true], [mask], ["heart"])["body"]
+    true, generated = ct.copy(), ct.copy()
+    true[1::2, 20:24, 30:34] += 60  # the true steps are here, the synthesized ones as large elsewhere
+    generated[1::2, 40:44, 30:34] += 60
+    found = evaluate([generated], [true], [mask], ["heart"])["body"]
     inside = int(body_mask(true)[0].sum())
     assert found["z_difference"] == 0 and found["z_error"] == pytest.approx(60 * 32 / inside, rel=0.01)
     rising, falling = ct.copy(), ct.copy()
@@ -171,27 +171,27 @@ def test_a_step_in_one_place_does_not_stand_in_for_one_that_is_missing_in_anothe
     falling[2:] -= 10
     found = evaluate([falling], [rising], [mask], ["heart"])["body"]  # up is not down
     assert found["z_difference"] == 0 and found["z_error"] == pytest.approx(20 / 3, rel=0.01)
-    apart = evaluate([painted], [true], [mask], ["heart"], [np.array([0, 2, 4, 6])])["body"]
+    apart = evaluate([generated], [true], [mask], ["heart"], [np.array([0, 2, 4, 6])])["body"]
     assert apart["z_error"] is None  # nothing follows anything
 
 
 def test_an_outline_that_flickers_is_counted_in_pixels() -> None:
     ct, mask = thorax((4, 64, 64))
-    painted = ct.copy()
-    painted[1, 10:12, 10:54] = -1000  # two rows of 44 pixels less
-    found = evaluate([painted], [ct], [mask], ["heart"])["body"]
+    generated = ct.copy()
+    generated[1, 10:12, 10:54] = -1000  # two rows of 44 pixels less
+    found = evaluate([generated], [ct], [mask], ["heart"])["body"]
     assert (found["outline_step"], found["outline_step_true"]) == (pytest.approx(2 * 88 / 3, abs=3), 0)
-    apart = evaluate([painted], [ct], [mask], ["heart"], [np.array([0, 1, 9, 10])])["body"]
+    apart = evaluate([generated], [ct], [mask], ["heart"], [np.array([0, 1, 9, 10])])["body"]
     assert apart["outline_step"] == pytest.approx(44, abs=3)
 
 
 def test_an_organs_steps_are_its_own() -> None:
     ct, mask = thorax((4, 64, 64))
-    painted = ct.copy()
-    painted[1::2][mask[1::2] == 1] += 40
-    result = evaluate([painted], [ct], [mask], ["heart"])
+    generated = ct.copy()
+    generated[1::2][mask[1::2] == 1] += 40
+    result = evaluate([generated], [ct], [mask], ["heart"])
     assert result["organs"]["heart"]["z_difference"] == 40 and result["body"]["z_difference"] < 20
-    assert ceiling([painted], [mask], [ct], [mask], ["heart"])["organs"]["heart"]["z_difference"] == 40
+    assert real_baseline([generated], [mask], [ct], [mask], ["heart"])["organs"]["heart"]["z_difference"] == 40
 
 
 @pytest.mark.parametrize(("total", "count"), [(48, 24), (48, 47), (30, 2), (9, 5), (7, 6), (5, 4), (100, 98)])
@@ -230,16 +230,16 @@ def test_variants_are_compared_with_each_other_and_patients_with_patients() -> N
     alike, third, unlike = (diversity([variants], [mask], real, ["heart"])["ms_ssim"] for variants in ([a, a], [a, a, b], [a, b, c]))
     assert alike == pytest.approx(1) and unlike < 0.3 and third == pytest.approx((1 + 2 * unlike) / 3, abs=0.05)
     below = np.roll(a, -2, 0)  # the same patient, lying two slices lower
-    assert ceiling([a], [mask], [below], [np.roll(mask, -2, 0)], ["heart"])["similarity"]["ms_ssim"] == pytest.approx(1)
-    assert ceiling([a], [mask], [below], [mask], ["heart"])["similarity"]["ms_ssim"] < 0.3
-    assert ceiling([a], [mask], [b[:, :32]], [mask[:, :32]], ["heart"])["similarity"]["ms_ssim"] is None
+    assert real_baseline([a], [mask], [below], [np.roll(mask, -2, 0)], ["heart"])["similarity"]["ms_ssim"] == pytest.approx(1)
+    assert real_baseline([a], [mask], [below], [mask], ["heart"])["similarity"]["ms_ssim"] < 0.3
+    assert real_baseline([a], [mask], [b[:, :32]], [mask[:, :32]], ["heart"])["similarity"]["ms_ssim"] is None
 
 
 def test_the_ceiling_is_what_lies_between_real_patients() -> None:
     ct, mask = thorax()
     other = ct.copy()
     other[mask == 1] += 30
-    result = ceiling([ct], [mask], [other], [mask], ["heart"])
+    result = real_baseline([ct], [mask], [other], [mask], ["heart"])
     assert result["organs"]["heart"]["wasserstein"] == 30 and result["body"]["z_difference"] == 0
 
 

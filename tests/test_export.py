@@ -112,7 +112,7 @@ def test_nodes_bear_the_names_of_the_networks_modules(model: Path, trained: Path
         assert "generator.encoder.0.0/Conv" in names
 
 
-def test_the_graph_paints_hu_as_little_endian_bytes(trained: Path) -> None:
+def test_the_graph_synthesizes_hu_as_little_endian_bytes(trained: Path) -> None:
     class Ramp(torch.nn.Module):
         def forward(self, condition, noise=None, style=None):
             n, _, h, w = condition.shape
@@ -163,7 +163,7 @@ def test_an_output_that_cannot_be_written_is_exit_4(trained: Path, tmp_path: Pat
     assert done.returncode == 4 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_without_tensorrt_it_is_exit_3_and_the_proven_onnx_model_replaces_the_older_one_whole(
+def test_without_tensorrt_it_is_exit_3_and_the_validated_onnx_model_replaces_the_older_one_whole(
     trained: Path, model: Path, tmp_path: Path, command
 ) -> None:
     shutil.copytree(model, tmp_path / "model")

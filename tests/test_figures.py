@@ -30,9 +30,9 @@ def test_one_command_draws_the_figure(trained: Path, tmp_path: Path, command) ->
     assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "other.png").exists()
 
 
-def test_the_nearest_moment_stands_in_for_one_that_was_not_painted(trained: Path, tmp_path: Path) -> None:
+def test_the_nearest_moment_stands_in_for_one_that_was_not_synthesized(trained: Path, tmp_path: Path) -> None:
     shutil.copy(trained / "config.json", tmp_path)
-    with pytest.raises(UsageError, match="no painted slices"):
+    with pytest.raises(UsageError, match="no synthetic slices"):
         progress(tmp_path, tmp_path / "figure.png")
     plane = np.zeros((2, 8, 8), np.int16)
     for step in (0, 4):

@@ -50,7 +50,7 @@ def test_every_seg_and_structure_set_of_a_folder_is_a_case_and_its_ct_is_none(tm
     assert sorted(case.kind for case in cases) == ["rtstruct", "seg", "seg", "seg", "volume"]
     assert len({case.name for case in cases}) == 5 and "mine" in {case.name for case in cases}
     assert all(len(case.grid) == (4 if case.kind == "rtstruct" else 0) for case in cases)
-    assert not any(name in f"{case.name} {case.called} {case!r}".replace(repr(case.files), "").replace(repr(case.grid), "")
+    assert not any(name in f"{case.name} {case.display_name} {case!r}".replace(repr(case.files), "").replace(repr(case.grid), "")
                    for case in cases if case.kind != "volume" for name in PLANTED)  # fmt: skip
     again = find_cases([tmp_path / "in", *(case.files[0] for case in cases)])  # a file that lies in the folder is not found twice
     assert [case.name for case in again] == [case.name for case in cases]

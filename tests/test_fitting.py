@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from export.quantize import Quantizer
-from export.weight_reconstruction import held_in_8_bits
+from export.weight_reconstruction import fake_quantize
 
 SLICES, CLASSES = 12, 4
 LAYERS = ("first", "spread", "mix", "last")
@@ -57,7 +57,7 @@ def exported(network: nn.Module, path: Path) -> Path:
     return path
 
 
-def painted(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def generated(path: Path, inputs: dict[str, np.ndarray]) -> np.ndarray:
     (y,) = ort.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, inputs)
     return np.asarray(y)
 
@@ -66,7 +66,7 @@ def error(path: Path, network: nn.Module, inputs: dict[str, np.ndarray]) -> floa
     """The root mean square of what differs over that of the network's values."""
     with torch.inference_mode():
         truth = network(torch.from_numpy(inputs["labels"])).numpy()
-    return float(np.sqrt(np.square(painted(path, inputs) - truth).mean() / truth.var()))
+    return float(np.sqrt(np.square(generated(path, inputs) - truth).mean() / truth.var()))
 
 
 @pytest.fixture(params=[False, True], ids=["alike", "apart"])
@@ -113,7 +113,7 @@ def test_a_network_that_the_graph_does_not_come_from_is_refused(network: Network
 
 
 def test_a_layer_that_reads_zeros_alone_is_held(tmp_path: Path) -> None:
-    """As in a network that died in training: its file is to be proven like any other."""
+    """As in a network that died in training: its file is to be validated like any other."""
     torch.manual_seed(0)
     dead = Network(torch.ones(16)).eval()
     with torch.no_grad():
@@ -122,7 +122,7 @@ def test_a_layer_that_reads_zeros_alone_is_held(tmp_path: Path) -> None:
     Quantizer(exported(dead, tmp_path / "fp32.onnx"), labels(0)).fitted(dead, labels(1)).write(tmp_path / "int8.onnx", ())
     with torch.inference_mode():
         truth = dead(torch.from_numpy(labels(2)["labels"])).numpy()
-    np.testing.assert_allclose(painted(tmp_path / "int8.onnx", labels(2)), truth, rtol=0, atol=0.02)
+    np.testing.assert_allclose(generated(tmp_path / "int8.onnx", labels(2)), truth, rtol=0, atol=0.02)
 
 
 class Grouped(nn.Module):
@@ -154,5 +154,5 @@ def test_groups_of_several_channels_and_gaps_between_taps_are_fitted_too(tmp_pat
 
 def test_eight_bits_hold_zero_exactly_and_end_at_their_range() -> None:
     x = torch.tensor([-2.0, -0.5, 0.0, 0.004, 1.5, 9.0])
-    held = held_in_8_bits(x, -1.0, 1.55)
+    held = fake_quantize(x, -1.0, 1.55)
     np.testing.assert_allclose(held, [-1.0, -0.5, 0.0, 0.0, 1.5, 1.55], atol=1e-6)

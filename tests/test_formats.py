@@ -22,7 +22,7 @@ from runtime.core.volume import CTSlab, Geometry
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.io.volume_files import is_synthetic
 from runtime.io.writers.base import result_name
-from runtime.io.writers.registry import DEFAULT_OPTIONS, FORMATS, Painting
+from runtime.io.writers.registry import DEFAULT_OPTIONS, FORMATS, OutputRecord
 from runtime.io.writers.volume import GZIP_THREADS, planes_of, write_ct
 
 VOLUMES = {"nifti": ".nii.gz", "nii": ".nii", "nrrd": ".nrrd", "mha": ".mha"}
@@ -90,7 +90,7 @@ def test_the_bytes_depend_neither_on_threads_nor_on_how_slabs_are_cut(suffix: st
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-def test_a_volume_painted_along_another_axis_is_never_held(axis: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_volume_synthesized_along_another_axis_is_never_held(axis: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("runtime.io.writers.volume.SPOOLED", 1 << 20)
     shape = (96, 200, 200)  # 7.3 MiB
     hu = np.random.default_rng(0).integers(-1024, 1024, shape).astype(np.int16)
@@ -122,7 +122,7 @@ def test_what_others_wrote_is_never_replaced(name: str, tmp_path: Path, fake_mod
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_result_that_fails_on_the_way_leaves_the_one_before(name: str, tmp_path: Path) -> None:
     manifest, labels = fake_manifest(), np.ones((6, 8, 9), np.uint8)
-    painting = Painting("case", 0, LabelVolume(labels, Geometry(np.eye(4))), manifest, "fake (given)", "", 0)
+    record = OutputRecord("case", 0, LabelVolume(labels, Geometry(np.eye(4))), manifest, "fake (given)", "", 0)
     writer = FORMATS[name](DEFAULT_OPTIONS)
     writer.check(manifest, tmp_path)
 
@@ -135,9 +135,9 @@ def test_a_result_that_fails_on_the_way_leaves_the_one_before(name: str, tmp_pat
     for _ in range(2):  # first there is nothing before it, then a whole result
         before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "labelsTr" not in p.parts}
         with pytest.raises(OutputError, match="the disk is full"):
-            writer.write(tmp_path, painting, slabs(3))
+            writer.write(tmp_path, record, slabs(3))
         assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file() and "labelsTr" not in p.parts} == before
-        writer.write(tmp_path, painting, slabs(6))
+        writer.write(tmp_path, record, slabs(6))
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "\\\\server\\x", "x\0y", ".hidden"])
@@ -202,7 +202,7 @@ def test_msd_lists_its_pairs_and_keeps_what_others_listed(tmp_path: Path, fake_m
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["nnunet", "msd"])
 def test_the_index_of_500_cases_is_right_also_after_a_kill(format: str, tmp_path: Path, fake_model: Path) -> None:
-    """It is written once a run: of one that was killed, by the run that goes on, even where nothing was left to paint."""
+    """It is written once a run: of one that was killed, by the run that goes on, even where nothing was left to synthesize."""
     out = tmp_path / "set"
     arguments = ["synth", str(write_mask(tmp_path / "c.nii.gz", blobs((2, 16, 16)))), "--model", str(fake_model), "--backend", "fake", "--quiet",
                  "--output", str(out), "--format", format, "--variants", "500", "--deform", "0", "--rotate", "0", "--scale", "0"]  # fmt: skip
@@ -254,6 +254,6 @@ def test_arbitrary_units_are_no_ct_for_nnunet_and_no_dicom_series(tmp_path: Path
     with Synthesizer(manifest, FakeEngine(manifest)) as opened:
         list(opened.stream([mask], tmp_path / "set", format="nnunet"))
         assert json.loads((tmp_path / "set" / "dataset.json").read_text())["channel_names"] == {"0": "synthetic"}
-        with pytest.raises(UsageError, match=r"paints a\.u\., not HU"):
+        with pytest.raises(UsageError, match=r"synthesizes a\.u\., not HU"):
             opened.stream([mask], tmp_path / "series", format="dicom")
     assert not (tmp_path / "series").exists()

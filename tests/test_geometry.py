@@ -36,15 +36,15 @@ def test_every_axis_order_keeps_each_label_at_its_voxel(direction: np.ndarray, t
     mask = image(values, (2.0, 2.0, 2.0), direction=rotation(tilt) @ direction)
     with fake(pixel_spacing=(2.0, 2.0)) as synth:
         ct = synth(mask)
-    painted = sitk.GetArrayFromImage(ct)
+    generated = sitk.GetArrayFromImage(ct)
     for value, hu in FAKE_HU.items():
-        assert (painted[values == value] == hu).all()
+        assert (generated[values == value] == hu).all()
     assert ct.GetOrigin() == mask.GetOrigin() and ct.GetSpacing() == mask.GetSpacing() and ct.GetDirection() == mask.GetDirection()
     assert ct.GetPixelID() == sitk.sitkInt16
 
 
 class Coordinates(FakeEngine):
-    """Paints 10 x the canvas row + the canvas column: shows how a slice is presented to the network."""
+    """Synthesizes 10 x the canvas row + the canvas column: shows how a slice is presented to the network."""
 
     def run(self, inputs, out, *, stream) -> None:
         h, w = out.shape[1:3]
@@ -143,7 +143,7 @@ def test_a_linear_ramp_survives_the_way_to_the_canvas_and_back() -> None:
         (np.diag([1, -1, 1])[:, [1, 0, 2]], lambda ct: ct.T[:, ::-1]),  # the last axis runs from posterior to anterior
     ],
 )
-def test_a_painted_slice_comes_back_as_bilinear_interpolation_has_it_in_any_orientation(direction: np.ndarray, lies) -> None:
+def test_a_synthesized_slice_comes_back_as_bilinear_interpolation_has_it_in_any_orientation(direction: np.ndarray, lies) -> None:
     """Against double precision, of a slice of several strips of rows, the last of them not whole."""
     shape, canvas = (1, 150, 150), (48, 64)
     grid = SliceGrid(GridPolicy(canvas, None, 16), Geometry.from_parts((0, 0, 0), (1, 1, 1), direction.ravel()), shape)
@@ -186,10 +186,10 @@ def test_a_slice_larger_than_the_canvas_is_cut_to_it_about_its_labels(places, si
     labels = corner_labels(shape, *places)
     grid = SliceGrid(GridPolicy((32, 32), (1.0, 1.0), 32), Geometry(np.eye(4)), shape, labels)
     assert grid.size == size and not grid.covers
-    painted = on_the_mask(grid, np.full(size, 7, np.int16), shape[1:], -1024)
-    assert tuple(np.flatnonzero((painted == 7).any(1))[[0, -1]] + [0, 1]) == rows
-    assert (painted[labels[0] > 0] == 7).all()  # no label is ever beyond the canvas
-    assert ((painted == 7) | (painted == -1024)).all()
+    generated = on_the_mask(grid, np.full(size, 7, np.int16), shape[1:], -1024)
+    assert tuple(np.flatnonzero((generated == 7).any(1))[[0, -1]] + [0, 1]) == rows
+    assert (generated[labels[0] > 0] == 7).all()  # no label is ever beyond the canvas
+    assert ((generated == 7) | (generated == -1024)).all()
 
 
 def test_a_slice_smaller_than_the_canvas_lies_in_its_middle_and_one_without_spacing_is_fitted() -> None:

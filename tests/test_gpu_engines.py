@@ -50,7 +50,7 @@ def core(monkeypatch: pytest.MonkeyPatch) -> World:
 
 def on_cpu(model: Path, *volumes: LabelVolume) -> list[np.ndarray]:
     with Synthesizer.open(model, backend="onnx") as synth:
-        return [synth.paint(one) for one in volumes]
+        return [synth.synthesize(one) for one in volumes]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -59,7 +59,7 @@ def test_the_bytes_are_the_cpus_whatever_the_batch(world: World, gpu_model: Path
     expected = on_cpu(gpu_model, *volumes)
     for batch in (1, 4, 16):
         with Synthesizer.open(gpu_model, backend=backend, batch=batch) as synth:
-            assert all(np.array_equal(synth.paint(one), ct) for one, ct in zip(volumes, expected, strict=True))
+            assert all(np.array_equal(synth.synthesize(one), ct) for one, ct in zip(volumes, expected, strict=True))
         assert world.left() == {}
 
 
@@ -68,13 +68,13 @@ def test_steady_state_asks_for_nothing(world: World, gpu_model: Path, backend: s
     allocating = ("cuMemAllocAsync", "cuMemAllocHost", "cuMemAlloc", "cuMemHostAlloc")
     with Synthesizer.open(gpu_model, backend=backend) as synth:
         for batches in (2, 1):  # two batches of the shape, one in each slot
-            synth.paint(volume(synth._engine.spec.batch * batches))
+            synth.synthesize(volume(synth._engine.spec.batch * batches))
         memory, calls = synth.memory(), [world.calls[name] for name in allocating]
         for seed in range(3):
-            synth.paint(volume(20, seed=seed))
+            synth.synthesize(volume(20, seed=seed))
         assert synth.memory() == memory and [world.calls[name] for name in allocating] == calls
         assert world.in_use("device") <= memory["device"].held and world.in_use("pinned") == memory["page-locked"].held
-        assert {"labels", "noise", "ct"} <= set(memory["device"].purposes)
+        assert {"labels", "noise", "ct"} <= set(memory["device"].tags)
     assert all(stats.in_use == stats.held == 0 for stats in synth.memory().values()) and world.left() == {}
 
 
@@ -82,12 +82,12 @@ def test_a_shape_is_captured_once_and_again_when_it_changes(core: World, gpu_mod
     with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
         batch = synth._engine.spec.batch
         assert "CUDA graphs" in synth.backend and "no CUDA graphs" not in synth.backend
-        synth.paint(volume(2 * batch))  # the first batch of each slot
+        synth.synthesize(volume(2 * batch))  # the first batch of each slot
         assert core.calls["cuGraphInstantiate"] == 0
-        synth.paint(volume(6 * batch))
+        synth.synthesize(volume(6 * batch))
         assert core.calls["cuGraphInstantiate"] == 2 and core.calls["cuGraphLaunch"] == 6 and core.calls["execute_async_v3"] == 4
-        synth.paint(volume(6 * batch, side=80))  # a larger canvas: new slots
-        synth.paint(volume(6 * batch))
+        synth.synthesize(volume(6 * batch, side=80))  # a larger canvas: new slots
+        synth.synthesize(volume(6 * batch))
         assert core.calls["cuGraphInstantiate"] == 6
 
 
@@ -96,21 +96,21 @@ def test_contexts_that_never_run_at_once_share_their_activations(core: World, gp
     volumes = [volume(30), volume(30, seed=1), volume(20, side=80)]
     expected = on_cpu(gpu_model, *volumes)
     with Synthesizer.open(gpu_model, backend="tensorrt", batch=1) as synth:
-        assert np.array_equal(synth.paint(volumes[0]), expected[0])
-        alone = synth.memory()["device"].purposes["activations"].peak
+        assert np.array_equal(synth.synthesize(volumes[0]), expected[0])
+        alone = synth.memory()["device"].tags["activations"].peak
         slabs = synth.slabs(volumes[0])
         first = next(slabs)
         for _ in range(2):
-            assert np.array_equal(synth.paint(volumes[1]), expected[1])
-        assert synth.memory()["device"].purposes["activations"].peak == alone and core.calls["create_execution_context"] == 4
+            assert np.array_equal(synth.synthesize(volumes[1]), expected[1])
+        assert synth.memory()["device"].tags["activations"].peak == alone and core.calls["create_execution_context"] == 4
         waited = core.calls["cuStreamWaitEvent"]
         assert waited
-        larger = synth.paint(volumes[2])  # blocks for another canvas are its own, and go when the first canvas returns
+        larger = synth.synthesize(volumes[2])  # blocks for another canvas are its own, and go when the first canvas returns
         rest = [next(slabs).hu for _ in range(29)]
         assert np.array_equal(larger, expected[2]) and np.array_equal(np.concatenate([first.hu, *rest]), expected[0])
         slabs.close()
-        synth.paint(volumes[1])
-        assert synth.memory()["device"].purposes["activations"].in_use == alone
+        synth.synthesize(volumes[1])
+        assert synth.memory()["device"].tags["activations"].in_use == alone
     assert core.left() == {}
 
 
@@ -123,16 +123,16 @@ def test_where_memory_is_short_both_slots_take_turns_on_one_block(core: World, g
         blocks.take(2 * size, stream=stream)
     with engine.cuda.current():  # type: ignore[attr-defined]
         first, second = (blocks.take(size, stream=stream) for _ in range(2))
-        assert first is second and engine.memory()["device"].purposes["activations"].in_use >= size
+        assert first is second and engine.memory()["device"].tags["activations"].in_use >= size
         for block in (first, second):
             blocks.leave(block, None)
-    assert engine.memory()["device"].purposes["activations"].in_use == 0
+    assert engine.memory()["device"].tags["activations"].in_use == 0
     engine.close()
     assert core.left() == {}
 
 
 def test_a_graph_follows_the_addresses(core: World, gpu_model: Path) -> None:
-    """Two sets of page-locked tensors in turn through one stream: a graph of the first would paint into the first."""
+    """Two sets of page-locked tensors in turn through one stream: a graph of the first would synthesize into the first."""
     manifest = Manifest.load(gpu_model)
     engine, *_ = open_engine("tensorrt", manifest, gpu_model)
     stream, (h, w), n = engine.open_stream(), manifest.grid.canvas, engine.spec.batch
@@ -167,7 +167,7 @@ def test_without_graphs_it_works_and_says_so(core: World, gpu_model: Path) -> No
     expected = on_cpu(gpu_model, volume(20))[0]
     with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
         core.fail("cuGraphInstantiate")
-        assert np.array_equal(synth.paint(volume(20)), expected)
+        assert np.array_equal(synth.synthesize(volume(20)), expected)
         assert "no CUDA graphs" in synth.backend and core.calls["cuGraphLaunch"] == 0
     assert core.left() == {}
 
@@ -189,9 +189,9 @@ def test_a_failure_anywhere_frees_every_byte(core: World, gpu_model: Path, place
         start = {kind: stats.in_use for kind, stats in synth.memory().items()}
         core.fail(place, at)
         with pytest.raises(Mask2CTError):
-            synth.paint(volume(30))
+            synth.synthesize(volume(30))
         assert {kind: stats.in_use for kind, stats in synth.memory().items()} == start
-        assert np.array_equal(synth.paint(volume(30)), expected)  # the device was not lost: the next volume is painted
+        assert np.array_equal(synth.synthesize(volume(30)), expected)  # the device was not lost: the next volume is synthesized
     assert all(stats.in_use == stats.held == 0 for stats in synth.memory().values()) and core.left() == {}
 
 
@@ -203,7 +203,7 @@ def test_so_does_one_in_onnx_runtime(core: World, gpu_model: Path, place: str, a
         start = {kind: stats.in_use for kind, stats in synth.memory().items()}
         core.fail(place, at)
         with pytest.raises(Mask2CTError):
-            synth.paint(volume(30))
+            synth.synthesize(volume(30))
         assert {kind: stats.in_use for kind, stats in synth.memory().items()} == start
     assert core.left() == {}
 
@@ -215,7 +215,7 @@ def test_so_does_one_in_pycudas_pools(monkeypatch: pytest.MonkeyPatch, gpu_model
         assert "PyCUDA" in synth.backend
         world.fail(place, 2)
         with pytest.raises(MemoryCapExceeded, match="the system refused"):
-            synth.paint(volume())
+            synth.synthesize(volume())
     assert world.left() == {}
 
 
@@ -229,10 +229,10 @@ def test_an_engine_that_does_not_open_leaves_nothing(core: World, gpu_model: Pat
 
 def test_a_lost_device_still_gives_the_accounting_back(core: World, gpu_model: Path) -> None:
     synth = Synthesizer.open(gpu_model, backend="tensorrt")
-    synth.paint(volume())
+    synth.synthesize(volume())
     core.broken = True
     with pytest.raises(EngineError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
-        synth.paint(volume())
+        synth.synthesize(volume())
     synth.close()
     assert all(stats.in_use == 0 for stats in synth.memory().values())
 
@@ -242,7 +242,7 @@ def test_the_cap_chooses_the_batch_when_asked_and_refuses_otherwise(core: World,
     batches = []
     for cap in ("64MiB", "2MiB", "1.1MiB"):
         with Synthesizer.open(gpu_model, backend="tensorrt", batch="auto", max_memory=cap) as synth:
-            assert np.array_equal(synth.paint(volume()), expected)
+            assert np.array_equal(synth.synthesize(volume()), expected)
             stats = synth.memory()["device"]
             assert stats.peak <= stats.held <= stats.cap
             batches.append((synth._engine.spec.batch, synth._engine.spec.streams))
@@ -253,14 +253,14 @@ def test_the_cap_chooses_the_batch_when_asked_and_refuses_otherwise(core: World,
     assert core.left() == {}
 
 
-def test_a_larger_canvas_that_fits_once_is_painted_through_one_slot(core: World, gpu_model: Path) -> None:
+def test_a_larger_canvas_that_fits_once_is_synthesized_through_one_slot(core: World, gpu_model: Path) -> None:
     large = volume(20, side=80)
     expected = on_cpu(gpu_model, large, volume(20))
     with Synthesizer.open(gpu_model, backend="tensorrt", max_memory="4MiB") as synth:
         assert synth._engine.spec.streams == 2
-        assert np.array_equal(synth.paint(large), expected[0]) and np.array_equal(synth.paint(volume(20)), expected[1])
+        assert np.array_equal(synth.synthesize(large), expected[0]) and np.array_equal(synth.synthesize(volume(20)), expected[1])
         stats = synth.memory()["device"]
-        assert 2 * max(u.peak for u in stats.purposes.values()) > stats.cap >= stats.peak
+        assert 2 * max(u.peak for u in stats.tags.values()) > stats.cap >= stats.peak
     assert core.left() == {}
 
 
@@ -268,7 +268,7 @@ def test_a_full_device_is_told_from_a_full_cap(monkeypatch: pytest.MonkeyPatch, 
     world = install(monkeypatch, memory=1 << 19)
     with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
         with pytest.raises(MemoryCapExceeded, match="the system refused") as caught:
-            synth.paint(volume())
+            synth.synthesize(volume())
         error = caught.value
         assert isinstance(error, MemoryError) and error.exit_code == 4
         assert error.in_use + error.asked <= error.cap and 0 <= error.free < error.asked and f"{error.free} bytes free" in str(error)
@@ -277,10 +277,10 @@ def test_a_full_device_is_told_from_a_full_cap(monkeypatch: pytest.MonkeyPatch, 
 
 def test_onnx_runtimes_arena_is_capped_and_a_batch_that_fits_is_found(core: World, gpu_model: Path) -> None:
     with Synthesizer.open(gpu_model, backend="onnx-cuda", max_memory="3MiB") as synth, pytest.raises(MemoryCapExceeded):
-        synth.paint(volume())
+        synth.synthesize(volume())
     with Synthesizer.open(gpu_model, backend="onnx-cuda", max_memory="3MiB", batch="auto") as synth:
-        assert 1 <= synth._engine.spec.batch < 8 and np.array_equal(synth.paint(volume()), on_cpu(gpu_model, volume())[0])
-        assert synth.memory()["device"].purposes["arena"].in_use > 1 << 19
+        assert 1 <= synth._engine.spec.batch < 8 and np.array_equal(synth.synthesize(volume()), on_cpu(gpu_model, volume())[0])
+        assert synth.memory()["device"].tags["arena"].in_use > 1 << 19
     assert core.left() == {}
 
 
@@ -288,8 +288,8 @@ def test_labels_past_the_engines_canvas_fail_that_case_alone(core: World, gpu_mo
     expected = on_cpu(gpu_model, volume())[0]
     with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
         with pytest.raises(GeometryError, match="need a canvas of"):
-            synth.paint(volume(4, side=300))
-        assert np.array_equal(synth.paint(volume()), expected)
+            synth.synthesize(volume(4, side=300))
+        assert np.array_equal(synth.synthesize(volume()), expected)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -298,10 +298,10 @@ def test_several_threads_and_synthesizers_share_a_process(world: World, gpu_mode
     expected = on_cpu(gpu_model, *volumes)
     synths = [Synthesizer.open(gpu_model, backend=backend, max_memory="512MiB") for _ in range(2)]
     with ThreadPoolExecutor(4) as threads:
-        painted = list(threads.map(lambda n: synths[n % 2].paint(volumes[n]), range(4)))
-    assert all(np.array_equal(a, b) for a, b in zip(painted, expected, strict=True))
+        generated = list(threads.map(lambda n: synths[n % 2].synthesize(volumes[n]), range(4)))
+    assert all(np.array_equal(a, b) for a, b in zip(generated, expected, strict=True))
     synths[0].close()
-    assert np.array_equal(synths[1].paint(volumes[0]), expected[0])
+    assert np.array_equal(synths[1].synthesize(volumes[0]), expected[0])
     synths[1].close()
     assert world.left() == {}
 

@@ -12,8 +12,8 @@ from samples import is_tidy, listed, write_mask
 
 import runtime.service.work_queue
 from runtime.core.errors import OutputError, UsageError
-from runtime.service.attempts import starts
-from runtime.service.work_queue import DONE, FAILED, PATIENCE, STARTS, WORK, Inbox
+from runtime.service.attempts import attempts
+from runtime.service.work_queue import ATTEMPTS, DONE, FAILED, PATIENCE, WORK, Inbox
 
 
 @pytest.fixture
@@ -87,10 +87,10 @@ def test_a_ticket_that_another_took_for_a_dead_ones_is_tried_again(inbox: Path, 
     mine, others = (Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True) for _ in range(2))
     hold = runtime.service.work_queue._hold
 
-    def late(ticket: Path, flags: int = 0) -> int | None:
+    def late(lease: Path, flags: int = 0) -> int | None:
         monkeypatch.undo()
-        assert not [*others.abandoned()]
-        return hold(ticket, flags)
+        assert not [*others.stale_items()]
+        return hold(lease, flags)
 
     assert mine.look() == [item]
     monkeypatch.setattr(runtime.service.work_queue, "_hold", late)
@@ -108,8 +108,8 @@ def test_of_many_who_claim_one_thing_one_has_it(inbox: Path, tmp_path: Path) -> 
             claims = list(threads.map(lambda one: one[0].claim(one[1][0]), zip(watchers, seen, strict=True)))
             (claim,) = [claim for claim in claims if claim is not None]
             assert claim.item.read_bytes() == b"1"
-            assert not [other for watched in watchers for other in watched.abandoned()]  # it is alive
-            watchers[0].settle(claim)
+            assert not [other for watched in watchers for other in watched.stale_items()]  # it is alive
+            watchers[0].finish(claim)
     assert listed(inbox / DONE) == {f"{n}" for n in range(20)} and is_tidy(inbox)
 
 
@@ -127,7 +127,7 @@ def test_an_interrupt_while_a_claim_ends_closes_nothing_twice(inbox: Path, tmp_p
 
     monkeypatch.setattr(os, "close", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        watched.settle(claim)
+        watched.finish(claim)
     monkeypatch.undo()
     watched.leave(claim)
     assert listed(inbox / DONE) == {"a"} and is_tidy(inbox)
@@ -138,14 +138,14 @@ def test_nothing_is_opened_before_it_is_claimed_and_counted(inbox: Path, tmp_pat
     seen: list[tuple[str, int, int]] = []
 
     def look_into(path: Path) -> bool:
-        count = starts(path.parent / STARTS)
+        count = attempts(path.parent / ATTEMPTS)
         seen.append((path.parent.parent.name, count, len(listed(inbox))))
         return True
 
     watched = Inbox(inbox, tmp_path / "out", stable=0, whole=look_into)
     claim = watched.claim(*watched.look())
     assert claim is not None and seen == [(WORK, 1, 1)]  # .work alone is left there
-    assert starts(claim.starts) == 0  # the process lives
+    assert attempts(claim.attempts) == 0  # the process lives
     watched.leave(claim)
 
 
@@ -160,7 +160,7 @@ def test_a_full_inbox_is_emptied_all_the_same(inbox: Path, tmp_path: Path, monke
     watched = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True)
     claim = watched.claim(*watched.look())
     assert claim is not None
-    assert watched.settle(claim) == inbox / DONE / "a"
+    assert watched.finish(claim) == inbox / DONE / "a"
 
 
 def test_what_is_not_whole_goes_back_as_it_was(inbox: Path, tmp_path: Path) -> None:

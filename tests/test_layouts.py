@@ -14,7 +14,7 @@ from samples import image, write_slices
 from runtime.core.errors import ConfigError, UnknownLabels, UsageError
 from train.config import DataConfig, intensity, label_table, resolve
 from train.data.dataset import assign
-from train.data.inference import settle
+from train.data.inference import infer_from_data
 from train.data.layouts import find
 from train.loop import open_cohort
 
@@ -62,7 +62,7 @@ def test_the_originals_folders_of_single_slices_are_read(tmp_path: Path) -> None
     write_slices(tmp_path, 2, split="testing", seed=1)
     layout = find(tmp_path, DataConfig())
     assert [p.name for p in layout.pairs] == [f"training/tr{n}" for n in range(5)] and "single DICOM slices" in layout.says
-    config, said = settle(config_for(tmp_path, TARGET_TRANS="1/255"))
+    config, said = infer_from_data(config_for(tmp_path, TARGET_TRANS="1/255"))
     assert (config.intensity.unit, config.intensity.low, config.intensity.high) == ("a.u.", 0, 255) and "a.u. from 0 to 255" in said
     assert label_table(config.data).by_value == {value: value for value in range(8)}
     cohort = open_cohort(config, tmp_path, quiet=True)
@@ -73,7 +73,7 @@ def test_the_originals_folders_of_single_slices_are_read(tmp_path: Path) -> None
 def test_train_ratio_1_tests_on_the_originals_testing_folder(tmp_path: Path) -> None:
     write_slices(tmp_path, 5, hu=True)
     write_slices(tmp_path, 2, split="testing", seed=1, hu=True)
-    config, said = settle(config_for(tmp_path, "data.train_ratio=1", TARGET_TRANS="1/255"))
+    config, said = infer_from_data(config_for(tmp_path, "data.train_ratio=1", TARGET_TRANS="1/255"))
     assert config.intensity.unit == "HU" and "2 of testing/ to test on" in said  # slices in HU keep them
     layout = find(tmp_path, config.data)
     parts = assign(layout.pairs, config.data)
@@ -92,7 +92,7 @@ def test_other_names_of_the_originals_files_come_from_the_config(tmp_path: Path)
 
 def test_nnunets_raw_layout_states_its_labels(tmp_path: Path) -> None:
     write_nnunet(tmp_path)
-    config, said = settle(config_for(tmp_path))
+    config, said = infer_from_data(config_for(tmp_path))
     assert str(label_table(config.data)) == "0 background, 1 liver" and "nnU-Net" in said
     cohort = open_cohort(config, tmp_path, quiet=True)
     assert cohort.summary()["patients"] == {"train": 3, "valid": 1, "test": 0} and cohort.train[0].labels.max() == 1
@@ -100,27 +100,27 @@ def test_nnunets_raw_layout_states_its_labels(tmp_path: Path) -> None:
 
 def test_nnunets_older_labels_and_a_config_that_contradicts_them(tmp_path: Path) -> None:
     write_nnunet(tmp_path, {"0": "background", "1": "liver"})
-    assert str(label_table(settle(config_for(tmp_path))[0].data)) == "0 background, 1 liver"
+    assert str(label_table(infer_from_data(config_for(tmp_path))[0].data)) == "0 background, 1 liver"
     listed = [{"name": "background", "value": 0}, {"name": "Liver", "value": 1}, {"name": "spleen", "value": 2}]
-    assert settle(config_for(tmp_path, data={"labels": listed}))[0].data.labels == listed
+    assert infer_from_data(config_for(tmp_path, data={"labels": listed}))[0].data.labels == listed
     with pytest.raises(ConfigError, match="there 1 is liver"):
-        settle(config_for(tmp_path, data={"labels": [listed[0], {"name": "spleen", "value": 1}]}))
+        infer_from_data(config_for(tmp_path, data={"labels": [listed[0], {"name": "spleen", "value": 1}]}))
     with pytest.raises(ConfigError, match="there 1 is liver"):
-        settle(config_for(tmp_path, data={"labels": "mm-whs"}))
+        infer_from_data(config_for(tmp_path, data={"labels": "mm-whs"}))
 
 
 @pytest.mark.parametrize("labels", [{"background": [0], "liver": [1]}, {"background": "0", "liver": "1"}, {"liver": 1}])
 def test_nnunet_labels_in_other_spellings(labels: dict[str, Any], tmp_path: Path) -> None:
     path = write_nnunet(tmp_path, labels) / "dataset.json"
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    config, _ = settle(config_for(tmp_path))
+    config, _ = infer_from_data(config_for(tmp_path))
     assert str(label_table(config.data)) == "0 background, 1 liver"
     assert open_cohort(config, tmp_path, quiet=True).train[0].labels.max() == 1
 
 
 def test_what_nnunet_ignores_is_no_tissue(tmp_path: Path) -> None:
     write_nnunet(tmp_path, {"background": 0, "liver": 1, "ignore": 2})
-    config, said = settle(config_for(tmp_path))
+    config, said = infer_from_data(config_for(tmp_path))
     assert str(label_table(config.data)) == "0 background, 1 liver" and "ignore (2) is no label" in said
     open_cohort(config, tmp_path, quiet=True)
     path = next((tmp_path / "labelsTr").iterdir())
@@ -165,9 +165,9 @@ def test_a_table_of_pairs_is_read_with_patients_and_splits(tmp_path: Path) -> No
         assert "3 patients, 4 pairs in the table pairs.csv, its own split" in layout.says
         assert assign(layout.pairs, DataConfig()) == {"train": [0, 1], "valid": [2], "test": [3]}
     with pytest.raises(ConfigError, match=r"data\.labels is not given"):
-        settle(config_for(path))
+        infer_from_data(config_for(path))
     config = config_for(path, data={"labels": [{"name": "background", "value": 0}, {"name": "liver", "value": 1}]})
-    assert open_cohort(settle(config)[0], tmp_path, quiet=True).summary()["slices"] == {"train": 6, "valid": 3, "test": 3}
+    assert open_cohort(infer_from_data(config)[0], tmp_path, quiet=True).summary()["slices"] == {"train": 6, "valid": 3, "test": 3}
 
 
 def test_parts_of_one_patient_share_a_split(tmp_path: Path) -> None:
@@ -228,8 +228,8 @@ def test_one_patients_volume_may_be_split_by_slices_when_asked(tmp_path: Path) -
     path = write_table(tmp_path, "image,label\nct/0.nii.gz,seg/0.nii.gz\n", pairs=1)
     labels = {"labels": [{"name": "background", "value": 0}, {"name": "liver", "value": 1}]}
     with pytest.raises(UsageError, match="1 patient"):
-        settle(config_for(path, data=labels))
-    config, said = settle(config_for(path, "data.split_by=slices", "data.train_ratio=0.4", "data.valid_ratio=0.3", data=labels))
+        infer_from_data(config_for(path, data=labels))
+    config, said = infer_from_data(config_for(path, "data.split_by=slices", "data.train_ratio=0.4", "data.valid_ratio=0.3", data=labels))
     assert "WARNING: slices of the same patients" in said
     cohort = open_cohort(config, tmp_path, quiet=True)
     assert cohort.summary()["slices"] == {"train": 1, "valid": 1, "test": 1}

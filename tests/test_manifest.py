@@ -71,7 +71,7 @@ def test_describe_prints_labels_files_and_proof(model: Path, command) -> None:
     numbers = manifest.parity["model.int8.onnx"]["openvino-int8"]["validation masks"]
     (row,) = [line.split() for line in lines if line.startswith("model.int8.onnx") and "openvino-int8" in line and "validation" in line]
     assert row[4] == str(numbers["slices"]) and row[5] == f"{numbers['mean']:.3g}" and row[8] == f"{numbers['body_mean']:.3g}"
-    assert any(line.startswith("backend") and "openvino-int8: proven, by name only" in line for line in lines)
+    assert any(line.startswith("backend") and "openvino-int8: validated, by name only" in line for line in lines)
 
 
 def test_describe_refuses_what_it_cannot_read(model: Path, tmp_path: Path, command) -> None:
@@ -309,14 +309,14 @@ def test_a_manifest_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFix
     (model / "manifest.json").write_text(json.dumps(data, default=vars))
     mask = write_mask(tmp_path / f"m{EVIL[:20]}.nii.gz")
     assert run(main, ["describe", str(model)]) == 0
-    painting = [str(mask), "--model", str(model), "--backend", "fake", "--output", str(tmp_path / "out")]
-    assert run(main, ["synth", *painting]) == 0
-    assert run(main, ["synth", *painting, "--list"]) == 0
+    synthesis = [str(mask), "--model", str(model), "--backend", "fake", "--output", str(tmp_path / "out")]
+    assert run(main, ["synth", *synthesis]) == 0
+    assert run(main, ["synth", *synthesis, "--list"]) == 0
     assert run(main, ["labels", str(mask), "--model", str(model)]) == 0
     mask.write_bytes(b"damaged")
-    assert run(main, ["synth", *painting]) == 1
+    assert run(main, ["synth", *synthesis]) == 1
     with pytest.raises(SystemExit):
-        run(main, ["synth", "--x\x1b]0;pwned", *painting])
+        run(main, ["synth", "--x\x1b]0;pwned", *synthesis])
     said = "".join(capsys.readouterr())
     assert {c for c in said if not c.isprintable()} == {"\n"}
     assert "\\x1b]0;pwned" in said and not any(line.startswith("file ") for line in said.splitlines())

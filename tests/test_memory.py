@@ -65,11 +65,11 @@ def test_the_cap_holds_and_the_error_is_a_memory_error_with_the_numbers() -> Non
 
 def test_purposes_are_counted_on_top_of_the_pool_and_reserved_bytes_lessen_the_cap() -> None:
     pool = pool_of(4096)
-    labels = [pool.purpose("labels").allocate(256, stream=HOST_STREAM) for _ in range(2)]
+    labels = [pool.tag("labels").allocate(256, stream=HOST_STREAM) for _ in range(2)]
     weights = pool.reserve(2000, "weights")
     labels[0].close()
     stats = pool.stats
-    assert {name: (u.in_use, u.peak, u.buffers) for name, u in stats.purposes.items()} == {
+    assert {name: (u.in_use, u.peak, u.buffers) for name, u in stats.tags.items()} == {
         "labels": (256, 512, 2), "weights": (2000, 2000, 1),
     }  # fmt: skip
     assert (stats.in_use, stats.held, stats.peak) == (2256, 2512, 2512)
@@ -77,7 +77,7 @@ def test_purposes_are_counted_on_top_of_the_pool_and_reserved_bytes_lessen_the_c
         pool.allocate(4096 - 2000, stream=HOST_STREAM)
     for buffer in (*labels, weights):
         buffer.close()
-    assert pool.stats.in_use == 0 and all(u.in_use == 0 for u in pool.stats.purposes.values())
+    assert pool.stats.in_use == 0 and all(u.in_use == 0 for u in pool.stats.tags.values())
 
 
 def test_one_pool_serves_several_threads() -> None:
@@ -85,7 +85,7 @@ def test_one_pool_serves_several_threads() -> None:
 
     def use(seed: int) -> bool:
         for n in range(200):
-            with closing(pool.purpose("x").allocate(256 * (1 + (seed + n) % 5), stream=HOST_STREAM)) as block:
+            with closing(pool.tag("x").allocate(256 * (1 + (seed + n) % 5), stream=HOST_STREAM)) as block:
                 view = block.array((256,), np.uint8)
                 view[...] = seed
                 if not (view == seed).all():
@@ -94,7 +94,7 @@ def test_one_pool_serves_several_threads() -> None:
 
     with ThreadPoolExecutor(4) as threads:
         assert all(threads.map(use, range(8)))
-    assert pool.stats.in_use == 0 and pool.stats.purposes["x"].buffers == 1600
+    assert pool.stats.in_use == 0 and pool.stats.tags["x"].buffers == 1600
 
 
 @pytest.mark.parametrize(
@@ -117,13 +117,13 @@ def volume(depth: int, side: int = 64) -> LabelVolume:
 def test_steady_state_allocates_nothing_and_everything_comes_back() -> None:
     manifest = fake_manifest()
     with Synthesizer(manifest, FakeEngine(manifest)) as synth:
-        synth.paint(volume(4))
+        synth.synthesize(volume(4))
         before = synth.memory()["host"]
         for _ in range(3):
-            synth.paint(volume(40))
-        assert synth.memory()["host"] == before and set(before.purposes) == {"labels", "noise", "ct"}
+            synth.synthesize(volume(40))
+        assert synth.memory()["host"] == before and set(before.tags) == {"labels", "noise", "ct"}
     after = synth.memory()["host"]
-    assert after.in_use == after.held == 0 and all(u.in_use == 0 for u in after.purposes.values())
+    assert after.in_use == after.held == 0 and all(u.in_use == 0 for u in after.tags.values())
 
 
 def test_another_canvas_takes_the_memory_of_the_last_one() -> None:
@@ -134,17 +134,17 @@ def test_another_canvas_takes_the_memory_of_the_last_one() -> None:
     with Synthesizer(manifest, engine) as synth:
         assert synth.grid(large).size != synth.grid(small).size
         for _ in range(2):
-            synth.paint(small)
-            synth.paint(large)
+            synth.synthesize(small)
+            synth.synthesize(large)
 
 
 def test_a_cap_that_holds_one_slice_at_a_time_changes_no_byte() -> None:
     manifest = fake_manifest()
     with Synthesizer(manifest, FakeEngine(manifest)) as synth:
-        want = synth.paint(volume(7))
+        want = synth.synthesize(volume(7))
         slots, in_use = synth._engine.spec.streams, synth.memory()["host"].peak
     with Synthesizer(manifest, FakeEngine(manifest, options=EngineOptions(max_memory=in_use // slots))) as synth:
-        assert np.array_equal(synth.paint(volume(7)), want)
+        assert np.array_equal(synth.synthesize(volume(7)), want)
         assert synth.memory()["host"].in_use == in_use // slots
 
 
@@ -194,5 +194,5 @@ def test_a_canvas_past_the_cap_is_refused_and_nothing_stays_taken() -> None:
     manifest = fake_manifest()
     with Synthesizer(manifest, FakeEngine(manifest, options=EngineOptions(max_memory=10000))) as synth:
         with pytest.raises(MemoryCapExceeded, match="10000 bytes are in use"):
-            synth.paint(volume(4))
+            synth.synthesize(volume(4))
         assert synth.memory()["host"].in_use == 0

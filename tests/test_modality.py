@@ -1,4 +1,4 @@
-"""Another modality by configuration alone: arbitrary units, other labels, from training to the painted image."""
+"""Another modality by configuration alone: arbitrary units, other labels, from training to the synthetic image."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def test_an_mr_like_cohort_trains_exports_and_synthesizes(tmp_path: Path, comman
     assert manifest["license"] == "CC-BY-4.0" and manifest["name"] == "mr"
     assert manifest["intensity"] == {"unit": "a.u.", "low": 0, "high": 1200}
     assert [(row["name"], row["value"]) for row in manifest["labels"]] == [("background", 0), ("fluid", 10), ("tissue", 20)]
-    painted = command("-m", "runtime", "synth", data / "mr0_label.nii.gz", "--model", model, "--output", out, "--quiet")
-    assert painted.returncode == 0, painted.stderr
+    generated = command("-m", "runtime", "synth", data / "mr0_label.nii.gz", "--model", model, "--output", out, "--quiet")
+    assert generated.returncode == 0, generated.stderr
     mask = sitk.GetArrayFromImage(sitk.ReadImage(str(data / "mr0_label.nii.gz")))
     values = sitk.GetArrayFromImage(sitk.ReadImage(str(next(out.glob("*_ct.nii.gz")))))
     assert values.dtype == np.int16 and values.min() >= 0 and values.max() <= 1200
@@ -92,18 +92,18 @@ def test_arbitrary_units_are_measured_like_hu_on_their_own_range() -> None:
     mask[:, 16:40, 16:40] = 1
     ct = np.where(mask, 400, 30) + rng.normal(0, 40, mask.shape)
     ct[:, :8] = ct[:, :, :8] = -1000
-    painted = ct + rng.normal(0, 60, ct.shape)
+    generated = ct + rng.normal(0, 60, ct.shape)
     greys = Intensity("a.u.", 0, 255)
     hu, grey = (
         evaluate([a.astype(np.float32)], [b.astype(np.float32)], [mask], ["heart"], intensity=unit)
-        for a, b, unit in ((painted, ct, HU), ((painted + 1024) / 2048 * 255, (ct + 1024) / 2048 * 255, greys))
+        for a, b, unit in ((generated, ct, HU), ((generated + 1024) / 2048 * 255, (ct + 1024) / 2048 * 255, greys))
     )
     assert hu["body"]["voxels"] == grey["body"]["voxels"] > 0
     assert grey["body"]["mae_ratio"] == pytest.approx(hu["body"]["mae_ratio"], rel=1e-3)
     assert grey["similarity"] == pytest.approx(hu["similarity"], rel=1e-3)
     assert grey["organs"]["heart"]["median"] == pytest.approx((hu["organs"]["heart"]["median"] + 1024) / 2048 * 255, rel=1e-3)
     assert "MAE" in table(grey, "a.u.") and "HU" not in table(grey, "a.u.")
-    variants = [[painted, painted + 50]]
+    variants = [[generated, generated + 50]]
     as_hu = diversity(variants, [mask], [np.array([400.0]), np.array([450.0])], ["heart"])
     as_greys = diversity([[(v + 1024) / 2048 * 255 for v in variants[0]]], [mask], [np.array([400.0]), np.array([450.0])], ["heart"], greys)
     assert as_greys["ssim"] == pytest.approx(as_hu["ssim"], rel=1e-3)
@@ -169,5 +169,5 @@ def greys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def assert_refused(said: str) -> None:
-    assert "paints a.u., not HU" in said and "Hounsfield units for a CT series" in said and "--format nifti" in said
+    assert "synthesizes a.u., not HU" in said and "Hounsfield units for a CT series" in said and "--format nifti" in said
     assert "Traceback" not in said and "→" not in said

@@ -17,13 +17,13 @@ from samples import blobs, results, synth, write_fake_model, write_mask
 
 from runtime import Models, Synthesizer
 from runtime.batch.audit_log import AUDIT, AuditTrail
-from runtime.batch.plan import Recipe
+from runtime.batch.plan import Plan
 from runtime.core.atomic_files import sha256_of
 from runtime.core.manifest import Intensity
 from runtime.core.volume import Geometry
 from runtime.engines.fake import fake_manifest
 from runtime.io.cases import find_cases
-from runtime.service.watch_folder import Watcher
+from runtime.service.watch_folder import FolderWatcher
 
 OLD = replace(fake_manifest(noise=False), name="heart 1.2.0")
 NEW = replace(OLD, name="heart 1.3.0", intensity=Intensity("HU", -1000, 1000))
@@ -81,11 +81,11 @@ def test_queued_work_is_the_opened_models(tmp_path: Path) -> None:
         def __getattr__(self, name: str) -> Any:
             return lambda *_: None
 
-    def opened() -> tuple[Models, Watcher]:
+    def opened() -> tuple[Models, FolderWatcher]:
         models = Models.open([f"heart={link}"], backend="fake")
         trail = AuditTrail(out / AUDIT, "watch")
-        recipes = {name: Recipe(out) for name in models}
-        watcher = Watcher(inbox, models, recipes, find=lambda path, say: find_cases([path]), stable=0, listener=Listener(), audit=trail)
+        plans = {name: Plan(out) for name in models}
+        watcher = FolderWatcher(inbox, models, plans, find=lambda path, say: find_cases([path]), stable=0, listener=Listener(), audit=trail)
         trail.load(models)
         return models, watcher
 
@@ -128,7 +128,7 @@ def test_an_engine_opened_again_is_the_same(model: Path, tmp_path: Path) -> None
     (tmp_path / "current").symlink_to("heart-1.2.0")
     with Synthesizer.open(tmp_path / "current", backend="onnx") as opened:
         volume = opened.volume(blobs((2, 24, 24)), Geometry.from_spacing((2.0, 2.0, 2.0)))
-        first = opened.paint(volume)
+        first = opened.synthesize(volume)
         switch(tmp_path / "current", "heart-1.3.0")
         assert opened.release()
-        assert np.array_equal(opened.paint(volume), first)
+        assert np.array_equal(opened.synthesize(volume), first)

@@ -53,7 +53,7 @@ def choice(models: Models, path: Path) -> tuple[str, str]:
     return name, reason
 
 
-def test_each_mask_is_painted_by_the_model_that_knows_its_labels(
+def test_each_mask_is_synthesized_by_the_model_that_knows_its_labels(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     masks = tmp_path / "masks"
@@ -153,7 +153,7 @@ def test_rules_that_cannot_be_meant_start_nothing(text: str, folders: dict[str, 
 
 
 def test_rules_for_one_model_are_refused_for_they_would_have_no_effect(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Who gives them has forgotten a model, or a rule's: a mask that no rule is for would be painted all the same."""
+    """Who gives them has forgotten a model, or a rule's: a mask that no rule is for would be synthesized all the same."""
     rules = tmp_path / "rules.json"
     rules.write_text(json.dumps([{"case": "LA*", "model": "heart"}]))
     with pytest.raises(UsageError, match="--rules choose between models, and heart is the only one"):
@@ -195,13 +195,13 @@ def test_what_does_not_fit_beside_the_others_takes_the_place_of_the_one_not_used
     order = ["heart", "abdomen", "third", "heart", "heart", "third", "abdomen"]
     opened = [*folders.values(), f"third={folders['heart']}"]
     with Models.open(opened, backend="fake", workers=1) as models:
-        whole = [models[name].paint(volume(n)) for n, name in enumerate(order)]
+        whole = [models[name].synthesize(volume(n)) for n, name in enumerate(order)]
         need = held(models)
     assert need["heart"] > need["abdomen"] > 0  # one has noise
     cap = need["heart"] + (1 << 10 if room == "for one" else need["heart"] + need["abdomen"])
     with Models.open(opened, backend="fake", workers=1, max_memory=cap) as models:
         for n, name in enumerate(order):
-            assert np.array_equal(models[name].paint(volume(n)), whole[n])
+            assert np.array_equal(models[name].synthesize(volume(n)), whole[n])
             now = held(models)
             assert sum(now.values()) <= cap
             assert {one for one, nbytes in now.items() if nbytes} == ({name} if room == "for one" else {*order[: n + 1]})
@@ -214,13 +214,13 @@ def test_the_one_chosen_least_recently_goes_first(folders: dict[str, Path], tmp_
     (case,) = find_cases([mask(tmp_path, "a", 0, 6)])
     with Models.open(opened, backend="fake", workers=1) as models:
         for name in models:
-            models[name].paint(volume(0))
+            models[name].synthesize(volume(0))
         need = held(models)
     with Models.open(opened, backend="fake", workers=1, max_memory=need["heart"] + need["abdomen"]) as models:
-        models["heart"].paint(volume(0))
-        models["abdomen"].paint(volume(0))
+        models["heart"].synthesize(volume(0))
+        models["abdomen"].synthesize(volume(0))
         assert models.choose(case)[0] == "abdomen"
-        models["third"].paint(volume(0))
+        models["third"].synthesize(volume(0))
         assert [name for name, nbytes in held(models).items() if nbytes] == ["abdomen", "third"]
 
 
@@ -230,12 +230,12 @@ def test_a_model_at_work_is_never_closed_for_another(folders: dict[str, Path]) -
         slabs = models["heart"].slabs(volume(0))
         first = next(slabs).hu
         with pytest.raises(MemoryCapExceeded, match="of 20000 bytes are in use"):
-            models["abdomen"].paint(volume(1))
+            models["abdomen"].synthesize(volume(1))
         assert all(np.array_equal(a, b) for a, b in zip([first, *(slab.hu for slab in slabs)], whole, strict=True))
-        models["abdomen"].paint(volume(1))
+        models["abdomen"].synthesize(volume(1))
 
 
-def test_what_is_in_a_later_models_way_is_said_before_the_first_one_paints(
+def test_what_is_in_a_later_models_way_is_said_before_the_first_one_synthesizes(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     masks, out = [mask(tmp_path, "a", 0, 205), mask(tmp_path, "b", 0, 6)], tmp_path / "out"
@@ -264,14 +264,14 @@ class Tight(FakeEngine):
         self.short = "started" if self.short == "soon" else self.short
 
 
-def test_a_model_that_found_room_for_one_slot_paints_in_it_and_still_gives_way_afterwards() -> None:
+def test_a_model_that_found_room_for_one_slot_synthesizes_in_it_and_still_gives_way_afterwards() -> None:
     manifest = fake_manifest()
     engine = Tight(manifest, options=EngineOptions(workers=1))
     with Synthesizer(manifest, engine, again=lambda: FakeEngine(manifest)) as synth:
         engine.short = "soon"
-        whole = synth.paint(volume(0))  # in the one slot that found room
-        assert np.array_equal(synth.paint(volume(0)), whole)
-        assert synth.release() and np.array_equal(synth.paint(volume(0)), whole)
+        whole = synth.synthesize(volume(0))  # in the one slot that found room
+        assert np.array_equal(synth.synthesize(volume(0)), whole)
+        assert synth.release() and np.array_equal(synth.synthesize(volume(0)), whole)
 
 
 @pytest.fixture(scope="module")
@@ -285,14 +285,14 @@ def test_two_models_share_a_gpu_that_holds_one(limit: str, backend: str, monkeyp
     """Whether it is the cap that is short or the device: the other's engine is closed first, and what it held is back."""
     world = install(monkeypatch)
     with Models.open([f"a={gpu_model}"], backend=backend) as models:
-        whole = [models["a"].paint(volume(n)) for n in range(4)]
+        whole = [models["a"].synthesize(volume(n)) for n in range(4)]
         need = models.memory()["a"]["device"].held
         used = world.in_use("device")
     world.memory = used * 3 // 2 if limit == "device" else world.memory
     cap = need * 3 // 2 if limit == "cap" else None
     with Models.open([f"{name}={gpu_model}" for name in "ab"], backend=backend, max_memory=cap) as models:
         for n in range(4):
-            assert np.array_equal(models["ab"[n % 2]].paint(volume(n)), whole[n])
+            assert np.array_equal(models["ab"[n % 2]].synthesize(volume(n)), whole[n])
             assert cap is None or sum(kinds["device"].held for kinds in models.memory().values()) <= cap
     assert world.left() == {}
 
@@ -301,6 +301,6 @@ def test_two_models_share_a_gpu_that_holds_one(limit: str, backend: str, monkeyp
 def test_an_engine_that_is_opened_again_gives_the_same_bytes(backend: str, model: Path) -> None:
     with Models.open([model], backend=backend) as models:
         synthesizer = models[model.name]
-        before, first = synthesizer.paint(volume(0)), synthesizer.backend
+        before, first = synthesizer.synthesize(volume(0)), synthesizer.backend
         assert synthesizer.release() and not synthesizer.release() and set(held(models).values()) == {0}
-        assert np.array_equal(synthesizer.paint(volume(0)), before) and synthesizer.backend == first
+        assert np.array_equal(synthesizer.synthesize(volume(0)), before) and synthesizer.backend == first

@@ -71,7 +71,7 @@ def test_skips_double_the_decoders_inputs() -> None:
 
 @pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
 @pytest.mark.parametrize("skips", [True, False])
-def test_the_generator_paints_any_multiple_of_its_divisor(kind: str, skips: bool) -> None:
+def test_the_generator_synthesizes_any_multiple_of_its_divisor(kind: str, skips: bool) -> None:
     net = Generator(8, kind=kind, filters=8, depth=3, skips=skips, textures=2).eval()
     assert net.divisor == 8 and net.noisy
     for h, w in ((8, 8), (24, 40)):
@@ -161,7 +161,7 @@ def test_hinge_losses_against_values_worked_by_hand() -> None:
     assert generator_losses(fake, image, image, image, gan="hinge")["adversarial"].item() == pytest.approx(2.5 / 2)
 
 
-def test_feature_matching_counts_every_stage_alike_and_moves_the_painting_only() -> None:
+def test_feature_matching_counts_every_stage_alike_and_moves_the_synthesis_only() -> None:
     fake = [torch.tensor([1.0, 3.0], requires_grad=True), torch.tensor([0.0] * 8, requires_grad=True)]
     real = [torch.tensor([0.0, 0.0], requires_grad=True), torch.tensor([6.0] * 8)]
     value = feature_matching(fake, real)
@@ -214,7 +214,7 @@ def test_a_step_moves_both_networks_and_the_average() -> None:
     torch.testing.assert_close(after["average/top.image.weight"], expected)
 
 
-def test_the_judge_does_not_shape_the_texture() -> None:
+def test_the_discriminator_does_not_shape_the_texture() -> None:
     """With no weight on the texture loss nothing moves the noise filters: adversarial gradients reach anatomy only."""
     step = small("loss.texture=0")
     before = step.state()["generator/texture.filters.weight"]

@@ -1,4 +1,4 @@
-"""`mask2ct serve`: what is acknowledged is never lost, what is painted is what `synth` paints, strangers and damage are refused by name."""
+"""`mask2ct serve`: what is acknowledged is never lost, what is synthesized is what `synth` synthesizes, strangers and damage are refused by name."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_late_images_open_the_study_again(early: int, fake_model: Path, tmp_path
     with Serving(fake_model, tmp_path / "spool", "--keep", quiet=0.2) as node:
         for n, late in enumerate((images[:early], images[early:5], images[5:])):
             assert push(node.port, *([structures] if n == 0 else []), *late) == [0] * (len(late) + (n == 0))
-            until(lambda n=n: node.count("painted") == n + 1, "it is tried")
+            until(lambda n=n: node.count("synthesized") == n + 1, "it is tried")
             assert len([*failed.glob("*/reason.txt")]) == (n < 2)
         settled(node)
         done = read_all(tmp_path / "spool" / "done")
@@ -126,9 +126,9 @@ def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_
     mask = dcmread(write_study(tmp_path / "in"))
     with Serving(fake_model, tmp_path / "spool", "--keep", "--max-object", "16KiB", "--max-associations", "2", quiet=60) as node:
         stranger = associate(node.port, [SegmentationStorage], calling="STRANGER")
-        assert stranger.is_rejected and stranger.acceptor.primitive.diagnostic == 3  # calling AE title not recognized (PS3.8 9.3.4)
-        wrong = associate(node.port, [SegmentationStorage], called="ANOTHER")
-        assert wrong.is_rejected and wrong.acceptor.primitive.diagnostic == 7
+        assert stranger.is_rejected and stranger.store_scp.primitive.diagnostic == 3  # calling AE title not recognized (PS3.8 9.3.4)
+        wrong = associate(node.port, [SegmentationStorage], display_name="ANOTHER")
+        assert wrong.is_rejected and wrong.store_scp.primitive.diagnostic == 7
         assert associate(node.port, [SecondaryCaptureImageStorage]).rejected_contexts[0].abstract_syntax == SecondaryCaptureImageStorage
         until(lambda: node.said("not-supported"), "the class is named")
 
@@ -144,7 +144,7 @@ def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_
         assert both.send_c_store(mask).Status == 0  # the association was not ended, the limit is an object's and not a sum's
         second = associate(node.port, [VERIFICATION])
         third = associate(node.port, [VERIFICATION])
-        assert second.is_established and third.is_rejected and third.acceptor.primitive.diagnostic == 2  # local limit exceeded
+        assert second.is_established and third.is_rejected and third.store_scp.primitive.diagnostic == 2  # local limit exceeded
         second.release()
         both.release()
 
@@ -201,7 +201,7 @@ def test_garbage_as_a_data_set_is_refused_by_status(fake_model: Path, tmp_path: 
         assert not spooled(tmp_path / "spool") and not [*(tmp_path / "spool" / "incoming").iterdir()]
 
 
-def test_a_mask_that_cannot_be_painted_is_put_aside_with_its_reason(fake_model: Path, tmp_path: Path) -> None:
+def test_a_mask_that_cannot_be_synthesized_is_put_aside_with_its_reason(fake_model: Path, tmp_path: Path) -> None:
     good, bad = write_study(tmp_path / "good"), dcmread(write_study(tmp_path / "bad", 1))
     for segment, name in zip(bad.SegmentSequence, ("Doe spleen", "Doe liver"), strict=True):
         segment.SegmentLabel = name
@@ -220,7 +220,7 @@ def test_a_mask_that_cannot_be_painted_is_put_aside_with_its_reason(fake_model: 
         ]
 
 
-def test_what_it_painted_itself_comes_back_and_goes_no_further(fake_model: Path, tmp_path: Path) -> None:
+def test_what_it_synthesized_itself_comes_back_and_goes_no_further(fake_model: Path, tmp_path: Path) -> None:
     """An archive that routes every SEG to the node makes no circle."""
     assert synth(fake_model, tmp_path / "out", write_study(tmp_path / "in"), "--format", "dicom") == 0
     with archive(tmp_path / "pacs") as (port, seen), Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node:
@@ -229,7 +229,7 @@ def test_what_it_painted_itself_comes_back_and_goes_no_further(fake_model: Path,
         assert node.said("ignored") and not seen and not spooled(tmp_path / "spool")
 
 
-def test_what_was_acknowledged_survives_kill_and_is_painted_afterwards(fake_model: Path, tmp_path: Path) -> None:
+def test_what_was_acknowledged_survives_kill_and_is_synthesized_afterwards(fake_model: Path, tmp_path: Path) -> None:
     masks = [write_study(tmp_path / "in" / str(n), n) for n in range(3)]
     with Serving(fake_model, tmp_path / "spool", "--keep", quiet=3600) as node:
         assert push(node.port, *masks) == [0] * 3
@@ -247,7 +247,7 @@ def test_sigterm_ends_it_within_five_seconds_with_a_peer_that_says_nothing(fake_
         with Serving(fake_model, tmp_path / "spool", *to) as node:
             open_still = associate(node.port, [SegmentationStorage])
             assert push(node.port, write_study(tmp_path / "in")) == [0]
-            until(lambda: node.said("painted"), "it is painted")
+            until(lambda: node.said("synthesized"), "it is synthesized")
             dead.accept()
             code, seconds = node.stop()
             assert code == 0 and seconds < 5 and node.said("stopped")
@@ -379,7 +379,7 @@ def test_two_nodes_never_share_a_spool(fake_model: Path, tmp_path: Path, capsys:
 
 @pytest.mark.slow
 def test_killed_again_and_again_it_loses_nothing_and_sends_what_was_acknowledged_once(fake_model: Path, tmp_path: Path) -> None:
-    """Killed as soon as it has stored, painted, sent a part, sent all: what was in flight may come twice, as the same object."""
+    """Killed as soon as it has stored, synthesized, sent a part, sent all: what was in flight may come twice, as the same object."""
     kills = 12
     masks = [write_study(tmp_path / "in" / str(n), n, (30, 16, 16)) for n in range(kills)]
     assert synth(fake_model, tmp_path / "local", *masks, "--format", "dicom") == 0
@@ -392,7 +392,7 @@ def test_killed_again_and_again_it_loses_nothing_and_sends_what_was_acknowledged
                 assert push(node.port, mask) == [0]
                 reached = [
                     lambda: True,
-                    lambda: node.said("painted"),
+                    lambda: node.said("synthesized"),
                     lambda before=before: len(seen) > before + 7,
                     lambda: node.said("settled"),
                 ][n % 4]
@@ -409,7 +409,7 @@ def test_killed_again_and_again_it_loses_nothing_and_sends_what_was_acknowledged
 
 @pytest.mark.slow
 def test_a_thousand_objects_from_eight_senders_at_once_are_all_there_and_memory_stays_flat(fake_model: Path, tmp_path: Path) -> None:
-    """By DCMTK's storescu; painted meanwhile and afterwards; a stranger is refused in the midst of it."""
+    """By DCMTK's storescu; synthesized meanwhile and afterwards; a stranger is refused in the midst of it."""
     senders, each, expected = 8, 125, set[str]()
     for sender in range(senders):
         folder = tmp_path / "in" / str(sender)
@@ -425,7 +425,7 @@ def test_a_thousand_objects_from_eight_senders_at_once_are_all_there_and_memory_
     with archive(tmp_path / "pacs") as (port, seen):
         to = ("--keep", "--segmentation", "none", "--max-associations", senders + 1, "--send-to", f"PACS@127.0.0.1:{port}")
         with Serving(fake_model, tmp_path / "spool", *to, quiet=0.5) as node:
-            warm = write_study(tmp_path / "warm", 99, (2, 16, 16))  # what painting and sending need is loaded once
+            warm = write_study(tmp_path / "warm", 99, (2, 16, 16))  # what synthesis and sending need is loaded once
             assert push(node.port, warm) == [0]
             settled(node)
             memory = [resident(node.process.pid)]

@@ -17,7 +17,7 @@ from runtime.core.errors import ConfigError, ModelError
 from train import checkpoint
 from train.config import ORIGINAL_KEYS, AugmentConfig, label_table, load, resolve, to_json
 from train.data.augmentation import augment, draw
-from train.data.inference import settle
+from train.data.inference import infer_from_data
 from train.data.original import FIXED_KEYS
 from train.loop import open_cohort
 from train.losses import centre_weight, generator_losses
@@ -160,7 +160,7 @@ def test_labels_are_in_the_order_of_mm_whs_values() -> None:
 def test_slices_in_hu_keep_them_to_the_unit(tmp_path: Path) -> None:
     """The original made 8 bits of them. Its folders, with CT slices in HU: what is trained on is what was scanned."""
     write_slices(tmp_path, 3, hu=True)
-    config = settle(resolve(load(WHS), ["IMAGE_RES=[64,64]", "generator.depth=4"], dataset_path=str(tmp_path)))[0]
+    config = infer_from_data(resolve(load(WHS), ["IMAGE_RES=[64,64]", "generator.depth=4"], dataset_path=str(tmp_path)))[0]
     assert config.intensity.unit == "HU" and (config.intensity.low, config.intensity.high) == (-1024, 1976)
     cohort = open_cohort(config, tmp_path, quiet=True)
     scanned = [sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in sorted(tmp_path.glob("training/*/*_img.dcm"))]
@@ -173,7 +173,7 @@ def test_two_structures_are_kept_by_our_own_config(folder: Path) -> None:
     shipped = load(Path("train/configs/whs-lv-myo.json"))
     assert shipped["LABELS"] == [0, 1, 3]
     shipped["intensity"] = {"unit": "a.u.", "low": 0, "high": 255}
-    config = settle(resolve(shipped, ["IMAGE_RES=[64,64]", "generator.depth=4"], dataset_path=str(folder)))[0]
+    config = infer_from_data(resolve(shipped, ["IMAGE_RES=[64,64]", "generator.depth=4"], dataset_path=str(folder)))[0]
     assert [label.name for label in label_table(config.data).labels] == ["background", "myocardium", "left ventricle"]
     cohort = open_cohort(config, folder, quiet=True)
     drawn = [sitk.GetArrayFromImage(sitk.ReadImage(str(path))) for path in sorted(folder.glob("training/*/*_gt.dcm"))]
@@ -197,7 +197,7 @@ def test_label_maps_are_resized_without_mixing_labels(tmp_path: Path) -> None:
         labels = np.zeros((1, 64, 64), np.uint8)
         labels[0, 11:50, 13:46] = 7
         sitk.WriteImage(sitk.GetImageFromArray(labels), str(path))
-    config = settle(resolve(load(WHS), ["IMAGE_RES=[48,80]", "generator.depth=4"], dataset_path=str(tmp_path)))[0]
+    config = infer_from_data(resolve(load(WHS), ["IMAGE_RES=[48,80]", "generator.depth=4"], dataset_path=str(tmp_path)))[0]
     cohort = open_cohort(config, tmp_path, quiet=True)
     for patient in (*cohort.train, *cohort.valid):
         assert patient.labels.shape == (1, 1, 48, 80) and np.unique(patient.labels).tolist() == [0, 7]

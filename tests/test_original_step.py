@@ -57,7 +57,7 @@ class Layers:
         return f.batch_norm(x, None, None, *next(self._norms), training=True)
 
 
-def paint(net: Layers, condition: Tensor, depth: int, skips: bool) -> Tensor:
+def generate(net: Layers, condition: Tensor, depth: int, skips: bool) -> Tensor:
     x = f.leaky_relu(net.down(condition), 0.2)
     kept = [x]
     for _ in range(depth - 1):
@@ -68,7 +68,7 @@ def paint(net: Layers, condition: Tensor, depth: int, skips: bool) -> Tensor:
     return torch.sigmoid(net.same(net.up(x)))
 
 
-def judge(net: Layers, image: Tensor, condition: Tensor | None, patch_size: int) -> Tensor:
+def discriminate(net: Layers, image: Tensor, condition: Tensor | None, patch_size: int) -> Tensor:
     x = f.leaky_relu(net.down(image if condition is None else torch.cat([image, condition], 1)), 0.2)
     for _ in range(int(math.log2(patch_size)) - 1):
         x = f.leaky_relu(net.norm(net.down(x)), 0.2)
@@ -88,18 +88,21 @@ def test_a_step_descends_the_originals_losses_through_its_networks(
     one_hot = f.one_hot(given.labels[:, 0].long(), CLASSES).permute(0, 3, 1, 2).float()
     condition = one_hot if conditional else None
 
-    painter, before = Layers(step.generator), [Layers(step.discriminator) for _ in range(2)]
-    painted = paint(painter, one_hot, 5, skips)
-    on_real, on_painted = judge(before[0], given.image, condition, patch_size), judge(before[1], painted.detach(), condition, patch_size)
-    (0.5 * ((on_real - 1) ** 2).mean() + 0.5 * (on_painted**2).mean()).backward()
+    generator, before = Layers(step.generator), [Layers(step.discriminator) for _ in range(2)]
+    generated = generate(generator, one_hot, 5, skips)
+    on_real, on_generated = (
+        discriminate(before[0], given.image, condition, patch_size),
+        discriminate(before[1], generated.detach(), condition, patch_size),
+    )
+    (0.5 * ((on_real - 1) ** 2).mean() + 0.5 * (on_generated**2).mean()).backward()
     losses = step(0, given)
     after = Layers(step.discriminator)
-    fooled, away = ((judge(after, painted, condition, patch_size) - 1) ** 2).mean(), (painted - given.image).abs().mean()
+    fooled, away = ((discriminate(after, generated, condition, patch_size) - 1) ** 2).mean(), (generated - given.image).abs().mean()
     (weights[0] * fooled + weights[1] * away).backward()
 
     assert losses["adversarial"].item() == pytest.approx(fooled.item(), rel=1e-4)
     assert losses["reconstruction"].item() == pytest.approx(away.item(), rel=1e-4)
-    assert_same_gradients(step.generator, [painter])
+    assert_same_gradients(step.generator, [generator])
     assert_same_gradients(step.discriminator, before)
 
 

@@ -110,7 +110,7 @@ def test_orthanc_stopped_in_the_middle_has_everything_once_when_it_is_back(
             assert push(node.port, masks[0]) == [0]
             until(lambda: orthanc.count() > 0, "the first objects are there")
             assert push(node.port, *masks[1:]) == [0] * 3
-        until(lambda: node.said("unreachable") and node.count("painted") == 4, "Orthanc is missed, and painting goes on")
+        until(lambda: node.said("unreachable") and node.count("synthesized") == 4, "Orthanc is missed, and synthesis goes on")
         assert node.count("settled") < 4
         assert node.stop()[0] == 0
     with Serving(fake_model, tmp_path / "spool", *orthanc.options(way)) as node:

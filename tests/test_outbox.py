@@ -1,4 +1,4 @@
-"""What is painted goes to each archive until it is acknowledged, and never after: C-STORE, STOW-RS, and the spool in between."""
+"""What is synthesized goes to each archive until it is acknowledged, and never after: C-STORE, STOW-RS, and the spool in between."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from runtime import OutputError, UsageError
 from runtime.service import send_queue as outbox_module
 from runtime.service.dicomweb import DicomWeb
 from runtime.service.events import Events
-from runtime.service.send_queue import Acknowledged, Outbox, Outcome, Unreachable
-from runtime.service.store_scu import Pacs
+from runtime.service.send_queue import DeliveryLog, DeliveryResult, SendQueue, Unreachable
+from runtime.service.store_scu import StoreSCU
 from runtime.service.study_spool import Spool
 
 pytestmark = QUIETLY
@@ -58,7 +58,7 @@ def test_what_is_not_acknowledged_is_sent_again_and_nothing_else(fake_model: Pat
         settled(node)
         assert len(refused) == 2 and node.said("not-taken")
         assert sorted(seen) == sorted([*read_all(tmp_path / "pacs"), *refused]) and len(seen) == 8
-        assert not node.said("painted")  # it was painted before the kill, and proven so
+        assert not node.said("synthesized")  # it was synthesized before the kill, and proven so
     assert not spooled(tmp_path / "spool")
 
 
@@ -79,7 +79,7 @@ def test_an_archive_that_stops_reading_is_given_up(tmp_path: Path, monkeypatch: 
 
         passing = threading.Thread(target=pass_on)
         passing.start()
-        to, said = Pacs(f"PACS@127.0.0.1:{between.getsockname()[1]}", "MASK2CT", None), []
+        to, said = StoreSCU(f"PACS@127.0.0.1:{between.getsockname()[1]}", "MASK2CT", None), []
 
         def send() -> None:
             with pytest.raises(Unreachable) as failure:
@@ -103,12 +103,12 @@ class Picky:
         self._poison = poison
         self.taken: list[str] = []
 
-    def send(self, files: Sequence[Path]) -> Iterator[Outcome]:
+    def send(self, files: Sequence[Path]) -> Iterator[DeliveryResult]:
         for file in files:
             if self._poison in file.read_text():
                 raise Unreachable("the association broke")
             self.taken.append(file.read_text())
-            yield Outcome(file, "")
+            yield DeliveryResult(file, "")
 
     def stop(self) -> None: ...
 
@@ -125,12 +125,12 @@ def test_a_study_on_which_an_archive_breaks_down_keeps_no_other_waiting(tmp_path
     spool, to = Spool(tmp_path), Picky("poison")
     for n, text in enumerate(("poison a", "poison b", "good c", "good d")):
         results_in(tmp_path, f"study-{n}-1", text)
-    outbox = Outbox(spool, [to], Events())
-    outbox.start()
+    send_queue = SendQueue(spool, [to], Events())
+    send_queue.start()
     try:
         until(lambda: len(spool.names("outbox")) == 2, "the good ones are sent", 5)
     finally:
-        outbox.close(5)
+        send_queue.close(5)
         spool.close()
     assert to.taken == ["good c", "good d"]
 
@@ -148,7 +148,7 @@ def test_a_study_that_comes_again_while_its_first_is_settled_is_not_taken_for_it
         return found
 
     monkeypatch.setattr(outbox_module, "sendable", looks_too_early)
-    Outbox(spool, [Picky("poison")], Events()).settle(tmp_path / "outbox" / "study-1")
+    SendQueue(spool, [Picky("poison")], Events()).finish(tmp_path / "outbox" / "study-1")
     assert spool.names("outbox") == come
     spool.close()
 
@@ -240,7 +240,7 @@ def kept(spool: Spool, mask: Path) -> str:
 
 
 def test_a_mask_that_could_not_be_kept_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its folder could not be made, as on a disk without inodes: nothing was acknowledged, nothing is there to paint."""
+    """Its folder could not be made, as on a disk without inodes: nothing was acknowledged, nothing is there to synthesize."""
     spool, made = Spool(tmp_path / "spool"), Path.mkdir
 
     def full(path: Path, *arguments: Any, **options: Any) -> None:
@@ -261,14 +261,14 @@ def test_a_mask_that_could_not_be_kept_holds_up_no_other(tmp_path: Path, monkeyp
     spool.close()
 
 
-def test_a_study_that_failed_and_then_is_painted_after_all_has_no_reason(tmp_path: Path) -> None:
-    """The node was killed after the reason was written; the next time the mask could be painted."""
+def test_a_study_that_failed_and_then_is_synthesized_after_all_has_no_reason(tmp_path: Path) -> None:
+    """The node was killed after the reason was written; the next time the mask could be synthesized."""
     spool = Spool(tmp_path / "spool")
     kept(spool, write_study(tmp_path / "in"))
     study = spool.next(0)
     assert study is not None
     (study / "reason.txt").write_text("out of memory")
-    spool.painted(study, [])
+    spool.generated(study, [])
     spool.finish(tmp_path / "spool" / "outbox" / study.name)
     assert not spool.names("failed") and not spooled(tmp_path / "spool")
     spool.close()
@@ -280,16 +280,16 @@ def test_nobody_else_on_the_machine_can_look_into_the_spool(tmp_path: Path) -> N
 
 
 def test_a_torn_line_of_acknowledgement_is_none(tmp_path: Path) -> None:
-    sent = Acknowledged(tmp_path, "PACS@host:104")
+    sent = DeliveryLog(tmp_path, "PACS@host:104")
     sent.add("seg-1/0001.dcm")
     sent.add("seg-1/0002.dcm")
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:-5])
-    again = Acknowledged(tmp_path, "PACS@host:104")
+    again = DeliveryLog(tmp_path, "PACS@host:104")
     assert again.files == {"seg-1/0001.dcm"}
     again.add("seg-1/0003.dcm")
-    assert Acknowledged(tmp_path, "PACS@host:104").files == {"seg-1/0001.dcm", "seg-1/0003.dcm"}
-    assert Acknowledged(tmp_path, "OTHER@host:104").files == set()
+    assert DeliveryLog(tmp_path, "PACS@host:104").files == {"seg-1/0001.dcm", "seg-1/0003.dcm"}
+    assert DeliveryLog(tmp_path, "OTHER@host:104").files == set()
 
 
 def test_a_services_token_goes_to_one_service_alone(

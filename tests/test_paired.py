@@ -116,8 +116,8 @@ def record(rng: np.random.Generator, speed: float, commit: str = "abc1234") -> d
 
 def test_a_planted_slowdown_is_found_and_no_change_is_not() -> None:
     rng = np.random.default_rng(1)
-    slowed = sum(bool(history.falls(record(rng, 3.0), record(rng, 2.0))) for _ in range(100))
-    same = sum(bool(history.falls(record(rng, 3.0), record(rng, 3.0))) for _ in range(100))
+    slowed = sum(bool(history.regressions(record(rng, 3.0), record(rng, 2.0))) for _ in range(100))
+    same = sum(bool(history.regressions(record(rng, 3.0), record(rng, 3.0))) for _ in range(100))
     assert slowed >= 90 and same <= 10
 
 

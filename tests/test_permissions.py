@@ -37,14 +37,14 @@ def open_to_others(folder: Path) -> list[str]:
     return [name for name, mode in modes(folder).items() if mode & 0o077]
 
 
-def paint(command: str, source: Path, model: Path, out: Path, *options: str) -> int:
+def mask2ct(command: str, source: Path, model: Path, out: Path, *options: str) -> int:
     return run(main, [command, str(source), "--model", str(model), "--backend", "fake", "--output", str(out), "--quiet", *options])
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_results_of_dicom_are_private(name: str, fake_model: Path, tmp_path: Path) -> None:
     study, out, report = write_study(tmp_path / "in"), tmp_path / "out", tmp_path / "report.json"
-    assert paint("synth", study, fake_model, out, "--format", name, "--variants", "2", "--report", str(report)) == 0
+    assert mask2ct("synth", study, fake_model, out, "--format", name, "--variants", "2", "--report", str(report)) == 0
     wide = [path for path in open_to_others(out) if not path.endswith("dataset.json")]  # an index of what is there: no patient's
     assert len(modes(out)) > 4 and wide == [] and stat.S_IMODE(report.stat().st_mode) == 0o600
     assert modes(out)["out"] == 0o700 and set(modes(out).values()) <= {0o700, 0o600, 0o644}
@@ -53,7 +53,7 @@ def test_results_of_dicom_are_private(name: str, fake_model: Path, tmp_path: Pat
 @pytest.mark.parametrize("options", [(), ("--shared",)])
 def test_all_else_is_as_the_umask_says(options: tuple[str, ...], fake_model: Path, tmp_path: Path) -> None:
     source = write_study(tmp_path / "in") if options else write_mask(tmp_path / "case.nii.gz")
-    assert paint("synth", source, fake_model, tmp_path / "out", "--format", "dicom", *options) == 0
+    assert mask2ct("synth", source, fake_model, tmp_path / "out", "--format", "dicom", *options) == 0
     assert set(modes(tmp_path / "out").values()) == {0o755, 0o644}
 
 
@@ -61,7 +61,7 @@ def test_each_result_follows_its_own_source(fake_model: Path, tmp_path: Path) ->
     folder, out = tmp_path / "in", tmp_path / "out"
     write_study(folder / "study")
     write_mask(folder / "case.nii.gz")
-    assert paint("synth", folder, fake_model, out) == 0
+    assert mask2ct("synth", folder, fake_model, out) == 0
     made = {name: mode for name, mode in modes(out).items() if name.endswith(".nii.gz")}
     assert made.pop("out/case_ct.nii.gz") == 0o644 and [*made.values()] == [0o600]
 
@@ -74,7 +74,7 @@ def test_the_watcher_keeps_to_its_inbox(fake_model: Path, tmp_path: Path) -> Non
     (inbox / "broken").mkdir()
     (inbox / "broken" / "torn.dcm").write_bytes((inbox / "study" / "Doe_John_Planted.dcm").read_bytes()[:3000])
     inbox.chmod(0o750)
-    assert paint("watch", inbox, fake_model, out, "--once", "--stable", "0", "--poll", "0.05") == 1
+    assert mask2ct("watch", inbox, fake_model, out, "--once", "--stable", "0", "--poll", "0.05") == 1
     seen = modes(inbox)
     assert {seen[f"inbox/{name}"] for name in ("done", "failed", ".work")} == {0o750}
     assert seen["inbox/failed/damaged.nii.gz.reason.txt"] == 0o644

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from runtime.core.console import run
-from train.phantom import cohort
+from train.phantom import cohort as phantom
 from train.phantom.anatomy import LABELS, heart_pose
 from train.phantom.physics import enhancement, noise_field, noise_level
 

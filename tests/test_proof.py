@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from export import error_localization, model_folder, parity
-from export.graph import LabelsToIntensity, folded
-from export.model_folder import FILES, proven, write_model
+from export.graph import LabelsToIntensity, fuse_batch_norm
+from export.model_folder import FILES, validate, write_model
 from export.quantize import candidates
 from runtime.core.errors import ParityError
 from runtime.core.manifest import Manifest
@@ -36,11 +36,11 @@ def manifest(model: Path) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def truths(graph: LabelsToIntensity, manifest: Manifest, trained: Path) -> dict[str, parity.Reference]:
+def references_by_name(graph: LabelsToIntensity, manifest: Manifest, trained: Path) -> dict[str, parity.Reference]:
     return parity.references(graph, manifest, load_validation(load_run(trained)))
 
 
-def test_every_file_is_proven_in_every_backend_that_is_here(manifest: Manifest) -> None:
+def test_every_file_is_validated_in_every_backend_that_is_here(manifest: Manifest) -> None:
     assert {f.precision for f in manifest.files.values()} == {"fp32", "fp16", "int8"}
     for name, file in manifest.files.items():
         here = {b.name for b in BACKENDS if b.file == (file.kind, file.precision) and b.uninstalled() is None}
@@ -48,7 +48,7 @@ def test_every_file_is_proven_in_every_backend_that_is_here(manifest: Manifest) 
         for proof in manifest.parity[name].values():
             masks = proof[parity.ON_MASKS]
             assert masks["slices"] >= 64 and masks["masks"] == 32 and proof[parity.ON_RANDOM]["slices"] == 8
-            assert all(value <= limit for value, limit in parity.excess(file.precision, masks).values())
+            assert all(value <= limit for value, limit in parity.limit_violations(file.precision, masks).values())
             assert proof["engine"].split()[0] in ("onnxruntime", "openvino") and proof["slices_per_second"] > 0
     assert all(p[parity.ON_RANDOM]["max"] <= 1 for p in manifest.parity["model.onnx"].values())
 
@@ -64,16 +64,16 @@ def test_calibration_and_proof_use_masks_of_different_patients(trained: Path, ma
 def test_figures_are_the_differences(graph: LabelsToIntensity, manifest: Manifest) -> None:
     """Images that are 2 HU too high everywhere, and 30 too high at one pixel."""
     truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, parity.random_labels(2, manifest.grid.slices, (64, 64), 8)))
-    painted = truth.values + np.int16(2)
-    painted[1, 10, 20] += 28
-    numbers = parity.compare(truth, painted, manifest)
-    pixels = painted.size
+    generated = truth.values + np.int16(2)
+    generated[1, 10, 20] += 28
+    numbers = parity.compare(truth, generated, manifest)
+    pixels = generated.size
     assert numbers["slices"] == 2 and numbers["max"] == 30 and numbers["differing"] == 1.0
     assert numbers["mean"] == pytest.approx(2 + 28 / pixels, abs=1e-6) and numbers["p99_9"] == 2
     assert set(numbers["organs"].values()) == {2.0} and len(numbers["organs"]) == 7
     assert 0 < numbers["dssim"] < 0.01
     assert parity.compare(truth, truth.values, manifest)["dssim"] == 0
-    assert parity.excess("fp16", numbers)["organs"] == (2.0, 1)
+    assert parity.limit_violations("fp16", numbers)["organs"] == (2.0, 1)
 
 
 def test_batch_height_and_width_are_dynamic(model: Path, graph: LabelsToIntensity, manifest: Manifest) -> None:
@@ -81,8 +81,8 @@ def test_batch_height_and_width_are_dynamic(model: Path, graph: LabelsToIntensit
     for rows, columns in ((1, 1), (3, 2)):
         labels = parity.random_labels(3, manifest.grid.slices, (rows * d, columns * d), 8)
         truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, labels))
-        painted, _ = parity.paint(OnnxEngine(model / "model.onnx", manifest), truth.inputs)
-        assert painted.shape == (3, rows * d, columns * d) and np.abs(painted - truth.values).max() <= 1
+        generated, _ = parity.run_engine(OnnxEngine(model / "model.onnx", manifest), truth.inputs)
+        assert generated.shape == (3, rows * d, columns * d) and np.abs(generated - truth.values).max() <= 1
 
 
 def altered(path: Path, where: str, change: Callable[[Any], Any], part: int = 1) -> None:
@@ -129,15 +129,15 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_is_named_with_the_region_it_lies_in(
-    defect: str, model: Path, graph: LabelsToIntensity, manifest: Manifest, truths: dict[str, parity.Reference], tmp_path: Path
+    defect: str, model: Path, graph: LabelsToIntensity, manifest: Manifest, references_by_name: dict[str, parity.Reference], tmp_path: Path
 ) -> None:
     precision, spoil, fact, region = DEFECTS[defect]
     path = tmp_path / FILES[precision]
     shutil.copy(model / path.name, path)
-    proven(graph, path, precision, manifest, truths, lambda _: None)
+    validate(graph, path, precision, manifest, references_by_name, lambda _: None)
     spoil(path)
-    with pytest.raises(ParityError, match="paints other values than the network on validation masks") as caught:
-        proven(graph, path, precision, manifest, truths, lambda _: None)
+    with pytest.raises(ParityError, match="synthesizes other values than the network on validation masks") as caught:
+        validate(graph, path, precision, manifest, references_by_name, lambda _: None)
     assert fact in caught.value.fact and caught.value.exit_code == 1 and "at most" in caught.value.expected
     (worst,) = [line for line in str(caught.value).splitlines() if line.endswith("<- the worst region")]
     assert worst.strip().startswith(region)
@@ -145,13 +145,18 @@ def test_a_defect_is_named_with_the_region_it_lies_in(
 
 @pytest.mark.parametrize("precision", FILES)
 def test_a_truncated_file_is_named(
-    precision: str, model: Path, graph: LabelsToIntensity, manifest: Manifest, truths: dict[str, parity.Reference], tmp_path: Path
+    precision: str,
+    model: Path,
+    graph: LabelsToIntensity,
+    manifest: Manifest,
+    references_by_name: dict[str, parity.Reference],
+    tmp_path: Path,
 ) -> None:
     path = tmp_path / FILES[precision]
     whole = (model / path.name).read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ParityError, match=f"{path.name} does not run in openvino"):
-        proven(graph, path, precision, manifest, truths, lambda _: None)
+        validate(graph, path, precision, manifest, references_by_name, lambda _: None)
 
 
 def test_nothing_is_written_when_a_proof_fails(
@@ -184,7 +189,7 @@ def test_int8_layers_that_the_proof_refuses_stay_in_float(
     monkeypatch.setattr(model_folder, "MARGIN", 1e9)
     monkeypatch.setattr(parity, "LIMITS", {**parity.LIMITS, "int8": {"body_mean": 1.5, "organs": 3}})
     found, said = write_again(graph, trained, tmp_path / "model")
-    assert "not taken: model.int8.onnx in openvino-int8 paints other values" in said and "<- the worst region" in said
+    assert "not taken: model.int8.onnx in openvino-int8 synthesizes other values" in said and "<- the worst region" in said
     assert 0 < found.export["int8"]["layers"] < found.export["int8"]["of"]
     assert all(proof[parity.ON_MASKS]["body_mean"] <= 1.5 for proof in found.parity["model.int8.onnx"].values())
 
@@ -205,33 +210,33 @@ def test_masks_are_taken_of_all_patients_and_not_of_the_first() -> None:
     assert list(model_folder.spread(1, 3)) == [0, 0, 0]
 
 
-def test_small_slices_are_painted_until_their_medians_mean_something(manifest: Manifest) -> None:
+def test_small_slices_are_synthesized_until_their_medians_mean_something(manifest: Manifest) -> None:
     """The same masks with other noise: an organ of a few hundred pixels has another median each time."""
     masks = parity.random_labels(3, manifest.grid.slices, (64, 64), 8)
     many = parity.repeated(masks, 64, manifest.inputs)
     assert len(many) * 64 * 64 >= 2**20 and all(np.array_equal(many[n], masks[n % 3]) for n in range(0, len(many), 7))
     labels_alone = tuple(tensor for tensor in manifest.inputs if tensor.name == "labels")
-    assert len(parity.repeated(masks, 64, labels_alone)) == 64  # painted again it would be the same
+    assert len(parity.repeated(masks, 64, labels_alone)) == 64  # synthesized again it would be the same
     assert len(parity.repeated(np.zeros((80, 1, 256, 256), np.uint8), 64, manifest.inputs)) == 80
 
 
 def test_a_channel_that_int8_holds_at_another_scale_is_no_error(
-    graph: LabelsToIntensity, model: Path, truths: dict[str, parity.Reference]
+    graph: LabelsToIntensity, model: Path, references_by_name: dict[str, parity.Reference]
 ) -> None:
     """Fitting brings channels nearer to one range; the layers after undo it, and the image is right."""
-    for region in error_localization.regions(graph, model / "model.int8.onnx", truths[parity.ON_MASKS].inputs):
+    for region in error_localization.regions(graph, model / "model.int8.onnx", references_by_name[parity.ON_MASKS].inputs):
         assert region.error < 0.25, region
 
 
 def test_without_a_body_the_whole_slice_stands_for_it() -> None:
     numbers = {"mean": 9.0, "body_mean": None, "organs": {"aorta": None}}
-    assert parity.excess("int8", numbers) == {"body_mean": (9.0, 8), "organs": (0.0, 3)}
+    assert parity.limit_violations("int8", numbers) == {"body_mean": (9.0, 8), "organs": (0.0, 3)}
 
 
 @pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
 def test_half_and_folding_hold_for_every_network_with_a_style(kind: str, manifest: Manifest) -> None:
     """In torch, before any file: folded batch norms change rounding only, and halves stay within their limits."""
-    from export.graph import halved
+    from export.graph import to_fp16
     from train.networks.generator import Generator, initialise
 
     torch.manual_seed(0)
@@ -254,11 +259,11 @@ def test_half_and_folding_hold_for_every_network_with_a_style(kind: str, manifes
         with torch.inference_mode():
             return graph(**inputs).numpy().view("<i2")[..., 0].astype(int)
 
-    truth, flat = hu(graph), folded(graph)
+    truth, flat = hu(graph), fuse_batch_norm(graph)
     assert np.abs(hu(flat) - truth).max() <= 1 and len(np.unique(truth)) > 50
     left = [m for m in flat.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert len(left) == (2 if kind == "reference" else 0)  # there the norm follows an activation, as in the original
-    delta = np.abs(hu(halved(flat)) - truth)
+    delta = np.abs(hu(to_fp16(flat)) - truth)
     assert 0 < delta.mean() <= 1 and np.percentile(delta, 99.9) <= 10
     assert all(p.dtype == torch.float32 for p in graph.parameters()), "the network itself is left as it was"
 

@@ -57,8 +57,8 @@ def test_a_constant_shift_of_a_quantised_layer_is_taken_back(forked: Path, regio
     quantizer = Quantizer(forked, regions)
     truth, path = run(forked, regions), tmp_path / "int8.onnx"
     quantizer.write(path, ["first", "right"])
-    painted = run(path, regions)["left.y"]
-    error = painted - truth["left.y"]
+    generated = run(path, regions)["left.y"]
+    error = generated - truth["left.y"]
     assert np.abs(error).max() > 1e-4  # it is quantised
     assert np.abs(error.mean((0, 2, 3))).max() < 1e-4 * np.abs(truth["left.y"]).max()
 
@@ -66,9 +66,9 @@ def test_a_constant_shift_of_a_quantised_layer_is_taken_back(forked: Path, regio
 def test_a_layer_left_in_float_reads_what_was_not_quantised_for_another(forked: Path, regions, tmp_path: Path) -> None:
     path = tmp_path / "int8.onnx"
     Quantizer(forked, regions).write(path, ["first", "right"])
-    painted, truth = run(path, regions), run(forked, regions)
-    np.testing.assert_allclose(painted["right.y"], truth["right.y"], rtol=0, atol=1e-5)
-    assert np.abs(painted["left.y"] - truth["left.y"]).max() > 1e-4
+    generated, truth = run(path, regions), run(forked, regions)
+    np.testing.assert_allclose(generated["right.y"], truth["right.y"], rtol=0, atol=1e-5)
+    assert np.abs(generated["left.y"] - truth["left.y"]).max() > 1e-4
 
 
 def test_a_kernel_keeps_the_sum_of_its_taps_which_is_all_that_flat_labels_show() -> None:

@@ -22,11 +22,11 @@ from runtime.core.manifest import Intensity
 from train import checkpoint
 from train.config import resolve
 from train.data.dataset import Batches, Slices
-from train.distributed import ALONE, Ranks, check
+from train.distributed import SINGLE_PROCESS, DistributedContext, check
 from train.loop import Training, open_cohort
 
 
-class Emulated(Ranks):
+class Emulated(DistributedContext):
     """A rank that is a thread of this process: what gloo does between processes is done here with a list."""
 
     meeting: Barrier
@@ -73,8 +73,8 @@ def test_gradients_are_averaged_in_place_whatever_their_layout() -> None:
         assert all(torch.allclose(a, b) for a, b in zip(tensors, expected, strict=True))
         assert tensors[1].is_contiguous(memory_format=torch.channels_last)
     alone = torch.ones(2)
-    ALONE.average([alone, None])
-    assert alone.tolist() == [1, 1] and not ALONE.any(False) and ALONE.any(True)
+    SINGLE_PROCESS.average([alone, None])
+    assert alone.tolist() == [1, 1] and not SINGLE_PROCESS.any(False) and SINGLE_PROCESS.any(True)
 
 
 def test_one_ranks_word_counts_for_all() -> None:
@@ -85,9 +85,9 @@ def test_one_ranks_word_counts_for_all() -> None:
 def test_the_others_wait_for_the_first_and_end_with_its_exit_code() -> None:
     done: list[int] = []
 
-    def work(ranks: Ranks, fail: bool) -> object:
+    def work(ranks: DistributedContext, fail: bool) -> object:
         try:
-            with ranks.first_then_others():
+            with ranks.rank_zero_first():
                 done.append(ranks.rank)
                 if fail:
                     raise ConfigError("no")
@@ -102,11 +102,11 @@ def test_the_others_wait_for_the_first_and_end_with_its_exit_code() -> None:
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"training\.batch_size is 4"):
-        check(resolve({}, TINY), Ranks(0, 3))
+        check(resolve({}, TINY), DistributedContext(0, 3))
     one_pixel = [*TINY, "data.canvas=[32,32]", "generator.depth=5"]
     with pytest.raises(ConfigError, match=r"training\.batch_size is 1"):
-        check(resolve({}, one_pixel), Ranks(0, 4))
-    check(resolve({}, one_pixel), Ranks(0, 2))
+        check(resolve({}, one_pixel), DistributedContext(0, 4))
+    check(resolve({}, one_pixel), DistributedContext(0, 2))
 
 
 def metrics(run: Path) -> list[dict]:

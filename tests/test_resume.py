@@ -60,7 +60,7 @@ def test_without_resume_everything_is_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "shorter", "gone", "no journal"])
-def test_what_is_not_proven_is_made_again(damage: str, tmp_path: Path) -> None:
+def test_what_is_not_validated_is_made_again(damage: str, tmp_path: Path) -> None:
     paths, out = masks(tmp_path / "masks"), tmp_path / "out"
     stream(paths, out)
     whole, victim = results(out), out / "1_ct.nii.gz"
@@ -80,7 +80,7 @@ def test_what_is_not_proven_is_made_again(damage: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("format", "victim"), [("dicom", "1_v1/**/0003.dcm"), ("nnunet", "labelsTr/1_v1.nii.gz"), ("mha", "1_v1_ct.mha")])
-def test_every_format_is_proven_file_by_file(format: str, victim: str, tmp_path: Path) -> None:
+def test_every_format_is_validated_file_by_file(format: str, victim: str, tmp_path: Path) -> None:
     paths, out = masks(tmp_path / "masks"), tmp_path / "out"
     stream(paths, out, variants=2, format=format)
     whole = results(out)
@@ -202,7 +202,7 @@ def test_a_journal_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 def test_entries_survive_reopening(tmp_path: Path) -> None:
     np.zeros(3).tofile(tmp_path / "file")
-    from runtime.batch.completion_log import digest_of
+    from runtime.core.atomic_files import digest_of
 
     entry = Entry("a", "key", {"file": digest_of(tmp_path / "file")}, 3, ("said",))
     journal = Journal(tmp_path)

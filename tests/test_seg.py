@@ -129,7 +129,7 @@ def test_what_the_source_tells_of_a_patient_waits_for_attached_mode(tmp_path: Pa
     sources = slices(values)
     path = segmentation(tmp_path / "Doe_John.dcm", sources, values, HEART)
     found = case(path)
-    assert found.name.startswith("seg-") and "Doe" not in found.name and str(found.called) == found.name
+    assert found.name.startswith("seg-") and "Doe" not in found.name and str(found.display_name) == found.name
     read = read_case(found, MM_WHS)
     assert read.dicom is not None and read.dicom.attributes["PatientID"] == "PLANTED-ID-4711"
     assert read.dicom.frame_of_reference_uid == sources[0].FrameOfReferenceUID

@@ -18,12 +18,12 @@ from runtime.core.resampling import axial_axes
 from runtime.core.volume import CTSlab, Geometry, LabelVolume
 from runtime.engines.fake import fake_manifest
 from runtime.io.dicom.attributes import Identity
-from runtime.io.dicom.canonical_grid import UprightGrid
+from runtime.io.dicom.canonical_grid import CanonicalGrid
 from runtime.io.dicom.ct_series import write_series
 from runtime.io.dicom.enhanced_ct import write_enhanced
 from runtime.io.dicom.segmentation import NAME, seg_dataset, write_seg
-from runtime.io.dicom.segmentation_bytes import sketch, write_binary
-from runtime.io.writers.base import Painting
+from runtime.io.dicom.segmentation_bytes import stand_in, write_binary
+from runtime.io.writers.base import OutputRecord
 
 
 def model_of(count: int) -> Manifest:
@@ -61,20 +61,18 @@ class Writing:
                  attach: bool = False):  # fmt: skip
         geometry = Geometry.from_parts((12.5, -90, 300.25), (0.7, 0.9, 3.1), direction.ravel())
         mask = LabelVolume(labels, geometry, dicom=SOURCE if attach else None)
-        self.folder, self.painting = folder, Painting("case", None, mask, manifest, "fake (given)", "", 0)
-        self.identity, self.grid = Identity.of(self.painting, attach), UprightGrid.of(geometry, labels.shape)
+        self.folder, self.record = folder, OutputRecord("case", None, mask, manifest, "fake (given)", "", 0)
+        self.identity, self.grid = Identity.of(self.record, attach), CanonicalGrid.of(geometry, labels.shape)
         self.labels = self.grid.view(labels)
         slab = CTSlab(np.zeros(labels.shape, np.int16), axial_axes(geometry)[0], 0)
-        self.images = (write_enhanced if enhanced else write_series)(folder, self.painting, self.identity, self.grid, [slab])
+        self.images = (write_enhanced if enhanced else write_series)(folder, self.record, self.identity, self.grid, [slab])
 
     def of_the_whole(self) -> bytes:
-        seg_dataset(self.painting, self.identity, self.images, "binary", self.labels).save_as(
-            self.folder / "whole", enforce_file_format=True
-        )
+        seg_dataset(self.record, self.identity, self.images, "binary", self.labels).save_as(self.folder / "whole", enforce_file_format=True)
         return (self.folder / "whole").read_bytes()
 
     def write(self) -> Path:
-        write_seg(self.folder, self.painting, self.identity, self.grid, self.images, "binary")
+        write_seg(self.folder, self.record, self.identity, self.grid, self.images, "binary")
         return self.folder / NAME
 
 
@@ -119,7 +117,7 @@ def test_what_the_length_of_an_element_cannot_say_is_refused(tmp_path: Path) -> 
     for image in writing.images:
         image.Rows = image.Columns = 1
     shown = [[1], [1]]
-    seg = seg_dataset(writing.painting, writing.identity, writing.images, "binary", sketch(shown))
+    seg = seg_dataset(writing.record, writing.identity, writing.images, "binary", stand_in(shown))
     with pytest.raises(OutputError, match="4294967296 bytes"):
         write_binary(tmp_path / NAME, seg, np.broadcast_to(np.uint8(1), (2, 1 << 17, 1 << 17)), shown)
     assert not (tmp_path / NAME).exists()

@@ -1,4 +1,4 @@
-"""A mask whose painting ends the whole process, as for want of memory: it stops no other, and after some starts it is put aside."""
+"""A mask whose synthesis ends the whole process, as for want of memory: it stops no other, and after some starts it is put aside."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from dicom_masks import segmentation, slices
 from nodes import Serving, push, until, write_study
 from samples import is_tidy, listed, write_mask
 
-from runtime.service.attempts import MOST, came_forward, counted, starts
-from runtime.service.study_spool import STARTS
+from runtime.service.attempts import MAX_ATTEMPTS, attempts, count_attempt, reset_attempts
+from runtime.service.study_spool import ATTEMPTS
 from runtime.service.work_queue import DONE, FAILED, WORK
 
-POISON = 850  # of MM-WHS, index 7: what holds it cannot be painted
+POISON = 850  # of MM-WHS, index 7: what holds it cannot be synthesized
 KILLED = f"""
 import os, signal, sys
 from runtime.__main__ import main
@@ -51,13 +51,15 @@ def test_a_watchers_poisonous_mask_ends_in_failed_after_the_others_are_done(fake
     line = ["watch", inbox, "--model", fake_model, "--backend", "fake", "--output", out, "--stable", 0, "--poll", 0.01, "--once"]
     codes = [command("-c", KILLED, *line).returncode for _ in range(3)]
     assert codes == [-signal.SIGKILL] * 3 and listed(inbox / DONE) == {"0.nii.gz", "2.nii.gz", "3.nii.gz"}
-    assert starts(next((inbox / WORK).glob(f"*/{STARTS}"))) == 2  # the first time it was in work with the others: nobody's fault is known
+    assert (
+        attempts(next((inbox / WORK).glob(f"*/{ATTEMPTS}"))) == 2
+    )  # the first time it was in work with the others: nobody's fault is known
     write_mask(inbox / "4.nii.gz", block(420))
     assert command("-c", KILLED, *line).returncode == -signal.SIGKILL and "4.nii.gz" in listed(inbox / DONE)
-    for _ in range(MOST - 3):
+    for _ in range(MAX_ATTEMPTS - 3):
         assert command("-c", KILLED, *line).returncode == -signal.SIGKILL
     last = command("-c", KILLED, *line)
-    assert last.returncode == 1 and f"each of the last {MOST} starts" in last.stderr and "1.nii.gz" in last.stderr
+    assert last.returncode == 1 and f"each of the last {MAX_ATTEMPTS} starts" in last.stderr and "1.nii.gz" in last.stderr
     assert listed(inbox / FAILED) == {"1.nii.gz", "1.nii.gz.reason.txt"} and is_tidy(inbox)
     assert "out of memory" in (inbox / FAILED / "1.nii.gz.reason.txt").read_text()
     assert listed(out) >= {f"{n}_ct.nii.gz" for n in (0, 2, 3, 4)} and "1_ct.nii.gz" not in listed(out)
@@ -65,7 +67,7 @@ def test_a_watchers_poisonous_mask_ends_in_failed_after_the_others_are_done(fake
     assert command("-m", "runtime", *line).returncode == 0 and (out / "1_ct.nii.gz").is_file()
 
 
-def test_a_nodes_poisonous_study_ends_in_failed_after_the_others_are_painted(fake_model: Path, tmp_path: Path) -> None:
+def test_a_nodes_poisonous_study_ends_in_failed_after_the_others_are_synthesized(fake_model: Path, tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     uids = (f"1.2.826.{n}" for n in range(1 << 20))
     first = next(uid for uid in uids if hashlib.sha256(uid.encode()).hexdigest().startswith("000"))  # of those that wait
@@ -74,27 +76,27 @@ def test_a_nodes_poisonous_study_ends_in_failed_after_the_others_are_painted(fak
     with Serving(fake_model, spool, "--keep", quiet=3600) as node:
         assert push(node.port, poison, *(write_study(tmp_path / str(n), n) for n in range(3))) == [0] * 4
         node.stop(signal.SIGKILL)
-    for n in range(1, MOST + 1):
+    for n in range(1, MAX_ATTEMPTS + 1):
         with serving(fake_model, spool) as child:
             assert child.wait(60) == -signal.SIGKILL
-        assert [starts(path / STARTS) for path in spool.glob("studies/*")] == [n] and len(listed(spool / "done")) == (3 if n > 1 else 0)
+        assert [attempts(path / ATTEMPTS) for path in spool.glob("studies/*")] == [n] and len(listed(spool / "done")) == (3 if n > 1 else 0)
     with serving(fake_model, spool) as child:
         until(lambda: listed(spool / "failed"), "it is put aside")
         child.send_signal(signal.SIGTERM)
         assert child.wait(60) == 0
     (failed,) = (spool / "failed").iterdir()
-    assert f"each of the last {MOST} starts" in (failed / "reason.txt").read_text() and listed(failed) == {
+    assert f"each of the last {MAX_ATTEMPTS} starts" in (failed / "reason.txt").read_text() and listed(failed) == {
         "objects",
         "results",
         "reason.txt",
-        STARTS,  # or it would be tried again when more of its study arrives
+        ATTEMPTS,  # or it would be tried again when more of its study arrives
     }
     assert not listed(spool / "studies") and not listed(spool / "outbox")
 
 
 @contextmanager
 def serving(model: Path, spool: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """`mask2ct serve` whose process ends when it paints what is poisonous."""
+    """`mask2ct serve` whose process ends when it synthesizes what is poisonous."""
     line = ["serve", "--model", model, "--backend", "fake", "--spool", spool, "--port", 0, "--allow-any", "--keep", "--quiet-period", 0.1]
     with subprocess.Popen([sys.executable, "-c", KILLED, *map(str, line)], stderr=subprocess.DEVNULL) as child:
         try:
@@ -104,17 +106,17 @@ def serving(model: Path, spool: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_what_leaves_the_process_alive_is_no_start_that_ended_in_it(tmp_path: Path) -> None:
-    file = tmp_path / STARTS
+    file = tmp_path / ATTEMPTS
     for _ in range(3):
-        with suppress(KeyboardInterrupt), counted(file):
-            assert starts(file) == 1
+        with suppress(KeyboardInterrupt), count_attempt(file):
+            assert attempts(file) == 1
             raise KeyboardInterrupt
     file.write_bytes(b"..")
-    with counted(file):
-        assert starts(file) == 3
-        came_forward(file)
-        assert starts(file) == 1  # should it be killed now, that is the first time
-    assert starts(file) == 0
-    with counted(file):
+    with count_attempt(file):
+        assert attempts(file) == 3
+        reset_attempts(file)
+        assert attempts(file) == 1  # should it be killed now, that is the first time
+    assert attempts(file) == 0
+    with count_attempt(file):
         file.unlink()
-    assert starts(file) == 0 and not file.exists()
+    assert attempts(file) == 0 and not file.exists()

@@ -23,10 +23,10 @@ from pydicom.uid import SegmentationStorage
 from test_node import VERIFICATION, certificates
 
 from runtime.service.connections import PendingConnections
-from runtime.service.dicom_receiver import Acceptor
+from runtime.service.dicom_receiver import StoreSCP
 from runtime.service.dicom_server import Limits
 from runtime.service.events import Events
-from runtime.service.health_server import Watch
+from runtime.service.health_server import HealthServer
 from runtime.service.study_spool import Spool
 
 IMPLICIT = b"1.2.840.10008.1.2"
@@ -36,19 +36,19 @@ pytestmark = QUIETLY
 
 
 @contextmanager
-def acceptor(folder: Path, *, tls: ssl.SSLContext | None = None, **limits: Any) -> Iterator[Acceptor]:
+def acceptor(folder: Path, *, tls: ssl.SSLContext | None = None, **limits: Any) -> Iterator[StoreSCP]:
     """The node's listening part in this process, for SENDER alone."""
     with ExitStack() as stack:
         spool = Spool(folder / "spool")
         stack.callback(spool.close)
-        opened = Acceptor(spool, Events(), "MASK2CT", ("127.0.0.1", 0), ("SENDER",), Limits(**limits), tls)
+        opened = StoreSCP(spool, Events(), "MASK2CT", ("127.0.0.1", 0), ("SENDER",), Limits(**limits), tls)
         stack.callback(opened.close)
         yield opened
 
 
 def request(
     calling: bytes = b"SENDER",
-    called: bytes = b"MASK2CT",
+    display_name: bytes = b"MASK2CT",
     syntax: bytes = IMPLICIT,
     abstract: bytes = VERIFICATION.encode(),
     version: int = 1,
@@ -61,7 +61,7 @@ def request(
     context = bytes([1, 0, 0, 0]) + item(0x30, abstract) + (item(0x40, syntax) if syntax else b"")
     user = item(0x51, struct.pack(">I", 16384)) + item(0x52, b"1.2.3.4")
     items = item(0x10, b"1.2.840.10008.3.1.1.1") + item(0x20, context) + item(0x50, user)
-    body = struct.pack(">HH", version, 0) + called.ljust(16) + calling.ljust(16) + bytes(32) + items
+    body = struct.pack(">HH", version, 0) + display_name.ljust(16) + calling.ljust(16) + bytes(32) + items
     return b"\x01\x00" + struct.pack(">I", len(body)) + body
 
 
@@ -152,7 +152,7 @@ def test_closed_connections_leave_nothing_behind(tmp_path: Path) -> None:
         (b"GET / HTTP/1.1\r\n\r\n", ABORTED, b"\x02\x02"),
         (request(version=2), REJECTED, b"\x01\x02\x02"),
         (request(calling=b"STRANGER"), REJECTED, b"\x01\x01\x03"),
-        (request(called=b"ANOTHER"), REJECTED, b"\x01\x01\x07"),
+        (request(display_name=b"ANOTHER"), REJECTED, b"\x01\x01\x07"),
     ],
     ids=["no transfer syntax", "no abstract syntax", "damaged", "too long", "a release", "http", "version", "calling", "called"],
 )
@@ -322,7 +322,7 @@ def get(port: int, path: str) -> tuple[int, str]:
 
 def test_half_http_requests_keep_nobody_out(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
-    watch = Watch(("127.0.0.1", 0), Events(), spool, str, str, PendingConnections(4, 1.0))
+    watch = HealthServer(("127.0.0.1", 0), Events(), spool, str, str, PendingConnections(4, 1.0))
     try:
         with ExitStack() as stack:
             before = threading.active_count()
@@ -337,7 +337,7 @@ def test_half_http_requests_keep_nobody_out(tmp_path: Path) -> None:
 
 def test_health_says_when_nobody_gets_in(tmp_path: Path) -> None:
     with acceptor(tmp_path, associations=1) as node:
-        watch = Watch(("127.0.0.1", 0), Events(), node._spool, node.wrong, node.wrong)
+        watch = HealthServer(("127.0.0.1", 0), Events(), node._spool, node.wrong, node.wrong)
         try:
             assert get(watch.port, "/health") == (200, "ok\n")
             with connect(node.port, request()) as only:

@@ -1,4 +1,4 @@
-"""Style: what it means, that the network uses it, and that it reaches the painted file."""
+"""Style: what it means, that the network uses it, and that it reaches the synthesized file."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 from samples import export_run, image, train_small
 
 from export.graph import LabelsToIntensity
-from export.parity import LIMITS, compare, draw_inputs, paint, random_labels, reference
+from export.parity import LIMITS, compare, draw_inputs, random_labels, reference, run_engine
+from runtime import Synthesizer
 from runtime.core.errors import UsageError
 from runtime.core.manifest import Intensity, Manifest
 from runtime.engines.cpu.onnxruntime import OnnxEngine
-from runtime.synthesizer import Synthesizer
 from train.checkpoint import load_generator, load_run
 from train.data.dataset import Slices, to_unit
 from train.networks.generator import Generator
-from train.networks.style import FRESH, Styles, move, organ_medians, outlines, patient_styles, stretch
+from train.networks.style import STYLE_JITTER, Styles, organ_medians, outlines, patient_styles, shift_intensity, warp_outline
 
 
 def patients(medians: np.ndarray) -> list[Slices]:
@@ -78,7 +78,7 @@ def test_a_slices_style_is_near_its_patients_and_a_function_of_seed_and_step() -
     medians = np.array([[100.0], [200], [600]])
     styles, own = Styles(patients(medians), 2, 1, 3, UNIT), patient_styles(medians, 1)[0][:, 0]
     many = np.concatenate([styles(np.arange(3), n)[0] for n in range(2000)]).reshape(2000, 3)
-    assert np.allclose(many.mean(0), own * np.sqrt(1 - FRESH**2), atol=0.05) and np.allclose(many.std(0), FRESH, rtol=0.1)
+    assert np.allclose(many.mean(0), own * np.sqrt(1 - STYLE_JITTER**2), atol=0.05) and np.allclose(many.std(0), STYLE_JITTER, rtol=0.1)
     assert abs(many.std() - 1) < 0.03
     again, other = (Styles(patients(medians), 2, 1, seed, UNIT)(np.arange(3), 5)[0] for seed in (3, 4))
     assert np.array_equal(styles(np.arange(3), 5)[0], again) and not np.array_equal(again, other)
@@ -90,7 +90,7 @@ def test_an_organ_is_moved_to_what_its_slices_style_says_and_the_background_stay
     styles, (shifts, _, _) = Styles(cohort, 3, 1, 3, UNIT)(np.arange(3), 0)
     image = torch.from_numpy(np.stack([to_unit(p.image, UNIT) for p in cohort]))
     labels = torch.from_numpy(np.concatenate([p.labels for p in cohort]))
-    moved = move(image, labels, torch.from_numpy(shifts)).numpy() * 2048 - 1024
+    moved = shift_intensity(image, labels, torch.from_numpy(shifts)).numpy() * 2048 - 1024
     said = medians.mean(0) + styles @ patient_styles(medians, 1)[1]
     for index in (1, 2):
         assert np.allclose(moved[labels.numpy() == index].reshape(3, -1)[:, 0], said[:, index - 1], atol=0.5)  # HU
@@ -123,12 +123,12 @@ def test_an_outline_is_how_far_the_body_reaches_from_the_labels() -> None:
 
 def test_surroundings_are_stretched_to_what_the_style_says_and_labels_stay() -> None:
     cohort = builds([36, 40, 50])  # nothing else differs
-    styles, moves = Styles(cohort, 2, 1, 3, UNIT)(np.arange(0, 12, 4), 0)
+    styles, edits = Styles(cohort, 2, 1, 3, UNIT)(np.arange(0, 12, 4), 0)
     image = torch.from_numpy(np.stack([to_unit(p.image[:1], UNIT) for p in cohort]))
     labels = torch.from_numpy(np.stack([p.labels[1] for p in cohort]))
-    away, factors, centres = (torch.from_numpy(array) for array in (moves.shifts, moves.stretch, moves.centres))
+    away, factors, centres = (torch.from_numpy(array) for array in (edits.shifts, edits.warp_outline, edits.centres))
     assert away.abs().max() * 2048 < 0.5
-    moved = stretch(image, labels, factors, centres)
+    moved = warp_outline(image, labels, factors, centres)
     inside = labels[:, 0] == 1
     torch.testing.assert_close(moved[:, 0][inside], image[:, 0][inside], atol=1e-4, rtol=0)
     said = outlines(cohort)[0].mean(0) + styles @ patient_styles(outlines(cohort)[0], 1)[1]
@@ -139,7 +139,7 @@ def test_surroundings_are_stretched_to_what_the_style_says_and_labels_stay() -> 
 
 def test_units_without_a_body_have_organs_alone() -> None:
     cohort, greys = builds([36, 40, 50], hu=0) + builds([40], hu=90), Intensity("a.u.", 0, 1000)
-    assert not Styles(cohort, 2, 1, 3, greys)(np.arange(3), 0)[1].stretch.any()
+    assert not Styles(cohort, 2, 1, 3, greys)(np.arange(3), 0)[1].warp_outline.any()
 
 
 @pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
@@ -152,9 +152,9 @@ def test_no_style_is_the_style_zero_and_each_sample_has_its_own(kind: str) -> No
         if "modulation" in name or "contrast" in name:
             torch.nn.init.normal_(parameter)
     assert torch.equal(net(condition), net(condition, style=zero))
-    painted = net(condition, style=torch.tensor([[1.0, 0, 0], [-1, 0, 0], [1, 0, 0]]))
-    torch.testing.assert_close(painted[0], painted[2])
-    assert (painted[0] - painted[1]).abs().max() > 0.01
+    generated = net(condition, style=torch.tensor([[1.0, 0, 0], [-1, 0, 0], [1, 0, 0]]))
+    torch.testing.assert_close(generated[0], generated[2])
+    assert (generated[0] - generated[1]).abs().max() > 0.01
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_training_uses_the_style(styled: tuple[Path, Path]) -> None:
     assert len(weights) == 5 and all(w.abs().max() > 0 for w in weights)
 
 
-def test_the_exported_graph_takes_a_style_and_is_proven_with_random_ones(styled: tuple[Path, Path]) -> None:
+def test_the_exported_graph_takes_a_style_and_is_validated_with_random_ones(styled: tuple[Path, Path]) -> None:
     run, manifest = load_run(styled[0]), Manifest.load(styled[1])
     assert manifest.style == 2 and [t.name for t in manifest.inputs] == ["labels", "style", "noise"]
     engine = OnnxEngine(styled[1] / "model.onnx", manifest)
@@ -188,7 +188,7 @@ def test_the_exported_graph_takes_a_style_and_is_proven_with_random_ones(styled:
     with torch.no_grad():
         graph.generator.top.modulation.factors.weight.add_(0.5)  # a graph that read its style otherwise would be found out
     truth = reference(graph, draw_inputs(manifest.inputs, random_labels(4, manifest.grid.slices, (64, 64), 8)))
-    assert compare(truth, paint(engine, truth.inputs)[0], manifest)["max"] > LIMITS["fp32"]["max"]
+    assert compare(truth, run_engine(engine, truth.inputs)[0], manifest)["max"] > LIMITS["fp32"]["max"]
     for numbers in manifest.parity["model.onnx"]["onnx"].values():
         assert not isinstance(numbers, dict) or numbers["max"] <= LIMITS["fp32"]["max"]
 

@@ -52,7 +52,7 @@ def test_a_resume_with_other_workers_keeps_what_is_done(tmp_path: Path, model: P
         with Synthesizer.open(model, backend=backend, workers=workers) as opened:
             (result,) = opened.stream(mask, tmp_path / "out", resume=True)
             assert result.error is None and result.skipped == kept
-    with Synthesizer.open(model, backend=backend, workers=3) as opened:  # and rightly so: they paint the same bytes
+    with Synthesizer.open(model, backend=backend, workers=3) as opened:  # and rightly so: they synthesize the same bytes
         (again,) = opened.stream(mask, tmp_path / "again")
     assert dict(again.sha256) == dict(result.sha256)
 
@@ -60,14 +60,14 @@ def test_a_resume_with_other_workers_keeps_what_is_done(tmp_path: Path, model: P
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
 def test_the_number_of_cores_changes_no_byte(model: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     """OpenVINO divides a slice between three threads otherwise than between two: the image differs by a HU here and there."""
-    volumes, painted = ((blobs((9, 40, 50)), (3.0, 3.1, 2.0)), (blobs((2, 256, 256)), (2.0, 2.0, 2.0))), set()
+    volumes, generated = ((blobs((9, 40, 50)), (3.0, 3.1, 2.0)), (blobs((2, 256, 256)), (2.0, 2.0, 2.0))), set()
     for count, workers in ((1, None), (2, 1), (3, 1), (3, 3), (8, None)):
         for module in ("host", "onnx", "openvino"):
             monkeypatch.setattr(f"runtime.engines.{module}.cores", lambda count=count: count, raising=False)
         with Synthesizer.open(model, backend=backend, workers=workers) as opened:
             for values, spacing in volumes:
-                painted.add((spacing, opened.paint(opened.volume(values, Geometry.from_spacing(spacing))).tobytes()))
-    assert len(painted) == 2
+                generated.add((spacing, opened.synthesize(opened.volume(values, Geometry.from_spacing(spacing))).tobytes()))
+    assert len(generated) == 2
 
 
 def test_a_large_plane_compresses_to_the_same_bytes_for_any_batch(tmp_path: Path, fake_model: Path) -> None:
@@ -218,12 +218,12 @@ class WaitedStream(HostStream):
 
 
 @pytest.mark.parametrize("count", [1, 2, 60])
-def test_painting_wakes_once_for_half_of_the_slices_in_flight(count: int) -> None:
+def test_synthesis_wakes_once_for_half_of_the_slices_in_flight(count: int) -> None:
     """To wake for each slice would interrupt, every time, a core that computes the next."""
     volume = LabelVolume((blobs((count, 30, 30)) > 0).astype(np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
     engine = Waited()
     with Synthesizer(fake_manifest(), engine) as waited, Synthesizer(fake_manifest(), FakeEngine(fake_manifest())) as plain:
-        assert np.array_equal(waited.paint(volume), plain.paint(volume))
+        assert np.array_equal(waited.synthesize(volume), plain.synthesize(volume))
     half = engine.spec.streams // 2
     assert engine.woken <= count / half + half.bit_length() + 1 and engine.woken <= count  # the last ones by halves of what is left
 
@@ -241,7 +241,7 @@ class Permitted(FakeEngine):
         super()._infer(*given)
 
 
-def test_a_volume_that_is_given_up_is_not_painted_to_the_last_slice_in_flight() -> None:
+def test_a_volume_that_is_given_up_is_not_synthesized_to_the_last_slice_in_flight() -> None:
     """Who presses Ctrl-C waits for the slice that is computed, not for all that are queued behind it."""
     half = FakeEngine(fake_manifest(), options=EngineOptions(workers=1)).spec.streams // 2
     engine = Permitted(half)
@@ -265,7 +265,7 @@ def test_slabs_belong_to_the_receiver_and_fill_the_volume_in_order() -> None:
     manifest = fake_manifest()
     with Synthesizer(manifest, FakeEngine(manifest), batch=4) as opened:
         slabs = list(opened.slabs(volume))
-        whole = opened.paint(volume)
+        whole = opened.synthesize(volume)
     assert [s.start for s in slabs] == [0, 4, 8]
     assert all(np.array_equal(whole[s.index], s.hu) for s in slabs)  # kept slabs were not overwritten by later ones
 
@@ -280,7 +280,7 @@ def test_a_closed_synthesizer_says_so(model: Path) -> None:
 
 def test_the_backend_says_which_and_why(model: Path) -> None:
     with Synthesizer.open(model) as opened:
-        assert "the fastest that is installed and proven for this model" in opened.backend
+        assert "the fastest that is installed and validated for this model" in opened.backend
     with Synthesizer.open(model, backend="onnx") as opened:
         assert "onnxruntime" in opened.backend and "asked for" in opened.backend
 

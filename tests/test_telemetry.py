@@ -112,16 +112,16 @@ assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
     assert done.returncode == 0, done.stderr
 
 
-def painting(command: str, *options: str) -> Callable[[Path, Path], list[object]]:
+def synthesis(command: str, *options: str) -> Callable[[Path, Path], list[object]]:
     return lambda model, folder: ["-m", "runtime", command, folder / "in", "--model", model, "--output", folder / "out", *options]
 
 
 COMMANDS: dict[str, Callable[[Path, Path], list[object]]] = {
     "describe": lambda model, folder: ["-m", "runtime", "describe", model],
-    "synth": painting("synth", "--quiet"),
-    "synth onnx": painting("synth", "--backend", "onnx", "--variants", "2", "--format", "dicom"),
-    "synth openvino": painting("synth", "--backend", "openvino"),
-    "watch": painting("watch", "--once", "--stable", "0", "--poll", "0.1"),
+    "synth": synthesis("synth", "--quiet"),
+    "synth onnx": synthesis("synth", "--backend", "onnx", "--variants", "2", "--format", "dicom"),
+    "synth openvino": synthesis("synth", "--backend", "openvino"),
+    "watch": synthesis("watch", "--once", "--stable", "0", "--poll", "0.1"),
 }
 
 

@@ -108,7 +108,7 @@ def test_the_real_lean_runtime_imports_and_cannot_build() -> None:
 
 
 def test_the_full_and_the_lean_bindings_share_a_process(tmp_path: Path) -> None:
-    """An engine is built with the one and proven with the other."""
+    """An engine is built with the one and validated with the other."""
     version = VERSIONS[-1]
     code = f"import sys; sys.path.append({str(folder('lean'))!r}); import tensorrt_bindings as a, tensorrt_lean_bindings as b; print(a.ILogger is b.ILogger)"
     done = python(code, path=folder(version), libraries=libraries(version.split(".")[0], tmp_path))

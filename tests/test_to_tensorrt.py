@@ -23,7 +23,7 @@ from samples import write_fake_model
 
 import export.attach_engine
 import export.precision_audit
-from export.attach_engine import ENGINE, LAYERS, add_engine, progress, prover
+from export.attach_engine import ENGINE, LAYERS, add_engine, parity_checker, progress
 from export.graph import LabelsToIntensity
 from export.model_card import CARD
 from export.precision_audit import half_weights
@@ -87,19 +87,19 @@ def lean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return library
 
 
-def add(folder: Path, script: Script, options: BuildOptions | None = None, prove: Any = None) -> tuple[Manifest, list[str]]:
+def add(folder: Path, script: Script, options: BuildOptions | None = None, check_parity: Any = None) -> tuple[Manifest, list[str]]:
     said: list[str] = []
 
     def proof(manifest: Manifest) -> Mapping[str, Any]:
-        manifest.verify(folder, [ENGINE])  # what is proven is what is listed
+        manifest.verify(folder, [ENGINE])  # what is validated is what is listed
         return PROOF
 
-    made = add_engine(folder, options or BuildOptions(), prove or proof, gpu=GPU, say=said.append, quiet=True, trt=tensorrt(script))
+    made = add_engine(folder, options or BuildOptions(), check_parity or proof, gpu=GPU, say=said.append, quiet=True, trt=tensorrt(script))
     return made, said
 
 
 def untouched(folder: Path) -> bool:
-    """The proven ONNX model, whole, without an engine or a half-written file."""
+    """The validated ONNX model, whole, without an engine or a half-written file."""
     manifest, found = Manifest.load(folder), {p.name for p in folder.iterdir()} - {CARD}
     manifest.verify(folder, manifest.files)
     return found == {"manifest.json", "model.fp16.onnx", "model.onnx"} == {*manifest.files, "manifest.json"}
@@ -153,25 +153,25 @@ def test_the_exported_graphs_pass_every_count(model: Path, lean: Path, tmp_path:
     assert single["half_network"] == single["half_convolutions"] == 0 and single["convolutions"] == half["convolutions"]
 
 
-def test_an_engine_is_proven_as_the_graphs_are(model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_is_validated_as_the_graphs_are(model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime stands in for the GPU: the engine is measured against the network, by FP16's limits, and a wrong one is found."""
     backend = Backend("tensorrt", ("engine", "fp16"), "onnxruntime", "", OnnxEngine)
     monkeypatch.setattr(export.attach_engine, "BACKENDS", (backend,))
     run, manifest = load_run(trained), Manifest.load(model)
     graph = LabelsToIntensity(load_generator(trained), len(run.labels), run.intensity)
-    prove = prover(graph, load_validation(run), tmp_path, "fp16")
+    check_parity = parity_checker(graph, load_validation(run), tmp_path, "fp16")
     shutil.copy(model / "model.fp16.onnx", tmp_path / ENGINE)
-    proof = prove(manifest)["tensorrt"]
+    proof = check_parity(manifest)["tensorrt"]
     assert proof["validation masks"]["slices"] >= 64 and 0 < proof["validation masks"]["mean"] <= 1
     broken = onnx.load(model / "model.fp16.onnx")
     kernel = max(broken.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     kernel.raw_data = bytes(len(kernel.raw_data))
     onnx.save(broken, tmp_path / ENGINE)
-    with pytest.raises(ParityError, match=r"model.engine in tensorrt paints other values than the network"):
-        prove(manifest)
+    with pytest.raises(ParityError, match=r"model.engine in tensorrt synthesizes other values than the network"):
+        check_parity(manifest)
     monkeypatch.setattr(export.attach_engine, "BACKENDS", (replace(backend, why=lambda: ("there is no GPU", "use one")),))
-    with pytest.raises(MissingComponent, match=r"model.engine cannot be proven: there is no GPU"):
-        prove(manifest)
+    with pytest.raises(MissingComponent, match=r"model.engine cannot be validated: there is no GPU"):
+        check_parity(manifest)
 
 
 def test_the_options_reach_the_builder(folder: Path) -> None:
@@ -280,10 +280,10 @@ def test_an_engine_that_fails_its_proof_is_removed_and_so_is_the_one_before(fold
     add(folder, Script())
 
     def wrong(manifest: Manifest) -> Mapping[str, Any]:
-        raise ParityError("model.engine paints other values")
+        raise ParityError("model.engine synthesizes other values")
 
     with pytest.raises(ParityError):
-        add(folder, Script(), prove=wrong)
+        add(folder, Script(), check_parity=wrong)
     assert untouched(folder) and ENGINE not in (folder / CARD).read_text()
 
 
@@ -334,7 +334,7 @@ def test_a_tensorrt_of_another_version_is_named(version: str, served: bool, monk
 
 
 @pytest.mark.slow  # a whole export
-def test_without_tensorrt_or_gpu_the_export_exits_3_and_its_onnx_model_paints(trained: Path, command, tmp_path: Path) -> None:
+def test_without_tensorrt_or_gpu_the_export_exits_3_and_its_onnx_model_synthesizes(trained: Path, command, tmp_path: Path) -> None:
     if why_not() is None:
         pytest.skip("there is a GPU and a TensorRT: this machine builds engines")
     model = tmp_path / "model"

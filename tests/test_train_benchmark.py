@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_training import TINY
 
-from benchmarks.harness.roofline import ROOF
+from benchmarks.harness.roofline import PEAK
 from benchmarks.suites.train import OURS, PLAIN, WORKERS, PlainLoop, SliceFiles, _moved
 from train.config import AugmentConfig, resolve
 from train.data import augmentation
@@ -63,9 +63,9 @@ def test_the_suite_prints_a_table_and_one_json_line(cohort: Path, tmp_path: Path
     assert done.returncode == 0, done.stderr
     (record,) = json.loads(done.stdout.splitlines()[-1])
     assert [record] == json.loads((tmp_path / "r.json").read_text())
-    roofs = {name: row for name, row in record["contenders"].items() if name.startswith(ROOF)}
-    contenders = {name: row for name, row in record["contenders"].items() if name not in roofs}
-    assert list(contenders) == [OURS, PLAIN, WORKERS] and len(roofs) == 2 and record["machine"]["packages"]["torch"]
+    peaks = {name: row for name, row in record["contenders"].items() if name.startswith(PEAK)}
+    contenders = {name: row for name, row in record["contenders"].items() if name not in peaks}
+    assert list(contenders) == [OURS, PLAIN, WORKERS] and len(peaks) == 2 and record["machine"]["packages"]["torch"]
     assert str(cohort) not in json.dumps(record)
     for row in contenders.values():
         assert len(row["rates"]) >= 7 and min(row["rates"]) > 0 and 0 <= row["loader_share"] < 1 and row["roof"] == "fp32"

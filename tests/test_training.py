@@ -20,7 +20,7 @@ from train import checkpoint
 from train.config import resolve
 from train.loop import Training, open_cohort
 from train.step import Batch, Step
-from train.training_monitor import Collapsed, Diverged, Watch
+from train.training_monitor import Collapsed, Diverged, TrainingMonitor
 
 TINY = ["data.canvas=[64,64]", "generator.kind=unet", "generator.filters=8", "generator.depth=4", "generator.skips=true", "generator.textures=2",
         "generator.style=2", "loss.texture=10", "discriminator.filters=8", "training.batch_size=4", "training.recalibrate=2", "training.valid_slices=6",
@@ -253,18 +253,18 @@ def test_a_dead_discriminator_stops_the_run_and_the_checkpoints_from_before_are_
 
 
 def test_the_watch_forgets_when_the_discriminator_recovers_and_sees_one_grey(tmp_path: Path) -> None:
-    watch = Watch(tmp_path, 100)
+    watch = TrainingMonitor(tmp_path, 100)
     dead, alive = {"d_real": 0.0, "d_fake": 1e-3}, {"d_real": 0.1, "d_fake": 0.1}
     for step, losses_ in ((60, dead), (90, alive), (150, dead), (180, dead)):
         watch.losses(step - 30, step, losses_)
     assert watch.suspicious
     with pytest.raises(Collapsed, match="since step 120"):
         watch.losses(180, 220, dead)
-    Watch(tmp_path, 0).losses(0, 10_000, dead)  # 0: for ever
+    TrainingMonitor(tmp_path, 0).losses(0, 10_000, dead)  # 0: for ever
     true = [np.random.default_rng(0).normal(0, 300, (2, 8, 8))]
-    watch.painting(5, [true[0] * 0.1], true)
+    watch.check_images(5, [true[0] * 0.1], true)
     with pytest.raises(Collapsed, match="one grey"):
-        watch.painting(5, [np.full((2, 8, 8), -500) + true[0] * 0.001], true)
+        watch.check_images(5, [np.full((2, 8, 8), -500) + true[0] * 0.001], true)
 
 
 def test_seeds_decide(cohort: Path, tmp_path: Path) -> None:

@@ -12,10 +12,10 @@ from samples import blobs, results, rotation, synth, write_mask
 
 from runtime import Geometry, LabelVolume, Synthesizer, UsageError
 from runtime.core.components import parts
-from runtime.core.deformation import Ranges, vary
+from runtime.core.deformation import DeformationParams, deform
 from runtime.engines.fake import FakeEngine, fake_manifest
 
-STILL = Ranges(deform=0, rotate=0, scale=0)
+STILL = DeformationParams(deform=0, rotate=0, scale=0)
 
 
 def heart(shape: tuple[int, int, int] = (40, 64, 64), step: float = 3.0) -> NDArray[np.uint8]:
@@ -42,8 +42,8 @@ def dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
 
 def test_the_first_variant_is_the_mask_and_the_others_differ_from_it_and_each_other() -> None:
     source = volume(heart())
-    assert vary(source, Ranges(), seed=0, variant=0).volume is source
-    made = [vary(source, Ranges(), seed=0, variant=n).volume.labels for n in range(1, 6)]
+    assert deform(source, DeformationParams(), seed=0, variant=0).volume is source
+    made = [deform(source, DeformationParams(), seed=0, variant=n).volume.labels for n in range(1, 6)]
     assert len({m.tobytes() for m in [source.labels, *made]}) == 6
     for labels in made:
         assert 0.4 < dice(labels == 2, source.labels == 2) < 0.99
@@ -53,18 +53,18 @@ def test_the_first_variant_is_the_mask_and_the_others_differ_from_it_and_each_ot
 
 def test_the_same_keys_give_the_same_mask_whatever_was_made_before() -> None:
     source = volume(heart())
-    first = vary(source, Ranges(), seed=3, variant=2).volume.labels
+    first = deform(source, DeformationParams(), seed=3, variant=2).volume.labels
     for other in (1, 4):
-        vary(source, Ranges(), seed=3, variant=other)
-    assert np.array_equal(vary(volume(heart()), Ranges(), seed=3, variant=2).volume.labels, first)
-    assert not np.array_equal(vary(source, Ranges(), seed=4, variant=2).volume.labels, first)
+        deform(source, DeformationParams(), seed=3, variant=other)
+    assert np.array_equal(deform(volume(heart()), DeformationParams(), seed=3, variant=2).volume.labels, first)
+    assert not np.array_equal(deform(source, DeformationParams(), seed=4, variant=2).volume.labels, first)
 
 
 def test_left_stays_left_and_up_stays_up() -> None:
     """The tube (3) lies left of, before and above the ball's centre, as the array's axes run; in every variant it still does."""
     source = volume(heart())
     for variant in range(1, 9):
-        labels = vary(source, Ranges(), seed=1, variant=variant).volume.labels
+        labels = deform(source, DeformationParams(), seed=1, variant=variant).volume.labels
         d, _, w = centre(labels, 3) - centre(labels, 2)
         assert d > 5 and w > 10
 
@@ -77,8 +77,8 @@ def handed(labels: NDArray[np.uint8]) -> bool:
 
 def test_no_variant_is_mirrored_unless_asked_for() -> None:
     source = volume(heart())
-    kept = [vary(source, Ranges(), seed=0, variant=n).volume.labels for n in range(1, 13)]
-    free = [vary(source, Ranges(mirror=True), seed=0, variant=n).volume.labels for n in range(1, 13)]
+    kept = [deform(source, DeformationParams(), seed=0, variant=n).volume.labels for n in range(1, 13)]
+    free = [deform(source, DeformationParams(mirror=True), seed=0, variant=n).volume.labels for n in range(1, 13)]
     assert {handed(labels) for labels in kept} == {handed(source.labels)}
     mirrored = [handed(labels) != handed(source.labels) for labels in free]
     assert 2 < sum(mirrored) < 10
@@ -90,7 +90,7 @@ def test_a_mirror_alone_is_exact_and_about_the_labels_middle() -> None:
     for spin in ("", "flipped"):
         labels = heart()[:, :, ::-1] if spin else heart()
         source = volume(np.ascontiguousarray(labels))
-        made = [vary(source, Ranges(0, 0, 0, mirror=True), seed=0, variant=n).volume.labels for n in range(1, 6)]
+        made = [deform(source, DeformationParams(0, 0, 0, mirror=True), seed=0, variant=n).volume.labels for n in range(1, 6)]
         held = np.flatnonzero(labels.any((0, 1)))
         expected = np.zeros_like(labels)
         expected[:, :, held[0] : held[-1] + 1] = labels[:, :, held[0] : held[-1] + 1][:, :, ::-1]
@@ -103,10 +103,10 @@ def test_mask_and_ct_are_mirrored_together(tmp_path: Path, fake_model: Path) -> 
     assert synth(fake_model, tmp_path / "out", mask, "--variants", "6", "--mirror") == 0
     sides = set()
     for n in range(6):
-        painted = tmp_path / "out" / f"case_v{n}_mask.nii.gz"
-        labels = np.searchsorted([label.value for label in table.labels], sitk.GetArrayFromImage(sitk.ReadImage(str(painted))))
+        generated = tmp_path / "out" / f"case_v{n}_mask.nii.gz"
+        labels = np.searchsorted([label.value for label in table.labels], sitk.GetArrayFromImage(sitk.ReadImage(str(generated))))
         sides.add(handed(labels.astype(np.uint8)))
-        assert synth(fake_model, tmp_path / "again", painted) == 0
+        assert synth(fake_model, tmp_path / "again", generated) == 0
         first, second = (sitk.GetArrayFromImage(sitk.ReadImage(str(f))) for f in
                          (tmp_path / "out" / f"case_v{n}_ct.nii.gz", tmp_path / "again" / f"case_v{n}_mask_ct.nii.gz"))  # fmt: skip
         assert np.array_equal(first, second)
@@ -115,16 +115,16 @@ def test_mask_and_ct_are_mirrored_together(tmp_path: Path, fake_model: Path) -> 
 
 def test_without_ranges_nothing_moves() -> None:
     source = volume(heart())
-    assert vary(source, STILL, seed=0, variant=1).volume is source
+    assert deform(source, STILL, seed=0, variant=1).volume is source
 
 
 @pytest.mark.parametrize("change", ["rotate", "scale", "deform"])
 def test_each_range_bounds_what_it_names(change: str) -> None:
     source = volume(heart())
-    ranges = {"rotate": Ranges(0, 20, 0), "scale": Ranges(0, 0, 0.3), "deform": Ranges(10, 0, 0)}[change]
+    ranges = {"rotate": DeformationParams(0, 20, 0), "scale": DeformationParams(0, 0, 0.3), "deform": DeformationParams(10, 0, 0)}[change]
     ratios, shifts = [], []
     for variant in range(1, 7):
-        labels = vary(source, ranges, seed=2, variant=variant).volume.labels
+        labels = deform(source, ranges, seed=2, variant=variant).volume.labels
         ratios.append((labels == 2).sum() / (source.labels == 2).sum())
         shifts.append(np.abs(3.0 * (centre(labels, 2) - centre(source.labels, 2))).max())
     if change == "rotate":  # volumes stay
@@ -136,12 +136,12 @@ def test_each_range_bounds_what_it_names(change: str) -> None:
 
 
 def test_a_rotation_is_about_the_patients_axes_on_an_oblique_grid_too() -> None:
-    ranges = Ranges(deform=0, rotate=30, scale=0, topology=False)
+    ranges = DeformationParams(deform=0, rotate=30, scale=0, topology=False)
     turn = rotation((0.0, 0.0, 25.0))
     labels = heart()
-    plain = vary(volume(labels), ranges, seed=0, variant=1).volume
+    plain = deform(volume(labels), ranges, seed=0, variant=1).volume
     # the same voxels, called oblique: what changes is the frame they are turned in, not by how much they turn
-    oblique = vary(volume(labels, direction=turn.ravel()), ranges, seed=0, variant=1).volume
+    oblique = deform(volume(labels, direction=turn.ravel()), ranges, seed=0, variant=1).volume
     for made in (plain, oblique):
         before, after = (made.geometry.direction @ ((centre(x, 3) - centre(x, 2))[::-1] * 3.0) for x in (labels, made.labels))
         angle = np.degrees(np.arccos(before @ after / np.linalg.norm(before) / np.linalg.norm(after)))
@@ -153,36 +153,36 @@ def test_a_rotation_is_about_the_patients_axes_on_an_oblique_grid_too() -> None:
 def test_a_volume_may_have_one_slice(shape: tuple[int, int, int]) -> None:
     labels = np.zeros(shape, np.uint8)
     labels[tuple(slice(n // 4, n - n // 4) for n in shape)] = 1
-    made = vary(volume(labels), Ranges(), seed=0, variant=1).volume
+    made = deform(volume(labels), DeformationParams(), seed=0, variant=1).volume
     assert made.labels.shape == shape and made.labels.any()
 
 
 def test_labels_at_the_border_still_reach_it() -> None:
     source = volume(heart())
     for variant in range(1, 7):
-        made = vary(source, Ranges(deform=12, rotate=0, scale=0.1), seed=0, variant=variant).volume.labels
+        made = deform(source, DeformationParams(deform=12, rotate=0, scale=0.1), seed=0, variant=variant).volume.labels
         assert (made[-1] == 3).any()  # the tube leaves through the last slice
 
 
 def test_what_cannot_be_deformed_is_kept_and_said() -> None:
     """A checkerboard of single voxels falls apart whatever is done to it."""
     labels = (np.indices((10, 20, 20)).sum(0) % 7 == 0).astype(np.uint8)
-    varied = vary(volume(labels), Ranges(), seed=0, variant=1)
-    assert np.array_equal(parts(varied.volume.labels), parts(labels))
-    if varied.warnings:
-        assert "keeps its shape" in varied.warnings[0] and varied.volume.labels is labels
-    assert not vary(volume(labels), Ranges(topology=False), seed=0, variant=1).warnings
+    deformed = deform(volume(labels), DeformationParams(), seed=0, variant=1)
+    assert np.array_equal(parts(deformed.volume.labels), parts(labels))
+    if deformed.warnings:
+        assert "keeps its shape" in deformed.warnings[0] and deformed.volume.labels is labels
+    assert not deform(volume(labels), DeformationParams(topology=False), seed=0, variant=1).warnings
 
 
 def test_the_jacobian_is_positive_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the lattice at its bound, from where each voxel comes, which three ramps of labels tell to a voxel."""
     n, step = 60, 6
     monkeypatch.setattr(LabelVolume, "digest", b"the same draw for all three")
-    ranges = Ranges(deform=19, rotate=0, scale=0, topology=False)  # 0.4 of 48 mm
+    ranges = DeformationParams(deform=19, rotate=0, scale=0, topology=False)  # 0.4 of 48 mm
     places = []
     for axis in range(3):
         ramp = np.moveaxis(np.broadcast_to(np.arange(1, n + 1, dtype=np.uint8)[:, None, None], (n, n, n)), 0, axis)
-        places.append(vary(volume(ramp), ranges, seed=5, variant=1).volume.labels.astype(float))
+        places.append(deform(volume(ramp), ranges, seed=5, variant=1).volume.labels.astype(float))
     inner = (slice(8, -8),) * 3  # beyond the border its last voxel stands in
     jacobian = np.stack([np.stack([(np.roll(p, -step, a) - p)[inner] / step for a in range(3)], -1) for p in places], -2)
     determinant = np.linalg.det(jacobian)
@@ -202,7 +202,7 @@ def test_parts_agree_with_simpleitks_components() -> None:
 
 
 def test_ct_and_mask_of_a_variant_are_a_pair(tmp_path: Path) -> None:
-    """The fake engine paints a value per label: where the mask holds a label, the CT holds its value, voxel for voxel."""
+    """The fake engine synthesizes a value per label: where the mask holds a label, the CT holds its value, voxel for voxel."""
     manifest = fake_manifest(noise=False)
     table = np.array([label.value for label in manifest.labels.labels])
     path = write_mask(tmp_path / "m.nii.gz", table[heart()].astype(np.uint16), spacing=(3.0, 3.0, 3.0))
@@ -233,7 +233,7 @@ def test_variants_are_the_same_bytes_in_any_order_batch_and_number(tmp_path: Pat
 @pytest.mark.parametrize("wrong", [{"deform": -1}, {"rotate": 46}, {"scale": 0.6}, {"deform": float("nan")}])
 def test_a_range_out_of_bounds_is_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="the range"):
-        Ranges(**wrong)
+        DeformationParams(**wrong)
 
 
 def test_the_options_reach_the_variants(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,11 +7,11 @@ import pytest
 from numpy.typing import NDArray
 
 from runtime import Geometry, InputError, LabelVolume
-from runtime.core.deformation import Ranges, vary
+from runtime.core.deformation import DeformationParams, deform
 from runtime.core.volume import Volume
 from runtime.core.warp import TISSUES, IntensityJitter, Warp, tissue_map
 
-STILL = Ranges(deform=0, rotate=0, scale=0)
+STILL = DeformationParams(deform=0, rotate=0, scale=0)
 GRID = Geometry.from_parts((5.0, -7.0, 11.0), (2.0, 2.0, 3.0), np.eye(3).ravel())
 
 
@@ -45,7 +45,7 @@ def test_image_moves_with_its_mask() -> None:
     warp = Warp(image, mask)
     for variant in (1, 2, 3):
         moved, labels, warnings = warp.variant(seed=4, variant=variant)
-        assert not warnings and np.array_equal(labels.labels, vary(mask, Ranges(), seed=4, variant=variant).volume.labels)
+        assert not warnings and np.array_equal(labels.labels, deform(mask, DeformationParams(), seed=4, variant=variant).volume.labels)
         assert not np.array_equal(labels.labels, mask.labels)
         for value, true in ((1, 120), (2, 400)):
             assert abs(median(moved, labels.labels == value) - true) < 12

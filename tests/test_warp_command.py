@@ -21,7 +21,7 @@ from test_dicom_conformance import UNKNOWN_TO_IT, output_of, tool
 
 from runtime.__main__ import main
 from runtime.core.console import run
-from runtime.core.deformation import Ranges
+from runtime.core.deformation import DeformationParams
 from runtime.io.dicom.files import scan
 from runtime.io.readers.volume import read_volume
 from runtime.io.volume_files import is_synthetic
@@ -90,14 +90,14 @@ def test_ct_moves_with_its_mask(files: tuple[Path, Path], tmp_path: Path) -> Non
 
 def test_labels_are_those_of_the_variants(files: tuple[Path, Path], tmp_path: Path) -> None:
     """The mask of a warped pair is the mask that a model's CT of the same variant has."""
-    from runtime.core.deformation import vary
+    from runtime.core.deformation import deform
     from runtime.core.manifest import Label, LabelTable
     from runtime.io.readers.volume import read_labels
 
     mask, ct = files
     assert warp(mask, "--warp", ct, "--output", tmp_path / "out", "--variants", 2, "--seed", 5) == 0
     table = LabelTable((Label("background", 0), Label("a", 205), Label("b", 500)))
-    expected = vary(read_labels(mask, table), Ranges(), seed=5, variant=1).volume.labels
+    expected = deform(read_labels(mask, table), DeformationParams(), seed=5, variant=1).volume.labels
     assert np.array_equal(read(tmp_path / "out" / "p1_label_v1_mask.nii.gz"), np.array(VALUES)[expected])
 
 

@@ -1,4 +1,4 @@
-"""A watched folder: what is complete is painted once, as `synth` paints it, and moved to done/ or failed/, whoever dies meanwhile."""
+"""A watched folder: what is complete is synthesized once, as `synth` synthesizes it, and moved to done/ or failed/, whoever dies meanwhile."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from samples import blobs, is_tidy, listed, mask2ct, results, synth, write_fake_
 from runtime import Models
 from runtime.__main__ import main
 from runtime.batch.completion_log import Journal
-from runtime.batch.plan import Recipe
+from runtime.batch.plan import Plan
 from runtime.core.console import run
 from runtime.core.manifest import Label, LabelTable
 from runtime.engines.fake import fake_manifest
 from runtime.io.cases import find_cases
-from runtime.service.watch_folder import Watcher
+from runtime.service.watch_folder import FolderWatcher
 from runtime.service.work_queue import DONE, FAILED, LOCK, WORK, Inbox
 
 KILLS = 20
@@ -172,7 +172,7 @@ def test_a_name_that_was_there_before_is_numbered_and_no_result_is_replaced_by_a
     assert watch(fake_model, inbox, out) == 0
     whole, written = results(out), (out / "a_ct.nii.gz").stat().st_mtime_ns
     write_mask(inbox / "a.nii.gz", first)
-    assert watch(fake_model, inbox, out) == 0  # the same once more: it is proven to be there
+    assert watch(fake_model, inbox, out) == 0  # the same once more: it is validated to be there
     for _ in range(2):
         write_mask(inbox / "a.nii.gz", blobs(seed=2))
         assert watch(fake_model, inbox, out) == 1
@@ -289,8 +289,8 @@ def test_what_seems_to_lack_a_file_is_waited_for(
         last.unlink()
         structure_set(folder / "rs.dcm", series, {"left ventricle": [np.array([[-10.0, 5, 45], [0, 5, 45], [0, 12, 45]])]})
     with Models.open([str(fake_model)], backend="fake") as models:
-        recipes = {name: Recipe(tmp_path / "out") for name in models}
-        watcher = Watcher(inbox, models, recipes, find=lambda path, say: find_cases([path]), stable=5, listener=Told())
+        plans = {name: Plan(tmp_path / "out") for name in models}
+        watcher = FolderWatcher(inbox, models, plans, find=lambda path, say: find_cases([path]), stable=5, listener=Told())
         for now in (0, seconds - 0.1):
             clock[0] = now
             assert not watcher.step() and folder.exists()
@@ -349,8 +349,8 @@ def test_while_another_run_writes_into_the_output_folder_nothing_is_claimed(fake
     write_mask(inbox / "a.nii.gz")
     out, told = tmp_path / "out", Told()
     with Models.open([fake_model], backend="fake") as models:
-        watcher = Watcher(
-            inbox, models, {name: Recipe(out) for name in models}, find=lambda path, say: find_cases([path]), stable=0, listener=told
+        watcher = FolderWatcher(
+            inbox, models, {name: Plan(out) for name in models}, find=lambda path, say: find_cases([path]), stable=0, listener=told
         )
         another = Journal(out)
         assert not watcher.step() and told.calls == ["waiting"] and listed(inbox) == {"a.nii.gz"}

@@ -31,7 +31,7 @@ from runtime.core.manifest import Manifest
 from runtime.core.resampling import SliceGrid
 from runtime.core.rng import CaseRandom
 from runtime.io.cases import find_cases, read_case
-from runtime.io.writers.registry import DEFAULT_OPTIONS, FORMATS, Painting
+from runtime.io.writers.registry import DEFAULT_OPTIONS, FORMATS, OutputRecord
 
 REPEATS = 3
 PEAK_SHARE = 0.30  # of the data sheet's dense FP16 rate that small convolutions reach
@@ -80,11 +80,11 @@ def measure(model: Path, size: str, format: str) -> Costs:
     depth, height, width = volume.labels.shape
     grid, random = SliceGrid(manifest.grid, volume.geometry, (depth, height, width), volume.labels), CaseRandom(0, volume.digest, 0)
     ct, writer = some_ct(volume), FORMATS[format](DEFAULT_OPTIONS)
-    painted, plane = some_ct(mask((1, *grid.size), len(manifest.labels)))[0], ct[0].copy()
+    generated, plane = some_ct(mask((1, *grid.size), len(manifest.labels)))[0], ct[0].copy()
 
     def back() -> None:
         for _ in range(depth):
-            grid.back(painted, plane, manifest.intensity.low)
+            grid.back(generated, plane, manifest.intensity.low)
 
     with tempfile.TemporaryDirectory() as folder:
         import SimpleITK as sitk
@@ -92,13 +92,13 @@ def measure(model: Path, size: str, format: str) -> Costs:
         source, out = Path(folder) / "mask.nii.gz", Path(folder) / "out"
         out.mkdir()
         sitk.WriteImage(sitk.GetImageFromArray(values(volume, manifest.labels)), str(source))
-        painting = Painting("case", None, volume, manifest, "none", "", 0)
+        record = OutputRecord("case", None, volume, manifest, "none", "", 0)
         cpu = {
             "read .nii.gz": _seconds(lambda: read_case(find_cases([source])[0], manifest.labels)) / depth,
             "to the model's grid": _seconds(lambda: [grid.labels(volume.labels, k) for k in range(depth)]) / depth,
             "noise": _seconds(lambda: [random.noise(k, grid.size) for k in range(depth)]) / depth if manifest.noise else 0.0,
             "back to the mask's grid": _seconds(back) / depth,
-            f"write {format}": _seconds(lambda: writer.write(out, painting, slabs_of(ct))) / depth,
+            f"write {format}": _seconds(lambda: writer.write(out, record, slabs_of(ct))) / depth,
         }
         written = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
         disk = (source.stat().st_size + written) / depth

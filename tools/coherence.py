@@ -1,7 +1,7 @@
 """Where slices that do not agree lie: python tools/coherence.py --synthetic DIR --truth DIR --masks DIR
 
 The distance of |I(z+1) - I(z)| over a whole body (train/metrics/volume_metrics.py) pools regions whose errors cancel: an outline that flickers makes
-steps that ribs, painted as their mean, fail to make. Here each region's steps are compared alone: the labels, the skin (near the true
+steps that ribs, synthesized as their mean, fail to make. Here each region's steps are compared alone: the labels, the skin (near the true
 body's outline), bone, lung and the rest. Regions are of the true CT.
 """
 
@@ -50,12 +50,14 @@ def _either(slices: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return either
 
 
-def coherence(painted: Sequence[NDArray[Any]], true: Sequence[NDArray[Any]], masks: Sequence[NDArray[Any]]) -> dict[str, dict[str, float]]:
+def coherence(
+    generated: Sequence[NDArray[Any]], true: Sequence[NDArray[Any]], masks: Sequence[NDArray[Any]]
+) -> dict[str, dict[str, float]]:
     """{region: {"share" of the voxels, "step" and "step_true": mean |I(z+1) - I(z)| in HU, "distance": of their distributions (W1, HU),
-    "error": mean difference in HU between a painted step and the true one in its place}}, and the same of the whole "body".
+    "error": mean difference in HU between a synthesized step and the true one in its place}}, and the same of the whole "body".
     """
     parts: dict[str, list[NDArray[np.int32]]] = {name: [] for name in REGIONS}
-    for ours, theirs, mask in zip(painted, true, masks, strict=True):
+    for ours, theirs, mask in zip(generated, true, masks, strict=True):
         steps: NDArray[np.int32] = np.stack([np.diff(volume.astype(np.int32), axis=0) for volume in (ours, theirs)])
         for name, region in regions(theirs, mask).items():
             parts[name].append(steps[:, region])
@@ -78,7 +80,7 @@ def _numbers(ours: NDArray[np.int32], theirs: NDArray[np.int32], share: float) -
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("coherence.py", description="Where neighbouring slices of painted CTs do not agree.")
+    parser = argparse.ArgumentParser("coherence.py", description="Where neighbouring slices of synthetic CTs do not agree.")
     for name in ("synthetic", "truth", "masks"):
         parser.add_argument(f"--{name}", type=Path, metavar="DIR", required=True)
     options = parser.parse_args(argv)

@@ -40,7 +40,7 @@ def write_report(out: Path, seconds: Mapping[str, float], machine: Mapping[str, 
     page(
         out / "report.html",
         "mask2ct: synthetic CT from masks no network has seen",
-        f"{len(cases)} unseen phantom patients, painted from their heart labels alone. Synthetic images, not for diagnosis.",
+        f"{len(cases)} unseen phantom patients, synthesized from their heart labels alone. Synthetic images, not for diagnosis.",
         [
             (
                 "Condition | synthetic | true",
@@ -75,8 +75,8 @@ def _organs(metrics: Mapping[str, Any]) -> str:
         )
     body = metrics["body"]
     lead = (
-        f"<p>Mean absolute error inside the body {body['mae']:.0f} HU, {body['mae_ratio']:.2f} of what painting every label, and the rest "
-        f"of the body, with its own mean gives ({body['mae_mean_painting']:.0f} HU).</p>"
+        f"<p>Mean absolute error inside the body {body['mae']:.0f} HU, {body['mae_ratio']:.2f} of what synthesis every label, and the rest "
+        f"of the body, with its own mean gives ({body['mae_label_mean']:.0f} HU).</p>"
     )
     head = ("HU, pooled", "median", "true", "error", "IQR", "true", "texture", "true", "ratio")
     foot = "<p class=note>Texture: standard deviation of (image − its in-plane Gaussian, sigma 2 pixels) inside each eroded organ.</p>"
@@ -90,8 +90,8 @@ def _parity(manifest: Manifest) -> str:
 
 def _seconds(seconds: Mapping[str, float], synthesis: Mapping[str, Any]) -> str:
     slices = sum(case["slices"] for case in synthesis["cases"])
-    painting = sum(case["seconds"]["paint"] for case in synthesis["cases"])
+    inference_seconds = sum(case["seconds"]["synthesize"] for case in synthesis["cases"])
     rows = [(name, duration(s)) for name, s in seconds.items()] + [("together", duration(sum(seconds.values())))]
     whole = slices / synthesis["seconds"]
-    speed = f"<p>Synthesis painted {slices} slices at {slices / painting:.0f} slices/s ({whole:.0f} slices/s with files in and out), "
+    speed = f"<p>Synthesis synthesized {slices} slices at {slices / inference_seconds:.0f} slices/s ({whole:.0f} slices/s with files in and out), "
     return table(("stage", "wall time"), rows) + speed + f"backend {html.escape(synthesis['backend'])}.</p>"

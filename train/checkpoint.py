@@ -37,7 +37,7 @@ _REMEDY = "point at a folder that `python train/run.py` has finished"
 
 
 @dataclass(frozen=True)
-class Run:
+class TrainedRun:
     """A finished training, as its run.json says. `data` is the whole of run.json."""
 
     folder: Path
@@ -55,7 +55,7 @@ class Run:
         return self.folder / str(self.data["weights"]["file"])
 
 
-def load_run(folder: Path) -> Run:
+def load_run(folder: Path) -> TrainedRun:
     """Read RUN/run.json and compare the weights with its SHA-256. Raises `ModelError`."""
     path = folder / RUN
     if not path.is_file():
@@ -69,7 +69,7 @@ def load_run(folder: Path) -> Run:
         weights = data["weights"]
         if Path(weights["file"]).name != weights["file"]:
             raise ValueError(f"file name {weights['file']!r} (expected a plain name)")
-        run = Run(folder, configs.from_json(data["config"]), labels_from_json(data["labels"]), grid_from_json(data["grid"]),
+        run = TrainedRun(folder, configs.from_json(data["config"]), labels_from_json(data["labels"]), grid_from_json(data["grid"]),
                   Intensity(**data["intensity"]), int(data["style"]), bool(data["noise"]), int(data["step"]), data)  # fmt: skip
     except (OSError, KeyError, TypeError, ValueError, AttributeError, ConfigError) as exc:
         what = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc).splitlines()[0]
@@ -100,21 +100,21 @@ def load_generator(folder: Path) -> Generator:
     return net
 
 
-def load_validation(run: Run) -> NDArray[np.uint8]:
+def load_validation(run: TrainedRun) -> NDArray[np.uint8]:
     """The held-out label slices of a run, uint8 (n, Z, H, W) model indices. Raises `ModelError` when they were altered."""
     return _load_masks(run, "validation")
 
 
-def load_calibration(run: Run) -> NDArray[np.uint8] | None:
+def load_calibration(run: TrainedRun) -> NDArray[np.uint8] | None:
     """Label slices that a run was trained on, as `load_validation`'s; None of a run that kept none (they were once not written)."""
     return _load_masks(run, "calibration") if "calibration" in run.data else None
 
 
-def _load_masks(run: Run, purpose: str) -> NDArray[np.uint8]:
+def _load_masks(run: TrainedRun, tag: str) -> NDArray[np.uint8]:
     from safetensors.numpy import load_file
 
-    stated = run.data.get(purpose, {})
-    path = run.folder / MASKS[purpose]
+    stated = run.data.get(tag, {})
+    path = run.folder / MASKS[tag]
     if not path.is_file() or sha256_of(path) != stated.get("sha256"):
         raise ModelError(f"{path.name} is not the file {RUN} describes", expected=f"sha256 {stated.get('sha256')}",
                          remedy="copy the run folder again, or train again", file=path)  # fmt: skip
@@ -127,11 +127,11 @@ def write_run(folder: Path, net: Generator, masks: Mapping[str, NDArray[np.uint8
     import torch
 
     stated = {}
-    for purpose, labels in masks.items():
-        path = folder / MASKS[purpose]
+    for tag, labels in masks.items():
+        path = folder / MASKS[tag]
         with atomic_path(path) as part:
             write_tensors({"labels": torch.from_numpy(np.ascontiguousarray(labels))}, part)
-        stated[purpose] = {"file": path.name, "sha256": sha256_of(path), "slices": len(labels)}
+        stated[tag] = {"file": path.name, "sha256": sha256_of(path), "slices": len(labels)}
     with atomic_path(folder / WEIGHTS) as part:
         write_tensors({name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}, part)
     weights = {"file": WEIGHTS, "sha256": sha256_of(folder / WEIGHTS), "average": "ema"}

@@ -145,7 +145,7 @@ class TrainingConfig:
     recalibrate: Whole = 32  # batches over which the averaged weights' batch statistics are measured anew; 0: averaged too
     log_every: Count = 10
     valid_every: Count = 1000
-    valid_slices: Count = 128  # at most so many held-out slices are painted at a validation step
+    valid_slices: Count = 128  # at most so many held-out slices are synthesized at a validation step
     checkpoint_every: Count = 1000
     keep_checkpoints: Count = 2  # the newest; the best is kept as well
     best_metric: str | None = "body.mae_ratio"  # of the held-out patients (train/metrics/scores.py), by which a checkpoint is the best

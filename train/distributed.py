@@ -26,7 +26,7 @@ PATIENCE = timedelta(hours=12)  # the others wait while the first makes a phanto
 
 
 @dataclass(frozen=True)
-class Ranks:
+class DistributedContext:
     """This process' number `rank` of `world`; on its own machine it is number `local`, which is its GPU's, of `neighbours`."""
 
     rank: int = 0
@@ -40,7 +40,7 @@ class Ranks:
         return self.rank == 0
 
     @contextmanager
-    def first_then_others(self) -> Iterator[None]:
+    def rank_zero_first(self) -> Iterator[None]:
         """The first rank runs the block, then the others do; when it fails there, they end quietly with its exit code."""
         if self.first:
             code = 1
@@ -93,10 +93,10 @@ class Ranks:
         distributed.all_reduce(tensor, distributed.ReduceOp.SUM if what == "sum" else distributed.ReduceOp.MAX)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = DistributedContext()
 
 
-def check(config: RunConfig, ranks: Ranks) -> None:
+def check(config: RunConfig, ranks: DistributedContext) -> None:
     """Raise `ConfigError` when a batch cannot be dealt out evenly, or a rank's part of it would be no batch.
 
     `UsageError` when a machine has GPUs, but fewer than ranks.
@@ -115,15 +115,15 @@ def check(config: RunConfig, ranks: Ranks) -> None:
 
 
 @contextmanager
-def joined() -> Iterator[Ranks]:
+def init_distributed() -> Iterator[DistributedContext]:
     """Meet the other ranks, if torchrun started this process; a lone process otherwise."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     import torch
     from torch import distributed
 
-    ranks = Ranks(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    ranks = DistributedContext(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
     if ranks.local < torch.cuda.device_count():
         torch.cuda.set_device(ranks.local)
     distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)

@@ -1,11 +1,11 @@
-"""How near painted CTs come to true ones, by the command line: volumes on disk, or a run's held-out patients, through `train.metrics.scores`.
+"""How near synthetic CTs come to true ones, by the command line: volumes on disk, or a run's held-out patients, through `train.metrics.scores`.
 
     python -m train.evaluate --synthetic DIR --truth DIR --masks DIR [--reference DIR] [--labels mm-whs | --run RUN] [--json FILE]
     python -m train.evaluate --run RUN [--split valid|test] [--dataset-path DIR] [--json FILE]
 
 The first reads CASE.nii.gz from the masks and the truth, CASE_ct.nii.gz from the synthetic folder, or CASE_v0_ct.nii.gz,
 CASE_v1_ct.nii.gz ..., whose diversity is measured too (the first is the one that is compared). The reference, other real patients as
-training reads them, tells what the distances are between real and real. The second paints a run's own held-out patients.
+training reads them, tells what the distances are between real and real. The second synthesizes a run's own held-out patients.
 
 Images are in HU, unless the run (or a model folder) says that they are in arbitrary units: all figures are then in these.
 """
@@ -29,13 +29,13 @@ from runtime.core.manifest import MANIFEST, Intensity, LabelTable, Manifest
 
 from .data.checks import AIR_HU
 from .metrics import volume_metrics
-from .metrics.scores import HU, ceiling, diversity, evaluate, organ_names, table
+from .metrics.scores import HU, diversity, evaluate, organ_names, real_baseline, table
 
 Arrays = list[NDArray[Any]]
 
 
 def read_cases(synthetic: Path, truth: Path, masks: Path, labels: LabelTable) -> tuple[Arrays, Arrays, Arrays]:
-    """(painted, true, masks) of all cases in `masks`, as axial slices, in HU. Raises `UsageError` or `InputError`, naming the file."""
+    """(synthesized, true, masks) of all cases in `masks`, as axial slices, in HU. Raises `UsageError` or `InputError`, naming the file."""
     variants, true, found = read_variants(synthetic, truth, masks, labels)
     return [volumes[0] for volumes in variants], true, found
 
@@ -84,14 +84,16 @@ def read_reference(folder: Path, labels: LabelTable) -> tuple[Arrays, Arrays]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line in the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description="compare painted images with true ones")
+    parser = argparse.ArgumentParser(prog="python -m train.evaluate", description="compare synthetic images with true ones")
     folders = ("synthetic", "truth", "masks")
     for name in folders:
         parser.add_argument(f"--{name}", type=Path, metavar="DIR")
     parser.add_argument("--reference", type=Path, metavar="DIR", help="other real patients: also measure real against real")
     parser.add_argument("--labels", choices=sorted(PRESETS), help="label table of the masks (default: mm-whs)")
     parser.add_argument("--run", type=Path, help="a run (or model) folder that states labels and intensities; alone: measure its network")
-    parser.add_argument("--split", choices=("valid", "test"), default="valid", help="the run's patients to paint (default: %(default)s)")
+    parser.add_argument(
+        "--split", choices=("valid", "test"), default="valid", help="the run's patients to synthesize (default: %(default)s)"
+    )
     parser.add_argument("--dataset-path", "--dataset_path", metavar="DIR", help="where the run's data lie now")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics here")
     args = parser.parse_args(argv)
@@ -115,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _folders(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """(metrics, unit) of painted, true and label volumes on disk."""
+    """(metrics, unit) of synthesized, true and label volumes on disk."""
     labels, intensity = described(args.run) if args.run else (PRESETS[args.labels or "mm-whs"], HU)
     names = organ_names(labels)
     variants, truth, masks = read_variants(args.synthetic, args.truth, args.masks, labels, intensity.unit)
@@ -124,7 +126,7 @@ def _folders(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         real = [volume_metrics.medians(image, mask, len(names) + 1) for image, mask in zip(truth, masks, strict=True)]
         result["diversity"] = diversity(variants, masks, real, names, intensity)
     if args.reference:
-        result["ceiling"] = ceiling(truth, masks, *read_reference(args.reference, labels), names, intensity=intensity)
+        result["ceiling"] = real_baseline(truth, masks, *read_reference(args.reference, labels), names, intensity=intensity)
     return result, intensity.unit
 
 

@@ -2,7 +2,7 @@
 
     python -m train.figures RUN -o FIGURE.png
 
-draws a run's progress as the paper does: the same slices as painted at 0, 10, 25, 50, 75 and 100 % of its steps.
+draws a run's progress as the paper does: the same slices as synthesized at 0, 10, 25, 50, 75 and 100 % of its steps.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def comparison(path: Path, labels: NDArray[np.uint8], generated: NDArray[np.int1
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, 3, squeeze=False)
     grey: dict[str, Any] = {"cmap": "gray", "vmin": window[0], "vmax": window[1], "interpolation": "nearest"}
-    for row, (mask, painted, true) in zip(axes, zip(labels, generated, original, strict=True), strict=False):
+    for row, (mask, image, true) in zip(axes, zip(labels, generated, original, strict=True), strict=False):
         row[0].imshow(mask, cmap="nipy_spectral", vmin=0, vmax=classes - 1, interpolation="nearest")
-        row[1].imshow(painted, **grey)
+        row[1].imshow(image, **grey)
         row[2].imshow(true, **grey)
         for axis in row:
             axis.set_axis_off()
@@ -70,8 +70,8 @@ def write_snapshot(run: Path, step: int, labels: NDArray[np.uint8], generated: N
 def progress(run: Path, path: Path) -> list[int]:
     """Draw condition | generated at each of `MOMENTS` | original as a PNG; returns the steps shown.
 
-    A moment that was not painted, because the run was made longer or goes on, is shown by the nearest that was.
-    Raises `ConfigError` or `UsageError` when `run` is no run folder or has painted nothing, `OutputError`.
+    A moment that was not synthesized, because the run was made longer or goes on, is shown by the nearest that was.
+    Raises `ConfigError` or `UsageError` when `run` is no run folder or has synthesized nothing, `OutputError`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -81,7 +81,7 @@ def progress(run: Path, path: Path) -> list[int]:
     config = checkpoint.stored_config(run)
     files = {int(file.stem.removeprefix("step-")): file for file in sorted((run / PROGRESS).glob("step-*.safetensors"))}
     if not files:
-        raise UsageError(f"{run} holds no painted slices", expected=f"{PROGRESS}/step-*.safetensors, as training leaves them",
+        raise UsageError(f"{run} holds no synthetic slices", expected=f"{PROGRESS}/step-*.safetensors, as training leaves them",
                          remedy="train the run (again) with this version", file=run)  # fmt: skip
     steps = sorted({min(files, key=lambda step: abs(step - round(share * config.training.steps))) for share in MOMENTS})
     shown = []

@@ -30,14 +30,14 @@ from .config import RunConfig
 from .data import augmentation, dataset
 from .data.layouts import find
 from .data.slice_cache import SliceCache
-from .distributed import ALONE, Ranks
+from .distributed import SINGLE_PROCESS, DistributedContext
 from .metrics import scores
 from .networks.generator import Generator
-from .networks.style import Styles, move, stretch
+from .networks.style import Styles, shift_intensity, warp_outline
 from .reporting import run_report
 from .reporting.loggers import Loggers
 from .step import Batch, Step
-from .training_monitor import Watch, note
+from .training_monitor import TrainingMonitor, note
 from .validation import MASKS_KEPT, Validation, label_maps
 
 
@@ -100,7 +100,7 @@ class Training:
     """
 
     def __init__(self, config: RunConfig, folder: Path, cohort: dataset.Cohort, resume_from: Path | None = None, *, quiet: bool = False,
-                 ranks: Ranks = ALONE):  # fmt: skip
+                 ranks: DistributedContext = SINGLE_PROCESS):  # fmt: skip
         self.config, self.folder, self.cohort, self.ranks = config, folder, cohort, ranks
         self._quiet = quiet
         self.device, reason = choose_device(config)
@@ -122,7 +122,7 @@ class Training:
         self.styles = Styles(cohort.train, self.step.classes, g.style, t.seed, intensity, g.style_spread) if g.style else None
         self.validation = Validation(cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed)
         self.metrics: dict[str, Any] | None = None
-        self.watch = Watch(folder, t.collapse_steps if config.loss.adversarial else 0)
+        self.monitor = TrainingMonitor(folder, t.collapse_steps if config.loss.adversarial else 0)
         self._log: _Log | None = None
         self._progress = Progress("training", t.steps, unit="steps", quiet=quiet)
         self._sums: dict[str, Tensor] = {}
@@ -165,9 +165,9 @@ class Training:
         labels, image, noise = (augmentation.on_device(array, self.device) for array in self.batches[n])
         settings, part, style = self.config.augment, self.batches.part, None
         if self.styles is not None:  # while labels and image still lie on each other
-            drawn, moves = self.styles(self.batches.slices(n), n)
-            style, shifts, factors, centres = (augmentation.on_device(array[part], self.device) for array in (drawn, *moves))
-            image = stretch(move(image, labels, shifts), labels, factors, centres)
+            drawn, edits = self.styles(self.batches.slices(n), n)
+            style, shifts, factors, centres = (augmentation.on_device(array[part], self.device) for array in (drawn, *edits))
+            image = warp_outline(shift_intensity(image, labels, shifts), labels, factors, centres)
         if settings.active:
             rng = dataset.stream(self.config.training.seed, "augment", n)
             labels, image = augmentation.augment(settings, labels, image, rng, self.batches.batch_size, part)
@@ -184,30 +184,30 @@ class Training:
         self.ranks.average([sums])
         values = sums.tolist()
         losses = {name: value / (self.done - self._since) for name, value in zip(self._sums, values, strict=True)}
-        self.watch.losses(self._since, self.done, losses)
+        self.monitor.losses(self._since, self.done, losses)
         self._sums, self._since = {}, self.done
         if self._log is None:
             return
         row: dict[str, Any] = {"losses": {name: round(value, 6) for name, value in losses.items()}}
         if validate:
             net, n = self.network(), self.config.training.batch_size
-            self.metrics, painted = self.validation.measure(net, self.device, n)
+            self.metrics, generated = self.validation.measure(net, self.device, n)
             if net.style and (diversity := self.validation.diversity(net, self.device, n, self.cohort.train)):
                 self.metrics["diversity"] = diversity
-            self.watch.painting(self.done, painted, self.validation.images)
-            self.validation.draw(self.folder / "figures" / f"step-{self.done:08d}.png", painted, f"step {self.done}")
+            self.monitor.check_images(self.done, generated, self.validation.images)
+            self.validation.draw(self.folder / "figures" / f"step-{self.done:08d}.png", generated, f"step {self.done}")
             row["metrics"] = self.metrics
         self._log.write(self.done, row)
         self._progress.update(self.done, note(losses))
 
     def _save(self, *, validated: bool, anyway: bool) -> None:
-        """Write a checkpoint if one is due, or if the held-out patients were never painted better."""
+        """Write a checkpoint if one is due, or if the held-out patients were never synthesized better."""
         score = self._score() if validated else None
         best = None if score is None else checkpoint.best(self.folder, self.done)
         if anyway or (score is not None and (best is None or score < best[1])):
             state = self.step.state()
-            self.watch.state(self.done, state)
-            keep = None if self.watch.suspicious else self.config.training.keep_checkpoints
+            self.monitor.state(self.done, state)
+            keep = None if self.monitor.suspicious else self.config.training.keep_checkpoints
             checkpoint.save(self.folder, self.done, state, keep, score)
 
     def _score(self) -> float | None:
@@ -222,7 +222,7 @@ class Training:
         return numbers[t.best_metric] * (1 if t.best_is == "lowest" else -1)
 
     def _snapshot(self) -> None:
-        """Three fixed held-out slices as they are painted now, for train/figures.py."""
+        """Three fixed held-out slices as they are synthesized now, for train/figures.py."""
         figures.write_snapshot(self.folder, self.done, *self.validation.sample(self.network(), self.device))
 
     def network(self) -> Generator:
@@ -235,7 +235,7 @@ class Training:
             return {}
         net = self.network()
         metrics = self.metrics or self.validation.measure(net, self.device, self.config.training.batch_size)[0]
-        metrics["ceiling"] = self.validation.ceiling(self.cohort.train)
+        metrics["ceiling"] = self.validation.real_baseline(self.cohort.train)
         masks = {"validation": label_maps(self.cohort.valid, MASKS_KEPT), "calibration": label_maps(self.cohort.train, MASKS_KEPT)}
         checkpoint.write_run(self.folder, net, masks, facts(self.config, self.cohort, self.done, metrics))
         run_report.write(self.folder)

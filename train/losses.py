@@ -14,7 +14,7 @@ LEAST_DEVIATION = 0.002  # keeps the square root's slope finite; 4 HU in a range
 
 
 def discriminator_losses(score_real: Tensor, score_fake: Tensor, gan: str = "lsgan") -> dict[str, Tensor]:
-    """`lsgan` (Mao et al., ICCV 2017): real patches are to score 1, painted ones 0. `hinge` (Lim & Ye 2017): at least 1, at most -1.
+    """`lsgan` (Mao et al., ICCV 2017): real patches are to score 1, synthesized ones 0. `hinge` (Lim & Ye 2017): at least 1, at most -1.
 
     Each half counts half.
     """
@@ -23,20 +23,20 @@ def discriminator_losses(score_real: Tensor, score_fake: Tensor, gan: str = "lsg
     return {"d_real": 0.5 * (score_real - 1).square().mean(), "d_fake": 0.5 * score_fake.square().mean()}
 
 
-def generator_losses(score_fake: Tensor, smooth: Tensor, painted: Tensor, real: Tensor, *, gan: str = "lsgan",
+def generator_losses(score_fake: Tensor, fake_smooth: Tensor, fake: Tensor, real: Tensor, *, gan: str = "lsgan",
                      weight: Tensor | float = 1.0) -> dict[str, Tensor]:  # fmt: skip
-    """Images (N, 1, H, W) in [0, 1]: `smooth` without texture, `painted` with it.
+    """Images (N, 1, H, W) in [0, 1]: `smooth` without texture, `synthesized` with it.
 
-    `adversarial`: painted patches are to score 1 (`hinge`: as high as they can). `reconstruction`: mean absolute difference of `smooth` and `real`: measured
-    on `painted`, the best answer would be no texture; `weight`, (N, 1, H, W), says where it counts. `texture`: mean absolute difference of the noise floors.
+    `adversarial`: synthetic patches are to score 1 (`hinge`: as high as they can). `reconstruction`: mean absolute difference of `smooth` and `real`: measured
+    on `synthesized`, the best answer would be no texture; `weight`, (N, 1, H, W), says where it counts. `texture`: mean absolute difference of the noise floors.
     """
-    texture = torch.stack([(noise_floor(painted, side) - noise_floor(real, side)).abs().mean() for side in TEXTURE_SIDES])
+    texture = torch.stack([(noise_floor(fake, side) - noise_floor(real, side)).abs().mean() for side in TEXTURE_SIDES])
     adversarial = -score_fake.mean() if gan == "hinge" else (score_fake - 1).square().mean()
-    return {"adversarial": adversarial, "reconstruction": ((smooth - real).abs() * weight).mean(), "texture": texture.mean()}
+    return {"adversarial": adversarial, "reconstruction": ((fake_smooth - real).abs() * weight).mean(), "texture": texture.mean()}
 
 
 def feature_matching(fake: Sequence[Tensor], real: Sequence[Tensor]) -> Tensor:
-    """Mean absolute difference of the judge's features, each stage counted alike (pix2pixHD, Wang et al., CVPR 2018, eq. 4)."""
+    """Mean absolute difference of the discriminator's features, each stage counted alike (pix2pixHD, Wang et al., CVPR 2018, eq. 4)."""
     return torch.stack([(a - b.detach()).abs().mean() for a, b in zip(fake, real, strict=True)]).mean()
 
 

@@ -79,8 +79,8 @@ def measure_test(config: RunConfig, source: Path, output: Path, cohort: Cohort, 
         raise _nobody("test")
     step, device, net = network_of(config, source, output, cohort, quiet=quiet)
     patients = _all_slices(config, cohort.test)
-    metrics, painted = patients.measure(net, device, config.training.batch_size)
-    patients.draw(output / "figures" / "test.png", painted, f"test patients, step {step}")
+    metrics, generated = patients.measure(net, device, config.training.batch_size)
+    patients.draw(output / "figures" / "test.png", generated, f"test patients, step {step}")
     counts = cohort.summary()
     write_json(output / TEST, {"split": "test", "patients": counts["patients"]["test"], "slices": counts["slices"]["test"], "step": step,
                                "data": counts["digest"], "metrics": metrics})  # fmt: skip
@@ -102,7 +102,7 @@ def held_out(source: Path, split: Literal["valid", "test"], dataset_path: str | 
     _, device, net = network_of(config, source, run, cohort, quiet=True)
     measured = _all_slices(config, patients)
     metrics = measured.measure(net, device, config.training.batch_size)[0]
-    metrics["ceiling"] = measured.ceiling(cohort.train)
+    metrics["ceiling"] = measured.real_baseline(cohort.train)
     return metrics, config.intensity.unit
 
 

@@ -24,12 +24,12 @@ from contextlib import contextmanager
 from runtime.core import console
 from runtime.core.errors import UsageError
 from train import checkpoint, config
-from train.distributed import Ranks, check, joined  # no torch: --help is answered without it
+from train.distributed import DistributedContext, check, init_distributed  # no torch: --help is answered without it
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python train/run.py", description="Train a generator that paints CT from label masks.", epilog=console.EXIT_CODES
+        prog="python train/run.py", description="Train a generator that synthesizes CT from label masks.", epilog=console.EXIT_CODES
     )
     p.add_argument("--config", type=Path, help="a JSON file, such as train/configs/phantom.json (with --resume: the run's own)")
     p.add_argument(
@@ -94,17 +94,17 @@ def cache_of(args: argparse.Namespace, folder: Path) -> Path | None:
 
 
 def main(argv: Sequence[str]) -> int:
-    with enough_memory(), joined() as ranks:
-        with ranks.first_then_others():  # what is wrong is said once
+    with enough_memory(), init_distributed() as ranks:
+        with ranks.rank_zero_first():  # what is wrong is said once
             args = parser().parse_args(argv)
             if args.test:
                 return test(args) if ranks.first else 0
             resolved, folder = resolve(args)
-            from train.data.inference import settle
+            from train.data.inference import infer_from_data
             from train.reporting.loggers import require
 
             require(resolved.logging)
-            resolved, found = settle(resolved)
+            resolved, found = infer_from_data(resolved)
             if args.dry_run:
                 return dry_run(resolved) if ranks.first else 0
             if args.ckpt_load and args.resume:
@@ -135,7 +135,7 @@ def dry_run(resolved: config.RunConfig) -> int:
     return 0
 
 
-def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, folder: Path, ranks: Ranks) -> int:
+def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, folder: Path, ranks: DistributedContext) -> int:
     """What one rank does: the first makes the run folder ready, then all train in it. Returns the exit code.
 
     `found`: what is to be said about the data.
@@ -148,7 +148,7 @@ def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, fold
         print(json.dumps(config.to_json(resolved)))
         if found:
             print(found, file=sys.stderr)
-    with ranks.first_then_others():
+    with ranks.rank_zero_first():
         source = checkpoint_of(args.ckpt_load) if args.ckpt_load and ranks.first else None
         resume_from = checkpoint.starting_point(folder, resolved, args.resume or not ranks.first, quiet=not ranks.first)
         cohort = open_cohort(resolved, folder, cache=cache_of(args, folder), quiet=quiet)

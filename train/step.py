@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from runtime.core.errors import MissingComponent
 
 from .config import RunConfig, label_table
-from .distributed import ALONE, Ranks
+from .distributed import SINGLE_PROCESS, DistributedContext
 from .losses import centre_weight, discriminator_losses, feature_matching, generator_losses, weighted_sum
 from .networks.discriminator import Discriminator
 from .networks.generator import Generator, initialise, one_hot, standardise_noise
@@ -56,7 +56,7 @@ def make_discriminator(config: RunConfig) -> Discriminator:
 class Step:
     """The whole state of a training between two steps, and how it advances."""
 
-    def __init__(self, config: RunConfig, device: torch.device | None = None, ranks: Ranks = ALONE):
+    def __init__(self, config: RunConfig, device: torch.device | None = None, ranks: DistributedContext = SINGLE_PROCESS):
         self._config, self.device, self._ranks = config, device or torch.device("cpu"), ranks
         self.classes = len(label_table(config.data))
         with torch.random.fork_rng(devices=[]):
@@ -69,7 +69,7 @@ class Step:
         betas = (config.optimizer.beta1, config.optimizer.beta2)
         self._adam_g = torch.optim.Adam(self.generator.parameters(), config.optimizer.lr_g, betas, fused=True)
         self._adam_d = torch.optim.Adam(self.discriminator.parameters(), config.optimizer.lr_d, betas, fused=True)
-        self._paint, self._judge = (as_configured(f, config, self.device) for f in (self.generator.paint, self.discriminator))
+        self._generate, self._discriminate = (as_configured(f, config, self.device) for f in (self.generator.generate, self.discriminator))
 
     def __call__(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """Advance from `step` steps done to `step` + 1. Returns the losses by name, as scalars on the device."""
@@ -78,25 +78,25 @@ class Step:
         _set_rate(self._adam_d, o.lr_d * math.exp(-o.decay_d * step))
         labels, real, noise, style = (t if t is None else t.to(self.device, non_blocking=True) for t in batch)
         condition = one_hot(labels, self.classes).contiguous(memory_format=torch.channels_last)
-        white = standardise_noise(noise) if self.generator.noisy else None
-        smooth, painted = (image.float() for image in self._paint(condition, white, style))
+        unit_noise = standardise_noise(noise) if self.generator.noisy else None
+        fake_smooth, fake = (image.float() for image in self._generate(condition, unit_noise, style))
 
         self.discriminator.requires_grad_(True)
-        score_real, score_fake = (self._judge(condition, image)[0].float() for image in (real, painted.detach()))
+        score_real, score_fake = (self._discriminate(condition, image)[0].float() for image in (real, fake.detach()))
         d_losses = discriminator_losses(score_real, score_fake, loss.gan)
-        _descend(self._adam_d, self._ranks, weighted_sum(d_losses, dict.fromkeys(d_losses, 1.0)))
+        _backward_and_step(self._adam_d, self._ranks, weighted_sum(d_losses, dict.fromkeys(d_losses, 1.0)))
 
         self.discriminator.requires_grad_(False)
-        # The judge sees the texture but does not shape it: free noise is the easy way to look like bones and vessels.
-        judged = smooth + (painted - smooth).detach()
+        # The discriminator sees the texture but does not shape it: free noise is the easy way to look like bones and vessels.
+        discriminator_input = fake_smooth + (fake - fake_smooth).detach()
         weight = centre_weight(labels) if loss.weighting == "weighted" else 1.0
-        score, features = self._judge(condition, judged)
-        g_losses = generator_losses(score.float(), smooth, painted, real, gan=loss.gan, weight=weight)
+        score, features = self._discriminate(condition, discriminator_input)
+        g_losses = generator_losses(score.float(), fake_smooth, fake, real, gan=loss.gan, weight=weight)
         if loss.features:
             with torch.no_grad():
-                wanted = self._judge(condition, real)[1]
+                wanted = self._discriminate(condition, real)[1]
             g_losses["features"] = feature_matching([f.float() for f in features], [f.float() for f in wanted])
-        _descend(self._adam_g, self._ranks, weighted_sum(g_losses, asdict(loss)))
+        _backward_and_step(self._adam_g, self._ranks, weighted_sum(g_losses, asdict(loss)))
 
         update_average(self.average, self.generator, average_decay(step, self._config.training.ema_decay))
         return {name: value.detach() for name, value in {**g_losses, **d_losses}.items()}
@@ -198,7 +198,7 @@ def _set_rate(adam: torch.optim.Adam, rate: float) -> None:
         group["lr"] = rate
 
 
-def _descend(adam: torch.optim.Adam, ranks: Ranks, loss: Tensor) -> None:
+def _backward_and_step(adam: torch.optim.Adam, ranks: DistributedContext, loss: Tensor) -> None:
     adam.zero_grad(set_to_none=True)
     loss.backward()
     ranks.average(parameter.grad for group in adam.param_groups for parameter in group["params"])

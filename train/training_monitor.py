@@ -1,4 +1,4 @@
-"""Trainings that no longer learn are stopped: a loss that is no number, a judge that has died, one grey for every mask."""
+"""Trainings that no longer learn are stopped: a loss that is no number, a discriminator that has died, one grey for every mask."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from runtime.core.errors import Mask2CTError
 
-DEAD_LOSS = 2e-3  # of both halves of the judge's loss together; where neither network wins, least squares give 0.25, hinge 1
-LEAST_CONTRAST = 0.02  # of the true slices' standard deviation; the blurred painting of an untrained network has more
+DEAD_LOSS = 2e-3  # of both halves of the discriminator's loss together; where neither network wins, least squares give 0.25, hinge 1
+LEAST_CONTRAST = 0.02  # of the true slices' standard deviation; the blurred synthetic image of an untrained network has more
 
 
 class Diverged(Mask2CTError):
@@ -24,10 +24,10 @@ class Collapsed(Mask2CTError):
     """The two networks no longer teach each other anything."""
 
 
-class Watch:
-    """Looks at what a training reports. `patience`: steps for which the judge may be dead, 0: for ever.
+class TrainingMonitor:
+    """Looks at what a training reports. `patience`: steps for which the discriminator may be dead, 0: for ever.
 
-    `suspicious`: the judge looks dead right now, so that the checkpoints from before are worth keeping.
+    `suspicious`: the discriminator looks dead right now, so that the checkpoints from before are worth keeping.
     """
 
     def __init__(self, folder: Path, patience: int):
@@ -55,11 +55,11 @@ class Watch:
                 file=self._folder,
             )
 
-    def painting(self, step: int, painted: Sequence[NDArray[Any]], true: Sequence[NDArray[Any]]) -> None:
-        """Held-out slices as painted and as they are. Raises `Collapsed` where all that was painted is one grey."""
-        spread, wanted = (float(np.std(np.concatenate([case.ravel() for case in cases]))) for cases in (painted, true))
+    def check_images(self, step: int, generated: Sequence[NDArray[Any]], true: Sequence[NDArray[Any]]) -> None:
+        """Held-out slices as synthesized and as they are. Raises `Collapsed` where all that was synthesized is one grey."""
+        spread, wanted = (float(np.std(np.concatenate([case.ravel() for case in cases]))) for cases in (generated, true))
         if spread < LEAST_CONTRAST * wanted:
-            raise Collapsed(f"at step {step} the generator paints one grey everywhere: a standard deviation of {spread:.2g}",
+            raise Collapsed(f"at step {step} the generator synthesizes one grey everywhere: a standard deviation of {spread:.2g}",
                             expected=f"something like the {wanted:.0f} of the true slices",
                             remedy="lower optimizer.lr_g, or raise loss.reconstruction, in a new run", file=self._folder)  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""The held-out patients at one moment of training: painted, measured, drawn."""
+"""The held-out patients at one moment of training: synthesized, measured, drawn."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from runtime.core.manifest import Intensity, LabelTable
 
 from .data.dataset import Slices, from_unit, noise_bytes
 from .figures import comparison, window
-from .metrics.scores import ceiling, diversity, evaluate
+from .metrics.scores import diversity, evaluate, real_baseline
 from .networks.generator import Generator, one_hot, standardise_noise
 from .networks.style import organ_medians
 
-STYLES = 16  # in which the held-out masks are painted to measure diversity
+STYLES = 16  # in which the held-out masks are synthesized to measure diversity
 DIVERSE_SLICES = 24  # of them, at most
 MASKS_KEPT = 64  # slices of each kind that a run folder keeps for export
 
@@ -26,7 +26,7 @@ MASKS_KEPT = 64  # slices of each kind that a run folder keeps for export
 class Validation:
     """Up to `most` slices of `patients`, as evenly spaced pairs of neighbours, with fixed noise: two moments differ by the network alone.
 
-    A network that takes a style paints the mean patient's, and for its diversity `STYLES` of them, fixed too.
+    A network that takes a style synthesizes the mean patient's, and for its diversity `STYLES` of them, fixed too.
     """
 
     def __init__(self, patients: tuple[Slices, ...], most: int, table: LabelTable, intensity: Intensity, seed: int):
@@ -50,12 +50,12 @@ class Validation:
         return [case.image for case in self._cases]
 
     def measure(self, net: Generator, device: torch.device, batch_size: int) -> tuple[dict[str, Any], list[NDArray[np.int16]]]:
-        """(metrics of train/metrics/scores.py, the painted slices of each patient)."""
-        painted = [
-            paint(net, case.labels, noise, len(self._table), self._intensity, device, batch_size)
+        """(metrics of train/metrics/scores.py, the synthetic slices of each patient)."""
+        synthetic = [
+            generate(net, case.labels, noise, len(self._table), self._intensity, device, batch_size)
             for case, noise in zip(self._cases, self._noise, strict=True)
         ]
-        return evaluate(painted, self.images, self.masks, self._names, self.places, self._intensity), painted
+        return evaluate(synthetic, self.images, self.masks, self._names, self.places, self._intensity), synthetic
 
     def diversity(self, net: Generator, device: torch.device, batch_size: int, train: Sequence[Slices]) -> dict[str, Any] | None:
         """train/metrics/volume_metrics.py's `diversity` of a network with a style: the labelled slices of the first patient with any, in many styles,
@@ -71,33 +71,33 @@ class Validation:
         chosen = labelled[np.linspace(0, len(labelled) - 1, min(len(labelled), DIVERSE_SLICES)).round().astype(int)]
         styles = np.random.default_rng(self._seed).standard_normal((STYLES, net.style), np.float32)
         variants = [
-            paint(net, case.labels[chosen], noise_bytes((len(chosen), *case.image.shape[1:]), self._seed, n), len(self._table),
+            generate(net, case.labels[chosen], noise_bytes((len(chosen), *case.image.shape[1:]), self._seed, n), len(self._table),
                   self._intensity, device, batch_size, style) for n, style in enumerate(styles)
         ]  # fmt: skip
         return diversity(
             [variants], [self.masks[first][chosen]], list(organ_medians(train, len(self._table))), self._names, self._intensity
         )
 
-    def ceiling(self, train: Sequence[Slices]) -> dict[str, Any]:
+    def real_baseline(self, train: Sequence[Slices]) -> dict[str, Any]:
         """What lies between the held-out and the training patients: train/metrics/volume_metrics.py's `ceiling`, on as many slices of each."""
         others = [neighbours(len(p), max(1, round(self._share * len(p)))) for p in train]
         images, masks = (
             [p.image[n] for p, n in zip(train, others, strict=True)],
             [_middle(p)[n] for p, n in zip(train, others, strict=True)],
         )
-        return ceiling(self.images, self.masks, images, masks, self._names, (self.places, others), self._intensity)
+        return real_baseline(self.images, self.masks, images, masks, self._names, (self.places, others), self._intensity)
 
-    def draw(self, path: Path, painted: list[NDArray[np.int16]], title: str) -> None:
-        """The three slices of `_chosen` beside what `measure` painted of them."""
+    def draw(self, path: Path, synthetic: list[NDArray[np.int16]], title: str) -> None:
+        """The three slices of `_chosen` beside what `measure` synthesized of them."""
         chosen = self._chosen()
-        masks, generated, true = np.concatenate(self.masks)[chosen], np.concatenate(painted)[chosen], np.concatenate(self.images)[chosen]
+        masks, generated, true = np.concatenate(self.masks)[chosen], np.concatenate(synthetic)[chosen], np.concatenate(self.images)[chosen]
         comparison(path, masks, generated, true, classes=len(self._table), window=window(self._intensity), title=title)
 
     def sample(self, net: Generator, device: torch.device) -> tuple[NDArray[np.uint8], NDArray[np.int16], NDArray[np.int16]]:
-        """(masks, painted, true) of the three slices, each (3, H, W)."""
+        """(masks, synthesized, true) of the three slices, each (3, H, W)."""
         chosen = self._chosen()
         masks, noise, true = np.concatenate(self.masks)[chosen], np.concatenate(self._noise)[chosen], np.concatenate(self.images)[chosen]
-        return masks, paint(net, self.labels[chosen], noise, len(self._table), self._intensity, device), true
+        return masks, generate(net, self.labels[chosen], noise, len(self._table), self._intensity, device), true
 
     def _chosen(self) -> NDArray[np.intp]:
         """Three labelled slices apart from each other, over all patients (any three where none is labelled)."""
@@ -107,7 +107,7 @@ class Validation:
         return labelled[[len(labelled) // 5, len(labelled) // 2, len(labelled) * 4 // 5]]
 
 
-def paint(net: Generator, labels: NDArray[np.uint8], noise: NDArray[np.uint8], classes: int, intensity: Intensity,
+def generate(net: Generator, labels: NDArray[np.uint8], noise: NDArray[np.uint8], classes: int, intensity: Intensity,
           device: torch.device, batch_size: int = 8, style: NDArray[np.float32] | None = None) -> NDArray[np.int16]:  # fmt: skip
     """`labels` uint8 (n, Z, H, W), `noise` uint8 (n, H, W) → HU int16 (n, H, W), with `net` in eval mode.
 

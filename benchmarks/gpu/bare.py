@@ -72,7 +72,7 @@ class Bare:
             self._graph = ok(cuda.cudaGraphInstantiate(ok(cuda.cudaStreamEndCapture(self._stream)), 0))
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
-        """Paint one batch: uint8 (N, H, W, 2), a copy."""
+        """Synthesize one batch: uint8 (N, H, W, 2), a copy."""
         for name, array in inputs.items():
             self.inputs[name][...] = array
         self.output[...] = 0xAA  # what nobody wrote must not look like a result

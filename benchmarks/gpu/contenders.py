@@ -27,14 +27,14 @@ def by_pytorch(model: str, trained: str, slices: int, batch: int) -> Ready:
     _need_gpu()
     import torch
 
-    from export.graph import folded, halved
+    from export.graph import fuse_batch_norm, to_fp16
 
     if not torch.cuda.is_available():
         raise _absent(f"torch {torch.__version__} has no CUDA")
     if not (Path(trained) / "run.json").is_file():
         raise _absent("the run folder of this model is not here")
     before = torch.cuda.mem_get_info()[0]
-    graph = halved(folded(network(trained))).cuda()
+    graph = to_fp16(fuse_batch_norm(network(trained))).cuda()
     _, inputs, out = opened(model, "fp32", slices, batch)
     host = {name: torch.from_numpy(array).pin_memory() for name, array in inputs.items()}
     result = torch.from_numpy(out).pin_memory()
@@ -48,13 +48,13 @@ def by_pytorch(model: str, trained: str, slices: int, batch: int) -> Ready:
         torch.cuda.current_stream().wait_stream(side)
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
-            painted = graph(**given)
+            generated = graph(**given)
 
     def call(caller: int, n: int) -> None:
         for name, tensor in given.items():
             tensor.copy_(host[name][n : n + batch], non_blocking=True)
         captured.replay()
-        result[n : n + batch].copy_(painted, non_blocking=True)
+        result[n : n + batch].copy_(generated, non_blocking=True)
         torch.cuda.synchronize()
 
     return loop(call, result.numpy(), batch, 1, vram=before - torch.cuda.mem_get_info()[0])

@@ -68,7 +68,7 @@ def runtime_beside_torch(case: Case, backend: str) -> str:
     expected = (square @ square).sum().item()
     for n in range(rounds):
         require((square @ square).sum().item() == expected, f"torch computes otherwise in round {n}")
-        require(np.array_equal(step.result(), first), f"our engine paints otherwise in round {n}")
+        require(np.array_equal(step.result(), first), f"our engine synthesizes otherwise in round {n}")
         if n in (rounds // 10, rounds - 1):
             free.append(torch.cuda.mem_get_info()[0])
     lost = free[0] - free[-1]
@@ -192,7 +192,7 @@ def _cuda_torch() -> Any:
 
 
 RUNTIME: dict[str, tuple[str, Callable[[Case, str], str]]] = {
-    "parity": ("paints what the CPU paints", runtime_parity),
+    "parity": ("synthesizes what the CPU synthesizes", runtime_parity),
     "steady": ("allocates nothing in steady state", runtime_steady),
     "torch": (f"beside torch, {CHANGES} changes", runtime_beside_torch),
     "throughput": (f"pipelined at least {LEAST_OF_BARE} of bare", runtime_throughput),

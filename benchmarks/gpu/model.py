@@ -34,13 +34,13 @@ def random_graph() -> tuple[Manifest, Any]:
 
 def write_random_model(folder: Path) -> Manifest:
     """A model folder with `random_graph` as model.onnx and model.fp16.onnx."""
-    from export.graph import halved
+    from export.graph import to_fp16
     from export.to_onnx import to_onnx
 
     manifest, graph = random_graph()
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
-    for name, precision, exported in (("model.onnx", "fp32", graph), ("model.fp16.onnx", "fp16", halved(graph))):
+    for name, precision, exported in (("model.onnx", "fp32", graph), ("model.fp16.onnx", "fp16", to_fp16(graph))):
         to_onnx(exported, manifest, folder / name)
         files[name] = ModelFile("onnx", precision, (folder / name).stat().st_size, sha256_of(folder / name))
     whole = replace(manifest, files=files)

@@ -28,14 +28,14 @@ def half_torch(case: Case) -> str:
     torch = module("torch")
     if not torch.cuda.is_available():
         raise Absent("this torch has no CUDA")
-    from export.graph import halved
+    from export.graph import to_fp16
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     manifest, graph = random_graph()
     inputs = {name: torch.from_numpy(array) for name, array in draw(manifest, BATCH).items()}
     with torch.inference_mode():
         expected = hu(graph(**inputs).numpy())
-        found = halved(graph).cuda()(**{name: tensor.cuda() for name, tensor in inputs.items()})
+        found = to_fp16(graph).cuda()(**{name: tensor.cuda() for name, tensor in inputs.items()})
     return parity(hu(found.cpu().numpy()), expected, FP16)
 
 
@@ -134,7 +134,7 @@ def _plan(case: Case) -> bytes:
 
 
 def _same(case: Case, **options: bool) -> str:
-    """The lean engine with `options` paints what it paints without, on two sets of inputs."""
+    """The lean engine with `options` synthesizes what it synthesizes without, on two sets of inputs."""
     name, plan = lean_module(), _plan(case)
     plain, special = Bare(name, plan, case.manifest, BATCH), Bare(name, plan, case.manifest, BATCH, **options)
     for seed in (3, 4):

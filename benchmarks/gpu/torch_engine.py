@@ -33,11 +33,11 @@ def torch_engine(case: Case) -> Any:
     torch = import_module("torch")
     if case.manifest.name != NAME:
         raise Absent("torch has the weights of the random model alone")
-    from export.graph import halved
+    from export.graph import to_fp16
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
-    graph = halved(random_graph()[1]).cuda()
+    graph = to_fp16(random_graph()[1]).cuda()
 
     class TorchEngine(base.GpuEngine):
         def __init__(self) -> None:

@@ -1,0 +1,1 @@
+"""How suites are measured, kept and compared."""

@@ -16,7 +16,7 @@ from runtime.core.errors import UsageError, writing
 
 from .paired import ROOT, Measured, Ratio, ratio
 from .record import machine
-from .roofline import ROOF
+from .roofline import PEAK
 
 HISTORY = ROOT / "benchmarks" / "results" / "history.jsonl"
 LEAST_FALL = 0.10  # of a ratio: less is what one run differs from the next on shared cores, whatever its rounds say
@@ -37,7 +37,7 @@ def make_record(
     `shares`: contender → the limit it is nearest to, and its share of it.
     """
     present = {name: m for name, m in measured.items() if m.absent is None}
-    ours, *others = (name for name in present if not name.startswith(ROOF))
+    ours, *others = (name for name in present if not name.startswith(PEAK))
     ratios = {name: ratio(present[ours].rates, present[name].rates, len(others)) for name in others}
     return {
         "suite": suite,
@@ -123,7 +123,7 @@ def before(record: Record, records: Iterable[Record], revision: str) -> Record |
 
 
 @dataclass(frozen=True)
-class Fall:
+class Regression:
     """A ratio, ours / `against`, that is lower than it was, by more than both runs' noise."""
 
     suite: str
@@ -135,7 +135,7 @@ class Fall:
         return f"{self.suite}: ours / {self.against} fell from {self.was:.2f} to {self.now:.2f} ({100 * (self.now / self.was - 1):.0f} %)"
 
 
-def falls(old: Record, new: Record) -> list[Fall]:
+def regressions(old: Record, new: Record) -> list[Regression]:
     """Which ratios fell by more than LEAST_FALL and more than the noise: a one-sided Mann-Whitney test over the rounds' ratios at
     SURE, shared by all that are compared (Holm)."""
     from scipy.stats import mannwhitneyu
@@ -144,7 +144,7 @@ def falls(old: Record, new: Record) -> list[Fall]:
     for name in old["ratios"].keys() & new["ratios"].keys():
         then, now = _round_ratios(old, name), _round_ratios(new, name)
         chance = float(mannwhitneyu(now, then, alternative="less", method="exact").pvalue)
-        tried.append((chance, Fall(new["suite"], name, statistics.median(then), statistics.median(now))))
+        tried.append((chance, Regression(new["suite"], name, statistics.median(then), statistics.median(now))))
     found = []
     for rank, (chance, fall) in enumerate(sorted(tried, key=lambda pair: pair[0])):
         if chance > SURE / (len(tried) - rank):

@@ -46,7 +46,7 @@ def tensors(manifest: Manifest, slices: int) -> tuple[LabelVolume, dict[str, NDA
 
 
 def loop(call: Call, out: NDArray[np.uint8], batch: int, callers: int, **facts: Any) -> Ready:
-    """`call(caller, n)` paints the slices n to n + `batch` into `out`; `callers` threads share them. Facts: how long one call took."""
+    """`call(caller, n)` synthesizes the slices n to n + `batch` into `out`; `callers` threads share them. Facts: how long one call took."""
     starts = range(0, len(out), batch)
     threads = ThreadPoolExecutor(callers)
     calls = Calls(facts)
@@ -154,14 +154,14 @@ def by_pytorch(model: str, trained: str, way: str, slices: int, batch: int) -> R
     graph = network(trained)
     if way == "channels_last":
         graph = graph.to(memory_format=torch.channels_last)
-    paint: Any = torch.compile(graph) if way == "compile" else graph
+    infer: Any = torch.compile(graph) if way == "compile" else graph
     _, inputs, out = opened(model, "fp32", slices, batch)
     given = {name: torch.from_numpy(array) for name, array in inputs.items()}
     result = torch.from_numpy(out)
 
     def call(caller: int, n: int) -> None:
         with torch.inference_mode():
-            result[n : n + batch] = paint(**{name: tensor[n : n + batch] for name, tensor in given.items()})
+            result[n : n + batch] = infer(**{name: tensor[n : n + batch] for name, tensor in given.items()})
 
     return loop(call, out, batch, 1)
 

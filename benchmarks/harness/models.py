@@ -1,8 +1,8 @@
 """Networks to measure with, one of each kind at 256 x 256, made once under runs/bench.
 
 What a network has learnt changes no engine's speed, so they have learnt next to nothing. `edge` is trained a little and exported by
-the commands people type, with its proof, for our runtime takes INT8 only where it is proven. `reference` and `unet`, twenty times as
-heavy, have random weights and settled norms, and every convolution in INT8; nothing of them is proven. A change of their settings makes
+the commands people type, with its proof, for our runtime takes INT8 only where it is validated. `reference` and `unet`, twenty times as
+heavy, have random weights and settled norms, and every convolution in INT8; nothing of them is validated. A change of their settings makes
 them anew.
 """
 
@@ -72,10 +72,10 @@ def prepared(kind: str) -> Prepared:
 
 
 def make_untrained(kind: str) -> None:
-    """Write the run folder and the model folder of a network with random weights: FP32, FP16 and INT8 graphs, none proven."""
+    """Write the run folder and the model folder of a network with random weights: FP32, FP16 and INT8 graphs, none validated."""
     import torch
 
-    from export.graph import LabelsToIntensity, folded, halved
+    from export.graph import LabelsToIntensity, fuse_batch_norm, to_fp16
     from export.model_folder import FILES, describe_file
     from export.parity import draw_inputs
     from export.quantize import Quantizer
@@ -102,10 +102,10 @@ def make_untrained(kind: str) -> None:
     }  # fmt: skip
     (FOLDER / kind / "train").mkdir(parents=True, exist_ok=True)
     write_run(FOLDER / kind / "train", net, {"validation": masks}, facts)
-    network = folded(LabelsToIntensity(net, len(labels), intensity))
+    network = fuse_batch_norm(LabelsToIntensity(net, len(labels), intensity))
     with atomic_folder(FOLDER / kind / "model") as part:
         to_onnx(network, manifest, part / FILES["fp32"])
-        to_onnx(halved(network), manifest, part / FILES["fp16"])
+        to_onnx(to_fp16(network), manifest, part / FILES["fp16"])
         Quantizer(part / FILES["fp32"], {name: np.ascontiguousarray(array) for name, array in inputs.items()}).write(
             part / FILES["int8"], ()
         )

@@ -23,9 +23,9 @@ GEMM = 2048  # square
 CONV = (256, 64, 64)  # channels, rows, columns: as many as keep every multiplier busy
 IMAGES = 2
 _CONV_MACS = IMAGES * CONV[0] ** 2 * 9 * CONV[1] * CONV[2]
-ROOF = "roof: "
+PEAK = "roof: "
 # Limit → its roofs: name, function of this module, options.
-ROOFS: Mapping[str, tuple[tuple[str, str, Mapping[str, Any]], ...]] = {
+PEAKS: Mapping[str, tuple[tuple[str, str, Mapping[str, Any]], ...]] = {
     "fp32": (("fp32 matrix product", "gemm", {}), ("fp32 3x3 convolution", "conv", {})),
     "bf16": (("bf16 matrix product", "gemm_bf16", {}), ("bf16 3x3 convolution", "conv_bf16", {})),
     "int8": (("int8 matrix product", "gemm_int8", {}), ("int8 3x3 convolution", "conv_int8", {})),
@@ -35,23 +35,23 @@ ROOFS: Mapping[str, tuple[tuple[str, str, Mapping[str, Any]], ...]] = {
 }
 
 
-def roofs(*limits: str) -> list[Contender]:
+def peaks(*limits: str) -> list[Contender]:
     """The contenders that measure these limits."""
     return [
-        Contender(ROOF + name, f"benchmarks.harness.roofline:{make}", options) for limit in limits for name, make, options in ROOFS[limit]
+        Contender(PEAK + name, f"benchmarks.harness.roofline:{make}", options) for limit in limits for name, make, options in PEAKS[limit]
     ]
 
 
 def beside(contenders: Iterable[Contender]) -> list[Contender]:
     """The roofs of every limit that the contenders' costs name."""
-    return roofs(*dict.fromkeys(limit for contender in contenders for limit in contender.cost))
+    return peaks(*dict.fromkeys(limit for contender in contenders for limit in contender.cost))
 
 
 def shares(contenders: Iterable[Contender], measured: Mapping[str, Measured]) -> dict[str, tuple[str, float]]:
     """Contender → (the limit it is nearest to, its share of it)."""
     rates = {
-        limit: [measured[ROOF + name].rates for name, *_ in made if measured.get(ROOF + name, Measured()).rates]
-        for limit, made in ROOFS.items()
+        limit: [measured[PEAK + name].rates for name, *_ in made if measured.get(PEAK + name, Measured()).rates]
+        for limit, made in PEAKS.items()
     }
     found = {}
     for contender in contenders:

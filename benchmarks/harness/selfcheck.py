@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks.harness.history import Record, falls, make_record, noise
+from benchmarks.harness.history import Record, make_record, noise, regressions
 from benchmarks.harness.models import prepared
 from benchmarks.harness.paired import Contender, measure
 from benchmarks.harness.record import machine
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     for n in range(options.times):
         base = _record(model, 0.0)
         for what, slowdown in (("planted", SLOWDOWN), ("nothing", 0.0)):
-            found[what] += bool(falls(base, _record(model, slowdown)))
+            found[what] += bool(regressions(base, _record(model, slowdown)))
         progress.update(2 * (n + 1))
     progress.close()
     print(

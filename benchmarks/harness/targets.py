@@ -1,7 +1,7 @@
 """What must hold on a CPU, measured:  python benchmarks/harness/targets.py [--record]
 
 Our engine loses at most 3 % against the backend it runs on, called bare with the same batch, callers and threads. `edge` in INT8 by
-OpenVINO paints at least 20 times as many slices a second as `reference` in eager PyTorch at whichever batch suits it best. A bar is held
+OpenVINO synthesizes at least 20 times as many slices a second as `reference` in eager PyTorch at whichever batch suits it best. A bar is held
 where the ratio is above it, and surely where its whole interval is. Exit 1 when one is not held.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
@@ -33,7 +33,7 @@ BATCHES = (1, 4, 8, 16)
 
 
 @dataclass(frozen=True)
-class Bar:
+class Target:
     """`least`: of every ratio, ours / it, in the group that the contenders are measured in."""
 
     says: str
@@ -41,7 +41,7 @@ class Bar:
     contenders: Sequence[Contender]
 
 
-def bars(edge: Path) -> dict[str, Bar]:
+def targets(edge: Path) -> dict[str, Target]:
     """`edge`: the light model's folder, with an INT8 graph."""
     reference = prepared("reference")
     given = {"model": str(edge), "slices": SLICES}
@@ -56,7 +56,7 @@ def bars(edge: Path) -> dict[str, Bar]:
                 library, f"benchmarks.harness.libraries:{make}", {**given, "precision": precision, "batch": 1}, 0, {precision: cost}
             )
             name = f"bar: engine against bare {library} {precision.upper()}"
-            found[name] = Bar("our engine loses at most 3 %", 0.97, [ours, bare])
+            found[name] = Target("our engine loses at most 3 %", 0.97, [ours, bare])
     ours = Contender("edge, INT8, OpenVINO", "benchmarks.suites.engine:ours", {**given, "backend": "openvino-int8"}, cost={"int8": cost})
     options = {"model": str(reference.model), "trained": str(reference.trained), "way": "eager", "slices": max(BATCHES)}
     eager = [
@@ -65,11 +65,11 @@ def bars(edge: Path) -> dict[str, Bar]:
         )
         for n in BATCHES
     ]
-    found["bar: edge INT8 against reference eager"] = Bar("at least 20 times as fast at its best batch", 20, [ours, *eager])
+    found["bar: edge INT8 against reference eager"] = Target("at least 20 times as fast at its best batch", 20, [ours, *eager])
     return found
 
 
-def verdict(bar: Bar, record: Record) -> tuple[bool, str]:
+def verdict(bar: Target, record: Record) -> tuple[bool, str]:
     """Whether the record holds the bar, and in words how. The hardest contender decides."""
     name = min(record["ratios"], key=lambda n: float(record["ratios"][n]["value"]))
     worst = ratio_of(record, name)
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(argv)
     records, verdicts = [], []
-    for name, bar in bars(options.model or prepared("edge").model).items():
+    for name, bar in targets(options.model or prepared("edge").model).items():
         measured = measure([*bar.contenders, *beside(bar.contenders)], ROUNDS, quiet=options.quiet)
         record = make_record(name, {"quick": False, "rounds": ROUNDS}, "slices/s", measured, shares(bar.contenders, measured))
         records.append(record)

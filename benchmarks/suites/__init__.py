@@ -1,0 +1,1 @@
+"""One module for each suite that `benchmarks/run.py` measures."""

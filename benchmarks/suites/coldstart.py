@@ -1,7 +1,7 @@
-"""Suite `coldstart`: from an empty process to the first painted slab, beside PyTorch doing the same for one slice. Units: starts.
+"""Suite `coldstart`: from an empty process to the first synthesized slab, beside PyTorch doing the same for one slice. Units: starts.
 
 And to the first slab that `mask2ct synth` hands to the result's file, of a mask of 300 x 512 x 512 in .nii.gz, which is read and checked
-before. Each run is a new Python process; the page cache is warm, as it is on a machine that paints now and then. What the engine
+before. Each run is a new Python process; the page cache is warm, as it is on a machine that synthesizes now and then. What the engine
 and the codecs import when they are first needed counts as opening, not as import.
 """
 
@@ -73,7 +73,7 @@ with torch.inference_mode():
 say()
 """
 _PROGRAMS = {
-    "painted": (_OURS, ("import", "open", "first slab")),
+    "synthesized": (_OURS, ("import", "open", "first slab")),
     "written": (_WRITTEN, ("import", "first written slab")),
     "torch": (_TORCH, ("import", "open", "first slice")),
 }
@@ -85,7 +85,7 @@ def groups(model: Prepared, backend: str) -> dict[str, list[Contender]]:
     mask = write_mask(folder / "mask.nii.gz", Manifest.load(model.model), (SLICES, SIDE, SIDE))
     given = {"model": str(model.model), "backend": backend}
     programs: dict[str, dict[str, Any]] = {
-        "mask2ct: first slab of 16": {"program": "painted", **given},
+        "mask2ct: first slab of 16": {"program": "synthesized", **given},
         "mask2ct synth: first written slab": {"program": "written", **given, "mask": str(mask), "output": str(folder / "out")},
     }
     if model.trained is not None:

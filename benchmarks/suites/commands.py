@@ -15,14 +15,14 @@ from collections.abc import Sequence
 
 from ..harness.paired import ROOT, Contender, Ready
 
-BARS = {"--help": 3.0, "--dry-run": 20.0}  # s
+TARGETS = {"--help": 3.0, "--dry-run": 20.0}  # s
 LINES = {"--help": ["--help"], "--dry-run": ["--config", "train/configs/phantom.json", "--dry-run", "--quiet"]}
 
 
 def groups() -> dict[str, list[Contender]]:
     beside = Contender("Python and torch", "benchmarks.suites.commands:start", {"line": ["-c", "import torch"]}, cost={"start": 1})
     found = {}
-    for name, most in BARS.items():
+    for name, most in TARGETS.items():
         given = {"line": ["train/run.py", *LINES[name]], "most": most}
         found[f"commands {name}"] = [
             Contender(f"train/run.py {name}", "benchmarks.suites.commands:start", given, cost={"start": 1}),

@@ -2,7 +2,7 @@
 
 One group for each network and canvas. Ours twice: the synthesizer (a mask in, HU on the mask's grid out), and its engine alone, with
 prepared tensors through all of its streams. Beside them whatever else could run the same network (benchmarks/harness/libraries.py, on a
-GPU benchmarks/gpu/contenders.py). All paint the same slices with the same noise; how far each is from the FP32 picture is compared
+GPU benchmarks/gpu/contenders.py). All synthesize the same slices with the same noise; how far each is from the FP32 picture is compared
 before anything is timed and printed with it.
 """
 
@@ -49,7 +49,7 @@ def groups(given: Prepared | None, backend: str, quick: bool) -> dict[str, list[
 def contenders(model: Path, trained: Path | None, backend: str, slices: int, quick: bool) -> list[Contender]:
     manifest, given = Manifest.load(model), {"model": str(model), "slices": slices}
     if backend == "auto" and not manifest.parity:
-        backend = "openvino"  # nothing is proven, so that it has to be asked for by name
+        backend = "openvino"  # nothing is validated, so that it has to be asked for by name
     cost = macs(model)
     batches = QUICK_BATCHES if quick else BATCHES
     found = [
@@ -94,13 +94,13 @@ def synthesizer(model: str, slices: int, backend: str, planted: float = 0.0) -> 
 
     def run() -> float:
         started = time.perf_counter()
-        synth.paint(volume)
+        synth.synthesize(volume)
         until = time.perf_counter() + planted * (time.perf_counter() - started)
         while time.perf_counter() < until:
             pass
         return float(slices)
 
-    return Ready(run, lambda: synth.paint(volume), {"backend": synth.backend})
+    return Ready(run, lambda: synth.synthesize(volume), {"backend": synth.backend})
 
 
 def ours(model: str, slices: int, backend: str) -> Ready:

@@ -17,7 +17,7 @@ from runtime.core.manifest import Intensity, Manifest
 from runtime.core.volume import CTSlab, LabelVolume
 from runtime.engines.fake import fake_manifest
 from runtime.io.cases import find_cases, read_case
-from runtime.io.writers.registry import DEFAULT_OPTIONS, FORMATS, Painting
+from runtime.io.writers.registry import DEFAULT_OPTIONS, FORMATS, OutputRecord
 
 from ..harness.paired import Contender, Ready
 from ..harness.volumes import SIZES, mask, values
@@ -66,7 +66,7 @@ def write(size: str, name: str) -> Ready:
     facts: dict[str, Any] = {}
 
     def run() -> float:
-        files = writer.write(Path(kept.name), Painting("case", None, volume, manifest, "none", "", 0), slabs_of(ct))
+        files = writer.write(Path(kept.name), OutputRecord("case", None, volume, manifest, "none", "", 0), slabs_of(ct))
         facts["file_bytes"] = sum(f.stat().st_size for file in files for f in ([file] if file.is_file() else file.iterdir()))
         return float(ct.nbytes)
 

@@ -1,6 +1,6 @@
 """Suite `memory`: what a mask file → CT file run holds at its peak, by size, and whether anything is still allocated in steady state.
 
-Facts of each contender: `base_rss` once the model is open and has painted a small mask, `bytes_per_voxel` that the peak lies above it,
+Facts of each contender: `base_rss` once the model is open and has synthesized a small mask, `bytes_per_voxel` that the peak lies above it,
 `allocations` of the engine's pools after the first and after the last run. Beside it the loop people write today, which holds whole volumes.
 """
 
@@ -46,14 +46,14 @@ def ours(model: str, size: str, backend: str) -> Ready:
     kept = tempfile.TemporaryDirectory()
     facts: dict[str, Any] = {"backend": synth.backend, "allocations": []}
 
-    def paint(source: Path) -> int:
+    def synthesize_file(source: Path) -> int:
         shutil.rmtree(Path(kept.name) / "out", ignore_errors=True)
         (result,) = synth.stream([source], Path(kept.name) / "out")
         assert result.error is None, result.error
         facts["allocations"] = [*facts["allocations"][:1], {kind: stats.allocations for kind, stats in synth.memory().items()}]
         return result.slices
 
-    return _watched(paint, size, Path(model), Path(kept.name), facts)
+    return _watched(synthesize_file, size, Path(model), Path(kept.name), facts)
 
 
 def by_torch(model: str, size: str, trained: str) -> Ready:
@@ -63,14 +63,14 @@ def by_torch(model: str, size: str, trained: str) -> Ready:
     )
 
 
-def _watched(paint: Callable[[Path], int], size: str, model: Path, folder: Path, facts: dict[str, Any]) -> Ready:
-    """A small mask is painted before: what an engine takes once, for its first slices, is no growth."""
+def _watched(synthesize_file: Callable[[Path], int], size: str, model: Path, folder: Path, facts: dict[str, Any]) -> Ready:
+    """A small mask is synthesized before: what an engine takes once, for its first slices, is no growth."""
     source = _write(SIZES[size], model, folder / "mask.nii.gz")
-    paint(_write(SMALL, model, folder / "small.nii.gz"))
+    synthesize_file(_write(SMALL, model, folder / "small.nii.gz"))
     base = facts["base_rss"] = peak_rss()
 
     def run() -> float:
-        done = paint(source)
+        done = synthesize_file(source)
         facts["bytes_per_voxel"] = round((peak_rss() - base) / math.prod(SIZES[size]), 2)
         return float(done)
 

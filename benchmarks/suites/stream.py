@@ -1,6 +1,6 @@
 """Suite `stream`: from a mask file to a CT file, against what people run today.
 
-One 300 x 512 x 512 mask, .nii.gz to .nii.gz, a network that paints 256 x 256 (`edge`, barely trained, or --model MODEL --run RUN).
+One 300 x 512 x 512 mask, .nii.gz to .nii.gz, a network that synthesizes 256 x 256 (`edge`, barely trained, or --model MODEL --run RUN).
 Contenders: `Synthesizer.stream`; (a) nibabel, the same weights in eager PyTorch slice by slice, nibabel; (b) SimpleITK, ONNX
 Runtime as it comes slice by slice, SimpleITK. All are opened before; each reads and writes files. They resample differently and draw
 other noise, so that their outputs are not compared; where the network sees neighbours they give it the same slice again, which
@@ -46,14 +46,14 @@ def groups(given: Prepared, backend: str, quick: bool) -> dict[str, list[Contend
     cost = macs(given.model)
     mask = {"model": model, "mask": str(write_mask(folder / "mask.nii.gz", manifest, (slices, SIDE, SIDE)))}
 
-    def painting(name: str, given: dict[str, Any], backend: str = backend, make: str = "ours") -> Contender:
+    def record(name: str, given: dict[str, Any], backend: str = backend, make: str = "ours") -> Contender:
         return Contender(
             name, f"benchmarks.suites.stream:{make}", {**given, "backend": backend}, cost={"int8" if "int8" in backend else "fp32": cost}
         )
 
-    large = [painting(OURS, mask)]
+    large = [record(OURS, mask)]
     if "openvino-int8" in manifest.parity.get(str(manifest.file_of("onnx", "int8")), {}):
-        large.append(painting(f"{OURS}, INT8", mask, "openvino-int8"))
+        large.append(record(f"{OURS}, INT8", mask, "openvino-int8"))
     if given.trained is not None:
         weights = {**mask, "trained": str(given.trained)}
         large += [Contender(name, f"benchmarks.suites.stream:{make}", weights, cost={"fp32": cost}) for name, make in THEIRS.items()]
@@ -63,11 +63,11 @@ def groups(given: Prepared, backend: str, quick: bool) -> dict[str, list[Contend
     for shape in QUICK_SIZES if quick else SIZES:
         name = "x".join(map(str, shape))
         options = {"model": model, "mask": str(write_mask(folder / name / "mask.nii.gz", manifest, shape))}
-        sizes += [painting(f"{name} to {format}", {**options, "format": format}) for format in ("nifti", "dicom")]
+        sizes += [record(f"{name} to {format}", {**options, "format": format}) for format in ("nifti", "dicom")]
 
     masks = [str(write_mask(folder / "masks" / f"{n}.nii.gz", manifest, (each, SIDE, SIDE), seed=n)) for n in range(count)]
-    many = painting(f"mask2ct, {count} masks of {each} slices", {"model": model, "masks": masks}, make="many")
-    formats = [painting(f"mask2ct to {name}", {**mask, "format": name}) for name in FORMATS]
+    many = record(f"mask2ct, {count} masks of {each} slices", {"model": model, "masks": masks}, make="many")
+    formats = [record(f"mask2ct to {name}", {**mask, "format": name}) for name in FORMATS]
     return {"stream": large, "stream sizes": sizes, "stream formats": formats, "stream many": [many]}
 
 
@@ -94,7 +94,7 @@ def many(model: str, backend: str, masks: list[str]) -> Ready:
     facts: dict[str, Any] = {"backend": synth.backend}
 
     def run() -> float:
-        slices, busy = 0, {"read": 0.0, "paint": 0.0, "write": 0.0}
+        slices, busy = 0, {"read": 0.0, "synthesize": 0.0, "write": 0.0}
         wall, cpu = time.perf_counter(), time.process_time()
         for result in synth.stream(masks, out):
             slices += result.slices
@@ -186,8 +186,8 @@ def monai_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
         return hu.transpose(1, 2)[:, None]
 
     with torch.inference_mode():
-        painted = SliceInferer(roi_size=(canvas[1], canvas[0]), sw_batch_size=8, spatial_dim=2)(small[None], predict)[0]
-    large = Resize(whole, mode="trilinear")(painted)
+        generated = SliceInferer(roi_size=(canvas[1], canvas[0]), sw_batch_size=8, spatial_dim=2)(small[None], predict)[0]
+    large = Resize(whole, mode="trilinear")(generated)
     SaveImage(out, output_ext=".nii.gz", output_dtype=np.int16, separate_folder=False, print_log=False)(large, meta_data=image.meta)
     return int(whole[2])
 
@@ -222,7 +222,7 @@ def onnx_serial(session: Any, manifest: Manifest, mask: Path, out: Path) -> int:
         hu[k] = session.run(None, {"labels": labels[k : k + 1, None].repeat(manifest.grid.slices, 1), "noise": noise})[0].view("<i2")[
             0, :, :, 0
         ]
-    painted = sitk.GetImageFromArray(hu)
-    painted.CopyInformation(small)
-    sitk.WriteImage(sitk.Resample(painted, image, sitk.Transform(), sitk.sitkLinear, manifest.intensity.low), str(out), True)
+    generated = sitk.GetImageFromArray(hu)
+    generated.CopyInformation(small)
+    sitk.WriteImage(sitk.Resample(generated, image, sitk.Transform(), sitk.sitkLinear, manifest.intensity.low), str(out), True)
     return int(depth)

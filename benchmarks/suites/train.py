@@ -88,23 +88,23 @@ class PlainLoop:
         """One optimisation of both networks. Returns the losses by name."""
         one_hot = functional.one_hot(batch.labels.long(), self._classes)  # (N, Z, H, W, classes)
         condition = one_hot.permute(0, 1, 4, 2, 3).flatten(1, 2).float().contiguous()
-        smooth, painted = self.generator.paint(condition, standardise_noise(batch.noise) if self.generator.noisy else None)
+        smooth, generated = self.generator.generate(condition, standardise_noise(batch.noise) if self.generator.noisy else None)
 
         self.discriminator.requires_grad_(True)
         self._adam_d.zero_grad()
-        d = discriminator_losses(self._judge(condition, batch.image), self._judge(condition, painted.detach()))
+        d = discriminator_losses(self._discriminate(condition, batch.image), self._discriminate(condition, generated.detach()))
         weighted_sum(d, dict.fromkeys(d, 1.0)).backward()
         self._adam_d.step()
 
         self.discriminator.requires_grad_(False)
         self._adam_g.zero_grad()
-        judged = smooth + (painted - smooth).detach()
-        g = generator_losses(self._judge(condition, judged), smooth, painted, batch.image)
+        discriminator_input = smooth + (generated - smooth).detach()
+        g = generator_losses(self._discriminate(condition, discriminator_input), smooth, generated, batch.image)
         weighted_sum(g, asdict(self._config.loss)).backward()
         self._adam_g.step()
         return {name: value.item() for name, value in {**g, **d}.items()}
 
-    def _judge(self, condition: Tensor, image: Tensor) -> Tensor:
+    def _discriminate(self, condition: Tensor, image: Tensor) -> Tensor:
         """The scores as people write it: image and labels concatenated."""
         x = torch.cat([image, condition], 1) if self.discriminator.conditional else image
         for stage in self.discriminator.stages:

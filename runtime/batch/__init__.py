@@ -1,0 +1,1 @@
+"""Many masks: the plan of a run, its log of what is complete, several models, Ray."""

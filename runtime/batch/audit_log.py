@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.append_log import append, last_line
-from ..core.atomic_files import lock, sync_folder
+from ..core.atomic_files import key_of, lock, sync_folder
 from ..core.errors import OutputError, writing
-from ..io.dicom.files import neutral
+from ..io.dicom.files import pseudonym
 from ..io.volume_files import SUFFIXES
-from .completion_log import key_of
 
 if TYPE_CHECKING:
     from .runner import CaseResult
@@ -46,7 +45,6 @@ ACTIONS = (
     "delivered",
 )
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # what log rotation makes of a file that is no longer read
-STAGES = {"paint": "synthesize"}  # stage as `CaseResult.seconds` calls it → as the file does
 
 Facts = dict[str, Any]
 
@@ -235,7 +233,7 @@ def result_facts(result: CaseResult, seed: int) -> Facts:
         "slices": result.slices,
         "warnings": len(result.warnings),
         "error": "" if result.error is None else type(result.error).__name__,  # its words may quote the mask
-        "seconds": {STAGES.get(stage, stage): round(value, 3) for stage, value in result.seconds.items()},
+        "seconds": {stage: round(value, 3) for stage, value in result.seconds.items()},
         "files": dict(result.sha256),
         "file_list_sha256": key_of(result.sha256) if result.sha256 else "",
     }
@@ -244,7 +242,7 @@ def result_facts(result: CaseResult, seed: int) -> Facts:
 def _case_name(result: CaseResult) -> str:
     """The case's name; of a file that is no volume, and no DICOM source either, a digest: its name may be a patient's."""
     known = result.mask == Path(result.case) or result.mask.name.lower().endswith(SUFFIXES) or result.error is None
-    return result.case if known else neutral("item", result.mask.name)
+    return result.case if known else pseudonym("item", result.mask.name)
 
 
 def _renamed(path: Path) -> list[Path]:

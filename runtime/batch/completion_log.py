@@ -7,8 +7,6 @@ lets go of the lock when the process ends, however it ends. Why not SQLite: docs
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import stat
 from collections.abc import Mapping
@@ -17,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..core.append_log import append, facts_in, line_of
-from ..core.atomic_files import lock, permitted, sha256_of, sync_folder
+from ..core.atomic_files import digest_of, lock, permitted, sync_folder
 from ..core.errors import FolderBusy, OutputError, writing
 
 JOURNAL = ".mask2ct.journal"
@@ -36,13 +34,13 @@ class Entry:
     mask: str = ""
 
 
-class Ledger:
+class CompletionIndex:
     """What is complete in an output folder, kept in memory: `entries` by result. Who holds none of its locks works with one."""
 
     def __init__(self, folder: Path, entries: Mapping[str, Entry] | None = None):
         self._folder, self.entries = folder, dict(entries or {})
 
-    def proven(self, result: str, key: str) -> Entry | None:
+    def find_complete(self, result: str, key: str) -> Entry | None:
         """The entry of `result`, if it was made from `key` and its files still have the SHA-256 they were written with."""
         entry = self.entries.get(result)
         if entry is None or entry.key != key:
@@ -52,7 +50,7 @@ class Ledger:
         except OSError:
             return None
 
-    def foreign(self, result: str, mask: str) -> bool:
+    def belongs_to_other_mask(self, result: str, mask: str) -> bool:
         """Whether files of `result` are there that were made of another mask."""
         entry = self.entries.get(result)
         return entry is not None and entry.mask != mask and any((self._folder / name).exists() for name in entry.files)
@@ -61,7 +59,7 @@ class Ledger:
         self.entries[entry.result] = entry
 
 
-class Journal(Ledger):
+class Journal(CompletionIndex):
     """The journal of one output folder, open and locked by this process.
 
     Raises `FolderBusy` when another run writes into the folder, `OutputError` when the file cannot be written or locked.
@@ -143,19 +141,6 @@ def _open(path: Path, flags: int) -> int:
         os.close(handle)
         raise refusal
     return handle
-
-
-def key_of(facts: Mapping[str, object]) -> str:
-    """SHA-256, as hexadecimal, of facts that can be written as JSON."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file; of a folder: of the names and SHA-256 of the files in it, sorted."""
-    if not path.is_dir():
-        return sha256_of(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    return key_of({file.relative_to(path).as_posix(): sha256_of(file) for file in files})
 
 
 def _entry(facts: Mapping[str, Any]) -> Entry | None:

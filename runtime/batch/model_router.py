@@ -14,15 +14,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..core.atomic_files import read_text
 from ..core.errors import InputError, UnknownLabels, UsageError, reading
-from ..core.labels import LabelMap, called, listed, match, plain, where_names_are
+from ..core.labels import LabelMap, listed, match, plain, segment_names, where_names_are
 from ..core.volume import Segment
-from ..engines.memory import Allowance, PoolStats, parse_bytes
+from ..engines.memory import MemoryBudget, PoolStats, parse_bytes
 from ..io.cases import Case, read_mask, structures
-from ..synthesizer import DEFAULT_BATCH, Synthesizer
+from ..synthesizer import DEFAULT_BATCH, VolumeSynthesizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 RULES_HELP = (
     'a JSON list such as [{"series": "*heart*", "model": "heart"}, {"labels": ["liver"], "model": "abdomen"}], the first that fits decides'
@@ -44,19 +47,21 @@ class Rule:
     labels: tuple[str, ...] = ()
 
 
-class Models(Mapping[str, Synthesizer]):
+class Models(Mapping[str, VolumeSynthesizer]):
     """Model folders opened as `Synthesizer`s. Safe to use from several threads, as they are.
 
     Together they hold no more than `max_memory`: where the next volume finds no room, the engine of the model that was chosen least
-    recently and paints nothing now is closed, and opened again when it is needed; no byte of a result depends on it.
+    recently and synthesizes nothing now is closed, and opened again when it is needed; no byte of a result depends on it.
     """
+
+    synthesizer_class: type[VolumeSynthesizer] = VolumeSynthesizer
 
     def __init__(self, *, max_memory: int | str | None = None, rules: Sequence[Rule] = (), use: str | None = None):
         self._rules, self._use = tuple(rules), use
-        self._synthesizers: dict[str, Synthesizer] = {}
+        self._synthesizers: dict[str, VolumeSynthesizer] = {}
         self._recent: list[str] = []  # least recently chosen first
         self._lock = threading.Lock()
-        self._allowance = Allowance(None if max_memory is None else parse_bytes(max_memory), self._make_room)
+        self._budget = MemoryBudget(None if max_memory is None else parse_bytes(max_memory), self._evict)
 
     @classmethod
     def open(
@@ -70,7 +75,7 @@ class Models(Mapping[str, Synthesizer]):
         max_memory: int | str | None = None,
         device: int = 0,
         workers: int | None = None,
-    ) -> Models:
+    ) -> Self:
         """Open each of `folders`, "FOLDER" or "NAME=FOLDER"; a model is called by its folder's name unless it is given one.
 
         `rules`: a file as `load_rules` reads it; `use`: the name of the model that every case is for. The rest as in `Synthesizer.open`;
@@ -88,8 +93,8 @@ class Models(Mapping[str, Synthesizer]):
         models = cls(max_memory=max_memory, rules=() if rules is None else load_rules(rules, [*folders_by_name]), use=use)
         try:
             for name, folder in folders_by_name.items():
-                opened = Synthesizer.open(folder, backend=backend, batch=batch, max_memory=max_memory, device=device, workers=workers,
-                                          allowance=models._allowance)  # fmt: skip
+                opened = cls.synthesizer_class.open(folder, backend=backend, batch=batch, max_memory=max_memory, device=device, workers=workers,
+                                          budget=models._budget)  # fmt: skip
                 models._synthesizers[name] = opened
                 models._recent.append(name)
         except BaseException:
@@ -101,7 +106,7 @@ class Models(Mapping[str, Synthesizer]):
     def names(self) -> tuple[str, ...]:
         return tuple(self._synthesizers)
 
-    def __getitem__(self, name: str) -> Synthesizer:
+    def __getitem__(self, name: str) -> VolumeSynthesizer:
         return self._synthesizers[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -110,7 +115,7 @@ class Models(Mapping[str, Synthesizer]):
     def __len__(self) -> int:
         return len(self._synthesizers)
 
-    def choose(self, case: Case, maps: Mapping[str, LabelMap | None] | None = None) -> tuple[str, Synthesizer]:
+    def choose(self, case: Case, maps: Mapping[str, LabelMap | None] | None = None) -> tuple[str, VolumeSynthesizer]:
         """The name of the model that `case` is for, and the model. `maps`: by model, how labels are mapped (`runtime.core.labels.load_map`).
 
         Raises `InputError` when the mask cannot be read, and when no model fits or more than one does.
@@ -134,7 +139,7 @@ class Models(Mapping[str, Synthesizer]):
         for synthesizer in self._synthesizers.values():
             synthesizer.close()
 
-    def __enter__(self) -> Models:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -166,7 +171,7 @@ class Models(Mapping[str, Synthesizer]):
         names = set[str]()
         for segment in held:
             index = match(segment, table, maps.get(rule.model))
-            names |= called(segment) | ({plain(table.labels[index].name)} if index is not None else set())
+            names |= segment_names(segment) | ({plain(table.labels[index].name)} if index is not None else set())
         return {plain(label) for label in rule.labels} <= names
 
     def _unknown(self, name: str, held: Sequence[Segment], maps: Mapping[str, LabelMap | None]) -> list[Segment]:
@@ -177,13 +182,13 @@ class Models(Mapping[str, Synthesizer]):
     def _refusal(self, case: Case, held: Sequence[Segment], fitting: Sequence[str], maps: Mapping[str, LabelMap | None]) -> InputError:
         remedy, names = "say which with --use NAME or in --rules RULES.json", where_names_are(held)
         if fitting:
-            return InputError(f"{case.called.name} fits the models {', '.join(fitting)}: each knows {listed(held, 6)}", expected="one model that it fits",
-                              remedy=remedy + names, file=case.called)  # fmt: skip
+            return InputError(f"{case.display_name.name} fits the models {', '.join(fitting)}: each knows {listed(held, 6)}", expected="one model that it fits",
+                              remedy=remedy + names, file=case.display_name)  # fmt: skip
         lacks = "; ".join(f"{name} does not know {listed(self._unknown(name, held, maps), 6)}" for name in self)
-        return UnknownLabels(f"{case.called.name} fits no model: {lacks}", expected="one model that knows all of its labels",
-                             remedy=f"{remedy}, and map its labels with --labels MAP.json{names}", file=case.called)  # fmt: skip
+        return UnknownLabels(f"{case.display_name.name} fits no model: {lacks}", expected="one model that knows all of its labels",
+                             remedy=f"{remedy}, and map its labels with --labels MAP.json{names}", file=case.display_name)  # fmt: skip
 
-    def _make_room(self) -> bool:
+    def _evict(self) -> bool:
         with self._lock:
             recent = [*self._recent]
         return any(self._synthesizers[name].release() for name in recent)
@@ -219,7 +224,7 @@ def named(folders: Sequence[str | Path]) -> dict[str, Path]:
 
 def _held(case: Case) -> list[Segment]:
     """What the case's mask holds."""
-    return structures(read_mask(case), case.called, force=case.options.force_labels)
+    return structures(read_mask(case), case.display_name, force=case.options.force_labels)
 
 
 def _like(text: str, pattern: str) -> bool:

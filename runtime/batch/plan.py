@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from ..core.atomic_files import belongs_to, check_writable, fits, private, remove_orphans
-from ..core.deformation import Ranges
+from ..core.atomic_files import belongs_to, check_writable, filename_fits, private, remove_orphans
+from ..core.deformation import DeformationParams
 from ..core.errors import UsageError
 from ..core.labels import LabelMap
 from ..core.manifest import Manifest
@@ -21,7 +21,7 @@ from .completion_log import Journal, names_in
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Plan:
     """What is made of every mask: the options of `runtime.batch.runner.synthesize`. Plain data, so that it may cross to another process.
 
     Without `replace` a mask is refused whose result would take the place of one that the journal has of another. What is made of a DICOM
@@ -32,7 +32,7 @@ class Recipe:
     format: str = "nifti"
     options: FormatOptions = DEFAULT_OPTIONS
     variants: int | None = None
-    ranges: Ranges = field(default_factory=Ranges)
+    ranges: DeformationParams = field(default_factory=DeformationParams)
     seed: int = 0
     labels: LabelMap | None = None
     resume: bool = False
@@ -52,13 +52,13 @@ class Recipe:
         return FORMATS[self.format](self.options)
 
     @property
-    def numbers(self) -> Sequence[int | None]:
+    def variant_ids(self) -> Sequence[int | None]:
         """The variants of each mask."""
         return [None] if self.variants is None else range(self.variants)
 
     def files(self, case: str) -> list[Path]:
         """All that will be written for one mask."""
-        return [file for variant in self.numbers for file in self.writer.files(self.output, case, variant)]
+        return [file for variant in self.variant_ids for file in self.writer.files(self.output, case, variant)]
 
     def check(self, manifest: Manifest, cases: Sequence[Case]) -> None:
         """Raise what `synthesize` raises before any work."""
@@ -68,7 +68,7 @@ class Recipe:
         remove_abandoned()
         written: frozenset[str] | None = None  # by earlier runs; asked for when something is in the way
         for file in (file for case in cases for file in self.files(case.name)):
-            if not fits(file):
+            if not filename_fits(file):
                 continue
             _refuse_links(self.output, file)
             if file.exists() and not self.writer.is_ours(file):
@@ -83,7 +83,7 @@ class Recipe:
         """The output folder's journal, locked, and the folder kept tidy."""
         with self.private(any_dicom(cases)):
             journal = Journal(self.output)
-        with closing(journal), self.tidy(manifest, cases):
+        with closing(journal), self.cleanup(manifest, cases):
             yield journal
 
     def private(self, dicom: bool) -> AbstractContextManager[None]:
@@ -91,7 +91,7 @@ class Recipe:
         return private(dicom and not self.shared)
 
     @contextmanager
-    def tidy(self, manifest: Manifest, cases: Sequence[Case]) -> Iterator[None]:
+    def cleanup(self, manifest: Manifest, cases: Sequence[Case]) -> Iterator[None]:
         """For who holds the journal: before and after, what writers that are gone left half-written is removed; at the end, also of a run
         that was stopped, a data set's index counts what lies in it."""
         folders = {self.output, *(file.parent for case in cases for file in self.files(case.name))}

@@ -19,21 +19,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..core.atomic_files import key_of
 from ..core.errors import InputError, Mask2CTError, MissingComponent, UsageError, importing, printable
 from ..core.labels import names_of
 from ..core.manifest import Manifest
 from ..core.version import VERSION
 from ..io.cases import Case, find_cases
 from ..io.writers.registry import result_name
-from ..synthesizer import Synthesizer
-from .completion_log import JOURNAL, Entry, Journal, Ledger, key_of
-from .plan import Recipe
-from .runner import CaseResult, Run
+from ..synthesizer import VolumeSynthesizer
+from .completion_log import JOURNAL, CompletionIndex, Entry, Journal
+from .plan import Plan
+from .runner import BatchRunner, CaseResult
 
 if TYPE_CHECKING:
     from ..io.cases import ReadOptions
 
-CASES_AT_ONCE = 4  # dealt out together: read ahead, painted and written behind within a worker, and told when all of them are done
+CASES_AT_ONCE = 4  # dealt out together: read ahead, synthesized and written behind within a worker, and told when all of them are done
 TRIES = 2  # of what a worker died on, each time it is dealt: with others, then alone, so that a mask that kills takes no other with it
 OBJECT_STORE = 100 << 20  # bytes, of a Ray of our own: names and results alone pass through it
 CONNECT_WITHIN = 10.0  # seconds
@@ -42,7 +43,7 @@ FOR_GPUS = ("auto", "tensorrt", "onnx-cuda")  # backends that take one
 
 
 @dataclass(frozen=True)
-class Opened:
+class WorkerModel:
     """What a worker opened. All but `backend`, which holds the reason too, and the manifest's digest decides the bytes: it must be the same on every worker."""
 
     version: str
@@ -66,7 +67,7 @@ class RaySynthesizer:
     `manifest` and `backend` are as a `Synthesizer`'s; `count`: of the workers.
     """
 
-    def __init__(self, opened: Opened, model: Path, engine: Mapping[str, Any], count: int, share: Mapping[str, float], ours: bool):
+    def __init__(self, opened: WorkerModel, model: Path, engine: Mapping[str, Any], count: int, share: Mapping[str, float], ours: bool):
         self.manifest, self.backend, self.count = opened.manifest, f"{opened.backend}, {count} workers of Ray", count
         self.engine, self.file, self.manifest_sha256 = opened.engine, opened.file, opened.manifest_sha256
         self._opened, self._model, self._engine, self._share, self._ours = opened, model, engine, share, ours
@@ -126,45 +127,45 @@ class RaySynthesizer:
         """Synthesize files, folders and zips into the folder `output`: as `Synthesizer.stream`."""
         paths = [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)]
         cases = find_cases(paths, options=reading, names=names_of(options.get("labels"), [self.manifest.labels]))
-        return self.make(cases, Recipe(Path(output), **{name: value for name, value in options.items() if value is not None}))
+        return self.make(cases, Plan(Path(output), **{name: value for name, value in options.items() if value is not None}))
 
-    def make(self, cases: Sequence[Case], recipe: Recipe) -> Iterator[CaseResult]:
+    def make(self, cases: Sequence[Case], plan: Plan) -> Iterator[CaseResult]:
         """As `runtime.batch.runner.make`, in the order the workers are done; a result is told when it is on disk and in the journal.
 
         A worker that dies is started again and its cases are done again. A case that no worker survives is an `InputError` of its own.
         """
         if self._closed:
             raise UsageError("the workers are closed, or a run on them was given up", expected="open ones", remedy="open them again")
-        recipe.check(self.manifest, cases)
-        return self._results(cases, recipe)
+        plan.check(self.manifest, cases)
+        return self._results(cases, plan)
 
-    def _results(self, cases: Sequence[Case], recipe: Recipe) -> Iterator[CaseResult]:
-        with recipe.journal(self.manifest, cases) as journal:
+    def _results(self, cases: Sequence[Case], plan: Plan) -> Iterator[CaseResult]:
+        with plan.journal(self.manifest, cases) as journal:
             try:
-                yield from self._dealt(cases, recipe, journal)
+                yield from self._dispatched(cases, plan, journal)
             except BaseException:  # given up: nobody writes any more when the lock is let go
                 self.close()
                 raise
 
-    def _dealt(self, cases: Sequence[Case], recipe: Recipe, journal: Journal) -> Iterator[CaseResult]:
+    def _dispatched(self, cases: Sequence[Case], plan: Plan, journal: Journal) -> Iterator[CaseResult]:
         left = {case.name: case for case in cases}
-        together, dealt = min(CASES_AT_ONCE, max(1, len(left) // (4 * self.count))), 0
-        while left and dealt != len(left):  # what was lost is dealt again, alone, as long as that brings any of it
-            dealt = len(left) if together == 1 else 0
-            rows = [(case, _known(journal, case.name, recipe)) for case in left.values()]
-            for result, entry in self._deal(rows, recipe, together):
+        together, dispatched = min(CASES_AT_ONCE, max(1, len(left) // (4 * self.count))), 0
+        while left and dispatched != len(left):  # what was lost is dealt again, alone, as long as that brings any of it
+            dispatched = len(left) if together == 1 else 0
+            rows = [(case, _known(journal, case.name, plan)) for case in left.values()]
+            for result, entry in self._dispatch(rows, plan, together):
                 left.pop(result.case, None)
                 if entry is not None:
                     journal.add(entry)
                 yield result
             together = 1
         for case in left.values():
-            error = InputError("every worker that was given it died", expected="a mask that fits into a worker's memory", file=case.called,
+            error = InputError("every worker that was given it died", expected="a mask that fits into a worker's memory", file=case.display_name,
                                remedy="see Ray's log of the worker's end; give workers more memory, or fewer to a machine")  # fmt: skip
-            yield CaseResult(case.name, case.called, None, error=error)
+            yield CaseResult(case.name, case.display_name, None, error=error)
 
-    def _deal(
-        self, rows: Sequence[tuple[Case, dict[str, Entry]]], recipe: Recipe, together: int
+    def _dispatch(
+        self, rows: Sequence[tuple[Case, dict[str, Entry]]], plan: Plan, together: int
     ) -> Iterator[tuple[CaseResult, Entry | None]]:
         """What the workers make of the rows, as it comes; of those that were lost with a worker, nothing."""
         ray = _ray()
@@ -176,7 +177,7 @@ class RaySynthesizer:
             warnings.simplefilter("ignore", DeprecationWarning)
             made = cases.map_batches(
                 _Worker, batch_size=None, batch_format="numpy", compute=pool,
-                fn_constructor_args=(self._model, self._engine, self._opened.key, _folder(self._model, rows, recipe), recipe),
+                fn_constructor_args=(self._model, self._engine, self._opened.key, _folder(self._model, rows, plan), plan),
                 max_restarts=-1, max_task_retries=TRIES - 1, **self._share,
             )  # fmt: skip
         try:
@@ -205,31 +206,31 @@ class RaySynthesizer:
 class _Worker:
     """An open synthesizer in a process of its own. Errors cross as values: Ray would make one of them the end of the run."""
 
-    def __init__(self, model: Path, engine: Mapping[str, Any], expected: str, folder: Path | None, recipe: Recipe):
-        self._model, self._engine, self._expected, self._folder, self._recipe = model, engine, expected, folder, recipe
-        self._synthesizer: Synthesizer | None = None
+    def __init__(self, model: Path, engine: Mapping[str, Any], expected: str, folder: Path | None, plan: Plan):
+        self._model, self._engine, self._expected, self._folder, self._plan = model, engine, expected, folder, plan
+        self._synthesizer: VolumeSynthesizer | None = None
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, list[bytes]]:
         return {"result": [pickle.dumps(value) for value in self._made([pickle.loads(row) for row in rows["case"]])]}
 
     def _made(self, rows: Sequence[tuple[Case, dict[str, Entry]]]) -> Iterator[tuple[CaseResult, Entry | None] | Exception]:
         try:
-            ledger = Ledger(self._recipe.output, {name: entry for _, known in rows for name, entry in known.items()})
-            run = Run(self._open(), self._recipe, ledger)
+            ledger = CompletionIndex(self._plan.output, {name: entry for _, known in rows for name, entry in known.items()})
+            run = BatchRunner(self._open(), self._plan, ledger)
             for result in run.results([case for case, _ in rows]):
                 new = result.error is None and not result.skipped
                 yield result, ledger.entries[result_name(result.case, result.variant)] if new else None
         except Exception as exc:
             yield exc
 
-    def _open(self) -> Synthesizer:
+    def _open(self) -> VolumeSynthesizer:
         if self._synthesizer is None:
             if self._folder is not None:
                 os.chdir(self._folder)
-            if not (self._recipe.output / JOURNAL).exists():
+            if not (self._plan.output / JOURNAL).exists():
                 raise UsageError("a worker does not see the output folder's journal", expected="a file system that all machines share",
-                                 remedy="choose a shared --output", file=self._recipe.output)  # fmt: skip
-            synthesizer = Synthesizer.open(self._model, **self._engine)
+                                 remedy="choose a shared --output", file=self._plan.output)  # fmt: skip
+            synthesizer = VolumeSynthesizer.open(self._model, **self._engine)
             if _opened(synthesizer).key != self._expected:
                 raise UsageError(
                     f"a worker opened another model, mask2ct or engine than the first one: {synthesizer.backend}, mask2ct {VERSION}",
@@ -240,8 +241,8 @@ class _Worker:
         return self._synthesizer
 
 
-def _opened(synthesizer: Synthesizer) -> Opened:
-    return Opened(
+def _opened(synthesizer: VolumeSynthesizer) -> WorkerModel:
+    return WorkerModel(
         VERSION,
         synthesizer.manifest,
         synthesizer.engine,
@@ -281,18 +282,18 @@ def _join(ray: Any, address: str) -> None:
     context.enable_progress_bars = context.print_on_execution_start = False
 
 
-def _first(ray: Any, share: Mapping[str, float], model: Path, engine: Mapping[str, Any]) -> Opened:
+def _first(ray: Any, share: Mapping[str, float], model: Path, engine: Mapping[str, Any]) -> WorkerModel:
     """What a worker opens, or the error of ours that it meets."""
 
-    def look(folder: Path) -> Opened | Mask2CTError:
+    def look(folder: Path) -> WorkerModel | Mask2CTError:
         try:
-            with Synthesizer.open(folder / model, **engine) as synthesizer:
+            with VolumeSynthesizer.open(folder / model, **engine) as synthesizer:
                 return _opened(synthesizer)
         except Mask2CTError as exc:
             return exc
 
     try:
-        found: Opened | Mask2CTError = ray.get(ray.remote(max_retries=0, **share)(look).remote(Path.cwd()))
+        found: WorkerModel | Mask2CTError = ray.get(ray.remote(max_retries=0, **share)(look).remote(Path.cwd()))
     except ray.exceptions.RayError as exc:
         raise MissingComponent(f"a worker cannot run mask2ct: {_last_line(exc)}", expected=f"mask2ct {VERSION} on every machine of the cluster",
                                remedy='pip install "mask2ct[ray,onnx]" there, of the same version') from exc  # fmt: skip
@@ -301,14 +302,14 @@ def _first(ray: Any, share: Mapping[str, float], model: Path, engine: Mapping[st
     return found
 
 
-def _known(journal: Ledger, case: str, recipe: Recipe) -> dict[str, Entry]:
-    names = [result_name(case, variant) for variant in recipe.numbers] if recipe.resume else []
+def _known(journal: CompletionIndex, case: str, plan: Plan) -> dict[str, Entry]:
+    names = [result_name(case, variant) for variant in plan.variant_ids] if plan.resume else []
     return {name: journal.entries[name] for name in names if name in journal.entries}
 
 
-def _folder(model: Path, rows: Sequence[tuple[Case, Any]], recipe: Recipe) -> Path | None:
+def _folder(model: Path, rows: Sequence[tuple[Case, Any]], plan: Plan) -> Path | None:
     """This process's folder, where a path is relative to it."""
-    paths = [model, recipe.output, *(path for case, _ in rows for path in (*case.files, *case.grid, case.options.like or model))]
+    paths = [model, plan.output, *(path for case, _ in rows for path in (*case.files, *case.grid, case.options.like or model))]
     return None if all(path.is_absolute() for path in paths) else Path.cwd()
 
 

@@ -11,13 +11,13 @@ from ..core.version import VERSION
 from .runner import CaseResult
 
 if TYPE_CHECKING:
-    from ..synthesizer import Synthesizer
+    from ..synthesizer import VolumeSynthesizer
     from .ray_runner import RaySynthesizer
     from .warp_source import WarpSource
 
-    Maker = Synthesizer | RaySynthesizer | WarpSource
+    Maker = VolumeSynthesizer | RaySynthesizer | WarpSource
 
-THREADS = {"read": "reading", "deform": "reading", "paint": "painting", "write": "writing"}  # stage → which thread's time it is
+THREADS = {"read": "reading", "deform": "reading", "synthesize": "inference", "write": "writing"}  # stage → which thread's time it is
 
 
 class Summary:
@@ -30,12 +30,12 @@ class Summary:
         self._progress = Progress("CTs", total, quiet=quiet)
         self._seconds = 0.0
 
-    def painting(self, slices: int) -> None:
-        """That many slices of the next result are painted."""
+    def slice_done(self, slices: int) -> None:
+        """That many slices of the next result are synthesized."""
         self._show(f"{slices} slices of the next")
 
     def add(self, result: CaseResult, model: str = "") -> None:
-        """`model`: the name of the one that painted it, where there are several."""
+        """`model`: the name of the one that synthesized it, where there are several."""
         self._results.append(result)
         self._by.append(model)
         self._show(result.case)
@@ -58,7 +58,7 @@ class Summary:
         return busy
 
     def __str__(self) -> str:
-        """`3 done, 1 failed, 900 slices in 12.0 s (75.0 slices/s), limited by painting (97 % busy)`."""
+        """`3 done, 1 failed, 900 slices in 12.0 s (75.0 slices/s), limited by inference (97 % busy)`."""
         skipped, done = sum(r.skipped for r in self._results), sum(r.error is None for r in self._results)
         kept = f" ({skipped} of them before)" if skipped else ""
         speed = f"{self._slices} slices in {duration(self._elapsed)} ({self._slices / self._elapsed:.1f} slices/s)"

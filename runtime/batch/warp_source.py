@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..core.deformation import Ranges
+from ..core.deformation import DeformationParams
 from ..core.errors import InputError, UsageError
 from ..core.label_presets import PRESETS, class_names
 from ..core.labels import LabelMap, code_of, plain, read_entries
@@ -54,16 +54,16 @@ class WarpSource:
     def engine(self) -> str:
         return WARP if self.jitter is None else f"{WARP}, {self.jitter}"
 
-    def variants(self, case: Case, mask: LabelVolume, ranges: Ranges, seed: int) -> Callable[[int], Variant]:
+    def variants(self, case: Case, mask: LabelVolume, ranges: DeformationParams, seed: int) -> Callable[[int], Variant]:
         """What gives each variant of the pair. Raises `InputError`s where the CT is no good."""
         image = read_image(case, mask)
         warp = Warp(image, mask, ranges=ranges, jitter=self.jitter)
 
         def variant(number: int) -> Variant:
-            varied, planes = warp.planes(seed, number)
-            slabs = partial(_slabs, planes, varied.volume)
-            nbytes = image.values.nbytes + mask.labels.nbytes + varied.volume.labels.nbytes
-            return Variant(varied.volume, slabs, nbytes, (*image.notes, *varied.warnings))
+            deformed, planes = warp.planes(seed, number)
+            slabs = partial(_slabs, planes, deformed.volume)
+            nbytes = image.values.nbytes + mask.labels.nbytes + deformed.volume.labels.nbytes
+            return Variant(deformed.volume, slabs, nbytes, (*image.notes, *deformed.warnings))
 
         return variant
 
@@ -163,7 +163,7 @@ def _held(cases: Sequence[Case]) -> tuple[LabelTable, LabelMap]:
     segments: list[tuple[int | str, Segment]] = []
     for case in cases:
         try:
-            held = structures(read_mask(case), case.called, force=case.options.force_labels)
+            held = structures(read_mask(case), case.display_name, force=case.options.force_labels)
         except InputError:  # reading it again will say so
             continue
         segments += [(_key(segment), segment) for segment in held if segment.number]

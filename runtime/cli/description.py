@@ -46,7 +46,7 @@ def _describe(manifest: Manifest, folder: Path) -> str:
         ("canvas", f"{grid.canvas[0]} x {grid.canvas[1]}, {scale}"),
         ("slices", f"{grid.slices}{apart}"),
         (
-            "paints",
+            "synthesizes",
             f"{intensity.low} … {intensity.high} {intensity.unit}, noise {'yes' if manifest.noise else 'no'}, style of {manifest.style}",
         ),
     ]
@@ -57,12 +57,12 @@ def _describe(manifest: Manifest, folder: Path) -> str:
         rows.append(("file", f"{name}: {file.precision}, {file.bytes / 1e6:.1f} MB, sha256 {file.sha256} verified"))
     for backend in BACKENDS:
         if manifest.file_of(*backend.file):
-            why = backend.absent(manifest) or ("proven" if backend.proven(manifest) else "not proven when this model was exported")
+            why = backend.absent(manifest) or ("validated" if backend.validated(manifest) else "not validated when this model was exported")
             rows.append(("backend", f"{backend.name}: {why}{'' if backend.automatic else ', by name only'}"))
     rows += [("training", text) for text in training_lines(manifest)] + [("export", text) for text in export_lines(manifest)]
     parts = ["\n".join(f"{key:<10} {printable(value)}" for key, value in rows)]
     if organs := organ_rows(manifest):
-        parts.append(f"held-out patients, {printable(intensity.unit)}, painted and true\n{aligned(ORGAN_HEAD, organs)}")
+        parts.append(f"held-out patients, {printable(intensity.unit)}, synthetic and true\n{aligned(ORGAN_HEAD, organs)}")
     if proof := parity_rows(manifest):
         parts.append(f"proof: differences of the files from the network, {printable(intensity.unit)}\n{aligned(PARITY_HEAD, proof)}")
     return "\n\n".join(parts)
@@ -81,8 +81,10 @@ def training_lines(manifest: Manifest) -> list[str]:
     if counts:
         lines.append("; ".join(counts))
     if body := _part(metrics, "body"):
-        error, baseline = body.read("mae", number), body.read("mae_mean_painting", number)
-        lines.append(f"mean absolute error inside held-out bodies {error:.0f}, of painting each label with its mean {baseline:.0f}")
+        # models of mask2ct 0.1 state the baseline under its old name
+        key = "mae_label_mean" if "mae_label_mean" in body else "mae_mean_painting"
+        error, baseline = body.read("mae", number), body.read(key, number)
+        lines.append(f"mean absolute error inside held-out bodies {error:.0f}, of each label's mean in its place {baseline:.0f}")
     facts = [f"{quantity(known.read('step', whole), 'step')}" if "step" in known else ""]
     facts.append(" ".join(f"{name} {versions.read(name, word)}" for name in versions))
     facts.append(f"commit {known.read('commit', text)}" if known.get("commit") else "")

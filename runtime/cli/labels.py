@@ -33,7 +33,7 @@ def _labels(options: argparse.Namespace) -> int:
     cases, failures = find(options, options.file), Failures(verbose=options.verbose)
     for case in cases:
         if len(cases) > 1:
-            print(f"{printable(case.called)}")
+            print(f"{printable(case.display_name)}")
         try:
             code = max(code, _print_labels(case, table, mapped))
         except InputError as exc:
@@ -47,7 +47,7 @@ def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int
     mask = read_mask(case)
     for note in mask.notes:
         print(f"warning: {printable(note)}", file=sys.stderr)
-    counts = count(mask, case.called, force=case.options.force_labels)
+    counts = count(mask, case.display_name, force=case.options.force_labels)
     millilitres = float(np.prod(mask.geometry.spacing)) / 1000
     print(f"{'value':>7} {'voxels':>11} {'ml':>10}  {'maps to':<24}  name and code")
     unknown = 0
@@ -62,5 +62,5 @@ def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int
         print(printable(row.rstrip()))
     if unknown:
         print(f"{unknown} unknown: synth needs --labels MAP.json, {MAP_HELP}; the table knows {printable(str(table))}")
-    refuse_contradictions([segment for segment, _ in counts], table, mapped, file=case.called)
+    refuse_contradictions([segment for segment, _ in counts], table, mapped, file=case.display_name)
     return 1 if unknown else 0

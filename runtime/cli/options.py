@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..batch.model_router import RULES_HELP, Models, named
-from ..batch.plan import Recipe
+from ..batch.plan import Plan
 from ..batch.ray_runner import RaySynthesizer
 from ..batch.runner import CaseResult, make
-from ..core.deformation import Ranges
+from ..core.deformation import DeformationParams
 from ..core.errors import InputError, UsageError, printable
 from ..core.label_presets import class_names
 from ..core.labels import MAP_HELP, MM_WHS, PRESETS, LabelMap, load_map, lost, names_of
@@ -24,19 +24,19 @@ from ..io.dicom.files import LINKED, OUTSIDE
 from ..io.readers.class_files import contradicted, is_class_name
 from ..io.volume_files import SUFFIXES
 from ..io.writers.registry import FORMATS, FormatOptions
-from ..synthesizer import DEFAULT_BATCH, Synthesizer
+from ..synthesizer import DEFAULT_BATCH, VolumeSynthesizer
 
 MASK_HELP = "a NIfTI, NRRD or MHA label map, a DICOM SEG or RTSTRUCT, the slices of a DICOM label series, or a folder or zip of such"
 
 
 def add_engine(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Which model, and what runs it: for every command that paints."""
+    """Which model, and what runs it: for every command that synthesizes."""
     parser.add_argument(
         "--model",
         action="append",
         required=required,
         metavar="[NAME=]FOLDER",
-        help="a model folder, as export/build_engine.py writes it; more than one: each mask is painted by the one that knows its labels",
+        help="a model folder, as export/build_engine.py writes it; more than one: each mask is synthesized by the one that knows its labels",
     )
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--use", metavar="NAME", help="of several models, this one for every mask")
@@ -46,11 +46,11 @@ def add_engine(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
         "--backend",
         choices=CHOICES,
         default="auto",
-        help="what runs the model (default: the fastest that is installed and proven for it; INT8 must be asked for)",
+        help="what runs the model (default: the fastest that is installed and validated for it; INT8 must be asked for)",
     )
     how.add_argument(
         "--batch", type=_batch, default=DEFAULT_BATCH, metavar="N",
-        help="slices held at once; the result is the same (default: %(default)s). auto: on a GPU, paint as many together as fit",
+        help="slices held at once; the result is the same (default: %(default)s). auto: on a GPU, synthesize as many together as fit",
     )  # fmt: skip
     how.add_argument(
         "--max-memory",
@@ -60,12 +60,15 @@ def add_engine(parser: argparse.ArgumentParser, *, required: bool = True) -> Non
     )
     how.add_argument("--device", type=int, default=0, metavar="N", help="which GPU, in the driver's order (default: %(default)s)")
     how.add_argument(
-        "--workers", type=int, metavar="N", help="slices painted at once on a CPU; the result is the same (default: one a core, up to 16)"
+        "--workers",
+        type=int,
+        metavar="N",
+        help="slices synthesized at once on a CPU; the result is the same (default: one a core, up to 16)",
     )
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
-    """What is made of a mask, where to and how it is written: for every command that paints into a folder."""
+    """What is made of a mask, where to and how it is written: for every command that synthesizes into a folder."""
     parser.add_argument("--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz")
     how = parser.add_argument_group("results")
     how.add_argument("--format", choices=list(FORMATS), default="nifti", help="what to write (default: %(default)s)")
@@ -76,7 +79,7 @@ def add_results(parser: argparse.ArgumentParser) -> None:
 
 
 def add_making(how: argparse._ArgumentGroup) -> None:
-    """What is made of a mask: for every command that paints."""
+    """What is made of a mask: for every command that synthesizes."""
     how.add_argument("--attach", action="store_true", help="dicom: into the mask's own patient, study and frame of reference")
     how.add_argument("--enhanced", action="store_true", help="dicom: one multi-frame Enhanced CT and not a file a slice")
     how.add_argument(
@@ -92,14 +95,14 @@ def add_making(how: argparse._ArgumentGroup) -> None:
         "--deform",
         type=float,
         metavar="MM",
-        default=Ranges.deform,
+        default=DeformationParams.deform,
         help="of variants 1, 2 …: bend the mask by up to this (default: %(default)s)",
     )
     how.add_argument(
-        "--rotate", type=float, metavar="DEGREES", default=Ranges.rotate, help="turn it about each axis (default: %(default)s)"
+        "--rotate", type=float, metavar="DEGREES", default=DeformationParams.rotate, help="turn it about each axis (default: %(default)s)"
     )
     how.add_argument(
-        "--scale", type=float, metavar="FRACTION", default=Ranges.scale, help="stretch it along each axis (default: %(default)s)"
+        "--scale", type=float, metavar="FRACTION", default=DeformationParams.scale, help="stretch it along each axis (default: %(default)s)"
     )
     how.add_argument("--any-topology", action="store_true", help="also when a label falls apart, merges or vanishes by that")
     how.add_argument("--mirror", action="store_true", help="mirror some of them left to right; without it left stays left")
@@ -152,50 +155,50 @@ def engine(options: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(options, name) for name in ("backend", "batch", "max_memory", "device", "workers")}
 
 
-def introduce(models: Mapping[str, Synthesizer | RaySynthesizer]) -> None:
+def introduce(models: Mapping[str, VolumeSynthesizer | RaySynthesizer]) -> None:
     """Say which models there are and what runs each."""
     for name, synth in models.items():
-        called = f" {name}:" if len(models) > 1 else ""
-        print(printable(f"model{called} {synth.manifest.name}, backend {synth.backend}"), file=sys.stderr)
+        display_name = f" {name}:" if len(models) > 1 else ""
+        print(printable(f"model{display_name} {synth.manifest.name}, backend {synth.backend}"), file=sys.stderr)
 
 
-def choose(models: Models, case: Case, recipes: Mapping[str, Recipe], *, quiet: bool) -> str:
+def choose(models: Models, case: Case, plans_by_model: Mapping[str, Plan], *, quiet: bool) -> str:
     """The name of the model that the case is for; the choice is said with its reason. Raises `InputError`s."""
-    name, reason = models.decide(case, {name: recipe.labels for name, recipe in recipes.items()})
+    name, reason = models.decide(case, {name: plan_of.labels for name, plan_of in plans_by_model.items()})
     if len(models) > 1 and not quiet:
-        print(printable(f"{case.called.name}: {name} ({reason})"), file=sys.stderr)
+        print(printable(f"{case.display_name.name}: {name} ({reason})"), file=sys.stderr)
     return name
 
 
-def painted(
-    models: Models, cases: Sequence[Case], recipes: Mapping[str, Recipe], *, quiet: bool, on_slice: Callable[[int], None] | None = None
+def synthesize_cases(
+    models: Models, cases: Sequence[Case], plans_by_model: Mapping[str, Plan], *, quiet: bool, on_slice: Callable[[int], None] | None = None
 ) -> Iterator[tuple[CaseResult, str]]:
-    """Paint each case by the model it is for: each result, with that model's name, empty where none fits."""
+    """Synthesize each case by the model it is for: each result, with that model's name, empty where none fits."""
     chosen: dict[str, list[Case]] = {}
     for case in cases:
         try:
-            chosen.setdefault(choose(models, case, recipes, quiet=quiet), []).append(case)
+            chosen.setdefault(choose(models, case, plans_by_model, quiet=quiet), []).append(case)
         except InputError as exc:
-            yield CaseResult(case.name, case.called, None, error=exc), ""
-    checked = {name: make(models[name], those, recipes[name], on_slice) for name, those in chosen.items()}
+            yield CaseResult(case.name, case.display_name, None, error=exc), ""
+    checked = {name: make(models[name], those, plans_by_model[name], on_slice) for name, those in chosen.items()}
     for name, results in checked.items():  # one model after the other: none is opened twice for want of memory
         for result in results:
             yield result, name
 
 
-def recipes(options: argparse.Namespace, models: Models, output: Path, *, resume: bool) -> dict[str, Recipe]:
+def plans_by_model(options: argparse.Namespace, models: Models, output: Path, *, resume: bool) -> dict[str, Plan]:
     """By model, `recipe`. A label map may be for several models: each takes its own entries."""
     tables = [synth.manifest.labels for synth in models.values()]
-    return {name: recipe(options, output, synth.manifest.labels, tables, resume=resume) for name, synth in models.items()}
+    return {name: plan_of(options, output, synth.manifest.labels, tables, resume=resume) for name, synth in models.items()}
 
 
-def recipe(options: argparse.Namespace, output: Path, table: LabelTable, tables: Sequence[LabelTable] = (), *, resume: bool) -> Recipe:
+def plan_of(options: argparse.Namespace, output: Path, table: LabelTable, tables: Sequence[LabelTable] = (), *, resume: bool) -> Plan:
     """What `add_results` and --labels say. What a label preset loses is said."""
-    ranges = Ranges(options.deform, options.rotate, options.scale, topology=not options.any_topology, mirror=options.mirror)
-    if options.variants is None and ranges != Ranges():
+    ranges = DeformationParams(options.deform, options.rotate, options.scale, topology=not options.any_topology, mirror=options.mirror)
+    if options.variants is None and ranges != DeformationParams():
         raise UsageError("--deform, --rotate, --scale, --any-topology and --mirror change variants alone", expected="--variants K with them",
                          remedy="add --variants, or leave them out")  # fmt: skip
-    return Recipe(
+    return Plan(
         output,
         options.format,
         FormatOptions(attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation),
@@ -218,11 +221,12 @@ def find(options: argparse.Namespace, masks: Sequence[Path], *, every: bool = Fa
     for case in cases if say else ():
         if case.kind == "classes":
             print(
-                f"{printable(case.called)}: {len(case.files)} binary files, one a class, are read as one mask, {case.name}", file=sys.stderr
+                f"{printable(case.display_name)}: {len(case.files)} binary files, one a class, are read as one mask, {case.name}",
+                file=sys.stderr,
             )
         elif case.kind == "volume" and is_class_name(case.path, known):
             _refuse_contradicted(case, options)
-            print(f"warning: {printable(case.called)} is called like a structure and read by its values; give the folder of all classes to "
+            print(f"warning: {printable(case.display_name)} is called like a structure and read by its values; give the folder of all classes to "
                   "read each by its name", file=sys.stderr)  # fmt: skip
     if say:
         _say_passed_over(skipped, paths=every)
@@ -233,10 +237,10 @@ def _refuse_contradicted(case: Case, options: argparse.Namespace) -> None:
     """Raise `UsageError` for one class alone whose name is not what the preset calls its value."""
     if options.labels in PRESETS and (other := contradicted(case.path, class_names(options.labels))):
         raise UsageError(
-            f"{printable(case.called)} is called like a structure, and the preset {options.labels} calls its value {other!r}",
+            f"{printable(case.display_name)} is called like a structure, and the preset {options.labels} calls its value {other!r}",
             expected="a file whose values are those of the preset, or a folder of one file a class",
             remedy="give the folder of all classes, or a --labels MAP.json that says what the value is",
-            file=case.called,
+            file=case.display_name,
         )
 
 

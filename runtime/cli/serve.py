@@ -1,4 +1,4 @@
-"""`mask2ct serve`: a DICOM node that paints what it is sent, and sends it on."""
+"""`mask2ct serve`: a DICOM node that synthesizes what it is sent, and sends it on."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from ..core.stopping import ends_when_told
 from ..engines.memory import parse_bytes
 from ..io.cases import Case
 from ..service.dicom_node import END, Node
-from ..service.dicom_receiver import Acceptor, pynetdicom
+from ..service.dicom_receiver import StoreSCP, pynetdicom
 from ..service.dicom_server import Limits
 from ..service.dicomweb import DicomWeb, from_environment, loopback
 from ..service.events import Events
-from ..service.health_server import Watch
-from ..service.send_queue import Destination, Outbox
-from ..service.store_scu import Pacs
+from ..service.health_server import HealthServer
+from ..service.send_queue import Destination, SendQueue
+from ..service.store_scu import StoreSCU
 from ..service.study_spool import Spool
-from .options import add_audit, add_engine, add_making, add_reading, find, open_models, painted, recipes
+from .options import add_audit, add_engine, add_making, add_reading, find, open_models, plans_by_model, synthesize_cases
 
 LOOPBACK = "127.0.0.1"
 
@@ -90,9 +90,9 @@ def _serve(options: argparse.Namespace) -> int:
         destinations = _destinations(options, tls)
         models = stack.enter_context(open_models(options))
         _introduce(models, events)
-        made_of = recipes(options, models, options.spool, resume=True)
-        for name, recipe in made_of.items():
-            recipe.writer.check(models[name].manifest, options.spool)
+        plans = plans_by_model(options, models, options.spool, resume=True)
+        for name, plan in plans.items():
+            plan.writer.check(models[name].manifest, options.spool)
         spool = Spool(options.spool, keep=options.keep)
         stack.callback(spool.close)
         if spool.narrowed:
@@ -106,25 +106,25 @@ def _serve(options: argparse.Namespace) -> int:
         audit = stack.enter_context(AuditTrail(audit_file, "serve", log))
         audit.load(models)
 
-        def paint(cases: Sequence[Case], results: Path) -> Iterator[CaseResult]:
-            there = {name: replace(recipe, output=results) for name, recipe in made_of.items()}
-            for result, model in painted(models, cases, there, quiet=True):
+        def synthesize(cases: Sequence[Case], results: Path) -> Iterator[CaseResult]:
+            there = {name: replace(plan, output=results) for name, plan in plans.items()}
+            for result, model in synthesize_cases(models, cases, there, quiet=True):
                 audit.result(result, model, options.seed, study=results.parent.name)
                 yield result
 
-        outbox = Outbox(spool, destinations, events, audit)
-        stack.callback(outbox.close, END)
-        acceptor = Acceptor(spool, events, options.aet, (options.host, options.port), tuple(options.allow), limits, tls)
-        stack.callback(acceptor.close)
-        node = Node(spool, outbox, events, options.quiet_period, lambda folder: find(options, [folder]), paint, audit)
-        ports: dict[str, Any] = {"dicom": acceptor.port}
+        send_queue = SendQueue(spool, destinations, events, audit)
+        stack.callback(send_queue.close, END)
+        store_scp = StoreSCP(spool, events, options.aet, (options.host, options.port), tuple(options.allow), limits, tls)
+        stack.callback(store_scp.close)
+        node = Node(spool, send_queue, events, options.quiet_period, lambda folder: find(options, [folder]), synthesize, audit)
+        ports: dict[str, Any] = {"dicom": store_scp.port}
         if options.http_port is not None:
-            watch = Watch(
+            watch = HealthServer(
                 (options.host, options.http_port),
                 events,
                 spool,
-                lambda: _wrong(acceptor, outbox),
-                lambda: _wrong(acceptor, outbox) or spool.full(),
+                lambda: _wrong(store_scp, send_queue),
+                lambda: _wrong(store_scp, send_queue) or spool.full(),
             )
             stack.callback(watch.close)
             ports["http"] = watch.port
@@ -158,8 +158,8 @@ def _introduce(models: Models, events: Events) -> None:
         )
 
 
-def _wrong(acceptor: Acceptor, outbox: Outbox) -> str:
-    return acceptor.wrong() or ("" if outbox.alive else "a thread that sends has ended")
+def _wrong(store_scp: StoreSCP, send_queue: SendQueue) -> str:
+    return store_scp.wrong() or ("" if send_queue.alive else "a thread that sends has ended")
 
 
 def _check(options: argparse.Namespace) -> Limits:
@@ -172,7 +172,7 @@ def _check(options: argparse.Namespace) -> Limits:
     if options.allow and options.allow_any:
         raise UsageError("--allow and --allow-any exclude each other", expected="one of them", remedy="leave one out")
     if not (options.send_to or options.stow or options.keep):
-        raise UsageError("what is painted goes nowhere", expected="--send-to AET@HOST:PORT, --stow URL, or --keep", remedy="give one")
+        raise UsageError("what is synthesized goes nowhere", expected="--send-to AET@HOST:PORT, --stow URL, or --keep", remedy="give one")
     if options.max_associations < 1 or not 4096 <= options.max_pdu <= 1 << 24 or options.quiet_period < 0:
         raise UsageError("a limit is out of range", expected="--max-associations from 1, --max-pdu from 4KiB to 16MiB, --quiet-period from 0",
                          remedy="leave it out for the default")  # fmt: skip
@@ -211,7 +211,7 @@ def _destinations(options: argparse.Namespace, tls: ssl.SSLContext | None) -> li
     if len({service.host for service in web}) > 1 and from_environment():
         raise UsageError("the credentials in the environment would go to several hosts", expected="one --stow host",
                          remedy="give each host's in ~/.netrc, and none in MASK2CT_STOW_TOKEN and MASK2CT_STOW_USER")  # fmt: skip
-    found: list[Destination] = [*(Pacs(text, options.aet, outward) for text in options.send_to), *web]
+    found: list[Destination] = [*(StoreSCU(text, options.aet, outward) for text in options.send_to), *web]
     if len({destination.name for destination in found}) < len(found):
         raise UsageError("a destination is given twice", expected="each once", remedy="leave one out")
     return found

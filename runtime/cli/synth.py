@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..batch.audit_log import AuditTrail
 from ..batch.model_router import Models, named
-from ..batch.plan import Recipe, any_dicom
+from ..batch.plan import Plan, any_dicom
 from ..batch.ray_runner import RaySynthesizer
 from ..batch.runner import CaseResult, make
 from ..batch.summary import Summary
@@ -35,9 +35,9 @@ from .options import (
     find,
     introduce,
     open_models,
-    painted,
-    recipe,
-    recipes,
+    plan_of,
+    plans_by_model,
+    synthesize_cases,
 )
 from .warp import add_warp, check_warp, warp_source
 
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    synth = commands.add_parser("synth", help="paint a CT for each mask", epilog=EXIT_CODES)
+    synth = commands.add_parser("synth", help="synthesize a CT for each mask", epilog=EXIT_CODES)
     synth.set_defaults(command=_synth)
     synth.add_argument("masks", nargs="+", type=Path, metavar="MASK", help=MASK_HELP)
     add_engine(synth, required=False)
@@ -84,13 +84,13 @@ def _synth(options: argparse.Namespace) -> int:
     if options.ray is not None and not options.dry_run:
         return _on_ray(cases, options)
     with open_models(options) as models:
-        made = recipes(options, models, options.output, resume=options.resume)
+        made = plans_by_model(options, models, options.output, resume=options.resume)
         if not options.quiet:
             introduce(models)
         if options.dry_run:
             return _dry_run(models, cases, made, options)
         summary = _summary(models, cases, options)
-        results = painted(models, cases, made, quiet=options.quiet, on_slice=summary.painting)
+        results = synthesize_cases(models, cases, made, quiet=options.quiet, on_slice=summary.slice_done)
         return _run(summary, results, cases, options, models)
 
 
@@ -104,7 +104,7 @@ def _check(options: argparse.Namespace) -> None:
         if getattr(options, name) not in (None, False):
             what = "--list" if options.list else "--dry-run"
             raise UsageError(
-                f"--{name.replace('_', '-')} has no effect beside {what}, which paints nothing",
+                f"--{name.replace('_', '-')} has no effect beside {what}, which synthesizes nothing",
                 expected="one of them",
                 remedy="leave one out",
             )
@@ -119,7 +119,7 @@ def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
                          remedy="run the command once for each model's masks")  # fmt: skip
     how = {"address": options.ray, "count": options.ray_workers, "gpus": options.ray_gpus}
     with RaySynthesizer.open(folder, **how, **engine(options)) as synth:
-        made = recipe(options, options.output, synth.manifest.labels, resume=options.resume)
+        made = plan_of(options, options.output, synth.manifest.labels, resume=options.resume)
         if not options.quiet:
             introduce({name: synth})
         results = synth.make(cases, made)
@@ -132,7 +132,7 @@ def _warp(cases: Sequence[Case], options: argparse.Namespace) -> int:
     if options.dry_run:
         return _dry_run_warp(source, cases, made, options)
     summary = _summary({WARP: source}, cases, options)
-    results = make(source, cases, made, summary.painting)
+    results = make(source, cases, made, summary.slice_done)
     return _run(summary, ((result, WARP) for result in results), cases, options, {WARP: source})
 
 
@@ -173,22 +173,22 @@ def _run(
     return failures.code
 
 
-def _dry_run(models: Models, cases: Sequence[Case], made_of: Mapping[str, Recipe], options: argparse.Namespace) -> int:
-    for name, made in made_of.items():
+def _dry_run(models: Models, cases: Sequence[Case], plans: Mapping[str, Plan], options: argparse.Namespace) -> int:
+    for name, made in plans.items():
         made.writer.check(models[name].manifest, options.output)
 
     def checked(case: Case) -> tuple[LabelVolume, str]:
-        name = choose(models, case, made_of, quiet=options.quiet)
+        name = choose(models, case, plans, quiet=options.quiet)
         synth = models[name]
-        volume = read_case(case, synth.manifest.labels, made_of[name].labels)
-        made_of[name].writer.check_mask(volume)
+        volume = read_case(case, synth.manifest.labels, plans[name].labels)
+        plans[name].writer.check_mask(volume)
         grid = synth.grid(volume)
         return volume, f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
 
     return _tried(cases, checked, options)
 
 
-def _dry_run_warp(source: WarpSource, cases: Sequence[Case], made: Recipe, options: argparse.Namespace) -> int:
+def _dry_run_warp(source: WarpSource, cases: Sequence[Case], made: Plan, options: argparse.Namespace) -> int:
     made.writer.check(source.manifest, options.output)
 
     def checked(case: Case) -> tuple[LabelVolume, str]:
@@ -207,12 +207,12 @@ def _tried(cases: Sequence[Case], checked: Callable[[Case], tuple[LabelVolume, s
         try:
             volume, said = checked(case)
         except InputError as exc:
-            exc.file = exc.file or case.called
+            exc.file = exc.file or case.display_name
             failures.add(exc)
             continue
         depth, height, width = volume.labels.shape
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
         if not options.quiet:
-            print(f"{printable(case.called)}: {width} x {height} x {depth} voxels of {spacing} mm, {said}")
+            print(f"{printable(case.display_name)}: {width} x {height} x {depth} voxels of {spacing} mm, {said}")
     failures.close()
     return failures.code

@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from ..batch.plan import Recipe
+from ..batch.plan import Plan
 from ..batch.warp_source import WarpSource, label_table
 from ..core.errors import UsageError
 from ..core.warp import IntensityJitter
 from ..io.cases import Case
 from ..io.readers.image import with_images
 from ..synthesizer import DEFAULT_BATCH
-from .options import recipe
+from .options import plan_of
 
 VARIANTS = 3  # of each pair, where the command does not say
 _OF_MODELS = {"model": None, "use": None, "rules": None, "backend": "auto", "batch": DEFAULT_BATCH, "max_memory": None, "device": 0,
@@ -58,13 +58,13 @@ def check_warp(options: argparse.Namespace) -> None:
             )
 
 
-def warp_source(cases: Sequence[Case], options: argparse.Namespace) -> tuple[WarpSource, list[Case], Recipe]:
+def warp_source(cases: Sequence[Case], options: argparse.Namespace) -> tuple[WarpSource, list[Case], Plan]:
     """What deforms the CTs, the cases with their CTs, and what is made of them. Raises `UsageError`s."""
     options.variants = VARIANTS if options.variants is None else options.variants
     pairs = with_images(cases, options.warp)
     table, label_map = label_table(pairs, options.labels)
     source = WarpSource(table, None if options.intensity_jitter == "off" else IntensityJitter())
     given, options.labels = options.labels, None  # what they lead to is the table
-    made = replace(recipe(options, options.output, table, resume=options.resume), labels=label_map)
+    made = replace(plan_of(options, options.output, table, resume=options.resume), labels=label_map)
     options.labels = given
     return source, pairs, made

@@ -13,13 +13,13 @@ from ..core.console import EXIT_CODES
 from ..core.errors import UsageError, printable
 from ..core.logfmt import log_line
 from ..io.cases import Case
-from ..service.watch_folder import Watcher
-from ..service.work_queue import Claim, reason
-from .options import add_audit, add_engine, add_reading, add_results, find, introduce, open_models, recipes
+from ..service.watch_folder import FolderWatcher
+from ..service.work_queue import WorkItem, reason
+from .options import add_audit, add_engine, add_reading, add_results, find, introduce, open_models, plans_by_model
 
 
 def add(commands: Any) -> None:
-    watch = commands.add_parser("watch", help="paint a CT for each mask that is put into a folder", epilog=EXIT_CODES)
+    watch = commands.add_parser("watch", help="synthesize a CT for each mask that is put into a folder", epilog=EXIT_CODES)
     watch.set_defaults(command=_watch)
     watch.add_argument(
         "inbox", type=Path, metavar="INBOX", help="the folder: masks, zips and folders of masks in it end in done/ or failed/ there"
@@ -40,13 +40,13 @@ def add(commands: Any) -> None:
 def _watch(options: argparse.Namespace) -> int:
     audit_file = _audit_file(options)
     with open_models(options) as models:
-        made_of = recipes(options, models, options.output, resume=True)
+        plans = plans_by_model(options, models, options.output, resume=True)
         log = _Log(several=len(models) > 1, quiet=options.quiet)
         audit = AuditTrail(audit_file, "watch", lambda action, facts: log.say(log_line(action, facts)))
-        watcher = Watcher(
+        watcher = FolderWatcher(
             options.inbox,
             models,
-            made_of,
+            plans,
             find=lambda path, say: find(options, [path], say=say),
             stable=options.stable,
             listener=log,
@@ -98,19 +98,19 @@ class _Log:
 
     def chosen(self, case: Case, model: str, reason: str) -> None:
         if self._several:
-            self.say(f"{case.called.name}: {model} ({reason})")
+            self.say(f"{case.display_name.name}: {model} ({reason})")
 
     def made(self, result: CaseResult) -> None:
         for warning in result.warnings:
             print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
 
-    def settled(self, claim: Claim, place: Path) -> None:
+    def settled(self, claim: WorkItem, place: Path) -> None:
         self._told = False
         for error in claim.errors:
             print(f"error: {reason(claim, error)}", file=sys.stderr, flush=True)
         self.failed += bool(claim.errors)
         self.done += not claim.errors
-        self.say(f"{claim.called}: {place.parent.name}")
+        self.say(f"{claim.display_name}: {place.parent.name}")
 
     def waiting(self) -> None:
         if not self._told:

@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,7 +54,7 @@ def temporary_name(path: Path) -> Path:
     return path.with_name(f"{_PART}{_HOST}-{os.getpid()}-{unique}-{path.name}")
 
 
-def fits(file: Path) -> bool:
+def filename_fits(file: Path) -> bool:
     """Whether the file's name, and the temporary one it is written under, are short enough."""
     return len(os.fsencode(temporary_name(file).name)) <= LONGEST_NAME
 
@@ -203,7 +203,7 @@ def _sync(file: Path) -> None:
         os.fsync(handle.fileno())
 
 
-class Growing:
+class HashingWriter:
     """A new file, written from its beginning on; it is hashed and handed to the disk as it grows, so that at its end little is waited for.
 
     `finish` once all is written. Use as a context manager. Raises OSError.
@@ -256,7 +256,7 @@ class Growing:
         if self._syncing is not None:
             self._syncing.result()
 
-    def __enter__(self) -> Growing:
+    def __enter__(self) -> HashingWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -352,3 +352,16 @@ def sha256_of(source: Path | BinaryIO) -> str:
     while chunk := source.read(1 << 20):
         digest.update(chunk)
     return digest.hexdigest()
+
+
+def key_of(facts: Mapping[str, object]) -> str:
+    """Digest of facts that can be written as JSON, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(path: Path) -> str:
+    """Digest of a file; of a folder: of the names and digests of the files in it, sorted."""
+    if not path.is_dir():
+        return sha256_of(path)
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    return key_of({file.relative_to(path).as_posix(): sha256_of(file) for file in files})

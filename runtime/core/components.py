@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SPECK = 0.01  # of its label's voxels: what holds less is no part of its own
+MIN_COMPONENT_FRACTION = 0.01  # of its label's voxels: what holds less is no part of its own
 
 Index = NDArray[np.intp]
 
@@ -44,7 +44,7 @@ def parts(labels: NDArray[np.uint8]) -> NDArray[np.int64]:
         np.add.at(sizes, part, stop - start)
         before, of_before = runs, part
     total = np.bincount(values, sizes, 256)
-    return np.bincount(values[(sizes > 0) & (sizes >= SPECK * total[values])], minlength=256)
+    return np.bincount(values[(sizes > 0) & (sizes >= MIN_COMPONENT_FRACTION * total[values])], minlength=256)
 
 
 def _runs(plane: NDArray[np.uint8]) -> tuple[Index, Index, NDArray[np.uint8]]:

@@ -26,7 +26,7 @@ ATTEMPTS = 6  # draws, each of half the amplitude of the one before, until one k
 
 
 @dataclass(frozen=True)
-class Ranges:
+class DeformationParams:
     """How far variants 1, 2 … may differ from the mask: `deform` mm that a lattice point moves along each axis, `rotate` degrees
     about each of the patient's axes, `scale` as a fraction along each. `topology`: draw again when a label's parts change. `mirror`: every
     second one, by chance, is mirrored left to right: another situs, which is plausible where the model's patients show both."""
@@ -48,44 +48,44 @@ class Ranges:
 
 
 @dataclass(frozen=True)
-class Varied:
+class DeformedMask:
     """A variant's mask, on the grid of the mask it came from, and what is to be said of it."""
 
     volume: LabelVolume
     warnings: tuple[str, ...] = ()
 
 
-def vary(volume: LabelVolume, ranges: Ranges, *, seed: int, variant: int) -> Varied:
+def deform(volume: LabelVolume, ranges: DeformationParams, *, seed: int, variant: int) -> DeformedMask:
     """Variant 0 is `volume` itself; the others are drawn from streams keyed by (seed, digest of `volume`, variant).
 
     A draw that makes a label vanish, split or merge is followed by one of half the amplitude; after ATTEMPTS of them the mask is
     kept as it is, and that is said. Labels that reach the border of the volume still do.
     """
-    return Shapes(volume, ranges, seed).vary(variant)
+    return MaskDeformer(volume, ranges, seed).deform(variant)
 
 
-class Shapes:
+class MaskDeformer:
     """The variants of one volume; what they share is computed once."""
 
-    def __init__(self, volume: LabelVolume, ranges: Ranges, seed: int):
+    def __init__(self, volume: LabelVolume, ranges: DeformationParams, seed: int):
         self._volume, self._ranges, self._seed = volume, ranges, seed
 
-    def vary(self, variant: int) -> Varied:
+    def deform(self, variant: int) -> DeformedMask:
         return self.deformed(variant)[0]
 
-    def deformed(self, variant: int) -> tuple[Varied, DeformationField | None]:
+    def deformed(self, variant: int) -> tuple[DeformedMask, DeformationField | None]:
         """As `vary`, with the field that moved the labels, for an image that is to move with them; None where nothing moved."""
         ranges = self._ranges
         random = CaseRandom(self._seed, self._volume.digest, variant)
         mirrored = ranges.mirror and bool(random.shape(ATTEMPTS, 1)[0] < 0)  # a draw of its own: all others stay what they are
         if variant == 0 or not (ranges.deform or ranges.rotate or ranges.scale or mirrored) or self._box is None:
-            return Varied(self._volume), None
+            return DeformedMask(self._volume), None
         for attempt in range(ATTEMPTS):
             field = self._field(random, attempt, mirrored)
             labels = self._draw(field)
             if not ranges.topology or np.array_equal(parts(labels), self._parts):
-                return Varied(replace(self._volume, labels=labels)), field
-        return Varied(self._volume, (f"{ATTEMPTS} deformations changed how many parts a label has: the mask keeps its shape",)), None
+                return DeformedMask(replace(self._volume, labels=labels)), field
+        return DeformedMask(self._volume, (f"{ATTEMPTS} deformations changed how many parts a label has: the mask keeps its shape",)), None
 
     @cached_property
     def _parts(self) -> NDArray[np.int64]:

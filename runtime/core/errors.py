@@ -10,7 +10,7 @@
     │   ├── FolderBusy                    another run is writing into the output folder
     │   └── ModelError
     │       ├── ParityError      exit 1   an exported graph differs from the network it came from
-    │       └── BuildError       exit 1   TensorRT makes no engine, or not the one asked for, of a proven graph
+    │       └── BuildError       exit 1   TensorRT makes no engine, or not the one asked for, of a validated graph
     ├── MissingComponent         exit 3   a package, a driver or a device is absent
     │   └── MissingDecoder                for one case, so that it is an InputError as well
     ├── OutputError              exit 4   the result cannot be written

@@ -29,7 +29,6 @@ __all__ = [
     "MM_WHS_INDICES",
     "PRESETS",
     "LabelMap",
-    "called",
     "listed",
     "load_map",
     "lost",
@@ -37,6 +36,7 @@ __all__ = [
     "names_of",
     "overlay",
     "refuse_contradictions",
+    "segment_names",
     "to_indices",
     "where_names_are",
 ]
@@ -336,7 +336,7 @@ def overlay(
     """Segments that may overlap → model indices, uint8 of `layers.shape`.
 
     Where two that mean different labels overlap, the one that `order` names first wins (by code, name, number or the model's label); one that
-    is not named yields to one that is. What maps to the background is not painted. Raises `UnknownLabels`, and `InputError`
+    is not named yields to one that is. What maps to the background is not synthesized. Raises `UnknownLabels`, and `InputError`
     listing the pairs when an overlap is not settled.
     """
     _check_map(label_map, table, file)
@@ -377,13 +377,13 @@ def overlay(
     return lut[owners]
 
 
-def called(segment: Segment) -> set[str]:
+def segment_names(segment: Segment) -> set[str]:
     """All that a person may call a structure, as `plain` writes it: its code (also without modifiers), its name, its number."""
     return {plain(segment.code), *_code_keys(segment), plain(segment.name), str(segment.number)} - {""}
 
 
 def _rank(segment: Segment, label: str, order: Sequence[str]) -> int:
-    names = called(segment) | {plain(label)}
+    names = segment_names(segment) | {plain(label)}
     return next((n for n, name in enumerate(order) if plain(name) in names), len(order))
 
 

@@ -2,7 +2,7 @@
 
 Everything between a label mask and Hounsfield units is inside the exported graph, so the runtime needs nothing but this:
 
-    in   labels  uint8   [N, Z, H, W]   model indices of Z neighbouring axial slices; the middle one is painted
+    in   labels  uint8   [N, Z, H, W]   model indices of Z neighbouring axial slices; the middle one is synthesized
     in   style   float32 [N, S]         optional: what patient and scanner bring, one vector per volume
     in   noise   uint8   [N, H, W]      optional: white noise, shaped by the network into CT texture
     out  ct      uint8   [N, H, W, 2]   int16 as little-endian bytes: `.view("<i2")[..., 0]` copies nothing
@@ -82,7 +82,7 @@ class LabelTable:
 
 @dataclass(frozen=True)
 class GridPolicy:
-    """How a mask's grid becomes the model's: labels are resampled nearest, the painted CT linearly back.
+    """How a mask's grid becomes the model's: labels are resampled nearest, the synthetic CT linearly back.
 
     `canvas`: (H, W) in pixels that the network was trained on. `pixel_spacing`: (row, column) distance in mm, the slice lying
     on the canvas as `runtime.core.resampling` says, which grows only where labels need it; None: each slice is fitted to the canvas,
@@ -113,7 +113,7 @@ class GridPolicy:
 
 @dataclass(frozen=True)
 class Intensity:
-    """What the output's numbers mean: `unit` ("HU", or "a.u." for MR) and the range [low, high] the model can paint."""
+    """What the output's numbers mean: `unit` ("HU", or "a.u." for MR) and the range [low, high] the model can synthesize."""
 
     unit: str
     low: int
@@ -191,7 +191,7 @@ class Manifest:
         """The name of the file of that kind and precision, or None."""
         return next((name for name, f in self.files.items() if (f.kind, f.precision) == (kind, precision)), None)
 
-    def statement(self) -> str:
+    def signature(self) -> str:
         """What a graph file must have been exported for to serve this manifest, as JSON; it is written into the file itself."""
         intensity = [self.intensity.unit, self.intensity.low, self.intensity.high]
         labels = [[label.name, label.value] for label in self.labels.labels]
@@ -206,9 +206,9 @@ class Manifest:
             }
         )
 
-    def check_statement(self, stated: str | None, path: Path) -> None:
+    def check_signature(self, stated: str | None, path: Path) -> None:
         """Raise `ModelError` when the graph in `path` was exported for other labels, inputs or intensities than this manifest's."""
-        wanted = json.loads(self.statement())
+        wanted = json.loads(self.signature())
         try:
             found = json.loads(stated or "{}")
             wrong = {key: found.get(key) for key in wanted if found.get(key) != wanted[key]}

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .deformation import Ranges
+from .deformation import DeformationParams
 from .errors import UnreadableVolume, UsageError
 from .volume import Geometry, LabelVolume, Volume
 from .warp import MAX_LABELS, IntensityJitter, Warp
@@ -42,7 +42,7 @@ class RandWarp:
     def __init__(
         self,
         *,
-        ranges: Ranges | None = None,
+        ranges: DeformationParams | None = None,
         jitter: IntensityJitter | None = JITTER,
         unit: str = "HU",
         prob: float = 1.0,
@@ -51,7 +51,7 @@ class RandWarp:
     ) -> None:
         if not 0 <= prob <= 1:
             raise UsageError(f"prob is {prob}", expected="0 to 1", remedy="correct it")
-        self.ranges, self.jitter, self.unit = ranges or Ranges(), jitter, unit
+        self.ranges, self.jitter, self.unit = ranges or DeformationParams(), jitter, unit
         self.prob, self.keys = prob, keys
         self.set_random_state(seed)
 

@@ -1,9 +1,9 @@
-"""The mask's grid → the model's canvas, and the painted slice back onto the mask's grid. Training uses the same code.
+"""The mask's grid → the model's canvas, and the synthetic slice back onto the mask's grid. Training uses the same code.
 
-The model paints axial slices whose rows run from anterior to posterior and whose columns run from the patient's right to
+The model synthesizes axial slices whose rows run from anterior to posterior and whose columns run from the patient's right to
 the left, as DICOM's axial images do. Volumes come in any axis order: the array axis nearest to the patient's
 inferior-superior axis counts the slices, the one nearest to anterior-posterior the rows. Oblique volumes stay oblique:
-slices are painted along their own axes, nothing is rotated.
+slices are synthesized along their own axes, nothing is rotated.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class SliceGrid:
         return out
 
     def back(self, ct: NDArray[np.int16], out: NDArray[np.int16], outside: int) -> None:
-        """Put a painted canvas, int16 (H, W), on the mask's own grid into `out`: int16, a slice of the volume in its own axis order, linear.
+        """Put a synthesized canvas, int16 (H, W), on the mask's own grid into `out`: int16, a slice of the volume in its own axis order, linear.
 
         Voxels beyond the canvas are `outside`.
         """

@@ -1,7 +1,7 @@
-"""Two threads beside the caller's: one prepares what comes next, one writes what was painted. Both are bounded.
+"""Two threads beside the caller's: one prepares what comes next, one writes what was synthesized. Both are bounded.
 
-The caller's thread paints, for engines may be bound to the thread that opened them. What each holds is bounded: the next item,
-and `SLABS_AHEAD` slabs; a slow writer stops the painter, a slow painter the reader.
+The caller's thread synthesizes, for engines may be bound to the thread that opened them. What each holds is bounded: the next item,
+and `SLABS_AHEAD` slabs; a slow writer stops the inference thread, a slow inference thread the reader.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ T = TypeVar("T")
 J = TypeVar("J")
 R = TypeVar("R")
 
-SLABS_AHEAD = 2  # between painter and writer
+SLABS_AHEAD = 2  # between inference thread and writer
 
 
-class Ahead(Generic[T]):
+class Prefetcher(Generic[T]):
     """Runs an iterator in a thread, one item ahead. `permit()` lets it make the next one: call it once for every item taken.
 
     An exception of the iterator is raised where its item would have come. `close()` ends the thread when its item is made.
@@ -46,12 +46,12 @@ class Ahead(Generic[T]):
                 return
             yield value
 
-    def permit(self) -> None:
+    def request_next(self) -> None:
         self._permits.release()
 
     def close(self) -> None:
         self._closed = True
-        self.permit()
+        self.request_next()
         self._thread.join()
 
     def _run(self) -> None:
@@ -71,7 +71,7 @@ class Ahead(Generic[T]):
             self._queue.put(("error", exc))
 
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
+def prefetch(items: Iterator[T]) -> Iterator[T]:
     """`items`, each handed on while a thread makes the next."""
     end: Any = object()
     with ThreadPoolExecutor(1, thread_name_prefix="mask2ct-ahead") as beside:
@@ -93,7 +93,7 @@ class _Begin:
 _END, _ABORT = object(), object()
 
 
-class Behind(Generic[J, R]):
+class BackgroundWriter(Generic[J, R]):
     """Runs `write(job, slabs)` in a thread for one job after the other; `slabs` yields what `put` is given.
 
     `begin(job)`, `put(slab)` …, `end()`, or `abort()` for a job that cannot be finished. What `write` returned is taken with

@@ -14,7 +14,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from .deformation import DeformationField, Ranges, Shapes, Varied
+from .deformation import DeformationField, DeformationParams, DeformedMask, MaskDeformer
 from .errors import InputError, UsageError
 from .rng import CaseRandom
 from .volume import LabelVolume, Volume
@@ -143,7 +143,7 @@ class Warp:
         image: Volume,
         mask: LabelVolume,
         *,
-        ranges: Ranges | None = None,
+        ranges: DeformationParams | None = None,
         jitter: IntensityJitter | None = None,
         unit: str = "HU",
     ) -> None:
@@ -154,7 +154,7 @@ class Warp:
                 remedy="resample the mask onto its image",
             )
         self._image, self._mask, self._jitter, self._unit = image.values, mask, jitter, unit
-        self._ranges = ranges or Ranges()
+        self._ranges = ranges or DeformationParams()
 
     def variant(self, seed: int, variant: int) -> tuple[NDArray[np.float32], LabelVolume, tuple[str, ...]]:
         """One deformed pair, a function of (seed, digest of the mask, variant) and the image.
@@ -163,20 +163,20 @@ class Warp:
             The image, float32 (D, H, W) in its unit; the mask moved by the same field; what a person
             should be told. Variant 0 keeps the shape; its intensities move as those of any other.
         """
-        varied, planes = self.planes(seed, variant)
-        return np.stack(list(planes)), varied.volume, varied.warnings
+        deformed, planes = self.planes(seed, variant)
+        return np.stack(list(planes)), deformed.volume, deformed.warnings
 
-    def planes(self, seed: int, variant: int) -> tuple[Varied, Iterator[NDArray[np.float32]]]:
+    def planes(self, seed: int, variant: int) -> tuple[DeformedMask, Iterator[NDArray[np.float32]]]:
         """As `variant`, but the image slice after slice (H, W), each computed when it is taken.
 
         A voxel that comes from beyond the image has the image's least value, which is its air or
         padding; one with a label, which the mask carries past the border, has the border's tissue.
         """
-        varied, field = Shapes(self._mask, self._ranges, seed).deformed(variant)
+        deformed, field = MaskDeformer(self._mask, self._ranges, seed).deformed(variant)
         plane = self._moved(CaseRandom(seed, self._mask.digest, variant))
         if field is None:
-            return varied, map(plane, range(len(self._image)))
-        return varied, self._resampled(plane, field, varied.volume.labels)
+            return deformed, map(plane, range(len(self._image)))
+        return deformed, self._resampled(plane, field, deformed.volume.labels)
 
     def _moved(self, random: CaseRandom) -> Planes:
         """What gives each slice of the image, float32 (H, W), with its intensities moved."""

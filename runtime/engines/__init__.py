@@ -1,1 +1,1 @@
-"""Engines run the exported graph. `base` is the protocol, `registry` knows which there are and why one is absent."""
+"""What runs a graph: one table of engines, for CPUs and GPUs, and the memory they use."""

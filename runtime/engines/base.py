@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..core.errors import Mask2CTError, ModelError
 from ..core.manifest import Manifest, TensorSpec
-from .memory import Allowance, Pool, PoolStats, Stream
+from .memory import MemoryBudget, Pool, PoolStats, Stream
 
 Inputs = Mapping[str, NDArray[Any]]
 
@@ -50,7 +50,7 @@ class EngineOptions:
     device: int = 0
     auto_batch: bool = False
     workers: int | None = None
-    allowance: Allowance | None = None
+    budget: MemoryBudget | None = None
 
 
 @runtime_checkable
@@ -90,7 +90,7 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_graph(manifest: Manifest, inputs: Mapping[str, str | None], statement: str | None, path: Path) -> None:
+def check_graph(manifest: Manifest, inputs: Mapping[str, str | None], signature: str | None, path: Path) -> None:
     """Raise `ModelError` unless the graph in `path`, of `inputs` (name → dtype), is one that the manifest can describe.
 
     `statement`: what the file says it was exported for (`Manifest.statement`), None when it says nothing.
@@ -100,7 +100,7 @@ def check_graph(manifest: Manifest, inputs: Mapping[str, str | None], statement:
         raise ModelError(
             f"{path.name} takes {dict(inputs)}", expected=f"the manifest's inputs {stated}", remedy="export the run again", file=path
         )
-    manifest.check_statement(statement, path)
+    manifest.check_signature(signature, path)
 
 
 def check_call(spec: EngineSpec, inputs: Inputs, out: NDArray[np.uint8]) -> None:

@@ -15,7 +15,7 @@ from .base import Engine, closed
 from .memory import Buffer, Stream
 
 
-class Slot:
+class ExecutionSlot:
     """Pooled tensors of N = the engine's own batch on a canvas of `size` (H, W), kept from volume to volume.
 
     `start` fills them and sets the engine to work, `working` until it was waited for; `fetch` waits for it, the first time, and puts
@@ -59,8 +59,8 @@ class Slot:
         with self._lock:
             self._wait()
 
-    def fetch(self, grid: SliceGrid, k: int, hu: NDArray[np.int16], outside: int) -> None:
-        """Put slice k, painted, on the mask's own grid into `hu`."""
+    def read_slice(self, grid: SliceGrid, k: int, hu: NDArray[np.int16], outside: int) -> None:
+        """Put slice k, synthesized, on the mask's own grid into `hu`."""
         with self._lock:
             self._wait()
             grid.back(self._out.view("<i2")[k - self._first, :, :, 0], hu, outside)
@@ -88,7 +88,7 @@ class Slot:
     def _allocate(self, name: str, shape: list[Any], dtype: str) -> NDArray[Any]:
         assert self._stream is not None
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
-        self._buffers.append(self._engine.pool.purpose(name).allocate(nbytes, stream=self._stream))
+        self._buffers.append(self._engine.pool.tag(name).allocate(nbytes, stream=self._stream))
         array = self._buffers[-1].array(tuple(shape), dtype)
         array[...] = 0  # what pads the last batch
         return array

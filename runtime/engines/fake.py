@@ -14,7 +14,7 @@ NOISE_STEP = 8  # noise bytes for one HU
 
 
 class FakeEngine(HostEngine):
-    """Paints label index n of K as low + n (high - low) / K, plus (noise - 128) / 8 HU when the model takes noise."""
+    """Synthesizes label index n of K as low + n (high - low) / K, plus (noise - 128) / 8 HU when the model takes noise."""
 
     name = "fake (no network: one value per label)"
 

@@ -130,7 +130,7 @@ class PoolStats:
     held: int
     cap: int
     allocations: int
-    purposes: Mapping[str, Usage] = field(default_factory=dict)
+    tags: Mapping[str, Usage] = field(default_factory=dict)
 
 
 class Counted:
@@ -156,14 +156,14 @@ class Counted:
             self.usage = self.usage.plus(nbytes)
 
 
-class Allowance:
+class MemoryBudget:
     """What several pools may hold together: `cap` bytes, None for what the system gives. Their sources are called one at a time.
 
     `make_room` is asked when that is short, in the thread that allocates: it gives something back, if it can, and says whether it did.
     """
 
-    def __init__(self, cap: int | None, make_room: Callable[[], bool]):
-        self.cap, self.make_room = cap, make_room
+    def __init__(self, cap: int | None, evict: Callable[[], bool]):
+        self.cap, self.evict = cap, evict
         self.lock = threading.Lock()
         self.pools: set[Pool] = set()
 
@@ -179,21 +179,21 @@ class Pool:
     `allowance`: what it shares with other pools, whose sum is capped too.
     """
 
-    def __init__(self, source: Source, cap: int, allowance: Allowance | None = None):
+    def __init__(self, source: Source, cap: int, budget: MemoryBudget | None = None):
         self._source, self._cap = source, cap
-        self._allowance = allowance or Allowance(None, lambda: False)
-        self._allowance.pools.add(self)
-        self._lock = self._allowance.lock
+        self._budget = budget or MemoryBudget(None, lambda: False)
+        self._budget.pools.add(self)
+        self._lock = self._budget.lock
         self._usage = Usage()
         self._reserved = 0
         self._closing = self._closed = False
         self._active: dict[int, int] = {}
-        self._purposes: dict[str, Counted] = {}
+        self._tags: dict[str, Counted] = {}
 
-    def purpose(self, name: str) -> Counted:
+    def tag(self, name: str) -> Counted:
         """The part of this pool that `name` uses."""
         with self._lock:
-            return self._purposes.setdefault(name, Counted(self))
+            return self._tags.setdefault(name, Counted(self))
 
     def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
         """A block of `nbytes` bytes, at least, aligned to ALIGNMENT; its content is whatever was there."""
@@ -206,7 +206,7 @@ class Pool:
             try:
                 return take()
             except MemoryCapExceeded:
-                if not self._allowance.make_room():
+                if not self._budget.evict():
                     raise
 
     def _allocate(self, size: int, stream: Stream) -> Buffer:
@@ -231,11 +231,11 @@ class Pool:
 
         return Buffer(block.ptr, size, release, block._block)
 
-    def reserve(self, nbytes: int, purpose: str) -> Buffer:
+    def reserve(self, nbytes: int, tag: str) -> Buffer:
         """Count `nbytes` that a library takes for itself beside the pool: they lessen what the cap leaves. Has no address."""
-        return self._with_room(lambda: self._reserve(nbytes, purpose))
+        return self._with_room(lambda: self._reserve(nbytes, tag))
 
-    def _reserve(self, nbytes: int, purpose: str) -> Buffer:
+    def _reserve(self, nbytes: int, tag: str) -> Buffer:
         with self._lock:
             if self._past_cap(nbytes):
                 raise self.exceeded(nbytes)
@@ -248,7 +248,7 @@ class Pool:
                 self._usage = self._usage.plus(-nbytes)
             counted._count(-nbytes)
 
-        counted = self.purpose(purpose)
+        counted = self.tag(tag)
         counted._count(nbytes)
         return Buffer(0, nbytes, release)
 
@@ -258,21 +258,21 @@ class Pool:
 
     def exceeded(self, nbytes: int, *, refused: bool = False) -> MemoryCapExceeded:
         """The error that says that `nbytes` more are too many: past the cap, or `refused` by the system."""
-        source, shared = self._source, self._allowance
+        source, shared = self._source, self._budget
         cap, in_use = self._cap, self._usage.in_use
         if shared.cap is not None and shared.held + nbytes > shared.cap:
             cap, in_use = shared.cap, shared.held
         return MemoryCapExceeded.of(source.kind, nbytes, cap=cap, in_use=in_use, free=source.free, refused=refused)
 
     def _past_cap(self, nbytes: int) -> bool:
-        shared = self._allowance
+        shared = self._budget
         return self._held + nbytes > self._cap or (shared.cap is not None and shared.held + nbytes > shared.cap)
 
     @property
     def stats(self) -> PoolStats:
         with self._lock:
-            purposes = {name: counted.usage for name, counted in self._purposes.items()}
-            return PoolStats(self._usage.in_use, self._usage.peak, self._held, self._cap, self._source.blocks, purposes)
+            tags = {name: counted.usage for name, counted in self._tags.items()}
+            return PoolStats(self._usage.in_use, self._usage.peak, self._held, self._cap, self._source.blocks, tags)
 
     def close(self) -> None:
         """Give back everything that is not in use; what is, when its buffer is closed, and with the last of them the source."""
@@ -286,7 +286,7 @@ class Pool:
             self._closed = True
             self._source.trim()
             self._source.close()
-            self._allowance.pools.discard(self)
+            self._budget.pools.discard(self)
 
     @property
     def _held(self) -> int:

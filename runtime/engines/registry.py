@@ -17,8 +17,8 @@ from .onnx_file import check_weights
 class Backend:
     """`file`: the (kind, precision) of the model file it runs; `module` and `install`: the package it needs and the command.
 
-    `automatic`: `auto` may take it. The others are asked for by name: INT8 paints other values than the network, within limits, and
-    FP16 on a CPU is for looking at what a GPU paints. `why`: asked where more than the package is needed.
+    `automatic`: `auto` may take it. The others are asked for by name: INT8 synthesizes other values than the network, within limits, and
+    FP16 on a CPU is for looking at what a GPU synthesizes. `why`: asked where more than the package is needed.
     """
 
     name: str
@@ -52,8 +52,8 @@ class Backend:
             return f"the model holds no {self.file[1]} {self.file[0]} file"
         return self.uninstalled()
 
-    def proven(self, manifest: Manifest) -> bool:
-        """Whether export measured, in this backend, that the file paints what the network paints."""
+    def validated(self, manifest: Manifest) -> bool:
+        """Whether export measured, in this backend, that the file synthesizes what the network synthesizes."""
         return self.name in manifest.parity.get(manifest.file_of(*self.file) or "", {})
 
 
@@ -114,7 +114,7 @@ CHOICES = ("auto", *(backend.name for backend in BACKENDS), "fake")
 def open_engine(backend: str, manifest: Manifest, folder: Path, options: EngineOptions | None = None) -> tuple[Engine, str, str]:
     """Open the engine of that name for the model in `folder`; returns it, why it was chosen and the file it runs.
 
-    `auto` takes the fastest that is installed and whose file was proven in it. The file's SHA-256 is checked before it is
+    `auto` takes the fastest that is installed and whose file was validated in it. The file's SHA-256 is checked before it is
     loaded. Raises `UsageError` for an unknown name, `MissingComponent` when nothing serves, `ModelError` for an altered file
     and for an INT8 file without a proof.
     """
@@ -135,12 +135,12 @@ def _automatic(manifest: Manifest, folder: Path) -> tuple[Backend, str]:
     passed: list[str] = []
     for backend in (b for b in BACKENDS if b.automatic):
         why = backend.absent(manifest)
-        if why is None and not backend.proven(manifest):
-            why = "not proven when this model was exported"
+        if why is None and not backend.validated(manifest):
+            why = "not validated when this model was exported"
         if why is None:
-            faster = [b.name for b in BACKENDS if b.file[1] == "int8" and b.absent(manifest) is None and b.proven(manifest)]
-            hint = [f"INT8 is proven too, for who asks: --backend {faster[0]}"] if faster else []
-            return backend, "; ".join(["the fastest that is installed and proven for this model", *passed, *hint])
+            faster = [b.name for b in BACKENDS if b.file[1] == "int8" and b.absent(manifest) is None and b.validated(manifest)]
+            hint = [f"INT8 is validated too, for who asks: --backend {faster[0]}"] if faster else []
+            return backend, "; ".join(["the fastest that is installed and validated for this model", *passed, *hint])
         passed.append(f"{backend.name}: {why}")
     first = next((b for b in BACKENDS if b.automatic and manifest.file_of(*b.file)), BACKENDS[0])
     raise MissingComponent(f"no backend can run this model here ({'; '.join(passed)})", expected="a backend and the model file it runs",
@@ -152,9 +152,9 @@ def _by_name(name: str, manifest: Manifest, folder: Path) -> tuple[Backend, str]
     if why := backend.absent(manifest):
         raise MissingComponent(f"the backend {name} cannot run this model here: {why}", expected="a backend and the model file it runs",
                                remedy=(backend.missing() or ("", "export the run again, with that file"))[1], file=folder)  # fmt: skip
-    if backend.proven(manifest):
+    if backend.validated(manifest):
         return backend, "asked for"
     if backend.file[1] == "int8":
-        raise ModelError(f"this model's INT8 file was not proven in {backend.module} when it was exported", expected="a proof in manifest.json",
+        raise ModelError(f"this model's INT8 file was not validated in {backend.module} when it was exported", expected="a proof in manifest.json",
                          remedy=f"export the run again where {backend.module} is installed, or choose another backend", file=folder)  # fmt: skip
-    return backend, "asked for; not proven when this model was exported"
+    return backend, "asked for; not validated when this model was exported"

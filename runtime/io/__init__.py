@@ -1,1 +1,1 @@
-"""Readers and writers. Each imports its codec inside the function that needs it."""
+"""Masks in, CTs out: which files are one case, readers, writers, DICOM."""

@@ -68,7 +68,7 @@ def outer(path: Path) -> Path:
     return path if inside is None else inside[0]
 
 
-def called(path: Path) -> Path:
+def display_name(path: Path) -> Path:
     """What messages may call it: a member by its archive and its own name.
 
     The folders between, which its sender's system made, may be called after patients. Any other path is as its owner gave it.

@@ -22,7 +22,7 @@ from ..core.labels import LabelMap
 from ..core.manifest import LabelTable
 from ..core.volume import DicomSource, LabelVolume, Layers, Segment, Volume
 from . import archive
-from .dicom.files import Instance, is_broken_link, is_dicom, neutral, scan, walk
+from .dicom.files import Instance, is_broken_link, is_dicom, pseudonym, scan, walk
 from .readers.class_files import classes_among
 from .readers.damaged_files import counted, damaged_beside
 from .volume_files import SUFFIXES, check_header, is_synthetic, stem, volume_files
@@ -89,9 +89,9 @@ class Case:
         return not (self.damage or self.doubts or (self.lacking and not closed))
 
     @property
-    def called(self) -> Path:
+    def display_name(self) -> Path:
         """What messages and logs may call it: a volume by its path, without folders in a zip, a DICOM source by its case name."""
-        return archive.called(self.path) if self.kind in ("volume", "classes") else Path(self.name)
+        return archive.display_name(self.path) if self.kind in ("volume", "classes") else Path(self.name)
 
 
 @dataclass(frozen=True)
@@ -159,14 +159,14 @@ def _add(cases: dict[str, Case], found: Iterable[Case], options: ReadOptions) ->
     for case in found:
         other = cases.setdefault(case.name, replace(case, options=options))
         if [f.absolute() for f in other.files] != [f.absolute() for f in case.files]:
-            raise UsageError(f"{other.called} and {case.called} would both be written as {case.name}", expected="each case name once",
-                             remedy="rename one, leave one out, or run them into two output folders", file=case.called)  # fmt: skip
+            raise UsageError(f"{other.display_name} and {case.display_name} would both be written as {case.name}", expected="each case name once",
+                             remedy="rename one, leave one out, or run them into two output folders", file=case.display_name)  # fmt: skip
         if options.like is not None and case.kind in ("volume", "classes", "seg", "series") and archive.exists(case.path):
             raise UsageError(
-                f"--like has no effect on {case.called}: its voxels state their own grid",
+                f"--like has no effect on {case.display_name}: its voxels state their own grid",
                 expected="contours (RTSTRUCT), which have none",
                 remedy="leave --like out; to have the mask on another grid, resample it first with a tool for that",
-                file=case.called,
+                file=case.display_name,
             )
 
 
@@ -260,7 +260,7 @@ def _of_instances(instances: Iterable[Instance], *, every: bool) -> list[Case]:
                 one for folder, those in damaged.items() if folder in folders or (len(folders) > 1 and folder in alone) for one in those
             ]
             damage += [one.damage for one in beside if one not in group]
-        cases.append(Case(neutral("series" if kind == "image" else kind if kind != "other" else "dicom", uid), group[0].path,
+        cases.append(Case(pseudonym("series" if kind == "image" else kind if kind != "other" else "dicom", uid), group[0].path,
                           "series" if kind == "image" else kind, tuple(i.path for i in group), number=group[0].number, series=group[0].series,
                           size=(columns, rows, max(frames, len(group))), title=group[0].title, damage=tuple(damage),
                           doubts=tuple(_ends(group)) if kind == "image" else ()))  # fmt: skip
@@ -324,26 +324,26 @@ def read_mask(case: Case) -> Volume | Layers:
         if case.kind == "classes":
             from .readers.class_files import read_classes
 
-            return read_classes(case.files, case.called)
+            return read_classes(case.files, case.display_name)
         if case.kind != "volume":
             raise UnreadableVolume(f"{case.name} is a DICOM file without pixels or contours",
                                    expected="a DICOM SEG, an RTSTRUCT or a series of labels", remedy="give the mask")  # fmt: skip
-        from .readers import volume
+        from .readers import volume as volume_reader
 
         with archive.on_disk(case.path) as path:
-            return volume.read_mask(path)
+            return volume_reader.read_mask(path)
 
 
 def read_case(case: Case, table: LabelTable, label_map: LabelMap | None = None) -> LabelVolume:
     """The case's labels in the model's indices. Raises `InputError`s that say which case."""
-    from .readers import volume
+    from .readers import volume as volume_reader
 
     order, force = case.options.overlap_order, case.options.force_labels
     with _naming(case):
         if case.kind == "volume":
             with archive.on_disk(case.path) as path:
-                return volume.read_labels(path, table, label_map, order=order, force=force, file=case.called)
-        return volume.labels_of(read_mask(case), table, label_map, order=order, force=force, file=case.called)
+                return volume_reader.read_labels(path, table, label_map, order=order, force=force, file=case.display_name)
+        return volume_reader.labels_of(read_mask(case), table, label_map, order=order, force=force, file=case.display_name)
 
 
 def _check_whole(case: Case) -> None:
@@ -367,14 +367,14 @@ def _naming(case: Case) -> Iterator[None]:
     try:
         yield
     except InputError as exc:
-        exc.file = case.called
+        exc.file = case.display_name
         raise
     except MemoryError as exc:
         raise UnreadableVolume(
-            f"{case.called.name} needs more memory than this run has: {exc or 'none is left'}",
+            f"{case.display_name.name} needs more memory than this run has: {exc or 'none is left'}",
             expected="a mask that fits into memory",
             remedy="cut it, raise the limit, or use a larger machine",
-            file=case.called,
+            file=case.display_name,
         ) from exc
 
 

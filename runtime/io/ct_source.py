@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from ..core.deformation import Ranges
+from ..core.deformation import DeformationParams
 from ..core.manifest import Manifest
 from ..core.volume import CTSlab, LabelVolume
 
@@ -57,7 +57,7 @@ class CTSource(Protocol):
     @property
     def file(self) -> str: ...
 
-    def variants(self, case: Case, mask: LabelVolume, ranges: Ranges, seed: int) -> Callable[[int], Variant]:
+    def variants(self, case: Case, mask: LabelVolume, ranges: DeformationParams, seed: int) -> Callable[[int], Variant]:
         """What gives variant 0 (the mask's own shape), 1, 2 … of a case whose mask was read.
 
         Raises `InputError`s for a case that it cannot use.

@@ -1,0 +1,1 @@
+"""Programs that run on: the watched folder and the DICOM node, on one work queue."""

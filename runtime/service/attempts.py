@@ -14,12 +14,12 @@ from pathlib import Path
 from ..core.atomic_files import sync_folder
 from ..core.errors import InputError, writing
 
-MOST = (
+MAX_ATTEMPTS = (
     10  # starts that may end in one piece of work before it is put aside: it comes last, and whoever kills for other reasons may hit it too
 )
 
 
-def starts(file: Path) -> int:
+def attempts(file: Path) -> int:
     """How many starts ended in this work, one after the other."""
     try:
         return file.stat().st_size
@@ -28,9 +28,9 @@ def starts(file: Path) -> int:
 
 
 @contextmanager
-def counted(file: Path) -> Iterator[None]:
+def count_attempt(file: Path) -> Iterator[None]:
     """Count a start for as long as the work within lasts. The file may go meanwhile. Raises `OutputError`."""
-    before = starts(file)
+    before = attempts(file)
     with writing(file):
         with open(file, "ab") as handle:
             handle.write(b".")
@@ -41,19 +41,19 @@ def counted(file: Path) -> Iterator[None]:
         yield
     finally:
         with suppress(FileNotFoundError):
-            os.truncate(file, max(0, min(before, starts(file) - 1)))
+            os.truncate(file, max(0, min(before, attempts(file) - 1)))
 
 
-def came_forward(file: Path) -> None:
+def reset_attempts(file: Path) -> None:
     """Something of the work is done, and will not be done again: the starts before count no more."""
     with suppress(FileNotFoundError):
         os.truncate(file, 1)
 
 
-def poisonous(what: str) -> InputError:
+def poison_message(what: str) -> InputError:
     """What becomes of work that `MOST` starts ended in."""
     return InputError(
-        f"each of the last {MOST} starts of this program ended while {what} was being painted",
-        expected="a mask that can be painted in the memory that there is",
+        f"each of the last {MAX_ATTEMPTS} starts of this program ended while {what} was being synthesized",
+        expected="a mask that can be synthesized in the memory that there is",
         remedy="see the system's log for what ended it (out of memory, most often); give it more memory, then put the mask in again",
     )

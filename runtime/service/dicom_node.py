@@ -1,4 +1,4 @@
-"""The node at work: one study after the other is painted in the caller's thread, while others arrive and are sent."""
+"""The node at work: one study after the other is synthesized in the caller's thread, while others arrive and are sent."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from ..batch.runner import CaseResult
 from ..core.errors import Mask2CTError, OutputError
 from ..io.cases import Case
 from ..io.dicom.files import scan, walk
-from .attempts import MOST, came_forward, counted, poisonous, starts
+from .attempts import MAX_ATTEMPTS, attempts, count_attempt, poison_message, reset_attempts
 from .events import Events
-from .send_queue import Outbox
-from .study_spool import OBJECTS, RESULTS, STARTS, Spool
+from .send_queue import SendQueue
+from .study_spool import ATTEMPTS, OBJECTS, RESULTS, Spool
 
 POLL = 0.25  # s between two looks whether a study is complete
 FULL_DISK = 30.0  # s before a study that could not be written is tried again
@@ -26,28 +26,35 @@ END = 3.0  # s that senders have to end
 
 
 class Node:
-    """`find` gives the masks among a study's objects; `paint` makes of them results in a folder, keeping what is there already."""
+    """`find` gives the masks among a study's objects; `synthesize` makes of them results in a folder, keeping what is there already."""
 
     def __init__(
-        self, spool: Spool, outbox: Outbox, events: Events, quiet: float, find: Callable[[Path], Sequence[Case]],
-        paint: Callable[[Sequence[Case], Path], Iterable[CaseResult]], audit: AuditTrail | None = None,
+        self, spool: Spool, send_queue: SendQueue, events: Events, quiet: float, find: Callable[[Path], Sequence[Case]],
+        synthesize: Callable[[Sequence[Case], Path], Iterable[CaseResult]], audit: AuditTrail | None = None,
     ):  # fmt: skip
         self._audit = audit or AuditTrail(None, "serve")
-        self._spool, self._outbox, self._events, self._quiet, self._find, self._paint = spool, outbox, events, quiet, find, paint
+        self._spool, self._send_queue, self._events, self._quiet, self._find, self._synthesize = (
+            spool,
+            send_queue,
+            events,
+            quiet,
+            find,
+            synthesize,
+        )
         self._ended = threading.Event()
 
     def run(self) -> None:
         """Work until KeyboardInterrupt, or `end` is called from another thread."""
-        with _discreet(self._events):
-            self._outbox.start()
+        with _suppress_phi_in_output(self._events):
+            self._send_queue.start()
             while not self._ended.is_set():
                 try:
                     study = self._spool.next(self._quiet)
                     if study is None:
                         self._ended.wait(POLL)
                     else:
-                        spent = starts(study / STARTS) >= MOST
-                        with counted(study / STARTS):
+                        spent = attempts(study / ATTEMPTS) >= MAX_ATTEMPTS
+                        with count_attempt(study / ATTEMPTS):
                             self._make(study, spent)
                 except OutputError as exc:  # a study is as it was, and the fault is not its own
                     self._events("waiting", reason=exc.fact)
@@ -64,19 +71,19 @@ class Node:
         self._audit.add("received", study=study.name)
         try:
             if spent:
-                raise poisonous("this study")
+                raise poison_message("this study")
             if all(instance.ours for instance in scan(walk(study / OBJECTS))):  # an archive that sends on whatever it gets
                 cases = []
                 self._audit.add("skipped", study=study.name, reason="mask2ct wrote it")
                 self._events("ignored", study=study.name, reason="mask2ct wrote it")
             else:
                 cases = [case for case in self._find(study / OBJECTS) if case.kind in ("seg", "rtstruct")]
-            for result in self._paint(cases, study / RESULTS) if cases else ():
+            for result in self._synthesize(cases, study / RESULTS) if cases else ():
                 warned += len(result.warnings)
                 if result.error is None:
                     made, slices = made + 1, slices + result.slices
                     if not result.skipped:
-                        came_forward(study / STARTS)
+                        reset_attempts(study / ATTEMPTS)
                         self._events.metrics.result(result.seconds)
                 else:  # what it says may quote the file: its words stay beside the mask
                     reasons.append(f"{result.case}: {result.error}")
@@ -87,13 +94,13 @@ class Node:
             reasons.append(str(exc) if isinstance(exc, Mask2CTError) else f"an error of mask2ct's own: {type(exc).__name__}")
             self._audit.add("failed", study=study.name, error=type(exc).__name__)
             self._events("failed", study=study.name, error=type(exc).__name__)
-        self._spool.painted(study, reasons, poison=spent)
-        self._events("painted", study=study.name, results=made, slices=slices, warnings=warned)
-        self._outbox.wake()
+        self._spool.move_to_send_queue(study, reasons, poison=spent)
+        self._events("synthesized", study=study.name, results=made, slices=slices, warnings=warned)
+        self._send_queue.wake()
 
 
 @contextmanager
-def _discreet(events: Events) -> Iterator[None]:
+def _suppress_phi_in_output(events: Events) -> Iterator[None]:
     """Neither a warning of a library nor a thread's traceback may quote what a file says."""
 
     def hook(failure: Any) -> None:

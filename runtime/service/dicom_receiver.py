@@ -11,7 +11,7 @@ from typing import Any
 
 from ..core.errors import InputError, OutputError, UsageError, importing
 from ..io.dicom.files import RTSTRUCT, SEGMENTATION
-from .dicom_server import Limits, hang_up, server_class
+from .dicom_server import Limits, abort_connections, server_class
 from .events import Events
 from .study_spool import NoMatch, Spool
 
@@ -32,7 +32,7 @@ def pynetdicom() -> Any:
     return pynetdicom
 
 
-class Acceptor:
+class StoreSCP:
     """Listens until it is closed. `allow`: calling AE titles; empty means any. Raises `UsageError` when the port cannot be had."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Acceptor:
         """Listen no more and end every association: what was not acknowledged its sender still has."""
         self._server.shutdown()
         self._server.pending.end_all()
-        hang_up(self._server.active_associations, abort=True)
+        abort_connections(self._server.active_associations, abort=True)
 
     def _store(self, event: Any) -> int:
         request, association = event.request, event.assoc

@@ -69,7 +69,7 @@ class _Refused(Exception):
         return cls(bytes([3, 0, 0, 0, 0, 4, 0, *why]), reason, calling)
 
 
-def hang_up(associations: Sequence[Any], *, abort: bool = False) -> None:
+def abort_connections(associations: Sequence[Any], *, abort: bool = False) -> None:
     """End the connections of associations, also of those that are not established, whatever the peer does; with an A-ABORT before."""
     if abort:
         for association in associations:
@@ -167,7 +167,7 @@ def server_class(events: Events, aet: str, allow: tuple[str, ...], limits: Limit
             association.start()
             association.join()
             if association.dul.is_alive():  # the association failed, and its connection's thread does not know
-                hang_up([association], abort=True)
+                abort_connections([association], abort=True)
                 association.dul.join(ENDING)
                 association.dul.kill_dul()
 
@@ -177,12 +177,12 @@ def server_class(events: Events, aet: str, allow: tuple[str, ...], limits: Limit
 
             def receive(count: int) -> bytearray:
                 if count > largest:
-                    hang_up([association])
+                    abort_connections([association])
                     raise OSError("the PDU is longer than was agreed")
                 with self.server.receiving.hold(connection):
                     data = read(connection, count)
                 if len(data) < count:  # pynetdicom would keep our half open until it is collected
-                    hang_up([association])
+                    abort_connections([association])
                 return data
 
             return receive

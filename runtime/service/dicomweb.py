@@ -21,7 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..core.errors import UsageError
-from .send_queue import Outcome, Unreachable
+from .send_queue import DeliveryResult, Unreachable
 
 ANSWER = 120.0  # s that the service has for one request
 AT_ONCE = 16 << 20  # bytes of the objects in one request, unless one alone is larger
@@ -51,7 +51,7 @@ class DicomWeb:
             raise UsageError(f"credentials for {parts.hostname} would go in the clear", expected="an https address", remedy="use https")
         self._connection: http.client.HTTPConnection | None = None
 
-    def send(self, files: Sequence[Path]) -> Iterator[Outcome]:
+    def send(self, files: Sequence[Path]) -> Iterator[DeliveryResult]:
         """What the service says of each file, in requests of some 16 MiB on one connection. Raises `Unreachable`."""
         if self._tls is None:
             self._connection = http.client.HTTPConnection(self.host, self._port, timeout=ANSWER)
@@ -72,7 +72,7 @@ class DicomWeb:
             with suppress(OSError, AttributeError):  # it is not open
                 connection.sock.shutdown(socket.SHUT_RDWR)  # wakes who waits for an answer, which closing does not
 
-    def _post(self, connection: http.client.HTTPConnection, files: Sequence[Path]) -> Iterator[Outcome]:
+    def _post(self, connection: http.client.HTTPConnection, files: Sequence[Path]) -> Iterator[DeliveryResult]:
         boundary = uuid.uuid4().hex
         head = f"--{boundary}\r\nContent-Type: application/dicom\r\n\r\n".encode()
         tail = f"--{boundary}--\r\n".encode()
@@ -101,9 +101,9 @@ class DicomWeb:
         for file in files:
             uid = _instance(file)
             if (uid in stored and uid not in refused) or refused.get(uid) in THERE:
-                yield Outcome(file, "")
+                yield DeliveryResult(file, "")
             else:
-                yield Outcome(file, f"HTTP {reply.status}, failure reason 0x{refused.get(uid, 0):04X}")
+                yield DeliveryResult(file, f"HTTP {reply.status}, failure reason 0x{refused.get(uid, 0):04X}")
 
 
 def loopback(host: str) -> bool:

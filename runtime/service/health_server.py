@@ -11,13 +11,13 @@ from typing import Any
 from ..core.errors import UsageError
 from .connections import BoundedServer, PendingConnections
 from .events import Events
-from .study_spool import ROOMS, Spool
+from .study_spool import STATES, Spool
 
 AT_ONCE = 16  # requests; one more ends the oldest
 SECONDS = 10.0  # for a request and its answer
 
 
-class Watch:
+class HealthServer:
     """The HTTP port. `healthy`, `ready`: what is wrong, or nothing; 503 says it. Raises `UsageError` when the port is taken."""
 
     def __init__(
@@ -32,7 +32,7 @@ class Watch:
         from prometheus_client import Gauge
 
         rooms = Gauge("mask2ct_node_studies", "Studies by where they are", ["room"], registry=events.registry)
-        for room in ROOMS:
+        for room in STATES:
             rooms.labels(room).set_function(partial(_count, spool, room))
         try:
             self._server = _Server(

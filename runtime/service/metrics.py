@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Any
 
 STAGES = ("read", "deform", "synthesize", "write", "send")
-NAMES = {"paint": "synthesize"}  # stage as `CaseResult.seconds` has it → as the metric has it
 STAGE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # s
 STUDY_BUCKETS = (1, 2.5, 5, 10, 15, 20, 30, 45, 60, 120, 300, 600, 1800, 3600, 14400)  # s; the quiet period is 10 s of them
 
@@ -46,7 +45,7 @@ class Metrics:
     def result(self, seconds: Mapping[str, float]) -> None:
         """The stages of one result, as `CaseResult.seconds` has them."""
         for stage, spent in seconds.items():
-            self.stage(NAMES.get(stage, stage), spent)
+            self.stage(stage, spent)
 
     def stage(self, stage: str, seconds: float) -> None:
         """Count `seconds` of work."""

@@ -29,7 +29,7 @@ class Unreachable(Exception):
 
 
 @dataclass(frozen=True)
-class Outcome:
+class DeliveryResult:
     """What a destination says of a file: `refused` is empty when it has stored it."""
 
     file: Path
@@ -41,12 +41,12 @@ class Destination(Protocol):
 
     name: str
 
-    def send(self, files: Sequence[Path]) -> Iterator[Outcome]: ...
+    def send(self, files: Sequence[Path]) -> Iterator[DeliveryResult]: ...
 
     def stop(self) -> None: ...
 
 
-class Acknowledged:
+class DeliveryLog:
     """The files of a study that one destination has acknowledged, by path within the study's results."""
 
     def __init__(self, package: Path, destination: str):
@@ -70,7 +70,7 @@ class Acknowledged:
         self.files.add(file)
 
 
-class Outbox:
+class SendQueue:
     """The threads that send. `start` them, `wake` them when there is something new, `close` ends them within seconds."""
 
     def __init__(
@@ -94,17 +94,17 @@ class Outbox:
     def wake(self) -> None:
         for sender in self._senders:
             sender.wake.set()
-        if not self._senders:  # nobody to send to: what is painted stays here
+        if not self._senders:  # nobody to send to: what is synthesized stays here
             for package in self._spool.packages():
-                self.settle(package)
+                self.finish(package)
 
-    def settle(self, package: Path) -> None:
+    def finish(self, package: Path) -> None:
         """Take a study that every destination has acknowledged out of the outbox. Another sender may have done so, and the study be back."""
         with self._settling:
             if not package.is_dir():
                 return
             files = set(sendable(package))
-            if all(files <= Acknowledged(package, name).files for name in self._names):
+            if all(files <= DeliveryLog(package, name).files for name in self._names):
                 self._spool.finish(package)
                 self._events.metrics.settled(package.name)
                 self._events("settled", study=package.name, objects=len(files))
@@ -127,9 +127,9 @@ class Outbox:
 class _Sender(threading.Thread):
     """Sends to one destination what it has not acknowledged, study by study."""
 
-    def __init__(self, destination: Destination, outbox: Outbox, spool: Spool, events: Events, ended: threading.Event):
+    def __init__(self, destination: Destination, send_queue: SendQueue, spool: Spool, events: Events, ended: threading.Event):
         super().__init__(name=f"sender {destination.name}", daemon=True)
-        self._destination, self._outbox, self._spool, self._events, self._ended = destination, outbox, spool, events, ended
+        self._destination, self._send_queue, self._spool, self._events, self._ended = destination, send_queue, spool, events, ended
         self.wake = threading.Event()
         self._delivered: set[str] = set()  # studies that the audit file has as delivered here
         self._pauses: dict[str, tuple[float, float]] = {}  # study, or "" for the destination → how long the pause is and when it ends
@@ -170,10 +170,10 @@ class _Sender(threading.Thread):
                              again_in=f"{self._pause(package.name):g}s")  # fmt: skip
 
     def _send(self, package: Path) -> None:
-        done = Acknowledged(package, self._destination.name)
+        done = DeliveryLog(package, self._destination.name)
         waiting = [package / RESULTS / file for file in sendable(package) if file not in done.files]
         sent = 0
-        refused: list[Outcome] = []
+        refused: list[DeliveryResult] = []
         if waiting:
             started = time.monotonic()
             for outcome in self._destination.send(waiting):
@@ -200,14 +200,14 @@ class _Sender(threading.Thread):
         else:
             self._pauses.pop(package.name, None)
             if sent or package.name not in self._delivered:  # again after a restart, lest it be missing
-                self._outbox.audit.add(
+                self._send_queue.audit.add(
                     "delivered",
                     study=package.name,
                     destination=self._destination.name,
                     objects=len(done.files),
                 )
                 self._delivered.add(package.name)
-            self._outbox.settle(package)
+            self._send_queue.finish(package)
 
     def _pause(self, what: str) -> float:
         length = min(2 * self._pauses[what][0], LONGEST_PAUSE) if what in self._pauses else FIRST_PAUSE

@@ -10,15 +10,15 @@ from typing import Any
 
 from ..core.errors import UsageError
 from .dicom_receiver import pynetdicom
-from .dicom_server import hang_up
-from .send_queue import Outcome, Unreachable
+from .dicom_server import abort_connections
+from .send_queue import DeliveryResult, Unreachable
 
 CONNECT, AGREE, ANSWER = 3.0, 10.0, 120.0  # s that a peer has to take a connection, an association, and to answer for one object
 _STORED = (0x0000, 0xB000, 0xB006, 0xB007, 0x0111)  # success, stored with a warning (PS3.4 table B.2-1), and there already (PS3.7, annex C)
 _PEER = re.compile(r"(?P<tls>tls://)?(?P<aet>[^@\\\s][^@\\]{0,15})@(?P<host>\[[0-9A-Fa-f:.]+\]|[^@:/\s]+):(?P<port>\d{1,5})")
 
 
-class Pacs:
+class StoreSCU:
     """AET@HOST:PORT, or tls://AET@HOST:PORT. Raises `UsageError` for what is neither, and for TLS without certificates."""
 
     def __init__(self, text: str, aet: str, tls: ssl.SSLContext | None):
@@ -32,7 +32,7 @@ class Pacs:
         self._tls = tls if found["tls"] else None
         self._associations: list[Any] = []  # the one that sends, from its first moment on
 
-    def send(self, files: Sequence[Path]) -> Iterator[Outcome]:
+    def send(self, files: Sequence[Path]) -> Iterator[DeliveryResult]:
         """What the peer says of each file, in one association, as it says it. Raises `Unreachable`."""
         from pydicom import dcmread
         from pydicom.uid import ExplicitVRLittleEndian, ImplicitVRLittleEndian
@@ -54,12 +54,12 @@ class Pacs:
             for file in files:
                 ds = dcmread(file)
                 if ds.SOPClassUID not in supported:
-                    yield Outcome(file, f"{ds.SOPClassUID.name} is not supported there")
+                    yield DeliveryResult(file, f"{ds.SOPClassUID.name} is not supported there")
                     continue
                 status = association.send_c_store(ds).get("Status")
                 if status is None:
                     raise Unreachable("the association broke")
-                yield Outcome(file, "" if status in _STORED else f"status 0x{status:04X}")
+                yield DeliveryResult(file, "" if status in _STORED else f"status 0x{status:04X}")
         except RuntimeError as exc:  # pynetdicom's word for an association that ended meanwhile
             raise Unreachable("the association broke") from exc
         finally:
@@ -73,4 +73,4 @@ class Pacs:
 
     def stop(self) -> None:
         """End what is on its way, from another thread."""
-        hang_up([*self._associations], abort=True)
+        abort_connections([*self._associations], abort=True)

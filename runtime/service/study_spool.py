@@ -1,9 +1,9 @@
 """The node's folder. Which study lies in which room is all its state, so that it survives whatever ends the process.
 
     incoming/STUDY/      objects that were acknowledged; more may follow
-    studies/STUDY-N/     complete: objects/ and, while it is painted, results/ (N: how often the study has come)
-    outbox/STUDY-N/      painted: results/ to be sent, and what each destination has acknowledged
-    failed/STUDY-N/      objects/ of which some could not be painted, with reason.txt
+    studies/STUDY-N/     complete: objects/ and, while it is synthesized, results/ (N: how often the study has come)
+    outbox/STUDY-N/      synthesized: results/ to be sent, and what each destination has acknowledged
+    failed/STUDY-N/      objects/ of which some could not be synthesized, with reason.txt
     done/STUDY-N/        with --keep: what has been sent
 
 A study goes from room to room by one rename. But what failed of a study is taken along when more of it arrives, file by
@@ -27,12 +27,12 @@ from typing import BinaryIO
 from ..batch.completion_log import Journal
 from ..core.atomic_files import remove_orphans, sync_folder, temporary_name, write_text
 from ..core.errors import InputError, OutputError, UsageError, writing
-from ..io.dicom.files import RTSTRUCT, SEGMENTATION, dataset, guarded
-from .attempts import starts
+from ..io.dicom.files import RTSTRUCT, SEGMENTATION, dataset, map_dicom_errors
+from .attempts import attempts
 
-ROOMS = ("incoming", "studies", "outbox", "failed", "done")
-OBJECTS, RESULTS, REASON, STARTS = "objects", "results", "reason.txt", ".starts"
-RESERVE = 64 << 20  # bytes of the disk that objects from outside never take: what is painted and noted must find room
+STATES = ("incoming", "studies", "outbox", "failed", "done")
+OBJECTS, RESULTS, REASON, ATTEMPTS = "objects", "results", "reason.txt", ".starts"
+RESERVE = 64 << 20  # bytes of the disk that objects from outside never take: what is synthesized and noted must find room
 _GONE = ".gone-"
 _HEADER = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")
 
@@ -58,7 +58,7 @@ class Spool:
         with writing(root):
             root.mkdir(mode=0o700, parents=True, exist_ok=True)  # masks lie there
             self.narrowed = _narrow(root)
-            for room in ROOMS:
+            for room in STATES:
                 (root / room).mkdir(exist_ok=True)
         self._journal = Journal(root)
         self._lock = threading.Lock()
@@ -115,7 +115,7 @@ class Spool:
         return study
 
     def next(self, quiet: float) -> Path | None:
-        """A study to paint: one that was begun before, else one with a mask to which nobody has brought anything for `quiet` seconds, and
+        """A study to synthesize: one that was begun before, else one with a mask to which nobody has brought anything for `quiet` seconds, and
         last what an earlier process ended in.
 
         Raises `OutputError`.
@@ -127,8 +127,8 @@ class Spool:
                     begun.append(folder)
                 else:
                     self._discard(folder)  # claimed when the power went
-            begun.sort(key=lambda folder: starts(folder / STARTS))
-            if begun and not starts(begun[0] / STARTS):
+            begun.sort(key=lambda folder: attempts(folder / ATTEMPTS))
+            if begun and not attempts(begun[0] / ATTEMPTS):
                 return begun[0]
             now = time.monotonic()
             for study, arriving in self._arriving.items():
@@ -143,13 +143,13 @@ class Spool:
                     return self._claim(study)
             return begun[0] if begun and now - self._opened >= quiet else None  # what had arrived before has had its turn
 
-    def painted(self, study: Path, reasons: list[str], *, poison: bool = False) -> None:
-        """A study's results/ are all that it gives. `reasons`: of the masks that could not be painted; `poison`: it ended
+    def move_to_send_queue(self, study: Path, reasons: list[str], *, poison: bool = False) -> None:
+        """A study's results/ are all that it gives. `reasons`: of the masks that could not be synthesized; `poison`: it ended
         too many processes, and is not tried again when more of it arrives."""
         package = self.root / "outbox" / study.name
         with writing(study):
             if not poison:
-                (study / STARTS).unlink(missing_ok=True)
+                (study / ATTEMPTS).unlink(missing_ok=True)
             (study / REASON).unlink(missing_ok=True)  # of a time before the process was killed
             if reasons:
                 write_text(study / REASON, "\n\n".join(reasons) + "\n")
@@ -176,7 +176,7 @@ class Spool:
     def _failed(self, study: str) -> Iterator[Path]:
         """What failed of a study that is arriving, and may be tried again."""
         folders = (self.root / "failed").glob(f"{study}-*")
-        return (folder for folder in folders if (folder / OBJECTS).is_dir() and not (folder / STARTS).exists())
+        return (folder for folder in folders if (folder / OBJECTS).is_dir() and not (folder / ATTEMPTS).exists())
 
     def _has_failed_mask(self, study: str) -> bool:
         return any(path for folder in self._failed(study) for path in (folder / OBJECTS).glob("mask-*"))
@@ -196,7 +196,7 @@ class Spool:
 
     def _claim(self, study: str) -> Path:
         self._take_along(study)
-        taken = {name for room in ROOMS for name in self.names(room)}
+        taken = {name for room in STATES for name in self.names(room)}
         name = next(name for n in count(1) if (name := f"{study}-{n}") not in taken)
         folder = self.root / "studies" / name
         with writing(folder):
@@ -219,7 +219,7 @@ class Spool:
 
 def _identify(file: Path, claimed: tuple[str, str]) -> tuple[str, bool]:
     """What to call the study of an object, and whether it is a mask."""
-    with guarded("the object"):
+    with map_dicom_errors("the object"):
         ds = dataset(file, tags=_HEADER)
         sop_class, instance, study = (str(ds.get(keyword) or "") for keyword in _HEADER)
     if not study or not instance:
@@ -237,7 +237,7 @@ def _narrow(root: Path) -> bool:
     """Take a spool that was there from everybody but its owner, and say whether that was needed. Raises `UsageError`, OSError."""
     if os.name != "posix" or not root.stat().st_mode & 0o077:
         return False
-    others = [path.name for path in root.iterdir() if path.name not in ROOMS and not path.name.startswith(".")]
+    others = [path.name for path in root.iterdir() if path.name not in STATES and not path.name.startswith(".")]
     if others:
         raise UsageError("the spool can be read by others and holds more than a spool", expected="a folder of mode 700 for the spool alone",
                          remedy="choose another --spool, or make it private with chmod 700", file=root)  # fmt: skip

@@ -14,15 +14,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.atomic_files import fits, lock, private, write_text
+from ..core.atomic_files import filename_fits, lock, private, write_text
 from ..core.errors import Mask2CTError, OutputError, UsageError, printable, writing
 from ..io.archive import is_zip
-from ..io.dicom.files import UNFINISHED, neutral
+from ..io.dicom.files import UNFINISHED, pseudonym
 from ..io.volume_files import SUFFIXES
-from .attempts import counted
+from .attempts import count_attempt
 
 WORK, DONE, FAILED = ".work", "done", "failed"
-LOCK, STARTS = ".lock", ".starts"  # nothing that is taken begins with a dot
+LOCK, ATTEMPTS = ".lock", ".starts"  # nothing that is taken begins with a dot
 IGNORED = (".ds_store", "._")  # what macOS leaves in folders begins with
 PATIENCE = 10  # times as long as for others, what does not look whole is left to whoever may still be writing it
 
@@ -30,10 +30,10 @@ Fingerprint = tuple[tuple[str, int, int], ...]
 
 
 @dataclass
-class Claim:
+class WorkItem:
     """What this process alone works on: `item`, the file or folder, in its `ticket`. `called`: what messages call it."""
 
-    ticket: Path
+    lease: Path
     item: Path
     handle: int
     open: bool = True
@@ -41,13 +41,13 @@ class Claim:
     errors: list[Mask2CTError] = field(default_factory=list)
 
     @property
-    def called(self) -> str:
-        return called(self.item)
+    def display_name(self) -> str:
+        return display_name(self.item)
 
     @property
-    def starts(self) -> Path:
+    def attempts(self) -> Path:
         """Where it is counted how often a process ended while it worked on this alone (`runtime.service.attempts`)."""
-        return self.ticket / STARTS
+        return self.lease / ATTEMPTS
 
 
 @dataclass
@@ -109,7 +109,7 @@ class Inbox:
         self._seen = seen
         return sorted(ready, key=lambda item: (max(changed for *_, changed in seen[item.name].found), item.name))
 
-    def claim(self, item: Path) -> Claim | None:
+    def claim(self, item: Path) -> WorkItem | None:
         """Take what `look` gave. None when it is not whole, when another was faster and when it has changed since.
 
         It is opened only when it is this process' own and the start is counted: a file that ends whoever opens it
@@ -120,14 +120,14 @@ class Inbox:
             self.settling = True
             return None
         with writing(self._folder):
-            ticket = self._folder / WORK / f"{self._for}-{os.urandom(6).hex()}"
-            ticket.parent.mkdir(self._mode, exist_ok=True)
-            ticket.mkdir(self._mode)
-            handle = _hold(ticket, os.O_CREAT)
+            lease = self._folder / WORK / f"{self._for}-{os.urandom(6).hex()}"
+            lease.parent.mkdir(self._mode, exist_ok=True)
+            lease.mkdir(self._mode)
+            handle = _hold(lease, os.O_CREAT)
             if handle is None:  # another took the new ticket for a dead watcher's
                 self.settling = True
                 return None
-            claim = Claim(ticket, ticket / item.name, handle)
+            claim = WorkItem(lease, lease / item.name, handle)
             try:
                 os.rename(item, claim.item)
                 if self._is_complete(claim, seen) or os.path.lexists(item):
@@ -140,21 +140,21 @@ class Inbox:
             self._put_back(claim, item)  # somebody still writes it
             return None
 
-    def _is_complete(self, claim: Claim, seen: _Seen) -> bool:
+    def _is_complete(self, claim: WorkItem, seen: _Seen) -> bool:
         """Whether it is what was seen, and whole, or waited for long enough."""
         if fingerprint(claim.item) != seen.found:
             return False
         if seen.whole is None:
             with ExitStack() as counting:
                 with suppress(OutputError):  # on a full disk that it was claimed tells of the first start
-                    counting.enter_context(counted(claim.starts))
+                    counting.enter_context(count_attempt(claim.attempts))
                 seen.whole = self._whole(claim.item)
         if seen.whole or seen.age >= PATIENCE * self._stable:
             return True
         self.settling = True
         return False
 
-    def _put_back(self, claim: Claim, item: Path) -> None:
+    def _put_back(self, claim: WorkItem, item: Path) -> None:
         if os.path.lexists(claim.item):
             if os.path.lexists(item):  # one of that name has come meanwhile
                 self._close(claim)
@@ -162,23 +162,23 @@ class Inbox:
             os.rename(claim.item, item)
         self._end(claim)
 
-    def abandoned(self) -> Iterator[Claim]:
+    def stale_items(self) -> Iterator[WorkItem]:
         """What watchers for the same output left when they ended, while this process has no claim of its own; each is its now."""
         with writing(self._folder):
-            tickets = sorted((self._folder / WORK).glob(f"{self._for}-*"))
-        for ticket in tickets:
+            leases = sorted((self._folder / WORK).glob(f"{self._for}-*"))
+        for lease in leases:
             with writing(self._folder):
-                handle = _hold(ticket)
+                handle = _hold(lease)
                 if handle is None:
                     continue
-                items = [path for path in ticket.iterdir() if path.name not in (LOCK, STARTS)]
-                claim = Claim(ticket, items[0] if items else ticket / LOCK, handle)
+                items = [path for path in lease.iterdir() if path.name not in (LOCK, ATTEMPTS)]
+                claim = WorkItem(lease, items[0] if items else lease / LOCK, handle)
                 if not items:
                     self._end(claim)
                     continue
             yield claim
 
-    def settle(self, claim: Claim) -> Path:
+    def finish(self, claim: WorkItem) -> Path:
         """Move it to done/, or to failed/ with NAME.reason.txt; under a numbered name where its own is taken. Returns the place."""
         folder = self._folder / (FAILED if claim.errors else DONE)
         with writing(folder):
@@ -187,26 +187,26 @@ class Inbox:
                 place = _free(folder / claim.item.name)
                 if claim.errors:  # first, so that nothing lies there without its reason
                     beside = place.with_name(f"{place.name}.reason.txt")
-                    beside = beside if fits(beside) else place.with_name(f"{neutral('item', place.name)}.reason.txt")
+                    beside = beside if filename_fits(beside) else place.with_name(f"{pseudonym('item', place.name)}.reason.txt")
                     with private(not self._shared and may_be_dicom(claim.item)):
                         write_text(beside, "\n\n".join(reason(claim, exc) for exc in claim.errors) + "\n")
                 os.rename(claim.item, place)
             self._end(claim)
         return place
 
-    def leave(self, claim: Claim) -> None:
+    def leave(self, claim: WorkItem) -> None:
         """Let go of it where it is: it is taken up as `abandoned`, by whoever comes first."""
         if claim.open:
             self._close(claim)
 
-    def _end(self, claim: Claim) -> None:
-        claim.starts.unlink(missing_ok=True)
-        (claim.ticket / LOCK).unlink(missing_ok=True)
+    def _end(self, claim: WorkItem) -> None:
+        claim.attempts.unlink(missing_ok=True)
+        (claim.lease / LOCK).unlink(missing_ok=True)
         with suppress(OSError):
-            claim.ticket.rmdir()
+            claim.lease.rmdir()
         self._close(claim)
 
-    def _close(self, claim: Claim) -> None:
+    def _close(self, claim: WorkItem) -> None:
         claim.open = False  # first: Ctrl-C may come in between, and a number that is closed may be another file's by then
         os.close(claim.handle)
 
@@ -249,39 +249,39 @@ def may_be_dicom(item: Path) -> bool:
     return not item.name.lower().endswith(SUFFIXES)
 
 
-def called(item: Path) -> str:
+def display_name(item: Path) -> str:
     """What messages may call it: a volume by its file name, all else, which may be DICOM's and named after a patient, by a digest."""
-    return printable(item.name) if not may_be_dicom(item) else neutral("zip" if is_zip(item) else "item", item.name)
+    return printable(item.name) if not may_be_dicom(item) else pseudonym("zip" if is_zip(item) else "item", item.name)
 
 
-def reason(claim: Claim, exc: Mask2CTError) -> str:
+def reason(claim: WorkItem, exc: Mask2CTError) -> str:
     """The error for a person, without the place where it was worked on, and without a name that may be a patient's."""
-    text, name = str(exc).replace(printable(claim.item), claim.called), printable(claim.item.name)
-    return text.replace(name, claim.called) if len(name) > 3 else text
+    text, name = str(exc).replace(printable(claim.item), claim.display_name), printable(claim.item.name)
+    return text.replace(name, claim.display_name) if len(name) > 3 else text
 
 
-def waves(claims: Sequence[Claim], names: Mapping[str, Sequence[str]]) -> Iterator[list[Claim]]:
+def groups_without_name_clash(claims: Sequence[WorkItem], names: Mapping[str, Sequence[str]]) -> Iterator[list[WorkItem]]:
     """The claims in groups without two cases of one name. `names`: ticket name → its case names."""
     left = [*claims]
     while left:
         taken: set[str] = set()
         wave = []
         for claim in left:
-            if taken.isdisjoint(names[claim.ticket.name]):
+            if taken.isdisjoint(names[claim.lease.name]):
                 wave.append(claim)
-                taken.update(names[claim.ticket.name])
+                taken.update(names[claim.lease.name])
         left = [claim for claim in left if claim not in wave]
         yield wave
 
 
-def _hold(ticket: Path, flags: int = 0) -> int | None:
+def _hold(lease: Path, flags: int = 0) -> int | None:
     """The ticket's lock, when it can be had and is still the ticket's."""
-    path = ticket / LOCK
+    path = lease / LOCK
     try:
         handle = os.open(path, os.O_RDWR | flags, 0o666)
     except FileNotFoundError:  # not there yet, or no more
         with suppress(OSError):
-            ticket.rmdir()
+            lease.rmdir()
         return None
     with suppress(FileNotFoundError):
         if lock(handle) and os.path.samestat(os.fstat(handle), os.stat(path)):

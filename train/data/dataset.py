@@ -198,9 +198,9 @@ class Batches:
         return np.array([orders[p // count][p % count] for p in positions])
 
 
-def stream(seed: int, purpose: Literal["order", "noise", "augment", "style"], n: int) -> np.random.Generator:
+def stream(seed: int, tag: Literal["order", "noise", "augment", "style"], n: int) -> np.random.Generator:
     """The random numbers of the n-th epoch or step: a function of the arguments, so that nothing random need be saved."""
-    return np.random.default_rng([seed, ("order", "noise", "augment", "style").index(purpose), n])
+    return np.random.default_rng([seed, ("order", "noise", "augment", "style").index(tag), n])
 
 
 def noise_bytes(shape: tuple[int, ...], seed: int, step: int) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from .layouts import Layout, find
 HU = IntensityConfig("HU", -1024, 1976)  # air to dense bone and contrast: the range of train/configs/whs.json
 
 
-def settle(config: RunConfig) -> tuple[RunConfig, str]:
+def infer_from_data(config: RunConfig) -> tuple[RunConfig, str]:
     """(the config with nothing left open, what was found in a line or two). Only `data.path` is read.
 
     Raises `UsageError`s about the layout, `ConfigError` when the labels are left open and the layout does not state them, or

@@ -1,0 +1,1 @@
+"""How far synthetic CTs are from real ones."""

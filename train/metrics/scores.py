@@ -1,4 +1,4 @@
-"""How near painted CTs come to true ones: numpy arrays in, plain numbers out. Used in validation, by the report and by `train.evaluate`.
+"""How near synthetic CTs come to true ones: numpy arrays in, plain numbers out. Used in validation, by the report and by `train.evaluate`.
 
 Cases are volumes (D, H, W) of axial slices: synthetic and true HU, and model indices (0 is the background). All voxels of
 an organ are pooled over the cases. Images are in HU, or in arbitrary units: the body is then what is brighter than Otsu's threshold,
@@ -31,7 +31,7 @@ Volumes = Sequence[NDArray[Any]]
 
 def evaluate(synthetic: Volumes, truth: Volumes, masks: Volumes, names: Sequence[str], places: Places | None = None,
              intensity: Intensity = HU) -> dict[str, Any]:  # fmt: skip
-    """Metrics of painted cases against true ones, in `intensity.unit`. `names`: of the indices 1, 2, ...; `places`: the slices'
+    """Metrics of synthesized cases against true ones, in `intensity.unit`. `names`: of the indices 1, 2, ...; `places`: the slices'
     numbers in their volumes where cases do not hold all, so that only neighbours are compared along z.
 
     Returns {"cases", "organs": {name: ...}, "body": ..., "similarity": ...}: see `organ`, `body` and `metrics.similarity`. An organ
@@ -43,11 +43,11 @@ def evaluate(synthetic: Volumes, truth: Volumes, masks: Volumes, names: Sequence
     return {"cases": len(truth), "organs": organs, "body": whole, "similarity": _plain(**alike)}
 
 
-def ceiling(truth: Volumes, masks: Volumes, others: Volumes, other_masks: Volumes, names: Sequence[str],
+def real_baseline(truth: Volumes, masks: Volumes, others: Volumes, other_masks: Volumes, names: Sequence[str],
             places: Sequence[Places | None] = (None, None), intensity: Intensity = HU) -> dict[str, Any]:  # fmt: skip
     """The distances of `evaluate` between two groups of real patients: see `metrics.ceiling`."""
     insides = [[body_mask(v, intensity) for v in volumes] for volumes in (truth, others)]
-    result = volume_metrics.ceiling(truth, masks, others, other_masks, insides, names, places)
+    result = volume_metrics.real_baseline(truth, masks, others, other_masks, insides, names, places)
     if intensity.unit != HU.unit:
         result["similarity"] = volume_metrics.between_patients(_as_hu(truth, intensity), masks, _as_hu(others, intensity), other_masks)
     return _plain_tree(result)
@@ -58,45 +58,45 @@ def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArra
     """`metrics.diversity`, as JSON data."""
     result = volume_metrics.diversity(variants, masks, real, names)
     if intensity.unit != HU.unit:
-        alike = volume_metrics.diversity([_as_hu(painted, intensity) for painted in variants], masks, real, names)
+        alike = volume_metrics.diversity([_as_hu(generated, intensity) for generated in variants], masks, real, names)
         result |= {key: alike[key] for key in ("ssim", "ms_ssim", "scales")}
     return _plain_tree(result)
 
 
 def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int, places: Places | None = None) -> dict[str, float] | None:
-    """Median, interquartile range and texture of one organ, painted and true, over all cases' voxels, and the distances of their HU
+    """Median, interquartile range and texture of one organ, synthetic and true, over all cases' voxels, and the distances of their HU
     (`wasserstein`) and of their steps from slice to slice (`metrics.z_difference`, `metrics.z_error`).
     """
     inside = [mask == index for mask in masks]
     voxels = sum(int(m.sum()) for m in inside)
     if voxels < LEAST_VOXELS:
         return None
-    painted, true = (np.concatenate([v[m] for v, m in zip(volumes, inside, strict=True)]) for volumes in (synthetic, truth))
-    (q1, median, q3), (t1, true_median, t3) = (np.percentile(values, (25, 50, 75)) for values in (painted, true))
+    generated, true = (np.concatenate([v[m] for v, m in zip(volumes, inside, strict=True)]) for volumes in (synthetic, truth))
+    (q1, median, q3), (t1, true_median, t3) = (np.percentile(values, (25, 50, 75)) for values in (generated, true))
     sd, true_sd = texture(synthetic, inside), texture(truth, inside)
     return _plain(
         voxels=voxels, median=median, median_true=true_median, median_error=median - true_median, iqr=q3 - q1, iqr_true=t3 - t1,
-        wasserstein=wasserstein(painted, true), texture=sd, texture_true=true_sd, texture_ratio=sd / true_sd if true_sd else float("nan"),
+        wasserstein=wasserstein(generated, true), texture=sd, texture_true=true_sd, texture_ratio=sd / true_sd if true_sd else float("nan"),
         z_difference=z_difference((synthetic, truth), (inside, inside), (places, places)), z_error=z_error(synthetic, truth, inside, places),
     )  # fmt: skip
 
 
 def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int, places: Places | None = None,
          intensity: Intensity = HU) -> dict[str, float] | None:  # fmt: skip
-    """Mean absolute error inside the true body, and its ratio to that of mean painting (None without a body).
+    """Mean absolute error inside the true body, and its ratio to that of label means (None without a body).
 
-    Mean painting gives every label, and the rest of the body, its own true mean in that case. `z_difference`: the distance in HU
-    between the painted and the true distribution of |I(z+1) - I(z)|; `z_error`: between steps in the same place. `outline_step`: see
+    Label means gives every label, and the rest of the body, its own true mean in that case. `z_difference`: the distance in HU
+    between the synthesized and the true distribution of |I(z+1) - I(z)|; `z_error`: between steps in the same place. `outline_step`: see
     `metrics.outline_step`.
     """
     error = baseline = 0.0
     voxels = 0
     insides = [body_mask(true, intensity) for true in truth]
-    for painted, true, mask, inside in zip(synthetic, truth, masks, insides, strict=True):
+    for generated, true, mask, inside in zip(synthetic, truth, masks, insides, strict=True):
         t, region = true[inside].astype(np.float64), mask[inside]
         counts = np.maximum(np.bincount(region, minlength=classes), 1)
         means = np.bincount(region, t, minlength=classes) / counts
-        error += float(np.abs(painted[inside] - t).sum())
+        error += float(np.abs(generated[inside] - t).sum())
         baseline += float(np.abs(means[region] - t).sum())
         voxels += t.size
     if not voxels:
@@ -104,11 +104,11 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int, place
     return _plain(
         voxels=voxels,
         mae=error / voxels,
-        mae_mean_painting=baseline / voxels,
+        mae_label_mean=baseline / voxels,
         mae_ratio=error / baseline if baseline else float("nan"),
         z_difference=z_difference((synthetic, truth), (insides, insides), (places, places)),
         z_error=z_error(synthetic, truth, insides, places),
-        outline_step=outline_step([body_mask(painted) for painted in synthetic], places),
+        outline_step=outline_step([body_mask(generated) for generated in synthetic], places),
         outline_step_true=outline_step(insides, places),
     )
 
@@ -176,7 +176,7 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
         rows.append(f"absent, or almost: {', '.join(absent)}")
     if b := result["body"]:
         ratio = "" if b["mae_ratio"] is None else f", ratio {b['mae_ratio']:.3f}"
-        rows.append(f"body: MAE {b['mae']:.1f} {unit}, mean painting {b['mae_mean_painting']:.1f} {unit}{ratio}")
+        rows.append(f"body: MAE {b['mae']:.1f} {unit}, label means {b['mae_label_mean']:.1f} {unit}{ratio}")
         if b["z_difference"] is not None:
             rows.append(
                 f"body: distance of |I(z+1) - I(z)| {b['z_difference']:.1f} {unit}, from the true one in its place {b['z_error']:.1f} {unit}"
@@ -218,7 +218,7 @@ def organ_names(labels: LabelTable) -> list[str]:
 
 def flat(metrics: dict[str, Any]) -> Iterable[tuple[str, float]]:
     """(name, value) of every number that is there, such as ("organs.left atrium.median", 455.0)."""
-    for key, value in volume_metrics.items():
+    for key, value in metrics.items():
         if isinstance(value, dict):
             yield from ((f"{key}.{name}", number) for name, number in flat(value))
         elif value is not None:

@@ -1,4 +1,4 @@
-"""Distances between painted and real CTs beyond medians and errors: distributions, structure, slices that agree, diversity.
+"""Distances between synthesized and real CTs beyond medians and errors: distributions, structure, slices that agree, diversity.
 
 Cases are volumes (D, H, W) of axial slices in integer HU, as in train/metrics/scores.py, which puts these figures together. A distance
 means something beside the same distance between two groups of real patients: `ceiling`.
@@ -58,13 +58,13 @@ def z_difference(volumes: Sequence[Volumes], insides: Sequence[Volumes], places:
     return wasserstein(*steps)
 
 
-def z_error(painted: Volumes, true: Volumes, insides: Volumes, places: Places | None = None) -> float:
-    """Mean absolute difference in HU between a painted step I(z+1) - I(z) and the true one in its place; NaN without neighbours.
+def z_error(generated: Volumes, true: Volumes, insides: Volumes, places: Places | None = None) -> float:
+    """Mean absolute difference in HU between a synthesized step I(z+1) - I(z) and the true one in its place; NaN without neighbours.
 
     Where `z_difference` lets a step that is too large in one place stand in for one that is missing in another, this does not.
     """
     total, count = 0, 0
-    for n, (ours, theirs, inside) in enumerate(zip(painted, true, insides, strict=True)):
+    for n, (ours, theirs, inside) in enumerate(zip(generated, true, insides, strict=True)):
         both = inside[1:] & inside[:-1]
         if places is not None:
             both &= (np.diff(places[n]) == 1)[:, None, None]
@@ -133,16 +133,16 @@ def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArra
 
     Per organ the spread of its median over the paintings of one mask (root mean square over masks), the spread between the real
     patients, and their ratio (1: as diverse as patients are); how far the median of all paintings' voxels lies from the mean of the real
-    patients' medians; SSIM and MS-SSIM between each painting and the next, on slices with labels.
+    patients' medians; SSIM and MS-SSIM between each synthetic image and the next, on slices with labels.
     """
     classes = len(names) + 1
-    each = np.stack([spread([medians(v, mask, classes) for v in painted]) for painted, mask in zip(variants, masks, strict=True)])
+    each = np.stack([spread([medians(v, mask, classes) for v in generated]) for generated, mask in zip(variants, masks, strict=True)])
     known = ~np.isnan(each)
     ours = np.sqrt((np.where(known, each, 0) ** 2).sum(0) / np.where(known.any(0), known.sum(0), np.nan))
     true, table = spread(real), np.stack(real)
     organs = {}
     for index, (name, s, t) in enumerate(zip(names, ours, true, strict=True), 1):
-        voxels = np.concatenate([v[mask == index] for painted, mask in zip(variants, masks, strict=True) for v in painted])
+        voxels = np.concatenate([v[mask == index] for generated, mask in zip(variants, masks, strict=True) for v in generated])
         seen = table[~np.isnan(table[:, index - 1]), index - 1]
         away = np.median(voxels) - seen.mean() if voxels.size and seen.size else np.nan
         organs[name] = {
@@ -152,9 +152,9 @@ def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArra
             "median_error": float(away),
         }
     pairs = []
-    for painted, mask in zip(variants, masks, strict=True):
+    for generated, mask in zip(variants, masks, strict=True):
         chosen = _labelled(mask, ALIKE_SLICES)
-        ring = [*painted, painted[0]] if len(painted) > 2 else painted
+        ring = [*generated, generated[0]] if len(generated) > 2 else generated
         pairs += [(one[chosen], other[chosen]) for one, other in pairwise(ring)]
     return {"variants": min(map(len, variants)), "organs": organs, **similarity(*zip(*pairs, strict=True))}
 
@@ -178,11 +178,11 @@ def between_patients(one: Volumes, one_masks: Volumes, other: Volumes, other_mas
     return similarity(*zip(*pairs, strict=True)) if pairs else {"ssim": float("nan"), "ms_ssim": float("nan"), "scales": 0}
 
 
-def ceiling(
+def real_baseline(
     one: Volumes, one_masks: Volumes, other: Volumes, other_masks: Volumes, insides: Sequence[Volumes], names: Sequence[str],
     places: Sequence[Places | None] = (None, None),
 ) -> Any:  # fmt: skip
-    """What two groups of real patients have between them: the distances no painting can be expected to beat.
+    """What two groups of real patients have between them: the distances no synthesis can be expected to beat.
 
     `insides`: the body of each case, of the two groups. `places`: the slices' numbers in their volumes, where slices are left out.
     {"organs": {name: {"wasserstein", "z_difference"}}, "body": {"z_difference"}, "similarity": `between_patients`}.

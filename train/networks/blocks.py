@@ -17,7 +17,7 @@ BN_MOMENTUM = 0.2  # 0.8 in Keras' convention
 LEAK = 0.2
 
 
-def joined(parts: Sequence[Tensor]) -> Tensor:
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
     """`parts` (N, C, H, W) side by side as channels."""
     return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
 
@@ -107,7 +107,7 @@ class Modulation(nn.Module):
         return x * (1 + scale) + shift
 
 
-class TopReference(nn.Module):
+class ReferenceHead(nn.Module):
     """From half resolution to the image, as the original does: a transposed convolution to one channel, a convolution."""
 
     block = 1  # the side of the blocks of pixels that it gives as channels
@@ -118,11 +118,11 @@ class TopReference(nn.Module):
         self.amplitudes = nn.ConvTranspose2d(width, textures, 4, 2, 1) if textures else None
 
     def forward(self, parts: Sequence[Tensor], condition: Tensor, style: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        x = joined(parts)
+        x = concatenate(parts)
         return self.image(x), self.amplitudes(x) if self.amplitudes is not None else None
 
 
-class TopUnet(nn.Module):
+class UnetHead(nn.Module):
     """From half resolution to features at full resolution, where the labels join again: organs' edges are not squeezed
     through the stages. Pixels are repeated, not deconvolved: a transposed convolution treats odd and even pixels apart,
     which shows as a checkerboard.
@@ -140,13 +140,13 @@ class TopUnet(nn.Module):
         self.amplitudes = nn.Conv2d(features, textures, 1) if textures else None
 
     def forward(self, parts: Sequence[Tensor], condition: Tensor, style: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        full = self.join(torch.cat([self.up(joined(parts)), condition], 1))
+        full = self.join(torch.cat([self.up(concatenate(parts)), condition], 1))
         if self.modulation is not None:
             full = self.modulation(full, style)
         return self.image(full), self.amplitudes(full) if self.amplitudes is not None else None
 
 
-class TopEdge(nn.Module):
+class EdgeHead(nn.Module):
     """From half resolution to the image without a convolution of features at full resolution: the labels join with their
     2x2 blocks as channels, so that edges stay where they are, and the image leaves as 2x2 blocks too (Shi et al., CVPR 2016).
     """
@@ -216,16 +216,16 @@ def _up_edge(channels_in: int, channels_out: int) -> Join:
     return Join(mix, norm, relu, nn.Upsample(scale_factor=2), *spread)  # channels are mixed where pixels are few
 
 
-class Kind(NamedTuple):
+class Architecture(NamedTuple):
     """The parts of one kind of generator."""
 
     down: Callable[..., nn.Module]
     up: Callable[[int, int], nn.Module]
-    top: type[TopReference] | type[TopUnet] | type[TopEdge]
+    top: type[ReferenceHead] | type[UnetHead] | type[EdgeHead]
 
 
-KINDS = {
-    "reference": Kind(_down, _up_reference, TopReference),
-    "unet": Kind(_down, _up_unet, TopUnet),
-    "edge": Kind(_down_edge, _up_edge, TopEdge),
+ARCHITECTURES = {
+    "reference": Architecture(_down, _up_reference, ReferenceHead),
+    "unet": Architecture(_down, _up_unet, UnetHead),
+    "edge": Architecture(_down_edge, _up_edge, EdgeHead),
 }

@@ -1,4 +1,4 @@
-"""The judge: scores overlapping patches of an image, given the labels it was painted from (or without them).
+"""The discriminator: scores overlapping patches of an image, given the labels it was synthesized from (or without them).
 
 Isola et al., "Image-to-Image Translation with Conditional Adversarial Networks", 2017 (PatchGAN).
 """
@@ -14,7 +14,7 @@ from .blocks import BN_MOMENTUM, LEAK, WIDEST, same_conv4
 
 
 class Discriminator(nn.Module):
-    """`channels`: of the condition; 0 for an unconditional judge. `patch_size`: a power of two, its log2 is the depth."""
+    """`channels`: of the condition; 0 for an unconditional discriminator. `patch_size`: a power of two, its log2 is the depth."""
 
     def __init__(self, channels: int, *, filters: int, patch_size: int, conditional: bool = True):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The painter: a U-Net from one-hot labels (and white noise) to an image in [0, 1].
+"""The inference thread: a U-Net from one-hot labels (and white noise) to an image in [0, 1].
 
 `reference` follows the original system: stride-2 4x4 convolutions down, transposed 4x4 convolution + 4x4 convolution up,
 optional skips. `unet` is lighter: no second convolution on the way up but at full resolution, where features remain for
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .blocks import KINDS, WIDEST, BlockConv2d, Join, Modulation, joined
+from .blocks import ARCHITECTURES, WIDEST, BlockConv2d, Join, Modulation, concatenate
 
-FAINT = 0.02  # the texture's amplitude at the start, against what initialisation would give
+NOISE_INIT_SCALE = 0.02  # the texture's amplitude at the start, against what initialisation would give
 NOISE_MEAN, NOISE_SD = 127.5, 73.9  # of a uniform byte
 
 
@@ -38,7 +38,7 @@ def standardise_noise(noise: Tensor) -> Tensor:
     return (noise.float() - NOISE_MEAN) / NOISE_SD
 
 
-class Texture(nn.Module):
+class NoiseInjection(nn.Module):
     """CT texture: sum_k a_k(x) * (w_k * n)(x), white noise n filtered by learned kernels w_k, weighted by amplitude maps a_k.
 
     Linear in the noise, so what the network learns is the spectrum and the local amplitude of the texture. All of it with `block` x `block`
@@ -68,7 +68,7 @@ class Generator(nn.Module):
     ):
         super().__init__()
         self.channels, self.divisor, self.noisy, self.skips, self.style = channels, 2**depth, textures > 0, skips, style
-        down, up, top = KINDS[kind]
+        down, up, top = ARCHITECTURES[kind]
         widths = [filters * min(2**n, WIDEST) for n in range(depth)]
         self.encoder = nn.ModuleList(down(a, b, first=n == 0) for n, (a, b) in enumerate(pairwise([channels, *widths])))
         self.decoder = nn.ModuleList()
@@ -83,26 +83,26 @@ class Generator(nn.Module):
         if self.contrast is not None:
             nn.init.zeros_(self.contrast.weight)
         if self.noisy:
-            self.texture = Texture(textures, texture_kernel, top.block)
+            self.texture = NoiseInjection(textures, texture_kernel, top.block)
 
     def forward(self, condition: Tensor, noise: Tensor | None = None, style: Tensor | None = None) -> Tensor:
         """Image float (N, 1, H, W) in [0, 1], from float `condition` (N, channels, H, W), `noise` (N, 1, H, W), `style` (N, S).
 
-        Without noise or style: the image that a network which takes them paints where they are zero.
+        Without noise or style: the image that a network which takes them synthesizes where they are zero.
         """
-        return self.paint(condition, noise, style)[1]
+        return self.generate(condition, noise, style)[1]
 
-    def paint(self, condition: Tensor, noise: Tensor | None = None, style: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def generate(self, condition: Tensor, noise: Tensor | None = None, style: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(image without texture, image with it), both as `forward` returns them; the same tensor when there is no noise.
 
         From the logits on all is FP32, in whatever precision the stages compute: a sigmoid near 1 has steps of 1 HU in FP16.
         """
         base, amplitudes = self.logits(condition, style)
         base, contrast = base.float(), self._contrast(condition, style)
-        smooth = self._image(base, contrast)
+        fake_smooth = self._image(base, contrast)
         if noise is None or amplitudes is None:
-            return smooth, smooth
-        return smooth, self._image(base + self.texture(amplitudes.float(), noise), contrast)
+            return fake_smooth, fake_smooth
+        return fake_smooth, self._image(base + self.texture(amplitudes.float(), noise), contrast)
 
     def logits(self, condition: Tensor, style: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """What the output activation gets without noise and contrast, and the texture's amplitude maps if any, both with the top's
@@ -114,7 +114,7 @@ class Generator(nn.Module):
             kept.append(x)
         parts = [x]
         for n, (stage, skip) in enumerate(zip(self.decoder, reversed(kept[:-1]), strict=True)):
-            x = stage(*parts) if isinstance(stage, Join) else stage(joined(parts))
+            x = stage(*parts) if isinstance(stage, Join) else stage(concatenate(parts))
             if self.style:
                 x = self.modulations[n](x, style)
             parts = [x, skip] if self.skips else [x]
@@ -143,4 +143,4 @@ def initialise(modules: Sequence[nn.Module]) -> None:
             nn.init.normal_(module.texture.filters.weight, std=1 / module.texture.filters.kernel_size[0])  # unit variance out
             if module.top.amplitudes is not None:
                 with torch.no_grad():
-                    module.top.amplitudes.weight.mul_(FAINT)
+                    module.top.amplitudes.weight.mul_(NOISE_INIT_SCALE)

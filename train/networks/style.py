@@ -28,7 +28,7 @@ from ..data.dataset import Slices, stream
 from ..metrics.scores import body_mask
 from ..metrics.volume_metrics import medians
 
-FRESH = 0.6  # share of a training style's deviation that is drawn for each slice, the rest being its patient's
+STYLE_JITTER = 0.6  # share of a training style's deviation that is drawn for each slice, the rest being its patient's
 DIRECTIONS = 12  # from the labels' centre to an outline, at equal angles from the columns' axis towards the rows'
 OUTLINES = 16  # labelled slices of a patient, at most, that its outline is measured on
 MARGIN = 0.09  # of the image's width: as far from the labels the surroundings are stretched in full
@@ -86,13 +86,13 @@ def patient_styles(table: NDArray[np.float64], size: int, spread: float = 1.0) -
     return (scores[:, :size] * signs * scale).astype(np.float32), effects.astype(np.float32)
 
 
-class Moves(NamedTuple):
+class StyleEdits(NamedTuple):
     """What a batch's styles change in its slices, float32: `shifts` (N, classes) of the labels' intensities, as share of the range;
     `stretch` (N, 12), logs of the factors in the `DIRECTIONS` from `centres` (N, 2); see `move` and `stretch`.
     """
 
     shifts: NDArray[np.float32]
-    stretch: NDArray[np.float32]
+    warp_outline: NDArray[np.float32]
     centres: NDArray[np.float32]
 
 
@@ -111,16 +111,16 @@ class Styles:
         self._shifts = np.pad(effects[:, :-DIRECTIONS], ((0, 0), (1, 0))) / np.float32(
             intensity.high - intensity.low
         )  # none on the background
-        self._stretch = effects[:, -DIRECTIONS:] / np.float32(scale)
+        self._outline_weights = effects[:, -DIRECTIONS:] / np.float32(scale)
         self._seed = seed
 
-    def __call__(self, slices: NDArray[np.intp], step: int) -> tuple[NDArray[np.float32], Moves]:
+    def __call__(self, slices: NDArray[np.intp], step: int) -> tuple[NDArray[np.float32], StyleEdits]:
         """(styles (N, S), what they change) of this step's slices."""
         own = self._of_slice[slices]
         drawn = stream(self._seed, "style", step).standard_normal(own.shape, np.float32)
-        styles = np.float32(np.sqrt(1 - FRESH**2)) * own + np.float32(FRESH) * drawn
+        styles = np.float32(np.sqrt(1 - STYLE_JITTER**2)) * own + np.float32(STYLE_JITTER) * drawn
         away = styles - own
-        return styles, Moves(away @ self._shifts, away @ self._stretch, self._centres[slices])
+        return styles, StyleEdits(away @ self._shifts, away @ self._outline_weights, self._centres[slices])
 
 
 def _deviation(table: NDArray[np.float64]) -> float:
@@ -131,13 +131,13 @@ def _deviation(table: NDArray[np.float64]) -> float:
     return found if found > ROUNDING else 1.0
 
 
-def move(image: Tensor, labels: Tensor, shifts: Tensor) -> Tensor:
+def shift_intensity(image: Tensor, labels: Tensor, shifts: Tensor) -> Tensor:
     """`image` (N, 1, H, W) in [0, 1] with `shifts` (N, classes) added where its label, in the middle of `labels` (N, Z, H, W), is."""
     middle = labels[:, labels.shape[1] // 2].long()
     return (image + shifts.gather(1, middle.flatten(1)).view_as(image)).clamp(0, 1)
 
 
-def stretch(image: Tensor, labels: Tensor, factors: Tensor, centres: Tensor) -> Tensor:
+def warp_outline(image: Tensor, labels: Tensor, factors: Tensor, centres: Tensor) -> Tensor:
     """`image` (N, 1, H, W) with its surroundings stretched away from `centres` (N, 2) by exp(`factors` (N, 12)); labels stay where they are.
 
     The stretch grows from nothing at the labels of the middle of `labels` (N, Z, H, W) to the whole `MARGIN` away. Between two

@@ -1,0 +1,1 @@
+"""Patients made by rule: anatomy, physics and a cohort of them."""

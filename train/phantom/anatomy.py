@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from train.phantom.physics import FAR, Array, Grid, Warp, curve, cut, ellipsoid, paint, plane, ring, smooth_union, tube
+from train.phantom.physics import FAR, Array, Grid, Warp, blend, curve, cut, ellipsoid, plane, ring, smooth_union, tube
 
 LABELS = {"myo": 205, "la": 420, "lv": 500, "ra": 550, "rv": 600, "ao": 820, "pa": 850}  # MM-WHS values
 Segment = tuple[Array, Array, Array]  # of a vessel: start, end (mm) and the radii at both
@@ -151,24 +151,24 @@ def heart_box(pose: Pose, grid: Grid) -> tuple[tuple[slice, slice, slice], Grid]
     return grid.box(centre - reach, centre + reach)
 
 
-def paint_heart(
+def draw_heart(
     canvas: Array, labels: NDArray[np.uint16], p: Parameters, pose: Pose, grid: Grid, parts: dict[str, Array], edge: float
 ) -> None:
-    """Paint walls, coronary arteries, blood and myocardium (HU), and write the labels."""
+    """Synthesize walls, coronary arteries, blood and myocardium (HU), and write the labels."""
     for name, thickness in (("ra", 2.0), ("rv", 3.0), ("la", 2.0), ("pa", 1.6), ("ao", 1.8)):
-        paint(canvas, parts[name] - thickness, p.myocardium if name == "rv" else MUSCLE, edge)
+        blend(canvas, parts[name] - thickness, p.myocardium if name == "rv" else MUSCLE, edge)
     for path in CORONARIES:
-        paint(canvas, vessel(grid, pose, path, 2.0, 1.2, 3.0), p.blood["ao"], edge)
+        blend(canvas, vessel(grid, pose, path, 2.0, 1.2, 3.0), p.blood["ao"], edge)
     z = grid.points()[2]
     for name, distance in parts.items():
         value: float | Array = p.myocardium if name == "myo" else p.blood[name]
         if name == "ra":  # unopacified blood from below streams along the septum
             value = value + np.float32(p.streaming) * np.sin((z - np.float32(pose.origin[2])) / np.float32(14))
-        paint(canvas, distance, value, edge)
+        blend(canvas, distance, value, edge)
         labels[distance < 0] = LABELS[name]
     for side in (-1, 1):  # papillary muscles: within the blood pool's label, as in MM-WHS
         ends = [(LV_EQUATOR + along) * APEX + 11 * side * ANTERIOR - 9 * SEPTUM for along in (8.0, 32.0)]
-        paint(canvas, np.maximum(vessel(grid, pose, ends, 2.6, 4.0), parts["lv"]), p.myocardium, edge)
+        blend(canvas, np.maximum(vessel(grid, pose, ends, 2.6, 4.0), parts["lv"]), p.myocardium, edge)
 
 
 @dataclass(frozen=True)
@@ -234,40 +234,40 @@ def lung_vessels(p: Parameters, pose: Pose) -> list[Segment]:
     return segments
 
 
-def paint_bone(canvas: Array, distance: Array, marrow: float, density: float, edge: float, shell: float = 1.5) -> None:
+def draw_bone(canvas: Array, distance: Array, marrow: float, density: float, edge: float, shell: float = 1.5) -> None:
     """A bone: cortical shell around spongy marrow (HU)."""
-    paint(canvas, distance, CORTEX * density, edge)
-    paint(canvas, distance + shell, marrow * density, edge)
+    blend(canvas, distance, CORTEX * density, edge)
+    blend(canvas, distance + shell, marrow * density, edge)
 
 
-def paint_lungs(canvas: Array, p: Parameters, t: Torso, grid: Grid, tree: list[Segment], edge: float) -> None:
+def draw_lungs(canvas: Array, p: Parameters, t: Torso, grid: Grid, tree: list[Segment], edge: float) -> None:
     """Fill the whole cage with lung, denser towards the back, and its vessels."""
     canvas += p.lung + 0.28 * t.y
     for a, b, radii in tree:
         index, near = grid.box(np.minimum(a, b) - radii[0] - 2, np.maximum(a, b) + radii[0] + 2)
         if 0 not in near.shape:
-            paint(canvas[index], tube(near, np.array([a, b]), radii, 2.0), 0.8 * p.blood["pa"], edge)
+            blend(canvas[index], tube(near, np.array([a, b]), radii, 2.0), 0.8 * p.blood["pa"], edge)
 
 
-def paint_abdomen(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float) -> None:
+def draw_abdomen(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float) -> None:
     """Diaphragm, liver, stomach and spleen below the domes."""
     below = grid.points()[2] - t.dome
-    paint(canvas, below, MUSCLE, edge)
-    paint(canvas, below + 2.5, FAT, edge)
+    blend(canvas, below, MUSCLE, edge)
+    blend(canvas, below + 2.5, FAT, edge)
     inside, s = np.maximum(below + 3, t.r - t.cage + 7), p.skeleton
     top = float(t.dome.max())
     centre, eye = np.array([*p.body, top]), np.eye(3)
     spleen = ellipsoid(grid, centre + s * np.array([82, 34, -42]), eye, s * np.array([34.0, 46, 42]))
     stomach = ellipsoid(grid, centre + s * np.array([56, -22, -46]), eye, s * np.array([48.0, 44, 36]))
-    paint(canvas, np.maximum(spleen, inside), p.spleen, edge)
-    paint(canvas, np.maximum(stomach, inside), 50.0, edge)
-    paint(canvas, np.maximum(stomach + 4, inside), 25.0, edge)
-    paint(canvas, np.maximum(np.maximum(stomach + 4, inside), t.y + 55 * s - p.stomach_gas), -950.0, edge)
+    blend(canvas, np.maximum(spleen, inside), p.spleen, edge)
+    blend(canvas, np.maximum(stomach, inside), 50.0, edge)
+    blend(canvas, np.maximum(stomach + 4, inside), 25.0, edge)
+    blend(canvas, np.maximum(np.maximum(stomach + 4, inside), t.y + 55 * s - p.stomach_gas), -950.0, edge)
     liver = t.x - (12 - 0.55 * (t.y + 10)) * s
-    paint(canvas, np.maximum(liver, inside), p.liver, edge)
+    blend(canvas, np.maximum(liver, inside), p.liver, edge)
 
 
-def paint_mediastinum(canvas: Array, p: Parameters, pose: Pose, t: Torso, grid: Grid, edge: float) -> None:
+def draw_mediastinum(canvas: Array, p: Parameters, pose: Pose, t: Torso, grid: Grid, edge: float) -> None:
     """Vessels, airways and oesophagus outside the labels."""
     s, (cx, cy) = p.skeleton, p.body
     low = np.array([cx + 14 * s, cy + 34 * s, -120])
@@ -277,10 +277,10 @@ def paint_mediastinum(canvas: Array, p: Parameters, pose: Pose, t: Torso, grid: 
     aorta = tube(grid, curve(arch), p.heart * np.linspace(11.5, 13.5, 16))
     superior, inferior = vessel(grid, pose, SVC, 9.5, 8.5), vessel(grid, pose, IVC, 11, 12)
     for distance, value in ((aorta, p.blood["ao"]), (superior, 1.1 * p.blood["ra"]), (inferior, 130.0)):
-        paint(canvas, distance - 1.6, MUSCLE, edge)
-        paint(canvas, distance, value, edge)
+        blend(canvas, distance - 1.6, MUSCLE, edge)
+        blend(canvas, distance, value, edge)
     gullet = ellipsoid(grid, np.array([cx + 8 * s, cy + 25 * s, 0]), np.eye(3), np.array([9.0, 5.5, 1e4]))
-    paint(canvas, gullet, 45.0, edge)
+    blend(canvas, gullet, 45.0, edge)
     carina, right, left = (pose.place(point) for point in (CARINA, RIGHT_MAIN, LEFT_MAIN))
     down = np.array([22.0, 8, -14])
     airways = np.minimum(
@@ -288,8 +288,8 @@ def paint_mediastinum(canvas: Array, p: Parameters, pose: Pose, t: Torso, grid: 
         tube(grid, np.array([carina, right, right + down * [-1, 1, 1]]), np.array([8.0, 6.5, 3.5])),
     )
     airways = np.minimum(airways, tube(grid, np.array([carina, left, left + down]), np.array([7.5, 6, 3.5])))
-    paint(canvas, airways - 1.8, 30.0, edge)
-    paint(canvas, airways, -980.0, edge)
+    blend(canvas, airways - 1.8, 30.0, edge)
+    blend(canvas, airways, -980.0, edge)
 
 
 def lung_distance(p: Parameters, t: Torso, grid: Grid, heart: Array) -> Array:
@@ -300,12 +300,12 @@ def lung_distance(p: Parameters, t: Torso, grid: Grid, heart: Array) -> Array:
     return np.maximum(np.maximum(still, margin - heart), t.dome - grid.points()[2])
 
 
-def paint_wall(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float) -> None:
+def draw_wall(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float) -> None:
     """Chest wall from the pleura outwards: muscle, fat, skin, and the air and table outside."""
-    paint(canvas, t.cage - 6.5 - t.r, MUSCLE, edge)
+    blend(canvas, t.cage - 6.5 - t.r, MUSCLE, edge)
     seam = np.abs(t.r - t.cage - 8) - 1.2  # fat between the ribs and the muscles over them
-    paint(canvas, np.broadcast_to(seam, canvas.shape), 0.6 * FAT, edge)
-    paint(canvas, t.muscle - t.r, FAT, edge)
+    blend(canvas, np.broadcast_to(seam, canvas.shape), 0.6 * FAT, edge)
+    blend(canvas, t.muscle - t.r, FAT, edge)
     surface: Array = t.r - t.skin
     s, z = p.skeleton, grid.points()[2]
     if p.breast:
@@ -314,25 +314,25 @@ def paint_wall(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float) 
             radii = np.array([50.0, 22 + p.breast, 62.0])
             breast = ellipsoid(grid, centre, np.eye(3), radii)
             gland = ellipsoid(grid, centre - np.array([0, 0.35 * p.breast, 6]), np.eye(3), 0.5 * radii)
-            paint(canvas, np.maximum(gland, t.muscle + 6 - t.r), -10.0, edge)
+            blend(canvas, np.maximum(gland, t.muscle + 6 - t.r), -10.0, edge)
             surface = smooth_union(surface, breast, 12)
-    paint(canvas, -surface - 2, SKIN, edge)
-    paint(canvas, -surface, AIR, edge)
+    blend(canvas, -surface - 2, SKIN, edge)
+    blend(canvas, -surface, AIR, edge)
     back = t.y - float(np.max(np.where(surface.min(0) < 0, t.y[0], -FAR))) - 5 + t.x**2 / 700
     shell = np.maximum(np.abs(back - 8) - 8, np.abs(t.x) - 175)
     outside = np.maximum(shell, -surface)
-    paint(canvas, np.maximum(ring(shell, 1.5), outside) + 0 * z, -250.0, edge)
+    blend(canvas, np.maximum(ring(shell, 1.5), outside) + 0 * z, -250.0, edge)
 
 
-def paint_skeleton(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float) -> None:
+def draw_skeleton(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float) -> None:
     """Vertebral column, ribs with their cartilage, and sternum."""
     s, z, bone = p.skeleton, grid.points()[2], p.bone
     pitch = 27 * s
     level = np.abs(np.mod(z + p.vertebra * pitch, pitch) - pitch / 2)  # 0 at mid-vertebra
     across, deep = t.x, t.y - 50 * s
     body = np.hypot(across, 1.28 * deep) - (17.5 - 1.5 * np.cos(level * (2 * np.pi / pitch))) * s
-    paint(canvas, body, 80.0, edge)
-    paint_bone(canvas, np.maximum(body, level - (pitch / 2 - 2.5)), 205.0, bone, edge)
+    blend(canvas, body, 80.0, edge)
+    draw_bone(canvas, np.maximum(body, level - (pitch / 2 - 2.5)), 205.0, bone, edge)
     canal = np.hypot(across, deep - 24 * s) - 9 * s
     arch = np.maximum(np.maximum(canal - 5 * s, 6 * s - deep), level - 9 * s)
     spinous = np.maximum(np.hypot(across, np.maximum(np.abs(deep - 41 * s) - 9 * s, 0)) - 3.6 * s, level - 8 * s)
@@ -340,9 +340,9 @@ def paint_skeleton(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: flo
     transverse = np.hypot(np.maximum(np.abs(side) - 10 * s, 0), deep - 27 * s - 0.25 * side) - 4.5 * s
     transverse = np.maximum(transverse, level - 5 * s)
     for part in (transverse, spinous, arch):
-        paint_bone(canvas, part, 230.0, bone, edge)
-    paint(canvas, canal + 0 * z, 5.0, edge)
-    paint(canvas, canal + 4 * s + 0 * z, 45.0, edge)
+        draw_bone(canvas, part, 230.0, bone, edge)
+    blend(canvas, canal + 0 * z, 5.0, edge)
+    blend(canvas, canal + 4 * s + 0 * z, 45.0, edge)
 
     step, bend = 26 * s, 2.42  # ribs fall from the spine to the bend, then rise as cartilage to the sternum
     fall = np.minimum(t.phi / bend, 1)
@@ -350,12 +350,12 @@ def paint_skeleton(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: flo
     offset = np.mod(z + drop + p.rib * step, step) - step / 2
     rib = np.hypot(t.r - t.cage, offset * 0.62) - 4.2 * s
     rib = np.maximum(rib, 17 * s - np.abs(t.x))
-    paint_bone(canvas, np.maximum(rib, (t.phi - bend) * 80), 150.0, bone, edge)
-    paint(canvas, np.maximum(np.maximum(rib, (bend - t.phi) * 80), 15 * s - np.abs(t.x)), CARTILAGE, edge)
+    draw_bone(canvas, np.maximum(rib, (t.phi - bend) * 80), 150.0, bone, edge)
+    blend(canvas, np.maximum(np.maximum(rib, (bend - t.phi) * 80), 15 * s - np.abs(t.x)), CARTILAGE, edge)
     half = 17 * s - np.clip(-30 - z, 0, 24) * 0.4
     ahead = t.y + 90 * s
     sternum = np.maximum(np.abs(ahead + 0.06 * z) - 5.5 * s, np.abs(t.x) - half)
-    paint_bone(canvas, np.maximum(sternum, -62 - z), 140.0, bone, edge)
+    draw_bone(canvas, np.maximum(sternum, -62 - z), 140.0, bone, edge)
 
 
 def render(p: Parameters, grid: Grid, edge: float, slab: int = 4) -> Iterator[tuple[slice, Array, NDArray[np.uint16]]]:
@@ -371,12 +371,12 @@ def render(p: Parameters, grid: Grid, edge: float, slab: int = 4) -> Iterator[tu
         distances = heart_distances(p, pose, near)
         heart = np.full(part.shape, FAR, np.float32)
         heart[index] = np.minimum.reduce(list(distances.values()))
-        paint_lungs(hu, p, t, part, tree, edge)
-        paint(hu, -lung_distance(p, t, part, heart), FAT, edge)
-        paint_abdomen(hu, p, t, part, edge)
-        paint(hu, np.maximum(heart - 4, t.r - t.cage + 6), FAT, edge)
-        paint_mediastinum(hu, p, pose, t, replace(part, warp=p.warp), edge)
-        paint_heart(hu[index], labels[index], p, pose, near, distances, edge)
-        paint_wall(hu, p, t, part, edge)
-        paint_skeleton(hu, p, t, part, edge)
+        draw_lungs(hu, p, t, part, tree, edge)
+        blend(hu, -lung_distance(p, t, part, heart), FAT, edge)
+        draw_abdomen(hu, p, t, part, edge)
+        blend(hu, np.maximum(heart - 4, t.r - t.cage + 6), FAT, edge)
+        draw_mediastinum(hu, p, pose, t, replace(part, warp=p.warp), edge)
+        draw_heart(hu[index], labels[index], p, pose, near, distances, edge)
+        draw_wall(hu, p, t, part, edge)
+        draw_skeleton(hu, p, t, part, edge)
         yield rows, hu, labels

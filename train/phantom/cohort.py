@@ -1,6 +1,6 @@
 """Synthetic training data: a cohort of simulated patients with contrast-enhanced cardiac CT and heart labels.
 
-``python -m train.phantom.cohort OUT --patients N [--seed S] [--size Z Y X] [--quiet]`` writes, in the layout of the
+``python -m train.phantom OUT --patients N [--seed S] [--size Z Y X] [--quiet]`` writes, in the layout of the
 MM-WHS challenge (Zhuang & Shen 2016, Med Image Anal 31:77), ``ct_train_1001_image.nii.gz`` (int16, HU) and
 ``ct_train_1001_label.nii.gz`` (uint16), 1002, and so on, with ``cohort.json`` telling what was drawn for each.
 
@@ -14,7 +14,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
@@ -217,7 +216,7 @@ def generate_cohort(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line in the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m train.phantom.cohort", description="Write a simulated cardiac CT cohort.")
+    parser = argparse.ArgumentParser(prog="python -m train.phantom", description="Write a simulated cardiac CT cohort.")
     parser.add_argument("out", type=Path, help="folder to write the cases to; created if missing")
     parser.add_argument("--patients", type=int, required=True, metavar="N", help="number of cases")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="cohort to draw (default 0)")
@@ -236,7 +235,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     generate_cohort(options.out, options.patients, seed=options.seed, size=(z, y, x), progress=lambda done, total: line.update(done))
     line.close()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(console.run(main))

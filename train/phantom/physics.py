@@ -96,7 +96,7 @@ def blocks(volume: NDArray[Any], factor: tuple[int, int, int]) -> NDArray[Any]:
     return volume.reshape(z, factor[0], y, factor[1], x, factor[2])
 
 
-def paint(canvas: Array, distance: Array, value: float | Array, edge: float) -> None:
+def blend(canvas: Array, distance: Array, value: float | Array, edge: float) -> None:
     """Mix ``value`` (HU) into ``canvas`` by the share of each sample, ``edge`` mm wide, inside the surface."""
     share = np.clip(0.5 - distance / edge, 0.0, 1.0)
     canvas += share * (value - canvas)

@@ -113,7 +113,7 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
     losses.set(title="training losses", xlabel="step", yscale="log")
     losses.legend(fontsize=8)
     bodies = [(line["step"], line["metrics"]["body"]["mae_ratio"]) for line in lines if line.get("metrics", {}).get("body")]
-    held_out.plot([s for s, _ in bodies], [ratio for _, ratio in bodies], "o-", color="black", label="body error / mean painting")
+    held_out.plot([s for s, _ in bodies], [ratio for _, ratio in bodies], "o-", color="black", label="body error / label means")
     held_out.set(title="held-out patients", xlabel="step", ylim=(0, None))
     held_out.legend(fontsize=8)
     for axis in (losses, held_out):

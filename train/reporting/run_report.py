@@ -1,4 +1,4 @@
-"""The report that a training leaves, RUN/report.html: how it went, what it paints now, how near that is to real patients."""
+"""The report that a training leaves, RUN/report.html: how it went, what it synthesizes now, how near that is to real patients."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _organs(metrics: Mapping[str, Any]) -> str:
     rows = []
     for name, organ in metrics["organs"].items():
         if organ is not None:
-            ceiling, spread = between.get(name, {}).get("wasserstein"), styles.get(name, {})
-            more = (ceiling, spread.get("spread"), spread.get("spread_true"))
+            real_baseline, spread = between.get(name, {}).get("wasserstein"), styles.get(name, {})
+            more = (real_baseline, spread.get("spread"), spread.get("spread_true"))
             rows.append((name, *(_number(organ[key]) for key in keys), *map(_number, more)))
     head = (
         "pooled",

@@ -73,7 +73,7 @@ class HostEngine(ABC):
 
     def __init__(self, options: EngineOptions | None = None):
         options = options or EngineOptions()
-        self.pool = Pool(HostMemory(), options.max_memory or DEFAULT_CAP, options.allowance)
+        self.pool = Pool(HostMemory(), options.max_memory or DEFAULT_CAP, options.budget)
         self.workers = options.workers or min(cores(), MOST_WORKERS)
         self.streams = 2 * (self.workers + AHEAD)  # one half is emptied and filled while the other keeps the workers busy
         self._threads: ThreadPoolExecutor | None = None
@@ -111,7 +111,7 @@ class HostEngine(ABC):
             raise
         except Exception as exc:  # libraries raise RuntimeError and classes of their own
             raise EngineError(f"{self.name} failed on a canvas of {out.shape[1]} x {out.shape[2]}: {' '.join(str(exc).split())[-300:]}",
-                              expected="a batch painted", remedy="export the run again; where memory is short, try fewer --workers") from exc  # fmt: skip
+                              expected="a batch synthesized", remedy="export the run again; where memory is short, try fewer --workers") from exc  # fmt: skip
 
     @abstractmethod
     def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:

@@ -129,10 +129,10 @@ class OpenVinoEngine(HostEngine):
             self._core = ov.Core()
             self._graph = self._core.read_model(path)
         place = ["framework", METADATA]  # where OpenVINO keeps the metadata of an ONNX file
-        statement = str(self._graph.get_rt_info(place).astype(str)) if self._graph.has_rt_info(place) else None
+        signature = str(self._graph.get_rt_info(place).astype(str)) if self._graph.has_rt_info(place) else None
         known = {tensor.name for tensor in manifest.inputs}  # OpenVINO may give a port the names of tensors made of it too
         self._ports = {next(iter(port.names & known), port.any_name): port.element_type.to_dtype().name for port in self._graph.inputs}
-        check_graph(manifest, self._ports, statement, path)
+        check_graph(manifest, self._ports, signature, path)
         with _loading(path):
             self._compile(self._canvas)
 

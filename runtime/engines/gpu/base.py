@@ -51,7 +51,7 @@ class GpuEngine(ABC):
         self._slots: list[GpuSlot] = []
         self._own: GpuSlot | None = None
         self._closed = False
-        self._allowance = options.allowance
+        self._budget = options.budget
         self._reserved: list[Buffer] = []
         self.cuda = Cuda(options.device)  # the gate: nothing of CUDA's or TensorRT's is touched before
         try:
@@ -62,7 +62,7 @@ class GpuEngine(ABC):
 
     def _open_pools(self, device: int, page_locked: int) -> None:
         """The pools, capped at so many bytes."""
-        self.device_pool = Pool(self._sources[0], device, self._allowance)
+        self.device_pool = Pool(self._sources[0], device, self._budget)
         self.pool = Pool(self._sources[1], page_locked)
 
     @property
@@ -198,7 +198,7 @@ class GpuSlot(ABC):
             pool = self.owner.device_pool
             for tensor in self.owner.tensors:
                 nbytes = math.prod(shapes[tensor.name]) * np.dtype(tensor.dtype).itemsize
-                self.buffers[tensor.name] = pool.purpose(tensor.name).allocate(nbytes, stream=self)
+                self.buffers[tensor.name] = pool.tag(tensor.name).allocate(nbytes, stream=self)
             self._bind(shapes)
         except BaseException:
             self._unbind()

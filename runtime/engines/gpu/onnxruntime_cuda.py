@@ -172,7 +172,7 @@ class OnnxCudaSlot(GpuSlot):
         text = str(exc)
         if short := re.search(r"requested bytes of (\d+)", text):
             return self.owner.device_pool.exceeded(int(short[1]))
-        return EngineError(f"ONNX Runtime failed on the GPU: {text.splitlines()[0][:300]}", expected="a batch painted",
+        return EngineError(f"ONNX Runtime failed on the GPU: {text.splitlines()[0][:300]}", expected="a batch synthesized",
                            remedy="run again, or with --backend onnx on the CPU")  # fmt: skip
 
     def _finish(self) -> None:

@@ -17,7 +17,7 @@ from ..base import EngineError, EngineOptions, EngineSpec, Inputs
 from ..memory import ALIGNMENT
 from .base import STREAMS, GpuEngine, GpuSlot, Shapes, batches, nbytes_of, shapes_of
 from .probe import DRIVER_REMEDY, why_no_gpu
-from .workspace import Activations, Block
+from .workspace import Workspace, WorkspacePool
 
 # The lean runtime loads what export writes by default, and is 44 MB; an engine built with --native needs the full one. Each is
 # found as its front package and as the wheel of its bindings, which works alone.
@@ -87,7 +87,7 @@ class TensorRTEngine(GpuEngine):
         most = (STREAMS + 1) * (self.engine.get_device_memory_size_for_profile_v2(0) + io + ALIGNMENT)
         self._open_pools(options.max_memory or weights + most, max(options.max_memory or 0, (STREAMS + 1) * io))
         self._reserved.append(self.device_pool.reserve(weights, "weights"))
-        self.activations = Activations(self.cuda, self.device_pool.purpose("activations"), streams)
+        self.activations = WorkspacePool(self.cuda, self.device_pool.tag("activations"), streams)
         self.spec = EngineSpec(manifest.inputs, manifest.output, batch, streams, canvas)
 
     def _needs(self, wanted: list[int]) -> list[int]:
@@ -137,7 +137,7 @@ class TensorRTSlot(GpuSlot):
 
     def __init__(self, owner: TensorRTEngine):
         self._context: Any = None
-        self._activations: Block | None = None
+        self._activations: Workspace | None = None
         self._graph: Any = None
         self._addresses: tuple[int, ...] = ()
         self._uncaptured = 0
@@ -158,7 +158,7 @@ class TensorRTSlot(GpuSlot):
         found = tuple(context.get_tensor_shape(names[-1]))
         accepted(found == shapes[names[-1]], f"an output of {shapes[names[-1]]}, it is {found}")
         needed = max(1, int(context.update_device_memory_size_for_shapes()))
-        self._activations = self.owner.activations.take(needed, stream=self)
+        self._activations = self.owner.activations.acquire(needed, stream=self)
         assert self._activations.ptr % ALIGNMENT == 0
         context.set_device_memory(self._activations.ptr, self._activations.nbytes)
         for name in names:
@@ -167,7 +167,7 @@ class TensorRTSlot(GpuSlot):
     def _unbind(self) -> None:
         self._forget_graph()
         if self._activations is not None:
-            self.owner.activations.leave(self._activations, self._event)
+            self.owner.activations.release(self._activations, self._event)
             self._activations = None
         super()._unbind()
 
@@ -177,7 +177,7 @@ class TensorRTSlot(GpuSlot):
 
     def _turn(self) -> AbstractContextManager[None]:
         assert self._activations is not None
-        return self._activations.turn(self._handle, self._event)
+        return self._activations.exclusive(self._handle, self._event)
 
     def _work(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
         addresses = tuple(array.ctypes.data for array in (*inputs.values(), out))

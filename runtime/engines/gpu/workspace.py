@@ -17,7 +17,7 @@ from ..memory import Buffer, Memory, Stream
 from .cuda_driver import Cuda
 
 
-class Block:
+class Workspace:
     """Memory of `nbytes` at `ptr` that contexts use in turn."""
 
     def __init__(self, cuda: Cuda, buffer: Buffer):
@@ -27,7 +27,7 @@ class Block:
         self._last: Any = None  # event behind the work that used it last
 
     @contextmanager
-    def turn(self, stream: Any, event: Any) -> Iterator[None]:
+    def exclusive(self, stream: Any, event: Any) -> Iterator[None]:
         """What is put on `stream` meanwhile runs after all work that had the block before. `event` is recorded behind it before this ends;
         where that fails, nothing is left on the stream."""
         with self._lock:
@@ -36,7 +36,7 @@ class Block:
             yield
             self._last = event
 
-    def leave(self, event: Any) -> None:
+    def release(self, event: Any) -> None:
         """The context whose work `event` followed is done with it for good."""
         with self._lock:
             if self._last is event:
@@ -46,15 +46,15 @@ class Block:
         self._buffer.close()
 
 
-class Activations:
+class WorkspacePool:
     """The blocks of one engine, from `memory`: of each size at most `most`."""
 
     def __init__(self, cuda: Cuda, memory: Memory, most: int):
         self._cuda, self._memory, self._most = cuda, memory, most
         self._lock = threading.Lock()
-        self._blocks: list[Block] = []
+        self._blocks: list[Workspace] = []
 
-    def take(self, nbytes: int, *, stream: Stream) -> Block:
+    def acquire(self, nbytes: int, *, stream: Stream) -> Workspace:
         """A block of `nbytes` or more for a context: a new one while there are few, then the one with the fewest users.
 
         Where memory is short one that is there serves too. Raises `MemoryCapExceeded` when there is none.
@@ -63,7 +63,7 @@ class Activations:
             fitting = [block for block in self._blocks if block.nbytes >= nbytes]
             if len(fitting) < self._most:
                 try:
-                    fitting = [Block(self._cuda, self._memory.allocate(nbytes, stream=stream))]
+                    fitting = [Workspace(self._cuda, self._memory.allocate(nbytes, stream=stream))]
                     self._blocks += fitting
                 except MemoryCapExceeded:
                     if not fitting:
@@ -72,10 +72,10 @@ class Activations:
             chosen.users += 1
             return chosen
 
-    def leave(self, block: Block, event: Any) -> None:
+    def release(self, block: Workspace, event: Any) -> None:
         """Give a block back, when the work that `event` follows is done; the last user's memory goes to the pool."""
         with self._lock:
-            block.leave(event)
+            block.release(event)
             block.users -= 1
             if not block.users:
                 self._blocks.remove(block)

@@ -16,7 +16,7 @@ from ...core.errors import GeometryError, InputError, importing
 from ...core.version import VERSION
 from ...core.volume import LabelVolume
 from ..volume_files import MARKS, mark, notice
-from ..writers.base import Painting
+from ..writers.base import OutputRecord
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -40,13 +40,13 @@ class Identity:
     attached: bool
 
     @classmethod
-    def of(cls, painting: Painting, attach: bool) -> Identity:
-        """The same model file, kind of engine, mask, seed and variant give the same identity; variant 0 is what is painted when none is asked for."""
-        source = painting.mask.dicom if attach else None
-        made = [_engine_sha256(painting), _backend(painting), painting.mask.digest.hex(), str(painting.seed), str(painting.variant or 0)]
-        derived = painting.manifest.derived
+    def of(cls, record: OutputRecord, attach: bool) -> Identity:
+        """The same model file, kind of engine, mask, seed and variant give the same identity; variant 0 is what is synthesized when none is asked for."""
+        source = record.mask.dicom if attach else None
+        made = [_engine_sha256(record), _backend(record), record.mask.digest.hex(), str(record.seed), str(record.variant or 0)]
+        derived = record.manifest.derived
         if derived:
-            made.append(painting.image_sha256)
+            made.append(record.image_sha256)
         if source is None:
             key = hashlib.sha256("/".join(["mask2ct", *made]).encode()).hexdigest()
             kind, prefix = ("DERIVED", "DERIV") if derived else ("SYNTHETIC", "SYNTH")
@@ -82,7 +82,7 @@ def check_attachable(mask: LabelVolume) -> None:
         raise InputError("the mask has no Study Instance UID", expected="the study to attach the series to", remedy="leave --attach out")
 
 
-def describe(ds: Dataset, painting: Painting, identity: Identity, *, of: str = "") -> None:
+def describe(ds: Dataset, record: OutputRecord, identity: Identity, *, of: str = "") -> None:
     """Set on `ds` what is the same for every object of one result: patient, study, the marks of a synthetic or derived image, its making.
 
     A derived one states neither Synthetic Data (its voxels were acquired, and moved) nor that its patient's identity was removed: the
@@ -93,7 +93,7 @@ def describe(ds: Dataset, painting: Painting, identity: Identity, *, of: str = "
     from pydicom.datadict import dictionary_VR
 
     ds.SpecificCharacterSet = "ISO_IR 192"
-    derived = painting.manifest.derived
+    derived = record.manifest.derived
     if not derived:
         ds.add_new(SYNTHETIC_DATA, "CS", "YES")
     for keyword in STUDY:
@@ -107,26 +107,26 @@ def describe(ds: Dataset, painting: Painting, identity: Identity, *, of: str = "
         ds.PatientIdentityRemoved = "YES"
         ds.DeidentificationMethod = "Synthetic: an invented patient, no attribute of a source copied"
     ds.Manufacturer = MARKS[1]
-    ds.ManufacturerModelName = text(painting.manifest.name)
+    ds.ManufacturerModelName = text(record.manifest.name)
     ds.SoftwareVersions = VERSION
     ds.SeriesDescription = of + mark(derived=derived)
     ds.ProtocolName = mark(derived=derived)
     ds.ImageComments = notice(derived=derived)
-    ds.DerivationDescription = derivation(painting)
-    ds.ContributingEquipmentSequence = [_equipment(painting)]
+    ds.DerivationDescription = derivation(record)
+    ds.ContributingEquipmentSequence = [_equipment(record)]
 
 
-def derivation(painting: Painting) -> str:
+def derivation(record: OutputRecord) -> str:
     """What made the image, in words: model, engine file, seed, mask; or the CT that was deformed."""
-    if painting.manifest.derived:
+    if record.manifest.derived:
         return (
-            f"Real CT deformed with its label mask by mask2ct {VERSION}, without a model: {painting.backend}, seed {painting.seed}, "
-            f"variant {painting.variant or 0}, CT sha256 {painting.image_sha256}, mask sha256 {painting.mask.digest.hex()}"
+            f"Real CT deformed with its label mask by mask2ct {VERSION}, without a model: {record.backend}, seed {record.seed}, "
+            f"variant {record.variant or 0}, CT sha256 {record.image_sha256}, mask sha256 {record.mask.digest.hex()}"
         )
     return (
-        f"Synthetic CT painted by mask2ct {VERSION} from a label mask: model {painting.manifest.name}, "
-        f"engine file {painting.file or 'none'} sha256 {_engine_sha256(painting)}, backend {_backend(painting)}, "
-        f"seed {painting.seed}, variant {painting.variant or 0}, mask sha256 {painting.mask.digest.hex()}"
+        f"Synthetic CT synthesized by mask2ct {VERSION} from a label mask: model {record.manifest.name}, "
+        f"engine file {record.file or 'none'} sha256 {_engine_sha256(record)}, backend {_backend(record)}, "
+        f"seed {record.seed}, variant {record.variant or 0}, mask sha256 {record.mask.digest.hex()}"
     )[:1024]
 
 
@@ -154,24 +154,24 @@ def require_libraries(*names: str) -> None:
             importlib.import_module(name)
 
 
-def _engine_sha256(painting: Painting) -> str:
-    return painting.manifest.files[painting.file].sha256 if painting.file else "none"
+def _engine_sha256(record: OutputRecord) -> str:
+    return record.manifest.files[record.file].sha256 if record.file else "none"
 
 
-def _backend(painting: Painting) -> str:
+def _backend(record: OutputRecord) -> str:
     """Which kind of engine, without its version or threads: another machine writes the same objects."""
-    return painting.backend.split(None, 1)[0]
+    return record.backend.split(None, 1)[0]
 
 
-def _equipment(painting: Painting) -> Any:
+def _equipment(record: OutputRecord) -> Any:
     from pydicom import Dataset
 
     item = Dataset()
-    item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = MARKS[1], text(painting.manifest.name), VERSION
-    if painting.manifest.derived:
+    item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = MARKS[1], text(record.manifest.name), VERSION
+    if record.manifest.derived:
         item.ContributionDescription = "deformed this image with its label mask"
         item.PurposeOfReferenceCodeSequence = [code("109103", "DCM", "Modifying Equipment")]
     else:
-        item.ContributionDescription = "painted this image from a label mask"
+        item.ContributionDescription = "synthesized this image from a label mask"
         item.PurposeOfReferenceCodeSequence = [code("109100", "DCM", "Synthesizing Equipment")]
     return item

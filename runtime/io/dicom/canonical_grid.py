@@ -21,7 +21,7 @@ SHEAR_TOLERANCE_MM = 1e-3  # how far the far corner may lie from where orthogona
 
 
 @dataclass(frozen=True)
-class UprightGrid:
+class CanonicalGrid:
     """`geometry` and `shape` (slices, rows, columns) of the upright grid; `order` and `flips`: how an array becomes it."""
 
     geometry: Geometry
@@ -30,7 +30,7 @@ class UprightGrid:
     flips: tuple[bool, bool, bool]
 
     @classmethod
-    def of(cls, geometry: Geometry, shape: tuple[int, ...]) -> UprightGrid:
+    def of(cls, geometry: Geometry, shape: tuple[int, ...]) -> CanonicalGrid:
         """Raises `GeometryError` for a grid so sheared (within `Geometry`'s tolerance) that orthogonal slices cannot hold it."""
         order = axial_axes(geometry)
         affine = np.eye(4)

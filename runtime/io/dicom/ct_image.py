@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ...core.labels import MM_WHS
 from ...core.volume import DicomSource
-from ..writers.base import Painting
+from ..writers.base import OutputRecord
 from .attributes import RTSTRUCT, Identity, code, describe
-from .canonical_grid import UprightGrid
+from .canonical_grid import CanonicalGrid
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -19,7 +19,7 @@ SERIES_NUMBER = 9000  # of the first series; a result with its SEG takes two
 WINDOW = (40, 400)  # centre and width in HU
 
 
-def image_dataset(sop_class: UID, painting: Painting, identity: Identity, grid: UprightGrid) -> Dataset:
+def image_dataset(sop_class: UID, record: OutputRecord, identity: Identity, grid: CanonicalGrid) -> Dataset:
     """Patient, study, equipment and the description of the pixels."""
     from pydicom import Dataset
     from pydicom.dataset import FileMetaDataset
@@ -29,15 +29,15 @@ def image_dataset(sop_class: UID, painting: Painting, identity: Identity, grid: 
     ds.file_meta = FileMetaDataset()
     ds.file_meta.MediaStorageSOPClassUID = ds.SOPClassUID = sop_class
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    describe(ds, painting, identity)
+    describe(ds, record, identity)
     ds.Modality = "CT"
-    ds.SeriesNumber = SERIES_NUMBER + 2 * (painting.variant or 0)
+    ds.SeriesNumber = SERIES_NUMBER + 2 * (record.variant or 0)
     ds.PatientPosition = "HFS"
-    if paints_hearts(painting):
+    if shows_hearts(record):
         ds.BodyPartExamined = "HEART"
     else:
-        ds.Laterality = ""  # type 2C: the model does not say which part of the body it paints
-    if not painting.manifest.derived:  # of another's pixels that is not known
+        ds.Laterality = ""  # type 2C: the model does not say which part of the body it synthesizes
+    if not record.manifest.derived:  # of another's pixels that is not known
         ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     _, ds.Rows, ds.Columns = grid.shape
@@ -45,9 +45,9 @@ def image_dataset(sop_class: UID, painting: Painting, identity: Identity, grid: 
     return ds
 
 
-def paints_hearts(painting: Painting) -> bool:
+def shows_hearts(record: OutputRecord) -> bool:
     """Whether all labels are MM-WHS's structures."""
-    return {label.snomed for label in painting.manifest.labels.labels[1:]} <= {label.snomed for label in MM_WHS.labels[1:]}
+    return {label.snomed for label in record.manifest.labels.labels[1:]} <= {label.snomed for label in MM_WHS.labels[1:]}
 
 
 def decimals(values: Iterable[float]) -> list[Any]:

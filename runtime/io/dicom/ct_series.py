@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...core.volume import CTSlab
-from ..writers.base import Painting
+from ..writers.base import OutputRecord
 from .attributes import Identity
-from .canonical_grid import UprightGrid
+from .canonical_grid import CanonicalGrid
 from .ct_image import WINDOW, decimals, image_dataset, set_sources
 from .encoding import SliceWriter
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 
-def write_series(folder: Path, painting: Painting, identity: Identity, grid: UprightGrid, slabs: Iterable[CTSlab]) -> list[Dataset]:
+def write_series(folder: Path, record: OutputRecord, identity: Identity, grid: CanonicalGrid, slabs: Iterable[CTSlab]) -> list[Dataset]:
     """Write 0001.dcm … from the feet to the head, and return their datasets without pixels, in order."""
     from pydicom import Dataset
 
-    common = series_dataset(painting, identity, grid)
+    common = series_dataset(record, identity, grid)
     writer = SliceWriter(common)
     headers: list[Any] = [None] * grid.shape[0]
     digits = max(4, len(str(len(headers))))
@@ -31,8 +31,8 @@ def write_series(folder: Path, painting: Painting, identity: Identity, grid: Upr
             own.SOPInstanceUID = identity.uid("ct", k)
             own.InstanceNumber = k + 1
             own.ImagePositionPatient = decimals(grid.position(k))
-            if identity.attached and painting.mask.dicom is not None:
-                set_sources(own, painting.mask.dicom, _instances_at(painting.mask.dicom.sop_instance_uids, grid, k))
+            if identity.attached and record.mask.dicom is not None:
+                set_sources(own, record.mask.dicom, _instances_at(record.mask.dicom.sop_instance_uids, grid, k))
             writer.write(folder / f"{k + 1:0{digits}d}.dcm", own, plane)
             headers[k] = ds = Dataset()
             ds.update(common)
@@ -41,11 +41,11 @@ def write_series(folder: Path, painting: Painting, identity: Identity, grid: Upr
     return headers
 
 
-def series_dataset(painting: Painting, identity: Identity, grid: UprightGrid) -> Dataset:
+def series_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGrid) -> Dataset:
     """All that the slices of a series share: the modules of the CT Image IOD (PS3.3 table A.3-1)."""
     from pydicom.uid import CTImageStorage
 
-    ds = image_dataset(CTImageStorage, painting, identity, grid)
+    ds = image_dataset(CTImageStorage, record, identity, grid)
     ds.SeriesInstanceUID = identity.uid("ct series")
     ds.ImageType = ["DERIVED", "SECONDARY", "AXIAL"]
     ds.AcquisitionNumber, ds.KVP = None, None
@@ -58,7 +58,7 @@ def series_dataset(painting: Painting, identity: Identity, grid: UprightGrid) ->
     return ds
 
 
-def _instances_at(instances: tuple[str, ...], grid: UprightGrid, k: int) -> tuple[str, ...]:
+def _instances_at(instances: tuple[str, ...], grid: CanonicalGrid, k: int) -> tuple[str, ...]:
     """Of a label series with an instance for each slice the one that lies where upright slice k does; else all."""
     if grid.order[0] != 0 or len(instances) != grid.shape[0]:
         return instances

@@ -15,10 +15,10 @@ import numpy as np
 from ...core.errors import OutputError
 from ...core.version import VERSION
 from ...core.volume import CTSlab
-from ..writers.base import Painting
+from ..writers.base import OutputRecord
 from .attributes import FIXED_DATE, FIXED_TIME, Identity, code
-from .canonical_grid import UprightGrid
-from .ct_image import WINDOW, decimals, image_dataset, paints_hearts, set_sources
+from .canonical_grid import CanonicalGrid
+from .ct_image import WINDOW, decimals, image_dataset, set_sources, shows_hearts
 from .encoding import MOST_BYTES, head
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ NAME = "ct.dcm"
 _FRAME_TYPE = ["DERIVED", "PRIMARY", "VOLUME", "NONE"]
 
 
-def write_enhanced(folder: Path, painting: Painting, identity: Identity, grid: UprightGrid, slabs: Iterable[CTSlab]) -> list[Dataset]:
+def write_enhanced(folder: Path, record: OutputRecord, identity: Identity, grid: CanonicalGrid, slabs: Iterable[CTSlab]) -> list[Dataset]:
     """Write ct.dcm and return its dataset without pixels, alone in a list. Raises `OutputError` past `MOST_BYTES`."""
     from pydicom import dcmwrite
 
@@ -38,7 +38,7 @@ def write_enhanced(folder: Path, painting: Painting, identity: Identity, grid: U
         raise OutputError(
             f"an Enhanced CT cannot hold {size} bytes of pixels", expected=f"at most {MOST_BYTES}", remedy="leave --enhanced out"
         )
-    ds = enhanced_dataset(painting, identity, grid)
+    ds = enhanced_dataset(record, identity, grid)
     with open(folder / NAME, "wb") as file:
         dcmwrite(file, ds, enforce_file_format=True)
         file.write(head(0x7FE00010, b"OW", size))
@@ -50,11 +50,11 @@ def write_enhanced(folder: Path, painting: Painting, identity: Identity, grid: U
     return [ds]
 
 
-def enhanced_dataset(painting: Painting, identity: Identity, grid: UprightGrid) -> Dataset:
+def enhanced_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGrid) -> Dataset:
     """The object without its pixels: the modules and functional groups of PS3.3 tables A.38-1 and A.38-2."""
     from pydicom.uid import UID, EnhancedCTImageStorage
 
-    ds = image_dataset(EnhancedCTImageStorage, painting, identity, grid)
+    ds = image_dataset(EnhancedCTImageStorage, record, identity, grid)
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(identity.uid("enhanced ct"))
     ds.SeriesInstanceUID = identity.uid("enhanced ct series")
     ds.InstanceNumber, ds.NumberOfFrames = 1, grid.shape[0]
@@ -76,17 +76,17 @@ def enhanced_dataset(painting: Painting, identity: Identity, grid: UprightGrid) 
         )
         for tag, label in pointers
     ]
-    ds.SharedFunctionalGroupsSequence = [_shared(painting, grid)]
-    event = _item(IrradiationEventUID=identity.uid("painting"))  # the group is asked for; nobody was irradiated
+    ds.SharedFunctionalGroupsSequence = [_shared(record, grid)]
+    event = _item(IrradiationEventUID=identity.uid("synthesis"))  # the group is asked for; nobody was irradiated
     ds.PerFrameFunctionalGroupsSequence = [_frame(grid, k, event) for k in range(grid.shape[0])]
-    if identity.attached and painting.mask.dicom is not None:
-        set_sources(ds, painting.mask.dicom, painting.mask.dicom.sop_instance_uids)
+    if identity.attached and record.mask.dicom is not None:
+        set_sources(ds, record.mask.dicom, record.mask.dicom.sop_instance_uids)
     return ds
 
 
-def _shared(painting: Painting, grid: UprightGrid) -> Any:
+def _shared(record: OutputRecord, grid: CanonicalGrid) -> Any:
     across, down, between = grid.geometry.spacing
-    region = code("80891009", "SCT", "Heart") if paints_hearts(painting) else code("38266002", "SCT", "Entire body")
+    region = code("80891009", "SCT", "Heart") if shows_hearts(record) else code("38266002", "SCT", "Entire body")
     frame_type = _item(FrameType=_FRAME_TYPE)
     _describe_pixels(frame_type)
     (step,) = decimals([between])
@@ -100,7 +100,7 @@ def _shared(painting: Painting, grid: UprightGrid) -> Any:
     )  # fmt: skip
 
 
-def _frame(grid: UprightGrid, k: int, event: Any) -> Any:
+def _frame(grid: CanonicalGrid, k: int, event: Any) -> Any:
     return _item(
         IrradiationEventIdentificationSequence=[event],
         FrameContentSequence=[_item(StackID="1", InStackPositionNumber=k + 1, DimensionIndexValues=[1, k + 1])],

@@ -78,7 +78,7 @@ def pydicom() -> Any:
 
 
 @contextmanager
-def guarded(name: str) -> Iterator[None]:
+def map_dicom_errors(name: str) -> Iterator[None]:
     """Map whatever a damaged DICOM file makes its reader raise to `UnreadableVolume`, without quoting what the file says."""
     try:
         with warnings.catch_warnings():
@@ -91,7 +91,7 @@ def guarded(name: str) -> Iterator[None]:
                                remedy="export it again, or check it with dciodvfy", file=Path(name)) from exc  # fmt: skip
 
 
-def neutral(kind: str, uid: str) -> str:
+def pseudonym(kind: str, uid: str) -> str:
     """What a DICOM source is called, in messages and in results: its kind and 32 bits of a digest of its UID."""
     digest = hashlib.sha256(uid.encode("utf-8", "surrogateescape"))  # also of a file name, which may be any bytes
     return f"{kind}-{digest.hexdigest()[:8]}"
@@ -150,7 +150,7 @@ def _distinct(sharing: Sequence[Instance]) -> list[Instance]:
     distinct = [*by_bytes.values()]
     if len(distinct) == 1 or distinct[0].kind == "image":
         return distinct
-    with suppress(UnreadableVolume), guarded("header"):  # what differs in the file's meta information alone is one
+    with suppress(UnreadableVolume), map_dicom_errors("header"):  # what differs in the file's meta information alone is one
         first = dataset(distinct[0].path)
         return [distinct[0], *(other for other in distinct[1:] if dataset(other.path) != first)]
     return distinct
@@ -197,7 +197,7 @@ def _instance(path: Path) -> Instance:
         return damaged_instance(path, UNFINISHED_COPY)
     reader = pydicom()
     try:
-        with guarded("header"), archive.opened(path) as handle, closing(inflate.readable(handle, pixels=False)) as plain:
+        with map_dicom_errors("header"), archive.opened(path) as handle, closing(inflate.readable(handle, pixels=False)) as plain:
             ds = reader.dcmread(plain, specific_tags=[*_HEADER], stop_before_pixels=True)
             sop, uid = str(ds.get("SOPClassUID", "")), str(ds.get("SOPInstanceUID", "")) or str(path)
             size = tuple(int(ds.get(key) or default) for key, default in (("Columns", 0), ("Rows", 0), ("NumberOfFrames", 1)))

@@ -25,13 +25,13 @@ if TYPE_CHECKING:
 FRAME_CONTENT, SEGMENT, FRAMES, PIXELS = 0x00209111, 0x0062000A, 0x52009230, 0x7FE00010
 
 
-def labels_shown(labels: NDArray[np.uint8], count: int) -> list[list[int]]:
+def labels_per_slice(labels: NDArray[np.uint8], count: int) -> list[list[int]]:
     """Which of the labels 1 … `count` each slice of (slices, rows, columns) shows. Of a mask that shows none: all, for a SEG has frames."""
     shown = [[n for n in range(1, count + 1) if (plane == n).any()] for plane in map(np.ascontiguousarray, labels)]
     return shown if any(shown) else [[*range(1, count + 1)] for _ in shown]
 
 
-def sketch(shown: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
+def stand_in(shown: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
     """A mask uint8 (slices, 1, 1) of segment 1 alone, in every slice that shows any: nothing that is said of a slice depends on its pixels."""
     return np.array([[[bool(numbers)]] for numbers in shown], np.uint8)
 

@@ -57,7 +57,7 @@ def contradicted(path: Path, value_names: Mapping[int, str]) -> str:
     return "" if not meanings or any(plain(name) == own for name in meanings) else meanings[0]
 
 
-def read_classes(files: Sequence[Path], called: Path) -> Layers:
+def read_classes(files: Sequence[Path], display_name: Path) -> Layers:
     """Read such files as the segments of one mask, each named after its file. What holds nothing is left out.
 
     Raises:
@@ -73,7 +73,7 @@ def read_classes(files: Sequence[Path], called: Path) -> Layers:
             raise InputError(
                 f"{file.name} is not binary",
                 expected="0, and 1 or 255, in a file of one class",
-                file=called,
+                file=display_name,
                 remedy="give it alone, or take it out of the folder",
             )
         if geometry is None:
@@ -83,7 +83,7 @@ def read_classes(files: Sequence[Path], called: Path) -> Layers:
                 f"{file.name} lies on another grid than {files[0].name}",
                 expected="all classes of a mask on one grid",
                 remedy="resample it to the grid of the others (nearest neighbour)",
-                file=called,
+                file=display_name,
             )
         if (box := _box(volume.values)) is not None:
             segments.append(Segment(-n, stem(file), strict=True))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ...core.errors import GeometryError, InputError, UnreadableVolume, quantity
 from ...core.volume import DicomSource, Geometry, Layers, Segment
-from ..dicom.files import dataset, guarded, source
+from ..dicom.files import dataset, map_dicom_errors, source
 from .crossings import TOLERANCE
 from .dicom_seg import code_of
 from .nesting import THIN, Area, area, once_around
@@ -49,7 +49,7 @@ class References:
 
 def references(path: Path, name: str) -> References:
     """What the structure set refers to. Raises `UnreadableVolume`."""
-    with guarded(name):
+    with map_dicom_errors(name):
         ds = dataset(path)
         drawn_on: set[str] = set()
         for _, contour in _contours(ds):
@@ -91,7 +91,7 @@ def read_rtstruct(path: Path, name: str, grid: Grid | None, *, like: bool = Fals
     `grid`: of the referenced series, or with `like` one that the user gave. References to images that are not in the series are an
     error unless `allow_missing` or `like`. Raises `InputError`s.
     """
-    with guarded(name):
+    with map_dicom_errors(name):
         ds = dataset(path)
         regions, refers = _regions(ds, name)
         if grid is None or not like:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ...core.errors import GeometryError, InputError, UnreadableVolume
 from ...core.label_codes import concept, modified
 from ...core.volume import Layers, Segment
-from ..dicom.files import ORIENTATION_TOLERANCE, dataset, guarded, numbers, pydicom, source, stack
+from ..dicom.files import ORIENTATION_TOLERANCE, dataset, map_dicom_errors, numbers, pydicom, source, stack
 from . import seg_frames
 from .seg_frames import check_frames
 
@@ -30,7 +30,7 @@ def read_seg(path: Path, name: str, *, threshold: float | None = None) -> Layers
 
     `threshold`: the fraction (0 to 1) from which on a voxel of a FRACTIONAL one belongs to its segment. Raises `InputError`s.
     """
-    with guarded(name):
+    with map_dicom_errors(name):
         ds = dataset(path)
         return _read(ds, name, threshold)
 
@@ -70,7 +70,7 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
     background = int(ds.get("PixelPaddingValue", 0) or 0)
 
     def pieces() -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
-        with guarded(name):
+        with map_dicom_errors(name):
             for n, frame in enumerate(seg_frames.frames(ds, frames, name)):
                 k = int(slices[n])
                 if kind != "LABELMAP":
@@ -96,7 +96,7 @@ def _check_volume(ds: Any, kind: str, name: str) -> None:
                                remedy="export it as a BINARY DICOM SEG", file=Path(name))  # fmt: skip
     if str(ds.get("DimensionOrganizationType", "")).startswith("TILED") or "TotalPixelMatrixColumns" in ds:
         raise GeometryError(f"{name} is a segmentation of a slide (a whole-slide image in tiles)", expected="a segmentation of a volume",
-                            remedy="give a mask of a CT or MR volume: a slide cannot be painted", file=Path(name))  # fmt: skip
+                            remedy="give a mask of a CT or MR volume: a slide cannot be synthesized", file=Path(name))  # fmt: skip
 
 
 def _least(ds: Any, frames: int, threshold: float | None, name: str) -> tuple[int, list[str]]:
@@ -155,7 +155,7 @@ def _group(own: Any, shared: Any, sequence: str, name: str) -> Any:
     items = own.get(sequence) or shared.get(sequence)
     if not items:
         raise GeometryError(f"{name} has frames without a {sequence}", expected="a segmentation of a volume, each frame with its place",
-                            remedy="a segmentation of a radiograph or of a slide cannot be painted", file=Path(name))  # fmt: skip
+                            remedy="a segmentation of a radiograph or of a slide cannot be synthesized", file=Path(name))  # fmt: skip
     return items[0]
 
 

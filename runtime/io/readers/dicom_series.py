@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ...core.errors import GeometryError, UnreadableVolume
 from ...core.intensity_check import Census
 from ...core.volume import DicomSource, Geometry, Volume
-from ..dicom.files import ORIENTATION_TOLERANCE, dataset, guarded, numbers, source, stack
+from ..dicom.files import ORIENTATION_TOLERANCE, dataset, map_dicom_errors, numbers, source, stack
 
 MAX_LABELS = 256  # more distinct values than this in one slice are grey values
 MAX_PIXELS = 1 << 26  # of one slice; what a few compressed bytes may become
@@ -26,7 +26,7 @@ _RESCALE = ("RescaleSlope", "RescaleIntercept")
 def read_series(paths: Sequence[Path], name: str, *, force: bool = False) -> Volume:
     """The label values of a series, each file one slice; messages call it `name`. Raises `InputError`s, also for an image that is no mask,
     unless `force`: then grey values are labels, too, if nothing rescaled them."""
-    with guarded(name):
+    with map_dicom_errors(name):
         headers = [dataset(path, tags=_GRID) for path in paths]
         paths, headers = _one_at_a_place(paths, headers, name)
         geometry, shape, order, notes = _grid(headers, name)
@@ -50,7 +50,7 @@ def read_ct(paths: Sequence[Path], name: str) -> Volume:
     """A CT series in HU, float32 (D, H, W); messages call it `name`. Raises `InputError`s, also for other modalities."""
     from pydicom.pixels.utils import pixel_array
 
-    with guarded(name):
+    with map_dicom_errors(name):
         headers = [dataset(path, tags=_GRID) for path in paths]
         paths, headers = _one_at_a_place(paths, headers, name)
         geometry, shape, order, notes = _grid(headers, name)
@@ -85,7 +85,7 @@ def read_ct(paths: Sequence[Path], name: str) -> Volume:
 
 def series_grid(paths: Sequence[Path], name: str) -> tuple[tuple[Geometry, tuple[int, int, int], DicomSource], tuple[str, ...]]:
     """Where the slices of an image series lie, its shape (D, H, W), its instances, and what is to be said of it; no pixel is used."""
-    with guarded(name):
+    with map_dicom_errors(name):
         headers = [dataset(path, tags=_GRID) for path in paths]
         paths, headers = _one_at_a_place(paths, headers, name)
         geometry, shape, order, notes = _grid(headers, name)

@@ -17,7 +17,7 @@ from ...core.errors import GeometryError, InputError, UnreadableVolume, UsageErr
 from ...core.volume import Geometry, LabelVolume, Volume
 from .. import archive
 from ..cases import Case
-from ..dicom.files import dataset, guarded, scan, walk
+from ..dicom.files import dataset, map_dicom_errors, scan, walk
 from ..volume_files import SUFFIXES, is_synthetic, stem, volume_files
 from .dicom_series import read_ct
 from .volume import read_volume
@@ -81,12 +81,12 @@ def read_image(case: Case, mask: LabelVolume) -> Volume:
     """
     if not case.image:
         raise InputError(
-            f"there is no CT for {case.called.name}, or more than one",
+            f"there is no CT for {case.display_name.name}, or more than one",
             expected="one CT of the mask's name, or the series that it refers to",
             remedy="rename it, or give one mask and its CT",
-            file=case.called,
+            file=case.display_name,
         )
-    name = f"the CT of {case.called.name}"
+    name = f"the CT of {case.display_name.name}"
     if _is_volume(case.image[0]):
         with archive.on_disk(case.image[0]) as path:
             volume = read_volume(path)
@@ -135,7 +135,7 @@ def _series_referred_to(case: Case) -> set[str]:
 
     if case.kind == "rtstruct":
         return set(references(case.files[0], case.name).series)
-    with guarded(case.name):
+    with map_dicom_errors(case.name):
         header = dataset(case.files[0], tags=["ReferencedSeriesSequence"])
         return {str(item.get("SeriesInstanceUID", "")) for item in header.get("ReferencedSeriesSequence") or ()} - {""}
 
@@ -166,11 +166,11 @@ def _on_grid(image: Volume, mask: LabelVolume, case: Case) -> NDArray[np.generic
     inside = (places >= 0).all() and (places < np.array(image.values.shape[::-1])).all()
     if not is_reordering or np.abs(exact - places).max() > PLACE_TOLERANCE or not inside:
         raise GeometryError(
-            f"{case.called.name} and its CT are not on one grid: the mask has {_grid_text(mask.labels.shape, mask.geometry)}, "
+            f"{case.display_name.name} and its CT are not on one grid: the mask has {_grid_text(mask.labels.shape, mask.geometry)}, "
             f"the CT {_grid_text(image.values.shape, image.geometry)}",
             expected="a mask whose voxels are voxels of its CT",
             remedy="resample the mask onto its CT, with nearest neighbour",
-            file=case.called,
+            file=case.display_name,
         )
     axes = [2 - int(np.flatnonzero(turn[:, 2 - axis])[0]) for axis in range(3)]  # of the image's array, for each of the mask's
     view = image.values.transpose(axes)

@@ -56,9 +56,9 @@ def read_header(path: Path, handle: BinaryIO) -> Header:
     shape = check_shape(path, sizes)
     if fields.get("elementnumberofchannels", "1") != "1":
         raise bad(path, f"holds {fields['elementnumberofchannels'][:40]} channels", "save the labels as one integer per voxel")
-    for key, neutral in (("slope", 1.0), ("offset", 0.0)):
+    for key, pseudonym in (("slope", 1.0), ("offset", 0.0)):
         name = f"elementtointensityfunction{key}"
-        if name in fields and lengths(path, name, fields[name]) != [neutral]:
+        if name in fields and lengths(path, name, fields[name]) != [pseudonym]:
             raise bad(path, f"rescales its values ({name} = {fields[name][:40]})", "save the labels themselves")
     columns, origin, notes = _place(path, fields, len(sizes))
     geometry, sheared = geometry_of(path, columns, origin)

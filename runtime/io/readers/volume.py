@@ -15,7 +15,7 @@ from ...core.errors import GeometryError, UnreadableVolume, importing
 from ...core.labels import LabelMap, index_planes, overlay, to_indices
 from ...core.manifest import LabelTable
 from ...core.memory_limit import memory_limit
-from ...core.threads import ahead
+from ...core.threads import prefetch
 from ...core.volume import Geometry, LabelVolume, Layers, Segment, Volume
 from ..volume_files import EXPECTED, Header, Voxels, check_header
 from .nifti_names import embedded_names
@@ -131,7 +131,7 @@ def read_labels(
     if header.layers > 1 or len({s.number for s in segments}) < len(segments):
         return labels_of(read_mask(path), table, label_map, order=order, force=force, file=file)
     at_once = max(1, READ_AT_ONCE * header.voxels.shape[0] // header.voxels.size)
-    blocks = ahead(planes(path, header.voxels, at_once))
+    blocks = prefetch(planes(path, header.voxels, at_once))
     values = (plane for block in blocks for plane in as_integers(block, file))
     indices = index_planes(values, table, label_map, segments=segments, force=force, file=file)
     with _in_memory(header.voxels, math.prod(header.voxels.shape), file):

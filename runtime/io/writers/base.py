@@ -1,4 +1,4 @@
-"""The seam between painting and writing: one result to write, and what every output format does with it."""
+"""The seam between synthesis and writing: one result to write, and what every output format does with it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ...core.volume import CTSlab, LabelVolume
 
 
 @dataclass(frozen=True)
-class Painting:
-    """One result to write, all but its voxels: the mask that is painted, and what painted it.
+class OutputRecord:
+    """One result to write, all but its voxels: the mask that is synthesized, and what synthesized it.
 
     `variant` is None when no variants were asked for. `file`: the model file that the engine runs, a key of
     `manifest.files` (empty for the fake engine). `image_sha256`: of the real CT that was deformed; empty where the CT is synthetic.
@@ -58,7 +58,7 @@ class Format(Protocol):
     `check` raises `MissingComponent` or `UsageError` before any work when this cannot write results of that model into
     `output`; `check_mask` raises an `InputError` for a mask whose result it cannot write. `files` names what `write` will leave in
     `output` for one result: files, or a folder that is replaced as a whole; `is_ours` tells whether such a path was written by
-    mask2ct and may be replaced. `write` takes the slabs as they are painted and returns those paths, each complete, with their digests
+    mask2ct and may be replaced. `write` takes the slabs as they are synthesized and returns those paths, each complete, with their digests
     (`runtime.batch.completion_log.digest_of`); several processes may write different results. `finish` is called once at the end of a run, by the one
     process that holds the folder's lock.
     Both raise `OutputError`.
@@ -72,7 +72,7 @@ class Format(Protocol):
 
     def is_ours(self, path: Path) -> bool: ...
 
-    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> Mapping[Path, str]: ...
+    def write(self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]) -> Mapping[Path, str]: ...
 
     def finish(self, output: Path, manifest: Manifest) -> None: ...
 

@@ -6,18 +6,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...batch.completion_log import digest_of
-from ...core.atomic_files import atomic_folder
+from ...core.atomic_files import atomic_folder, digest_of
 from ...core.errors import UsageError
 from ...core.manifest import Manifest
 from ...core.volume import CTSlab, LabelVolume
 from ..dicom.attributes import Identity, check_attachable, require_libraries
-from ..dicom.canonical_grid import UprightGrid
+from ..dicom.canonical_grid import CanonicalGrid
 from ..dicom.ct_series import write_series
 from ..dicom.enhanced_ct import write_enhanced
 from ..dicom.segmentation import write_seg
 from ..volume_files import is_synthetic
-from .base import FormatOptions, Painting, result_name
+from .base import FormatOptions, OutputRecord, result_name
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class DicomFormat:
     def check(self, manifest: Manifest, output: Path) -> None:
         require_libraries("pydicom", *(["highdicom"] if self.options.segmentation != "none" else []))
         if manifest.intensity.unit != "HU":
-            raise UsageError(f"the model paints {manifest.intensity.unit}, not HU", expected="Hounsfield units for a CT series",
+            raise UsageError(f"the model synthesizes {manifest.intensity.unit}, not HU", expected="Hounsfield units for a CT series",
                              remedy="write a volume format, such as --format nifti")  # fmt: skip
 
         if manifest.derived and self.options.attach:
@@ -38,7 +37,7 @@ class DicomFormat:
                              expected="a patient of its own for it", remedy="leave --attach out")  # fmt: skip
 
     def check_mask(self, mask: LabelVolume) -> None:
-        UprightGrid.of(mask.geometry, mask.labels.shape)
+        CanonicalGrid.of(mask.geometry, mask.labels.shape)
         if self.options.attach:
             check_attachable(mask)
 
@@ -48,15 +47,15 @@ class DicomFormat:
     def is_ours(self, path: Path) -> bool:
         return path.is_dir() and all(p.suffix == ".dcm" and p.is_file() and is_synthetic(p) for p in path.iterdir())
 
-    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
-        (path,) = self.files(output, painting.case, painting.variant)
-        identity = Identity.of(painting, self.options.attach)
-        grid = UprightGrid.of(painting.mask.geometry, painting.mask.labels.shape)
+    def write(self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
+        (path,) = self.files(output, record.case, record.variant)
+        identity = Identity.of(record, self.options.attach)
+        grid = CanonicalGrid.of(record.mask.geometry, record.mask.labels.shape)
         with atomic_folder(path) as folder:
             write_ct = write_enhanced if self.options.enhanced else write_series
-            images = write_ct(folder, painting, identity, grid, slabs)
+            images = write_ct(folder, record, identity, grid, slabs)
             if self.options.segmentation != "none":
-                write_seg(folder, painting, identity, grid, images, self.options.segmentation)
+                write_seg(folder, record, identity, grid, images, self.options.segmentation)
         return {path: digest_of(path)}
 
     def finish(self, output: Path, manifest: Manifest) -> None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from .base import DEFAULT_OPTIONS, Format, FormatOptions, Painting, result_name
+from .base import DEFAULT_OPTIONS, Format, FormatOptions, OutputRecord, result_name
 from .dicom import DicomFormat
 from .training_set import DatasetFormat
 from .volume import VolumeFormat
 
-__all__ = ["DEFAULT_OPTIONS", "FORMATS", "Format", "FormatOptions", "Painting", "result_name"]
+__all__ = ["DEFAULT_OPTIONS", "FORMATS", "Format", "FormatOptions", "OutputRecord", "result_name"]
 
 FORMATS: dict[str, Callable[[FormatOptions], Format]] = {
     "nifti": partial(VolumeFormat, ".nii.gz"),

@@ -21,7 +21,7 @@ from ...core.errors import UsageError
 from ...core.manifest import Manifest
 from ...core.volume import CTSlab, LabelVolume
 from ..volume_files import is_synthetic, notice
-from .base import FormatOptions, Painting, refuse_dicom_options, result_name
+from .base import FormatOptions, OutputRecord, refuse_dicom_options, result_name
 from .volume import isal_threaded, write_ct, write_labels
 
 DATASET = "dataset.json"
@@ -55,12 +55,12 @@ class DatasetFormat:
     def is_ours(self, path: Path) -> bool:
         return is_synthetic(path)
 
-    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
-        image, label = self.files(output, painting.case, painting.variant)
-        values = np.arange(len(painting.manifest.labels), dtype=np.uint8)
-        text = notice(derived=painting.manifest.derived)
-        mask = write_labels(label, painting.mask, values, description="mask of a " + text)
-        return {image: write_ct(image, slabs, painting.mask, description=text), label: mask}
+    def write(self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
+        image, label = self.files(output, record.case, record.variant)
+        values = np.arange(len(record.manifest.labels), dtype=np.uint8)
+        text = notice(derived=record.manifest.derived)
+        mask = write_labels(label, record.mask, values, description="mask of a " + text)
+        return {image: write_ct(image, slabs, record.mask, description=text), label: mask}
 
     def finish(self, output: Path, manifest: Manifest) -> None:
         """Bring `dataset.json` to what lies in the folder; what others wrote into it stays. Without a case there is none."""

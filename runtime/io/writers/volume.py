@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...core.atomic_files import Growing, atomic_path
+from ...core.atomic_files import HashingWriter, atomic_path
 from ...core.errors import importing
 from ...core.manifest import Manifest
 from ...core.volume import CTSlab, Geometry, LabelVolume
 from ..volume_files import is_synthetic, notice
-from .base import FormatOptions, Painting, refuse_dicom_options, result_name, table_values
+from .base import FormatOptions, OutputRecord, refuse_dicom_options, result_name, table_values
 from .nifti_header import nifti_header
 
 GZIP_LEVEL = 1  # isal: 150 MB/s a core at 7 % more bytes than level 3
@@ -57,13 +57,13 @@ class VolumeFormat:
     def is_ours(self, path: Path) -> bool:
         return is_synthetic(path)
 
-    def write(self, output: Path, painting: Painting, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
-        files = self.files(output, painting.case, painting.variant)
-        text = notice(derived=painting.manifest.derived)
-        written = {files[0]: write_ct(files[0], slabs, painting.mask, description=text)}
+    def write(self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
+        files = self.files(output, record.case, record.variant)
+        text = notice(derived=record.manifest.derived)
+        written = {files[0]: write_ct(files[0], slabs, record.mask, description=text)}
         for file in files[1:]:
-            values = table_values(painting.manifest.labels)
-            written[file] = write_labels(file, painting.mask, values, description="mask of a " + text)
+            values = table_values(record.manifest.labels)
+            written[file] = write_labels(file, record.mask, values, description="mask of a " + text)
         return written
 
     def finish(self, output: Path, manifest: Manifest) -> None:
@@ -102,7 +102,7 @@ def write_volume(
     Raises `OutputError`.
     """
     nifti, raw = path.name.endswith((".nii", ".nii.gz")), path.name.endswith(".nii")
-    with atomic_path(path) as part, Growing(part) as whole:
+    with atomic_path(path) as part, HashingWriter(part) as whole:
         if not nifti:
             header = _meta_header if path.name.endswith(".mha") else _nrrd_header
             whole.write(header(shape, dtype, geometry, description))
