@@ -1,9 +1,11 @@
-"""Everything that can only be seen on a GPU, in one command:  python benchmarks/gpu_acceptance.py [--model MODEL] [--json FILE]
+"""Everything that can only be seen on a GPU, in one command:  python benchmarks/gpu_acceptance.py
+[--model MODEL] [--json FILE]
 
-Runs with whatever is there of TensorRT (full, lean), ONNX Runtime, cuda-bindings and torch; SimpleITK is not needed. Without
---model it makes a small network with random weights, for which it needs torch and onnx. Each check runs in a process of its own,
-so that one that crashes fails alone. Prints pass, fail or not present for each, then one JSON line.
-Exit code: 0 nothing failed · 1 something did · 3 there was nothing here to check (no GPU).
+Runs with whatever is there of TensorRT (full, lean), ONNX Runtime, cuda-bindings and torch;
+SimpleITK is not needed. Without --model it makes a small network with random weights, for which it
+needs torch and onnx. Each check runs in a process of its own, so that one that crashes fails alone.
+Prints pass, fail or not present for each, then one JSON line. Exit code: 0 nothing failed · 1
+something did · 3 there was nothing here to check (no GPU).
 """
 
 from __future__ import annotations
@@ -32,31 +34,56 @@ from runtime.core.errors import Mask2CTError
 
 PASS, FAIL, ABSENT = "pass", "fail", "not present"
 TIMEOUT = 1800  # s for one check: a build may take minutes
-ENGINES = {"tensorrt": "our TensorRT engine", "onnx-cuda": "our ONNX Runtime engine", "torch": "our slots round torch"}
+ENGINES = {
+    "tensorrt": "our TensorRT engine",
+    "onnx-cuda": "our ONNX Runtime engine",
+    "torch": "our slots round torch",
+}
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("gpu_acceptance.py", description=(__doc__ or "").split("\n\n")[1])
-    parser.add_argument("--model", type=Path, help="a model folder with fp32 and fp16 graphs (and an engine, for our own engines)")
-    parser.add_argument("--only", nargs="+", metavar="CHECK", help="these alone: " + " ".join(titles()))
+    parser = argparse.ArgumentParser(
+        "gpu_acceptance.py", description=(__doc__ or "").split("\n\n")[1]
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a model folder with fp32 and fp16 graphs (and an engine, for our own engines)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="CHECK", help="these alone: " + " ".join(titles())
+    )
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--check", help=argparse.SUPPRESS)  # one check, in this process
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.check:
-        print(json.dumps(one(options.check, Case(options.work / "model", options.work, options.quick))))
+        print(
+            json.dumps(
+                one(options.check, Case(options.work / "model", options.work, options.quick))
+            )
+        )
         return 0
     with tempfile.TemporaryDirectory(prefix="gpu-acceptance-") as work:
         if options.model:  # an engine may be added to it
             shutil.copytree(options.model, Path(work) / "model")
-        rows = {name: outcome(name, options, Path(work)) for name in titles() if not options.only or name in options.only}
+        rows = {
+            name: outcome(name, options, Path(work))
+            for name in titles()
+            if not options.only or name in options.only
+        }
     width = max(len(title) for title in titles().values())
     for name, row in rows.items():
         print(f"{titles()[name]:<{width}}  {row['outcome']:<11}  {row['seen']}")
     outcomes = [row["outcome"] for row in rows.values()]
     print(", ".join(f"{outcomes.count(kind)} {kind}" for kind in (PASS, FAIL, ABSENT)))
-    record = {"suite": "gpu_acceptance", "model": str(options.model or "random weights"), "machine": machine(ROOT), "result": rows}
+    record = {
+        "suite": "gpu_acceptance",
+        "model": str(options.model or "random weights"),
+        "machine": machine(ROOT),
+        "result": rows,
+    }
     if options.json:
         write_json(options.json, record)
     print(json.dumps(record))
@@ -64,18 +91,35 @@ def main(argv: Sequence[str]) -> int:
 
 
 def titles() -> dict[str, str]:
-    """Check → what it shows, in the order they run: TensorRT's parts one by one, then our engines as a whole."""
-    ours = {f"{backend}-{name}": f"{engine}: {title}" for backend, engine in ENGINES.items() for name, (title, _) in RUNTIME.items()}
-    return {"model": "the model to check with", **{name: title for name, (title, _) in CHECKS.items()}, **ours}
+    """Check → what it shows, in the order they run: TensorRT's parts one by one, then our
+    engines as a whole.
+    """
+    ours = {
+        f"{backend}-{name}": f"{engine}: {title}"
+        for backend, engine in ENGINES.items()
+        for name, (title, _) in RUNTIME.items()
+    }
+    return {
+        "model": "the model to check with",
+        **{name: title for name, (title, _) in CHECKS.items()},
+        **ours,
+    }
 
 
 def outcome(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Run one check in a process of its own. One that ends without an answer has failed: a crash is what we look for."""
+    """Run one check in a process of its own.
+
+    One that ends without an answer has failed: a crash is what we look for.
+    """
     command = [sys.executable, __file__, "--check", name, "--work", str(work)]
     print(f"{titles()[name]} …", file=sys.stderr, flush=True)
     try:
         done = subprocess.run(
-            [*command, *(["--quick"] if options.quick else [])], capture_output=True, text=True, timeout=TIMEOUT, check=False
+            [*command, *(["--quick"] if options.quick else [])],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+            check=False,
         )
     except subprocess.TimeoutExpired:
         return {"outcome": FAIL, "seen": f"no answer within {TIMEOUT} s"}
@@ -84,7 +128,11 @@ def outcome(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any
         return dict(json.loads(lines[-1]))
     except (IndexError, ValueError):
         said = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
-        how = f"ended by signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
+        how = (
+            f"ended by signal {-done.returncode}"
+            if done.returncode < 0
+            else f"exit code {done.returncode}"
+        )
         return {"outcome": FAIL, "seen": f"{how}: {said[:300]}"}
 
 

@@ -1,7 +1,9 @@
-"""The recorded measurements as one page, and the README's table:  python benchmarks/report.py [-o FILE.html] [--pictures FOLDER] [--readme]
+"""The recorded measurements as one page, and the README's table:  python benchmarks/report.py [-o
+FILE.html] [--pictures FOLDER] [--readme]
 
-The page holds everything (pictures inside): the newest record of every suite and machine as a table, and how each ratio went from
-commit to commit. `--readme` writes the newest table of the README's own suites between its two marks.
+The page holds everything (pictures inside): the newest record of every suite and machine as a
+table, and how each ratio went from commit to commit. `--readme` writes the newest table of the
+README's own suites between its two marks.
 """
 
 from __future__ import annotations
@@ -31,23 +33,39 @@ LIGHT = "A light network, by engine: slices a second on its own canvas"
 README = {  # suite → the table of the README in which its newest record at full size stands
     "engine": LIGHT,
     "engine edge 256x256": LIGHT,
-    "engine reference 256x256": "The original's network, by engine: slices a second on its own canvas",
+    "engine reference 256x256": (
+        "The original's network, by engine: slices a second on its own canvas"
+    ),
     "stream": "A mask file to a CT file, 300 x 512 x 512, .nii.gz to .nii.gz: slices a second",
 }
 BEGIN, END = "<!-- benchmarks: python benchmarks/report.py --readme -->", "<!-- /benchmarks -->"
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("report.py", description="Recorded measurements as one HTML page.", epilog=EXIT_CODES)
+    parser = argparse.ArgumentParser(
+        "report.py", description="Recorded measurements as one HTML page.", epilog=EXIT_CODES
+    )
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "runs" / "benchmarks.html")
-    parser.add_argument("--history", type=Path, default=HISTORY, help="the records (default: benchmarks/results/history.jsonl)")
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="also write the page's pictures there, as PNG files")
+    parser.add_argument(
+        "--history",
+        type=Path,
+        default=HISTORY,
+        help="the records (default: benchmarks/results/history.jsonl)",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="FOLDER",
+        help="also write the page's pictures there, as PNG files",
+    )
     parser.add_argument("--readme", action="store_true", help="write the README's table instead")
     options = parser.parse_args(argv)
     records = load(options.history)
     if not records:
         raise UsageError(
-            f"{options.history} holds no records", expected="results of `benchmarks/run.py … --record`", remedy="record some first"
+            f"{options.history} holds no records",
+            expected="results of `benchmarks/run.py … --record`",
+            remedy="record some first",
         )
     if options.readme:
         readme = ROOT / "README.md"
@@ -69,19 +87,32 @@ def newest(records: Iterable[Record]) -> list[Record]:
 
 
 def rows(record: Record) -> list[list[str]]:
-    """A table: head, then a line for each contender. Rates as median, and as what nine of ten rounds reach; a column nobody fills is left out."""
+    """A table: head, then a line for each contender.
+
+    Rates as median, and as what nine of ten rounds reach; a column nobody fills is left out.
+    """
     columns: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
         "": lambda name, row: name,
         record["unit"]: lambda name, row: si(row["median"]),
         "p90": lambda name, row: si(1 / row["p90_seconds"]),
-        "a call, ms: p50 / p90 / p99": lambda name, row: " / ".join(f"{ms:.3g}" for ms in row.get("call_ms", {}).values()),
+        "a call, ms: p50 / p90 / p99": lambda name, row: " / ".join(
+            f"{ms:.3g}" for ms in row.get("call_ms", {}).values()
+        ),
         "peak MiB": lambda name, row: f"{row['peak_rss'] / 2**20:.0f}" if "peak_rss" in row else "",
         "GPU MiB": lambda name, row: f"{row['vram'] / 2**20:.0f}" if "vram" in row else "",
         "error": lambda name, row: f"{row['error']:.3g}" if "error" in row else "",
-        "of the roof": lambda name, row: f"{row['share_of_roof']:.0%} {row.get('roof', '')}".strip() if "share_of_roof" in row else "",
-        "ours / this": lambda name, row: f"{ratio_of(record, name)}" if name in record["ratios"] else "",
+        "of the roof": lambda name, row: (
+            f"{row['share_of_roof']:.0%} {row.get('roof', '')}".strip()
+            if "share_of_roof" in row
+            else ""
+        ),
+        "ours / this": lambda name, row: (
+            f"{ratio_of(record, name)}" if name in record["ratios"] else ""
+        ),
     }
-    body = [[cell(name, row) for cell in columns.values()] for name, row in record["contenders"].items()]
+    body = [
+        [cell(name, row) for cell in columns.values()] for name, row in record["contenders"].items()
+    ]
     filled = [n for n in range(len(columns)) if n == 0 or any(line[n] for line in body)]
     return [[line[n] for n in filled] for line in ([*columns], *body)]
 
@@ -92,14 +123,23 @@ def held(record: Record) -> list[str]:
     for name, row in record["contenders"].items():
         for fact, most in row.get("at_most", {}).items():
             verdict = "held" if row[fact] <= most else "NOT HELD"
-            found.append(f"bar: {name}: {fact.replace('_', ' ')} {row[fact]:.3g}, at most {most:g}: {verdict}")
+            found.append(
+                f"bar: {name}: {fact.replace('_', ' ')} {row[fact]:.3g}, at most {most:g}:"
+                f" {verdict}"
+            )
     return found
 
 
 def in_columns(table: Sequence[Sequence[str]]) -> list[str]:
     """Lines of text: the first column to the left, the others to the right."""
     widths = [max(len(row[n]) for row in table) for n in range(len(table[0]))]
-    return ["  ".join(c.rjust(w) if n else c.ljust(w) for n, (c, w) in enumerate(zip(row, widths, strict=True))) for row in table]
+    return [
+        "  ".join(
+            c.rjust(w) if n else c.ljust(w)
+            for n, (c, w) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in table
+    ]
 
 
 def si(number: float) -> str:
@@ -117,31 +157,48 @@ def measured_on(record: Record) -> str:
     load = ", ".join(f"{key} {value}" for key, value in record["load"].items())
     rounds = len(next(iter(record["contenders"].values()))["rates"])
     return (
-        f"{record['date']}, commit {m['commit']}, {fingerprint(record)}, Python {m['python']}, {packages}; {rounds} rounds in turn; {load}"
+        f"{record['date']}, commit {m['commit']}, {fingerprint(record)}, Python {m['python']},"
+        f" {packages}; {rounds} rounds in turn; {load}"
     )
 
 
 def write_page(path: Path, records: Sequence[Record], pictures: Path | None = None) -> None:
-    """One self-contained HTML page; with `pictures`, each of its pictures as a PNG file in that folder too. Raises `OutputError`."""
+    """One self-contained HTML page; with `pictures`, each of its pictures as a PNG file in that
+    folder too. Raises `OutputError`.
+    """
     sections = []
     for record in newest(records):
         head, *body = rows(record)
         settings = ", ".join(f"{key} {value}" for key, value in record["options"].items())
         content = table(head, body) + f"<p class=note>{html.escape(measured_on(record))}</p>"
-        content += "".join(f"<p>not there: {html.escape(name)} ({html.escape(why)})</p>" for name, why in record["absent"].items())
+        content += "".join(
+            f"<p>not there: {html.escape(name)} ({html.escape(why)})</p>"
+            for name, why in record["absent"].items()
+        )
         same = [r for r in records if alike(r, record)]
         drawn = {"ratios": ratios(record)} if record["ratios"] else {}
         if len(same) > 1 and record["ratios"]:
             drawn["course"] = course(same)
         sections.append(
-            (f"{record['suite']}: {settings}", content + "".join(picture(f, f"{name} of {record['suite']}") for name, f in drawn.items()))
+            (
+                f"{record['suite']}: {settings}",
+                content
+                + "".join(picture(f, f"{name} of {record['suite']}") for name, f in drawn.items()),
+            )
         )
         if pictures is not None:
             with writing(pictures):
                 pictures.mkdir(parents=True, exist_ok=True)
                 for name, made in drawn.items():
-                    made.savefig(pictures / f"{re.sub(r'[^a-z0-9]+', '-', record['suite'].lower())}-{name}.png", dpi=110)
-    lead = "Contenders took turns in every round. A ratio is ours against that one, with the interval that holds the true median; docs/benchmarks.md says more."
+                    made.savefig(
+                        pictures
+                        / f"{re.sub(r'[^a-z0-9]+', '-', record['suite'].lower())}-{name}.png",
+                        dpi=110,
+                    )
+    lead = (
+        "Contenders took turns in every round. A ratio is ours against that one, with the interval"
+        " that holds the true median; docs/benchmarks.md says more."
+    )
     page(path, "mask2ct: benchmarks", lead, sections)
 
 
@@ -158,23 +215,36 @@ def ratios(record: Record) -> Figure:
     for place, name in enumerate(names):
         r = ratio_of(record, name)
         color = "#888" if not r.differs else "#1a6" if r.value > 1 else "#c33"
-        axes.errorbar(r.value, place, xerr=[[r.value - r.least], [r.most - r.value]], marker="o", capsize=3, color=color)
+        axes.errorbar(
+            r.value,
+            place,
+            xerr=[[r.value - r.least], [r.most - r.value]],
+            marker="o",
+            capsize=3,
+            color=color,
+        )
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel(f"{next(iter(record['contenders']))}: times as fast as this")
-    _times(axes.xaxis, [getattr(ratio_of(record, n), end) for n in names for end in ("least", "most")])
+    _times(
+        axes.xaxis, [getattr(ratio_of(record, n), end) for n in names for end in ("least", "most")]
+    )
     axes.axvline(1, color="#999", linewidth=1)
     return drawn
 
 
 def course(records: Sequence[Record]) -> Figure:
-    """Every ratio of one suite on one machine from commit to commit; those of one commit stand beside each other."""
+    """Every ratio of one suite on one machine from commit to commit; those of one commit stand
+    beside each other.
+    """
     names = list(dict.fromkeys(n for r in records for n in r["ratios"]))
     drawn = figure(9, max(3.5, 1 + 0.2 * len(names)))
     axes = drawn.subplots()
     ends = []
     for n, name in enumerate(names):
         aside = 0.5 * ((n + 0.5) / len(names) - 0.5)
-        held = [(x + aside, ratio_of(r, name)) for x, r in enumerate(records) if name in r["ratios"]]
+        held = [
+            (x + aside, ratio_of(r, name)) for x, r in enumerate(records) if name in r["ratios"]
+        ]
         spread = [[r.value - r.least for _, r in held], [r.most - r.value for _, r in held]]
         style: dict[str, Any] = {
             "marker": "o",
@@ -184,10 +254,18 @@ def course(records: Sequence[Record]) -> Figure:
             "color": f"C{n % 10}",
             "linestyle": "-" if n < 10 else "--",
         }
-        axes.errorbar([x for x, _ in held], [r.value for _, r in held], yerr=spread, label=f"ours / {name}", **style)
+        axes.errorbar(
+            [x for x, _ in held],
+            [r.value for _, r in held],
+            yerr=spread,
+            label=f"ours / {name}",
+            **style,
+        )
         ends += [end for _, r in held for end in (r.least, r.most)]
     axes.axhline(1, color="#999", linewidth=1)
-    axes.set_xticks(range(len(records)), [f"{r['machine']['commit']}\n{r['date']}" for r in records])
+    axes.set_xticks(
+        range(len(records)), [f"{r['machine']['commit']}\n{r['date']}" for r in records]
+    )
     _times(axes.yaxis, ends)
     axes.set_ylabel("times as fast")
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -211,10 +289,20 @@ def _times(axis: Any, shown: Iterable[float]) -> None:
 def with_table(readme: str, records: Sequence[Record]) -> str:
     """`readme` with everything between its marks replaced. Raises `UsageError` when it has none."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise UsageError("the README has no place for the table", expected=f"{BEGIN} and {END}, once each", remedy="put them back")
+        raise UsageError(
+            "the README has no place for the table",
+            expected=f"{BEGIN} and {END}, once each",
+            remedy="put them back",
+        )
     shown: list[str] = []
-    last = {(README[r["suite"]], fingerprint(r)): r for r in records if r["suite"] in README and not r["options"]["quick"]}
-    for (title, _), record in sorted(last.items(), key=lambda item: [*README.values()].index(item[0][0])):
+    last = {
+        (README[r["suite"]], fingerprint(r)): r
+        for r in records
+        if r["suite"] in README and not r["options"]["quick"]
+    }
+    for (title, _), record in sorted(
+        last.items(), key=lambda item: [*README.values()].index(item[0][0])
+    ):
         head, *body = rows(record)
         lines = [head, [":--", *["--:"] * (len(head) - 1)], *body]
         shown += [
@@ -225,7 +313,12 @@ def with_table(readme: str, records: Sequence[Record]) -> str:
             f"<sub>{measured_on(record)}</sub>",
             "",
         ]
-    return re.sub(re.escape(BEGIN) + ".*?" + re.escape(END), lambda _: "\n".join([BEGIN, "", *shown, END]), readme, flags=re.DOTALL)
+    return re.sub(
+        re.escape(BEGIN) + ".*?" + re.escape(END),
+        lambda _: "\n".join([BEGIN, "", *shown, END]),
+        readme,
+        flags=re.DOTALL,
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Throughput of this machine, against what a user would otherwise run and against its limit:  python benchmarks/run.py SUITE...
+"""Throughput of this machine, against what a user would otherwise run and against its limit:
+python benchmarks/run.py SUITE...
 
-Suites: engine, stream, memory, coldstart, io, train, commands; each module says what it measures. Contenders run in processes of their own and
-take turns within every round (benchmarks/harness/paired.py). A table for people, then one JSON line with every record.
+Suites: engine, stream, memory, coldstart, io, train, commands; each module says what it measures.
+Contenders run in processes of their own and take turns within every round
+(benchmarks/harness/paired.py). A table for people, then one JSON line with every record.
 """
 
 from __future__ import annotations
@@ -19,7 +21,15 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
-from benchmarks.harness.history import STANDARD, Record, append, before, load, make_record, regressions
+from benchmarks.harness.history import (
+    STANDARD,
+    Record,
+    append,
+    before,
+    load,
+    make_record,
+    regressions,
+)
 from benchmarks.harness.models import Prepared, prepared
 from benchmarks.harness.paired import Contender, measure
 from benchmarks.harness.roofline import beside, shares
@@ -43,9 +53,15 @@ class Suite:
 
 SUITES = {
     "engine": Suite("slices/s", lambda o: engine.groups(_given(o), o.backend, o.quick)),
-    "stream": Suite("slices/s", lambda o: stream.groups(_given(o) or prepared("edge"), o.backend, o.quick)),
-    "memory": Suite("slices/s", lambda o: memory.groups(_given(o) or prepared("edge"), o.backend, o.quick)),
-    "coldstart": Suite("starts/s", lambda o: coldstart.groups(_given(o) or prepared("edge"), o.backend)),
+    "stream": Suite(
+        "slices/s", lambda o: stream.groups(_given(o) or prepared("edge"), o.backend, o.quick)
+    ),
+    "memory": Suite(
+        "slices/s", lambda o: memory.groups(_given(o) or prepared("edge"), o.backend, o.quick)
+    ),
+    "coldstart": Suite(
+        "starts/s", lambda o: coldstart.groups(_given(o) or prepared("edge"), o.backend)
+    ),
     "io": Suite("bytes/s", lambda o: io.groups("64x128x128" if o.quick else "300x512x512")),
     "train": Suite("steps/s", lambda o: _train_groups(o)),
     "commands": Suite("starts/s", lambda o: commands.groups()),
@@ -53,22 +69,54 @@ SUITES = {
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("run.py", description="Throughput on this machine.", epilog=EXIT_CODES)
-    parser.add_argument("suites", nargs="+", choices=list(SUITES), metavar="SUITE", help=", ".join(SUITES))
-    parser.add_argument("--model", type=Path, help="a model folder (default: networks of its own, made once under runs/bench)")
-    parser.add_argument("--run", type=Path, help="the run folder it came from, for PyTorch (default: `train` beside the model)")
+    parser = argparse.ArgumentParser(
+        "run.py", description="Throughput on this machine.", epilog=EXIT_CODES
+    )
+    parser.add_argument(
+        "suites", nargs="+", choices=list(SUITES), metavar="SUITE", help=", ".join(SUITES)
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        help="a model folder (default: networks of its own, made once under runs/bench)",
+    )
+    parser.add_argument(
+        "--run",
+        type=Path,
+        help="the run folder it came from, for PyTorch (default: `train` beside the model)",
+    )
     parser.add_argument("--backend", default="auto")
     parser.add_argument(
-        "--config", type=Path, default=ROOT / "train" / "configs" / "phantom.json", help="what `train` trains (default: the phantom)"
+        "--config",
+        type=Path,
+        default=ROOT / "train" / "configs" / "phantom.json",
+        help="what `train` trains (default: the phantom)",
     )
-    parser.add_argument("--dataset-path", metavar="DIR", help="on which patients (default: the config's phantom, made first)")
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", nargs="+", help="override the config, as train/run.py has it"
+        "--dataset-path",
+        metavar="DIR",
+        help="on which patients (default: the config's phantom, made first)",
     )
-    parser.add_argument("--quick", action="store_true", help="less work a round, fewer rounds and contenders")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        nargs="+",
+        help="override the config, as train/run.py has it",
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="less work a round, fewer rounds and contenders"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records here")
-    parser.add_argument("--record", action="store_true", help="append them to benchmarks/results/history.jsonl")
-    parser.add_argument("--compare", metavar="REV|last", help="exit 1 when a ratio fell since that commit's record, by more than its noise")
+    parser.add_argument(
+        "--record", action="store_true", help="append them to benchmarks/results/history.jsonl"
+    )
+    parser.add_argument(
+        "--compare",
+        metavar="REV|last",
+        help="exit 1 when a ratio fell since that commit's record, by more than its noise",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(argv)
 
@@ -86,8 +134,16 @@ def _measure(name: str, options: argparse.Namespace) -> list[Record]:
     suite, records = SUITES[name], []
     for group, contenders in suite.groups(options).items():
         began = time.perf_counter()
-        measured = measure([*contenders, *beside(contenders)], QUICK_ROUNDS if options.quick else ROUNDS, quiet=options.quiet)
-        records.append(make_record(group, _options(name, options), suite.unit, measured, shares(contenders, measured)))
+        measured = measure(
+            [*contenders, *beside(contenders)],
+            QUICK_ROUNDS if options.quick else ROUNDS,
+            quiet=options.quiet,
+        )
+        records.append(
+            make_record(
+                group, _options(name, options), suite.unit, measured, shares(contenders, measured)
+            )
+        )
         _print(records[-1])
         print(f"measured in {duration(time.perf_counter() - began)}", flush=True)
     return records
@@ -96,16 +152,28 @@ def _measure(name: str, options: argparse.Namespace) -> list[Record]:
 def _options(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """What a record must share with another to be compared with it. No path: records travel."""
     if name == "train":
-        return {"quick": options.quick, "config": options.config.stem, "set": [x for xs in options.set for x in xs]}
+        return {
+            "quick": options.quick,
+            "config": options.config.stem,
+            "set": [x for xs in options.set for x in xs],
+        }
     if name in ("io", "commands"):
         return {"quick": options.quick}
-    return {"quick": options.quick, "backend": options.backend, "model": Manifest.load(options.model).name if options.model else "own"}
+    return {
+        "quick": options.quick,
+        "backend": options.backend,
+        "model": Manifest.load(options.model).name if options.model else "own",
+    }
 
 
 def _print(record: Record) -> None:
     print("\n".join(["", record["suite"], *in_columns(rows(record))]))
     for contender, row in record["contenders"].items():
-        if facts := {key: value for key, value in row.items() if key not in (*STANDARD, "backend", "call_ms", "vram", "at_most")}:
+        if facts := {
+            key: value
+            for key, value in row.items()
+            if key not in (*STANDARD, "backend", "call_ms", "vram", "at_most")
+        }:
             print(f"{contender}: {json.dumps(facts)[1:-1]}")
     for line in held(record):
         print(line)
@@ -115,15 +183,20 @@ def _print(record: Record) -> None:
 
 
 def _compare(records: Sequence[Record], revision: str) -> int:
-    """How many ratios fell; each is said on standard error. Raises `UsageError` when there is nothing to compare with."""
+    """How many ratios fell; each is said on standard error.
+
+    Raises `UsageError` when there is nothing to compare with.
+    """
     kept, found = load(), 0
     for record in records:
         old = before(record, kept, revision)
         if old is None:
             raise UsageError(
-                f"there is no record of {record['suite']} for {revision} with these options on this machine",
-                expected="a record in benchmarks/results/history.jsonl", remedy="record one with --record",
-            )  # fmt: skip
+                f"there is no record of {record['suite']} for {revision} with these options on this"
+                " machine",
+                expected="a record in benchmarks/results/history.jsonl",
+                remedy="record one with --record",
+            )
         for fall in regressions(old, record):
             found += 1
             print(f"{fall} since commit {old['machine']['commit']}", file=sys.stderr)
@@ -135,7 +208,11 @@ def _train_groups(options: argparse.Namespace) -> Mapping[str, Sequence[Contende
     from train import config
     from train.data.inference import infer_from_data
 
-    given = config.resolve(config.load(options.config), [x for xs in options.set for x in xs], dataset_path=options.dataset_path)
+    given = config.resolve(
+        config.load(options.config),
+        [x for xs in options.set for x in xs],
+        dataset_path=options.dataset_path,
+    )
     return train.groups(infer_from_data(given)[0], options.quick)
 
 

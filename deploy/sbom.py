@@ -1,9 +1,11 @@
-"""What is installed, as a CycloneDX 1.6 bill of materials with licences, for a hospital's security office.
+"""What is installed, as a CycloneDX 1.6 bill of materials with licences, for a hospital's security
+office.
 
     python deploy/sbom.py [--output FILE] [--check]     # of the environment whose Python runs this; the standard library is enough
 
-The same environment gives the same bytes: no time, no random number. `--check`: exit 1 where a licence is unknown or not permissive.
-Format: https://cyclonedx.org/docs/1.6/json/. Licences are SPDX expressions, from the packages' own metadata (PEP 639, else classifiers).
+The same environment gives the same bytes: no time, no random number. `--check`: exit 1 where a
+licence is unknown or not permissive. Format: https://cyclonedx.org/docs/1.6/json/. Licences are
+SPDX expressions, from the packages' own metadata (PEP 639, else classifiers).
 """
 
 from __future__ import annotations
@@ -36,47 +38,87 @@ PERMISSIVE = {
     "Zlib",
     "LLVM-exception",
     "BSD",
-}  # fmt: skip - the last is no SPDX name: older metadata does not say which of them
-# Licences that ask a little more of whoever changes those files, which nobody here does, and why they are there all the same.
+}
+# Licences that ask a little more of whoever changes those files, which nobody here does, and why
+# they are there all the same.
 EXCEPTIONS = {
     "certifi": "MPL-2.0: the list of certificate authorities, brought by requests, brought by Ray",
     "tqdm": "MPL-2.0 AND MIT: a progress bar, brought by the exporter's and trainer's libraries",
 }
 # As classifiers and the free text of older metadata have it.
 SPDX = {
-    "apache": "Apache-2.0", "apache 2.0": "Apache-2.0", "apache license 2.0": "Apache-2.0", "apache license, version 2.0": "Apache-2.0",
-    "apache software license": "Apache-2.0", "apache-2": "Apache-2.0", "bsd": "BSD", "bsd license": "BSD",
-    "bsd 3-clause": "BSD-3-Clause", "3-clause bsd license": "BSD-3-Clause", "bsd-3": "BSD-3-Clause", "isc license (iscl)": "ISC", "mit license": "MIT",
-    "the mit license (mit)": "MIT", "mozilla public license 2.0 (mpl 2.0)": "MPL-2.0", "python software foundation license": "PSF-2.0", "psf": "PSF-2.0",
+    "apache": "Apache-2.0",
+    "apache 2.0": "Apache-2.0",
+    "apache license 2.0": "Apache-2.0",
+    "apache license, version 2.0": "Apache-2.0",
+    "apache software license": "Apache-2.0",
+    "apache-2": "Apache-2.0",
+    "bsd": "BSD",
+    "bsd license": "BSD",
+    "bsd 3-clause": "BSD-3-Clause",
+    "3-clause bsd license": "BSD-3-Clause",
+    "bsd-3": "BSD-3-Clause",
+    "isc license (iscl)": "ISC",
+    "mit license": "MIT",
+    "the mit license (mit)": "MIT",
+    "mozilla public license 2.0 (mpl 2.0)": "MPL-2.0",
+    "python software foundation license": "PSF-2.0",
+    "psf": "PSF-2.0",
     "zlib/libpng license": "Zlib",
-}  # fmt: skip
+}
 
 
 def licence(package: Distribution) -> str:
     """An SPDX expression, or what the package says in its own words, or ""."""
-    stated = {name: package.metadata.get_all(name) or [] for name in ("License-Expression", "License", "Classifier")}
+    stated = {
+        name: package.metadata.get_all(name) or []
+        for name in ("License-Expression", "License", "Classifier")
+    }
     if stated["License-Expression"]:
         return str(stated["License-Expression"][0])
     said = "".join(stated["License"]).strip()
-    classified = [line.rsplit(" :: ", 1)[-1] for line in stated["Classifier"] if line.startswith("License :: ")]
-    known = dict.fromkeys(SPDX[text.casefold()] for text in (said, *classified) if text.casefold() in SPDX)
+    classified = [
+        line.rsplit(" :: ", 1)[-1]
+        for line in stated["Classifier"]
+        if line.startswith("License :: ")
+    ]
+    known = dict.fromkeys(
+        SPDX[text.casefold()] for text in (said, *classified) if text.casefold() in SPDX
+    )
     if said in PERMISSIVE or re.fullmatch(r"[\w.+-]+( (AND|OR|WITH) [\w.+-]+)+", said):
         return said
-    return next(iter(known), said.splitlines()[0][:80] if said else next((c for c in classified if c != "OSI Approved"), ""))
+    return next(
+        iter(known),
+        (
+            said.splitlines()[0][:80]
+            if said
+            else next((c for c in classified if c != "OSI Approved"), "")
+        ),
+    )
 
 
 def permissive(expression: str) -> bool:
-    """Whether every licence of the expression is; of alternatives (OR, which binds last) one is enough."""
+    """Whether every licence of the expression is; of alternatives (OR, which binds last) one is
+    enough.
+    """
     inner = re.compile(r"\(([^()]*)\)")
     while inner.search(expression):
-        expression = inner.sub(lambda found: "MIT" if permissive(found[1]) else "refused", expression)
-    return any(all(name.strip() in PERMISSIVE for name in re.split(" AND | WITH ", choice)) for choice in expression.split(" OR "))
+        expression = inner.sub(
+            lambda found: "MIT" if permissive(found[1]) else "refused", expression
+        )
+    return any(
+        all(name.strip() in PERMISSIVE for name in re.split(" AND | WITH ", choice))
+        for choice in expression.split(" OR ")
+    )
 
 
 def refused(packages: Iterable[Distribution]) -> list[str]:
     """A line for each whose licence is unknown or not permissive, but for the named exceptions."""
-    return [f"{p.name} {p.version}: {licence(p) or 'no licence stated'}" for p in packages
-            if not permissive(licence(p)) and p.name.casefold() not in EXCEPTIONS]  # fmt: skip
+    return [
+        f"{p.name} {p.version}: {licence(p) or 'no licence stated'}"
+        for p in packages
+        if not permissive(licence(p)) and p.name.casefold() not in EXCEPTIONS
+    ]
 
 
 def bill(packages: Iterable[Distribution]) -> dict[str, Any]:
@@ -97,15 +139,23 @@ def bill(packages: Iterable[Distribution]) -> dict[str, Any]:
 
 def _component(package: Distribution) -> dict[str, Any]:
     url = f"pkg:pypi/{re.sub('[-_.]+', '-', package.name).lower()}@{package.version}"
-    made: dict[str, Any] = {"type": "library", "bom-ref": url, "name": package.name, "version": package.version, "purl": url}
+    made: dict[str, Any] = {
+        "type": "library",
+        "bom-ref": url,
+        "name": package.name,
+        "version": package.version,
+        "purl": url,
+    }
     if text := licence(package):
         parts = re.split(r" AND | OR | WITH ", text)
         made["licenses"] = [
-            {"license": {"id": text}}
-            if text in PERMISSIVE - {"BSD"}
-            else {"expression": text}
-            if len(parts) > 1
-            else {"license": {"name": text}}
+            (
+                {"license": {"id": text}}
+                if text in PERMISSIVE - {"BSD"}
+                else {"expression": text}
+                if len(parts) > 1
+                else {"license": {"name": text}}
+            )
         ]
     return made
 
@@ -113,9 +163,13 @@ def _component(package: Distribution) -> dict[str, Any]:
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
-    parser.add_argument("--check", action="store_true", help="exit 1 where a licence is unknown or not permissive")
+    parser.add_argument(
+        "--check", action="store_true", help="exit 1 where a licence is unknown or not permissive"
+    )
     options = parser.parse_args(argv)
-    packages = list({p.name.casefold(): p for p in reversed([*distributions()])}.values())  # the first on the path is the one imported
+    packages = list(
+        {p.name.casefold(): p for p in reversed([*distributions()])}.values()
+    )  # the first on the path is the one imported
     text = json.dumps(bill(packages), indent=1) + "\n"
     if options.output is None:
         sys.stdout.write(text)

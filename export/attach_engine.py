@@ -1,4 +1,6 @@
-"""The engine joins a model folder whose graphs are written and validated: built, counted, run, and only then listed."""
+"""The engine joins a model folder whose graphs are written and validated: built, counted, run,
+and only then listed.
+"""
 
 from __future__ import annotations
 
@@ -40,35 +42,56 @@ def add_engine(
     quiet: bool = False,
     trt: Any = None,
 ) -> Manifest:
-    """Build `folder`'s graph of that precision, write model.engine and model.engine.json, and list them in the manifest.
+    """Build `folder`'s graph of that precision, write model.engine and model.engine.json, and list
+    them in the manifest.
 
-    `prove` runs the engine beside FP32 torch and returns its proof as `Manifest.parity` holds it, or raises. The manifest is
-    written last: until then, and after any error, the folder is the validated ONNX model it was, without an engine.
+    `prove` runs the engine beside FP32 torch and returns its proof as `Manifest.parity` holds it,
+    or raises. The manifest is written last: until then, and after any error, the folder is the
+    validated ONNX model it was, without an engine.
     """
     trt = trt or import_module("tensorrt")
     before = _without_engine(folder)
     name = before.file_of("onnx", options.precision)
     if name is None:
-        raise ModelError(f"{folder} holds no {options.precision} graph", expected="the graphs export writes before it builds",
-                         remedy="export the run again", file=folder)  # fmt: skip
+        raise ModelError(
+            f"{folder} holds no {options.precision} graph",
+            expected="the graphs export writes before it builds",
+            remedy="export the run again",
+            file=folder,
+        )
     before.verify(folder, [name])
     onnx, half = folder / name, options.precision == "fp16"
     if half:
         require_half(half_weights(onnx), "its weights", onnx)
     say(f"building {ENGINE} from {name} with TensorRT {trt.__version__} for {gpu}")
-    built = build(onnx, shapes_of(before, options.max_batch), options, trt=trt, on_progress=progress(quiet))
+    built = build(
+        onnx, shapes_of(before, options.max_batch), options, trt=trt, on_progress=progress(quiet)
+    )
     for note in built.notes:
         say(f"  {note}")
     if half:
         require_half(built.layers.half, "the convolutions TensorRT parsed", onnx)
-    inspection = inspect_plan(trt, built.plan, built.profile, native=options.native, logger=collecting_logger(trt, []))
+    inspection = inspect_plan(
+        trt, built.plan, built.profile, native=options.native, logger=collecting_logger(trt, [])
+    )
     facts = facts_of(before, name, built, options, inspection, gpu)
     if half and facts.get("convolutions"):
-        require_half(facts["half_convolutions"] / facts["convolutions"], "the built engine's convolutions", onnx)
+        require_half(
+            facts["half_convolutions"] / facts["convolutions"],
+            "the built engine's convolutions",
+            onnx,
+        )
     try:
         with atomic_file(folder / ENGINE) as handle:
             handle.write(built.plan)
-        write_json(folder / LAYERS, {"network": built.layers.to_json(), "engine": inspection.information, "reason": inspection.reason})
+        write_json(
+            folder / LAYERS,
+            {
+                "network": built.layers.to_json(),
+                "engine": inspection.information,
+                "reason": inspection.reason,
+            },
+        )
         listed = {
             ENGINE: _describe(folder / ENGINE, "engine", options.precision, facts),
             LAYERS: _describe(folder / LAYERS, "layers", options.precision, {}),
@@ -86,47 +109,89 @@ def add_engine(
 
 
 def _without_engine(folder: Path) -> Manifest:
-    """The folder's manifest without its engine: an older engine is no longer listed while its successor is built."""
+    """The folder's manifest without its engine: an older engine is no longer listed while its
+    successor is built.
+    """
     found = Manifest.load(folder)
     kept = {name: file for name, file in found.files.items() if name not in (ENGINE, LAYERS)}
     if len(kept) == len(found.files):
         return found
-    bare = replace(found, files=kept, parity={name: parity_report for name, parity_report in found.parity.items() if name != ENGINE})
+    bare = replace(
+        found,
+        files=kept,
+        parity={
+            name: parity_report for name, parity_report in found.parity.items() if name != ENGINE
+        },
+    )
     write_json(folder / MANIFEST, bare.to_json())
     write_text(folder / CARD, model_card(bare))
     return bare
 
 
-def parity_checker(graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path, precision: str) -> ParityCheck:
-    """Runs the engine as the hospital will, through the runtime, on what the ONNX graphs were validated on. Raises `ParityError`."""
+def parity_checker(
+    graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path, precision: str
+) -> ParityCheck:
+    """Runs the engine as the hospital will, through the runtime, on what the ONNX graphs were
+    validated on. Raises `ParityError`.
+    """
     from . import parity
 
     def check_parity(manifest: Manifest) -> Mapping[str, Any]:
         backend = next((b for b in BACKENDS if b.name == "tensorrt"), None)
         why = "this mask2ct has no TensorRT runtime" if backend is None else backend.uninstalled()
         if backend is None or why:
-            raise MissingComponent(f"{ENGINE} cannot be validated: {why}", expected="the runtime that will run it", remedy=INSTALL)
-        return {backend.name: parity.check_parity(folder / ENGINE, precision, backend, manifest, parity.references(graph, manifest, masks))}
+            raise MissingComponent(
+                f"{ENGINE} cannot be validated: {why}",
+                expected="the runtime that will run it",
+                remedy=INSTALL,
+            )
+        return {
+            backend.name: parity.check_parity(
+                folder / ENGINE,
+                precision,
+                backend,
+                manifest,
+                parity.references(graph, manifest, masks),
+            )
+        }
 
     return check_parity
 
 
-def facts_of(manifest: Manifest, onnx: str, built: Built, options: BuildOptions, inspection: Inspection, gpu: Device) -> dict[str, Any]:
-    """What the manifest says of the engine: whoever loads it can tell, before TensorRT does, whether it will."""
+def facts_of(
+    manifest: Manifest,
+    onnx: str,
+    built: Built,
+    options: BuildOptions,
+    inspection: Inspection,
+    gpu: Device,
+) -> dict[str, Any]:
+    """What the manifest says of the engine: whoever loads it can tell, before TensorRT does,
+    whether it will.
+    """
     facts: dict[str, Any] = {
         "tensorrt": built.version,
         "gpu": gpu.name,
         "compute_capability": list(gpu.compute_capability),
         "hardware": options.hardware,
         "version_compatible": not options.native,
-        "profiles": [{name: dict(zip(("min", "opt", "max"), map(list, shapes), strict=True)) for name, shapes in built.profile.items()}],
+        "profiles": [
+            {
+                name: dict(zip(("min", "opt", "max"), map(list, shapes), strict=True))
+                for name, shapes in built.profile.items()
+            }
+        ],
         "device_memory": None if inspection.activations is None else list(inspection.activations),
         "workspace": options.workspace,
         "onnx_sha256": manifest.files[onnx].sha256,
-        "half_network": round(built.layers.half, 4),  # share of the convolutions in the network TensorRT parsed
+        "half_network": round(
+            built.layers.half, 4
+        ),  # share of the convolutions in the network TensorRT parsed
     }
     if inspection.information is not None:
-        facts["half_convolutions"], facts["convolutions"] = half_convolutions(inspection.information)
+        facts["half_convolutions"], facts["convolutions"] = half_convolutions(
+            inspection.information
+        )
     if inspection.reason:
         facts["not_inspected"] = inspection.reason
     return facts

@@ -1,4 +1,6 @@
-"""Checkpoint → ONNX → TensorRT engine → proof → model folder:  python export/build_engine.py RUN -o MODEL [--onnx-only]"""
+"""Checkpoint → ONNX → TensorRT engine → proof → model folder:  python export/build_engine.py RUN
+-o MODEL [--onnx-only]
+"""
 
 from __future__ import annotations
 
@@ -10,8 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this is imported ends it without a traceback
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # replace, not prepend: export/ must not shadow packages
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C while this is imported ends it without a traceback
+sys.path[0] = str(
+    Path(__file__).resolve().parent.parent
+)  # replace, not prepend: export/ must not shadow packages
 
 from export.to_tensorrt import HARDWARE, BuildOptions, why_not
 from runtime.core.console import EXIT_CODES, duration, run
@@ -21,11 +27,19 @@ from runtime.engines.memory import parse_bytes
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        "build_engine.py", description="Export a trained run to a model folder, with proof.", epilog=EXIT_CODES
+        "build_engine.py",
+        description="Export a trained run to a model folder, with proof.",
+        epilog=EXIT_CODES,
     )
     parser.add_argument("run", type=Path, help="a run folder, as train/run.py leaves it")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
-    parser.add_argument("--onnx-only", action="store_true", help="write and prove the ONNX graphs, build no TensorRT engine")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, help="the model folder to write"
+    )
+    parser.add_argument(
+        "--onnx-only",
+        action="store_true",
+        help="write and prove the ONNX graphs, build no TensorRT engine",
+    )
     _add_engine_options(parser.add_argument_group("TensorRT engine"))
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     options = parser.parse_args(argv)
@@ -51,8 +65,14 @@ def main(argv: Sequence[str]) -> int:
     if options.onnx_only:
         return 0
     if missing is not None:
-        kept = f"the validated ONNX graphs are kept: python -m runtime synth MASK --model {options.output} --output OUT"
-        missing.remedy, missing.file = f"{missing.remedy}; then run this again ({kept})", options.output
+        kept = (
+            "the validated ONNX graphs are kept: python -m runtime synth MASK --model"
+            f" {options.output} --output OUT"
+        )
+        missing.remedy, missing.file = (
+            f"{missing.remedy}; then run this again ({kept})",
+            options.output,
+        )
         raise missing
     from export.attach_engine import add_engine, parity_checker
     from runtime.engines.gpu.probe import device
@@ -60,7 +80,12 @@ def main(argv: Sequence[str]) -> int:
     names = ("precision", "native", "hardware", "max_batch", "workspace", "timing_cache")
     build = BuildOptions(**{name: getattr(options, name) for name in names})
     add_engine(
-        options.output, build, parity_checker(graph, masks, options.output, options.precision), gpu=device(), say=say, quiet=options.quiet
+        options.output,
+        build,
+        parity_checker(graph, masks, options.output, options.precision),
+        gpu=device(),
+        say=say,
+        quiet=options.quiet,
     )
     say(f"engine built and validated in {duration(time.perf_counter() - started)}")
     return 0
@@ -68,17 +93,38 @@ def main(argv: Sequence[str]) -> int:
 
 def _add_engine_options(group: argparse._ArgumentGroup) -> None:
     default = BuildOptions()
-    group.add_argument("--precision", choices=("fp16", "fp32"), default=default.precision, help="of the engine (default fp16)")
     group.add_argument(
-        "--native", action="store_true", help="fastest, for this very TensorRT; else the lean runtime loads it, later ones too"
+        "--precision",
+        choices=("fp16", "fp32"),
+        default=default.precision,
+        help="of the engine (default fp16)",
     )
-    hardware = "GPUs it runs on: of this compute capability (same, the default), any from Ampere on, or this model alone"
-    group.add_argument("--hardware", choices=tuple(HARDWARE), default=default.hardware, help=hardware)
+    group.add_argument(
+        "--native",
+        action="store_true",
+        help="fastest, for this very TensorRT; else the lean runtime loads it, later ones too",
+    )
+    hardware = (
+        "GPUs it runs on: of this compute capability (same, the default), any from Ampere on, or"
+        " this model alone"
+    )
+    group.add_argument(
+        "--hardware", choices=tuple(HARDWARE), default=default.hardware, help=hardware
+    )
     batch = f"slices it takes at once (default {default.max_batch})"
-    group.add_argument("--max-batch", type=_count, default=default.max_batch, metavar="N", help=batch)
+    group.add_argument(
+        "--max-batch", type=_count, default=default.max_batch, metavar="N", help=batch
+    )
     workspace = f"most scratch memory of a layer (default {default.workspace >> 30}GiB)"
-    group.add_argument("--workspace", type=parse_bytes, default=default.workspace, metavar="SIZE", help=workspace)
-    group.add_argument("--timing-cache", type=Path, metavar="FILE", help="kept from build to build on one GPU: the next one is faster")
+    group.add_argument(
+        "--workspace", type=parse_bytes, default=default.workspace, metavar="SIZE", help=workspace
+    )
+    group.add_argument(
+        "--timing-cache",
+        type=Path,
+        metavar="FILE",
+        help="kept from build to build on one GPU: the next one is faster",
+    )
 
 
 def _count(text: str) -> int:
@@ -91,7 +137,11 @@ def _count(text: str) -> int:
 def _require_packages() -> None:
     """Name a missing package before anything is started. Raises `MissingComponent`."""
     for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "scipy"):
-        with importing(name, "the packages of the export extra", 'pip install -e ".[train,export,onnx,openvino]"  (or: make setup)'):
+        with importing(
+            name,
+            "the packages of the export extra",
+            'pip install -e ".[train,export,onnx,openvino]"  (or: make setup)',
+        ):
             __import__(name)
 
 

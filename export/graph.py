@@ -1,4 +1,7 @@
-"""The exported graph: labels in, intensities out. Everything between a mask and Hounsfield units is in here."""
+"""The exported graph: labels in, intensities out.
+
+Everything between a mask and Hounsfield units is in here.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ from train.networks.generator import Generator, one_hot, standardise_noise
 
 
 class LabelsToIntensity(nn.Module):
-    """`runtime.core.manifest`'s graph round a trained generator: uint8 labels (style, noise) → int16 HU as little-endian bytes.
+    """`runtime.core.manifest`'s graph round a trained generator: uint8 labels (style, noise) →
+    int16 HU as little-endian bytes.
 
-    FP32 before and after the generator: FP16 does not hold every HU. First node on each input is a Cast to float, the last a Cast
-    to uint8, for TensorRT allows uint8 at the border only (and has no int16).
+    FP32 before and after the generator: FP16 does not hold every HU. First node on each input is a
+    Cast to float, the last a Cast to uint8, for TensorRT allows uint8 at the border only (and has
+    no int16).
     """
 
     def __init__(self, generator: Generator, classes: int, intensity: Intensity):
@@ -24,15 +29,25 @@ class LabelsToIntensity(nn.Module):
         self.generator, self.classes = generator.eval(), classes
         self.low, self.high = float(intensity.low), float(intensity.high)
         self.precision = torch.float32  # of the stages
-        self.places = torch.tensor([1.0, 1 / 256])  # what a little-endian pair of bytes divides a value by
+        self.places = torch.tensor(
+            [1.0, 1 / 256]
+        )  # what a little-endian pair of bytes divides a value by
 
-    def forward(self, labels: Tensor, style: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
-        """`labels` uint8 (N, Z, H, W), `style` float32 (N, S), `noise` uint8 (N, H, W) → uint8 (N, H, W, 2)."""
+    def forward(
+        self, labels: Tensor, style: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """`labels` uint8 (N, Z, H, W), `style` float32 (N, S), `noise` uint8 (N, H, W) → uint8
+        (N, H, W, 2).
+        """
         white = None if noise is None else standardise_noise(noise).unsqueeze(1)
         condition = one_hot(labels, self.classes).to(self.precision)
         image = self.generator(condition, white, style)[:, 0]  # (N, H, W) in [0, 1]
-        values = torch.clamp(torch.round(image * (self.high - self.low) + self.low), self.low, self.high)
-        pair = torch.floor(values.unsqueeze(-1) * self.places.to(values.device))  # exact, and no Concat of single values, which is slow
+        values = torch.clamp(
+            torch.round(image * (self.high - self.low) + self.low), self.low, self.high
+        )
+        pair = torch.floor(
+            values.unsqueeze(-1) * self.places.to(values.device)
+        )  # exact, and no Concat of single values, which is slow
         return (pair - 256.0 * torch.floor(pair / 256.0)).to(torch.uint8)
 
 
@@ -66,14 +81,22 @@ def fuse_batch_norm(graph: LabelsToIntensity) -> LabelsToIntensity:
     for block in [m for m in graph.modules() if isinstance(m, nn.Sequential)]:
         for n in range(len(block) - 1, 0, -1):
             before, norm = block[n - 1], block[n]
-            if isinstance(before, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(norm, nn.BatchNorm2d):
-                block[n - 1] = fuse_conv_bn_eval(before, norm, transpose=isinstance(before, nn.ConvTranspose2d))
+            if isinstance(before, (nn.Conv2d, nn.ConvTranspose2d)) and isinstance(
+                norm, nn.BatchNorm2d
+            ):
+                block[n - 1] = fuse_conv_bn_eval(
+                    before, norm, transpose=isinstance(before, nn.ConvTranspose2d)
+                )
                 block[n] = nn.Identity()
     return graph
 
 
 def to_fp16(graph: LabelsToIntensity) -> LabelsToIntensity:
-    """A copy with FP16 layers. Norms, what comes after the last layers (`Generator.synthesize`) and the labels' contrast stay FP32."""
+    """A copy with FP16 layers.
+
+    Norms, what comes after the last layers (`Generator.synthesize`) and the labels' contrast stay
+    FP32.
+    """
     graph = copy.deepcopy(graph)
     graph.precision = torch.float16
     for parent in [m for m in graph.modules() if not isinstance(m, (Fp16Layer, Fp32Norm))]:

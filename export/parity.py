@@ -1,4 +1,6 @@
-"""Proof that an exported file synthesizes what the network synthesizes: measured in HU, through each engine that may run it."""
+"""Proof that an exported file synthesizes what the network synthesizes: measured in HU, through
+each engine that may run it.
+"""
 
 from __future__ import annotations
 
@@ -23,14 +25,22 @@ from train.metrics.volume_metrics import KERNEL, medians
 
 from .graph import LabelsToIntensity
 
-SLICES, RANDOM_SLICES = 64, 8  # at least, that a proof synthesizes: of held-out masks; of random labels
+SLICES, RANDOM_SLICES = (
+    64,
+    8,
+)  # at least, that a proof synthesizes: of held-out masks; of random labels
 SIGMA = 1.5  # px, of the Gaussian window of KERNEL pixels
-PIXELS = 1 << 20  # at least, where noise or a style makes other images of the same masks: the median of a few is chance
+PIXELS = (
+    1 << 20
+    # at least, where noise or a style makes other images of the same masks: the median of a few is
+    # chance
+)
 ON_MASKS, ON_RANDOM = "validation masks", "random labels"
 REMEDY = "nothing was written; report this with the run's run.json"
 AT_ONCE = 8  # slices through the network
 
-# The most that each precision may differ, in HU. FP32 on random labels too: two correct computations may fall on either side of a half.
+# The most that each precision may differ, in HU. FP32 on random labels too: two correct
+# computations may fall on either side of a half.
 LIMITS: Mapping[str, Mapping[str, float]] = {
     "fp32": {"max": 1},
     "fp16": {"mean": 1, "p99_9": 10, "organs": 1},
@@ -40,7 +50,9 @@ LIMITS: Mapping[str, Mapping[str, float]] = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What the network synthesizes: `inputs` by name (n slices), `values` int16 HU (n, H, W), the body in them, and the middle slice's labels."""
+    """What the network synthesizes: `inputs` by name (n slices), `values` int16 HU (n, H, W),
+    the body in them, and the middle slice's labels.
+    """
 
     inputs: Mapping[str, NDArray[Any]]
     values: NDArray[np.int16]
@@ -54,19 +66,29 @@ class Reference:
         return given[:, given.shape[1] // 2]
 
 
-def random_labels(slices: int, z: int, size: tuple[int, int], classes: int, seed: int = 0) -> NDArray[np.uint8]:
+def random_labels(
+    slices: int, z: int, size: tuple[int, int], classes: int, seed: int = 0
+) -> NDArray[np.uint8]:
     """Labels no anatomy would give, uint8 (slices, Z, H, W): every channel is hit everywhere."""
     return np.random.default_rng(seed).integers(0, classes, (slices, z, *size), np.uint8)
 
 
-def repeated(masks: NDArray[np.uint8], slices: int, specs: tuple[TensorSpec, ...]) -> NDArray[np.uint8]:
-    """`masks` (n, Z, H, W) again and again: at least `slices` of them and, of a graph that takes more than labels, `PIXELS`."""
+def repeated(
+    masks: NDArray[np.uint8], slices: int, specs: tuple[TensorSpec, ...]
+) -> NDArray[np.uint8]:
+    """`masks` (n, Z, H, W) again and again: at least `slices` of them and, of a graph that takes
+    more than labels, `PIXELS`.
+    """
     most = max(slices, len(masks), -(-PIXELS // masks[0, 0].size) if len(specs) > 1 else 0)
     return masks[np.arange(most) % len(masks)]
 
 
-def draw_inputs(specs: tuple[TensorSpec, ...], labels: NDArray[np.uint8], seed: int = 0) -> dict[str, NDArray[Any]]:
-    """`labels` (n, Z, H, W) and, where the graph takes them, noise and a style for each slice as the runtime would draw them."""
+def draw_inputs(
+    specs: tuple[TensorSpec, ...], labels: NDArray[np.uint8], seed: int = 0
+) -> dict[str, NDArray[Any]]:
+    """`labels` (n, Z, H, W) and, where the graph takes them, noise and a style for each slice as
+    the runtime would draw them.
+    """
     rng = np.random.default_rng(seed)
     given: dict[str, NDArray[Any]] = {"labels": np.ascontiguousarray(labels)}
     for tensor in specs:
@@ -77,32 +99,54 @@ def draw_inputs(specs: tuple[TensorSpec, ...], labels: NDArray[np.uint8], seed: 
     return given
 
 
-def reference(graph: LabelsToIntensity, inputs: Mapping[str, NDArray[Any]], masks: int | None = None) -> Reference:
+def reference(
+    graph: LabelsToIntensity, inputs: Mapping[str, NDArray[Any]], masks: int | None = None
+) -> Reference:
     """Synthesize `inputs` with the FP32 network itself."""
     parts = []
     for start in range(0, len(inputs["labels"]), AT_ONCE):
         with torch.inference_mode():
-            parts.append(graph(**{name: torch.from_numpy(a[start : start + AT_ONCE]) for name, a in inputs.items()}).numpy())
+            parts.append(
+                graph(
+                    **{
+                        name: torch.from_numpy(a[start : start + AT_ONCE])
+                        for name, a in inputs.items()
+                    }
+                ).numpy()
+            )
     values = _hu(np.concatenate(parts))
     return Reference(inputs, values, body_mask(values), len(values) if masks is None else masks)
 
 
-def references(graph: LabelsToIntensity, manifest: Manifest, masks: NDArray[np.uint8]) -> dict[str, Reference]:
-    """What a file of `manifest` is measured against: `masks` of held-out slices, uint8 (n, Z, H, W), and random labels."""
+def references(
+    graph: LabelsToIntensity, manifest: Manifest, masks: NDArray[np.uint8]
+) -> dict[str, Reference]:
+    """What a file of `manifest` is measured against: `masks` of held-out slices, uint8 (n, Z, H,
+    W), and random labels.
+    """
     chosen = repeated(masks, SLICES, manifest.inputs)
-    random = random_labels(RANDOM_SLICES, manifest.grid.slices, manifest.grid.canvas, len(manifest.labels))
+    random = random_labels(
+        RANDOM_SLICES, manifest.grid.slices, manifest.grid.canvas, len(manifest.labels)
+    )
     return {
         ON_MASKS: reference(graph, draw_inputs(manifest.inputs, chosen), len(masks)),
         ON_RANDOM: reference(graph, draw_inputs(manifest.inputs, random)),
     }
 
 
-def run_engine(engine: Engine, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDArray[np.int16], float]:
-    """(int16 HU (n, H, W), slices/s: the median call's) of an engine. H and W are multiples of the divisor."""
+def run_engine(
+    engine: Engine, inputs: Mapping[str, NDArray[Any]]
+) -> tuple[NDArray[np.int16], float]:
+    """(int16 HU (n, H, W), slices/s: the median call's) of an engine.
+
+    H and W are multiples of the divisor.
+    """
     count, batch = len(inputs["labels"]), engine.spec.batch
     generated, seconds = [], []
     for start in range(0, count, batch):
-        picked = [min(n, count - 1) for n in range(start, start + batch)]  # the last batch is padded with its last slice
+        picked = [
+            min(n, count - 1) for n in range(start, start + batch)
+        ]  # the last batch is padded with its last slice
         given = {name: np.ascontiguousarray(array[picked]) for name, array in inputs.items()}
         out = np.empty((batch, *inputs["labels"].shape[2:], 2), np.uint8)
         began = time.perf_counter()
@@ -114,17 +158,25 @@ def run_engine(engine: Engine, inputs: Mapping[str, NDArray[Any]]) -> tuple[NDAr
 
 def compare(truth: Reference, generated: NDArray[np.int16], manifest: Manifest) -> dict[str, Any]:
     """`differences`, and 1 - SSIM of the slices. JSON data."""
-    return {**error_metrics(truth, generated, manifest), "dssim": _dssim(generated, truth.values, manifest)}
+    return {
+        **error_metrics(truth, generated, manifest),
+        "dssim": _dssim(generated, truth.values, manifest),
+    }
 
 
-def error_metrics(truth: Reference, generated: NDArray[np.int16], manifest: Manifest) -> dict[str, Any]:
+def error_metrics(
+    truth: Reference, generated: NDArray[np.int16], manifest: Manifest
+) -> dict[str, Any]:
     """Absolute differences in HU, and each organ's shift of the median. JSON data.
 
-    `differing`: the share of pixels that differ at all. Body figures and organs are null where there is none.
+    `differing`: the share of pixels that differ at all. Body figures and organs are null where
+    there is none.
     """
     delta = np.abs(generated.astype(np.int32) - truth.values)
     classes = len(manifest.labels)
-    shifts = medians(generated, truth.labels, classes) - medians(truth.values, truth.labels, classes)
+    shifts = medians(generated, truth.labels, classes) - medians(
+        truth.values, truth.labels, classes
+    )
     names = [label.name for label in manifest.labels.labels[1:]]
     return {
         "slices": len(generated),
@@ -132,7 +184,10 @@ def error_metrics(truth: Reference, generated: NDArray[np.int16], manifest: Mani
         **_figures(delta),
         "differing": round(float(np.count_nonzero(delta) / delta.size), 6),
         **{f"body_{key}": value for key, value in _figures(delta[truth.body]).items()},
-        "organs": {name: None if np.isnan(shift) else float(shift) for name, shift in zip(names, shifts, strict=True)},
+        "organs": {
+            name: None if np.isnan(shift) else float(shift)
+            for name, shift in zip(names, shifts, strict=True)
+        },
     }
 
 
@@ -141,7 +196,10 @@ def limit_violations(precision: str, numbers: Mapping[str, Any]) -> dict[str, tu
     found = {}
     for key, limit in LIMITS[precision].items():
         if key == "organs":
-            value = max((abs(shift) for shift in numbers["organs"].values() if shift is not None), default=0.0)
+            value = max(
+                (abs(shift) for shift in numbers["organs"].values() if shift is not None),
+                default=0.0,
+            )
         else:
             value = numbers[key] if numbers[key] is not None else numbers[key.removeprefix("body_")]
         found[key] = (float(value), limit)
@@ -149,11 +207,18 @@ def limit_violations(precision: str, numbers: Mapping[str, Any]) -> dict[str, tu
 
 
 def check_parity(
-    path: Path, precision: str, backend: Backend, manifest: Manifest, references_by_name: Mapping[str, Reference]
+    path: Path,
+    precision: str,
+    backend: Backend,
+    manifest: Manifest,
+    references_by_name: Mapping[str, Reference],
 ) -> dict[str, Any]:
-    """Measure the file at `path` in `backend` against `truths`: what the manifest says of the two. JSON data.
+    """Measure the file at `path` in `backend` against `truths`: what the manifest says of the two.
 
-    Raises `ParityError` when the backend cannot open or run it, or when it differs by more than `LIMITS` allow.
+    JSON data.
+
+    Raises `ParityError` when the backend cannot open or run it, or when it differs by more than
+    `LIMITS` allow.
     """
     try:
         engine = backend.open(path, manifest)
@@ -167,7 +232,11 @@ def check_parity(
         finally:
             engine.close()
     except ModelError as exc:
-        raise ParityError(f"{path.name} does not run in {backend.name}: {exc.fact}", expected=exc.expected, remedy=REMEDY) from exc
+        raise ParityError(
+            f"{path.name} does not run in {backend.name}: {exc.fact}",
+            expected=exc.expected,
+            remedy=REMEDY,
+        ) from exc
     for what, numbers in parity_report.items():
         wrong = {k: v for k, v in limit_violations(precision, numbers).items() if v[0] > v[1]}
         if wrong and (what == ON_MASKS or precision == "fp32"):
@@ -176,45 +245,68 @@ def check_parity(
 
 
 class Exceeded(ParityError):
-    """A file that synthesizes other values than the network, before it is known where it goes wrong (export/error_localization.py finds out)."""
+    """A file that synthesizes other values than the network, before it is known where it goes
+    wrong (export/error_localization.py finds out).
+    """
 
     def __init__(
-        self, path: Path, backend: str, what: str, wrong: Mapping[str, tuple[float, float]], numbers: Mapping[str, Any], unit: str = "HU"
+        self,
+        path: Path,
+        backend: str,
+        what: str,
+        wrong: Mapping[str, tuple[float, float]],
+        numbers: Mapping[str, Any],
+        unit: str = "HU",
     ):
         found = ", ".join(f"{LIMIT_NAMES[key]} {value:.3g}" for key, (value, _) in wrong.items())
         super().__init__(
-            f"{path.name} in {backend} synthesizes other values than the network on {what}: {found} {unit}; "
-            f"{100 * numbers['differing']:.2f} % of the pixels differ, by up to {numbers['max']} {unit}",
-            expected="at most " + ", ".join(f"{LIMIT_NAMES[key]} {limit:g}" for key, (_, limit) in wrong.items()) + f" {unit}",
+            f"{path.name} in {backend} synthesizes other values than the network on {what}: {found}"
+            f" {unit}; {100 * numbers['differing']:.2f} % of the pixels differ, by up to"
+            f" {numbers['max']} {unit}",
+            expected="at most "
+            + ", ".join(f"{LIMIT_NAMES[key]} {limit:g}" for key, (_, limit) in wrong.items())
+            + f" {unit}",
             remedy=REMEDY,
         )
 
 
-LIMIT_NAMES = {"max": "the largest difference", "mean": "the mean difference", "p99_9": "the 99.9th percentile",
-               "body_mean": "the mean difference in the body", "organs": "the shift of an organ's median"}  # fmt: skip
+LIMIT_NAMES = {
+    "max": "the largest difference",
+    "mean": "the mean difference",
+    "p99_9": "the 99.9th percentile",
+    "body_mean": "the mean difference in the body",
+    "organs": "the shift of an organ's median",
+}
 
 
 def _figures(delta: NDArray[np.int32]) -> dict[str, Any]:
     if not delta.size:
         return {"mean": None, "p99_9": None, "max": None}
     p99_9 = float(np.percentile(delta, 99.9))
-    return {"mean": round(float(delta.mean()), 6), "p99_9": round(p99_9, 3), "max": int(delta.max())}
+    return {
+        "mean": round(float(delta.mean()), 6),
+        "p99_9": round(p99_9, 3),
+        "max": int(delta.max()),
+    }
 
 
 def _dssim(a: NDArray[np.int16], b: NDArray[np.int16], manifest: Manifest) -> float:
     span = float(manifest.intensity.high - manifest.intensity.low)
     total = 0.0
     for start in range(0, len(a), AT_ONCE):
-        x, y = (torch.from_numpy(v[start : start + AT_ONCE, None].astype(np.float32)) for v in (a, b))
+        x, y = (
+            torch.from_numpy(v[start : start + AT_ONCE, None].astype(np.float32)) for v in (a, b)
+        )
         total += len(x) * (1 - similarity(x, y, span))
     return round(max(0.0, total / len(a)), 8)
 
 
 def similarity(x: torch.Tensor, y: torch.Tensor, span: float) -> float:
-    """Mean structural similarity of two stacks of slices (Wang et al. 2004), as `train.metrics.volume_metrics.similarity` measures it.
+    """Mean structural similarity of two stacks of slices (Wang et al. 2004), as
+    `train.metrics.volume_metrics.similarity` measures it.
 
-    Not by torchmetrics here: it imports matplotlib.pyplot, which leaves a list of this machine's fonts in the home folder,
-    and an export leaves no file but its own.
+    Not by torchmetrics here: it imports matplotlib.pyplot, which leaves a list of this machine's
+    fonts in the home folder, and an export leaves no file but its own.
 
     Args:
         x: float32 (N, 1, H, W); y: the same.

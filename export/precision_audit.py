@@ -1,4 +1,6 @@
-"""Is an FP16 engine really FP16? Counted in the ONNX graph, in the network TensorRT parsed, and in the engine it built."""
+"""Is an FP16 engine really FP16? Counted in the ONNX graph, in the network TensorRT parsed, and
+in the engine it built.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,17 @@ class LayerTypes:
         return sum("HALF" in outputs for outputs in types) / max(1, len(types))
 
     def to_json(self) -> list[dict[str, Any]]:
-        return [{"name": name, "type": operation, "outputs": list(outputs)} for name, operation, outputs in self.rows]
+        return [
+            {"name": name, "type": operation, "outputs": list(outputs)}
+            for name, operation, outputs in self.rows
+        ]
 
 
 def read_network(trt: Any, network: Any) -> LayerTypes:
-    """The types TensorRT gave every layer when it parsed the graph. It must keep them: the network is strongly typed."""
+    """The types TensorRT gave every layer when it parsed the graph.
+
+    It must keep them: the network is strongly typed.
+    """
     rows = []
     for index in range(network.num_layers):
         layer = network.get_layer(index)
@@ -44,14 +52,18 @@ def read_network(trt: Any, network: Any) -> LayerTypes:
 
 
 def half_weights(path: Path) -> float:
-    """The share of the weights of convolutions and matrix products in the ONNX file that are FP16."""
+    """The share of the weights of convolutions and matrix products in the ONNX file that are
+    FP16.
+    """
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
     initializers = {tensor.name: tensor for tensor in graph.initializer}
     taken = {name for node in graph.node if node.op_type in _WEIGHTED for name in node.input[1:2]}
     sizes = [
-        (tensor.data_type == onnx.TensorProto.FLOAT16, math.prod(tensor.dims)) for name, tensor in initializers.items() if name in taken
+        (tensor.data_type == onnx.TensorProto.FLOAT16, math.prod(tensor.dims))
+        for name, tensor in initializers.items()
+        if name in taken
     ]
     return sum(size for half, size in sizes if half) / max(1, sum(size for _, size in sizes))
 
@@ -59,23 +71,38 @@ def half_weights(path: Path) -> float:
 def require_half(share: float, what: str, file: Path) -> None:
     """Raise `BuildError` unless nearly all of it is FP16."""
     if share < LEAST_HALF:
-        raise BuildError(f"only {100 * share:.0f} % of {what} are FP16", expected=f"at least {100 * LEAST_HALF:.0f} % in an FP16 engine",
-                         remedy="export the run again, or ask for --precision fp32", file=file)  # fmt: skip
+        raise BuildError(
+            f"only {100 * share:.0f} % of {what} are FP16",
+            expected=f"at least {100 * LEAST_HALF:.0f} % in an FP16 engine",
+            remedy="export the run again, or ask for --precision fp32",
+            file=file,
+        )
 
 
 def half_convolutions(information: Mapping[str, Any]) -> tuple[int, int]:
-    """In the inspector's JSON: how many layers that convolve read or write FP16, and how many there are.
+    """In the inspector's JSON: how many layers that convolve read or write FP16, and how many there
+    are.
 
-    Layers are fused and renamed, so whatever has `conv` in its name or type counts: the graph's own names survive in them.
+    Layers are fused and renamed, so whatever has `conv` in its name or type counts: the graph's own
+    names survive in them.
     """
-    rows = [row for row in information.get("Layers", ()) if isinstance(row, Mapping)]  # names alone, where types are not told
-    named = [row for row in rows if "conv" in " ".join(str(row.get(key)) for key in ("Name", "LayerType", "ParameterType")).lower()]
+    rows = [
+        row for row in information.get("Layers", ()) if isinstance(row, Mapping)
+    ]  # names alone, where types are not told
+    named = [
+        row
+        for row in rows
+        if "conv"
+        in " ".join(str(row.get(key)) for key in ("Name", "LayerType", "ParameterType")).lower()
+    ]
     types = [seen for seen in (set(_types(row)) for row in named) if seen]
     return sum("half" in seen for seen in types), len(types)
 
 
 def _types(row: Mapping[str, Any]) -> Iterator[str]:
-    """`half` or `float` for each tensor of a layer; TensorRT words it "Half", "FP16" or "Row major linear FP16 format"."""
+    """`half` or `float` for each tensor of a layer; TensorRT words it "Half", "FP16" or "Row
+    major linear FP16 format".
+    """
     for tensor in (*row.get("Inputs", ()), *row.get("Outputs", ())):
         text = str(tensor.get("Format/Datatype", "")).lower()
         if "half" in text or "fp16" in text:
@@ -86,31 +113,52 @@ def _types(row: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the built engine says of itself: bytes of activations per profile, the inspector's JSON, and `reason`, why one is None."""
+    """What the built engine says of itself: bytes of activations per profile, the inspector's
+    JSON, and `reason`, why one is None.
+    """
 
     activations: tuple[int, ...] | None = None
     information: Mapping[str, Any] | None = None
     reason: str = ""
 
 
-def inspect_plan(trt: Any, plan: bytes, shapes: Mapping[str, Sequence[Sequence[int]]], *, native: bool, logger: Any) -> Inspection:
-    """Load the engine with the full TensorRT that built it and read its layers at the best shapes of each input.
+def inspect_plan(
+    trt: Any,
+    plan: bytes,
+    shapes: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    native: bool,
+    logger: Any,
+) -> Inspection:
+    """Load the engine with the full TensorRT that built it and read its layers at the best shapes
+    of each input.
 
-    A version-compatible engine is read through the lean runtime's library, which has to be of the same version.
-    Only where a GPU was found: a `Runtime` without one ends the process (`runtime.engines.gpu.probe`).
+    A version-compatible engine is read through the lean runtime's library, which has to be of the
+    same version. Only where a GPU was found: a `Runtime` without one ends the process
+    (`runtime.engines.gpu.probe`).
     """
     runtime = loader = trt.Runtime(logger)  # each has to outlive what it loads
     if not native:
         library = lean_library()
         if library is None:
-            return Inspection(reason="tensorrt-lean-cu13-libs is not installed: version-compatible engines are read through it")
+            return Inspection(
+                reason=(
+                    "tensorrt-lean-cu13-libs is not installed: version-compatible engines are read"
+                    " through it"
+                )
+            )
         loader = runtime.load_runtime(str(library))
         if loader is None:
-            return Inspection(reason=f"{library.name} does not load: it has to be of TensorRT {trt.__version__}")
+            return Inspection(
+                reason=f"{library.name} does not load: it has to be of TensorRT {trt.__version__}"
+            )
     engine = loader.deserialize_cuda_engine(plan)
     if engine is None:
         return Inspection(reason="TensorRT does not load the engine back here")
-    memory = tuple(int(engine.get_device_memory_size_for_profile_v2(n)) for n in range(engine.num_optimization_profiles))
+    memory = tuple(
+        int(engine.get_device_memory_size_for_profile_v2(n))
+        for n in range(engine.num_optimization_profiles)
+    )
     inspector = engine.create_engine_inspector()
     context = engine.create_execution_context()
     if inspector is None or context is None:
@@ -130,4 +178,6 @@ def lean_library() -> Path | None:
     """Where the lean runtime's shared library lies, when its package is installed."""
     spec = find_spec("tensorrt_lean_libs")
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
-    return next((file for folder in folders for file in sorted(Path(folder).glob("*nvinfer_lean*"))), None)
+    return next(
+        (file for folder in folders for file in sorted(Path(folder).glob("*nvinfer_lean*"))), None
+    )

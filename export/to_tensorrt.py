@@ -1,8 +1,11 @@
-"""ONNX → TensorRT engine. One code path for TensorRT 10.13 to 11: strongly typed, so that FP16 is what the graph says.
+"""ONNX → TensorRT engine.
 
-A flag could ask for FP16 until TensorRT 10; 11 has none, and code that looks for it builds FP32 without a word. So no
-flag is set here: the FP16 graph carries half weights, the network is strongly typed, and what came out is counted
-(`export.precision_audit`). Only names that 10.13, 10.16 and 11 share are used; tests hold them against the real bindings.
+One code path for TensorRT 10.13 to 11: strongly typed, so that FP16 is what the graph says.
+
+A flag could ask for FP16 until TensorRT 10; 11 has none, and code that looks for it builds FP32
+without a word. So no flag is set here: the FP16 graph carries half weights, the network is strongly
+typed, and what came out is counted (`export.precision_audit`). Only names that 10.13, 10.16 and 11
+share are used; tests hold them against the real bindings.
 """
 
 from __future__ import annotations
@@ -24,20 +27,26 @@ from .precision_audit import LayerTypes, read_network
 
 VERSIONS = ((10, 13), (12, 0))  # from, below
 INSTALL = 'pip install -e ".[tensorrt]"  (tensorrt-cu13 and tensorrt-lean-cu13 >= 10.13, < 12)'
-GROWTH = 2  # times the canvas' height and width that an engine takes: a canvas grows only where labels reach beyond it
+# times the canvas' height and width that an engine takes: a canvas grows only where labels reach
+# beyond it
+GROWTH = 2
 HARDWARE = {"same": "SAME_COMPUTE_CAPABILITY", "ampere+": "AMPERE_PLUS", "this": "NONE"}
 
 Shape = tuple[int, ...]
-Profile = Mapping[str, tuple[Shape, Shape, Shape]]  # input → its smallest, its best and its largest shape
+Profile = Mapping[
+    str, tuple[Shape, Shape, Shape]
+]  # input → its smallest, its best and its largest shape
 OnProgress = Callable[[str, int, int], None]  # phase, steps done, steps
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """`native`: only the same TensorRT loads it, and it is the fastest; else the lean runtime of this version or a later one.
+    """`native`: only the same TensorRT loads it, and it is the fastest; else the lean runtime of
+    this version or a later one.
 
-    `hardware`: which GPUs take it: "same" compute capability, "ampere+" (any from Ampere on; slower) or "this" model alone.
-    `workspace`: most scratch memory a layer may use, in bytes. `timing_cache`: kept from build to build on one GPU.
+    `hardware`: which GPUs take it: "same" compute capability, "ampere+" (any from Ampere on;
+    slower) or "this" model alone. `workspace`: most scratch memory a layer may use, in bytes.
+    `timing_cache`: kept from build to build on one GPU.
     """
 
     precision: str = "fp16"
@@ -50,7 +59,10 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine as bytes, `plan`, and what was seen while it was built. `layers`: the types of the network it was built from."""
+    """An engine as bytes, `plan`, and what was seen while it was built.
+
+    `layers`: the types of the network it was built from.
+    """
 
     plan: bytes
     version: str
@@ -60,7 +72,9 @@ class Built:
 
 
 def why_not() -> MissingComponent | None:
-    """Why no engine can be built here, with everything that is missing and how to get it; None when one can."""
+    """Why no engine can be built here, with everything that is missing and how to get it; None
+    when one can.
+    """
     missing, remedies = [], []
     try:
         found = str(import_module("tensorrt").__version__)
@@ -75,12 +89,16 @@ def why_not() -> MissingComponent | None:
         remedies.append(DRIVER_REMEDY)
     if not missing:
         return None
-    return MissingComponent(f"no TensorRT engine can be built here: {'; '.join(missing)}",
-                            expected="TensorRT >= 10.13, < 12, an NVIDIA GPU and its driver", remedy="; ".join(remedies))  # fmt: skip
+    return MissingComponent(
+        f"no TensorRT engine can be built here: {'; '.join(missing)}",
+        expected="TensorRT >= 10.13, < 12, an NVIDIA GPU and its driver",
+        remedy="; ".join(remedies),
+    )
 
 
 def shapes_of(manifest: Manifest, max_batch: int) -> Profile:
-    """The shapes an engine takes: 1 to `max_batch` slices on the canvas (best: a full batch), each side up to GROWTH times it.
+    """The shapes an engine takes: 1 to `max_batch` slices on the canvas (best: a full batch), each
+    side up to GROWTH times it.
 
     A model that fits every slice to its canvas (no pixel spacing) needs no more than the canvas.
     """
@@ -93,16 +111,28 @@ def shapes_of(manifest: Manifest, max_batch: int) -> Profile:
     ]
     profile = {}
     for tensor in manifest.inputs:
-        smallest, best, largest = (tuple(size[d] if isinstance(d, str) else d for d in tensor.shape) for size in sizes)
+        smallest, best, largest = (
+            tuple(size[d] if isinstance(d, str) else d for d in tensor.shape) for size in sizes
+        )
         profile[tensor.name] = (smallest, best, largest)
     return profile
 
 
-def build(onnx: Path, profile: Profile, options: BuildOptions, *, trt: Any = None, on_progress: OnProgress | None = None) -> Built:
-    """Build the graph `onnx` for the shapes of `profile`. `trt`: the tensorrt module (default: import it).
+def build(
+    onnx: Path,
+    profile: Profile,
+    options: BuildOptions,
+    *,
+    trt: Any = None,
+    on_progress: OnProgress | None = None,
+) -> Built:
+    """Build the graph `onnx` for the shapes of `profile`.
 
-    The timing cache is read before and written after, atomically. Raises `BuildError` with what TensorRT said when it refuses
-    the graph, the shapes or the build; `OutputError` when the cache cannot be written; `KeyboardInterrupt` when interrupted.
+    `trt`: the tensorrt module (default: import it).
+
+    The timing cache is read before and written after, atomically. Raises `BuildError` with what
+    TensorRT said when it refuses the graph, the shapes or the build; `OutputError` when the cache
+    cannot be written; `KeyboardInterrupt` when interrupted.
     """
     check_weights(onnx)
     trt = trt or import_module("tensorrt")
@@ -114,7 +144,9 @@ def build(onnx: Path, profile: Profile, options: BuildOptions, *, trt: Any = Non
     config = builder.create_builder_config()
     _configure(trt, config, options)
     _add_profile(builder, config, profile, onnx)
-    notes, cache = _load_cache(config, options.timing_cache)  # the cache has to live until the engine is built
+    notes, cache = _load_cache(
+        config, options.timing_cache
+    )  # the cache has to live until the engine is built
     monitor = _monitor(trt, on_progress)
     config.progress_monitor = monitor
     layers = read_network(trt, network)
@@ -122,8 +154,15 @@ def build(onnx: Path, profile: Profile, options: BuildOptions, *, trt: Any = Non
     if monitor.interrupted:
         raise KeyboardInterrupt
     if plan is None:
-        raise BuildError(f"TensorRT {trt.__version__} builds no engine from {onnx.name}: {_last(said)}", expected="an engine",
-                         remedy="a smaller --max-batch, a larger --workspace, or a GPU with more free memory; else report this", file=onnx)  # fmt: skip
+        raise BuildError(
+            f"TensorRT {trt.__version__} builds no engine from {onnx.name}: {_last(said)}",
+            expected="an engine",
+            remedy=(
+                "a smaller --max-batch, a larger --workspace, or a GPU with more free memory; else"
+                " report this"
+            ),
+            file=onnx,
+        )
     if options.timing_cache is not None and cache is not None:
         with atomic_file(options.timing_cache) as handle:
             handle.write(memoryview(cache.serialize()))
@@ -132,7 +171,9 @@ def build(onnx: Path, profile: Profile, options: BuildOptions, *, trt: Any = Non
 
 def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
     """The strongly typed network of `onnx`. Raises `BuildError` with every error of the parser."""
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))  # 1 in 10, 0 in 11
+    network = builder.create_network(
+        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    )  # 1 in 10, 0 in 11
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(onnx)):
         return network
@@ -140,23 +181,41 @@ def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
     for index in range(parser.num_errors):
         error = parser.get_error(index)
         where = f" at node {error.node()}" if error.node() >= 0 else ""
-        rows.append(f"{index + 1}. {error.node_operator() or '?'} {error.node_name()!r}{where}: {error.desc()}")
-    raise BuildError(f"TensorRT {trt.__version__} does not take {onnx.name}, {len(rows)} errors:", rows=rows,
-                     expected="a graph of operators that TensorRT's ONNX parser documents", remedy="report this with the errors above", file=onnx)  # fmt: skip
+        rows.append(
+            f"{index + 1}. {error.node_operator() or '?'} {error.node_name()!r}{where}:"
+            f" {error.desc()}"
+        )
+    raise BuildError(
+        f"TensorRT {trt.__version__} does not take {onnx.name}, {len(rows)} errors:",
+        rows=rows,
+        expected="a graph of operators that TensorRT's ONNX parser documents",
+        remedy="report this with the errors above",
+        file=onnx,
+    )
 
 
 def _require_inputs(network: Any, profile: Profile, onnx: Path) -> None:
     found = {network.get_input(n).name for n in range(network.num_inputs)}
     if found != set(profile):
-        raise BuildError(f"{onnx.name} takes {sorted(found)}", expected=f"the manifest's inputs {sorted(profile)}",
-                         remedy="export the run again", file=onnx)  # fmt: skip
+        raise BuildError(
+            f"{onnx.name} takes {sorted(found)}",
+            expected=f"the manifest's inputs {sorted(profile)}",
+            remedy="export the run again",
+            file=onnx,
+        )
 
 
 def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the inspector tells types only then
-    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: 10 bits of mantissa where the graph says FP32
-    config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, HARDWARE[options.hardware])
+    config.profiling_verbosity = (
+        trt.ProfilingVerbosity.DETAILED
+    )  # the inspector tells types only then
+    config.clear_flag(
+        trt.BuilderFlag.TF32
+    )  # on by default: 10 bits of mantissa where the graph says FP32
+    config.hardware_compatibility_level = getattr(
+        trt.HardwareCompatibilityLevel, HARDWARE[options.hardware]
+    )
     if not options.native:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # no executable code inside the plan
@@ -171,9 +230,15 @@ def _add_profile(builder: Any, config: Any, shapes: Profile, onnx: Path) -> None
     except ValueError as exc:
         refused = str(exc)
     if refused or config.add_optimization_profile(profile) < 0:
-        text = "; ".join(f"{name} {' … '.join(map(str, triple))}" for name, triple in shapes.items())
-        raise BuildError(f"TensorRT refuses the shapes {text}{': ' + refused if refused else ''}", expected="shapes the graph takes",
-                         remedy="export the run again", file=onnx)  # fmt: skip
+        text = "; ".join(
+            f"{name} {' … '.join(map(str, triple))}" for name, triple in shapes.items()
+        )
+        raise BuildError(
+            f"TensorRT refuses the shapes {text}{': ' + refused if refused else ''}",
+            expected="shapes the graph takes",
+            remedy="export the run again",
+            file=onnx,
+        )
 
 
 def _load_cache(config: Any, file: Path | None) -> tuple[tuple[str, ...], Any]:
@@ -183,8 +248,12 @@ def _load_cache(config: Any, file: Path | None) -> tuple[tuple[str, ...], Any]:
     old = file.read_bytes() if file.is_file() else b""
     cache = config.create_timing_cache(old)
     if cache is not None and config.set_timing_cache(cache, False):
-        return (f"timing cache {file}: {len(old)} bytes" if old else f"timing cache {file}: new",), cache
-    cache = config.create_timing_cache(b"")  # another GPU's, another TensorRT's, or no timing cache at all
+        return (
+            f"timing cache {file}: {len(old)} bytes" if old else f"timing cache {file}: new",
+        ), cache
+    cache = config.create_timing_cache(
+        b""
+    )  # another GPU's, another TensorRT's, or no timing cache at all
     if cache is None or not config.set_timing_cache(cache, False):
         return (f"timing cache {file}: TensorRT takes none",), None
     return (f"timing cache {file}: not of this GPU and TensorRT, started empty",), cache
@@ -195,7 +264,9 @@ def _last(said: list[str]) -> str:
 
 
 def _monitor(trt: Any, on_progress: OnProgress | None) -> Any:
-    """A TensorRT progress monitor: outermost phases are passed on; Ctrl-C stops the build at the next step."""
+    """A TensorRT progress monitor: outermost phases are passed on; Ctrl-C stops the build at the
+    next step.
+    """
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:

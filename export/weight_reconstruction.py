@@ -1,9 +1,13 @@
-"""Layers fitted to INT8: what the float network gives is put back together from inputs that are held in 8 bits.
+"""Layers fitted to INT8: what the float network gives is put back together from inputs that are
+held in 8 bits.
 
-First all channels of a tensor are brought nearer to one range, which its 8 bits are of (Xiao et al., "SmoothQuant", ICML 2023; the layers before and
-after take the factors). Then layer after layer gets the weights by which the inputs that it will read, errors of all layers before it and all,
-come nearest to what the float layer gives for its own (Hubara et al., "Accurate Post Training Quantization With Small Calibration Sets", ICML 2021),
-rounded one by one, of which those still to be rounded take the error back (Frantar et al., "GPTQ", ICLR 2023). Least squares: no training, no seed.
+First all channels of a tensor are brought nearer to one range, which its 8 bits are of (Xiao et
+al., "SmoothQuant", ICML 2023; the layers before and after take the factors). Then layer after layer
+gets the weights by which the inputs that it will read, errors of all layers before it and all, come
+nearest to what the float layer gives for its own (Hubara et al., "Accurate Post Training
+Quantization With Small Calibration Sets", ICML 2021), rounded one by one, of which those still to
+be rounded take the error back (Frantar et al., "GPTQ", ICLR 2023). Least squares: no training, no
+seed.
 """
 
 from __future__ import annotations
@@ -22,27 +26,48 @@ from torch.overrides import TorchFunctionMode
 
 from .graph import LabelsToIntensity
 
-SMOOTHQUANT_ALPHA = 0.75  # the power of each channel's range that is taken out of it: 1 would leave all alike, and weights further apart
+# the power of each channel's range that is taken out of it: 1 would leave all alike, and weights
+# further apart
+SMOOTHQUANT_ALPHA = 0.75
 RIDGE = 0.2  # by how much weights are held where they were, of an input's mean square
-GPTQ_DAMPING = 0.003  # of an input's mean square, so that the error of a rounding is not spread over inputs that hardly differ
-MAX_WEIGHTS = 600  # weights of one output that are solved for; layers with more (and transposed ones) get a bias only
+# of an input's mean square, so that the error of a rounding is not spread over inputs that hardly
+# differ
+GPTQ_DAMPING = 0.003
+# weights of one output that are solved for; layers with more (and transposed ones) get a bias only
+MAX_WEIGHTS = 600
 SAMPLES = 2**18  # places that a layer is fitted at, of all slices
-HOMOGENEOUS = ("Relu", "LeakyRelu", "Resize", "Add")  # of inputs times a channel's factor, their output is the output times it
+HOMOGENEOUS = (
+    "Relu",
+    "LeakyRelu",
+    "Resize",
+    "Add",
+)  # of inputs times a channel's factor, their output is the output times it
 _ORDER = {
     functional.conv2d: ("bias", "stride", "padding", "dilation", "groups"),
-    functional.conv_transpose2d: ("bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    functional.conv_transpose2d: (
+        "bias",
+        "stride",
+        "padding",
+        "output_padding",
+        "groups",
+        "dilation",
+    ),
 }
 
 
 class ReconstructedWeights(NamedTuple):
-    """A layer's new weights (the old ones' shape), multiples of each output's step where they were solved for, and bias (C_out,); float32."""
+    """A layer's new weights (the old ones' shape), multiples of each output's step where they
+    were solved for, and bias (C_out,); float32.
+    """
 
     weights: NDArray[np.float32]
     bias: NDArray[np.float32]
 
 
 class _Calls(TorchFunctionMode):
-    """Has `visit(n, operator, x, weights, bias, options)` stand for the n-th convolution: one call for each node of the ONNX graph, in its order."""
+    """Has `visit(n, operator, x, weights, bias, options)` stand for the n-th convolution: one
+    call for each node of the ONNX graph, in its order.
+    """
 
     def __init__(self, visit: Callable[..., Tensor]):
         super().__init__()
@@ -58,22 +83,41 @@ class _Calls(TorchFunctionMode):
 
 
 def fit(
-    network: LabelsToIntensity, graph: onnx.GraphProto, layers: Sequence[str], ranges: Sequence[tuple[float, float] | None], inputs: Mapping[str, NDArray[Any]],
+    network: LabelsToIntensity,
+    graph: onnx.GraphProto,
+    layers: Sequence[str],
+    ranges: Sequence[tuple[float, float] | None],
+    inputs: Mapping[str, NDArray[Any]],
     floating: Collection[str] = (),
-) -> dict[str, ReconstructedWeights]:  # fmt: skip
-    """New weights of `graph`'s `layers`, by name, all of which are to be INT8 but those `floating`, which take back errors of those before them.
+) -> dict[str, ReconstructedWeights]:
+    """New weights of `graph`'s `layers`, by name, all of which are to be INT8 but those `floating`,
+    which take back errors of those before them.
 
-    `network`: what the graph was exported from; `ranges`: of what each layer reads, None where it is exact (kept, the new weights fit
-    them); `inputs`: the network's, of n slices. Raises `ValueError` where network and graph do not agree.
+    `network`: what the graph was exported from; `ranges`: of what each layer reads, None where it
+    is exact (kept, the new weights fit them); `inputs`: the network's, of n slices. Raises
+    `ValueError` where network and graph do not agree.
     """
     nodes = {node.name: node for node in graph.node}
     held = {tensor.name: tensor for tensor in graph.initializer}
-    torches = {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()}
+    torches = {
+        name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in inputs.items()
+    }
     extents: list[tuple[Tensor, Tensor]] = []
 
-    def look(n: int, operator: Any, x: Tensor, weights: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
+    def look(
+        n: int,
+        operator: Any,
+        x: Tensor,
+        weights: Tensor,
+        bias: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
         known = numpy_helper.to_array(held[nodes[layers[n]].input[1]]) if n < len(layers) else None
-        if known is None or known.shape != weights.shape or not np.allclose(known, weights.numpy(), atol=1e-6):
+        if (
+            known is None
+            or known.shape != weights.shape
+            or not np.allclose(known, weights.numpy(), atol=1e-6)
+        ):
             raise ValueError(f"convolution {n} of the network is not the graph's")
         extents.append((x.amin((0, 2, 3)), x.amax((0, 2, 3))))
         return operator(x, weights, bias, **options)  # type: ignore[no-any-return]
@@ -83,14 +127,25 @@ def fit(
     factors = _factors(graph, layers, ranges, extents)
     found: dict[str, ReconstructedWeights] = {}
 
-    def solve(n: int, operator: Any, x: Tensor, weights: Tensor, bias: Tensor | None, options: dict[str, Any]) -> Tensor:
+    def solve(
+        n: int,
+        operator: Any,
+        x: Tensor,
+        weights: Tensor,
+        bias: Tensor | None,
+        options: dict[str, Any],
+    ) -> Tensor:
         """Of the batch, the first half is the float network's, the second the INT8 one's."""
         x_float, x_int8 = x.chunk(2)
         given = operator(x_float, weights, bias, **options)
-        read, made = (factors.get(name) for name in (nodes[layers[n]].input[0], nodes[layers[n]].output[0]))
+        read, made = (
+            factors.get(name) for name in (nodes[layers[n]].input[0], nodes[layers[n]].output[0])
+        )
         transposed, start, wanted = operator is functional.conv_transpose2d, weights, given
         if read is not None:
-            groups = 1 if transposed else options.get("groups", 1)  # transposed weights are (C_in, C_out, h, w)
+            groups = (
+                1 if transposed else options.get("groups", 1)
+            )  # transposed weights are (C_in, C_out, h, w)
             each = read.view((-1, 1, 1, 1) if transposed else (groups, 1, -1, 1, 1))
             start = (start.view(groups, -1, *start.shape[1:]) * each).view(start.shape)
         if made is not None:
@@ -106,7 +161,9 @@ def fit(
             fitting = torch.from_numpy(rounded(start.numpy(), transposed))
         out = operator(seen, fitting, None, **options)
         shift = (wanted - out).mean((0, 2, 3))
-        if whole:  # a bias is held in steps of inputs times weights; flat regions would come to lie on another step without
+        # a bias is held in steps of inputs times weights; flat regions would come to lie on another
+        # step without
+        if whole:
             largest = fitting.abs().amax((0, 2, 3) if transposed else (1, 2, 3))
             step = _step(*(span or (0, 1))) * torch.where(largest > 0, largest / 127, 1)
             shift = torch.round(shift / step) * step
@@ -119,7 +176,9 @@ def fit(
 
 
 def fake_quantize(x: Tensor, low: float, high: float) -> Tensor:
-    """`x` as an unsigned INT8 tensor of that range holds it; 0 is one of its steps (Jacob et al., CVPR 2018)."""
+    """`x` as an unsigned INT8 tensor of that range holds it; 0 is one of its steps (Jacob et
+    al., CVPR 2018).
+    """
     step = _step(low, high)
     zero = round(-low / step)
     return (torch.clamp(torch.round(x / step) + zero, 0, 255) - zero) * step
@@ -131,9 +190,14 @@ def _step(low: float, high: float) -> float:
 
 
 def _factors(
-    graph: onnx.GraphProto, layers: Sequence[str], ranges: Sequence[tuple[float, float] | None], extents: Sequence[tuple[Tensor, Tensor]]
+    graph: onnx.GraphProto,
+    layers: Sequence[str],
+    ranges: Sequence[tuple[float, float] | None],
+    extents: Sequence[tuple[Tensor, Tensor]],
 ) -> dict[str, Tensor]:
-    """What each channel is divided by, (C,), for the tensors that lie between layers alone: by name, the same for all that must have the same."""
+    """What each channel is divided by, (C,), for the tensors that lie between layers alone: by
+    name, the same for all that must have the same.
+    """
     root: dict[str, str] = {}
 
     def find(name: str) -> str:
@@ -157,22 +221,35 @@ def _factors(
     for layer, span, (low, high) in zip(layers, ranges, extents, strict=True):
         key = find(nodes[layer].input[0])
         if span is not None and key in made - fixed:
-            share = torch.maximum(low / min(span[0], -1e-9) if span[0] < 0 else torch.zeros_like(low), high / max(span[1], 1e-9))
+            share = torch.maximum(
+                low / min(span[0], -1e-9) if span[0] < 0 else torch.zeros_like(low),
+                high / max(span[1], 1e-9),
+            )
             shares[key] = torch.maximum(shares.get(key, torch.full_like(share, 1e-3)), share)
-    return {name: shares[find(name)] ** SMOOTHQUANT_ALPHA for name in list(root) if find(name) in shares}
+    return {
+        name: shares[find(name)] ** SMOOTHQUANT_ALPHA for name in list(root) if find(name) in shares
+    }
 
 
-def _solved(x: Tensor, weights: Tensor, wanted: Tensor, options: Mapping[str, Any], whole: bool) -> Tensor:
+def _solved(
+    x: Tensor, weights: Tensor, wanted: Tensor, options: Mapping[str, Any], whole: bool
+) -> Tensor:
     """Weights, `whole`: in 8 bits, by which `x` comes nearest to `wanted`, whatever the bias."""
     groups, (outputs, *kernel) = options.get("groups", 1), weights.shape
     size = int(np.prod(kernel))
     start = weights.reshape(groups, outputs // groups, size)
-    every = max(1, len(x) * wanted[0, 0].numel() // SAMPLES) | 1  # odd: not always the same columns of the image
+    every = (
+        max(1, len(x) * wanted[0, 0].numel() // SAMPLES) | 1
+    )  # odd: not always the same columns of the image
     square = torch.zeros(groups, size + 1, size + 1, dtype=torch.float64)
     missing = torch.zeros(groups, size + 1, outputs // groups, dtype=torch.float64)
     for one, target in zip(x.split(1), wanted, strict=True):
         taps = functional.unfold(
-            one, tuple(kernel[1:]), **{name: options[name] for name in ("padding", "stride", "dilation") if name in options}
+            one,
+            tuple(kernel[1:]),
+            **{
+                name: options[name] for name in ("padding", "stride", "dilation") if name in options
+            },
         )
         taps = taps.view(groups, size, -1)[..., ::every]
         residual = target.reshape(groups, outputs // groups, -1)[..., ::every] - start @ taps
@@ -182,7 +259,9 @@ def _solved(x: Tensor, weights: Tensor, wanted: Tensor, options: Mapping[str, An
     mean = square[:, :-1, -1:] / square[:, -1:, -1:]  # of each tap; the bias takes it
     covariance = square[:, :-1, :-1] - mean * square[:, -1:, :-1]
     toward = missing[:, :-1] - mean * missing[:, -1:]
-    power = torch.diagonal(square[:, :-1, :-1], dim1=1, dim2=2).mean(1).clamp(min=1e-9)[:, None, None]
+    power = (
+        torch.diagonal(square[:, :-1, :-1], dim1=1, dim2=2).mean(1).clamp(min=1e-9)[:, None, None]
+    )
     eye = torch.eye(size, dtype=torch.float64)
     better = start.double() + torch.linalg.solve(covariance + RIDGE * power * eye, toward).mT
     if whole:
@@ -191,15 +270,22 @@ def _solved(x: Tensor, weights: Tensor, wanted: Tensor, options: Mapping[str, An
 
 
 def _in_steps(weights: Tensor, square: Tensor) -> Tensor:
-    """`weights` (G, C_out, K) at multiples of each output's step, its largest / 127, rounded one by one: those after take the error back that
-    the inputs of `square` (G, K, K) would see.
+    """`weights` (G, C_out, K) at multiples of each output's step, its largest / 127, rounded one by
+    one: those after take the error back that the inputs of `square` (G, K, K) would see.
     """
     step = weights.abs().amax(2, keepdim=True).clamp(min=1e-30) / 127
     left = weights / step
-    largest, ends = left.abs().argmax(2), 127 * torch.sign(left.gather(2, left.abs().argmax(2, keepdim=True)))[..., 0]
-    spread = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(square)), upper=True)
+    largest, ends = (
+        left.abs().argmax(2),
+        127 * torch.sign(left.gather(2, left.abs().argmax(2, keepdim=True)))[..., 0],
+    )
+    spread = torch.linalg.cholesky(
+        torch.cholesky_inverse(torch.linalg.cholesky(square)), upper=True
+    )
     for k in range(left.shape[2]):
-        whole = torch.where(largest == k, ends, torch.round(left[..., k]).clamp(-127, 127))  # the largest stays: it gives the step
+        whole = torch.where(
+            largest == k, ends, torch.round(left[..., k]).clamp(-127, 127)
+        )  # the largest stays: it gives the step
         error = (left[..., k] - whole) / spread[:, k, k, None]
         left[..., k + 1 :] -= error[..., None] * spread[:, None, k, k + 1 :]
         left[..., k] = whole
@@ -207,8 +293,9 @@ def _in_steps(weights: Tensor, square: Tensor) -> Tensor:
 
 
 def rounded(weights: NDArray[np.float32], transposed: bool = False) -> NDArray[np.float32]:
-    """`weights` (C_out, C_in, h, w), `transposed` (C_in, C_out, h, w), at multiples of each output channel's step, its largest / 127, so that the
-    taps of every kernel keep their sum to half a step: where labels are flat a kernel sees one value, and only the sum of its taps counts.
+    """`weights` (C_out, C_in, h, w), `transposed` (C_in, C_out, h, w), at multiples of each output
+    channel's step, its largest / 127, so that the taps of every kernel keep their sum to half a
+    step: where labels are flat a kernel sees one value, and only the sum of its taps counts.
     """
     if transposed:
         return np.ascontiguousarray(rounded(weights.swapaxes(0, 1)).swapaxes(0, 1))
@@ -217,6 +304,8 @@ def rounded(weights: NDArray[np.float32], transposed: bool = False) -> NDArray[n
     whole = np.rint(exact)
     missing = np.rint((exact - whole).sum(1)).astype(int)  # steps that rounding took from the sum
     wrong = np.sign(missing)[:, None] * (exact - whole)
-    rank = np.argsort(np.argsort(-wrong, 1, kind="stable"), 1, kind="stable")  # those first that were rounded the most the wrong way
+    rank = np.argsort(
+        np.argsort(-wrong, 1, kind="stable"), 1, kind="stable"
+    )  # those first that were rounded the most the wrong way
     whole += np.sign(missing)[:, None] * (rank < np.abs(missing)[:, None])
     return (np.clip(whole, -127, 127).reshape(weights.shape) * step).astype(np.float32)

@@ -77,11 +77,22 @@ __all__ = [
     "deform",
 ]
 
-_MODULES = ("core.errors", "core.volume", "core.manifest", "core.deformation", "core.warp", "core.rand_warp", "batch.runner", "api")
+_MODULES = (
+    "core.errors",
+    "core.volume",
+    "core.manifest",
+    "core.deformation",
+    "core.warp",
+    "core.rand_warp",
+    "batch.runner",
+    "api",
+)
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first asked for (PEP 562): starting a command stays fast."""
+    """A public name, imported when it is first asked for (PEP 562): starting a command stays
+    fast.
+    """
     if name in RENAMED:
         warn_renamed(name, RENAMED[name])
         return __getattr__(RENAMED[name])

@@ -13,7 +13,9 @@ def main(argv: Sequence[str]) -> int:
     from .core.console import EXIT_CODES, Parser
     from .core.version import VERSION
 
-    parser = Parser("mask2ct", description="Synthesize a synthetic CT for any label mask.", epilog=EXIT_CODES)
+    parser = Parser(
+        "mask2ct", description="Synthesize a synthetic CT for any label mask.", epilog=EXIT_CODES
+    )
     parser.add_argument("--version", action="version", version=f"mask2ct {VERSION}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (synth, watch, serve, labels, describe, audit):
@@ -24,7 +26,9 @@ def main(argv: Sequence[str]) -> int:
 
 
 def entry() -> int:
-    """The console script. What it needs is imported within, so that Ctrl-C meanwhile ends it without a traceback."""
+    """The console script. What it needs is imported within, so that Ctrl-C meanwhile ends it
+    without a traceback.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     from .core.console import run

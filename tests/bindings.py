@@ -1,8 +1,8 @@
 """The real TensorRT bindings, and a stand-in driver, on a machine without a GPU.
 
-`make tensorrt-bindings` installs the wheels `tensorrt-cu13-bindings`. They hold the Python classes and need three libraries of
-3 GB only to be linked: stand-ins of nine functions that return NULL are enough to import every class, enum and signature.
-Nothing can be built or run with them.
+`make tensorrt-bindings` installs the wheels `tensorrt-cu13-bindings`. They hold the Python classes
+and need three libraries of 3 GB only to be linked: stand-ins of nine functions that return NULL are
+enough to import every class, enum and signature. Nothing can be built or run with them.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ int cuDeviceTotalMem_v2(size_t *n, int d) { *n = (size_t)d << 30; return 0; }
 int cuDriverGetVersion(int *v) { *v = 13020; return 0; }
 """
 
-# Everything the module has, as JSON: dotted names, and per method the parameters of each overload, read from its docstring.
+# Everything the module has, as JSON: dotted names, and per method the parameters of each overload,
+# read from its docstring.
 DUMP = r"""
 import importlib, inspect, json, re, sys
 module = importlib.import_module(sys.argv[1])
@@ -85,15 +86,21 @@ class Api:
     settable: frozenset[str]
 
     def takes(self, call: str, positional: int, keywords: list[str]) -> bool:
-        """Whether an overload takes that many positional arguments and these keywords (true where no signature is documented)."""
+        """Whether an overload takes that many positional arguments and these keywords (true
+        where no signature is documented).
+        """
         overloads = self.calls.get(call, [])
         return not overloads or any(
-            positional + len(keywords) <= len(names) and set(keywords) <= set(names[positional:]) for names in overloads
+            positional + len(keywords) <= len(names) and set(keywords) <= set(names[positional:])
+            for names in overloads
         )
 
 
 def folder(name: str) -> Path:
-    """Where `make tensorrt-bindings` put them. Skips when they are absent, fails when $MASK2CT_TENSORRT_BINDINGS says they are there."""
+    """Where `make tensorrt-bindings` put them.
+
+    Skips when they are absent, fails when $MASK2CT_TENSORRT_BINDINGS says they are there.
+    """
     stated = os.environ.get("MASK2CT_TENSORRT_BINDINGS")
     path = Path(stated or Path(sys.prefix) / "tensorrt-bindings") / name
     if not path.is_dir():
@@ -104,7 +111,12 @@ def folder(name: str) -> Path:
 def compiled(source: str, library: Path, *options: str) -> None:
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed: no stand-in library can be compiled")
-    subprocess.run(["gcc", "-shared", "-fPIC", *options, "-x", "c", "-", "-o", str(library)], input=source, text=True, check=True)
+    subprocess.run(
+        ["gcc", "-shared", "-fPIC", *options, "-x", "c", "-", "-o", str(library)],
+        input=source,
+        text=True,
+        check=True,
+    )
 
 
 def driver(folder: Path, *, init: int = 0, count: int = 2, name: str = "") -> str:
@@ -115,7 +127,9 @@ def driver(folder: Path, *, init: int = 0, count: int = 2, name: str = "") -> st
 
 
 def libraries(major: str, where: Path) -> Path:
-    """A folder with the three stand-ins, compiled with gcc, under the names that TensorRT `major` links."""
+    """A folder with the three stand-ins, compiled with gcc, under the names that TensorRT
+    `major` links.
+    """
     made = where / major
     made.mkdir(parents=True, exist_ok=True)
     for name in LIBRARIES:
@@ -124,20 +138,32 @@ def libraries(major: str, where: Path) -> Path:
     return made
 
 
-def python(code: str, *arguments: str, path: Path, libraries: Path | None = None) -> subprocess.CompletedProcess[str]:
+def python(
+    code: str, *arguments: str, path: Path, libraries: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run `code` in a process of its own that sees the packages in `path` first."""
     env = {**os.environ, "PYTHONPATH": str(path), "LD_LIBRARY_PATH": str(libraries or "")}
-    return subprocess.run([sys.executable, "-c", code, *arguments], env=env, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
 
 
 def read_api(module: str, path: Path, libraries: Path | None = None) -> Api:
     done = python(DUMP, module, path=path, libraries=libraries)
     assert done.returncode == 0, done.stderr
     data: dict[str, Any] = json.loads(done.stdout)
-    return Api(data["version"], frozenset(data["names"]), data["calls"], frozenset(data["settable"]))
+    return Api(
+        data["version"], frozenset(data["names"]), data["calls"], frozenset(data["settable"])
+    )
 
 
-# What our variables hold, by name: tests/test_tensorrt_contract.py fails on a TensorRT method whose receiver is not in here.
+# What our variables hold, by name: tests/test_tensorrt_contract.py fails on a TensorRT method whose
+# receiver is not in here.
 ROLES = {
     "builder": "Builder",
     "network": "INetworkDefinition",
@@ -153,14 +179,20 @@ ROLES = {
     "context": "IExecutionContext",
     "inspector": "EngineInspector",
 }
-RETURNS = {"get_input": "ITensor", "get_output": "ITensor"}  # methods whose result is used without a name
+RETURNS = {
+    "get_input": "ITensor",
+    "get_output": "ITensor",
+}  # methods whose result is used without a name
 MODULES = ("trt", "tensorrt", "module")  # of TensorRT's, full or lean
 
 
 @dataclass(frozen=True)
 class Touch:
-    """One use of TensorRT in our code. `kind`: "name", "set", "call" or "override"; `owner`: a class, "" for the module itself,
-    None when a method that TensorRT has is called on something the walk cannot place."""
+    """One use of TensorRT in our code.
+
+    `kind`: "name", "set", "call" or "override"; `owner`: a class, "" for the module itself, None
+    when a method that TensorRT has is called on something the walk cannot place.
+    """
 
     line: int
     kind: str
@@ -176,7 +208,13 @@ class Touch:
 
 def _name(node: ast.expr) -> str:
     """What a variable or an attribute is called, `_engine` as `engine`."""
-    return (node.id if isinstance(node, ast.Name) else node.attr if isinstance(node, ast.Attribute) else "").lstrip("_")
+    return (
+        node.id
+        if isinstance(node, ast.Name)
+        else node.attr
+        if isinstance(node, ast.Attribute)
+        else ""
+    ).lstrip("_")
 
 
 def _chain(node: ast.expr) -> str | None:
@@ -196,20 +234,28 @@ def _owner(node: ast.expr) -> str | None:
 
 
 def defined(source: str) -> set[str]:
-    """Attributes and methods that a source gives its own classes: an engine of ours is called `engine` as well."""
+    """Attributes and methods that a source gives its own classes: an engine of ours is called
+    `engine` as well.
+    """
     names: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
             names.add(node.name)
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             names.add(node.target.id)
-        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _name(node.value) == "self":
+        elif (
+            isinstance(node, ast.Attribute)
+            and isinstance(node.ctx, ast.Store)
+            and _name(node.value) == "self"
+        ):
             names.add(node.attr)
     return names
 
 
 def touched(source: str) -> list[Touch]:
-    """Every TensorRT name, enum member, property, method and keyword in a Python source, with what it is called on."""
+    """Every TensorRT name, enum member, property, method and keyword in a Python source, with
+    what it is called on.
+    """
     found: list[Touch] = []
     tree = ast.parse(source)
     calls = {id(node.func): node for node in ast.walk(tree) if isinstance(node, ast.Call)}
@@ -223,27 +269,43 @@ def touched(source: str) -> list[Touch]:
             if call is not None:
                 keywords = tuple(str(k.arg) for k in call.keywords)
                 bound = 1 if name.endswith("__init__") else 0  # `trt.ILogger.__init__(self)`
-                found.append(Touch(node.lineno, "call", owner, name, len(call.args) - bound, keywords))
+                found.append(
+                    Touch(node.lineno, "call", owner, name, len(call.args) - bound, keywords)
+                )
             else:
                 found.append(Touch(node.lineno, "set" if store else "name", owner, name))
         elif isinstance(node, ast.ClassDef):
             bases = [base for base in map(_chain, node.bases) if base]
-            for method in (m for m in node.body if isinstance(m, ast.FunctionDef) and bases and not m.name.startswith("_")):
+            for method in (
+                m
+                for m in node.body
+                if isinstance(m, ast.FunctionDef) and bases and not m.name.startswith("_")
+            ):
                 names = tuple(a.arg for a in method.args.args[1:])
                 found.append(Touch(method.lineno, "override", bases[0], method.name, 0, names))
     return found
 
 
 def problems(source: str, api: Api, beside: str = "") -> list[str]:
-    """What of `touched(source)` this version does not have, or takes otherwise. `beside`: the source of base classes of ours."""
+    """What of `touched(source)` this version does not have, or takes otherwise.
+
+    `beside`: the source of base classes of ours.
+    """
     ours = defined(source) | defined(beside)
-    methods = {path.rsplit(".", 1)[1] for path in api.names if path.count(".") == 1 and path.split(".")[0] in ROLES.values()}
+    methods = {
+        path.rsplit(".", 1)[1]
+        for path in api.names
+        if path.count(".") == 1 and path.split(".")[0] in ROLES.values()
+    }
     found = []
     for touch in touched(source):
         where = f"line {touch.line}: {touch.path}"
         if touch.owner is None:
             if touch.name in methods:
-                found.append(f"{where}: TensorRT has a method of this name, and what it is called on is not in ROLES")
+                found.append(
+                    f"{where}: TensorRT has a method of this name, and what it is called on is not"
+                    " in ROLES"
+                )
         elif touch.path not in api.names and (touch.name in ours or touch.name.startswith("__")):
             continue
         elif touch.path not in api.names:
@@ -255,5 +317,8 @@ def problems(source: str, api: Api, beside: str = "") -> list[str]:
         elif touch.kind == "call":
             call = touch.path if touch.path in api.calls else f"{touch.path}.__init__"
             if not api.takes(call, touch.positional, list(touch.keywords)):
-                found.append(f"{where} takes {api.calls[call]}, not {touch.positional} arguments and {list(touch.keywords)}")
+                found.append(
+                    f"{where} takes {api.calls[call]}, not {touch.positional} arguments and"
+                    f" {list(touch.keywords)}"
+                )
     return found

@@ -1,4 +1,6 @@
-"""Fixtures: a phantom cohort, a run of a few steps and its model folder, made once by the commands people type."""
+"""Fixtures: a phantom cohort, a run of a few steps and its model folder, made once by the
+commands people type.
+"""
 
 from __future__ import annotations
 
@@ -27,10 +29,18 @@ def root() -> Path:
 def command():
     """Run `python …` from the repository and return the finished process, text captured."""
 
-    def run(*arguments: object, env: dict[str, str] | None = None, timeout: float = 600) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: object, env: dict[str, str] | None = None, timeout: float = 600
+    ) -> subprocess.CompletedProcess[str]:
         whole = [sys.executable, *map(str, arguments)]
         return subprocess.run(
-            whole, cwd=ROOT, capture_output=True, text=True, check=False, timeout=timeout, env={**os.environ, **(env or {})}
+            whole,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=timeout,
+            env={**os.environ, **(env or {})},
         )
 
     return run
@@ -66,7 +76,9 @@ def fake_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """The folder of real images, when there is one: `$MASK2CT_REAL_DATA`, or shared/data beside the checkout."""
+    """The folder of real images, when there is one: `$MASK2CT_REAL_DATA`, or shared/data beside
+    the checkout.
+    """
     folder = Path(os.environ.get("MASK2CT_REAL_DATA", ROOT.parent / "shared" / "data"))
     if not (folder / "README.md").is_file():
         pytest.skip(f"no real images: {folder} is absent (set MASK2CT_REAL_DATA)")

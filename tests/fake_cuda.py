@@ -1,8 +1,10 @@
-"""A GPU made of host memory, behind the real signatures of cuda-bindings, cuda-core, PyCUDA, TensorRT and ONNX Runtime as used.
+"""A GPU made of host memory, behind the real signatures of cuda-bindings, cuda-core, PyCUDA,
+TensorRT and ONNX Runtime as used.
 
-Work is done when somebody waits for it and not before, so that a missing wait shows as wrong bytes. Freed memory, foreign threads,
-calls without a context, captures that allocate and graphs over freed blocks are refused as the real ones refuse them, or harder.
-Networks are computed by ONNX Runtime on the CPU, slice by slice, so that results can be compared bit for bit.
+Work is done when somebody waits for it and not before, so that a missing wait shows as wrong bytes.
+Freed memory, foreign threads, calls without a context, captures that allocate and graphs over freed
+blocks are refused as the real ones refuse them, or harder. Networks are computed by ONNX Runtime on
+the CPU, slice by slice, so that results can be compared bit for bit.
 """
 
 from __future__ import annotations
@@ -27,11 +29,20 @@ def driver_module(world: World) -> ModuleType:
     """cuda.bindings.driver: every function returns a tuple that begins with its CUresult."""
     made = new_module("cuda.bindings.driver")
     made.CUresult = CUresult
-    made.CUstream_flags = IntEnum("CUstream_flags", {"CU_STREAM_DEFAULT": 0, "CU_STREAM_NON_BLOCKING": 1})
-    made.CUevent_flags = IntEnum("CUevent_flags", {"CU_EVENT_DEFAULT": 0, "CU_EVENT_BLOCKING_SYNC": 1, "CU_EVENT_DISABLE_TIMING": 2})
+    made.CUstream_flags = IntEnum(
+        "CUstream_flags", {"CU_STREAM_DEFAULT": 0, "CU_STREAM_NON_BLOCKING": 1}
+    )
+    made.CUevent_flags = IntEnum(
+        "CUevent_flags",
+        {"CU_EVENT_DEFAULT": 0, "CU_EVENT_BLOCKING_SYNC": 1, "CU_EVENT_DISABLE_TIMING": 2},
+    )
     made.CUstreamCaptureMode = IntEnum(
         "CUstreamCaptureMode",
-        {"CU_STREAM_CAPTURE_MODE_GLOBAL": 0, "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL": 1, "CU_STREAM_CAPTURE_MODE_RELAXED": 2},
+        {
+            "CU_STREAM_CAPTURE_MODE_GLOBAL": 0,
+            "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL": 1,
+            "CU_STREAM_CAPTURE_MODE_RELAXED": 2,
+        },
     )
 
     def call(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,7 +54,9 @@ def driver_module(world: World) -> ModuleType:
             except Refused as exc:
                 return (exc.status,)
             return (
-                (CUresult.CUDA_SUCCESS,) if value is None else (CUresult.CUDA_SUCCESS, *(value if isinstance(value, tuple) else (value,)))
+                (CUresult.CUDA_SUCCESS,)
+                if value is None
+                else (CUresult.CUDA_SUCCESS, *(value if isinstance(value, tuple) else (value,)))
             )
 
         wrapped.__wrapped__ = function  # its signature
@@ -94,7 +107,9 @@ def driver_module(world: World) -> ModuleType:
     @call
     def cuStreamDestroy(hStream: int) -> None:
         world.need_context()
-        assert not world.streams.pop(hStream) or world.broken, "a stream was destroyed with work on it"
+        assert not world.streams.pop(hStream) or world.broken, (
+            "a stream was destroyed with work on it"
+        )
 
     @call
     def cuStreamSynchronize(hStream: int) -> None:
@@ -138,12 +153,18 @@ def driver_module(world: World) -> ModuleType:
     @call
     def cuMemcpyHtoDAsync(dstDevice: int, srcHost: int, ByteCount: int, hStream: int) -> None:
         world.need_context()
-        world.enqueue(hStream, lambda: _copy(int(world.at(dstDevice, ByteCount).ctypes.data), srcHost, ByteCount))
+        world.enqueue(
+            hStream,
+            lambda: _copy(int(world.at(dstDevice, ByteCount).ctypes.data), srcHost, ByteCount),
+        )
 
     @call
     def cuMemcpyDtoHAsync(dstHost: int, srcDevice: int, ByteCount: int, hStream: int) -> None:
         world.need_context()
-        world.enqueue(hStream, lambda: _copy(dstHost, int(world.at(srcDevice, ByteCount).ctypes.data), ByteCount))
+        world.enqueue(
+            hStream,
+            lambda: _copy(dstHost, int(world.at(srcDevice, ByteCount).ctypes.data), ByteCount),
+        )
 
     @call
     def cuStreamBeginCapture(hStream: int, mode: int) -> None:
@@ -169,7 +190,9 @@ def driver_module(world: World) -> ModuleType:
     def cuGraphLaunch(hGraphExec: int, hStream: int) -> None:
         world.need_context()
         activations = [block for _, blocks in world.graphs[hGraphExec] for block in blocks]
-        world.enqueue(hStream, lambda: [work() for work, _ in world.graphs[hGraphExec]] and None, activations)
+        world.enqueue(
+            hStream, lambda: [work() for work, _ in world.graphs[hGraphExec]] and None, activations
+        )
 
     @call
     def cuGraphDestroy(hGraph: int) -> None:
@@ -182,19 +205,37 @@ def driver_module(world: World) -> ModuleType:
     return made
 
 
-def install(monkeypatch: pytest.MonkeyPatch, provider: str = "cuda-core", memory: int = 1 << 30) -> World:
-    """Put a fake GPU under the runtime: the driver's gate answers yes, `provider` is what is installed."""
+def install(
+    monkeypatch: pytest.MonkeyPatch, provider: str = "cuda-core", memory: int = 1 << 30
+) -> World:
+    """Put a fake GPU under the runtime: the driver's gate answers yes, `provider` is what is
+    installed.
+    """
     world = World(memory)
-    driver, core, trt, ort = driver_module(world), core_module(world), tensorrt_module(world), onnxruntime_module(world)
+    driver, core, trt, ort = (
+        driver_module(world),
+        core_module(world),
+        tensorrt_module(world),
+        onnxruntime_module(world),
+    )
     bindings, cuda = new_module("cuda.bindings"), new_module("cuda")
     bindings.__path__ = cuda.__path__ = []  # packages
     bindings.driver, cuda.bindings, cuda.core = driver, bindings, core
-    modules: dict[str, Any] = {"cuda": cuda, "cuda.bindings": bindings, "cuda.bindings.driver": driver, "cuda.core": core,
-                               "tensorrt_lean": trt, "onnxruntime": ort, "pycuda": None}  # fmt: skip
+    modules: dict[str, Any] = {
+        "cuda": cuda,
+        "cuda.bindings": bindings,
+        "cuda.bindings.driver": driver,
+        "cuda.core": core,
+        "tensorrt_lean": trt,
+        "onnxruntime": ort,
+        "pycuda": None,
+    }
     if provider == "pycuda":
         pycuda = new_module("pycuda")
         pycuda.driver, pycuda.tools = pycuda_modules(world)
-        modules.update({"pycuda": pycuda, "pycuda.driver": pycuda.driver, "pycuda.tools": pycuda.tools})
+        modules.update(
+            {"pycuda": pycuda, "pycuda.driver": pycuda.driver, "pycuda.tools": pycuda.tools}
+        )
         del cuda.core
         modules["cuda.core"] = None
     for name, module in modules.items():

@@ -1,4 +1,7 @@
-"""TensorRT and onnxruntime-gpu on the fake device. Networks are computed on the CPU, slice by slice, as the CPU engine does."""
+"""TensorRT and onnxruntime-gpu on the fake device.
+
+Networks are computed on the CPU, slice by slice, as the CPU engine does.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,16 @@ MAGIC = b"fake plan\n"
 ACTIVATION = 40  # bytes of activations for a pixel of a slice
 
 
-def tensorrt_module(world: World, name: str = "tensorrt_lean", version: str = "11.4.0.106") -> ModuleType:
+def tensorrt_module(
+    world: World, name: str = "tensorrt_lean", version: str = "11.4.0.106"
+) -> ModuleType:
     made = new_module(name)
     made.__version__ = version
     made.DataType = IntEnum("DataType", ["FLOAT", "HALF", "INT8", "INT32", "BOOL", "UINT8"])
     made.TensorIOMode = IntEnum("TensorIOMode", ["NONE", "INPUT", "OUTPUT"])
-    made.ExecutionContextAllocationStrategy = IntEnum("ExecutionContextAllocationStrategy", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"])
+    made.ExecutionContextAllocationStrategy = IntEnum(
+        "ExecutionContextAllocationStrategy", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"]
+    )
 
     class ILogger:
         Severity = IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"])
@@ -50,13 +57,19 @@ def tensorrt_module(world: World, name: str = "tensorrt_lean", version: str = "1
 
         def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
             low, _, high = self._engine.get_tensor_profile_shape(name, 0)
-            if said_no("set_input_shape") or not all(a <= n <= b for a, n, b in zip(low, shape, high, strict=True)):
+            if said_no("set_input_shape") or not all(
+                a <= n <= b for a, n, b in zip(low, shape, high, strict=True)
+            ):
                 return False
             self._shapes[name] = tuple(shape)
             return True
 
         def infer_shapes(self) -> list[str]:
-            return [n for n, mode in self._engine.modes.items() if mode == made.TensorIOMode.INPUT and n not in self._shapes]
+            return [
+                n
+                for n, mode in self._engine.modes.items()
+                if mode == made.TensorIOMode.INPUT and n not in self._shapes
+            ]
 
         def get_tensor_shape(self, name: str) -> tuple[int, ...]:
             n, _, h, w = self._shapes["labels"]
@@ -79,11 +92,23 @@ def tensorrt_module(world: World, name: str = "tensorrt_lean", version: str = "1
         def execute_async_v3(self, stream_handle: int) -> bool:
             assert isinstance(stream_handle, int)
             needed = self.update_device_memory_size_for_shapes()
-            ready = not self.infer_shapes() and set(self._addresses) == set(self._engine.modes) and self._size >= needed
+            ready = (
+                not self.infer_shapes()
+                and set(self._addresses) == set(self._engine.modes)
+                and self._size >= needed
+            )
             capturing = stream_handle in world.captures
-            if said_no("execute_async_v3") or not ready or (capturing and self._warm != self._shapes):
+            if (
+                said_no("execute_async_v3")
+                or not ready
+                or (capturing and self._warm != self._shapes)
+            ):
                 return False
-            shapes, addresses, memory = {n: self.get_tensor_shape(n) for n in self._engine.modes}, dict(self._addresses), self._memory
+            shapes, addresses, memory = (
+                {n: self.get_tensor_shape(n) for n in self._engine.modes},
+                dict(self._addresses),
+                self._memory,
+            )
 
             def work() -> None:
                 world.at(memory, needed)[...] = 0xEE
@@ -91,9 +116,13 @@ def tensorrt_module(world: World, name: str = "tensorrt_lean", version: str = "1
                 for name in shapes:
                     if name != "ct":
                         kind = np.float32 if name == "style" else np.uint8
-                        raw = world.at(addresses[name], math.prod(shapes[name]) * np.dtype(kind).itemsize)
+                        raw = world.at(
+                            addresses[name], math.prod(shapes[name]) * np.dtype(kind).itemsize
+                        )
                         inputs[name] = raw.view(kind).reshape(shapes[name])
-                world.at(addresses["ct"], math.prod(shapes["ct"]))[...] = compute(self._engine.session, inputs).ravel()
+                world.at(addresses["ct"], math.prod(shapes["ct"]))[...] = compute(
+                    self._engine.session, inputs
+                ).ravel()
 
             try:
                 world.enqueue(stream_handle, work, [(memory, needed)])
@@ -108,7 +137,9 @@ def tensorrt_module(world: World, name: str = "tensorrt_lean", version: str = "1
             facts = json.loads(header)
             self._profile = facts["profile"]
             self.session = session_of(graph)
-            self.modes = {i.name: made.TensorIOMode.INPUT for i in self.session.get_inputs()} | {"ct": made.TensorIOMode.OUTPUT}
+            self.modes = {i.name: made.TensorIOMode.INPUT for i in self.session.get_inputs()} | {
+                "ct": made.TensorIOMode.OUTPUT
+            }
 
         @property
         def num_io_tensors(self) -> int:
@@ -154,23 +185,49 @@ def tensorrt_module(world: World, name: str = "tensorrt_lean", version: str = "1
 
 def onnxruntime_module(world: World) -> Any:
     """onnxruntime as onnxruntime-gpu is: the real one, with a CUDA provider on the fake device."""
-    known = {"device_id", "gpu_mem_limit", "arena_extend_strategy", "cudnn_conv_algo_search", "use_tf32"}
+    known = {
+        "device_id",
+        "gpu_mem_limit",
+        "arena_extend_strategy",
+        "cudnn_conv_algo_search",
+        "use_tf32",
+    }
 
     class Binding:
         def __init__(self) -> None:
             self.tensors: dict[str, tuple[tuple[int, ...], Any, int]] = {}
 
-        def bind_input(self, name: str, device_type: str, device_id: int, element_type: Any, shape: Any, buffer_ptr: int) -> None:
+        def bind_input(
+            self,
+            name: str,
+            device_type: str,
+            device_id: int,
+            element_type: Any,
+            shape: Any,
+            buffer_ptr: int,
+        ) -> None:
             assert device_type == "cuda"
             self.tensors[name] = (tuple(shape), element_type, buffer_ptr)
 
-        def bind_output(self, name: str, device_type: str, device_id: int, element_type: Any, shape: Any, buffer_ptr: int) -> None:
+        def bind_output(
+            self,
+            name: str,
+            device_type: str,
+            device_id: int,
+            element_type: Any,
+            shape: Any,
+            buffer_ptr: int,
+        ) -> None:
             self.bind_input(name, device_type, device_id, element_type, shape, buffer_ptr)
 
     class InferenceSession:
         def __init__(self, path_or_bytes: str, sess_options: Any = None, providers: Any = None):
             ((name, options),) = providers
-            assert name == "CUDAExecutionProvider" and set(options) <= known and all(isinstance(v, str) for v in options.values())
+            assert (
+                name == "CUDAExecutionProvider"
+                and set(options) <= known
+                and all(isinstance(v, str) for v in options.values())
+            )
             assert sess_options.get_session_config_entry("session.disable_cpu_ep_fallback") == "1"
             self._limit = int(options["gpu_mem_limit"])
             self._session = session_of(Path(path_or_bytes).read_bytes())
@@ -192,12 +249,18 @@ def onnxruntime_module(world: World) -> Any:
             shape, _, out = tensors.pop("ct")
             needed = ACTIVATION * math.prod(shape[:3])
             if needed > self._limit:
-                raise RuntimeError(f"BFCArena: Available memory of {self._limit} is smaller than requested bytes of {needed}")
+                raise RuntimeError(
+                    f"BFCArena: Available memory of {self._limit} is smaller than requested bytes"
+                    f" of {needed}"
+                )
             try:
                 world.count("run_with_iobinding")
             except Refused as exc:
                 raise RuntimeError(f"CUDNN failure: {exc}") from exc
-            inputs = {n: world.at(p, math.prod(s) * np.dtype(t).itemsize).view(t).reshape(s) for n, (s, t, p) in tensors.items()}
+            inputs = {
+                n: world.at(p, math.prod(s) * np.dtype(t).itemsize).view(t).reshape(s)
+                for n, (s, t, p) in tensors.items()
+            }
             result = compute(self._session, inputs)
             with world.lock:
                 world.at(out, math.prod(shape))[...] = result.ravel()
@@ -208,8 +271,13 @@ def onnxruntime_module(world: World) -> Any:
         made = real.InferenceSession if providers == ["CPUExecutionProvider"] else InferenceSession
         return made(path_or_bytes, sess_options, providers=providers)
 
-    return SimpleNamespace(InferenceSession=session, SessionOptions=real.SessionOptions, __version__=real.__version__,
-                           get_available_providers=lambda: providers, __spec__=ModuleSpec("onnxruntime", None))  # fmt: skip
+    return SimpleNamespace(
+        InferenceSession=session,
+        SessionOptions=real.SessionOptions,
+        __version__=real.__version__,
+        get_available_providers=lambda: providers,
+        __spec__=ModuleSpec("onnxruntime", None),
+    )
 
 
 def session_of(graph: bytes) -> Any:
@@ -219,13 +287,21 @@ def session_of(graph: bytes) -> Any:
 def compute(session: Any, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """The graph on each slice alone, as the CPU engine runs it."""
     return np.concatenate(
-        [session.run(["ct"], {name: array[n : n + 1] for name, array in inputs.items()})[0] for n in range(len(inputs["labels"]))]
+        [
+            session.run(["ct"], {name: array[n : n + 1] for name, array in inputs.items()})[0]
+            for n in range(len(inputs["labels"]))
+        ]
     )
 
 
 def plan_of(graph: bytes, manifest: Manifest, batch: int = 4) -> bytes:
-    """An engine file of the fake: its profile takes 1 to `batch` slices on the canvas, to twice its height and width."""
+    """An engine file of the fake: its profile takes 1 to `batch` slices on the canvas, to twice
+    its height and width.
+    """
     h, w = manifest.grid.canvas
     sizes = [(1, h, w), (batch, h, w), (2 * batch, 2 * h, 2 * w)]
-    profile = {t.name: [[{"N": n, "H": y, "W": x}.get(str(d), d) for d in t.shape] for n, y, x in sizes] for t in manifest.inputs}
+    profile = {
+        t.name: [[{"N": n, "H": y, "W": x}.get(str(d), d) for d in t.shape] for n, y, x in sizes]
+        for t in manifest.inputs
+    }
     return MAGIC + json.dumps({"profile": profile}).encode() + b"\n" + graph

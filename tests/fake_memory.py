@@ -1,4 +1,6 @@
-"""cuda-core and PyCUDA on the fake device, as far as `runtime.engines.gpu.cuda_memory` uses them."""
+"""cuda-core and PyCUDA on the fake device, as far as `runtime.engines.gpu.cuda_memory` uses
+them.
+"""
 
 from __future__ import annotations
 
@@ -63,28 +65,44 @@ def core_module(world: World) -> ModuleType:
 
     class DeviceMemoryResource:
         def __init__(self, device_id: int, options: Any = None):
-            assert isinstance(options, DeviceMemoryResourceOptions), "without options it is the pool that torch may use too"
+            assert isinstance(options, DeviceMemoryResourceOptions), (
+                "without options it is the pool that torch may use too"
+            )
             world.need_context()
             self._open = True
 
         def allocate(self, size: int, *, stream: Any) -> Buffer:
             assert self._open and isinstance(stream, Stream)
-            return Buffer(map_dicom_errors("cuMemAllocAsync", lambda: world.allocate(size, "device")), size)
+            return Buffer(
+                map_dicom_errors("cuMemAllocAsync", lambda: world.allocate(size, "device")), size
+            )
 
         def close(self) -> None:
             self._open = False
 
     class LegacyPinnedMemoryResource:
         def allocate(self, size: int, *, stream: Any = None) -> Buffer:
-            return Buffer(map_dicom_errors("cuMemAllocHost", lambda: world.allocate(size, "pinned")), size)
+            return Buffer(
+                map_dicom_errors("cuMemAllocHost", lambda: world.allocate(size, "pinned")), size
+            )
 
-    for thing in (Buffer, Device, Stream, DeviceMemoryResourceOptions, DeviceMemoryResource, LegacyPinnedMemoryResource):
+    for thing in (
+        Buffer,
+        Device,
+        Stream,
+        DeviceMemoryResourceOptions,
+        DeviceMemoryResource,
+        LegacyPinnedMemoryResource,
+    ):
         setattr(made, thing.__name__, thing)
     return made
 
 
 def pycuda_modules(world: World) -> tuple[ModuleType, ModuleType]:
-    """pycuda.driver and pycuda.tools. Pools serve the thread that made the context and no other, and hold blocks in bins."""
+    """pycuda.driver and pycuda.tools.
+
+    Pools serve the thread that made the context and no other, and hold blocks in bins.
+    """
     driver, tools = new_module("pycuda.driver"), new_module("pycuda.tools")
 
     class Error(Exception):
@@ -140,7 +158,9 @@ def pycuda_modules(world: World) -> tuple[ModuleType, ModuleType]:
             self.managed_bytes = self.active_bytes = self.held_blocks = self.active_blocks = 0
 
         def mine(self) -> None:
-            assert threading.get_ident() == self.thread, "this pool has no lock and its context no other thread"
+            assert threading.get_ident() == self.thread, (
+                "this pool has no lock and its context no other thread"
+            )
 
         def bin_number(self, size: int) -> int:
             bits = size.bit_length() - 1
@@ -150,7 +170,11 @@ def pycuda_modules(world: World) -> tuple[ModuleType, ModuleType]:
         def alloc_size(self, number: int) -> int:
             bits, mantissa = number >> 4, number & 15
             ones = (1 << max(bits - 4, 0)) - 1
-            head = (1 << 4 | mantissa) << (bits - 4) if bits >= 4 else (1 << 4 | mantissa) >> (4 - bits)
+            head = (
+                (1 << 4 | mantissa) << (bits - 4)
+                if bits >= 4
+                else (1 << 4 | mantissa) >> (4 - bits)
+            )
             return head | ones
 
         def take(self, size: int) -> int:
@@ -207,10 +231,17 @@ def pycuda_modules(world: World) -> tuple[ModuleType, ModuleType]:
         def allocate(self, shape: tuple[int, ...], dtype: Any) -> Any:
             size = math.prod(shape) * np.dtype(dtype).itemsize
             ptr = self.take(size)
-            return _Based(world.blocks[ptr][0][:size].view(dtype).reshape(shape), Allocation(self, ptr, size))
+            return _Based(
+                world.blocks[ptr][0][:size].view(dtype).reshape(shape), Allocation(self, ptr, size)
+            )
 
     driver.init = lambda: None
-    driver.Device, driver.Context, driver.Error, driver.MemoryError = Device, Context, Error, PyCudaMemoryError
+    driver.Device, driver.Context, driver.Error, driver.MemoryError = (
+        Device,
+        Context,
+        Error,
+        PyCudaMemoryError,
+    )
     tools.DeviceMemoryPool, tools.PageLockedMemoryPool, tools.PageLockedAllocator = (
         DeviceMemoryPool,
         PageLockedMemoryPool,
@@ -220,7 +251,10 @@ def pycuda_modules(world: World) -> tuple[ModuleType, ModuleType]:
 
 
 class _Based:
-    """An array whose `base` is what PyCUDA sets: the allocation. (numpy allows no such thing from Python.)"""
+    """An array whose `base` is what PyCUDA sets: the allocation.
+
+    (numpy allows no such thing from Python.)
+    """
 
     def __init__(self, array: np.ndarray, base: Any):
         self._array, self.base = array, base

@@ -1,7 +1,8 @@
 """A stand-in for TensorRT's builder: the real names and signatures, refusals on demand, and no GPU.
 
-It is strict where the real one crashes, logs or silently does the wrong thing: types are checked as pybind11 checks them, order
-and lifetimes as NVIDIA's documentation asks. tests/test_tensorrt_contract.py holds its names and signatures against the real ones.
+It is strict where the real one crashes, logs or silently does the wrong thing: types are checked as
+pybind11 checks them, order and lifetimes as NVIDIA's documentation asks.
+tests/test_tensorrt_contract.py holds its names and signatures against the real ones.
 """
 
 from __future__ import annotations
@@ -16,7 +17,11 @@ from typing import Any
 import onnx
 
 OPERATIONS = {"Conv": "CONVOLUTION", "ConvTranspose": "DECONVOLUTION", "Cast": "CAST"}
-TYPES = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF", onnx.TensorProto.UINT8: "UINT8"}
+TYPES = {
+    onnx.TensorProto.FLOAT: "FLOAT",
+    onnx.TensorProto.FLOAT16: "HALF",
+    onnx.TensorProto.UINT8: "UINT8",
+}
 
 
 @dataclass
@@ -42,15 +47,23 @@ def tensorrt(script: Script) -> Any:
             return int(self.value)
 
     def members(name: str, text: str, start: int = 0) -> Any:
-        return Enum(name, {member: start + n for n, member in enumerate(text.split())}, module=__name__)
+        return Enum(
+            name, {member: start + n for n, member in enumerate(text.split())}, module=__name__
+        )
 
     def require(thing: Any, kind: Any, what: str) -> None:
         if not isinstance(thing, kind):  # as pybind11 says it
             raise TypeError(f"{what}: incompatible function arguments, got {type(thing).__name__}")
 
-    NetworkDefinitionCreationFlag = members("NetworkDefinitionCreationFlag", "STRONGLY_TYPED", 1 if script.version.startswith("10.") else 0)
+    NetworkDefinitionCreationFlag = members(
+        "NetworkDefinitionCreationFlag",
+        "STRONGLY_TYPED",
+        1 if script.version.startswith("10.") else 0,
+    )
     BuilderFlag = members("BuilderFlag", "TF32 VERSION_COMPATIBLE EXCLUDE_LEAN_RUNTIME", 6)
-    HardwareCompatibilityLevel = members("HardwareCompatibilityLevel", "NONE AMPERE_PLUS SAME_COMPUTE_CAPABILITY")
+    HardwareCompatibilityLevel = members(
+        "HardwareCompatibilityLevel", "NONE AMPERE_PLUS SAME_COMPUTE_CAPABILITY"
+    )
     MemoryPoolType = members("MemoryPoolType", "WORKSPACE")
     ProfilingVerbosity = members("ProfilingVerbosity", "LAYER_NAMES_ONLY NONE DETAILED")
     LayerInformationFormat = members("LayerInformationFormat", "ONELINE JSON")
@@ -85,7 +98,12 @@ def tensorrt(script: Script) -> Any:
 
     class ILayer:
         def __init__(self, name: str, operation: str, dtype: str) -> None:
-            self.name, self.type, self.num_outputs, self._dtype = name, LayerType[operation], 1, dtype
+            self.name, self.type, self.num_outputs, self._dtype = (
+                name,
+                LayerType[operation],
+                1,
+                dtype,
+            )
 
         def get_output(self, index: int) -> Any:
             return ITensor(f"{self.name}_output", self._dtype)
@@ -144,14 +162,25 @@ def tensorrt(script: Script) -> Any:
             if script.parser_errors:
                 return False
             graph = onnx.load(model).graph
-            weights = {tensor.name: TYPES[tensor.data_type] for tensor in graph.initializer if tensor.data_type in TYPES}
+            weights = {
+                tensor.name: TYPES[tensor.data_type]
+                for tensor in graph.initializer
+                if tensor.data_type in TYPES
+            }
             for tensor in graph.input:
-                sizes = [d.dim_value if d.HasField("dim_value") else -1 for d in tensor.type.tensor_type.shape.dim]
-                self._network.inputs.append(ITensor(tensor.name, TYPES[tensor.type.tensor_type.elem_type], tuple(sizes)))
+                sizes = [
+                    d.dim_value if d.HasField("dim_value") else -1
+                    for d in tensor.type.tensor_type.shape.dim
+                ]
+                self._network.inputs.append(
+                    ITensor(tensor.name, TYPES[tensor.type.tensor_type.elem_type], tuple(sizes))
+                )
             for node in graph.node:
                 dtype = next((weights[name] for name in node.input if name in weights), "FLOAT")
                 dtype = "FLOAT" if script.forgets_half == "network" else dtype
-                self._network.layers.append(ILayer(node.name, OPERATIONS.get(node.op_type, "ELEMENTWISE"), dtype))
+                self._network.layers.append(
+                    ILayer(node.name, OPERATIONS.get(node.op_type, "ELEMENTWISE"), dtype)
+                )
             return True
 
     class IOptimizationProfile:
@@ -159,7 +188,9 @@ def tensorrt(script: Script) -> Any:
             self.shapes: dict[str, Any] = {}
 
         def set_shape(self, input: str, min: Any, opt: Any, max: Any) -> None:
-            if not len(min) == len(opt) == len(max) or any(not a <= b <= c for a, b, c in zip(min, opt, max, strict=True)):
+            if not len(min) == len(opt) == len(max) or any(
+                not a <= b <= c for a, b, c in zip(min, opt, max, strict=True)
+            ):
                 raise ValueError("Shape provided for min is inconsistent with other shapes.")
             self.shapes[input] = (tuple(min), tuple(opt), tuple(max))
             script.log.append(f"shape {input} {tuple(min)} {tuple(opt)} {tuple(max)}")
@@ -202,13 +233,19 @@ def tensorrt(script: Script) -> Any:
 
         def create_timing_cache(self, serialized_timing_cache: bytes) -> Any:
             content = bytes(memoryview(serialized_timing_cache))
-            return None if content and not content.startswith(b"timings of ") else ITimingCache(content)
+            return (
+                None
+                if content and not content.startswith(b"timings of ")
+                else ITimingCache(content)
+            )
 
         def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
             require(cache, ITimingCache, "set_timing_cache")
             if cache.content and cache.content != f"timings of {script.cache_of}".encode():
                 return False
-            self.cache = weakref.ref(cache)  # "The cache must not be destroyed until after the engine is built."
+            self.cache = weakref.ref(
+                cache
+            )  # "The cache must not be destroyed until after the engine is built."
             script.log.append(f"timing cache of {len(cache.content)} bytes")
             return True
 
@@ -229,7 +266,9 @@ def tensorrt(script: Script) -> Any:
 
         def create_network(self, flags: int = 0) -> Any:
             require(flags, int, "create_network")
-            assert flags == 1 << int(NetworkDefinitionCreationFlag.STRONGLY_TYPED), "not strongly typed: TensorRT chooses the types"
+            assert flags == 1 << int(NetworkDefinitionCreationFlag.STRONGLY_TYPED), (
+                "not strongly typed: TensorRT chooses the types"
+            )
             return INetworkDefinition()
 
         def create_builder_config(self) -> Any:
@@ -242,31 +281,58 @@ def tensorrt(script: Script) -> Any:
             require(network, INetworkDefinition, "build_serialized_network")
             require(config, IBuilderConfig, "build_serialized_network")
             assert network.layers, "built before it was parsed"
-            assert {t.name for t in network.inputs} <= set(config.profiles[0].shapes), "a dynamic input without a profile"
+            assert {t.name for t in network.inputs} <= set(config.profiles[0].shapes), (
+                "a dynamic input without a profile"
+            )
             lean = {BuilderFlag.VERSION_COMPATIBLE, BuilderFlag.EXCLUDE_LEAN_RUNTIME} & config.flags
-            assert len(lean) != 1, "one of the two: host code inside the plan, or a flag without effect"
-            assert config.cache is None or config.cache() is not None, "the timing cache was destroyed before the build"
+            assert len(lean) != 1, (
+                "one of the two: host code inside the plan, or a flag without effect"
+            )
+            assert config.cache is None or config.cache() is not None, (
+                "the timing cache was destroyed before the build"
+            )
             level = config.hardware_compatibility_level
             script.log.append(
-                "build " + " ".join([*sorted(flag.name for flag in config.flags), level.name, config.profiling_verbosity.name])
+                "build "
+                + " ".join(
+                    [
+                        *sorted(flag.name for flag in config.flags),
+                        level.name,
+                        config.profiling_verbosity.name,
+                    ]
+                )
             )
             for text in script.errors:
                 self._logger.log(ILogger.Severity.ERROR, text)
             self._logger.log(ILogger.Severity.WARNING, "a warning that is no error")
             if not _steps(config.progress_monitor) or not script.builds:
                 return None
-            layers = [{"name": x.name, "type": x.type.name, "dtype": x.get_output(0).dtype.name} for x in network.layers]
-            return IHostMemory(json.dumps({"lean": bool(lean), "layers": layers, "shapes": config.profiles[0].shapes}).encode())
+            layers = [
+                {"name": x.name, "type": x.type.name, "dtype": x.get_output(0).dtype.name}
+                for x in network.layers
+            ]
+            return IHostMemory(
+                json.dumps(
+                    {"lean": bool(lean), "layers": layers, "shapes": config.profiles[0].shapes}
+                ).encode()
+            )
 
     def _steps(monitor: Any) -> bool:
-        """Two phases, one within the other; the outer one leaves its last step out. False: the build was stopped."""
+        """Two phases, one within the other; the outer one leaves its last step out.
+
+        False: the build was stopped.
+        """
         if monitor is None:
             return True
         monitor.phase_start("Building Engine", None, 3)
         monitor.phase_start("Tactics", "Building Engine", 2)
         going = monitor.step_complete("Tactics", 0) and monitor.step_complete("Tactics", 1)
         monitor.phase_finish("Tactics")
-        going = going and monitor.step_complete("Building Engine", 0) and monitor.step_complete("Building Engine", 1)
+        going = (
+            going
+            and monitor.step_complete("Building Engine", 0)
+            and monitor.step_complete("Building Engine", 1)
+        )
         monitor.phase_finish("Building Engine")
         return going
 
@@ -283,7 +349,10 @@ def tensorrt(script: Script) -> Any:
 
         def deserialize_cuda_engine(self, serialized_engine: bytes) -> Any:
             data = json.loads(bytes(memoryview(serialized_engine)))
-            assert data["lean"] == self._lean, "a version-compatible plan loads through the lean runtime, a native one through the full"
+            assert data["lean"] == self._lean, (
+                "a version-compatible plan loads through the lean runtime, a native one through the"
+                " full"
+            )
             return ICudaEngine(data) if script.loads else None
 
     class ICudaEngine:
@@ -315,13 +384,28 @@ def tensorrt(script: Script) -> Any:
 
         def get_engine_information(self, format: Any) -> str:
             require(format, LayerInformationFormat, "get_engine_information")
-            known = self.execution_context is not None and self.execution_context.set == set(self._data["shapes"])
-            words = {"HALF": "Half" if script.forgets_half != "engine" else "Float", "FLOAT": "Float"}
+            known = self.execution_context is not None and self.execution_context.set == set(
+                self._data["shapes"]
+            )
+            words = {
+                "HALF": "Half" if script.forgets_half != "engine" else "Float",
+                "FLOAT": "Float",
+            }
             rows = [
-                {"Name": row["name"], "LayerType": row["type"], "Outputs": [{"Format/Datatype": words.get(row["dtype"], "UInt8") if known else "N/A"}]}
+                {
+                    "Name": row["name"],
+                    "LayerType": row["type"],
+                    "Outputs": [
+                        {"Format/Datatype": words.get(row["dtype"], "UInt8") if known else "N/A"}
+                    ],
+                }
                 for row in self._data["layers"]
-            ]  # fmt: skip
+            ]
             return json.dumps({"Layers": rows, "Bindings": sorted(self._data["shapes"])})
 
-    public = {name: thing for name, thing in locals().items() if isinstance(thing, type) and name != "Enum"}
+    public = {
+        name: thing
+        for name, thing in locals().items()
+        if isinstance(thing, type) and name != "Enum"
+    }
     return SimpleNamespace(__version__=script.version, **public)

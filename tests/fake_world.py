@@ -1,4 +1,6 @@
-"""The device behind the fakes: its memory, streams, events and graphs, and what was not given back."""
+"""The device behind the fakes: its memory, streams, events and graphs, and what was not given
+back.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from typing import Any
 
 import numpy as np
 
-Operation = tuple[Callable[[], None], tuple[tuple[int, int], ...]]  # the work, and the activation blocks it uses
+Operation = tuple[
+    Callable[[], None], tuple[tuple[int, int], ...]
+]  # the work, and the activation blocks it uses
 
 
 class CUresult(IntEnum):
@@ -34,20 +38,33 @@ class Refused(Exception):
 
 @dataclass
 class World:
-    """The device. `fail(name, at)`: the at-th call of that name from now on fails, once. `calls`: how often each was called."""
+    """The device. `fail(name, at)`: the at-th call of that name from now on fails, once.
+
+    `calls`: how often each was called.
+    """
 
     memory: int = 1 << 30
     calls: Counter[str] = field(default_factory=Counter)
     blocks: dict[int, tuple[np.ndarray, str]] = field(default_factory=dict)
     streams: dict[int, list[Callable[[], None]]] = field(default_factory=dict)
-    events: dict[int, tuple[int, int]] = field(default_factory=dict)  # stream, operations that were on it at `record`
+    events: dict[int, tuple[int, int]] = field(
+        default_factory=dict
+    )  # stream, operations that were on it at `record`
     done: Counter[int] = field(default_factory=Counter)  # operations ever done on a stream
     put: Counter[int] = field(default_factory=Counter)
     graphs: dict[int, list[Operation]] = field(default_factory=dict)
-    captures: dict[int, tuple[int, list[Operation]]] = field(default_factory=dict)  # stream → thread, operations
-    uses: dict[int, list[tuple[int, int, int]]] = field(default_factory=dict)  # stream → operation, activation block of queued work
-    after: dict[int, Counter[int]] = field(default_factory=dict)  # stream → operations of others that its next one comes after
-    before: dict[int, Counter[int]] = field(default_factory=dict)  # event → operations of all streams that are done when it is
+    captures: dict[int, tuple[int, list[Operation]]] = field(
+        default_factory=dict
+    )  # stream → thread, operations
+    uses: dict[int, list[tuple[int, int, int]]] = field(
+        default_factory=dict
+    )  # stream → operation, activation block of queued work
+    after: dict[int, Counter[int]] = field(
+        default_factory=dict
+    )  # stream → operations of others that its next one comes after
+    before: dict[int, Counter[int]] = field(
+        default_factory=dict
+    )  # event → operations of all streams that are done when it is
     retained: int = 0
     broken: bool = False
     failing: dict[str, int] = field(default_factory=dict)
@@ -66,7 +83,11 @@ class World:
             if self.failing.get(name, 0) > 0:
                 self.failing[name] -= 1
                 if not self.failing[name]:
-                    raise Refused(CUresult.CUDA_ERROR_OUT_OF_MEMORY if "Alloc" in name else CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
+                    raise Refused(
+                        CUresult.CUDA_ERROR_OUT_OF_MEMORY
+                        if "Alloc" in name
+                        else CUresult.CUDA_ERROR_ILLEGAL_ADDRESS
+                    )
 
     def new(self) -> int:
         self.number += 1
@@ -110,15 +131,22 @@ class World:
         return sum(block.nbytes for block, k in self.blocks.values() if k == kind)
 
     def at(self, ptr: int, nbytes: int) -> np.ndarray:
-        """The device's bytes there. Raises what the device would, from then on too, for memory that is not."""
+        """The device's bytes there.
+
+        Raises what the device would, from then on too, for memory that is not.
+        """
         for start, (block, kind) in self.blocks.items():
             if kind == "device" and start <= ptr and ptr + nbytes <= start + block.nbytes:
                 return block[ptr - start : ptr - start + nbytes]
         self.broken = True
         raise Refused(CUresult.CUDA_ERROR_ILLEGAL_ADDRESS)
 
-    def enqueue(self, stream: int, work: Callable[[], None], activations: Sequence[tuple[int, int]] = ()) -> None:
-        """`activations`: the blocks (address, bytes) that nothing else may use while the work is done."""
+    def enqueue(
+        self, stream: int, work: Callable[[], None], activations: Sequence[tuple[int, int]] = ()
+    ) -> None:
+        """`activations`: the blocks (address, bytes) that nothing else may use while the work is
+        done.
+        """
         with self.lock:
             if stream not in self.streams:
                 raise Refused(CUresult.CUDA_ERROR_INVALID_HANDLE)
@@ -130,21 +158,33 @@ class World:
                 return
             for memory, nbytes in activations:
                 for other, queued in self.uses.items():
-                    late = [n for n, a, size in queued if a < memory + nbytes and memory < a + size and n >= self.done[other]]
-                    assert other == stream or all(n < self.after.get(stream, Counter())[other] for n in late), "activations are shared"
+                    late = [
+                        n
+                        for n, a, size in queued
+                        if a < memory + nbytes and memory < a + size and n >= self.done[other]
+                    ]
+                    assert other == stream or all(
+                        n < self.after.get(stream, Counter())[other] for n in late
+                    ), "activations are shared"
                 self.uses.setdefault(stream, []).append((self.put[stream], memory, nbytes))
             self.streams[stream].append(work)
             self.put[stream] += 1
 
     def record(self, event: int, stream: int) -> None:
         self.events[event] = (stream, self.put[stream])
-        self.before[event] = self.after.setdefault(stream, Counter()) | Counter({stream: self.put[stream]})
+        self.before[event] = self.after.setdefault(stream, Counter()) | Counter(
+            {stream: self.put[stream]}
+        )
 
     def follow(self, stream: int, event: int) -> None:
         other, until = self.events[event]
-        self.after[stream] = self.after.setdefault(stream, Counter()) | self.before.get(event, Counter())
+        self.after[stream] = self.after.setdefault(stream, Counter()) | self.before.get(
+            event, Counter()
+        )
         if other in self.streams:
-            self.enqueue(stream, lambda: self.drain(other, until) if other in self.streams else None)
+            self.enqueue(
+                stream, lambda: self.drain(other, until) if other in self.streams else None
+            )
 
     def drain(self, stream: int, until: int | None = None) -> None:
         with self.lock:
@@ -156,12 +196,20 @@ class World:
             while queue and (until is None or self.done[stream] < until):
                 self.done[stream] += 1
                 queue.pop(0)()
-            self.uses[stream] = [use for use in self.uses.get(stream, []) if use[0] >= self.done[stream]]
+            self.uses[stream] = [
+                use for use in self.uses.get(stream, []) if use[0] >= self.done[stream]
+            ]
 
     def left(self) -> dict[str, int]:
         """What was not given back."""
-        left = {"blocks": len(self.blocks), "streams": len(self.streams), "events": len(self.events), "graphs": len(self.graphs),
-                "contexts": self.retained, "captures": len(self.captures)}  # fmt: skip
+        left = {
+            "blocks": len(self.blocks),
+            "streams": len(self.streams),
+            "events": len(self.events),
+            "graphs": len(self.graphs),
+            "contexts": self.retained,
+            "captures": len(self.captures),
+        }
         return {name: n for name, n in left.items() if n}
 
 

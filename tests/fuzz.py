@@ -1,8 +1,10 @@
-"""Mutated masks through the whole command, each in a process of its own: `python tests/fuzz.py FORMAT COUNT [SEED]`.
+"""Mutated masks through the whole command, each in a process of its own: `python tests/fuzz.py
+FORMAT COUNT [SEED]`.
 
-Prints one JSON line per file that did worse than to work or to be refused: a signal (SIGXCPU: more than 10 s of work), more memory than its size
-justifies, a traceback, or something half-written; then a line with the counts. The same FORMAT, COUNT and SEED give the same files;
-a file that failed is kept in the folder it names.
+Prints one JSON line per file that did worse than to work or to be refused: a signal (SIGXCPU: more
+than 10 s of work), more memory than its size justifies, a traceback, or something half-written;
+then a line with the counts. The same FORMAT, COUNT and SEED give the same files; a file that failed
+is kept in the folder it names.
 """
 
 from __future__ import annotations
@@ -38,7 +40,23 @@ from runtime.engines.fake import fake_manifest
 SECONDS = 10
 SPARE = 256 << 20  # bytes a process may take besides PER_BYTE for each byte of its files
 PER_BYTE = 64
-NUMBERS = [b"0", b"-1", b"1", b"2", b"255", b"65535", b"99999999999999999999", b"nan", b"inf", b"1e308", b"-0.0", b"", b" ", b"\\", b"../x"]
+NUMBERS = [
+    b"0",
+    b"-1",
+    b"1",
+    b"2",
+    b"255",
+    b"65535",
+    b"99999999999999999999",
+    b"nan",
+    b"inf",
+    b"1e308",
+    b"-0.0",
+    b"",
+    b" ",
+    b"\\",
+    b"../x",
+]
 WORDS = [
     bytes(4),
     b"\xff" * 4,
@@ -66,7 +84,10 @@ def mutated(data: bytes, rng: random.Random, head: int) -> bytes:
         elif kind == 2:
             numbers = [n for n in range(at, min(len(out), at + 200)) if 48 <= out[n] <= 57]
             if numbers:
-                end = next((n for n in range(numbers[0], len(out)) if out[n] not in b"0123456789.eE+-"), len(out))
+                end = next(
+                    (n for n in range(numbers[0], len(out)) if out[n] not in b"0123456789.eE+-"),
+                    len(out),
+                )
                 out[numbers[0] : end] = rng.choice(NUMBERS)
         elif kind == 3:
             del out[at : at + rng.choice((1, 2, 4, 64))]
@@ -79,7 +100,9 @@ def mutated(data: bytes, rng: random.Random, head: int) -> bytes:
 
 def _volume(suffix: str, head: int, packed: bool = False) -> Callable[[Path], tuple[Path, int]]:
     def make(folder: Path) -> tuple[Path, int]:
-        sitk.WriteImage(image(blobs((5, 12, 14))), str(folder / f"m{suffix}"), useCompression=packed)
+        sitk.WriteImage(
+            image(blobs((5, 12, 14))), str(folder / f"m{suffix}"), useCompression=packed
+        )
         return folder / f"m{suffix}", head
 
     return make
@@ -90,7 +113,14 @@ def _slicer(folder: Path) -> tuple[Path, int]:
 
     layers = np.zeros((2, 4, 10, 12), np.uint8)
     layers[0, 1, 2:6, 2:6], layers[1, 2, 4:8, 4:8] = 1, 2
-    return slicer(folder / "m.seg.nrrd", layers, [("Left Ventricle", 1, 0, "87878005"), ("left atrium", 2, 1, "82471001")]), 900
+    return (
+        slicer(
+            folder / "m.seg.nrrd",
+            layers,
+            [("Left Ventricle", 1, 0, "87878005"), ("left atrium", 2, 1, "82471001")],
+        ),
+        900,
+    )
 
 
 def _seg(kind: str, syntax: str) -> Callable[[Path], tuple[Path, int]]:
@@ -98,7 +128,14 @@ def _seg(kind: str, syntax: str) -> Callable[[Path], tuple[Path, int]]:
         from dicom_masks import segmentation, slices
 
         values = (blobs((4, 12, 14), (0, 1, 2)) % 3).astype(np.uint8)
-        segmentation(folder / "m.dcm", slices(values), values, [("a", "87878005"), ("b", "82471001")], kind, transfer_syntax_uid=syntax)
+        segmentation(
+            folder / "m.dcm",
+            slices(values),
+            values,
+            [("a", "87878005"), ("b", "82471001")],
+            kind,
+            transfer_syntax_uid=syntax,
+        )
         return folder / "m.dcm", 12000
 
     return make
@@ -120,7 +157,10 @@ def _jpeg2000(folder: Path) -> tuple[Path, int]:
     for ds in made:
         code = io.BytesIO()
         Image.fromarray(ds.pixel_array).save(code, "JPEG2000", irreversible=False, no_jp2=True)
-        ds.PixelData, ds.file_meta.TransferSyntaxUID = encapsulate([code.getvalue()]), "1.2.840.10008.1.2.4.90"
+        ds.PixelData, ds.file_meta.TransferSyntaxUID = (
+            encapsulate([code.getvalue()]),
+            "1.2.840.10008.1.2.4.90",
+        )
         ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
     save(folder, made, "m")
     return sorted(folder.iterdir())[0], 2000
@@ -164,7 +204,9 @@ IN_A_FOLDER = ("series", "jpeg2000", "rtstruct")
 def attempt(target: Path, given: Path, model: Path, folder: Path) -> str:
     """Run the command on `given` in a child; what went wrong, or "0", "1" or "2": its exit code."""
     out, log = folder / "out", folder / "log"
-    size = sum(p.stat().st_size for p in (given.rglob("*") if given.is_dir() else [target]) if p.is_file())
+    size = sum(
+        p.stat().st_size for p in (given.rglob("*") if given.is_dir() else [target]) if p.is_file()
+    )
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     child = os.fork()
     if child == 0:
@@ -177,7 +219,20 @@ def attempt(target: Path, given: Path, model: Path, folder: Path) -> str:
             signal.alarm(6 * SECONDS)  # on a busy machine a second of work takes longer
             text = io.StringIO()
             with redirect_stderr(text), redirect_stdout(text):
-                code = run(main, ["synth", str(given), "--model", str(model), "--backend", "fake", "--output", str(out), "--quiet"])
+                code = run(
+                    main,
+                    [
+                        "synth",
+                        str(given),
+                        "--model",
+                        str(model),
+                        "--backend",
+                        "fake",
+                        "--output",
+                        str(out),
+                        "--quiet",
+                    ],
+                )
         except BaseException:
             import traceback
 
@@ -185,7 +240,11 @@ def attempt(target: Path, given: Path, model: Path, folder: Path) -> str:
         log.write_text(text.getvalue()[-3000:])
         os._exit(code)
     _, status, usage = os.wait4(child, 0)
-    written = [p for p in out.rglob("*") if p.is_file() and p.name not in (JOURNAL, AUDIT)] if out.exists() else []
+    written = (
+        [p for p in out.rglob("*") if p.is_file() and p.name not in (JOURNAL, AUDIT)]
+        if out.exists()
+        else []
+    )
     if os.WIFSIGNALED(status):
         return f"signal {signal.Signals(os.WTERMSIG(status)).name}"
     if (usage.ru_maxrss << 10) - before > SPARE + PER_BYTE * size:
@@ -213,14 +272,31 @@ def fuzz(kind: str, count: int, seed: int) -> tuple[Counter[str], list[dict[str,
         target, head = FORMATS[kind](seeds)
         whole = target.read_bytes()
         good = seeds if kind in IN_A_FOLDER else target
-        with redirect_stdout(io.StringIO()):  # in this process, so that no child has to import again
-            run(main, ["synth", str(good), "--model", str(model), "--backend", "fake", "--output", str(Path(made) / "first"), "--quiet"])
+        with redirect_stdout(
+            io.StringIO()
+        ):  # in this process, so that no child has to import again
+            run(
+                main,
+                [
+                    "synth",
+                    str(good),
+                    "--model",
+                    str(model),
+                    "--backend",
+                    "fake",
+                    "--output",
+                    str(Path(made) / "first"),
+                    "--quiet",
+                ],
+            )
         for n in range(count):
             rng = random.Random(f"{kind} {seed} {n}")
             folder = Path(made) / str(n)
             shutil.copytree(seeds, folder / "in")
             file = folder / "in" / target.relative_to(seeds)
-            if kind == "nii.gz" and rng.random() < 0.8:  # what the compression holds, not its own bytes
+            if (
+                kind == "nii.gz" and rng.random() < 0.8
+            ):  # what the compression holds, not its own bytes
                 file.write_bytes(gzip.compress(mutated(gzip.decompress(whole), rng, head), 1))
             else:
                 file.write_bytes(mutated(whole, rng, head))
@@ -230,7 +306,15 @@ def fuzz(kind: str, count: int, seed: int) -> tuple[Counter[str], list[dict[str,
             if outcome not in "012":
                 kept = Path(tempfile.mkdtemp(prefix=f"fuzz-{kind}-{n}-"))
                 shutil.copytree(folder / "in", kept / "in")
-                failures.append({"format": kind, "number": n, "seed": seed, "outcome": outcome, "kept": str(kept)})
+                failures.append(
+                    {
+                        "format": kind,
+                        "number": n,
+                        "seed": seed,
+                        "outcome": outcome,
+                        "kept": str(kept),
+                    }
+                )
             shutil.rmtree(folder)
     return outcomes, failures
 

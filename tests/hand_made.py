@@ -1,4 +1,6 @@
-"""A model made by hand in milliseconds: the whole contract (Z = 3, style, noise), one convolution, no training."""
+"""A model made by hand in milliseconds: the whole contract (Z = 3, style, noise), one
+convolution, no training.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,22 @@ STYLE = 4
 
 def manifest() -> Manifest:
     grid = GridPolicy((64, 64), (3.0, 3.0), 32, 3, 5.0)
-    return Manifest("made by hand", MM_WHS, grid, Intensity("HU", -1024, 1024), style=STYLE, noise=True, files={})
+    return Manifest(
+        "made by hand",
+        MM_WHS,
+        grid,
+        Intensity("HU", -1024, 1024),
+        style=STYLE,
+        noise=True,
+        files={},
+    )
 
 
 def graph(made: Manifest, size: int | None = None) -> bytes:
-    """A 5 x 5 convolution over the three slices, plus noise, plus the style's sum, in HU. `size`: it computes one slice of size x size alone."""
+    """A 5 x 5 convolution over the three slices, plus noise, plus the style's sum, in HU.
+
+    `size`: it computes one slice of size x size alone.
+    """
     weights = np.random.default_rng(0).normal(0, 8, (1, 3, 5, 5)).astype(np.float32)
     numbers = {
         "w": weights,
@@ -40,25 +53,51 @@ def graph(made: Manifest, size: int | None = None) -> bytes:
     initializers = [numpy_helper.from_array(value, name) for name, value in values.items()]
     if size is not None:
         axes["fixed"] = [1, 1, size, size]
-    initializers += [numpy_helper.from_array(np.array(value, np.int64), name) for name, value in axes.items()]
+    initializers += [
+        numpy_helper.from_array(np.array(value, np.int64), name) for name, value in axes.items()
+    ]
     steps = [
-        ("Cast", ["labels"], "l", {"to": TensorProto.FLOAT}), ("Conv", ["l", "w"], "c" if size is None else "c0", {"pads": [2, 2, 2, 2]}),
+        ("Cast", ["labels"], "l", {"to": TensorProto.FLOAT}),
+        ("Conv", ["l", "w"], "c" if size is None else "c0", {"pads": [2, 2, 2, 2]}),
         *([] if size is None else [("Reshape", ["c0", "fixed"], "c", {})]),
-        ("Cast", ["noise"], "n0", {"to": TensorProto.FLOAT}), ("Unsqueeze", ["n0", "one"], "n1", {}), ("Sub", ["n1", "128"], "n2", {}),
-        ("Mul", ["n2", "scale"], "n", {}), ("ReduceSum", ["style", "one"], "s0", {"keepdims": 1}), ("Unsqueeze", ["s0", "planes"], "s1", {}),
-        ("Mul", ["s1", "gain"], "s", {}), ("Add", ["c", "n"], "v0", {}), ("Add", ["v0", "s"], "v1", {}), ("Round", ["v1"], "v2", {}),
-        ("Clip", ["v2", "low", "high"], "v", {}), ("Less", ["v", "0"], "negative", {}), ("Add", ["v", "65536"], "wrapped", {}),
-        ("Where", ["negative", "wrapped", "v"], "u", {}), ("Div", ["u", "256"], "h0", {}), ("Floor", ["h0"], "hi", {}),
-        ("Mul", ["hi", "256"], "h1", {}), ("Sub", ["u", "h1"], "lo", {}), ("Squeeze", ["lo", "one"], "lo1", {}), ("Squeeze", ["hi", "one"], "hi1", {}),
-        ("Unsqueeze", ["lo1", "last"], "lo2", {}), ("Unsqueeze", ["hi1", "last"], "hi2", {}), ("Concat", ["lo2", "hi2"], "bytes", {"axis": -1}),
+        ("Cast", ["noise"], "n0", {"to": TensorProto.FLOAT}),
+        ("Unsqueeze", ["n0", "one"], "n1", {}),
+        ("Sub", ["n1", "128"], "n2", {}),
+        ("Mul", ["n2", "scale"], "n", {}),
+        ("ReduceSum", ["style", "one"], "s0", {"keepdims": 1}),
+        ("Unsqueeze", ["s0", "planes"], "s1", {}),
+        ("Mul", ["s1", "gain"], "s", {}),
+        ("Add", ["c", "n"], "v0", {}),
+        ("Add", ["v0", "s"], "v1", {}),
+        ("Round", ["v1"], "v2", {}),
+        ("Clip", ["v2", "low", "high"], "v", {}),
+        ("Less", ["v", "0"], "negative", {}),
+        ("Add", ["v", "65536"], "wrapped", {}),
+        ("Where", ["negative", "wrapped", "v"], "u", {}),
+        ("Div", ["u", "256"], "h0", {}),
+        ("Floor", ["h0"], "hi", {}),
+        ("Mul", ["hi", "256"], "h1", {}),
+        ("Sub", ["u", "h1"], "lo", {}),
+        ("Squeeze", ["lo", "one"], "lo1", {}),
+        ("Squeeze", ["hi", "one"], "hi1", {}),
+        ("Unsqueeze", ["lo1", "last"], "lo2", {}),
+        ("Unsqueeze", ["hi1", "last"], "hi2", {}),
+        ("Concat", ["lo2", "hi2"], "bytes", {"axis": -1}),
         ("Cast", ["bytes"], "ct", {"to": TensorProto.UINT8}),
-    ]  # fmt: skip
+    ]
     kinds = {"uint8": TensorProto.UINT8, "float32": TensorProto.FLOAT}
-    inputs = [helper.make_tensor_value_info(t.name, kinds[t.dtype], list(t.shape)) for t in made.inputs]
+    inputs = [
+        helper.make_tensor_value_info(t.name, kinds[t.dtype], list(t.shape)) for t in made.inputs
+    ]
     output = helper.make_tensor_value_info("ct", TensorProto.UINT8, list(made.output.shape))
-    nodes = [helper.make_node(op, ins, [out], name=out, **attributes) for op, ins, out, attributes in steps]
+    nodes = [
+        helper.make_node(op, ins, [out], name=out, **attributes)
+        for op, ins, out, attributes in steps
+    ]
     model = helper.make_model(
-        helper.make_graph(nodes, "hand", inputs, [output], initializers), opset_imports=[helper.make_opsetid("", 21)], ir_version=10
+        helper.make_graph(nodes, "hand", inputs, [output], initializers),
+        opset_imports=[helper.make_opsetid("", 21)],
+        ir_version=10,
     )
     helper.set_model_props(model, {METADATA: made.signature()})
     onnx.checker.check_model(model, full_check=True)
@@ -66,14 +105,18 @@ def graph(made: Manifest, size: int | None = None) -> bytes:
 
 
 def write_model(folder: Path, size: int | None = None) -> Path:
-    """The folder with its FP32 graph, the same as "FP16" and as an engine of the fake GPU, so that results must agree to the bit."""
+    """The folder with its FP32 graph, the same as "FP16" and as an engine of the fake GPU, so
+    that results must agree to the bit.
+    """
     folder.mkdir(parents=True)
     made = manifest()
     data = graph(made, size)
     files = {}
     for name, kind, precision, content in (
-        ("model.onnx", "onnx", "fp32", data), ("model.fp16.onnx", "onnx", "fp16", data), ("model.engine", "engine", "fp16", plan_of(data, made)),
-    ):  # fmt: skip
+        ("model.onnx", "onnx", "fp32", data),
+        ("model.fp16.onnx", "onnx", "fp16", data),
+        ("model.engine", "engine", "fp16", plan_of(data, made)),
+    ):
         (folder / name).write_bytes(content)
         files[name] = ModelFile(kind, precision, len(content), sha256_of(folder / name))
     whole = {**made.to_json(), "files": {name: vars(file) for name, file in files.items()}}

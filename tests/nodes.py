@@ -1,4 +1,6 @@
-"""A DICOM node, an archive and senders of one's own on the loopback interface, each ended with its test."""
+"""A DICOM node, an archive and senders of one's own on the loopback interface, each ended with
+its test.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,17 @@ from runtime.core.console import run
 
 ROOT = Path(__file__).resolve().parent.parent
 SEGMENTS = [("left ventricle", "87878005"), ("right atrium", "73829009")]
-SECRETS = ("Doe", "Roe", "PLANTED", "Planted", "19440102", "20190817", "101112", "1.2.826.", "Traceback")  # no line may hold one
+SECRETS = (
+    "Doe",
+    "Roe",
+    "PLANTED",
+    "Planted",
+    "19440102",
+    "20190817",
+    "101112",
+    "1.2.826.",
+    "Traceback",
+)  # no line may hold one
 DEADLINE = 60.0  # s that anything may take here
 
 
@@ -53,31 +65,83 @@ def write_study(folder: Path, seed: int = 0, shape: tuple[int, int, int] = (5, 1
     """A SEG of two structures, of a patient who must not come out again. Returns its file."""
     values = blobs(shape, MM_WHS_VALUES, seed)
     masks = ((values == 500) + 2 * (values == 550)).astype("uint8")
-    return segmentation(folder / "Doe_John_Planted.dcm", slices(values, Modality="CT"), masks, SEGMENTS)
+    return segmentation(
+        folder / "Doe_John_Planted.dcm", slices(values, Modality="CT"), masks, SEGMENTS
+    )
 
 
 # pynetdicom leaves the sockets of rejected associations to the collector, which says so.
-QUIETLY = [pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"), pytest.mark.usefixtures("collected")]
+QUIETLY = [
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("collected"),
+]
 
 
 def serve(model: Path, spool: Path, *options: str) -> int:
-    """The exit code of `mask2ct serve`, run in this process: of one that does not begin to listen."""
-    return run(main, ["serve", "--model", str(model), "--backend", "fake", "--spool", str(spool), "--port", "0", *options])
+    """The exit code of `mask2ct serve`, run in this process: of one that does not begin to
+    listen.
+    """
+    return run(
+        main,
+        [
+            "serve",
+            "--model",
+            str(model),
+            "--backend",
+            "fake",
+            "--spool",
+            str(spool),
+            "--port",
+            "0",
+            *options,
+        ],
+    )
 
 
 class Serving:
     """`mask2ct serve` as a process of its own."""
 
-    def __init__(self, model: Path, spool: Path, *options: object, quiet: float = 0.2, allow: str | None = "SENDER", backend: str = "fake",
-                 traced: Sequence[str] = ()):  # fmt: skip
+    def __init__(
+        self,
+        model: Path,
+        spool: Path,
+        *options: object,
+        quiet: float = 0.2,
+        allow: str | None = "SENDER",
+        backend: str = "fake",
+        traced: Sequence[str] = (),
+    ):
         who = ["--allow-any"] if allow is None else ["--allow", allow]
-        line = [*traced, sys.executable, "-m", "runtime", "serve", "--model", model, "--backend", backend, "--spool", spool, "--port", 0, "--http-port", 0,
-                "--quiet-period", quiet, *who, *options]  # fmt: skip
-        self.process = subprocess.Popen([*map(str, line)], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        line = [
+            *traced,
+            sys.executable,
+            "-m",
+            "runtime",
+            "serve",
+            "--model",
+            model,
+            "--backend",
+            backend,
+            "--spool",
+            spool,
+            "--port",
+            0,
+            "--http-port",
+            0,
+            "--quiet-period",
+            quiet,
+            *who,
+            *options,
+        ]
+        self.process = subprocess.Popen(
+            [*map(str, line)], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        first = until(lambda: self.said("listening") or self.process.poll() is not None, "the node listens")
+        first = until(
+            lambda: self.said("listening") or self.process.poll() is not None, "the node listens"
+        )
         assert first is not True, self.log
         found = dict(re.findall(r"(\w+)=(\S+)", first))
         self.port, self.http = int(found["dicom"]), int(found["http"])
@@ -88,7 +152,9 @@ class Serving:
 
     def said(self, *words: str) -> str:
         """The first line that holds all the words."""
-        return next((line for line in [*self.lines] if all(f" {word}" in f"{line} " for word in words)), "")
+        return next(
+            (line for line in [*self.lines] if all(f" {word}" in f"{line} " for word in words)), ""
+        )
 
     def count(self, word: str) -> int:
         return sum(f" {word} " in f"{line} " for line in [*self.lines])
@@ -121,11 +187,20 @@ class Serving:
         self._reader.join(DEADLINE)
         assert self.process.stderr is not None
         self.process.stderr.close()
-        log = re.sub(r"\b[0-9a-f]{64}\b", "", self.log)  # of 4,000 digests one holds any six digits by chance
+        log = re.sub(
+            r"\b[0-9a-f]{64}\b", "", self.log
+        )  # of 4,000 digests one holds any six digits by chance
         assert not any(word in log for word in SECRETS), log
 
 
-def associate(port: int, sop_classes: Iterable[str], *, calling: str = "SENDER", display_name: str = "MASK2CT", tls: Any = None) -> Any:
+def associate(
+    port: int,
+    sop_classes: Iterable[str],
+    *,
+    calling: str = "SENDER",
+    display_name: str = "MASK2CT",
+    tls: Any = None,
+) -> Any:
     """An association that was asked for, established or not."""
     ae = AE(ae_title=calling)
     for sop_class in sop_classes:
@@ -145,8 +220,12 @@ def push(port: int, *files: Path | Dataset, calling: str = "SENDER", tls: Any = 
 
 
 @contextmanager
-def archive(folder: Path, port: int = 0, *, status: Callable[[str], int] = lambda uid: 0) -> Iterator[tuple[int, list[str]]]:
-    """A PACS that keeps what it is sent as UID.dcm and lists each C-STORE's UID; `status` is what it answers."""
+def archive(
+    folder: Path, port: int = 0, *, status: Callable[[str], int] = lambda uid: 0
+) -> Iterator[tuple[int, list[str]]]:
+    """A PACS that keeps what it is sent as UID.dcm and lists each C-STORE's UID; `status` is
+    what it answers.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     seen: list[str] = []
 
@@ -166,7 +245,9 @@ def archive(folder: Path, port: int = 0, *, status: Callable[[str], int] = lambd
         "1.2.840.10008.5.1.4.1.1.66.7",
     ):
         ae.add_supported_context(sop_class)
-    server = ae.start_server(("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, store)])
+    server = ae.start_server(
+        ("127.0.0.1", port), block=False, evt_handlers=[(evt.EVT_C_STORE, store)]
+    )
     assert server is not None
     try:
         yield server.server_address[1], seen

@@ -26,12 +26,21 @@ from runtime.service.work_queue import DONE, FAILED, LOCK, WORK
 MM_WHS_VALUES = (0, 205, 420, 500, 550, 600, 820, 850)
 
 
-def blobs(shape: tuple[int, int, int] = (6, 20, 24), values: tuple[int, ...] = MM_WHS_VALUES, seed: int = 0) -> NDArray[np.uint16]:
+def blobs(
+    shape: tuple[int, int, int] = (6, 20, 24),
+    values: tuple[int, ...] = MM_WHS_VALUES,
+    seed: int = 0,
+) -> NDArray[np.uint16]:
     """A label volume (D, H, W) of blocks, so that neighbours often agree and every value occurs."""
     rng = np.random.default_rng(seed)
     coarse = rng.choice(values, [-(-n // 4) for n in shape])
     coarse.flat[: len(values)] = values
-    return coarse.repeat(4, 0).repeat(4, 1).repeat(4, 2)[: shape[0], : shape[1], : shape[2]].astype(np.uint16)
+    return (
+        coarse.repeat(4, 0)
+        .repeat(4, 1)
+        .repeat(4, 2)[: shape[0], : shape[1], : shape[2]]
+        .astype(np.uint16)
+    )
 
 
 def rotation(degrees: tuple[float, float, float]) -> NDArray[np.float64]:
@@ -48,7 +57,11 @@ def rotation(degrees: tuple[float, float, float]) -> NDArray[np.float64]:
 
 def directions() -> list[NDArray[np.float64]]:
     """All 48 axis orders and flips of a grid, as direction cosines."""
-    return [np.eye(3)[:, list(order)] * np.array(signs) for order in permutations(range(3)) for signs in product((1.0, -1.0), repeat=3)]
+    return [
+        np.eye(3)[:, list(order)] * np.array(signs)
+        for order in permutations(range(3))
+        for signs in product((1.0, -1.0), repeat=3)
+    ]
 
 
 def image(
@@ -81,8 +94,18 @@ def write_fake_model(folder: Path, manifest: Manifest) -> Path:
     return folder
 
 
-def write_slices(folder: Path, patients: int, *, side: int = 64, hu: bool = False, seed: int = 0, split: str = "training") -> Path:
-    """Patients in the original's layout: `split`/pN/pN_whs_img.dcm and pN_whs_img_gt.dcm, 8-bit greys (or HU), labels 0..7."""
+def write_slices(
+    folder: Path,
+    patients: int,
+    *,
+    side: int = 64,
+    hu: bool = False,
+    seed: int = 0,
+    split: str = "training",
+) -> Path:
+    """Patients in the original's layout: `split`/pN/pN_whs_img.dcm and pN_whs_img_gt.dcm, 8-bit
+    greys (or HU), labels 0..7.
+    """
     rng = np.random.default_rng(seed)
     for n in range(patients):
         labels = np.zeros((1, side, side), np.uint8)
@@ -94,33 +117,73 @@ def write_slices(folder: Path, patients: int, *, side: int = 64, hu: bool = Fals
         patient = folder / split / f"{split[:2]}{n}"
         patient.mkdir(parents=True)
         for name, plane in (("whs_img", values), ("whs_img_gt", labels)):
-            sitk.WriteImage(sitk.GetImageFromArray(plane), str(patient / f"{patient.name}_{name}.dcm"))
+            sitk.WriteImage(
+                sitk.GetImageFromArray(plane), str(patient / f"{patient.name}_{name}.dcm")
+            )
     return folder
 
 
 def results(folder: Path) -> dict[str, bytes]:
     """What a run left in its output folder, by path, without its journal and audit file."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (JOURNAL, AUDIT))
+    files = sorted(
+        path for path in folder.rglob("*") if path.is_file() and path.name not in (JOURNAL, AUDIT)
+    )
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 def mask2ct(arguments: list[str]) -> NoReturn:
-    """The command, for a process of its own: in a terminal's place, for who runs in the background has Ctrl-C ignored."""
+    """The command, for a process of its own: in a terminal's place, for who runs in the
+    background has Ctrl-C ignored.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(run(main, arguments))
 
 
 def synth(model: Path, out: Path, *arguments: str | Path, backend: str | None = "fake") -> int:
-    """The exit code of `mask2ct synth` on `arguments` (masks and options), run in this process. None: the backend of its own choice."""
+    """The exit code of `mask2ct synth` on `arguments` (masks and options), run in this process.
+
+    None: the backend of its own choice.
+    """
     chosen = [] if backend is None else ["--backend", backend]
-    return run(main, ["synth", *map(str, arguments), "--model", str(model), "--output", str(out), "--quiet", *chosen])
+    return run(
+        main,
+        [
+            "synth",
+            *map(str, arguments),
+            "--model",
+            str(model),
+            "--output",
+            str(out),
+            "--quiet",
+            *chosen,
+        ],
+    )
 
 
 def train_small(command: Any, cohort: Path, folder: Path, *settings: str) -> Path:
-    """A run folder after a few steps of a small network on `cohort`, by the command people type (`command`: the fixture)."""
-    base = ["training.steps=6", "training.batch_size=4", "generator.filters=8", "generator.depth=5", "data.canvas=[64,64]", "discriminator.filters=8",
-            "training.recalibrate=2", "training.valid_slices=8"]  # fmt: skip
-    line = ["train/run.py", "--config", "train/configs/phantom.json", "--dataset-path", cohort, "--output", folder, "--quiet"]
+    """A run folder after a few steps of a small network on `cohort`, by the command people type
+    (`command`: the fixture).
+    """
+    base = [
+        "training.steps=6",
+        "training.batch_size=4",
+        "generator.filters=8",
+        "generator.depth=5",
+        "data.canvas=[64,64]",
+        "discriminator.filters=8",
+        "training.recalibrate=2",
+        "training.valid_slices=8",
+    ]
+    line = [
+        "train/run.py",
+        "--config",
+        "train/configs/phantom.json",
+        "--dataset-path",
+        cohort,
+        "--output",
+        folder,
+        "--quiet",
+    ]
     done = command(*line, "--set", *base, *settings)
     assert done.returncode == 0, done.stderr
     return folder
@@ -134,7 +197,9 @@ def export_run(command: Any, run_folder: Path, folder: Path) -> Path:
 
 
 def elsewhere(name: str) -> str | None:
-    """Where a program is that is not of this environment: pynetdicom brings a storescu of its own, which would hide DCMTK's."""
+    """Where a program is that is not of this environment: pynetdicom brings a storescu of its
+    own, which would hide DCMTK's.
+    """
     ours = {Path(sys.prefix, "bin"), Path(sys.executable).parent}
     places = [place for place in os.environ["PATH"].split(os.pathsep) if Path(place) not in ours]
     return shutil.which(name, path=os.pathsep.join([*places, "/usr/sbin"]))

@@ -98,7 +98,9 @@ def test_other_compression_is_refused(method: int, tmp_path: Path) -> None:
 
 def test_endless_directory_is_refused_unread(tmp_path: Path) -> None:
     path = repeat_directory(pack(tmp_path / "z.zip", a_nii=b"1"), 300_000)
-    with pytest.raises(UsageError, match=f"list of members is longer than {archive.MAX_DIRECTORY} bytes"):
+    with pytest.raises(
+        UsageError, match=f"list of members is longer than {archive.MAX_DIRECTORY} bytes"
+    ):
         find_cases([path])
 
 
@@ -109,7 +111,9 @@ def test_nested_zips_stay_packed(tmp_path: Path) -> None:
         find_cases([outer])
 
 
-def test_member_beyond_free_disk_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_member_beyond_free_disk_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is its case's failure: no other mask waits for a disk that a zip would have filled."""
     mask = write_mask(tmp_path / "a.nii").read_bytes()
     path = pack(tmp_path / "z.zip", a_nii=mask)
@@ -119,7 +123,9 @@ def test_member_beyond_free_disk_is_refused(tmp_path: Path, monkeypatch: pytest.
         read_case(case, MM_WHS)
 
 
-def test_large_members_go_to_disk_and_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_members_go_to_disk_and_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(archive, "HELD", 100)
     mask = write_mask(tmp_path / "a.nii", blobs(seed=3))
     (case,) = find_cases([pack(tmp_path / "z.zip", a_nii=mask.read_bytes())])
@@ -136,7 +142,9 @@ def test_large_members_go_to_disk_and_leave(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_zip_that_changed_is_read_anew(tmp_path: Path) -> None:
-    path = pack(tmp_path / "z.zip", a_nii=write_mask(tmp_path / "a.nii", blobs(seed=1)).read_bytes())
+    path = pack(
+        tmp_path / "z.zip", a_nii=write_mask(tmp_path / "a.nii", blobs(seed=1)).read_bytes()
+    )
     find_cases([path])
     pack(path, b_nii=write_mask(tmp_path / "b.nii", blobs(seed=2)).read_bytes())
     (case,) = find_cases([path])
@@ -159,11 +167,26 @@ def test_copies_of_a_killed_run_are_swept(fake_model: Path, tmp_path: Path, comm
     (temporary / "mask2ct-copies-mine").mkdir(parents=True)
     (temporary / "mask2ct-copies-mine" / "notes.txt").write_text("precious")
     mask = write_mask(tmp_path / "a.nii")
-    zipped, environment = pack(tmp_path / "z.zip", a_nii=mask.read_bytes()), {"TMPDIR": str(temporary)}
+    zipped, environment = (
+        pack(tmp_path / "z.zip", a_nii=mask.read_bytes()),
+        {"TMPDIR": str(temporary)},
+    )
     assert command("-c", KILLED, zipped / "a.nii", env=environment).returncode == -signal.SIGKILL
     (left,) = listed(temporary) - {"mask2ct-copies-mine"}
     assert [*(temporary / left).rglob("a.nii")]
-    line = ["-m", "runtime", "synth", mask, "--model", fake_model, "--backend", "fake", "--output", tmp_path / "out", "--quiet"]
+    line = [
+        "-m",
+        "runtime",
+        "synth",
+        mask,
+        "--model",
+        fake_model,
+        "--backend",
+        "fake",
+        "--output",
+        tmp_path / "out",
+        "--quiet",
+    ]
     assert command(*line, env=environment).returncode == 0
     assert listed(temporary) == {"mask2ct-copies-mine"}
     assert (temporary / "mask2ct-copies-mine" / "notes.txt").read_text() == "precious"
@@ -171,21 +194,36 @@ def test_copies_of_a_killed_run_are_swept(fake_model: Path, tmp_path: Path, comm
 
 def test_copies_of_a_living_run_stay(tmp_path: Path, command) -> None:
     environment = {"TMPDIR": str(tmp_path)}
-    holding = "from runtime.core.workspace import private_folder; print(private_folder(), flush=True); input()"
+    holding = (
+        "from runtime.core.workspace import private_folder; print(private_folder(), flush=True);"
+        " input()"
+    )
     with subprocess.Popen(
-        [sys.executable, "-c", holding], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
+        [sys.executable, "-c", holding],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **environment},
     ) as living:
         assert living.stdout is not None
         folder = Path(living.stdout.readline().strip())
-        command("-c", "from runtime.core.workspace import remove_abandoned; remove_abandoned()", env=environment)
+        command(
+            "-c",
+            "from runtime.core.workspace import remove_abandoned; remove_abandoned()",
+            env=environment,
+        )
         assert folder.is_dir()
         living.communicate("\n")
     assert not folder.exists()
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="where Linux states the peak of memory")
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="where Linux states the peak of memory"
+)
 def test_refusals_of_bombs_take_little_memory(tmp_path: Path, command) -> None:
-    """At most 200 MB over what the process has when it is idle: a long directory, and a member that claims 3.9 GB."""
+    """At most 200 MB over what the process has when it is idle: a long directory, and a member
+    that claims 3.9 GB.
+    """
     many = repeat_directory(pack(tmp_path / "many.zip", a_nii=b"1"), 240_000)
     with zipfile.ZipFile(tmp_path / "large.zip", "w", zipfile.ZIP_DEFLATED) as zipped:
         zipped.writestr("a.nii", bytes(1 << 20))

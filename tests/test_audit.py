@@ -1,4 +1,6 @@
-"""The audit file: which model made what of which mask, in lines that show when one was removed or altered."""
+"""The audit file: which model made what of which mask, in lines that show when one was removed
+or altered.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def chain(path: Path, count: int) -> list[bytes]:
     return path.read_bytes().splitlines(keepends=True)
 
 
-def test_each_result_has_a_line(model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_result_has_a_line(
+    model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With the digests of the mask, the model and the output, and the same in the log."""
     mask = sha256(write_mask(inbox / "a.nii.gz", blobs((4, 24, 24))))
     (inbox / "b.nii.gz").write_bytes(b"no volume")
@@ -72,14 +76,32 @@ def test_each_result_has_a_line(model: Path, inbox: Path, tmp_path: Path, capsys
     entry = journal.entries["a"]
     journal.close()
     assert line["mask_sha256"] == entry.mask and mask not in file.read_text()
-    assert line["files"] == dict(entry.files) == {"a_ct.nii.gz": sha256(tmp_path / "out/a_ct.nii.gz")}
+    assert (
+        line["files"] == dict(entry.files) == {"a_ct.nii.gz": sha256(tmp_path / "out/a_ct.nii.gz")}
+    )
     assert line["manifest_sha256"] == sha256(model / "manifest.json")
     assert line["model_sha256"] == sha256(model / line["model_file"])
-    assert (line["case"], line["seed"], line["variant"], line["precision"]) == ("a", 7, None, "fp32")
-    assert line["engine"].startswith("onnxruntime") and {*line["seconds"]} == {"read", "synthesize", "write"}
+    assert (line["case"], line["seed"], line["variant"], line["precision"]) == (
+        "a",
+        7,
+        None,
+        "fp32",
+    )
+    assert line["engine"].startswith("onnxruntime") and {*line["seconds"]} == {
+        "read",
+        "synthesize",
+        "write",
+    }
     assert of("failed", file)[0]["error"] == "UnreadableVolume"
     (told,) = [row for row in capsys.readouterr().out.splitlines() if " synthesized " in row]
-    for key in ("case", "mask_sha256", "seed", "manifest_sha256", "model_sha256", "file_list_sha256"):
+    for key in (
+        "case",
+        "mask_sha256",
+        "seed",
+        "manifest_sha256",
+        "model_sha256",
+        "file_list_sha256",
+    ):
         assert f" {key}={line[key]}" in told
 
 
@@ -95,7 +117,12 @@ def test_digest_of_the_file_list(fake_model: Path, tmp_path: Path) -> None:
 
 def test_older_audit_lines_are_read(fake_model: Path, tmp_path: Path) -> None:
     mask, file = write_mask(tmp_path / "a.nii.gz"), tmp_path / "audit.jsonl"
-    older = {"model_name": "a", "manifest_sha256": "a" * 64, "model_sha256": "", "output_sha256": "b" * 64}
+    older = {
+        "model_name": "a",
+        "manifest_sha256": "a" * 64,
+        "model_sha256": "",
+        "output_sha256": "b" * 64,
+    }
     AuditFile(file).add("synthesized", **older)
     assert synth(fake_model, tmp_path / "out", mask, "--audit", str(file)) == 0
     summary = check_audit([file])
@@ -107,7 +134,10 @@ def test_what_is_complete_is_skipped(fake_model: Path, inbox: Path, tmp_path: Pa
     for _ in range(2):
         (inbox / "a.nii.gz").write_bytes(mask)
         assert watch(fake_model, inbox, tmp_path / "out") == 0
-    (first,), (again,) = of("synthesized", tmp_path / "out" / AUDIT), of("skipped", tmp_path / "out" / AUDIT)
+    (first,), (again,) = (
+        of("synthesized", tmp_path / "out" / AUDIT),
+        of("skipped", tmp_path / "out" / AUDIT),
+    )
     assert first["files"] == again["files"] and first["mask_sha256"] == again["mask_sha256"]
     assert first["process"] != again["process"]
 
@@ -127,9 +157,15 @@ def test_the_line_comes_before_the_news(fake_model: Path, inbox: Path, tmp_path:
     with Models.open([fake_model], backend="fake") as models:
         plans = {name: Plan(tmp_path / "out") for name in models}
         trail = AuditTrail(file, "watch")
-        FolderWatcher(inbox, models, plans, find=lambda path, say: find_cases([path]), stable=0, listener=Listener(), audit=trail).run(
-            poll=0, once=True
-        )
+        FolderWatcher(
+            inbox,
+            models,
+            plans,
+            find=lambda path, say: find_cases([path]),
+            stable=0,
+            listener=Listener(),
+            audit=trail,
+        ).run(poll=0, once=True)
     assert seen == [1]
 
 
@@ -158,7 +194,9 @@ ATTACKS: dict[str, tuple[Callable[[list[bytes]], list[bytes]], int]] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_broken_chain_shows(attack: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_chain_shows(
+    attack: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     change, number = ATTACKS[attack]
     rows = chain(tmp_path / "audit.jsonl", 5)
     assert run(main, ["audit", str(tmp_path / "audit.jsonl")]) == 0
@@ -168,7 +206,9 @@ def test_a_broken_chain_shows(attack: str, tmp_path: Path, capsys: pytest.Captur
     assert capsys.readouterr().err.startswith(f"error: line {number} breaks the chain")
 
 
-def test_lines_cut_off_show_by_a_noted_digest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_cut_off_show_by_a_noted_digest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = chain(tmp_path / "audit.jsonl", 5)
     noted = check_audit([tmp_path / "audit.jsonl"]).last
     assert noted == hashlib.sha256(rows[-1].rstrip()).hexdigest()
@@ -195,7 +235,9 @@ def test_a_torn_line_is_told(left: int, tmp_path: Path, capsys: pytest.CaptureFi
 
 
 def test_a_full_disk_tears_one_line(tmp_path: Path) -> None:
-    """The file may grow by some bytes alone, as the system holds it: the line is torn, told, and the next one whole."""
+    """The file may grow by some bytes alone, as the system holds it: the line is torn, told, and
+    the next one whole.
+    """
     import resource
 
     file = tmp_path / "audit.jsonl"
@@ -221,7 +263,9 @@ def test_a_full_disk_tears_one_line(tmp_path: Path) -> None:
 
 
 def test_a_renamed_file_is_continued(tmp_path: Path) -> None:
-    """By the process that wrote it, by another one after it, and whatever else rotation left there."""
+    """By the process that wrote it, by another one after it, and whatever else rotation left
+    there.
+    """
     file, writer = tmp_path / "audit.jsonl", AuditFile(tmp_path / "audit.jsonl")
     writer.add("started", command="watch")
     file.rename(tmp_path / "audit.jsonl.2")
@@ -230,7 +274,11 @@ def test_a_renamed_file_is_continued(tmp_path: Path) -> None:
     (tmp_path / "audit.jsonl.0.gz").write_bytes(b"compressed")
     AuditFile(file).add("started", command="watch")
     parts = [tmp_path / "audit.jsonl.2", tmp_path / "audit.jsonl.1", file]
-    assert [lines(part)[0]["begins"] for part in parts] == ["a chain", "after rotation", "after rotation"]
+    assert [lines(part)[0]["begins"] for part in parts] == [
+        "a chain",
+        "after rotation",
+        "after rotation",
+    ]
     summary = check_audit(parts)
     assert (summary.lines, summary.continues) == (3, "")
     assert check_audit([file]).continues == sha256_of_last(parts[1])
@@ -277,10 +325,20 @@ def test_processes_share_one_chain(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["link", "fifo", "folder"])
-def test_only_a_regular_file_is_written(kind: str, fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mask, file, victim = write_mask(tmp_path / "a.nii.gz"), tmp_path / "audit.jsonl", tmp_path / "victim"
+def test_only_a_regular_file_is_written(
+    kind: str, fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask, file, victim = (
+        write_mask(tmp_path / "a.nii.gz"),
+        tmp_path / "audit.jsonl",
+        tmp_path / "victim",
+    )
     victim.write_bytes(b"another's")
-    {"link": lambda: file.symlink_to(victim), "fifo": lambda: os.mkfifo(file), "folder": file.mkdir}[kind]()
+    {
+        "link": lambda: file.symlink_to(victim),
+        "fifo": lambda: os.mkfifo(file),
+        "folder": file.mkdir,
+    }[kind]()
     assert synth(fake_model, tmp_path / "out", mask, "--audit", str(file)) == 4
     assert "remedy" in capsys.readouterr().err and victim.read_bytes() == b"another's"
     assert results(tmp_path / "out") == {}
@@ -288,18 +346,46 @@ def test_only_a_regular_file_is_written(kind: str, fake_model: Path, tmp_path: P
 
 def test_synth_writes_one_where_asked(fake_model: Path, tmp_path: Path) -> None:
     mask = write_mask(tmp_path / "a.nii.gz")
-    assert synth(fake_model, tmp_path / "plain", mask) == 0 and not (tmp_path / "plain" / AUDIT).exists()
-    assert synth(fake_model, tmp_path / "out", mask, "--variants", "2", "--audit", str(tmp_path / "audit.jsonl")) == 0
+    assert (
+        synth(fake_model, tmp_path / "plain", mask) == 0
+        and not (tmp_path / "plain" / AUDIT).exists()
+    )
+    assert (
+        synth(
+            fake_model,
+            tmp_path / "out",
+            mask,
+            "--variants",
+            "2",
+            "--audit",
+            str(tmp_path / "audit.jsonl"),
+        )
+        == 0
+    )
     assert results(tmp_path / "plain")["a_ct.nii.gz"] == results(tmp_path / "out")["a_v0_ct.nii.gz"]
     assert [line["variant"] for line in of("synthesized", tmp_path / "audit.jsonl")] == [0, 1]
-    assert synth(fake_model, tmp_path / "out", mask, "--dry-run", "--audit", str(tmp_path / "audit.jsonl")) == 2
+    assert (
+        synth(
+            fake_model,
+            tmp_path / "out",
+            mask,
+            "--dry-run",
+            "--audit",
+            str(tmp_path / "audit.jsonl"),
+        )
+        == 2
+    )
 
 
-def test_an_audit_file_in_the_inbox_is_refused(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+def test_an_audit_file_in_the_inbox_is_refused(
+    fake_model: Path, inbox: Path, tmp_path: Path
+) -> None:
     assert watch(fake_model, inbox, tmp_path / "out", "--audit", str(inbox / "audit.jsonl")) == 2
 
 
-def test_words_of_the_file_steer_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_words_of_the_file_steer_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     AuditFile(tmp_path / "audit.jsonl").add("synthesized", model_name="a\x1b[2Jb\nc")
     assert run(main, ["audit", str(tmp_path / "audit.jsonl")]) == 0
     out = capsys.readouterr().out
@@ -307,7 +393,10 @@ def test_words_of_the_file_steer_no_terminal(tmp_path: Path, capsys: pytest.Capt
 
 
 def test_no_audit_file_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(main, ["audit", str(tmp_path / "none.jsonl")]) == 2 and "does not exist" in capsys.readouterr().err
+    assert (
+        run(main, ["audit", str(tmp_path / "none.jsonl")]) == 2
+        and "does not exist" in capsys.readouterr().err
+    )
     (tmp_path / "empty.jsonl").touch()
     assert run(main, ["audit", str(tmp_path / "empty.jsonl")]) == 0
 
@@ -327,20 +416,37 @@ class TestNode:
             log = node.log
         file = tmp_path / "spool" / AUDIT
         actions = [line["action"] for line in lines(file)]
-        assert actions == ["started", "model loaded", "received", "synthesized", "delivered", "stopped"]
+        assert actions == [
+            "started",
+            "model loaded",
+            "received",
+            "synthesized",
+            "delivered",
+            "stopped",
+        ]
         (made,), (sent,) = of("synthesized", file), of("delivered", file)
         assert sent["study"] == made["study"] == of("received", file)[0]["study"]
         assert sent["objects"] == 6 and sent["destination"] == f"PACS@127.0.0.1:{port}"
-        assert f"mask_sha256={made['mask_sha256']}" in log and f"manifest_sha256={made['manifest_sha256']}" in log
+        assert (
+            f"mask_sha256={made['mask_sha256']}" in log
+            and f"manifest_sha256={made['manifest_sha256']}" in log
+        )
         assert not [word for word in SECRETS if word in file.read_text()]
         assert run(main, ["audit", str(file)]) == 0
 
 
 def killed_after(file: Path, growth: int, line: list[str], root: Path) -> bool:
-    """Run the command until the file has grown by so many bytes, then kill it; whether it was still at work."""
+    """Run the command until the file has grown by so many bytes, then kill it; whether it was
+    still at work.
+    """
     size = file.stat().st_size if file.exists() else 0
     process = subprocess.Popen([sys.executable, "-m", "runtime", *line], cwd=root)
-    until(lambda: process.poll() is not None or (file.exists() and file.stat().st_size > size + growth), "it writes")
+    until(
+        lambda: (
+            process.poll() is not None or (file.exists() and file.stat().st_size > size + growth)
+        ),
+        "it writes",
+    )
     at_work = process.poll() is None
     process.kill()
     process.wait(60)
@@ -348,7 +454,9 @@ def killed_after(file: Path, growth: int, line: list[str], root: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_kills_leave_no_result_without_a_line(fake_model: Path, inbox: Path, tmp_path: Path, root: Path) -> None:
+def test_kills_leave_no_result_without_a_line(
+    fake_model: Path, inbox: Path, tmp_path: Path, root: Path
+) -> None:
     """Killed as soon as the file has grown a little, again and again."""
     for n in range(12):
         write_mask(inbox / f"mask{n:02d}.nii.gz", blobs(seed=n))
@@ -366,7 +474,21 @@ def test_a_stray_files_name_stays_out(fake_model: Path, tmp_path: Path) -> None:
     inbox, out = tmp_path / "in", tmp_path / "out"
     inbox.mkdir()
     (inbox / "Doe_John_letter.txt").write_text("not a mask")
-    line = ["watch", inbox, "--model", fake_model, "--backend", "fake", "--output", out, "--stable", 0, "--poll", 0.01, "--once"]
+    line = [
+        "watch",
+        inbox,
+        "--model",
+        fake_model,
+        "--backend",
+        "fake",
+        "--output",
+        out,
+        "--stable",
+        0,
+        "--poll",
+        0.01,
+        "--once",
+    ]
     assert main([*map(str, line)]) == 1
     text = (out / ".mask2ct.audit.jsonl").read_text()
     assert '"failed"' in text and "Doe" not in text

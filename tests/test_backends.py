@@ -1,4 +1,6 @@
-"""Which backend runs a model: validated ones by themselves, INT8 for who asks, and nothing that phones home."""
+"""Which backend runs a model: validated ones by themselves, INT8 for who asks, and nothing that
+phones home.
+"""
 
 from __future__ import annotations
 
@@ -22,22 +24,39 @@ AUTOMATIC = [b.name for b in BACKENDS if b.automatic]
 def with_parity(model: Path, backends: set[str]) -> Manifest:
     """The model's manifest, as it would be had export found these backends only."""
     data = json.loads((model / "manifest.json").read_text())
-    data["parity"] = {file: {b: p for b, p in proofs.items() if b in backends} for file, proofs in data["parity"].items()}
+    data["parity"] = {
+        file: {b: p for b, p in proofs.items() if b in backends}
+        for file, proofs in data["parity"].items()
+    }
     return Manifest.from_json(data)
 
 
 def test_auto_takes_the_first_that_was_validated_and_says_why_not_the_others(model: Path) -> None:
     engine, reason, file = open_engine("auto", with_parity(model, {"onnx", "openvino-int8"}), model)
     assert engine.name.startswith("onnxruntime") and file == "model.onnx"
-    assert "openvino: not validated when this model was exported" in reason and "--backend openvino-int8" in reason
+    assert (
+        "openvino: not validated when this model was exported" in reason
+        and "--backend openvino-int8" in reason
+    )
     engine, reason, file = open_engine("auto", Manifest.load(model), model)
-    assert engine.name.startswith("openvino") and file == "model.onnx" and "fastest that is installed and validated" in reason
+    assert (
+        engine.name.startswith("openvino")
+        and file == "model.onnx"
+        and "fastest that is installed and validated" in reason
+    )
 
 
-def test_auto_passes_over_what_is_not_installed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "find_spec", lambda module: None if module == "openvino" else object())
+def test_auto_passes_over_what_is_not_installed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        registry, "find_spec", lambda module: None if module == "openvino" else object()
+    )
     engine, reason, _ = open_engine("auto", Manifest.load(model), model)
-    assert engine.name.startswith("onnxruntime") and "openvino: openvino is not installed (pip install" in reason
+    assert (
+        engine.name.startswith("onnxruntime")
+        and "openvino: openvino is not installed (pip install" in reason
+    )
 
 
 def test_without_a_proof_there_is_no_automatic_choice_and_no_int8(model: Path) -> None:
@@ -72,7 +91,10 @@ def test_a_file_that_is_no_graph_is_refused(backend: str, model: Path, tmp_path:
 
 
 def test_openvino_reports_nothing_to_its_makers(model: Path, root: Path, tmp_path: Path) -> None:
-    """Its package sends an event when it is imported. Ours must reach no network, start no process and leave no trace of it."""
+    """Its package sends an event when it is imported.
+
+    Ours must reach no network, start no process and leave no trace of it.
+    """
     code = f"""
 import sys
 seen = []
@@ -88,7 +110,14 @@ engine, _, _ = open_engine("openvino", Manifest.load(model), model)
 engine.close()
 print(seen, [m for m in sys.modules if m.startswith("openvino_telemetry")])
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False, env={"HOME": str(tmp_path)})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"HOME": str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[] []" and list(tmp_path.iterdir()) == []
 
@@ -105,5 +134,11 @@ for name in ("onnx", "openvino"):
     print(open_engine(name, Manifest.load(model), model)[0].workers)
 """
     first = min(os.sched_getaffinity(0))
-    done = subprocess.run(["taskset", "-c", str(first), sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["taskset", "-c", str(first), sys.executable, "-c", code],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0 and done.stdout.split() == ["1", "1"], done.stdout + done.stderr

@@ -1,4 +1,6 @@
-"""Bad models, commands and output folders: one screen that says fact, expectation, remedy and file; the stated exit code; no debris."""
+"""Bad models, commands and output folders: one screen that says fact, expectation, remedy and
+file; the stated exit code; no debris.
+"""
 
 from __future__ import annotations
 
@@ -26,27 +28,61 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (shutil.rmtree, "does not exist"),
     "no manifest": (lambda m: (m / "manifest.json").unlink(), "holds no manifest.json"),
     "not JSON": (lambda m: (m / "manifest.json").write_text("{"), "cannot be used"),
-    "a key is missing": (lambda m: broken_manifest(m, lambda d: d.pop("grid")), "has no key 'grid'"),
-    "another schema": (lambda m: broken_manifest(m, lambda d: d.update(schema_version=99)), "'schema_version' is 99"),
-    "impossible grid": (lambda m: broken_manifest(m, lambda d: d["grid"].update(slices=2)), "odd number"),
-    "label twice": (lambda m: broken_manifest(m, lambda d: d["labels"][1].update(value=0)), "occurs twice"),
-    "path in a file name": (lambda m: broken_manifest(m, lambda d: d["files"].update({"../x": d["files"]["model.onnx"]})), "../x"),
-    "infinite label": (lambda m: broken_manifest(m, lambda d: d["labels"][1].update(value=float("inf"))), "cannot be used"),
-    "one spacing": (lambda m: broken_manifest(m, lambda d: d["grid"].update(pixel_spacing=[3.0])), "cannot be used"),
+    "a key is missing": (
+        lambda m: broken_manifest(m, lambda d: d.pop("grid")),
+        "has no key 'grid'",
+    ),
+    "another schema": (
+        lambda m: broken_manifest(m, lambda d: d.update(schema_version=99)),
+        "'schema_version' is 99",
+    ),
+    "impossible grid": (
+        lambda m: broken_manifest(m, lambda d: d["grid"].update(slices=2)),
+        "odd number",
+    ),
+    "label twice": (
+        lambda m: broken_manifest(m, lambda d: d["labels"][1].update(value=0)),
+        "occurs twice",
+    ),
+    "path in a file name": (
+        lambda m: broken_manifest(
+            m, lambda d: d["files"].update({"../x": d["files"]["model.onnx"]})
+        ),
+        "../x",
+    ),
+    "infinite label": (
+        lambda m: broken_manifest(m, lambda d: d["labels"][1].update(value=float("inf"))),
+        "cannot be used",
+    ),
+    "one spacing": (
+        lambda m: broken_manifest(m, lambda d: d["grid"].update(pixel_spacing=[3.0])),
+        "cannot be used",
+    ),
     "nested too deep": (lambda m: (m / "manifest.json").write_text("[" * 100000), "cannot be used"),
-    "broken range": (lambda m: broken_manifest(m, lambda d: d["intensity"].update(low=-1000.5)), "'low' of 'intensity'"),
-    "parity is a list": (lambda m: broken_manifest(m, lambda d: d.update(parity=[])), "'parity' is no object"),
+    "broken range": (
+        lambda m: broken_manifest(m, lambda d: d["intensity"].update(low=-1000.5)),
+        "'low' of 'intensity'",
+    ),
+    "parity is a list": (
+        lambda m: broken_manifest(m, lambda d: d.update(parity=[])),
+        "'parity' is no object",
+    ),
     "altered file": (
         lambda m: (m / "model.onnx").write_bytes(bytes(len((m / "model.onnx").read_bytes()))),
         "not the file its manifest describes",
     ),
-    "truncated file": (lambda m: os.truncate(m / "model.onnx", 1000), "not the file its manifest describes"),
+    "truncated file": (
+        lambda m: os.truncate(m / "model.onnx", 1000),
+        "not the file its manifest describes",
+    ),
     "file is gone": (lambda m: (m / "model.onnx").unlink(), "is missing from the model folder"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD_MODELS)
-def test_a_bad_model_starts_nothing(kind: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_model_starts_nothing(
+    kind: str, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil, fact = BAD_MODELS[kind]
     spoilt, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(model, spoilt)
@@ -65,9 +101,16 @@ def test_a_graph_that_is_none_is_refused_even_when_the_manifest_agrees(
     spoilt = tmp_path / "model"
     shutil.copytree(model, spoilt)
     (spoilt / "model.onnx").write_bytes(b"not a graph")
-    broken_manifest(spoilt, lambda d: d["files"]["model.onnx"].update(bytes=11, sha256=sha256_of(spoilt / "model.onnx")))
+    broken_manifest(
+        spoilt,
+        lambda d: d["files"]["model.onnx"].update(
+            bytes=11, sha256=sha256_of(spoilt / "model.onnx")
+        ),
+    )
     for backend in ("onnx", "openvino"):
-        assert synth(spoilt, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), backend=backend) == 2
+        assert (
+            synth(spoilt, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), backend=backend) == 2
+        )
         assert "model.onnx is not a graph" in capsys.readouterr().err
 
 
@@ -83,9 +126,21 @@ sys.exit(run(main))
 """
 
 
-def test_a_missing_backend_is_exit_3_with_the_command_that_installs_it(root: Path, tmp_path: Path, model: Path) -> None:
+def test_a_missing_backend_is_exit_3_with_the_command_that_installs_it(
+    root: Path, tmp_path: Path, model: Path
+) -> None:
     mask, out = write_mask(tmp_path / "m.nii.gz"), tmp_path / "out"
-    arguments = [sys.executable, "-c", WITHOUT_ENGINES, "synth", mask, "--model", model, "--output", out]
+    arguments = [
+        sys.executable,
+        "-c",
+        WITHOUT_ENGINES,
+        "synth",
+        mask,
+        "--model",
+        model,
+        "--output",
+        out,
+    ]
     done = subprocess.run(arguments, cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 3, done.stderr
     for package, extra in (("onnxruntime", "onnx"), ("openvino", "openvino")):
@@ -105,31 +160,62 @@ def test_an_output_folder_that_cannot_be_made_is_exit_4(
     assert "cannot be written" in error and "remedy" in error and "Traceback" not in error
 
 
-def test_a_file_that_outgrows_the_limit_is_exit_4_and_leaves_nothing(root: Path, tmp_path: Path, fake_model: Path) -> None:
+def test_a_file_that_outgrows_the_limit_is_exit_4_and_leaves_nothing(
+    root: Path, tmp_path: Path, fake_model: Path
+) -> None:
     """RLIMIT_FSIZE makes every write past 64 KiB fail, as a full disk does."""
     rng = np.random.default_rng(0)
-    mask = write_mask(tmp_path / "m.nii.gz", rng.choice(np.array([0, 205, 420, 500], np.uint16), (40, 64, 64)), spacing=(3.0, 3.0, 3.0))
+    mask = write_mask(
+        tmp_path / "m.nii.gz",
+        rng.choice(np.array([0, 205, 420, 500], np.uint16), (40, 64, 64)),
+        spacing=(3.0, 3.0, 3.0),
+    )
     done = subprocess.run(
-        [sys.executable, "-m", "runtime", "synth", mask, "--model", fake_model, "--backend", "fake", "--output", tmp_path / "out", "--quiet"],
-        cwd=root, capture_output=True, text=True, check=False, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)),
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "runtime",
+            "synth",
+            mask,
+            "--model",
+            fake_model,
+            "--backend",
+            "fake",
+            "--output",
+            tmp_path / "out",
+            "--quiet",
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16)),
+    )
     assert done.returncode == 4, done.stderr
     assert "cannot be written" in done.stderr and "Traceback" not in done.stderr
     assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root")
-def test_a_full_disk_is_exit_4_and_what_was_done_stays(root: Path, tmp_path: Path, fake_model: Path) -> None:
+@pytest.mark.skipif(
+    os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root"
+)
+def test_a_full_disk_is_exit_4_and_what_was_done_stays(
+    root: Path, tmp_path: Path, fake_model: Path
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", disk], check=False, capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=96k", "tmpfs", disk], check=False, capture_output=True
+    ).returncode:
         pytest.skip("this system lets nobody mount a tmpfs")
     try:
         rng = np.random.default_rng(0)
         small = write_mask(tmp_path / "a.nii.gz")
         large = write_mask(
-            tmp_path / "b.nii.gz", rng.choice(np.array([0, 205, 420, 500], np.uint16), (60, 64, 64)), spacing=(3.0, 3.0, 3.0)
+            tmp_path / "b.nii.gz",
+            rng.choice(np.array([0, 205, 420, 500], np.uint16), (60, 64, 64)),
+            spacing=(3.0, 3.0, 3.0),
         )
         arguments = [
             sys.executable,
@@ -163,18 +249,42 @@ def test_a_full_disk_is_exit_4_and_what_was_done_stays(root: Path, tmp_path: Pat
     ],
 )
 def test_a_wrong_command_is_exit_2(
-    arguments: list[str], fact: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    fact: str,
+    tmp_path: Path,
+    fake_model: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), *arguments) == 2
     assert fact in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("content", ["[1]", "{}", '{"5": "liver"}', '{"5": 17}', '{"": "left ventricle"}', '{"5": true}', "no json"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[1]",
+        "{}",
+        '{"5": "liver"}',
+        '{"5": 17}',
+        '{"": "left ventricle"}',
+        '{"5": true}',
+        "no json",
+    ],
+)
 def test_a_wrong_label_map_is_exit_2_and_shows_a_right_one(
     content: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "map.json").write_text(content)
-    assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz"), "--labels", tmp_path / "map.json") == 2
+    assert (
+        synth(
+            fake_model,
+            tmp_path / "out",
+            write_mask(tmp_path / "m.nii.gz"),
+            "--labels",
+            tmp_path / "map.json",
+        )
+        == 2
+    )
     error = capsys.readouterr().err
     assert "label" in error and "remedy" in error and str(tmp_path / "map.json") in error
 
@@ -200,10 +310,20 @@ def test_two_masks_of_one_name_are_refused_before_anything_is_written(
     ],
 )
 def test_an_option_that_would_have_no_effect_is_refused(
-    options: list[str], says: str, fake_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    says: str,
+    fake_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     mask = write_mask(tmp_path / "m.nii.gz")
     assert synth(fake_model, tmp_path / "out", mask, *options) == 2
     said = capsys.readouterr()
-    assert says in said.err and "remedy" in said.err and said.out == "" and [*tmp_path.iterdir()] == [mask]
+    assert (
+        says in said.err
+        and "remedy" in said.err
+        and said.out == ""
+        and [*tmp_path.iterdir()] == [mask]
+    )

@@ -1,4 +1,6 @@
-"""Bad masks: one screen that says fact, expectation, remedy and file; the stated exit code; no debris."""
+"""Bad masks: one screen that says fact, expectation, remedy and file; the stated exit code; no
+debris.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +65,9 @@ def rgb(path: Path) -> None:
 
 
 def vector(path: Path) -> None:
-    sitk.WriteImage(sitk.GetImageFromArray(np.zeros((4, 5, 6, 3), np.uint8), isVector=True), str(path))
+    sitk.WriteImage(
+        sitk.GetImageFromArray(np.zeros((4, 5, 6, 3), np.uint8), isVector=True), str(path)
+    )
 
 
 def unknown_labels(path: Path) -> None:
@@ -73,7 +77,10 @@ def unknown_labels(path: Path) -> None:
 
 
 def escaping_mhd(path: Path) -> None:
-    path.write_text("NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementSpacing = 1 1 1\nElementDataFile = ../secret.raw\n")
+    path.write_text(
+        "NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementSpacing = 1 1"
+        " 1\nElementDataFile = ../secret.raw\n"
+    )
 
 
 def last_is_nan(path: Path) -> None:
@@ -88,7 +95,10 @@ def raw_nrrd_cut(path: Path) -> None:
 
 
 def nan_nrrd(path: Path) -> None:
-    path.write_bytes(b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\nspacings: nan nan nan\nencoding: raw\n\n" + bytes(8))
+    path.write_bytes(
+        b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\nspacings: nan nan nan\nencoding:"
+        b" raw\n\n" + bytes(8)
+    )
 
 
 def two_places(path: Path) -> None:
@@ -100,7 +110,10 @@ def two_places(path: Path) -> None:
 
 def bomb(path: Path) -> None:
     """Two kilobytes that claim 16 GB."""
-    head = b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2500 2500 2500\nspacings: 1 1 1\nencoding: gzip\n\n"
+    head = (
+        b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2500 2500 2500\nspacings: 1 1 1\nencoding:"
+        b" gzip\n\n"
+    )
     path.write_bytes(head + gzip.compress(bytes(2 << 20)))
 
 
@@ -118,7 +131,10 @@ def short_raw(path: Path) -> None:
 
 def complex_mask(path: Path) -> None:
     write_mask(path.with_suffix(".tmp.mha"))
-    sitk.WriteImage(sitk.Cast(sitk.ReadImage(str(path.with_suffix(".tmp.mha"))), sitk.sitkComplexFloat32), str(path))
+    sitk.WriteImage(
+        sitk.Cast(sitk.ReadImage(str(path.with_suffix(".tmp.mha"))), sitk.sitkComplexFloat32),
+        str(path),
+    )
     path.with_suffix(".tmp.mha").unlink()
 
 
@@ -130,7 +146,11 @@ def far_apart(path: Path) -> None:
 
 BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "text": ("m.nii.gz", lambda p: p.write_text("these are not voxels\n"), "not gzip-compressed"),
-    "text nii": ("m.nii", lambda p: p.write_text("these are not voxels\n" * 40), "not a NIfTI file"),
+    "text nii": (
+        "m.nii",
+        lambda p: p.write_text("these are not voxels\n" * 40),
+        "not a NIfTI file",
+    ),
     "empty file": ("m.nii.gz", lambda p: p.write_bytes(b""), "not gzip-compressed"),
     "missing": ("m.nii.gz", lambda p: None, "does not exist"),
     "folder": ("m.nii.gz", lambda p: p.mkdir(), "holds no masks"),
@@ -154,7 +174,9 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "far away": ("m.mha", lambda p: write_mask(p, origin=(1e30, 0.0, 0.0)), "states the offset"),
     "a matrix that ITK never returns from": (
         "m.mha",
-        lambda p: p.write_bytes(write_mask(p).read_bytes().replace(b"Matrix = 1 0 0 0", b"Matrix = 1 0 0 1e308")),
+        lambda p: p.write_bytes(
+            write_mask(p).read_bytes().replace(b"Matrix = 1 0 0 0", b"Matrix = 1 0 0 1e308")
+        ),
         "states the transformmatrix",
     ),
     "nowhere": ("m.nii", lambda p: patched(p, "<f", 292, float("nan")), "states a place beyond"),
@@ -168,12 +190,18 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "unknown labels": ("m.nii.gz", unknown_labels, "3, 999"),
     "no spacing": (
         "m.mha",
-        lambda p: p.write_text("NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n12345678"),
+        lambda p: p.write_text(
+            "NDims = 3\nDimSize = 2 2 2\nElementType = MET_UCHAR\nElementDataFile = LOCAL\n12345678"
+        ),
         "does not state its voxel spacing",
     ),
     "voxels elsewhere": ("m.mhd", escaping_mhd, "../secret.raw"),
     "odd count with NaN last": ("m.nii", last_is_nan, "holds nan, which is no label"),
-    "too long an axis": ("m.mha", lambda p: write_mask(p, np.zeros((1, 2, 40000), np.uint8)), "40000 voxels along one axis"),
+    "too long an axis": (
+        "m.mha",
+        lambda p: write_mask(p, np.zeros((1, 2, 40000), np.uint8)),
+        "40000 voxels along one axis",
+    ),
     "truncated mha": ("m.mha", truncated, "truncated"),
     "truncated nrrd": ("m.nrrd", raw_nrrd_cut, "truncated"),
     "NaN spacing nrrd": ("m.nrrd", nan_nrrd, "does not state its voxel spacing"),
@@ -183,7 +211,11 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "a name no disk takes": ("n" * 300 + ".nii.gz", lambda p: None, "too long"),
     "not a volume": ("m.png", lambda p: p.write_bytes(b"\x89PNG"), "not of a format that is read"),
     "text nrrd": ("m.nrrd", lambda p: p.write_text("hello\n"), "not an NRRD"),
-    "text mha": ("m.mha", lambda p: p.write_text("hello\n"), "does not start as its suffix promises"),
+    "text mha": (
+        "m.mha",
+        lambda p: p.write_text("hello\n"),
+        "does not start as its suffix promises",
+    ),
 }
 
 
@@ -197,7 +229,12 @@ def test_a_bad_mask_is_named_and_the_others_are_done(
     code = synth(fake_model, out, bad, good)
     error = capsys.readouterr().err
     assert fact in error and str(bad) in error
-    assert "expected" in error and "remedy" in error and "Traceback" not in error and len(error.splitlines()) <= 12
+    assert (
+        "expected" in error
+        and "remedy" in error
+        and "Traceback" not in error
+        and len(error.splitlines()) <= 12
+    )
     if kind == "folder":  # the command is wrong: nothing is started
         assert code == 2 and not out.exists()
     else:
@@ -215,22 +252,31 @@ def test_unknown_labels_list_what_was_found_what_is_known_and_the_remedy(
     assert "820 ascending aorta" in error and "--labels MAP.json" in error
 
 
-def test_an_empty_mask_is_synthesized_and_said(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_empty_mask_is_synthesized_and_said(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_mask(tmp_path / "m.nii.gz", np.zeros((4, 10, 10), np.uint8))
     assert synth(fake_model, tmp_path / "out", tmp_path / "m.nii.gz") == 0
     assert "m.nii.gz is empty" in capsys.readouterr().err
-    assert (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "m_ct.nii.gz"))) == -1024).all()
+    assert (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "m_ct.nii.gz"))) == -1024
+    ).all()
 
 
 def test_whole_floats_are_labels(tmp_path: Path, fake_model: Path) -> None:
     write_mask(tmp_path / "a.nii.gz", blobs().astype(np.float64))
     write_mask(tmp_path / "b.nii.gz", blobs())
     assert synth(fake_model, tmp_path / "out", tmp_path) == 0
-    a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / f"{n}_ct.nii.gz"))) for n in "ab")
+    a, b = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / f"{n}_ct.nii.gz")))
+        for n in "ab"
+    )
     assert np.array_equal(a, b)
 
 
-def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_is_not_utf8_is_refused(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """SimpleITK ends the process on such a name; it is never given one."""
     good = write_mask(tmp_path / "good.nii.gz")
     bad = Path(os.fsdecode(os.fsencode(tmp_path) + b"/n\xff.nii.gz"))
@@ -240,15 +286,21 @@ def test_a_name_that_is_not_utf8_is_refused(tmp_path: Path, fake_model: Path, ca
     assert list(results(tmp_path / "out")) == ["good_ct.nii.gz"]
 
 
-def test_a_file_that_mask2ct_did_not_write_is_never_replaced(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_mask2ct_did_not_write_is_never_replaced(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_mask(tmp_path / "b.nii.gz")
     precious = write_mask(tmp_path / "b_ct.nii.gz", np.full((6, 20, 24), 77, np.int16))
     before = precious.read_bytes()
     assert synth(fake_model, tmp_path, tmp_path / "b.nii.gz") == 2
-    assert "b_ct.nii.gz is in the way" in capsys.readouterr().err and precious.read_bytes() == before
+    assert (
+        "b_ct.nii.gz is in the way" in capsys.readouterr().err and precious.read_bytes() == before
+    )
 
 
-def test_a_folder_may_be_rerun_in_place(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_may_be_rerun_in_place(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_mask(tmp_path / "b.nii.gz")
     for _ in range(2):
         assert synth(fake_model, tmp_path, tmp_path) == 0
@@ -256,7 +308,9 @@ def test_a_folder_may_be_rerun_in_place(tmp_path: Path, fake_model: Path, capsys
     assert sorted(results(tmp_path)) == ["b.nii.gz", "b_ct.nii.gz"]
 
 
-def test_a_mask_without_orientation_is_said(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mask_without_orientation_is_said(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     nifti(tmp_path / "m.nii.gz", blobs().astype(np.int16))  # nibabel states an sform ...
     assert synth(fake_model, tmp_path / "out", tmp_path / "m.nii.gz") == 0
     assert "states no orientation" not in capsys.readouterr().err
@@ -270,17 +324,23 @@ def test_a_killed_run_leaves_no_litter_behind_the_next(tmp_path: Path, fake_mode
 
     out = tmp_path / "out"
     out.mkdir()
-    mine = temporary_name(out / "x_ct.nii.gz")  # process numbers come back: in containers, the same one always
+    mine = temporary_name(
+        out / "x_ct.nii.gz"
+    )  # process numbers come back: in containers, the same one always
     with subprocess.Popen([sys.executable, "-c", ""]) as child:
         child.wait()
         orphan = out / mine.name.replace(str(os.getpid()), str(child.pid))
     mine.touch()
     orphan.touch()
     assert synth(fake_model, out, write_mask(tmp_path / "m.nii.gz")) == 0
-    assert list(results(out)) == ["m_ct.nii.gz"]  # the folder is locked: nobody else can be writing there
+    assert list(results(out)) == [
+        "m_ct.nii.gz"
+    ]  # the folder is locked: nobody else can be writing there
 
 
-def test_the_report_is_written_of_a_run_that_fails_and_its_place_is_checked_first(tmp_path: Path, fake_model: Path) -> None:
+def test_the_report_is_written_of_a_run_that_fails_and_its_place_is_checked_first(
+    tmp_path: Path, fake_model: Path
+) -> None:
     mask = write_mask(tmp_path / "m.nii.gz")
     assert synth(fake_model, tmp_path / "out", mask, "--report", "/proc/x.json") == 4
     assert not (tmp_path / "out").exists()
@@ -298,7 +358,9 @@ def test_the_python_api_refuses_what_the_command_does(tmp_path: Path, fake_model
         write_mask(tmp_path / folder / "x.nii.gz")
     with Synthesizer.open(fake_model, backend="fake") as opened:
         with pytest.raises(UsageError, match="would both be written"):
-            opened.stream([tmp_path / "a" / "x.nii.gz", tmp_path / "b" / "x.nii.gz"], tmp_path / "o")
+            opened.stream(
+                [tmp_path / "a" / "x.nii.gz", tmp_path / "b" / "x.nii.gz"], tmp_path / "o"
+            )
         with pytest.raises(UsageError, match="0 variants"):
             opened.stream([tmp_path / "a"], tmp_path / "o", variants=0)
         (result,) = opened.stream(str(tmp_path / "a"), tmp_path / "o")
@@ -319,10 +381,18 @@ def test_a_simpleitk_image_of_another_kind_is_refused(fake_model: Path) -> None:
                 opened(sitk.Cast(image(blobs()), kind))
 
 
-def test_an_encoding_that_nobody_reads_is_no_traceback(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_encoding_that_nobody_reads_is_no_traceback(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     sitk.WriteImage(image(blobs()), str(tmp_path / "m.nrrd"))
     text = (tmp_path / "m.nrrd").read_bytes()
-    (tmp_path / "m.nrrd").write_bytes(text.replace(b"encoding: gzip", b"encoding: zork").replace(b"encoding: raw", b"encoding: zip"))
+    (tmp_path / "m.nrrd").write_bytes(
+        text.replace(b"encoding: gzip", b"encoding: zork").replace(
+            b"encoding: raw", b"encoding: zip"
+        )
+    )
     assert synth(fake_model, tmp_path / "out", tmp_path / "m.nrrd") == 1
     error = capsys.readouterr().err
-    assert "m.nrrd" in error and "encoding" in error and "remedy" in error and "Traceback" not in error
+    assert (
+        "m.nrrd" in error and "encoding" in error and "remedy" in error and "Traceback" not in error
+    )

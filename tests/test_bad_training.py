@@ -1,4 +1,6 @@
-"""Bad configs, folders and files given to train/run.py: one screen, the stated exit code, and no run folder that was begun."""
+"""Bad configs, folders and files given to train/run.py: one screen, the stated exit code, and no
+run folder that was begun.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,25 @@ from samples import image, write_slices
 
 from runtime.core.console import run
 
-SMALL = ["data.canvas=[32,32]", "generator.depth=3", "generator.filters=4", "discriminator.patch_size=4", "discriminator.filters=4",
-         "training.batch_size=2", "training.recalibrate=1", "training.valid_slices=4", "training.threads=1", "training.steps=1"]  # fmt: skip
+SMALL = [
+    "data.canvas=[32,32]",
+    "generator.depth=3",
+    "generator.filters=4",
+    "discriminator.patch_size=4",
+    "discriminator.filters=4",
+    "training.batch_size=2",
+    "training.recalibrate=1",
+    "training.valid_slices=4",
+    "training.threads=1",
+    "training.steps=1",
+]
 
 
 @pytest.fixture(scope="module")
 def train(root: Path):
-    """The command's main, called in this process: these errors come before anything that takes time."""
+    """The command's main, called in this process: these errors come before anything that takes
+    time.
+    """
     before = list(sys.path)
     spec = importlib.util.spec_from_file_location("train_run", root / "train" / "run.py")
     assert spec is not None and spec.loader is not None
@@ -34,7 +48,13 @@ def train(root: Path):
     return module.main
 
 
-def write(folder: Path, n: int, ct: np.ndarray | None = None, labels: np.ndarray | None = None, **label_grid: object) -> None:
+def write(
+    folder: Path,
+    n: int,
+    ct: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    **label_grid: object,
+) -> None:
     if ct is None:
         ct = np.full((4, 32, 32), -1000, np.int16)
         ct[:, 8:24, 8:24] = 100 + n
@@ -53,11 +73,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def refused(train, capsys: pytest.CaptureFixture[str], code: int, says: str, *arguments: object) -> None:
+def refused(
+    train, capsys: pytest.CaptureFixture[str], code: int, says: str, *arguments: object
+) -> None:
     assert run(train, [*map(str, arguments)]) == code
     error = capsys.readouterr().err
     error = error[error.index("error:") :]
-    assert says in error and "expected" in error and "Traceback" not in error and len(error.splitlines()) <= 16
+    assert (
+        says in error
+        and "expected" in error
+        and "Traceback" not in error
+        and len(error.splitlines()) <= 16
+    )
 
 
 CONFIGS: dict[str, tuple[bytes, str]] = {
@@ -72,8 +99,14 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
     "name with a path": (b'{"name": "../../x"}', "name is '../../x'"),
     "empty name": (b'{"name": ""}', "name is ''"),
     "labels as an object": (b'{"data": {"labels": {"liver": 1}}}', "data.labels is {'liver': 1}"),
-    "label that is no number": (b'{"data": {"labels": [{"name": "a", "value": 0}, {"name": "b", "value": "x"}]}}', "data.labels"),
-    "label NaN": (b'{"data": {"labels": [{"name": "a", "value": 0}, {"name": "b", "value": NaN}]}}', "data.labels"),
+    "label that is no number": (
+        b'{"data": {"labels": [{"name": "a", "value": 0}, {"name": "b", "value": "x"}]}}',
+        "data.labels",
+    ),
+    "label NaN": (
+        b'{"data": {"labels": [{"name": "a", "value": 0}, {"name": "b", "value": NaN}]}}',
+        "data.labels",
+    ),
     "canvas of 0": (b'{"data": {"canvas": [0, 0]}}', "data.canvas[0] is 0"),
     "too deep a network": (b'{"generator": {"depth": 40}}', "data.canvas"),
     "too many threads": (b'{"training": {"threads": 100000000}}', "training.threads"),
@@ -84,14 +117,29 @@ CONFIGS: dict[str, tuple[bytes, str]] = {
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_a_bad_config_starts_nothing(train, kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_config_starts_nothing(
+    train, kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     content, says = CONFIGS[kind]
     (tmp_path / "c.json").write_bytes(content)
-    refused(train, capsys, 2, says, "--config", tmp_path / "c.json", "--dataset-path", folder, "--output", tmp_path / "run")
+    refused(
+        train,
+        capsys,
+        2,
+        says,
+        "--config",
+        tmp_path / "c.json",
+        "--dataset-path",
+        folder,
+        "--output",
+        tmp_path / "run",
+    )
     assert not (tmp_path / "run").exists()
 
 
-def volume(ct: np.ndarray | None = None, labels: np.ndarray | None = None, **grid: object) -> Callable[[Path], None]:
+def volume(
+    ct: np.ndarray | None = None, labels: np.ndarray | None = None, **grid: object
+) -> Callable[[Path], None]:
     return lambda folder: write(folder, 1, ct, labels, **grid)
 
 
@@ -103,26 +151,56 @@ SHAPE = (4, 32, 32)
 FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda f: os.truncate(f / "p1_image.nii.gz", 200), "p1_image"),
     "text": (replaced("p1_label.nii.gz", b"hello"), "p1_label.nii.gz is not gzip-compressed"),
-    "4-D": (lambda f: sitk.WriteImage(sitk.GetImageFromArray(np.zeros((2, 4, 8, 8), np.int16), isVector=False), str(f / "p1_image.nii.gz")), "4-D"),
+    "4-D": (
+        lambda f: sitk.WriteImage(
+            sitk.GetImageFromArray(np.zeros((2, 4, 8, 8), np.int16), isVector=False),
+            str(f / "p1_image.nii.gz"),
+        ),
+        "4-D",
+    ),
     "label 0.5": (volume(labels=np.full(SHAPE, 0.5, np.float32)), "0.5, which is no label"),
     "image NaN": (volume(ct=np.full(SHAPE, np.nan, np.float32)), "NaN or infinite values"),
-    "one value": (volume(ct=np.full(SHAPE, -1000, np.int16)), "p1_image.nii.gz holds -1000 everywhere"),
+    "one value": (
+        volume(ct=np.full(SHAPE, -1000, np.int16)),
+        "p1_image.nii.gz holds -1000 everywhere",
+    ),
     "label map turned": (volume(direction=[0, 1, 0, 1, 0, 0, 0, 0, 1]), "mm off its image"),
-    "label map of another size": (volume(labels=np.zeros((5, 32, 32), np.uint16)), "its image (4, 32, 32)"),
+    "label map of another size": (
+        volume(labels=np.zeros((5, 32, 32), np.uint16)),
+        "its image (4, 32, 32)",
+    ),
     "8-bit greys": (volume(ct=np.arange(4096).reshape(SHAPE).astype(np.uint8)), "which are no HU"),
     "no label": (volume(labels=np.zeros(SHAPE, np.uint16)), "holds no label at all"),
     "unknown label": (volume(labels=np.full(SHAPE, 77, np.uint16)), "77"),
-    "the same image twice": (lambda f: [shutil.copy(f / "p0_image.nii.gz", f / f"p{n}_image.nii.gz") for n in range(1, 4)], "hold the same image"),
-}  # fmt: skip
+    "the same image twice": (
+        lambda f: [
+            shutil.copy(f / "p0_image.nii.gz", f / f"p{n}_image.nii.gz") for n in range(1, 4)
+        ],
+        "hold the same image",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", FILES)
-def test_a_bad_patient_starts_nothing(train, kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_patient_starts_nothing(
+    train, kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil, says = FILES[kind]
     spoil(folder)
     (tmp_path / "c.json").write_text("{}")
     refused(
-        train, capsys, 1, says, "--config", tmp_path / "c.json", "--dataset-path", folder, "--output", tmp_path / "run", "--set", *SMALL
+        train,
+        capsys,
+        1,
+        says,
+        "--config",
+        tmp_path / "c.json",
+        "--dataset-path",
+        folder,
+        "--output",
+        tmp_path / "run",
+        "--set",
+        *SMALL,
     )
     assert not (tmp_path / "run").exists()
 
@@ -139,20 +217,42 @@ def test_a_bad_patient_starts_nothing(train, kind: str, folder: Path, tmp_path: 
     ],
 )
 def test_what_the_data_do_not_allow_starts_nothing(
-    train, more: list[str], code: int, says: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train,
+    more: list[str],
+    code: int,
+    says: str,
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import torch
 
     if "cuda" in says and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     (tmp_path / "c.json").write_text("{}")
-    line = ["--config", tmp_path / "c.json", "--dataset-path", folder, "--output", tmp_path / "run", "--no-cache", "--set", *SMALL, *more]
+    line = [
+        "--config",
+        tmp_path / "c.json",
+        "--dataset-path",
+        folder,
+        "--output",
+        tmp_path / "run",
+        "--no-cache",
+        "--set",
+        *SMALL,
+        *more,
+    ]
     refused(train, capsys, code, says, *line)
     assert not (tmp_path / "run").exists()  # the same command, corrected, may be given again
 
 
-@pytest.mark.parametrize("stated", ["[]", '{"labels": [1]}', "{}", '{"labels": {}}', '{"labels": {"background": 0, "a": -1}}'])
-def test_a_bad_dataset_json_starts_nothing(train, stated: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "stated",
+    ["[]", '{"labels": [1]}', "{}", '{"labels": {}}', '{"labels": {"background": 0, "a": -1}}'],
+)
+def test_a_bad_dataset_json_starts_nothing(
+    train, stated: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = tmp_path / "nnunet"
     for name in ("imagesTr", "labelsTr"):
         (data / name).mkdir(parents=True)
@@ -162,12 +262,27 @@ def test_a_bad_dataset_json_starts_nothing(train, stated: str, folder: Path, tmp
     (data / "dataset.json").write_text(stated)
     (tmp_path / "c.json").write_text("{}")
     code = 1 if "-1" in stated else 2
-    refused(train, capsys, code, "", "--config", tmp_path / "c.json", "--dataset-path", data, "--output", tmp_path / "run", "--set", *SMALL)
+    refused(
+        train,
+        capsys,
+        code,
+        "",
+        "--config",
+        tmp_path / "c.json",
+        "--dataset-path",
+        data,
+        "--output",
+        tmp_path / "run",
+        "--set",
+        *SMALL,
+    )
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["garbage", "another size"])
-def test_a_bad_dicom_slice_starts_nothing(train, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_dicom_slice_starts_nothing(
+    train, kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_slices(tmp_path / "data", 4, side=32, hu=True)
     path = tmp_path / "data" / "training" / "tr1" / "tr1_whs_img_gt.dcm"
     if kind == "garbage":
@@ -175,18 +290,41 @@ def test_a_bad_dicom_slice_starts_nothing(train, kind: str, tmp_path: Path, caps
     else:
         sitk.WriteImage(sitk.GetImageFromArray(np.zeros((1, 16, 16), np.uint8)), str(path))
     (tmp_path / "c.json").write_text("{}")
-    line = ["--config", tmp_path / "c.json", "--dataset-path", tmp_path / "data", "--output", tmp_path / "run", "--set", *SMALL]
+    line = [
+        "--config",
+        tmp_path / "c.json",
+        "--dataset-path",
+        tmp_path / "data",
+        "--output",
+        tmp_path / "run",
+        "--set",
+        *SMALL,
+    ]
     refused(train, capsys, 1, "tr1_whs_img_gt.dcm", *line)
     assert not (tmp_path / "run").exists()
 
 
-def test_too_little_memory_is_said(train, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_little_memory_is_said(
+    train, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"generator": {"filters": 65536}}))
     before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (32 << 30, before[1]))  # whatever this machine would overcommit
+    resource.setrlimit(
+        resource.RLIMIT_AS, (32 << 30, before[1])
+    )  # whatever this machine would overcommit
     try:
         small = [setting for setting in SMALL if "generator.filters" not in setting]
-        line = ["--config", tmp_path / "c.json", "--dataset-path", folder, "--output", tmp_path / "run", "--no-cache", "--set", *small]
+        line = [
+            "--config",
+            tmp_path / "c.json",
+            "--dataset-path",
+            folder,
+            "--output",
+            tmp_path / "run",
+            "--no-cache",
+            "--set",
+            *small,
+        ]
         refused(train, capsys, 2, "the memory does not suffice", *line)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
@@ -194,7 +332,15 @@ def test_too_little_memory_is_said(train, folder: Path, tmp_path: Path, capsys: 
 
 
 def test_a_phantom_that_shows_no_thorax_is_refused(tmp_path: Path, command) -> None:
-    line = ["train/run.py", "--config", "train/configs/phantom.json", "--output", tmp_path / "run", "--set", "data.phantom.size=[16,64,64]"]
+    line = [
+        "train/run.py",
+        "--config",
+        "train/configs/phantom.json",
+        "--output",
+        tmp_path / "run",
+        "--set",
+        "data.phantom.size=[16,64,64]",
+    ]
     done = command(*line)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "16 x 64 x 64" in done.stderr and "data.phantom.size" in done.stderr

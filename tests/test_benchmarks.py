@@ -24,7 +24,9 @@ from runtime.engines.gpu.probe import why_no_gpu
 
 
 def graph(path: Path) -> Path:
-    """Cast → Conv 3x3 (2 → 4, in pairs of groups) → ConvTranspose 4x4, stride 2 (4 → 1), sizes unknown."""
+    """Cast → Conv 3x3 (2 → 4, in pairs of groups) → ConvTranspose 4x4, stride 2 (4 → 1), sizes
+    unknown.
+    """
     weights = {"a": np.zeros((4, 1, 3, 3), np.float32), "b": np.zeros((4, 1, 4, 4), np.float32)}
     nodes = [
         helper.make_node("Cast", ["labels"], ["x"], to=TensorProto.FLOAT),
@@ -33,8 +35,12 @@ def graph(path: Path) -> Path:
     ]
     given = helper.make_tensor_value_info("labels", TensorProto.UINT8, ["N", 2, "H", "W"])
     out = helper.make_tensor_value_info("z", TensorProto.FLOAT, ["N", 1, "h", "w"])
-    made = helper.make_graph(nodes, "g", [given], [out], [numpy_helper.from_array(w, n) for n, w in weights.items()])
-    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path)
+    made = helper.make_graph(
+        nodes, "g", [given], [out], [numpy_helper.from_array(w, n) for n, w in weights.items()]
+    )
+    onnx.save(
+        helper.make_model(made, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), path
+    )
     return path
 
 
@@ -55,12 +61,19 @@ def test_a_record_becomes_a_page_and_the_readmes_table(tmp_path: Path) -> None:
     report.write_page(page, [older, newer], tmp_path / "pictures")
     text = page.read_text()
     assert "bbbbbbb" in text and text.count("data:image/png;base64,") == 2 and "<script" not in text
-    assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == ["stream-course.png", "stream-ratios.png"]
+    assert sorted(file.name for file in (tmp_path / "pictures").iterdir()) == [
+        "stream-course.png",
+        "stream-ratios.png",
+    ]
     readme = f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n"
     shown = {**newer, "options": {"quick": False}}
     written = report.with_table(readme, [older, shown])
     assert written.startswith("before\n") and written.endswith("\nafter\n") and "old" not in written
-    assert "| ours |" in written and "bbbbbbb" in written and report.with_table(written, [shown]) == written
+    assert (
+        "| ours |" in written
+        and "bbbbbbb" in written
+        and report.with_table(written, [shown]) == written
+    )
     assert "| ours |" not in report.with_table(readme, [newer])  # a quick run is none to show
     with pytest.raises(UsageError, match="no place for the table"):
         report.with_table("no marks", [newer])
@@ -75,12 +88,18 @@ def test_the_readmes_table_is_the_one_that_the_committed_records_give(root: Path
 
 def test_a_share_is_of_the_limit_that_is_nearest_and_of_its_faster_roof() -> None:
     ours, idle = Contender("ours", "m:f", cost={"fp32": 10, "memcpy": 1}), Contender("idle", "m:f")
-    assert [c.name for c in beside([ours, idle])] == [f"{PEAK}fp32 matrix product", f"{PEAK}fp32 3x3 convolution", f"{PEAK}memcpy"]
+    assert [c.name for c in beside([ours, idle])] == [
+        f"{PEAK}fp32 matrix product",
+        f"{PEAK}fp32 3x3 convolution",
+        f"{PEAK}memcpy",
+    ]
     measured = {
-        "ours": Measured((1.0, 2.0, 3.0)), "idle": Measured((1.0, 1.0, 1.0)),
-        f"{PEAK}fp32 matrix product": Measured((20.0, 80.0, 20.0)), f"{PEAK}fp32 3x3 convolution": Measured((40.0, 40.0, 60.0)),
+        "ours": Measured((1.0, 2.0, 3.0)),
+        "idle": Measured((1.0, 1.0, 1.0)),
+        f"{PEAK}fp32 matrix product": Measured((20.0, 80.0, 20.0)),
+        f"{PEAK}fp32 3x3 convolution": Measured((40.0, 40.0, 60.0)),
         f"{PEAK}memcpy": Measured((100.0, 100.0, 100.0)),
-    }  # fmt: skip
+    }
     assert shares([ours, idle], measured) == {"ours": ("fp32", 0.25)}
     del measured[f"{PEAK}fp32 matrix product"], measured[f"{PEAK}fp32 3x3 convolution"]
     assert shares([ours], measured) == {"ours": ("memcpy", 0.02)}
@@ -88,7 +107,9 @@ def test_a_share_is_of_the_limit_that_is_nearest_and_of_its_faster_roof() -> Non
 
 def test_the_roofs_of_memory_and_disk_are_measured(tmp_path: Path) -> None:
     assert roofline.memcpy().run() == 1 << 28
-    assert roofline.disk(str(tmp_path)).run() == 1 << 26 and not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert roofline.disk(str(tmp_path)).run() == 1 << 26 and not [
+        path for path in tmp_path.rglob("*") if path.is_file()
+    ]
 
 
 def test_a_column_is_there_when_some_contender_fills_it() -> None:
@@ -97,16 +118,30 @@ def test_a_column_is_there_when_some_contender_fills_it() -> None:
     made = record(np.random.default_rng(0), 2.0)
     head, *body = report.rows(made)
     assert "GPU MiB" not in head and "of the roof" not in head and head[-1] == "ours / this"
-    made["contenders"]["torch"] |= {"vram": 3 << 20, "roof": "fp32", "share_of_roof": 0.5, "call_ms": {"p50": 1.0, "p90": 2.0, "p99": 4.5}}
+    made["contenders"]["torch"] |= {
+        "vram": 3 << 20,
+        "roof": "fp32",
+        "share_of_roof": 0.5,
+        "call_ms": {"p50": 1.0, "p90": 2.0, "p99": 4.5},
+    }
     head, *body = report.rows(made)
     line = dict(zip(head, body[1], strict=True))
-    assert (line["GPU MiB"], line["of the roof"], line["a call, ms: p50 / p90 / p99"]) == ("3", "50% fp32", "1 / 2 / 4.5")
+    assert (line["GPU MiB"], line["of the roof"], line["a call, ms: p50 / p90 / p99"]) == (
+        "3",
+        "50% fp32",
+        "1 / 2 / 4.5",
+    )
     assert dict(zip(head, body[0], strict=True))["GPU MiB"] == ""
 
 
-def test_two_runs_agree_where_their_intervals_overlap(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_runs_agree_where_their_intervals_overlap(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def run(name: str, *intervals: tuple[float, float, float]) -> str:
-        ratios = {str(n): dict(zip(("least", "value", "most"), i, strict=True)) for n, i in enumerate(intervals)}
+        ratios = {
+            str(n): dict(zip(("least", "value", "most"), i, strict=True))
+            for n, i in enumerate(intervals)
+        }
         (tmp_path / name).write_text(json.dumps([{"suite": "engine", "ratios": ratios}]))
         return str(tmp_path / name)
 
@@ -144,17 +179,25 @@ def test_whoever_runs_the_network_synthesizes_the_same_slices(model: Path, train
         "engine": engine.ours(**given, backend="auto"),
         "OpenVINO": libraries.by_openvino(**given, precision="fp32", batch=4),
         "ONNX Runtime": libraries.by_onnxruntime(**given, precision="fp32", batch=1),
-        "PyTorch": libraries.by_pytorch(**given, trained=str(trained), way="channels_last", batch=8),
+        "PyTorch": libraries.by_pytorch(
+            **given, trained=str(trained), way="channels_last", batch=8
+        ),
     }
     generated = {name: ready.output() for name, ready in found.items() if ready.output is not None}
     assert generated["engine"].std() > 1 and generated["engine"].shape[0] == 8
     for name, values in generated.items():
         assert np.abs(values.astype(float) - generated["engine"]).mean() <= engine.HU["fp32"], name
     assert found["OpenVINO"].run() == 8 and found["OpenVINO"].run() == 8
-    assert set(found["OpenVINO"].facts["call_ms"]) == {"p50", "p90", "p99"}  # of the third round: the first two set up and warm
+    assert set(found["OpenVINO"].facts["call_ms"]) == {
+        "p50",
+        "p90",
+        "p99",
+    }  # of the third round: the first two set up and warm
 
 
-def test_a_model_is_measured_at_another_size_under_the_same_proof(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_measured_at_another_size_under_the_same_proof(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(models, "FOLDER", tmp_path)
     assert models.at_size(model, 64) == model
     larger = models.at_size(model, 96)
@@ -165,7 +208,9 @@ def test_a_model_is_measured_at_another_size_under_the_same_proof(model: Path, t
 
 @pytest.mark.skipif(why_no_gpu() is None, reason="there is a GPU here")
 @pytest.mark.parametrize("make", sorted(engine.GPU.values()))
-def test_a_contender_for_a_gpu_says_why_it_is_not_there(make: str, model: Path, trained: Path) -> None:
+def test_a_contender_for_a_gpu_says_why_it_is_not_there(
+    make: str, model: Path, trained: Path
+) -> None:
     with pytest.raises(MissingComponent, match=r"driver|engine file|GPU"):
         getattr(gpu, make)(model=str(model), trained=str(trained), slices=8, batch=8)
 
@@ -184,17 +229,24 @@ def test_a_figure_with_a_bar_is_said_to_hold_it_or_not() -> None:
 
 def test_every_suite_is_named_in_the_help(command) -> None:
     told = command("benchmarks/run.py", "--help").stdout
-    assert all(suite in told for suite in ("engine", "stream", "memory", "coldstart", "io", "train", "commands"))
+    assert all(
+        suite in told
+        for suite in ("engine", "stream", "memory", "coldstart", "io", "train", "commands")
+    )
     done = command("benchmarks/run.py", "nonsense")
     assert done.returncode == 2 and "invalid choice" in done.stderr
 
 
-def test_a_cold_start_ends_with_the_first_slab_and_not_with_the_file(fake_model: Path, tmp_path: Path) -> None:
+def test_a_cold_start_ends_with_the_first_slab_and_not_with_the_file(
+    fake_model: Path, tmp_path: Path
+) -> None:
     mask = stream.write_mask(tmp_path / "mask.nii.gz", Manifest.load(fake_model), (24, 32, 32))
     given = {"model": str(fake_model), "backend": "fake"}
     ready = coldstart.start("written", **given, mask=str(mask), output=str(tmp_path / "out"))
     assert ready.run() == 1 and [*ready.facts["seconds"]] == ["import", "first written slab"]
-    assert [file.suffix for file in (tmp_path / "out").iterdir() if "_ct" in file.name] == [".gz"]  # begun,
+    assert [file.suffix for file in (tmp_path / "out").iterdir() if "_ct" in file.name] == [
+        ".gz"
+    ]  # begun,
     assert not (tmp_path / "out" / "mask_ct.nii.gz").exists()  # and not ended
     generated = coldstart.start("synthesized", **given)
     assert generated.run() == 1 and min(generated.facts["seconds"].values()) > 0
@@ -205,6 +257,10 @@ def test_the_io_suite_prints_a_table_and_one_json_line(command, tmp_path: Path) 
     done = command("benchmarks/run.py", "io", "--quick", "--quiet", "--json", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
     records = json.loads(done.stdout.splitlines()[-1])
-    assert records == json.loads((tmp_path / "r.json").read_text()) and [r["suite"] for r in records] == ["io read", "io write"]
+    assert records == json.loads((tmp_path / "r.json").read_text()) and [
+        r["suite"] for r in records
+    ] == ["io read", "io write"]
     for record in records:
-        assert record["machine"]["packages"]["numpy"] and all(min(row["rates"]) > 0 for row in record["contenders"].values())
+        assert record["machine"]["packages"]["numpy"] and all(
+            min(row["rates"]) > 0 for row in record["contenders"].values()
+        )

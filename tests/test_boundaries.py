@@ -52,7 +52,9 @@ def module_of(file: Path, root: Path) -> str:
 
 
 def imports(file: Path, root: Path) -> Iterator[str]:
-    """Absolute names of everything a file imports, anywhere in it; `from x import y` gives `x.y`."""
+    """Absolute names of everything a file imports, anywhere in it; `from x import y` gives
+    `x.y`.
+    """
     module = module_of(file, root)
     package = module if file.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(file.read_text())):
@@ -105,7 +107,9 @@ def test_runtime_imports_are_relative(root: Path) -> None:
                 names = [str(node.module)]
             else:
                 continue
-            assert not [name for name in names if name.split(".")[0] in ("runtime", "mask2ct")], file
+            assert not [name for name in names if name.split(".")[0] in ("runtime", "mask2ct")], (
+                file
+            )
 
 
 def test_modules_import_in_no_circle(root: Path) -> None:
@@ -131,14 +135,18 @@ def at_import(file: Path, name: str, files: dict[str, Path]) -> Iterator[str]:
         if isinstance(node, ast.ImportFrom) and node.level:
             above = package.split(".")[: len(package.split(".")) - node.level + 1]
             base = ".".join([*above, *([node.module] if node.module else [])])
-            submodules = [f"{base}.{alias.name}" for alias in node.names if f"{base}.{alias.name}" in files]
+            submodules = [
+                f"{base}.{alias.name}" for alias in node.names if f"{base}.{alias.name}" in files
+            ]
             yield from submodules
             if base in files and files[base].name != "__init__.py":
                 yield base
 
 
 def python(code: str, *, cwd: Path) -> str:
-    done = subprocess.run([sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -178,5 +186,7 @@ print(ct.GetPixelIDTypeAsString(), [m for m in sys.modules if m.split(".")[0] in
 def test_public_names_are_listed() -> None:
     import runtime
 
-    assert {*runtime.__all__} <= {*dir(runtime)}  # a person's Tab key, before anything was asked for
+    assert {*runtime.__all__} <= {
+        *dir(runtime)
+    }  # a person's Tab key, before anything was asked for
     assert all(hasattr(runtime, name) for name in runtime.__all__)

@@ -1,4 +1,6 @@
-"""Streams that are closed or full, journals that were written by nobody, files that cannot be read: one screen each."""
+"""Streams that are closed or full, journals that were written by nobody, files that cannot be
+read: one screen each.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ posix = pytest.mark.skipif(os.name != "posix", reason="descriptors of POSIX")
 def shell(line: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     """`line` with "$@" as mask2ct and its arguments."""
     command = [sys.executable, "-m", "runtime", *map(str, arguments)]
-    return subprocess.run(["bash", "-c", line, "x", *command], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120)
+    return subprocess.run(
+        ["bash", "-c", line, "x", *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
 
 
 def synthesis(model: Path, mask: Path, out: Path) -> list[object]:
@@ -36,7 +45,9 @@ def synthesis(model: Path, mask: Path, out: Path) -> list[object]:
 @posix
 @pytest.mark.parametrize("closed", ["2>&-", "1>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-"])
 def test_closed_streams_change_no_result(closed: str, fake_model: Path, tmp_path: Path) -> None:
-    """Nor does a file get the number of a stream that is closed, and what is written to that one."""
+    """Nor does a file get the number of a stream that is closed, and what is written to that
+    one.
+    """
     mask = write_mask(tmp_path / "case.nii.gz")
     assert synth(fake_model, tmp_path / "expected", mask) == 0
     done = shell(f'"$@" {closed}', *synthesis(fake_model, mask, tmp_path / "out"))
@@ -49,8 +60,12 @@ def test_closed_streams_change_no_result(closed: str, fake_model: Path, tmp_path
 def test_a_full_disk_behind_stdout_is_said(arguments: list[str], fake_model: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
-    done = shell('"$@" > /dev/full', *[fake_model if word == "MODEL" else word for word in arguments])
-    assert done.returncode == 4 and done.stderr.startswith("error: the system refused: No space left")
+    done = shell(
+        '"$@" > /dev/full', *[fake_model if word == "MODEL" else word for word in arguments]
+    )
+    assert done.returncode == 4 and done.stderr.startswith(
+        "error: the system refused: No space left"
+    )
     assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
 
 
@@ -79,13 +94,19 @@ def nowhere(request: pytest.FixtureRequest) -> Iterator[int]:
 def saying(stream: str, descriptor: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The command with `stream` ("stdout", "stderr") led to `descriptor`."""
     command = [sys.executable, "-m", "runtime", *map(str, arguments)]
-    streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: descriptor}
+    streams: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        stream: descriptor,
+    }
     return subprocess.run(command, cwd=ROOT, text=True, check=False, timeout=120, **streams)
 
 
 @posix
 def test_unread_messages_stop_no_work(nowhere: int, fake_model: Path, tmp_path: Path) -> None:
-    """They are not the output: a log that has no room, or no reader, is no reason to end with masks left."""
+    """They are not the output: a log that has no room, or no reader, is no reason to end with
+    masks left.
+    """
     mask = write_mask(tmp_path / "case.nii.gz")
     assert synth(fake_model, tmp_path / "expected", mask) == 0
     done = saying("stderr", nowhere, *synthesis(fake_model, mask, tmp_path / "out"))
@@ -107,7 +128,11 @@ def test_a_summary_nobody_reads_keeps_the_code(fake_model: Path, tmp_path: Path)
     try:
         absent = synthesis(fake_model, tmp_path / "absent.nii", tmp_path / "out")
         done = saying("stdout", nowhere, *absent)
-        assert done.returncode == 1 and "does not exist" in done.stderr and "Exception ignored" not in done.stderr
+        assert (
+            done.returncode == 1
+            and "does not exist" in done.stderr
+            and "Exception ignored" not in done.stderr
+        )
         assert saying("stdout", nowhere, "describe", fake_model).returncode == 0
     finally:
         os.close(nowhere)
@@ -115,7 +140,9 @@ def test_a_summary_nobody_reads_keeps_the_code(fake_model: Path, tmp_path: Path)
 
 @posix
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_watcher_nobody_reads_goes_on(stream: str, nowhere: int, fake_model: Path, tmp_path: Path) -> None:
+def test_a_watcher_nobody_reads_goes_on(
+    stream: str, nowhere: int, fake_model: Path, tmp_path: Path
+) -> None:
     (inbox := tmp_path / "inbox").mkdir()
     for name in ("a", "b", "c"):
         write_mask(inbox / f"{name}.nii.gz")
@@ -136,10 +163,17 @@ def test_a_watcher_nobody_reads_goes_on(stream: str, nowhere: int, fake_model: P
         "--poll",
         0.05,
     )
-    assert sorted(path.name for path in (inbox / "done").iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    assert sorted(path.name for path in (inbox / "done").iterdir()) == [
+        "a.nii.gz",
+        "b.nii.gz",
+        "c.nii.gz",
+    ]
     assert len(results(tmp_path / "out")) == 3
-    # as of every command: the lines on standard output are asked for, and a full disk behind them is told
-    assert done.returncode == (4 if stream == "stdout" and stat.S_ISCHR(os.fstat(nowhere).st_mode) else 0)
+    # as of every command: the lines on standard output are asked for, and a full disk behind them
+    # is told
+    assert done.returncode == (
+        4 if stream == "stdout" and stat.S_ISCHR(os.fstat(nowhere).st_mode) else 0
+    )
 
 
 def lines(*facts: dict[str, Any]) -> bytes:
@@ -155,7 +189,9 @@ JOURNALS: dict[str, Any] = {
     "a key that is a list": lambda f: lines({**f, "key": ["a"]}),
     "slices that are a word": lambda f: lines({**f, "slices": "x"}),
     "warnings that are numbers": lambda f: lines({**f, "warnings": [1, None]}),
-    "a file elsewhere": lambda f: lines({**f, "files": {"/etc/hostname": sha256_of(Path("/etc/hostname"))}}),
+    "a file elsewhere": lambda f: lines(
+        {**f, "files": {"/etc/hostname": sha256_of(Path("/etc/hostname"))}}
+    ),
     "a file above": lambda f: lines({**f, "files": {"../case.nii.gz": "0" * 64}}),
     "lists in lists": lambda f: b"%08x %s\n" % (zlib.crc32(b"[" * 100_000), b"[" * 100_000),
 }
@@ -176,14 +212,18 @@ def test_a_line_of_another_form_proves_nothing(name: str, fake_model: Path, tmp_
 
 @posix
 @pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = write_fake_model(tmp_path / "model", fake_manifest())
     (model / "manifest.json").chmod(0)
     assert synth(model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz")) == 2
     assert "permission denied" in capsys.readouterr().err
 
 
-def test_a_result_that_cannot_be_read_back(fake_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_cannot_be_read_back(
+    fake_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The disk fails while a result is digested, as `read` would say it."""
     from runtime.core.atomic_files import HashingWriter
 

@@ -1,4 +1,6 @@
-"""Slices that were decoded once: the same tensors, made anew when anything they depend on changed or the file was damaged."""
+"""Slices that were decoded once: the same tensors, made anew when anything they depend on
+changed or the file was damaged.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ POLICY = GridPolicy((32, 24), (1.5, 1.5), 8, slices=3, slice_spacing=2.5)
 def write_patient(folder: Path, name: str, seed: int) -> None:
     ct = np.random.default_rng(seed).integers(-1000, 1000, (6, 20, 24)).astype(np.int16)
     sitk.WriteImage(image(ct), str(folder / f"{name}_image.nii.gz"))
-    sitk.WriteImage(image(blobs(values=MM_WHS_VALUES, seed=seed)), str(folder / f"{name}_label.nii.gz"))
+    sitk.WriteImage(
+        image(blobs(values=MM_WHS_VALUES, seed=seed)), str(folder / f"{name}_label.nii.gz")
+    )
 
 
 @pytest.fixture
@@ -57,7 +61,9 @@ def entries(cache: SliceCache) -> list[Path]:
 
 
 def assert_equal(a: Slices, b: Slices) -> None:
-    assert (a.labels.dtype, a.image.dtype) == (b.labels.dtype, b.image.dtype) == (np.uint8, np.int16)
+    assert (
+        (a.labels.dtype, a.image.dtype) == (b.labels.dtype, b.image.dtype) == (np.uint8, np.int16)
+    )
     assert np.array_equal(a.labels, b.labels) and np.array_equal(a.image, b.image)
     assert a.facts == b.facts
 
@@ -68,18 +74,26 @@ def test_a_cached_cohort_is_the_decoded_one(folder: Path, cache: SliceCache) -> 
     for _ in range(2):  # filled, then read
         cached = load_cohort(*arguments, cache)
         assert cached.digest == plain.digest and cached.summary() == plain.summary()
-        assert cached.table(MM_WHS, HU) == plain.table(MM_WHS, HU) and "spacing" in cached.table(MM_WHS, HU)
+        assert cached.table(MM_WHS, HU) == plain.table(MM_WHS, HU) and "spacing" in cached.table(
+            MM_WHS, HU
+        )
         for a, b in zip((*plain.train, *plain.valid), (*cached.train, *cached.valid), strict=True):
             assert_equal(a, b)
         for step in (0, 3):
-            for x, y in zip(Batches(plain.train, 4, 7, HU)[step], Batches(cached.train, 4, 7, HU)[step], strict=True):
+            for x, y in zip(
+                Batches(plain.train, 4, 7, HU)[step],
+                Batches(cached.train, 4, 7, HU)[step],
+                strict=True,
+            ):
                 assert x.dtype == y.dtype and np.array_equal(x, y) and y.flags.writeable
     assert len(entries(cache)) == 3 and not [p for p in entries(cache) if p.suffix != ".npy"]
     with pytest.raises(ValueError, match="read-only"):
         cached.train[0].image[0] = 0
 
 
-def test_the_second_time_nothing_is_decoded_or_written(pair: Pair, cache: SliceCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_second_time_nothing_is_decoded_or_written(
+    pair: Pair, cache: SliceCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = cache(pair, MM_WHS, POLICY, HU)
     before = [(p.name, p.stat().st_ino, p.stat().st_mtime_ns) for p in entries(cache)]
     monkeypatch.setattr(dataset, "read_pair", None)  # decoding would end here
@@ -87,9 +101,15 @@ def test_the_second_time_nothing_is_decoded_or_written(pair: Pair, cache: SliceC
     assert before == [(p.name, p.stat().st_ino, p.stat().st_mtime_ns) for p in entries(cache)]
 
 
-def test_a_file_that_moved_is_still_known_and_one_that_changed_is_not(folder: Path, pair: Pair, cache: SliceCache) -> None:
+def test_a_file_that_moved_is_still_known_and_one_that_changed_is_not(
+    folder: Path, pair: Pair, cache: SliceCache
+) -> None:
     cache(pair, MM_WHS, POLICY, HU)
-    moved = Pair("other", pair.image.rename(folder / "other_image.nii.gz"), pair.label.rename(folder / "other_label.nii.gz"))
+    moved = Pair(
+        "other",
+        pair.image.rename(folder / "other_image.nii.gz"),
+        pair.label.rename(folder / "other_label.nii.gz"),
+    )
     cache(moved, MM_WHS, POLICY, HU)
     assert len(entries(cache)) == 1
     write_patient(folder, "other", 9)
@@ -106,9 +126,14 @@ def test_voxels_beside_a_header_count(folder: Path) -> None:
     assert caching.key(pair, MM_WHS, POLICY, HU) != before
 
 
-def test_every_setting_makes_an_entry_of_its_own(pair: Pair, cache: SliceCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_setting_makes_an_entry_of_its_own(
+    pair: Pair, cache: SliceCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = (MM_WHS, POLICY, HU)
-    fewer = replace(MM_WHS, labels=(replace(MM_WHS.labels[0], aliases=(MM_WHS.labels[7].value,)), *MM_WHS.labels[1:7]))
+    fewer = replace(
+        MM_WHS,
+        labels=(replace(MM_WHS.labels[0], aliases=(MM_WHS.labels[7].value,)), *MM_WHS.labels[1:7]),
+    )
     settings = [
         whole,
         (fewer, POLICY, HU),
@@ -144,7 +169,9 @@ def lengthen(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, empty, flip, lengthen])
-def test_a_damaged_entry_is_made_again(pair: Pair, cache: SliceCache, damage, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_entry_is_made_again(
+    pair: Pair, cache: SliceCache, damage, capsys: pytest.CaptureFixture[str]
+) -> None:
     cache(pair, MM_WHS, POLICY, HU)
     damage(entries(cache)[0])
     for _ in range(2):
@@ -164,7 +191,12 @@ sys.stdin.readline()
 print(load_cohort(find_pairs(Path(sys.argv[1])), DataConfig(), MM_WHS, POLICY, HU, SliceCache(Path(sys.argv[2]))).digest)
 """
     command = [sys.executable, "-c", code, str(folder), str(cache.folder)]
-    processes = [subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    processes = [
+        subprocess.Popen(
+            command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(3)
+    ]
     for process in processes:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
     for process in processes:
@@ -183,20 +215,50 @@ def test_a_folder_that_cannot_be_written_is_an_output_error(pair: Pair, tmp_path
         SliceCache(tmp_path / "file" / "slices")(pair, MM_WHS, POLICY, HU)
 
 
-def test_the_command_caches_beside_the_run_unless_told_otherwise(cohort: Path, tmp_path: Path, command) -> None:
-    tiny = ["data.canvas=[32,32]", "generator.filters=8", "generator.depth=4", "discriminator.filters=8", "discriminator.patch_size=8",
-            "training.batch_size=2", "training.steps=0", "training.recalibrate=0", "training.valid_slices=4"]  # fmt: skip
+def test_the_command_caches_beside_the_run_unless_told_otherwise(
+    cohort: Path, tmp_path: Path, command
+) -> None:
+    tiny = [
+        "data.canvas=[32,32]",
+        "generator.filters=8",
+        "generator.depth=4",
+        "discriminator.filters=8",
+        "discriminator.patch_size=8",
+        "training.batch_size=2",
+        "training.steps=0",
+        "training.recalibrate=0",
+        "training.valid_slices=4",
+    ]
     digests = []
-    for run, more in (("beside", []), ("elsewhere", ["--cache", tmp_path / "mine"]), ("nowhere", ["--no-cache"])):
+    for run, more in (
+        ("beside", []),
+        ("elsewhere", ["--cache", tmp_path / "mine"]),
+        ("nowhere", ["--no-cache"]),
+    ):
         folder = tmp_path / run / "run"
-        arguments = ["--config", "train/configs/phantom.json", "--dataset-path", cohort, "--output", folder, "--quiet", *more]
+        arguments = [
+            "--config",
+            "train/configs/phantom.json",
+            "--dataset-path",
+            cohort,
+            "--output",
+            folder,
+            "--quiet",
+            *more,
+        ]
         done = command("train/run.py", *arguments, "--set", *tiny)
         assert done.returncode == 0, done.stderr
         digests.append(json.loads((folder / "run.json").read_text())["data"]["digest"])
     assert len(set(digests)) == 1
-    assert len(list((tmp_path / "beside" / ".slices").iterdir())) == len(list((tmp_path / "mine").iterdir())) == 4
+    assert (
+        len(list((tmp_path / "beside" / ".slices").iterdir()))
+        == len(list((tmp_path / "mine").iterdir()))
+        == 4
+    )
     assert [p.name for p in (tmp_path / "nowhere").iterdir()] == ["run"]
 
 
 def test_writers_with_the_same_process_number_do_not_share_a_temporary_file(tmp_path: Path) -> None:
-    assert temporary_name(tmp_path / "entry") != temporary_name(tmp_path / "entry")  # containers on one disk are such
+    assert temporary_name(tmp_path / "entry") != temporary_name(
+        tmp_path / "entry"
+    )  # containers on one disk are such

@@ -1,4 +1,6 @@
-"""Images that were taken for masks: refused in every format, also where the map has "*"; atlases are not."""
+"""Images that were taken for masks: refused in every format, also where the map has "*"; atlases
+are not.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def scan(shape: tuple[int, int, int] = (6, 40, 48), seed: int = 0) -> NDArray[np
 
 
 def atlas() -> NDArray[np.uint16]:
-    """150 structures of 2 x 2 x 3 voxels side by side, and 120 vessels of one voxel that lie in nothing."""
+    """150 structures of 2 x 2 x 3 voxels side by side, and 120 vessels of one voxel that lie in
+    nothing.
+    """
     z, y, x = np.indices((24, 40, 48))
     values = ((z // 3) * 37 + (y // 2) * 11 + x // 2) % 150 + 1
     values[:, :, 30:] = 0
@@ -46,11 +50,16 @@ def atlas() -> NDArray[np.uint16]:
 def test_an_image_is_refused(suffix: str, tmp_path: Path) -> None:
     sitk.WriteImage(image(scan()), str(tmp_path / f"m.{suffix}"))
     (case,) = find_cases([tmp_path / f"m.{suffix}"])
-    with pytest.raises(UnreadableVolume, match=r"m\..* looks like an image, not a mask: \d+ values from -1024 to 1\d\d,") as caught:
+    with pytest.raises(
+        UnreadableVolume,
+        match=r"m\..* looks like an image, not a mask: \d+ values from -1024 to 1\d\d,",
+    ) as caught:
         read_case(case, MM_WHS, ANY)
     assert "--force-labels" in caught.value.remedy and "*" not in caught.value.remedy
     (forced,) = find_cases([tmp_path / f"m.{suffix}"], options=ReadOptions(force_labels=True))
-    assert np.array_equal(read_case(forced, MM_WHS, {-1024: 0, None: 3}).labels, np.where(scan() == -1024, 0, 3))
+    assert np.array_equal(
+        read_case(forced, MM_WHS, {-1024: 0, None: 3}).labels, np.where(scan() == -1024, 0, 3)
+    )
 
 
 def test_whole_floats_are_grey_values_too(tmp_path: Path) -> None:
@@ -68,14 +77,24 @@ def test_an_atlas_is_a_mask() -> None:
     values = atlas()
     assert len(np.unique(values)) > 250
     assert np.array_equal(to_indices(values, MM_WHS, ANY), np.where(values == 0, 0, 3))
-    coarse = np.kron(np.random.default_rng(1).permutation(8 * 10 * 12).reshape(8, 10, 12), np.ones((3, 3, 3), int))
+    coarse = np.kron(
+        np.random.default_rng(1).permutation(8 * 10 * 12).reshape(8, 10, 12),
+        np.ones((3, 3, 3), int),
+    )
     assert np.array_equal(to_indices(coarse, MM_WHS, {None: 3}), np.full(coarse.shape, 3))
 
 
 def test_the_census_counts_as_numpy_does() -> None:
-    for values in (blobs((5, 9, 11)), atlas()[:4], np.zeros((2, 3, 4), np.uint8), np.arange(60).reshape(3, 4, 5)):
+    for values in (
+        blobs((5, 9, 11)),
+        atlas()[:4],
+        np.zeros((2, 3, 4), np.uint8),
+        np.arange(60).reshape(3, 4, 5),
+    ):
         census = Census.of(values)
-        assert dict(census.voxels) == dict(zip(*map(np.ndarray.tolist, np.unique(values, return_counts=True)), strict=True))
+        assert dict(census.voxels) == dict(
+            zip(*map(np.ndarray.tolist, np.unique(values, return_counts=True)), strict=True)
+        )
         background = max(census.voxels, key=lambda v: census.voxels[v])
         flat = values.reshape(len(values), -1)
         inside = (flat[:, 1:] != background) & (flat[:, :-1] != background)
@@ -88,13 +107,23 @@ def test_the_command_sums_an_image_up(tmp_path: Path, capsys: pytest.CaptureFixt
     write_mask(tmp_path / "m.nii.gz", scan())
     assert run(main, ["labels", str(tmp_path / "m.nii.gz")]) == 1
     captured = capsys.readouterr()
-    assert captured.out == "" and "looks like an image" in captured.err and len(captured.err.splitlines()) <= 4
+    assert (
+        captured.out == ""
+        and "looks like an image" in captured.err
+        and len(captured.err.splitlines()) <= 4
+    )
     assert run(main, ["labels", str(tmp_path / "m.nii.gz"), "--force-labels"]) == 1
     assert capsys.readouterr().out.count("UNKNOWN") > 100
 
 
-def test_insisting_is_in_the_resume_key(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    mask, labels, out = write_mask(tmp_path / "m.nii.gz", scan()), tmp_path / "map.json", tmp_path / "out"
+def test_insisting_is_in_the_resume_key(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask, labels, out = (
+        write_mask(tmp_path / "m.nii.gz", scan()),
+        tmp_path / "map.json",
+        tmp_path / "out",
+    )
     labels.write_text(json.dumps({"-1024": "background", "*": "left ventricle"}))
     assert synth(fake_model, out, mask, "--labels", labels) == 1
     assert "looks like an image" in capsys.readouterr().err and not results(out)
@@ -123,14 +152,26 @@ def test_real_images_are_caught_and_real_masks_are_not(real_data: Path) -> None:
     ]
     pairs += [
         ("images", real_data / name)
-        for name in ("abdomen_3mm/ct.nii.gz", "abdomen_3mm_small/ct.nii.gz", "lung_mha/Testing/Baselines/3DCT_lung.mha")
+        for name in (
+            "abdomen_3mm/ct.nii.gz",
+            "abdomen_3mm_small/ct.nii.gz",
+            "lung_mha/Testing/Baselines/3DCT_lung.mha",
+        )
     ]
     pairs += [
         ("labels", real_data / name)
-        for name in ("abdomen_3mm/labels.nii.gz", "abdomen_3mm_small/labels.nii.gz", "lung_mha/3DCT_lung_baseline_mask.mha")
+        for name in (
+            "abdomen_3mm/labels.nii.gz",
+            "abdomen_3mm_small/labels.nii.gz",
+            "lung_mha/3DCT_lung_baseline_mask.mha",
+        )
     ]
     caught = {
-        kind: [Census.of(sitk.GetArrayFromImage(sitk.ReadImage(os.fspath(path)))).is_image() for k, path in pairs if k == kind]
+        kind: [
+            Census.of(sitk.GetArrayFromImage(sitk.ReadImage(os.fspath(path)))).is_image()
+            for k, path in pairs
+            if k == kind
+        ]
         for kind in ("images", "labels")
     }
     assert len(caught["images"]) == len(caught["labels"]) == 223

@@ -47,7 +47,9 @@ TEARS = (drop_meta, drop_state, truncate, flip, cut_meta, other_meta, rename_ste
 
 
 @pytest.mark.parametrize("tear", TEARS)
-def test_a_torn_checkpoint_is_passed_over_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str], tear) -> None:
+def test_a_torn_checkpoint_is_passed_over_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tear
+) -> None:
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, {"a": torch.full((1000,), float(step))}, keep=3)
     tear(tmp_path / "checkpoints" / "step-00000003")
@@ -67,16 +69,26 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     scores = {1: 0.9, 2: 0.4, 3: None, 4: 0.7, 5: 0.4, 6: None, 7: 0.5}
     for step, score in scores.items():
         checkpoint.save(tmp_path, step, {"a": torch.zeros(1)}, keep=2, score=score)
-    assert [p.name for p in checkpoint._all(tmp_path)] == ["step-00000002", "step-00000006", "step-00000007"]
+    assert [p.name for p in checkpoint._all(tmp_path)] == [
+        "step-00000002",
+        "step-00000006",
+        "step-00000007",
+    ]
     assert checkpoint.best(tmp_path, 7) == (tmp_path / "checkpoints" / "step-00000002", 0.4)
-    assert checkpoint.usable(tmp_path, limit=3) == tmp_path / "checkpoints" / "step-00000002"  # the way back to the best
+    assert (
+        checkpoint.usable(tmp_path, limit=3) == tmp_path / "checkpoints" / "step-00000002"
+    )  # the way back to the best
     drop_state(tmp_path / "checkpoints" / "step-00000007")
-    checkpoint.save(tmp_path, 3, {"a": torch.zeros(1)}, keep=1)  # gone on from step 2: later folders wait to be written anew
+    checkpoint.save(
+        tmp_path, 3, {"a": torch.zeros(1)}, keep=1
+    )  # gone on from step 2: later folders wait to be written anew
     assert [p.name[-1] for p in checkpoint._all(tmp_path)] == ["2", "3", "6", "7"]
 
 
 def test_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
-    """What safetensors raises for the file system's errors is not an OSError; ours is mapped to exit code 4."""
+    """What safetensors raises for the file system's errors is not an OSError; ours is mapped to
+    exit code 4.
+    """
     with pytest.raises(OutputError) as caught, writing(tmp_path):
         checkpoint.write_tensors({"a": torch.zeros(2)}, tmp_path / "absent" / "state.safetensors")
     assert caught.value.exit_code == 4

@@ -18,7 +18,14 @@ from train.data.dataset import find_pairs, load_cohort
 HU = Intensity("HU", -1024, 1024)
 
 
-def write(folder: Path, n: int, *, ct: np.ndarray | None = None, labels: np.ndarray | None = None, spacing=(2.0, 2.0, 3.0)) -> None:
+def write(
+    folder: Path,
+    n: int,
+    *,
+    ct: np.ndarray | None = None,
+    labels: np.ndarray | None = None,
+    spacing=(2.0, 2.0, 3.0),
+) -> None:
     if ct is None:
         ct = np.full((4, 32, 32), -1000, np.int16)
         ct[:, 8:24, 8:24] = 100 + n
@@ -30,7 +37,9 @@ def write(folder: Path, n: int, *, ct: np.ndarray | None = None, labels: np.ndar
 
 
 def cohort(folder: Path, intensity: Intensity = HU):
-    return load_cohort(find_pairs(folder), DataConfig(), MM_WHS, GridPolicy((32, 32), None, 8), intensity)
+    return load_cohort(
+        find_pairs(folder), DataConfig(), MM_WHS, GridPolicy((32, 32), None, 8), intensity
+    )
 
 
 @pytest.fixture
@@ -54,11 +63,17 @@ def test_the_table_counts_what_the_files_hold(folder: Path) -> None:
         "train                 3      12",
         "valid                 1       4",
         "1.5..2 x 2 x 3 mm",
-        "-3024 to 1500 HU, trained on -1024 to 1024; clipped: 128 voxels below -1024, 1 voxels above 1024",
+        (
+            "-3024 to 1500 HU, trained on -1024 to 1024; clipped: 128 voxels below -1024, 1 voxels"
+            " above 1024"
+        ),
         "420 left atrium                1           23",
         "500 left ventricle             3         1200",
         "3 voxels hold 421, which is read as 420 left atrium",
-        "no patient has myocardium, right atrium, right ventricle, ascending aorta, pulmonary artery",
+        (
+            "no patient has myocardium, right atrium, right ventricle, ascending aorta, pulmonary"
+            " artery"
+        ),
     ):
         assert line in text, text
 
@@ -105,18 +120,33 @@ def test_all_patients_that_cannot_be_used_are_named_at_once(folder: Path) -> Non
     with pytest.raises(InputError, match="3 of 4 patients cannot be trained on") as caught:
         cohort(folder)
     text = str(caught.value)
-    assert "p0_image" in text and "p2_image" in text and "p3_label" in text and "p1" not in text and len(text.splitlines()) <= 7
+    assert (
+        "p0_image" in text
+        and "p2_image" in text
+        and "p3_label" in text
+        and "p1" not in text
+        and len(text.splitlines()) <= 7
+    )
     for n in (1, 3):
         write(folder, n, labels=np.zeros((4, 32, 32), np.uint16))
     for n in (0, 2):
         write(folder, n)
-    with pytest.raises(InputError, match=r"2 of 4 patients cannot be trained on:\n.*p1_label.*holds no label at all\n.*p3_label"):
+    with pytest.raises(
+        InputError,
+        match=(
+            r"2 of 4 patients cannot be trained on:\n.*p1_label.*holds no label at all\n.*p3_label"
+        ),
+    ):
         cohort(folder)
 
 
 def test_one_image_in_two_splits_is_refused(folder: Path) -> None:
     for n in range(1, 4):
-        write(folder, n, ct=np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "p0_image.nii.gz")))))
+        write(
+            folder,
+            n,
+            ct=np.asarray(sitk.GetArrayFromImage(sitk.ReadImage(str(folder / "p0_image.nii.gz")))),
+        )
     with pytest.raises(InputError, match=r"\(train\) and .* \(valid\) hold the same image"):
         cohort(folder)
 
@@ -124,8 +154,30 @@ def test_one_image_in_two_splits_is_refused(folder: Path) -> None:
 def test_the_table_is_printed_before_the_first_step(folder: Path, tmp_path: Path, command) -> None:
     config = tmp_path / "c.json"
     config.write_text("{}")
-    settings = ["data.canvas=[32,32]", "generator.depth=3", "generator.filters=4", "discriminator.patch_size=4", "discriminator.filters=4",
-                "training.steps=1", "training.recalibrate=1", "training.batch_size=2"]  # fmt: skip
-    done = command("train/run.py", "--config", config, "--dataset_path", folder, "--output", tmp_path / "run", "--set", *settings)
+    settings = [
+        "data.canvas=[32,32]",
+        "generator.depth=3",
+        "generator.filters=4",
+        "discriminator.patch_size=4",
+        "discriminator.filters=4",
+        "training.steps=1",
+        "training.recalibrate=1",
+        "training.batch_size=2",
+    ]
+    done = command(
+        "train/run.py",
+        "--config",
+        config,
+        "--dataset_path",
+        folder,
+        "--output",
+        tmp_path / "run",
+        "--set",
+        *settings,
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.index("4 patients as MM-WHS volumes") < done.stderr.index("500 left ventricle") < done.stderr.index("training on")
+    assert (
+        done.stderr.index("4 patients as MM-WHS volumes")
+        < done.stderr.index("500 left ventricle")
+        < done.stderr.index("training on")
+    )

@@ -1,4 +1,6 @@
-"""TotalSegmentator's results: one binary file a class is one mask; numbers of version 1 are told from those of version 2 by embedded names."""
+"""TotalSegmentator's results: one binary file a class is one mask; numbers of version 1 are told
+from those of version 2 by embedded names.
+"""
 
 from __future__ import annotations
 
@@ -58,18 +60,32 @@ def test_a_folder_of_classes_is_one_mask(on: int, tmp_path: Path) -> None:
     assert (case.kind, case.name, len(case.files)) == ("classes", "patient", 7)
     read = read_case(case, MM_WHS, preset(HEART))
     assert np.array_equal(read.labels, EXPECTED)
-    assert read.geometry == read_case(find_cases([write_mask(tmp_path / "m.nii.gz", MASK)])[0], MM_WHS).geometry
+    assert (
+        read.geometry
+        == read_case(find_cases([write_mask(tmp_path / "m.nii.gz", MASK)])[0], MM_WHS).geometry
+    )
 
 
-def test_the_command_names_the_result_after_the_folder(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_names_the_result_after_the_folder(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, out = class_folder(tmp_path / "patient"), tmp_path / "out"
-    assert synth(fake_model, out, folder, "--labels", HEART, "--format", "nii", "--variants", "1") == 0
+    assert (
+        synth(fake_model, out, folder, "--labels", HEART, "--format", "nii", "--variants", "1") == 0
+    )
     assert {"patient_v0_ct.nii", "patient_v0_mask.nii"} <= listed(out)
     assert np.array_equal(np.asarray(nibabel.load(out / "patient_v0_mask.nii").dataobj).T, MASK)
-    assert "patient: 7 binary files, one a class, are read as one mask, patient" in capsys.readouterr().err
+    assert (
+        "patient: 7 binary files, one a class, are read as one mask, patient"
+        in capsys.readouterr().err
+    )
     assert run(main, ["labels", str(folder), "--labels", HEART]) == 0
     text = capsys.readouterr().out
-    assert f"{np.count_nonzero(MASK == 500)}" in text and "-3" not in text and "left ventricle            heart_ventricle_left" in text
+    assert (
+        f"{np.count_nonzero(MASK == 500)}" in text
+        and "-3" not in text
+        and "left ventricle            heart_ventricle_left" in text
+    )
 
 
 def test_what_a_file_is_called_is_part_of_the_digest(tmp_path: Path, fake_model: Path) -> None:
@@ -84,19 +100,28 @@ def test_what_a_file_is_called_is_part_of_the_digest(tmp_path: Path, fake_model:
 
 
 def test_classes_of_a_map_and_of_a_model_are_known(tmp_path: Path) -> None:
-    (tmp_path / "map.json").write_text(json.dumps({"LVC": "left ventricle", "la cavity": "left atrium", "1": "myocardium"}))
+    (tmp_path / "map.json").write_text(
+        json.dumps({"LVC": "left ventricle", "la cavity": "left atrium", "1": "myocardium"})
+    )
     folder = class_folder(tmp_path / "a", ["x", "la_cavity", "lvc"])
     (folder / "x.nii.gz").unlink()
     case = only(folder, str(tmp_path / "map.json"))
     assert np.array_equal(
-        read_case(case, MM_WHS, load_map(tmp_path / "map.json", MM_WHS)).labels, np.where(np.isin(EXPECTED, (2, 3)), EXPECTED, 0)
+        read_case(case, MM_WHS, load_map(tmp_path / "map.json", MM_WHS)).labels,
+        np.where(np.isin(EXPECTED, (2, 3)), EXPECTED, 0),
     )
-    own = only(class_folder(tmp_path / "b", [label.name.replace(" ", "_") for label in MM_WHS.labels[1:]]), None)
+    own = only(
+        class_folder(tmp_path / "b", [label.name.replace(" ", "_") for label in MM_WHS.labels[1:]]),
+        None,
+    )
     assert np.array_equal(read_case(own, MM_WHS).labels, EXPECTED)
 
 
 def test_other_folders_are_separate_masks(tmp_path: Path) -> None:
-    cases = find_cases([class_folder(tmp_path / "patients", [f"p{n}" for n in range(7)])], names=names_of(HEART, [MM_WHS]))
+    cases = find_cases(
+        [class_folder(tmp_path / "patients", [f"p{n}" for n in range(7)])],
+        names=names_of(HEART, [MM_WHS]),
+    )
     assert {case.kind for case in cases} == {"volume"} and len(cases) == 7
     one = find_cases([class_folder(tmp_path / "one", ["aorta", "p1", "p2"])])
     assert [case.name for case in one] == ["aorta", "p1", "p2"]  # one name may be a patient's
@@ -109,16 +134,25 @@ def test_other_folders_are_separate_masks(tmp_path: Path) -> None:
 def test_what_is_not_binary_stays_a_mask_of_its_own(tmp_path: Path) -> None:
     folder = class_folder(tmp_path / "patient")
     write_mask(folder / "whole.nii.gz", MASK)
-    assert [(case.kind, case.name) for case in find_cases([folder])] == [("classes", "patient"), ("volume", "whole")]
+    assert [(case.kind, case.name) for case in find_cases([folder])] == [
+        ("classes", "patient"),
+        ("volume", "whole"),
+    ]
 
 
 def test_a_class_that_nothing_maps_is_refused_by_name(tmp_path: Path) -> None:
     folder = class_folder(tmp_path / "patient")
-    with pytest.raises(UnknownLabels, match="patient holds 'heart_atrium_left', 'heart_atrium_right',") as caught:
+    with pytest.raises(
+        UnknownLabels, match="patient holds 'heart_atrium_left', 'heart_atrium_right',"
+    ) as caught:
         read_case(only(folder), MM_WHS, preset("totalsegmentator"))
     assert f"--labels {HEART}" in caught.value.remedy
-    (tmp_path / "map.json").write_text(json.dumps({"1": "myocardium", "2": 420, "3": 500, "aorta": "ascending aorta"}))
-    with pytest.raises(UnknownLabels, match="heart_myocardium"):  # the place of a file in the folder is no number
+    (tmp_path / "map.json").write_text(
+        json.dumps({"1": "myocardium", "2": 420, "3": 500, "aorta": "ascending aorta"})
+    )
+    with pytest.raises(
+        UnknownLabels, match="heart_myocardium"
+    ):  # the place of a file in the folder is no number
         read_case(only(folder), MM_WHS, load_map(tmp_path / "map.json", MM_WHS))
 
 
@@ -131,7 +165,9 @@ def test_an_empty_class_is_passed_over(tmp_path: Path) -> None:
 def test_all_117_classes_are_known_to_their_preset(tmp_path: Path) -> None:
     known = preset("totalsegmentator")
     assert len(TOTAL_V2) == 117 and len(TOTAL_V1) == 104
-    assert {name for name in TOTAL_V2.values() if name.replace("_", " ").casefold() not in known} == set()
+    assert {
+        name for name in TOTAL_V2.values() if name.replace("_", " ").casefold() not in known
+    } == set()
     assert known["aorta"] == 6 and known["liver"] == 0
 
 
@@ -148,7 +184,9 @@ def test_classes_on_two_grids_are_refused(tmp_path: Path) -> None:
 def test_classes_that_overlap_need_an_order(tmp_path: Path) -> None:
     folder = class_folder(tmp_path / "patient")
     write_mask(folder / "aorta.nii.gz", np.isin(MASK, (820, 850)).astype(np.uint8))
-    with pytest.raises(InputError, match="segments of patient overlap: 'aorta' and 'pulmonary_artery'"):
+    with pytest.raises(
+        InputError, match="segments of patient overlap: 'aorta' and 'pulmonary_artery'"
+    ):
         read_case(only(folder), MM_WHS, preset(HEART))
     read = read_case(only(folder, overlap_order=("pulmonary artery",)), MM_WHS, preset(HEART))
     assert np.array_equal(read.labels, EXPECTED)
@@ -172,13 +210,27 @@ def test_classes_in_a_zip_are_one_mask(tmp_path: Path) -> None:
     assert np.array_equal(read_case(case, MM_WHS, preset(HEART)).labels, EXPECTED)
 
 
-def with_names(path: Path, values: NDArray[np.uint8], names: dict[int, str], *, cdata: bool = True, code: int = 0) -> Path:
+def with_names(
+    path: Path,
+    values: NDArray[np.uint8],
+    names: dict[int, str],
+    *,
+    cdata: bool = True,
+    code: int = 0,
+) -> Path:
     """A NIfTI with a label table in its extension, as TotalSegmentator writes it."""
     text = "".join(
-        f'<Label Key="{k}" Red="0.1" Alpha="1"><![CDATA[{n}]]></Label>' if cdata else f"<Label Red='0' Key='{k}'>{n}</Label>"
+        (
+            f'<Label Key="{k}" Red="0.1" Alpha="1"><![CDATA[{n}]]></Label>'
+            if cdata
+            else f"<Label Red='0' Key='{k}'>{n}</Label>"
+        )
         for k, n in names.items()
     )
-    xml = f"<?xml version='1.0'?>\n<CaretExtension><VolumeInformation Index='0'><LabelTable>{text}</LabelTable></VolumeInformation></CaretExtension>"
+    xml = (
+        "<?xml version='1.0'?>\n<CaretExtension><VolumeInformation"
+        f" Index='0'><LabelTable>{text}</LabelTable></VolumeInformation></CaretExtension>"
+    )
     made = nibabel.Nifti1Image(values.T, np.diag([1.5, 1.5, 2, 1]))
     made.header.extensions.append(nibabel.nifti1.Nifti1Extension(code, xml.encode()))
     nibabel.save(made, path)
@@ -196,24 +248,36 @@ def test_a_preset_that_does_not_fit_the_names_is_refused(
 ) -> None:
     path = with_names(tmp_path / name, V1, V1_NAMES, cdata=cdata)
     with pytest.raises(
-        UnknownLabels, match=r"calls its value 44 'heart_myocardium', the preset totalsegmentator calls it 'vertebrae_C7'"
+        UnknownLabels,
+        match=(
+            r"calls its value 44 'heart_myocardium', the preset totalsegmentator calls it"
+            r" 'vertebrae_C7'"
+        ),
     ) as caught:
         read_case(only(path), MM_WHS, preset("totalsegmentator"))
     assert "--labels totalsegmentator-v1" in caught.value.remedy
     assert run(main, ["labels", str(path), "--labels", "totalsegmentator"]) == 1
     assert "calls its value 44 'heart_myocardium'" in capsys.readouterr().err
-    assert np.array_equal(read_case(only(path), MM_WHS, preset("totalsegmentator-v1")).labels, EXPECTED)
+    assert np.array_equal(
+        read_case(only(path), MM_WHS, preset("totalsegmentator-v1")).labels, EXPECTED
+    )
     assert run(main, ["labels", str(path), "--labels", "totalsegmentator-v1"]) == 0
 
 
 def test_embedded_names_are_segment_names(tmp_path: Path) -> None:
     names = {0: "???", 1: "Left_Atrium", 2: "myocardium &amp; more", 3: "right atrium"}
-    path = with_names(tmp_path / "m.nii.gz", (MASK != 0).astype(np.uint8), {**names, 2: "myocardium"})
+    path = with_names(
+        tmp_path / "m.nii.gz", (MASK != 0).astype(np.uint8), {**names, 2: "myocardium"}
+    )
     assert np.array_equal(read_case(only(path, None), MM_WHS).labels, np.where(MASK, 2, 0))
     from runtime.io.readers.nifti_names import embedded_names
 
-    path = with_names(tmp_path / "n.nii.gz", np.ones((2, 3, 4), np.uint8), names, cdata=False, code=30)
-    assert embedded_names(path) == tuple(Segment(k, n.replace("&amp;", "&"), strict=True) for k, n in names.items() if k)
+    path = with_names(
+        tmp_path / "n.nii.gz", np.ones((2, 3, 4), np.uint8), names, cdata=False, code=30
+    )
+    assert embedded_names(path) == tuple(
+        Segment(k, n.replace("&amp;", "&"), strict=True) for k, n in names.items() if k
+    )
     assert embedded_names(write_mask(tmp_path / "o.nii.gz")) == ()
 
 
@@ -222,11 +286,21 @@ def test_a_map_by_value_stands_above_embedded_names(tmp_path: Path) -> None:
     with pytest.raises(UnknownLabels, match="1 'my own word'"):
         read_case(only(path, None), MM_WHS)
     (tmp_path / "map.json").write_text('{"1": "left ventricle"}')
-    assert np.array_equal(read_case(only(path, None), MM_WHS, load_map(tmp_path / "map.json", MM_WHS)).labels, np.where(MASK == 500, 3, 0))
+    assert np.array_equal(
+        read_case(only(path, None), MM_WHS, load_map(tmp_path / "map.json", MM_WHS)).labels,
+        np.where(MASK == 500, 3, 0),
+    )
 
 
 @pytest.mark.parametrize(
-    "text", [b"", b"<LabelTable>", b"\xff" * 99, b"<LabelTable><Label Key='1'></LabelTable>", b"<LabelTable></LabelTable>"]
+    "text",
+    [
+        b"",
+        b"<LabelTable>",
+        b"\xff" * 99,
+        b"<LabelTable><Label Key='1'></LabelTable>",
+        b"<LabelTable></LabelTable>",
+    ],
 )
 def test_an_extension_without_a_table_says_nothing(text: bytes, tmp_path: Path) -> None:
     path = write_mask(tmp_path / "m.nii", (MASK == 500).astype(np.int16) * 500)
@@ -235,8 +309,15 @@ def test_an_extension_without_a_table_says_nothing(text: bytes, tmp_path: Path) 
     head = bytearray(raw[:348])
     struct.pack_into("<f", head, 108, 352 + size)
     for length in (size, 7, 1 << 30):  # what the extension says of its own length is not trusted
-        path.write_bytes(bytes(head) + b"\1\0\0\0" + (struct.pack("<2i", length, 0) + text).ljust(size, b"\0") + raw[352:])
-        assert np.array_equal(read_case(only(path, None), MM_WHS).labels, np.where(MASK == 500, 3, 0))
+        path.write_bytes(
+            bytes(head)
+            + b"\1\0\0\0"
+            + (struct.pack("<2i", length, 0) + text).ljust(size, b"\0")
+            + raw[352:]
+        )
+        assert np.array_equal(
+            read_case(only(path, None), MM_WHS).labels, np.where(MASK == 500, 3, 0)
+        )
 
 
 def test_a_watched_folder_of_classes_is_one_case(tmp_path: Path, fake_model: Path) -> None:
@@ -262,19 +343,34 @@ def test_a_watched_folder_of_classes_is_one_case(tmp_path: Path, fake_model: Pat
     assert (inbox / "done").is_dir() and len(list((inbox / "done").rglob("*.nii.gz"))) == 7
 
 
-def test_the_list_names_classes_and_their_number(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_names_classes_and_their_number(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = class_folder(tmp_path / "patient")
     assert synth(fake_model, tmp_path / "out", folder, "--list") == 0
-    assert "classes   patient" in (text := capsys.readouterr().out) and "(7 files)" in text and "contours" not in text
+    assert (
+        "classes   patient" in (text := capsys.readouterr().out)
+        and "(7 files)" in text
+        and "contours" not in text
+    )
 
 
 @pytest.mark.parametrize("name", ["aorta", "heart_myocardium"])
-def test_one_class_alone_contradicts_no_preset(name: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its 1 is what the file is called, not what the preset has at 1: an aorta would become myocardium."""
+def test_one_class_alone_contradicts_no_preset(
+    name: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its 1 is what the file is called, not what the preset has at 1: an aorta would become
+    myocardium.
+    """
     path = write_mask(tmp_path / f"{name}.nii.gz", (MASK == 205).astype(np.uint8))
     code = synth(fake_model, tmp_path / "out", path, "--labels", HEART)
     error = capsys.readouterr().err
     if name == "aorta":
-        assert code == 2 and "'heart_myocardium'" in error and "aorta.nii.gz" in error and not listed(tmp_path / "out")
+        assert (
+            code == 2
+            and "'heart_myocardium'" in error
+            and "aorta.nii.gz" in error
+            and not listed(tmp_path / "out")
+        )
     else:
         assert code == 0 and listed(tmp_path / "out") >= {f"{name}_ct.nii.gz"}

@@ -27,7 +27,11 @@ def test_every_pixel_pair_of_the_body_is_in_one_region() -> None:
     inside = body_mask(ct)[1:] & body_mask(ct)[:-1]
     assert list(found) == list(REGIONS)
     assert np.array_equal(sum(r.astype(int) for r in found.values()), inside.astype(int))
-    assert found["labels"][:, 20:40, 30:44].all() and found["lung"][:, 22:38, 16:22].all() and found["bone"][:, 44:50, 14:50].all()
+    assert (
+        found["labels"][:, 20:40, 30:44].all()
+        and found["lung"][:, 22:38, 16:22].all()
+        and found["bone"][:, 44:50, 14:50].all()
+    )
 
 
 def test_errors_that_cancel_in_the_whole_body_are_seen_in_their_regions() -> None:
@@ -36,16 +40,32 @@ def test_errors_that_cancel_in_the_whole_body_are_seen_in_their_regions() -> Non
     generated[:, 44:50, 12:52] = 240  # ribs smeared over all slices
     generated[1::2, 8:11, 8:56] = -560  # a skin that flickers by as much as ribs step: 600
     found = coherence([generated], [ct], [mask])
-    assert found["labels"]["distance"] == found["lung"]["distance"] == 0 and found["labels"]["error"] == 0
+    assert (
+        found["labels"]["distance"] == found["lung"]["distance"] == 0
+        and found["labels"]["error"] == 0
+    )
     bone, skin = found["bone"], found["skin"]
-    assert bone["step"] == 0 and bone["distance"] == pytest.approx(bone["step_true"]) and bone["step_true"] > 50
-    assert skin["step_true"] == 0 and skin["distance"] == pytest.approx(skin["step"]) and skin["step"] > 50
+    assert (
+        bone["step"] == 0
+        and bone["distance"] == pytest.approx(bone["step_true"])
+        and bone["step_true"] > 50
+    )
+    assert (
+        skin["step_true"] == 0
+        and skin["distance"] == pytest.approx(skin["step"])
+        and skin["step"] > 50
+    )
     whole = body([generated], [ct], [mask], 2)
-    assert whole is not None and found["body"]["distance"] == pytest.approx(whole["z_difference"], abs=1e-3)
+    assert whole is not None and found["body"]["distance"] == pytest.approx(
+        whole["z_difference"], abs=1e-3
+    )
     parts = sum(found[name]["share"] * found[name]["distance"] for name in REGIONS)
     assert found["body"]["distance"] < 0.7 * parts  # what cancels
 
 
 def test_the_true_cts_themselves_have_no_distance() -> None:
     ct, mask = thorax()
-    assert all(o["distance"] == 0 == o["error"] and o["step"] == o["step_true"] for o in coherence([ct], [ct], [mask]).values())
+    assert all(
+        o["distance"] == 0 == o["error"] and o["step"] == o["step_true"]
+        for o in coherence([ct], [ct], [mask]).values()
+    )

@@ -9,7 +9,16 @@ from pathlib import Path
 import pytest
 
 from runtime.core.errors import ConfigError
-from train.config import ORIGINAL_KEYS, RunConfig, from_json, grid_policy, label_table, load, resolve, to_json
+from train.config import (
+    ORIGINAL_KEYS,
+    RunConfig,
+    from_json,
+    grid_policy,
+    label_table,
+    load,
+    resolve,
+    to_json,
+)
 
 SHIPPED = sorted((Path(__file__).parent.parent / "train" / "configs").glob("*.json"))
 
@@ -60,7 +69,9 @@ def test_the_phantom_config_needs_no_dataset_and_a_dataset_replaces_it() -> None
         ("training.steps", "training.steps", "--set section.key=value"),
     ],
 )
-def test_a_wrong_override_names_the_key_and_what_is_allowed(override: str, key: str, hint: str) -> None:
+def test_a_wrong_override_names_the_key_and_what_is_allowed(
+    override: str, key: str, hint: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         resolve({}, re.split(r",(?=[a-z])", override))
     assert key in caught.value.fact and hint in str(caught.value)
@@ -68,7 +79,16 @@ def test_a_wrong_override_names_the_key_and_what_is_allowed(override: str, key: 
 
 
 def test_overrides_are_typed_by_their_key() -> None:
-    config = resolve({}, ["training.steps=1e3", "optimizer.lr_g=1", "name=12a", "data.keep=[1,3]", "data.pixel_spacing=[1.5,2]"])
+    config = resolve(
+        {},
+        [
+            "training.steps=1e3",
+            "optimizer.lr_g=1",
+            "name=12a",
+            "data.keep=[1,3]",
+            "data.pixel_spacing=[1.5,2]",
+        ],
+    )
     assert (config.training.steps, config.optimizer.lr_g, config.name) == (1000, 1.0, "12a")
     assert type(config.training.steps) is int and type(config.optimizer.lr_g) is float
     assert config.data.pixel_spacing == (1.5, 2.0)
@@ -85,8 +105,18 @@ def test_the_originals_keys_are_understood_in_files_and_overrides() -> None:
         "ADAM_B1": 0.4,
     }
     config = resolve(theirs, ["PATCH_SIZE=8", "SKIP_CONNECTIONS_GENERATOR=true"])
-    assert (config.name, config.training.steps, config.training.batch_size, config.optimizer.beta1) == ("whs", 40, 4, 0.4)
-    assert (config.data.canvas, config.data.keep, config.discriminator.patch_size, config.generator.skips) == ((128, 128), (1, 3), 8, True)
+    assert (
+        config.name,
+        config.training.steps,
+        config.training.batch_size,
+        config.optimizer.beta1,
+    ) == ("whs", 40, 4, 0.4)
+    assert (
+        config.data.canvas,
+        config.data.keep,
+        config.discriminator.patch_size,
+        config.generator.skips,
+    ) == ((128, 128), (1, 3), 8, True)
 
 
 def test_every_original_key_leads_to_a_key_of_ours() -> None:
@@ -100,11 +130,25 @@ def test_every_original_key_leads_to_a_key_of_ours() -> None:
 
 def test_the_defaults_are_the_originals() -> None:
     c = RunConfig()
-    assert (c.generator.filters, c.generator.depth, c.generator.skips, c.generator.textures) == (64, 7, False, 0)
-    assert (c.discriminator.filters, c.discriminator.patch_size, c.discriminator.conditional) == (64, 16, True)
+    assert (c.generator.filters, c.generator.depth, c.generator.skips, c.generator.textures) == (
+        64,
+        7,
+        False,
+        0,
+    )
+    assert (c.discriminator.filters, c.discriminator.patch_size, c.discriminator.conditional) == (
+        64,
+        16,
+        True,
+    )
     assert (c.loss.adversarial, c.loss.reconstruction, c.loss.texture) == (1, 100, 0)
     assert (c.data.train_ratio, c.data.valid_ratio, c.data.split_seed) == (0.95, 0.02, 123)
-    assert (c.optimizer.lr_g, c.optimizer.lr_d, c.optimizer.beta1, c.training.batch_size) == (1.3e-4, 1.5e-4, 0.5, 8)
+    assert (c.optimizer.lr_g, c.optimizer.lr_d, c.optimizer.beta1, c.training.batch_size) == (
+        1.3e-4,
+        1.5e-4,
+        0.5,
+        8,
+    )
 
 
 def test_keep_renumbers_and_sends_the_rest_to_the_background() -> None:
@@ -115,7 +159,16 @@ def test_keep_renumbers_and_sends_the_rest_to_the_background() -> None:
 
 def test_labels_may_be_listed() -> None:
     table = label_table(
-        resolve({"data": {"labels": [{"name": "background", "value": 0}, {"name": "liver", "value": 5, "aliases": [6]}]}}).data
+        resolve(
+            {
+                "data": {
+                    "labels": [
+                        {"name": "background", "value": 0},
+                        {"name": "liver", "value": 5, "aliases": [6]},
+                    ]
+                }
+            }
+        ).data
     )
     assert table.by_value == {0: 0, 5: 1, 6: 1}
     with pytest.raises(ConfigError, match="lacks 'value'"):
@@ -123,8 +176,15 @@ def test_labels_may_be_listed() -> None:
 
 
 def test_the_grid_policy_follows_the_network() -> None:
-    policy = grid_policy(resolve({}, ["generator.depth=5", "data.canvas=[96,64]", "data.pixel_spacing=[3,3]"]))
-    assert (policy.divisor, policy.canvas, policy.pixel_spacing, policy.slices) == (32, (96, 64), (3.0, 3.0), 1)
+    policy = grid_policy(
+        resolve({}, ["generator.depth=5", "data.canvas=[96,64]", "data.pixel_spacing=[3,3]"])
+    )
+    assert (policy.divisor, policy.canvas, policy.pixel_spacing, policy.slices) == (
+        32,
+        (96, 64),
+        (3.0, 3.0),
+        1,
+    )
 
 
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""Our CUDA code, and the fake that tests it, against the real cuda-bindings, cuda-core and PyCUDA, without a GPU."""
+"""Our CUDA code, and the fake that tests it, against the real cuda-bindings, cuda-core and
+PyCUDA, without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def chains(file: Path, root: str) -> set[tuple[str, int | None]]:
             while isinstance(value, ast.Attribute):
                 names.append(value.attr)
                 value = value.value
-            names = [name for name in reversed([*names, getattr(value, "id", "")]) if name != "self"]
+            names = [
+                name for name in reversed([*names, getattr(value, "id", "")]) if name != "self"
+            ]
             if names[0].lstrip("_") == root and len(names) > 1:
                 found.add((".".join(names[1:]), calls.get(id(node))))
     return found
@@ -68,7 +72,11 @@ def chains(file: Path, root: str) -> set[tuple[str, int | None]]:
 
 def test_every_driver_call_exists_with_as_many_arguments(root: Path, api: dict) -> None:
     found = chains(root / "runtime/engines/gpu/cuda_driver.py", "driver")
-    assert ("cuGraphLaunch", 2) in found and ("CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL", None) in found and len(found) > 20
+    assert (
+        ("cuGraphLaunch", 2) in found
+        and ("CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL", None) in found
+        and len(found) > 20
+    )
     for name, count in found:
         assert name in api["names"], name
         if count is not None:
@@ -76,35 +84,66 @@ def test_every_driver_call_exists_with_as_many_arguments(root: Path, api: dict) 
 
 
 def test_every_name_of_cuda_core_exists(root: Path, api: dict) -> None:
-    found = {name.split(".")[0] for name, _ in chains(root / "runtime/engines/gpu/cuda_memory.py", "core")}
-    assert found >= {"Device", "Stream", "DeviceMemoryResource", "DeviceMemoryResourceOptions", "LegacyPinnedMemoryResource", "__version__"}
+    found = {
+        name.split(".")[0]
+        for name, _ in chains(root / "runtime/engines/gpu/cuda_memory.py", "core")
+    }
+    assert found >= {
+        "Device",
+        "Stream",
+        "DeviceMemoryResource",
+        "DeviceMemoryResourceOptions",
+        "LegacyPinnedMemoryResource",
+        "__version__",
+    }
     assert found <= set(api["core"])
 
 
 def test_the_fake_driver_and_cuda_core_take_what_the_real_ones_take(api: dict) -> None:
     world = World()
-    fake = {name: thing for name, thing in vars(driver_module(world)).items() if name.startswith("cu")}
+    fake = {
+        name: thing for name, thing in vars(driver_module(world)).items() if name.startswith("cu")
+    }
     assert len(fake) > 20
     for name, call in fake.items():
         assert list(inspect.signature(call).parameters) == api["calls"][name], name
     core = core_module(world)
     checked = 0
-    for owner in ("Device", "Stream", "Buffer", "DeviceMemoryResource", "LegacyPinnedMemoryResource"):
+    for owner in (
+        "Device",
+        "Stream",
+        "Buffer",
+        "DeviceMemoryResource",
+        "LegacyPinnedMemoryResource",
+    ):
         thing = getattr(core, owner)
         for name in vars(thing):
             if not name.startswith("_"):
                 real = api["methods"][f"{owner}.{name}"]
-                mine = [str(p).split(":")[0].split("=")[0] for p in inspect.signature(getattr(thing, name)).parameters.values()]
-                assert mine == [p.split(":")[0].split("=")[0] for p in real][: len(mine)], (owner, name, real)
+                mine = [
+                    str(p).split(":")[0].split("=")[0]
+                    for p in inspect.signature(getattr(thing, name)).parameters.values()
+                ]
+                assert mine == [p.split(":")[0].split("=")[0] for p in real][: len(mine)], (
+                    owner,
+                    name,
+                    real,
+                )
                 checked += 1
     assert checked >= 7
 
 
 def pycuda() -> Path:
-    """Where `make pycuda-bindings` compiled it. Skips when it did not: that takes a CUDA toolkit and minutes."""
+    """Where `make pycuda-bindings` compiled it.
+
+    Skips when it did not: that takes a CUDA toolkit and minutes.
+    """
     path = Path(os.environ.get("MASK2CT_PYCUDA") or Path(sys.prefix) / "pycuda-bindings") / "site"
     if not (path / "pycuda").is_dir():
-        pytest.skip(f"{path} is absent: make pycuda-bindings CUDA_ROOT=/usr/local/cuda compiles PyCUDA, which has no wheels")
+        pytest.skip(
+            f"{path} is absent: make pycuda-bindings CUDA_ROOT=/usr/local/cuda compiles PyCUDA,"
+            " which has no wheels"
+        )
     return path
 
 
@@ -134,23 +173,55 @@ print(device.stats.held, host.stats.held, device.stats.in_use)
 
 
 def stand_in(root: Path, where: Path, symbols: set[str]) -> Path:
-    """tests/stand_in_driver.c as libcuda.so.1, with the other `symbols` that somebody links answering that there is no device."""
+    """tests/stand_in_driver.c as libcuda.so.1, with the other `symbols` that somebody links
+    answering that there is no device.
+    """
     if shutil.which("gcc") is None:
         pytest.skip("gcc is not installed: the stand-in driver cannot be compiled")
     source = (root / "tests/stand_in_driver.c").read_text()
-    rest = "".join(f"int {name}(void) {{ return 100; }}\n" for name in sorted(symbols) if f" {name}(" not in source)
+    rest = "".join(
+        f"int {name}(void) {{ return 100; }}\n"
+        for name in sorted(symbols)
+        if f" {name}(" not in source
+    )
     made = where / "libcuda.so.1"
-    command = ["gcc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-x", "c", "-", "-o", str(made), "-ldl"]
+    command = [
+        "gcc",
+        "-shared",
+        "-fPIC",
+        "-w",
+        "-Wl,-soname,libcuda.so.1",
+        "-x",
+        "c",
+        "-",
+        "-o",
+        str(made),
+        "-ldl",
+    ]
     subprocess.run(command, input=source + rest, text=True, check=True)
     return made
 
 
-def on_stand_in(code: str, driver: Path, *packages: Path, arguments: tuple[object, ...] = ()) -> list[str]:
-    """The lines that `code` prints in a process whose CUDA driver is the stand-in and which sees `packages` first."""
+def on_stand_in(
+    code: str, driver: Path, *packages: Path, arguments: tuple[object, ...] = ()
+) -> list[str]:
+    """The lines that `code` prints in a process whose CUDA driver is the stand-in and which sees
+    `packages` first.
+    """
     paths = os.pathsep.join(map(str, packages))
-    env = {**os.environ, "PYTHONPATH": paths, "LD_PRELOAD": str(driver), "LD_LIBRARY_PATH": str(driver.parent)}
+    env = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "LD_PRELOAD": str(driver),
+        "LD_LIBRARY_PATH": str(driver.parent),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", code, *map(str, arguments)], env=env, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
@@ -192,11 +263,15 @@ for backend in ("tensorrt", "onnx-cuda"):
 
 
 def test_the_real_bindings_and_cuda_core_carry_our_engine(root: Path, tmp_path: Path) -> None:
-    """Every call with the real types: the driver's gate, context, streams, events, copies, pools. TensorRT alone is the fake."""
+    """Every call with the real types: the driver's gate, context, streams, events, copies, pools.
+
+    TensorRT alone is the fake.
+    """
     driver = stand_in(root, tmp_path, set())
     lines = on_stand_in(ENGINE, driver, folder("cuda"), root, root / "tests", arguments=(tmp_path,))
     end = "[0, 0] 0 1"  # cuda-core itself keeps the context, once, until the end
-    right = "[True, True, True, True]"  # four slots of four tensors each, and TensorRT's activations: two blocks
+    # four slots of four tensors each, and TensorRT's activations: two blocks
+    right = "[True, True, True, True]"
     assert lines == [f"{right} 18 True False", end, f"{right} 16 False False", end]
 
 
@@ -204,13 +279,24 @@ def test_the_real_bindings_and_cuda_core_carry_our_engine(root: Path, tmp_path: 
 def test_the_real_pycuda_serves_our_pools_and_our_engine(root: Path, tmp_path: Path) -> None:
     site = pycuda()
     (extension,) = (site / "pycuda").glob("_driver*.so")
-    symbols = subprocess.run(["nm", "-D", "--undefined-only", str(extension)], capture_output=True, text=True, check=True).stdout
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", str(extension)], capture_output=True, text=True, check=True
+    ).stdout
     driver = stand_in(root, tmp_path, set(re.findall(r"\bU (cu[A-Z]\w*)", symbols)))
     pool, sizes = _fake_pool(), (256, 1000, 1 << 20, 8 << 20, 12345678)
     expected = [(n, pool.alloc_size(pool.bin_number(n))) for n in sizes]
     lines = on_stand_in(POOLS, driver, site, root)
-    assert lines == [f"{expected[2][1]} 0 1", "True 1", "42.0 True", "MemoryCapExceeded 123 True", str(expected), "0 0 0"]
-    lines = on_stand_in(ENGINE, driver, site, folder("cuda"), root, root / "tests", arguments=(tmp_path,))
+    assert lines == [
+        f"{expected[2][1]} 0 1",
+        "True 1",
+        "42.0 True",
+        "MemoryCapExceeded 123 True",
+        str(expected),
+        "0 0 0",
+    ]
+    lines = on_stand_in(
+        ENGINE, driver, site, folder("cuda"), root, root / "tests", arguments=(tmp_path,)
+    )
     right = "[True, True, True, True]"
     assert lines == [f"{right} 18 True True", "[0, 0] 0 0", f"{right} 16 False True", "[0, 0] 0 0"]
 

@@ -1,4 +1,6 @@
-"""Damaged files beside DICOM masks: they are counted with the reason, hide nothing that is whole, and no series lacks a slice silently."""
+"""Damaged files beside DICOM masks: they are counted with the reason, hide nothing that is
+whole, and no series lacks a slice silently.
+"""
 
 from __future__ import annotations
 
@@ -76,14 +78,18 @@ def test_a_series_beside_a_damaged_file_is_refused(kind: str, where: int, tmp_pa
     assert case.kind == "series" and not case.whole
     with pytest.raises(UnreadableVolume) as caught:
         read_case(case, MM_WHS)
-    assert reason in caught.value.fact and not [word for word in PLANTED if word in str(caught.value)]
+    assert reason in caught.value.fact and not [
+        word for word in PLANTED if word in str(caught.value)
+    ]
     (given_singly,) = find_cases(sorted(folder.iterdir()))
     with pytest.raises(UnreadableVolume, match=reason.replace("(", ".").replace(")", ".")):
         read_case(given_singly, MM_WHS)
 
 
 @pytest.mark.skipif(os.name != "posix", reason="needs modes of files")
-def test_an_unreadable_file_refuses_the_series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_refuses_the_series(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For root every file can be read: the system call itself is made to refuse."""
     folder = save(tmp_path / "s", slices(blobs((6, 20, 24))))
     locked = sorted(folder.iterdir())[-1]
@@ -112,13 +118,17 @@ def test_several_kinds_of_damage_are_counted(tmp_path: Path) -> None:
         read_mask(find_cases([folder])[0])
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "README", "notes.txt", "report.pdf", "DICOMDIR.bak", "list.csv"])
+@pytest.mark.parametrize(
+    "name", ["LICENSE", "README", "notes.txt", "report.pdf", "DICOMDIR.bak", "list.csv"]
+)
 def test_what_is_no_slice_does_not_matter(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     folder.mkdir()
     for n, ds in enumerate(slices(blobs((4, 20, 24)))):
         ds.save_as(folder / f"IM{n:06d}", enforce_file_format=True)
-    (folder / name).write_bytes(b"" if name.endswith((".txt", ".csv")) else b"Permission is hereby granted\n" * 40)
+    (folder / name).write_bytes(
+        b"" if name.endswith((".txt", ".csv")) else b"Permission is hereby granted\n" * 40
+    )
     (case,) = find_cases([folder])
     assert read_mask(case).values.shape == (4, 20, 24) and case.whole
 
@@ -133,11 +143,15 @@ def test_names_without_suffix_pass_by_their_pattern(tmp_path: Path) -> None:
         read_mask(find_cases([folder])[0])
 
 
-def test_a_damaged_file_hides_no_mask(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_file_hides_no_mask(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     series = slices(blobs((4, 12, 14)).astype(np.uint16), Modality="CT")
     folder = tmp_path / "in"
     save(folder / "ct", series)
-    segmentation(folder / "Doe_seg.dcm", series, (blobs((4, 12, 14), (0, 1))).astype(np.uint8), HEART)
+    segmentation(
+        folder / "Doe_seg.dcm", series, (blobs((4, 12, 14), (0, 1))).astype(np.uint8), HEART
+    )
     (folder / "Doe_torn.dcm").write_bytes(bytes(128) + b"DICM" + bytes(20))
     (folder / "Doe_empty.dcm").touch()
     assert synth(fake_model, tmp_path / "out", folder) == 1
@@ -165,12 +179,25 @@ def test_a_slice_damaged_in_a_folder_of_its_own(tmp_path: Path) -> None:
         read_mask(case)
 
 
-def test_list_names_the_damaged_files(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_names_the_damaged_files(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = save(tmp_path / "s", slices(blobs((6, 20, 24))))
     first, *_, last = sorted(folder.iterdir())
     cut_to(0)(first)
     cut_by(2)(last)
-    run(main, ["synth", str(folder), "--model", str(fake_model), "--output", str(tmp_path / "out"), "--list"])
+    run(
+        main,
+        [
+            "synth",
+            str(folder),
+            "--model",
+            str(fake_model),
+            "--output",
+            str(tmp_path / "out"),
+            "--list",
+        ],
+    )
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("damaged")]
     assert len(lines) == 2
     assert any(first.name in line and "empty" in line for line in lines) and any(
@@ -182,11 +209,17 @@ def test_list_names_the_damaged_files(tmp_path: Path, fake_model: Path, capsys: 
 def test_contours_cut_short_are_refused(size: int, tmp_path: Path) -> None:
     """pydicom reads what is there: a region would be missing without a word."""
     series = slices(np.zeros((4, 20, 24), np.uint16), Modality="CT")
-    square = [np.array([[-10.0, 5, z], [0, 5, z], [0, 12, z], [-10, 12, z]]) for z in (40.0, 42.5, 45.0)]
+    square = [
+        np.array([[-10.0, 5, z], [0, 5, z], [0, 12, z], [-10, 12, z]]) for z in (40.0, 42.5, 45.0)
+    ]
     save(tmp_path / "in" / "ct", series)
-    path = structure_set(tmp_path / "in" / "rs.dcm", series, {"left ventricle": square, "left atrium": square})
+    path = structure_set(
+        tmp_path / "in" / "rs.dcm", series, {"left ventricle": square, "left atrium": square}
+    )
     content = path.read_bytes()
-    start = content.index(b"\x06\x30\x39\x00")  # ROIContourSequence: anywhere from here on a region is lost
+    start = content.index(
+        b"\x06\x30\x39\x00"
+    )  # ROIContourSequence: anywhere from here on a region is lost
     path.write_bytes(content[: start + (len(content) - start) * size // 9])
     cases = [case for case in find_cases([tmp_path / "in"]) if case.kind != "series"]
     assert cases
@@ -245,7 +278,9 @@ def test_slices_compressed_in_two_ways_count_once(tmp_path: Path) -> None:
     assert np.array_equal(volume.values, values)  # type: ignore[union-attr]
 
 
-def test_what_is_said_of_a_series_reaches_the_report(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_said_of_a_series_reaches_the_report(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     series = slices(blobs((6, 20, 24)))
     series[2].ImagePositionPatient[2] += 0.05
     save(tmp_path / "s", series[1:])
@@ -253,7 +288,10 @@ def test_what_is_said_of_a_series_reaches_the_report(tmp_path: Path, fake_model:
     assert synth(fake_model, tmp_path / "out", tmp_path / "s", "--report", report) == 0
     (case,) = json.loads(report.read_text())["cases"]
     error = capsys.readouterr().err
-    for words in ("may not be complete: its images are numbered from 2", "is uneven: slices lie up to"):
+    for words in (
+        "may not be complete: its images are numbered from 2",
+        "is uneven: slices lie up to",
+    ):
         assert any(words in warning for warning in case["warnings"]) and words in error
 
 
@@ -262,11 +300,15 @@ def edited(ds: Dataset) -> None:
 
 
 @pytest.mark.parametrize(("change", "differ"), [(None, False), (edited, True)])
-def test_two_segmentations_of_one_uid(change: Callable[[Dataset], None] | None, differ: bool, tmp_path: Path) -> None:
+def test_two_segmentations_of_one_uid(
+    change: Callable[[Dataset], None] | None, differ: bool, tmp_path: Path
+) -> None:
     import pydicom
 
     series = slices(blobs((4, 12, 14)).astype(np.uint16), Modality="CT")
-    path = segmentation(tmp_path / "in" / "a.dcm", series, (blobs((4, 12, 14), (0, 1))).astype(np.uint8), HEART)
+    path = segmentation(
+        tmp_path / "in" / "a.dcm", series, (blobs((4, 12, 14), (0, 1))).astype(np.uint8), HEART
+    )
     ds = pydicom.dcmread(path)
     ds.file_meta.ImplementationVersionName = "ANOTHER"
     if change is not None:
@@ -280,7 +322,9 @@ def test_two_segmentations_of_one_uid(change: Callable[[Dataset], None] | None, 
         read_mask(case)
 
 
-def test_contours_name_the_images_that_are_not_there(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_contours_name_the_images_that_are_not_there(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     series = slices(np.zeros((6, 20, 24), np.uint16), Modality="CT")
     square = np.array([[-10.0, 5, 45.0], [0, 5, 45.0], [0, 12, 45.0], [-10, 12, 45.0]])
     save(tmp_path / "in", series)
@@ -288,7 +332,10 @@ def test_contours_name_the_images_that_are_not_there(tmp_path: Path, fake_model:
     cut_to(0)(next((tmp_path / "in").glob("*_005.dcm")))
     assert synth(fake_model, tmp_path / "out", tmp_path / "in") == 1
     error = capsys.readouterr().err
-    assert "1 of the 6 images it refers to is not there" in error and "cannot be read as DICOM (1 empty)" in error
+    assert (
+        "1 of the 6 images it refers to is not there" in error
+        and "cannot be read as DICOM (1 empty)" in error
+    )
     assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
@@ -299,14 +346,21 @@ def test_an_uneven_ct_is_said_of_its_contours(tmp_path: Path) -> None:
     save(tmp_path / "in", series)
     structure_set(tmp_path / "in" / "rs.dcm", series, {"left ventricle": [square]})
     mask = read_mask(find_cases([tmp_path / "in"])[0])
-    assert any("the image series that rtstruct-" in note and "is uneven" in note for note in mask.notes)
+    assert any(
+        "the image series that rtstruct-" in note and "is uneven" in note for note in mask.notes
+    )
     series[4].ImagePositionPatient[2] += 0.6
     save(tmp_path / "in", series)
-    with pytest.raises(UnreadableVolume.__base__, match=r"the image series that rtstruct-\w+ was drawn on is uneven"):  # type: ignore[arg-type]
+    with pytest.raises(
+        UnreadableVolume.__base__,
+        match=r"the image series that rtstruct-\w+ was drawn on is uneven",
+    ):  # type: ignore[arg-type]
         read_mask(find_cases([tmp_path / "in"])[0])
 
 
-def test_links_and_odd_folders_are_said(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_links_and_odd_folders_are_said(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = tmp_path / "in"
     (folder / "x.nii.gz").mkdir(parents=True)
     write_mask(folder / "a.nii.gz")
@@ -323,15 +377,33 @@ def test_links_and_odd_folders_are_said(tmp_path: Path, fake_model: Path, capsys
     }
     assert synth(fake_model, tmp_path / "out", folder) == 0
     error = capsys.readouterr().err
-    assert "1 linked folder not read" in error and "1 broken link not read" in error and "x.nii.gz" in error and "Doe" not in error
-    run(main, ["synth", str(folder), "--model", str(fake_model), "--output", str(tmp_path / "out"), "--list"])
+    assert (
+        "1 linked folder not read" in error
+        and "1 broken link not read" in error
+        and "x.nii.gz" in error
+        and "Doe" not in error
+    )
+    run(
+        main,
+        [
+            "synth",
+            str(folder),
+            "--model",
+            str(fake_model),
+            "--output",
+            str(tmp_path / "out"),
+            "--list",
+        ],
+    )
     assert "Doe_link" in capsys.readouterr().err
     (folder / "a.nii.gz").unlink()
     with pytest.raises(UsageError, match=r"holds no masks .*1 linked folder"):
         find_cases([folder])
 
 
-def test_a_broken_link_called_like_a_volume_fails_alone(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_link_called_like_a_volume_fails_alone(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in").mkdir()
     write_mask(tmp_path / "in" / "a.nii.gz")
     (tmp_path / "in" / "b.nii.gz").symlink_to("nowhere.nii.gz")
@@ -349,7 +421,9 @@ def test_a_file_that_is_not_there_is_said_not_to_exist(
     assert f"{name} does not exist" in error and "format" not in error.splitlines()[0]
 
 
-def test_many_failures_are_a_table(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_many_failures_are_a_table(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in").mkdir()
     write_mask(tmp_path / "in" / "good.nii.gz")
     for n in range(12):
@@ -360,19 +434,29 @@ def test_many_failures_are_a_table(tmp_path: Path, fake_model: Path, capsys: pyt
     short = capsys.readouterr().err
     assert synth(fake_model, tmp_path / "long", tmp_path / "in", "--verbose") == 1
     long = capsys.readouterr().err
-    assert long.count("error: ") == 42 and short.count("error: ") == 6 and len(short.splitlines()) < 45
+    assert (
+        long.count("error: ") == 42 and short.count("error: ") == 6 and len(short.splitlines()) < 45
+    )
     table = short[short.index("42 cases failed") :].splitlines()[1:]
-    assert [line.split()[0] for line in table] == ["30", "12"] and "holds 1000" in table[1] and "torn" not in table[0]
+    assert (
+        [line.split()[0] for line in table] == ["30", "12"]
+        and "holds 1000" in table[1]
+        and "torn" not in table[0]
+    )
     assert sitk.ReadImage(str(tmp_path / "short" / "good_ct.nii.gz")).GetSize() == (24, 20, 6)
 
 
-def test_a_grid_for_a_mask_with_its_own_is_refused(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_grid_for_a_mask_with_its_own_is_refused(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     like = write_mask(tmp_path / "like.nii.gz")
     series = slices(blobs((4, 12, 14)))
     masks = {
         "volume": write_mask(tmp_path / "mask.nii.gz"),
         "series": save(tmp_path / "series", series),
-        "seg": segmentation(tmp_path / "seg.dcm", series, (blobs((4, 12, 14), (0, 1))).astype(np.uint8), HEART),
+        "seg": segmentation(
+            tmp_path / "seg.dcm", series, (blobs((4, 12, 14), (0, 1))).astype(np.uint8), HEART
+        ),
     }
     for mask in masks.values():
         assert synth(fake_model, tmp_path / "out", mask, "--like", like) == 2

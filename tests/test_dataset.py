@@ -1,4 +1,6 @@
-"""Patients in, slices out: the split, the canvas, the batches, and folders that cannot be trained on."""
+"""Patients in, slices out: the split, the canvas, the batches, and folders that cannot be
+trained on.
+"""
 
 from __future__ import annotations
 
@@ -36,14 +38,25 @@ HU = Intensity("HU", -1024, 1024)
 POLICY = GridPolicy((32, 32), None, 8)
 
 
-def write_patient(folder: Path, name: str, *, shape=(4, 32, 32), low=-1000, value=500, spacing=(2.0, 2.0, 3.0), label_spacing=None) -> None:
+def write_patient(
+    folder: Path,
+    name: str,
+    *,
+    shape=(4, 32, 32),
+    low=-1000,
+    value=500,
+    spacing=(2.0, 2.0, 3.0),
+    label_spacing=None,
+) -> None:
     ct = np.full(shape, low, np.int16)
     ct[:, 8:24, 8:24] = 300
     ct[:, -1, -1] += int(name[1:])  # nobody's image is another's
     labels = np.zeros(shape, np.uint16)
     labels[:, 10:20, 10:20] = value
     sitk.WriteImage(image(ct, spacing=spacing), str(folder / f"{name}_image.nii.gz"))
-    sitk.WriteImage(image(labels, spacing=label_spacing or spacing), str(folder / f"{name}_label.nii.gz"))
+    sitk.WriteImage(
+        image(labels, spacing=label_spacing or spacing), str(folder / f"{name}_label.nii.gz")
+    )
 
 
 @pytest.fixture
@@ -77,10 +90,16 @@ def test_slices_are_counted_from_headers(folder: Path) -> None:
 def test_the_split_is_by_patient_seeded_and_without_leakage() -> None:
     data = DataConfig(train_ratio=0.7, valid_ratio=0.2)
     parts = split(20, data)
-    assert {name: len(numbers) for name, numbers in parts.items()} == {"train": 14, "valid": 4, "test": 2}
+    assert {name: len(numbers) for name, numbers in parts.items()} == {
+        "train": 14,
+        "valid": 4,
+        "test": 2,
+    }
     assert sorted(functools.reduce(operator.iadd, parts.values(), [])) == list(range(20))
     assert split(20, data) == parts != split(20, replace(data, split_seed=1))
-    for count in range(3, 30):  # the original's ratios leave nobody to validate with below 25 patients
+    for count in range(
+        3, 30
+    ):  # the original's ratios leave nobody to validate with below 25 patients
         assert min(len(split(count, DataConfig())[name]) for name in ("train", "valid")) >= 1
 
 
@@ -88,7 +107,11 @@ def test_fit_crops_and_pads_about_the_centre() -> None:
     plane = np.arange(16).reshape(4, 4)
     assert fit(plane, (2, 2), 0).tolist() == [[5, 6], [9, 10]]
     padded = fit(plane, (6, 8), -1)
-    assert padded.shape == (6, 8) and np.array_equal(padded[1:5, 2:6], plane) and (padded == -1).sum() == 48 - 16
+    assert (
+        padded.shape == (6, 8)
+        and np.array_equal(padded[1:5, 2:6], plane)
+        and (padded == -1).sum() == 48 - 16
+    )
     assert fit(np.zeros((3, 5, 4)), (2, 6), 0).shape == (3, 2, 6)
     assert np.array_equal(fit(plane, (4, 4), 0), plane)
 
@@ -103,7 +126,9 @@ def test_intensities_go_to_unit_range_and_back() -> None:
 def plans(count: int) -> Slices:
     """Slices that can be told apart by their value."""
     planes = np.arange(count, dtype=np.int16)
-    return Slices(np.zeros((count, 1, 2, 2), np.uint8), np.broadcast_to(planes[:, None, None], (count, 2, 2)))
+    return Slices(
+        np.zeros((count, 1, 2, 2), np.uint8), np.broadcast_to(planes[:, None, None], (count, 2, 2))
+    )
 
 
 def test_batches_are_a_function_of_seed_and_step() -> None:
@@ -111,7 +136,9 @@ def test_batches_are_a_function_of_seed_and_step() -> None:
     for step in (0, 5, 1000):
         for a, b in zip(one[step], other[step], strict=True):
             assert np.array_equal(a, b)
-    assert not np.array_equal(one[0][2], one[1][2]) and not np.array_equal(one[0][2], Batches([plans(10)], 4, 8, HU)[0][2])
+    assert not np.array_equal(one[0][2], one[1][2]) and not np.array_equal(
+        one[0][2], Batches([plans(10)], 4, 8, HU)[0][2]
+    )
     labels, ct, noise = one[0]
     assert (labels.dtype, ct.dtype, noise.dtype) == (np.uint8, np.float32, np.uint8)
     assert labels.shape == ct.shape == noise.shape == (4, 1, 2, 2)
@@ -122,7 +149,11 @@ def test_an_epoch_shows_every_slice_once() -> None:
     seen = [from_unit(batches[step][1], HU)[:, 0, 0, 0] for step in range(5)]
     shown = np.concatenate(seen)
     expected = sorted([*range(6), *range(4)])
-    assert sorted(shown[:10]) == expected and sorted(shown[10:]) == expected and list(shown[:10]) != list(shown[10:])
+    assert (
+        sorted(shown[:10]) == expected
+        and sorted(shown[10:]) == expected
+        and list(shown[:10]) != list(shown[10:])
+    )
 
 
 def test_noise_is_white_and_uniform() -> None:
@@ -167,7 +198,11 @@ def test_a_folder_without_patients_is_refused(folder: Path, spoil, says: str) ->
     spoil(folder)
     with pytest.raises(UsageError) as caught:
         load(folder)
-    assert says in str(caught.value) and caught.value.exit_code == 2 and len(str(caught.value).splitlines()) <= 4
+    assert (
+        says in str(caught.value)
+        and caught.value.exit_code == 2
+        and len(str(caught.value).splitlines()) <= 4
+    )
 
 
 def test_one_patient_with_a_bad_file_is_named(folder: Path) -> None:
@@ -180,12 +215,17 @@ def test_one_patient_with_a_bad_file_is_named(folder: Path) -> None:
         write_patient(folder, "p1", **settings)
         with pytest.raises(error) as caught:
             load(folder)
-        assert says in str(caught.value) and "p1" in str(caught.value) and caught.value.exit_code == 1
+        assert (
+            says in str(caught.value) and "p1" in str(caught.value) and caught.value.exit_code == 1
+        )
         assert len(str(caught.value).splitlines()) <= 4
 
 
 def test_a_label_map_of_another_size_is_named(folder: Path) -> None:
-    sitk.WriteImage(image(np.zeros((4, 32, 30), np.uint16), spacing=(2.0, 2.0, 3.0)), str(folder / "p1_label.nii.gz"))
+    sitk.WriteImage(
+        image(np.zeros((4, 32, 30), np.uint16), spacing=(2.0, 2.0, 3.0)),
+        str(folder / "p1_label.nii.gz"),
+    )
     with pytest.raises(InputError, match="p1_label"):
         load(folder)
 
@@ -199,4 +239,9 @@ def test_a_cohort_without_any_label_is_refused(folder: Path) -> None:
 
 def test_intensities_that_are_not_hu_are_welcome_as_arbitrary_units(folder: Path) -> None:
     write_patient(folder, "p1", low=0)
-    assert load_cohort(find_pairs(folder), DataConfig(), MM_WHS, POLICY, Intensity("a.u.", 0, 1000)).summary()["patients"]["train"] == 2
+    assert (
+        load_cohort(
+            find_pairs(folder), DataConfig(), MM_WHS, POLICY, Intensity("a.u.", 0, 1000)
+        ).summary()["patients"]["train"]
+        == 2
+    )

@@ -1,4 +1,6 @@
-"""Deflated DICOM files: read like others, and a small one that becomes a large one is refused before it has."""
+"""Deflated DICOM files: read like others, and a small one that becomes a large one is refused
+before it has.
+"""
 
 from __future__ import annotations
 
@@ -45,16 +47,37 @@ def deflated(path: Path) -> Path:
 
 def seg(folder: Path) -> Path:
     values = blobs((5, 16, 16), (0, 500))
-    return segmentation(folder / "a.dcm", slices(values, Modality="CT"), (values > 0).astype(np.uint8), [("left ventricle", "87878005")])
+    return segmentation(
+        folder / "a.dcm",
+        slices(values, Modality="CT"),
+        (values > 0).astype(np.uint8),
+        [("left ventricle", "87878005")],
+    )
 
 
-def bomb(folder: Path, tag: tuple[int, int], mib: int, *, before: bytes = b"", meta: bytes = b"", length: int | None = None) -> Path:
-    """A SEG of one 16 x 16 frame with `mib` MiB of zeros in the element `tag`, deflated to a thousandth of that.
+def bomb(
+    folder: Path,
+    tag: tuple[int, int],
+    mib: int,
+    *,
+    before: bytes = b"",
+    meta: bytes = b"",
+    length: int | None = None,
+) -> Path:
+    """A SEG of one 16 x 16 frame with `mib` MiB of zeros in the element `tag`, deflated to a
+    thousandth of that.
 
-    `before`: deflated ahead of it all; `meta`: ahead of the transfer syntax; `length`: what the meta information says that it takes.
+    `before`: deflated ahead of it all; `meta`: ahead of the transfer syntax; `length`: what the
+    meta information says that it takes.
     """
     made = dataset(
-        SEGMENTATION[0], StudyInstanceUID="1.2.3", SeriesInstanceUID="1.2.4", Rows=16, Columns=16, NumberOfFrames=1, BitsAllocated=1
+        SEGMENTATION[0],
+        StudyInstanceUID="1.2.3",
+        SeriesInstanceUID="1.2.4",
+        Rows=16,
+        Columns=16,
+        NumberOfFrames=1,
+        BitsAllocated=1,
     )
     plain = folder / "plain"
     made.save_as(plain, enforce_file_format=True)
@@ -64,11 +87,20 @@ def bomb(folder: Path, tag: tuple[int, int], mib: int, *, before: bytes = b"", m
     head = raw[144 : raw.index(b"\x02\x00\x10\x00UI")] + meta + SYNTAX
     packer = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
     own = struct.pack("<HH2sHI", *tag, b"OB", 0, mib * MIB)
-    parts = [packer.compress(before), *([packer.compress(raw[behind:])] if tag[0] > 0x0070 else []), packer.compress(own)]
+    parts = [
+        packer.compress(before),
+        *([packer.compress(raw[behind:])] if tag[0] > 0x0070 else []),
+        packer.compress(own),
+    ]
     parts += [packer.compress(bytes(MIB)) for _ in range(mib)]
     path = folder / "Doe_John_Planted.dcm"
     said = len(head) if length is None else length
-    path.write_bytes(raw[:132] + struct.pack("<HH2sHI", 2, 0, b"UL", 4, said) + head + b"".join([*parts, packer.flush()]))
+    path.write_bytes(
+        raw[:132]
+        + struct.pack("<HH2sHI", 2, 0, b"UL", 4, said)
+        + head
+        + b"".join([*parts, packer.flush()])
+    )
     assert path.stat().st_size < mib * MIB / 500
     return path
 
@@ -92,7 +124,9 @@ def test_one_that_ends_early_is_refused(tmp_path: Path) -> None:
 
 
 def test_what_the_inflater_still_holds_when_all_of_the_file_was_read_is_read() -> None:
-    """The last byte of a file that ends in zeros may stand for hundreds, and what is inflated at once may end within these."""
+    """The last byte of a file that ends in zeros may stand for hundreds, and what is inflated at
+    once may end within these.
+    """
     for size in range(MIB, MIB + 260, 3):
         data = b"\x08\x00" + bytes(size - 2)
         packer = zlib.compressobj(6, zlib.DEFLATED, -zlib.MAX_WBITS)
@@ -104,20 +138,37 @@ def test_what_the_inflater_still_holds_when_all_of_the_file_was_read_is_read() -
     "how",
     [
         {"tag": (0x7FE0, 0x0010)},
-        {"tag": (0x7FE0, 0x0010), "length": 1 << 30},  # so that the compressed part seems to lie elsewhere
-        {"tag": (0x7FE0, 0x0010), "meta": struct.pack("<HH2sHI", 2, 1, b"OB", 0, 8192) + bytes(8192)},  # so that the syntax comes late
-        {"tag": (0x7FE0, 0x0010), "before": SYNTAX},  # so that what was inflated would be inflated again
+        {
+            "tag": (0x7FE0, 0x0010),
+            "length": 1 << 30,
+        },  # so that the compressed part seems to lie elsewhere
+        {
+            "tag": (0x7FE0, 0x0010),
+            "meta": struct.pack("<HH2sHI", 2, 1, b"OB", 0, 8192) + bytes(8192),
+        },  # so that the syntax comes late
+        {
+            "tag": (0x7FE0, 0x0010),
+            "before": SYNTAX,
+        },  # so that what was inflated would be inflated again
         {"tag": (0x0009, 0x1010)},  # before anything else, and no pixels
     ],
     ids=["pixels", "a wrong length", "a late syntax", "twice", "a header"],
 )
-def test_a_small_file_that_becomes_a_large_one_is_refused_in_little_memory(how: dict, tmp_path: Path, command) -> None:
+def test_a_small_file_that_becomes_a_large_one_is_refused_in_little_memory(
+    how: dict, tmp_path: Path, command
+) -> None:
     path = bomb(tmp_path, **{"mib": 600, **how})
     done = command("-c", LABELS, path)
-    said, peak = done.stderr, int(done.stdout.split()[-1])  # KiB; Python with numpy and pydicom is some 60 MiB
+    said, peak = (
+        done.stderr,
+        int(done.stdout.split()[-1]),
+    )  # KiB; Python with numpy and pydicom is some 60 MiB
     assert done.returncode == 1 and "Traceback" not in said and "Doe" not in said, said
     if how["tag"] == (0x7FE0, 0x0010) and "before" not in how:
-        assert re.search(r"becomes more than 2\d{6} bytes", said) and "export it without compression" in said
+        assert (
+            re.search(r"becomes more than 2\d{6} bytes", said)
+            and "export it without compression" in said
+        )
         assert peak < 150 << 10
     else:
         assert "cannot be read as DICOM (1 with a damaged header)" in said and peak < 450 << 10

@@ -1,4 +1,6 @@
-"""The main job at its real size, and its bars, measured here by code of its own on the files it leaves."""
+"""The main job at its real size, and its bars, measured here by code of its own on the files it
+leaves.
+"""
 
 from __future__ import annotations
 
@@ -35,13 +37,23 @@ def cases(demo: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     names = sorted(p.name.removesuffix(".nii.gz") for p in (demo / "masks").iterdir())
     assert len(names) >= 4
     return [
-        (volume(demo / "masks" / f"{n}.nii.gz"), volume(demo / "truth" / f"{n}.nii.gz"), volume(demo / "synthetic" / f"{n}_ct.nii.gz"))
+        (
+            volume(demo / "masks" / f"{n}.nii.gz"),
+            volume(demo / "truth" / f"{n}.nii.gz"),
+            volume(demo / "synthetic" / f"{n}_ct.nii.gz"),
+        )
         for n in names
     ]
 
 
 def test_it_leaves_what_it_promises(demo: Path) -> None:
-    for name in ("train/generator.safetensors", "train/run.json", "model/manifest.json", "model/model.onnx", "report.html"):
+    for name in (
+        "train/generator.safetensors",
+        "train/run.json",
+        "model/manifest.json",
+        "model/model.onnx",
+        "report.html",
+    ):
         assert (demo / name).is_file(), name
     assert not (demo / "unseen").exists()
 
@@ -54,7 +66,9 @@ def test_no_unseen_patient_is_among_the_trained(demo: Path) -> None:
 
 @pytest.mark.parametrize("value", STRUCTURES)
 def test_median_hu_of_each_structure(value: int, cases) -> None:
-    true, generated = (np.median(np.concatenate([case[n][case[0] == value] for case in cases])) for n in (1, 2))
+    true, generated = (
+        np.median(np.concatenate([case[n][case[0] == value] for case in cases])) for n in (1, 2)
+    )
     assert abs(generated - true) <= 40, f"{generated} HU for {true} HU"
 
 
@@ -64,14 +78,19 @@ def body(ct: np.ndarray) -> np.ndarray:
     for k, plane in enumerate(ct):
         parts, count = ndimage.label(ndimage.binary_opening(plane > -500, iterations=2))
         if count:
-            filled[k] = ndimage.binary_fill_holes(parts == 1 + np.argmax(np.bincount(parts.ravel())[1:]))
+            filled[k] = ndimage.binary_fill_holes(
+                parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
+            )
     return filled
 
 
 def test_error_inside_the_body_against_mean_synthesis(cases) -> None:
     insides = [body(true) for _, true, _ in cases]
     labels, true, generated = (
-        np.concatenate([case[n][inside] for case, inside in zip(cases, insides, strict=True)]).astype(float) for n in range(3)
+        np.concatenate(
+            [case[n][inside] for case, inside in zip(cases, insides, strict=True)]
+        ).astype(float)
+        for n in range(3)
     )
     flat = np.empty_like(true)
     for value in MM_WHS_VALUES:  # the rest of the body is 0
@@ -96,9 +115,16 @@ def test_texture_is_neither_smear_nor_static(value: int, cases) -> None:
 
 def test_the_cts_have_their_masks_grid(demo: Path) -> None:
     for path in (demo / "masks").iterdir():
-        mask, ct = sitk.ReadImage(str(path)), sitk.ReadImage(str(demo / "synthetic" / path.name.replace(".nii.gz", "_ct.nii.gz")))
+        mask, ct = (
+            sitk.ReadImage(str(path)),
+            sitk.ReadImage(str(demo / "synthetic" / path.name.replace(".nii.gz", "_ct.nii.gz"))),
+        )
         assert ct.GetPixelID() == sitk.sitkInt16 and ct.GetSize() == mask.GetSize()
-        assert (ct.GetSpacing(), ct.GetOrigin(), ct.GetDirection()) == (mask.GetSpacing(), mask.GetOrigin(), mask.GetDirection())
+        assert (ct.GetSpacing(), ct.GetOrigin(), ct.GetDirection()) == (
+            mask.GetSpacing(),
+            mask.GetOrigin(),
+            mask.GetDirection(),
+        )
 
 
 def test_the_report_is_self_contained_and_says_what_was_measured(demo: Path) -> None:
@@ -108,7 +134,15 @@ def test_the_report_is_self_contained_and_says_what_was_measured(demo: Path) -> 
     metrics = json.loads((demo / "metrics.json").read_text())
     for name, organ in metrics["organs"].items():
         assert name in page and f"{organ['median']:.0f}" in page
-    for stage in ("phantom cohort", "training", "export and proof", "synthesis", "slices/s", "commit", "openvino"):
+    for stage in (
+        "phantom cohort",
+        "training",
+        "export and proof",
+        "synthesis",
+        "slices/s",
+        "commit",
+        "openvino",
+    ):
         assert stage in page, stage
 
 
@@ -123,7 +157,9 @@ def test_the_parity_of_the_demo_is_validated_on_its_held_out_masks(demo: Path) -
     assert sizes["model.int8.onnx"] <= 0.32 * sizes["model.onnx"]
 
 
-def test_a_second_run_over_the_same_folder_starts_anew_and_others_are_left_alone(tmp_path: Path, command) -> None:
+def test_a_second_run_over_the_same_folder_starts_anew_and_others_are_left_alone(
+    tmp_path: Path, command
+) -> None:
     (tmp_path / "thesis.tex").write_text("all my work")
     done = command("tools/demo.py", "--output", tmp_path)
     assert done.returncode == 2 and "holds something else than a demo" in done.stderr

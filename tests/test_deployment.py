@@ -1,4 +1,6 @@
-"""The deployment recipes: systemd units, the container file, the install without a network, the bill of materials."""
+"""The deployment recipes: systemd units, the container file, the install without a network, the
+bill of materials.
+"""
 
 from __future__ import annotations
 
@@ -21,19 +23,26 @@ from packaging.requirements import Requirement
 from runtime.service.attempts import MAX_ATTEMPTS
 
 UNITS = ("watch", "serve")
-EXPOSURE = 12  # tenths: what `systemd-analyze security` may find; 1.2 of 10 is "OK", a unit without any hardening has 9.6
+# tenths: what `systemd-analyze security` may find; 1.2 of 10 is "OK", a unit without any hardening
+# has 9.6
+EXPOSURE = 12
 # Of CycloneDX 1.6 what a reader cannot do without; the whole schema is not ours to ship.
 CYCLONEDX = {
     "required": ["bomFormat", "specVersion", "serialNumber", "version", "components"],
     "properties": {
         "bomFormat": {"const": "CycloneDX"},
         "specVersion": {"const": "1.6"},
-        "serialNumber": {"pattern": "^urn:uuid:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"},
+        "serialNumber": {
+            "pattern": "^urn:uuid:[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$"
+        },
         "components": {
             "uniqueItems": True,
             "items": {
                 "required": ["type", "name", "version", "purl"],
-                "properties": {"purl": {"pattern": "^pkg:pypi/[a-z0-9][a-z0-9-]*@"}, "licenses": {"minItems": 1, "maxItems": 1}},
+                "properties": {
+                    "purl": {"pattern": "^pkg:pypi/[a-z0-9][a-z0-9-]*@"},
+                    "licenses": {"minItems": 1, "maxItems": 1},
+                },
             },
         },
     },
@@ -41,7 +50,9 @@ CYCLONEDX = {
 
 
 def tool(name: str) -> str:
-    """Where a checker lies, on the path or beside this Python; without it the test is skipped, unless CI requires it."""
+    """Where a checker lies, on the path or beside this Python; without it the test is skipped,
+    unless CI requires it.
+    """
     found = shutil.which(name) or shutil.which(name, path=str(Path(sys.executable).parent))
     if found is None and not os.environ.get("MASK2CT_REQUIRE_TOOLS"):
         pytest.skip(f"{name} is not installed")
@@ -63,7 +74,9 @@ def unit(root: Path, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_systemd_takes_the_unit_and_finds_little_that_it_could_harm(name: str, root: Path, tmp_path: Path) -> None:
+def test_systemd_takes_the_unit_and_finds_little_that_it_could_harm(
+    name: str, root: Path, tmp_path: Path
+) -> None:
     analyze = tool("systemd-analyze")
     command = tmp_path / "mask2ct"  # the only thing on this machine that the unit misses
     command.write_text("#!/bin/sh\n")
@@ -72,56 +85,103 @@ def test_systemd_takes_the_unit_and_finds_little_that_it_could_harm(name: str, r
     path.write_text(unit(root, name).replace("/opt/mask2ct/venv/bin/mask2ct", str(command)))
     done = subprocess.run([analyze, "verify", path], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
-    if int(subprocess.run([analyze, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]) < 250:
+    if (
+        int(
+            subprocess.run(
+                [analyze, "--version"], capture_output=True, text=True, check=True
+            ).stdout.split()[1]
+        )
+        < 250
+    ):
         pytest.skip("this systemd-analyze judges only units that are loaded")
     rating = [analyze, "security", "--offline=true", f"--threshold={EXPOSURE}", path]
     done = subprocess.run(rating, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
-    path.write_text(re.sub("(?m)^(CapabilityBoundingSet|SystemCallFilter|ProtectSystem)=.*\n", "", path.read_text()))
-    assert subprocess.run(rating, capture_output=True, check=False).returncode != 0  # or the bar is none
+    path.write_text(
+        re.sub(
+            "(?m)^(CapabilityBoundingSet|SystemCallFilter|ProtectSystem)=.*\n", "", path.read_text()
+        )
+    )
+    assert (
+        subprocess.run(rating, capture_output=True, check=False).returncode != 0
+    )  # or the bar is none
 
 
 @pytest.mark.parametrize("name", UNITS)
 def test_start_limit_comes_after_our_own(name: str, root: Path) -> None:
-    """Whatever a mask that ends the process does, systemd starts the unit until the mask is put aside.
+    """Whatever a mask that ends the process does, systemd starts the unit until the mask is put
+    aside.
 
-    A start that ends at once is the worst: then only RestartSec lies between two. systemd refuses a start when
-    StartLimitBurst of them lie within StartLimitIntervalSec (systemd.unit(5)). Several such masks take turns, so that
-    the limit must hold for any number of starts in a row, and for MOST + 1 of them, the last of which puts aside.
+    A start that ends at once is the worst: then only RestartSec lies between two. systemd refuses a
+    start when StartLimitBurst of them lie within StartLimitIntervalSec (systemd.unit(5)). Several
+    such masks take turns, so that the limit must hold for any number of starts in a row, and for
+    MOST + 1 of them, the last of which puts aside.
     """
-    lines = [line.split("=", 1) for line in unit(root, name).splitlines() if re.match(r"\w+=", line)]
+    lines = [
+        line.split("=", 1) for line in unit(root, name).splitlines() if re.match(r"\w+=", line)
+    ]
     settings = dict(lines)  # of a setting that stands there twice, the last counts
-    interval, burst, pause = (int(settings[key]) for key in ("StartLimitIntervalSec", "StartLimitBurst", "RestartSec"))
-    assert pause > 0 and settings["Restart"] == "on-failure"  # which takes a signal and the end of memory as failures
+    interval, burst, pause = (
+        int(settings[key]) for key in ("StartLimitIntervalSec", "StartLimitBurst", "RestartSec")
+    )
+    assert (
+        pause > 0 and settings["Restart"] == "on-failure"
+    )  # which takes a signal and the end of memory as failures
     starts_in_interval = interval // pause + 1
-    assert interval == 0 or starts_in_interval < burst, "systemd would end the service before the mask is put aside"
+    assert interval == 0 or starts_in_interval < burst, (
+        "systemd would end the service before the mask is put aside"
+    )
     assert interval == 0 or burst > MAX_ATTEMPTS + 1
-    assert not {"137", "9", "SIGKILL"} & set(settings["RestartPreventExitStatus"].split() + settings["SuccessExitStatus"].split())
+    assert not {"137", "9", "SIGKILL"} & set(
+        settings["RestartPreventExitStatus"].split() + settings["SuccessExitStatus"].split()
+    )
     assert "StartLimitAction" not in settings and "OOMPolicy" not in settings
-    assert settings["Type"] == "exec"  # a start that takes long, for many images in the spool, is none that failed
+    assert (
+        settings["Type"] == "exec"
+    )  # a start that takes long, for many images in the spool, is none that failed
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_the_unit_starts_a_command_that_mask2ct_has_with_options_that_it_knows(name: str, root: Path, tmp_path: Path, command) -> None:
+def test_the_unit_starts_a_command_that_mask2ct_has_with_options_that_it_knows(
+    name: str, root: Path, tmp_path: Path, command
+) -> None:
     if not (root / "runtime" / "commands" / f"{name}.py").exists():
         pytest.skip(f"mask2ct has no {name}")
     (line,) = re.findall("(?m)^ExecStart=/opt/mask2ct/venv/bin/mask2ct (.*)$", unit(root, name))
     (defaults,) = re.findall("(?m)^Environment=(.*)$", unit(root, name))
-    (example,) = re.findall("(?m)^# .* OPTIONS=(--.*)$", unit(root, name))  # as its comment proposes
-    values = {**dict(word.split("=", 1) for word in shlex.split(defaults)), "MODEL": str(tmp_path / "no-model"), "OPTIONS": example}
-    words = shlex.split(re.sub(r"\$\{?(\w+)\}?", lambda found: values[found[1]], line).replace("/var/lib/mask2ct", str(tmp_path)))
+    (example,) = re.findall(
+        "(?m)^# .* OPTIONS=(--.*)$", unit(root, name)
+    )  # as its comment proposes
+    values = {
+        **dict(word.split("=", 1) for word in shlex.split(defaults)),
+        "MODEL": str(tmp_path / "no-model"),
+        "OPTIONS": example,
+    }
+    words = shlex.split(
+        re.sub(r"\$\{?(\w+)\}?", lambda found: values[found[1]], line).replace(
+            "/var/lib/mask2ct", str(tmp_path)
+        )
+    )
     done = command("-m", "runtime", *words)
     assert done.returncode == 2 and "no-model" in done.stderr and "usage:" not in done.stderr
 
 
 def test_the_container_file_passes_its_linter(root: Path) -> None:
-    done = subprocess.run([tool("hadolint"), root / "deploy" / "Containerfile"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [tool("hadolint"), root / "deploy" / "Containerfile"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout
 
 
 def test_the_container_runs_without_root_and_holds_the_runtime_alone(root: Path) -> None:
-    steps = [line.split(None, 1) for line in (root / "deploy" / "Containerfile").read_text().replace("\\\n", "").splitlines()
-             if line and not line.startswith("#")]  # fmt: skip
+    steps = [
+        line.split(None, 1)
+        for line in (root / "deploy" / "Containerfile").read_text().replace("\\\n", "").splitlines()
+        if line and not line.startswith("#")
+    ]
     last = [step for step, *_ in steps][::-1].index("FROM")
     final = steps[-last - 1 :]
     user = [rest for step, rest in final if step == "USER"][-1]
@@ -129,29 +189,50 @@ def test_the_container_runs_without_root_and_holds_the_runtime_alone(root: Path)
     assert [step for step, _ in final].count("ENTRYPOINT") == 1 and "HEALTHCHECK" in dict(final)
     assert not [step for step, _ in steps if step == "ADD"]
     (base,) = [rest for step, rest in steps if step == "ARG" and rest.startswith("BASE=")]
-    assert re.fullmatch(r"BASE=[\w.-]+/[\w./-]+:\d[\w.-]*|BASE=\S+@sha256:[0-9a-f]{64}", base)  # a tag with a version, or a digest
+    assert re.fullmatch(
+        r"BASE=[\w.-]+/[\w./-]+:\d[\w.-]*|BASE=\S+@sha256:[0-9a-f]{64}", base
+    )  # a tag with a version, or a digest
     assert {rest for step, rest in steps if step == "FROM"} == {"${BASE} AS build", "${BASE}"}
-    copied = {word for step, rest in steps if step == "COPY" and "--from" not in rest for word in rest.split()[:-1]}
+    copied = {
+        word
+        for step, rest in steps
+        if step == "COPY" and "--from" not in rest
+        for word in rest.split()[:-1]
+    }
     assert copied == {"pyproject.toml", "README.md", "LICENSE", "runtime", "deploy/sbom.py"}
     assert all((root / name).exists() for name in copied)
 
 
 @pytest.mark.slow
-def test_the_bundle_installs_and_works_where_there_is_no_network(root: Path, sbom: ModuleType, fake_model: Path, tmp_path: Path) -> None:
+def test_the_bundle_installs_and_works_where_there_is_no_network(
+    root: Path, sbom: ModuleType, fake_model: Path, tmp_path: Path
+) -> None:
     from samples import results, synth, write_mask
 
     isolated = ["unshare", "--net"]
-    if shutil.which("unshare") is None or subprocess.run([*isolated, "true"], check=False, capture_output=True).returncode:
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*isolated, "true"], check=False, capture_output=True).returncode
+    ):
         pytest.skip("a network namespace needs root, and Linux")
-    env = {**{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}, "PYTHON": sys.executable}
+    env = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},
+        "PYTHON": sys.executable,
+    }
     bundle = ["bash", root / "deploy" / "offline.sh", "bundle", tmp_path / "bundle", "onnx"]
     done = subprocess.run(bundle, env=env, capture_output=True, text=True, check=False)
     if done.returncode and not os.environ.get("MASK2CT_REQUIRE_TOOLS"):
         pytest.skip("pip fetches nothing here")
     assert done.returncode == 0, done.stderr
-    nobody = {"PATH": os.environ["PATH"], "PYTHON": sys.executable, "HOME": str(tmp_path)}  # no index of pip's own either
+    nobody = {
+        "PATH": os.environ["PATH"],
+        "PYTHON": sys.executable,
+        "HOME": str(tmp_path),
+    }  # no index of pip's own either
     install = [*isolated, "bash", tmp_path / "bundle" / "offline.sh", "install", tmp_path / "venv"]
-    done = subprocess.run(install, env=nobody, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        install, env=nobody, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     mask = write_mask(tmp_path / "case.nii.gz")
     synthesis = [
@@ -166,18 +247,33 @@ def test_the_bundle_installs_and_works_where_there_is_no_network(root: Path, sbo
         "--output",
         tmp_path / "out",
     ]
-    done = subprocess.run(synthesis, env=nobody, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        synthesis, env=nobody, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
-    assert synth(fake_model, tmp_path / "here", mask) == 0 and results(tmp_path / "out") == results(tmp_path / "here")
+    assert synth(fake_model, tmp_path / "here", mask) == 0 and results(tmp_path / "out") == results(
+        tmp_path / "here"
+    )
     made = json.loads((tmp_path / "venv/sbom.json").read_text())
     jsonschema.validate(made, CYCLONEDX)
     assert made["metadata"]["component"]["name"] == "mask2ct"
     named = {component["name"].casefold() for component in made["components"]}
-    assert {"numpy", "simpleitk", "isal", "onnxruntime"} <= named and not {"torch", "ray", "pytest"} & named
+    assert {"numpy", "simpleitk", "isal", "onnxruntime"} <= named and not {
+        "torch",
+        "ray",
+        "pytest",
+    } & named
 
     wheel = next((tmp_path / "bundle/wheels").glob("numpy-*.whl"))
     wheel.write_bytes(wheel.read_bytes() + b"\0")
-    done = subprocess.run([*install[:-1], tmp_path / "other"], env=nobody, cwd=tmp_path, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [*install[:-1], tmp_path / "other"],
+        env=nobody,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode != 0 and "HASH" in done.stderr.upper()
 
 
@@ -192,35 +288,68 @@ def needs(requirement: Requirement, seen: dict[str, Distribution], absent: set[s
     seen[requirement.name.casefold()] = package
     for line in package.requires or ():
         needed = Requirement(line)
-        wanted = [needed.marker is None or needed.marker.evaluate({"extra": extra}) for extra in ("", *requirement.extras)]
+        wanted = [
+            needed.marker is None or needed.marker.evaluate({"extra": extra})
+            for extra in ("", *requirement.extras)
+        ]
         if any(wanted) and (not known or requirement.extras):
-            needs(needed, seen, absent) if needed.name.casefold() not in seen or needed.extras - requirement.extras else None
+            (
+                needs(needed, seen, absent)
+                if needed.name.casefold() not in seen or needed.extras - requirement.extras
+                else None
+            )
 
 
-def test_what_the_runtime_and_its_extras_bring_is_permissively_licensed(root: Path, sbom: ModuleType) -> None:
+def test_what_the_runtime_and_its_extras_bring_is_permissively_licensed(
+    root: Path, sbom: ModuleType
+) -> None:
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in ("train", "logging", "export", "dev")}
+    extras = {
+        name: lines
+        for name, lines in project["optional-dependencies"].items()
+        if name not in ("train", "logging", "export", "dev")
+    }
     seen: dict[str, Distribution] = {}
     absent: set[str] = set()
     for line in [*project["dependencies"], *(line for lines in extras.values() for line in lines)]:
         needs(Requirement(line), seen, absent)
-    gpu = {Requirement(line).name for name in ("gpu", "tensorrt", "pycuda") for line in extras[name]}
-    assert absent <= gpu | {"ray"}, "make setup installs all but what needs a GPU"  # their licences stand in pyproject.toml
+    gpu = {
+        Requirement(line).name for name in ("gpu", "tensorrt", "pycuda") for line in extras[name]
+    }
+    assert absent <= gpu | {"ray"}, (
+        "make setup installs all but what needs a GPU"
+    )  # their licences stand in pyproject.toml
     assert len(seen) > 10 and sbom.refused(seen.values()) == []
 
 
 @pytest.mark.parametrize(
     ("metadata", "expected", "permitted"),
     [
-        ("License-Expression: MIT AND (Apache-2.0 OR BSD-3-Clause)", "MIT AND (Apache-2.0 OR BSD-3-Clause)", True),
-        ("License-Expression: Apache-2.0 WITH LLVM-exception", "Apache-2.0 WITH LLVM-exception", True),
+        (
+            "License-Expression: MIT AND (Apache-2.0 OR BSD-3-Clause)",
+            "MIT AND (Apache-2.0 OR BSD-3-Clause)",
+            True,
+        ),
+        (
+            "License-Expression: Apache-2.0 WITH LLVM-exception",
+            "Apache-2.0 WITH LLVM-exception",
+            True,
+        ),
         ("License-Expression: GPL-3.0-or-later OR MIT", "GPL-3.0-or-later OR MIT", True),
-        ("License-Expression: GPL-2.0-only AND (MIT OR ISC)", "GPL-2.0-only AND (MIT OR ISC)", False),
+        (
+            "License-Expression: GPL-2.0-only AND (MIT OR ISC)",
+            "GPL-2.0-only AND (MIT OR ISC)",
+            False,
+        ),
         ("License-Expression: MIT AND GPL-2.0-only", "MIT AND GPL-2.0-only", False),
         ("License: Apache License 2.0", "Apache-2.0", True),
         ("Classifier: License :: OSI Approved :: BSD License", "BSD", True),
-        ("Classifier: License :: OSI Approved :: GNU General Public License v3 (GPLv3)", "GNU General Public License v3 (GPLv3)", False),
+        (
+            "Classifier: License :: OSI Approved :: GNU General Public License v3 (GPLv3)",
+            "GNU General Public License v3 (GPLv3)",
+            False,
+        ),
         ("License: NVIDIA Proprietary Software", "NVIDIA Proprietary Software", False),
         ("Summary: says nothing", "", False),
     ],
@@ -230,10 +359,15 @@ def test_a_licence_is_read_from_any_age_of_metadata_and_an_unknown_one_is_refuse
 ) -> None:
     folder = tmp_path / "some_package-1.0.dist-info"
     folder.mkdir()
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.4\nName: Some.Package\nVersion: 1.0\n{metadata}\n")
+    (folder / "METADATA").write_text(
+        f"Metadata-Version: 2.4\nName: Some.Package\nVersion: 1.0\n{metadata}\n"
+    )
     package = Distribution.at(folder)
     assert sbom.licence(package) == expected and sbom.permissive(expected) is permitted
     assert bool(sbom.refused([package])) is not permitted
     made = sbom.bill([package])
     jsonschema.validate(made, CYCLONEDX)
-    assert made == sbom.bill([package]) and made["components"][0]["purl"] == "pkg:pypi/some-package@1.0"
+    assert (
+        made == sbom.bill([package])
+        and made["components"][0]["purl"] == "pkg:pypi/some-package@1.0"
+    )

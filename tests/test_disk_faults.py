@@ -1,4 +1,6 @@
-"""A disk that fails one call: what has a result's name is whole, the error is one screen, `--resume` makes the rest, bit for bit."""
+"""A disk that fails one call: what has a result's name is whole, the error is one screen,
+`--resume` makes the rest, bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from samples import blobs, results, write_mask
 
 pytestmark = pytest.mark.slow
 
-# The call that fails and which of a thread's; what it says: a broken disk, a full one, one over its quota
+# The call that fails and which of a thread's; what it says: a broken disk, a full one, one over its
+# quota
 FAULTS = {
     "fsync 1": "fsync:error=EIO:when=1",
     "fsync 3": "fsync:error=ENOSPC:when=3",
@@ -31,29 +34,63 @@ FORMATS = ("nifti", "dicom", "nnunet")
 @pytest.fixture(scope="module")
 def strace() -> str:
     path = shutil.which("strace")
-    if path is None or subprocess.run([path, "-qq", "-f", "true"], check=False, capture_output=True).returncode:
-        assert not os.environ.get("MASK2CT_REQUIRE_TOOLS"), "strace is not installed, or may not trace"
+    if (
+        path is None
+        or subprocess.run([path, "-qq", "-f", "true"], check=False, capture_output=True).returncode
+    ):
+        assert not os.environ.get("MASK2CT_REQUIRE_TOOLS"), (
+            "strace is not installed, or may not trace"
+        )
         pytest.skip("strace is not installed, or may not trace")
     return path
 
 
 @pytest.fixture(scope="module")
-def synth(root: Path, tmp_path_factory: pytest.TempPathFactory, fake_model: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`synth --resume` of three masks, two variants each, into a folder, behind the words of `before`."""
+def synth(
+    root: Path, tmp_path_factory: pytest.TempPathFactory, fake_model: Path
+) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`synth --resume` of three masks, two variants each, into a folder, behind the words of
+    `before`.
+    """
     masks = tmp_path_factory.mktemp("masks")
     for n in range(3):
         write_mask(masks / f"m{n}.nii.gz", blobs(seed=n))
-    engine = ["--model", str(fake_model), "--backend", "fake", "--variants", "2", "--quiet", "--resume"]
+    engine = [
+        "--model",
+        str(fake_model),
+        "--backend",
+        "fake",
+        "--variants",
+        "2",
+        "--quiet",
+        "--resume",
+    ]
 
     def start(out: Path, form: str, *before: str) -> subprocess.CompletedProcess[str]:
-        line = [*before, sys.executable, "-m", "runtime", "synth", str(masks), *engine, "--format", form, "--output", str(out)]
-        return subprocess.run(line, cwd=root, capture_output=True, text=True, check=False, timeout=120)
+        line = [
+            *before,
+            sys.executable,
+            "-m",
+            "runtime",
+            "synth",
+            str(masks),
+            *engine,
+            "--format",
+            form,
+            "--output",
+            str(out),
+        ]
+        return subprocess.run(
+            line, cwd=root, capture_output=True, text=True, check=False, timeout=120
+        )
 
     return start
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_one_failing_call_costs_no_result(form: str, strace: str, synth: Callable, tmp_path: Path) -> None:
+def test_one_failing_call_costs_no_result(
+    form: str, strace: str, synth: Callable, tmp_path: Path
+) -> None:
     assert synth(tmp_path / "out", form).returncode == 0
     whole = results(tmp_path / "out")
     hits = 0
@@ -61,12 +98,29 @@ def test_one_failing_call_costs_no_result(form: str, strace: str, synth: Callabl
         shutil.rmtree(tmp_path / "out")
         call = fault.partition(":")[0]
         run = synth(
-            tmp_path / "out", form, strace, "-f", "--seccomp-bpf", "-qq", "-o", "/dev/null", "-e", f"trace={call}", "-e", f"inject={fault}"
+            tmp_path / "out",
+            form,
+            strace,
+            "-f",
+            "--seccomp-bpf",
+            "-qq",
+            "-o",
+            "/dev/null",
+            "-e",
+            f"trace={call}",
+            "-e",
+            f"inject={fault}",
         )
         left = results(tmp_path / "out") if (tmp_path / "out").exists() else {}
         assert "Traceback" not in run.stdout + run.stderr, name
-        assert run.returncode == 4 or (run.returncode == 0 and left == whole), f"{name}: {run.returncode} {run.stderr}"
-        assert all(whole.get(file) == content for file, content in left.items() if Path(file).name != "dataset.json"), name
+        assert run.returncode == 4 or (run.returncode == 0 and left == whole), (
+            f"{name}: {run.returncode} {run.stderr}"
+        )
+        assert all(
+            whole.get(file) == content
+            for file, content in left.items()
+            if Path(file).name != "dataset.json"
+        ), name
         again = synth(tmp_path / "out", form)
         assert again.returncode == 0, f"{name}: {again.stderr}"
         assert results(tmp_path / "out") == whole, name

@@ -1,4 +1,6 @@
-"""The driver gate says no, with the reason, wherever a TensorRT runtime would end the process; and names the GPU where there is one."""
+"""The driver gate says no, with the reason, wherever a TensorRT runtime would end the process;
+and names the GPU where there is one.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,35 @@ from runtime.core.errors import MissingComponent
 from runtime.engines.gpu.probe import device, why_no_gpu
 
 
-def test_no_driver_no_device_and_a_failing_driver_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert why_no_gpu("libcuda-absent.so.1") == "the NVIDIA driver is not installed (libcuda-absent.so.1 cannot be loaded)"
+def test_no_driver_no_device_and_a_failing_driver_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert (
+        why_no_gpu("libcuda-absent.so.1")
+        == "the NVIDIA driver is not installed (libcuda-absent.so.1 cannot be loaded)"
+    )
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert why_no_gpu(driver(tmp_path, init=100)) == "the NVIDIA driver answers CUDA_ERROR_NO_DEVICE (100)"
+    assert (
+        why_no_gpu(driver(tmp_path, init=100))
+        == "the NVIDIA driver answers CUDA_ERROR_NO_DEVICE (100)"
+    )
     assert why_no_gpu(driver(tmp_path, init=803)) == "the NVIDIA driver answers CUresult (803)"
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert why_no_gpu(driver(tmp_path, count=0)) == "the NVIDIA driver lists no GPU (CUDA_VISIBLE_DEVICES is '')"
+    assert (
+        why_no_gpu(driver(tmp_path, count=0))
+        == "the NVIDIA driver lists no GPU (CUDA_VISIBLE_DEVICES is '')"
+    )
     assert why_no_gpu(driver(tmp_path)) is None
 
 
 def test_the_device_is_named_with_its_capability_memory_and_driver(tmp_path: Path) -> None:
     second = device(1, driver(tmp_path))
-    assert (second.name, second.compute_capability, second.memory, second.driver) == ("NVIDIA Second", (8, 9), 41 << 30, (13, 2))
+    assert (second.name, second.compute_capability, second.memory, second.driver) == (
+        "NVIDIA Second",
+        (8, 9),
+        41 << 30,
+        (13, 2),
+    )
     assert str(second) == "NVIDIA Second (compute capability 8.9, 41.0 GiB)"
 
 

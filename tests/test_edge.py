@@ -1,4 +1,6 @@
-"""`edge` computes in blocks and sums: the same function of the same parameters as its plain formula, in training and in the exported file."""
+"""`edge` computes in blocks and sums: the same function of the same parameters as its plain
+formula, in training and in the exported file.
+"""
 
 from __future__ import annotations
 
@@ -25,10 +27,27 @@ from train.networks.blocks import BlockConv2d
 from train.networks.generator import Generator, initialise
 
 
-def edge(slices: int = 1, *, filters: int = 8, depth: int = 3, skips: bool = True, textures: int = 3, style: int = 0) -> Generator:
+def edge(
+    slices: int = 1,
+    *,
+    filters: int = 8,
+    depth: int = 3,
+    skips: bool = True,
+    textures: int = 3,
+    style: int = 0,
+) -> Generator:
     """With weights and statistics that leave no part of it without effect."""
     torch.manual_seed(0)
-    net = Generator(8 * slices, kind="edge", filters=filters, depth=depth, skips=skips, textures=textures, texture_kernel=5, style=style)
+    net = Generator(
+        8 * slices,
+        kind="edge",
+        filters=filters,
+        depth=depth,
+        skips=skips,
+        textures=textures,
+        texture_kernel=5,
+        style=style,
+    )
     initialise([net])
     for layer in net.modules():
         if isinstance(layer, nn.BatchNorm2d):
@@ -42,8 +61,12 @@ def edge(slices: int = 1, *, filters: int = 8, depth: int = 3, skips: bool = Tru
     return net.eval()
 
 
-def plainly(net: Generator, condition: Tensor, noise: Tensor | None, style: Tensor | None) -> Tensor:
-    """Everything copied together, convolved at the resolution it has, and shuffled: what `edge` is said to compute."""
+def plainly(
+    net: Generator, condition: Tensor, noise: Tensor | None, style: Tensor | None
+) -> Tensor:
+    """Everything copied together, convolved at the resolution it has, and shuffled: what `edge`
+    is said to compute.
+    """
     kept = [condition]
     for stage in net.encoder:
         kept.append(stage(kept[-1]))
@@ -54,22 +77,30 @@ def plainly(net: Generator, condition: Tensor, noise: Tensor | None, style: Tens
             x = net.modulations[n](x, style)
         x = torch.cat([x, skip], 1) if net.skips else x
     join, *rest = net.top.join
-    half = functional.conv2d(torch.cat([x, functional.pixel_unshuffle(condition, 2)], 1), join.weight)
+    half = functional.conv2d(
+        torch.cat([x, functional.pixel_unshuffle(condition, 2)], 1), join.weight
+    )
     for layer in rest:
         half = layer(half)
     if style is not None:
         half = net.top.modulation(half, style)
-    logits = functional.pixel_shuffle(functional.conv2d(half, net.top.image.weight, net.top.image.bias, padding=1), 2)
+    logits = functional.pixel_shuffle(
+        functional.conv2d(half, net.top.image.weight, net.top.image.bias, padding=1), 2
+    )
     if noise is not None:
         amplitudes = functional.pixel_shuffle(net.top.amplitudes(half), 2)
-        logits = logits + (amplitudes * functional.conv2d(noise, net.texture.filters.weight, padding=2)).sum(1, keepdim=True)
+        logits = logits + (
+            amplitudes * functional.conv2d(noise, net.texture.filters.weight, padding=2)
+        ).sum(1, keepdim=True)
     if style is not None:
         logits = logits + (condition * net.contrast(style)[:, :, None, None]).sum(1, keepdim=True)
     return torch.sigmoid(logits)
 
 
 @pytest.mark.parametrize("noisy", [True, False])
-@pytest.mark.parametrize(("slices", "skips", "style"), [(1, True, 0), (1, False, 2), (3, True, 2), (5, True, 0)])
+@pytest.mark.parametrize(
+    ("slices", "skips", "style"), [(1, True, 0), (1, False, 2), (3, True, 2), (5, True, 0)]
+)
 def test_edge_computes_its_plain_formula(slices: int, skips: bool, style: int, noisy: bool) -> None:
     net = edge(slices, skips=skips, style=style).double()
     condition = torch.rand(2, 8 * slices, 24, 40).double()
@@ -77,20 +108,32 @@ def test_edge_computes_its_plain_formula(slices: int, skips: bool, style: int, n
     vector = torch.randn(2, style).double() if style else None
     with torch.no_grad():
         found, expected = net(condition, noise, vector), plainly(net, condition, noise, vector)
-        torch.testing.assert_close(found.double(), expected, atol=1e-7, rtol=0)  # logits are rounded to float32
-        without = [net(condition, noise, None)] * bool(style) + [net(condition, None, vector)] * noisy
-        assert all((image - expected).abs().max() > 1e-2 for image in without), "a part that synthesizes nothing shows nothing"
+        torch.testing.assert_close(
+            found.double(), expected, atol=1e-7, rtol=0
+        )  # logits are rounded to float32
+        without = [net(condition, noise, None)] * bool(style) + [
+            net(condition, None, vector)
+        ] * noisy
+        assert all((image - expected).abs().max() > 1e-2 for image in without), (
+            "a part that synthesizes nothing shows nothing"
+        )
 
 
 @pytest.mark.parametrize("kernel", [1, 3, 7])
 @pytest.mark.parametrize("block", [1, 2, 3])
-def test_a_convolution_in_blocks_is_the_convolution_and_learns_as_it(kernel: int, block: int) -> None:
+def test_a_convolution_in_blocks_is_the_convolution_and_learns_as_it(
+    kernel: int, block: int
+) -> None:
     torch.manual_seed(0)
     layer, x = BlockConv2d(3, 4, kernel, block).double(), torch.randn(2, 3, 12, 18).double()
     found = layer(x)
-    expected = functional.pixel_unshuffle(functional.conv2d(x, layer.weight, layer.bias, padding=kernel // 2), block)
+    expected = functional.pixel_unshuffle(
+        functional.conv2d(x, layer.weight, layer.bias, padding=kernel // 2), block
+    )
     torch.testing.assert_close(found, expected)
-    ours, plain = (torch.autograd.grad((y**2).sum(), [layer.weight, layer.bias]) for y in (found, expected))
+    ours, plain = (
+        torch.autograd.grad((y**2).sum(), [layer.weight, layer.bias]) for y in (found, expected)
+    )
     torch.testing.assert_close(ours, plain)
 
 
@@ -123,11 +166,17 @@ def test_edge_needs_two_stages() -> None:
 
 
 @pytest.fixture(scope="module")
-def exported(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[LabelsToIntensity, Manifest, Path]:
+def exported(
+    model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[LabelsToIntensity, Manifest, Path]:
     """Larger than the sizes up to which the exporter computes weights by itself."""
     trained = Manifest.load(model)
     manifest = replace(trained, style=2, grid=replace(trained.grid, canvas=(64, 64), divisor=4))
-    graph = LabelsToIntensity(edge(trained.grid.slices, filters=64, depth=2, style=2), len(trained.labels), trained.intensity)
+    graph = LabelsToIntensity(
+        edge(trained.grid.slices, filters=64, depth=2, style=2),
+        len(trained.labels),
+        trained.intensity,
+    )
     folder = tmp_path_factory.mktemp("edge")
     to_onnx(fuse_batch_norm(graph), manifest, folder / "model.onnx")
     to_onnx(to_fp16(fuse_batch_norm(graph)), manifest, folder / "model.fp16.onnx")
@@ -145,14 +194,22 @@ def test_the_file_holds_convolutions_of_constants_and_copies_nothing_together_at
     convolutions = [n for n in graph.node if n.op_type == "Conv"]
     assert len(convolutions) == 12 and all(n.input[1] in constants for n in convolutions)
     shapes = {n.name: list(constants[n.input[1]]) for n in convolutions}
-    assert shapes["generator.texture.filters/Conv"] == [12, 1, 6, 6] and shapes["generator.top.image/Conv"] == [16, 64, 4, 4]
-    assert {n for node in graph.node for n in node.input if n in constants} == set(constants), "a weight that nothing reads"
-    assert not [n.name for n in graph.node if n.op_type == "Concat" and n.name.startswith("generator.top")]
+    assert shapes["generator.texture.filters/Conv"] == [12, 1, 6, 6] and shapes[
+        "generator.top.image/Conv"
+    ] == [16, 64, 4, 4]
+    assert {n for node in graph.node for n in node.input if n in constants} == set(constants), (
+        "a weight that nothing reads"
+    )
+    assert not [
+        n.name for n in graph.node if n.op_type == "Concat" and n.name.startswith("generator.top")
+    ]
     check_for_tensorrt(path, INNER[file])
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_file_synthesizes_what_the_network_synthesizes(precision: str, exported: tuple[LabelsToIntensity, Manifest, Path]) -> None:
+def test_the_file_synthesizes_what_the_network_synthesizes(
+    precision: str, exported: tuple[LabelsToIntensity, Manifest, Path]
+) -> None:
     graph, manifest, folder = exported
     labels = parity.random_labels(3, manifest.grid.slices, (32, 48), 8)
     truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, labels))
@@ -161,7 +218,9 @@ def test_the_file_synthesizes_what_the_network_synthesizes(precision: str, expor
         engine = backend.open(folder / model_file(precision), manifest)
         difference = np.abs(parity.generate(engine, truth.inputs)[0].astype(int) - truth.values)
         engine.close()
-        assert difference.max() <= 1 if precision == "fp32" else difference.mean() <= 1, backend.name
+        assert difference.max() <= 1 if precision == "fp32" else difference.mean() <= 1, (
+            backend.name
+        )
 
 
 @pytest.mark.parametrize(
@@ -177,14 +236,21 @@ def test_a_defect_is_told_apart_in_each_part_of_the_top(
     where: str, region: str, exported: tuple[LabelsToIntensity, Manifest, Path], tmp_path: Path
 ) -> None:
     graph, manifest, folder = exported
-    inputs = parity.draw_inputs(manifest.inputs, parity.random_labels(2, manifest.grid.slices, (32, 32), 8))
+    inputs = parity.draw_inputs(
+        manifest.inputs, parity.random_labels(2, manifest.grid.slices, (32, 32), 8)
+    )
     sound = error_localization.regions(graph, folder / "model.onnx", inputs)
-    assert {"top.join", "top.modulation", "top.image", "top.amplitudes", "texture"} <= {r.name for r in sound}
+    assert {"top.join", "top.modulation", "top.image", "top.amplitudes", "texture"} <= {
+        r.name for r in sound
+    }
     assert max(r.error for r in sound) < error_localization.ROUNDING["fp32"]
     path = tmp_path / "model.onnx"
     path.write_bytes((folder / "model.onnx").read_bytes())
     altered(path, where, lambda weights: weights * 1.5)
-    assert error_localization.worst(error_localization.regions(graph, path, inputs), "fp32").name == region
+    assert (
+        error_localization.worst(error_localization.regions(graph, path, inputs), "fp32").name
+        == region
+    )
 
 
 def model_file(precision: str) -> str:

@@ -1,4 +1,6 @@
-"""docs/embedding.md is run: each of its blocks is a script of its own, beside a `runs/demo` with a small model."""
+"""docs/embedding.md is run: each of its blocks is a script of its own, beside a `runs/demo` with
+a small model.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,19 @@ def test_the_block_runs(name: str, root: Path, model: Path, tmp_path: Path) -> N
     (demo / "masks").mkdir(parents=True)
     (demo / "model").symlink_to(model)
     for n in range(2):
-        write_mask(demo / "masks" / f"unseen_{n}.nii.gz", blobs((6, 40, 40), seed=n), direction=np.diag([1.0, -1.0, 1.0]))
+        write_mask(
+            demo / "masks" / f"unseen_{n}.nii.gz",
+            blobs((6, 40, 40), seed=n),
+            direction=np.diag([1.0, -1.0, 1.0]),
+        )
     (tmp_path / name).write_text(blocks(root)[name])
     done = subprocess.run(
-        [sys.executable, name], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True, check=False
+        [sys.executable, name],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert PRINTS[name] in done.stdout

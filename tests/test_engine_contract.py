@@ -31,7 +31,11 @@ def open_backend(name: str, folder: Path) -> WorkerModel:
 
 
 ABSENT = {b.name: why for b in BACKENDS if b.name in GPU and (why := b.uninstalled())}
-ENGINES = ["fake", *(b.name for b in BACKENDS if b.name not in ABSENT), *(f"{name} on a fake GPU" for name in GPU)]
+ENGINES = [
+    "fake",
+    *(b.name for b in BACKENDS if b.name not in ABSENT),
+    *(f"{name} on a fake GPU" for name in GPU),
+]
 
 
 @pytest.mark.parametrize("name", GPU)
@@ -47,7 +51,9 @@ def hand_made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=ENGINES)
-def opener(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], WorkerModel]]:
+def opener(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[[], WorkerModel]]:
     """Opens the engine, again and again if need be; what was opened is closed."""
     opened: list[Engine] = []
     name = request.param
@@ -83,9 +89,13 @@ def tensors(engine: Engine, manifest: Manifest, rows: int = 1, seed: int = 0):
     rng = np.random.default_rng(seed)
     n, (h, w) = engine.spec.batch, manifest.grid.canvas
     h *= rows
-    inputs = {"labels": rng.integers(0, len(manifest.labels), (n, manifest.grid.slices, h, w), np.uint8)}
+    inputs = {
+        "labels": rng.integers(0, len(manifest.labels), (n, manifest.grid.slices, h, w), np.uint8)
+    }
     if manifest.style:
-        inputs["style"] = np.tile(rng.standard_normal((1, manifest.style)).astype(np.float32), (n, 1))
+        inputs["style"] = np.tile(
+            rng.standard_normal((1, manifest.style)).astype(np.float32), (n, 1)
+        )
     if manifest.noise:
         inputs["noise"] = rng.integers(0, 256, (n, h, w), np.uint8)
     return inputs, np.full((n, h, w, 2), 0xAB, np.uint8)
@@ -161,7 +171,12 @@ def test_every_input_changes_the_image(opened) -> None:
     engine.run(inputs, out, stream=HOST_STREAM)
     first = hu(out)
     for name in inputs:
-        changed = {**inputs, name: -inputs[name] if name == "style" else np.ascontiguousarray(inputs[name][..., ::-1])}
+        changed = {
+            **inputs,
+            name: (
+                -inputs[name] if name == "style" else np.ascontiguousarray(inputs[name][..., ::-1])
+            ),
+        }
         engine.run(changed, out, stream=HOST_STREAM)
         assert not np.array_equal(hu(out), first), name
 
@@ -195,7 +210,9 @@ def test_use_after_close_is_refused_and_closing_twice_is_harmless(opened) -> Non
         engine.open_stream()
 
 
-def pooled(engine: Engine, manifest: Manifest, stream: Stream, seed: int, rows: int = 1) -> tuple[dict, np.ndarray, list]:
+def pooled(
+    engine: Engine, manifest: Manifest, stream: Stream, seed: int, rows: int = 1
+) -> tuple[dict, np.ndarray, list]:
     """The same as `tensors`, in the engine's own memory, and what gives it back."""
     inputs, out = tensors(engine, manifest, rows, seed)
     buffers, copies = [], {}
@@ -207,7 +224,9 @@ def pooled(engine: Engine, manifest: Manifest, stream: Stream, seed: int, rows: 
 
 
 def test_streams_in_flight_give_what_one_call_gives(opened) -> None:
-    """Several batches at once on two streams, shapes changing in the middle, tensors of the engine's own and others."""
+    """Several batches at once on two streams, shapes changing in the middle, tensors of the
+    engine's own and others.
+    """
     engine, manifest = opened
     streams = [engine.open_stream(), engine.open_stream()]
     work = [(seed, 1 + (seed in (4, 5)), streams[seed % 2]) for seed in range(8)]
@@ -233,7 +252,9 @@ def test_streams_in_flight_give_what_one_call_gives(opened) -> None:
 
 
 def test_tensors_given_again_are_read_anew_and_others_are_checked(opened) -> None:
-    """As a slot gives them, slice after slice; then others in their place, of which one is wrong."""
+    """As a slot gives them, slice after slice; then others in their place, of which one is
+    wrong.
+    """
     engine, manifest = opened
     stream = engine.open_stream()
     inputs, out, buffers = pooled(engine, manifest, stream, 0)
@@ -282,7 +303,11 @@ def test_every_thread_may_have_a_stream(opened) -> None:
     one_by_one = [infer(seed) for seed in range(3)]
     with ThreadPoolExecutor(3) as threads:
         at_once = list(threads.map(infer, range(3)))
-    assert all(np.array_equal(a, b) for x, y in zip(one_by_one, at_once, strict=True) for a, b in zip(x, y, strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for x, y in zip(one_by_one, at_once, strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
 
 
 def test_closing_with_work_queued_ends_it_and_frees_every_byte(opened) -> None:
@@ -302,12 +327,19 @@ def test_closing_with_work_queued_ends_it_and_frees_every_byte(opened) -> None:
 def volume(manifest: Manifest, depth: int, seed: int = 0) -> LabelVolume:
     h, w = manifest.grid.canvas
     spacing = manifest.grid.pixel_spacing or (1.0, 1.0)
-    labels = np.random.default_rng(seed).integers(0, len(manifest.labels), (depth, h // 8, w // 8), np.uint8).repeat(8, 1).repeat(8, 2)
+    labels = (
+        np.random.default_rng(seed)
+        .integers(0, len(manifest.labels), (depth, h // 8, w // 8), np.uint8)
+        .repeat(8, 1)
+        .repeat(8, 2)
+    )
     return LabelVolume(labels, Geometry(np.diag([spacing[1], spacing[0], 3.0, 1.0])))
 
 
 def test_a_volume_is_the_same_for_any_batch_and_any_company(opener) -> None:
-    """Two synthesizers in one process, each with an engine, synthesis at once; one given up half-way; whole batches and single slices."""
+    """Two synthesizers in one process, each with an engine, synthesis at once; one given up
+    half-way; whole batches and single slices.
+    """
     synths = []
     for batch in (1, 5):
         engine, manifest = opener()
@@ -353,7 +385,9 @@ def test_closing_from_another_thread_ends_a_volume_with_an_error(opened) -> None
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino", *(f"{gpu} on a fake GPU" for gpu in GPU)])
-def test_a_style_changes_the_image_and_is_the_same_in_every_engine(name: str, hand_made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_style_changes_the_image_and_is_the_same_in_every_engine(
+    name: str, hand_made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backend = next(b for b in BACKENDS if b.name == name.split()[0])
     if "fake GPU" in name:
         install(monkeypatch)
@@ -374,8 +408,12 @@ def test_a_style_changes_the_image_and_is_the_same_in_every_engine(name: str, ha
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
-def test_a_graph_that_fails_while_it_computes_is_an_error_of_ours_and_the_engine_goes_on(name: str, tmp_path: Path) -> None:
-    """A graph for 64 x 64 alone, as it says nowhere: another canvas fails in the library, on the caller's thread and on a stream."""
+def test_a_graph_that_fails_while_it_computes_is_an_error_of_ours_and_the_engine_goes_on(
+    name: str, tmp_path: Path
+) -> None:
+    """A graph for 64 x 64 alone, as it says nowhere: another canvas fails in the library, on the
+    caller's thread and on a stream.
+    """
     if why := next(b for b in BACKENDS if b.name == name).uninstalled():
         pytest.skip(why)
     engine, manifest = open_backend(name, write_model(tmp_path / "model", size=64))
@@ -384,7 +422,11 @@ def test_a_graph_that_fails_while_it_computes_is_an_error_of_ours_and_the_engine
     generated = hu(out)
     with pytest.raises(EngineError, match="failed") as caught:
         engine.run(*tensors(engine, manifest, rows=2), stream=HOST_STREAM)
-    assert caught.value.expected and "export" in caught.value.remedy and caught.value.__cause__ is not None
+    assert (
+        caught.value.expected
+        and "export" in caught.value.remedy
+        and caught.value.__cause__ is not None
+    )
     stream = engine.open_stream()
     engine.run(*tensors(engine, manifest, rows=2), stream=stream)
     with pytest.raises(EngineError, match="failed"):

@@ -10,7 +10,16 @@ import pytest
 import SimpleITK as sitk
 from samples import image
 
-from train.metrics.scores import body, body_mask, diversity, evaluate, organ, real_baseline, table, texture
+from train.metrics.scores import (
+    body,
+    body_mask,
+    diversity,
+    evaluate,
+    organ,
+    real_baseline,
+    table,
+    texture,
+)
 from train.metrics.volume_metrics import scales_of, similarity, steps_along_z, wasserstein
 from train.validation import neighbours
 
@@ -39,9 +48,16 @@ def test_a_perfect_synthesis_has_no_error() -> None:
     ct, mask = thorax()
     ct[:, 12] = 60  # label means is not perfect
     metrics = evaluate([ct], [ct], [mask], ["heart"])
-    assert metrics["cases"] == 1 and metrics["body"]["mae"] == 0 and metrics["body"]["mae_ratio"] == 0
+    assert (
+        metrics["cases"] == 1 and metrics["body"]["mae"] == 0 and metrics["body"]["mae_ratio"] == 0
+    )
     heart = metrics["organs"]["heart"]
-    assert (heart["median"], heart["median_true"], heart["median_error"], heart["iqr"]) == (400, 400, 0, 0)
+    assert (heart["median"], heart["median_true"], heart["median_error"], heart["iqr"]) == (
+        400,
+        400,
+        0,
+        0,
+    )
 
 
 def test_medians_and_quartiles_are_pooled_over_cases() -> None:
@@ -51,7 +67,11 @@ def test_medians_and_quartiles_are_pooled_over_cases() -> None:
     result = organ(generated, true, [mask, mask], 1)
     assert result is not None
     assert (result["voxels"], result["median"], result["median_true"]) == (200, 200, 99.5)
-    assert result["median_error"] == 100.5 and result["iqr"] == 200 and result["iqr_true"] == pytest.approx(99.5)
+    assert (
+        result["median_error"] == 100.5
+        and result["iqr"] == 200
+        and result["iqr_true"] == pytest.approx(99.5)
+    )
 
 
 def test_an_absent_organ_is_null() -> None:
@@ -78,7 +98,8 @@ def test_texture_is_the_deviation_that_a_gaussian_leaves() -> None:
     rng = np.random.default_rng(0)
     region = np.ones((8, 64, 64), bool)
     noise = rng.normal(0, 20, region.shape)
-    # white noise less its Gaussian of sigma 2 keeps 1 - 2 g(0) + sum g^2 of its variance, g(0) = 1 / (8 pi), sum g^2 = 1 / (16 pi)
+    # white noise less its Gaussian of sigma 2 keeps 1 - 2 g(0) + sum g^2 of its variance, g(0) = 1
+    # / (8 pi), sum g^2 = 1 / (16 pi)
     expected = 20 * np.sqrt(1 - 2 / (8 * np.pi) + 1 / (16 * np.pi))
     assert texture([noise], [region]) == pytest.approx(expected, rel=0.02)
     assert texture([noise + 500], [region]) == pytest.approx(texture([noise], [region]), rel=1e-3)
@@ -107,15 +128,31 @@ def test_folders_are_compared_from_the_command_line(tmp_path: Path, command) -> 
     for name in ("masks", "truth", "synthetic"):
         (tmp_path / name).mkdir()
     for case in ("a", "b"):
-        sitk.WriteImage(image(mask.astype(np.uint16) * 500), str(tmp_path / "masks" / f"{case}.nii.gz"))
+        sitk.WriteImage(
+            image(mask.astype(np.uint16) * 500), str(tmp_path / "masks" / f"{case}.nii.gz")
+        )
         sitk.WriteImage(image(ct), str(tmp_path / "truth" / f"{case}.nii.gz"))
-        sitk.WriteImage(image((ct + 25).astype(np.int16)), str(tmp_path / "synthetic" / f"{case}_ct.nii.gz"))
-    arguments = ["-m", "train.evaluate", *(part for name in ("synthetic", "truth", "masks") for part in (f"--{name}", tmp_path / name))]
+        sitk.WriteImage(
+            image((ct + 25).astype(np.int16)), str(tmp_path / "synthetic" / f"{case}_ct.nii.gz")
+        )
+    arguments = [
+        "-m",
+        "train.evaluate",
+        *(
+            part
+            for name in ("synthetic", "truth", "masks")
+            for part in (f"--{name}", tmp_path / name)
+        ),
+    ]
     done = command(*arguments, "--json", tmp_path / "metrics.json")
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == metrics
-    assert metrics["cases"] == 2 and metrics["organs"]["left ventricle"]["median_error"] == 25 and metrics["body"]["mae"] == 25
+    assert (
+        metrics["cases"] == 2
+        and metrics["organs"]["left ventricle"]["median_error"] == 25
+        and metrics["body"]["mae"] == 25
+    )
     (tmp_path / "synthetic" / "b_ct.nii.gz").unlink()
     done = command(*arguments)
     assert done.returncode == 1 and "b_ct.nii.gz" in done.stderr and "Traceback" not in done.stderr
@@ -139,7 +176,9 @@ def test_slices_that_flicker_are_told_from_slices_that_agree() -> None:
     result = body([flicker], [ct], [mask], 2)
     assert result is not None and result["z_difference"] == pytest.approx((50 + 30 + 50) / 3, abs=1)
     same = body([ct + 500], [ct], [mask], 2)
-    assert same is not None and same["z_difference"] == 0  # a shift of all is another metric's matter
+    assert (
+        same is not None and same["z_difference"] == 0
+    )  # a shift of all is another metric's matter
     inside = np.zeros((2, 2, 2), bool)
     inside[:, 0, 0] = True
     assert steps_along_z(np.arange(8).reshape(2, 2, 2), inside, np.arange(2)).tolist() == [4]
@@ -152,7 +191,9 @@ def test_only_slices_that_follow_each_other_in_the_volume_are_compared() -> None
     generated[3] += 20
     place = np.array([4, 5, 20, 21])
     result = evaluate([generated], [ct], [mask], ["heart"], [place])
-    assert result["body"]["z_difference"] == 10 and result["organs"]["heart"]["z_difference"] == 10  # steps 0 and 20, for 0 and 0
+    assert (
+        result["body"]["z_difference"] == 10 and result["organs"]["heart"]["z_difference"] == 10
+    )  # steps 0 and 20, for 0 and 0
     generated[2:] -= 300  # between slices 1 and 2 there is nothing to compare
     assert evaluate([generated], [ct], [mask], ["heart"], [place])["body"]["z_difference"] == 10
     assert evaluate([generated], [ct], [mask], ["heart"])["body"]["z_difference"] > 50
@@ -161,11 +202,15 @@ def test_only_slices_that_follow_each_other_in_the_volume_are_compared() -> None
 def test_a_step_in_one_place_does_not_stand_in_for_one_that_is_missing_in_another() -> None:
     ct, mask = thorax((4, 64, 64))
     true, generated = ct.copy(), ct.copy()
-    true[1::2, 20:24, 30:34] += 60  # the true steps are here, the synthesized ones as large elsewhere
+    true[1::2, 20:24, 30:34] += (
+        60  # the true steps are here, the synthesized ones as large elsewhere
+    )
     generated[1::2, 40:44, 30:34] += 60
     found = evaluate([generated], [true], [mask], ["heart"])["body"]
     inside = int(body_mask(true)[0].sum())
-    assert found["z_difference"] == 0 and found["z_error"] == pytest.approx(60 * 32 / inside, rel=0.01)
+    assert found["z_difference"] == 0 and found["z_error"] == pytest.approx(
+        60 * 32 / inside, rel=0.01
+    )
     rising, falling = ct.copy(), ct.copy()
     rising[2:] += 10
     falling[2:] -= 10
@@ -180,7 +225,10 @@ def test_an_outline_that_flickers_is_counted_in_pixels() -> None:
     generated = ct.copy()
     generated[1, 10:12, 10:54] = -1000  # two rows of 44 pixels less
     found = evaluate([generated], [ct], [mask], ["heart"])["body"]
-    assert (found["outline_step"], found["outline_step_true"]) == (pytest.approx(2 * 88 / 3, abs=3), 0)
+    assert (found["outline_step"], found["outline_step_true"]) == (
+        pytest.approx(2 * 88 / 3, abs=3),
+        0,
+    )
     apart = evaluate([generated], [ct], [mask], ["heart"], [np.array([0, 1, 9, 10])])["body"]
     assert apart["outline_step"] == pytest.approx(44, abs=3)
 
@@ -191,16 +239,32 @@ def test_an_organs_steps_are_its_own() -> None:
     generated[1::2][mask[1::2] == 1] += 40
     result = evaluate([generated], [ct], [mask], ["heart"])
     assert result["organs"]["heart"]["z_difference"] == 40 and result["body"]["z_difference"] < 20
-    assert real_baseline([generated], [mask], [ct], [mask], ["heart"])["organs"]["heart"]["z_difference"] == 40
+    assert (
+        real_baseline([generated], [mask], [ct], [mask], ["heart"])["organs"]["heart"][
+            "z_difference"
+        ]
+        == 40
+    )
 
 
-@pytest.mark.parametrize(("total", "count"), [(48, 24), (48, 47), (30, 2), (9, 5), (7, 6), (5, 4), (100, 98)])
-def test_validation_takes_pairs_of_neighbours_spread_over_the_volume(total: int, count: int) -> None:
+@pytest.mark.parametrize(
+    ("total", "count"), [(48, 24), (48, 47), (30, 2), (9, 5), (7, 6), (5, 4), (100, 98)]
+)
+def test_validation_takes_pairs_of_neighbours_spread_over_the_volume(
+    total: int, count: int
+) -> None:
     chosen = neighbours(total, count)
-    assert len(chosen) == count // 2 * 2 and (np.diff(chosen) > 0).all() and chosen[0] >= 0 and chosen[-1] < total
+    assert (
+        len(chosen) == count // 2 * 2
+        and (np.diff(chosen) > 0).all()
+        and chosen[0] >= 0
+        and chosen[-1] < total
+    )
     assert (chosen[1::2] - chosen[::2] == 1).all()
     assert np.diff(chosen[::2]).max(initial=0) <= np.ceil(2 * total / count) + 1
-    assert neighbours(total, total).tolist() == list(range(total)) and neighbours(total, 1).tolist() == [total // 2]
+    assert neighbours(total, total).tolist() == list(range(total)) and neighbours(
+        total, 1
+    ).tolist() == [total // 2]
 
 
 def test_ms_ssim_takes_the_scales_that_the_slices_allow() -> None:
@@ -209,7 +273,9 @@ def test_ms_ssim_takes_the_scales_that_the_slices_allow() -> None:
     same, other = similarity([ct], [ct]), similarity([ct], [ct[::-1]])
     assert same == {"ssim": pytest.approx(1), "ms_ssim": pytest.approx(1), "scales": 3}
     assert other["ssim"] < 0.1 and other["ms_ssim"] < 0.3
-    assert similarity([ct - 5000], [ct - 9000])["ssim"] == pytest.approx(1)  # beyond the limits all is the same
+    assert similarity([ct - 5000], [ct - 9000])["ssim"] == pytest.approx(
+        1
+    )  # beyond the limits all is the same
 
 
 def test_diversity_is_the_spread_over_variants_against_that_between_patients() -> None:
@@ -217,7 +283,12 @@ def test_diversity_is_the_spread_over_variants_against_that_between_patients() -
     variants = [[np.full(mask.shape, 300 + shift) for shift in (-20, 0, 20)]]
     real = [np.array([value, np.nan]) for value in (200.0, 240, 280)]
     result = diversity(variants, [mask], real, ["heart", "aorta"])
-    assert result["variants"] == 3 and result["organs"]["heart"] == {"spread": 20, "spread_true": 40, "ratio": 0.5, "median_error": 60}
+    assert result["variants"] == 3 and result["organs"]["heart"] == {
+        "spread": 20,
+        "spread_true": 40,
+        "ratio": 0.5,
+        "median_error": 60,
+    }
     assert set(result["organs"]["aorta"].values()) == {None}
 
 
@@ -227,12 +298,24 @@ def test_variants_are_compared_with_each_other_and_patients_with_patients() -> N
     mask = np.zeros((12, 64, 64), np.uint8)
     mask[3:9, 20:40, 20:40] = 1
     real = [np.array([0.0]), np.array([1.0])]
-    alike, third, unlike = (diversity([variants], [mask], real, ["heart"])["ms_ssim"] for variants in ([a, a], [a, a, b], [a, b, c]))
-    assert alike == pytest.approx(1) and unlike < 0.3 and third == pytest.approx((1 + 2 * unlike) / 3, abs=0.05)
+    alike, third, unlike = (
+        diversity([variants], [mask], real, ["heart"])["ms_ssim"]
+        for variants in ([a, a], [a, a, b], [a, b, c])
+    )
+    assert (
+        alike == pytest.approx(1)
+        and unlike < 0.3
+        and third == pytest.approx((1 + 2 * unlike) / 3, abs=0.05)
+    )
     below = np.roll(a, -2, 0)  # the same patient, lying two slices lower
-    assert real_baseline([a], [mask], [below], [np.roll(mask, -2, 0)], ["heart"])["similarity"]["ms_ssim"] == pytest.approx(1)
+    assert real_baseline([a], [mask], [below], [np.roll(mask, -2, 0)], ["heart"])["similarity"][
+        "ms_ssim"
+    ] == pytest.approx(1)
     assert real_baseline([a], [mask], [below], [mask], ["heart"])["similarity"]["ms_ssim"] < 0.3
-    assert real_baseline([a], [mask], [b[:, :32]], [mask[:, :32]], ["heart"])["similarity"]["ms_ssim"] is None
+    assert (
+        real_baseline([a], [mask], [b[:, :32]], [mask[:, :32]], ["heart"])["similarity"]["ms_ssim"]
+        is None
+    )
 
 
 def test_the_ceiling_is_what_lies_between_real_patients() -> None:
@@ -243,20 +326,31 @@ def test_the_ceiling_is_what_lies_between_real_patients() -> None:
     assert result["organs"]["heart"]["wasserstein"] == 30 and result["body"]["z_difference"] == 0
 
 
-def test_variants_and_a_reference_are_measured_from_the_command_line(tmp_path: Path, cohort: Path, command) -> None:
+def test_variants_and_a_reference_are_measured_from_the_command_line(
+    tmp_path: Path, cohort: Path, command
+) -> None:
     for name in ("masks", "truth", "synthetic"):
         (tmp_path / name).mkdir()
     for path in sorted(cohort.glob("*_label.nii.gz"))[:2]:
         case = path.name.removesuffix("_label.nii.gz")
         (tmp_path / "masks" / f"{case}.nii.gz").write_bytes(path.read_bytes())
-        (tmp_path / "truth" / f"{case}.nii.gz").write_bytes((cohort / f"{case}_image.nii.gz").read_bytes())
+        (tmp_path / "truth" / f"{case}.nii.gz").write_bytes(
+            (cohort / f"{case}_image.nii.gz").read_bytes()
+        )
         ct = sitk.ReadImage(str(cohort / f"{case}_image.nii.gz"))
         for variant in range(2):
-            sitk.WriteImage(sitk.Cast(ct + 40 * variant, sitk.sitkInt16), str(tmp_path / "synthetic" / f"{case}_v{variant}_ct.nii.gz"))
-    folders = [part for name in ("synthetic", "truth", "masks") for part in (f"--{name}", tmp_path / name)]
+            sitk.WriteImage(
+                sitk.Cast(ct + 40 * variant, sitk.sitkInt16),
+                str(tmp_path / "synthetic" / f"{case}_v{variant}_ct.nii.gz"),
+            )
+    folders = [
+        part for name in ("synthetic", "truth", "masks") for part in (f"--{name}", tmp_path / name)
+    ]
     done = command("-m", "train.evaluate", *folders, "--reference", cohort)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["body"]["mae"] == 0 and result["similarity"]["ssim"] == 1
-    assert result["diversity"]["organs"]["left ventricle"]["spread"] == pytest.approx(40 / np.sqrt(2), abs=0.01)
+    assert result["diversity"]["organs"]["left ventricle"]["spread"] == pytest.approx(
+        40 / np.sqrt(2), abs=0.01
+    )
     assert result["ceiling"]["organs"]["left ventricle"]["wasserstein"] > 0

@@ -1,4 +1,7 @@
-"""Export: the graph is the contract, and the folder is whole or absent. What proves it is tested in test_proof.py."""
+"""Export: the graph is the contract, and the folder is whole or absent.
+
+What proves it is tested in test_proof.py.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +34,11 @@ def test_the_model_folder_holds_what_its_manifest_says(model: Path, trained: Pat
     assert sorted(p.name for p in model.iterdir()) == FILES
     assert sorted(manifest.files) == FILES[2:]
     manifest.verify(model, manifest.files)
-    assert (manifest.labels, manifest.grid, manifest.intensity) == (run.labels, run.grid, run.intensity)
+    assert (manifest.labels, manifest.grid, manifest.intensity) == (
+        run.labels,
+        run.grid,
+        run.intensity,
+    )
     assert manifest.noise and manifest.style == 0
     assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
     assert manifest.training["weights_sha256"] == sha256_of(trained / "generator.safetensors")
@@ -39,29 +46,71 @@ def test_the_model_folder_holds_what_its_manifest_says(model: Path, trained: Pat
 
 def test_no_patient_or_path_reaches_the_model(model: Path, cohort: Path) -> None:
     text = "".join(repr(path.read_bytes()) for path in model.iterdir())
-    assert "ct_train" not in text and str(cohort) not in text and str(cohort.parent.parent) not in text
+    assert (
+        "ct_train" not in text and str(cohort) not in text and str(cohort.parent.parent) not in text
+    )
 
 
-# What TensorRT's parser documents (onnx-tensorrt, docs/operators.md) of what our networks are made of
+# What TensorRT's parser documents (onnx-tensorrt, docs/operators.md) of what our networks are made
+# of
 PARSED = {
-    "Add", "BatchNormalization", "Cast", "Clip", "Concat", "Constant", "Conv", "ConvTranspose", "DepthToSpace", "Div", "Equal", "Floor", "Gather",
-    "Gemm", "LeakyRelu", "Less", "MatMul", "Mul", "ReduceSum", "Relu", "Reshape", "Resize", "Round", "Shape", "Sigmoid", "Slice", "Split", "Sub",
-    "Transpose", "Unsqueeze", "Where",
-}  # fmt: skip
+    "Add",
+    "BatchNormalization",
+    "Cast",
+    "Clip",
+    "Concat",
+    "Constant",
+    "Conv",
+    "ConvTranspose",
+    "DepthToSpace",
+    "Div",
+    "Equal",
+    "Floor",
+    "Gather",
+    "Gemm",
+    "LeakyRelu",
+    "Less",
+    "MatMul",
+    "Mul",
+    "ReduceSum",
+    "Relu",
+    "Reshape",
+    "Resize",
+    "Round",
+    "Shape",
+    "Sigmoid",
+    "Slice",
+    "Split",
+    "Sub",
+    "Transpose",
+    "Unsqueeze",
+    "Where",
+}
 ONNX = onnx.TensorProto
-INNER = {"model.onnx": {ONNX.FLOAT, ONNX.BOOL, ONNX.INT64}, "model.fp16.onnx": {ONNX.FLOAT, ONNX.FLOAT16, ONNX.BOOL, ONNX.INT64}}
+INNER = {
+    "model.onnx": {ONNX.FLOAT, ONNX.BOOL, ONNX.INT64},
+    "model.fp16.onnx": {ONNX.FLOAT, ONNX.FLOAT16, ONNX.BOOL, ONNX.INT64},
+}
 
 
 def check_for_tensorrt(path: Path, inner: set[int]) -> None:
-    """uint8 as input and output only, no int16, first node Cast(FLOAT), last Cast(UINT8), nothing the parser does not take."""
+    """uint8 as input and output only, no int16, first node Cast(FLOAT), last Cast(UINT8),
+    nothing the parser does not take.
+    """
     model = onnx.load(path)
     assert model.opset_import[0].version == 21 and {n.op_type for n in model.graph.node} <= PARSED
-    assert [(n.op_type, n.attribute[0].i) for n in model.graph.node if "ct" in n.output] == [("Cast", ONNX.UINT8)]
+    assert [(n.op_type, n.attribute[0].i) for n in model.graph.node if "ct" in n.output] == [
+        ("Cast", ONNX.UINT8)
+    ]
     for name in ("labels", "noise"):
-        assert [(n.op_type, n.attribute[0].i) for n in model.graph.node if name in n.input] == [("Cast", ONNX.FLOAT)], name
+        assert [(n.op_type, n.attribute[0].i) for n in model.graph.node if name in n.input] == [
+            ("Cast", ONNX.FLOAT)
+        ], name
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True).graph
     border = {"labels", "noise", "style", "ct"}
-    typed = {v.name: v.type.tensor_type.elem_type for v in inferred.value_info if v.name not in border}
+    typed = {
+        v.name: v.type.tensor_type.elem_type for v in inferred.value_info if v.name not in border
+    }
     produced = {name for node in model.graph.node for name in node.output} - border
     assert produced <= set(typed), "a tensor without a type is not checked"
     assert {*typed.values(), *(t.data_type for t in model.graph.initializer)} <= inner
@@ -73,34 +122,48 @@ def test_float_graphs_hold_only_what_tensorrt_takes(file: str, model: Path) -> N
 
 
 def test_the_half_graph_is_half(model: Path) -> None:
-    """Every convolution's weights are FP16; what comes after them, where 65536 must fit, is FP32."""
+    """Every convolution's weights are FP16; what comes after them, where 65536 must fit, is
+    FP32.
+    """
     graph = onnx.load(model / "model.fp16.onnx").graph
     types = {t.name: t.data_type for t in graph.initializer}
     kernels = [types[n.input[1]] for n in graph.node if n.op_type in ("Conv", "ConvTranspose")]
     assert len(kernels) > 10 and set(kernels) == {ONNX.FLOAT16}
     inferred = onnx.shape_inference.infer_shapes(onnx.load(model / "model.fp16.onnx")).graph
     types |= {v.name: v.type.tensor_type.elem_type for v in inferred.value_info}
-    assert {types[n.input[0]] for n in graph.node if n.op_type in ("Sigmoid", "Round", "Clip", "Floor")} == {ONNX.FLOAT}
+    assert {
+        types[n.input[0]] for n in graph.node if n.op_type in ("Sigmoid", "Round", "Clip", "Floor")
+    } == {ONNX.FLOAT}
     assert (model / "model.fp16.onnx").stat().st_size < 0.6 * (model / "model.onnx").stat().st_size
 
 
-def test_the_int8_graph_quantises_unsigned_activations_and_signed_weights_of_each_channel(model: Path) -> None:
+def test_the_int8_graph_quantises_unsigned_activations_and_signed_weights_of_each_channel(
+    model: Path,
+) -> None:
     graph = onnx.load(model / "model.int8.onnx").graph
     constants = {t.name: t for t in graph.initializer}
     sources = {name: node for node in graph.node for name in node.output}
-    zero_points = [constants[n.input[2]].data_type for n in graph.node if n.op_type == "QuantizeLinear"]
+    zero_points = [
+        constants[n.input[2]].data_type for n in graph.node if n.op_type == "QuantizeLinear"
+    ]
     assert zero_points and set(zero_points) == {ONNX.UINT8}
-    quantised = [n for n in graph.node if n.op_type in ("Conv", "ConvTranspose") and n.input[1] in sources]
+    quantised = [
+        n for n in graph.node if n.op_type in ("Conv", "ConvTranspose") and n.input[1] in sources
+    ]
     assert len(quantised) == Manifest.load(model).export["int8"]["layers"] > 0
     for node in quantised:
         weights = sources[node.input[1]]
         channels = constants[weights.input[0]].dims[0 if node.op_type == "Conv" else 1]
-        assert constants[weights.input[0]].data_type == ONNX.INT8 and list(constants[weights.input[1]].dims) == [channels]
+        assert constants[weights.input[0]].data_type == ONNX.INT8 and list(
+            constants[weights.input[1]].dims
+        ) == [channels]
 
 
 def test_batch_norms_are_folded_into_convolutions(model: Path) -> None:
     for file in ("model.onnx", "model.fp16.onnx", "model.int8.onnx"):
-        assert not [n for n in onnx.load(model / file).graph.node if n.op_type == "BatchNormalization"]
+        assert not [
+            n for n in onnx.load(model / file).graph.node if n.op_type == "BatchNormalization"
+        ]
 
 
 def test_nodes_bear_the_names_of_the_networks_modules(model: Path, trained: Path) -> None:
@@ -128,11 +191,17 @@ def test_the_graph_synthesizes_hu_as_little_endian_bytes(trained: Path) -> None:
 def test_labels_reach_their_own_channels(trained: Path) -> None:
     class Weighted(torch.nn.Module):
         def forward(self, condition, noise=None, style=None):
-            return (condition * torch.arange(condition.shape[1]).view(1, -1, 1, 1)).sum(1, keepdim=True) / 8
+            return (condition * torch.arange(condition.shape[1]).view(1, -1, 1, 1)).sum(
+                1, keepdim=True
+            ) / 8
 
     run = load_run(trained)
     labels = np.arange(8, dtype=np.uint8).reshape(1, 1, 2, 4)
-    hu = LabelsToIntensity(Weighted(), 8, run.intensity)(torch.from_numpy(labels)).numpy().view("<i2")[..., 0]  # type: ignore[arg-type]
+    hu = (
+        LabelsToIntensity(Weighted(), 8, run.intensity)(torch.from_numpy(labels))
+        .numpy()
+        .view("<i2")[..., 0]
+    )  # type: ignore[arg-type]
     assert np.array_equal(hu[0], np.rint(labels[0, 0] / 8 * 2048 - 1024))
 
 
@@ -142,25 +211,49 @@ def test_labels_reach_their_own_channels(trained: Path) -> None:
         (lambda r: shutil.rmtree(r), "holds no run.json"),
         (lambda r: (r / "run.json").write_text("{"), "cannot be used"),
         (
-            lambda r: save_file({k: v + 1 for k, v in load_file(r / "generator.safetensors").items()}, r / "generator.safetensors"),
+            lambda r: save_file(
+                {k: v + 1 for k, v in load_file(r / "generator.safetensors").items()},
+                r / "generator.safetensors",
+            ),
             "generator.safetensors is not the file",
         ),
-        (lambda r: (r / "validation.safetensors").write_bytes(b""), "validation.safetensors is not the file"),
+        (
+            lambda r: (r / "validation.safetensors").write_bytes(b""),
+            "validation.safetensors is not the file",
+        ),
     ],
 )
-def test_a_run_that_was_altered_is_refused_with_exit_2(spoil, fact: str, trained: Path, tmp_path: Path, command) -> None:
+def test_a_run_that_was_altered_is_refused_with_exit_2(
+    spoil, fact: str, trained: Path, tmp_path: Path, command
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     spoil(run)
     done = command("export/build_engine.py", run, "-o", tmp_path / "model", "--onnx-only")
-    assert done.returncode == 2 and fact in done.stderr and "remedy" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and fact in done.stderr
+        and "remedy" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "model").exists()
 
 
 def test_an_output_that_cannot_be_written_is_exit_4(trained: Path, tmp_path: Path, command) -> None:
     (tmp_path / "file").write_text("")
-    done = command("export/build_engine.py", trained, "-o", tmp_path / "file" / "model", "--onnx-only", "--quiet")
-    assert done.returncode == 4 and "cannot be written" in done.stderr and "Traceback" not in done.stderr
+    done = command(
+        "export/build_engine.py",
+        trained,
+        "-o",
+        tmp_path / "file" / "model",
+        "--onnx-only",
+        "--quiet",
+    )
+    assert (
+        done.returncode == 4
+        and "cannot be written" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_without_tensorrt_it_is_exit_3_and_the_validated_onnx_model_replaces_the_older_one_whole(

@@ -15,11 +15,20 @@ from train.figures import comparison, progress, write_snapshot
 
 def test_a_run_keeps_three_slices_at_the_papers_moments(trained: Path) -> None:
     files = sorted((trained / "progress").iterdir())
-    assert [int(f.name[5:13]) for f in files] == sorted({round(6 * share) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)})
+    assert [int(f.name[5:13]) for f in files] == sorted(
+        {round(6 * share) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)}
+    )
     first, last = load_file(files[0]), load_file(files[-1])
-    assert first["labels"].shape == first["generated"].shape == first["original"].shape == (3, 64, 64)
-    assert first["labels"].any((1, 2)).all() and first["generated"].dtype == first["original"].dtype == np.int16
-    assert np.array_equal(first["original"], last["original"]) and not np.array_equal(first["generated"], last["generated"])
+    assert (
+        first["labels"].shape == first["generated"].shape == first["original"].shape == (3, 64, 64)
+    )
+    assert (
+        first["labels"].any((1, 2)).all()
+        and first["generated"].dtype == first["original"].dtype == np.int16
+    )
+    assert np.array_equal(first["original"], last["original"]) and not np.array_equal(
+        first["generated"], last["generated"]
+    )
 
 
 def test_one_command_draws_the_figure(trained: Path, tmp_path: Path, command) -> None:
@@ -27,10 +36,16 @@ def test_one_command_draws_the_figure(trained: Path, tmp_path: Path, command) ->
     assert done.returncode == 0 and "steps 0, 1, 2, 3, 4, 6" in done.stdout, done.stderr
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     done = command("-m", "train.figures", tmp_path, "-o", tmp_path / "other.png")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "other.png").exists()
+    assert (
+        done.returncode == 2
+        and "Traceback" not in done.stderr
+        and not (tmp_path / "other.png").exists()
+    )
 
 
-def test_the_nearest_moment_stands_in_for_one_that_was_not_synthesized(trained: Path, tmp_path: Path) -> None:
+def test_the_nearest_moment_stands_in_for_one_that_was_not_synthesized(
+    trained: Path, tmp_path: Path
+) -> None:
     shutil.copy(trained / "config.json", tmp_path)
     with pytest.raises(UsageError, match="no synthetic slices"):
         progress(tmp_path, tmp_path / "figure.png")
@@ -43,18 +58,31 @@ def test_the_nearest_moment_stands_in_for_one_that_was_not_synthesized(trained: 
         progress(tmp_path, tmp_path / "figure.png")
 
 
-def test_a_comparison_shows_condition_generated_and_original_of_three_slices(tmp_path: Path) -> None:
-    """As the original's pictures do: a row for each sample, at the window's dark end, its middle and its bright end."""
+def test_a_comparison_shows_condition_generated_and_original_of_three_slices(
+    tmp_path: Path,
+) -> None:
+    """As the original's pictures do: a row for each sample, at the window's dark end, its middle
+    and its bright end.
+    """
     from matplotlib.image import imread
 
     greys = np.array([-700, 0, 700], np.int16)
     planes = np.broadcast_to(greys[:, None, None], (3, 16, 16))
     labels = np.zeros((5, 16, 16), np.uint8)
-    generated, original = np.concatenate([planes, planes[:2]]), np.concatenate([planes[::-1], planes[:2]])
+    generated, original = (
+        np.concatenate([planes, planes[:2]]),
+        np.concatenate([planes[::-1], planes[:2]]),
+    )
     comparison(tmp_path / "a.png", labels, generated, original, classes=2, window=(-700, 700))
     image = imread(tmp_path / "a.png")[..., :3]
     height, width = image.shape[:2]
     top = int(height * 0.4 / (3 * 3 + 0.4))  # the titles
-    centres = [[image[top + (height - top) * (2 * row + 1) // 6, width * (2 * column + 1) // 6] for column in range(3)] for row in range(3)]
+    centres = [
+        [
+            image[top + (height - top) * (2 * row + 1) // 6, width * (2 * column + 1) // 6]
+            for column in range(3)
+        ]
+        for row in range(3)
+    ]
     shown = np.array(centres)[:, 1:].mean(-1)
     assert np.allclose(shown, [[0, 1], [0.5, 0.5], [1, 0]], atol=0.01)

@@ -1,4 +1,6 @@
-"""Files of strangers are opened only if they are files; half-written ones are swept only if they are ours."""
+"""Files of strangers are opened only if they are files; half-written ones are swept only if they
+are ours.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,14 @@ from samples import listed, synth, write_mask
 
 import runtime.core.atomic_files
 from runtime.__main__ import main
-from runtime.core.atomic_files import MAX_TEXT, belongs_to, open_input, remove_orphans, temporary_name, write_text
+from runtime.core.atomic_files import (
+    MAX_TEXT,
+    belongs_to,
+    open_input,
+    remove_orphans,
+    temporary_name,
+    write_text,
+)
 from runtime.core.console import run
 from runtime.core.errors import OutputError, UnreadableVolume, UsageError
 from runtime.io.cases import PassedOver, find_cases
@@ -54,13 +63,33 @@ def test_special_files_are_refused_at_once(make: Callable[[Path], None], tmp_pat
 
 @pytest.mark.parametrize("option", ["--labels", "--rules"])
 @pytest.mark.parametrize("make", [*SPECIAL, make_large])
-def test_texts_wait_for_nobody(make: Callable[[Path], None], option: str, fake_model: Path, tmp_path: Path) -> None:
-    """Neither a pipe that nobody writes into nor a text without an end holds the command, or its memory."""
+def test_texts_wait_for_nobody(
+    make: Callable[[Path], None], option: str, fake_model: Path, tmp_path: Path
+) -> None:
+    """Neither a pipe that nobody writes into nor a text without an end holds the command, or its
+    memory.
+    """
     make(tmp_path / "map.json")
     write_mask(tmp_path / "m.nii")
-    more = ["--model", f"a={fake_model}", "--model", f"b={fake_model}"] if option == "--rules" else ["--model", fake_model]
-    line = ["synth", tmp_path / "m.nii", *more, option, tmp_path / "map.json", "--backend", "fake", "--output", tmp_path / "out"]
-    with pytest.raises(UsageError, match=rf"a pipe, a socket or a device|more than {MAX_TEXT} bytes"):
+    more = (
+        ["--model", f"a={fake_model}", "--model", f"b={fake_model}"]
+        if option == "--rules"
+        else ["--model", fake_model]
+    )
+    line = [
+        "synth",
+        tmp_path / "m.nii",
+        *more,
+        option,
+        tmp_path / "map.json",
+        "--backend",
+        "fake",
+        "--output",
+        tmp_path / "out",
+    ]
+    with pytest.raises(
+        UsageError, match=rf"a pipe, a socket or a device|more than {MAX_TEXT} bytes"
+    ):
         main([str(word) for word in line])
     assert not (tmp_path / "out").exists()
 
@@ -71,7 +100,10 @@ def test_a_report_replaces_no_device(make: Callable[[Path], None], tmp_path: Pat
     path = tmp_path / "report.json"
     make(path)
     before = os.lstat(path)
-    with pytest.raises(OutputError, match=r"report\.json cannot be written: a pipe, a socket or a device has that name"):
+    with pytest.raises(
+        OutputError,
+        match=r"report\.json cannot be written: a pipe, a socket or a device has that name",
+    ):
         write_text(path, "{}")
     assert os.path.samestat(os.lstat(path), before)
     assert listed(tmp_path) == {"report.json"}
@@ -84,14 +116,20 @@ def test_pipe_swapped_in_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     really, states = os.stat, [os.stat(path)]
     path.unlink()
     make_pipe(path)
-    monkeypatch.setattr(runtime.core.atomic_files.os, "stat", lambda *a, **k: states.pop() if states else really(*a, **k))
+    monkeypatch.setattr(
+        runtime.core.atomic_files.os,
+        "stat",
+        lambda *a, **k: states.pop() if states else really(*a, **k),
+    )
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     with pytest.raises(OSError, match="a pipe"):
         open_input(path)
     assert not before or len(os.listdir("/proc/self/fd")) == before
 
 
-def test_links_out_of_a_folder_are_passed_over(fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_links_out_of_a_folder_are_passed_over(
+    fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder, secret = tmp_path / "in", write_mask(tmp_path / "secret.nii.gz")
     (folder / "sub").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
@@ -104,7 +142,12 @@ def test_links_out_of_a_folder_are_passed_over(fake_model: Path, tmp_path: Path,
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     make_pipe(folder / "sub" / "g")
     skipped: list[PassedOver] = []
-    assert [case.name for case in find_cases([folder], skipped)] == ["a", "b", "d", "e"]  # broken ones fail by name
+    assert [case.name for case in find_cases([folder], skipped)] == [
+        "a",
+        "b",
+        "d",
+        "e",
+    ]  # broken ones fail by name
     assert {one.path.name for one in skipped} == {"c.nii.gz", "f", "g", "linked"}
     assert synth(fake_model, tmp_path / "out", folder) == 1
     error = capsys.readouterr().err
@@ -122,7 +165,9 @@ def test_a_link_given_by_name_is_followed(fake_model: Path, tmp_path: Path) -> N
     assert listed(tmp_path / "out") >= {"a_ct.nii.gz", "b_ct.nii.gz"}
 
 
-def test_a_folder_of_nothing_but_links_says_so(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_nothing_but_links_says_so(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "a.nii.gz").symlink_to(write_mask(tmp_path / "a.nii.gz"))
     assert synth(fake_model, tmp_path / "out", tmp_path / "in") == 2
@@ -130,7 +175,9 @@ def test_a_folder_of_nothing_but_links_says_so(tmp_path: Path, fake_model: Path,
 
 
 def test_voxels_behind_a_link_are_not_read(tmp_path: Path) -> None:
-    """A header in a folder names a file beside it, which leads to one that its sender could not read."""
+    """A header in a folder names a file beside it, which leads to one that its sender could not
+    read.
+    """
 
     header = write_mask(tmp_path / "in.mhd").read_text()
     name = header.rpartition("ElementDataFile = ")[2].strip()
@@ -158,7 +205,9 @@ def test_only_our_unfinished_files_are_swept(locked: bool, tmp_path: Path) -> No
     for name in names:
         (tmp_path / name).write_text("precious")
     mine = temporary_name(tmp_path / "x_ct.nii.gz")
-    gone = mine.with_name(mine.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-"))  # no system has such a process
+    gone = mine.with_name(
+        mine.name.replace(f"-{os.getpid()}-", f"-{2**22 + 1}-")
+    )  # no system has such a process
     elsewhere = mine.with_name(".mask2ct-part-elsewhere-1-0a1b2c-y.nii")
     for path in (mine, gone, elsewhere):
         path.write_bytes(b"half")
@@ -184,15 +233,25 @@ def test_what_belongs_to_a_folder(tmp_path: Path) -> None:
     (tmp_path / "in" / "c").symlink_to("../in-2/b")  # a sister's name begins with the folder's
     (tmp_path / "in" / "d").symlink_to("../in/a")
     (tmp_path / "in" / "e").symlink_to(".")
-    assert [belongs_to(tmp_path / "in", tmp_path / "in" / name) for name in "acdez"] == [True, False, True, False, False]
+    assert [belongs_to(tmp_path / "in", tmp_path / "in" / name) for name in "acdez"] == [
+        True,
+        False,
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("where", ["result", "data set", "journal"])
-def test_links_in_the_output_folder_are_refused(where: str, fake_model: Path, tmp_path: Path) -> None:
+def test_links_in_the_output_folder_are_refused(
+    where: str, fake_model: Path, tmp_path: Path
+) -> None:
     """What they lead to keeps its bytes."""
     out, victim, mask = tmp_path / "out", tmp_path / "victim", write_mask(tmp_path / "a.nii.gz")
     out.mkdir()
-    more = {"result": ("--format", "dicom"), "data set": ("--format", "nnunet"), "journal": ()}[where]
+    more = {"result": ("--format", "dicom"), "data set": ("--format", "nnunet"), "journal": ()}[
+        where
+    ]
     if where == "journal":
         victim.write_text("precious\n")
         (out / ".mask2ct.journal").symlink_to(victim)
@@ -215,16 +274,28 @@ def test_a_journal_that_is_a_pipe_waits_for_nobody(fake_model: Path, tmp_path: P
 @pytest.mark.parametrize("make", SPECIAL)
 @pytest.mark.parametrize("name", ["manifest.json", "model.onnx", "audit.jsonl"])
 def test_special_files_are_called_so(
-    name: str, make: Callable[[Path], None], fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    make: Callable[[Path], None],
+    fake_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Of a model folder and of an audit file: neither waited for nor called missing."""
     import json
 
     stated = json.loads((fake_model / "manifest.json").read_text())
-    stated["files"]["model.onnx"] = {"kind": "onnx", "precision": "fp32", "bytes": 1, "sha256": "0" * 64}
+    stated["files"]["model.onnx"] = {
+        "kind": "onnx",
+        "precision": "fp32",
+        "bytes": 1,
+        "sha256": "0" * 64,
+    }
     if name != "manifest.json":
         (tmp_path / "manifest.json").write_text(json.dumps(stated))
     make(tmp_path / name)
     line = ["audit", str(tmp_path / name)] if name == "audit.jsonl" else ["describe", str(tmp_path)]
     assert run(main, line) == 2
-    assert f"{name} cannot be read: it is a pipe, a socket or a device, not a file" in capsys.readouterr().err
+    assert (
+        f"{name} cannot be read: it is a pipe, a socket or a device, not a file"
+        in capsys.readouterr().err
+    )

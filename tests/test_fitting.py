@@ -20,7 +20,10 @@ LAYERS = ("first", "spread", "mix", "last")
 
 
 class Network(nn.Module):
-    """A wide convolution, a depthwise one and two 1x1 ones, as `edge` has them. `scales`: of the channels between the first two."""
+    """A wide convolution, a depthwise one and two 1x1 ones, as `edge` has them.
+
+    `scales`: of the channels between the first two.
+    """
 
     def __init__(self, scales: torch.Tensor):
         super().__init__()
@@ -40,14 +43,29 @@ class Network(nn.Module):
 
 def labels(seed: int) -> dict[str, np.ndarray]:
     """Maps of flat regions."""
-    return {"labels": np.random.default_rng(seed).integers(0, CLASSES, (SLICES, 5, 5), np.uint8).repeat(8, 1).repeat(8, 2)}
+    return {
+        "labels": (
+            np.random.default_rng(seed)
+            .integers(0, CLASSES, (SLICES, 5, 5), np.uint8)
+            .repeat(8, 1)
+            .repeat(8, 2)
+        )
+    }
 
 
 def exported(network: nn.Module, path: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
-        program = torch.onnx.export(network, (torch.from_numpy(labels(0)["labels"]),), dynamo=True, opset_version=21, input_names=["labels"],
-                                    output_names=["y"], dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False)  # fmt: skip
+        program = torch.onnx.export(
+            network,
+            (torch.from_numpy(labels(0)["labels"]),),
+            dynamo=True,
+            opset_version=21,
+            input_names=["labels"],
+            output_names=["y"],
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            verbose=False,
+        )
     assert program is not None
     model = program.model_proto
     names = iter(LAYERS)
@@ -76,17 +94,30 @@ def network(request: pytest.FixtureRequest) -> Network:
     return Network(torch.logspace(-1, 1, 16) if request.param else torch.ones(16)).eval()
 
 
-def test_on_slices_it_was_not_fitted_to_the_error_is_a_fraction_of_what_it_was(network: Network, tmp_path: Path) -> None:
-    quantizer, path = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)), tmp_path / "int8.onnx"
+def test_on_slices_it_was_not_fitted_to_the_error_is_a_fraction_of_what_it_was(
+    network: Network, tmp_path: Path
+) -> None:
+    quantizer, path = (
+        Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)),
+        tmp_path / "int8.onnx",
+    )
     quantizer.write(path, ())
     before = error(path, network, labels(2))
     quantizer.fitted(network, labels(1)).write(path, ())
-    assert all(node.op_type != "Conv" or node.input[1].endswith("DequantizeLinear_Output") for node in onnx.load(path).graph.node)
+    assert all(
+        node.op_type != "Conv" or node.input[1].endswith("DequantizeLinear_Output")
+        for node in onnx.load(path).graph.node
+    )
     assert 1e-5 < error(path, network, labels(2)) < 0.7 * before
 
 
-def test_a_layer_left_in_float_takes_back_errors_of_those_before_it(network: Network, tmp_path: Path) -> None:
-    quantizer, path = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)), tmp_path / "int8.onnx"
+def test_a_layer_left_in_float_takes_back_errors_of_those_before_it(
+    network: Network, tmp_path: Path
+) -> None:
+    quantizer, path = (
+        Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)),
+        tmp_path / "int8.onnx",
+    )
     quantizer.write(path, ("mix",))
     before = error(path, network, labels(2))
     quantizer.fitted(network, labels(1), ("mix",)).write(path, ("mix",))
@@ -94,7 +125,10 @@ def test_a_layer_left_in_float_takes_back_errors_of_those_before_it(network: Net
 
 
 def test_all_in_float_it_is_the_network_itself(network: Network, tmp_path: Path) -> None:
-    quantizer, path = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)), tmp_path / "float.onnx"
+    quantizer, path = (
+        Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)),
+        tmp_path / "float.onnx",
+    )
     quantizer.fitted(network, labels(1), LAYERS).write(path, LAYERS)
     assert error(path, network, labels(2)) < 1e-5
 
@@ -106,7 +140,9 @@ def test_the_same_inputs_give_the_same_file(network: Network, tmp_path: Path) ->
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_network_that_the_graph_does_not_come_from_is_refused(network: Network, tmp_path: Path) -> None:
+def test_a_network_that_the_graph_does_not_come_from_is_refused(
+    network: Network, tmp_path: Path
+) -> None:
     quantizer = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0))
     with pytest.raises(ValueError, match="convolution 0 of the network is not the graph's"):
         quantizer.fitted(Network(torch.full((16,), 2.0)).eval(), labels(1))
@@ -119,23 +155,34 @@ def test_a_layer_that_reads_zeros_alone_is_held(tmp_path: Path) -> None:
     with torch.no_grad():
         dead.spread.bias.fill_(-1e3)  # type: ignore[union-attr]
         dead.last.bias[0] = 0.5  # type: ignore[index]
-    Quantizer(exported(dead, tmp_path / "fp32.onnx"), labels(0)).fitted(dead, labels(1)).write(tmp_path / "int8.onnx", ())
+    Quantizer(exported(dead, tmp_path / "fp32.onnx"), labels(0)).fitted(dead, labels(1)).write(
+        tmp_path / "int8.onnx", ()
+    )
     with torch.inference_mode():
         truth = dead(torch.from_numpy(labels(2)["labels"])).numpy()
-    np.testing.assert_allclose(generated(tmp_path / "int8.onnx", labels(2)), truth, rtol=0, atol=0.02)
+    np.testing.assert_allclose(
+        generated(tmp_path / "int8.onnx", labels(2)), truth, rtol=0, atol=0.02
+    )
 
 
 class Grouped(nn.Module):
-    """Two channels an output of four groups, with gaps between the taps, after channels of ranges far apart."""
+    """Two channels an output of four groups, with gaps between the taps, after channels of
+    ranges far apart.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         scales = torch.logspace(-1, 1, 8)
-        self.first, self.second = nn.Conv2d(CLASSES, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4)
+        self.first, self.second = (
+            nn.Conv2d(CLASSES, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=2, dilation=2, groups=4),
+        )
         with torch.no_grad():
             self.first.weight.mul_(scales[:, None, None, None])
             self.first.bias.mul_(scales)  # type: ignore[union-attr]
-            self.second.weight.div_(scales.view(4, 1, 2, 1, 1).expand(4, 2, 2, 1, 1).reshape(8, 2, 1, 1))
+            self.second.weight.div_(
+                scales.view(4, 1, 2, 1, 1).expand(4, 2, 2, 1, 1).reshape(8, 2, 1, 1)
+            )
 
     def forward(self, labels: torch.Tensor) -> torch.Tensor:
         condition = (labels[..., None] == torch.arange(CLASSES)).float().permute(0, 3, 1, 2)
@@ -145,7 +192,10 @@ class Grouped(nn.Module):
 def test_groups_of_several_channels_and_gaps_between_taps_are_fitted_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = Grouped().eval()
-    quantizer, path = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)), tmp_path / "int8.onnx"
+    quantizer, path = (
+        Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)),
+        tmp_path / "int8.onnx",
+    )
     quantizer.write(path, ())
     before = error(path, network, labels(2))
     quantizer.fitted(network, labels(1)).write(path, ())

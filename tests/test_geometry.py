@@ -28,7 +28,11 @@ def fake(**options) -> Synthesizer:
 
 
 @pytest.mark.parametrize(
-    "direction", directions(), ids=lambda d: "".join("+-"[int(x < 0)] + "xyz"[int(np.argmax(np.abs(c)))] for c in d.T for x in [c.sum()])
+    "direction",
+    directions(),
+    ids=lambda d: "".join(
+        "+-"[int(x < 0)] + "xyz"[int(np.argmax(np.abs(c)))] for c in d.T for x in [c.sum()]
+    ),
 )
 @pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (11.0, -7.0, 16.0)], ids=["straight", "oblique"])
 def test_every_axis_order_keeps_each_label_at_its_voxel(direction: np.ndarray, tilt) -> None:
@@ -39,12 +43,18 @@ def test_every_axis_order_keeps_each_label_at_its_voxel(direction: np.ndarray, t
     generated = sitk.GetArrayFromImage(ct)
     for value, hu in FAKE_HU.items():
         assert (generated[values == value] == hu).all()
-    assert ct.GetOrigin() == mask.GetOrigin() and ct.GetSpacing() == mask.GetSpacing() and ct.GetDirection() == mask.GetDirection()
+    assert (
+        ct.GetOrigin() == mask.GetOrigin()
+        and ct.GetSpacing() == mask.GetSpacing()
+        and ct.GetDirection() == mask.GetDirection()
+    )
     assert ct.GetPixelID() == sitk.sitkInt16
 
 
 class Coordinates(FakeEngine):
-    """Synthesizes 10 x the canvas row + the canvas column: shows how a slice is presented to the network."""
+    """Synthesizes 10 x the canvas row + the canvas column: shows how a slice is presented to the
+    network.
+    """
 
     def run(self, inputs, out, *, stream) -> None:
         h, w = out.shape[1:3]
@@ -52,7 +62,9 @@ class Coordinates(FakeEngine):
 
 
 @pytest.mark.parametrize("direction", directions()[::5], ids=str)
-def test_the_network_sees_axial_slices_anterior_first_and_right_first(direction: np.ndarray) -> None:
+def test_the_network_sees_axial_slices_anterior_first_and_right_first(
+    direction: np.ndarray,
+) -> None:
     manifest = fake_manifest(noise=False, pixel_spacing=(2.0, 2.0))
     mask = image(np.full((10, 12, 14), 205, np.uint16), (2.0, 2.0, 2.0), (0, 0, 0), direction)
     with Synthesizer(manifest, Coordinates(manifest)) as synth:
@@ -95,7 +107,11 @@ def test_neighbour_slices_are_taken_in_mm_towards_the_head() -> None:
 def test_neighbours_keep_one_distance_in_every_slice() -> None:
     """15 mm at 2 mm is 7.5 slices: always rounded the same way, not to 7 here and 8 there."""
     volume = np.arange(40, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
-    grid = SliceGrid(GridPolicy((4, 4), (1.0, 1.0), 4, 3, 15.0), Geometry(np.diag([1.0, 1.0, 2.0, 1.0])), volume.shape)
+    grid = SliceGrid(
+        GridPolicy((4, 4), (1.0, 1.0), 4, 3, 15.0),
+        Geometry(np.diag([1.0, 1.0, 2.0, 1.0])),
+        volume.shape,
+    )
     for k in range(8, 32):
         assert grid.labels(volume, k)[:, 0, 0].tolist() == [k - 8, k, k + 8]
 
@@ -105,7 +121,9 @@ def write(path: Path, values: np.ndarray, grid: Geometry) -> None:
 
 
 @pytest.mark.parametrize("angle", [179.0, 179.9, 179.99, 180.0])
-def test_a_qform_near_a_half_turn_agrees_with_the_sform_or_is_not_stated(angle: float, tmp_path: Path) -> None:
+def test_a_qform_near_a_half_turn_agrees_with_the_sform_or_is_not_stated(
+    angle: float, tmp_path: Path
+) -> None:
     g = Geometry.from_parts((0, 0, 0), (0.71, 0.71, 1.25), rotation((0.3, angle, 0.2)).ravel())
     write(tmp_path / "x.nii", np.zeros((300, 8, 8), np.uint8), g)
     header = nibabel.load(tmp_path / "x.nii").header
@@ -113,7 +131,9 @@ def test_a_qform_near_a_half_turn_agrees_with_the_sform_or_is_not_stated(angle: 
         assert np.abs((header.get_qform() - header.get_sform()) @ [7, 7, 299, 1]).max() <= 2e-4
 
 
-def on_the_mask(grid: SliceGrid, ct: np.ndarray, shape: tuple[int, ...], outside: int = 0) -> np.ndarray:
+def on_the_mask(
+    grid: SliceGrid, ct: np.ndarray, shape: tuple[int, ...], outside: int = 0
+) -> np.ndarray:
     """`ct` back on a slice of `shape`, of which every voxel has to be filled."""
     slices = [np.full(shape, filled, np.int16) for filled in (-30000, 30000)]
     for out in slices:
@@ -140,19 +160,34 @@ def test_a_linear_ramp_survives_the_way_to_the_canvas_and_back() -> None:
     [
         (np.eye(3), lambda ct: ct),
         (np.diag([-1, 1, -1]), lambda ct: ct[:, ::-1]),
-        (np.diag([1, -1, 1])[:, [1, 0, 2]], lambda ct: ct.T[:, ::-1]),  # the last axis runs from posterior to anterior
+        (
+            np.diag([1, -1, 1])[:, [1, 0, 2]],
+            lambda ct: ct.T[:, ::-1],
+        ),  # the last axis runs from posterior to anterior
     ],
 )
-def test_a_synthesized_slice_comes_back_as_bilinear_interpolation_has_it_in_any_orientation(direction: np.ndarray, lies) -> None:
-    """Against double precision, of a slice of several strips of rows, the last of them not whole."""
+def test_a_synthesized_slice_comes_back_as_bilinear_interpolation_has_it_in_any_orientation(
+    direction: np.ndarray, lies
+) -> None:
+    """Against double precision, of a slice of several strips of rows, the last of them not
+    whole.
+    """
     shape, canvas = (1, 150, 150), (48, 64)
-    grid = SliceGrid(GridPolicy(canvas, None, 16), Geometry.from_parts((0, 0, 0), (1, 1, 1), direction.ravel()), shape)
+    grid = SliceGrid(
+        GridPolicy(canvas, None, 16),
+        Geometry.from_parts((0, 0, 0), (1, 1, 1), direction.ravel()),
+        shape,
+    )
     ct = np.random.default_rng(0).integers(-1000, 1000, canvas).astype(np.int16)
     places = [np.clip((np.arange(150) + 0.5) * side / 150 - 0.5, 0, side - 1) for side in canvas]
     low = [np.minimum(p.astype(int), side - 2) for p, side in zip(places, canvas, strict=True)]
     weights = [np.stack([1 - (p - n), p - n]) for p, n in zip(places, low, strict=True)]
     want = sum(
-        weights[0][a][:, None] * weights[1][b] * ct[np.ix_(low[0] + a, low[1] + b)].astype(np.float64) for a in (0, 1) for b in (0, 1)
+        weights[0][a][:, None]
+        * weights[1][b]
+        * ct[np.ix_(low[0] + a, low[1] + b)].astype(np.float64)
+        for a in (0, 1)
+        for b in (0, 1)
     )
     assert np.abs(on_the_mask(grid, ct, shape[1:]) - lies(want)).max() <= 0.5 + 1e-3
 
@@ -161,7 +196,9 @@ def test_equal_spacing_copies_pixels_even_when_sizes_differ_by_an_odd_number() -
     for extent in (31, 32, 33):
         ct = np.arange(2 * extent * extent).reshape(2, extent, extent).astype(np.int16)
         grid = SliceGrid(GridPolicy((64, 64), (1.0, 1.0), 64), Geometry(np.eye(4)), ct.shape)
-        assert np.array_equal(on_the_mask(grid, grid.image(ct, 1, 0).astype(np.int16), (extent, extent)), ct[1])
+        assert np.array_equal(
+            on_the_mask(grid, grid.image(ct, 1, 0).astype(np.int16), (extent, extent)), ct[1]
+        )
 
 
 def corner_labels(shape: tuple[int, int, int], *places: tuple[int, int]) -> np.ndarray:
@@ -192,12 +229,16 @@ def test_a_slice_larger_than_the_canvas_is_cut_to_it_about_its_labels(places, si
     assert ((generated == 7) | (generated == -1024)).all()
 
 
-def test_a_slice_smaller_than_the_canvas_lies_in_its_middle_and_one_without_spacing_is_fitted() -> None:
+def test_a_slice_smaller_than_the_canvas_lies_in_its_middle_and_one_without_spacing_is_fitted() -> (
+    None
+):
     small = SliceGrid(GridPolicy((64, 64), (2.0, 2.0), 32), Geometry(np.eye(4)), (1, 10, 20))
     assert small.size == (64, 64) and small.covers
     marked = np.zeros((64, 64), np.int16)
     marked[28:36, 26:38] = 5
-    assert (on_the_mask(small, marked, (10, 20)) == 5).all()  # 10 x 20 mm: 5 x 10 pixels, with their neighbours
+    assert (
+        on_the_mask(small, marked, (10, 20)) == 5
+    ).all()  # 10 x 20 mm: 5 x 10 pixels, with their neighbours
     fitted = SliceGrid(GridPolicy((64, 64), None, 32), Geometry(np.eye(4)), (1, 10, 300))
     assert fitted.size == (64, 64) and fitted.covers
 
@@ -208,7 +249,10 @@ def test_what_lies_beyond_the_canvas_is_said(tmp_path: Path, fake_model: Path) -
     path = write_mask(tmp_path / "wide.nii.gz", values, spacing=(3.0, 3.0, 3.0))
     with Synthesizer.open(fake_model, backend="fake") as synth:
         (result,) = synth.stream([path], tmp_path / "out")
-    assert any("more than the 96 x 96 mm the model was trained on" in warning for warning in result.warnings)
+    assert any(
+        "more than the 96 x 96 mm the model was trained on" in warning
+        for warning in result.warnings
+    )
     ct = sitk.GetArrayFromImage(sitk.ReadImage(str(result.files[0])))
     assert (ct[values == 500] == FAKE_HU[500]).all() and (ct[:, :20, :20] == -1024).all()
 
@@ -216,20 +260,35 @@ def test_what_lies_beyond_the_canvas_is_said(tmp_path: Path, fake_model: Path) -
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])
 @pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (10.0, 20.0, -5.0)], ids=["straight", "oblique"])
 def test_the_written_grid_is_the_masks(suffix: str, tilt, tmp_path: Path, fake_model: Path) -> None:
-    path = write_mask(tmp_path / f"case{suffix}", spacing=(0.71, 0.83, 2.5), origin=(-101.37, 12.11, 777.7), direction=rotation(tilt))
+    path = write_mask(
+        tmp_path / f"case{suffix}",
+        spacing=(0.71, 0.83, 2.5),
+        origin=(-101.37, 12.11, 777.7),
+        direction=rotation(tilt),
+    )
     with Synthesizer.open(fake_model, backend="fake") as synth:
         (result,) = synth.stream([path], tmp_path / "out")
     assert result.error is None
     mask, ct = sitk.ReadImage(str(path)), sitk.ReadImage(str(result.files[0]))
     assert ct.GetSize() == mask.GetSize() and ct.GetPixelID() == sitk.sitkInt16
     if suffix.startswith(".nii"):
-        assert (ct.GetOrigin(), ct.GetSpacing(), ct.GetDirection()) == (mask.GetOrigin(), mask.GetSpacing(), mask.GetDirection())
+        assert (ct.GetOrigin(), ct.GetSpacing(), ct.GetDirection()) == (
+            mask.GetOrigin(),
+            mask.GetSpacing(),
+            mask.GetDirection(),
+        )
         a, b = nibabel.load(path), nibabel.load(result.files[0])
-        assert np.array_equal(a.affine, b.affine) and a.header["qform_code"] == b.header["qform_code"]
+        assert (
+            np.array_equal(a.affine, b.affine) and a.header["qform_code"] == b.header["qform_code"]
+        )
         assert np.array_equal(a.header.get_qform(), b.header.get_qform())
     corner = [n - 1 for n in mask.GetSize()]
     for index in ([0, 0, 0], corner):
-        assert np.allclose(ct.TransformIndexToPhysicalPoint(index), mask.TransformIndexToPhysicalPoint(index), atol=1e-4)
+        assert np.allclose(
+            ct.TransformIndexToPhysicalPoint(index),
+            mask.TransformIndexToPhysicalPoint(index),
+            atol=1e-4,
+        )
 
 
 @pytest.mark.parametrize("order", ["<", ">"], ids=["little-endian", "big-endian"])
@@ -253,12 +312,18 @@ def test_headers_that_nibabel_writes_keep_their_codes_and_affines(
     a, b = nibabel.load(path), nibabel.load(result.files[0])
     assert np.array_equal(a.affine, b.affine)
     assert (int(b.header["qform_code"]), int(b.header["sform_code"])) == (qform, sform)
-    assert b"DOE" not in bytes(b.header.binaryblock) and b"NOT FOR DIAGNOSIS" in bytes(b.header["descrip"])
+    assert b"DOE" not in bytes(b.header.binaryblock) and b"NOT FOR DIAGNOSIS" in bytes(
+        b.header["descrip"]
+    )
 
 
 @pytest.mark.parametrize("direction", directions()[::3], ids=str)
-def test_a_grid_written_from_scratch_lies_where_simpleitk_and_nibabel_say(direction: np.ndarray, tmp_path: Path) -> None:
-    g = Geometry.from_parts((12.5, -90.0, 300.25), (0.7, 0.9, 3.1), (rotation((12, -8, 25)) @ direction).ravel())
+def test_a_grid_written_from_scratch_lies_where_simpleitk_and_nibabel_say(
+    direction: np.ndarray, tmp_path: Path
+) -> None:
+    g = Geometry.from_parts(
+        (12.5, -90.0, 300.25), (0.7, 0.9, 3.1), (rotation((12, -8, 25)) @ direction).ravel()
+    )
     write(tmp_path / "x.nii.gz", np.zeros((4, 5, 6), np.int16), g)
     itk, nib = sitk.ReadImage(str(tmp_path / "x.nii.gz")), nibabel.load(tmp_path / "x.nii.gz")
     for index in ([0, 0, 0], [5, 4, 3], [5, 0, 2]):
@@ -284,7 +349,9 @@ def test_geometry_is_frozen() -> None:
 
 
 def test_reading_agrees_with_the_orientations_that_others_stored(real_data: Path) -> None:
-    """One volume stored in RAS, LPS, LAS and ASR order: its brightest tenth has one centre in mm."""
+    """One volume stored in RAS, LPS, LAS and ASR order: its brightest tenth has one centre in
+    mm.
+    """
     centres = []
     for name in ("RAS", "LPS", "LAS", "ASR"):
         volume = read_volume(real_data / "orientations" / f"{name}.nii.gz")

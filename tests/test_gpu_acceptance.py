@@ -1,4 +1,6 @@
-"""The acceptance script on a machine without a GPU: it says what is not there, and survives a check that crashes."""
+"""The acceptance script on a machine without a GPU: it says what is not there, and survives a
+check that crashes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ SCRIPT = "benchmarks/gpu_acceptance.py"
 
 @pytest.fixture
 def packages(tmp_path: Path) -> Path:
-    """Packages that are found before the installed ones: SimpleITK is absent, torch ends the process."""
+    """Packages that are found before the installed ones: SimpleITK is absent, torch ends the
+    process.
+    """
     folder = tmp_path / "packages"
     folder.mkdir()
     (folder / "SimpleITK.py").write_text("raise ImportError('SimpleITK is hidden')")
@@ -44,18 +48,40 @@ def test_without_a_gpu_every_check_is_not_present(packages: Path, command) -> No
     done = command(SCRIPT, env={"PYTHONPATH": str(packages)})
     assert done.returncode == 3, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
-    assert len(record["result"]) > 12 and {row["outcome"] for row in record["result"].values()} == {"not present"}
+    assert len(record["result"]) > 12 and {row["outcome"] for row in record["result"].values()} == {
+        "not present"
+    }
     assert all(row["seen"] for row in record["result"].values()) and record["machine"]["cpu"]
-    assert "a CUDA graph of the lean engine with its copies" in done.stdout and "0 pass, 0 fail" in done.stdout
+    assert (
+        "a CUDA graph of the lean engine with its copies" in done.stdout
+        and "0 pass, 0 fail" in done.stdout
+    )
 
 
 def test_a_check_that_crashes_fails_alone(packages: Path, tmp_path: Path, command) -> None:
     driver(tmp_path, count=2, name="libcuda.so.1")
     model = write_fake_model(tmp_path / "model", fake_manifest())
     env = {"PYTHONPATH": str(packages), "LD_LIBRARY_PATH": str(tmp_path)}
-    done = command(SCRIPT, "--model", model, "--only", "gpu", "half", "ort", "--json", tmp_path / "result.json", env=env)
+    done = command(
+        SCRIPT,
+        "--model",
+        model,
+        "--only",
+        "gpu",
+        "half",
+        "ort",
+        "--json",
+        tmp_path / "result.json",
+        env=env,
+    )
     rows = json.loads(done.stdout.splitlines()[-1])["result"]
-    assert rows["gpu"] == {"outcome": "pass", "seen": "NVIDIA First (compute capability 8.9, 40.0 GiB), driver for CUDA 13.2"}
+    assert rows["gpu"] == {
+        "outcome": "pass",
+        "seen": "NVIDIA First (compute capability 8.9, 40.0 GiB), driver for CUDA 13.2",
+    }
     assert rows["half"]["outcome"] == "fail" and "ended by signal 6" in rows["half"]["seen"]
     assert rows["ort"]["outcome"] == "not present" and "no CUDA provider" in rows["ort"]["seen"]
-    assert done.returncode == 1 and json.loads((tmp_path / "result.json").read_text())["result"] == rows
+    assert (
+        done.returncode == 1
+        and json.loads((tmp_path / "result.json").read_text())["result"] == rows
+    )

@@ -1,4 +1,6 @@
-"""TensorRT and ONNX Runtime on a GPU: slots, pools, graphs and failures, on a fake device whose results are the CPU's to the bit."""
+"""TensorRT and ONNX Runtime on a GPU: slots, pools, graphs and failures, on a fake device whose
+results are the CPU's to the bit.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from samples import blobs
 from runtime import Synthesizer
 from runtime.__main__ import main
 from runtime.core.console import run
-from runtime.core.errors import GeometryError, Mask2CTError, MemoryCapExceeded, MissingComponent, ModelError
+from runtime.core.errors import (
+    GeometryError,
+    Mask2CTError,
+    MemoryCapExceeded,
+    MissingComponent,
+    ModelError,
+)
 from runtime.core.labels import MM_WHS, to_indices
 from runtime.core.manifest import Manifest
 from runtime.core.volume import Geometry, LabelVolume
@@ -54,12 +62,17 @@ def on_cpu(model: Path, *volumes: LabelVolume) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_bytes_are_the_cpus_whatever_the_batch(world: World, gpu_model: Path, backend: str) -> None:
+def test_the_bytes_are_the_cpus_whatever_the_batch(
+    world: World, gpu_model: Path, backend: str
+) -> None:
     volumes = [volume(), volume(5, seed=1), volume(1, seed=2)]
     expected = on_cpu(gpu_model, *volumes)
     for batch in (1, 4, 16):
         with Synthesizer.open(gpu_model, backend=backend, batch=batch) as synth:
-            assert all(np.array_equal(synth.synthesize(one), ct) for one, ct in zip(volumes, expected, strict=True))
+            assert all(
+                np.array_equal(synth.synthesize(one), ct)
+                for one, ct in zip(volumes, expected, strict=True)
+            )
         assert world.left() == {}
 
 
@@ -73,9 +86,15 @@ def test_steady_state_asks_for_nothing(world: World, gpu_model: Path, backend: s
         for seed in range(3):
             synth.synthesize(volume(20, seed=seed))
         assert synth.memory() == memory and [world.calls[name] for name in allocating] == calls
-        assert world.in_use("device") <= memory["device"].held and world.in_use("pinned") == memory["page-locked"].held
+        assert (
+            world.in_use("device") <= memory["device"].held
+            and world.in_use("pinned") == memory["page-locked"].held
+        )
         assert {"labels", "noise", "ct"} <= set(memory["device"].tags)
-    assert all(stats.in_use == stats.held == 0 for stats in synth.memory().values()) and world.left() == {}
+    assert (
+        all(stats.in_use == stats.held == 0 for stats in synth.memory().values())
+        and world.left() == {}
+    )
 
 
 def test_a_shape_is_captured_once_and_again_when_it_changes(core: World, gpu_model: Path) -> None:
@@ -85,14 +104,22 @@ def test_a_shape_is_captured_once_and_again_when_it_changes(core: World, gpu_mod
         synth.synthesize(volume(2 * batch))  # the first batch of each slot
         assert core.calls["cuGraphInstantiate"] == 0
         synth.synthesize(volume(6 * batch))
-        assert core.calls["cuGraphInstantiate"] == 2 and core.calls["cuGraphLaunch"] == 6 and core.calls["execute_async_v3"] == 4
+        assert (
+            core.calls["cuGraphInstantiate"] == 2
+            and core.calls["cuGraphLaunch"] == 6
+            and core.calls["execute_async_v3"] == 4
+        )
         synth.synthesize(volume(6 * batch, side=80))  # a larger canvas: new slots
         synth.synthesize(volume(6 * batch))
         assert core.calls["cuGraphInstantiate"] == 6
 
 
-def test_contexts_that_never_run_at_once_share_their_activations(core: World, gpu_model: Path) -> None:
-    """A second volume in work, the first one's batches still on the device: two blocks for four contexts, bytes as on the CPU."""
+def test_contexts_that_never_run_at_once_share_their_activations(
+    core: World, gpu_model: Path
+) -> None:
+    """A second volume in work, the first one's batches still on the device: two blocks for four
+    contexts, bytes as on the CPU.
+    """
     volumes = [volume(30), volume(30, seed=1), volume(20, side=80)]
     expected = on_cpu(gpu_model, *volumes)
     with Synthesizer.open(gpu_model, backend="tensorrt", batch=1) as synth:
@@ -102,19 +129,28 @@ def test_contexts_that_never_run_at_once_share_their_activations(core: World, gp
         first = next(slabs)
         for _ in range(2):
             assert np.array_equal(synth.synthesize(volumes[1]), expected[1])
-        assert synth.memory()["device"].tags["activations"].peak == alone and core.calls["create_execution_context"] == 4
+        assert (
+            synth.memory()["device"].tags["activations"].peak == alone
+            and core.calls["create_execution_context"] == 4
+        )
         waited = core.calls["cuStreamWaitEvent"]
         assert waited
-        larger = synth.synthesize(volumes[2])  # blocks for another canvas are its own, and go when the first canvas returns
+        larger = synth.synthesize(
+            volumes[2]
+        )  # blocks for another canvas are its own, and go when the first canvas returns
         rest = [next(slabs).hu for _ in range(29)]
-        assert np.array_equal(larger, expected[2]) and np.array_equal(np.concatenate([first.hu, *rest]), expected[0])
+        assert np.array_equal(larger, expected[2]) and np.array_equal(
+            np.concatenate([first.hu, *rest]), expected[0]
+        )
         slabs.close()
         synth.synthesize(volumes[1])
         assert synth.memory()["device"].tags["activations"].in_use == alone
     assert core.left() == {}
 
 
-def test_where_memory_is_short_both_slots_take_turns_on_one_block(core: World, gpu_model: Path) -> None:
+def test_where_memory_is_short_both_slots_take_turns_on_one_block(
+    core: World, gpu_model: Path
+) -> None:
     engine, *_ = open_engine("tensorrt", Manifest.load(gpu_model), gpu_model)
     blocks = engine.activations  # type: ignore[attr-defined]
     stream = engine.open_stream()
@@ -132,7 +168,9 @@ def test_where_memory_is_short_both_slots_take_turns_on_one_block(core: World, g
 
 
 def test_a_graph_follows_the_addresses(core: World, gpu_model: Path) -> None:
-    """Two sets of page-locked tensors in turn through one stream: a graph of the first would synthesize into the first."""
+    """Two sets of page-locked tensors in turn through one stream: a graph of the first would
+    synthesize into the first.
+    """
     manifest = Manifest.load(gpu_model)
     engine, *_ = open_engine("tensorrt", manifest, gpu_model)
     stream, (h, w), n = engine.open_stream(), manifest.grid.canvas, engine.spec.batch
@@ -141,7 +179,9 @@ def test_a_graph_follows_the_addresses(core: World, gpu_model: Path) -> None:
         arrays = {}
         for tensor in (*engine.spec.inputs, engine.spec.output):
             shape = tuple({"N": n, "H": h, "W": w}.get(str(d), d) for d in tensor.shape)
-            buffer = engine.pool.allocate(int(np.prod(shape)) * np.dtype(tensor.dtype).itemsize, stream=stream)
+            buffer = engine.pool.allocate(
+                int(np.prod(shape)) * np.dtype(tensor.dtype).itemsize, stream=stream
+            )
             arrays[tensor.name] = buffer.array(shape, tensor.dtype)
             arrays[tensor.name][...] = np.random.default_rng(seed).integers(0, 8, shape)
             sets.append(buffer)
@@ -154,7 +194,9 @@ def test_a_graph_follows_the_addresses(core: World, gpu_model: Path) -> None:
         engine.run(inputs, arrays["ct"], stream=stream)
         stream.synchronize()
         results.append(arrays["ct"].copy())
-    assert all(np.array_equal(results[n], results[0]) for n in (1, 2, 6)) and all(np.array_equal(results[n], results[3]) for n in (4, 5))
+    assert all(np.array_equal(results[n], results[0]) for n in (1, 2, 6)) and all(
+        np.array_equal(results[n], results[3]) for n in (4, 5)
+    )
     assert not np.array_equal(results[0], results[3]) and core.calls["cuGraphInstantiate"] == 2
     for one in sets:
         if not isinstance(one, dict):
@@ -172,18 +214,33 @@ def test_without_graphs_it_works_and_says_so(core: World, gpu_model: Path) -> No
     assert core.left() == {}
 
 
-# Where a failure is put, and the how-manieth call of that name it is, counted from the open synthesizer.
+# Where a failure is put, and the how-manieth call of that name it is, counted from the open
+# synthesizer.
 PLACES = [
-    ("cuStreamCreate", 1), ("cuEventCreate", 2), ("cuMemAllocHost", 2), ("cuMemAllocAsync", 1), ("cuMemAllocAsync", 3),
-    ("cuMemcpyHtoDAsync", 1), ("cuMemcpyHtoDAsync", 3), ("cuMemcpyDtoHAsync", 2), ("cuEventRecord", 2), ("cuEventSynchronize", 3),
-]  # fmt: skip
+    ("cuStreamCreate", 1),
+    ("cuEventCreate", 2),
+    ("cuMemAllocHost", 2),
+    ("cuMemAllocAsync", 1),
+    ("cuMemAllocAsync", 3),
+    ("cuMemcpyHtoDAsync", 1),
+    ("cuMemcpyHtoDAsync", 3),
+    ("cuMemcpyDtoHAsync", 2),
+    ("cuEventRecord", 2),
+    ("cuEventSynchronize", 3),
+]
 TENSORRT = [
-    ("create_execution_context", 2), ("set_input_shape", 2), ("set_tensor_address", 3), ("execute_async_v3", 2), ("cuGraphLaunch", 1),
-]  # fmt: skip
+    ("create_execution_context", 2),
+    ("set_input_shape", 2),
+    ("set_tensor_address", 3),
+    ("execute_async_v3", 2),
+    ("cuGraphLaunch", 1),
+]
 
 
 @pytest.mark.parametrize(("place", "at"), [*PLACES, *TENSORRT])
-def test_a_failure_anywhere_frees_every_byte(core: World, gpu_model: Path, place: str, at: int) -> None:
+def test_a_failure_anywhere_frees_every_byte(
+    core: World, gpu_model: Path, place: str, at: int
+) -> None:
     expected = on_cpu(gpu_model, volume(30))[0]
     with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
         start = {kind: stats.in_use for kind, stats in synth.memory().items()}
@@ -191,12 +248,24 @@ def test_a_failure_anywhere_frees_every_byte(core: World, gpu_model: Path, place
         with pytest.raises(Mask2CTError):
             synth.synthesize(volume(30))
         assert {kind: stats.in_use for kind, stats in synth.memory().items()} == start
-        assert np.array_equal(synth.synthesize(volume(30)), expected)  # the device was not lost: the next volume is synthesized
-    assert all(stats.in_use == stats.held == 0 for stats in synth.memory().values()) and core.left() == {}
+        assert np.array_equal(
+            synth.synthesize(volume(30)), expected
+        )  # the device was not lost: the next volume is synthesized
+    assert (
+        all(stats.in_use == stats.held == 0 for stats in synth.memory().values())
+        and core.left() == {}
+    )
 
 
 @pytest.mark.parametrize(
-    ("place", "at"), [*PLACES[:3], ("cuMemAllocAsync", 2), ("cuMemcpyDtoHAsync", 2), ("run_with_iobinding", 3), ("cuEventRecord", 4)]
+    ("place", "at"),
+    [
+        *PLACES[:3],
+        ("cuMemAllocAsync", 2),
+        ("cuMemcpyDtoHAsync", 2),
+        ("run_with_iobinding", 3),
+        ("cuEventRecord", 4),
+    ],
 )
 def test_so_does_one_in_onnx_runtime(core: World, gpu_model: Path, place: str, at: int) -> None:
     with Synthesizer.open(gpu_model, backend="onnx-cuda") as synth:
@@ -209,7 +278,9 @@ def test_so_does_one_in_onnx_runtime(core: World, gpu_model: Path, place: str, a
 
 
 @pytest.mark.parametrize("place", ["cuMemAlloc", "cuMemHostAlloc"])
-def test_so_does_one_in_pycudas_pools(monkeypatch: pytest.MonkeyPatch, gpu_model: Path, place: str) -> None:
+def test_so_does_one_in_pycudas_pools(
+    monkeypatch: pytest.MonkeyPatch, gpu_model: Path, place: str
+) -> None:
     world = install(monkeypatch, "pycuda")
     with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
         assert "PyCUDA" in synth.backend
@@ -219,8 +290,18 @@ def test_so_does_one_in_pycudas_pools(monkeypatch: pytest.MonkeyPatch, gpu_model
     assert world.left() == {}
 
 
-@pytest.mark.parametrize("place", ["cuDevicePrimaryCtxRetain", "cuStreamCreate", "deserialize_cuda_engine", "create_execution_context"])
-def test_an_engine_that_does_not_open_leaves_nothing(core: World, gpu_model: Path, place: str) -> None:
+@pytest.mark.parametrize(
+    "place",
+    [
+        "cuDevicePrimaryCtxRetain",
+        "cuStreamCreate",
+        "deserialize_cuda_engine",
+        "create_execution_context",
+    ],
+)
+def test_an_engine_that_does_not_open_leaves_nothing(
+    core: World, gpu_model: Path, place: str
+) -> None:
     core.fail(place)
     with pytest.raises(Mask2CTError):
         Synthesizer.open(gpu_model, backend="tensorrt", max_memory="512MiB")
@@ -237,7 +318,9 @@ def test_a_lost_device_still_gives_the_accounting_back(core: World, gpu_model: P
     assert all(stats.in_use == 0 for stats in synth.memory().values())
 
 
-def test_the_cap_chooses_the_batch_when_asked_and_refuses_otherwise(core: World, gpu_model: Path) -> None:
+def test_the_cap_chooses_the_batch_when_asked_and_refuses_otherwise(
+    core: World, gpu_model: Path
+) -> None:
     expected = on_cpu(gpu_model, volume())[0]
     batches = []
     for cap in ("64MiB", "2MiB", "1.1MiB"):
@@ -246,40 +329,63 @@ def test_the_cap_chooses_the_batch_when_asked_and_refuses_otherwise(core: World,
             stats = synth.memory()["device"]
             assert stats.peak <= stats.held <= stats.cap
             batches.append((synth._engine.spec.batch, synth._engine.spec.streams))
-    assert batches[0] == (8, 2) and batches == sorted(batches, reverse=True) and len(set(batches)) == 3
+    assert (
+        batches[0] == (8, 2) and batches == sorted(batches, reverse=True) and len(set(batches)) == 3
+    )
     with pytest.raises(MemoryCapExceeded, match="would pass the pool's cap") as caught:
         Synthesizer.open(gpu_model, backend="tensorrt", max_memory="512KiB")
-    assert caught.value.cap == 512 << 10 and caught.value.asked > caught.value.cap and caught.value.free is not None
+    assert (
+        caught.value.cap == 512 << 10
+        and caught.value.asked > caught.value.cap
+        and caught.value.free is not None
+    )
     assert core.left() == {}
 
 
-def test_a_larger_canvas_that_fits_once_is_synthesized_through_one_slot(core: World, gpu_model: Path) -> None:
+def test_a_larger_canvas_that_fits_once_is_synthesized_through_one_slot(
+    core: World, gpu_model: Path
+) -> None:
     large = volume(20, side=80)
     expected = on_cpu(gpu_model, large, volume(20))
     with Synthesizer.open(gpu_model, backend="tensorrt", max_memory="4MiB") as synth:
         assert synth._engine.spec.streams == 2
-        assert np.array_equal(synth.synthesize(large), expected[0]) and np.array_equal(synth.synthesize(volume(20)), expected[1])
+        assert np.array_equal(synth.synthesize(large), expected[0]) and np.array_equal(
+            synth.synthesize(volume(20)), expected[1]
+        )
         stats = synth.memory()["device"]
         assert 2 * max(u.peak for u in stats.tags.values()) > stats.cap >= stats.peak
     assert core.left() == {}
 
 
-def test_a_full_device_is_told_from_a_full_cap(monkeypatch: pytest.MonkeyPatch, gpu_model: Path) -> None:
+def test_a_full_device_is_told_from_a_full_cap(
+    monkeypatch: pytest.MonkeyPatch, gpu_model: Path
+) -> None:
     world = install(monkeypatch, memory=1 << 19)
     with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
         with pytest.raises(MemoryCapExceeded, match="the system refused") as caught:
             synth.synthesize(volume())
         error = caught.value
         assert isinstance(error, MemoryError) and error.exit_code == 4
-        assert error.in_use + error.asked <= error.cap and 0 <= error.free < error.asked and f"{error.free} bytes free" in str(error)
+        assert (
+            error.in_use + error.asked <= error.cap
+            and 0 <= error.free < error.asked
+            and f"{error.free} bytes free" in str(error)
+        )
     assert world.left() == {}
 
 
-def test_onnx_runtimes_arena_is_capped_and_a_batch_that_fits_is_found(core: World, gpu_model: Path) -> None:
-    with Synthesizer.open(gpu_model, backend="onnx-cuda", max_memory="3MiB") as synth, pytest.raises(MemoryCapExceeded):
+def test_onnx_runtimes_arena_is_capped_and_a_batch_that_fits_is_found(
+    core: World, gpu_model: Path
+) -> None:
+    with (
+        Synthesizer.open(gpu_model, backend="onnx-cuda", max_memory="3MiB") as synth,
+        pytest.raises(MemoryCapExceeded),
+    ):
         synth.synthesize(volume())
     with Synthesizer.open(gpu_model, backend="onnx-cuda", max_memory="3MiB", batch="auto") as synth:
-        assert 1 <= synth._engine.spec.batch < 8 and np.array_equal(synth.synthesize(volume()), on_cpu(gpu_model, volume())[0])
+        assert 1 <= synth._engine.spec.batch < 8 and np.array_equal(
+            synth.synthesize(volume()), on_cpu(gpu_model, volume())[0]
+        )
         assert synth.memory()["device"].tags["arena"].in_use > 1 << 19
     assert core.left() == {}
 
@@ -293,7 +399,9 @@ def test_labels_past_the_engines_canvas_fail_that_case_alone(core: World, gpu_mo
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_several_threads_and_synthesizers_share_a_process(world: World, gpu_model: Path, backend: str) -> None:
+def test_several_threads_and_synthesizers_share_a_process(
+    world: World, gpu_model: Path, backend: str
+) -> None:
     volumes = [volume(7, seed=seed) for seed in range(4)]
     expected = on_cpu(gpu_model, *volumes)
     synths = [Synthesizer.open(gpu_model, backend=backend, max_memory="512MiB") for _ in range(2)]
@@ -307,7 +415,9 @@ def test_several_threads_and_synthesizers_share_a_process(world: World, gpu_mode
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_closing_while_work_is_queued_waits_and_frees(world: World, gpu_model: Path, backend: str) -> None:
+def test_closing_while_work_is_queued_waits_and_frees(
+    world: World, gpu_model: Path, backend: str
+) -> None:
     synth = Synthesizer.open(gpu_model, backend=backend, batch=1)
     slabs = synth.slabs(volume(30))
     next(slabs)
@@ -319,7 +429,9 @@ def test_closing_while_work_is_queued_waits_and_frees(world: World, gpu_model: P
         list(slabs)
 
 
-def test_a_caller_without_page_locked_memory_gets_the_same_bytes(core: World, gpu_model: Path) -> None:
+def test_a_caller_without_page_locked_memory_gets_the_same_bytes(
+    core: World, gpu_model: Path
+) -> None:
     manifest = Manifest.load(gpu_model)
     outs = []
     for backend in BACKENDS:
@@ -339,17 +451,35 @@ def test_a_caller_without_page_locked_memory_gets_the_same_bytes(core: World, gp
 
 
 def test_what_is_missing_is_exit_3(
-    monkeypatch: pytest.MonkeyPatch, gpu_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch,
+    gpu_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """No driver, no provider of memory, no CUDA in onnxruntime: each with its remedy, and never a silent run on the CPU."""
-    arguments = ["synth", str(tmp_path / "m.nii.gz"), "--model", str(gpu_model), "--output", str(tmp_path / "out"), "--backend"]
+    """No driver, no provider of memory, no CUDA in onnxruntime: each with its remedy, and never
+    a silent run on the CPU.
+    """
+    arguments = [
+        "synth",
+        str(tmp_path / "m.nii.gz"),
+        "--model",
+        str(gpu_model),
+        "--output",
+        str(tmp_path / "out"),
+        "--backend",
+    ]
     assert run(main, [*arguments, "onnx-cuda"]) == 3
     assert "built without CUDA" in capsys.readouterr().err
     install(monkeypatch)
-    monkeypatch.setattr("runtime.engines.gpu.tensorrt.why_no_gpu", lambda: "the NVIDIA driver is not installed")
+    monkeypatch.setattr(
+        "runtime.engines.gpu.tensorrt.why_no_gpu", lambda: "the NVIDIA driver is not installed"
+    )
     assert run(main, [*arguments, "tensorrt"]) == 3
     said = capsys.readouterr().err
-    assert "driver is not installed" in said and "remedy    run on a machine with an NVIDIA GPU" in said
+    assert (
+        "driver is not installed" in said
+        and "remedy    run on a machine with an NVIDIA GPU" in said
+    )
     world = install(monkeypatch)
     import sys
 
@@ -360,13 +490,17 @@ def test_what_is_missing_is_exit_3(
     assert world.left() == {}
 
 
-def test_an_engine_of_another_tensorrt_is_refused_with_what_it_said(core: World, gpu_model: Path) -> None:
+def test_an_engine_of_another_tensorrt_is_refused_with_what_it_said(
+    core: World, gpu_model: Path
+) -> None:
     core.fail("deserialize_cuda_engine")
     with pytest.raises(ModelError, match="magicTag does not match"):
         Synthesizer.open(gpu_model, backend="tensorrt")
 
 
-def test_an_altered_engine_never_reaches_tensorrt(core: World, gpu_model: Path, tmp_path: Path) -> None:
+def test_an_altered_engine_never_reaches_tensorrt(
+    core: World, gpu_model: Path, tmp_path: Path
+) -> None:
     import shutil
 
     folder = Path(shutil.copytree(gpu_model, tmp_path / "model"))
@@ -379,7 +513,9 @@ def test_an_altered_engine_never_reaches_tensorrt(core: World, gpu_model: Path, 
 
 
 def test_options_reach_the_engine(core: World, gpu_model: Path) -> None:
-    engine, *_ = open_engine("tensorrt", Manifest.load(gpu_model), gpu_model, EngineOptions(max_memory=50 << 20))
+    engine, *_ = open_engine(
+        "tensorrt", Manifest.load(gpu_model), gpu_model, EngineOptions(max_memory=50 << 20)
+    )
     assert engine.memory()["device"].cap == 50 << 20
     engine.close()
 
@@ -388,7 +524,9 @@ def test_options_reach_the_engine(core: World, gpu_model: Path) -> None:
 def test_the_acceptance_of_our_engines_is_ready(
     core: World, gpu_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
-    """What benchmarks/gpu_acceptance.py runs on a GPU, on the fake: parity to the bit, and no allocation in steady state."""
+    """What benchmarks/gpu_acceptance.py runs on a GPU, on the fake: parity to the bit, and no
+    allocation in steady state.
+    """
     from benchmarks.gpu import case as cases
     from benchmarks.gpu import engines
 

@@ -36,7 +36,10 @@ def names(inbox: Inbox) -> list[str]:
 def test_a_file_or_folder_counts_as_complete_when_nothing_of_it_changed_for_so_long(
     inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, watched = Clock(monkeypatch), Inbox(inbox, tmp_path / "out", stable=5, whole=lambda path: True)
+    clock, watched = (
+        Clock(monkeypatch),
+        Inbox(inbox, tmp_path / "out", stable=5, whole=lambda path: True),
+    )
     (inbox / "a").write_bytes(b"1")
     (inbox / "series").mkdir()
     (inbox / "series" / "1").write_bytes(b"1")
@@ -46,17 +49,24 @@ def test_a_file_or_folder_counts_as_complete_when_nothing_of_it_changed_for_so_l
     (inbox / "series" / "2").write_bytes(b"")
     clock.now += 0.2
     assert names(watched) == ["a"]
-    for change in (lambda: (inbox / "series" / "2").write_bytes(b"2"), lambda: os.utime(inbox / "series" / "1", ns=(0, 7))):
+    for change in (
+        lambda: (inbox / "series" / "2").write_bytes(b"2"),
+        lambda: os.utime(inbox / "series" / "1", ns=(0, 7)),
+    ):
         change()
         clock.now += 4.9
-        assert names(watched) == ["a"] and not watched.settling  # it has just changed: nobody knows when it will be done
+        assert (
+            names(watched) == ["a"] and not watched.settling
+        )  # it has just changed: nobody knows when it will be done
         clock.now += 4.9
         assert names(watched) == ["a"] and watched.settling
     clock.now += 0.2
     assert names(watched) == ["a", "series"] or names(watched) == ["series", "a"]
 
 
-def test_what_does_not_look_whole_is_waited_for_longer_and_then_taken(inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_look_whole_is_waited_for_longer_and_then_taken(
+    inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     clock, looked = Clock(monkeypatch), []
     watched = Inbox(inbox, tmp_path / "out", stable=5, whole=lambda path: bool(looked.append(path)))
     (inbox / "a").write_bytes(b"half of it")
@@ -81,10 +91,14 @@ def test_what_changes_between_look_and_claim_is_put_back(inbox: Path, tmp_path: 
     assert listed(inbox / WORK) == set()
 
 
-def test_a_ticket_that_another_took_for_a_dead_ones_is_tried_again(inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ticket_that_another_took_for_a_dead_ones_is_tried_again(
+    inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Between the making of its folder and of its lock; who watches `--once` does not end then."""
     item = write_mask(inbox / "a.nii.gz")
-    mine, others = (Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True) for _ in range(2))
+    mine, others = (
+        Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True) for _ in range(2)
+    )
     hold = runtime.service.work_queue._hold
 
     def late(lease: Path, flags: int = 0) -> int | None:
@@ -105,15 +119,21 @@ def test_of_many_who_claim_one_thing_one_has_it(inbox: Path, tmp_path: Path) -> 
             (inbox / f"{n}").write_bytes(b"1")
             seen = [watched.look() for watched in watchers]
             assert all(items == [inbox / f"{n}"] for items in seen)
-            claims = list(threads.map(lambda one: one[0].claim(one[1][0]), zip(watchers, seen, strict=True)))
+            claims = list(
+                threads.map(lambda one: one[0].claim(one[1][0]), zip(watchers, seen, strict=True))
+            )
             (claim,) = [claim for claim in claims if claim is not None]
             assert claim.item.read_bytes() == b"1"
-            assert not [other for watched in watchers for other in watched.stale_items()]  # it is alive
+            assert not [
+                other for watched in watchers for other in watched.stale_items()
+            ]  # it is alive
             watchers[0].finish(claim)
     assert listed(inbox / DONE) == {f"{n}" for n in range(20)} and is_tidy(inbox)
 
 
-def test_an_interrupt_while_a_claim_ends_closes_nothing_twice(inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_a_claim_ends_closes_nothing_twice(
+    inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     watched, really = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True), os.close
     (inbox / "a").write_bytes(b"1")
     (item,) = watched.look()
@@ -149,7 +169,9 @@ def test_nothing_is_opened_before_it_is_claimed_and_counted(inbox: Path, tmp_pat
     watched.leave(claim)
 
 
-def test_a_full_inbox_is_emptied_all_the_same(inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_inbox_is_emptied_all_the_same(
+    inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Moving takes no room, counting does."""
 
     def full(file: Path) -> Any:
@@ -186,11 +208,17 @@ def test_an_item_whose_name_came_again_is_kept(inbox: Path, tmp_path: Path) -> N
     watched.look()
     watched._seen["a"].age = 1
     claim = watched.claim(inbox / "a")
-    assert claim is not None and claim.item.read_bytes() == b"half" and (inbox / "a").read_bytes() == b"whole"
+    assert (
+        claim is not None
+        and claim.item.read_bytes() == b"half"
+        and (inbox / "a").read_bytes() == b"whole"
+    )
     watched.leave(claim)
 
 
-def test_an_interrupt_while_an_item_is_looked_into_puts_it_back(inbox: Path, tmp_path: Path) -> None:
+def test_an_interrupt_while_an_item_is_looked_into_puts_it_back(
+    inbox: Path, tmp_path: Path
+) -> None:
     (inbox / "a").write_bytes(b"1")
 
     def interrupted(path: Path) -> bool:

@@ -1,4 +1,6 @@
-"""A run that is stopped, killed or runs out of disk leaves whole files only; `--resume` makes the rest, bit for bit, and no more."""
+"""A run that is stopped, killed or runs out of disk leaves whole files only; `--resume` makes
+the rest, bit for bit, and no more.
+"""
 
 from __future__ import annotations
 
@@ -26,8 +28,12 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def start(tmp_path_factory: pytest.TempPathFactory, fake_model: Path) -> Callable[..., multiprocessing.process.BaseProcess]:
-    """Start `synth --resume` on the same twelve masks, two variants each, in a process forked from one that has imported everything."""
+def start(
+    tmp_path_factory: pytest.TempPathFactory, fake_model: Path
+) -> Callable[..., multiprocessing.process.BaseProcess]:
+    """Start `synth --resume` on the same twelve masks, two variants each, in a process forked
+    from one that has imported everything.
+    """
     folder = tmp_path_factory.mktemp("masks")
     for n in range(12):
         write_mask(folder / f"case{n}.nii.gz", blobs((16, 96, 96), seed=n), spacing=(1.0, 1.0, 2.0))
@@ -72,7 +78,11 @@ def finish(process: multiprocessing.process.BaseProcess) -> int | None:
 
 def is_part_of(out: Path, whole: dict[str, bytes]) -> bool:
     """Whether every file with a result's name is whole."""
-    return all(whole[name] == data for name, data in results(out).items() if not Path(name).name.startswith("."))
+    return all(
+        whole[name] == data
+        for name, data in results(out).items()
+        if not Path(name).name.startswith(".")
+    )
 
 
 def complete(start: Callable, out: Path, whole: dict[str, bytes]) -> None:
@@ -80,8 +90,12 @@ def complete(start: Callable, out: Path, whole: dict[str, bytes]) -> None:
     assert results(out) == whole  # with names beginning with a dot: nothing half-written is left
 
 
-def stopped(start: Callable, out: Path, send: Callable, when: random.Random, *, begun: bool = False) -> int | None:
-    """The exit code of a run that was sent a signal at some moment, `begun`: of its work, or None when it was done before."""
+def stopped(
+    start: Callable, out: Path, send: Callable, when: random.Random, *, begun: bool = False
+) -> int | None:
+    """The exit code of a run that was sent a signal at some moment, `begun`: of its work, or
+    None when it was done before.
+    """
     process = start(out)
     while begun and process.is_alive() and not (out / JOURNAL).exists():
         process.join(0.001)
@@ -122,7 +136,14 @@ def test_a_stopped_run_is_exit_130_and_leaves_nothing_half_written(
             assert code == 130 and is_part_of(out, whole)
             assert not [name for name in results(out) if Path(name).name.startswith(".")]
             stops += 1
-        shutil.rmtree(out) if code is None or stops % 2 else None  # every other one goes on from where it was stopped
+        (
+            shutil.rmtree(
+                out
+                # every other one goes on from where it was stopped
+            )
+            if code is None or stops % 2
+            else None
+        )
     complete(start, out, whole)
 
 
@@ -131,7 +152,9 @@ def disk(folder: Path, options: str) -> Iterator[Path]:
     if os.name != "posix" or os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root")
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False, capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=False, capture_output=True
+    ).returncode:
         pytest.skip("this system lets nobody mount a tmpfs")
     try:
         yield folder
@@ -139,7 +162,9 @@ def disk(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def test_after_a_full_disk_what_was_done_stays_and_the_rest_follows(start: Callable, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_after_a_full_disk_what_was_done_stays_and_the_rest_follows(
+    start: Callable, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     half = sum(map(len, whole.values())) // 2048
     with disk(tmp_path / "disk", f"size={half}k") as mounted:
         assert finish(start(mounted / "out")) == 4
@@ -162,14 +187,17 @@ def test_a_disk_that_became_read_only_is_exit_4_and_the_run_goes_on_when_it_is_n
         complete(start, mounted / "out", whole)
 
 
-def test_an_input_that_cannot_be_read_is_named_and_stops_no_other(start: Callable, whole: dict[str, bytes], tmp_path: Path) -> None:
+def test_an_input_that_cannot_be_read_is_named_and_stops_no_other(
+    start: Callable, whole: dict[str, bytes], tmp_path: Path
+) -> None:
     loop = tmp_path / "loop.nii.gz"
     loop.symlink_to(loop)
     assert finish(start(tmp_path / "out", loop)) == 1
     assert results(tmp_path / "out") == whole
 
 
-# Ctrl-C as soon as the script begins to import numpy: nobody waits for a command to be ready before giving up on it.
+# Ctrl-C as soon as the script begins to import numpy: nobody waits for a command to be ready before
+# giving up on it.
 IMPORTING = """
 import os, runpy, signal, sys
 class CtrlC:
@@ -190,8 +218,13 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 @pytest.mark.parametrize("script", ["train/run.py", "export/build_engine.py", "runtime", "mask2ct"])
 def test_ctrl_c_during_the_imports_is_no_traceback(script: str, root: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", IMPORTING, script, "--help"], cwd=root, capture_output=True, text=True,
-                          preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING, script, "--help"],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     if script in ("runtime", "mask2ct"):  # it has taken over already, and says so
         assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
     else:
@@ -216,15 +249,35 @@ sys.exit(run(main, sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("where", ["runtime.batch.runner, 'read_case'", "runtime.service.watch_folder, 'check_header'"])
+@pytest.mark.parametrize(
+    "where", ["runtime.batch.runner, 'read_case'", "runtime.service.watch_folder, 'check_header'"]
+)
 def test_sigterm_ends_a_stuck_reader(where: str, fake_model: Path, tmp_path: Path) -> None:
     """In the thread that reads ahead, and in the main one. The next start goes on with the mask."""
     inbox, out = tmp_path / "in", tmp_path / "out"
     inbox.mkdir()
     write_mask(inbox / "a.nii.gz")
-    line = ["watch", inbox, "--model", fake_model, "--backend", "fake", "--output", out, "--stable", 0, "--poll", 0.01, "--once"]
+    line = [
+        "watch",
+        inbox,
+        "--model",
+        fake_model,
+        "--backend",
+        "fake",
+        "--output",
+        out,
+        "--stable",
+        0,
+        "--poll",
+        0.01,
+        "--once",
+    ]
     arguments = [*map(str, line)]
-    with subprocess.Popen([sys.executable, "-c", STUCK.format(where=where), *arguments], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", STUCK.format(where=where), *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
         assert process.stdout is not None
         next(row for row in process.stdout if row == "stuck\n")
         process.send_signal(signal.SIGTERM)
@@ -238,7 +291,9 @@ def test_sigterm_ends_a_stuck_reader(where: str, fake_model: Path, tmp_path: Pat
 
 @pytest.mark.skipif(os.name != "posix", reason="forks")
 def test_a_forked_childs_sigterm_is_its_own(tmp_path: Path, command) -> None:
-    """A process that a command forks, as Ray's and PyTorch's do, ends without ending the command."""
+    """A process that a command forks, as Ray's and PyTorch's do, ends without ending the
+    command.
+    """
     forking = """
 import os, signal, sys, time
 from runtime import console, stopping

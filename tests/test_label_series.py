@@ -1,4 +1,6 @@
-"""Series of DICOM slices whose pixels are labels: where they lie by GDCM's reading, and which series are refused."""
+"""Series of DICOM slices whose pixels are labels: where they lie by GDCM's reading, and which
+series are refused.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def by_gdcm(folder: Path) -> sitk.Image:
 
 
 @pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (11.0, -7.0, 16.0)], ids=["straight", "oblique"])
-def test_every_axis_order_lies_where_gdcm_says(tilt: tuple[float, float, float], tmp_path: Path) -> None:
+def test_every_axis_order_lies_where_gdcm_says(
+    tilt: tuple[float, float, float], tmp_path: Path
+) -> None:
     values = blobs((4, 7, 9))
     for n, direction in enumerate(directions()):
         folder = save(tmp_path / str(n), slices(values, direction=rotation(tilt) @ direction))
@@ -45,7 +49,10 @@ def test_the_slices_may_be_given_one_by_one_in_any_order(tmp_path: Path) -> None
     values = blobs((4, 7, 9))
     folder = save(tmp_path / "s", slices(values))
     (found,) = find_cases(sorted(folder.iterdir(), reverse=True))
-    assert np.array_equal(read_case(found, MM_WHS).labels, read(folder).labels) and len(found.files) == 4
+    assert (
+        np.array_equal(read_case(found, MM_WHS).labels, read(folder).labels)
+        and len(found.files) == 4
+    )
 
 
 def test_big_endian_and_compressed_slices_hold_the_same_labels(tmp_path: Path) -> None:
@@ -66,11 +73,19 @@ def test_big_endian_and_compressed_slices_hold_the_same_labels(tmp_path: Path) -
             if syntax == RLELossless:
                 ds.save_as(folder / f"{k}.dcm", enforce_file_format=True)
             else:
-                dcmwrite(folder / f"{k}.dcm", ds, little_endian=False, implicit_vr=False, force_encoding=True)
+                dcmwrite(
+                    folder / f"{k}.dcm",
+                    ds,
+                    little_endian=False,
+                    implicit_vr=False,
+                    force_encoding=True,
+                )
         assert np.array_equal(read(folder).labels, plain.labels)
 
 
-def test_the_original_systems_slices_are_read_and_what_they_leave_open_is_said(tmp_path: Path) -> None:
+def test_the_original_systems_slices_are_read_and_what_they_leave_open_is_said(
+    tmp_path: Path,
+) -> None:
     write_slices(tmp_path, 1)
     (path,) = tmp_path.rglob("*_gt.dcm")
     ds = dcmread(path)
@@ -85,8 +100,12 @@ def test_the_original_systems_slices_are_read_and_what_they_leave_open_is_said(t
     ds.NominalScannedPixelSpacing = [1, 1]
     ds.save_as(path)
     mask = read(path, MM_WHS_INDICES)
-    assert mask.labels.shape == (1, 64, 64) and np.array_equal(mask.labels, sitk.GetArrayFromImage(sitk.ReadImage(str(path))))
-    assert any("states no position" in n for n in mask.notes) and any("thickness" in n for n in mask.notes)
+    assert mask.labels.shape == (1, 64, 64) and np.array_equal(
+        mask.labels, sitk.GetArrayFromImage(sitk.ReadImage(str(path)))
+    )
+    assert any("states no position" in n for n in mask.notes) and any(
+        "thickness" in n for n in mask.notes
+    )
     del ds.Modality, ds.NominalScannedPixelSpacing, ds.SOPInstanceUID, ds.SeriesInstanceUID
     ds.PixelSpacing = [2.0, 3.0]
     ds.save_as(path)
@@ -108,7 +127,9 @@ def each(change):
 
 
 def shift(k: int, ds, by: tuple[float, float, float]) -> None:
-    ds.ImagePositionPatient = [float(a) + k * b for a, b in zip(ds.ImagePositionPatient, by, strict=True)]
+    ds.ImagePositionPatient = [
+        float(a) + k * b for a, b in zip(ds.ImagePositionPatient, by, strict=True)
+    ]
 
 
 def turn(ds) -> None:
@@ -120,21 +141,63 @@ def wider(ds) -> None:
 
 
 BAD = {
-    "gantry tilt": (each(lambda k, ds: shift(k, ds, (0, 0.5, 0))), GeometryError, "is sheared: its slices drift 2.50 mm"),
-    "uneven gaps": (lambda made: shift(1, made[2], (0, 0, 0.7)), GeometryError, r"is uneven: it has slices 1.8, 2.5, 3.2 mm apart\n.*\n.*\n.*resample"),
-    "missing slice": (lambda made: made.pop(3), GeometryError, r"2.5, 5 mm apart \(some are missing\)\n.*\n.*\n.*whole series"),
-    "duplicate slice": (lambda made: shift(1, made[2], (0, 0, 2.5)), GeometryError, "duplicate slices"),
+    "gantry tilt": (
+        each(lambda k, ds: shift(k, ds, (0, 0.5, 0))),
+        GeometryError,
+        "is sheared: its slices drift 2.50 mm",
+    ),
+    "uneven gaps": (
+        lambda made: shift(1, made[2], (0, 0, 0.7)),
+        GeometryError,
+        r"is uneven: it has slices 1.8, 2.5, 3.2 mm apart\n.*\n.*\n.*resample",
+    ),
+    "missing slice": (
+        lambda made: made.pop(3),
+        GeometryError,
+        r"2.5, 5 mm apart \(some are missing\)\n.*\n.*\n.*whole series",
+    ),
+    "duplicate slice": (
+        lambda made: shift(1, made[2], (0, 0, 2.5)),
+        GeometryError,
+        "duplicate slices",
+    ),
     "mixed orientation": (lambda made: turn(made[4]), GeometryError, "mixed orientations"),
     "mixed sizes": (lambda made: wider(made[1]), UnreadableVolume, "20 x 40, 40 x 40 pixels"),
-    "mixed spacing": (lambda made: setattr(made[1], "PixelSpacing", [1, 1]), GeometryError, "mixed orientations or spacings"),
-    "no position": (lambda made: delattr(made[1], "ImagePositionPatient"), GeometryError, "no usable ImagePositionPatient"),
-    "no direction": (lambda made: each(lambda k, ds: setattr(ds, "ImageOrientationPatient", [1, 0, 0, 1, 0, 0]))(made), GeometryError, "which is none"),
-    "multi-frame": (lambda made: setattr(made[0], "NumberOfFrames", 3), UnreadableVolume, "multi-frame"),
-    "truncated": (lambda made: setattr(made[0], "PixelData", bytes(100)), UnreadableVolume, "truncated: 100 of 3200 bytes"),
-    "CT": (each(lambda k, ds: setattr(ds, "RescaleIntercept", -1024) or setattr(ds, "Modality", "CT")), UnreadableVolume, "a CT image, not a mask"),
+    "mixed spacing": (
+        lambda made: setattr(made[1], "PixelSpacing", [1, 1]),
+        GeometryError,
+        "mixed orientations or spacings",
+    ),
+    "no position": (
+        lambda made: delattr(made[1], "ImagePositionPatient"),
+        GeometryError,
+        "no usable ImagePositionPatient",
+    ),
+    "no direction": (
+        lambda made: each(lambda k, ds: setattr(ds, "ImageOrientationPatient", [1, 0, 0, 1, 0, 0]))(
+            made
+        ),
+        GeometryError,
+        "which is none",
+    ),
+    "multi-frame": (
+        lambda made: setattr(made[0], "NumberOfFrames", 3),
+        UnreadableVolume,
+        "multi-frame",
+    ),
+    "truncated": (
+        lambda made: setattr(made[0], "PixelData", bytes(100)),
+        UnreadableVolume,
+        "truncated: 100 of 3200 bytes",
+    ),
+    "CT": (
+        each(lambda k, ds: setattr(ds, "RescaleIntercept", -1024) or setattr(ds, "Modality", "CT")),
+        UnreadableVolume,
+        "a CT image, not a mask",
+    ),
     "grey": (grey, UnreadableVolume, "an MR image, not a mask"),
     "colour": (lambda made: setattr(made[0], "SamplesPerPixel", 3), UnreadableVolume, "colour"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -149,20 +212,31 @@ def test_a_bad_series_is_refused_with_its_reason(kind: str, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("spacing", "off"), [(3.27, 0.04), (2.5, 0.1), (5.0, 0.24), (0.5, 0.09)])
 def test_slightly_uneven_slices_are_read(spacing: float, off: float, tmp_path: Path) -> None:
-    """Up to 0.1 mm or 5 % of the spacing, on the mean distance, with a note that reaches whoever reads the mask."""
+    """Up to 0.1 mm or 5 % of the spacing, on the mean distance, with a note that reaches whoever
+    reads the mask.
+    """
     values = blobs((9, 20, 24))
     series = slices(values, spacing=(1.5, 1.25, spacing))
     for k in (2, 5):
         shift(1, series[k], (0, 0, off if k == 2 else -off))
     mask = read(save(tmp_path / "s", series))
     assert np.array_equal(mask.labels, read(save(tmp_path / "even", slices(values))).labels)
-    assert np.allclose(mask.geometry.spacing, (1.5, 1.25, spacing)) and mask.geometry.origin == (-12.5, 3.0, 40.0)
+    assert np.allclose(mask.geometry.spacing, (1.5, 1.25, spacing)) and mask.geometry.origin == (
+        -12.5,
+        3.0,
+        40.0,
+    )
     (note,) = mask.notes
-    assert f"is uneven: slices lie up to {off:.2g} mm off" in note and f"mean of {spacing:g} mm" in note
+    assert (
+        f"is uneven: slices lie up to {off:.2g} mm off" in note
+        and f"mean of {spacing:g} mm" in note
+    )
 
 
 @pytest.mark.parametrize(("spacing", "off"), [(2.5, 0.13), (5.0, 0.26), (0.3, 0.08)])
-def test_uneven_slices_beyond_the_limit_are_refused(spacing: float, off: float, tmp_path: Path) -> None:
+def test_uneven_slices_beyond_the_limit_are_refused(
+    spacing: float, off: float, tmp_path: Path
+) -> None:
     series = slices(blobs((9, 20, 24)), spacing=(1.5, 1.25, spacing))
     shift(1, series[4], (0, 0, off))
     with pytest.raises(GeometryError, match="is uneven") as caught:
@@ -188,7 +262,11 @@ def test_files_of_one_uid_are_slices_where_they_lie_apart(tmp_path: Path) -> Non
         (folder / f"copy_of_{file.name}").write_bytes(file.read_bytes())
     mask = read(folder)
     assert np.array_equal(mask.labels, read(save(tmp_path / "plain", plain)).labels)
-    assert np.array_equal(mask.labels, read(folder).labels) and mask.dicom is not None and len(mask.dicom.sop_instance_uids) == 6
+    assert (
+        np.array_equal(mask.labels, read(folder).labels)
+        and mask.dicom is not None
+        and len(mask.dicom.sop_instance_uids) == 6
+    )
 
 
 def test_a_slice_saved_again_counts_once(tmp_path: Path) -> None:
@@ -198,7 +276,9 @@ def test_a_slice_saved_again_counts_once(tmp_path: Path) -> None:
     series[3].InstitutionName = "elsewhere"
     save(folder, [series[3]], "again")
     assert len(list(folder.iterdir())) == 7
-    assert np.array_equal(read(folder).labels, read(save(tmp_path / "plain", slices(values))).labels)
+    assert np.array_equal(
+        read(folder).labels, read(save(tmp_path / "plain", slices(values))).labels
+    )
 
 
 def test_an_edited_slice_beside_its_original_is_refused(tmp_path: Path) -> None:
@@ -206,7 +286,9 @@ def test_an_edited_slice_beside_its_original_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path / "s", series)
     series[3].PixelData = bytes(len(series[3].PixelData))
     save(folder, [series[3]], "edited")
-    with pytest.raises(UnreadableVolume, match="two files of one SOP Instance UID in one place, and they differ"):
+    with pytest.raises(
+        UnreadableVolume, match="two files of one SOP Instance UID in one place, and they differ"
+    ):
         read(folder)
 
 

@@ -1,4 +1,7 @@
-"""Memory: a mask of 2,048 slices in 2 GiB, and no more for many cases than for one. Peaks are the kernel's, of a process of its own."""
+"""Memory: a mask of 2,048 slices in 2 GiB, and no more for many cases than for one.
+
+Peaks are the kernel's, of a process of its own.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ from isal import igzip
 from samples import blobs, write_mask
 
 MIB = 1 << 20
-# Runs the command and prints the process' largest resident set in KiB, before the first mask is read and at the end.
+# Runs the command and prints the process' largest resident set in KiB, before the first mask is
+# read and at the end.
 CHILD = """
 import resource, sys
 import numpy, SimpleITK, isal.igzip_threaded
@@ -30,8 +34,23 @@ sys.exit(code)
 
 def peak(root: Path, model: Path, out: Path, *arguments: object) -> tuple[int, int]:
     """(before, most) in bytes of `synth` with those arguments."""
-    command = [sys.executable, "-c", CHILD, "synth", *arguments, "--model", model, "--backend", "fake", "--output", out, "--quiet"]
-    done = subprocess.run(list(map(str, command)), cwd=root, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-c",
+        CHILD,
+        "synth",
+        *arguments,
+        "--model",
+        model,
+        "--backend",
+        "fake",
+        "--output",
+        out,
+        "--quiet",
+    ]
+    done = subprocess.run(
+        list(map(str, command)), cwd=root, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     before, most = done.stdout.split()[-2:]
     return int(before) * 1024, int(most) * 1024
@@ -47,7 +66,11 @@ def write_large(path: Path, dtype: str) -> Path:
     header["vox_offset"], header["magic"] = 352, b"n+1"
     h, w = np.ogrid[:512, :512]
     radius = np.hypot(h - 250, w - 260)
-    plane = np.where(radius < 60, 500, np.where(radius < 90, 205, 0)) if dtype == "uint16" else np.where(radius < 90, 205, 0)
+    plane = (
+        np.where(radius < 60, 500, np.where(radius < 90, 205, 0))
+        if dtype == "uint16"
+        else np.where(radius < 90, 205, 0)
+    )
     with igzip.open(path, "wb", compresslevel=1) as file:
         file.write(header.binaryblock + bytes(4))
         for k in range(2048):
@@ -57,7 +80,9 @@ def write_large(path: Path, dtype: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
-def test_two_thousand_slices_fit_in_two_gib(dtype: str, root: Path, fake_model: Path, tmp_path: Path) -> None:
+def test_two_thousand_slices_fit_in_two_gib(
+    dtype: str, root: Path, fake_model: Path, tmp_path: Path
+) -> None:
     mask = write_large(tmp_path / "large.nii.gz", dtype)
     before, most = peak(root, fake_model, tmp_path / "out", mask)
     voxels = 2048 * 512 * 512
@@ -66,12 +91,23 @@ def test_two_thousand_slices_fit_in_two_gib(dtype: str, root: Path, fake_model: 
 
 
 @pytest.mark.slow
-def test_a_variant_of_a_large_mask_holds_one_more_mask_and_no_field(root: Path, fake_model: Path, tmp_path: Path) -> None:
-    before, most = peak(root, fake_model, tmp_path / "out", write_large(tmp_path / "large.nii.gz", "uint8"), "--variants", "2")
+def test_a_variant_of_a_large_mask_holds_one_more_mask_and_no_field(
+    root: Path, fake_model: Path, tmp_path: Path
+) -> None:
+    before, most = peak(
+        root,
+        fake_model,
+        tmp_path / "out",
+        write_large(tmp_path / "large.nii.gz", "uint8"),
+        "--variants",
+        "2",
+    )
     assert most - before < 2.5 * 2048 * 512 * 512
 
 
-def test_memory_does_not_grow_with_the_number_of_cases(root: Path, fake_model: Path, tmp_path: Path) -> None:
+def test_memory_does_not_grow_with_the_number_of_cases(
+    root: Path, fake_model: Path, tmp_path: Path
+) -> None:
     for n in range(24):
         write_mask(tmp_path / f"{n}.nii.gz", blobs((40, 256, 256), seed=n), spacing=(1.0, 1.0, 2.0))
     few = [tmp_path / f"{n}.nii.gz" for n in range(6)]

@@ -1,4 +1,6 @@
-"""TensorBoard and Weights & Biases: off unless asked for, refused when absent, offline in these tests."""
+"""TensorBoard and Weights & Biases: off unless asked for, refused when absent, offline in these
+tests.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +9,33 @@ from pathlib import Path
 
 import pytest
 
-QUICK = ["training.steps=4", "training.log_every=2", "training.batch_size=2", "training.recalibrate=1", "data.canvas=[64,64]",
-         "generator.depth=4", "generator.filters=4", "discriminator.filters=4", "training.threads=2"]  # fmt: skip
+QUICK = [
+    "training.steps=4",
+    "training.log_every=2",
+    "training.batch_size=2",
+    "training.recalibrate=1",
+    "data.canvas=[64,64]",
+    "generator.depth=4",
+    "generator.filters=4",
+    "discriminator.filters=4",
+    "training.threads=2",
+]
 
 
 def arguments(cohort: Path, run: Path, *more: object) -> list[object]:
-    return ["train/run.py", "--config", "train/configs/phantom.json", "--dataset-path", cohort, "--output", run, "--quiet", *more,
-            "--set", *QUICK]  # fmt: skip
+    return [
+        "train/run.py",
+        "--config",
+        "train/configs/phantom.json",
+        "--dataset-path",
+        cohort,
+        "--output",
+        run,
+        "--quiet",
+        *more,
+        "--set",
+        *QUICK,
+    ]
 
 
 def needs(package: str) -> None:
@@ -35,7 +57,9 @@ print([e.step for e in events.Scalars("losses.reconstruction")], "metrics.body.m
     assert read.stdout.strip() == "[2, 4] True", read.stderr
 
 
-def test_weights_and_biases_offline_keeps_all_in_the_run_folder(cohort: Path, tmp_path: Path, command) -> None:
+def test_weights_and_biases_offline_keeps_all_in_the_run_folder(
+    cohort: Path, tmp_path: Path, command
+) -> None:
     needs("wandb")
     line = arguments(cohort, tmp_path / "run", "--use_wandb", "--wandb_resume_id", "abc123")
     done = command(*line, env={"WANDB_MODE": "offline", "HOME": str(tmp_path)})
@@ -44,10 +68,22 @@ def test_weights_and_biases_offline_keeps_all_in_the_run_folder(cohort: Path, tm
     assert len(found) == 1 and str(cohort).encode() not in found[0].read_bytes()
 
 
-@pytest.mark.parametrize(("option", "package"), [("--tensorboard", "tensorboard"), ("--use_wandb", "wandb")])
-def test_an_absent_logger_is_named_before_anything_is_started(cohort: Path, tmp_path: Path, command, option: str, package: str) -> None:
+@pytest.mark.parametrize(
+    ("option", "package"), [("--tensorboard", "tensorboard"), ("--use_wandb", "wandb")]
+)
+def test_an_absent_logger_is_named_before_anything_is_started(
+    cohort: Path, tmp_path: Path, command, option: str, package: str
+) -> None:
     (tmp_path / "hidden" / package).mkdir(parents=True)
-    (tmp_path / "hidden" / package / "__init__.py").write_text("raise ImportError('it is absent')\n")
-    done = command(*arguments(cohort, tmp_path / "run", option), env={"PYTHONPATH": str(tmp_path / "hidden")})
-    assert done.returncode == 3 and f"pip install {package}" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "hidden" / package / "__init__.py").write_text(
+        "raise ImportError('it is absent')\n"
+    )
+    done = command(
+        *arguments(cohort, tmp_path / "run", option), env={"PYTHONPATH": str(tmp_path / "hidden")}
+    )
+    assert (
+        done.returncode == 3
+        and f"pip install {package}" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert not (tmp_path / "run").exists()

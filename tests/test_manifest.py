@@ -33,7 +33,11 @@ def schema(root: Path) -> Any:
 
 def test_what_export_writes_is_what_the_schema_says(schema: Any, model: Path) -> None:
     schema.validate(json.loads((model / "manifest.json").read_text()))
-    schema.validate(json.loads(json.dumps({**fake_manifest().to_json(), "training": {"weights_sha256": "0" * 64}})))
+    schema.validate(
+        json.loads(
+            json.dumps({**fake_manifest().to_json(), "training": {"weights_sha256": "0" * 64}})
+        )
+    )
 
 
 @pytest.mark.parametrize(
@@ -51,7 +55,9 @@ def test_what_export_writes_is_what_the_schema_says(schema: Any, model: Path) ->
         lambda m: m["labels"].__setitem__(0, {"name": "background"}),
     ],
 )
-def test_the_schema_refuses_what_is_no_manifest(spoil: Callable[[Any], Any], schema: Any, model: Path) -> None:
+def test_the_schema_refuses_what_is_no_manifest(
+    spoil: Callable[[Any], Any], schema: Any, model: Path
+) -> None:
     data = json.loads((model / "manifest.json").read_text())
     spoil(data)
     assert not schema.is_valid(data)
@@ -69,18 +75,36 @@ def test_describe_prints_labels_files_and_proof(model: Path, command) -> None:
         assert any(name in line and file.sha256 in line and "verified" in line for line in lines)
     assert "500 left ventricle" in done.stdout and "license    not stated" in done.stdout
     numbers = manifest.parity["model.int8.onnx"]["openvino-int8"]["validation masks"]
-    (row,) = [line.split() for line in lines if line.startswith("model.int8.onnx") and "openvino-int8" in line and "validation" in line]
-    assert row[4] == str(numbers["slices"]) and row[5] == f"{numbers['mean']:.3g}" and row[8] == f"{numbers['body_mean']:.3g}"
-    assert any(line.startswith("backend") and "openvino-int8: validated, by name only" in line for line in lines)
+    (row,) = [
+        line.split()
+        for line in lines
+        if line.startswith("model.int8.onnx") and "openvino-int8" in line and "validation" in line
+    ]
+    assert (
+        row[4] == str(numbers["slices"])
+        and row[5] == f"{numbers['mean']:.3g}"
+        and row[8] == f"{numbers['body_mean']:.3g}"
+    )
+    assert any(
+        line.startswith("backend") and "openvino-int8: validated, by name only" in line
+        for line in lines
+    )
 
 
 def test_describe_refuses_what_it_cannot_read(model: Path, tmp_path: Path, command) -> None:
     shutil.copytree(model, tmp_path / "model")
     data = json.loads((model / "manifest.json").read_text())
-    for key, value in (("parity", {"model.onnx": {"onnx": {"validation masks": {}}}}), ("training", {"data": {"patients": {"train": 3}}})):
+    for key, value in (
+        ("parity", {"model.onnx": {"onnx": {"validation masks": {}}}}),
+        ("training", {"data": {"patients": {"train": 3}}}),
+    ):
         (tmp_path / "model" / "manifest.json").write_text(json.dumps({**data, key: value}))
         done = command("-m", "runtime", "describe", tmp_path / "model")
-        assert done.returncode == 2 and "cannot be used" in done.stderr and "Traceback" not in done.stderr
+        assert (
+            done.returncode == 2
+            and "cannot be used" in done.stderr
+            and "Traceback" not in done.stderr
+        )
 
 
 def test_the_model_card_says_what_the_manifest_says(model: Path) -> None:
@@ -105,7 +129,9 @@ def test_a_license_that_is_stated_is_in_the_card(model: Path) -> None:
 
 
 def test_a_graph_serves_only_the_labels_it_was_exported_for(model: Path, tmp_path: Path) -> None:
-    """A label that is added to, renamed or moved in the manifest: the file itself says what its channels mean."""
+    """A label that is added to, renamed or moved in the manifest: the file itself says what its
+    channels mean.
+    """
     from runtime.engines.registry import open_engine
 
     shutil.copytree(model, tmp_path / "model")
@@ -119,7 +145,9 @@ def test_a_graph_serves_only_the_labels_it_was_exported_for(model: Path, tmp_pat
 
 
 def _add(data: Any) -> str:
-    data["labels"].append({"index": 8, "name": "tumour", "value": 999, "aliases": [], "snomed": None})
+    data["labels"].append(
+        {"index": 8, "name": "tumour", "value": 999, "aliases": [], "snomed": None}
+    )
     return "labels"
 
 
@@ -150,7 +178,10 @@ WRONG: dict[str, tuple[Callable[[Any], None], str]] = {
     "divisor that is no integer": (_grid("divisor", 32.5), "divisor"),
     "slices without end": (_grid("slices", 1e400), "slices"),
     "slices beyond count": (_grid("slices", 999999999), "slices"),
-    "spacing without end": (lambda m: m["grid"].update(slices=3, slice_spacing=1e308), "slice_spacing"),
+    "spacing without end": (
+        lambda m: m["grid"].update(slices=3, slice_spacing=1e308),
+        "slice_spacing",
+    ),
     "spacing of almost nothing": (_grid("pixel_spacing", [1e-300, 1e-300]), "pixel_spacing"),
     "spacing that is no number": (_grid("pixel_spacing", [float("nan")] * 2), "pixel_spacing"),
     "spacing that is a word": (_grid("slice_spacing", "x"), "slice_spacing"),
@@ -204,24 +235,55 @@ def test_a_file_that_is_no_manifest(text: str, said: str, tmp_path: Path) -> Non
 def as_export_writes_it() -> Any:
     """A manifest with all that `describe` reads."""
     data = json.loads(json.dumps(fake_manifest().to_json(), default=vars))
-    numbers = {"slices": 8, "mean": 0.1, "p99_9": 1.0, "max": 2, "body_mean": 0.2, "organs": {"aorta": -0.5, "liver": None}, "dssim": 1e-5}
-    data["parity"] = {"model.onnx": {"onnx": {"engine": "onnxruntime", "slices_per_second": 80.1, "random labels": numbers}}}
-    organ = {"median": 139.0, "median_true": 116.0, "median_error": 23.0, "iqr": None, "iqr_true": 33.0, "texture_ratio": 1.2}
+    numbers = {
+        "slices": 8,
+        "mean": 0.1,
+        "p99_9": 1.0,
+        "max": 2,
+        "body_mean": 0.2,
+        "organs": {"aorta": -0.5, "liver": None},
+        "dssim": 1e-5,
+    }
+    data["parity"] = {
+        "model.onnx": {
+            "onnx": {"engine": "onnxruntime", "slices_per_second": 80.1, "random labels": numbers}
+        }
+    }
+    organ = {
+        "median": 139.0,
+        "median_true": 116.0,
+        "median_error": 23.0,
+        "iqr": None,
+        "iqr_true": 33.0,
+        "texture_ratio": 1.2,
+    }
     data["training"] = {
         "data": {"patients": {"train": 22, "test": 0}, "slices": {"train": 1056, "test": 0}},
-        "metrics": {"body": {"mae": 110.1, "mae_mean_painting": 306.0}, "organs": {"aorta": organ, "liver": {}}},
+        "metrics": {
+            "body": {"mae": 110.1, "mae_mean_painting": 306.0},
+            "organs": {"aorta": organ, "liver": {}},
+        },
         "versions": {"torch": "2.13.0"},
         "step": 720,
         "commit": "2efb16d",
         "weights_sha256": "0" * 64,
     }
-    data["export"] = {"onnx": "1.23.2", "int8": {"layers": 14, "of": 16, "floating": ["a", "b"], "calibrated_on": "training masks"}}
+    data["export"] = {
+        "onnx": "1.23.2",
+        "int8": {"layers": 14, "of": 16, "floating": ["a", "b"], "calibrated_on": "training masks"},
+    }
     return data
 
 
 def keys_of(node: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """The path to each value of an object, and to the first two of each list."""
-    children = [*node.items()] if isinstance(node, dict) else [*enumerate(node)][:2] if isinstance(node, list) else []
+    children = (
+        [*node.items()]
+        if isinstance(node, dict)
+        else [*enumerate(node)][:2]
+        if isinstance(node, list)
+        else []
+    )
     for key, child in children:
         yield (*path, key)
         yield from keys_of(child, (*path, key))
@@ -251,7 +313,8 @@ CRAFTED = {
     "nested": nested(200),
 }
 PYTHON = re.compile(
-    r"\w(Error|Exception)\b|\bNone|NoneType|' object|attribute|subscript|indices|operand|__|codec|\b(dict|str|int|tuple|nan|inf)\b"
+    r"\w(Error|Exception)\b|\bNone|NoneType|'"
+    r" object|attribute|subscript|indices|operand|__|codec|\b(dict|str|int|tuple|nan|inf)\b"
 )
 
 
@@ -265,7 +328,9 @@ def refusal_of(folder: Path) -> ModelError | None:
 
 @pytest.mark.parametrize("kind", CRAFTED)
 def test_crafted_manifests_are_refused_plainly(kind: str, tmp_path: Path) -> None:
-    """Each key with a value that export never writes: it is described, or one sentence names the key and what is expected."""
+    """Each key with a value that export never writes: it is described, or one sentence names the
+    key and what is expected.
+    """
     refused = 0
     for path in keys_of(as_export_writes_it()):
         data = as_export_writes_it()
@@ -292,7 +357,12 @@ def test_crafted_manifests_are_refused_plainly(kind: str, tmp_path: Path) -> Non
 def test_what_export_writes_is_described(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(as_export_writes_it()))
     told = describe(Manifest.load(tmp_path), tmp_path)
-    for words in ("22 patients, 1056 slices to train on", "720 steps, torch 2.13.0", "INT8: 14 of 16 layers", "in floating point: a, b"):
+    for words in (
+        "22 patients, 1056 slices to train on",
+        "720 steps, torch 2.13.0",
+        "INT8: 14 of 16 layers",
+        "in floating point: a, b",
+    ):
         assert words in told
 
 
@@ -301,7 +371,12 @@ EVIL = "\x1b]0;pwned\x07\x1b[31mred\nfile       model.onnx verified\x9b2K\u202e"
 
 def test_a_manifest_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = copy.deepcopy(fake_manifest(noise=False).to_json())
-    data.update(name=EVIL, license=EVIL, training={"weights_sha256": EVIL, "versions": {EVIL: EVIL}}, export={EVIL: EVIL})
+    data.update(
+        name=EVIL,
+        license=EVIL,
+        training={"weights_sha256": EVIL, "versions": {EVIL: EVIL}},
+        export={EVIL: EVIL},
+    )
     data["labels"][1]["name"], data["intensity"]["unit"] = EVIL, EVIL
     data["training"]["metrics"] = {"organs": {EVIL: {"median": 1}}}
     model = tmp_path / "model"
@@ -309,7 +384,15 @@ def test_a_manifest_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFix
     (model / "manifest.json").write_text(json.dumps(data, default=vars))
     mask = write_mask(tmp_path / f"m{EVIL[:20]}.nii.gz")
     assert run(main, ["describe", str(model)]) == 0
-    synthesis = [str(mask), "--model", str(model), "--backend", "fake", "--output", str(tmp_path / "out")]
+    synthesis = [
+        str(mask),
+        "--model",
+        str(model),
+        "--backend",
+        "fake",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert run(main, ["synth", *synthesis]) == 0
     assert run(main, ["synth", *synthesis, "--list"]) == 0
     assert run(main, ["labels", str(mask), "--model", str(model)]) == 0
@@ -319,7 +402,9 @@ def test_a_manifest_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFix
         run(main, ["synth", "--x\x1b]0;pwned", *synthesis])
     said = "".join(capsys.readouterr())
     assert {c for c in said if not c.isprintable()} == {"\n"}
-    assert "\\x1b]0;pwned" in said and not any(line.startswith("file ") for line in said.splitlines())
+    assert "\\x1b]0;pwned" in said and not any(
+        line.startswith("file ") for line in said.splitlines()
+    )
 
 
 def test_the_letters_of_every_script_are_shown() -> None:

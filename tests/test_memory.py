@@ -49,13 +49,20 @@ def test_the_view_is_the_block() -> None:
     block = pool_of(1 << 20).allocate(24, stream=HOST_STREAM)
     view = block.array((2, 3), np.float32)
     view[...] = 7
-    assert view.ctypes.data == block.ptr and view.shape == (2, 3) and block.array((24,), np.uint8)[:4].view(np.float32)[0] == 7
+    assert (
+        view.ctypes.data == block.ptr
+        and view.shape == (2, 3)
+        and block.array((24,), np.uint8)[:4].view(np.float32)[0] == 7
+    )
 
 
 def test_the_cap_holds_and_the_error_is_a_memory_error_with_the_numbers() -> None:
     pool = pool_of(1024)
     kept = pool.allocate(512, stream=HOST_STREAM)
-    with pytest.raises(MemoryCapExceeded, match="1024 more bytes would pass the pool's cap: 512 of 1024 bytes are in use") as caught:
+    with pytest.raises(
+        MemoryCapExceeded,
+        match="1024 more bytes would pass the pool's cap: 512 of 1024 bytes are in use",
+    ) as caught:
         pool.allocate(1024, stream=HOST_STREAM)
     assert isinstance(caught.value, MemoryError) and pool.stats.in_use == 512
     kept.close()
@@ -70,8 +77,9 @@ def test_purposes_are_counted_on_top_of_the_pool_and_reserved_bytes_lessen_the_c
     labels[0].close()
     stats = pool.stats
     assert {name: (u.in_use, u.peak, u.buffers) for name, u in stats.tags.items()} == {
-        "labels": (256, 512, 2), "weights": (2000, 2000, 1),
-    }  # fmt: skip
+        "labels": (256, 512, 2),
+        "weights": (2000, 2000, 1),
+    }
     assert (stats.in_use, stats.held, stats.peak) == (2256, 2512, 2512)
     with pytest.raises(MemoryCapExceeded):
         pool.allocate(4096 - 2000, stream=HOST_STREAM)
@@ -85,7 +93,9 @@ def test_one_pool_serves_several_threads() -> None:
 
     def use(seed: int) -> bool:
         for n in range(200):
-            with closing(pool.tag("x").allocate(256 * (1 + (seed + n) % 5), stream=HOST_STREAM)) as block:
+            with closing(
+                pool.tag("x").allocate(256 * (1 + (seed + n) % 5), stream=HOST_STREAM)
+            ) as block:
                 view = block.array((256,), np.uint8)
                 view[...] = seed
                 if not (view == seed).all():
@@ -98,7 +108,15 @@ def test_one_pool_serves_several_threads() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "nbytes"), [("2GiB", 2 << 30), ("512 mib", 512 << 20), ("1.5g", 3 << 29), (4096, 4096), ("100", 100), ("64KB", 65536)]
+    ("text", "nbytes"),
+    [
+        ("2GiB", 2 << 30),
+        ("512 mib", 512 << 20),
+        ("1.5g", 3 << 29),
+        (4096, 4096),
+        ("100", 100),
+        ("64KB", 65536),
+    ],
 )
 def test_amounts_are_read_as_people_write_them(text: str | int, nbytes: int) -> None:
     assert parse_bytes(text) == nbytes
@@ -111,7 +129,9 @@ def test_other_amounts_are_refused(text: str) -> None:
 
 
 def volume(depth: int, side: int = 64) -> LabelVolume:
-    return LabelVolume(np.ones((depth, side, side), np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
+    return LabelVolume(
+        np.ones((depth, side, side), np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0]))
+    )
 
 
 def test_steady_state_allocates_nothing_and_everything_comes_back() -> None:
@@ -143,13 +163,19 @@ def test_a_cap_that_holds_one_slice_at_a_time_changes_no_byte() -> None:
     with Synthesizer(manifest, FakeEngine(manifest)) as synth:
         want = synth.synthesize(volume(7))
         slots, in_use = synth._engine.spec.streams, synth.memory()["host"].peak
-    with Synthesizer(manifest, FakeEngine(manifest, options=EngineOptions(max_memory=in_use // slots))) as synth:
+    with Synthesizer(
+        manifest, FakeEngine(manifest, options=EngineOptions(max_memory=in_use // slots))
+    ) as synth:
         assert np.array_equal(synth.synthesize(volume(7)), want)
         assert synth.memory()["host"].in_use == in_use // slots
 
 
-def test_memory_goes_back_after_the_work_in_it_also_when_the_wait_for_it_was_interrupted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C ends a wait wherever it is; here at its first step, for a signal may come after all is done."""
+def test_memory_goes_back_after_the_work_in_it_also_when_the_wait_for_it_was_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C ends a wait wherever it is; here at its first step, for a signal may come after all
+    is done.
+    """
     manifest, begun, go = fake_manifest(), threading.Event(), threading.Event()
 
     class Slow(FakeEngine):
@@ -192,7 +218,9 @@ def test_an_abandoned_stream_gives_its_memory_back() -> None:
 
 def test_a_canvas_past_the_cap_is_refused_and_nothing_stays_taken() -> None:
     manifest = fake_manifest()
-    with Synthesizer(manifest, FakeEngine(manifest, options=EngineOptions(max_memory=10000))) as synth:
+    with Synthesizer(
+        manifest, FakeEngine(manifest, options=EngineOptions(max_memory=10000))
+    ) as synth:
         with pytest.raises(MemoryCapExceeded, match="10000 bytes are in use"):
             synth.synthesize(volume(4))
         assert synth.memory()["host"].in_use == 0

@@ -1,4 +1,6 @@
-"""Volumes that would fill memory are refused by what their headers state, and want of memory is told on one screen."""
+"""Volumes that would fill memory are refused by what their headers state, and want of memory is
+told on one screen.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ from runtime.core.memory_limit import group_limits, memory_limit
 from runtime.io.readers.volume_header import ALWAYS, DEFLATE, EXPANSION
 from runtime.io.volume_files import check_header
 
-# Runs the command with so much address space, as `ulimit -v` gives it, and prints the peak of its memory in KiB.
+# Runs the command with so much address space, as `ulimit -v` gives it, and prints the peak of its
+# memory in KiB.
 LIMITED = """
 import resource, sys
 import numpy, SimpleITK, isal.igzip, isal.igzip_threaded
@@ -73,16 +76,27 @@ def write_sparse(path: Path, shape: tuple[int, int, int], dtype: str) -> Path:
 
 def limited(most: int, *arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", LIMITED, most, *arguments]
-    return subprocess.run([*map(str, command)], capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
+    return subprocess.run(
+        [*map(str, command)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parent.parent,
+    )
 
 
 def test_compressed_voxels_are_bounded(tmp_path: Path) -> None:
     """By their bytes: what deflate could hold is more than a mask ever is."""
     shape, size = (2048, 2048, 900), 4 << 20
     assert ALWAYS + EXPANSION * size < np.prod(shape) < DEFLATE * size
-    with pytest.raises(UnreadableVolume, match=r"m\.nii\.gz states 3774873600 voxels in 4194304 compressed bytes") as refused:
+    with pytest.raises(
+        UnreadableVolume, match=r"m\.nii\.gz states 3774873600 voxels in 4194304 compressed bytes"
+    ) as refused:
         check_header(write_packed(tmp_path / "m.nii.gz", shape, size), voxels=False)
-    assert refused.value.expected == f"at most {ALWAYS + EXPANSION * size} voxels: 250 for each compressed byte, and {ALWAYS}"
+    assert (
+        refused.value.expected
+        == f"at most {ALWAYS + EXPANSION * size} voxels: 250 for each compressed byte, and {ALWAYS}"
+    )
     assert refused.value.remedy == "if it is a mask, save it without compression, or cut it"
 
 
@@ -102,21 +116,47 @@ def test_constant_mask_is_read(fake_model: Path, tmp_path: Path) -> None:
 
 def test_refusing_takes_little_memory(fake_model: Path, tmp_path: Path) -> None:
     mask = write_packed(tmp_path / "m.nii.gz", (2048, 2048, 900), 4 << 20)
-    done = limited(0, "synth", mask, "--model", fake_model, "--backend", "fake", "--output", tmp_path / "out", "--quiet")
-    assert done.returncode == 1 and "states 3774873600 voxels" in done.stderr and not [*(tmp_path / "out").glob("m*")]
+    done = limited(
+        0,
+        "synth",
+        mask,
+        "--model",
+        fake_model,
+        "--backend",
+        "fake",
+        "--output",
+        tmp_path / "out",
+        "--quiet",
+    )
+    assert (
+        done.returncode == 1
+        and "states 3774873600 voxels" in done.stderr
+        and not [*(tmp_path / "out").glob("m*")]
+    )
     assert int(done.stdout) < 200 << 10
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits as Linux holds them")
-@pytest.mark.parametrize(("shape", "why"), [((1300, 1300, 1300), "more than this run has memory for"), ((1000, 1000, 900), "memory")])
+@pytest.mark.parametrize(
+    ("shape", "why"),
+    [((1300, 1300, 1300), "more than this run has memory for"), ((1000, 1000, 900), "memory")],
+)
 @pytest.mark.parametrize("command", ["synth", "labels"])
-def test_limits_of_the_run_hold(command: str, shape: tuple[int, int, int], why: str, fake_model: Path, tmp_path: Path) -> None:
-    """What does not fit at all is refused by its header; where less is left than that, the failure takes one screen, too."""
+def test_limits_of_the_run_hold(
+    command: str, shape: tuple[int, int, int], why: str, fake_model: Path, tmp_path: Path
+) -> None:
+    """What does not fit at all is refused by its header; where less is left than that, the
+    failure takes one screen, too.
+    """
     mask = write_sparse(tmp_path / "m.nii", shape, "uint8")
-    more = ["--backend", "fake", "--output", tmp_path / "out", "--quiet"] if command == "synth" else []
+    more = (
+        ["--backend", "fake", "--output", tmp_path / "out", "--quiet"] if command == "synth" else []
+    )
     done = limited(1100 << 20, command, mask, "--model", fake_model, *more)
     assert done.returncode == 1, done.stderr
-    assert "Traceback" not in done.stderr and why in done.stderr and len(done.stderr.splitlines()) <= 6
+    assert (
+        "Traceback" not in done.stderr and why in done.stderr and len(done.stderr.splitlines()) <= 6
+    )
     assert not [*(tmp_path / "out").glob("m*")]
 
 
@@ -129,7 +169,9 @@ def test_groups_limit_the_run(tmp_path: Path) -> None:
     older = tmp_path / "memory" / "unit"
     older.mkdir(parents=True)
     (older / "memory.limit_in_bytes").write_text("2048\n")
-    (tmp_path / "groups").write_text("0::/system.slice/mask2ct.service\n5:cpu:/unit\n7:memory:/unit\nnonsense\n")
+    (tmp_path / "groups").write_text(
+        "0::/system.slice/mask2ct.service\n5:cpu:/unit\n7:memory:/unit\nnonsense\n"
+    )
     assert sorted(group_limits(tmp_path / "groups", tmp_path)) == [2048, 4096]
     assert [*group_limits(tmp_path / "absent", tmp_path)] == []
     limit = memory_limit()
@@ -137,7 +179,10 @@ def test_groups_limit_the_run(tmp_path: Path) -> None:
 
 
 def test_writers_without_memory_say_so(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"a\.nii cannot be written: the memory does not suffice"), writing(tmp_path / "a.nii"):
+    with (
+        pytest.raises(OutputError, match=r"a\.nii cannot be written: the memory does not suffice"),
+        writing(tmp_path / "a.nii"),
+    ):
         np.empty(1 << 60, np.uint8)
     with pytest.raises(MemoryCapExceeded), writing(tmp_path / "a.nii"):
         raise MemoryCapExceeded.of("host memory", 2, cap=1, in_use=0)

@@ -1,4 +1,6 @@
-"""Another model takes the place of the one in use: the page's commands, and what becomes of the work."""
+"""Another model takes the place of the one in use: the page's commands, and what becomes of the
+work.
+"""
 
 from __future__ import annotations
 
@@ -60,20 +62,35 @@ def test_the_pages_commands_do_what_it_says(root: Path, tmp_path: Path) -> None:
     program.chmod(0o755)
     env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
     output = []
-    for n, block in enumerate(re.findall(r"```sh\n(.*?)```", (root / "docs" / "model-changes.md").read_text(), re.DOTALL)):
+    for n, block in enumerate(
+        re.findall(r"```sh\n(.*?)```", (root / "docs" / "model-changes.md").read_text(), re.DOTALL)
+    ):
         write_mask(tmp_path / "inbox" / f"mask{n}.nii.gz", blobs(seed=n))
-        done = subprocess.run(["bash", "-euo", "pipefail", "-c", block], cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", block],
+            cwd=tmp_path,
+            env=env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
         assert done.returncode == 0, done.stderr
         output.append(done.stdout)
     assert len(output) == 4
-    made = {line["case"]: line["model_name"] for line in lines(tmp_path / "out" / AUDIT) if line["action"] == "synthesized"}
+    made = {
+        line["case"]: line["model_name"]
+        for line in lines(tmp_path / "out" / AUDIT)
+        if line["action"] == "synthesized"
+    }
     assert made == {"mask0": OLD.name, "mask1": NEW.name, "mask2": NEW.name, "mask3": OLD.name}
     assert '"model switched"' in output[2] and "heart 1.3.0" in output[2]
     assert {*re.findall(r'"case": "(\w+)"', output[3])} == {"mask1", "mask2"}  # what was withdrawn
 
 
 def test_queued_work_is_the_opened_models(tmp_path: Path) -> None:
-    """Until the restart, whatever the link says; after it the new model makes also what was made already."""
+    """Until the restart, whatever the link says; after it the new model makes also what was made
+    already.
+    """
     link, inbox, out = versions(tmp_path / "models"), tmp_path / "inbox", tmp_path / "out"
     inbox.mkdir()
 
@@ -85,7 +102,15 @@ def test_queued_work_is_the_opened_models(tmp_path: Path) -> None:
         models = Models.open([f"heart={link}"], backend="fake")
         trail = AuditTrail(out / AUDIT, "watch")
         plans = {name: Plan(out) for name in models}
-        watcher = FolderWatcher(inbox, models, plans, find=lambda path, say: find_cases([path]), stable=0, listener=Listener(), audit=trail)
+        watcher = FolderWatcher(
+            inbox,
+            models,
+            plans,
+            find=lambda path, say: find_cases([path]),
+            stable=0,
+            listener=Listener(),
+            audit=trail,
+        )
         trail.load(models)
         return models, watcher
 
@@ -102,10 +127,20 @@ def test_queued_work_is_the_opened_models(tmp_path: Path) -> None:
     watcher.run(poll=0, once=True)
     models.close()
     made = [line for line in lines(out / AUDIT) if line["action"] == "synthesized"]
-    assert [(line["case"], line["model_name"]) for line in made] == [("a", OLD.name), ("b", OLD.name), ("b", NEW.name)]
-    assert results(out)["a_ct.nii.gz"] == old["a_ct.nii.gz"] and results(out)["b_ct.nii.gz"] != old["b_ct.nii.gz"]
+    assert [(line["case"], line["model_name"]) for line in made] == [
+        ("a", OLD.name),
+        ("b", OLD.name),
+        ("b", NEW.name),
+    ]
+    assert (
+        results(out)["a_ct.nii.gz"] == old["a_ct.nii.gz"]
+        and results(out)["b_ct.nii.gz"] != old["b_ct.nii.gz"]
+    )
     (switched,) = [line for line in lines(out / AUDIT) if line["action"] == "model switched"]
-    before, after = (sha256_of(tmp_path / "models" / name / "manifest.json") for name in ("heart-1.2.0", "heart-1.3.0"))
+    before, after = (
+        sha256_of(tmp_path / "models" / name / "manifest.json")
+        for name in ("heart-1.2.0", "heart-1.3.0")
+    )
     assert (switched["before_manifest_sha256"], switched["manifest_sha256"]) == (before, after)
 
 
@@ -116,7 +151,9 @@ def test_resume_makes_another_models_results_anew(tmp_path: Path) -> None:
     switch(link, "heart-1.3.0")
     assert synth(link, tmp_path / "out", mask, "--resume") == 0
     assert results(tmp_path / "out") != old
-    assert synth(link, tmp_path / "new", mask) == 0 and results(tmp_path / "new") == results(tmp_path / "out")
+    assert synth(link, tmp_path / "new", mask) == 0 and results(tmp_path / "new") == results(
+        tmp_path / "out"
+    )
 
 
 def test_an_engine_opened_again_is_the_same(model: Path, tmp_path: Path) -> None:

@@ -25,7 +25,14 @@ from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.engines.memory import Stream
 from runtime.io.cases import find_cases
 
-ABDOMEN = LabelTable((Label("background", 0), Label("liver", 6, snomed="10200004"), Label("spleen", 1), Label("left ventricle", 500)))
+ABDOMEN = LabelTable(
+    (
+        Label("background", 0),
+        Label("liver", 6, snomed="10200004"),
+        Label("spleen", 1),
+        Label("left ventricle", 500),
+    )
+)
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +65,49 @@ def test_each_mask_is_synthesized_by_the_model_that_knows_its_labels(
 ) -> None:
     masks = tmp_path / "masks"
     masks.mkdir()
-    for name, values in {"a": (0, 205, 500), "b": (0, 6, 1), "c": (0, 420, 820), "unknown": (0, 3), "either": (0, 500)}.items():
+    for name, values in {
+        "a": (0, 205, 500),
+        "b": (0, 6, 1),
+        "c": (0, 420, 820),
+        "unknown": (0, 3),
+        "either": (0, 500),
+    }.items():
         mask(masks, name, *values)
     out, report = tmp_path / "out", tmp_path / "report.json"
-    line = ["synth", str(masks), "--output", str(out), "--backend", "fake", "--report", str(report), "--seed", "3"]
+    line = [
+        "synth",
+        str(masks),
+        "--output",
+        str(out),
+        "--backend",
+        "fake",
+        "--report",
+        str(report),
+        "--seed",
+        "3",
+    ]
     assert run(main, [*line, *(f"--model={folder}" for folder in folders.values())]) == 1
     said = capsys.readouterr().err
-    assert "a.nii.gz: heart (its labels: 0, 205, 500)" in said and "b.nii.gz: abdomen (its labels: 0, 1, 6)" in said
-    assert "unknown.nii.gz fits no model: heart does not know 3; abdomen does not know 3" in said and "--use NAME" in said
+    assert (
+        "a.nii.gz: heart (its labels: 0, 205, 500)" in said
+        and "b.nii.gz: abdomen (its labels: 0, 1, 6)" in said
+    )
+    assert (
+        "unknown.nii.gz fits no model: heart does not know 3; abdomen does not know 3" in said
+        and "--use NAME" in said
+    )
     assert "either.nii.gz fits the models heart, abdomen" in said
     for name, those in {"heart": ("a", "c"), "abdomen": ("b",)}.items():
-        assert synth(folders[name], tmp_path / "alone", *(masks / f"{one}.nii.gz" for one in those), "--seed", "3") == 0
+        assert (
+            synth(
+                folders[name],
+                tmp_path / "alone",
+                *(masks / f"{one}.nii.gz" for one in those),
+                "--seed",
+                "3",
+            )
+            == 0
+        )
     assert results(out) == results(tmp_path / "alone") and len(results(out)) == 3
     told = json.loads(report.read_text())
     assert {case["case"]: case["model"] for case in told["cases"]} == {
@@ -85,33 +124,61 @@ def test_one_label_map_serves_several_models_each_with_its_own_entries(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     masks, maps = [mask(tmp_path, "a", 0, 51, 52), mask(tmp_path, "b", 0, 5)], tmp_path / "map.json"
-    maps.write_text(json.dumps({"0": "background", "51": "left ventricle", "52": "ascending aorta", "5": "liver"}))
-    line = ["synth", *map(str, masks), "--output", str(tmp_path / "out"), "--backend", "fake", "--labels", str(maps)]
+    maps.write_text(
+        json.dumps(
+            {"0": "background", "51": "left ventricle", "52": "ascending aorta", "5": "liver"}
+        )
+    )
+    line = [
+        "synth",
+        *map(str, masks),
+        "--output",
+        str(tmp_path / "out"),
+        "--backend",
+        "fake",
+        "--labels",
+        str(maps),
+    ]
     line += [f"--model={folder}" for folder in folders.values()]
     assert run(main, line) == 0
     said = capsys.readouterr().err
-    assert "a.nii.gz: heart (its labels: 0, 51, 52)" in said and "b.nii.gz: abdomen (its labels: 0, 5)" in said
+    assert (
+        "a.nii.gz: heart (its labels: 0, 51, 52)" in said
+        and "b.nii.gz: abdomen (its labels: 0, 5)" in said
+    )
     maps.write_text(json.dumps({"5": "liver", "7": "pancreas"}))
     assert run(main, line) == 2 and "'pancreas'" in capsys.readouterr().err
     maps.write_text(json.dumps({"5": ["liver"]}))
     assert run(main, line) == 2
 
 
-def test_of_several_that_fit_the_one_the_name_speaks_of_is_taken(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_of_several_that_fit_the_one_the_name_speaks_of_is_taken(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     with both(folders) as models:
-        assert choice(models, mask(tmp_path, "Patient-7_HEART", 0, 500)) == ("heart", "its labels and its name or description")
+        assert choice(models, mask(tmp_path, "Patient-7_HEART", 0, 500)) == (
+            "heart",
+            "its labels and its name or description",
+        )
         with pytest.raises(InputError, match="fits the models heart, abdomen"):
             choice(models, mask(tmp_path, "sweetheart", 0, 500))
         with pytest.raises(InputError, match="fits the models"):
             choice(models, mask(tmp_path, "heart and abdomen", 0, 500))
-        with pytest.raises(InputError, match="fits no model"):  # a name does not teach a model labels
+        with pytest.raises(
+            InputError, match="fits no model"
+        ):  # a name does not teach a model labels
             choice(models, mask(tmp_path, "heart", 0, 6, 820))
 
 
-def test_a_series_is_chosen_for_by_its_description_which_is_not_repeated(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_series_is_chosen_for_by_its_description_which_is_not_repeated(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     series = slices(blobs((6, 20, 24), (0, 500)), SeriesDescription="Doe abdomen 2019")
     with both(folders) as models:
-        assert choice(models, save(tmp_path / "series", series)) == ("abdomen", "its labels and its name or description")
+        assert choice(models, save(tmp_path / "series", series)) == (
+            "abdomen",
+            "its labels and its name or description",
+        )
 
 
 @pytest.mark.parametrize(
@@ -125,26 +192,47 @@ def test_a_series_is_chosen_for_by_its_description_which_is_not_repeated(folders
         ({"model": "abdomen"}, "abdomen"),
     ],
 )
-def test_the_first_rule_that_fits_decides(rule: dict[str, Any], name: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_the_first_rule_that_fits_decides(
+    rule: dict[str, Any], name: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     rules = tmp_path / "rules.json"
     rules.write_text(json.dumps([rule, {"case": "LA*", "model": "heart"}]))
     with both(folders, rules=rules) as models:
-        assert choice(models, mask(tmp_path, "LA_7", 0, 500)) == (name, f"rule {1 + (name == 'heart')}")
+        assert choice(models, mask(tmp_path, "LA_7", 0, 500)) == (
+            name,
+            f"rule {1 + (name == 'heart')}",
+        )
 
 
-def test_a_rule_looks_at_the_description_of_a_series(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_a_rule_looks_at_the_description_of_a_series(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     rules = tmp_path / "rules.json"
     rules.write_text(json.dumps([{"series": "*Thorax*", "model": "heart"}]))
-    series = save(tmp_path / "series", slices(blobs((6, 20, 24), (0, 500)), SeriesDescription="CT THORAX labels"))
+    series = save(
+        tmp_path / "series",
+        slices(blobs((6, 20, 24), (0, 500)), SeriesDescription="CT THORAX labels"),
+    )
     with both(folders, rules=rules) as models:
         assert choice(models, series) == ("heart", "rule 1")
 
 
 @pytest.mark.parametrize(
-    "text", ["{", '"heart"', "[7]", '[{"case": "*"}]', '[{"model": "liver"}]', '[{"model": "heart", "lables": [1]}]',
-             '[{"model": "heart", "labels": 5}]', '[{"model": "heart", "case": 5}]']
-)  # fmt: skip
-def test_rules_that_cannot_be_meant_start_nothing(text: str, folders: dict[str, Path], tmp_path: Path) -> None:
+    "text",
+    [
+        "{",
+        '"heart"',
+        "[7]",
+        '[{"case": "*"}]',
+        '[{"model": "liver"}]',
+        '[{"model": "heart", "lables": [1]}]',
+        '[{"model": "heart", "labels": 5}]',
+        '[{"model": "heart", "case": 5}]',
+    ],
+)
+def test_rules_that_cannot_be_meant_start_nothing(
+    text: str, folders: dict[str, Path], tmp_path: Path
+) -> None:
     rules = tmp_path / "rules.json"
     rules.write_text(text)
     with pytest.raises(UsageError) as caught:
@@ -152,15 +240,23 @@ def test_rules_that_cannot_be_meant_start_nothing(text: str, folders: dict[str, 
     assert caught.value.file == rules and "models: heart, abdomen" in caught.value.expected
 
 
-def test_rules_for_one_model_are_refused_for_they_would_have_no_effect(folders: dict[str, Path], tmp_path: Path) -> None:
-    """Who gives them has forgotten a model, or a rule's: a mask that no rule is for would be synthesized all the same."""
+def test_rules_for_one_model_are_refused_for_they_would_have_no_effect(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
+    """Who gives them has forgotten a model, or a rule's: a mask that no rule is for would be
+    synthesized all the same.
+    """
     rules = tmp_path / "rules.json"
     rules.write_text(json.dumps([{"case": "LA*", "model": "heart"}]))
-    with pytest.raises(UsageError, match="--rules choose between models, and heart is the only one"):
+    with pytest.raises(
+        UsageError, match="--rules choose between models, and heart is the only one"
+    ):
         Models.open([folders["heart"]], backend="fake", rules=rules)
 
 
-def test_one_model_takes_every_mask_and_so_does_the_one_that_is_named(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_one_model_takes_every_mask_and_so_does_the_one_that_is_named(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     path = mask(tmp_path, "abdomen", 0, 6)
     with Models.open([folders["heart"]], backend="fake") as models:
         assert choice(models, path) == ("heart", "the only model")
@@ -170,10 +266,17 @@ def test_one_model_takes_every_mask_and_so_does_the_one_that_is_named(folders: d
         both(folders, use="liver")
 
 
-def test_models_are_called_by_their_folders_or_as_told(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_models_are_called_by_their_folders_or_as_told(
+    folders: dict[str, Path], tmp_path: Path
+) -> None:
     odd = write_fake_model(tmp_path / "a=b", fake_manifest())
-    with Models.open([folders["heart"], f"second={folders['heart']}", odd], backend="fake") as models:
-        assert models.names == ("heart", "second", "a=b") and len({id(models[name]) for name in models}) == 3
+    with Models.open(
+        [folders["heart"], f"second={folders['heart']}", odd], backend="fake"
+    ) as models:
+        assert (
+            models.names == ("heart", "second", "a=b")
+            and len({id(models[name]) for name in models}) == 3
+        )
     with pytest.raises(UsageError, match="two models are called heart"):
         Models.open([folders["heart"], f"heart={folders['abdomen']}"], backend="fake")
     with pytest.raises(UsageError, match="does not exist"):
@@ -186,12 +289,18 @@ def volume(seed: int, depth: int = 9) -> LabelVolume:
 
 
 def held(models: Models) -> dict[str, int]:
-    return {name: sum(stats.held for stats in kinds.values()) for name, kinds in models.memory().items()}
+    return {
+        name: sum(stats.held for stats in kinds.values()) for name, kinds in models.memory().items()
+    }
 
 
 @pytest.mark.parametrize("room", ["for one", "for both"])
-def test_what_does_not_fit_beside_the_others_takes_the_place_of_the_one_not_used_longest(room: str, folders: dict[str, Path]) -> None:
-    """Three models in turn, under a cap that two of them would pass, and under one that is enough for all."""
+def test_what_does_not_fit_beside_the_others_takes_the_place_of_the_one_not_used_longest(
+    room: str, folders: dict[str, Path]
+) -> None:
+    """Three models in turn, under a cap that two of them would pass, and under one that is
+    enough for all.
+    """
     order = ["heart", "abdomen", "third", "heart", "heart", "third", "abdomen"]
     opened = [*folders.values(), f"third={folders['heart']}"]
     with Models.open(opened, backend="fake", workers=1) as models:
@@ -204,7 +313,9 @@ def test_what_does_not_fit_beside_the_others_takes_the_place_of_the_one_not_used
             assert np.array_equal(models[name].synthesize(volume(n)), whole[n])
             now = held(models)
             assert sum(now.values()) <= cap
-            assert {one for one, nbytes in now.items() if nbytes} == ({name} if room == "for one" else {*order[: n + 1]})
+            assert {one for one, nbytes in now.items() if nbytes} == (
+                {name} if room == "for one" else {*order[: n + 1]}
+            )
         assert "fake" in models["heart"].backend
     assert set(held(models).values()) == {0}
 
@@ -216,7 +327,9 @@ def test_the_one_chosen_least_recently_goes_first(folders: dict[str, Path], tmp_
         for name in models:
             models[name].synthesize(volume(0))
         need = held(models)
-    with Models.open(opened, backend="fake", workers=1, max_memory=need["heart"] + need["abdomen"]) as models:
+    with Models.open(
+        opened, backend="fake", workers=1, max_memory=need["heart"] + need["abdomen"]
+    ) as models:
         models["heart"].synthesize(volume(0))
         models["abdomen"].synthesize(volume(0))
         assert models.choose(case)[0] == "abdomen"
@@ -225,13 +338,18 @@ def test_the_one_chosen_least_recently_goes_first(folders: dict[str, Path], tmp_
 
 
 def test_a_model_at_work_is_never_closed_for_another(folders: dict[str, Path]) -> None:
-    with Models.open([*folders.values()], backend="fake", workers=1, batch=2, max_memory=20000) as models:
+    with Models.open(
+        [*folders.values()], backend="fake", workers=1, batch=2, max_memory=20000
+    ) as models:
         whole = [slab.hu for slab in models["heart"].slabs(volume(0))]
         slabs = models["heart"].slabs(volume(0))
         first = next(slabs).hu
         with pytest.raises(MemoryCapExceeded, match="of 20000 bytes are in use"):
             models["abdomen"].synthesize(volume(1))
-        assert all(np.array_equal(a, b) for a, b in zip([first, *(slab.hu for slab in slabs)], whole, strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip([first, *(slab.hu for slab in slabs)], whole, strict=True)
+        )
         models["abdomen"].synthesize(volume(1))
 
 
@@ -241,7 +359,15 @@ def test_what_is_in_a_later_models_way_is_said_before_the_first_one_synthesizes(
     masks, out = [mask(tmp_path, "a", 0, 205), mask(tmp_path, "b", 0, 6)], tmp_path / "out"
     out.mkdir()
     (out / "b_ct.nii.gz").write_bytes(b"a person's own")
-    line = ["synth", *map(str, masks), "--output", str(out), "--backend", "fake", *(f"--model={folder}" for folder in folders.values())]
+    line = [
+        "synth",
+        *map(str, masks),
+        "--output",
+        str(out),
+        "--backend",
+        "fake",
+        *(f"--model={folder}" for folder in folders.values()),
+    ]
     assert run(main, line) == 2 and "b_ct.nii.gz is in the way" in capsys.readouterr().err
     assert [*results(out)] == ["b_ct.nii.gz"]
 
@@ -264,7 +390,9 @@ class Tight(FakeEngine):
         self.short = "started" if self.short == "soon" else self.short
 
 
-def test_a_model_that_found_room_for_one_slot_synthesizes_in_it_and_still_gives_way_afterwards() -> None:
+def test_a_model_that_found_room_for_one_slot_synthesizes_in_it_and_still_gives_way_afterwards() -> (
+    None
+):
     manifest = fake_manifest()
     engine = Tight(manifest, options=EngineOptions(workers=1))
     with Synthesizer(manifest, engine, again=lambda: FakeEngine(manifest)) as synth:
@@ -281,8 +409,12 @@ def gpu_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("backend", ["tensorrt", "onnx-cuda"])
 @pytest.mark.parametrize("limit", ["cap", "device"])
-def test_two_models_share_a_gpu_that_holds_one(limit: str, backend: str, monkeypatch: pytest.MonkeyPatch, gpu_model: Path) -> None:
-    """Whether it is the cap that is short or the device: the other's engine is closed first, and what it held is back."""
+def test_two_models_share_a_gpu_that_holds_one(
+    limit: str, backend: str, monkeypatch: pytest.MonkeyPatch, gpu_model: Path
+) -> None:
+    """Whether it is the cap that is short or the device: the other's engine is closed first, and
+    what it held is back.
+    """
     world = install(monkeypatch)
     with Models.open([f"a={gpu_model}"], backend=backend) as models:
         whole = [models["a"].synthesize(volume(n)) for n in range(4)]
@@ -290,10 +422,15 @@ def test_two_models_share_a_gpu_that_holds_one(limit: str, backend: str, monkeyp
         used = world.in_use("device")
     world.memory = used * 3 // 2 if limit == "device" else world.memory
     cap = need * 3 // 2 if limit == "cap" else None
-    with Models.open([f"{name}={gpu_model}" for name in "ab"], backend=backend, max_memory=cap) as models:
+    with Models.open(
+        [f"{name}={gpu_model}" for name in "ab"], backend=backend, max_memory=cap
+    ) as models:
         for n in range(4):
             assert np.array_equal(models["ab"[n % 2]].synthesize(volume(n)), whole[n])
-            assert cap is None or sum(kinds["device"].held for kinds in models.memory().values()) <= cap
+            assert (
+                cap is None
+                or sum(kinds["device"].held for kinds in models.memory().values()) <= cap
+            )
     assert world.left() == {}
 
 
@@ -302,5 +439,12 @@ def test_an_engine_that_is_opened_again_gives_the_same_bytes(backend: str, model
     with Models.open([model], backend=backend) as models:
         synthesizer = models[model.name]
         before, first = synthesizer.synthesize(volume(0)), synthesizer.backend
-        assert synthesizer.release() and not synthesizer.release() and set(held(models).values()) == {0}
-        assert np.array_equal(synthesizer.synthesize(volume(0)), before) and synthesizer.backend == first
+        assert (
+            synthesizer.release()
+            and not synthesizer.release()
+            and set(held(models).values()) == {0}
+        )
+        assert (
+            np.array_equal(synthesizer.synthesize(volume(0)), before)
+            and synthesizer.backend == first
+        )

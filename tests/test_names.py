@@ -19,8 +19,12 @@ DIGESTS = {
 }
 
 
-def python(code: str, *, cwd: Path, interpreter: Path | str = sys.executable) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(interpreter), "-c", code], cwd=cwd, capture_output=True, text=True, check=False)
+def python(
+    code: str, *, cwd: Path, interpreter: Path | str = sys.executable
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(interpreter), "-c", code], cwd=cwd, capture_output=True, text=True, check=False
+    )
 
 
 def linked(folder: Path, root: Path) -> Path:
@@ -99,7 +103,9 @@ def test_runs_of_0_1_load() -> None:
     assert load_run(OLD / "run").step == 2
     places = np.arange(network.channels * 256).reshape(1, network.channels, 16, 16)
     condition = torch.from_numpy(((places * 7919) % 5 == 0).astype(np.float32))
-    noise = torch.from_numpy((((np.arange(256) * 31) % 17 - 8) / 8).astype(np.float32).reshape(1, 1, 16, 16))
+    noise = torch.from_numpy(
+        (((np.arange(256) * 31) % 17 - 8) / 8).astype(np.float32).reshape(1, 1, 16, 16)
+    )
     with torch.no_grad():
         image = network(condition, noise, torch.tensor([[0.5, -1.0]])).numpy()
     np.testing.assert_allclose(image, np.load(OLD / "expected.npy"), rtol=0, atol=1e-5)
@@ -139,9 +145,25 @@ def test_an_installation_is_called_mask2ct(editable: bool, root: Path, tmp_path:
     interpreter = tmp_path / "venv" / "bin" / "python"
     site = next((tmp_path / "venv" / "lib").glob("python*")) / "site-packages"
     packages = [path for path in sys.path if path.endswith("site-packages")]
-    pip = [sys.executable, "-m", "pip", "--python", str(interpreter), "install", "--quiet", "--no-deps", "--no-build-isolation"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        str(interpreter),
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+    ]
     (site / "others.pth").write_text("\n".join(packages) + "\n")
-    done = subprocess.run([*pip, *(["-e"] if editable else []), str(source)], capture_output=True, text=True, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        [*pip, *(["-e"] if editable else []), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     (site / "others.pth").unlink()
     code = f"""
@@ -157,6 +179,12 @@ print(mask2ct.__name__, Synthesizer.__module__, mask2ct.__path__[0])
     assert seen.stdout.splitlines()[0] == "None"
     assert seen.stdout.splitlines()[1].startswith("mask2ct mask2ct.api ")
     assert str(source if editable else site) in seen.stdout
-    version = subprocess.run([str(tmp_path / "venv" / "bin" / "mask2ct"), "--help"], capture_output=True, text=True, check=False,
-                             env={"PYTHONPATH": ":".join(packages)}, cwd=tmp_path)  # fmt: skip
+    version = subprocess.run(
+        [str(tmp_path / "venv" / "bin" / "mask2ct"), "--help"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"PYTHONPATH": ":".join(packages)},
+        cwd=tmp_path,
+    )
     assert version.returncode == 0 and "synth" in version.stdout, version.stderr

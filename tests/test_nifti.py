@@ -1,4 +1,6 @@
-"""NIfTI masks are read straight into their place; what comes out is what SimpleITK reads, for every type and byte order."""
+"""NIfTI masks are read straight into their place; what comes out is what SimpleITK reads, for
+every type and byte order.
+"""
 
 from __future__ import annotations
 
@@ -17,22 +19,41 @@ from runtime.core.errors import UnreadableVolume
 from runtime.core.labels import MM_WHS, to_indices
 from runtime.io.readers.volume import read_labels, read_volume
 
-TYPES = ("uint8", "int8", "int16", "uint16", "int32", "uint32", "int64", "uint64", "float32", "float64")
+TYPES = (
+    "uint8",
+    "int8",
+    "int16",
+    "uint16",
+    "int32",
+    "uint32",
+    "int64",
+    "uint64",
+    "float32",
+    "float64",
+)
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_values_and_geometry_are_those_simpleitk_reads(dtype: str, order: str, suffix: str, tmp_path: Path) -> None:
+def test_values_and_geometry_are_those_simpleitk_reads(
+    dtype: str, order: str, suffix: str, tmp_path: Path
+) -> None:
     values = (blobs((5, 6, 7)) % 120).astype(np.dtype(dtype).newbyteorder(order))
-    affine = np.array([[-0.8, 0.1, 0.0, 3.0], [0.1, 0.8, 0.0, -4.0], [0.0, 0.0, 2.5, 9.0], [0, 0, 0, 1]])
+    affine = np.array(
+        [[-0.8, 0.1, 0.0, 3.0], [0.1, 0.8, 0.0, -4.0], [0.0, 0.0, 2.5, 9.0], [0, 0, 0, 1]]
+    )
     header = nibabel.Nifti1Header(endianness=order)
     header.set_data_dtype(values.dtype)
     path = tmp_path / f"m{suffix}"
     nibabel.save(nibabel.Nifti1Image(values.T, affine, header), path)
     read, expected = read_volume(path), sitk.ReadImage(str(path))
-    assert read.values.dtype == dtype and np.array_equal(read.values, sitk.GetArrayFromImage(expected))
-    assert read.geometry.origin == pytest.approx(expected.GetOrigin()) and read.geometry.spacing == pytest.approx(expected.GetSpacing())
+    assert read.values.dtype == dtype and np.array_equal(
+        read.values, sitk.GetArrayFromImage(expected)
+    )
+    assert read.geometry.origin == pytest.approx(
+        expected.GetOrigin()
+    ) and read.geometry.spacing == pytest.approx(expected.GetSpacing())
     assert read.geometry.direction.ravel() == pytest.approx(expected.GetDirection(), abs=1e-9)
 
 
@@ -52,12 +73,17 @@ def test_scaled_values_are_scaled(slope: tuple[float, float], tmp_path: Path) ->
 def test_equal_grids_have_one_digest_whatever_the_sign_of_their_zeros() -> None:
     labels = np.ones((2, 3, 4), np.uint8)
     affine = np.diag([1.0, 1.0, 2.0, 1.0])
-    assert LabelVolume(labels, Geometry(affine)).digest == LabelVolume(labels, Geometry(affine * np.where(affine == 0, -1.0, 1.0))).digest
+    assert (
+        LabelVolume(labels, Geometry(affine)).digest
+        == LabelVolume(labels, Geometry(affine * np.where(affine == 0, -1.0, 1.0))).digest
+    )
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 def test_a_mask_read_plane_by_plane_is_the_mask(suffix: str, tmp_path: Path) -> None:
-    """Several blocks of planes: labels, and the digest that keys every random number of the result, are those of the whole array."""
+    """Several blocks of planes: labels, and the digest that keys every random number of the
+    result, are those of the whole array.
+    """
     path, values = tmp_path / f"m{suffix}", np.zeros((70, 160, 150), np.int32)
     values[3:60] = blobs((57, 160, 150))
     sitk.WriteImage(sitk.GetImageFromArray(values), str(path))
@@ -68,7 +94,11 @@ def test_a_mask_read_plane_by_plane_is_the_mask(suffix: str, tmp_path: Path) -> 
     finally:
         tracemalloc.stop()
     whole = LabelVolume(to_indices(values, MM_WHS), read_volume(path).geometry)
-    assert np.array_equal(read.labels, whole.labels) and read.digest == whole.digest and read.geometry == whole.geometry
+    assert (
+        np.array_equal(read.labels, whole.labels)
+        and read.digest == whole.digest
+        and read.geometry == whole.geometry
+    )
     assert peak < values.size + (12 << 20), "more is held than the indices and some planes"
 
 
@@ -79,7 +109,9 @@ def test_a_mask_cut_off_in_its_last_planes_is_refused(lost: int, tmp_path: Path)
     whole = path.read_bytes()
     path.write_bytes(whole[:-lost])
     (tmp_path / "m.nii.gz").write_bytes(gzip.compress(whole)[:-lost])
-    (tmp_path / "crc.nii.gz").write_bytes((packed := gzip.compress(whole))[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:])
+    (tmp_path / "crc.nii.gz").write_bytes(
+        (packed := gzip.compress(whole))[:-8] + bytes([packed[-8] ^ 1]) + packed[-7:]
+    )
     for file in (path, tmp_path / "m.nii.gz", tmp_path / "crc.nii.gz"):
         with pytest.raises(UnreadableVolume, match=r"truncated|damaged") as refused:
             read_labels(file, MM_WHS)

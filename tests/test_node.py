@@ -1,4 +1,6 @@
-"""`mask2ct serve`: what is acknowledged is never lost, what is synthesized is what `synth` synthesizes, strangers and damage are refused by name."""
+"""`mask2ct serve`: what is acknowledged is never lost, what is synthesized is what `synth`
+synthesizes, strangers and damage are refused by name.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,21 @@ from typing import Any
 import numpy as np
 import pytest
 from dicom_masks import save, slices, structure_set
-from nodes import QUIETLY, SECRETS, Serving, archive, associate, push, read_all, resident, serve, settled, spooled, until, write_study
+from nodes import (
+    QUIETLY,
+    SECRETS,
+    Serving,
+    archive,
+    associate,
+    push,
+    read_all,
+    resident,
+    serve,
+    settled,
+    spooled,
+    until,
+    write_study,
+)
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.uid import SecondaryCaptureImageStorage, SegmentationStorage, generate_uid
@@ -33,10 +49,15 @@ pytestmark = QUIETLY
 
 
 def test_a_segmentation_becomes_a_series_in_the_archive(fake_model: Path, tmp_path: Path) -> None:
-    """The same objects as a local run makes, each sent once, and nothing of the mask stays behind."""
+    """The same objects as a local run makes, each sent once, and nothing of the mask stays
+    behind.
+    """
     mask = write_study(tmp_path / "in")
     assert synth(fake_model, tmp_path / "local", mask, "--format", "dicom") == 0
-    with archive(tmp_path / "pacs") as (port, seen), Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node:
+    with (
+        archive(tmp_path / "pacs") as (port, seen),
+        Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node,
+    ):
         echo = associate(node.port, [VERIFICATION])
         assert echo.send_c_echo().Status == 0
         echo.release()
@@ -49,7 +70,9 @@ def test_a_segmentation_becomes_a_series_in_the_archive(fake_model: Path, tmp_pa
         assert not spooled(tmp_path / "spool")
         assert node.get("/health") == node.get("/ready") == "ok\n"
         metrics = node.get("/metrics")
-        assert f'mask2ct_node_events_total{{event="sent",peer="PACS@127.0.0.1:{port}"}} 1.0' in metrics
+        assert (
+            f'mask2ct_node_events_total{{event="sent",peer="PACS@127.0.0.1:{port}"}} 1.0' in metrics
+        )
         assert (
             'mask2ct_node_events_total{event="stored",peer="SENDER"} 1.0' in metrics
             and 'mask2ct_node_studies{room="failed"} 0.0' in metrics
@@ -58,8 +81,12 @@ def test_a_segmentation_becomes_a_series_in_the_archive(fake_model: Path, tmp_pa
     assert code == 0 and seconds < 5
 
 
-def test_contours_wait_for_the_images_they_lie_on_and_images_for_contours(fake_model: Path, tmp_path: Path) -> None:
-    """The same bytes as a local run; what comes within the quiet period belongs together, images alone are no mask."""
+def test_contours_wait_for_the_images_they_lie_on_and_images_for_contours(
+    fake_model: Path, tmp_path: Path
+) -> None:
+    """The same bytes as a local run; what comes within the quiet period belongs together, images
+    alone are no mask.
+    """
     images = slices(np.zeros((4, 16, 16), np.int16), Modality="CT", StudyInstanceUID=generate_uid())
     structures = contours(tmp_path / "local", images)
     save(tmp_path / "local", images)
@@ -80,13 +107,17 @@ def test_contours_wait_for_the_images_they_lie_on_and_images_for_contours(fake_m
 def contours(folder: Path, images: list[Dataset]) -> Path:
     """An RTSTRUCT of one box on each of the images."""
     z = [float(ds.ImagePositionPatient[2]) for ds in images]
-    rois = {"left ventricle": [np.array([[-8.0, 6, h], [0, 6, h], [0, 14, h], [-8, 14, h]]) for h in z]}
+    rois = {
+        "left ventricle": [np.array([[-8.0, 6, h], [0, 6, h], [0, 14, h], [-8, 14, h]]) for h in z]
+    }
     return structure_set(folder / "Doe_John_Planted_rt.dcm", images, rois)
 
 
 @pytest.mark.parametrize("early", [0, 2], ids=["no image", "half of them"])
 def test_late_images_open_the_study_again(early: int, fake_model: Path, tmp_path: Path) -> None:
-    """Contours fail without their images, whose rest comes in two associations; then they give what a local run gives."""
+    """Contours fail without their images, whose rest comes in two associations; then they give
+    what a local run gives.
+    """
     images = slices(np.zeros((6, 16, 16), np.int16), Modality="CT", StudyInstanceUID=generate_uid())
     structures = contours(tmp_path / "local", images)
     save(tmp_path / "local", images)
@@ -94,7 +125,9 @@ def test_late_images_open_the_study_again(early: int, fake_model: Path, tmp_path
     failed = tmp_path / "spool" / "failed"
     with Serving(fake_model, tmp_path / "spool", "--keep", quiet=0.2) as node:
         for n, late in enumerate((images[:early], images[early:5], images[5:])):
-            assert push(node.port, *([structures] if n == 0 else []), *late) == [0] * (len(late) + (n == 0))
+            assert push(node.port, *([structures] if n == 0 else []), *late) == [0] * (
+                len(late) + (n == 0)
+            )
             until(lambda n=n: node.count("synthesized") == n + 1, "it is tried")
             assert len([*failed.glob("*/reason.txt")]) == (n < 2)
         settled(node)
@@ -105,31 +138,57 @@ def test_late_images_open_the_study_again(early: int, fake_model: Path, tmp_path
 
 
 def test_interrupted_retry_loses_no_object(tmp_path: Path) -> None:
-    """The process ends while what failed is laid beside what arrived: whichever files have moved, the next one takes the rest."""
+    """The process ends while what failed is laid beside what arrived: whichever files have
+    moved, the next one takes the rest.
+    """
     for moved in range(4):
         spool = tmp_path / str(moved)
         Spool(spool).close()
         names = ["image-1.dcm", "mask-1.dcm", "mask-2.dcm"]
-        for room, group in (("failed/study-a-1/objects", names[moved:]), ("incoming/study-a", [*names[:moved], "image-2.dcm"])):
+        for room, group in (
+            ("failed/study-a-1/objects", names[moved:]),
+            ("incoming/study-a", [*names[:moved], "image-2.dcm"]),
+        ):
             (spool / room).mkdir(parents=True)
             for name in group:
                 (spool / room / name).write_text("x")
         opened = Spool(spool)
         study = opened.next(0)
-        assert study is not None and {path.name for path in (study / "objects").iterdir()} == {*names, "image-2.dcm"}
+        assert study is not None and {path.name for path in (study / "objects").iterdir()} == {
+            *names,
+            "image-2.dcm",
+        }
         assert not [*(spool / "failed").iterdir()]
         opened.close()
 
 
 def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_path: Path) -> None:
-    """With the standard's own statuses, a line each, and without a word of the patient; the association goes on."""
+    """With the standard's own statuses, a line each, and without a word of the patient; the
+    association goes on.
+    """
     mask = dcmread(write_study(tmp_path / "in"))
-    with Serving(fake_model, tmp_path / "spool", "--keep", "--max-object", "16KiB", "--max-associations", "2", quiet=60) as node:
+    with Serving(
+        fake_model,
+        tmp_path / "spool",
+        "--keep",
+        "--max-object",
+        "16KiB",
+        "--max-associations",
+        "2",
+        quiet=60,
+    ) as node:
         stranger = associate(node.port, [SegmentationStorage], calling="STRANGER")
-        assert stranger.is_rejected and stranger.store_scp.primitive.diagnostic == 3  # calling AE title not recognized (PS3.8 9.3.4)
+        assert (
+            stranger.is_rejected and stranger.store_scp.primitive.diagnostic == 3
+        )  # calling AE title not recognized (PS3.8 9.3.4)
         wrong = associate(node.port, [SegmentationStorage], display_name="ANOTHER")
         assert wrong.is_rejected and wrong.store_scp.primitive.diagnostic == 7
-        assert associate(node.port, [SecondaryCaptureImageStorage]).rejected_contexts[0].abstract_syntax == SecondaryCaptureImageStorage
+        assert (
+            associate(node.port, [SecondaryCaptureImageStorage])
+            .rejected_contexts[0]
+            .abstract_syntax
+            == SecondaryCaptureImageStorage
+        )
         until(lambda: node.said("not-supported"), "the class is named")
 
         lying, nameless, large = (dcmread(BytesIO(as_bytes(mask))) for _ in range(3))
@@ -141,14 +200,22 @@ def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_
         assert send_as(both, lying, mask.SOPInstanceUID) == 0xA900
         assert send_as(both, nameless, mask.SOPInstanceUID) == 0xC000
         assert send_as(both, large, mask.SOPInstanceUID) == 0xA700
-        assert both.send_c_store(mask).Status == 0  # the association was not ended, the limit is an object's and not a sum's
+        assert (
+            both.send_c_store(mask).Status == 0
+        )  # the association was not ended, the limit is an object's and not a sum's
         second = associate(node.port, [VERIFICATION])
         third = associate(node.port, [VERIFICATION])
-        assert second.is_established and third.is_rejected and third.store_scp.primitive.diagnostic == 2  # local limit exceeded
+        assert (
+            second.is_established
+            and third.is_rejected
+            and third.store_scp.primitive.diagnostic == 2
+        )  # local limit exceeded
         second.release()
         both.release()
 
-        held = [socket.create_connection(("127.0.0.1", node.port)) for _ in range(5)]  # who says nothing takes nobody's place
+        held = [
+            socket.create_connection(("127.0.0.1", node.port)) for _ in range(5)
+        ]  # who says nothing takes nobody's place
         for said in (b"GET / HTTP/1.1\r\n\r\n", b"\x01\x00\xff\xff\xff\xff" + bytes(4096), b""):
             with socket.create_connection(("127.0.0.1", node.port)) as raw:
                 raw.sendall(said)
@@ -173,16 +240,29 @@ def as_bytes(ds: Dataset) -> bytes:
 
 
 def send_as(association: Any, data: bytes | Dataset, uid: str) -> int:
-    """The status of a C-STORE whose data set is whatever it is: pynetdicom itself would send none but what it understands."""
+    """The status of a C-STORE whose data set is whatever it is: pynetdicom itself would send
+    none but what it understands.
+    """
     from pynetdicom.dimse_primitives import C_STORE
     from pynetdicom.dsutils import encode
 
     (context,) = association.accepted_contexts
     if isinstance(data, Dataset):
-        data = encode(data, context.transfer_syntax[0].is_implicit_VR, context.transfer_syntax[0].is_little_endian) or b""
+        data = (
+            encode(
+                data,
+                context.transfer_syntax[0].is_implicit_VR,
+                context.transfer_syntax[0].is_little_endian,
+            )
+            or b""
+        )
     request = C_STORE()
     request.MessageID, request.Priority = 1, 2
-    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID, request.DataSet = SegmentationStorage, uid, BytesIO(data)
+    request.AffectedSOPClassUID, request.AffectedSOPInstanceUID, request.DataSet = (
+        SegmentationStorage,
+        uid,
+        BytesIO(data),
+    )
     association._reactor_checkpoint.clear()  # as its own send_c_store does: the answer is ours
     until(lambda: association._is_paused, "the association's thread waits")
     association.dimse.send_msg(request, context.context_id)
@@ -198,52 +278,77 @@ def test_garbage_as_a_data_set_is_refused_by_status(fake_model: Path, tmp_path: 
             assert send_as(association, damage, "1.2.3") in (0xC000, 0xA900)
         association.release()
         until(lambda: node.count("refused") == 3, "each is named")
-        assert not spooled(tmp_path / "spool") and not [*(tmp_path / "spool" / "incoming").iterdir()]
+        assert not spooled(tmp_path / "spool") and not [
+            *(tmp_path / "spool" / "incoming").iterdir()
+        ]
 
 
-def test_a_mask_that_cannot_be_synthesized_is_put_aside_with_its_reason(fake_model: Path, tmp_path: Path) -> None:
+def test_a_mask_that_cannot_be_synthesized_is_put_aside_with_its_reason(
+    fake_model: Path, tmp_path: Path
+) -> None:
     good, bad = write_study(tmp_path / "good"), dcmread(write_study(tmp_path / "bad", 1))
     for segment, name in zip(bad.SegmentSequence, ("Doe spleen", "Doe liver"), strict=True):
         segment.SegmentLabel = name
         segment.SegmentedPropertyTypeCodeSequence[0].CodeValue = "0815"
     bad.StudyInstanceUID, bad.SOPInstanceUID = generate_uid(), generate_uid()
     bad.file_meta.MediaStorageSOPInstanceUID = bad.SOPInstanceUID
-    with archive(tmp_path / "pacs") as (port, seen), Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node:
+    with (
+        archive(tmp_path / "pacs") as (port, seen),
+        Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node,
+    ):
         assert push(node.port, bad) == [0]
         until(lambda: node.said("failed"), "the failure is told")
         assert push(node.port, good) == [0]
         settled(node, 2)
         assert len(seen) == 6
         (aside,) = (tmp_path / "spool" / "failed").iterdir()
-        assert "seg-" in (aside / "reason.txt").read_text() and [ds.SOPInstanceUID for ds in read_all(aside).values()] == [
-            bad.SOPInstanceUID
-        ]
+        assert "seg-" in (aside / "reason.txt").read_text() and [
+            ds.SOPInstanceUID for ds in read_all(aside).values()
+        ] == [bad.SOPInstanceUID]
 
 
-def test_what_it_synthesized_itself_comes_back_and_goes_no_further(fake_model: Path, tmp_path: Path) -> None:
+def test_what_it_synthesized_itself_comes_back_and_goes_no_further(
+    fake_model: Path, tmp_path: Path
+) -> None:
     """An archive that routes every SEG to the node makes no circle."""
-    assert synth(fake_model, tmp_path / "out", write_study(tmp_path / "in"), "--format", "dicom") == 0
-    with archive(tmp_path / "pacs") as (port, seen), Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node:
+    assert (
+        synth(fake_model, tmp_path / "out", write_study(tmp_path / "in"), "--format", "dicom") == 0
+    )
+    with (
+        archive(tmp_path / "pacs") as (port, seen),
+        Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node,
+    ):
         assert push(node.port, *sorted((tmp_path / "out").rglob("*.dcm"))) == [0] * 6
         settled(node)
         assert node.said("ignored") and not seen and not spooled(tmp_path / "spool")
 
 
-def test_what_was_acknowledged_survives_kill_and_is_synthesized_afterwards(fake_model: Path, tmp_path: Path) -> None:
+def test_what_was_acknowledged_survives_kill_and_is_synthesized_afterwards(
+    fake_model: Path, tmp_path: Path
+) -> None:
     masks = [write_study(tmp_path / "in" / str(n), n) for n in range(3)]
     with Serving(fake_model, tmp_path / "spool", "--keep", quiet=3600) as node:
         assert push(node.port, *masks) == [0] * 3
         node.stop(signal.SIGKILL)
-    (tmp_path / "spool" / "incoming" / ".mask2ct-part-elsewhere-1-0a1b2c-object.dcm").write_bytes(b"half")
+    (tmp_path / "spool" / "incoming" / ".mask2ct-part-elsewhere-1-0a1b2c-object.dcm").write_bytes(
+        b"half"
+    )
     with Serving(fake_model, tmp_path / "spool", "--keep") as node:
         settled(node, 3)
     assert len([*(tmp_path / "spool" / "done").glob("*/results/*/seg.dcm")]) == 3
     assert not [*(tmp_path / "spool" / "incoming").iterdir()]
 
 
-def test_sigterm_ends_it_within_five_seconds_with_a_peer_that_says_nothing(fake_model: Path, tmp_path: Path) -> None:
+def test_sigterm_ends_it_within_five_seconds_with_a_peer_that_says_nothing(
+    fake_model: Path, tmp_path: Path
+) -> None:
     with socket.create_server(("127.0.0.1", 0)) as dead:
-        to = ("--send-to", f"PACS@127.0.0.1:{dead.getsockname()[1]}", "--stow", f"http://127.0.0.1:{dead.getsockname()[1]}/dicom-web")
+        to = (
+            "--send-to",
+            f"PACS@127.0.0.1:{dead.getsockname()[1]}",
+            "--stow",
+            f"http://127.0.0.1:{dead.getsockname()[1]}/dicom-web",
+        )
         with Serving(fake_model, tmp_path / "spool", *to) as node:
             open_still = associate(node.port, [SegmentationStorage])
             assert push(node.port, write_study(tmp_path / "in")) == [0]
@@ -253,7 +358,10 @@ def test_sigterm_ends_it_within_five_seconds_with_a_peer_that_says_nothing(fake_
             assert code == 0 and seconds < 5 and node.said("stopped")
             assert not open_still.is_released
             open_still.abort()
-    with archive(tmp_path / "pacs") as (port, seen), Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node:
+    with (
+        archive(tmp_path / "pacs") as (port, seen),
+        Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node,
+    ):
         settled(node)
         assert len(seen) == 6
 
@@ -262,14 +370,44 @@ def certificates(folder: Path) -> dict[str, Path]:
     """An authority and a certificate for localhost that it signed, by openssl."""
     made = {name: folder / f"{name}.pem" for name in ("ca", "ca-key", "cert", "key")}
     folder.mkdir()
-    new = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
-    subprocess.run([*new, "-subj", "/CN=test authority", "-keyout", made["ca-key"], "-out", made["ca"]], check=True, capture_output=True)
-    signed = ["-CA", made["ca"], "-CAkey", made["ca-key"], "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    subprocess.run([*new, *signed, "-keyout", made["key"], "-out", made["cert"]], check=True, capture_output=True)
+    new = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "ec",
+        "-pkeyopt",
+        "ec_paramgen_curve:prime256v1",
+        "-nodes",
+        "-days",
+        "2",
+    ]
+    subprocess.run(
+        [*new, "-subj", "/CN=test authority", "-keyout", made["ca-key"], "-out", made["ca"]],
+        check=True,
+        capture_output=True,
+    )
+    signed = [
+        "-CA",
+        made["ca"],
+        "-CAkey",
+        made["ca-key"],
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+        "subjectAltName=DNS:localhost,IP:127.0.0.1",
+    ]
+    subprocess.run(
+        [*new, *signed, "-keyout", made["key"], "-out", made["cert"]],
+        check=True,
+        capture_output=True,
+    )
     return made
 
 
-def test_tls_lets_in_who_has_a_certificate_and_nobody_else(fake_model: Path, tmp_path: Path) -> None:
+def test_tls_lets_in_who_has_a_certificate_and_nobody_else(
+    fake_model: Path, tmp_path: Path
+) -> None:
     """Mutual, and outwards as well: one node sends to another."""
     pem = certificates(tmp_path / "tls")
     options = ("--tls-cert", pem["cert"], "--tls-key", pem["key"], "--tls-ca", pem["ca"])
@@ -277,10 +415,18 @@ def test_tls_lets_in_who_has_a_certificate_and_nobody_else(fake_model: Path, tmp
     stranger = ssl.create_default_context(cafile=pem["ca"])
     client.load_cert_chain(pem["cert"], pem["key"])
     mask = write_study(tmp_path / "in")
-    with Serving(fake_model, tmp_path / "b", "--keep", *options, allow="MASK2CT", quiet=3600) as end:
-        with Serving(fake_model, tmp_path / "a", "--send-to", f"tls://MASK2CT@127.0.0.1:{end.port}", *options) as node:
-            assert not associate(node.port, [VERIFICATION], tls=(stranger, "127.0.0.1")).is_established
-            with socket.create_connection(("127.0.0.1", node.port)):  # one who never greets holds nobody up
+    with Serving(
+        fake_model, tmp_path / "b", "--keep", *options, allow="MASK2CT", quiet=3600
+    ) as end:
+        with Serving(
+            fake_model, tmp_path / "a", "--send-to", f"tls://MASK2CT@127.0.0.1:{end.port}", *options
+        ) as node:
+            assert not associate(
+                node.port, [VERIFICATION], tls=(stranger, "127.0.0.1")
+            ).is_established
+            with socket.create_connection(
+                ("127.0.0.1", node.port)
+            ):  # one who never greets holds nobody up
                 assert not associate(node.port, [VERIFICATION]).is_established
                 assert push(node.port, mask, tls=(client, "127.0.0.1")) == [0]
             settled(node)
@@ -289,39 +435,79 @@ def test_tls_lets_in_who_has_a_certificate_and_nobody_else(fake_model: Path, tmp
 
 
 def test_metrics_name_models_and_time_stages(fake_model: Path, tmp_path: Path) -> None:
-    """After two studies: one more of each count than after the first, and sums that a clock beside it agrees with."""
+    """After two studies: one more of each count than after the first, and sums that a clock
+    beside it agrees with.
+    """
     from prometheus_client.parser import text_string_to_metric_families
 
     def samples() -> dict[tuple[str, str], float]:
         families = text_string_to_metric_families(node.get("/metrics"))
-        return {(sample.name, sample.labels.get("stage", "")): sample.value for family in families for sample in family.samples}
+        return {
+            (sample.name, sample.labels.get("stage", "")): sample.value
+            for family in families
+            for sample in family.samples
+        }
 
     started = time.monotonic()
-    with archive(tmp_path / "pacs") as (port, _), Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node:
-        (info,) = [line for line in node.get("/metrics").splitlines() if line.startswith("mask2ct_model_info{")]
+    with (
+        archive(tmp_path / "pacs") as (port, _),
+        Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node,
+    ):
+        (info,) = [
+            line
+            for line in node.get("/metrics").splitlines()
+            if line.startswith("mask2ct_model_info{")
+        ]
         digest = sha256((fake_model / "manifest.json").read_bytes()).hexdigest()
-        assert f'model="{fake_model.name}"' in info and 'engine="fake' in info and f'manifest_sha256="{digest}"' in info
+        assert (
+            f'model="{fake_model.name}"' in info
+            and 'engine="fake' in info
+            and f'manifest_sha256="{digest}"' in info
+        )
         for n in (1, 2):
             assert push(node.port, write_study(tmp_path / str(n), n)) == [0]
             settled(node, n)
             now = samples()
-            assert [now["mask2ct_node_stage_seconds_count", stage] for stage in ("read", "synthesize", "write", "send")] == [n] * 4
+            assert [
+                now["mask2ct_node_stage_seconds_count", stage]
+                for stage in ("read", "synthesize", "write", "send")
+            ] == [n] * 4
             assert now["mask2ct_node_study_seconds_count", ""] == n
-        stages = sum(now["mask2ct_node_stage_seconds_sum", stage] for stage in ("read", "synthesize", "write", "send"))
-        assert stages > 0 and 2 * 0.2 <= now["mask2ct_node_study_seconds_sum", ""] < time.monotonic() - started
+        stages = sum(
+            now["mask2ct_node_stage_seconds_sum", stage]
+            for stage in ("read", "synthesize", "write", "send")
+        )
+        assert (
+            stages > 0
+            and 2 * 0.2 <= now["mask2ct_node_study_seconds_sum", ""] < time.monotonic() - started
+        )
 
 
 def test_a_full_disk_takes_nothing_and_leaves_nothing_half_written(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", disk], check=False, capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", disk], check=False, capture_output=True
+    ).returncode:
         pytest.skip("this system lets nobody mount a tmpfs")
     try:
         spool = Spool(disk)
-        for claimed_size in (1 << 20, 80 << 20):  # it does not fit though it was said to; it does not fit
+        for claimed_size in (
+            1 << 20,
+            80 << 20,
+        ):  # it does not fit though it was said to; it does not fit
             with pytest.raises(OutputError):
-                spool.receive(lambda handle: handle.write(bytes(90 << 20)), ("1.2", "1.2.3"), claimed_size, threading.current_thread())
-        assert not [path for path in disk.rglob("*") if path.is_file() and not path.name.endswith(".journal")]
+                spool.receive(
+                    lambda handle: handle.write(bytes(90 << 20)),
+                    ("1.2", "1.2.3"),
+                    claimed_size,
+                    threading.current_thread(),
+                )
+        assert not [
+            path
+            for path in disk.rglob("*")
+            if path.is_file() and not path.name.endswith(".journal")
+        ]
         spool.close()
     finally:
         subprocess.run(["umount", disk], check=True)
@@ -356,7 +542,11 @@ def test_a_value_stays_on_its_line() -> None:
     ],
 )
 def test_a_wrong_command_starts_nothing(
-    options: list[str], fact: str, fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    fact: str,
+    fake_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert serve(fake_model, tmp_path / "spool", *options) == 2
     said = capsys.readouterr().err
@@ -365,21 +555,37 @@ def test_a_wrong_command_starts_nothing(
 
 @pytest.mark.parametrize("package", ["pynetdicom", "prometheus_client"])
 def test_a_missing_package_is_named_with_what_installs_it(
-    package: str, fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    package: str,
+    fake_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    assert serve(fake_model, tmp_path / "spool", "--allow-any", "--keep") == 3 and 'pip install "mask2ct[node]"' in capsys.readouterr().err
+    assert (
+        serve(fake_model, tmp_path / "spool", "--allow-any", "--keep") == 3
+        and 'pip install "mask2ct[node]"' in capsys.readouterr().err
+    )
     assert not (tmp_path / "spool").exists()
 
 
-def test_two_nodes_never_share_a_spool(fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_two_nodes_never_share_a_spool(
+    fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Serving(fake_model, tmp_path / "spool", "--keep"):
-        assert serve(fake_model, tmp_path / "spool", "--allow-any", "--keep") == 2 and "folder" in capsys.readouterr().err
+        assert (
+            serve(fake_model, tmp_path / "spool", "--allow-any", "--keep") == 2
+            and "folder" in capsys.readouterr().err
+        )
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_loses_nothing_and_sends_what_was_acknowledged_once(fake_model: Path, tmp_path: Path) -> None:
-    """Killed as soon as it has stored, synthesized, sent a part, sent all: what was in flight may come twice, as the same object."""
+def test_killed_again_and_again_it_loses_nothing_and_sends_what_was_acknowledged_once(
+    fake_model: Path, tmp_path: Path
+) -> None:
+    """Killed as soon as it has stored, synthesized, sent a part, sent all: what was in flight
+    may come twice, as the same object.
+    """
     kills = 12
     masks = [write_study(tmp_path / "in" / str(n), n, (30, 16, 16)) for n in range(kills)]
     assert synth(fake_model, tmp_path / "local", *masks, "--format", "dicom") == 0
@@ -400,7 +606,15 @@ def test_killed_again_and_again_it_loses_nothing_and_sends_what_was_acknowledged
                 node.stop(signal.SIGKILL)
         with Serving(fake_model, tmp_path / "spool", *to, quiet=0.1) as node:
             until(lambda: set(seen) >= set(local), "all has arrived")
-            until(lambda: not any([*(tmp_path / "spool" / room).iterdir()] for room in ("incoming", "studies", "outbox")), "nothing waits")
+            until(
+                lambda: (
+                    not any(
+                        [*(tmp_path / "spool" / room).iterdir()]
+                        for room in ("incoming", "studies", "outbox")
+                    )
+                ),
+                "nothing waits",
+            )
             assert node.stop()[0] == 0
         assert read_all(tmp_path / "pacs") == local and len(local) == kills * 31
         assert len(seen) <= len(local) + kills  # at most the one in flight at each kill
@@ -408,8 +622,12 @@ def test_killed_again_and_again_it_loses_nothing_and_sends_what_was_acknowledged
 
 
 @pytest.mark.slow
-def test_a_thousand_objects_from_eight_senders_at_once_are_all_there_and_memory_stays_flat(fake_model: Path, tmp_path: Path) -> None:
-    """By DCMTK's storescu; synthesized meanwhile and afterwards; a stranger is refused in the midst of it."""
+def test_a_thousand_objects_from_eight_senders_at_once_are_all_there_and_memory_stays_flat(
+    fake_model: Path, tmp_path: Path
+) -> None:
+    """By DCMTK's storescu; synthesized meanwhile and afterwards; a stranger is refused in the
+    midst of it.
+    """
     senders, each, expected = 8, 125, set[str]()
     for sender in range(senders):
         folder = tmp_path / "in" / str(sender)
@@ -417,30 +635,60 @@ def test_a_thousand_objects_from_eight_senders_at_once_are_all_there_and_memory_
         made = dcmread(first)
         for n in range(each):
             made.SOPInstanceUID = made.file_meta.MediaStorageSOPInstanceUID = generate_uid()
-            made.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing = [1 + n / 1000, 1.5 + sender / 10]  # no two alike
+            made.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0].PixelSpacing = [
+                1 + n / 1000,
+                1.5 + sender / 10,
+            ]  # no two alike
             made.save_as(folder / f"{n}.dcm")
             expected.add(str(made.SOPInstanceUID))
         first.unlink()
-    command = [str(elsewhere("storescu")), "-R", "-aet", "SENDER", "-aec", "MASK2CT", "+sd", "127.0.0.1"]
+    command = [
+        str(elsewhere("storescu")),
+        "-R",
+        "-aet",
+        "SENDER",
+        "-aec",
+        "MASK2CT",
+        "+sd",
+        "127.0.0.1",
+    ]
     with archive(tmp_path / "pacs") as (port, seen):
-        to = ("--keep", "--segmentation", "none", "--max-associations", senders + 1, "--send-to", f"PACS@127.0.0.1:{port}")
+        to = (
+            "--keep",
+            "--segmentation",
+            "none",
+            "--max-associations",
+            senders + 1,
+            "--send-to",
+            f"PACS@127.0.0.1:{port}",
+        )
         with Serving(fake_model, tmp_path / "spool", *to, quiet=0.5) as node:
-            warm = write_study(tmp_path / "warm", 99, (2, 16, 16))  # what synthesis and sending need is loaded once
+            warm = write_study(
+                tmp_path / "warm", 99, (2, 16, 16)
+            )  # what synthesis and sending need is loaded once
             assert push(node.port, warm) == [0]
             settled(node)
             memory = [resident(node.process.pid)]
             running = [
-                subprocess.Popen([*command, str(node.port), tmp_path / "in" / str(n)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                subprocess.Popen(
+                    [*command, str(node.port), tmp_path / "in" / str(n)],
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
                 for n in range(senders)
             ]
             assert associate(node.port, [VERIFICATION], calling="STRANGER").is_rejected
-            assert [(process.communicate(timeout=300)[0].count(b"E:"), process.returncode) for process in running] == [(0, 0)] * senders
+            assert [
+                (process.communicate(timeout=300)[0].count(b"E:"), process.returncode)
+                for process in running
+            ] == [(0, 0)] * senders
             until(lambda: node.count("stored") == 1001, "all are told")
             memory.append(resident(node.process.pid))
             settled(node, senders + 1, 300)
             memory.append(resident(node.process.pid))
             kept = {
-                str(dcmread(path, stop_before_pixels=True).SOPInstanceUID) for path in (tmp_path / "spool" / "done").glob("*/objects/*.dcm")
+                str(dcmread(path, stop_before_pixels=True).SOPInstanceUID)
+                for path in (tmp_path / "spool" / "done").glob("*/objects/*.dcm")
             }
             assert kept == expected | {str(dcmread(warm).SOPInstanceUID)}
             assert len([*(tmp_path / "spool" / "done").glob("*/results/*/0002.dcm")]) == 1001

@@ -1,4 +1,6 @@
-"""A graph is taken only with its weights in it: what the manifest's SHA-256 does not cover is not read."""
+"""A graph is taken only with its weights in it: what the manifest's SHA-256 does not cover is
+not read.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from runtime.engines.onnx_file import MESSAGES, check_weights
 
 
 def elsewhere(location: str = "weights.bin") -> TensorProto:
-    tensor = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
+    tensor = TensorProto(
+        name="w", data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL
+    )
     tensor.external_data.add(key="location", value=location)
     return tensor
 
@@ -25,7 +29,9 @@ def model(node_tensor: TensorProto | None = None, **graph: object) -> onnx.Model
     nodes = [helper.make_node("Add", ["labels", "w"], ["ct"])]
     if node_tensor is not None:
         nodes.append(helper.make_node("Constant", [], ["c"], value=node_tensor))
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in ("labels", "ct")]
+    ends = [
+        helper.make_tensor_value_info(name, TensorProto.FLOAT, [4]) for name in ("labels", "ct")
+    ]
     made = helper.make_graph(nodes, "g", ends[:1], ends[1:], **{"initializer": [weights], **graph})
     return helper.make_model(made)
 
@@ -33,14 +39,18 @@ def model(node_tensor: TensorProto | None = None, **graph: object) -> onnx.Model
 def nested(depth: int) -> onnx.ModelProto:
     graph = model(elsewhere()).graph
     for _ in range(depth):
-        graph = helper.make_graph([helper.make_node("If", ["x"], ["y"], then_branch=graph)], "g", [], [])
+        graph = helper.make_graph(
+            [helper.make_node("If", ["x"], ["y"], then_branch=graph)], "g", [], []
+        )
     return helper.make_model(graph)
 
 
 def function() -> onnx.ModelProto:
     made = model()
     constant = helper.make_node("Constant", [], ["c"], value=elsewhere())
-    made.functions.append(helper.make_function("own", "F", [], ["c"], [constant], [helper.make_opsetid("", 18)]))
+    made.functions.append(
+        helper.make_function("own", "F", [], ["c"], [constant], [helper.make_opsetid("", 18)])
+    )
     return made
 
 
@@ -82,7 +92,9 @@ def test_weights_in_the_graph_are_taken(tmp_path: Path) -> None:
     check_weights(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"\xff" * 50, b"\x3a\xff\xff\xff\xff\x0f", b"\x0b", b"\x08" * 9])
+@pytest.mark.parametrize(
+    "content", [b"", b"\xff" * 50, b"\x3a\xff\xff\xff\xff\x0f", b"\x0b", b"\x08" * 9]
+)
 def test_what_is_no_graph_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
@@ -108,7 +120,9 @@ def test_graphs_without_end_are_refused(tmp_path: Path) -> None:
 
 
 def test_wide_field_numbers_hide_no_weights(tmp_path: Path) -> None:
-    """ONNX Runtime and OpenVINO drop what a field's key has beyond 32 bits: to them this is the graph, with its weights elsewhere."""
+    """ONNX Runtime and OpenVINO drop what a field's key has beyond 32 bits: to them this is the
+    graph, with its weights elsewhere.
+    """
     path = tmp_path / "model.onnx"
     graph = model(initializer=[elsewhere()]).graph.SerializeToString()
     path.write_bytes(b"\xba\x80\x80\x80\x10" + field(7, graph)[1:])
@@ -131,9 +145,17 @@ def test_every_message_that_holds_a_tensor_is_known() -> None:
     holding, before = {"TensorProto"}, set[str]()
     while holding != before:
         before = set(holding)
-        holding |= {m.name for m in messages.values() if any(f.message_type and f.message_type.name in before for f in m.fields)}
+        holding |= {
+            m.name
+            for m in messages.values()
+            if any(f.message_type and f.message_type.name in before for f in m.fields)
+        }
     known = {
-        name: {f.number: f.message_type.name for f in messages[name].fields if f.message_type and f.message_type.name in holding}
+        name: {
+            f.number: f.message_type.name
+            for f in messages[name].fields
+            if f.message_type and f.message_type.name in holding
+        }
         for name in holding
     }
     known["TensorProto"] = {}

@@ -1,4 +1,6 @@
-"""The node between a sender and a PACS that others wrote: Orthanc, by C-STORE and by STOW-RS, also when it is away in the middle."""
+"""The node between a sender and a PACS that others wrote: Orthanc, by C-STORE and by STOW-RS,
+also when it is away in the middle.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,10 @@ from pydicom.uid import SegmentationStorage
 from samples import synth
 
 PROGRAM = Path("/usr/sbin/Orthanc")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 
 class Orthanc:
@@ -31,19 +36,34 @@ class Orthanc:
             pytest.skip("orthanc or orthanc-dicomweb is not installed")
         folder.mkdir()
         self.folder, self.http, self.dicom = folder, free_port(), free_port()
-        settings = {"StorageDirectory": str(folder), "IndexDirectory": str(folder), "HttpPort": self.http, "DicomPort": self.dicom,
-                    "RemoteAccessAllowed": False, "AuthenticationEnabled": False, "Plugins": plugins[:1], "DicomAet": "ORTHANC",
-                    "OverwriteInstances": False, "DicomWeb": {"Enable": True, "Root": "/dicom-web/"}}  # fmt: skip
+        settings = {
+            "StorageDirectory": str(folder),
+            "IndexDirectory": str(folder),
+            "HttpPort": self.http,
+            "DicomPort": self.dicom,
+            "RemoteAccessAllowed": False,
+            "AuthenticationEnabled": False,
+            "Plugins": plugins[:1],
+            "DicomAet": "ORTHANC",
+            "OverwriteInstances": False,
+            "DicomWeb": {"Enable": True, "Root": "/dicom-web/"},
+        }
         (folder / "orthanc.json").write_text(json.dumps(settings))
 
     @contextmanager
     def running(self) -> Iterator[None]:
         process = subprocess.Popen(
-            [PROGRAM, self.folder / "orthanc.json"], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, cwd=self.folder
+            [PROGRAM, self.folder / "orthanc.json"],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+            cwd=self.folder,
         )
         try:
             assert process.stderr is not None
-            assert any("Orthanc has started" in line for line in process.stderr), "Orthanc did not start"
+            assert any("Orthanc has started" in line for line in process.stderr), (
+                "Orthanc did not start"
+            )
             yield
         finally:
             process.terminate()
@@ -62,7 +82,10 @@ class Orthanc:
         return [change["ID"] for change in found if change["ChangeType"] == "NewInstance"]
 
     def instances(self) -> dict[str, Dataset]:
-        found = [dcmread(BytesIO(self.get(f"/instances/{name}/file"))) for name in json.loads(self.get("/instances"))]
+        found = [
+            dcmread(BytesIO(self.get(f"/instances/{name}/file")))
+            for name in json.loads(self.get("/instances"))
+        ]
         return {str(ds.SOPInstanceUID): ds for ds in found}
 
     def options(self, way: str) -> list[str]:
@@ -80,11 +103,16 @@ def orthanc(tmp_path: Path) -> Orthanc:
 def test_a_mask_that_is_pushed_comes_back_as_the_series_that_a_local_run_makes(
     way: str, attach: bool, model: Path, orthanc: Orthanc, tmp_path: Path
 ) -> None:
-    """A trained network in ONNX Runtime or OpenVINO; pixels and tags, and nothing of the source's patient unless it is asked for."""
+    """A trained network in ONNX Runtime or OpenVINO; pixels and tags, and nothing of the
+    source's patient unless it is asked for.
+    """
     mask, choice = write_study(tmp_path / "in", shape=(6, 24, 24)), ["--attach"] if attach else []
     assert synth(model, tmp_path / "local", mask, "--format", "dicom", *choice, backend="onnx") == 0
     local = read_all(tmp_path / "local")
-    with orthanc.running(), Serving(model, tmp_path / "spool", *choice, *orthanc.options(way), backend="onnx") as node:
+    with (
+        orthanc.running(),
+        Serving(model, tmp_path / "spool", *choice, *orthanc.options(way), backend="onnx") as node,
+    ):
         assert push(node.port, mask) == [0]
         until(lambda: node.said("settled"), "all is sent")
         there = orthanc.instances()
@@ -92,7 +120,10 @@ def test_a_mask_that_is_pushed_comes_back_as_the_series_that_a_local_run_makes(
         assert there == local and all(there[uid].PixelData == local[uid].PixelData for uid in local)
         source = dcmread(mask)
         assert {ds.StudyInstanceUID == source.StudyInstanceUID for ds in there.values()} == {attach}
-        assert any(secret in str(ds.PatientName) for ds in there.values() for secret in SECRETS) == attach
+        assert (
+            any(secret in str(ds.PatientName) for ds in there.values() for secret in SECRETS)
+            == attach
+        )
         assert push(node.port, mask) == [0]  # once more: the same objects
         until(lambda: node.count("settled") == 2, "all is sent again")
         assert orthanc.count() == 7
@@ -110,11 +141,16 @@ def test_orthanc_stopped_in_the_middle_has_everything_once_when_it_is_back(
             assert push(node.port, masks[0]) == [0]
             until(lambda: orthanc.count() > 0, "the first objects are there")
             assert push(node.port, *masks[1:]) == [0] * 3
-        until(lambda: node.said("unreachable") and node.count("synthesized") == 4, "Orthanc is missed, and synthesis goes on")
+        until(
+            lambda: node.said("unreachable") and node.count("synthesized") == 4,
+            "Orthanc is missed, and synthesis goes on",
+        )
         assert node.count("settled") < 4
         assert node.stop()[0] == 0
     with Serving(fake_model, tmp_path / "spool", *orthanc.options(way)) as node:
-        until(lambda: node.said("unreachable"), "it is tried again by the node that was started again")
+        until(
+            lambda: node.said("unreachable"), "it is tried again by the node that was started again"
+        )
         with orthanc.running():
             until(lambda: not [*(tmp_path / "spool" / "outbox").iterdir()], "all is sent")
             there, new = orthanc.instances(), orthanc.changes()
@@ -122,13 +158,22 @@ def test_orthanc_stopped_in_the_middle_has_everything_once_when_it_is_back(
     assert not list((tmp_path / "spool").rglob("*.dcm"))
 
 
-def test_orthanc_itself_pushes_to_the_node_and_a_stranger_cannot(fake_model: Path, orthanc: Orthanc, tmp_path: Path) -> None:
+def test_orthanc_itself_pushes_to_the_node_and_a_stranger_cannot(
+    fake_model: Path, orthanc: Orthanc, tmp_path: Path
+) -> None:
     mask = write_study(tmp_path / "in")
-    with orthanc.running(), Serving(fake_model, tmp_path / "spool", *orthanc.options("C-STORE"), allow="ORTHANC") as node:
+    with (
+        orthanc.running(),
+        Serving(
+            fake_model, tmp_path / "spool", *orthanc.options("C-STORE"), allow="ORTHANC"
+        ) as node,
+    ):
         assert associate(node.port, [SegmentationStorage], calling="STRANGER").is_rejected
         loaded = json.loads(post(orthanc, "/instances", mask.read_bytes()))["ID"]
         peer = {"AET": "MASK2CT", "Host": "127.0.0.1", "Port": node.port}
-        urllib.request.urlopen(put(orthanc, "/modalities/node", json.dumps(peer).encode()), timeout=30).close()
+        urllib.request.urlopen(
+            put(orthanc, "/modalities/node", json.dumps(peer).encode()), timeout=30
+        ).close()
         json.loads(post(orthanc, "/modalities/node/echo", b"{}"))
         post(orthanc, "/modalities/node/store", loaded.encode())
         until(lambda: node.said("settled"), "the series came back")
@@ -140,5 +185,7 @@ def put(orthanc: Orthanc, path: str, body: bytes) -> urllib.request.Request:
 
 
 def post(orthanc: Orthanc, path: str, body: bytes) -> bytes:
-    with urllib.request.urlopen(f"http://127.0.0.1:{orthanc.http}{path}", data=body, timeout=60) as reply:
+    with urllib.request.urlopen(
+        f"http://127.0.0.1:{orthanc.http}{path}", data=body, timeout=60
+    ) as reply:
         return reply.read()

@@ -1,4 +1,6 @@
-"""What is synthesized goes to each archive until it is acknowledged, and never after: C-STORE, STOW-RS, and the spool in between."""
+"""What is synthesized goes to each archive until it is acknowledged, and never after: C-STORE,
+STOW-RS, and the spool in between.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from nodes import DEADLINE, QUIETLY, Serving, archive, free_port, push, read_all, serve, settled, spooled, until, write_study
+from nodes import (
+    DEADLINE,
+    QUIETLY,
+    Serving,
+    archive,
+    free_port,
+    push,
+    read_all,
+    serve,
+    settled,
+    spooled,
+    until,
+    write_study,
+)
 from pydicom import dcmread
 from pydicom.uid import generate_uid
 from samples import synth
@@ -32,15 +47,22 @@ pytestmark = QUIETLY
 def test_what_the_archive_has_already_is_sent_no_more(fake_model: Path, tmp_path: Path) -> None:
     mask = write_study(tmp_path / "in")
     with (
-        archive(tmp_path / "pacs", status=lambda uid: 0x0111) as (port, _),  # Duplicate SOP Instance
+        archive(tmp_path / "pacs", status=lambda uid: 0x0111) as (
+            port,
+            _,
+        ),  # Duplicate SOP Instance
         Serving(fake_model, tmp_path / "spool", "--send-to", f"PACS@127.0.0.1:{port}") as node,
     ):
         assert push(node.port, mask) == [0]
         until(lambda: node.said("settled"), "the study is settled")
 
 
-def test_what_is_not_acknowledged_is_sent_again_and_nothing_else(fake_model: Path, tmp_path: Path) -> None:
-    """The archive is away, then it refuses some objects, meanwhile the node is killed: all arrive, and what was acknowledged only once."""
+def test_what_is_not_acknowledged_is_sent_again_and_nothing_else(
+    fake_model: Path, tmp_path: Path
+) -> None:
+    """The archive is away, then it refuses some objects, meanwhile the node is killed: all
+    arrive, and what was acknowledged only once.
+    """
     port, mask, refused = free_port(), write_study(tmp_path / "in"), set[str]()
 
     def status(uid: str) -> int:
@@ -54,7 +76,10 @@ def test_what_is_not_acknowledged_is_sent_again_and_nothing_else(fake_model: Pat
         assert push(node.port, mask) == [0]
         until(lambda: node.said("unreachable"), "the archive is away")
         assert node.stop(signal.SIGKILL)[0] == -signal.SIGKILL
-    with archive(tmp_path / "pacs", port, status=status) as (_, seen), Serving(fake_model, tmp_path / "spool", *to) as node:
+    with (
+        archive(tmp_path / "pacs", port, status=status) as (_, seen),
+        Serving(fake_model, tmp_path / "spool", *to) as node,
+    ):
         settled(node)
         assert len(refused) == 2 and node.said("not-taken")
         assert sorted(seen) == sorted([*read_all(tmp_path / "pacs"), *refused]) and len(seen) == 8
@@ -62,8 +87,12 @@ def test_what_is_not_acknowledged_is_sent_again_and_nothing_else(fake_model: Pat
     assert not spooled(tmp_path / "spool")
 
 
-def test_an_archive_that_stops_reading_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It takes the association and then no more of an object than fits into the network's buffers."""
+def test_an_archive_that_stops_reading_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes the association and then no more of an object than fits into the network's
+    buffers.
+    """
     monkeypatch.setattr("runtime.service.store_scu.ANSWER", 0.5)
     large = dcmread(write_study(tmp_path / "in"))
     large.PixelData = bytes(24 << 20)
@@ -120,7 +149,9 @@ def results_in(spool: Path, study: str, text: str) -> Path:
     return file.parents[2]
 
 
-def test_a_study_on_which_an_archive_breaks_down_keeps_no_other_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_on_which_an_archive_breaks_down_keeps_no_other_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("runtime.service.send_queue.FIRST_PAUSE", 0.02)
     spool, to = Spool(tmp_path), Picky("poison")
     for n, text in enumerate(("poison a", "poison b", "good c", "good d")):
@@ -135,8 +166,12 @@ def test_a_study_on_which_an_archive_breaks_down_keeps_no_other_waiting(tmp_path
     assert to.taken == ["good c", "good d"]
 
 
-def test_a_study_that_comes_again_while_its_first_is_settled_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has the same name again: it comes to the outbox after a sender has looked there for the first one's files and found none."""
+def test_a_study_that_comes_again_while_its_first_is_settled_is_not_taken_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the same name again: it comes to the outbox after a sender has looked there for the
+    first one's files and found none.
+    """
     spool, look = Spool(tmp_path), outbox_module.sendable
     come: list[str] = []
 
@@ -183,14 +218,26 @@ def web() -> Iterator[tuple[str, list[Any], list[Any]]]:
 
 def answer(stored: list[str], failed: list[str], reason: int = 0xA700) -> bytes:
     def item(uid: str) -> dict[str, Any]:
-        return {"00081155": {"vr": "UI", "Value": [uid]}, "00081197": {"vr": "US", "Value": [reason]}}
+        return {
+            "00081155": {"vr": "UI", "Value": [uid]},
+            "00081197": {"vr": "US", "Value": [reason]},
+        }
 
-    return json.dumps({"00081199": {"Value": [item(u) for u in stored]}, "00081198": {"Value": [item(u) for u in failed]}}).encode()
+    return json.dumps(
+        {
+            "00081199": {"Value": [item(u) for u in stored]},
+            "00081198": {"Value": [item(u) for u in failed]},
+        }
+    ).encode()
 
 
-def test_stow_takes_each_object_at_the_services_word(fake_model: Path, tmp_path: Path, web: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stow_takes_each_object_at_the_services_word(
+    fake_model: Path, tmp_path: Path, web: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url, answers, seen = web
-    assert synth(fake_model, tmp_path / "out", write_study(tmp_path / "in"), "--format", "dicom") == 0
+    assert (
+        synth(fake_model, tmp_path / "out", write_study(tmp_path / "in"), "--format", "dicom") == 0
+    )
     files = sorted((tmp_path / "out").rglob("*.dcm"))
     uids = [str(dcmread(file).SOPInstanceUID) for file in files]
     monkeypatch.setenv("MASK2CT_STOW_TOKEN", "secret-4711")
@@ -202,11 +249,18 @@ def test_stow_takes_each_object_at_the_services_word(fake_model: Path, tmp_path:
     ]
     path, headers, body = seen[0]
     assert path == "/dicom-web/studies" and headers["Authorization"] == "Bearer secret-4711"
-    assert headers["Content-Type"].startswith('multipart/related; type="application/dicom"; boundary=')
-    assert all(file.read_bytes() in body for file in files) and body.count(b"Content-Type: application/dicom\r\n\r\n") == 6
+    assert headers["Content-Type"].startswith(
+        'multipart/related; type="application/dicom"; boundary='
+    )
+    assert (
+        all(file.read_bytes() in body for file in files)
+        and body.count(b"Content-Type: application/dicom\r\n\r\n") == 6
+    )
     with pytest.raises(Unreachable, match="HTTP 503"):
         list(to.send(files))
-    assert all(outcome.refused for outcome in to.send(files))  # success without a word of the object is none
+    assert all(
+        outcome.refused for outcome in to.send(files)
+    )  # success without a word of the object is none
     with pytest.raises(UsageError, match="in the clear"):
         DicomWeb("http://pacs.example/dicom-web", None)
     for wrong in (
@@ -221,26 +275,47 @@ def test_stow_takes_each_object_at_the_services_word(fake_model: Path, tmp_path:
             DicomWeb(f"https://{wrong}", None)
 
 
-def test_stow_takes_what_is_there_already_as_stored_and_sends_one_by_one_what_is_too_much_at_once(tmp_path: Path, web: Any) -> None:
-    """Some services refuse an object that they have: it was sent before a kill, or its study came twice. Others limit a request's size."""
+def test_stow_takes_what_is_there_already_as_stored_and_sends_one_by_one_what_is_too_much_at_once(
+    tmp_path: Path, web: Any
+) -> None:
+    """Some services refuse an object that they have: it was sent before a kill, or its study
+    came twice. Others limit a request's size.
+    """
     url, answers, seen = web
     files = [write_study(tmp_path / str(n), n) for n in range(3)]
     uids = [str(dcmread(file).SOPInstanceUID) for file in files]
-    answers += [(413, b""), *((200, answer([uid], [])) for uid in uids[:2]), (409, answer([], uids[2:], 0xB00E))]
+    answers += [
+        (413, b""),
+        *((200, answer([uid], [])) for uid in uids[:2]),
+        (409, answer([], uids[2:], 0xB00E)),
+    ]
     assert [outcome.refused for outcome in DicomWeb(url, None).send(files)] == [""] * 3
     assert [sum(file.read_bytes() in body for file in files) for _, _, body in seen] == [3, 1, 1, 1]
     answers += [(413, b"")]
-    assert [outcome.refused for outcome in DicomWeb(url, None).send(files[:1])] == ["HTTP 413, failure reason 0x0000"]
+    assert [outcome.refused for outcome in DicomWeb(url, None).send(files[:1])] == [
+        "HTTP 413, failure reason 0x0000"
+    ]
 
 
 def kept(spool: Spool, mask: Path) -> str:
-    """What the spool calls the study of a file that it takes, from a sender that is gone already."""
+    """What the spool calls the study of a file that it takes, from a sender that is gone
+    already.
+    """
     ds, gone = dcmread(mask), threading.Thread()
-    return spool.receive(lambda handle: handle.write(mask.read_bytes()), (ds.SOPClassUID, ds.SOPInstanceUID), 1 << 20, gone)
+    return spool.receive(
+        lambda handle: handle.write(mask.read_bytes()),
+        (ds.SOPClassUID, ds.SOPInstanceUID),
+        1 << 20,
+        gone,
+    )
 
 
-def test_a_mask_that_could_not_be_kept_holds_up_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its folder could not be made, as on a disk without inodes: nothing was acknowledged, nothing is there to synthesize."""
+def test_a_mask_that_could_not_be_kept_holds_up_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder could not be made, as on a disk without inodes: nothing was acknowledged,
+    nothing is there to synthesize.
+    """
     spool, made = Spool(tmp_path / "spool"), Path.mkdir
 
     def full(path: Path, *arguments: Any, **options: Any) -> None:
@@ -261,8 +336,12 @@ def test_a_mask_that_could_not_be_kept_holds_up_no_other(tmp_path: Path, monkeyp
     spool.close()
 
 
-def test_a_study_that_failed_and_then_is_synthesized_after_all_has_no_reason(tmp_path: Path) -> None:
-    """The node was killed after the reason was written; the next time the mask could be synthesized."""
+def test_a_study_that_failed_and_then_is_synthesized_after_all_has_no_reason(
+    tmp_path: Path,
+) -> None:
+    """The node was killed after the reason was written; the next time the mask could be
+    synthesized.
+    """
     spool = Spool(tmp_path / "spool")
     kept(spool, write_study(tmp_path / "in"))
     study = spool.next(0)
@@ -293,10 +372,18 @@ def test_a_torn_line_of_acknowledgement_is_none(tmp_path: Path) -> None:
 
 
 def test_a_services_token_goes_to_one_service_alone(
-    fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    fake_model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MASK2CT_STOW_TOKEN", "secret-4711")
-    services = ("--stow", "https://one.example/dicom-web", "--stow", "https://two.example/dicom-web")
+    services = (
+        "--stow",
+        "https://one.example/dicom-web",
+        "--stow",
+        "https://two.example/dicom-web",
+    )
     assert serve(fake_model, tmp_path / "spool", "--allow", "A", *services) == 2
     said = capsys.readouterr().err
     assert "several" in said and ".netrc" in said and "secret" not in said

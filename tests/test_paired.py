@@ -34,9 +34,17 @@ def here(name: str, function: str, tolerance: float | None = None, **options: An
 
 
 def test_each_contender_runs_in_its_own_process_and_an_absent_one_says_why() -> None:
-    found = measure([here("a", "counting", units=3), here("b", "missing"), here("c", "counting", units=5)], ROUNDS, quiet=True)
+    found = measure(
+        [here("a", "counting", units=3), here("b", "missing"), here("c", "counting", units=5)],
+        ROUNDS,
+        quiet=True,
+    )
     assert list(found) == ["a", "b", "c"] and "no such engine" in str(found["b"].absent)
-    assert found["c"].facts == {"doubled": 10} and len(found["a"].rates) == ROUNDS and min(found["a"].rates) > 0
+    assert (
+        found["c"].facts == {"doubled": 10}
+        and len(found["a"].rates) == ROUNDS
+        and min(found["a"].rates) > 0
+    )
     assert found["a"].peak_rss > 1e6
 
 
@@ -50,7 +58,9 @@ def noted(file: str) -> Ready:
 
 
 def test_every_launch_is_a_process_anew_with_a_warm_up_of_its_own(tmp_path: Path) -> None:
-    found = measure([here("a", "noted", file=str(tmp_path / "pids"))], ROUNDS, launches=2, quiet=True)
+    found = measure(
+        [here("a", "noted", file=str(tmp_path / "pids"))], ROUNDS, launches=2, quiet=True
+    )
     pids = (tmp_path / "pids").read_text().split()
     assert len(found["a"].rates) == ROUNDS and len(pids) == ROUNDS + 2
     assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [6, 5]
@@ -74,8 +84,16 @@ def test_every_round_finds_the_folder_that_it_writes_to_empty(tmp_path: Path) ->
 
 def test_a_contender_that_computes_something_else_is_not_timed() -> None:
     with pytest.raises(ContenderFailed, match="'b' computes something else than 'a'"):
-        measure([here("a", "counting", units=1), here("b", "counting", 0.5, units=1, value=0.6)], ROUNDS, quiet=True)
-    measure([here("a", "counting", units=1), here("b", "counting", 0.5, units=1, value=0.4)], ROUNDS, quiet=True)
+        measure(
+            [here("a", "counting", units=1), here("b", "counting", 0.5, units=1, value=0.6)],
+            ROUNDS,
+            quiet=True,
+        )
+    measure(
+        [here("a", "counting", units=1), here("b", "counting", 0.5, units=1, value=0.4)],
+        ROUNDS,
+        quiet=True,
+    )
 
 
 def test_a_contender_that_dies_is_an_error_that_names_it() -> None:
@@ -83,8 +101,12 @@ def test_a_contender_that_dies_is_an_error_that_names_it() -> None:
         measure([here("a", "counting", units=1), here("gone", "dying")], ROUNDS, quiet=True)
 
 
-def noisy(rng: np.random.Generator, speed: float, drift: np.ndarray, sigma: float = 0.05) -> list[float]:
-    """Rates of one contender: the machine's drift is shared, stolen time hits anyone now and then."""
+def noisy(
+    rng: np.random.Generator, speed: float, drift: np.ndarray, sigma: float = 0.05
+) -> list[float]:
+    """Rates of one contender: the machine's drift is shared, stolen time hits anyone now and
+    then.
+    """
     stolen = np.where(rng.random(len(drift)) < 0.08, rng.uniform(0.4, 0.9, len(drift)), 1.0)
     return list(speed * drift * stolen * np.exp(rng.normal(0, sigma, len(drift))))
 
@@ -108,7 +130,10 @@ def record(rng: np.random.Generator, speed: float, commit: str = "abc1234") -> d
     drift = np.exp(np.cumsum(rng.normal(0, 0.1, ROUNDS)))
     names = {"ours": speed, "torch": 1.0, "serial": 0.5}
     made = history.make_record(
-        "stream", {"quick": True}, "slices/s", {n: Measured(tuple(noisy(rng, s, drift)), 1) for n, s in names.items()}
+        "stream",
+        {"quick": True},
+        "slices/s",
+        {n: Measured(tuple(noisy(rng, s, drift)), 1) for n, s in names.items()},
     )
     made["machine"]["commit"] = commit
     return made
@@ -123,13 +148,20 @@ def test_a_planted_slowdown_is_found_and_no_change_is_not() -> None:
 
 def test_records_are_kept_and_found_again_by_commit_machine_and_options(tmp_path: Path) -> None:
     rng, file = np.random.default_rng(2), tmp_path / "results" / "history.jsonl"
-    first, second, other = record(rng, 3.0), record(rng, 3.0, "def5678"), {**record(rng, 3.0), "options": {"quick": False}}
+    first, second, other = (
+        record(rng, 3.0),
+        record(rng, 3.0, "def5678"),
+        {**record(rng, 3.0), "options": {"quick": False}},
+    )
     history.append([first], file)
     history.append([second, other], file)
     kept = history.load(file)
     assert kept == json.loads(json.dumps([first, second, other]))
     new = record(rng, 3.0)
-    assert history.before(new, kept, "last") == kept[1] and history.before(new, kept, "abc1234") == kept[0]
+    assert (
+        history.before(new, kept, "last") == kept[1]
+        and history.before(new, kept, "abc1234") == kept[0]
+    )
     assert history.before(new, kept, "0000000") is None
     new["machine"]["cores"] = 64
     assert history.before(new, kept, "last") is None

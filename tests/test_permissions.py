@@ -1,4 +1,6 @@
-"""What is made of a DICOM source only its owner may read, unless it is shared; else the umask decides."""
+"""What is made of a DICOM source only its owner may read, unless it is shared; else the umask
+decides.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,10 @@ def umask() -> Iterator[None]:
 def modes(folder: Path) -> dict[str, int]:
     """The permissions of a folder and all below, hidden files too."""
     everything = [folder, *folder.rglob("*")]
-    return {path.relative_to(folder.parent).as_posix(): stat.S_IMODE(path.stat().st_mode) for path in everything}
+    return {
+        path.relative_to(folder.parent).as_posix(): stat.S_IMODE(path.stat().st_mode)
+        for path in everything
+    }
 
 
 def open_to_others(folder: Path) -> list[str]:
@@ -38,22 +43,56 @@ def open_to_others(folder: Path) -> list[str]:
 
 
 def mask2ct(command: str, source: Path, model: Path, out: Path, *options: str) -> int:
-    return run(main, [command, str(source), "--model", str(model), "--backend", "fake", "--output", str(out), "--quiet", *options])
+    return run(
+        main,
+        [
+            command,
+            str(source),
+            "--model",
+            str(model),
+            "--backend",
+            "fake",
+            "--output",
+            str(out),
+            "--quiet",
+            *options,
+        ],
+    )
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_results_of_dicom_are_private(name: str, fake_model: Path, tmp_path: Path) -> None:
     study, out, report = write_study(tmp_path / "in"), tmp_path / "out", tmp_path / "report.json"
-    assert mask2ct("synth", study, fake_model, out, "--format", name, "--variants", "2", "--report", str(report)) == 0
-    wide = [path for path in open_to_others(out) if not path.endswith("dataset.json")]  # an index of what is there: no patient's
+    assert (
+        mask2ct(
+            "synth",
+            study,
+            fake_model,
+            out,
+            "--format",
+            name,
+            "--variants",
+            "2",
+            "--report",
+            str(report),
+        )
+        == 0
+    )
+    wide = [
+        path for path in open_to_others(out) if not path.endswith("dataset.json")
+    ]  # an index of what is there: no patient's
     assert len(modes(out)) > 4 and wide == [] and stat.S_IMODE(report.stat().st_mode) == 0o600
     assert modes(out)["out"] == 0o700 and set(modes(out).values()) <= {0o700, 0o600, 0o644}
 
 
 @pytest.mark.parametrize("options", [(), ("--shared",)])
-def test_all_else_is_as_the_umask_says(options: tuple[str, ...], fake_model: Path, tmp_path: Path) -> None:
+def test_all_else_is_as_the_umask_says(
+    options: tuple[str, ...], fake_model: Path, tmp_path: Path
+) -> None:
     source = write_study(tmp_path / "in") if options else write_mask(tmp_path / "case.nii.gz")
-    assert mask2ct("synth", source, fake_model, tmp_path / "out", "--format", "dicom", *options) == 0
+    assert (
+        mask2ct("synth", source, fake_model, tmp_path / "out", "--format", "dicom", *options) == 0
+    )
     assert set(modes(tmp_path / "out").values()) == {0o755, 0o644}
 
 
@@ -72,16 +111,22 @@ def test_the_watcher_keeps_to_its_inbox(fake_model: Path, tmp_path: Path) -> Non
     write_mask(inbox / "case.nii.gz")
     (inbox / "damaged.nii.gz").write_bytes(b"\0")
     (inbox / "broken").mkdir()
-    (inbox / "broken" / "torn.dcm").write_bytes((inbox / "study" / "Doe_John_Planted.dcm").read_bytes()[:3000])
+    (inbox / "broken" / "torn.dcm").write_bytes(
+        (inbox / "study" / "Doe_John_Planted.dcm").read_bytes()[:3000]
+    )
     inbox.chmod(0o750)
-    assert mask2ct("watch", inbox, fake_model, out, "--once", "--stable", "0", "--poll", "0.05") == 1
+    assert (
+        mask2ct("watch", inbox, fake_model, out, "--once", "--stable", "0", "--poll", "0.05") == 1
+    )
     seen = modes(inbox)
     assert {seen[f"inbox/{name}"] for name in ("done", "failed", ".work")} == {0o750}
     assert seen["inbox/failed/damaged.nii.gz.reason.txt"] == 0o644
     assert seen["inbox/failed/broken.reason.txt"] == 0o600
     results = modes(out)
     assert results["out/.mask2ct.journal"] == 0o600 if "out/.mask2ct.journal" in results else True
-    assert [mode for name, mode in results.items() if name.endswith(".nii.gz") and "case" not in name] == [0o600]
+    assert [
+        mode for name, mode in results.items() if name.endswith(".nii.gz") and "case" not in name
+    ] == [0o600]
 
 
 def test_a_wide_spool_is_narrowed(fake_model: Path, tmp_path: Path) -> None:
@@ -95,7 +140,9 @@ def test_a_wide_spool_is_narrowed(fake_model: Path, tmp_path: Path) -> None:
     assert not again.narrowed
 
 
-def test_a_wide_folder_of_others_is_refused(fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wide_folder_of_others_is_refused(
+    fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("not ours")
     with pytest.raises(UsageError, match="read by others"):

@@ -80,7 +80,9 @@ def test_chamber_enhancement_differs_between_patients(cohort: Cohort, name: str)
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("ao", 30, 50), ("pa", 30, 50), ("myo", 6, 15)])
-def test_vessel_and_wall_enhancement_differ_between_patients(cohort: Cohort, name: str, low: int, high: int) -> None:
+def test_vessel_and_wall_enhancement_differ_between_patients(
+    cohort: Cohort, name: str, low: int, high: int
+) -> None:
     assert low <= np.std(cohort.medians(name), ddof=1) <= high
 
 
@@ -102,7 +104,9 @@ def test_every_seed_and_prefix_covers_the_factors(seed: int) -> None:
     drawn = [phantom.draw(seed, index) for index in range(24)]
     for chamber in CHAMBERS:
         assert 30 <= np.std([p.blood[chamber] for p in drawn], ddof=1) <= 50
-    volume = np.array([p.heart**3 * (1 - 0.16 * p.phase) ** 2 * (1 - 0.08 * p.phase) for p in drawn])
+    volume = np.array(
+        [p.heart**3 * (1 - 0.16 * p.phase) ** 2 * (1 - 0.08 * p.phase) for p in drawn]
+    )
     assert spread(volume) >= 0.15
     for count, bias, gap in ((12, 0.3, 0.6), (24, 0.15, 0.27)):  # random draws would exceed these
         for factor in phantom.FACTORS:
@@ -121,7 +125,10 @@ def test_contrast_timing_moves_the_two_hearts_apart() -> None:
 
 
 def test_labels_are_exactly_those_of_mm_whs(cohort: Cohort) -> None:
-    assert all(np.unique(label).tolist() == [0, 205, 420, 500, 550, 600, 820, 850] for label in cohort.labels)
+    assert all(
+        np.unique(label).tolist() == [0, 205, 420, 500, 550, 600, 820, 850]
+        for label in cohort.labels
+    )
 
 
 def test_every_structure_is_one_piece(cohort: Cohort) -> None:
@@ -141,28 +148,42 @@ def test_the_left_ventricle_opens_only_to_its_valves(cohort: Cohort) -> None:
                 faces.append(other[(label == LABELS["lv"]) & (other != LABELS["lv"])])
         values, counts = np.unique(np.concatenate(faces), return_counts=True)
         share = dict(zip(values.tolist(), (counts / counts.sum()).tolist(), strict=True))
-        assert share[LABELS["myo"]] > 0.8 and share[LABELS["la"]] > 0.005 and share[LABELS["ao"]] > 0.005
+        assert (
+            share[LABELS["myo"]] > 0.8
+            and share[LABELS["la"]] > 0.005
+            and share[LABELS["ao"]] > 0.005
+        )
         assert LABELS["rv"] not in share
         assert sum(share.get(value, 0) for value in (205, 420, 820)) >= 0.99
 
 
 def test_the_heart_sits_as_in_a_chest(cohort: Cohort) -> None:
     for image, label in zip(cohort.images, cohort.labels, strict=True):
-        at = {name: np.array(ndimage.center_of_mass(label == value)) for name, value in LABELS.items()}
+        at = {
+            name: np.array(ndimage.center_of_mass(label == value)) for name, value in LABELS.items()
+        }
         assert at["lv"][2] > at["rv"][2] > at["ra"][2]  # columns run to the patient's left
         assert at["la"][1] > at["lv"][1] > at["rv"][1]  # rows run to the back
         assert at["ao"][0] > at["la"][0] > at["lv"][0]  # slices run upwards
         assert at["pa"][2] > at["ao"][2]
         tip = np.argwhere(label == LABELS["myo"])[:, 2].argmax()
-        assert np.argwhere(label == LABELS["myo"])[tip][1] < at["lv"][1]  # the apex points left and forwards
+        assert (
+            np.argwhere(label == LABELS["myo"])[tip][1] < at["lv"][1]
+        )  # the apex points left and forwards
         lowest = image[0, 40:80].astype(int)
-        assert np.mean(np.abs(lowest[:, 25:60] - 90) < 60) > np.mean(np.abs(lowest[:, 68:103] - 90) < 60)  # the liver
+        assert np.mean(np.abs(lowest[:, 25:60] - 90) < 60) > np.mean(
+            np.abs(lowest[:, 68:103] - 90) < 60
+        )  # the liver
 
 
 def test_most_slices_show_the_heart_and_its_place_varies(cohort: Cohort) -> None:
     share = np.array([(label > 0).any((1, 2)).mean() for label in cohort.labels])
-    assert 0.9 <= share.mean() <= 0.98 and share.min() > 0.8  # some slices above and below it stay in view
-    centre = np.array([2.75, 3.0, 3.0]) * np.array([ndimage.center_of_mass(label > 0) for label in cohort.labels])  # mm
+    assert (
+        0.9 <= share.mean() <= 0.98 and share.min() > 0.8
+    )  # some slices above and below it stay in view
+    centre = np.array([2.75, 3.0, 3.0]) * np.array(
+        [ndimage.center_of_mass(label > 0) for label in cohort.labels]
+    )  # mm
     assert (np.std(centre, axis=0) > [1.5, 2, 3]).all() and (np.ptp(centre, axis=0) < 60).all()
 
 
@@ -173,8 +194,16 @@ def test_tissues_around_the_heart(cohort: Cohort) -> None:
         lung.append(np.median(image[(image > -940) & (image < -650)]))
         fat.append(np.median(image[(image > -150) & (image < -60)]))
         row, column = ((p.body[1] + 50 * p.skeleton + 192) / 3, (p.body[0] + 192) / 3)
-        bone.append(np.median(image[:, round(row - 2) : round(row + 2), round(column - 2) : round(column + 2)]))
-    assert -860 <= np.mean(lung) <= -800 and -112 <= np.mean(fat) <= -92 and 160 <= np.mean(bone) <= 260
+        bone.append(
+            np.median(
+                image[:, round(row - 2) : round(row + 2), round(column - 2) : round(column + 2)]
+            )
+        )
+    assert (
+        -860 <= np.mean(lung) <= -800
+        and -112 <= np.mean(fat) <= -92
+        and 160 <= np.mean(bone) <= 260
+    )
     edges = np.concatenate([image[:, [0, -1]].ravel() for image in cohort.images])
     assert np.median(edges) == pytest.approx(-1000, abs=5)
     assert all(image.min() >= -1024 and image.max() <= 3071 for image in cohort.images)
@@ -182,7 +211,10 @@ def test_tissues_around_the_heart(cohort: Cohort) -> None:
 
 def test_pose_is_a_rotation_about_the_heart() -> None:
     pose = heart_pose(phantom.draw(3, 5))
-    assert np.allclose(pose.rotation @ pose.rotation.T, np.eye(3)) and np.linalg.det(pose.rotation) > 0.999
+    assert (
+        np.allclose(pose.rotation @ pose.rotation.T, np.eye(3))
+        and np.linalg.det(pose.rotation) > 0.999
+    )
     assert np.allclose(pose.place([0, 0, 0]), pose.origin)
     assert np.linalg.norm(pose.place([30, 0, 0]) - pose.origin) == pytest.approx(30 * pose.scale)
 
@@ -232,7 +264,9 @@ def test_noise_of_the_images(cohort: Cohort) -> None:
 
 def test_a_patient_depends_on_seed_index_and_size_only(cohort: Cohort, tmp_path: Path) -> None:
     again = phantom.make_patient(0, 3)
-    assert np.array_equal(again.hu, cohort.images[3]) and np.array_equal(again.labels, cohort.labels[3])
+    assert np.array_equal(again.hu, cohort.images[3]) and np.array_equal(
+        again.labels, cohort.labels[3]
+    )
     alone = phantom.generate_cohort(tmp_path / "one", 1, seed=7, size=SMALL, workers=1)
     shared = phantom.generate_cohort(tmp_path / "two", 2, seed=7, size=SMALL, workers=2)
     assert np.array_equal(read(alone[0]), read(shared[0]))
@@ -245,7 +279,9 @@ def test_any_size_covers_the_same_field_of_view() -> None:
     small, full = phantom.make_patient(0, 1, SMALL), phantom.make_patient(0, 1)
     assert small.hu.shape == small.labels.shape == SMALL
     assert small.hu.dtype == np.int16 and small.labels.dtype == np.uint16
-    assert small.spacing == pytest.approx((4.8, 4.0, 4.125)) and full.spacing == pytest.approx((3, 3, 2.75))
+    assert small.spacing == pytest.approx((4.8, 4.0, 4.125)) and full.spacing == pytest.approx(
+        (3, 3, 2.75)
+    )
     for value in LABELS.values():
         volumes = [(p.labels == value).sum() * np.prod(p.spacing) for p in (small, full)]
         assert volumes[0] == pytest.approx(volumes[1], rel=0.12)
@@ -262,14 +298,32 @@ def test_files_carry_the_geometry(cohort: Cohort) -> None:
         middle = volume.TransformContinuousIndexToPhysicalPoint([63.5, 63.5, 23.5])
         assert middle == pytest.approx((0, 0, 0), abs=1e-4)
     summary = json.loads((cohort.folder / "cohort.json").read_text())
-    assert summary["seed"] == 0 and summary["size"] == [48, 128, 128] and len(summary["patients"]) == 24
+    assert (
+        summary["seed"] == 0
+        and summary["size"] == [48, 128, 128]
+        and len(summary["patients"]) == 24
+    )
     assert summary["patients"][5]["case"] == "ct_train_1006"
     assert summary["patients"][5]["heart"] == phantom.draw(0, 5).heart
 
 
 def test_command_line_makes_a_cohort_quietly(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "train.phantom.cohort", str(tmp_path / "out"), "--patients", "1", "--quiet"]
-    done = subprocess.run([*command, "--size", "32", "32", "32"], cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "train.phantom.cohort",
+        str(tmp_path / "out"),
+        "--patients",
+        "1",
+        "--quiet",
+    ]
+    done = subprocess.run(
+        [*command, "--size", "32", "32", "32"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert read(tmp_path / "out" / "ct_train_1001_label.nii.gz").shape == (32, 32, 32)
 
@@ -291,11 +345,16 @@ def test_bad_arguments_end_in_two(bad: list[str], tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unwritable_folder_ends_in_four(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_folder_ends_in_four(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "file").write_text("in the way")
     assert run(phantom.main, [str(tmp_path / "file" / "out"), "--patients", "1", "--quiet"]) == 4
     message = capsys.readouterr().err
-    assert "out cannot be written: a part of the path is a file" in message and "choose another output folder" in message
+    assert (
+        "out cannot be written: a part of the path is a file" in message
+        and "choose another output folder" in message
+    )
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""The proof: what it measures is right, it names what is wrong and where, and nothing is written then."""
+"""The proof: what it measures is right, it names what is wrong and where, and nothing is written
+then.
+"""
 
 from __future__ import annotations
 
@@ -36,34 +38,61 @@ def manifest(model: Path) -> Manifest:
 
 
 @pytest.fixture(scope="module")
-def references_by_name(graph: LabelsToIntensity, manifest: Manifest, trained: Path) -> dict[str, parity.Reference]:
+def references_by_name(
+    graph: LabelsToIntensity, manifest: Manifest, trained: Path
+) -> dict[str, parity.Reference]:
     return parity.references(graph, manifest, load_validation(load_run(trained)))
 
 
 def test_every_file_is_validated_in_every_backend_that_is_here(manifest: Manifest) -> None:
     assert {f.precision for f in manifest.files.values()} == {"fp32", "fp16", "int8"}
     for name, file in manifest.files.items():
-        here = {b.name for b in BACKENDS if b.file == (file.kind, file.precision) and b.uninstalled() is None}
+        here = {
+            b.name
+            for b in BACKENDS
+            if b.file == (file.kind, file.precision) and b.uninstalled() is None
+        }
         assert here and set(manifest.parity[name]) == here
         for proof in manifest.parity[name].values():
             masks = proof[parity.ON_MASKS]
-            assert masks["slices"] >= 64 and masks["masks"] == 32 and proof[parity.ON_RANDOM]["slices"] == 8
-            assert all(value <= limit for value, limit in parity.limit_violations(file.precision, masks).values())
-            assert proof["engine"].split()[0] in ("onnxruntime", "openvino") and proof["slices_per_second"] > 0
+            assert (
+                masks["slices"] >= 64
+                and masks["masks"] == 32
+                and proof[parity.ON_RANDOM]["slices"] == 8
+            )
+            assert all(
+                value <= limit
+                for value, limit in parity.limit_violations(file.precision, masks).values()
+            )
+            assert (
+                proof["engine"].split()[0] in ("onnxruntime", "openvino")
+                and proof["slices_per_second"] > 0
+            )
     assert all(p[parity.ON_RANDOM]["max"] <= 1 for p in manifest.parity["model.onnx"].values())
 
 
-def test_calibration_and_proof_use_masks_of_different_patients(trained: Path, manifest: Manifest) -> None:
+def test_calibration_and_proof_use_masks_of_different_patients(
+    trained: Path, manifest: Manifest
+) -> None:
     run = load_run(trained)
     ours, theirs = load_validation(run), load_calibration(run)
-    assert theirs is not None and ours.shape[1:] == theirs.shape[1:] == (manifest.grid.slices, 64, 64) and len(theirs) == 64
+    assert (
+        theirs is not None
+        and ours.shape[1:] == theirs.shape[1:] == (manifest.grid.slices, 64, 64)
+        and len(theirs) == 64
+    )
     shared = {m.tobytes() for m in ours if m.any()} & {m.tobytes() for m in theirs if m.any()}
     assert not shared and manifest.export["int8"]["calibrated_on"] == "training masks"
 
 
 def test_figures_are_the_differences(graph: LabelsToIntensity, manifest: Manifest) -> None:
     """Images that are 2 HU too high everywhere, and 30 too high at one pixel."""
-    truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, parity.random_labels(2, manifest.grid.slices, (64, 64), 8)))
+    truth = parity.reference(
+        graph,
+        parity.draw_inputs(
+            manifest.inputs, parity.random_labels(2, manifest.grid.slices, (64, 64), 8)
+        ),
+    )
     generated = truth.values + np.int16(2)
     generated[1, 10, 20] += 28
     numbers = parity.compare(truth, generated, manifest)
@@ -76,13 +105,18 @@ def test_figures_are_the_differences(graph: LabelsToIntensity, manifest: Manifes
     assert parity.limit_violations("fp16", numbers)["organs"] == (2.0, 1)
 
 
-def test_batch_height_and_width_are_dynamic(model: Path, graph: LabelsToIntensity, manifest: Manifest) -> None:
+def test_batch_height_and_width_are_dynamic(
+    model: Path, graph: LabelsToIntensity, manifest: Manifest
+) -> None:
     d = manifest.grid.divisor
     for rows, columns in ((1, 1), (3, 2)):
         labels = parity.random_labels(3, manifest.grid.slices, (rows * d, columns * d), 8)
         truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, labels))
         generated, _ = parity.run_engine(OnnxEngine(model / "model.onnx", manifest), truth.inputs)
-        assert generated.shape == (3, rows * d, columns * d) and np.abs(generated - truth.values).max() <= 1
+        assert (
+            generated.shape == (3, rows * d, columns * d)
+            and np.abs(generated - truth.values).max() <= 1
+        )
 
 
 def altered(path: Path, where: str, change: Callable[[Any], Any], part: int = 1) -> None:
@@ -91,17 +125,23 @@ def altered(path: Path, where: str, change: Callable[[Any], Any], part: int = 1)
     node = next(n for n in model.graph.node if n.name == where)
     tensor = next(t for t in model.graph.initializer if t.name == node.input[part])
     array = onnx.numpy_helper.to_array(tensor)
-    tensor.CopyFrom(onnx.numpy_helper.from_array(change(array.copy()).astype(array.dtype), tensor.name))
+    tensor.CopyFrom(
+        onnx.numpy_helper.from_array(change(array.copy()).astype(array.dtype), tensor.name)
+    )
     onnx.save(model, path)
 
 
 def swap_channels(weights: Any) -> Any:
-    weights[:, [8, 11]] = weights[:, [11, 8]]  # background and left ventricle of the middle slice of three
+    weights[:, [8, 11]] = weights[
+        :, [11, 8]
+    ]  # background and left ventricle of the middle slice of three
     return weights
 
 
 def flush_small(weights: Any) -> Any:
-    return np.where(np.abs(weights) < np.quantile(np.abs(weights), 0.6), 0, weights)  # as a conversion with too narrow a range would
+    return np.where(
+        np.abs(weights) < np.quantile(np.abs(weights), 0.6), 0, weights
+    )  # as a conversion with too narrow a range would
 
 
 DEFECTS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
@@ -117,7 +157,12 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
         "model.fp16.onnx in ",
         "decoder.3 ",
     ),
-    "wrong scale of HU": ("fp32", lambda p: altered(p, "graph/Mul", lambda v: v * 1.01), "model.onnx in ", "image in HU "),
+    "wrong scale of HU": (
+        "fp32",
+        lambda p: altered(p, "graph/Mul", lambda v: v * 1.01),
+        "model.onnx in ",
+        "image in HU ",
+    ),
     "too coarse INT8": (
         "int8",
         lambda p: altered(p, "generator.encoder.1.0/Conv", lambda b: b + 3, part=2),
@@ -129,17 +174,30 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
 
 @pytest.mark.parametrize("defect", DEFECTS)
 def test_a_defect_is_named_with_the_region_it_lies_in(
-    defect: str, model: Path, graph: LabelsToIntensity, manifest: Manifest, references_by_name: dict[str, parity.Reference], tmp_path: Path
+    defect: str,
+    model: Path,
+    graph: LabelsToIntensity,
+    manifest: Manifest,
+    references_by_name: dict[str, parity.Reference],
+    tmp_path: Path,
 ) -> None:
     precision, spoil, fact, region = DEFECTS[defect]
     path = tmp_path / FILES[precision]
     shutil.copy(model / path.name, path)
     validate(graph, path, precision, manifest, references_by_name, lambda _: None)
     spoil(path)
-    with pytest.raises(ParityError, match="synthesizes other values than the network on validation masks") as caught:
+    with pytest.raises(
+        ParityError, match="synthesizes other values than the network on validation masks"
+    ) as caught:
         validate(graph, path, precision, manifest, references_by_name, lambda _: None)
-    assert fact in caught.value.fact and caught.value.exit_code == 1 and "at most" in caught.value.expected
-    (worst,) = [line for line in str(caught.value).splitlines() if line.endswith("<- the worst region")]
+    assert (
+        fact in caught.value.fact
+        and caught.value.exit_code == 1
+        and "at most" in caught.value.expected
+    )
+    (worst,) = [
+        line for line in str(caught.value).splitlines() if line.endswith("<- the worst region")
+    ]
     assert worst.strip().startswith(region)
 
 
@@ -160,7 +218,11 @@ def test_a_truncated_file_is_named(
 
 
 def test_nothing_is_written_when_a_proof_fails(
-    model: Path, trained: Path, graph: LabelsToIntensity, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    trained: Path,
+    graph: LabelsToIntensity,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def swapped(graph: LabelsToIntensity, manifest: Manifest, path: Path) -> None:
         shutil.copy(model / path.name, path)
@@ -171,27 +233,46 @@ def test_nothing_is_written_when_a_proof_fails(
     (tmp_path / "model" / "manifest.json").write_text("an older one")
     run = load_run(trained)
     with pytest.raises(ParityError, match=r"model\.onnx in openvino"):
-        write_model(run, graph, load_validation(run), load_calibration(run), tmp_path / "model", say=lambda _: None)
+        write_model(
+            run,
+            graph,
+            load_validation(run),
+            load_calibration(run),
+            tmp_path / "model",
+            say=lambda _: None,
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "manifest.json").read_text() == "an older one"
 
 
 def write_again(graph: LabelsToIntensity, trained: Path, folder: Path) -> tuple[Manifest, str]:
     run, said = load_run(trained), []
-    manifest = write_model(run, graph, load_validation(run), load_calibration(run), folder, say=said.append)
+    manifest = write_model(
+        run, graph, load_validation(run), load_calibration(run), folder, say=said.append
+    )
     return manifest, "\n".join(said)
 
 
 def test_int8_layers_that_the_proof_refuses_stay_in_float(
     graph: LabelsToIntensity, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Training masks that find nothing wrong: what they let pass, the proof's do not, and the export still ends with a file that holds."""
+    """Training masks that find nothing wrong: what they let pass, the proof's do not, and the
+    export still ends with a file that holds.
+    """
     monkeypatch.setattr(model_folder, "MARGIN", 1e9)
-    monkeypatch.setattr(parity, "LIMITS", {**parity.LIMITS, "int8": {"body_mean": 1.5, "organs": 3}})
+    monkeypatch.setattr(
+        parity, "LIMITS", {**parity.LIMITS, "int8": {"body_mean": 1.5, "organs": 3}}
+    )
     found, said = write_again(graph, trained, tmp_path / "model")
-    assert "not taken: model.int8.onnx in openvino-int8 synthesizes other values" in said and "<- the worst region" in said
+    assert (
+        "not taken: model.int8.onnx in openvino-int8 synthesizes other values" in said
+        and "<- the worst region" in said
+    )
     assert 0 < found.export["int8"]["layers"] < found.export["int8"]["of"]
-    assert all(proof[parity.ON_MASKS]["body_mean"] <= 1.5 for proof in found.parity["model.int8.onnx"].values())
+    assert all(
+        proof[parity.ON_MASKS]["body_mean"] <= 1.5
+        for proof in found.parity["model.int8.onnx"].values()
+    )
 
 
 def test_an_int8_file_that_no_masks_let_pass_is_left_out(
@@ -201,30 +282,47 @@ def test_an_int8_file_that_no_masks_let_pass_is_left_out(
     monkeypatch.setattr(model_folder, "candidates", lambda *given: islice(candidates(*given), 1))
     found, said = write_again(graph, trained, tmp_path / "model")
     assert set(found.files) == {"model.onnx", "model.fp16.onnx"} == set(found.parity)
-    assert not (tmp_path / "model" / "model.int8.onnx").exists() and found.export["int8"]["layers"] == 0
+    assert (
+        not (tmp_path / "model" / "model.int8.onnx").exists()
+        and found.export["int8"]["layers"] == 0
+    )
     assert "model.int8.onnx is left out: no layer can be quantised" in said
 
 
 def test_masks_are_taken_of_all_patients_and_not_of_the_first() -> None:
-    assert list(model_folder.spread(48, 4)) == [0, 16, 31, 47] and list(model_folder.spread(5, 5)) == [0, 1, 2, 3, 4]
+    assert list(model_folder.spread(48, 4)) == [0, 16, 31, 47] and list(
+        model_folder.spread(5, 5)
+    ) == [0, 1, 2, 3, 4]
     assert list(model_folder.spread(1, 3)) == [0, 0, 0]
 
 
-def test_small_slices_are_synthesized_until_their_medians_mean_something(manifest: Manifest) -> None:
-    """The same masks with other noise: an organ of a few hundred pixels has another median each time."""
+def test_small_slices_are_synthesized_until_their_medians_mean_something(
+    manifest: Manifest,
+) -> None:
+    """The same masks with other noise: an organ of a few hundred pixels has another median each
+    time.
+    """
     masks = parity.random_labels(3, manifest.grid.slices, (64, 64), 8)
     many = parity.repeated(masks, 64, manifest.inputs)
-    assert len(many) * 64 * 64 >= 2**20 and all(np.array_equal(many[n], masks[n % 3]) for n in range(0, len(many), 7))
+    assert len(many) * 64 * 64 >= 2**20 and all(
+        np.array_equal(many[n], masks[n % 3]) for n in range(0, len(many), 7)
+    )
     labels_alone = tuple(tensor for tensor in manifest.inputs if tensor.name == "labels")
-    assert len(parity.repeated(masks, 64, labels_alone)) == 64  # synthesized again it would be the same
+    assert (
+        len(parity.repeated(masks, 64, labels_alone)) == 64
+    )  # synthesized again it would be the same
     assert len(parity.repeated(np.zeros((80, 1, 256, 256), np.uint8), 64, manifest.inputs)) == 80
 
 
 def test_a_channel_that_int8_holds_at_another_scale_is_no_error(
     graph: LabelsToIntensity, model: Path, references_by_name: dict[str, parity.Reference]
 ) -> None:
-    """Fitting brings channels nearer to one range; the layers after undo it, and the image is right."""
-    for region in error_localization.regions(graph, model / "model.int8.onnx", references_by_name[parity.ON_MASKS].inputs):
+    """Fitting brings channels nearer to one range; the layers after undo it, and the image is
+    right.
+    """
+    for region in error_localization.regions(
+        graph, model / "model.int8.onnx", references_by_name[parity.ON_MASKS].inputs
+    ):
         assert region.error < 0.25, region
 
 
@@ -234,13 +332,19 @@ def test_without_a_body_the_whole_slice_stands_for_it() -> None:
 
 
 @pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
-def test_half_and_folding_hold_for_every_network_with_a_style(kind: str, manifest: Manifest) -> None:
-    """In torch, before any file: folded batch norms change rounding only, and halves stay within their limits."""
+def test_half_and_folding_hold_for_every_network_with_a_style(
+    kind: str, manifest: Manifest
+) -> None:
+    """In torch, before any file: folded batch norms change rounding only, and halves stay within
+    their limits.
+    """
     from export.graph import to_fp16
     from train.networks.generator import Generator, initialise
 
     torch.manual_seed(0)
-    net = Generator(24, kind=kind, filters=8, depth=3, skips=True, textures=4, texture_kernel=7, style=4)
+    net = Generator(
+        24, kind=kind, filters=8, depth=3, skips=True, textures=4, texture_kernel=7, style=4
+    )
     initialise([net])
     for module in net.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -262,14 +366,20 @@ def test_half_and_folding_hold_for_every_network_with_a_style(kind: str, manifes
     truth, flat = hu(graph), fuse_batch_norm(graph)
     assert np.abs(hu(flat) - truth).max() <= 1 and len(np.unique(truth)) > 50
     left = [m for m in flat.modules() if isinstance(m, torch.nn.BatchNorm2d)]
-    assert len(left) == (2 if kind == "reference" else 0)  # there the norm follows an activation, as in the original
+    assert len(left) == (
+        2 if kind == "reference" else 0
+    )  # there the norm follows an activation, as in the original
     delta = np.abs(hu(to_fp16(flat)) - truth)
     assert 0 < delta.mean() <= 1 and np.percentile(delta, 99.9) <= 10
-    assert all(p.dtype == torch.float32 for p in graph.parameters()), "the network itself is left as it was"
+    assert all(p.dtype == torch.float32 for p in graph.parameters()), (
+        "the network itself is left as it was"
+    )
 
 
 def test_similarity_is_that_of_torchmetrics() -> None:
-    """In the export it is measured without that package, which would leave a list of fonts behind."""
+    """In the export it is measured without that package, which would leave a list of fonts
+    behind.
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure as reference
 
     generator = torch.Generator().manual_seed(7)

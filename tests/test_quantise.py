@@ -24,7 +24,11 @@ SLICES = 8
 def forked(tmp_path: Path) -> Path:
     """x → wide convolution → ReLU, which two 1x1 convolutions read."""
     rng = np.random.default_rng(0)
-    weights = {"first": rng.standard_normal((16, 2, 5, 5)), "left": rng.random((4, 16, 1, 1)), "right": rng.standard_normal((4, 16, 1, 1))}
+    weights = {
+        "first": rng.standard_normal((16, 2, 5, 5)),
+        "left": rng.random((4, 16, 1, 1)),
+        "right": rng.standard_normal((4, 16, 1, 1)),
+    }
     nodes = [
         helper.make_node("Cast", ["labels"], ["x"], "cast", to=TensorProto.FLOAT),
         helper.make_node("Conv", ["x", "first.w"], ["a"], "first", pads=[2] * 4),
@@ -32,11 +36,19 @@ def forked(tmp_path: Path) -> Path:
         helper.make_node("Conv", ["r", "left.w"], ["left.y"], "left"),
         helper.make_node("Conv", ["r", "right.w"], ["right.y"], "right"),
     ]
-    tensors = [numpy_helper.from_array(w.astype(np.float32), f"{name}.w") for name, w in weights.items()]
+    tensors = [
+        numpy_helper.from_array(w.astype(np.float32), f"{name}.w") for name, w in weights.items()
+    ]
     given = helper.make_tensor_value_info("labels", TensorProto.BOOL, ["N", 2, "H", "W"])
-    made = [helper.make_tensor_value_info(f"{name}.y", TensorProto.FLOAT, ["N", 4, "H", "W"]) for name in ("left", "right")]
+    made = [
+        helper.make_tensor_value_info(f"{name}.y", TensorProto.FLOAT, ["N", 4, "H", "W"])
+        for name in ("left", "right")
+    ]
     graph = helper.make_graph(nodes, "forked", [given], made, tensors)
-    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10), tmp_path / "forked.onnx")
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10),
+        tmp_path / "forked.onnx",
+    )
     return tmp_path / "forked.onnx"
 
 
@@ -50,10 +62,14 @@ def regions() -> dict[str, np.ndarray]:
 
 def run(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
-    return dict(zip([o.name for o in session.get_outputs()], session.run(None, inputs), strict=True))
+    return dict(
+        zip([o.name for o in session.get_outputs()], session.run(None, inputs), strict=True)
+    )
 
 
-def test_a_constant_shift_of_a_quantised_layer_is_taken_back(forked: Path, regions, tmp_path: Path) -> None:
+def test_a_constant_shift_of_a_quantised_layer_is_taken_back(
+    forked: Path, regions, tmp_path: Path
+) -> None:
     quantizer = Quantizer(forked, regions)
     truth, path = run(forked, regions), tmp_path / "int8.onnx"
     quantizer.write(path, ["first", "right"])
@@ -63,7 +79,9 @@ def test_a_constant_shift_of_a_quantised_layer_is_taken_back(forked: Path, regio
     assert np.abs(error.mean((0, 2, 3))).max() < 1e-4 * np.abs(truth["left.y"]).max()
 
 
-def test_a_layer_left_in_float_reads_what_was_not_quantised_for_another(forked: Path, regions, tmp_path: Path) -> None:
+def test_a_layer_left_in_float_reads_what_was_not_quantised_for_another(
+    forked: Path, regions, tmp_path: Path
+) -> None:
     path = tmp_path / "int8.onnx"
     Quantizer(forked, regions).write(path, ["first", "right"])
     generated, truth = run(path, regions), run(forked, regions)
@@ -75,13 +93,21 @@ def test_a_kernel_keeps_the_sum_of_its_taps_which_is_all_that_flat_labels_show()
     weights = np.random.default_rng(1).standard_normal((8, 3, 4, 4)).astype(np.float32)
     step = np.abs(weights).max((1, 2, 3), keepdims=True) / 127
     held = rounded(weights)
-    assert np.allclose(held / step, np.rint(held / step), atol=1e-3) and np.abs(held / step).max() < 127.01  # 8 bits hold it
+    assert (
+        np.allclose(held / step, np.rint(held / step), atol=1e-3)
+        and np.abs(held / step).max() < 127.01
+    )  # 8 bits hold it
     assert (np.abs(held - weights) < 1.001 * step).all()
-    lost, nearest = (np.abs((w - weights).sum((2, 3)) / step[..., 0, 0]) for w in (held, np.rint(weights / step) * step))
+    lost, nearest = (
+        np.abs((w - weights).sum((2, 3)) / step[..., 0, 0])
+        for w in (held, np.rint(weights / step) * step)
+    )
     assert lost.max() <= 0.501 < nearest.max()
     single = weights[:, :, :1, :1]
     step = np.abs(single).max(1, keepdims=True) / 127
-    np.testing.assert_allclose(rounded(single), np.rint(single / step) * step, rtol=0, atol=1e-6)  # one tap is the nearest
+    np.testing.assert_allclose(
+        rounded(single), np.rint(single / step) * step, rtol=0, atol=1e-6
+    )  # one tap is the nearest
 
 
 def test_what_was_rounded_is_what_the_file_holds(forked: Path, regions, tmp_path: Path) -> None:
@@ -92,31 +118,49 @@ def test_what_was_rounded_is_what_the_file_holds(forked: Path, regions, tmp_path
     nodes = {name: node for node in graph.node for name in node.output}
     (conv,) = (node for node in graph.node if node.name == "first")
     whole, step, _ = (constants[name] for name in nodes[conv.input[1]].input)
-    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(forked).graph.initializer}["first.w"]
+    weights = {
+        tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(forked).graph.initializer
+    }["first.w"]
     assert whole.dtype == np.int8
-    np.testing.assert_allclose(whole * step[:, None, None, None], rounded(weights), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        whole * step[:, None, None, None], rounded(weights), rtol=0, atol=1e-6
+    )
 
 
 @pytest.fixture(params=[1, 3])
 def of_labels(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dict[str, np.ndarray]]:
-    """One-hot labels of one or three slices as the generator has them, which a layer "left" and a layer "right" read; and labels."""
+    """One-hot labels of one or three slices as the generator has them, which a layer "left" and
+    a layer "right" read; and labels.
+    """
 
     class Forked(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.left, self.right = (torch.nn.Conv2d(4 * request.param, 8, 3, padding=1) for _ in range(2))
+            self.left, self.right = (
+                torch.nn.Conv2d(4 * request.param, 8, 3, padding=1) for _ in range(2)
+            )
 
         def forward(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             condition = one_hot(labels, 4)
             return self.left(condition), self.right(condition)
 
     torch.manual_seed(0)
-    labels = np.random.default_rng(0).integers(0, 4, (SLICES, request.param, 32, 32), dtype=np.uint8)
+    labels = np.random.default_rng(0).integers(
+        0, 4, (SLICES, request.param, 32, 32), dtype=np.uint8
+    )
     path, names = tmp_path / "labels.onnx", ["left.y", "right.y"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # deprecations inside the exporter
-        program = torch.onnx.export(Forked().eval(), (torch.from_numpy(labels),), dynamo=True, opset_version=21, input_names=["labels"],
-                                    output_names=names, dynamic_shapes=({0: torch.export.Dim("N")},), verbose=False)  # fmt: skip
+        program = torch.onnx.export(
+            Forked().eval(),
+            (torch.from_numpy(labels),),
+            dynamo=True,
+            opset_version=21,
+            input_names=["labels"],
+            output_names=names,
+            dynamic_shapes=({0: torch.export.Dim("N")},),
+            verbose=False,
+        )
     assert program is not None
     model = program.model_proto
     for node in model.graph.node:
@@ -126,7 +170,9 @@ def of_labels(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dic
 
 
 @pytest.mark.parametrize("floating", [(), ("right",)])
-def test_one_hot_labels_are_held_exactly_and_by_no_arithmetic(floating: tuple[str, ...], of_labels, tmp_path: Path) -> None:
+def test_one_hot_labels_are_held_exactly_and_by_no_arithmetic(
+    floating: tuple[str, ...], of_labels, tmp_path: Path
+) -> None:
     source, inputs = of_labels
     path = tmp_path / "int8.onnx"
     Quantizer(source, inputs).write(path, floating)
@@ -138,18 +184,31 @@ def test_one_hot_labels_are_held_exactly_and_by_no_arithmetic(floating: tuple[st
     del model.graph.output[:]
     model.graph.output.extend(helper.make_empty_tensor_value_info(f"{name}/held") for name in read)
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    expected = np.concatenate([inputs["labels"][:, z : z + 1] == np.arange(4)[:, None, None] for z in range(inputs["labels"].shape[1])], 1)
+    expected = np.concatenate(
+        [
+            inputs["labels"][:, z : z + 1] == np.arange(4)[:, None, None]
+            for z in range(inputs["labels"].shape[1])
+        ],
+        1,
+    )
     for held in session.run(None, inputs):
         np.testing.assert_array_equal(held, expected.astype(np.float32))
     if floating:
-        np.testing.assert_allclose(run(path, inputs)["right.y"], run(source, inputs)["right.y"], rtol=0, atol=1e-5)
-    assert np.abs(run(path, inputs)["left.y"] - run(source, inputs)["left.y"]).max() > 1e-4  # it is quantised
+        np.testing.assert_allclose(
+            run(path, inputs)["right.y"], run(source, inputs)["right.y"], rtol=0, atol=1e-5
+        )
+    assert (
+        np.abs(run(path, inputs)["left.y"] - run(source, inputs)["left.y"]).max() > 1e-4
+    )  # it is quantised
 
 
 @pytest.fixture
 def network(forked: Path) -> torch.nn.Module:
     """What `forked` says, in PyTorch."""
-    constants = {tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy()) for tensor in onnx.load(forked).graph.initializer}
+    constants = {
+        tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
+        for tensor in onnx.load(forked).graph.initializer
+    }
 
     class Forked(torch.nn.Module):
         def forward(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,7 +218,9 @@ def network(forked: Path) -> torch.nn.Module:
     return Forked()
 
 
-def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(forked: Path, network, regions, tmp_path: Path) -> None:
+def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(
+    forked: Path, network, regions, tmp_path: Path
+) -> None:
     """`first` has 50 times the work of `left`, and all are nearly as harmful."""
     harm, path, seen = {"first": 0.8, "left": 0.9, "right": 0.3}, tmp_path / "int8.onnx", []
 
@@ -167,18 +228,24 @@ def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(forked: Pat
         return float(sum(harm[name] ** 2 for name in in_int8(path)) ** 0.5)
 
     for made in candidates(forked, path, regions, network, regions, error, lambda text: None):
-        assert made.layers == 3 and in_int8(path) == set(harm) - set(made.floating)  # what is there is what is said
+        assert made.layers == 3 and in_int8(path) == set(harm) - set(
+            made.floating
+        )  # what is there is what is said
         seen.append(made.floating)
     assert seen[:2] == [(), ("left",)] and len(seen[-1]) == 2
 
 
-def test_of_layers_of_the_same_work_the_worse_one_stays_in_float(forked: Path, network, regions, tmp_path: Path) -> None:
+def test_of_layers_of_the_same_work_the_worse_one_stays_in_float(
+    forked: Path, network, regions, tmp_path: Path
+) -> None:
     for worse in ("left", "right"):
 
         def error(path: Path, worse: str = worse) -> float:
             return sum(0.9 if name == worse else 0.1 for name in in_int8(path))
 
-        made = candidates(forked, tmp_path / "int8.onnx", regions, network, regions, error, lambda text: None)
+        made = candidates(
+            forked, tmp_path / "int8.onnx", regions, network, regions, error, lambda text: None
+        )
         assert [next(made).floating, next(made).floating] == [(), (worse,)]
         assert in_int8(tmp_path / "int8.onnx") == {"first", "left", "right"} - {worse}
 
@@ -186,5 +253,7 @@ def test_of_layers_of_the_same_work_the_worse_one_stays_in_float(forked: Path, n
 def in_int8(path: Path) -> set[str]:
     """The convolutions whose weights are integers."""
     graph = onnx.load(path).graph
-    whole = {name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output}
+    whole = {
+        name for node in graph.node if node.op_type == "DequantizeLinear" for name in node.output
+    }
     return {node.name for node in graph.node if node.op_type == "Conv" and node.input[1] in whole}

@@ -1,4 +1,6 @@
-"""RandWarp as training loops call it: kinds of input, draws of workers, and what a pair must keep."""
+"""RandWarp as training loops call it: kinds of input, draws of workers, and what a pair must
+keep.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ def pair() -> tuple[NDArray[np.int16], NDArray[np.uint16]]:
     i, j, k = np.ogrid[:40, :36, :12]
     radius = np.sqrt((2 * (i - 20.0)) ** 2 + (2 * (j - 18.0)) ** 2 + (3 * (k - 5.5)) ** 2)
     label = np.where(radius < 10, 500, np.where(radius < 17, 205, 0)).astype(np.uint16)
-    image = np.where(radius < 32, 40, -1000) + np.where(label == 500, 260, 0) + np.where(label == 205, 80, 0)
+    image = (
+        np.where(radius < 32, 40, -1000)
+        + np.where(label == 500, 260, 0)
+        + np.where(label == 205, 80, 0)
+    )
     return image.astype(np.int16), label
 
 
@@ -43,7 +49,9 @@ class Pairs(Dataset[Any]):
 def test_pair_stays_a_pair() -> None:
     image, label = pair()
     moved, deformed = RandWarp(seed=1, jitter=None)(image, label, spacing=SPACING)
-    assert moved.dtype == image.dtype and deformed.dtype == label.dtype and moved.shape == image.shape
+    assert (
+        moved.dtype == image.dtype and deformed.dtype == label.dtype and moved.shape == image.shape
+    )
     assert set(np.unique(deformed)) == {0, 205, 500} and not np.array_equal(deformed, label)
     core = deformed == 500
     for axis in range(3):
@@ -57,17 +65,28 @@ def test_calls_differ_and_seeds_repeat() -> None:
     assert np.array_equal(first[0], second[0])
     warp = RandWarp(seed=3)
     calls = [warp(image, label, spacing=SPACING)[0] for _ in range(3)]
-    assert np.array_equal(calls[0], first[0]) and not np.array_equal(calls[0], calls[1]) and not np.array_equal(calls[1], calls[2])
+    assert (
+        np.array_equal(calls[0], first[0])
+        and not np.array_equal(calls[0], calls[1])
+        and not np.array_equal(calls[1], calls[2])
+    )
     kept = RandWarp(prob=0)(image, label, spacing=SPACING)
     assert kept[0] is image and kept[1] is label
-    half = [RandWarp(prob=0.5, seed=n)(image, label, spacing=SPACING)[0] is image for n in range(40)]
+    half = [
+        RandWarp(prob=0.5, seed=n)(image, label, spacing=SPACING)[0] is image for n in range(40)
+    ]
     assert 8 < sum(half) < 32
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_variant_is_the_same_in_any_worker(workers: int) -> None:
-    sums = list(DataLoader(Pairs(RandWarp(seed=5), variant=2), batch_size=None, num_workers=workers))
-    assert len(set(sums)) == 1 and sums[0] == RandWarp(seed=5)(*pair(), spacing=SPACING, variant=2)[0].sum()
+    sums = list(
+        DataLoader(Pairs(RandWarp(seed=5), variant=2), batch_size=None, num_workers=workers)
+    )
+    assert (
+        len(set(sums)) == 1
+        and sums[0] == RandWarp(seed=5)(*pair(), spacing=SPACING, variant=2)[0].sum()
+    )
 
 
 def test_workers_and_epochs_draw_anew() -> None:
@@ -81,15 +100,20 @@ def test_workers_and_epochs_draw_anew() -> None:
 
 def test_forks_without_torch_draw_anew() -> None:
     code = (
-        "import os, sys, numpy as np; from runtime import RandWarp; warp = RandWarp(seed=1)\n"
-        "label = np.zeros((20, 20, 8), np.uint8); label[6:14, 6:14, 2:6] = 1; image = label.astype(np.int16) * 300 - 100\n"
-        "for n in range(2):\n"
-        "    if os.fork() == 0:\n"
-        "        print(int(warp(image, label, spacing=(2, 2, 3))[0].sum()), flush=True); os._exit(0)\n"
-        "    os.wait()\n"
-        "assert not any(name.startswith(('torch', 'SimpleITK')) for name in sys.modules)\n"
+        "import os, sys, numpy as np; from runtime import RandWarp; warp = RandWarp(seed=1)\nlabel"
+        " = np.zeros((20, 20, 8), np.uint8); label[6:14, 6:14, 2:6] = 1; image ="
+        " label.astype(np.int16) * 300 - 100\nfor n in range(2):\n    if os.fork() == 0:\n       "
+        " print(int(warp(image, label, spacing=(2, 2, 3))[0].sum()), flush=True); os._exit(0)\n   "
+        " os.wait()\nassert not any(name.startswith(('torch', 'SimpleITK')) for name in"
+        " sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert len(set(done.stdout.split())) == 2
 
@@ -97,15 +121,21 @@ def test_forks_without_torch_draw_anew() -> None:
 def test_dicts_of_tensors_keep_their_kind() -> None:
     image, label = pair()
     data = {
-        "image": MetaTensor(torch.from_numpy(image.astype(np.float32))[None], affine=torch.from_numpy(AFFINE)),
-        "label": MetaTensor(torch.from_numpy(label.astype(np.float32))[None], affine=torch.from_numpy(AFFINE)),
+        "image": MetaTensor(
+            torch.from_numpy(image.astype(np.float32))[None], affine=torch.from_numpy(AFFINE)
+        ),
+        "label": MetaTensor(
+            torch.from_numpy(label.astype(np.float32))[None], affine=torch.from_numpy(AFFINE)
+        ),
         "name": "p1",
     }
     moved = RandWarp(seed=2)(data)
     assert moved["name"] == "p1" and data["image"].max() == 300
     for key in ("image", "label"):
         assert isinstance(moved[key], MetaTensor) and moved[key].shape == data[key].shape
-        assert torch.equal(moved[key].affine, data[key].affine) and not torch.equal(moved[key], data[key])
+        assert torch.equal(moved[key].affine, data[key].affine) and not torch.equal(
+            moved[key], data[key]
+        )
     arrays = RandWarp(seed=2)(image, label, affine=AFFINE)
     assert np.array_equal(arrays[1], moved["label"][0].numpy())
     assert np.abs(arrays[0] - moved["image"][0].numpy()).max() <= 0.5
@@ -114,10 +144,16 @@ def test_dicts_of_tensors_keep_their_kind() -> None:
 def test_other_units_and_odd_labels() -> None:
     image, label = pair()
     small = (image.astype(np.float32) + 1000) / 400
-    moved, deformed = RandWarp(seed=1, unit="a.u.")(small, np.where(label > 0, label, 7), spacing=SPACING)
+    moved, deformed = RandWarp(seed=1, unit="a.u.")(
+        small, np.where(label > 0, label, 7), spacing=SPACING
+    )
     assert moved.dtype == np.float32 and 0.5 < np.median(moved[moved > 1]) < 5
     assert {205, 500} < set(np.unique(deformed))
-    still = RandWarp(seed=1, ranges=DeformationParams(0, 0, 0), jitter=IntensityJitter(shift=0, stable_shift=0, gain=0, common=0))
+    still = RandWarp(
+        seed=1,
+        ranges=DeformationParams(0, 0, 0),
+        jitter=IntensityJitter(shift=0, stable_shift=0, gain=0, common=0),
+    )
     assert np.array_equal(still(image, label, spacing=SPACING)[0], image)
 
 

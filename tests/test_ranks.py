@@ -1,4 +1,6 @@
-"""Several processes training one network: the same as one process that does the work of all, BatchNorm on each one's part."""
+"""Several processes training one network: the same as one process that does the work of all,
+BatchNorm on each one's part.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ from train.loop import Training, open_cohort
 
 
 class Emulated(DistributedContext):
-    """A rank that is a thread of this process: what gloo does between processes is done here with a list."""
+    """A rank that is a thread of this process: what gloo does between processes is done here
+    with a list.
+    """
 
     meeting: Barrier
     slots: list[torch.Tensor]
@@ -41,7 +45,11 @@ class Emulated(DistributedContext):
 
 
 def emulated(world: int) -> list[Emulated]:
-    kind = type("Emulated", (Emulated,), {"meeting": Barrier(world, timeout=60), "slots": [torch.zeros(0)] * world})
+    kind = type(
+        "Emulated",
+        (Emulated,),
+        {"meeting": Barrier(world, timeout=60), "slots": [torch.zeros(0)] * world},
+    )
     return [kind(rank, world) for rank in range(world)]
 
 
@@ -53,12 +61,19 @@ def together(tasks) -> list:
 
 def test_the_parts_of_a_batch_are_the_batch() -> None:
     rng = np.random.default_rng(0)
-    patients = [Slices(rng.integers(0, 8, (9, 1, 4, 4), np.uint8), rng.integers(-1000, 1000, (9, 4, 4)).astype(np.int16))]
+    patients = [
+        Slices(
+            rng.integers(0, 8, (9, 1, 4, 4), np.uint8),
+            rng.integers(-1000, 1000, (9, 4, 4)).astype(np.int16),
+        )
+    ]
     arguments = (patients, 6, 3, Intensity("HU", -1024, 1024))
     for step in (0, 4):
         parts = [Batches(*arguments, rank, 3)[step] for rank in range(3)]
         for whole, *pieces in zip(Batches(*arguments)[step], *parts, strict=True):
-            assert {len(piece) for piece in pieces} == {2} and np.array_equal(whole, np.concatenate(pieces))
+            assert {len(piece) for piece in pieces} == {2} and np.array_equal(
+                whole, np.concatenate(pieces)
+            )
 
 
 def test_gradients_are_averaged_in_place_whatever_their_layout() -> None:
@@ -67,7 +82,10 @@ def test_gradients_are_averaged_in_place_whatever_their_layout() -> None:
     expected = [(a + b) / 2 for a, b in zip(*values, strict=True)]
     for tensors in values:
         tensors[1] = tensors[1].contiguous(memory_format=torch.channels_last)
-    tasks = [lambda r=r, t=t: r.average([t[0], None, *t[1:]]) for r, t in zip(emulated(2), values, strict=True)]
+    tasks = [
+        lambda r=r, t=t: r.average([t[0], None, *t[1:]])
+        for r, t in zip(emulated(2), values, strict=True)
+    ]
     together(tasks)
     for tensors in values:
         assert all(torch.allclose(a, b) for a, b in zip(tensors, expected, strict=True))
@@ -95,9 +113,17 @@ def test_the_others_wait_for_the_first_and_end_with_its_exit_code() -> None:
             return exc
         return None
 
-    assert together([lambda r=r: work(r, False) for r in emulated(2)]) == [None, None] and done == [0, 1]
+    assert together([lambda r=r: work(r, False) for r in emulated(2)]) == [None, None] and done == [
+        0,
+        1,
+    ]
     first, other = together([lambda r=r: work(r, True) for r in emulated(2)])
-    assert isinstance(first, ConfigError) and isinstance(other, SystemExit) and other.code == 2 and done == [0, 1, 0]
+    assert (
+        isinstance(first, ConfigError)
+        and isinstance(other, SystemExit)
+        and other.code == 2
+        and done == [0, 1, 0]
+    )
 
 
 def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
@@ -114,7 +140,16 @@ def metrics(run: Path) -> list[dict]:
 
 
 def torchrun(*more: object, port: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(port), *map(str, more)]
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        str(port),
+        *map(str, more),
+    ]
 
 
 @pytest.fixture
@@ -135,18 +170,26 @@ AUGMENTED = ("augment.rotation=5", "augment.zoom=0.05", "training.threads=1")
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_process_that_does_the_work_of_both(config: Path, cohort: Path, root: Path, tmp_path: Path, port: int) -> None:
+def test_two_ranks_are_one_process_that_does_the_work_of_both(
+    config: Path, cohort: Path, root: Path, tmp_path: Path, port: int
+) -> None:
     two, one = tmp_path / "two", tmp_path / "one"
     command = torchrun(*arguments(config, cohort, two, 10, *AUGMENTED), port=port)
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("are written") == 1
 
-    resolved = resolve({"name": "tiny"}, [*TINY, *AUGMENTED, "training.steps=10"], dataset_path=str(cohort))
+    resolved = resolve(
+        {"name": "tiny"}, [*TINY, *AUGMENTED, "training.steps=10"], dataset_path=str(cohort)
+    )
     opened = open_cohort(resolved, one)
-    together([Training(resolved, one, opened, quiet=True, ranks=ranks).run for ranks in emulated(2)])
+    together(
+        [Training(resolved, one, opened, quiet=True, ranks=ranks).run for ranks in emulated(2)]
+    )
     theirs, ours = metrics(two), metrics(one)
-    assert [row["step"] for row in theirs] == [row["step"] for row in ours] == [2, 4, 5, 6, 8, 10]  # 5: a checkpoint
+    assert (
+        [row["step"] for row in theirs] == [row["step"] for row in ours] == [2, 4, 5, 6, 8, 10]
+    )  # 5: a checkpoint
     for a, b in zip(theirs, ours, strict=True):
         assert a["losses"] == pytest.approx(b["losses"], rel=1e-3, abs=1e-5)
     assert theirs[-1]["metrics"]["body"] == pytest.approx(ours[-1]["metrics"]["body"], rel=1e-2)
@@ -157,16 +200,27 @@ def test_two_ranks_are_one_process_that_does_the_work_of_both(config: Path, coho
 
     alone = tmp_path / "alone"
     Training(resolved, alone, opened, quiet=True).run()
-    assert metrics(alone)[0]["losses"] != pytest.approx(ours[0]["losses"], rel=1e-3, abs=1e-5)  # BatchNorm saw four slices, not two
+    assert metrics(alone)[0]["losses"] != pytest.approx(
+        ours[0]["losses"], rel=1e-3, abs=1e-5
+    )  # BatchNorm saw four slices, not two
 
 
 @pytest.mark.slow
-def test_two_ranks_stop_together_and_resume_to_the_same_bits(config: Path, cohort: Path, root: Path, tmp_path: Path, port: int) -> None:
+def test_two_ranks_stop_together_and_resume_to_the_same_bits(
+    config: Path, cohort: Path, root: Path, tmp_path: Path, port: int
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    done = subprocess.run(torchrun(*arguments(config, cohort, whole, 10), port=port), cwd=root, capture_output=True, timeout=300)
+    done = subprocess.run(
+        torchrun(*arguments(config, cohort, whole, 10), port=port),
+        cwd=root,
+        capture_output=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     longer = torchrun(*arguments(config, cohort, parts, 10_000), port=port)
-    process = subprocess.Popen(longer, cwd=root, stderr=subprocess.PIPE, text=True, env={**os.environ})
+    process = subprocess.Popen(
+        longer, cwd=root, stderr=subprocess.PIPE, text=True, env={**os.environ}
+    )
     wait_for(lambda: (parts / "checkpoints").exists() and checkpoint.newest(parts), process)
     process.send_signal(signal.SIGINT)
     errors = process.communicate(timeout=120)[1]
@@ -176,8 +230,17 @@ def test_two_ranks_stop_together_and_resume_to_the_same_bits(config: Path, cohor
     for path in (parts / "checkpoints").iterdir():  # go back to step 5
         if path.name != "step-00000005":
             (path / "state.json").unlink()
-    done = subprocess.run(torchrun(*arguments(config, cohort, parts, 10, "training.keep_checkpoints=2"), "--resume", port=port), cwd=root,
-                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        torchrun(
+            *arguments(config, cohort, parts, 10, "training.keep_checkpoints=2"),
+            "--resume",
+            port=port,
+        ),
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr
     a, b = (checkpoint.load(run / "checkpoints" / "step-00000010")[1] for run in (whole, parts))
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
@@ -188,7 +251,9 @@ def test_two_ranks_say_what_is_wrong_once_and_one_tests(
     config: Path, cohort: Path, root: Path, trained: Path, tmp_path: Path, port: int
 ) -> None:
     def said(*more: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(torchrun(*more, port=port), cwd=root, capture_output=True, text=True, timeout=300)
+        return subprocess.run(
+            torchrun(*more, port=port), cwd=root, capture_output=True, text=True, timeout=300
+        )
 
     line = arguments(config, cohort, tmp_path / "run", 10)
     for wrong, says in (
@@ -202,9 +267,14 @@ def test_two_ranks_say_what_is_wrong_once_and_one_tests(
         done = said(*wrong)
         assert done.returncode != 0 and done.stderr.count(says) == 1, done.stderr
         assert 'train/run.py", line' not in done.stderr and not (tmp_path / "run").exists()
-    done = said(*line, "data.train_ratio=0.5", "data.valid_ratio=0.25", "generator.style=1", "--dry-run")
+    done = said(
+        *line, "data.train_ratio=0.5", "data.valid_ratio=0.25", "generator.style=1", "--dry-run"
+    )
     assert done.returncode == 0 and done.stdout.count("MACs per slice") == 1, done.stderr
-    assert said(*line, "data.train_ratio=0.5", "data.valid_ratio=0.25", "generator.style=1").returncode == 0
+    assert (
+        said(*line, "data.train_ratio=0.5", "data.valid_ratio=0.25", "generator.style=1").returncode
+        == 0
+    )
     done = said("train/run.py", "--test", "--output", tmp_path / "run")
     assert done.returncode == 0 and done.stdout.count("test.json is written") == 1, done.stderr
     assert json.loads((tmp_path / "run" / "test.json").read_text())["patients"] == 1

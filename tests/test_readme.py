@@ -15,17 +15,32 @@ OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
 
 def documents(root: Path) -> list[Path]:
-    return [root / "README.md", root / "CONTRIBUTING.md", root / "CHANGELOG.md", *sorted((root / "docs").rglob("*.md"))]
+    return [
+        root / "README.md",
+        root / "CONTRIBUTING.md",
+        root / "CHANGELOG.md",
+        *sorted((root / "docs").rglob("*.md")),
+    ]
 
 
 def test_the_first_screen_has_the_claim_the_picture_and_the_two_commands(root: Path) -> None:
     top = "\n".join((root / "README.md").read_text().splitlines()[:40])
-    for needed in ("make demo", "make test", "docs/images/", "from runtime import Synthesizer", "slices/s"):
+    for needed in (
+        "make demo",
+        "make test",
+        "docs/images/",
+        "from runtime import Synthesizer",
+        "slices/s",
+    ):
         assert needed in top, needed
 
 
 def test_every_python_block_runs(
-    root: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    root: Path,
+    model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """In a folder where runs/demo is what `make demo` leaves, with a small model in its place."""
     demo = tmp_path / "runs" / "demo"
@@ -56,7 +71,16 @@ def test_every_make_target_named_exists(root: Path) -> None:
         assert named <= targets, f"{document.name}: {named - targets}"
 
 
-@pytest.mark.parametrize("program", ["train/run.py", "export/build_engine.py", "-m runtime synth", "-m train.phantom", "benchmarks/run.py"])
+@pytest.mark.parametrize(
+    "program",
+    [
+        "train/run.py",
+        "export/build_engine.py",
+        "-m runtime synth",
+        "-m train.phantom",
+        "benchmarks/run.py",
+    ],
+)
 def test_every_option_shown_is_one_the_program_has(program: str, root: Path, command) -> None:
     known = command(*shlex.split(program), "--help").stdout
     assert known

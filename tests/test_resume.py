@@ -1,4 +1,6 @@
-"""The journal: what a folder proves complete is kept, everything else is made again, and two runs never share a folder."""
+"""The journal: what a folder proves complete is kept, everything else is made again, and two
+runs never share a folder.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def masks(folder: Path, count: int = 3) -> list[Path]:
 def stream(paths: list[Path], out: Path, **options: object) -> list[CaseResult]:
     manifest = fake_manifest()
     with Synthesizer(manifest, FakeEngine(manifest)) as opened:
-        return sorted(opened.stream(paths, out, **options), key=lambda r: (r.case, r.variant or 0))  # they come as they are done
+        return sorted(
+            opened.stream(paths, out, **options), key=lambda r: (r.case, r.variant or 0)
+        )  # they come as they are done
 
 
 def times(out: Path) -> dict[str, int]:
@@ -56,7 +60,10 @@ def test_without_resume_everything_is_made_again(tmp_path: Path) -> None:
     stream(paths, out)
     before, bytes_before = times(out), results(out)
     assert not any(r.skipped for r in stream(paths, out))
-    assert all(times(out)[name] != time for name, time in before.items()) and results(out) == bytes_before
+    assert (
+        all(times(out)[name] != time for name, time in before.items())
+        and results(out) == bytes_before
+    )
 
 
 @pytest.mark.parametrize("damage", ["flipped", "shorter", "gone", "no journal"])
@@ -75,11 +82,16 @@ def test_what_is_not_validated_is_made_again(damage: str, tmp_path: Path) -> Non
     else:
         (out / JOURNAL).unlink()
     again = stream(paths, out, resume=True)
-    assert [r.skipped for r in again] == ([False] * 3 if damage == "no journal" else [True, False, True])
+    assert [r.skipped for r in again] == (
+        [False] * 3 if damage == "no journal" else [True, False, True]
+    )
     assert results(out) == whole
 
 
-@pytest.mark.parametrize(("format", "victim"), [("dicom", "1_v1/**/0003.dcm"), ("nnunet", "labelsTr/1_v1.nii.gz"), ("mha", "1_v1_ct.mha")])
+@pytest.mark.parametrize(
+    ("format", "victim"),
+    [("dicom", "1_v1/**/0003.dcm"), ("nnunet", "labelsTr/1_v1.nii.gz"), ("mha", "1_v1_ct.mha")],
+)
 def test_every_format_is_validated_file_by_file(format: str, victim: str, tmp_path: Path) -> None:
     paths, out = masks(tmp_path / "masks"), tmp_path / "out"
     stream(paths, out, variants=2, format=format)
@@ -93,7 +105,9 @@ def test_every_format_is_validated_file_by_file(format: str, victim: str, tmp_pa
 
 
 @pytest.mark.parametrize("change", ["seed", "mask", "labels", "variants", "model"])
-def test_a_result_of_another_seed_mask_map_or_model_is_made_again(change: str, tmp_path: Path) -> None:
+def test_a_result_of_another_seed_mask_map_or_model_is_made_again(
+    change: str, tmp_path: Path
+) -> None:
     paths, out, fresh = masks(tmp_path / "masks"), tmp_path / "out", tmp_path / "fresh"
     stream(paths, out, variants=2)
     options: dict[str, object] = {"variants": 2}
@@ -119,9 +133,15 @@ def test_a_torn_or_altered_line_costs_its_own_result_alone(tmp_path: Path) -> No
     paths, out = masks(tmp_path / "masks"), tmp_path / "out"
     stream(paths, out)
     lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)
-    (out / JOURNAL).write_bytes(lines[0].replace(b'"slices": 8', b'"slices": 9') + lines[1] + lines[2][:-25])
+    (out / JOURNAL).write_bytes(
+        lines[0].replace(b'"slices": 8', b'"slices": 9') + lines[1] + lines[2][:-25]
+    )
     assert [r.skipped for r in stream(paths, out, resume=True)] == [False, True, False]
-    assert [r.skipped for r in stream(paths, out, resume=True)] == [True, True, True]  # the torn line did not swallow the next
+    assert [r.skipped for r in stream(paths, out, resume=True)] == [
+        True,
+        True,
+        True,
+    ]  # the torn line did not swallow the next
 
 
 def test_a_mask_that_failed_is_tried_again(tmp_path: Path) -> None:
@@ -130,14 +150,20 @@ def test_a_mask_that_failed_is_tried_again(tmp_path: Path) -> None:
     paths[1].write_bytes(good[:-40])
     assert [r.error is None for r in stream(paths, out)] == [True, False, True]
     paths[1].write_bytes(good)
-    assert [(r.error, r.skipped) for r in stream(paths, out, resume=True)] == [(None, True), (None, False), (None, True)]
+    assert [(r.error, r.skipped) for r in stream(paths, out, resume=True)] == [
+        (None, True),
+        (None, False),
+        (None, True),
+    ]
 
 
 def test_results_are_the_same_under_every_order_and_in_two_parts(tmp_path: Path) -> None:
     paths = masks(tmp_path / "masks", 4)
     stream(paths, tmp_path / "one", variants=2)
     stream(paths[2:], tmp_path / "two", variants=2)
-    assert sum(r.skipped for r in stream(paths[::-1], tmp_path / "two", variants=2, resume=True)) == 4
+    assert (
+        sum(r.skipped for r in stream(paths[::-1], tmp_path / "two", variants=2, resume=True)) == 4
+    )
     assert results(tmp_path / "one") == results(tmp_path / "two")
 
 
@@ -158,7 +184,17 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     paths, out = masks(tmp_path / "masks"), tmp_path / "out"
-    arguments = ["synth", *map(str, paths), "--model", str(fake_model), "--backend", "fake", "--output", str(out), "--quiet"]
+    arguments = [
+        "synth",
+        *map(str, paths),
+        "--model",
+        str(fake_model),
+        "--backend",
+        "fake",
+        "--output",
+        str(out),
+        "--quiet",
+    ]
     out.mkdir()
     first = Journal(out)
     assert run(main, arguments) == 2
@@ -170,9 +206,13 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(
 
 
 def test_a_journal_taken_away_by_its_owner_is_no_lock(tmp_path: Path) -> None:
-    """Who waited for the lock on a file that is gone from the folder must not believe that it has the folder."""
+    """Who waited for the lock on a file that is gone from the folder must not believe that it
+    has the folder.
+    """
     first = Journal(tmp_path)
-    handle = os.open(tmp_path / JOURNAL, os.O_RDWR)  # what a second run holds when the first one ends
+    handle = os.open(
+        tmp_path / JOURNAL, os.O_RDWR
+    )  # what a second run holds when the first one ends
     first.close()
     fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     second = Journal(tmp_path)
@@ -188,7 +228,11 @@ def test_the_journal_says_what_was_written_and_no_path(tmp_path: Path) -> None:
     (result,) = stream(paths, out, variants=1)
     (line,) = (out / JOURNAL).read_text().splitlines()
     entry = json.loads(line.partition(" ")[2])
-    assert entry["result"] == "0_v0" and entry["files"] == dict(result.sha256) and len(entry["files"]) == 2
+    assert (
+        entry["result"] == "0_v0"
+        and entry["files"] == dict(result.sha256)
+        and len(entry["files"]) == 2
+    )
     assert str(tmp_path) not in line
 
 
@@ -209,11 +253,17 @@ def test_entries_survive_reopening(tmp_path: Path) -> None:
     journal.add(entry)
     journal.close()
     journal = Journal(tmp_path)
-    assert journal.proven("a", "key") == entry and journal.proven("a", "other") is None and journal.proven("b", "key") is None
+    assert (
+        journal.proven("a", "key") == entry
+        and journal.proven("a", "other") is None
+        and journal.proven("b", "key") is None
+    )
     journal.close()
 
 
-def test_an_interrupt_while_the_journal_closes_closes_nothing_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupt_while_the_journal_closes_closes_nothing_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     journal, really = Journal(tmp_path), os.close
 
     def interrupted(handle: int) -> None:
@@ -229,7 +279,9 @@ def test_an_interrupt_while_the_journal_closes_closes_nothing_twice(tmp_path: Pa
 
 
 def test_the_image_given_by_like_counts_by_its_content(tmp_path: Path, fake_model: Path) -> None:
-    """Another image under the same name is another grid; the same image under another name is not."""
+    """Another image under the same name is another grid; the same image under another name is
+    not.
+    """
     series = slices(np.zeros((4, 20, 24), np.uint16), Modality="CT")
     square = np.array([[-10.0, 5, 42.5], [0, 5, 42.5], [0, 12, 42.5], [-10, 12, 42.5]])
     contours = structure_set(tmp_path / "rs.dcm", series, {"left ventricle": [square]})
@@ -251,14 +303,23 @@ def test_the_image_given_by_like_counts_by_its_content(tmp_path: Path, fake_mode
     assert third[1] == (24, 20, 6) and made(folder.rename(tmp_path / "moved")) == third
 
 
-CUTS = {"nothing": lambda size: 0, "a byte": lambda size: 1, "its header": lambda size: min(100, size // 3), "half": lambda size: size // 2,
-        "all but a byte": lambda size: size - 1}  # fmt: skip
+CUTS = {
+    "nothing": lambda size: 0,
+    "a byte": lambda size: 1,
+    "its header": lambda size: min(100, size // 3),
+    "half": lambda size: size // 2,
+    "all but a byte": lambda size: size - 1,
+}
 
 
 @pytest.mark.parametrize("left", CUTS)
 @pytest.mark.parametrize("format", ["nifti", "nii", "nrrd", "mha", "nnunet", "dicom"])
-def test_a_cut_result_is_made_again(format: str, left: str, fake_model: Path, tmp_path: Path) -> None:
-    """Whatever a dying disk left of it, it is ours by the journal, and no other mask waits for it."""
+def test_a_cut_result_is_made_again(
+    format: str, left: str, fake_model: Path, tmp_path: Path
+) -> None:
+    """Whatever a dying disk left of it, it is ours by the journal, and no other mask waits for
+    it.
+    """
     paths, out = masks(tmp_path / "masks", 2), tmp_path / "out"
     assert synth(fake_model, out, *paths, "--format", format) == 0
     whole = results(out)
@@ -271,25 +332,43 @@ def test_a_cut_result_is_made_again(format: str, left: str, fake_model: Path, tm
 
 
 @pytest.mark.parametrize("format", ["nifti", "dicom"])
-def test_a_strangers_file_is_never_taken_for_a_cut_one(format: str, fake_model: Path, tmp_path: Path) -> None:
+def test_a_strangers_file_is_never_taken_for_a_cut_one(
+    format: str, fake_model: Path, tmp_path: Path
+) -> None:
     """Nor without the journal's word: whose an empty file is cannot be told."""
     (path,), out = masks(tmp_path / "masks", 1), tmp_path / "out"
     assert synth(fake_model, out, path, "--format", format) == 0
     victim = out / ("0_ct.nii.gz" if format == "nifti" else "0/0001.dcm")
     write_mask(tmp_path / "theirs.nii.gz", blobs((16, 64, 64)))
-    victim.write_bytes((tmp_path / "theirs.nii.gz").read_bytes() if format == "nifti" else bytes(20_000))
+    victim.write_bytes(
+        (tmp_path / "theirs.nii.gz").read_bytes() if format == "nifti" else bytes(20_000)
+    )
     theirs = victim.read_bytes()
-    assert synth(fake_model, out, path, "--format", format, "--resume") == 2 and victim.read_bytes() == theirs
+    assert (
+        synth(fake_model, out, path, "--format", format, "--resume") == 2
+        and victim.read_bytes() == theirs
+    )
     (out / JOURNAL).unlink()
     victim.write_bytes(b"")
-    assert synth(fake_model, out, path, "--format", format, "--resume") == 2 and victim.read_bytes() == b""
+    assert (
+        synth(fake_model, out, path, "--format", format, "--resume") == 2
+        and victim.read_bytes() == b""
+    )
 
 
 @pytest.mark.parametrize("how", ["in place", "another file", "only its date"])
-def test_a_mask_that_changes_while_it_is_read_fails(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its CT would be called made of what was digested. The change keeps size and date, as a copy with `-p` does."""
+def test_a_mask_that_changes_while_it_is_read_fails(
+    how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its CT would be called made of what was digested.
+
+    The change keeps size and date, as a copy with `-p` does.
+    """
     paths, out = masks(tmp_path / "masks", 2), tmp_path / "out"
-    really, other = stream_module.read_case, write_mask(tmp_path / "other.nii", blobs((8, 24, 24), seed=7))
+    really, other = (
+        stream_module.read_case,
+        write_mask(tmp_path / "other.nii", blobs((8, 24, 24), seed=7)),
+    )
     paths[0] = write_mask(tmp_path / "masks" / "0.nii", blobs((8, 24, 24), seed=0))
 
     def read(case: Case, *more: Any) -> Any:
@@ -308,10 +387,14 @@ def test_a_mask_that_changes_while_it_is_read_fails(how: str, tmp_path: Path, mo
     if how == "only its date":
         assert changed.error is None
     else:
-        assert "0.nii changed while it was read" in str(changed.error) and {*results(out)} == {"1_ct.nii.gz"}
+        assert "0.nii changed while it was read" in str(changed.error) and {*results(out)} == {
+            "1_ct.nii.gz"
+        }
 
 
-def test_a_zip_that_changes_while_it_is_read_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_zip_that_changes_while_it_is_read_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     zipped, really = tmp_path / "z.zip", stream_module.read_case
 
     def pack(seed: int) -> None:

@@ -1,4 +1,6 @@
-"""RTSTRUCT in: filled contours against analytic shapes and plastimatch, on the right grid, dangling references refused."""
+"""RTSTRUCT in: filled contours against analytic shapes and plastimatch, on the right grid,
+dangling references refused.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def ellipse(column: float, row: float, a: float, b: float) -> np.ndarray:
     return np.stack([column + a * np.cos(CIRCLE), row + b * np.sin(CIRCLE)], axis=1)
 
 
-def inside(column: float, row: float, a: float, b: float, shape: tuple[int, int] = (60, 70)) -> np.ndarray:
+def inside(
+    column: float, row: float, a: float, b: float, shape: tuple[int, int] = (60, 70)
+) -> np.ndarray:
     y, x = np.mgrid[: shape[0], : shape[1]]
     return ((x - column) / a) ** 2 + ((y - row) / b) ** 2 < 1
 
@@ -36,14 +40,24 @@ def inside(column: float, row: float, a: float, b: float, shape: tuple[int, int]
 def test_an_ellipse_covers_the_pixels_whose_centres_it_holds() -> None:
     for n in range(20):
         column, row, a, b = np.random.default_rng(n).uniform((20, 20, 5, 5), (50, 40, 18, 18))
-        assert np.count_nonzero(fill([ellipse(column, row, a, b)], (60, 70)) != inside(column, row, a, b)) <= 2  # a polygon of 200 corners
+        assert (
+            np.count_nonzero(
+                fill([ellipse(column, row, a, b)], (60, 70)) != inside(column, row, a, b)
+            )
+            <= 2
+        )  # a polygon of 200 corners
 
 
 def test_neighbours_that_share_an_edge_leave_no_gap_and_do_not_overlap() -> None:
     corners = np.random.default_rng(3).uniform(0, 60, (4, 2)).round()  # on pixel centres
-    first, second = (fill([np.array(t)], (60, 60)) for t in ([[5, 5], [50, 5], [5, 50]], [[50, 5], [50, 50], [5, 50]]))
+    first, second = (
+        fill([np.array(t)], (60, 60))
+        for t in ([[5, 5], [50, 5], [5, 50]], [[50, 5], [50, 50], [5, 50]])
+    )
     assert not (first & second).any() and (first | second).sum() == 45 * 45
-    assert np.array_equal(fill([corners], (60, 60)), fill([corners[::-1]], (60, 60)))  # either way round
+    assert np.array_equal(
+        fill([corners], (60, 60)), fill([corners[::-1]], (60, 60))
+    )  # either way round
 
 
 def test_holes_by_a_contour_of_their_own_and_by_a_keyhole_are_the_same() -> None:
@@ -56,7 +70,11 @@ def test_holes_by_a_contour_of_their_own_and_by_a_keyhole_are_the_same() -> None
 
 def test_a_contour_beyond_the_image_is_cut_at_its_edge() -> None:
     huge = np.array([[-1e6, -1e6], [1e6, -1e6], [1e6, 1e6], [-1e6, 1e6]])
-    assert fill([huge], (7, 9)).all() and not fill([huge + 3e6], (7, 9)).any() and not fill([], (7, 9)).any()
+    assert (
+        fill([huge], (7, 9)).all()
+        and not fill([huge + 3e6], (7, 9)).any()
+        and not fill([], (7, 9)).any()
+    )
 
 
 def in_mm(sources, k: int, corners: np.ndarray) -> np.ndarray:
@@ -77,11 +95,19 @@ def case(path: Path, **options: object) -> Case:
 
 
 def drawn(folder: Path, direction: np.ndarray | None = None, kind: str = "CLOSED_PLANAR") -> list:
-    """A CT of 6 slices with a ventricle in slices 1 to 4 (a ring in 2) and an atrium in 3, and its structure set."""
-    sources = slices(np.arange(6 * 60 * 70).reshape(6, 60, 70).astype(np.uint16), direction=direction, Modality="CT")
+    """A CT of 6 slices with a ventricle in slices 1 to 4 (a ring in 2) and an atrium in 3, and
+    its structure set.
+    """
+    sources = slices(
+        np.arange(6 * 60 * 70).reshape(6, 60, 70).astype(np.uint16),
+        direction=direction,
+        Modality="CT",
+    )
     big, hole, small = ellipse(30, 30, 20, 15), ellipse(30, 30, 6, 5), ellipse(58, 45, 7, 9)
     rois = {
-        "left ventricle": [in_mm(sources, k, big) for k in (1, 2, 3, 4)] + [in_mm(sources, 2, hole)],
+        "left ventricle": (
+            [in_mm(sources, k, big) for k in (1, 2, 3, 4)] + [in_mm(sources, 2, hole)]
+        ),
         "Atrium": [in_mm(sources, 3, small)],
     }
     save(folder / "ct", sources)
@@ -91,7 +117,9 @@ def drawn(folder: Path, direction: np.ndarray | None = None, kind: str = "CLOSED
 
 @pytest.mark.parametrize("kind", ["CLOSED_PLANAR", "CLOSEDPLANAR_XOR"])
 @pytest.mark.parametrize("turn", range(0, 48, 5))
-def test_contours_fill_the_grid_of_the_series_they_were_drawn_on(kind: str, turn: int, tmp_path: Path) -> None:
+def test_contours_fill_the_grid_of_the_series_they_were_drawn_on(
+    kind: str, turn: int, tmp_path: Path
+) -> None:
     sources = drawn(tmp_path, rotation((9.0, -5.0, 13.0)) @ directions()[turn], kind)
     read = read_case(case(tmp_path), MM_WHS)
     assert read.labels.shape == (6, 60, 70)
@@ -107,41 +135,58 @@ def test_contours_fill_the_grid_of_the_series_they_were_drawn_on(kind: str, turn
         if n == 3:
             expected[inside(58, 45, 7, 9)] = 2
         assert np.count_nonzero(read.labels[k] != expected) <= 6
-    assert read.dicom is not None and read.dicom.frame_of_reference_uid == sources[0].FrameOfReferenceUID
+    assert (
+        read.dicom is not None
+        and read.dicom.frame_of_reference_uid == sources[0].FrameOfReferenceUID
+    )
 
 
-def test_without_its_series_the_references_are_counted_and_a_grid_may_be_given(tmp_path: Path) -> None:
+def test_without_its_series_the_references_are_counted_and_a_grid_may_be_given(
+    tmp_path: Path,
+) -> None:
     sources = drawn(tmp_path)
     alone = tmp_path / "elsewhere" / "rs.dcm"
     alone.parent.mkdir()
     shutil.copy(tmp_path / "rs" / "Doe.dcm", alone)
     with pytest.raises(InputError, match=r"6 of the 6 images it refers to are not there") as caught:
         read_case(case(alone), MM_WHS)
-    assert "6 of the 6 images" in caught.value.fact and sources[0].SOPInstanceUID[-12:] not in str(caught.value)
+    assert "6 of the 6 images" in caught.value.fact and sources[0].SOPInstanceUID[-12:] not in str(
+        caught.value
+    )
     assert "--like IMAGE" in caught.value.remedy
     on_series = read_case(case(tmp_path / "rs" / "Doe.dcm", like=tmp_path / "ct"), MM_WHS)
     whole = read_case(case(tmp_path, like=None), MM_WHS)
     assert np.array_equal(on_series.labels, whole.labels) and on_series.geometry == whole.geometry
-    # a finer, larger volume in another order: each slice takes the plane next to it, and the volume in ml is the same
+    # a finer, larger volume in another order: each slice takes the plane next to it, and the volume
+    # in ml is the same
     grid = image(np.zeros((30, 150, 160), np.uint8), (0.75, 0.625, 1.25), (-30.0, -10.0, 35.0))
     sitk.WriteImage(grid, str(tmp_path / "grid.nii.gz"))
     fine = read_case(case(alone, like=tmp_path / "grid.nii.gz"), MM_WHS)
     assert fine.labels.shape == (30, 150, 160)
     for label in (2, 3):
-        ml = [np.count_nonzero(v.labels == label) * np.prod(v.geometry.spacing) for v in (whole, fine)]
+        ml = [
+            np.count_nonzero(v.labels == label) * np.prod(v.geometry.spacing) for v in (whole, fine)
+        ]
         assert ml[1] == pytest.approx(ml[0], rel=0.02)
 
 
 def test_a_series_without_the_images_referred_to_is_used_only_when_asked(tmp_path: Path) -> None:
     drawn(tmp_path)
-    for path in sorted((tmp_path / "ct").iterdir()):  # as after an anonymiser that forgot the structure set
+    for path in sorted(
+        (tmp_path / "ct").iterdir()
+    ):  # as after an anonymiser that forgot the structure set
         ds = dcmread(path)
         ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = generate_uid()
         ds.save_as(path)
     with pytest.raises(InputError, match="other images than those beside it") as caught:
         read_case(case(tmp_path), MM_WHS)
     assert "--allow-missing-references" in caught.value.remedy
-    assert np.count_nonzero(read_case(case(tmp_path, allow_missing_references=True), MM_WHS).labels == 3) > 3000
+    assert (
+        np.count_nonzero(
+            read_case(case(tmp_path, allow_missing_references=True), MM_WHS).labels == 3
+        )
+        > 3000
+    )
     other = generate_uid()
     for path in sorted((tmp_path / "ct").iterdir()):
         ds = dcmread(path)
@@ -159,12 +204,31 @@ def bend(contour) -> None:
 
 BAD = {
     "not planar": (lambda c: bend(c), GeometryError, "spans 2.00 mm across the slices"),
-    "between slices": (lambda c: setattr(c, "ContourData", [x + (1.2 if n % 3 == 2 else 0) for n, x in enumerate(map(float, c.ContourData))]),
-                       GeometryError, "between the slices"),
-    "not finite": (lambda c: setattr(c, "ContourData", ["1e999"] * 9), UnreadableVolume, "contour of 9 numbers"),
-    "odd count": (lambda c: setattr(c, "ContourData", list(c.ContourData)[:-1]), UnreadableVolume, "contour of 599 numbers"),
-    "another type": (lambda c: setattr(c, "ContourGeometricType", "OPEN_NONPLANAR"), UnreadableVolume, "'OPEN_NONPLANAR'"),
-}  # fmt: skip
+    "between slices": (
+        lambda c: setattr(
+            c,
+            "ContourData",
+            [x + (1.2 if n % 3 == 2 else 0) for n, x in enumerate(map(float, c.ContourData))],
+        ),
+        GeometryError,
+        "between the slices",
+    ),
+    "not finite": (
+        lambda c: setattr(c, "ContourData", ["1e999"] * 9),
+        UnreadableVolume,
+        "contour of 9 numbers",
+    ),
+    "odd count": (
+        lambda c: setattr(c, "ContourData", list(c.ContourData)[:-1]),
+        UnreadableVolume,
+        "contour of 599 numbers",
+    ),
+    "another type": (
+        lambda c: setattr(c, "ContourGeometricType", "OPEN_NONPLANAR"),
+        UnreadableVolume,
+        "'OPEN_NONPLANAR'",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -182,7 +246,16 @@ def test_a_bad_contour_is_refused_with_its_reason(kind: str, tmp_path: Path) -> 
 def test_points_are_passed_over_and_a_region_that_reaches_out_is_said(tmp_path: Path) -> None:
     sources = drawn(tmp_path)
     path = tmp_path / "rs" / "Doe.dcm"
-    structure_set(path, sources, {"left ventricle": [in_mm(sources, 1, ellipse(2, 30, 20, 15)), in_mm(sources, 2, ellipse(2, 30, 9, 9))]})
+    structure_set(
+        path,
+        sources,
+        {
+            "left ventricle": [
+                in_mm(sources, 1, ellipse(2, 30, 20, 15)),
+                in_mm(sources, 2, ellipse(2, 30, 9, 9)),
+            ]
+        },
+    )
     ds = dcmread(path)
     ds.ROIContourSequence[0].ContourSequence[1].ContourGeometricType = "POINT"
     ds.save_as(path)
@@ -193,14 +266,32 @@ def test_points_are_passed_over_and_a_region_that_reaches_out_is_said(tmp_path: 
     assert not read.labels[2].any() and read.labels[1].any()
 
 
-@pytest.mark.skipif(shutil.which("plastimatch") is None, reason="plastimatch is not installed (apt-get install plastimatch)")
+@pytest.mark.skipif(
+    shutil.which("plastimatch") is None,
+    reason="plastimatch is not installed (apt-get install plastimatch)",
+)
 def test_plastimatch_fills_the_same_voxels(tmp_path: Path) -> None:
     sources = drawn(tmp_path)
     flat = tmp_path / "flat"
     save(flat, sources)
     shutil.copy(tmp_path / "rs" / "Doe.dcm", flat / "rs.dcm")
-    done = subprocess.run(["plastimatch", "convert", "--input", flat / "rs.dcm", "--referenced-ct", flat, "--output-prefix", tmp_path / "out",
-                           "--prefix-format", "nrrd"], capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [
+            "plastimatch",
+            "convert",
+            "--input",
+            flat / "rs.dcm",
+            "--referenced-ct",
+            flat,
+            "--output-prefix",
+            tmp_path / "out",
+            "--prefix-format",
+            "nrrd",
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     read = read_case(case(tmp_path), MM_WHS)
     for name, label in (("left ventricle", 3), ("Atrium", 2)):
@@ -239,17 +330,41 @@ AREAS = {
     "island in a hole": ([OUTER, HOLE, ISLAND], mask(OUTER) & ~mask(HOLE) | mask(ISLAND), 0),
     "crossing": ([OUTER, (30, 60, 20, 55)], mask(OUTER, (30, 60, 20, 55)), 1),
     "chain of three": ([(0, 20, 0, 20), (15, 40, 0, 20), (35, 60, 0, 20)], mask((0, 60, 0, 20)), 2),
-    "a bridge over two": ([(0, 20, 0, 20), (30, 50, 0, 20), (10, 40, 5, 10)], mask((0, 20, 0, 20), (30, 50, 0, 20), (10, 40, 5, 10)), 2),
-    "crossing beside a hole": ([OUTER, HOLE, (35, 60, 20, 40)], mask(OUTER, (35, 60, 20, 40)) & ~mask(HOLE), 1),
-    "two holes that cross": ([OUTER, HOLE, (25, 40, 25, 40)], mask(OUTER) & ~mask(HOLE, (25, 40, 25, 40)), 1),
-    "across a hole and its outline": ([OUTER, HOLE, (20, 60, 20, 40)], mask(OUTER, (20, 60, 20, 40)), 2),
-    "within two but in neither": ([(0, 30, 0, 30), (20, 50, 0, 30), (10, 40, 10, 20)], mask((0, 50, 0, 30)), 2),
+    "a bridge over two": (
+        [(0, 20, 0, 20), (30, 50, 0, 20), (10, 40, 5, 10)],
+        mask((0, 20, 0, 20), (30, 50, 0, 20), (10, 40, 5, 10)),
+        2,
+    ),
+    "crossing beside a hole": (
+        [OUTER, HOLE, (35, 60, 20, 40)],
+        mask(OUTER, (35, 60, 20, 40)) & ~mask(HOLE),
+        1,
+    ),
+    "two holes that cross": (
+        [OUTER, HOLE, (25, 40, 25, 40)],
+        mask(OUTER) & ~mask(HOLE, (25, 40, 25, 40)),
+        1,
+    ),
+    "across a hole and its outline": (
+        [OUTER, HOLE, (20, 60, 20, 40)],
+        mask(OUTER, (20, 60, 20, 40)),
+        2,
+    ),
+    "within two but in neither": (
+        [(0, 30, 0, 30), (20, 50, 0, 30), (10, 40, 10, 20)],
+        mask((0, 50, 0, 30)),
+        2,
+    ),
     "in the middle of a frame": (
         [(5, 45, 5, 15), (5, 45, 35, 45), (5, 15, 5, 45), (35, 45, 5, 45), (20, 30, 20, 30)],
         mask((5, 45, 5, 15), (5, 45, 35, 45), (5, 15, 5, 45), (35, 45, 5, 45), (20, 30, 20, 30)),
         3,
     ),
-    "a hole in the overlap": ([OUTER, (20, 60, 5, 45), (25, 35, 10, 20)], mask((5, 60, 5, 45)) & ~mask((25, 35, 10, 20)), 1),
+    "a hole in the overlap": (
+        [OUTER, (20, 60, 5, 45), (25, 35, 10, 20)],
+        mask((5, 60, 5, 45)) & ~mask((25, 35, 10, 20)),
+        1,
+    ),
 }
 
 
@@ -257,7 +372,10 @@ AREAS = {
 def test_crossing_contours_unite_and_holes_stay(name: str) -> None:
     boxes, expected, united = AREAS[name]
     for shift in (0.0, -0.25):  # corners on pixel centres, and between them
-        for contours in ([box(*b) + shift for b in boxes], [box(*b)[::-1] + shift for b in boxes[::-1]]):
+        for contours in (
+            [box(*b) + shift for b in boxes],
+            [box(*b)[::-1] + shift for b in boxes[::-1]],
+        ):
             region = area(contours)
             assert np.array_equal(region.pixels((60, 70)), expected) and region.united == united
 
@@ -297,7 +415,8 @@ def test_heaps_of_boxes_follow_the_rule() -> None:
         assert np.array_equal(pixels, _expected(boxes, (64, 64))), boxes
 
 
-HEAPS = {  # columns, rows, half axes and turns of ellipses; pixels by shapely 2.2 (GEOS 3.14), united
+# columns, rows, half axes and turns of ellipses; pixels by shapely 2.2 (GEOS 3.14), united
+HEAPS = {
     "heap 7": (
         [
             (95.0, 85.5, 14.0, 17.0, 2.7),
@@ -428,7 +547,9 @@ def test_nested_contours_are_the_even_odd_rule() -> None:
     for n in range(30):
         random = np.random.default_rng(n)
         column, row = random.uniform(25, 40, 2)
-        contours = [ellipse(column, row, *random.uniform(0.9, 1, 2) * size) for size in (24, 18, 12, 6, 0.3)]
+        contours = [
+            ellipse(column, row, *random.uniform(0.9, 1, 2) * size) for size in (24, 18, 12, 6, 0.3)
+        ]
         pixels, united = filled(random.permutation(np.array(contours)), (60, 70))
         assert np.array_equal(pixels, fill(contours, (60, 70))) and not united
 
@@ -437,45 +558,89 @@ def test_a_hole_along_the_outline_stays_a_hole() -> None:
     outer, hole = box(5, 45, 5, 45), box(5, 25, 10, 30)
     for noise in (0, 1e-4, -1e-4, 1e-2, -1e-2):  # as files round it
         pixels, united = filled([outer, hole + noise], (60, 70))
-        assert np.count_nonzero(pixels != (mask((5, 45, 5, 45)) & ~mask((5, 25, 10, 30)))) <= 80 and not pixels[15:25, 6:24].any()
+        assert (
+            np.count_nonzero(pixels != (mask((5, 45, 5, 45)) & ~mask((5, 25, 10, 30)))) <= 80
+            and not pixels[15:25, 6:24].any()
+        )
         assert not united
 
 
-@pytest.mark.parametrize("change", [
-    lambda c: c, lambda c: c[::-1], lambda c: np.roll(c, 77, axis=0), lambda c: np.concatenate([c, c[:1]]), lambda c: c.round(2),
-    lambda c: np.repeat(c, 2, axis=0), lambda c: (c + np.roll(c, -1, axis=0)) / 2,
-], ids=["again", "reversed", "from another corner", "closed", "rounded", "corners doubled", "other corners"])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: c,
+        lambda c: c[::-1],
+        lambda c: np.roll(c, 77, axis=0),
+        lambda c: np.concatenate([c, c[:1]]),
+        lambda c: c.round(2),
+        lambda c: np.repeat(c, 2, axis=0),
+        lambda c: (c + np.roll(c, -1, axis=0)) / 2,
+    ],
+    ids=[
+        "again",
+        "reversed",
+        "from another corner",
+        "closed",
+        "rounded",
+        "corners doubled",
+        "other corners",
+    ],
+)
 def test_a_contour_written_twice_counts_once(change) -> None:
     contour = ellipse(35, 30, 25, 20)
     assert area([contour, change(contour)]).repeated == 1
-    assert not area([contour, ellipse(35, 30, 24.8, 19.8), contour * [-1, 1] + [71, 0]]).repeated  # a thin wall, a neighbour
+    assert not area(
+        [contour, ellipse(35, 30, 24.8, 19.8), contour * [-1, 1] + [71, 0]]
+    ).repeated  # a thin wall, a neighbour
 
 
 def test_a_contour_that_goes_around_twice_is_filled() -> None:
     once = ellipse(35, 30, 25, 20)
-    for twice in (np.concatenate([once, once]), np.concatenate([once, once[:1], once]), np.concatenate([once, once[:1], once, once[:1]])):
+    for twice in (
+        np.concatenate([once, once]),
+        np.concatenate([once, once[:1], once]),
+        np.concatenate([once, once[:1], once, once[:1]]),
+    ):
         assert np.array_equal(fill([once_around(twice)], (60, 70)), fill([once], (60, 70)))
     assert once_around(once) is once
 
 
 def structure(folder: Path, contours, kind: str = "CLOSED_PLANAR", **more) -> Case:
-    """A CT of 6 slices, and on it an ROI of (slice, corners); a quarter of a pixel off, so that rounding decides nothing."""
+    """A CT of 6 slices, and on it an ROI of (slice, corners); a quarter of a pixel off, so that
+    rounding decides nothing.
+    """
     sources = slices(np.zeros((6, 60, 70), np.uint16), Modality="CT")
     save(folder / "ct", sources)
     rois = {"left ventricle": [in_mm(sources, k, c - 0.25) for k, c in contours]}
-    rois |= {name.replace("_", " "): [in_mm(sources, k, c - 0.25) for k, c in drawn] for name, drawn in more.items()}
-    structure_set(folder / "rs" / "Doe.dcm", sources, rois, kind, codes={"left ventricle": "87878005"})
+    rois |= {
+        name.replace("_", " "): [in_mm(sources, k, c - 0.25) for k, c in drawn]
+        for name, drawn in more.items()
+    }
+    structure_set(
+        folder / "rs" / "Doe.dcm", sources, rois, kind, codes={"left ventricle": "87878005"}
+    )
     return case(folder)
 
 
 def test_doubled_and_crossing_contours_are_said(tmp_path: Path) -> None:
     square = box(10, 30, 10, 30)
-    read = read_case(structure(tmp_path, [(1, square), (1, square[::-1]), (2, square), (2, box(20, 50, 20, 50)), (4, square)]), MM_WHS)
+    read = read_case(
+        structure(
+            tmp_path,
+            [(1, square), (1, square[::-1]), (2, square), (2, box(20, 50, 20, 50)), (4, square)],
+        ),
+        MM_WHS,
+    )
     assert np.array_equal(read.labels[1] == 3, mask((10, 30, 10, 30)))
     assert np.array_equal(read.labels[2] == 3, mask((10, 30, 10, 30), (20, 50, 20, 50)))
     said = " | ".join(read.notes)
-    assert "1 contour of ROI 1 is there twice" in said and "1 contour of ROI 1 overlaps others" in said
-    assert "1 slice between the first and the last of ROI 1 has no contour" in said and "ventricle" not in said
+    assert (
+        "1 contour of ROI 1 is there twice" in said and "1 contour of ROI 1 overlaps others" in said
+    )
+    assert (
+        "1 slice between the first and the last of ROI 1 has no contour" in said
+        and "ventricle" not in said
+    )
 
 
 def turned(contour: np.ndarray, side: str) -> np.ndarray:
@@ -540,7 +705,10 @@ def test_a_contour_outside_joins_two_inside() -> None:
     first, second, bridge = box(-30, 30, 5, 20), box(-30, 30, 30, 45), box(-25, -10, 10, 40)
     both = box(5, 15, 10, 40)  # crosses the two, and lies in no single one
     pixels, united = filled([first, second, bridge, both], (60, 70))
-    assert np.array_equal(pixels, mask((0, 30, 5, 20), (0, 30, 30, 45), (5, 15, 10, 40))) and united == 3
+    assert (
+        np.array_equal(pixels, mask((0, 30, 5, 20), (0, 30, 30, 45), (5, 15, 10, 40)))
+        and united == 3
+    )
 
 
 @pytest.mark.parametrize("shape", ["box", "ellipse"])
@@ -578,16 +746,26 @@ def test_crossings_far_away_unite(tmp_path: Path) -> None:
 
 def test_xor_contours_stay_exclusive(tmp_path: Path) -> None:
     first, second = (10, 30, 10, 30), (20, 50, 20, 50)
-    read = read_case(structure(tmp_path, [(1, box(*first)), (1, box(*second))], "CLOSEDPLANAR_XOR"), MM_WHS)
+    read = read_case(
+        structure(tmp_path, [(1, box(*first)), (1, box(*second))], "CLOSEDPLANAR_XOR"), MM_WHS
+    )
     assert np.array_equal(read.labels[1] == 3, mask(first) ^ mask(second))
 
 
 def test_one_and_two_corners_refuse_no_other_roi(tmp_path: Path) -> None:
     square = box(10, 30, 10, 30)
-    read = read_case(structure(tmp_path, [(1, square), (3, square[:2])], Doe_marker=[(4, square[:1])]), MM_WHS)
-    assert np.array_equal(np.argwhere(read.labels == 3)[:, 0], np.ones(400)) and not read.labels[3].any()
+    read = read_case(
+        structure(tmp_path, [(1, square), (3, square[:2])], Doe_marker=[(4, square[:1])]), MM_WHS
+    )
+    assert (
+        np.array_equal(np.argwhere(read.labels == 3)[:, 0], np.ones(400))
+        and not read.labels[3].any()
+    )
     said = " | ".join(read.notes)
-    assert "1 point or open line of ROI 1 (in slice 3, " in said and "1 point or open line of ROI 2 (in slice 4, " in said
+    assert (
+        "1 point or open line of ROI 1 (in slice 3, " in said
+        and "1 point or open line of ROI 2 (in slice 4, " in said
+    )
     assert "Doe" not in said
 
 
@@ -628,10 +806,17 @@ def test_contours_near_each_other_are_all_filled(tmp_path: Path) -> None:
     found = structure(tmp_path, [(1, box(5, 13, 10, 20)), (2, box(20, 28, 10, 20))])
     ds = dcmread(tmp_path / "rs" / "Doe.dcm")
     contours = ds.ROIContourSequence[0].ContourSequence
-    for contour, height in zip(contours, (-0.09, 0.09), strict=True):  # both of slice 1, 0.18 slices apart
-        contour.ContourData = [x if n % 3 < 2 else 40 + 2.5 * (1 + height) for n, x in enumerate(map(float, contour.ContourData))]
+    for contour, height in zip(
+        contours, (-0.09, 0.09), strict=True
+    ):  # both of slice 1, 0.18 slices apart
+        contour.ContourData = [
+            x if n % 3 < 2 else 40 + 2.5 * (1 + height)
+            for n, x in enumerate(map(float, contour.ContourData))
+        ]
     ds.save_as(tmp_path / "rs" / "Doe.dcm")
-    assert np.array_equal(read_case(found, MM_WHS).labels[1] == 3, mask((5, 13, 10, 20), (20, 28, 10, 20)))
+    assert np.array_equal(
+        read_case(found, MM_WHS).labels[1] == 3, mask((5, 13, 10, 20), (20, 28, 10, 20))
+    )
 
 
 def test_memory_is_bounded_by_the_image() -> None:
@@ -655,9 +840,15 @@ def test_an_uneven_series_is_called_uneven(tmp_path: Path) -> None:
     found = structure(tmp_path, [(1, box(10, 30, 10, 30))])
     path = sorted((tmp_path / "ct").iterdir())[2]
     ds = dcmread(path)
-    ds.ImagePositionPatient = [*ds.ImagePositionPatient[:2], float(ds.ImagePositionPatient[2]) + 1.1]
+    ds.ImagePositionPatient = [
+        *ds.ImagePositionPatient[:2],
+        float(ds.ImagePositionPatient[2]) + 1.1,
+    ]
     ds.save_as(path)
-    with pytest.raises(GeometryError, match=f"^the image series that {found.name} was drawn on .*slices .* mm apart"):
+    with pytest.raises(
+        GeometryError,
+        match=f"^the image series that {found.name} was drawn on .*slices .* mm apart",
+    ):
         read_case(found, MM_WHS)
 
 
@@ -670,7 +861,15 @@ def test_a_series_in_a_sister_folder_has_its_remedy(tmp_path: Path) -> None:
 
 
 def test_messages_leave_names_of_rois_out(tmp_path: Path) -> None:
-    found = structure(tmp_path, [(1, box(10, 30, 10, 30))], Doe_John_lesion=[(2, box(10, 30, 10, 30))])
-    with pytest.raises(UnknownLabels, match=r"holds 2, which the model does not know; all its values: 1 \(SCT:87878005\), 2\n") as caught:
+    found = structure(
+        tmp_path, [(1, box(10, 30, 10, 30))], Doe_John_lesion=[(2, box(10, 30, 10, 30))]
+    )
+    with pytest.raises(
+        UnknownLabels,
+        match=r"holds 2, which the model does not know; all its values: 1 \(SCT:87878005\), 2\n",
+    ) as caught:
         read_case(found, MM_WHS)
-    assert "Doe" not in str(caught.value) and "mask2ct labels FILE shows the names" in caught.value.remedy
+    assert (
+        "Doe" not in str(caught.value)
+        and "mask2ct labels FILE shows the names" in caught.value.remedy
+    )

@@ -1,4 +1,6 @@
-"""Ray: the bytes of a single process, whoever dies meanwhile, on this machine and on a cluster; and its processes end."""
+"""Ray: the bytes of a single process, whoever dies meanwhile, on this machine and on a cluster;
+and its processes end.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,13 @@ from samples import blobs, results, synth, write_mask
 
 from runtime.batch.completion_log import JOURNAL
 
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason='Ray is absent: pip install "mask2ct[ray]"')
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason='Ray is absent: pip install "mask2ct[ray]"'
+)
 Start = Callable[..., "subprocess.Popen[str]"]
 
-# For the processes of workers alone: they die when they open a mask of that name, as of one that takes all their memory.
+# For the processes of workers alone: they die when they open a mask of that name, as of one that
+# takes all their memory.
 DEADLY = """
 import os, sys
 if sys.argv and "worker" in os.path.basename(sys.argv[0]):
@@ -44,12 +49,16 @@ cluster.shutdown()
 def masks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("masks")
     for n in range(200):
-        write_mask(folder / f"case{n:03}.nii.gz", blobs((8, 32, 32), seed=n), spacing=(1.0, 1.0, 2.0))
+        write_mask(
+            folder / f"case{n:03}.nii.gz", blobs((8, 32, 32), seed=n), spacing=(1.0, 1.0, 2.0)
+        )
     return folder
 
 
 @pytest.fixture(scope="module")
-def whole(masks: Path, fake_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+def whole(
+    masks: Path, fake_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, bytes]:
     """What a single process makes of the masks."""
     out = tmp_path_factory.mktemp("whole")
     assert synth(fake_model, out, masks) == 0
@@ -62,7 +71,12 @@ def start(fake_model: Path, root: Path) -> Iterator[Start]:
     """Begin `mask2ct synth` on two workers; at the end nobody whom it started is left."""
     begun: list[subprocess.Popen[str]] = []
 
-    def start(out: Path, *arguments: str | Path, address: str | None = None, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    def start(
+        out: Path,
+        *arguments: str | Path,
+        address: str | None = None,
+        env: dict[str, str] | None = None,
+    ) -> subprocess.Popen[str]:
         ray = ["--ray", *([address] if address else []), "--ray-workers", "2", "--workers", "1"]
         line = [
             sys.executable,
@@ -79,8 +93,14 @@ def start(fake_model: Path, root: Path) -> Iterator[Start]:
             "--quiet",
             *ray,
         ]
-        process = subprocess.Popen(list(map(str, line)), cwd=root, env={**os.environ, **(env or {})}, text=True, stdout=subprocess.PIPE,
-                                   stderr=subprocess.PIPE)  # fmt: skip
+        process = subprocess.Popen(
+            list(map(str, line)),
+            cwd=root,
+            env={**os.environ, **(env or {})},
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
         begun.append(process)
         return process
 
@@ -100,7 +120,9 @@ def children(of: int) -> dict[int, str]:
     found, parents = {}, {}
     for entry in Path("/proc").iterdir():
         try:
-            parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            parents[int(entry.name)] = int(
+                (entry / "stat").read_text().rpartition(")")[2].split()[1]
+            )
         except (ValueError, OSError):
             continue
     for process in parents:
@@ -109,7 +131,9 @@ def children(of: int) -> dict[int, str]:
             above = parents[above]
         if above == of and process != of:
             try:
-                found[process] = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found[process] = (
+                    Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                )
             except OSError:
                 continue
     return found
@@ -125,10 +149,18 @@ def listening(processes: Iterable[int]) -> set[str]:
             continue
     found = set()
     for name, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for _, local, _, state, *_, inode in [line.split()[:10] for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]:
+        for _, local, _, state, *_, inode in [
+            line.split()[:10] for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+        ]:
             if state == "0A" and f"socket:[{inode}]" in sockets:
-                words = bytes.fromhex(local.partition(":")[0])  # 32-bit words in this machine's order
-                found.add(socket.inet_ntop(family, b"".join(words[n : n + 4][::-1] for n in range(0, len(words), 4))))
+                words = bytes.fromhex(
+                    local.partition(":")[0]
+                )  # 32-bit words in this machine's order
+                found.add(
+                    socket.inet_ntop(
+                        family, b"".join(words[n : n + 4][::-1] for n in range(0, len(words), 4))
+                    )
+                )
     return found
 
 
@@ -170,21 +202,34 @@ def test_two_workers_of_whom_one_is_killed_leave_the_bytes_of_one_process(
     workers = [pid for pid, line in family.items() if "MapWorker" in line]
     assert len(workers) == 2
     addresses = listening(family)
-    assert addresses and addresses <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}  # who reaches a Ray may run programs on it
+    assert addresses and addresses <= {
+        "127.0.0.1",
+        "::1",
+        "::ffff:127.0.0.1",
+    }  # who reaches a Ray may run programs on it
     os.kill(workers[0], signal.SIGKILL)
     at = done(tmp_path)
     code, said, told = finish(process)
     assert code == 0 and said == "" and at < 200
-    assert "worker died or was killed while executing a task" in told  # Ray's words: it had work in hand
+    assert (
+        "worker died or was killed while executing a task" in told
+    )  # Ray's words: it had work in hand
     assert results(tmp_path) == whole and done(tmp_path) == 200
     assert_ended(family)
 
 
 @needs_ray
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)])
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)]
+)
 def test_when_the_driver_is_stopped_its_workers_end_and_resume_makes_the_rest(
-    number: signal.Signals, expected: int, start: Start, masks: Path, whole: dict[str, bytes], tmp_path: Path
+    number: signal.Signals,
+    expected: int,
+    start: Start,
+    masks: Path,
+    whole: dict[str, bytes],
+    tmp_path: Path,
 ) -> None:
     out, report = tmp_path / "out", tmp_path / "report.json"
     process = start(out, masks)
@@ -193,7 +238,11 @@ def test_when_the_driver_is_stopped_its_workers_end_and_resume_makes_the_rest(
     process.send_signal(number)
     assert finish(process)[0] == expected
     assert_ended(pid for pid, line in family.items() if "MapWorker" in line)
-    if number == signal.SIGTERM:  # after a kill Ray's own agents notice within a minute, and the next run removes what is half-written
+    if (
+        number == signal.SIGTERM
+        # after a kill Ray's own agents notice within a minute, and the next run removes what is
+        # half-written
+    ):
         assert_ended(family)
         assert not [name for name in results(out) if name.startswith(".")]
     kept = done(out)
@@ -212,11 +261,23 @@ def test_masks_that_cannot_be_used_or_that_kill_every_worker_fail_alone(
     bad, deadly = tmp_path / "bad.nii.gz", write_mask(tmp_path / "deadly.nii.gz")
     bad.write_bytes(b"no volume")
     good = sorted(masks.iterdir())[:30]
-    code, _, told = finish(start(tmp_path / "out", bad, *good[:9], deadly, *good[9:], env={"PYTHONPATH": str(tmp_path)}))
+    code, _, told = finish(
+        start(
+            tmp_path / "out", bad, *good[:9], deadly, *good[9:], env={"PYTHONPATH": str(tmp_path)}
+        )
+    )
     assert code == 1
-    assert len([line for line in told.splitlines() if line.startswith("error: ")]) == 2 and "Traceback" not in told
-    assert f"file      {bad}" in told and f"every worker that was given it died\n  file      {deadly}" in told
-    assert results(tmp_path / "out") == {name: data for name, data in whole.items() if name < "case030"}
+    assert (
+        len([line for line in told.splitlines() if line.startswith("error: ")]) == 2
+        and "Traceback" not in told
+    )
+    assert (
+        f"file      {bad}" in told
+        and f"every worker that was given it died\n  file      {deadly}" in told
+    )
+    assert results(tmp_path / "out") == {
+        name: data for name, data in whole.items() if name < "case030"
+    }
 
 
 @needs_ray
@@ -228,8 +289,15 @@ def test_a_cluster_of_two_nodes_works_from_this_folder_and_makes_pairs_for_nnune
     some = sorted(masks.iterdir())[:12]
     options = ("--format", "nnunet", "--variants", "2", "--seed", "3")
     assert synth(fake_model, alone, *some, *options) == 0
-    cluster = subprocess.Popen([sys.executable, "-c", CLUSTER], cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                               text=True, env={**os.environ, "PYTHONPATH": str(root), "RAY_USAGE_STATS_ENABLED": "0"})  # fmt: skip
+    cluster = subprocess.Popen(
+        [sys.executable, "-c", CLUSTER],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root), "RAY_USAGE_STATS_ENABLED": "0"},
+    )
     assert cluster.stdin is not None and cluster.stdout is not None
     try:
         address = cluster.stdout.readline().strip()
@@ -239,8 +307,13 @@ def test_a_cluster_of_two_nodes_works_from_this_folder_and_makes_pairs_for_nnune
     finally:
         family = children(cluster.pid)
         cluster.communicate(timeout=60)
-    named = json.dumps("together").encode(), json.dumps("alone").encode()  # the data set is called as its folder is
-    assert {name: data.replace(*named) for name, data in results(together).items()} == results(alone)
+    named = (
+        json.dumps("together").encode(),
+        json.dumps("alone").encode(),
+    )  # the data set is called as its folder is
+    assert {name: data.replace(*named) for name, data in results(together).items()} == results(
+        alone
+    )
     assert_ended(family)
 
 
@@ -256,16 +329,33 @@ def test_what_is_wrong_is_said_before_any_work(start: Start, masks: Path, tmp_pa
 @pytest.fixture
 def script(root: Path, model: Path, tmp_path: Path) -> Callable[..., str]:
     """Run a block of docs/scaling.md beside a `runs/demo` with a small model; what it prints."""
-    blocks = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", (root / "docs" / "scaling.md").read_text(), re.DOTALL))
+    blocks = dict(
+        re.findall(
+            r"```python\n# (\w+\.py)\n(.*?)```",
+            (root / "docs" / "scaling.md").read_text(),
+            re.DOTALL,
+        )
+    )
     (tmp_path / "runs/demo/masks").mkdir(parents=True)
     (tmp_path / "runs/demo/model").symlink_to(model)
     for n in range(3):
-        write_mask(tmp_path / f"runs/demo/masks/unseen_{n}.nii.gz", blobs((6, 40, 40), seed=n), direction=np.diag([1.0, -1.0, 1.0]))
+        write_mask(
+            tmp_path / f"runs/demo/masks/unseen_{n}.nii.gz",
+            blobs((6, 40, 40), seed=n),
+            direction=np.diag([1.0, -1.0, 1.0]),
+        )
 
     def run(name: str, *arguments: str) -> str:
         (tmp_path / name).write_text(blocks[name])
-        done = subprocess.run([sys.executable, name, *arguments], cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True,
-                              text=True, check=False, timeout=300)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, name, *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(root)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -274,23 +364,43 @@ def script(root: Path, model: Path, tmp_path: Path) -> Callable[..., str]:
 
 @needs_ray
 @pytest.mark.slow
-def test_the_embedding_recipe_makes_what_a_synthesizer_makes(script: Callable[..., str], model: Path, tmp_path: Path) -> None:
+def test_the_embedding_recipe_makes_what_a_synthesizer_makes(
+    script: Callable[..., str], model: Path, tmp_path: Path
+) -> None:
     printed = script("on_ray.py").splitlines()
     assert "2 workers of Ray" in printed[0]
     assert sorted(printed[1:]) == sorted(
-        f"unseen_{n} {v} ['unseen_{n}_v{v}_ct.nii.gz', 'unseen_{n}_v{v}_mask.nii.gz']" for n in range(3) for v in range(2)
+        f"unseen_{n} {v} ['unseen_{n}_v{v}_ct.nii.gz', 'unseen_{n}_v{v}_mask.nii.gz']"
+        for n in range(3)
+        for v in range(2)
     )
-    assert synth(model, tmp_path / "alone", tmp_path / "runs/demo/masks", "--variants", "2", "--seed", "7", backend=None) == 0
+    assert (
+        synth(
+            model,
+            tmp_path / "alone",
+            tmp_path / "runs/demo/masks",
+            "--variants",
+            "2",
+            "--seed",
+            "7",
+            backend=None,
+        )
+        == 0
+    )
     assert results(tmp_path / "out") == results(tmp_path / "alone")
 
 
 @needs_ray
 @pytest.mark.slow
-def test_the_recipe_for_buckets_makes_what_is_not_there_yet(script: Callable[..., str], model: Path, tmp_path: Path) -> None:
+def test_the_recipe_for_buckets_makes_what_is_not_there_yet(
+    script: Callable[..., str], model: Path, tmp_path: Path
+) -> None:
     masks, out = tmp_path / "runs/demo/masks", tmp_path / "bucket"
     urls = (masks.as_uri(), out.as_uri())
     assert synth(model, tmp_path / "alone", masks, "--seed", "7", backend=None) == 0
-    assert sorted(script("buckets.py", *urls).splitlines()) == [f"unseen_{n}.nii.gz done" for n in range(3)]
+    assert sorted(script("buckets.py", *urls).splitlines()) == [
+        f"unseen_{n}.nii.gz done" for n in range(3)
+    ]
     assert results(out) == results(tmp_path / "alone")
     (out / "unseen_1_ct.nii.gz").unlink()
     assert script("buckets.py", *urls).splitlines() == ["unseen_1.nii.gz done"]
@@ -298,12 +408,17 @@ def test_the_recipe_for_buckets_makes_what_is_not_there_yet(script: Callable[...
 
 
 def test_without_ray_the_remedy_is_named(
-    fake_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fake_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     mask = write_mask(tmp_path / "mask.nii.gz")
     assert synth(fake_model, tmp_path / "out", mask, "--ray") == 3
-    assert 'pip install "mask2ct[ray]"' in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        'pip install "mask2ct[ray]"' in capsys.readouterr().err and not (tmp_path / "out").exists()
+    )
 
 
 def test_an_address_that_is_none_and_options_without_ray_are_refused(
@@ -317,4 +432,6 @@ def test_an_address_that_is_none_and_options_without_ray_are_refused(
     for option in ("--use=no-such", "--rules=no-such.json"):
         assert synth(fake_model, tmp_path / "out", mask, "--ray", option) == 2
         assert "one model" in capsys.readouterr().err
-    assert synth(fake_model, tmp_path / "out", mask, "--ray", "--ray-workers", "2", "--dry-run") == 0
+    assert (
+        synth(fake_model, tmp_path / "out", mask, "--ray", "--ray-workers", "2", "--dry-run") == 0
+    )

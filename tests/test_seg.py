@@ -1,4 +1,6 @@
-"""DICOM SEG in: every type, missing frames, overlaps, codes; where the voxels lie, by highdicom's own reading of the same file."""
+"""DICOM SEG in: every type, missing frames, overlaps, codes; where the voxels lie, by
+highdicom's own reading of the same file.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,13 @@ from pydicom.uid import UID
 from samples import blobs, directions, rotation
 
 from runtime.__main__ import main
-from runtime.core.errors import GeometryError, InputError, MissingDecoder, UnknownLabels, UnreadableVolume
+from runtime.core.errors import (
+    GeometryError,
+    InputError,
+    MissingDecoder,
+    UnknownLabels,
+    UnreadableVolume,
+)
 from runtime.core.labels import MM_WHS, MM_WHS_INDICES, describe, load_map
 from runtime.core.volume import Layers, Segment
 from runtime.io.cases import Case, ReadOptions, find_cases, read_case, read_mask
@@ -46,10 +54,20 @@ def by_highdicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
 @pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (11.0, -7.0, 16.0)], ids=["straight", "oblique"])
-def test_every_axis_order_lies_where_highdicom_says(kind: str, tilt: tuple[float, float, float], tmp_path: Path) -> None:
-    for n, direction in enumerate(directions()[:: 1 if kind == "BINARY" and tilt == (0.0, 0.0, 0.0) else 7]):
+def test_every_axis_order_lies_where_highdicom_says(
+    kind: str, tilt: tuple[float, float, float], tmp_path: Path
+) -> None:
+    for n, direction in enumerate(
+        directions()[:: 1 if kind == "BINARY" and tilt == (0.0, 0.0, 0.0) else 7]
+    ):
         values = numbers()
-        path = segmentation(tmp_path / f"{n}.dcm", slices(values, direction=rotation(tilt) @ direction), values, HEART, kind)
+        path = segmentation(
+            tmp_path / f"{n}.dcm",
+            slices(values, direction=rotation(tilt) @ direction),
+            values,
+            HEART,
+            kind,
+        )
         read = read_case(case(path), MM_WHS)
         theirs, affine = by_highdicom(path)
         ours = np.array([0, 3, 2, 1], np.uint8)  # segment → index in MM-WHS
@@ -63,27 +81,53 @@ def test_every_axis_order_lies_where_highdicom_says(kind: str, tilt: tuple[float
 
 def test_the_code_counts_before_the_name_and_the_name_before_the_number(tmp_path: Path) -> None:
     values = numbers(count=4)
-    named = [("liver of all things", "87878005"), ("Left_Atrium", "85756007"), ("Segment_3", "85756007"), ("right ventricle", "53085002")]
+    named = [
+        ("liver of all things", "87878005"),
+        ("Left_Atrium", "85756007"),
+        ("Segment_3", "85756007"),
+        ("right ventricle", "53085002"),
+    ]
     path = segmentation(tmp_path / "s.dcm", slices(values), values, named)
     read = read_case(case(path), MM_WHS_INDICES)
-    assert [int(read.labels[values == n][0]) for n in range(5)] == [0, 3, 2, 3, 5]  # by code, by name, by number 3, by code
-    unknown = segmentation(tmp_path / "u.dcm", slices(values), (values == 1).astype(np.uint8), [("liver", "10200004")])
-    with pytest.raises(UnknownLabels, match=r"holds 1 \(SCT:10200004\), which the model does not know"):  # though it is number 1
+    assert [int(read.labels[values == n][0]) for n in range(5)] == [
+        0,
+        3,
+        2,
+        3,
+        5,
+    ]  # by code, by name, by number 3, by code
+    unknown = segmentation(
+        tmp_path / "u.dcm", slices(values), (values == 1).astype(np.uint8), [("liver", "10200004")]
+    )
+    with pytest.raises(
+        UnknownLabels, match=r"holds 1 \(SCT:10200004\), which the model does not know"
+    ):  # though it is number 1
         read_case(case(unknown), MM_WHS_INDICES)
     (tmp_path / "map.json").write_text('{"SCT:10200004": "left ventricle", "*": "background"}')
-    assert (read_case(case(unknown), MM_WHS, load_map(tmp_path / "map.json", MM_WHS)).labels[values == 1] == 3).all()
+    assert (
+        read_case(case(unknown), MM_WHS, load_map(tmp_path / "map.json", MM_WHS)).labels[
+            values == 1
+        ]
+        == 3
+    ).all()
 
 
-def test_missing_frames_are_empty_slices_and_the_order_of_frames_does_not_matter(tmp_path: Path) -> None:
+def test_missing_frames_are_empty_slices_and_the_order_of_frames_does_not_matter(
+    tmp_path: Path,
+) -> None:
     values = np.zeros((9, 8, 8), np.uint8)
     values[1, 2, 3], values[4, 5, 6], values[6, 1, 1] = 1, 1, 2
-    path = segmentation(tmp_path / "s.dcm", slices(values), values, HEART[:2], omit_empty_frames=True)
+    path = segmentation(
+        tmp_path / "s.dcm", slices(values), values, HEART[:2], omit_empty_frames=True
+    )
     ds = dcmread(path)
     assert ds.NumberOfFrames == 3
     read = read_case(case(path), MM_WHS)
     assert read.labels.shape == (6, 8, 8)  # slices 1 to 6: an empty end is not in the file
     assert [tuple(p) for p in np.argwhere(read.labels)] == [(0, 2, 3), (3, 5, 6), (5, 1, 1)]
-    assert np.allclose(read.geometry.origin, (-12.5, 3.0, 42.5)) and np.allclose(read.geometry.spacing, (1.5, 1.25, 2.5))
+    assert np.allclose(read.geometry.origin, (-12.5, 3.0, 42.5)) and np.allclose(
+        read.geometry.spacing, (1.5, 1.25, 2.5)
+    )
 
 
 def test_overlaps_are_an_error_that_lists_them_unless_an_order_is_given(tmp_path: Path) -> None:
@@ -91,37 +135,60 @@ def test_overlaps_are_an_error_that_lists_them_unless_an_order_is_given(tmp_path
     masks[1:3, 1:5, 1:5, 0], masks[1:3, 3:7, 3:7, 1] = 1, 1
     masks[0, 0, 0, 2] = 1
     path = segmentation(tmp_path / "s.dcm", slices(masks[..., 0]), masks, HEART)
-    with pytest.raises(InputError, match=r"1 \(SCT:87878005\) and 2 \(SCT:82471001\) in 8 voxels") as caught:
+    with pytest.raises(
+        InputError, match=r"1 \(SCT:87878005\) and 2 \(SCT:82471001\) in 8 voxels"
+    ) as caught:
         read_case(case(path), MM_WHS)
     assert "--overlap-order" in caught.value.remedy
-    for order, winner in [(("left atrium", "left ventricle"), 2), (("SCT:87878005",), 3), (("2",), 2)]:
-        assert (read_case(case(path, overlap_order=order), MM_WHS).labels[1:3, 3:5, 3:5] == winner).all()
-    both = read_case(case(path, overlap_order=("1", "3", "2")), MM_WHS, {1: 3, 2: 2, 3: 3})  # two of one label, one of them behind
+    for order, winner in [
+        (("left atrium", "left ventricle"), 2),
+        (("SCT:87878005",), 3),
+        (("2",), 2),
+    ]:
+        assert (
+            read_case(case(path, overlap_order=order), MM_WHS).labels[1:3, 3:5, 3:5] == winner
+        ).all()
+    both = read_case(
+        case(path, overlap_order=("1", "3", "2")), MM_WHS, {1: 3, 2: 2, 3: 3}
+    )  # two of one label, one of them behind
     assert (both.labels[1:3, 3:5, 3:5] == 3).all()
     same = {1: 3, 2: 3, 3: 0}  # two segments of one label do not contend
-    assert np.count_nonzero(read_case(case(path), MM_WHS, same).labels) == np.count_nonzero(masks[..., :2].any(-1))
+    assert np.count_nonzero(read_case(case(path), MM_WHS, same).labels) == np.count_nonzero(
+        masks[..., :2].any(-1)
+    )
 
 
 def test_fractions_are_refused_unless_a_threshold_is_given(tmp_path: Path) -> None:
     fractions = np.zeros((3, 8, 8), float)
     fractions[1, 2:6, 2:6], fractions[1, 3:5, 3:5] = 0.4, 0.8
     path = segmentation(
-        tmp_path / "s.dcm", slices(fractions.astype(np.uint8)), fractions, HEART[:1], "FRACTIONAL", fractional_type="PROBABILITY"
+        tmp_path / "s.dcm",
+        slices(fractions.astype(np.uint8)),
+        fractions,
+        HEART[:1],
+        "FRACTIONAL",
+        fractional_type="PROBABILITY",
     )
     with pytest.raises(InputError, match="holds fractions, not labels") as caught:
         read_case(case(path), MM_WHS)
     assert "--threshold" in caught.value.remedy
-    assert [np.count_nonzero(read_case(case(path, threshold=t), MM_WHS).labels) for t in (0.3, 0.5, 0.9)] == [16, 4, 0]
+    assert [
+        np.count_nonzero(read_case(case(path, threshold=t), MM_WHS).labels) for t in (0.3, 0.5, 0.9)
+    ] == [16, 4, 0]
 
 
 def test_compressed_label_maps_hold_the_same_labels(tmp_path: Path) -> None:
     from pydicom.uid import RLELossless
 
     values = numbers((4, 16, 16))
-    plain, packed = (segmentation(tmp_path / f"{n}.dcm", slices(values), values, HEART, "LABELMAP", **options)
-                     for n, options in enumerate(({}, {"transfer_syntax_uid": RLELossless})))  # fmt: skip
+    plain, packed = (
+        segmentation(tmp_path / f"{n}.dcm", slices(values), values, HEART, "LABELMAP", **options)
+        for n, options in enumerate(({}, {"transfer_syntax_uid": RLELossless}))
+    )
     assert dcmread(packed).file_meta.TransferSyntaxUID == RLELossless
-    assert np.array_equal(read_case(case(plain), MM_WHS).labels, read_case(case(packed), MM_WHS).labels)
+    assert np.array_equal(
+        read_case(case(plain), MM_WHS).labels, read_case(case(packed), MM_WHS).labels
+    )
 
 
 def test_what_the_source_tells_of_a_patient_waits_for_attached_mode(tmp_path: Path) -> None:
@@ -129,11 +196,18 @@ def test_what_the_source_tells_of_a_patient_waits_for_attached_mode(tmp_path: Pa
     sources = slices(values)
     path = segmentation(tmp_path / "Doe_John.dcm", sources, values, HEART)
     found = case(path)
-    assert found.name.startswith("seg-") and "Doe" not in found.name and str(found.display_name) == found.name
+    assert (
+        found.name.startswith("seg-")
+        and "Doe" not in found.name
+        and str(found.display_name) == found.name
+    )
     read = read_case(found, MM_WHS)
     assert read.dicom is not None and read.dicom.attributes["PatientID"] == "PLANTED-ID-4711"
     assert read.dicom.frame_of_reference_uid == sources[0].FrameOfReferenceUID
-    assert read.dicom.sop_instance_uids == (dcmread(path).SOPInstanceUID,) and read.dicom.sop_class_uid == dcmread(path).SOPClassUID
+    assert (
+        read.dicom.sop_instance_uids == (dcmread(path).SOPInstanceUID,)
+        and read.dicom.sop_class_uid == dcmread(path).SOPClassUID
+    )
 
 
 def spoilt(path: Path, change) -> Path:
@@ -146,7 +220,9 @@ def spoilt(path: Path, change) -> Path:
 def positions(ds, *shifts: tuple[float, float, float]) -> None:
     for frame, shift in zip(ds.PerFrameFunctionalGroupsSequence, shifts, strict=False):
         item = frame.PlanePositionSequence[0]
-        item.ImagePositionPatient = [float(a) + b for a, b in zip(item.ImagePositionPatient, shift, strict=True)]
+        item.ImagePositionPatient = [
+            float(a) + b for a, b in zip(item.ImagePositionPatient, shift, strict=True)
+        ]
 
 
 def claim_frames(ds) -> None:
@@ -162,18 +238,51 @@ def mixed(ds) -> None:
 
 
 BAD = {
-    "tilted": (lambda ds: positions(ds, (0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0)), GeometryError, "is sheared"),
+    "tilted": (
+        lambda ds: positions(ds, (0, 0, 0), (0, 1, 0), (0, 2, 0), (0, 3, 0)),
+        GeometryError,
+        "is sheared",
+    ),
     "uneven": (lambda ds: positions(ds, (0, 0, 0), (0, 0, 0.6)), GeometryError, "mm apart"),
-    "two in one place": (lambda ds: positions(ds, (0, 0, 0), (0, 0, -2.5)), GeometryError, "two frames of one segment"),
+    "two in one place": (
+        lambda ds: positions(ds, (0, 0, 0), (0, 0, -2.5)),
+        GeometryError,
+        "two frames of one segment",
+    ),
     "mixed": (mixed, GeometryError, "mixed orientations"),
     "frames": (claim_frames, UnreadableVolume, "claims 4000 frames"),
-    "truncated": (lambda ds: setattr(ds, "PixelData", ds.PixelData[:10]), UnreadableVolume, "truncated"),
-    "no position": (lambda ds: [delattr(f, "PlanePositionSequence") for f in ds.PerFrameFunctionalGroupsSequence], GeometryError, "PlanePositionSequence"),
-    "not a number": (lambda ds: positions(ds, (float("nan"), 0, 0)), GeometryError, "ImagePositionPatient"),
-    "surface": (lambda ds: setattr(ds, "SegmentationType", "MESH"), UnreadableVolume, "segmentation of another type"),
-    "undescribed segment": (lambda ds: setattr(ds.PerFrameFunctionalGroupsSequence[0].SegmentIdentificationSequence[0], "ReferencedSegmentNumber", 9),
-                            UnreadableVolume, "which it does not describe"),
-}  # fmt: skip
+    "truncated": (
+        lambda ds: setattr(ds, "PixelData", ds.PixelData[:10]),
+        UnreadableVolume,
+        "truncated",
+    ),
+    "no position": (
+        lambda ds: [
+            delattr(f, "PlanePositionSequence") for f in ds.PerFrameFunctionalGroupsSequence
+        ],
+        GeometryError,
+        "PlanePositionSequence",
+    ),
+    "not a number": (
+        lambda ds: positions(ds, (float("nan"), 0, 0)),
+        GeometryError,
+        "ImagePositionPatient",
+    ),
+    "surface": (
+        lambda ds: setattr(ds, "SegmentationType", "MESH"),
+        UnreadableVolume,
+        "segmentation of another type",
+    ),
+    "undescribed segment": (
+        lambda ds: setattr(
+            ds.PerFrameFunctionalGroupsSequence[0].SegmentIdentificationSequence[0],
+            "ReferencedSegmentNumber",
+            9,
+        ),
+        UnreadableVolume,
+        "which it does not describe",
+    ),
+}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -181,16 +290,24 @@ def test_a_bad_seg_is_refused_with_its_reason(kind: str, tmp_path: Path) -> None
     change, error, fact = BAD[kind]
     values = np.zeros((4, 8, 8), np.uint8)
     values[:, 2:4, 2:4], values[3, 6, 6] = 1, 2
-    found = case(spoilt(segmentation(tmp_path / "s.dcm", slices(values), values, HEART[:2]), change))
+    found = case(
+        spoilt(segmentation(tmp_path / "s.dcm", slices(values), values, HEART[:2]), change)
+    )
     with pytest.raises(error, match=fact) as caught:
         read_case(found, MM_WHS)
     assert caught.value.remedy and str(caught.value.file) == found.name
 
 
 def test_real_segs_agree_with_highdicom(real_data: Path) -> None:
-    for name in ("seg_and_ct/liver.dcm", "seg_and_ct/23x38x3/seg/label.seg", "seg_and_ct/24x38x3/seg/label.seg"):
+    for name in (
+        "seg_and_ct/liver.dcm",
+        "seg_and_ct/23x38x3/seg/label.seg",
+        "seg_and_ct/24x38x3/seg/label.seg",
+    ):
         mask = read_mask(case(real_data / name))
-        assert isinstance(mask, Layers) and mask.segments[0].code == "SCT:10200004"  # SNOMED-RT's T-62000
+        assert (
+            isinstance(mask, Layers) and mask.segments[0].code == "SCT:10200004"
+        )  # SNOMED-RT's T-62000
         theirs, affine = by_highdicom(real_data / name)
         total = 0
         for _, k, piece in mask.pieces():
@@ -198,12 +315,16 @@ def test_real_segs_agree_with_highdicom(real_data: Path) -> None:
             if not piece.any():
                 continue
             row, column = np.argwhere(piece)[0]
-            at = np.rint(np.linalg.inv(affine) @ mask.geometry.affine @ [column, row, k, 1]).astype(int)
+            at = np.rint(np.linalg.inv(affine) @ mask.geometry.affine @ [column, row, k, 1]).astype(
+                int
+            )
             assert theirs[tuple(at[:3])]
         assert total == np.count_nonzero(theirs)
 
 
-def plain_seg(path: Path, kind: str = "BINARY", shape: tuple[int, int, int] = SHAPE) -> tuple[Path, np.ndarray]:
+def plain_seg(
+    path: Path, kind: str = "BINARY", shape: tuple[int, int, int] = SHAPE
+) -> tuple[Path, np.ndarray]:
     values = numbers(shape)
     return segmentation(path, slices(values), values, HEART, kind), values
 
@@ -215,28 +336,41 @@ def deflated(frame: bytes) -> bytes:
 
 def rle(*segments: bytes) -> bytes:
     """Literal runs, and the header (PS3.5, G.5)."""
-    runs = [b"".join(bytes([len(s[i : i + 128]) - 1]) + s[i : i + 128] for i in range(0, len(s), 128)) for s in segments]
+    runs = [
+        b"".join(bytes([len(s[i : i + 128]) - 1]) + s[i : i + 128] for i in range(0, len(s), 128))
+        for s in segments
+    ]
     runs = [run + b"\x80" * (len(run) % 2) for run in runs]
     offsets = np.cumsum([64, *map(len, runs)])[:-1]
-    return np.array([len(runs), *offsets, *[0] * (15 - len(runs))], "<u4").tobytes() + b"".join(runs)
+    return np.array([len(runs), *offsets, *[0] * (15 - len(runs))], "<u4").tobytes() + b"".join(
+        runs
+    )
 
 
 def j2k(frame: np.ndarray) -> bytes:
-    """A codestream of the frame as 8 bits: pydicom's encoder needs a package more, Pillow is there."""
+    """A codestream of the frame as 8 bits: pydicom's encoder needs a package more, Pillow is
+    there.
+    """
     stream = BytesIO()
-    Image.fromarray(frame.astype(np.uint8)).save(stream, "JPEG2000", irreversible=False, no_jp2=True)
+    Image.fromarray(frame.astype(np.uint8)).save(
+        stream, "JPEG2000", irreversible=False, no_jp2=True
+    )
     return stream.getvalue()
 
 
 def encapsulated(path: Path, syntax: str, frames: list[bytes]) -> Path:
-    """The SEG with its frames in fragments; pydicom writes no syntax that it does not know, so that the UID is put in afterwards."""
+    """The SEG with its frames in fragments; pydicom writes no syntax that it does not know, so
+    that the UID is put in afterwards.
+    """
     known = "1.2.840.10008.1.2.4.90"
     ds = dcmread(path)
     ds.file_meta.TransferSyntaxUID = UID(known)
     ds.PixelData = encapsulate([f + b"\0" * (len(f) % 2) for f in frames])
     ds["PixelData"].VR, ds["PixelData"].is_undefined_length = "OB", True
     ds.save_as(path)
-    path.write_bytes(path.read_bytes().replace(known.encode(), syntax.encode().ljust(len(known), b"\0"), 1))
+    path.write_bytes(
+        path.read_bytes().replace(known.encode(), syntax.encode().ljust(len(known), b"\0"), 1)
+    )
     return path
 
 
@@ -245,12 +379,20 @@ def frames_of(path: Path) -> np.ndarray:
     ds = dcmread(path)
     shape = (int(ds.NumberOfFrames), ds.Rows, ds.Columns)
     if ds.BitsAllocated == 1:
-        return np.unpackbits(np.frombuffer(ds.PixelData, np.uint8), bitorder="little", count=int(np.prod(shape))).reshape(shape)
-    return np.frombuffer(ds.PixelData, f"<u{ds.BitsAllocated // 8}", int(np.prod(shape))).reshape(shape)
+        return np.unpackbits(
+            np.frombuffer(ds.PixelData, np.uint8), bitorder="little", count=int(np.prod(shape))
+        ).reshape(shape)
+    return np.frombuffer(ds.PixelData, f"<u{ds.BitsAllocated // 8}", int(np.prod(shape))).reshape(
+        shape
+    )
 
 
 def packed(frame: np.ndarray) -> bytes:
-    return np.packbits(frame, bitorder="little").tobytes() if frame.max(initial=0) < 2 else frame.tobytes()
+    return (
+        np.packbits(frame, bitorder="little").tobytes()
+        if frame.max(initial=0) < 2
+        else frame.tobytes()
+    )
 
 
 ENCODINGS = {
@@ -264,7 +406,9 @@ ENCODINGS = {
 
 @pytest.mark.parametrize("shape", [SHAPE, (4, 16, 24)], ids=["odd bits", "whole bytes"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_compressed_bits_are_the_plain_ones(encoding: str, shape: tuple[int, int, int], tmp_path: Path) -> None:
+def test_compressed_bits_are_the_plain_ones(
+    encoding: str, shape: tuple[int, int, int], tmp_path: Path
+) -> None:
     syntax, encode = ENCODINGS[encoding]
     path, values = plain_seg(tmp_path / "s.dcm", shape=shape)
     expected = read_case(case(path), MM_WHS).labels
@@ -273,7 +417,9 @@ def test_compressed_bits_are_the_plain_ones(encoding: str, shape: tuple[int, int
     assert np.array_equal(read_case(case(path), MM_WHS).labels, expected)
 
 
-@pytest.mark.parametrize("encoding", ["uncompressed", "deflated", "RLE of a byte a bit", "JPEG 2000"])
+@pytest.mark.parametrize(
+    "encoding", ["uncompressed", "deflated", "RLE of a byte a bit", "JPEG 2000"]
+)
 def test_compressed_label_maps_are_the_plain_ones(encoding: str, tmp_path: Path) -> None:
     syntax, encode = ENCODINGS[encoding]
     path, _ = plain_seg(tmp_path / "s.dcm", "LABELMAP")
@@ -292,7 +438,11 @@ def test_wide_labels_in_rle_keep_their_bytes(tmp_path: Path) -> None:
         segment.SegmentNumber = int([0, 1, 256, 515][segment.SegmentNumber])
     ds.save_as(path)
     expected = read_case(case(path), MM_WHS).labels
-    encapsulated(path, "1.2.840.10008.1.2.5", [rle((f >> 8).astype(np.uint8).tobytes(), f.astype(np.uint8).tobytes()) for f in wide])
+    encapsulated(
+        path,
+        "1.2.840.10008.1.2.5",
+        [rle((f >> 8).astype(np.uint8).tobytes(), f.astype(np.uint8).tobytes()) for f in wide],
+    )
     assert np.array_equal(read_case(case(path), MM_WHS).labels, expected) and expected.max() == 3
 
 
@@ -322,7 +472,10 @@ def test_a_codestream_of_another_size_is_refused(tmp_path: Path) -> None:
         bad = tmp_path / "bad.dcm"
         shutil.copy(path, bad)
         with pytest.raises(UnreadableVolume, match=r"size that its header states|hold 255"):
-            read_case(case(encapsulated(bad, "1.2.840.10008.1.2.4.90", [j2k(frame) for frame in frames])), MM_WHS)
+            read_case(
+                case(encapsulated(bad, "1.2.840.10008.1.2.4.90", [j2k(frame) for frame in frames])),
+                MM_WHS,
+            )
 
 
 def test_a_missing_decoder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,10 +492,19 @@ def test_a_missing_decoder_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_fractions_of_all_or_nothing_are_read(tmp_path: Path) -> None:
     whole = np.zeros((3, 8, 8), float)
     whole[1, 2:6, 2:6] = 1
-    path = segmentation(tmp_path / "s.dcm", slices(whole.astype(np.uint8)), whole, HEART[:1], "FRACTIONAL", fractional_type="OCCUPANCY")
+    path = segmentation(
+        tmp_path / "s.dcm",
+        slices(whole.astype(np.uint8)),
+        whole,
+        HEART[:1],
+        "FRACTIONAL",
+        fractional_type="OCCUPANCY",
+    )
     read = read_case(case(path), MM_WHS)
     assert np.count_nonzero(read.labels == 3) == 16 and "is read as BINARY" in " ".join(read.notes)
-    encapsulated(path, "1.2.840.10008.1.2.8.1", [deflated(frame.tobytes()) for frame in frames_of(path)])
+    encapsulated(
+        path, "1.2.840.10008.1.2.8.1", [deflated(frame.tobytes()) for frame in frames_of(path)]
+    )
     assert np.count_nonzero(read_case(case(path), MM_WHS).labels == 3) == 16
 
 
@@ -350,17 +512,31 @@ def test_a_slide_is_called_a_slide(tmp_path: Path) -> None:
     path, _ = plain_seg(tmp_path / "s.dcm")
 
     def tile(ds) -> None:
-        ds.DimensionOrganizationType, ds.TotalPixelMatrixColumns, ds.TotalPixelMatrixRows = "TILED_FULL", 900, 900
+        ds.DimensionOrganizationType, ds.TotalPixelMatrixColumns, ds.TotalPixelMatrixRows = (
+            "TILED_FULL",
+            900,
+            900,
+        )
         del ds.PerFrameFunctionalGroupsSequence
 
     with pytest.raises(GeometryError, match="a segmentation of a slide"):
         read_case(case(spoilt(path, tile)), MM_WHS)
 
 
-@pytest.mark.parametrize(("code", "shown"), [
-    ("SCT:10200004", "1 (SCT:10200004)"), ("SCT:10200004+SCT:7771000", "1 (SCT:10200004+SCT:7771000)"), ("DCM:125040", "1 (DCM:125040)"),
-    ("99DOE:LESION", "1"), ("SCT:Doe^John", "1"), ("SCT:10200004+99DOE:2", "1"), ("", "1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("code", "shown"),
+    [
+        ("SCT:10200004", "1 (SCT:10200004)"),
+        ("SCT:10200004+SCT:7771000", "1 (SCT:10200004+SCT:7771000)"),
+        ("DCM:125040", "1 (DCM:125040)"),
+        ("99DOE:LESION", "1"),
+        ("SCT:Doe^John", "1"),
+        ("SCT:10200004+99DOE:2", "1"),
+        ("", "1"),
+    ],
+)
 def test_messages_show_public_codes_alone(code: str, shown: str) -> None:
     assert describe(Segment(1, "Doe's liver", code, private=True)) == shown
-    assert "Doe's liver" in describe(Segment(1, "Doe's liver", code))  # a volume's words are its owner's
+    assert "Doe's liver" in describe(
+        Segment(1, "Doe's liver", code)
+    )  # a volume's words are its owner's

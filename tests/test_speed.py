@@ -1,4 +1,6 @@
-"""What makes steps faster must not change what is learnt: bf16, torch.compile, memory layout, a host that never waits."""
+"""What makes steps faster must not change what is learnt: bf16, torch.compile, memory layout, a
+host that never waits.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from test_networks import batch, small
-from test_training import TINY, arguments, assert_same_bits, config, losses, tensors  # noqa: F401 (config is a fixture)
+from test_training import (
+    TINY,
+    arguments,
+    assert_same_bits,
+    losses,
+    tensors,
+)
 from torch.overrides import TorchFunctionMode
 
 from train.config import resolve
@@ -19,7 +27,9 @@ def test_bf16_steps_are_near_float32_ones_and_everything_kept_is_float32() -> No
     for n in range(3):
         a, b = exact(n, batch(n)), coarse(n, batch(n))
     assert all(value.dtype == torch.float32 for value in b.values())
-    assert {name: value.item() for name, value in b.items()} == pytest.approx({name: value.item() for name, value in a.items()}, rel=0.05)
+    assert {name: value.item() for name, value in b.items()} == pytest.approx(
+        {name: value.item() for name, value in a.items()}, rel=0.05
+    )
     assert a["adversarial"] != b["adversarial"]  # it was in fact computed otherwise
     assert {t.dtype for t in coarse.state().values() if t.is_floating_point()} == {torch.float32}
 
@@ -35,7 +45,9 @@ def test_bf16_state_goes_round_and_the_next_step_is_the_same_bits() -> None:
 
 
 class Asked(TorchFunctionMode):
-    """Notes how tensors' values are asked for: on a GPU, the host would wait for all that was queued."""
+    """Notes how tensors' values are asked for: on a GPU, the host would wait for all that was
+    queued.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,12 +55,27 @@ class Asked(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
-        if name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__float__", "__int__"):
+        if name in (
+            "item",
+            "tolist",
+            "cpu",
+            "numpy",
+            "nonzero",
+            "__bool__",
+            "__float__",
+            "__int__",
+        ):
             self.how.append(name)
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("more", [[], ["loss.weighting=weighted", "loss.gan=hinge", "loss.features=1", "training.precision=bf16"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["loss.weighting=weighted", "loss.gan=hinge", "loss.features=1", "training.precision=bf16"],
+    ],
+)
 def test_a_step_never_waits_for_the_device(cohort: Path, tmp_path: Path, more: list[str]) -> None:
     settings = [*TINY, "augment.rotation=5", "augment.same=false", *more]
     opened = resolve({}, settings, dataset_path=str(cohort))
@@ -64,26 +91,44 @@ def test_a_step_never_waits_for_the_device(cohort: Path, tmp_path: Path, more: l
 def test_feature_maps_are_channels_last() -> None:
     step, seen = small(), []
     for stage in (*step.generator.encoder, *step.discriminator.stages):
-        stage.register_forward_hook(lambda _, __, out: seen.append(out.is_contiguous(memory_format=torch.channels_last)))
+        stage.register_forward_hook(
+            lambda _, __, out: seen.append(out.is_contiguous(memory_format=torch.channels_last))
+        )
     step(0, batch())
     assert seen and all(seen)
 
 
-def test_a_machine_without_a_compiler_is_exit_3(config: Path, cohort: Path, tmp_path: Path, command) -> None:  # noqa: F811
+def test_a_machine_without_a_compiler_is_exit_3(
+    config: Path, cohort: Path, tmp_path: Path, command
+) -> None:
     environment = {"CXX": "nonesuch", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
-    done = command(*arguments(config, cohort, tmp_path / "run", 4, "training.compile=true"), env=environment)
-    assert done.returncode == 3 and "torch.compile cannot be used here" in done.stderr and "training.compile=false" in done.stderr
+    done = command(
+        *arguments(config, cohort, tmp_path / "run", 4, "training.compile=true"), env=environment
+    )
+    assert (
+        done.returncode == 3
+        and "torch.compile cannot be used here" in done.stderr
+        and "training.compile=false" in done.stderr
+    )
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
-def test_a_compiled_run_learns_the_same_and_resumes_bit_for_bit(config: Path, cohort: Path, tmp_path: Path, command) -> None:  # noqa: F811
+def test_a_compiled_run_learns_the_same_and_resumes_bit_for_bit(
+    config: Path, cohort: Path, tmp_path: Path, command
+) -> None:
     plain, whole, parts = (tmp_path / name for name in ("plain", "whole", "parts"))
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     assert command(*arguments(config, cohort, plain, 10)).returncode == 0
     for run, steps, more in ((whole, 10, ()), (parts, 5, ()), (parts, 10, ("--resume",))):
-        done = command(*arguments(config, cohort, run, steps, "training.compile=true"), *more, env=environment)
+        done = command(
+            *arguments(config, cohort, run, steps, "training.compile=true"), *more, env=environment
+        )
         assert done.returncode == 0, done.stderr
-    assert losses(plain)[0][1] == pytest.approx(losses(whole)[0][1], rel=1e-2)  # the first two steps: later ones drift apart
+    assert losses(plain)[0][1] == pytest.approx(
+        losses(whole)[0][1], rel=1e-2
+    )  # the first two steps: later ones drift apart
     assert_same_bits(tensors(whole, 10), tensors(parts, 10))
-    assert [row[:2] for row in losses(whole)] == [row[:2] for row in losses(parts)]  # a run that ends measures itself, and goes on
+    assert [row[:2] for row in losses(whole)] == [
+        row[:2] for row in losses(parts)
+    ]  # a run that ends measures itself, and goes on

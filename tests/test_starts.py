@@ -1,4 +1,6 @@
-"""A mask whose synthesis ends the whole process, as for want of memory: it stops no other, and after some starts it is put aside."""
+"""A mask whose synthesis ends the whole process, as for want of memory: it stops no other, and
+after some starts it is put aside.
+"""
 
 from __future__ import annotations
 
@@ -43,49 +45,93 @@ def block(value: int) -> np.ndarray:
     return values
 
 
-def test_a_watchers_poisonous_mask_ends_in_failed_after_the_others_are_done(fake_model: Path, tmp_path: Path, command) -> None:
+def test_a_watchers_poisonous_mask_ends_in_failed_after_the_others_are_done(
+    fake_model: Path, tmp_path: Path, command
+) -> None:
     inbox, out = tmp_path / "in", tmp_path / "out"
     inbox.mkdir()
     for n, value in enumerate((500, POISON, 550, 600)):
         write_mask(inbox / f"{n}.nii.gz", block(value))
-    line = ["watch", inbox, "--model", fake_model, "--backend", "fake", "--output", out, "--stable", 0, "--poll", 0.01, "--once"]
+    line = [
+        "watch",
+        inbox,
+        "--model",
+        fake_model,
+        "--backend",
+        "fake",
+        "--output",
+        out,
+        "--stable",
+        0,
+        "--poll",
+        0.01,
+        "--once",
+    ]
     codes = [command("-c", KILLED, *line).returncode for _ in range(3)]
-    assert codes == [-signal.SIGKILL] * 3 and listed(inbox / DONE) == {"0.nii.gz", "2.nii.gz", "3.nii.gz"}
+    assert codes == [-signal.SIGKILL] * 3 and listed(inbox / DONE) == {
+        "0.nii.gz",
+        "2.nii.gz",
+        "3.nii.gz",
+    }
     assert (
         attempts(next((inbox / WORK).glob(f"*/{ATTEMPTS}"))) == 2
     )  # the first time it was in work with the others: nobody's fault is known
     write_mask(inbox / "4.nii.gz", block(420))
-    assert command("-c", KILLED, *line).returncode == -signal.SIGKILL and "4.nii.gz" in listed(inbox / DONE)
+    assert command("-c", KILLED, *line).returncode == -signal.SIGKILL and "4.nii.gz" in listed(
+        inbox / DONE
+    )
     for _ in range(MAX_ATTEMPTS - 3):
         assert command("-c", KILLED, *line).returncode == -signal.SIGKILL
     last = command("-c", KILLED, *line)
-    assert last.returncode == 1 and f"each of the last {MAX_ATTEMPTS} starts" in last.stderr and "1.nii.gz" in last.stderr
+    assert (
+        last.returncode == 1
+        and f"each of the last {MAX_ATTEMPTS} starts" in last.stderr
+        and "1.nii.gz" in last.stderr
+    )
     assert listed(inbox / FAILED) == {"1.nii.gz", "1.nii.gz.reason.txt"} and is_tidy(inbox)
     assert "out of memory" in (inbox / FAILED / "1.nii.gz.reason.txt").read_text()
-    assert listed(out) >= {f"{n}_ct.nii.gz" for n in (0, 2, 3, 4)} and "1_ct.nii.gz" not in listed(out)
+    assert listed(out) >= {f"{n}_ct.nii.gz" for n in (0, 2, 3, 4)} and "1_ct.nii.gz" not in listed(
+        out
+    )
     os.rename(inbox / FAILED / "1.nii.gz", inbox / "1.nii.gz")  # with more memory, say
     assert command("-m", "runtime", *line).returncode == 0 and (out / "1_ct.nii.gz").is_file()
 
 
-def test_a_nodes_poisonous_study_ends_in_failed_after_the_others_are_synthesized(fake_model: Path, tmp_path: Path) -> None:
+def test_a_nodes_poisonous_study_ends_in_failed_after_the_others_are_synthesized(
+    fake_model: Path, tmp_path: Path
+) -> None:
     spool = tmp_path / "spool"
     uids = (f"1.2.826.{n}" for n in range(1 << 20))
-    first = next(uid for uid in uids if hashlib.sha256(uid.encode()).hexdigest().startswith("000"))  # of those that wait
+    first = next(
+        uid for uid in uids if hashlib.sha256(uid.encode()).hexdigest().startswith("000")
+    )  # of those that wait
     sources = slices(np.zeros((6, 16, 16), np.int16), Modality="CT", StudyInstanceUID=first)
-    poison = segmentation(tmp_path / "p.dcm", sources, (block(1) > 0).astype(np.uint8), [("pulmonary artery", "81040000")])
+    poison = segmentation(
+        tmp_path / "p.dcm",
+        sources,
+        (block(1) > 0).astype(np.uint8),
+        [("pulmonary artery", "81040000")],
+    )
     with Serving(fake_model, spool, "--keep", quiet=3600) as node:
-        assert push(node.port, poison, *(write_study(tmp_path / str(n), n) for n in range(3))) == [0] * 4
+        assert (
+            push(node.port, poison, *(write_study(tmp_path / str(n), n) for n in range(3)))
+            == [0] * 4
+        )
         node.stop(signal.SIGKILL)
     for n in range(1, MAX_ATTEMPTS + 1):
         with serving(fake_model, spool) as child:
             assert child.wait(60) == -signal.SIGKILL
-        assert [attempts(path / ATTEMPTS) for path in spool.glob("studies/*")] == [n] and len(listed(spool / "done")) == (3 if n > 1 else 0)
+        assert [attempts(path / ATTEMPTS) for path in spool.glob("studies/*")] == [n] and len(
+            listed(spool / "done")
+        ) == (3 if n > 1 else 0)
     with serving(fake_model, spool) as child:
         until(lambda: listed(spool / "failed"), "it is put aside")
         child.send_signal(signal.SIGTERM)
         assert child.wait(60) == 0
     (failed,) = (spool / "failed").iterdir()
-    assert f"each of the last {MAX_ATTEMPTS} starts" in (failed / "reason.txt").read_text() and listed(failed) == {
+    assert f"each of the last {MAX_ATTEMPTS} starts" in (
+        failed / "reason.txt"
+    ).read_text() and listed(failed) == {
         "objects",
         "results",
         "reason.txt",
@@ -97,8 +143,24 @@ def test_a_nodes_poisonous_study_ends_in_failed_after_the_others_are_synthesized
 @contextmanager
 def serving(model: Path, spool: Path) -> Iterator[subprocess.Popen[bytes]]:
     """`mask2ct serve` whose process ends when it synthesizes what is poisonous."""
-    line = ["serve", "--model", model, "--backend", "fake", "--spool", spool, "--port", 0, "--allow-any", "--keep", "--quiet-period", 0.1]
-    with subprocess.Popen([sys.executable, "-c", KILLED, *map(str, line)], stderr=subprocess.DEVNULL) as child:
+    line = [
+        "serve",
+        "--model",
+        model,
+        "--backend",
+        "fake",
+        "--spool",
+        spool,
+        "--port",
+        0,
+        "--allow-any",
+        "--keep",
+        "--quiet-period",
+        0.1,
+    ]
+    with subprocess.Popen(
+        [sys.executable, "-c", KILLED, *map(str, line)], stderr=subprocess.DEVNULL
+    ) as child:
         try:
             yield child
         finally:

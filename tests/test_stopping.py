@@ -35,7 +35,9 @@ class Hanging:
 
     def __init__(self, *words: object):
         line = [sys.executable, "-c", HANGS, *map(str, words), "--backend", "fake"]
-        self.process = subprocess.Popen(line, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            line, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        )
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -65,14 +67,35 @@ class Hanging:
 def test_hanging_watcher_ends(fake_model: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     write_mask(tmp_path / "in" / "case.nii.gz")
-    hanging = Hanging("watch", tmp_path / "in", "--model", fake_model, "--output", tmp_path / "out", "--stable", 0, "--poll", 0.01)
+    hanging = Hanging(
+        "watch",
+        tmp_path / "in",
+        "--model",
+        fake_model,
+        "--output",
+        tmp_path / "out",
+        "--stable",
+        0,
+        "--poll",
+        0.01,
+    )
     code, seconds = hanging.stop()
     assert code == 130 and 0.5 < seconds < 6 and hanging.said("does not end")
 
 
 def test_hanging_node_ends(fake_model: Path, tmp_path: Path) -> None:
     hanging = Hanging(
-        "serve", "--model", fake_model, "--spool", tmp_path / "spool", "--port", 0, "--allow-any", "--keep", "--quiet-period", 0.1
+        "serve",
+        "--model",
+        fake_model,
+        "--spool",
+        tmp_path / "spool",
+        "--port",
+        0,
+        "--allow-any",
+        "--keep",
+        "--quiet-period",
+        0.1,
     )
     line = until(lambda: hanging.said("listening"), "the node listens")
     assert push(int(line.split("dicom=")[1].split()[0]), write_study(tmp_path / "study")) == [0]
@@ -94,11 +117,14 @@ threading.Event().wait(0.9)  # three times as long as it would have
 
 
 def test_program_that_ends_is_not_ended() -> None:
-    """Also in a program of somebody else's, which goes on after the work within: no thread is left, nor a descriptor.
+    """Also in a program of somebody else's, which goes on after the work within: no thread is left,
+    nor a descriptor.
 
     In a process of its own: another test's thread may begin in this one at any time.
     """
-    done = subprocess.run([sys.executable, "-c", GOES_ON], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", GOES_ON], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -127,5 +153,12 @@ over.set()
 
 def test_embedding_program_is_not_ended() -> None:
     """A program that calls a command in its own process keeps its threads and itself."""
-    done = subprocess.run([sys.executable, "-c", EMBEDS], cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", EMBEDS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert (done.returncode, done.stdout) == (0, "the host goes on\n"), done.stderr

@@ -1,4 +1,6 @@
-"""Who connects to the node and never says what he wants: he takes nobody's place, and what he takes comes back."""
+"""Who connects to the node and never says what he wants: he takes nobody's place, and what he
+takes comes back.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,16 @@ pytestmark = QUIETLY
 
 
 @contextmanager
-def acceptor(folder: Path, *, tls: ssl.SSLContext | None = None, **limits: Any) -> Iterator[StoreSCP]:
+def acceptor(
+    folder: Path, *, tls: ssl.SSLContext | None = None, **limits: Any
+) -> Iterator[StoreSCP]:
     """The node's listening part in this process, for SENDER alone."""
     with ExitStack() as stack:
         spool = Spool(folder / "spool")
         stack.callback(spool.close)
-        opened = StoreSCP(spool, Events(), "MASK2CT", ("127.0.0.1", 0), ("SENDER",), Limits(**limits), tls)
+        opened = StoreSCP(
+            spool, Events(), "MASK2CT", ("127.0.0.1", 0), ("SENDER",), Limits(**limits), tls
+        )
         stack.callback(opened.close)
         yield opened
 
@@ -53,7 +59,9 @@ def request(
     abstract: bytes = VERIFICATION.encode(),
     version: int = 1,
 ) -> bytes:
-    """An A-ASSOCIATE-RQ (PS3.8 9.3.2) of one presentation context; without a transfer syntax where `syntax` is empty."""
+    """An A-ASSOCIATE-RQ (PS3.8 9.3.2) of one presentation context; without a transfer syntax
+    where `syntax` is empty.
+    """
 
     def item(kind: int, content: bytes) -> bytes:
         return struct.pack(">BBH", kind, 0, len(content)) + content
@@ -61,7 +69,13 @@ def request(
     context = bytes([1, 0, 0, 0]) + item(0x30, abstract) + (item(0x40, syntax) if syntax else b"")
     user = item(0x51, struct.pack(">I", 16384)) + item(0x52, b"1.2.3.4")
     items = item(0x10, b"1.2.840.10008.3.1.1.1") + item(0x20, context) + item(0x50, user)
-    body = struct.pack(">HH", version, 0) + display_name.ljust(16) + calling.ljust(16) + bytes(32) + items
+    body = (
+        struct.pack(">HH", version, 0)
+        + display_name.ljust(16)
+        + calling.ljust(16)
+        + bytes(32)
+        + items
+    )
     return b"\x01\x00" + struct.pack(">I", len(body)) + body
 
 
@@ -81,7 +95,10 @@ def answer(connection: socket.socket) -> bytes:
 
 
 def trickle(connection: socket.socket, every: float = 0.05) -> float:
-    """Send a byte now and then until the other side ends the connection. Returns how many seconds that took."""
+    """Send a byte now and then until the other side ends the connection.
+
+    Returns how many seconds that took.
+    """
     started = time.monotonic()
     connection.settimeout(every)
     while time.monotonic() - started < 20:
@@ -109,18 +126,25 @@ def descriptors() -> int:
 
 
 def test_trickled_request_ends_in_time(tmp_path: Path) -> None:
-    with acceptor(tmp_path, request_seconds=0.5) as node, connect(node.port, HALF_REQUEST) as stranger:
+    with (
+        acceptor(tmp_path, request_seconds=0.5) as node,
+        connect(node.port, HALF_REQUEST) as stranger,
+    ):
         assert 0.4 < trickle(stranger) < 3
 
 
-@pytest.mark.parametrize("first", [b"", HALF_REQUEST[:1], HALF_REQUEST], ids=["nothing", "a byte", "half"])
+@pytest.mark.parametrize(
+    "first", [b"", HALF_REQUEST[:1], HALF_REQUEST], ids=["nothing", "a byte", "half"]
+)
 def test_silent_stranger_is_ended(first: bytes, tmp_path: Path) -> None:
     with acceptor(tmp_path, request_seconds=0.5) as node, connect(node.port, first) as stranger:
         assert answer(stranger) == b""
 
 
 def test_strangers_keep_nobody_out(tmp_path: Path) -> None:
-    """Thirty hold their connection open, for ever if they may; each echo of a known peer is answered at once."""
+    """Thirty hold their connection open, for ever if they may; each echo of a known peer is
+    answered at once.
+    """
     with acceptor(tmp_path, pending=8, request_seconds=60) as node, ExitStack() as stack:
         before = threading.active_count()
         for _ in range(30):
@@ -135,9 +159,19 @@ def test_closed_connections_leave_nothing_behind(tmp_path: Path) -> None:
     with acceptor(tmp_path, associations=3, request_seconds=60) as node:
         assert echo(node.port) == 0
         threads, files = threading.active_count(), descriptors()
-        for first in [b"", HALF_REQUEST, request(), request(syntax=b""), request(calling=b"STRANGER")] * 10:
+        for first in [
+            b"",
+            HALF_REQUEST,
+            request(),
+            request(syntax=b""),
+            request(calling=b"STRANGER"),
+        ] * 10:
             connect(node.port, first).close()
-        until(lambda: threading.active_count() <= threads and descriptors() <= files, "all is given back", 10)
+        until(
+            lambda: threading.active_count() <= threads and descriptors() <= files,
+            "all is given back",
+            10,
+        )
         assert echo(node.port) == 0
 
 
@@ -154,20 +188,38 @@ def test_closed_connections_leave_nothing_behind(tmp_path: Path) -> None:
         (request(calling=b"STRANGER"), REJECTED, b"\x01\x01\x03"),
         (request(display_name=b"ANOTHER"), REJECTED, b"\x01\x01\x07"),
     ],
-    ids=["no transfer syntax", "no abstract syntax", "damaged", "too long", "a release", "http", "version", "calling", "called"],
+    ids=[
+        "no transfer syntax",
+        "no abstract syntax",
+        "damaged",
+        "too long",
+        "a release",
+        "http",
+        "version",
+        "calling",
+        "called",
+    ],
 )
-def test_bad_requests_are_answered_and_ended(asked: bytes, kind: int, reason: bytes, tmp_path: Path) -> None:
+def test_bad_requests_are_answered_and_ended(
+    asked: bytes, kind: int, reason: bytes, tmp_path: Path
+) -> None:
     """With the standard's own PDU, and the descriptor is free though the peer stays."""
     with acceptor(tmp_path) as node:
         threads, files = threading.active_count(), descriptors()
         with connect(node.port, asked) as stranger:
             said = answer(stranger)
             assert said[0] == kind and said.endswith(reason) and len(said) == 10
-            until(lambda: threading.active_count() == threads and descriptors() == files + 1, "all is given back", 10)
+            until(
+                lambda: threading.active_count() == threads and descriptors() == files + 1,
+                "all is given back",
+                10,
+            )
 
 
 def test_damaged_requests_leave_nothing_behind(tmp_path: Path) -> None:
-    """Three hundred, with bytes changed or missing, of peers who hang up or wait: no thread, descriptor or place is lost."""
+    """Three hundred, with bytes changed or missing, of peers who hang up or wait: no thread,
+    descriptor or place is lost.
+    """
     random, whole = Random(1), request()
     with acceptor(tmp_path, associations=2) as node:
         assert echo(node.port) == 0
@@ -181,20 +233,33 @@ def test_damaged_requests_leave_nothing_behind(tmp_path: Path) -> None:
                 if n % 3 == 1:
                     peer.shutdown(socket.SHUT_WR)
                     answer(peer)
-        until(lambda: threading.active_count() <= threads and descriptors() <= files, "all is given back", 20)
+        until(
+            lambda: threading.active_count() <= threads and descriptors() <= files,
+            "all is given back",
+            20,
+        )
         assert not node.wrong() and [echo(node.port) for _ in range(2)] == [0, 0]
 
 
 def test_silent_association_gives_back_its_place(tmp_path: Path) -> None:
-    with acceptor(tmp_path, associations=1, idle_seconds=0.5) as node, connect(node.port, request()) as silent:
+    with (
+        acceptor(tmp_path, associations=1, idle_seconds=0.5) as node,
+        connect(node.port, request()) as silent,
+    ):
         said = answer(silent)
         assert said[0] == ACCEPTED and said[-10:-9] == bytes([ABORTED])
         assert echo(node.port) == 0
 
 
-@pytest.mark.parametrize("how", [{"pdu_seconds": 0.5}, {"idle_seconds": 0.5, "slowest": 1 << 20}], ids=["one PDU", "many"])
+@pytest.mark.parametrize(
+    "how",
+    [{"pdu_seconds": 0.5}, {"idle_seconds": 0.5, "slowest": 1 << 20}],
+    ids=["one PDU", "many"],
+)
 def test_trickled_object_ends_its_association(how: dict[str, float], tmp_path: Path) -> None:
-    """A PDU that never becomes whole; and an object of many small ones that comes more slowly than it must."""
+    """A PDU that never becomes whole; and an object of many small ones that comes more slowly
+    than it must.
+    """
     with acceptor(tmp_path, associations=1, **how) as node:
         association = associate(node.port, [SegmentationStorage])
         raw = association.dul.socket.socket
@@ -248,7 +313,10 @@ def test_unread_answers_end_the_association(tmp_path: Path) -> None:
 
 
 def p_data(control: int, content: bytes) -> bytes:
-    """A P-DATA-TF PDU with one fragment in context 1 (PS3.8 9.3.5). `control`: bit 0 a command, bit 1 the last fragment."""
+    """A P-DATA-TF PDU with one fragment in context 1 (PS3.8 9.3.5).
+
+    `control`: bit 0 a command, bit 1 the last fragment.
+    """
     value = struct.pack(">IBB", len(content) + 2, 1, control) + content
     return b"\x04\x00" + struct.pack(">I", len(value)) + value
 
@@ -280,7 +348,14 @@ def segmentation_request() -> bytes:
 
 def echo_request() -> bytes:
     """A C-ECHO-RQ (PS3.7 9.3.5.1)."""
-    return command_set({0x0002: VERIFICATION.encode(), 0x0100: b"\x30\x00", 0x0110: b"\x01\x00", 0x0800: b"\x01\x01"})
+    return command_set(
+        {
+            0x0002: VERIFICATION.encode(),
+            0x0100: b"\x30\x00",
+            0x0110: b"\x01\x00",
+            0x0800: b"\x01\x01",
+        }
+    )
 
 
 def test_no_more_associations_than_allowed(tmp_path: Path) -> None:
@@ -295,7 +370,10 @@ def test_no_more_associations_than_allowed(tmp_path: Path) -> None:
 
 def test_tls_handshakes_are_bounded(tmp_path: Path) -> None:
     pem = certificates(tmp_path / "tls")
-    server, client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context(cafile=pem["ca"])
+    server, client = (
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+        ssl.create_default_context(cafile=pem["ca"]),
+    )
     for context in (server, client):
         context.load_cert_chain(pem["cert"], pem["key"])
     server.load_verify_locations(pem["ca"])
@@ -326,7 +404,10 @@ def test_half_http_requests_keep_nobody_out(tmp_path: Path) -> None:
     try:
         with ExitStack() as stack:
             before = threading.active_count()
-            strangers = [stack.enter_context(connect(watch.port, b"GET /health HTTP/1.1\r\nX: ")) for _ in range(30)]
+            strangers = [
+                stack.enter_context(connect(watch.port, b"GET /health HTTP/1.1\r\nX: "))
+                for _ in range(30)
+            ]
             assert threading.active_count() < before + 4 + 12
             assert get(watch.port, "/health") == (200, "ok\n")
             assert trickle(strangers[-1]) < 4
@@ -346,7 +427,10 @@ def test_health_says_when_nobody_gets_in(tmp_path: Path) -> None:
             until(lambda: get(watch.port, "/health")[0] == 200, "the place is free", 10)
             node._server._BaseServer__shutdown_request = True  # what an error in its loop comes to
             node._thread.join(10)
-            assert get(watch.port, "/ready") == (503, "the thread that takes connections has ended\n")
+            assert get(watch.port, "/ready") == (
+                503,
+                "the thread that takes connections has ended\n",
+            )
         finally:
             watch.close()
 
@@ -363,7 +447,9 @@ def test_shortage_of_descriptors_ends_no_acceptor(fake_model: Path, tmp_path: Pa
         assert node.get("/health") == "ok\n" and echo(node.port) == 0
 
 
-def test_strangers_words_are_printed_harmlessly(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_strangers_words_are_printed_harmlessly(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with acceptor(tmp_path) as node:
         for title in (b"EV\x1b[31m\nIL", b"\xe2\x80\xae\x9b31m", b"A\r\x07\x08B"):
             with connect(node.port, request(calling=title)) as stranger:
@@ -374,14 +460,24 @@ def test_strangers_words_are_printed_harmlessly(tmp_path: Path, capsys: pytest.C
 
 def usage(process: int) -> dict[str, int]:
     """What a process holds: resident MiB, threads, descriptors."""
-    status = dict(line.split(":\t", 1) for line in Path(f"/proc/{process}/status").read_text().splitlines() if ":\t" in line)
+    status = dict(
+        line.split(":\t", 1)
+        for line in Path(f"/proc/{process}/status").read_text().splitlines()
+        if ":\t" in line
+    )
     files = len(os.listdir(f"/proc/{process}/fd"))
-    return {"MiB": int(status["VmRSS"].split()[0]) >> 10, "threads": int(status["Threads"]), "files": files}
+    return {
+        "MiB": int(status["VmRSS"].split()[0]) >> 10,
+        "threads": int(status["Threads"]),
+        "files": files,
+    }
 
 
 @pytest.mark.slow
 def test_load_that_is_held(fake_model: Path, tmp_path: Path) -> None:
-    """The figures of docs/dicom-node.md: 400 strangers of each kind, who stay; meanwhile a known peer's echo takes below a second."""
+    """The figures of docs/dicom-node.md: 400 strangers of each kind, who stay; meanwhile a known
+    peer's echo takes below a second.
+    """
     pem = certificates(tmp_path / "tls")
     options = ("--tls-cert", pem["cert"], "--tls-key", pem["key"], "--tls-ca", pem["ca"])
     client = ssl.create_default_context(cafile=pem["ca"])
@@ -399,7 +495,9 @@ def test_load_that_is_held(fake_model: Path, tmp_path: Path) -> None:
             assert echo(node.port, tls) == 0
             before = usage(node.process.pid)
             for _ in range(400):
-                stranger = socket.create_connection(("127.0.0.1", node.http if is_http else node.port), timeout=20)
+                stranger = socket.create_connection(
+                    ("127.0.0.1", node.http if is_http else node.port), timeout=20
+                )
                 stack.callback(stranger.close)
                 with suppress(OSError):  # it is ended already
                     stranger.sendall(first)
@@ -407,6 +505,17 @@ def test_load_that_is_held(fake_model: Path, tmp_path: Path) -> None:
             assert echo(node.port, tls) == 0 and node.get("/health") == "ok\n"
             seconds, during = time.monotonic() - started, usage(node.process.pid)
             print(f"400 x {kind}: {before} -> {during}, echo and health {seconds:.2f} s")
-            assert seconds < 3 and during["threads"] < 130 and during["files"] < 130 and during["MiB"] < before["MiB"] + 48
+            assert (
+                seconds < 3
+                and during["threads"] < 130
+                and during["files"] < 130
+                and during["MiB"] < before["MiB"] + 48
+            )
             stack.close()
-            until(lambda node=node, before=before: usage(node.process.pid)["threads"] <= before["threads"] + 1, "the threads end", 20)
+            until(
+                lambda node=node, before=before: (
+                    usage(node.process.pid)["threads"] <= before["threads"] + 1
+                ),
+                "the threads end",
+                20,
+            )

@@ -20,13 +20,24 @@ from runtime.engines.cpu.onnxruntime import OnnxEngine
 from train.checkpoint import load_generator, load_run
 from train.data.dataset import Slices, to_unit
 from train.networks.generator import Generator
-from train.networks.style import STYLE_JITTER, Styles, organ_medians, outlines, patient_styles, shift_intensity, warp_outline
+from train.networks.style import (
+    STYLE_JITTER,
+    Styles,
+    organ_medians,
+    outlines,
+    patient_styles,
+    shift_intensity,
+    warp_outline,
+)
 
 
 def patients(medians: np.ndarray) -> list[Slices]:
     """One slice a patient: label v holds `medians`[patient, v - 1]."""
     labels = np.arange(medians.shape[1] + 1, dtype=np.uint8).repeat(64).reshape(1, 1, -1, 64)
-    return [Slices(labels, np.append(0, row).astype(np.int16).repeat(64).reshape(1, -1, 64)) for row in medians]
+    return [
+        Slices(labels, np.append(0, row).astype(np.int16).repeat(64).reshape(1, -1, 64))
+        for row in medians
+    ]
 
 
 def test_medians_are_of_the_middle_slice_and_unknown_where_an_organ_is_absent() -> None:
@@ -44,12 +55,21 @@ def test_styles_are_the_cohorts_principal_components_of_unit_variance() -> None:
     medians = 400 + np.outer(timing, [40, 40, 30, 5]) + np.outer(dose, [0, 3, -8, 20])
     styles, effects = patient_styles(medians, 2)
     assert styles.shape == (40, 2) and styles.dtype == np.float32
-    assert np.allclose(styles.mean(0), 0, atol=1e-5) and np.allclose(np.cov(styles.T, bias=True), np.eye(2), atol=1e-4)
-    assert abs(np.corrcoef(styles[:, 0], timing)[0, 1]) > 0.95 and abs(np.corrcoef(styles[:, 1], dose)[0, 1]) > 0.95
-    assert np.allclose(medians.mean(0) + styles @ effects, medians, atol=0.01)  # two factors, two components
+    assert np.allclose(styles.mean(0), 0, atol=1e-5) and np.allclose(
+        np.cov(styles.T, bias=True), np.eye(2), atol=1e-4
+    )
+    assert (
+        abs(np.corrcoef(styles[:, 0], timing)[0, 1]) > 0.95
+        and abs(np.corrcoef(styles[:, 1], dose)[0, 1]) > 0.95
+    )
+    assert np.allclose(
+        medians.mean(0) + styles @ effects, medians, atol=0.01
+    )  # two factors, two components
     lost = medians.copy()
     lost[3] = np.nan
-    assert np.allclose(patient_styles(lost, 2)[0][3], 0, atol=1e-5)  # nothing known: the mean patient
+    assert np.allclose(
+        patient_styles(lost, 2)[0][3], 0, atol=1e-5
+    )  # nothing known: the mean patient
 
 
 def test_a_draw_reaches_as_far_beyond_the_cohort_as_its_spread_says() -> None:
@@ -78,9 +98,13 @@ def test_a_slices_style_is_near_its_patients_and_a_function_of_seed_and_step() -
     medians = np.array([[100.0], [200], [600]])
     styles, own = Styles(patients(medians), 2, 1, 3, UNIT), patient_styles(medians, 1)[0][:, 0]
     many = np.concatenate([styles(np.arange(3), n)[0] for n in range(2000)]).reshape(2000, 3)
-    assert np.allclose(many.mean(0), own * np.sqrt(1 - STYLE_JITTER**2), atol=0.05) and np.allclose(many.std(0), STYLE_JITTER, rtol=0.1)
+    assert np.allclose(many.mean(0), own * np.sqrt(1 - STYLE_JITTER**2), atol=0.05) and np.allclose(
+        many.std(0), STYLE_JITTER, rtol=0.1
+    )
     assert abs(many.std() - 1) < 0.03
-    again, other = (Styles(patients(medians), 2, 1, seed, UNIT)(np.arange(3), 5)[0] for seed in (3, 4))
+    again, other = (
+        Styles(patients(medians), 2, 1, seed, UNIT)(np.arange(3), 5)[0] for seed in (3, 4)
+    )
     assert np.array_equal(styles(np.arange(3), 5)[0], again) and not np.array_equal(again, other)
 
 
@@ -93,12 +117,16 @@ def test_an_organ_is_moved_to_what_its_slices_style_says_and_the_background_stay
     moved = shift_intensity(image, labels, torch.from_numpy(shifts)).numpy() * 2048 - 1024
     said = medians.mean(0) + styles @ patient_styles(medians, 1)[1]
     for index in (1, 2):
-        assert np.allclose(moved[labels.numpy() == index].reshape(3, -1)[:, 0], said[:, index - 1], atol=0.5)  # HU
+        assert np.allclose(
+            moved[labels.numpy() == index].reshape(3, -1)[:, 0], said[:, index - 1], atol=0.5
+        )  # HU
     assert np.allclose(moved[labels.numpy() == 0], 0, atol=0.01)
 
 
 def builds(wide: Sequence[int], hu: int = 400) -> list[Slices]:
-    """Bodies of so many columns to the left of a label, 30 to its right, 20 rows before and behind it."""
+    """Bodies of so many columns to the left of a label, 30 to its right, 20 rows before and
+    behind it.
+    """
     labels = np.zeros((4, 1, 96, 160), np.uint8)
     labels[1:, :, 43:53, 75:85] = 1
     cohort = []
@@ -114,7 +142,12 @@ def test_an_outline_is_how_far_the_body_reaches_from_the_labels() -> None:
     empty = Slices(np.zeros((2, 1, 96, 160), np.uint8), np.zeros((2, 96, 160), np.int16))
     logs, centres = outlines([*builds([40, 50]), empty])
     found = np.exp(logs[:2])
-    assert np.allclose(found[:, [6, 0, 9, 3]], [[39.5, 29.5, 19.5, 19.5], [49.5, 29.5, 19.5, 19.5]], atol=1) and np.isnan(logs[2]).all()
+    assert (
+        np.allclose(
+            found[:, [6, 0, 9, 3]], [[39.5, 29.5, 19.5, 19.5], [49.5, 29.5, 19.5, 19.5]], atol=1
+        )
+        and np.isnan(logs[2]).all()
+    )
     assert np.allclose(
         found[:, 1] * np.sin(np.pi / 6), 29.5 * np.tan(np.pi / 6), atol=1
     )  # 30 degrees down to the right, where the body ends at the right
@@ -126,14 +159,18 @@ def test_surroundings_are_stretched_to_what_the_style_says_and_labels_stay() -> 
     styles, edits = Styles(cohort, 2, 1, 3, UNIT)(np.arange(0, 12, 4), 0)
     image = torch.from_numpy(np.stack([to_unit(p.image[:1], UNIT) for p in cohort]))
     labels = torch.from_numpy(np.stack([p.labels[1] for p in cohort]))
-    away, factors, centres = (torch.from_numpy(array) for array in (edits.shifts, edits.warp_outline, edits.centres))
+    away, factors, centres = (
+        torch.from_numpy(array) for array in (edits.shifts, edits.warp_outline, edits.centres)
+    )
     assert away.abs().max() * 2048 < 0.5
     moved = warp_outline(image, labels, factors, centres)
     inside = labels[:, 0] == 1
     torch.testing.assert_close(moved[:, 0][inside], image[:, 0][inside], atol=1e-4, rtol=0)
     said = outlines(cohort)[0].mean(0) + styles @ patient_styles(outlines(cohort)[0], 1)[1]
     hu = (moved[:, 0] * 2048 - 1024).numpy().astype(np.int16)
-    found = outlines([Slices(label[None], plane[None]) for label, plane in zip(labels.numpy(), hu, strict=True)])[0]
+    found = outlines(
+        [Slices(label[None], plane[None]) for label, plane in zip(labels.numpy(), hu, strict=True)]
+    )[0]
     assert np.allclose(np.exp(found), np.exp(said), atol=1.5)  # pixels
 
 
@@ -147,7 +184,9 @@ def test_no_style_is_the_style_zero_and_each_sample_has_its_own(kind: str) -> No
     torch.manual_seed(0)
     net = Generator(8, kind=kind, filters=8, depth=3, skips=True, style=3).eval()
     condition, zero = torch.rand(1, 8, 16, 16).repeat(3, 1, 1, 1), torch.zeros(3, 3)
-    assert torch.equal(net(condition), net(condition, style=torch.randn(3, 3)))  # before training it says nothing
+    assert torch.equal(
+        net(condition), net(condition, style=torch.randn(3, 3))
+    )  # before training it says nothing
     for name, parameter in net.named_parameters():
         if "modulation" in name or "contrast" in name:
             torch.nn.init.normal_(parameter)
@@ -176,29 +215,45 @@ def styled(cohort: Path, command, tmp_path_factory: pytest.TempPathFactory) -> t
 def test_training_uses_the_style(styled: tuple[Path, Path]) -> None:
     net = load_generator(styled[0])
     assert json.loads((styled[0] / "run.json").read_text())["style"] == 2 == net.style
-    weights = [parameter for name, parameter in net.named_parameters() if "modulation" in name or "contrast" in name]
+    weights = [
+        parameter
+        for name, parameter in net.named_parameters()
+        if "modulation" in name or "contrast" in name
+    ]
     assert len(weights) == 5 and all(w.abs().max() > 0 for w in weights)
 
 
-def test_the_exported_graph_takes_a_style_and_is_validated_with_random_ones(styled: tuple[Path, Path]) -> None:
+def test_the_exported_graph_takes_a_style_and_is_validated_with_random_ones(
+    styled: tuple[Path, Path],
+) -> None:
     run, manifest = load_run(styled[0]), Manifest.load(styled[1])
     assert manifest.style == 2 and [t.name for t in manifest.inputs] == ["labels", "style", "noise"]
     engine = OnnxEngine(styled[1] / "model.onnx", manifest)
     graph = LabelsToIntensity(load_generator(styled[0]), len(run.labels), run.intensity)
     with torch.no_grad():
-        graph.generator.top.modulation.factors.weight.add_(0.5)  # a graph that read its style otherwise would be found out
-    truth = reference(graph, draw_inputs(manifest.inputs, random_labels(4, manifest.grid.slices, (64, 64), 8)))
-    assert compare(truth, run_engine(engine, truth.inputs)[0], manifest)["max"] > LIMITS["fp32"]["max"]
+        graph.generator.top.modulation.factors.weight.add_(
+            0.5
+        )  # a graph that read its style otherwise would be found out
+    truth = reference(
+        graph, draw_inputs(manifest.inputs, random_labels(4, manifest.grid.slices, (64, 64), 8))
+    )
+    assert (
+        compare(truth, run_engine(engine, truth.inputs)[0], manifest)["max"] > LIMITS["fp32"]["max"]
+    )
     for numbers in manifest.parity["model.onnx"]["onnx"].values():
         assert not isinstance(numbers, dict) or numbers["max"] <= LIMITS["fp32"]["max"]
 
 
-def test_variants_of_one_mask_differ_and_the_same_variant_is_the_same_bytes(styled: tuple[Path, Path]) -> None:
+def test_variants_of_one_mask_differ_and_the_same_variant_is_the_same_bytes(
+    styled: tuple[Path, Path],
+) -> None:
     import SimpleITK as sitk
 
     values = np.zeros((3, 40, 40), np.uint16)
     values[:, 10:30, 10:30] = 500
     mask = image(values, spacing=(6.0, 6.0, 5.0))
     with Synthesizer.open(styled[1]) as synth:
-        one, again, other = (sitk.GetArrayFromImage(synth(mask, seed=1, variant=v)) for v in (0, 0, 1))
+        one, again, other = (
+            sitk.GetArrayFromImage(synth(mask, seed=1, variant=v)) for v in (0, 0, 1)
+        )
     assert np.array_equal(one, again) and not np.array_equal(one, other)

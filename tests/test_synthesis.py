@@ -1,4 +1,6 @@
-"""What the synthesizer promises of its results: the same bytes, any batch, any name, bounded memory."""
+"""What the synthesizer promises of its results: the same bytes, any batch, any name, bounded
+memory.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,13 @@ from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.engines.memory import HostStream, Stream
 
 
-def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(tmp_path: Path, model: Path) -> None:
-    masks = [write_mask(tmp_path / f"{n}.nii.gz", blobs((9, 40, 50), seed=n), spacing=(3.0, 3.1, 2.0)) for n in range(3)]
+def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(
+    tmp_path: Path, model: Path
+) -> None:
+    masks = [
+        write_mask(tmp_path / f"{n}.nii.gz", blobs((9, 40, 50), seed=n), spacing=(3.0, 3.1, 2.0))
+        for n in range(3)
+    ]
     assert synth(model, tmp_path / "a", *masks, backend=None) == 0
     expected = results(tmp_path / "a")
     assert list(expected) == ["0_ct.nii.gz", "1_ct.nii.gz", "2_ct.nii.gz"]
@@ -46,31 +53,53 @@ def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(tmp_path: Path,
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
-def test_a_resume_with_other_workers_keeps_what_is_done(tmp_path: Path, model: Path, backend: str) -> None:
+def test_a_resume_with_other_workers_keeps_what_is_done(
+    tmp_path: Path, model: Path, backend: str
+) -> None:
     mask = write_mask(tmp_path / "case.nii.gz")
     for workers, kept in ((1, False), (3, True)):
         with Synthesizer.open(model, backend=backend, workers=workers) as opened:
             (result,) = opened.stream(mask, tmp_path / "out", resume=True)
             assert result.error is None and result.skipped == kept
-    with Synthesizer.open(model, backend=backend, workers=3) as opened:  # and rightly so: they synthesize the same bytes
+    with Synthesizer.open(
+        model, backend=backend, workers=3
+    ) as opened:  # and rightly so: they synthesize the same bytes
         (again,) = opened.stream(mask, tmp_path / "again")
     assert dict(again.sha256) == dict(result.sha256)
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
-def test_the_number_of_cores_changes_no_byte(model: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
-    """OpenVINO divides a slice between three threads otherwise than between two: the image differs by a HU here and there."""
-    volumes, generated = ((blobs((9, 40, 50)), (3.0, 3.1, 2.0)), (blobs((2, 256, 256)), (2.0, 2.0, 2.0))), set()
+def test_the_number_of_cores_changes_no_byte(
+    model: Path, monkeypatch: pytest.MonkeyPatch, backend: str
+) -> None:
+    """OpenVINO divides a slice between three threads otherwise than between two: the image
+    differs by a HU here and there.
+    """
+    volumes, generated = (
+        ((blobs((9, 40, 50)), (3.0, 3.1, 2.0)), (blobs((2, 256, 256)), (2.0, 2.0, 2.0))),
+        set(),
+    )
     for count, workers in ((1, None), (2, 1), (3, 1), (3, 3), (8, None)):
         for module in ("host", "onnx", "openvino"):
-            monkeypatch.setattr(f"runtime.engines.{module}.cores", lambda count=count: count, raising=False)
+            monkeypatch.setattr(
+                f"runtime.engines.{module}.cores", lambda count=count: count, raising=False
+            )
         with Synthesizer.open(model, backend=backend, workers=workers) as opened:
             for values, spacing in volumes:
-                generated.add((spacing, opened.synthesize(opened.volume(values, Geometry.from_spacing(spacing))).tobytes()))
+                generated.add(
+                    (
+                        spacing,
+                        opened.synthesize(
+                            opened.volume(values, Geometry.from_spacing(spacing))
+                        ).tobytes(),
+                    )
+                )
     assert len(generated) == 2
 
 
-def test_a_large_plane_compresses_to_the_same_bytes_for_any_batch(tmp_path: Path, fake_model: Path) -> None:
+def test_a_large_plane_compresses_to_the_same_bytes_for_any_batch(
+    tmp_path: Path, fake_model: Path
+) -> None:
     """A slab of several MiB reaches the compressor in the same pieces as single slices do."""
     mask = write_mask(tmp_path / "m.nii.gz", blobs((24, 320, 320)), spacing=(0.9, 0.9, 2.0))
     for batch in ("1", "7", "24"):
@@ -78,10 +107,15 @@ def test_a_large_plane_compresses_to_the_same_bytes_for_any_batch(tmp_path: Path
     assert results(tmp_path / "1") == results(tmp_path / "7") == results(tmp_path / "24")
 
 
-def test_the_seed_and_the_variant_change_the_noise_and_the_file_name_does_not(tmp_path: Path, model: Path) -> None:
+def test_the_seed_and_the_variant_change_the_noise_and_the_file_name_does_not(
+    tmp_path: Path, model: Path
+) -> None:
     for name in ("a", "b"):
         write_mask(tmp_path / f"{name}.nii.gz")
-    assert synth(model, tmp_path / "0", tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", backend=None) == 0
+    assert (
+        synth(model, tmp_path / "0", tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", backend=None)
+        == 0
+    )
     assert synth(model, tmp_path / "7", tmp_path / "a.nii.gz", "--seed", "7", backend=None) == 0
     first = results(tmp_path / "0")
     assert first["a_ct.nii.gz"] == first["b_ct.nii.gz"] != results(tmp_path / "7")["a_ct.nii.gz"]
@@ -89,9 +123,26 @@ def test_the_seed_and_the_variant_change_the_noise_and_the_file_name_does_not(tm
 
 def test_variants_come_in_pairs_with_their_masks(tmp_path: Path, model: Path) -> None:
     mask = write_mask(tmp_path / "case.nii.gz")
-    assert synth(model, tmp_path / "out", mask, "--variants", "2", "--report", tmp_path / "report.json", backend=None) == 0
+    assert (
+        synth(
+            model,
+            tmp_path / "out",
+            mask,
+            "--variants",
+            "2",
+            "--report",
+            tmp_path / "report.json",
+            backend=None,
+        )
+        == 0
+    )
     made = results(tmp_path / "out")
-    assert list(made) == ["case_v0_ct.nii.gz", "case_v0_mask.nii.gz", "case_v1_ct.nii.gz", "case_v1_mask.nii.gz"]
+    assert list(made) == [
+        "case_v0_ct.nii.gz",
+        "case_v0_mask.nii.gz",
+        "case_v1_ct.nii.gz",
+        "case_v1_mask.nii.gz",
+    ]
     assert made["case_v0_ct.nii.gz"] != made["case_v1_ct.nii.gz"]
     pair = sitk.ReadImage(str(tmp_path / "out" / "case_v0_mask.nii.gz"))
     assert np.array_equal(sitk.GetArrayFromImage(pair), blobs())
@@ -114,7 +165,10 @@ def test_equal_grids_have_equal_digests_whichever_way_a_reader_writes_zero() -> 
     labels, affine = np.zeros((2, 2, 2), np.uint8), np.diag([1.0, 1.0, 1.0, 1.0])
     negative = np.where(affine == 0, -0.0, affine)
     negative[3] = affine[3]
-    assert LabelVolume(labels, Geometry(affine)).digest == LabelVolume(labels, Geometry(negative)).digest
+    assert (
+        LabelVolume(labels, Geometry(affine)).digest
+        == LabelVolume(labels, Geometry(negative)).digest
+    )
 
 
 def test_masks_that_differ_anywhere_have_other_digests_however_they_lie_in_memory() -> None:
@@ -126,11 +180,15 @@ def test_masks_that_differ_anywhere_have_other_digests_however_they_lie_in_memor
             other = volume.copy()
             other[place] ^= 1
             volumes.append(other)
-    volumes += [volume.reshape(3, 2, 4) for volume in volumes] + [volume.reshape(2, 4, 3) for volume in volumes]
+    volumes += [volume.reshape(3, 2, 4) for volume in volumes] + [
+        volume.reshape(2, 4, 3) for volume in volumes
+    ]
     kinds = {(volume.shape, volume.tobytes()): volume for volume in volumes}
     assert len({LabelVolume(volume, grid).digest for volume in kinds.values()}) == len(kinds)
     for volume in volumes[:3]:
-        assert LabelVolume(np.asfortranarray(volume), grid).digest == LabelVolume(volume, grid).digest
+        assert (
+            LabelVolume(np.asfortranarray(volume), grid).digest == LabelVolume(volume, grid).digest
+        )
 
 
 def test_the_command_the_stream_and_the_call_agree(tmp_path: Path, model: Path) -> None:
@@ -144,10 +202,14 @@ def test_the_command_the_stream_and_the_call_agree(tmp_path: Path, model: Path) 
     assert result.files[0].read_bytes() == (tmp_path / "out" / "m_ct.nii.gz").read_bytes()
 
 
-def test_labels_can_be_mapped_by_name_by_value_and_for_the_rest(tmp_path: Path, fake_model: Path) -> None:
+def test_labels_can_be_mapped_by_name_by_value_and_for_the_rest(
+    tmp_path: Path, fake_model: Path
+) -> None:
     values = np.array([[[0, 5, 7, 900]]], np.uint16).repeat(4, 0).repeat(4, 1)
     path = write_mask(tmp_path / "m.nii.gz", values, spacing=(3.0, 3.0, 3.0))
-    (tmp_path / "map.json").write_text(json.dumps({"5": "left ventricle", "7": 850, "*": "background"}))
+    (tmp_path / "map.json").write_text(
+        json.dumps({"5": "left ventricle", "7": 850, "*": "background"})
+    )
     assert synth(fake_model, tmp_path / "out", path, "--labels", tmp_path / "map.json") == 0
     ct = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "m_ct.nii.gz")))
     assert ct[0, 0].tolist() == [-1024, round(-1024 + 3 * 2048 / 7), 1024, -1024]
@@ -155,7 +217,9 @@ def test_labels_can_be_mapped_by_name_by_value_and_for_the_rest(tmp_path: Path, 
 
 def test_the_stray_421_of_mm_whs_is_the_left_atrium(tmp_path: Path, fake_model: Path) -> None:
     for name, value in (("a", 420), ("b", 421)):
-        write_mask(tmp_path / f"{name}.nii.gz", np.where(blobs() == 420, value, blobs()).astype(np.uint16))
+        write_mask(
+            tmp_path / f"{name}.nii.gz", np.where(blobs() == 420, value, blobs()).astype(np.uint16)
+        )
     assert synth(fake_model, tmp_path / "out", tmp_path) == 0
     made = results(tmp_path / "out")
     assert made["a_ct.nii.gz"] == made["b_ct.nii.gz"]
@@ -163,27 +227,47 @@ def test_the_stray_421_of_mm_whs_is_the_left_atrium(tmp_path: Path, fake_model: 
 
 def test_negative_and_sparse_values_map_too(tmp_path: Path, fake_model: Path) -> None:
     values = np.where(blobs() == 205, -3, np.where(blobs() == 500, 70000, 0)).astype(np.int32)
-    (tmp_path / "map.json").write_text(json.dumps({"-3": "myocardium", "70000": "left ventricle", "0": "background"}))
+    (tmp_path / "map.json").write_text(
+        json.dumps({"-3": "myocardium", "70000": "left ventricle", "0": "background"})
+    )
     write_mask(tmp_path / "a.nii.gz", values)
-    write_mask(tmp_path / "b.nii.gz", np.where(np.isin(blobs(), (205, 500)), blobs(), 0).astype(np.uint16))
-    assert synth(fake_model, tmp_path / "out", tmp_path / "a.nii.gz", "--labels", tmp_path / "map.json") == 0
+    write_mask(
+        tmp_path / "b.nii.gz", np.where(np.isin(blobs(), (205, 500)), blobs(), 0).astype(np.uint16)
+    )
+    assert (
+        synth(
+            fake_model, tmp_path / "out", tmp_path / "a.nii.gz", "--labels", tmp_path / "map.json"
+        )
+        == 0
+    )
     assert synth(fake_model, tmp_path / "out", tmp_path / "b.nii.gz") == 0
-    a, b = (sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / f"{n}_ct.nii.gz"))) for n in "ab")
+    a, b = (
+        sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / f"{n}_ct.nii.gz")))
+        for n in "ab"
+    )
     assert np.array_equal(a, b)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_slices_are_never_all_in_float_at_once(axis: int) -> None:
-    """512 slices of 128 x 128: the mask is 8 MiB, a float32 copy 32 MiB; the slices in flight are far less."""
+    """512 slices of 128 x 128: the mask is 8 MiB, a float32 copy 32 MiB; the slices in flight
+    are far less.
+    """
     shape = [128, 128, 128]
     shape[axis] = 512
     direction = {0: np.eye(3), 1: np.eye(3)[:, [0, 2, 1]], 2: np.eye(3)[:, [2, 1, 0]]}[axis]
-    volume = LabelVolume(np.ones(shape, np.uint8), Geometry.from_parts((0, 0, 0), (3.0, 3.0, 3.0), direction.ravel()))
+    volume = LabelVolume(
+        np.ones(shape, np.uint8), Geometry.from_parts((0, 0, 0), (3.0, 3.0, 3.0), direction.ravel())
+    )
     manifest = fake_manifest()
-    with Synthesizer(manifest, FakeEngine(manifest, options=EngineOptions(workers=1)), batch=4) as opened:
+    with Synthesizer(
+        manifest, FakeEngine(manifest, options=EngineOptions(workers=1)), batch=4
+    ) as opened:
         tracemalloc.start()
         try:
-            count = sum(slab.hu.shape[slab.axis] for slab in opened.slabs(volume) if slab.axis == axis)
+            count = sum(
+                slab.hu.shape[slab.axis] for slab in opened.slabs(volume) if slab.axis == axis
+            )
             peak = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -191,7 +275,9 @@ def test_slices_are_never_all_in_float_at_once(axis: int) -> None:
 
 
 class Waited(FakeEngine):
-    """Computes when somebody waits, in the order given and no further than that: `woken` says how often there was something to wait for."""
+    """Computes when somebody waits, in the order given and no further than that: `woken` says
+    how often there was something to wait for.
+    """
 
     def __init__(self) -> None:
         super().__init__(fake_manifest(), batch=1, options=EngineOptions(workers=1))
@@ -220,12 +306,19 @@ class WaitedStream(HostStream):
 @pytest.mark.parametrize("count", [1, 2, 60])
 def test_synthesis_wakes_once_for_half_of_the_slices_in_flight(count: int) -> None:
     """To wake for each slice would interrupt, every time, a core that computes the next."""
-    volume = LabelVolume((blobs((count, 30, 30)) > 0).astype(np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
+    volume = LabelVolume(
+        (blobs((count, 30, 30)) > 0).astype(np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0]))
+    )
     engine = Waited()
-    with Synthesizer(fake_manifest(), engine) as waited, Synthesizer(fake_manifest(), FakeEngine(fake_manifest())) as plain:
+    with (
+        Synthesizer(fake_manifest(), engine) as waited,
+        Synthesizer(fake_manifest(), FakeEngine(fake_manifest())) as plain,
+    ):
         assert np.array_equal(waited.synthesize(volume), plain.synthesize(volume))
     half = engine.spec.streams // 2
-    assert engine.woken <= count / half + half.bit_length() + 1 and engine.woken <= count  # the last ones by halves of what is left
+    assert (
+        engine.woken <= count / half + half.bit_length() + 1 and engine.woken <= count
+    )  # the last ones by halves of what is left
 
 
 class Permitted(FakeEngine):
@@ -242,7 +335,9 @@ class Permitted(FakeEngine):
 
 
 def test_a_volume_that_is_given_up_is_not_synthesized_to_the_last_slice_in_flight() -> None:
-    """Who presses Ctrl-C waits for the slice that is computed, not for all that are queued behind it."""
+    """Who presses Ctrl-C waits for the slice that is computed, not for all that are queued
+    behind it.
+    """
     half = FakeEngine(fake_manifest(), options=EngineOptions(workers=1)).spec.streams // 2
     engine = Permitted(half)
     volume = LabelVolume(np.ones((60, 30, 30), np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
@@ -261,13 +356,17 @@ def test_a_volume_that_is_given_up_is_not_synthesized_to_the_last_slice_in_fligh
 
 
 def test_slabs_belong_to_the_receiver_and_fill_the_volume_in_order() -> None:
-    volume = LabelVolume((blobs((11, 30, 30)) > 0).astype(np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0])))
+    volume = LabelVolume(
+        (blobs((11, 30, 30)) > 0).astype(np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0]))
+    )
     manifest = fake_manifest()
     with Synthesizer(manifest, FakeEngine(manifest), batch=4) as opened:
         slabs = list(opened.slabs(volume))
         whole = opened.synthesize(volume)
     assert [s.start for s in slabs] == [0, 4, 8]
-    assert all(np.array_equal(whole[s.index], s.hu) for s in slabs)  # kept slabs were not overwritten by later ones
+    assert all(
+        np.array_equal(whole[s.index], s.hu) for s in slabs
+    )  # kept slabs were not overwritten by later ones
 
 
 def test_a_closed_synthesizer_says_so(model: Path) -> None:
@@ -289,7 +388,12 @@ def test_noise_is_white_uniform_and_keyed() -> None:
     case = CaseRandom(1, b"digest", 0)
     noise = case.noise(3, (512, 512))
     counts = np.bincount(noise.ravel(), minlength=256)
-    assert abs(noise.mean() - 127.5) < 1 and abs(noise.std() - 73.9) < 1 and counts.min() > 850 and counts.max() < 1200
+    assert (
+        abs(noise.mean() - 127.5) < 1
+        and abs(noise.std() - 73.9) < 1
+        and counts.min() > 850
+        and counts.max() < 1200
+    )
     centred = noise - 127.5
     assert abs((centred[:, 1:] * centred[:, :-1]).mean()) < 60  # of a variance of 5461
     others = [
@@ -302,18 +406,34 @@ def test_noise_is_white_uniform_and_keyed() -> None:
     assert case.noise(0, (2, 4)).tolist() == CaseRandom(1, b"digest", 0).noise(0, (2, 4)).tolist()
 
 
-def test_list_and_dry_run_write_nothing(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_and_dry_run_write_nothing(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_mask(tmp_path / "masks" / "a.nii.gz") if (tmp_path / "masks").mkdir() is None else None
-    arguments = ["synth", str(tmp_path / "masks"), "--model", str(model), "--output", str(tmp_path / "out")]
+    arguments = [
+        "synth",
+        str(tmp_path / "masks"),
+        "--model",
+        str(model),
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert run(main, [*arguments, "--list"]) == 0
     listed = capsys.readouterr().out
-    assert str(tmp_path / "masks" / "a.nii.gz") in listed and "24 x 20 x 6" in listed and listed.startswith("volume")
+    assert (
+        str(tmp_path / "masks" / "a.nii.gz") in listed
+        and "24 x 20 x 6" in listed
+        and listed.startswith("volume")
+    )
     assert run(main, [*arguments, "--dry-run"]) == 0
     assert "24 x 20 x 6 voxels of 1.5 x 1.25 x 2.5 mm, 6 slices" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", [("--mirror",), ("--any-topology",), ("--deform", "4"), ("--rotate", "0"), ("--scale", "0.1")])
+@pytest.mark.parametrize(
+    "option",
+    [("--mirror",), ("--any-topology",), ("--deform", "4"), ("--rotate", "0"), ("--scale", "0.1")],
+)
 def test_what_changes_variants_alone_is_refused_without_them(
     option: tuple[str, ...], fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -323,16 +443,33 @@ def test_what_changes_variants_alone_is_refused_without_them(
     assert synth(fake_model, tmp_path / "out", mask, *option, "--variants", "2") == 0
 
 
-def test_a_dry_run_names_every_mask_that_would_fail(fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    far, unknown = write_mask(tmp_path / "far.nii.gz", spacing=(500, 500, 3)), write_mask(tmp_path / "unknown.nii.gz", blobs(values=(0, 7)))
+def test_a_dry_run_names_every_mask_that_would_fail(
+    fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    far, unknown = (
+        write_mask(tmp_path / "far.nii.gz", spacing=(500, 500, 3)),
+        write_mask(tmp_path / "unknown.nii.gz", blobs(values=(0, 7))),
+    )
     assert synth(fake_model, tmp_path / "out", far, unknown, "--dry-run") == 1
     said = capsys.readouterr().err
     assert "far.nii.gz" in said and "canvas" in said and "unknown.nii.gz holds 7" in said
-    assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "good.nii.gz"), "--dry-run", "--variants", "0") == 2
+    assert (
+        synth(
+            fake_model,
+            tmp_path / "out",
+            write_mask(tmp_path / "good.nii.gz"),
+            "--dry-run",
+            "--variants",
+            "0",
+        )
+        == 2
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_labels_command_counts_voxels_and_millilitres(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_labels_command_counts_voxels_and_millilitres(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     values = np.zeros((4, 10, 10), np.uint16)
     values[1, :5, :4] = 500
     path = write_mask(tmp_path / "m.nii.gz", values, spacing=(10.0, 10.0, 10.0))
@@ -344,7 +481,14 @@ def test_labels_command_counts_voxels_and_millilitres(tmp_path: Path, model: Pat
     assert "UNKNOWN" in capsys.readouterr().out
 
 
-def test_describe_verifies_every_file(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_describe_verifies_every_file(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(main, ["describe", str(model)]) == 0
     text = capsys.readouterr().out
-    assert "model.onnx: fp32" in text and "verified" in text and "500 left ventricle" in text and "proof: differences" in text
+    assert (
+        "model.onnx: fp32" in text
+        and "verified" in text
+        and "500 left ventricle" in text
+        and "proof: differences" in text
+    )

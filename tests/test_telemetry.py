@@ -20,13 +20,16 @@ PACKAGES = ["runtime", "export.build_engine", "export.quantize", "train.run", "b
 WATCHED = "connect,sendto,sendmsg,sendmmsg,open,openat,openat2,creat,mkdir,mkdirat,rename,renameat,renameat2"
 ADDRESS = re.compile(r'inet_addr\("([^"]*)"\)|inet_pton\(AF_INET6, "([^"]*)"')
 # A call that failed has created nothing; one whose end strace wrote on another line counts as done.
-CREATED = re.compile(r'\b(?:open|openat|openat2|creat)\((?:AT_FDCWD, )?"([^"]*)"(?!.* = -1 E).*(?:O_CREAT|creat\()')
+CREATED = re.compile(
+    r'\b(?:open|openat|openat2|creat)\((?:AT_FDCWD, )?"([^"]*)"(?!.* = -1 E).*(?:O_CREAT|creat\()'
+)
 
 
 @dataclass
 class Observer:
-    """Runs commands where a first report would show: `home` and `temporary` are new and empty, and no
-    variable tells of CI, on whose machines ONNX Runtime reports nothing."""
+    """Runs commands where a first report would show: `home` and `temporary` are new and empty, and
+    no variable tells of CI, on whose machines ONNX Runtime reports nothing.
+    """
 
     folder: Path
     home: Path
@@ -35,7 +38,9 @@ class Observer:
 
     @property
     def environment(self) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+        kept = {
+            name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ
+        }
         own = {"HOME": str(self.home), "TMPDIR": str(self.temporary), "PYTHONPATH": str(ROOT)}
         return {**kept, **own, "PYTHONDONTWRITEBYTECODE": "1"}
 
@@ -45,16 +50,40 @@ class Observer:
 
     @property
     def traced(self) -> list[str]:
-        return [self.strace, "-D", "-f", "-q", "-s", "300", "-e", f"trace={WATCHED}", "-o", str(self.log)]
+        return [
+            self.strace,
+            "-D",
+            "-f",
+            "-q",
+            "-s",
+            "300",
+            "-e",
+            f"trace={WATCHED}",
+            "-o",
+            str(self.log),
+        ]
 
     def run(self, *arguments: object) -> None:
         line = [*self.traced, sys.executable, *map(str, arguments)]
-        done = subprocess.run(line, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False, timeout=600)
+        done = subprocess.run(
+            line,
+            cwd=self.folder,
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
         assert done.returncode == 0, done.stderr
 
     def calls(self) -> str:
         """The log, when it is whole."""
-        return str(until(lambda: (text := self.log.read_text(errors="replace")).endswith("+++\n") and text, "strace ends"))
+        return str(
+            until(
+                lambda: (text := self.log.read_text(errors="replace")).endswith("+++\n") and text,
+                "strace ends",
+            )
+        )
 
     def addresses(self) -> set[str]:
         """What was asked for over a network, loopback left out."""
@@ -62,17 +91,33 @@ class Observer:
         return {address for address in asked if not address.startswith("127.") and address != "::1"}
 
     def left(self) -> list[str]:
-        """Files in the home and temporary folders, and what was created outside of `folder` and given up again."""
-        files = [str(path) for place in (self.home, self.temporary) for path in place.rglob("*") if path.is_file()]
+        """Files in the home and temporary folders, and what was created outside of `folder` and
+        given up again.
+        """
+        files = [
+            str(path)
+            for place in (self.home, self.temporary)
+            for path in place.rglob("*")
+            if path.is_file()
+        ]
         created = [(self.folder / path).resolve() for path in CREATED.findall(self.calls())]
-        return files + [str(path) for path in created if not path.is_relative_to(self.folder) and path.parts[1] not in ("dev", "proc")]
+        return files + [
+            str(path)
+            for path in created
+            if not path.is_relative_to(self.folder) and path.parts[1] not in ("dev", "proc")
+        ]
 
 
 @pytest.fixture
 def observer(tmp_path: Path) -> Observer:
     strace = shutil.which("strace")
-    if strace is None or subprocess.run([strace, "-qq", "true"], check=False, capture_output=True).returncode:
-        assert not os.environ.get("MASK2CT_REQUIRE_TOOLS"), "strace is not installed, or may not trace"
+    if (
+        strace is None
+        or subprocess.run([strace, "-qq", "true"], check=False, capture_output=True).returncode
+    ):
+        assert not os.environ.get("MASK2CT_REQUIRE_TOOLS"), (
+            "strace is not installed, or may not trace"
+        )
         pytest.skip("strace is not installed, or may not trace")
     home, temporary = tmp_path / "home", tmp_path / "temporary"
     home.mkdir()
@@ -108,12 +153,24 @@ import os
 assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
 """
     env = {**os.environ, "ORT_DISABLE_TELEMETRY": "0", "RAY_USAGE_STATS_ENABLED": "1"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
 def synthesis(command: str, *options: str) -> Callable[[Path, Path], list[object]]:
-    return lambda model, folder: ["-m", "runtime", command, folder / "in", "--model", model, "--output", folder / "out", *options]
+    return lambda model, folder: [
+        "-m",
+        "runtime",
+        command,
+        folder / "in",
+        "--model",
+        model,
+        "--output",
+        folder / "out",
+        *options,
+    ]
 
 
 COMMANDS: dict[str, Callable[[Path, Path], list[object]]] = {
@@ -133,13 +190,17 @@ def test_no_command_reports(name: str, observer: Observer, model: Path) -> None:
     assert observer.left() == [] and observer.addresses() == set()
 
 
-def test_the_node_does_not_report(observer: Observer, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_node_does_not_report(
+    observer: Observer, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [*os.environ]:
         monkeypatch.delenv(name)
     for name, value in observer.environment.items():
         monkeypatch.setenv(name, value)
     study = write_study(observer.folder / "study")
-    with Serving(model, observer.folder / "spool", "--keep", backend="auto", traced=observer.traced) as node:
+    with Serving(
+        model, observer.folder / "spool", "--keep", backend="auto", traced=observer.traced
+    ) as node:
         assert push(node.port, study) == [0]
         settled(node)
         code, _ = node.stop()
@@ -148,5 +209,12 @@ def test_the_node_does_not_report(observer: Observer, model: Path, monkeypatch: 
 
 @pytest.mark.slow
 def test_no_export_reports(observer: Observer, trained: Path) -> None:
-    observer.run(ROOT / "export" / "build_engine.py", trained, "-o", observer.folder / "model", "--onnx-only", "--quiet")
+    observer.run(
+        ROOT / "export" / "build_engine.py",
+        trained,
+        "-o",
+        observer.folder / "model",
+        "--onnx-only",
+        "--quiet",
+    )
     assert observer.left() == [] and observer.addresses() == set()

@@ -1,4 +1,6 @@
-"""Our TensorRT code against the real bindings of three versions, and against the real lean runtime, without a GPU."""
+"""Our TensorRT code against the real bindings of three versions, and against the real lean
+runtime, without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -52,20 +54,47 @@ def test_every_name_the_runtime_touches_exists(version: str, file: str, root: Pa
     if not (root / file).is_file():
         pytest.skip(f"{file} is not written yet")
     beside = root / "runtime/engines/gpu/base.py"
-    assert problems((root / file).read_text(), read(version), beside.read_text() if beside.is_file() else "") == []
+    assert (
+        problems(
+            (root / file).read_text(), read(version), beside.read_text() if beside.is_file() else ""
+        )
+        == []
+    )
 
 
 def test_the_walk_sees_what_the_code_does(root: Path) -> None:
-    """Blindness would pass every test above: what FACTS name as traps has to be among what is found."""
-    paths = {touch.path for file in (*BUILDER_FILES, *RUNTIME_FILES) for touch in touched((root / file).read_text())}
+    """Blindness would pass every test above: what FACTS name as traps has to be among what is
+    found.
+    """
+    paths = {
+        touch.path
+        for file in (*BUILDER_FILES, *RUNTIME_FILES)
+        for touch in touched((root / file).read_text())
+    }
     assert paths >= {
-        "NetworkDefinitionCreationFlag.STRONGLY_TYPED", "Builder.create_network", "OnnxParser.parse_from_file", "OnnxParser.num_errors",
-        "ParserError.node_operator", "IBuilderConfig.set_memory_pool_limit", "IBuilderConfig.hardware_compatibility_level",
-        "BuilderFlag.VERSION_COMPATIBLE", "BuilderFlag.EXCLUDE_LEAN_RUNTIME", "BuilderFlag.TF32", "IOptimizationProfile.set_shape",
-        "IBuilderConfig.add_optimization_profile", "IBuilderConfig.set_timing_cache", "Builder.build_serialized_network",
-        "IProgressMonitor.step_complete", "ILogger.log", "ILogger.Severity.ERROR", "ITensor.dtype", "ILayer.type",
-        "ICudaEngine.get_device_memory_size_for_profile_v2", "EngineInspector.execution_context", "Runtime.load_runtime",
-    }  # fmt: skip
+        "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+        "Builder.create_network",
+        "OnnxParser.parse_from_file",
+        "OnnxParser.num_errors",
+        "ParserError.node_operator",
+        "IBuilderConfig.set_memory_pool_limit",
+        "IBuilderConfig.hardware_compatibility_level",
+        "BuilderFlag.VERSION_COMPATIBLE",
+        "BuilderFlag.EXCLUDE_LEAN_RUNTIME",
+        "BuilderFlag.TF32",
+        "IOptimizationProfile.set_shape",
+        "IBuilderConfig.add_optimization_profile",
+        "IBuilderConfig.set_timing_cache",
+        "Builder.build_serialized_network",
+        "IProgressMonitor.step_complete",
+        "ILogger.log",
+        "ILogger.Severity.ERROR",
+        "ITensor.dtype",
+        "ILayer.type",
+        "ICudaEngine.get_device_memory_size_for_profile_v2",
+        "EngineInspector.execution_context",
+        "Runtime.load_runtime",
+    }
 
 
 @pytest.mark.parametrize(
@@ -74,11 +103,20 @@ def test_the_walk_sees_what_the_code_does(root: Path) -> None:
         ("config.set_flag(trt.BuilderFlag.FP16)", "BuilderFlag.FP16 is not in"),
         ("builder.platform_has_fast_fp16", "Builder.platform_has_fast_fp16 is not in"),
         ("engine.device_memory_size", "ICudaEngine.device_memory_size is not in"),
-        ("config.set_timing_cache(cache, ignore_missmatch=True)", "IBuilderConfig.set_timing_cache takes"),
-        ("trt.OnnxParser(network)(1, 2, 3, 4)\ntrt.OnnxParser(network, logger, 3)", "OnnxParser takes"),
+        (
+            "config.set_timing_cache(cache, ignore_missmatch=True)",
+            "IBuilderConfig.set_timing_cache takes",
+        ),
+        (
+            "trt.OnnxParser(network)(1, 2, 3, 4)\ntrt.OnnxParser(network, logger, 3)",
+            "OnnxParser takes",
+        ),
         ("engine.num_layers = 3", "ICudaEngine.num_layers cannot be set"),
         ("something.set_input_shape('labels', (1, 2))", "not in ROLES"),
-        ("class Monitor(trt.IProgressMonitor):\n    def step_complete(self, name, step): ...", "overrides"),
+        (
+            "class Monitor(trt.IProgressMonitor):\n    def step_complete(self, name, step): ...",
+            "overrides",
+        ),
     ],
 )
 def test_a_name_that_is_gone_or_misspelt_is_found(line: str, fault: str, read) -> None:
@@ -88,10 +126,15 @@ def test_a_name_that_is_gone_or_misspelt_is_found(line: str, fault: str, read) -
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_without_libraries_a_builder_is_refused_cleanly(version: str, read, tmp_path: Path) -> None:
-    """The bindings alone raise where the lean runtime would crash: no gate is needed before `Builder`."""
+    """The bindings alone raise where the lean runtime would crash: no gate is needed before
+    `Builder`.
+    """
     code = "import tensorrt_bindings as trt\ntrt.Builder(trt.Logger())"
     done = python(code, path=folder(version), libraries=libraries(version.split(".")[0], tmp_path))
-    assert done.returncode == 1 and "TypeError: pybind11::init(): factory function returned nullptr" in done.stderr
+    assert (
+        done.returncode == 1
+        and "TypeError: pybind11::init(): factory function returned nullptr" in done.stderr
+    )
 
 
 LEAN = """
@@ -104,29 +147,43 @@ print(hasattr(trt, "Builder"), hasattr(trt, "EngineInspector"), hasattr(trt.ICud
 def test_the_real_lean_runtime_imports_and_cannot_build() -> None:
     done = python(LEAN, path=folder("lean"))
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[1, 3, 128, 128] 6 2 USER_MANAGED", "False False True False"]
+    assert done.stdout.splitlines() == [
+        "[1, 3, 128, 128] 6 2 USER_MANAGED",
+        "False False True False",
+    ]
 
 
 def test_the_full_and_the_lean_bindings_share_a_process(tmp_path: Path) -> None:
     """An engine is built with the one and validated with the other."""
     version = VERSIONS[-1]
-    code = f"import sys; sys.path.append({str(folder('lean'))!r}); import tensorrt_bindings as a, tensorrt_lean_bindings as b; print(a.ILogger is b.ILogger)"
+    code = (
+        f"import sys; sys.path.append({str(folder('lean'))!r}); import tensorrt_bindings as a,"
+        " tensorrt_lean_bindings as b; print(a.ILogger is b.ILogger)"
+    )
     done = python(code, path=folder(version), libraries=libraries(version.split(".")[0], tmp_path))
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 
 def test_a_runtime_without_a_device_ends_the_process() -> None:
-    """Pinned, so that an upgrade that mends it is seen: until then `runtime.engines.gpu.probe` comes before every `Runtime`."""
+    """Pinned, so that an upgrade that mends it is seen: until then `runtime.engines.gpu.probe`
+    comes before every `Runtime`.
+    """
     if why_no_gpu() is None:
         pytest.skip("there is a GPU: a Runtime is safe here")
-    code = "import tensorrt_lean_bindings as trt\nruntime = trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))\nprint('made', flush=True)\ndel runtime"
+    code = (
+        "import tensorrt_lean_bindings as trt\nruntime ="
+        " trt.Runtime(trt.Logger(trt.Logger.INTERNAL_ERROR))\nprint('made', flush=True)\ndel"
+        " runtime"
+    )
     done = python(code, path=folder("lean"))
     assert (done.returncode, done.stdout.strip()) == (-11, "made"), done.stderr
 
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_stand_in_builder_is_like_the_real_one(version: str, read) -> None:
-    """tests/test_to_tensorrt.py is worth what the stand-in is worth: its names and parameters are the real ones."""
+    """tests/test_to_tensorrt.py is worth what the stand-in is worth: its names and parameters
+    are the real ones.
+    """
     api, module = read(version), tensorrt(Script(version=version))
     checked = 0
     for name, thing in vars(module).items():

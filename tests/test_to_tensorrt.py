@@ -1,4 +1,6 @@
-"""The TensorRT builder through success and every refusal, on a stand-in that is strict (fake_tensorrt.py)."""
+"""The TensorRT builder through success and every refusal, on a stand-in that is strict
+(fake_tensorrt.py).
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,33 @@ from runtime.engines.registry import Backend
 from train.checkpoint import load_generator, load_run, load_validation
 
 GPU = Device(0, "NVIDIA Test", (8, 9), 24 << 30, (13, 0))
-MEASURED = {"slices": 64, "masks": 64, "mean": 0.1, "p99_9": 1.0, "max": 3, "body_mean": 0.1, "body_p99_9": 1.0, "body_max": 3,
-            "differing": 0.1, "organs": {}, "dssim": 0.0}  # fmt: skip
-PROOF = {"tensorrt": {"engine": "tensorrt_lean", "slices_per_second": 1.0, "validation masks": MEASURED, "random labels": MEASURED}}
+MEASURED = {
+    "slices": 64,
+    "masks": 64,
+    "mean": 0.1,
+    "p99_9": 1.0,
+    "max": 3,
+    "body_mean": 0.1,
+    "body_p99_9": 1.0,
+    "body_max": 3,
+    "differing": 0.1,
+    "organs": {},
+    "dssim": 0.0,
+}
+PROOF = {
+    "tensorrt": {
+        "engine": "tensorrt_lean",
+        "slices_per_second": 1.0,
+        "validation masks": MEASURED,
+        "random labels": MEASURED,
+    }
+}
 
 
 def write_graph(path: Path, weights: Any = np.float16) -> None:
-    """labels → a convolution with `weights`' type → a tail in FP32. What it computes is of no interest here."""
+    """labels → a convolution with `weights`' type → a tail in FP32. What it computes is of no
+    interest here.
+    """
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(weights))
     nodes = [
         helper.make_node("Cast", ["labels"], ["a"], "cast_in", to=kind),
@@ -63,7 +85,9 @@ def write_graph(path: Path, weights: Any = np.float16) -> None:
         helper.make_tensor_value_info("labels", TensorProto.UINT8, ["N", 1, "H", "W"]),
         helper.make_tensor_value_info("noise", TensorProto.UINT8, ["N", "H", "W"]),
     ]
-    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("ct", TensorProto.FLOAT, None)], tensors)
+    graph = helper.make_graph(
+        nodes, "g", inputs, [helper.make_tensor_value_info("ct", TensorProto.FLOAT, None)], tensors
+    )
     onnx.save(helper.make_model(graph), path)
 
 
@@ -74,7 +98,12 @@ def folder(tmp_path: Path) -> Path:
     files = {}
     for name, kind in (("model.onnx", np.float32), ("model.fp16.onnx", np.float16)):
         write_graph(folder / name, kind)
-        files[name] = ModelFile("onnx", "fp16" if "fp16" in name else "fp32", (folder / name).stat().st_size, sha256_of(folder / name))
+        files[name] = ModelFile(
+            "onnx",
+            "fp16" if "fp16" in name else "fp32",
+            (folder / name).stat().st_size,
+            sha256_of(folder / name),
+        )
     return write_fake_model(folder, replace(Manifest.load(folder), files=files))
 
 
@@ -87,14 +116,24 @@ def lean(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return library
 
 
-def add(folder: Path, script: Script, options: BuildOptions | None = None, check_parity: Any = None) -> tuple[Manifest, list[str]]:
+def add(
+    folder: Path, script: Script, options: BuildOptions | None = None, check_parity: Any = None
+) -> tuple[Manifest, list[str]]:
     said: list[str] = []
 
     def proof(manifest: Manifest) -> Mapping[str, Any]:
         manifest.verify(folder, [ENGINE])  # what is validated is what is listed
         return PROOF
 
-    made = add_engine(folder, options or BuildOptions(), check_parity or proof, gpu=GPU, say=said.append, quiet=True, trt=tensorrt(script))
+    made = add_engine(
+        folder,
+        options or BuildOptions(),
+        check_parity or proof,
+        gpu=GPU,
+        say=said.append,
+        quiet=True,
+        trt=tensorrt(script),
+    )
     return made, said
 
 
@@ -102,11 +141,17 @@ def untouched(folder: Path) -> bool:
     """The validated ONNX model, whole, without an engine or a half-written file."""
     manifest, found = Manifest.load(folder), {p.name for p in folder.iterdir()} - {CARD}
     manifest.verify(folder, manifest.files)
-    return found == {"manifest.json", "model.fp16.onnx", "model.onnx"} == {*manifest.files, "manifest.json"}
+    return (
+        found
+        == {"manifest.json", "model.fp16.onnx", "model.onnx"}
+        == {*manifest.files, "manifest.json"}
+    )
 
 
 @pytest.mark.parametrize("version", ["10.13.2.6", "11.4.0.106"])
-def test_the_engine_is_built_as_the_manifest_says_and_listed_with_its_facts(version: str, folder: Path, lean: Path) -> None:
+def test_the_engine_is_built_as_the_manifest_says_and_listed_with_its_facts(
+    version: str, folder: Path, lean: Path
+) -> None:
     script = Script(version=version)
     made, _ = add(folder, script)
     assert script.log == [
@@ -114,35 +159,50 @@ def test_the_engine_is_built_as_the_manifest_says_and_listed_with_its_facts(vers
         f"WORKSPACE {2 << 30}",
         "shape labels (1, 1, 32, 32) (8, 1, 32, 32) (8, 1, 64, 64)",
         "shape noise (1, 32, 32) (8, 32, 32) (8, 64, 64)",
-        "build EXCLUDE_LEAN_RUNTIME VERSION_COMPATIBLE SAME_COMPUTE_CAPABILITY DETAILED",  # and no TF32
+        # and no TF32
+        "build EXCLUDE_LEAN_RUNTIME VERSION_COMPATIBLE SAME_COMPUTE_CAPABILITY DETAILED",
     ]
     assert made == Manifest.load(folder)
     made.verify(folder, made.files)
     engine = made.files[ENGINE]
-    assert (engine.kind, engine.precision, made.file_of("engine", "fp16")) == ("engine", "fp16", ENGINE)
+    assert (engine.kind, engine.precision, made.file_of("engine", "fp16")) == (
+        "engine",
+        "fp16",
+        ENGINE,
+    )
     assert engine.facts == {
         "tensorrt": version,
         "gpu": "NVIDIA Test",
         "compute_capability": [8, 9],
         "hardware": "same",
         "version_compatible": True,
-        "profiles": [{"labels": {"min": [1, 1, 32, 32], "opt": [8, 1, 32, 32], "max": [8, 1, 64, 64]},
-                      "noise": {"min": [1, 32, 32], "opt": [8, 32, 32], "max": [8, 64, 64]}}],
+        "profiles": [
+            {
+                "labels": {"min": [1, 1, 32, 32], "opt": [8, 1, 32, 32], "max": [8, 1, 64, 64]},
+                "noise": {"min": [1, 32, 32], "opt": [8, 32, 32], "max": [8, 64, 64]},
+            }
+        ],
         "device_memory": [4096],
         "workspace": 2 << 30,
         "onnx_sha256": sha256_of(folder / "model.fp16.onnx"),
         "half_network": 1.0,
         "half_convolutions": 2,
         "convolutions": 2,
-    }  # fmt: skip
+    }
     assert made.parity[ENGINE] == PROOF and ENGINE in (folder / CARD).read_text()
     layers = json.loads((folder / LAYERS).read_text())
     assert {"name": "conv", "type": "CONVOLUTION", "outputs": ["HALF"]} in layers["network"]
     assert {"name": "tail", "type": "ELEMENTWISE", "outputs": ["FLOAT"]} in layers["network"]
-    assert {"Name": "conv_up", "LayerType": "DECONVOLUTION", "Outputs": [{"Format/Datatype": "Half"}]} in layers["engine"]["Layers"]
+    assert {
+        "Name": "conv_up",
+        "LayerType": "DECONVOLUTION",
+        "Outputs": [{"Format/Datatype": "Half"}],
+    } in layers["engine"]["Layers"]
 
 
-def test_the_exported_graphs_pass_every_count(model: Path, lean: Path, tmp_path: Path, root: Path) -> None:
+def test_the_exported_graphs_pass_every_count(
+    model: Path, lean: Path, tmp_path: Path, root: Path
+) -> None:
     """What the stand-in is given elsewhere is made by hand; this is what export writes."""
     folder = Path(shutil.copytree(model, tmp_path / "exported"))
     half = add(folder, Script())[0].files[ENGINE].facts
@@ -150,11 +210,18 @@ def test_the_exported_graphs_pass_every_count(model: Path, lean: Path, tmp_path:
     jsonschema.validate(json.loads((folder / "manifest.json").read_text()), schema)
     assert half["half_network"] > 0.8 and half["half_convolutions"] == half["convolutions"] > 5
     single = add(folder, Script(), BuildOptions(precision="fp32"))[0].files[ENGINE].facts
-    assert single["half_network"] == single["half_convolutions"] == 0 and single["convolutions"] == half["convolutions"]
+    assert (
+        single["half_network"] == single["half_convolutions"] == 0
+        and single["convolutions"] == half["convolutions"]
+    )
 
 
-def test_an_engine_is_validated_as_the_graphs_are(model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime stands in for the GPU: the engine is measured against the network, by FP16's limits, and a wrong one is found."""
+def test_an_engine_is_validated_as_the_graphs_are(
+    model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime stands in for the GPU: the engine is measured against the network, by FP16's
+    limits, and a wrong one is found.
+    """
     backend = Backend("tensorrt", ("engine", "fp16"), "onnxruntime", "", OnnxEngine)
     monkeypatch.setattr(export.attach_engine, "BACKENDS", (backend,))
     run, manifest = load_run(trained), Manifest.load(model)
@@ -167,20 +234,41 @@ def test_an_engine_is_validated_as_the_graphs_are(model: Path, trained: Path, tm
     kernel = max(broken.graph.initializer, key=lambda tensor: len(tensor.raw_data))
     kernel.raw_data = bytes(len(kernel.raw_data))
     onnx.save(broken, tmp_path / ENGINE)
-    with pytest.raises(ParityError, match=r"model.engine in tensorrt synthesizes other values than the network"):
+    with pytest.raises(
+        ParityError, match=r"model.engine in tensorrt synthesizes other values than the network"
+    ):
         check_parity(manifest)
-    monkeypatch.setattr(export.attach_engine, "BACKENDS", (replace(backend, why=lambda: ("there is no GPU", "use one")),))
-    with pytest.raises(MissingComponent, match=r"model.engine cannot be validated: there is no GPU"):
+    monkeypatch.setattr(
+        export.attach_engine,
+        "BACKENDS",
+        (replace(backend, why=lambda: ("there is no GPU", "use one")),),
+    )
+    with pytest.raises(
+        MissingComponent, match=r"model.engine cannot be validated: there is no GPU"
+    ):
         check_parity(manifest)
 
 
 def test_the_options_reach_the_builder(folder: Path) -> None:
     script = Script()
-    made, _ = add(folder, script, BuildOptions(precision="fp32", native=True, hardware="this", max_batch=3, workspace=1 << 20))
-    assert script.log[1:3] == [f"WORKSPACE {1 << 20}", "shape labels (1, 1, 32, 32) (3, 1, 32, 32) (3, 1, 64, 64)"]
+    made, _ = add(
+        folder,
+        script,
+        BuildOptions(
+            precision="fp32", native=True, hardware="this", max_batch=3, workspace=1 << 20
+        ),
+    )
+    assert script.log[1:3] == [
+        f"WORKSPACE {1 << 20}",
+        "shape labels (1, 1, 32, 32) (3, 1, 32, 32) (3, 1, 64, 64)",
+    ]
     assert script.log[-1] == "build NONE DETAILED"
     facts = made.files[ENGINE].facts
-    assert (made.files[ENGINE].precision, facts["version_compatible"], facts["hardware"]) == ("fp32", False, "this")
+    assert (made.files[ENGINE].precision, facts["version_compatible"], facts["hardware"]) == (
+        "fp32",
+        False,
+        "this",
+    )
     assert facts["onnx_sha256"] == sha256_of(folder / "model.onnx")
     script = Script()
     add(folder, script, BuildOptions(native=True, hardware="ampere+"))
@@ -193,7 +281,11 @@ def test_a_model_that_fits_slices_to_its_canvas_takes_no_other_size() -> None:
 
 
 def test_every_error_of_the_parser_is_listed(folder: Path) -> None:
-    errors = ((7, "OneHot", "node_one_hot", "UINT8 is not supported"), (-1, "", "", "no importer"), (9, "Foo", "node_foo", "no plugin"))
+    errors = (
+        (7, "OneHot", "node_one_hot", "UINT8 is not supported"),
+        (-1, "", "", "no importer"),
+        (9, "Foo", "node_foo", "no plugin"),
+    )
     with pytest.raises(BuildError) as caught:
         add(folder, Script(parser_errors=errors))
     assert [caught.value.fact, *caught.value.rows] == [
@@ -206,42 +298,69 @@ def test_every_error_of_the_parser_is_listed(folder: Path) -> None:
 
 
 def test_a_refused_profile_names_the_shapes(folder: Path) -> None:
-    with pytest.raises(BuildError, match=r"refuses the shapes labels \(1, 1, 32, 32\) … \(8, 1, 32, 32\) … \(8, 1, 64, 64\); noise"):
+    with pytest.raises(
+        BuildError,
+        match=(
+            r"refuses the shapes labels \(1, 1, 32, 32\) … \(8, 1, 32, 32\) … \(8, 1, 64, 64\);"
+            r" noise"
+        ),
+    ):
         add(folder, Script(refuses_profile=True))
     assert untouched(folder)
-    inconsistent = {"labels": ((2, 1, 32, 32), (1, 1, 32, 32), (8, 1, 32, 32)), "noise": ((1, 32, 32),) * 3}
+    inconsistent = {
+        "labels": ((2, 1, 32, 32), (1, 1, 32, 32), (8, 1, 32, 32)),
+        "noise": ((1, 32, 32),) * 3,
+    }
     with pytest.raises(BuildError, match="inconsistent with other shapes"):
         build(folder / "model.fp16.onnx", inconsistent, BuildOptions(), trt=tensorrt(Script()))
 
 
 def test_a_graph_of_other_inputs_is_refused(folder: Path) -> None:
     with pytest.raises(BuildError, match=r"takes \['labels', 'noise'\]") as caught:
-        build(folder / "model.fp16.onnx", {"labels": ((1, 1, 32, 32),) * 3}, BuildOptions(), trt=tensorrt(Script()))
+        build(
+            folder / "model.fp16.onnx",
+            {"labels": ((1, 1, 32, 32),) * 3},
+            BuildOptions(),
+            trt=tensorrt(Script()),
+        )
     assert "['labels']" in caught.value.expected
 
 
 def test_a_build_that_fails_says_what_tensorrt_said(folder: Path) -> None:
-    with pytest.raises(BuildError, match=r"no engine from model.fp16.onnx: out of device memory; no tactic for conv"):
+    with pytest.raises(
+        BuildError,
+        match=r"no engine from model.fp16.onnx: out of device memory; no tactic for conv",
+    ):
         add(folder, Script(builds=False, errors=("out of device memory", "no tactic for conv")))
     assert untouched(folder)
 
 
-def test_the_timing_cache_is_kept_and_one_of_another_gpu_is_not_used(folder: Path, tmp_path: Path, lean: Path) -> None:
+def test_the_timing_cache_is_kept_and_one_of_another_gpu_is_not_used(
+    folder: Path, tmp_path: Path, lean: Path
+) -> None:
     options = BuildOptions(timing_cache=tmp_path / "caches" / "timing.bin")
     script = Script()
     assert "new" in add(folder, script, options)[1][1] and "timing cache of 0 bytes" in script.log
     assert options.timing_cache.read_bytes() == b"timings of this GPU"
     script = Script()
-    assert "19 bytes" in add(folder, script, options)[1][1] and "timing cache of 19 bytes" in script.log
+    assert (
+        "19 bytes" in add(folder, script, options)[1][1]
+        and "timing cache of 19 bytes" in script.log
+    )
     for other in (b"timings of that GPU", b"no timing cache at all"):
         options.timing_cache.write_bytes(other)
         script = Script()
-        assert "started empty" in add(folder, script, options)[1][1] and "timing cache of 0 bytes" in script.log
+        assert (
+            "started empty" in add(folder, script, options)[1][1]
+            and "timing cache of 0 bytes" in script.log
+        )
         assert options.timing_cache.read_bytes() == b"timings of this GPU"
 
 
 def test_a_full_disk_leaves_the_onnx_model_as_it_was(folder: Path, lean: Path) -> None:
-    """RLIMIT_FSIZE makes every write past 64 bytes fail, as a full disk does: the engine is the first of them."""
+    """RLIMIT_FSIZE makes every write past 64 bytes fail, as a full disk does: the engine is the
+    first of them.
+    """
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, limits[1]))
     try:
@@ -252,31 +371,50 @@ def test_a_full_disk_leaves_the_onnx_model_as_it_was(folder: Path, lean: Path) -
     assert untouched(folder)
 
 
-def test_an_fp16_engine_is_refused_wherever_it_turns_out_fp32(folder: Path, lean: Path, tmp_path: Path) -> None:
-    assert half_weights(folder / "model.fp16.onnx") == 1 and half_weights(folder / "model.onnx") == 0
-    for where, what in (("network", "the convolutions TensorRT parsed"), ("engine", "the built engine's convolutions")):
+def test_an_fp16_engine_is_refused_wherever_it_turns_out_fp32(
+    folder: Path, lean: Path, tmp_path: Path
+) -> None:
+    assert (
+        half_weights(folder / "model.fp16.onnx") == 1 and half_weights(folder / "model.onnx") == 0
+    )
+    for where, what in (
+        ("network", "the convolutions TensorRT parsed"),
+        ("engine", "the built engine's convolutions"),
+    ):
         with pytest.raises(BuildError, match=f"only 0 % of {what} are FP16"):
             add(folder, Script(forgets_half=where))
         assert untouched(folder)
     single = write_fake_model(tmp_path / "single", fake_manifest())
     shutil.copy(folder / "model.onnx", single)
-    file = ModelFile("onnx", "fp16", (single / "model.onnx").stat().st_size, sha256_of(single / "model.onnx"))
+    file = ModelFile(
+        "onnx", "fp16", (single / "model.onnx").stat().st_size, sha256_of(single / "model.onnx")
+    )
     write_fake_model(single, replace(Manifest.load(single), files={"model.onnx": file}))
     with pytest.raises(BuildError, match="only 0 % of its weights are FP16"):
         add(single, script := Script())
     assert script.log == []  # refused before minutes of building
 
 
-def test_an_engine_that_cannot_be_read_back_says_so(folder: Path, lean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_cannot_be_read_back_says_so(
+    folder: Path, lean: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     facts = add(folder, Script(loads=False))[0].files[ENGINE].facts
-    assert facts["device_memory"] is None and facts["not_inspected"] == "TensorRT does not load the engine back here"
+    assert (
+        facts["device_memory"] is None
+        and facts["not_inspected"] == "TensorRT does not load the engine back here"
+    )
     monkeypatch.setattr(export.precision_audit, "lean_library", lambda: None)
     facts = add(folder, Script())[0].files[ENGINE].facts
-    assert "tensorrt-lean-cu13-libs is not installed" in facts["not_inspected"] and facts["half_network"] == 1
+    assert (
+        "tensorrt-lean-cu13-libs is not installed" in facts["not_inspected"]
+        and facts["half_network"] == 1
+    )
     assert "tensorrt-lean-cu13-libs" in json.loads((folder / LAYERS).read_text())["reason"]
 
 
-def test_an_engine_that_fails_its_proof_is_removed_and_so_is_the_one_before(folder: Path, lean: Path) -> None:
+def test_an_engine_that_fails_its_proof_is_removed_and_so_is_the_one_before(
+    folder: Path, lean: Path
+) -> None:
     add(folder, Script())
 
     def wrong(manifest: Manifest) -> Mapping[str, Any]:
@@ -300,16 +438,32 @@ def test_a_missing_or_altered_graph_is_refused_before_the_build(folder: Path) ->
 def test_progress_counts_the_outermost_phase_to_its_end(folder: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     profile = shapes_of(Manifest.load(folder), 8)
-    build(folder / "model.fp16.onnx", profile, BuildOptions(), trt=tensorrt(Script()), on_progress=lambda *step: seen.append(step))
+    build(
+        folder / "model.fp16.onnx",
+        profile,
+        BuildOptions(),
+        trt=tensorrt(Script()),
+        on_progress=lambda *step: seen.append(step),
+    )
     assert seen == [("Building Engine", 1, 3), ("Building Engine", 2, 3), ("Building Engine", 3, 3)]
 
 
-def test_a_phase_is_one_progress_line_for_a_person(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_phase_is_one_progress_line_for_a_person(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     profile = shapes_of(Manifest.load(folder), 8)
     for quiet, lines in ((False, ["Building Engine 3/3", "Building Engine 3/3 in"]), (True, [])):
-        build(folder / "model.fp16.onnx", profile, BuildOptions(), trt=tensorrt(Script()), on_progress=progress(quiet))
+        build(
+            folder / "model.fp16.onnx",
+            profile,
+            BuildOptions(),
+            trt=tensorrt(Script()),
+            on_progress=progress(quiet),
+        )
         said = capsys.readouterr().err.splitlines()
-        assert len(said) == len(lines) and all(line.startswith(start) for line, start in zip(said, lines, strict=True))
+        assert len(said) == len(lines) and all(
+            line.startswith(start) for line, start in zip(said, lines, strict=True)
+        )
 
 
 def test_ctrl_c_stops_the_build_without_an_exception_inside_tensorrt(folder: Path) -> None:
@@ -318,15 +472,27 @@ def test_ctrl_c_stops_the_build_without_an_exception_inside_tensorrt(folder: Pat
 
     with pytest.raises(KeyboardInterrupt):
         build(
-            folder / "model.fp16.onnx", shapes_of(Manifest.load(folder), 8), BuildOptions(), trt=tensorrt(Script()), on_progress=interrupt
+            folder / "model.fp16.onnx",
+            shapes_of(Manifest.load(folder), 8),
+            BuildOptions(),
+            trt=tensorrt(Script()),
+            on_progress=interrupt,
         )
 
 
-VERSIONS = [("10.0.1", False), ("10.12.0.36", False), ("10.13.2.6", True), ("11.4.0.106", True), ("12.0.0", False)]
+VERSIONS = [
+    ("10.0.1", False),
+    ("10.12.0.36", False),
+    ("10.13.2.6", True),
+    ("11.4.0.106", True),
+    ("12.0.0", False),
+]
 
 
 @pytest.mark.parametrize(("version", "served"), VERSIONS)
-def test_a_tensorrt_of_another_version_is_named(version: str, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tensorrt_of_another_version_is_named(
+    version: str, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=version))
     missing = why_not()
     named = missing is not None and f"tensorrt {version} is installed" in missing.fact
@@ -334,18 +500,29 @@ def test_a_tensorrt_of_another_version_is_named(version: str, served: bool, monk
 
 
 @pytest.mark.slow  # a whole export
-def test_without_tensorrt_or_gpu_the_export_exits_3_and_its_onnx_model_synthesizes(trained: Path, command, tmp_path: Path) -> None:
+def test_without_tensorrt_or_gpu_the_export_exits_3_and_its_onnx_model_synthesizes(
+    trained: Path, command, tmp_path: Path
+) -> None:
     if why_not() is None:
         pytest.skip("there is a GPU and a TensorRT: this machine builds engines")
     model = tmp_path / "model"
     done = command("export/build_engine.py", trained, "-o", model)
     assert done.returncode == MissingComponent.exit_code == 3, done.stderr
-    assert done.stderr.count("no TensorRT engine can be built here") == 2  # before the graphs are written, and at the end
+    assert (
+        done.stderr.count("no TensorRT engine can be built here") == 2
+    )  # before the graphs are written, and at the end
     assert 'pip install -e ".[tensorrt]"' in done.stderr or "nvidia-smi" in done.stderr
-    assert f"python -m runtime synth MASK --model {model}" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        f"python -m runtime synth MASK --model {model}" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     manifest = Manifest.load(model)
     manifest.verify(model, manifest.files)
-    assert manifest.file_of("onnx", "fp32") and not manifest.file_of("engine", "fp16") and manifest.parity
+    assert (
+        manifest.file_of("onnx", "fp32")
+        and not manifest.file_of("engine", "fp16")
+        and manifest.parity
+    )
     with Synthesizer.open(model, backend="onnx") as synth:
         ct = synth(sitk.GetImageFromArray(np.full((2, 16, 16), 205, np.uint16)))
     assert ct.GetSize() == (16, 16, 2)

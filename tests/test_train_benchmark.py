@@ -18,7 +18,9 @@ from train.loop import Training, open_cohort
 
 
 def test_the_plain_loop_takes_the_same_step(cohort: Path, tmp_path: Path) -> None:
-    settings = resolve({}, [*TINY, "data.slices=3", "data.slice_spacing=5"], dataset_path=str(cohort))
+    settings = resolve(
+        {}, [*TINY, "data.slices=3", "data.slice_spacing=5"], dataset_path=str(cohort)
+    )
     opened = open_cohort(settings, tmp_path)
     training = Training(settings, tmp_path, opened, quiet=True)
     plain = PlainLoop(settings)
@@ -27,28 +29,41 @@ def test_the_plain_loop_takes_the_same_step(cohort: Path, tmp_path: Path) -> Non
     for n in range(3):
         batch = training.batch(n)
         ours, theirs = training.step(n, batch), plain(batch)
-        assert theirs == pytest.approx({name: float(value) for name, value in ours.items()}, rel=1e-2, abs=1e-4)
+        assert theirs == pytest.approx(
+            {name: float(value) for name, value in ours.items()}, rel=1e-2, abs=1e-4
+        )
 
 
 def test_the_plain_loops_files_hold_the_same_slices(cohort: Path, tmp_path: Path) -> None:
-    settings = resolve({}, [*TINY, "data.slices=3", "data.slice_spacing=5"], dataset_path=str(cohort))
+    settings = resolve(
+        {}, [*TINY, "data.slices=3", "data.slice_spacing=5"], dataset_path=str(cohort)
+    )
     opened = open_cohort(settings, tmp_path)
     (tmp_path / "files").mkdir()
     files = SliceFiles(
-        tmp_path / "files", opened.train, settings.augment, Training(settings, tmp_path, opened, quiet=True).batches._intensity
+        tmp_path / "files",
+        opened.train,
+        settings.augment,
+        Training(settings, tmp_path, opened, quiet=True).batches._intensity,
     )
     patient = opened.train[0]
     for k in (0, len(patient) - 1):
         labels, image, noise = files[k]
         assert np.array_equal(labels, patient.labels[k]) and noise.dtype == torch.uint8
-        assert np.array_equal(np.rint(image[0].numpy() * 2048 - 1024), np.clip(patient.image[k], -1024, 1024))
+        assert np.array_equal(
+            np.rint(image[0].numpy() * 2048 - 1024), np.clip(patient.image[k], -1024, 1024)
+        )
 
 
 def test_items_are_moved_as_our_batches_are() -> None:
     y, x = np.mgrid[:48, :64].astype(np.float32)
     image = (np.exp(-((y - 20) ** 2 + (x - 40) ** 2) / 60))[None]
     labels = (image > 0.5).astype(np.uint8)
-    affine = augmentation.draw(AugmentConfig(rotation=20, shift_width=0.1, shift_height=0.1, zoom=0.2), 1, np.random.default_rng(3))
+    affine = augmentation.draw(
+        AugmentConfig(rotation=20, shift_width=0.1, shift_height=0.1, zoom=0.2),
+        1,
+        np.random.default_rng(3),
+    )
     ours = augmentation.apply(*(torch.from_numpy(a) for a in (affine, labels[None], image[None])))
     moved_labels, moved = _moved(affine[0], labels, image)
     assert np.abs(ours[1][0].numpy() - moved).max() < 0.03
@@ -58,14 +73,32 @@ def test_items_are_moved_as_our_batches_are() -> None:
 @pytest.mark.slow
 def test_the_suite_prints_a_table_and_one_json_line(cohort: Path, tmp_path: Path, command) -> None:
     done = command(
-        "benchmarks/run.py", "train", "--quick", "--quiet", "--dataset-path", cohort, "--json", tmp_path / "r.json", "--set", *TINY
+        "benchmarks/run.py",
+        "train",
+        "--quick",
+        "--quiet",
+        "--dataset-path",
+        cohort,
+        "--json",
+        tmp_path / "r.json",
+        "--set",
+        *TINY,
     )
     assert done.returncode == 0, done.stderr
     (record,) = json.loads(done.stdout.splitlines()[-1])
     assert [record] == json.loads((tmp_path / "r.json").read_text())
     peaks = {name: row for name, row in record["contenders"].items() if name.startswith(PEAK)}
     contenders = {name: row for name, row in record["contenders"].items() if name not in peaks}
-    assert list(contenders) == [OURS, PLAIN, WORKERS] and len(peaks) == 2 and record["machine"]["packages"]["torch"]
+    assert (
+        list(contenders) == [OURS, PLAIN, WORKERS]
+        and len(peaks) == 2
+        and record["machine"]["packages"]["torch"]
+    )
     assert str(cohort) not in json.dumps(record)
     for row in contenders.values():
-        assert len(row["rates"]) >= 7 and min(row["rates"]) > 0 and 0 <= row["loader_share"] < 1 and row["roof"] == "fp32"
+        assert (
+            len(row["rates"]) >= 7
+            and min(row["rates"]) > 0
+            and 0 <= row["loader_share"] < 1
+            and row["roof"] == "fp32"
+        )

@@ -22,9 +22,24 @@ from train.loop import Training, open_cohort
 from train.step import Batch, Step
 from train.training_monitor import Collapsed, Diverged, TrainingMonitor
 
-TINY = ["data.canvas=[64,64]", "generator.kind=unet", "generator.filters=8", "generator.depth=4", "generator.skips=true", "generator.textures=2",
-        "generator.style=2", "loss.texture=10", "discriminator.filters=8", "training.batch_size=4", "training.recalibrate=2", "training.valid_slices=6",
-        "training.threads=2", "training.log_every=2", "training.valid_every=10", "training.checkpoint_every=5"]  # fmt: skip
+TINY = [
+    "data.canvas=[64,64]",
+    "generator.kind=unet",
+    "generator.filters=8",
+    "generator.depth=4",
+    "generator.skips=true",
+    "generator.textures=2",
+    "generator.style=2",
+    "loss.texture=10",
+    "discriminator.filters=8",
+    "training.batch_size=4",
+    "training.recalibrate=2",
+    "training.valid_slices=6",
+    "training.threads=2",
+    "training.log_every=2",
+    "training.valid_every=10",
+    "training.checkpoint_every=5",
+]
 
 
 @pytest.fixture
@@ -77,21 +92,38 @@ def test_a_run_leaves_what_it_promises(trained: Path, cohort: Path) -> None:
         "figures/step-00000006.png",
         "checkpoints/step-00000006/state.json",
     } <= files
-    assert not [name for name in files if name.endswith((".pt", ".pth", ".pkl")) or ".mask2ct-part-" in name]
+    assert not [
+        name for name in files if name.endswith((".pt", ".pth", ".pkl")) or ".mask2ct-part-" in name
+    ]
     text = (trained / "run.json").read_text()
-    assert str(cohort) not in text and "ct_train" not in text  # run folders travel; patients' names do not
+    assert (
+        str(cohort) not in text and "ct_train" not in text
+    )  # run folders travel; patients' names do not
     data = json.loads(text)
-    assert data["schema_version"] == 1 and data["step"] == 6 and data["noise"] is True and data["style"] == 0
-    assert data["data"]["patients"] == {"train": 3, "valid": 1, "test": 0} and set(data["metrics"]) == {
+    assert (
+        data["schema_version"] == 1
+        and data["step"] == 6
+        and data["noise"] is True
+        and data["style"] == 0
+    )
+    assert data["data"]["patients"] == {"train": 3, "valid": 1, "test": 0} and set(
+        data["metrics"]
+    ) == {
         "cases",
         "organs",
         "body",
         "similarity",
         "ceiling",
     }
-    assert data["weights"]["average"] == "ema" and [row["index"] for row in data["labels"]] == list(range(8))
+    assert data["weights"]["average"] == "ema" and [row["index"] for row in data["labels"]] == list(
+        range(8)
+    )
     page = (trained / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 2 and "left ventricle" in page and "W1 real-real" in page  # a figure, the curves
+    assert (
+        page.count("data:image/png;base64,") == 2
+        and "left ventricle" in page
+        and "W1 real-real" in page
+    )  # a figure, the curves
     assert (trained / "figures" / "step-00000006.png").read_bytes().startswith(b"\x89PNG")
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 6 and last["metrics"]["body"]["mae"] > 0 and last["seconds"] > 0
@@ -122,7 +154,9 @@ def test_altered_or_missing_run_files_are_refused(trained: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(precision: str, config: Path, cohort: Path, tmp_path: Path, command) -> None:
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    precision: str, config: Path, cohort: Path, tmp_path: Path, command
+) -> None:
     how = f"training.precision={precision}"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert command(*arguments(config, cohort, whole, 20, how)).returncode == 0
@@ -130,31 +164,48 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(precision: str, conf
     done = command(*arguments(config, cohort, parts, 20, how), "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_bits(tensors(whole, 20), tensors(parts, 20))
-    assert_same_bits(load_file(whole / "generator.safetensors"), load_file(parts / "generator.safetensors"))
+    assert_same_bits(
+        load_file(whole / "generator.safetensors"), load_file(parts / "generator.safetensors")
+    )
     assert losses(whole) == losses(parts)
-    assert json.loads((whole / "run.json").read_text())["metrics"] == json.loads((parts / "run.json").read_text())["metrics"]
+    assert (
+        json.loads((whole / "run.json").read_text())["metrics"]
+        == json.loads((parts / "run.json").read_text())["metrics"]
+    )
     kept = {p.name for p in (parts / "checkpoints").iterdir()}
-    assert kept >= {"step-00000015", "step-00000020"} and kept == {p.name for p in (whole / "checkpoints").iterdir()}
+    assert kept >= {"step-00000015", "step-00000020"} and kept == {
+        p.name for p in (whole / "checkpoints").iterdir()
+    }
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit(config: Path, cohort: Path, root: Path, tmp_path: Path, command) -> None:
+def test_a_killed_run_resumes_bit_for_bit(
+    config: Path, cohort: Path, root: Path, tmp_path: Path, command
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert command(*arguments(config, cohort, whole, 40)).returncode == 0
-    process = subprocess.Popen([sys.executable, *map(str, arguments(config, cohort, killed, 40))], cwd=root)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, arguments(config, cohort, killed, 40))], cwd=root
+    )
     wait_for(lambda: (killed / "checkpoints" / "step-00000020").exists(), process)
     process.kill()
     process.wait()
     with open(killed / "metrics.jsonl", "a") as handle:
         handle.write('{"step": 22, "los')  # a line that was cut off
-    done = command("train/run.py", "--resume", "--output", killed, "--quiet")  # the run's own config
+    done = command(
+        "train/run.py", "--resume", "--output", killed, "--quiet"
+    )  # the run's own config
     assert done.returncode == 0, done.stderr
     assert_same_bits(tensors(whole, 40), tensors(killed, 40))
-    assert_same_bits(load_file(whole / "generator.safetensors"), load_file(killed / "generator.safetensors"))
+    assert_same_bits(
+        load_file(whole / "generator.safetensors"), load_file(killed / "generator.safetensors")
+    )
     assert losses(whole) == losses(killed)
 
 
-def test_an_interrupt_saves_says_how_to_go_on_and_exits_130(config: Path, cohort: Path, root: Path, tmp_path: Path, command) -> None:
+def test_an_interrupt_saves_says_how_to_go_on_and_exits_130(
+    config: Path, cohort: Path, root: Path, tmp_path: Path, command
+) -> None:
     run = tmp_path / "run"
     command_line = [sys.executable, *map(str, arguments(config, cohort, run, 100_000))]
     process = subprocess.Popen(command_line, cwd=root, stderr=subprocess.PIPE, text=True)
@@ -175,16 +226,35 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def test_a_folder_with_a_run_is_not_overwritten(trained: Path, config: Path, cohort: Path, command) -> None:
+def test_a_folder_with_a_run_is_not_overwritten(
+    trained: Path, config: Path, cohort: Path, command
+) -> None:
     before = (trained / "run.json").read_bytes()
     done = command(*arguments(config, cohort, trained, 5))
-    assert done.returncode == 2 and "already holds a run" in done.stderr and "--resume" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "already holds a run" in done.stderr
+        and "--resume" in done.stderr
+        and "Traceback" not in done.stderr
+    )
     assert (trained / "run.json").read_bytes() == before
 
 
 def test_resuming_with_another_config_names_the_keys(trained: Path, command) -> None:
-    done = command("train/run.py", "--resume", "--output", trained, "--set", "optimizer.lr_g=0.5", "LOG_INTERVAL=3")
-    assert done.returncode == 2 and "optimizer.lr_g" in done.stderr and "training.log_every" in done.stderr
+    done = command(
+        "train/run.py",
+        "--resume",
+        "--output",
+        trained,
+        "--set",
+        "optimizer.lr_g=0.5",
+        "LOG_INTERVAL=3",
+    )
+    assert (
+        done.returncode == 2
+        and "optimizer.lr_g" in done.stderr
+        and "training.log_every" in done.stderr
+    )
 
 
 def test_resuming_nothing_is_an_error(tmp_path: Path, command) -> None:
@@ -193,7 +263,9 @@ def test_resuming_nothing_is_an_error(tmp_path: Path, command) -> None:
     assert command("train/run.py", "--resume").returncode == 2
 
 
-def test_a_run_with_a_torn_checkpoint_resumes_to_the_same_bits(config: Path, cohort: Path, tmp_path: Path, command) -> None:
+def test_a_run_with_a_torn_checkpoint_resumes_to_the_same_bits(
+    config: Path, cohort: Path, tmp_path: Path, command
+) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     assert command(*arguments(config, cohort, whole, 15)).returncode == 0
     assert command(*arguments(config, cohort, torn, 10)).returncode == 0
@@ -206,17 +278,25 @@ def test_a_run_with_a_torn_checkpoint_resumes_to_the_same_bits(config: Path, coh
     for path in (torn / "checkpoints").iterdir():
         (path / "state.json").unlink()
     done = command("train/run.py", "--resume", "--output", torn, "--quiet")
-    assert done.returncode == 2 and "none of the 2 checkpoints" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        done.returncode == 2
+        and "none of the 2 checkpoints" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_a_loss_that_is_no_number_stops_the_run(cohort: Path, tmp_path: Path) -> None:
-    config = resolve({}, [*TINY, "training.steps=20", "optimizer.lr_g=1e30"], dataset_path=str(cohort))
+    config = resolve(
+        {}, [*TINY, "training.steps=20", "optimizer.lr_g=1e30"], dataset_path=str(cohort)
+    )
     with pytest.raises(Diverged, match="diverged before step 2") as caught:
         Training(config, tmp_path, open_cohort(config, tmp_path), quiet=True).run()
     assert "lr_g" in caught.value.remedy
 
 
-def test_weights_that_are_no_numbers_never_become_a_checkpoint(cohort: Path, tmp_path: Path) -> None:
+def test_weights_that_are_no_numbers_never_become_a_checkpoint(
+    cohort: Path, tmp_path: Path
+) -> None:
     config = resolve({}, [*TINY, "training.steps=10"], dataset_path=str(cohort))
     training = Training(config, tmp_path, open_cohort(config, tmp_path), quiet=True)
     advance = training._advance
@@ -230,29 +310,54 @@ def test_weights_that_are_no_numbers_never_become_a_checkpoint(cohort: Path, tmp
     with pytest.raises(Diverged, match=r"diverged at step 10: generator/top\.image\.weight"):
         training.run()
     newest = checkpoint.newest(tmp_path)
-    assert newest is not None and newest.name == "step-00000005" and not (tmp_path / "run.json").exists()
+    assert (
+        newest is not None
+        and newest.name == "step-00000005"
+        and not (tmp_path / "run.json").exists()
+    )
 
 
 def test_a_dead_discriminator_stops_the_run_and_the_checkpoints_from_before_are_kept(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = [*TINY, "training.steps=200", "training.collapse_steps=20", "training.keep_checkpoints=1", "training.valid_every=500"]
+    settings = [
+        *TINY,
+        "training.steps=200",
+        "training.collapse_steps=20",
+        "training.keep_checkpoints=1",
+        "training.valid_every=500",
+    ]
     config = resolve({}, settings, dataset_path=str(cohort))
     advance = Step.__call__
 
     def dying(self: Step, step: int, batch: Batch) -> dict[str, torch.Tensor]:
         losses = advance(self, step, batch)
-        return losses if step < 10 else {**losses, "d_real": torch.tensor(1e-4), "d_fake": torch.tensor(1e-4)}
+        return (
+            losses
+            if step < 10
+            else {**losses, "d_real": torch.tensor(1e-4), "d_fake": torch.tensor(1e-4)}
+        )
 
     monkeypatch.setattr(Step, "__call__", dying)
     training = Training(config, tmp_path, open_cohort(config, tmp_path), quiet=True)
     with pytest.raises(Collapsed, match="since step 10") as caught:
         training.run()
-    assert "step 10 are kept" in caught.value.remedy and caught.value.file == tmp_path and training.done == 30
-    assert [p.name[-2:] for p in sorted((tmp_path / "checkpoints").iterdir())] == ["10", "15", "20", "25"]
+    assert (
+        "step 10 are kept" in caught.value.remedy
+        and caught.value.file == tmp_path
+        and training.done == 30
+    )
+    assert [p.name[-2:] for p in sorted((tmp_path / "checkpoints").iterdir())] == [
+        "10",
+        "15",
+        "20",
+        "25",
+    ]
 
 
-def test_the_watch_forgets_when_the_discriminator_recovers_and_sees_one_grey(tmp_path: Path) -> None:
+def test_the_watch_forgets_when_the_discriminator_recovers_and_sees_one_grey(
+    tmp_path: Path,
+) -> None:
     watch = TrainingMonitor(tmp_path, 100)
     dead, alive = {"d_real": 0.0, "d_fake": 1e-3}, {"d_real": 0.1, "d_fake": 0.1}
     for step, losses_ in ((60, dead), (90, alive), (150, dead), (180, dead)):
@@ -270,7 +375,9 @@ def test_the_watch_forgets_when_the_discriminator_recovers_and_sees_one_grey(tmp
 def test_seeds_decide(cohort: Path, tmp_path: Path) -> None:
     def first_losses(seed: int) -> dict[str, float]:
         folder = tmp_path / f"{seed}-{len(list(tmp_path.iterdir()))}"
-        config = resolve({}, [*TINY, "training.steps=2", f"training.seed={seed}"], dataset_path=str(cohort))
+        config = resolve(
+            {}, [*TINY, "training.steps=2", f"training.seed={seed}"], dataset_path=str(cohort)
+        )
         Training(config, folder, open_cohort(config, folder), quiet=True).run()
         return losses(folder)[0][1]
 
@@ -283,11 +390,17 @@ def test_kept_labels_train_a_smaller_table(cohort: Path, tmp_path: Path) -> None
     assert max(int(p.labels.max()) for p in opened.train) == 2
     Training(config, tmp_path, opened, quiet=True).run()
     run = checkpoint.load_run(tmp_path)
-    assert [label.name for label in run.labels.labels] == ["background", "myocardium", "left ventricle"]
+    assert [label.name for label in run.labels.labels] == [
+        "background",
+        "myocardium",
+        "left ventricle",
+    ]
     assert 420 in run.labels.labels[0].aliases and checkpoint.load_generator(tmp_path).channels == 3
 
 
-def test_a_dry_run_shows_everything_and_starts_nothing(config: Path, cohort: Path, tmp_path: Path, command) -> None:
+def test_a_dry_run_shows_everything_and_starts_nothing(
+    config: Path, cohort: Path, tmp_path: Path, command
+) -> None:
     run = tmp_path / "run"
     done = command(*arguments(config, cohort, run, 1000), "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -316,17 +429,29 @@ def test_help_answers_without_torch(command) -> None:
         ((), 2, "--config"),
         (("--config", "absent.json"), 2, "absent.json does not exist"),
         (("--config", "train/configs/whs.json"), 2, "--dataset-path"),
-        (("--config", "train/configs/phantom.json", "--set", "training.stepz=3"), 2, "did you mean 'steps'?"),
-        (("--config", "train/configs/whs.json", "--dataset_path", "nowhere"), 2, "nowhere does not exist"),
+        (
+            ("--config", "train/configs/phantom.json", "--set", "training.stepz=3"),
+            2,
+            "did you mean 'steps'?",
+        ),
+        (
+            ("--config", "train/configs/whs.json", "--dataset_path", "nowhere"),
+            2,
+            "nowhere does not exist",
+        ),
     ],
 )
-def test_a_wrong_command_is_one_screen(tmp_path: Path, command, more: tuple[str, ...], code: int, says: str) -> None:
+def test_a_wrong_command_is_one_screen(
+    tmp_path: Path, command, more: tuple[str, ...], code: int, says: str
+) -> None:
     done = command("train/run.py", "--output", tmp_path / "run", "--quiet", *more)
     assert done.returncode == code and says in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_an_output_that_cannot_be_written_is_exit_4(config: Path, cohort: Path, tmp_path: Path, command) -> None:
+def test_an_output_that_cannot_be_written_is_exit_4(
+    config: Path, cohort: Path, tmp_path: Path, command
+) -> None:
     (tmp_path / "file").write_text("in the way")
     done = command(*arguments(config, cohort, tmp_path / "file" / "run", 1))
     assert done.returncode == 4 and "Traceback" not in done.stderr
@@ -335,5 +460,7 @@ def test_an_output_that_cannot_be_written_is_exit_4(config: Path, cohort: Path, 
 def test_no_kept_checkpoint_is_ever_half_written(trained: Path) -> None:
     for folder in (trained / "checkpoints").iterdir():
         step, loaded = checkpoint.load(folder)
-        assert folder.name == f"step-{step:08d}" and all(np.isfinite(t.float().numpy()).all() for t in loaded.values())
+        assert folder.name == f"step-{step:08d}" and all(
+            np.isfinite(t.float().numpy()).all() for t in loaded.values()
+        )
         assert os.path.getsize(folder / "state.safetensors") > 0

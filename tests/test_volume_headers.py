@@ -32,7 +32,9 @@ SFORM = np.array([[-1.5, 0, 0, 60], [0, -1.5, 0, 55], [0, 0, 3, -40], [0, 0, 0, 
 
 def nifti(path: Path, values: np.ndarray | None = None, qform=None, sform=SFORM, **fields) -> Path:
     """A NIfTI by nibabel, with bytes of the header replaced: {offset: (format, numbers)}."""
-    made = nibabel.Nifti1Image(blobs((5, 6, 7)).astype(np.int16).T if values is None else values, None)
+    made = nibabel.Nifti1Image(
+        blobs((5, 6, 7)).astype(np.int16).T if values is None else values, None
+    )
     made.header.set_qform(qform, int(qform is not None))
     made.header.set_sform(sform, 0 if sform is None else 2)
     made.header.set_xyzt_units("mm")
@@ -70,7 +72,9 @@ def test_sform_counts_before_qform(tmp_path: Path) -> None:
     other = SFORM.copy()
     other[0, 3] += 0.3  # a fifth of a voxel: within what counts as one place
     path = nifti(tmp_path / "m.nii", qform=other)
-    assert np.array_equal(affine_ras(path), nibabel.load(path).affine) and affine_ras(path)[0, 3] == 60
+    assert (
+        np.array_equal(affine_ras(path), nibabel.load(path).affine) and affine_ras(path)[0, 3] == 60
+    )
 
 
 @pytest.mark.parametrize("spacing", [(0.2, 0.2, 0.2), (0.98, 0.98, 1.0)])
@@ -88,7 +92,12 @@ def test_oblique_files_of_simpleitk_are_read(spacing, tmp_path: Path) -> None:
         struct.pack_into("<3h", data, 42, *size)
         path.write_bytes(data)
         os.truncate(path, 352 + int(np.prod(size)))  # sparse
-        assert np.abs((LPS @ check_header(path).geometry.affine - nibabel.load(path).affine) @ [*size, 1]).max() < 1e-3
+        assert (
+            np.abs(
+                (LPS @ check_header(path).geometry.affine - nibabel.load(path).affine) @ [*size, 1]
+            ).max()
+            < 1e-3
+        )
 
 
 @pytest.mark.parametrize("shear", [1e-4, 3e-4, 9e-4])
@@ -114,7 +123,12 @@ def test_real_shear_is_refused_in_words(tmp_path: Path) -> None:
 def test_nifti_units_become_millimetres(unit: str, mm: float, tmp_path: Path) -> None:
     small = SFORM / mm
     small[3] = SFORM[3]
-    path = nifti(tmp_path / "m.nii", sform=small, pixdim=np.abs(np.diag(small)[:3]), xyzt_units=nibabel.nifti1.unit_codes[unit])
+    path = nifti(
+        tmp_path / "m.nii",
+        sform=small,
+        pixdim=np.abs(np.diag(small)[:3]),
+        xyzt_units=nibabel.nifti1.unit_codes[unit],
+    )
     assert np.allclose(affine_ras(path), SFORM, atol=1e-4)
 
 
@@ -150,8 +164,8 @@ def nrrd(
     endian: str = "little",
 ) -> Path:
     text = (
-        f"NRRD0005\ntype: {kind}\ndimension: {len(sizes.split())}\n{space}sizes: {sizes}\n{directions}"
-        f"encoding: {encoding}\nendian: {endian}\n{fields}\n"
+        f"NRRD0005\ntype: {kind}\ndimension: {len(sizes.split())}\n{space}sizes:"
+        f" {sizes}\n{directions}encoding: {encoding}\nendian: {endian}\n{fields}\n"
     )
     path.write_bytes(text.encode() + (bytes(range(24)) if data is None else data))
     return path
@@ -168,8 +182,8 @@ def meta(
     spacing: str = "ElementSpacing = 2 3 4\nOffset = 10 20 30\nTransformMatrix = 1 0 0 0 1 0 0 0 1\n",
 ) -> Path:
     text = (
-        f"ObjectType = Image\nNDims = {len(size.split())}\n{spacing}{fields}DimSize = {size}\nElementType = {kind}\n"
-        f"ElementDataFile = {file}\n"
+        f"ObjectType = Image\nNDims = {len(size.split())}\n{spacing}{fields}DimSize ="
+        f" {size}\nElementType = {kind}\nElementDataFile = {file}\n"
     )
     path.write_bytes(text.encode() + (bytes(range(24)) if data is None else data))
     return path
@@ -192,11 +206,23 @@ def test_nrrd_space_units_are_scaled(units: str, spacing, origin, tmp_path: Path
 
 
 def test_units_of_axes_are_scaled(tmp_path: Path) -> None:
-    path = nrrd(tmp_path / "m.nrrd", 'units: "cm" "mm" "um"\n', space="", directions="spacings: 2 3 4\n")
+    path = nrrd(
+        tmp_path / "m.nrrd", 'units: "cm" "mm" "um"\n', space="", directions="spacings: 2 3 4\n"
+    )
     assert read_volume(path).geometry.spacing == pytest.approx((20, 3, 0.004))
 
 
-@pytest.mark.parametrize("space", ["right-anterior-superior", "RAS", "left-anterior-superior", "LAS", "LPS", "Left-Posterior-Superior"])
+@pytest.mark.parametrize(
+    "space",
+    [
+        "right-anterior-superior",
+        "RAS",
+        "left-anterior-superior",
+        "LAS",
+        "LPS",
+        "Left-Posterior-Superior",
+    ],
+)
 def test_nrrd_spaces_lie_as_simpleitk_says(space: str, tmp_path: Path) -> None:
     path = nrrd(
         tmp_path / "m.nrrd",
@@ -205,7 +231,9 @@ def test_nrrd_spaces_lie_as_simpleitk_says(space: str, tmp_path: Path) -> None:
     )
     read, itk = read_volume(path), sitk.ReadImage(str(path))
     for index in ((0, 0, 0), (1, 0, 0), (0, 2, 0), (1, 2, 3)):
-        assert (read.geometry.affine @ [*index, 1])[:3] == pytest.approx(itk.TransformIndexToPhysicalPoint(index), abs=1e-9)
+        assert (read.geometry.affine @ [*index, 1])[:3] == pytest.approx(
+            itk.TransformIndexToPhysicalPoint(index), abs=1e-9
+        )
     assert not read.notes
 
 
@@ -218,7 +246,10 @@ REFUSED_NRRD = {
     "time": ({"space": "space: left-posterior-superior-time\n"}, "time"),
     "both": ({"fields": "spacings: 1 1 1\n"}, "both"),
     "no grid": ({"directions": ""}, "does not state its voxel spacing"),
-    "underscore": ({"directions": "space directions: (1_0,0,0) (0,1,0) (0,0,1)\n"}, "states the spacedirections"),
+    "underscore": (
+        {"directions": "space directions: (1_0,0,0) (0,1,0) (0,0,1)\n"},
+        "states the spacedirections",
+    ),
     "sizes twice": ({"fields": "sizes: 4 3 2\n"}, "'sizes' twice"),
     "unknown field": ({"fields": "data  fyle: x.raw\n"}, "no field of NRRD: line 10"),
     "line skip": ({"fields": "line skip: 1\n"}, "skips lines"),
@@ -232,7 +263,10 @@ REFUSED_NRRD = {
     "short text": ({"encoding": "ascii", "data": b"100 " * 12}, "is truncated"),
     "text too large": ({"encoding": "ascii", "data": b"300 " * 24}, "cannot hold"),
     "short gzip": ({"encoding": "gzip", "data": gzip.compress(bytes(23))}, "is truncated"),
-    "cut gzip": ({"encoding": "gzip", "data": gzip.compress(bytes(range(24)))[:-3]}, "truncated or damaged"),
+    "cut gzip": (
+        {"encoding": "gzip", "data": gzip.compress(bytes(range(24)))[:-3]},
+        "truncated or damaged",
+    ),
     "no gzip": ({"encoding": "gzip", "data": bytes(80)}, "not gzip"),
 }
 
@@ -254,14 +288,29 @@ REFUSED_META = {
     "no separator": ({"fields": "hello\n"}, "no 'Key = value'"),
     "order twice": ({"fields": "DimSize = 1 1 1\n"}, "'dimsize' twice"),
     "two matrices": ({"fields": "Rotation = 1 0 0 0 1 0 0 0 1\n"}, "both"),
-    "long matrix": ({"spacing": "ElementSpacing = 1 1 1\nTransformMatrix = 2 0 0 0 1 0 0 0 1\n"}, "transformmatrix"),
+    "long matrix": (
+        {"spacing": "ElementSpacing = 1 1 1\nTransformMatrix = 2 0 0 0 1 0 0 0 1\n"},
+        "transformmatrix",
+    ),
     "header size": ({"fields": "HeaderSize = -1\n"}, "HeaderSize"),
     "rescaled": ({"fields": "ElementToIntensityFunctionSlope = 2\n"}, "rescales"),
     "a mesh": ({"fields": "ObjectSubType = x\n", "kind": "MET_UCHAR_ARRAY"}, "of the type"),
     "short": ({"data": bytes(23)}, "23 bytes are there for 24"),
-    "short zlib": ({"fields": "CompressedData = True\n", "data": zlib.compress(bytes(23))}, "is truncated"),
-    "cut zlib": ({"fields": "CompressedData = True\n", "data": zlib.compress(bytes(range(24)))[:-3]}, "truncated or damaged"),
-    "flipped zlib": ({"fields": "CompressedData = True\n", "data": zlib.compress(bytes(range(24)))[:-1] + b"\x07"}, "truncated or damaged"),
+    "short zlib": (
+        {"fields": "CompressedData = True\n", "data": zlib.compress(bytes(23))},
+        "is truncated",
+    ),
+    "cut zlib": (
+        {"fields": "CompressedData = True\n", "data": zlib.compress(bytes(range(24)))[:-3]},
+        "truncated or damaged",
+    ),
+    "flipped zlib": (
+        {
+            "fields": "CompressedData = True\n",
+            "data": zlib.compress(bytes(range(24)))[:-1] + b"\x07",
+        },
+        "truncated or damaged",
+    ),
     "short text": ({"fields": "BinaryData = False\n", "data": b"100 " * 12}, "is truncated"),
 }
 
@@ -278,37 +327,89 @@ def test_ambiguous_metaimage_is_refused(kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("unit", "mm"), [("um", 0.001), ("mm", 1.0), ("cm", 10.0)])
 def test_metaimage_distance_units_are_scaled(unit: str, mm: float, tmp_path: Path) -> None:
     geometry = read_volume(meta(tmp_path / "m.mha", f"DistanceUnits = {unit}\n")).geometry
-    assert geometry.spacing == pytest.approx((2 * mm, 3 * mm, 4 * mm)) and geometry.origin == pytest.approx((10 * mm, 20 * mm, 30 * mm))
+    assert geometry.spacing == pytest.approx(
+        (2 * mm, 3 * mm, 4 * mm)
+    ) and geometry.origin == pytest.approx((10 * mm, 20 * mm, 30 * mm))
 
 
 NRRD_TYPES = dict(
     zip(
         ("i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"),
-        ("int8", "uchar", "short", "unsigned short", "int", "uint32_t", "int64", "ulonglong", "float", "double"),
+        (
+            "int8",
+            "uchar",
+            "short",
+            "unsigned short",
+            "int",
+            "uint32_t",
+            "int64",
+            "ulonglong",
+            "float",
+            "double",
+        ),
         strict=True,
     )
 )
 META_TYPES = dict(
-    zip(NRRD_TYPES, ("CHAR", "UCHAR", "SHORT", "USHORT", "INT", "UINT", "LONG_LONG", "ULONG_LONG", "FLOAT", "DOUBLE"), strict=True)
+    zip(
+        NRRD_TYPES,
+        (
+            "CHAR",
+            "UCHAR",
+            "SHORT",
+            "USHORT",
+            "INT",
+            "UINT",
+            "LONG_LONG",
+            "ULONG_LONG",
+            "FLOAT",
+            "DOUBLE",
+        ),
+        strict=True,
+    )
 )
 
 
 @pytest.mark.parametrize(("code", "order"), [*itertools.product(NRRD_TYPES, "<>")])
 def test_every_type_order_and_encoding_is_read(code: str, order: str, tmp_path: Path) -> None:
-    values = (np.arange(24).reshape(4, 3, 2) * 5).astype(code).astype(np.dtype(code).newbyteorder(order))
+    values = (
+        (np.arange(24).reshape(4, 3, 2) * 5).astype(code).astype(np.dtype(code).newbyteorder(order))
+    )
     plain, text = values.tobytes(), (" ".join(map(repr, values.ravel().tolist())) + "\n").encode()
     endian, big = ("little", "False") if order == "<" else ("big", "True")
-    for encoding, data in (("raw", plain), ("gzip", gzip.compress(plain)), ("ascii", text), ("hex", plain.hex().encode())):
-        read = read_volume(nrrd(tmp_path / "m.nrrd", data=data, encoding=encoding, kind=NRRD_TYPES[code], endian=endian))
+    for encoding, data in (
+        ("raw", plain),
+        ("gzip", gzip.compress(plain)),
+        ("ascii", text),
+        ("hex", plain.hex().encode()),
+    ):
+        read = read_volume(
+            nrrd(
+                tmp_path / "m.nrrd",
+                data=data,
+                encoding=encoding,
+                kind=NRRD_TYPES[code],
+                endian=endian,
+            )
+        )
         assert read.values.dtype == code and np.array_equal(read.values, values), encoding
-        assert np.array_equal(read.values, sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "m.nrrd")))), encoding
+        assert np.array_equal(
+            read.values, sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "m.nrrd")))
+        ), encoding
     for fields, data in (
         ("", plain),
         ("CompressedData = True\n", zlib.compress(plain)),
         ("CompressedData = True\n", gzip.compress(plain)),
         ("BinaryData = False\n", text),
     ):
-        read = read_volume(meta(tmp_path / "m.mha", f"BinaryDataByteOrderMSB = {big}\n{fields}", data=data, kind=f"MET_{META_TYPES[code]}"))
+        read = read_volume(
+            meta(
+                tmp_path / "m.mha",
+                f"BinaryDataByteOrderMSB = {big}\n{fields}",
+                data=data,
+                kind=f"MET_{META_TYPES[code]}",
+            )
+        )
         assert read.values.dtype == code and np.array_equal(read.values, values), fields
         assert read.geometry.spacing == (2, 3, 4) and read.geometry.origin == (10, 20, 30)
 
@@ -317,9 +418,17 @@ def test_every_type_order_and_encoding_is_read(code: str, order: str, tmp_path: 
 def test_a_grid_has_the_bits_simpleitk_gives(path: str, tmp_path: Path) -> None:
     """They key every random number of a result, so that results stay what they were."""
     for angles in ((0, 0, 0), (3, -5, 178), (90, 0.01, 0)):
-        write_mask(tmp_path / path, spacing=(0.71, 0.83, 2.5), origin=(-101.37, 12.11, 777.7), direction=rotation(angles))
+        write_mask(
+            tmp_path / path,
+            spacing=(0.71, 0.83, 2.5),
+            origin=(-101.37, 12.11, 777.7),
+            direction=rotation(angles),
+        )
         itk, affine = sitk.ReadImage(str(tmp_path / path)), np.eye(4)
-        affine[:3, :3], affine[:3, 3] = np.reshape(itk.GetDirection(), (3, 3)) * itk.GetSpacing(), itk.GetOrigin()
+        affine[:3, :3], affine[:3, 3] = (
+            np.reshape(itk.GetDirection(), (3, 3)) * itk.GetSpacing(),
+            itk.GetOrigin(),
+        )
         assert np.array_equal(read_volume(tmp_path / path).geometry.affine, affine)
 
 
@@ -346,7 +455,11 @@ def test_voxels_elsewhere_are_never_read(kind: str, tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "ln.raw").symlink_to(secret)
     suffix, text = OUTSIDE[kind]
-    head = (nrrd if suffix in (".nrrd", ".nhdr") else meta)(folder / "m", data=b"").read_text().rstrip("\n")
+    head = (
+        (nrrd if suffix in (".nrrd", ".nhdr") else meta)(folder / "m", data=b"")
+        .read_text()
+        .rstrip("\n")
+    )
     head = "\n".join(line for line in head.split("\n") if not line.startswith("ElementDataFile"))
     path = folder / f"m{suffix}"
     path.write_bytes((head + "\n" + text.format(secret=secret)).encode() + bytes(24))
@@ -368,21 +481,29 @@ def test_byte_offsets_into_a_detached_file_are_read(suffix: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
-def test_resume_sees_other_voxels_of_one_header(suffix: str, tmp_path: Path, fake_model: Path) -> None:
+def test_resume_sees_other_voxels_of_one_header(
+    suffix: str, tmp_path: Path, fake_model: Path
+) -> None:
     path, out = tmp_path / f"m{suffix}", tmp_path / "out"
     write_mask(path)
     (case,) = find_cases([path])
     assert len(case.files) == 2 and case.files[0] == path
     assert synth(fake_model, out, path) == 0
     first = (out / "m_ct.nii.gz").read_bytes()
-    assert synth(fake_model, out, path, "--resume") == 0 and (out / "m_ct.nii.gz").read_bytes() == first
+    assert (
+        synth(fake_model, out, path, "--resume") == 0
+        and (out / "m_ct.nii.gz").read_bytes() == first
+    )
     header = path.read_bytes()
     write_mask(path, blobs()[::-1])
     assert path.read_bytes() == header
     assert synth(fake_model, out, path, "--resume") == 0
     again = (out / "m_ct.nii.gz").read_bytes()
     assert again != first
-    assert synth(fake_model, tmp_path / "fresh", path) == 0 and (tmp_path / "fresh" / "m_ct.nii.gz").read_bytes() == again
+    assert (
+        synth(fake_model, tmp_path / "fresh", path) == 0
+        and (tmp_path / "fresh" / "m_ct.nii.gz").read_bytes() == again
+    )
 
 
 def test_a_detached_header_in_a_zip_is_its_two_files(tmp_path: Path, fake_model: Path) -> None:
@@ -392,12 +513,22 @@ def test_a_detached_header_in_a_zip_is_its_two_files(tmp_path: Path, fake_model:
             archive.write(tmp_path / name, f"a/{name}")
     (case,) = find_cases([tmp_path / "z.zip"])
     assert [file.name for file in case.files] == ["m.mhd", "m.raw"]
-    assert synth(fake_model, tmp_path / "zip", tmp_path / "z.zip") == 0 == synth(fake_model, tmp_path / "plain", tmp_path / "m.mhd")
-    assert (tmp_path / "zip" / "m_ct.nii.gz").read_bytes() == (tmp_path / "plain" / "m_ct.nii.gz").read_bytes()
+    assert (
+        synth(fake_model, tmp_path / "zip", tmp_path / "z.zip")
+        == 0
+        == synth(fake_model, tmp_path / "plain", tmp_path / "m.mhd")
+    )
+    assert (tmp_path / "zip" / "m_ct.nii.gz").read_bytes() == (
+        tmp_path / "plain" / "m_ct.nii.gz"
+    ).read_bytes()
 
 
-def test_watch_keeps_equal_headers_apart(tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Two patients whose headers are equal, as an exporter writes them: none gets the other's CT."""
+def test_watch_keeps_equal_headers_apart(
+    tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two patients whose headers are equal, as an exporter writes them: none gets the other's
+    CT.
+    """
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     line = [
         "watch",
@@ -450,9 +581,15 @@ def test_a_flat_label_map_is_one_slice(tmp_path: Path, fake_model: Path) -> None
     paths = flat(tmp_path / "in")
     for path in paths:
         read = read_volume(path)
-        assert read.values.shape == (1, 5, 6) and (read.values[0, 1:3, 2:5] == 205).all() and read.values.sum() == 6 * 205
+        assert (
+            read.values.shape == (1, 5, 6)
+            and (read.values[0, 1:3, 2:5] == 205).all()
+            and read.values.sum() == 6 * 205
+        )
         assert read.geometry.spacing == (2, 3, 1)
-        assert path.name == "a.nii.gz" or any("one slice that states no thickness" in note for note in read.notes)
+        assert path.name == "a.nii.gz" or any(
+            "one slice that states no thickness" in note for note in read.notes
+        )
     assert synth(fake_model, tmp_path / "out", *paths) == 0
     for name in "abcd":
         made = sitk.ReadImage(str(tmp_path / "out" / f"{name}_ct.nii.gz"))
@@ -482,7 +619,9 @@ def test_labels_of_every_format_are_read_plane_by_plane(tmp_path: Path) -> None:
     values = blobs((70, 160, 150)).astype(np.int32)
     expected = None
     for name in ("m.nii.gz", "m.nrrd", "m.mha", "m.mhd"):
-        sitk.WriteImage(image(values, (1.0, 1.0, 2.0)), str(tmp_path / name), useCompression=name != "m.mhd")
+        sitk.WriteImage(
+            image(values, (1.0, 1.0, 2.0)), str(tmp_path / name), useCompression=name != "m.mhd"
+        )
         tracemalloc.start()
         try:
             read = read_labels(tmp_path / name, MM_WHS)
@@ -496,11 +635,17 @@ def test_labels_of_every_format_are_read_plane_by_plane(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "sysconf"), reason="asks the system for its memory")
-def test_labels_beyond_all_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_beyond_all_memory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A sparse file, or a few MB of gzip, holds what no machine does."""
     path = nifti(tmp_path / "m.nii")
-    monkeypatch.setattr(os, "sysconf", {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 5 * 6 * 7 - 1}.__getitem__)
-    with pytest.raises(UnreadableVolume, match="7 x 6 x 5 voxels, more than this run has memory for"):
+    monkeypatch.setattr(
+        os, "sysconf", {"SC_PHYS_PAGES": 1, "SC_PAGE_SIZE": 5 * 6 * 7 - 1}.__getitem__
+    )
+    with pytest.raises(
+        UnreadableVolume, match="7 x 6 x 5 voxels, more than this run has memory for"
+    ):
         read_labels(path, MM_WHS)
     monkeypatch.undo()
     assert read_labels(path, MM_WHS).labels.shape == (5, 6, 7)

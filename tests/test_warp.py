@@ -1,4 +1,6 @@
-"""A real image deformed with its mask: the pair stays a pair, and the intensities of each class move as one."""
+"""A real image deformed with its mask: the pair stays a pair, and the intensities of each class
+move as one.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ GRID = Geometry.from_parts((5.0, -7.0, 11.0), (2.0, 2.0, 3.0), np.eye(3).ravel()
 
 
 def pair(shape: tuple[int, int, int] = (20, 48, 48)) -> tuple[Volume, LabelVolume]:
-    """A body of fat with muscle and a bone, a contrast-filled ball (2) in a shell (1), air around; HU with noise."""
+    """A body of fat with muscle and a bone, a contrast-filled ball (2) in a shell (1), air
+    around; HU with noise.
+    """
     d, h, w = np.ogrid[: shape[0], : shape[1], : shape[2]]
     across = np.hypot(2 * (h - 24.0), 2 * (w - 24.0)) + 0.0 * d
     radius = np.sqrt((3 * (d - 10.0)) ** 2 + (2 * (h - 24.0)) ** 2 + (2 * (w - 20.0)) ** 2)
@@ -35,9 +39,16 @@ def median(image: NDArray[np.floating], where: NDArray[np.bool_]) -> float:
 def test_tissues_by_hounsfield_units() -> None:
     image, mask = pair()
     classes = tissue_map(image.values, mask.labels, "HU")
-    assert [TISSUES[classes[2, h, w]] for h, w in ((2, 2), (24, 44), (24, 38), (37, 24))] == ["gas", "fat", "soft", "dense"]
+    assert [TISSUES[classes[2, h, w]] for h, w in ((2, 2), (24, 44), (24, 38), (37, 24))] == [
+        "gas",
+        "fat",
+        "soft",
+        "dense",
+    ]
     assert np.array_equal(classes >= len(TISSUES), mask.labels > 0)
-    assert np.array_equal(classes[mask.labels == 2], np.full((mask.labels == 2).sum(), len(TISSUES) + 1))
+    assert np.array_equal(
+        classes[mask.labels == 2], np.full((mask.labels == 2).sum(), len(TISSUES) + 1)
+    )
 
 
 def test_image_moves_with_its_mask() -> None:
@@ -45,7 +56,9 @@ def test_image_moves_with_its_mask() -> None:
     warp = Warp(image, mask)
     for variant in (1, 2, 3):
         moved, labels, warnings = warp.variant(seed=4, variant=variant)
-        assert not warnings and np.array_equal(labels.labels, deform(mask, DeformationParams(), seed=4, variant=variant).volume.labels)
+        assert not warnings and np.array_equal(
+            labels.labels, deform(mask, DeformationParams(), seed=4, variant=variant).volume.labels
+        )
         assert not np.array_equal(labels.labels, mask.labels)
         for value, true in ((1, 120), (2, 400)):
             assert abs(median(moved, labels.labels == value) - true) < 12
@@ -64,20 +77,27 @@ def test_classes_move_apart_within_their_deviation() -> None:
     bone[:, 35:39, 22:26] = True
     shifts = np.array(
         [
-            [median(moved, where) - median(image.values, where) for where in (mask.labels == 1, mask.labels == 2, bone)]
+            [
+                median(moved, where) - median(image.values, where)
+                for where in (mask.labels == 1, mask.labels == 2, bone)
+            ]
             for moved in (warp.variant(seed, 0)[0] for seed in range(150))
         ]
     )
     expected = np.hypot(22, 12)
     assert (np.abs(shifts.mean(0)) < 4 * expected / np.sqrt(150)).all()
     assert (0.7 * expected < shifts.std(0)).all() and (shifts.std(0) < 1.4 * expected).all()
-    assert abs(np.corrcoef(shifts[:, 0], shifts[:, 1])[0, 1]) < 0.75  # one common shift, and one of each class
+    assert (
+        abs(np.corrcoef(shifts[:, 0], shifts[:, 1])[0, 1]) < 0.75
+    )  # one common shift, and one of each class
 
 
 def test_air_outside_keeps_its_value() -> None:
     image, mask = pair()
     blank = np.where(image.values < -500, np.int16(-1000), image.values)
-    moved, _, _ = Warp(Volume(blank, GRID), mask, ranges=STILL, jitter=IntensityJitter()).variant(1, 0)
+    moved, _, _ = Warp(Volume(blank, GRID), mask, ranges=STILL, jitter=IntensityJitter()).variant(
+        1, 0
+    )
     corner = moved[:, :6, :6]
     assert np.array_equal(corner, np.full(corner.shape, -1000, np.float32))
 
@@ -94,13 +114,17 @@ def test_same_keys_same_pair() -> None:
 def test_arbitrary_units_scale_the_jitter() -> None:
     image, mask = pair()
     small = Volume((image.values.astype(np.float32) + 1100) / 1000, GRID)  # an MR of 0 to 3.6, say
-    moved, _, _ = Warp(small, mask, ranges=STILL, jitter=IntensityJitter(), unit="a.u.").variant(0, 0)
+    moved, _, _ = Warp(small, mask, ranges=STILL, jitter=IntensityJitter(), unit="a.u.").variant(
+        0, 0
+    )
     change = np.abs(moved - small.values)
     assert 0 < change.max() < 0.5
 
 
 def test_grids_that_differ_are_refused() -> None:
     image, mask = pair()
-    elsewhere = LabelVolume(mask.labels, Geometry.from_parts((0.0, 0.0, 0.0), (2.0, 2.0, 3.0), np.eye(3).ravel()))
+    elsewhere = LabelVolume(
+        mask.labels, Geometry.from_parts((0.0, 0.0, 0.0), (2.0, 2.0, 3.0), np.eye(3).ravel())
+    )
     with pytest.raises(InputError, match="grid"):
         Warp(image, elsewhere)

@@ -1,4 +1,6 @@
-"""A watched folder: what is complete is synthesized once, as `synth` synthesizes it, and moved to done/ or failed/, whoever dies meanwhile."""
+"""A watched folder: what is complete is synthesized once, as `synth` synthesizes it, and moved
+to done/ or failed/, whoever dies meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -65,14 +67,21 @@ def hospital(folder: Path, name: str = "left ventricle", code: str = "87878005")
     """A series with a segmentation of it, in a folder and in files that name a patient."""
     drawn = slices(np.zeros((6, 20, 24), np.int16), Modality="CT")
     save(folder / "CT", drawn)
-    segmentation(folder / "SEG" / "Doe_John_Planted.dcm", drawn, (blobs((6, 20, 24), (0, 1))).astype(np.uint8), [(name, code)])
+    segmentation(
+        folder / "SEG" / "Doe_John_Planted.dcm",
+        drawn,
+        (blobs((6, 20, 24), (0, 1))).astype(np.uint8),
+        [(name, code)],
+    )
     return folder
 
 
 def test_what_is_put_in_becomes_what_synth_makes_of_it(
     fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file, a zip, a folder with a series and its segmentation, a folder of volumes: each ends in done/ as it came."""
+    """A file, a zip, a folder with a series and its segmentation, a folder of volumes: each ends
+    in done/ as it came.
+    """
     hospital(inbox / "Doe^John^Planted")
     write_mask(inbox / "a.nii.gz", blobs(seed=1))
     write_mask(tmp_path / "b.nrrd", blobs(seed=2))
@@ -84,11 +93,16 @@ def test_what_is_put_in_becomes_what_synth_makes_of_it(
     given, items = results(inbox), sorted(inbox.iterdir())
     assert synth(fake_model, tmp_path / "expected", *items, "--variants", "2", "--seed", "5") == 0
     assert watch(fake_model, inbox, tmp_path / "out", "--variants", "2", "--seed", "5") == 0
-    assert results(tmp_path / "out") == results(tmp_path / "expected") and len(results(tmp_path / "out")) == 5 * 4
+    assert (
+        results(tmp_path / "out") == results(tmp_path / "expected")
+        and len(results(tmp_path / "out")) == 5 * 4
+    )
     assert results(inbox / DONE) == given and is_tidy(inbox) and not (inbox / FAILED).exists()
     said = capsys.readouterr()
     assert "a.nii.gz: done" in said.out and "4 done, 0 failed" in said.out
-    assert not [word for word in ("Doe", "John", "Planted", "PLANTED") if word in said.out + said.err]
+    assert not [
+        word for word in ("Doe", "John", "Planted", "PLANTED") if word in said.out + said.err
+    ]
 
 
 def test_what_cannot_be_used_lies_in_failed_with_its_reason_and_stops_no_other(
@@ -103,8 +117,20 @@ def test_what_cannot_be_used_lies_in_failed_with_its_reason_and_stops_no_other(
     (inbox / "cut.zip").write_bytes(b"PK")
     (inbox / "lock").write_bytes(b"what claims are locked by is not called that")
     assert watch(fake_model, inbox, tmp_path / "out") == 1
-    assert listed(inbox / DONE) == {"good.nii.gz"} and {*results(tmp_path / "out")} == {"good_ct.nii.gz"} and is_tidy(inbox)
-    items = {"cut.nii.gz", "notes.txt", "unknown.nii.gz", "Doe^John^Planted", "Doe_John_000_000.dcm", "cut.zip", "lock"}
+    assert (
+        listed(inbox / DONE) == {"good.nii.gz"}
+        and {*results(tmp_path / "out")} == {"good_ct.nii.gz"}
+        and is_tidy(inbox)
+    )
+    items = {
+        "cut.nii.gz",
+        "notes.txt",
+        "unknown.nii.gz",
+        "Doe^John^Planted",
+        "Doe_John_000_000.dcm",
+        "cut.zip",
+        "lock",
+    }
     assert listed(inbox / FAILED) == items | {f"{name}.reason.txt" for name in items}
     reasons = {name: (inbox / FAILED / f"{name}.reason.txt").read_text() for name in items}
     assert (
@@ -112,9 +138,16 @@ def test_what_cannot_be_used_lies_in_failed_with_its_reason_and_stops_no_other(
         and "holds 7" in reasons["unknown.nii.gz"]
         and "holds 1 (SCT:10200004)" in reasons["Doe^John^Planted"]
     )
-    assert "one image of a series" in reasons["Doe_John_000_000.dcm"] and "into a folder" in reasons["Doe_John_000_000.dcm"]
+    assert (
+        "one image of a series" in reasons["Doe_John_000_000.dcm"]
+        and "into a folder" in reasons["Doe_John_000_000.dcm"]
+    )
     everything = "".join([*reasons.values(), *capsys.readouterr()])
-    assert not [word for word in ("Doe", "John", "lanted", "PLANTED", WORK, str(inbox)) if word in everything]
+    assert not [
+        word
+        for word in ("Doe", "John", "lanted", "PLANTED", WORK, str(inbox))
+        if word in everything
+    ]
     assert all("remedy" in text and len(text.splitlines()) < 12 for text in reasons.values())
 
 
@@ -132,7 +165,11 @@ def test_a_damaged_file_in_a_zip_is_not_called_by_its_name(
     content = bytearray(zipped.read_bytes())
     content[end - 1] ^= 255
     zipped.write_bytes(content)
-    assert synth(fake_model, tmp_path / "out", zipped) == watch(fake_model, inbox, tmp_path / "out") == 1
+    assert (
+        synth(fake_model, tmp_path / "out", zipped)
+        == watch(fake_model, inbox, tmp_path / "out")
+        == 1
+    )
     said = "".join([*capsys.readouterr(), (inbox / FAILED / "a.zip.reason.txt").read_text()])
     assert said.count("cannot be unpacked (BadZipFile)") == 3 and "Planted" not in said
 
@@ -144,13 +181,20 @@ def test_one_segmentation_in_two_folders_is_not_called_by_its_files(
     shutil.copytree(folder, tmp_path / "two")
     assert synth(fake_model, tmp_path / "out", folder, tmp_path / "two") == 2
     said = capsys.readouterr().err
-    assert "would both be written as seg-" in said and "leave one out" in said and "Planted" not in said
+    assert (
+        "would both be written as seg-" in said
+        and "leave one out" in said
+        and "Planted" not in said
+    )
 
 
 def test_names_that_are_no_utf8_end_no_watcher_and_stand_in_no_message(
     fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As old shares have them. A volume of such a name is refused, for its result would be called so."""
+    """As old shares have them.
+
+    A volume of such a name is refused, for its result would be called so.
+    """
     name = os.fsdecode(b"Planted_M\xfcller")
     hospital(inbox / name)
     (inbox / f"{name}_2").mkdir()
@@ -177,17 +221,31 @@ def test_a_name_that_was_there_before_is_numbered_and_no_result_is_replaced_by_a
         write_mask(inbox / "a.nii.gz", blobs(seed=2))
         assert watch(fake_model, inbox, out) == 1
     assert listed(inbox / DONE) == {"a.nii.gz", "a-2.nii.gz"}
-    assert listed(inbox / FAILED) == {"a.nii.gz", "a.nii.gz.reason.txt", "a-2.nii.gz", "a-2.nii.gz.reason.txt"}
-    assert "the output folder holds a, made of another mask" in (inbox / FAILED / "a-2.nii.gz.reason.txt").read_text()
+    assert listed(inbox / FAILED) == {
+        "a.nii.gz",
+        "a.nii.gz.reason.txt",
+        "a-2.nii.gz",
+        "a-2.nii.gz.reason.txt",
+    }
+    assert (
+        "the output folder holds a, made of another mask"
+        in (inbox / FAILED / "a-2.nii.gz.reason.txt").read_text()
+    )
     assert results(out) == whole and (out / "a_ct.nii.gz").stat().st_mtime_ns == written
     (out / "a_ct.nii.gz").rename(tmp_path / "taken away")  # by whoever uses it
     write_mask(inbox / "a.nii.gz", blobs(seed=2))
     assert watch(fake_model, inbox, out) == 0
-    assert listed(inbox / DONE) == {"a.nii.gz", "a-2.nii.gz", "a-3.nii.gz"} and results(out) != whole
+    assert (
+        listed(inbox / DONE) == {"a.nii.gz", "a-2.nii.gz", "a-3.nii.gz"} and results(out) != whole
+    )
 
 
-def test_what_was_claimed_under_other_options_is_made_again_under_these(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
-    """A watcher died behind the first of two variants, and its successor was started with another seed."""
+def test_what_was_claimed_under_other_options_is_made_again_under_these(
+    fake_model: Path, inbox: Path, tmp_path: Path
+) -> None:
+    """A watcher died behind the first of two variants, and its successor was started with
+    another seed.
+    """
     out, mask = tmp_path / "out", write_mask(inbox / "a.nii.gz")
     assert (
         synth(fake_model, out, mask, "--variants", "1")
@@ -212,19 +270,29 @@ def test_a_data_set_whose_index_a_killed_watcher_did_not_come_to_is_indexed_by_t
     assert index.read_text() == whole
 
 
-def test_two_folders_with_masks_of_one_name_do_not_meet(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+def test_two_folders_with_masks_of_one_name_do_not_meet(
+    fake_model: Path, inbox: Path, tmp_path: Path
+) -> None:
     for n in range(3):
         (inbox / f"p{n}").mkdir()
         write_mask(inbox / f"p{n}" / "mask.nii.gz", blobs(seed=n))
     assert watch(fake_model, inbox, tmp_path / "out") == 1
     (done,) = listed(inbox / DONE)
     assert synth(fake_model, tmp_path / "expected", inbox / DONE / done) == 0
-    assert results(tmp_path / "out") == results(tmp_path / "expected") and len(listed(inbox / FAILED)) == 4
+    assert (
+        results(tmp_path / "out") == results(tmp_path / "expected")
+        and len(listed(inbox / FAILED)) == 4
+    )
 
 
-def test_masks_go_to_the_model_that_knows_them(inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_masks_go_to_the_model_that_knows_them(
+    inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     heart = write_fake_model(tmp_path / "heart", fake_manifest())
-    liver = write_fake_model(tmp_path / "liver", fake_manifest(LabelTable((Label("background", 0), Label("liver", 6))), noise=False))
+    liver = write_fake_model(
+        tmp_path / "liver",
+        fake_manifest(LabelTable((Label("background", 0), Label("liver", 6))), noise=False),
+    )
     write_mask(inbox / "a.nii.gz", blobs(values=(0, 205)))
     write_mask(inbox / "b.nii.gz", blobs(values=(0, 6)))
     write_mask(inbox / "c.nii.gz", blobs(values=(0, 7)))
@@ -253,14 +321,18 @@ def test_what_is_being_written_is_left_alone(fake_model: Path, inbox: Path, tmp_
     assert listed(inbox / DONE) == {"a.nii.gz", "mac"} and len(listed(inbox)) == 2 + 7
 
 
-def test_a_series_with_a_damaged_slice_is_waited_for_and_fails(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+def test_a_series_with_a_damaged_slice_is_waited_for_and_fails(
+    fake_model: Path, inbox: Path, tmp_path: Path
+) -> None:
     folder = save(inbox / "study", slices(blobs((6, 20, 24))))
     victim = sorted(folder.iterdir())[-1]
     content = victim.read_bytes()
     victim.write_bytes(b"")
     out = tmp_path / "out"
     assert watch(fake_model, inbox, out) == 1
-    assert listed(inbox / FAILED) == {"study", "study.reason.txt"} and not list(out.glob("*.nii.gz"))
+    assert listed(inbox / FAILED) == {"study", "study.reason.txt"} and not list(
+        out.glob("*.nii.gz")
+    )
     assert "1 cannot be read (1 empty)" in (inbox / FAILED / "study.reason.txt").read_text()
     again = shutil.move(inbox / FAILED / "study", inbox / "study")
     (Path(again) / victim.name).write_bytes(content)
@@ -270,10 +342,21 @@ def test_a_series_with_a_damaged_slice_is_waited_for_and_fails(fake_model: Path,
 
 @pytest.mark.parametrize(
     ("lacking", "ends_in", "seconds"),
-    [("nothing", DONE, 5), ("an empty slice", FAILED, 50), ("a slice that contours name", FAILED, 50), ("the first slice", DONE, 50)],
+    [
+        ("nothing", DONE, 5),
+        ("an empty slice", FAILED, 50),
+        ("a slice that contours name", FAILED, 50),
+        ("the first slice", DONE, 50),
+    ],
 )
 def test_what_seems_to_lack_a_file_is_waited_for(
-    lacking: str, ends_in: str, seconds: int, fake_model: Path, inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    lacking: str,
+    ends_in: str,
+    seconds: int,
+    fake_model: Path,
+    inbox: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Ten times as long as what is whole, by a clock that the test moves on."""
     clock = [0.0]
@@ -287,10 +370,21 @@ def test_what_seems_to_lack_a_file_is_waited_for(
         last.write_bytes(b"")
     elif lacking == "a slice that contours name":
         last.unlink()
-        structure_set(folder / "rs.dcm", series, {"left ventricle": [np.array([[-10.0, 5, 45], [0, 5, 45], [0, 12, 45]])]})
+        structure_set(
+            folder / "rs.dcm",
+            series,
+            {"left ventricle": [np.array([[-10.0, 5, 45], [0, 5, 45], [0, 12, 45]])]},
+        )
     with Models.open([str(fake_model)], backend="fake") as models:
         plans = {name: Plan(tmp_path / "out") for name in models}
-        watcher = FolderWatcher(inbox, models, plans, find=lambda path, say: find_cases([path]), stable=5, listener=Told())
+        watcher = FolderWatcher(
+            inbox,
+            models,
+            plans,
+            find=lambda path, say: find_cases([path]),
+            stable=5,
+            listener=Told(),
+        )
         for now in (0, seconds - 0.1):
             clock[0] = now
             assert not watcher.step() and folder.exists()
@@ -298,9 +392,16 @@ def test_what_seems_to_lack_a_file_is_waited_for(
         assert watcher.step() and (inbox / ends_in / "study").exists()
 
 
-def test_what_a_dead_watcher_claimed_is_taken_up_by_one_for_the_same_output(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
-    given = {name: write_mask(inbox / f"{name}.nii.gz", blobs(seed=n)).read_bytes() for n, name in enumerate("abc")}
-    dead, other = (Inbox(inbox, tmp_path / out, stable=0, whole=lambda path: True) for out in ("out", "other"))
+def test_what_a_dead_watcher_claimed_is_taken_up_by_one_for_the_same_output(
+    fake_model: Path, inbox: Path, tmp_path: Path
+) -> None:
+    given = {
+        name: write_mask(inbox / f"{name}.nii.gz", blobs(seed=n)).read_bytes()
+        for n, name in enumerate("abc")
+    }
+    dead, other = (
+        Inbox(inbox, tmp_path / out, stable=0, whole=lambda path: True) for out in ("out", "other")
+    )
     first, second, third = dead.look()
     left, alive = dead.claim(first), dead.claim(second)
     other.look()
@@ -309,11 +410,21 @@ def test_what_a_dead_watcher_claimed_is_taken_up_by_one_for_the_same_output(fake
     dead.leave(left)  # as the kernel does when its process ends
     other.leave(elsewhere)
     assert watch(fake_model, inbox, tmp_path / "out") == 0
-    assert results(inbox / DONE) == {"a.nii.gz": given["a"]} and alive.item.exists() and elsewhere.item.exists()
+    assert (
+        results(inbox / DONE) == {"a.nii.gz": given["a"]}
+        and alive.item.exists()
+        and elsewhere.item.exists()
+    )
     dead.leave(alive)
-    assert watch(fake_model, inbox, tmp_path / "out") == watch(fake_model, inbox, tmp_path / "other") == 0
+    assert (
+        watch(fake_model, inbox, tmp_path / "out")
+        == watch(fake_model, inbox, tmp_path / "other")
+        == 0
+    )
     assert {*results(inbox / DONE)} == {"a.nii.gz", "b.nii.gz", "c.nii.gz"} and is_tidy(inbox)
-    assert {*results(tmp_path / "out")} == {"a_ct.nii.gz", "b_ct.nii.gz"} and {*results(tmp_path / "other")} == {"c_ct.nii.gz"}
+    assert {*results(tmp_path / "out")} == {"a_ct.nii.gz", "b_ct.nii.gz"} and {
+        *results(tmp_path / "other")
+    } == {"c_ct.nii.gz"}
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes with names")
@@ -328,10 +439,16 @@ def test_pipes_and_links_end_in_failed(fake_model: Path, inbox: Path, tmp_path: 
     write_mask(inbox / "folder" / "a.nii.gz")
     (inbox / "folder" / "b.nii.gz").symlink_to(secret)
     assert watch(fake_model, inbox, tmp_path / "out") == 1
-    assert results(inbox / DONE) == {"good.nii.gz": good} and {*results(tmp_path / "out")} == {"good_ct.nii.gz"}
+    assert results(inbox / DONE) == {"good.nii.gz": good} and {*results(tmp_path / "out")} == {
+        "good_ct.nii.gz"
+    }
     items = {"pipe.nii", "link.nii.gz", "broken.nii.gz", "folder"}
-    assert listed(inbox / FAILED) == items | {f"{name}.reason.txt" for name in items} and is_tidy(inbox)
-    assert all("is not opened" in (inbox / FAILED / f"{name}.reason.txt").read_text() for name in items)
+    assert listed(inbox / FAILED) == items | {f"{name}.reason.txt" for name in items} and is_tidy(
+        inbox
+    )
+    assert all(
+        "is not opened" in (inbox / FAILED / f"{name}.reason.txt").read_text() for name in items
+    )
     assert secret.is_file()
 
 
@@ -345,17 +462,28 @@ class Told:
         return lambda *_: self.calls.append(name)
 
 
-def test_while_another_run_writes_into_the_output_folder_nothing_is_claimed(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+def test_while_another_run_writes_into_the_output_folder_nothing_is_claimed(
+    fake_model: Path, inbox: Path, tmp_path: Path
+) -> None:
     write_mask(inbox / "a.nii.gz")
     out, told = tmp_path / "out", Told()
     with Models.open([fake_model], backend="fake") as models:
         watcher = FolderWatcher(
-            inbox, models, {name: Plan(out) for name in models}, find=lambda path, say: find_cases([path]), stable=0, listener=told
+            inbox,
+            models,
+            {name: Plan(out) for name in models},
+            find=lambda path, say: find_cases([path]),
+            stable=0,
+            listener=told,
         )
         another = Journal(out)
         assert not watcher.step() and told.calls == ["waiting"] and listed(inbox) == {"a.nii.gz"}
         another.close()
-        assert watcher.step() and told.calls[1:] == ["chosen", "made", "settled"] and listed(inbox / DONE) == {"a.nii.gz"}
+        assert (
+            watcher.step()
+            and told.calls[1:] == ["chosen", "made", "settled"]
+            and listed(inbox / DONE) == {"a.nii.gz"}
+        )
 
 
 @pytest.mark.parametrize("wrong", ["no inbox", "output in it", "output is it"])
@@ -363,9 +491,11 @@ def test_folders_that_cannot_be_meant_start_nothing(
     wrong: str, fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_mask(inbox / "a.nii.gz")
-    where = {"no inbox": (tmp_path / "none", tmp_path / "out"), "output in it": (inbox, inbox / "out"), "output is it": (inbox, inbox)}[
-        wrong
-    ]
+    where = {
+        "no inbox": (tmp_path / "none", tmp_path / "out"),
+        "output in it": (inbox, inbox / "out"),
+        "output is it": (inbox, inbox),
+    }[wrong]
     assert watch(fake_model, *where) == 2
     assert "remedy" in capsys.readouterr().err and listed(inbox) == {"a.nii.gz"}
 
@@ -378,7 +508,9 @@ def start(fake_model: Path) -> Iterator[Callable[[Path, Path], BaseProcess]]:
     context.set_forkserver_preload(["samples", "isal.igzip_threaded", "runtime.io.readers.volume"])
 
     def start(inbox: Path, out: Path) -> BaseProcess:
-        process = context.Process(target=mask2ct, args=(arguments(fake_model, inbox, out, "--variants", "2", "--quiet"),))
+        process = context.Process(
+            target=mask2ct, args=(arguments(fake_model, inbox, out, "--variants", "2", "--quiet"),)
+        )
         process.start()
         started.append(process)
         return process
@@ -398,14 +530,32 @@ def wait_until(true: Callable[[], object], *processes: BaseProcess, seconds: flo
 @pytest.mark.slow
 @pytest.mark.parametrize("outputs", [("out", "out"), ("one", "two")])
 def test_two_watchers_killed_twenty_times_lose_nothing_and_double_nothing(
-    outputs: tuple[str, str], start: Callable[[Path, Path], BaseProcess], fake_model: Path, inbox: Path, tmp_path: Path
+    outputs: tuple[str, str],
+    start: Callable[[Path, Path], BaseProcess],
+    fake_model: Path,
+    inbox: Path,
+    tmp_path: Path,
 ) -> None:
-    """With one output folder, where they take turns, and with two. New masks come while they are killed."""
+    """With one output folder, where they take turns, and with two.
+
+    New masks come while they are killed.
+    """
     when, given = random.Random(0), {}
     for n in range(24):
-        path = write_mask(tmp_path / f"case{n}.nii.gz", blobs((16, 96, 96), seed=n), spacing=(1.0, 1.0, 2.0))
+        path = write_mask(
+            tmp_path / f"case{n}.nii.gz", blobs((16, 96, 96), seed=n), spacing=(1.0, 1.0, 2.0)
+        )
         given[path.name] = path.read_bytes()
-    assert synth(fake_model, tmp_path / "expected", *(tmp_path / name for name in given), "--variants", "2") == 0
+    assert (
+        synth(
+            fake_model,
+            tmp_path / "expected",
+            *(tmp_path / name for name in given),
+            "--variants",
+            "2",
+        )
+        == 0
+    )
     coming, places = [*given], [tmp_path / out for out in outputs]
     watchers = [start(inbox, place) for place in places]
     halfway = 0
@@ -422,7 +572,12 @@ def test_two_watchers_killed_twenty_times_lose_nothing_and_double_nothing(
         watchers[victim] = start(inbox, places[victim])
     for name in coming:
         os.rename(tmp_path / name, inbox / name)
-    wait_until(lambda: len([*listed(inbox / DONE), *listed(inbox / FAILED)]) >= len(given) and is_tidy(inbox), *watchers)
+    wait_until(
+        lambda: (
+            len([*listed(inbox / DONE), *listed(inbox / FAILED)]) >= len(given) and is_tidy(inbox)
+        ),
+        *watchers,
+    )
     for watcher in watchers:
         os.kill(watcher.pid or 0, signal.SIGTERM)
         watcher.join(5)
@@ -431,16 +586,27 @@ def test_two_watchers_killed_twenty_times_lose_nothing_and_double_nothing(
     assert results(inbox / DONE) == given and not (inbox / FAILED).exists()
     made = [results(place) for place in sorted({*places})]
     assert sum(map(len, made)) == len(given) * 4  # nothing twice
-    assert {name: data for one in made for name, data in one.items()} == results(tmp_path / "expected")
+    assert {name: data for one in made for name, data in one.items()} == results(
+        tmp_path / "expected"
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_watcher_ends_at_once_and_its_work_is_gone_on_with(
-    number: signal.Signals, start: Callable[[Path, Path], BaseProcess], fake_model: Path, inbox: Path, tmp_path: Path
+    number: signal.Signals,
+    start: Callable[[Path, Path], BaseProcess],
+    fake_model: Path,
+    inbox: Path,
+    tmp_path: Path,
 ) -> None:
     out = tmp_path / "out"
-    masks = [write_mask(tmp_path / f"case{n}.nii.gz", blobs((16, 96, 96), seed=n), spacing=(1.0, 1.0, 2.0)) for n in range(8)]
+    masks = [
+        write_mask(
+            tmp_path / f"case{n}.nii.gz", blobs((16, 96, 96), seed=n), spacing=(1.0, 1.0, 2.0)
+        )
+        for n in range(8)
+    ]
     assert synth(fake_model, tmp_path / "expected", *masks, "--variants", "2") == 0
     for mask in masks:
         os.rename(mask, inbox / mask.name)
@@ -449,9 +615,15 @@ def test_a_stopped_watcher_ends_at_once_and_its_work_is_gone_on_with(
     os.kill(watcher.pid or 0, number)
     watcher.join(5)
     assert watcher.exitcode == 130
-    assert not [name for name in results(out) if Path(name).name.startswith(".")]  # nothing half-written
+    assert not [
+        name for name in results(out) if Path(name).name.startswith(".")
+    ]  # nothing half-written
     assert watch(fake_model, inbox, out, "--variants", "2") == 0
-    assert results(out) == results(tmp_path / "expected") and len(listed(inbox / DONE)) == 8 and is_tidy(inbox)
+    assert (
+        results(out) == results(tmp_path / "expected")
+        and len(listed(inbox / DONE)) == 8
+        and is_tidy(inbox)
+    )
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links")

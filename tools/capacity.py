@@ -1,8 +1,10 @@
-"""From measured stage costs to the throughput to expect of other machines:  python tools/capacity.py --model MODEL -o docs/capacity.md
+"""From measured stage costs to the throughput to expect of other machines:  python
+tools/capacity.py --model MODEL -o docs/capacity.md
 
-What a slice costs is measured here: CPU seconds of each stage, bytes over disk and link, multiply-accumulates and tensor traffic
-of the graph. What a device can do is taken from its data sheet. A stage's rate is capacity over cost, the slowest stage sets the
-throughput; everything in the page but the costs is a prediction and is marked as one.
+What a slice costs is measured here: CPU seconds of each stage, bytes over disk and link,
+multiply-accumulates and tensor traffic of the graph. What a device can do is taken from its data
+sheet. A stage's rate is capacity over cost, the slowest stage sets the throughput; everything in
+the page but the costs is a prediction and is marked as one.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ BANDWIDTH_SHARE = 0.60  # of the data sheet's memory bandwidth
 
 @dataclass(frozen=True)
 class Device:
-    """`fp16`: dense tensor-core FLOP/s; `memory`, `link`, `disk`: bytes/s; `core`: speed of one core against the one measured."""
+    """`fp16`: dense tensor-core FLOP/s; `memory`, `link`, `disk`: bytes/s; `core`: speed of one
+    core against the one measured.
+    """
 
     name: str
     fp16: float
@@ -51,20 +55,32 @@ class Device:
     disk: float
 
 
-# Rates: NVIDIA's data sheets (Jetson Orin Nano Super and AGX Orin series technical briefs, L4, H200 SXM), sparse figures halved.
-# Links: Jetson shares its memory between CPU and GPU; PCIe 4.0 x16 and 5.0 x16 one way. Hosts, disks and core speeds: assumed.
+# Rates: NVIDIA's data sheets (Jetson Orin Nano Super and AGX Orin series technical briefs, L4, H200
+# SXM), sparse figures halved.
+# Links: Jetson shares its memory between CPU and GPU; PCIe 4.0 x16 and 5.0 x16 one way. Hosts,
+# disks and core speeds: assumed.
 DEVICES = (
     Device("Jetson Orin Nano 8 GB (Super)", 17e12, 102e9, 50e9, 6, 0.35, 1e9),
     Device("Jetson AGX Orin 64 GB", 42.5e12, 204.8e9, 100e9, 12, 0.40, 2e9),
     Device("L4, 8-core host", 121e12, 300e9, 25e9, 8, 0.8, 3e9),
     Device("H200, 32-core host", 989e12, 4800e9, 50e9, 32, 0.8, 6e9),
-    Device("Ray cluster of 8 x L4, 8-core hosts, own disks", 8 * 121e12, 8 * 300e9, 8 * 25e9, 64, 0.8, 8 * 3e9),
+    Device(
+        "Ray cluster of 8 x L4, 8-core hosts, own disks",
+        8 * 121e12,
+        8 * 300e9,
+        8 * 25e9,
+        64,
+        0.8,
+        8 * 3e9,
+    ),
 )
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one slice: CPU seconds by stage, bytes read and written on disk, bytes over the link, multiply-accumulates, tensor bytes."""
+    """Of one slice: CPU seconds by stage, bytes read and written on disk, bytes over the link,
+    multiply-accumulates, tensor bytes.
+    """
 
     cpu: dict[str, float]
     disk: float
@@ -74,11 +90,17 @@ class Costs:
 
 
 def measure(model: Path, size: str, format: str) -> Costs:
-    """Run every stage alone on this machine. CPU seconds are of the whole process: what a stage's threads use is counted."""
+    """Run every stage alone on this machine.
+
+    CPU seconds are of the whole process: what a stage's threads use is counted.
+    """
     manifest = Manifest.load(model)
     volume = mask(SIZES[size], len(manifest.labels))
     depth, height, width = volume.labels.shape
-    grid, random = SliceGrid(manifest.grid, volume.geometry, (depth, height, width), volume.labels), CaseRandom(0, volume.digest, 0)
+    grid, random = (
+        SliceGrid(manifest.grid, volume.geometry, (depth, height, width), volume.labels),
+        CaseRandom(0, volume.digest, 0),
+    )
     ct, writer = some_ct(volume), FORMATS[format](DEFAULT_OPTIONS)
     generated, plane = some_ct(mask((1, *grid.size), len(manifest.labels)))[0], ct[0].copy()
 
@@ -94,9 +116,17 @@ def measure(model: Path, size: str, format: str) -> Costs:
         sitk.WriteImage(sitk.GetImageFromArray(values(volume, manifest.labels)), str(source))
         record = OutputRecord("case", None, volume, manifest, "none", "", 0)
         cpu = {
-            "read .nii.gz": _seconds(lambda: read_case(find_cases([source])[0], manifest.labels)) / depth,
-            "to the model's grid": _seconds(lambda: [grid.labels(volume.labels, k) for k in range(depth)]) / depth,
-            "noise": _seconds(lambda: [random.noise(k, grid.size) for k in range(depth)]) / depth if manifest.noise else 0.0,
+            "read .nii.gz": (
+                _seconds(lambda: read_case(find_cases([source])[0], manifest.labels)) / depth
+            ),
+            "to the model's grid": (
+                _seconds(lambda: [grid.labels(volume.labels, k) for k in range(depth)]) / depth
+            ),
+            "noise": (
+                _seconds(lambda: [random.noise(k, grid.size) for k in range(depth)]) / depth
+                if manifest.noise
+                else 0.0
+            ),
             "back to the mask's grid": _seconds(back) / depth,
             f"write {format}": _seconds(lambda: writer.write(out, record, slabs_of(ct))) / depth,
         }
@@ -108,7 +138,9 @@ def measure(model: Path, size: str, format: str) -> Costs:
         raise SystemExit("the model holds no model.onnx to count")
     sizes = {"N": 1, "H": h, "W": w}
     link = h * w * (manifest.grid.slices + manifest.noise + 2)
-    return Costs(cpu, disk, link, count(model / name, sizes), traffic(model / name, sizes, bytes_per_value=2))
+    return Costs(
+        cpu, disk, link, count(model / name, sizes), traffic(model / name, sizes, bytes_per_value=2)
+    )
 
 
 def _seconds(stage: Callable[[], object]) -> float:
@@ -124,7 +156,10 @@ def _seconds(stage: Callable[[], object]) -> float:
 
 def predict(costs: Costs, device: Device) -> dict[str, float]:
     """Slices/s that each resource of the device allows."""
-    gpu = max(2 * costs.macs / (PEAK_SHARE * device.fp16), costs.tensors / (BANDWIDTH_SHARE * device.memory))
+    gpu = max(
+        2 * costs.macs / (PEAK_SHARE * device.fp16),
+        costs.tensors / (BANDWIDTH_SHARE * device.memory),
+    )
     return {
         "GPU": 1 / gpu,
         "link": device.link / costs.link,
@@ -136,65 +171,104 @@ def predict(costs: Costs, device: Device) -> dict[str, float]:
 def page(model: Path, size: str, costs: dict[str, Costs]) -> str:
     here, some = machine(ROOT), next(iter(costs.values()))
     on_disk = ", ".join(f"{cost.disk / 1e3:.0f} kB ({name})" for name, cost in costs.items())
-    return "\n".join([
-        "# Capacity: what to expect of other machines",
-        "",
-        f"Written by `python tools/capacity.py`; costs measured on {here['cpu']}, commit {here['commit']}, one core's seconds.",
-        f"Model `{Manifest.load(model).name}`: {some.macs / 1e9:.3g} G multiply-accumulates and {some.tensors / 1e6:.0f} MB of FP16 tensors a slice.",
-        f"Masks of {size}.",
-        "",
-        "## Measured: what one slice costs",
-        "",
-        "| stage | CPU ms |",
-        "| :-- | --: |",
-        *(f"| {stage} | {1e3 * seconds:.2f} |" for stage, seconds in {s: t for c in costs.values() for s, t in c.cpu.items()}.items()),
-        "",
-        f"Over the link {some.link / 1e3:.0f} kB; on disk {on_disk}.",
-        *(line for name, cost in costs.items() for line in _predicted(name, cost)),
-        "",
-        "## Assumptions",
-        "",
-        f"- The GPU reaches {PEAK_SHARE:.0%} of its data sheet's dense FP16 rate or {BANDWIDTH_SHARE:.0%} of its memory bandwidth,",
-        "  whichever is slower; both shares are guesses until measured.",
-        "- Stages overlap fully; CPU stages share the cores evenly and scale with them.",
-        "- A cluster's nodes share nothing: its rate is the sum of theirs. Shared storage must carry the disk bytes of all.",
-        "",
-        "| device | FP16 dense TFLOP/s | memory GB/s | link GB/s | cores | a core against the measured one | disk GB/s |",
-        "| :-- | --: | --: | --: | --: | --: | --: |",
-        *(
-            f"| {d.name} | {d.fp16 / 1e12:g} | {d.memory / 1e9:g} | {d.link / 1e9:g} | {d.cores} | {d.core:g} | {d.disk / 1e9:g} |"
-            for d in DEVICES
-        ),
-        "",
-    ])  # fmt: skip
+    return "\n".join(
+        [
+            "# Capacity: what to expect of other machines",
+            "",
+            (
+                f"Written by `python tools/capacity.py`; costs measured on {here['cpu']}, commit"
+                f" {here['commit']}, one core's seconds."
+            ),
+            (
+                f"Model `{Manifest.load(model).name}`: {some.macs / 1e9:.3g} G multiply-accumulates"
+                f" and {some.tensors / 1e6:.0f} MB of FP16 tensors a slice."
+            ),
+            f"Masks of {size}.",
+            "",
+            "## Measured: what one slice costs",
+            "",
+            "| stage | CPU ms |",
+            "| :-- | --: |",
+            *(
+                f"| {stage} | {1e3 * seconds:.2f} |"
+                for stage, seconds in {
+                    s: t for c in costs.values() for s, t in c.cpu.items()
+                }.items()
+            ),
+            "",
+            f"Over the link {some.link / 1e3:.0f} kB; on disk {on_disk}.",
+            *(line for name, cost in costs.items() for line in _predicted(name, cost)),
+            "",
+            "## Assumptions",
+            "",
+            (
+                f"- The GPU reaches {PEAK_SHARE:.0%} of its data sheet's dense FP16 rate or"
+                f" {BANDWIDTH_SHARE:.0%} of its memory bandwidth,"
+            ),
+            "  whichever is slower; both shares are guesses until measured.",
+            "- Stages overlap fully; CPU stages share the cores evenly and scale with them.",
+            (
+                "- A cluster's nodes share nothing: its rate is the sum of theirs. Shared storage"
+                " must carry the disk bytes of all."
+            ),
+            "",
+            (
+                "| device | FP16 dense TFLOP/s | memory GB/s | link GB/s | cores | a core against"
+                " the measured one | disk GB/s |"
+            ),
+            "| :-- | --: | --: | --: | --: | --: | --: |",
+            *(
+                f"| {d.name} | {d.fp16 / 1e12:g} | {d.memory / 1e9:g} | {d.link / 1e9:g} |"
+                f" {d.cores} | {d.core:g} | {d.disk / 1e9:g} |"
+                for d in DEVICES
+            ),
+            "",
+        ]
+    )
 
 
 def _predicted(name: str, cost: Costs) -> list[str]:
     """A table of every device's rates, in slices/s, for results of one format."""
     lines = [
-        "", f"## Predicted, writing {name}", "",
+        "",
+        f"## Predicted, writing {name}",
+        "",
         "| device | GPU | link | CPU | disk | slices/s | starves first | to keep the GPU busy |",
         "| :-- | --: | --: | --: | --: | --: | :-- | :-- |",
-    ]  # fmt: skip
+    ]
     for device in DEVICES:
         rates = predict(cost, device)
         first = min(rates, key=lambda key: rates[key])
         cores = rates["GPU"] * sum(cost.cpu.values()) / device.core
         need = f"{cores:.0f} such cores, {rates['GPU'] * cost.disk / 1e6:.0f} MB/s of disk"
-        lines.append("| " + " | ".join([device.name, *map(si, rates.values()), f"**{si(rates[first])}**", first, need]) + " |")
+        lines.append(
+            "| "
+            + " | ".join(
+                [device.name, *map(si, rates.values()), f"**{si(rates[first])}**", first, need]
+            )
+            + " |"
+        )
     return lines
 
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        "capacity.py", description="Predict throughput on other machines from costs measured here.", epilog=EXIT_CODES
+        "capacity.py",
+        description="Predict throughput on other machines from costs measured here.",
+        epilog=EXIT_CODES,
     )
     parser.add_argument("--model", type=Path, default=ROOT / "runs" / "demo" / "model")
     parser.add_argument("--size", choices=list(SIZES), default="300x512x512")
     parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "capacity.md")
     options = parser.parse_args(argv)
     text = page(
-        options.model, options.size, {name: measure(options.model, options.size, name) for name in ("nifti", "nii") if name in FORMATS}
+        options.model,
+        options.size,
+        {
+            name: measure(options.model, options.size, name)
+            for name in ("nifti", "nii")
+            if name in FORMATS
+        },
     )
     write_text(options.output, text)
     print(text)

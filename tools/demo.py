@@ -1,4 +1,5 @@
-"""The main job, from nothing, by the commands a person would type:  python tools/demo.py --output runs/demo
+"""The main job, from nothing, by the commands a person would type:  python tools/demo.py --output
+runs/demo
 
 phantom cohort → train → export with proof → masks no network has seen → synthetic CTs → report.html
 """
@@ -50,31 +51,91 @@ class StageFailed(Mask2CTError):
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("demo.py", description="The whole job on phantom patients, with a report.", epilog=EXIT_CODES)
-    parser.add_argument("--output", type=Path, default=ROOT / "runs" / "demo", help="made anew (default: runs/demo)")
-    parser.add_argument("--config", type=Path, default=PHANTOM, help="(default: phantom.json, cut short)")
-    parser.add_argument("--patients", type=int, default=24, help="to train on (default: %(default)s)")
-    parser.add_argument("--unseen", type=int, default=8, help="patients kept from training, to synthesize (default: %(default)s)")
-    parser.add_argument("--size", type=int, nargs=3, default=(48, 128, 128), metavar=("Z", "Y", "X"))
-    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="passed to train/run.py")
+    parser = argparse.ArgumentParser(
+        "demo.py",
+        description="The whole job on phantom patients, with a report.",
+        epilog=EXIT_CODES,
+    )
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "runs" / "demo", help="made anew (default: runs/demo)"
+    )
+    parser.add_argument(
+        "--config", type=Path, default=PHANTOM, help="(default: phantom.json, cut short)"
+    )
+    parser.add_argument(
+        "--patients", type=int, default=24, help="to train on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--unseen",
+        type=int,
+        default=8,
+        help="patients kept from training, to synthesize (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--size", type=int, nargs=3, default=(48, 128, 128), metavar=("Z", "Y", "X")
+    )
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="passed to train/run.py",
+    )
     options = parser.parse_args(argv)
     out: Path = options.output
     _make_anew(out)
     size = [str(n) for n in options.size]
-    changes = [part for change in (SHORT if options.config == PHANTOM else []) + options.set for part in ("--set", change)]
+    changes = [
+        part
+        for change in (SHORT if options.config == PHANTOM else []) + options.set
+        for part in ("--set", change)
+    ]
     stages: list[tuple[str, list[str]]] = [
         (
             "phantom cohort",
-            ["-m", "train.phantom.cohort", f"{out}/data", "--patients", str(options.patients), "--seed", "1", "--size", *size],
+            [
+                "-m",
+                "train.phantom.cohort",
+                f"{out}/data",
+                "--patients",
+                str(options.patients),
+                "--seed",
+                "1",
+                "--size",
+                *size,
+            ],
         ),
         (
             "training",
-            ["train/run.py", "--config", str(options.config), "--dataset-path", f"{out}/data", "--output", f"{out}/train", *changes],
+            [
+                "train/run.py",
+                "--config",
+                str(options.config),
+                "--dataset-path",
+                f"{out}/data",
+                "--output",
+                f"{out}/train",
+                *changes,
+            ],
         ),
-        ("export and proof", ["export/build_engine.py", f"{out}/train", "-o", f"{out}/model", "--onnx-only"]),
+        (
+            "export and proof",
+            ["export/build_engine.py", f"{out}/train", "-o", f"{out}/model", "--onnx-only"],
+        ),
         (
             "unseen patients",
-            ["-m", "train.phantom.cohort", f"{out}/unseen", "--patients", str(options.unseen), "--seed", "2", "--size", *size],
+            [
+                "-m",
+                "train.phantom.cohort",
+                f"{out}/unseen",
+                "--patients",
+                str(options.unseen),
+                "--seed",
+                "2",
+                "--size",
+                *size,
+            ],
         ),
         (
             "synthesis",
@@ -102,7 +163,10 @@ def main(argv: Sequence[str]) -> int:
 
     write_report(out, seconds, machine(ROOT), CASES_SHOWN)
     write_json(out / "demo.json", {"seconds": seconds, "machine": machine(ROOT)})
-    print(f"report in {duration(time.perf_counter() - started)}; all in {duration(sum(seconds.values()))}\nopen {out}/report.html")
+    print(
+        f"report in {duration(time.perf_counter() - started)}; all in"
+        f" {duration(sum(seconds.values()))}\nopen {out}/report.html"
+    )
     return 0
 
 
@@ -121,7 +185,10 @@ def _run(name: str, command: list[str]) -> float:
 
 
 def _make_anew(out: Path) -> None:
-    """An empty folder with the marker. Raises `UsageError` rather than remove a folder that is not this program's."""
+    """An empty folder with the marker.
+
+    Raises `UsageError` rather than remove a folder that is not this program's.
+    """
     if out.is_dir() and any(out.iterdir()):
         if not (out / MARKER).is_file():
             raise UsageError(
@@ -138,7 +205,9 @@ def _make_anew(out: Path) -> None:
 
 
 def _split_unseen(out: Path) -> None:
-    """From the cohort's layout to the demo's: masks/CASE.nii.gz is all that synthesis sees, truth/CASE.nii.gz for comparison."""
+    """From the cohort's layout to the demo's: masks/CASE.nii.gz is all that synthesis sees,
+    truth/CASE.nii.gz for comparison.
+    """
     try:
         for folder, kind in (("masks", "label"), ("truth", "image")):
             (out / folder).mkdir()

@@ -19,8 +19,12 @@ from train.metrics.scores import evaluate, organ_names
 from train.reporting.html import curves, page, picture, planes, read_metrics, table
 
 
-def write_report(out: Path, seconds: Mapping[str, float], machine: Mapping[str, Any], shown: int) -> None:
-    """Measure `out`/synthetic against `out`/truth on the unseen masks and write `out`/report.html and metrics.json."""
+def write_report(
+    out: Path, seconds: Mapping[str, float], machine: Mapping[str, Any], shown: int
+) -> None:
+    """Measure `out`/synthetic against `out`/truth on the unseen masks and write
+    `out`/report.html and metrics.json.
+    """
     names = organ_names(MM_WHS)
     synthetic, truth, masks = read_cases(out / "synthetic", out / "truth", out / "masks", MM_WHS)
     metrics = evaluate(synthetic, truth, masks, names)
@@ -33,24 +37,37 @@ def write_report(out: Path, seconds: Mapping[str, float], machine: Mapping[str, 
     for n, case in enumerate(cases[:shown]):
         spacing = read_volume(out / "masks" / f"{case}.nii.gz").geometry.spacing
         drawn = planes(masks[n], synthetic[n], truth[n], spacing, len(names) + 1)
-        pictures += f"<p>{html.escape(case)}</p>" + picture(drawn, f"{case}: condition, synthetic, true")
+        pictures += f"<p>{html.escape(case)}</p>" + picture(
+            drawn, f"{case}: condition, synthetic, true"
+        )
         if n == 0:
             with atomic_path(out / "mask-to-ct.png") as part:
                 drawn.savefig(part, format="png", dpi=80)
     page(
         out / "report.html",
         "mask2ct: synthetic CT from masks no network has seen",
-        f"{len(cases)} unseen phantom patients, synthesized from their heart labels alone. Synthetic images, not for diagnosis.",
+        f"{len(cases)} unseen phantom patients, synthesized from their heart labels alone."
+        " Synthetic images, not for diagnosis.",
         [
             (
                 "Condition | synthetic | true",
-                "<p class=note>Window -700 … 700 HU. The network is given the left column only.</p>" + pictures,
+                "<p class=note>Window -700 … 700 HU. The network is given the left column only.</p>"
+                + pictures,
             ),
             ("Organs", _organs(metrics)),
-            ("Training", picture(curves(read_metrics(out / "train" / "metrics.jsonl")), "training curves")),
+            (
+                "Training",
+                picture(curves(read_metrics(out / "train" / "metrics.jsonl")), "training curves"),
+            ),
             ("Proof of the export", _parity(manifest)),
             ("Seconds", _seconds(seconds, synthesis)),
-            ("Machine", table(("", ""), [(k, json.dumps(v) if isinstance(v, dict) else v) for k, v in machine.items()])),
+            (
+                "Machine",
+                table(
+                    ("", ""),
+                    [(k, json.dumps(v) if isinstance(v, dict) else v) for k, v in machine.items()],
+                ),
+            ),
         ],
     )
 
@@ -61,7 +78,9 @@ def _organs(metrics: Mapping[str, Any]) -> str:
         if organ is None:
             rows.append((name, *["absent"] * 7))
             continue
-        numbers = [f"{organ[key]:.0f}" for key in ("median", "median_true")] + [f"{organ['median_error']:+.0f}"]
+        numbers = [f"{organ[key]:.0f}" for key in ("median", "median_true")] + [
+            f"{organ['median_error']:+.0f}"
+        ]
         rows.append(
             (
                 name,
@@ -75,23 +94,39 @@ def _organs(metrics: Mapping[str, Any]) -> str:
         )
     body = metrics["body"]
     lead = (
-        f"<p>Mean absolute error inside the body {body['mae']:.0f} HU, {body['mae_ratio']:.2f} of what synthesis every label, and the rest "
-        f"of the body, with its own mean gives ({body['mae_label_mean']:.0f} HU).</p>"
+        f"<p>Mean absolute error inside the body {body['mae']:.0f} HU, {body['mae_ratio']:.2f} of"
+        " what synthesis every label, and the rest of the body, with its own mean gives"
+        f" ({body['mae_label_mean']:.0f} HU).</p>"
     )
     head = ("HU, pooled", "median", "true", "error", "IQR", "true", "texture", "true", "ratio")
-    foot = "<p class=note>Texture: standard deviation of (image − its in-plane Gaussian, sigma 2 pixels) inside each eroded organ.</p>"
+    foot = (
+        "<p class=note>Texture: standard deviation of (image − its in-plane Gaussian, sigma 2"
+        " pixels) inside each eroded organ.</p>"
+    )
     return lead + table(head, rows) + foot
 
 
 def _parity(manifest: Manifest) -> str:
-    note = "<p class=note>The exported files against the PyTorch network, HU, in every engine that was there.</p>"
+    note = (
+        "<p class=note>The exported files against the PyTorch network, HU, in every engine that was"
+        " there.</p>"
+    )
     return note + table(PARITY_HEAD, parity_rows(manifest))
 
 
 def _seconds(seconds: Mapping[str, float], synthesis: Mapping[str, Any]) -> str:
     slices = sum(case["slices"] for case in synthesis["cases"])
     inference_seconds = sum(case["seconds"]["synthesize"] for case in synthesis["cases"])
-    rows = [(name, duration(s)) for name, s in seconds.items()] + [("together", duration(sum(seconds.values())))]
+    rows = [(name, duration(s)) for name, s in seconds.items()] + [
+        ("together", duration(sum(seconds.values())))
+    ]
     whole = slices / synthesis["seconds"]
-    speed = f"<p>Synthesis synthesized {slices} slices at {slices / inference_seconds:.0f} slices/s ({whole:.0f} slices/s with files in and out), "
-    return table(("stage", "wall time"), rows) + speed + f"backend {html.escape(synthesis['backend'])}.</p>"
+    speed = (
+        f"<p>Synthesis synthesized {slices} slices at {slices / inference_seconds:.0f} slices/s"
+        f" ({whole:.0f} slices/s with files in and out), "
+    )
+    return (
+        table(("stage", "wall time"), rows)
+        + speed
+        + f"backend {html.escape(synthesis['backend'])}.</p>"
+    )

@@ -1,7 +1,8 @@
-"""How alike real patients are who share a heart mask: what diversity over styles can come to.  python tools/same_heart.py
+"""How alike real patients are who share a heart mask: what diversity over styles can come to.
+python tools/same_heart.py
 
-Phantom patients of one heart, all else drawn anew; MS-SSIM between them on slices with labels, as train/metrics/volume_metrics.py measures it over
-styles and between patients.
+Phantom patients of one heart, all else drawn anew; MS-SSIM between them on slices with labels, as
+train/metrics/volume_metrics.py measures it over styles and between patients.
 """
 
 from __future__ import annotations
@@ -27,28 +28,51 @@ def same_heart(heart: Parameters, other: Parameters) -> Parameters:
     """`other`'s contrast, build and bones about `heart`'s heart, where it lies."""
     at = heart_pose(heart).origin
     moved = replace(
-        other, heart=heart.heart, phase=heart.phase, yaw=heart.yaw, tilt=heart.tilt, roll=heart.roll, wall=heart.wall, warp=heart.warp,
+        other,
+        heart=heart.heart,
+        phase=heart.phase,
+        yaw=heart.yaw,
+        tilt=heart.tilt,
+        roll=heart.roll,
+        wall=heart.wall,
+        warp=heart.warp,
         shift=(other.shift[0], other.shift[1], heart.shift[2]),
-    )  # fmt: skip
+    )
     away = at - heart_pose(moved).origin
     return replace(moved, body=(moved.body[0] + float(away[0]), moved.body[1] + float(away[1])))
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("same_heart.py", description="MS-SSIM between phantom patients who share a heart.")
+    parser = argparse.ArgumentParser(
+        "same_heart.py", description="MS-SSIM between phantom patients who share a heart."
+    )
     parser.add_argument("--hearts", type=int, default=4)
-    parser.add_argument("--patients", type=int, default=4, help="of each heart (default: %(default)s)")
+    parser.add_argument(
+        "--patients", type=int, default=4, help="of each heart (default: %(default)s)"
+    )
     options = parser.parse_args(argv)
     found = []
     for index in range(options.hearts):
         heart = draw(2, index)
-        patients = [simulate(same_heart(heart, draw(100 + index, n))) for n in range(options.patients)]
+        patients = [
+            simulate(same_heart(heart, draw(100 + index, n))) for n in range(options.patients)
+        ]
         masks, images = [p.labels for p in patients], [p.hu for p in patients]
         if not all(np.array_equal(mask, masks[0]) for mask in masks):
             raise AssertionError("the hearts differ")
-        found.append(between_patients(images[::2], masks[::2], images[1::2], masks[1::2])["ms_ssim"])
+        found.append(
+            between_patients(images[::2], masks[::2], images[1::2], masks[1::2])["ms_ssim"]
+        )
         print(f"heart {index}: MS-SSIM {found[-1]:.3f}", flush=True)
-    print(json.dumps({"ms_ssim": round(float(np.mean(found)), 4), "hearts": options.hearts, "patients": options.patients}))
+    print(
+        json.dumps(
+            {
+                "ms_ssim": round(float(np.mean(found)), 4),
+                "hearts": options.hearts,
+                "patients": options.patients,
+            }
+        )
+    )
     return 0
 
 

@@ -1,4 +1,7 @@
-"""What a training leaves: checkpoints to resume from, and the run folder that export reads. Tensors and JSON, no pickles."""
+"""What a training leaves: checkpoints to resume from, and the run folder that export reads.
+
+Tensors and JSON, no pickles.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.core.atomic_files import atomic_folder, atomic_path, remove_orphans, sha256_of, write_json
+from runtime.core.atomic_files import (
+    atomic_folder,
+    atomic_path,
+    remove_orphans,
+    sha256_of,
+    write_json,
+)
 from runtime.core.errors import ConfigError, ModelError
-from runtime.core.manifest import GridPolicy, Intensity, LabelTable, grid_from_json, labels_from_json
+from runtime.core.manifest import (
+    GridPolicy,
+    Intensity,
+    LabelTable,
+    grid_from_json,
+    labels_from_json,
+)
 
 from . import config as configs
 from .config import RunConfig
@@ -28,11 +43,22 @@ if TYPE_CHECKING:  # the command line answers --help without torch
     from .networks.generator import Generator
 
 SCHEMA_VERSION = 1
-RUN, CONFIG, METRICS, WEIGHTS, CHECKPOINTS = "run.json", "config.json", "metrics.jsonl", "generator.safetensors", "checkpoints"
-# Label maps for export, which has no data set: it proves its graphs on the held-out ones and calibrates INT8 on the others.
+RUN, CONFIG, METRICS, WEIGHTS, CHECKPOINTS = (
+    "run.json",
+    "config.json",
+    "metrics.jsonl",
+    "generator.safetensors",
+    "checkpoints",
+)
+# Label maps for export, which has no data set: it proves its graphs on the held-out ones and
+# calibrates INT8 on the others.
 MASKS = {"validation": "validation.safetensors", "calibration": "calibration.safetensors"}
 _STATE, _META = "state.safetensors", "state.json"
-FREE = ("training.steps", "logging.", "license")  # keys that decide nothing of what a run computes up to a step
+FREE = (
+    "training.steps",
+    "logging.",
+    "license",
+)  # keys that decide nothing of what a run computes up to a step
 _REMEDY = "point at a folder that `python train/run.py` has finished"
 
 
@@ -60,25 +86,46 @@ def load_run(folder: Path) -> TrainedRun:
     path = folder / RUN
     if not path.is_file():
         raise ModelError(
-            f"{folder} holds no {RUN}", expected="a run folder with run.json and generator.safetensors", remedy=_REMEDY, file=folder
+            f"{folder} holds no {RUN}",
+            expected="a run folder with run.json and generator.safetensors",
+            remedy=_REMEDY,
+            file=folder,
         )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         if data["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema version {data['schema_version']!r} (expected {SCHEMA_VERSION})")
+            raise ValueError(
+                f"schema version {data['schema_version']!r} (expected {SCHEMA_VERSION})"
+            )
         weights = data["weights"]
         if Path(weights["file"]).name != weights["file"]:
             raise ValueError(f"file name {weights['file']!r} (expected a plain name)")
-        run = TrainedRun(folder, configs.from_json(data["config"]), labels_from_json(data["labels"]), grid_from_json(data["grid"]),
-                  Intensity(**data["intensity"]), int(data["style"]), bool(data["noise"]), int(data["step"]), data)  # fmt: skip
+        run = TrainedRun(
+            folder,
+            configs.from_json(data["config"]),
+            labels_from_json(data["labels"]),
+            grid_from_json(data["grid"]),
+            Intensity(**data["intensity"]),
+            int(data["style"]),
+            bool(data["noise"]),
+            int(data["step"]),
+            data,
+        )
     except (OSError, KeyError, TypeError, ValueError, AttributeError, ConfigError) as exc:
         what = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc).splitlines()[0]
         raise ModelError(
-            f"{RUN} cannot be used: {what}", expected="a run.json as train/run.py writes it", remedy=_REMEDY, file=path
+            f"{RUN} cannot be used: {what}",
+            expected="a run.json as train/run.py writes it",
+            remedy=_REMEDY,
+            file=path,
         ) from exc
     if not run.weights.is_file() or sha256_of(run.weights) != weights["sha256"]:
-        raise ModelError(f"{run.weights.name} is not the file {RUN} describes", expected=f"sha256 {weights['sha256']}",
-                         remedy="copy the run folder again, or train again", file=run.weights)  # fmt: skip
+        raise ModelError(
+            f"{run.weights.name} is not the file {RUN} describes",
+            expected=f"sha256 {weights['sha256']}",
+            remedy="copy the run folder again, or train again",
+            file=run.weights,
+        )
     return run
 
 
@@ -94,19 +141,28 @@ def load_generator(folder: Path) -> Generator:
     try:
         net.load_state_dict(load_file(run.weights))
     except (RuntimeError, OSError, SafetensorError) as exc:
-        raise ModelError(f"{run.weights.name} does not fit the network its config describes", expected="weights of that network",
-                         remedy="train again", file=run.weights) from exc  # fmt: skip
+        raise ModelError(
+            f"{run.weights.name} does not fit the network its config describes",
+            expected="weights of that network",
+            remedy="train again",
+            file=run.weights,
+        ) from exc
     net.eval()
     return net
 
 
 def load_validation(run: TrainedRun) -> NDArray[np.uint8]:
-    """The held-out label slices of a run, uint8 (n, Z, H, W) model indices. Raises `ModelError` when they were altered."""
+    """The held-out label slices of a run, uint8 (n, Z, H, W) model indices.
+
+    Raises `ModelError` when they were altered.
+    """
     return _load_masks(run, "validation")
 
 
 def load_calibration(run: TrainedRun) -> NDArray[np.uint8] | None:
-    """Label slices that a run was trained on, as `load_validation`'s; None of a run that kept none (they were once not written)."""
+    """Label slices that a run was trained on, as `load_validation`'s; None of a run that kept
+    none (they were once not written).
+    """
     return _load_masks(run, "calibration") if "calibration" in run.data else None
 
 
@@ -116,14 +172,22 @@ def _load_masks(run: TrainedRun, tag: str) -> NDArray[np.uint8]:
     stated = run.data.get(tag, {})
     path = run.folder / MASKS[tag]
     if not path.is_file() or sha256_of(path) != stated.get("sha256"):
-        raise ModelError(f"{path.name} is not the file {RUN} describes", expected=f"sha256 {stated.get('sha256')}",
-                         remedy="copy the run folder again, or train again", file=path)  # fmt: skip
+        raise ModelError(
+            f"{path.name} is not the file {RUN} describes",
+            expected=f"sha256 {stated.get('sha256')}",
+            remedy="copy the run folder again, or train again",
+            file=path,
+        )
     labels: NDArray[np.uint8] = load_file(path)["labels"]
     return labels
 
 
-def write_run(folder: Path, net: Generator, masks: Mapping[str, NDArray[np.uint8]], facts: Mapping[str, Any]) -> None:
-    """Write generator.safetensors and the `masks` of each purpose, then run.json: `facts` with their SHA-256 added."""
+def write_run(
+    folder: Path, net: Generator, masks: Mapping[str, NDArray[np.uint8]], facts: Mapping[str, Any]
+) -> None:
+    """Write generator.safetensors and the `masks` of each purpose, then run.json: `facts` with
+    their SHA-256 added.
+    """
     import torch
 
     stated = {}
@@ -133,34 +197,55 @@ def write_run(folder: Path, net: Generator, masks: Mapping[str, NDArray[np.uint8
             write_tensors({"labels": torch.from_numpy(np.ascontiguousarray(labels))}, part)
         stated[tag] = {"file": path.name, "sha256": sha256_of(path), "slices": len(labels)}
     with atomic_path(folder / WEIGHTS) as part:
-        write_tensors({name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}, part)
+        write_tensors(
+            {name: t.detach().cpu().contiguous() for name, t in net.state_dict().items()}, part
+        )
     weights = {"file": WEIGHTS, "sha256": sha256_of(folder / WEIGHTS), "average": "ema"}
-    write_json(folder / RUN, {"schema_version": SCHEMA_VERSION, **facts, "weights": weights, **stated})
+    write_json(
+        folder / RUN, {"schema_version": SCHEMA_VERSION, **facts, "weights": weights, **stated}
+    )
 
 
-def starting_point(folder: Path, config: RunConfig, resume: bool, *, quiet: bool = False) -> Path | None:
-    """Check that `config` may be trained in `folder`; writes nothing. `quiet`: no warning of a damaged checkpoint.
+def starting_point(
+    folder: Path, config: RunConfig, resume: bool, *, quiet: bool = False
+) -> Path | None:
+    """Check that `config` may be trained in `folder`; writes nothing.
 
-    Returns the checkpoint to go on from (see `usable`), or None to start at step 0. Raises `ConfigError` when the folder
-    already holds a run and `resume` is off, holds none and it is on, or holds one of another config.
+    `quiet`: no warning of a damaged checkpoint.
+
+    Returns the checkpoint to go on from (see `usable`), or None to start at step 0. Raises
+    `ConfigError` when the folder already holds a run and `resume` is off, holds none and it is on,
+    or holds one of another config.
     """
     path = folder / CONFIG
     if not resume:
         if path.exists() or (folder / CHECKPOINTS).exists() or (folder / RUN).exists():
-            raise ConfigError(f"{folder} already holds a run", expected="a new run folder", file=folder,
-                              remedy="add --resume to continue it, choose another --output, or remove the folder")  # fmt: skip
+            raise ConfigError(
+                f"{folder} already holds a run",
+                expected="a new run folder",
+                file=folder,
+                remedy="add --resume to continue it, choose another --output, or remove the folder",
+            )
         return None
     stored = configs.to_json(stored_config(folder))
-    changed = [key for key in differences(stored, configs.to_json(config)) if not key.startswith(FREE)]
+    changed = [
+        key for key in differences(stored, configs.to_json(config)) if not key.startswith(FREE)
+    ]
     if changed:
-        raise ConfigError(f"the run was started with other values of {', '.join(changed)}",
-                          expected="that config (steps, logging and licence may change)",
-                          remedy="drop the change, or start a new run with another --output", file=path)  # fmt: skip
+        raise ConfigError(
+            f"the run was started with other values of {', '.join(changed)}",
+            expected="that config (steps, logging and licence may change)",
+            remedy="drop the change, or start a new run with another --output",
+            file=path,
+        )
     return usable(folder, config.training.steps, quiet=quiet)
 
 
 def claim(folder: Path, config: RunConfig) -> None:
-    """Make `folder` this config's run folder: from now on only --resume goes on in it. Raises `OutputError`."""
+    """Make `folder` this config's run folder: from now on only --resume goes on in it.
+
+    Raises `OutputError`.
+    """
     for place in (folder, folder / CHECKPOINTS):
         if place.is_dir():
             remove_orphans(place)  # of a training that was killed
@@ -168,7 +253,10 @@ def claim(folder: Path, config: RunConfig) -> None:
 
 
 def stored_config(folder: Path) -> RunConfig:
-    """The config that the run in `folder` was started with. Raises `ConfigError` when there is none."""
+    """The config that the run in `folder` was started with.
+
+    Raises `ConfigError` when there is none.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise ConfigError(
@@ -187,9 +275,11 @@ def newest(folder: Path) -> Path | None:
 
 
 def usable(folder: Path, limit: int, *, quiet: bool = False) -> Path | None:
-    """The last checkpoint of at most `limit` steps whose files are what was written; None when there are no checkpoints.
+    """The last checkpoint of at most `limit` steps whose files are what was written; None when
+    there are no checkpoints.
 
-    Each damaged one that is passed over is named on standard error, unless `quiet`. Raises `ModelError` when none is left.
+    Each damaged one that is passed over is named on standard error, unless `quiet`. Raises
+    `ModelError` when none is left.
     """
     found = _all(folder)
     for path in reversed([p for p in found if _step(p) <= limit]):
@@ -201,27 +291,50 @@ def usable(folder: Path, limit: int, *, quiet: bool = False) -> Path | None:
         else:
             return path
     if found:
-        raise ModelError(f"none of the {len(found)} checkpoints can be used to train to step {limit}", expected="a whole one of no more steps",
-                         remedy="start anew in another --output, or copy a checkpoint back", file=folder / CHECKPOINTS)  # fmt: skip
+        raise ModelError(
+            f"none of the {len(found)} checkpoints can be used to train to step {limit}",
+            expected="a whole one of no more steps",
+            remedy="start anew in another --output, or copy a checkpoint back",
+            file=folder / CHECKPOINTS,
+        )
     return None
 
 
 def best(folder: Path, limit: int) -> tuple[Path, float] | None:
-    """The checkpoint of at most `limit` steps with the lowest score, and that score; None when none has one."""
-    scored = [(score, path) for path in _all(folder) if _step(path) <= limit and (score := _score(path)) is not None]
+    """The checkpoint of at most `limit` steps with the lowest score, and that score; None when
+    none has one.
+    """
+    scored = [
+        (score, path)
+        for path in _all(folder)
+        if _step(path) <= limit and (score := _score(path)) is not None
+    ]
     return min(scored)[::-1] if scored else None  # of equals the first
 
 
-def save(folder: Path, step: int, tensors: Mapping[str, Tensor], keep: int | None, score: float | None = None) -> Path:
-    """Write RUN/checkpoints/step-00000020 atomically, then remove earlier ones but the `keep` newest (None: all are kept) and the best.
+def save(
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    keep: int | None,
+    score: float | None = None,
+) -> Path:
+    """Write RUN/checkpoints/step-00000020 atomically, then remove earlier ones but the `keep`
+    newest (None: all are kept) and the best.
 
-    `score`: what the held-out patients said at this step, lower is better; None when they were not asked. Later steps' folders
-    stay: a run that goes on from before a damaged checkpoint writes it anew. Raises `OutputError`.
+    `score`: what the held-out patients said at this step, lower is better; None when they were not
+    asked. Later steps' folders stay: a run that goes on from before a damaged checkpoint writes it
+    anew. Raises `OutputError`.
     """
     path = folder / CHECKPOINTS / f"step-{step:08d}"
     with atomic_folder(path) as part:
         write_tensors(tensors, part / _STATE)
-        meta = {"schema_version": SCHEMA_VERSION, "step": step, "score": score, "sha256": sha256_of(part / _STATE)}
+        meta = {
+            "schema_version": SCHEMA_VERSION,
+            "step": step,
+            "score": score,
+            "sha256": sha256_of(part / _STATE),
+        }
         (part / _META).write_text(json.dumps(meta) + "\n")
     top = best(folder, step)
     for old in [p for p in _all(folder) if _step(p) <= step][:-keep] if keep else []:
@@ -251,9 +364,17 @@ def _verified(path: Path) -> dict[str, Any]:
         if meta["step"] != _step(path):
             raise ValueError(f"it says step {meta['step']}")
     except (OSError, ValueError, KeyError, TypeError) as exc:
-        what = f"{Path(exc.filename).name}: {exc.strerror}" if isinstance(exc, OSError) and exc.filename else exc
-        raise ModelError(f"checkpoint {path.name} cannot be used: {what}", expected="a checkpoint as training writes it",
-                         remedy="remove that folder to resume from the one before", file=path) from exc  # fmt: skip
+        what = (
+            f"{Path(exc.filename).name}: {exc.strerror}"
+            if isinstance(exc, OSError) and exc.filename
+            else exc
+        )
+        raise ModelError(
+            f"checkpoint {path.name} cannot be used: {what}",
+            expected="a checkpoint as training writes it",
+            remedy="remove that folder to resume from the one before",
+            file=path,
+        ) from exc
     return meta
 
 
@@ -267,7 +388,10 @@ def _score(path: Path) -> float | None:
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises OSError, as every other write does, where the library has an error of its own."""
+    """Write a safetensors file.
+
+    Raises OSError, as every other write does, where the library has an error of its own.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -280,7 +404,11 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 def _all(folder: Path) -> list[Path]:
     root = folder / CHECKPOINTS
-    return sorted(p for p in root.iterdir() if re.fullmatch(r"step-\d{8}", p.name)) if root.is_dir() else []
+    return (
+        sorted(p for p in root.iterdir() if re.fullmatch(r"step-\d{8}", p.name))
+        if root.is_dir()
+        else []
+    )
 
 
 def _step(path: Path) -> int:

@@ -1,7 +1,8 @@
-"""What a run is: frozen sections, loaded from JSON, overridden by `--set`, resolved without side effects.
+"""What a run is: frozen sections, loaded from JSON, overridden by `--set`, resolved without side
+effects.
 
-The resolved config, written as JSON, alone rebuilds the run. Keys of the original system (MAX_ITER, BATCH_SIZE ...) are
-accepted wherever ours are, through one table.
+The resolved config, written as JSON, alone rebuilds the run. Keys of the original system (MAX_ITER,
+BATCH_SIZE ...) are accepted wherever ours are, through one table.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from runtime.core.manifest import GridPolicy, Intensity, Label, LabelTable, labe
 from .data.original import FIXED_KEYS, check_fixed, greys
 from .typed import Range, build, to_json, unknown, wrong
 
-__all__ = ["RunConfig", "from_json", "grid_policy", "intensity", "label_table", "load", "resolve", "to_json"]
+__all__ = [
+    "RunConfig",
+    "from_json",
+    "grid_policy",
+    "intensity",
+    "label_table",
+    "load",
+    "resolve",
+    "to_json",
+]
 
 Count = Annotated[int, Range(1)]
 Whole = Annotated[int, Range(0)]
@@ -43,25 +53,38 @@ class PhantomConfig:
 class DataConfig:
     """Where patients come from, what their labels are, and the grid the network sees them on."""
 
-    path: str | None = None  # folder or table in one of the layouts of train/data/layouts.py; --dataset-path sets it
+    path: str | None = (
+        # folder or table in one of the layouts of train/data/layouts.py; --dataset-path sets it
+        None
+    )
     phantom: PhantomConfig | None = None  # made when there is no path
-    labels: Any = None  # a preset's name, or [{"name": ..., "value": ...}, ...] beginning with the background; null: the layout's own
-    keep: tuple[Count, ...] | None = None  # indices of the table to keep, renumbered; all else becomes background
+    # a preset's name, or [{"name": ..., "value": ...}, ...] beginning with the background; null:
+    # the layout's own
+    labels: Any = None
+    keep: tuple[Count, ...] | None = (
+        None  # indices of the table to keep, renumbered; all else becomes background
+    )
     canvas: tuple[Count, Count] = (256, 256)  # (H, W) in pixels
-    pixel_spacing: tuple[Positive, Positive] | None = None  # mm; None: each slice is fitted to the canvas
+    pixel_spacing: tuple[Positive, Positive] | None = (
+        None  # mm; None: each slice is fitted to the canvas
+    )
     slices: Count = 1  # Z neighbouring slices the network sees, odd
     slice_spacing: Positive | None = None  # mm between them
     train_ratio: Share = 0.95
     valid_ratio: Share = 0.02
     split_seed: Seed = 123
-    split_by: Literal["patients", "slices"] = "patients"  # slices: blocks of every volume, for want of patients; flatters all metrics
+    split_by: Literal["patients", "slices"] = (
+        "patients"  # slices: blocks of every volume, for want of patients; flatters all metrics
+    )
     image_name: str = "whs_img"  # in the original's layout: PATIENT_<name>.dcm holds the image ...
     label_name: str = "whs_img_gt"  # ... and this one the labels
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How far training slices are moved at random (train/data/augmentation.py); all 0: not at all."""
+    """How far training slices are moved at random (train/data/augmentation.py); all 0: not at
+    all.
+    """
 
     rotation: Annotated[float, Range(0, 180)] = 0.0  # degrees
     shear: Annotated[float, Range(0, 45)] = 0.0  # degrees
@@ -82,7 +105,8 @@ class AugmentConfig:
 class IntensityConfig:
     """The range the network's [0, 1] stands for; what is outside is clipped in training.
 
-    "auto": HU where the images hold them, else a.u. in [low, high] (train/data/inference.py); settled before a run is claimed.
+    "auto": HU where the images hold them, else a.u. in [low, high] (train/data/inference.py);
+    settled before a run is claimed.
     """
 
     unit: Literal["HU", "a.u.", "auto"] = "HU"
@@ -92,7 +116,9 @@ class IntensityConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """`reference`: the original's; `unet`: lighter, ends in full-resolution features; `edge`: the least work (train/networks/blocks.py)."""
+    """`reference`: the original's; `unet`: lighter, ends in full-resolution features; `edge`:
+    the least work (train/networks/blocks.py).
+    """
 
     kind: Literal["reference", "unet", "edge"] = "reference"
     filters: Count = 64  # of the first layer; they double with depth up to 8 times
@@ -101,8 +127,12 @@ class GeneratorConfig:
     activation: Literal["sigmoid"] = "sigmoid"
     textures: Whole = 0  # learned noise filters; 0: the network takes no noise
     texture_kernel: Count = 7  # their side in pixels, odd
-    style: Whole = 0  # S, numbers in a style (train/networks/style.py); 0: the network takes no style
-    style_spread: Positive = 1.5  # deviations of the cohort that a style of 1 stands for: how widely variants differ
+    style: Whole = (
+        0  # S, numbers in a style (train/networks/style.py); 0: the network takes no style
+    )
+    style_spread: Positive = (
+        1.5  # deviations of the cohort that a style of 1 stands for: how widely variants differ
+    )
 
 
 @dataclass(frozen=True)
@@ -118,7 +148,9 @@ class LossConfig:
 
     adversarial: NotNegative = 1.0
     reconstruction: NotNegative = 100.0
-    weighting: Literal["basic", "weighted"] = "basic"  # of the reconstruction: everywhere alike, or centred on the mask
+    weighting: Literal["basic", "weighted"] = (
+        "basic"  # of the reconstruction: everywhere alike, or centred on the mask
+    )
     texture: NotNegative = 0.0
     features: NotNegative = 0.0  # matching of the discriminator's features
     gan: Literal["lsgan", "hinge"] = "lsgan"  # what the scores are to be; no weight
@@ -142,24 +174,37 @@ class TrainingConfig:
     batch_size: Count = 8
     seed: Seed = 0
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.999
-    recalibrate: Whole = 32  # batches over which the averaged weights' batch statistics are measured anew; 0: averaged too
+    # batches over which the averaged weights' batch statistics are measured anew; 0: averaged too
+    recalibrate: Whole = 32
     log_every: Count = 10
     valid_every: Count = 1000
-    valid_slices: Count = 128  # at most so many held-out slices are synthesized at a validation step
+    valid_slices: Count = (
+        128  # at most so many held-out slices are synthesized at a validation step
+    )
     checkpoint_every: Count = 1000
     keep_checkpoints: Count = 2  # the newest; the best is kept as well
-    best_metric: str | None = "body.mae_ratio"  # of the held-out patients (train/metrics/scores.py), by which a checkpoint is the best
+    best_metric: str | None = (
+        # of the held-out patients (train/metrics/scores.py), by which a checkpoint is the best
+        "body.mae_ratio"
+    )
     best_is: Literal["lowest", "highest"] = "lowest"
-    collapse_steps: Whole = 2000  # the run stops when the discriminator's losses were about 0 for so long; 0: never
+    collapse_steps: Whole = (
+        2000  # the run stops when the discriminator's losses were about 0 for so long; 0: never
+    )
     threads: Annotated[int, Range(0, 1024)] = 0  # of the CPU; 0: as many as the process may use
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = "fp32"  # of the networks' arithmetic in training; --dry-run times both on this machine
+    precision: Literal["fp32", "bf16"] = (
+        "fp32"  # of the networks' arithmetic in training; --dry-run times both on this machine
+    )
     compile: bool = False  # the networks by torch.compile: minutes at the start, faster steps
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Where metrics go beside metrics.jsonl (train/reporting/loggers.py). No part of what a run computes: --resume may change it."""
+    """Where metrics go beside metrics.jsonl (train/reporting/loggers.py).
+
+    No part of what a run computes: --resume may change it.
+    """
 
     tensorboard: bool = False
     wandb: bool = False
@@ -171,7 +216,9 @@ class RunConfig:
     """A whole run. Constructing it checks what no single key can show."""
 
     name: str = "run"
-    license: str = ""  # of the weights, such as "Apache-2.0": the model folder states it; empty: not stated
+    license: str = (
+        ""  # of the weights, such as "Apache-2.0": the model folder states it; empty: not stated
+    )
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     intensity: IntensityConfig = field(default_factory=IntensityConfig)
@@ -183,17 +230,34 @@ class RunConfig:
     logging: LoggingConfig = field(default_factory=LoggingConfig)
 
     def __post_init__(self) -> None:
-        if not self.name.strip() or Path(self.name).name != self.name or not self.name.isprintable():
+        if (
+            not self.name.strip()
+            or Path(self.name).name != self.name
+            or not self.name.isprintable()
+        ):
             raise wrong("name", self.name, "a plain name, as of a folder")
         if self.generator.kind == "edge" and self.generator.depth < 2:
-            raise wrong("generator.depth", self.generator.depth, "at least 2 for edge, whose image is made in 4x4 blocks")
+            raise wrong(
+                "generator.depth",
+                self.generator.depth,
+                "at least 2 for edge, whose image is made in 4x4 blocks",
+            )
         divisor, patch = 2**self.generator.depth, self.discriminator.patch_size
         if any(side % divisor for side in self.data.canvas):
-            raise wrong("data.canvas", list(self.data.canvas), f"multiples of {divisor} = 2**generator.depth", "change one of the two")
+            raise wrong(
+                "data.canvas",
+                list(self.data.canvas),
+                f"multiples of {divisor} = 2**generator.depth",
+                "change one of the two",
+            )
         if patch & (patch - 1):
             raise wrong("discriminator.patch_size", patch, "a power of two")
         if min(self.data.canvas) < 2 * patch:
-            raise wrong("discriminator.patch_size", patch, f"at most half the canvas {list(self.data.canvas)}")
+            raise wrong(
+                "discriminator.patch_size",
+                patch,
+                f"at most half the canvas {list(self.data.canvas)}",
+            )
         h, w = self.data.canvas
         if self.training.batch_size * (h // divisor) * (w // divisor) < 2:
             raise wrong(
@@ -203,10 +267,19 @@ class RunConfig:
             )
         if self.generator.texture_kernel % 2 == 0:
             raise wrong("generator.texture_kernel", self.generator.texture_kernel, "an odd number")
-        if self.data.train_ratio < 1 and self.data.train_ratio + self.data.valid_ratio > 1 + 1e-9:  # 1: all but the validated
-            raise wrong("data.train_ratio", self.data.train_ratio, f"at most 1 - valid_ratio = {1 - self.data.valid_ratio:g}")
+        if (
+            self.data.train_ratio < 1 and self.data.train_ratio + self.data.valid_ratio > 1 + 1e-9
+        ):  # 1: all but the validated
+            raise wrong(
+                "data.train_ratio",
+                self.data.train_ratio,
+                f"at most 1 - valid_ratio = {1 - self.data.valid_ratio:g}",
+            )
         label_table(self.data)
-        for key, make in (("data.slices", lambda: grid_policy(self)), ("intensity", lambda: intensity(self))):
+        for key, make in (
+            ("data.slices", lambda: grid_policy(self)),
+            ("intensity", lambda: intensity(self)),
+        ):
             try:
                 make()
             except ValueError as exc:
@@ -214,7 +287,9 @@ class RunConfig:
 
 
 def label_table(data: DataConfig) -> LabelTable:
-    """The classes of the run, after `keep`. What is not kept becomes an alias of the background. Raises `ConfigError`.
+    """The classes of the run, after `keep`.
+
+    What is not kept becomes an alias of the background. Raises `ConfigError`.
 
     Labels that are not settled yet (null) count as MM-WHS'.
     """
@@ -222,30 +297,62 @@ def label_table(data: DataConfig) -> LabelTable:
         table = MM_WHS
     elif isinstance(data.labels, str):
         if data.labels not in PRESETS:
-            raise wrong("data.labels", data.labels, f"a list of labels, or a preset: {', '.join(PRESETS)}")
+            raise wrong(
+                "data.labels", data.labels, f"a list of labels, or a preset: {', '.join(PRESETS)}"
+            )
         table = PRESETS[data.labels]
     else:
-        if not isinstance(data.labels, list) or not all(isinstance(row, dict) for row in data.labels):
-            raise wrong("data.labels", data.labels, f'a preset ({", ".join(PRESETS)}) or [{{"name": "background", "value": 0}}, ...]')
+        if not isinstance(data.labels, list) or not all(
+            isinstance(row, dict) for row in data.labels
+        ):
+            raise wrong(
+                "data.labels",
+                data.labels,
+                f'a preset ({", ".join(PRESETS)}) or [{{"name": "background", "value": 0}}, ...]',
+            )
         try:
             table = labels_from_json(data.labels)
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             reason = f"a label lacks {exc}" if isinstance(exc, KeyError) else str(exc)
-            raise ConfigError(f"data.labels: {reason}", expected='[{"name": "background", "value": 0}, {"name": ..., "value": ...}, ...]',
-                              remedy="correct the list, or name a preset") from exc  # fmt: skip
+            raise ConfigError(
+                f"data.labels: {reason}",
+                expected='[{"name": "background", "value": 0}, {"name": ..., "value": ...}, ...]',
+                remedy="correct the list, or name a preset",
+            ) from exc
     if data.keep is None:
         return table
     if sorted(set(data.keep)) != list(data.keep) or not data.keep or data.keep[-1] >= len(table):
-        raise wrong("data.keep", list(data.keep), f"rising indices of labels, 1 to {len(table) - 1}: {table}")
+        raise wrong(
+            "data.keep",
+            list(data.keep),
+            f"rising indices of labels, 1 to {len(table) - 1}: {table}",
+        )
     background, kept = table.labels[0], [table.labels[index] for index in data.keep]
-    dropped = [value for label in table.labels[1:] if label not in kept for value in (label.value, *label.aliases)]
-    return LabelTable((Label(background.name, background.value, (*background.aliases, *dropped), background.snomed), *kept))
+    dropped = [
+        value
+        for label in table.labels[1:]
+        if label not in kept
+        for value in (label.value, *label.aliases)
+    ]
+    return LabelTable(
+        (
+            Label(
+                background.name,
+                background.value,
+                (*background.aliases, *dropped),
+                background.snomed,
+            ),
+            *kept,
+        )
+    )
 
 
 def grid_policy(config: RunConfig) -> GridPolicy:
     """The contract's grid policy of this run."""
     data = config.data
-    return GridPolicy(data.canvas, data.pixel_spacing, 2**config.generator.depth, data.slices, data.slice_spacing)
+    return GridPolicy(
+        data.canvas, data.pixel_spacing, 2**config.generator.depth, data.slices, data.slice_spacing
+    )
 
 
 def intensity(config: RunConfig) -> Intensity:
@@ -254,7 +361,9 @@ def intensity(config: RunConfig) -> Intensity:
 
 
 def _labels_to_keep(value: Any) -> Any:
-    return [index for index in value if index != 0] if isinstance(value, (list, tuple)) else value  # theirs lists the background
+    return (
+        [index for index in value if index != 0] if isinstance(value, (list, tuple)) else value
+    )  # theirs lists the background
 
 
 # The original system's key → ours, and how its value is read.
@@ -296,19 +405,30 @@ ORIGINAL_KEYS: dict[str, tuple[str, Any]] = {
 
 def load(path: Path) -> dict[str, Any]:
     """Read a config file. Raises `ConfigError` when it is missing or not a JSON object."""
-    with reading(path, "a JSON file such as train/configs/phantom.json", ConfigError), open_input(path) as handle:
+    with (
+        reading(path, "a JSON file such as train/configs/phantom.json", ConfigError),
+        open_input(path) as handle,
+    ):
         data = json.loads(handle.read().decode("utf-8"))
     if not isinstance(data, dict):
         raise ConfigError(
-            f"{path.name} does not hold a JSON object", expected='{"name": ..., "training": {...}}', remedy="see train/configs", file=path
+            f"{path.name} does not hold a JSON object",
+            expected='{"name": ..., "training": {...}}',
+            remedy="see train/configs",
+            file=path,
         )
     return data
 
 
-def resolve(data: Mapping[str, Any], overrides: Iterable[str] = (), *, dataset_path: str | None = None) -> RunConfig:
-    """Config data, then `key=value` overrides, then --dataset-path → the checked config. Pure. Raises `ConfigError`.
+def resolve(
+    data: Mapping[str, Any], overrides: Iterable[str] = (), *, dataset_path: str | None = None
+) -> RunConfig:
+    """Config data, then `key=value` overrides, then --dataset-path → the checked config.
 
-    Values of overrides are JSON; what is not JSON is taken as a string. A dataset path replaces the phantom.
+    Pure. Raises `ConfigError`.
+
+    Values of overrides are JSON; what is not JSON is taken as a string. A dataset path replaces the
+    phantom.
     """
     tree: dict[str, Any] = {}
     for key, value in data.items():
@@ -323,7 +443,11 @@ def resolve(data: Mapping[str, Any], overrides: Iterable[str] = (), *, dataset_p
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
-            raise ConfigError(f"--set {override} has no value", expected="--set section.key=value", remedy="write key=value without blanks")
+            raise ConfigError(
+                f"--set {override} has no value",
+                expected="--set section.key=value",
+                remedy="write key=value without blanks",
+            )
         try:
             value = json.loads(text)
         except ValueError:
@@ -353,7 +477,10 @@ def _ours(key: str, value: Any) -> tuple[str, Any]:
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set `tree[a][b] = value` for the key "a.b". A wrong name is found when the config is built."""
+    """Set `tree[a][b] = value` for the key "a.b".
+
+    A wrong name is found when the config is built.
+    """
     *sections, name = key.split(".")
     for section in sections:
         if not isinstance(tree.get(section), dict):

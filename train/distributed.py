@@ -1,8 +1,10 @@
-"""The processes that train one network together, as torchrun starts them: `torchrun --nproc-per-node 2 train/run.py ...`
+"""The processes that train one network together, as torchrun starts them: `torchrun
+--nproc-per-node 2 train/run.py ...`
 
-Data parallel: every rank has the whole networks and a part of each batch, and gradients are averaged before every step of an
-optimiser. Started without torchrun there is one rank, and everything here is free (docs/decisions/0008-ranks-average-gradients-themselves.md):
-even torch is not imported.
+Data parallel: every rank has the whole networks and a part of each batch, and gradients are
+averaged before every step of an optimiser. Started without torchrun there is one rank, and
+everything here is free (docs/decisions/0008-ranks-average-gradients-themselves.md): even torch is
+not imported.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from .typed import wrong
 if TYPE_CHECKING:
     from torch import Tensor
 
-PATIENCE = timedelta(hours=12)  # the others wait while the first makes a phantom, fills the cache or validates
+PATIENCE = timedelta(
+    hours=12
+)  # the others wait while the first makes a phantom, fills the cache or validates
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process' number `rank` of `world`; on its own machine it is number `local`, which is its GPU's, of `neighbours`."""
+    """This process' number `rank` of `world`; on its own machine it is number `local`, which is
+    its GPU's, of `neighbours`.
+    """
 
     rank: int = 0
     world: int = 1
@@ -41,7 +47,9 @@ class DistributedContext:
 
     @contextmanager
     def rank_zero_first(self) -> Iterator[None]:
-        """The first rank runs the block, then the others do; when it fails there, they end quietly with its exit code."""
+        """The first rank runs the block, then the others do; when it fails there, they end
+        quietly with its exit code.
+        """
         if self.first:
             code = 1
             try:
@@ -60,7 +68,10 @@ class DistributedContext:
             yield
 
     def average(self, tensors: Iterable[Tensor | None]) -> None:
-        """Replace each tensor (None: left out) by its mean over the ranks. All ranks call this with the same shapes."""
+        """Replace each tensor (None: left out) by its mean over the ranks.
+
+        All ranks call this with the same shapes.
+        """
         there = [t for t in tensors if t is not None]
         if self.world == 1 or not there:
             return
@@ -90,14 +101,17 @@ class DistributedContext:
         """Replace `tensor` on every rank by the sum or the highest of all."""
         from torch import distributed
 
-        distributed.all_reduce(tensor, distributed.ReduceOp.SUM if what == "sum" else distributed.ReduceOp.MAX)
+        distributed.all_reduce(
+            tensor, distributed.ReduceOp.SUM if what == "sum" else distributed.ReduceOp.MAX
+        )
 
 
 SINGLE_PROCESS = DistributedContext()
 
 
 def check(config: RunConfig, ranks: DistributedContext) -> None:
-    """Raise `ConfigError` when a batch cannot be dealt out evenly, or a rank's part of it would be no batch.
+    """Raise `ConfigError` when a batch cannot be dealt out evenly, or a rank's part of it would be
+    no batch.
 
     `UsageError` when a machine has GPUs, but fewer than ranks.
     """
@@ -107,8 +121,12 @@ def check(config: RunConfig, ranks: DistributedContext) -> None:
 
     t = config.training
     if t.device != "cpu" and 0 < torch.cuda.device_count() < ranks.neighbours:
-        raise UsageError(f"{ranks.neighbours} ranks are started on this machine, which has {torch.cuda.device_count()} GPU(s)",
-                         expected="one GPU for each rank", remedy="lower --nproc-per-node, or set training.device=cpu")  # fmt: skip
+        raise UsageError(
+            f"{ranks.neighbours} ranks are started on this machine, which has"
+            f" {torch.cuda.device_count()} GPU(s)",
+            expected="one GPU for each rank",
+            remedy="lower --nproc-per-node, or set training.device=cpu",
+        )
     if t.batch_size % ranks.world:
         raise wrong("training.batch_size", t.batch_size, f"a multiple of the {ranks.world} ranks")
     replace(config, training=replace(t, batch_size=t.batch_size // ranks.world))  # checks itself
@@ -123,12 +141,21 @@ def init_distributed() -> Iterator[DistributedContext]:
     import torch
     from torch import distributed
 
-    ranks = DistributedContext(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")))
+    ranks = DistributedContext(
+        *(
+            int(os.environ[name])
+            for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        )
+    )
     if ranks.local < torch.cuda.device_count():
         torch.cuda.set_device(ranks.local)
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    distributed.init_process_group(
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE
+    )
     try:
         yield ranks
-        ranks.any(False)  # leave together: a rank whose peer is gone may be ended by gloo on its way out
+        ranks.any(
+            False
+        )  # leave together: a rank whose peer is gone may be ended by gloo on its way out
     finally:
         distributed.destroy_process_group()

@@ -1,8 +1,10 @@
-"""Pictures for a person: condition | generated | original, three held-out slices, one window of intensities.
+"""Pictures for a person: condition | generated | original, three held-out slices, one window of
+intensities.
 
     python -m train.figures RUN -o FIGURE.png
 
-draws a run's progress as the paper does: the same slices as synthesized at 0, 10, 25, 50, 75 and 100 % of its steps.
+draws a run's progress as the paper does: the same slices as synthesized at 0, 10, 25, 50, 75 and
+100 % of its steps.
 """
 
 from __future__ import annotations
@@ -23,7 +25,10 @@ from runtime.core.manifest import Intensity
 from . import checkpoint
 from . import config as configs
 
-WINDOW_HU = (-700, 700)  # lungs dark but not black, bone bright, contrast in the chambers told from muscle
+WINDOW_HU = (
+    -700,
+    700,
+)  # lungs dark but not black, bone bright, contrast in the chambers told from muscle
 ROWS = 3
 MOMENTS = (0, 0.1, 0.25, 0.5, 0.75, 1)  # shares of a run's steps, as the paper's figure has them
 PROGRESS = "progress"
@@ -34,8 +39,16 @@ def window(intensity: Intensity) -> tuple[float, float]:
     return WINDOW_HU if intensity.unit == "HU" else (intensity.low, intensity.high)
 
 
-def comparison(path: Path, labels: NDArray[np.uint8], generated: NDArray[np.int16], original: NDArray[np.int16], *,
-               classes: int, window: tuple[float, float] = WINDOW_HU, title: str = "") -> None:  # fmt: skip
+def comparison(
+    path: Path,
+    labels: NDArray[np.uint8],
+    generated: NDArray[np.int16],
+    original: NDArray[np.int16],
+    *,
+    classes: int,
+    window: tuple[float, float] = WINDOW_HU,
+    title: str = "",
+) -> None:
     """Write a PNG of up to `ROWS` slices, each array (n, H, W). Raises `OutputError`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -44,8 +57,15 @@ def comparison(path: Path, labels: NDArray[np.uint8], generated: NDArray[np.int1
     figure = Figure(figsize=(9, 3 * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, 3, squeeze=False)
-    grey: dict[str, Any] = {"cmap": "gray", "vmin": window[0], "vmax": window[1], "interpolation": "nearest"}
-    for row, (mask, image, true) in zip(axes, zip(labels, generated, original, strict=True), strict=False):
+    grey: dict[str, Any] = {
+        "cmap": "gray",
+        "vmin": window[0],
+        "vmax": window[1],
+        "interpolation": "nearest",
+    }
+    for row, (mask, image, true) in zip(
+        axes, zip(labels, generated, original, strict=True), strict=False
+    ):
         row[0].imshow(mask, cmap="nipy_spectral", vmin=0, vmax=classes - 1, interpolation="nearest")
         row[1].imshow(image, **grey)
         row[2].imshow(true, **grey)
@@ -58,20 +78,33 @@ def comparison(path: Path, labels: NDArray[np.uint8], generated: NDArray[np.int1
         figure.savefig(part, format="png", dpi=110)
 
 
-def write_snapshot(run: Path, step: int, labels: NDArray[np.uint8], generated: NDArray[np.int16], original: NDArray[np.int16]) -> None:
-    """Write RUN/progress/step-00000020.safetensors: what `progress` draws, each (n, H, W). Raises `OutputError`."""
+def write_snapshot(
+    run: Path,
+    step: int,
+    labels: NDArray[np.uint8],
+    generated: NDArray[np.int16],
+    original: NDArray[np.int16],
+) -> None:
+    """Write RUN/progress/step-00000020.safetensors: what `progress` draws, each (n, H, W).
+
+    Raises `OutputError`.
+    """
     import torch
 
     arrays = {"labels": labels, "generated": generated, "original": original}
     with atomic_path(run / PROGRESS / f"step-{step:08d}.safetensors") as part:
-        checkpoint.write_tensors({name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()}, part)
+        checkpoint.write_tensors(
+            {name: torch.from_numpy(np.ascontiguousarray(array)) for name, array in arrays.items()},
+            part,
+        )
 
 
 def progress(run: Path, path: Path) -> list[int]:
     """Draw condition | generated at each of `MOMENTS` | original as a PNG; returns the steps shown.
 
-    A moment that was not synthesized, because the run was made longer or goes on, is shown by the nearest that was.
-    Raises `ConfigError` or `UsageError` when `run` is no run folder or has synthesized nothing, `OutputError`.
+    A moment that was not synthesized, because the run was made longer or goes on, is shown by the
+    nearest that was. Raises `ConfigError` or `UsageError` when `run` is no run folder or has
+    synthesized nothing, `OutputError`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -79,18 +112,34 @@ def progress(run: Path, path: Path) -> list[int]:
     from safetensors.numpy import load_file
 
     config = checkpoint.stored_config(run)
-    files = {int(file.stem.removeprefix("step-")): file for file in sorted((run / PROGRESS).glob("step-*.safetensors"))}
+    files = {
+        int(file.stem.removeprefix("step-")): file
+        for file in sorted((run / PROGRESS).glob("step-*.safetensors"))
+    }
     if not files:
-        raise UsageError(f"{run} holds no synthetic slices", expected=f"{PROGRESS}/step-*.safetensors, as training leaves them",
-                         remedy="train the run (again) with this version", file=run)  # fmt: skip
-    steps = sorted({min(files, key=lambda step: abs(step - round(share * config.training.steps))) for share in MOMENTS})
+        raise UsageError(
+            f"{run} holds no synthetic slices",
+            expected=f"{PROGRESS}/step-*.safetensors, as training leaves them",
+            remedy="train the run (again) with this version",
+            file=run,
+        )
+    steps = sorted(
+        {
+            min(files, key=lambda step: abs(step - round(share * config.training.steps)))
+            for share in MOMENTS
+        }
+    )
     shown = []
     for step in steps:
         try:
             shown.append(load_file(files[step]))
         except (OSError, SafetensorError) as exc:
-            raise UsageError(f"{files[step].name} cannot be read: {exc}", expected="slices as training writes them", remedy="remove the file",
-                             file=files[step]) from exc  # fmt: skip
+            raise UsageError(
+                f"{files[step].name} cannot be read: {exc}",
+                expected="slices as training writes them",
+                remedy="remove the file",
+                file=files[step],
+            ) from exc
     rows, columns = min(ROWS, len(shown[-1]["labels"])), len(steps) + 2
     figure = Figure(figsize=(1.8 * columns, 1.8 * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -98,8 +147,16 @@ def progress(run: Path, path: Path) -> list[int]:
     low, high = window(configs.intensity(config))
     classes = len(configs.label_table(config.data))
     for n, row in enumerate(axes):
-        row[0].imshow(shown[-1]["labels"][n], cmap="nipy_spectral", vmin=0, vmax=classes - 1, interpolation="nearest")
-        for axis, image in zip(row[1:], [*(s["generated"][n] for s in shown), shown[-1]["original"][n]], strict=True):
+        row[0].imshow(
+            shown[-1]["labels"][n],
+            cmap="nipy_spectral",
+            vmin=0,
+            vmax=classes - 1,
+            interpolation="nearest",
+        )
+        for axis, image in zip(
+            row[1:], [*(s["generated"][n] for s in shown), shown[-1]["original"][n]], strict=True
+        ):
             axis.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
         for axis in row:
             axis.set_axis_off()
@@ -112,7 +169,10 @@ def progress(run: Path, path: Path) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line in the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m train.figures", description="draw a run's progress: condition, generated, original")
+    parser = argparse.ArgumentParser(
+        prog="python -m train.figures",
+        description="draw a run's progress: condition, generated, original",
+    )
     parser.add_argument("run", type=Path, help="a run folder, finished or not")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="FIGURE.png")
     args = parser.parse_args(argv)

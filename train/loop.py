@@ -46,7 +46,9 @@ def choose_device(config: RunConfig) -> tuple[torch.device, str]:
     wanted, there = config.training.device, torch.cuda.is_available()
     if wanted == "cuda" and not there:
         raise UsageError(
-            "training.device is cuda, and this machine has none", expected="a CUDA device", remedy="set training.device to auto or cpu"
+            "training.device is cuda, and this machine has none",
+            expected="a CUDA device",
+            remedy="set training.device to auto or cpu",
         )
     if wanted == "cpu" or not there:
         return torch.device("cpu"), "as configured" if wanted == "cpu" else "no CUDA device"
@@ -54,15 +56,24 @@ def choose_device(config: RunConfig) -> tuple[torch.device, str]:
 
 
 def set_threads(config: RunConfig, sharers: int = 1) -> int:
-    """Use `training.threads` CPU threads, or this process' share of the cores that `sharers` may run on. Returns how many."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Use `training.threads` CPU threads, or this process' share of the cores that `sharers` may
+    run on. Returns how many.
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     threads = config.training.threads or max(1, cores // sharers)
     torch.set_num_threads(threads)
     return threads
 
 
-def open_cohort(config: RunConfig, folder: Path, *, cache: Path | None = None, quiet: bool = False) -> dataset.Cohort:
-    """The patients of `data.path`, or of the phantom, which is made in RUN/data first. `cache`: where their slices are kept, if at all."""
+def open_cohort(
+    config: RunConfig, folder: Path, *, cache: Path | None = None, quiet: bool = False
+) -> dataset.Cohort:
+    """The patients of `data.path`, or of the phantom, which is made in RUN/data first.
+
+    `cache`: where their slices are kept, if at all.
+    """
     path = config.data.path
     if path is None:
         if config.data.phantom is None:
@@ -75,7 +86,9 @@ def open_cohort(config: RunConfig, folder: Path, *, cache: Path | None = None, q
     pairs = find(Path(path), config.data).pairs
     load = None if cache is None else SliceCache(cache)
     table, intensity = configs.label_table(config.data), configs.intensity(config)
-    cohort = dataset.load_cohort(pairs, config.data, table, configs.grid_policy(config), intensity, load)
+    cohort = dataset.load_cohort(
+        pairs, config.data, table, configs.grid_policy(config), intensity, load
+    )
     if not quiet:
         print(cohort.table(table, intensity), file=sys.stderr)
     return cohort
@@ -87,40 +100,73 @@ def _phantom(phantom: configs.PhantomConfig, folder: Path, quiet: bool) -> Path:
         from .phantom.cohort import generate_cohort
 
         line = Progress("phantom patients", phantom.patients, quiet=quiet)
-        generate_cohort(folder, phantom.patients, seed=phantom.seed, size=phantom.size, progress=lambda done, _: line.update(done))
+        generate_cohort(
+            folder,
+            phantom.patients,
+            seed=phantom.seed,
+            size=phantom.size,
+            progress=lambda done, _: line.update(done),
+        )
         line.close()
         write_text(marker, "")
     return folder
 
 
 class Training:
-    """One training from step `done` on. What it needs to go on lies in `Step` and in the number of steps done; nothing else.
+    """One training from step `done` on.
+
+    What it needs to go on lies in `Step` and in the number of steps done; nothing else.
 
     Of several `ranks` each has one, with the same arguments; the first alone validates and writes.
     """
 
-    def __init__(self, config: RunConfig, folder: Path, cohort: dataset.Cohort, resume_from: Path | None = None, *, quiet: bool = False,
-                 ranks: DistributedContext = SINGLE_PROCESS):  # fmt: skip
+    def __init__(
+        self,
+        config: RunConfig,
+        folder: Path,
+        cohort: dataset.Cohort,
+        resume_from: Path | None = None,
+        *,
+        quiet: bool = False,
+        ranks: DistributedContext = SINGLE_PROCESS,
+    ):
         self.config, self.folder, self.cohort, self.ranks = config, folder, cohort, ranks
         self._quiet = quiet
         self.device, reason = choose_device(config)
         threads = set_threads(config, ranks.neighbours)
         if not quiet:
             count = f"{ranks.world} ranks, each " if ranks.world > 1 else ""
-            print(f"training on {count}{self.device} ({reason}), {threads} CPU threads", file=sys.stderr)
+            print(
+                f"training on {count}{self.device} ({reason}), {threads} CPU threads",
+                file=sys.stderr,
+            )
         self.step, self.done = Step(config, self.device, ranks), 0
         if resume_from is not None:
             self.done, tensors = checkpoint.load(resume_from)
             try:
                 self.step.load_state(tensors)
             except (KeyError, RuntimeError) as exc:
-                raise ModelError(f"checkpoint {resume_from.name} does not fit the networks of this version", expected="tensors of the same networks",
-                                 remedy="go on with the version that wrote it, or start anew in another --output", file=resume_from) from exc  # fmt: skip
+                raise ModelError(
+                    f"checkpoint {resume_from.name} does not fit the networks of this version",
+                    expected="tensors of the same networks",
+                    remedy=(
+                        "go on with the version that wrote it, or start anew in another --output"
+                    ),
+                    file=resume_from,
+                ) from exc
         t, intensity = config.training, configs.intensity(config)
-        self.batches = dataset.Batches(cohort.train, t.batch_size, t.seed, intensity, ranks.rank, ranks.world)
+        self.batches = dataset.Batches(
+            cohort.train, t.batch_size, t.seed, intensity, ranks.rank, ranks.world
+        )
         g = config.generator
-        self.styles = Styles(cohort.train, self.step.classes, g.style, t.seed, intensity, g.style_spread) if g.style else None
-        self.validation = Validation(cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed)
+        self.styles = (
+            Styles(cohort.train, self.step.classes, g.style, t.seed, intensity, g.style_spread)
+            if g.style
+            else None
+        )
+        self.validation = Validation(
+            cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed
+        )
         self.metrics: dict[str, Any] | None = None
         self.monitor = TrainingMonitor(folder, t.collapse_steps if config.loss.adversarial else 0)
         self._log: _Log | None = None
@@ -131,20 +177,28 @@ class Training:
     def run(self) -> dict[str, Any]:
         """Train to `training.steps`, write the run folder and return the last validation metrics.
 
-        Raises `Diverged` or `Collapsed` (train/training_monitor.py) with the last good checkpoint kept, KeyboardInterrupt after the checkpoint that Ctrl-C asks for.
+        Raises `Diverged` or `Collapsed` (train/training_monitor.py) with the last good checkpoint
+        kept, KeyboardInterrupt after the checkpoint that Ctrl-C asks for.
         """
         t = self.config.training
         moments = {round(share * t.steps) for share in figures.MOMENTS}
         with _graceful() as interrupted, ExitStack() as stack:
             if self.ranks.first:
-                self._log = stack.enter_context(closing(_Log(self.config, self.folder, self.done, quiet=self._quiet)))
+                self._log = stack.enter_context(
+                    closing(_Log(self.config, self.folder, self.done, quiet=self._quiet))
+                )
                 if self.done == 0:
                     self._snapshot()
             while self.done < t.steps:
                 self._advance()
                 end = self.done == t.steps
-                log, validate, save = (self.done % every == 0 for every in (t.log_every, t.valid_every, t.checkpoint_every))
-                due = log or validate or save or end or self.ranks.world == 1  # ranks do not talk about signals at every step
+                log, validate, save = (
+                    self.done % every == 0
+                    for every in (t.log_every, t.valid_every, t.checkpoint_every)
+                )
+                due = (
+                    log or validate or save or end or self.ranks.world == 1
+                )  # ranks do not talk about signals at every step
                 stop = due and not end and self.ranks.any(bool(interrupted))
                 if log or validate or save or end or stop:
                     self._report(validate=validate or end)
@@ -162,28 +216,42 @@ class Training:
 
     def batch(self, n: int) -> Batch:
         """The n-th batch on the device, augmented: a function of (seed, n)."""
-        labels, image, noise = (augmentation.on_device(array, self.device) for array in self.batches[n])
+        labels, image, noise = (
+            augmentation.on_device(array, self.device) for array in self.batches[n]
+        )
         settings, part, style = self.config.augment, self.batches.part, None
         if self.styles is not None:  # while labels and image still lie on each other
             drawn, edits = self.styles(self.batches.slices(n), n)
-            style, shifts, factors, centres = (augmentation.on_device(array[part], self.device) for array in (drawn, *edits))
+            style, shifts, factors, centres = (
+                augmentation.on_device(array[part], self.device) for array in (drawn, *edits)
+            )
             image = warp_outline(shift_intensity(image, labels, shifts), labels, factors, centres)
         if settings.active:
             rng = dataset.stream(self.config.training.seed, "augment", n)
-            labels, image = augmentation.augment(settings, labels, image, rng, self.batches.batch_size, part)
+            labels, image = augmentation.augment(
+                settings, labels, image, rng, self.batches.batch_size, part
+            )
         return Batch(labels, image, noise, style)
 
     def _advance(self) -> None:
         losses = self.step(self.done, self.batch(self.done))
-        self._sums = {name: value + self._sums[name] if self._sums else value for name, value in losses.items()}
+        self._sums = {
+            name: value + self._sums[name] if self._sums else value
+            for name, value in losses.items()
+        }
         self.done += 1
 
     def _report(self, *, validate: bool) -> None:
-        """The mean losses since the last report, and the held-out patients if due, as one line of metrics.jsonl."""
+        """The mean losses since the last report, and the held-out patients if due, as one line
+        of metrics.jsonl.
+        """
         sums = torch.stack([*self._sums.values()])
         self.ranks.average([sums])
         values = sums.tolist()
-        losses = {name: value / (self.done - self._since) for name, value in zip(self._sums, values, strict=True)}
+        losses = {
+            name: value / (self.done - self._since)
+            for name, value in zip(self._sums, values, strict=True)
+        }
         self.monitor.losses(self._since, self.done, losses)
         self._sums, self._since = {}, self.done
         if self._log is None:
@@ -192,16 +260,24 @@ class Training:
         if validate:
             net, n = self.network(), self.config.training.batch_size
             self.metrics, generated = self.validation.measure(net, self.device, n)
-            if net.style and (diversity := self.validation.diversity(net, self.device, n, self.cohort.train)):
+            if net.style and (
+                diversity := self.validation.diversity(net, self.device, n, self.cohort.train)
+            ):
                 self.metrics["diversity"] = diversity
             self.monitor.check_images(self.done, generated, self.validation.images)
-            self.validation.draw(self.folder / "figures" / f"step-{self.done:08d}.png", generated, f"step {self.done}")
+            self.validation.draw(
+                self.folder / "figures" / f"step-{self.done:08d}.png",
+                generated,
+                f"step {self.done}",
+            )
             row["metrics"] = self.metrics
         self._log.write(self.done, row)
         self._progress.update(self.done, note(losses))
 
     def _save(self, *, validated: bool, anyway: bool) -> None:
-        """Write a checkpoint if one is due, or if the held-out patients were never synthesized better."""
+        """Write a checkpoint if one is due, or if the held-out patients were never synthesized
+        better.
+        """
         score = self._score() if validated else None
         best = None if score is None else checkpoint.best(self.folder, self.done)
         if anyway or (score is not None and (best is None or score < best[1])):
@@ -211,22 +287,32 @@ class Training:
             checkpoint.save(self.folder, self.done, state, keep, score)
 
     def _score(self) -> float | None:
-        """`training.best_metric` of the last validation, lower is better; None when it is not among the metrics."""
+        """`training.best_metric` of the last validation, lower is better; None when it is not
+        among the metrics.
+        """
         t, numbers = self.config.training, dict(scores.flat(self.metrics or {}))
         if t.best_metric is None:
             return None
         if t.best_metric not in numbers:
             near = difflib.get_close_matches(t.best_metric, numbers, 4, 0.3)
-            print(f"warning: no best checkpoint is kept: {t.best_metric} is not measured; there are {', '.join(near)} ...", file=sys.stderr)
+            print(
+                f"warning: no best checkpoint is kept: {t.best_metric} is not measured; there are"
+                f" {', '.join(near)} ...",
+                file=sys.stderr,
+            )
             return None
         return numbers[t.best_metric] * (1 if t.best_is == "lowest" else -1)
 
     def _snapshot(self) -> None:
         """Three fixed held-out slices as they are synthesized now, for train/figures.py."""
-        figures.write_snapshot(self.folder, self.done, *self.validation.sample(self.network(), self.device))
+        figures.write_snapshot(
+            self.folder, self.done, *self.validation.sample(self.network(), self.device)
+        )
 
     def network(self) -> Generator:
-        """The averaged generator, in eval mode, its batch statistics measured anew on training batches."""
+        """The averaged generator, in eval mode, its batch statistics measured anew on training
+        batches.
+        """
         count = self.config.training.recalibrate
         return self.step.recalibrated(self.batch(n) for n in range(count))
 
@@ -234,16 +320,29 @@ class Training:
         if not self.ranks.first:
             return {}
         net = self.network()
-        metrics = self.metrics or self.validation.measure(net, self.device, self.config.training.batch_size)[0]
+        metrics = (
+            self.metrics
+            or self.validation.measure(net, self.device, self.config.training.batch_size)[0]
+        )
         metrics["ceiling"] = self.validation.real_baseline(self.cohort.train)
-        masks = {"validation": label_maps(self.cohort.valid, MASKS_KEPT), "calibration": label_maps(self.cohort.train, MASKS_KEPT)}
-        checkpoint.write_run(self.folder, net, masks, facts(self.config, self.cohort, self.done, metrics))
+        masks = {
+            "validation": label_maps(self.cohort.valid, MASKS_KEPT),
+            "calibration": label_maps(self.cohort.train, MASKS_KEPT),
+        }
+        checkpoint.write_run(
+            self.folder, net, masks, facts(self.config, self.cohort, self.done, metrics)
+        )
         run_report.write(self.folder)
         return metrics
 
 
-def facts(config: RunConfig, cohort: dataset.Cohort, step: int, metrics: dict[str, Any]) -> dict[str, Any]:
-    """What run.json says beside the weights. The dataset's path stays out: run folders travel, patients' names do not."""
+def facts(
+    config: RunConfig, cohort: dataset.Cohort, step: int, metrics: dict[str, Any]
+) -> dict[str, Any]:
+    """What run.json says beside the weights.
+
+    The dataset's path stays out: run folders travel, patients' names do not.
+    """
     data = configs.to_json(config)
     data["data"]["path"] = None
     return {
@@ -258,7 +357,11 @@ def facts(config: RunConfig, cohort: dataset.Cohort, step: int, metrics: dict[st
         "step": step,
         "data": cohort.summary(),
         "metrics": metrics,
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": str(torch.__version__),
+            "numpy": np.__version__,
+        },
         "commit": _commit(),
     }
 
@@ -298,7 +401,9 @@ class _Log:
     def write(self, step: int, row: dict[str, Any]) -> None:
         seconds = round(self._before + time.monotonic() - self._start, 2)
         with writing(self._path), open(self._path, "a", encoding="utf-8") as handle:
-            handle.write(json.dumps({"step": step, "seconds": seconds, **row}, allow_nan=False) + "\n")
+            handle.write(
+                json.dumps({"step": step, "seconds": seconds, **row}, allow_nan=False) + "\n"
+            )
         self._loggers.write(step, dict(scores.flat(row)))
 
     def close(self) -> None:
@@ -308,7 +413,9 @@ class _Log:
 
 @contextmanager
 def _graceful() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list that the loop looks at between steps; a second one ends the process at once."""
+    """Collect SIGINT and SIGTERM in a list that the loop looks at between steps; a second one
+    ends the process at once.
+    """
     received: list[int] = []
 
     def note(number: int, frame: Any) -> None:

@@ -1,4 +1,6 @@
-"""What is done with a training that exists: test it on the test split, or begin another from its weights."""
+"""What is done with a training that exists: test it on the test split, or begin another from its
+weights.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,12 @@ def checkpoint_of(path: Path) -> Path:
         return path
     found = checkpoint.newest(path) if path.is_dir() else None
     if found is None:
-        raise ModelError(f"{path} is no checkpoint", expected="a folder such as RUN/checkpoints/step-00001000, or a run folder",
-                         remedy="correct --ckpt-load", file=path)  # fmt: skip
+        raise ModelError(
+            f"{path} is no checkpoint",
+            expected="a folder such as RUN/checkpoints/step-00001000, or a run folder",
+            remedy="correct --ckpt-load",
+            file=path,
+        )
     return found
 
 
@@ -42,7 +48,8 @@ def run_of(path: Path) -> Path:
 
 
 def begin_from(source: Path, config: RunConfig, folder: Path) -> Path:
-    """Write the state of checkpoint `source` as step 0 of the run in `folder`; returns that checkpoint.
+    """Write the state of checkpoint `source` as step 0 of the run in `folder`; returns that
+    checkpoint.
 
     Raises `ModelError` when it belongs to other networks.
     """
@@ -50,30 +57,54 @@ def begin_from(source: Path, config: RunConfig, folder: Path) -> Path:
     try:
         Step(config).load_state(tensors)
     except (KeyError, RuntimeError) as exc:
-        raise ModelError(f"checkpoint {source.name} does not fit the networks of this config", expected="the same labels, generator and discriminator",
-                         remedy="use the config that it was trained with", file=source) from exc  # fmt: skip
+        raise ModelError(
+            f"checkpoint {source.name} does not fit the networks of this config",
+            expected="the same labels, generator and discriminator",
+            remedy="use the config that it was trained with",
+            file=source,
+        ) from exc
     checkpoint.claim(folder, config)
     return checkpoint.save(folder, 0, tensors, config.training.keep_checkpoints)
 
 
 def stored(run: Path, given: RunConfig, dataset_path: str | None) -> RunConfig:
-    """The config that `run` was trained with; its dataset may have moved. Raises `ConfigError` when `given` is another one."""
+    """The config that `run` was trained with; its dataset may have moved.
+
+    Raises `ConfigError` when `given` is another one.
+    """
     config = checkpoint.stored_config(run)
-    free = [*checkpoint.FREE, "data.path", *(["data.phantom"] if config.data.path is not None else [])]
-    free += ["data.labels"] if given.data.labels is None else []  # left to the data, and settled by them
+    free = [
+        *checkpoint.FREE,
+        "data.path",
+        *(["data.phantom"] if config.data.path is not None else []),
+    ]
+    free += (
+        ["data.labels"] if given.data.labels is None else []
+    )  # left to the data, and settled by them
     free += ["intensity."] if given.intensity.unit == "auto" else []
     changed = checkpoint.differences(configs.to_json(config), configs.to_json(given))
     if changed := [key for key in changed if not key.startswith(tuple(free))]:
-        raise ConfigError(f"the run was trained with other values of {', '.join(changed)}", expected="the config it was trained with",
-                          remedy="drop --config and --set: the run folder knows", file=run / checkpoint.CONFIG)  # fmt: skip
-    return config if dataset_path is None else replace(config, data=replace(config.data, path=dataset_path, phantom=None))
+        raise ConfigError(
+            f"the run was trained with other values of {', '.join(changed)}",
+            expected="the config it was trained with",
+            remedy="drop --config and --set: the run folder knows",
+            file=run / checkpoint.CONFIG,
+        )
+    return (
+        config
+        if dataset_path is None
+        else replace(config, data=replace(config.data, path=dataset_path, phantom=None))
+    )
 
 
-def measure_test(config: RunConfig, source: Path, output: Path, cohort: Cohort, *, quiet: bool = False) -> dict[str, Any]:
-    """Measure the test split, every slice of it, and write OUTPUT/test.json and OUTPUT/figures/test.png; returns the metrics.
+def measure_test(
+    config: RunConfig, source: Path, output: Path, cohort: Cohort, *, quiet: bool = False
+) -> dict[str, Any]:
+    """Measure the test split, every slice of it, and write OUTPUT/test.json and
+    OUTPUT/figures/test.png; returns the metrics.
 
-    `source`: a finished run (its generator as exported), an unfinished one (its newest checkpoint) or a checkpoint.
-    Raises `UsageError` when nobody is left to test on.
+    `source`: a finished run (its generator as exported), an unfinished one (its newest checkpoint)
+    or a checkpoint. Raises `UsageError` when nobody is left to test on.
     """
     if not cohort.test:
         raise _nobody("test")
@@ -82,15 +113,29 @@ def measure_test(config: RunConfig, source: Path, output: Path, cohort: Cohort, 
     metrics, generated = patients.measure(net, device, config.training.batch_size)
     patients.draw(output / "figures" / "test.png", generated, f"test patients, step {step}")
     counts = cohort.summary()
-    write_json(output / TEST, {"split": "test", "patients": counts["patients"]["test"], "slices": counts["slices"]["test"], "step": step,
-                               "data": counts["digest"], "metrics": metrics})  # fmt: skip
+    write_json(
+        output / TEST,
+        {
+            "split": "test",
+            "patients": counts["patients"]["test"],
+            "slices": counts["slices"]["test"],
+            "step": step,
+            "data": counts["digest"],
+            "metrics": metrics,
+        },
+    )
     if not quiet:
         print(f"tested on {len(cohort.test)} patient(s) at step {step}", file=sys.stderr)
     return metrics
 
 
-def held_out(source: Path, split: Literal["valid", "test"], dataset_path: str | None = None) -> tuple[dict[str, Any], str]:
-    """(metrics of every slice of a run's `split`, their unit); writes nothing but decoded slices. Raises as `measure_test` does."""
+def held_out(
+    source: Path, split: Literal["valid", "test"], dataset_path: str | None = None
+) -> tuple[dict[str, Any], str]:
+    """(metrics of every slice of a run's `split`, their unit); writes nothing but decoded slices.
+
+    Raises as `measure_test` does.
+    """
     run = run_of(source)
     config = checkpoint.stored_config(run)
     if dataset_path is not None:
@@ -106,20 +151,38 @@ def held_out(source: Path, split: Literal["valid", "test"], dataset_path: str | 
     return metrics, config.intensity.unit
 
 
-def network_of(config: RunConfig, source: Path, output: Path, cohort: Cohort, *, quiet: bool) -> tuple[int, torch.device, Generator]:
+def network_of(
+    config: RunConfig, source: Path, output: Path, cohort: Cohort, *, quiet: bool
+) -> tuple[int, torch.device, Generator]:
     """(steps trained, device, network): of a finished run as exported, else of a checkpoint."""
     if (source / checkpoint.RUN).is_file():
         device, _ = choose_device(config)
         set_threads(config)
-        return checkpoint.load_run(source).step, device, checkpoint.load_generator(source).to(device)
+        return (
+            checkpoint.load_run(source).step,
+            device,
+            checkpoint.load_generator(source).to(device),
+        )
     training = Training(config, output, cohort, checkpoint_of(source), quiet=quiet)
     return training.done, training.device, training.network()
 
 
 def _all_slices(config: RunConfig, patients: tuple[Slices, ...]) -> Validation:
-    return Validation(patients, sum(map(len, patients)), configs.label_table(config.data), configs.intensity(config), config.training.seed)
+    return Validation(
+        patients,
+        sum(map(len, patients)),
+        configs.label_table(config.data),
+        configs.intensity(config),
+        config.training.seed,
+    )
 
 
 def _nobody(split: str) -> UsageError:
-    return UsageError(f"the {split} split is empty", expected="patients that are neither trained on nor validated with",
-                      remedy="lower data.train_ratio or add patients; in the original's layout train_ratio 1 tests on testing/")  # fmt: skip
+    return UsageError(
+        f"the {split} split is empty",
+        expected="patients that are neither trained on nor validated with",
+        remedy=(
+            "lower data.train_ratio or add patients; in the original's layout train_ratio 1 tests"
+            " on testing/"
+        ),
+    )

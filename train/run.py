@@ -1,6 +1,8 @@
-"""Train a generator: `python train/run.py --config train/configs/phantom.json --output runs/demo/train`.
+"""Train a generator: `python train/run.py --config train/configs/phantom.json --output
+runs/demo/train`.
 
-RUN ends with generator.safetensors and run.json; metrics.jsonl, figures/ and checkpoints/ grow on the way.
+RUN ends with generator.safetensors and run.json; metrics.jsonl, figures/ and checkpoints/ grow on
+the way.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while this is imported ends it without a traceback
+    signal.signal(
+        signal.SIGINT, signal.SIG_DFL
+    )  # Ctrl-C while this is imported ends it without a traceback
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)  # in place of train/, whose file names would hide other packages
 
@@ -24,27 +28,68 @@ from contextlib import contextmanager
 from runtime.core import console
 from runtime.core.errors import UsageError
 from train import checkpoint, config
-from train.distributed import DistributedContext, check, init_distributed  # no torch: --help is answered without it
+from train.distributed import (
+    DistributedContext,
+    check,
+    init_distributed,
+)  # no torch: --help is answered without it
 
 
 def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(
-        prog="python train/run.py", description="Train a generator that synthesizes CT from label masks.", epilog=console.EXIT_CODES
+        prog="python train/run.py",
+        description="Train a generator that synthesizes CT from label masks.",
+        epilog=console.EXIT_CODES,
     )
-    p.add_argument("--config", type=Path, help="a JSON file, such as train/configs/phantom.json (with --resume: the run's own)")
     p.add_argument(
-        "--dataset-path", "--dataset_path", metavar="DIR", help="folder (MM-WHS, nnU-Net, training/PATIENT/*.dcm) or CSV table of pairs"
+        "--config",
+        type=Path,
+        help="a JSON file, such as train/configs/phantom.json (with --resume: the run's own)",
     )
-    p.add_argument("--output", type=Path, metavar="RUN", help="the run folder to write (default: runs/NAME)")
-    p.add_argument("--cache", type=Path, metavar="DIR", help="where decoded slices are kept for the next run (default: .slices beside RUN)")
+    p.add_argument(
+        "--dataset-path",
+        "--dataset_path",
+        metavar="DIR",
+        help="folder (MM-WHS, nnU-Net, training/PATIENT/*.dcm) or CSV table of pairs",
+    )
+    p.add_argument(
+        "--output", type=Path, metavar="RUN", help="the run folder to write (default: runs/NAME)"
+    )
+    p.add_argument(
+        "--cache",
+        type=Path,
+        metavar="DIR",
+        help="where decoded slices are kept for the next run (default: .slices beside RUN)",
+    )
     p.add_argument("--no-cache", action="store_true", help="keep them in memory instead")
     p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
-    p.add_argument("--dry-run", action="store_true", help="print config, data, network sizes and a time estimate; start nothing")
     p.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", nargs="+", help="override, e.g. training.steps=40 or MAX_ITER=40"
+        "--dry-run",
+        action="store_true",
+        help="print config, data, network sizes and a time estimate; start nothing",
     )
-    p.add_argument("--train-ratio", "--train_ratio", type=float, metavar="R", help="share of the patients to train on; 1: test on testing/")
-    p.add_argument("--valid-ratio", "--valid_ratio", type=float, metavar="R", help="share of the patients to validate with")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        nargs="+",
+        help="override, e.g. training.steps=40 or MAX_ITER=40",
+    )
+    p.add_argument(
+        "--train-ratio",
+        "--train_ratio",
+        type=float,
+        metavar="R",
+        help="share of the patients to train on; 1: test on testing/",
+    )
+    p.add_argument(
+        "--valid-ratio",
+        "--valid_ratio",
+        type=float,
+        metavar="R",
+        help="share of the patients to validate with",
+    )
     p.add_argument(
         "--ckpt-load",
         "--ckpt_load",
@@ -52,10 +97,24 @@ def parser() -> argparse.ArgumentParser:
         metavar="CHECKPOINT",
         help="begin from the weights of this checkpoint (with --test: test it)",
     )
-    p.add_argument("--test", action="store_true", help="measure RUN (or CHECKPOINT) on the test split, write RUN/test.json, train nothing")
+    p.add_argument(
+        "--test",
+        action="store_true",
+        help="measure RUN (or CHECKPOINT) on the test split, write RUN/test.json, train nothing",
+    )
     p.add_argument("--tensorboard", action="store_true", help="log to RUN/tensorboard")
-    p.add_argument("--use-wandb", "--use_wandb", action="store_true", help="log to Weights & Biases (WANDB_MODE=offline: to RUN/wandb)")
-    p.add_argument("--wandb-resume-id", "--wandb_resume_id", metavar="ID", help="go on with this Weights & Biases run")
+    p.add_argument(
+        "--use-wandb",
+        "--use_wandb",
+        action="store_true",
+        help="log to Weights & Biases (WANDB_MODE=offline: to RUN/wandb)",
+    )
+    p.add_argument(
+        "--wandb-resume-id",
+        "--wandb_resume_id",
+        metavar="ID",
+        help="go on with this Weights & Biases run",
+    )
     p.add_argument("--quiet", action="store_true", help="no progress")
     return p
 
@@ -77,8 +136,11 @@ def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
     """(config, run folder) of a command line. Raises `UsageError`."""
     if args.config is None:
         if not (args.resume and args.output):
-            raise UsageError("no config is given", expected="--config CONFIG (only --resume --output RUN may do without)",
-                             remedy="start with --config train/configs/phantom.json")  # fmt: skip
+            raise UsageError(
+                "no config is given",
+                expected="--config CONFIG (only --resume --output RUN may do without)",
+                remedy="start with --config train/configs/phantom.json",
+            )
         data = config.to_json(checkpoint.stored_config(args.output))
     else:
         data = config.load(args.config)
@@ -108,8 +170,11 @@ def main(argv: Sequence[str]) -> int:
             if args.dry_run:
                 return dry_run(resolved) if ranks.first else 0
             if args.ckpt_load and args.resume:
-                raise UsageError("--ckpt-load and --resume are given together", expected="one of them: --resume goes on, --ckpt-load begins anew",
-                                 remedy="drop one")  # fmt: skip
+                raise UsageError(
+                    "--ckpt-load and --resume are given together",
+                    expected="one of them: --resume goes on, --ckpt-load begins anew",
+                    remedy="drop one",
+                )
             check(resolved, ranks)
         return train(args, resolved, found, folder, ranks)
 
@@ -120,11 +185,19 @@ def enough_memory() -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as exc:
-        if isinstance(exc, RuntimeError) and not re.search("out of memory|allocate memory|not enough memory", str(exc)):
+        if isinstance(exc, RuntimeError) and not re.search(
+            "out of memory|allocate memory|not enough memory", str(exc)
+        ):
             raise
-        raise UsageError(f"the memory does not suffice: {(str(exc).strip().splitlines() or ['none is left'])[0][:200]}",
-                         expected="room for both networks, their optimisers and a batch",
-                         remedy="lower training.batch_size, generator.filters or data.canvas; on a GPU, training.precision=bf16 helps") from exc  # fmt: skip
+        raise UsageError(
+            "the memory does not suffice:"
+            f" {(str(exc).strip().splitlines() or ['none is left'])[0][:200]}",
+            expected="room for both networks, their optimisers and a batch",
+            remedy=(
+                "lower training.batch_size, generator.filters or data.canvas; on a GPU,"
+                " training.precision=bf16 helps"
+            ),
+        ) from exc
 
 
 def dry_run(resolved: config.RunConfig) -> int:
@@ -135,8 +208,16 @@ def dry_run(resolved: config.RunConfig) -> int:
     return 0
 
 
-def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, folder: Path, ranks: DistributedContext) -> int:
-    """What one rank does: the first makes the run folder ready, then all train in it. Returns the exit code.
+def train(
+    args: argparse.Namespace,
+    resolved: config.RunConfig,
+    found: str,
+    folder: Path,
+    ranks: DistributedContext,
+) -> int:
+    """What one rank does: the first makes the run folder ready, then all train in it.
+
+    Returns the exit code.
 
     `found`: what is to be said about the data.
     """
@@ -150,10 +231,14 @@ def train(args: argparse.Namespace, resolved: config.RunConfig, found: str, fold
             print(found, file=sys.stderr)
     with ranks.rank_zero_first():
         source = checkpoint_of(args.ckpt_load) if args.ckpt_load and ranks.first else None
-        resume_from = checkpoint.starting_point(folder, resolved, args.resume or not ranks.first, quiet=not ranks.first)
+        resume_from = checkpoint.starting_point(
+            folder, resolved, args.resume or not ranks.first, quiet=not ranks.first
+        )
         cohort = open_cohort(resolved, folder, cache=cache_of(args, folder), quiet=quiet)
         if source is not None:
-            resume_from = begin_from(source, resolved, folder)  # the others find it as their starting point
+            resume_from = begin_from(
+                source, resolved, folder
+            )  # the others find it as their starting point
         training = Training(resolved, folder, cohort, resume_from, quiet=quiet, ranks=ranks)
         if ranks.first:
             checkpoint.claim(folder, resolved)  # from here on there is a run to resume
@@ -175,9 +260,15 @@ def test(args: argparse.Namespace) -> int:
 
     source = args.ckpt_load or (resolve(args)[1] if args.config else args.output)
     if source is None:
-        raise UsageError("--test does not say what to test", expected="--output RUN or --ckpt-load CHECKPOINT", remedy="add one of the two")
+        raise UsageError(
+            "--test does not say what to test",
+            expected="--output RUN or --ckpt-load CHECKPOINT",
+            remedy="add one of the two",
+        )
     run = restore.run_of(source)
-    data = config.load(args.config) if args.config else config.to_json(checkpoint.stored_config(run))
+    data = (
+        config.load(args.config) if args.config else config.to_json(checkpoint.stored_config(run))
+    )
     settled = restore.stored(run, config.resolve(data, overrides_of(args)), args.dataset_path)
     output = args.output or run
     cohort = open_cohort(settled, run, cache=cache_of(args, output), quiet=args.quiet)
@@ -191,7 +282,8 @@ def test(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     code = console.run(main)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Nothing is left to do, and gloo's threads may abort an interpreter that takes itself down ("terminate called without …").
+        # Nothing is left to do, and gloo's threads may abort an interpreter that takes itself down
+        # ("terminate called without …").
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

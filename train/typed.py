@@ -1,8 +1,10 @@
-"""JSON data → frozen dataclasses, checked against their annotations: the annotation is the whole rule.
+"""JSON data → frozen dataclasses, checked against their annotations: the annotation is the whole
+rule.
 
-Understood: bool, int, float, str, `Literal[...]`, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`, nested dataclasses, `Any`
-(any JSON value; its section checks it), and a range: `Annotated[int, Range(1)]`. An unknown or ill-typed key raises
-`ConfigError` that names the key, what is allowed and the nearest known name.
+Understood: bool, int, float, str, `Literal[...]`, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`,
+nested dataclasses, `Any` (any JSON value; its section checks it), and a range: `Annotated[int,
+Range(1)]`. An unknown or ill-typed key raises `ConfigError` that names the key, what is allowed and
+the nearest known name.
 """
 
 from __future__ import annotations
@@ -32,11 +34,18 @@ class Range:
     def __str__(self) -> str:
         if self.high is None:
             return "" if self.low is None else f" of at least {self.low:g}"
-        return f" of at most {self.high:g}" if self.low is None else f" from {self.low:g} to {self.high:g}"
+        return (
+            f" of at most {self.high:g}"
+            if self.low is None
+            else f" from {self.low:g} to {self.high:g}"
+        )
 
 
 def build(cls: type[T], data: Any, key: str = "") -> T:
-    """Make the dataclass `cls` from a JSON object; absent keys keep their defaults. `key`: the path to it, for errors."""
+    """Make the dataclass `cls` from a JSON object; absent keys keep their defaults.
+
+    `key`: the path to it, for errors.
+    """
     if not isinstance(data, Mapping):
         raise wrong(key, data, "a JSON object with keys")
     hints = get_type_hints(cls, include_extras=True)
@@ -64,7 +73,9 @@ def to_json(config: Any) -> dict[str, Any]:
 def unknown(path: str, name: str, known: Iterable[str]) -> ConfigError:
     """The error for a key that does not exist, with the nearest that does."""
     known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or difflib.get_close_matches(
+        name.lower(), known, n=1, cutoff=0.5
+    )
     return ConfigError(
         f"there is no key {path!r}",
         expected=f"one of {', '.join(known)}",
@@ -74,7 +85,11 @@ def unknown(path: str, name: str, known: Iterable[str]) -> ConfigError:
 
 def wrong(path: str, value: Any, allowed: str, remedy: str = "") -> ConfigError:
     """The error for a value that its key does not allow."""
-    return ConfigError(f"{path or 'the config'} is {value!r}", expected=allowed, remedy=remedy or "correct the value")
+    return ConfigError(
+        f"{path or 'the config'} is {value!r}",
+        expected=allowed,
+        remedy=remedy or "correct the value",
+    )
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
@@ -91,7 +106,11 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if origin is tuple:
         return _tuple(hint, value, path)
     if not _fits(hint, value):
-        near = difflib.get_close_matches(str(value), [str(v) for v in get_args(hint)], n=1) if origin is Literal else []
+        near = (
+            difflib.get_close_matches(str(value), [str(v) for v in get_args(hint)], n=1)
+            if origin is Literal
+            else []
+        )
         raise wrong(path, value, _describe(hint), f"did you mean {near[0]!r}?" if near else "")
     return hint(value) if hint in (int, float) else value
 
@@ -108,7 +127,9 @@ def _tuple(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
     many = len(args) == 2 and args[1] is Ellipsis
     if not isinstance(value, (list, tuple)) or not (many or len(value) == len(args)):
         raise wrong(path, value, _describe(hint))
-    return tuple(_value(args[0] if many else args[n], item, f"{path}[{n}]") for n, item in enumerate(value))
+    return tuple(
+        _value(args[0] if many else args[n], item, f"{path}[{n}]") for n, item in enumerate(value)
+    )
 
 
 def _fits(hint: Any, value: Any) -> bool:
@@ -117,9 +138,13 @@ def _fits(hint: Any, value: Any) -> bool:
     if get_origin(hint) is Literal:
         return any(value == allowed and type(value) is type(allowed) for allowed in get_args(hint))
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return (
+            isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        )
     if hint is int:  # 1e5 is an integer to a person
-        return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
+        return (isinstance(value, int) and not isinstance(value, bool)) or (
+            isinstance(value, float) and value.is_integer()
+        )
     return isinstance(value, hint)
 
 
@@ -135,4 +160,6 @@ def _describe(hint: Any) -> str:
         if len(args) == 2 and args[1] is Ellipsis:
             return f"a list, each {_describe(args[0])}"
         return f"a list of {len(args)}, each {_describe(args[0])}"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(hint, "a JSON value")
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(
+        hint, "a JSON value"
+    )

@@ -1,4 +1,6 @@
-"""A TensorRT engine run with nothing around it: what the runtime's engine is measured against, and each of its means by itself."""
+"""A TensorRT engine run with nothing around it: what the runtime's engine is measured against,
+and each of its means by itself.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,21 @@ def ok(result: tuple[Any, ...]) -> Any:
 class Bare:
     """One context, one stream, fixed pinned and device buffers for `batch` slices on the canvas.
 
-    `module`: "tensorrt_lean" or "tensorrt". `managed`: activations lie in memory of ours (USER_MANAGED). `captured`: copies and
-    kernels are one CUDA graph. Nothing is freed: a bare engine lives in a process of its own.
+    `module`: "tensorrt_lean" or "tensorrt". `managed`: activations lie in memory of ours
+    (USER_MANAGED). `captured`: copies and kernels are one CUDA graph. Nothing is freed: a bare
+    engine lives in a process of its own.
     """
 
-    def __init__(self, module: str, plan: bytes, manifest: Manifest, batch: int, *, managed: bool = False, captured: bool = False):
+    def __init__(
+        self,
+        module: str,
+        plan: bytes,
+        manifest: Manifest,
+        batch: int,
+        *,
+        managed: bool = False,
+        captured: bool = False,
+    ):
         from cuda.bindings import runtime as cuda
 
         trt = import_module(module)
@@ -39,11 +51,16 @@ class Bare:
         self._runtime = trt.Runtime(self._logger)
         engine = self._engine = self._runtime.deserialize_cuda_engine(plan)
         require(engine is not None, f"{module} {trt.__version__} does not load the engine")
-        static, ours = trt.ExecutionContextAllocationStrategy.STATIC, trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        static, ours = (
+            trt.ExecutionContextAllocationStrategy.STATIC,
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED,
+        )
         context = self._context = engine.create_execution_context(ours if managed else static)
         require(context is not None, "no execution context")
         self._stream = ok(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
-        self._copies: list[tuple[int, int, int, bool]] = []  # device, host, bytes, whether to the device
+        self._copies: list[
+            tuple[int, int, int, bool]
+        ] = []  # device, host, bytes, whether to the device
         self.inputs: dict[str, NDArray[Any]] = {}
         self.output: NDArray[Any] = np.empty(0, np.uint8)
         sizes = {"N": batch, "H": manifest.grid.canvas[0], "W": manifest.grid.canvas[1]}
@@ -51,9 +68,15 @@ class Bare:
             shape = tuple(sizes[d] if isinstance(d, str) else d for d in tensor.shape)
             into = tensor.name != manifest.output.name
             if into:
-                require(context.set_input_shape(tensor.name, shape), f"the engine refuses {shape} for {tensor.name}")
+                require(
+                    context.set_input_shape(tensor.name, shape),
+                    f"the engine refuses {shape} for {tensor.name}",
+                )
             host, device, view = self._buffers(shape, np.dtype(tensor.dtype))
-            require(context.set_tensor_address(tensor.name, device), f"the engine has no tensor {tensor.name}")
+            require(
+                context.set_tensor_address(tensor.name, device),
+                f"the engine has no tensor {tensor.name}",
+            )
             self._copies.append((device, host, view.nbytes, into))
             if into:
                 self.inputs[tensor.name] = view
@@ -67,9 +90,15 @@ class Bare:
         self.launch()  # once without capture: TensorRT allocates lazily
         self.wait()
         if captured:
-            ok(cuda.cudaStreamBeginCapture(self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+            ok(
+                cuda.cudaStreamBeginCapture(
+                    self._stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+                )
+            )
             self.launch()
-            self._graph = ok(cuda.cudaGraphInstantiate(ok(cuda.cudaStreamEndCapture(self._stream)), 0))
+            self._graph = ok(
+                cuda.cudaGraphInstantiate(ok(cuda.cudaStreamEndCapture(self._stream)), 0)
+            )
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
         """Synthesize one batch: uint8 (N, H, W, 2), a copy."""
@@ -88,20 +117,37 @@ class Bare:
         kinds = self._cuda.cudaMemcpyKind
         for device, host, size, into in self._copies:
             if into:
-                ok(self._cuda.cudaMemcpyAsync(device, host, size, kinds.cudaMemcpyHostToDevice, self._stream))
+                ok(
+                    self._cuda.cudaMemcpyAsync(
+                        device, host, size, kinds.cudaMemcpyHostToDevice, self._stream
+                    )
+                )
         require(self._context.execute_async_v3(int(self._stream)), "TensorRT refuses to run")
         for device, host, size, into in self._copies:
             if not into:
-                ok(self._cuda.cudaMemcpyAsync(host, device, size, kinds.cudaMemcpyDeviceToHost, self._stream))
+                ok(
+                    self._cuda.cudaMemcpyAsync(
+                        host, device, size, kinds.cudaMemcpyDeviceToHost, self._stream
+                    )
+                )
 
     def wait(self) -> None:
         ok(self._cuda.cudaStreamSynchronize(self._stream))
 
-    def _buffers(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> tuple[int, int, NDArray[Any]]:
+    def _buffers(
+        self, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> tuple[int, int, NDArray[Any]]:
         """A pinned and a device block, and the pinned one as an array."""
         size = int(np.prod(shape)) * dtype.itemsize
-        host, device = int(ok(self._cuda.cudaMallocHost(size))), int(ok(self._cuda.cudaMalloc(size)))
-        view: NDArray[Any] = np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(host)).view(dtype).reshape(shape)
+        host, device = (
+            int(ok(self._cuda.cudaMallocHost(size))),
+            int(ok(self._cuda.cudaMalloc(size))),
+        )
+        view: NDArray[Any] = (
+            np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(host))
+            .view(dtype)
+            .reshape(shape)
+        )
         return host, device, view
 
 

@@ -1,4 +1,6 @@
-"""What every check on a GPU shares: the case, what may be absent, and the comparison with the CPU."""
+"""What every check on a GPU shares: the case, what may be absent, and the comparison with the
+CPU.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ class Absent(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """`model`: a model folder of ours to add to, with FP32 and FP16 graphs; `work`: where checks leave things for the next ones."""
+    """`model`: a model folder of ours to add to, with FP32 and FP16 graphs; `work`: where checks
+    leave things for the next ones.
+    """
 
     model: Path
     work: Path
@@ -76,8 +80,14 @@ def against_cpu(case: Case, run: Run, limits: dict[str, float] = FP16) -> str:
 
 def parity(found: NDArray[np.int16], expected: NDArray[np.int16], limits: dict[str, float]) -> str:
     delta = np.abs(found.astype(np.int32) - expected)
-    seen = {"mean": float(delta.mean()), "p99.9": float(np.percentile(delta, 99.9)), "max": float(delta.max())}
+    seen = {
+        "mean": float(delta.mean()),
+        "p99.9": float(np.percentile(delta, 99.9)),
+        "max": float(delta.max()),
+    }
     text = ", ".join(f"{name} {value:.3g}" for name, value in seen.items()) + " HU"
-    require(all(seen[name] <= limit for name, limit in limits.items()), f"{text}; allowed are {limits}")
+    require(
+        all(seen[name] <= limit for name, limit in limits.items()), f"{text}; allowed are {limits}"
+    )
     require(len(np.unique(expected)) > 16, "the reference is too plain to prove anything")
     return text

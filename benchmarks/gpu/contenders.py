@@ -1,8 +1,9 @@
-"""What could run the same network on a GPU: PyTorch FP16 in a CUDA graph, ONNX Runtime's CUDA provider, a bare TensorRT engine.
+"""What could run the same network on a GPU: PyTorch FP16 in a CUDA graph, ONNX Runtime's CUDA
+provider, a bare TensorRT engine.
 
-Contenders of the suite `engine`, beside ours of the same backend. Each says what keeps it from running where it cannot. They have not been
-run yet: no machine with a GPU has had them. Fact `vram`: bytes of the device's memory that are in use while it runs, less what
-was in use before.
+Contenders of the suite `engine`, beside ours of the same backend. Each says what keeps it from
+running where it cannot. They have not been run yet: no machine with a GPU has had them. Fact
+`vram`: bytes of the device's memory that are in use while it runs, less what was in use before.
 """
 
 from __future__ import annotations
@@ -61,11 +62,15 @@ def by_pytorch(model: str, trained: str, slices: int, batch: int) -> Ready:
 
 
 def by_onnxruntime(model: str, trained: str, slices: int, batch: int) -> Ready:
-    """The FP16 graph with the provider's own settings, tensors copied to and fro by ONNX Runtime; never on the CPU."""
+    """The FP16 graph with the provider's own settings, tensors copied to and fro by ONNX
+    Runtime; never on the CPU.
+    """
     _need_gpu()
     ort = onnxruntime()
     if PROVIDER not in ort.get_available_providers():
-        raise MissingComponent("the installed onnxruntime was built without CUDA", expected=PROVIDER, remedy=INSTALL)
+        raise MissingComponent(
+            "the installed onnxruntime was built without CUDA", expected=PROVIDER, remedy=INSTALL
+        )
     path, inputs, out = opened(model, "fp16", slices, batch)
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()
@@ -76,7 +81,9 @@ def by_onnxruntime(model: str, trained: str, slices: int, batch: int) -> Ready:
     session: Any = ort.InferenceSession(str(path), settings, providers=[PROVIDER])
 
     def call(caller: int, n: int) -> None:
-        out[n : n + batch] = session.run(None, {name: array[n : n + batch] for name, array in inputs.items()})[0]
+        out[n : n + batch] = session.run(
+            None, {name: array[n : n + batch] for name, array in inputs.items()}
+        )[0]
 
     call(0, 0)
     return loop(call, out, batch, 1, vram=before - _free())
@@ -87,11 +94,21 @@ def by_tensorrt(model: str, trained: str, slices: int, batch: int) -> Ready:
     manifest = Manifest.load(Path(model))
     name = manifest.file_of("engine", "fp16")
     if name is None:
-        raise MissingComponent("the model holds no fp16 engine file", expected="one", remedy="export the run on a machine with this GPU")
+        raise MissingComponent(
+            "the model holds no fp16 engine file",
+            expected="one",
+            remedy="export the run on a machine with this GPU",
+        )
     _need_gpu()
     lean = bool(manifest.files[name].facts.get("version_compatible"))
     before, inputs = _free(), tensors(manifest, slices)[1]
-    bare = Bare("tensorrt_lean" if lean else "tensorrt", (Path(model) / name).read_bytes(), manifest, batch, captured=True)
+    bare = Bare(
+        "tensorrt_lean" if lean else "tensorrt",
+        (Path(model) / name).read_bytes(),
+        manifest,
+        batch,
+        captured=True,
+    )
     out = np.empty((slices, *manifest.grid.canvas, 2), np.uint8)
 
     def call(caller: int, n: int) -> None:

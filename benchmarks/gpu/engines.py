@@ -1,4 +1,6 @@
-"""Our own engines on a GPU, through the protocol the synthesizer uses: right, flat in memory, and as fast as a bare one."""
+"""Our own engines on a GPU, through the protocol the synthesizer uses: right, flat in memory,
+and as fast as a bare one.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,11 @@ def runtime_parity(case: Case, backend: str) -> str:
         rows = []
         for start in range(0, BATCH, batch):
             picked = [min(n, BATCH - 1) for n in range(start, start + batch)]
-            engine.run({name: np.ascontiguousarray(a[picked]) for name, a in inputs.items()}, out, stream=HOST_STREAM)
+            engine.run(
+                {name: np.ascontiguousarray(a[picked]) for name, a in inputs.items()},
+                out,
+                stream=HOST_STREAM,
+            )
             rows.append(out[: BATCH - start].copy())
         return np.concatenate(rows)
 
@@ -67,8 +73,12 @@ def runtime_beside_torch(case: Case, backend: str) -> str:
     first, free, rounds = step.result(), [], 50 if case.quick else CHANGES
     expected = (square @ square).sum().item()
     for n in range(rounds):
-        require((square @ square).sum().item() == expected, f"torch computes otherwise in round {n}")
-        require(np.array_equal(step.result(), first), f"our engine synthesizes otherwise in round {n}")
+        require(
+            (square @ square).sum().item() == expected, f"torch computes otherwise in round {n}"
+        )
+        require(
+            np.array_equal(step.result(), first), f"our engine synthesizes otherwise in round {n}"
+        )
         if n in (rounds // 10, rounds - 1):
             free.append(torch.cuda.mem_get_info()[0])
     lost = free[0] - free[-1]
@@ -79,7 +89,9 @@ def runtime_beside_torch(case: Case, backend: str) -> str:
 
 
 def runtime_throughput(case: Case, backend: str) -> str:
-    """The pipelined engine against the bare one (TensorRT), or against itself called one batch after the other."""
+    """The pipelined engine against the bare one (TensorRT), or against itself called one batch
+    after the other.
+    """
     from runtime.engines.memory import HOST_STREAM
 
     engine = _engine(case, backend)
@@ -87,15 +99,25 @@ def runtime_throughput(case: Case, backend: str) -> str:
     batch, rounds, calls = engine.spec.batch, 5 if case.quick else 15, 50
     if backend == "tensorrt":
         name = case.manifest.file_of("engine", "fp16")
-        loader = lean_module() if case.manifest.files[str(name)].facts["version_compatible"] else "tensorrt"
-        bare = Bare(loader, (case.model / str(name)).read_bytes(), case.manifest, batch, captured=True)
+        loader = (
+            lean_module()
+            if case.manifest.files[str(name)].facts["version_compatible"]
+            else "tensorrt"
+        )
+        bare = Bare(
+            loader, (case.model / str(name)).read_bytes(), case.manifest, batch, captured=True
+        )
 
         def other() -> None:
             for _ in range(calls):
                 bare.launch()
             bare.wait()
+
     else:
-        inputs, out = draw(case.manifest, batch), np.empty((batch, *case.manifest.grid.canvas, 2), np.uint8)
+        inputs, out = (
+            draw(case.manifest, batch),
+            np.empty((batch, *case.manifest.grid.canvas, 2), np.uint8),
+        )
 
         def other() -> None:
             for _ in range(calls):
@@ -118,9 +140,16 @@ def runtime_throughput(case: Case, backend: str) -> str:
             ratios.append(theirs / mine)
             rates.append(batch * calls / mine)
     ratio = statistics.median(ratios)
-    require(ratio >= LEAST_OF_BARE, f"only {ratio:.3f} of the throughput without a pipeline ({min(ratios):.3f} to {max(ratios):.3f})")
+    require(
+        ratio >= LEAST_OF_BARE,
+        f"only {ratio:.3f} of the throughput without a pipeline ({min(ratios):.3f} to"
+        f" {max(ratios):.3f})",
+    )
     what = "the bare engine" if backend == "tensorrt" else "one batch after the other"
-    return f"{ratio:.3f} of {what} ({min(ratios):.3f} to {max(ratios):.3f}), {statistics.median(rates):.0f} slices/s"
+    return (
+        f"{ratio:.3f} of {what} ({min(ratios):.3f} to {max(ratios):.3f}),"
+        f" {statistics.median(rates):.0f} slices/s"
+    )
 
 
 class Pipeline:
@@ -136,14 +165,18 @@ class Pipeline:
         drawn = draw(case.manifest, engine.spec.batch)
         shape = (engine.spec.batch, *case.manifest.grid.canvas, 2)
         for stream in self._streams:
-            given = {name: self._array(array.shape, array.dtype, stream) for name, array in drawn.items()}
+            given = {
+                name: self._array(array.shape, array.dtype, stream) for name, array in drawn.items()
+            }
             for name, array in drawn.items():
                 given[name][...] = array
             self._inputs.append(given)
             self._outs.append(self._array(shape, np.dtype(np.uint8), stream))
 
     def _array(self, shape: tuple[int, ...], dtype: np.dtype[Any], stream: Any) -> NDArray[Any]:
-        self._buffers.append(self._engine.pool.allocate(int(np.prod(shape)) * dtype.itemsize, stream=stream))
+        self._buffers.append(
+            self._engine.pool.allocate(int(np.prod(shape)) * dtype.itemsize, stream=stream)
+        )
         return self._buffers[-1].array(shape, dtype)
 
     def __call__(self) -> int:

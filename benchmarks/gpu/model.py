@@ -1,4 +1,7 @@
-"""A small model with random weights for checks on a GPU: nothing has to be trained. Needs torch and onnx, no SimpleITK."""
+"""A small model with random weights for checks on a GPU: nothing has to be trained.
+
+Needs torch and onnx, no SimpleITK.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +17,21 @@ from runtime.core.labels import MM_WHS
 from runtime.core.manifest import MANIFEST, GridPolicy, Intensity, Manifest, ModelFile
 
 NAME = "random weights"
-GENERATOR: dict[str, Any] = {"kind": "unet", "filters": 32, "depth": 5, "skips": True, "textures": 4, "style": 2}
+GENERATOR: dict[str, Any] = {
+    "kind": "unet",
+    "filters": 32,
+    "depth": 5,
+    "skips": True,
+    "textures": 4,
+    "style": 2,
+}
 GRID = GridPolicy((128, 128), (3.0, 3.0), 32, slices=3, slice_spacing=9.0)
 
 
 def random_graph() -> tuple[Manifest, Any]:
-    """A U-Net nobody trained, with every input the contract knows, as `export.graph` wraps it; its manifest without files."""
+    """A U-Net nobody trained, with every input the contract knows, as `export.graph` wraps it;
+    its manifest without files.
+    """
     import torch
 
     from export.graph import LabelsToIntensity
@@ -29,7 +41,9 @@ def random_graph() -> tuple[Manifest, Any]:
     generator = Generator(GRID.slices * len(MM_WHS), **GENERATOR)
     initialise([generator])
     intensity = Intensity("HU", -1024, 1024)
-    return Manifest(NAME, MM_WHS, GRID, intensity, style=2, noise=True, files={}), LabelsToIntensity(generator, len(MM_WHS), intensity)
+    return Manifest(
+        NAME, MM_WHS, GRID, intensity, style=2, noise=True, files={}
+    ), LabelsToIntensity(generator, len(MM_WHS), intensity)
 
 
 def write_random_model(folder: Path) -> Manifest:
@@ -40,20 +54,31 @@ def write_random_model(folder: Path) -> Manifest:
     manifest, graph = random_graph()
     folder.mkdir(parents=True, exist_ok=True)
     files = {}
-    for name, precision, exported in (("model.onnx", "fp32", graph), ("model.fp16.onnx", "fp16", to_fp16(graph))):
+    for name, precision, exported in (
+        ("model.onnx", "fp32", graph),
+        ("model.fp16.onnx", "fp16", to_fp16(graph)),
+    ):
         to_onnx(exported, manifest, folder / name)
-        files[name] = ModelFile("onnx", precision, (folder / name).stat().st_size, sha256_of(folder / name))
+        files[name] = ModelFile(
+            "onnx", precision, (folder / name).stat().st_size, sha256_of(folder / name)
+        )
     whole = replace(manifest, files=files)
     write_json(folder / MANIFEST, whole.to_json())
     return whole
 
 
 def draw(manifest: Manifest, count: int, seed: int = 0) -> dict[str, NDArray[np.generic]]:
-    """`count` slices on the canvas: blocks of labels, noise and a style, as the contract has them."""
+    """`count` slices on the canvas: blocks of labels, noise and a style, as the contract has
+    them.
+    """
     rng = np.random.default_rng(seed)
     h, w = manifest.grid.canvas
-    blocks = rng.integers(0, len(manifest.labels), (count, manifest.grid.slices, -(-h // 16), -(-w // 16)), np.uint8)
-    given: dict[str, NDArray[np.generic]] = {"labels": np.ascontiguousarray(blocks.repeat(16, 2).repeat(16, 3)[:, :, :h, :w])}
+    blocks = rng.integers(
+        0, len(manifest.labels), (count, manifest.grid.slices, -(-h // 16), -(-w // 16)), np.uint8
+    )
+    given: dict[str, NDArray[np.generic]] = {
+        "labels": np.ascontiguousarray(blocks.repeat(16, 2).repeat(16, 3)[:, :, :h, :w])
+    }
     if manifest.style:
         given["style"] = rng.standard_normal((count, manifest.style), np.float32)
     if manifest.noise:
@@ -61,13 +86,20 @@ def draw(manifest: Manifest, count: int, seed: int = 0) -> dict[str, NDArray[np.
     return given
 
 
-def reference(manifest: Manifest, folder: Path, inputs: dict[str, NDArray[np.generic]]) -> NDArray[np.int16]:
+def reference(
+    manifest: Manifest, folder: Path, inputs: dict[str, NDArray[np.generic]]
+) -> NDArray[np.int16]:
     """The FP32 graph in ONNX Runtime on the CPU: int16 HU (N, H, W)."""
     import onnxruntime
 
     name = manifest.file_of("onnx", "fp32")
-    session = onnxruntime.InferenceSession(str(folder / str(name)), providers=["CPUExecutionProvider"])
-    rows = [session.run(None, {key: array[n : n + 1] for key, array in inputs.items()})[0] for n in range(len(inputs["labels"]))]
+    session = onnxruntime.InferenceSession(
+        str(folder / str(name)), providers=["CPUExecutionProvider"]
+    )
+    rows = [
+        session.run(None, {key: array[n : n + 1] for key, array in inputs.items()})[0]
+        for n in range(len(inputs["labels"]))
+    ]
     return hu(np.concatenate(rows))
 
 

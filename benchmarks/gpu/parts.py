@@ -1,4 +1,6 @@
-"""TensorRT, ONNX Runtime and torch on a GPU, one means at a time: what our engines are made of, and what was never seen without a GPU."""
+"""TensorRT, ONNX Runtime and torch on a GPU, one means at a time: what our engines are made of,
+and what was never seen without a GPU.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,19 @@ from typing import Any
 import numpy as np
 
 from benchmarks.gpu.bare import Bare, require
-from benchmarks.gpu.case import BATCH, FP16, FP32, Absent, Case, against_cpu, graph_of, lean_module, module, need_gpu, parity
+from benchmarks.gpu.case import (
+    BATCH,
+    FP16,
+    FP32,
+    Absent,
+    Case,
+    against_cpu,
+    graph_of,
+    lean_module,
+    module,
+    need_gpu,
+    parity,
+)
 from benchmarks.gpu.model import draw, hu, random_graph
 from benchmarks.gpu.torch_engine import loopback
 from export.precision_audit import LEAST_HALF
@@ -46,14 +60,21 @@ def parse_uint8(case: Case) -> str:
 
     logger = collecting_logger(trt, [])
     network = parse(trt, trt.Builder(logger), logger, graph_of(case))
-    types = [network.get_input(n).dtype.name for n in range(network.num_inputs)] + [network.get_output(0).dtype.name]
-    wanted = [{"uint8": "UINT8", "float32": "FLOAT"}[t.dtype] for t in (*case.manifest.inputs, case.manifest.output)]
+    types = [network.get_input(n).dtype.name for n in range(network.num_inputs)] + [
+        network.get_output(0).dtype.name
+    ]
+    wanted = [
+        {"uint8": "UINT8", "float32": "FLOAT"}[t.dtype]
+        for t in (*case.manifest.inputs, case.manifest.output)
+    ]
     require(types == wanted, f"the network's tensors are {types}, not {wanted}")
     return f"{network.num_layers} layers, inputs and output {' '.join(types)}"
 
 
 def build_compatible(case: Case) -> str:
-    """As build_engine.py does it: built, its types counted, read back, and listed; the checks below are its proof."""
+    """As build_engine.py does it: built, its types counted, read back, and listed; the checks
+    below are its proof.
+    """
     tensorrt()
     from export.attach_engine import ENGINE, add_engine
     from export.to_tensorrt import BuildOptions
@@ -63,13 +84,20 @@ def build_compatible(case: Case) -> str:
     graph_of(case)
     began = time.perf_counter()
     options = BuildOptions(max_batch=BATCH, timing_cache=case.work / "timing.cache")
-    made = add_engine(case.model, options, lambda manifest: {}, gpu=device(), say=lambda text: None, quiet=True)
+    made = add_engine(
+        case.model, options, lambda manifest: {}, gpu=device(), say=lambda text: None, quiet=True
+    )
     entry = made.files[ENGINE]
-    return f"{entry.bytes / 2**20:.1f} MiB in {time.perf_counter() - began:.0f} s, {100 * entry.facts['half_network']:.0f} % of the network's convolutions FP16"
+    return (
+        f"{entry.bytes / 2**20:.1f} MiB in {time.perf_counter() - began:.0f} s,"
+        f" {100 * entry.facts['half_network']:.0f} % of the network's convolutions FP16"
+    )
 
 
 def build_native(case: Case) -> str:
-    """What the inspector says of FP16, and the pictures in the full runtime: of FP16, and of FP32 without TF32."""
+    """What the inspector says of FP16, and the pictures in the full runtime: of FP16, and of
+    FP32 without TF32.
+    """
     trt = tensorrt()
     from export.precision_audit import half_convolutions, inspect_plan
     from export.to_tensorrt import BuildOptions, build, shapes_of
@@ -77,17 +105,23 @@ def build_native(case: Case) -> str:
 
     shapes, cache, seen = shapes_of(case.manifest, BATCH), case.work / "timing.cache", []
     for precision, limits in (("fp16", FP16), ("fp32", FP32)):
-        options = BuildOptions(precision=precision, native=True, max_batch=BATCH, timing_cache=cache)
+        options = BuildOptions(
+            precision=precision, native=True, max_batch=BATCH, timing_cache=cache
+        )
         plan = build(graph_of(case, precision), shapes, options, trt=trt).plan
         found = inspect_plan(trt, plan, shapes, native=True, logger=collecting_logger(trt, []))
         require(found.information is not None, f"not inspected: {found.reason}")
         half, convolutions = half_convolutions(found.information or {})
         require(
-            convolutions and half >= LEAST_HALF * convolutions * (precision == "fp16"), f"{half} of {convolutions} convolutions are FP16"
+            convolutions and half >= LEAST_HALF * convolutions * (precision == "fp16"),
+            f"{half} of {convolutions} convolutions are FP16",
         )
         text = against_cpu(case, Bare("tensorrt", plan, case.manifest, BATCH).run, limits)
         memory = sum(found.activations or ()) / 2**20
-        seen.append(f"{precision}: {half} of {convolutions} convolutions FP16, {memory:.0f} MiB of activations, {text}")
+        seen.append(
+            f"{precision}: {half} of {convolutions} convolutions FP16, {memory:.0f} MiB of"
+            f" activations, {text}"
+        )
     return "; ".join(seen)
 
 
@@ -114,8 +148,13 @@ def ort_cuda(case: Case) -> str:
         ort.preload_dlls()
     options = ort.SessionOptions()
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-    session = ort.InferenceSession(str(graph_of(case)), options, providers=["CUDAExecutionProvider"])
-    require(session.get_providers()[0] == "CUDAExecutionProvider", f"it runs on {session.get_providers()}")
+    session = ort.InferenceSession(
+        str(graph_of(case)), options, providers=["CUDAExecutionProvider"]
+    )
+    require(
+        session.get_providers()[0] == "CUDAExecutionProvider",
+        f"it runs on {session.get_providers()}",
+    )
     return against_cpu(case, lambda inputs: session.run(None, inputs)[0])
 
 
@@ -134,12 +173,20 @@ def _plan(case: Case) -> bytes:
 
 
 def _same(case: Case, **options: bool) -> str:
-    """The lean engine with `options` synthesizes what it synthesizes without, on two sets of inputs."""
+    """The lean engine with `options` synthesizes what it synthesizes without, on two sets of
+    inputs.
+    """
     name, plan = lean_module(), _plan(case)
-    plain, special = Bare(name, plan, case.manifest, BATCH), Bare(name, plan, case.manifest, BATCH, **options)
+    plain, special = (
+        Bare(name, plan, case.manifest, BATCH),
+        Bare(name, plan, case.manifest, BATCH, **options),
+    )
     for seed in (3, 4):
         inputs = draw(case.manifest, BATCH, seed)
-        require(np.array_equal(plain.run(inputs), special.run(inputs)), f"other values with {', '.join(options)}")
+        require(
+            np.array_equal(plain.run(inputs), special.run(inputs)),
+            f"other values with {', '.join(options)}",
+        )
     return "the same bytes on two sets of inputs"
 
 
@@ -149,7 +196,10 @@ CHECKS: dict[str, tuple[str, Callable[[Case], str]]] = {
     "loopback": ("our memory and streams: a CUDA graph of copies", loopback),
     "uint8": ("TensorRT parses uint8 in and out", parse_uint8),
     "build": ("uint8 pairs stack under strong typing: the engine builds", build_compatible),
-    "lean": ("the lean runtime loads VERSION_COMPATIBLE + EXCLUDE_LEAN_RUNTIME: HU parity", lean_loads),
+    "lean": (
+        "the lean runtime loads VERSION_COMPATIBLE + EXCLUDE_LEAN_RUNTIME: HU parity",
+        lean_loads,
+    ),
     "managed": ("USER_MANAGED activations in the lean runtime", lean_managed),
     "captured": ("a CUDA graph of the lean engine with its copies", captured),
     "native": ("native engines: share of FP16 layers, HU parity of FP16 and FP32", build_native),

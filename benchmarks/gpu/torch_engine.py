@@ -1,4 +1,6 @@
-"""Our slots, streams and pools round a network in torch: where neither TensorRT nor ONNX Runtime has a GPU build, they still can be seen."""
+"""Our slots, streams and pools round a network in torch: where neither TensorRT nor ONNX Runtime
+has a GPU build, they still can be seen.
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,19 @@ class Array:
     """A block of device memory as torch takes it, without a copy (CUDA array interface 3)."""
 
     def __init__(self, ptr: int, shape: tuple[int, ...], dtype: str):
-        self.__cuda_array_interface__ = {"shape": shape, "typestr": TYPES[dtype], "data": (ptr, False), "strides": None, "version": 3}
+        self.__cuda_array_interface__ = {
+            "shape": shape,
+            "typestr": TYPES[dtype],
+            "data": (ptr, False),
+            "strides": None,
+            "version": 3,
+        }
 
 
 def torch_engine(case: Case) -> Any:
-    """An engine by our protocol that computes the half graph of the random model in torch, on our streams and memory."""
+    """An engine by our protocol that computes the half graph of the random model in torch, on
+    our streams and memory.
+    """
     torch = import_module("torch")
     if case.manifest.name != NAME:
         raise Absent("torch has the weights of the random model alone")
@@ -55,7 +65,10 @@ def torch_engine(case: Case) -> Any:
         def _bind(self, shapes: dict[str, tuple[int, ...]]) -> None:
             dtypes = {t.name: t.dtype for t in self.owner.tensors}
             self._bound = {
-                name: torch.as_tensor(Array(self.buffers[name].ptr, shape, dtypes[name]), device="cuda") for name, shape in shapes.items()
+                name: torch.as_tensor(
+                    Array(self.buffers[name].ptr, shape, dtypes[name]), device="cuda"
+                )
+                for name, shape in shapes.items()
             }
 
         def _unbind(self) -> None:
@@ -66,7 +79,10 @@ def torch_engine(case: Case) -> Any:
             self._upload(inputs)
             result = self.owner.spec.output.name
             given = {name: tensor for name, tensor in self._bound.items() if name != result}
-            with torch.inference_mode(), torch.cuda.stream(torch.cuda.ExternalStream(int(self._handle))):
+            with (
+                torch.inference_mode(),
+                torch.cuda.stream(torch.cuda.ExternalStream(int(self._handle))),
+            ):
                 self._bound[result].copy_(graph(**given))
             self._download(out)
 
@@ -74,7 +90,9 @@ def torch_engine(case: Case) -> Any:
 
 
 def loopback(case: Case) -> str:
-    """Copies up and down as one CUDA graph on our stream: new bytes in, the same bytes out, at every launch."""
+    """Copies up and down as one CUDA graph on our stream: new bytes in, the same bytes out, at
+    every launch.
+    """
     need_gpu()
     try:
         cuda = Cuda(0)

@@ -1,4 +1,6 @@
-"""What was measured when, on which machine: one record a line in results/history.jsonl, and what fell since."""
+"""What was measured when, on which machine: one record a line in results/history.jsonl, and what
+fell since.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,11 @@ from .record import machine
 from .roofline import PEAK
 
 HISTORY = ROOT / "benchmarks" / "results" / "history.jsonl"
-LEAST_FALL = 0.10  # of a ratio: less is what one run differs from the next on shared cores, whatever its rounds say
-SURE = 0.05  # the chance of calling a fall where there is none, shared by all ratios that are compared
+# of a ratio: less is what one run differs from the next on shared cores, whatever its rounds say
+LEAST_FALL = 0.10
+SURE = (
+    0.05  # the chance of calling a fall where there is none, shared by all ratios that are compared
+)
 
 Record = dict[str, Any]
 
@@ -32,7 +37,9 @@ def make_record(
     measured: Mapping[str, Measured],
     shares: Mapping[str, tuple[str, float]] | None = None,
 ) -> Record:
-    """A suite's result as JSON values. The first contender is ours; every other one but roofs gets a ratio, ours / it.
+    """A suite's result as JSON values.
+
+    The first contender is ours; every other one but roofs gets a ratio, ours / it.
 
     `shares`: contender → the limit it is nearest to, and its share of it.
     """
@@ -48,12 +55,23 @@ def make_record(
         "load": noise(),
         "contenders": {name: _row(m, (shares or {}).get(name)) for name, m in present.items()},
         "absent": {name: m.absent for name, m in measured.items() if m.absent is not None},
-        "ratios": {name: {"value": r.value, "least": r.least, "most": r.most} for name, r in ratios.items()},
+        "ratios": {
+            name: {"value": r.value, "least": r.least, "most": r.most} for name, r in ratios.items()
+        },
     }
 
 
 # Keys of a contender's row; others are its own facts.
-STANDARD = ("rates", "median", "p90_seconds", "p99_seconds", "peak_rss", "roof", "share_of_roof", "error")
+STANDARD = (
+    "rates",
+    "median",
+    "p90_seconds",
+    "p99_seconds",
+    "peak_rss",
+    "roof",
+    "share_of_roof",
+    "error",
+)
 
 
 def _row(measured: Measured, share: tuple[str, float] | None) -> dict[str, Any]:
@@ -71,9 +89,14 @@ def _row(measured: Measured, share: tuple[str, float] | None) -> dict[str, Any]:
 
 
 def noise() -> dict[str, float]:
-    """The machine's load average, and the share of CPU time that a hypervisor stole since it booted."""
+    """The machine's load average, and the share of CPU time that a hypervisor stole since it
+    booted.
+    """
     try:
-        ticks = [int(n) for n in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]]
+        ticks = [
+            int(n)
+            for n in Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
+        ]
         return {"load": round(os.getloadavg()[0], 2), "steal": round(ticks[7] / sum(ticks), 4)}
     except (OSError, ValueError, IndexError, ZeroDivisionError):
         return {}
@@ -101,7 +124,10 @@ def load(path: Path = HISTORY) -> list[Record]:
             records.append(json.loads(line))
         except ValueError as exc:
             raise UsageError(
-                f"line {number} of {path.name} is no record: {exc}", expected="one JSON object a line", remedy="remove the line", file=path
+                f"line {number} of {path.name} is no record: {exc}",
+                expected="one JSON object a line",
+                remedy="remove the line",
+                file=path,
             ) from exc
     return records
 
@@ -113,12 +139,16 @@ def fingerprint(record: Record) -> str:
 
 
 def before(record: Record, records: Iterable[Record], revision: str) -> Record | None:
-    """The last record of `records` to hold `record` against: same suite, options and machine, of `revision` or of any ("last")."""
+    """The last record of `records` to hold `record` against: same suite, options and machine, of
+    `revision` or of any ("last").
+    """
     same = [
-        r for r in records
-        if (r["suite"], r["options"], fingerprint(r)) == (record["suite"], record["options"], fingerprint(record))
+        r
+        for r in records
+        if (r["suite"], r["options"], fingerprint(r))
+        == (record["suite"], record["options"], fingerprint(record))
         and (revision == "last" or str(r["machine"]["commit"]).startswith(revision[:7]))
-    ]  # fmt: skip
+    ]
     return same[-1] if same else None
 
 
@@ -132,19 +162,28 @@ class Regression:
     now: float
 
     def __str__(self) -> str:
-        return f"{self.suite}: ours / {self.against} fell from {self.was:.2f} to {self.now:.2f} ({100 * (self.now / self.was - 1):.0f} %)"
+        return (
+            f"{self.suite}: ours / {self.against} fell from {self.was:.2f} to {self.now:.2f}"
+            f" ({100 * (self.now / self.was - 1):.0f} %)"
+        )
 
 
 def regressions(old: Record, new: Record) -> list[Regression]:
-    """Which ratios fell by more than LEAST_FALL and more than the noise: a one-sided Mann-Whitney test over the rounds' ratios at
-    SURE, shared by all that are compared (Holm)."""
+    """Which ratios fell by more than LEAST_FALL and more than the noise: a one-sided Mann-Whitney
+    test over the rounds' ratios at SURE, shared by all that are compared (Holm).
+    """
     from scipy.stats import mannwhitneyu
 
     tried = []
     for name in old["ratios"].keys() & new["ratios"].keys():
         then, now = _round_ratios(old, name), _round_ratios(new, name)
         chance = float(mannwhitneyu(now, then, alternative="less", method="exact").pvalue)
-        tried.append((chance, Regression(new["suite"], name, statistics.median(then), statistics.median(now))))
+        tried.append(
+            (
+                chance,
+                Regression(new["suite"], name, statistics.median(then), statistics.median(now)),
+            )
+        )
     found = []
     for rank, (chance, fall) in enumerate(sorted(tried, key=lambda pair: pair[0])):
         if chance > SURE / (len(tried) - rank):

@@ -1,7 +1,9 @@
-"""What could run the same network without us: each library called in a tight loop on prepared tensors, and the network in PyTorch.
+"""What could run the same network without us: each library called in a tight loop on prepared
+tensors, and the network in PyTorch.
 
-OpenVINO and ONNX Runtime are called by as many threads at once as our engines have workers, each on its share of the cores, and write
-straight into the result: the same arrangement as ours with nothing around it. PyTorch has one caller on all cores, as people run it.
+OpenVINO and ONNX Runtime are called by as many threads at once as our engines have workers, each on
+its share of the cores, and write straight into the result: the same arrangement as ours with
+nothing around it. PyTorch has one caller on all cores, as people run it.
 """
 
 from __future__ import annotations
@@ -32,12 +34,21 @@ Call = Callable[[int, int], None]
 
 
 def tensors(manifest: Manifest, slices: int) -> tuple[LabelVolume, dict[str, NDArray[Any]]]:
-    """A mask on the model's own grid, and the tensors that the synthesizer makes of it (N = all its slices)."""
+    """A mask on the model's own grid, and the tensors that the synthesizer makes of it (N = all
+    its slices).
+    """
     (h, w), spacing = manifest.grid.canvas, manifest.grid.pixel_spacing or (1.0, 1.0)
     labels = mask((slices, h, w), len(manifest.labels)).labels
-    volume = LabelVolume(labels, Geometry(np.diag([spacing[1], spacing[0], manifest.grid.slice_spacing or 3.0, 1.0])))
-    grid, random = SliceGrid(manifest.grid, volume.geometry, (slices, h, w), labels), CaseRandom(0, volume.digest, 0)
-    inputs: dict[str, NDArray[Any]] = {"labels": np.stack([grid.labels(labels, k) for k in range(slices)])}
+    volume = LabelVolume(
+        labels, Geometry(np.diag([spacing[1], spacing[0], manifest.grid.slice_spacing or 3.0, 1.0]))
+    )
+    grid, random = (
+        SliceGrid(manifest.grid, volume.geometry, (slices, h, w), labels),
+        CaseRandom(0, volume.digest, 0),
+    )
+    inputs: dict[str, NDArray[Any]] = {
+        "labels": np.stack([grid.labels(labels, k) for k in range(slices)])
+    }
     if manifest.style:
         inputs["style"] = np.repeat(random.style(manifest.style)[None], slices, 0)
     if manifest.noise:
@@ -46,7 +57,9 @@ def tensors(manifest: Manifest, slices: int) -> tuple[LabelVolume, dict[str, NDA
 
 
 def loop(call: Call, out: NDArray[np.uint8], batch: int, callers: int, **facts: Any) -> Ready:
-    """`call(caller, n)` synthesizes the slices n to n + `batch` into `out`; `callers` threads share them. Facts: how long one call took."""
+    """`call(caller, n)` synthesizes the slices n to n + `batch` into `out`; `callers` threads
+    share them. Facts: how long one call took.
+    """
     starts = range(0, len(out), batch)
     threads = ThreadPoolExecutor(callers)
     calls = Calls(facts)
@@ -70,7 +83,10 @@ def loop(call: Call, out: NDArray[np.uint8], batch: int, callers: int, **facts: 
 
 
 class Calls:
-    """Milliseconds of single calls, as `facts["call_ms"]`. What sets the contender up and warms it is left out: the first two rounds."""
+    """Milliseconds of single calls, as `facts["call_ms"]`.
+
+    What sets the contender up and warms it is left out: the first two rounds.
+    """
 
     SKIPPED = 2
 
@@ -91,28 +107,48 @@ class Calls:
     def next_round(self) -> None:
         self._rounds += 1
         if self._taken:
-            self._facts["call_ms"] = {f"p{p}": round(float(np.percentile(self._taken, p)), 3) for p in (50, 90, 99)}
+            self._facts["call_ms"] = {
+                f"p{p}": round(float(np.percentile(self._taken, p)), 3) for p in (50, 90, 99)
+            }
 
 
-def opened(model: str, precision: str, slices: int, batch: int) -> tuple[Path, dict[str, NDArray[Any]], NDArray[np.uint8]]:
-    """The graph file, its inputs, and where `slices` of its result go. Raises `MissingComponent` where the model holds no such graph."""
+def opened(
+    model: str, precision: str, slices: int, batch: int
+) -> tuple[Path, dict[str, NDArray[Any]], NDArray[np.uint8]]:
+    """The graph file, its inputs, and where `slices` of its result go.
+
+    Raises `MissingComponent` where the model holds no such graph.
+    """
     if slices % batch:
         raise ValueError(f"{slices} slices do not fill batches of {batch}")
     manifest = Manifest.load(Path(model))
     name = manifest.file_of("onnx", precision)
     if name is None:
-        raise MissingComponent(f"the model holds no {precision} graph", expected="one", remedy="export the run again")
-    return Path(model) / name, tensors(manifest, slices)[1], np.empty((slices, *manifest.grid.canvas, 2), np.uint8)
+        raise MissingComponent(
+            f"the model holds no {precision} graph", expected="one", remedy="export the run again"
+        )
+    return (
+        Path(model) / name,
+        tensors(manifest, slices)[1],
+        np.empty((slices, *manifest.grid.canvas, 2), np.uint8),
+    )
 
 
 def by_openvino(model: str, precision: str, slices: int, batch: int) -> Ready:
     ov = openvino()
     path, inputs, out = opened(model, precision, slices, batch)
     callers = min(cores(), MOST_WORKERS)
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": cores(), "NUM_STREAMS": callers,
-                "ENABLE_CPU_PINNING": False}  # fmt: skip
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": cores(),
+        "NUM_STREAMS": callers,
+        "ENABLE_CPU_PINNING": False,
+    }
     graph = ov.Core().read_model(path)
-    graph.reshape({name: [batch, *array.shape[1:]] for name, array in inputs.items()})  # sizes that are fixed are faster
+    graph.reshape(
+        {name: [batch, *array.shape[1:]] for name, array in inputs.items()}
+    )  # sizes that are fixed are faster
     compiled = ov.Core().compile_model(graph, "CPU", settings)
     requests = [compiled.create_infer_request() for _ in range(callers)]
 
@@ -161,7 +197,9 @@ def by_pytorch(model: str, trained: str, way: str, slices: int, batch: int) -> R
 
     def call(caller: int, n: int) -> None:
         with torch.inference_mode():
-            result[n : n + batch] = infer(**{name: tensor[n : n + batch] for name, tensor in given.items()})
+            result[n : n + batch] = infer(
+                **{name: tensor[n : n + batch] for name, tensor in given.items()}
+            )
 
     return loop(call, out, batch, 1)
 

@@ -12,7 +12,8 @@ COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def count(path: Path, sizes: Mapping[str, int]) -> int:
-    """Multiply-accumulates of one run with the named dimensions (N, H, W) at `sizes`: convolutions and matrix products.
+    """Multiply-accumulates of one run with the named dimensions (N, H, W) at `sizes`: convolutions
+    and matrix products.
 
     Everything else (norms, activations, resizing) is not counted, as is usual.
     """
@@ -21,13 +22,22 @@ def count(path: Path, sizes: Mapping[str, int]) -> int:
 
 
 def traffic(path: Path, sizes: Mapping[str, int], bytes_per_value: int) -> int:
-    """Bytes that convolutions read and write in one run, weights included, each tensor once: the least a cache-less device moves."""
+    """Bytes that convolutions read and write in one run, weights included, each tensor once: the
+    least a cache-less device moves.
+    """
     nodes, shapes = _inferred(path, sizes)
-    moved = (math.prod(shapes[name]) for node in nodes if node.op_type in COUNTED for name in (*node.input[:2], node.output[0]))
+    moved = (
+        math.prod(shapes[name])
+        for node in nodes
+        if node.op_type in COUNTED
+        for name in (*node.input[:2], node.output[0])
+    )
     return bytes_per_value * sum(moved)
 
 
-def _inferred(path: Path, sizes: Mapping[str, int]) -> tuple[list[onnx.NodeProto], dict[str, tuple[int, ...]]]:
+def _inferred(
+    path: Path, sizes: Mapping[str, int]
+) -> tuple[list[onnx.NodeProto], dict[str, tuple[int, ...]]]:
     """The graph's nodes, and the shape of every tensor."""
     model = onnx.load(str(path))
     for tensor in model.graph.input:
@@ -57,6 +67,8 @@ def _node(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
     given, weight, out = shapes[node.input[0]], shapes[node.input[1]], shapes[node.output[0]]
     if node.op_type == "Conv":  # weight (out, in / groups, kernel …)
         return math.prod(out) * math.prod(weight[1:])
-    if node.op_type == "ConvTranspose":  # weight (in, out / groups, kernel …): every input value meets all of it
+    if (
+        node.op_type == "ConvTranspose"
+    ):  # weight (in, out / groups, kernel …): every input value meets all of it
         return math.prod(given) * math.prod(weight[1:])
     return math.prod(out) * given[-1]

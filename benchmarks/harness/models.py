@@ -1,9 +1,10 @@
 """Networks to measure with, one of each kind at 256 x 256, made once under runs/bench.
 
-What a network has learnt changes no engine's speed, so they have learnt next to nothing. `edge` is trained a little and exported by
-the commands people type, with its proof, for our runtime takes INT8 only where it is validated. `reference` and `unet`, twenty times as
-heavy, have random weights and settled norms, and every convolution in INT8; nothing of them is validated. A change of their settings makes
-them anew.
+What a network has learnt changes no engine's speed, so they have learnt next to nothing. `edge` is
+trained a little and exported by the commands people type, with its proof, for our runtime takes
+INT8 only where it is validated. `reference` and `unet`, twenty times as heavy, have random weights
+and settled norms, and every convolution in INT8; nothing of them is validated. A change of their
+settings makes them anew.
 """
 
 from __future__ import annotations
@@ -30,9 +31,19 @@ FOLDER = ROOT / "runs" / "bench"
 CONFIGS = ROOT / "train" / "configs"
 COHORT = ("--patients", "4", "--seed", "1", "--size", "32", "256", "256")
 STEPS = 120
-EDGE = ("data.labels=mm-whs", "training.valid_slices=8", "training.batch_size=4", "discriminator.filters=8", "loss.adversarial=0",
-        "training.ema_decay=0.95", *(f"training.{key}={STEPS}" for key in ("steps", "valid_every", "checkpoint_every")))  # fmt: skip
-UNTRAINED = {"reference": ("data.labels=mm-whs",), "unet": ("data.labels=mm-whs", "generator.kind=unet", "generator.skips=true")}
+EDGE = (
+    "data.labels=mm-whs",
+    "training.valid_slices=8",
+    "training.batch_size=4",
+    "discriminator.filters=8",
+    "loss.adversarial=0",
+    "training.ema_decay=0.95",
+    *(f"training.{key}={STEPS}" for key in ("steps", "valid_every", "checkpoint_every")),
+)
+UNTRAINED = {
+    "reference": ("data.labels=mm-whs",),
+    "unet": ("data.labels=mm-whs", "generator.kind=unet", "generator.skips=true"),
+}
 MASKS = 8  # slices that norms settle and INT8 is calibrated on
 
 
@@ -63,16 +74,30 @@ def prepared(kind: str) -> Prepared:
         data = FOLDER / "data"
         if not (data / "cohort.json").is_file():
             _run("-m", "train.phantom.cohort", data, *COHORT)
-        _run("train/run.py", "--config", config, "--dataset-path", data, "--output", found.trained, "--set", *settings)
+        _run(
+            "train/run.py",
+            "--config",
+            config,
+            "--dataset-path",
+            data,
+            "--output",
+            found.trained,
+            "--set",
+            *settings,
+        )
         _run("export/build_engine.py", found.trained, "-o", found.model, "--onnx-only")
     else:
-        _run("-m", "benchmarks.harness.models", kind)  # what it takes is not what the contenders' parent should hold
+        _run(
+            "-m", "benchmarks.harness.models", kind
+        )  # what it takes is not what the contenders' parent should hold
     write_json(kept, made)
     return found
 
 
 def make_untrained(kind: str) -> None:
-    """Write the run folder and the model folder of a network with random weights: FP32, FP16 and INT8 graphs, none validated."""
+    """Write the run folder and the model folder of a network with random weights: FP32, FP16 and
+    INT8 graphs, none validated.
+    """
     import torch
 
     from export.graph import LabelsToIntensity, fuse_batch_norm, to_fp16
@@ -86,7 +111,11 @@ def make_untrained(kind: str) -> None:
     from train.step import make_generator
 
     settings = configs.resolve(configs.load(CONFIGS / "whs.json"), UNTRAINED[kind])
-    labels, grid, intensity = configs.label_table(settings.data), configs.grid_policy(settings), configs.intensity(settings)
+    labels, grid, intensity = (
+        configs.label_table(settings.data),
+        configs.grid_policy(settings),
+        configs.intensity(settings),
+    )
     torch.manual_seed(0)
     net = make_generator(settings)
     initialise([net])
@@ -95,26 +124,40 @@ def make_untrained(kind: str) -> None:
     inputs = draw_inputs(manifest.inputs, masks)
     with torch.no_grad():
         for _ in range(4):
-            net.train()(one_hot(torch.from_numpy(masks), len(labels)), standardise_noise(torch.from_numpy(inputs["noise"])).unsqueeze(1))
+            net.train()(
+                one_hot(torch.from_numpy(masks), len(labels)),
+                standardise_noise(torch.from_numpy(inputs["noise"])).unsqueeze(1),
+            )
     facts: Mapping[str, Any] = {
-        "name": kind, "config": configs.to_json(settings), "labels": labels_to_json(labels), "grid": grid_to_json(grid),
-        "intensity": vars(intensity), "style": 0, "noise": net.noisy, "step": 0,
-    }  # fmt: skip
+        "name": kind,
+        "config": configs.to_json(settings),
+        "labels": labels_to_json(labels),
+        "grid": grid_to_json(grid),
+        "intensity": vars(intensity),
+        "style": 0,
+        "noise": net.noisy,
+        "step": 0,
+    }
     (FOLDER / kind / "train").mkdir(parents=True, exist_ok=True)
     write_run(FOLDER / kind / "train", net, {"validation": masks}, facts)
     network = fuse_batch_norm(LabelsToIntensity(net, len(labels), intensity))
     with atomic_folder(FOLDER / kind / "model") as part:
         to_onnx(network, manifest, part / FILES["fp32"])
         to_onnx(to_fp16(network), manifest, part / FILES["fp16"])
-        Quantizer(part / FILES["fp32"], {name: np.ascontiguousarray(array) for name, array in inputs.items()}).write(
-            part / FILES["int8"], ()
-        )
-        files = {name: describe_file(part / name, "onnx", precision) for precision, name in FILES.items()}
+        Quantizer(
+            part / FILES["fp32"],
+            {name: np.ascontiguousarray(array) for name, array in inputs.items()},
+        ).write(part / FILES["int8"], ())
+        files = {
+            name: describe_file(part / name, "onnx", precision) for precision, name in FILES.items()
+        }
         write_json(part / MANIFEST, replace(manifest, files=files).to_json())
 
 
 def at_size(model: Path, side: int) -> Path:
-    """`model` with a canvas of `side` x `side` pixels instead of its own: its graphs take any, its proof is of its own."""
+    """`model` with a canvas of `side` x `side` pixels instead of its own: its graphs take any,
+    its proof is of its own.
+    """
     manifest = Manifest.load(model)
     if manifest.grid.canvas == (side, side):
         return model
@@ -122,7 +165,10 @@ def at_size(model: Path, side: int) -> Path:
     with atomic_folder(folder) as part:
         for name in manifest.files:
             (part / name).symlink_to((model / name).resolve())
-        write_json(part / MANIFEST, replace(manifest, grid=replace(manifest.grid, canvas=(side, side))).to_json())
+        write_json(
+            part / MANIFEST,
+            replace(manifest, grid=replace(manifest.grid, canvas=(side, side))).to_json(),
+        )
     return folder
 
 
@@ -130,8 +176,14 @@ def _run(*arguments: object) -> None:
     """A command of ours in a process of its own; what it says goes to standard error."""
     command = [str(a) for a in arguments]
     print(f"python {' '.join(command)}", file=sys.stderr, flush=True)
-    if code := subprocess.run([sys.executable, *command], cwd=ROOT, stdout=sys.stderr, check=False).returncode:
-        raise NotMade(f"{command[0]} ended with exit {code}", expected="a network to measure with", remedy="see what it said above")
+    if code := subprocess.run(
+        [sys.executable, *command], cwd=ROOT, stdout=sys.stderr, check=False
+    ).returncode:
+        raise NotMade(
+            f"{command[0]} ended with exit {code}",
+            expected="a network to measure with",
+            remedy="see what it said above",
+        )
 
 
 if __name__ == "__main__":

@@ -9,14 +9,28 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("mask2ct", "numpy", "torch", "onnx", "onnxruntime", "onnxruntime-gpu", "openvino", "SimpleITK", "isal")
+PACKAGES = (
+    "mask2ct",
+    "numpy",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "SimpleITK",
+    "isal",
+)
 
 
 def machine(root: Path) -> dict[str, Any]:
-    """Processor, cores this process may use, memory in GiB, Python, the packages' versions, and `root`'s git commit."""
+    """Processor, cores this process may use, memory in GiB, Python, the packages' versions, and
+    `root`'s git commit.
+    """
     return {
         "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ),
         "memory_gib": _memory(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
@@ -26,13 +40,21 @@ def machine(root: Path) -> dict[str, Any]:
 
 
 def commit(root: Path) -> str | None:
-    """The short commit of `root`, with "+" when files differ from it; None outside a git checkout."""
+    """The short commit of `root`, with "+" when files differ from it; None outside a git
+    checkout.
+    """
     try:
         short = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
         changed = subprocess.run(
-            ["git", "-C", str(root), "status", "--porcelain"], capture_output=True, text=True, check=True
+            ["git", "-C", str(root), "status", "--porcelain"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -40,7 +62,10 @@ def commit(root: Path) -> str | None:
 
 
 def peak_rss() -> int:
-    """The most bytes that this process held resident. Linux' own figure first: getrusage's is inherited from whoever started us."""
+    """The most bytes that this process held resident.
+
+    Linux' own figure first: getrusage's is inherited from whoever started us.
+    """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
         return 1024 * int(status.split("VmHWM:")[1].split()[0])
@@ -58,13 +83,20 @@ def _version(name: str) -> str | None:
 
 
 def _cpu() -> str:
-    """The processor's own name with its family and model, which tell apart what clouds call alike."""
+    """The processor's own name with its family and model, which tell apart what clouds call
+    alike.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:
         return platform.processor() or platform.machine()
-    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    return f"{facts.get('model name', platform.machine())} (family {facts.get('cpu family', '?')} model {facts.get('model', '?')})"
+    facts = {
+        key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)
+    }
+    return (
+        f"{facts.get('model name', platform.machine())} (family {facts.get('cpu family', '?')}"
+        f" model {facts.get('model', '?')})"
+    )
 
 
 def _memory() -> float | None:

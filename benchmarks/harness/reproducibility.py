@@ -1,7 +1,8 @@
 """Do two runs say the same?  python benchmarks/harness/reproducibility.py A.json B.json
 
-Each file is what `benchmarks/run.py … --json FILE` wrote. Two ratios agree when the interval of one holds the other's value, or the two
-intervals overlap: both are counted, the second is what is asked for. Exit 1 when fewer than nine in ten agree.
+Each file is what `benchmarks/run.py … --json FILE` wrote. Two ratios agree when the interval of one
+holds the other's value, or the two intervals overlap: both are counted, the second is what is asked
+for. Exit 1 when fewer than nine in ten agree.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ def pairs(one: Sequence[Record], other: Sequence[Record]) -> list[Pair]:
     """Every ratio that both runs have."""
     later = {record["suite"]: record for record in other}
     return [
-        Pair(f"{record['suite']}: ours / {name}", ratio_of(record, name), ratio_of(later[record["suite"]], name))
+        Pair(
+            f"{record['suite']}: ours / {name}",
+            ratio_of(record, name),
+            ratio_of(later[record["suite"]], name),
+        )
         for record in one
         for name in record["ratios"]
         if name in later.get(record["suite"], {"ratios": {}})["ratios"]
@@ -59,17 +64,26 @@ def pairs(one: Sequence[Record], other: Sequence[Record]) -> list[Pair]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser("agree.py", description="Do two runs of the benchmarks say the same?", epilog=EXIT_CODES)
+    parser = argparse.ArgumentParser(
+        "agree.py", description="Do two runs of the benchmarks say the same?", epilog=EXIT_CODES
+    )
     parser.add_argument("runs", nargs=2, type=Path, metavar="FILE.json")
     options = parser.parse_args(argv)
     found = pairs(*(_load(path) for path in options.runs))
     if not found:
-        raise UsageError("the two runs have no ratio in common", expected="the same suites in both", remedy="run the same command twice")
+        raise UsageError(
+            "the two runs have no ratio in common",
+            expected="the same suites in both",
+            remedy="run the same command twice",
+        )
     for pair in found:
         if not pair.agrees:
             print(f"apart: {pair}")
     agreed, held = sum(p.agrees for p in found), sum(p.held for p in found)
-    print(f"{agreed} of {len(found)} ratios agree ({agreed / len(found):.0%}); of {held} the first run's interval holds the second's value")
+    print(
+        f"{agreed} of {len(found)} ratios agree ({agreed / len(found):.0%}); of {held} the first"
+        " run's interval holds the second's value"
+    )
     print(json.dumps({"ratios": len(found), "agree": agreed, "held": held}))
     return int(agreed < ENOUGH * len(found))
 
@@ -77,7 +91,9 @@ def main(argv: Sequence[str]) -> int:
 def _load(path: Path) -> list[Record]:
     with reading(path, "what benchmarks/run.py --json wrote", UsageError):
         records = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(records, list) or not all(isinstance(r, dict) and "ratios" in r for r in records):
+        if not isinstance(records, list) or not all(
+            isinstance(r, dict) and "ratios" in r for r in records
+        ):
             raise ValueError("it holds no records")
         return records
 

@@ -1,8 +1,9 @@
-"""Does the comparison find what it must?  python benchmarks/harness/selfcheck.py [--model MODEL] [--times 10]
+"""Does the comparison find what it must?  python benchmarks/harness/selfcheck.py [--model MODEL]
+[--times 10]
 
-Plants a slowdown of half as much again in the synthesizer, and nothing at all, TIMES times each, and counts how often
-`benchmarks/run.py --compare` would have called a fall. Exit 1 when fewer than nine in ten of the slow ones are found, or more
-than one in ten of the others.
+Plants a slowdown of half as much again in the synthesizer, and nothing at all, TIMES times each,
+and counts how often `benchmarks/run.py --compare` would have called a fall. Exit 1 when fewer than
+nine in ten of the slow ones are found, or more than one in ten of the others.
 """
 
 from __future__ import annotations
@@ -29,9 +30,13 @@ SLOWDOWN = 0.5
 
 def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
-        "selfcheck.py", description="Does --compare find a planted slowdown, and nothing else?", epilog=EXIT_CODES
+        "selfcheck.py",
+        description="Does --compare find a planted slowdown, and nothing else?",
+        epilog=EXIT_CODES,
     )
-    parser.add_argument("--model", type=Path, help="a model folder (default: `edge`, made once under runs/bench)")
+    parser.add_argument(
+        "--model", type=Path, help="a model folder (default: `edge`, made once under runs/bench)"
+    )
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(argv)
@@ -45,16 +50,31 @@ def main(argv: Sequence[str]) -> int:
         progress.update(2 * (n + 1))
     progress.close()
     print(
-        f"a slowdown of {SLOWDOWN:.0%} was called {found['planted']} times of {options.times}, no change {found['nothing']} times of {options.times}"
+        f"a slowdown of {SLOWDOWN:.0%} was called {found['planted']} times of {options.times}, no"
+        f" change {found['nothing']} times of {options.times}"
     )
-    print(json.dumps({"suite": "selfcheck", "times": options.times, "called": found, "load": noise(), "machine": machine(ROOT)}))
+    print(
+        json.dumps(
+            {
+                "suite": "selfcheck",
+                "times": options.times,
+                "called": found,
+                "load": noise(),
+                "machine": machine(ROOT),
+            }
+        )
+    )
     return int(found["planted"] < 0.9 * options.times or found["nothing"] > 0.1 * options.times)
 
 
 def _record(model: Path, planted: float) -> Record:
     given = {"model": str(model), "slices": 32, "backend": "auto"}
     contenders = [
-        Contender("mask2ct synthesizer", "benchmarks.suites.engine:synthesizer", {**given, "planted": planted}),
+        Contender(
+            "mask2ct synthesizer",
+            "benchmarks.suites.engine:synthesizer",
+            {**given, "planted": planted},
+        ),
         Contender("its engine", "benchmarks.suites.engine:ours", given),
     ]
     return make_record("selfcheck", {}, "slices/s", measure(contenders, ROUNDS, quiet=True))

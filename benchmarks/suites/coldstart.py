@@ -1,8 +1,10 @@
-"""Suite `coldstart`: from an empty process to the first synthesized slab, beside PyTorch doing the same for one slice. Units: starts.
+"""Suite `coldstart`: from an empty process to the first synthesized slab, beside PyTorch doing the
+same for one slice. Units: starts.
 
-And to the first slab that `mask2ct synth` hands to the result's file, of a mask of 300 x 512 x 512 in .nii.gz, which is read and checked
-before. Each run is a new Python process; the page cache is warm, as it is on a machine that synthesizes now and then. What the engine
-and the codecs import when they are first needed counts as opening, not as import.
+And to the first slab that `mask2ct synth` hands to the result's file, of a mask of 300 x 512 x 512
+in .nii.gz, which is read and checked before. Each run is a new Python process; the page cache is
+warm, as it is on a machine that synthesizes now and then. What the engine and the codecs import
+when they are first needed counts as opening, not as import.
 """
 
 from __future__ import annotations
@@ -86,25 +88,38 @@ def groups(model: Prepared, backend: str) -> dict[str, list[Contender]]:
     given = {"model": str(model.model), "backend": backend}
     programs: dict[str, dict[str, Any]] = {
         "mask2ct: first slab of 16": {"program": "synthesized", **given},
-        "mask2ct synth: first written slab": {"program": "written", **given, "mask": str(mask), "output": str(folder / "out")},
+        "mask2ct synth: first written slab": {
+            "program": "written",
+            **given,
+            "mask": str(mask),
+            "output": str(folder / "out"),
+        },
     }
     if model.trained is not None:
         programs["PyTorch eager: first slice"] = {"program": "torch", "run": str(model.trained)}
     return {
         "coldstart": [
-            Contender(name, "benchmarks.suites.coldstart:start", options, cost={"start": 1}) for name, options in programs.items()
+            Contender(name, "benchmarks.suites.coldstart:start", options, cost={"start": 1})
+            for name, options in programs.items()
         ]
     }
 
 
 def start(program: str, **given: str) -> Ready:
-    """Facts: seconds by part. A round's own are longer by what Python takes to start and, but for "written", to end."""
+    """Facts: seconds by part.
+
+    A round's own are longer by what Python takes to start and, but for "written", to end.
+    """
     code, parts = _PROGRAMS[program]
     code, facts = (_CLOCK + code).format(root=str(ROOT), **given), dict[str, Any]()
 
     def run() -> float:
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        *seconds, facts["peak_rss"] = json.loads(done.stdout.splitlines()[-1])  # the program's own, in the place of ours
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        *seconds, facts["peak_rss"] = json.loads(
+            done.stdout.splitlines()[-1]
+        )  # the program's own, in the place of ours
         facts["seconds"] = dict(zip(parts, seconds, strict=True))
         return 1.0
 

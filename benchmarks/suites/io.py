@@ -1,6 +1,8 @@
-"""Suite `io`: reading a mask and writing a CT in each format, beside the libraries' own ways and a copy of the same bytes in memory.
+"""Suite `io`: reading a mask and writing a CT in each format, beside the libraries' own ways and a
+copy of the same bytes in memory.
 
-Units are bytes of the array per second: 1 a voxel for the mask as it leaves the reader, 2 for the CT.
+Units are bytes of the array per second: 1 a voxel for the mask as it leaves the reader, 2 for the
+CT.
 """
 
 from __future__ import annotations
@@ -29,26 +31,49 @@ RAW = ("nii", "dicom")  # hold the array's bytes as they are, so that the disk i
 def groups(size: str) -> dict[str, list[Contender]]:
     options = {"size": size}
     readers = [
-        Contender(f"read .nii.gz, {by}", "benchmarks.suites.io:read", {**options, "by": by}, cost={"memcpy": 1})
+        Contender(
+            f"read .nii.gz, {by}",
+            "benchmarks.suites.io:read",
+            {**options, "by": by},
+            cost={"memcpy": 1},
+        )
         for by in ("mask2ct", "SimpleITK", "nibabel")
     ]
     writers = [
         *(
-            Contender(f"write {name}, mask2ct", "benchmarks.suites.io:write", {**options, "name": name},
-                      cost={"memcpy": 1, "disk": 1} if name in RAW else {"memcpy": 1})
+            Contender(
+                f"write {name}, mask2ct",
+                "benchmarks.suites.io:write",
+                {**options, "name": name},
+                cost={"memcpy": 1, "disk": 1} if name in RAW else {"memcpy": 1},
+            )
             for name in FORMATS
         ),
-        Contender("write .nii.gz, SimpleITK", "benchmarks.suites.io:write_simpleitk", options, cost={"memcpy": 1}),
-        Contender("write .nii.gz, nibabel", "benchmarks.suites.io:write_nibabel", options, cost={"memcpy": 1}),
-    ]  # fmt: skip
+        Contender(
+            "write .nii.gz, SimpleITK",
+            "benchmarks.suites.io:write_simpleitk",
+            options,
+            cost={"memcpy": 1},
+        ),
+        Contender(
+            "write .nii.gz, nibabel",
+            "benchmarks.suites.io:write_nibabel",
+            options,
+            cost={"memcpy": 1},
+        ),
+    ]
     return {"io read": readers, "io write": writers}
 
 
 def some_ct(volume: LabelVolume) -> np.ndarray:
-    """Steps between labels and scanner noise everywhere, air included: what compressors find hard."""
+    """Steps between labels and scanner noise everywhere, air included: what compressors find
+    hard.
+    """
     rng = np.random.default_rng(0)
     plane = rng.normal(0, 15, volume.labels.shape[1:]).astype(np.int16)
-    return (volume.labels.astype(np.int16) * 60 - 900) + np.stack([np.roll(plane, 37 * k, 1) for k in range(len(volume.labels))])
+    return (volume.labels.astype(np.int16) * 60 - 900) + np.stack(
+        [np.roll(plane, 37 * k, 1) for k in range(len(volume.labels))]
+    )
 
 
 def slabs_of(ct: np.ndarray) -> Iterator[CTSlab]:
@@ -66,8 +91,16 @@ def write(size: str, name: str) -> Ready:
     facts: dict[str, Any] = {}
 
     def run() -> float:
-        files = writer.write(Path(kept.name), OutputRecord("case", None, volume, manifest, "none", "", 0), slabs_of(ct))
-        facts["file_bytes"] = sum(f.stat().st_size for file in files for f in ([file] if file.is_file() else file.iterdir()))
+        files = writer.write(
+            Path(kept.name),
+            OutputRecord("case", None, volume, manifest, "none", "", 0),
+            slabs_of(ct),
+        )
+        facts["file_bytes"] = sum(
+            f.stat().st_size
+            for file in files
+            for f in ([file] if file.is_file() else file.iterdir())
+        )
         return float(ct.nbytes)
 
     return Ready(run, facts=facts)

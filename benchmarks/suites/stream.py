@@ -1,11 +1,13 @@
 """Suite `stream`: from a mask file to a CT file, against what people run today.
 
-One 300 x 512 x 512 mask, .nii.gz to .nii.gz, a network that synthesizes 256 x 256 (`edge`, barely trained, or --model MODEL --run RUN).
-Contenders: `Synthesizer.stream`; (a) nibabel, the same weights in eager PyTorch slice by slice, nibabel; (b) SimpleITK, ONNX
-Runtime as it comes slice by slice, SimpleITK. All are opened before; each reads and writes files. They resample differently and draw
-other noise, so that their outputs are not compared; where the network sees neighbours they give it the same slice again, which
-costs the same. Then 20 masks in one run: wall time against the time its slowest stage was busy, and against the processor time of
-the whole process divided by its cores, below which no schedule can go.
+One 300 x 512 x 512 mask, .nii.gz to .nii.gz, a network that synthesizes 256 x 256 (`edge`, barely
+trained, or --model MODEL --run RUN). Contenders: `Synthesizer.stream`; (a) nibabel, the same
+weights in eager PyTorch slice by slice, nibabel; (b) SimpleITK, ONNX Runtime as it comes slice by
+slice, SimpleITK. All are opened before; each reads and writes files. They resample differently and
+draw other noise, so that their outputs are not compared; where the network sees neighbours they
+give it the same slice again, which costs the same. Then 20 masks in one run: wall time against the
+time its slowest stage was busy, and against the processor time of the whole process divided by its
+cores, below which no schedule can go.
 """
 
 from __future__ import annotations
@@ -28,27 +30,43 @@ from ..harness.models import Prepared
 from ..harness.paired import Contender, Ready
 from .engine import macs
 
-OURS, TORCH, SERIAL = "mask2ct stream", "nibabel → torch eager → nibabel", "SimpleITK → ONNX Runtime → SimpleITK"
+OURS, TORCH, SERIAL = (
+    "mask2ct stream",
+    "nibabel → torch eager → nibabel",
+    "SimpleITK → ONNX Runtime → SimpleITK",
+)
 MONAI = "MONAI: LoadImage → SliceInferer → SaveImage"
 THEIRS = {TORCH: "by_torch", MONAI: "by_monai"}
 FORMATS = ("nifti", "nii", "dicom")  # what `stream formats` writes
 SIDE, SPACING = 512, 0.75  # pixels; mm
-SIZES, QUICK_SIZES = ((64, 128, 128), (128, 256, 256), (300, 512, 512)), ((16, 128, 128), (16, 512, 512))
+SIZES, QUICK_SIZES = (
+    ((64, 128, 128), (128, 256, 256), (300, 512, 512)),
+    ((16, 128, 128), (16, 512, 512)),
+)
 
 
 def groups(given: Prepared, backend: str, quick: bool) -> dict[str, list[Contender]]:
-    """`stream`: one large mask; `stream sizes`: three sizes in two formats; `stream formats`: the large one written otherwise; `stream
-    many`: a run of masks, beside the bound that its stages and its processor set.
+    """`stream`: one large mask; `stream sizes`: three sizes in two formats; `stream formats`: the
+    large one written otherwise; `stream many`: a run of masks, beside the bound that its stages and
+    its processor set.
     """
     folder = new_folder()
     manifest, model = Manifest.load(given.model), str(given.model)
     slices, each, count = (24, 4, 8) if quick else (300, 60, 20)
     cost = macs(given.model)
-    mask = {"model": model, "mask": str(write_mask(folder / "mask.nii.gz", manifest, (slices, SIDE, SIDE)))}
+    mask = {
+        "model": model,
+        "mask": str(write_mask(folder / "mask.nii.gz", manifest, (slices, SIDE, SIDE))),
+    }
 
-    def record(name: str, given: dict[str, Any], backend: str = backend, make: str = "ours") -> Contender:
+    def record(
+        name: str, given: dict[str, Any], backend: str = backend, make: str = "ours"
+    ) -> Contender:
         return Contender(
-            name, f"benchmarks.suites.stream:{make}", {**given, "backend": backend}, cost={"int8" if "int8" in backend else "fp32": cost}
+            name,
+            f"benchmarks.suites.stream:{make}",
+            {**given, "backend": backend},
+            cost={"int8" if "int8" in backend else "fp32": cost},
         )
 
     large = [record(OURS, mask)]
@@ -56,23 +74,44 @@ def groups(given: Prepared, backend: str, quick: bool) -> dict[str, list[Contend
         large.append(record(f"{OURS}, INT8", mask, "openvino-int8"))
     if given.trained is not None:
         weights = {**mask, "trained": str(given.trained)}
-        large += [Contender(name, f"benchmarks.suites.stream:{make}", weights, cost={"fp32": cost}) for name, make in THEIRS.items()]
+        large += [
+            Contender(name, f"benchmarks.suites.stream:{make}", weights, cost={"fp32": cost})
+            for name, make in THEIRS.items()
+        ]
     large.append(Contender(SERIAL, "benchmarks.suites.stream:by_onnx", mask, cost={"fp32": cost}))
 
     sizes = []
     for shape in QUICK_SIZES if quick else SIZES:
         name = "x".join(map(str, shape))
-        options = {"model": model, "mask": str(write_mask(folder / name / "mask.nii.gz", manifest, shape))}
-        sizes += [record(f"{name} to {format}", {**options, "format": format}) for format in ("nifti", "dicom")]
+        options = {
+            "model": model,
+            "mask": str(write_mask(folder / name / "mask.nii.gz", manifest, shape)),
+        }
+        sizes += [
+            record(f"{name} to {format}", {**options, "format": format})
+            for format in ("nifti", "dicom")
+        ]
 
-    masks = [str(write_mask(folder / "masks" / f"{n}.nii.gz", manifest, (each, SIDE, SIDE), seed=n)) for n in range(count)]
-    many = record(f"mask2ct, {count} masks of {each} slices", {"model": model, "masks": masks}, make="many")
+    masks = [
+        str(write_mask(folder / "masks" / f"{n}.nii.gz", manifest, (each, SIDE, SIDE), seed=n))
+        for n in range(count)
+    ]
+    many = record(
+        f"mask2ct, {count} masks of {each} slices", {"model": model, "masks": masks}, make="many"
+    )
     formats = [record(f"mask2ct to {name}", {**mask, "format": name}) for name in FORMATS]
-    return {"stream": large, "stream sizes": sizes, "stream formats": formats, "stream many": [many]}
+    return {
+        "stream": large,
+        "stream sizes": sizes,
+        "stream formats": formats,
+        "stream many": [many],
+    }
 
 
 def ours(model: str, mask: str, backend: str, format: str = "nifti") -> Ready:
-    """Facts: volumes a second, the share of the wall time that each stage is busy, and which is most, of the last run."""
+    """Facts: volumes a second, the share of the wall time that each stage is busy, and which is
+    most, of the last run.
+    """
     synth, out = Synthesizer.open(model, backend=backend), new_folder()
     facts: dict[str, Any] = {"backend": synth.backend}
 
@@ -82,14 +121,20 @@ def ours(model: str, mask: str, backend: str, format: str = "nifti") -> Ready:
         wall = time.perf_counter() - before
         assert result.error is None, result.error
         busy = {stage: round(seconds / wall, 3) for stage, seconds in result.seconds.items()}
-        facts.update(volumes_per_second=float(f"{1 / wall:.3g}"), busy=busy, limits=max(busy, key=lambda stage: busy[stage]))
+        facts.update(
+            volumes_per_second=float(f"{1 / wall:.3g}"),
+            busy=busy,
+            limits=max(busy, key=lambda stage: busy[stage]),
+        )
         return float(result.slices)
 
     return Ready(run, facts=facts, folder=out)
 
 
 def many(model: str, backend: str, masks: list[str]) -> Ready:
-    """Facts: seconds on the wall, each stage's busy ones, the process' own divided by the cores, and the wall by the largest bound."""
+    """Facts: seconds on the wall, each stage's busy ones, the process' own divided by the cores,
+    and the wall by the largest bound.
+    """
     synth, out = Synthesizer.open(model, backend=backend), new_folder()
     facts: dict[str, Any] = {"backend": synth.backend}
 
@@ -101,7 +146,9 @@ def many(model: str, backend: str, masks: list[str]) -> Ready:
             for stage, seconds in result.seconds.items():
                 busy[stage] += seconds
         wall, bound = time.perf_counter() - wall, (time.process_time() - cpu) / cores()
-        facts.update(wall=wall, busy=busy, processor=bound, wall_by_bound=wall / max(*busy.values(), bound))
+        facts.update(
+            wall=wall, busy=busy, processor=bound, wall_by_bound=wall / max(*busy.values(), bound)
+        )
         return float(slices)
 
     return Ready(run, facts=facts, folder=out)
@@ -115,14 +162,18 @@ def new_folder() -> Path:
 
 
 def write_mask(path: Path, manifest: Manifest, shape: tuple[int, int, int], seed: int = 0) -> Path:
-    """A heart of nested and neighbouring balls in the model's values, uint16 (D, H, W), some of it in every slice."""
+    """A heart of nested and neighbouring balls in the model's values, uint16 (D, H, W), some of
+    it in every slice.
+    """
     import SimpleITK as sitk
 
     rng, (slices, rows, columns) = np.random.default_rng(seed), shape
     k, h, w = np.ogrid[:slices, :rows, :columns]
     labels = np.zeros(shape, np.uint16)
     for label in manifest.labels.labels[1:]:
-        row, column, radius = (rows / SIDE * n for n in (*rng.uniform(180, 330, 2), rng.uniform(40, 80)))
+        row, column, radius = (
+            rows / SIDE * n for n in (*rng.uniform(180, 330, 2), rng.uniform(40, 80))
+        )
         depth = (k - slices / 2) / slices * 1.2 * radius
         labels[depth**2 + (h - row) ** 2 + (w - column) ** 2 < radius**2] = label.value
     image = sitk.GetImageFromArray(labels)
@@ -134,7 +185,9 @@ def write_mask(path: Path, manifest: Manifest, shape: tuple[int, int, int], seed
 
 def by_torch(model: str, mask: str, trained: str) -> Ready:
     graph, manifest, out = network(trained), Manifest.load(Path(model)), new_folder()
-    return Ready(lambda: float(torch_serial(graph, manifest, Path(mask), out / "ct.nii.gz")), folder=out)
+    return Ready(
+        lambda: float(torch_serial(graph, manifest, Path(mask), out / "ct.nii.gz")), folder=out
+    )
 
 
 def by_monai(model: str, mask: str, trained: str) -> Ready:
@@ -143,7 +196,9 @@ def by_monai(model: str, mask: str, trained: str) -> Ready:
 
 
 def torch_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
-    """(a): the whole volume loaded, then slice by slice through PyTorch, then saved, all with each library's defaults."""
+    """(a): the whole volume loaded, then slice by slice through PyTorch, then saved, all with
+    each library's defaults.
+    """
     import nibabel
     import torch
     from torch.nn.functional import interpolate
@@ -155,10 +210,17 @@ def torch_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
     ct = np.empty(values.shape, np.int16)
     with torch.inference_mode():
         for k in range(values.shape[2]):
-            labels = torch.from_numpy(np.searchsorted(known, values[:, :, k].T).astype(np.uint8))[None, None]
+            labels = torch.from_numpy(np.searchsorted(known, values[:, :, k].T).astype(np.uint8))[
+                None, None
+            ]
             small = interpolate(labels, (height, width), mode="nearest")
             noise = torch.randint(0, 256, (1, height, width), dtype=torch.uint8)
-            hu = graph(small.repeat(1, manifest.grid.slices, 1, 1), noise=noise).numpy().view("<i2")[..., 0].astype(np.float32)
+            hu = (
+                graph(small.repeat(1, manifest.grid.slices, 1, 1), noise=noise)
+                .numpy()
+                .view("<i2")[..., 0]
+                .astype(np.float32)
+            )
             large = interpolate(torch.from_numpy(hu)[None], values.shape[1::-1], mode="bilinear")
             ct[:, :, k] = large[0, 0].round().numpy().T
     nibabel.save(nibabel.Nifti1Image(ct, image.affine), out)
@@ -174,34 +236,49 @@ def monai_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
     image: Any = LoadImage(ensure_channel_first=True, image_only=True)(mask)  # (1, W, H, D)
     canvas, whole = manifest.grid.canvas, tuple(image.shape[1:])
     known = torch.tensor([label.value for label in manifest.labels.labels], dtype=image.dtype)
-    small = Resize((canvas[1], canvas[0], whole[2]), mode="nearest")(torch.searchsorted(known, image).float())
+    small = Resize((canvas[1], canvas[0], whole[2]), mode="nearest")(
+        torch.searchsorted(known, image).float()
+    )
 
     def predict(labels: Any) -> Any:
         """(N, 1, W, H) → HU, the same shape."""
         turned = torch.as_tensor(labels).round().to(torch.uint8).transpose(2, 3).contiguous()
         noise = torch.randint(0, 256, (len(turned), *canvas), dtype=torch.uint8)
         hu = torch.from_numpy(
-            graph(turned.repeat(1, manifest.grid.slices, 1, 1), noise=noise).numpy().view("<i2")[..., 0].astype(np.float32)
+            graph(turned.repeat(1, manifest.grid.slices, 1, 1), noise=noise)
+            .numpy()
+            .view("<i2")[..., 0]
+            .astype(np.float32)
         )
         return hu.transpose(1, 2)[:, None]
 
     with torch.inference_mode():
-        generated = SliceInferer(roi_size=(canvas[1], canvas[0]), sw_batch_size=8, spatial_dim=2)(small[None], predict)[0]
+        generated = SliceInferer(roi_size=(canvas[1], canvas[0]), sw_batch_size=8, spatial_dim=2)(
+            small[None], predict
+        )[0]
     large = Resize(whole, mode="trilinear")(generated)
-    SaveImage(out, output_ext=".nii.gz", output_dtype=np.int16, separate_folder=False, print_log=False)(large, meta_data=image.meta)
+    SaveImage(
+        out, output_ext=".nii.gz", output_dtype=np.int16, separate_folder=False, print_log=False
+    )(large, meta_data=image.meta)
     return int(whole[2])
 
 
 def by_onnx(model: str, mask: str) -> Ready:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(Path(model) / "model.onnx"), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        str(Path(model) / "model.onnx"), providers=["CPUExecutionProvider"]
+    )
     manifest, out = Manifest.load(Path(model)), new_folder()
-    return Ready(lambda: float(onnx_serial(session, manifest, Path(mask), out / "ct.nii.gz")), folder=out)
+    return Ready(
+        lambda: float(onnx_serial(session, manifest, Path(mask), out / "ct.nii.gz")), folder=out
+    )
 
 
 def onnx_serial(session: Any, manifest: Manifest, mask: Path, out: Path) -> int:
-    """(b): read, resampled to the canvas, slice by slice through ONNX Runtime, resampled back, written, all with each library's defaults."""
+    """(b): read, resampled to the canvas, slice by slice through ONNX Runtime, resampled back,
+    written, all with each library's defaults.
+    """
     import SimpleITK as sitk
 
     image = sitk.ReadImage(str(mask))
@@ -210,19 +287,34 @@ def onnx_serial(session: Any, manifest: Manifest, mask: Path, out: Path) -> int:
     small = sitk.Image([canvas[1], canvas[0], depth], sitk.sitkUInt8)
     x, y, z = image.GetSpacing()
     small.SetSpacing((x * width / canvas[1], y * height / canvas[0], z))
-    small.SetOrigin(tuple(o + (s - t) / 2 for o, s, t in zip(image.GetOrigin(), small.GetSpacing(), image.GetSpacing(), strict=True)))
-    known = np.array([label.value for label in manifest.labels.labels])
-    labels = np.searchsorted(known, sitk.GetArrayFromImage(sitk.Resample(image, small, sitk.Transform(), sitk.sitkNearestNeighbor))).astype(
-        np.uint8
+    small.SetOrigin(
+        tuple(
+            o + (s - t) / 2
+            for o, s, t in zip(
+                image.GetOrigin(), small.GetSpacing(), image.GetSpacing(), strict=True
+            )
+        )
     )
+    known = np.array([label.value for label in manifest.labels.labels])
+    labels = np.searchsorted(
+        known,
+        sitk.GetArrayFromImage(
+            sitk.Resample(image, small, sitk.Transform(), sitk.sitkNearestNeighbor)
+        ),
+    ).astype(np.uint8)
     rng = np.random.default_rng()
     hu = np.empty(labels.shape, np.int16)
     for k in range(depth):
         noise = rng.integers(0, 256, (1, *canvas), np.uint8)
-        hu[k] = session.run(None, {"labels": labels[k : k + 1, None].repeat(manifest.grid.slices, 1), "noise": noise})[0].view("<i2")[
-            0, :, :, 0
-        ]
+        hu[k] = session.run(
+            None,
+            {"labels": labels[k : k + 1, None].repeat(manifest.grid.slices, 1), "noise": noise},
+        )[0].view("<i2")[0, :, :, 0]
     generated = sitk.GetImageFromArray(hu)
     generated.CopyInformation(small)
-    sitk.WriteImage(sitk.Resample(generated, image, sitk.Transform(), sitk.sitkLinear, manifest.intensity.low), str(out), True)
+    sitk.WriteImage(
+        sitk.Resample(generated, image, sitk.Transform(), sitk.sitkLinear, manifest.intensity.low),
+        str(out),
+        True,
+    )
     return int(depth)

@@ -1,11 +1,13 @@
 """Suite `train`: iterations/s of training against the loop people write.
 
-Ours is the training's own step on its own batches: slices from the memory-mapped cache, augmentation in batches on the device,
-channels_last, fused Adam, running average of the weights. The plain loop is written as the original and pix2pix are: a
-`Dataset` that reads two DICOM files an item at every step with SimpleITK and augments it with scipy (as Keras' ImageDataGenerator
-does), float32, NCHW, Adam, the losses' `.item()` at every step; once with the files read in the main process (the original), once
-by DataLoader workers (pix2pix: four; here no more than cores). The networks, their initial weights, the losses and the batch size are the same (a test
-holds the first step's losses equal).
+Ours is the training's own step on its own batches: slices from the memory-mapped cache,
+augmentation in batches on the device, channels_last, fused Adam, running average of the weights.
+The plain loop is written as the original and pix2pix are: a `Dataset` that reads two DICOM files an
+item at every step with SimpleITK and augments it with scipy (as Keras' ImageDataGenerator does),
+float32, NCHW, Adam, the losses' `.item()` at every step; once with the files read in the main
+process (the original), once by DataLoader workers (pix2pix: four; here no more than cores). The
+networks, their initial weights, the losses and the batch size are the same (a test holds the first
+step's losses equal).
 """
 
 from __future__ import annotations
@@ -47,9 +49,17 @@ LOADING = 0.05  # of a step's time, the most that our loader may take
 
 
 class SliceFiles(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Slices as single DICOM files, an image and a label map each, read and augmented anew whenever they are asked for."""
+    """Slices as single DICOM files, an image and a label map each, read and augmented anew
+    whenever they are asked for.
+    """
 
-    def __init__(self, folder: Path, patients: Sequence[Slices], settings: config.AugmentConfig, intensity: Intensity):
+    def __init__(
+        self,
+        folder: Path,
+        patients: Sequence[Slices],
+        settings: config.AugmentConfig,
+        intensity: Intensity,
+    ):
         self._folder, self._settings, self._intensity = folder, settings, intensity
         self._count = sum(map(len, patients))
         sitk = simpleitk()
@@ -64,12 +74,19 @@ class SliceFiles(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __getitem__(self, n: int) -> tuple[Tensor, Tensor, Tensor]:
         """(labels uint8 (Z, H, W), image float32 (1, H, W) in [0, 1], noise uint8 (1, H, W))."""
         sitk = simpleitk()
-        labels, image = (sitk.GetArrayFromImage(sitk.ReadImage(str(self._folder / f"{n}_{kind}.dcm"))) for kind in ("label", "image"))
+        labels, image = (
+            sitk.GetArrayFromImage(sitk.ReadImage(str(self._folder / f"{n}_{kind}.dcm")))
+            for kind in ("label", "image")
+        )
         unit = to_unit(image, self._intensity)
         rng = np.random.default_rng()
         if self._settings.active:
             labels, unit = _moved(augmentation.draw(self._settings, 1, rng)[0], labels, unit)
-        return torch.from_numpy(labels), torch.from_numpy(unit), torch.from_numpy(rng.integers(0, 256, unit.shape, np.uint8))
+        return (
+            torch.from_numpy(labels),
+            torch.from_numpy(unit),
+            torch.from_numpy(rng.integers(0, 256, unit.shape, np.uint8)),
+        )
 
 
 class PlainLoop:
@@ -78,7 +95,8 @@ class PlainLoop:
     def __init__(self, settings: config.RunConfig):
         self._config, self._classes = settings, len(config.label_table(settings.data))
         self.generator, self.discriminator = (
-            net.to(memory_format=torch.contiguous_format) for net in (make_generator(settings), make_discriminator(settings))
+            net.to(memory_format=torch.contiguous_format)
+            for net in (make_generator(settings), make_discriminator(settings))
         )
         o = settings.optimizer
         self._adam_g = torch.optim.Adam(self.generator.parameters(), o.lr_g, (o.beta1, o.beta2))
@@ -88,18 +106,25 @@ class PlainLoop:
         """One optimisation of both networks. Returns the losses by name."""
         one_hot = functional.one_hot(batch.labels.long(), self._classes)  # (N, Z, H, W, classes)
         condition = one_hot.permute(0, 1, 4, 2, 3).flatten(1, 2).float().contiguous()
-        smooth, generated = self.generator.generate(condition, standardise_noise(batch.noise) if self.generator.noisy else None)
+        smooth, generated = self.generator.generate(
+            condition, standardise_noise(batch.noise) if self.generator.noisy else None
+        )
 
         self.discriminator.requires_grad_(True)
         self._adam_d.zero_grad()
-        d = discriminator_losses(self._discriminate(condition, batch.image), self._discriminate(condition, generated.detach()))
+        d = discriminator_losses(
+            self._discriminate(condition, batch.image),
+            self._discriminate(condition, generated.detach()),
+        )
         weighted_sum(d, dict.fromkeys(d, 1.0)).backward()
         self._adam_d.step()
 
         self.discriminator.requires_grad_(False)
         self._adam_g.zero_grad()
         discriminator_input = smooth + (generated - smooth).detach()
-        g = generator_losses(self._discriminate(condition, discriminator_input), smooth, generated, batch.image)
+        g = generator_losses(
+            self._discriminate(condition, discriminator_input), smooth, generated, batch.image
+        )
         weighted_sum(g, asdict(self._config.loss)).backward()
         self._adam_g.step()
         return {name: value.item() for name, value in {**g, **d}.items()}
@@ -116,7 +141,9 @@ class PlainLoop:
 class Timed:
     """A contender: `steps` iterations a call, with the time spent on getting batches kept apart."""
 
-    def __init__(self, steps: int, batch: Callable[[int], Batch], step: Callable[[int, Batch], object]):
+    def __init__(
+        self, steps: int, batch: Callable[[int], Batch], step: Callable[[int, Batch], object]
+    ):
         self._steps, self._batch, self._step, self._done = steps, batch, step, 0
         self.shares: list[float] = []  # of each call's time, spent on batches
 
@@ -133,19 +160,35 @@ class Timed:
 
 
 def groups(settings: config.RunConfig, quick: bool) -> dict[str, list[Contender]]:
-    """Ours and the two plain loops, on the config's own data; the phantom, if it is one, is made once, by the first."""
+    """Ours and the two plain loops, on the config's own data; the phantom, if it is one, is made
+    once, by the first.
+    """
     folder = tempfile.mkdtemp(prefix="mask2ct-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     # many steps a round: what workers fetched ahead is little of it
-    given: dict[str, Any] = {"settings": config.to_json(settings), "folder": folder, "steps": 4 if quick else 20}
+    given: dict[str, Any] = {
+        "settings": config.to_json(settings),
+        "folder": folder,
+        "steps": 4 if quick else 20,
+    }
     cost = {"fp32": step_macs(settings)}
     ours = Contender(OURS, "benchmarks.suites.train:ours", given, cost=cost)
     plain = ((PLAIN, 0), (WORKERS, min(PIX2PIX_WORKERS, torch.get_num_threads())))
-    return {"train": [ours, *(Contender(name, "benchmarks.suites.train:plain", {**given, "workers": n}, cost=cost) for name, n in plain)]}
+    return {
+        "train": [
+            ours,
+            *(
+                Contender(name, "benchmarks.suites.train:plain", {**given, "workers": n}, cost=cost)
+                for name, n in plain
+            ),
+        ]
+    }
 
 
 def step_macs(settings: config.RunConfig) -> int:
-    """Multiply-accumulates of one step, forward and backward, as torch counts them while the plain loop takes one."""
+    """Multiply-accumulates of one step, forward and backward, as torch counts them while the
+    plain loop takes one.
+    """
     n, (h, w) = settings.training.batch_size, settings.data.canvas
     planes = torch.zeros(n, settings.data.slices, h, w, dtype=torch.uint8)
     with FlopCounterMode(display=False) as counter:
@@ -158,10 +201,15 @@ def ours(settings: dict[str, Any], folder: str, steps: int) -> Ready:
     opening = []
     for _ in range(2):  # without a cache entry, and with
         before = time.perf_counter()
-        cohort = open_cohort(resolved, Path(folder) / "run", cache=Path(folder) / "slices", quiet=True)
+        cohort = open_cohort(
+            resolved, Path(folder) / "run", cache=Path(folder) / "slices", quiet=True
+        )
         opening.append(round(time.perf_counter() - before, 2))
     training = Training(resolved, Path(folder) / "run", cohort, quiet=True)
-    return _ready(Timed(steps, training.batch, training.step), {"opening_seconds": opening, "at_most": {"loader_share": LOADING}})
+    return _ready(
+        Timed(steps, training.batch, training.step),
+        {"opening_seconds": opening, "at_most": {"loader_share": LOADING}},
+    )
 
 
 def plain(settings: dict[str, Any], folder: str, steps: int, workers: int) -> Ready:
@@ -184,7 +232,14 @@ def _ready(timed: Timed, facts: dict[str, Any]) -> Ready:
 
 
 def _endless(files: SliceFiles, batch_size: int, workers: int) -> Iterator[Batch]:
-    loader = DataLoader(files, batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=workers > 0)
+    loader = DataLoader(
+        files,
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+    )
     while True:
         for labels, image, noise in loader:
             yield Batch(labels, image, noise)
@@ -199,6 +254,8 @@ def _moved(
     offset = (affine[::-1, 2] / 2 + 0.5) * [h, w] - 0.5 - matrix @ [(h - 1) / 2, (w - 1) / 2]
 
     def planes(volume: NDArray[Any], order: int) -> NDArray[Any]:
-        return np.stack([ndimage.affine_transform(plane, matrix, offset, order=order) for plane in volume])
+        return np.stack(
+            [ndimage.affine_transform(plane, matrix, offset, order=order) for plane in volume]
+        )
 
     return planes(labels, 0), planes(image, 1)

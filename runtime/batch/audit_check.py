@@ -1,4 +1,6 @@
-"""Whether an audit file is whole: its chain is followed from line to line, and what it tells is counted."""
+"""Whether an audit file is whole: its chain is followed from line to line, and what it tells is
+counted.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +21,17 @@ LONGEST_LINE = 64 << 20  # bytes: a series of 5,000 slices needs 0.7 MB
 
 
 class BrokenChain(InputError):
-    """A line of an audit file is not the one that was written there, or one is missing before it."""
+    """A line of an audit file is not the one that was written there, or one is missing before
+    it.
+    """
 
 
 @dataclass
 class AuditSummary:
-    """What one or several audit files tell. `last`: SHA-256 of the last whole line; `torn`: bytes of what follows it."""
+    """What one or several audit files tell.
+
+    `last`: SHA-256 of the last whole line; `torn`: bytes of what follows it.
+    """
 
     lines: int = 0
     first_time: str = ""  # UTC
@@ -35,7 +42,9 @@ class AuditSummary:
     torn_before: int = 0  # torn lines that others follow
     processes: set[str] = field(default_factory=set)
     actions: Counter[str] = field(default_factory=Counter)
-    models: Counter[tuple[str, ...]] = field(default_factory=Counter)  # name, SHA-256 of manifest and file
+    models: Counter[tuple[str, ...]] = field(
+        default_factory=Counter
+    )  # name, SHA-256 of manifest and file
 
     def __str__(self) -> str:
         rows = [
@@ -44,13 +53,31 @@ class AuditSummary:
             *((action, f"{self.actions[action]}") for action in ACTIONS if self.actions[action]),
         ]
         for (name, manifest, file), count in self.models.items():
-            rows.append(("made by", f"{name}, manifest {manifest}, model file {file or 'none'}: {count}"))
+            rows.append(
+                ("made by", f"{name}, manifest {manifest}, model file {file or 'none'}: {count}")
+            )
         if self.continues:
             rows.append(("continues", f"a file whose last line has the SHA-256 {self.continues}"))
         if self.torn_before:
-            rows.append(("torn", f"{quantity(self.torn_before, 'line')} that a crash or a full disk cut short, each told by the next"))
+            rows.append(
+                (
+                    "torn",
+                    (
+                        f"{quantity(self.torn_before, 'line')} that a crash or a full disk cut"
+                        " short, each told by the next"
+                    ),
+                )
+            )
         if self.torn:
-            rows.append(("torn", f"{quantity(self.torn, 'byte')} at the end: a crash or a full disk cut the last line short"))
+            rows.append(
+                (
+                    "torn",
+                    (
+                        f"{quantity(self.torn, 'byte')} at the end: a crash or a full disk cut the"
+                        " last line short"
+                    ),
+                )
+            )
         rows.append(("last line", f"SHA-256 {self.last}"))
         # what the file holds may be anyone's: nothing of it may steer a terminal
         return "\n".join(f"{key:<15} {printable_line(text)}" for key, text in rows)
@@ -135,7 +162,9 @@ class _Chain:
         if not self._previous:
             self._summary.continues = facts["previous"].strip("0") and facts["previous"]
         elif facts["previous"] != self._previous:
-            raise _broken(file, number, "the line before it was altered, or lines before it are missing")
+            raise _broken(
+                file, number, "the line before it was altered, or lines before it are missing"
+            )
 
     def _count(self, facts: Mapping[str, Any], digest: str) -> None:
         summary, action = self._summary, str(facts["action"])
@@ -145,7 +174,9 @@ class _Chain:
         summary.processes.add(str(facts["process"]))
         summary.actions[action] += 1
         if action == "synthesized":
-            model = tuple(str(facts.get(key, "")) for key in ("model_name", "manifest_sha256", "model_sha256"))
+            model = tuple(
+                str(facts.get(key, "")) for key in ("model_name", "manifest_sha256", "model_sha256")
+            )
             summary.models[model] += 1
 
 
@@ -155,12 +186,22 @@ def _facts(line: bytes) -> dict[str, Any] | None:
         facts = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    is_whole = isinstance(facts, dict) and facts.get("schema") == SCHEMA and facts.get("action") in ACTIONS
-    return facts if is_whole and isinstance(facts.get("previous"), str) and {"time", "process"} <= {*facts} else None
+    is_whole = (
+        isinstance(facts, dict) and facts.get("schema") == SCHEMA and facts.get("action") in ACTIONS
+    )
+    return (
+        facts
+        if is_whole and isinstance(facts.get("previous"), str) and {"time", "process"} <= {*facts}
+        else None
+    )
 
 
 def _altered(line: _Unread) -> BrokenChain:
-    return _broken(line.file, line.number, "it is no line of this format, and the next does not say that it is torn")
+    return _broken(
+        line.file,
+        line.number,
+        "it is no line of this format, and the next does not say that it is torn",
+    )
 
 
 def _broken(file: Path, number: int, why: str) -> BrokenChain:

@@ -1,9 +1,10 @@
-"""The audit file: which model made what of which mask, one JSON object a line, each chained to the line before it.
+"""The audit file: which model made what of which mask, one JSON object a line, each chained to the
+line before it.
 
     {"schema": 1, "time": "…Z", "process": "…", "action": "synthesized", …, "previous": "<SHA-256 of the line before>"}
 
-Lines are appended and never rewritten. `docs/audit.md` states the fields; `mask2ct audit FILE` verifies the chain. No word
-of a DICOM source is in it: cases and studies are called by digests.
+Lines are appended and never rewritten. `docs/audit.md` states the fields; `mask2ct audit FILE`
+verifies the chain. No word of a DICOM source is in it: cases and studies are called by digests.
 """
 
 from __future__ import annotations
@@ -44,7 +45,12 @@ ACTIONS = (
     "failed",
     "delivered",
 )
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # what log rotation makes of a file that is no longer read
+COMPRESSED = (
+    ".gz",
+    ".bz2",
+    ".xz",
+    ".zst",
+)  # what log rotation makes of a file that is no longer read
 
 Facts = dict[str, Any]
 
@@ -52,14 +58,17 @@ Facts = dict[str, Any]
 class AuditFile:
     """Appends lines to an audit file; safe to use from several threads and several processes.
 
-    The file is opened for each line. So an operator rotates it by renaming it within its folder: the next line begins a new
-    file, and names the SHA-256 of the last line of the file that was renamed.
+    The file is opened for each line. So an operator rotates it by renaming it within its folder:
+    the next line begins a new file, and names the SHA-256 of the last line of the file that was
+    renamed.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.process = os.urandom(8).hex()
-        self._last = NO_LINE  # SHA-256 of the last line of this process, should the renamed file be gone
+        self._last = (
+            NO_LINE  # SHA-256 of the last line of this process, should the renamed file be gone
+        )
         self._thread = threading.Lock()
 
     def add(self, action: str, **facts: object) -> None:
@@ -75,13 +84,21 @@ class AuditFile:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         with self._thread, writing(self.path), self._opened() as handle:
             before, is_torn = last_line(handle)
-            line: Facts = {"schema": SCHEMA, "time": now, "process": self.process, "action": action, **facts}
+            line: Facts = {
+                "schema": SCHEMA,
+                "time": now,
+                "process": self.process,
+                "action": action,
+                **facts,
+            }
             end = b"\n" if is_torn else b""
             if not before:
                 before, is_torn = self._rotated()
                 line["begins"] = "after rotation" if before or self._last != NO_LINE else "a chain"
             if is_torn:
-                line["torn"] = len(before)  # bytes of the line before, which a crash or a full disk cut short
+                line["torn"] = len(
+                    before
+                )  # bytes of the line before, which a crash or a full disk cut short
             line["previous"] = _sha256(before) if before else self._last
             content = json.dumps(line).encode()
             append(handle, end + content + b"\n")
@@ -135,7 +152,9 @@ class AuditFile:
             with suppress(OSError):
                 handle = os.open(path, os.O_RDWR)
                 try:
-                    _wait_for_lock(handle)  # who opened it before it was renamed may still add a line
+                    _wait_for_lock(
+                        handle
+                    )  # who opened it before it was renamed may still add a line
                     return last_line(handle)
                 finally:
                     os.close(handle)
@@ -143,12 +162,15 @@ class AuditFile:
 
 
 class AuditTrail:
-    """What one run of a command tells of itself: each result to its log, all actions to the audit file where there is one.
+    """What one run of a command tells of itself: each result to its log, all actions to the audit
+    file where there is one.
 
     Use as a context manager: it writes `started` and `stopped`.
     """
 
-    def __init__(self, path: Path | None, command: str, log: Callable[[str, Facts], None] | None = None):
+    def __init__(
+        self, path: Path | None, command: str, log: Callable[[str, Facts], None] | None = None
+    ):
         self._file = None if path is None else AuditFile(path)
         self._command, self._log = command, log
         self._models: dict[str, Facts] = {}
@@ -161,7 +183,9 @@ class AuditTrail:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         with suppress(OutputError):  # the error that ended the command is the one to be told
-            self.add("stopped", command=self._command, reason="done" if kind is None else kind.__name__)
+            self.add(
+                "stopped", command=self._command, reason="done" if kind is None else kind.__name__
+            )
 
     def add(self, action: str, **facts: object) -> None:
         """Append a line to the audit file, if there is one. Raises `OutputError`."""
@@ -169,17 +193,23 @@ class AuditTrail:
             self._file.add(action, **facts)
 
     def load(self, models: Mapping[str, Maker]) -> None:
-        """Note which models are open: as switched where the file's last line about one of that name had other digests."""
+        """Note which models are open: as switched where the file's last line about one of that
+        name had other digests.
+        """
         known = {} if self._file is None else self._file.models()
         for name, synth in models.items():
             facts = self._models[name] = model_facts(name, synth)
             if synth.manifest.derived:  # a method, and no model
                 continue
             before = known.get(name)
-            if before is None or all(before.get(key) == facts[key] for key in ("manifest_sha256", "model_sha256")):
+            if before is None or all(
+                before.get(key) == facts[key] for key in ("manifest_sha256", "model_sha256")
+            ):
                 self.add("model loaded", **facts)
             else:
-                old = {f"before_{key}": before.get(key) for key in ("manifest_sha256", "model_sha256")}
+                old = {
+                    f"before_{key}": before.get(key) for key in ("manifest_sha256", "model_sha256")
+                }
                 self.add("model switched", **facts, **old)
 
     def result(self, result: CaseResult, model: str, seed: int, **facts: object) -> None:
@@ -194,7 +224,9 @@ class AuditTrail:
         Raises:
             OutputError: where the audit file cannot be written.
         """
-        action = "failed" if result.error is not None else "skipped" if result.skipped else "synthesized"
+        action = (
+            "failed" if result.error is not None else "skipped" if result.skipped else "synthesized"
+        )
         line = {**facts, **result_facts(result, seed), **self._models.get(model, {"model": model})}
         self.add(action, **line)
         if self._log is not None:
@@ -205,7 +237,9 @@ class AuditTrail:
 
 
 def model_facts(name: str, synth: Maker) -> Facts:
-    """What identifies an open model: its names, the SHA-256 of its manifest and of the file that runs, engine and precision."""
+    """What identifies an open model: its names, the SHA-256 of its manifest and of the file that
+    runs, engine and precision.
+    """
     file = synth.manifest.files.get(synth.file)
     return {
         "model": name,
@@ -221,8 +255,9 @@ def model_facts(name: str, synth: Maker) -> Facts:
 def result_facts(result: CaseResult, seed: int) -> Facts:
     """What there is to say of a result but its model.
 
-    `files`: path in the output folder → SHA-256. `file_list_sha256`: of that list, not of a file; one value for a series of
-    a thousand slices. Lines written before it had this name call it `output_sha256`.
+    `files`: path in the output folder → SHA-256. `file_list_sha256`: of that list, not of a file;
+    one value for a series of a thousand slices. Lines written before it had this name call it
+    `output_sha256`.
     """
     return {
         "case": _case_name(result),
@@ -232,7 +267,9 @@ def result_facts(result: CaseResult, seed: int) -> Facts:
         "variant": result.variant,
         "slices": result.slices,
         "warnings": len(result.warnings),
-        "error": "" if result.error is None else type(result.error).__name__,  # its words may quote the mask
+        "error": (
+            "" if result.error is None else type(result.error).__name__
+        ),  # its words may quote the mask
         "seconds": {stage: round(value, 3) for stage, value in result.seconds.items()},
         "files": dict(result.sha256),
         "file_list_sha256": key_of(result.sha256) if result.sha256 else "",
@@ -240,16 +277,28 @@ def result_facts(result: CaseResult, seed: int) -> Facts:
 
 
 def _case_name(result: CaseResult) -> str:
-    """The case's name; of a file that is no volume, and no DICOM source either, a digest: its name may be a patient's."""
-    known = result.mask == Path(result.case) or result.mask.name.lower().endswith(SUFFIXES) or result.error is None
+    """The case's name; of a file that is no volume, and no DICOM source either, a digest: its
+    name may be a patient's.
+    """
+    known = (
+        result.mask == Path(result.case)
+        or result.mask.name.lower().endswith(SUFFIXES)
+        or result.error is None
+    )
     return result.case if known else pseudonym("item", result.mask.name)
 
 
 def _renamed(path: Path) -> list[Path]:
-    """Files beside `path` that log rotation made of it (NAME.1, NAME-20261130), the one that was written last first."""
+    """Files beside `path` that log rotation made of it (NAME.1, NAME-20261130), the one that was
+    written last first.
+    """
     folder = path.parent
     beside = [file for mark in (".", "-") for file in folder.glob(f"{_escape(path.name)}{mark}*")]
-    files = [file for file in beside if file.is_file() and not file.is_symlink() and file.suffix not in COMPRESSED]
+    files = [
+        file
+        for file in beside
+        if file.is_file() and not file.is_symlink() and file.suffix not in COMPRESSED
+    ]
     return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
 
 

@@ -1,4 +1,6 @@
-"""Many masks → many CTs: files in, files out, overlapped, resumable; one bad case never stops the others."""
+"""Many masks → many CTs: files in, files out, overlapped, resumable; one bad case never stops
+the others.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +28,22 @@ from .plan import Plan
 
 State = tuple[int, int, int, int, int, float]
 YOUNG = 2.0  # s: file systems state times in steps of up to so long
-LARGE_MASK = 96 << 20  # bytes; above, nothing is held but the one mask being synthesized, and what comes next waits
+LARGE_MASK = (
+    96 << 20
+)  # bytes; above, nothing is held but the one mask being synthesized, and what comes next waits
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of one mask in one variant. `variant` is None when none were asked for; `error` is None when it is done.
+    """What became of one mask in one variant.
+
+    `variant` is None when none were asked for; `error` is None when it is done.
 
     `mask`: its path, or for a DICOM source the name of the case: its path may name a patient.
 
-    `input`, `sha256`: SHA-256 by file name of what was read and written; `mask_sha256`: of
-    all that the mask was read from, as the journal has it; `image_sha256`: the same of the real CT
-    that is deformed with it, empty where there is none. `seconds`: by stage, spent working and not waiting;
+    `input`, `sha256`: SHA-256 by file name of what was read and written; `mask_sha256`: of all that
+    the mask was read from, as the journal has it; `image_sha256`: the same of the real CT that is
+    deformed with it, empty where there is none. `seconds`: by stage, spent working and not waiting;
     stages overlap. `skipped`: it was complete already, and proven so.
     """
 
@@ -71,31 +77,51 @@ def synthesize(
     shared: bool = False,
     on_slice: Callable[[int], None] | None = None,
 ) -> Generator[CaseResult]:
-    """Synthesize each case into `output`, as `runtime.io.writers.registry` says for `format`; `variants` = K writes K pairs of CT and mask for
-    each, 0 to K - 1: the first of the mask as it is, the others deformed within `ranges` (see `runtime.core.deformation`).
+    """Synthesize each case into `output`, as `runtime.io.writers.registry` says for `format`;
+    `variants` = K writes K pairs of CT and mask for each, 0 to K - 1: the first of the mask as it
+    is, the others deformed within `ranges` (see `runtime.core.deformation`).
 
     `shared`: what is made of a DICOM source may be read as the umask says; else by its owner alone.
 
-    `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all that the bytes depend on, is
-    not made again; without it existing results are replaced.
+    `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all
+    that the bytes depend on, is not made again; without it existing results are replaced.
 
-    Returns a generator of one result per CT, given once it is on disk, in the order they are done; masks are read ahead and
-    results written behind while the caller's thread synthesizes. A mask that cannot be used gives its error and the next one follows;
-    `OutputError` is raised, for what cannot be written for one cannot for any. `on_slice(n)` is told that n slices of the case are
-    synthesized. Raises `UsageError` and `OutputError` at once, before any work, for options that are wrong, a folder that cannot be
-    written, or a file in it that is not ours and would be replaced; and when it starts, if another run is writing into the folder.
+    Returns a generator of one result per CT, given once it is on disk, in the order they are done;
+    masks are read ahead and results written behind while the caller's thread synthesizes. A mask
+    that cannot be used gives its error and the next one follows; `OutputError` is raised, for what
+    cannot be written for one cannot for any. `on_slice(n)` is told that n slices of the case are
+    synthesized. Raises `UsageError` and `OutputError` at once, before any work, for options that
+    are wrong, a folder that cannot be written, or a file in it that is not ours and would be
+    replaced; and when it starts, if another run is writing into the folder.
     """
-    plan = Plan(output, format, options, variants, ranges or DeformationParams(), seed, labels, resume, shared=shared)
+    plan = Plan(
+        output,
+        format,
+        options,
+        variants,
+        ranges or DeformationParams(),
+        seed,
+        labels,
+        resume,
+        shared=shared,
+    )
     return make(synthesizer, cases, plan, on_slice)
 
 
-def make(source: CTSource, cases: Sequence[Case], plan: Plan, on_slice: Callable[[int], None] | None = None) -> Generator[CaseResult]:
+def make(
+    source: CTSource,
+    cases: Sequence[Case],
+    plan: Plan,
+    on_slice: Callable[[int], None] | None = None,
+) -> Generator[CaseResult]:
     """`synthesize`, of what the recipe says."""
     plan.check(source.manifest, cases)
     return _locked(source, plan, cases, on_slice)
 
 
-def _locked(source: CTSource, plan: Plan, cases: Sequence[Case], on_slice: Callable[[int], None] | None) -> Generator[CaseResult]:
+def _locked(
+    source: CTSource, plan: Plan, cases: Sequence[Case], on_slice: Callable[[int], None] | None
+) -> Generator[CaseResult]:
     with plan.journal(source.manifest, cases) as journal:
         yield from BatchRunner(source, plan, journal, on_slice).results(cases)
 
@@ -111,7 +137,10 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Job:
-    """What the writer is given of a result before its slabs. `seconds` holds the stages before its own when the last slab is through."""
+    """What the writer is given of a result before its slabs.
+
+    `seconds` holds the stages before its own when the last slab is through.
+    """
 
     item: _Item
     record: OutputRecord
@@ -119,12 +148,30 @@ class _Job:
 
 
 class BatchRunner:
-    """The stages of one call: `_prepare` in a thread, `results` in the caller's, `_write` in another. Who holds the lock is not asked."""
+    """The stages of one call: `_prepare` in a thread, `results` in the caller's, `_write` in
+    another. Who holds the lock is not asked.
+    """
 
-    def __init__(self, source: CTSource, plan: Plan, journal: CompletionIndex, on_slice: Callable[[int], None] | None = None):
+    def __init__(
+        self,
+        source: CTSource,
+        plan: Plan,
+        journal: CompletionIndex,
+        on_slice: Callable[[int], None] | None = None,
+    ):
         self._source, self._journal, self._on_slice = source, journal, on_slice
-        self._plan, self._output, self._format, self._variants = plan, plan.output, plan.writer, plan.variant_ids
-        self._ranges, self._seed, self._labels, self._resume = plan.ranges, plan.seed, plan.labels, plan.resume
+        self._plan, self._output, self._format, self._variants = (
+            plan,
+            plan.output,
+            plan.writer,
+            plan.variant_ids,
+        )
+        self._ranges, self._seed, self._labels, self._resume = (
+            plan.ranges,
+            plan.seed,
+            plan.labels,
+            plan.resume,
+        )
         self._like = cache(like_digests)  # of one run: an image that all cases share is read once
 
     def results(self, cases: Sequence[Case]) -> Generator[CaseResult]:
@@ -156,19 +203,39 @@ class BatchRunner:
                 before = _states(case)
                 inputs = self._input(case)
                 images = self._input(case, image=True)
-                mask, image = key_of({"input": _content(case, inputs)}), key_of({"image": sorted(images.values())}) if images else ""
-                keys = {variant: self._key(case, variant, inputs, image) for variant in self._variants}
+                mask, image = (
+                    key_of({"input": _content(case, inputs)}),
+                    key_of({"image": sorted(images.values())}) if images else "",
+                )
+                keys = {
+                    variant: self._key(case, variant, inputs, image) for variant in self._variants
+                }
                 if not self._plan.replace:
                     self._refuse_to_replace(case, mask)
                 find_complete = {
                     v: entry
                     for v, key in keys.items()
-                    if self._resume and (entry := self._journal.find_complete(result_name(case.name, v), key))
+                    if self._resume
+                    and (entry := self._journal.find_complete(result_name(case.name, v), key))
                 }
                 for variant, entry in find_complete.items():
                     files = self._format.files(self._output, case.name, variant)
-                    yield _Item(CaseResult(case.name, case.display_name, variant, files, entry.slices, warnings=entry.warnings, input={**inputs, **images},
-                                           sha256=entry.files, skipped=True, mask_sha256=mask, image_sha256=image), entry.key)  # fmt: skip
+                    yield _Item(
+                        CaseResult(
+                            case.name,
+                            case.display_name,
+                            variant,
+                            files,
+                            entry.slices,
+                            warnings=entry.warnings,
+                            input={**inputs, **images},
+                            sha256=entry.files,
+                            skipped=True,
+                            mask_sha256=mask,
+                            image_sha256=image,
+                        ),
+                        entry.key,
+                    )
                 if len(find_complete) == len(keys):
                     continue
                 volume = read_case(case, self._source.manifest.labels, self._labels)
@@ -186,9 +253,23 @@ class BatchRunner:
                 started = time.perf_counter()
                 deformed = variants(variant or 0)
                 times = {**seconds, "deform": time.perf_counter() - started} if variant else seconds
-                said = (*warnings, *(f"{case.display_name.name}, variant {variant}: {fact}" for fact in deformed.warnings))
-                result = CaseResult(case.name, case.display_name, variant, seconds=times, warnings=said, input={**inputs, **images},
-                                    mask_sha256=mask, image_sha256=image)  # fmt: skip
+                said = (
+                    *warnings,
+                    *(
+                        f"{case.display_name.name}, variant {variant}: {fact}"
+                        for fact in deformed.warnings
+                    ),
+                )
+                result = CaseResult(
+                    case.name,
+                    case.display_name,
+                    variant,
+                    seconds=times,
+                    warnings=said,
+                    input={**inputs, **images},
+                    mask_sha256=mask,
+                    image_sha256=image,
+                )
                 item = _Item(result, keys[variant], deformed)
                 del deformed
                 yield item
@@ -196,11 +277,20 @@ class BatchRunner:
                 seconds = {"read": 0.0}
             del volume, variants
 
-    def _synthesize(self, item: _Item, variant: Variant, behind: BackgroundWriter[_Job, CaseResult]) -> Iterator[CaseResult]:
+    def _synthesize(
+        self, item: _Item, variant: Variant, behind: BackgroundWriter[_Job, CaseResult]
+    ) -> Iterator[CaseResult]:
         """Synthesize one result into the writer, passing on meanwhile what it has finished."""
         result, source = item.result, self._source
         record = OutputRecord(
-            result.case, result.variant, variant.mask, source.manifest, source.backend, source.file, self._seed, result.image_sha256
+            result.case,
+            result.variant,
+            variant.mask,
+            source.manifest,
+            source.backend,
+            source.file,
+            self._seed,
+            result.image_sha256,
         )
         slabs = _Meter(variant.slabs(), self._on_slice)
         job = _Job(item, record, dict(result.seconds))
@@ -224,30 +314,56 @@ class BatchRunner:
         # reading back what is there, to digest it, may fail too
         with writing(self._output / job.record.name), self._plan.private(dicom):
             files = self._format.write(self._output, job.record, counted)
-        digests = {file.relative_to(self._output).as_posix(): digest for file, digest in files.items()}
-        self._journal.add(Entry(job.record.name, job.item.key, digests, counted.slices, result.warnings, result.mask_sha256))
+        digests = {
+            file.relative_to(self._output).as_posix(): digest for file, digest in files.items()
+        }
+        self._journal.add(
+            Entry(
+                job.record.name,
+                job.item.key,
+                digests,
+                counted.slices,
+                result.warnings,
+                result.mask_sha256,
+            )
+        )
         seconds = {**job.seconds, "write": time.perf_counter() - started - counted.seconds}
-        return replace(result, files=tuple(files), slices=counted.slices, seconds=seconds, sha256=digests)
+        return replace(
+            result, files=tuple(files), slices=counted.slices, seconds=seconds, sha256=digests
+        )
 
     def _input(self, case: Case, *, image: bool = False) -> dict[str, str]:
-        """SHA-256 of each file that the case's mask is read from, or its `image`. Files of a DICOM source are numbered: their names may
-        name a patient."""
+        """SHA-256 of each file that the case's mask is read from, or its `image`.
+
+        Files of a DICOM source are numbered: their names may name a patient.
+        """
         digests, files = {}, case.image if image else (*case.files, *case.grid)
         owner = f"image of {case.display_name.name}" if image else case.display_name.name
         for n, file in enumerate(files):
             numbered = owner if len(files) == 1 else f"{owner} {n + 1}"
-            name = numbered if image else {"volume": file.name, "classes": f"{owner} {file.name}"}.get(case.kind, numbered)
+            name = (
+                numbered
+                if image
+                else {"volume": file.name, "classes": f"{owner} {file.name}"}.get(
+                    case.kind, numbered
+                )
+            )
             with reading(case.display_name, "a file that can be read"), opened(file) as handle:
                 digests[name] = sha256_of(handle)
         return digests
 
-    def _check_unchanged(self, case: Case, before: tuple[State, ...], inputs: Mapping[str, str]) -> None:
-        """Refuse a mask that changed between its digest and its reading: the result would be called made of another one.
+    def _check_unchanged(
+        self, case: Case, before: tuple[State, ...], inputs: Mapping[str, str]
+    ) -> None:
+        """Refuse a mask that changed between its digest and its reading: the result would be called
+        made of another one.
 
-        The files are digested once more only where their system's state leaves a doubt: it is another one, or so young that a further
-        change would not show in it.
+        The files are digested once more only where their system's state leaves a doubt: it is
+        another one, or so young that a further change would not show in it.
         """
-        if _states(case) == before and all(abs(time.time() - changed) > YOUNG for *_, changed in before):
+        if _states(case) == before and all(
+            abs(time.time() - changed) > YOUNG for *_, changed in before
+        ):
             return
         if {**self._input(case), **self._input(case, image=True)} != inputs:
             raise UnreadableVolume(
@@ -258,39 +374,63 @@ class BatchRunner:
             )
 
     def _key(self, case: Case, variant: int | None, inputs: Mapping[str, str], image: str) -> str:
-        """Of everything the result's bytes depend on. A field that a `Case` or a format gains is part of it."""
+        """Of everything the result's bytes depend on.
+
+        A field that a `Case` or a format gains is part of it.
+        """
         source = self._source
-        return key_of({
-            "version": VERSION,
-            "model": key_of(source.manifest.to_json()),
-            "engine": [source.engine, source.file],
-            "format": [type(self._format).__name__, {k: repr(v) for k, v in vars(self._format).items() if not k.startswith("_")}],
-            "case": {f.name: repr(getattr(case, f.name)) for f in fields(case) if f.name not in ("path", "files", "grid", "image", "options")},
-            "reading": repr(replace(case.options, like=None)),
-            "like": self._like(case.options.like),
-            "input": _content(case, inputs),
-            **({"image": image} if image else {}),
-            "labels": None if self._labels is None else sorted(map(repr, self._labels.items())),
-            "seed": self._seed,
-            "variant": variant,
-            "ranges": vars(self._ranges) if variant else None,
-        })  # fmt: skip
+        return key_of(
+            {
+                "version": VERSION,
+                "model": key_of(source.manifest.to_json()),
+                "engine": [source.engine, source.file],
+                "format": [
+                    type(self._format).__name__,
+                    {k: repr(v) for k, v in vars(self._format).items() if not k.startswith("_")},
+                ],
+                "case": {
+                    f.name: repr(getattr(case, f.name))
+                    for f in fields(case)
+                    if f.name not in ("path", "files", "grid", "image", "options")
+                },
+                "reading": repr(replace(case.options, like=None)),
+                "like": self._like(case.options.like),
+                "input": _content(case, inputs),
+                **({"image": image} if image else {}),
+                "labels": None if self._labels is None else sorted(map(repr, self._labels.items())),
+                "seed": self._seed,
+                "variant": variant,
+                "ranges": vars(self._ranges) if variant else None,
+            }
+        )
 
     def _refuse_to_replace(self, case: Case, mask: str) -> None:
         if there := [
-            name for variant in self._variants if self._journal.belongs_to_other_mask(name := result_name(case.name, variant), mask)
+            name
+            for variant in self._variants
+            if self._journal.belongs_to_other_mask(name := result_name(case.name, variant), mask)
         ]:
-            raise InputError(f"the output folder holds {there[0]}, made of another mask", file=case.display_name,
-                             expected="a name of its own for each case", remedy="rename the mask, or take that result away")  # fmt: skip
+            raise InputError(
+                f"the output folder holds {there[0]}, made of another mask",
+                file=case.display_name,
+                expected="a name of its own for each case",
+                remedy="rename the mask, or take that result away",
+            )
 
     def _check_names(self, case: Case) -> None:
         if not all(map(filename_fits, self._plan.files(case.name))):
-            raise UnreadableVolume(f"the name of {case.display_name.name} is too long for what is written beside it", expected="some 200 bytes at most",
-                                   remedy="rename it", file=case.display_name)  # fmt: skip
+            raise UnreadableVolume(
+                f"the name of {case.display_name.name} is too long for what is written beside it",
+                expected="some 200 bytes at most",
+                remedy="rename it",
+                file=case.display_name,
+            )
 
 
 def _states(case: Case) -> tuple[State, ...]:
-    """Of each file that the case is read from: device, number, bytes, nanoseconds of change of content and of state, seconds of the latter."""
+    """Of each file that the case is read from: device, number, bytes, nanoseconds of change of
+    content and of state, seconds of the latter.
+    """
     states = []
     for file in (*case.files, *case.grid, *case.image):
         with reading(case.display_name, "a file that can be read"):
@@ -300,7 +440,9 @@ def _states(case: Case) -> tuple[State, ...]:
 
 
 def _content(case: Case, inputs: Mapping[str, str]) -> list[Any]:
-    """What a case was read from, whatever its files are called; but of one a class the name is what it means."""
+    """What a case was read from, whatever its files are called; but of one a class the name is
+    what it means.
+    """
     return sorted(inputs.items() if case.kind == "classes" else inputs.values())
 
 

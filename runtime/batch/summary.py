@@ -1,4 +1,6 @@
-"""What a run says of itself: the progress line with the stage that limits it, the last line, `--report`."""
+"""What a run says of itself: the progress line with the stage that limits it, the last line,
+`--report`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ if TYPE_CHECKING:
 
     Maker = VolumeSynthesizer | RaySynthesizer | WarpSource
 
-THREADS = {"read": "reading", "deform": "reading", "synthesize": "inference", "write": "writing"}  # stage → which thread's time it is
+THREADS = {
+    "read": "reading",
+    "deform": "reading",
+    "synthesize": "inference",
+    "write": "writing",
+}  # stage → which thread's time it is
 
 
 class Summary:
@@ -58,14 +65,25 @@ class Summary:
         return busy
 
     def __str__(self) -> str:
-        """`3 done, 1 failed, 900 slices in 12.0 s (75.0 slices/s), limited by inference (97 % busy)`."""
-        skipped, done = sum(r.skipped for r in self._results), sum(r.error is None for r in self._results)
+        """`3 done, 1 failed, 900 slices in 12.0 s (75.0 slices/s), limited by inference (97 %
+        busy)`.
+        """
+        skipped, done = (
+            sum(r.skipped for r in self._results),
+            sum(r.error is None for r in self._results),
+        )
         kept = f" ({skipped} of them before)" if skipped else ""
-        speed = f"{self._slices} slices in {duration(self._elapsed)} ({self._slices / self._elapsed:.1f} slices/s)"
+        speed = (
+            f"{self._slices} slices in {duration(self._elapsed)}"
+            f" ({self._slices / self._elapsed:.1f} slices/s)"
+        )
         return f"{done} done{kept}, {self.failed} failed, {speed}{self._limit()}"
 
     def to_json(self) -> dict[str, Any]:
-        """Machine-readable: file names, no paths. Of several models, each under `models` and by its name in the cases."""
+        """Machine-readable: file names, no paths.
+
+        Of several models, each under `models` and by its name in the cases.
+        """
         facts = {name: _facts(synth) for name, synth in self._models.items()}
         return {
             "version": VERSION,
@@ -102,12 +120,18 @@ class Summary:
 
     def _limit(self) -> str:
         thread, seconds = max(self.busy.items(), key=lambda item: item[1])
-        share = seconds / self._elapsed / max(getattr(synth, "count", 1) for synth in self._models.values())  # workers
+        share = (
+            seconds
+            / self._elapsed
+            / max(getattr(synth, "count", 1) for synth in self._models.values())
+        )  # workers
         return f", limited by {thread} ({100 * share:.0f} % busy)" if seconds else ""
 
     def _show(self, note: str) -> None:
         speed = f"{self._slices / self._elapsed:.1f} slices/s" if self._slices else ""
-        self._progress.update(len(self._results), f"{speed}{self._limit()}  {note}" if speed else note)
+        self._progress.update(
+            len(self._results), f"{speed}{self._limit()}  {note}" if speed else note
+        )
 
 
 def _facts(synth: Maker) -> dict[str, Any]:

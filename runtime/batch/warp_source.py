@@ -43,18 +43,32 @@ class WarpSource:
 
     @property
     def manifest(self) -> Manifest:
-        return Manifest(WARP, self.labels, _GRID, Intensity("HU", -32768, 32767), style=0, noise=False, files={}, derived=True)
+        return Manifest(
+            WARP,
+            self.labels,
+            _GRID,
+            Intensity("HU", -32768, 32767),
+            style=0,
+            noise=False,
+            files={},
+            derived=True,
+        )
 
     @property
     def backend(self) -> str:
-        """What is done to the CT. The first word tells DICOM objects with and without jitter apart."""
+        """What is done to the CT.
+
+        The first word tells DICOM objects with and without jitter apart.
+        """
         return WARP if self.jitter is None else f"{WARP}+jitter"
 
     @property
     def engine(self) -> str:
         return WARP if self.jitter is None else f"{WARP}, {self.jitter}"
 
-    def variants(self, case: Case, mask: LabelVolume, ranges: DeformationParams, seed: int) -> Callable[[int], Variant]:
+    def variants(
+        self, case: Case, mask: LabelVolume, ranges: DeformationParams, seed: int
+    ) -> Callable[[int], Variant]:
         """What gives each variant of the pair. Raises `InputError`s where the CT is no good."""
         image = read_image(case, mask)
         warp = Warp(image, mask, ranges=ranges, jitter=self.jitter)
@@ -74,7 +88,9 @@ class WarpSource:
 
 
 def _slabs(planes: Iterator[np.ndarray], mask: LabelVolume) -> Iterator[CTSlab]:
-    """Slices along the array's first axis, float32 HU (H, W), as slabs along the axis that counts axial slices."""
+    """Slices along the array's first axis, float32 HU (H, W), as slabs along the axis that
+    counts axial slices.
+    """
     axis = axial_axes(mask.geometry)[0]
     depth = mask.labels.shape[0]
     if axis == 0:
@@ -82,16 +98,22 @@ def _slabs(planes: Iterator[np.ndarray], mask: LabelVolume) -> Iterator[CTSlab]:
             count = min(SLICES, depth - start)
             yield CTSlab(np.stack([_int16(next(planes)) for _ in range(count)]), 0, start)
         return
-    whole = np.stack([_int16(plane) for plane in planes])  # the first axial slice needs the last plane
+    whole = np.stack(
+        [_int16(plane) for plane in planes]
+    )  # the first axial slice needs the last plane
     for start in range(0, whole.shape[axis], SLICES):
-        yield CTSlab(whole.take(range(start, min(start + SLICES, whole.shape[axis])), axis), axis, start)
+        yield CTSlab(
+            whole.take(range(start, min(start + SLICES, whole.shape[axis])), axis), axis, start
+        )
 
 
 def _int16(plane: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(plane), -32768, 32767).astype(np.int16)
 
 
-def label_table(cases: Sequence[Case], labels: str | None = None) -> tuple[LabelTable, LabelMap | None]:
+def label_table(
+    cases: Sequence[Case], labels: str | None = None
+) -> tuple[LabelTable, LabelMap | None]:
     """The structures of the masks, in place of a model's table, and how masks lead to it.
 
     Args:
@@ -109,13 +131,18 @@ def label_table(cases: Sequence[Case], labels: str | None = None) -> tuple[Label
         assert labels is not None
         codes = {label.value: label for label in PRESETS[labels].labels}
         names = class_names(labels)
-        rows = [codes.get(value, Label(name, value)) for value, name in sorted(names.items()) if value]
+        rows = [
+            codes.get(value, Label(name, value)) for value, name in sorted(names.items()) if value
+        ]
         return _table(rows), None
     if labels is not None:
         return _mapped(Path(labels))
     stated = [_stated(case) for case in cases]
     if stated and all(stated) and len({tuple(sorted(names.items())) for names in stated}) == 1:
-        return _table([Label(name, value) for value, name in sorted(stated[0].items()) if value]), None
+        return (
+            _table([Label(name, value) for value, name in sorted(stated[0].items()) if value]),
+            None,
+        )
     return _held(cases)
 
 
@@ -123,7 +150,9 @@ def _table(rows: Sequence[Label]) -> LabelTable:
     """The labels behind a background."""
     if not 0 < len(rows) < MAX_LABELS:
         raise UsageError(
-            f"the masks hold {len(rows)} structures", expected=f"1 to {MAX_LABELS - 1}", remedy="map some together with --labels MAP.json"
+            f"the masks hold {len(rows)} structures",
+            expected=f"1 to {MAX_LABELS - 1}",
+            remedy="map some together with --labels MAP.json",
         )
     return LabelTable((Label("background", 0), *rows))
 
@@ -131,27 +160,46 @@ def _table(rows: Sequence[Label]) -> LabelTable:
 def _mapped(path: Path) -> tuple[LabelTable, LabelMap]:
     """MAP.json: each of its targets is a structure, those called by a value keep it."""
     entries = read_entries(path)
-    targets = list(dict.fromkeys(target for target in entries.values() if target not in (0, "background")))
+    targets = list(
+        dict.fromkeys(target for target in entries.values() if target not in (0, "background"))
+    )
     if not all(isinstance(target, str) or type(target) is int for target in targets):
         raise UsageError(
-            "a target of the label map is no name and no value", expected="names or whole numbers", remedy="correct it", file=path
+            "a target of the label map is no name and no value",
+            expected="names or whole numbers",
+            remedy="correct it",
+            file=path,
         )
     taken = {target for target in targets if isinstance(target, int)}
     free = (value for value in range(1, 1 << 16) if value not in taken)
-    rows = [Label(target, next(free)) if isinstance(target, str) else Label(f"label {target}", target) for target in targets]
+    rows = [
+        Label(target, next(free)) if isinstance(target, str) else Label(f"label {target}", target)
+        for target in targets
+    ]
     index = {target: n for n, target in enumerate(targets, 1)} | {0: 0, "background": 0}
-    return _table(rows), {key: index[target] for key, target in read_entries(path, parsed=True).items()}
+    return _table(rows), {
+        key: index[target] for key, target in read_entries(path, parsed=True).items()
+    }
 
 
 def _stated(case: Case) -> dict[int, str]:
     """Value → name as nnU-Net's or MSD's dataset.json has it; empty where there is none."""
     path = case.path.parent.parent / "dataset.json"
-    if case.kind != "volume" or not case.path.parent.name.startswith("labels") or not path.is_file():
+    if (
+        case.kind != "volume"
+        or not case.path.parent.name.startswith("labels")
+        or not path.is_file()
+    ):
         return {}
     try:
         labels = json.loads(path.read_text(encoding="utf-8"))["labels"]
-        pairs = [(name, value) if isinstance(value, int) else (value, int(name)) for name, value in labels.items()]
-        names = {value: name for name, value in pairs if isinstance(name, str) and isinstance(value, int)}
+        pairs = [
+            (name, value) if isinstance(value, int) else (value, int(name))
+            for name, value in labels.items()
+        ]
+        names = {
+            value: name for name, value in pairs if isinstance(name, str) and isinstance(value, int)
+        }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
     return names if len(names) == len(labels) and set(names) <= {*range(1 << 16)} else {}
@@ -179,8 +227,13 @@ def _held(cases: Sequence[Case]) -> tuple[LabelTable, LabelMap]:
     for key in ordered:
         label = rows[key]
         names[label.name] = names.get(label.name, 0) + 1
-        labels.append(label if names[label.name] == 1 else replace(label, name=f"{label.name} {label.value}"))
-    return _table(labels or [Label("label 1", 1)]), {0: 0, **{key: n for n, key in enumerate(ordered, 1)}}
+        labels.append(
+            label if names[label.name] == 1 else replace(label, name=f"{label.name} {label.value}")
+        )
+    return _table(labels or [Label("label 1", 1)]), {
+        0: 0,
+        **{key: n for n, key in enumerate(ordered, 1)},
+    }
 
 
 def _key(segment: Segment) -> int | str:
@@ -192,9 +245,20 @@ def _free(number: int, taken: set[int]) -> int:
 
 
 def _named(segment: Segment, value: int) -> Label:
-    """A label for a structure. A DICOM source's own words reach no result: its code tells, or its number."""
+    """A label for a structure.
+
+    A DICOM source's own words reach no result: its code tells, or its number.
+    """
     scheme, _, code = code_of(segment).partition(":")
     snomed = code if scheme == "sct" and code.isdecimal() else None
-    known = next((label.name for preset in PRESETS.values() for label in preset.labels if snomed and label.snomed == snomed), "")
+    known = next(
+        (
+            label.name
+            for preset in PRESETS.values()
+            for label in preset.labels
+            if snomed and label.snomed == snomed
+        ),
+        "",
+    )
     name = known or (segment.name if not segment.private else "") or f"label {value}"
     return Label(name, value, snomed=snomed)

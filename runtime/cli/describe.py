@@ -12,7 +12,9 @@ from .description import describe
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("describe", help="what a model folder holds; checks every file", epilog=EXIT_CODES)
+    parser = commands.add_parser(
+        "describe", help="what a model folder holds; checks every file", epilog=EXIT_CODES
+    )
     parser.set_defaults(command=_describe)
     parser.add_argument("model", type=Path)
 

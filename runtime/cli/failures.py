@@ -1,4 +1,6 @@
-"""What is said of the cases that fail: of a few each on its own screen, of many a table of reasons."""
+"""What is said of the cases that fail: of a few each on its own screen, of many a table of
+reasons.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,19 @@ ROWS = 20  # reasons that a table has at most
 
 
 class Failures:
-    """The errors of one run. `verbose`: each is printed in full; else the first `FULL`, and the rest is counted by reason.
+    """The errors of one run.
+
+    `verbose`: each is printed in full; else the first `FULL`, and the rest is counted by reason.
 
     `code`: the largest of their exit codes, 0 without any.
     """
 
     def __init__(self, *, verbose: bool, stream: TextIO | None = None):
-        self._verbose, self._stream, self._count = verbose, sys.stderr if stream is None else stream, 0
+        self._verbose, self._stream, self._count = (
+            verbose,
+            sys.stderr if stream is None else stream,
+            0,
+        )
         self.code = 0
         self._by_reason: dict[str, list[str]] = defaultdict(list)
 
@@ -36,13 +44,20 @@ class Failures:
         """Print the table, where not all errors were printed."""
         if self._verbose or self._count <= FULL:
             return
-        print(f"error: {self._count} cases failed; {FULL} are printed above, all of them with --verbose:", file=self._stream)
+        print(
+            f"error: {self._count} cases failed; {FULL} are printed above, all of them with"
+            " --verbose:",
+            file=self._stream,
+        )
         by_count = sorted(self._by_reason.values(), key=len, reverse=True)
         for texts in by_count[:ROWS]:
             like = " (and others like it)" if len(set(texts)) > 1 else ""
             print(f"  {len(texts):>6}  {printable(texts[0])}{like}", file=self._stream)
         if len(by_count) > ROWS:
-            print(f"  {sum(map(len, by_count[ROWS:])):>6}  for {len(by_count) - ROWS} other reasons", file=self._stream)
+            print(
+                f"  {sum(map(len, by_count[ROWS:])):>6}  for {len(by_count) - ROWS} other reasons",
+                file=self._stream,
+            )
 
 
 def _text(error: Mask2CTError) -> str:

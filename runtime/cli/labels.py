@@ -19,10 +19,14 @@ from .options import MASK_HELP, add_reading, add_verbose, find, label_map
 
 
 def add(commands: Any) -> None:
-    labels = commands.add_parser("labels", help="what a mask holds and how it would map", epilog=EXIT_CODES)
+    labels = commands.add_parser(
+        "labels", help="what a mask holds and how it would map", epilog=EXIT_CODES
+    )
     labels.set_defaults(command=_labels)
     labels.add_argument("file", nargs="+", type=Path, help=MASK_HELP)
-    labels.add_argument("--model", type=Path, help="map to this model's labels (default: the MM-WHS table)")
+    labels.add_argument(
+        "--model", type=Path, help="map to this model's labels (default: the MM-WHS table)"
+    )
     add_reading(labels)
     add_verbose(labels)
 
@@ -58,9 +62,15 @@ def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int
         unknown += index is None
         known = "UNKNOWN" if index is None else table.labels[index].name
         number = "" if segment.strict and segment.number < 0 else segment.number
-        row = f"{number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {known:<24}  {segment.name} {segment.code}"
+        row = (
+            f"{number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {known:<24}  {segment.name}"
+            f" {segment.code}"
+        )
         print(printable(row.rstrip()))
     if unknown:
-        print(f"{unknown} unknown: synth needs --labels MAP.json, {MAP_HELP}; the table knows {printable(str(table))}")
+        print(
+            f"{unknown} unknown: synth needs --labels MAP.json, {MAP_HELP}; the table knows"
+            f" {printable(str(table))}"
+        )
     refuse_contradictions([segment for segment, _ in counts], table, mapped, file=case.display_name)
     return 1 if unknown else 0

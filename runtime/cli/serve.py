@@ -30,38 +30,110 @@ from ..service.health_server import HealthServer
 from ..service.send_queue import Destination, SendQueue
 from ..service.store_scu import StoreSCU
 from ..service.study_spool import Spool
-from .options import add_audit, add_engine, add_making, add_reading, find, open_models, plans_by_model, synthesize_cases
+from .options import (
+    add_audit,
+    add_engine,
+    add_making,
+    add_reading,
+    find,
+    open_models,
+    plans_by_model,
+    synthesize_cases,
+)
 
 LOOPBACK = "127.0.0.1"
 
 
 def add(commands: Any) -> None:
     serve = commands.add_parser(
-        "serve", help="a DICOM node: masks in by C-STORE, CTs out by C-STORE or STOW-RS",
-        epilog=f"{EXIT_CODES}; serve ends with 0 when it is stopped, by Ctrl-C or SIGTERM: what it has goes on when it is started again",
-    )  # fmt: skip
+        "serve",
+        help="a DICOM node: masks in by C-STORE, CTs out by C-STORE or STOW-RS",
+        epilog=(
+            f"{EXIT_CODES}; serve ends with 0 when it is stopped, by Ctrl-C or SIGTERM: what it has"
+            " goes on when it is started again"
+        ),
+    )
     serve.set_defaults(command=_serve, format="dicom")
     add_engine(serve)
-    serve.add_argument("--spool", type=Path, required=True, metavar="DIR", help="the folder for what has arrived and is not yet sent on")
+    serve.add_argument(
+        "--spool",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="the folder for what has arrived and is not yet sent on",
+    )
     add_audit(serve, f"{AUDIT} in DIR")
-    serve.add_argument("--keep", action="store_true", help="keep what has been sent on, and its masks, in DIR/done")
-    serve.add_argument("--quiet-period", type=float, default=10.0, metavar="SECONDS",
-                       help="a study is complete when nobody has sent anything of it for so long (default: %(default)s)")  # fmt: skip
+    serve.add_argument(
+        "--keep", action="store_true", help="keep what has been sent on, and its masks, in DIR/done"
+    )
+    serve.add_argument(
+        "--quiet-period",
+        type=float,
+        default=10.0,
+        metavar="SECONDS",
+        help=(
+            "a study is complete when nobody has sent anything of it for so long (default:"
+            " %(default)s)"
+        ),
+    )
     who = serve.add_argument_group("who may send")
     who.add_argument("--aet", default="MASK2CT", help="this node's AE title (default: %(default)s)")
-    who.add_argument("--host", default=LOOPBACK, help="the address to listen on (default: %(default)s, this machine alone)")
-    who.add_argument("--port", type=_port, default=11112, help="for DICOM (default: %(default)s; 0: any that is free, see the first lines)")
-    who.add_argument("--allow", action="append", default=[], metavar="AET", help="a calling AE title that is let in; repeatable")
-    who.add_argument("--allow-any", action="store_true", help="let every calling AE title in")
-    who.add_argument("--max-associations", type=int, default=Limits.associations, metavar="N", help="at once (default: %(default)s)")
-    who.add_argument("--max-pdu", type=parse_bytes, default=Limits.pdu, metavar="SIZE", help="that is received (default: %(default)s)")
     who.add_argument(
-        "--max-object", type=parse_bytes, default=Limits.size, metavar="SIZE", help="of one object, 512MiB or bytes (default: %(default)s)"
+        "--host",
+        default=LOOPBACK,
+        help="the address to listen on (default: %(default)s, this machine alone)",
     )
-    who.add_argument("--tls-cert", type=Path, metavar="PEM", help="this node's certificate: TLS, and peers must have one, too")
+    who.add_argument(
+        "--port",
+        type=_port,
+        default=11112,
+        help="for DICOM (default: %(default)s; 0: any that is free, see the first lines)",
+    )
+    who.add_argument(
+        "--allow",
+        action="append",
+        default=[],
+        metavar="AET",
+        help="a calling AE title that is let in; repeatable",
+    )
+    who.add_argument("--allow-any", action="store_true", help="let every calling AE title in")
+    who.add_argument(
+        "--max-associations",
+        type=int,
+        default=Limits.associations,
+        metavar="N",
+        help="at once (default: %(default)s)",
+    )
+    who.add_argument(
+        "--max-pdu",
+        type=parse_bytes,
+        default=Limits.pdu,
+        metavar="SIZE",
+        help="that is received (default: %(default)s)",
+    )
+    who.add_argument(
+        "--max-object",
+        type=parse_bytes,
+        default=Limits.size,
+        metavar="SIZE",
+        help="of one object, 512MiB or bytes (default: %(default)s)",
+    )
+    who.add_argument(
+        "--tls-cert",
+        type=Path,
+        metavar="PEM",
+        help="this node's certificate: TLS, and peers must have one, too",
+    )
     who.add_argument("--tls-key", type=Path, metavar="PEM", help="its private key")
-    who.add_argument("--tls-ca", type=Path, metavar="PEM", help="what signs the peers' certificates")
-    who.add_argument("--http-port", type=_port, metavar="N", help="for /health, /ready and /metrics, on the same address")
+    who.add_argument(
+        "--tls-ca", type=Path, metavar="PEM", help="what signs the peers' certificates"
+    )
+    who.add_argument(
+        "--http-port",
+        type=_port,
+        metavar="N",
+        help="for /health, /ready and /metrics, on the same address",
+    )
     to = serve.add_argument_group("where to")
     to.add_argument(
         "--send-to",
@@ -75,7 +147,10 @@ def add(commands: Any) -> None:
         action="append",
         default=[],
         metavar="URL",
-        help="a DICOMweb service, by STOW-RS; credentials from the environment or ~/.netrc; repeatable",
+        help=(
+            "a DICOMweb service, by STOW-RS; credentials from the environment or ~/.netrc;"
+            " repeatable"
+        ),
     )
     add_making(serve.add_argument_group("results"))
     add_reading(serve)
@@ -114,9 +189,25 @@ def _serve(options: argparse.Namespace) -> int:
 
         send_queue = SendQueue(spool, destinations, events, audit)
         stack.callback(send_queue.close, END)
-        store_scp = StoreSCP(spool, events, options.aet, (options.host, options.port), tuple(options.allow), limits, tls)
+        store_scp = StoreSCP(
+            spool,
+            events,
+            options.aet,
+            (options.host, options.port),
+            tuple(options.allow),
+            limits,
+            tls,
+        )
         stack.callback(store_scp.close)
-        node = Node(spool, send_queue, events, options.quiet_period, lambda folder: find(options, [folder]), synthesize, audit)
+        node = Node(
+            spool,
+            send_queue,
+            events,
+            options.quiet_period,
+            lambda folder: find(options, [folder]),
+            synthesize,
+            audit,
+        )
         ports: dict[str, Any] = {"dicom": store_scp.port}
         if options.http_port is not None:
             watch = HealthServer(
@@ -142,7 +233,9 @@ def _serve(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             events("stopping")
     events("stopped")
-    gc.freeze()  # else the interpreter's last collection walks through all that was loaded: seconds on a busy machine
+    # else the interpreter's last collection walks through all that was loaded: seconds on a busy
+    # machine
+    gc.freeze()
     return 0
 
 
@@ -165,19 +258,53 @@ def _wrong(store_scp: StoreSCP, send_queue: SendQueue) -> str:
 def _check(options: argparse.Namespace) -> Limits:
     """Raise `UsageError` for options that do not fit together."""
     for title in (options.aet, *options.allow):
-        if not 0 < len(title.strip()) <= 16 or not title.isascii() or not title.isprintable() or "\\" in title:
-            raise UsageError(f"{title!r} is no AE title", expected="1 to 16 ASCII characters (PS3.5, 6.2)", remedy="correct it")
+        if (
+            not 0 < len(title.strip()) <= 16
+            or not title.isascii()
+            or not title.isprintable()
+            or "\\" in title
+        ):
+            raise UsageError(
+                f"{title!r} is no AE title",
+                expected="1 to 16 ASCII characters (PS3.5, 6.2)",
+                remedy="correct it",
+            )
     if not options.allow and not options.allow_any:
-        raise UsageError("nobody may send", expected="--allow AET for each calling AE title", remedy="name them, or give --allow-any")
+        raise UsageError(
+            "nobody may send",
+            expected="--allow AET for each calling AE title",
+            remedy="name them, or give --allow-any",
+        )
     if options.allow and options.allow_any:
-        raise UsageError("--allow and --allow-any exclude each other", expected="one of them", remedy="leave one out")
+        raise UsageError(
+            "--allow and --allow-any exclude each other",
+            expected="one of them",
+            remedy="leave one out",
+        )
     if not (options.send_to or options.stow or options.keep):
-        raise UsageError("what is synthesized goes nowhere", expected="--send-to AET@HOST:PORT, --stow URL, or --keep", remedy="give one")
-    if options.max_associations < 1 or not 4096 <= options.max_pdu <= 1 << 24 or options.quiet_period < 0:
-        raise UsageError("a limit is out of range", expected="--max-associations from 1, --max-pdu from 4KiB to 16MiB, --quiet-period from 0",
-                         remedy="leave it out for the default")  # fmt: skip
+        raise UsageError(
+            "what is synthesized goes nowhere",
+            expected="--send-to AET@HOST:PORT, --stow URL, or --keep",
+            remedy="give one",
+        )
+    if (
+        options.max_associations < 1
+        or not 4096 <= options.max_pdu <= 1 << 24
+        or options.quiet_period < 0
+    ):
+        raise UsageError(
+            "a limit is out of range",
+            expected=(
+                "--max-associations from 1, --max-pdu from 4KiB to 16MiB, --quiet-period from 0"
+            ),
+            remedy="leave it out for the default",
+        )
     if not loopback(options.host) and options.tls_cert is None:
-        print(f"warning: {options.host} is more than this machine, and without TLS anyone there reads what is sent", file=sys.stderr)
+        print(
+            f"warning: {options.host} is more than this machine, and without TLS anyone there reads"
+            " what is sent",
+            file=sys.stderr,
+        )
     return Limits(options.max_associations, options.max_pdu, options.max_object)
 
 
@@ -187,7 +314,11 @@ def _tls(options: argparse.Namespace) -> ssl.SSLContext | None:
     if files == (None, None, None):
         return None
     if None in files:
-        raise UsageError("TLS is mutual here", expected="--tls-cert, --tls-key and --tls-ca together", remedy="give all three")
+        raise UsageError(
+            "TLS is mutual here",
+            expected="--tls-cert, --tls-key and --tls-ca together",
+            remedy="give all three",
+        )
     return _context(ssl.PROTOCOL_TLS_SERVER, *files)
 
 
@@ -196,7 +327,10 @@ def _context(protocol: int, cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     expected = "a certificate, its private key and a certificate authority in PEM"
     for file in (cert, key, ca):
-        with reading(file, expected, UsageError), open_input(file):  # OpenSSL would wait for whoever writes into a pipe
+        with (
+            reading(file, expected, UsageError),
+            open_input(file),
+        ):  # OpenSSL would wait for whoever writes into a pipe
             pass
     with reading(cert, expected, UsageError):
         context.load_cert_chain(cert, key)
@@ -206,14 +340,28 @@ def _context(protocol: int, cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
 
 
 def _destinations(options: argparse.Namespace, tls: ssl.SSLContext | None) -> list[Destination]:
-    outward = None if tls is None else _context(ssl.PROTOCOL_TLS_CLIENT, options.tls_cert, options.tls_key, options.tls_ca)
+    outward = (
+        None
+        if tls is None
+        else _context(ssl.PROTOCOL_TLS_CLIENT, options.tls_cert, options.tls_key, options.tls_ca)
+    )
     web = [DicomWeb(url, outward) for url in options.stow]
     if len({service.host for service in web}) > 1 and from_environment():
-        raise UsageError("the credentials in the environment would go to several hosts", expected="one --stow host",
-                         remedy="give each host's in ~/.netrc, and none in MASK2CT_STOW_TOKEN and MASK2CT_STOW_USER")  # fmt: skip
-    found: list[Destination] = [*(StoreSCU(text, options.aet, outward) for text in options.send_to), *web]
+        raise UsageError(
+            "the credentials in the environment would go to several hosts",
+            expected="one --stow host",
+            remedy=(
+                "give each host's in ~/.netrc, and none in MASK2CT_STOW_TOKEN and MASK2CT_STOW_USER"
+            ),
+        )
+    found: list[Destination] = [
+        *(StoreSCU(text, options.aet, outward) for text in options.send_to),
+        *web,
+    ]
     if len({destination.name for destination in found}) < len(found):
-        raise UsageError("a destination is given twice", expected="each once", remedy="leave one out")
+        raise UsageError(
+            "a destination is given twice", expected="each once", remedy="leave one out"
+        )
     return found
 
 

@@ -53,21 +53,43 @@ def add(commands: Any) -> None:
     add_warp(synth)
     add_results(synth)
     add_reading(synth)
-    synth.add_argument("--resume", action="store_true", help="keep what the output folder's journal proves complete")
-    synth.add_argument("--report", type=Path, metavar="FILE.json", help="write what became of each case")
+    synth.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep what the output folder's journal proves complete",
+    )
+    synth.add_argument(
+        "--report", type=Path, metavar="FILE.json", help="write what became of each case"
+    )
     add_audit(synth, "no such file")
-    synth.add_argument("--list", action="store_true", help="print the cases that were found and stop")
-    synth.add_argument("--dry-run", action="store_true", help="check the model and every mask, write nothing")
+    synth.add_argument(
+        "--list", action="store_true", help="print the cases that were found and stop"
+    )
+    synth.add_argument(
+        "--dry-run", action="store_true", help="check the model and every mask, write nothing"
+    )
     add_verbose(synth)
     synth.add_argument("--quiet", action="store_true", help="print errors and warnings only")
     how = synth.add_argument_group("several processes or machines, by Ray; the result is the same")
     how.add_argument(
-        "--ray", nargs="?", const="local", metavar="ADDRESS", help="on workers: of this machine, or auto or HOST:PORT for a cluster's"
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="on workers: of this machine, or auto or HOST:PORT for a cluster's",
     )
     how.add_argument(
-        "--ray-workers", type=int, metavar="N", help="how many (default: one a GPU, without any one for every --workers cores)"
+        "--ray-workers",
+        type=int,
+        metavar="N",
+        help="how many (default: one a GPU, without any one for every --workers cores)",
     )
-    how.add_argument("--ray-gpus", type=float, metavar="F", help="GPUs of each, a fraction shares one (default: 1 where there are some)")
+    how.add_argument(
+        "--ray-gpus",
+        type=float,
+        metavar="F",
+        help="GPUs of each, a fraction shares one (default: 1 where there are some)",
+    )
 
 
 def _synth(options: argparse.Namespace) -> int:
@@ -90,7 +112,9 @@ def _synth(options: argparse.Namespace) -> int:
         if options.dry_run:
             return _dry_run(models, cases, made, options)
         summary = _summary(models, cases, options)
-        results = synthesize_cases(models, cases, made, quiet=options.quiet, on_slice=summary.slice_done)
+        results = synthesize_cases(
+            models, cases, made, quiet=options.quiet, on_slice=summary.slice_done
+        )
         return _run(summary, results, cases, options, models)
 
 
@@ -98,32 +122,50 @@ def _check(options: argparse.Namespace) -> None:
     """Raise `UsageError` for options that would have no effect beside the others."""
     check_warp(options)
     without = (
-        ("dry_run", "report", "audit", "ray", "ray_workers", "ray_gpus") if options.list else ("report", "audit") if options.dry_run else ()
+        ("dry_run", "report", "audit", "ray", "ray_workers", "ray_gpus")
+        if options.list
+        else ("report", "audit")
+        if options.dry_run
+        else ()
     )
     for name in without:
         if getattr(options, name) not in (None, False):
             what = "--list" if options.list else "--dry-run"
             raise UsageError(
-                f"--{name.replace('_', '-')} has no effect beside {what}, which synthesizes nothing",
+                f"--{name.replace('_', '-')} has no effect beside {what}, which synthesizes"
+                " nothing",
                 expected="one of them",
                 remedy="leave one out",
             )
     if options.ray is None and (options.ray_workers is not None or options.ray_gpus is not None):
-        raise UsageError("--ray-workers and --ray-gpus are for Ray", expected="--ray with them", remedy="add --ray, or leave them out")
+        raise UsageError(
+            "--ray-workers and --ray-gpus are for Ray",
+            expected="--ray with them",
+            remedy="add --ray, or leave them out",
+        )
 
 
 def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
     (name, folder), *more = named(options.model).items()
     if more or options.rules or options.use:
-        raise UsageError("--ray takes one model, and nothing to choose it by", expected="one --model, without --use and --rules",
-                         remedy="run the command once for each model's masks")  # fmt: skip
+        raise UsageError(
+            "--ray takes one model, and nothing to choose it by",
+            expected="one --model, without --use and --rules",
+            remedy="run the command once for each model's masks",
+        )
     how = {"address": options.ray, "count": options.ray_workers, "gpus": options.ray_gpus}
     with RaySynthesizer.open(folder, **how, **engine(options)) as synth:
         made = plan_of(options, options.output, synth.manifest.labels, resume=options.resume)
         if not options.quiet:
             introduce({name: synth})
         results = synth.make(cases, made)
-        return _run(_summary({name: synth}, cases, options), ((result, name) for result in results), cases, options, {name: synth})
+        return _run(
+            _summary({name: synth}, cases, options),
+            ((result, name) for result in results),
+            cases,
+            options,
+            {name: synth},
+        )
 
 
 def _warp(cases: Sequence[Case], options: argparse.Namespace) -> int:
@@ -136,7 +178,9 @@ def _warp(cases: Sequence[Case], options: argparse.Namespace) -> int:
     return _run(summary, ((result, WARP) for result in results), cases, options, {WARP: source})
 
 
-def _summary(models: Mapping[str, Maker], cases: Sequence[Case], options: argparse.Namespace) -> Summary:
+def _summary(
+    models: Mapping[str, Maker], cases: Sequence[Case], options: argparse.Namespace
+) -> Summary:
     if options.report is not None:
         check_writable(options.report.parent)
     return Summary(models, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
@@ -173,7 +217,9 @@ def _run(
     return failures.code
 
 
-def _dry_run(models: Models, cases: Sequence[Case], plans: Mapping[str, Plan], options: argparse.Namespace) -> int:
+def _dry_run(
+    models: Models, cases: Sequence[Case], plans: Mapping[str, Plan], options: argparse.Namespace
+) -> int:
     for name, made in plans.items():
         made.writer.check(models[name].manifest, options.output)
 
@@ -188,7 +234,9 @@ def _dry_run(models: Models, cases: Sequence[Case], plans: Mapping[str, Plan], o
     return _tried(cases, checked, options)
 
 
-def _dry_run_warp(source: WarpSource, cases: Sequence[Case], made: Plan, options: argparse.Namespace) -> int:
+def _dry_run_warp(
+    source: WarpSource, cases: Sequence[Case], made: Plan, options: argparse.Namespace
+) -> int:
     made.writer.check(source.manifest, options.output)
 
     def checked(case: Case) -> tuple[LabelVolume, str]:
@@ -200,7 +248,11 @@ def _dry_run_warp(source: WarpSource, cases: Sequence[Case], made: Plan, options
     return _tried(cases, checked, options)
 
 
-def _tried(cases: Sequence[Case], checked: Callable[[Case], tuple[LabelVolume, str]], options: argparse.Namespace) -> int:
+def _tried(
+    cases: Sequence[Case],
+    checked: Callable[[Case], tuple[LabelVolume, str]],
+    options: argparse.Namespace,
+) -> int:
     """Say of each case what `checked` says of it, or what is wrong with it."""
     failures = Failures(verbose=options.verbose)
     for case in cases:
@@ -213,6 +265,9 @@ def _tried(cases: Sequence[Case], checked: Callable[[Case], tuple[LabelVolume, s
         depth, height, width = volume.labels.shape
         spacing = " x ".join(f"{s:.3g}" for s in volume.geometry.spacing)
         if not options.quiet:
-            print(f"{printable(case.display_name)}: {width} x {height} x {depth} voxels of {spacing} mm, {said}")
+            print(
+                f"{printable(case.display_name)}: {width} x {height} x {depth} voxels of {spacing}"
+                f" mm, {said}"
+            )
     failures.close()
     return failures.code

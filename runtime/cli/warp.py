@@ -17,8 +17,19 @@ from ..synthesizer import DEFAULT_BATCH
 from .options import plan_of
 
 VARIANTS = 3  # of each pair, where the command does not say
-_OF_MODELS = {"model": None, "use": None, "rules": None, "backend": "auto", "batch": DEFAULT_BATCH, "max_memory": None, "device": 0,
-              "workers": None, "ray": None, "ray_workers": None, "ray_gpus": None}  # fmt: skip
+_OF_MODELS = {
+    "model": None,
+    "use": None,
+    "rules": None,
+    "backend": "auto",
+    "batch": DEFAULT_BATCH,
+    "max_memory": None,
+    "device": 0,
+    "workers": None,
+    "ray": None,
+    "ray_workers": None,
+    "ray_gpus": None,
+}
 
 
 def add_warp(parser: argparse.ArgumentParser) -> None:
@@ -27,13 +38,17 @@ def add_warp(parser: argparse.ArgumentParser) -> None:
         "--warp",
         type=Path,
         metavar="CT",
-        help="no model: deform this CT (a volume, a DICOM series, or a folder of such, matched by name) with its mask; "
-        f"{VARIANTS} variants where --variants does not say",
+        help=(
+            "no model: deform this CT (a volume, a DICOM series, or a folder of such, matched by"
+            f" name) with its mask; {VARIANTS} variants where --variants does not say"
+        ),
     )
     how.add_argument(
         "--intensity-jitter",
         choices=("on", "off"),
-        help="of --warp: move the intensities of each label and tissue at random, too (default: on)",
+        help=(
+            "of --warp: move the intensities of each label and tissue at random, too (default: on)"
+        ),
     )
 
 
@@ -41,11 +56,18 @@ def check_warp(options: argparse.Namespace) -> None:
     """Raise `UsageError` for options that have no effect with --warp, or without it."""
     if options.warp is None:
         if options.intensity_jitter is not None:
-            raise UsageError("--intensity-jitter is for --warp", expected="--warp CT with it", remedy="add --warp, or leave it out")
+            raise UsageError(
+                "--intensity-jitter is for --warp",
+                expected="--warp CT with it",
+                remedy="add --warp, or leave it out",
+            )
         if options.model is None and not options.list:
             raise UsageError(
                 "neither --model nor --warp was given",
-                expected="--model FOLDER, which makes CTs of masks, or --warp CT, which deforms real ones with theirs",
+                expected=(
+                    "--model FOLDER, which makes CTs of masks, or --warp CT, which deforms real"
+                    " ones with theirs"
+                ),
                 remedy="add one of them",
             )
         return
@@ -58,8 +80,13 @@ def check_warp(options: argparse.Namespace) -> None:
             )
 
 
-def warp_source(cases: Sequence[Case], options: argparse.Namespace) -> tuple[WarpSource, list[Case], Plan]:
-    """What deforms the CTs, the cases with their CTs, and what is made of them. Raises `UsageError`s."""
+def warp_source(
+    cases: Sequence[Case], options: argparse.Namespace
+) -> tuple[WarpSource, list[Case], Plan]:
+    """What deforms the CTs, the cases with their CTs, and what is made of them.
+
+    Raises `UsageError`s.
+    """
     options.variants = VARIANTS if options.variants is None else options.variants
     pairs = with_images(cases, options.warp)
     table, label_map = label_table(pairs, options.labels)

@@ -15,24 +15,50 @@ from ..core.logfmt import log_line
 from ..io.cases import Case
 from ..service.watch_folder import FolderWatcher
 from ..service.work_queue import WorkItem, reason
-from .options import add_audit, add_engine, add_reading, add_results, find, introduce, open_models, plans_by_model
+from .options import (
+    add_audit,
+    add_engine,
+    add_reading,
+    add_results,
+    find,
+    introduce,
+    open_models,
+    plans_by_model,
+)
 
 
 def add(commands: Any) -> None:
-    watch = commands.add_parser("watch", help="synthesize a CT for each mask that is put into a folder", epilog=EXIT_CODES)
+    watch = commands.add_parser(
+        "watch", help="synthesize a CT for each mask that is put into a folder", epilog=EXIT_CODES
+    )
     watch.set_defaults(command=_watch)
     watch.add_argument(
-        "inbox", type=Path, metavar="INBOX", help="the folder: masks, zips and folders of masks in it end in done/ or failed/ there"
+        "inbox",
+        type=Path,
+        metavar="INBOX",
+        help="the folder: masks, zips and folders of masks in it end in done/ or failed/ there",
     )
     add_engine(watch)
     add_results(watch)
     add_reading(watch)
     when = watch.add_argument_group("watching")
-    when.add_argument("--poll", type=_seconds, default=2.0, metavar="SECONDS", help="how often to look (default: %(default)s)")
     when.add_argument(
-        "--stable", type=_seconds, default=5.0, metavar="SECONDS", help="take what has not changed for so long (default: %(default)s)"
+        "--poll",
+        type=_seconds,
+        default=2.0,
+        metavar="SECONDS",
+        help="how often to look (default: %(default)s)",
     )
-    when.add_argument("--once", action="store_true", help="end when nothing is left that is complete")
+    when.add_argument(
+        "--stable",
+        type=_seconds,
+        default=5.0,
+        metavar="SECONDS",
+        help="take what has not changed for so long (default: %(default)s)",
+    )
+    when.add_argument(
+        "--once", action="store_true", help="end when nothing is left that is complete"
+    )
     add_audit(watch, f"{AUDIT} in the output folder")
     watch.add_argument("--quiet", action="store_true", help="print errors and warnings only")
 
@@ -42,7 +68,9 @@ def _watch(options: argparse.Namespace) -> int:
     with open_models(options) as models:
         plans = plans_by_model(options, models, options.output, resume=True)
         log = _Log(several=len(models) > 1, quiet=options.quiet)
-        audit = AuditTrail(audit_file, "watch", lambda action, facts: log.say(log_line(action, facts)))
+        audit = AuditTrail(
+            audit_file, "watch", lambda action, facts: log.say(log_line(action, facts))
+        )
         watcher = FolderWatcher(
             options.inbox,
             models,
@@ -93,7 +121,9 @@ class _Log:
                 print(printable(text), flush=True)
             except BrokenPipeError:  # nobody reads it
                 pass
-            except OSError as exc:  # the masks that wait are no less urgent; the exit code will say it
+            except (
+                OSError
+            ) as exc:  # the masks that wait are no less urgent; the exit code will say it
                 self.unsaid = exc
 
     def chosen(self, case: Case, model: str, reason: str) -> None:
@@ -124,5 +154,9 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < 1e6:
-        raise UsageError(f"{text!r} is not a number of seconds", expected="0 or more", remedy="leave it out for the default")
+        raise UsageError(
+            f"{text!r} is not a number of seconds",
+            expected="0 or more",
+            remedy="leave it out for the default",
+        )
     return seconds

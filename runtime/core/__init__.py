@@ -1,1 +1,4 @@
-"""What everything builds on: errors, files, volumes, labels, geometry. Imports no other package of the runtime."""
+"""What everything builds on: errors, files, volumes, labels, geometry.
+
+Imports no other package of the runtime.
+"""

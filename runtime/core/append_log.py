@@ -1,7 +1,8 @@
-"""A file that lines are only ever added to: the journal, the delivery logs and the audit file share this.
+"""A file that lines are only ever added to: the journal, the delivery logs and the audit file share
+this.
 
-A line is on the disk when `append` returns. A power cut may tear the last line: the next one begins a line of its own,
-and what the torn one held is left as it is.
+A line is on the disk when `append` returns. A power cut may tear the last line: the next one begins
+a line of its own, and what the torn one held is left as it is.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def facts_in(content: bytes) -> Iterator[dict[str, Any]]:
     for line in content.split(b"\n"):
         checksum, _, body = line.partition(b" ")
         try:
-            if int(checksum, 16) == zlib.crc32(body) and isinstance(facts := json.loads(body), dict):
+            if int(checksum, 16) == zlib.crc32(body) and isinstance(
+                facts := json.loads(body), dict
+            ):
                 yield facts
         except (ValueError, RecursionError):
             pass

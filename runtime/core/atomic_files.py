@@ -1,4 +1,6 @@
-"""Files that are whole or absent: written under a temporary name in the same folder, synced, then renamed."""
+"""Files that are whole or absent: written under a temporary name in the same folder, synced,
+then renamed.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,11 @@ from .errors import writing
 LONGEST_NAME = 255  # bytes of a file name on every common file system
 MAX_TEXT = 4 << 20  # bytes of a text that a person writes, a label map for one
 SYNCED_EVERY = 8 << 20  # bytes of a file that grows
-SYNCED_AT_ONCE = 4  # files of a folder: a disk writes what waits together, 300 slices in 0.1 s and not in 1
-# Hidden, so never taken for a result; the mark that mask2ct alone writes, the machine and the process: its owner can be told.
+SYNCED_AT_ONCE = (
+    4  # files of a folder: a disk writes what waits together, 300 slices in 0.1 s and not in 1
+)
+# Hidden, so never taken for a result; the mark that mask2ct alone writes, the machine and the
+# process: its owner can be told.
 _PART = ".mask2ct-part-"
 _HOST = re.sub("[^A-Za-z0-9]", "", platform.node())[:16]
 _OURS = re.compile(re.escape(_PART) + r"([A-Za-z0-9]{0,16})-(\d+)-[0-9a-f]{6}-")
@@ -34,7 +39,9 @@ _owner_alone = threading.local()
 
 @contextmanager
 def private(on: bool = True) -> Iterator[None]:
-    """What this thread makes within, by the functions of this module, only its owner may read (600, folders 700); else the umask decides."""
+    """What this thread makes within, by the functions of this module, only its owner may read
+    (600, folders 700); else the umask decides.
+    """
     before = getattr(_owner_alone, "on", False)
     _owner_alone.on = on
     try:
@@ -44,12 +51,16 @@ def private(on: bool = True) -> Iterator[None]:
 
 
 def permitted(mode: int) -> int:
-    """The permissions that a new file or folder is made with, before the umask: `mode`, or the owner's part of it."""
+    """The permissions that a new file or folder is made with, before the umask: `mode`, or the
+    owner's part of it.
+    """
     return mode & 0o700 if getattr(_owner_alone, "on", False) else mode
 
 
 def temporary_name(path: Path) -> Path:
-    """The name `path` is written under until it is whole: hidden, in the same folder, with `path`'s own suffixes."""
+    """The name `path` is written under until it is whole: hidden, in the same folder, with
+    `path`'s own suffixes.
+    """
     unique = os.urandom(3).hex()  # containers share process numbers
     return path.with_name(f"{_PART}{_HOST}-{os.getpid()}-{unique}-{path.name}")
 
@@ -60,10 +71,12 @@ def filename_fits(file: Path) -> bool:
 
 
 def remove_orphans(folder: Path, *, locked: bool = False) -> None:
-    """Remove temporary files in `folder` whose process, on this machine, is gone (killed, or cut off by a power failure).
+    """Remove temporary files in `folder` whose process, on this machine, is gone (killed, or cut
+    off by a power failure).
 
-    `locked`: the caller holds the folder's journal, so nobody else is writing there: those of any machine and process go.
-    What does not have the whole form of `temporary_name` is somebody else's and stays, whatever it is called.
+    `locked`: the caller holds the folder's journal, so nobody else is writing there: those of any
+    machine and process go. What does not have the whole form of `temporary_name` is somebody else's
+    and stays, whatever it is called.
     """
     for path in folder.glob(f"{_PART}*"):
         if not (name := _OURS.match(path.name)):
@@ -77,7 +90,10 @@ def remove_orphans(folder: Path, *, locked: bool = False) -> None:
 
 
 def check_writable(output: Path) -> None:
-    """Make the folder and a file in it, and take the file away again. Raises `OutputError` before any work is done."""
+    """Make the folder and a file in it, and take the file away again.
+
+    Raises `OutputError` before any work is done.
+    """
     with writing(output):
         output.mkdir(permitted(0o777), parents=True, exist_ok=True)
         remove_orphans(output)
@@ -91,8 +107,8 @@ def check_writable(output: Path) -> None:
 def open_input(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a file that somebody else has provided, without ever waiting for anybody.
 
-    A pipe, a socket or a device of that name is not read. That is asked of the open file itself: what is
-    swapped between a look at the name and the opening is noticed, too.
+    A pipe, a socket or a device of that name is not read. That is asked of the open file itself:
+    what is swapped between a look at the name and the opening is noticed, too.
 
     Args:
         path: the file; a link is followed, for whoever names one chooses it.
@@ -103,7 +119,9 @@ def open_input(path: str | os.PathLike[str]) -> BinaryIO:
     return open(path, "rb", opener=_open_regular)
 
 
-def read_text(path: str | os.PathLike[str], *, most: int = MAX_TEXT, encoding: str = "utf-8") -> str:
+def read_text(
+    path: str | os.PathLike[str], *, most: int = MAX_TEXT, encoding: str = "utf-8"
+) -> str:
     """Read a text file that somebody else has provided, without waiting and without filling memory.
 
     Args:
@@ -124,7 +142,9 @@ def read_text(path: str | os.PathLike[str], *, most: int = MAX_TEXT, encoding: s
 
 def _open_regular(path: str, flags: int) -> int:
     """What `open` calls: a descriptor of the regular file at `path`."""
-    _require_regular(os.stat(path).st_mode)  # first by name: to open a device may already do something
+    _require_regular(
+        os.stat(path).st_mode
+    )  # first by name: to open a device may already do something
     handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
     try:
         _require_regular(os.fstat(handle).st_mode)
@@ -143,8 +163,8 @@ def _require_regular(mode: int) -> None:
 def belongs_to(folder: Path, path: Path) -> bool:
     """Whether `path`, found below `folder`, is a file that may be opened.
 
-    That is a regular file, or a link to one that lies below `folder` as well. Pipes, sockets, devices, broken links
-    and links that lead outside are not.
+    That is a regular file, or a link to one that lies below `folder` as well. Pipes, sockets,
+    devices, broken links and links that lead outside are not.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -169,7 +189,8 @@ def _alive(process: int) -> bool:
 def lock(handle: int) -> bool:
     """Lock the open file for this process, and say whether that was possible now.
 
-    By flock, which an open file holds, over NFS too, and which the kernel ends with the process. Raises OSError where files have no locks.
+    By flock, which an open file holds, over NFS too, and which the kernel ends with the process.
+    Raises OSError where files have no locks.
     """
     try:
         try:
@@ -204,7 +225,8 @@ def _sync(file: Path) -> None:
 
 
 class HashingWriter:
-    """A new file, written from its beginning on; it is hashed and handed to the disk as it grows, so that at its end little is waited for.
+    """A new file, written from its beginning on; it is hashed and handed to the disk as it grows,
+    so that at its end little is waited for.
 
     `finish` once all is written. Use as a context manager. Raises OSError.
     """
@@ -266,17 +288,20 @@ class HashingWriter:
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield the temporary path to write; on success sync and rename it to `path`, on any error remove it.
+    """Yield the temporary path to write; on success sync and rename it to `path`, on any error
+    remove it.
 
-    Raises `OutputError` when the folder cannot be made or written, the disk is full, or a pipe or a device has that name:
-    to put a file in its place would take /dev/null from the whole machine.
+    Raises `OutputError` when the folder cannot be made or written, the disk is full, or a pipe or a
+    device has that name: to put a file in its place would take /dev/null from the whole machine.
     """
     part = temporary_name(path)
     with writing(path):
         path.parent.mkdir(permitted(0o777), parents=True, exist_ok=True)
         _require_replaceable(path)
         try:
-            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, permitted(0o666)))  # whoever writes it
+            os.close(
+                os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, permitted(0o666))
+            )  # whoever writes it
             yield part
             _sync(part)
             os.replace(part, path)
@@ -339,12 +364,17 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically. NaN and infinity are refused (they are not JSON)."""
+    """Write `value` as indented JSON, atomically.
+
+    NaN and infinity are refused (they are not JSON).
+    """
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def sha256_of(source: Path | BinaryIO) -> str:
-    """The SHA-256 of a file, or of what an open one still holds, as 64 hexadecimal digits, read in 1 MiB pieces."""
+    """The SHA-256 of a file, or of what an open one still holds, as 64 hexadecimal digits, read
+    in 1 MiB pieces.
+    """
     if isinstance(source, Path):
         with open_input(source) as handle:
             return sha256_of(handle)

@@ -1,4 +1,6 @@
-"""JSON that somebody else wrote, checked as it is read: a refusal names the key and says what is expected, in plain words."""
+"""JSON that somebody else wrote, checked as it is read: a refusal names the key and says what is
+expected, in plain words.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def number(value: Any, what: str) -> float:
 
 def items(value: Any, what: str, length: int | None = None) -> Sequence[Any]:
     if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
-        raise refusal(f"{what} is {shown(value)}", "a list" if length is None else f"a list of {length}")
+        raise refusal(
+            f"{what} is {shown(value)}", "a list" if length is None else f"a list of {length}"
+        )
     return value
 
 

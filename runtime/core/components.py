@@ -1,4 +1,6 @@
-"""How many parts each label has, counted plane by plane: a deformed mask must have as many as the mask it came from."""
+"""How many parts each label has, counted plane by plane: a deformed mask must have as many as
+the mask it came from.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,17 @@ Index = NDArray[np.intp]
 
 
 def parts(labels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """int64 (256,): for each value, how many 26-connected parts of `labels` (D, H, W) hold at least SPECK of its voxels; 0 for 0.
+    """int64 (256,): for each value, how many 26-connected parts of `labels` (D, H, W) hold at least
+    SPECK of its voxels; 0 for 0.
 
-    Runs of equal voxels along each row are joined with those they touch in the rows and the plane before. Held at a time: the
-    runs of two planes, and a size and a value for each part.
+    Runs of equal voxels along each row are joined with those they touch in the rows and the plane
+    before. Held at a time: the runs of two planes, and a size and a value for each part.
     """
     sizes, values = np.zeros(0, np.int64), np.zeros(0, np.uint8)
-    before, of_before = _runs(labels[0, :0]), np.zeros(0, np.intp)  # the plane before: its runs, and which part each is of
+    before, of_before = (
+        _runs(labels[0, :0]),
+        np.zeros(0, np.intp),
+    )  # the plane before: its runs, and which part each is of
     for plane in labels:
         runs = _runs(plane)
         start, stop, value = runs
@@ -27,10 +33,18 @@ def parts(labels: NDArray[np.uint8]) -> NDArray[np.int64]:
             before, of_before = runs, np.zeros(0, np.intp)
             continue
         known, width = len(of_before), plane.shape[1] + 2
-        touching = [_touching(runs, before, shift, 0) for shift in (-width, 0, width)] + [_touching(runs, runs, width, known)]
+        touching = [_touching(runs, before, shift, 0) for shift in (-width, 0, width)] + [
+            _touching(runs, runs, width, known)
+        ]
         _, first, same = np.unique(of_before, return_index=True, return_inverse=True)
-        joins = [(a + known, b) for a, b in touching] + [(np.arange(known), first[same])]  # nodes: the runs before, then these
-        roots = _join(known + len(start), np.concatenate([a for a, _ in joins]), np.concatenate([b for _, b in joins]))
+        joins = [(a + known, b) for a, b in touching] + [
+            (np.arange(known), first[same])
+        ]  # nodes: the runs before, then these
+        roots = _join(
+            known + len(start),
+            np.concatenate([a for a, _ in joins]),
+            np.concatenate([b for _, b in joins]),
+        )
 
         oldest = np.full(len(roots), len(sizes), np.intp)
         np.minimum.at(oldest, roots[:known], of_before)
@@ -39,16 +53,23 @@ def parts(labels: NDArray[np.uint8]) -> NDArray[np.int64]:
         sizes[merged[merged != into]] = 0
         fresh = np.flatnonzero((oldest == len(sizes)) & (roots == np.arange(len(roots))))
         oldest[fresh] = len(sizes) + np.arange(len(fresh))
-        sizes, values = np.append(sizes, np.zeros(len(fresh), np.int64)), np.append(values, value[fresh - known])
+        sizes, values = (
+            np.append(sizes, np.zeros(len(fresh), np.int64)),
+            np.append(values, value[fresh - known]),
+        )
         part = oldest[roots[known:]]
         np.add.at(sizes, part, stop - start)
         before, of_before = runs, part
     total = np.bincount(values, sizes, 256)
-    return np.bincount(values[(sizes > 0) & (sizes >= MIN_COMPONENT_FRACTION * total[values])], minlength=256)
+    return np.bincount(
+        values[(sizes > 0) & (sizes >= MIN_COMPONENT_FRACTION * total[values])], minlength=256
+    )
 
 
 def _runs(plane: NDArray[np.uint8]) -> tuple[Index, Index, NDArray[np.uint8]]:
-    """First, one past the last, and value of each run of a value other than 0, as places in rows with a 0 at either end."""
+    """First, one past the last, and value of each run of a value other than 0, as places in rows
+    with a 0 at either end.
+    """
     padded = np.zeros((len(plane), plane.shape[1] + 2), np.uint8)
     padded[:, 1:-1] = plane
     flat = padded.ravel()
@@ -58,8 +79,12 @@ def _runs(plane: NDArray[np.uint8]) -> tuple[Index, Index, NDArray[np.uint8]]:
     return edges[inside], edges[inside + 1], value[inside]
 
 
-def _touching(runs: tuple[Any, ...], others: tuple[Any, ...], shift: int, offset: int) -> tuple[Index, Index]:
-    """Pairs (n of runs, n + offset of others) of equal value that touch, corners included, when `others` move by `shift`."""
+def _touching(
+    runs: tuple[Any, ...], others: tuple[Any, ...], shift: int, offset: int
+) -> tuple[Index, Index]:
+    """Pairs (n of runs, n + offset of others) of equal value that touch, corners included, when
+    `others` move by `shift`.
+    """
     (start, stop, value), (first, last, other) = runs, others
     begin = np.searchsorted(last + shift, start - 1, "right")
     count = np.maximum(np.searchsorted(first + shift, stop + 1, "left") - begin, 0)

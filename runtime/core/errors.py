@@ -31,7 +31,8 @@ from pathlib import Path
 
 
 def printable(text: str | os.PathLike[str]) -> str:
-    """`text`, often a name that somebody else chose, so that it can neither steer a terminal nor begin a line.
+    """`text`, often a name that somebody else chose, so that it can neither steer a terminal nor
+    begin a line.
 
     Control and format characters, a line's end among them, bytes that are no UTF-8 and unassigned
     code points become Python's escapes: `\\x1b`, `\\n`, `\\udcff`. Spaces of any script stay.
@@ -39,7 +40,9 @@ def printable(text: str | os.PathLike[str]) -> str:
     text = str(text)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() or unicodedata.category(c) == "Zs" else escaped(c) for c in text)
+    return "".join(
+        c if c.isprintable() or unicodedata.category(c) == "Zs" else escaped(c) for c in text
+    )
 
 
 def escaped(text: str) -> str:
@@ -58,7 +61,9 @@ def quantity(count: int, noun: str, plural: str = "") -> str:
 
 
 class Mask2CTError(Exception):
-    """Base of the tree. `fact`, `expected`, `remedy`: sentences for a person; `file`: what they concern, if a file; `rows`: lines below the fact."""
+    """Base of the tree. `fact`, `expected`, `remedy`: sentences for a person; `file`: what they
+    concern, if a file; `rows`: lines below the fact.
+    """
 
     exit_code = 1
 
@@ -76,7 +81,11 @@ class Mask2CTError(Exception):
         super().__init__(fact)
 
     def __str__(self) -> str:
-        facts = [("file", "" if self.file is None else str(self.file)), ("expected", self.expected), ("remedy", self.remedy)]
+        facts = [
+            ("file", "" if self.file is None else str(self.file)),
+            ("expected", self.expected),
+            ("remedy", self.remedy),
+        ]
         lines = [self.fact, *self.rows, *(f"  {name:<9} {text}" for name, text in facts if text)]
         return "\n".join(map(printable, lines))
 
@@ -128,7 +137,9 @@ class BuildError(ModelError):
 
 
 class MissingComponent(Mask2CTError):
-    """A package, a driver or a device is absent: says which, why it is needed, and the command that installs it."""
+    """A package, a driver or a device is absent: says which, why it is needed, and the command
+    that installs it.
+    """
 
     exit_code = 3
 
@@ -144,22 +155,44 @@ class OutputError(Mask2CTError):
 
 
 class MemoryCapExceeded(Mask2CTError, MemoryError):
-    """A pool would have to grow past its cap, or the device has no more. All in bytes: `asked`, the `cap`, `in_use` by the
-    pool, `free` on the device (None where that has no meaning)."""
+    """A pool would have to grow past its cap, or the device has no more.
+
+    All in bytes: `asked`, the `cap`, `in_use` by the pool, `free` on the device (None where that
+    has no meaning).
+    """
 
     exit_code = 4
     asked = cap = in_use = 0
     free: int | None = None
 
     @classmethod
-    def of(cls, kind: str, asked: int, *, cap: int, in_use: int, free: int | None = None, refused: bool = False) -> MemoryCapExceeded:
-        """The error for `asked` more bytes of `kind` ("host memory", "memory of GPU 0"): past the cap, or `refused` by the system."""
+    def of(
+        cls,
+        kind: str,
+        asked: int,
+        *,
+        cap: int,
+        in_use: int,
+        free: int | None = None,
+        refused: bool = False,
+    ) -> MemoryCapExceeded:
+        """The error for `asked` more bytes of `kind` ("host memory", "memory of GPU 0"): past
+        the cap, or `refused` by the system.
+        """
         left = "" if free is None else f"; the device has {free} bytes free"
         if refused:
-            fact = f"the system refused {asked} more bytes: {in_use} of the pool's cap of {cap} bytes are in use"
-            remedy = "end what else uses that memory, let --batch auto choose what fits, or choose another --device"
+            fact = (
+                f"the system refused {asked} more bytes: {in_use} of the pool's cap of {cap} bytes"
+                " are in use"
+            )
+            remedy = (
+                "end what else uses that memory, let --batch auto choose what fits, or choose"
+                " another --device"
+            )
         else:
-            fact = f"{asked} more bytes would pass the pool's cap: {in_use} of {cap} bytes are in use"
+            fact = (
+                f"{asked} more bytes would pass the pool's cap: {in_use} of {cap} bytes are in use"
+            )
             remedy = "raise --max-memory, or let --batch auto choose what fits"
         error = cls(f"{fact} ({kind})", expected=f"at most {cap} bytes{left}", remedy=remedy)
         error.asked, error.cap, error.in_use, error.free = asked, cap, in_use, free
@@ -185,7 +218,9 @@ def importing(package: str, expected: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except ImportError as exc:
-        raise MissingComponent(f"{package} cannot be imported: {exc}", expected=expected, remedy=remedy) from exc
+        raise MissingComponent(
+            f"{package} cannot be imported: {exc}", expected=expected, remedy=remedy
+        ) from exc
 
 
 @contextmanager
@@ -203,24 +238,43 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
             file=path,
         ) from exc
     except OSError as exc:
-        reason, remedy = _WRITE_REMEDIES.get(exc.errno or 0, (exc.strerror or str(exc), "choose another output folder"))
+        reason, remedy = _WRITE_REMEDIES.get(
+            exc.errno or 0, (exc.strerror or str(exc), "choose another output folder")
+        )
         raise OutputError(
-            f"{Path(path).name} cannot be written: {reason}", expected="a folder with room that can be written", remedy=remedy, file=path
+            f"{Path(path).name} cannot be written: {reason}",
+            expected="a folder with room that can be written",
+            remedy=remedy,
+            file=path,
         ) from exc
 
 
 @contextmanager
-def reading(path: str | os.PathLike[str], expected: str, error: type[Mask2CTError] = UnreadableVolume) -> Iterator[None]:
-    """Map what readers raise on a bad file (OSError, EOFError, ValueError, RuntimeError, OverflowError, zlib.error) to `error`."""
+def reading(
+    path: str | os.PathLike[str], expected: str, error: type[Mask2CTError] = UnreadableVolume
+) -> Iterator[None]:
+    """Map what readers raise on a bad file (OSError, EOFError, ValueError, RuntimeError,
+    OverflowError, zlib.error) to `error`.
+    """
     name = Path(path).name
     try:
         yield
     except FileNotFoundError as exc:
-        raise error(f"{name} does not exist", expected=expected, remedy="check the path", file=path) from exc
+        raise error(
+            f"{name} does not exist", expected=expected, remedy="check the path", file=path
+        ) from exc
     except PermissionError as exc:
-        raise error(f"{name} cannot be read: permission denied", expected=expected, remedy="check its permissions", file=path) from exc
+        raise error(
+            f"{name} cannot be read: permission denied",
+            expected=expected,
+            remedy="check its permissions",
+            file=path,
+        ) from exc
     except (OSError, EOFError, ValueError, RuntimeError, OverflowError, zlib.error) as exc:
         lines = str(exc).strip().splitlines() or [type(exc).__name__]
         raise error(
-            f"{name} cannot be read: {lines[-1][:200]}", expected=expected, remedy="check the file, or write it again", file=path
+            f"{name} cannot be read: {lines[-1][:200]}",
+            expected=expected,
+            remedy="check the file, or write it again",
+            file=path,
         ) from exc

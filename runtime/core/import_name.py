@@ -24,8 +24,12 @@ def require_one_name(name: str, path: Iterable[str]) -> None:
     """
     for other in NAMES:
         module = sys.modules.get(other)
-        if other != name and module is not None and list(getattr(module, "__path__", ())) == list(path):
+        if (
+            other != name
+            and module is not None
+            and list(getattr(module, "__path__", ())) == list(path)
+        ):
             raise ImportError(
-                f"this package is imported as {other!r} already; import it by one name in a process: "
-                f"{other!r} here, in the place of {name!r}"
+                f"this package is imported as {other!r} already; import it by one name in a"
+                f" process: {other!r} here, in the place of {name!r}"
             )

@@ -1,4 +1,6 @@
-"""Which values a label map holds and how its voxels lie beside each other; an image that was taken for a mask shows by that."""
+"""Which values a label map holds and how its voxels lie beside each other; an image that was
+taken for a mask shows by that.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,10 @@ from numpy.typing import NDArray
 from .errors import UnreadableVolume
 from .volume import runs
 
-# An image has more values than this, and more than this part of its neighbours differ. Of 220 real CTs and MRs the least had 93 values
-# and 0.92; of 220 real label maps the most had 6 and 0.04, an atlas of 150 structures of 32 voxels each has 0.39.
+# An image has more values than this, and more than this part of its neighbours differ. Of 220 real
+# CTs and MRs the least had 93 values
+# and 0.92; of 220 real label maps the most had 6 and 0.04, an atlas of 150 structures of 32 voxels
+# each has 0.39.
 MOST_LABELS = 64
 MOST_DIFFERENT = 0.5
 LEAST_PAIRS = 1000  # of neighbours; fewer tell nothing
@@ -24,13 +28,19 @@ MOST_PENDING = 1 << 20  # values of planes that are not added up yet
 
 @dataclass
 class Census:
-    """Of the planes that it was shown: `voxels` by value, and how often neighbours in a row differ."""
+    """Of the planes that it was shown: `voxels` by value, and how often neighbours in a row
+    differ.
+    """
 
     _voxels: Counter[int] = field(default_factory=Counter)
     _runs: Counter[int] = field(default_factory=Counter)
-    _pending: list[tuple[NDArray[Any], ...]] = field(default_factory=list)  # of each plane: values, voxels, runs
+    _pending: list[tuple[NDArray[Any], ...]] = field(
+        default_factory=list
+    )  # of each plane: values, voxels, runs
     _size: int = 0  # values that are pending
-    _ends: Counter[int] = field(default_factory=Counter)  # runs at either end of a plane: they have one neighbour
+    _ends: Counter[int] = field(
+        default_factory=Counter
+    )  # runs at either end of a plane: they have one neighbour
     _changes: int = 0
 
     @classmethod
@@ -41,7 +51,9 @@ class Census:
             census.add(*runs(plane))
         return census
 
-    def add(self, values: NDArray[Any], lengths: NDArray[np.intp]) -> tuple[NDArray[Any], NDArray[np.intp]]:
+    def add(
+        self, values: NDArray[Any], lengths: NDArray[np.intp]
+    ) -> tuple[NDArray[Any], NDArray[np.intp]]:
         """Count one plane, given as `runtime.core.volume.runs` has it.
 
         Returns:
@@ -50,7 +62,13 @@ class Census:
         distinct = np.unique(values)
         positions = np.searchsorted(distinct, values)
         count = len(distinct)
-        self._pending.append((distinct, np.bincount(positions, lengths, count), np.bincount(positions, minlength=count)))
+        self._pending.append(
+            (
+                distinct,
+                np.bincount(positions, lengths, count),
+                np.bincount(positions, minlength=count),
+            )
+        )
         self._size += count
         if self._size > MOST_PENDING:
             self._sum_up()
@@ -67,23 +85,35 @@ class Census:
         return self._voxels
 
     def _sum_up(self) -> None:
-        """Add up what is pending: of many planes at once, for a loop in Python over each takes as long as the counting."""
+        """Add up what is pending: of many planes at once, for a loop in Python over each takes
+        as long as the counting.
+        """
         if not self._pending:
             return
-        names, voxels, number = (np.concatenate(parts) for parts in zip(*self._pending, strict=True))
+        names, voxels, number = (
+            np.concatenate(parts) for parts in zip(*self._pending, strict=True)
+        )
         self._pending, self._size = [], 0
         distinct, positions = np.unique(names, return_inverse=True)
         sums = np.bincount(positions, voxels), np.bincount(positions, number)
-        for value, of_value, runs_of_value in zip(distinct.tolist(), *(part.tolist() for part in sums), strict=True):
+        for value, of_value, runs_of_value in zip(
+            distinct.tolist(), *(part.tolist() for part in sums), strict=True
+        ):
             self._voxels[value] += int(of_value)
             self._runs[value] += int(runs_of_value)
 
     def different(self) -> tuple[float, int]:
-        """The part of neighbours that differ where neither is background, the value that most voxels have; and how many pairs there are."""
+        """The part of neighbours that differ where neither is background, the value that most
+        voxels have; and how many pairs there are.
+        """
         if not self.voxels:
             return 0.0, 0
         background = max(self.voxels, key=self.voxels.__getitem__)
-        agree = self.voxels.total() - self.voxels[background] - (self._runs.total() - self._runs[background])
+        agree = (
+            self.voxels.total()
+            - self.voxels[background]
+            - (self._runs.total() - self._runs[background])
+        )
         differ = self._changes - (2 * self._runs[background] - self._ends[background])
         return differ / max(1, agree + differ), agree + differ
 
@@ -99,10 +129,15 @@ class Census:
         if self.is_image():
             name = "the mask" if file is None else file.name
             raise UnreadableVolume(
-                f"{name} looks like an image, not a mask: {len(self.voxels)} values from {min(self.voxels)} to {max(self.voxels)}, "
-                f"and {self.different()[0]:.0%} of neighbouring voxels differ",
+                f"{name} looks like an image, not a mask: {len(self.voxels)} values from"
+                f" {min(self.voxels)} to {max(self.voxels)}, and {self.different()[0]:.0%} of"
+                " neighbouring voxels differ",
                 expected="a label map: the voxels of a structure have one value",
                 remedy="give the mask that was drawn on it; if these are labels all the same, "
-                + ("map them with runtime.core.labels.to_indices(force=True)" if file is None else "say --force-labels"),
+                + (
+                    "map them with runtime.core.labels.to_indices(force=True)"
+                    if file is None
+                    else "say --force-labels"
+                ),
                 file=file,
             )

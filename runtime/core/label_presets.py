@@ -1,8 +1,9 @@
 """Named label tables: the values that well-known label files hold, and the structures they mean.
 
-A preset may describe the labels that a model is trained on, or (as `--labels NAME`) the values of masks that come from elsewhere. Codes
-are SNOMED CT. Sources: MM-WHS (Zhuang & Shen, Medical Image Analysis 31, 2016); TotalSegmentator v1 (104 classes) and v2 (117 classes),
-`total`, and `heartchambers_highres` (Wasserthal et al., Radiology: AI 5, 2023); AMOS (Ji et al., NeurIPS 2022).
+A preset may describe the labels that a model is trained on, or (as `--labels NAME`) the values of
+masks that come from elsewhere. Codes are SNOMED CT. Sources: MM-WHS (Zhuang & Shen, Medical Image
+Analysis 31, 2016); TotalSegmentator v1 (104 classes) and v2 (117 classes), `total`, and
+`heartchambers_highres` (Wasserthal et al., Radiology: AI 5, 2023); AMOS (Ji et al., NeurIPS 2022).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ MM_WHS = LabelTable(
     )
 )
 # The same structures numbered 0..7, as slices prepared for the original system hold them.
-MM_WHS_INDICES = LabelTable(tuple(Label(x.name, index, snomed=x.snomed) for index, x in enumerate(MM_WHS.labels)))
+MM_WHS_INDICES = LabelTable(
+    tuple(Label(x.name, index, snomed=x.snomed) for index, x in enumerate(MM_WHS.labels))
+)
 
 TOTALSEGMENTATOR_HEART = LabelTable(
     (
@@ -94,10 +97,14 @@ PRESETS: dict[str, LabelTable] = {
 }
 # Value → name of all that a file of the preset may hold, where that is more than the table.
 CLASSES: dict[str, dict[int, str]] = {"totalsegmentator": TOTAL_V2, "totalsegmentator-v1": TOTAL_V1}
-# A structure that a model lacks → the part of it that stands for it instead: MM-WHS labels of the aorta its ascending part alone.
+# A structure that a model lacks → the part of it that stands for it instead: MM-WHS labels of the
+# aorta its ascending part alone.
 STANDS_FOR: dict[str, str] = {"15825003": "54247002"}
 
 
 def class_names(preset: str) -> dict[int, str]:
     """Value → name of all that a file of the preset may hold."""
-    return {**CLASSES.get(preset, {}), **{label.value: label.name for label in PRESETS[preset].labels}}
+    return {
+        **CLASSES.get(preset, {}),
+        **{label.value: label.name for label in PRESETS[preset].labels},
+    }

@@ -22,7 +22,9 @@ def log_line(event: str, facts: Mapping[str, object]) -> str:
 
 
 def one_line(text: str) -> str:
-    """A value on one line whatever a stranger has put into it: no control characters, quoted where it holds a space."""
+    """A value on one line whatever a stranger has put into it: no control characters, quoted
+    where it holds a space.
+    """
     shown = printable_line(text)[:400].replace('"', "'")
     return f'"{shown}"' if " " in shown or not shown else shown
 

@@ -12,7 +12,8 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def memory_limit() -> int | None:
-    """The least of the machine's memory, the limits of the process (`ulimit -v`, `-d`) and of its control groups, in bytes.
+    """The least of the machine's memory, the limits of the process (`ulimit -v`, `-d`) and of its
+    control groups, in bytes.
 
     Returns:
         None where the system says nothing of it.
@@ -38,7 +39,8 @@ def _process() -> Iterator[int]:
 
 
 def group_limits(membership: Path = MEMBERSHIP, root: Path = CGROUPS) -> Iterator[int]:
-    """The limits of the control groups of this process, and of those that these lie in (cgroups(7), versions 1 and 2).
+    """The limits of the control groups of this process, and of those that these lie in (cgroups(7),
+    versions 1 and 2).
 
     Args:
         membership: Lines of "number:controllers:path", version 2's without controllers.
@@ -51,8 +53,13 @@ def group_limits(membership: Path = MEMBERSHIP, root: Path = CGROUPS) -> Iterato
     for _, controllers, path in (line.split(":", 2) for line in lines if line.count(":") >= 2):
         if controllers and "memory" not in controllers.split(","):
             continue
-        top, name = (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        top, name = (
+            (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
+        )
         group = Path(path.strip("/"))
-        for folder in (group, *group.parents):  # the last one is the top, where a container sees its own limit
+        for folder in (
+            group,
+            *group.parents,
+        ):  # the last one is the top, where a container sees its own limit
             with suppress(OSError, ValueError):  # "max" is no number
                 yield int((top / folder / name).read_text(encoding="ascii"))

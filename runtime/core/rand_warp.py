@@ -1,4 +1,5 @@
-"""`RandWarp`: a random transform for training loops: a real image deformed with its label, intensities moved by class.
+"""`RandWarp`: a random transform for training loops: a real image deformed with its label,
+intensities moved by class.
 
 Numpy alone. It is called like a transform of MONAI or TorchIO and knows neither: whatever has an
 `affine` says where it lies, and whatever has `clone` and `new_tensor` is a tensor.
@@ -63,7 +64,11 @@ class RandWarp:
             state: a `numpy.random.RandomState` that a seed is drawn from.
         """
         if seed is None:
-            seed = int.from_bytes(os.urandom(4), "little") if state is None else int(state.randint(2**31))
+            seed = (
+                int.from_bytes(os.urandom(4), "little")
+                if state is None
+                else int(state.randint(2**31))
+            )
         self.seed, self._calls = int(seed), 0
         self._process, self._fork = os.getpid(), b""
         return self
@@ -96,7 +101,9 @@ class RandWarp:
         """
         if isinstance(image, Mapping):
             first, second = self.keys
-            moved = self(image[first], image[second], affine=affine, spacing=spacing, variant=variant)
+            moved = self(
+                image[first], image[second], affine=affine, spacing=spacing, variant=variant
+            )
             return {**image, first: moved[0], second: moved[1]}
         number, is_applied = self._draw() if variant is None else (variant, True)
         if not is_applied:
@@ -115,7 +122,9 @@ class RandWarp:
             )
         model_indices = np.argsort(order)[indices].astype(np.uint8).reshape(labels.shape)
         mask = LabelVolume(np.ascontiguousarray(model_indices.T), geometry)
-        warp = Warp(Volume(values.T, geometry), mask, ranges=self.ranges, jitter=self.jitter, unit=self.unit)
+        warp = Warp(
+            Volume(values.T, geometry), mask, ranges=self.ranges, jitter=self.jitter, unit=self.unit
+        )
         moved, deformed, _ = warp.variant(self.seed, number)
         return _like(image, moved.T), _like(label, named[order][deformed.labels.T])
 
@@ -140,7 +149,10 @@ class RandWarp:
 
 
 def _spatial(values: Any) -> NDArray[Any]:
-    """The array (i, j, k) of an array or tensor, its one channel left out. Raises `UnreadableVolume`."""
+    """The array (i, j, k) of an array or tensor, its one channel left out.
+
+    Raises `UnreadableVolume`.
+    """
     array = np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
     if array.ndim == 4 and len(array) == 1:
         array = array[0]
@@ -172,7 +184,11 @@ def _like(template: Any, values: NDArray[Any]) -> Any:
     if hasattr(template, "new_tensor"):
         out = template.clone()
         whole = not out.dtype.is_floating_point
-        out.copy_(template.new_tensor(np.ascontiguousarray(np.rint(values) if whole else values)).reshape(shape))
+        out.copy_(
+            template.new_tensor(np.ascontiguousarray(np.rint(values) if whole else values)).reshape(
+                shape
+            )
+        )
         return out
     dtype = np.asarray(template).dtype
     if dtype.kind in "iu":

@@ -1,4 +1,6 @@
-"""The three streams a command is given, whatever state they are in: closed, full, in another encoding, read by nobody."""
+"""The three streams a command is given, whatever state they are in: closed, full, in another
+encoding, read by nobody.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from typing import Any
 def open_standard_streams() -> None:
     """Give a process that was started without some of them streams that lead nowhere.
 
-    Else the next file that is opened, a result for one, would take the number of standard error, and
-    whatever a library says there would be written into it.
+    Else the next file that is opened, a result for one, would take the number of standard error,
+    and whatever a library says there would be written into it.
     """
     if None not in (sys.stdin, sys.stdout, sys.stderr):
         return
@@ -28,7 +30,8 @@ def open_standard_streams() -> None:
 
 @contextmanager
 def droppable_messages() -> Iterator[None]:
-    """What cannot be written to standard error is dropped: a log without room or reader ends no work.
+    """What cannot be written to standard error is dropped: a log without room or reader ends no
+    work.
 
     Also no character ends it: an arrow in cp1252 is written as \\u2192.
     """
@@ -40,7 +43,12 @@ def droppable_messages() -> Iterator[None]:
     if os.name != "posix" or not _is_descriptor_2(before):
         yield
         return
-    sys.stderr = io.TextIOWrapper(io.BufferedWriter(_Droppable()), encoding=before.encoding, errors="backslashreplace", line_buffering=True)
+    sys.stderr = io.TextIOWrapper(
+        io.BufferedWriter(_Droppable()),
+        encoding=before.encoding,
+        errors="backslashreplace",
+        line_buffering=True,
+    )
     try:
         yield
     finally:

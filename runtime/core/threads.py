@@ -1,7 +1,10 @@
-"""Two threads beside the caller's: one prepares what comes next, one writes what was synthesized. Both are bounded.
+"""Two threads beside the caller's: one prepares what comes next, one writes what was synthesized.
 
-The caller's thread synthesizes, for engines may be bound to the thread that opened them. What each holds is bounded: the next item,
-and `SLABS_AHEAD` slabs; a slow writer stops the inference thread, a slow inference thread the reader.
+Both are bounded.
+
+The caller's thread synthesizes, for engines may be bound to the thread that opened them. What each
+holds is bounded: the next item, and `SLABS_AHEAD` slabs; a slow writer stops the inference thread,
+a slow inference thread the reader.
 """
 
 from __future__ import annotations
@@ -24,9 +27,12 @@ SLABS_AHEAD = 2  # between inference thread and writer
 
 
 class Prefetcher(Generic[T]):
-    """Runs an iterator in a thread, one item ahead. `permit()` lets it make the next one: call it once for every item taken.
+    """Runs an iterator in a thread, one item ahead.
 
-    An exception of the iterator is raised where its item would have come. `close()` ends the thread when its item is made.
+    `permit()` lets it make the next one: call it once for every item taken.
+
+    An exception of the iterator is raised where its item would have come. `close()` ends the thread
+    when its item is made.
     """
 
     def __init__(self, items: Iterator[T]):
@@ -82,7 +88,9 @@ def prefetch(items: Iterator[T]) -> Iterator[T]:
 
 
 class Cancelled(Exception):
-    """Raised inside a writer whose result will never be complete, so that it removes what it began."""
+    """Raised inside a writer whose result will never be complete, so that it removes what it
+    began.
+    """
 
 
 @dataclass(frozen=True)
@@ -94,10 +102,12 @@ _END, _ABORT = object(), object()
 
 
 class BackgroundWriter(Generic[J, R]):
-    """Runs `write(job, slabs)` in a thread for one job after the other; `slabs` yields what `put` is given.
+    """Runs `write(job, slabs)` in a thread for one job after the other; `slabs` yields what `put`
+    is given.
 
-    `begin(job)`, `put(slab)` …, `end()`, or `abort()` for a job that cannot be finished. What `write` returned is taken with
-    `finished()`. An exception of `write` is raised by the next call of any of them. `close()` cancels what is not ended.
+    `begin(job)`, `put(slab)` …, `end()`, or `abort()` for a job that cannot be finished. What
+    `write` returned is taken with `finished()`. An exception of `write` is raised by the next call
+    of any of them. `close()` cancels what is not ended.
     """
 
     def __init__(self, write: Callable[[J, Iterable[CTSlab]], R]):

@@ -1,4 +1,5 @@
-"""The classes of TotalSegmentator's task `total` by value, as version 1 and version 2 number them (Wasserthal et al., Radiology: AI 5, 2023).
+"""The classes of TotalSegmentator's task `total` by value, as version 1 and version 2 number them
+(Wasserthal et al., Radiology: AI 5, 2023).
 
 The same names are those of the files that it writes, one a class.
 """
@@ -11,7 +12,9 @@ def _spine(*segments: str) -> list[str]:
     names = []
     for segment in segments:
         first, _, last = segment[1:].partition("-")
-        names += [f"vertebrae_{segment[0]}{n}" for n in range(int(first), int(last or first) - 1, -1)]
+        names += [
+            f"vertebrae_{segment[0]}{n}" for n in range(int(first), int(last or first) - 1, -1)
+        ]
     return names
 
 
@@ -22,11 +25,23 @@ def _pairs(*names: str, sides: tuple[str, str] = ("left", "right")) -> list[str]
 _RIBS = [f"rib_{side}_{n}" for side in ("left", "right") for n in range(1, 13)]
 _KIDNEYS = ["spleen", *_pairs("kidney", sides=("right", "left")), "gallbladder", "liver", "stomach"]
 _ADRENAL = _pairs("adrenal_gland", sides=("right", "left"))
-_LUNG = ["lung_upper_lobe_left", "lung_lower_lobe_left", "lung_upper_lobe_right", "lung_middle_lobe_right", "lung_lower_lobe_right"]
+_LUNG = [
+    "lung_upper_lobe_left",
+    "lung_lower_lobe_left",
+    "lung_upper_lobe_right",
+    "lung_middle_lobe_right",
+    "lung_lower_lobe_right",
+]
 _LIMBS = _pairs("humerus", "scapula", "clavicula", "femur", "hip")
 _MUSCLES = _pairs("gluteus_maximus", "gluteus_medius", "gluteus_minimus", "autochthon", "iliopsoas")
 _ILIAC = _pairs("iliac_artery", "iliac_vena")
-_CHAMBERS = ["heart_myocardium", "heart_atrium_left", "heart_ventricle_left", "heart_atrium_right", "heart_ventricle_right"]
+_CHAMBERS = [
+    "heart_myocardium",
+    "heart_atrium_left",
+    "heart_ventricle_left",
+    "heart_atrium_right",
+    "heart_ventricle_right",
+]
 
 _V1 = [
     *_KIDNEYS,

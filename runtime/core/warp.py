@@ -1,8 +1,10 @@
-"""A real CT deformed together with its mask, the intensity of every tissue moved at random: new pairs without a network.
+"""A real CT deformed together with its mask, the intensity of every tissue moved at random: new
+pairs without a network.
 
-The deformation is the one that variants of a mask have (`runtime.core.deformation`). The intensities move by
-class: each label and each tissue outside the labels gets a shift and a gain of its own about its
-median, and all get one common shift, as contrast timing and tube voltage differ between patients.
+The deformation is the one that variants of a mask have (`runtime.core.deformation`). The
+intensities move by class: each label and each tissue outside the labels gets a shift and a gain of
+its own about its median, and all get one common shift, as contrast timing and tube voltage differ
+between patients.
 """
 
 from __future__ import annotations
@@ -19,7 +21,12 @@ from .errors import InputError, UsageError
 from .rng import CaseRandom
 from .volume import LabelVolume, Volume
 
-HU_THRESHOLDS = (-500.0, -30.0, 130.0, 300.0)  # gas | fat | soft tissue | contrast, spongy bone | bone
+HU_THRESHOLDS = (
+    -500.0,
+    -30.0,
+    130.0,
+    300.0,
+)  # gas | fat | soft tissue | contrast, spongy bone | bone
 TISSUES = ("gas", "fat", "soft", "mid", "dense")
 QUANTILES = (0.1, 0.35, 0.65, 0.9)  # of an image that is not in HU: five classes too
 TISSUE_BLUR = 0.5  # pixels, before the thresholds: noise makes no classes of its own
@@ -47,7 +54,9 @@ class IntensityJitter:
     common: float = 12.0
 
 
-def tissue_map(image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str) -> NDArray[np.uint8]:
+def tissue_map(
+    image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str
+) -> NDArray[np.uint8]:
     """A class for every voxel: its label, else its tissue by intensity.
 
     Args:
@@ -68,10 +77,14 @@ def tissue_map(image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str
             remedy="map labels together with --labels MAP.json",
         )
     thresholds = _thresholds(image, labels, unit)
-    return np.stack([_classes(plane, of, thresholds) for plane, of in zip(image, labels, strict=True)])
+    return np.stack(
+        [_classes(plane, of, thresholds) for plane, of in zip(image, labels, strict=True)]
+    )
 
 
-def _thresholds(image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str) -> NDArray[np.float32]:
+def _thresholds(
+    image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str
+) -> NDArray[np.float32]:
     """Where one tissue ends and the next begins, float32 (4,), in the image's unit."""
     if unit == "HU":
         return np.array(HU_THRESHOLDS, np.float32)
@@ -83,7 +96,9 @@ def _thresholds(image: NDArray[np.floating], labels: NDArray[np.uint8], unit: st
     return np.array([smooth.quantile(share) for share in QUANTILES], np.float32)
 
 
-def _classes(plane: NDArray[np.floating], labels: NDArray[np.uint8], thresholds: NDArray[np.float32]) -> NDArray[np.uint8]:
+def _classes(
+    plane: NDArray[np.floating], labels: NDArray[np.uint8], thresholds: NDArray[np.float32]
+) -> NDArray[np.uint8]:
     """`tissue_map` of one slice (H, W)."""
     smooth = _blur(plane.astype(np.float32), TISSUE_BLUR)
     classes = np.zeros(plane.shape, np.uint8)
@@ -93,11 +108,15 @@ def _classes(plane: NDArray[np.floating], labels: NDArray[np.uint8], thresholds:
 
 
 class Histogram:
-    """How often values occur from `low` to `high`: whole numbers exactly, where they fit into `BINS`."""
+    """How often values occur from `low` to `high`: whole numbers exactly, where they fit into
+    `BINS`.
+    """
 
     def __init__(self, low: float, high: float):
         self._low = low
-        self._width = 1.0 if float(low).is_integer() and high - low < BINS else (high - low) / (BINS - 1)
+        self._width = (
+            1.0 if float(low).is_integer() and high - low < BINS else (high - low) / (BINS - 1)
+        )
         self._counts = np.zeros(BINS, np.int64)
 
     def add(self, values: NDArray[np.floating]) -> None:
@@ -106,7 +125,9 @@ class Histogram:
         self._counts[: len(counts)] += counts
 
     def quantile(self, share: float) -> float:
-        """The value below which `share` of the others lie; halfway between two where it falls between them."""
+        """The value below which `share` of the others lie; halfway between two where it falls
+        between them.
+        """
         counts = np.cumsum(self._counts)
         rank = share * (counts[-1] - 1)
         lower, upper = np.searchsorted(counts, [np.floor(rank), np.ceil(rank)], side="right")
@@ -116,7 +137,9 @@ class Histogram:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Of one image: where tissues end, each class's median (256,), its least value and the jitter's scale."""
+    """Of one image: where tissues end, each class's median (256,), its least value and the
+    jitter's scale.
+    """
 
     thresholds: NDArray[np.float32]
     medians: NDArray[np.float32]
@@ -125,7 +148,9 @@ class _Statistics:
 
 
 class Warp:
-    """Variants of one real pair. What they share is computed once; of the image one slice after the other.
+    """Variants of one real pair.
+
+    What they share is computed once; of the image one slice after the other.
 
     Args:
         image: the real image; its grid must be the mask's.
@@ -147,16 +172,21 @@ class Warp:
         jitter: IntensityJitter | None = None,
         unit: str = "HU",
     ) -> None:
-        if image.values.shape != mask.labels.shape or not np.allclose(image.geometry.affine, mask.geometry.affine, atol=1e-3):
+        if image.values.shape != mask.labels.shape or not np.allclose(
+            image.geometry.affine, mask.geometry.affine, atol=1e-3
+        ):
             raise InputError(
-                f"the image has {image.values.shape} voxels, the mask {mask.labels.shape}, or they lie apart",
+                f"the image has {image.values.shape} voxels, the mask {mask.labels.shape}, or they"
+                " lie apart",
                 expected="image and mask on one grid",
                 remedy="resample the mask onto its image",
             )
         self._image, self._mask, self._jitter, self._unit = image.values, mask, jitter, unit
         self._ranges = ranges or DeformationParams()
 
-    def variant(self, seed: int, variant: int) -> tuple[NDArray[np.float32], LabelVolume, tuple[str, ...]]:
+    def variant(
+        self, seed: int, variant: int
+    ) -> tuple[NDArray[np.float32], LabelVolume, tuple[str, ...]]:
         """One deformed pair, a function of (seed, digest of the mask, variant) and the image.
 
         Returns:
@@ -210,7 +240,9 @@ class Warp:
         for values, of in zip(image, labels, strict=True):
             classes = _classes(values, of, thresholds)
             for value in np.flatnonzero(np.bincount(classes.ravel())).tolist():
-                by_class.setdefault(value, Histogram(low, high)).add(values[classes == value].astype(np.float64))
+                by_class.setdefault(value, Histogram(low, high)).add(
+                    values[classes == value].astype(np.float64)
+                )
             if self._unit != "HU":
                 whole.add(values.astype(np.float64))
         medians = np.zeros(256, np.float32)
@@ -219,7 +251,9 @@ class Warp:
         scale = 1.0 if self._unit == "HU" else (whole.quantile(0.99) - whole.quantile(0.01)) / 500
         return _Statistics(thresholds, medians, low, scale)
 
-    def _resampled(self, plane: Planes, field: DeformationField, labels: NDArray[np.uint8]) -> Iterator[NDArray[np.float32]]:
+    def _resampled(
+        self, plane: Planes, field: DeformationField, labels: NDArray[np.uint8]
+    ) -> Iterator[NDArray[np.float32]]:
         """The image where `field` takes each voxel from, trilinear, slice after slice (H, W)."""
         depth, height, width = self._image.shape
         rows, columns = np.arange(height), np.arange(width)
@@ -251,7 +285,9 @@ class Warp:
 
 
 class _Ring:
-    """The source slices that one deformed slice is drawn from: as many as it takes, and not the volume."""
+    """The source slices that one deformed slice is drawn from: as many as it takes, and not the
+    volume.
+    """
 
     def __init__(self, plane: Planes, shape: tuple[int, ...]):
         self._plane, self._size = plane, shape[1] * shape[2]

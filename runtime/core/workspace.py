@@ -1,7 +1,9 @@
-"""A private folder for temporary copies: removed at the end of the process, or at the next start if the process was killed.
+"""A private folder for temporary copies: removed at the end of the process, or at the next start if
+the process was killed.
 
-The copies are of patients' masks, so nothing of them stays. Every process keeps a lock in its folder, which the kernel ends with the
-process: a folder with our name whose lock can be had belongs to nobody any more.
+The copies are of patients' masks, so nothing of them stays. Every process keeps a lock in its
+folder, which the kernel ends with the process: a folder with our name whose lock can be had belongs
+to nobody any more.
 """
 
 from __future__ import annotations
@@ -23,12 +25,17 @@ _folders: dict[int, Path] = {}  # by process: one that was forked makes its own
 
 
 def private_folder() -> Path:
-    """This process' folder below TMPDIR, which this user alone can enter. Raises OSError where none can be made."""
+    """This process' folder below TMPDIR, which this user alone can enter.
+
+    Raises OSError where none can be made.
+    """
     process = os.getpid()
     if process not in _folders:
         remove_abandoned()
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)  # open until the process ends
+        handle = os.open(
+            folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600
+        )  # open until the process ends
         with suppress(OSError):  # without locks on that file system nobody takes it for abandoned
             lock(handle)
         _folders[process] = folder

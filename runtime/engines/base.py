@@ -19,18 +19,21 @@ Inputs = Mapping[str, NDArray[Any]]
 
 
 class EngineError(Mask2CTError):
-    """An engine was given tensors that break the contract or was used after `close()`, or what it runs on failed."""
+    """An engine was given tensors that break the contract or was used after `close()`, or what
+    it runs on failed.
+    """
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """The tensors of `runtime.core.manifest`, the batch the engine is always given, and how many streams keep it busy.
+    """The tensors of `runtime.core.manifest`, the batch the engine is always given, and how many
+    streams keep it busy.
 
-    `batch`: kernels may round differently from one batch size to another, so N never varies; the last batch is padded.
-    `streams`: with as many, tensors are filled and emptied for one while the engine works on the others. `largest`: (H, W) of the
-    largest canvas it takes; None: any.
+    `batch`: kernels may round differently from one batch size to another, so N never varies; the
+    last batch is padded. `streams`: with as many, tensors are filled and emptied for one while the
+    engine works on the others. `largest`: (H, W) of the largest canvas it takes; None: any.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -42,9 +45,13 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What may be asked of any engine. `max_memory`: bytes its pool may hold where it computes (the GPU, or the host), None for
-    what the engine needs. `device`: which GPU. `auto_batch`: take the largest batch that fits, where the engine has a choice. `workers`: batches that
-    an engine on the CPU computes at once, None for one a core, up to 16. `allowance`: what its pool shares with those of other engines."""
+    """What may be asked of any engine.
+
+    `max_memory`: bytes its pool may hold where it computes (the GPU, or the host), None for what
+    the engine needs. `device`: which GPU. `auto_batch`: take the largest batch that fits, where the
+    engine has a choice. `workers`: batches that an engine on the CPU computes at once, None for one
+    a core, up to 16. `allowance`: what its pool shares with those of other engines.
+    """
 
     max_memory: int | None = None
     device: int = 0
@@ -57,14 +64,16 @@ class EngineOptions:
 class Engine(Protocol):
     """Runs the graph on host arrays.
 
-    `name`: backend, version and device, for people. `pool`: where the arrays should come from, page-locked for a GPU; others work,
-    more slowly. `run` reads C-contiguous `inputs` (by name, as in `spec.inputs`) and fills `out`, uint8 (N, H, W, 2), with N =
-    `spec.batch`, on `stream`: `HOST_STREAM`, and it is done when it returns, or one of `open_stream()`, and the arrays are left
-    alone until that stream's `synchronize()`, which also raises what went wrong. One stream serves one thread at a time; several
-    may be in use at once. `memory()`: the accounting by kind of memory, which stays readable after `close()`.
+    `name`: backend, version and device, for people. `pool`: where the arrays should come from,
+    page-locked for a GPU; others work, more slowly. `run` reads C-contiguous `inputs` (by name, as
+    in `spec.inputs`) and fills `out`, uint8 (N, H, W, 2), with N = `spec.batch`, on `stream`:
+    `HOST_STREAM`, and it is done when it returns, or one of `open_stream()`, and the arrays are
+    left alone until that stream's `synchronize()`, which also raises what went wrong. One stream
+    serves one thread at a time; several may be in use at once. `memory()`: the accounting by kind
+    of memory, which stays readable after `close()`.
 
-    Raises `EngineError` for tensors that break the contract, after `close()`, and where what it runs on fails; `MemoryCapExceeded`
-    where memory is short.
+    Raises `EngineError` for tensors that break the contract, after `close()`, and where what it
+    runs on fails; `MemoryCapExceeded` where memory is short.
     """
 
     @property
@@ -90,21 +99,30 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def check_graph(manifest: Manifest, inputs: Mapping[str, str | None], signature: str | None, path: Path) -> None:
-    """Raise `ModelError` unless the graph in `path`, of `inputs` (name → dtype), is one that the manifest can describe.
+def check_graph(
+    manifest: Manifest, inputs: Mapping[str, str | None], signature: str | None, path: Path
+) -> None:
+    """Raise `ModelError` unless the graph in `path`, of `inputs` (name → dtype), is one that the
+    manifest can describe.
 
-    `statement`: what the file says it was exported for (`Manifest.statement`), None when it says nothing.
+    `statement`: what the file says it was exported for (`Manifest.statement`), None when it says
+    nothing.
     """
     stated = {t.name: t.dtype for t in manifest.inputs}
     if stated != inputs:
         raise ModelError(
-            f"{path.name} takes {dict(inputs)}", expected=f"the manifest's inputs {stated}", remedy="export the run again", file=path
+            f"{path.name} takes {dict(inputs)}",
+            expected=f"the manifest's inputs {stated}",
+            remedy="export the run again",
+            file=path,
         )
     manifest.check_signature(signature, path)
 
 
 def check_call(spec: EngineSpec, inputs: Inputs, out: NDArray[np.uint8]) -> None:
-    """Raise `EngineError` unless the arrays are what `spec` states, with one N, H and W throughout."""
+    """Raise `EngineError` unless the arrays are what `spec` states, with one N, H and W
+    throughout.
+    """
     sizes: dict[str, int] = {"N": spec.batch}
     given = dict(inputs)
     for tensor in (*spec.inputs, spec.output):
@@ -117,19 +135,27 @@ def check_call(spec: EngineSpec, inputs: Inputs, out: NDArray[np.uint8]) -> None
         )
         if array.dtype != tensor.dtype or not fits or not array.flags.c_contiguous:
             order = "" if array.flags.c_contiguous else ", not contiguous"
-            raise _broken(f"{tensor.name!r} is {array.dtype} of shape {array.shape}{order}", tensor, sizes)
+            raise _broken(
+                f"{tensor.name!r} is {array.dtype} of shape {array.shape}{order}", tensor, sizes
+            )
     if given:
         raise EngineError(
-            f"the graph has no input {sorted(given)[0]!r}", expected=str([t.name for t in spec.inputs]), remedy="leave it out"
+            f"the graph has no input {sorted(given)[0]!r}",
+            expected=str([t.name for t in spec.inputs]),
+            remedy="leave it out",
         )
 
 
 def _broken(fact: str, tensor: TensorSpec, sizes: Mapping[str, int] | None = None) -> EngineError:
     known = ", ".join(f"{k} = {v}" for k, v in (sizes or {}).items())
     return EngineError(
-        fact, expected=f"{tensor.dtype} of shape {list(tensor.shape)} ({known}), contiguous", remedy="give the tensors of the manifest"
+        fact,
+        expected=f"{tensor.dtype} of shape {list(tensor.shape)} ({known}), contiguous",
+        remedy="give the tensors of the manifest",
     )
 
 
 def closed(name: str) -> EngineError:
-    return EngineError(f"the engine {name} is closed", expected="an open engine", remedy="open the model again")
+    return EngineError(
+        f"the engine {name} is closed", expected="an open engine", remedy="open the model again"
+    )

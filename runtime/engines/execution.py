@@ -1,4 +1,6 @@
-"""The tensors of one engine call and the stream they go through: while the engine works on one slot, others are filled and emptied."""
+"""The tensors of one engine call and the stream they go through: while the engine works on one
+slot, others are filled and emptied.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,12 @@ from .memory import Buffer, Stream
 
 
 class ExecutionSlot:
-    """Pooled tensors of N = the engine's own batch on a canvas of `size` (H, W), kept from volume to volume.
+    """Pooled tensors of N = the engine's own batch on a canvas of `size` (H, W), kept from volume
+    to volume.
 
-    `start` fills them and sets the engine to work, `working` until it was waited for; `fetch` waits for it, the first time, and puts
-    a slice back on the mask's grid. `close` waits for the work before the memory goes back, and may come from any thread at any time.
+    `start` fills them and sets the engine to work, `working` until it was waited for; `fetch` waits
+    for it, the first time, and puts a slice back on the mask's grid. `close` waits for the work
+    before the memory goes back, and may come from any thread at any time.
     """
 
     def __init__(self, engine: Engine, size: tuple[int, int]):
@@ -41,8 +45,12 @@ class ExecutionSlot:
         self._out = tensors.pop(engine.spec.output.name)
         self._inputs = tensors
 
-    def start(self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom, ks: range) -> None:
-        """Set the engine to work on the slices `ks`, at most a batch of them; the rest of the batch is what was there."""
+    def start(
+        self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom, ks: range
+    ) -> None:
+        """Set the engine to work on the slices `ks`, at most a batch of them; the rest of the
+        batch is what was there.
+        """
         with self._lock:
             stream = self._live
             for n, k in enumerate(ks):

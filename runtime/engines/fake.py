@@ -1,4 +1,6 @@
-"""An engine without a network, shipped so that whoever embeds mask2ct can test offline and in milliseconds."""
+"""An engine without a network, shipped so that whoever embeds mask2ct can test offline and in
+milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ NOISE_STEP = 8  # noise bytes for one HU
 
 
 class FakeEngine(HostEngine):
-    """Synthesizes label index n of K as low + n (high - low) / K, plus (noise - 128) / 8 HU when the model takes noise."""
+    """Synthesizes label index n of K as low + n (high - low) / K, plus (noise - 128) / 8 HU when
+    the model takes noise.
+    """
 
     name = "fake (no network: one value per label)"
 
@@ -34,8 +38,16 @@ class FakeEngine(HostEngine):
 
 
 def fake_manifest(
-    labels: LabelTable = MM_WHS, *, pixel_spacing: tuple[float, float] | None = (3.0, 3.0), slices: int = 1, noise: bool = True
+    labels: LabelTable = MM_WHS,
+    *,
+    pixel_spacing: tuple[float, float] | None = (3.0, 3.0),
+    slices: int = 1,
+    noise: bool = True,
 ) -> Manifest:
-    """A manifest for `FakeEngine`, with no files: `Synthesizer(m, FakeEngine(m))` needs nothing on disk."""
+    """A manifest for `FakeEngine`, with no files: `Synthesizer(m, FakeEngine(m))` needs nothing
+    on disk.
+    """
     grid = GridPolicy((32, 32), pixel_spacing, 32, slices, 3.0 if slices > 1 else None)
-    return Manifest("fake", labels, grid, Intensity("HU", -1024, 1024), style=0, noise=noise, files={})
+    return Manifest(
+        "fake", labels, grid, Intensity("HU", -1024, 1024), style=0, noise=noise, files={}
+    )

@@ -1,11 +1,13 @@
 """Memory: capped, every byte counted by what it is for, nothing allocated in steady state.
 
-A `Source` talks to a system (the host here, a GPU in `runtime.engines.gpu.cuda_memory`) and reuses what came back. A `Pool` caps one and
-counts; `Pool.purpose("labels")` stacks a `Counted` on it, which hands on and keeps figures of its own. All of them, and all
-that is asked of them, is `allocate(nbytes, *, stream) -> Buffer`.
+A `Source` talks to a system (the host here, a GPU in `runtime.engines.gpu.cuda_memory`) and reuses
+what came back. A `Pool` caps one and counts; `Pool.purpose("labels")` stacks a `Counted` on it,
+which hands on and keeps figures of its own. All of them, and all that is asked of them, is
+`allocate(nbytes, *, stream) -> Buffer`.
 
-`stream` is required: on a device it orders reuse after the work that used the block. A pool is told that a block is free when
-the stream that used it is known to have passed, which no pool below could find out by itself.
+`stream` is required: on a device it orders reuse after the work that used the block. A pool is told
+that a block is free when the stream that used it is known to have passed, which no pool below could
+find out by itself.
 """
 
 from __future__ import annotations
@@ -22,14 +24,18 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..core.errors import MemoryCapExceeded, UsageError
 
-ALIGNMENT = 256  # bytes; what TensorRT asks of activation memory, and a multiple of every cache line
+ALIGNMENT = (
+    256  # bytes; what TensorRT asks of activation memory, and a multiple of every cache line
+)
 DEFAULT_CAP = 1 << 30  # bytes of host memory for one engine's tensors
 
 
 class Stream(Protocol):
-    """The order in which an engine works: what is given to it is done, one after the other, by the time `synchronize()` returns.
+    """The order in which an engine works: what is given to it is done, one after the other, by the
+    time `synchronize()` returns.
 
-    `synchronize()` raises what went wrong since the last one. `close()` waits for the work and raises nothing; twice is harmless.
+    `synchronize()` raises what went wrong since the last one. `close()` waits for the work and
+    raises nothing; twice is harmless.
     """
 
     def synchronize(self) -> None: ...
@@ -54,12 +60,19 @@ HOST_STREAM = HostStream()
 
 
 class Buffer:
-    """`nbytes` bytes at the address `ptr`; `close()` returns them to where they came from (twice is harmless).
+    """`nbytes` bytes at the address `ptr`; `close()` returns them to where they came from (twice is
+    harmless).
 
     `array` gives a numpy view where the processor can reach the block, which on a GPU it cannot.
     """
 
-    def __init__(self, ptr: int, nbytes: int, release: Callable[[], None], block: NDArray[np.uint8] | None = None):
+    def __init__(
+        self,
+        ptr: int,
+        nbytes: int,
+        release: Callable[[], None],
+        block: NDArray[np.uint8] | None = None,
+    ):
         self.ptr, self.nbytes = ptr, nbytes
         self._release: Callable[[], None] | None = release
         self._block = block
@@ -77,17 +90,23 @@ class Buffer:
 
 
 class Memory(Protocol):
-    """Whatever hands out buffers. Raises `MemoryCapExceeded` when `nbytes` more would pass a cap or are not there."""
+    """Whatever hands out buffers.
+
+    Raises `MemoryCapExceeded` when `nbytes` more would pass a cap or are not there.
+    """
 
     def allocate(self, nbytes: int, *, stream: Stream) -> Buffer: ...
 
 
 class Source(Memory, Protocol):
-    """A system's memory, with blocks that came back kept for reuse. A `Pool` makes every call, one at a time.
+    """A system's memory, with blocks that came back kept for reuse.
 
-    `kind`: for people. `held`: bytes taken from the system, free ones included; `blocks`: how often it was asked for them.
-    `growth(nbytes)`: how many more it might take to serve a request. `trim` gives back what nobody uses. `free`: bytes the
-    system has left, None where that has no meaning. `allocate` raises MemoryError when the system has no more.
+    A `Pool` makes every call, one at a time.
+
+    `kind`: for people. `held`: bytes taken from the system, free ones included; `blocks`: how often
+    it was asked for them. `growth(nbytes)`: how many more it might take to serve a request. `trim`
+    gives back what nobody uses. `free`: bytes the system has left, None where that has no meaning.
+    `allocate` raises MemoryError when the system has no more.
     """
 
     kind: str
@@ -110,20 +129,26 @@ class Source(Memory, Protocol):
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes handed out now (`in_use`), the most ever (`peak`), and the number of buffers ever (`buffers`)."""
+    """Bytes handed out now (`in_use`), the most ever (`peak`), and the number of buffers ever
+    (`buffers`).
+    """
 
     in_use: int = 0
     peak: int = 0
     buffers: int = 0
 
     def plus(self, nbytes: int) -> Usage:
-        return Usage(self.in_use + nbytes, max(self.peak, self.in_use + nbytes), self.buffers + (nbytes > 0))
+        return Usage(
+            self.in_use + nbytes, max(self.peak, self.in_use + nbytes), self.buffers + (nbytes > 0)
+        )
 
 
 @dataclass(frozen=True)
 class PoolStats:
-    """One pool's accounting, in bytes: handed out now, the most ever, held from the system, the cap; how often the system was
-    asked (`allocations`: constant in steady state); and the same by purpose."""
+    """One pool's accounting, in bytes: handed out now, the most ever, held from the system, the
+    cap; how often the system was asked (`allocations`: constant in steady state); and the same by
+    purpose.
+    """
 
     in_use: int
     peak: int
@@ -157,9 +182,12 @@ class Counted:
 
 
 class MemoryBudget:
-    """What several pools may hold together: `cap` bytes, None for what the system gives. Their sources are called one at a time.
+    """What several pools may hold together: `cap` bytes, None for what the system gives.
 
-    `make_room` is asked when that is short, in the thread that allocates: it gives something back, if it can, and says whether it did.
+    Their sources are called one at a time.
+
+    `make_room` is asked when that is short, in the thread that allocates: it gives something back,
+    if it can, and says whether it did.
     """
 
     def __init__(self, cap: int | None, evict: Callable[[], bool]):
@@ -174,7 +202,9 @@ class MemoryBudget:
 
 
 class Pool:
-    """A `source` of which at most `cap` bytes are ever held. Safe to use from several threads: one call at a time reaches it.
+    """A `source` of which at most `cap` bytes are ever held.
+
+    Safe to use from several threads: one call at a time reaches it.
 
     `allowance`: what it shares with other pools, whose sum is capped too.
     """
@@ -196,7 +226,9 @@ class Pool:
             return self._tags.setdefault(name, Counted(self))
 
     def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
-        """A block of `nbytes` bytes, at least, aligned to ALIGNMENT; its content is whatever was there."""
+        """A block of `nbytes` bytes, at least, aligned to ALIGNMENT; its content is whatever was
+        there.
+        """
         size = max(ALIGNMENT, math.ceil(nbytes / ALIGNMENT) * ALIGNMENT)
         return self._with_room(lambda: self._allocate(size, stream))
 
@@ -211,7 +243,9 @@ class Pool:
 
     def _allocate(self, size: int, stream: Stream) -> Buffer:
         with self._lock:
-            if self._past_cap(self._source.growth(size)):  # what is free in other sizes goes back before anything is refused
+            if self._past_cap(
+                self._source.growth(size)
+            ):  # what is free in other sizes goes back before anything is refused
                 self._source.trim()
             if self._past_cap(self._source.growth(size)):
                 raise self.exceeded(size)
@@ -232,7 +266,9 @@ class Pool:
         return Buffer(block.ptr, size, release, block._block)
 
     def reserve(self, nbytes: int, tag: str) -> Buffer:
-        """Count `nbytes` that a library takes for itself beside the pool: they lessen what the cap leaves. Has no address."""
+        """Count `nbytes` that a library takes for itself beside the pool: they lessen what the
+        cap leaves. Has no address.
+        """
         return self._with_room(lambda: self._reserve(nbytes, tag))
 
     def _reserve(self, nbytes: int, tag: str) -> Buffer:
@@ -257,25 +293,40 @@ class Pool:
         return ptr in self._active
 
     def exceeded(self, nbytes: int, *, refused: bool = False) -> MemoryCapExceeded:
-        """The error that says that `nbytes` more are too many: past the cap, or `refused` by the system."""
+        """The error that says that `nbytes` more are too many: past the cap, or `refused` by the
+        system.
+        """
         source, shared = self._source, self._budget
         cap, in_use = self._cap, self._usage.in_use
         if shared.cap is not None and shared.held + nbytes > shared.cap:
             cap, in_use = shared.cap, shared.held
-        return MemoryCapExceeded.of(source.kind, nbytes, cap=cap, in_use=in_use, free=source.free, refused=refused)
+        return MemoryCapExceeded.of(
+            source.kind, nbytes, cap=cap, in_use=in_use, free=source.free, refused=refused
+        )
 
     def _past_cap(self, nbytes: int) -> bool:
         shared = self._budget
-        return self._held + nbytes > self._cap or (shared.cap is not None and shared.held + nbytes > shared.cap)
+        return self._held + nbytes > self._cap or (
+            shared.cap is not None and shared.held + nbytes > shared.cap
+        )
 
     @property
     def stats(self) -> PoolStats:
         with self._lock:
             tags = {name: counted.usage for name, counted in self._tags.items()}
-            return PoolStats(self._usage.in_use, self._usage.peak, self._held, self._cap, self._source.blocks, tags)
+            return PoolStats(
+                self._usage.in_use,
+                self._usage.peak,
+                self._held,
+                self._cap,
+                self._source.blocks,
+                tags,
+            )
 
     def close(self) -> None:
-        """Give back everything that is not in use; what is, when its buffer is closed, and with the last of them the source."""
+        """Give back everything that is not in use; what is, when its buffer is closed, and with
+        the last of them the source.
+        """
         with self._lock:
             self._source.trim()
             self._closing = True
@@ -313,7 +364,12 @@ class HostMemory:
             block = raw[start : start + nbytes]
             self.held += nbytes
             self.blocks += 1
-        return Buffer(int(block.ctypes.data), nbytes, lambda: self._free.setdefault(nbytes, []).append(block), block)
+        return Buffer(
+            int(block.ctypes.data),
+            nbytes,
+            lambda: self._free.setdefault(nbytes, []).append(block),
+            block,
+        )
 
     def growth(self, nbytes: int) -> int:
         return 0 if self._free.get(nbytes) else nbytes
@@ -330,9 +386,16 @@ UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def parse_bytes(text: str | int) -> int:
-    """1073741824, "1GiB", "1.5 GB" or "512m": a number of bytes. The units are powers of 1024, as `nvidia-smi` counts."""
+    """1073741824, "1GiB", "1.5 GB" or "512m": a number of bytes.
+
+    The units are powers of 1024, as `nvidia-smi` counts.
+    """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([bkmgt]?)(?:i?b)?\s*", str(text).lower())
     nbytes = int(float(match[1]) * UNITS[match[2]]) if match else 0
     if nbytes <= 0:
-        raise UsageError(f"{text!r} is not an amount of memory", expected='bytes, or "512MiB", "2GiB"', remedy="write a number and a unit")
+        raise UsageError(
+            f"{text!r} is not an amount of memory",
+            expected='bytes, or "512MiB", "2GiB"',
+            remedy="write a number and a unit",
+        )
     return nbytes

@@ -1,8 +1,9 @@
 """Where an ONNX file keeps its weights: a graph whose weights lie in other files is not taken.
 
-The manifest states the SHA-256 of the graph; a file that the graph names is stated nowhere, and could be
-any file of the machine. Export writes none. This walks the messages of onnx.proto that can hold a tensor
-and jumps over everything else, weights among it: a millisecond, without the onnx package.
+The manifest states the SHA-256 of the graph; a file that the graph names is stated nowhere, and
+could be any file of the machine. Export writes none. This walks the messages of onnx.proto that can
+hold a tensor and jumps over everything else, weights among it: a millisecond, without the onnx
+package.
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from ..core.errors import ModelError, reading
 
 MAX_DEPTH = 64  # of graphs within graphs
 MAX_FIELDS = 4_000_000  # looked at: more than any network has
-# onnx.proto: message → field number → the message that it holds; those without a tensor are left out
+# onnx.proto: message → field number → the message that it holds; those without a tensor are left
+# out
 MESSAGES: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
     "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
@@ -45,7 +47,12 @@ def check_weights(path: Path) -> None:
             with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 external = any(_external(data))
         except ValueError as exc:  # an empty file cannot be mapped
-            raise ModelError(f"{path.name} is not a graph: {exc}", expected=expected, remedy="export the run again", file=path) from exc
+            raise ModelError(
+                f"{path.name} is not a graph: {exc}",
+                expected=expected,
+                remedy="export the run again",
+                file=path,
+            ) from exc
     if external:
         raise ModelError(
             f"{path.name} keeps weights in other files, which no manifest describes",
@@ -56,7 +63,10 @@ def check_weights(path: Path) -> None:
 
 
 def _external(data: mmap.mmap) -> Iterator[bool]:
-    """For each field of a tensor that says where its data lies, whether that is elsewhere. Raises ValueError."""
+    """For each field of a tensor that says where its data lies, whether that is elsewhere.
+
+    Raises ValueError.
+    """
     fields = 0
     waiting = [("ModelProto", 0, len(data), 0)]
     while waiting:
@@ -71,7 +81,9 @@ def _external(data: mmap.mmap) -> Iterator[bool]:
             if key >> 32:  # protobuf drops the bits beyond and reads another field than stands here
                 raise ValueError("a field of it has a number that no ONNX file has")
             number, kind = key >> 3, key & 7
-            value, position = _varint(data, position, end) if kind in (VARINT, BYTES) else (0, position)
+            value, position = (
+                _varint(data, position, end) if kind in (VARINT, BYTES) else (0, position)
+            )
             start = position
             position += {VARINT: 0, BYTES: value, FIXED64: 8, FIXED32: 4}.get(kind, end)
             if position > end:

@@ -15,10 +15,12 @@ from .onnx_file import check_weights
 
 @dataclass(frozen=True)
 class Backend:
-    """`file`: the (kind, precision) of the model file it runs; `module` and `install`: the package it needs and the command.
+    """`file`: the (kind, precision) of the model file it runs; `module` and `install`: the package
+    it needs and the command.
 
-    `automatic`: `auto` may take it. The others are asked for by name: INT8 synthesizes other values than the network, within limits, and
-    FP16 on a CPU is for looking at what a GPU synthesizes. `why`: asked where more than the package is needed.
+    `automatic`: `auto` may take it. The others are asked for by name: INT8 synthesizes other values
+    than the network, within limits, and FP16 on a CPU is for looking at what a GPU synthesizes.
+    `why`: asked where more than the package is needed.
     """
 
     name: str
@@ -30,7 +32,9 @@ class Backend:
     why: Callable[[], tuple[str, str] | None] | None = None
 
     def open(self, path: Path, manifest: Manifest, options: EngineOptions | None = None) -> Engine:
-        """The engine that runs the file at `path`, of which nothing is checked but that it holds its own weights."""
+        """The engine that runs the file at `path`, of which nothing is checked but that it holds
+        its own weights.
+        """
         if self.file[0] == "onnx":
             check_weights(path)
         return self.make(path, manifest, options or EngineOptions())
@@ -39,7 +43,11 @@ class Backend:
         """What this machine lacks to run it and how to get that, or None when it can."""
         if self.why is not None:
             return self.why()
-        return (f"{self.module} is not installed", self.install) if find_spec(self.module) is None else None
+        return (
+            (f"{self.module} is not installed", self.install)
+            if find_spec(self.module) is None
+            else None
+        )
 
     def uninstalled(self) -> str | None:
         """`missing`, as one phrase."""
@@ -53,7 +61,9 @@ class Backend:
         return self.uninstalled()
 
     def validated(self, manifest: Manifest) -> bool:
-        """Whether export measured, in this backend, that the file synthesizes what the network synthesizes."""
+        """Whether export measured, in this backend, that the file synthesizes what the network
+        synthesizes.
+        """
         return self.name in manifest.parity.get(manifest.file_of(*self.file) or "", {})
 
 
@@ -97,10 +107,15 @@ _GPU = 'pip install "mask2ct[gpu]"'
 _ONNX = ("onnxruntime", 'pip install "mask2ct[onnx]"', _open_onnx)
 _OPENVINO = ("openvino", 'pip install "mask2ct[openvino]"', _open_openvino)
 
-# `auto` takes the first that serves: the order is that of their speed (docs/decisions/0013-which-engine-auto-takes.md).
+# `auto` takes the first that serves: the order is that of their speed
+# (docs/decisions/0013-which-engine-auto-takes.md).
 BACKENDS = (
-    Backend("tensorrt", ("engine", "fp16"), "tensorrt_lean", _GPU, _open_tensorrt, why=_why_no_tensorrt),
-    Backend("onnx-cuda", ("onnx", "fp16"), "onnxruntime", _GPU, _open_onnx_cuda, why=_why_no_onnx_cuda),
+    Backend(
+        "tensorrt", ("engine", "fp16"), "tensorrt_lean", _GPU, _open_tensorrt, why=_why_no_tensorrt
+    ),
+    Backend(
+        "onnx-cuda", ("onnx", "fp16"), "onnxruntime", _GPU, _open_onnx_cuda, why=_why_no_onnx_cuda
+    ),
     Backend("openvino", ("onnx", "fp32"), *_OPENVINO),
     Backend("onnx", ("onnx", "fp32"), *_ONNX),
     Backend("openvino-fp16", ("onnx", "fp16"), *_OPENVINO, automatic=False),
@@ -111,20 +126,30 @@ BACKENDS = (
 CHOICES = ("auto", *(backend.name for backend in BACKENDS), "fake")
 
 
-def open_engine(backend: str, manifest: Manifest, folder: Path, options: EngineOptions | None = None) -> tuple[Engine, str, str]:
-    """Open the engine of that name for the model in `folder`; returns it, why it was chosen and the file it runs.
+def open_engine(
+    backend: str, manifest: Manifest, folder: Path, options: EngineOptions | None = None
+) -> tuple[Engine, str, str]:
+    """Open the engine of that name for the model in `folder`; returns it, why it was chosen and the
+    file it runs.
 
-    `auto` takes the fastest that is installed and whose file was validated in it. The file's SHA-256 is checked before it is
-    loaded. Raises `UsageError` for an unknown name, `MissingComponent` when nothing serves, `ModelError` for an altered file
-    and for an INT8 file without a proof.
+    `auto` takes the fastest that is installed and whose file was validated in it. The file's
+    SHA-256 is checked before it is loaded. Raises `UsageError` for an unknown name,
+    `MissingComponent` when nothing serves, `ModelError` for an altered file and for an INT8 file
+    without a proof.
     """
     if backend == "fake":
         from .fake import FakeEngine
 
         return FakeEngine(manifest, options=options), "asked for", ""
     if backend not in CHOICES:
-        raise UsageError(f"there is no backend {backend!r}", expected=", ".join(CHOICES), remedy="choose one of these")
-    chosen, reason = _automatic(manifest, folder) if backend == "auto" else _by_name(backend, manifest, folder)
+        raise UsageError(
+            f"there is no backend {backend!r}",
+            expected=", ".join(CHOICES),
+            remedy="choose one of these",
+        )
+    chosen, reason = (
+        _automatic(manifest, folder) if backend == "auto" else _by_name(backend, manifest, folder)
+    )
     name = manifest.file_of(*chosen.file)
     assert name is not None
     manifest.verify(folder, [name])
@@ -138,23 +163,44 @@ def _automatic(manifest: Manifest, folder: Path) -> tuple[Backend, str]:
         if why is None and not backend.validated(manifest):
             why = "not validated when this model was exported"
         if why is None:
-            faster = [b.name for b in BACKENDS if b.file[1] == "int8" and b.absent(manifest) is None and b.validated(manifest)]
+            faster = [
+                b.name
+                for b in BACKENDS
+                if b.file[1] == "int8" and b.absent(manifest) is None and b.validated(manifest)
+            ]
             hint = [f"INT8 is validated too, for who asks: --backend {faster[0]}"] if faster else []
-            return backend, "; ".join(["the fastest that is installed and validated for this model", *passed, *hint])
+            return backend, "; ".join(
+                ["the fastest that is installed and validated for this model", *passed, *hint]
+            )
         passed.append(f"{backend.name}: {why}")
     first = next((b for b in BACKENDS if b.automatic and manifest.file_of(*b.file)), BACKENDS[0])
-    raise MissingComponent(f"no backend can run this model here ({'; '.join(passed)})", expected="a backend and the model file it runs",
-                           remedy=first.install, file=folder)  # fmt: skip
+    raise MissingComponent(
+        f"no backend can run this model here ({'; '.join(passed)})",
+        expected="a backend and the model file it runs",
+        remedy=first.install,
+        file=folder,
+    )
 
 
 def _by_name(name: str, manifest: Manifest, folder: Path) -> tuple[Backend, str]:
     backend = next(b for b in BACKENDS if b.name == name)
     if why := backend.absent(manifest):
-        raise MissingComponent(f"the backend {name} cannot run this model here: {why}", expected="a backend and the model file it runs",
-                               remedy=(backend.missing() or ("", "export the run again, with that file"))[1], file=folder)  # fmt: skip
+        raise MissingComponent(
+            f"the backend {name} cannot run this model here: {why}",
+            expected="a backend and the model file it runs",
+            remedy=(backend.missing() or ("", "export the run again, with that file"))[1],
+            file=folder,
+        )
     if backend.validated(manifest):
         return backend, "asked for"
     if backend.file[1] == "int8":
-        raise ModelError(f"this model's INT8 file was not validated in {backend.module} when it was exported", expected="a proof in manifest.json",
-                         remedy=f"export the run again where {backend.module} is installed, or choose another backend", file=folder)  # fmt: skip
+        raise ModelError(
+            f"this model's INT8 file was not validated in {backend.module} when it was exported",
+            expected="a proof in manifest.json",
+            remedy=(
+                f"export the run again where {backend.module} is installed, or choose another"
+                " backend"
+            ),
+            file=folder,
+        )
     return backend, "asked for; not validated when this model was exported"

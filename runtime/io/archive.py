@@ -1,7 +1,9 @@
-"""Files in a zip, addressed as if the zip were a folder (`masks.zip/a/b.dcm`) and never unpacked to a place of their own naming.
+"""Files in a zip, addressed as if the zip were a folder (`masks.zip/a/b.dcm`) and never unpacked to
+a place of their own naming.
 
-A zip is made by anybody, so nothing is believed that it says of itself: its directory is bounded before it is read, its members lie
-apart, and what a member becomes is bounded by its compressed size and goes to disk, not into memory.
+A zip is made by anybody, so nothing is believed that it says of itself: its directory is bounded
+before it is read, its members lie apart, and what a member becomes is bounded by its compressed
+size and goes to disk, not into memory.
 """
 
 from __future__ import annotations
@@ -24,8 +26,13 @@ from ..core.atomic_files import open_input
 from ..core.errors import Mask2CTError, UnreadableVolume, UsageError, reading
 from ..core.workspace import private_folder
 
-ALWAYS = 1 << 30  # bytes that a member may become, however small it is: labels of 512 x 512 x 1000 voxels, and more
-EXPANSION = 250  # bytes that it may become beyond that for each of its compressed bytes; deflate itself ends at 1032
+ALWAYS = (
+    1 << 30
+    # bytes that a member may become, however small it is: labels of 512 x 512 x 1000 voxels, and
+    # more
+)
+# bytes that it may become beyond that for each of its compressed bytes; deflate itself ends at 1032
+EXPANSION = 250
 MAX_MEMBERS = 100_000
 MAX_DEPTH = 100  # folders within each other
 MAX_DIRECTORY = 12 << 20  # bytes of a zip's list of its members, which is read as a whole
@@ -34,7 +41,16 @@ RESERVE = 64 << 20  # bytes of the disk with temporary files that are never take
 AT_ONCE = 1 << 20  # bytes
 _ENTRY = 30  # bytes of a member's own header, before its name (APPNOTE 4.3.7)
 _EXPECTED = "a zip archive of masks"
-_DAMAGE = (zipfile.BadZipFile, LookupError, RuntimeError, zlib.error, struct.error, EOFError, OSError, ValueError)
+_DAMAGE = (
+    zipfile.BadZipFile,
+    LookupError,
+    RuntimeError,
+    zlib.error,
+    struct.error,
+    EOFError,
+    OSError,
+    ValueError,
+)
 
 
 def is_zip(path: Path) -> bool:
@@ -50,9 +66,19 @@ def members(archive: Path) -> list[Path]:
     with reading(archive, _EXPECTED, UsageError):
         try:
             infos = _files(_archive(archive))
-        except (zipfile.BadZipFile, NotImplementedError, zlib.error, struct.error, LookupError) as exc:
+        except (
+            zipfile.BadZipFile,
+            NotImplementedError,
+            zlib.error,
+            struct.error,
+            LookupError,
+        ) as exc:
             raise ValueError(str(exc)) from exc
-    plain = [info for info in infos if not stat.S_ISLNK(info.external_attr >> 16) and not info.flag_bits & 1]
+    plain = [
+        info
+        for info in infos
+        if not stat.S_ISLNK(info.external_attr >> 16) and not info.flag_bits & 1
+    ]
     return sorted(archive / info.filename for info in plain)
 
 
@@ -71,7 +97,8 @@ def outer(path: Path) -> Path:
 def display_name(path: Path) -> Path:
     """What messages may call it: a member by its archive and its own name.
 
-    The folders between, which its sender's system made, may be called after patients. Any other path is as its owner gave it.
+    The folders between, which its sender's system made, may be called after patients. Any other
+    path is as its owner gave it.
     """
     inside = _inside(path)
     return path if inside is None or "/" not in inside[1] else inside[0] / "…" / path.name
@@ -82,7 +109,9 @@ def exists(path: Path) -> bool:
 
 
 class _Bounded(io.BufferedReader):
-    """A file that makes no room for more than it holds, or than `most`, whatever length a damaged header makes a reader ask for."""
+    """A file that makes no room for more than it holds, or than `most`, whatever length a
+    damaged header makes a reader ask for.
+    """
 
     def __init__(self, path: Path, most: int | None = None):
         super().__init__(open_input(path).detach())  # type: ignore[attr-defined]
@@ -112,9 +141,13 @@ class _Zip(zipfile.ZipFile):
 
 
 def _archive(path: Path) -> zipfile.ZipFile:
-    """The zip, open. Its directory is read and checked once, as long as the file does not change."""
+    """The zip, open. Its directory is read and checked once, as long as the file does not
+    change.
+    """
     state = os.stat(path)
-    return _checked(path, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns), os.getpid())
+    return _checked(
+        path, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns), os.getpid()
+    )
 
 
 @lru_cache(maxsize=2)
@@ -130,31 +163,49 @@ def _checked(path: Path, state: tuple[int, ...], process: int) -> zipfile.ZipFil
 
 
 def _files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    return [info for info in archive.infolist() if info.filename and not info.filename.endswith("/")]
+    return [
+        info for info in archive.infolist() if info.filename and not info.filename.endswith("/")
+    ]
 
 
 def _check(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse what no program that packs masks writes, and what would become too much. Raises `UsageError`."""
+    """Refuse what no program that packs masks writes, and what would become too much.
+
+    Raises `UsageError`.
+    """
     infos = _files(archive)
 
-    def refuse(fact: str, expected: str, remedy: str = "do not trust this archive; have it made again") -> NoReturn:
+    def refuse(
+        fact: str, expected: str, remedy: str = "do not trust this archive; have it made again"
+    ) -> NoReturn:
         raise UsageError(f"{path.name} {fact}", expected=expected, remedy=remedy, file=path)
 
     if len(infos) > MAX_MEMBERS:
-        refuse(f"holds {len(infos)} files", f"at most {MAX_MEMBERS}", "unpack it and give the folder")
+        refuse(
+            f"holds {len(infos)} files", f"at most {MAX_MEMBERS}", "unpack it and give the folder"
+        )
     for info in infos:
         name = PurePosixPath(info.filename)
         odd = "\\" in info.filename or ":" in info.filename or "\0" in info.orig_filename
         if name.is_absolute() or ".." in name.parts or odd:
             refuse("holds a file whose name leads outside of it", "names inside the archive")
         if len(name.parts) > MAX_DEPTH:
-            refuse("holds a file in too many folders", f"at most {MAX_DEPTH} within each other", "pack it again, with fewer folders")
+            refuse(
+                "holds a file in too many folders",
+                f"at most {MAX_DEPTH} within each other",
+                "pack it again, with fewer folders",
+            )
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            refuse("is compressed by another method than deflate", "a zip as every system makes it", "pack it again")
+            refuse(
+                "is compressed by another method than deflate",
+                "a zip as every system makes it",
+                "pack it again",
+            )
         most = ALWAYS + EXPANSION * info.compress_size
         if info.file_size > most:
             refuse(
-                f"holds a file of {info.compress_size} bytes that claims to become {info.file_size}",
+                f"holds a file of {info.compress_size} bytes that claims to become"
+                f" {info.file_size}",
                 f"at most {most} bytes: {EXPANSION} for each compressed one, and {ALWAYS}",
                 "unpack it and give the folder, if it can be trusted",
             )
@@ -178,7 +229,8 @@ def _check_apart(archive: zipfile.ZipFile, refuse: Callable[[str, str], NoReturn
 def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
     """The file's bytes, wherever it lies; with `limit` a member's first ones alone.
 
-    A member is unpacked before it is given, so that its reader can go back and forth: in memory up to `HELD` bytes, else to disk.
+    A member is unpacked before it is given, so that its reader can go back and forth: in memory up
+    to `HELD` bytes, else to disk.
 
     Raises:
         OSError: a file that is not in a zip cannot be opened.
@@ -209,7 +261,8 @@ def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
 
 @contextmanager
 def on_disk(path: Path) -> Iterator[Path]:
-    """A path that any reader can open: `path` itself, or for a member of a zip a copy in a private folder that goes again.
+    """A path that any reader can open: `path` itself, or for a member of a zip a copy in a private
+    folder that goes again.
 
     A header whose voxels lie beside it (MHD, NHDR) brings what lies beside it.
 
@@ -237,7 +290,11 @@ def on_disk(path: Path) -> Iterator[Path]:
 
 def _brought(path: Path, archive: Path) -> Sequence[Path]:
     detached = path.suffix.lower() in (".mhd", ".nhdr")
-    return [member for member in members(archive) if member.parent == path.parent] if detached else [path]
+    return (
+        [member for member in members(archive) if member.parent == path.parent]
+        if detached
+        else [path]
+    )
 
 
 def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, copy: BinaryIO) -> None:
@@ -262,7 +319,9 @@ def _unpacking() -> Iterator[None]:
     try:
         yield
     except UsageError as exc:  # it was another archive when it was looked into
-        raise UnreadableVolume(exc.fact, expected=exc.expected, remedy=exc.remedy, file=exc.file) from exc
+        raise UnreadableVolume(
+            exc.fact, expected=exc.expected, remedy=exc.remedy, file=exc.file
+        ) from exc
     except Mask2CTError:
         raise
     except _DAMAGE as exc:

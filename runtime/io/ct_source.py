@@ -1,4 +1,5 @@
-"""The seam that CTs come through: a model that generates them, or a real CT that is deformed with its mask.
+"""The seam that CTs come through: a model that generates them, or a real CT that is deformed with
+its mask.
 
 A `CTSource` opens a case and gives each of its variants: the mask, and its CT in slabs. Whoever
 writes, resumes and reports knows no more of it than this.
@@ -57,7 +58,9 @@ class CTSource(Protocol):
     @property
     def file(self) -> str: ...
 
-    def variants(self, case: Case, mask: LabelVolume, ranges: DeformationParams, seed: int) -> Callable[[int], Variant]:
+    def variants(
+        self, case: Case, mask: LabelVolume, ranges: DeformationParams, seed: int
+    ) -> Callable[[int], Variant]:
         """What gives variant 0 (the mask's own shape), 1, 2 … of a case whose mask was read.
 
         Raises `InputError`s for a case that it cannot use.

@@ -42,11 +42,15 @@ __all__ = [
     "volume_files",
 ]
 
-MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")  # what every header written says of itself, within its first bytes
+MARKS = (
+    "SYNTHETIC CT - NOT FOR DIAGNOSIS",
+    "mask2ct",
+)  # what every header written says of itself, within its first bytes
 MARKS_WITHIN = 8192
 NIFTI_HEADER = 352  # bytes, with the four behind it that say whether extensions follow
 NOTICE = f"{MARKS[0]} ({MARKS[1]})"  # 79 characters fit into a NIfTI
-DERIVED_MARK = "DERIVED CT - NOT FOR DIAGNOSIS"  # of a real CT that was deformed, in the place of the first of MARKS
+# of a real CT that was deformed, in the place of the first of MARKS
+DERIVED_MARK = "DERIVED CT - NOT FOR DIAGNOSIS"
 _BEGINNINGS = {
     ".nii": b"\x5c\x01\0\0",
     ".nrrd": b"NRRD0004\n",
@@ -74,18 +78,29 @@ def notice(*, derived: bool) -> str:
 
 
 def is_synthetic(path: Path) -> bool:
-    """Whether this is a file that mask2ct wrote, of whatever format, synthetic or derived: its header says so."""
+    """Whether this is a file that mask2ct wrote, of whatever format, synthetic or derived: its
+    header says so.
+    """
     return _is_marked(_first_bytes(path))
 
 
 def is_cut(path: Path) -> bool:
-    """Whether so little of a file is left that it cannot say who wrote it: it was cut, to nothing or within its first bytes.
+    """Whether so little of a file is left that it cannot say who wrote it: it was cut, to nothing
+    or within its first bytes.
 
-    What mask2ct writes says so within the header of a NIfTI, of which a whole volume has more, or within `MARKS_WITHIN` bytes of DICOM.
-    What is left must begin as such a file does: other short files are somebody's own.
+    What mask2ct writes says so within the header of a NIfTI, of which a whole volume has more, or
+    within `MARKS_WITHIN` bytes of DICOM. What is left must begin as such a file does: other short
+    files are somebody's own.
     """
     head = _first_bytes(path)
-    suffix = next((suffix for suffix in _BEGINNINGS if path.name.lower().removesuffix(".gz").endswith(suffix)), None)
+    suffix = next(
+        (
+            suffix
+            for suffix in _BEGINNINGS
+            if path.name.lower().removesuffix(".gz").endswith(suffix)
+        ),
+        None,
+    )
     if head is None or suffix is None or _is_marked(head):
         return False
     least, beginning = (MARKS_WITHIN if suffix == ".dcm" else NIFTI_HEADER), _BEGINNINGS[suffix]
@@ -93,16 +108,25 @@ def is_cut(path: Path) -> bool:
 
 
 def _is_marked(head: bytes | None) -> bool:
-    return head is not None and MARKS[1].encode() in head and any(text.encode() in head for text in (MARKS[0], DERIVED_MARK))
+    return (
+        head is not None
+        and MARKS[1].encode() in head
+        and any(text.encode() in head for text in (MARKS[0], DERIVED_MARK))
+    )
 
 
 def _first_bytes(path: Path) -> bytes | None:
-    """The first `MARKS_WITHIN` bytes, or as many as there are, of what a file holds, unpacked. None: it cannot be opened, or is no gzip."""
+    """The first `MARKS_WITHIN` bytes, or as many as there are, of what a file holds, unpacked.
+
+    None: it cannot be opened, or is no gzip.
+    """
     try:
         with open_input(path) as handle:
             if not path.name.lower().endswith(".gz"):
                 return handle.read(MARKS_WITHIN)
-            return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(handle.read(MARKS_WITHIN), MARKS_WITHIN)
+            return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(
+                handle.read(MARKS_WITHIN), MARKS_WITHIN
+            )
     except (OSError, zlib.error):
         return None
 
@@ -143,13 +167,21 @@ def check_header(path: Path, *, voxels: bool = True) -> Header:
             path.stat()
             if not os.access(path, os.R_OK):
                 raise PermissionError
-        raise UnreadableVolume(f"{path.name} is not of a format that is read", expected=f"{EXPECTED} ({', '.join(SUFFIXES)}), or DICOM with its prefix",
-                               remedy="convert it to one of these", file=path)  # fmt: skip
+        raise UnreadableVolume(
+            f"{path.name} is not of a format that is read",
+            expected=f"{EXPECTED} ({', '.join(SUFFIXES)}), or DICOM with its prefix",
+            remedy="convert it to one of these",
+            file=path,
+        )
     try:
         str(path).encode("utf-8")
-    except UnicodeEncodeError as exc:  # a result of such a name opens in few programs; ITK ends the process on it
+    except (
+        UnicodeEncodeError
+    ) as exc:  # a result of such a name opens in few programs; ITK ends the process on it
         raise UnreadableVolume(
-            f"the file name {path.name!r} is not valid UTF-8", expected="a name in UTF-8", remedy="rename the file"
+            f"the file name {path.name!r} is not valid UTF-8",
+            expected="a name in UTF-8",
+            remedy="rename the file",
         ) from exc
     with reading(path, EXPECTED), open_input(path) as handle:
         header = _read_header(path, name, handle)
@@ -171,34 +203,55 @@ def _read_header(path: Path, name: str, handle: BinaryIO) -> Header:
     header = nrrd_header.read_header(path, handle)
     segments = tuple(_segments(path, header.keys, header.layers))
     if header.layers > 1 and not segments:
-        raise bad(path, f"is 4-D ({header.layers} values per voxel)", "save one 3-D volume per file: one channel, one time point")
+        raise bad(
+            path,
+            f"is 4-D ({header.layers} values per voxel)",
+            "save one 3-D volume per file: one channel, one time point",
+        )
     if segments and header.layers > len(segments):
         raise bad(path, f"claims {header.layers} layers for {len(segments)} segments")
     return replace(header, segments=segments)
 
 
 def _segments(path: Path, fields: Mapping[str, str], layers: int) -> Iterator[tuple[Segment, int]]:
-    """The segments that Slicer writes into a .seg.nrrd: Segment0_LabelValue, _Layer, _Name and, among its _Tags, a terminology entry.
+    """The segments that Slicer writes into a .seg.nrrd: Segment0_LabelValue, _Layer, _Name and,
+    among its _Tags, a terminology entry.
 
-    Before version 4.11 it wrote neither value nor layer: each segment is 1 in a layer of its own. Without a value several segments of one
-    layer cannot be told apart, and none is returned.
+    Before version 4.11 it wrote neither value nor layer: each segment is 1 in a layer of its own.
+    Without a value several segments of one layer cannot be told apart, and none is returned.
     """
-    names = sorted({m[1] for key in fields if (m := re.fullmatch(r"segment(\d{1,6})_(?:id|name)", key))}, key=int)
+    names = sorted(
+        {m[1] for key in fields if (m := re.fullmatch(r"segment(\d{1,6})_(?:id|name)", key))},
+        key=int,
+    )
     valued = [m[1] for key in fields if (m := re.fullmatch(r"segment(\d{1,6})_labelvalue", key))]
     if not valued and len(names) > 1 and layers == 1:
         return
     for n, number in enumerate(valued or names):
         prefix = f"segment{number}_"
         value = _numbers(path, fields, prefix + "labelvalue")[0] if valued else 1
-        layer = _numbers(path, fields, prefix + "layer")[0] if prefix + "layer" in fields else 0 if valued else n
+        layer = (
+            _numbers(path, fields, prefix + "layer")[0]
+            if prefix + "layer" in fields
+            else 0
+            if valued
+            else n
+        )
         yield Segment(value, fields.get(prefix + "name", ""), _terminology(fields, prefix)), layer
 
 
 def _terminology(fields: Mapping[str, str], prefix: str) -> str:
-    """A segment's code. Its tags are KEY:VALUE|KEY:VALUE|; of these TerminologyEntry is seven parts, "~" between them: context, category,
-    type, type modifier, anatomic context, region, region modifier; each code is SCHEME^VALUE^MEANING
-    (vtkSlicerTerminologiesModuleLogic)."""
-    tags = dict(tag.strip().split(":", 1) for tag in fields.get(prefix + "tags", "").split("|") if ":" in tag)
+    """A segment's code.
+
+    Its tags are KEY:VALUE|KEY:VALUE|; of these TerminologyEntry is seven parts, "~" between them:
+    context, category, type, type modifier, anatomic context, region, region modifier; each code is
+    SCHEME^VALUE^MEANING (vtkSlicerTerminologiesModuleLogic).
+    """
+    tags = dict(
+        tag.strip().split(":", 1)
+        for tag in fields.get(prefix + "tags", "").split("|")
+        if ":" in tag
+    )
     entry = tags.get("TerminologyEntry") or fields.get(prefix + "terminologyentry", "")
     codes = [concept(*(part + "^^").split("^")[:2]) for part in (entry + "~" * 6).split("~")[:7]]
     return modified(codes[2], (codes[3], codes[5], codes[6]))

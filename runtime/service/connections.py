@@ -1,8 +1,9 @@
-"""How many connections a server holds, and for how long: a stranger costs a thread and a place, and both end.
+"""How many connections a server holds, and for how long: a stranger costs a thread and a place, and
+both end.
 
-A server here has one thread for each connection. Whoever connects has `seconds` in all to say what he wants,
-however he spreads his bytes. When all places are taken, the connection that has waited longest is ended:
-a peer that asks at once gets in, whatever waits beside it.
+A server here has one thread for each connection. Whoever connects has `seconds` in all to say what
+he wants, however he spreads his bytes. When all places are taken, the connection that has waited
+longest is ended: a peer that asks at once gets in, whatever waits beside it.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class PendingConnections:
 
     @contextmanager
     def hold(self, connection: socket.socket) -> Iterator[None]:
-        """Bound the work within: when its time is up, the connection is shut down, which wakes who reads from it."""
+        """Bound the work within: when its time is up, the connection is shut down, which wakes
+        who reads from it.
+        """
         with self._lock:
             if len(self._since) >= self.most:
                 self._end(next(iter(self._since)))
@@ -79,11 +82,14 @@ class PendingConnections:
     def _end(self, connection: socket.socket) -> None:
         del self._since[connection]
         with suppress(OSError):  # the peer has gone
-            socket.socket.shutdown(connection, socket.SHUT_RDWR)  # a TLS socket's own would touch what its thread uses
+            socket.socket.shutdown(
+                connection, socket.SHUT_RDWR
+            )  # a TLS socket's own would touch what its thread uses
 
 
 class BoundedServer(ThreadingMixIn):
-    """For a socketserver: bounds its threads and their time, and goes on where descriptors are short.
+    """For a socketserver: bounds its threads and their time, and goes on where descriptors are
+    short.
 
     Args:
         pending: who has connected and is not yet served.
@@ -93,7 +99,9 @@ class BoundedServer(ThreadingMixIn):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, *arguments: Any, pending: PendingConnections, served: int = 0, **options: Any):
+    def __init__(
+        self, *arguments: Any, pending: PendingConnections, served: int = 0, **options: Any
+    ):
         self.pending = pending
         self.shortage = ""  # why the last connection could not be taken
         self._threads_left = threading.Semaphore(pending.most + served + 8)
@@ -107,7 +115,9 @@ class BoundedServer(ThreadingMixIn):
             if exc.errno in SHORTAGE:
                 self.shortage = exc.strerror or type(exc).__name__
                 self.pending.end_oldest()
-                threading.Event().wait(PAUSE)  # else the loop would spin: the connection still waits
+                threading.Event().wait(
+                    PAUSE
+                )  # else the loop would spin: the connection still waits
             raise
         self.shortage = ""
         return connection

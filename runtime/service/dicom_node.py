@@ -1,4 +1,6 @@
-"""The node at work: one study after the other is synthesized in the caller's thread, while others arrive and are sent."""
+"""The node at work: one study after the other is synthesized in the caller's thread, while
+others arrive and are sent.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +28,20 @@ END = 3.0  # s that senders have to end
 
 
 class Node:
-    """`find` gives the masks among a study's objects; `synthesize` makes of them results in a folder, keeping what is there already."""
+    """`find` gives the masks among a study's objects; `synthesize` makes of them results in a
+    folder, keeping what is there already.
+    """
 
     def __init__(
-        self, spool: Spool, send_queue: SendQueue, events: Events, quiet: float, find: Callable[[Path], Sequence[Case]],
-        synthesize: Callable[[Sequence[Case], Path], Iterable[CaseResult]], audit: AuditTrail | None = None,
-    ):  # fmt: skip
+        self,
+        spool: Spool,
+        send_queue: SendQueue,
+        events: Events,
+        quiet: float,
+        find: Callable[[Path], Sequence[Case]],
+        synthesize: Callable[[Sequence[Case], Path], Iterable[CaseResult]],
+        audit: AuditTrail | None = None,
+    ):
         self._audit = audit or AuditTrail(None, "serve")
         self._spool, self._send_queue, self._events, self._quiet, self._find, self._synthesize = (
             spool,
@@ -66,18 +76,24 @@ class Node:
     def _make(self, study: Path, spent: bool) -> None:
         """`spent`: it has ended so many processes that it is not begun again."""
         reasons, made, slices, warned = [], 0, 0, 0
-        arrived = min((path.stat().st_mtime for path in (study / OBJECTS).iterdir()), default=time.time())
+        arrived = min(
+            (path.stat().st_mtime for path in (study / OBJECTS).iterdir()), default=time.time()
+        )
         self._events.metrics.claimed(study.name, arrived)
         self._audit.add("received", study=study.name)
         try:
             if spent:
                 raise poison_message("this study")
-            if all(instance.ours for instance in scan(walk(study / OBJECTS))):  # an archive that sends on whatever it gets
+            if all(
+                instance.ours for instance in scan(walk(study / OBJECTS))
+            ):  # an archive that sends on whatever it gets
                 cases = []
                 self._audit.add("skipped", study=study.name, reason="mask2ct wrote it")
                 self._events("ignored", study=study.name, reason="mask2ct wrote it")
             else:
-                cases = [case for case in self._find(study / OBJECTS) if case.kind in ("seg", "rtstruct")]
+                cases = [
+                    case for case in self._find(study / OBJECTS) if case.kind in ("seg", "rtstruct")
+                ]
             for result in self._synthesize(cases, study / RESULTS) if cases else ():
                 warned += len(result.warnings)
                 if result.error is None:
@@ -87,11 +103,22 @@ class Node:
                         self._events.metrics.result(result.seconds)
                 else:  # what it says may quote the file: its words stay beside the mask
                     reasons.append(f"{result.case}: {result.error}")
-                    self._events("failed", study=study.name, case=result.case, error=type(result.error).__name__)
+                    self._events(
+                        "failed",
+                        study=study.name,
+                        case=result.case,
+                        error=type(result.error).__name__,
+                    )
         except OutputError:
             raise
-        except Exception as exc:  # a study must not end the node: it is put aside with what is known
-            reasons.append(str(exc) if isinstance(exc, Mask2CTError) else f"an error of mask2ct's own: {type(exc).__name__}")
+        except (
+            Exception
+        ) as exc:  # a study must not end the node: it is put aside with what is known
+            reasons.append(
+                str(exc)
+                if isinstance(exc, Mask2CTError)
+                else f"an error of mask2ct's own: {type(exc).__name__}"
+            )
             self._audit.add("failed", study=study.name, error=type(exc).__name__)
             self._events("failed", study=study.name, error=type(exc).__name__)
         self._spool.move_to_send_queue(study, reasons, poison=spent)

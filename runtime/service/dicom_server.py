@@ -1,7 +1,9 @@
-"""The listening side of pynetdicom, within bounds: an association exists when an allowed peer has asked for it whole.
+"""The listening side of pynetdicom, within bounds: an association exists when an allowed peer has
+asked for it whole.
 
-Nothing of pynetdicom runs for a stranger but the decoding of one PDU. The request (A-ASSOCIATE-RQ, PS3.8 9.3.2)
-is read here, under the bounds of `connections`; it is aborted, rejected, or handed on as if pynetdicom had read it.
+Nothing of pynetdicom runs for a stranger but the decoding of one PDU. The request (A-ASSOCIATE-RQ,
+PS3.8 9.3.2) is read here, under the bounds of `connections`; it is aborted, rejected, or handed on
+as if pynetdicom had read it.
 """
 
 from __future__ import annotations
@@ -17,9 +19,14 @@ from typing import Any
 from .connections import BoundedServer, PendingConnections, descriptors
 from .events import Events, plain
 
-LONGEST_REQUEST = 1 << 17  # bytes of a PDU that asks for an association, which comes before anyone is known
-WAIT_FOR_PLACE = 0.5  # s before an association is one too many: another's end may be seen by its peer before us
-BEFORE_REFUSAL = 0.02  # s: pynetdicom takes a refusal that comes before it looks at its connection for a broken one
+LONGEST_REQUEST = (
+    1 << 17
+)  # bytes of a PDU that asks for an association, which comes before anyone is known
+WAIT_FOR_PLACE = (
+    0.5  # s before an association is one too many: another's end may be seen by its peer before us
+)
+# s: pynetdicom takes a refusal that comes before it looks at its connection for a broken one
+BEFORE_REFUSAL = 0.02
 ENDING = 2.0  # s that an association whose thread failed has to send its abort
 
 ABORT_UNEXPECTED_PDU, ABORT_INVALID_PARAMETER = 2, 6  # PS3.8 table 9-26, of the service provider
@@ -70,7 +77,9 @@ class _Refused(Exception):
 
 
 def abort_connections(associations: Sequence[Any], *, abort: bool = False) -> None:
-    """End the connections of associations, also of those that are not established, whatever the peer does; with an A-ABORT before."""
+    """End the connections of associations, also of those that are not established, whatever the
+    peer does; with an A-ABORT before.
+    """
     if abort:
         for association in associations:
             association.abort(block=False)
@@ -142,18 +151,24 @@ def _decode(data: bytes) -> Any:
     except Exception as exc:  # whatever a stranger's bytes lead to
         raise _Refused.abort(ABORT_INVALID_PARAMETER, "the association request is damaged") from exc
     if not contexts or not whole:
-        raise _Refused.abort(ABORT_INVALID_PARAMETER, "a presentation context has no transfer syntax")
+        raise _Refused.abort(
+            ABORT_INVALID_PARAMETER, "a presentation context has no transfer syntax"
+        )
     return pdu
 
 
-def server_class(events: Events, aet: str, allow: tuple[str, ...], limits: Limits, tls: ssl.SSLContext | None) -> Any:
+def server_class(
+    events: Events, aet: str, allow: tuple[str, ...], limits: Limits, tls: ssl.SSLContext | None
+) -> Any:
     """pynetdicom's server, bounded."""
     from pynetdicom.transport import RequestHandler, ThreadedAssociationServer
 
     most_pending = max(8, min(limits.pending, descriptors() // 4))
 
     class Handler(RequestHandler):  # type: ignore[misc]
-        """Runs one association, from its request on, and leaves no thread and no descriptor behind."""
+        """Runs one association, from its request on, and leaves no thread and no descriptor
+        behind.
+        """
 
         def __init__(self, pdu: Any, connection: Any, client_address: Any, server: Any):
             self._pdu = pdu
@@ -166,13 +181,17 @@ def server_class(events: Events, aet: str, allow: tuple[str, ...], limits: Limit
             association.dul.event_queue.put("Evt6")  # after the connection's own event
             association.start()
             association.join()
-            if association.dul.is_alive():  # the association failed, and its connection's thread does not know
+            if (
+                association.dul.is_alive()
+            ):  # the association failed, and its connection's thread does not know
                 abort_connections([association], abort=True)
                 association.dul.join(ENDING)
                 association.dul.kill_dul()
 
         def _bounded(self, association: Any) -> Any:
-            """What replaces pynetdicom's `recv`: a PDU comes whole, within its time and length, or the connection ends."""
+            """What replaces pynetdicom's `recv`: a PDU comes whole, within its time and length,
+            or the connection ends.
+            """
             connection, largest = self.request, max(limits.pdu, 6)
 
             def receive(count: int) -> bytearray:
@@ -202,7 +221,9 @@ def server_class(events: Events, aet: str, allow: tuple[str, ...], limits: Limit
             connection = request
             try:
                 if tls is not None:
-                    connection = tls.wrap_socket(request, server_side=True, do_handshake_on_connect=False)
+                    connection = tls.wrap_socket(
+                        request, server_side=True, do_handshake_on_connect=False
+                    )
                 connection.settimeout(limits.idle_seconds)
                 with self.pending.hold(connection):
                     if tls is not None:

@@ -18,7 +18,10 @@ SECONDS = 10.0  # for a request and its answer
 
 
 class HealthServer:
-    """The HTTP port. `healthy`, `ready`: what is wrong, or nothing; 503 says it. Raises `UsageError` when the port is taken."""
+    """The HTTP port. `healthy`, `ready`: what is wrong, or nothing; 503 says it.
+
+    Raises `UsageError` when the port is taken.
+    """
 
     def __init__(
         self,
@@ -31,17 +34,26 @@ class HealthServer:
     ):
         from prometheus_client import Gauge
 
-        rooms = Gauge("mask2ct_node_studies", "Studies by where they are", ["room"], registry=events.registry)
+        rooms = Gauge(
+            "mask2ct_node_studies", "Studies by where they are", ["room"], registry=events.registry
+        )
         for room in STATES:
             rooms.labels(room).set_function(partial(_count, spool, room))
         try:
             self._server = _Server(
-                address, _handler(events, {"/health": healthy, "/ready": ready}), pending=pending or PendingConnections(AT_ONCE, SECONDS)
+                address,
+                _handler(events, {"/health": healthy, "/ready": ready}),
+                pending=pending or PendingConnections(AT_ONCE, SECONDS),
             )
         except OSError as exc:
-            raise UsageError(f"--http-port {address[1]} cannot be had: {exc.strerror}", expected="a free port",
-                             remedy="choose another") from exc  # fmt: skip
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.2,), daemon=True, name="http")
+            raise UsageError(
+                f"--http-port {address[1]} cannot be had: {exc.strerror}",
+                expected="a free port",
+                remedy="choose another",
+            ) from exc
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.2,), daemon=True, name="http"
+        )
         self._thread.start()
 
     @property
@@ -80,7 +92,11 @@ def _handler(events: Events, checks: dict[str, Callable[[], str]]) -> type[BaseH
                 self._reply(200, CONTENT_TYPE_LATEST, generate_latest(events.registry))
             elif self.path in checks:
                 wrong = checks[self.path]()
-                self._reply(503 if wrong else 200, "text/plain; charset=utf-8", f"{wrong or 'ok'}\n".encode())
+                self._reply(
+                    503 if wrong else 200,
+                    "text/plain; charset=utf-8",
+                    f"{wrong or 'ok'}\n".encode(),
+                )
             else:
                 self._reply(404, "text/plain; charset=utf-8", b"/health, /ready, /metrics\n")
 

@@ -1,4 +1,7 @@
-"""Which models are open and how long the work takes, for Prometheus. What each metric means: docs/dicom-node.md."""
+"""Which models are open and how long the work takes, for Prometheus.
+
+What each metric means: docs/dicom-node.md.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,23 @@ from typing import Any
 
 STAGES = ("read", "deform", "synthesize", "write", "send")
 STAGE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # s
-STUDY_BUCKETS = (1, 2.5, 5, 10, 15, 20, 30, 45, 60, 120, 300, 600, 1800, 3600, 14400)  # s; the quiet period is 10 s of them
+STUDY_BUCKETS = (
+    1,
+    2.5,
+    5,
+    10,
+    15,
+    20,
+    30,
+    45,
+    60,
+    120,
+    300,
+    600,
+    1800,
+    3600,
+    14400,
+)  # s; the quiet period is 10 s of them
 
 
 class Metrics:
@@ -38,7 +57,9 @@ class Metrics:
         self._lock = threading.Lock()
 
     def model(self, name: str, *, engine: str, manifest_sha256: str, model_sha256: str) -> None:
-        """A model is open. `model_sha256`: of the file that the engine runs; empty where it runs none."""
+        """A model is open. `model_sha256`: of the file that the engine runs; empty where it runs
+        none.
+        """
         facts = {"engine": engine, "manifest_sha256": manifest_sha256, "model_sha256": model_sha256}
         self._models.labels(name).info(facts)
 
@@ -57,7 +78,10 @@ class Metrics:
             self._arrived[study] = arrived
 
     def settled(self, study: str) -> None:
-        """All of it is where it belongs. A study that was generated before this process began is not counted."""
+        """All of it is where it belongs.
+
+        A study that was generated before this process began is not counted.
+        """
         with self._lock:
             arrived = self._arrived.pop(study, None)
         if arrived is not None:

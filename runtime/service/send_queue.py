@@ -1,7 +1,9 @@
-"""What is to be sent, to whom, and what has been acknowledged: sent until it is, and never again after it was.
+"""What is to be sent, to whom, and what has been acknowledged: sent until it is, and never again
+after it was.
 
-Each destination has a thread and, in each study's folder, a journal: a line for each file that it acknowledged, synced before the
-next is sent. This is what commits us to an object: where the line is missing, the object is sent again.
+Each destination has a thread and, in each study's folder, a journal: a line for each file that it
+acknowledged, synced before the next is sent. This is what commits us to an object: where the line
+is missing, the object is sent again.
 """
 
 from __future__ import annotations
@@ -37,7 +39,11 @@ class DeliveryResult:
 
 
 class Destination(Protocol):
-    """Who is sent to. `name`: for logs. `send` yields an `Outcome` as each file is answered for, and raises `Unreachable`; `stop` ends it."""
+    """Who is sent to. `name`: for logs.
+
+    `send` yields an `Outcome` as each file is answered for, and raises `Unreachable`; `stop` ends
+    it.
+    """
 
     name: str
 
@@ -47,10 +53,14 @@ class Destination(Protocol):
 
 
 class DeliveryLog:
-    """The files of a study that one destination has acknowledged, by path within the study's results."""
+    """The files of a study that one destination has acknowledged, by path within the study's
+    results.
+    """
 
     def __init__(self, package: Path, destination: str):
-        self._path = package / f".sent-{hashlib.sha256(destination.encode()).hexdigest()[:16]}.journal"
+        self._path = (
+            package / f".sent-{hashlib.sha256(destination.encode()).hexdigest()[:16]}.journal"
+        )
         try:
             content = self._path.read_bytes()
         except FileNotFoundError:
@@ -71,7 +81,10 @@ class DeliveryLog:
 
 
 class SendQueue:
-    """The threads that send. `start` them, `wake` them when there is something new, `close` ends them within seconds."""
+    """The threads that send.
+
+    `start` them, `wake` them when there is something new, `close` ends them within seconds.
+    """
 
     def __init__(
         self,
@@ -83,7 +96,9 @@ class SendQueue:
         self._spool, self._events = spool, events
         self.audit = audit or AuditTrail(None, "serve")
         self._ended, self._settling = threading.Event(), threading.Lock()
-        self._senders = [_Sender(destination, self, spool, events, self._ended) for destination in destinations]
+        self._senders = [
+            _Sender(destination, self, spool, events, self._ended) for destination in destinations
+        ]
         self._names = [destination.name for destination in destinations]
 
     def start(self) -> None:
@@ -99,7 +114,10 @@ class SendQueue:
                 self.finish(package)
 
     def finish(self, package: Path) -> None:
-        """Take a study that every destination has acknowledged out of the outbox. Another sender may have done so, and the study be back."""
+        """Take a study that every destination has acknowledged out of the outbox.
+
+        Another sender may have done so, and the study be back.
+        """
         with self._settling:
             if not package.is_dir():
                 return
@@ -127,13 +145,34 @@ class SendQueue:
 class _Sender(threading.Thread):
     """Sends to one destination what it has not acknowledged, study by study."""
 
-    def __init__(self, destination: Destination, send_queue: SendQueue, spool: Spool, events: Events, ended: threading.Event):
+    def __init__(
+        self,
+        destination: Destination,
+        send_queue: SendQueue,
+        spool: Spool,
+        events: Events,
+        ended: threading.Event,
+    ):
         super().__init__(name=f"sender {destination.name}", daemon=True)
-        self._destination, self._send_queue, self._spool, self._events, self._ended = destination, send_queue, spool, events, ended
+        self._destination, self._send_queue, self._spool, self._events, self._ended = (
+            destination,
+            send_queue,
+            spool,
+            events,
+            ended,
+        )
         self.wake = threading.Event()
         self._delivered: set[str] = set()  # studies that the audit file has as delivered here
-        self._pauses: dict[str, tuple[float, float]] = {}  # study, or "" for the destination → how long the pause is and when it ends
-        self._broken: dict[str, int] = {}  # study → how often the destination broke down on it: those come last, in case it is their doing
+        self._pauses: dict[
+            str, tuple[float, float]
+        ] = {}  # study, or "" for the destination → how long the pause is and when it ends
+        self._broken: dict[
+            str,
+            int,
+            # study → how often the destination broke down on it: those come last, in case it is
+            # their
+            # doing
+        ] = {}
 
     def run(self) -> None:
         while not self._ended.is_set():
@@ -143,8 +182,17 @@ class _Sender(threading.Thread):
             except Exception as exc:  # whatever it was, it must not end the sending
                 if not self._ended.is_set():
                     reason = str(exc) if isinstance(exc, Unreachable) else type(exc).__name__
-                    self._events("unreachable", peer=self._destination.name, reason=reason, again_in=f"{self._pause(''):g}s")
-            due = self._pauses[""][1] if self._paused("") else min((end for _, end in self._pauses.values()), default=None)
+                    self._events(
+                        "unreachable",
+                        peer=self._destination.name,
+                        reason=reason,
+                        again_in=f"{self._pause(''):g}s",
+                    )
+            due = (
+                self._pauses[""][1]
+                if self._paused("")
+                else min((end for _, end in self._pauses.values()), default=None)
+            )
             self.wake.wait(None if due is None else max(0.05, due - time.monotonic()))
 
     def end(self) -> None:
@@ -154,7 +202,9 @@ class _Sender(threading.Thread):
     def _round(self) -> None:
         if self._paused(""):
             return
-        for package in sorted(self._spool.packages(), key=lambda package: self._broken.get(package.name, 0)):
+        for package in sorted(
+            self._spool.packages(), key=lambda package: self._broken.get(package.name, 0)
+        ):
             if self._ended.is_set():
                 return
             if self._paused(package.name):
@@ -166,8 +216,13 @@ class _Sender(threading.Thread):
                 self._broken[package.name] = self._broken.get(package.name, 0) + 1
                 raise
             except Exception as exc:  # one study's fault must not keep the others here
-                self._events("not-taken", peer=self._destination.name, study=package.name, error=type(exc).__name__,
-                             again_in=f"{self._pause(package.name):g}s")  # fmt: skip
+                self._events(
+                    "not-taken",
+                    peer=self._destination.name,
+                    study=package.name,
+                    error=type(exc).__name__,
+                    again_in=f"{self._pause(package.name):g}s",
+                )
 
     def _send(self, package: Path) -> None:
         done = DeliveryLog(package, self._destination.name)
@@ -199,7 +254,9 @@ class _Sender(threading.Thread):
             )
         else:
             self._pauses.pop(package.name, None)
-            if sent or package.name not in self._delivered:  # again after a restart, lest it be missing
+            if (
+                sent or package.name not in self._delivered
+            ):  # again after a restart, lest it be missing
                 self._send_queue.audit.add(
                     "delivered",
                     study=package.name,
@@ -210,7 +267,9 @@ class _Sender(threading.Thread):
             self._send_queue.finish(package)
 
     def _pause(self, what: str) -> float:
-        length = min(2 * self._pauses[what][0], LONGEST_PAUSE) if what in self._pauses else FIRST_PAUSE
+        length = (
+            min(2 * self._pauses[what][0], LONGEST_PAUSE) if what in self._pauses else FIRST_PAUSE
+        )
         self._pauses[what] = length, time.monotonic() + length
         return length
 
@@ -222,5 +281,7 @@ def sendable(package: Path) -> list[str]:
     """The DICOM files of a study's results, by path within them, series by series."""
     results = package / RESULTS
     return sorted(
-        path.relative_to(results).as_posix() for path in results.rglob("*.dcm") if not any(p.startswith(".") for p in path.parts[-2:])
+        path.relative_to(results).as_posix()
+        for path in results.rglob("*.dcm")
+        if not any(p.startswith(".") for p in path.parts[-2:])
     )

@@ -1,4 +1,6 @@
-"""The node's folder. Which study lies in which room is all its state, so that it survives whatever ends the process.
+"""The node's folder.
+
+Which study lies in which room is all its state, so that it survives whatever ends the process.
 
     incoming/STUDY/      objects that were acknowledged; more may follow
     studies/STUDY-N/     complete: objects/ and, while it is synthesized, results/ (N: how often the study has come)
@@ -6,9 +8,9 @@
     failed/STUDY-N/      objects/ of which some could not be synthesized, with reason.txt
     done/STUDY-N/        with --keep: what has been sent
 
-A study goes from room to room by one rename. But what failed of a study is taken along when more of it arrives, file by
-file before it is claimed: an RTSTRUCT whose images were not all there is tried again when they are.
-Folders and files are called by digests of UIDs: no name here names a patient.
+A study goes from room to room by one rename. But what failed of a study is taken along when more of
+it arrives, file by file before it is claimed: an RTSTRUCT whose images were not all there is tried
+again when they are. Folders and files are called by digests of UIDs: no name here names a patient.
 """
 
 from __future__ import annotations
@@ -32,7 +34,12 @@ from .attempts import attempts
 
 STATES = ("incoming", "studies", "outbox", "failed", "done")
 OBJECTS, RESULTS, REASON, ATTEMPTS = "objects", "results", "reason.txt", ".starts"
-RESERVE = 64 << 20  # bytes of the disk that objects from outside never take: what is synthesized and noted must find room
+RESERVE = (
+    64 << 20
+    # bytes of the disk that objects from outside never take: what is synthesized and noted must
+    # find
+    # room
+)
 _GONE = ".gone-"
 _HEADER = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")
 
@@ -43,7 +50,10 @@ class NoMatch(InputError):
 
 @dataclass
 class _Arriving:
-    """A study that may not be complete. `senders`: the threads of the associations that brought something; `last`: when, monotonic s."""
+    """A study that may not be complete.
+
+    `senders`: the threads of the associations that brought something; `last`: when, monotonic s.
+    """
 
     last: float
     mask: bool = False
@@ -51,7 +61,10 @@ class _Arriving:
 
 
 class Spool:
-    """The folder, locked for this process. Raises `UsageError` when another node has it, `OutputError` when it cannot be written."""
+    """The folder, locked for this process.
+
+    Raises `UsageError` when another node has it, `OutputError` when it cannot be written.
+    """
 
     def __init__(self, root: Path, *, keep: bool = False):
         self.root, self._keep = root, keep
@@ -67,7 +80,10 @@ class Spool:
         for gone in root.glob(f"{_GONE}*"):
             shutil.rmtree(gone, ignore_errors=True)
         self._opened = now = time.monotonic()
-        self._arriving = {name: _Arriving(now, any((root / "incoming" / name).glob("mask-*"))) for name in self.names("incoming")}
+        self._arriving = {
+            name: _Arriving(now, any((root / "incoming" / name).glob("mask-*")))
+            for name in self.names("incoming")
+        }
 
     def close(self) -> None:
         """Let go of the folder."""
@@ -81,17 +97,31 @@ class Spool:
         """The studies in a room, sorted."""
         return sorted(path.name for path in (self.root / room).iterdir() if path.is_dir())
 
-    def receive(self, write: Callable[[BinaryIO], object], claimed: tuple[str, str], size: int, sender: threading.Thread) -> str:
-        """Keep one object: on the disk, under its final name, when this returns. `write` is given the open file; `claimed`: SOP Class and
-        SOP Instance UID as the sender stated them; `size` in bytes. Returns what to call its study.
+    def receive(
+        self,
+        write: Callable[[BinaryIO], object],
+        claimed: tuple[str, str],
+        size: int,
+        sender: threading.Thread,
+    ) -> str:
+        """Keep one object: on the disk, under its final name, when this returns.
 
-        Raises `OutputError` when there is no room, `NoMatch` when the object is another than was claimed, `InputError` when it cannot be read.
+        `write` is given the open file; `claimed`: SOP Class and SOP Instance UID as the sender
+        stated them; `size` in bytes. Returns what to call its study.
+
+        Raises `OutputError` when there is no room, `NoMatch` when the object is another than was
+        claimed, `InputError` when it cannot be read.
         """
         incoming = self.root / "incoming"
         part = temporary_name(incoming / "object.dcm")
         with writing(part):
             if shutil.disk_usage(incoming).free < size + RESERVE:
-                raise OutputError("the spool has no room", expected=f"{size + RESERVE} bytes", remedy="free some space", file=self.root)
+                raise OutputError(
+                    "the spool has no room",
+                    expected=f"{size + RESERVE} bytes",
+                    remedy="free some space",
+                    file=self.root,
+                )
             try:
                 with open(part, "wb") as handle:
                     write(handle)
@@ -105,7 +135,9 @@ class Spool:
                 if not folder.exists():
                     folder.mkdir(exist_ok=True)
                     sync_folder(incoming)
-                os.replace(part, folder / f"{'mask' if mask else 'image'}-{_digest(claimed[1], 32)}.dcm")
+                os.replace(
+                    part, folder / f"{'mask' if mask else 'image'}-{_digest(claimed[1], 32)}.dcm"
+                )
                 sync_folder(folder)
                 with self._lock:
                     arriving.last = time.monotonic()
@@ -115,8 +147,8 @@ class Spool:
         return study
 
     def next(self, quiet: float) -> Path | None:
-        """A study to synthesize: one that was begun before, else one with a mask to which nobody has brought anything for `quiet` seconds, and
-        last what an earlier process ended in.
+        """A study to synthesize: one that was begun before, else one with a mask to which nobody
+        has brought anything for `quiet` seconds, and last what an earlier process ended in.
 
         Raises `OutputError`.
         """
@@ -141,11 +173,16 @@ class Spool:
                     and (arriving.mask or self._has_failed_mask(study))
                 ):
                     return self._claim(study)
-            return begun[0] if begun and now - self._opened >= quiet else None  # what had arrived before has had its turn
+            return (
+                begun[0] if begun and now - self._opened >= quiet else None
+            )  # what had arrived before has had its turn
 
     def move_to_send_queue(self, study: Path, reasons: list[str], *, poison: bool = False) -> None:
-        """A study's results/ are all that it gives. `reasons`: of the masks that could not be synthesized; `poison`: it ended
-        too many processes, and is not tried again when more of it arrives."""
+        """A study's results/ are all that it gives.
+
+        `reasons`: of the masks that could not be synthesized; `poison`: it ended too many
+        processes, and is not tried again when more of it arrives.
+        """
         package = self.root / "outbox" / study.name
         with writing(study):
             if not poison:
@@ -176,19 +213,29 @@ class Spool:
     def _failed(self, study: str) -> Iterator[Path]:
         """What failed of a study that is arriving, and may be tried again."""
         folders = (self.root / "failed").glob(f"{study}-*")
-        return (folder for folder in folders if (folder / OBJECTS).is_dir() and not (folder / ATTEMPTS).exists())
+        return (
+            folder
+            for folder in folders
+            if (folder / OBJECTS).is_dir() and not (folder / ATTEMPTS).exists()
+        )
 
     def _has_failed_mask(self, study: str) -> bool:
-        return any(path for folder in self._failed(study) for path in (folder / OBJECTS).glob("mask-*"))
+        return any(
+            path for folder in self._failed(study) for path in (folder / OBJECTS).glob("mask-*")
+        )
 
     def _take_along(self, study: str) -> None:
-        """Lay what failed of a study beside what has arrived of it. What arrived is newer, and stays.
+        """Lay what failed of a study beside what has arrived of it.
+
+        What arrived is newer, and stays.
 
         A process that dies in the midst leaves the rest in failed/, and the next claim takes it.
         """
         incoming = self.root / "incoming" / study
         for folder in [*self._failed(study)]:
-            for path in sorted((folder / OBJECTS).iterdir()):  # images before masks: a mask alone says that it may be claimed
+            for path in sorted(
+                (folder / OBJECTS).iterdir()
+            ):  # images before masks: a mask alone says that it may be claimed
                 if not (incoming / path.name).exists():
                     os.replace(path, incoming / path.name)
             sync_folder(incoming)
@@ -207,7 +254,9 @@ class Spool:
 
     def _discard(self, folder: Path) -> None:
         """Take a folder away so that no moment shows half of it."""
-        gone = self.root / f"{_GONE}{folder.name}-{os.urandom(3).hex()}"  # a study may come again before the last one is all gone
+        gone = (
+            self.root / f"{_GONE}{folder.name}-{os.urandom(3).hex()}"
+        )  # a study may come again before the last one is all gone
         os.replace(folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
@@ -223,9 +272,17 @@ def _identify(file: Path, claimed: tuple[str, str]) -> tuple[str, bool]:
         ds = dataset(file, tags=_HEADER)
         sop_class, instance, study = (str(ds.get(keyword) or "") for keyword in _HEADER)
     if not study or not instance:
-        raise InputError("the object has no Study or SOP Instance UID", expected="a DICOM composite object", remedy="export it again")
+        raise InputError(
+            "the object has no Study or SOP Instance UID",
+            expected="a DICOM composite object",
+            remedy="export it again",
+        )
     if (sop_class, instance) != claimed:
-        raise NoMatch("the object is not what it was called", expected="the UIDs of the request", remedy="export it again")
+        raise NoMatch(
+            "the object is not what it was called",
+            expected="the UIDs of the request",
+            remedy="export it again",
+        )
     return f"study-{_digest(study, 16)}", sop_class in SEGMENTATION or sop_class == RTSTRUCT
 
 
@@ -234,12 +291,23 @@ def _digest(uid: str, digits: int) -> str:
 
 
 def _narrow(root: Path) -> bool:
-    """Take a spool that was there from everybody but its owner, and say whether that was needed. Raises `UsageError`, OSError."""
+    """Take a spool that was there from everybody but its owner, and say whether that was needed.
+
+    Raises `UsageError`, OSError.
+    """
     if os.name != "posix" or not root.stat().st_mode & 0o077:
         return False
-    others = [path.name for path in root.iterdir() if path.name not in STATES and not path.name.startswith(".")]
+    others = [
+        path.name
+        for path in root.iterdir()
+        if path.name not in STATES and not path.name.startswith(".")
+    ]
     if others:
-        raise UsageError("the spool can be read by others and holds more than a spool", expected="a folder of mode 700 for the spool alone",
-                         remedy="choose another --spool, or make it private with chmod 700", file=root)  # fmt: skip
+        raise UsageError(
+            "the spool can be read by others and holds more than a spool",
+            expected="a folder of mode 700 for the spool alone",
+            remedy="choose another --spool, or make it private with chmod 700",
+            file=root,
+        )
     root.chmod(0o700)
     return True

@@ -1,7 +1,8 @@
-"""Random affine maps of label maps and images alike: fewer patients are enough, none is learnt by heart.
+"""Random affine maps of label maps and images alike: fewer patients are enough, none is learnt by
+heart.
 
-Ranges are the original's (Keras' ImageDataGenerator): rotation and shear in degrees, shifts as shares of width and height,
-zoom drawn for each axis on its own.
+Ranges are the original's (Keras' ImageDataGenerator): rotation and shear in degrees, shifts as
+shares of width and height, zoom drawn for each axis on its own.
 """
 
 from __future__ import annotations
@@ -18,42 +19,74 @@ from ..config import AugmentConfig
 
 
 def draw(config: AugmentConfig, count: int, rng: np.random.Generator) -> NDArray[np.float32]:
-    """`count` affine maps from output to input, float32 (count, 2, 3), in coordinates of [-1, 1] across the image."""
-    ranges = [config.rotation, config.shear, config.zoom, config.zoom, config.shift_width, config.shift_height]
+    """`count` affine maps from output to input, float32 (count, 2, 3), in coordinates of [-1, 1]
+    across the image.
+    """
+    ranges = [
+        config.rotation,
+        config.shear,
+        config.zoom,
+        config.zoom,
+        config.shift_width,
+        config.shift_height,
+    ]
     turn, shear, zoom_x, zoom_y, x, y = rng.uniform(-1, 1, (6, count)) * np.array(ranges)[:, None]
     turn, shear = np.radians(turn), np.radians(shear)
-    linear = np.array([[np.cos(turn), -np.sin(turn + shear)], [np.sin(turn), np.cos(turn + shear)]])  # (2, 2, count)
+    linear = np.array(
+        [[np.cos(turn), -np.sin(turn + shear)], [np.sin(turn), np.cos(turn + shear)]]
+    )  # (2, 2, count)
     linear /= np.array([1 + zoom_x, 1 + zoom_y])
-    return np.concatenate([linear, np.array([2 * x, 2 * y])[:, None]], 1).transpose(2, 0, 1).astype(np.float32)
+    return (
+        np.concatenate([linear, np.array([2 * x, 2 * y])[:, None]], 1)
+        .transpose(2, 0, 1)
+        .astype(np.float32)
+    )
 
 
-def augment(config: AugmentConfig, labels: Tensor, image: Tensor, rng: np.random.Generator, count: int | None = None,
-            part: slice = slice(None)) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """A batch, moved as `config` says: both alike, each by a map of its own, or one of them alone. Shapes as in `apply`.
+def augment(
+    config: AugmentConfig,
+    labels: Tensor,
+    image: Tensor,
+    rng: np.random.Generator,
+    count: int | None = None,
+    part: slice = slice(None),
+) -> tuple[Tensor, Tensor]:
+    """A batch, moved as `config` says: both alike, each by a map of its own, or one of them alone.
 
-    `labels` and `image` may be a `part` of the batch of `count` slices that maps are drawn for, as one of several ranks has it.
+    Shapes as in `apply`.
+
+    `labels` and `image` may be a `part` of the batch of `count` slices that maps are drawn for, as
+    one of several ranks has it.
     """
     whole = len(labels) if count is None else count
     for_labels = on_device(draw(config, whole, rng)[part], labels.device)
-    for_image = for_labels if config.same else on_device(draw(config, whole, rng)[part], labels.device)
+    for_image = (
+        for_labels if config.same else on_device(draw(config, whole, rng)[part], labels.device)
+    )
     moved = _labels(for_labels, labels) if config.labels else labels
     return moved, _image(for_image, image) if config.image else image
 
 
 def apply(affine: Tensor, labels: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
-    """`affine` (N, 2, 3) to `labels` uint8 (N, Z, H, W), nearest, and `image` float (N, 1, H, W) in [0, 1]; 0 comes in from outside.
+    """`affine` (N, 2, 3) to `labels` uint8 (N, Z, H, W), nearest, and `image` float (N, 1, H, W) in
+    [0, 1]; 0 comes in from outside.
 
-    The image is interpolated by cubics, since linear weights would take a third off the texture's amplitude.
+    The image is interpolated by cubics, since linear weights would take a third off the texture's
+    amplitude.
     """
     return _labels(affine, labels), _image(affine, image)
 
 
 def _labels(affine: Tensor, labels: Tensor) -> Tensor:
-    return functional.grid_sample(labels.float(), _grid(affine, labels), mode="nearest", align_corners=False)
+    return functional.grid_sample(
+        labels.float(), _grid(affine, labels), mode="nearest", align_corners=False
+    )
 
 
 def _image(affine: Tensor, image: Tensor) -> Tensor:
-    return functional.grid_sample(image, _grid(affine, image), mode="bicubic", align_corners=False).clamp(0, 1)
+    return functional.grid_sample(
+        image, _grid(affine, image), mode="bicubic", align_corners=False
+    ).clamp(0, 1)
 
 
 def _grid(affine: Tensor, planes: Tensor) -> Tensor:
@@ -65,6 +98,13 @@ def _grid(affine: Tensor, planes: Tensor) -> Tensor:
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """`array` as a tensor on `device`. To a GPU it goes by way of pinned memory, so that the host need not wait for the copy."""
+    """`array` as a tensor on `device`.
+
+    To a GPU it goes by way of pinned memory, so that the host need not wait for the copy.
+    """
     tensor = torch.from_numpy(array)
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    return (
+        tensor.pin_memory().to(device, non_blocking=True)
+        if device.type == "cuda"
+        else tensor.to(device)
+    )

@@ -1,4 +1,6 @@
-"""What the data hold, looked at before the first step: one table for a person, an error where training cannot work."""
+"""What the data hold, looked at before the first step: one table for a person, an error where
+training cannot work.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from runtime.core.errors import GeometryError, InputError, UnknownLabels, UnreadableVolume, UsageError, reading
+from runtime.core.errors import (
+    GeometryError,
+    InputError,
+    UnknownLabels,
+    UnreadableVolume,
+    UsageError,
+    reading,
+)
 from runtime.core.labels import to_indices
 from runtime.core.manifest import Intensity, LabelTable
 from runtime.core.volume import Geometry, LabelVolume, Volume
@@ -28,7 +37,10 @@ _SPACING, _POSITION = "0028|0030", "0020|0032"  # DICOM: PixelSpacing, ImagePosi
 
 @dataclass(frozen=True)
 class Facts:
-    """What one patient's files hold. `voxels`: by file value; `below`, `above`: voxels that the intensity range clips."""
+    """What one patient's files hold.
+
+    `voxels`: by file value; `below`, `above`: voxels that the intensity range clips.
+    """
 
     spacing: tuple[float, float, float]  # mm along i, j, k
     low: float
@@ -38,7 +50,9 @@ class Facts:
     voxels: Mapping[int, int]
 
     def to_json(self) -> dict[str, Any]:
-        """The facts as JSON data: `voxels` as a list of pairs, since keys of an object are strings."""
+        """The facts as JSON data: `voxels` as a list of pairs, since keys of an object are
+        strings.
+        """
         return {**vars(self), "voxels": [*self.voxels.items()]}
 
     @classmethod
@@ -47,87 +61,144 @@ class Facts:
         return cls(**{**data, "spacing": tuple(data["spacing"]), "voxels": dict(data["voxels"])})
 
 
-def read_pair(pair: Pair, table: LabelTable, intensity: Intensity, *, spaced: bool = False) -> tuple[LabelVolume, Volume, Facts]:
-    """Read and check one pair: (labels in model indices, image, facts). Raises `InputError`s that name the file.
+def read_pair(
+    pair: Pair, table: LabelTable, intensity: Intensity, *, spaced: bool = False
+) -> tuple[LabelVolume, Volume, Facts]:
+    """Read and check one pair: (labels in model indices, image, facts).
+
+    Raises `InputError`s that name the file.
 
     `spaced`: the grid is needed in mm, so a DICOM slice must state its pixel spacing.
     """
     image, raw = read_image(pair.image, spaced=spaced), read_image(pair.label, spaced=spaced)
-    placed = all(path.suffix.lower() != ".dcm" or _states(path, _POSITION) for path in (pair.image, pair.label))
+    placed = all(
+        path.suffix.lower() != ".dcm" or _states(path, _POSITION)
+        for path in (pair.image, pair.label)
+    )
     _check_same_grid(pair, raw, image, placed=placed)
     _check_intensity(pair.image, image.values, intensity)
     values = as_integers(raw.values, pair.label)
     try:
-        labels = to_indices(values, table, force=True, file=pair.label)  # a table of labels refuses grey values by themselves
+        labels = to_indices(
+            values, table, force=True, file=pair.label
+        )  # a table of labels refuses grey values by themselves
     except UnknownLabels as exc:
         exc.remedy = (
-            "add the value to data.labels (as a label, or among the aliases of one), or correct the label map; "
-            "where the value is nnU-Net's ignore, complete the label map or take the patient out"
+            "add the value to data.labels (as a label, or among the aliases of one), or correct the"
+            " label map; where the value is nnU-Net's ignore, complete the label map or take the"
+            " patient out"
         )
         raise
     facts = Facts(
-        image.geometry.spacing, float(image.values.min()), float(image.values.max()), int((image.values < intensity.low).sum()),
-        int((image.values > intensity.high).sum()), _count(values),
-    )  # fmt: skip
+        image.geometry.spacing,
+        float(image.values.min()),
+        float(image.values.max()),
+        int((image.values < intensity.low).sum()),
+        int((image.values > intensity.high).sum()),
+        _count(values),
+    )
     return LabelVolume(labels, image.geometry, raw.nifti_header), image, facts
 
 
 def read_image(path: Path, *, spaced: bool = False) -> Volume:
-    """A volume as `runtime.io.readers.volume.read_volume` reads it, or one DICOM slice as (1, H, W), rescaled as its header says."""
+    """A volume as `runtime.io.readers.volume.read_volume` reads it, or one DICOM slice as (1, H,
+    W), rescaled as its header says.
+    """
     if path.suffix.lower() != ".dcm":
         return read_volume(path)
     expected = "one DICOM slice of one channel"
     with reading(path, expected):
         image = simpleitk().ReadImage(str(path), imageIO="GDCMImageIO")
     if image.GetDimension() != 3 or image.GetSize()[2] != 1:
-        raise UnreadableVolume(f"{path.name} holds {image.GetSize()} voxels", expected=expected, remedy="split it into slices", file=path)
+        raise UnreadableVolume(
+            f"{path.name} holds {image.GetSize()} voxels",
+            expected=expected,
+            remedy="split it into slices",
+            file=path,
+        )
     if spaced and not image.HasMetaDataKey(_SPACING):
-        raise GeometryError(f"{path.name} states no pixel spacing", expected="PixelSpacing, since data.pixel_spacing is set",
-                            remedy="set data.pixel_spacing to null: each slice is then fitted to the canvas", file=path)  # fmt: skip
+        raise GeometryError(
+            f"{path.name} states no pixel spacing",
+            expected="PixelSpacing, since data.pixel_spacing is set",
+            remedy="set data.pixel_spacing to null: each slice is then fitted to the canvas",
+            file=path,
+        )
     return from_sitk(image, file=path)
 
 
-def require_labels(pairs: Sequence[Pair], facts: Sequence[Facts], slices: Sequence[int], table: LabelTable) -> None:
-    """Refuse a volume that holds nothing but background: it would teach that a body has none of the labels.
+def require_labels(
+    pairs: Sequence[Pair], facts: Sequence[Facts], slices: Sequence[int], table: LabelTable
+) -> None:
+    """Refuse a volume that holds nothing but background: it would teach that a body has none of the
+    labels.
 
-    A single slice may lie beside every organ. Raises `UsageError` when nobody has a label, else `InputError` on the first volume.
+    A single slice may lie beside every organ. Raises `UsageError` when nobody has a label, else
+    `InputError` on the first volume.
     """
     by_value = table.by_value
     if not any(by_value[v] for f in facts for v in f.voxels):
         raise UsageError(
-            "no patient has a labelled voxel", expected=f"label maps with some of {table}", remedy="check the label maps and data.keep"
+            "no patient has a labelled voxel",
+            expected=f"label maps with some of {table}",
+            remedy="check the label maps and data.keep",
         )
-    refuse([
-        InputError(f"{pair.label.name} holds no label at all", expected=f"some of {table}", remedy="take the patient out, or give it its labels",
-                   file=pair.label)
-        for pair, f, count in zip(pairs, facts, slices, strict=True) if count > 1 and set(f.voxels) == {table.labels[0].value}
-    ], len(pairs))  # fmt: skip
+    refuse(
+        [
+            InputError(
+                f"{pair.label.name} holds no label at all",
+                expected=f"some of {table}",
+                remedy="take the patient out, or give it its labels",
+                file=pair.label,
+            )
+            for pair, f, count in zip(pairs, facts, slices, strict=True)
+            if count > 1 and set(f.voxels) == {table.labels[0].value}
+        ],
+        len(pairs),
+    )
 
 
 def refuse(errors: Sequence[InputError], count: int) -> None:
-    """Raise what is wrong with some of `count` patients: all of it at once, so that one look at the data is enough."""
+    """Raise what is wrong with some of `count` patients: all of it at once, so that one look at
+    the data is enough.
+    """
     if len(errors) == 1:
         raise errors[0]
     if errors:
         more = [f"... and {len(errors) - SHOWN} more"] if len(errors) > SHOWN else []
         lines = [
-            exc.fact if exc.file and exc.file.name in exc.fact else f"{exc.file and exc.file.name}: {exc.fact}" for exc in errors[:SHOWN]
+            (
+                exc.fact
+                if exc.file and exc.file.name in exc.fact
+                else f"{exc.file and exc.file.name}: {exc.fact}"
+            )
+            for exc in errors[:SHOWN]
         ]
         rows = [f"    {line}" for line in [*lines, *more]]
         remedies = list(dict.fromkeys(exc.remedy for exc in errors))
-        raise InputError(f"{len(errors)} of {count} patients cannot be trained on:", rows=rows, expected=errors[0].expected,
-                         remedy="; ".join(remedies[:3]), file=errors[0].file and errors[0].file.parent)  # fmt: skip
+        raise InputError(
+            f"{len(errors)} of {count} patients cannot be trained on:",
+            rows=rows,
+            expected=errors[0].expected,
+            remedy="; ".join(remedies[:3]),
+            file=errors[0].file and errors[0].file.parent,
+        )
 
 
 def facts_table(facts: Sequence[Facts], labels: LabelTable, intensity: Intensity) -> str:
-    """The patients' facts by label, for a person: ranges, clipped voxels, voxels by label, stray values."""
+    """The patients' facts by label, for a person: ranges, clipped voxels, voxels by label, stray
+    values.
+    """
     unit = intensity.unit
     spacing = " x ".join(_range(f.spacing[axis] for f in facts) for axis in range(3))
-    outside = ((sum(f.below for f in facts), f"below {intensity.low}"), (sum(f.above for f in facts), f"above {intensity.high}"))
+    outside = (
+        (sum(f.below for f in facts), f"below {intensity.low}"),
+        (sum(f.above for f in facts), f"above {intensity.high}"),
+    )
     clipped = [f"{n} voxels {where}" for n, where in outside if n]
     rows = [
         f"spacing        {spacing} mm",
-        f"intensity      {min(f.low for f in facts):g} to {max(f.high for f in facts):g} {unit}, trained on {intensity.low} to {intensity.high}"
+        f"intensity      {min(f.low for f in facts):g} to {max(f.high for f in facts):g} {unit},"
+        f" trained on {intensity.low} to {intensity.high}"
         + (f"; clipped: {', '.join(clipped)}" if clipped else ""),
         f"{'label':<26} {'patients':>8} {'voxels':>12}",
     ]
@@ -135,9 +206,17 @@ def facts_table(facts: Sequence[Facts], labels: LabelTable, intensity: Intensity
     for position, label in enumerate(labels.labels):
         values = (label.value, *label.aliases)
         held = [sum(f.voxels.get(v, 0) for v in values) for f in facts]
-        rows.append(f"{label.value:>6} {label.name:<19} {sum(n > 0 for n in held):>8} {sum(held):>12}")
-        stray = {v: sum(f.voxels.get(v, 0) for f in facts) for v in label.aliases} if position else {}
-        notes += [f"note           {n} voxels hold {v}, which is read as {label.value} {label.name}" for v, n in stray.items() if n]
+        rows.append(
+            f"{label.value:>6} {label.name:<19} {sum(n > 0 for n in held):>8} {sum(held):>12}"
+        )
+        stray = (
+            {v: sum(f.voxels.get(v, 0) for f in facts) for v in label.aliases} if position else {}
+        )
+        notes += [
+            f"note           {n} voxels hold {v}, which is read as {label.value} {label.name}"
+            for v, n in stray.items()
+            if n
+        ]
         if not sum(held):
             absent.append(label.name)
     if absent:
@@ -150,14 +229,23 @@ def facts_table(facts: Sequence[Facts], labels: LabelTable, intensity: Intensity
 
 
 def check_leakage(splits: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse one image in two splits. `splits`: of each, the SHA-256 of the image by the pair's name. Raises `InputError`."""
+    """Refuse one image in two splits.
+
+    `splits`: of each, the SHA-256 of the image by the pair's name. Raises `InputError`.
+    """
     seen: dict[str, tuple[str, str]] = {}
     for split, digests in splits.items():
         for name, digest in digests.items():
             where, other = seen.setdefault(digest, (split, name))
             if where != split:
-                raise InputError(f"{other} ({where}) and {name} ({split}) hold the same image", expected="every patient in one split",
-                                 remedy="take one of the two out, or name them as one patient (column patient of a CSV table)")  # fmt: skip
+                raise InputError(
+                    f"{other} ({where}) and {name} ({split}) hold the same image",
+                    expected="every patient in one split",
+                    remedy=(
+                        "take one of the two out, or name them as one patient (column patient of a"
+                        " CSV table)"
+                    ),
+                )
 
 
 def _count(values: NDArray[Any]) -> dict[int, int]:
@@ -186,18 +274,32 @@ def _states(path: Path, tag: str) -> bool:
 def _check_same_grid(pair: Pair, label: Volume, image: Volume, *, placed: bool) -> None:
     remedy = "resample the label map onto its image"
     if label.values.shape != image.values.shape:
-        raise InputError(f"{pair.label.name} has {label.values.shape} voxels, its image {image.values.shape}", expected="one grid", remedy=remedy,
-                         file=pair.label)  # fmt: skip
+        raise InputError(
+            f"{pair.label.name} has {label.values.shape} voxels, its image {image.values.shape}",
+            expected="one grid",
+            remedy=remedy,
+            file=pair.label,
+        )
     distance = _apart(label.geometry, image.geometry, image.values.shape)
-    if placed and distance > GRID_TOLERANCE_MM:  # slices made without a position lie on each other by their pixels
-        raise InputError(f"{pair.label.name} lies {distance:.3g} mm off its image", expected=f"one grid, within {GRID_TOLERANCE_MM} mm",
-                         remedy=remedy, file=pair.label)  # fmt: skip
+    if (
+        placed and distance > GRID_TOLERANCE_MM
+    ):  # slices made without a position lie on each other by their pixels
+        raise InputError(
+            f"{pair.label.name} lies {distance:.3g} mm off its image",
+            expected=f"one grid, within {GRID_TOLERANCE_MM} mm",
+            remedy=remedy,
+            file=pair.label,
+        )
 
 
 def _apart(one: Geometry, other: Geometry, shape: tuple[int, ...]) -> float:
-    """The largest distance in mm, along an axis, of corresponding corners of two grids of one `shape` (D, H, W)."""
+    """The largest distance in mm, along an axis, of corresponding corners of two grids of one
+    `shape` (D, H, W).
+    """
     d, h, w = shape
-    corners = np.array([[i, j, k, 1] for i in (0, w - 1) for j in (0, h - 1) for k in (0, d - 1)], float).T
+    corners = np.array(
+        [[i, j, k, 1] for i in (0, w - 1) for j in (0, h - 1) for k in (0, d - 1)], float
+    ).T
     return float(np.abs((one.affine - other.affine) @ corners).max())
 
 
@@ -205,17 +307,39 @@ def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> 
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise InputError(
-            f"{file.name} holds NaN or infinite values", expected="finite intensities", remedy="check how it was written", file=file
+            f"{file.name} holds NaN or infinite values",
+            expected="finite intensities",
+            remedy="check how it was written",
+            file=file,
         )
     if intensity.unit == "HU" and not (low <= AIR_HU and high <= HIGHEST_HU and low >= -HIGHEST_HU):
         greys = low >= 0 and high <= 255
-        remedy = "these look like 8-bit greys: give the images in HU" if greys else "apply the rescale intercept (often -1024)"
-        raise InputError(f"{file.name} holds values from {low:g} to {high:g}, which are no HU", expected=f"air below {AIR_HU} HU, nothing above {HIGHEST_HU}",
-                         remedy=f'{remedy}, or set intensity to {{"unit": "a.u.", "low": {low:g}, "high": {high:g}}}', file=file)  # fmt: skip
+        remedy = (
+            "these look like 8-bit greys: give the images in HU"
+            if greys
+            else "apply the rescale intercept (often -1024)"
+        )
+        raise InputError(
+            f"{file.name} holds values from {low:g} to {high:g}, which are no HU",
+            expected=f"air below {AIR_HU} HU, nothing above {HIGHEST_HU}",
+            remedy=(
+                f'{remedy}, or set intensity to {{"unit": "a.u.", "low": {low:g}, "high":'
+                f" {high:g}}}"
+            ),
+            file=file,
+        )
     if low == high and len(values) > 1:
         raise InputError(
-            f"{file.name} holds {low:g} everywhere", expected="an image", remedy="take the patient out, or write the file again", file=file
+            f"{file.name} holds {low:g} everywhere",
+            expected="an image",
+            remedy="take the patient out, or write the file again",
+            file=file,
         )
     if low >= intensity.high or high <= intensity.low:
-        raise InputError(f"{file.name} holds values from {low:g} to {high:g} {intensity.unit}, all outside the range that is trained on",
-                         expected=f"values between {intensity.low} and {intensity.high}", remedy="set intensity.low and intensity.high", file=file)  # fmt: skip
+        raise InputError(
+            f"{file.name} holds values from {low:g} to {high:g} {intensity.unit}, all outside the"
+            " range that is trained on",
+            expected=f"values between {intensity.low} and {intensity.high}",
+            remedy="set intensity.low and intensity.high",
+            file=file,
+        )

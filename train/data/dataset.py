@@ -1,4 +1,6 @@
-"""Patients → slices on the model's canvas, split by patient, and batches that are a function of (seed, step) alone."""
+"""Patients → slices on the model's canvas, split by patient, and batches that are a function of
+(seed, step) alone.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,8 @@ from .layouts import find_pairs as find_pairs  # offered here too, where pairs b
 
 @dataclass(frozen=True)
 class Slices:
-    """n axial slices on the canvas: `labels` uint8 (n, Z, H, W) model indices, `image` int16 (n, H, W) in HU (or a.u.).
+    """n axial slices on the canvas: `labels` uint8 (n, Z, H, W) model indices, `image` int16 (n, H,
+    W) in HU (or a.u.).
 
     `facts`: what the patient's files hold, for the table of the data.
     """
@@ -40,7 +43,9 @@ class Slices:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The slices of every split's pairs, one entry a pair; `digest`: SHA-256 of all of them, in order."""
+    """The slices of every split's pairs, one entry a pair; `digest`: SHA-256 of all of them, in
+    order.
+    """
 
     train: tuple[Slices, ...]
     valid: tuple[Slices, ...]
@@ -60,7 +65,10 @@ class Cohort:
         """Patients and slices per split and what the files hold, for a person."""
         counts = self.summary()
         rows = [f"{'split':<14} patients  slices"]
-        rows += [f"{name:<14} {counts['patients'][name]:8d} {counts['slices'][name]:7d}" for name in SPLITS]
+        rows += [
+            f"{name:<14} {counts['patients'][name]:8d} {counts['slices'][name]:7d}"
+            for name in SPLITS
+        ]
         facts = [p.facts for p in (*self.train, *self.valid, *self.test) if p.facts is not None]
         return "\n".join([*rows, facts_table(facts, labels, intensity)] if facts else rows)
 
@@ -69,26 +77,47 @@ Loader = Callable[[Pair, LabelTable, GridPolicy, Intensity], Slices]
 
 
 def split(count: int, data: DataConfig) -> dict[str, list[int]]:
-    """Patient numbers 0..count-1 of each split: a seeded shuffle, at least one to train and one to validate with."""
+    """Patient numbers 0..count-1 of each split: a seeded shuffle, at least one to train and one
+    to validate with.
+    """
     order = [int(n) for n in np.random.default_rng(data.split_seed).permutation(count)]
     valid = max(1, round(data.valid_ratio * count))
     train = min(max(1, round(data.train_ratio * count)), count - valid)
-    return {"train": sorted(order[:train]), "valid": sorted(order[train : train + valid]), "test": sorted(order[train + valid :])}
+    return {
+        "train": sorted(order[:train]),
+        "valid": sorted(order[train : train + valid]),
+        "test": sorted(order[train + valid :]),
+    }
 
 
 def assign(pairs: Sequence[Pair], data: DataConfig) -> dict[str, list[int]]:
-    """Pair numbers of each split: where the layout states it, else all of a patient's together by `split`."""
+    """Pair numbers of each split: where the layout states it, else all of a patient's together
+    by `split`.
+    """
     free = sorted({pair.who for pair in pairs if pair.split is None})
-    drawn = {free[n]: name for name, numbers in split(len(free), data).items() for n in numbers} if free else {}
-    return {name: [n for n, pair in enumerate(pairs) if (pair.split or drawn[pair.who]) == name] for name in SPLITS}
+    drawn = (
+        {free[n]: name for name, numbers in split(len(free), data).items() for n in numbers}
+        if free
+        else {}
+    )
+    return {
+        name: [n for n, pair in enumerate(pairs) if (pair.split or drawn[pair.who]) == name]
+        for name in SPLITS
+    }
 
 
-def load_cohort(pairs: Sequence[Pair], data: DataConfig, table: LabelTable, policy: GridPolicy, intensity: Intensity,
-                load: Loader | None = None) -> Cohort:  # fmt: skip
+def load_cohort(
+    pairs: Sequence[Pair],
+    data: DataConfig,
+    table: LabelTable,
+    policy: GridPolicy,
+    intensity: Intensity,
+    load: Loader | None = None,
+) -> Cohort:
     """Read every patient onto the canvas, and check what training relies on.
 
-    `load`: how a patient is read, such as a train/data/slice_cache.py `SliceCache`; None: `load_patient`. Raises `InputError`s that name
-    the file, `UsageError` when nobody has a label.
+    `load`: how a patient is read, such as a train/data/slice_cache.py `SliceCache`; None:
+    `load_patient`. Raises `InputError`s that name the file, `UsageError` when nobody has a label.
     """
     patients, errors = [], []
     for pair in pairs:
@@ -105,34 +134,60 @@ def load_cohort(pairs: Sequence[Pair], data: DataConfig, table: LabelTable, poli
         digest.update(patient.image.tobytes())
         images.append(hashlib.sha256(patient.image.tobytes()).hexdigest())
     if data.split_by == "slices":
-        if least := [pair.name for pair, p in zip(pairs, patients, strict=True) if len(p) < LEAST_PATIENTS]:
+        if least := [
+            pair.name for pair, p in zip(pairs, patients, strict=True) if len(p) < LEAST_PATIENTS
+        ]:
             raise UsageError(
-                f"{least[0]} has too few slices to be split", expected=f"at least {LEAST_PATIENTS}", remedy="drop data.split_by"
+                f"{least[0]} has too few slices to be split",
+                expected=f"at least {LEAST_PATIENTS}",
+                remedy="drop data.split_by",
             )
         blocks = [_blocks(p, data) for p in patients]
-        return Cohort(**{name: tuple(b[name] for b in blocks if len(b[name])) for name in SPLITS}, digest=digest.hexdigest())
+        return Cohort(
+            **{name: tuple(b[name] for b in blocks if len(b[name])) for name in SPLITS},
+            digest=digest.hexdigest(),
+        )
     numbers = assign(pairs, data)
-    check_leakage({name: {pairs[n].name: images[n] for n in chosen} for name, chosen in numbers.items()})
-    return Cohort(**{name: tuple(patients[n] for n in chosen) for name, chosen in numbers.items()}, digest=digest.hexdigest())
+    check_leakage(
+        {name: {pairs[n].name: images[n] for n in chosen} for name, chosen in numbers.items()}
+    )
+    return Cohort(
+        **{name: tuple(patients[n] for n in chosen) for name, chosen in numbers.items()},
+        digest=digest.hexdigest(),
+    )
 
 
 def _blocks(patient: Slices, data: DataConfig) -> dict[str, Slices]:
-    """A volume cut into neighbouring slices to train on, then to validate with, then to test on; the facts go with the first."""
+    """A volume cut into neighbouring slices to train on, then to validate with, then to test on;
+    the facts go with the first.
+    """
     parts, at = {}, 0
     for name, numbers in split(len(patient), data).items():
-        parts[name] = Slices(patient.labels[at : at + len(numbers)], patient.image[at : at + len(numbers)], None if at else patient.facts)
+        parts[name] = Slices(
+            patient.labels[at : at + len(numbers)],
+            patient.image[at : at + len(numbers)],
+            None if at else patient.facts,
+        )
         at += len(numbers)
     return parts
 
 
 def load_patient(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity) -> Slices:
-    """One patient's axial slices on the canvas, labels nearest and image linear; a canvas that grew is cut to its middle."""
-    labels, image, facts = read_pair(pair, table, intensity, spaced=policy.pixel_spacing is not None)
+    """One patient's axial slices on the canvas, labels nearest and image linear; a canvas that
+    grew is cut to its middle.
+    """
+    labels, image, facts = read_pair(
+        pair, table, intensity, spaced=policy.pixel_spacing is not None
+    )
     grid = SliceGrid(policy, image.geometry, image.values.shape, labels.labels)
     outside = intensity.low
     planes = [fit(grid.labels(labels.labels, k), policy.canvas, 0) for k in range(grid.count)]
-    slices = [fit(grid.image(image.values, k, outside), policy.canvas, outside) for k in range(grid.count)]
-    return Slices(np.stack(planes), np.clip(np.rint(np.stack(slices)), -32768, 32767).astype(np.int16), facts)
+    slices = [
+        fit(grid.image(image.values, k, outside), policy.canvas, outside) for k in range(grid.count)
+    ]
+    return Slices(
+        np.stack(planes), np.clip(np.rint(np.stack(slices)), -32768, 32767).astype(np.int16), facts
+    )
 
 
 def fit(plane: NDArray[Any], canvas: tuple[int, int], fill: float) -> NDArray[Any]:
@@ -160,7 +215,9 @@ def slice_counts(pairs: Iterable[Pair], policy: GridPolicy) -> list[int]:
         reader.SetFileName(str(pair.image))
         try:
             reader.ReadImageInformation()
-            geometry = Geometry.from_parts(reader.GetOrigin(), reader.GetSpacing(), reader.GetDirection())
+            geometry = Geometry.from_parts(
+                reader.GetOrigin(), reader.GetSpacing(), reader.GetDirection()
+            )
             w, h, d = reader.GetSize()
         except (RuntimeError, ValueError):
             read_image(pair.image)  # says in our words what is wrong
@@ -170,24 +227,48 @@ def slice_counts(pairs: Iterable[Pair], policy: GridPolicy) -> list[int]:
 
 
 class Batches:
-    """Endless training batches over `slices`. Batch n is a function of (seed, n): a resumed run sees the same ones.
+    """Endless training batches over `slices`.
 
-    Every epoch is a fresh permutation of all slices; a batch may straddle two. Slices are read where they lie, which may be a
-    memory-mapped file. Of `world` ranks, each has the `part` of the batch that belongs to `rank`.
+    Batch n is a function of (seed, n): a resumed run sees the same ones.
+
+    Every epoch is a fresh permutation of all slices; a batch may straddle two. Slices are read
+    where they lie, which may be a memory-mapped file. Of `world` ranks, each has the `part` of the
+    batch that belongs to `rank`.
     """
 
-    def __init__(self, patients: Sequence[Slices], batch_size: int, seed: int, intensity: Intensity, rank: int = 0, world: int = 1):
-        self.batch_size, self.part = batch_size, slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+    def __init__(
+        self,
+        patients: Sequence[Slices],
+        batch_size: int,
+        seed: int,
+        intensity: Intensity,
+        rank: int = 0,
+        world: int = 1,
+    ):
+        self.batch_size, self.part = (
+            batch_size,
+            slice(rank * batch_size // world, (rank + 1) * batch_size // world),
+        )
         self._slices = [(patient, k) for patient in patients for k in range(len(patient))]
         self._seed, self._intensity = seed, intensity
 
-    def __getitem__(self, step: int) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
-        """(labels uint8 (N, Z, H, W), image float32 (N, 1, H, W) in [0, 1], noise uint8 (N, 1, H, W)) of this step."""
+    def __getitem__(
+        self, step: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
+        """(labels uint8 (N, Z, H, W), image float32 (N, 1, H, W) in [0, 1], noise uint8 (N, 1,
+        H, W)) of this step.
+        """
         order = self.slices(step)
         chosen = [self._slices[n] for n in order[self.part]]
         labels = np.stack([patient.labels[k] for patient, k in chosen])
-        image = to_unit(np.stack([patient.image[k] for patient, k in chosen]), self._intensity)[:, None]
-        return labels, image, noise_bytes((self.batch_size, *image.shape[1:]), self._seed, step)[self.part]
+        image = to_unit(np.stack([patient.image[k] for patient, k in chosen]), self._intensity)[
+            :, None
+        ]
+        return (
+            labels,
+            image,
+            noise_bytes((self.batch_size, *image.shape[1:]), self._seed, step)[self.part],
+        )
 
     def slices(self, step: int) -> NDArray[np.intp]:
         """Which slices, counted through all patients, this step's batch holds, of all ranks."""
@@ -198,8 +279,12 @@ class Batches:
         return np.array([orders[p // count][p % count] for p in positions])
 
 
-def stream(seed: int, tag: Literal["order", "noise", "augment", "style"], n: int) -> np.random.Generator:
-    """The random numbers of the n-th epoch or step: a function of the arguments, so that nothing random need be saved."""
+def stream(
+    seed: int, tag: Literal["order", "noise", "augment", "style"], n: int
+) -> np.random.Generator:
+    """The random numbers of the n-th epoch or step: a function of the arguments, so that nothing
+    random need be saved.
+    """
     return np.random.default_rng([seed, ("order", "noise", "augment", "style").index(tag), n])
 
 
@@ -210,12 +295,16 @@ def noise_bytes(shape: tuple[int, ...], seed: int, step: int) -> NDArray[np.uint
 
 def to_unit(values: NDArray[Any], intensity: Intensity) -> NDArray[np.float32]:
     """HU → [0, 1], float32; what lies outside the range is clipped."""
-    scaled: NDArray[np.float32] = (values.astype(np.float32) - np.float32(intensity.low)) / np.float32(intensity.high - intensity.low)
+    scaled: NDArray[np.float32] = (
+        values.astype(np.float32) - np.float32(intensity.low)
+    ) / np.float32(intensity.high - intensity.low)
     np.clip(scaled, 0, 1, out=scaled)
     return scaled
 
 
 def from_unit(values: NDArray[np.float32], intensity: Intensity) -> NDArray[np.int16]:
     """[0, 1] → HU, int16, rounded."""
-    hu: NDArray[np.int16] = np.rint(values * np.float32(intensity.high - intensity.low) + intensity.low).astype(np.int16)
+    hu: NDArray[np.int16] = np.rint(
+        values * np.float32(intensity.high - intensity.low) + intensity.low
+    ).astype(np.int16)
     return hu

@@ -1,4 +1,6 @@
-"""What a config leaves to the data (labels: null, intensity "auto"), decided by looking, before a run is claimed, and said."""
+"""What a config leaves to the data (labels: null, intensity "auto"), decided by looking, before
+a run is claimed, and said.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,18 @@ from ..config import IntensityConfig, RunConfig, label_table
 from .checks import AIR_HU, read_image
 from .layouts import Layout, find
 
-HU = IntensityConfig("HU", -1024, 1976)  # air to dense bone and contrast: the range of train/configs/whs.json
+HU = IntensityConfig(
+    "HU", -1024, 1976
+)  # air to dense bone and contrast: the range of train/configs/whs.json
 
 
 def infer_from_data(config: RunConfig) -> tuple[RunConfig, str]:
-    """(the config with nothing left open, what was found in a line or two). Only `data.path` is read.
+    """(the config with nothing left open, what was found in a line or two).
 
-    Raises `UsageError`s about the layout, `ConfigError` when the labels are left open and the layout does not state them, or
-    contradicts them.
+    Only `data.path` is read.
+
+    Raises `UsageError`s about the layout, `ConfigError` when the labels are left open and the
+    layout does not state them, or contradicts them.
     """
     if config.data.path is None:  # the phantom says all
         return replace(config, data=replace(config.data, labels=config.data.labels or "mm-whs")), ""
@@ -27,19 +33,25 @@ def infer_from_data(config: RunConfig) -> tuple[RunConfig, str]:
     said = [layout.says]
     if config.data.split_by == "slices":
         said.append(
-            "WARNING: slices of the same patients train, validate and test (data.split_by): the metrics say nothing about new patients"
+            "WARNING: slices of the same patients train, validate and test (data.split_by): the"
+            " metrics say nothing about new patients"
         )
     if config.data.labels is None:
         if layout.labels is None:
-            raise ConfigError("data.labels is not given, and a table of pairs does not state them", expected='[{"name": "background", "value": 0}, ...]',
-                              remedy="list the labels, or name a preset")  # fmt: skip
+            raise ConfigError(
+                "data.labels is not given, and a table of pairs does not state them",
+                expected='[{"name": "background", "value": 0}, ...]',
+                remedy="list the labels, or name a preset",
+            )
         config = replace(config, data=replace(config.data, labels=layout.labels))
     elif isinstance(layout.labels, list):
         _check_same_labels(config, layout.labels)
     if config.intensity.unit == "auto":
         intensity = _intensity(layout, config.intensity)
         config = replace(config, intensity=intensity)
-        said.append(f"intensities are read as {intensity.unit} from {intensity.low} to {intensity.high}")
+        said.append(
+            f"intensities are read as {intensity.unit} from {intensity.low} to {intensity.high}"
+        )
     return config, "; ".join(said)
 
 
@@ -50,8 +62,11 @@ def _check_same_labels(config: RunConfig, stated: list[dict[str, Any]]) -> None:
     for row in stated:
         name, value = row["name"], row["value"]
         if value not in table.by_value or main.get(value, name).casefold() != name.casefold():
-            raise ConfigError(f"data.labels and the dataset differ: there {value} is {name}", expected=f"the config's {table}",
-                              remedy="correct one of the two, or set data.labels to null to take the dataset's")  # fmt: skip
+            raise ConfigError(
+                f"data.labels and the dataset differ: there {value} is {name}",
+                expected=f"the config's {table}",
+                remedy="correct one of the two, or set data.labels to null to take the dataset's",
+            )
 
 
 def _intensity(layout: Layout, stated: IntensityConfig) -> IntensityConfig:

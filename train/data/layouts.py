@@ -1,4 +1,5 @@
-"""How people keep their patients on disk: the layout is found by looking, and said; two at once are an error.
+"""How people keep their patients on disk: the layout is found by looking, and said; two at once are
+an error.
 
     mm-whs    DIR/CASE_image.nii.gz + DIR/CASE_label.nii.gz
     original  DIR/training/PATIENT/PATIENT_NAME.dcm, DIR/testing/...: one DICOM slice each for image and labels
@@ -26,13 +27,18 @@ from ..config import DataConfig
 SUFFIXES = (".nii.gz", ".nii")
 SPLITS = ("train", "valid", "test")
 LEAST_PATIENTS = 3  # one to train on, one to validate with, one to test on
-LAYOUT = ("CASE_image.nii.gz + CASE_label.nii.gz (MM-WHS), training/PATIENT/PATIENT_NAME.dcm, nnU-Net's imagesTr + labelsTr + dataset.json, "
-          "or a CSV table image,label[,patient[,split]]")  # fmt: skip
+LAYOUT = (
+    "CASE_image.nii.gz + CASE_label.nii.gz (MM-WHS), training/PATIENT/PATIENT_NAME.dcm, nnU-Net's"
+    " imagesTr + labelsTr + dataset.json, or a CSV table image,label[,patient[,split]]"
+)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Image and label map of one patient (or of one part). `split`: train, valid or test where the layout states it."""
+    """Image and label map of one patient (or of one part).
+
+    `split`: train, valid or test where the layout states it.
+    """
 
     name: str
     image: Path
@@ -47,7 +53,9 @@ class Pair:
 
 @dataclass(frozen=True)
 class Layout:
-    """What was found: pairs by name, one line that `says` so, and the label table the layout states (a `data.labels`), or None."""
+    """What was found: pairs by name, one line that `says` so, and the label table the layout
+    states (a `data.labels`), or None.
+    """
 
     pairs: list[Pair]
     says: str
@@ -55,15 +63,23 @@ class Layout:
 
 
 def find(path: Path, data: DataConfig) -> Layout:
-    """Recognise the layout of a dataset folder or table. Raises `UsageError` when there is none, two, or a file is missing."""
+    """Recognise the layout of a dataset folder or table.
+
+    Raises `UsageError` when there is none, two, or a file is missing.
+    """
     remedy = "check --dataset-path"
     if not path.exists():
-        raise UsageError(f"the dataset {path} does not exist", expected=LAYOUT, remedy=remedy, file=path)
+        raise UsageError(
+            f"the dataset {path} does not exist", expected=LAYOUT, remedy=remedy, file=path
+        )
     kinds: dict[str, tuple[bool, Callable[[Path, DataConfig], Layout]]] = (
         {"table": (path.suffix.lower() == ".csv", _table)}
         if path.is_file()
         else {
-            "MM-WHS": (any(path.glob("[!.]*_image.nii*")) or any(path.glob("[!.]*_label.nii*")), _mm_whs),
+            "MM-WHS": (
+                any(path.glob("[!.]*_image.nii*")) or any(path.glob("[!.]*_label.nii*")),
+                _mm_whs,
+            ),
             "single slices": ((path / "training").is_dir(), _original),
             "nnU-Net": ((path / "imagesTr").is_dir(), _nnunet),
             "table": (bool(_tables(path)), _folder_table),
@@ -71,15 +87,28 @@ def find(path: Path, data: DataConfig) -> Layout:
     )
     seen = [kind for kind, (there, _) in kinds.items() if there]
     if not seen:
-        raise UsageError(f"{path.name or path} holds no pair of image and label map", expected=LAYOUT, remedy=remedy, file=path)
+        raise UsageError(
+            f"{path.name or path} holds no pair of image and label map",
+            expected=LAYOUT,
+            remedy=remedy,
+            file=path,
+        )
     if len(seen) > 1:
-        raise UsageError(f"{path.name or path} can be read as {' and as '.join(seen)}", expected="one layout",
-                         remedy="give --dataset-path the folder (or CSV file) of one of them alone", file=path)  # fmt: skip
+        raise UsageError(
+            f"{path.name or path} can be read as {' and as '.join(seen)}",
+            expected="one layout",
+            remedy="give --dataset-path the folder (or CSV file) of one of them alone",
+            file=path,
+        )
     layout = kinds[seen[0]][1](path, data)
     patients = {pair.who for pair in layout.pairs}
     if len(patients) < LEAST_PATIENTS and data.split_by == "patients":
-        raise UsageError(f"{path.name} holds {len(patients)} patient(s)", expected=f"at least {LEAST_PATIENTS}: patients are split, not slices",
-                         remedy="add patients; to try things out, data.split_by=slices splits each volume", file=path)  # fmt: skip
+        raise UsageError(
+            f"{path.name} holds {len(patients)} patient(s)",
+            expected=f"at least {LEAST_PATIENTS}: patients are split, not slices",
+            remedy="add patients; to try things out, data.split_by=slices splits each volume",
+            file=path,
+        )
     return layout
 
 
@@ -97,35 +126,60 @@ def _mm_whs(folder: Path, data: DataConfig) -> Layout:
                     found.setdefault(path.name.removesuffix(f"_{kind}{suffix}"), {})[kind] = path
     if not any(len(files) == 2 for files in found.values()):
         raise UsageError(
-            f"{folder.name or folder} holds no pair of image and label map", expected=LAYOUT, remedy="check --dataset-path", file=folder
+            f"{folder.name or folder} holds no pair of image and label map",
+            expected=LAYOUT,
+            remedy="check --dataset-path",
+            file=folder,
         )
     for name, files in found.items():
         if len(files) < 2:
             missing = "image" if "label" in files else "label"
             raise _lacks(name, f"{name}_{missing}.nii.gz", next(iter(files.values())))
     pairs = [Pair(name, files["image"], files["label"]) for name, files in sorted(found.items())]
-    return Layout(pairs, f"{len(pairs)} patients as MM-WHS volumes (CASE_image + CASE_label)", "mm-whs")
+    return Layout(
+        pairs, f"{len(pairs)} patients as MM-WHS volumes (CASE_image + CASE_label)", "mm-whs"
+    )
 
 
 def _original(folder: Path, data: DataConfig) -> Layout:
-    """All of `training`; with train_ratio 1 the patients of `testing` are the test set, as the original has it."""
+    """All of `training`; with train_ratio 1 the patients of `testing` are the test set, as the
+    original has it.
+    """
     pairs = _slices(folder / "training", data, None)
     testing = folder / "testing"
     tested = _slices(testing, data, "test") if data.train_ratio == 1 and testing.is_dir() else []
-    rest = f", {len(tested)} of testing/ to test on" if tested else ", testing/ is not used (train_ratio < 1)" if testing.is_dir() else ""
-    says = f"{len(pairs)} patients as single DICOM slices in training/{rest}: images {data.image_name}, labels {data.label_name}"
+    rest = (
+        f", {len(tested)} of testing/ to test on"
+        if tested
+        else ", testing/ is not used (train_ratio < 1)"
+        if testing.is_dir()
+        else ""
+    )
+    says = (
+        f"{len(pairs)} patients as single DICOM slices in training/{rest}: images"
+        f" {data.image_name}, labels {data.label_name}"
+    )
     return Layout(pairs + tested, says, "mm-whs-indices")
 
 
 def _slices(folder: Path, data: DataConfig, split: str | None) -> list[Pair]:
     pairs = []
     for patient in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        image, label = (patient / f"{patient.name}_{name}.dcm" for name in (data.image_name, data.label_name))
+        image, label = (
+            patient / f"{patient.name}_{name}.dcm" for name in (data.image_name, data.label_name)
+        )
         for path in (image, label):
             if not path.is_file():
                 there = ", ".join(p.name for p in islice(sorted(patient.iterdir()), 4)) or "nothing"
-                raise UsageError(f"patient {patient.name} has no {path.name}; there is {there}", expected="PATIENT/PATIENT_NAME.dcm for both names",
-                                 remedy="set data.image_name and data.label_name (TARGET_NAME, INPUT_NAME) to the files' names", file=patient)  # fmt: skip
+                raise UsageError(
+                    f"patient {patient.name} has no {path.name}; there is {there}",
+                    expected="PATIENT/PATIENT_NAME.dcm for both names",
+                    remedy=(
+                        "set data.image_name and data.label_name (TARGET_NAME, INPUT_NAME) to the"
+                        " files' names"
+                    ),
+                    file=patient,
+                )
         pairs.append(Pair(f"{folder.name}/{patient.name}", image, label, split=split))
     return pairs
 
@@ -139,10 +193,20 @@ def _nnunet(folder: Path, data: DataConfig) -> Layout:
         channels = stated.get("channel_names") or stated.get("modality") or {"0": ""}
         names = _stated_labels(stated["labels"], path)
     except (AttributeError, KeyError, TypeError, ValueError) as exc:
-        raise UsageError(f"{path.name} states no usable labels: {exc}", expected=expected, remedy="correct the file", file=path) from exc
+        raise UsageError(
+            f"{path.name} states no usable labels: {exc}",
+            expected=expected,
+            remedy="correct the file",
+            file=path,
+        ) from exc
     if len(channels) != 1:
-        raise UsageError(f"{path.name} states {len(channels)} channels: {', '.join(map(str, channels.values()))}", expected="one image a case",
-                         remedy="make a table of pairs (CSV) that names one image a case", file=path)  # fmt: skip
+        raise UsageError(
+            f"{path.name} states {len(channels)} channels:"
+            f" {', '.join(map(str, channels.values()))}",
+            expected="one image a case",
+            remedy="make a table of pairs (CSV) that names one image a case",
+            file=path,
+        )
     ending = str(stated.get("file_ending", ".nii.gz"))
     pairs = []
     for image in sorted((folder / "imagesTr").glob(f"[!.]*_0000{ending}")):
@@ -152,16 +216,32 @@ def _nnunet(folder: Path, data: DataConfig) -> Layout:
             raise _lacks(name, f"labelsTr/{label.name}", image)
         pairs.append(Pair(name, image, label))
     if not pairs:
-        raise UsageError(f"imagesTr holds no CASE_0000{ending}", expected=LAYOUT, remedy="check --dataset-path", file=folder)
-    ignored = [value for value, name in names.items() if name.casefold() == "ignore"]  # what nobody labelled is no tissue
-    labels = [{"name": names[value], "value": value} for value in sorted(names) if value not in ignored]
-    says = f"{len(pairs)} patients in nnU-Net's raw layout, {len(labels) - 1} labels, channel {next(iter(channels.values()))}"
-    says += "".join(f"; ignore ({value}) is no label: a label map that holds it is refused" for value in ignored)
+        raise UsageError(
+            f"imagesTr holds no CASE_0000{ending}",
+            expected=LAYOUT,
+            remedy="check --dataset-path",
+            file=folder,
+        )
+    ignored = [
+        value for value, name in names.items() if name.casefold() == "ignore"
+    ]  # what nobody labelled is no tissue
+    labels = [
+        {"name": names[value], "value": value} for value in sorted(names) if value not in ignored
+    ]
+    says = (
+        f"{len(pairs)} patients in nnU-Net's raw layout, {len(labels) - 1} labels, channel"
+        f" {next(iter(channels.values()))}"
+    )
+    says += "".join(
+        f"; ignore ({value}) is no label: a label map that holds it is refused" for value in ignored
+    )
     return Layout(pairs, says, labels)
 
 
 def _stated_labels(stated: dict[str, Any], path: Path) -> dict[int, str]:
-    """nnU-Net's labels as value → name, with a background. Version 2 has {name: value}, also as text or as a list of one, version 1 {"value": name}.
+    """nnU-Net's labels as value → name, with a background.
+
+    Version 2 has {name: value}, also as text or as a list of one, version 1 {"value": name}.
 
     Raises `UsageError` for regions, `ValueError` for what is none of these.
     """
@@ -169,11 +249,20 @@ def _stated_labels(stated: dict[str, Any], path: Path) -> dict[int, str]:
     for key, value in stated.items():
         if isinstance(value, list) and len(value) != 1:
             regions = [f"{k} {v}" for k, v in stated.items() if isinstance(v, list) and len(v) != 1]
-            raise UsageError(f"{path.name} states no usable labels but regions, several labels together: {', '.join(regions)[:300]}",
-                             expected="labels that exclude each other, one value each", file=path,
-                             remedy="list the values themselves as labels, each with its name, and leave the regions out")  # fmt: skip
+            raise UsageError(
+                f"{path.name} states no usable labels but regions, several labels together:"
+                f" {', '.join(regions)[:300]}",
+                expected="labels that exclude each other, one value each",
+                file=path,
+                remedy=(
+                    "list the values themselves as labels, each with its name, and leave the"
+                    " regions out"
+                ),
+            )
         flat[key] = value[0] if isinstance(value, list) else value
-    version_1 = all(str(key).strip().isdecimal() and isinstance(value, str) for key, value in flat.items())
+    version_1 = all(
+        str(key).strip().isdecimal() and isinstance(value, str) for key, value in flat.items()
+    )
     names: dict[int, str] = {}
     for key, value in flat.items():
         number, name = (key, value) if version_1 else (value, key)
@@ -186,8 +275,12 @@ def _stated_labels(stated: dict[str, Any], path: Path) -> dict[int, str]:
 def _folder_table(folder: Path, data: DataConfig) -> Layout:
     tables = _tables(folder)
     if len(tables) > 1:
-        raise UsageError(f"{folder.name} holds {len(tables)} tables: {', '.join(t.name for t in tables[:4])}", expected="one CSV file",
-                         remedy="give --dataset-path the CSV file itself", file=folder)  # fmt: skip
+        raise UsageError(
+            f"{folder.name} holds {len(tables)} tables: {', '.join(t.name for t in tables[:4])}",
+            expected="one CSV file",
+            remedy="give --dataset-path the CSV file itself",
+            file=folder,
+        )
     return _table(tables[0], data)
 
 
@@ -195,50 +288,101 @@ def _tables(folder: Path) -> list[Path]:
     """The CSV files whose first line names both columns; others may lie beside the data."""
 
     def head(path: Path) -> str:
-        with reading(path, "a CSV file", UsageError), open(path, encoding="utf-8-sig", errors="replace") as handle:
+        with (
+            reading(path, "a CSV file", UsageError),
+            open(path, encoding="utf-8-sig", errors="replace") as handle,
+        ):
             return handle.readline(1000)
 
-    return [path for path in sorted(folder.glob("[!.]*.csv")) if {"image", "label"} <= {c.strip() for c in head(path).split(",")}]
+    return [
+        path
+        for path in sorted(folder.glob("[!.]*.csv"))
+        if {"image", "label"} <= {c.strip() for c in head(path).split(",")}
+    ]
 
 
 def _table(path: Path, data: DataConfig) -> Layout:
     expected = "a CSV file with the columns image,label[,patient[,split]]"
-    with reading(path, expected, UsageError), open(path, newline="", encoding="utf-8-sig") as handle:
+    with (
+        reading(path, expected, UsageError),
+        open(path, newline="", encoding="utf-8-sig") as handle,
+    ):
         reader = csv.DictReader(handle, strict=True, skipinitialspace=True)
         try:
             columns, rows = list(reader.fieldnames or []), list(reader)
         except csv.Error as exc:
-            raise UsageError(f"{path.name} is no CSV table: {exc}", expected=expected, remedy="write it with commas", file=path) from exc
+            raise UsageError(
+                f"{path.name} is no CSV table: {exc}",
+                expected=expected,
+                remedy="write it with commas",
+                file=path,
+            ) from exc
     if not {"image", "label"} <= set(columns) <= {"image", "label", "patient", "split"}:
-        raise UsageError(f"{path.name} has the columns {', '.join(columns) or 'of an empty file'}", expected=expected,
-                         remedy="name the columns in the first line", file=path)  # fmt: skip
+        raise UsageError(
+            f"{path.name} has the columns {', '.join(columns) or 'of an empty file'}",
+            expected=expected,
+            remedy="name the columns in the first line",
+            file=path,
+        )
     pairs = [_row(path, number, row) for number, row in enumerate(rows, 2)]
-    if twice := [pair for n, pair in enumerate(pairs) if pair.image in {p.image for p in pairs[:n]}]:
-        raise UsageError(f"{path.name} lists {twice[0].image.name} twice", expected="every image once", remedy="drop a line", file=path)
+    if twice := [
+        pair for n, pair in enumerate(pairs) if pair.image in {p.image for p in pairs[:n]}
+    ]:
+        raise UsageError(
+            f"{path.name} lists {twice[0].image.name} twice",
+            expected="every image once",
+            remedy="drop a line",
+            file=path,
+        )
     stated: dict[str, set[str | None]] = {}
     for pair in pairs:
         stated.setdefault(pair.who, set()).add(pair.split)
     if torn := [who for who, splits in stated.items() if len(splits) > 1]:
-        raise UsageError(f"patient {torn[0]} is in more than one split", expected="a patient's images in one split: patients are split, never slices",
-                         remedy="correct the column split", file=path)  # fmt: skip
+        raise UsageError(
+            f"patient {torn[0]} is in more than one split",
+            expected="a patient's images in one split: patients are split, never slices",
+            remedy="correct the column split",
+            file=path,
+        )
     used = {pair.split for pair in pairs}
     if used != {None} and (None in used or not {"train", "valid"} <= used):
-        raise UsageError(f"{path.name} states a split for {sum(p.split is not None for p in pairs)} of {len(pairs)} rows: {_said(used)}",
-                         expected="train, valid and perhaps test, for every row, or no column split", remedy="complete the column", file=path)  # fmt: skip
+        raise UsageError(
+            f"{path.name} states a split for {sum(p.split is not None for p in pairs)} of"
+            f" {len(pairs)} rows: {_said(used)}",
+            expected="train, valid and perhaps test, for every row, or no column split",
+            remedy="complete the column",
+            file=path,
+        )
     how = "its own split" if used != {None} else "split by patient"
-    return Layout(pairs, f"{len(stated)} patients, {len(pairs)} pairs in the table {path.name}, {how}")
+    return Layout(
+        pairs, f"{len(stated)} patients, {len(pairs)} pairs in the table {path.name}, {how}"
+    )
 
 
 def _row(path: Path, number: int, row: dict[str, Any]) -> Pair:
     split = (row.get("split") or "").strip() or None
-    if None in row or not (row["image"] or "").strip() or not (row["label"] or "").strip() or split not in (None, *SPLITS):
-        raise UsageError(f"line {number} of {path.name} cannot be used: {', '.join(str(v) for v in row.values() if v)}",
-                         expected=f"image,label[,patient[,split]] with a split of {', '.join(SPLITS)}", remedy="correct the line", file=path)  # fmt: skip
+    if (
+        None in row
+        or not (row["image"] or "").strip()
+        or not (row["label"] or "").strip()
+        or split not in (None, *SPLITS)
+    ):
+        raise UsageError(
+            f"line {number} of {path.name} cannot be used:"
+            f" {', '.join(str(v) for v in row.values() if v)}",
+            expected=f"image,label[,patient[,split]] with a split of {', '.join(SPLITS)}",
+            remedy="correct the line",
+            file=path,
+        )
     image, label = (path.parent / row[key].strip() for key in ("image", "label"))
     for file in (image, label):
         if not file.is_file():
-            raise UsageError(f"line {number} of {path.name} names {file.name}, which does not exist", expected="paths relative to the table",
-                             remedy="correct the line", file=file)  # fmt: skip
+            raise UsageError(
+                f"line {number} of {path.name} names {file.name}, which does not exist",
+                expected="paths relative to the table",
+                remedy="correct the line",
+                file=file,
+            )
     return Pair(stem(image), image, label, (row.get("patient") or "").strip(), split)
 
 
@@ -247,5 +391,9 @@ def _said(splits: set[str | None]) -> str:
 
 
 def _lacks(name: str, file: str, beside: Path) -> UsageError:
-    return UsageError(f"patient {name} has no {file}", expected="an image and a label map for every patient",
-                      remedy="add the file, or take the patient out", file=beside)  # fmt: skip
+    return UsageError(
+        f"patient {name} has no {file}",
+        expected="an image and a label map for every patient",
+        remedy="add the file, or take the patient out",
+        file=beside,
+    )

@@ -31,10 +31,11 @@ def check_fixed(key: str, value: Any, config: Mapping[str, Any]) -> None:
 
 
 def greys(value: Any) -> Any:
-    """TARGET_TRANS, the factor that took the original's greys to [0, 1] (1/255: 8 bits) → the range it stands for.
+    """TARGET_TRANS, the factor that took the original's greys to [0, 1] (1/255: 8 bits) → the range
+    it stands for.
 
-    Whether the images are such greys or Hounsfield units is seen when they are read: unit "auto". A JSON number, or a
-    string such as "1/255". Raises `ConfigError`.
+    Whether the images are such greys or Hounsfield units is seen when they are read: unit "auto". A
+    JSON number, or a string such as "1/255". Raises `ConfigError`.
     """
     allowed = "1 divided by the brightest grey, such as 0.00392156862745098 or '1/255'"
     try:

@@ -1,9 +1,11 @@
-"""Patients' slices on the canvas, decoded and resampled once: one memory-mapped file for each pair of files and settings.
+"""Patients' slices on the canvas, decoded and resampled once: one memory-mapped file for each pair
+of files and settings.
 
-An entry's name is the SHA-256 of what decides its content, so a changed file or setting makes a new entry and nothing is ever
-stale. It is a .npy of records (labels, image), one a slice, followed by the patient's facts as JSON and the SHA-256 of all that:
-an entry that is torn or was altered is seen, and made again. Entries are renamed into place when whole, so processes may fill
-one folder together. Old entries are not removed; the folder may be deleted whenever no training runs.
+An entry's name is the SHA-256 of what decides its content, so a changed file or setting makes a new
+entry and nothing is ever stale. It is a .npy of records (labels, image), one a slice, followed by
+the patient's facts as JSON and the SHA-256 of all that: an entry that is torn or was altered is
+seen, and made again. Entries are renamed into place when whole, so processes may fill one folder
+together. Old entries are not removed; the folder may be deleted whenever no training runs.
 """
 
 from __future__ import annotations
@@ -25,30 +27,44 @@ from .checks import Facts
 from .dataset import Slices, load_patient
 from .layouts import Pair
 
-VERSION = 2  # of the file, and of what load_patient makes of a patient: another number leaves old entries unread
+# of the file, and of what load_patient makes of a patient: another number leaves old entries unread
+VERSION = 2
 FOLDER = ".slices"  # beside the run folder, unless --cache says otherwise
 _DIGEST = hashlib.sha256().digest_size
 
 
 class SliceCache:
-    """The entries in `folder`. Calling it is `load_patient`, but that the arrays are views of a read-only file."""
+    """The entries in `folder`.
+
+    Calling it is `load_patient`, but that the arrays are views of a read-only file.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def __call__(self, pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity) -> Slices:
-        """One patient's slices. Raises what `load_patient` raises, and `OutputError` when an entry cannot be written."""
+    def __call__(
+        self, pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity
+    ) -> Slices:
+        """One patient's slices. Raises what `load_patient` raises, and `OutputError` when an
+        entry cannot be written.
+        """
         path = self.folder / f"{key(pair, table, policy, intensity)}.npy"
         if not path.exists():
             write(path, load_patient(pair, table, policy, intensity))
         elif not intact(path):
-            print(f"warning: {path} was damaged; it is made again from {pair.image.name}", file=sys.stderr)
+            print(
+                f"warning: {path} was damaged; it is made again from {pair.image.name}",
+                file=sys.stderr,
+            )
             write(path, load_patient(pair, table, policy, intensity))
         return read(path)
 
 
 def key(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity) -> str:
-    """64 hexadecimal digits of the two volumes' content and all settings that slices depend on. Names and dates do not count."""
+    """64 hexadecimal digits of the two volumes' content and all settings that slices depend on.
+
+    Names and dates do not count.
+    """
     facts = {
         "version": VERSION,
         "image": " ".join(map(sha256_of, volume_files(pair.image))),
@@ -62,7 +78,9 @@ def key(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity)
 
 def write(path: Path, slices: Slices) -> None:
     """Write an entry atomically. Raises `OutputError`."""
-    kind = np.dtype([("labels", np.uint8, slices.labels.shape[1:]), ("image", "<i2", slices.image.shape[1:])])
+    kind = np.dtype(
+        [("labels", np.uint8, slices.labels.shape[1:]), ("image", "<i2", slices.image.shape[1:])]
+    )
     records = np.empty(len(slices), kind)
     records["labels"], records["image"] = slices.labels, slices.image
     with atomic_file(path) as handle:
@@ -90,7 +108,9 @@ def read(path: Path) -> Slices:
         handle.seek(mapped.offset + mapped.nbytes)
         facts = json.loads(handle.read()[:-_DIGEST])
     records = np.asarray(mapped)
-    return Slices(records["labels"], records["image"], None if facts is None else Facts.from_json(facts))
+    return Slices(
+        records["labels"], records["image"], None if facts is None else Facts.from_json(facts)
+    )
 
 
 class _Digest:

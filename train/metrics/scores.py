@@ -1,8 +1,11 @@
-"""How near synthetic CTs come to true ones: numpy arrays in, plain numbers out. Used in validation, by the report and by `train.evaluate`.
+"""How near synthetic CTs come to true ones: numpy arrays in, plain numbers out.
 
-Cases are volumes (D, H, W) of axial slices: synthetic and true HU, and model indices (0 is the background). All voxels of
-an organ are pooled over the cases. Images are in HU, or in arbitrary units: the body is then what is brighter than Otsu's threshold,
-and SSIM sees the run's range as it sees that of HU.
+Used in validation, by the report and by `train.evaluate`.
+
+Cases are volumes (D, H, W) of axial slices: synthetic and true HU, and model indices (0 is the
+background). All voxels of an organ are pooled over the cases. Images are in HU, or in arbitrary
+units: the body is then what is brighter than Otsu's threshold, and SSIM sees the run's range as it
+sees that of HU.
 """
 
 from __future__ import annotations
@@ -17,77 +20,139 @@ from scipy import ndimage
 from runtime.core.manifest import Intensity, LabelTable
 
 from . import volume_metrics
-from .volume_metrics import LEAST_VOXELS, LIMITS_HU, Places, outline_step, similarity, wasserstein, z_difference, z_error
+from .volume_metrics import (
+    LEAST_VOXELS,
+    LIMITS_HU,
+    Places,
+    outline_step,
+    similarity,
+    wasserstein,
+    z_difference,
+    z_error,
+)
 
 HU = Intensity("HU", *map(int, LIMITS_HU))
 BODY_HU = -500  # between air and fat
-THIN = 128  # parts of an image W pixels wide that are no thicker than 2 W / THIN are not body: table, tubes
+# parts of an image W pixels wide that are no thicker than 2 W / THIN are not body: table, tubes
+THIN = 128
 TEXTURE_SIGMA = 2.0  # px; what a Gaussian of this width leaves over is texture
 EROSION = 1  # px that an organ loses at its border before its texture is measured
 
-_IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([0, 1, 0], bool)[:, None, None]  # 4 neighbours in the slice
+_IN_PLANE = (
+    ndimage.generate_binary_structure(3, 1) & np.array([0, 1, 0], bool)[:, None, None]
+)  # 4 neighbours in the slice
 Volumes = Sequence[NDArray[Any]]
 
 
-def evaluate(synthetic: Volumes, truth: Volumes, masks: Volumes, names: Sequence[str], places: Places | None = None,
-             intensity: Intensity = HU) -> dict[str, Any]:  # fmt: skip
-    """Metrics of synthesized cases against true ones, in `intensity.unit`. `names`: of the indices 1, 2, ...; `places`: the slices'
-    numbers in their volumes where cases do not hold all, so that only neighbours are compared along z.
+def evaluate(
+    synthetic: Volumes,
+    truth: Volumes,
+    masks: Volumes,
+    names: Sequence[str],
+    places: Places | None = None,
+    intensity: Intensity = HU,
+) -> dict[str, Any]:
+    """Metrics of synthesized cases against true ones, in `intensity.unit`.
 
-    Returns {"cases", "organs": {name: ...}, "body": ..., "similarity": ...}: see `organ`, `body` and `metrics.similarity`. An organ
-    that is (almost) absent is null.
+    `names`: of the indices 1, 2, ...; `places`: the slices' numbers in their volumes where cases do
+    not hold all, so that only neighbours are compared along z.
+
+    Returns {"cases", "organs": {name: ...}, "body": ..., "similarity": ...}: see `organ`, `body`
+    and `metrics.similarity`. An organ that is (almost) absent is null.
     """
-    organs = {name: organ(synthetic, truth, masks, index, places) for index, name in enumerate(names, 1)}
+    organs = {
+        name: organ(synthetic, truth, masks, index, places) for index, name in enumerate(names, 1)
+    }
     whole = body(synthetic, truth, masks, len(names) + 1, places, intensity)
     alike = similarity(_as_hu(synthetic, intensity), _as_hu(truth, intensity))
     return {"cases": len(truth), "organs": organs, "body": whole, "similarity": _plain(**alike)}
 
 
-def real_baseline(truth: Volumes, masks: Volumes, others: Volumes, other_masks: Volumes, names: Sequence[str],
-            places: Sequence[Places | None] = (None, None), intensity: Intensity = HU) -> dict[str, Any]:  # fmt: skip
+def real_baseline(
+    truth: Volumes,
+    masks: Volumes,
+    others: Volumes,
+    other_masks: Volumes,
+    names: Sequence[str],
+    places: Sequence[Places | None] = (None, None),
+    intensity: Intensity = HU,
+) -> dict[str, Any]:
     """The distances of `evaluate` between two groups of real patients: see `metrics.ceiling`."""
     insides = [[body_mask(v, intensity) for v in volumes] for volumes in (truth, others)]
     result = volume_metrics.real_baseline(truth, masks, others, other_masks, insides, names, places)
     if intensity.unit != HU.unit:
-        result["similarity"] = volume_metrics.between_patients(_as_hu(truth, intensity), masks, _as_hu(others, intensity), other_masks)
+        result["similarity"] = volume_metrics.between_patients(
+            _as_hu(truth, intensity), masks, _as_hu(others, intensity), other_masks
+        )
     return _plain_tree(result)
 
 
-def diversity(variants: Sequence[Volumes], masks: Volumes, real: Sequence[NDArray[np.float64]], names: Sequence[str],
-              intensity: Intensity = HU) -> dict[str, Any]:  # fmt: skip
+def diversity(
+    variants: Sequence[Volumes],
+    masks: Volumes,
+    real: Sequence[NDArray[np.float64]],
+    names: Sequence[str],
+    intensity: Intensity = HU,
+) -> dict[str, Any]:
     """`metrics.diversity`, as JSON data."""
     result = volume_metrics.diversity(variants, masks, real, names)
     if intensity.unit != HU.unit:
-        alike = volume_metrics.diversity([_as_hu(generated, intensity) for generated in variants], masks, real, names)
+        alike = volume_metrics.diversity(
+            [_as_hu(generated, intensity) for generated in variants], masks, real, names
+        )
         result |= {key: alike[key] for key in ("ssim", "ms_ssim", "scales")}
     return _plain_tree(result)
 
 
-def organ(synthetic: Volumes, truth: Volumes, masks: Volumes, index: int, places: Places | None = None) -> dict[str, float] | None:
-    """Median, interquartile range and texture of one organ, synthetic and true, over all cases' voxels, and the distances of their HU
-    (`wasserstein`) and of their steps from slice to slice (`metrics.z_difference`, `metrics.z_error`).
+def organ(
+    synthetic: Volumes, truth: Volumes, masks: Volumes, index: int, places: Places | None = None
+) -> dict[str, float] | None:
+    """Median, interquartile range and texture of one organ, synthetic and true, over all cases'
+    voxels, and the distances of their HU (`wasserstein`) and of their steps from slice to slice
+    (`metrics.z_difference`, `metrics.z_error`).
     """
     inside = [mask == index for mask in masks]
     voxels = sum(int(m.sum()) for m in inside)
     if voxels < LEAST_VOXELS:
         return None
-    generated, true = (np.concatenate([v[m] for v, m in zip(volumes, inside, strict=True)]) for volumes in (synthetic, truth))
-    (q1, median, q3), (t1, true_median, t3) = (np.percentile(values, (25, 50, 75)) for values in (generated, true))
+    generated, true = (
+        np.concatenate([v[m] for v, m in zip(volumes, inside, strict=True)])
+        for volumes in (synthetic, truth)
+    )
+    (q1, median, q3), (t1, true_median, t3) = (
+        np.percentile(values, (25, 50, 75)) for values in (generated, true)
+    )
     sd, true_sd = texture(synthetic, inside), texture(truth, inside)
     return _plain(
-        voxels=voxels, median=median, median_true=true_median, median_error=median - true_median, iqr=q3 - q1, iqr_true=t3 - t1,
-        wasserstein=wasserstein(generated, true), texture=sd, texture_true=true_sd, texture_ratio=sd / true_sd if true_sd else float("nan"),
-        z_difference=z_difference((synthetic, truth), (inside, inside), (places, places)), z_error=z_error(synthetic, truth, inside, places),
-    )  # fmt: skip
+        voxels=voxels,
+        median=median,
+        median_true=true_median,
+        median_error=median - true_median,
+        iqr=q3 - q1,
+        iqr_true=t3 - t1,
+        wasserstein=wasserstein(generated, true),
+        texture=sd,
+        texture_true=true_sd,
+        texture_ratio=sd / true_sd if true_sd else float("nan"),
+        z_difference=z_difference((synthetic, truth), (inside, inside), (places, places)),
+        z_error=z_error(synthetic, truth, inside, places),
+    )
 
 
-def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int, places: Places | None = None,
-         intensity: Intensity = HU) -> dict[str, float] | None:  # fmt: skip
-    """Mean absolute error inside the true body, and its ratio to that of label means (None without a body).
+def body(
+    synthetic: Volumes,
+    truth: Volumes,
+    masks: Volumes,
+    classes: int,
+    places: Places | None = None,
+    intensity: Intensity = HU,
+) -> dict[str, float] | None:
+    """Mean absolute error inside the true body, and its ratio to that of label means (None without
+    a body).
 
-    Label means gives every label, and the rest of the body, its own true mean in that case. `z_difference`: the distance in HU
-    between the synthesized and the true distribution of |I(z+1) - I(z)|; `z_error`: between steps in the same place. `outline_step`: see
-    `metrics.outline_step`.
+    Label means gives every label, and the rest of the body, its own true mean in that case.
+    `z_difference`: the distance in HU between the synthesized and the true distribution of |I(z+1)
+    - I(z)|; `z_error`: between steps in the same place. `outline_step`: see `metrics.outline_step`.
     """
     error = baseline = 0.0
     voxels = 0
@@ -114,11 +179,16 @@ def body(synthetic: Volumes, truth: Volumes, masks: Volumes, classes: int, place
 
 
 def body_mask(ct: NDArray[Any], intensity: Intensity = HU) -> NDArray[np.bool_]:
-    """The patient's outline, filled, slice by slice: bool (D, H, W) of a volume. Lungs are inside, the table is not."""
+    """The patient's outline, filled, slice by slice: bool (D, H, W) of a volume.
+
+    Lungs are inside, the table is not.
+    """
     result = np.zeros(ct.shape, bool)
     least = BODY_HU if intensity.unit == HU.unit else otsu(ct, intensity)
     for k, plane in enumerate(ct):
-        tissue = ndimage.binary_opening(plane > least, iterations=max(1, round(plane.shape[1] / THIN)))
+        tissue = ndimage.binary_opening(
+            plane > least, iterations=max(1, round(plane.shape[1] / THIN))
+        )
         parts, count = ndimage.label(tissue)
         if count:
             sizes = np.bincount(parts.ravel())[1:]
@@ -127,8 +197,12 @@ def body_mask(ct: NDArray[Any], intensity: Intensity = HU) -> NDArray[np.bool_]:
 
 
 def otsu(values: NDArray[Any], intensity: Intensity) -> float:
-    """The threshold that best tells two classes apart (Otsu 1979, 256 bins over the intensity range)."""
-    counts, edges = np.histogram(np.clip(values, intensity.low, intensity.high), 256, (intensity.low, intensity.high))
+    """The threshold that best tells two classes apart (Otsu 1979, 256 bins over the intensity
+    range).
+    """
+    counts, edges = np.histogram(
+        np.clip(values, intensity.low, intensity.high), 256, (intensity.low, intensity.high)
+    )
     share = counts.cumsum() / counts.sum()
     mean = (counts * (edges[:-1] + edges[1:]) / 2).cumsum() / counts.sum()
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -141,16 +215,23 @@ def _as_hu(volumes: Volumes, intensity: Intensity) -> Volumes:
     if intensity.unit == HU.unit:
         return volumes
     scale = (HU.high - HU.low) / (intensity.high - intensity.low)
-    return [(volume.astype(np.float32) - intensity.low) * np.float32(scale) + HU.low for volume in volumes]
+    return [
+        (volume.astype(np.float32) - intensity.low) * np.float32(scale) + HU.low
+        for volume in volumes
+    ]
 
 
 def texture(volumes: Volumes, inside: Sequence[NDArray[np.bool_]]) -> float:
-    """Standard deviation of (volume - its in-plane Gaussian) in HU, inside each region less its border (NaN when none is left)."""
+    """Standard deviation of (volume - its in-plane Gaussian) in HU, inside each region less its
+    border (NaN when none is left).
+    """
     rest = []
     for volume, region in zip(volumes, inside, strict=True):
         core = ndimage.binary_erosion(region, _IN_PLANE, EROSION)
         if core.any():
-            smooth = ndimage.gaussian_filter(volume.astype(np.float32), (0, TEXTURE_SIGMA, TEXTURE_SIGMA))
+            smooth = ndimage.gaussian_filter(
+                volume.astype(np.float32), (0, TEXTURE_SIGMA, TEXTURE_SIGMA)
+            )
             rest.append((volume - smooth)[core])
     return float(np.std(np.concatenate(rest))) if rest else float("nan")
 
@@ -166,34 +247,58 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
         if o is None:
             continue
         numbers = (o["median"], o["median_true"], o["median_error"], o["iqr"], o["iqr_true"])
-        more = [(o["texture"], "9.1f"), (o["texture_true"], "8.1f"), (o["texture_ratio"], "7.2f"), (o["wasserstein"], "7.0f"),
-                (o["z_difference"], "7.1f")]  # fmt: skip
+        more = [
+            (o["texture"], "9.1f"),
+            (o["texture_true"], "8.1f"),
+            (o["texture_ratio"], "7.2f"),
+            (o["wasserstein"], "7.0f"),
+            (o["z_difference"], "7.1f"),
+        ]
         ratio = (
-            "" if o["texture_ratio"] is None else "".join(" " * int(how.split(".")[0]) if n is None else f"{n:{how}}" for n, how in more)
+            ""
+            if o["texture_ratio"] is None
+            else "".join(
+                " " * int(how.split(".")[0]) if n is None else f"{n:{how}}" for n, how in more
+            )
         )
         rows.append(f"{name:<{width}}" + "".join(f"{n:8.0f}" for n in numbers) + ratio)
     if absent:
         rows.append(f"absent, or almost: {', '.join(absent)}")
     if b := result["body"]:
         ratio = "" if b["mae_ratio"] is None else f", ratio {b['mae_ratio']:.3f}"
-        rows.append(f"body: MAE {b['mae']:.1f} {unit}, label means {b['mae_label_mean']:.1f} {unit}{ratio}")
+        rows.append(
+            f"body: MAE {b['mae']:.1f} {unit}, label means {b['mae_label_mean']:.1f} {unit}{ratio}"
+        )
         if b["z_difference"] is not None:
             rows.append(
-                f"body: distance of |I(z+1) - I(z)| {b['z_difference']:.1f} {unit}, from the true one in its place {b['z_error']:.1f} {unit}"
+                f"body: distance of |I(z+1) - I(z)| {b['z_difference']:.1f} {unit}, from the true"
+                f" one in its place {b['z_error']:.1f} {unit}"
             )
         if b["outline_step"] is not None:
-            rows.append(f"body: outline moves by {b['outline_step']:.0f} px from slice to slice, true {b['outline_step_true']:.0f}")
+            rows.append(
+                f"body: outline moves by {b['outline_step']:.0f} px from slice to slice, true"
+                f" {b['outline_step_true']:.0f}"
+            )
     if found := result.get("similarity"):
         rows.append(
-            f"SSIM {found['ssim']:.3f}" + (f", MS-SSIM {found['ms_ssim']:.3f} ({found['scales']} scales)" if found["scales"] else "")
+            f"SSIM {found['ssim']:.3f}"
+            + (
+                f", MS-SSIM {found['ms_ssim']:.3f} ({found['scales']} scales)"
+                if found["scales"]
+                else ""
+            )
         )
     for name, o in result.get("diversity", {}).get("organs", {}).items():
         if o["ratio"] is not None:
             rows.append(
-                f"{name:<{width}} median's spread {o['spread']:.0f} {unit} over styles, {o['spread_true']:.0f} between patients: {o['ratio']:.2f}, "
-                f"median {o['median_error']:+.0f} {unit} from theirs"
+                f"{name:<{width}} median's spread {o['spread']:.0f} {unit} over styles,"
+                f" {o['spread_true']:.0f} between patients: {o['ratio']:.2f}, median"
+                f" {o['median_error']:+.0f} {unit} from theirs"
             )
-    for what, found in (("over styles", result.get("diversity")), ("between patients", result.get("ceiling", {}).get("similarity"))):
+    for what, found in (
+        ("over styles", result.get("diversity")),
+        ("between patients", result.get("ceiling", {}).get("similarity")),
+    ):
         if found and found["ms_ssim"] is not None:
             rows.append(f"MS-SSIM {what} {found['ms_ssim']:.3f} ({found['scales']} scales)")
     for name, o in result.get("ceiling", {}).get("organs", {}).items():
@@ -204,11 +309,17 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
 
 def _plain(**numbers: float) -> dict[str, Any]:
     """Rounded Python numbers; NaN becomes None, which JSON can say."""
-    return {k: v if isinstance(v, int) else round(float(v), 4) if np.isfinite(v) else None for k, v in numbers.items()}
+    return {
+        k: v if isinstance(v, int) else round(float(v), 4) if np.isfinite(v) else None
+        for k, v in numbers.items()
+    }
 
 
 def _plain_tree(tree: Any) -> Any:
-    return {key: _plain_tree(value) if isinstance(value, dict) else _plain(**{key: value})[key] for key, value in tree.items()}
+    return {
+        key: _plain_tree(value) if isinstance(value, dict) else _plain(**{key: value})[key]
+        for key, value in tree.items()
+    }
 
 
 def organ_names(labels: LabelTable) -> list[str]:

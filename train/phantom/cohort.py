@@ -1,11 +1,13 @@
-"""Synthetic training data: a cohort of simulated patients with contrast-enhanced cardiac CT and heart labels.
+"""Synthetic training data: a cohort of simulated patients with contrast-enhanced cardiac CT and
+heart labels.
 
-``python -m train.phantom OUT --patients N [--seed S] [--size Z Y X] [--quiet]`` writes, in the layout of the
-MM-WHS challenge (Zhuang & Shen 2016, Med Image Anal 31:77), ``ct_train_1001_image.nii.gz`` (int16, HU) and
-``ct_train_1001_label.nii.gz`` (uint16), 1002, and so on, with ``cohort.json`` telling what was drawn for each.
+``python -m train.phantom OUT --patients N [--seed S] [--size Z Y X] [--quiet]`` writes, in the
+layout of the MM-WHS challenge (Zhuang & Shen 2016, Med Image Anal 31:77),
+``ct_train_1001_image.nii.gz`` (int16, HU) and ``ct_train_1001_label.nii.gz`` (uint16), 1002, and so
+on, with ``cohort.json`` telling what was drawn for each.
 
-The field of view is 384 x 384 mm in plane and 132 mm along z whatever the matrix.  A patient depends on
-(seed, index, size) only: a larger cohort begins with the smaller one.
+The field of view is 384 x 384 mm in plane and 132 mm along z whatever the matrix.  A patient
+depends on (seed, index, size) only: a larger cohort begins with the smaller one.
 """
 
 from __future__ import annotations
@@ -33,13 +35,23 @@ FINEST_SAMPLE_MM = 1.5  # structures are sampled at least this finely, then aver
 PARENCHYMA_HU = 28.0  # texture of lung tissue below the resolved vessels
 FIRST_CASE = 1001
 SMALLEST_SIZE, LARGEST_SIZE = 32, 1024
-FACTORS = ("timing", "dose", "habitus", "size", "phase", "yaw", "height")  # drawn evenly over the cohort
+FACTORS = (
+    "timing",
+    "dose",
+    "habitus",
+    "size",
+    "phase",
+    "yaw",
+    "height",
+)  # drawn evenly over the cohort
 Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Patient:
-    """One simulated examination; arrays are (Z, Y, X) from inferior, anterior and the patient's right."""
+    """One simulated examination; arrays are (Z, Y, X) from inferior, anterior and the patient's
+    right.
+    """
 
     hu: NDArray[np.int16]
     labels: NDArray[np.uint16]  # MM-WHS values
@@ -48,10 +60,12 @@ class Patient:
 
 
 def factors(seed: int, index: int) -> dict[str, float]:
-    """The main factors of patient ``index``, each evenly spread over [-1, 1] within any prefix of a cohort.
+    """The main factors of patient ``index``, each evenly spread over [-1, 1] within any prefix of a
+    cohort.
 
-    A Kronecker sequence on the powers of the generalised golden ratio (Roberts 2018, "The unreasonable
-    effectiveness of quasirandom sequences"), shifted by an offset drawn from the seed (Cranley-Patterson).
+    A Kronecker sequence on the powers of the generalised golden ratio (Roberts 2018, "The
+    unreasonable effectiveness of quasirandom sequences"), shifted by an offset drawn from the seed
+    (Cranley-Patterson).
     """
     ratio = 2.0
     for _ in range(60):  # fixed point of x ** (d + 1) = x + 1
@@ -62,9 +76,13 @@ def factors(seed: int, index: int) -> dict[str, float]:
 
 
 def draw(seed: int, index: int) -> Parameters:
-    """The parameters of one patient: even main factors, their correlations, and independent minor ones."""
+    """The parameters of one patient: even main factors, their correlations, and independent
+    minor ones.
+    """
     f = factors(seed, index)
-    f["habitus"] = 0.9 * f["size"] + 0.4 * f["habitus"]  # large people have large hearts: the heart tells of the body round it
+    f["habitus"] = (
+        0.9 * f["size"] + 0.4 * f["habitus"]
+    )  # large people have large hearts: the heart tells of the body round it
     rng = np.random.Generator(np.random.Philox(key=[seed, index + 1]))
 
     def vary(mean: float, sd: float) -> float:
@@ -105,7 +123,9 @@ def draw(seed: int, index: int) -> Parameters:
 
 
 def vote(labels: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """The commonest label in each voxel of the blocks (Z, f, Y, g, X, h), ties to the background or lower value."""
+    """The commonest label in each voxel of the blocks (Z, f, Y, g, X, h), ties to the background
+    or lower value.
+    """
     best = (labels == 0).sum((1, 3, 5), dtype=np.uint16)
     winner = np.zeros(best.shape, np.uint16)
     for value in sorted(LABELS.values()):
@@ -137,19 +157,30 @@ def simulate(params: Parameters, size: Size = (48, 128, 128)) -> Patient:
 
 
 def check_size(size: Sequence[int]) -> None:
-    """Raise `UsageError` unless ``size`` is three matrix edges that can show a thorax and fit into memory."""
+    """Raise `UsageError` unless ``size`` is three matrix edges that can show a thorax and fit
+    into memory.
+    """
     if len(size) != 3 or min(size) < SMALLEST_SIZE or max(size) > LARGEST_SIZE:
-        raise UsageError(f"a phantom of {' x '.join(map(str, size))} voxels was asked for", expected=f"Z Y X of {SMALLEST_SIZE} to {LARGEST_SIZE} each",
-                         remedy="give for example --size 48 128 128 (data.phantom.size in a config)")  # fmt: skip
+        raise UsageError(
+            f"a phantom of {' x '.join(map(str, size))} voxels was asked for",
+            expected=f"Z Y X of {SMALLEST_SIZE} to {LARGEST_SIZE} each",
+            remedy="give for example --size 48 128 128 (data.phantom.size in a config)",
+        )
 
 
-def write_volume(path: Path, array: NDArray[np.generic], spacing: tuple[float, float, float]) -> None:
-    """Write (Z, Y, X) voxels as NIfTI, centred at the origin with identity direction (LPS), all or nothing."""
+def write_volume(
+    path: Path, array: NDArray[np.generic], spacing: tuple[float, float, float]
+) -> None:
+    """Write (Z, Y, X) voxels as NIfTI, centred at the origin with identity direction (LPS), all
+    or nothing.
+    """
     import SimpleITK as sitk
 
     image = sitk.GetImageFromArray(array)
     image.SetSpacing(spacing)
-    image.SetOrigin([-(n - 1) / 2 * edge for n, edge in zip(array.shape[::-1], spacing, strict=True)])
+    image.SetOrigin(
+        [-(n - 1) / 2 * edge for n, edge in zip(array.shape[::-1], spacing, strict=True)]
+    )
     partial = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         sitk.WriteImage(image, str(partial), useCompression=True, compressionLevel=1)
@@ -180,13 +211,16 @@ def generate_cohort(
 ) -> list[Path]:
     """Write ``patients`` simulated cases into ``out`` and return their image files in order.
 
-    ``workers`` processes share the work (default: the CPUs this process may use; 1 stays in this process);
-    ``progress(done, total)`` is called after every case.  Raises `UsageError` for an unusable request and `OutputError`
-    where ``out`` cannot be written.
+    ``workers`` processes share the work (default: the CPUs this process may use; 1 stays in this
+    process); ``progress(done, total)`` is called after every case.  Raises `UsageError` for an
+    unusable request and `OutputError` where ``out`` cannot be written.
     """
     if patients < 1 or not 0 <= seed < 2**63:
-        raise UsageError(f"{patients} patients with seed {seed} were asked for", expected="at least 1 patient and a seed from 0 to 2^63 - 1",
-                         remedy="give for example --patients 24 --seed 0")  # fmt: skip
+        raise UsageError(
+            f"{patients} patients with seed {seed} were asked for",
+            expected="at least 1 patient and a seed from 0 to 2^63 - 1",
+            remedy="give for example --patients 24 --seed 0",
+        )
     check_size(size)
     out = Path(out)
     with writing(out):
@@ -200,7 +234,10 @@ def generate_cohort(
                 report(index + 1, patients)
         else:  # spawned, not forked: the caller may hold threads
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-                tasks = {pool.submit(write_patient, out, seed, index, size): index for index in range(patients)}
+                tasks = {
+                    pool.submit(write_patient, out, seed, index, size): index
+                    for index in range(patients)
+                }
                 try:
                     for done, task in enumerate(as_completed(tasks), 1):
                         drawn[tasks[task]] = task.result()
@@ -209,17 +246,23 @@ def generate_cohort(
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
         summary = out / f".{os.getpid()}-cohort.json"
-        summary.write_text(json.dumps({"seed": seed, "size": list(size), "patients": drawn}, indent=1) + "\n")
+        summary.write_text(
+            json.dumps({"seed": seed, "size": list(size), "patients": drawn}, indent=1) + "\n"
+        )
         os.replace(summary, out / "cohort.json")
     return [out / f"{case['case']}_image.nii.gz" for case in drawn]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line in the module's docstring."""
-    parser = argparse.ArgumentParser(prog="python -m train.phantom", description="Write a simulated cardiac CT cohort.")
+    parser = argparse.ArgumentParser(
+        prog="python -m train.phantom", description="Write a simulated cardiac CT cohort."
+    )
     parser.add_argument("out", type=Path, help="folder to write the cases to; created if missing")
     parser.add_argument("--patients", type=int, required=True, metavar="N", help="number of cases")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="cohort to draw (default 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="cohort to draw (default 0)"
+    )
     parser.add_argument(
         "--size",
         type=int,
@@ -232,6 +275,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     z, y, x = options.size
     line = console.Progress("phantom patients", options.patients, quiet=options.quiet)
-    generate_cohort(options.out, options.patients, seed=options.seed, size=(z, y, x), progress=lambda done, total: line.update(done))
+    generate_cohort(
+        options.out,
+        options.patients,
+        seed=options.seed,
+        size=(z, y, x),
+        progress=lambda done, total: line.update(done),
+    )
     line.close()
     return 0

@@ -1,8 +1,10 @@
-"""Imaging half of the phantom: sampling of implicit surfaces, contrast bolus, blur and noise of a CT scanner.
+"""Imaging half of the phantom: sampling of implicit surfaces, contrast bolus, blur and noise of a
+CT scanner.
 
-Coordinates are millimetres in the LPS frame (x to the patient's left, y posterior, z superior), arrays are
-``(Z, Y, X)``, attenuation is in Hounsfield units (HU).  A surface is given by its signed distance in mm,
-negative inside.  Every function is pointwise in space, so a volume may be computed in slabs of any thickness.
+Coordinates are millimetres in the LPS frame (x to the patient's left, y posterior, z superior),
+arrays are ``(Z, Y, X)``, attenuation is in Hounsfield units (HU).  A surface is given by its signed
+distance in mm, negative inside.  Every function is pointwise in space, so a volume may be computed
+in slabs of any thickness.
 """
 
 from __future__ import annotations
@@ -14,14 +16,30 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage, special
 
-Array = NDArray[np.floating[Any]]  # float32 for anything as large as a volume, float64 for points and radii
+Array = NDArray[
+    np.floating[Any]
+]  # float32 for anything as large as a volume, float64 for points and radii
 FAR = 60.0  # mm: the distance reported outside the box in which a surface was evaluated
 
 INJECTION_S = 16.0  # length of the contrast injection
 DISPERSION_S = 2.0  # time scale of the gamma-variate spread of the bolus, per unit shape
 DISPERSION_SHAPE = 2.5
-ARRIVAL_S = {"ra": 5.4, "rv": 6.0, "pa": 8.4, "la": 13.0, "lv": 13.4, "ao": 13.8}  # start of enhancement
-PLATEAU_HU = {"ra": 475.0, "rv": 436.0, "pa": 450.0, "la": 500.0, "lv": 516.0, "ao": 514.0}  # at unit dose
+ARRIVAL_S = {
+    "ra": 5.4,
+    "rv": 6.0,
+    "pa": 8.4,
+    "la": 13.0,
+    "lv": 13.4,
+    "ao": 13.8,
+}  # start of enhancement
+PLATEAU_HU = {
+    "ra": 475.0,
+    "rv": 436.0,
+    "pa": 450.0,
+    "la": 500.0,
+    "lv": 516.0,
+    "ao": 514.0,
+}  # at unit dose
 BLOOD_HU = 45.0  # unenhanced
 
 PSF_SIGMA_MM = 1.1  # in-plane point spread
@@ -35,7 +53,9 @@ REFERENCE_DIAMETER_MM = 250.0  # water-equivalent diameter at which a noise leve
 
 @dataclass(frozen=True)
 class Warp:
-    """A smooth, volume-preserving individual deformation: each coordinate is sheared by waves along the others."""
+    """A smooth, volume-preserving individual deformation: each coordinate is sheared by waves
+    along the others.
+    """
 
     amplitude: float  # mm
     wavelength: float  # mm
@@ -43,12 +63,16 @@ class Warp:
 
     def wave(self, k: int, axis: Array) -> Array:
         """Displacement in mm at the positions ``axis`` by wave number ``k`` (0..5)."""
-        return (self.amplitude * np.sin(axis * (2 * np.pi / self.wavelength) + self.phase[k])).astype(np.float32)
+        return (
+            self.amplitude * np.sin(axis * (2 * np.pi / self.wavelength) + self.phase[k])
+        ).astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Sampling positions in mm along each axis (1-D float32), seen through an optional deformation."""
+    """Sampling positions in mm along each axis (1-D float32), seen through an optional
+    deformation.
+    """
 
     z: Array
     y: Array
@@ -68,24 +92,34 @@ class Grid:
         return x + (w(0, y) + w(1, z)), y + (w(2, x) + w(3, z)), z + (w(4, x) + w(5, y))
 
     def box(self, low: Array, high: Array) -> tuple[tuple[slice, slice, slice], Grid]:
-        """The samples between two corners ``(x, y, z)`` in mm: their index and the grid they form."""
+        """The samples between two corners ``(x, y, z)`` in mm: their index and the grid they
+        form.
+        """
         margin = 0.0 if self.warp is None else 2 * self.warp.amplitude
 
         def span(axis: Array, k: int) -> slice:
-            return slice(*(int(i) for i in np.searchsorted(axis, (low[k] - margin, high[k] + margin))))
+            return slice(
+                *(int(i) for i in np.searchsorted(axis, (low[k] - margin, high[k] + margin)))
+            )
 
         index = (span(self.z, 2), span(self.y, 1), span(self.x, 0))
         return index, Grid(self.z[index[0]], self.y[index[1]], self.x[index[2]], self.warp)
 
 
-def sample_axes(shape: tuple[int, int, int], spacing: tuple[float, float, float], finest: float) -> tuple[tuple[int, int, int], Grid]:
+def sample_axes(
+    shape: tuple[int, int, int], spacing: tuple[float, float, float], finest: float
+) -> tuple[tuple[int, int, int], Grid]:
     """Supersampling grid of a volume centred at the origin.
 
-    ``shape`` is (Z, Y, X) and ``spacing`` the matching (z, y, x) edges in mm.  Returns the number of samples per
-    voxel along each axis, enough for samples no farther apart than ``finest`` mm, and the grid of all samples.
+    ``shape`` is (Z, Y, X) and ``spacing`` the matching (z, y, x) edges in mm.  Returns the number
+    of samples per voxel along each axis, enough for samples no farther apart than ``finest`` mm,
+    and the grid of all samples.
     """
     factor = tuple(max(1, int(np.ceil(edge / finest - 1e-6))) for edge in spacing)
-    axes = [((np.arange(n * f) + 0.5) / f - n / 2) * edge for n, f, edge in zip(shape, factor, spacing, strict=True)]
+    axes = [
+        ((np.arange(n * f) + 0.5) / f - n / 2) * edge
+        for n, f, edge in zip(shape, factor, spacing, strict=True)
+    ]
     z, y, x = (axis.astype(np.float32) for axis in axes)
     return (factor[0], factor[1], factor[2]), Grid(z, y, x)
 
@@ -97,7 +131,9 @@ def blocks(volume: NDArray[Any], factor: tuple[int, int, int]) -> NDArray[Any]:
 
 
 def blend(canvas: Array, distance: Array, value: float | Array, edge: float) -> None:
-    """Mix ``value`` (HU) into ``canvas`` by the share of each sample, ``edge`` mm wide, inside the surface."""
+    """Mix ``value`` (HU) into ``canvas`` by the share of each sample, ``edge`` mm wide, inside
+    the surface.
+    """
     share = np.clip(0.5 - distance / edge, 0.0, 1.0)
     canvas += share * (value - canvas)
 
@@ -110,7 +146,9 @@ def plane(grid: Grid, point: Array, normal: Array) -> Array:
 
 
 def ellipsoid(grid: Grid, centre: Array, axes: Array, radii: Array, reach: float = 12.0) -> Array:
-    """First-order distance to an ellipsoid, to ``reach`` mm outside: ``axes`` rows are its unit directions."""
+    """First-order distance to an ellipsoid, to ``reach`` mm outside: ``axes`` rows are its unit
+    directions.
+    """
     result = np.full(grid.shape, FAR, np.float32)
     extent = np.sqrt(((axes.T * radii) ** 2).sum(1)) + reach
     index, near = grid.box(centre - extent, centre + extent)
@@ -138,7 +176,9 @@ def curve(points: Array, steps: int = 3) -> Array:
 
 
 def tube(grid: Grid, path: Array, radius: Array, reach: float = 8.0) -> Array:
-    """Distance to a tube along the points ``path`` (n, 3) with ``radius`` (n,), exact to ``reach`` mm outside."""
+    """Distance to a tube along the points ``path`` (n, 3) with ``radius`` (n,), exact to
+    ``reach`` mm outside.
+    """
     result = np.full(grid.shape, FAR, np.float32)
     for a, b, ra, rb in zip(path[:-1], path[1:], radius[:-1], radius[1:], strict=True):
         margin = max(ra, rb) + reach
@@ -156,7 +196,9 @@ def tube(grid: Grid, path: Array, radius: Array, reach: float = 8.0) -> Array:
 
 
 def smooth_union(a: Array, b: Array, k: float) -> Array:
-    """Union of two distances with a fillet of about ``k`` mm (Quilez's polynomial smooth minimum)."""
+    """Union of two distances with a fillet of about ``k`` mm (Quilez's polynomial smooth
+    minimum).
+    """
     h = np.maximum(k - np.abs(a - b), 0) / k
     return np.minimum(a, b) - h * h * (k / 4)
 
@@ -174,10 +216,12 @@ def ring(distance: Array, thickness: float) -> Array:
 
 
 def enhancement(time_s: float, dose: float) -> dict[str, float]:
-    """HU of the blood in each chamber ``time_s`` seconds after the injection began, at a relative ``dose``.
+    """HU of the blood in each chamber ``time_s`` seconds after the injection began, at a relative
+    ``dose``.
 
-    The bolus is a box-shaped injection convolved with a gamma-variate transit (Thompson et al. 1964, Circ Res
-    14:502; Bae 2010, Radiology 256:32), later and wider the farther downstream the chamber lies.
+    The bolus is a box-shaped injection convolved with a gamma-variate transit (Thompson et al.
+    1964, Circ Res 14:502; Bae 2010, Radiology 256:32), later and wider the farther downstream the
+    chamber lies.
     """
 
     def reached(age: float, scale: float) -> float:
@@ -192,13 +236,19 @@ def enhancement(time_s: float, dose: float) -> dict[str, float]:
 
 
 def blur(volume: Array, spacing: tuple[float, float, float]) -> Array:
-    """The scanner's resolution: Gaussian in-plane point spread and slice profile; ``spacing`` is (z, y, x) mm."""
-    sigma = [s / edge for s, edge in zip((SLICE_SIGMA_MM, PSF_SIGMA_MM, PSF_SIGMA_MM), spacing, strict=True)]
+    """The scanner's resolution: Gaussian in-plane point spread and slice profile; ``spacing`` is
+    (z, y, x) mm.
+    """
+    sigma = [
+        s / edge
+        for s, edge in zip((SLICE_SIGMA_MM, PSF_SIGMA_MM, PSF_SIGMA_MM), spacing, strict=True)
+    ]
     return ndimage.gaussian_filter(volume, sigma, mode="nearest", truncate=3.0)
 
 
 def noise_power(shape: tuple[int, int], spacing: tuple[float, float]) -> Array:
-    """Noise-power spectrum (mm^2 per unit HU^2) of filtered backprojection at the rfft2 frequencies of a slice.
+    """Noise-power spectrum (mm^2 per unit HU^2) of filtered backprojection at the rfft2 frequencies
+    of a slice.
 
     |f| times the squared apodisation (Riederer, Pelc, Chesler 1978, Phys Med Biol 23:446; Kijewski, Judy 1987,
     Phys Med Biol 32:565), scaled to unit variance on a slice of ``NOISE_REFERENCE_MM`` pixels.
@@ -213,8 +263,12 @@ def noise_power(shape: tuple[int, int], spacing: tuple[float, float]) -> Array:
     return (shaped(shape, spacing)[:, : shape[1] // 2 + 1] / variance).astype(np.float32)
 
 
-def noise_field(shape: tuple[int, int, int], spacing: tuple[float, float, float], rng: np.random.Generator) -> Array:
-    """Stationary CT noise (Z, Y, X), of unit standard deviation at 3 mm pixels, weakly correlated along z."""
+def noise_field(
+    shape: tuple[int, int, int], spacing: tuple[float, float, float], rng: np.random.Generator
+) -> Array:
+    """Stationary CT noise (Z, Y, X), of unit standard deviation at 3 mm pixels, weakly
+    correlated along z.
+    """
     white = rng.standard_normal(shape, dtype=np.float32)
     power = noise_power(shape[1:], spacing[1:]) / (spacing[1] * spacing[2])
     along = np.exp(-2 * (np.pi * NOISE_Z_SIGMA_MM * np.fft.fftfreq(shape[0], spacing[0])) ** 2)
@@ -224,26 +278,41 @@ def noise_field(shape: tuple[int, int, int], spacing: tuple[float, float, float]
 
 
 def noise_level(hu: Array, spacing: tuple[float, float, float], sigma: float) -> Array:
-    """Standard deviation of the noise (HU) at every voxel: ``sigma`` at the centre of a 250 mm water cylinder.
+    """Standard deviation of the noise (HU) at every voxel: ``sigma`` at the centre of a 250 mm
+    water cylinder.
 
-    Each slice's water-equivalent diameter (AAPM Report 220, 2014) sets its level, at half the exponent of an
-    unmodulated tube current; the shorter rays through the periphery and through lung leave less noise.
+    Each slice's water-equivalent diameter (AAPM Report 220, 2014) sets its level, at half the
+    exponent of an unmodulated tube current; the shorter rays through the periphery and through lung
+    leave less noise.
     """
     density = np.clip(1 + hu / 1000, 0, 1.6)
     mass = density.sum((1, 2))
-    diameter = ndimage.gaussian_filter1d(2 * np.sqrt(mass * spacing[1] * spacing[2] / np.pi), 10 / spacing[0])
+    diameter = ndimage.gaussian_filter1d(
+        2 * np.sqrt(mass * spacing[1] * spacing[2] / np.pi), 10 / spacing[0]
+    )
     level = sigma * np.exp(WATER_PER_MM * (diameter - REFERENCE_DIAMETER_MM) / 4)
-    depth = ndimage.gaussian_filter(density, [s / e for s, e in zip((6, 24, 24), spacing, strict=True)])
-    y, x = (edge * (np.arange(n) - (n - 1) / 2) for n, edge in zip(hu.shape[1:], spacing[1:], strict=True))
+    depth = ndimage.gaussian_filter(
+        density, [s / e for s, e in zip((6, 24, 24), spacing, strict=True)]
+    )
+    y, x = (
+        edge * (np.arange(n) - (n - 1) / 2)
+        for n, edge in zip(hu.shape[1:], spacing[1:], strict=True)
+    )
     middle_y = (density.sum(2) @ y / mass)[:, None, None]
     middle_x = (density.sum(1) @ x / mass)[:, None, None]
-    radius = np.hypot(y[None, :, None] - middle_y, x[None, None, :] - middle_x) / diameter[:, None, None]
+    radius = (
+        np.hypot(y[None, :, None] - middle_y, x[None, None, :] - middle_x) / diameter[:, None, None]
+    )
     profile = np.exp(-1.1 * radius**2) * (0.55 + 0.45 * np.clip(depth, 0, 1))
     return (level[:, None, None] * profile).astype(np.float32)
 
 
-def scan(hu: Array, spacing: tuple[float, float, float], sigma: float, rng: np.random.Generator) -> NDArray[np.int16]:
-    """The CT image of a body of ``hu`` (Z, Y, X): blurred, noisy, rounded and clipped to [-1024, 3071]."""
+def scan(
+    hu: Array, spacing: tuple[float, float, float], sigma: float, rng: np.random.Generator
+) -> NDArray[np.int16]:
+    """The CT image of a body of ``hu`` (Z, Y, X): blurred, noisy, rounded and clipped to [-1024,
+    3071].
+    """
     image = blur(hu, spacing)
     image = image + noise_level(image, spacing, sigma) * noise_field(image.shape, spacing, rng)
     return np.clip(np.rint(image), -1024, 3071).astype(np.int16)

@@ -1,4 +1,7 @@
-"""What a run would be: config, data, network sizes and time, from headers and a few real steps. Writes nothing."""
+"""What a run would be: config, data, network sizes and time, from headers and a few real steps.
+
+Writes nothing.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ TRIAL_STEPS = 6
 
 
 def describe(config: RunConfig) -> str:
-    """The text that --dry-run prints. Raises what the run itself would raise about config and data."""
+    """The text that --dry-run prints.
+
+    Raises what the run itself would raise about config and data.
+    """
     device, reason = choose_device(config)
     threads = set_threads(config)
     step = Step(config, device)
@@ -38,19 +44,29 @@ def describe(config: RunConfig) -> str:
     compared = f"; {other} was not tried, it may take long"
     if per_step <= OTHER_SECONDS:
         changed = replace(config, training=replace(config.training, precision=other))
-        compared = f"; {duration_of_step(_time_steps(changed, Step(changed, device))[0])} in {other}"
-    estimate = f"{duration_of_step(per_step)} a step, {duration(per_step * config.training.steps)} for {config.training.steps} steps, validation not counted"
-    return "\n".join([
-        json.dumps(configs.to_json(config), indent=1),
-        "",
-        data_table(config),
-        "",
-        network_table(config, step),
-        "",
-        f"device         {device} ({reason}), {threads} CPU threads",
-        f"time           {estimate} (median of {measured} steps here)",
-        f"precision      {duration_of_step(per_step)} a step in {config.training.precision}{compared}",
-    ])  # fmt: skip
+        compared = (
+            f"; {duration_of_step(_time_steps(changed, Step(changed, device))[0])} in {other}"
+        )
+    estimate = (
+        f"{duration_of_step(per_step)} a step, {duration(per_step * config.training.steps)} for"
+        f" {config.training.steps} steps, validation not counted"
+    )
+    return "\n".join(
+        [
+            json.dumps(configs.to_json(config), indent=1),
+            "",
+            data_table(config),
+            "",
+            network_table(config, step),
+            "",
+            f"device         {device} ({reason}), {threads} CPU threads",
+            f"time           {estimate} (median of {measured} steps here)",
+            (
+                f"precision      {duration_of_step(per_step)} a step in"
+                f" {config.training.precision}{compared}"
+            ),
+        ]
+    )
 
 
 def duration_of_step(seconds: float) -> str:
@@ -76,7 +92,10 @@ def data_table(config: RunConfig) -> str:
     for name, numbers in parts.items():
         slices = sum(counts[n] for n in numbers)
         if config.data.split_by == "slices":
-            numbers, slices = list(range(len(counts))), sum(len(dataset.split(count, config.data)[name]) for count in counts)
+            numbers, slices = (
+                list(range(len(counts))),
+                sum(len(dataset.split(count, config.data)[name]) for count in counts),
+            )
         rows.append(f"{name:<14} {len(numbers):8d} {slices:7d}")
     return "\n".join(rows)
 
@@ -84,9 +103,14 @@ def data_table(config: RunConfig) -> str:
 def network_table(config: RunConfig, step: Step) -> str:
     """Parameters and multiply-accumulates of both networks, for one canvas."""
     channels, (h, w) = step.generator.channels, config.data.canvas
-    condition, plane = torch.zeros(1, channels, h, w, device=step.device), torch.zeros(1, 1, h, w, device=step.device)
+    condition, plane = (
+        torch.zeros(1, channels, h, w, device=step.device),
+        torch.zeros(1, 1, h, w, device=step.device),
+    )
     noise = plane if step.generator.noisy else None
-    style = torch.zeros(1, step.generator.style, device=step.device) if step.generator.style else None
+    style = (
+        torch.zeros(1, step.generator.style, device=step.device) if step.generator.style else None
+    )
     rows = [f"{'network':<14} {'parameters':>12} {'MACs per slice':>15}"]
     calls: list[tuple[str, torch.nn.Module, Callable[[], object]]] = [
         ("generator", step.generator, lambda: step.average(condition, noise, style)),
@@ -95,23 +119,35 @@ def network_table(config: RunConfig, step: Step) -> str:
     for name, net, call in calls:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             call()
-        rows.append(f"{name:<14} {sum(p.numel() for p in net.parameters()):>12,} {counter.get_total_flops() // 2:>15,}")
+        rows.append(
+            f"{name:<14} {sum(p.numel() for p in net.parameters()):>12,}"
+            f" {counter.get_total_flops() // 2:>15,}"
+        )
     return "\n".join(rows)
 
 
 def _time_steps(config: RunConfig, step: Step) -> tuple[float, int]:
     """(median seconds of a step on made-up slices, how many were timed).
 
-    The first, of `FEW` slices, warms up; where it says that a whole batch takes long, steps of as few are timed and scaled up.
+    The first, of `FEW` slices, warms up; where it says that a whole batch takes long, steps of as
+    few are timed and scaled up.
     """
     rng, (h, w), n = np.random.default_rng(0), config.data.canvas, config.training.batch_size
     few = min(n, FEW)
 
     def seconds(count: int) -> float:
-        labels = torch.from_numpy(rng.integers(0, step.classes, (count, config.data.slices, h, w), np.uint8))
+        labels = torch.from_numpy(
+            rng.integers(0, step.classes, (count, config.data.slices, h, w), np.uint8)
+        )
         image = torch.from_numpy(rng.random((count, 1, h, w), np.float32))
-        style = torch.from_numpy(rng.standard_normal((count, config.generator.style), np.float32)) if config.generator.style else None
-        batch = Batch(labels, image, torch.from_numpy(rng.integers(0, 256, (count, 1, h, w), np.uint8)), style)
+        style = (
+            torch.from_numpy(rng.standard_normal((count, config.generator.style), np.float32))
+            if config.generator.style
+            else None
+        )
+        batch = Batch(
+            labels, image, torch.from_numpy(rng.integers(0, 256, (count, 1, h, w), np.uint8)), style
+        )
         before = time.perf_counter()
         step(0, batch)["adversarial"].item()  # waits for the device
         return time.perf_counter() - before
@@ -119,6 +155,8 @@ def _time_steps(config: RunConfig, step: Step) -> tuple[float, int]:
     start = time.perf_counter()
     count = few if seconds(few) * n / few > BUDGET_SECONDS / 2 else n
     times: list[float] = []
-    while not times or (len(times) < TRIAL_STEPS and time.perf_counter() - start + times[-1] < BUDGET_SECONDS):
+    while not times or (
+        len(times) < TRIAL_STEPS and time.perf_counter() - start + times[-1] < BUDGET_SECONDS
+    ):
         times.append(seconds(count))
     return float(np.median(times)) * n / count, len(times)

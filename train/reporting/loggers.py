@@ -1,6 +1,8 @@
-"""Numbers of a run to TensorBoard and Weights & Biases, each only when the config asks for it and imported only then.
+"""Numbers of a run to TensorBoard and Weights & Biases, each only when the config asks for it and
+imported only then.
 
-Numbers alone: the figures hold patients' slices and stay in the run folder, and so does the dataset's path.
+Numbers alone: the figures hold patients' slices and stay in the run folder, and so does the
+dataset's path.
 """
 
 from __future__ import annotations
@@ -20,12 +22,17 @@ PROJECT = "mask2ct"
 
 
 def require(logging: LoggingConfig) -> None:
-    """Import what the config asks for, before anything is started. Raises `MissingComponent`, and `UsageError` where Weights &
-    Biases will not take the run.
+    """Import what the config asks for, before anything is started.
+
+    Raises `MissingComponent`, and `UsageError` where Weights & Biases will not take the run.
     """
     for name, wanted in (("tensorboard", logging.tensorboard), ("wandb", logging.wandb)):
         if wanted:
-            with importing(name, f"{name}, since logging.{name} is on", f"pip install {name}, or drop the option"):
+            with importing(
+                name,
+                f"{name}, since logging.{name} is on",
+                f"pip install {name}, or drop the option",
+            ):
                 __import__(name)
     if logging.wandb:
         import wandb
@@ -34,8 +41,11 @@ def require(logging: LoggingConfig) -> None:
             if logging.wandb_id is not None:
                 wandb.Settings(run_id=logging.wandb_id)
             if os.environ.get("WANDB_MODE", "online") == "online" and not wandb.login(prompt=False):
-                raise UsageError("Weights & Biases has no API key here", expected="a login, or WANDB_MODE=offline",
-                                 remedy="run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later")  # fmt: skip
+                raise UsageError(
+                    "Weights & Biases has no API key here",
+                    expected="a login, or WANDB_MODE=offline",
+                    remedy="run `wandb login`, or set WANDB_MODE=offline and `wandb sync` later",
+                )
 
 
 @contextmanager
@@ -46,12 +56,16 @@ def _weights_and_biases() -> Iterator[None]:
     try:
         yield
     except wandb.errors.Error as exc:
-        raise UsageError(f"Weights & Biases does not take the run: {str(exc).splitlines()[0][:200]}", expected="a login and a plain run id",
-                         remedy="correct --wandb-resume-id, run `wandb login`, or set WANDB_MODE=offline") from exc  # fmt: skip
+        raise UsageError(
+            f"Weights & Biases does not take the run: {str(exc).splitlines()[0][:200]}",
+            expected="a login and a plain run id",
+            remedy="correct --wandb-resume-id, run `wandb login`, or set WANDB_MODE=offline",
+        ) from exc
 
 
 class Loggers:
-    """What `config.logging` asks for: nothing, TensorBoard files in RUN/tensorboard, a Weights & Biases run, or both.
+    """What `config.logging` asks for: nothing, TensorBoard files in RUN/tensorboard, a Weights &
+    Biases run, or both.
 
     Weights & Biases follows its own variables: WANDB_MODE=offline keeps everything in RUN/wandb.
     """
@@ -70,11 +84,21 @@ class Loggers:
 
             data = configs.to_json(config)
             data["data"]["path"] = None
-            # neither the command line, which names the dataset, nor what is printed leaves with the numbers
-            settings = wandb.Settings(silent=quiet, console="off", save_code=False, disable_git=True, x_disable_meta=True)
+            # neither the command line, which names the dataset, nor what is printed leaves with the
+            # numbers
+            settings = wandb.Settings(
+                silent=quiet, console="off", save_code=False, disable_git=True, x_disable_meta=True
+            )
             with _weights_and_biases():
-                self._wandb = wandb.init(project=PROJECT, name=config.name, id=wanted.wandb_id, resume="allow" if wanted.wandb_id else None,
-                                         dir=str(folder), config=data, settings=settings)  # fmt: skip
+                self._wandb = wandb.init(
+                    project=PROJECT,
+                    name=config.name,
+                    id=wanted.wandb_id,
+                    resume="allow" if wanted.wandb_id else None,
+                    dir=str(folder),
+                    config=data,
+                    settings=settings,
+                )
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
         """Log `numbers` by name at `step`."""

@@ -1,4 +1,6 @@
-"""The report that a training leaves, RUN/report.html: how it went, what it synthesizes now, how near that is to real patients."""
+"""The report that a training leaves, RUN/report.html: how it went, what it synthesizes now, how
+near that is to real patients.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +19,58 @@ FIGURES_SHOWN = 4  # of the validation steps, first and last among them
 
 
 def write(folder: Path) -> Path:
-    """Write RUN/report.html from run.json, metrics.jsonl and figures/ of a finished run. Raises `OutputError`."""
+    """Write RUN/report.html from run.json, metrics.jsonl and figures/ of a finished run.
+
+    Raises `OutputError`.
+    """
     run = json.loads((folder / RUN).read_text(encoding="utf-8"))
     lines, figures = read_metrics(folder / METRICS), sorted((folder / "figures").glob("step-*.png"))
     last = len(figures) - 1
-    chosen = [figures[n] for n in sorted({round(last * n / (FIGURES_SHOWN - 1)) for n in range(FIGURES_SHOWN)})] if figures else []
+    chosen = (
+        [
+            figures[n]
+            for n in sorted({round(last * n / (FIGURES_SHOWN - 1)) for n in range(FIGURES_SHOWN)})
+        ]
+        if figures
+        else []
+    )
     metrics = run["metrics"]
     sections = [
-        ("Condition | generated | original, as training went", "".join(_image(path) for path in reversed(chosen))),
+        (
+            "Condition | generated | original, as training went",
+            "".join(_image(path) for path in reversed(chosen)),
+        ),
         ("Training", picture(curves(lines), "training curves")),
         ("Held-out patients", _organs(metrics) + _whole(metrics)),
-        ("Data", table(("split", "patients", "slices"), [(s, n, run["data"]["slices"][s]) for s, n in run["data"]["patients"].items()])),
+        (
+            "Data",
+            table(
+                ("split", "patients", "slices"),
+                [(s, n, run["data"]["slices"][s]) for s, n in run["data"]["patients"].items()],
+            ),
+        ),
         ("Config", f"<pre>{html.escape(json.dumps(run['config'], indent=1))}</pre>"),
     ]
     path = folder / REPORT
-    page(path, f"Training {run['name']}", f"{run['step']} steps. Synthetic images, not for diagnosis.", sections)
+    page(
+        path,
+        f"Training {run['name']}",
+        f"{run['step']} steps. Synthetic images, not for diagnosis.",
+        sections,
+    )
     return path
 
 
 def _organs(metrics: Mapping[str, Any]) -> str:
-    keys = ("median", "median_true", "median_error", "iqr", "iqr_true", "texture_ratio", "wasserstein")
+    keys = (
+        "median",
+        "median_true",
+        "median_error",
+        "iqr",
+        "iqr_true",
+        "texture_ratio",
+        "wasserstein",
+    )
     between = metrics.get("ceiling", {}).get("organs", {})
     styles = metrics.get("diversity", {}).get("organs", {})
     rows = []
@@ -62,9 +96,18 @@ def _organs(metrics: Mapping[str, Any]) -> str:
 
 
 def _whole(metrics: Mapping[str, Any]) -> str:
-    rows = [(f"body: {key.replace('_', ' ')}", _number(value)) for key, value in (metrics["body"] or {}).items()]
-    rows += [(key.replace("_", "-").upper(), _number(value)) for key, value in metrics["similarity"].items()]
-    for what, found in (("over styles", metrics.get("diversity")), ("between patients", metrics.get("ceiling", {}).get("similarity"))):
+    rows = [
+        (f"body: {key.replace('_', ' ')}", _number(value))
+        for key, value in (metrics["body"] or {}).items()
+    ]
+    rows += [
+        (key.replace("_", "-").upper(), _number(value))
+        for key, value in metrics["similarity"].items()
+    ]
+    for what, found in (
+        ("over styles", metrics.get("diversity")),
+        ("between patients", metrics.get("ceiling", {}).get("similarity")),
+    ):
         if found:
             rows.append((f"MS-SSIM {what}", _number(found["ms_ssim"])))
     if real := metrics.get("ceiling"):

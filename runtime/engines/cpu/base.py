@@ -1,4 +1,6 @@
-"""What engines that compute on the CPU share: tensors in plain host memory, and threads that work while the caller prepares."""
+"""What engines that compute on the CPU share: tensors in plain host memory, and threads that
+work while the caller prepares.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from ..base import EngineError, EngineOptions, EngineSpec, Inputs, check_call, c
 from ..memory import DEFAULT_CAP, HostMemory, HostStream, Pool, PoolStats, Stream
 
 MOST_WORKERS = 16  # batches at once, unless more are asked for: each has activations of its own
-AHEAD = 4  # batches that wait for a worker when the caller begins to fill more: with fewer, it interrupts the workers more often
+# batches that wait for a worker when the caller begins to fill more: with fewer, it interrupts the
+# workers more often
+AHEAD = 4
 
 
 class WorkerStream(HostStream):
@@ -41,7 +45,8 @@ class WorkerStream(HostStream):
 
     def synchronize(self) -> None:
         failed = [exc for exc in map(_outcome, self._queued) if exc is not None]
-        self._queued = []  # now, not before: Ctrl-C may have ended the wait, and `close` has to know what to wait for
+        # now, not before: Ctrl-C may have ended the wait, and `close` has to know what to wait for
+        self._queued = []
         if failed:
             raise closed(self._name) if isinstance(failed[0], CancelledError) else failed[0]
 
@@ -54,7 +59,10 @@ class WorkerStream(HostStream):
 
 
 def _outcome(one: Future[None]) -> BaseException | None:
-    """What it raised, once it is done. (`concurrent.futures.wait` would wait for ever for what ended threads dropped.)"""
+    """What it raised, once it is done.
+
+    (`concurrent.futures.wait` would wait for ever for what ended threads dropped.)
+    """
     try:
         return one.exception()
     except CancelledError as exc:
@@ -62,10 +70,12 @@ def _outcome(one: Future[None]) -> BaseException | None:
 
 
 class HostEngine(ABC):
-    """Base of engines on the CPU: they give a `name` and a `spec` and compute one batch in `_infer`.
+    """Base of engines on the CPU: they give a `name` and a `spec` and compute one batch in
+    `_infer`.
 
-    `workers` batches are computed at once: several on one core each leave no core waiting for another at the end of every layer,
-    which one batch on all cores does. `_infer` is called from several threads at once.
+    `workers` batches are computed at once: several on one core each leave no core waiting for
+    another at the end of every layer, which one batch on all cores does. `_infer` is called from
+    several threads at once.
     """
 
     name: str
@@ -75,7 +85,9 @@ class HostEngine(ABC):
         options = options or EngineOptions()
         self.pool = Pool(HostMemory(), options.max_memory or DEFAULT_CAP, options.budget)
         self.workers = options.workers or min(cores(), MOST_WORKERS)
-        self.streams = 2 * (self.workers + AHEAD)  # one half is emptied and filled while the other keeps the workers busy
+        self.streams = 2 * (
+            self.workers + AHEAD
+        )  # one half is emptied and filled while the other keeps the workers busy
         self._threads: ThreadPoolExecutor | None = None
         self._lock = threading.Lock()
         self._closed = False
@@ -85,7 +97,9 @@ class HostEngine(ABC):
             if self._closed:
                 raise closed(self.name)
             if self._threads is None:
-                self._threads = ThreadPoolExecutor(self.workers, thread_name_prefix="mask2ct engine")
+                self._threads = ThreadPoolExecutor(
+                    self.workers, thread_name_prefix="mask2ct engine"
+                )
             return WorkerStream(self._threads, self.name)
 
     def run(self, inputs: Inputs, out: NDArray[np.uint8], *, stream: Stream) -> None:
@@ -110,8 +124,12 @@ class HostEngine(ABC):
         except Mask2CTError:
             raise
         except Exception as exc:  # libraries raise RuntimeError and classes of their own
-            raise EngineError(f"{self.name} failed on a canvas of {out.shape[1]} x {out.shape[2]}: {' '.join(str(exc).split())[-300:]}",
-                              expected="a batch synthesized", remedy="export the run again; where memory is short, try fewer --workers") from exc  # fmt: skip
+            raise EngineError(
+                f"{self.name} failed on a canvas of {out.shape[1]} x {out.shape[2]}:"
+                f" {' '.join(str(exc).split())[-300:]}",
+                expected="a batch synthesized",
+                remedy="export the run again; where memory is short, try fewer --workers",
+            ) from exc
 
     @abstractmethod
     def _infer(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:

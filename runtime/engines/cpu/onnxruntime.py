@@ -13,7 +13,8 @@ from ...core.manifest import METADATA, Manifest
 from ..base import EngineOptions, EngineSpec, Inputs, check_graph, closed, cores
 from .base import HostEngine
 
-# One slice a run: on two cores a batch of 8 gained 9 to 13 % for the widest network and lost for a light one, and one
+# One slice a run: on two cores a batch of 8 gained 9 to 13 % for the widest network and lost for a
+# light one, and one
 # slice at a time needs the least memory and pads nothing.
 BATCH = 1
 
@@ -27,22 +28,36 @@ def onnxruntime() -> Any:
 
 
 class OnnxEngine(HostEngine):
-    """`path` run by ONNX Runtime's CPU provider, whose workers share the cores: its threads change no byte."""
+    """`path` run by ONNX Runtime's CPU provider, whose workers share the cores: its threads
+    change no byte.
+    """
 
     def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None):
         super().__init__(options)
         ort = onnxruntime()
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = max(1, cores() // self.workers)
-        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # who waits leaves the core to the other stages
+        settings.add_session_config_entry(
+            "session.intra_op.allow_spinning", "0"
+        )  # who waits leaves the core to the other stages
         settings.log_severity_level = 3
         try:
-            self._session: Any = ort.InferenceSession(str(path), settings, providers=["CPUExecutionProvider"])
-        except Exception as exc:  # ONNX Runtime raises classes of its own that share no base but Exception
-            raise ModelError(f"{path.name} is not a graph ONNX Runtime loads: {str(exc).splitlines()[0][:200]}", expected="an ONNX graph as export writes it",
-                             remedy="export the run again", file=path) from exc  # fmt: skip
+            self._session: Any = ort.InferenceSession(
+                str(path), settings, providers=["CPUExecutionProvider"]
+            )
+        except (
+            Exception
+        ) as exc:  # ONNX Runtime raises classes of its own that share no base but Exception
+            raise ModelError(
+                f"{path.name} is not a graph ONNX Runtime loads: {str(exc).splitlines()[0][:200]}",
+                expected="an ONNX graph as export writes it",
+                remedy="export the run again",
+                file=path,
+            ) from exc
         inputs = {i.name: DTYPES.get(i.type) for i in self._session.get_inputs()}
-        check_graph(manifest, inputs, self._session.get_modelmeta().custom_metadata_map.get(METADATA), path)
+        check_graph(
+            manifest, inputs, self._session.get_modelmeta().custom_metadata_map.get(METADATA), path
+        )
         self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.streams)
         self.name = f"onnxruntime {ort.__version__} on CPU, {path.name}"
 

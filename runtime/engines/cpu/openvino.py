@@ -18,11 +18,13 @@ from ..base import EngineError, EngineOptions, EngineSpec, Inputs, check_graph, 
 from ..memory import Stream
 from .base import HostEngine
 
-BATCH = 1  # one slice a run, as in ONNX Runtime: a batch of 8 was slower for light networks, and pads the last
+# one slice a run, as in ONNX Runtime: a batch of 8 was slower for light networks, and pads the last
+BATCH = 1
 
 
 def openvino() -> Any:
-    """The openvino module, imported so that it sends nothing: by itself it reports every import to its makers over the network.
+    """The openvino module, imported so that it sends nothing: by itself it reports every import to
+    its makers over the network.
 
     Raises `MissingComponent`.
     """
@@ -40,9 +42,11 @@ class _Call(NamedTuple):
 
 
 class RequestStream:
-    """Slices that OpenVINO's own threads compute: between two of them no thread has to wait for the interpreter.
+    """Slices that OpenVINO's own threads compute: between two of them no thread has to wait for the
+    interpreter.
 
-    The request of the last slice is kept: given the same arrays again, as by a slot, there is nothing to check and nothing to set.
+    The request of the last slice is kept: given the same arrays again, as by a slot, there is
+    nothing to check and nothing to set.
     """
 
     def __init__(self, engine: OpenVinoEngine):
@@ -102,10 +106,11 @@ class RequestStream:
 class OpenVinoEngine(HostEngine):
     """`path` run by OpenVINO's CPU plugin, each slice on one core.
 
-    Three threads round otherwise than two, by a HU here and there; one is the same on every machine, and several slices at once keep
-    the other cores busy. For the canvas the network was trained on the graph is compiled with its sizes fixed, which saves a quarter of
-    the time and more; for all others, when the first comes, with sizes that are open.
-    What is not quantised is computed in FP32. Left to itself OpenVINO takes bfloat16 where the CPU has it, which is slower
+    Three threads round otherwise than two, by a HU here and there; one is the same on every
+    machine, and several slices at once keep the other cores busy. For the canvas the network was
+    trained on the graph is compiled with its sizes fixed, which saves a quarter of the time and
+    more; for all others, when the first comes, with sizes that are open. What is not quantised is
+    computed in FP32. Left to itself OpenVINO takes bfloat16 where the CPU has it, which is slower
     without AMX and changes the image.
     """
 
@@ -117,21 +122,33 @@ class OpenVinoEngine(HostEngine):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.workers,
             "NUM_STREAMS": self.workers,  # as many slices at once, each on a thread of its own
-            "ENABLE_CPU_PINNING": False,  # several processes on one machine would pin to the same cores
+            # several processes on one machine would pin to the same cores
+            "ENABLE_CPU_PINNING": False,
         }
         self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.streams)
         self.name = f"openvino {ov.get_version().split('-')[0]} on CPU, {path.name}"
         self._canvas, self._compiling = manifest.grid.canvas, threading.Lock()
-        self._idle: dict[tuple[int, int] | None, list[Any]] = {}  # by canvas (None: any other) the requests that serve no call
+        self._idle: dict[
+            tuple[int, int] | None, list[Any]
+        ] = {}  # by canvas (None: any other) the requests that serve no call
         self._compiled: dict[tuple[int, int] | None, Any] = {}
         self._working: dict[int, _Call] = {}
         with _loading(path):
             self._core = ov.Core()
             self._graph = self._core.read_model(path)
         place = ["framework", METADATA]  # where OpenVINO keeps the metadata of an ONNX file
-        signature = str(self._graph.get_rt_info(place).astype(str)) if self._graph.has_rt_info(place) else None
-        known = {tensor.name for tensor in manifest.inputs}  # OpenVINO may give a port the names of tensors made of it too
-        self._ports = {next(iter(port.names & known), port.any_name): port.element_type.to_dtype().name for port in self._graph.inputs}
+        signature = (
+            str(self._graph.get_rt_info(place).astype(str))
+            if self._graph.has_rt_info(place)
+            else None
+        )
+        known = {
+            tensor.name for tensor in manifest.inputs
+        }  # OpenVINO may give a port the names of tensors made of it too
+        self._ports = {
+            next(iter(port.names & known), port.any_name): port.element_type.to_dtype().name
+            for port in self._graph.inputs
+        }
         check_graph(manifest, self._ports, signature, path)
         with _loading(path):
             self._compile(self._canvas)
@@ -149,8 +166,16 @@ class OpenVinoEngine(HostEngine):
                 if canvas is not None:
                     graph = graph.clone()
                     sizes = {"N": BATCH, "H": canvas[0], "W": canvas[1]}
-                    named = {tensor.name: [sizes.get(str(d), d) for d in tensor.shape] for tensor in self.spec.inputs}
-                    graph.reshape({port: named[name] for port, name in zip(graph.inputs, self._ports, strict=True)})
+                    named = {
+                        tensor.name: [sizes.get(str(d), d) for d in tensor.shape]
+                        for tensor in self.spec.inputs
+                    }
+                    graph.reshape(
+                        {
+                            port: named[name]
+                            for port, name in zip(graph.inputs, self._ports, strict=True)
+                        }
+                    )
                 self._idle[canvas] = []
                 self._compiled[canvas] = self._core.compile_model(graph, "CPU", self._settings)
             return self._compiled[canvas]
@@ -204,7 +229,9 @@ class OpenVinoEngine(HostEngine):
             try:
                 call.request.wait()
             finally:
-                first = self._working.pop(id(call), None) is not None  # and not again after an interrupt
+                first = (
+                    self._working.pop(id(call), None) is not None
+                )  # and not again after an interrupt
                 if self._closed:  # it may have been cancelled, and only the first to wait is told
                     raise closed(self.name)
         return first  # one that failed is not used again
@@ -236,5 +263,9 @@ def _loading(path: Path) -> Iterator[None]:
     try:
         yield
     except Exception as exc:  # OpenVINO raises RuntimeError and classes of its bindings
-        raise ModelError(f"{path.name} is not a graph OpenVINO loads: {str(exc).strip().splitlines()[-1][:200]}",
-                         expected="an ONNX graph as export writes it", remedy="export the run again", file=path) from exc  # fmt: skip
+        raise ModelError(
+            f"{path.name} is not a graph OpenVINO loads: {str(exc).strip().splitlines()[-1][:200]}",
+            expected="an ONNX graph as export writes it",
+            remedy="export the run again",
+            file=path,
+        ) from exc

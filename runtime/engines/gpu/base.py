@@ -1,7 +1,8 @@
-"""What engines on an NVIDIA GPU share: slots on streams of their own, between page-locked tensors and the device.
+"""What engines on an NVIDIA GPU share: slots on streams of their own, between page-locked tensors
+and the device.
 
-A slot's buffers live as long as its shape does: nothing is allocated for a second batch of it. Nothing is given back before the
-slot's event has passed.
+A slot's buffers live as long as its shape does: nothing is allocated for a second batch of it.
+Nothing is given back before the slot's event has passed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ def nbytes_of(tensors: tuple[TensorSpec, ...], shapes: Shapes) -> int:
 
 
 class GpuEngine(ABC):
-    """Base of engines on a GPU. A subclass loads its model, calls `_open_pools`, sets `spec` and makes slots."""
+    """Base of engines on a GPU.
+
+    A subclass loads its model, calls `_open_pools`, sets `spec` and makes slots.
+    """
 
     spec: EngineSpec
     pool: Pool
@@ -53,7 +57,9 @@ class GpuEngine(ABC):
         self._closed = False
         self._budget = options.budget
         self._reserved: list[Buffer] = []
-        self.cuda = Cuda(options.device)  # the gate: nothing of CUDA's or TensorRT's is touched before
+        self.cuda = Cuda(
+            options.device
+        )  # the gate: nothing of CUDA's or TensorRT's is touched before
         try:
             self._sources = open_memory(self.cuda)
         except BaseException:
@@ -129,7 +135,9 @@ class GpuEngine(ABC):
 
 
 class GpuSlot(ABC):
-    """One batch's way over the GPU and back: a stream, an event, and the tensors on the device. A `Stream`.
+    """One batch's way over the GPU and back: a stream, an event, and the tensors on the device.
+
+    A `Stream`.
 
     Subclasses bind their model to the tensors and put the computation on the stream.
     """
@@ -139,7 +147,9 @@ class GpuSlot(ABC):
         self._lock = threading.RLock()
         self._open, self._pending = True, False
         self._shapes: Shapes = {}
-        self._busy: tuple[Any, ...] = ()  # the arrays of the work on the stream, which must outlive it
+        self._busy: tuple[
+            Any, ...
+        ] = ()  # the arrays of the work on the stream, which must outlive it
         self.buffers: dict[str, Buffer] = {}
         self._handle: Any = None
         self._event: Any = None
@@ -152,11 +162,17 @@ class GpuSlot(ABC):
             raise
 
     def enqueue(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
-        """Put a batch on the stream: upload, computation, download. The arrays are in use until `synchronize`."""
+        """Put a batch on the stream: upload, computation, download.
+
+        The arrays are in use until `synchronize`.
+        """
         with self._lock, self.cuda.current():
             if not self._open:
                 raise closed(self.owner.name)
-            shapes = {**{name: array.shape for name, array in inputs.items()}, self.owner.spec.output.name: out.shape}
+            shapes = {
+                **{name: array.shape for name, array in inputs.items()},
+                self.owner.spec.output.name: out.shape,
+            }
             if shapes != self._shapes:
                 self._bind_to(shapes)
             self._busy = (inputs, out)

@@ -1,7 +1,10 @@
-"""A GPU's memory and page-locked host memory, by PyCUDA's pools or by cuda-core. See `Source` in `runtime.engines.memory`.
+"""A GPU's memory and page-locked host memory, by PyCUDA's pools or by cuda-core.
 
-Whichever is used, buffers are page-aligned addresses in the primary context. A buffer is only ever closed when the stream that used
-it has passed (`runtime.engines.gpu.base`), which PyCUDA's pools need: they hand a block on at once.
+See `Source` in `runtime.engines.memory`.
+
+Whichever is used, buffers are page-aligned addresses in the primary context. A buffer is only ever
+closed when the stream that used it has passed (`runtime.engines.gpu.base`), which PyCUDA's pools
+need: they hand a block on at once.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ T = TypeVar("T")
 def open_memory(cuda: Cuda) -> tuple[Source, Source, str]:
     """The device's memory, page-locked host memory, and who provides them and why.
 
-    PyCUDA where it is installed, since nobody has it by accident: it is an extra of its own and compiles for minutes. Else
-    cuda-core, which the GPU extra brings. Raises `MissingComponent` when neither can be imported.
+    PyCUDA where it is installed, since nobody has it by accident: it is an extra of its own and
+    compiles for minutes. Else cuda-core, which the GPU extra brings. Raises `MissingComponent` when
+    neither can be imported.
     """
     refused = ""
     if find_spec("pycuda") is not None:
@@ -42,10 +46,18 @@ def open_memory(cuda: Cuda) -> tuple[Source, Source, str]:
     try:
         from cuda import core
     except ImportError as exc:
-        raise MissingComponent(f"no provider of GPU memory can be imported: {refused or 'PyCUDA is not installed'}; cuda-core: {exc}",
-                               expected="cuda-core or PyCUDA", remedy=INSTALL) from exc  # fmt: skip
+        raise MissingComponent(
+            f"no provider of GPU memory can be imported: {refused or 'PyCUDA is not installed'};"
+            f" cuda-core: {exc}",
+            expected="cuda-core or PyCUDA",
+            remedy=INSTALL,
+        ) from exc
     reason = refused or "PyCUDA is not installed"
-    return CudaCoreDevice(core, cuda), CudaCorePageLocked(core, cuda), f"memory by cuda-core {core.__version__} ({reason})"
+    return (
+        CudaCoreDevice(core, cuda),
+        CudaCorePageLocked(core, cuda),
+        f"memory by cuda-core {core.__version__} ({reason})",
+    )
 
 
 def _view(ptr: int, nbytes: int) -> NDArray[np.uint8]:
@@ -53,7 +65,10 @@ def _view(ptr: int, nbytes: int) -> NDArray[np.uint8]:
 
 
 class _CudaCore(ABC):
-    """What both kinds of cuda-core's memory share. Raises MemoryError when the driver has no more."""
+    """What both kinds of cuda-core's memory share.
+
+    Raises MemoryError when the driver has no more.
+    """
 
     kind = ""
 
@@ -69,7 +84,9 @@ class _CudaCore(ABC):
         return nbytes
 
     def trim(self) -> None:  # noqa: B027  (nothing to do, by default)
-        """What came back went back: the driver keeps what it keeps, and gives it to others before it refuses them."""
+        """What came back went back: the driver keeps what it keeps, and gives it to others
+        before it refuses them.
+        """
 
     def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
         with self._cuda.current():
@@ -85,7 +102,10 @@ class _CudaCore(ABC):
 
         def release() -> None:
             self.held -= nbytes
-            with self._cuda.current(), suppress(Exception):  # refused by a device that was lost, whose memory is gone with it
+            with (
+                self._cuda.current(),
+                suppress(Exception),
+            ):  # refused by a device that was lost, whose memory is gone with it
                 self._release(block)
 
         return Buffer(ptr, nbytes, release, self._block(ptr, nbytes))
@@ -104,7 +124,8 @@ class _CudaCore(ABC):
 class CudaCoreDevice(_CudaCore):
     """A pool of the driver's own (cuMemPool), apart from the one that others in this process share.
 
-    Allocation and release are ordered on a stream of this object's; the first is waited for, so that every stream may use it.
+    Allocation and release are ordered on a stream of this object's; the first is waited for, so
+    that every stream may use it.
     """
 
     def __init__(self, core: Any, cuda: Cuda):
@@ -114,7 +135,9 @@ class CudaCoreDevice(_CudaCore):
             core.Device(cuda.device.ordinal).set_current()
             self._handle = cuda.stream()
             self._stream = core.Stream.from_handle(int(self._handle))
-            self._pool = core.DeviceMemoryResource(cuda.device.ordinal, options=core.DeviceMemoryResourceOptions())
+            self._pool = core.DeviceMemoryResource(
+                cuda.device.ordinal, options=core.DeviceMemoryResourceOptions()
+            )
 
     @property
     def free(self) -> int | None:
@@ -138,7 +161,9 @@ class CudaCoreDevice(_CudaCore):
 
 
 class CudaCorePageLocked(_CudaCore):
-    """Page-locked host memory by cuMemAllocHost, which every driver has; pools of it came with CUDA 12.6 and not for every card."""
+    """Page-locked host memory by cuMemAllocHost, which every driver has; pools of it came with
+    CUDA 12.6 and not for every card.
+    """
 
     kind = "page-locked host memory"
 
@@ -157,7 +182,8 @@ class CudaCorePageLocked(_CudaCore):
 
 
 class PyCudaPools:
-    """PyCUDA's pools, which know no locks and serve only the thread that made their context: one thread makes every call.
+    """PyCUDA's pools, which know no locks and serve only the thread that made their context: one
+    thread makes every call.
 
     `device` and `page_locked` are the two sources; the thread ends when both are closed.
     """
@@ -169,13 +195,18 @@ class PyCudaPools:
         try:
             self.do(self._start)
             self.device = PyCudaDevice(self, self.do(tools.DeviceMemoryPool))
-            self.page_locked = PyCudaPageLocked(self, self.do(lambda: tools.PageLockedMemoryPool(tools.PageLockedAllocator())))
+            self.page_locked = PyCudaPageLocked(
+                self, self.do(lambda: tools.PageLockedMemoryPool(tools.PageLockedAllocator()))
+            )
         except BaseException:
             self._thread.shutdown()
             raise
 
     def do(self, call: Callable[[], T]) -> T:
-        """What `call` returns, called in the thread. Raises MemoryError when the driver has no more."""
+        """What `call` returns, called in the thread.
+
+        Raises MemoryError when the driver has no more.
+        """
         try:
             return self._thread.submit(call).result()
         except self._driver.MemoryError as exc:
@@ -194,11 +225,14 @@ class PyCudaPools:
 
     def _stop(self) -> None:
         self._driver.Context.pop()
-        self._context.detach()  # its destructor would end the context as if it were not the primary one
+        # its destructor would end the context as if it were not the primary one
+        self._context.detach()
 
 
 class _PyCuda(ABC):
-    """What both pools share: the sizes they really take (16 to an octave), and the blocks they keep."""
+    """What both pools share: the sizes they really take (16 to an octave), and the blocks they
+    keep.
+    """
 
     kind = ""
 

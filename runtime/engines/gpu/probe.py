@@ -1,7 +1,9 @@
-"""Is there an NVIDIA GPU, and which? Asked of the driver itself, with ctypes, before TensorRT is touched.
+"""Is there an NVIDIA GPU, and which? Asked of the driver itself, with ctypes, before TensorRT is
+touched.
 
-TensorRT's `Runtime` made without a driver or a device raises nothing: it hands out an object that ends the process with a
-segmentation fault when it is used or freed (lean 10.16 and 11.4). No try can catch that, so this gate comes first.
+TensorRT's `Runtime` made without a driver or a device raises nothing: it hands out an object that
+ends the process with a segmentation fault when it is used or freed (lean 10.16 and 11.4). No try
+can catch that, so this gate comes first.
 """
 
 from __future__ import annotations
@@ -13,14 +15,22 @@ from dataclasses import dataclass
 
 from ...core.errors import MissingComponent
 
-LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"  # the driver's, never the toolkit's
-DRIVER_REMEDY = "run on a machine with an NVIDIA GPU and its driver (`nvidia-smi` lists it; in Docker: --gpus all)"
+LIBRARY = (
+    "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
+)  # the driver's, never the toolkit's
+DRIVER_REMEDY = (
+    "run on a machine with an NVIDIA GPU and its driver (`nvidia-smi` lists it; in Docker: --gpus"
+    " all)"
+)
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR (cuda.h)
 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU as the driver names it. `memory`: all it has, in bytes; `driver`: the newest CUDA it serves, as (major, minor)."""
+    """One GPU as the driver names it.
+
+    `memory`: all it has, in bytes; `driver`: the newest CUDA it serves, as (major, minor).
+    """
 
     ordinal: int
     name: str
@@ -34,13 +44,19 @@ class Device:
 
 
 def why_no_gpu(library: str = LIBRARY) -> str | None:
-    """Why no NVIDIA GPU can be used here, as a phrase for a person, or None when one can. Makes no CUDA context."""
+    """Why no NVIDIA GPU can be used here, as a phrase for a person, or None when one can.
+
+    Makes no CUDA context.
+    """
     found = _open(library)
     return found if isinstance(found, str) else None
 
 
 def device(ordinal: int = 0, library: str = LIBRARY) -> Device:
-    """The GPU of that number, in the driver's order (CUDA_VISIBLE_DEVICES counts). Raises `MissingComponent` when it is not there."""
+    """The GPU of that number, in the driver's order (CUDA_VISIBLE_DEVICES counts).
+
+    Raises `MissingComponent` when it is not there.
+    """
     cuda = _open(library)
     if isinstance(cuda, str):
         raise _absent(cuda)
@@ -56,7 +72,13 @@ def device(ordinal: int = 0, library: str = LIBRARY) -> Device:
     _check(cuda, cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), handle))
     _check(cuda, cuda.cuDriverGetVersion(ctypes.byref(version)))
     cuda_version = (version.value // 1000, version.value % 1000 // 10)
-    return Device(ordinal, name.value.decode("utf-8", "replace"), (major.value, minor.value), memory.value, cuda_version)
+    return Device(
+        ordinal,
+        name.value.decode("utf-8", "replace"),
+        (major.value, minor.value),
+        memory.value,
+        cuda_version,
+    )
 
 
 def _open(library: str) -> ctypes.CDLL | str:
@@ -93,4 +115,8 @@ def _check(cuda: ctypes.CDLL, code: int) -> None:
 
 
 def _absent(reason: str) -> MissingComponent:
-    return MissingComponent(f"no NVIDIA GPU can be used: {reason}", expected="an NVIDIA GPU and its driver", remedy=DRIVER_REMEDY)
+    return MissingComponent(
+        f"no NVIDIA GPU can be used: {reason}",
+        expected="an NVIDIA GPU and its driver",
+        remedy=DRIVER_REMEDY,
+    )

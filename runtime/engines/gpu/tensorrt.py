@@ -19,7 +19,8 @@ from .base import STREAMS, GpuEngine, GpuSlot, Shapes, batches, nbytes_of, shape
 from .probe import DRIVER_REMEDY, why_no_gpu
 from .workspace import Workspace, WorkspacePool
 
-# The lean runtime loads what export writes by default, and is 44 MB; an engine built with --native needs the full one. Each is
+# The lean runtime loads what export writes by default, and is 44 MB; an engine built with --native
+# needs the full one. Each is
 # found as its front package and as the wheel of its bindings, which works alone.
 MODULES = ("tensorrt_lean", "tensorrt_lean_bindings", "tensorrt", "tensorrt_bindings")
 VERSIONS = ((10, 13), (12, 0))  # from, below: the names used here exist in all of them
@@ -27,7 +28,10 @@ INSTALL = 'pip install "mask2ct[gpu]"'
 
 
 def why_absent() -> tuple[str, str] | None:
-    """Why no TensorRT engine can run here and the remedy, or None when one can. Imports nothing of TensorRT's."""
+    """Why no TensorRT engine can run here and the remedy, or None when one can.
+
+    Imports nothing of TensorRT's.
+    """
     if not any(find_spec(name) for name in MODULES):
         return "neither tensorrt_lean nor tensorrt is installed", INSTALL
     why = why_no_gpu()
@@ -35,10 +39,12 @@ def why_absent() -> tuple[str, str] | None:
 
 
 class TensorRTEngine(GpuEngine):
-    """`path`, an engine file whose SHA-256 was checked by the caller, on GPU number `options.device`.
+    """`path`, an engine file whose SHA-256 was checked by the caller, on GPU number
+    `options.device`.
 
-    Its batch is the one its profile was tuned for; with `auto_batch`, the largest of the profile's that fits `max_memory`. Raises
-    `MissingComponent` without a GPU or a runtime, before a runtime object is made, for one made without a device ends the process.
+    Its batch is the one its profile was tuned for; with `auto_batch`, the largest of the profile's
+    that fits `max_memory`. Raises `MissingComponent` without a GPU or a runtime, before a runtime
+    object is made, for one made without a device ends the process.
     """
 
     def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None):
@@ -58,52 +64,89 @@ class TensorRTEngine(GpuEngine):
         """Hold the engine's tensors against the manifest's."""
         trt, engine = self._trt, self.engine
         kinds = {"uint8": trt.DataType.UINT8, "float32": trt.DataType.FLOAT}
-        modes = {t.name: trt.TensorIOMode.OUTPUT if t is self.tensors[-1] else trt.TensorIOMode.INPUT for t in self.tensors}
+        modes = {
+            t.name: trt.TensorIOMode.OUTPUT if t is self.tensors[-1] else trt.TensorIOMode.INPUT
+            for t in self.tensors
+        }
         names = [engine.get_tensor_name(n) for n in range(engine.num_io_tensors)]
-        found = {name: (engine.get_tensor_mode(name), engine.get_tensor_dtype(name)) for name in names}
+        found = {
+            name: (engine.get_tensor_mode(name), engine.get_tensor_dtype(name)) for name in names
+        }
         stated = {t.name: (modes[t.name], kinds[t.dtype]) for t in self.tensors}
         if found != stated:
             raise ModelError(
-                f"{path.name} has the tensors {found}", expected=f"the manifest's, {stated}", remedy="build the engine again", file=path
+                f"{path.name} has the tensors {found}",
+                expected=f"the manifest's, {stated}",
+                remedy="build the engine again",
+                file=path,
             )
 
     def _plan(self, path: Path, manifest: Manifest, options: EngineOptions) -> None:
-        """Choose the batch and how many slots there may be, and cap the pools at what that takes."""
-        smallest, best, largest = (tuple(dims) for dims in self.engine.get_tensor_profile_shape("labels", 0))
+        """Choose the batch and how many slots there may be, and cap the pools at what that
+        takes.
+        """
+        smallest, best, largest = (
+            tuple(dims) for dims in self.engine.get_tensor_profile_shape("labels", 0)
+        )
         canvas = largest[-2], largest[-1]
-        weights = path.stat().st_size  # what TensorRT takes for itself on the device is about the file
+        weights = (
+            path.stat().st_size
+        )  # what TensorRT takes for itself on the device is about the file
         batch, streams = best[0], STREAMS
         if options.auto_batch or options.max_memory is not None:
-            room = (self.cuda.free() if options.max_memory is None else options.max_memory) - weights
+            room = (
+                self.cuda.free() if options.max_memory is None else options.max_memory
+            ) - weights
             wanted = batches(smallest[0], largest[0]) if options.auto_batch else [batch]
             needs = dict(zip(wanted, self._needs(wanted), strict=True))
             batch = next((n for n in wanted if needs[n] <= room), wanted[-1])
             if needs[batch] > room:
                 kind = f"memory of GPU {options.device}"
-                raise MemoryCapExceeded.of(kind, needs[batch] + weights, cap=room + weights, in_use=0, free=self.cuda.free())
+                raise MemoryCapExceeded.of(
+                    kind,
+                    needs[batch] + weights,
+                    cap=room + weights,
+                    in_use=0,
+                    free=self.cuda.free(),
+                )
             streams = min(STREAMS, room // needs[batch])
         # a slot each on the largest canvas, and one for volumes of another canvas at the same time
         io = nbytes_of(self.tensors, shapes_of(self.tensors, batch, canvas))
-        most = (STREAMS + 1) * (self.engine.get_device_memory_size_for_profile_v2(0) + io + ALIGNMENT)
-        self._open_pools(options.max_memory or weights + most, max(options.max_memory or 0, (STREAMS + 1) * io))
+        most = (STREAMS + 1) * (
+            self.engine.get_device_memory_size_for_profile_v2(0) + io + ALIGNMENT
+        )
+        self._open_pools(
+            options.max_memory or weights + most, max(options.max_memory or 0, (STREAMS + 1) * io)
+        )
         self._reserved.append(self.device_pool.reserve(weights, "weights"))
         self.activations = WorkspacePool(self.cuda, self.device_pool.tag("activations"), streams)
         self.spec = EngineSpec(manifest.inputs, manifest.output, batch, streams, canvas)
 
     def _needs(self, wanted: list[int]) -> list[int]:
-        """Bytes that a slot of each batch takes on the device, on the canvas the network was trained on."""
+        """Bytes that a slot of each batch takes on the device, on the canvas the network was
+        trained on.
+        """
         needs, context = [], self.context()
         for batch in wanted:
             shapes = shapes_of(self.tensors, batch, self._canvas)
             for tensor in self.tensors[:-1]:
-                accepted(context.set_input_shape(tensor.name, shapes[tensor.name]), f"the shape {shapes[tensor.name]} of {tensor.name}")
-            needs.append(int(context.update_device_memory_size_for_shapes()) + nbytes_of(self.tensors, shapes) + ALIGNMENT)
+                accepted(
+                    context.set_input_shape(tensor.name, shapes[tensor.name]),
+                    f"the shape {shapes[tensor.name]} of {tensor.name}",
+                )
+            needs.append(
+                int(context.update_device_memory_size_for_shapes())
+                + nbytes_of(self.tensors, shapes)
+                + ALIGNMENT
+            )
         return needs
 
     def context(self) -> Any:
         """A context without activation memory."""
         trt = self._trt
-        context = self.engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        context = self.engine.create_execution_context(
+            trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
         accepted(context is not None, "an execution context")
         return context
 
@@ -129,8 +172,9 @@ class TensorRTEngine(GpuEngine):
 class TensorRTSlot(GpuSlot):
     """An execution context, the activation memory it works in, and a CUDA graph of its shape.
 
-    The first batch of a shape goes call by call, which lets TensorRT set itself up. The second is captured, with its copies, and
-    the graph launched from then on, until a shape or an address changes. Tensors that are not page-locked are never captured.
+    The first batch of a shape goes call by call, which lets TensorRT set itself up. The second is
+    captured, with its copies, and the graph launched from then on, until a shape or an address
+    changes. Tensors that are not page-locked are never captured.
     """
 
     owner: TensorRTEngine
@@ -152,7 +196,9 @@ class TensorRTSlot(GpuSlot):
     def _bind(self, shapes: Shapes) -> None:
         context, names = self._context, [t.name for t in self.owner.tensors]
         for name in names[:-1]:
-            accepted(context.set_input_shape(name, shapes[name]), f"the shape {shapes[name]} of {name}")
+            accepted(
+                context.set_input_shape(name, shapes[name]), f"the shape {shapes[name]} of {name}"
+            )
         missing = context.infer_shapes()
         accepted(not missing, f"the shapes, without {missing}")
         found = tuple(context.get_tensor_shape(names[-1]))
@@ -162,7 +208,9 @@ class TensorRTSlot(GpuSlot):
         assert self._activations.ptr % ALIGNMENT == 0
         context.set_device_memory(self._activations.ptr, self._activations.nbytes)
         for name in names:
-            accepted(context.set_tensor_address(name, self.buffers[name].ptr), f"the address of {name}")
+            accepted(
+                context.set_tensor_address(name, self.buffers[name].ptr), f"the address of {name}"
+            )
 
     def _unbind(self) -> None:
         self._forget_graph()
@@ -186,7 +234,12 @@ class TensorRTSlot(GpuSlot):
                 self._drain()
             self._forget_graph()
             self._addresses = addresses
-        if self._graph is None and self._uncaptured and self.owner.graphs and all(map(self.owner.pool.owns, addresses)):
+        if (
+            self._graph is None
+            and self._uncaptured
+            and self.owner.graphs
+            and all(map(self.owner.pool.owns, addresses))
+        ):
             self._drain()
             try:
                 self._graph = self.cuda.capture(lambda: self._enqueue(inputs, out), self._handle)
@@ -211,12 +264,17 @@ def accepted(yes: bool, what: str) -> None:
     """Raise `EngineError` unless TensorRT took it: it says no by returning False."""
     if not yes:
         raise EngineError(
-            f"TensorRT refused {what}", expected="what the engine was built for", remedy="build the engine again on this machine"
+            f"TensorRT refused {what}",
+            expected="what the engine was built for",
+            remedy="build the engine again on this machine",
         )
 
 
 def _deserialize(path: Path) -> tuple[Any, Any, Any]:
-    """The module, the runtime and the engine. The lean runtime is asked first; what each says goes into the error."""
+    """The module, the runtime and the engine.
+
+    The lean runtime is asked first; what each says goes into the error.
+    """
     reasons: list[str] = []
     plan = path.read_bytes()
     found = False
@@ -226,7 +284,11 @@ def _deserialize(path: Path) -> tuple[Any, Any, Any]:
         except ImportError as exc:
             reasons.append(f"{name}: {exc}")
             continue
-        if not VERSIONS[0] <= tuple(int(n) for n in str(trt.__version__).split(".")[:2]) < VERSIONS[1]:
+        if (
+            not VERSIONS[0]
+            <= tuple(int(n) for n in str(trt.__version__).split(".")[:2])
+            < VERSIONS[1]
+        ):
             reasons.append(f"{name} is {trt.__version__}")
             continue
         found = True
@@ -238,10 +300,17 @@ def _deserialize(path: Path) -> tuple[Any, Any, Any]:
             return trt, runtime, engine
         reasons.append(f"{name} {trt.__version__}: {'; '.join(said[-3:]) or 'it says no more'}")
     if not found:
-        raise MissingComponent(f"no TensorRT runtime can be used: {'; '.join(reasons)}", expected="tensorrt_lean or tensorrt >= 10.13, < 12",
-                               remedy=INSTALL)  # fmt: skip
-    raise ModelError(f"no TensorRT runtime here loads {path.name} ({'; '.join(reasons)})", expected="an engine of this TensorRT and this GPU",
-                     remedy="build it on this machine; one built with --native needs the same full TensorRT", file=path)  # fmt: skip
+        raise MissingComponent(
+            f"no TensorRT runtime can be used: {'; '.join(reasons)}",
+            expected="tensorrt_lean or tensorrt >= 10.13, < 12",
+            remedy=INSTALL,
+        )
+    raise ModelError(
+        f"no TensorRT runtime here loads {path.name} ({'; '.join(reasons)})",
+        expected="an engine of this TensorRT and this GPU",
+        remedy="build it on this machine; one built with --native needs the same full TensorRT",
+        file=path,
+    )
 
 
 def collecting_logger(trt: Any, said: list[str]) -> Any:

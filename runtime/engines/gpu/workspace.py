@@ -1,8 +1,10 @@
-"""Activation memory of contexts: a block each for those that run at once, one in turn for those that need not.
+"""Activation memory of contexts: a block each for those that run at once, one in turn for those
+that need not.
 
-As many blocks as there are streams keep the device busy. More contexts than that exist, but never run at once: those of a second
-volume in work, of volumes that are done (their slots wait for the next one), of callers that use the engine themselves. They
-share the blocks; a stream that takes a block over waits, on the device, for the work that had it before.
+As many blocks as there are streams keep the device busy. More contexts than that exist, but never
+run at once: those of a second volume in work, of volumes that are done (their slots wait for the
+next one), of callers that use the engine themselves. They share the blocks; a stream that takes a
+block over waits, on the device, for the work that had it before.
 """
 
 from __future__ import annotations
@@ -28,8 +30,11 @@ class Workspace:
 
     @contextmanager
     def exclusive(self, stream: Any, event: Any) -> Iterator[None]:
-        """What is put on `stream` meanwhile runs after all work that had the block before. `event` is recorded behind it before this ends;
-        where that fails, nothing is left on the stream."""
+        """What is put on `stream` meanwhile runs after all work that had the block before.
+
+        `event` is recorded behind it before this ends; where that fails, nothing is left on the
+        stream.
+        """
         with self._lock:
             if self._last is not None and self._last is not event:
                 self._cuda.follow(stream, self._last)
@@ -55,9 +60,11 @@ class WorkspacePool:
         self._blocks: list[Workspace] = []
 
     def acquire(self, nbytes: int, *, stream: Stream) -> Workspace:
-        """A block of `nbytes` or more for a context: a new one while there are few, then the one with the fewest users.
+        """A block of `nbytes` or more for a context: a new one while there are few, then the one
+        with the fewest users.
 
-        Where memory is short one that is there serves too. Raises `MemoryCapExceeded` when there is none.
+        Where memory is short one that is there serves too. Raises `MemoryCapExceeded` when there is
+        none.
         """
         with self._lock:
             fitting = [block for block in self._blocks if block.nbytes >= nbytes]
@@ -73,7 +80,9 @@ class WorkspacePool:
             return chosen
 
     def release(self, block: Workspace, event: Any) -> None:
-        """Give a block back, when the work that `event` follows is done; the last user's memory goes to the pool."""
+        """Give a block back, when the work that `event` follows is done; the last user's memory
+        goes to the pool.
+        """
         with self._lock:
             block.release(event)
             block.users -= 1

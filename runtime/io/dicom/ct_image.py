@@ -19,7 +19,9 @@ SERIES_NUMBER = 9000  # of the first series; a result with its SEG takes two
 WINDOW = (40, 400)  # centre and width in HU
 
 
-def image_dataset(sop_class: UID, record: OutputRecord, identity: Identity, grid: CanonicalGrid) -> Dataset:
+def image_dataset(
+    sop_class: UID, record: OutputRecord, identity: Identity, grid: CanonicalGrid
+) -> Dataset:
     """Patient, study, equipment and the description of the pixels."""
     from pydicom import Dataset
     from pydicom.dataset import FileMetaDataset
@@ -47,7 +49,9 @@ def image_dataset(sop_class: UID, record: OutputRecord, identity: Identity, grid
 
 def shows_hearts(record: OutputRecord) -> bool:
     """Whether all labels are MM-WHS's structures."""
-    return {label.snomed for label in record.manifest.labels.labels[1:]} <= {label.snomed for label in MM_WHS.labels[1:]}
+    return {label.snomed for label in record.manifest.labels.labels[1:]} <= {
+        label.snomed for label in MM_WHS.labels[1:]
+    }
 
 
 def decimals(values: Iterable[float]) -> list[Any]:
@@ -58,7 +62,9 @@ def decimals(values: Iterable[float]) -> list[Any]:
 
 
 def set_sources(ds: Dataset, source: DicomSource, instances: Sequence[str]) -> None:
-    """An image in the Source Image Sequence; an RT Structure Set, which is none, in the Source Instance Sequence (PS3.3 C.12.4, C.36)."""
+    """An image in the Source Image Sequence; an RT Structure Set, which is none, in the Source
+    Instance Sequence (PS3.3 C.12.4, C.36).
+    """
     from pydicom import Dataset
 
     image = source.sop_class_uid != RTSTRUCT
@@ -67,7 +73,9 @@ def set_sources(ds: Dataset, source: DicomSource, instances: Sequence[str]) -> N
         item = Dataset()
         item.ReferencedSOPClassUID, item.ReferencedSOPInstanceUID = source.sop_class_uid, instance
         if image:
-            item.PurposeOfReferenceCodeSequence = [code("121322", "DCM", "Source image for image processing operation")]
+            item.PurposeOfReferenceCodeSequence = [
+                code("121322", "DCM", "Source image for image processing operation")
+            ]
         items.append(item)
     if image:
         ds.SourceImageSequence = items

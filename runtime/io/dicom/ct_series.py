@@ -1,4 +1,6 @@
-"""The classic CT series: CT Image Storage (PS3.3 A.3), one file a slice, written as the slabs come."""
+"""The classic CT series: CT Image Storage (PS3.3 A.3), one file a slice, written as the slabs
+come.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,16 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 
-def write_series(folder: Path, record: OutputRecord, identity: Identity, grid: CanonicalGrid, slabs: Iterable[CTSlab]) -> list[Dataset]:
-    """Write 0001.dcm … from the feet to the head, and return their datasets without pixels, in order."""
+def write_series(
+    folder: Path,
+    record: OutputRecord,
+    identity: Identity,
+    grid: CanonicalGrid,
+    slabs: Iterable[CTSlab],
+) -> list[Dataset]:
+    """Write 0001.dcm … from the feet to the head, and return their datasets without pixels, in
+    order.
+    """
     from pydicom import Dataset
 
     common = series_dataset(record, identity, grid)
@@ -32,7 +42,11 @@ def write_series(folder: Path, record: OutputRecord, identity: Identity, grid: C
             own.InstanceNumber = k + 1
             own.ImagePositionPatient = decimals(grid.position(k))
             if identity.attached and record.mask.dicom is not None:
-                set_sources(own, record.mask.dicom, _instances_at(record.mask.dicom.sop_instance_uids, grid, k))
+                set_sources(
+                    own,
+                    record.mask.dicom,
+                    _instances_at(record.mask.dicom.sop_instance_uids, grid, k),
+                )
             writer.write(folder / f"{k + 1:0{digits}d}.dcm", own, plane)
             headers[k] = ds = Dataset()
             ds.update(common)
@@ -42,7 +56,9 @@ def write_series(folder: Path, record: OutputRecord, identity: Identity, grid: C
 
 
 def series_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGrid) -> Dataset:
-    """All that the slices of a series share: the modules of the CT Image IOD (PS3.3 table A.3-1)."""
+    """All that the slices of a series share: the modules of the CT Image IOD (PS3.3 table
+    A.3-1).
+    """
     from pydicom.uid import CTImageStorage
 
     ds = image_dataset(CTImageStorage, record, identity, grid)
@@ -59,7 +75,9 @@ def series_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGrid
 
 
 def _instances_at(instances: tuple[str, ...], grid: CanonicalGrid, k: int) -> tuple[str, ...]:
-    """Of a label series with an instance for each slice the one that lies where upright slice k does; else all."""
+    """Of a label series with an instance for each slice the one that lies where upright slice k
+    does; else all.
+    """
     if grid.order[0] != 0 or len(instances) != grid.shape[0]:
         return instances
     return (instances[len(instances) - 1 - k if grid.flips[0] else k],)

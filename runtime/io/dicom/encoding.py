@@ -1,7 +1,9 @@
-"""The slices of a series as bytes: what they share is encoded once. pydicom takes milliseconds, and Python's lock, for every header.
+"""The slices of a series as bytes: what they share is encoded once. pydicom takes milliseconds, and
+Python's lock, for every header.
 
-Explicit VR Little Endian (PS3.5 7.1) encodes each element by itself and puts them in the order of their tags, so that elements encoded
-before lie beside those of a single slice. The bytes are those of `pydicom.dcmwrite`, which tests hold them against.
+Explicit VR Little Endian (PS3.5 7.1) encodes each element by itself and puts them in the order of
+their tags, so that elements encoded before lie beside those of a single slice. The bytes are those
+of `pydicom.dcmwrite`, which tests hold them against.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ PREAMBLE = bytes(128) + b"DICM"  # PS3.10 7.1
 
 
 class SliceWriter:
-    """Writes slices that differ from `common`, with its file meta information, in a few elements and their pixels."""
+    """Writes slices that differ from `common`, with its file meta information, in a few elements
+    and their pixels.
+    """
 
     def __init__(self, common: Dataset):
         from pydicom.dataset import validate_file_meta
@@ -34,7 +38,9 @@ class SliceWriter:
         self._common, self._meta = dict(encoded(common)), dict(encoded(common.file_meta))
 
     def write(self, path: Path, own: Dataset, plane: NDArray[Any]) -> None:
-        """One slice: `own` holds its SOP Instance UID and whatever else is not in `common`, `plane` int16 (H, W)."""
+        """One slice: `own` holds its SOP Instance UID and whatever else is not in `common`,
+        `plane` int16 (H, W).
+        """
         from pydicom.dataset import FileMetaDataset
 
         meta = FileMetaDataset()
@@ -44,7 +50,9 @@ class SliceWriter:
         elements = {**self._common, **dict(encoded(own))}
         with open(path, "wb") as file:
             file.write(PREAMBLE + struct.pack("<HH2sHI", 2, 0, b"UL", 4, len(group)) + group)
-            file.write(b"".join(elements[tag] for tag in sorted(elements)))  # Pixel Data (7FE0,0010) has the highest tag
+            file.write(
+                b"".join(elements[tag] for tag in sorted(elements))
+            )  # Pixel Data (7FE0,0010) has the highest tag
             file.write(head(0x7FE00010, b"OW", plane.size * 2))
             file.write(np.ascontiguousarray(plane, "<i2").data.cast("B"))
 

@@ -1,7 +1,10 @@
-"""A result as one multi-frame object: Enhanced CT Image Storage (PS3.3 A.38), its frames written in place as the slabs come.
+"""A result as one multi-frame object: Enhanced CT Image Storage (PS3.3 A.38), its frames written in
+place as the slabs come.
 
-Derived and not acquired: what the standard asks of ORIGINAL and MIXED images (exposure, reconstruction, times) is absent. Derivation Description
-and the sources stand where the classic object has them, as a standard extension: the group for them needs codes and series that there are not.
+Derived and not acquired: what the standard asks of ORIGINAL and MIXED images (exposure,
+reconstruction, times) is absent. Derivation Description and the sources stand where the classic
+object has them, as a standard extension: the group for them needs codes and series that there are
+not.
 """
 
 from __future__ import annotations
@@ -28,15 +31,26 @@ NAME = "ct.dcm"
 _FRAME_TYPE = ["DERIVED", "PRIMARY", "VOLUME", "NONE"]
 
 
-def write_enhanced(folder: Path, record: OutputRecord, identity: Identity, grid: CanonicalGrid, slabs: Iterable[CTSlab]) -> list[Dataset]:
-    """Write ct.dcm and return its dataset without pixels, alone in a list. Raises `OutputError` past `MOST_BYTES`."""
+def write_enhanced(
+    folder: Path,
+    record: OutputRecord,
+    identity: Identity,
+    grid: CanonicalGrid,
+    slabs: Iterable[CTSlab],
+) -> list[Dataset]:
+    """Write ct.dcm and return its dataset without pixels, alone in a list.
+
+    Raises `OutputError` past `MOST_BYTES`.
+    """
     from pydicom import dcmwrite
 
     count, rows, columns = grid.shape
     size, frame = 2 * count * rows * columns, 2 * rows * columns
     if size > MOST_BYTES:
         raise OutputError(
-            f"an Enhanced CT cannot hold {size} bytes of pixels", expected=f"at most {MOST_BYTES}", remedy="leave --enhanced out"
+            f"an Enhanced CT cannot hold {size} bytes of pixels",
+            expected=f"at most {MOST_BYTES}",
+            remedy="leave --enhanced out",
         )
     ds = enhanced_dataset(record, identity, grid)
     with open(folder / NAME, "wb") as file:
@@ -51,17 +65,26 @@ def write_enhanced(folder: Path, record: OutputRecord, identity: Identity, grid:
 
 
 def enhanced_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGrid) -> Dataset:
-    """The object without its pixels: the modules and functional groups of PS3.3 tables A.38-1 and A.38-2."""
+    """The object without its pixels: the modules and functional groups of PS3.3 tables A.38-1
+    and A.38-2.
+    """
     from pydicom.uid import UID, EnhancedCTImageStorage
 
     ds = image_dataset(EnhancedCTImageStorage, record, identity, grid)
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(identity.uid("enhanced ct"))
     ds.SeriesInstanceUID = identity.uid("enhanced ct series")
     ds.InstanceNumber, ds.NumberOfFrames = 1, grid.shape[0]
-    ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"  # asked for here; `label_series.read_ct` refuses CTs of other kinds
+    ds.BurnedInAnnotation, ds.LossyImageCompression = (
+        "NO",
+        "00",
+    )  # asked for here; `label_series.read_ct` refuses CTs of other kinds
     ds.DeviceSerialNumber, ds.SoftwareVersions = "0", VERSION
     ds.ContentDate, ds.ContentTime = FIXED_DATE, FIXED_TIME
-    ds.ImageType, ds.ContentQualification, ds.PresentationLUTShape = _FRAME_TYPE, "RESEARCH", "IDENTITY"
+    ds.ImageType, ds.ContentQualification, ds.PresentationLUTShape = (
+        _FRAME_TYPE,
+        "RESEARCH",
+        "IDENTITY",
+    )
     _describe_pixels(ds)
     ds.AcquisitionContextSequence = []
     organization = identity.uid("enhanced ct dimensions")
@@ -77,7 +100,9 @@ def enhanced_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGr
         for tag, label in pointers
     ]
     ds.SharedFunctionalGroupsSequence = [_shared(record, grid)]
-    event = _item(IrradiationEventUID=identity.uid("synthesis"))  # the group is asked for; nobody was irradiated
+    event = _item(
+        IrradiationEventUID=identity.uid("synthesis")
+    )  # the group is asked for; nobody was irradiated
     ds.PerFrameFunctionalGroupsSequence = [_frame(grid, k, event) for k in range(grid.shape[0])]
     if identity.attached and record.mask.dicom is not None:
         set_sources(ds, record.mask.dicom, record.mask.dicom.sop_instance_uids)
@@ -86,31 +111,49 @@ def enhanced_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGr
 
 def _shared(record: OutputRecord, grid: CanonicalGrid) -> Any:
     across, down, between = grid.geometry.spacing
-    region = code("80891009", "SCT", "Heart") if shows_hearts(record) else code("38266002", "SCT", "Entire body")
+    region = (
+        code("80891009", "SCT", "Heart")
+        if shows_hearts(record)
+        else code("38266002", "SCT", "Entire body")
+    )
     frame_type = _item(FrameType=_FRAME_TYPE)
     _describe_pixels(frame_type)
     (step,) = decimals([between])
     return _item(
-        PixelMeasuresSequence=[_item(PixelSpacing=decimals([down, across]), SliceThickness=step, SpacingBetweenSlices=step)],
+        PixelMeasuresSequence=[
+            _item(
+                PixelSpacing=decimals([down, across]),
+                SliceThickness=step,
+                SpacingBetweenSlices=step,
+            )
+        ],
         PlaneOrientationSequence=[_item(ImageOrientationPatient=decimals(grid.orientation))],
         FrameAnatomySequence=[_item(FrameLaterality="U", AnatomicRegionSequence=[region])],
         CTImageFrameTypeSequence=[frame_type],
-        PixelValueTransformationSequence=[_item(RescaleIntercept=0, RescaleSlope=1, RescaleType="HU")],
+        PixelValueTransformationSequence=[
+            _item(RescaleIntercept=0, RescaleSlope=1, RescaleType="HU")
+        ],
         FrameVOILUTSequence=[_item(WindowCenter=WINDOW[0], WindowWidth=WINDOW[1])],
-    )  # fmt: skip
+    )
 
 
 def _frame(grid: CanonicalGrid, k: int, event: Any) -> Any:
     return _item(
         IrradiationEventIdentificationSequence=[event],
-        FrameContentSequence=[_item(StackID="1", InStackPositionNumber=k + 1, DimensionIndexValues=[1, k + 1])],
+        FrameContentSequence=[
+            _item(StackID="1", InStackPositionNumber=k + 1, DimensionIndexValues=[1, k + 1])
+        ],
         PlanePositionSequence=[_item(ImagePositionPatient=decimals(grid.position(k)))],
     )
 
 
 def _describe_pixels(ds: Any) -> None:
     """The Common CT/MR Image Description macro (PS3.3 C.8.16.2) and what table C.8-124 adds."""
-    ds.PixelPresentation, ds.VolumetricProperties, ds.VolumeBasedCalculationTechnique = "MONOCHROME", "VOLUME", "NONE"
+    ds.PixelPresentation, ds.VolumetricProperties, ds.VolumeBasedCalculationTechnique = (
+        "MONOCHROME",
+        "VOLUME",
+        "NONE",
+    )
 
 
 def _item(**attributes: Any) -> Any:

@@ -1,4 +1,6 @@
-"""The mask of a synthetic series as a DICOM SEG (PS3.3 A.51) that names this very series as its source; encoded by highdicom."""
+"""The mask of a synthetic series as a DICOM SEG (PS3.3 A.51) that names this very series as its
+source; encoded by highdicom.
+"""
 
 from __future__ import annotations
 
@@ -20,38 +22,82 @@ if TYPE_CHECKING:
     from pydicom import Dataset
 
 NAME = "seg.dcm"
-_CONTENT = {False: "The mask that this synthetic CT was synthesized from", True: "The mask that was deformed with this CT"}
-_FIXED = {"InstanceCreationDate": FIXED_DATE, "InstanceCreationTime": FIXED_TIME, "ContentDate": FIXED_DATE, "ContentTime": FIXED_TIME,
-          "SeriesDate": FIXED_DATE, "SeriesTime": FIXED_TIME}  # fmt: skip
+_CONTENT = {
+    False: "The mask that this synthetic CT was synthesized from",
+    True: "The mask that was deformed with this CT",
+}
+_FIXED = {
+    "InstanceCreationDate": FIXED_DATE,
+    "InstanceCreationTime": FIXED_TIME,
+    "ContentDate": FIXED_DATE,
+    "ContentTime": FIXED_TIME,
+    "SeriesDate": FIXED_DATE,
+    "SeriesTime": FIXED_TIME,
+}
 
 
-def write_seg(folder: Path, record: OutputRecord, identity: Identity, grid: CanonicalGrid, images: Sequence[Dataset], kind: str) -> None:
-    """Write seg.dcm; segment n is the model's label n. `images`: what it is a mask of, in order, without pixels, and used up; `kind`:
-    "binary", "labelmap". Raises `OutputError` where a binary one is too large."""
+def write_seg(
+    folder: Path,
+    record: OutputRecord,
+    identity: Identity,
+    grid: CanonicalGrid,
+    images: Sequence[Dataset],
+    kind: str,
+) -> None:
+    """Write seg.dcm; segment n is the model's label n.
+
+    `images`: what it is a mask of, in order, without pixels, and used up; `kind`: "binary",
+    "labelmap". Raises `OutputError` where a binary one is too large.
+    """
     labels = grid.view(record.mask.labels)
     if kind == "binary":
         shown = labels_per_slice(labels, len(record.manifest.labels.labels) - 1)
         for image in images:
             image.Rows = image.Columns = 1  # as the sketch has
-        write_binary(folder / NAME, seg_dataset(record, identity, images, kind, stand_in(shown)), labels, shown)
+        write_binary(
+            folder / NAME,
+            seg_dataset(record, identity, images, kind, stand_in(shown)),
+            labels,
+            shown,
+        )
     else:
-        seg_dataset(record, identity, images, kind, labels).save_as(folder / NAME, enforce_file_format=True)
+        seg_dataset(record, identity, images, kind, labels).save_as(
+            folder / NAME, enforce_file_format=True
+        )
 
 
-def seg_dataset(record: OutputRecord, identity: Identity, images: Sequence[Dataset], kind: str, labels: NDArray[np.uint8]) -> Dataset:
+def seg_dataset(
+    record: OutputRecord,
+    identity: Identity,
+    images: Sequence[Dataset],
+    kind: str,
+    labels: NDArray[np.uint8],
+) -> Dataset:
     """The object, pixels and all, as highdicom makes it of `labels` (slices, rows, columns)."""
     from highdicom.seg import Segmentation
 
     first = images[0]
-    for keyword in STUDY:  # highdicom refuses or prints values it finds odd, such as a date that never was; `describe` sets them all
+    # highdicom refuses or prints values it finds odd, such as a date that never was; `describe`
+    # sets them all
+    for keyword in STUDY:
         setattr(first, keyword, "")
     seg: Any = Segmentation(
-        images, labels, kind.upper(), [_segment(n, x, record) for n, x in enumerate(record.manifest.labels.labels) if n],
-        series_instance_uid=identity.uid("seg series", kind, first.SOPClassUID), series_number=int(first.SeriesNumber) + 1,
-        sop_instance_uid=identity.uid("seg", kind, first.SOPClassUID), instance_number=1, manufacturer=first.Manufacturer,
-        manufacturer_model_name=first.ManufacturerModelName, software_versions=VERSION, device_serial_number="0",
-        omit_empty_frames=bool(labels.any()), content_label="MASK", content_description=_CONTENT[record.manifest.derived],
-    )  # fmt: skip
+        images,
+        labels,
+        kind.upper(),
+        [_segment(n, x, record) for n, x in enumerate(record.manifest.labels.labels) if n],
+        series_instance_uid=identity.uid("seg series", kind, first.SOPClassUID),
+        series_number=int(first.SeriesNumber) + 1,
+        sop_instance_uid=identity.uid("seg", kind, first.SOPClassUID),
+        instance_number=1,
+        manufacturer=first.Manufacturer,
+        manufacturer_model_name=first.ManufacturerModelName,
+        software_versions=VERSION,
+        device_serial_number="0",
+        omit_empty_frames=bool(labels.any()),
+        content_label="MASK",
+        content_description=_CONTENT[record.manifest.derived],
+    )
     describe(seg, record, identity, of="MASK OF A ")
     dimensions = identity.uid("seg dimensions", kind)
     for item in (*seg.DimensionOrganizationSequence, *seg.DimensionIndexSequence):
@@ -69,7 +115,17 @@ def _segment(number: int, label: Label, record: OutputRecord) -> Any:
     from pydicom.sr.coding import Code
 
     name = text(label.name, f"label {label.value}")
-    kind = Code(label.snomed, "SCT", name) if label.snomed else Code(f"LABEL{label.value}", "99MASK2CT", name)
-    family = codes.cid7162.DeformableModels if record.manifest.derived else codes.cid7162.ArtificialIntelligence
+    kind = (
+        Code(label.snomed, "SCT", name)
+        if label.snomed
+        else Code(f"LABEL{label.value}", "99MASK2CT", name)
+    )
+    family = (
+        codes.cid7162.DeformableModels
+        if record.manifest.derived
+        else codes.cid7162.ArtificialIntelligence
+    )
     algorithm = AlgorithmIdentificationSequence("mask2ct", family, VERSION)
-    return SegmentDescription(number, name, codes.cid7150.AnatomicalStructure, kind, "AUTOMATIC", algorithm)
+    return SegmentDescription(
+        number, name, codes.cid7150.AnatomicalStructure, kind, "AUTOMATIC", algorithm
+    )

@@ -1,4 +1,6 @@
-"""A mask kept as one binary file a class, in a folder of its own: aorta.nii.gz, liver.nii.gz … as TotalSegmentator writes it."""
+"""A mask kept as one binary file a class, in a folder of its own: aorta.nii.gz, liver.nii.gz …
+as TotalSegmentator writes it.
+"""
 
 from __future__ import annotations
 
@@ -25,26 +27,35 @@ _CLASS_NAMES = frozenset(map(plain, CLASS_NAMES))
 
 
 def is_class_name(path: Path, names: Collection[str]) -> bool:
-    """Whether a file is called like a structure: one of `names` (as `plain` writes them) or a class of TotalSegmentator."""
+    """Whether a file is called like a structure: one of `names` (as `plain` writes them) or a
+    class of TotalSegmentator.
+    """
     name = plain(stem(path))
     return name in names or name in _CLASS_NAMES
 
 
 def classes_among(volumes: Sequence[Path], names: Collection[str]) -> list[Path]:
-    """Which of the volume files in a folder are together one mask; none when each is a mask of its own.
+    """Which of the volume files in a folder are together one mask; none when each is a mask of its
+    own.
 
-    They are when at least two are called like structures and are binary; then every binary file belongs to it.
+    They are when at least two are called like structures and are binary; then every binary file
+    belongs to it.
     """
-    if sum(is_class_name(path, names) for path in volumes) < LEAST_NAMES or len({path.parent for path in volumes}) > 1:
+    if (
+        sum(is_class_name(path, names) for path in volumes) < LEAST_NAMES
+        or len({path.parent for path in volumes}) > 1
+    ):
         return []
     binary = [path for path in volumes if _is_binary(path)]
     return binary if sum(is_class_name(path, names) for path in binary) >= LEAST_NAMES else []
 
 
 def contradicted(path: Path, value_names: Mapping[int, str]) -> str:
-    """What a table calls the one value of a file that is called like another structure; empty where nothing is contradicted.
+    """What a table calls the one value of a file that is called like another structure; empty where
+    nothing is contradicted.
 
-    A binary file that its owner called `aorta` holds an aorta, whatever its value means in a table of many structures.
+    A binary file that its owner called `aorta` holds an aorta, whatever its value means in a table
+    of many structures.
 
     Args:
         path: a volume file that `is_class_name` takes for a class.
@@ -58,7 +69,9 @@ def contradicted(path: Path, value_names: Mapping[int, str]) -> str:
 
 
 def read_classes(files: Sequence[Path], display_name: Path) -> Layers:
-    """Read such files as the segments of one mask, each named after its file. What holds nothing is left out.
+    """Read such files as the segments of one mask, each named after its file.
+
+    What holds nothing is left out.
 
     Raises:
         InputError: a file cannot be read, or is not binary.
@@ -78,7 +91,10 @@ def read_classes(files: Sequence[Path], display_name: Path) -> Layers:
             )
         if geometry is None:
             geometry, shape, notes = volume.geometry, volume.values.shape, volume.notes  # type: ignore[assignment]
-        elif volume.values.shape != shape or _apart(volume.geometry, geometry, shape) > GRID_TOLERANCE:
+        elif (
+            volume.values.shape != shape
+            or _apart(volume.geometry, geometry, shape) > GRID_TOLERANCE
+        ):
             raise GeometryError(
                 f"{file.name} lies on another grid than {files[0].name}",
                 expected="all classes of a mask on one grid",
@@ -92,7 +108,9 @@ def read_classes(files: Sequence[Path], display_name: Path) -> Layers:
 
     def pieces() -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
         for segment, ((planes, rows, columns), bits) in zip(segments, packed, strict=True):
-            for k, plane in enumerate(np.unpackbits(bits, axis=2, count=columns.stop - columns.start)):
+            for k, plane in enumerate(
+                np.unpackbits(bits, axis=2, count=columns.stop - columns.start)
+            ):
                 piece = np.zeros(shape[1:], bool)
                 piece[rows, columns] = plane
                 yield segment.number, planes.start + k, piece
@@ -116,12 +134,22 @@ def _span(where: NDArray[np.intp]) -> slice:
 
 def _apart(one: Geometry, other: Geometry, shape: tuple[int, ...]) -> float:
     """How far, at most, a corner lies apart in two grids of one shape (D, H, W), in mm."""
-    corners = np.array([[i, j, k, 1] for i in (0, shape[2] - 1) for j in (0, shape[1] - 1) for k in (0, shape[0] - 1)], float)
+    corners = np.array(
+        [
+            [i, j, k, 1]
+            for i in (0, shape[2] - 1)
+            for j in (0, shape[1] - 1)
+            for k in (0, shape[0] - 1)
+        ],
+        float,
+    )
     return float(np.linalg.norm(corners @ (one.affine - other.affine).T, axis=1).max())
 
 
 def _is_binary(path: Path) -> bool:
-    """Whether a volume file holds 0 and one other value; one that cannot be read counts as such, for reading it will say so."""
+    """Whether a volume file holds 0 and one other value; one that cannot be read counts as such,
+    for reading it will say so.
+    """
     try:
         with archive.on_disk(path) as on_disk:
             about = on_disk.stat()

@@ -11,8 +11,12 @@ from numpy.typing import NDArray
 from ...core.errors import UnreadableVolume
 from .polygons import Contour, contains
 
-TOLERANCE = 0.1  # pixels: an outline that runs this close to another touches it and does not cross it
-ROUNDING = 0.01  # pixels: what rounding in a file moves a corner by, of which nothing needs to be said
+TOLERANCE = (
+    0.1  # pixels: an outline that runs this close to another touches it and does not cross it
+)
+ROUNDING = (
+    0.01  # pixels: what rounding in a file moves a corner by, of which nothing needs to be said
+)
 BLOCK = 64  # edges that are looked at together
 MOST_NEAR_EDGES = 1 << 24  # pairs of edges of two contours that lie near each other
 
@@ -52,7 +56,9 @@ class Relation(Enum):
     CROSSING = auto()  # each outline runs both inside and outside of the other one
 
 
-def relation(contour: Outline, other: Outline, tolerance: float = TOLERANCE) -> tuple[Relation, bool]:
+def relation(
+    contour: Outline, other: Outline, tolerance: float = TOLERANCE
+) -> tuple[Relation, bool]:
     """How a contour lies to another one.
 
     Args:
@@ -108,7 +114,9 @@ def _between(corners: Contour, edges: _Numbers, starts: _Numbers, ends: _Numbers
     return corners[edge] + (middle - edge)[:, None] * edges[edge]
 
 
-def _covered(contour: Outline, other: Outline, tolerance: float) -> Iterator[tuple[Contour, _Numbers, _Numbers, _Numbers]]:
+def _covered(
+    contour: Outline, other: Outline, tolerance: float
+) -> Iterator[tuple[Contour, _Numbers, _Numbers, _Numbers]]:
     """Which parts of an outline lie on another one.
 
     Yields:
@@ -136,12 +144,16 @@ def _covered(contour: Outline, other: Outline, tolerance: float) -> Iterator[tup
                 remedy="export it again",
             )
         two = near[two]
-        first, last = _along(corners[one], edges[one], other.corners[two], other.edges[two], tolerance)
+        first, last = _along(
+            corners[one], edges[one], other.corners[two], other.edges[two], tolerance
+        )
         met = first <= last
         yield corners, edges, one[met] + first[met], one[met] + last[met]
 
 
-def _along(start: _Numbers, edge: _Numbers, corner: _Numbers, other: _Numbers, tolerance: float) -> tuple[_Numbers, _Numbers]:
+def _along(
+    start: _Numbers, edge: _Numbers, corner: _Numbers, other: _Numbers, tolerance: float
+) -> tuple[_Numbers, _Numbers]:
     """Which part of each edge lies within a tolerance of another edge.
 
     Args:
@@ -167,7 +179,9 @@ def _along(start: _Numbers, edge: _Numbers, corner: _Numbers, other: _Numbers, t
     return np.maximum(first, 0), np.minimum(last, 1)
 
 
-def _line(value: _Numbers, slope: _Numbers, low: _Numbers | float, high: _Numbers | float) -> tuple[_Numbers, _Numbers]:
+def _line(
+    value: _Numbers, slope: _Numbers, low: _Numbers | float, high: _Numbers | float
+) -> tuple[_Numbers, _Numbers]:
     """Where low <= value + t * slope <= high: from which t to which."""
     level = slope == 0
     divisor = np.where(level, 1, slope)

@@ -1,4 +1,6 @@
-"""Whether a DICOM file ends before it is whole: pydicom reads what is there, and says nothing of what is missing."""
+"""Whether a DICOM file ends before it is whole: pydicom reads what is there, and says nothing of
+what is missing.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,29 @@ _MAX_FRAGMENTS = 1 << 17  # of compressed pixels that are followed to their end
 
 
 def last_element_is_cut(ds: Any, plain: Any) -> bool:
-    """Whether the file ended within its last element, which pydicom takes as it comes: contours would be missing without a word."""
+    """Whether the file ended within its last element, which pydicom takes as it comes: contours
+    would be missing without a word.
+    """
     if not len(ds):
         return False
     last = ds.get_item(max(ds.keys()))
     if getattr(last, "is_raw", False):
-        return last.length != _UNDEFINED and last.value is not None and len(last.value) < last.length
+        return (
+            last.length != _UNDEFINED and last.value is not None and len(last.value) < last.length
+        )
     if not getattr(last, "is_undefined_length", False) or last.VR != "SQ":
         return False
     plain.seek(max(0, plain.seek(0, 2) - _PADDING))
-    delimiter = struct.pack("<HH" if ds.original_encoding[1] else ">HH", _SEQUENCE_END >> 16, _SEQUENCE_END & 0xFFFF)
+    delimiter = struct.pack(
+        "<HH" if ds.original_encoding[1] else ">HH", _SEQUENCE_END >> 16, _SEQUENCE_END & 0xFFFF
+    )
     return not plain.read(_PADDING).rstrip(b"\0").endswith(delimiter)  # whose length is 0
 
 
 def ends_early(ds: Any, plain: Any, *, pixels: bool) -> bool:
-    """Whether a file ends within an element, or before its pixels do. `plain`: the file, where pydicom stopped before them.
+    """Whether a file ends within an element, or before its pixels do.
+
+    `plain`: the file, where pydicom stopped before them.
 
     Of a deflated file nothing is said: inflating it finds out.
     """

@@ -1,6 +1,8 @@
-"""Files beside DICOM files that cannot be read as DICOM: which of them may be slices or masks, and why they cannot be read.
+"""Files beside DICOM files that cannot be read as DICOM: which of them may be slices or masks, and
+why they cannot be read.
 
-No message names them: they are counted by what is wrong with them, and `mask2ct synth --list` shows on the screen which they are.
+No message names them: they are counted by what is wrong with them, and `mask2ct synth --list` shows
+on the screen which they are.
 """
 
 from __future__ import annotations
@@ -21,10 +23,12 @@ _TEXT = "text"
 
 
 def damaged_beside(instances: Sequence[Instance], others: Iterable[Path]) -> list[Instance]:
-    """Those of the files `others` that pass for DICOM by their name and are none, each with its reason.
+    """Those of the files `others` that pass for DICOM by their name and are none, each with its
+    reason.
 
-    A name passes by a DICOM suffix, by the pattern of a DICOM file's name in the same folder (digits count as one), and by the
-    suffix of one (or the want of any), unless the file is plain text as licences are.
+    A name passes by a DICOM suffix, by the pattern of a DICOM file's name in the same folder
+    (digits count as one), and by the suffix of one (or the want of any), unless the file is plain
+    text as licences are.
     """
     others = list(others)
     patterns, suffixes = defaultdict(set), defaultdict(set)

@@ -1,4 +1,6 @@
-"""RT Structure Sets (PS3.3, A.19 and C.8.8.6): planar contours → regions on the grid of the series they were drawn on."""
+"""RT Structure Sets (PS3.3, A.19 and C.8.8.6): planar contours → regions on the grid of the
+series they were drawn on.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,10 @@ from .dicom_seg import code_of
 from .nesting import THIN, Area, area, once_around
 from .polygons import Contour
 
-PLANE_TOLERANCE = 0.1  # how far the corners of a contour may lie off its plane, in slice spacings (at least 0.1 mm)
-MOST_CROSSINGS = 16  # of the contours of a region and the rows of a slice, per pixel: an outline never comes near
+# how far the corners of a contour may lie off its plane, in slice spacings (at least 0.1 mm)
+PLANE_TOLERANCE = 0.1
+# of the contours of a region and the rows of a slice, per pixel: an outline never comes near
+MOST_CROSSINGS = 16
 MIN_CROSSINGS = 1 << 22  # that many are allowed in any image
 _AREAS = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "CLOSED_PLANAR_XOR")
 _Placed = list[tuple[float, Contour]]  # slice, and corners as (column, row), in voxels of the grid
@@ -29,8 +33,10 @@ Grid = tuple[Geometry, tuple[int, int, int], DicomSource]
 
 @dataclass
 class _Region:
-    """One ROI. `contours`: its closed ones, (n, 3) in mm, LPS; `passed_over`: a corner of each that is no area; `xor`: whether its
-    contours say that they are to be combined by exclusive or (PS3.3, C.8.8.6.3)."""
+    """One ROI. `contours`: its closed ones, (n, 3) in mm, LPS; `passed_over`: a corner of each that
+    is no area; `xor`: whether its contours say that they are to be combined by exclusive or (PS3.3,
+    C.8.8.6.3).
+    """
 
     segment: Segment
     contours: list[NDArray[np.float64]] = field(default_factory=list)
@@ -40,7 +46,10 @@ class _Region:
 
 @dataclass(frozen=True)
 class References:
-    """What a structure set refers to. `series`: UIDs; `instances`: of the images its contours were drawn on."""
+    """What a structure set refers to.
+
+    `series`: UIDs; `instances`: of the images its contours were drawn on.
+    """
 
     frame_of_reference: str
     series: frozenset[str]
@@ -58,7 +67,10 @@ def references(path: Path, name: str) -> References:
 
 
 def _contours(ds: Any) -> Iterator[tuple[int, Any]]:
-    """Each contour with its ROI's number. What is done with is forgotten: pydicom's objects take many times what the file does."""
+    """Each contour with its ROI's number.
+
+    What is done with is forgotten: pydicom's objects take many times what the file does.
+    """
     for roi in ds.get("ROIContourSequence") or []:
         number = int(roi.ReferencedROINumber)
         for contour in roi.get("ContourSequence") or []:
@@ -78,18 +90,27 @@ def _references(ds: Any, drawn_on: Iterable[str]) -> References:
     """`drawn_on`: the images that the contours refer to."""
     frames = ds.get("ReferencedFrameOfReferenceSequence") or []
     listed = [
-        s for f in frames for study in f.get("RTReferencedStudySequence") or [] for s in study.get("RTReferencedSeriesSequence") or []
+        s
+        for f in frames
+        for study in f.get("RTReferencedStudySequence") or []
+        for s in study.get("RTReferencedSeriesSequence") or []
     ]
-    frame = str(frames[0].get("FrameOfReferenceUID", "")) if frames else str(ds.get("FrameOfReferenceUID", ""))
+    frame = (
+        str(frames[0].get("FrameOfReferenceUID", ""))
+        if frames
+        else str(ds.get("FrameOfReferenceUID", ""))
+    )
     series = frozenset(str(s.get("SeriesInstanceUID", "")) for s in listed)
     return References(frame, series, frozenset(drawn_on).union(*(_images(s) for s in listed)))
 
 
-def read_rtstruct(path: Path, name: str, grid: Grid | None, *, like: bool = False, allow_missing: bool = False) -> Layers:
+def read_rtstruct(
+    path: Path, name: str, grid: Grid | None, *, like: bool = False, allow_missing: bool = False
+) -> Layers:
     """Read a structure set as `Layers` on `grid`; messages call it `name`.
 
-    `grid`: of the referenced series, or with `like` one that the user gave. References to images that are not in the series are an
-    error unless `allow_missing` or `like`. Raises `InputError`s.
+    `grid`: of the referenced series, or with `like` one that the user gave. References to images
+    that are not in the series are an error unless `allow_missing` or `like`. Raises `InputError`s.
     """
     with map_dicom_errors(name):
         ds = dataset(path)
@@ -99,14 +120,21 @@ def read_rtstruct(path: Path, name: str, grid: Grid | None, *, like: bool = Fals
         assert grid is not None
         geometry, shape, series = grid
         tolerance = max(PLANE_TOLERANCE, min(0.4, 0.1 / geometry.spacing[2]))  # in slices
-        placed = {region.segment.number: _place(region, geometry, tolerance, name) for region in regions}
-        # On its own series a contour belongs to its slice. On another grid it reaches half way to the next plane of the set.
+        placed = {
+            region.segment.number: _place(region, geometry, tolerance, name) for region in regions
+        }
+        # On its own series a contour belongs to its slice. On another grid it reaches half way to
+        # the next plane of the set.
         heights = sorted(k for contours in placed.values() for k, _ in contours)
         apart = [*_planes([(k, None) for k in heights], tolerance)]
         reach = max(0.5, float(np.diff(apart).min()) / 2) if like and len(apart) > 1 else 0.5
         if not like and any(abs(k - round(k)) > tolerance for k in heights):
-            raise GeometryError(f"{name} has contours between the slices of the series", expected="contours in its slices",
-                                remedy="give the series they were drawn on, or a grid with --like IMAGE", file=Path(name))  # fmt: skip
+            raise GeometryError(
+                f"{name} has contours between the slices of the series",
+                expected="contours in its slices",
+                remedy="give the series they were drawn on, or a grid with --like IMAGE",
+                file=Path(name),
+            )
         notes: list[str] = []
         slices: dict[int, dict[int, Area]] = {}
         for region in regions:
@@ -115,7 +143,11 @@ def read_rtstruct(path: Path, name: str, grid: Grid | None, *, like: bool = Fals
             slices[number], facts = _settled(planes, region.xor, shape, reach)
             facts += _passed_over(region, geometry)
             notes += [f"{name}: {fact.format(f'ROI {number}')}" for fact in facts]
-        origin = source(ds, (str(ds.get("SOPInstanceUID", "")),), refers.frame_of_reference or series.frame_of_reference_uid)
+        origin = source(
+            ds,
+            (str(ds.get("SOPInstanceUID", "")),),
+            refers.frame_of_reference or series.frame_of_reference_uid,
+        )
 
     def pieces() -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
         for number, planes in slices.items():
@@ -126,7 +158,9 @@ def read_rtstruct(path: Path, name: str, grid: Grid | None, *, like: bool = Fals
     return Layers(used, shape, geometry, pieces, origin, tuple(notes))
 
 
-def _settled(planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: float) -> tuple[dict[int, Area], list[str]]:
+def _settled(
+    planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: float
+) -> tuple[dict[int, Area], list[str]]:
     """What each slice of the grid takes of a region, and what a person should be told of it.
 
     "{}" stands for the region in what is told.
@@ -134,7 +168,8 @@ def _settled(planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: flo
     slices = _by_slice(planes, shape[0], reach)
     areas = {height: _area(planes[height], xor, shape[1:]) for height in {*slices.values()}}
     repeated, united, touching, thin, overlaid = (
-        sum(getattr(plane, name) for plane in areas.values()) for name in ("repeated", "united", "touching", "thin", "overlaid")
+        sum(getattr(plane, name) for plane in areas.values())
+        for name in ("repeated", "united", "touching", "thin", "overlaid")
     )
     gaps = max(slices) - min(slices) + 1 - len(slices) if slices else 0
     within = f"(to {TOLERANCE} pixels)"
@@ -162,7 +197,10 @@ def _settled(planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: flo
         (
             thin,
             f"contour of {{}} is a hole that leaves less than {THIN:g} pixel of what is around it",
-            f"contours of {{}} are holes that leave less than {THIN:g} pixel of what is around them",
+            (
+                f"contours of {{}} are holes that leave less than {THIN:g} pixel of what is around"
+                " them"
+            ),
         ),
         (
             overlaid,
@@ -184,7 +222,8 @@ def _area(contours: list[Contour], xor: bool, shape: tuple[int, int]) -> Area:
     crossings = sum(_rows_crossed(contour, shape[0]) for contour in contours)
     if crossings > max(MIN_CROSSINGS, MOST_CROSSINGS * shape[0] * shape[1]):
         raise UnreadableVolume(
-            "a structure set has contours that cross the rows of its image too often for an outline",
+            "a structure set has contours that cross the rows of its image too often for an"
+            " outline",
             expected="outlines of structures",
             remedy="export it again",
         )
@@ -202,7 +241,8 @@ def _passed_over(region: _Region, geometry: Geometry) -> list[str]:
     where = f"in slice{'s' if len(slices) > 1 else ''} {listed}, counted from 0"
     count = len(region.passed_over)
     return [
-        f"{quantity(count, 'point or open line', 'points or open lines')} of {{}} ({where}) {_are(count)} no area and {_are(count)} passed over"
+        f"{quantity(count, 'point or open line', 'points or open lines')} of {{}} ({where})"
+        f" {_are(count)} no area and {_are(count)} passed over"
     ]
 
 
@@ -210,15 +250,23 @@ def _are(count: int) -> str:
     return "is" if count == 1 else "are"
 
 
-def _check_references(refers: References, series: DicomSource | None, name: str, allowed: bool) -> None:
-    """Raise when images are missing that the contours were drawn on; `allowed`: when the series that is there cannot stand for them."""
+def _check_references(
+    refers: References, series: DicomSource | None, name: str, allowed: bool
+) -> None:
+    """Raise when images are missing that the contours were drawn on; `allowed`: when the series
+    that is there cannot stand for them.
+    """
     missing = sorted(refers.instances - set(() if series is None else series.sop_instance_uids))
     if series is not None and not missing and refers.instances:
         return
     if series is not None and allowed:
         if refers.frame_of_reference != series.frame_of_reference_uid:
-            raise GeometryError(f"{name} lies in another frame of reference than the image series beside it", expected="the series it was drawn on",
-                                remedy="give a grid with --like IMAGE", file=Path(name))  # fmt: skip
+            raise GeometryError(
+                f"{name} lies in another frame of reference than the image series beside it",
+                expected="the series it was drawn on",
+                remedy="give a grid with --like IMAGE",
+                file=Path(name),
+            )
         return
     fact = "it refers to no image"
     if refers.instances:
@@ -229,26 +277,40 @@ def _check_references(refers: References, series: DicomSource | None, name: str,
         if series is None
         else "add --allow-missing-references to use the series that is there, or "
     )
-    raise InputError(f"{name} was drawn on {'a series that is not beside it' if series is None else 'other images than those beside it'}: {fact}",
-                     expected="the referenced series in the same folder or zip", remedy=f"{lift}give a grid with --like IMAGE", file=Path(name))  # fmt: skip
+    raise InputError(
+        f"{name} was drawn on"
+        f" {'a series that is not beside it' if series is None else 'other images than those beside it'}:"
+        f" {fact}",
+        expected="the referenced series in the same folder or zip",
+        remedy=f"{lift}give a grid with --like IMAGE",
+        file=Path(name),
+    )
 
 
 def _regions(ds: Any, name: str) -> tuple[list[_Region], References]:
     """The regions in their order, and what the structure set refers to."""
-    names = {int(roi.ROINumber): str(roi.get("ROIName", "")) for roi in ds.get("StructureSetROISequence") or []}
+    names = {
+        int(roi.ROINumber): str(roi.get("ROIName", ""))
+        for roi in ds.get("StructureSetROISequence") or []
+    }
     codes = {}
     for seen in ds.get("RTROIObservationsSequence") or []:
         if identified := seen.get("RTROIIdentificationCodeSequence"):
             codes[int(seen.ReferencedROINumber)] = code_of(identified[0])
     listed = [int(roi.ReferencedROINumber) for roi in ds.get("ROIContourSequence") or []]
-    regions = {n: _Region(Segment(n, names.get(n, ""), codes.get(n, ""), private=True)) for n in listed}
+    regions = {
+        n: _Region(Segment(n, names.get(n, ""), codes.get(n, ""), private=True)) for n in listed
+    }
     drawn_on: set[str] = set()
     for number, contour in _contours(ds):
         drawn_on.update(_images(contour))
         _take(regions[number], contour, name)
     if len(regions) < len(listed) or not any(r.contours for r in regions.values()):
         raise UnreadableVolume(
-            f"{name} has no closed contour, or one ROI twice", expected="closed planar contours", remedy="export it again", file=Path(name)
+            f"{name} has no closed contour, or one ROI twice",
+            expected="closed planar contours",
+            remedy="export it again",
+            file=Path(name),
         )
     return [*regions.values()], _references(ds, drawn_on)
 
@@ -258,8 +320,12 @@ def _take(region: _Region, contour: Any, name: str) -> None:
     kind = str(contour.get("ContourGeometricType", ""))
     if kind not in _AREAS and kind not in ("POINT", "OPEN_PLANAR"):
         known = f"the type {kind!r}" if kind == "OPEN_NONPLANAR" else "another type"
-        raise UnreadableVolume(f"{name} has a contour of {known}", expected="closed planar contours",
-                               remedy="export it with planar contours", file=Path(name))  # fmt: skip
+        raise UnreadableVolume(
+            f"{name} has a contour of {known}",
+            expected="closed planar contours",
+            remedy="export it with planar contours",
+            file=Path(name),
+        )
     corners = _corners(contour, name)
     if kind in _AREAS and len(corners) >= 3 and not _is_line(corners):
         region.contours.append(corners)
@@ -289,10 +355,22 @@ def _corners(contour: Any, name: str) -> NDArray[np.float64]:
     else:
         points, whole = np.array([] if value is None else value, float).reshape(-1), True
     stated = int(contour.get("NumberOfContourPoints") or 0)
-    short = points.size < 9 and stated * 3 > points.size  # a contour whose corners were lost is no line
-    if not whole or short or points.size % 3 or not np.isfinite(points).all() or np.abs(points).max(initial=0) > 1e6:
-        raise UnreadableVolume(f"{name} has a contour of {points.size} numbers", expected="three finite numbers of mm for each corner",
-                               remedy="export it again", file=Path(name))  # fmt: skip
+    short = (
+        points.size < 9 and stated * 3 > points.size
+    )  # a contour whose corners were lost is no line
+    if (
+        not whole
+        or short
+        or points.size % 3
+        or not np.isfinite(points).all()
+        or np.abs(points).max(initial=0) > 1e6
+    ):
+        raise UnreadableVolume(
+            f"{name} has a contour of {points.size} numbers",
+            expected="three finite numbers of mm for each corner",
+            remedy="export it again",
+            file=Path(name),
+        )
     return points.reshape(-1, 3)
 
 
@@ -303,16 +381,25 @@ def _place(region: _Region, geometry: Geometry, tolerance: float, name: str) -> 
     for n, contour in enumerate(region.contours):
         ijk = contour @ inverse[:3, :3].T + inverse[:3, 3]
         if (across := float(np.ptp(ijk[:, 2]))) > tolerance:
-            raise GeometryError(f"{name}: a contour of ROI {region.segment.number} spans {across * geometry.spacing[2]:.2f} mm across the slices",
-                                expected="contours in the planes of the grid's slices",
-                                remedy="give the series they were drawn on, or --like an image of their orientation", file=Path(name))  # fmt: skip
+            raise GeometryError(
+                f"{name}: a contour of ROI {region.segment.number} spans"
+                f" {across * geometry.spacing[2]:.2f} mm across the slices",
+                expected="contours in the planes of the grid's slices",
+                remedy=(
+                    "give the series they were drawn on, or --like an image of their orientation"
+                ),
+                file=Path(name),
+            )
         placed.append((float(ijk[:, 2].mean()), once_around(np.ascontiguousarray(ijk[:, :2]))))
         region.contours[n] = contour[:0]  # it is not needed any more, and there may be many
     return placed
 
 
 def _planes(placed: Iterable[tuple[float, Any]], tolerance: float | None) -> dict[float, list[Any]]:
-    """Height of a plane → what lies in it, ascending. Without a `tolerance` the planes are the grid's own slices."""
+    """Height of a plane → what lies in it, ascending.
+
+    Without a `tolerance` the planes are the grid's own slices.
+    """
     planes: dict[float, list[Any]] = {}
     height = last = -np.inf
     for at, item in sorted(placed, key=lambda pair: pair[0]):
@@ -326,14 +413,20 @@ def _planes(placed: Iterable[tuple[float, Any]], tolerance: float | None) -> dic
 
 
 def _by_slice(planes: _Planes, depth: int, reach: float) -> dict[int, float]:
-    """Slice of the grid → height of the plane that it takes: the one next to it, up to `reach` slices away."""
+    """Slice of the grid → height of the plane that it takes: the one next to it, up to `reach`
+    slices away.
+    """
     if not planes:
         return {}
     heights = np.array([*planes])
     result = {}
-    for k in range(max(0, int(np.floor(heights[0] - reach))), min(depth, int(np.ceil(heights[-1] + reach)) + 1)):
+    for k in range(
+        max(0, int(np.floor(heights[0] - reach))), min(depth, int(np.ceil(heights[-1] + reach)) + 1)
+    ):
         nearest = float(heights[np.argmin(np.abs(heights - k))])
-        if 1e-6 - reach < k - nearest <= reach + 1e-6:  # a slice halfway between planes takes one of them
+        if (
+            1e-6 - reach < k - nearest <= reach + 1e-6
+        ):  # a slice halfway between planes takes one of them
             result[k] = nearest
     return result
 

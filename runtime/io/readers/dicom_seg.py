@@ -1,6 +1,8 @@
-"""DICOM Segmentation objects (PS3.3, A.51): BINARY, LABELMAP, and FRACTIONAL by a threshold; one frame in memory at a time.
+"""DICOM Segmentation objects (PS3.3, A.51): BINARY, LABELMAP, and FRACTIONAL by a threshold; one
+frame in memory at a time.
 
-The frames' own positions say where they lie. A place without a frame holds no segment (PS3.3, C.8.20.2: empty frames may be left out).
+The frames' own positions say where they lie. A place without a frame holds no segment (PS3.3,
+C.8.20.2: empty frames may be left out).
 """
 
 from __future__ import annotations
@@ -16,7 +18,15 @@ from numpy.typing import NDArray
 from ...core.errors import GeometryError, InputError, UnreadableVolume
 from ...core.label_codes import concept, modified
 from ...core.volume import Layers, Segment
-from ..dicom.files import ORIENTATION_TOLERANCE, dataset, map_dicom_errors, numbers, pydicom, source, stack
+from ..dicom.files import (
+    ORIENTATION_TOLERANCE,
+    dataset,
+    map_dicom_errors,
+    numbers,
+    pydicom,
+    source,
+    stack,
+)
 from . import seg_frames
 from .seg_frames import check_frames
 
@@ -28,7 +38,8 @@ MAX_VOXELS = 1 << 32
 def read_seg(path: Path, name: str, *, threshold: float | None = None) -> Layers:
     """Read a SEG as `Layers`; messages call it `name`.
 
-    `threshold`: the fraction (0 to 1) from which on a voxel of a FRACTIONAL one belongs to its segment. Raises `InputError`s.
+    `threshold`: the fraction (0 to 1) from which on a voxel of a FRACTIONAL one belongs to its
+    segment. Raises `InputError`s.
     """
     with map_dicom_errors(name):
         ds = dataset(path)
@@ -40,33 +51,60 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
     _check_volume(ds, kind, name)
     rows, columns, frames = int(ds.Rows), int(ds.Columns), int(ds.get("NumberOfFrames") or 1)
     if not 0 < frames <= MAX_FRAMES or not 0 < rows * columns <= MAX_PIXELS:
-        raise UnreadableVolume(f"{name} claims {frames} frames of {columns} x {rows} pixels", expected="a volume", remedy="export it again",
-                               file=file)  # fmt: skip
+        raise UnreadableVolume(
+            f"{name} claims {frames} frames of {columns} x {rows} pixels",
+            expected="a volume",
+            remedy="export it again",
+            file=file,
+        )
     places = _places(ds, kind, frames, name)
     check_frames(ds, frames, name)
     notes: list[str] = []
     least = 1
     if kind == "FRACTIONAL":
         least, notes = _least(ds, frames, threshold, name)
-    geometry, slices, depth = stack(places.positions, places.orientation, places.spacing, name, step=places.step, thickness=places.thickness,
-                                    gaps=True, notes=notes)  # fmt: skip
+    geometry, slices, depth = stack(
+        places.positions,
+        places.orientation,
+        places.spacing,
+        name,
+        step=places.step,
+        thickness=places.thickness,
+        gaps=True,
+        notes=notes,
+    )
     if depth == 1 and places.step is None and places.thickness is None:
-        raise GeometryError(f"{name} has one slice and states no thickness", expected="SliceThickness; geometry is never guessed",
-                            remedy="export it with its geometry", file=file)  # fmt: skip
+        raise GeometryError(
+            f"{name} has one slice and states no thickness",
+            expected="SliceThickness; geometry is never guessed",
+            remedy="export it with its geometry",
+            file=file,
+        )
     if depth * rows * columns > MAX_VOXELS:
         raise UnreadableVolume(
-            f"{name} claims {depth} slices of {columns} x {rows} pixels", expected="a volume", remedy="export it again", file=file
+            f"{name} claims {depth} slices of {columns} x {rows} pixels",
+            expected="a volume",
+            remedy="export it again",
+            file=file,
         )
     segments = tuple(_segments(ds, kind))
     known, of_frame = {segment.number for segment in segments}, places.segments
     if stray := set(of_frame) - known:
-        raise UnreadableVolume(f"{name} has frames of the segments {sorted(stray)[:8]}, which it does not describe", expected="a complete DICOM SEG",
-                               remedy="export it again", file=file)  # fmt: skip
+        raise UnreadableVolume(
+            f"{name} has frames of the segments {sorted(stray)[:8]}, which it does not describe",
+            expected="a complete DICOM SEG",
+            remedy="export it again",
+            file=file,
+        )
     if len(set(zip(of_frame, slices.tolist(), strict=False))) < len(of_frame) or (
         kind == "LABELMAP" and len(set(slices.tolist())) < frames
     ):
-        raise GeometryError(f"{name} has two frames of one segment in one place", expected="each place once (a volume, not a tiled slide)",
-                            remedy="export it again", file=file)  # fmt: skip
+        raise GeometryError(
+            f"{name} has two frames of one segment in one place",
+            expected="each place once (a volume, not a tiled slide)",
+            remedy="export it again",
+            file=file,
+        )
     background = int(ds.get("PixelPaddingValue", 0) or 0)
 
     def pieces() -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
@@ -80,27 +118,50 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
                     if value in known:
                         yield value, k, frame == value
                     elif value not in (0, background):
-                        raise UnreadableVolume(f"{name} holds the segment {value}, which it does not describe",
-                                               expected="a complete DICOM SEG", remedy="export it again", file=file)  # fmt: skip
+                        raise UnreadableVolume(
+                            f"{name} holds the segment {value}, which it does not describe",
+                            expected="a complete DICOM SEG",
+                            remedy="export it again",
+                            file=file,
+                        )
 
     used = known if kind == "LABELMAP" else set(of_frame)
     uids = (str(ds.get("SOPInstanceUID", "")),)
-    return Layers(tuple(s for s in segments if s.number in used), (depth, rows, columns), geometry, pieces, source(ds, uids), tuple(notes))
+    return Layers(
+        tuple(s for s in segments if s.number in used),
+        (depth, rows, columns),
+        geometry,
+        pieces,
+        source(ds, uids),
+        tuple(notes),
+    )
 
 
 def _check_volume(ds: Any, kind: str, name: str) -> None:
     """Raise for segmentations that are no volume's or of a kind that is not read."""
     if kind not in ("BINARY", "LABELMAP", "FRACTIONAL"):
         what = "is a segmentation of another type" if kind else "states no SegmentationType"
-        raise UnreadableVolume(f"{name} {what}", expected="BINARY, FRACTIONAL or LABELMAP",
-                               remedy="export it as a BINARY DICOM SEG", file=Path(name))  # fmt: skip
-    if str(ds.get("DimensionOrganizationType", "")).startswith("TILED") or "TotalPixelMatrixColumns" in ds:
-        raise GeometryError(f"{name} is a segmentation of a slide (a whole-slide image in tiles)", expected="a segmentation of a volume",
-                            remedy="give a mask of a CT or MR volume: a slide cannot be synthesized", file=Path(name))  # fmt: skip
+        raise UnreadableVolume(
+            f"{name} {what}",
+            expected="BINARY, FRACTIONAL or LABELMAP",
+            remedy="export it as a BINARY DICOM SEG",
+            file=Path(name),
+        )
+    if (
+        str(ds.get("DimensionOrganizationType", "")).startswith("TILED")
+        or "TotalPixelMatrixColumns" in ds
+    ):
+        raise GeometryError(
+            f"{name} is a segmentation of a slide (a whole-slide image in tiles)",
+            expected="a segmentation of a volume",
+            remedy="give a mask of a CT or MR volume: a slide cannot be synthesized",
+            file=Path(name),
+        )
 
 
 def _least(ds: Any, frames: int, threshold: float | None, name: str) -> tuple[int, list[str]]:
-    """From which value on a voxel of a FRACTIONAL one belongs to its segment, and what a person should be told.
+    """From which value on a voxel of a FRACTIONAL one belongs to its segment, and what a person
+    should be told.
 
     Without a threshold the fractions must be none: 0 and the largest value alone.
     """
@@ -109,14 +170,23 @@ def _least(ds: Any, frames: int, threshold: float | None, name: str) -> tuple[in
         return max(1, int(np.ceil(threshold * largest))), []
     for frame in seg_frames.frames(ds, frames, name):
         if ((frame != 0) & (frame != largest)).any():
-            raise InputError(f"{name} holds fractions, not labels", expected="a BINARY or LABELMAP segmentation, or the fraction that counts as inside",
-                             remedy="give --threshold 0.5", file=Path(name))  # fmt: skip
-    return largest, [f"{name} is FRACTIONAL, but holds 0 and {largest} alone, its largest value: it is read as BINARY"]
+            raise InputError(
+                f"{name} holds fractions, not labels",
+                expected="a BINARY or LABELMAP segmentation, or the fraction that counts as inside",
+                remedy="give --threshold 0.5",
+                file=Path(name),
+            )
+    return largest, [
+        f"{name} is FRACTIONAL, but holds 0 and {largest} alone, its largest value: it is read as"
+        " BINARY"
+    ]
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the frames lie. `positions` (N, 3), mm; `segments`: of each frame, none for a LABELMAP; `spacing`, `step`, `thickness`: mm."""
+    """Where the frames lie. `positions` (N, 3), mm; `segments`: of each frame, none for a
+    LABELMAP; `spacing`, `step`, `thickness`: mm.
+    """
 
     positions: NDArray[np.float64]
     segments: list[int]
@@ -127,43 +197,72 @@ class _Places:
 
 
 def _places(ds: Any, kind: str, frames: int, name: str) -> _Places:
-    """What the functional groups say. Each is forgotten when it was read: as objects they take a hundred times what the file does."""
+    """What the functional groups say.
+
+    Each is forgotten when it was read: as objects they take a hundred times what the file does.
+    """
     groups = ds.get("PerFrameFunctionalGroupsSequence") or []
     if frames != len(groups):
-        raise UnreadableVolume(f"{name} claims {frames} frames and describes {len(groups)}", expected="a complete DICOM SEG",
-                               remedy="export it again", file=Path(name))  # fmt: skip
+        raise UnreadableVolume(
+            f"{name} claims {frames} frames and describes {len(groups)}",
+            expected="a complete DICOM SEG",
+            remedy="export it again",
+            file=Path(name),
+        )
     shared = (ds.get("SharedFunctionalGroupsSequence") or [pydicom().Dataset()])[0]
     positions, segments, plane = np.empty((frames, 3)), [], None
     for n, own in enumerate(groups):
         position = _group(own, shared, "PlanePositionSequence", name).get("ImagePositionPatient")
         positions[n] = numbers(position, 3, name, "ImagePositionPatient")
         if kind != "LABELMAP":
-            segments.append(int(_group(own, shared, "SegmentIdentificationSequence", name).ReferencedSegmentNumber))
+            segments.append(
+                int(
+                    _group(
+                        own, shared, "SegmentIdentificationSequence", name
+                    ).ReferencedSegmentNumber
+                )
+            )
         if plane is None or "PlaneOrientationSequence" in own or "PixelMeasuresSequence" in own:
             here = _plane(own, shared, name)
             plane = here if plane is None else plane
             if np.abs(here[:8] - plane[:8]).max() > ORIENTATION_TOLERANCE:
-                raise GeometryError(f"{name} has frames in mixed orientations or spacings", expected="one grid",
-                                    remedy="export one stack per file", file=Path(name))  # fmt: skip
+                raise GeometryError(
+                    f"{name} has frames in mixed orientations or spacings",
+                    expected="one grid",
+                    remedy="export one stack per file",
+                    file=Path(name),
+                )
         own.clear()
     assert plane is not None
-    return _Places(positions, segments, plane[:6], plane[6:8], float(plane[8]) or None, float(plane[9]) or None)
+    return _Places(
+        positions, segments, plane[:6], plane[6:8], float(plane[8]) or None, float(plane[9]) or None
+    )
 
 
 def _group(own: Any, shared: Any, sequence: str, name: str) -> Any:
     """A functional group's item, of the frame or shared by all."""
     items = own.get(sequence) or shared.get(sequence)
     if not items:
-        raise GeometryError(f"{name} has frames without a {sequence}", expected="a segmentation of a volume, each frame with its place",
-                            remedy="a segmentation of a radiograph or of a slide cannot be synthesized", file=Path(name))  # fmt: skip
+        raise GeometryError(
+            f"{name} has frames without a {sequence}",
+            expected="a segmentation of a volume, each frame with its place",
+            remedy="a segmentation of a radiograph or of a slide cannot be synthesized",
+            file=Path(name),
+        )
     return items[0]
 
 
 def _plane(own: Any, shared: Any, name: str) -> NDArray[np.float64]:
-    """Orientation (6), pixel spacing (2), slice distance and thickness of a frame, mm; 0 where it does not state one of these two."""
-    orientation = _group(own, shared, "PlaneOrientationSequence", name).get("ImageOrientationPatient")
+    """Orientation (6), pixel spacing (2), slice distance and thickness of a frame, mm; 0 where
+    it does not state one of these two.
+    """
+    orientation = _group(own, shared, "PlaneOrientationSequence", name).get(
+        "ImageOrientationPatient"
+    )
     measures = _group(own, shared, "PixelMeasuresSequence", name)
-    depths = (abs(float(measures.get(key) or 0)) for key in ("SpacingBetweenSlices", "SliceThickness"))
+    depths = (
+        abs(float(measures.get(key) or 0)) for key in ("SpacingBetweenSlices", "SliceThickness")
+    )
     spacing = numbers(measures.get("PixelSpacing"), 2, name, "PixelSpacing")
     return np.array([*numbers(orientation, 6, name, "ImageOrientationPatient"), *spacing, *depths])
 
@@ -172,21 +271,31 @@ def _segments(ds: Any, kind: str) -> Iterator[Segment]:
     for item in ds.SegmentSequence:
         number = int(item.SegmentNumber)
         if kind != "LABELMAP" or number:  # a label map may describe its background
-            yield Segment(number, str(item.get("SegmentLabel", "")), _segment_code(item), private=True)
+            yield Segment(
+                number, str(item.get("SegmentLabel", "")), _segment_code(item), private=True
+            )
 
 
 def _segment_code(segment: Any) -> str:
-    """A segment's type with all that modifies it: the type's modifiers, the anatomic regions and theirs (PS3.3, C.8.20.2)."""
+    """A segment's type with all that modifies it: the type's modifiers, the anatomic regions and
+    theirs (PS3.3, C.8.20.2).
+    """
     types = segment.get("SegmentedPropertyTypeCodeSequence")
     if not types:
         return ""
     regions = segment.get("AnatomicRegionSequence") or []
     modifiers = [*(types[0].get("SegmentedPropertyTypeModifierCodeSequence") or []), *regions]
-    modifiers += [item for region in regions for item in region.get("AnatomicRegionModifierSequence") or []]
+    modifiers += [
+        item for region in regions for item in region.get("AnatomicRegionModifierSequence") or []
+    ]
     return modified(code_of(types[0]), map(code_of, modifiers))
 
 
 def code_of(item: Any) -> str:
-    """A coded entry as "SCHEME:VALUE"; codes of SNOMED's older scheme as those of today (PS3.16, annex L)."""
-    value = str(item.get("CodeValue") or item.get("LongCodeValue") or item.get("URNCodeValue") or "")
+    """A coded entry as "SCHEME:VALUE"; codes of SNOMED's older scheme as those of today (PS3.16,
+    annex L).
+    """
+    value = str(
+        item.get("CodeValue") or item.get("LongCodeValue") or item.get("URNCodeValue") or ""
+    )
     return concept(str(item.get("CodingSchemeDesignator", "")), value)

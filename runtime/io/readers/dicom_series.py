@@ -1,4 +1,6 @@
-"""Series of DICOM images, one slice a file: a mask whose pixels are labels, or the grid that contours were drawn on."""
+"""Series of DICOM images, one slice a file: a mask whose pixels are labels, or the grid that
+contours were drawn on.
+"""
 
 from __future__ import annotations
 
@@ -16,16 +18,45 @@ from ..dicom.files import ORIENTATION_TOLERANCE, dataset, map_dicom_errors, numb
 
 MAX_LABELS = 256  # more distinct values than this in one slice are grey values
 MAX_PIXELS = 1 << 26  # of one slice; what a few compressed bytes may become
-_ACQUIRED = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF")  # a mask's header is often a copy of its image's
-_LOSSY = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81")  # JPEG baseline, extended; JPEG-LS near-lossless
-_GRID = ["SOPInstanceUID", "Rows", "Columns", "NumberOfFrames", "PixelSpacing", "NominalScannedPixelSpacing", "ImagePositionPatient", "ImageOrientationPatient",
-         "SliceThickness", "SpacingBetweenSlices", "FrameOfReferenceUID"]  # fmt: skip
+_ACQUIRED = (
+    "CT",
+    "MR",
+    "PT",
+    "NM",
+    "US",
+    "CR",
+    "DX",
+    "MG",
+    "XA",
+    "RF",
+)  # a mask's header is often a copy of its image's
+_LOSSY = (
+    "1.2.840.10008.1.2.4.50",
+    "1.2.840.10008.1.2.4.51",
+    "1.2.840.10008.1.2.4.81",
+)  # JPEG baseline, extended; JPEG-LS near-lossless
+_GRID = [
+    "SOPInstanceUID",
+    "Rows",
+    "Columns",
+    "NumberOfFrames",
+    "PixelSpacing",
+    "NominalScannedPixelSpacing",
+    "ImagePositionPatient",
+    "ImageOrientationPatient",
+    "SliceThickness",
+    "SpacingBetweenSlices",
+    "FrameOfReferenceUID",
+]
 _RESCALE = ("RescaleSlope", "RescaleIntercept")
 
 
 def read_series(paths: Sequence[Path], name: str, *, force: bool = False) -> Volume:
-    """The label values of a series, each file one slice; messages call it `name`. Raises `InputError`s, also for an image that is no mask,
-    unless `force`: then grey values are labels, too, if nothing rescaled them."""
+    """The label values of a series, each file one slice; messages call it `name`.
+
+    Raises `InputError`s, also for an image that is no mask, unless `force`: then grey values are
+    labels, too, if nothing rescaled them.
+    """
     with map_dicom_errors(name):
         headers = [dataset(path, tags=_GRID) for path in paths]
         paths, headers = _one_at_a_place(paths, headers, name)
@@ -41,13 +72,20 @@ def read_series(paths: Sequence[Path], name: str, *, force: bool = False) -> Vol
             values[k] = plane
             uids[k] = str(ds.get("SOPInstanceUID", ""))
         assert values is not None
-        if not force and str(ds.get("Modality", "")) in _ACQUIRED and Census.of(values).is_image(most_labels=0):
+        if (
+            not force
+            and str(ds.get("Modality", "")) in _ACQUIRED
+            and Census.of(values).is_image(most_labels=0)
+        ):
             raise _no_mask(ds, name, "its pixels change like grey values")
         return Volume(values, geometry, dicom=source(ds, uids), notes=notes)
 
 
 def read_ct(paths: Sequence[Path], name: str) -> Volume:
-    """A CT series in HU, float32 (D, H, W); messages call it `name`. Raises `InputError`s, also for other modalities."""
+    """A CT series in HU, float32 (D, H, W); messages call it `name`.
+
+    Raises `InputError`s, also for other modalities.
+    """
     from pydicom.pixels.utils import pixel_array
 
     with map_dicom_errors(name):
@@ -63,7 +101,9 @@ def read_ct(paths: Sequence[Path], name: str) -> Volume:
                     expected="a CT series in Hounsfield units",
                     remedy="give the CT that the mask was drawn on",
                 )
-            is_lossy = ds.file_meta.TransferSyntaxUID in _LOSSY or ds.get("LossyImageCompression") == "01"
+            is_lossy = (
+                ds.file_meta.TransferSyntaxUID in _LOSSY or ds.get("LossyImageCompression") == "01"
+            )
             if is_lossy or ds.get("BurnedInAnnotation") == "YES":
                 raise UnreadableVolume(
                     f"{name} is compressed with loss, or has text burned into its pixels",
@@ -72,19 +112,35 @@ def read_ct(paths: Sequence[Path], name: str) -> Volume:
                 )
             try:
                 plane = np.asarray(pixel_array(ds, raw=True))
-            except (RuntimeError, NotImplementedError) as exc:  # no decoder here for this compression
-                raise UnreadableVolume(f"{name} is compressed as {ds.file_meta.TransferSyntaxUID.name}, which cannot be decoded here",
-                                       expected="a CT without compression",
-                                       remedy='decompress it (gdcmconv --raw), or pip install "pylibjpeg[all]"') from exc  # fmt: skip
+            except (
+                RuntimeError,
+                NotImplementedError,
+            ) as exc:  # no decoder here for this compression
+                raise UnreadableVolume(
+                    f"{name} is compressed as {ds.file_meta.TransferSyntaxUID.name}, which cannot"
+                    " be decoded here",
+                    expected="a CT without compression",
+                    remedy='decompress it (gdcmconv --raw), or pip install "pylibjpeg[all]"',
+                ) from exc
             if plane.shape != shape[1:]:
-                raise UnreadableVolume(f"{name} has a slice of {plane.shape} pixels", expected=str(shape[1:]), remedy="export it again")
+                raise UnreadableVolume(
+                    f"{name} has a slice of {plane.shape} pixels",
+                    expected=str(shape[1:]),
+                    remedy="export it again",
+                )
             slope, intercept = ds.get("RescaleSlope"), ds.get("RescaleIntercept")
-            values[k] = plane * float(1 if slope is None else slope) + float(0 if intercept is None else intercept)
+            values[k] = plane * float(1 if slope is None else slope) + float(
+                0 if intercept is None else intercept
+            )
         return Volume(values, geometry, notes=notes)
 
 
-def series_grid(paths: Sequence[Path], name: str) -> tuple[tuple[Geometry, tuple[int, int, int], DicomSource], tuple[str, ...]]:
-    """Where the slices of an image series lie, its shape (D, H, W), its instances, and what is to be said of it; no pixel is used."""
+def series_grid(
+    paths: Sequence[Path], name: str
+) -> tuple[tuple[Geometry, tuple[int, int, int], DicomSource], tuple[str, ...]]:
+    """Where the slices of an image series lie, its shape (D, H, W), its instances, and what is
+    to be said of it; no pixel is used.
+    """
     with map_dicom_errors(name):
         headers = [dataset(path, tags=_GRID) for path in paths]
         paths, headers = _one_at_a_place(paths, headers, name)
@@ -94,10 +150,13 @@ def series_grid(paths: Sequence[Path], name: str) -> tuple[tuple[Geometry, tuple
         return (geometry, shape, DicomSource("", tuple(uids), frame, {})), notes
 
 
-def _one_at_a_place(paths: Sequence[Path], headers: Sequence[Any], name: str) -> tuple[list[Path], list[Any]]:
+def _one_at_a_place(
+    paths: Sequence[Path], headers: Sequence[Any], name: str
+) -> tuple[list[Path], list[Any]]:
     """Without files that share SOP Instance UID and place with another of the same pixels.
 
-    Instances are told apart by their UID, which some exporters give to all slices of a series: those are slices where they lie apart.
+    Instances are told apart by their UID, which some exporters give to all slices of a series:
+    those are slices where they lie apart.
 
     Raises:
         UnreadableVolume: where two files of one UID lie in one place and differ.
@@ -111,13 +170,19 @@ def _one_at_a_place(paths: Sequence[Path], headers: Sequence[Any], name: str) ->
         if first == n:
             distinct.append(n)
         elif not _same_pixels(paths[first], paths[n]):
-            raise UnreadableVolume(f"{name} has two files of one SOP Instance UID in one place, and they differ", expected="one file of each slice",
-                                   remedy="take away the one that is not meant", file=Path(name))  # fmt: skip
+            raise UnreadableVolume(
+                f"{name} has two files of one SOP Instance UID in one place, and they differ",
+                expected="one file of each slice",
+                remedy="take away the one that is not meant",
+                file=Path(name),
+            )
     return [paths[n] for n in distinct], [headers[n] for n in distinct]
 
 
 def _same_pixels(one: Path, other: Path) -> bool:
-    """Whether two files hold the same pixels, compressed in whatever way; not when they cannot be decoded here."""
+    """Whether two files hold the same pixels, compressed in whatever way; not when they cannot
+    be decoded here.
+    """
     from pydicom.pixels.utils import pixel_array
 
     first, second = dataset(one), dataset(other)
@@ -129,13 +194,19 @@ def _same_pixels(one: Path, other: Path) -> bool:
         return bool(first.get("PixelData") == second.get("PixelData"))
 
 
-def _grid(headers: Sequence[Any], name: str) -> tuple[Geometry, tuple[int, int, int], NDArray[np.intp], tuple[str, ...]]:
+def _grid(
+    headers: Sequence[Any], name: str
+) -> tuple[Geometry, tuple[int, int, int], NDArray[np.intp], tuple[str, ...]]:
     """Geometry, shape, the slice of each file, and what a person should be told of them."""
     file, first = Path(name), headers[0]
     sizes = {(int(ds.get("Rows") or 0), int(ds.get("Columns") or 0)) for ds in headers}
     if len(sizes) > 1 or not 0 < np.prod(next(iter(sizes))) <= MAX_PIXELS:
-        raise UnreadableVolume(f"{name} has slices of {', '.join(f'{c} x {r}' for r, c in sorted(sizes))} pixels", expected="one size",
-                               remedy="give one series", file=file)  # fmt: skip
+        raise UnreadableVolume(
+            f"{name} has slices of {', '.join(f'{c} x {r}' for r, c in sorted(sizes))} pixels",
+            expected="one size",
+            remedy="give one series",
+            file=file,
+        )
     if any(int(ds.get("NumberOfFrames") or 1) != 1 for ds in headers):
         raise UnreadableVolume(
             f"{name} is a multi-frame image",
@@ -145,24 +216,48 @@ def _grid(headers: Sequence[Any], name: str) -> tuple[Geometry, tuple[int, int, 
         )
     notes: list[str] = []
     alone = len(headers) == 1
-    spacings = [ds.get("PixelSpacing") or (ds.get("NominalScannedPixelSpacing") if alone else None) for ds in headers]
+    spacings = [
+        ds.get("PixelSpacing") or (ds.get("NominalScannedPixelSpacing") if alone else None)
+        for ds in headers
+    ]
     spacing = np.array([numbers(s, 2, name, "PixelSpacing") for s in spacings])
-    thickness, step = (abs(float(first.get(key) or 0)) or None for key in ("SliceThickness", "SpacingBetweenSlices"))
-    if alone and "ImagePositionPatient" not in first and "ImageOrientationPatient" not in first:  # the original system's slices
+    thickness, step = (
+        abs(float(first.get(key) or 0)) or None
+        for key in ("SliceThickness", "SpacingBetweenSlices")
+    )
+    if (
+        alone and "ImagePositionPatient" not in first and "ImageOrientationPatient" not in first
+    ):  # the original system's slices
         notes.append(f"{name} states no position: it is taken for an axial slice at 0, 0, 0")
         position, orientation = np.zeros((1, 3)), np.array([[1.0, 0, 0, 0, 1, 0]])
     else:
-        position = np.array([numbers(ds.get("ImagePositionPatient"), 3, name, "ImagePositionPatient") for ds in headers])
-        orientation = np.array([numbers(ds.get("ImageOrientationPatient"), 6, name, "ImageOrientationPatient") for ds in headers])
+        position = np.array(
+            [
+                numbers(ds.get("ImagePositionPatient"), 3, name, "ImagePositionPatient")
+                for ds in headers
+            ]
+        )
+        orientation = np.array(
+            [
+                numbers(ds.get("ImageOrientationPatient"), 6, name, "ImageOrientationPatient")
+                for ds in headers
+            ]
+        )
     if alone and not (thickness or step):
         notes.append(f"{name} states no slice thickness: it is taken to be 1 mm")
     if (
         np.abs(orientation - orientation[0]).max() > ORIENTATION_TOLERANCE
         or np.abs(spacing - spacing[0]).max() > ORIENTATION_TOLERANCE * spacing[0].max()
     ):
-        raise GeometryError(f"{name} has slices in mixed orientations or spacings", expected="parallel slices of one spacing",
-                            remedy="give one series, without its localizer", file=file)  # fmt: skip
-    geometry, order, depth = stack(position, orientation[0], spacing[0], name, step=step, thickness=thickness, notes=notes)
+        raise GeometryError(
+            f"{name} has slices in mixed orientations or spacings",
+            expected="parallel slices of one spacing",
+            remedy="give one series, without its localizer",
+            file=file,
+        )
+    geometry, order, depth = stack(
+        position, orientation[0], spacing[0], name, step=step, thickness=thickness, notes=notes
+    )
     rows, columns = next(iter(sizes))
     return geometry, (depth, rows, columns), order, tuple(notes)
 
@@ -173,23 +268,42 @@ def _pixels(ds: Any, shape: tuple[int, int], name: str, force: bool) -> NDArray[
 
     file, syntax = Path(name), ds.file_meta.TransferSyntaxUID
     slope, intercept = (
-        float(ds.get(key) if ds.get(key) is not None else default) for key, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
+        float(ds.get(key) if ds.get(key) is not None else default)
+        for key, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
     )
     if int(ds.get("SamplesPerPixel", 1)) != 1:
-        raise UnreadableVolume(f"{name} is a colour image", expected="one label per pixel", remedy="export the mask as a SEG", file=file)
+        raise UnreadableVolume(
+            f"{name} is a colour image",
+            expected="one label per pixel",
+            remedy="export the mask as a SEG",
+            file=file,
+        )
     if intercept or slope != 1 or syntax in _LOSSY or ds.get("LossyImageCompression") == "01":
         raise _no_mask(ds, name, "its values are rescaled or compressed with loss")
     have, need = len(ds.get("PixelData") or b""), shape[0] * shape[1] * int(ds.BitsAllocated) // 8
     if not have or (not syntax.is_compressed and have < need):
-        raise UnreadableVolume(f"{name} is truncated: {have} of {need} bytes of pixels are there in a slice", expected="complete DICOM files",
-                               remedy="copy or export it again", file=file)  # fmt: skip
+        raise UnreadableVolume(
+            f"{name} is truncated: {have} of {need} bytes of pixels are there in a slice",
+            expected="complete DICOM files",
+            remedy="copy or export it again",
+            file=file,
+        )
     try:
         plane = np.asarray(pixel_array(ds, raw=True))
     except (RuntimeError, NotImplementedError) as exc:  # no decoder here for this compression
-        raise UnreadableVolume(f"{name} is compressed as {syntax.name}, which cannot be decoded here", expected="labels without compression",
-                               remedy='decompress it (gdcmconv --raw), or pip install "pylibjpeg[all]"', file=file) from exc  # fmt: skip
+        raise UnreadableVolume(
+            f"{name} is compressed as {syntax.name}, which cannot be decoded here",
+            expected="labels without compression",
+            remedy='decompress it (gdcmconv --raw), or pip install "pylibjpeg[all]"',
+            file=file,
+        ) from exc
     if plane.shape != shape:
-        raise UnreadableVolume(f"{name} has a slice of {plane.shape} pixels", expected=str(shape), remedy="export it again", file=file)
+        raise UnreadableVolume(
+            f"{name} has a slice of {plane.shape} pixels",
+            expected=str(shape),
+            remedy="export it again",
+            file=file,
+        )
     if not force and (plane.min() < 0 or np.unique(plane).size > MAX_LABELS):
         raise _no_mask(ds, name, "it holds grey values")
     return plane
@@ -197,6 +311,14 @@ def _pixels(ds: Any, shape: tuple[int, int], name: str, force: bool) -> NDArray[
 
 def _no_mask(ds: Any, name: str, why: str) -> UnreadableVolume:
     modality = str(ds.get("Modality", ""))
-    what = f"a{'n' if modality[:1] in 'MNXR' else ''} {modality} image" if modality in _ACQUIRED else "an image"
-    return UnreadableVolume(f"{name} is {what}, not a mask: {why}", expected="a DICOM SEG, an RTSTRUCT, or a series whose pixels are labels",
-                            remedy="give the mask that was drawn on it", file=Path(name))  # fmt: skip
+    what = (
+        f"a{'n' if modality[:1] in 'MNXR' else ''} {modality} image"
+        if modality in _ACQUIRED
+        else "an image"
+    )
+    return UnreadableVolume(
+        f"{name} is {what}, not a mask: {why}",
+        expected="a DICOM SEG, an RTSTRUCT, or a series whose pixels are labels",
+        remedy="give the mask that was drawn on it",
+        file=Path(name),
+    )

@@ -32,7 +32,9 @@ _TYPES = {
     for unsigned, code in (("", "i"), ("U", "u"))
     for name, size in (("CHAR", 1), ("SHORT", 2), ("INT", 4), ("LONG", 4), ("LONG_LONG", 8))
 } | {"MET_FLOAT": "f4", "MET_DOUBLE": "f8"}
-_TRUTHS = dict.fromkeys(("true", "t", "1", "yes"), True) | dict.fromkeys(("false", "f", "0", "no"), False)
+_TRUTHS = dict.fromkeys(("true", "t", "1", "yes"), True) | dict.fromkeys(
+    ("false", "f", "0", "no"), False
+)
 # Fields that state one thing by several names.
 _MATRIX = ("transformmatrix", "rotation", "orientation")
 _OFFSET = ("offset", "position", "origin")
@@ -55,15 +57,28 @@ def read_header(path: Path, handle: BinaryIO) -> Header:
         raise bad(path, f"states {len(sizes)} sizes for {fields['ndims']} dimensions")
     shape = check_shape(path, sizes)
     if fields.get("elementnumberofchannels", "1") != "1":
-        raise bad(path, f"holds {fields['elementnumberofchannels'][:40]} channels", "save the labels as one integer per voxel")
+        raise bad(
+            path,
+            f"holds {fields['elementnumberofchannels'][:40]} channels",
+            "save the labels as one integer per voxel",
+        )
     for key, pseudonym in (("slope", 1.0), ("offset", 0.0)):
         name = f"elementtointensityfunction{key}"
         if name in fields and lengths(path, name, fields[name]) != [pseudonym]:
-            raise bad(path, f"rescales its values ({name} = {fields[name][:40]})", "save the labels themselves")
+            raise bad(
+                path,
+                f"rescales its values ({name} = {fields[name][:40]})",
+                "save the labels themselves",
+            )
     columns, origin, notes = _place(path, fields, len(sizes))
     geometry, sheared = geometry_of(path, columns, origin)
     voxels = _voxels(path, handle, fields, shape)
-    return Header(geometry, voxels, oriented=_one_of(path, fields, _MATRIX) is not None, notes=(*notes, *sheared))
+    return Header(
+        geometry,
+        voxels,
+        oriented=_one_of(path, fields, _MATRIX) is not None,
+        notes=(*notes, *sheared),
+    )
 
 
 def voxel_file_of(path: Path, handle: BinaryIO) -> str | None:
@@ -104,7 +119,9 @@ def _truth(path: Path, fields: Mapping[str, str], key: str, default: bool) -> bo
     return _TRUTHS[value]
 
 
-def _voxels(path: Path, handle: BinaryIO, fields: Mapping[str, str], shape: tuple[int, int, int]) -> Voxels:
+def _voxels(
+    path: Path, handle: BinaryIO, fields: Mapping[str, str], shape: tuple[int, int, int]
+) -> Voxels:
     """Where the values lie, as the header states it."""
     type_ = fields.get("elementtype", "").upper()
     if type_ not in _TYPES:
@@ -122,14 +139,20 @@ def _voxels(path: Path, handle: BinaryIO, fields: Mapping[str, str], shape: tupl
     file, start = (path, handle.tell()) if local else (voxel_file(path, name), 0)
     (skip,) = integers(path, fields, "headersize")[:1] if "headersize" in fields else (0,)
     if skip and (local or encoding != "raw"):
-        raise bad(path, f"states HeaderSize = {skip} for voxels that follow its header or are packed", "write it again, without HeaderSize")
+        raise bad(
+            path,
+            f"states HeaderSize = {skip} for voxels that follow its header or are packed",
+            "write it again, without HeaderSize",
+        )
     voxels = Voxels(file, start, skip, encoding, dtype, shape)
     if skip == -1:  # the last bytes of the file
         voxels = Voxels(file, max(0, file.stat().st_size - voxels.size), 0, encoding, dtype, shape)
     return check_voxels(path, voxels)
 
 
-def _place(path: Path, fields: Mapping[str, str], dimension: int) -> tuple[NDArray[np.float64], NDArray[np.float64], tuple[str, ...]]:
+def _place(
+    path: Path, fields: Mapping[str, str], dimension: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], tuple[str, ...]]:
     """The columns (3, 3) and the origin of the grid, LPS in mm, and notes."""
     axes = min(3, dimension)
     stated = next((f for f in ("elementspacing", "elementsize") if f in fields), None)
@@ -139,14 +162,27 @@ def _place(path: Path, fields: Mapping[str, str], dimension: int) -> tuple[NDArr
         numbers = lengths(path, name, fields[name])
         if len(numbers) == dimension**2:  # a row of the file is the direction of an axis
             directions = np.array(numbers).reshape(dimension, dimension).T
-        lone = np.delete(directions[:axes], slice(axes), 1), np.delete(directions[:, :axes], slice(axes), 0)
+        lone = (
+            np.delete(directions[:axes], slice(axes), 1),
+            np.delete(directions[:, :axes], slice(axes), 0),
+        )
         unit = np.abs(np.linalg.norm(directions[:axes, :axes], axis=0) - 1) <= UNIT_DIRECTION
         if len(numbers) != dimension**2 or any(part.any() for part in lone) or not unit.all():
-            raise bad_grid(path, f"states the {name} {fields[name][:80]}", "directions of length 1", "write a valid header")
+            raise bad_grid(
+                path,
+                f"states the {name} {fields[name][:80]}",
+                "directions of length 1",
+                "write a valid header",
+            )
     if (name := _one_of(path, fields, _OFFSET)) is not None:
         numbers = lengths(path, name, fields[name])
         if len(numbers) != dimension:
-            raise bad_grid(path, f"states the {name} {fields[name][:80]}", f"{dimension} numbers", "write a valid header")
+            raise bad_grid(
+                path,
+                f"states the {name} {fields[name][:80]}",
+                f"{dimension} numbers",
+                "write a valid header",
+            )
         origin[:axes] = numbers[:axes]
     columns = np.zeros((3, axes))
     columns[:axes] = directions[:axes, :axes] * np.array(steps)
@@ -160,5 +196,7 @@ def _place(path: Path, fields: Mapping[str, str], dimension: int) -> tuple[NDArr
 def _millimetres(path: Path, fields: Mapping[str, str]) -> float:
     unit = fields.get("distanceunits", "mm").lower()
     if unit not in ("mm", "um", "cm", "?", ""):
-        raise bad_grid(path, f"states the DistanceUnits {unit[:40]}", "mm, um or cm", "write the grid in mm")
+        raise bad_grid(
+            path, f"states the DistanceUnits {unit[:40]}", "mm, um or cm", "write the grid in mm"
+        )
     return MILLIMETRES.get(unit, 1.0)

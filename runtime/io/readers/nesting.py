@@ -1,8 +1,8 @@
 """The contours of one region in one slice → its area.
 
-Holes stay holes, what is there twice counts once, and overlaps are united. DICOM says of CLOSED_PLANAR
-contours only that an inner one may be a hole (PS3.3, C.8.8.6.3), and nothing of two that cross.
-Decision 17 says why they are united.
+Holes stay holes, what is there twice counts once, and overlaps are united. DICOM says of
+CLOSED_PLANAR contours only that an inner one may be a hole (PS3.3, C.8.8.6.3), and nothing of two
+that cross. Decision 17 says why they are united.
 """
 
 from __future__ import annotations
@@ -117,7 +117,8 @@ def area(contours: Sequence[Contour], *, xor: bool = False) -> Area:
 def once_around(contour: Contour) -> Contour:
     """The contour without a second way around over the same corners, which would undo the first."""
     half = len(contour) // 2
-    # A contour may be closed by its first corner once more, after each way around or after the last.
+    # A contour may be closed by its first corner once more, after each way around or after the
+    # last.
     for size in {half, half + 1} if half >= 3 else set():
         again = contour[size:]
         if len(again) >= 3 and np.abs(again - contour[: len(again)]).max() <= TOLERANCE:
@@ -161,7 +162,8 @@ def _overlapping(contours: Sequence[Contour]) -> Iterator[tuple[int, int]]:
         pairs += len(others)
         if pairs > MOST_OVERLAPS:
             raise UnreadableVolume(
-                f"a structure set has a slice in which contours overlap more than {MOST_OVERLAPS} times",
+                f"a structure set has a slice in which contours overlap more than {MOST_OVERLAPS}"
+                " times",
                 expected="outlines of structures",
                 remedy="export it again",
             )

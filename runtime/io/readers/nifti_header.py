@@ -90,8 +90,28 @@ class _Stated:
 
 # Of each version: (format, byte offset) of the numbers of `_Stated` from `dim` on.
 _PLACES: dict[int, tuple[tuple[str, int], ...]] = {
-    348: (("8h", 40), ("h", 70), ("f", 108), ("4f", 76), ("2f", 112), ("B", 123), ("2h", 252), ("6f", 256), ("12f", 280)),
-    540: (("8q", 16), ("h", 12), ("q", 168), ("4d", 104), ("2d", 176), ("i", 500), ("2i", 344), ("6d", 352), ("12d", 400)),
+    348: (
+        ("8h", 40),
+        ("h", 70),
+        ("f", 108),
+        ("4f", 76),
+        ("2f", 112),
+        ("B", 123),
+        ("2h", 252),
+        ("6f", 256),
+        ("12f", 280),
+    ),
+    540: (
+        ("8q", 16),
+        ("h", 12),
+        ("q", 168),
+        ("4d", 104),
+        ("2d", 176),
+        ("i", 500),
+        ("2i", 344),
+        ("6d", 352),
+        ("12d", 400),
+    ),
 }
 
 
@@ -124,8 +144,18 @@ def read_header(path: Path, content: BinaryIO) -> Header:
         raise bad(path, f"puts its voxels at byte {stated.offset}")
     encoding = "gzip" if path.name.lower().endswith(".gz") else "raw"
     voxels = Voxels(path, 0, int(stated.offset), encoding, dtype, shape, scale=_scale(path, stated))
-    packed = struct.pack("<" + NIFTI_1, *struct.unpack(stated.order + NIFTI_1, head)) if len(head) == 348 else None
-    return Header(geometry, check_voxels(path, voxels), packed if whole else None, any(code > 0 for code in stated.codes), notes)
+    packed = (
+        struct.pack("<" + NIFTI_1, *struct.unpack(stated.order + NIFTI_1, head))
+        if len(head) == 348
+        else None
+    )
+    return Header(
+        geometry,
+        check_voxels(path, voxels),
+        packed if whole else None,
+        any(code > 0 for code in stated.codes),
+        notes,
+    )
 
 
 def _numbers(path: Path, head: bytes, content: BinaryIO) -> tuple[_Stated, bytes]:
@@ -143,15 +173,22 @@ def _numbers(path: Path, head: bytes, content: BinaryIO) -> tuple[_Stated, bytes
     magic = head[344:348] == b"n+1\0" if size == 348 else head[4:12] == b"n+2\0\r\n\x1a\n"
     if not magic:
         raise bad(
-            path, f"is not a single-file NIfTI (its magic is not n+{1 if size == 348 else 2})", "save header and voxels in one .nii file"
+            path,
+            f"is not a single-file NIfTI (its magic is not n+{1 if size == 348 else 2})",
+            "save header and voxels in one .nii file",
         )
     values = [struct.unpack_from(order + code, head, at) for code, at in _PLACES[size]]
     dim, (datatype,), (offset,), pixdim, scale, (unit,), codes, qform, sform = values
-    return _Stated(size, order, dim, datatype, offset, pixdim, scale, unit, codes, qform, sform), head
+    return (
+        _Stated(size, order, dim, datatype, offset, pixdim, scale, unit, codes, qform, sform),
+        head,
+    )
 
 
 def _scale(path: Path, stated: _Stated) -> tuple[float, float] | None:
-    """Slope and intercept, None where values are as they are stored: a slope of 0 or NaN says so."""
+    """Slope and intercept, None where values are as they are stored: a slope of 0 or NaN says
+    so.
+    """
     slope, intercept = stated.scale
     if math.isnan(slope) or slope == 0 or (slope, intercept) == (1, 0):
         return None
@@ -160,7 +197,9 @@ def _scale(path: Path, stated: _Stated) -> tuple[float, float] | None:
     return slope, intercept
 
 
-def _place(path: Path, stated: _Stated, shape: tuple[int, int, int]) -> tuple[Geometry, bool, tuple[str, ...]]:
+def _place(
+    path: Path, stated: _Stated, shape: tuple[int, int, int]
+) -> tuple[Geometry, bool, tuple[str, ...]]:
     """Where the grid lies; whether all parts of the header agree on it; and notes."""
     (qfac, *sides), notes, whole = stated.pixdim, [], True
     if shape[0] == 1 and not (math.isfinite(sides[2]) and sides[2] > 0):
@@ -168,11 +207,17 @@ def _place(path: Path, stated: _Stated, shape: tuple[int, int, int]) -> tuple[Ge
         notes.append(slice_note(path))
     if not all(math.isfinite(side) and side != 0 for side in sides):
         raise bad_grid(
-            path, f"states the voxel spacing {tuple(sides)}", "three numbers of mm other than 0", "write the true spacing into the header"
+            path,
+            f"states the voxel spacing {tuple(sides)}",
+            "three numbers of mm other than 0",
+            "write the true spacing into the header",
         )
     if min(sides) < 0:
         whole = False
-        notes.append(f"{path.name} states a negative voxel size (pixdim {_text(sides)}): its size counts, not its sign")
+        notes.append(
+            f"{path.name} states a negative voxel size (pixdim {_text(sides)}): its size counts,"
+            " not its sign"
+        )
     steps = np.abs(sides)
     qform, sform = _qform(path, stated, qfac, steps), _sform(path, stated, shape)
     mm = _MILLIMETRES[stated.unit & 7]
@@ -185,21 +230,26 @@ def _place(path: Path, stated: _Stated, shape: tuple[int, int, int]) -> tuple[Ge
         _check_one_place(path, stated, qform, sform, steps, corners)
     directions, columns = used[:, :3] / np.linalg.norm(used[:, :3], axis=0), used[:, :3] * mm
     # Sizes are pixdim's where they say what the matrix says, as in ITK: results keep their bytes.
-    if _apart(np.column_stack([directions * steps, used[:, 3]]), used, corners) <= SAME_PLACE * steps.min():
+    if (
+        _apart(np.column_stack([directions * steps, used[:, 3]]), used, corners)
+        <= SAME_PLACE * steps.min()
+    ):
         columns = directions * (steps * mm)
     else:
         whole = False
         if sform is not None and min(sides) > 0:
             notes.append(
-                f"{path.name} states voxels of {_text(np.linalg.norm(used[:, :3], axis=0))} by its sform and of "
-                f"{_text(steps)} by its pixdim: the sform counts"
+                f"{path.name} states voxels of {_text(np.linalg.norm(used[:, :3], axis=0))} by its"
+                f" sform and of {_text(steps)} by its pixdim: the sform counts"
             )
     lps = np.array([-1.0, -1.0, 1.0])
     geometry, sheared = geometry_of(path, columns * lps[:, None], used[:, 3] * lps * mm)
     return geometry, whole and shear_of(geometry.affine) <= UNSHEARED, (*notes, *sheared)
 
 
-def _qform(path: Path, stated: _Stated, qfac: float, steps: NDArray[np.float64]) -> NDArray[np.float64] | None:
+def _qform(
+    path: Path, stated: _Stated, qfac: float, steps: NDArray[np.float64]
+) -> NDArray[np.float64] | None:
     """The matrix (3, 4), RAS in the header's unit, of the quaternion; None where there is none.
 
     In float32 for NIfTI-1, as the NIfTI library has it.
@@ -239,7 +289,12 @@ def _sform(path: Path, stated: _Stated, shape: tuple[int, int, int]) -> NDArray[
 
 def _within(path: Path, name: str, numbers: Sequence[float]) -> list[float]:
     if not all(abs(number) <= LARGEST_MM for number in numbers):  # NaN is not, either
-        raise bad_grid(path, f"states a place beyond {LARGEST_MM:g} mm, or none ({name})", "a grid in mm", "write a valid header")
+        raise bad_grid(
+            path,
+            f"states a place beyond {LARGEST_MM:g} mm, or none ({name})",
+            "a grid in mm",
+            "write a valid header",
+        )
     return [*numbers]
 
 
@@ -259,14 +314,18 @@ def _check_one_place(
     b, c, d = stated.qform[:3]
     squared = max(0.0, 1 - b * b - c * c - d * d)
     loss = _QUATERNION_LOSS if stated.size == 348 else 0.0
-    angle = 2 * max(math.sqrt(squared + loss) - math.sqrt(squared), math.sqrt(squared) - math.sqrt(max(0.0, squared - loss)))
+    angle = 2 * max(
+        math.sqrt(squared + loss) - math.sqrt(squared),
+        math.sqrt(squared) - math.sqrt(max(0.0, squared - loss)),
+    )
     extent = float(np.linalg.norm(corners.max(axis=0)[:3] * steps))
     slack = (angle + min(shear_of(sform), 1e-3)) * extent
     distance = _apart(qform, sform, corners)
     if distance > TWO_PLACES * steps.min() + slack:
         raise bad_grid(
             path,
-            f"lies in two places: its qform (code {stated.codes[0]}) and its sform (code {stated.codes[1]}) are {distance:.3g} mm apart",
+            f"lies in two places: its qform (code {stated.codes[0]}) and its sform (code"
+            f" {stated.codes[1]}) are {distance:.3g} mm apart",
             "one place",
             "set the one that is wrong to code 0, or make them equal (fslorient, nibabel)",
         )
@@ -275,16 +334,23 @@ def _check_one_place(
 def _corners(shape: tuple[int, int, int]) -> NDArray[np.float64]:
     """(8, 4): the indices (i, j, k, 1) of a grid's corners."""
     depth, height, width = shape
-    return np.array([[i, j, k, 1] for i in (0, width - 1) for j in (0, height - 1) for k in (0, depth - 1)], float)
+    return np.array(
+        [[i, j, k, 1] for i in (0, width - 1) for j in (0, height - 1) for k in (0, depth - 1)],
+        float,
+    )
 
 
-def _apart(one: NDArray[np.float64], other: NDArray[np.float64], corners: NDArray[np.float64]) -> float:
+def _apart(
+    one: NDArray[np.float64], other: NDArray[np.float64], corners: NDArray[np.float64]
+) -> float:
     """The largest distance of a corner under two matrices (3, 4)."""
     return float(np.linalg.norm(corners @ (one - other).T, axis=1).max())
 
 
 def _unit_quaternion(b: float, c: float, d: float) -> tuple[float, float, float, float]:
-    """(a, b, c, d) as nifti1_io.c has it: so near a half turn that a has no digits left, it is 0."""
+    """(a, b, c, d) as nifti1_io.c has it: so near a half turn that a has no digits left, it is
+    0.
+    """
     squared = 1 - (b * b + c * c + d * d)
     if squared >= 1e-7:
         return math.sqrt(squared), b, c, d

@@ -1,5 +1,5 @@
-"""The names that a NIfTI may hold for its values: a Caret label table in an extension behind the header (nifti1.h, extensions;
-written by TotalSegmentator and Connectome Workbench).
+"""The names that a NIfTI may hold for its values: a Caret label table in an extension behind the
+header (nifti1.h, extensions; written by TotalSegmentator and Connectome Workbench).
 
     <CaretExtension><VolumeInformation><LabelTable><Label Key="44"><![CDATA[heart_myocardium]]></Label>…
 """
@@ -28,12 +28,18 @@ _LABEL = re.compile(
 
 
 def embedded_names(path: Path) -> tuple[Segment, ...]:
-    """What a NIfTI itself calls its values, none where it says nothing. The header is one that `check_header` let pass.
+    """What a NIfTI itself calls its values, none where it says nothing.
+
+    The header is one that `check_header` let pass.
 
     Only positive values count: 0 is what nothing is called, whatever its name ("???").
     """
     packed = path.name.lower().endswith(".gz")
-    with reading(path, EXPECTED), open_input(path) as handle, unpacked(path, handle) if packed else nullcontext(handle) as content:
+    with (
+        reading(path, EXPECTED),
+        open_input(path) as handle,
+        unpacked(path, handle) if packed else nullcontext(handle) as content,
+    ):
         head = content.read(352)
         order = next((o for o in "<>" if struct.unpack_from(o + "i", head)[0] in (348, 540)), "<")
         if struct.unpack_from(order + "i", head)[0] == 540:
@@ -46,5 +52,10 @@ def embedded_names(path: Path) -> tuple[Segment, ...]:
         text = content.read(offset - len(head)).decode("utf-8", "replace")
     start = text.find(_START)
     end = text.find(_END, start) if start >= 0 else -1
-    names = {int(m[1]): (m[2] if m[2] is not None else unescape(m[3])).strip() for m in _LABEL.finditer(text, max(0, start), max(0, end))}
-    return tuple(Segment(value, name, strict=True) for value, name in sorted(names.items()) if value and name)
+    names = {
+        int(m[1]): (m[2] if m[2] is not None else unescape(m[3])).strip()
+        for m in _LABEL.finditer(text, max(0, start), max(0, end))
+    }
+    return tuple(
+        Segment(value, name, strict=True) for value, name in sorted(names.items()) if value and name
+    )

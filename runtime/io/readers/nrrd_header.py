@@ -75,14 +75,18 @@ _TYPES = {
         "u2": "ushort,unsigned short,unsigned short int,uint16,uint16_t",
         "i4": "int,signed int,int32,int32_t",
         "u4": "uint,unsigned int,uint32,uint32_t",
-        "i8": "longlong,long long,long long int,signed long long,signed long long int,int64,int64_t",
+        "i8": (
+            "longlong,long long,long long int,signed long long,signed long long int,int64,int64_t"
+        ),
         "u8": "ulonglong,unsigned long long,unsigned long long int,uint64,uint64_t",
         "f4": "float",
         "f8": "double",
     }.items()
     for name in names.split(",")
 }
-_ENCODINGS = {"raw": "raw", "gz": "gzip", "gzip": "gzip", "hex": "hex"} | dict.fromkeys(("txt", "text", "ascii"), "text")
+_ENCODINGS = {"raw": "raw", "gz": "gzip", "gzip": "gzip", "hex": "hex"} | dict.fromkeys(
+    ("txt", "text", "ascii"), "text"
+)
 # Signs that turn the space's axes into those to the left, to the back and to the head.
 _SPACES = {
     "left-posterior-superior": (1, 1, 1),
@@ -114,7 +118,9 @@ def read_header(path: Path, handle: BinaryIO) -> Header:
     axes = range(1, 4) if layered else range(min(3, len(sizes)))
     shape = check_shape(path, sizes[1:] if layered else sizes)
     if any(kind not in _SCALAR for kind in (kinds[n] for n in axes if n < len(kinds))):
-        raise bad(path, f"has axes of the kinds {' '.join(kinds)[:80]}", "save one number per voxel")
+        raise bad(
+            path, f"has axes of the kinds {' '.join(kinds)[:80]}", "save one number per voxel"
+        )
     if layered and not 1 <= sizes[0] <= 1 << 16:
         raise bad(path, f"claims {sizes[0]} layers")
     columns, origin, notes = _place(path, fields, len(sizes), axes)
@@ -210,12 +216,18 @@ def _place(
     if "spacedirections" not in fields:
         return _place_by_spacings(path, fields, axes)
     if "spacings" in fields and re.sub(r"nan|none", "", fields["spacings"].lower()).strip():
-        raise bad_grid(path, "states both 'space directions' and 'spacings'", "one of them", "take the wrong one out of its header")
+        raise bad_grid(
+            path,
+            "states both 'space directions' and 'spacings'",
+            "one of them",
+            "take the wrong one out of its header",
+        )
     space = fields.get("space", "").lower()
     if space not in _SPACES and space not in _UNORIENTED:
         raise bad_grid(
             path,
-            f"states its axes in the space {space[:40]!r}, which does not say how they lie in the patient",
+            f"states its axes in the space {space[:40]!r}, which does not say how they lie in the"
+            " patient",
             "left-posterior-superior, or another named by the body",
             "write it with such a space",
         )
@@ -230,7 +242,8 @@ def _place(
     if "spacedimension" in fields and integers(path, fields, "spacedimension") != [components]:
         raise bad_grid(
             path,
-            f"states a space of {fields['spacedimension'][:40]} dimensions and directions of {components}",
+            f"states a space of {fields['spacedimension'][:40]} dimensions and directions of"
+            f" {components}",
             "one number of dimensions",
             "write a valid header",
         )
@@ -241,7 +254,10 @@ def _place(
         given = _vectors(path, "space origin", fields["spaceorigin"])
         if len(given) != 1 or given[0] is None or len(given[0]) != components:
             raise bad_grid(
-                path, f"states the spaceorigin {fields['spaceorigin'][:80]}", f"one vector of {components} numbers", "write a valid header"
+                path,
+                f"states the spaceorigin {fields['spaceorigin'][:80]}",
+                f"one vector of {components} numbers",
+                "write a valid header",
             )
         origin[:components] = given[0]
     else:
@@ -250,7 +266,10 @@ def _place(
     mm[:components] = _units(path, fields, "spaceunits", components)
     if set(_units(path, fields, "units", dimension)) != {1.0}:
         raise bad_grid(
-            path, f"states 'units' {fields['units'][:60]} beside 'space directions'", "'space units'", "take 'units' out of its header"
+            path,
+            f"states 'units' {fields['units'][:60]} beside 'space directions'",
+            "'space units'",
+            "take 'units' out of its header",
         )
     signs = np.array(_SPACES.get(space, (1, 1, 1)), float)
     columns, origin = columns * mm[:, None], origin * mm * signs
@@ -269,13 +288,23 @@ def _place_by_spacings(
     words = fields.get("spacings", "").split()
     picked = " ".join(words[axes[0] : axes[-1] + 1])
     steps = spacings(path, "space directions", picked or None, len(axes))
-    steps = [step * mm for step, mm in zip(steps, _units(path, fields, "units", len(words))[axes[0] :], strict=False)]
+    steps = [
+        step * mm
+        for step, mm in zip(
+            steps, _units(path, fields, "units", len(words))[axes[0] :], strict=False
+        )
+    ]
     origin = np.zeros(3)
     if "axismins" in fields:
         mins = fields["axismins"].split()
         low = lengths(path, "axis mins", " ".join(mins[axes[0] : axes[-1] + 1]))
         if len(low) != len(axes):
-            raise bad_grid(path, f"states the axis mins {fields['axismins'][:80]}", "one number an axis", "write a valid header")
+            raise bad_grid(
+                path,
+                f"states the axis mins {fields['axismins'][:80]}",
+                "one number an axis",
+                "write a valid header",
+            )
         centers = [*fields.get("centers", "").lower().split()[axes[0] :], "", "", ""]
         mm = _units(path, fields, "units", len(mins))[axes[0] :]
         for n, (at, step) in enumerate(zip(low, steps, strict=True)):
@@ -311,5 +340,10 @@ def _units(path: Path, fields: Mapping[str, str], key: str, count: int) -> list[
     names = ["" if name.lower() in ("none", "???") else name for name in names]
     factors = [1.0 if not name else MILLIMETRES.get(name.lower(), 0.0) for name in names]
     if len(factors) != count or 0.0 in factors:
-        raise bad_grid(path, f"states the {key} {fields[key][:80]}", "a unit an axis: mm, cm, m or um", "write the grid in mm")
+        raise bad_grid(
+            path,
+            f"states the {key} {fields[key][:80]}",
+            "a unit an axis: mm, cm, m or um",
+            "write the grid in mm",
+        )
     return factors

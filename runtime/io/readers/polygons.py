@@ -1,4 +1,6 @@
-"""Planar contours → the pixels inside them, in memory that depends on the image and not on the contours."""
+"""Planar contours → the pixels inside them, in memory that depends on the image and not on the
+contours.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ CROSSINGS = 1 << 18  # crossings of edges and rows that are held at once
 def fill(contours: Sequence[Contour], shape: tuple[int, int]) -> NDArray[np.bool_]:
     """The pixels whose centre lies inside, by the even-odd rule over all `contours` together.
 
-    A hole may thus be a contour of its own, or be joined to the outer one by a keyhole, whose two sides cancel. A centre on a left
-    or upper edge is inside, on a right or lower one outside, so that neighbours that share an edge neither overlap nor leave a gap.
+    A hole may thus be a contour of its own, or be joined to the outer one by a keyhole, whose two
+    sides cancel. A centre on a left or upper edge is inside, on a right or lower one outside, so
+    that neighbours that share an edge neither overlap nor leave a gap.
 
     Args:
         contours: Each (n, 2), pixel centres at whole numbers; the last corner joins the first.
@@ -49,7 +52,10 @@ def window(contour: Contour, shape: tuple[int, int]) -> tuple[slice, slice] | No
 
 
 def contains(outline: Contour, points: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which of the points (m, 2) lie inside an outline (n, 2), by the even-odd rule: bool (m,). It holds m x n numbers."""
+    """Which of the points (m, 2) lie inside an outline (n, 2), by the even-odd rule: bool (m,).
+
+    It holds m x n numbers.
+    """
     start, end = outline, np.roll(outline, -1, axis=0)
     x, y = points[:, :1], points[:, 1:]
     crossed = (start[:, 1] <= y) != (end[:, 1] <= y)
@@ -60,7 +66,9 @@ def contains(outline: Contour, points: NDArray[np.float64]) -> NDArray[np.bool_]
 
 
 def _box(contours: Sequence[Contour], shape: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """First row, row behind the last, and the same of columns, of the pixels that the contours can hold."""
+    """First row, row behind the last, and the same of columns, of the pixels that the contours
+    can hold.
+    """
     if not contours:
         return None
     lowest = np.min([c.min(axis=0) for c in contours], axis=0)
@@ -73,12 +81,16 @@ def _box(contours: Sequence[Contour], shape: tuple[int, int]) -> tuple[int, int,
 def _crossings(
     contours: Sequence[Contour], rows: tuple[int, int], columns: tuple[int, int]
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """Where edges cross the lines through the centres of `rows`: the row, and the first column whose centre is not left of it."""
+    """Where edges cross the lines through the centres of `rows`: the row, and the first column
+    whose centre is not left of it.
+    """
     for edges in _batches(contours):
         # Downwards, so that an edge that two contours share is crossed at the same bits.
-        upper, lower = np.where(edges[0, :, 1] <= edges[1, :, 1], edges.transpose(2, 0, 1), edges[::-1].transpose(2, 0, 1)).transpose(
-            1, 2, 0
-        )
+        upper, lower = np.where(
+            edges[0, :, 1] <= edges[1, :, 1],
+            edges.transpose(2, 0, 1),
+            edges[::-1].transpose(2, 0, 1),
+        ).transpose(1, 2, 0)
         x0, y0, x1, y1 = upper[:, 0], upper[:, 1], lower[:, 0], lower[:, 1]
         # Rows r whose line y = r the edge crosses: first <= r < last.
         first, last = (np.clip(np.ceil(y), *rows).astype(np.intp) for y in (y0, y1))
@@ -90,7 +102,10 @@ def _crossings(
             edge = np.repeat(chosen, much)
             row = np.arange(len(edge)) - np.repeat(np.cumsum(much) - much - first[chosen], much)
             slope = (x1 - x0)[edge] / (y1 - y0)[edge]
-            yield row, np.clip(np.ceil(x0[edge] + (row - y0[edge]) * slope), *columns).astype(np.intp)
+            yield (
+                row,
+                np.clip(np.ceil(x0[edge] + (row - y0[edge]) * slope), *columns).astype(np.intp),
+            )
 
 
 def _batches(contours: Sequence[Contour]) -> Iterator[NDArray[np.float64]]:

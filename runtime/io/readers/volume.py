@@ -23,8 +23,11 @@ from .voxels import planes
 
 READ_AT_ONCE = 2 << 20  # bytes of planes from thread to thread: they stay in the core's cache
 
-_DEFAULT_ORIENTATION = dict.fromkeys((".gz", ".nii"), "it is taken to run right to left, front to back, feet to head") | dict.fromkeys(
-    (".nrrd", ".nhdr", ".mha", ".mhd"), "its axes are taken to run to the left, to the back and to the head"
+_DEFAULT_ORIENTATION = dict.fromkeys(
+    (".gz", ".nii"), "it is taken to run right to left, front to back, feet to head"
+) | dict.fromkeys(
+    (".nrrd", ".nhdr", ".mha", ".mhd"),
+    "its axes are taken to run to the left, to the back and to the head",
 )
 
 
@@ -36,13 +39,19 @@ def simpleitk() -> Any:
 
 
 def read_volume(path: Path) -> Volume:
-    """Read one 3-D scalar volume: values (D, H, W) in the file's dtype (scaled ones as float), geometry LPS in mm.
+    """Read one 3-D scalar volume: values (D, H, W) in the file's dtype (scaled ones as float),
+    geometry LPS in mm.
 
     Raises `UnreadableVolume` or `GeometryError`, naming the file, for anything else.
     """
     volume = read_mask(path)
     if isinstance(volume, Layers):
-        raise UnreadableVolume(f"{Path(path).name} holds several layers", expected=EXPECTED, remedy="save it as one layer", file=path)
+        raise UnreadableVolume(
+            f"{Path(path).name} holds several layers",
+            expected=EXPECTED,
+            remedy="save it as one layer",
+            file=path,
+        )
     return volume
 
 
@@ -59,7 +68,9 @@ def read_mask(path: Path) -> Volume | Layers:
 
 
 def _segments_of(header: Header, path: Path) -> tuple[Segment, ...]:
-    """What the file calls its values: a Slicer segmentation's segments, or the names embedded in a NIfTI."""
+    """What the file calls its values: a Slicer segmentation's segments, or the names embedded in
+    a NIfTI.
+    """
     if path.suffix.lower() in (".gz", ".nii"):
         return embedded_names(path)
     return tuple(segment for segment, _ in header.segments)
@@ -68,38 +79,66 @@ def _segments_of(header: Header, path: Path) -> tuple[Segment, ...]:
 def _notes(header: Header, path: Path) -> tuple[str, ...]:
     if header.oriented:
         return header.notes
-    return (f"{path.name} states no orientation: {_DEFAULT_ORIENTATION[path.suffix.lower()]}", *header.notes)
+    return (
+        f"{path.name} states no orientation: {_DEFAULT_ORIENTATION[path.suffix.lower()]}",
+        *header.notes,
+    )
 
 
 def _layers(values: NDArray[Any], header: Header, path: Path) -> Layers:
-    """A layered .seg.nrrd: the components of a voxel are its layers, and a value means something in its own layer only."""
+    """A layered .seg.nrrd: the components of a voxel are its layers, and a value means something
+    in its own layer only.
+    """
     if any(not 0 <= layer < header.layers for _, layer in header.segments):
-        raise UnreadableVolume(f"{path.name} has {header.layers} layers, not those its segments name",
-                               expected=EXPECTED, remedy="save it again from Slicer", file=path)  # fmt: skip
+        raise UnreadableVolume(
+            f"{path.name} has {header.layers} layers, not those its segments name",
+            expected=EXPECTED,
+            remedy="save it again from Slicer",
+            file=path,
+        )
     depth, height, width = header.voxels.shape
     values = as_integers(values, path).reshape(depth, height, width, header.layers)
-    renumbered = tuple(Segment(n + 1, segment.name, segment.code) for n, (segment, _) in enumerate(header.segments))
+    renumbered = tuple(
+        Segment(n + 1, segment.name, segment.code) for n, (segment, _) in enumerate(header.segments)
+    )
 
     def pieces() -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
         for k, plane in enumerate(values):
             for named, (segment, layer) in zip(renumbered, header.segments, strict=True):
                 yield named.number, k, plane[..., layer] == segment.number
 
-    return Layers(renumbered, header.voxels.shape, header.geometry, pieces, notes=_notes(header, path))
+    return Layers(
+        renumbered, header.voxels.shape, header.geometry, pieces, notes=_notes(header, path)
+    )
 
 
 def from_sitk(image: Any, nifti_header: bytes | None = None, file: Path | None = None) -> Volume:
-    """A SimpleITK image as a `Volume`; the values are a read-only view that keeps the image. Raises `InputError`s."""
+    """A SimpleITK image as a `Volume`; the values are a read-only view that keeps the image.
+
+    Raises `InputError`s.
+    """
     name = "the image" if file is None else file.name
     pixel = image.GetPixelIDTypeAsString()
-    if image.GetDimension() != 3 or image.GetNumberOfComponentsPerPixel() != 1 or pixel.startswith(("label", "complex")):
-        raise UnreadableVolume(f"{name} is {image.GetDimension()}-D with {image.GetNumberOfComponentsPerPixel()} values a voxel ({pixel})",
-                               expected=EXPECTED, remedy="save the labels as one integer per voxel of a 3-D volume", file=file)  # fmt: skip
+    if (
+        image.GetDimension() != 3
+        or image.GetNumberOfComponentsPerPixel() != 1
+        or pixel.startswith(("label", "complex"))
+    ):
+        raise UnreadableVolume(
+            f"{name} is {image.GetDimension()}-D with {image.GetNumberOfComponentsPerPixel()}"
+            f" values a voxel ({pixel})",
+            expected=EXPECTED,
+            remedy="save the labels as one integer per voxel of a 3-D volume",
+            file=file,
+        )
     return Volume(np.asarray(_Kept(image)), from_sitk_geometry(image, file), nifti_header)
 
 
 def from_sitk_geometry(image: Any, file: Path | None = None) -> Geometry:
-    """Where a 3-D SimpleITK image lies, or what its reader says of it. Raises `GeometryError`, naming the file."""
+    """Where a 3-D SimpleITK image lies, or what its reader says of it.
+
+    Raises `GeometryError`, naming the file.
+    """
     try:
         return Geometry.from_parts(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
     except GeometryError as exc:
@@ -108,7 +147,9 @@ def from_sitk_geometry(image: Any, file: Path | None = None) -> Geometry:
 
 
 class _Kept:
-    """An image's voxels (D, H, W) for numpy, which keeps this, and so the image, as long as an array looks at them."""
+    """An image's voxels (D, H, W) for numpy, which keeps this, and so the image, as long as an
+    array looks at them.
+    """
 
     def __init__(self, image: Any):
         self._image = image
@@ -116,14 +157,21 @@ class _Kept:
 
 
 def read_labels(
-    path: Path, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), force: bool = False,
+    path: Path,
+    table: LabelTable,
+    label_map: LabelMap | None = None,
+    *,
+    order: Sequence[str] = (),
+    force: bool = False,
     file: Path | None = None,
-) -> LabelVolume:  # fmt: skip
-    """Read a mask and map its values to the model's indices. Raises `InputError`s that name `file`, by default the path.
+) -> LabelVolume:
+    """Read a mask and map its values to the model's indices.
 
-    `order`: what wins where segments overlap (`runtime.core.labels.overlay`); `force`: what looks like an image is read, too.
-    Of a volume in one layer only the indices are ever held: it is decompressed in one thread, and mapped and digested in another, a few
-    planes behind.
+    Raises `InputError`s that name `file`, by default the path.
+
+    `order`: what wins where segments overlap (`runtime.core.labels.overlay`); `force`: what looks
+    like an image is read, too. Of a volume in one layer only the indices are ever held: it is
+    decompressed in one thread, and mapped and digested in another, a few planes behind.
     """
     path = Path(path)
     file, header = file or path, check_header(path, voxels=False)
@@ -135,12 +183,15 @@ def read_labels(
     values = (plane for block in blocks for plane in as_integers(block, file))
     indices = index_planes(values, table, label_map, segments=segments, force=force, file=file)
     with _in_memory(header.voxels, math.prod(header.voxels.shape), file):
-        return LabelVolume.gathered(indices, header.voxels.shape, header.geometry, header.nifti, notes=_notes(header, path))
+        return LabelVolume.gathered(
+            indices, header.voxels.shape, header.geometry, header.nifti, notes=_notes(header, path)
+        )
 
 
 @contextmanager
 def _in_memory(voxels: Voxels, size: int, file: Path) -> Iterator[None]:
-    """Refuse a mask for which there is no room, before it is read where that shows by its header: a few MB of gzip can hold GBs.
+    """Refuse a mask for which there is no room, before it is read where that shows by its header: a
+    few MB of gzip can hold GBs.
 
     Args:
         voxels: From the checked header.
@@ -159,28 +210,48 @@ def _in_memory(voxels: Voxels, size: int, file: Path) -> Iterator[None]:
 def _too_large(voxels: Voxels, size: int, limit: int | None, file: Path) -> UnreadableVolume:
     shape = " x ".join(map(str, voxels.shape[::-1]))
     return UnreadableVolume(
-        f"{file.name} holds {shape} voxels, more than this run has memory for: they take {size} bytes",
+        f"{file.name} holds {shape} voxels, more than this run has memory for: they take {size}"
+        " bytes",
         expected="a mask that fits into memory"
-        + ("" if limit is None else f": machine and limits of the process leave {limit} bytes at most"),
+        + (
+            ""
+            if limit is None
+            else f": machine and limits of the process leave {limit} bytes at most"
+        ),
         remedy="cut it, raise the limit, or use a larger machine",
         file=file,
     )
 
 
 def labels_of(
-    mask: Volume | Layers, table: LabelTable, label_map: LabelMap | None = None, *, order: Sequence[str] = (), force: bool = False,
+    mask: Volume | Layers,
+    table: LabelTable,
+    label_map: LabelMap | None = None,
+    *,
+    order: Sequence[str] = (),
+    force: bool = False,
     file: Path,
-) -> LabelVolume:  # fmt: skip
+) -> LabelVolume:
     """What a reader returned, in the model's indices. Raises `InputError`s that name `file`."""
     if isinstance(mask, Layers):
         labels = overlay(mask, table, label_map, order=order, file=file)
         return LabelVolume(labels, mask.geometry, dicom=mask.dicom, notes=mask.notes)
-    labels = to_indices(as_integers(mask.values, file), table, label_map, segments=mask.segments, force=force, file=file)
+    labels = to_indices(
+        as_integers(mask.values, file),
+        table,
+        label_map,
+        segments=mask.segments,
+        force=force,
+        file=file,
+    )
     return LabelVolume(labels, mask.geometry, mask.nifti_header, mask.dicom, mask.notes)
 
 
 def as_integers(values: NDArray[Any], file: Path | None = None) -> NDArray[Any]:
-    """Label values as integers. Floats are taken when every one of them is whole. Raises `UnreadableVolume`."""
+    """Label values as integers.
+
+    Floats are taken when every one of them is whole. Raises `UnreadableVolume`.
+    """
     if values.dtype.kind in "iu":
         return values
     for plane in values:

@@ -23,8 +23,10 @@ MAX_VOXELS = 1 << 34  # 16 G voxels: past this a header is taken for damaged
 MAX_HEADER = 1 << 20  # bytes of a text header, Slicer's lists of segments among them
 MAX_GAP = 1 << 26  # bytes between a header and its voxels, NIfTI extensions among them
 DEFLATE = 1032  # the most bytes that one byte of deflate can stand for (zlib's technical details)
-# What compressed voxels may become, of whatever type: each is held as a label of one byte. An organ in 512 x 512 x 2000 voxels,
-# all of one label, is within the first alone; a large mask has outlines, and deflate needs a byte for some hundred voxels of them.
+# What compressed voxels may become, of whatever type: each is held as a label of one byte. An organ
+# in 512 x 512 x 2000 voxels,
+# all of one label, is within the first alone; a large mask has outlines, and deflate needs a byte
+# for some hundred voxels of them.
 ALWAYS = 1 << 30  # voxels, however few their compressed bytes are
 EXPANSION = 250  # voxels beyond that for each compressed byte; deflate itself ends at 1032 bytes
 SLICE_MM = 1.0  # thickness of a single slice that states none
@@ -105,7 +107,9 @@ class Header:
         return self.voxels.layers
 
 
-def bad(path: Path, fact: str, remedy: str = "check the file, or write it again") -> UnreadableVolume:
+def bad(
+    path: Path, fact: str, remedy: str = "check the file, or write it again"
+) -> UnreadableVolume:
     """The file is not what a reader takes."""
     return UnreadableVolume(f"{path.name} {fact}", expected=EXPECTED, remedy=remedy, file=path)
 
@@ -129,11 +133,19 @@ def check_shape(path: Path, sizes: Sequence[int]) -> tuple[int, int, int]:
     if len(sizes) < 2:
         raise bad(path, f"is {len(sizes)}-D ({text})", "save it as a 2-D or 3-D label map")
     if any(n != 1 for n in sizes[3:]):
-        raise bad(path, f"is {len(sizes)}-D ({text})", "save one 3-D volume per file: one channel, one time point")
+        raise bad(
+            path,
+            f"is {len(sizes)}-D ({text})",
+            "save one 3-D volume per file: one channel, one time point",
+        )
     if any(n < 1 for n in sizes) or math.prod(sizes) > MAX_VOXELS:
         raise bad(path, f"claims the size {text}")
     if max(sizes) > MAX_EXTENT:
-        raise bad(path, f"has {max(sizes)} voxels along one axis", f"cut it: NIfTI-1, which is written, holds {MAX_EXTENT}")
+        raise bad(
+            path,
+            f"has {max(sizes)} voxels along one axis",
+            f"cut it: NIfTI-1, which is written, holds {MAX_EXTENT}",
+        )
     return (sizes[2] if len(sizes) > 2 else 1), sizes[1], sizes[0]
 
 
@@ -145,12 +157,17 @@ def check_voxels(path: Path, voxels: Voxels) -> Voxels:
             compression could not put them into the bytes that are there.
     """
     if voxels.skip < 0 or (voxels.encoding != "raw" and voxels.skip > MAX_GAP):
-        raise bad(path, f"puts its voxels {voxels.skip} bytes behind its header", f"write it again: up to {MAX_GAP} bytes may lie between")
+        raise bad(
+            path,
+            f"puts its voxels {voxels.skip} bytes behind its header",
+            f"write it again: up to {MAX_GAP} bytes may lie between",
+        )
     have = voxels.file.stat().st_size - voxels.start
     if have < _least_bytes(voxels):
         raise bad(
             path,
-            f"is truncated: {max(0, have - voxels.skip)} bytes are there for {voxels.size} bytes of voxels",
+            f"is truncated: {max(0, have - voxels.skip)} bytes are there for {voxels.size} bytes of"
+            " voxels",
             "copy or download it again",
         )
     count, most = voxels.size // voxels.dtype.itemsize, ALWAYS + EXPANSION * have
@@ -185,7 +202,11 @@ def voxel_name(path: Path, name: str) -> str:
         raise bad(path, f"keeps its voxels in several files ({name[:80]!r})", "save it as one file")
     plain = name.removeprefix("./")
     if not plain or "/" in plain or "\\" in plain or plain in (".", ".."):
-        raise bad(path, f"keeps its voxels in {name[:80]!r}", "keep header and voxels in one folder, or in one file")
+        raise bad(
+            path,
+            f"keeps its voxels in {name[:80]!r}",
+            "keep header and voxels in one folder, or in one file",
+        )
     return plain
 
 
@@ -202,7 +223,11 @@ def voxel_file(path: Path, name: str) -> Path:
         kind = 0
     if not stat.S_ISREG(kind):
         fact = "is a link" if stat.S_ISLNK(kind) else "is no file beside it"
-        raise bad(path, f"keeps its voxels in {name[:80]!r}, which {fact}", "keep header and voxels in one folder, or in one file")
+        raise bad(
+            path,
+            f"keeps its voxels in {name[:80]!r}, which {fact}",
+            "keep header and voxels in one folder, or in one file",
+        )
     return beside
 
 
@@ -247,7 +272,12 @@ def lengths(path: Path, key: str, text: str) -> list[float]:
         numbers = [float(word) for word in words]
         if all(abs(number) <= LARGEST_MM for number in numbers):
             return numbers
-    raise bad_grid(path, f"states the {key} {text[:80]}", f"numbers within {LARGEST_MM:g} mm", "write a valid header")
+    raise bad_grid(
+        path,
+        f"states the {key} {text[:80]}",
+        f"numbers within {LARGEST_MM:g} mm",
+        "write a valid header",
+    )
 
 
 def spacings(path: Path, key: str, text: str | None, count: int) -> list[float]:
@@ -298,7 +328,12 @@ def geometry_of(path: Path, columns: Any, origin: Any) -> tuple[Geometry, tuple[
     shear = shear_of(geometry.affine)
     if shear <= SHEAR_SAID:
         return geometry, ()
-    return geometry, (f"{path.name} is sheared a little: two of its axes have the cosine {shear:.1g}; it is taken as it is",)
+    return geometry, (
+        (
+            f"{path.name} is sheared a little: two of its axes have the cosine {shear:.1g}; it is"
+            " taken as it is"
+        ),
+    )
 
 
 def shear_of(affine: NDArray[np.float64]) -> float:

@@ -46,7 +46,11 @@ def planes(path: Path, voxels: Voxels, at_once: int) -> Iterator[NDArray[Any]]:
             have = _fill(content, place)
             done += have
             if have < len(place):
-                raise bad(path, f"is truncated: {done} of {voxels.size} bytes of voxels are there", "copy or download it again")
+                raise bad(
+                    path,
+                    f"is truncated: {done} of {voxels.size} bytes of voxels are there",
+                    "copy or download it again",
+                )
             if start + len(values) == depth and voxels.encoding != "raw":
                 content.read(1)  # at its end the checksum of a compressed stream is compared
             if not values.dtype.isnative:
@@ -134,11 +138,17 @@ def _pass_over(path: Path, content: Any, count: int) -> None:
     while left and (read := _fill(content, place[: min(left, PIECE)])):
         left -= read
     if left:
-        raise bad(path, f"is truncated: it ends {left} bytes before its voxels", "copy or download it again")
+        raise bad(
+            path,
+            f"is truncated: it ends {left} bytes before its voxels",
+            "copy or download it again",
+        )
 
 
 def _scaled(values: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
-    """slope * value + intercept, computed in double precision; float32 for up to 32 bits a value."""
+    """slope * value + intercept, computed in double precision; float32 for up to 32 bits a
+    value.
+    """
     dtype = np.float64 if values.dtype.itemsize > 4 else np.float32
     return (values.astype(np.float64) * slope + intercept).astype(dtype)
 

@@ -21,20 +21,30 @@ from .base import FormatOptions, OutputRecord, result_name
 
 @dataclass(frozen=True)
 class DicomFormat:
-    """The folder CASE, or CASE_v0 …, with 0001.dcm … from the feet to the head, or ct.dcm for an Enhanced CT, and seg.dcm, the mask as
-    a SEG of this very series."""
+    """The folder CASE, or CASE_v0 …, with 0001.dcm … from the feet to the head, or ct.dcm for an
+    Enhanced CT, and seg.dcm, the mask as a SEG of this very series.
+    """
 
     options: FormatOptions
 
     def check(self, manifest: Manifest, output: Path) -> None:
-        require_libraries("pydicom", *(["highdicom"] if self.options.segmentation != "none" else []))
+        require_libraries(
+            "pydicom", *(["highdicom"] if self.options.segmentation != "none" else [])
+        )
         if manifest.intensity.unit != "HU":
-            raise UsageError(f"the model synthesizes {manifest.intensity.unit}, not HU", expected="Hounsfield units for a CT series",
-                             remedy="write a volume format, such as --format nifti")  # fmt: skip
+            raise UsageError(
+                f"the model synthesizes {manifest.intensity.unit}, not HU",
+                expected="Hounsfield units for a CT series",
+                remedy="write a volume format, such as --format nifti",
+            )
 
         if manifest.derived and self.options.attach:
-            raise UsageError("a deformed CT does not lie in its patient's frame of reference, and is none of their images",
-                             expected="a patient of its own for it", remedy="leave --attach out")  # fmt: skip
+            raise UsageError(
+                "a deformed CT does not lie in its patient's frame of reference, and is none of"
+                " their images",
+                expected="a patient of its own for it",
+                remedy="leave --attach out",
+            )
 
     def check_mask(self, mask: LabelVolume) -> None:
         CanonicalGrid.of(mask.geometry, mask.labels.shape)
@@ -45,9 +55,13 @@ class DicomFormat:
         return (output / result_name(case, variant),)
 
     def is_ours(self, path: Path) -> bool:
-        return path.is_dir() and all(p.suffix == ".dcm" and p.is_file() and is_synthetic(p) for p in path.iterdir())
+        return path.is_dir() and all(
+            p.suffix == ".dcm" and p.is_file() and is_synthetic(p) for p in path.iterdir()
+        )
 
-    def write(self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
+    def write(
+        self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]
+    ) -> Mapping[Path, str]:
         (path,) = self.files(output, record.case, record.variant)
         identity = Identity.of(record, self.options.attach)
         grid = CanonicalGrid.of(record.mask.geometry, record.mask.labels.shape)

@@ -23,8 +23,16 @@ _MM = 2  # xyzt_units
 QFORM_TOLERANCE_MM = 1e-4  # how far qform and sform may disagree
 
 
-def nifti_header(shape: tuple[int, int, int], dtype: np.dtype[Any], geometry: Geometry, source: bytes | None, description: str) -> bytes:
-    """352 bytes: a NIfTI-1 header (nifti1.h; numbers are its byte offsets) with the grid of `source`, else of `geometry`."""
+def nifti_header(
+    shape: tuple[int, int, int],
+    dtype: np.dtype[Any],
+    geometry: Geometry,
+    source: bytes | None,
+    description: str,
+) -> bytes:
+    """352 bytes: a NIfTI-1 header (nifti1.h; numbers are its byte offsets) with the grid of
+    `source`, else of `geometry`.
+    """
     out = bytearray(352)
     code, bits = _CODES[dtype]
     struct.pack_into("<i", out, 0, 348)
@@ -40,7 +48,9 @@ def nifti_header(shape: tuple[int, int, int], dtype: np.dtype[Any], geometry: Ge
     struct.pack_into("<4f", out, 76, _handedness(ras), *geometry.spacing)
     out[123] = _MM
     quaternion = _quaternion(ras)
-    struct.pack_into("<2h", out, 252, int(_qform_holds(quaternion, ras, shape)), 1)  # both in scanner coordinates
+    struct.pack_into(
+        "<2h", out, 252, int(_qform_holds(quaternion, ras, shape)), 1
+    )  # both in scanner coordinates
     struct.pack_into("<3f", out, 256, *quaternion)
     struct.pack_into("<3f", out, 268, *ras[:3, 3])
     struct.pack_into("<12f", out, 280, *ras[:3].ravel())
@@ -52,10 +62,15 @@ def _handedness(ras: NDArray[np.float64]) -> float:
     return -1.0 if np.linalg.det(ras[:3, :3]) < 0 else 1.0
 
 
-def _qform_holds(quaternion: tuple[float, float, float], ras: NDArray[np.float64], shape: tuple[int, int, int]) -> bool:
-    """Whether the three float32 numbers place the far corner within QFORM_TOLERANCE_MM. Near half turns they do not:
-    a = sqrt(1 - b^2 - c^2 - d^2) loses its digits. Then only the sform is stated. Of a sheared grid the qform is the nearest rotation,
-    for readers that refuse its sform (ITK)."""
+def _qform_holds(
+    quaternion: tuple[float, float, float], ras: NDArray[np.float64], shape: tuple[int, int, int]
+) -> bool:
+    """Whether the three float32 numbers place the far corner within QFORM_TOLERANCE_MM.
+
+    Near half turns they do not: a = sqrt(1 - b^2 - c^2 - d^2) loses its digits. Then only the sform
+    is stated. Of a sheared grid the qform is the nearest rotation, for readers that refuse its
+    sform (ITK).
+    """
     b, c, d = (float(np.float32(q)) for q in quaternion)
     turn = rotation(math.sqrt(max(0.0, 1 - b * b - c * c - d * d)), b, c, d)
     columns = turn * np.linalg.norm(ras[:3, :3], axis=0) * [1, 1, _handedness(ras)]
@@ -68,8 +83,8 @@ def _qform_holds(quaternion: tuple[float, float, float], ras: NDArray[np.float64
 def _quaternion(ras: NDArray[np.float64]) -> tuple[float, float, float]:
     """b, c, d of the unit quaternion (a >= 0) of the grid's rotation (nifti1.h, method 2).
 
-    The rotation's quaternion is the eigenvector of the largest eigenvalue of Bar-Itzhack's 4x4 matrix (J. Guidance 23(6),
-    2000), which is well conditioned for every rotation.
+    The rotation's quaternion is the eigenvector of the largest eigenvalue of Bar-Itzhack's 4x4
+    matrix (J. Guidance 23(6), 2000), which is well conditioned for every rotation.
     """
     r = ras[:3, :3] / np.linalg.norm(ras[:3, :3], axis=0)
     r[:, 2] *= _handedness(ras)

@@ -1,8 +1,10 @@
-"""Training sets that grow: nnU-Net raw (nnU-Net v2) and the Medical Segmentation Decathlon, `dataset.json` included.
+"""Training sets that grow: nnU-Net raw (nnU-Net v2) and the Medical Segmentation Decathlon,
+`dataset.json` included.
 
-The output folder is the data set: new, or one that exists, also one of real cases, provided that its labels are these. Labels are
-consecutive, 0..K as the model counts them, which nnU-Net requires. A case is complete once its image is there: the label map is
-written first; `dataset.json`, which counts what lies in the folder, at the end of a run. One run at a time writes into a folder.
+The output folder is the data set: new, or one that exists, also one of real cases, provided that
+its labels are these. Labels are consecutive, 0..K as the model counts them, which nnU-Net requires.
+A case is complete once its image is there: the label map is written first; `dataset.json`, which
+counts what lies in the folder, at the end of a run. One run at a time writes into a folder.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ ENDING = ".nii.gz"
 
 @dataclass(frozen=True)
 class DatasetFormat:
-    """imagesTr/CASE_0000.nii.gz (nnU-Net) or imagesTr/CASE.nii.gz (MSD) with labelsTr/CASE.nii.gz; CASE_v0 … for variants.
+    """imagesTr/CASE_0000.nii.gz (nnU-Net) or imagesTr/CASE.nii.gz (MSD) with labelsTr/CASE.nii.gz;
+    CASE_v0 … for variants.
 
     `channel`: what stands between a case's name and its file's suffix, "_0000" for nnU-Net.
     """
@@ -50,12 +53,17 @@ class DatasetFormat:
 
     def files(self, output: Path, case: str, variant: int | None) -> tuple[Path, ...]:
         name = result_name(case, variant)
-        return output / IMAGES / f"{name}{self.channel}{ENDING}", output / LABELS / f"{name}{ENDING}"
+        return (
+            output / IMAGES / f"{name}{self.channel}{ENDING}",
+            output / LABELS / f"{name}{ENDING}",
+        )
 
     def is_ours(self, path: Path) -> bool:
         return is_synthetic(path)
 
-    def write(self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]) -> Mapping[Path, str]:
+    def write(
+        self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]
+    ) -> Mapping[Path, str]:
         image, label = self.files(output, record.case, record.variant)
         values = np.arange(len(record.manifest.labels), dtype=np.uint8)
         text = notice(derived=record.manifest.derived)
@@ -63,9 +71,16 @@ class DatasetFormat:
         return {image: write_ct(image, slabs, record.mask, description=text), label: mask}
 
     def finish(self, output: Path, manifest: Manifest) -> None:
-        """Bring `dataset.json` to what lies in the folder; what others wrote into it stays. Without a case there is none."""
-        found = sorted(path.name[: -len(ENDING)] for path in (output / LABELS).glob(f"[!.]*{ENDING}"))
-        complete = [case for case in found if (output / IMAGES / f"{case}{self.channel}{ENDING}").exists()]
+        """Bring `dataset.json` to what lies in the folder; what others wrote into it stays.
+
+        Without a case there is none.
+        """
+        found = sorted(
+            path.name[: -len(ENDING)] for path in (output / LABELS).glob(f"[!.]*{ENDING}")
+        )
+        complete = [
+            case for case in found if (output / IMAGES / f"{case}{self.channel}{ENDING}").exists()
+        ]
         if not complete:
             return
         known, ours = _read(output), self._ours(manifest)
@@ -77,7 +92,9 @@ class DatasetFormat:
             listed = [row for row in data.get("training", []) if isinstance(row, dict)]
             names = {os.path.basename(str(row.get("label"))) for row in listed}
             listed += [
-                {"image": f"./{IMAGES}/{c}{ENDING}", "label": f"./{LABELS}/{c}{ENDING}"} for c in complete if f"{c}{ENDING}" not in names
+                {"image": f"./{IMAGES}/{c}{ENDING}", "label": f"./{LABELS}/{c}{ENDING}"}
+                for c in complete
+                if f"{c}{ENDING}" not in names
             ]
             data["training"], data["numTraining"] = listed, len(listed)
         if data != known:
@@ -85,10 +102,19 @@ class DatasetFormat:
 
     def _ours(self, manifest: Manifest) -> dict[str, Any]:
         """What a data set of this model's cases must state."""
-        names = ["background", *(label.name for label in manifest.labels.labels[1:])]  # nnU-Net knows the first by this name
-        modality = {"0": "CT" if manifest.intensity.unit == "HU" else "synthetic"}  # nnU-Net normalises by this name
+        names = [
+            "background",
+            *(label.name for label in manifest.labels.labels[1:]),
+        ]  # nnU-Net knows the first by this name
+        modality = {
+            "0": "CT" if manifest.intensity.unit == "HU" else "synthetic"
+        }  # nnU-Net normalises by this name
         if self.channel:
-            return {"channel_names": modality, "labels": {name: n for n, name in enumerate(names)}, "file_ending": ENDING}
+            return {
+                "channel_names": modality,
+                "labels": {name: n for n, name in enumerate(names)},
+                "file_ending": ENDING,
+            }
         return {"modality": modality, "labels": {str(n): name for n, name in enumerate(names)}}
 
     def _new(self, output: Path, manifest: Manifest, ours: dict[str, Any]) -> dict[str, Any]:
@@ -99,8 +125,17 @@ class DatasetFormat:
         }
         if self.channel:
             return {**ours, "numTraining": 0, **common}
-        return {**common, "reference": "mask2ct", "release": "0.0", "tensorImageSize": "3D", **ours,
-                "numTraining": 0, "numTest": 0, "training": [], "test": []}  # fmt: skip
+        return {
+            **common,
+            "reference": "mask2ct",
+            "release": "0.0",
+            "tensorImageSize": "3D",
+            **ours,
+            "numTraining": 0,
+            "numTest": 0,
+            "training": [],
+            "test": [],
+        }
 
 
 def _read(output: Path) -> dict[str, Any] | None:
@@ -113,11 +148,18 @@ def _read(output: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as exc:
-        raise UsageError(f"{DATASET} cannot be read: {exc}", expected="a data set that can be appended to, or none",
-                         remedy="choose another --output", file=path) from exc  # fmt: skip
+        raise UsageError(
+            f"{DATASET} cannot be read: {exc}",
+            expected="a data set that can be appended to, or none",
+            remedy="choose another --output",
+            file=path,
+        ) from exc
     if not isinstance(data, dict):
         raise UsageError(
-            f"{DATASET} is no JSON object", expected="a data set that can be appended to", remedy="choose another --output", file=path
+            f"{DATASET} is no JSON object",
+            expected="a data set that can be appended to",
+            remedy="choose another --output",
+            file=path,
         )
     return data
 
@@ -126,12 +168,22 @@ def _refuse_another(output: Path, known: dict[str, Any] | None, ours: dict[str, 
     """Cases are only appended to a data set of the same labels, channel and kind of file."""
     for key in ("labels", "channel_names", "modality", "file_ending"):
         if known is not None and key in ours and _plain(known.get(key)) != _plain(ours[key]):
-            raise UsageError(f"the data set in the output folder has the {key} {known.get(key)}", expected=f"{ours[key]}, as this model's cases have",
-                             remedy="choose another --output", file=output / DATASET)  # fmt: skip
+            raise UsageError(
+                f"the data set in the output folder has the {key} {known.get(key)}",
+                expected=f"{ours[key]}, as this model's cases have",
+                remedy="choose another --output",
+                file=output / DATASET,
+            )
 
-    if known is not None and "dataset" in known:  # nnU-Net's way of listing cases that lie elsewhere
-        raise UsageError("the data set in the output folder lists its cases one by one", expected="one whose cases are what lies in imagesTr",
-                         remedy="choose another --output", file=output / DATASET)  # fmt: skip
+    if (
+        known is not None and "dataset" in known
+    ):  # nnU-Net's way of listing cases that lie elsewhere
+        raise UsageError(
+            "the data set in the output folder lists its cases one by one",
+            expected="one whose cases are what lies in imagesTr",
+            remedy="choose another --output",
+            file=output / DATASET,
+        )
 
 
 def _plain(value: Any) -> str:
