@@ -69,7 +69,7 @@ lint: setup
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 
-# docs/benchmarks.md says what each suite measures. bench: a size for a laptop; bench-full: 300 x 512 x 512 and every contender.
+# docs/results/benchmarks.md says what each suite measures. bench: a size for a laptop; bench-full: 300 x 512 x 512 and every contender.
 SUITES = engine stream memory coldstart io train
 
 bench: setup

@@ -197,7 +197,7 @@ def write_page(path: Path, records: Sequence[Record], pictures: Path | None = No
                     )
     lead = (
         "Contenders took turns in every round. A ratio is ours against that one, with the interval"
-        " that holds the true median; docs/benchmarks.md says more."
+        " that holds the true median; docs/results/benchmarks.md says more."
     )
     page(path, "mask2ct: benchmarks", lead, sections)
 

@@ -1,4 +1,4 @@
-"""docs/dicom-conformance.md against the code: what is accepted, proposed, sent and written, and
+"""docs/reference/dicom-conformance.md against the code: what is accepted, proposed, sent and written, and
 the senders' commands.
 """
 
@@ -47,7 +47,7 @@ Row = dict[str, str]
 
 @pytest.fixture(scope="module")
 def page(root: Path) -> str:
-    return (root / "docs" / "dicom-conformance.md").read_text()
+    return (root / "docs" / "reference" / "dicom-conformance.md").read_text()
 
 
 def table(page: str, heading: str, number: int = 0) -> list[list[str]]:

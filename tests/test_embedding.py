@@ -1,4 +1,4 @@
-"""docs/embedding.md is run: each of its blocks is a script of its own, beside a `runs/demo` with
+"""docs/how-to/embedding.md is run: each of its blocks is a script of its own, beside a `runs/demo` with
 a small model.
 """
 
@@ -29,11 +29,11 @@ PRINTS = {
 
 
 def blocks(root: Path) -> dict[str, str]:
-    return dict(BLOCK.findall((root / "docs" / "embedding.md").read_text()))
+    return dict(BLOCK.findall((root / "docs" / "how-to" / "embedding.md").read_text()))
 
 
 def test_every_block_is_run(root: Path) -> None:
-    text = (root / "docs" / "embedding.md").read_text()
+    text = (root / "docs" / "how-to" / "embedding.md").read_text()
     assert set(blocks(root)) == set(PRINTS) and text.count("```python") == len(PRINTS)
 
 

@@ -397,7 +397,7 @@ def _cross(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 
 def _expected(boxes: list[tuple[int, int, int, int]], shape: tuple[int, int]) -> np.ndarray:
-    """The rule of docs/masks.md, written down once more for boxes."""
+    """The rule of docs/reference/masks.md, written down once more for boxes."""
     parts: list[set[tuple[int, ...]]] = []
     for new in set(boxes):
         joined = [part for part in parts if any(_cross(new, other) for other in part)]

@@ -328,11 +328,11 @@ def test_what_is_wrong_is_said_before_any_work(start: Start, masks: Path, tmp_pa
 
 @pytest.fixture
 def script(root: Path, model: Path, tmp_path: Path) -> Callable[..., str]:
-    """Run a block of docs/scaling.md beside a `runs/demo` with a small model; what it prints."""
+    """Run a block of docs/how-to/scaling.md beside a `runs/demo` with a small model; what it prints."""
     blocks = dict(
         re.findall(
             r"```python\n# (\w+\.py)\n(.*?)```",
-            (root / "docs" / "scaling.md").read_text(),
+            (root / "docs" / "how-to" / "scaling.md").read_text(),
             re.DOTALL,
         )
     )

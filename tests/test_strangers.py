@@ -475,7 +475,7 @@ def usage(process: int) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_load_that_is_held(fake_model: Path, tmp_path: Path) -> None:
-    """The figures of docs/dicom-node.md: 400 strangers of each kind, who stay; meanwhile a known
+    """The figures of docs/how-to/dicom-node.md: 400 strangers of each kind, who stay; meanwhile a known
     peer's echo takes below a second.
     """
     pem = certificates(tmp_path / "tls")

@@ -1,5 +1,5 @@
 """From measured stage costs to the throughput to expect of other machines:  python
-tools/capacity.py --model MODEL -o docs/capacity.md
+tools/capacity.py --model MODEL -o docs/reference/capacity.md
 
 What a slice costs is measured here: CPU seconds of each stage, bytes over disk and link,
 multiply-accumulates and tensor traffic of the graph. What a device can do is taken from its data
@@ -259,7 +259,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model", type=Path, default=ROOT / "runs" / "demo" / "model")
     parser.add_argument("--size", choices=list(SIZES), default="300x512x512")
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "capacity.md")
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "reference" / "capacity.md")
     options = parser.parse_args(argv)
     text = page(
         options.model,

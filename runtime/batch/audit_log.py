@@ -3,7 +3,7 @@ line before it.
 
     {"schema": 1, "time": "…Z", "process": "…", "action": "synthesized", …, "previous": "<SHA-256 of the line before>"}
 
-Lines are appended and never rewritten. `docs/audit.md` states the fields; `mask2ct audit FILE`
+Lines are appended and never rewritten. `docs/reference/audit.md` states the fields; `mask2ct audit FILE`
 verifies the chain. No word of a DICOM source is in it: cases and studies are called by digests.
 """
 

@@ -1,6 +1,6 @@
 """Which models are open and how long the work takes, for Prometheus.
 
-What each metric means: docs/dicom-node.md.
+What each metric means: docs/how-to/dicom-node.md.
 """
 
 from __future__ import annotations

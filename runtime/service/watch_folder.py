@@ -1,4 +1,4 @@
-"""Masks that are put into a folder become CTs: what `mask2ct watch` does. See docs/watching.md."""
+"""Masks that are put into a folder become CTs: what `mask2ct watch` does. See docs/how-to/watching.md."""
 
 from __future__ import annotations
 
