@@ -7,7 +7,7 @@ PIP_OPTIONS ?=
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: setup demo test test-all fuzz lint bench bench-full bench-record bench-twice clean tensorrt-bindings pycuda-bindings
+.PHONY: docs setup demo test test-all fuzz lint bench bench-full bench-record bench-twice clean tensorrt-bindings pycuda-bindings
 
 setup: $(STAMP)
 
@@ -68,6 +68,11 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# The documentation's site, in build/site; a warning is an error.
+docs: setup
+	$(RUN) -m pip install --quiet $(PIP_OPTIONS) "mkdocs-material>=9.6,<10" "mkdocstrings[python]>=1.0,<2"
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict # NO_MKDOCS_2_WARNING: its notice of a successor
 
 # docs/results/benchmarks.md says what each suite measures. bench: a size for a laptop; bench-full: 300 x 512 x 512 and every contender.
 SUITES = engine stream memory coldstart io train

@@ -63,7 +63,11 @@ def test_the_pages_commands_do_what_it_says(root: Path, tmp_path: Path) -> None:
     env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(root)}
     output = []
     for n, block in enumerate(
-        re.findall(r"```sh\n(.*?)```", (root / "docs" / "how-to" / "model-changes.md").read_text(), re.DOTALL)
+        re.findall(
+            r"```sh\n(.*?)```",
+            (root / "docs" / "how-to" / "model-changes.md").read_text(),
+            re.DOTALL,
+        )
     ):
         write_mask(tmp_path / "inbox" / f"mask{n}.nii.gz", blobs(seed=n))
         done = subprocess.run(
