@@ -259,7 +259,9 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model", type=Path, default=ROOT / "runs" / "demo" / "model")
     parser.add_argument("--size", choices=list(SIZES), default="300x512x512")
-    parser.add_argument("-o", "--output", type=Path, default=ROOT / "docs" / "reference" / "capacity.md")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=ROOT / "docs" / "reference" / "capacity.md"
+    )
     options = parser.parse_args(argv)
     text = page(
         options.model,

@@ -21,9 +21,41 @@ PACKAGES = ("runtime", "train", "export", "benchmarks", "tools")
 
 # A name that says nothing of what it holds: a participle, a pronoun or an adverb alone.
 VAGUE = frozenset(
-    "found made said there worth kept given done whole ours theirs own other others shown told "
-    "known left taken wanted asked beside those these them here thing things stuff seen used "
-    "held got".split()
+    [
+        "found",
+        "made",
+        "said",
+        "there",
+        "worth",
+        "kept",
+        "given",
+        "done",
+        "whole",
+        "ours",
+        "theirs",
+        "own",
+        "other",
+        "others",
+        "shown",
+        "told",
+        "known",
+        "left",
+        "taken",
+        "wanted",
+        "asked",
+        "beside",
+        "those",
+        "these",
+        "them",
+        "here",
+        "thing",
+        "things",
+        "stuff",
+        "seen",
+        "used",
+        "held",
+        "got",
+    ]
 )
 
 

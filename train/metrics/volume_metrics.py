@@ -161,10 +161,11 @@ def similarity(a: Volumes, b: Volumes) -> dict[str, float]:
 
 
 def scales_of(side: int) -> int:
-    """How many scales of MS-SSIM slices of `side` pixels allow: the window must fit into the
-    coarsest.
+    """How many scales of MS-SSIM slices of `side` pixels allow.
+
+    The window must fit into the coarsest; torchmetrics asks that it fits into `side` / n² as well.
     """
-    return sum(side // 2**n > (KERNEL - 1) for n in range(len(BETAS)))
+    return sum(side // max(2**n, n**2) > KERNEL - 1 for n in range(len(BETAS)))
 
 
 def medians(volume: NDArray[Any], mask: NDArray[Any], classes: int) -> NDArray[np.float64]:

@@ -1,0 +1,110 @@
+"""Do synthetic images make a segmenter better? Measured on patients that nothing was trained on.
+
+    python -m train.usefulness DATA --config CONFIG [--patients 4] [--seeds 3] [--budget 30min]
+    python -m train.usefulness DATA --run RUN [--seeds 3] [--budget 30min]
+
+The first draws the training patients anew for every seed and trains a generator on them alone. The
+second takes a trained run and its own patients. --output gets usefulness.json, .md and .png. A
+command that was killed goes on when it is called again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from runtime.core import console
+from runtime.core.errors import UsageError
+
+from .arms import ARMS
+
+UNITS = {"s": 1, "min": 60, "h": 3600}
+RUN_FOLDER = Path("runs/usefulness")
+OF_CONFIG = "override a key of --config"
+OF_VARIANTS = "images made of every training image (default: %(default)s)"
+OF_BUDGET = "time for generators and segmenters together (default: %(default)s)"
+OF_OUTPUT = "folder of the comparison (default: %(default)s)"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    p = argparse.ArgumentParser(
+        prog="python -m train.usefulness",
+        description="Measure whether synthetic images make a segmenter better.",
+        epilog=console.EXIT_CODES,
+    )
+    add = p.add_argument
+    add("data", metavar="DATA", help="folder or CSV table of labelled images, as for train/run.py")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", type=Path, help="train a generator by it, for every seed anew")
+    source.add_argument("--run", type=Path, help="a finished run folder: measure its generator")
+    add("--set", action="append", default=[], nargs="+", metavar="KEY=VALUE", help=OF_CONFIG)
+    add("--patients", type=int, metavar="N", help="training patients of a seed (default: 4)")
+    add("--seeds", type=int, default=3, metavar="N", help="repetitions (default: %(default)s)")
+    add("--test-patients", type=int, metavar="N", help="patients to test on (default: a third)")
+    add("--variants", type=int, default=3, metavar="K", help=OF_VARIANTS)
+    add("--arms", metavar="A,B", help=f"only these arms, of {', '.join(ARMS)}")
+    add("--budget", type=duration, default="30min", metavar="TIME", help=OF_BUDGET)
+    add("--steps", type=int, metavar="N", help="steps of a segmenter, in place of --budget")
+    add("--output", type=Path, default=RUN_FOLDER, metavar="OUT", help=OF_OUTPUT)
+    add("--quiet", action="store_true", help="no progress")
+    return p
+
+
+def duration(text: str) -> float:
+    """Seconds of a time such as 90s, 30min or 2h."""
+    number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
+    unit = text[len(number) :].strip()
+    try:
+        seconds = float(number) * UNITS[unit]
+    except (ValueError, KeyError):
+        expected = "a time such as 90s, 30min or 2h"
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
+    if not 0 < seconds < 1e7:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0 s and below 100 days")
+    return seconds
+
+
+def chosen_arms(text: str | None) -> list[str]:
+    """The names of --arms, in the order of the table. Raises `UsageError`."""
+    names = [*ARMS] if text is None else [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if name not in ARMS]
+    if unknown:
+        raise UsageError(
+            f"there is no arm {unknown[0]!r}",
+            expected=", ".join(ARMS),
+            remedy="correct --arms",
+        )
+    return [name for name in ARMS if name in names]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line in the module's docstring."""
+    args = parser().parse_args(argv)
+    for name, value in (
+        ("--seeds", args.seeds),
+        ("--variants", args.variants),
+        ("--steps", args.steps),
+    ):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} is {value}", expected="1 or more", remedy=f"correct {name}")
+    arms = chosen_arms(args.arms)
+    from .comparison import compare
+
+    started = time.monotonic()
+    text = compare(args, arms)
+    print(text)
+    if not args.quiet:
+        took = console.duration(time.monotonic() - started)
+        print(
+            f"{args.output}: usefulness.json, .md and .png are written, after {took}",
+            file=sys.stderr,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(console.run(main))
