@@ -21,6 +21,7 @@ from runtime.core.volume import LabelVolume
 from .. import checkpoint
 from ..config import RunConfig
 from ..loop import Training, choose_device, open_cohort
+from ..validation import generate
 from .arms import Generate
 from .cohort import Patient
 
