@@ -299,3 +299,49 @@ def test_special_files_are_called_so(
         f"{name} cannot be read: it is a pipe, a socket or a device, not a file"
         in capsys.readouterr().err
     )
+
+
+@pytest.mark.parametrize(
+    "command_line",
+    [
+        ["train/run.py", "--dataset-path", "DATA", "--output", "OUT", "--config"],
+        [
+            "-m",
+            "runtime",
+            "serve",
+            "--model",
+            "MODEL",
+            "--spool",
+            "SPOOL",
+            "--keep",
+            "--allow",
+            "A",
+            "--tls-ca",
+            "CERT",
+            "--tls-cert",
+            "CERT",
+            "--tls-key",
+        ],
+        ["-m", "runtime", "synth", "MASK", "--model", "MODEL", "--output", "OUT", "--labels"],
+    ],
+    ids=["config", "tls key", "labels"],
+)
+def test_pipes_given_as_options_are_refused(
+    command_line: list[str], fake_model: Path, tmp_path: Path, command
+) -> None:
+    """Nobody writes into the pipe: a program that opened it would wait for ever."""
+    pipe, certificate = tmp_path / "pipe", tmp_path / "certificate.pem"
+    os.mkfifo(pipe)
+    certificate.write_text("")
+    places = {
+        "MODEL": fake_model,
+        "CERT": certificate,
+        "MASK": write_mask(tmp_path / "mask.nii.gz"),
+    }
+    line = [
+        places.get(word, tmp_path / word if word.isupper() and len(word) > 1 else word)
+        for word in command_line
+    ]
+    done = command(*line, pipe, timeout=120)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert "a pipe, a socket or a device" in done.stderr
