@@ -306,8 +306,8 @@ class RunConfig:
 def label_table(data: DataConfig) -> LabelTable:
     """Build the label table of the run, after `keep`.
 
-    Labels that `keep` leaves out become aliases of the background. Labels that are still open (null)
-    count as those of MM-WHS.
+    Labels that `keep` leaves out become aliases of the background. Open labels (null) count as
+    those of MM-WHS.
 
     Args:
         data: The section of the config.

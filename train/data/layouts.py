@@ -4,7 +4,8 @@ an error.
     mm-whs    DIR/CASE_image.nii.gz + DIR/CASE_label.nii.gz
     original  DIR/training/PATIENT/PATIENT_NAME.dcm, DIR/testing/...: one DICOM slice each for image and labels
     nnU-Net   DIR/imagesTr/CASE_0000.nii.gz + DIR/labelsTr/CASE.nii.gz + DIR/dataset.json
-    table     a CSV file (or a folder with one): columns image,label[,patient[,split]], paths relative to the file
+    table     a CSV file (or a folder with one): columns image,label[,patient[,split]], paths
+    relative to the file
 
 Only names are looked at here, and the text of dataset.json and of the table; no image is opened.
 """

@@ -250,8 +250,9 @@ def noise_power(shape: tuple[int, int], spacing: tuple[float, float]) -> Array:
     """Noise-power spectrum (mm^2 per unit HU^2) of filtered backprojection at the rfft2 frequencies
     of a slice.
 
-    |f| times the squared apodisation (Riederer, Pelc, Chesler 1978, Phys Med Biol 23:446; Kijewski, Judy 1987,
-    Phys Med Biol 32:565), scaled to unit variance on a slice of ``NOISE_REFERENCE_MM`` pixels.
+    |f| times the squared apodisation (Riederer, Pelc, Chesler 1978, Phys Med Biol 23:446; Kijewski,
+    Judy 1987, Phys Med Biol 32:565), scaled to unit variance on a slice of ``NOISE_REFERENCE_MM``
+    pixels.
     """
 
     def shaped(n: tuple[int, int], edge: tuple[float, float]) -> Array:

@@ -113,7 +113,7 @@ def network_table(config: RunConfig, step: Step) -> str:
     )
     rows = [f"{'network':<14} {'parameters':>12} {'MACs per slice':>15}"]
     calls: list[tuple[str, torch.nn.Module, Callable[[], object]]] = [
-        ("generator", step.generator, lambda: step.average(condition, noise, style)),
+        ("generator", step.generator, lambda: step.ema_generator(condition, noise, style)),
         ("discriminator", step.discriminator, lambda: step.discriminator(condition, plane)),
     ]
     for name, net, call in calls:
