@@ -34,7 +34,7 @@ class OutputHead(Protocol):
 
     Attributes:
         block: The side of these blocks in pixels; 1 is an image as it is.
-        image: The last layer before the output activation. Exports look up its name.
+        image: The last layer before the output activation; exported graphs carry its name.
         amplitudes: The layer that gives the noise gain, or None where the network takes no noise.
             `initialise` scales its weight.
     """
