@@ -1,4 +1,4 @@
-"""Check the data before the first step: a table for a person, an error where training cannot work."""
+"""Check the data before the first step: a table for a person, an error where it cannot work."""
 
 from __future__ import annotations
 
