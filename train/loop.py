@@ -469,7 +469,7 @@ class _Log:
         self._loggers.write(step, dict(scores.flat(row)))
 
     def close(self) -> None:
-        """Flush what is pending."""
+        """Write pending numbers."""
         self._loggers.close()
 
 
