@@ -196,6 +196,7 @@ def load_calibration(run: TrainedRun) -> NDArray[np.uint8] | None:
 
 
 def _load_masks(run: TrainedRun, tag: str) -> NDArray[np.uint8]:
+    """Label slices of one kind, compared with the SHA-256 in run.json."""
     from safetensors.numpy import load_file
 
     stated = run.data.get(tag, {})
@@ -525,6 +526,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _all(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, by rising step."""
     root = folder / CHECKPOINTS
     return (
         sorted(p for p in root.iterdir() if re.fullmatch(r"step-\d{8}", p.name))
@@ -534,6 +536,7 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _step(path: Path) -> int:
+    """The step in the name of a checkpoint folder."""
     return int(path.name.removeprefix("step-"))
 
 

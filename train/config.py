@@ -397,6 +397,7 @@ def intensity(config: RunConfig) -> Intensity:
 
 
 def _labels_to_keep(value: Any) -> Any:
+    """Convert LABELS of the original to `data.keep`."""
     # The original's list contains the background.
     return [index for index in value if index != 0] if isinstance(value, (list, tuple)) else value
 

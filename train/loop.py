@@ -129,6 +129,7 @@ def open_cohort(
 
 
 def _phantom(phantom: configs.PhantomConfig, folder: Path, quiet: bool) -> Path:
+    """Simulate the phantom's patients into `folder`, unless they are complete."""
     # This marker is written last: without it, an interrupted cohort is simulated again.
     marker = folder / ".complete"
     if not marker.exists():
@@ -288,6 +289,7 @@ class Training:
         return Batch(labels, image, noise, style)
 
     def _advance(self) -> None:
+        """Train one step and add its losses to the sums."""
         losses = self.step(self.done, self.batch(self.done))
         self._sums = {
             name: value + self._sums[name] if self._sums else value

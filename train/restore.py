@@ -149,7 +149,7 @@ def measure_test(
         ModelError: The source cannot be loaded.
     """
     if not cohort.test:
-        raise _nobody("test")
+        raise _empty_split("test")
     step, device, net = network_of(config, source, output, cohort, quiet=quiet)
     patients = _all_slices(config, cohort.test)
     metrics, generated = patients.measure(net, device, config.training.batch_size)
@@ -195,7 +195,7 @@ def held_out(
     cohort = open_cohort(config, run, cache=run.parent / FOLDER, quiet=True)
     patients: tuple[Slices, ...] = getattr(cohort, split)
     if not patients:
-        raise _nobody(split)
+        raise _empty_split(split)
     _, device, net = network_of(config, source, run, cohort, quiet=True)
     measured = _all_slices(config, patients)
     metrics = measured.measure(net, device, config.training.batch_size)[0]
@@ -231,6 +231,7 @@ def network_of(
 
 
 def _all_slices(config: RunConfig, patients: tuple[Slices, ...]) -> Validation:
+    """Every slice of the patients, ready to be measured."""
     return Validation(
         patients,
         sum(map(len, patients)),
@@ -240,7 +241,8 @@ def _all_slices(config: RunConfig, patients: tuple[Slices, ...]) -> Validation:
     )
 
 
-def _nobody(split: str) -> UsageError:
+def _empty_split(split: str) -> UsageError:
+    """The error for a split without patients."""
     return UsageError(
         f"the {split} split is empty",
         expected="patients that are neither trained on nor validated with",

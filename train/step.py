@@ -243,6 +243,7 @@ class Step:
                 adam.state[parameter] = _adam_state(tensors, f"{part}/{name}/", parameter)
 
     def _networks(self) -> dict[str, nn.Module]:
+        """The networks by the part of a checkpoint that they are."""
         # The keys begin the names of tensors in users' checkpoints: do not change them.
         return {
             "generator": self.generator,
@@ -251,6 +252,7 @@ class Step:
         }
 
     def _optimizers(self) -> dict[str, tuple[torch.optim.Adam, nn.Module]]:
+        """The optimisers with their networks, by the part of a checkpoint that they are."""
         return {
             "adam_g": (self._adam_g, self.generator),
             "adam_d": (self._adam_d, self.discriminator),
@@ -354,6 +356,7 @@ def _adam_state(tensors: Mapping[str, Tensor], prefix: str, parameter: Tensor) -
 
 
 def _set_rate(adam: torch.optim.Adam, rate: float) -> None:
+    """Set the learning rate of an optimiser."""
     for group in adam.param_groups:
         group["lr"] = rate
 

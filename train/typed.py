@@ -159,6 +159,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _optional(hint: Any, value: Any, path: str) -> Any:
+    """Check a value of `X | None` that is not None."""
     inner = [arg for arg in get_args(hint) if arg is not type(None)]
     if len(inner) != 1:  # pragma: no cover - a mistake in a config class, not in a config
         raise TypeError(f"{path}: only X | None is understood")
@@ -166,6 +167,7 @@ def _optional(hint: Any, value: Any, path: str) -> Any:
 
 
 def _tuple(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
+    """Check a list against `tuple[...]`, item by item."""
     args = get_args(hint)
     many = len(args) == 2 and args[1] is Ellipsis
     if not isinstance(value, (list, tuple)) or not (many or len(value) == len(args)):
@@ -176,6 +178,7 @@ def _tuple(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
 
 
 def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value fits a plain type or a `Literal`."""
     if hint is Any:
         return True
     if get_origin(hint) is Literal:
@@ -193,6 +196,7 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
+    """The values that an annotation allows, in words."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _describe(args[0]) + "".join(str(limit) for limit in args[1:])

@@ -93,18 +93,21 @@ def apply(affine: Tensor, labels: Tensor, image: Tensor) -> tuple[Tensor, Tensor
 
 
 def _labels(affine: Tensor, labels: Tensor) -> Tensor:
+    """Move label maps, interpolated to the nearest."""
     return functional.grid_sample(
         labels.float(), _grid(affine, labels), mode="nearest", align_corners=False
     )
 
 
 def _image(affine: Tensor, image: Tensor) -> Tensor:
+    """Move images, interpolated by cubics and clipped to [0, 1]."""
     return functional.grid_sample(
         image, _grid(affine, image), mode="bicubic", align_corners=False
     ).clamp(0, 1)
 
 
 def _grid(affine: Tensor, planes: Tensor) -> Tensor:
+    """The positions in the input for every pixel of the output, (N, H, W, 2)."""
     h, w = planes.shape[-2:]
     # With these factors a rotation is one in pixels, also where H and W differ.
     square = on_device(np.array([[1, h / w, 1], [w / h, 1, 1]], np.float32), affine.device)

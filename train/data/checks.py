@@ -320,6 +320,7 @@ def _count(values: NDArray[Any]) -> dict[int, int]:
 
 
 def _range(values: Iterable[float]) -> str:
+    """Numbers for a person: one of them, or lowest..highest."""
     numbers = sorted(values)
     low, high = f"{numbers[0]:.4g}", f"{numbers[-1]:.4g}"
     return low if low == high else f"{low}..{high}"
@@ -335,6 +336,7 @@ def _states(path: Path, tag: str) -> bool:
 
 
 def _check_same_grid(pair: Pair, label: Volume, image: Volume, *, placed: bool) -> None:
+    """Raise `InputError` unless label map and image have one grid."""
     remedy = "resample the label map onto its image"
     if label.values.shape != image.values.shape:
         raise InputError(
@@ -364,6 +366,7 @@ def _apart(first: Geometry, second: Geometry, shape: tuple[int, ...]) -> float:
 
 
 def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> None:
+    """Raise `InputError` unless the intensities are finite, varied and in the unit and the range."""
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise InputError(

@@ -149,6 +149,7 @@ def find_pairs(folder: Path) -> list[Pair]:
 
 
 def _mm_whs(folder: Path, data: DataConfig) -> Layout:
+    """Read CASE_image and CASE_label volumes."""
     files_of: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.iterdir()):
         for suffix in SUFFIXES:
@@ -215,6 +216,7 @@ def _slices(folder: Path, data: DataConfig, split: str | None) -> list[Pair]:
 
 
 def _nnunet(folder: Path, data: DataConfig) -> Layout:
+    """Read nnU-Net's raw layout."""
     path = folder / "dataset.json"
     expected = 'nnU-Net\'s {"channel_names": {"0": "CT"}, "labels": {"background": 0, ...}, ...}'
     with reading(path, expected, UsageError):
@@ -305,6 +307,7 @@ def _stated_labels(stated: dict[str, Any], path: Path) -> dict[int, str]:
 
 
 def _folder_table(folder: Path, data: DataConfig) -> Layout:
+    """Read the only CSV table of a folder."""
     tables = _tables(folder)
     if len(tables) > 1:
         raise UsageError(
@@ -334,6 +337,7 @@ def _tables(folder: Path) -> list[Path]:
 
 
 def _table(path: Path, data: DataConfig) -> Layout:
+    """Read a CSV table of pairs."""
     expected = "a CSV file with the columns image,label[,patient[,split]]"
     with (
         reading(path, expected, UsageError),
@@ -393,6 +397,7 @@ def _table(path: Path, data: DataConfig) -> Layout:
 
 
 def _row(path: Path, number: int, row: dict[str, Any]) -> Pair:
+    """Check one line of a table."""
     split = (row.get("split") or "").strip() or None
     if (
         None in row

@@ -295,12 +295,14 @@ class EdgeHead(nn.Module):
 
 
 def _down(channels_in: int, channels_out: int, *, first: bool) -> nn.Sequential:
+    """A block of the encoder, of stride 2; the first has no normalisation."""
     conv = nn.Conv2d(channels_in, channels_out, 4, 2, 1, bias=first)
     norm = [] if first else [nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM)]
     return nn.Sequential(conv, *norm, nn.LeakyReLU(LEAK))
 
 
 def _up_reference(channels_in: int, channels_out: int) -> nn.Sequential:
+    """A block of the reference's decoder: deconvolution and convolution."""
     return nn.Sequential(
         nn.ConvTranspose2d(channels_in, channels_out, 4, 2, 1),
         same_conv4(channels_out, channels_out),
@@ -310,6 +312,7 @@ def _up_reference(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 def _up_unet(channels_in: int, channels_out: int) -> nn.Sequential:
+    """A block of the unet's decoder: a deconvolution."""
     return nn.Sequential(
         nn.ConvTranspose2d(channels_in, channels_out, 4, 2, 1, bias=False),
         nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM),
@@ -318,6 +321,7 @@ def _up_unet(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 def _conv3(channels_in: int, channels_out: int) -> list[nn.Module]:
+    """A 3x3 convolution with normalisation and activation."""
     return [
         nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
         nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM),
@@ -339,6 +343,7 @@ def _separable(
 
 
 def _down_edge(channels_in: int, channels_out: int, *, first: bool) -> nn.Sequential:
+    """A block of the edge's encoder, depthwise-separable."""
     if first:
         return _down(channels_in, channels_out, first=True)
     shrink = nn.Conv2d(channels_in, channels_in, 4, 2, 1, groups=channels_in, bias=False)
@@ -348,6 +353,7 @@ def _down_edge(channels_in: int, channels_out: int, *, first: bool) -> nn.Sequen
 
 
 def _up_edge(channels_in: int, channels_out: int) -> Join:
+    """A block of the edge's decoder, depthwise-separable."""
     mix, norm, relu, *spread = _separable(channels_in, channels_out, SumConv2d)
     # Channels are mixed before the upsampling, where pixels are few.
     return Join(mix, norm, relu, nn.Upsample(scale_factor=2), *spread)

@@ -69,6 +69,7 @@ def _joined(conv: nn.Conv2d, image: Tensor, condition: Tensor) -> Tensor:
 
 
 def _block(channels_in: int, channels_out: int, *, first: bool) -> nn.Sequential:
+    """A block of stride 2; the first has no normalisation."""
     conv = nn.Conv2d(channels_in, channels_out, 4, 2, 1, bias=first)
     norm = [] if first else [nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM)]
     return nn.Sequential(conv, *norm, nn.LeakyReLU(LEAK))

@@ -118,11 +118,13 @@ def _images(metrics: Mapping[str, Any]) -> str:
 
 
 def _number(value: float | None) -> str:
+    """A metric for a person, "–" for None."""
     if value is None:
         return "–"
     return f"{value:.0f}" if abs(value) >= 20 else f"{value:.2f}"
 
 
 def _image(path: Path) -> str:
+    """An image file as an <img>."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
