@@ -366,7 +366,7 @@ def _apart(first: Geometry, second: Geometry, shape: tuple[int, ...]) -> float:
 
 
 def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> None:
-    """Raise `InputError` unless the intensities are finite, varied and in the unit and the range."""
+    """Raise `InputError` unless intensities are finite, varied, and in unit and range."""
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise InputError(
