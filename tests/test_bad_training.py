@@ -169,7 +169,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         volume(labels=np.zeros((5, 32, 32), np.uint16)),
         "its image (4, 32, 32)",
     ),
-    "8-bit greys": (volume(ct=np.arange(4096).reshape(SHAPE).astype(np.uint8)), "which are no HU"),
+    "8-bit greys": (volume(ct=np.arange(4096).reshape(SHAPE).astype(np.uint8)), "which are not HU"),
     "no label": (volume(labels=np.zeros(SHAPE, np.uint16)), "holds no label at all"),
     "unknown label": (volume(labels=np.full(SHAPE, 77, np.uint16)), "77"),
     "the same image twice": (

@@ -93,7 +93,7 @@ def test_eight_bit_greys_in_hu_mode_are_refused_with_the_way_out(folder: Path) -
     grey = np.zeros((4, 32, 32), np.uint8)
     grey[:, 8:24, 8:24] = 200
     write(folder, 2, ct=grey)
-    with pytest.raises(InputError, match=r"p2_image.* from 0 to 200, which are no HU") as caught:
+    with pytest.raises(InputError, match=r"p2_image.* from 0 to 200, which are not HU") as caught:
         cohort(folder)
     assert "8-bit greys" in caught.value.remedy and '"a.u."' in caught.value.remedy
 

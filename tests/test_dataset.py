@@ -208,7 +208,7 @@ def test_a_folder_without_patients_is_refused(folder: Path, spoil, says: str) ->
 def test_one_patient_with_a_bad_file_is_named(folder: Path) -> None:
     cases: list[tuple[dict, type[Mask2CTError], str]] = [
         ({"label_spacing": (2.0, 2.0, 3.1)}, InputError, "mm off its image"),
-        ({"low": 0}, InputError, "no HU"),
+        ({"low": 0}, InputError, "not HU"),
         ({"value": 7}, UnknownLabels, "7"),
     ]
     for settings, error, says in cases:

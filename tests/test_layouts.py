@@ -168,7 +168,7 @@ def test_what_nnunet_ignores_is_no_tissue(tmp_path: Path) -> None:
     config, said = infer_from_data(config_for(tmp_path))
     assert (
         str(label_table(config.data)) == "0 background, 1 liver"
-        and "ignore (2) is no label" in said
+        and "ignore (2) is not a label" in said
     )
     open_cohort(config, tmp_path, quiet=True)
     path = next((tmp_path / "labelsTr").iterdir())

@@ -208,7 +208,7 @@ def test_an_hu_table_of_images_without_hu_is_refused_with_the_reason(
     done = command(*line)
     assert (
         done.returncode == 1
-        and "a.nii.gz holds values from 500 to 500, which are no HU" in done.stderr
+        and "a.nii.gz holds values from 500 to 500, which are not HU" in done.stderr
         and "--run" in done.stderr
     )
     assert "Traceback" not in done.stderr and done.stdout == ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from train.config import AugmentConfig, GeneratorConfig, load, resolve
+from train import losses
+from train.config import AugmentConfig, GeneratorConfig, LossConfig, load, resolve
 from train.data.augmentation import apply, draw
 from train.losses import (
     discriminator_losses,
@@ -20,7 +22,7 @@ from train.losses import (
     noise_floor,
     weighted_sum,
 )
-from train.networks.blocks import same_conv4
+from train.networks.blocks import ARCHITECTURES, OutputHead, same_conv4
 from train.networks.discriminator import Discriminator
 from train.networks.generator import NOISE_MEAN, NOISE_SD, Generator, one_hot, standardise_noise
 from train.step import Batch, Step, average_decay, update_average
@@ -230,6 +232,39 @@ def test_losses_against_values_worked_by_hand() -> None:
     )
 
 
+def test_losses_without_weights_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    real_losses = losses.generator_losses
+
+    def with_another(*images: torch.Tensor, **options: Any) -> dict[str, torch.Tensor]:
+        return {**real_losses(*images, **options), "sharpness": images[0].mean()}
+
+    assert losses.generator_weights(LossConfig(texture=3)) == {
+        "adversarial": 1,
+        "reconstruction": 100,
+        "texture": 3,
+        "features": 0,
+    }
+    monkeypatch.setattr(losses, "generator_losses", with_another)
+    with pytest.raises(TypeError, match="'sharpness' needs a weight of that name in LossConfig"):
+        small()
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("textures", [0, 3])
+def test_heads_keep_the_output_contract(kind: str, textures: int) -> None:
+    channels, width, (h, w) = 5, 6, (16, 24)
+    head = ARCHITECTURES[kind].head(width, channels, 8, textures, 4)
+    assert isinstance(head, OutputHead)
+    parts = [torch.rand(2, width - 2, h // 2, w // 2), torch.rand(2, 2, h // 2, w // 2)]
+    base, amplitudes = head(parts, torch.rand(2, channels, h, w), torch.rand(2, 4))
+    block = head.block
+    assert base.shape == (2, block**2, h // block, w // block)
+    if textures:
+        assert amplitudes.shape == (2, textures * block**2, h // block, w // block)
+    else:
+        assert amplitudes is None and head.amplitudes is None
+
+
 def test_hinge_losses_against_values_worked_by_hand() -> None:
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])
     d = discriminator_losses(real, fake, "hinge")
@@ -402,8 +437,10 @@ def test_recalibration_measures_the_batch_statistics_of_the_average() -> None:
     torch.testing.assert_close(
         net.encoder[1][1].running_mean, (means[0] + means[1]) / 2, rtol=1e-4, atol=1e-5
     )
-    assert not net.training and torch.equal(net.top.image.weight, step.average.top.image.weight)
+    assert not net.training and torch.equal(
+        net.top.image.weight, step.ema_generator.top.image.weight
+    )
     untouched = step.recalibrated([])
     assert torch.equal(
-        untouched.encoder[1][1].running_mean, step.average.encoder[1][1].running_mean
+        untouched.encoder[1][1].running_mean, step.ema_generator.encoder[1][1].running_mean
     )

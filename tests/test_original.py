@@ -423,7 +423,7 @@ def test_training_begins_from_a_loaded_checkpoint(
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
     from train.restore import checkpoint_of
 
-    with pytest.raises(ModelError, match="is no checkpoint"):
+    with pytest.raises(ModelError, match="is not a checkpoint"):
         checkpoint_of(tmp_path)
 
 

@@ -1,6 +1,6 @@
-"""What a training leaves: checkpoints to resume from, and the run folder that export reads.
+"""What a training writes: checkpoints to resume from, and the run folder that export reads.
 
-Tensors and JSON, no pickles.
+Both are tensors (safetensors) and JSON, never pickles.
 """
 
 from __future__ import annotations
@@ -37,34 +37,27 @@ from runtime.core.manifest import (
 from . import config as configs
 from .config import RunConfig
 
-if TYPE_CHECKING:  # the command line answers --help without torch
+# Only for types: the command line answers --help without torch.
+if TYPE_CHECKING:
     from torch import Tensor
 
     from .networks.generator import Generator
 
 SCHEMA_VERSION = 1
-RUN, CONFIG, METRICS, WEIGHTS, CHECKPOINTS = (
-    "run.json",
-    "config.json",
-    "metrics.jsonl",
-    "generator.safetensors",
-    "checkpoints",
-)
-# Label maps for export, which has no data set: it proves its graphs on the held-out ones and
-# calibrates INT8 on the others.
+RUN, CONFIG, METRICS = "run.json", "config.json", "metrics.jsonl"
+WEIGHTS, CHECKPOINTS = "generator.safetensors", "checkpoints"
+# Label maps for export, which has no data set: it checks its graphs on the held-out ones and
+# calibrates INT8 on the training ones.
 MASKS = {"validation": "validation.safetensors", "calibration": "calibration.safetensors"}
 _STATE, _META = "state.safetensors", "state.json"
-FREE = (
-    "training.steps",
-    "logging.",
-    "license",
-)  # keys that decide nothing of what a run computes up to a step
+# Keys that do not change what a run computes up to a step: --resume may change them.
+FREE = ("training.steps", "logging.", "license")
 _REMEDY = "point at a folder that `python train/run.py` has finished"
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A finished training, as its run.json says. `data` is the whole of run.json."""
+    """A finished training, as its run.json states it; `data` is all of run.json."""
 
     folder: Path
     config: RunConfig
@@ -78,11 +71,22 @@ class TrainedRun:
 
     @property
     def weights(self) -> Path:
+        """The generator's weights, a safetensors file."""
         return self.folder / str(self.data["weights"]["file"])
 
 
 def load_run(folder: Path) -> TrainedRun:
-    """Read RUN/run.json and compare the weights with its SHA-256. Raises `ModelError`."""
+    """Read RUN/run.json and compare the weights with its SHA-256.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The run.
+
+    Raises:
+        ModelError: A file is missing, damaged, or of another version.
+    """
     path = folder / RUN
     if not path.is_file():
         raise ModelError(
@@ -112,9 +116,9 @@ def load_run(folder: Path) -> TrainedRun:
             data,
         )
     except (OSError, KeyError, TypeError, ValueError, AttributeError, ConfigError) as exc:
-        what = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc).splitlines()[0]
+        reason = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc).splitlines()[0]
         raise ModelError(
-            f"{RUN} cannot be used: {what}",
+            f"{RUN} cannot be used: {reason}",
             expected="a run.json as train/run.py writes it",
             remedy=_REMEDY,
             file=path,
@@ -130,7 +134,17 @@ def load_run(folder: Path) -> TrainedRun:
 
 
 def load_generator(folder: Path) -> Generator:
-    """The trained generator of a run folder, in eval mode on the CPU. Raises `ModelError`."""
+    """Load the trained generator of a run folder.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The generator, in eval mode on the CPU.
+
+    Raises:
+        ModelError: A file is missing or damaged, or the weights do not fit the network.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -152,21 +166,37 @@ def load_generator(folder: Path) -> Generator:
 
 
 def load_validation(run: TrainedRun) -> NDArray[np.uint8]:
-    """The held-out label slices of a run, uint8 (n, Z, H, W) model indices.
+    """Load the held-out label slices of a run.
 
-    Raises `ModelError` when they were altered.
+    Args:
+        run: The run.
+
+    Returns:
+        uint8 (n, Z, H, W) model indices.
+
+    Raises:
+        ModelError: The file is missing or was altered.
     """
     return _load_masks(run, "validation")
 
 
 def load_calibration(run: TrainedRun) -> NDArray[np.uint8] | None:
-    """Label slices that a run was trained on, as `load_validation`'s; None of a run that kept
-    none (they were once not written).
+    """Load label slices that a run was trained on.
+
+    Args:
+        run: The run.
+
+    Returns:
+        As `load_validation`; None for an old run, whose folder has none.
+
+    Raises:
+        ModelError: The file is missing or was altered.
     """
     return _load_masks(run, "calibration") if "calibration" in run.data else None
 
 
 def _load_masks(run: TrainedRun, tag: str) -> NDArray[np.uint8]:
+    """Label slices of one kind, compared with the SHA-256 in run.json."""
     from safetensors.numpy import load_file
 
     stated = run.data.get(tag, {})
@@ -185,8 +215,16 @@ def _load_masks(run: TrainedRun, tag: str) -> NDArray[np.uint8]:
 def write_run(
     folder: Path, net: Generator, masks: Mapping[str, NDArray[np.uint8]], facts: Mapping[str, Any]
 ) -> None:
-    """Write generator.safetensors and the `masks` of each purpose, then run.json: `facts` with
-    their SHA-256 added.
+    """Write the weights and the masks, then run.json with their SHA-256.
+
+    Args:
+        folder: The run folder.
+        net: The trained generator.
+        masks: Label slices by their use in export (see `MASKS`), uint8 (n, Z, H, W).
+        facts: The other content of run.json.
+
+    Raises:
+        OutputError: A file cannot be written.
     """
     import torch
 
@@ -209,13 +247,21 @@ def write_run(
 def starting_point(
     folder: Path, config: RunConfig, resume: bool, *, quiet: bool = False
 ) -> Path | None:
-    """Check that `config` may be trained in `folder`; writes nothing.
+    """Check that a config may be trained in a folder, without writing.
 
-    `quiet`: no warning of a damaged checkpoint.
+    Args:
+        folder: The run folder.
+        config: The config of the run.
+        resume: Whether to continue a run.
+        quiet: Whether to print no warning about damaged checkpoints.
 
-    Returns the checkpoint to go on from (see `usable`), or None to start at step 0. Raises
-    `ConfigError` when the folder already holds a run and `resume` is off, holds none and it is on,
-    or holds one of another config.
+    Returns:
+        The checkpoint to continue from (see `usable`), or None to start at step 0.
+
+    Raises:
+        ConfigError: Without `resume`, the folder already holds a run. With it, the folder holds no
+            run, or a run of another config.
+        ModelError: All checkpoints are damaged.
     """
     path = folder / CONFIG
     if not resume:
@@ -242,20 +288,33 @@ def starting_point(
 
 
 def claim(folder: Path, config: RunConfig) -> None:
-    """Make `folder` this config's run folder: from now on only --resume goes on in it.
+    """Make `folder` the run folder of this config: from now on, only --resume trains in it.
 
-    Raises `OutputError`.
+    Args:
+        folder: The run folder.
+        config: The config of the run.
+
+    Raises:
+        OutputError: The folder cannot be written.
     """
     for place in (folder, folder / CHECKPOINTS):
         if place.is_dir():
-            remove_orphans(place)  # of a training that was killed
+            # A killed training may have left temporary files.
+            remove_orphans(place)
     write_json(folder / CONFIG, configs.to_json(config))
 
 
 def stored_config(folder: Path) -> RunConfig:
-    """The config that the run in `folder` was started with.
+    """Load the config that the run in `folder` was started with.
 
-    Raises `ConfigError` when there is none.
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: The folder holds no run, or its config cannot be used.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -269,20 +328,36 @@ def stored_config(folder: Path) -> RunConfig:
 
 
 def newest(folder: Path) -> Path | None:
-    """The checkpoint with the highest step, whole or not; None when there is none."""
-    found = _all(folder)
-    return found[-1] if found else None
+    """Find the checkpoint with the highest step, intact or not.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The checkpoint's folder, or None without checkpoints.
+    """
+    checkpoints = _all(folder)
+    return checkpoints[-1] if checkpoints else None
 
 
 def usable(folder: Path, limit: int, *, quiet: bool = False) -> Path | None:
-    """The last checkpoint of at most `limit` steps whose files are what was written; None when
-    there are no checkpoints.
+    """Find the last intact checkpoint of at most `limit` steps.
 
-    Each damaged one that is passed over is named on standard error, unless `quiet`. Raises
-    `ModelError` when none is left.
+    Each damaged one that is skipped is named on standard error.
+
+    Args:
+        folder: The run folder.
+        limit: The highest step.
+        quiet: Whether to print no warnings.
+
+    Returns:
+        The checkpoint's folder, or None without checkpoints.
+
+    Raises:
+        ModelError: There are checkpoints, but none can be used.
     """
-    found = _all(folder)
-    for path in reversed([p for p in found if _step(p) <= limit]):
+    checkpoints = _all(folder)
+    for path in reversed([p for p in checkpoints if _step(p) <= limit]):
         try:
             _verified(path)
         except ModelError as exc:
@@ -290,10 +365,10 @@ def usable(folder: Path, limit: int, *, quiet: bool = False) -> Path | None:
                 print(f"warning: {exc.fact}; trying the one before", file=sys.stderr)
         else:
             return path
-    if found:
+    if checkpoints:
         raise ModelError(
-            f"none of the {len(found)} checkpoints can be used to train to step {limit}",
-            expected="a whole one of no more steps",
+            f"none of the {len(checkpoints)} checkpoints can be used to train to step {limit}",
+            expected="an intact checkpoint of no more steps",
             remedy="start anew in another --output, or copy a checkpoint back",
             file=folder / CHECKPOINTS,
         )
@@ -301,15 +376,22 @@ def usable(folder: Path, limit: int, *, quiet: bool = False) -> Path | None:
 
 
 def best(folder: Path, limit: int) -> tuple[Path, float] | None:
-    """The checkpoint of at most `limit` steps with the lowest score, and that score; None when
-    none has one.
+    """Find the checkpoint with the lowest score.
+
+    Args:
+        folder: The run folder.
+        limit: The highest step.
+
+    Returns:
+        The checkpoint's folder and its score, or None where no checkpoint has one.
     """
     scored = [
         (score, path)
         for path in _all(folder)
         if _step(path) <= limit and (score := _score(path)) is not None
     ]
-    return min(scored)[::-1] if scored else None  # of equals the first
+    # Of equal scores, the first checkpoint wins.
+    return min(scored)[::-1] if scored else None
 
 
 def save(
@@ -319,12 +401,23 @@ def save(
     keep: int | None,
     score: float | None = None,
 ) -> Path:
-    """Write RUN/checkpoints/step-00000020 atomically, then remove earlier ones but the `keep`
-    newest (None: all are kept) and the best.
+    """Write RUN/checkpoints/step-00000020 atomically, then remove older checkpoints.
 
-    `score`: what the held-out patients said at this step, lower is better; None when they were not
-    asked. Later steps' folders stay: a run that goes on from before a damaged checkpoint writes it
-    anew. Raises `OutputError`.
+    The best one stays. Checkpoints of later steps stay too: a run that continues from before a
+    damaged checkpoint writes them again.
+
+    Args:
+        folder: The run folder.
+        step: The number of steps done.
+        tensors: The tensors by name.
+        keep: How many of the newest to keep; None: all.
+        score: The score of the held-out patients, lower is better; None: not measured.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        OutputError: A file cannot be written.
     """
     path = folder / CHECKPOINTS / f"step-{step:08d}"
     with atomic_folder(path) as part:
@@ -336,27 +429,51 @@ def save(
             "sha256": sha256_of(part / _STATE),
         }
         (part / _META).write_text(json.dumps(meta) + "\n")
-    top = best(folder, step)
-    for old in [p for p in _all(folder) if _step(p) <= step][:-keep] if keep else []:
-        if top is None or old != top[0]:
+    best_checkpoint = best(folder, step)
+    earlier = [p for p in _all(folder) if _step(p) <= step]
+    for old in earlier[:-keep] if keep else []:
+        if best_checkpoint is None or old != best_checkpoint[0]:
             shutil.rmtree(old, ignore_errors=True)
     return path
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether `path` is named and filled as `save` leaves it; its digest is checked by `load`."""
+    """Say whether `path` has the name and the files that `save` writes.
+
+    `load` checks the SHA-256.
+
+    Args:
+        path: Any path.
+
+    Returns:
+        True if it looks like a checkpoint.
+    """
     return re.fullmatch(r"step-\d{8}", path.name) is not None and (path / _META).is_file()
 
 
 def load(path: Path) -> tuple[int, dict[str, Tensor]]:
-    """(step, tensors) of a checkpoint. Raises `ModelError` when it is torn or was altered."""
+    """Load a checkpoint.
+
+    Args:
+        path: The checkpoint's folder.
+
+    Returns:
+        The number of steps done, and the tensors by name.
+
+    Raises:
+        ModelError: The checkpoint is incomplete or was altered.
+    """
     from safetensors.torch import load_file
 
     return int(_verified(path)["step"]), load_file(path / _STATE)
 
 
 def _verified(path: Path) -> dict[str, Any]:
-    """state.json of a checkpoint whose tensors have the SHA-256 it states. Raises `ModelError`."""
+    """Read state.json, and compare the tensors with the SHA-256 that it states.
+
+    Raises:
+        ModelError: They differ, or a file is missing.
+    """
     try:
         meta: dict[str, Any] = json.loads((path / _META).read_text())
         if sha256_of(path / _STATE) != meta["sha256"]:
@@ -364,13 +481,13 @@ def _verified(path: Path) -> dict[str, Any]:
         if meta["step"] != _step(path):
             raise ValueError(f"it says step {meta['step']}")
     except (OSError, ValueError, KeyError, TypeError) as exc:
-        what = (
+        reason = (
             f"{Path(exc.filename).name}: {exc.strerror}"
             if isinstance(exc, OSError) and exc.filename
             else exc
         )
         raise ModelError(
-            f"checkpoint {path.name} cannot be used: {what}",
+            f"checkpoint {path.name} cannot be used: {reason}",
             expected="a checkpoint as training writes it",
             remedy="remove that folder to resume from the one before",
             file=path,
@@ -379,7 +496,7 @@ def _verified(path: Path) -> dict[str, Any]:
 
 
 def _score(path: Path) -> float | None:
-    """What a checkpoint says of itself, without looking at its tensors."""
+    """The score in state.json, without a look at the tensors; None where there is none."""
     try:
         score = json.loads((path / _META).read_text())["score"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -390,7 +507,13 @@ def _score(path: Path) -> float | None:
 def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file.
 
-    Raises OSError, as every other write does, where the library has an error of its own.
+    Args:
+        tensors: The tensors by name.
+        path: The file.
+
+    Raises:
+        OSError: The file cannot be written. safetensors has an error of its own, which is
+            converted.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -403,6 +526,7 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def _all(folder: Path) -> list[Path]:
+    """The checkpoint folders of a run, by rising step."""
     root = folder / CHECKPOINTS
     return (
         sorted(p for p in root.iterdir() if re.fullmatch(r"step-\d{8}", p.name))
@@ -412,11 +536,21 @@ def _all(folder: Path) -> list[Path]:
 
 
 def _step(path: Path) -> int:
+    """The step in the name of a checkpoint folder."""
     return int(path.name.removeprefix("step-"))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The keys, such as "training.steps", in which two configs as JSON data differ."""
+    """List the keys in which two configs differ.
+
+    Args:
+        old: A config as JSON data.
+        new: Another one.
+        prefix: The path to both, for keys of sections.
+
+    Returns:
+        Keys such as "training.steps".
+    """
     names: list[str] = []
     for key in sorted({*old, *new}):
         a, b = old.get(key), new.get(key)

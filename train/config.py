@@ -1,8 +1,7 @@
-"""What a run is: frozen sections, loaded from JSON, overridden by `--set`, resolved without side
-effects.
+"""The config of a training run: frozen sections, loaded from JSON, overridden by `--set`.
 
-The resolved config, written as JSON, alone rebuilds the run. Keys of the original system (MAX_ITER,
-BATCH_SIZE ...) are accepted wherever ours are, through one table.
+The resolved config, written as JSON, is enough to rebuild the run. One table also accepts the keys
+of the original system (MAX_ITER, BATCH_SIZE ...) wherever the keys of this project are accepted.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ NotNegative = Annotated[float, Range(0)]
 
 @dataclass(frozen=True)
 class PhantomConfig:
-    """A cohort made by train/phantom/cohort.py: `patients` thoraces of `size` (D, H, W) voxels."""
+    """A simulated cohort: `patients` thoraces of `size` (D, H, W) voxels (train/phantom)."""
 
     patients: Count = 24
     seed: Seed = 1
@@ -53,60 +52,65 @@ class PhantomConfig:
 class DataConfig:
     """Where patients come from, what their labels are, and the grid the network sees them on."""
 
-    path: str | None = (
-        # folder or table in one of the layouts of train/data/layouts.py; --dataset-path sets it
-        None
-    )
-    phantom: PhantomConfig | None = None  # made when there is no path
-    # a preset's name, or [{"name": ..., "value": ...}, ...] beginning with the background; null:
-    # the layout's own
+    # A folder or a table in one of the layouts of train/data/layouts.py; --dataset-path sets it.
+    path: str | None = None
+    # The simulated cohort to train on where there is no path.
+    phantom: PhantomConfig | None = None
+    # A preset's name, or [{"name": ..., "value": ...}, ...] with the background first. null: the
+    # layout's labels.
     labels: Any = None
-    keep: tuple[Count, ...] | None = (
-        None  # indices of the table to keep, renumbered; all else becomes background
-    )
-    canvas: tuple[Count, Count] = (256, 256)  # (H, W) in pixels
-    pixel_spacing: tuple[Positive, Positive] | None = (
-        None  # mm; None: each slice is fitted to the canvas
-    )
-    slices: Count = 1  # Z neighbouring slices the network sees, odd
-    slice_spacing: Positive | None = None  # mm between them
+    # Indices of the labels to keep, which get new numbers; the others become background.
+    keep: tuple[Count, ...] | None = None
+    # (H, W) in pixels.
+    canvas: tuple[Count, Count] = (256, 256)
+    # In mm. None: each slice is fitted to the canvas.
+    pixel_spacing: tuple[Positive, Positive] | None = None
+    # The number Z of neighbouring slices that the network sees, odd.
+    slices: Count = 1
+    # The distance between these slices in mm.
+    slice_spacing: Positive | None = None
     train_ratio: Share = 0.95
     valid_ratio: Share = 0.02
     split_seed: Seed = 123
-    split_by: Literal["patients", "slices"] = (
-        "patients"  # slices: blocks of every volume, for want of patients; flatters all metrics
-    )
-    image_name: str = "whs_img"  # in the original's layout: PATIENT_<name>.dcm holds the image ...
-    label_name: str = "whs_img_gt"  # ... and this one the labels
+    # "slices" cuts every volume into blocks, for cohorts with too few patients; it flatters all
+    # metrics.
+    split_by: Literal["patients", "slices"] = "patients"
+    # In the original's layout PATIENT_<name>.dcm holds the image, and another one the labels.
+    image_name: str = "whs_img"
+    label_name: str = "whs_img_gt"
 
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """How far training slices are moved at random (train/data/augmentation.py); all 0: not at
-    all.
-    """
+    """Ranges of the random maps of training slices (train/data/augmentation.py); all 0: none."""
 
-    rotation: Annotated[float, Range(0, 180)] = 0.0  # degrees
-    shear: Annotated[float, Range(0, 45)] = 0.0  # degrees
-    shift_width: Annotated[float, Range(0, 0.5)] = 0.0  # share of the width
-    shift_height: Annotated[float, Range(0, 0.5)] = 0.0  # share of the height
-    zoom: Annotated[float, Range(0, 0.9)] = 0.0  # each axis is scaled by 1 - zoom to 1 + zoom
-    labels: bool = True  # move the label map
-    image: bool = True  # move the image
-    same: bool = True  # by one map for both; false: by one each
+    # In degrees.
+    rotation: Annotated[float, Range(0, 180)] = 0.0
+    shear: Annotated[float, Range(0, 45)] = 0.0
+    # Shares of the width and of the height.
+    shift_width: Annotated[float, Range(0, 0.5)] = 0.0
+    shift_height: Annotated[float, Range(0, 0.5)] = 0.0
+    # Each axis is scaled by 1 - zoom to 1 + zoom.
+    zoom: Annotated[float, Range(0, 0.9)] = 0.0
+    # Whether to move the label map, and the image.
+    labels: bool = True
+    image: bool = True
+    # One map for both; false: one for each.
+    same: bool = True
 
     @property
     def active(self) -> bool:
-        moves = (self.rotation, self.shear, self.shift_width, self.shift_height, self.zoom)
-        return any(moves) and (self.labels or self.image)
+        """Whether anything moves at all."""
+        ranges = (self.rotation, self.shear, self.shift_width, self.shift_height, self.zoom)
+        return any(ranges) and (self.labels or self.image)
 
 
 @dataclass(frozen=True)
 class IntensityConfig:
-    """The range the network's [0, 1] stands for; what is outside is clipped in training.
+    """The intensity range that the network's [0, 1] stands for; training clips to it.
 
-    "auto": HU where the images hold them, else a.u. in [low, high] (train/data/inference.py);
-    settled before a run is claimed.
+    "auto" becomes HU where the images hold them, else a.u. in [low, high]
+    (train/data/inference.py), before a run folder is claimed.
     """
 
     unit: Literal["HU", "a.u.", "auto"] = "HU"
@@ -116,49 +120,60 @@ class IntensityConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """`reference`: the original's; `unet`: lighter, ends in full-resolution features; `edge`:
-    the least work (train/networks/blocks.py).
+    """The generator (train/networks/blocks.py).
+
+    `reference` is the original's network, `unet` is lighter and ends in full-resolution features,
+    `edge` needs the least work.
     """
 
     kind: Literal["reference", "unet", "edge"] = "reference"
-    filters: Count = 64  # of the first layer; they double with depth up to 8 times
-    depth: Count = 7  # stride-2 stages: H and W are multiples of 2**depth
+    # Channels of the first layer; they double with depth up to 8 times.
+    filters: Count = 64
+    # The number of stride-2 blocks: H and W are multiples of 2**depth.
+    depth: Count = 7
     skips: bool = False
     activation: Literal["sigmoid"] = "sigmoid"
-    textures: Whole = 0  # learned noise filters; 0: the network takes no noise
-    texture_kernel: Count = 7  # their side in pixels, odd
-    style: Whole = (
-        0  # S, numbers in a style (train/networks/style.py); 0: the network takes no style
-    )
-    style_spread: Positive = (
-        1.5  # deviations of the cohort that a style of 1 stands for: how widely variants differ
-    )
+    # The number of learned noise filters; 0: the network takes no noise.
+    textures: Whole = 0
+    # The side of these filters in pixels, odd.
+    texture_kernel: Count = 7
+    # The length S of a style vector (train/networks/style.py); 0: the network takes no style.
+    style: Whole = 0
+    # Deviations of the cohort that a style of 1 stands for: how widely variants differ.
+    style_spread: Positive = 1.5
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
+    """The discriminator (train/networks/discriminator.py)."""
+
     filters: Count = 64
-    patch_size: Annotated[int, Range(2, 256)] = 16  # power of two: log2 of it stride-2 stages
+    # In pixels, a power of two: log2 of it is the number of stride-2 blocks.
+    patch_size: Annotated[int, Range(2, 256)] = 16
     conditional: bool = True
 
 
 @dataclass(frozen=True)
 class LossConfig:
-    """Weights of the generator's losses (train/losses.py)."""
+    """Weights of the generator's losses (train/losses.py), and how two of them are computed.
+
+    Every loss needs a weight of its own name here; `train.losses.generator_weights` checks it.
+    """
 
     adversarial: NotNegative = 1.0
     reconstruction: NotNegative = 100.0
-    weighting: Literal["basic", "weighted"] = (
-        "basic"  # of the reconstruction: everywhere alike, or centred on the mask
-    )
+    # Where the reconstruction loss counts: everywhere alike, or most at the mask.
+    weighting: Literal["basic", "weighted"] = "basic"
     texture: NotNegative = 0.0
-    features: NotNegative = 0.0  # matching of the discriminator's features
-    gan: Literal["lsgan", "hinge"] = "lsgan"  # what the scores are to be; no weight
+    # Matching of the discriminator's features.
+    features: NotNegative = 0.0
+    # The form of the adversarial loss; not a weight.
+    gan: Literal["lsgan", "hinge"] = "lsgan"
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """Adam. The rate at iteration i is lr * exp(-decay * i)."""
+    """Adam's settings; the learning rate at step i is lr * exp(-decay * i)."""
 
     lr_g: Positive = 1.3e-4
     lr_d: Positive = 1.5e-4
@@ -170,55 +185,57 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
+    """How long to train, on what device, and when to report, to validate and to save."""
+
     steps: Whole = 100_000
     batch_size: Count = 8
     seed: Seed = 0
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.999
-    # batches over which the averaged weights' batch statistics are measured anew; 0: averaged too
+    # Batches over which the averaged weights' batch statistics are measured anew; 0: the
+    # statistics are averaged too.
     recalibrate: Whole = 32
     log_every: Count = 10
     valid_every: Count = 1000
-    valid_slices: Count = (
-        128  # at most so many held-out slices are synthesized at a validation step
-    )
+    # The most held-out slices that a validation synthesizes.
+    valid_slices: Count = 128
     checkpoint_every: Count = 1000
-    keep_checkpoints: Count = 2  # the newest; the best is kept as well
-    best_metric: str | None = (
-        # of the held-out patients (train/metrics/scores.py), by which a checkpoint is the best
-        "body.mae_ratio"
-    )
+    # The number of newest checkpoints to keep; the best one stays as well.
+    keep_checkpoints: Count = 2
+    # The metric of the held-out patients (train/metrics/scores.py) that decides which checkpoint
+    # is the best.
+    best_metric: str | None = "body.mae_ratio"
     best_is: Literal["lowest", "highest"] = "lowest"
-    collapse_steps: Whole = (
-        2000  # the run stops when the discriminator's losses were about 0 for so long; 0: never
-    )
-    threads: Annotated[int, Range(0, 1024)] = 0  # of the CPU; 0: as many as the process may use
+    # The run stops when the discriminator's losses were about 0 for so many steps; 0: never.
+    collapse_steps: Whole = 2000
+    # CPU threads; 0: as many as the process may use.
+    threads: Annotated[int, Range(0, 1024)] = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["fp32", "bf16"] = (
-        "fp32"  # of the networks' arithmetic in training; --dry-run times both on this machine
-    )
-    compile: bool = False  # the networks by torch.compile: minutes at the start, faster steps
+    # The networks' arithmetic in training; --dry-run times both on this machine.
+    precision: Literal["fp32", "bf16"] = "fp32"
+    # torch.compile for the networks: minutes at the start, faster steps.
+    compile: bool = False
 
 
 @dataclass(frozen=True)
 class LoggingConfig:
-    """Where metrics go beside metrics.jsonl (train/reporting/loggers.py).
+    """Where metrics go besides metrics.jsonl (train/reporting/loggers.py).
 
-    No part of what a run computes: --resume may change it.
+    It does not change what a run computes: --resume may change it.
     """
 
     tensorboard: bool = False
     wandb: bool = False
-    wandb_id: str | None = None  # of the Weights & Biases run to go on with
+    # The Weights & Biases run to continue.
+    wandb_id: str | None = None
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run. Constructing it checks what no single key can show."""
+    """The config of a run; its constructor checks what no single key can show."""
 
     name: str = "run"
-    license: str = (
-        ""  # of the weights, such as "Apache-2.0": the model folder states it; empty: not stated
-    )
+    # The licence of the weights, such as "Apache-2.0", which the model folder states.
+    license: str = ""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     intensity: IntensityConfig = field(default_factory=IntensityConfig)
@@ -240,7 +257,7 @@ class RunConfig:
             raise wrong(
                 "generator.depth",
                 self.generator.depth,
-                "at least 2 for edge, whose image is made in 4x4 blocks",
+                "at least 2 for edge, whose image is generated in 4x4 blocks",
             )
         divisor, patch = 2**self.generator.depth, self.discriminator.patch_size
         if any(side % divisor for side in self.data.canvas):
@@ -267,9 +284,9 @@ class RunConfig:
             )
         if self.generator.texture_kernel % 2 == 0:
             raise wrong("generator.texture_kernel", self.generator.texture_kernel, "an odd number")
-        if (
-            self.data.train_ratio < 1 and self.data.train_ratio + self.data.valid_ratio > 1 + 1e-9
-        ):  # 1: all but the validated
+        # A train_ratio of 1 stands for all patients but the held-out ones.
+        total_ratio = self.data.train_ratio + self.data.valid_ratio
+        if self.data.train_ratio < 1 and total_ratio > 1 + 1e-9:
             raise wrong(
                 "data.train_ratio",
                 self.data.train_ratio,
@@ -287,11 +304,19 @@ class RunConfig:
 
 
 def label_table(data: DataConfig) -> LabelTable:
-    """The classes of the run, after `keep`.
+    """Build the label table of the run, after `keep`.
 
-    What is not kept becomes an alias of the background. Raises `ConfigError`.
+    Labels that `keep` leaves out become aliases of the background. Open labels (null) count as
+    those of MM-WHS.
 
-    Labels that are not settled yet (null) count as MM-WHS'.
+    Args:
+        data: The section of the config.
+
+    Returns:
+        The label table.
+
+    Raises:
+        ConfigError: The labels or `keep` are wrong.
     """
     if data.labels is None:
         table = MM_WHS
@@ -327,28 +352,32 @@ def label_table(data: DataConfig) -> LabelTable:
             list(data.keep),
             f"rising indices of labels, 1 to {len(table) - 1}: {table}",
         )
-    background, kept = table.labels[0], [table.labels[index] for index in data.keep]
+    background = table.labels[0]
+    structures = [table.labels[index] for index in data.keep]
     dropped = [
         value
         for label in table.labels[1:]
-        if label not in kept
+        if label not in structures
         for value in (label.value, *label.aliases)
     ]
-    return LabelTable(
-        (
-            Label(
-                background.name,
-                background.value,
-                (*background.aliases, *dropped),
-                background.snomed,
-            ),
-            *kept,
-        )
+    merged_background = Label(
+        background.name,
+        background.value,
+        (*background.aliases, *dropped),
+        background.snomed,
     )
+    return LabelTable((merged_background, *structures))
 
 
 def grid_policy(config: RunConfig) -> GridPolicy:
-    """The contract's grid policy of this run."""
+    """Build the contract's grid policy for this run.
+
+    Args:
+        config: The config.
+
+    Returns:
+        The grid policy.
+    """
     data = config.data
     return GridPolicy(
         data.canvas, data.pixel_spacing, 2**config.generator.depth, data.slices, data.slice_spacing
@@ -356,17 +385,24 @@ def grid_policy(config: RunConfig) -> GridPolicy:
 
 
 def intensity(config: RunConfig) -> Intensity:
-    """The contract's intensity range of this run."""
+    """Build the contract's intensity range for this run.
+
+    Args:
+        config: The config.
+
+    Returns:
+        The intensity range.
+    """
     return Intensity(config.intensity.unit, config.intensity.low, config.intensity.high)
 
 
 def _labels_to_keep(value: Any) -> Any:
-    return (
-        [index for index in value if index != 0] if isinstance(value, (list, tuple)) else value
-    )  # theirs lists the background
+    """Convert LABELS of the original to `data.keep`."""
+    # The original's list contains the background.
+    return [index for index in value if index != 0] if isinstance(value, (list, tuple)) else value
 
 
-# The original system's key → ours, and how its value is read.
+# The original system's key → this project's key, and the function that converts the value.
 ORIGINAL_KEYS: dict[str, tuple[str, Any]] = {
     "NAME": ("name", None),
     "LABELS": ("data.keep", _labels_to_keep),
@@ -404,7 +440,17 @@ ORIGINAL_KEYS: dict[str, tuple[str, Any]] = {
 
 
 def load(path: Path) -> dict[str, Any]:
-    """Read a config file. Raises `ConfigError` when it is missing or not a JSON object."""
+    """Read a config file.
+
+    Args:
+        path: The JSON file.
+
+    Returns:
+        The JSON object.
+
+    Raises:
+        ConfigError: The file is missing or does not hold a JSON object.
+    """
     with (
         reading(path, "a JSON file such as train/configs/phantom.json", ConfigError),
         open_input(path) as handle,
@@ -423,19 +469,28 @@ def load(path: Path) -> dict[str, Any]:
 def resolve(
     data: Mapping[str, Any], overrides: Iterable[str] = (), *, dataset_path: str | None = None
 ) -> RunConfig:
-    """Config data, then `key=value` overrides, then --dataset-path → the checked config.
+    """Apply overrides to config data, and check the result.
 
-    Pure. Raises `ConfigError`.
+    The function is pure. An override's value is JSON; text that is not JSON counts as a string. A
+    dataset path replaces the phantom.
 
-    Values of overrides are JSON; what is not JSON is taken as a string. A dataset path replaces the
-    phantom.
+    Args:
+        data: The config data, as `load` returns it.
+        overrides: Overrides as `key=value`.
+        dataset_path: The value of --dataset-path.
+
+    Returns:
+        The checked config.
+
+    Raises:
+        ConfigError: A key or a value is wrong.
     """
     tree: dict[str, Any] = {}
     for key, value in data.items():
         if key in FIXED_KEYS:
             check_fixed(key, value, data)
         elif key.isupper():
-            _put(tree, *_ours(key, value))
+            _put(tree, *_from_original(key, value))
         elif isinstance(value, Mapping):
             tree[key] = {**tree.get(key, {}), **json.loads(json.dumps(value))}
         else:
@@ -455,7 +510,7 @@ def resolve(
         if key in FIXED_KEYS:
             check_fixed(key, value, data)
             continue
-        _put(tree, *(_ours(key, value) if key.isupper() else (key, value)))
+        _put(tree, *(_from_original(key, value) if key.isupper() else (key, value)))
     if dataset_path is not None:
         _put(tree, "data.path", dataset_path)
     section = tree.get("data")
@@ -465,21 +520,32 @@ def resolve(
 
 
 def from_json(data: Mapping[str, Any]) -> RunConfig:
-    """The config that `to_json` wrote."""
+    """Build the config that `to_json` wrote.
+
+    Args:
+        data: The JSON object.
+
+    Returns:
+        The config.
+
+    Raises:
+        ConfigError: A key or a value is wrong.
+    """
     return build(RunConfig, data)
 
 
-def _ours(key: str, value: Any) -> tuple[str, Any]:
+def _from_original(key: str, value: Any) -> tuple[str, Any]:
+    """Translate a key of the original system and its value."""
     if key not in ORIGINAL_KEYS:
         raise unknown(key, key, [*ORIGINAL_KEYS, *FIXED_KEYS])
-    ours, convert = ORIGINAL_KEYS[key]
-    return ours, convert(value) if convert else value
+    name, convert = ORIGINAL_KEYS[key]
+    return name, convert(value) if convert else value
 
 
 def _put(tree: dict[str, Any], key: str, value: Any) -> None:
     """Set `tree[a][b] = value` for the key "a.b".
 
-    A wrong name is found when the config is built.
+    `build` reports a wrong name later.
     """
     *sections, name = key.split(".")
     for section in sections:

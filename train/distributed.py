@@ -1,10 +1,9 @@
-"""The processes that train one network together, as torchrun starts them: `torchrun
---nproc-per-node 2 train/run.py ...`
+"""The processes that train one network together: `torchrun --nproc-per-node 2 train/run.py ...`.
 
-Data parallel: every rank has the whole networks and a part of each batch, and gradients are
-averaged before every step of an optimiser. Started without torchrun there is one rank, and
-everything here is free (docs/decisions/0008-ranks-average-gradients-themselves.md): even torch is
-not imported.
+The training is data parallel: every rank has both networks and a part of each batch, and gradients
+are averaged before every step of an optimiser. A process that torchrun did not start is the only
+rank, and this module then costs nothing
+(docs/decisions/0008-ranks-average-gradients-themselves.md): it does not even import torch.
 """
 
 from __future__ import annotations
@@ -24,15 +23,19 @@ from .typed import wrong
 if TYPE_CHECKING:
     from torch import Tensor
 
-PATIENCE = timedelta(
-    hours=12
-)  # the others wait while the first makes a phantom, fills the cache or validates
+# The other ranks wait while rank 0 simulates a phantom, fills the cache or validates.
+PATIENCE = timedelta(hours=12)
 
 
 @dataclass(frozen=True)
 class DistributedContext:
-    """This process' number `rank` of `world`; on its own machine it is number `local`, which is
-    its GPU's, of `neighbours`.
+    """This process among the ranks that train together.
+
+    Attributes:
+        rank: Its number among all ranks.
+        world: The number of all ranks.
+        local: Its number on this machine, which is the number of its GPU.
+        neighbours: The number of ranks on this machine.
     """
 
     rank: int = 0
@@ -42,13 +45,18 @@ class DistributedContext:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes the run folder and talks."""
+        """Whether this process writes the run folder and prints."""
         return self.rank == 0
 
     @contextmanager
     def rank_zero_first(self) -> Iterator[None]:
-        """The first rank runs the block, then the others do; when it fails there, they end
-        quietly with its exit code.
+        """Run a block on rank 0 first, then on the others.
+
+        Yields:
+            Nothing.
+
+        Raises:
+            SystemExit: On the other ranks, where rank 0 failed, with its exit code.
         """
         if self.first:
             code = 1
@@ -57,34 +65,47 @@ class DistributedContext:
                 code = 0
             except BaseException as exc:
                 code = getattr(exc, "exit_code", 130 if isinstance(exc, KeyboardInterrupt) else 1)
-                if isinstance(exc, SystemExit):  # argparse
+                # argparse ends by SystemExit.
+                if isinstance(exc, SystemExit):
                     code = exc.code if isinstance(exc.code, int) else 0 if exc.code is None else 1
                 raise
             finally:
                 self._agree(code)
         else:
+            # Rank 0 prints the reason.
             if code := self._agree(0):
-                raise SystemExit(code)  # the first rank says why
+                raise SystemExit(code)
             yield
 
     def average(self, tensors: Iterable[Tensor | None]) -> None:
-        """Replace each tensor (None: left out) by its mean over the ranks.
+        """Replace each tensor by its mean over the ranks.
 
         All ranks call this with the same shapes.
+
+        Args:
+            tensors: The tensors, changed in place; None is left out.
         """
-        there = [t for t in tensors if t is not None]
-        if self.world == 1 or not there:
+        present = [t for t in tensors if t is not None]
+        if self.world == 1 or not present:
             return
         import torch
 
-        flat = torch.cat([t.reshape(-1) for t in there])  # one message, not hundreds
+        # One message instead of hundreds.
+        flat = torch.cat([t.reshape(-1) for t in present])
         self._reduce(flat, "sum")
         flat /= self.world
-        for t, mean in zip(there, flat.split([t.numel() for t in there]), strict=True):
+        for t, mean in zip(present, flat.split([t.numel() for t in present]), strict=True):
             t.copy_(mean.view_as(t))
 
     def any(self, value: bool) -> bool:
-        """Whether `value` holds on any rank. All ranks call this."""
+        """Say whether `value` holds on any rank. All ranks call this.
+
+        Args:
+            value: This rank's value.
+
+        Returns:
+            True if it is true on at least one rank.
+        """
         return self._agree(int(value)) > 0
 
     def _agree(self, value: int) -> int:
@@ -110,10 +131,15 @@ SINGLE_PROCESS = DistributedContext()
 
 
 def check(config: RunConfig, ranks: DistributedContext) -> None:
-    """Raise `ConfigError` when a batch cannot be dealt out evenly, or a rank's part of it would be
-    no batch.
+    """Check that a batch can be divided evenly among the ranks.
 
-    `UsageError` when a machine has GPUs, but fewer than ranks.
+    Args:
+        config: The config of the run.
+        ranks: This process among its peers.
+
+    Raises:
+        ConfigError: A rank's part of the batch would be uneven, or too small to normalise.
+        UsageError: This machine has GPUs, but fewer than ranks.
     """
     if ranks.world == 1:
         return
@@ -129,12 +155,17 @@ def check(config: RunConfig, ranks: DistributedContext) -> None:
         )
     if t.batch_size % ranks.world:
         raise wrong("training.batch_size", t.batch_size, f"a multiple of the {ranks.world} ranks")
-    replace(config, training=replace(t, batch_size=t.batch_size // ranks.world))  # checks itself
+    # The constructor checks the batch size that each rank would have.
+    replace(config, training=replace(t, batch_size=t.batch_size // ranks.world))
 
 
 @contextmanager
 def init_distributed() -> Iterator[DistributedContext]:
-    """Meet the other ranks, if torchrun started this process; a lone process otherwise."""
+    """Join the other ranks, if torchrun started this process.
+
+    Yields:
+        This process among its peers, or `SINGLE_PROCESS`.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         yield SINGLE_PROCESS
         return
@@ -154,8 +185,7 @@ def init_distributed() -> Iterator[DistributedContext]:
     )
     try:
         yield ranks
-        ranks.any(
-            False
-        )  # leave together: a rank whose peer is gone may be ended by gloo on its way out
+        # The ranks leave together: gloo may end a rank whose peer has already left.
+        ranks.any(False)
     finally:
         distributed.destroy_process_group()

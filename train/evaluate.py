@@ -1,16 +1,17 @@
-"""How near synthetic CTs come to true ones, by the command line: volumes on disk, or a run's
-held-out patients, through `train.metrics.scores`.
+"""Compare synthetic CTs with true ones: volumes on disk, or the held-out patients of a run.
 
-    python -m train.evaluate --synthetic DIR --truth DIR --masks DIR [--reference DIR] [--labels mm-whs | --run RUN] [--json FILE]
+    python -m train.evaluate --synthetic DIR --truth DIR --masks DIR [--reference DIR]
+                             [--labels mm-whs | --run RUN] [--json FILE]
     python -m train.evaluate --run RUN [--split valid|test] [--dataset-path DIR] [--json FILE]
 
-The first reads CASE.nii.gz from the masks and the truth, CASE_ct.nii.gz from the synthetic folder,
-or CASE_v0_ct.nii.gz, CASE_v1_ct.nii.gz ..., whose diversity is measured too (the first is the one
-that is compared). The reference, other real patients as training reads them, tells what the
-distances are between real and real. The second synthesizes a run's own held-out patients.
+The first form reads CASE.nii.gz from the masks and the truth, and CASE_ct.nii.gz from the synthetic
+folder. Where that folder holds CASE_v0_ct.nii.gz, CASE_v1_ct.nii.gz ..., it compares the first
+variant and measures the diversity of all. The reference holds other real patients, as training
+reads them: it gives the distances between real and real. The second form synthesizes the held-out
+patients of a run.
 
-Images are in HU, unless the run (or a model folder) says that they are in arbitrary units: all
-figures are then in these.
+Images are in HU, unless the run (or a model folder) states arbitrary units; all metrics then have
+that unit. train/metrics/scores.py computes them.
 """
 
 from __future__ import annotations
@@ -40,21 +41,43 @@ Arrays = list[NDArray[Any]]
 def read_cases(
     synthetic: Path, truth: Path, masks: Path, labels: LabelTable
 ) -> tuple[Arrays, Arrays, Arrays]:
-    """(synthesized, true, masks) of all cases in `masks`, as axial slices, in HU.
+    """Read all cases in `masks`, with the first variant of each.
 
-    Raises `UsageError` or `InputError`, naming the file.
+    Args:
+        synthetic: The folder of synthetic CTs.
+        truth: The folder of true CTs.
+        masks: The folder of label maps.
+        labels: The labels in the masks.
+
+    Returns:
+        Synthetic CTs, true CTs and masks, one (D, H, W) volume of axial slices per case, in HU.
+
+    Raises:
+        UsageError: There are no masks.
+        InputError: A file is missing, cannot be read or has another grid.
     """
-    variants, true, found = read_variants(synthetic, truth, masks, labels)
-    return [volumes[0] for volumes in variants], true, found
+    variants, true, label_maps = read_variants(synthetic, truth, masks, labels)
+    return [volumes[0] for volumes in variants], true, label_maps
 
 
 def read_variants(
     synthetic: Path, truth: Path, masks: Path, labels: LabelTable, unit: str = "HU"
 ) -> tuple[list[Arrays], Arrays, Arrays]:
-    """As `read_cases`, with all variants CASE_v0_ct.nii.gz, CASE_v1_ct.nii.gz ... of each case
-    where there are any.
+    """Read all cases in `masks`, with all variants CASE_v0_ct.nii.gz, CASE_v1_ct.nii.gz ...
 
-    True images without air are refused where the unit is HU.
+    Args:
+        synthetic: The folder of synthetic CTs.
+        truth: The folder of true CTs.
+        masks: The folder of label maps.
+        labels: The labels in the masks.
+        unit: The images' unit; in HU, true images must contain air.
+
+    Returns:
+        The variants of each case, true CTs and masks: volumes (D, H, W) of axial slices.
+
+    Raises:
+        UsageError: There are no masks.
+        InputError: A file is missing, cannot be read or has another grid, or is not in HU.
     """
     from runtime.io.readers.volume import read_labels, read_volume
 
@@ -70,7 +93,7 @@ def read_variants(
             remedy="check --masks",
             file=masks,
         )
-    variants, true, found = [], [], []
+    variants, true, label_maps = [], [], []
 
     def read(file: Path, shape: tuple[int, ...]) -> NDArray[Any]:
         values = read_volume(file).values
@@ -92,22 +115,31 @@ def read_variants(
         true.append(read(truth / path.name, mask.shape))
         if unit == HU.unit and (low := true[-1].min()) > AIR_HU:
             raise InputError(
-                f"{path.name} holds values from {low:g} to {true[-1].max():g}, which are no HU",
+                f"{path.name} holds values from {low:g} to {true[-1].max():g}, which are not HU",
                 expected=(
                     f"air below {AIR_HU} HU: organs' medians, the body and all distances are"
                     " measured in HU"
                 ),
-                remedy="name the run (or model folder) whose units these are: --run RUN",
+                remedy="name the run (or model folder) that states these units: --run RUN",
                 file=truth / path.name,
             )
-        found.append(mask)
-    return variants, true, found
+        label_maps.append(mask)
+    return variants, true, label_maps
 
 
 def read_reference(folder: Path, labels: LabelTable) -> tuple[Arrays, Arrays]:
-    """(images, masks) of the real patients in a folder that training could read.
+    """Read the real patients of a folder that training could read.
 
-    Raises `UsageError` or `InputError`.
+    Args:
+        folder: The dataset.
+        labels: The labels in its label maps.
+
+    Returns:
+        Images and masks, volumes (D, H, W).
+
+    Raises:
+        UsageError: The folder has no known layout.
+        InputError: A file cannot be read.
     """
     from runtime.io.readers.volume import read_labels, read_volume
 
@@ -120,7 +152,17 @@ def read_reference(folder: Path, labels: LabelTable) -> tuple[Arrays, Arrays]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line in the module's docstring."""
+    """Run the command line in the module's docstring.
+
+    Args:
+        argv: The arguments; None: those of the process.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UsageError: Options are missing or exclude each other.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate", description="compare synthetic images with true ones"
     )
@@ -140,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--run",
         type=Path,
         help=(
-            "a run (or model) folder that states labels and intensities; alone: measure its network"
+            "a run (or model) folder that states labels and intensities; without the folders:"
+            " measure its network"
         ),
     )
     parser.add_argument(
@@ -154,10 +197,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics here")
     args = parser.parse_args(argv)
-    given = [name for name in folders if getattr(args, name)]
-    if given != [*folders] and (given or not args.run):
+    named_folders = [name for name in folders if getattr(args, name)]
+    missing = [name for name in folders if name not in named_folders]
+    if missing and (named_folders or not args.run):
         raise UsageError(
-            f"--{', --'.join(n for n in folders if n not in given)} is not given",
+            f"--{', --'.join(missing)} is not given",
             expected="the three folders, or --run alone",
             remedy="python -m train.evaluate --help",
         )
@@ -167,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             expected="one of them: a run states its labels",
             remedy="drop --labels",
         )
-    if given:
+    if named_folders:
         result, unit = _folders(args)
     else:
         from .restore import held_out
@@ -181,7 +225,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _folders(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    """(metrics, unit) of synthesized, true and label volumes on disk."""
+    """The metrics of volumes on disk, and their unit."""
     labels, intensity = described(args.run) if args.run else (PRESETS[args.labels or "mm-whs"], HU)
     names = organ_names(labels)
     variants, truth, masks = read_variants(
@@ -204,7 +248,17 @@ def _folders(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 
 def described(folder: Path) -> tuple[LabelTable, Intensity]:
-    """(labels, intensities) that a run folder or a model folder states. Raises `ModelError`."""
+    """Load the labels and the intensity range that a run folder or a model folder states.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The label table and the intensity range.
+
+    Raises:
+        ModelError: The folder is neither.
+    """
     from .checkpoint import load_run
 
     stated = Manifest.load(folder) if (folder / MANIFEST).is_file() else load_run(folder)

@@ -1,10 +1,9 @@
-"""Pictures for a person: condition | generated | original, three held-out slices, one window of
-intensities.
+"""Figures of held-out slices: condition | generated | original, in one intensity window.
 
     python -m train.figures RUN -o FIGURE.png
 
-draws a run's progress as the paper does: the same slices as synthesized at 0, 10, 25, 50, 75 and
-100 % of its steps.
+draws the progress of a run as the paper does: the same slices as synthesized at 0, 10, 25, 50, 75
+and 100 % of its steps.
 """
 
 from __future__ import annotations
@@ -25,17 +24,23 @@ from runtime.core.manifest import Intensity
 from . import checkpoint
 from . import config as configs
 
-WINDOW_HU = (
-    -700,
-    700,
-)  # lungs dark but not black, bone bright, contrast in the chambers told from muscle
+# Lungs are dark but not black, bone is bright, and contrasted blood differs from muscle.
+WINDOW_HU = (-700, 700)
 ROWS = 3
-MOMENTS = (0, 0.1, 0.25, 0.5, 0.75, 1)  # shares of a run's steps, as the paper's figure has them
+# Shares of a run's steps, as in the paper's figure.
+MOMENTS = (0, 0.1, 0.25, 0.5, 0.75, 1)
 PROGRESS = "progress"
 
 
 def window(intensity: Intensity) -> tuple[float, float]:
-    """The grey values' range: a fixed one in HU, else the model's whole range."""
+    """Choose the range of the grey values.
+
+    Args:
+        intensity: The intensity range of the model.
+
+    Returns:
+        (lowest, highest): a fixed window in HU, else the range of the model.
+    """
     return WINDOW_HU if intensity.unit == "HU" else (intensity.low, intensity.high)
 
 
@@ -49,7 +54,20 @@ def comparison(
     window: tuple[float, float] = WINDOW_HU,
     title: str = "",
 ) -> None:
-    """Write a PNG of up to `ROWS` slices, each array (n, H, W). Raises `OutputError`."""
+    """Write a PNG of up to `ROWS` slices: condition, synthetic image, true image.
+
+    Args:
+        path: The file.
+        labels: uint8 (n, H, W) model indices.
+        generated: Synthetic slices int16 (n, H, W).
+        original: True slices int16 (n, H, W).
+        classes: The number of labels, with the background.
+        window: The lowest and the highest grey value.
+        title: The figure's title.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -85,9 +103,17 @@ def write_snapshot(
     generated: NDArray[np.int16],
     original: NDArray[np.int16],
 ) -> None:
-    """Write RUN/progress/step-00000020.safetensors: what `progress` draws, each (n, H, W).
+    """Write RUN/progress/step-00000020.safetensors, from which `progress` draws.
 
-    Raises `OutputError`.
+    Args:
+        run: The run folder.
+        step: The number of steps done.
+        labels: uint8 (n, H, W) model indices.
+        generated: Synthetic slices int16 (n, H, W).
+        original: True slices int16 (n, H, W).
+
+    Raises:
+        OutputError: The file cannot be written.
     """
     import torch
 
@@ -100,11 +126,21 @@ def write_snapshot(
 
 
 def progress(run: Path, path: Path) -> list[int]:
-    """Draw condition | generated at each of `MOMENTS` | original as a PNG; returns the steps shown.
+    """Draw condition | generated at each of `MOMENTS` | original as a PNG.
 
-    A moment that was not synthesized, because the run was made longer or goes on, is shown by the
-    nearest that was. Raises `ConfigError` or `UsageError` when `run` is no run folder or has
-    synthesized nothing, `OutputError`.
+    A moment without a snapshot, because the run got longer or goes on, takes the nearest one.
+
+    Args:
+        run: The run folder.
+        path: The file.
+
+    Returns:
+        The steps in the figure.
+
+    Raises:
+        ConfigError: `run` is not a run folder.
+        UsageError: It holds no snapshots, or a damaged one.
+        OutputError: The file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -129,10 +165,10 @@ def progress(run: Path, path: Path) -> list[int]:
             for share in MOMENTS
         }
     )
-    shown = []
+    snapshots = []
     for step in steps:
         try:
-            shown.append(load_file(files[step]))
+            snapshots.append(load_file(files[step]))
         except (OSError, SafetensorError) as exc:
             raise UsageError(
                 f"{files[step].name} cannot be read: {exc}",
@@ -140,7 +176,7 @@ def progress(run: Path, path: Path) -> list[int]:
                 remedy="remove the file",
                 file=files[step],
             ) from exc
-    rows, columns = min(ROWS, len(shown[-1]["labels"])), len(steps) + 2
+    rows, columns = min(ROWS, len(snapshots[-1]["labels"])), len(steps) + 2
     figure = Figure(figsize=(1.8 * columns, 1.8 * rows + 0.4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, columns, squeeze=False)
@@ -148,15 +184,14 @@ def progress(run: Path, path: Path) -> list[int]:
     classes = len(configs.label_table(config.data))
     for n, row in enumerate(axes):
         row[0].imshow(
-            shown[-1]["labels"][n],
+            snapshots[-1]["labels"][n],
             cmap="nipy_spectral",
             vmin=0,
             vmax=classes - 1,
             interpolation="nearest",
         )
-        for axis, image in zip(
-            row[1:], [*(s["generated"][n] for s in shown), shown[-1]["original"][n]], strict=True
-        ):
+        images = [*(s["generated"][n] for s in snapshots), snapshots[-1]["original"][n]]
+        for axis, image in zip(row[1:], images, strict=True):
             axis.imshow(image, cmap="gray", vmin=low, vmax=high, interpolation="nearest")
         for axis in row:
             axis.set_axis_off()
@@ -168,7 +203,14 @@ def progress(run: Path, path: Path) -> list[int]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line in the module's docstring."""
+    """Run the command line in the module's docstring.
+
+    Args:
+        argv: The arguments; None: those of the process.
+
+    Returns:
+        The exit code, 0.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m train.figures",
         description="draw a run's progress: condition, generated, original",

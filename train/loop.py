@@ -1,4 +1,7 @@
-"""The training loop: batches in, a run folder out. Exact to resume, safe to interrupt."""
+"""The training loop: batches in, a run folder out.
+
+A training resumes exactly, and an interruption never damages its run folder.
+"""
 
 from __future__ import annotations
 
@@ -42,22 +45,42 @@ from .validation import MASKS_KEPT, Validation, label_maps
 
 
 def choose_device(config: RunConfig) -> tuple[torch.device, str]:
-    """(device, why). Raises `UsageError` when CUDA is asked for and absent."""
-    wanted, there = config.training.device, torch.cuda.is_available()
-    if wanted == "cuda" and not there:
+    """Choose the device to train on.
+
+    Args:
+        config: The config of the run.
+
+    Returns:
+        The device, and the reason for the choice.
+
+    Raises:
+        UsageError: The config asks for CUDA, and this machine has no CUDA device.
+    """
+    requested, has_cuda = config.training.device, torch.cuda.is_available()
+    if requested == "cuda" and not has_cuda:
         raise UsageError(
             "training.device is cuda, and this machine has none",
             expected="a CUDA device",
             remedy="set training.device to auto or cpu",
         )
-    if wanted == "cpu" or not there:
-        return torch.device("cpu"), "as configured" if wanted == "cpu" else "no CUDA device"
-    return torch.device("cuda"), "as configured" if wanted == "cuda" else "a CUDA device is there"
+    if requested == "cpu" or not has_cuda:
+        return torch.device("cpu"), "as configured" if requested == "cpu" else "no CUDA device"
+    return torch.device(
+        "cuda"
+    ), "as configured" if requested == "cuda" else "a CUDA device is there"
 
 
 def set_threads(config: RunConfig, sharers: int = 1) -> int:
-    """Use `training.threads` CPU threads, or this process' share of the cores that `sharers` may
-    run on. Returns how many.
+    """Set the number of CPU threads of this process.
+
+    It is `training.threads`, or else this process' share of the cores.
+
+    Args:
+        config: The config of the run.
+        sharers: How many processes share the cores.
+
+    Returns:
+        The number of threads.
     """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -70,9 +93,20 @@ def set_threads(config: RunConfig, sharers: int = 1) -> int:
 def open_cohort(
     config: RunConfig, folder: Path, *, cache: Path | None = None, quiet: bool = False
 ) -> dataset.Cohort:
-    """The patients of `data.path`, or of the phantom, which is made in RUN/data first.
+    """Open the patients of `data.path`, or simulate the phantom's into RUN/data.
 
-    `cache`: where their slices are kept, if at all.
+    Args:
+        config: The config of the run.
+        folder: The run folder.
+        cache: The folder of decoded slices; None: they stay in memory.
+        quiet: Whether to print nothing.
+
+    Returns:
+        The cohort.
+
+    Raises:
+        UsageError: There is no data.
+        InputError: A file cannot be used for training.
     """
     path = config.data.path
     if path is None:
@@ -95,7 +129,9 @@ def open_cohort(
 
 
 def _phantom(phantom: configs.PhantomConfig, folder: Path, quiet: bool) -> Path:
-    marker = folder / ".complete"  # written last; without it an interrupted cohort is made again
+    """Simulate the phantom's patients into `folder`, unless they are complete."""
+    # This marker is written last: without it, an interrupted cohort is simulated again.
+    marker = folder / ".complete"
     if not marker.exists():
         from .phantom.cohort import generate_cohort
 
@@ -105,7 +141,7 @@ def _phantom(phantom: configs.PhantomConfig, folder: Path, quiet: bool) -> Path:
             phantom.patients,
             seed=phantom.seed,
             size=phantom.size,
-            progress=lambda done, _: line.update(done),
+            progress=lambda count, _: line.update(count),
         )
         line.close()
         write_text(marker, "")
@@ -115,9 +151,16 @@ def _phantom(phantom: configs.PhantomConfig, folder: Path, quiet: bool) -> Path:
 class Training:
     """One training from step `done` on.
 
-    What it needs to go on lies in `Step` and in the number of steps done; nothing else.
+    `Step` and the number of steps hold everything that it needs to continue. Each of several ranks
+    has a `Training` with the same arguments; only rank 0 validates and writes.
 
-    Of several `ranks` each has one, with the same arguments; the first alone validates and writes.
+    Args:
+        config: The config of the run.
+        folder: The run folder.
+        cohort: The patients.
+        resume_from: The checkpoint to continue from; None: start at step 0.
+        quiet: Whether to print nothing.
+        ranks: This process among its peers.
     """
 
     def __init__(
@@ -175,10 +218,15 @@ class Training:
         self._since = self.done
 
     def run(self) -> dict[str, Any]:
-        """Train to `training.steps`, write the run folder and return the last validation metrics.
+        """Train to `training.steps` and write the run folder.
 
-        Raises `Diverged` or `Collapsed` (train/training_monitor.py) with the last good checkpoint
-        kept, KeyboardInterrupt after the checkpoint that Ctrl-C asks for.
+        Returns:
+            The last validation metrics; empty on other ranks than 0.
+
+        Raises:
+            Diverged: A loss is not a number. The last good checkpoint stays.
+            Collapsed: The networks teach each other nothing. The last good checkpoint stays.
+            KeyboardInterrupt: After the checkpoint that Ctrl-C asks for.
         """
         t = self.config.training
         moments = {round(share * t.steps) for share in figures.MOMENTS}
@@ -196,9 +244,8 @@ class Training:
                     self.done % every == 0
                     for every in (t.log_every, t.valid_every, t.checkpoint_every)
                 )
-                due = (
-                    log or validate or save or end or self.ranks.world == 1
-                )  # ranks do not talk about signals at every step
+                # Several ranks do not exchange signals at every step, which would cost time.
+                due = log or validate or save or end or self.ranks.world == 1
                 stop = due and not end and self.ranks.any(bool(interrupted))
                 if log or validate or save or end or stop:
                     self._report(validate=validate or end)
@@ -215,12 +262,20 @@ class Training:
         return self._finish()
 
     def batch(self, n: int) -> Batch:
-        """The n-th batch on the device, augmented: a function of (seed, n)."""
+        """Prepare the n-th batch, a function of (seed, n).
+
+        Args:
+            n: The number of the step.
+
+        Returns:
+            This rank's part of the batch, augmented, on the device.
+        """
         labels, image, noise = (
             augmentation.on_device(array, self.device) for array in self.batches[n]
         )
         settings, part, style = self.config.augment, self.batches.part, None
-        if self.styles is not None:  # while labels and image still lie on each other
+        if self.styles is not None:
+            # Before the augmentation, which may move labels and image apart.
             drawn, edits = self.styles(self.batches.slices(n), n)
             style, shifts, factors, centres = (
                 augmentation.on_device(array[part], self.device) for array in (drawn, *edits)
@@ -234,6 +289,7 @@ class Training:
         return Batch(labels, image, noise, style)
 
     def _advance(self) -> None:
+        """Train one step and add its losses to the sums."""
         losses = self.step(self.done, self.batch(self.done))
         self._sums = {
             name: value + self._sums[name] if self._sums else value
@@ -242,9 +298,7 @@ class Training:
         self.done += 1
 
     def _report(self, *, validate: bool) -> None:
-        """The mean losses since the last report, and the held-out patients if due, as one line
-        of metrics.jsonl.
-        """
+        """Append the mean losses since the last report, and metrics if due, to metrics.jsonl."""
         sums = torch.stack([*self._sums.values()])
         self.ranks.average([sums])
         values = sums.tolist()
@@ -275,9 +329,7 @@ class Training:
         self._progress.update(self.done, note(losses))
 
     def _save(self, *, validated: bool, anyway: bool) -> None:
-        """Write a checkpoint if one is due, or if the held-out patients were never synthesized
-        better.
-        """
+        """Write a checkpoint if one is due, or if the validation gave the best score so far."""
         score = self._score() if validated else None
         best = None if score is None else checkpoint.best(self.folder, self.done)
         if anyway or (score is not None and (best is None or score < best[1])):
@@ -287,9 +339,7 @@ class Training:
             checkpoint.save(self.folder, self.done, state, keep, score)
 
     def _score(self) -> float | None:
-        """`training.best_metric` of the last validation, lower is better; None when it is not
-        among the metrics.
-        """
+        """The last `training.best_metric`, lower is better; None where it is not measured."""
         t, numbers = self.config.training, dict(scores.flat(self.metrics or {}))
         if t.best_metric is None:
             return None
@@ -304,19 +354,22 @@ class Training:
         return numbers[t.best_metric] * (1 if t.best_is == "lowest" else -1)
 
     def _snapshot(self) -> None:
-        """Three fixed held-out slices as they are synthesized now, for train/figures.py."""
+        """Write three fixed held-out slices as synthesized now, for train/figures.py."""
         figures.write_snapshot(
             self.folder, self.done, *self.validation.sample(self.network(), self.device)
         )
 
     def network(self) -> Generator:
-        """The averaged generator, in eval mode, its batch statistics measured anew on training
-        batches.
+        """Copy the EMA generator, with batch statistics measured anew on training batches.
+
+        Returns:
+            The generator in eval mode.
         """
         count = self.config.training.recalibrate
         return self.step.recalibrated(self.batch(n) for n in range(count))
 
     def _finish(self) -> dict[str, Any]:
+        """Write the finished run folder."""
         if not self.ranks.first:
             return {}
         net = self.network()
@@ -339,9 +392,18 @@ class Training:
 def facts(
     config: RunConfig, cohort: dataset.Cohort, step: int, metrics: dict[str, Any]
 ) -> dict[str, Any]:
-    """What run.json says beside the weights.
+    """Collect what run.json states besides the weights.
 
     The dataset's path stays out: run folders travel, patients' names do not.
+
+    Args:
+        config: The config of the run.
+        cohort: The patients.
+        step: The number of steps trained.
+        metrics: The last validation metrics.
+
+    Returns:
+        JSON data.
     """
     data = configs.to_json(config)
     data["data"]["path"] = None
@@ -370,35 +432,37 @@ def _commit() -> str | None:
     """The commit of this checkout, None outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        process = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return process.stdout.strip() if process.returncode == 0 else None
 
 
 class _Log:
-    """metrics.jsonl, one JSON object a line, and what else `config.logging` asks for.
+    """metrics.jsonl, one JSON object a line, and the loggers of `config.logging`.
 
-    Lines past `step` are cut off: a resumed run writes them again.
+    Lines after `step` are cut off: a resumed run writes them again.
     """
 
     def __init__(self, config: RunConfig, folder: Path, step: int, *, quiet: bool):
         self._loggers = Loggers(config, folder, quiet=quiet)
         path = folder / checkpoint.METRICS
         self._path, self._before, self._start = path, 0.0, time.monotonic()
-        kept = []
+        lines = []
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:
                 row = json.loads(line)
             except ValueError:
-                break  # the line that was being written when the process died
+                # The process died while it wrote this line.
+                break
             if row["step"] > step:
                 break
-            kept.append(line)
+            lines.append(line)
             self._before = row["seconds"]
-        write_text(path, "".join(line + "\n" for line in kept))
+        write_text(path, "".join(line + "\n" for line in lines))
 
     def write(self, step: int, row: dict[str, Any]) -> None:
+        """Append one line for `step`, and pass its numbers to the loggers."""
         seconds = round(self._before + time.monotonic() - self._start, 2)
         with writing(self._path), open(self._path, "a", encoding="utf-8") as handle:
             handle.write(
@@ -407,14 +471,15 @@ class _Log:
         self._loggers.write(step, dict(scores.flat(row)))
 
     def close(self) -> None:
-        """Flush what is pending."""
+        """Write pending numbers."""
         self._loggers.close()
 
 
 @contextmanager
 def _graceful() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM in a list that the loop looks at between steps; a second one
-    ends the process at once.
+    """Collect SIGINT and SIGTERM in a list that the loop looks at between steps.
+
+    A second signal ends the process at once.
     """
     received: list[int] = []
 
@@ -426,7 +491,8 @@ def _graceful() -> Iterator[list[int]]:
 
     try:
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: the host program owns the signals
+    except ValueError:
+        # This is not the main thread: the host program owns the signals.
         before = {}
     try:
         yield received

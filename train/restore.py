@@ -1,6 +1,4 @@
-"""What is done with a training that exists: test it on the test split, or begin another from its
-weights.
-"""
+"""Use an existing training: test it on the test split, or start another one from its weights."""
 
 from __future__ import annotations
 
@@ -28,30 +26,55 @@ TEST = "test.json"
 
 
 def checkpoint_of(path: Path) -> Path:
-    """A checkpoint folder itself, or the newest one of a run folder. Raises `ModelError`."""
+    """Find the checkpoint that a path stands for.
+
+    Args:
+        path: A checkpoint folder, or a run folder, which stands for its newest checkpoint.
+
+    Returns:
+        The checkpoint folder.
+
+    Raises:
+        ModelError: There is no checkpoint.
+    """
     if checkpoint.is_checkpoint(path):
         return path
-    found = checkpoint.newest(path) if path.is_dir() else None
-    if found is None:
+    newest = checkpoint.newest(path) if path.is_dir() else None
+    if newest is None:
         raise ModelError(
-            f"{path} is no checkpoint",
+            f"{path} is not a checkpoint",
             expected="a folder such as RUN/checkpoints/step-00001000, or a run folder",
             remedy="correct --ckpt-load",
             file=path,
         )
-    return found
+    return newest
 
 
 def run_of(path: Path) -> Path:
-    """The run folder of a checkpoint (or the run folder itself)."""
+    """Find the run folder that a path belongs to.
+
+    Args:
+        path: A checkpoint folder or a run folder.
+
+    Returns:
+        The run folder.
+    """
     return path.parent.parent if checkpoint.is_checkpoint(path) else path
 
 
 def begin_from(source: Path, config: RunConfig, folder: Path) -> Path:
-    """Write the state of checkpoint `source` as step 0 of the run in `folder`; returns that
-    checkpoint.
+    """Write the state of a checkpoint as step 0 of a new run.
 
-    Raises `ModelError` when it belongs to other networks.
+    Args:
+        source: The checkpoint folder.
+        config: The config of the new run.
+        folder: The run folder of the new run.
+
+    Returns:
+        The new checkpoint folder.
+
+    Raises:
+        ModelError: The checkpoint belongs to other networks.
     """
     _, tensors = checkpoint.load(source)
     try:
@@ -67,10 +90,19 @@ def begin_from(source: Path, config: RunConfig, folder: Path) -> Path:
     return checkpoint.save(folder, 0, tensors, config.training.keep_checkpoints)
 
 
-def stored(run: Path, given: RunConfig, dataset_path: str | None) -> RunConfig:
-    """The config that `run` was trained with; its dataset may have moved.
+def stored(run: Path, requested: RunConfig, dataset_path: str | None) -> RunConfig:
+    """Load the config that a run was trained with, and compare it with the command line's.
 
-    Raises `ConfigError` when `given` is another one.
+    Args:
+        run: The run folder.
+        requested: The config of the command line.
+        dataset_path: Where the dataset lies now; None: where it was.
+
+    Returns:
+        The config of the run, with that path.
+
+    Raises:
+        ConfigError: The two configs differ in what decides the result.
     """
     config = checkpoint.stored_config(run)
     free = [
@@ -78,11 +110,10 @@ def stored(run: Path, given: RunConfig, dataset_path: str | None) -> RunConfig:
         "data.path",
         *(["data.phantom"] if config.data.path is not None else []),
     ]
-    free += (
-        ["data.labels"] if given.data.labels is None else []
-    )  # left to the data, and settled by them
-    free += ["intensity."] if given.intensity.unit == "auto" else []
-    changed = checkpoint.differences(configs.to_json(config), configs.to_json(given))
+    # The data decide these two where the config leaves them open.
+    free += ["data.labels"] if requested.data.labels is None else []
+    free += ["intensity."] if requested.intensity.unit == "auto" else []
+    changed = checkpoint.differences(configs.to_json(config), configs.to_json(requested))
     if changed := [key for key in changed if not key.startswith(tuple(free))]:
         raise ConfigError(
             f"the run was trained with other values of {', '.join(changed)}",
@@ -100,14 +131,25 @@ def stored(run: Path, given: RunConfig, dataset_path: str | None) -> RunConfig:
 def measure_test(
     config: RunConfig, source: Path, output: Path, cohort: Cohort, *, quiet: bool = False
 ) -> dict[str, Any]:
-    """Measure the test split, every slice of it, and write OUTPUT/test.json and
-    OUTPUT/figures/test.png; returns the metrics.
+    """Measure every slice of the test split; write OUTPUT/test.json and OUTPUT/figures/test.png.
 
-    `source`: a finished run (its generator as exported), an unfinished one (its newest checkpoint)
-    or a checkpoint. Raises `UsageError` when nobody is left to test on.
+    Args:
+        config: The config of the run.
+        source: A finished run (its exported generator), an unfinished one (its newest checkpoint)
+            or a checkpoint.
+        output: The folder of the results.
+        cohort: The patients.
+        quiet: Whether to print nothing.
+
+    Returns:
+        The metrics.
+
+    Raises:
+        UsageError: The test split is empty.
+        ModelError: The source cannot be loaded.
     """
     if not cohort.test:
-        raise _nobody("test")
+        raise _empty_split("test")
     step, device, net = network_of(config, source, output, cohort, quiet=quiet)
     patients = _all_slices(config, cohort.test)
     metrics, generated = patients.measure(net, device, config.training.batch_size)
@@ -132,9 +174,19 @@ def measure_test(
 def held_out(
     source: Path, split: Literal["valid", "test"], dataset_path: str | None = None
 ) -> tuple[dict[str, Any], str]:
-    """(metrics of every slice of a run's `split`, their unit); writes nothing but decoded slices.
+    """Measure every slice of a run's split; write nothing but decoded slices.
 
-    Raises as `measure_test` does.
+    Args:
+        source: As in `measure_test`.
+        split: The patients to measure.
+        dataset_path: Where the dataset lies now; None: where it was.
+
+    Returns:
+        The metrics and their unit.
+
+    Raises:
+        UsageError: The split is empty.
+        ModelError: The source cannot be loaded.
     """
     run = run_of(source)
     config = checkpoint.stored_config(run)
@@ -143,7 +195,7 @@ def held_out(
     cohort = open_cohort(config, run, cache=run.parent / FOLDER, quiet=True)
     patients: tuple[Slices, ...] = getattr(cohort, split)
     if not patients:
-        raise _nobody(split)
+        raise _empty_split(split)
     _, device, net = network_of(config, source, run, cohort, quiet=True)
     measured = _all_slices(config, patients)
     metrics = measured.measure(net, device, config.training.batch_size)[0]
@@ -154,7 +206,18 @@ def held_out(
 def network_of(
     config: RunConfig, source: Path, output: Path, cohort: Cohort, *, quiet: bool
 ) -> tuple[int, torch.device, Generator]:
-    """(steps trained, device, network): of a finished run as exported, else of a checkpoint."""
+    """Load a network: that of a finished run as exported, else that of a checkpoint.
+
+    Args:
+        config: The config of the run.
+        source: As in `measure_test`.
+        output: The folder of the results.
+        cohort: The patients.
+        quiet: Whether to print nothing.
+
+    Returns:
+        The number of steps trained, the device, and the generator on it in eval mode.
+    """
     if (source / checkpoint.RUN).is_file():
         device, _ = choose_device(config)
         set_threads(config)
@@ -168,6 +231,7 @@ def network_of(
 
 
 def _all_slices(config: RunConfig, patients: tuple[Slices, ...]) -> Validation:
+    """Every slice of the patients, ready to be measured."""
     return Validation(
         patients,
         sum(map(len, patients)),
@@ -177,7 +241,8 @@ def _all_slices(config: RunConfig, patients: tuple[Slices, ...]) -> Validation:
     )
 
 
-def _nobody(split: str) -> UsageError:
+def _empty_split(split: str) -> UsageError:
+    """The error for a split without patients."""
     return UsageError(
         f"the {split} split is empty",
         expected="patients that are neither trained on nor validated with",

@@ -1,8 +1,9 @@
-"""Train a generator: `python train/run.py --config train/configs/phantom.json --output
-runs/demo/train`.
+"""Train a generator from label masks and CTs.
 
-RUN ends with generator.safetensors and run.json; metrics.jsonl, figures/ and checkpoints/ grow on
-the way.
+    python train/run.py --config train/configs/phantom.json --output runs/demo/train
+
+When training ends, RUN holds generator.safetensors and run.json. While it runs, metrics.jsonl,
+figures/ and checkpoints/ grow.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C while this is imported ends it without a traceback
+    # Ctrl-C during the imports ends the process without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[0] = str(ROOT)  # in place of train/, whose file names would hide other packages
+# The root replaces train/, whose file names would hide other packages.
+sys.path[0] = str(ROOT)
 
 import argparse
 import json
@@ -28,14 +29,13 @@ from contextlib import contextmanager
 from runtime.core import console
 from runtime.core.errors import UsageError
 from train import checkpoint, config
-from train.distributed import (
-    DistributedContext,
-    check,
-    init_distributed,
-)  # no torch: --help is answered without it
+
+# Neither of these imports torch: --help answers without it.
+from train.distributed import DistributedContext, check, init_distributed
 
 
 def parser() -> argparse.ArgumentParser:
+    """Describe the command line."""
     p = argparse.ArgumentParser(
         prog="python train/run.py",
         description="Train a generator that synthesizes CT from label masks.",
@@ -59,10 +59,12 @@ def parser() -> argparse.ArgumentParser:
         "--cache",
         type=Path,
         metavar="DIR",
-        help="where decoded slices are kept for the next run (default: .slices beside RUN)",
+        help="folder for decoded slices, which the next run reuses (default: .slices beside RUN)",
     )
-    p.add_argument("--no-cache", action="store_true", help="keep them in memory instead")
-    p.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in RUN")
+    p.add_argument("--no-cache", action="store_true", help="keep decoded slices in memory")
+    p.add_argument(
+        "--resume", action="store_true", help="continue from the newest checkpoint in RUN"
+    )
     p.add_argument(
         "--dry-run",
         action="store_true",
@@ -81,26 +83,26 @@ def parser() -> argparse.ArgumentParser:
         "--train_ratio",
         type=float,
         metavar="R",
-        help="share of the patients to train on; 1: test on testing/",
+        help="share of the patients for training; 1: test on testing/",
     )
     p.add_argument(
         "--valid-ratio",
         "--valid_ratio",
         type=float,
         metavar="R",
-        help="share of the patients to validate with",
+        help="share of the patients for validation",
     )
     p.add_argument(
         "--ckpt-load",
         "--ckpt_load",
         type=Path,
         metavar="CHECKPOINT",
-        help="begin from the weights of this checkpoint (with --test: test it)",
+        help="start from the weights of this checkpoint (with --test: test it)",
     )
     p.add_argument(
         "--test",
         action="store_true",
-        help="measure RUN (or CHECKPOINT) on the test split, write RUN/test.json, train nothing",
+        help="measure RUN (or CHECKPOINT) on the test split and write RUN/test.json; do not train",
     )
     p.add_argument("--tensorboard", action="store_true", help="log to RUN/tensorboard")
     p.add_argument(
@@ -113,14 +115,21 @@ def parser() -> argparse.ArgumentParser:
         "--wandb-resume-id",
         "--wandb_resume_id",
         metavar="ID",
-        help="go on with this Weights & Biases run",
+        help="continue this Weights & Biases run",
     )
-    p.add_argument("--quiet", action="store_true", help="no progress")
+    p.add_argument("--quiet", action="store_true", help="print no progress")
     return p
 
 
 def overrides_of(args: argparse.Namespace) -> list[str]:
-    """--set and the options that stand for a key, as key=value."""
+    """Collect --set and the options that stand for a config key.
+
+    Args:
+        args: The parsed command line.
+
+    Returns:
+        Overrides as `key=value`, the values as JSON.
+    """
     options = {
         "data.train_ratio": args.train_ratio,
         "data.valid_ratio": args.valid_ratio,
@@ -128,12 +137,25 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
         "logging.wandb": args.use_wandb or args.wandb_resume_id is not None or None,
         "logging.wandb_id": args.wandb_resume_id,
     }
-    given = [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
-    return [*(item for items in args.set for item in items), *given]
+    option_overrides = [
+        f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None
+    ]
+    return [*(item for items in args.set for item in items), *option_overrides]
 
 
 def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
-    """(config, run folder) of a command line. Raises `UsageError`."""
+    """Resolve the config and the run folder of a command line.
+
+    Args:
+        args: The parsed command line.
+
+    Returns:
+        The checked config and the run folder.
+
+    Raises:
+        UsageError: There is no config to use.
+        ConfigError: The config is wrong.
+    """
     if args.config is None:
         if not (args.resume and args.output):
             raise UsageError(
@@ -149,15 +171,32 @@ def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
 
 
 def cache_of(args: argparse.Namespace, folder: Path) -> Path | None:
-    """Where the slices are kept of a command that writes `folder`; None: nowhere."""
+    """Choose the slice cache for a command that writes `folder`.
+
+    Args:
+        args: The parsed command line.
+        folder: The run folder.
+
+    Returns:
+        The cache folder, or None with --no-cache.
+    """
     from train.data.slice_cache import FOLDER
 
     return None if args.no_cache else args.cache or folder.parent / FOLDER
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the command line.
+
+    Args:
+        argv: The arguments after the program's name.
+
+    Returns:
+        The exit code.
+    """
     with enough_memory(), init_distributed() as ranks:
-        with ranks.rank_zero_first():  # what is wrong is said once
+        # Rank 0 checks first: the ranks report an error once.
+        with ranks.rank_zero_first():
             args = parser().parse_args(argv)
             if args.test:
                 return test(args) if ranks.first else 0
@@ -166,7 +205,7 @@ def main(argv: Sequence[str]) -> int:
             from train.reporting.loggers import require
 
             require(resolved.logging)
-            resolved, found = infer_from_data(resolved)
+            resolved, data_note = infer_from_data(resolved)
             if args.dry_run:
                 return dry_run(resolved) if ranks.first else 0
             if args.ckpt_load and args.resume:
@@ -176,12 +215,12 @@ def main(argv: Sequence[str]) -> int:
                     remedy="drop one",
                 )
             check(resolved, ranks)
-        return train(args, resolved, found, folder, ranks)
+        return train(args, resolved, data_note, folder, ranks)
 
 
 @contextmanager
 def enough_memory() -> Iterator[None]:
-    """Map what torch raises when a GPU's memory, or the machine's, is used up to `UsageError`."""
+    """Raise `UsageError` where torch runs out of memory, on a GPU or on the CPU."""
     try:
         yield
     except (MemoryError, RuntimeError) as exc:
@@ -189,9 +228,9 @@ def enough_memory() -> Iterator[None]:
             "out of memory|allocate memory|not enough memory", str(exc)
         ):
             raise
+        first_line = (str(exc).strip().splitlines() or ["none is left"])[0]
         raise UsageError(
-            "the memory does not suffice:"
-            f" {(str(exc).strip().splitlines() or ['none is left'])[0][:200]}",
+            f"the memory does not suffice: {first_line[:200]}",
             expected="room for both networks, their optimisers and a batch",
             remedy=(
                 "lower training.batch_size, generator.filters or data.canvas; on a GPU,"
@@ -201,7 +240,14 @@ def enough_memory() -> Iterator[None]:
 
 
 def dry_run(resolved: config.RunConfig) -> int:
-    """--dry-run: what the run would be."""
+    """Print the config, the data, the network sizes and a time estimate.
+
+    Args:
+        resolved: The config with nothing left to infer.
+
+    Returns:
+        The exit code, 0.
+    """
     from train.reporting.estimate import describe
 
     print(describe(resolved))
@@ -211,15 +257,23 @@ def dry_run(resolved: config.RunConfig) -> int:
 def train(
     args: argparse.Namespace,
     resolved: config.RunConfig,
-    found: str,
+    data_note: str,
     folder: Path,
     ranks: DistributedContext,
 ) -> int:
-    """What one rank does: the first makes the run folder ready, then all train in it.
+    """Train in this process, one of several ranks.
 
-    Returns the exit code.
+    Rank 0 prepares the run folder first; then all ranks train in it.
 
-    `found`: what is to be said about the data.
+    Args:
+        args: The parsed command line.
+        resolved: The config with nothing left to infer.
+        data_note: A line about the data for the person who starts the run; may be empty.
+        folder: The run folder.
+        ranks: This process among its peers.
+
+    Returns:
+        The exit code, 0.
     """
     from train.loop import Training, open_cohort
     from train.restore import begin_from, checkpoint_of
@@ -227,8 +281,8 @@ def train(
     quiet = args.quiet or not ranks.first
     if not quiet:
         print(json.dumps(config.to_json(resolved)))
-        if found:
-            print(found, file=sys.stderr)
+        if data_note:
+            print(data_note, file=sys.stderr)
     with ranks.rank_zero_first():
         source = checkpoint_of(args.ckpt_load) if args.ckpt_load and ranks.first else None
         resume_from = checkpoint.starting_point(
@@ -236,12 +290,12 @@ def train(
         )
         cohort = open_cohort(resolved, folder, cache=cache_of(args, folder), quiet=quiet)
         if source is not None:
-            resume_from = begin_from(
-                source, resolved, folder
-            )  # the others find it as their starting point
+            # The other ranks find this checkpoint as their starting point.
+            resume_from = begin_from(source, resolved, folder)
         training = Training(resolved, folder, cohort, resume_from, quiet=quiet, ranks=ranks)
         if ranks.first:
-            checkpoint.claim(folder, resolved)  # from here on there is a run to resume
+            # From here on, --resume finds a run.
+            checkpoint.claim(folder, resolved)
     metrics = training.run()
     if not quiet:
         from train.metrics.scores import table
@@ -253,7 +307,17 @@ def train(
 
 
 def test(args: argparse.Namespace) -> int:
-    """--test: the test split through a finished run, or a checkpoint."""
+    """Measure the test split with a finished run or with a checkpoint.
+
+    Args:
+        args: The parsed command line, with --test.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UsageError: The command line names neither a run nor a checkpoint.
+    """
     from train import restore
     from train.loop import open_cohort
     from train.metrics.scores import table
@@ -269,12 +333,12 @@ def test(args: argparse.Namespace) -> int:
     data = (
         config.load(args.config) if args.config else config.to_json(checkpoint.stored_config(run))
     )
-    settled = restore.stored(run, config.resolve(data, overrides_of(args)), args.dataset_path)
+    tested = restore.stored(run, config.resolve(data, overrides_of(args)), args.dataset_path)
     output = args.output or run
-    cohort = open_cohort(settled, run, cache=cache_of(args, output), quiet=args.quiet)
-    metrics = restore.measure_test(settled, source, output, cohort, quiet=args.quiet)
+    cohort = open_cohort(tested, run, cache=cache_of(args, output), quiet=args.quiet)
+    metrics = restore.measure_test(tested, source, output, cohort, quiet=args.quiet)
     if not args.quiet:
-        print(table(metrics, settled.intensity.unit))
+        print(table(metrics, tested.intensity.unit))
     print(f"{output / restore.TEST} is written")
     return 0
 
@@ -282,8 +346,8 @@ def test(args: argparse.Namespace) -> int:
 if __name__ == "__main__":
     code = console.run(main)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        # Nothing is left to do, and gloo's threads may abort an interpreter that takes itself down
-        # ("terminate called without …").
+        # All work is done. gloo's threads may abort an interpreter that shuts down
+        # ("terminate called without …"), so the process ends at once.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

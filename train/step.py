@@ -1,7 +1,7 @@
-"""One optimisation of both networks: the discriminator, then the generator, then the generator's
-running average.
+"""One step of a training: the discriminator, then the generator, then the generator's EMA.
 
-Owns networks, optimisers and average; does no I/O and never waits for a device.
+`Step` owns the networks, the optimisers and the exponential moving average (EMA) of the
+generator's weights. It does no I/O and never waits for a device.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from runtime.core.errors import MissingComponent
 from .config import RunConfig, label_table
 from .distributed import SINGLE_PROCESS, DistributedContext
 from .losses import (
+    FEATURES,
     centre_weight,
     discriminator_losses,
     feature_matching,
     generator_losses,
+    generator_weights,
     weighted_sum,
 )
 from .networks.discriminator import Discriminator
@@ -31,10 +33,13 @@ from .networks.generator import Generator, initialise, one_hot, standardise_nois
 
 
 class Batch(NamedTuple):
-    """`labels` (N, Z, H, W) model indices, any dtype, `image` float32 (N, 1, H, W) in [0, 1],
-    `noise` uint8 (N, 1, H, W).
+    """One batch of training slices.
 
-    `style` float32 (N, S), None for a generator that takes none.
+    Attributes:
+        labels: (N, Z, H, W) model indices, any dtype.
+        image: float32 (N, 1, H, W) in [0, 1].
+        noise: uint8 (N, 1, H, W), uniform bytes.
+        style: float32 (N, S), or None for a generator that takes no style.
     """
 
     labels: Tensor
@@ -44,8 +49,13 @@ class Batch(NamedTuple):
 
 
 def make_generator(config: RunConfig) -> Generator:
-    """The generator that `config` describes, channels_last, uninitialised beyond torch's
-    defaults.
+    """Build the generator of a config, in channels_last, with torch's default initialisation.
+
+    Args:
+        config: The config of the run.
+
+    Returns:
+        The generator on the CPU.
     """
     g = config.generator
     channels = len(label_table(config.data)) * config.data.slices
@@ -64,7 +74,14 @@ def make_generator(config: RunConfig) -> Generator:
 
 
 def make_discriminator(config: RunConfig) -> Discriminator:
-    """The discriminator that `config` describes, channels_last."""
+    """Build the discriminator of a config, in channels_last.
+
+    Args:
+        config: The config of the run.
+
+    Returns:
+        The discriminator on the CPU.
+    """
     channels = len(label_table(config.data)) * config.data.slices
     net = Discriminator(channels, **asdict(config.discriminator))
     net.to(memory_format=torch.channels_last)
@@ -72,7 +89,15 @@ def make_discriminator(config: RunConfig) -> Discriminator:
 
 
 class Step:
-    """The whole state of a training between two steps, and how it advances."""
+    """The whole state of a training between two steps, and how it advances.
+
+    Attributes:
+        generator: The network that is trained.
+        discriminator: Its opponent.
+        ema_generator: The running average of the generator's weights, in eval mode.
+        classes: The number of labels, with the background.
+        device: Where all of them lie.
+    """
 
     def __init__(
         self,
@@ -81,6 +106,7 @@ class Step:
         ranks: DistributedContext = SINGLE_PROCESS,
     ):
         self._config, self.device, self._ranks = config, device or torch.device("cpu"), ranks
+        self._loss_weights = generator_weights(config.loss)
         self.classes = len(label_table(config.data))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
@@ -88,7 +114,7 @@ class Step:
             initialise([self.generator, self.discriminator])
         self.generator.to(self.device)
         self.discriminator.to(self.device)
-        self.average = copy.deepcopy(self.generator).eval().requires_grad_(False)
+        self.ema_generator = copy.deepcopy(self.generator).eval().requires_grad_(False)
         betas = (config.optimizer.beta1, config.optimizer.beta2)
         self._adam_g = torch.optim.Adam(
             self.generator.parameters(), config.optimizer.lr_g, betas, fused=True
@@ -102,8 +128,14 @@ class Step:
         )
 
     def __call__(self, step: int, batch: Batch) -> dict[str, Tensor]:
-        """Advance from `step` steps done to `step` + 1. Returns the losses by name, as scalars
-        on the device.
+        """Advance by one step.
+
+        Args:
+            step: The number of steps done so far.
+            batch: The batch of this step.
+
+        Returns:
+            The losses by name, as scalars on the device.
         """
         o, loss = self._config.optimizer, self._config.loss
         _set_rate(self._adam_g, o.lr_g * math.exp(-o.decay_g * step))
@@ -122,13 +154,12 @@ class Step:
             self._discriminate(condition, image)[0].float() for image in (real, fake.detach())
         )
         d_losses = discriminator_losses(score_real, score_fake, loss.gan)
-        _backward_and_step(
-            self._adam_d, self._ranks, weighted_sum(d_losses, dict.fromkeys(d_losses, 1.0))
-        )
+        d_loss = weighted_sum(d_losses, dict.fromkeys(d_losses, 1.0))
+        _backward_and_step(self._adam_d, self._ranks, d_loss)
 
         self.discriminator.requires_grad_(False)
-        # The discriminator sees the texture but does not shape it: free noise is the easy way to
-        # look like bones and vessels.
+        # The discriminator sees the texture but does not train it: noise without any other
+        # constraint would imitate bones and vessels.
         discriminator_input = fake_smooth + (fake - fake_smooth).detach()
         weight = centre_weight(labels) if loss.weighting == "weighted" else 1.0
         score, features = self._discriminate(condition, discriminator_input)
@@ -137,43 +168,48 @@ class Step:
         )
         if loss.features:
             with torch.no_grad():
-                wanted = self._discriminate(condition, real)[1]
-            g_losses["features"] = feature_matching(
-                [f.float() for f in features], [f.float() for f in wanted]
+                real_features = self._discriminate(condition, real)[1]
+            g_losses[FEATURES] = feature_matching(
+                [f.float() for f in features], [f.float() for f in real_features]
             )
-        _backward_and_step(self._adam_g, self._ranks, weighted_sum(g_losses, asdict(loss)))
+        g_loss = weighted_sum(g_losses, self._loss_weights)
+        _backward_and_step(self._adam_g, self._ranks, g_loss)
 
-        update_average(
-            self.average, self.generator, average_decay(step, self._config.training.ema_decay)
-        )
+        decay = average_decay(step, self._config.training.ema_decay)
+        update_average(self.ema_generator, self.generator, decay)
         return {name: value.detach() for name, value in {**g_losses, **d_losses}.items()}
 
     def recalibrated(self, batches: Iterable[Batch]) -> Generator:
-        """A copy of the average, in eval mode, whose batch statistics are the mean over
-        `batches` (none: its own average).
+        """Copy the EMA generator and measure its batch statistics anew.
+
+        Args:
+            batches: The batches over which the statistics are averaged; none: they stay as they
+                are.
+
+        Returns:
+            The copy, in eval mode.
         """
-        net: Generator = copy.deepcopy(self.average)
+        net: Generator = copy.deepcopy(self.ema_generator)
         norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
         for count, batch in enumerate(batches):
             if count == 0:
                 net.train()
                 for layer in norms:
                     layer.reset_running_stats()
-                    layer.momentum = None  # a plain mean over the batches
+                    # None makes a plain mean over the batches.
+                    layer.momentum = None
             with torch.no_grad():
                 style = None if batch.style is None else batch.style.to(self.device)
-                net(
-                    one_hot(batch.labels.to(self.device), self.classes).contiguous(
-                        memory_format=torch.channels_last
-                    ),
-                    style=style,
-                )
+                condition = one_hot(batch.labels.to(self.device), self.classes)
+                net(condition.contiguous(memory_format=torch.channels_last), style=style)
         net.eval()
         return net
 
     def state(self) -> dict[str, Tensor]:
-        """Every tensor that decides what the next steps do, by name; contiguous copies on the
-        CPU.
+        """Collect every tensor that decides what the next steps do.
+
+        Returns:
+            Contiguous copies on the CPU, by name.
         """
         tensors = {
             f"{part}/{name}": t
@@ -193,7 +229,12 @@ class Step:
     def load_state(self, tensors: Mapping[str, Tensor]) -> None:
         """Take over what `state` returned.
 
-        Raises KeyError or RuntimeError when a tensor is missing or misshapen.
+        Args:
+            tensors: The tensors by name.
+
+        Raises:
+            KeyError: A tensor is missing.
+            RuntimeError: A tensor has another shape.
         """
         for part, net in self._networks().items():
             net.load_state_dict({name: tensors[f"{part}/{name}"] for name in net.state_dict()})
@@ -202,13 +243,16 @@ class Step:
                 adam.state[parameter] = _adam_state(tensors, f"{part}/{name}/", parameter)
 
     def _networks(self) -> dict[str, nn.Module]:
+        """The networks by the part of a checkpoint that they are."""
+        # The keys begin the names of tensors in users' checkpoints: do not change them.
         return {
             "generator": self.generator,
             "discriminator": self.discriminator,
-            "average": self.average,
+            "average": self.ema_generator,
         }
 
     def _optimizers(self) -> dict[str, tuple[torch.optim.Adam, nn.Module]]:
+        """The optimisers with their networks, by the part of a checkpoint that they are."""
         return {
             "adam_g": (self._adam_g, self.generator),
             "adam_d": (self._adam_d, self.discriminator),
@@ -218,10 +262,17 @@ class Step:
 def as_configured(
     network: Callable[..., Any], config: RunConfig, device: torch.device
 ) -> Callable[..., Any]:
-    """`network` in the arithmetic of `training.precision`, compiled where `training.compile` says
-    so.
+    """Let a network compute in the precision of the config, compiled where the config says so.
 
-    bf16 by autocast: weights, gradients, losses and everything that is averaged stay float32.
+    bf16 uses autocast: weights, gradients, losses and all averages stay float32.
+
+    Args:
+        network: The network, or one of its methods.
+        config: The config of the run.
+        device: Where the network lies.
+
+    Returns:
+        A function with the same arguments and result.
     """
     run = compiled(network) if config.training.compile else network
 
@@ -235,11 +286,17 @@ def as_configured(
 
 
 def compiled(network: Callable[..., Any]) -> Callable[..., Any]:
-    """`network` by torch.compile, when it is first called.
+    """Compile a network by torch.compile at its first call.
 
-    Raises `MissingComponent` then, where that cannot work.
+    Args:
+        network: The network, or one of its methods.
+
+    Returns:
+        A function with the same arguments and result. It raises `MissingComponent` where
+        torch.compile cannot work.
     """
-    from torch._dynamo.exc import TorchDynamoException  # a second to import
+    # This import takes a second, so only compiled runs pay for it.
+    from torch._dynamo.exc import TorchDynamoException
 
     run = torch.compile(network, dynamic=False)
 
@@ -258,24 +315,39 @@ def compiled(network: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def average_decay(step: int, decay: float) -> float:
-    """The average's decay at `step`: lower at first, so that it forgets the random start."""
+    """Lower the EMA's decay in the first steps, so that it forgets the random start.
+
+    Args:
+        step: The number of steps done.
+        decay: The decay in the long run.
+
+    Returns:
+        The decay at this step.
+    """
     return min(decay, (1 + step) / (10 + step))
 
 
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """average ← decay * average + (1 - decay) * network, for weights and batch statistics;
-    counters are copied.
+    """Update average ← decay * average + (1 - decay) * network.
+
+    Weights and batch statistics are averaged; counters are copied.
+
+    Args:
+        average: The averaged network, changed in place.
+        network: The trained network.
+        decay: The share of the old average, in [0, 1].
     """
-    own, new = average.state_dict(), network.state_dict()
-    floats = [name for name, t in own.items() if t.is_floating_point()]
-    torch._foreach_lerp_([own[n] for n in floats], [new[n] for n in floats], 1 - decay)
-    for name in own.keys() - set(floats):
-        own[name].copy_(new[name])
+    averaged, current = average.state_dict(), network.state_dict()
+    floats = [name for name, t in averaged.items() if t.is_floating_point()]
+    torch._foreach_lerp_([averaged[n] for n in floats], [current[n] for n in floats], 1 - decay)
+    for name in averaged.keys() - set(floats):
+        averaged[name].copy_(current[name])
 
 
 def _adam_state(tensors: Mapping[str, Tensor], prefix: str, parameter: Tensor) -> dict[str, Any]:
-    """Adam's state of one parameter, its moments laid out in memory as the parameter is: layout
-    decides the last bit.
+    """Rebuild Adam's state of one parameter, with its moments in the parameter's memory layout.
+
+    The layout decides the last bit of the next step.
     """
     state: dict[str, Any] = {"step": tensors[prefix + "step"].to(parameter.device)}
     for key in ("exp_avg", "exp_avg_sq"):
@@ -284,11 +356,13 @@ def _adam_state(tensors: Mapping[str, Tensor], prefix: str, parameter: Tensor) -
 
 
 def _set_rate(adam: torch.optim.Adam, rate: float) -> None:
+    """Set the learning rate of an optimiser."""
     for group in adam.param_groups:
         group["lr"] = rate
 
 
 def _backward_and_step(adam: torch.optim.Adam, ranks: DistributedContext, loss: Tensor) -> None:
+    """Compute the gradients of `loss`, average them over the ranks, and let `adam` step."""
     adam.zero_grad(set_to_none=True)
     loss.backward()
     ranks.average(parameter.grad for group in adam.param_groups for parameter in group["params"])

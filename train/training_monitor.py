@@ -1,5 +1,7 @@
-"""Trainings that no longer learn are stopped: a loss that is no number, a discriminator that has
-died, one grey for every mask.
+"""Stop trainings that do not learn any more.
+
+A loss is not a number, the discriminator has won, or the generator synthesizes one grey for every
+mask.
 """
 
 from __future__ import annotations
@@ -14,29 +16,28 @@ from numpy.typing import NDArray
 
 from runtime.core.errors import Mask2CTError
 
-# of both halves of the discriminator's loss together; where neither network wins, least squares
-# give 0.25, hinge 1
+# The sum of both discriminator losses. Where neither network wins, least squares give 0.25 and
+# hinge gives 1.
 DEAD_LOSS = 2e-3
-# of the true slices' standard deviation; the blurred synthetic image of an untrained network has
-# more
+# The share of the true slices' standard deviation. Even the blurred image of an untrained network
+# has more.
 LEAST_CONTRAST = 0.02
 
 
 class Diverged(Mask2CTError):
-    """A loss is no longer a number."""
+    """A loss or a weight is not a number."""
 
 
 class Collapsed(Mask2CTError):
-    """The two networks no longer teach each other anything."""
+    """The two networks teach each other nothing any more."""
 
 
 class TrainingMonitor:
-    """Looks at what a training reports.
+    """Check what a training reports.
 
-    `patience`: steps for which the discriminator may be dead, 0: for ever.
-
-    `suspicious`: the discriminator looks dead right now, so that the checkpoints from before are
-    worth keeping.
+    Args:
+        folder: The run folder, for errors.
+        patience: Steps for which the discriminator's losses may be about 0; 0: any number.
     """
 
     def __init__(self, folder: Path, patience: int):
@@ -45,10 +46,21 @@ class TrainingMonitor:
 
     @property
     def suspicious(self) -> bool:
+        """Whether the discriminator's losses are about 0, so that older checkpoints must stay."""
         return self._dead_since is not None
 
     def losses(self, before: int, step: int, losses: Mapping[str, float]) -> None:
-        """Mean losses of the steps from `before` to `step`. Raises `Diverged` or `Collapsed`."""
+        """Check the losses of some steps.
+
+        Args:
+            before: The number of steps done before them.
+            step: The number of steps done after them.
+            losses: The mean losses over these steps, by name.
+
+        Raises:
+            Diverged: A loss is not a number.
+            Collapsed: The discriminator's losses were about 0 for `patience` steps.
+        """
         if not all(map(math.isfinite, losses.values())):
             raise Diverged(
                 f"the training diverged before step {step}: {note(losses)}",
@@ -64,7 +76,7 @@ class TrainingMonitor:
         self._dead_since = before if self._dead_since is None else self._dead_since
         if self._patience and step - self._dead_since >= self._patience:
             raise Collapsed(
-                f"the discriminator has told every patch apart since step {self._dead_since}"
+                f"the discriminator has classified every patch since step {self._dead_since}"
                 f" ({note(losses)}): the generator learns nothing from it",
                 expected=(
                     f"d_real + d_fake of {DEAD_LOSS:g} and more at least once in {self._patience}"
@@ -80,32 +92,43 @@ class TrainingMonitor:
     def check_images(
         self, step: int, generated: Sequence[NDArray[Any]], true: Sequence[NDArray[Any]]
     ) -> None:
-        """Held-out slices as synthesized and as they are.
+        """Check that the synthetic slices are not all one grey.
 
-        Raises `Collapsed` where all that was synthesized is one grey.
+        Args:
+            step: The number of steps done.
+            generated: Synthetic held-out slices, one (n, H, W) per patient.
+            true: The true slices, likewise.
+
+        Raises:
+            Collapsed: The synthetic slices have nearly no contrast.
         """
-        spread, wanted = (
+        spread, true_spread = (
             float(np.std(np.concatenate([case.ravel() for case in cases])))
             for cases in (generated, true)
         )
-        if spread < LEAST_CONTRAST * wanted:
+        if spread < LEAST_CONTRAST * true_spread:
             raise Collapsed(
                 f"at step {step} the generator synthesizes one grey everywhere: a standard"
                 f" deviation of {spread:.2g}",
-                expected=f"something like the {wanted:.0f} of the true slices",
+                expected=f"something like the {true_spread:.0f} of the true slices",
                 remedy="lower optimizer.lr_g, or raise loss.reconstruction, in a new run",
                 file=self._folder,
             )
 
     def state(self, step: int, tensors: Mapping[str, Any]) -> None:
-        """What is about to become a checkpoint.
+        """Check the tensors of a checkpoint before it is written.
 
-        Raises `Diverged` where a tensor holds NaN or infinity.
+        Args:
+            step: The number of steps done.
+            tensors: The tensors by name.
+
+        Raises:
+            Diverged: A tensor holds NaN or infinity.
         """
         wrong = next((name for name, t in tensors.items() if not t.isfinite().all()), None)
         if wrong is not None:
             raise Diverged(
-                f"the training diverged at step {step}: {wrong} holds values that are no numbers",
+                f"the training diverged at step {step}: {wrong} holds values that are not numbers",
                 expected="finite weights",
                 remedy=(
                     "lower optimizer.lr_g and optimizer.lr_d, or resume from an earlier checkpoint"
@@ -115,5 +138,12 @@ class TrainingMonitor:
 
 
 def note(losses: Mapping[str, float]) -> str:
-    """The losses on one line."""
+    """Write the losses on one line.
+
+    Args:
+        losses: The losses by name.
+
+    Returns:
+        The line.
+    """
     return "  ".join(f"{name} {value:.4f}" for name, value in losses.items())

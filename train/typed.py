@@ -1,10 +1,9 @@
-"""JSON data → frozen dataclasses, checked against their annotations: the annotation is the whole
-rule.
+"""Build frozen dataclasses from JSON data and check them against their annotations.
 
-Understood: bool, int, float, str, `Literal[...]`, `X | None`, `tuple[X, ...]`, `tuple[X, Y]`,
-nested dataclasses, `Any` (any JSON value; its section checks it), and a range: `Annotated[int,
-Range(1)]`. An unknown or ill-typed key raises `ConfigError` that names the key, what is allowed and
-the nearest known name.
+The annotation is the whole rule. It may be bool, int, float, str, `Literal[...]`, `X | None`,
+`tuple[X, ...]`, `tuple[X, Y]`, a nested dataclass, `Any` (any JSON value, which its section
+checks), or a number with bounds: `Annotated[int, Range(1)]`. An unknown or ill-typed key raises
+`ConfigError`, which names the key, the allowed values and the nearest known name.
 """
 
 from __future__ import annotations
@@ -23,12 +22,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, both included; None: unbounded."""
+    """Bounds of a number, both inclusive; None is unbounded."""
 
     low: float | None = None
     high: float | None = None
 
     def holds(self, value: float) -> bool:
+        """Say whether `value` lies within the bounds.
+
+        Args:
+            value: The number.
+
+        Returns:
+            True if it does.
+        """
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
     def __str__(self) -> str:
@@ -42,9 +49,18 @@ class Range:
 
 
 def build(cls: type[T], data: Any, key: str = "") -> T:
-    """Make the dataclass `cls` from a JSON object; absent keys keep their defaults.
+    """Make a dataclass from a JSON object; absent keys keep their defaults.
 
-    `key`: the path to it, for errors.
+    Args:
+        cls: The dataclass.
+        data: The JSON object.
+        key: The path to the object, for errors.
+
+    Returns:
+        An instance of `cls`.
+
+    Raises:
+        ConfigError: A key is unknown, or its value does not fit its annotation.
     """
     if not isinstance(data, Mapping):
         raise wrong(key, data, "a JSON object with keys")
@@ -60,7 +76,14 @@ def build(cls: type[T], data: Any, key: str = "") -> T:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """The dataclass as JSON data (tuples become lists): `build` makes an equal one from it."""
+    """Write a dataclass as JSON data, with lists for tuples.
+
+    Args:
+        config: The dataclass.
+
+    Returns:
+        Data from which `build` makes an equal dataclass.
+    """
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -70,21 +93,40 @@ def to_json(config: Any) -> dict[str, Any]:
     return {key: plain(value) for key, value in asdict(config).items()}
 
 
-def unknown(path: str, name: str, known: Iterable[str]) -> ConfigError:
-    """The error for a key that does not exist, with the nearest that does."""
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or difflib.get_close_matches(
-        name.lower(), known, n=1, cutoff=0.5
-    )
+def unknown(path: str, name: str, known_names: Iterable[str]) -> ConfigError:
+    """Make the error for a key that does not exist.
+
+    Args:
+        path: The whole key, such as "training.step".
+        name: Its last part, such as "step".
+        known_names: The names that exist there.
+
+    Returns:
+        The error, which names the nearest known name.
+    """
+    known_names = list(known_names)
+    near = difflib.get_close_matches(
+        name, known_names, n=1, cutoff=0.5
+    ) or difflib.get_close_matches(name.lower(), known_names, n=1, cutoff=0.5)
     return ConfigError(
         f"there is no key {path!r}",
-        expected=f"one of {', '.join(known)}",
+        expected=f"one of {', '.join(known_names)}",
         remedy=f"did you mean {near[0]!r}?" if near else "see the configs in train/configs",
     )
 
 
 def wrong(path: str, value: Any, allowed: str, remedy: str = "") -> ConfigError:
-    """The error for a value that its key does not allow."""
+    """Make the error for a value that its key does not allow.
+
+    Args:
+        path: The whole key.
+        value: The value.
+        allowed: The allowed values, in words.
+        remedy: What to do; "correct the value" if empty.
+
+    Returns:
+        The error.
+    """
     return ConfigError(
         f"{path or 'the config'} is {value!r}",
         expected=allowed,
@@ -93,6 +135,7 @@ def wrong(path: str, value: Any, allowed: str, remedy: str = "") -> ConfigError:
 
 
 def _value(hint: Any, value: Any, path: str) -> Any:
+    """Check one value against its annotation, and convert it."""
     origin = get_origin(hint)
     if origin is Annotated:
         number, *limits = get_args(hint)
@@ -116,6 +159,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
 
 
 def _optional(hint: Any, value: Any, path: str) -> Any:
+    """Check a value of `X | None` that is not None."""
     inner = [arg for arg in get_args(hint) if arg is not type(None)]
     if len(inner) != 1:  # pragma: no cover - a mistake in a config class, not in a config
         raise TypeError(f"{path}: only X | None is understood")
@@ -123,6 +167,7 @@ def _optional(hint: Any, value: Any, path: str) -> Any:
 
 
 def _tuple(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
+    """Check a list against `tuple[...]`, item by item."""
     args = get_args(hint)
     many = len(args) == 2 and args[1] is Ellipsis
     if not isinstance(value, (list, tuple)) or not (many or len(value) == len(args)):
@@ -133,6 +178,7 @@ def _tuple(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
 
 
 def _fits(hint: Any, value: Any) -> bool:
+    """Whether a value fits a plain type or a `Literal`."""
     if hint is Any:
         return True
     if get_origin(hint) is Literal:
@@ -141,7 +187,8 @@ def _fits(hint: Any, value: Any) -> bool:
         return (
             isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         )
-    if hint is int:  # 1e5 is an integer to a person
+    if hint is int:
+        # A person may write 1e5 for an integer.
         return (isinstance(value, int) and not isinstance(value, bool)) or (
             isinstance(value, float) and value.is_integer()
         )
@@ -149,6 +196,7 @@ def _fits(hint: Any, value: Any) -> bool:
 
 
 def _describe(hint: Any) -> str:
+    """The values that an annotation allows, in words."""
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return _describe(args[0]) + "".join(str(limit) for limit in args[1:])

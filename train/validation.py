@@ -1,4 +1,4 @@
-"""The held-out patients at one moment of training: synthesized, measured, drawn."""
+"""The held-out patients at one moment of a training: synthesized, measured, drawn."""
 
 from __future__ import annotations
 
@@ -18,17 +18,27 @@ from .metrics.scores import diversity, evaluate, real_baseline
 from .networks.generator import Generator, one_hot, standardise_noise
 from .networks.style import organ_medians
 
-STYLES = 16  # in which the held-out masks are synthesized to measure diversity
-DIVERSE_SLICES = 24  # of them, at most
-MASKS_KEPT = 64  # slices of each kind that a run folder keeps for export
+# The number of styles that measure diversity.
+STYLES = 16
+# The most slices that are synthesized in all these styles.
+DIVERSE_SLICES = 24
+# The label slices of each kind that a run folder stores for export.
+MASKS_KEPT = 64
 
 
 class Validation:
-    """Up to `most` slices of `patients`, as evenly spaced pairs of neighbours, with fixed noise:
-    two moments differ by the network alone.
+    """A fixed sample of the slices of some patients, with fixed noise.
 
-    A network that takes a style synthesizes the mean patient's, and for its diversity `STYLES` of
-    them, fixed too.
+    The sample consists of evenly spaced pairs of neighbours. Two moments of a training then differ
+    by the network alone. A network that takes a style synthesizes the mean patient's; `STYLES`
+    fixed styles measure its diversity.
+
+    Args:
+        patients: The patients.
+        most: The most slices of all patients together.
+        table: The labels.
+        intensity: The intensity range.
+        seed: The seed of the noise and of the styles.
     """
 
     def __init__(
@@ -53,7 +63,7 @@ class Validation:
 
     @property
     def labels(self) -> NDArray[np.uint8]:
-        """The slices' label maps, uint8 (n, Z, H, W) model indices."""
+        """The label maps of the sample, uint8 (n, Z, H, W) model indices."""
         return np.concatenate([case.labels for case in self._cases])
 
     @property
@@ -64,7 +74,17 @@ class Validation:
     def measure(
         self, net: Generator, device: torch.device, batch_size: int
     ) -> tuple[dict[str, Any], list[NDArray[np.int16]]]:
-        """(metrics of train/metrics/scores.py, the synthetic slices of each patient)."""
+        """Synthesize the sample and measure it.
+
+        Args:
+            net: The generator in eval mode.
+            device: Where it lies.
+            batch_size: Slices at a time.
+
+        Returns:
+            The metrics of train/metrics/scores.py, and the synthetic slices of each patient, HU
+            int16 (n, H, W).
+        """
         synthetic = [
             generate(net, case.labels, noise, len(self._table), self._intensity, device, batch_size)
             for case, noise in zip(self._cases, self._noise, strict=True)
@@ -77,11 +97,19 @@ class Validation:
     def diversity(
         self, net: Generator, device: torch.device, batch_size: int, train: Sequence[Slices]
     ) -> dict[str, Any] | None:
-        """train/metrics/volume_metrics.py's `diversity` of a network with a style: the labelled
-        slices of the first patient with any, in many styles, each with noise of its own, as
-        variants have.
+        """Measure how much the variants of one mask differ.
 
-        None where none is labelled.
+        The labelled slices of the first patient with labels are synthesized in many styles, each
+        with its noise, as variants have it.
+
+        Args:
+            net: A generator that takes a style, in eval mode.
+            device: Where it lies.
+            batch_size: Slices at a time.
+            train: The training patients, whose spread is the measure.
+
+        Returns:
+            The `diversity` of train/metrics/volume_metrics.py; None where no slice has a label.
         """
         first = next((n for n, mask in enumerate(self.masks) if mask.any()), None)
         if first is None:
@@ -116,37 +144,45 @@ class Validation:
         )
 
     def real_baseline(self, train: Sequence[Slices]) -> dict[str, Any]:
-        """What lies between the held-out and the training patients:
-        train/metrics/volume_metrics.py's `ceiling`, on as many slices of each.
+        """Measure the distances between the held-out and the training patients.
+
+        Args:
+            train: The training patients.
+
+        Returns:
+            The `real_baseline` of train/metrics/volume_metrics.py, with the same share of their
+            slices.
         """
-        others = [neighbours(len(p), max(1, round(self._share * len(p)))) for p in train]
-        images, masks = (
-            [p.image[n] for p, n in zip(train, others, strict=True)],
-            [_middle(p)[n] for p, n in zip(train, others, strict=True)],
-        )
+        places = [neighbours(len(p), max(1, round(self._share * len(p)))) for p in train]
+        images = [p.image[n] for p, n in zip(train, places, strict=True)]
+        masks = [_middle(p)[n] for p, n in zip(train, places, strict=True)]
         return real_baseline(
             self.images,
             self.masks,
             images,
             masks,
             self._names,
-            (self.places, others),
+            (self.places, places),
             self._intensity,
         )
 
     def draw(self, path: Path, synthetic: list[NDArray[np.int16]], title: str) -> None:
-        """The three slices of `_chosen` beside what `measure` synthesized of them."""
+        """Draw three slices as condition, synthetic image and true image.
+
+        Args:
+            path: The PNG file.
+            synthetic: The slices that `measure` synthesized.
+            title: The figure's title.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
         chosen = self._chosen()
-        masks, generated, true = (
+        comparison(
+            path,
             np.concatenate(self.masks)[chosen],
             np.concatenate(synthetic)[chosen],
             np.concatenate(self.images)[chosen],
-        )
-        comparison(
-            path,
-            masks,
-            generated,
-            true,
             classes=len(self._table),
             window=window(self._intensity),
             title=title,
@@ -155,23 +191,25 @@ class Validation:
     def sample(
         self, net: Generator, device: torch.device
     ) -> tuple[NDArray[np.uint8], NDArray[np.int16], NDArray[np.int16]]:
-        """(masks, synthesized, true) of the three slices, each (3, H, W)."""
+        """Synthesize the three slices that `draw` shows.
+
+        Args:
+            net: The generator in eval mode.
+            device: Where it lies.
+
+        Returns:
+            Masks uint8, synthetic and true slices HU int16, each (3, H, W).
+        """
         chosen = self._chosen()
-        masks, noise, true = (
-            np.concatenate(self.masks)[chosen],
-            np.concatenate(self._noise)[chosen],
-            np.concatenate(self.images)[chosen],
-        )
+        noise = np.concatenate(self._noise)[chosen]
         return (
-            masks,
+            np.concatenate(self.masks)[chosen],
             generate(net, self.labels[chosen], noise, len(self._table), self._intensity, device),
-            true,
+            np.concatenate(self.images)[chosen],
         )
 
     def _chosen(self) -> NDArray[np.intp]:
-        """Three labelled slices apart from each other, over all patients (any three where none
-        is labelled).
-        """
+        """Three labelled slices apart from each other; any three where none has a label."""
         labelled = np.flatnonzero(np.concatenate(self.masks).any((1, 2)))
         if not len(labelled):
             labelled = np.arange(len(self.labels))
@@ -188,10 +226,20 @@ def generate(
     batch_size: int = 8,
     style: NDArray[np.float32] | None = None,
 ) -> NDArray[np.int16]:
-    """`labels` uint8 (n, Z, H, W), `noise` uint8 (n, H, W) → HU int16 (n, H, W), with `net` in eval
-    mode.
+    """Synthesize slices.
 
-    `style` (S,): of all slices, as of one patient; None: 0.
+    Args:
+        net: The generator in eval mode.
+        labels: uint8 (n, Z, H, W) model indices.
+        noise: uint8 (n, H, W), uniform bytes.
+        classes: The number of labels, with the background.
+        intensity: The intensity range.
+        device: Where the generator lies.
+        batch_size: Slices at a time.
+        style: (S,), the style of all slices, as of one patient; None: the style 0.
+
+    Returns:
+        HU int16 (n, H, W).
     """
     out = []
     for at in range(0, len(labels), batch_size):
@@ -211,8 +259,14 @@ def generate(
 
 
 def label_maps(patients: Sequence[Slices], most: int) -> NDArray[np.uint8]:
-    """Up to `most` label maps, uint8 (n, Z, H, W), evenly spaced over the slices of all
-    `patients`.
+    """Choose label maps, evenly spaced over the slices of all patients.
+
+    Args:
+        patients: The patients.
+        most: The most label maps.
+
+    Returns:
+        uint8 (n, Z, H, W) model indices.
     """
     all_slices = [(patient, k) for patient in patients for k in range(len(patient))]
     chosen = np.linspace(0, len(all_slices) - 1, min(most, len(all_slices))).round().astype(int)
@@ -220,12 +274,19 @@ def label_maps(patients: Sequence[Slices], most: int) -> NDArray[np.uint8]:
 
 
 def _middle(patient: Slices) -> NDArray[np.uint8]:
+    """The label map of the middle slice, (n, H, W)."""
     return patient.labels[:, patient.labels.shape[1] // 2]
 
 
 def neighbours(total: int, count: int) -> NDArray[np.intp]:
-    """Numbers of `count` of `total` slices, as evenly spaced pairs of neighbours (an odd one is
-    left out): rising, none twice.
+    """Choose slices as evenly spaced pairs of neighbours.
+
+    Args:
+        total: The number of slices of a volume.
+        count: The number of slices to choose; an odd one leaves one out.
+
+    Returns:
+        Rising slice numbers, none twice.
     """
     if count >= total:
         return np.arange(total)

@@ -1,6 +1,4 @@
-"""What the data hold, looked at before the first step: one table for a person, an error where
-training cannot work.
-"""
+"""Check the data before the first step: a table for a person, an error where it cannot work."""
 
 from __future__ import annotations
 
@@ -28,21 +26,32 @@ from runtime.io.readers.volume import as_integers, from_sitk, read_volume, simpl
 
 from .layouts import Pair
 
-AIR_HU = -200  # every CT of a body holds values below this
-HIGHEST_HU = 32767  # metal, in scanners with an extended range
-GRID_TOLERANCE_MM = 1e-3  # between the corners of an image's and its label map's grid
-SHOWN = 8  # patients that cannot be trained on, at most, in one error
-_SPACING, _POSITION = "0028|0030", "0020|0032"  # DICOM: PixelSpacing, ImagePositionPatient
+# Every CT of a body contains values below this.
+AIR_HU = -200
+# Metal, in scanners with an extended range.
+HIGHEST_HU = 32767
+# Between the corners of an image's grid and those of its label map's.
+GRID_TOLERANCE_MM = 1e-3
+# The most unusable patients that one error lists.
+SHOWN = 8
+# DICOM PixelSpacing and ImagePositionPatient.
+_SPACING, _POSITION = "0028|0030", "0020|0032"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What one patient's files hold.
+    """What the files of one patient hold.
 
-    `voxels`: by file value; `below`, `above`: voxels that the intensity range clips.
+    Attributes:
+        spacing: In mm along i, j, k.
+        low: The lowest intensity.
+        high: The highest intensity.
+        below: Voxels below the intensity range, which training clips.
+        above: Voxels above it.
+        voxels: The number of voxels by label value, as in the file.
     """
 
-    spacing: tuple[float, float, float]  # mm along i, j, k
+    spacing: tuple[float, float, float]
     low: float
     high: float
     below: int
@@ -50,25 +59,45 @@ class Facts:
     voxels: Mapping[int, int]
 
     def to_json(self) -> dict[str, Any]:
-        """The facts as JSON data: `voxels` as a list of pairs, since keys of an object are
-        strings.
+        """Write the facts as JSON data.
+
+        `voxels` becomes a list of pairs, since JSON's keys are strings.
+
+        Returns:
+            JSON data.
         """
         return {**vars(self), "voxels": [*self.voxels.items()]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Facts:
-        """What `to_json` returned."""
+        """Read what `to_json` returned.
+
+        Args:
+            data: JSON data.
+
+        Returns:
+            The facts.
+        """
         return cls(**{**data, "spacing": tuple(data["spacing"]), "voxels": dict(data["voxels"])})
 
 
 def read_pair(
     pair: Pair, table: LabelTable, intensity: Intensity, *, spaced: bool = False
 ) -> tuple[LabelVolume, Volume, Facts]:
-    """Read and check one pair: (labels in model indices, image, facts).
+    """Read and check one pair.
 
-    Raises `InputError`s that name the file.
+    Args:
+        pair: The files.
+        table: The label table.
+        intensity: The intensity range.
+        spaced: Whether the grid is needed in mm, so that a DICOM slice must state its pixel
+            spacing.
 
-    `spaced`: the grid is needed in mm, so a DICOM slice must state its pixel spacing.
+    Returns:
+        Labels in model indices, the image, and the facts.
+
+    Raises:
+        InputError: A file cannot be used for training.
     """
     image, raw = read_image(pair.image, spaced=spaced), read_image(pair.label, spaced=spaced)
     placed = all(
@@ -79,9 +108,8 @@ def read_pair(
     _check_intensity(pair.image, image.values, intensity)
     values = as_integers(raw.values, pair.label)
     try:
-        labels = to_indices(
-            values, table, force=True, file=pair.label
-        )  # a table of labels refuses grey values by themselves
+        # `force` skips the check for grey values: they are not in a table of labels anyway.
+        labels = to_indices(values, table, force=True, file=pair.label)
     except UnknownLabels as exc:
         exc.remedy = (
             "add the value to data.labels (as a label, or among the aliases of one), or correct the"
@@ -101,8 +129,17 @@ def read_pair(
 
 
 def read_image(path: Path, *, spaced: bool = False) -> Volume:
-    """A volume as `runtime.io.readers.volume.read_volume` reads it, or one DICOM slice as (1, H,
-    W), rescaled as its header says.
+    """Read a volume, or one DICOM slice as (1, H, W), rescaled by its header.
+
+    Args:
+        path: The file.
+        spaced: Whether a DICOM slice must state its pixel spacing.
+
+    Returns:
+        The volume.
+
+    Raises:
+        InputError: The file cannot be read, or is not one slice.
     """
     if path.suffix.lower() != ".dcm":
         return read_volume(path)
@@ -129,11 +166,19 @@ def read_image(path: Path, *, spaced: bool = False) -> Volume:
 def require_labels(
     pairs: Sequence[Pair], facts: Sequence[Facts], slices: Sequence[int], table: LabelTable
 ) -> None:
-    """Refuse a volume that holds nothing but background: it would teach that a body has none of the
-    labels.
+    """Refuse volumes without any label: they would teach that a body has none of these organs.
 
-    A single slice may lie beside every organ. Raises `UsageError` when nobody has a label, else
-    `InputError` on the first volume.
+    A single slice may have no label.
+
+    Args:
+        pairs: The pairs of files.
+        facts: Their facts.
+        slices: Their numbers of slices.
+        table: The label table.
+
+    Raises:
+        UsageError: No patient has a label.
+        InputError: A volume has no label.
     """
     by_value = table.by_value
     if not any(by_value[v] for f in facts for v in f.voxels):
@@ -158,8 +203,14 @@ def require_labels(
 
 
 def refuse(errors: Sequence[InputError], count: int) -> None:
-    """Raise what is wrong with some of `count` patients: all of it at once, so that one look at
-    the data is enough.
+    """Raise the errors of some patients as one error, so that one look at the data is enough.
+
+    Args:
+        errors: The errors; none: nothing happens.
+        count: The number of all patients.
+
+    Raises:
+        InputError: There are errors.
     """
     if len(errors) == 1:
         raise errors[0]
@@ -185,8 +236,15 @@ def refuse(errors: Sequence[InputError], count: int) -> None:
 
 
 def facts_table(facts: Sequence[Facts], labels: LabelTable, intensity: Intensity) -> str:
-    """The patients' facts by label, for a person: ranges, clipped voxels, voxels by label, stray
-    values.
+    """Describe the patients for a person: ranges, clipped voxels, voxels by label, aliases.
+
+    Args:
+        facts: The patients' facts.
+        labels: The label table.
+        intensity: The intensity range.
+
+    Returns:
+        Lines of text.
     """
     unit = intensity.unit
     spacing = " x ".join(_range(f.spacing[axis] for f in facts) for axis in range(3))
@@ -205,19 +263,19 @@ def facts_table(facts: Sequence[Facts], labels: LabelTable, intensity: Intensity
     notes, absent = [], []
     for position, label in enumerate(labels.labels):
         values = (label.value, *label.aliases)
-        held = [sum(f.voxels.get(v, 0) for v in values) for f in facts]
+        counts = [sum(f.voxels.get(v, 0) for v in values) for f in facts]
         rows.append(
-            f"{label.value:>6} {label.name:<19} {sum(n > 0 for n in held):>8} {sum(held):>12}"
+            f"{label.value:>6} {label.name:<19} {sum(n > 0 for n in counts):>8} {sum(counts):>12}"
         )
-        stray = (
-            {v: sum(f.voxels.get(v, 0) for f in facts) for v in label.aliases} if position else {}
-        )
+        # Aliases of the background are no surprise, so only the other labels' get a note.
+        aliases = label.aliases if position else ()
+        alias_counts = {v: sum(f.voxels.get(v, 0) for f in facts) for v in aliases}
         notes += [
             f"note           {n} voxels hold {v}, which is read as {label.value} {label.name}"
-            for v, n in stray.items()
+            for v, n in alias_counts.items()
             if n
         ]
-        if not sum(held):
+        if not sum(counts):
             absent.append(label.name)
     if absent:
         notes.append(f"note           no patient has {', '.join(absent)}")
@@ -229,17 +287,21 @@ def facts_table(facts: Sequence[Facts], labels: LabelTable, intensity: Intensity
 
 
 def check_leakage(splits: Mapping[str, Mapping[str, str]]) -> None:
-    """Refuse one image in two splits.
+    """Refuse an image that is in two splits.
 
-    `splits`: of each, the SHA-256 of the image by the pair's name. Raises `InputError`.
+    Args:
+        splits: For each split, the SHA-256 of the image by the pair's name.
+
+    Raises:
+        InputError: An image is in two splits.
     """
-    seen: dict[str, tuple[str, str]] = {}
+    first_use: dict[str, tuple[str, str]] = {}
     for split, digests in splits.items():
         for name, digest in digests.items():
-            where, other = seen.setdefault(digest, (split, name))
-            if where != split:
+            first_split, first_name = first_use.setdefault(digest, (split, name))
+            if first_split != split:
                 raise InputError(
-                    f"{other} ({where}) and {name} ({split}) hold the same image",
+                    f"{first_name} ({first_split}) and {name} ({split}) hold the same image",
                     expected="every patient in one split",
                     remedy=(
                         "take one of the two out, or name them as one patient (column patient of a"
@@ -249,21 +311,23 @@ def check_leakage(splits: Mapping[str, Mapping[str, str]]) -> None:
 
 
 def _count(values: NDArray[Any]) -> dict[int, int]:
-    """Voxels by value, plane by plane."""
+    """Voxels by value, counted plane by plane."""
     counts: Counter[int] = Counter()
     for plane in values:
-        found, voxels = np.unique(plane, return_counts=True)
-        counts.update(dict(zip(found.tolist(), voxels.tolist(), strict=True)))
+        unique_values, voxels = np.unique(plane, return_counts=True)
+        counts.update(dict(zip(unique_values.tolist(), voxels.tolist(), strict=True)))
     return dict(sorted(counts.items()))
 
 
 def _range(values: Iterable[float]) -> str:
+    """Numbers for a person: one of them, or lowest..highest."""
     numbers = sorted(values)
     low, high = f"{numbers[0]:.4g}", f"{numbers[-1]:.4g}"
     return low if low == high else f"{low}..{high}"
 
 
 def _states(path: Path, tag: str) -> bool:
+    """Whether a DICOM file has an attribute."""
     reader = simpleitk().ImageFileReader()
     reader.SetImageIO("GDCMImageIO")
     reader.SetFileName(str(path))
@@ -272,6 +336,7 @@ def _states(path: Path, tag: str) -> bool:
 
 
 def _check_same_grid(pair: Pair, label: Volume, image: Volume, *, placed: bool) -> None:
+    """Raise `InputError` unless label map and image have one grid."""
     remedy = "resample the label map onto its image"
     if label.values.shape != image.values.shape:
         raise InputError(
@@ -281,9 +346,8 @@ def _check_same_grid(pair: Pair, label: Volume, image: Volume, *, placed: bool) 
             file=pair.label,
         )
     distance = _apart(label.geometry, image.geometry, image.values.shape)
-    if (
-        placed and distance > GRID_TOLERANCE_MM
-    ):  # slices made without a position lie on each other by their pixels
+    # Slices that state no position match by their pixels.
+    if placed and distance > GRID_TOLERANCE_MM:
         raise InputError(
             f"{pair.label.name} lies {distance:.3g} mm off its image",
             expected=f"one grid, within {GRID_TOLERANCE_MM} mm",
@@ -292,18 +356,17 @@ def _check_same_grid(pair: Pair, label: Volume, image: Volume, *, placed: bool) 
         )
 
 
-def _apart(one: Geometry, other: Geometry, shape: tuple[int, ...]) -> float:
-    """The largest distance in mm, along an axis, of corresponding corners of two grids of one
-    `shape` (D, H, W).
-    """
+def _apart(first: Geometry, second: Geometry, shape: tuple[int, ...]) -> float:
+    """The largest distance in mm, along an axis, of matching corners of two (D, H, W) grids."""
     d, h, w = shape
     corners = np.array(
         [[i, j, k, 1] for i in (0, w - 1) for j in (0, h - 1) for k in (0, d - 1)], float
     ).T
-    return float(np.abs((one.affine - other.affine) @ corners).max())
+    return float(np.abs((first.affine - second.affine) @ corners).max())
 
 
 def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> None:
+    """Raise `InputError` unless intensities are finite, varied, and in unit and range."""
     low, high = float(values.min()), float(values.max())
     if not np.isfinite([low, high]).all():
         raise InputError(
@@ -320,7 +383,7 @@ def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> 
             else "apply the rescale intercept (often -1024)"
         )
         raise InputError(
-            f"{file.name} holds values from {low:g} to {high:g}, which are no HU",
+            f"{file.name} holds values from {low:g} to {high:g}, which are not HU",
             expected=f"air below {AIR_HU} HU, nothing above {HIGHEST_HU}",
             remedy=(
                 f'{remedy}, or set intensity to {{"unit": "a.u.", "low": {low:g}, "high":'

@@ -1,5 +1,6 @@
-"""Patients → slices on the model's canvas, split by patient, and batches that are a function of
-(seed, step) alone.
+"""Patients as slices on the model's canvas, split by patient, and batches of them.
+
+A batch is a function of (seed, step) alone.
 """
 
 from __future__ import annotations
@@ -22,15 +23,19 @@ from runtime.io.volume_files import check_header
 from ..config import DataConfig
 from .checks import Facts, check_leakage, facts_table, read_image, read_pair, refuse, require_labels
 from .layouts import LEAST_PATIENTS, SPLITS, Pair
-from .layouts import find_pairs as find_pairs  # offered here too, where pairs become slices
+
+# A public name of this module too, where pairs become slices.
+from .layouts import find_pairs as find_pairs
 
 
 @dataclass(frozen=True)
 class Slices:
-    """n axial slices on the canvas: `labels` uint8 (n, Z, H, W) model indices, `image` int16 (n, H,
-    W) in HU (or a.u.).
+    """Axial slices of one patient on the canvas.
 
-    `facts`: what the patient's files hold, for the table of the data.
+    Attributes:
+        labels: uint8 (n, Z, H, W) model indices.
+        image: int16 (n, H, W) in HU (or a.u.).
+        facts: What the patient's files hold, for the table of the data.
     """
 
     labels: NDArray[np.uint8]
@@ -43,8 +48,13 @@ class Slices:
 
 @dataclass(frozen=True)
 class Cohort:
-    """The slices of every split's pairs, one entry a pair; `digest`: SHA-256 of all of them, in
-    order.
+    """The slices of every split, one entry per pair of files.
+
+    Attributes:
+        train: The patients to train on.
+        valid: Those to validate with.
+        test: Those to test on.
+        digest: SHA-256 of all slices, in the order of the pairs.
     """
 
     train: tuple[Slices, ...]
@@ -53,7 +63,11 @@ class Cohort:
     digest: str
 
     def summary(self) -> dict[str, Any]:
-        """Counts per split, as run.json states them: no names."""
+        """Count patients and slices per split, as run.json states them: without names.
+
+        Returns:
+            JSON data.
+        """
         splits = {"train": self.train, "valid": self.valid, "test": self.test}
         return {
             "patients": {name: len(patients) for name, patients in splits.items()},
@@ -62,7 +76,15 @@ class Cohort:
         }
 
     def table(self, labels: LabelTable, intensity: Intensity) -> str:
-        """Patients and slices per split and what the files hold, for a person."""
+        """Describe the data for a person: patients and slices per split, and what the files hold.
+
+        Args:
+            labels: The label table.
+            intensity: The intensity range.
+
+        Returns:
+            Lines of text.
+        """
         counts = self.summary()
         rows = [f"{'split':<14} patients  slices"]
         rows += [
@@ -77,8 +99,14 @@ Loader = Callable[[Pair, LabelTable, GridPolicy, Intensity], Slices]
 
 
 def split(count: int, data: DataConfig) -> dict[str, list[int]]:
-    """Patient numbers 0..count-1 of each split: a seeded shuffle, at least one to train and one
-    to validate with.
+    """Split patients by a seeded shuffle.
+
+    Args:
+        count: The number of patients.
+        data: The section of the config, with ratios and seed.
+
+    Returns:
+        The numbers (0 to count - 1) of each split: at least one to train on, one to validate with.
     """
     order = [int(n) for n in np.random.default_rng(data.split_seed).permutation(count)]
     valid = max(1, round(data.valid_ratio * count))
@@ -91,15 +119,20 @@ def split(count: int, data: DataConfig) -> dict[str, list[int]]:
 
 
 def assign(pairs: Sequence[Pair], data: DataConfig) -> dict[str, list[int]]:
-    """Pair numbers of each split: where the layout states it, else all of a patient's together
-    by `split`.
+    """Split pairs: as the layout states it, else by `split`, with a patient's pairs together.
+
+    Args:
+        pairs: The pairs.
+        data: The section of the config.
+
+    Returns:
+        The numbers of the pairs of each split.
     """
     free = sorted({pair.who for pair in pairs if pair.split is None})
-    drawn = (
-        {free[n]: name for name, numbers in split(len(free), data).items() for n in numbers}
-        if free
-        else {}
-    )
+    drawn = {}
+    if free:
+        numbers_of = split(len(free), data)
+        drawn = {free[n]: name for name, numbers in numbers_of.items() for n in numbers}
     return {
         name: [n for n, pair in enumerate(pairs) if (pair.split or drawn[pair.who]) == name]
         for name in SPLITS
@@ -116,8 +149,21 @@ def load_cohort(
 ) -> Cohort:
     """Read every patient onto the canvas, and check what training relies on.
 
-    `load`: how a patient is read, such as a train/data/slice_cache.py `SliceCache`; None:
-    `load_patient`. Raises `InputError`s that name the file, `UsageError` when nobody has a label.
+    Args:
+        pairs: The pairs of files.
+        data: The section of the config.
+        table: The label table.
+        policy: The grid policy.
+        intensity: The intensity range.
+        load: Reads one patient, such as a `SliceCache` (train/data/slice_cache.py); None:
+            `load_patient`.
+
+    Returns:
+        The cohort.
+
+    Raises:
+        InputError: A file cannot be used for training; all such patients are named at once.
+        UsageError: No patient has a label, or a volume has too few slices to split.
     """
     patients, errors = [], []
     for pair in pairs:
@@ -134,11 +180,12 @@ def load_cohort(
         digest.update(patient.image.tobytes())
         images.append(hashlib.sha256(patient.image.tobytes()).hexdigest())
     if data.split_by == "slices":
-        if least := [
+        too_small = [
             pair.name for pair, p in zip(pairs, patients, strict=True) if len(p) < LEAST_PATIENTS
-        ]:
+        ]
+        if too_small:
             raise UsageError(
-                f"{least[0]} has too few slices to be split",
+                f"{too_small[0]} has too few slices to be split",
                 expected=f"at least {LEAST_PATIENTS}",
                 remedy="drop data.split_by",
             )
@@ -158,8 +205,9 @@ def load_cohort(
 
 
 def _blocks(patient: Slices, data: DataConfig) -> dict[str, Slices]:
-    """A volume cut into neighbouring slices to train on, then to validate with, then to test on;
-    the facts go with the first.
+    """Cut a volume into neighbouring slices to train on, to validate with and to test on.
+
+    The facts go with the first.
     """
     parts, at = {}, 0
     for name, numbers in split(len(patient), data).items():
@@ -173,8 +221,21 @@ def _blocks(patient: Slices, data: DataConfig) -> dict[str, Slices]:
 
 
 def load_patient(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity) -> Slices:
-    """One patient's axial slices on the canvas, labels nearest and image linear; a canvas that
-    grew is cut to its middle.
+    """Read one patient's axial slices onto the canvas, labels nearest and image linear.
+
+    A canvas that the grid policy enlarged is cropped to its middle.
+
+    Args:
+        pair: The files.
+        table: The label table.
+        policy: The grid policy.
+        intensity: The intensity range.
+
+    Returns:
+        The slices.
+
+    Raises:
+        InputError: A file cannot be used for training.
     """
     labels, image, facts = read_pair(
         pair, table, intensity, spaced=policy.pixel_spacing is not None
@@ -185,13 +246,21 @@ def load_patient(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: I
     slices = [
         fit(grid.image(image.values, k, outside), policy.canvas, outside) for k in range(grid.count)
     ]
-    return Slices(
-        np.stack(planes), np.clip(np.rint(np.stack(slices)), -32768, 32767).astype(np.int16), facts
-    )
+    hu = np.clip(np.rint(np.stack(slices)), -32768, 32767).astype(np.int16)
+    return Slices(np.stack(planes), hu, facts)
 
 
 def fit(plane: NDArray[Any], canvas: tuple[int, int], fill: float) -> NDArray[Any]:
-    """Crop or pad the last two axes to `canvas` (H, W) about their centre."""
+    """Crop or pad the last two axes about their centre.
+
+    Args:
+        plane: (..., H, W).
+        canvas: The new (H, W).
+        fill: The value of padded pixels.
+
+    Returns:
+        The plane on the canvas.
+    """
     for axis, side in zip((-2, -1), canvas, strict=True):
         surplus = plane.shape[axis] - side
         if surplus > 0:
@@ -204,7 +273,18 @@ def fit(plane: NDArray[Any], canvas: tuple[int, int], fill: float) -> NDArray[An
 
 
 def slice_counts(pairs: Iterable[Pair], policy: GridPolicy) -> list[int]:
-    """Axial slices of each patient, from the headers alone."""
+    """Count the axial slices of each patient, from the headers alone.
+
+    Args:
+        pairs: The pairs of files.
+        policy: The grid policy.
+
+    Returns:
+        The counts.
+
+    Raises:
+        InputError: A file cannot be read.
+    """
     counts = []
     for pair in pairs:
         if pair.image.suffix.lower() != ".dcm":
@@ -220,20 +300,31 @@ def slice_counts(pairs: Iterable[Pair], policy: GridPolicy) -> list[int]:
             )
             w, h, d = reader.GetSize()
         except (RuntimeError, ValueError):
-            read_image(pair.image)  # says in our words what is wrong
+            # This raises an error of this project, with a remedy.
+            read_image(pair.image)
             raise
         counts.append(SliceGrid(policy, geometry, (d, h, w)).count)
     return counts
 
 
 class Batches:
-    """Endless training batches over `slices`.
+    """Endless training batches.
 
-    Batch n is a function of (seed, n): a resumed run sees the same ones.
+    Batch n is a function of (seed, n), so a resumed run sees the same ones. Every epoch is a new
+    permutation of all slices; a batch may straddle two epochs. Slices are read from where they are,
+    which may be a memory-mapped file.
 
-    Every epoch is a fresh permutation of all slices; a batch may straddle two. Slices are read
-    where they lie, which may be a memory-mapped file. Of `world` ranks, each has the `part` of the
-    batch that belongs to `rank`.
+    Args:
+        patients: The patients.
+        batch_size: Slices per batch, over all ranks.
+        seed: The seed of the order and of the noise.
+        intensity: The intensity range.
+        rank: The number of this rank.
+        world: The number of all ranks.
+
+    Attributes:
+        batch_size: Slices per batch, over all ranks.
+        part: This rank's part of a batch.
     """
 
     def __init__(
@@ -245,33 +336,40 @@ class Batches:
         rank: int = 0,
         world: int = 1,
     ):
-        self.batch_size, self.part = (
-            batch_size,
-            slice(rank * batch_size // world, (rank + 1) * batch_size // world),
-        )
+        self.batch_size = batch_size
+        self.part = slice(rank * batch_size // world, (rank + 1) * batch_size // world)
         self._slices = [(patient, k) for patient in patients for k in range(len(patient))]
         self._seed, self._intensity = seed, intensity
 
     def __getitem__(
         self, step: int
     ) -> tuple[NDArray[np.uint8], NDArray[np.float32], NDArray[np.uint8]]:
-        """(labels uint8 (N, Z, H, W), image float32 (N, 1, H, W) in [0, 1], noise uint8 (N, 1,
-        H, W)) of this step.
+        """Read this rank's part of a batch.
+
+        Args:
+            step: The number of the batch.
+
+        Returns:
+            Labels uint8 (N, Z, H, W), image float32 (N, 1, H, W) in [0, 1], noise uint8 (N, 1, H,
+            W).
         """
         order = self.slices(step)
         chosen = [self._slices[n] for n in order[self.part]]
         labels = np.stack([patient.labels[k] for patient, k in chosen])
-        image = to_unit(np.stack([patient.image[k] for patient, k in chosen]), self._intensity)[
-            :, None
-        ]
-        return (
-            labels,
-            image,
-            noise_bytes((self.batch_size, *image.shape[1:]), self._seed, step)[self.part],
-        )
+        values = np.stack([patient.image[k] for patient, k in chosen])
+        image = to_unit(values, self._intensity)[:, None]
+        noise = noise_bytes((self.batch_size, *image.shape[1:]), self._seed, step)
+        return labels, image, noise[self.part]
 
     def slices(self, step: int) -> NDArray[np.intp]:
-        """Which slices, counted through all patients, this step's batch holds, of all ranks."""
+        """Choose the slices of a batch.
+
+        Args:
+            step: The number of the batch.
+
+        Returns:
+            Slice numbers, counted through all patients, for all ranks.
+        """
         positions = range(step * self.batch_size, (step + 1) * self.batch_size)
         count = len(self._slices)
         epochs = {p // count for p in positions}
@@ -282,19 +380,45 @@ class Batches:
 def stream(
     seed: int, tag: Literal["order", "noise", "augment", "style"], n: int
 ) -> np.random.Generator:
-    """The random numbers of the n-th epoch or step: a function of the arguments, so that nothing
-    random need be saved.
+    """Make the random generator of one epoch or step.
+
+    It is a function of the arguments, so that no random state need be saved.
+
+    Args:
+        seed: The seed of the run.
+        tag: What it is for.
+        n: The number of the epoch or step.
+
+    Returns:
+        The generator.
     """
     return np.random.default_rng([seed, ("order", "noise", "augment", "style").index(tag), n])
 
 
 def noise_bytes(shape: tuple[int, ...], seed: int, step: int) -> NDArray[np.uint8]:
-    """White noise, uniform bytes of `shape`, a function of (seed, step)."""
+    """Draw white noise, a function of (seed, step).
+
+    Args:
+        shape: Any shape.
+        seed: The seed of the run.
+        step: The number of the step.
+
+    Returns:
+        Uniform bytes, uint8.
+    """
     return stream(seed, "noise", step).integers(0, 256, shape, np.uint8)
 
 
 def to_unit(values: NDArray[Any], intensity: Intensity) -> NDArray[np.float32]:
-    """HU → [0, 1], float32; what lies outside the range is clipped."""
+    """Scale intensities to [0, 1]; values outside the range are clipped.
+
+    Args:
+        values: HU (or a.u.), any shape and dtype.
+        intensity: The intensity range.
+
+    Returns:
+        float32 of the same shape.
+    """
     scaled: NDArray[np.float32] = (
         values.astype(np.float32) - np.float32(intensity.low)
     ) / np.float32(intensity.high - intensity.low)
@@ -303,7 +427,15 @@ def to_unit(values: NDArray[Any], intensity: Intensity) -> NDArray[np.float32]:
 
 
 def from_unit(values: NDArray[np.float32], intensity: Intensity) -> NDArray[np.int16]:
-    """[0, 1] → HU, int16, rounded."""
+    """Scale [0, 1] to rounded intensities.
+
+    Args:
+        values: float32, any shape.
+        intensity: The intensity range.
+
+    Returns:
+        HU (or a.u.), int16 of the same shape.
+    """
     hu: NDArray[np.int16] = np.rint(
         values * np.float32(intensity.high - intensity.low) + intensity.low
     ).astype(np.int16)

@@ -1,5 +1,6 @@
-"""What a config leaves to the data (labels: null, intensity "auto"), decided by looking, before
-a run is claimed, and said.
+"""Infer from the data what a config leaves open: labels null, and intensity "auto".
+
+This happens before a run folder is claimed, and the command line prints the choices.
 """
 
 from __future__ import annotations
@@ -14,25 +15,32 @@ from ..config import IntensityConfig, RunConfig, label_table
 from .checks import AIR_HU, read_image
 from .layouts import Layout, find
 
-HU = IntensityConfig(
-    "HU", -1024, 1976
-)  # air to dense bone and contrast: the range of train/configs/whs.json
+# From air to dense bone and contrast: the range of train/configs/whs.json.
+HU = IntensityConfig("HU", -1024, 1976)
 
 
 def infer_from_data(config: RunConfig) -> tuple[RunConfig, str]:
-    """(the config with nothing left open, what was found in a line or two).
+    """Fill in what the config leaves open.
 
     Only `data.path` is read.
 
-    Raises `UsageError`s about the layout, `ConfigError` when the labels are left open and the
-    layout does not state them, or contradicts them.
+    Args:
+        config: The config.
+
+    Returns:
+        The config with nothing open, and a line about the data for a person.
+
+    Raises:
+        UsageError: The dataset has no known layout.
+        ConfigError: The labels are open and the layout does not state them, or it contradicts them.
     """
-    if config.data.path is None:  # the phantom says all
+    if config.data.path is None:
+        # The phantom has MM-WHS labels.
         return replace(config, data=replace(config.data, labels=config.data.labels or "mm-whs")), ""
     layout = find(Path(config.data.path), config.data)
-    said = [layout.says]
+    notes = [layout.says]
     if config.data.split_by == "slices":
-        said.append(
+        notes.append(
             "WARNING: slices of the same patients train, validate and test (data.split_by): the"
             " metrics say nothing about new patients"
         )
@@ -49,14 +57,14 @@ def infer_from_data(config: RunConfig) -> tuple[RunConfig, str]:
     if config.intensity.unit == "auto":
         intensity = _intensity(layout, config.intensity)
         config = replace(config, intensity=intensity)
-        said.append(
+        notes.append(
             f"intensities are read as {intensity.unit} from {intensity.low} to {intensity.high}"
         )
-    return config, "; ".join(said)
+    return config, "; ".join(notes)
 
 
 def _check_same_labels(config: RunConfig, stated: list[dict[str, Any]]) -> None:
-    """The layout's values must be in the config's table, under the same names."""
+    """Check that the config's table has the layout's values under the same names."""
     table = label_table(replace(config.data, keep=None))
     main = {label.value: label.name for label in table.labels}
     for row in stated:
@@ -70,6 +78,6 @@ def _check_same_labels(config: RunConfig, stated: list[dict[str, Any]]) -> None:
 
 
 def _intensity(layout: Layout, stated: IntensityConfig) -> IntensityConfig:
-    """HU where the first image holds air, else greys in the range that the config states."""
+    """HU where the first image contains air, else greys in the range that the config states."""
     first = read_image(layout.pairs[0].image).values
     return HU if float(first.min()) <= AIR_HU else replace(stated, unit="a.u.")

@@ -1,12 +1,13 @@
-"""How people keep their patients on disk: the layout is found by looking, and said; two at once are
-an error.
+"""Recognise how a dataset is stored on disk; a folder with two layouts at once is an error.
 
-    mm-whs    DIR/CASE_image.nii.gz + DIR/CASE_label.nii.gz
-    original  DIR/training/PATIENT/PATIENT_NAME.dcm, DIR/testing/...: one DICOM slice each for image and labels
+    MM-WHS    DIR/CASE_image.nii.gz + DIR/CASE_label.nii.gz
+    original  DIR/training/PATIENT/PATIENT_NAME.dcm, DIR/testing/...: one DICOM slice each for the
+              image and the labels
     nnU-Net   DIR/imagesTr/CASE_0000.nii.gz + DIR/labelsTr/CASE.nii.gz + DIR/dataset.json
-    table     a CSV file (or a folder with one): columns image,label[,patient[,split]], paths relative to the file
+    table     a CSV file (or a folder with one): columns image,label[,patient[,split]]; paths are
+              relative to the file
 
-Only names are looked at here, and the text of dataset.json and of the table; no image is opened.
+This module reads names, dataset.json and the table; it opens no image.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from ..config import DataConfig
 
 SUFFIXES = (".nii.gz", ".nii")
 SPLITS = ("train", "valid", "test")
-LEAST_PATIENTS = 3  # one to train on, one to validate with, one to test on
+# One to train on, one to validate with, one to test on.
+LEAST_PATIENTS = 3
 LAYOUT = (
     "CASE_image.nii.gz + CASE_label.nii.gz (MM-WHS), training/PATIENT/PATIENT_NAME.dcm, nnU-Net's"
     " imagesTr + labelsTr + dataset.json, or a CSV table image,label[,patient[,split]]"
@@ -35,26 +37,36 @@ LAYOUT = (
 
 @dataclass(frozen=True)
 class Pair:
-    """Image and label map of one patient (or of one part).
+    """Image and label map of one patient, or of a part of one.
 
-    `split`: train, valid or test where the layout states it.
+    Attributes:
+        name: Its name in messages.
+        image: The image file.
+        label: The label map.
+        patient: What parts of one patient share, so that they are in one split; "": the name.
+        split: "train", "valid" or "test" where the layout states it.
     """
 
     name: str
     image: Path
     label: Path
-    patient: str = ""  # parts of one patient share it, and a split; "": the name
+    patient: str = ""
     split: str | None = None
 
     @property
     def who(self) -> str:
+        """The patient's name, or the pair's."""
         return self.patient or self.name
 
 
 @dataclass(frozen=True)
 class Layout:
-    """What was found: pairs by name, one line that `says` so, and the label table the layout
-    states (a `data.labels`), or None.
+    """A recognised dataset.
+
+    Attributes:
+        pairs: The pairs by name.
+        says: One line about them for a person.
+        labels: The labels that the layout states, as `data.labels` has them, or None.
     """
 
     pairs: list[Pair]
@@ -63,9 +75,18 @@ class Layout:
 
 
 def find(path: Path, data: DataConfig) -> Layout:
-    """Recognise the layout of a dataset folder or table.
+    """Recognise the layout of a dataset.
 
-    Raises `UsageError` when there is none, two, or a file is missing.
+    Args:
+        path: A folder or a CSV table.
+        data: The section of the config.
+
+    Returns:
+        The layout.
+
+    Raises:
+        UsageError: There is no layout, or two of them; a file is missing; there are too few
+            patients.
     """
     remedy = "check --dataset-path"
     if not path.exists():
@@ -85,22 +106,22 @@ def find(path: Path, data: DataConfig) -> Layout:
             "table": (bool(_tables(path)), _folder_table),
         }
     )
-    seen = [kind for kind, (there, _) in kinds.items() if there]
-    if not seen:
+    matching = [kind for kind, (matches, _) in kinds.items() if matches]
+    if not matching:
         raise UsageError(
             f"{path.name or path} holds no pair of image and label map",
             expected=LAYOUT,
             remedy=remedy,
             file=path,
         )
-    if len(seen) > 1:
+    if len(matching) > 1:
         raise UsageError(
-            f"{path.name or path} can be read as {' and as '.join(seen)}",
+            f"{path.name or path} can be read as {' and as '.join(matching)}",
             expected="one layout",
             remedy="give --dataset-path the folder (or CSV file) of one of them alone",
             file=path,
         )
-    layout = kinds[seen[0]][1](path, data)
+    layout = kinds[matching[0]][1](path, data)
     patients = {pair.who for pair in layout.pairs}
     if len(patients) < LEAST_PATIENTS and data.split_by == "patients":
         raise UsageError(
@@ -113,38 +134,47 @@ def find(path: Path, data: DataConfig) -> Layout:
 
 
 def find_pairs(folder: Path) -> list[Pair]:
-    """The pairs of a dataset with the default names. Raises as `find` does."""
+    """List the pairs of a dataset with the default names.
+
+    Args:
+        folder: A folder or a CSV table.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        UsageError: As in `find`.
+    """
     return find(folder, DataConfig()).pairs
 
 
 def _mm_whs(folder: Path, data: DataConfig) -> Layout:
-    found: dict[str, dict[str, Path]] = {}
+    """Read CASE_image and CASE_label volumes."""
+    files_of: dict[str, dict[str, Path]] = {}
     for path in sorted(folder.iterdir()):
         for suffix in SUFFIXES:
             for kind in ("image", "label"):
                 if path.name.endswith(f"_{kind}{suffix}") and not path.name.startswith("."):
-                    found.setdefault(path.name.removesuffix(f"_{kind}{suffix}"), {})[kind] = path
-    if not any(len(files) == 2 for files in found.values()):
+                    files_of.setdefault(path.name.removesuffix(f"_{kind}{suffix}"), {})[kind] = path
+    if not any(len(files) == 2 for files in files_of.values()):
         raise UsageError(
             f"{folder.name or folder} holds no pair of image and label map",
             expected=LAYOUT,
             remedy="check --dataset-path",
             file=folder,
         )
-    for name, files in found.items():
+    for name, files in files_of.items():
         if len(files) < 2:
             missing = "image" if "label" in files else "label"
             raise _lacks(name, f"{name}_{missing}.nii.gz", next(iter(files.values())))
-    pairs = [Pair(name, files["image"], files["label"]) for name, files in sorted(found.items())]
+    pairs = [Pair(name, files["image"], files["label"]) for name, files in sorted(files_of.items())]
     return Layout(
         pairs, f"{len(pairs)} patients as MM-WHS volumes (CASE_image + CASE_label)", "mm-whs"
     )
 
 
 def _original(folder: Path, data: DataConfig) -> Layout:
-    """All of `training`; with train_ratio 1 the patients of `testing` are the test set, as the
-    original has it.
-    """
+    """Read `training`; with a train_ratio of 1, the patients of `testing` are the test set."""
     pairs = _slices(folder / "training", data, None)
     testing = folder / "testing"
     tested = _slices(testing, data, "test") if data.train_ratio == 1 and testing.is_dir() else []
@@ -163,6 +193,7 @@ def _original(folder: Path, data: DataConfig) -> Layout:
 
 
 def _slices(folder: Path, data: DataConfig, split: str | None) -> list[Pair]:
+    """The pairs of single DICOM slices in PATIENT folders."""
     pairs = []
     for patient in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
         image, label = (
@@ -170,9 +201,9 @@ def _slices(folder: Path, data: DataConfig, split: str | None) -> list[Pair]:
         )
         for path in (image, label):
             if not path.is_file():
-                there = ", ".join(p.name for p in islice(sorted(patient.iterdir()), 4)) or "nothing"
+                names = ", ".join(p.name for p in islice(sorted(patient.iterdir()), 4)) or "nothing"
                 raise UsageError(
-                    f"patient {patient.name} has no {path.name}; there is {there}",
+                    f"patient {patient.name} has no {path.name}; there is {names}",
                     expected="PATIENT/PATIENT_NAME.dcm for both names",
                     remedy=(
                         "set data.image_name and data.label_name (TARGET_NAME, INPUT_NAME) to the"
@@ -185,6 +216,7 @@ def _slices(folder: Path, data: DataConfig, split: str | None) -> list[Pair]:
 
 
 def _nnunet(folder: Path, data: DataConfig) -> Layout:
+    """Read nnU-Net's raw layout."""
     path = folder / "dataset.json"
     expected = 'nnU-Net\'s {"channel_names": {"0": "CT"}, "labels": {"background": 0, ...}, ...}'
     with reading(path, expected, UsageError):
@@ -222,9 +254,8 @@ def _nnunet(folder: Path, data: DataConfig) -> Layout:
             remedy="check --dataset-path",
             file=folder,
         )
-    ignored = [
-        value for value, name in names.items() if name.casefold() == "ignore"
-    ]  # what nobody labelled is no tissue
+    # "ignore" marks voxels that nobody labelled: it is not a tissue.
+    ignored = [value for value, name in names.items() if name.casefold() == "ignore"]
     labels = [
         {"name": names[value], "value": value} for value in sorted(names) if value not in ignored
     ]
@@ -233,17 +264,20 @@ def _nnunet(folder: Path, data: DataConfig) -> Layout:
         f" {next(iter(channels.values()))}"
     )
     says += "".join(
-        f"; ignore ({value}) is no label: a label map that holds it is refused" for value in ignored
+        f"; ignore ({value}) is not a label: a label map that holds it is refused"
+        for value in ignored
     )
     return Layout(pairs, says, labels)
 
 
 def _stated_labels(stated: dict[str, Any], path: Path) -> dict[int, str]:
-    """nnU-Net's labels as value → name, with a background.
+    """Read nnU-Net's labels as value → name, with a background.
 
     Version 2 has {name: value}, also as text or as a list of one, version 1 {"value": name}.
 
-    Raises `UsageError` for regions, `ValueError` for what is none of these.
+    Raises:
+        UsageError: There are regions.
+        ValueError: The labels have neither form.
     """
     flat = {}
     for key, value in stated.items():
@@ -267,12 +301,13 @@ def _stated_labels(stated: dict[str, Any], path: Path) -> dict[int, str]:
     for key, value in flat.items():
         number, name = (key, value) if version_1 else (value, key)
         if isinstance(number, (bool, float)) or int(number) in names:
-            raise ValueError(f"{name} is {number!r}, which is no number of its own")
+            raise ValueError(f"{name} is {number!r}, which is not a number of one label")
         names[int(number)] = str(name)
     return {0: "background", **names}
 
 
 def _folder_table(folder: Path, data: DataConfig) -> Layout:
+    """Read the only CSV table of a folder."""
     tables = _tables(folder)
     if len(tables) > 1:
         raise UsageError(
@@ -285,7 +320,7 @@ def _folder_table(folder: Path, data: DataConfig) -> Layout:
 
 
 def _tables(folder: Path) -> list[Path]:
-    """The CSV files whose first line names both columns; others may lie beside the data."""
+    """The CSV files whose first line names both columns; a folder may hold other CSV files."""
 
     def head(path: Path) -> str:
         with (
@@ -302,6 +337,7 @@ def _tables(folder: Path) -> list[Path]:
 
 
 def _table(path: Path, data: DataConfig) -> Layout:
+    """Read a CSV table of pairs."""
     expected = "a CSV file with the columns image,label[,patient[,split]]"
     with (
         reading(path, expected, UsageError),
@@ -312,7 +348,7 @@ def _table(path: Path, data: DataConfig) -> Layout:
             columns, rows = list(reader.fieldnames or []), list(reader)
         except csv.Error as exc:
             raise UsageError(
-                f"{path.name} is no CSV table: {exc}",
+                f"{path.name} is not a CSV table: {exc}",
                 expected=expected,
                 remedy="write it with commas",
                 file=path,
@@ -325,11 +361,10 @@ def _table(path: Path, data: DataConfig) -> Layout:
             file=path,
         )
     pairs = [_row(path, number, row) for number, row in enumerate(rows, 2)]
-    if twice := [
-        pair for n, pair in enumerate(pairs) if pair.image in {p.image for p in pairs[:n]}
-    ]:
+    repeated = [pair for n, pair in enumerate(pairs) if pair.image in {p.image for p in pairs[:n]}]
+    if repeated:
         raise UsageError(
-            f"{path.name} lists {twice[0].image.name} twice",
+            f"{path.name} lists {repeated[0].image.name} twice",
             expected="every image once",
             remedy="drop a line",
             file=path,
@@ -337,29 +372,32 @@ def _table(path: Path, data: DataConfig) -> Layout:
     stated: dict[str, set[str | None]] = {}
     for pair in pairs:
         stated.setdefault(pair.who, set()).add(pair.split)
-    if torn := [who for who, splits in stated.items() if len(splits) > 1]:
+    if in_two_splits := [who for who, splits in stated.items() if len(splits) > 1]:
         raise UsageError(
-            f"patient {torn[0]} is in more than one split",
+            f"patient {in_two_splits[0]} is in more than one split",
             expected="a patient's images in one split: patients are split, never slices",
             remedy="correct the column split",
             file=path,
         )
-    used = {pair.split for pair in pairs}
-    if used != {None} and (None in used or not {"train", "valid"} <= used):
+    split_names = {pair.split for pair in pairs}
+    complete = None not in split_names and {"train", "valid"} <= split_names
+    if split_names != {None} and not complete:
+        listed = ", ".join(sorted(name or "none" for name in split_names))
         raise UsageError(
             f"{path.name} states a split for {sum(p.split is not None for p in pairs)} of"
-            f" {len(pairs)} rows: {_said(used)}",
+            f" {len(pairs)} rows: {listed}",
             expected="train, valid and perhaps test, for every row, or no column split",
             remedy="complete the column",
             file=path,
         )
-    how = "its own split" if used != {None} else "split by patient"
+    how = "its own split" if split_names != {None} else "split by patient"
     return Layout(
         pairs, f"{len(stated)} patients, {len(pairs)} pairs in the table {path.name}, {how}"
     )
 
 
 def _row(path: Path, number: int, row: dict[str, Any]) -> Pair:
+    """Check one line of a table."""
     split = (row.get("split") or "").strip() or None
     if (
         None in row
@@ -386,14 +424,11 @@ def _row(path: Path, number: int, row: dict[str, Any]) -> Pair:
     return Pair(stem(image), image, label, (row.get("patient") or "").strip(), split)
 
 
-def _said(splits: set[str | None]) -> str:
-    return ", ".join(sorted(s or "none" for s in splits))
-
-
-def _lacks(name: str, file: str, beside: Path) -> UsageError:
+def _lacks(name: str, file: str, partner: Path) -> UsageError:
+    """The error for a patient with only one of the two files."""
     return UsageError(
         f"patient {name} has no {file}",
         expected="an image and a label map for every patient",
         remedy="add the file, or take the patient out",
-        file=beside,
+        file=partner,
     )

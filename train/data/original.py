@@ -1,6 +1,6 @@
-"""The original system's config keys that say what is fixed here, or say it in a way of their own.
+"""Keys of the original system that this project fixes, or reads in a special way.
 
-The other upper-case keys are plain names of ours: `ORIGINAL_KEYS` in train/config.py.
+The other upper-case keys are other names of this project's: `ORIGINAL_KEYS` in train/config.py.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from ..typed import wrong
 
 _ONE_HOT = "1: labels are one-hot here, so there is nothing to scale"
 
-# key → (the one value that makes sense, why)
+# The key → its one valid value, and the reason.
 FIXED_KEYS: dict[str, tuple[Any, str]] = {
     "INPUT_TRANS": (1, _ONE_HOT),
     "CONDITION_TRANS": (1, _ONE_HOT),
@@ -23,7 +23,16 @@ FIXED_KEYS: dict[str, tuple[Any, str]] = {
 
 
 def check_fixed(key: str, value: Any, config: Mapping[str, Any]) -> None:
-    """Compare a key of `FIXED_KEYS` with its one value. Raises `ConfigError`."""
+    """Compare a key of `FIXED_KEYS` with its one value.
+
+    Args:
+        key: The key.
+        value: Its value.
+        config: The config data, with keys of the original.
+
+    Raises:
+        ConfigError: The value differs.
+    """
     only, why = FIXED_KEYS[key]
     expected = config.get("INPUT_NAME", "whs_img_gt") if key == "CONDITION_NAME" else only
     if isinstance(value, bool) or value != expected:
@@ -31,11 +40,20 @@ def check_fixed(key: str, value: Any, config: Mapping[str, Any]) -> None:
 
 
 def greys(value: Any) -> Any:
-    """TARGET_TRANS, the factor that took the original's greys to [0, 1] (1/255: 8 bits) → the range
-    it stands for.
+    """Convert TARGET_TRANS, the factor that scaled the original's greys to [0, 1], to their range.
 
-    Whether the images are such greys or Hounsfield units is seen when they are read: unit "auto". A
-    JSON number, or a string such as "1/255". Raises `ConfigError`.
+    1/255 stands for 8-bit greys. Whether images are such greys or Hounsfield units shows when they
+    are
+    read: the unit is "auto".
+
+    Args:
+        value: A JSON number, or a string such as "1/255".
+
+    Returns:
+        The section `intensity`, as JSON data.
+
+    Raises:
+        ConfigError: The value is not 1 divided by a grey value.
     """
     allowed = "1 divided by the brightest grey, such as 0.00392156862745098 or '1/255'"
     try:

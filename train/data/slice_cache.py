@@ -1,11 +1,11 @@
-"""Patients' slices on the canvas, decoded and resampled once: one memory-mapped file for each pair
-of files and settings.
+"""A cache of patients' slices on the canvas, decoded and resampled once.
 
-An entry's name is the SHA-256 of what decides its content, so a changed file or setting makes a new
-entry and nothing is ever stale. It is a .npy of records (labels, image), one a slice, followed by
-the patient's facts as JSON and the SHA-256 of all that: an entry that is torn or was altered is
-seen, and made again. Entries are renamed into place when whole, so processes may fill one folder
-together. Old entries are not removed; the folder may be deleted whenever no training runs.
+Each pair of files and settings has one memory-mapped file. Its name is the SHA-256 of everything
+that decides its content: a changed file or setting makes a new entry, so no entry is ever stale. An
+entry is a .npy of records (labels, image), one per slice, followed by the patient's facts as JSON
+and by the SHA-256 of all that: a torn or altered entry is noticed and written again. Entries are
+complete when they get their name, so several processes may fill one folder. Nothing removes old
+entries; the folder may be deleted whenever no training runs.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ from .checks import Facts
 from .dataset import Slices, load_patient
 from .layouts import Pair
 
-# of the file, and of what load_patient makes of a patient: another number leaves old entries unread
+# The version of the file format and of `load_patient`: a new number leaves old entries unread.
 VERSION = 2
-FOLDER = ".slices"  # beside the run folder, unless --cache says otherwise
+# The default cache folder, beside the run folder.
+FOLDER = ".slices"
 _DIGEST = hashlib.sha256().digest_size
 
 
 class SliceCache:
-    """The entries in `folder`.
+    """A `load_patient` that reads from a folder of entries and fills it.
 
-    Calling it is `load_patient`, but that the arrays are views of a read-only file.
+    Its arrays are views of a read-only file.
+
+    Args:
+        folder: The cache folder.
     """
 
     def __init__(self, folder: Path):
@@ -45,15 +49,27 @@ class SliceCache:
     def __call__(
         self, pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity
     ) -> Slices:
-        """One patient's slices. Raises what `load_patient` raises, and `OutputError` when an
-        entry cannot be written.
+        """Read one patient's slices.
+
+        Args:
+            pair: The files.
+            table: The label table.
+            policy: The grid policy.
+            intensity: The intensity range.
+
+        Returns:
+            The slices.
+
+        Raises:
+            InputError: A file cannot be used for training.
+            OutputError: An entry cannot be written.
         """
         path = self.folder / f"{key(pair, table, policy, intensity)}.npy"
         if not path.exists():
             write(path, load_patient(pair, table, policy, intensity))
         elif not intact(path):
             print(
-                f"warning: {path} was damaged; it is made again from {pair.image.name}",
+                f"warning: {path} was damaged; it is written again from {pair.image.name}",
                 file=sys.stderr,
             )
             write(path, load_patient(pair, table, policy, intensity))
@@ -61,9 +77,18 @@ class SliceCache:
 
 
 def key(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity) -> str:
-    """64 hexadecimal digits of the two volumes' content and all settings that slices depend on.
+    """Hash the content of both volumes and all settings that slices depend on.
 
     Names and dates do not count.
+
+    Args:
+        pair: The files.
+        table: The label table.
+        policy: The grid policy.
+        intensity: The intensity range.
+
+    Returns:
+        64 hexadecimal digits.
     """
     facts = {
         "version": VERSION,
@@ -77,7 +102,15 @@ def key(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity)
 
 
 def write(path: Path, slices: Slices) -> None:
-    """Write an entry atomically. Raises `OutputError`."""
+    """Write an entry atomically.
+
+    Args:
+        path: The entry.
+        slices: The slices.
+
+    Raises:
+        OutputError: The entry cannot be written.
+    """
     kind = np.dtype(
         [("labels", np.uint8, slices.labels.shape[1:]), ("image", "<i2", slices.image.shape[1:])]
     )
@@ -91,18 +124,32 @@ def write(path: Path, slices: Slices) -> None:
 
 
 def intact(path: Path) -> bool:
-    """Whether an entry ends with the SHA-256 of what comes before it."""
-    left = path.stat().st_size - _DIGEST
+    """Say whether an entry ends with the SHA-256 of its content.
+
+    Args:
+        path: The entry.
+
+    Returns:
+        True if it does.
+    """
+    unread_bytes = path.stat().st_size - _DIGEST
     digest = hashlib.sha256()
     with open(path, "rb") as handle:
-        while left > 0 and (chunk := handle.read(min(left, 1 << 20))):
+        while unread_bytes > 0 and (chunk := handle.read(min(unread_bytes, 1 << 20))):
             digest.update(chunk)
-            left -= len(chunk)
+            unread_bytes -= len(chunk)
         return handle.read() == digest.digest()
 
 
 def read(path: Path) -> Slices:
-    """An entry's slices as read-only views of the file: what is not touched is not in memory."""
+    """Read an entry as views of the file: slices that are not used are not in memory.
+
+    Args:
+        path: An intact entry.
+
+    Returns:
+        The slices, read-only.
+    """
     mapped: np.memmap[Any, Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     with open(path, "rb") as handle:
         handle.seek(mapped.offset + mapped.nbytes)
@@ -114,15 +161,17 @@ def read(path: Path) -> Slices:
 
 
 class _Digest:
-    """A file to numpy that hashes what it passes on to `sink`."""
+    """A file for numpy that hashes what it passes on to `sink`."""
 
     def __init__(self, sink: Callable[[bytes], int]):
         self._sink, self._digest = sink, hashlib.sha256()
 
     def write(self, data: bytes) -> int:
+        """Hash and pass on."""
         self._digest.update(data)
         return self._sink(data)
 
     @property
     def value(self) -> bytes:
+        """The SHA-256 so far."""
         return self._digest.digest()

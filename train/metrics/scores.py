@@ -1,11 +1,11 @@
-"""How near synthetic CTs come to true ones: numpy arrays in, plain numbers out.
+"""Compare synthetic CTs with true ones: numpy arrays in, plain numbers out.
 
-Used in validation, by the report and by `train.evaluate`.
+Validation, the report and `train.evaluate` use these metrics.
 
-Cases are volumes (D, H, W) of axial slices: synthetic and true HU, and model indices (0 is the
-background). All voxels of an organ are pooled over the cases. Images are in HU, or in arbitrary
-units: the body is then what is brighter than Otsu's threshold, and SSIM sees the run's range as it
-sees that of HU.
+A case is a volume (D, H, W) of axial slices: synthetic HU, true HU, and model indices (0 is the
+background). All voxels of an organ are pooled over the cases. Where images are in arbitrary units
+instead of HU, the body is what is brighter than Otsu's threshold, and SSIM treats the run's range
+as it treats that of HU.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ from .volume_metrics import (
 )
 
 HU = Intensity("HU", *map(int, LIMITS_HU))
-BODY_HU = -500  # between air and fat
-# parts of an image W pixels wide that are no thicker than 2 W / THIN are not body: table, tubes
+# Between air and fat.
+BODY_HU = -500
+# Parts of an image W pixels wide that are at most 2 W / THIN thick are not body: table, tubes.
 THIN = 128
-TEXTURE_SIGMA = 2.0  # px; what a Gaussian of this width leaves over is texture
-EROSION = 1  # px that an organ loses at its border before its texture is measured
+# In pixels: the texture is the image minus its Gaussian of this width.
+TEXTURE_SIGMA = 2.0
+# Pixels that an organ loses at its border before its texture is measured.
+EROSION = 1
 
-_IN_PLANE = (
-    ndimage.generate_binary_structure(3, 1) & np.array([0, 1, 0], bool)[:, None, None]
-)  # 4 neighbours in the slice
+# The 4 neighbours in the slice.
+_IN_PLANE = ndimage.generate_binary_structure(3, 1) & np.array([0, 1, 0], bool)[:, None, None]
 Volumes = Sequence[NDArray[Any]]
 
 
@@ -52,37 +54,62 @@ def evaluate(
     places: Places | None = None,
     intensity: Intensity = HU,
 ) -> dict[str, Any]:
-    """Metrics of synthesized cases against true ones, in `intensity.unit`.
+    """Measure synthetic cases against true ones, in `intensity.unit`.
 
-    `names`: of the indices 1, 2, ...; `places`: the slices' numbers in their volumes where cases do
-    not hold all, so that only neighbours are compared along z.
+    Args:
+        synthetic: Synthetic CTs.
+        truth: True CTs.
+        masks: Model indices.
+        names: The names of the indices 1, 2, ...
+        places: The slices' numbers in their volumes, where cases do not have all slices: only
+            neighbours are compared along z.
+        intensity: The images' unit and range.
 
-    Returns {"cases", "organs": {name: ...}, "body": ..., "similarity": ...}: see `organ`, `body`
-    and `metrics.similarity`. An organ that is (almost) absent is null.
+    Returns:
+        {"cases", "organs": {name: `organ`}, "body": `body`, "similarity": `similarity`}. An organ
+        that is (almost) absent is None.
     """
     organs = {
         name: organ(synthetic, truth, masks, index, places) for index, name in enumerate(names, 1)
     }
-    whole = body(synthetic, truth, masks, len(names) + 1, places, intensity)
-    alike = similarity(_as_hu(synthetic, intensity), _as_hu(truth, intensity))
-    return {"cases": len(truth), "organs": organs, "body": whole, "similarity": _plain(**alike)}
+    return {
+        "cases": len(truth),
+        "organs": organs,
+        "body": body(synthetic, truth, masks, len(names) + 1, places, intensity),
+        "similarity": _plain(**similarity(_as_hu(synthetic, intensity), _as_hu(truth, intensity))),
+    }
 
 
 def real_baseline(
     truth: Volumes,
     masks: Volumes,
-    others: Volumes,
-    other_masks: Volumes,
+    reference: Volumes,
+    reference_masks: Volumes,
     names: Sequence[str],
     places: Sequence[Places | None] = (None, None),
     intensity: Intensity = HU,
 ) -> dict[str, Any]:
-    """The distances of `evaluate` between two groups of real patients: see `metrics.ceiling`."""
-    insides = [[body_mask(v, intensity) for v in volumes] for volumes in (truth, others)]
-    result = volume_metrics.real_baseline(truth, masks, others, other_masks, insides, names, places)
+    """Measure the distances of `evaluate` between two groups of real patients.
+
+    Args:
+        truth: True CTs of one group.
+        masks: Their model indices.
+        reference: True CTs of the other group.
+        reference_masks: Their model indices.
+        names: The names of the indices 1, 2, ...
+        places: The slices' numbers in their volumes, for each group.
+        intensity: The images' unit and range.
+
+    Returns:
+        `volume_metrics.real_baseline`, as JSON data.
+    """
+    insides = [[body_mask(v, intensity) for v in volumes] for volumes in (truth, reference)]
+    result = volume_metrics.real_baseline(
+        truth, masks, reference, reference_masks, insides, names, places
+    )
     if intensity.unit != HU.unit:
         result["similarity"] = volume_metrics.between_patients(
-            _as_hu(truth, intensity), masks, _as_hu(others, intensity), other_masks
+            _as_hu(truth, intensity), masks, _as_hu(reference, intensity), reference_masks
         )
     return _plain_tree(result)
 
@@ -94,22 +121,43 @@ def diversity(
     names: Sequence[str],
     intensity: Intensity = HU,
 ) -> dict[str, Any]:
-    """`metrics.diversity`, as JSON data."""
+    """Measure how much the variants of one mask differ: `volume_metrics.diversity`, as JSON data.
+
+    Args:
+        variants: The synthetic variants of each mask.
+        masks: Model indices.
+        real: The medians of each real patient, (organs,).
+        names: The names of the indices 1, 2, ...
+        intensity: The images' unit and range.
+
+    Returns:
+        JSON data.
+    """
     result = volume_metrics.diversity(variants, masks, real, names)
     if intensity.unit != HU.unit:
-        alike = volume_metrics.diversity(
+        scaled = volume_metrics.diversity(
             [_as_hu(generated, intensity) for generated in variants], masks, real, names
         )
-        result |= {key: alike[key] for key in ("ssim", "ms_ssim", "scales")}
+        result |= {key: scaled[key] for key in ("ssim", "ms_ssim", "scales")}
     return _plain_tree(result)
 
 
 def organ(
     synthetic: Volumes, truth: Volumes, masks: Volumes, index: int, places: Places | None = None
 ) -> dict[str, float] | None:
-    """Median, interquartile range and texture of one organ, synthetic and true, over all cases'
-    voxels, and the distances of their HU (`wasserstein`) and of their steps from slice to slice
-    (`metrics.z_difference`, `metrics.z_error`).
+    """Measure one organ over all cases' voxels.
+
+    Args:
+        synthetic: Synthetic CTs.
+        truth: True CTs.
+        masks: Model indices.
+        index: The organ's index.
+        places: As in `evaluate`.
+
+    Returns:
+        Median, interquartile range and texture, synthetic and true; the Wasserstein distance of the
+        HU; `volume_metrics.z_difference` and `volume_metrics.z_error`. None for an organ that is
+        (almost) absent.
     """
     inside = [mask == index for mask in masks]
     voxels = sum(int(m.sum()) for m in inside)
@@ -147,12 +195,22 @@ def body(
     places: Places | None = None,
     intensity: Intensity = HU,
 ) -> dict[str, float] | None:
-    """Mean absolute error inside the true body, and its ratio to that of label means (None without
-    a body).
+    """Measure the mean absolute error inside the true body, and its ratio to a baseline.
 
-    Label means gives every label, and the rest of the body, its own true mean in that case.
-    `z_difference`: the distance in HU between the synthesized and the true distribution of |I(z+1)
-    - I(z)|; `z_error`: between steps in the same place. `outline_step`: see `metrics.outline_step`.
+    The baseline, label means, gives every label and the rest of the body its true mean in that
+    case.
+
+    Args:
+        synthetic: Synthetic CTs.
+        truth: True CTs.
+        masks: Model indices.
+        classes: The number of labels, with the background.
+        places: As in `evaluate`.
+        intensity: The images' unit and range.
+
+    Returns:
+        The errors, and `z_difference`, `z_error` and `outline_step` of
+        train/metrics/volume_metrics.py; None without a body.
     """
     error = baseline = 0.0
     voxels = 0
@@ -179,9 +237,14 @@ def body(
 
 
 def body_mask(ct: NDArray[Any], intensity: Intensity = HU) -> NDArray[np.bool_]:
-    """The patient's outline, filled, slice by slice: bool (D, H, W) of a volume.
+    """Find the patient's body slice by slice; lungs are inside, the table is not.
 
-    Lungs are inside, the table is not.
+    Args:
+        ct: A volume (D, H, W).
+        intensity: The image's unit and range.
+
+    Returns:
+        bool (D, H, W).
     """
     result = np.zeros(ct.shape, bool)
     least = BODY_HU if intensity.unit == HU.unit else otsu(ct, intensity)
@@ -197,8 +260,16 @@ def body_mask(ct: NDArray[Any], intensity: Intensity = HU) -> NDArray[np.bool_]:
 
 
 def otsu(values: NDArray[Any], intensity: Intensity) -> float:
-    """The threshold that best tells two classes apart (Otsu 1979, 256 bins over the intensity
-    range).
+    """Find the threshold that separates two classes best (Otsu 1979).
+
+    The histogram has 256 bins over the range.
+
+    Args:
+        values: Intensities, any shape.
+        intensity: Their unit and range.
+
+    Returns:
+        The threshold.
     """
     counts, edges = np.histogram(
         np.clip(values, intensity.low, intensity.high), 256, (intensity.low, intensity.high)
@@ -211,7 +282,7 @@ def otsu(values: NDArray[Any], intensity: Intensity) -> float:
 
 
 def _as_hu(volumes: Volumes, intensity: Intensity) -> Volumes:
-    """`volumes`, their range laid onto that of `LIMITS_HU` where they are not in HU."""
+    """`volumes`, with their range scaled to `LIMITS_HU` where they are not in HU."""
     if intensity.unit == HU.unit:
         return volumes
     scale = (HU.high - HU.low) / (intensity.high - intensity.low)
@@ -222,26 +293,44 @@ def _as_hu(volumes: Volumes, intensity: Intensity) -> Volumes:
 
 
 def texture(volumes: Volumes, inside: Sequence[NDArray[np.bool_]]) -> float:
-    """Standard deviation of (volume - its in-plane Gaussian) in HU, inside each region less its
-    border (NaN when none is left).
+    """Measure the standard deviation of (volume - its in-plane Gaussian) inside regions.
+
+    Args:
+        volumes: Volumes (D, H, W) in HU.
+        inside: The regions, of which the border is left out.
+
+    Returns:
+        The deviation in HU, NaN where nothing is left.
     """
-    rest = []
+    residuals = []
     for volume, region in zip(volumes, inside, strict=True):
         core = ndimage.binary_erosion(region, _IN_PLANE, EROSION)
         if core.any():
             smooth = ndimage.gaussian_filter(
                 volume.astype(np.float32), (0, TEXTURE_SIGMA, TEXTURE_SIGMA)
             )
-            rest.append((volume - smooth)[core])
-    return float(np.std(np.concatenate(rest))) if rest else float("nan")
+            residuals.append((volume - smooth)[core])
+    return float(np.std(np.concatenate(residuals))) if residuals else float("nan")
 
 
 def table(result: dict[str, Any], unit: str = "HU") -> str:
-    """The metrics for a person, in `unit`; labels that are (almost) absent on one line."""
+    """Write the metrics as a table for a person; one line lists (almost) absent labels.
+
+    Args:
+        result: The metrics of `evaluate`, perhaps with "diversity" and "ceiling".
+        unit: Their unit.
+
+    Returns:
+        Lines of text.
+    """
     width = max([18, *(len(name) + 1 for name, o in result["organs"].items() if o is not None)])
     absent = [name for name, o in result["organs"].items() if o is None]
+    head = ("median", "true", "error", "IQR", "true")
+    more_head = (("texture", 9), ("true", 8), ("ratio", 7), ("W1", 7), ("z W1", 7))
     rows = [
-        f"{unit:<{width}}{'median':>8}{'true':>8}{'error':>8}{'IQR':>8}{'true':>8}{'texture':>9}{'true':>8}{'ratio':>7}{'W1':>7}{'z W1':>7}"
+        f"{unit:<{width}}"
+        + "".join(f"{title:>8}" for title in head)
+        + "".join(f"{title:>{columns}}" for title, columns in more_head)
     ]
     for name, o in result["organs"].items():
         if o is None:
@@ -254,14 +343,9 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
             (o["wasserstein"], "7.0f"),
             (o["z_difference"], "7.1f"),
         ]
-        ratio = (
-            ""
-            if o["texture_ratio"] is None
-            else "".join(
-                " " * int(how.split(".")[0]) if n is None else f"{n:{how}}" for n, how in more
-            )
-        )
-        rows.append(f"{name:<{width}}" + "".join(f"{n:8.0f}" for n in numbers) + ratio)
+        cells = [" " * int(how.split(".")[0]) if n is None else f"{n:{how}}" for n, how in more]
+        end = "" if o["texture_ratio"] is None else "".join(cells)
+        rows.append(f"{name:<{width}}" + "".join(f"{n:8.0f}" for n in numbers) + end)
     if absent:
         rows.append(f"absent, or almost: {', '.join(absent)}")
     if b := result["body"]:
@@ -279,15 +363,11 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
                 f"body: outline moves by {b['outline_step']:.0f} px from slice to slice, true"
                 f" {b['outline_step_true']:.0f}"
             )
-    if found := result.get("similarity"):
-        rows.append(
-            f"SSIM {found['ssim']:.3f}"
-            + (
-                f", MS-SSIM {found['ms_ssim']:.3f} ({found['scales']} scales)"
-                if found["scales"]
-                else ""
-            )
-        )
+    if alike := result.get("similarity"):
+        line = f"SSIM {alike['ssim']:.3f}"
+        if alike["scales"]:
+            line += f", MS-SSIM {alike['ms_ssim']:.3f} ({alike['scales']} scales)"
+        rows.append(line)
     for name, o in result.get("diversity", {}).get("organs", {}).items():
         if o["ratio"] is not None:
             rows.append(
@@ -295,12 +375,12 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
                 f" {o['spread_true']:.0f} between patients: {o['ratio']:.2f}, median"
                 f" {o['median_error']:+.0f} {unit} from theirs"
             )
-    for what, found in (
+    for what, alike in (
         ("over styles", result.get("diversity")),
         ("between patients", result.get("ceiling", {}).get("similarity")),
     ):
-        if found and found["ms_ssim"] is not None:
-            rows.append(f"MS-SSIM {what} {found['ms_ssim']:.3f} ({found['scales']} scales)")
+        if alike and alike["ms_ssim"] is not None:
+            rows.append(f"MS-SSIM {what} {alike['ms_ssim']:.3f} ({alike['scales']} scales)")
     for name, o in result.get("ceiling", {}).get("organs", {}).items():
         if o["wasserstein"] is not None:
             rows.append(f"{name:<{width}} W1 {o['wasserstein']:.0f} {unit} between real and real")
@@ -308,7 +388,7 @@ def table(result: dict[str, Any], unit: str = "HU") -> str:
 
 
 def _plain(**numbers: float) -> dict[str, Any]:
-    """Rounded Python numbers; NaN becomes None, which JSON can say."""
+    """Rounded Python numbers; NaN, which JSON lacks, becomes None."""
     return {
         k: v if isinstance(v, int) else round(float(v), 4) if np.isfinite(v) else None
         for k, v in numbers.items()
@@ -316,6 +396,7 @@ def _plain(**numbers: float) -> dict[str, Any]:
 
 
 def _plain_tree(tree: Any) -> Any:
+    """`_plain` for nested dictionaries."""
     return {
         key: _plain_tree(value) if isinstance(value, dict) else _plain(**{key: value})[key]
         for key, value in tree.items()
@@ -323,12 +404,26 @@ def _plain_tree(tree: Any) -> Any:
 
 
 def organ_names(labels: LabelTable) -> list[str]:
-    """The structures, in the order of their indices 1, 2, ..."""
+    """List the structures in the order of their indices 1, 2, ...
+
+    Args:
+        labels: The label table.
+
+    Returns:
+        The names, without the background's.
+    """
     return [label.name for label in labels.labels[1:]]
 
 
 def flat(metrics: dict[str, Any]) -> Iterable[tuple[str, float]]:
-    """(name, value) of every number that is there, such as ("organs.left atrium.median", 455.0)."""
+    """List every number of nested metrics, such as ("organs.left atrium.median", 455.0).
+
+    Args:
+        metrics: Nested dictionaries of numbers and None.
+
+    Yields:
+        (name, value).
+    """
     for key, value in metrics.items():
         if isinstance(value, dict):
             yield from ((f"{key}.{name}", number) for name, number in flat(value))

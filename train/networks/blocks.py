@@ -1,41 +1,98 @@
-"""What generators are built of: stages down, stages up, and the top that ends at full resolution,
-for each kind.
+"""The parts of every architecture: down blocks, up blocks, and the output head.
 
 Batch normalisation only: it folds into the convolutions at export and survives FP16
 (docs/decisions/0007-what-a-style-means.md).
+
+The names of nn.Module attributes are the names of weights in users' run folders and of nodes in
+exported graphs. They stay as they are, also where a better word is in use elsewhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-WIDEST = 8  # channels double with depth up to so many times the first layer's
-BN_MOMENTUM = 0.2  # 0.8 in Keras' convention
+# Channels double with depth up to so many times the first layer's.
+WIDEST = 8
+# 0.8 in Keras' convention.
+BN_MOMENTUM = 0.2
 LEAK = 0.2
 
 
+@runtime_checkable
+class OutputHead(Protocol):
+    """What `Generator` needs of an output head: it leads from half resolution to the image.
+
+    A head is an nn.Module made as `Head(width, channels, filters, textures, style)`: the channels
+    of its `parts` together, of the condition, and of the first layer; the number of noise filters;
+    the length of a style. Its image and amplitude maps leave with `block` x `block` pixels as
+    channels (torch's pixel_unshuffle), so that no layer needs to run at full resolution.
+
+    Attributes:
+        block: The side of these blocks in pixels; 1 is an image as it is.
+        image: The last layer before the output activation; exported graphs carry its name.
+        amplitudes: The layer that gives the noise gain, or None where the network takes no noise.
+            `initialise` scales its weight.
+    """
+
+    block: int
+    image: nn.Module
+    amplitudes: nn.Module | None
+
+    def __call__(
+        self, parts: Sequence[Tensor], condition: Tensor, style: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Compute the logits of the image and the noise gain.
+
+        Args:
+            parts: Features (N, C', H / 2, W / 2), of the decoder and of a skip if any.
+            condition: One-hot labels (N, channels, H, W).
+            style: (N, S), or None for the style 0.
+
+        Returns:
+            Logits (N, block², H / block, W / block), and amplitude maps (N, K * block², H / block,
+            W / block) for K noise filters, or None without noise.
+        """
+        ...
+
+
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """`parts` (N, C, H, W) side by side as channels."""
+    """Concatenate tensors along the channels.
+
+    Args:
+        parts: Tensors (N, C, H, W) that differ in C alone.
+
+    Returns:
+        (N, sum of C, H, W).
+    """
     return torch.cat(list(parts), 1) if len(parts) > 1 else parts[0]
 
 
 def same_conv4(channels_in: int, channels_out: int) -> nn.Sequential:
-    """4x4 convolution, stride 1, padded to the same size as Keras does: one pixel before, two
-    after.
+    """Make a 4x4 convolution of stride 1 that keeps the size.
+
+    It pads as Keras does: one pixel before, two after.
+
+    Args:
+        channels_in: Channels of the input.
+        channels_out: Channels of the output.
+
+    Returns:
+        The padding and the convolution.
     """
     return nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), nn.Conv2d(channels_in, channels_out, 4))
 
 
 class BlockConv2d(nn.Conv2d):
-    """`pixel_unshuffle(convolution, block)` as one convolution of stride `block`: what would be a
-    few channels at every pixel, which leave most of a vector register empty, are many at fewer
-    pixels. The weights are the plain convolution's (odd, padded to the same size), set at each
-    place of the block; an exported file holds the result.
+    """`pixel_unshuffle(convolution, block)` as one convolution of stride `block`.
+
+    A few channels at every pixel leave most of a vector register empty; this layer computes many
+    channels at fewer pixels. The weights are those of the plain convolution (odd, padded to the
+    same size), set at each place of the block; an exported file holds the result.
     """
 
     def __init__(
@@ -45,8 +102,13 @@ class BlockConv2d(nn.Conv2d):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → (N, F * block², H / block, W / block), channel f * block² + i * block +
-        j.
+        """Convolve.
+
+        Args:
+            x: (N, C, H, W).
+
+        Returns:
+            (N, F * block², H / block, W / block), with channel f * block² + i * block + j.
         """
         last = self.block - 1
         places = [
@@ -61,28 +123,46 @@ class BlockConv2d(nn.Conv2d):
 
 
 class SumConv2d(nn.Conv2d):
-    """A 1x1 convolution of `cat(parts, 1)` as a sum of convolutions of each: nothing is copied
-    together, and in INT8 each has a range of its own.
+    """A 1x1 convolution of `cat(parts, 1)` as a sum of convolutions, one for each part.
+
+    It copies no part, and in INT8 each part has a range of its own.
     """
 
     def forward(self, *parts: Tensor) -> Tensor:
-        """`parts` (N, C, H, W) → (N, F, H, W)."""
-        first, *others = parts
+        """Convolve and sum.
+
+        Args:
+            *parts: Tensors (N, C, H, W) that differ in C alone.
+
+        Returns:
+            (N, F, H, W).
+        """
+        first, *more_parts = parts
         start = first.shape[1]
         x = functional.conv2d(first, self.weight[:, :start], self.bias)
-        for part in others:
+        for part in more_parts:
             x = x + functional.conv2d(part, self.weight[:, start : start + part.shape[1]])
             start += part.shape[1]
         return x
 
 
 class JoinConv2d(nn.Conv2d):
-    """`SumConv2d` of `[*parts, pixel_unshuffle(condition, 2)]`: what is 1x1 on the condition's 2x2
-    blocks is 2x2 of stride 2 on the condition.
+    """`SumConv2d` of `[*parts, pixel_unshuffle(condition, 2)]`.
+
+    A 1x1 convolution of the condition's 2x2 blocks is a 2x2 convolution of stride 2 of the
+    condition.
     """
 
     def forward(self, condition: Tensor, *parts: Tensor) -> Tensor:
-        """`condition` (N, C, H, W), `parts` (N, C', H / 2, W / 2) → (N, F, H / 2, W / 2)."""
+        """Convolve and sum.
+
+        Args:
+            condition: (N, C, H, W).
+            *parts: (N, C', H / 2, W / 2).
+
+        Returns:
+            (N, F, H / 2, W / 2).
+        """
         start = self.in_channels - 4 * condition.shape[1]
         x = functional.conv2d(
             condition, self.weight[:, start:].reshape(self.out_channels, -1, 2, 2), self.bias, 2
@@ -94,23 +174,30 @@ class JoinConv2d(nn.Conv2d):
 
 
 class Join(nn.Sequential):
-    """Layers of which the first takes several tensors."""
+    """A sequence of layers of which the first takes several tensors."""
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        first, *others = self
+        """Apply the layers in their order.
+
+        Args:
+            *inputs: The inputs of the first layer.
+
+        Returns:
+            The output of the last layer.
+        """
+        first, *more_layers = self
         x: Tensor = first(*inputs)
-        for layer in others:
+        for layer in more_layers:
             x = layer(x)
         return x
 
 
 class Modulation(nn.Module):
-    """Features scaled and shifted as the style says: x * (1 + A s) + B s (FiLM, Perez et al., AAAI
-    2018).
+    """Scale and shift features by the style: x * (1 + A s) + B s (FiLM, Perez et al., AAAI 2018).
 
-    No bias and zeros at first: the style 0, the mean patient's, leaves the features as they are.
-    These per-sample factors come after the batch normalisation, which still folds into its
-    convolution.
+    There is no bias and the weights start at zero: the style 0, that of the mean patient, leaves
+    the features as they are. These factors differ from sample to sample, so they come after the
+    batch normalisation, which still folds into its convolution.
     """
 
     def __init__(self, style: int, width: int):
@@ -119,7 +206,15 @@ class Modulation(nn.Module):
         nn.init.zeros_(self.factors.weight)
 
     def forward(self, x: Tensor, style: Tensor | None) -> Tensor:
-        """`x` (N, C, H, W), `style` (N, S) or None for 0."""
+        """Scale and shift.
+
+        Args:
+            x: Features (N, C, H, W).
+            style: (N, S), or None for the style 0.
+
+        Returns:
+            (N, C, H, W).
+        """
         if style is None:
             return x
         scale, shift = self.factors(style)[:, :, None, None].chunk(2, 1)
@@ -127,11 +222,9 @@ class Modulation(nn.Module):
 
 
 class ReferenceHead(nn.Module):
-    """From half resolution to the image, as the original does: a transposed convolution to one
-    channel, a convolution.
-    """
+    """The original's `OutputHead`: a transposed convolution to one channel, then a convolution."""
 
-    block = 1  # the side of the blocks of pixels that it gives as channels
+    block = 1
 
     def __init__(self, width: int, channels: int, filters: int, textures: int, style: int):
         super().__init__()
@@ -141,14 +234,16 @@ class ReferenceHead(nn.Module):
     def forward(
         self, parts: Sequence[Tensor], condition: Tensor, style: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Compute the logits and the noise gain: see `OutputHead`."""
         x = concatenate(parts)
         return self.image(x), self.amplitudes(x) if self.amplitudes is not None else None
 
 
 class UnetHead(nn.Module):
-    """From half resolution to features at full resolution, where the labels join again: organs'
-    edges are not squeezed through the stages. Pixels are repeated, not deconvolved: a transposed
-    convolution treats odd and even pixels apart, which shows as a checkerboard.
+    """The `OutputHead` that ends in features at full resolution, where the labels join again.
+
+    Edges of organs need not pass through the decoder. Pixels are repeated and not deconvolved: a
+    transposed convolution treats odd and even pixels apart, which shows as a checkerboard.
     """
 
     block = 1
@@ -165,6 +260,7 @@ class UnetHead(nn.Module):
     def forward(
         self, parts: Sequence[Tensor], condition: Tensor, style: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Compute the logits and the noise gain: see `OutputHead`."""
         full = self.join(torch.cat([self.up(concatenate(parts)), condition], 1))
         if self.modulation is not None:
             full = self.modulation(full, style)
@@ -172,9 +268,10 @@ class UnetHead(nn.Module):
 
 
 class EdgeHead(nn.Module):
-    """From half resolution to the image without a convolution of features at full resolution: the
-    labels join with their 2x2 blocks as channels, so that edges stay where they are, and the image
-    leaves as 2x2 blocks too (Shi et al., CVPR 2016).
+    """The `OutputHead` without a convolution of features at full resolution.
+
+    The labels join with their 2x2 blocks as channels, so that edges stay where they are, and the
+    image leaves as 2x2 blocks too (Shi et al., CVPR 2016).
     """
 
     block = 2
@@ -189,21 +286,23 @@ class EdgeHead(nn.Module):
     def forward(
         self, parts: Sequence[Tensor], condition: Tensor, style: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
+        """Compute the logits and the noise gain: see `OutputHead`."""
         half = self.join(condition, *parts)
         if self.modulation is not None:
             half = self.modulation(half, style)
-        return functional.pixel_shuffle(self.image(half), 2), (
-            self.amplitudes(half) if self.amplitudes is not None else None
-        )
+        logits = functional.pixel_shuffle(self.image(half), 2)
+        return logits, self.amplitudes(half) if self.amplitudes is not None else None
 
 
 def _down(channels_in: int, channels_out: int, *, first: bool) -> nn.Sequential:
+    """A block of the encoder, of stride 2; the first has no normalisation."""
     conv = nn.Conv2d(channels_in, channels_out, 4, 2, 1, bias=first)
     norm = [] if first else [nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM)]
     return nn.Sequential(conv, *norm, nn.LeakyReLU(LEAK))
 
 
 def _up_reference(channels_in: int, channels_out: int) -> nn.Sequential:
+    """A block of the reference's decoder: deconvolution and convolution."""
     return nn.Sequential(
         nn.ConvTranspose2d(channels_in, channels_out, 4, 2, 1),
         same_conv4(channels_out, channels_out),
@@ -213,6 +312,7 @@ def _up_reference(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 def _up_unet(channels_in: int, channels_out: int) -> nn.Sequential:
+    """A block of the unet's decoder: a deconvolution."""
     return nn.Sequential(
         nn.ConvTranspose2d(channels_in, channels_out, 4, 2, 1, bias=False),
         nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM),
@@ -221,6 +321,7 @@ def _up_unet(channels_in: int, channels_out: int) -> nn.Sequential:
 
 
 def _conv3(channels_in: int, channels_out: int) -> list[nn.Module]:
+    """A 3x3 convolution with normalisation and activation."""
     return [
         nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
         nn.BatchNorm2d(channels_out, momentum=BN_MOMENTUM),
@@ -231,8 +332,9 @@ def _conv3(channels_in: int, channels_out: int) -> list[nn.Module]:
 def _separable(
     channels_in: int, channels_out: int, mixer: type[nn.Conv2d] = nn.Conv2d
 ) -> list[nn.Module]:
-    """1x1, then 3x3 for each channel alone (Howard et al., "MobileNets", 2017): about 1/9 of a
-    3x3 convolution's work.
+    """A 1x1 convolution, then a 3x3 one for each channel alone (Howard et al., "MobileNets", 2017).
+
+    It needs about 1/9 of the work of a 3x3 convolution.
     """
     mix = mixer(channels_in, channels_out, 1, bias=False)
     spread = nn.Conv2d(channels_out, channels_out, 3, padding=1, groups=channels_out, bias=False)
@@ -241,6 +343,7 @@ def _separable(
 
 
 def _down_edge(channels_in: int, channels_out: int, *, first: bool) -> nn.Sequential:
+    """A block of the edge's encoder, depthwise-separable."""
     if first:
         return _down(channels_in, channels_out, first=True)
     shrink = nn.Conv2d(channels_in, channels_in, 4, 2, 1, groups=channels_in, bias=False)
@@ -250,20 +353,27 @@ def _down_edge(channels_in: int, channels_out: int, *, first: bool) -> nn.Sequen
 
 
 def _up_edge(channels_in: int, channels_out: int) -> Join:
+    """A block of the edge's decoder, depthwise-separable."""
     mix, norm, relu, *spread = _separable(channels_in, channels_out, SumConv2d)
-    return Join(
-        mix, norm, relu, nn.Upsample(scale_factor=2), *spread
-    )  # channels are mixed where pixels are few
+    # Channels are mixed before the upsampling, where pixels are few.
+    return Join(mix, norm, relu, nn.Upsample(scale_factor=2), *spread)
 
 
 class Architecture(NamedTuple):
-    """The parts of one kind of generator."""
+    """The parts of one architecture.
+
+    Attributes:
+        down: Makes a block of the encoder, of stride 2.
+        up: Makes a block of the decoder, of stride 1/2.
+        head: Makes the output head: see `OutputHead`.
+    """
 
     down: Callable[..., nn.Module]
     up: Callable[[int, int], nn.Module]
-    top: type[ReferenceHead] | type[UnetHead] | type[EdgeHead]
+    head: Callable[[int, int, int, int, int], OutputHead]
 
 
+# By the config key generator.kind.
 ARCHITECTURES = {
     "reference": Architecture(_down, _up_reference, ReferenceHead),
     "unet": Architecture(_down, _up_unet, UnetHead),

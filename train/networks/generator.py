@@ -1,10 +1,10 @@
-"""The inference thread: a U-Net from one-hot labels (and white noise) to an image in [0, 1].
+"""The generator: a U-Net from one-hot labels (and white noise) to an image in [0, 1].
 
 `reference` follows the original system: stride-2 4x4 convolutions down, transposed 4x4 convolution
-+ 4x4 convolution up, optional skips. `unet` is lighter: no second convolution on the way up but at
-full resolution, where features remain for the head. `edge` is the lightest, for machines without a
-GPU: depthwise-separable, nothing wide at full resolution. H and W are multiples of `divisor`.
-train/networks/blocks.py holds their parts.
+and 4x4 convolution up, optional skips. `unet` is lighter: on the way up, only the full resolution
+has a second convolution, whose features remain for the head. `edge` is the lightest, for machines
+without a GPU: depthwise-separable, with nothing wide at full resolution. H and W are multiples of
+`divisor`. train/networks/blocks.py holds the parts.
 """
 
 from __future__ import annotations
@@ -16,39 +16,52 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .blocks import ARCHITECTURES, WIDEST, BlockConv2d, Join, Modulation, concatenate
+from .blocks import ARCHITECTURES, WIDEST, BlockConv2d, Join, Modulation, OutputHead, concatenate
 
-NOISE_INIT_SCALE = (
-    0.02  # the texture's amplitude at the start, against what initialisation would give
-)
-NOISE_MEAN, NOISE_SD = 127.5, 73.9  # of a uniform byte
+# The factor of the amplitude maps' weights at the start: the first images have little texture.
+NOISE_INIT_SCALE = 0.02
+# Of a uniform byte.
+NOISE_MEAN, NOISE_SD = 127.5, 73.9
 
 
 def one_hot(labels: Tensor, classes: int) -> Tensor:
-    """Model indices (N, Z, H, W), any dtype → float32 (N, Z * classes, H, W): channel z * classes +
-    v is 1 where slice z holds v.
+    """Encode model indices as one-hot channels.
 
-    Each slice is compared channels last, which is how engines hold what they convolve: nothing is
-    put in another order afterwards. Written with slices, Equal and Concat: a flatten with dynamic
-    H, W would hang Shape nodes on a uint8 input.
+    Each slice is compared channels last, which is how engines hold what they convolve: no engine
+    transposes the result. Written with slices, Equal and Concat: a flatten with dynamic H, W would
+    put Shape nodes on a uint8 input.
+
+    Args:
+        labels: Model indices (N, Z, H, W), any dtype.
+        classes: The number of labels, with the background.
+
+    Returns:
+        float32 (N, Z * classes, H, W): channel z * classes + v is 1 where slice z holds v.
     """
     values = labels.float()
     indices = torch.arange(classes, dtype=torch.float32, device=labels.device)
     slices = [values[:, z : z + 1].permute(0, 2, 3, 1) == indices for z in range(labels.shape[1])]
-    return torch.cat([found.float().permute(0, 3, 1, 2) for found in slices], 1)
+    return torch.cat([is_label.float().permute(0, 3, 1, 2) for is_label in slices], 1)
 
 
 def standardise_noise(noise: Tensor) -> Tensor:
-    """Uniform random bytes, any shape and dtype → float32 of zero mean and unit variance."""
+    """Scale uniform random bytes to zero mean and unit variance.
+
+    Args:
+        noise: Bytes of any shape and dtype.
+
+    Returns:
+        float32 of the same shape.
+    """
     return (noise.float() - NOISE_MEAN) / NOISE_SD
 
 
 class NoiseInjection(nn.Module):
-    """CT texture: sum_k a_k(x) * (w_k * n)(x), white noise n filtered by learned kernels w_k,
-    weighted by amplitude maps a_k.
+    """CT texture: sum_k a_k(x) * (w_k * n)(x).
 
-    Linear in the noise, so what the network learns is the spectrum and the local amplitude of the
-    texture. All of it with `block` x `block` pixels as channels, as the top gives its maps.
+    Learned kernels w_k filter white noise n, and amplitude maps a_k weight the results. The sum is
+    linear in the noise, so the network learns the spectrum and the local amplitude of the texture.
+    All tensors have `block` x `block` pixels as channels, as the output head gives its maps.
     """
 
     def __init__(self, textures: int, kernel: int, block: int):
@@ -57,24 +70,40 @@ class NoiseInjection(nn.Module):
         self.filters = BlockConv2d(1, textures, kernel, block, bias=False)
 
     def forward(self, amplitudes: Tensor, noise: Tensor) -> Tensor:
-        """`amplitudes` (N, K * block², H / block, W / block), `noise` (N, 1, H, W) → (N, block²,
-        H / block, W / block).
+        """Filter the noise and weight it.
+
+        Args:
+            amplitudes: (N, K * block², H / block, W / block).
+            noise: Standardised noise (N, 1, H, W).
+
+        Returns:
+            (N, block², H / block, W / block), to be added to the logits.
         """
         shaped = amplitudes * self.filters(noise)
         if self.block == 1:
             return shaped.sum(1, keepdim=True)
-        # The sum over k as a product: no engine moves channels for it, and it is no convolution, so
-        # never quantised.
-        places = torch.eye(self.block**2, dtype=shaped.dtype, device=shaped.device).repeat(
-            self.textures, 1
-        )
+        # The sum over k as a matrix product: no engine moves channels for it, and quantisation,
+        # which changes convolutions, leaves it alone.
+        identity = torch.eye(self.block**2, dtype=shaped.dtype, device=shaped.device)
+        places = identity.repeat(self.textures, 1)
         return (shaped.permute(0, 2, 3, 1) @ places).permute(0, 3, 1, 2)
 
 
 class Generator(nn.Module):
-    """`channels`: of the condition (classes * Z).
+    """The generator of one of the `ARCHITECTURES`.
 
-    The other arguments are the config's (train/config.py, GeneratorConfig).
+    The names of its modules (encoder, decoder, top, texture ...) are names of weights in users' run
+    folders: see train/networks/blocks.py.
+
+    Args:
+        channels: Channels of the condition: classes * Z.
+        kind: The architecture.
+        filters: Channels of the first layer.
+        depth: The number of stride-2 blocks.
+        skips: Whether features skip from the encoder to the decoder.
+        textures: The number of noise filters; 0: the network takes no noise.
+        texture_kernel: Their side in pixels, odd.
+        style: The length of a style; 0: the network takes no style.
     """
 
     def __init__(
@@ -90,14 +119,9 @@ class Generator(nn.Module):
         style: int = 0,
     ):
         super().__init__()
-        self.channels, self.divisor, self.noisy, self.skips, self.style = (
-            channels,
-            2**depth,
-            textures > 0,
-            skips,
-            style,
-        )
-        down, up, top = ARCHITECTURES[kind]
+        self.channels, self.divisor = channels, 2**depth
+        self.noisy, self.skips, self.style = textures > 0, skips, style
+        down, up, make_head = ARCHITECTURES[kind]
         widths = [filters * min(2**n, WIDEST) for n in range(depth)]
         self.encoder = nn.ModuleList(
             down(a, b, first=n == 0) for n, (a, b) in enumerate(pairwise([channels, *widths]))
@@ -110,37 +134,49 @@ class Generator(nn.Module):
         self.modulations = nn.ModuleList(
             Modulation(style, target) for target in reversed(widths[:-1]) if style
         )
-        self.top = top(width, channels, filters, textures, style)
-        # The most of a style is by how much brighter each label is: said directly, it need not be
-        # squeezed through few features.
+        self.top: OutputHead = make_head(width, channels, filters, textures, style)
+        # A style mostly changes the brightness of each label. Added to the logits, this change
+        # need not pass through few features.
         self.contrast = nn.Linear(style, channels, bias=False) if style else None
         if self.contrast is not None:
             nn.init.zeros_(self.contrast.weight)
         if self.noisy:
-            self.texture = NoiseInjection(textures, texture_kernel, top.block)
+            self.texture = NoiseInjection(textures, texture_kernel, self.top.block)
 
     def forward(
         self, condition: Tensor, noise: Tensor | None = None, style: Tensor | None = None
     ) -> Tensor:
-        """Image float (N, 1, H, W) in [0, 1], from float `condition` (N, channels, H, W), `noise`
-        (N, 1, H, W), `style` (N, S).
+        """Synthesize images.
 
-        Without noise or style: the image that a network which takes them synthesizes where they are
-        zero.
+        Args:
+            condition: One-hot labels, float (N, channels, H, W).
+            noise: Standardised noise (N, 1, H, W); None: no texture.
+            style: (N, S); None: the style 0.
+
+        Returns:
+            Float (N, 1, H, W) in [0, 1].
         """
         return self.generate(condition, noise, style)[1]
 
     def generate(
         self, condition: Tensor, noise: Tensor | None = None, style: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """(image without texture, image with it), both as `forward` returns them; the same tensor
-        when there is no noise.
+        """Synthesize images without and with texture.
 
-        From the logits on all is FP32, in whatever precision the stages compute: a sigmoid near 1
-        has steps of 1 HU in FP16.
+        From the logits on, everything is FP32, whatever the precision of the blocks: near 1, a
+        sigmoid in FP16 has steps of 1 HU.
+
+        Args:
+            condition: As in `forward`.
+            noise: As in `forward`.
+            style: As in `forward`.
+
+        Returns:
+            The images without texture and those with it; the same tensor without noise.
         """
         base, amplitudes = self.logits(condition, style)
-        base, contrast = base.float(), self._contrast(condition, style)
+        base = base.float()
+        contrast = self._contrast(condition, style)
         fake_smooth = self._image(base, contrast)
         if noise is None or amplitudes is None:
             return fake_smooth, fake_smooth
@@ -149,17 +185,22 @@ class Generator(nn.Module):
     def logits(
         self, condition: Tensor, style: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """What the output activation gets without noise and contrast, and the texture's amplitude
-        maps if any, both with the top's blocks as channels: (N, block², H / block, W / block) and
-        (N, K * block², H / block, W / block).
+        """Compute the input of the output activation, without noise and contrast.
+
+        Args:
+            condition: As in `forward`.
+            style: As in `forward`.
+
+        Returns:
+            Logits and amplitude maps (or None), as an `OutputHead` returns them.
         """
-        x, kept = condition, []
-        for stage in self.encoder:
-            x = stage(x)
-            kept.append(x)
+        x, features = condition, []
+        for block in self.encoder:
+            x = block(x)
+            features.append(x)
         parts = [x]
-        for n, (stage, skip) in enumerate(zip(self.decoder, reversed(kept[:-1]), strict=True)):
-            x = stage(*parts) if isinstance(stage, Join) else stage(concatenate(parts))
+        for n, (block, skip) in enumerate(zip(self.decoder, reversed(features[:-1]), strict=True)):
+            x = block(*parts) if isinstance(block, Join) else block(concatenate(parts))
             if self.style:
                 x = self.modulations[n](x, style)
             parts = [x, skip] if self.skips else [x]
@@ -167,18 +208,22 @@ class Generator(nn.Module):
         return base, amplitudes
 
     def _contrast(self, condition: Tensor, style: Tensor | None) -> Tensor | None:
+        """The change of every pixel's logit that the style makes on its label, (N, 1, H, W)."""
         if self.contrast is None or style is None:
             return None
         return (condition * self.contrast(style)[:, :, None, None]).sum(1, keepdim=True)
 
     def _image(self, logits: Tensor, contrast: Tensor | None) -> Tensor:
-        whole = functional.pixel_shuffle(logits, self.top.block) if self.top.block > 1 else logits
-        return torch.sigmoid(whole if contrast is None else whole + contrast)
+        """The image of logits in blocks: see `OutputHead`."""
+        full = functional.pixel_shuffle(logits, self.top.block) if self.top.block > 1 else logits
+        return torch.sigmoid(full if contrast is None else full + contrast)
 
 
 def initialise(modules: Sequence[nn.Module]) -> None:
-    """Glorot-uniform kernels and zero biases (Keras' defaults, the original's), from torch's
-    current random state.
+    """Set Glorot-uniform kernels and zero biases, which are Keras' and so the original's defaults.
+
+    Args:
+        modules: The networks; torch's current random state decides their weights.
     """
     for module in modules:
         for layer in module.modules():
@@ -187,9 +232,9 @@ def initialise(modules: Sequence[nn.Module]) -> None:
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
         if isinstance(module, Generator) and module.noisy:
-            nn.init.normal_(
-                module.texture.filters.weight, std=1 / module.texture.filters.kernel_size[0]
-            )  # unit variance out
+            # The filtered noise has unit variance.
+            filters = module.texture.filters
+            nn.init.normal_(filters.weight, std=1 / filters.kernel_size[0])
             if module.top.amplitudes is not None:
                 with torch.no_grad():
                     module.top.amplitudes.weight.mul_(NOISE_INIT_SCALE)

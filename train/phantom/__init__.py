@@ -1,1 +1,1 @@
-"""Patients made by rule: anatomy, physics and a cohort of them."""
+"""Simulated patients: their anatomy, the physics of their CT, and a cohort of them."""

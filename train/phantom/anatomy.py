@@ -1,9 +1,9 @@
-"""Anatomical half of the phantom: a beating, contrast-filled heart and the thorax built around it.
+"""The anatomical half of the phantom: a beating, contrast-filled heart and the thorax around it.
 
-The heart is modelled in its own frame, in mm from the centre of the left ventricle's base, and
-carried into the body by one rotation, one scale and one smooth deformation.  Lungs, vessels,
-oesophagus, airways, diaphragm and skeleton are placed relative to the heart and to the size of the
-rib cage, as in a real chest.
+The heart is modelled in a frame in mm from the centre of the left ventricle's base. One rotation,
+one scale and one smooth deformation carry it into the body. Lungs, vessels, oesophagus, airways,
+diaphragm and skeleton are placed relative to the heart and to the size of the rib cage, as in a
+real chest.
 """
 
 from __future__ import annotations
@@ -29,17 +29,12 @@ from train.phantom.physics import (
     tube,
 )
 
-LABELS = {
-    "myo": 205,
-    "la": 420,
-    "lv": 500,
-    "ra": 550,
-    "rv": 600,
-    "ao": 820,
-    "pa": 850,
-}  # MM-WHS values
-Segment = tuple[Array, Array, Array]  # of a vessel: start, end (mm) and the radii at both
-AIR, FAT, MUSCLE, SKIN, CARTILAGE, CORTEX = -1000.0, -102.0, 55.0, 15.0, 105.0, 720.0  # HU
+# MM-WHS values.
+LABELS = {"myo": 205, "la": 420, "lv": 500, "ra": 550, "rv": 600, "ao": 820, "pa": 850}
+# A piece of a vessel: start and end in mm, and the radii at both.
+Segment = tuple[Array, Array, Array]
+# In HU.
+AIR, FAT, MUSCLE, SKIN, CARTILAGE, CORTEX = -1000.0, -102.0, 55.0, 15.0, 105.0, 720.0
 
 # Heart frame: unit vectors towards the apex, the septum and the anterior wall; points in mm (left,
 # posterior, up).
@@ -48,19 +43,14 @@ SEPTUM = np.cross(APEX, [0.235, -0.539, 0.807]) / np.linalg.norm(
     np.cross(APEX, [0.235, -0.539, 0.807])
 )
 ANTERIOR = np.cross(SEPTUM, APEX)
-LV_RADIUS, LV_HALF_LENGTH, LV_EQUATOR = 24.0, 65.0, 15.0  # mm at end diastole
+# In mm at end diastole.
+LV_RADIUS, LV_HALF_LENGTH, LV_EQUATOR = 24.0, 65.0, 15.0
 LA_CENTRE, LA_RADII = np.array([-16.0, 20.0, 14.0]), np.array([30.0, 21.0, 24.0])
 RA_CENTRE, RA_RADII = np.array([-47.0, -11.0, -6.0]), np.array([23.0, 27.0, 33.0])
-RV_CENTRE, RV_RADII = (
-    np.array([22.0, 24.0, -2.0]),
-    np.array([50.0, 34.0, 36.0]),
-)  # along apex, septum, anterior
-VEINS = (
-    (-50, 24, 27),
-    (-46, 34, 6),
-    (20, 30, 29),
-    (20, 38, 8),
-)  # where the pulmonary veins leave the labels
+# Along apex, septum and anterior.
+RV_CENTRE, RV_RADII = np.array([22.0, 24.0, -2.0]), np.array([50.0, 34.0, 36.0])
+# The points where the pulmonary veins leave the labels.
+VEINS = ((-50, 24, 27), (-46, 34, 6), (20, 30, 29), (20, 38, 8))
 AORTA = ((-14, -18, 20), (-22, -21, 36), (-25, -20, 51), (-23, -15, 61))
 OUTFLOW = ((0, -34, -6), (5, -46, 10), (8, -44, 27))
 TRUNK = ((8, -44, 27), (12, -37, 41), (14, -20, 51))
@@ -68,11 +58,8 @@ RIGHT_PA = ((14, -20, 51), (4, 2, 52), (-18, 11, 51), (-46, 12, 48))
 LEFT_PA = ((14, -20, 51), (25, 2, 54), (36, 20, 51))
 SVC = ((-46, -10, 16), (-48, -10, 40), (-49, -14, 90))
 IVC = ((-42, 0, -22), (-38, 6, -50), (-36, 10, -110))
-CARINA, RIGHT_MAIN, LEFT_MAIN = (
-    np.array([-17.0, 34, 64]),
-    np.array([-46.0, 36, 44]),
-    np.array([18.0, 42, 42]),
-)
+CARINA = np.array([-17.0, 34, 64])
+RIGHT_MAIN, LEFT_MAIN = np.array([-46.0, 36, 44]), np.array([18.0, 42, 42])
 CORONARIES = (
     ((2, -18, 8), (16, -38, 8), (34, -50, -6), (56, -62, -30)),  # left anterior descending
     ((2, -18, 8), (22, -12, 14), (36, 6, 2), (38, 16, -14)),  # circumflex
@@ -82,9 +69,7 @@ CORONARIES = (
 
 @dataclass(frozen=True)
 class Parameters:
-    """Everything that distinguishes one patient; lengths in mm, angles in degrees, attenuation
-    in HU.
-    """
+    """Everything that distinguishes one patient; lengths in mm, angles in degrees, HU."""
 
     skeleton: float  # size of the rib cage relative to the template
     fat: float  # thickness of the subcutaneous fat
@@ -122,12 +107,26 @@ class Pose:
     scale: float
 
     def place(self, points: ArrayLike) -> Array:
-        """Body coordinates in mm of heart-frame points (..., 3)."""
+        """Transform points of the heart frame to the body.
+
+        Args:
+            points: (..., 3) in mm.
+
+        Returns:
+            (..., 3) in mm.
+        """
         return self.origin + self.scale * np.asarray(points, float) @ self.rotation.T
 
 
 def heart_pose(p: Parameters) -> Pose:
-    """Where the heart of a patient lies."""
+    """Compute the place of a patient's heart.
+
+    Args:
+        p: The patient.
+
+    Returns:
+        The pose.
+    """
     (cz, sz), (cx, sx), (cy, sy) = (
         (np.cos(a), np.sin(a)) for a in np.radians([p.yaw, p.tilt, p.roll])
     )
@@ -141,15 +140,34 @@ def heart_pose(p: Parameters) -> Pose:
 def vessel(
     grid: Grid, pose: Pose, points: ArrayLike, start: float, end: float, reach: float = 8.0
 ) -> Array:
-    """Distance to a vessel along heart-frame ``points``, its radius going from ``start`` to
-    ``end`` mm.
+    """Compute the distance to a vessel whose radius changes linearly.
+
+    Args:
+        grid: The sampling positions.
+        pose: The pose of the heart.
+        points: The vessel's centreline in the heart frame, (n, 3) in mm.
+        start: Its first radius in mm.
+        end: Its last radius in mm.
+        reach: The distance in mm outside the vessel up to which the result is exact.
+
+    Returns:
+        (Z, Y, X) in mm.
     """
     path = curve(pose.place(points))
     return tube(grid, path, pose.scale * np.linspace(start, end, len(path)), reach)
 
 
 def heart_distances(p: Parameters, pose: Pose, grid: Grid) -> dict[str, Array]:
-    """Distances (Z, Y, X) in mm to the seven labelled structures; no two of them overlap."""
+    """Compute the distances to the seven labelled structures, which do not overlap.
+
+    Args:
+        p: The patient.
+        pose: The pose of the heart.
+        grid: The sampling positions.
+
+    Returns:
+        (Z, Y, X) in mm by the keys of `LABELS`.
+    """
     scale, axes = pose.scale, np.array([APEX, SEPTUM, ANTERIOR]) @ pose.rotation.T
     radius = LV_RADIUS * (1 - 0.16 * p.phase)
     wall = p.wall * (1 + 0.38 * p.phase)
@@ -161,7 +179,8 @@ def heart_distances(p: Parameters, pose: Pose, grid: Grid) -> dict[str, Array]:
         ellipsoid(grid, equator, axes, scale * (radii + wall * np.array([0.8, 1, 1]))), -base - 5.5
     )
 
-    size = radius / LV_RADIUS  # the valves share the base of the cavity
+    # The valves share the base of the cavity.
+    size = radius / LV_RADIUS
     aortic, mitral = 8 * size * (SEPTUM + ANTERIOR), -7 * size * (SEPTUM + ANTERIOR)
     root = np.array([aortic + 3 * APEX, aortic - 6 * APEX, *np.array(AORTA)])
     root_radii = scale * np.interp(
@@ -171,14 +190,14 @@ def heart_distances(p: Parameters, pose: Pose, grid: Grid) -> dict[str, Array]:
     )
     aorta = np.maximum(tube(grid, curve(pose.place(root)), root_radii), base)
     flow = pose.rotation @ (np.array(TRUNK[1]) - TRUNK[0]).astype(float)
-    valve = plane(
-        grid, pose.place(TRUNK[0]), -flow
-    )  # the pulmonary valve parts the trunk from the outflow tract
+    # The pulmonary valve separates the trunk from the outflow tract.
+    valve = plane(grid, pose.place(TRUNK[0]), -flow)
     trunk = np.maximum(vessel(grid, pose, TRUNK, 12.5, 13.5), valve)
     branches = np.minimum(vessel(grid, pose, RIGHT_PA, 11, 9), vessel(grid, pose, LEFT_PA, 11.5, 9))
     pulmonary = cut(smooth_union(trunk, branches, 4), aorta - 2.5, epicardium - 1)
 
-    filling = 1 + 0.07 * p.phase  # the atria fill while the ventricles empty
+    # The atria fill while the ventricles empty.
+    filling = 1 + 0.07 * p.phase
     turned = pose.rotation.T
     atrium = ellipsoid(grid, pose.place(LA_CENTRE), turned, scale * filling * LA_RADII)
     for end in VEINS:
@@ -187,7 +206,7 @@ def heart_distances(p: Parameters, pose: Pose, grid: Grid) -> dict[str, Array]:
     inflow = np.maximum(
         vessel(grid, pose, (LA_CENTRE - 4 * APEX, mitral + 3 * APEX), 13 * size, 13 * size), base
     )
-    left = cut(np.minimum(cut(atrium, epicardium), inflow), aorta - 2.5, pulmonary - 2)
+    left_atrium = cut(np.minimum(cut(atrium, epicardium), inflow), aorta - 2.5, pulmonary - 2)
 
     ventricle = ellipsoid(
         grid,
@@ -198,15 +217,17 @@ def heart_distances(p: Parameters, pose: Pose, grid: Grid) -> dict[str, Array]:
     ventricle = smooth_union(
         np.maximum(ventricle, -base - 11), vessel(grid, pose, OUTFLOW, 17, 13), 5
     )
-    right_ventricle = cut(ventricle, epicardium, aorta - 2.5, left - 3, pulmonary)
-    right = ellipsoid(grid, pose.place(RA_CENTRE), turned, scale * filling * RA_RADII)
-    right = cut(right, right_ventricle, left - 3, aorta - 3, pulmonary - 2, epicardium)
-    myocardium = cut(epicardium, chamber, left, aorta)
+    right_ventricle = cut(ventricle, epicardium, aorta - 2.5, left_atrium - 3, pulmonary)
+    right_atrium = ellipsoid(grid, pose.place(RA_CENTRE), turned, scale * filling * RA_RADII)
+    right_atrium = cut(
+        right_atrium, right_ventricle, left_atrium - 3, aorta - 3, pulmonary - 2, epicardium
+    )
+    myocardium = cut(epicardium, chamber, left_atrium, aorta)
     return {
         "rv": right_ventricle,
-        "ra": right,
+        "ra": right_atrium,
         "pa": pulmonary,
-        "la": left,
+        "la": left_atrium,
         "ao": aorta,
         "myo": myocardium,
         "lv": chamber,
@@ -214,7 +235,15 @@ def heart_distances(p: Parameters, pose: Pose, grid: Grid) -> dict[str, Array]:
 
 
 def heart_box(pose: Pose, grid: Grid) -> tuple[tuple[slice, slice, slice], Grid]:
-    """The part of the grid that may hold the heart and its great vessels."""
+    """Find the part of the grid that may contain the heart and its great vessels.
+
+    Args:
+        pose: The pose of the heart.
+        grid: The sampling positions.
+
+    Returns:
+        The index of that part, and its grid.
+    """
     centre, reach = pose.origin + np.array([8.0, -12, 0]), pose.scale * np.array([105.0, 95, 105])
     return grid.box(centre - reach, centre + reach)
 
@@ -228,7 +257,17 @@ def draw_heart(
     parts: dict[str, Array],
     edge: float,
 ) -> None:
-    """Synthesize walls, coronary arteries, blood and myocardium (HU), and write the labels."""
+    """Draw walls, coronary arteries, blood and myocardium, and write the labels.
+
+    Args:
+        canvas: (Z, Y, X) in HU, changed in place.
+        labels: (Z, Y, X) MM-WHS values, changed in place.
+        p: The patient.
+        pose: The pose of the heart.
+        grid: The sampling positions.
+        parts: The distances of `heart_distances`.
+        edge: The width of a sample in mm.
+    """
     for name, thickness in (("ra", 2.0), ("rv", 3.0), ("la", 2.0), ("pa", 1.6), ("ao", 1.8)):
         blend(canvas, parts[name] - thickness, p.myocardium if name == "rv" else MUSCLE, edge)
     for path in CORONARIES:
@@ -236,13 +275,14 @@ def draw_heart(
     z = grid.points()[2]
     for name, distance in parts.items():
         value: float | Array = p.myocardium if name == "myo" else p.blood[name]
-        if name == "ra":  # unopacified blood from below streams along the septum
-            value = value + np.float32(p.streaming) * np.sin(
-                (z - np.float32(pose.origin[2])) / np.float32(14)
-            )
+        if name == "ra":
+            # Blood without contrast streams along the septum from below.
+            wave = np.sin((z - np.float32(pose.origin[2])) / np.float32(14))
+            value = value + np.float32(p.streaming) * wave
         blend(canvas, distance, value, edge)
         labels[distance < 0] = LABELS[name]
-    for side in (-1, 1):  # papillary muscles: within the blood pool's label, as in MM-WHS
+    # The papillary muscles have the blood pool's label, as in MM-WHS.
+    for side in (-1, 1):
         ends = [
             (LV_EQUATOR + along) * APEX + 11 * side * ANTERIOR - 9 * SEPTUM for along in (8.0, 32.0)
         ]
@@ -253,8 +293,9 @@ def draw_heart(
 
 @dataclass(frozen=True)
 class Torso:
-    """The parts of the body that do not change along z, as (1, Y, X) maps in mm, seen from the
-    body's centre.
+    """The parts of the body that do not change along z, as (1, Y, X) maps in mm.
+
+    They are seen from the body's centre.
     """
 
     x: Array
@@ -269,12 +310,19 @@ class Torso:
 
 
 def torso(p: Parameters, pose: Pose, grid: Grid) -> Torso:
-    """Cross-section of a patient's trunk."""
+    """Compute the cross-section of a patient's trunk.
+
+    Args:
+        p: The patient.
+        pose: The pose of the heart.
+        grid: The sampling positions.
+
+    Returns:
+        The cross-section.
+    """
     s = np.float32(p.skeleton)
-    x, y = (
-        grid.x[None, None, :] - np.float32(p.body[0]),
-        grid.y[None, :, None] - np.float32(p.body[1]),
-    )
+    x = grid.x[None, None, :] - np.float32(p.body[0])
+    y = grid.y[None, :, None] - np.float32(p.body[1])
     r, phi = np.hypot(x, y) + np.float32(1e-3), np.arctan2(np.abs(x), y)
 
     def outline(a: float, b: float, n: float) -> Array:
@@ -303,7 +351,15 @@ def torso(p: Parameters, pose: Pose, grid: Grid) -> Torso:
 
 
 def lung_vessels(p: Parameters, pose: Pose) -> list[Segment]:
-    """Branching arteries and veins of both lungs: the segments of all trees."""
+    """Grow branching arteries and veins in both lungs.
+
+    Args:
+        p: The patient, whose `texture` decides the branches.
+        pose: The pose of the heart.
+
+    Returns:
+        The segments of all trees.
+    """
     rng = np.random.Generator(np.random.Philox(key=[p.texture, 1]))
     trees = []
     roots = [(RIGHT_PA[-1], -1, 6.5), (LEFT_PA[-1], 1, 6.5)] + [
@@ -340,7 +396,16 @@ def lung_vessels(p: Parameters, pose: Pose) -> list[Segment]:
 def draw_bone(
     canvas: Array, distance: Array, marrow: float, density: float, edge: float, shell: float = 1.5
 ) -> None:
-    """A bone: cortical shell around spongy marrow (HU)."""
+    """Draw a bone: a cortical shell around spongy marrow.
+
+    Args:
+        canvas: (Z, Y, X) in HU, changed in place.
+        distance: The distance to the bone in mm.
+        marrow: HU of the marrow at normal density.
+        density: Relative to the template.
+        edge: The width of a sample in mm.
+        shell: The thickness of the shell in mm.
+    """
     blend(canvas, distance, CORTEX * density, edge)
     blend(canvas, distance + shell, marrow * density, edge)
 
@@ -348,7 +413,16 @@ def draw_bone(
 def draw_lungs(
     canvas: Array, p: Parameters, t: Torso, grid: Grid, tree: list[Segment], edge: float
 ) -> None:
-    """Fill the whole cage with lung, denser towards the back, and its vessels."""
+    """Fill the rib cage with lung, denser towards the back, and its vessels.
+
+    Args:
+        canvas: (Z, Y, X) in HU, changed in place.
+        p: The patient.
+        t: The cross-section.
+        grid: The sampling positions.
+        tree: The vessels.
+        edge: The width of a sample in mm.
+    """
     canvas += p.lung + 0.28 * t.y
     for a, b, radii in tree:
         index, near = grid.box(np.minimum(a, b) - radii[0] - 2, np.maximum(a, b) + radii[0] + 2)
@@ -359,7 +433,15 @@ def draw_lungs(
 
 
 def draw_abdomen(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float) -> None:
-    """Diaphragm, liver, stomach and spleen below the domes."""
+    """Draw diaphragm, liver, stomach and spleen below the domes.
+
+    Args:
+        canvas: (Z, Y, X) in HU, changed in place.
+        p: The patient.
+        t: The cross-section.
+        grid: The sampling positions.
+        edge: The width of a sample in mm.
+    """
     below = grid.points()[2] - t.dome
     blend(canvas, below, MUSCLE, edge)
     blend(canvas, below + 2.5, FAT, edge)
@@ -388,7 +470,16 @@ def draw_abdomen(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float
 def draw_mediastinum(
     canvas: Array, p: Parameters, pose: Pose, t: Torso, grid: Grid, edge: float
 ) -> None:
-    """Vessels, airways and oesophagus outside the labels."""
+    """Draw vessels, airways and oesophagus outside the labels.
+
+    Args:
+        canvas: (Z, Y, X) in HU, changed in place.
+        p: The patient.
+        pose: The pose of the heart.
+        t: The cross-section.
+        grid: The sampling positions.
+        edge: The width of a sample in mm.
+    """
     s, (cx, cy) = p.skeleton, p.body
     low = np.array([cx + 14 * s, cy + 34 * s, -120])
     high = np.array([cx + 25 * s, cy + 30 * s, pose.place(AORTA[-1])[2] - 8])
@@ -407,22 +498,37 @@ def draw_mediastinum(
         grid, np.array([cx + 8 * s, cy + 25 * s, 0]), np.eye(3), np.array([9.0, 5.5, 1e4])
     )
     blend(canvas, gullet, 45.0, edge)
-    carina, right, left = (pose.place(point) for point in (CARINA, RIGHT_MAIN, LEFT_MAIN))
+    carina, right_main, left_main = (pose.place(point) for point in (CARINA, RIGHT_MAIN, LEFT_MAIN))
     down = np.array([22.0, 8, -14])
     airways = np.minimum(
         tube(grid, np.array([carina + np.array([0, -6, 60]), carina]), np.array([9.0, 8.5])),
-        tube(grid, np.array([carina, right, right + down * [-1, 1, 1]]), np.array([8.0, 6.5, 3.5])),
+        tube(
+            grid,
+            np.array([carina, right_main, right_main + down * [-1, 1, 1]]),
+            np.array([8.0, 6.5, 3.5]),
+        ),
     )
     airways = np.minimum(
-        airways, tube(grid, np.array([carina, left, left + down]), np.array([7.5, 6, 3.5]))
+        airways,
+        tube(grid, np.array([carina, left_main, left_main + down]), np.array([7.5, 6, 3.5])),
     )
     blend(canvas, airways - 1.8, 30.0, edge)
     blend(canvas, airways, -980.0, edge)
 
 
 def lung_distance(p: Parameters, t: Torso, grid: Grid, heart: Array) -> Array:
-    """Distance (Z, Y, X) to the aerated lungs: cage less mediastinum, spine and all that lies
-    under the diaphragm.
+    """Compute the distance to the aerated lungs.
+
+    They are the rib cage without mediastinum, spine and everything under the diaphragm.
+
+    Args:
+        p: The patient.
+        t: The cross-section.
+        grid: The sampling positions.
+        heart: The distance to the heart, (Z, Y, X) in mm.
+
+    Returns:
+        (Z, Y, X) in mm.
     """
     spine = np.hypot(t.x / 1.25, t.y - 62 * p.skeleton) - 20 * p.skeleton
     still = np.maximum(np.maximum(t.r - t.cage + 7, -t.middle), -spine)
@@ -431,9 +537,20 @@ def lung_distance(p: Parameters, t: Torso, grid: Grid, heart: Array) -> Array:
 
 
 def draw_wall(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float) -> None:
-    """Chest wall from the pleura outwards: muscle, fat, skin, and the air and table outside."""
+    """Draw the chest wall from the pleura outwards, and the air and the table outside.
+
+    The wall is muscle, fat and skin.
+
+    Args:
+        canvas: (Z, Y, X) in HU, changed in place.
+        p: The patient.
+        t: The cross-section.
+        grid: The sampling positions.
+        edge: The width of a sample in mm.
+    """
     blend(canvas, t.cage - 6.5 - t.r, MUSCLE, edge)
-    seam = np.abs(t.r - t.cage - 8) - 1.2  # fat between the ribs and the muscles over them
+    # Fat lies between the ribs and the muscles over them.
+    seam = np.abs(t.r - t.cage - 8) - 1.2
     blend(canvas, np.broadcast_to(seam, canvas.shape), 0.6 * FAT, edge)
     blend(canvas, t.muscle - t.r, FAT, edge)
     surface: Array = t.r - t.skin
@@ -457,10 +574,19 @@ def draw_wall(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float) -
 
 
 def draw_skeleton(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: float) -> None:
-    """Vertebral column, ribs with their cartilage, and sternum."""
+    """Draw the vertebral column, the ribs with their cartilage, and the sternum.
+
+    Args:
+        canvas: (Z, Y, X) in HU, changed in place.
+        p: The patient.
+        t: The cross-section.
+        grid: The sampling positions.
+        edge: The width of a sample in mm.
+    """
     s, z, bone = p.skeleton, grid.points()[2], p.bone
     pitch = 27 * s
-    level = np.abs(np.mod(z + p.vertebra * pitch, pitch) - pitch / 2)  # 0 at mid-vertebra
+    # 0 in the middle of a vertebra.
+    level = np.abs(np.mod(z + p.vertebra * pitch, pitch) - pitch / 2)
     across, deep = t.x, t.y - 50 * s
     body = np.hypot(across, 1.28 * deep) - (17.5 - 1.5 * np.cos(level * (2 * np.pi / pitch))) * s
     blend(canvas, body, 80.0, edge)
@@ -480,10 +606,8 @@ def draw_skeleton(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: floa
     blend(canvas, canal + 0 * z, 5.0, edge)
     blend(canvas, canal + 4 * s + 0 * z, 45.0, edge)
 
-    step, bend = (
-        26 * s,
-        2.42,
-    )  # ribs fall from the spine to the bend, then rise as cartilage to the sternum
+    # Ribs fall from the spine to the bend, then rise as cartilage to the sternum.
+    step, bend = 26 * s, 2.42
     fall = np.minimum(t.phi / bend, 1)
     drop = (78 * fall * fall * (3 - 2 * fall) - 60 * np.maximum(t.phi - bend, 0)) * s
     offset = np.mod(z + drop + p.rib * step, step) - step / 2
@@ -505,8 +629,16 @@ def draw_skeleton(canvas: Array, p: Parameters, t: Torso, grid: Grid, edge: floa
 def render(
     p: Parameters, grid: Grid, edge: float, slab: int = 4
 ) -> Iterator[tuple[slice, Array, NDArray[np.uint16]]]:
-    """Yield slabs of the patient on ``grid``: the z range, HU and MM-WHS labels; ``edge`` is a
-    sample's width in mm.
+    """Draw a patient slab by slab.
+
+    Args:
+        p: The patient.
+        grid: The sampling positions.
+        edge: The width of a sample in mm.
+        slab: Samples along z at a time.
+
+    Yields:
+        The range along z, HU and MM-WHS labels, (slab, Y, X).
     """
     pose = heart_pose(p)
     t = torso(p, pose, grid)

@@ -1,13 +1,13 @@
-"""Synthetic training data: a cohort of simulated patients with contrast-enhanced cardiac CT and
-heart labels.
+"""Simulated training data: patients with contrast-enhanced cardiac CT and heart labels.
 
-``python -m train.phantom OUT --patients N [--seed S] [--size Z Y X] [--quiet]`` writes, in the
-layout of the MM-WHS challenge (Zhuang & Shen 2016, Med Image Anal 31:77),
+    python -m train.phantom OUT --patients N [--seed S] [--size Z Y X] [--quiet]
+
+writes, in the layout of the MM-WHS challenge (Zhuang & Shen 2016, Med Image Anal 31:77),
 ``ct_train_1001_image.nii.gz`` (int16, HU) and ``ct_train_1001_label.nii.gz`` (uint16), 1002, and so
-on, with ``cohort.json`` telling what was drawn for each.
+on, and ``cohort.json`` with the parameters of each patient.
 
-The field of view is 384 x 384 mm in plane and 132 mm along z whatever the matrix.  A patient
-depends on (seed, index, size) only: a larger cohort begins with the smaller one.
+The field of view is 384 x 384 mm in plane and 132 mm along z for any matrix. A patient depends on
+(seed, index, size) only: a larger cohort begins with the smaller one.
 """
 
 from __future__ import annotations
@@ -30,27 +30,24 @@ from runtime.core.errors import UsageError, writing
 from train.phantom.anatomy import LABELS, Parameters, render
 from train.phantom.physics import Warp, blocks, enhancement, sample_axes, scan
 
-FIELD_OF_VIEW_MM = (132.0, 384.0, 384.0)  # z, y, x
-FINEST_SAMPLE_MM = 1.5  # structures are sampled at least this finely, then averaged over each voxel
-PARENCHYMA_HU = 28.0  # texture of lung tissue below the resolved vessels
+# Along z, y and x.
+FIELD_OF_VIEW_MM = (132.0, 384.0, 384.0)
+# Structures are sampled at least this finely, then averaged over each voxel.
+FINEST_SAMPLE_MM = 1.5
+# The texture of lung tissue: vessels too small to be drawn.
+PARENCHYMA_HU = 28.0
 FIRST_CASE = 1001
 SMALLEST_SIZE, LARGEST_SIZE = 32, 1024
-FACTORS = (
-    "timing",
-    "dose",
-    "habitus",
-    "size",
-    "phase",
-    "yaw",
-    "height",
-)  # drawn evenly over the cohort
+# Factors that are spread evenly over the cohort.
+FACTORS = ("timing", "dose", "habitus", "size", "phase", "yaw", "height")
 Size = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
 class Patient:
-    """One simulated examination; arrays are (Z, Y, X) from inferior, anterior and the patient's
-    right.
+    """One simulated examination; arrays are (Z, Y, X).
+
+    Slices run from inferior, rows from anterior, columns from the patient's right.
     """
 
     hu: NDArray[np.int16]
@@ -60,15 +57,22 @@ class Patient:
 
 
 def factors(seed: int, index: int) -> dict[str, float]:
-    """The main factors of patient ``index``, each evenly spread over [-1, 1] within any prefix of a
-    cohort.
+    """Draw the main factors of one patient, spread evenly within any prefix of a cohort.
 
     A Kronecker sequence on the powers of the generalised golden ratio (Roberts 2018, "The
     unreasonable effectiveness of quasirandom sequences"), shifted by an offset drawn from the seed
     (Cranley-Patterson).
+
+    Args:
+        seed: The cohort.
+        index: The patient, from 0.
+
+    Returns:
+        Values in [-1, 1] by the names in `FACTORS`.
     """
     ratio = 2.0
-    for _ in range(60):  # fixed point of x ** (d + 1) = x + 1
+    # The fixed point of x ** (d + 1) = x + 1.
+    for _ in range(60):
         ratio = (1 + ratio) ** (1 / (len(FACTORS) + 1))
     offset = np.random.Generator(np.random.Philox(key=[seed, 0])).random(len(FACTORS))
     place = np.mod(offset + (index + 1) * ratio ** -np.arange(1.0, len(FACTORS) + 1), 1.0)
@@ -76,13 +80,20 @@ def factors(seed: int, index: int) -> dict[str, float]:
 
 
 def draw(seed: int, index: int) -> Parameters:
-    """The parameters of one patient: even main factors, their correlations, and independent
-    minor ones.
+    """Draw the parameters of one patient.
+
+    Main factors are even over the cohort and correlated; minor ones are independent.
+
+    Args:
+        seed: The cohort.
+        index: The patient, from 0.
+
+    Returns:
+        The parameters.
     """
     f = factors(seed, index)
-    f["habitus"] = (
-        0.9 * f["size"] + 0.4 * f["habitus"]
-    )  # large people have large hearts: the heart tells of the body round it
+    # Large people have large hearts, so the heart's size predicts the body's.
+    f["habitus"] = 0.9 * f["size"] + 0.4 * f["habitus"]
     rng = np.random.Generator(np.random.Philox(key=[seed, index + 1]))
 
     def vary(mean: float, sd: float) -> float:
@@ -123,8 +134,13 @@ def draw(seed: int, index: int) -> Parameters:
 
 
 def vote(labels: NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """The commonest label in each voxel of the blocks (Z, f, Y, g, X, h), ties to the background
-    or lower value.
+    """Find the commonest label in each voxel; ties go to the background or to the lower value.
+
+    Args:
+        labels: Samples in blocks, (Z, f, Y, g, X, h).
+
+    Returns:
+        (Z, Y, X).
     """
     best = (labels == 0).sum((1, 3, 5), dtype=np.uint16)
     winner = np.zeros(best.shape, np.uint16)
@@ -136,12 +152,35 @@ def vote(labels: NDArray[np.uint16]) -> NDArray[np.uint16]:
 
 
 def make_patient(seed: int, index: int, size: Size = (48, 128, 128)) -> Patient:
-    """Patient ``index`` (from 0) of cohort ``seed`` on a ``size`` (Z, Y, X) matrix."""
+    """Simulate one patient of a cohort.
+
+    Args:
+        seed: The cohort.
+        index: The patient, from 0.
+        size: The matrix (Z, Y, X).
+
+    Returns:
+        The examination.
+
+    Raises:
+        UsageError: The matrix is too small or too large.
+    """
     return simulate(draw(seed, index), size)
 
 
 def simulate(params: Parameters, size: Size = (48, 128, 128)) -> Patient:
-    """The patient that ``params`` describe on a ``size`` (Z, Y, X) matrix."""
+    """Simulate the patient that parameters describe.
+
+    Args:
+        params: The parameters.
+        size: The matrix (Z, Y, X).
+
+    Returns:
+        The examination.
+
+    Raises:
+        UsageError: The matrix is too small or too large.
+    """
     check_size(size)
     z, y, x = (extent / n for extent, n in zip(FIELD_OF_VIEW_MM, size, strict=True))
     factor, grid = sample_axes(size, (z, y, x), FINEST_SAMPLE_MM)
@@ -157,12 +196,17 @@ def simulate(params: Parameters, size: Size = (48, 128, 128)) -> Patient:
 
 
 def check_size(size: Sequence[int]) -> None:
-    """Raise `UsageError` unless ``size`` is three matrix edges that can show a thorax and fit
-    into memory.
+    """Check that a matrix can show a thorax and fits into memory.
+
+    Args:
+        size: The matrix (Z, Y, X).
+
+    Raises:
+        UsageError: It cannot, or does not.
     """
     if len(size) != 3 or min(size) < SMALLEST_SIZE or max(size) > LARGEST_SIZE:
         raise UsageError(
-            f"a phantom of {' x '.join(map(str, size))} voxels was asked for",
+            f"a phantom cannot have {' x '.join(map(str, size))} voxels",
             expected=f"Z Y X of {SMALLEST_SIZE} to {LARGEST_SIZE} each",
             remedy="give for example --size 48 128 128 (data.phantom.size in a config)",
         )
@@ -171,8 +215,15 @@ def check_size(size: Sequence[int]) -> None:
 def write_volume(
     path: Path, array: NDArray[np.generic], spacing: tuple[float, float, float]
 ) -> None:
-    """Write (Z, Y, X) voxels as NIfTI, centred at the origin with identity direction (LPS), all
-    or nothing.
+    """Write a volume as NIfTI, atomically, centred at the origin with identity direction (LPS).
+
+    Args:
+        path: The file.
+        array: (Z, Y, X).
+        spacing: (x, y, z) in mm.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     import SimpleITK as sitk
 
@@ -192,7 +243,17 @@ def write_volume(
 
 
 def write_patient(out: Path, seed: int, index: int, size: Size) -> dict[str, Any]:
-    """Simulate one patient, write its two files into ``out`` and return its parameters."""
+    """Simulate one patient and write its two files.
+
+    Args:
+        out: The folder.
+        seed: The cohort.
+        index: The patient, from 0.
+        size: The matrix (Z, Y, X).
+
+    Returns:
+        The patient's name and parameters, as cohort.json states them.
+    """
     patient = make_patient(seed, index, size)
     stem = f"ct_train_{FIRST_CASE + index}"
     write_volume(out / f"{stem}_image.nii.gz", patient.hu, patient.spacing)
@@ -209,15 +270,27 @@ def generate_cohort(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Path]:
-    """Write ``patients`` simulated cases into ``out`` and return their image files in order.
+    """Simulate patients and write their files.
 
-    ``workers`` processes share the work (default: the CPUs this process may use; 1 stays in this
-    process); ``progress(done, total)`` is called after every case.  Raises `UsageError` for an
-    unusable request and `OutputError` where ``out`` cannot be written.
+    Args:
+        out: The folder, created if missing.
+        patients: The number of patients.
+        seed: The cohort.
+        size: The matrix (Z, Y, X).
+        workers: Processes that share the work; None: one per CPU that this process may use; 1: this
+            process alone.
+        progress: Called with (patients done, all patients) after every patient.
+
+    Returns:
+        The image files in order.
+
+    Raises:
+        UsageError: The request cannot be met.
+        OutputError: The folder cannot be written.
     """
     if patients < 1 or not 0 <= seed < 2**63:
         raise UsageError(
-            f"{patients} patients with seed {seed} were asked for",
+            f"a cohort cannot have {patients} patients with seed {seed}",
             expected="at least 1 patient and a seed from 0 to 2^63 - 1",
             remedy="give for example --patients 24 --seed 0",
         )
@@ -226,22 +299,23 @@ def generate_cohort(
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
         workers = min(workers or len(os.sched_getaffinity(0)), patients)
-        report = progress or (lambda done, total: None)
+        report = progress or (lambda count, total: None)
         drawn: list[dict[str, Any]] = [{}] * patients
         if workers == 1:
             for index in range(patients):
                 drawn[index] = write_patient(out, seed, index, size)
                 report(index + 1, patients)
-        else:  # spawned, not forked: the caller may hold threads
+        else:
+            # Processes are spawned and not forked: the caller may have threads.
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
                 tasks = {
                     pool.submit(write_patient, out, seed, index, size): index
                     for index in range(patients)
                 }
                 try:
-                    for done, task in enumerate(as_completed(tasks), 1):
+                    for count, task in enumerate(as_completed(tasks), 1):
                         drawn[tasks[task]] = task.result()
-                        report(done, patients)
+                        report(count, patients)
                 except BaseException:
                     pool.shutdown(wait=False, cancel_futures=True)
                     raise
@@ -254,7 +328,14 @@ def generate_cohort(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line in the module's docstring."""
+    """Run the command line in the module's docstring.
+
+    Args:
+        arguments: The arguments; None: those of the process.
+
+    Returns:
+        The exit code, 0.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m train.phantom", description="Write a simulated cardiac CT cohort."
     )
@@ -280,7 +361,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.patients,
         seed=options.seed,
         size=(z, y, x),
-        progress=lambda done, total: line.update(done),
+        progress=lambda count, total: line.update(count),
     )
     line.close()
     return 0

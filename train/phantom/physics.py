@@ -1,10 +1,9 @@
-"""Imaging half of the phantom: sampling of implicit surfaces, contrast bolus, blur and noise of a
-CT scanner.
+"""The imaging half of the phantom: implicit surfaces, and contrast, blur and noise of a CT scanner.
 
 Coordinates are millimetres in the LPS frame (x to the patient's left, y posterior, z superior),
-arrays are ``(Z, Y, X)``, attenuation is in Hounsfield units (HU).  A surface is given by its signed
-distance in mm, negative inside.  Every function is pointwise in space, so a volume may be computed
-in slabs of any thickness.
+arrays are ``(Z, Y, X)``, attenuation is in Hounsfield units (HU). A surface is given by its signed
+distance in mm, negative inside. Every function works point by point, so a volume may be computed in
+slabs of any thickness.
 """
 
 from __future__ import annotations
@@ -16,45 +15,43 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage, special
 
-Array = NDArray[
-    np.floating[Any]
-]  # float32 for anything as large as a volume, float64 for points and radii
-FAR = 60.0  # mm: the distance reported outside the box in which a surface was evaluated
+# float32 for anything as large as a volume, float64 for points and radii.
+Array = NDArray[np.floating[Any]]
+# The distance in mm outside the box in which a surface is evaluated.
+FAR = 60.0
 
-INJECTION_S = 16.0  # length of the contrast injection
-DISPERSION_S = 2.0  # time scale of the gamma-variate spread of the bolus, per unit shape
+# The duration of the contrast injection.
+INJECTION_S = 16.0
+# The time scale of the gamma-variate spread of the bolus, per unit shape.
+DISPERSION_S = 2.0
 DISPERSION_SHAPE = 2.5
-ARRIVAL_S = {
-    "ra": 5.4,
-    "rv": 6.0,
-    "pa": 8.4,
-    "la": 13.0,
-    "lv": 13.4,
-    "ao": 13.8,
-}  # start of enhancement
-PLATEAU_HU = {
-    "ra": 475.0,
-    "rv": 436.0,
-    "pa": 450.0,
-    "la": 500.0,
-    "lv": 516.0,
-    "ao": 514.0,
-}  # at unit dose
-BLOOD_HU = 45.0  # unenhanced
+# The start of the enhancement.
+ARRIVAL_S = {"ra": 5.4, "rv": 6.0, "pa": 8.4, "la": 13.0, "lv": 13.4, "ao": 13.8}
+# At unit dose.
+PLATEAU_HU = {"ra": 475.0, "rv": 436.0, "pa": 450.0, "la": 500.0, "lv": 516.0, "ao": 514.0}
+# Without contrast.
+BLOOD_HU = 45.0
 
-PSF_SIGMA_MM = 1.1  # in-plane point spread
-SLICE_SIGMA_MM = 1.0  # slice sensitivity profile
-NOISE_CUTOFF_PER_MM = 0.32  # 1/e frequency of the reconstruction kernel's apodisation
-NOISE_REFERENCE_MM = 3.0  # pixel edge at which a noise level is quoted
-NOISE_Z_SIGMA_MM = 1.5  # overlap of neighbouring slices
-WATER_PER_MM = 0.0195  # attenuation of water at about 70 keV
-REFERENCE_DIAMETER_MM = 250.0  # water-equivalent diameter at which a noise level is quoted
+# In-plane point spread, and slice sensitivity profile.
+PSF_SIGMA_MM = 1.1
+SLICE_SIGMA_MM = 1.0
+# The 1/e frequency of the reconstruction kernel's apodisation.
+NOISE_CUTOFF_PER_MM = 0.32
+# The pixel edge to which a noise level refers.
+NOISE_REFERENCE_MM = 3.0
+# The overlap of neighbouring slices.
+NOISE_Z_SIGMA_MM = 1.5
+# The attenuation of water at about 70 keV.
+WATER_PER_MM = 0.0195
+# The water-equivalent diameter to which a noise level refers.
+REFERENCE_DIAMETER_MM = 250.0
 
 
 @dataclass(frozen=True)
 class Warp:
-    """A smooth, volume-preserving individual deformation: each coordinate is sheared by waves
-    along the others.
+    """A smooth, volume-preserving deformation of one patient.
+
+    Waves along the other coordinates shear each coordinate.
     """
 
     amplitude: float  # mm
@@ -62,7 +59,15 @@ class Warp:
     phase: tuple[float, ...]  # six angles, radians
 
     def wave(self, k: int, axis: Array) -> Array:
-        """Displacement in mm at the positions ``axis`` by wave number ``k`` (0..5)."""
+        """Compute the displacement by one wave.
+
+        Args:
+            k: The number of the wave, 0 to 5.
+            axis: Positions in mm.
+
+        Returns:
+            Displacements in mm, float32.
+        """
         return (
             self.amplitude * np.sin(axis * (2 * np.pi / self.wavelength) + self.phase[k])
         ).astype(np.float32)
@@ -70,9 +75,7 @@ class Warp:
 
 @dataclass(frozen=True)
 class Grid:
-    """Sampling positions in mm along each axis (1-D float32), seen through an optional
-    deformation.
-    """
+    """Sampling positions in mm along each axis (1-D float32), with an optional deformation."""
 
     z: Array
     y: Array
@@ -81,10 +84,15 @@ class Grid:
 
     @property
     def shape(self) -> tuple[int, int, int]:
+        """The number of samples along z, y and x."""
         return len(self.z), len(self.y), len(self.x)
 
     def points(self) -> tuple[Array, Array, Array]:
-        """Coordinates ``(x, y, z)`` of every sample, as arrays that broadcast to ``shape``."""
+        """Compute the coordinates of every sample.
+
+        Returns:
+            x, y and z in mm, as arrays that broadcast to ``shape``.
+        """
         x, y, z = self.x[None, None, :], self.y[None, :, None], self.z[:, None, None]
         if self.warp is None:
             return x, y, z
@@ -92,8 +100,14 @@ class Grid:
         return x + (w(0, y) + w(1, z)), y + (w(2, x) + w(3, z)), z + (w(4, x) + w(5, y))
 
     def box(self, low: Array, high: Array) -> tuple[tuple[slice, slice, slice], Grid]:
-        """The samples between two corners ``(x, y, z)`` in mm: their index and the grid they
-        form.
+        """Select the samples between two corners.
+
+        Args:
+            low: The lower corner (x, y, z) in mm.
+            high: The upper corner.
+
+        Returns:
+            The index of these samples, and their grid.
         """
         margin = 0.0 if self.warp is None else 2 * self.warp.amplitude
 
@@ -109,11 +123,15 @@ class Grid:
 def sample_axes(
     shape: tuple[int, int, int], spacing: tuple[float, float, float], finest: float
 ) -> tuple[tuple[int, int, int], Grid]:
-    """Supersampling grid of a volume centred at the origin.
+    """Make the supersampling grid of a volume centred at the origin.
 
-    ``shape`` is (Z, Y, X) and ``spacing`` the matching (z, y, x) edges in mm.  Returns the number
-    of samples per voxel along each axis, enough for samples no farther apart than ``finest`` mm,
-    and the grid of all samples.
+    Args:
+        shape: (Z, Y, X).
+        spacing: (z, y, x) in mm.
+        finest: The largest distance of samples in mm.
+
+    Returns:
+        The number of samples per voxel along each axis, and the grid of all samples.
     """
     factor = tuple(max(1, int(np.ceil(edge / finest - 1e-6))) for edge in spacing)
     axes = [
@@ -125,29 +143,60 @@ def sample_axes(
 
 
 def blocks(volume: NDArray[Any], factor: tuple[int, int, int]) -> NDArray[Any]:
-    """View of a supersampled (Z*f, Y*g, X*h) volume as (Z, f, Y, g, X, h): one block per voxel."""
+    """View a supersampled volume in blocks, one per voxel.
+
+    Args:
+        volume: (Z*f, Y*g, X*h).
+        factor: (f, g, h).
+
+    Returns:
+        (Z, f, Y, g, X, h).
+    """
     z, y, x = (n // f for n, f in zip(volume.shape, factor, strict=True))
     return volume.reshape(z, factor[0], y, factor[1], x, factor[2])
 
 
 def blend(canvas: Array, distance: Array, value: float | Array, edge: float) -> None:
-    """Mix ``value`` (HU) into ``canvas`` by the share of each sample, ``edge`` mm wide, inside
-    the surface.
+    """Mix a value into a volume, by the share of each sample inside a surface.
+
+    Args:
+        canvas: (Z, Y, X) in HU, changed in place.
+        distance: The distance to the surface in mm.
+        value: HU.
+        edge: The width of a sample in mm.
     """
     share = np.clip(0.5 - distance / edge, 0.0, 1.0)
     canvas += share * (value - canvas)
 
 
 def plane(grid: Grid, point: Array, normal: Array) -> Array:
-    """Distance to the half-space behind the plane through ``point`` with outward ``normal``."""
+    """Compute the distance to the half-space behind a plane.
+
+    Args:
+        grid: The sampling positions.
+        point: A point of the plane (x, y, z) in mm.
+        normal: Its outward normal, of any length.
+
+    Returns:
+        (Z, Y, X) in mm.
+    """
     (x, y, z), origin = grid.points(), point.astype(np.float32)
     unit = (normal / np.linalg.norm(normal)).astype(np.float32)
     return (x - origin[0]) * unit[0] + (y - origin[1]) * unit[1] + (z - origin[2]) * unit[2]
 
 
 def ellipsoid(grid: Grid, centre: Array, axes: Array, radii: Array, reach: float = 12.0) -> Array:
-    """First-order distance to an ellipsoid, to ``reach`` mm outside: ``axes`` rows are its unit
-    directions.
+    """Compute the first-order distance to an ellipsoid.
+
+    Args:
+        grid: The sampling positions.
+        centre: (x, y, z) in mm.
+        axes: Unit vectors along its axes, one per row.
+        radii: In mm.
+        reach: The distance in mm outside up to which it is evaluated.
+
+    Returns:
+        (Z, Y, X) in mm.
     """
     result = np.full(grid.shape, FAR, np.float32)
     extent = np.sqrt(((axes.T * radii) ** 2).sum(1)) + reach
@@ -167,7 +216,15 @@ def ellipsoid(grid: Grid, centre: Array, axes: Array, radii: Array, reach: float
 
 
 def curve(points: Array, steps: int = 3) -> Array:
-    """Catmull-Rom curve through ``points`` (n, 3), ``steps`` segments between neighbours."""
+    """Draw a Catmull-Rom curve through points.
+
+    Args:
+        points: (n, 3).
+        steps: Segments between neighbours.
+
+    Returns:
+        (steps * (n - 1) + 1, 3).
+    """
     ends = np.vstack([2 * points[0] - points[1], points, 2 * points[-1] - points[-2]])
     a, b, c, d = (ends[i : len(ends) - 3 + i, None, :] for i in range(4))
     t = (np.arange(steps) / steps)[None, :, None]
@@ -176,8 +233,16 @@ def curve(points: Array, steps: int = 3) -> Array:
 
 
 def tube(grid: Grid, path: Array, radius: Array, reach: float = 8.0) -> Array:
-    """Distance to a tube along the points ``path`` (n, 3) with ``radius`` (n,), exact to
-    ``reach`` mm outside.
+    """Compute the distance to a tube.
+
+    Args:
+        grid: The sampling positions.
+        path: Points of the centreline (n, 3) in mm.
+        radius: (n,) in mm.
+        reach: The distance in mm outside up to which it is exact.
+
+    Returns:
+        (Z, Y, X) in mm.
     """
     result = np.full(grid.shape, FAR, np.float32)
     for a, b, ra, rb in zip(path[:-1], path[1:], radius[:-1], radius[1:], strict=True):
@@ -196,32 +261,61 @@ def tube(grid: Grid, path: Array, radius: Array, reach: float = 8.0) -> Array:
 
 
 def smooth_union(a: Array, b: Array, k: float) -> Array:
-    """Union of two distances with a fillet of about ``k`` mm (Quilez's polynomial smooth
-    minimum).
+    """Unite two surfaces with a fillet (Quilez's polynomial smooth minimum).
+
+    Args:
+        a: Distances in mm.
+        b: Distances in mm.
+        k: The size of the fillet in mm, roughly.
+
+    Returns:
+        Distances in mm.
     """
     h = np.maximum(k - np.abs(a - b), 0) / k
     return np.minimum(a, b) - h * h * (k / 4)
 
 
 def cut(solid: Array, *tools: Array) -> Array:
-    """``solid`` without the ``tools`` (distances)."""
+    """Cut tools off a solid.
+
+    Args:
+        solid: Distances in mm.
+        *tools: Distances in mm.
+
+    Returns:
+        Distances in mm.
+    """
     for tool in tools:
         solid = np.maximum(solid, -tool)
     return solid
 
 
 def ring(distance: Array, thickness: float) -> Array:
-    """The shell of a solid, ``thickness`` mm deep."""
+    """Make the shell of a solid.
+
+    Args:
+        distance: Distances in mm.
+        thickness: The depth of the shell in mm.
+
+    Returns:
+        Distances in mm.
+    """
     return np.maximum(distance, -distance - thickness)
 
 
 def enhancement(time_s: float, dose: float) -> dict[str, float]:
-    """HU of the blood in each chamber ``time_s`` seconds after the injection began, at a relative
-    ``dose``.
+    """Compute the HU of the blood in each chamber at one time after the injection.
 
     The bolus is a box-shaped injection convolved with a gamma-variate transit (Thompson et al.
     1964, Circ Res 14:502; Bae 2010, Radiology 256:32), later and wider the farther downstream the
     chamber lies.
+
+    Args:
+        time_s: Seconds after the start of the injection.
+        dose: Relative to the usual dose.
+
+    Returns:
+        HU by chamber.
     """
 
     def reached(age: float, scale: float) -> float:
@@ -236,8 +330,14 @@ def enhancement(time_s: float, dose: float) -> dict[str, float]:
 
 
 def blur(volume: Array, spacing: tuple[float, float, float]) -> Array:
-    """The scanner's resolution: Gaussian in-plane point spread and slice profile; ``spacing`` is
-    (z, y, x) mm.
+    """Apply the scanner's resolution: a Gaussian in-plane point spread and slice profile.
+
+    Args:
+        volume: (Z, Y, X).
+        spacing: (z, y, x) in mm.
+
+    Returns:
+        (Z, Y, X).
     """
     sigma = [
         s / edge
@@ -247,11 +347,18 @@ def blur(volume: Array, spacing: tuple[float, float, float]) -> Array:
 
 
 def noise_power(shape: tuple[int, int], spacing: tuple[float, float]) -> Array:
-    """Noise-power spectrum (mm^2 per unit HU^2) of filtered backprojection at the rfft2 frequencies
-    of a slice.
+    """Compute the noise-power spectrum of filtered backprojection for a slice.
 
-    |f| times the squared apodisation (Riederer, Pelc, Chesler 1978, Phys Med Biol 23:446; Kijewski, Judy 1987,
-    Phys Med Biol 32:565), scaled to unit variance on a slice of ``NOISE_REFERENCE_MM`` pixels.
+    |f| times the squared apodisation (Riederer, Pelc, Chesler 1978, Phys Med Biol 23:446; Kijewski,
+    Judy 1987, Phys Med Biol 32:565), scaled to unit variance on a slice of ``NOISE_REFERENCE_MM``
+    pixels.
+
+    Args:
+        shape: (Y, X).
+        spacing: (y, x) in mm.
+
+    Returns:
+        mm^2 per unit HU^2, at the frequencies of rfft2.
     """
 
     def shaped(n: tuple[int, int], edge: tuple[float, float]) -> Array:
@@ -266,8 +373,15 @@ def noise_power(shape: tuple[int, int], spacing: tuple[float, float]) -> Array:
 def noise_field(
     shape: tuple[int, int, int], spacing: tuple[float, float, float], rng: np.random.Generator
 ) -> Array:
-    """Stationary CT noise (Z, Y, X), of unit standard deviation at 3 mm pixels, weakly
-    correlated along z.
+    """Draw stationary CT noise, weakly correlated along z.
+
+    Args:
+        shape: (Z, Y, X).
+        spacing: (z, y, x) in mm.
+        rng: The random numbers.
+
+    Returns:
+        (Z, Y, X), of unit standard deviation at 3 mm pixels.
     """
     white = rng.standard_normal(shape, dtype=np.float32)
     power = noise_power(shape[1:], spacing[1:]) / (spacing[1] * spacing[2])
@@ -278,12 +392,19 @@ def noise_field(
 
 
 def noise_level(hu: Array, spacing: tuple[float, float, float], sigma: float) -> Array:
-    """Standard deviation of the noise (HU) at every voxel: ``sigma`` at the centre of a 250 mm
-    water cylinder.
+    """Compute the standard deviation of the noise at every voxel.
 
     Each slice's water-equivalent diameter (AAPM Report 220, 2014) sets its level, at half the
     exponent of an unmodulated tube current; the shorter rays through the periphery and through lung
     leave less noise.
+
+    Args:
+        hu: The body (Z, Y, X).
+        spacing: (z, y, x) in mm.
+        sigma: The deviation in HU at the centre of a 250 mm water cylinder.
+
+    Returns:
+        (Z, Y, X) in HU.
     """
     density = np.clip(1 + hu / 1000, 0, 1.6)
     mass = density.sum((1, 2))
@@ -310,8 +431,16 @@ def noise_level(hu: Array, spacing: tuple[float, float, float], sigma: float) ->
 def scan(
     hu: Array, spacing: tuple[float, float, float], sigma: float, rng: np.random.Generator
 ) -> NDArray[np.int16]:
-    """The CT image of a body of ``hu`` (Z, Y, X): blurred, noisy, rounded and clipped to [-1024,
-    3071].
+    """Make the CT image of a body: blurred, noisy, rounded and clipped to [-1024, 3071].
+
+    Args:
+        hu: The body (Z, Y, X).
+        spacing: (z, y, x) in mm.
+        sigma: The noise's standard deviation in HU: see `noise_level`.
+        rng: The random numbers.
+
+    Returns:
+        int16 (Z, Y, X) in HU.
     """
     image = blur(hu, spacing)
     image = image + noise_level(image, spacing, sigma) * noise_field(image.shape, spacing, rng)

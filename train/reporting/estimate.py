@@ -1,6 +1,6 @@
-"""What a run would be: config, data, network sizes and time, from headers and a few real steps.
+"""Describe what a run would be: config, data, network sizes and time.
 
-Writes nothing.
+It reads headers and makes a few real steps; it writes nothing.
 """
 
 from __future__ import annotations
@@ -25,28 +25,37 @@ from ..data.layouts import find
 from ..loop import choose_device, set_threads
 from ..step import Batch, Step
 
-BUDGET_SECONDS = 8.0  # for trial steps
-FEW = 2  # slices
-OTHER_SECONDS = 0.5  # a step of at most so long is tried in the other precision too
+# The time for trial steps.
+BUDGET_SECONDS = 8.0
+# The slices of the first trial step.
+FEW = 2
+# If a step takes at most so long, the other precision is tried too.
+OTHER_SECONDS = 0.5
 TRIAL_STEPS = 6
 
 
 def describe(config: RunConfig) -> str:
-    """The text that --dry-run prints.
+    """Write the text that --dry-run prints.
 
-    Raises what the run itself would raise about config and data.
+    Args:
+        config: The config with nothing left to infer.
+
+    Returns:
+        Lines of text.
+
+    Raises:
+        Mask2CTError: The run itself would fail on this config or these data.
     """
     device, reason = choose_device(config)
     threads = set_threads(config)
     step = Step(config, device)
     per_step, measured = _time_steps(config, step)
-    other: Literal["fp32", "bf16"] = "bf16" if config.training.precision == "fp32" else "fp32"
-    compared = f"; {other} was not tried, it may take long"
+    precision: Literal["fp32", "bf16"] = "bf16" if config.training.precision == "fp32" else "fp32"
+    comparison = f"; {precision} was not tried, it may take long"
     if per_step <= OTHER_SECONDS:
-        changed = replace(config, training=replace(config.training, precision=other))
-        compared = (
-            f"; {duration_of_step(_time_steps(changed, Step(changed, device))[0])} in {other}"
-        )
+        changed = replace(config, training=replace(config.training, precision=precision))
+        seconds, _ = _time_steps(changed, Step(changed, device))
+        comparison = f"; {duration_of_step(seconds)} in {precision}"
     estimate = (
         f"{duration_of_step(per_step)} a step, {duration(per_step * config.training.steps)} for"
         f" {config.training.steps} steps, validation not counted"
@@ -63,19 +72,33 @@ def describe(config: RunConfig) -> str:
             f"time           {estimate} (median of {measured} steps here)",
             (
                 f"precision      {duration_of_step(per_step)} a step in"
-                f" {config.training.precision}{compared}"
+                f" {config.training.precision}{comparison}"
             ),
         ]
     )
 
 
 def duration_of_step(seconds: float) -> str:
-    """Seconds of one step for a person."""
+    """Write the duration of one step for a person.
+
+    Args:
+        seconds: The duration.
+
+    Returns:
+        Such as "120 ms".
+    """
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else duration(seconds)
 
 
 def data_table(config: RunConfig) -> str:
-    """Patients and axial slices per split, from headers; of a phantom, from its config."""
+    """Count patients and axial slices per split, from headers, or from the phantom's config.
+
+    Args:
+        config: The config.
+
+    Returns:
+        Lines of text.
+    """
     policy = configs.grid_policy(config)
     if config.data.path is not None:
         layout = find(Path(config.data.path), config.data)
@@ -101,19 +124,25 @@ def data_table(config: RunConfig) -> str:
 
 
 def network_table(config: RunConfig, step: Step) -> str:
-    """Parameters and multiply-accumulates of both networks, for one canvas."""
+    """Count parameters and multiply-accumulates of both networks, for one canvas.
+
+    Args:
+        config: The config.
+        step: The networks.
+
+    Returns:
+        Lines of text.
+    """
     channels, (h, w) = step.generator.channels, config.data.canvas
-    condition, plane = (
-        torch.zeros(1, channels, h, w, device=step.device),
-        torch.zeros(1, 1, h, w, device=step.device),
-    )
+    condition = torch.zeros(1, channels, h, w, device=step.device)
+    plane = torch.zeros(1, 1, h, w, device=step.device)
     noise = plane if step.generator.noisy else None
     style = (
         torch.zeros(1, step.generator.style, device=step.device) if step.generator.style else None
     )
     rows = [f"{'network':<14} {'parameters':>12} {'MACs per slice':>15}"]
     calls: list[tuple[str, torch.nn.Module, Callable[[], object]]] = [
-        ("generator", step.generator, lambda: step.average(condition, noise, style)),
+        ("generator", step.generator, lambda: step.ema_generator(condition, noise, style)),
         ("discriminator", step.discriminator, lambda: step.discriminator(condition, plane)),
     ]
     for name, net, call in calls:
@@ -127,10 +156,10 @@ def network_table(config: RunConfig, step: Step) -> str:
 
 
 def _time_steps(config: RunConfig, step: Step) -> tuple[float, int]:
-    """(median seconds of a step on made-up slices, how many were timed).
+    """Time steps on random slices: (median seconds of a whole step, number of steps).
 
-    The first, of `FEW` slices, warms up; where it says that a whole batch takes long, steps of as
-    few are timed and scaled up.
+    The first step, of `FEW` slices, warms up. Where it shows that a whole batch takes long, steps
+    of as few slices are timed and scaled up.
     """
     rng, (h, w), n = np.random.default_rng(0), config.data.canvas, config.training.batch_size
     few = min(n, FEW)
@@ -149,7 +178,8 @@ def _time_steps(config: RunConfig, step: Step) -> tuple[float, int]:
             labels, image, torch.from_numpy(rng.integers(0, 256, (count, 1, h, w), np.uint8)), style
         )
         before = time.perf_counter()
-        step(0, batch)["adversarial"].item()  # waits for the device
+        # .item() waits for the device.
+        step(0, batch)["adversarial"].item()
         return time.perf_counter() - before
 
     start = time.perf_counter()

@@ -1,5 +1,6 @@
-"""One self-contained HTML page: pictures as data URIs, tables, plots; opens anywhere, needs no
-network.
+"""Write one self-contained HTML page: pictures as data URIs, tables, plots.
+
+The page opens anywhere and needs no network.
 """
 
 from __future__ import annotations
@@ -22,28 +23,50 @@ from ..figures import WINDOW_HU
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-TISSUE_HU = -300  # between air and fat
+# Between air and fat.
+TISSUE_HU = -300
 _STYLE = """
- body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em; color: #1a1a1a; background: #fff }
- h1 { font-size: 1.6em; margin-bottom: .2em } h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc }
+ body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em;
+        color: #1a1a1a; background: #fff }
+ h1 { font-size: 1.6em; margin-bottom: .2em }
+ h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc }
  table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums }
- th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #e3e3e3 } th:first-child, td:first-child { text-align: left }
- th { border-bottom: 2px solid #999 } img { max-width: 100%; display: block; margin: .8em 0 } .note { color: #555 }
+ th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #e3e3e3 }
+ th:first-child, td:first-child { text-align: left }
+ th { border-bottom: 2px solid #999 } img { max-width: 100%; display: block; margin: .8em 0 }
+ .note { color: #555 }
 """
 
 
 def figure(width: float, height: float) -> Figure:
-    """An empty figure (inches) that needs no display and no global state."""
+    """Make an empty figure that needs no display and no global state.
+
+    Args:
+        width: In inches.
+        height: In inches.
+
+    Returns:
+        The figure.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(made)
-    return made
+    empty = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(empty)
+    return empty
 
 
 def picture(drawn: Figure, alt: str, dpi: int = 110) -> str:
-    """The figure as an <img> that holds its own PNG."""
+    """Write a figure as an <img> that holds its own PNG.
+
+    Args:
+        drawn: The figure.
+        alt: Its description.
+        dpi: Pixels per inch.
+
+    Returns:
+        HTML.
+    """
     buffer = io.BytesIO()
     drawn.savefig(buffer, format="png", dpi=dpi)
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
@@ -51,25 +74,38 @@ def picture(drawn: Figure, alt: str, dpi: int = 110) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Write an HTML table.
+
+    Args:
+        head: The titles of the columns.
+        rows: The cells, row by row.
+
+    Returns:
+        HTML.
+    """
     cells = "".join(
         "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows
     )
-    return (
-        "<table><tr>"
-        + "".join(f"<th>{html.escape(h)}</th>" for h in head)
-        + f"</tr>{cells}</table>"
-    )
+    titles = "".join(f"<th>{html.escape(h)}</th>" for h in head)
+    return f"<table><tr>{titles}</tr>{cells}</table>"
 
 
 def page(path: Path, title: str, lead: str, sections: Iterable[tuple[str, str]]) -> None:
-    """Write the page: sections are (heading, HTML). Raises `OutputError`."""
+    """Write a page.
+
+    Args:
+        path: The file.
+        title: The page's title.
+        lead: A line below it.
+        sections: (heading, HTML) of each section.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
     top = f"<h1>{html.escape(title)}</h1><p class=note>{html.escape(lead)}</p>"
-    write_text(
-        path,
-        "<!doctype html><html lang=en><meta"
-        f" charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>{top}{body}</html>\n",
-    )
+    head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
+    write_text(path, f"<!doctype html><html lang=en>{head}{top}{body}</html>\n")
 
 
 def planes(
@@ -79,11 +115,20 @@ def planes(
     spacing: tuple[float, float, float],
     classes: int,
 ) -> Figure:
-    """Axial, coronal and sagittal cuts through the labels' centre, each as condition | synthetic |
-    true.
+    """Draw axial, coronal and sagittal planes through the labels' centre.
 
-    Volumes (D, H, W) with slices from inferior, rows from anterior, columns from the patient's
-    right; `spacing` (x, y, z) mm.
+    Each is drawn as condition | synthetic | true. Volumes are (D, H, W) with slices from inferior,
+    rows from anterior, columns from the patient's right.
+
+    Args:
+        labels: Model indices.
+        synthetic: HU.
+        truth: HU.
+        spacing: (x, y, z) in mm.
+        classes: The number of labels, with the background.
+
+    Returns:
+        The figure.
     """
     view = _body_box(truth)
     volumes = [volume[view] for volume in (labels, synthetic, truth)]
@@ -92,7 +137,8 @@ def planes(
         round(float(np.median(axis))) if len(axis) else n // 2
         for axis, n in zip(np.nonzero(volumes[0]), (depth, height, width), strict=True)
     ]
-    across = 3.6  # inches of a column
+    # The width of a column in inches.
+    across = 3.6
     heights = [
         across * height * y / (width * x),
         across * depth * z / (width * x),
@@ -110,19 +156,18 @@ def planes(
             row, volumes, looks, ("condition", "synthetic", "true"), strict=True
         ):
             cut = np.take(volume, at[axis], axis)
-            panel.imshow(
-                cut if axis == 0 else cut[::-1], aspect=aspect, interpolation="nearest", **look
-            )  # the head is up
+            # The head is up.
+            cut = cut if axis == 0 else cut[::-1]
+            panel.imshow(cut, aspect=aspect, interpolation="nearest", **look)
             panel.set(xticks=[], yticks=[], title=title if axis == 0 else "")
         row[0].set_ylabel(name)
     return drawn
 
 
 def _body_box(ct: NDArray[Any], margin: int = 4) -> tuple[slice, slice, slice]:
-    """All slices, and the rows and columns where tissue is, with a margin in pixels; air alone
-    is not worth its place.
-    """
-    tissue = (ct > TISSUE_HU).mean(0) > 0.2  # of the slices: the table is thinner than that
+    """The part of a CT with tissue: all slices, and rows and columns with a margin in pixels."""
+    # The table is in fewer than a fifth of the slices at any place, tissue is in more.
+    tissue = (ct > TISSUE_HU).mean(0) > 0.2
     rows, columns = (np.flatnonzero(tissue.any(axis)) for axis in (1, 0))
     if not len(rows):
         return slice(None), slice(None), slice(None)
@@ -134,8 +179,13 @@ def _body_box(ct: NDArray[Any], margin: int = 4) -> tuple[slice, slice, slice]:
 
 
 def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss terms by step, and the held-out body error where it was measured; `lines` of
-    metrics.jsonl.
+    """Plot the losses by step, and the held-out body error where it was measured.
+
+    Args:
+        lines: The lines of metrics.jsonl.
+
+    Returns:
+        The figure.
     """
     drawn = figure(11, 3.6)
     losses, held_out = drawn.subplots(1, 2)
@@ -167,7 +217,14 @@ def curves(lines: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
+    """Read metrics.jsonl.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its lines as JSON objects.
+    """
     return [
         json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
     ]

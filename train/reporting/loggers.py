@@ -1,8 +1,7 @@
-"""Numbers of a run to TensorBoard and Weights & Biases, each only when the config asks for it and
-imported only then.
+"""Log the numbers of a run to TensorBoard and Weights & Biases, where the config asks for it.
 
-Numbers alone: the figures hold patients' slices and stay in the run folder, and so does the
-dataset's path.
+Each library is imported only then. Figures, which show patients' slices, and the dataset's path
+stay in the run folder.
 """
 
 from __future__ import annotations
@@ -22,12 +21,17 @@ PROJECT = "mask2ct"
 
 
 def require(logging: LoggingConfig) -> None:
-    """Import what the config asks for, before anything is started.
+    """Import what the config asks for, before anything starts.
 
-    Raises `MissingComponent`, and `UsageError` where Weights & Biases will not take the run.
+    Args:
+        logging: The section of the config.
+
+    Raises:
+        MissingComponent: A library is not installed.
+        UsageError: Weights & Biases does not accept the run.
     """
-    for name, wanted in (("tensorboard", logging.tensorboard), ("wandb", logging.wandb)):
-        if wanted:
+    for name, enabled in (("tensorboard", logging.tensorboard), ("wandb", logging.wandb)):
+        if enabled:
             with importing(
                 name,
                 f"{name}, since logging.{name} is on",
@@ -50,7 +54,7 @@ def require(logging: LoggingConfig) -> None:
 
 @contextmanager
 def _weights_and_biases() -> Iterator[None]:
-    """Map its errors to `UsageError`."""
+    """Convert the library's errors to `UsageError`."""
     import wandb
 
     try:
@@ -64,28 +68,32 @@ def _weights_and_biases() -> Iterator[None]:
 
 
 class Loggers:
-    """What `config.logging` asks for: nothing, TensorBoard files in RUN/tensorboard, a Weights &
-    Biases run, or both.
+    """The loggers of `config.logging`: none, TensorBoard, Weights & Biases, or both.
 
-    Weights & Biases follows its own variables: WANDB_MODE=offline keeps everything in RUN/wandb.
+    TensorBoard writes to RUN/tensorboard. Weights & Biases follows its own variables:
+    WANDB_MODE=offline keeps everything in RUN/wandb.
+
+    Args:
+        config: The config of the run.
+        folder: The run folder.
+        quiet: Whether to print nothing.
     """
 
     def __init__(self, config: RunConfig, folder: Path, *, quiet: bool = False):
-        wanted = config.logging
-        require(wanted)
+        logging = config.logging
+        require(logging)
         self._board: Any = None
         self._wandb: Any = None
-        if wanted.tensorboard:
+        if logging.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"))
-        if wanted.wandb:
+        if logging.wandb:
             import wandb
 
             data = configs.to_json(config)
             data["data"]["path"] = None
-            # neither the command line, which names the dataset, nor what is printed leaves with the
-            # numbers
+            # The command line, which names the dataset, and the printed lines stay on this machine.
             settings = wandb.Settings(
                 silent=quiet, console="off", save_code=False, disable_git=True, x_disable_meta=True
             )
@@ -93,15 +101,20 @@ class Loggers:
                 self._wandb = wandb.init(
                     project=PROJECT,
                     name=config.name,
-                    id=wanted.wandb_id,
-                    resume="allow" if wanted.wandb_id else None,
+                    id=logging.wandb_id,
+                    resume="allow" if logging.wandb_id else None,
                     dir=str(folder),
                     config=data,
                     settings=settings,
                 )
 
     def write(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Log `numbers` by name at `step`."""
+        """Log numbers.
+
+        Args:
+            step: The number of steps done.
+            numbers: The numbers by name.
+        """
         if self._board is not None:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
@@ -109,7 +122,7 @@ class Loggers:
             self._wandb.log(dict(numbers), step=step)
 
     def close(self) -> None:
-        """Flush what is pending."""
+        """Write pending numbers."""
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:

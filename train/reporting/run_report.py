@@ -1,6 +1,4 @@
-"""The report that a training leaves, RUN/report.html: how it went, what it synthesizes now, how
-near that is to real patients.
-"""
+"""Write the report of a training: its course, its images now, and its metrics beside real ones."""
 
 from __future__ import annotations
 
@@ -15,25 +13,27 @@ from ..checkpoint import METRICS, RUN
 from .html import curves, page, picture, read_metrics, table
 
 REPORT = "report.html"
-FIGURES_SHOWN = 4  # of the validation steps, first and last among them
+# The number of validation figures in the report, with the first and the last one.
+FIGURES_SHOWN = 4
 
 
 def write(folder: Path) -> Path:
     """Write RUN/report.html from run.json, metrics.jsonl and figures/ of a finished run.
 
-    Raises `OutputError`.
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The report.
+
+    Raises:
+        OutputError: The report cannot be written.
     """
     run = json.loads((folder / RUN).read_text(encoding="utf-8"))
     lines, figures = read_metrics(folder / METRICS), sorted((folder / "figures").glob("step-*.png"))
     last = len(figures) - 1
-    chosen = (
-        [
-            figures[n]
-            for n in sorted({round(last * n / (FIGURES_SHOWN - 1)) for n in range(FIGURES_SHOWN)})
-        ]
-        if figures
-        else []
-    )
+    numbers = sorted({round(last * n / (FIGURES_SHOWN - 1)) for n in range(FIGURES_SHOWN)})
+    chosen = [figures[n] for n in numbers] if figures else []
     metrics = run["metrics"]
     sections = [
         (
@@ -41,7 +41,7 @@ def write(folder: Path) -> Path:
             "".join(_image(path) for path in reversed(chosen)),
         ),
         ("Training", picture(curves(lines), "training curves")),
-        ("Held-out patients", _organs(metrics) + _whole(metrics)),
+        ("Held-out patients", _organs(metrics) + _images(metrics)),
         (
             "Data",
             table(
@@ -62,6 +62,7 @@ def write(folder: Path) -> Path:
 
 
 def _organs(metrics: Mapping[str, Any]) -> str:
+    """The table of each organ's metrics."""
     keys = (
         "median",
         "median_true",
@@ -95,7 +96,8 @@ def _organs(metrics: Mapping[str, Any]) -> str:
     return table(head, rows)
 
 
-def _whole(metrics: Mapping[str, Any]) -> str:
+def _images(metrics: Mapping[str, Any]) -> str:
+    """The table of the metrics of whole images."""
     rows = [
         (f"body: {key.replace('_', ' ')}", _number(value))
         for key, value in (metrics["body"] or {}).items()
@@ -104,23 +106,25 @@ def _whole(metrics: Mapping[str, Any]) -> str:
         (key.replace("_", "-").upper(), _number(value))
         for key, value in metrics["similarity"].items()
     ]
-    for what, found in (
+    for what, alike in (
         ("over styles", metrics.get("diversity")),
         ("between patients", metrics.get("ceiling", {}).get("similarity")),
     ):
-        if found:
-            rows.append((f"MS-SSIM {what}", _number(found["ms_ssim"])))
+        if alike:
+            rows.append((f"MS-SSIM {what}", _number(alike["ms_ssim"])))
     if real := metrics.get("ceiling"):
         rows.append(("body: z difference, real-real", _number(real["body"]["z_difference"])))
     return table(("", ""), rows)
 
 
 def _number(value: float | None) -> str:
+    """A metric for a person, "–" for None."""
     if value is None:
         return "–"
     return f"{value:.0f}" if abs(value) >= 20 else f"{value:.2f}"
 
 
 def _image(path: Path) -> str:
+    """An image file as an <img>."""
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f'<img alt="{html.escape(path.stem)}" src="data:image/png;base64,{data}">'
