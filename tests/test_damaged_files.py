@@ -20,7 +20,8 @@ from runtime.__main__ import main
 from runtime.core.console import run
 from runtime.core.errors import UnreadableVolume, UsageError
 from runtime.core.labels import MM_WHS
-from runtime.io.cases import PassedOver, find_cases, read_case, read_mask
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import PassedOver, read_case, read_mask
 
 HEART = [("left ventricle", "87878005")]
 PLANTED = ("Doe", "John", "Planted", "PLANTED", "4711")

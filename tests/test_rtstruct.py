@@ -19,7 +19,8 @@ from samples import directions, image, rotation
 
 from runtime.core.errors import GeometryError, InputError, UnknownLabels, UnreadableVolume
 from runtime.core.labels import MM_WHS
-from runtime.io.cases import Case, ReadOptions, find_cases, read_case
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import Case, ReadOptions, read_case
 from runtime.io.readers.nesting import area, once_around
 from runtime.io.readers.polygons import fill
 

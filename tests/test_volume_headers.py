@@ -22,7 +22,7 @@ from runtime.core.console import run
 from runtime.core.errors import GeometryError, InputError, UnreadableVolume
 from runtime.core.labels import MM_WHS
 from runtime.core.volume import LabelVolume
-from runtime.io.cases import find_cases
+from runtime.io.case_finding import find_cases
 from runtime.io.readers.volume import read_labels, read_volume
 from runtime.io.volume_files import check_header, volume_files
 
