@@ -334,7 +334,7 @@ def test_contours_name_the_images_that_are_not_there(
     assert synth(fake_model, tmp_path / "out", tmp_path / "in") == 1
     error = capsys.readouterr().err
     assert (
-        "1 of the 6 images it refers to is not there" in error
+        "1 of the 6 images that it refers to is missing" in error
         and "cannot be read as DICOM (1 empty)" in error
     )
     assert not list((tmp_path / "out").glob("*.nii.gz"))

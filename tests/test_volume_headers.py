@@ -254,7 +254,7 @@ REFUSED_NRRD = {
     "unknown field": ({"fields": "data  fyle: x.raw\n"}, "no field of NRRD: line 10"),
     "line skip": ({"fields": "line skip: 1\n"}, "skips lines"),
     "byte skip": ({"fields": "byte skip: -7\n"}, "-7 bytes"),
-    "too far": ({"fields": "byte skip: 10\n"}, "14 bytes are there for 24"),
+    "too far": ({"fields": "byte skip: 10\n"}, "it has 14 of 24 bytes"),
     "carriage return": ({"fields": "# x\rdata file: m.raw\n"}, "control character"),
     "no order": ({"kind": "int16", "endian": "middle", "data": bytes(48)}, "byte order"),
     "colours": ({"fields": "kinds: RGB-color domain domain\n"}, "kinds"),
@@ -295,7 +295,7 @@ REFUSED_META = {
     "header size": ({"fields": "HeaderSize = -1\n"}, "HeaderSize"),
     "rescaled": ({"fields": "ElementToIntensityFunctionSlope = 2\n"}, "rescales"),
     "a mesh": ({"fields": "ObjectSubType = x\n", "kind": "MET_UCHAR_ARRAY"}, "of the type"),
-    "short": ({"data": bytes(23)}, "23 bytes are there for 24"),
+    "short": ({"data": bytes(23)}, "it has 23 of 24 bytes"),
     "short zlib": (
         {"fields": "CompressedData = True\n", "data": zlib.compress(bytes(23))},
         "is truncated",

@@ -324,7 +324,7 @@ def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, copy: BinaryIO) -> 
 
 
 def _require_disk_space(folder: Path, size: int) -> None:
-    """Raise `UnreadableVolume` where unpacking would leave too little of the disk for other programs."""
+    """Raise `UnreadableVolume` where unpacking would fill the disk for other programs."""
     free = shutil.disk_usage(folder).free
     if free < size + RESERVE:
         raise UnreadableVolume(

@@ -21,8 +21,7 @@ from ..core.label_codes import concept, modified
 from ..core.volume import Segment
 from .archive import opened
 from .readers import meta_header, nifti_header, nrrd_header
-from .readers.volume_header import EXPECTED, MAX_HEADER, Header, Voxels, bad, voxel_name
-from .readers.volume_header import integers
+from .readers.volume_header import EXPECTED, MAX_HEADER, Header, Voxels, bad, integers, voxel_name
 from .readers.voxels import check_complete, unpacked
 
 __all__ = [
@@ -120,7 +119,7 @@ def _is_marked(head: bytes | None) -> bool:
 
 
 def _first_bytes(path: Path) -> bytes | None:
-    """The first unpacked bytes of a file, at most `MARKS_WITHIN`; None where they cannot be read."""
+    """The first unpacked bytes of a file, at most `MARKS_WITHIN`; None if they cannot be read."""
     try:
         with open_input(path) as handle:
             if not path.name.lower().endswith(".gz"):
