@@ -209,7 +209,11 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "labels a hundred metres apart": ("m.mha", far_apart, "its labels span"),
     "a name too long": ("n" * 235 + ".nii.gz", write_mask, "too long"),
     "a name no disk takes": ("n" * 300 + ".nii.gz", lambda p: None, "too long"),
-    "not a volume": ("m.png", lambda p: p.write_bytes(b"\x89PNG"), "does not have a supported format"),
+    "not a volume": (
+        "m.png",
+        lambda p: p.write_bytes(b"\x89PNG"),
+        "does not have a supported format",
+    ),
     "text nrrd": ("m.nrrd", lambda p: p.write_text("hello\n"), "not an NRRD"),
     "text mha": (
         "m.mha",

@@ -149,7 +149,9 @@ def test_without_its_series_the_references_are_counted_and_a_grid_may_be_given(
     alone = tmp_path / "elsewhere" / "rs.dcm"
     alone.parent.mkdir()
     shutil.copy(tmp_path / "rs" / "Doe.dcm", alone)
-    with pytest.raises(InputError, match=r"6 of the 6 images that it refers to are missing") as caught:
+    with pytest.raises(
+        InputError, match=r"6 of the 6 images that it refers to are missing"
+    ) as caught:
         read_case(case(alone), MM_WHS)
     assert "6 of the 6 images" in caught.value.fact and sources[0].SOPInstanceUID[-12:] not in str(
         caught.value
