@@ -13,7 +13,8 @@ from .batch import model_router, runner
 from .core.deprecated import warn_renamed
 from .core.labels import names_of
 from .core.volume import LabelVolume
-from .io.cases import ReadOptions, find_cases
+from .io.case_finding import find_cases
+from .io.cases import ReadOptions
 from .synthesizer import VolumeSynthesizer
 
 

@@ -18,13 +18,14 @@ from samples import blobs, listed, write_mask
 from runtime.core.errors import UnreadableVolume, UsageError
 from runtime.core.labels import MM_WHS
 from runtime.io import archive
-from runtime.io.cases import find_cases, read_case
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import read_case
 
 REFUSING = """
 import sys
 from pathlib import Path
 from runtime.core.errors import UsageError
-from runtime.io.cases import find_cases
+from runtime.io.case_finding import find_cases
 
 def peak():
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
@@ -62,7 +63,7 @@ def test_overlapping_members_are_refused(tmp_path: Path) -> None:
         for n in range(3):
             zipped.writestr(f"{n}.nii", bytes(5000))
         zipped.filelist[1].header_offset = zipped.filelist[0].header_offset + 1
-    with pytest.raises(UsageError, match=r"z\.zip holds files that lie in each other"):
+    with pytest.raises(UsageError, match=r"z\.zip holds files that overlap each other"):
         find_cases([tmp_path / "z.zip"])
 
 

@@ -29,7 +29,7 @@ from runtime.batch.completion_log import Journal
 from runtime.batch.plan import Plan
 from runtime.batch.runner import CaseResult
 from runtime.core.console import run
-from runtime.io.cases import find_cases
+from runtime.io.case_finding import find_cases
 from runtime.service.watch_folder import FolderWatcher
 
 

@@ -168,8 +168,8 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "negative size": ("m.nii", lambda p: patched(p, "<h", 42, -5), "claims the size"),
     "spacing 0": ("m.nii", lambda p: patched(p, "<3f", 80, 1, 0, 1), "voxel spacing"),
     "spacing NaN": ("m.nii", lambda p: patched(p, "<3f", 80, 1, 1, float("nan")), "voxel spacing"),
-    "a bomb": ("m.nrrd", bomb, "for 15625000000 bytes of voxels"),
-    "too few voxels beside it": ("m.mhd", short_raw, "5759 bytes are there for 5760"),
+    "a bomb": ("m.nrrd", bomb, "of 15625000000 bytes of voxels"),
+    "too few voxels beside it": ("m.mhd", short_raw, "it has 5759 of 5760 bytes"),
     "two places": ("m.nii", two_places, "its qform (code 1) and its sform (code 1) are 7 mm apart"),
     "far away": ("m.mha", lambda p: write_mask(p, origin=(1e30, 0.0, 0.0)), "states the offset"),
     "a matrix that ITK never returns from": (
@@ -184,9 +184,9 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "RGB": ("m.nii.gz", rgb, "RGB colours"),
     "vector": ("m.mha", vector, "3 channels"),
     "vector nrrd": ("m.nrrd", vector, "4-D"),
-    "0.5": ("m.nii.gz", lambda p: with_value(p, 0.5), "holds 0.5, which is no label"),
-    "NaN": ("m.nii.gz", lambda p: with_value(p, float("nan")), "holds nan, which is no label"),
-    "infinite": ("m.mha", lambda p: with_value(p, float("inf")), "holds inf, which is no label"),
+    "0.5": ("m.nii.gz", lambda p: with_value(p, 0.5), "holds 0.5, which is not a label"),
+    "NaN": ("m.nii.gz", lambda p: with_value(p, float("nan")), "holds nan, which is not a label"),
+    "infinite": ("m.mha", lambda p: with_value(p, float("inf")), "holds inf, which is not a label"),
     "unknown labels": ("m.nii.gz", unknown_labels, "3, 999"),
     "no spacing": (
         "m.mha",
@@ -196,7 +196,7 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "does not state its voxel spacing",
     ),
     "voxels elsewhere": ("m.mhd", escaping_mhd, "../secret.raw"),
-    "odd count with NaN last": ("m.nii", last_is_nan, "holds nan, which is no label"),
+    "odd count with NaN last": ("m.nii", last_is_nan, "holds nan, which is not a label"),
     "too long an axis": (
         "m.mha",
         lambda p: write_mask(p, np.zeros((1, 2, 40000), np.uint8)),
@@ -209,7 +209,11 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
     "labels a hundred metres apart": ("m.mha", far_apart, "its labels span"),
     "a name too long": ("n" * 235 + ".nii.gz", write_mask, "too long"),
     "a name no disk takes": ("n" * 300 + ".nii.gz", lambda p: None, "too long"),
-    "not a volume": ("m.png", lambda p: p.write_bytes(b"\x89PNG"), "not of a format that is read"),
+    "not a volume": (
+        "m.png",
+        lambda p: p.write_bytes(b"\x89PNG"),
+        "does not have a supported format",
+    ),
     "text nrrd": ("m.nrrd", lambda p: p.write_text("hello\n"), "not an NRRD"),
     "text mha": (
         "m.mha",

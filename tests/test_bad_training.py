@@ -158,7 +158,7 @@ FILES: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "4-D",
     ),
-    "label 0.5": (volume(labels=np.full(SHAPE, 0.5, np.float32)), "0.5, which is no label"),
+    "label 0.5": (volume(labels=np.full(SHAPE, 0.5, np.float32)), "0.5, which is not a label"),
     "image NaN": (volume(ct=np.full(SHAPE, np.nan, np.float32)), "NaN or infinite values"),
     "one value": (
         volume(ct=np.full(SHAPE, -1000, np.int16)),

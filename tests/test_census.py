@@ -20,7 +20,8 @@ from runtime.core.console import run
 from runtime.core.errors import UnreadableVolume
 from runtime.core.intensity_check import Census
 from runtime.core.labels import MM_WHS, to_indices
-from runtime.io.cases import ReadOptions, find_cases, read_case
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import ReadOptions, read_case
 
 ANY = {0: 0, None: 3}
 FORMATS = ("nii.gz", "nii", "nrrd", "mha")

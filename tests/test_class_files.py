@@ -21,7 +21,8 @@ from runtime.core.errors import GeometryError, InputError, UnknownLabels
 from runtime.core.labels import MM_WHS, LabelMap, load_map, names_of
 from runtime.core.totalsegmentator import TOTAL_V1, TOTAL_V2
 from runtime.core.volume import Segment
-from runtime.io.cases import Case, ReadOptions, find_cases, read_case
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import Case, ReadOptions, read_case
 
 CHAMBERS = [
     "heart_myocardium",

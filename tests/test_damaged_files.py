@@ -20,7 +20,8 @@ from runtime.__main__ import main
 from runtime.core.console import run
 from runtime.core.errors import UnreadableVolume, UsageError
 from runtime.core.labels import MM_WHS
-from runtime.io.cases import PassedOver, find_cases, read_case, read_mask
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import PassedOver, read_case, read_mask
 
 HEART = [("left ventricle", "87878005")]
 PLANTED = ("Doe", "John", "Planted", "PLANTED", "4711")
@@ -333,7 +334,7 @@ def test_contours_name_the_images_that_are_not_there(
     assert synth(fake_model, tmp_path / "out", tmp_path / "in") == 1
     error = capsys.readouterr().err
     assert (
-        "1 of the 6 images it refers to is not there" in error
+        "1 of the 6 images that it refers to is missing" in error
         and "cannot be read as DICOM (1 empty)" in error
     )
     assert not list((tmp_path / "out").glob("*.nii.gz"))

@@ -20,7 +20,8 @@ from samples import blobs
 
 from runtime.core.errors import UnreadableVolume
 from runtime.core.labels import MM_WHS
-from runtime.io.cases import find_cases, read_case
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import read_case
 from runtime.io.dicom.files import SEGMENTATION
 from runtime.io.dicom.inflate import Inflated
 

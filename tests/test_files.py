@@ -24,7 +24,8 @@ from runtime.core.atomic_files import (
 )
 from runtime.core.console import run
 from runtime.core.errors import OutputError, UnreadableVolume, UsageError
-from runtime.io.cases import PassedOver, find_cases
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import PassedOver
 from runtime.io.dicom.files import is_dicom
 from runtime.io.volume_files import check_header, is_synthetic
 

@@ -23,7 +23,8 @@ from runtime.core.console import run
 from runtime.core.errors import UsageError
 from runtime.core.labels import MM_WHS
 from runtime.io import archive
-from runtime.io.cases import find_cases, read_case, read_mask
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import read_case, read_mask
 
 HEART = [("left ventricle", "87878005"), ("left atrium", "82471001")]
 PLANTED = ("Doe", "John", "Planted", "PLANTED", "4711", "19440102", "20190817")
@@ -140,7 +141,7 @@ def test_of_two_image_series_one_must_be_chosen(tmp_path: Path) -> None:
     with pytest.raises(
         UsageError,
         match=(
-            r"2 image series, of which any may be the mask.*series 4, 24 x 20 x 6.*series 5, 24 x"
+            r"2 image series, and each may be the mask.*series 4, 24 x 20 x 6.*series 5, 24 x"
             r" 20 x 3"
         ),
     ) as caught:

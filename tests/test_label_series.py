@@ -15,7 +15,8 @@ from samples import blobs, directions, rotation, write_slices
 
 from runtime.core.errors import GeometryError, UnreadableVolume
 from runtime.core.labels import MM_WHS, MM_WHS_INDICES
-from runtime.io.cases import find_cases, read_case, read_mask
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import read_case, read_mask
 
 
 def read(folder: Path, table=MM_WHS):
@@ -188,7 +189,7 @@ BAD = {
     "truncated": (
         lambda made: setattr(made[0], "PixelData", bytes(100)),
         UnreadableVolume,
-        "truncated: 100 of 3200 bytes",
+        "truncated: a slice has 100 of 3200 bytes",
     ),
     "CT": (
         each(lambda k, ds: setattr(ds, "RescaleIntercept", -1024) or setattr(ds, "Modality", "CT")),

@@ -18,7 +18,8 @@ from runtime.core.errors import InputError, UnknownLabels, UnreadableVolume
 from runtime.core.label_presets import AMOS, PRESETS
 from runtime.core.labels import MM_WHS, load_map, lost, match, to_indices
 from runtime.core.volume import Segment
-from runtime.io.cases import Case, ReadOptions, find_cases, read_case
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import Case, ReadOptions, read_case
 
 
 def case(path: Path, **options: object) -> Case:

@@ -24,7 +24,7 @@ from runtime.core.atomic_files import sha256_of
 from runtime.core.manifest import Intensity
 from runtime.core.volume import Geometry
 from runtime.engines.fake import fake_manifest
-from runtime.io.cases import find_cases
+from runtime.io.case_finding import find_cases
 from runtime.service.watch_folder import FolderWatcher
 
 OLD = replace(fake_manifest(noise=False), name="heart 1.2.0")

@@ -23,7 +23,7 @@ from runtime.core.volume import Geometry, LabelVolume
 from runtime.engines.base import EngineOptions, Inputs
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.engines.memory import Stream
-from runtime.io.cases import find_cases
+from runtime.io.case_finding import find_cases
 
 ABDOMEN = LabelTable(
     (

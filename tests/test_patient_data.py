@@ -26,7 +26,8 @@ from runtime.core.labels import MM_WHS
 from runtime.core.manifest import Label, LabelTable
 from runtime.core.volume import DicomSource
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.io.cases import find_cases, read_case
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import read_case
 from runtime.io.writers.registry import FORMATS
 
 PLANTED = {

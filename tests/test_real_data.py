@@ -95,7 +95,7 @@ FOLDERS: dict[str, tuple[str, list[str], int, int, str]] = {
         [],
         1,
         0,
-        "267 of the 267 images it refers to are not there",
+        "267 of the 267 images that it refers to are missing",
     ),
     "dangling references allowed": ("rtstruct/sts001", ["--allow-missing-references"], 0, 1, ""),
     "contours on a given grid": (

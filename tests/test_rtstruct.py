@@ -19,7 +19,8 @@ from samples import directions, image, rotation
 
 from runtime.core.errors import GeometryError, InputError, UnknownLabels, UnreadableVolume
 from runtime.core.labels import MM_WHS
-from runtime.io.cases import Case, ReadOptions, find_cases, read_case
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import Case, ReadOptions, read_case
 from runtime.io.readers.nesting import area, once_around
 from runtime.io.readers.polygons import fill
 
@@ -148,7 +149,9 @@ def test_without_its_series_the_references_are_counted_and_a_grid_may_be_given(
     alone = tmp_path / "elsewhere" / "rs.dcm"
     alone.parent.mkdir()
     shutil.copy(tmp_path / "rs" / "Doe.dcm", alone)
-    with pytest.raises(InputError, match=r"6 of the 6 images it refers to are not there") as caught:
+    with pytest.raises(
+        InputError, match=r"6 of the 6 images that it refers to are missing"
+    ) as caught:
         read_case(case(alone), MM_WHS)
     assert "6 of the 6 images" in caught.value.fact and sources[0].SOPInstanceUID[-12:] not in str(
         caught.value
@@ -635,7 +638,7 @@ def test_doubled_and_crossing_contours_are_said(tmp_path: Path) -> None:
     assert np.array_equal(read.labels[2] == 3, mask((10, 30, 10, 30), (20, 50, 20, 50)))
     said = " | ".join(read.notes)
     assert (
-        "1 contour of ROI 1 is there twice" in said and "1 contour of ROI 1 overlaps others" in said
+        "1 contour of ROI 1 occurs twice" in said and "1 contour of ROI 1 overlaps others" in said
     )
     assert (
         "1 slice between the first and the last of ROI 1 has no contour" in said
@@ -789,7 +792,7 @@ def test_tolerances_are_said(tmp_path: Path) -> None:
     ]
     notes = " | ".join(read_case(structure(tmp_path, contours), MM_WHS).notes)
     assert "1 contour of ROI 1 overlaps others by up to 0.1 pixels and is not united" in notes
-    assert "1 contour of ROI 1 is a hole that leaves less than 1 pixel" in notes
+    assert "1 contour of ROI 1 is a hole that leaves a wall of less than 1 pixel" in notes
     assert "1 contour of ROI 1 goes around some area twice" in notes
 
 
@@ -856,7 +859,7 @@ def test_a_series_in_a_sister_folder_has_its_remedy(tmp_path: Path) -> None:
     structure(tmp_path, [(1, box(10, 30, 10, 30))])
     with pytest.raises(InputError) as caught:
         read_case(case(tmp_path / "rs"), MM_WHS)
-    assert "give the folder above both" in caught.value.remedy
+    assert "give the folder that holds both" in caught.value.remedy
     assert (read_case(case(tmp_path), MM_WHS).labels == 3).any()
 
 

@@ -29,7 +29,8 @@ from runtime.core.errors import (
 )
 from runtime.core.labels import MM_WHS, MM_WHS_INDICES, describe, load_map
 from runtime.core.volume import Layers, Segment
-from runtime.io.cases import Case, ReadOptions, find_cases, read_case, read_mask
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import Case, ReadOptions, read_case, read_mask
 
 HEART = [("left ventricle", "87878005"), ("left atrium", "82471001"), ("myocardium", "74281007")]
 SHAPE = (5, 9, 13)  # 117 pixels: frames do not end on a byte

@@ -22,7 +22,7 @@ from runtime.core.console import run
 from runtime.core.errors import GeometryError, InputError, UnreadableVolume
 from runtime.core.labels import MM_WHS
 from runtime.core.volume import LabelVolume
-from runtime.io.cases import find_cases
+from runtime.io.case_finding import find_cases
 from runtime.io.readers.volume import read_labels, read_volume
 from runtime.io.volume_files import check_header, volume_files
 
@@ -251,15 +251,15 @@ REFUSED_NRRD = {
         "states the spacedirections",
     ),
     "sizes twice": ({"fields": "sizes: 4 3 2\n"}, "'sizes' twice"),
-    "unknown field": ({"fields": "data  fyle: x.raw\n"}, "no field of NRRD: line 10"),
+    "unknown field": ({"fields": "data  fyle: x.raw\n"}, "not an NRRD field: line 10"),
     "line skip": ({"fields": "line skip: 1\n"}, "skips lines"),
     "byte skip": ({"fields": "byte skip: -7\n"}, "-7 bytes"),
-    "too far": ({"fields": "byte skip: 10\n"}, "14 bytes are there for 24"),
+    "too far": ({"fields": "byte skip: 10\n"}, "it has 14 of 24 bytes"),
     "carriage return": ({"fields": "# x\rdata file: m.raw\n"}, "control character"),
     "no order": ({"kind": "int16", "endian": "middle", "data": bytes(48)}, "byte order"),
     "colours": ({"fields": "kinds: RGB-color domain domain\n"}, "kinds"),
     "short hex": ({"encoding": "hex", "data": b"00" * 23}, "is truncated"),
-    "no hex": ({"encoding": "hex", "data": b"zz" * 24}, "no hexadecimal"),
+    "no hex": ({"encoding": "hex", "data": b"zz" * 24}, "not hexadecimal"),
     "short text": ({"encoding": "ascii", "data": b"100 " * 12}, "is truncated"),
     "text too large": ({"encoding": "ascii", "data": b"300 " * 24}, "cannot hold"),
     "short gzip": ({"encoding": "gzip", "data": gzip.compress(bytes(23))}, "is truncated"),
@@ -284,8 +284,8 @@ REFUSED_META = {
     "list": ({"file": "LIST"}, "several files"),
     "list of 3-D": ({"file": "LIST 3D"}, "several files"),
     "pattern": ({"file": "m%03d.raw 1 4 1"}, "several files"),
-    "colon": ({"fields": "ElementDataFile : m.raw\n"}, "no 'Key = value'"),
-    "no separator": ({"fields": "hello\n"}, "no 'Key = value'"),
+    "colon": ({"fields": "ElementDataFile : m.raw\n"}, "not 'Key = value'"),
+    "no separator": ({"fields": "hello\n"}, "not 'Key = value'"),
     "order twice": ({"fields": "DimSize = 1 1 1\n"}, "'dimsize' twice"),
     "two matrices": ({"fields": "Rotation = 1 0 0 0 1 0 0 0 1\n"}, "both"),
     "long matrix": (
@@ -295,7 +295,7 @@ REFUSED_META = {
     "header size": ({"fields": "HeaderSize = -1\n"}, "HeaderSize"),
     "rescaled": ({"fields": "ElementToIntensityFunctionSlope = 2\n"}, "rescales"),
     "a mesh": ({"fields": "ObjectSubType = x\n", "kind": "MET_UCHAR_ARRAY"}, "of the type"),
-    "short": ({"data": bytes(23)}, "23 bytes are there for 24"),
+    "short": ({"data": bytes(23)}, "it has 23 of 24 bytes"),
     "short zlib": (
         {"fields": "CompressedData = True\n", "data": zlib.compress(bytes(23))},
         "is truncated",

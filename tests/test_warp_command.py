@@ -254,7 +254,7 @@ def test_ct_with_loss_is_refused(
     series = write_dicom(tmp_path / "dicom", read(ct))
     for keyword, value, words in (
         ("LossyImageCompression", "01", "with loss"),
-        ("Modality", "MR", "is no CT"),
+        ("Modality", "MR", "is not a CT"),
     ):
         ds = pydicom.dcmread(series / "000.dcm")
         setattr(ds, keyword, value)

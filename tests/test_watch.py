@@ -27,7 +27,7 @@ from runtime.batch.plan import Plan
 from runtime.core.console import run
 from runtime.core.manifest import Label, LabelTable
 from runtime.engines.fake import fake_manifest
-from runtime.io.cases import find_cases
+from runtime.io.case_finding import find_cases
 from runtime.service.watch_folder import FolderWatcher
 from runtime.service.work_queue import DONE, FAILED, LOCK, WORK, Inbox
 

@@ -32,7 +32,8 @@ from runtime.core.console import EXIT_CODES, run
 from runtime.core.manifest import Manifest
 from runtime.core.resampling import SliceGrid
 from runtime.core.rng import CaseRandom
-from runtime.io.cases import find_cases, read_case
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import read_case
 from runtime.io.writers.registry import DEFAULT_OPTIONS, FORMATS, OutputRecord
 
 REPEATS = 3

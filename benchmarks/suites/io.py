@@ -18,7 +18,8 @@ from runtime.core.labels import MM_WHS
 from runtime.core.manifest import Intensity, Manifest
 from runtime.core.volume import CTSlab, LabelVolume
 from runtime.engines.fake import fake_manifest
-from runtime.io.cases import find_cases, read_case
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import read_case
 from runtime.io.writers.registry import DEFAULT_OPTIONS, FORMATS, OutputRecord
 
 from ..harness.paired import Contender, Ready

@@ -33,7 +33,8 @@ from ..core.errors import (
 from ..core.labels import names_of
 from ..core.manifest import Manifest
 from ..core.version import VERSION
-from ..io.cases import Case, find_cases
+from ..io.case_finding import find_cases
+from ..io.cases import Case
 from ..io.writers.registry import result_name
 from ..synthesizer import VolumeSynthesizer
 from .completion_log import JOURNAL, CompletionIndex, Entry, Journal

@@ -19,7 +19,8 @@ from ..core.labels import MAP_HELP, MM_WHS, PRESETS, LabelMap, load_map, lost, n
 from ..core.manifest import LabelTable, Manifest
 from ..engines.memory import parse_bytes
 from ..engines.registry import CHOICES
-from ..io.cases import OWN, Case, PassedOver, ReadOptions, find_cases
+from ..io.case_finding import OWN, find_cases
+from ..io.cases import Case, PassedOver, ReadOptions
 from ..io.dicom.files import LINKED, OUTSIDE
 from ..io.readers.class_files import contradicted, is_class_name
 from ..io.volume_files import SUFFIXES

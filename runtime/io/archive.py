@@ -1,9 +1,8 @@
-"""Files in a zip, addressed as if the zip were a folder (`masks.zip/a/b.dcm`) and never unpacked to
-a place of their own naming.
+"""Files in a zip, addressed as if the zip were a folder (`masks.zip/a/b.dcm`).
 
-A zip is made by anybody, so nothing is believed that it says of itself: its directory is bounded
-before it is read, its members lie apart, and what a member becomes is bounded by its compressed
-size and goes to disk, not into memory.
+Anybody may have made a zip, so nothing that it states is trusted. Its directory is bounded before
+it is read, its members must not overlap, and the unpacked size of a member is bounded by its
+compressed size. Members are unpacked to names that we choose, the large ones to disk.
 """
 
 from __future__ import annotations
@@ -26,22 +25,25 @@ from ..core.atomic_files import open_input
 from ..core.errors import Mask2CTError, UnreadableVolume, UsageError, reading
 from ..core.workspace import private_folder
 
-ALWAYS = (
-    1 << 30
-    # bytes that a member may become, however small it is: labels of 512 x 512 x 1000 voxels, and
-    # more
-)
-# bytes that it may become beyond that for each of its compressed bytes; deflate itself ends at 1032
+# Bytes that a member may have unpacked, however small it is: more than 512 x 512 x 1000 labels.
+ALWAYS = 1 << 30
+# Unpacked bytes beyond that for each compressed byte; deflate itself cannot exceed 1032.
 EXPANSION = 250
 MAX_MEMBERS = 100_000
-MAX_DEPTH = 100  # folders within each other
-MAX_DIRECTORY = 12 << 20  # bytes of a zip's list of its members, which is read as a whole
-HELD = 4 << 20  # bytes of a member that are unpacked in memory; larger ones go to disk
-RESERVE = 64 << 20  # bytes of the disk with temporary files that are never taken
-AT_ONCE = 1 << 20  # bytes
-_ENTRY = 30  # bytes of a member's own header, before its name (APPNOTE 4.3.7)
+# Nested folders.
+MAX_DEPTH = 100
+# Bytes of a zip's list of members, which is read into memory.
+MAX_DIRECTORY = 12 << 20
+# Bytes of a member that are unpacked in memory; larger members go to disk.
+HELD = 4 << 20
+# Bytes that stay free on the disk for temporary files.
+RESERVE = 64 << 20
+# Bytes that are copied at once.
+AT_ONCE = 1 << 20
+# Bytes of a member's local header before its name (APPNOTE 4.3.7).
+_ENTRY = 30
 _EXPECTED = "a zip archive of masks"
-_DAMAGE = (
+_DAMAGE_ERRORS = (
     zipfile.BadZipFile,
     LookupError,
     RuntimeError,
@@ -54,18 +56,20 @@ _DAMAGE = (
 
 
 def is_zip(path: Path) -> bool:
+    """Whether a path has the suffix of a zip; the file need not exist."""
     return path.suffix.lower() == ".zip"
 
 
 def members(archive: Path) -> list[Path]:
-    """Its files as paths below `archive`, without links and encrypted ones.
+    """The files of a zip as paths below `archive`, sorted, without links and encrypted files.
 
     Raises:
-        UsageError: it is no zip, damaged, too large, made to mislead, or holds names that lead outside.
+        UsageError: It is not a zip, is damaged, too large or made to mislead, or has names that
+            lead outside of it.
     """
     with reading(archive, _EXPECTED, UsageError):
         try:
-            infos = _files(_archive(archive))
+            infos = _files(_open_archive(archive))
         except (
             zipfile.BadZipFile,
             NotImplementedError,
@@ -95,43 +99,47 @@ def outer(path: Path) -> Path:
 
 
 def display_name(path: Path) -> Path:
-    """What messages may call it: a member by its archive and its own name.
+    """The path for messages: a file in a zip shows the zip and its own name.
 
-    The folders between, which its sender's system made, may be called after patients. Any other
-    path is as its owner gave it.
+    The folders between, which the sender's system made, may be named after patients. Any other path
+    is shown as the user gave it.
     """
     inside = _inside(path)
-    return path if inside is None or "/" not in inside[1] else inside[0] / "…" / path.name
+    if inside is None or "/" not in inside[1]:
+        return path
+    return inside[0] / "…" / path.name
 
 
 def exists(path: Path) -> bool:
+    """Whether a path exists on disk or lies in an existing zip; the zip is not opened."""
     return path.exists() or _inside(path) is not None
 
 
-class _Bounded(io.BufferedReader):
-    """A file that makes no room for more than it holds, or than `most`, whatever length a
-    damaged header makes a reader ask for.
+class _BoundedFile(io.BufferedReader):
+    """A file that allocates at most its own size, or `limit` bytes, for one read.
+
+    A damaged header can make a reader ask for any length.
     """
 
-    def __init__(self, path: Path, most: int | None = None):
+    def __init__(self, path: Path, limit: int | None = None):
         super().__init__(open_input(path).detach())  # type: ignore[attr-defined]
-        self._most = most
+        self._limit = limit
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > 1 << 16:
             size = min(size, max(0, os.fstat(self.fileno()).st_size - self.tell()))
-            if self._most is not None and size > self._most:
-                raise zipfile.BadZipFile(f"its list of members is longer than {self._most} bytes")
+            if self._limit is not None and size > self._limit:
+                raise zipfile.BadZipFile(f"its list of members is longer than {self._limit} bytes")
         return super().read(size)
 
 
-class _Zip(zipfile.ZipFile):
+class _OpenZip(zipfile.ZipFile):
     """A zip that keeps its file open until it is closed."""
 
     _file: BinaryIO | None = None
 
     def __init__(self, path: Path):
-        self._file = _Bounded(path, MAX_DIRECTORY)
+        self._file = _BoundedFile(path, MAX_DIRECTORY)
         super().__init__(self._file)
 
     def close(self) -> None:
@@ -140,20 +148,21 @@ class _Zip(zipfile.ZipFile):
             self._file.close()
 
 
-def _archive(path: Path) -> zipfile.ZipFile:
-    """The zip, open. Its directory is read and checked once, as long as the file does not
-    change.
-    """
+def _open_archive(path: Path) -> zipfile.ZipFile:
+    """The open zip; it is checked once, until the file changes."""
     state = os.stat(path)
-    return _checked(
+    return _open_checked(
         path, (state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns), os.getpid()
     )
 
 
 @lru_cache(maxsize=2)
-def _checked(path: Path, state: tuple[int, ...], process: int) -> zipfile.ZipFile:
-    """`process`: a forked one, which would share the file's place, opens its own."""
-    archive = _Zip(path)
+def _open_checked(path: Path, state: tuple[int, ...], process: int) -> zipfile.ZipFile:
+    """Open and check a zip.
+
+    `process` is part of the cache's key: a forked process would share the file's position.
+    """
+    archive = _OpenZip(path)
     try:
         _check(path, archive)
     except BaseException:
@@ -169,14 +178,15 @@ def _files(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
 
 
 def _check(path: Path, archive: zipfile.ZipFile) -> None:
-    """Refuse what no program that packs masks writes, and what would become too much.
+    """Refuse a zip that no program for masks writes, or that unpacks to too much.
 
-    Raises `UsageError`.
+    Raises:
+        UsageError: The zip is refused.
     """
     infos = _files(archive)
 
     def refuse(
-        fact: str, expected: str, remedy: str = "do not trust this archive; have it made again"
+        fact: str, expected: str, remedy: str = "do not trust this archive; ask for a new one"
     ) -> NoReturn:
         raise UsageError(f"{path.name} {fact}", expected=expected, remedy=remedy, file=path)
 
@@ -192,22 +202,22 @@ def _check(path: Path, archive: zipfile.ZipFile) -> None:
         if len(name.parts) > MAX_DEPTH:
             refuse(
                 "holds a file in too many folders",
-                f"at most {MAX_DEPTH} within each other",
+                f"at most {MAX_DEPTH} nested folders",
                 "pack it again, with fewer folders",
             )
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             refuse(
                 "is compressed by another method than deflate",
-                "a zip as every system makes it",
+                "a zip with deflate, which every system writes",
                 "pack it again",
             )
-        most = ALWAYS + EXPANSION * info.compress_size
-        if info.file_size > most:
+        limit = ALWAYS + EXPANSION * info.compress_size
+        if info.file_size > limit:
             refuse(
                 f"holds a file of {info.compress_size} bytes that claims to become"
                 f" {info.file_size}",
-                f"at most {most} bytes: {EXPANSION} for each compressed one, and {ALWAYS}",
-                "unpack it and give the folder, if it can be trusted",
+                f"at most {limit} bytes: {EXPANSION} for each compressed byte, and {ALWAYS}",
+                "unpack it and give the folder, if you trust it",
             )
     if len({info.filename for info in infos}) < len(infos):
         refuse("holds two files of one name", "each name once")
@@ -215,34 +225,41 @@ def _check(path: Path, archive: zipfile.ZipFile) -> None:
 
 
 def _check_apart(archive: zipfile.ZipFile, refuse: Callable[[str, str], NoReturn]) -> None:
-    """Members that share bytes make a small zip endless."""
+    """Refuse members that share bytes: they make a small zip endless."""
     end = 0
     for info in sorted(archive.infolist(), key=lambda info: info.header_offset):
         if info.header_offset < end:
-            refuse("holds files that lie in each other", "each file in a place of its own")
+            refuse("holds files that overlap each other", "files that do not overlap")
         end = info.header_offset + _ENTRY + info.compress_size
     if end > archive.start_dir:
-        refuse("holds files that lie in each other", "each file in a place of its own")
+        refuse("holds files that overlap each other", "files that do not overlap")
 
 
 @contextmanager
 def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
-    """The file's bytes, wherever it lies; with `limit` a member's first ones alone.
+    """Open a file on disk or in a zip.
 
-    A member is unpacked before it is given, so that its reader can go back and forth: in memory up
-    to `HELD` bytes, else to disk.
+    A member is unpacked first, so that its reader can seek: in memory up to `HELD` bytes, else to
+    disk.
+
+    Args:
+        path: A file, or a file in a zip.
+        limit: Read at most this many bytes of a member; None for all of it.
+
+    Yields:
+        The open file, at its first byte.
 
     Raises:
-        OSError: a file that is not in a zip cannot be opened.
-        UnreadableVolume: a member cannot be unpacked.
+        OSError: A file that is not in a zip cannot be opened.
+        UnreadableVolume: A member cannot be unpacked.
     """
     inside = _inside(path)
     if inside is None:
-        with _Bounded(path) as handle:
+        with _BoundedFile(path) as handle:
             yield handle
         return
     with _unpacking():
-        archive = _archive(inside[0])
+        archive = _open_archive(inside[0])
         info = archive.getinfo(inside[1])
         size = info.file_size if limit is None else min(limit, info.file_size)
         copy: BinaryIO
@@ -251,7 +268,7 @@ def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
                 copy = io.BytesIO(member.read(size))
         else:
             folder = private_folder()
-            _require_room(folder, size)
+            _require_disk_space(folder, size)
             copy = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]  # noqa: SIM115 - closed below
             _unpack(archive, info, copy)
             copy.seek(0)
@@ -261,13 +278,19 @@ def opened(path: Path, limit: int | None = None) -> Iterator[BinaryIO]:
 
 @contextmanager
 def on_disk(path: Path) -> Iterator[Path]:
-    """A path that any reader can open: `path` itself, or for a member of a zip a copy in a private
-    folder that goes again.
+    """A path on disk that any reader can open.
 
-    A header whose voxels lie beside it (MHD, NHDR) brings what lies beside it.
+    A member of a zip is copied to a private folder, which is deleted afterwards. A header with
+    detached voxels (MHD, NHDR) comes with all files of its folder.
+
+    Args:
+        path: A file, or a file in a zip.
+
+    Yields:
+        `path` itself, or the path of the copy.
 
     Raises:
-        UnreadableVolume: a member cannot be unpacked.
+        UnreadableVolume: A member cannot be unpacked.
     """
     inside = _inside(path)
     if inside is None:
@@ -277,10 +300,10 @@ def on_disk(path: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(dir=private_folder()))
     try:
         with _unpacking():
-            archive = _archive(inside[0])
-            for member in _brought(path, inside[0]):
+            archive = _open_archive(inside[0])
+            for member in _members_needed(path, inside[0]):
                 info = archive.getinfo(member.relative_to(inside[0]).as_posix())
-                _require_room(folder, info.file_size)
+                _require_disk_space(folder, info.file_size)
                 with open(folder / member.name, "xb") as copy:
                     _unpack(archive, info, copy)
         yield folder / path.name
@@ -288,13 +311,11 @@ def on_disk(path: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _brought(path: Path, archive: Path) -> Sequence[Path]:
-    detached = path.suffix.lower() in (".mhd", ".nhdr")
-    return (
-        [member for member in members(archive) if member.parent == path.parent]
-        if detached
-        else [path]
-    )
+def _members_needed(path: Path, archive: Path) -> Sequence[Path]:
+    """The members that must be unpacked to read `path`."""
+    if path.suffix.lower() not in (".mhd", ".nhdr"):
+        return [path]
+    return [member for member in members(archive) if member.parent == path.parent]
 
 
 def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, copy: BinaryIO) -> None:
@@ -302,12 +323,13 @@ def _unpack(archive: zipfile.ZipFile, info: zipfile.ZipInfo, copy: BinaryIO) -> 
         shutil.copyfileobj(member, copy, AT_ONCE)
 
 
-def _require_room(folder: Path, size: int) -> None:
-    """A zip must not fill the disk for all others. Raises `UnreadableVolume`."""
+def _require_disk_space(folder: Path, size: int) -> None:
+    """Raise `UnreadableVolume` where unpacking would fill the disk for other programs."""
     free = shutil.disk_usage(folder).free
     if free < size + RESERVE:
         raise UnreadableVolume(
-            f"a file of the archive becomes {size} bytes, and there are {free} for temporary files",
+            f"a file of the archive has {size} bytes unpacked, and {free} bytes are free for"
+            " temporary files",
             expected=f"{size + RESERVE} bytes free in the folder for temporary files",
             remedy="unpack it and give the folder, or set TMPDIR to a larger disk",
         )
@@ -315,18 +337,19 @@ def _require_room(folder: Path, size: int) -> None:
 
 @contextmanager
 def _unpacking() -> Iterator[None]:
-    """Map what a damaged zip raises; zipfile quotes the member's name, which may be a patient's."""
+    """Map what a damaged zip raises; the text of zipfile's errors may hold a patient's name."""
     try:
         yield
-    except UsageError as exc:  # it was another archive when it was looked into
+    except UsageError as exc:
+        # The archive has changed since its members were listed.
         raise UnreadableVolume(
             exc.fact, expected=exc.expected, remedy=exc.remedy, file=exc.file
         ) from exc
     except Mask2CTError:
         raise
-    except _DAMAGE as exc:
+    except _DAMAGE_ERRORS as exc:
         raise UnreadableVolume(
             f"a file of the archive cannot be unpacked ({type(exc).__name__})",
-            expected="an undamaged archive, and room for temporary files",
+            expected="an undamaged archive, and space for temporary files",
             remedy="copy it again",
         ) from exc

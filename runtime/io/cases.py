@@ -1,14 +1,11 @@
-"""What lies at the given paths: which masks, of which kind, under which case names; and how each
-kind is read.
+"""What a case is (one mask, with the files that it is read from), and how each kind is read.
 
-Finding reads headers alone. A volume file's case is called by its file name, its owner's choice; a
-DICOM source by a digest, because archives write patients into file names.
+`runtime.io.case_finding` finds the cases.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,17 +13,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..core.atomic_files import belongs_to, sha256_of
+from ..core.atomic_files import sha256_of
 from ..core.errors import InputError, UnreadableVolume, UsageError, printable, reading
 from ..core.intensity_check import Census
 from ..core.labels import LabelMap
 from ..core.manifest import LabelTable
 from ..core.volume import DicomSource, LabelVolume, Layers, Segment, Volume
 from . import archive
-from .dicom.files import Instance, is_broken_link, is_dicom, pseudonym, scan, walk
-from .readers.class_files import classes_among
-from .readers.damaged_files import counted, damaged_beside
-from .volume_files import SUFFIXES, check_header, is_synthetic, stem, volume_files
+from .dicom.files import is_dicom, scan, walk
+from .readers.damaged_files import counted
+from .volume_files import check_header
 
 if TYPE_CHECKING:
     from .readers.dicom_rtstruct import Grid
@@ -34,12 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a person settles what a mask leaves open.
+    """The user's decisions where a mask leaves something open.
 
-    `overlap_order`: segments, the first wins; `threshold`: the fraction from which on a voxel is
-    inside; `like`: a volume file, or a folder with one DICOM series, whose grid contours are filled
-    on; `allow_missing_references`: fill them on the series that is there; `force_labels`: what
-    looks like an image is a label map all the same.
+    Attributes:
+        overlap_order: Segments by name; where they overlap, the first wins.
+        threshold: Fraction (0 to 1] from which a voxel of a FRACTIONAL SEG is inside.
+        like: A volume file, or a folder with one DICOM series; contours are filled on its grid.
+        allow_missing_references: Whether contours are filled on the available series although
+            images that they refer to are missing.
+        force_labels: Whether a file that looks like an image is read as a label map.
     """
 
     overlap_order: tuple[str, ...] = ()
@@ -66,17 +65,26 @@ class ReadOptions:
 
 @dataclass(frozen=True)
 class Case:
-    """One mask that was found. Plain data: it may cross to another process.
+    """One mask. It is plain data: it may be sent to another process.
 
-    `name`: of its results; `path`: the file, folder or zip that was given; `kind`: "volume" for a
-    NIfTI, NRRD or MHA file, "classes" for several of them, one a class, "seg", "rtstruct", "series"
-    for DICOM images, or "damaged" for the files of one folder that cannot be read as DICOM;
-    `files`: what it is read from; `grid`: the image series that contours were drawn on; `image`:
-    the real CT that is to be deformed with it (`runtime.io.readers.image`). `size` (columns, rows,
-    slices or frames) and `title` are for the screen: a title may name a patient. `damage`: of DICOM
-    what is wrong with a file of it, or with one beside it that may belong to it, a reason for each;
-    `lacking`: images that it refers to and that are not there; `doubts`: what else says that it is
-    not complete.
+    Attributes:
+        name: Name of its results.
+        path: The file, folder or zip that the user gave.
+        kind: "volume" for a NIfTI, NRRD or MHA file; "classes" for several of them, one per class;
+            "seg"; "rtstruct"; "series" for DICOM images; "damaged" for files of one folder that
+            cannot be read as DICOM.
+        files: The files that it is read from.
+        grid: The image series that contours were drawn on.
+        image: The real CT that is deformed with it (`runtime.io.readers.image`).
+        options: How it is read.
+        number: SeriesNumber of a DICOM source.
+        series: SeriesInstanceUID of a DICOM source.
+        size: Columns, rows, and slices or frames; for the screen.
+        title: Description for the screen; it may name a patient.
+        damage: Of DICOM, one reason for each damaged file of the case, and for each damaged file
+            beside it that may belong to it.
+        lacking: Number of images that it refers to and that are missing.
+        doubts: Other signs that it is not complete.
     """
 
     name: str
@@ -86,8 +94,8 @@ class Case:
     grid: tuple[Path, ...] = ()
     image: tuple[Path, ...] = ()
     options: ReadOptions = ReadOptions()
-    number: str = ""  # SeriesNumber
-    series: str = field(default="", repr=False)  # SeriesInstanceUID
+    number: str = ""
+    series: str = field(default="", repr=False)
     size: tuple[int, ...] = ()
     title: str = field(default="", repr=False)
     damage: tuple[str, ...] = ()
@@ -96,14 +104,15 @@ class Case:
 
     @property
     def whole(self) -> bool:
-        """Whether nothing says that a file of it is missing or damaged: a copy may be under way."""
+        """Whether nothing shows a missing or damaged file, as while a copy is still running."""
         closed = self.options.like is not None or self.options.allow_missing_references
         return not (self.damage or self.doubts or (self.lacking and not closed))
 
     @property
     def display_name(self) -> Path:
-        """What messages and logs may call it: a volume by its path, without folders in a zip, a
-        DICOM source by its case name.
+        """The name for messages and logs, which shows no folder of a zip and no file of DICOM.
+
+        A volume is called by its path, a DICOM source by its case name.
         """
         return (
             archive.display_name(self.path)
@@ -114,304 +123,21 @@ class Case:
 
 @dataclass(frozen=True)
 class PassedOver:
-    """What lies in a folder and is not read, with what it is: for the screen."""
+    """A path in a folder that is not read, and what it is; for the screen."""
 
     path: Path
     what: str
 
 
-OWN = "file that mask2ct wrote"
+def read_mask(case: Case) -> Volume | Layers:
+    """Read the mask of a case, with the values that its files hold.
 
-
-def find_cases(
-    arguments: Sequence[Path],
-    skipped: list[PassedOver] | None = None,
-    *,
-    options: ReadOptions | None = None,
-    series: str | None = None,
-    every: bool = False,
-    names: Collection[str] = (),
-) -> list[Case]:
-    """The masks at files, folders and zips, in their order: of a folder the volumes directly in it
-    and the DICOM objects anywhere below.
-
-    Each SEG and each RTSTRUCT is a case; image series beside one are what it was drawn on. Where
-    there are image series alone, the one is a case; of several, `series` must choose: its UID,
-    SeriesNumber or case name (`every`: all of them, for a listing). Binary volumes of a folder that
-    are called like structures are together one case, called like the folder. Files that cannot be
-    read as DICOM though they pass for it are a case for each folder, which fails; beside a label
-    series they are its failure.
-
-    Args:
-        arguments: files, folders and zips.
-        skipped: receives what is passed over: what mask2ct itself wrote into such a folder, links that are not followed or lead
-            nowhere, and folders that are called like a volume or cannot be listed.
-        options: how masks are read.
-        series: see above.
-        every: see above.
-        names: what structures are called, as `runtime.core.labels.names_of` has them; TotalSegmentator's classes count as well.
+    Returns:
+        A `Volume` of values (D, H, W), or `Layers` where segments may overlap.
 
     Raises:
-        UsageError: for a folder without masks, two masks of one case name, series that nobody chose from, and a grid (`like`) for a mask
-            that has its own. A file that does not exist stays in the list: it is that case's failure, not the run's.
+        InputError: The files cannot be read, or are not a mask; the error names the case.
     """
-    cases: dict[str, Case] = {}
-    options, skipped = options or ReadOptions(), [] if skipped is None else skipped
-    folders = {
-        argument
-        for argument in arguments
-        if _is(argument, Path.is_dir) or (archive.is_zip(argument) and _is(argument, Path.is_file))
-    }
-    others: list[
-        Path
-    ] = []  # files given one by one: the slices of a series among them belong together
-    instances = scan(
-        (path for path in arguments if path not in folders and not _is_volume(path)), others
-    )
-    damaged = damaged_beside(instances, (path for path in others if _is(path, os.path.lexists)))
-    volumes = set(others) - {one.path for one in damaged}
-    for argument in arguments:
-        if argument in folders:
-            _add(cases, _in_folder(argument, skipped, series, every, names), options)
-        elif argument in volumes or _is_volume(argument):
-            _add(cases, [_volume(argument)], options)
-    single = _of_instances([*instances, *damaged], every=every)
-    for case in single if every else _counted_once(single):
-        beside = scan(walk(case.files[0].parent)) if case.kind == "rtstruct" else []
-        _add(cases, [_on_grid(replace(case, path=case.files[0]), beside)], options)
-    return list(cases.values())
-
-
-def _add(cases: dict[str, Case], found: Iterable[Case], options: ReadOptions) -> None:
-    for case in found:
-        other = cases.setdefault(case.name, replace(case, options=options))
-        if [f.absolute() for f in other.files] != [f.absolute() for f in case.files]:
-            raise UsageError(
-                f"{other.display_name} and {case.display_name} would both be written as"
-                f" {case.name}",
-                expected="each case name once",
-                remedy="rename one, leave one out, or run them into two output folders",
-                file=case.display_name,
-            )
-        if (
-            options.like is not None
-            and case.kind in ("volume", "classes", "seg", "series")
-            and archive.exists(case.path)
-        ):
-            raise UsageError(
-                f"--like has no effect on {case.display_name}: its voxels state their own grid",
-                expected="contours (RTSTRUCT), which have none",
-                remedy=(
-                    "leave --like out; to have the mask on another grid, resample it first with a"
-                    " tool for that"
-                ),
-                file=case.display_name,
-            )
-
-
-def _in_folder(
-    folder: Path, skipped: list[PassedOver], series: str | None, every: bool, names: Collection[str]
-) -> list[Case]:
-    unread: dict[str, list[Path]] = {}
-    if archive.is_zip(folder):
-        files = archive.members(folder)
-        volumes, own = [p for p in files if _is_volume(p)], []
-    else:
-        with reading(folder, "a folder that can be listed", UsageError):
-            volumes = sorted(p for p in folder.iterdir() if _is_volume(p))
-        files = walk(folder, unread)
-        unread["folder called like a volume"] = [path for path in volumes if _is(path, Path.is_dir)]
-        volumes = [
-            path for path in volumes if belongs_to(folder, path) or is_broken_link(path)
-        ]  # a broken one is a mask that is missing
-        own = [path for path in volumes if is_synthetic(path)]
-    others: list[Path] = []
-    instances = scan((p for p in files if not _is_volume(p)), others)
-    damaged = damaged_beside(instances, others)
-    own += [instance.path for instance in instances if instance.ours]
-    unread["broken link"] = [
-        path for path in others if is_broken_link(path) and all(path != one.path for one in damaged)
-    ]
-    passed_over = [PassedOver(path, what) for what, paths in unread.items() for path in paths]
-    skipped += [*(PassedOver(path, OWN) for path in own), *passed_over]
-    volumes = [path for path in volumes if path not in own]
-    classes = classes_among(volumes, names)
-    cases = [Case(_folder_name(folder), folder, "classes", tuple(classes))] if classes else []
-    cases += [replace(_volume(path), path=path) for path in volumes if path not in classes]
-    dicom = _of_instances([*(i for i in instances if not i.ours), *damaged], every=every)
-    cases += [
-        _on_grid(replace(case, path=folder), instances)
-        for case in _chosen(folder, dicom, series, every)
-    ]
-    if not cases:
-        also = counted([one.what for one in passed_over])
-        raise UsageError(
-            f"the folder {folder} holds no masks{f' (but {also})' if also else ''}",
-            expected=f"DICOM masks, or files ending in {', '.join(SUFFIXES)}",
-            remedy="give what a link leads to itself" if "link" in also else "check the path",
-            file=folder,
-        )
-    return cases
-
-
-def _chosen(folder: Path, cases: list[Case], series: str | None, every: bool) -> list[Case]:
-    if every:
-        return cases
-    if series is not None:
-        chosen = [case for case in cases if series in (case.series, case.number, case.name)]
-        if not chosen or len({case.series for case in chosen}) > 1:
-            raise _ask(
-                folder,
-                chosen or cases,
-                f"{'several' if chosen else 'no'} series in {folder} are called {series}",
-            )
-        return chosen
-    masks = [case for case in cases if case.kind not in ("series", "damaged")]
-    images = [case for case in cases if case.kind == "series"]
-    if not masks and len(images) > 1:
-        raise _ask(
-            folder,
-            images,
-            f"{folder} holds {len(images)} image series, of which any may be the mask",
-        )
-    return _counted_once([*(masks or images), *(case for case in cases if case.kind == "damaged")])
-
-
-def _counted_once(cases: Sequence[Case]) -> list[Case]:
-    """Without the damaged files of folders whose series is among the cases: they are its damage."""
-    if all(case.kind != "damaged" for case in cases):
-        return [*cases]
-    folders = {file.parent for case in cases if case.kind == "series" for file in case.files}
-    return [
-        case
-        for case in cases
-        if case.kind != "damaged" or not folders.issuperset(file.parent for file in case.files)
-    ]
-
-
-def _ask(folder: Path, cases: Sequence[Case], fact: str) -> UsageError:
-    listed = "; ".join(
-        f"{c.name} (series {c.number or '-'}, {' x '.join(map(str, c.size))})" for c in cases[:12]
-    )
-    return UsageError(
-        f"{fact}: {listed}{'; …' if len(cases) > 12 else ''}",
-        expected="one mask, or --series UID|NUMBER|NAME to choose it",
-        remedy="see their descriptions with --list, then choose",
-        file=folder,
-    )
-
-
-def _of_instances(instances: Iterable[Instance], *, every: bool) -> list[Case]:
-    """A case for each SEG, each RTSTRUCT, each image series and each DICOM file that is none of
-    these (which reading will refuse).
-
-    The damaged files of a folder are one case (with `every`, one each). They are also the damage of
-    each image series in that folder, and of a series in several folders where nothing else is in
-    theirs: some exporters give each slice a folder.
-    """
-    groups: dict[tuple[str, str], list[Instance]] = {}
-    damaged: dict[Path, list[Instance]] = {}
-    for instance in instances:
-        if instance.kind != "damaged":
-            uid = instance.series if instance.kind == "image" else instance.uid
-            groups.setdefault((instance.kind or "other", uid), []).append(instance)
-        if instance.kind == "damaged" or (instance.kind == "image" and instance.damage):
-            damaged.setdefault(instance.path.parent, []).append(instance)
-    for folder, those in damaged.items():
-        for one in those:
-            groups.setdefault(("damaged", str(one.path if every else folder)), []).append(one)
-    alone = {*damaged} - {
-        one.path.parent
-        for (kind, _), group in groups.items()
-        if kind != "damaged"
-        for one in group
-        if not one.damage
-    }
-    cases = []
-    for (kind, uid), group in groups.items():
-        columns, rows, frames = group[0].size
-        damage = [instance.damage for instance in group if instance.damage]
-        if kind == "image":
-            folders = {i.path.parent for i in group} if damaged else set()
-            beside = [
-                one
-                for folder, those in damaged.items()
-                if folder in folders or (len(folders) > 1 and folder in alone)
-                for one in those
-            ]
-            damage += [one.damage for one in beside if one not in group]
-        cases.append(
-            Case(
-                pseudonym(
-                    "series" if kind == "image" else kind if kind != "other" else "dicom", uid
-                ),
-                group[0].path,
-                "series" if kind == "image" else kind,
-                tuple(i.path for i in group),
-                number=group[0].number,
-                series=group[0].series,
-                size=(columns, rows, max(frames, len(group))),
-                title=group[0].title,
-                damage=tuple(damage),
-                doubts=tuple(_ends(group)) if kind == "image" else (),
-            )
-        )
-    return [case for case in cases if case.kind != "other"] or cases
-
-
-def _ends(group: Sequence[Instance]) -> Iterator[str]:
-    """What the numbers of a series' images say against its being complete; holes between them
-    show by the positions.
-    """
-    numbers = {
-        instance.instance_number for instance in group if instance.instance_number is not None
-    }
-    stated = {instance.images for instance in group}
-    if (
-        len(stated) == 1
-        and len(group) < (images := stated.pop())
-        and len(numbers) == len(group)
-        and max(numbers) <= images
-    ):
-        yield f"it has {len(group)} of the {images} images that its files speak of"
-    elif (
-        len(group) > 1
-        and len(numbers) == len(group) == max(numbers) - min(numbers) + 1
-        and min(numbers) > 1
-    ):
-        yield f"its images are numbered from {min(numbers)}, not from 1"
-
-
-def _on_grid(case: Case, instances: Sequence[Instance]) -> Case:
-    """With the one image series that contours were drawn on; else the one referred to, else the
-    one in their frame of reference; else none.
-    """
-    if case.kind != "rtstruct":
-        return case
-    from .readers.dicom_rtstruct import references
-
-    try:
-        refers = references(case.files[0], case.name)
-    except UnreadableVolume:  # reading it will say so
-        return case
-    series: dict[str, list[Instance]] = {}
-    for instance in instances:
-        if instance.kind == "image" and not instance.ours:
-            series.setdefault(instance.series, []).append(instance)
-    drawn = {uid for uid, group in series.items() if any(i.uid in refers.instances for i in group)}
-    framed = {
-        uid
-        for uid, group in series.items()
-        if group[0].frame_of_reference == refers.frame_of_reference
-    }
-    found = next((uids for uids in (drawn, set(series) & refers.series, framed) if uids), set())
-    grid = series[found.pop()] if len(found) == 1 else []
-    lacking = len(refers.instances - {instance.uid for instance in grid})
-    return replace(case, grid=tuple(i.path for i in grid), lacking=lacking)
-
-
-def read_mask(case: Case) -> Volume | Layers:
-    """What the case's files hold, in their own values. Raises `InputError`s that say which case."""
     options = case.options
     with _naming(case):
         _check_whole(case)
@@ -435,13 +161,8 @@ def read_mask(case: Case) -> Volume | Layers:
             from .readers.dicom_series import read_series
 
             volume = read_series(case.files, case.name, force=options.force_labels)
-            return replace(
-                volume,
-                notes=(
-                    *(f"{case.name} may not be complete: {doubt}" for doubt in case.doubts),
-                    *volume.notes,
-                ),
-            )
+            doubts = (f"{case.name} may not be complete: {doubt}" for doubt in case.doubts)
+            return replace(volume, notes=(*doubts, *volume.notes))
         if case.kind == "classes":
             from .readers.class_files import read_classes
 
@@ -459,7 +180,19 @@ def read_mask(case: Case) -> Volume | Layers:
 
 
 def read_case(case: Case, table: LabelTable, label_map: LabelMap | None = None) -> LabelVolume:
-    """The case's labels in the model's indices. Raises `InputError`s that say which case."""
+    """Read the labels of a case, as indices of the model.
+
+    Args:
+        case: What to read.
+        table: The model's label table.
+        label_map: The user's map from values, codes or names to indices.
+
+    Returns:
+        Indices (D, H, W), uint8, with their grid.
+
+    Raises:
+        InputError: As `read_mask`, and for labels that the model does not know; it names the case.
+    """
     from .readers import volume as volume_reader
 
     order, force = case.options.overlap_order, case.options.force_labels
@@ -475,10 +208,10 @@ def read_case(case: Case, table: LabelTable, label_map: LabelMap | None = None) 
 
 
 def _check_whole(case: Case) -> None:
-    """Refuse a DICOM case a file of which is damaged, or may be."""
+    """Refuse a DICOM case with a damaged file, or with one that may be damaged."""
     remedy = (
-        "copy or export what is damaged again, or take away what is no part of it; --list shows"
-        " which files those are"
+        "copy or export the damaged files again, or remove them if they are not part of the mask;"
+        " --list shows which files they are"
     )
     if case.kind == "damaged":
         files = "1 file" if len(case.files) == 1 else f"{len(case.files)} files of a folder"
@@ -489,23 +222,22 @@ def _check_whole(case: Case) -> None:
         )
     if case.kind == "series" and case.damage:
         raise UnreadableVolume(
-            f"{case.name} is not complete: of its files and those beside them {len(case.damage)}"
-            f" cannot be read ({counted(case.damage)})",
+            f"{case.name} is not complete: among its files and the files beside them"
+            f" {len(case.damage)} cannot be read ({counted(case.damage)})",
             expected="all slices of the series",
             remedy=remedy,
         )
     if case.kind in ("seg", "rtstruct") and len(case.files) > 1:
         raise UnreadableVolume(
-            f"{case.name}: {len(case.files)} files of one SOP Instance UID differ in what they"
-            " hold",
+            f"{case.name}: {len(case.files)} files of one SOP Instance UID differ",
             expected="one file of each UID",
-            remedy="give the one that is meant; --list shows which files those are",
+            remedy="give the file that you mean; --list shows which files they are",
         )
 
 
 @contextmanager
 def _naming(case: Case) -> Iterator[None]:
-    """Errors are about what the case is called."""
+    """Set the case's display name on errors."""
     try:
         yield
     except InputError as exc:
@@ -522,8 +254,15 @@ def _naming(case: Case) -> Iterator[None]:
 
 
 def structures(mask: Volume | Layers, file: Path, *, force: bool = False) -> list[Segment]:
-    """What a mask holds: the segments that it states, or the values that occur, named where it
-    names them. Raises as `count` does.
+    """The segments that a mask declares, or the values that occur in it, with their names.
+
+    Args:
+        mask: As `read_mask` returns it.
+        file: The file that errors name.
+        force: Whether values are listed even if they look like an image.
+
+    Raises:
+        UnreadableVolume: The values look like an image, and `force` is not set.
     """
     if isinstance(mask, Layers):
         return [*mask.segments]
@@ -536,8 +275,17 @@ def structures(mask: Volume | Layers, file: Path, *, force: bool = False) -> lis
 
 
 def count(mask: Volume | Layers, file: Path, *, force: bool = False) -> list[tuple[Segment, int]]:
-    """Each value or segment that occurs, with its voxels; segments that overlap count the shared
-    ones each. Raises `UnreadableVolume` for an image, unless `force`.
+    """Each value or segment of a mask with its number of voxels.
+
+    Segments that overlap each count the voxels that they share.
+
+    Args:
+        mask: As `read_mask` returns it.
+        file: The file that errors name.
+        force: Whether values are counted even if they look like an image.
+
+    Raises:
+        UnreadableVolume: The values look like an image, and `force` is not set.
     """
     from .readers.volume import as_integers
 
@@ -557,19 +305,18 @@ def count(mask: Volume | Layers, file: Path, *, force: bool = False) -> list[tup
 
 
 def _grid(case: Case) -> tuple[Grid | None, tuple[str, ...]]:
-    """The grid that a structure set is filled on: the one given, else that of its series, else
-    None; and what is to be said of it.
+    """The grid on which a structure set is filled, and notes for the user.
+
+    It is the grid of `--like`, else of the series that the contours were drawn on, else None.
     """
     from .readers.dicom_series import series_grid
     from .readers.volume import read_volume
 
     like = case.options.like
     if like is None:
-        return (
-            series_grid(case.grid, f"the image series that {case.name} was drawn on")
-            if case.grid
-            else (None, ())
-        )
+        if not case.grid:
+            return None, ()
+        return series_grid(case.grid, f"the image series that {case.name} was drawn on")
     if not like.is_dir() and not is_dicom(like):
         volume = read_volume(like)
         depth, height, width = volume.values.shape
@@ -584,15 +331,18 @@ def _grid(case: Case) -> tuple[Grid | None, tuple[str, ...]]:
             expected="one",
             remedy="give a folder with one series",
         )
-    return series_grid(
-        next(iter(groups.values())), f"the image series that --like gives {case.name}"
-    )
+    (paths,) = groups.values()
+    return series_grid(paths, f"the image series that --like gives {case.name}")
 
 
 def like_digests(like: Path | None) -> list[str]:
-    """SHA-256 of what --like names: the file, or every file of the folder, in no order of names.
+    """SHA-256 of the file that `--like` names, or of every file of the folder.
 
-    Raises `InputError`s.
+    Returns:
+        Hexadecimal digests, sorted, so that they do not depend on file names.
+
+    Raises:
+        InputError: A file cannot be read.
     """
     if like is None:
         return []
@@ -604,9 +354,12 @@ def like_digests(like: Path | None) -> list[str]:
 
 
 def listing(case: Case) -> str:
-    """A line for the screen: kind, name, size, the file, and what its owner called it.
+    """A line for the screen: kind, name, size, files, and description.
 
-    It may name a patient: it is for no log.
+    It may name a patient: do not write it to a log. A damaged case has one line per file.
+
+    Returns:
+        The text, without control characters.
     """
     size = case.size
     if case.kind == "damaged":
@@ -625,43 +378,20 @@ def listing(case: Case) -> str:
             )
     text = " x ".join(map(str, size)) if all(size) else "contours"
     where = f"{case.files[0].parent} ({len(case.files)} files)"
-    if len(case.files) == 1 or case.kind not in ("series", "classes"):  # several of one UID
+    # Several files of another kind have one UID: each is listed, to choose from.
+    if len(case.files) == 1 or case.kind not in ("series", "classes"):
         where = ", ".join(map(str, case.files))
-    differ = (
-        f"{len(case.files)} files of one UID that differ"
-        if len(case.files) > 1 and case.kind in ("seg", "rtstruct")
-        else ""
-    )
-    notes = [
-        differ,
-        f"series {case.number}" if case.number else "",
-        case.title,
-        f"on {len(case.grid)} images" if case.grid else "",
-    ]
-    return printable(
-        "  ".join(x for x in [f"{case.kind:<9} {case.name:<24} {text:<16} {where}", *notes] if x)
-    )
+    columns = [f"{case.kind:<9} {case.name:<24} {text:<16} {where}"]
+    if len(case.files) > 1 and case.kind in ("seg", "rtstruct"):
+        columns.append(f"{len(case.files)} files of one UID that differ")
+    if case.number:
+        columns.append(f"series {case.number}")
+    if case.title:
+        columns.append(case.title)
+    if case.grid:
+        columns.append(f"on {len(case.grid)} images")
+    return printable("  ".join(columns))
 
 
 def _volume_size(path: Path) -> tuple[int, ...]:
     return check_header(path, voxels=False).voxels.shape[::-1]
-
-
-def _folder_name(folder: Path) -> str:
-    """What a mask is called that a whole folder or zip holds."""
-    return folder.stem if archive.is_zip(folder) else folder.absolute().resolve().name
-
-
-def _volume(path: Path) -> Case:
-    return Case(stem(path), path, "volume", volume_files(path))
-
-
-def _is_volume(path: Path) -> bool:
-    return path.name.lower().endswith(SUFFIXES) and not path.name.startswith(".")
-
-
-def _is(path: Path, check: Callable[[Path], bool]) -> bool:
-    try:
-        return check(path)
-    except (OSError, ValueError):  # a name that no file system takes
-        return False

@@ -1,8 +1,7 @@
-"""The seam that CTs come through: a model that generates them, or a real CT that is deformed with
-its mask.
+"""The interface that CTs come through: a model that generates them, or a deformed real CT.
 
-A `CTSource` opens a case and gives each of its variants: the mask, and its CT in slabs. Whoever
-writes, resumes and reports knows no more of it than this.
+A `CTSource` opens a case and returns its variants: each a mask, and its CT in slabs. Code that
+writes, resumes and reports uses nothing else of it.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Variant:
-    """One result to come.
+    """One result to compute.
 
     Attributes:
-        mask: labels on the case's grid.
-        slabs: computes the CT of that mask, int16, slab after slab; called once.
-        nbytes: what holding this takes, in bytes.
-        warnings: what a person should be told.
+        mask: Labels on the case's grid.
+        slabs: Computes the CT of that mask slab by slab, int16; call it once.
+        nbytes: Memory that the variant takes, in bytes.
+        warnings: Messages for the user.
     """
 
     mask: LabelVolume
@@ -37,36 +36,56 @@ class Variant:
 
 
 class CTSource(Protocol):
-    """What makes CTs of masks: `Synthesizer` and `runtime.batch.warp_source.WarpSource`.
+    """A source of CTs for masks: `Synthesizer`, or `runtime.batch.warp_source.WarpSource`.
 
     Attributes:
-        manifest: its label table, its unit, and whether its results are synthetic or derived.
-        backend: what makes the CT, for people.
-        engine: the same, exactly: with `manifest` and `file` what decides the bytes.
-        file: the model file that runs; empty where there is none.
+        manifest: Its label table, its unit, and whether its results are synthetic or derived.
+        backend: What computes the CT, for people.
+        engine: The same, exactly: with `manifest` and `file` it decides the bytes.
+        file: The model file that runs; empty where there is none.
     """
 
     @property
-    def manifest(self) -> Manifest: ...
+    def manifest(self) -> Manifest:
+        """Label table, unit, and whether results are synthetic or derived."""
 
     @property
-    def backend(self) -> str: ...
+    def backend(self) -> str:
+        """What computes the CT, for people."""
 
     @property
-    def engine(self) -> str: ...
+    def engine(self) -> str:
+        """What computes the CT, as part of the key for `--resume`."""
 
     @property
-    def file(self) -> str: ...
+    def file(self) -> str:
+        """The model file that runs; empty where there is none."""
 
     def variants(
         self, case: Case, mask: LabelVolume, ranges: DeformationParams, seed: int
     ) -> Callable[[int], Variant]:
-        """What gives variant 0 (the mask's own shape), 1, 2 … of a case whose mask was read.
+        """Prepare the variants of a case.
 
-        Raises `InputError`s for a case that it cannot use.
+        Args:
+            case: Where the mask was read from.
+            mask: Its labels.
+            ranges: How far variants may be deformed.
+            seed: Seed of the run.
+
+        Returns:
+            A function from the number of a variant to it: 0 has the mask's own shape, then 1, 2 and
+                so on.
+
+        Raises:
+            InputError: The case cannot be used.
         """
         ...
 
     def notes(self, name: str, mask: LabelVolume) -> Iterator[str]:
-        """What is allowed of a mask, but may not be meant. `name`: what to call it."""
+        """Warnings about a mask that is allowed, but may be a mistake.
+
+        Args:
+            name: What the warnings call the mask.
+            mask: Its labels.
+        """
         ...

@@ -1,7 +1,7 @@
-"""Volume files by name: which are read, which are ours, and what their headers state.
+"""Volume files: which suffixes are read, which files mask2ct wrote, and what headers state.
 
-Every header is read once, by one of `nifti_header_in`, `nrrd_header` and `meta_header`, and the
-voxels are read from what it said (`voxels`). No file of a user reaches another reader.
+Every header is parsed once, by `nifti_header`, `nrrd_header` or `meta_header`, and the voxels are
+read as it states (`voxels`). No other reader opens a file of the user.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from ..core.label_codes import concept, modified
 from ..core.volume import Segment
 from .archive import opened
 from .readers import meta_header, nifti_header, nrrd_header
-from .readers.volume_header import EXPECTED, MAX_HEADER, Header, Voxels, bad, voxel_name
-from .readers.volume_header import integers as _numbers
+from .readers.volume_header import EXPECTED, MAX_HEADER, Header, Voxels, bad, integers, voxel_name
 from .readers.voxels import check_complete, unpacked
 
 __all__ = [
@@ -42,21 +41,22 @@ __all__ = [
     "volume_files",
 ]
 
-MARKS = (
-    "SYNTHETIC CT - NOT FOR DIAGNOSIS",
-    "mask2ct",
-)  # what every header written says of itself, within its first bytes
+# Every header that mask2ct writes holds these two texts within its first bytes.
+MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")
 MARKS_WITHIN = 8192
-NIFTI_HEADER = 352  # bytes, with the four behind it that say whether extensions follow
-NOTICE = f"{MARKS[0]} ({MARKS[1]})"  # 79 characters fit into a NIfTI
-# of a real CT that was deformed, in the place of the first of MARKS
+# Bytes, with the four that state whether extensions follow.
+NIFTI_HEADER = 352
+# At most 79 characters, for the description of a NIfTI.
+NOTICE = f"{MARKS[0]} ({MARKS[1]})"
+# Replaces the first of MARKS for a deformed real CT.
 DERIVED_MARK = "DERIVED CT - NOT FOR DIAGNOSIS"
+# First bytes of the files that mask2ct writes.
 _BEGINNINGS = {
     ".nii": b"\x5c\x01\0\0",
     ".nrrd": b"NRRD0004\n",
     ".mha": b"ObjectType = Image\n",
     ".dcm": bytes(128) + b"DICM",
-}  # as written here
+}
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 _TEXT_HEADERS = (".nrrd", ".nhdr", ".mha", ".mhd")
 
@@ -68,42 +68,45 @@ def stem(path: Path) -> str:
 
 
 def mark(*, derived: bool) -> str:
-    """What a result is called in every header: a synthetic CT, or one derived from a real one."""
+    """The text in every header of a result.
+
+    Args:
+        derived: Whether the result is a deformed real CT, not a synthetic CT.
+    """
     return DERIVED_MARK if derived else MARKS[0]
 
 
 def notice(*, derived: bool) -> str:
-    """As `mark`, with who wrote it: the description of a volume file."""
+    """The description of a volume file: `mark`, with the program's name.
+
+    Args:
+        derived: Whether the result is a deformed real CT, not a synthetic CT.
+    """
     return f"{mark(derived=derived)} ({MARKS[1]})"
 
 
 def is_synthetic(path: Path) -> bool:
-    """Whether this is a file that mask2ct wrote, of whatever format, synthetic or derived: its
-    header says so.
+    """Whether the header of a file, of any format, states that mask2ct wrote it.
+
+    It holds for synthetic and for derived CTs; False for a file that cannot be read.
     """
     return _is_marked(_first_bytes(path))
 
 
 def is_cut(path: Path) -> bool:
-    """Whether so little of a file is left that it cannot say who wrote it: it was cut, to nothing
-    or within its first bytes.
+    """Whether a file was cut so early that it cannot state who wrote it.
 
-    What mask2ct writes says so within the header of a NIfTI, of which a whole volume has more, or
-    within `MARKS_WITHIN` bytes of DICOM. What is left must begin as such a file does: other short
-    files are somebody's own.
+    What mask2ct writes states it within the header of a NIfTI, or within `MARKS_WITHIN` bytes of
+    DICOM. The remaining bytes must be the beginning of such a file: other short files belong to the
+    user.
     """
     head = _first_bytes(path)
-    suffix = next(
-        (
-            suffix
-            for suffix in _BEGINNINGS
-            if path.name.lower().removesuffix(".gz").endswith(suffix)
-        ),
-        None,
-    )
+    name = path.name.lower().removesuffix(".gz")
+    suffix = next((suffix for suffix in _BEGINNINGS if name.endswith(suffix)), None)
     if head is None or suffix is None or _is_marked(head):
         return False
-    least, beginning = (MARKS_WITHIN if suffix == ".dcm" else NIFTI_HEADER), _BEGINNINGS[suffix]
+    least = MARKS_WITHIN if suffix == ".dcm" else NIFTI_HEADER
+    beginning = _BEGINNINGS[suffix]
     return len(head) < least and head[: len(beginning)] == beginning[: len(head)]
 
 
@@ -116,17 +119,13 @@ def _is_marked(head: bytes | None) -> bool:
 
 
 def _first_bytes(path: Path) -> bytes | None:
-    """The first `MARKS_WITHIN` bytes, or as many as there are, of what a file holds, unpacked.
-
-    None: it cannot be opened, or is no gzip.
-    """
+    """The first unpacked bytes of a file, at most `MARKS_WITHIN`; None if they cannot be read."""
     try:
         with open_input(path) as handle:
             if not path.name.lower().endswith(".gz"):
                 return handle.read(MARKS_WITHIN)
-            return zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(
-                handle.read(MARKS_WITHIN), MARKS_WITHIN
-            )
+            inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            return inflater.decompress(handle.read(MARKS_WITHIN), MARKS_WITHIN)
     except (OSError, zlib.error):
         return None
 
@@ -134,9 +133,8 @@ def _first_bytes(path: Path) -> bytes | None:
 def volume_files(path: Path) -> tuple[Path, ...]:
     """The files that the volume at `path` is read from, also in a zip.
 
-    Whatever a digest of a mask is taken of is taken of all of them: of a detached header
-    (.mhd, .nhdr) that is the header and the file with its voxels. Nothing is raised: of a header
-    that is no good, or a file that is not there, reading will say so.
+    A detached header (.mhd, .nhdr) comes with the file of its voxels; digests of a mask cover both.
+    Nothing is raised for a bad header or a missing file: reading it raises.
     """
     if not path.name.lower().endswith(_TEXT_HEADERS) or (path.exists() and not path.is_file()):
         return (path,)
@@ -150,34 +148,34 @@ def volume_files(path: Path) -> tuple[Path, ...]:
 
 
 def check_header(path: Path, *, voxels: bool = True) -> Header:
-    """The header of a volume file, checked: what it claims can be there.
+    """Read the header of a volume file, and check that the file can hold what it claims.
 
     Args:
         path: A file with one of `SUFFIXES`.
-        voxels: Whether compressed and written-out voxels are decoded, too, to see that all of
-            them are there; they are not kept. Whoever reads them finds out by itself.
+        voxels: Whether compressed voxels and voxels in text are decoded, to check that they are
+            complete; they are not kept. A caller that reads the voxels need not set it.
 
     Raises:
-        UnreadableVolume: For a file that is not one scalar volume; a layered .seg.nrrd is one.
-        GeometryError: For a grid that is not stated, or not once.
+        UnreadableVolume: The file is not one scalar volume or a layered .seg.nrrd.
+        GeometryError: The header states no grid, or more than one.
     """
     name = path.name.lower()
     if not name.endswith(SUFFIXES):
-        with reading(path, EXPECTED):  # what cannot be read is of no format
+        # A file that cannot be read is refused for that, not for its format.
+        with reading(path, EXPECTED):
             path.stat()
             if not os.access(path, os.R_OK):
                 raise PermissionError
         raise UnreadableVolume(
-            f"{path.name} is not of a format that is read",
+            f"{path.name} does not have a supported format",
             expected=f"{EXPECTED} ({', '.join(SUFFIXES)}), or DICOM with its prefix",
             remedy="convert it to one of these",
             file=path,
         )
     try:
         str(path).encode("utf-8")
-    except (
-        UnicodeEncodeError
-    ) as exc:  # a result of such a name opens in few programs; ITK ends the process on it
+    except UnicodeEncodeError as exc:
+        # Few programs open a result of such a name, and ITK aborts the process on it.
         raise UnreadableVolume(
             f"the file name {path.name!r} is not valid UTF-8",
             expected="a name in UTF-8",
@@ -214,37 +212,32 @@ def _read_header(path: Path, name: str, handle: BinaryIO) -> Header:
 
 
 def _segments(path: Path, fields: Mapping[str, str], layers: int) -> Iterator[tuple[Segment, int]]:
-    """The segments that Slicer writes into a .seg.nrrd: Segment0_LabelValue, _Layer, _Name and,
-    among its _Tags, a terminology entry.
+    """The segments that Slicer writes into a .seg.nrrd, each with its layer.
 
-    Before version 4.11 it wrote neither value nor layer: each segment is 1 in a layer of its own.
-    Without a value several segments of one layer cannot be told apart, and none is returned.
+    They are Segment0_LabelValue, _Layer, _Name and, in _Tags, a terminology entry. Before version
+    4.11 Slicer wrote neither value nor layer: each segment is 1 in a layer of its own. Without
+    values, several segments of one layer cannot be told apart: then none is returned.
     """
-    names = sorted(
-        {m[1] for key in fields if (m := re.fullmatch(r"segment(\d{1,6})_(?:id|name)", key))},
-        key=int,
-    )
-    valued = [m[1] for key in fields if (m := re.fullmatch(r"segment(\d{1,6})_labelvalue", key))]
-    if not valued and len(names) > 1 and layers == 1:
+    matches = (re.fullmatch(r"segment(\d{1,6})_(?:id|name)", key) for key in fields)
+    numbers = sorted({match[1] for match in matches if match}, key=int)
+    matches = (re.fullmatch(r"segment(\d{1,6})_labelvalue", key) for key in fields)
+    valued = [match[1] for match in matches if match]
+    if not valued and len(numbers) > 1 and layers == 1:
         return
-    for n, number in enumerate(valued or names):
+    for n, number in enumerate(valued or numbers):
         prefix = f"segment{number}_"
-        value = _numbers(path, fields, prefix + "labelvalue")[0] if valued else 1
-        layer = (
-            _numbers(path, fields, prefix + "layer")[0]
-            if prefix + "layer" in fields
-            else 0
-            if valued
-            else n
-        )
+        value = integers(path, fields, prefix + "labelvalue")[0] if valued else 1
+        layer = 0 if valued else n
+        if prefix + "layer" in fields:
+            layer = integers(path, fields, prefix + "layer")[0]
         yield Segment(value, fields.get(prefix + "name", ""), _terminology(fields, prefix)), layer
 
 
 def _terminology(fields: Mapping[str, str], prefix: str) -> str:
-    """A segment's code.
+    """The code of a segment, from its terminology entry.
 
-    Its tags are KEY:VALUE|KEY:VALUE|; of these TerminologyEntry is seven parts, "~" between them:
-    context, category, type, type modifier, anatomic context, region, region modifier; each code is
+    Its tags are KEY:VALUE|KEY:VALUE|. TerminologyEntry has seven parts with "~" between them:
+    context, category, type, type modifier, anatomic context, region, region modifier. Each code is
     SCHEME^VALUE^MEANING (vtkSlicerTerminologiesModuleLogic).
     """
     tags = dict(

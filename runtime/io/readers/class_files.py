@@ -1,5 +1,6 @@
-"""A mask kept as one binary file a class, in a folder of its own: aorta.nii.gz, liver.nii.gz …
-as TotalSegmentator writes it.
+"""Masks with one binary file per class in a folder: aorta.nii.gz, liver.nii.gz and so on.
+
+TotalSegmentator writes them.
 """
 
 from __future__ import annotations
@@ -20,26 +21,39 @@ from .. import archive
 from ..volume_files import stem
 from .volume import as_integers, read_volume
 
-LEAST_NAMES = 2  # files called like structures; one alone may be a patient's
-GRID_TOLERANCE = 0.01  # mm that the same voxel may lie apart in two files
-_ON = (1, 255)  # what a binary file may hold besides 0
+# Files that must be named like structures: the name of a single one may be a patient's.
+LEAST_NAMES = 2
+# Distance in mm that one voxel may have in the grids of two files.
+GRID_TOLERANCE = 0.01
+# Values that a binary file may hold besides 0.
+_ON = (1, 255)
 _CLASS_NAMES = frozenset(map(plain, CLASS_NAMES))
 
 
 def is_class_name(path: Path, names: Collection[str]) -> bool:
-    """Whether a file is called like a structure: one of `names` (as `plain` writes them) or a
-    class of TotalSegmentator.
+    """Whether a volume file is named like a structure.
+
+    Args:
+        path: The file.
+        names: Names of structures as `plain` writes them; the classes of TotalSegmentator count
+            too.
     """
     name = plain(stem(path))
     return name in names or name in _CLASS_NAMES
 
 
 def classes_among(volumes: Sequence[Path], names: Collection[str]) -> list[Path]:
-    """Which of the volume files in a folder are together one mask; none when each is a mask of its
-    own.
+    """The volume files of a folder that are together one mask.
 
-    They are when at least two are called like structures and are binary; then every binary file
-    belongs to it.
+    They are one mask if at least two are named like structures and are binary; then every binary
+    file belongs to it.
+
+    Args:
+        volumes: Volume files of one folder or zip.
+        names: As in `is_class_name`.
+
+    Returns:
+        The files of the mask; empty if each file is a mask of its own.
     """
     if (
         sum(is_class_name(path, names) for path in volumes) < LEAST_NAMES
@@ -51,31 +65,42 @@ def classes_among(volumes: Sequence[Path], names: Collection[str]) -> list[Path]
 
 
 def contradicted(path: Path, value_names: Mapping[int, str]) -> str:
-    """What a table calls the one value of a file that is called like another structure; empty where
-    nothing is contradicted.
+    """The structure that a table gives for the value of a file named like another structure.
 
-    A binary file that its owner called `aorta` holds an aorta, whatever its value means in a table
-    of many structures.
+    A binary file with the name `aorta` holds an aorta, whatever its value means in a table of many
+    structures.
 
     Args:
-        path: a volume file that `is_class_name` takes for a class.
-        value_names: what the table calls the values.
+        path: A volume file that `is_class_name` takes for a class.
+        value_names: The table: names of values.
+
+    Returns:
+        The table's name for the value; empty if it does not contradict the file's name.
     """
     if not _is_binary(path):
         return ""
-    own = plain(stem(path))
-    meanings = [value_names[value] for value in (1, 255) if value in value_names]
-    return "" if not meanings or any(plain(name) == own for name in meanings) else meanings[0]
+    structure = plain(stem(path))
+    meanings = [value_names[value] for value in _ON if value in value_names]
+    if not meanings or any(plain(meaning) == structure for meaning in meanings):
+        return ""
+    return meanings[0]
 
 
 def read_classes(files: Sequence[Path], display_name: Path) -> Layers:
-    """Read such files as the segments of one mask, each named after its file.
+    """Read the files of a mask as its segments, each named after its file.
 
-    What holds nothing is left out.
+    A file without a voxel of its class gives no segment.
+
+    Args:
+        files: Binary volume files.
+        display_name: What errors call the mask.
+
+    Returns:
+        The segments, numbered -1, -2 and so on in the order of the files.
 
     Raises:
-        InputError: a file cannot be read, or is not binary.
-        GeometryError: two files lie on different grids.
+        InputError: A file cannot be read, or is not binary.
+        GeometryError: Two files lie on different grids.
     """
     geometry: Geometry | None = None
     segments, packed, shape, notes = [], [], (0, 0, 0), ()
@@ -87,13 +112,13 @@ def read_classes(files: Sequence[Path], display_name: Path) -> Layers:
                 f"{file.name} is not binary",
                 expected="0, and 1 or 255, in a file of one class",
                 file=display_name,
-                remedy="give it alone, or take it out of the folder",
+                remedy="give it alone, or remove it from the folder",
             )
         if geometry is None:
             geometry, shape, notes = volume.geometry, volume.values.shape, volume.notes  # type: ignore[assignment]
         elif (
             volume.values.shape != shape
-            or _apart(volume.geometry, geometry, shape) > GRID_TOLERANCE
+            or _largest_offset(volume.geometry, geometry, shape) > GRID_TOLERANCE
         ):
             raise GeometryError(
                 f"{file.name} lies on another grid than {files[0].name}",
@@ -108,9 +133,8 @@ def read_classes(files: Sequence[Path], display_name: Path) -> Layers:
 
     def pieces() -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
         for segment, ((planes, rows, columns), bits) in zip(segments, packed, strict=True):
-            for k, plane in enumerate(
-                np.unpackbits(bits, axis=2, count=columns.stop - columns.start)
-            ):
+            width = columns.stop - columns.start
+            for k, plane in enumerate(np.unpackbits(bits, axis=2, count=width)):
                 piece = np.zeros(shape[1:], bool)
                 piece[rows, columns] = plane
                 yield segment.number, planes.start + k, piece
@@ -119,21 +143,22 @@ def read_classes(files: Sequence[Path], display_name: Path) -> Layers:
 
 
 def _box(values: NDArray[Any]) -> tuple[slice, slice, slice] | None:
-    """The smallest box around what is not 0."""
+    """The smallest box around the voxels that are not 0; None where all are 0."""
     planes = np.flatnonzero(np.any(values, axis=(1, 2)))
     if not planes.size:
         return None
-    seen = np.any(values[planes[0] : planes[-1] + 1], axis=0)
-    rows, columns = np.flatnonzero(seen.any(axis=1)), np.flatnonzero(seen.any(axis=0))
+    projection = np.any(values[planes[0] : planes[-1] + 1], axis=0)
+    rows = np.flatnonzero(projection.any(axis=1))
+    columns = np.flatnonzero(projection.any(axis=0))
     return _span(planes), _span(rows), _span(columns)
 
 
-def _span(where: NDArray[np.intp]) -> slice:
-    return slice(int(where[0]), int(where[-1]) + 1)
+def _span(indices: NDArray[np.intp]) -> slice:
+    return slice(int(indices[0]), int(indices[-1]) + 1)
 
 
-def _apart(one: Geometry, other: Geometry, shape: tuple[int, ...]) -> float:
-    """How far, at most, a corner lies apart in two grids of one shape (D, H, W), in mm."""
+def _largest_offset(first: Geometry, second: Geometry, shape: tuple[int, ...]) -> float:
+    """The largest distance, in mm, of one corner in two grids of one shape (D, H, W)."""
     corners = np.array(
         [
             [i, j, k, 1]
@@ -143,24 +168,25 @@ def _apart(one: Geometry, other: Geometry, shape: tuple[int, ...]) -> float:
         ],
         float,
     )
-    return float(np.linalg.norm(corners @ (one.affine - other.affine).T, axis=1).max())
+    return float(np.linalg.norm(corners @ (first.affine - second.affine).T, axis=1).max())
 
 
 def _is_binary(path: Path) -> bool:
-    """Whether a volume file holds 0 and one other value; one that cannot be read counts as such,
-    for reading it will say so.
+    """Whether a volume file is binary.
+
+    A file that cannot be read counts as binary: reading the mask reports it.
     """
     try:
         with archive.on_disk(path) as on_disk:
-            about = on_disk.stat()
-            return _checked(on_disk, about.st_mtime_ns, about.st_size)
+            status = on_disk.stat()
+            return _is_binary_on_disk(on_disk, status.st_mtime_ns, status.st_size)
     except (InputError, OSError):
         return True
 
 
 @lru_cache(maxsize=512)
-def _checked(path: Path, changed: int, size: int) -> bool:
-    """Kept by what the file is: a watcher looks several times."""
+def _is_binary_on_disk(path: Path, modified: int, size: int) -> bool:
+    """As `_is_binary`, cached by the file's state: a watched folder is looked at several times."""
     return _holds_one_value(read_volume(path).values)
 
 

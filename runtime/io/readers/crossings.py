@@ -1,4 +1,4 @@
-"""How two contours of a plane lie to each other, by their edges: no grid of pixels decides it."""
+"""How two contours of a plane lie to each other, computed from their edges without a pixel grid."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from numpy.typing import NDArray
 from ...core.errors import UnreadableVolume
 from .polygons import Contour, contains
 
-TOLERANCE = (
-    0.1  # pixels: an outline that runs this close to another touches it and does not cross it
-)
-ROUNDING = (
-    0.01  # pixels: what rounding in a file moves a corner by, of which nothing needs to be said
-)
-BLOCK = 64  # edges that are looked at together
-MOST_NEAR_EDGES = 1 << 24  # pairs of edges of two contours that lie near each other
+# Pixels: an outline that runs this close to another one touches it and does not cross it.
+TOLERANCE = 0.1
+# Pixels that rounding in a file moves a corner by; the user need not hear of it.
+ROUNDING = 0.01
+# Edges that are compared together.
+BLOCK = 64
+# Pairs of edges of two contours that lie near each other.
+MOST_NEAR_EDGES = 1 << 24
 
 _Numbers = NDArray[np.float64]
 _NONE: _Numbers = np.zeros(0)
 
 
 class Outline:
-    """A contour as its edges, prepared to be compared with others.
+    """The edges of a contour, prepared for comparisons.
 
     Attributes:
         contour: Its corners (n, 2), in pixels.
-        corners: Where its edges that have a length start (m, 2).
-        edges: Their vectors (m, 2).
-        low: The least column and row of each edge (m, 2).
-        high: The largest ones.
-        length: Of the whole outline, in pixels; at least a millionth of one.
+        corners: Start of each edge that has a length (m, 2).
+        edges: Vector of each edge (m, 2).
+        low: Lowest column and row of each edge (m, 2).
+        high: Highest column and row of each edge (m, 2).
+        length: Length of the outline in pixels; at least a millionth of one.
     """
 
     def __init__(self, contour: Contour) -> None:
@@ -47,63 +47,66 @@ class Outline:
 
 
 class Relation(Enum):
-    """How a contour lies to another one."""
+    """How a contour lies to a second one."""
 
-    APART = auto()  # beside the other one, or around it
+    # Beside the second contour, or around it.
+    APART = auto()
     INSIDE = auto()
-    TRACES = auto()  # it runs along the other one's outline all around
-    TRACED = auto()  # the other one runs along its outline, which goes further
-    CROSSING = auto()  # each outline runs both inside and outside of the other one
+    # Its whole outline runs along the outline of the second contour.
+    TRACES = auto()
+    # The whole second outline runs along its own, which is longer.
+    TRACED = auto()
+    # Each outline runs both inside and outside of the other one.
+    CROSSING = auto()
 
 
 def relation(
-    contour: Outline, other: Outline, tolerance: float = TOLERANCE
+    contour: Outline, second: Outline, tolerance: float = TOLERANCE
 ) -> tuple[Relation, bool]:
-    """How a contour lies to another one.
+    """How a contour lies to a second one.
 
     Args:
-        contour: The one.
-        other: The other.
-        tolerance: Up to which distance, in pixels, an outline counts as lying on the other one.
+        contour: The contour.
+        second: The second contour.
+        tolerance: Distance in pixels within which an outline counts as lying on the other one.
 
     Returns:
-        The relation; and whether it is not `CROSSING` by the tolerance alone, by more than
-        `ROUNDING`.
+        The relation; and whether it would be `CROSSING` with the tolerance `ROUNDING`.
 
     Raises:
-        UnreadableVolume: when the two outlines run beside each other too often to be compared.
+        UnreadableVolume: The two outlines run along each other too often to be compared.
     """
-    inside, outside, touches = _sides(contour, other, tolerance)
+    inside, outside, touches = _sides(contour, second, tolerance)
     if not inside and not outside:
         return Relation.TRACES, False
-    within = Relation.APART if outside else Relation.INSIDE
+    no_crossing = Relation.APART if outside else Relation.INSIDE
     if not touches and not (inside and outside):
-        return within, False
-    other_inside, other_outside, _ = _sides(other, contour, tolerance)
-    if not other_inside and not other_outside:
+        return no_crossing, False
+    second_inside, second_outside, _ = _sides(second, contour, tolerance)
+    if not second_inside and not second_outside:
         return Relation.TRACED, False
-    if inside and outside and other_inside and other_outside:
+    if inside and outside and second_inside and second_outside:
         return Relation.CROSSING, False
     if tolerance <= ROUNDING:
-        return within, False
-    return within, relation(contour, other, ROUNDING)[0] is Relation.CROSSING
+        return no_crossing, False
+    return no_crossing, relation(contour, second, ROUNDING)[0] is Relation.CROSSING
 
 
-def _sides(contour: Outline, other: Outline, tolerance: float) -> tuple[bool, bool, bool]:
-    """Whether parts of an outline lie inside, outside and on the outline of another contour."""
+def _sides(contour: Outline, second: Outline, tolerance: float) -> tuple[bool, bool, bool]:
+    """Whether parts of an outline lie inside, outside and on the outline of a second contour."""
     inside = outside = touches = False
-    for corners, edges, starts, ends in _covered(contour, other, tolerance):
+    for corners, edges, starts, ends in _covered(contour, second, tolerance):
         touches |= bool(len(starts))
-        within = contains(other.contour, _between(corners, edges, starts, ends))
-        inside |= bool(within.any())
-        outside |= not within.all()
+        is_inside = contains(second.contour, _between(corners, edges, starts, ends))
+        inside |= bool(is_inside.any())
+        outside |= not is_inside.all()
         if inside and outside:
             break
     return inside, outside, touches
 
 
 def _between(corners: Contour, edges: _Numbers, starts: _Numbers, ends: _Numbers) -> _Numbers:
-    """A point in each gap between covered parts of a run of edges, which are numbered from 0."""
+    """A point in each gap between the covered parts of a run of edges, numbered from 0."""
     if not len(starts):
         return corners[:1]
     order = np.argsort(starts)
@@ -115,16 +118,17 @@ def _between(corners: Contour, edges: _Numbers, starts: _Numbers, ends: _Numbers
 
 
 def _covered(
-    contour: Outline, other: Outline, tolerance: float
+    contour: Outline, second: Outline, tolerance: float
 ) -> Iterator[tuple[Contour, _Numbers, _Numbers, _Numbers]]:
-    """Which parts of an outline lie on another one.
+    """The parts of an outline that lie on a second one.
 
     Yields:
-        Of each run of edges its corners, its edges as vectors, and where covered parts start and
-        end: 2.5 is the middle of the edge that follows the third corner.
+        For each run of edges its corners, its edges as vectors, and the start and end of each
+        covered
+        part: 2.5 is the middle of the edge that starts at the third corner.
     """
-    low, high = other.low - tolerance, other.high + tolerance
-    most = MOST_NEAR_EDGES
+    low, high = second.low - tolerance, second.high + tolerance
+    remaining_pairs = MOST_NEAR_EDGES
     for start in range(0, len(contour.corners), BLOCK):
         run = slice(start, start + BLOCK)
         corners, edges = contour.corners[run], contour.edges[run]
@@ -132,48 +136,60 @@ def _covered(
         reached = (low <= largest.max(axis=0)) & (high >= least.min(axis=0))
         near = np.flatnonzero(reached[:, 0] & reached[:, 1])
         overlap = (low[near] <= largest[:, None]) & (high[near] >= least[:, None])
-        one, two = np.nonzero(overlap[..., 0] & overlap[..., 1])
-        if not len(one):
+        first_edge, second_edge = np.nonzero(overlap[..., 0] & overlap[..., 1])
+        if not len(first_edge):
             yield corners, edges, _NONE, _NONE
             continue
-        most -= len(one)
-        if most < 0:
+        remaining_pairs -= len(first_edge)
+        if remaining_pairs < 0:
             raise UnreadableVolume(
-                "a structure set has contours that run beside each other too often for outlines",
+                "a structure set has contours that run along each other too often for outlines",
                 expected="outlines of structures",
                 remedy="export it again",
             )
-        two = near[two]
+        second_edge = near[second_edge]
         first, last = _along(
-            corners[one], edges[one], other.corners[two], other.edges[two], tolerance
+            corners[first_edge],
+            edges[first_edge],
+            second.corners[second_edge],
+            second.edges[second_edge],
+            tolerance,
         )
-        met = first <= last
-        yield corners, edges, one[met] + first[met], one[met] + last[met]
+        covered = first <= last
+        yield (
+            corners,
+            edges,
+            first_edge[covered] + first[covered],
+            first_edge[covered] + last[covered],
+        )
 
 
 def _along(
-    start: _Numbers, edge: _Numbers, corner: _Numbers, other: _Numbers, tolerance: float
+    start: _Numbers, edge: _Numbers, corner: _Numbers, second_edge: _Numbers, tolerance: float
 ) -> tuple[_Numbers, _Numbers]:
-    """Which part of each edge lies within a tolerance of another edge.
+    """The part of each edge that lies within a tolerance of a second edge.
 
     Args:
-        start: Where each edge starts (k, 2).
+        start: Start of each edge (k, 2).
         edge: Its vector (k, 2).
-        corner: Where the other edge starts (k, 2).
-        other: Its vector (k, 2).
-        tolerance: In pixels.
+        corner: Start of the second edge (k, 2).
+        second_edge: Its vector (k, 2).
+        tolerance: Distance in pixels.
 
     Returns:
-        From where to where, as fractions of the edge (k,); the end lies before the start where no
-        part does. It is one part, since the distance to an edge is convex along a line.
+        Start and end of the part, as fractions of the edge (k,). The end is before the start where
+        no part is near. There is only one part, since the distance to an edge is convex along a
+        line.
     """
-    length = np.linalg.norm(other, axis=1)
-    unit = other / length[:, None]
+    length = np.linalg.norm(second_edge, axis=1)
+    unit = second_edge / length[:, None]
     offset = start - corner
     along = _line(_dot(offset, unit), _dot(edge, unit), np.zeros_like(length), length)
     across = _line(_cross(offset, unit), _cross(edge, unit), -tolerance, tolerance)
-    beside = np.maximum(along[0], across[0]), np.minimum(along[1], across[1])
-    parts = [beside, _disc(offset, edge, tolerance), _disc(offset - other, edge, tolerance)]
+    near_line = np.maximum(along[0], across[0]), np.minimum(along[1], across[1])
+    near_start = _disc(offset, edge, tolerance)
+    near_end = _disc(offset - second_edge, edge, tolerance)
+    parts = [near_line, near_start, near_end]
     first = np.min([np.where(a <= b, a, np.inf) for a, b in parts], axis=0)
     last = np.max([np.where(a <= b, b, -np.inf) for a, b in parts], axis=0)
     return np.maximum(first, 0), np.minimum(last, 1)
@@ -182,18 +198,18 @@ def _along(
 def _line(
     value: _Numbers, slope: _Numbers, low: _Numbers | float, high: _Numbers | float
 ) -> tuple[_Numbers, _Numbers]:
-    """Where low <= value + t * slope <= high: from which t to which."""
+    """First and last t with low <= value + t * slope <= high."""
     level = slope == 0
     divisor = np.where(level, 1, slope)
-    one, two = (low - value) / divisor, (high - value) / divisor
+    at_low, at_high = (low - value) / divisor, (high - value) / divisor
     holds = (low <= value) & (value <= high)
-    first = np.where(level, np.where(holds, -np.inf, np.inf), np.minimum(one, two))
-    last = np.where(level, np.where(holds, np.inf, -np.inf), np.maximum(one, two))
+    first = np.where(level, np.where(holds, -np.inf, np.inf), np.minimum(at_low, at_high))
+    last = np.where(level, np.where(holds, np.inf, -np.inf), np.maximum(at_low, at_high))
     return first, last
 
 
 def _disc(offset: _Numbers, edge: _Numbers, radius: float) -> tuple[_Numbers, _Numbers]:
-    """Where offset + t * edge lies within a radius of 0: from which t to which."""
+    """First and last t for which offset + t * edge lies within a radius of 0."""
     squared = _dot(edge, edge)
     half = -_dot(offset, edge) / squared
     rest = radius**2 - _cross(offset, edge) ** 2 / squared
@@ -201,9 +217,9 @@ def _disc(offset: _Numbers, edge: _Numbers, radius: float) -> tuple[_Numbers, _N
     return np.where(rest < 0, np.inf, half - reach), np.where(rest < 0, -np.inf, half + reach)
 
 
-def _dot(one: _Numbers, other: _Numbers) -> _Numbers:
-    return np.einsum("ij,ij->i", one, other)
+def _dot(first: _Numbers, second: _Numbers) -> _Numbers:
+    return np.einsum("ij,ij->i", first, second)
 
 
-def _cross(one: _Numbers, other: _Numbers) -> _Numbers:
-    return one[:, 0] * other[:, 1] - one[:, 1] * other[:, 0]
+def _cross(first: _Numbers, second: _Numbers) -> _Numbers:
+    return first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]

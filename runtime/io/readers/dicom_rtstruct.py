@@ -1,5 +1,6 @@
-"""RT Structure Sets (PS3.3, A.19 and C.8.8.6): planar contours → regions on the grid of the
-series they were drawn on.
+"""RT Structure Sets (PS3.3, A.19 and C.8.8.6): from planar contours to regions on a grid.
+
+The grid is that of the image series on which the contours were drawn, or one that the user gave.
 """
 
 from __future__ import annotations
@@ -20,22 +21,30 @@ from .dicom_seg import code_of
 from .nesting import THIN, Area, area, once_around
 from .polygons import Contour
 
-# how far the corners of a contour may lie off its plane, in slice spacings (at least 0.1 mm)
+# Distance of a contour's corners from its plane, in slice spacings (at least 0.1 mm).
 PLANE_TOLERANCE = 0.1
-# of the contours of a region and the rows of a slice, per pixel: an outline never comes near
+# Crossings of a region's contours with the rows of a slice, per pixel: outlines have far fewer.
 MOST_CROSSINGS = 16
-MIN_CROSSINGS = 1 << 22  # that many are allowed in any image
+# Crossings that are allowed in any image.
+MIN_CROSSINGS = 1 << 22
 _AREAS = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "CLOSED_PLANAR_XOR")
-_Placed = list[tuple[float, Contour]]  # slice, and corners as (column, row), in voxels of the grid
-_Planes = dict[float, list[Contour]]  # height in slices → the contours there
+# Slice, and corners as (column, row), in voxels of the grid.
+_Placed = list[tuple[float, Contour]]
+# The contours of each height, in slices.
+_Planes = dict[float, list[Contour]]
+# The grid, its shape (D, H, W) and the images that it comes from.
 Grid = tuple[Geometry, tuple[int, int, int], DicomSource]
 
 
 @dataclass
 class _Region:
-    """One ROI. `contours`: its closed ones, (n, 3) in mm, LPS; `passed_over`: a corner of each that
-    is no area; `xor`: whether its contours say that they are to be combined by exclusive or (PS3.3,
-    C.8.8.6.3).
+    """One ROI.
+
+    Attributes:
+        segment: Its number, name and code.
+        contours: Its closed contours, each (n, 3) in mm, LPS.
+        passed_over: One corner of each contour that is not an area.
+        xor: Whether all its contours state exclusive or (PS3.3, C.8.8.6.3).
     """
 
     segment: Segment
@@ -46,9 +55,12 @@ class _Region:
 
 @dataclass(frozen=True)
 class References:
-    """What a structure set refers to.
+    """The images that a structure set refers to.
 
-    `series`: UIDs; `instances`: of the images its contours were drawn on.
+    Attributes:
+        frame_of_reference: UID of its frame of reference.
+        series: UIDs of the referenced series.
+        instances: UIDs of the images that contours were drawn on.
     """
 
     frame_of_reference: str
@@ -57,19 +69,27 @@ class References:
 
 
 def references(path: Path, name: str) -> References:
-    """What the structure set refers to. Raises `UnreadableVolume`."""
+    """The images that a structure set refers to.
+
+    Args:
+        path: The structure set.
+        name: What messages call it.
+
+    Raises:
+        UnreadableVolume: The file cannot be read.
+    """
     with map_dicom_errors(name):
         ds = dataset(path)
         drawn_on: set[str] = set()
         for _, contour in _contours(ds):
-            drawn_on.update(_images(contour))
+            drawn_on.update(_referenced_images(contour))
         return _references(ds, drawn_on)
 
 
 def _contours(ds: Any) -> Iterator[tuple[int, Any]]:
-    """Each contour with its ROI's number.
+    """Each contour with the number of its ROI.
 
-    What is done with is forgotten: pydicom's objects take many times what the file does.
+    Contours are cleared after use: pydicom's objects take many times the memory of the file.
     """
     for roi in ds.get("ROIContourSequence") or []:
         number = int(roi.ReferencedROINumber)
@@ -80,37 +100,45 @@ def _contours(ds: Any) -> Iterator[tuple[int, Any]]:
         roi.ReferencedROINumber = number
 
 
-def _images(item: Any) -> Iterator[str]:
-    """The images that a contour or a series refers to."""
+def _referenced_images(item: Any) -> Iterator[str]:
+    """UIDs of the images that a contour or a series refers to."""
     for image in item.get("ContourImageSequence") or []:
         yield str(image.get("ReferencedSOPInstanceUID", ""))
 
 
 def _references(ds: Any, drawn_on: Iterable[str]) -> References:
-    """`drawn_on`: the images that the contours refer to."""
+    """The references of a data set; `drawn_on` are the images of its contours."""
     frames = ds.get("ReferencedFrameOfReferenceSequence") or []
     listed = [
-        s
-        for f in frames
-        for study in f.get("RTReferencedStudySequence") or []
-        for s in study.get("RTReferencedSeriesSequence") or []
+        series
+        for frame in frames
+        for study in frame.get("RTReferencedStudySequence") or []
+        for series in study.get("RTReferencedSeriesSequence") or []
     ]
-    frame = (
-        str(frames[0].get("FrameOfReferenceUID", ""))
-        if frames
-        else str(ds.get("FrameOfReferenceUID", ""))
-    )
-    series = frozenset(str(s.get("SeriesInstanceUID", "")) for s in listed)
-    return References(frame, series, frozenset(drawn_on).union(*(_images(s) for s in listed)))
+    frame_of_reference = str((frames[0] if frames else ds).get("FrameOfReferenceUID", ""))
+    series_uids = frozenset(str(series.get("SeriesInstanceUID", "")) for series in listed)
+    instances = frozenset(drawn_on).union(*(_referenced_images(series) for series in listed))
+    return References(frame_of_reference, series_uids, instances)
 
 
 def read_rtstruct(
     path: Path, name: str, grid: Grid | None, *, like: bool = False, allow_missing: bool = False
 ) -> Layers:
-    """Read a structure set as `Layers` on `grid`; messages call it `name`.
+    """Read a structure set.
 
-    `grid`: of the referenced series, or with `like` one that the user gave. References to images
-    that are not in the series are an error unless `allow_missing` or `like`. Raises `InputError`s.
+    Args:
+        path: The structure set.
+        name: What messages call it.
+        grid: Grid of the referenced series, or the user's grid with `like`; None if there is none.
+        like: Whether the user gave the grid.
+        allow_missing: Whether the contours may refer to images that the series does not have.
+
+    Returns:
+        Its regions on `grid`, with notes for the user.
+
+    Raises:
+        InputError: It cannot be read, or refers to images that are missing.
+        GeometryError: Its contours do not lie in the slices of the grid.
     """
     with map_dicom_errors(name):
         ds = dataset(path)
@@ -119,20 +147,22 @@ def read_rtstruct(
             _check_references(refers, None if grid is None else grid[2], name, allow_missing)
         assert grid is not None
         geometry, shape, series = grid
-        tolerance = max(PLANE_TOLERANCE, min(0.4, 0.1 / geometry.spacing[2]))  # in slices
+        # In slices.
+        tolerance = max(PLANE_TOLERANCE, min(0.4, 0.1 / geometry.spacing[2]))
         placed = {
-            region.segment.number: _place(region, geometry, tolerance, name) for region in regions
+            region.segment.number: _to_voxels(region, geometry, tolerance, name)
+            for region in regions
         }
         # On its own series a contour belongs to its slice. On another grid it reaches half way to
         # the next plane of the set.
         heights = sorted(k for contours in placed.values() for k, _ in contours)
-        apart = [*_planes([(k, None) for k in heights], tolerance)]
-        reach = max(0.5, float(np.diff(apart).min()) / 2) if like and len(apart) > 1 else 0.5
+        distinct = [*_planes([(k, None) for k in heights], tolerance)]
+        reach = max(0.5, float(np.diff(distinct).min()) / 2) if like and len(distinct) > 1 else 0.5
         if not like and any(abs(k - round(k)) > tolerance for k in heights):
             raise GeometryError(
                 f"{name} has contours between the slices of the series",
                 expected="contours in its slices",
-                remedy="give the series they were drawn on, or a grid with --like IMAGE",
+                remedy="give the series that they were drawn on, or a grid with --like IMAGE",
                 file=Path(name),
             )
         notes: list[str] = []
@@ -140,7 +170,7 @@ def read_rtstruct(
         for region in regions:
             number = region.segment.number
             planes = _planes(placed.pop(number), tolerance if like else None)
-            slices[number], facts = _settled(planes, region.xor, shape, reach)
+            slices[number], facts = _areas_by_slice(planes, region.xor, shape, reach)
             facts += _passed_over(region, geometry)
             notes += [f"{name}: {fact.format(f'ROI {number}')}" for fact in facts]
         origin = source(
@@ -154,16 +184,16 @@ def read_rtstruct(
             for k, plane in sorted(planes.items()):
                 yield number, k, plane.pixels(shape[1:])
 
-    used = tuple(region.segment for region in regions if region.contours)
-    return Layers(used, shape, geometry, pieces, origin, tuple(notes))
+    segments = tuple(region.segment for region in regions if region.contours)
+    return Layers(segments, shape, geometry, pieces, origin, tuple(notes))
 
 
-def _settled(
+def _areas_by_slice(
     planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: float
 ) -> tuple[dict[int, Area], list[str]]:
-    """What each slice of the grid takes of a region, and what a person should be told of it.
+    """The area of a region in each slice of the grid, and notes for the user.
 
-    "{}" stands for the region in what is told.
+    The notes have "{}" in the place of the region's name.
     """
     slices = _by_slice(planes, shape[0], reach)
     areas = {height: _area(planes[height], xor, shape[1:]) for height in {*slices.values()}}
@@ -175,14 +205,14 @@ def _settled(
     within = f"(to {TOLERANCE} pixels)"
     facts = [
         (
-            _beyond(planes, shape),
+            _contours_beyond(planes, shape),
             "contour of {} reaches beyond the grid and is cut off",
             "contours of {} reach beyond the grid and are cut off",
         ),
         (
             repeated,
-            f"contour of {{}} is there twice {within} and counts once",
-            f"contours of {{}} are there twice {within} and count once",
+            f"contour of {{}} occurs twice {within} and counts once",
+            f"contours of {{}} occur twice {within} and count once",
         ),
         (
             united,
@@ -196,11 +226,8 @@ def _settled(
         ),
         (
             thin,
-            f"contour of {{}} is a hole that leaves less than {THIN:g} pixel of what is around it",
-            (
-                f"contours of {{}} are holes that leave less than {THIN:g} pixel of what is around"
-                " them"
-            ),
+            f"contour of {{}} is a hole that leaves a wall of less than {THIN:g} pixel",
+            f"contours of {{}} are holes that leave a wall of less than {THIN:g} pixel",
         ),
         (
             overlaid,
@@ -213,12 +240,16 @@ def _settled(
             "slices between the first and the last of {} have no contour of it and stay empty",
         ),
     ]
-    told = [quantity(count, one, many) for count, one, many in facts if count]
-    return {k: areas[height] for k, height in slices.items()}, told
+    messages = [quantity(count, singular, plural) for count, singular, plural in facts if count]
+    return {k: areas[height] for k, height in slices.items()}, messages
 
 
 def _area(contours: list[Contour], xor: bool, shape: tuple[int, int]) -> Area:
-    """The area of a region in one plane of an image of `shape`. Raises `UnreadableVolume`."""
+    """The area of a region in one plane of an image of `shape` (H, W).
+
+    Raises:
+        UnreadableVolume: The contours are not outlines.
+    """
     crossings = sum(_rows_crossed(contour, shape[0]) for contour in contours)
     if crossings > max(MIN_CROSSINGS, MOST_CROSSINGS * shape[0] * shape[1]):
         raise UnreadableVolume(
@@ -231,7 +262,7 @@ def _area(contours: list[Contour], xor: bool, shape: tuple[int, int]) -> Area:
 
 
 def _passed_over(region: _Region, geometry: Geometry) -> list[str]:
-    """Of a region's points and lines, what a person should be told."""
+    """A note for the user on a region's points and open lines."""
     if not region.passed_over:
         return []
     inverse = np.linalg.inv(geometry.affine)
@@ -240,10 +271,8 @@ def _passed_over(region: _Region, geometry: Geometry) -> list[str]:
     listed = ", ".join(map(str, slices[:8])) + (", …" if len(slices) > 8 else "")
     where = f"in slice{'s' if len(slices) > 1 else ''} {listed}, counted from 0"
     count = len(region.passed_over)
-    return [
-        f"{quantity(count, 'point or open line', 'points or open lines')} of {{}} ({where})"
-        f" {_are(count)} no area and {_are(count)} passed over"
-    ]
+    figures = quantity(count, "point or open line", "points or open lines")
+    return [f"{figures} of {{}} ({where}) {_are(count)} not an area and {_are(count)} left out"]
 
 
 def _are(count: int) -> str:
@@ -253,8 +282,9 @@ def _are(count: int) -> str:
 def _check_references(
     refers: References, series: DicomSource | None, name: str, allowed: bool
 ) -> None:
-    """Raise when images are missing that the contours were drawn on; `allowed`: when the series
-    that is there cannot stand for them.
+    """Refuse a structure set whose contours were drawn on images that are missing.
+
+    `allowed`: whether the available series may replace them.
     """
     missing = sorted(refers.instances - set(() if series is None else series.sop_instance_uids))
     if series is not None and not missing and refers.instances:
@@ -263,48 +293,47 @@ def _check_references(
         if refers.frame_of_reference != series.frame_of_reference_uid:
             raise GeometryError(
                 f"{name} lies in another frame of reference than the image series beside it",
-                expected="the series it was drawn on",
+                expected="the series that it was drawn on",
                 remedy="give a grid with --like IMAGE",
                 file=Path(name),
             )
         return
-    fact = "it refers to no image"
+    reason = "it refers to no image"
     if refers.instances:
         stated = quantity(len(refers.instances), "image")
-        fact = f"{len(missing)} of the {stated} it refers to {_are(len(missing))} not there"
-    lift = (
-        "give the folder above both where it lies in another one, add it, or "
-        if series is None
-        else "add --allow-missing-references to use the series that is there, or "
-    )
+        reason = f"{len(missing)} of the {stated} that it refers to {_are(len(missing))} missing"
+    if series is None:
+        fact = f"{name} was drawn on a series that is not beside it: {reason}"
+        remedy = "add the series, give the folder that holds both, or "
+    else:
+        fact = f"{name} was drawn on other images than those beside it: {reason}"
+        remedy = "add --allow-missing-references to use the series beside it, or "
     raise InputError(
-        f"{name} was drawn on"
-        f" {'a series that is not beside it' if series is None else 'other images than those beside it'}:"
-        f" {fact}",
+        fact,
         expected="the referenced series in the same folder or zip",
-        remedy=f"{lift}give a grid with --like IMAGE",
+        remedy=f"{remedy}give a grid with --like IMAGE",
         file=Path(name),
     )
 
 
 def _regions(ds: Any, name: str) -> tuple[list[_Region], References]:
-    """The regions in their order, and what the structure set refers to."""
+    """The regions in their order, and the images that the structure set refers to."""
     names = {
         int(roi.ROINumber): str(roi.get("ROIName", ""))
         for roi in ds.get("StructureSetROISequence") or []
     }
     codes = {}
-    for seen in ds.get("RTROIObservationsSequence") or []:
-        if identified := seen.get("RTROIIdentificationCodeSequence"):
-            codes[int(seen.ReferencedROINumber)] = code_of(identified[0])
+    for observation in ds.get("RTROIObservationsSequence") or []:
+        if identification := observation.get("RTROIIdentificationCodeSequence"):
+            codes[int(observation.ReferencedROINumber)] = code_of(identification[0])
     listed = [int(roi.ReferencedROINumber) for roi in ds.get("ROIContourSequence") or []]
     regions = {
         n: _Region(Segment(n, names.get(n, ""), codes.get(n, ""), private=True)) for n in listed
     }
     drawn_on: set[str] = set()
     for number, contour in _contours(ds):
-        drawn_on.update(_images(contour))
-        _take(regions[number], contour, name)
+        drawn_on.update(_referenced_images(contour))
+        _add_contour(regions[number], contour, name)
     if len(regions) < len(listed) or not any(r.contours for r in regions.values()):
         raise UnreadableVolume(
             f"{name} has no closed contour, or one ROI twice",
@@ -315,13 +344,14 @@ def _regions(ds: Any, name: str) -> tuple[list[_Region], References]:
     return [*regions.values()], _references(ds, drawn_on)
 
 
-def _take(region: _Region, contour: Any, name: str) -> None:
+def _add_contour(region: _Region, contour: Any, name: str) -> None:
     """Add a contour to its region."""
     kind = str(contour.get("ContourGeometricType", ""))
     if kind not in _AREAS and kind not in ("POINT", "OPEN_PLANAR"):
-        known = f"the type {kind!r}" if kind == "OPEN_NONPLANAR" else "another type"
+        # Any other text comes from the file and may not be repeated.
+        type_text = f"the type {kind!r}" if kind == "OPEN_NONPLANAR" else "another type"
         raise UnreadableVolume(
-            f"{name} has a contour of {known}",
+            f"{name} has a contour of {type_text}",
             expected="closed planar contours",
             remedy="export it with planar contours",
             file=Path(name),
@@ -340,27 +370,29 @@ def _is_line(corners: NDArray[np.float64]) -> bool:
     distances = np.einsum("ij,ij->i", offsets, offsets)
     farthest = offsets[int(distances.argmax())]
     squared = max(float(farthest @ farthest), 1e-12)
-    beside = offsets - np.outer(offsets @ farthest / squared, farthest)
-    return bool(np.abs(beside).max() < 1e-6)
+    off_line = offsets - np.outer(offsets @ farthest / squared, farthest)
+    return bool(np.abs(off_line).max() < 1e-6)
 
 
 def _corners(contour: Any, name: str) -> NDArray[np.float64]:
-    """ContourData as (n, 3) mm, from its text at once: pydicom's way is an object a number."""
+    """The corners of a contour, (n, 3) in mm.
+
+    They are parsed at once: pydicom makes an object per number.
+    """
     raw = contour.get_item("ContourData")
     value = getattr(raw, "value", None)
     if isinstance(value, bytes):
         text = value.rstrip(b" \0")
         points = np.fromstring(text.decode("ascii"), sep=" \\ ")
-        whole = points.size == (text.count(b"\\") + 1 if text else 0)
+        is_complete = points.size == (text.count(b"\\") + 1 if text else 0)
     else:
-        points, whole = np.array([] if value is None else value, float).reshape(-1), True
+        points, is_complete = np.array([] if value is None else value, float).reshape(-1), True
     stated = int(contour.get("NumberOfContourPoints") or 0)
-    short = (
-        points.size < 9 and stated * 3 > points.size
-    )  # a contour whose corners were lost is no line
+    # A contour that lost corners must not pass for a point or a line.
+    lost_corners = points.size < 9 and stated * 3 > points.size
     if (
-        not whole
-        or short
+        not is_complete
+        or lost_corners
         or points.size % 3
         or not np.isfinite(points).all()
         or np.abs(points).max(initial=0) > 1e6
@@ -374,8 +406,8 @@ def _corners(contour: Any, name: str) -> NDArray[np.float64]:
     return points.reshape(-1, 3)
 
 
-def _place(region: _Region, geometry: Geometry, tolerance: float, name: str) -> _Placed:
-    """The region's contours as (slice, corners as (column, row)) in voxels of the grid."""
+def _to_voxels(region: _Region, geometry: Geometry, tolerance: float, name: str) -> _Placed:
+    """The contours of a region as (slice, corners as (column, row)) in voxels of the grid."""
     inverse = np.linalg.inv(geometry.affine)
     placed = []
     for n, contour in enumerate(region.contours):
@@ -386,19 +418,21 @@ def _place(region: _Region, geometry: Geometry, tolerance: float, name: str) -> 
                 f" {across * geometry.spacing[2]:.2f} mm across the slices",
                 expected="contours in the planes of the grid's slices",
                 remedy=(
-                    "give the series they were drawn on, or --like an image of their orientation"
+                    "give the series that they were drawn on, or --like an image of their"
+                    " orientation"
                 ),
                 file=Path(name),
             )
         placed.append((float(ijk[:, 2].mean()), once_around(np.ascontiguousarray(ijk[:, :2]))))
-        region.contours[n] = contour[:0]  # it is not needed any more, and there may be many
+        # The corners in mm are not needed any more, and there may be many.
+        region.contours[n] = contour[:0]
     return placed
 
 
 def _planes(placed: Iterable[tuple[float, Any]], tolerance: float | None) -> dict[float, list[Any]]:
-    """Height of a plane → what lies in it, ascending.
+    """The items at each height, in ascending order of the heights.
 
-    Without a `tolerance` the planes are the grid's own slices.
+    Without a `tolerance` the heights are the slices of the grid.
     """
     planes: dict[float, list[Any]] = {}
     height = last = -np.inf
@@ -413,36 +447,34 @@ def _planes(placed: Iterable[tuple[float, Any]], tolerance: float | None) -> dic
 
 
 def _by_slice(planes: _Planes, depth: int, reach: float) -> dict[int, float]:
-    """Slice of the grid → height of the plane that it takes: the one next to it, up to `reach`
-    slices away.
-    """
+    """The height of the nearest plane for each slice of the grid, up to `reach` slices away."""
     if not planes:
         return {}
     heights = np.array([*planes])
+    first = max(0, int(np.floor(heights[0] - reach)))
+    stop = min(depth, int(np.ceil(heights[-1] + reach)) + 1)
     result = {}
-    for k in range(
-        max(0, int(np.floor(heights[0] - reach))), min(depth, int(np.ceil(heights[-1] + reach)) + 1)
-    ):
+    for k in range(first, stop):
         nearest = float(heights[np.argmin(np.abs(heights - k))])
-        if (
-            1e-6 - reach < k - nearest <= reach + 1e-6
-        ):  # a slice halfway between planes takes one of them
+        # A slice halfway between two planes takes one of them.
+        if 1e-6 - reach < k - nearest <= reach + 1e-6:
             result[k] = nearest
     return result
 
 
 def _rows_crossed(contour: Contour, height: int) -> float:
-    """How many rows of the image the edges of a contour cross, each edge for itself."""
+    """How many rows of the image the edges of a contour cross, added up over the edges."""
     rows = np.clip(contour[:, 1], -1, height)
     return float(np.abs(np.diff(rows)).sum())
 
 
-def _beyond(planes: _Planes, shape: tuple[int, int, int]) -> int:
+def _contours_beyond(planes: _Planes, shape: tuple[int, int, int]) -> int:
     """How many contours reach beyond the grid."""
     depth, height, width = shape
-    limits = np.array([width, height]) - 0.5 + 1e-6
+    highest = np.array([width, height]) - 0.5 + 1e-6
+    lowest = -0.5 - 1e-6
     return sum(
-        not -0.5 <= k <= depth - 0.5 or bool((c < -0.5 - 1e-6).any() or (c > limits).any())
+        not -0.5 <= k <= depth - 0.5 or bool((c < lowest).any() or (c > highest).any())
         for k, contours in planes.items()
         for c in contours
     )

@@ -1,8 +1,7 @@
-"""DICOM Segmentation objects (PS3.3, A.51): BINARY, LABELMAP, and FRACTIONAL by a threshold; one
-frame in memory at a time.
+"""DICOM Segmentation objects (PS3.3, A.51): BINARY, LABELMAP, and FRACTIONAL with a threshold.
 
-The frames' own positions say where they lie. A place without a frame holds no segment (PS3.3,
-C.8.20.2: empty frames may be left out).
+One frame is in memory at a time. Frames lie where their positions state. A place without a frame
+holds no segment: empty frames may be left out (PS3.3, C.8.20.2).
 """
 
 from __future__ import annotations
@@ -31,15 +30,25 @@ from . import seg_frames
 from .seg_frames import check_frames
 
 MAX_FRAMES = 1 << 17
-MAX_PIXELS = 1 << 26  # of one frame
+# Pixels of one frame.
+MAX_PIXELS = 1 << 26
 MAX_VOXELS = 1 << 32
 
 
 def read_seg(path: Path, name: str, *, threshold: float | None = None) -> Layers:
-    """Read a SEG as `Layers`; messages call it `name`.
+    """Read a DICOM SEG.
 
-    `threshold`: the fraction (0 to 1) from which on a voxel of a FRACTIONAL one belongs to its
-    segment. Raises `InputError`s.
+    Args:
+        path: The SEG.
+        name: What messages call it.
+        threshold: Fraction (0 to 1] from which a voxel of a FRACTIONAL SEG belongs to its segment.
+
+    Returns:
+        Its segments, with notes for the user; frames are decoded while the layers are read.
+
+    Raises:
+        InputError: It cannot be read, or holds fractions and no threshold is given.
+        GeometryError: Its frames are not one grid.
     """
     with map_dicom_errors(name):
         ds = dataset(path)
@@ -57,12 +66,12 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
             remedy="export it again",
             file=file,
         )
-    places = _places(ds, kind, frames, name)
+    places = _read_places(ds, kind, frames, name)
     check_frames(ds, frames, name)
     notes: list[str] = []
-    least = 1
+    lowest_inside = 1
     if kind == "FRACTIONAL":
-        least, notes = _least(ds, frames, threshold, name)
+        lowest_inside, notes = _lowest_inside(ds, frames, threshold, name)
     geometry, slices, depth = stack(
         places.positions,
         places.orientation,
@@ -88,17 +97,17 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
             file=file,
         )
     segments = tuple(_segments(ds, kind))
-    known, of_frame = {segment.number for segment in segments}, places.segments
-    if stray := set(of_frame) - known:
+    numbers_described, of_frame = {segment.number for segment in segments}, places.segments
+    if stray := set(of_frame) - numbers_described:
         raise UnreadableVolume(
             f"{name} has frames of the segments {sorted(stray)[:8]}, which it does not describe",
             expected="a complete DICOM SEG",
             remedy="export it again",
             file=file,
         )
-    if len(set(zip(of_frame, slices.tolist(), strict=False))) < len(of_frame) or (
-        kind == "LABELMAP" and len(set(slices.tolist())) < frames
-    ):
+    frame_places = set(zip(of_frame, slices.tolist(), strict=False))
+    slices_repeat = kind == "LABELMAP" and len(set(slices.tolist())) < frames
+    if len(frame_places) < len(of_frame) or slices_repeat:
         raise GeometryError(
             f"{name} has two frames of one segment in one place",
             expected="each place once (a volume, not a tiled slide)",
@@ -112,10 +121,10 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
             for n, frame in enumerate(seg_frames.frames(ds, frames, name)):
                 k = int(slices[n])
                 if kind != "LABELMAP":
-                    yield of_frame[n], k, frame >= least
+                    yield of_frame[n], k, frame >= lowest_inside
                     continue
                 for value in np.unique(frame).tolist():
-                    if value in known:
+                    if value in numbers_described:
                         yield value, k, frame == value
                     elif value not in (0, background):
                         raise UnreadableVolume(
@@ -125,10 +134,10 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
                             file=file,
                         )
 
-    used = known if kind == "LABELMAP" else set(of_frame)
+    numbers_used = numbers_described if kind == "LABELMAP" else set(of_frame)
     uids = (str(ds.get("SOPInstanceUID", "")),)
     return Layers(
-        tuple(s for s in segments if s.number in used),
+        tuple(s for s in segments if s.number in numbers_used),
         (depth, rows, columns),
         geometry,
         pieces,
@@ -138,7 +147,7 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
 
 
 def _check_volume(ds: Any, kind: str, name: str) -> None:
-    """Raise for segmentations that are no volume's or of a kind that is not read."""
+    """Refuse segmentations of slides, and types that are not read."""
     if kind not in ("BINARY", "LABELMAP", "FRACTIONAL"):
         what = "is a segmentation of another type" if kind else "states no SegmentationType"
         raise UnreadableVolume(
@@ -159,11 +168,12 @@ def _check_volume(ds: Any, kind: str, name: str) -> None:
         )
 
 
-def _least(ds: Any, frames: int, threshold: float | None, name: str) -> tuple[int, list[str]]:
-    """From which value on a voxel of a FRACTIONAL one belongs to its segment, and what a person
-    should be told.
+def _lowest_inside(
+    ds: Any, frames: int, threshold: float | None, name: str
+) -> tuple[int, list[str]]:
+    """The lowest value of a FRACTIONAL SEG that belongs to its segment, and notes for the user.
 
-    Without a threshold the fractions must be none: 0 and the largest value alone.
+    Without a threshold the SEG may hold only 0 and its largest value.
     """
     largest = int(ds.get("MaximumFractionalValue") or 255)
     if threshold is not None:
@@ -177,15 +187,22 @@ def _least(ds: Any, frames: int, threshold: float | None, name: str) -> tuple[in
                 file=Path(name),
             )
     return largest, [
-        f"{name} is FRACTIONAL, but holds 0 and {largest} alone, its largest value: it is read as"
+        f"{name} is FRACTIONAL, but holds only 0 and {largest}, its largest value: it is read as"
         " BINARY"
     ]
 
 
 @dataclass(frozen=True)
 class _Places:
-    """Where the frames lie. `positions` (N, 3), mm; `segments`: of each frame, none for a
-    LABELMAP; `spacing`, `step`, `thickness`: mm.
+    """Where the frames lie.
+
+    Attributes:
+        positions: (N, 3), mm.
+        segments: Segment number of each frame; empty for a LABELMAP.
+        orientation: Row and column directions (6).
+        spacing: Of rows and columns, mm.
+        step: Distance of the slices, mm; None if it is not stated.
+        thickness: Of a slice, mm; None if it is not stated.
     """
 
     positions: NDArray[np.float64]
@@ -196,11 +213,8 @@ class _Places:
     thickness: float | None
 
 
-def _places(ds: Any, kind: str, frames: int, name: str) -> _Places:
-    """What the functional groups say.
-
-    Each is forgotten when it was read: as objects they take a hundred times what the file does.
-    """
+def _read_places(ds: Any, kind: str, frames: int, name: str) -> _Places:
+    """Read where the frames lie from the functional groups, which are cleared on the way."""
     groups = ds.get("PerFrameFunctionalGroupsSequence") or []
     if frames != len(groups):
         raise UnreadableVolume(
@@ -211,55 +225,51 @@ def _places(ds: Any, kind: str, frames: int, name: str) -> _Places:
         )
     shared = (ds.get("SharedFunctionalGroupsSequence") or [pydicom().Dataset()])[0]
     positions, segments, plane = np.empty((frames, 3)), [], None
-    for n, own in enumerate(groups):
-        position = _group(own, shared, "PlanePositionSequence", name).get("ImagePositionPatient")
+    for n, frame in enumerate(groups):
+        position = _group(frame, shared, "PlanePositionSequence", name).get("ImagePositionPatient")
         positions[n] = numbers(position, 3, name, "ImagePositionPatient")
         if kind != "LABELMAP":
-            segments.append(
-                int(
-                    _group(
-                        own, shared, "SegmentIdentificationSequence", name
-                    ).ReferencedSegmentNumber
-                )
-            )
-        if plane is None or "PlaneOrientationSequence" in own or "PixelMeasuresSequence" in own:
-            here = _plane(own, shared, name)
-            plane = here if plane is None else plane
-            if np.abs(here[:8] - plane[:8]).max() > ORIENTATION_TOLERANCE:
+            identification = _group(frame, shared, "SegmentIdentificationSequence", name)
+            segments.append(int(identification.ReferencedSegmentNumber))
+        if plane is None or "PlaneOrientationSequence" in frame or "PixelMeasuresSequence" in frame:
+            frame_plane = _plane(frame, shared, name)
+            plane = frame_plane if plane is None else plane
+            if np.abs(frame_plane[:8] - plane[:8]).max() > ORIENTATION_TOLERANCE:
                 raise GeometryError(
                     f"{name} has frames in mixed orientations or spacings",
                     expected="one grid",
                     remedy="export one stack per file",
                     file=Path(name),
                 )
-        own.clear()
+        # As objects the groups take a hundred times the memory of the file.
+        frame.clear()
     assert plane is not None
     return _Places(
         positions, segments, plane[:6], plane[6:8], float(plane[8]) or None, float(plane[9]) or None
     )
 
 
-def _group(own: Any, shared: Any, sequence: str, name: str) -> Any:
-    """A functional group's item, of the frame or shared by all."""
-    items = own.get(sequence) or shared.get(sequence)
+def _group(frame: Any, shared: Any, sequence: str, name: str) -> Any:
+    """A functional group's item, of the frame or shared by all frames."""
+    items = frame.get(sequence) or shared.get(sequence)
     if not items:
         raise GeometryError(
             f"{name} has frames without a {sequence}",
-            expected="a segmentation of a volume, each frame with its place",
+            expected="a segmentation of a volume, each frame with its position",
             remedy="a segmentation of a radiograph or of a slide cannot be synthesized",
             file=Path(name),
         )
     return items[0]
 
 
-def _plane(own: Any, shared: Any, name: str) -> NDArray[np.float64]:
-    """Orientation (6), pixel spacing (2), slice distance and thickness of a frame, mm; 0 where
-    it does not state one of these two.
+def _plane(frame: Any, shared: Any, name: str) -> NDArray[np.float64]:
+    """Orientation (6), pixel spacing (2), slice distance and thickness of a frame, in mm.
+
+    Slice distance and thickness are 0 where the frame does not state them.
     """
-    orientation = _group(own, shared, "PlaneOrientationSequence", name).get(
-        "ImageOrientationPatient"
-    )
-    measures = _group(own, shared, "PixelMeasuresSequence", name)
+    plane = _group(frame, shared, "PlaneOrientationSequence", name)
+    orientation = plane.get("ImageOrientationPatient")
+    measures = _group(frame, shared, "PixelMeasuresSequence", name)
     depths = (
         abs(float(measures.get(key) or 0)) for key in ("SpacingBetweenSlices", "SliceThickness")
     )
@@ -270,16 +280,14 @@ def _plane(own: Any, shared: Any, name: str) -> NDArray[np.float64]:
 def _segments(ds: Any, kind: str) -> Iterator[Segment]:
     for item in ds.SegmentSequence:
         number = int(item.SegmentNumber)
-        if kind != "LABELMAP" or number:  # a label map may describe its background
-            yield Segment(
-                number, str(item.get("SegmentLabel", "")), _segment_code(item), private=True
-            )
+        # A label map may describe its background.
+        if kind != "LABELMAP" or number:
+            label = str(item.get("SegmentLabel", ""))
+            yield Segment(number, label, _segment_code(item), private=True)
 
 
 def _segment_code(segment: Any) -> str:
-    """A segment's type with all that modifies it: the type's modifiers, the anatomic regions and
-    theirs (PS3.3, C.8.20.2).
-    """
+    """A segment's type with its modifiers, its anatomic regions and theirs (PS3.3, C.8.20.2)."""
     types = segment.get("SegmentedPropertyTypeCodeSequence")
     if not types:
         return ""
@@ -292,8 +300,12 @@ def _segment_code(segment: Any) -> str:
 
 
 def code_of(item: Any) -> str:
-    """A coded entry as "SCHEME:VALUE"; codes of SNOMED's older scheme as those of today (PS3.16,
-    annex L).
+    """A coded entry as "SCHEME:VALUE".
+
+    Codes of SNOMED's older scheme become today's codes (PS3.16, annex L).
+
+    Args:
+        item: An item of a code sequence.
     """
     value = str(
         item.get("CodeValue") or item.get("LongCodeValue") or item.get("URNCodeValue") or ""

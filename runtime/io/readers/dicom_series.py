@@ -1,6 +1,4 @@
-"""Series of DICOM images, one slice a file: a mask whose pixels are labels, or the grid that
-contours were drawn on.
-"""
+"""Series of DICOM images, one slice per file: label values, a CT, or a grid for contours."""
 
 from __future__ import annotations
 
@@ -16,25 +14,14 @@ from ...core.intensity_check import Census
 from ...core.volume import DicomSource, Geometry, Volume
 from ..dicom.files import ORIENTATION_TOLERANCE, dataset, map_dicom_errors, numbers, source, stack
 
-MAX_LABELS = 256  # more distinct values than this in one slice are grey values
-MAX_PIXELS = 1 << 26  # of one slice; what a few compressed bytes may become
-_ACQUIRED = (
-    "CT",
-    "MR",
-    "PT",
-    "NM",
-    "US",
-    "CR",
-    "DX",
-    "MG",
-    "XA",
-    "RF",
-)  # a mask's header is often a copy of its image's
-_LOSSY = (
-    "1.2.840.10008.1.2.4.50",
-    "1.2.840.10008.1.2.4.51",
-    "1.2.840.10008.1.2.4.81",
-)  # JPEG baseline, extended; JPEG-LS near-lossless
+# More distinct values in one slice are grey values.
+MAX_LABELS = 256
+# Pixels of one slice: a few compressed bytes may claim any number.
+MAX_PIXELS = 1 << 26
+# Modalities of acquired images; the header of a mask is often a copy of its image's.
+_ACQUIRED = ("CT", "MR", "PT", "NM", "US", "CR", "DX", "MG", "XA", "RF")
+# JPEG baseline and extended, JPEG-LS near-lossless.
+_LOSSY = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81")
 _GRID = [
     "SOPInstanceUID",
     "Rows",
@@ -52,14 +39,23 @@ _RESCALE = ("RescaleSlope", "RescaleIntercept")
 
 
 def read_series(paths: Sequence[Path], name: str, *, force: bool = False) -> Volume:
-    """The label values of a series, each file one slice; messages call it `name`.
+    """Read a series whose pixels are labels.
 
-    Raises `InputError`s, also for an image that is no mask, unless `force`: then grey values are
-    labels, too, if nothing rescaled them.
+    Args:
+        paths: Its files, one slice each, in any order.
+        name: What messages call it.
+        force: Whether grey values are read as labels, if they are not rescaled.
+
+    Returns:
+        Values (D, H, W) as they are stored, with notes for the user.
+
+    Raises:
+        InputError: It cannot be read, or is an image and not a mask.
+        GeometryError: Its slices are not one grid.
     """
     with map_dicom_errors(name):
         headers = [dataset(path, tags=_GRID) for path in paths]
-        paths, headers = _one_at_a_place(paths, headers, name)
+        paths, headers = _without_copies(paths, headers, name)
         geometry, shape, order, notes = _grid(headers, name)
         values: NDArray[Any] | None = None
         uids = [""] * len(paths)
@@ -72,32 +68,38 @@ def read_series(paths: Sequence[Path], name: str, *, force: bool = False) -> Vol
             values[k] = plane
             uids[k] = str(ds.get("SOPInstanceUID", ""))
         assert values is not None
-        if (
-            not force
-            and str(ds.get("Modality", "")) in _ACQUIRED
-            and Census.of(values).is_image(most_labels=0)
-        ):
-            raise _no_mask(ds, name, "its pixels change like grey values")
+        is_acquired = str(ds.get("Modality", "")) in _ACQUIRED
+        if not force and is_acquired and Census.of(values).is_image(most_labels=0):
+            raise _not_a_mask(ds, name, "its pixels change like grey values")
         return Volume(values, geometry, dicom=source(ds, uids), notes=notes)
 
 
 def read_ct(paths: Sequence[Path], name: str) -> Volume:
-    """A CT series in HU, float32 (D, H, W); messages call it `name`.
+    """Read a CT series.
 
-    Raises `InputError`s, also for other modalities.
+    Args:
+        paths: Its files, one slice each, in any order.
+        name: What messages call it.
+
+    Returns:
+        HU (D, H, W), float32.
+
+    Raises:
+        InputError: It cannot be read, or is not a CT.
+        GeometryError: Its slices are not one grid.
     """
     from pydicom.pixels.utils import pixel_array
 
     with map_dicom_errors(name):
         headers = [dataset(path, tags=_GRID) for path in paths]
-        paths, headers = _one_at_a_place(paths, headers, name)
+        paths, headers = _without_copies(paths, headers, name)
         geometry, shape, order, notes = _grid(headers, name)
         values = np.empty(shape, np.float32)
         for path, k in zip(paths, order, strict=True):
             ds = dataset(path)
             if str(ds.get("Modality", "")) != "CT" or int(ds.get("SamplesPerPixel", 1)) != 1:
                 raise UnreadableVolume(
-                    f"{name} is no CT",
+                    f"{name} is not a CT",
                     expected="a CT series in Hounsfield units",
                     remedy="give the CT that the mask was drawn on",
                 )
@@ -112,13 +114,10 @@ def read_ct(paths: Sequence[Path], name: str) -> Volume:
                 )
             try:
                 plane = np.asarray(pixel_array(ds, raw=True))
-            except (
-                RuntimeError,
-                NotImplementedError,
-            ) as exc:  # no decoder here for this compression
+            except (RuntimeError, NotImplementedError) as exc:
                 raise UnreadableVolume(
-                    f"{name} is compressed as {ds.file_meta.TransferSyntaxUID.name}, which cannot"
-                    " be decoded here",
+                    f"{name} is compressed as {ds.file_meta.TransferSyntaxUID.name}, and no decoder"
+                    " for it is installed",
                     expected="a CT without compression",
                     remedy='decompress it (gdcmconv --raw), or pip install "pylibjpeg[all]"',
                 ) from exc
@@ -128,38 +127,45 @@ def read_ct(paths: Sequence[Path], name: str) -> Volume:
                     expected=str(shape[1:]),
                     remedy="export it again",
                 )
-            slope, intercept = ds.get("RescaleSlope"), ds.get("RescaleIntercept")
-            values[k] = plane * float(1 if slope is None else slope) + float(
-                0 if intercept is None else intercept
-            )
+            slope, intercept = _rescale(ds)
+            values[k] = plane * slope + intercept
         return Volume(values, geometry, notes=notes)
 
 
 def series_grid(
     paths: Sequence[Path], name: str
 ) -> tuple[tuple[Geometry, tuple[int, int, int], DicomSource], tuple[str, ...]]:
-    """Where the slices of an image series lie, its shape (D, H, W), its instances, and what is
-    to be said of it; no pixel is used.
+    """The grid of an image series, from its headers.
+
+    Args:
+        paths: Its files, one slice each, in any order.
+        name: What messages call it.
+
+    Returns:
+        Geometry, shape (D, H, W) and instances, in this order; and notes for the user.
+
+    Raises:
+        InputError: It cannot be read.
+        GeometryError: Its slices are not one grid.
     """
     with map_dicom_errors(name):
         headers = [dataset(path, tags=_GRID) for path in paths]
-        paths, headers = _one_at_a_place(paths, headers, name)
+        paths, headers = _without_copies(paths, headers, name)
         geometry, shape, order, notes = _grid(headers, name)
         uids = [str(headers[n].get("SOPInstanceUID", "")) for n in np.argsort(order)]
         frame = str(headers[0].get("FrameOfReferenceUID", ""))
         return (geometry, shape, DicomSource("", tuple(uids), frame, {})), notes
 
 
-def _one_at_a_place(
+def _without_copies(
     paths: Sequence[Path], headers: Sequence[Any], name: str
 ) -> tuple[list[Path], list[Any]]:
-    """Without files that share SOP Instance UID and place with another of the same pixels.
+    """Leave out files with the SOP Instance UID, the place and the pixels of an earlier file.
 
-    Instances are told apart by their UID, which some exporters give to all slices of a series:
-    those are slices where they lie apart.
+    Some exporters give one UID to all slices of a series: such slices lie in different places.
 
     Raises:
-        UnreadableVolume: where two files of one UID lie in one place and differ.
+        UnreadableVolume: Two files of one UID lie in one place and differ.
     """
     by_place: dict[tuple[str, str], int] = {}
     distinct = []
@@ -173,31 +179,39 @@ def _one_at_a_place(
             raise UnreadableVolume(
                 f"{name} has two files of one SOP Instance UID in one place, and they differ",
                 expected="one file of each slice",
-                remedy="take away the one that is not meant",
+                remedy="remove the wrong one",
                 file=Path(name),
             )
     return [paths[n] for n in distinct], [headers[n] for n in distinct]
 
 
-def _same_pixels(one: Path, other: Path) -> bool:
-    """Whether two files hold the same pixels, compressed in whatever way; not when they cannot
-    be decoded here.
+def _rescale(ds: Any) -> tuple[float, float]:
+    """Slope and intercept of an image's values; 1 and 0 where they are not stated."""
+    slope, intercept = ds.get("RescaleSlope"), ds.get("RescaleIntercept")
+    return float(1 if slope is None else slope), float(0 if intercept is None else intercept)
+
+
+def _same_pixels(first_path: Path, second_path: Path) -> bool:
+    """Whether two files hold the same pixels, however they are compressed.
+
+    Pixels that no installed decoder reads are compared as they are stored.
     """
     from pydicom.pixels.utils import pixel_array
 
-    first, second = dataset(one), dataset(other)
+    first, second = dataset(first_path), dataset(second_path)
     if any(first.get(key) != second.get(key) for key in _RESCALE):
         return False
     try:
         return np.array_equal(pixel_array(first, raw=True), pixel_array(second, raw=True))
-    except (RuntimeError, NotImplementedError):  # no decoder here for this compression
+    except (RuntimeError, NotImplementedError):
+        # No decoder is installed: equal compressed bytes are equal pixels.
         return bool(first.get("PixelData") == second.get("PixelData"))
 
 
 def _grid(
     headers: Sequence[Any], name: str
 ) -> tuple[Geometry, tuple[int, int, int], NDArray[np.intp], tuple[str, ...]]:
-    """Geometry, shape, the slice of each file, and what a person should be told of them."""
+    """Geometry, shape (D, H, W), the slice of each file, and notes for the user."""
     file, first = Path(name), headers[0]
     sizes = {(int(ds.get("Rows") or 0), int(ds.get("Columns") or 0)) for ds in headers}
     if len(sizes) > 1 or not 0 < np.prod(next(iter(sizes))) <= MAX_PIXELS:
@@ -210,14 +224,14 @@ def _grid(
     if any(int(ds.get("NumberOfFrames") or 1) != 1 for ds in headers):
         raise UnreadableVolume(
             f"{name} is a multi-frame image",
-            expected="one slice a file, or a DICOM SEG",
+            expected="one slice per file, or a DICOM SEG",
             remedy="convert it to a SEG or to NIfTI",
             file=file,
         )
     notes: list[str] = []
-    alone = len(headers) == 1
+    is_single = len(headers) == 1
     spacings = [
-        ds.get("PixelSpacing") or (ds.get("NominalScannedPixelSpacing") if alone else None)
+        ds.get("PixelSpacing") or (ds.get("NominalScannedPixelSpacing") if is_single else None)
         for ds in headers
     ]
     spacing = np.array([numbers(s, 2, name, "PixelSpacing") for s in spacings])
@@ -225,30 +239,19 @@ def _grid(
         abs(float(first.get(key) or 0)) or None
         for key in ("SliceThickness", "SpacingBetweenSlices")
     )
-    if (
-        alone and "ImagePositionPatient" not in first and "ImageOrientationPatient" not in first
-    ):  # the original system's slices
+    states_place = "ImagePositionPatient" in first or "ImageOrientationPatient" in first
+    if is_single and not states_place:
+        # The original system wrote such slices.
         notes.append(f"{name} states no position: it is taken for an axial slice at 0, 0, 0")
         position, orientation = np.zeros((1, 3)), np.array([[1.0, 0, 0, 0, 1, 0]])
     else:
-        position = np.array(
-            [
-                numbers(ds.get("ImagePositionPatient"), 3, name, "ImagePositionPatient")
-                for ds in headers
-            ]
-        )
-        orientation = np.array(
-            [
-                numbers(ds.get("ImageOrientationPatient"), 6, name, "ImageOrientationPatient")
-                for ds in headers
-            ]
-        )
-    if alone and not (thickness or step):
+        position = _stacked(headers, "ImagePositionPatient", 3, name)
+        orientation = _stacked(headers, "ImageOrientationPatient", 6, name)
+    if is_single and not (thickness or step):
         notes.append(f"{name} states no slice thickness: it is taken to be 1 mm")
-    if (
-        np.abs(orientation - orientation[0]).max() > ORIENTATION_TOLERANCE
-        or np.abs(spacing - spacing[0]).max() > ORIENTATION_TOLERANCE * spacing[0].max()
-    ):
+    is_turned = np.abs(orientation - orientation[0]).max() > ORIENTATION_TOLERANCE
+    spacing_tolerance = ORIENTATION_TOLERANCE * spacing[0].max()
+    if is_turned or np.abs(spacing - spacing[0]).max() > spacing_tolerance:
         raise GeometryError(
             f"{name} has slices in mixed orientations or spacings",
             expected="parallel slices of one spacing",
@@ -262,15 +265,17 @@ def _grid(
     return geometry, (depth, rows, columns), order, tuple(notes)
 
 
+def _stacked(headers: Sequence[Any], key: str, count: int, name: str) -> NDArray[np.float64]:
+    """An attribute of `count` numbers of every header: (N, count)."""
+    return np.array([numbers(ds.get(key), count, name, key) for ds in headers])
+
+
 def _pixels(ds: Any, shape: tuple[int, int], name: str, force: bool) -> NDArray[Any]:
-    """One slice's values with the rescale applied, checked to be such as labels can be."""
+    """The values of one slice, checked to be possible labels."""
     from pydicom.pixels.utils import pixel_array
 
     file, syntax = Path(name), ds.file_meta.TransferSyntaxUID
-    slope, intercept = (
-        float(ds.get(key) if ds.get(key) is not None else default)
-        for key, default in (("RescaleSlope", 1), ("RescaleIntercept", 0))
-    )
+    slope, intercept = _rescale(ds)
     if int(ds.get("SamplesPerPixel", 1)) != 1:
         raise UnreadableVolume(
             f"{name} is a colour image",
@@ -279,20 +284,20 @@ def _pixels(ds: Any, shape: tuple[int, int], name: str, force: bool) -> NDArray[
             file=file,
         )
     if intercept or slope != 1 or syntax in _LOSSY or ds.get("LossyImageCompression") == "01":
-        raise _no_mask(ds, name, "its values are rescaled or compressed with loss")
+        raise _not_a_mask(ds, name, "its values are rescaled or compressed with loss")
     have, need = len(ds.get("PixelData") or b""), shape[0] * shape[1] * int(ds.BitsAllocated) // 8
     if not have or (not syntax.is_compressed and have < need):
         raise UnreadableVolume(
-            f"{name} is truncated: {have} of {need} bytes of pixels are there in a slice",
+            f"{name} is truncated: a slice has {have} of {need} bytes of pixels",
             expected="complete DICOM files",
             remedy="copy or export it again",
             file=file,
         )
     try:
         plane = np.asarray(pixel_array(ds, raw=True))
-    except (RuntimeError, NotImplementedError) as exc:  # no decoder here for this compression
+    except (RuntimeError, NotImplementedError) as exc:
         raise UnreadableVolume(
-            f"{name} is compressed as {syntax.name}, which cannot be decoded here",
+            f"{name} is compressed as {syntax.name}, and no decoder for it is installed",
             expected="labels without compression",
             remedy='decompress it (gdcmconv --raw), or pip install "pylibjpeg[all]"',
             file=file,
@@ -305,11 +310,12 @@ def _pixels(ds: Any, shape: tuple[int, int], name: str, force: bool) -> NDArray[
             file=file,
         )
     if not force and (plane.min() < 0 or np.unique(plane).size > MAX_LABELS):
-        raise _no_mask(ds, name, "it holds grey values")
+        raise _not_a_mask(ds, name, "it holds grey values")
     return plane
 
 
-def _no_mask(ds: Any, name: str, why: str) -> UnreadableVolume:
+def _not_a_mask(ds: Any, name: str, why: str) -> UnreadableVolume:
+    """The error for a series that is an image."""
     modality = str(ds.get("Modality", ""))
     what = (
         f"a{'n' if modality[:1] in 'MNXR' else ''} {modality} image"

@@ -1,7 +1,7 @@
-"""Real CTs beside masks: which belongs to which, and its voxels on the mask's own grid.
+"""Real CTs beside masks: which CT belongs to which mask, and its voxels on the mask's grid.
 
-A CT and its mask are one pair where they have one name, or where a DICOM mask refers to the series.
-Voxels are reordered and cut out, never interpolated: a CT on another grid is refused.
+A CT and a mask belong together if they have one name, or if a DICOM mask refers to the series.
+Voxels are reordered and cropped, not interpolated: a CT on another grid is refused.
 """
 
 from __future__ import annotations
@@ -22,22 +22,24 @@ from ..volume_files import SUFFIXES, is_synthetic, stem, volume_files
 from .dicom_series import read_ct
 from .volume import read_volume
 
-IMAGE_ENDINGS = (
-    "_0000",
-    "_image",
-    "_img",
-    "_ct",
-)  # behind a CT's name; the first is nnU-Net's channel 0
+# Endings of a CT's name; the first is nnU-Net's channel 0.
+IMAGE_ENDINGS = ("_0000", "_image", "_img", "_ct")
 MASK_ENDINGS = ("_label", "_labels", "_mask", "_seg", "_segmentation", "_gt")
-PLACE_TOLERANCE = 0.02  # voxels that corners of the two grids may lie apart: what headers round to
-LEAST_RANGE = (
-    100.0  # between lowest and highest value; less is lost when they are rounded to whole HU
-)
+# Voxels between the corners of the two grids: headers round their numbers.
+PLACE_TOLERANCE = 0.02
+# HU between the lowest and the highest value: rounding to integers would lose a smaller range.
+LEAST_RANGE = 100.0
 
 
 @dataclass(frozen=True)
 class _Image:
-    """One CT that was found: its `name`, or for a DICOM series the `series` UID; and its files."""
+    """One CT.
+
+    Attributes:
+        name: Its name without `IMAGE_ENDINGS`; empty for a DICOM series.
+        series: UID of a DICOM series; empty for a volume file.
+        files: Its files.
+    """
 
     name: str
     series: str
@@ -45,16 +47,20 @@ class _Image:
 
 
 def with_images(cases: Sequence[Case], place: Path) -> list[Case]:
-    """The cases, each with the CT that belongs to it; one without stays as it is.
+    """Assign a real CT to each case.
 
     Args:
-        cases: masks, as `find_cases` found them.
-        place: a volume file or a folder or zip of them, whose names tell which mask they belong to
-            (`IMAGE_ENDINGS` and `MASK_ENDINGS` do not count); or DICOM series, to which the masks
-            refer. With one mask and one CT names do not matter.
+        cases: Masks, as `find_cases` returns them.
+        place: A volume file, or a folder or zip of them, whose names without `IMAGE_ENDINGS` and
+            `MASK_ENDINGS` tell their masks; or DICOM series, to which the masks refer. One mask and
+            one CT belong together whatever their names.
+
+    Returns:
+        The cases with their CTs; a case without exactly one CT is unchanged. A case that is the CT
+        of another case is left out.
 
     Raises:
-        UsageError: where there is no CT, or none that belongs to any of the masks.
+        UsageError: There is no CT, or none that belongs to a mask.
     """
     cases = [case for case in cases if not _is_image_of(case, cases)]
     masks = {file.absolute() for case in cases for file in case.files}
@@ -67,16 +73,16 @@ def with_images(cases: Sequence[Case], place: Path) -> list[Case]:
         raise UsageError(
             f"--warp: {place} holds no CT",
             expected=(
-                f"a real CT: a file ending in {', '.join(SUFFIXES)}, a DICOM series, or a folder of"
-                " such"
+                f"a real CT: a file ending in {', '.join(SUFFIXES)}, a DICOM series, or a folder"
+                " with such files"
             ),
-            remedy="check the path; what mask2ct wrote itself is no real CT",
+            remedy="check the path; a CT that mask2ct wrote is not a real CT",
             file=place,
         )
     if len(images) == len(cases) == 1:
-        return [_drawn_on(cases[0], images[0])]
-    pairs = [(case, _belonging(case, images)) for case in cases]
-    if not any(those for _, those in pairs):
+        return [_with_image(cases[0], images[0])]
+    pairs = [(case, _matching_images(case, images)) for case in cases]
+    if not any(matching for _, matching in pairs):
         raise UsageError(
             f"--warp: none of {len(images)} CTs belongs to one of {len(cases)} masks",
             expected=(
@@ -86,15 +92,25 @@ def with_images(cases: Sequence[Case], place: Path) -> list[Case]:
             remedy="rename them, or give one mask and its CT",
             file=place,
         )
-    return [_drawn_on(case, those[0]) if len(those) == 1 else case for case, those in pairs]
+    return [
+        _with_image(case, matching[0]) if len(matching) == 1 else case for case, matching in pairs
+    ]
 
 
 def read_image(case: Case, mask: LabelVolume) -> Volume:
-    """The case's CT, int16 HU (D, H, W), on the grid of its mask.
+    """Read the CT of a case on the grid of its mask.
+
+    Args:
+        case: A case with an image.
+        mask: Its labels.
+
+    Returns:
+        HU (D, H, W), int16.
 
     Raises:
-        UnreadableVolume: where it cannot be read, or is not in HU.
-        GeometryError: where its voxels are not those of the mask's grid.
+        InputError: The case has no CT.
+        UnreadableVolume: The CT cannot be read, or is not in HU.
+        GeometryError: Its voxels are not those of the mask's grid.
     """
     if not case.image:
         raise InputError(
@@ -110,21 +126,22 @@ def read_image(case: Case, mask: LabelVolume) -> Volume:
     else:
         volume = read_ct(case.image, name)
     values = _on_grid(volume, mask, case)
-    return Volume(_whole(values, name), mask.geometry, notes=volume.notes)
+    return Volume(_to_int16_hu(values, name), mask.geometry, notes=volume.notes)
 
 
 def _is_image_of(case: Case, cases: Sequence[Case]) -> bool:
-    """Whether a case is the CT of another: a folder of both was given as the folder of masks."""
-    name = _plain(case.name, IMAGE_ENDINGS)
+    """Whether a case is the CT of another case, from a folder with masks and CTs."""
+    name = _without_ending(case.name, IMAGE_ENDINGS)
     masks = {
-        _plain(other.name, MASK_ENDINGS)
-        for other in cases
-        if other.kind == "volume" and other is not case
+        _without_ending(mask.name, MASK_ENDINGS)
+        for mask in cases
+        if mask.kind == "volume" and mask is not case
     }
     return case.kind == "volume" and name != case.name and name in masks
 
 
 def _images_at(place: Path) -> list[_Image]:
+    """The real CTs at a file, folder or zip."""
     if not archive.exists(place):
         raise UsageError(
             f"--warp: {place} does not exist",
@@ -136,15 +153,13 @@ def _images_at(place: Path) -> list[_Image]:
         files: list[Path] = archive.members(place)
         volumes = [path for path in files if _is_volume(path)]
     elif place.is_dir():
-        files, volumes = (
-            walk(place),
-            sorted(path for path in place.iterdir() if _is_volume(path) and path.is_file()),
-        )
+        files = walk(place)
+        volumes = sorted(path for path in place.iterdir() if _is_volume(path) and path.is_file())
     else:
         files, volumes = [place], [place] if _is_volume(place) else []
     named = [path for path in volumes if len(volumes) == 1 or not stem(path).endswith(MASK_ENDINGS)]
     images = [
-        _Image(_plain(stem(path), IMAGE_ENDINGS), "", volume_files(path))
+        _Image(_without_ending(stem(path), IMAGE_ENDINGS), "", volume_files(path))
         for path in named
         if not is_synthetic(path)
     ]
@@ -155,19 +170,16 @@ def _images_at(place: Path) -> list[_Image]:
     return images + [_Image("", uid, tuple(paths)) for uid, paths in series.items()]
 
 
-def _belonging(case: Case, images: Iterable[_Image]) -> list[_Image]:
+def _matching_images(case: Case, images: Iterable[_Image]) -> list[_Image]:
     if case.kind in ("volume", "classes"):
-        return [
-            image
-            for image in images
-            if image.name and image.name == _plain(case.name, MASK_ENDINGS)
-        ]
+        name = _without_ending(case.name, MASK_ENDINGS)
+        return [image for image in images if image.name and image.name == name]
     series = _series_referred_to(case)
     return [image for image in images if image.series in series]
 
 
 def _series_referred_to(case: Case) -> set[str]:
-    """UIDs of the series that a DICOM mask was drawn on; empty where it does not say."""
+    """UIDs of the series that a DICOM mask was drawn on; empty if it states none."""
     from .dicom_rtstruct import references
 
     if case.kind == "rtstruct":
@@ -180,8 +192,8 @@ def _series_referred_to(case: Case) -> set[str]:
         } - {""}
 
 
-def _drawn_on(case: Case, image: _Image) -> Case:
-    """The case with its CT, whose grid contours are filled on where they have no other."""
+def _with_image(case: Case, image: _Image) -> Case:
+    """The case with its CT, on whose grid contours are filled if they have no other grid."""
     case = replace(case, image=image.files)
     if case.kind != "rtstruct" or case.grid or case.options.like is not None:
         return case
@@ -194,11 +206,10 @@ def _on_grid(image: Volume, mask: LabelVolume, case: Case) -> NDArray[np.generic
     """The image's voxels in the order and within the bounds of the mask's; a view.
 
     Raises:
-        GeometryError: where a voxel of the mask's grid is none of the image's.
+        GeometryError: A voxel of the mask's grid is not a voxel of the image.
     """
-    step = (
-        np.linalg.inv(image.geometry.affine) @ mask.geometry.affine
-    )  # voxel of the mask → voxel of the image
+    # From voxels of the mask to voxels of the image.
+    step = np.linalg.inv(image.geometry.affine) @ mask.geometry.affine
     turn, start = np.rint(step[:3, :3]).astype(int), np.rint(step[:3, 3]).astype(int)
     size = np.array(mask.labels.shape[::-1])
     corners = np.stack(np.meshgrid(*([0, n - 1] for n in size), indexing="ij"), -1).reshape(-1, 3)
@@ -215,31 +226,31 @@ def _on_grid(image: Volume, mask: LabelVolume, case: Case) -> NDArray[np.generic
             remedy="resample the mask onto its CT, with nearest neighbour",
             file=case.display_name,
         )
-    axes = [
-        2 - int(np.flatnonzero(turn[:, 2 - axis])[0]) for axis in range(3)
-    ]  # of the image's array, for each of the mask's
-    view = image.values.transpose(axes)
+    # The axis of the image's array for each axis of the mask's array.
+    image_axes = [2 - int(np.flatnonzero(turn[:, 2 - axis])[0]) for axis in range(3)]
+    view = image.values.transpose(image_axes)
     cut = []
-    for axis, of in enumerate(axes):
-        sign, first, count = (
-            int(turn[2 - of, 2 - axis]),
-            int(start[2 - of]),
-            mask.labels.shape[axis],
-        )
-        end = first + sign * count
+    for axis, image_axis in enumerate(image_axes):
+        sign = int(turn[2 - image_axis, 2 - axis])
+        first = int(start[2 - image_axis])
+        end = first + sign * mask.labels.shape[axis]
         cut.append(slice(first, None if end < 0 else end, sign))
     return view[tuple(cut)]
 
 
-def _whole(values: NDArray[np.generic], name: str) -> NDArray[np.int16]:
-    """Rounded to int16 HU. Raises `UnreadableVolume` for what no CT in HU holds."""
+def _to_int16_hu(values: NDArray[np.generic], name: str) -> NDArray[np.int16]:
+    """The values rounded to int16 HU.
+
+    Raises:
+        UnreadableVolume: The values are not those of a CT in HU.
+    """
     out = np.empty(values.shape, np.int16)
     low, high = np.inf, -np.inf
     for k, plane in enumerate(values):
         numbers = np.asarray(plane, np.float64)
         if not np.isfinite(numbers).all():
             raise UnreadableVolume(
-                f"{name} holds values that are no numbers",
+                f"{name} holds values that are not finite numbers",
                 expected="Hounsfield units",
                 remedy="export it again",
             )
@@ -251,9 +262,7 @@ def _whole(values: NDArray[np.generic], name: str) -> NDArray[np.int16]:
         raise UnreadableVolume(
             f"{name} spans {low:g} to {high:g}",
             expected="a CT in Hounsfield units: air lies near -1000",
-            remedy=(
-                "export it in Hounsfield units; for images in other units there is runtime.RandWarp"
-            ),
+            remedy="export it in Hounsfield units; for other units, use runtime.RandWarp",
         )
     return out
 
@@ -266,8 +275,8 @@ def _grid_text(shape: Sequence[int], geometry: Geometry) -> str:
     return f"{size} voxels of {spacing} mm from {origin.replace(' x ', ', ')}"
 
 
-def _plain(name: str, endings: Sequence[str]) -> str:
-    """A name without the last part that says whether it is an image or a mask."""
+def _without_ending(name: str, endings: Sequence[str]) -> str:
+    """A name without the ending that marks it as an image or a mask."""
     return next(
         (name[: -len(ending)] for ending in endings if name.endswith(ending) and name != ending),
         name,

@@ -1,8 +1,8 @@
-"""The contours of one region in one slice → its area.
+"""From the contours of one region in one slice to its area.
 
-Holes stay holes, what is there twice counts once, and overlaps are united. DICOM says of
-CLOSED_PLANAR contours only that an inner one may be a hole (PS3.3, C.8.8.6.3), and nothing of two
-that cross. Decision 17 says why they are united.
+Holes stay holes, copies of a contour count once, and overlapping contours are united. DICOM states
+of CLOSED_PLANAR contours only that an inner one may be a hole (PS3.3, C.8.8.6.3), and nothing of
+two that cross. Decision 17 gives the reasons to unite them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,14 @@ from ...core.errors import UnreadableVolume
 from .crossings import TOLERANCE, Outline, Relation, relation
 from .polygons import Contour, fill, window
 
-MOST_OVERLAPS = 1 << 15  # pairs of contours of a plane whose extents overlap
-THIN = 1.0  # pixels: a wall between two contours that is said to be thin
-LINE_CORNERS = 1 << 20  # lines times corners that are looked at together
-MOST_LINES = 64  # across a contour, on which it is looked for areas that it encloses twice
+# Pairs of contours of a plane whose extents overlap.
+MOST_OVERLAPS = 1 << 15
+# Pixels: the user is told of a thinner wall between two contours.
+THIN = 1.0
+# Lines times corners that are in memory together.
+LINE_CORNERS = 1 << 20
+# Lines across a contour on which areas that it encloses twice are searched.
+MOST_LINES = 64
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,14 @@ class Area:
     """A region in one plane.
 
     Attributes:
-        components: The contours that are united with each other. Pixels in an odd number of
-            components belong to the region.
-        repeated: How many contours were there before and were left out.
-        united: How many contours were united with others.
-        touching: How many contours overlap another one by up to `TOLERANCE` and were not united.
-        overlaid: How many contours go around some area twice, which is left out.
-        thin: How many contours lie in another one and leave less than `THIN` of it.
+        components: Groups of contours; the contours of a group are united. Pixels in an odd number
+            of components belong to the region.
+        repeated: Number of contours that were left out as copies of others.
+        united: Number of contours that were united with others.
+        touching: Number of contours that overlap another one by up to `TOLERANCE` and were not
+            united.
+        thin: Number of contours that lie in another one and leave a wall thinner than `THIN`.
+        overlaid: Number of contours that go around some area twice, which is left out.
     """
 
     components: tuple[tuple[Contour, ...], ...]
@@ -45,7 +50,14 @@ class Area:
     overlaid: int = 0
 
     def pixels(self, shape: tuple[int, int]) -> NDArray[np.bool_]:
-        """The pixels of the region in an image of `shape`, rows and columns: bool (H, W)."""
+        """The pixels of the region.
+
+        Args:
+            shape: Rows and columns of the image (H, W).
+
+        Returns:
+            Bool (H, W).
+        """
         result = fill([c[0] for c in self.components if len(c) == 1], shape)
         for component in self.components:
             if len(component) == 1:
@@ -61,24 +73,24 @@ class Area:
 
 
 def area(contours: Sequence[Contour], *, xor: bool = False) -> Area:
-    """The area of a region whose contours may lie in each other, beside each other or across.
+    """The area of a region whose contours may be nested, separate or overlapping.
 
-    Contours that cross are united, and so are those that cross one of these. What is united counts
-    as one contour; one that lies in another is a hole, or an island in a hole. One that runs within
-    `TOLERANCE` of another's outline all around is there already and is left out.
+    Contours that cross are united, directly or through others, and count as one contour. A contour
+    inside another one is a hole, or an island in a hole. A contour whose outline runs within
+    `TOLERANCE` of another's outline is a copy and is left out.
 
     Args:
         contours: Each (n, 2), in pixels.
         xor: Whether contours that cross are combined by exclusive or instead.
 
     Raises:
-        UnreadableVolume: when so many contours overlap that comparing them would take minutes.
+        UnreadableVolume: So many contours overlap that their comparison would take minutes.
     """
     if len(contours) == 1:
         return Area(((contours[0],),), overlaid=int(encloses_twice(contours[0])))
     distinct = [*{_key(contour): contour for contour in contours}.values()]
     sizes = [_size(contour) for contour in distinct]
-    # The larger first: of two the smaller one is compared with the larger one.
+    # In descending order of size: of two contours the smaller is compared with the larger.
     order = sorted(range(len(distinct)), key=lambda n: -sizes[n])
     distinct, sizes = [distinct[n] for n in order], [sizes[n] for n in order]
     outlines = [Outline(contour) for contour in distinct]
@@ -103,7 +115,7 @@ def area(contours: Sequence[Contour], *, xor: bool = False) -> Area:
         crossing = []
         touching = set()
     remaining = [n for n in range(len(distinct)) if n not in repeated]
-    components = _united(remaining, crossing)
+    components = _groups_of_crossing(remaining, crossing)
     return Area(
         tuple(tuple(distinct[n] for n in component) for component in components),
         len(contours) - len(remaining),
@@ -115,7 +127,11 @@ def area(contours: Sequence[Contour], *, xor: bool = False) -> Area:
 
 
 def once_around(contour: Contour) -> Contour:
-    """The contour without a second way around over the same corners, which would undo the first."""
+    """The contour without a second turn over the same corners, which would undo the first one.
+
+    Args:
+        contour: Its corners (n, 2), in pixels.
+    """
     half = len(contour) // 2
     # A contour may be closed by its first corner once more, after each way around or after the
     # last.
@@ -127,9 +143,9 @@ def once_around(contour: Contour) -> Contour:
 
 
 def encloses_twice(contour: Contour) -> bool:
-    """Whether a contour goes around some area twice, as seen on `MOST_LINES` lines across it.
+    """Whether a contour goes around some area twice, as seen on up to `MOST_LINES` lines across it.
 
-    The even-odd rule leaves such an area out, and nothing says whether it was meant so.
+    The even-odd rule leaves such an area out; the file does not state whether it was meant so.
 
     Args:
         contour: Its corners (n, 2), in pixels.
@@ -152,14 +168,14 @@ def encloses_twice(contour: Contour) -> bool:
 
 
 def _overlapping(contours: Sequence[Contour]) -> Iterator[tuple[int, int]]:
-    """Each two contours, by number, whose extents overlap; the lower number first."""
+    """Pairs of contours, by number, whose extents overlap; the lower number comes first."""
     lows = np.array([contour.min(axis=0) for contour in contours]).reshape(-1, 2)
     highs = np.array([contour.max(axis=0) for contour in contours]).reshape(-1, 2)
     pairs = 0
     for n in range(len(contours)):
         across, along = ((lows[n + 1 :] < highs[n]) & (highs[n + 1 :] > lows[n])).T
-        others = np.flatnonzero(across & along) + n + 1
-        pairs += len(others)
+        overlapping = np.flatnonzero(across & along) + n + 1
+        pairs += len(overlapping)
         if pairs > MOST_OVERLAPS:
             raise UnreadableVolume(
                 f"a structure set has a slice in which contours overlap more than {MOST_OVERLAPS}"
@@ -167,23 +183,26 @@ def _overlapping(contours: Sequence[Contour]) -> Iterator[tuple[int, int]]:
                 expected="outlines of structures",
                 remedy="export it again",
             )
-        yield from ((n, other) for other in others.tolist())
+        yield from ((n, smaller) for smaller in overlapping.tolist())
 
 
-def _united(contours: Sequence[int], crossing: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """The contours, by number, in groups: those that cross are in one group."""
+def _groups_of_crossing(
+    contours: Sequence[int], crossing: Sequence[tuple[int, int]]
+) -> list[list[int]]:
+    """The contours, by number, in groups: contours that cross are in one group."""
     group_of = {n: [n] for n in contours}
-    for one, other in crossing:
-        if one not in group_of or other not in group_of or group_of[one] is group_of[other]:
+    for first, second in crossing:
+        if first not in group_of or second not in group_of or group_of[first] is group_of[second]:
             continue
-        larger, smaller = sorted((group_of[one], group_of[other]), key=len, reverse=True)
+        # The smaller group joins the larger one: each contour moves only a few times.
+        larger, smaller = sorted((group_of[first], group_of[second]), key=len, reverse=True)
         larger += smaller
         group_of |= dict.fromkeys(smaller, larger)
     return [*{id(group): group for group in group_of.values()}.values()]
 
 
 def _key(contour: Contour) -> bytes:
-    """The same bytes for the same corners, wherever they start and whichever way round they go."""
+    """Bytes that are equal for contours with the same corners, in any order around the contour."""
     if len(contour) > 1 and np.array_equal(contour[0], contour[-1]):
         contour = contour[:-1]
     first = int(np.lexsort((contour[:, 1], contour[:, 0]))[0])

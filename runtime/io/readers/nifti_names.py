@@ -1,7 +1,9 @@
-"""The names that a NIfTI may hold for its values: a Caret label table in an extension behind the
-header (nifti1.h, extensions; written by TotalSegmentator and Connectome Workbench).
+"""Names of label values in a NIfTI: a Caret label table in an extension behind the header.
 
-    <CaretExtension><VolumeInformation><LabelTable><Label Key="44"><![CDATA[heart_myocardium]]></Label>…
+See "extensions" in nifti1.h. TotalSegmentator and Connectome Workbench write it as
+
+    <CaretExtension><VolumeInformation><LabelTable>
+    <Label Key="44"><![CDATA[heart_myocardium]]></Label>…
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from ...core.volume import Segment
 from .volume_header import EXPECTED
 from .voxels import unpacked
 
-MAX_BYTES = 4 << 20  # of all extensions; what is longer is no label table
+# Bytes of all extensions; more is not a label table.
+MAX_BYTES = 4 << 20
 _START, _END = "<LabelTable", "</LabelTable>"
-# Every part has an end, so that no text, however it was made, takes longer than it is long.
+# Every repetition is bounded, so that the time is linear in the length of any text.
 _LABEL = re.compile(
     r"<Label\b[^<>]{0,200}?\bKey\s{0,9}=\s{0,9}[\"'](\d{1,10})[\"'][^<>]{0,200}>\s{0,99}"
     r"(?:<!\[CDATA\[([^\]<>]{0,256})\]\]>|([^<>]{0,256}))\s{0,99}</Label>"
@@ -28,11 +31,12 @@ _LABEL = re.compile(
 
 
 def embedded_names(path: Path) -> tuple[Segment, ...]:
-    """What a NIfTI itself calls its values, none where it says nothing.
+    """The names that a NIfTI holds for its values, by value; empty if it holds none.
 
-    The header is one that `check_header` let pass.
+    Only positive values count: 0 is background, whatever its name ("???").
 
-    Only positive values count: 0 is what nothing is called, whatever its name ("???").
+    Args:
+        path: A file whose header `check_header` has passed.
     """
     packed = path.name.lower().endswith(".gz")
     with (

@@ -1,7 +1,7 @@
-"""NRRD headers (teem.sourceforge.net/nrrd/format.html), read once and strictly.
+"""NRRD headers (teem.sourceforge.net/nrrd/format.html), parsed once and strictly.
 
-What is stated twice, cut, or known to other readers by another name is refused: nobody else reads
-these headers after us, so that what was checked is what is read.
+A field that is stated twice, cut, or known to other readers by another name is refused. No other
+reader parses these headers after us, so what is checked is what is read.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ _TYPES = {
 _ENCODINGS = {"raw": "raw", "gz": "gzip", "gzip": "gzip", "hex": "hex"} | dict.fromkeys(
     ("txt", "text", "ascii"), "text"
 )
-# Signs that turn the space's axes into those to the left, to the back and to the head.
+# Signs that turn the axes of a space into LPS.
 _SPACES = {
     "left-posterior-superior": (1, 1, 1),
     "lps": (1, 1, 1),
@@ -96,18 +96,22 @@ _SPACES = {
     "left-anterior-superior": (1, -1, 1),
     "las": (1, -1, 1),
 }
-_UNORIENTED = ("", "3d-right-handed", "3dr")  # no words on the patient, and not mirrored
+# Spaces that do not name the patient's axes and are not mirrored.
+_UNORIENTED = ("", "3d-right-handed", "3dr")
 _SCALAR = ("domain", "space", "???", "none")
 
 
 def read_header(path: Path, handle: BinaryIO) -> Header:
-    """The header of an NRRD; `handle` is at its first byte.
+    """Read the header of an NRRD.
+
+    Args:
+        path: The file.
+        handle: The open file, at its first byte.
 
     Raises:
-        UnreadableVolume: For what is no NRRD, and for what is not one scalar volume, with or
-            without layers, whose voxels can be there.
-        GeometryError: When it does not state where it lies, or in words that say nothing of the
-            patient.
+        UnreadableVolume: It is not an NRRD, is not one scalar volume, with or without layers, or
+            its voxels cannot be in the file.
+        GeometryError: The header does not state the grid, or not in the patient's axes.
     """
     fields, keys, ended = read_fields(path, handle)
     sizes = integers(path, fields, "sizes")
@@ -131,13 +135,35 @@ def read_header(path: Path, handle: BinaryIO) -> Header:
 
 
 def voxel_file_of(path: Path, handle: BinaryIO) -> str | None:
-    """What the header calls the file with its voxels; None where they follow the header."""
+    """The name of the file with the voxels, as the header states it.
+
+    Args:
+        path: The file.
+        handle: The open file, at its first byte.
+
+    Returns:
+        The name; None if the voxels follow the header.
+
+    Raises:
+        UnreadableVolume: The header cannot be read.
+    """
     return read_fields(path, handle)[0].get("datafile")
 
 
 def read_fields(path: Path, handle: BinaryIO) -> tuple[dict[str, str], dict[str, str], bool]:
-    """The fields and the key/value pairs, keys in lower case without blanks, and whether an empty
-    line ends them, behind which voxels may follow."""
+    """The lines of an NRRD header.
+
+    Args:
+        path: The file.
+        handle: The open file, at its first byte; afterwards it is at the end of the header.
+
+    Returns:
+        The fields, and the key/value pairs, with keys in lower case without blanks; and whether an
+        empty line ends the header, so that voxels may follow.
+
+    Raises:
+        UnreadableVolume: It is not an NRRD, or has a line that is not a field, or a field twice.
+    """
     if not re.fullmatch(rb"NRRD00(\.01|0[1-6])\r?\n", handle.readline(64)):
         raise bad(path, "is not an NRRD file")
     fields: dict[str, str] = {}
@@ -148,23 +174,25 @@ def read_fields(path: Path, handle: BinaryIO) -> tuple[dict[str, str], dict[str,
         if line.startswith("#"):
             continue
         key, colon, value = line.partition(":")
-        name = _plain(key)
+        name = _field_name(key)
         if colon and not value.startswith("=") and name in _FIELDS:
-            _add(path, fields, name, value.strip())
+            _set_once(path, fields, name, value.strip())
         elif ":=" in line:
             key, _, value = line.partition(":=")
-            _add(path, keys, _plain(key), value.strip())
+            _set_once(path, keys, _field_name(key), value.strip())
         else:
-            raise bad(path, f"has a line in its header that is no field of NRRD: line {number}")
+            raise bad(path, f"has a line in its header that is not an NRRD field: line {number}")
     return fields, keys, False
 
 
-def _plain(key: str) -> str:
+def _field_name(key: str) -> str:
+    """The name of a field in lower case without blanks; the one that is stored for aliases."""
     name = key.strip().lower().replace(" ", "")
     return _ALIASES.get(name, name)
 
 
-def _add(path: Path, fields: dict[str, str], name: str, value: str) -> None:
+def _set_once(path: Path, fields: dict[str, str], name: str, value: str) -> None:
+    """Set a field; a second, different value is refused with `UnreadableVolume`."""
     if fields.setdefault(name, value) != value:
         raise bad(path, f"states '{name}' twice in its header")
 
@@ -200,7 +228,8 @@ def _voxels(
     voxels = Voxels(file, start, skip, _ENCODINGS[encoding], dtype, shape, layers)
     if skip and voxels.encoding in ("text", "hex"):
         raise bad(path, "skips bytes before voxels that are text", "save it raw or with gzip")
-    if skip == -1 and voxels.encoding == "raw":  # the last bytes of the file
+    if skip == -1 and voxels.encoding == "raw":
+        # The voxels are the last bytes of the file.
         begin = max(start, file.stat().st_size - voxels.size)
         voxels = Voxels(file, begin, 0, "raw", dtype, shape, layers)
     return check_voxels(path, voxels)
@@ -209,9 +238,9 @@ def _voxels(
 def _place(
     path: Path, fields: Mapping[str, str], dimension: int, axes: Sequence[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], tuple[str, ...]]:
-    """The columns (3, 3) and the origin of the grid, LPS in mm, and notes.
+    """The columns (3, 3) and the origin (3) of the grid, LPS in mm, and notes.
 
-    Sums and products are ordered as in the NRRD reader of ITK, so that a grid has the same bits.
+    Sums and products are in the order of ITK's NRRD reader, so that a grid has the same bits.
     """
     if "spacedirections" not in fields:
         return _place_by_spacings(path, fields, axes)
@@ -220,7 +249,7 @@ def _place(
             path,
             "states both 'space directions' and 'spacings'",
             "one of them",
-            "take the wrong one out of its header",
+            "remove the wrong one from its header",
         )
     space = fields.get("space", "").lower()
     if space not in _SPACES and space not in _UNORIENTED:
@@ -228,7 +257,7 @@ def _place(
             path,
             f"states its axes in the space {space[:40]!r}, which does not say how they lie in the"
             " patient",
-            "left-posterior-superior, or another named by the body",
+            "left-posterior-superior, or another space that names the patient's axes",
             "write it with such a space",
         )
     vectors = _vectors(path, "space directions", fields["spacedirections"])
@@ -251,15 +280,15 @@ def _place(
     columns[:components] = np.array(stated, float).T
     origin, notes = np.zeros(3), []
     if "spaceorigin" in fields:
-        given = _vectors(path, "space origin", fields["spaceorigin"])
-        if len(given) != 1 or given[0] is None or len(given[0]) != components:
+        origins = _vectors(path, "space origin", fields["spaceorigin"])
+        if len(origins) != 1 or origins[0] is None or len(origins[0]) != components:
             raise bad_grid(
                 path,
                 f"states the spaceorigin {fields['spaceorigin'][:80]}",
                 f"one vector of {components} numbers",
                 "write a valid header",
             )
-        origin[:components] = given[0]
+        origin[:components] = origins[0]
     else:
         notes.append(f"{path.name} states no origin: its first voxel is taken to lie at 0, 0, 0")
     mm = np.ones(3)
@@ -269,7 +298,7 @@ def _place(
             path,
             f"states 'units' {fields['units'][:60]} beside 'space directions'",
             "'space units'",
-            "take 'units' out of its header",
+            "remove 'units' from its header",
         )
     signs = np.array(_SPACES.get(space, (1, 1, 1)), float)
     columns, origin = columns * mm[:, None], origin * mm * signs
@@ -284,16 +313,12 @@ def _place(
 def _place_by_spacings(
     path: Path, fields: Mapping[str, str], axes: Sequence[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], tuple[str, ...]]:
-    """As `_place`, of a header that states distances alone."""
+    """As `_place`, for a header that states only distances."""
     words = fields.get("spacings", "").split()
     picked = " ".join(words[axes[0] : axes[-1] + 1])
     steps = spacings(path, "space directions", picked or None, len(axes))
-    steps = [
-        step * mm
-        for step, mm in zip(
-            steps, _units(path, fields, "units", len(words))[axes[0] :], strict=False
-        )
-    ]
+    units = _units(path, fields, "units", len(words))[axes[0] :]
+    steps = [step * mm for step, mm in zip(steps, units, strict=False)]
     origin = np.zeros(3)
     if "axismins" in fields:
         mins = fields["axismins"].split()
@@ -302,7 +327,7 @@ def _place_by_spacings(
             raise bad_grid(
                 path,
                 f"states the axis mins {fields['axismins'][:80]}",
-                "one number an axis",
+                "one number per axis",
                 "write a valid header",
             )
         centers = [*fields.get("centers", "").lower().split()[axes[0] :], "", "", ""]
@@ -314,7 +339,7 @@ def _place_by_spacings(
 
 
 def _vectors(path: Path, key: str, text: str) -> list[list[float] | None]:
-    """Vectors as "(1,0,0) none (0,0,2.5)"; None stands for `none`."""
+    """Vectors such as "(1,0,0) none (0,0,2.5)"; None stands for `none`."""
     words = re.findall(r"\([^()]*\)|[^\s()]+|[()]", text)
     vectors: list[list[float] | None] = []
     for word in words:
@@ -328,10 +353,10 @@ def _vectors(path: Path, key: str, text: str) -> list[list[float] | None]:
 
 
 def _units(path: Path, fields: Mapping[str, str], key: str, count: int) -> list[float]:
-    """How many mm the unit of each axis has, 1 where none is stated.
+    """Millimetres per unit of each axis; 1 if no unit is stated.
 
     Raises:
-        GeometryError: For a unit that is no length.
+        GeometryError: A unit is not a length.
     """
     if key not in fields:
         return [1.0] * count
@@ -343,7 +368,7 @@ def _units(path: Path, fields: Mapping[str, str], key: str, count: int) -> list[
         raise bad_grid(
             path,
             f"states the {key} {fields[key][:80]}",
-            "a unit an axis: mm, cm, m or um",
+            "one unit per axis: mm, cm, m or um",
             "write the grid in mm",
         )
     return factors

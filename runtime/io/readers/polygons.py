@@ -1,5 +1,6 @@
-"""Planar contours → the pixels inside them, in memory that depends on the image and not on the
-contours.
+"""From planar contours to the pixels inside them.
+
+The memory depends on the size of the image, not on the contours.
 """
 
 from __future__ import annotations
@@ -9,21 +10,24 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Contour = NDArray[np.float64]  # (n, 2): column and row of its corners in pixels
+# (n, 2): column and row of its corners in pixels.
+Contour = NDArray[np.float64]
 
-EDGES = 1 << 14  # edges that are looked at together
-CROSSINGS = 1 << 18  # crossings of edges and rows that are held at once
+# Edges that are in memory together.
+EDGES = 1 << 14
+# Crossings of edges and rows that are in memory together.
+CROSSINGS = 1 << 18
 
 
 def fill(contours: Sequence[Contour], shape: tuple[int, int]) -> NDArray[np.bool_]:
     """The pixels whose centre lies inside, by the even-odd rule over all `contours` together.
 
-    A hole may thus be a contour of its own, or be joined to the outer one by a keyhole, whose two
-    sides cancel. A centre on a left or upper edge is inside, on a right or lower one outside, so
-    that neighbours that share an edge neither overlap nor leave a gap.
+    A hole may be a contour of its own, or be joined to the outer contour by a keyhole, whose two
+    sides cancel. A centre on a left or upper edge is inside, on a right or lower edge outside, so
+    that neighbours with a common edge neither overlap nor leave a gap.
 
     Args:
-        contours: Each (n, 2), pixel centres at whole numbers; the last corner joins the first.
+        contours: Each (n, 2), pixel centres at integers; the last corner joins the first.
         shape: Rows and columns of the image (H, W).
 
     Returns:
@@ -33,56 +37,69 @@ def fill(contours: Sequence[Contour], shape: tuple[int, int]) -> NDArray[np.bool
     box = _box(contours, shape)
     if box is None:
         return inside
-    top, bottom, left, right = box
+    top, bottom, first, stop = box
     # One column more than the box has, for edges at or beyond its right side.
-    columns = right - left + 1
+    columns = stop - first + 1
     counts = np.zeros((bottom - top) * columns, np.uint8)
-    for rows, crossings in _crossings(contours, (top, bottom), (left, right)):
-        toggles = np.bincount((rows - top) * columns + (crossings - left), minlength=len(counts))
-        counts += toggles.astype(np.uint8)  # the last bit says it all
+    for rows, crossings in _crossings(contours, (top, bottom), (first, stop)):
+        toggles = np.bincount((rows - top) * columns + (crossings - first), minlength=len(counts))
+        # Only the last bit counts, so an overflow does no harm.
+        counts += toggles.astype(np.uint8)
     odd = np.cumsum(counts.reshape(-1, columns)[:, :-1], axis=1, dtype=np.uint8) & 1
-    inside[top:bottom, left:right] = odd
+    inside[top:bottom, first:stop] = odd
     return inside
 
 
 def window(contour: Contour, shape: tuple[int, int]) -> tuple[slice, slice] | None:
-    """Rows and columns of the image that a contour can reach, None where it reaches none."""
+    """Rows and columns of the image that a contour can reach; None if it reaches no pixel.
+
+    Args:
+        contour: Its corners (n, 2), in pixels.
+        shape: Rows and columns of the image (H, W).
+    """
     box = _box([contour], shape)
     return None if box is None else (slice(box[0], box[1]), slice(box[2], box[3]))
 
 
 def contains(outline: Contour, points: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Which of the points (m, 2) lie inside an outline (n, 2), by the even-odd rule: bool (m,).
+    """Which points lie inside an outline, by the even-odd rule.
 
-    It holds m x n numbers.
+    It needs memory for m x n numbers.
+
+    Args:
+        outline: Its corners (n, 2).
+        points: (m, 2), in the same pixels.
+
+    Returns:
+        Bool (m,).
     """
     start, end = outline, np.roll(outline, -1, axis=0)
     x, y = points[:, :1], points[:, 1:]
     crossed = (start[:, 1] <= y) != (end[:, 1] <= y)
     rise = np.where(end[:, 1] == start[:, 1], 1, end[:, 1] - start[:, 1])
-    beside = x < start[:, 0] + (y - start[:, 1]) * (end[:, 0] - start[:, 0]) / rise
-    odd: NDArray[np.bool_] = np.count_nonzero(crossed & beside, axis=1) % 2 == 1
+    left_of_edge = x < start[:, 0] + (y - start[:, 1]) * (end[:, 0] - start[:, 0]) / rise
+    odd: NDArray[np.bool_] = np.count_nonzero(crossed & left_of_edge, axis=1) % 2 == 1
     return odd
 
 
 def _box(contours: Sequence[Contour], shape: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """First row, row behind the last, and the same of columns, of the pixels that the contours
-    can hold.
-    """
+    """First row, row after the last, first column and column after the last that contours reach."""
     if not contours:
         return None
     lowest = np.min([c.min(axis=0) for c in contours], axis=0)
     highest = np.max([c.max(axis=0) for c in contours], axis=0)
-    left, top = (int(x) for x in np.clip(np.ceil(lowest), 0, shape[::-1]))
-    right, bottom = (int(x) for x in np.clip(np.ceil(highest), 0, shape[::-1]))
-    return (top, bottom, left, right) if top < bottom and left < right else None
+    first, top = (int(x) for x in np.clip(np.ceil(lowest), 0, shape[::-1]))
+    stop, bottom = (int(x) for x in np.clip(np.ceil(highest), 0, shape[::-1]))
+    return (top, bottom, first, stop) if top < bottom and first < stop else None
 
 
 def _crossings(
     contours: Sequence[Contour], rows: tuple[int, int], columns: tuple[int, int]
 ) -> Iterator[tuple[NDArray[np.intp], NDArray[np.intp]]]:
-    """Where edges cross the lines through the centres of `rows`: the row, and the first column
-    whose centre is not left of it.
+    """Where edges cross the lines through the centres of `rows`.
+
+    Yields:
+        The row of each crossing, and the first column whose centre is not left of it.
     """
     for edges in _batches(contours):
         # Downwards, so that an edge that two contours share is crossed at the same bits.
@@ -98,18 +115,17 @@ def _crossings(
         crossed = np.flatnonzero(count)
         for part in _parts(count[crossed]):
             chosen = crossed[part]
-            much = count[chosen]
-            edge = np.repeat(chosen, much)
-            row = np.arange(len(edge)) - np.repeat(np.cumsum(much) - much - first[chosen], much)
+            rows_crossed = count[chosen]
+            edge = np.repeat(chosen, rows_crossed)
+            start_of_edge = np.cumsum(rows_crossed) - rows_crossed
+            row = np.arange(len(edge)) - np.repeat(start_of_edge - first[chosen], rows_crossed)
             slope = (x1 - x0)[edge] / (y1 - y0)[edge]
-            yield (
-                row,
-                np.clip(np.ceil(x0[edge] + (row - y0[edge]) * slope), *columns).astype(np.intp),
-            )
+            column = np.ceil(x0[edge] + (row - y0[edge]) * slope)
+            yield row, np.clip(column, *columns).astype(np.intp)
 
 
 def _batches(contours: Sequence[Contour]) -> Iterator[NDArray[np.float64]]:
-    """The edges of all contours as (2, n, 2): start and end, a bounded number at once."""
+    """The edges of all contours as (2, n, 2), start and end, in batches of about `EDGES`."""
     waiting: list[NDArray[np.float64]] = []
     size = 0
     for contour in contours:
@@ -130,7 +146,8 @@ def _parts(count: NDArray[np.intp]) -> Iterator[slice]:
     ends = np.cumsum(count)
     start = 0
     while start < len(count):
-        done = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, done + CROSSINGS, side="right")))
+        crossings_before = int(ends[start - 1]) if start else 0
+        limit = crossings_before + CROSSINGS
+        stop = max(start + 1, int(np.searchsorted(ends, limit, side="right")))
         yield slice(start, stop)
         start = stop

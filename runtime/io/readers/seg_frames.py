@@ -1,9 +1,8 @@
-"""The frames of a SEG one at a time, whatever they are compressed as; a claim that the file does
-not keep is refused.
+"""The frames of a SEG, one at a time, in every supported compression.
 
-Single bits are unpacked here: pydicom 3.0 counts frames of an odd number of bits wrongly, and
-decodes neither packed RLE nor the deflated and the uncompressed encapsulated frames of PS3.5
-(A.4.11, A.4.13). JPEG and its kin are pydicom's.
+A file that does not hold what its header states is refused. Single bits are unpacked here: pydicom
+3.0 miscounts frames with an odd number of bits, and decodes neither packed RLE nor the deflated and
+the uncompressed encapsulated frames of PS3.5 (A.4.11, A.4.13). pydicom decodes the JPEG family.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ from ...core.errors import MissingDecoder, UnreadableVolume
 from ..dicom.files import pydicom
 
 RLE = "1.2.840.10008.1.2.5"
-UNCOMPRESSED = "1.2.840.10008.1.2.1.98"  # Encapsulated Uncompressed Explicit VR Little Endian
-DEFLATED = "1.2.840.10008.1.2.8.1"  # Deflated Image Frame Compression
-_LOSSY = (
-    "1.2.840.10008.1.2.4.50",
-    "1.2.840.10008.1.2.4.51",
-    "1.2.840.10008.1.2.4.81",
-)  # JPEG baseline, extended; JPEG-LS near-lossless
-# Packages with a decoder that pydicom takes. Licences: Pillow MIT-CMU, pyjpegls and
+# Encapsulated Uncompressed Explicit VR Little Endian.
+UNCOMPRESSED = "1.2.840.10008.1.2.1.98"
+# Deflated Image Frame Compression.
+DEFLATED = "1.2.840.10008.1.2.8.1"
+# JPEG baseline and extended, JPEG-LS near-lossless.
+_LOSSY = ("1.2.840.10008.1.2.4.50", "1.2.840.10008.1.2.4.51", "1.2.840.10008.1.2.4.81")
+# Packages with a decoder that pydicom uses. Licences: Pillow MIT-CMU, pyjpegls and
 # pylibjpeg-openjpeg MIT, GDCM BSD-3.
 _PACKAGES = {
     "1.2.840.10008.1.2.4.57": "python-gdcm",
@@ -43,13 +41,16 @@ _PACKAGES = {
 
 
 def check_frames(ds: Any, count: int, name: str) -> None:
-    """Raise for pixels that are not all there, were changed by compression, or that nothing here
-    decodes.
+    """Check that the pixels of a SEG are complete, unchanged by compression, and can be decoded.
 
     Args:
         ds: The SEG.
-        count: Its frames.
+        count: Its number of frames.
         name: What messages call it.
+
+    Raises:
+        UnreadableVolume: They are not.
+        MissingDecoder: No decoder for its compression is installed.
     """
     syntax, bits = str(ds.file_meta.TransferSyntaxUID), int(ds.BitsAllocated)
     if int(ds.get("SamplesPerPixel") or 1) != 1 or bits not in (1, 8, 16, 32):
@@ -59,65 +60,67 @@ def check_frames(ds: Any, count: int, name: str) -> None:
             remedy="export it as a BINARY DICOM SEG",
             file=Path(name),
         )
-    if syntax in _LOSSY or (_encapsulated(ds) and ds.get("LossyImageCompression") == "01"):
+    if syntax in _LOSSY or (_is_encapsulated(ds) and ds.get("LossyImageCompression") == "01"):
         raise UnreadableVolume(
             f"{name} is compressed with loss",
             expected="labels as they were drawn",
             remedy="export it without loss",
             file=Path(name),
         )
-    have, need = (
-        len(ds.get("PixelData") or b""),
-        (count * int(ds.Rows) * int(ds.Columns) * bits + 7) // 8,
-    )
-    if have == 0 or (not _encapsulated(ds) and have < need):
+    have = len(ds.get("PixelData") or b"")
+    need = (count * int(ds.Rows) * int(ds.Columns) * bits + 7) // 8
+    if have == 0 or (not _is_encapsulated(ds) and have < need):
         raise _truncated(name, f"{have} of {need} bytes of pixels")
-    if _encapsulated(ds) and syntax not in (RLE, UNCOMPRESSED, DEFLATED):
+    if _is_encapsulated(ds) and syntax not in (RLE, UNCOMPRESSED, DEFLATED):
         _check_decoder(syntax, name)
 
 
 def frames(ds: Any, count: int, name: str) -> Iterator[NDArray[Any]]:
-    """One frame (rows, columns) after the other, of single bits as 0 and 1.
+    """Decode the frames of a SEG.
 
     Args:
-        ds: A SEG that `check_frames` passed.
-        count: Its frames.
+        ds: A SEG that `check_frames` has passed.
+        count: Its number of frames.
         name: What messages call it.
 
+    Yields:
+        Each frame (rows, columns); single bits as 0 and 1.
+
     Raises:
-        UnreadableVolume: Where a frame is missing or is not of the size that the header states.
+        UnreadableVolume: A frame is missing, damaged or of another size than the header states.
     """
     shape, number = (int(ds.Rows), int(ds.Columns)), 0
-    for frame in (
-        _encapsulated_frames(ds, count, shape, name)
-        if _encapsulated(ds)
-        else _native_frames(ds, count, shape)
-    ):
+    if _is_encapsulated(ds):
+        decoded = _encapsulated_frames(ds, count, shape, name)
+    else:
+        decoded = _native_frames(ds, count, shape)
+    for frame in decoded:
         number += 1
         if number > count or frame.shape != shape:
-            raise _wrong(name)
+            raise _damaged_frame(name)
         yield frame
     if number < count:
         raise _truncated(name, f"{number} of {count} frames")
 
 
-def _encapsulated(ds: Any) -> bool:
+def _is_encapsulated(ds: Any) -> bool:
     """Whether the pixels are in fragments (PS3.5, A.4)."""
     syntax = ds.file_meta.TransferSyntaxUID
     return str(syntax) == DEFLATED or bool(syntax.is_encapsulated)
 
 
 def _native_frames(ds: Any, count: int, shape: tuple[int, int]) -> Iterator[NDArray[Any]]:
+    """The frames of pixels that are not compressed."""
     if int(ds.BitsAllocated) != 1:
         yield from pydicom().pixels.iter_pixels(ds, raw=True)
         return
     packed = np.frombuffer(ds.PixelData, np.uint8)
-    if ds.original_encoding[1] is False and ds["PixelData"].VR == "OW":  # big endian words
+    if ds.original_encoding[1] is False and ds["PixelData"].VR == "OW":
+        # Big-endian words.
         packed = packed[: len(packed) // 2 * 2].reshape(-1, 2)[:, ::-1].ravel()
     size = shape[0] * shape[1]
-    for start in range(
-        0, count * size, size
-    ):  # they follow each other without padding (PS3.5, 8.1.1)
+    # Frames follow each other without padding (PS3.5, 8.1.1).
+    for start in range(0, count * size, size):
         bits = np.unpackbits(packed[start // 8 : (start + size + 7) // 8], bitorder="little")
         yield bits[start % 8 : start % 8 + size].reshape(shape)
 
@@ -125,30 +128,28 @@ def _native_frames(ds: Any, count: int, shape: tuple[int, int]) -> Iterator[NDAr
 def _encapsulated_frames(
     ds: Any, count: int, shape: tuple[int, int], name: str
 ) -> Iterator[NDArray[Any]]:
-    syntax, bits, size = (
-        str(ds.file_meta.TransferSyntaxUID),
-        int(ds.BitsAllocated),
-        shape[0] * shape[1],
-    )
+    """The frames of pixels in fragments."""
+    syntax, bits = str(ds.file_meta.TransferSyntaxUID), int(ds.BitsAllocated)
+    size = shape[0] * shape[1]
     if syntax in (RLE, UNCOMPRESSED, DEFLATED):
-        dtype = np.dtype(
-            f"{'i' if bits > 1 and ds.get('PixelRepresentation') else 'u'}{max(1, bits // 8)}"
-        ).newbyteorder("<")
+        sign = "i" if bits > 1 and ds.get("PixelRepresentation") else "u"
+        dtype = np.dtype(f"{sign}{max(1, bits // 8)}").newbyteorder("<")
         for data in _fragments(ds, count):
-            content = _plain(syntax, data, size, bits, name)
+            content = _frame_bytes(syntax, data, size, bits, name)
             if bits > 1:
                 yield np.frombuffer(content, dtype, size).reshape(shape)
-            elif len(content) == size and size > 8:  # RLE may hold a byte for each bit (CP-2301)
-                yield _bits(np.frombuffer(content, np.uint8), name).reshape(shape)
+                continue
+            frame = np.frombuffer(content, np.uint8)
+            # RLE may hold one byte per bit (CP-2301).
+            if len(content) == size and size > 8:
+                yield _check_bits(frame, name).reshape(shape)
             else:
-                yield np.unpackbits(
-                    np.frombuffer(content, np.uint8), bitorder="little", count=size
-                ).reshape(shape)
+                yield np.unpackbits(frame, bitorder="little", count=size).reshape(shape)
         return
     for data in _fragments(ds, count):
         _check_size(data, shape, name)
     for frame in pydicom().pixels.iter_pixels(ds, raw=True):
-        yield _bits(frame, name) if bits == 1 else frame
+        yield _check_bits(frame, name) if bits == 1 else frame
 
 
 def _fragments(ds: Any, count: int) -> Iterator[bytes]:
@@ -161,8 +162,8 @@ def _fragments(ds: Any, count: int) -> Iterator[bytes]:
     )
 
 
-def _plain(syntax: str, data: bytes, size: int, bits: int, name: str) -> bytes:
-    """A frame's own bytes, no more of them than its pixels take."""
+def _frame_bytes(syntax: str, data: bytes, size: int, bits: int, name: str) -> bytes:
+    """The bytes of a frame, without padding."""
     need = size * bits // 8 if bits > 1 else (size + 7) // 8
     if syntax == RLE:
         return _from_rle(data, size, bits, name)
@@ -170,18 +171,19 @@ def _plain(syntax: str, data: bytes, size: int, bits: int, name: str) -> bytes:
         inflater = zlib.decompressobj(-zlib.MAX_WBITS)
         content = inflater.decompress(data, need + 2)
         if not inflater.eof:
-            raise _wrong(name)
+            raise _damaged_frame(name)
     else:
         content = data
-    if not need <= len(content) <= need + 1:  # a byte more makes it even
-        raise _wrong(name)
+    # One more byte may pad the frame to an even length.
+    if not need <= len(content) <= need + 1:
+        raise _damaged_frame(name)
     return content[:need]
 
 
 def _from_rle(data: bytes, size: int, bits: int, name: str) -> bytes:
-    """RLE Lossless (PS3.5, annex G): a segment for each byte of a pixel, the highest first.
+    """Decode RLE Lossless (PS3.5, annex G): one segment per byte of a pixel, the highest first.
 
-    Single bits come packed, or one a byte.
+    Single bits are packed, or one per byte.
     """
     width = max(1, bits // 8)
     number, *offsets = struct.unpack("<16L", data[:64].ljust(64, b"\0"))
@@ -189,26 +191,25 @@ def _from_rle(data: bytes, size: int, bits: int, name: str) -> bytes:
     if number != width or any(
         not 64 <= a <= b <= len(data) for a, b in zip(offsets, ends, strict=False)
     ):
-        raise _wrong(name)
-    planes = [_unpacked(data[a:b], size) for a, b in zip(offsets, ends, strict=False)]
+        raise _damaged_frame(name)
+    planes = [_unpack_rle(data[a:b], size) for a, b in zip(offsets, ends, strict=False)]
     if bits == 1:
-        packed, whole = (size + 7) // 8, planes[0]
-        if len(whole) == size and size > 8:
-            return whole
-        if packed <= len(whole) <= packed + 1:
-            return whole[:packed]
-        raise _wrong(name)
+        packed_size, segment = (size + 7) // 8, planes[0]
+        if len(segment) == size and size > 8:
+            return segment
+        if packed_size <= len(segment) <= packed_size + 1:
+            return segment[:packed_size]
+        raise _damaged_frame(name)
     if any(len(plane) < size for plane in planes):
-        raise _wrong(name)
-    return np.stack(
-        [np.frombuffer(plane, np.uint8, size) for plane in planes[::-1]], axis=1
-    ).tobytes()
+        raise _damaged_frame(name)
+    columns = [np.frombuffer(plane, np.uint8, size) for plane in planes[::-1]]
+    return np.stack(columns, axis=1).tobytes()
 
 
-def _unpacked(data: bytes, most: int) -> bytes:
-    """A segment's bytes, at most that many."""
+def _unpack_rle(data: bytes, limit: int) -> bytes:
+    """The bytes of an RLE segment, at most `limit`."""
     out, place = bytearray(), 0
-    while place < len(data) and len(out) < most:
+    while place < len(data) and len(out) < limit:
         head = data[place]
         if head < 128:
             out += data[place + 1 : place + 2 + head]
@@ -218,14 +219,15 @@ def _unpacked(data: bytes, most: int) -> bytes:
             place += 2
         else:
             place += 1
-    return bytes(out[:most])
+    return bytes(out[:limit])
 
 
-def _bits(frame: NDArray[Any], name: str) -> NDArray[Any]:
+def _check_bits(frame: NDArray[Any], name: str) -> NDArray[Any]:
+    """The frame, if it holds only 0 and 1."""
     if frame.max(initial=0) > 1:
         raise UnreadableVolume(
             f"{name} states single bits, and its compressed frames hold {int(frame.max())}",
-            expected="0 and 1 alone",
+            expected="only 0 and 1",
             remedy="export it again, without compression",
             file=Path(name),
         )
@@ -255,45 +257,40 @@ def _check_decoder(syntax: str, name: str) -> None:
 
 
 def _check_size(data: bytes, shape: tuple[int, int], name: str) -> None:
-    """Raise where the codestream states another size than the header: it would be decoded as it
-    says, however large.
-    """
-    if (start := data.find(b"\xff\x4f\xff\x51")) >= 0 and len(
-        data
-    ) >= start + 24:  # JPEG 2000: SIZ (ISO/IEC 15444-1, A.5.1)
-        right, bottom, left, top = struct.unpack(">4L", data[start + 8 : start + 24])
-        size = (bottom - top, right - left)
+    """Refuse a codestream whose size is not the header's: it would be decoded, however large."""
+    # The SIZ marker of JPEG 2000 (ISO/IEC 15444-1, A.5.1).
+    start = data.find(b"\xff\x4f\xff\x51")
+    if start >= 0 and len(data) >= start + 24:
+        x_end, y_end, x_start, y_start = struct.unpack(">4L", data[start + 8 : start + 24])
+        size = (y_end - y_start, x_end - x_start)
     else:
         size = _jpeg_size(data) or (0, 0)
     if size != shape:
-        raise _wrong(name)
+        raise _damaged_frame(name)
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Rows and columns of a JPEG or JPEG-LS codestream, by its frame header (ISO/IEC 10918-1,
-    B.2.2).
-    """
+    """Rows and columns in the frame header of JPEG or JPEG-LS (ISO/IEC 10918-1, B.2.2)."""
     place = data.find(b"\xff\xd8") + 2
     while 2 <= place <= len(data) - 9:
         marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
         if marker in (0xC0, 0xC1, 0xC2, 0xC3, 0xF7):
-            return int.from_bytes(data[place + 5 : place + 7], "big"), int.from_bytes(
-                data[place + 7 : place + 9], "big"
-            )
+            rows, columns = struct.unpack_from(">HH", data, place + 5)
+            return rows, columns
         place += 2 + length
     return None
 
 
 def _truncated(name: str, what: str) -> UnreadableVolume:
     return UnreadableVolume(
-        f"{name} is truncated: {what} are there",
+        f"{name} is truncated: it has {what}",
         expected="a complete DICOM SEG",
         remedy="copy or export it again",
         file=Path(name),
     )
 
 
-def _wrong(name: str) -> UnreadableVolume:
+def _damaged_frame(name: str) -> UnreadableVolume:
     return UnreadableVolume(
         f"{name} has a compressed frame that is damaged, or not of the size that its header states",
         expected="a complete DICOM SEG",

@@ -1,4 +1,4 @@
-"""Volumes in: NIfTI, NRRD and MHA, from what `headers.check_header` says of them."""
+"""Read volumes (NIfTI, NRRD and MHA) from what `volume_files.check_header` states of them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from ..volume_files import EXPECTED, Header, Voxels, check_header
 from .nifti_names import embedded_names
 from .voxels import planes
 
-READ_AT_ONCE = 2 << 20  # bytes of planes from thread to thread: they stay in the core's cache
+# Bytes of planes that one thread passes to the next: they stay in the core's cache.
+READ_AT_ONCE = 2 << 20
 
 _DEFAULT_ORIENTATION = dict.fromkeys(
     (".gz", ".nii"), "it is taken to run right to left, front to back, feet to head"
@@ -32,17 +33,28 @@ _DEFAULT_ORIENTATION = dict.fromkeys(
 
 
 def simpleitk() -> Any:
-    """The SimpleITK module. Raises `MissingComponent` when it is not installed."""
+    """The SimpleITK module.
+
+    Raises:
+        MissingComponent: It is not installed.
+    """
     with importing("SimpleITK", "SimpleITK, which reads volumes", "pip install SimpleITK"):
         import SimpleITK
     return SimpleITK
 
 
 def read_volume(path: Path) -> Volume:
-    """Read one 3-D scalar volume: values (D, H, W) in the file's dtype (scaled ones as float),
-    geometry LPS in mm.
+    """Read one 3-D scalar volume.
 
-    Raises `UnreadableVolume` or `GeometryError`, naming the file, for anything else.
+    Args:
+        path: The file.
+
+    Returns:
+        Values (D, H, W) in the file's dtype, scaled ones as floats; geometry LPS in mm.
+
+    Raises:
+        UnreadableVolume: The file is not one scalar volume.
+        GeometryError: Its header does not state the grid.
     """
     volume = read_mask(path)
     if isinstance(volume, Layers):
@@ -56,7 +68,18 @@ def read_volume(path: Path) -> Volume:
 
 
 def read_mask(path: Path) -> Volume | Layers:
-    """As `read_volume`; a Slicer segmentation in several layers comes as `Layers`."""
+    """Read a mask, which may have several layers.
+
+    Args:
+        path: The file.
+
+    Returns:
+        As `read_volume`; `Layers` for a Slicer segmentation in several layers.
+
+    Raises:
+        UnreadableVolume: The file is not a volume.
+        GeometryError: Its header does not state the grid.
+    """
     path = Path(path)
     header = check_header(path, voxels=False)
     with _in_memory(header.voxels, header.voxels.size, path):
@@ -68,9 +91,7 @@ def read_mask(path: Path) -> Volume | Layers:
 
 
 def _segments_of(header: Header, path: Path) -> tuple[Segment, ...]:
-    """What the file calls its values: a Slicer segmentation's segments, or the names embedded in
-    a NIfTI.
-    """
+    """The names of values: a Slicer segmentation's segments, or those embedded in a NIfTI."""
     if path.suffix.lower() in (".gz", ".nii"):
         return embedded_names(path)
     return tuple(segment for segment, _ in header.segments)
@@ -86,12 +107,13 @@ def _notes(header: Header, path: Path) -> tuple[str, ...]:
 
 
 def _layers(values: NDArray[Any], header: Header, path: Path) -> Layers:
-    """A layered .seg.nrrd: the components of a voxel are its layers, and a value means something
-    in its own layer only.
+    """A layered .seg.nrrd: the components of a voxel are its layers.
+
+    A value has a meaning only in its own layer.
     """
     if any(not 0 <= layer < header.layers for _, layer in header.segments):
         raise UnreadableVolume(
-            f"{path.name} has {header.layers} layers, not those its segments name",
+            f"{path.name} has {header.layers} layers, and its segments name others",
             expected=EXPECTED,
             remedy="save it again from Slicer",
             file=path,
@@ -113,9 +135,19 @@ def _layers(values: NDArray[Any], header: Header, path: Path) -> Layers:
 
 
 def from_sitk(image: Any, nifti_header: bytes | None = None, file: Path | None = None) -> Volume:
-    """A SimpleITK image as a `Volume`; the values are a read-only view that keeps the image.
+    """A SimpleITK image as a `Volume`.
 
-    Raises `InputError`s.
+    Args:
+        image: A 3-D scalar image.
+        nifti_header: The NIfTI-1 header that a result shall carry; 348 bytes.
+        file: The file that errors name.
+
+    Returns:
+        Values (D, H, W) as a read-only view, which keeps the image alive.
+
+    Raises:
+        UnreadableVolume: The image is not 3-D, or has several values per voxel.
+        GeometryError: Its grid is not valid.
     """
     name = "the image" if file is None else file.name
     pixel = image.GetPixelIDTypeAsString()
@@ -128,16 +160,21 @@ def from_sitk(image: Any, nifti_header: bytes | None = None, file: Path | None =
             f"{name} is {image.GetDimension()}-D with {image.GetNumberOfComponentsPerPixel()}"
             f" values a voxel ({pixel})",
             expected=EXPECTED,
-            remedy="save the labels as one integer per voxel of a 3-D volume",
+            remedy="save a 3-D volume with one integer label per voxel",
             file=file,
         )
-    return Volume(np.asarray(_Kept(image)), from_sitk_geometry(image, file), nifti_header)
+    return Volume(np.asarray(_ArrayOwner(image)), from_sitk_geometry(image, file), nifti_header)
 
 
 def from_sitk_geometry(image: Any, file: Path | None = None) -> Geometry:
-    """Where a 3-D SimpleITK image lies, or what its reader says of it.
+    """The grid of a 3-D SimpleITK image, or of its file reader.
 
-    Raises `GeometryError`, naming the file.
+    Args:
+        image: The image or reader.
+        file: The file that errors name.
+
+    Raises:
+        GeometryError: The grid is not valid.
     """
     try:
         return Geometry.from_parts(image.GetOrigin(), image.GetSpacing(), image.GetDirection())
@@ -146,9 +183,10 @@ def from_sitk_geometry(image: Any, file: Path | None = None) -> Geometry:
         raise
 
 
-class _Kept:
-    """An image's voxels (D, H, W) for numpy, which keeps this, and so the image, as long as an
-    array looks at them.
+class _ArrayOwner:
+    """The voxels (D, H, W) of an image for numpy.
+
+    An array that views them keeps this object, and with it the image, alive.
     """
 
     def __init__(self, image: Any):
@@ -167,11 +205,23 @@ def read_labels(
 ) -> LabelVolume:
     """Read a mask and map its values to the model's indices.
 
-    Raises `InputError`s that name `file`, by default the path.
+    Of a volume in one layer only the indices are in memory: one thread decompresses it, and another
+    one maps and digests it, a few planes behind.
 
-    `order`: what wins where segments overlap (`runtime.core.labels.overlay`); `force`: what looks
-    like an image is read, too. Of a volume in one layer only the indices are ever held: it is
-    decompressed in one thread, and mapped and digested in another, a few planes behind.
+    Args:
+        path: The file.
+        table: The model's label table.
+        label_map: The user's map from values, codes or names to indices.
+        order: Which segment wins where segments overlap (`runtime.core.labels.overlay`).
+        force: Whether a mask that looks like an image is read.
+        file: The file that errors name; by default `path`.
+
+    Returns:
+        Indices (D, H, W), uint8.
+
+    Raises:
+        InputError: The file cannot be read, is not a mask, or has labels that the model does not
+            know.
     """
     path = Path(path)
     file, header = file or path, check_header(path, voxels=False)
@@ -190,13 +240,14 @@ def read_labels(
 
 @contextmanager
 def _in_memory(voxels: Voxels, size: int, file: Path) -> Iterator[None]:
-    """Refuse a mask for which there is no room, before it is read where that shows by its header: a
-    few MB of gzip can hold GBs.
+    """Refuse a mask that does not fit into memory, if possible before it is read.
+
+    A few MB of gzip can hold GBs.
 
     Args:
         voxels: From the checked header.
-        size: Bytes of what is held of them.
-        file: What the error is about.
+        size: Bytes of memory that the mask needs.
+        file: The file that errors name.
     """
     limit = memory_limit()
     if limit is not None and size > limit:
@@ -209,15 +260,13 @@ def _in_memory(voxels: Voxels, size: int, file: Path) -> Iterator[None]:
 
 def _too_large(voxels: Voxels, size: int, limit: int | None, file: Path) -> UnreadableVolume:
     shape = " x ".join(map(str, voxels.shape[::-1]))
+    expected = "a mask that fits into memory"
+    if limit is not None:
+        expected += f": machine and limits of the process leave {limit} bytes at most"
     return UnreadableVolume(
         f"{file.name} holds {shape} voxels, more than this run has memory for: they take {size}"
         " bytes",
-        expected="a mask that fits into memory"
-        + (
-            ""
-            if limit is None
-            else f": machine and limits of the process leave {limit} bytes at most"
-        ),
+        expected=expected,
         remedy="cut it, raise the limit, or use a larger machine",
         file=file,
     )
@@ -232,7 +281,22 @@ def labels_of(
     force: bool = False,
     file: Path,
 ) -> LabelVolume:
-    """What a reader returned, in the model's indices. Raises `InputError`s that name `file`."""
+    """Map what a reader returned to the model's indices.
+
+    Args:
+        mask: Values or segments.
+        table: The model's label table.
+        label_map: The user's map from values, codes or names to indices.
+        order: Which segment wins where segments overlap (`runtime.core.labels.overlay`).
+        force: Whether a mask that looks like an image is mapped.
+        file: The file that errors name.
+
+    Returns:
+        Indices (D, H, W), uint8.
+
+    Raises:
+        InputError: It is not a mask, or has labels that the model does not know.
+    """
     if isinstance(mask, Layers):
         labels = overlay(mask, table, label_map, order=order, file=file)
         return LabelVolume(labels, mask.geometry, dicom=mask.dicom, notes=mask.notes)
@@ -250,17 +314,26 @@ def labels_of(
 def as_integers(values: NDArray[Any], file: Path | None = None) -> NDArray[Any]:
     """Label values as integers.
 
-    Floats are taken when every one of them is whole. Raises `UnreadableVolume`.
+    Args:
+        values: Integers, or floats (D, H, W) that are all whole numbers.
+        file: The file that errors name.
+
+    Returns:
+        Integers as they are; floats as int32.
+
+    Raises:
+        UnreadableVolume: A value is not a whole number.
     """
     if values.dtype.kind in "iu":
         return values
     for plane in values:
-        whole = np.isfinite(plane) & (plane == np.rint(plane)) & (np.abs(plane) < 1 << 31)
-        if not whole.all():
-            example = plane[~whole].flat[0]
+        is_integer = np.isfinite(plane) & (plane == np.rint(plane)) & (np.abs(plane) < 1 << 31)
+        if not is_integer.all():
+            example = plane[~is_integer].flat[0]
+            name = "the mask" if file is None else file.name
             raise UnreadableVolume(
-                f"{'the mask' if file is None else file.name} holds {example}, which is no label",
-                expected="whole numbers: a label map, not an image or a probability",
+                f"{name} holds {example}, which is not a label",
+                expected="integers: a label map, not an image or a probability",
                 remedy="give the label map itself, and resample labels with nearest neighbour",
                 file=file,
             )

@@ -1,4 +1,4 @@
-"""What the header of any volume file states once it is checked, and what its text may look like."""
+"""What the checked header of any volume file states, and how the text of a header is parsed."""
 
 from __future__ import annotations
 
@@ -18,20 +18,28 @@ from ...core.errors import GeometryError, UnreadableVolume
 from ...core.volume import LARGEST_MM, Geometry, Segment
 
 EXPECTED = "one 3-D volume of integers as NIfTI, NRRD or MHA"
-MAX_EXTENT = 32767  # voxels along one axis that NIfTI-1 can say
-MAX_VOXELS = 1 << 34  # 16 G voxels: past this a header is taken for damaged
-MAX_HEADER = 1 << 20  # bytes of a text header, Slicer's lists of segments among them
-MAX_GAP = 1 << 26  # bytes between a header and its voxels, NIfTI extensions among them
-DEFLATE = 1032  # the most bytes that one byte of deflate can stand for (zlib's technical details)
-# What compressed voxels may become, of whatever type: each is held as a label of one byte. An organ
-# in 512 x 512 x 2000 voxels,
-# all of one label, is within the first alone; a large mask has outlines, and deflate needs a byte
-# for some hundred voxels of them.
-ALWAYS = 1 << 30  # voxels, however few their compressed bytes are
-EXPANSION = 250  # voxels beyond that for each compressed byte; deflate itself ends at 1032 bytes
-SLICE_MM = 1.0  # thickness of a single slice that states none
-SHEAR_SAID = 1e-5  # cosine between two axes from which on a person is told
-UNSHEARED = 1e-4  # up to which other readers (ITK) take a grid
+# Voxels along one axis that NIfTI-1 can state.
+MAX_EXTENT = 32767
+# A header with more voxels (16 G) counts as damaged.
+MAX_VOXELS = 1 << 34
+# Bytes of a text header, with Slicer's lists of segments.
+MAX_HEADER = 1 << 20
+# Bytes between a header and its voxels, with NIfTI extensions.
+MAX_GAP = 1 << 26
+# Bytes that one byte of deflate can stand for at most (zlib's technical details).
+DEFLATE = 1032
+# Limits of compressed voxels, of whatever type: each becomes a label of one byte. One organ in
+# 512 x 512 x 2000 voxels is within the first limit; a larger mask has outlines, and deflate needs
+# a byte for some hundred voxels of them.
+ALWAYS = 1 << 30
+# Voxels beyond that for each compressed byte.
+EXPANSION = 250
+# Thickness of a single slice that states none.
+SLICE_MM = 1.0
+# Cosine between two axes from which the user is told of a shear.
+SHEAR_SAID = 1e-5
+# Cosine up to which other readers (ITK) accept a grid.
+UNSHEARED = 1e-4
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 _INTEGER = re.compile(r"[-+]?\d{1,20}", re.ASCII)
@@ -51,16 +59,16 @@ MILLIMETRES = {
 
 @dataclass(frozen=True)
 class Voxels:
-    """Where the voxels of a volume lie, and how they are stored.
+    """Where the voxels of a volume are, and how they are stored.
 
     Attributes:
         file: The file that holds them: the header's own, or one beside it.
         start: The byte of that file where their encoding begins.
         skip: Decoded bytes before the first voxel.
         encoding: "raw", "gzip", "zlib", "text" or "hex".
-        dtype: Of one value, in the file's byte order.
+        dtype: Type of one value, in the file's byte order.
         shape: (D, H, W) in voxels.
-        layers: Values of one voxel; they lie next to each other.
+        layers: Number of values per voxel; they are adjacent.
         scale: (slope, intercept) where a value is slope * stored + intercept.
     """
 
@@ -84,14 +92,14 @@ class Header:
     """What a checked header states.
 
     Attributes:
-        geometry: Where the grid lies, LPS in mm.
-        voxels: Where the values lie.
-        nifti: A NIfTI-1 header as 348 little-endian bytes, so that a NIfTI result can carry its
-            grid bit for bit; None for other formats, and where parts of it contradict each other.
+        geometry: The grid, LPS in mm.
+        voxels: Where the values are.
+        nifti: The NIfTI-1 header as 348 little-endian bytes, so that a NIfTI result carries its
+            grid bit for bit; None for other formats, and if its parts contradict each other.
         oriented: Whether it states how the axes lie in the patient.
-        notes: What a person should be told.
-        keys: Key/value pairs of an NRRD, keys in lower case without blanks.
-        segments: Of a Slicer .seg.nrrd, each with the layer that it lies in.
+        notes: Messages for the user.
+        keys: Key/value pairs of an NRRD, with keys in lower case without blanks.
+        segments: Segments of a Slicer .seg.nrrd, each with its layer.
     """
 
     geometry: Geometry
@@ -104,30 +112,47 @@ class Header:
 
     @property
     def layers(self) -> int:
+        """Number of values per voxel."""
         return self.voxels.layers
 
 
 def bad(
     path: Path, fact: str, remedy: str = "check the file, or write it again"
 ) -> UnreadableVolume:
-    """The file is not what a reader takes."""
+    """The error for a file that a reader does not accept.
+
+    Args:
+        path: The file.
+        fact: What is wrong; it follows the file's name.
+        remedy: What the user can do.
+    """
     return UnreadableVolume(f"{path.name} {fact}", expected=EXPECTED, remedy=remedy, file=path)
 
 
 def bad_grid(path: Path, fact: str, expected: str, remedy: str) -> GeometryError:
-    """The file does not state where its voxels lie, or states it twice."""
+    """The error for a file that states no grid, or two grids.
+
+    Args:
+        path: The file.
+        fact: What is wrong; it follows the file's name.
+        expected: What the file should state.
+        remedy: What the user can do.
+    """
     return GeometryError(f"{path.name} {fact}", expected=expected, remedy=remedy, file=path)
 
 
 def check_shape(path: Path, sizes: Sequence[int]) -> tuple[int, int, int]:
-    """Two or three dimensions, further ones only of 1 voxel, as (D, H, W).
+    """The shape of a volume with two or three dimensions; further ones may have 1 voxel.
 
     Args:
-        path: The file, for the error.
+        path: The file that errors name.
         sizes: Voxels along each axis, the fastest first.
 
+    Returns:
+        (D, H, W).
+
     Raises:
-        UnreadableVolume: For any other number of dimensions or voxels.
+        UnreadableVolume: The number of dimensions or voxels is not supported.
     """
     text = "x".join(str(n) for n in sizes)
     if len(sizes) < 2:
@@ -150,11 +175,18 @@ def check_shape(path: Path, sizes: Sequence[int]) -> tuple[int, int, int]:
 
 
 def check_voxels(path: Path, voxels: Voxels) -> Voxels:
-    """The voxels, when the file can hold as many as its header claims.
+    """Check that the file can hold as many voxels as its header claims.
+
+    Args:
+        path: The file that errors name.
+        voxels: What the header states.
+
+    Returns:
+        `voxels`.
 
     Raises:
-        UnreadableVolume: When they begin too far behind the header, or when even the best
-            compression could not put them into the bytes that are there.
+        UnreadableVolume: The voxels begin too far behind the header, or the file is too short for
+            them, even with the best compression.
     """
     if voxels.skip < 0 or (voxels.encoding != "raw" and voxels.skip > MAX_GAP):
         raise bad(
@@ -166,15 +198,14 @@ def check_voxels(path: Path, voxels: Voxels) -> Voxels:
     if have < _least_bytes(voxels):
         raise bad(
             path,
-            f"is truncated: {max(0, have - voxels.skip)} bytes are there for {voxels.size} bytes of"
-            " voxels",
+            f"is truncated: it has {max(0, have - voxels.skip)} of {voxels.size} bytes of voxels",
             "copy or download it again",
         )
-    count, most = voxels.size // voxels.dtype.itemsize, ALWAYS + EXPANSION * have
-    if voxels.encoding in ("gzip", "zlib") and count > most:
+    count, limit = voxels.size // voxels.dtype.itemsize, ALWAYS + EXPANSION * have
+    if voxels.encoding in ("gzip", "zlib") and count > limit:
         raise UnreadableVolume(
             f"{path.name} states {count} voxels in {have} compressed bytes",
-            expected=f"at most {most} voxels: {EXPANSION} for each compressed byte, and {ALWAYS}",
+            expected=f"at most {limit} voxels: {EXPANSION} for each compressed byte, and {ALWAYS}",
             remedy="if it is a mask, save it without compression, or cut it",
             file=path,
         )
@@ -187,16 +218,21 @@ def _least_bytes(voxels: Voxels) -> int:
         return voxels.skip + voxels.size
     if voxels.encoding == "hex":
         return 2 * voxels.size
-    if voxels.encoding == "text":  # a digit and a blank a value
+    # Each value of a text is at least a digit and a blank.
+    if voxels.encoding == "text":
         return 2 * (voxels.size // voxels.dtype.itemsize) - 1
     return (voxels.skip + voxels.size) // DEFLATE - 64
 
 
 def voxel_name(path: Path, name: str) -> str:
-    """The name of the one file beside the header `path` that `name` means.
+    """The name of the one file with the voxels, beside its header.
+
+    Args:
+        path: The header.
+        name: What the header states.
 
     Raises:
-        UnreadableVolume: For a list or pattern of files, and for a name that leads elsewhere.
+        UnreadableVolume: It is a list or pattern of files, or a name that leads elsewhere.
     """
     if name.upper().split(maxsplit=1)[:1] == ["LIST"] or "%" in name:
         raise bad(path, f"keeps its voxels in several files ({name[:80]!r})", "save it as one file")
@@ -211,37 +247,45 @@ def voxel_name(path: Path, name: str) -> str:
 
 
 def voxel_file(path: Path, name: str) -> Path:
-    """The file beside the header `path` that `name` means: a plain file of the same folder.
+    """The plain file with the voxels, beside its header.
+
+    Args:
+        path: The header.
+        name: What the header states.
 
     Raises:
-        UnreadableVolume: As `voxel_name`, and for what is no file, or a link.
+        UnreadableVolume: As `voxel_name`, and if it is not a file, or a link.
     """
-    beside = path.parent / voxel_name(path, name)
+    detached = path.parent / voxel_name(path, name)
     try:
-        kind = os.lstat(beside).st_mode
+        kind = os.lstat(detached).st_mode
     except (OSError, ValueError):
         kind = 0
     if not stat.S_ISREG(kind):
-        fact = "is a link" if stat.S_ISLNK(kind) else "is no file beside it"
+        fact = "is a link" if stat.S_ISLNK(kind) else "is not a file beside it"
         raise bad(
             path,
             f"keeps its voxels in {name[:80]!r}, which {fact}",
             "keep header and voxels in one folder, or in one file",
         )
-    return beside
+    return detached
 
 
 def header_lines(path: Path, handle: BinaryIO) -> Iterator[str]:
     """The lines of a text header, without their ends.
 
+    Args:
+        path: The file that errors name.
+        handle: The open file.
+
     Raises:
-        UnreadableVolume: For control characters, a lone carriage return among them, which other
-            readers take for the end of a line, and for a header without an end.
+        UnreadableVolume: The header has no end, or a control character. A lone carriage return is
+            one: other readers take it for the end of a line.
     """
-    left = MAX_HEADER
-    while line := handle.readline(left + 1):
-        left -= len(line)
-        if left < 0:
+    bytes_left = MAX_HEADER
+    while line := handle.readline(bytes_left + 1):
+        bytes_left -= len(line)
+        if bytes_left < 0:
             raise bad(path, "has a header without an end")
         try:
             text = line.decode("utf-8")
@@ -254,7 +298,16 @@ def header_lines(path: Path, handle: BinaryIO) -> Iterator[str]:
 
 
 def integers(path: Path, fields: Mapping[str, str], key: str) -> list[int]:
-    """At most 16 whole numbers that a field states. Raises `UnreadableVolume`."""
+    """The 1 to 16 integers that a field states.
+
+    Args:
+        path: The file that errors name.
+        fields: The header.
+        key: The field.
+
+    Raises:
+        UnreadableVolume: The field is missing or not readable.
+    """
     words = fields.get(key, "").split()
     if not words or len(words) > 16 or not all(_INTEGER.fullmatch(word) for word in words):
         raise bad(path, f"has no readable '{key}' in its header")
@@ -262,10 +315,15 @@ def integers(path: Path, fields: Mapping[str, str], key: str) -> list[int]:
 
 
 def lengths(path: Path, key: str, text: str) -> list[float]:
-    """Numbers of mm, or of a unit near it, that a field states.
+    """The numbers of mm, or of a similar unit, that a field states.
+
+    Args:
+        path: The file that errors name.
+        key: The field.
+        text: Its text.
 
     Raises:
-        GeometryError: For what is no number, and for numbers that no grid has.
+        GeometryError: A word is not a number, or is too large for a grid.
     """
     words = text.split()
     if all(_NUMBER.fullmatch(word) for word in words):
@@ -281,7 +339,17 @@ def lengths(path: Path, key: str, text: str) -> list[float]:
 
 
 def spacings(path: Path, key: str, text: str | None, count: int) -> list[float]:
-    """`count` distances of neighbouring voxels other than 0. Raises `GeometryError`."""
+    """Distances of neighbouring voxels, other than 0.
+
+    Args:
+        path: The file that errors name.
+        key: The field.
+        text: Its text; None if it is missing.
+        count: Number of distances; more are ignored.
+
+    Raises:
+        GeometryError: A distance is missing or not valid.
+    """
     words = (text or "").split()
     if len(words) >= count and all(_NUMBER.fullmatch(word) for word in words[:count]):
         numbers = [float(word) for word in words[:count]]
@@ -291,6 +359,13 @@ def spacings(path: Path, key: str, text: str | None, count: int) -> list[float]:
 
 
 def no_spacing(path: Path, key: str, text: str | None) -> GeometryError:
+    """The error for a header that does not state the voxel spacing.
+
+    Args:
+        path: The file.
+        key: The field.
+        text: Its text; None if it is missing.
+    """
     stated = None if text is None else text[:80]
     return bad_grid(
         path,
@@ -301,22 +376,41 @@ def no_spacing(path: Path, key: str, text: str | None) -> GeometryError:
 
 
 def third_axis(columns: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The 3x3 columns of a single slice, from the two that it states: `SLICE_MM` thick, along the
-    normal that makes the axes right-handed."""
+    """The columns of a single slice with a third one, `SLICE_MM` long, along the normal.
+
+    Args:
+        columns: (3, 2) or (3, 3) in mm; only the first two columns count.
+
+    Returns:
+        (3, 3) in mm, right-handed.
+    """
     normal = np.cross(columns[:, 0], columns[:, 1])
     length = float(np.linalg.norm(normal))
     return np.column_stack([columns[:, :2], normal * (SLICE_MM / length if length else 0.0)])
 
 
 def slice_note(path: Path) -> str:
+    """The note on a single slice that states no thickness.
+
+    Args:
+        path: The file.
+    """
     return f"{path.name} is one slice that states no thickness: it is taken to be {SLICE_MM:g} mm"
 
 
 def geometry_of(path: Path, columns: Any, origin: Any) -> tuple[Geometry, tuple[str, ...]]:
-    """The grid of three column vectors (mm, LPS) and an origin, and a note where it is sheared.
+    """The grid with these columns and this origin.
+
+    Args:
+        path: The file that errors name.
+        columns: (3, 3), mm, LPS.
+        origin: (3), mm, LPS.
+
+    Returns:
+        The grid, and a note if it is sheared.
 
     Raises:
-        GeometryError: Naming the file, for what is no grid.
+        GeometryError: It is not a grid.
     """
     affine = np.eye(4)
     affine[:3, :3], affine[:3, 3] = columns, origin
@@ -328,15 +422,18 @@ def geometry_of(path: Path, columns: Any, origin: Any) -> tuple[Geometry, tuple[
     shear = shear_of(geometry.affine)
     if shear <= SHEAR_SAID:
         return geometry, ()
-    return geometry, (
-        (
-            f"{path.name} is sheared a little: two of its axes have the cosine {shear:.1g}; it is"
-            " taken as it is"
-        ),
+    note = (
+        f"{path.name} is sheared a little: two of its axes have the cosine {shear:.1g}; it is"
+        " taken as it is"
     )
+    return geometry, (note,)
 
 
 def shear_of(affine: NDArray[np.float64]) -> float:
-    """The largest |cosine| between two of a grid's axes."""
+    """The largest |cosine| between two axes of a grid.
+
+    Args:
+        affine: (3, 3) or larger; the first three rows and columns count.
+    """
     unit = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
     return float(np.abs(unit.T @ unit - np.eye(3)).max())

@@ -1,4 +1,7 @@
-"""The voxels of a volume file, read as its checked header says: no library reads the file again."""
+"""The voxels of a volume file, read as its checked header states.
+
+No library parses the file again.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,8 @@ from numpy.typing import NDArray
 from ...core.errors import reading
 from .volume_header import EXPECTED, Voxels, bad
 
-PIECE = 1 << 20  # bytes asked of a file at once
+# Bytes that are read from a file at once.
+PIECE = 1 << 20
 _GZIP = b"\x1f\x8b"
 
 
@@ -25,43 +29,53 @@ def planes(path: Path, voxels: Voxels, at_once: int) -> Iterator[NDArray[Any]]:
     """The values of a volume, `at_once` slices at a time.
 
     Args:
-        path: What errors are about.
+        path: The file that errors name.
         voxels: From the checked header.
-        at_once: Slices of one array; the last array may hold fewer.
+        at_once: Slices per array; the last array may hold fewer.
 
     Yields:
-        (n, H, W), with several layers (n, H, W, layers), in the machine's byte order and the
-        file's dtype; scaled values as floats. Of gzip the checksum is verified before the last.
+        (n, H, W), with several layers (n, H, W, layers), in the machine's byte order and the file's
+        dtype; scaled values as floats. The checksum of gzip is verified before the last array.
 
     Raises:
-        UnreadableVolume: When they end too early or are damaged.
+        UnreadableVolume: The voxels end too early or are damaged.
     """
     depth, sides = voxels.shape[0], voxels.shape[1:]
     row = (*sides, voxels.layers) if voxels.layers > 1 else sides
-    done = 0
+    bytes_read = 0
     with reading(path, EXPECTED), _decoded(path, voxels) as content:
         for start in range(0, depth, at_once):
             values = np.empty((min(at_once, depth - start), *row), voxels.dtype)
-            place = values.reshape(-1).view(np.uint8).data
-            have = _fill(content, place)
-            done += have
-            if have < len(place):
+            buffer = values.reshape(-1).view(np.uint8).data
+            count = _fill(content, buffer)
+            bytes_read += count
+            if count < len(buffer):
                 raise bad(
                     path,
-                    f"is truncated: {done} of {voxels.size} bytes of voxels are there",
+                    f"is truncated: it has {bytes_read} of {voxels.size} bytes of voxels",
                     "copy or download it again",
                 )
             if start + len(values) == depth and voxels.encoding != "raw":
-                content.read(1)  # at its end the checksum of a compressed stream is compared
+                # A read at the end compares the checksum of a compressed stream.
+                content.read(1)
             if not values.dtype.isnative:
                 values = values.byteswap(inplace=True).view(values.dtype.newbyteorder("="))
             yield values if voxels.scale is None else _scaled(values, *voxels.scale)
 
 
 def check_complete(path: Path, voxels: Voxels) -> None:
-    """Raise `UnreadableVolume` unless all voxels are there and undamaged; none of them is kept."""
+    """Check that all voxels are there and undamaged; none is kept.
+
+    Args:
+        path: The file that errors name.
+        voxels: From the checked header.
+
+    Raises:
+        UnreadableVolume: The voxels end too early or are damaged.
+    """
+    # `check_voxels` has compared the size of raw voxels with the file's.
     if voxels.encoding == "raw":
-        return  # their number is what the header was checked for
+        return
     slice_bytes = voxels.size // voxels.shape[0]
     for _ in planes(path, voxels, max(1, PIECE // slice_bytes)):
         pass
@@ -69,7 +83,15 @@ def check_complete(path: Path, voxels: Voxels) -> None:
 
 @contextmanager
 def unpacked(path: Path, handle: BinaryIO) -> Iterator[BinaryIO]:
-    """What a gzip file holds, by isal, which is three times as fast as zlib."""
+    """Open the content of a gzip file, with isal, which is three times as fast as zlib.
+
+    Args:
+        path: The file that errors name.
+        handle: The open file.
+
+    Raises:
+        UnreadableVolume: The content is cut or damaged.
+    """
     from isal import igzip
 
     with damage(path), igzip.open(handle, "rb") as content:
@@ -78,7 +100,11 @@ def unpacked(path: Path, handle: BinaryIO) -> Iterator[BinaryIO]:
 
 @contextmanager
 def damage(path: Path) -> Iterator[None]:
-    """Map what decompressors raise to `UnreadableVolume`."""
+    """Map what decompressors raise to `UnreadableVolume`.
+
+    Args:
+        path: The file that errors name.
+    """
     from isal.igzip_lib import IsalError
 
     try:
@@ -99,23 +125,24 @@ def _decoded(path: Path, voxels: Voxels) -> Iterator[Any]:
         packed = voxels.encoding in ("gzip", "zlib")
         first = handle.read(2) if packed else b""
         handle.seek(voxels.start)
-        if first == _GZIP:  # MetaIO takes either for compressed, whatever its header calls it
+        # MetaIO accepts gzip and zlib, whatever the header states.
+        if first == _GZIP:
             with unpacked(path, handle) as content:
-                _pass_over(path, content, voxels.skip)
+                _skip(path, content, voxels.skip)
                 yield content
             return
         if voxels.encoding == "gzip":
             raise bad(path, "is not gzip-compressed though its header says so")
         pieces = {"zlib": _inflated, "hex": _from_hex, "text": _from_text}[voxels.encoding]
         with damage(path):
-            stream = _Pieces(pieces(path, handle, voxels.dtype))
-            _pass_over(path, stream, voxels.skip)
+            stream = _PieceStream(pieces(path, handle, voxels.dtype))
+            _skip(path, stream, voxels.skip)
             yield stream
 
 
 @contextmanager
 def _plain_file(path: Path, file: Path) -> Iterator[BinaryIO]:
-    """The open file; a detached one is opened only where it is no link (it may have become one)."""
+    """The open file; a detached file is not opened if it has become a link since it was checked."""
     flags = os.O_RDONLY | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     if file != path:
         flags |= getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
@@ -123,37 +150,38 @@ def _plain_file(path: Path, file: Path) -> Iterator[BinaryIO]:
         yield handle
 
 
-def _fill(content: Any, place: memoryview) -> int:
-    """Read into `place` until it is full or the content ends; how many bytes were read."""
-    have = 0
-    while have < len(place) and (count := content.readinto(place[have : have + PIECE])):
-        have += count
-    return have
+def _fill(content: Any, buffer: memoryview) -> int:
+    """Read into `buffer` until it is full or the content ends; return the number of bytes."""
+    filled = 0
+    while filled < len(buffer) and (count := content.readinto(buffer[filled : filled + PIECE])):
+        filled += count
+    return filled
 
 
-def _pass_over(path: Path, content: Any, count: int) -> None:
+def _skip(path: Path, content: Any, count: int) -> None:
     """Read `count` bytes without keeping them."""
-    place = memoryview(bytearray(min(count, PIECE)))
-    left = count
-    while left and (read := _fill(content, place[: min(left, PIECE)])):
-        left -= read
-    if left:
+    buffer = memoryview(bytearray(min(count, PIECE)))
+    remaining = count
+    while remaining and (read := _fill(content, buffer[: min(remaining, PIECE)])):
+        remaining -= read
+    if remaining:
         raise bad(
             path,
-            f"is truncated: it ends {left} bytes before its voxels",
+            f"is truncated: it ends {remaining} bytes before its voxels",
             "copy or download it again",
         )
 
 
 def _scaled(values: NDArray[Any], slope: float, intercept: float) -> NDArray[Any]:
-    """slope * value + intercept, computed in double precision; float32 for up to 32 bits a
-    value.
+    """The values slope * value + intercept, computed in double precision.
+
+    They are float32 for types of up to 32 bits, else float64.
     """
     dtype = np.float64 if values.dtype.itemsize > 4 else np.float32
     return (values.astype(np.float64) * slope + intercept).astype(dtype)
 
 
-class _Pieces(io.RawIOBase):
+class _PieceStream(io.RawIOBase):
     """Pieces of bytes as one stream."""
 
     def __init__(self, pieces: Iterator[bytes]):
@@ -174,7 +202,7 @@ class _Pieces(io.RawIOBase):
 
 
 def _inflated(path: Path, handle: BinaryIO, dtype: np.dtype[Any]) -> Iterator[bytes]:
-    """What a zlib stream holds, at most `PIECE` bytes at a time."""
+    """The content of a zlib stream, at most `PIECE` bytes at a time."""
     from isal import isal_zlib
 
     stream = isal_zlib.decompressobj()
@@ -192,7 +220,7 @@ def _words(path: Path, handle: BinaryIO) -> Iterator[list[bytes]]:
     rest = b""
     while chunk := handle.read(1 << 16):
         if b"\0" in chunk or b"_" in chunk or len(rest) > 1 << 12:
-            raise bad(path, "holds voxels that are no numbers")
+            raise bad(path, "holds voxels that are not numbers")
         *words, rest = (rest + chunk.replace(b",", b" ") + b"\0").split()
         rest = rest[:-1]
         yield words
@@ -207,7 +235,7 @@ def _from_text(path: Path, handle: BinaryIO, dtype: np.dtype[Any]) -> Iterator[b
         try:
             values = [number(word) for word in words]
         except ValueError:
-            raise bad(path, "holds voxels that are no numbers of its type") from None
+            raise bad(path, "holds voxels that are not numbers of its type") from None
         if limits and values and not limits.min <= min(values) <= max(values) <= limits.max:
             raise bad(path, "holds voxels that its type cannot hold")
         yield np.array(values, dtype).tobytes()
@@ -222,5 +250,5 @@ def _from_hex(path: Path, handle: BinaryIO, dtype: np.dtype[Any]) -> Iterator[by
         try:
             yield bytes.fromhex(digits[:even].decode("ascii"))
         except (ValueError, UnicodeDecodeError):
-            raise bad(path, "holds voxels that are no hexadecimal digits") from None
+            raise bad(path, "holds voxels that are not hexadecimal digits") from None
         digits = digits[even:]
