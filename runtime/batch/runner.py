@@ -379,29 +379,24 @@ class BatchRunner:
         A field that a `Case` or a format gains is part of it.
         """
         source = self._source
+        case_facts = {
+            f.name: repr(getattr(case, f.name))
+            for f in fields(case)
+            if f.name not in ("path", "files", "grid", "image", "options")
+        }
+        # as keywords: a name that occurs twice is an error, and hides no option
         return key_of(
-            {
-                "version": VERSION,
-                "model": key_of(source.manifest.to_json()),
-                "engine": [source.engine, source.file],
-                "format": [
-                    type(self._format).__name__,
-                    {k: repr(v) for k, v in vars(self._format).items() if not k.startswith("_")},
-                ],
-                "case": {
-                    f.name: repr(getattr(case, f.name))
-                    for f in fields(case)
-                    if f.name not in ("path", "files", "grid", "image", "options")
-                },
-                "reading": repr(replace(case.options, like=None)),
-                "like": self._like(case.options.like),
-                "input": _content(case, inputs),
+            dict(
+                version=VERSION,
+                model=key_of(source.manifest.to_json()),
+                engine=[source.engine, source.file],
+                case=case_facts,
+                reading=repr(replace(case.options, like=None)),
+                like=self._like(case.options.like),
+                input=_content(case, inputs),
                 **({"image": image} if image else {}),
-                "labels": None if self._labels is None else sorted(map(repr, self._labels.items())),
-                "seed": self._seed,
-                "variant": variant,
-                "ranges": vars(self._ranges) if variant else None,
-            }
+                **self._plan.content_key(variant),
+            )
         )
 
     def _refuse_to_replace(self, case: Case, mask: str) -> None:
