@@ -252,8 +252,8 @@ def _table_of_masks(cases: Sequence[Case]) -> tuple[LabelTable, LabelMap]:
         if name_counts[label.name] > 1:
             label = replace(label, name=f"{label.name} {label.value}")
         labels.append(label)
-    index = {key: n for n, key in enumerate(ordered, 1)}
-    return _table(labels or [Label("label 1", 1)]), {0: 0, **index}
+    table = _table(labels or [Label("label 1", 1)])
+    return table, {0: 0, **{key: n for n, key in enumerate(ordered, 1)}}
 
 
 def _key(segment: Segment) -> int | str:
