@@ -66,7 +66,7 @@ class AuditSummary:
             rows.append(("continues", f"a file whose last line has the SHA-256 {self.continues}"))
         if self.torn_before:
             torn_lines = quantity(self.torn_before, "line")
-            cause = "that a crash or a full disk cut short, each told by the next"
+            cause = "that a crash or a full disk cut short, each stated by the next line"
             rows.append(("torn", f"{torn_lines} {cause}"))
         if self.torn:
             torn_bytes = quantity(self.torn, "byte")
