@@ -229,7 +229,10 @@ def test_a_torn_line_is_told(left: int, tmp_path: Path, capsys: pytest.CaptureFi
     AuditFile(file).add("received", item="next.nii.gz")
     assert file.read_bytes().startswith(torn + b"\n")
     assert json.loads(file.read_bytes().splitlines()[-1])["torn"] == len(rows[2][:left])
-    assert run(main, ["audit", str(file)]) == 0 and "told by the next" in capsys.readouterr().out
+    assert (
+        run(main, ["audit", str(file)]) == 0
+        and "stated by the next line" in capsys.readouterr().out
+    )
     file.write_bytes(file.read_bytes().replace(rows[2][:left] + b"\n", b"", 1))
     assert run(main, ["audit", str(file)]) == 1
 

@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from runtime.core.errors import MissingComponent, ModelError, UsageError
 from runtime.core.manifest import Manifest
 from runtime.engines import registry
-from runtime.engines.registry import BACKENDS, open_engine
+from runtime.engines.registry import BACKENDS, CHOICES, may_use_gpu, open_engine
 
 AUTOMATIC = [b.name for b in BACKENDS if b.automatic]
 
@@ -68,6 +69,15 @@ def test_without_a_proof_there_is_no_automatic_choice_and_no_int8(model: Path) -
     assert "not validated" in reason
     with pytest.raises(ModelError, match="INT8 file was not validated in openvino"):
         open_engine("openvino-int8", bare, model)
+
+
+def test_gpu_engines_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [name for name in CHOICES if may_use_gpu(name)] == ["auto", "tensorrt", "onnx-cuda"]
+    on_cpu = tuple(backend for backend in BACKENDS if not backend.gpu)
+    monkeypatch.setattr(registry, "BACKENDS", on_cpu)
+    assert not may_use_gpu("auto")
+    monkeypatch.setattr(registry, "BACKENDS", (*on_cpu, replace(on_cpu[0], name="new", gpu=True)))
+    assert may_use_gpu("new") and may_use_gpu("auto")
 
 
 def test_int8_is_opted_into_by_name(model: Path) -> None:

@@ -254,9 +254,9 @@ def test_entries_survive_reopening(tmp_path: Path) -> None:
     journal.close()
     journal = Journal(tmp_path)
     assert (
-        journal.proven("a", "key") == entry
-        and journal.proven("a", "other") is None
-        and journal.proven("b", "key") is None
+        journal.find_complete("a", "key") == entry
+        and journal.find_complete("a", "other") is None
+        and journal.find_complete("b", "key") is None
     )
     journal.close()
 

@@ -1,6 +1,4 @@
-"""Whether an audit file is whole: its chain is followed from line to line, and what it tells is
-counted.
-"""
+"""Check of audit files: follows the chain from line to line, and counts what the lines state."""
 
 from __future__ import annotations
 
@@ -17,34 +15,42 @@ from ..core.errors import InputError, UsageError, printable, quantity, reading
 from ..core.logfmt import printable_line
 from .audit_log import ACTIONS, NO_LINE, SCHEMA
 
-LONGEST_LINE = 64 << 20  # bytes: a series of 5,000 slices needs 0.7 MB
+# bytes; the line of a series of 5,000 slices has 0.7 MB
+LONGEST_LINE = 64 << 20
 
 
 class BrokenChain(InputError):
-    """A line of an audit file is not the one that was written there, or one is missing before
-    it.
-    """
+    """A line of an audit file was altered, or a line before it is missing."""
 
 
 @dataclass
 class AuditSummary:
-    """What one or several audit files tell.
+    """What one or several audit files state.
 
-    `last`: SHA-256 of the last whole line; `torn`: bytes of what follows it.
+    Attributes:
+        lines: number of complete lines.
+        first_time: of the first line, UTC.
+        last_time: of the last line, UTC.
+        last: SHA-256 of the last complete line.
+        continues: SHA-256 of the last line of the file before the first one; empty where the chain
+            begins.
+        torn: bytes after the last complete line, of a line that was cut short.
+        torn_before: number of lines that were cut short and that other lines follow.
+        processes: random names of the processes that wrote.
+        actions: number of lines of each action.
+        models: number of results of each model: its name, SHA-256 of its manifest and of its file.
     """
 
     lines: int = 0
-    first_time: str = ""  # UTC
+    first_time: str = ""
     last_time: str = ""
     last: str = NO_LINE
-    continues: str = ""  # SHA-256 of the last line of a file that was not given
+    continues: str = ""
     torn: int = 0
-    torn_before: int = 0  # torn lines that others follow
+    torn_before: int = 0
     processes: set[str] = field(default_factory=set)
     actions: Counter[str] = field(default_factory=Counter)
-    models: Counter[tuple[str, ...]] = field(
-        default_factory=Counter
-    )  # name, SHA-256 of manifest and file
+    models: Counter[tuple[str, ...]] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         rows = [
@@ -59,27 +65,15 @@ class AuditSummary:
         if self.continues:
             rows.append(("continues", f"a file whose last line has the SHA-256 {self.continues}"))
         if self.torn_before:
-            rows.append(
-                (
-                    "torn",
-                    (
-                        f"{quantity(self.torn_before, 'line')} that a crash or a full disk cut"
-                        " short, each told by the next"
-                    ),
-                )
-            )
+            torn_lines = quantity(self.torn_before, "line")
+            cause = "that a crash or a full disk cut short, each stated by the next line"
+            rows.append(("torn", f"{torn_lines} {cause}"))
         if self.torn:
-            rows.append(
-                (
-                    "torn",
-                    (
-                        f"{quantity(self.torn, 'byte')} at the end: a crash or a full disk cut the"
-                        " last line short"
-                    ),
-                )
-            )
+            torn_bytes = quantity(self.torn, "byte")
+            cause = "at the end: a crash or a full disk cut the last line short"
+            rows.append(("torn", f"{torn_bytes} {cause}"))
         rows.append(("last line", f"SHA-256 {self.last}"))
-        # what the file holds may be anyone's: nothing of it may steer a terminal
+        # anyone may have written into the file: its text must not control a terminal
         return "\n".join(f"{key:<15} {printable_line(text)}" for key, text in rows)
 
 
@@ -88,11 +82,16 @@ def check_audit(files: Sequence[Path], holds: str = "") -> AuditSummary:
 
     Args:
         files: one file, or a rotated one and those that followed it, the oldest first.
-        holds: SHA-256, as 64 hexadecimal digits, of a line that was noted elsewhere and must be there; empty for none.
+        holds: SHA-256, as 64 hexadecimal digits, of a line that was noted elsewhere and that must
+            be in the files; empty for none.
+
+    Returns:
+        What the files state.
 
     Raises:
-        BrokenChain: names the line at which the chain breaks, and for `holds` that no such line is there.
-        UsageError: for a file that cannot be read.
+        BrokenChain: if the chain breaks, with the number of that line, and if no line has the
+            SHA-256 that `holds` states.
+        UsageError: if a file cannot be read.
     """
     chain = _Chain()
     for file in files:
@@ -110,22 +109,28 @@ def check_audit(files: Sequence[Path], holds: str = "") -> AuditSummary:
 
 @dataclass(frozen=True)
 class _Unread:
-    """A line that is no JSON object: torn, as the next line must say, or altered."""
+    """A line that is not one of this format: torn, as the next line must state, or altered."""
 
     file: Path
     number: int
-    length: int  # bytes, without the newline
-    is_tail: bool  # whether its newline is missing
+    # bytes, without the newline
+    length: int
+    # whether its newline is missing
+    is_tail: bool
 
 
 class _Chain:
+    """The state of the check between two lines."""
+
     def __init__(self) -> None:
         self.digests: set[str] = set()
         self._summary = AuditSummary()
-        self._previous = ""  # SHA-256 of the line before; empty before the first one
+        # SHA-256 of the line before; empty before the first one
+        self._previous = ""
         self._unread: _Unread | None = None
 
     def follow(self, file: Path) -> None:
+        """Check the next file; raise `BrokenChain` at the line that breaks the chain."""
         with open_input(file) as handle:
             for number, line in enumerate(iter(lambda: handle.readline(LONGEST_LINE), b""), 1):
                 content = line.removesuffix(b"\n")
@@ -142,6 +147,7 @@ class _Chain:
                 self.digests.add(digest)
 
     def finish(self) -> AuditSummary:
+        """Check that nothing but a torn line is at the end, and return the summary."""
         if self._unread is not None:
             if not self._unread.is_tail:
                 raise _altered(self._unread)
@@ -149,7 +155,7 @@ class _Chain:
         return self._summary
 
     def _link(self, file: Path, number: int, facts: Mapping[str, Any]) -> None:
-        """Hold a line against the one before it."""
+        """Check a line against the line before it."""
         if self._unread is not None:
             if facts.get("torn") != self._unread.length:
                 raise _altered(self._unread)
@@ -158,7 +164,7 @@ class _Chain:
         if not self._previous and "begins" not in facts:
             raise _broken(file, number, "lines before it are missing")
         if number > 1 and "begins" in facts:
-            raise _broken(file, number, "it begins a file, but lines stand before it")
+            raise _broken(file, number, "it begins a file, but other lines precede it")
         if not self._previous:
             self._summary.continues = facts["previous"].strip("0") and facts["previous"]
         elif facts["previous"] != self._previous:
@@ -167,6 +173,7 @@ class _Chain:
             )
 
     def _count(self, facts: Mapping[str, Any], digest: str) -> None:
+        """Add a line to the summary."""
         summary, action = self._summary, str(facts["action"])
         summary.lines += 1
         summary.first_time = summary.first_time or str(facts["time"])
@@ -181,30 +188,28 @@ class _Chain:
 
 
 def _facts(line: bytes) -> dict[str, Any] | None:
-    """What a line holds, or None for one that is none of this format."""
+    """Return the fields of a line, or None if it is not of this format."""
     try:
         facts = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    is_whole = (
-        isinstance(facts, dict) and facts.get("schema") == SCHEMA and facts.get("action") in ACTIONS
-    )
-    return (
-        facts
-        if is_whole and isinstance(facts.get("previous"), str) and {"time", "process"} <= {*facts}
-        else None
-    )
+    if not isinstance(facts, dict) or facts.get("schema") != SCHEMA:
+        return None
+    has_fields = facts.get("action") in ACTIONS and {"time", "process"} <= {*facts}
+    return facts if has_fields and isinstance(facts.get("previous"), str) else None
 
 
 def _altered(line: _Unread) -> BrokenChain:
+    """Return the error for a line that was not written like this."""
     return _broken(
         line.file,
         line.number,
-        "it is no line of this format, and the next does not say that it is torn",
+        "it is not a line of this format, and the next line does not state that it is torn",
     )
 
 
 def _broken(file: Path, number: int, why: str) -> BrokenChain:
+    """Return the error for a line that breaks the chain."""
     return BrokenChain(
         f"line {number} breaks the chain: {why}",
         expected="each line with the SHA-256 of the line before it",

@@ -1,10 +1,11 @@
-"""The audit file: which model made what of which mask, one JSON object a line, each chained to the
-line before it.
+"""The audit file: which model made which result from which mask.
 
-    {"schema": 1, "time": "…Z", "process": "…", "action": "synthesized", …, "previous": "<SHA-256 of the line before>"}
+It has one JSON object a line, and each line states the SHA-256 of the line before:
+
+    {"schema": 1, "time": "…Z", "process": "…", "action": "synthesized", …, "previous": "<SHA-256>"}
 
 Lines are appended and never rewritten. `docs/reference/audit.md` states the fields; `mask2ct audit FILE`
-verifies the chain. No word of a DICOM source is in it: cases and studies are called by digests.
+verifies the chain. The file holds no text of a DICOM source: it calls cases and studies by digests.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 
 AUDIT = ".mask2ct.audit.jsonl"
 SCHEMA = 1
-NO_LINE = "0" * 64  # `previous` of the first line of a chain
+# `previous` of the first line of a chain
+NO_LINE = "0" * 64
 ACTIONS = (
     "started",
     "stopped",
@@ -45,12 +47,8 @@ ACTIONS = (
     "failed",
     "delivered",
 )
-COMPRESSED = (
-    ".gz",
-    ".bz2",
-    ".xz",
-    ".zst",
-)  # what log rotation makes of a file that is no longer read
+# log rotation compresses a file to one of these; such a file is not read
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 
 Facts = dict[str, Any]
 
@@ -58,17 +56,19 @@ Facts = dict[str, Any]
 class AuditFile:
     """Appends lines to an audit file; safe to use from several threads and several processes.
 
-    The file is opened for each line. So an operator rotates it by renaming it within its folder:
-    the next line begins a new file, and names the SHA-256 of the last line of the file that was
-    renamed.
+    It opens the file for each line. So an operator rotates it by renaming it within its folder: the
+    next line begins a new file, and states the SHA-256 of the last line of the renamed file.
+
+    Attributes:
+        path: of the file.
+        process: a random name of this process.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.process = os.urandom(8).hex()
-        self._last = (
-            NO_LINE  # SHA-256 of the last line of this process, should the renamed file be gone
-        )
+        # SHA-256 of the last line of this process, in case that the renamed file is gone
+        self._last = NO_LINE
         self._thread = threading.Lock()
 
     def add(self, action: str, **facts: object) -> None:
@@ -79,7 +79,7 @@ class AuditFile:
             facts: further fields, as JSON takes them.
 
         Raises:
-            OutputError: for a file that cannot be written, or is a link or a device.
+            OutputError: if the file cannot be written, or is a link or a device.
         """
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
         with self._thread, writing(self.path), self._opened() as handle:
@@ -96,16 +96,15 @@ class AuditFile:
                 before, is_torn = self._rotated()
                 line["begins"] = "after rotation" if before or self._last != NO_LINE else "a chain"
             if is_torn:
-                line["torn"] = len(
-                    before
-                )  # bytes of the line before, which a crash or a full disk cut short
+                # a crash or a full disk cut the line before short: its bytes
+                line["torn"] = len(before)
             line["previous"] = _sha256(before) if before else self._last
             content = json.dumps(line).encode()
             append(handle, end + content + b"\n")
             self._last = _sha256(content)
 
     def models(self) -> dict[str, Facts]:
-        """The last "model loaded" or "model switched" line of each model, by the model's name."""
+        """Return the last "model loaded" or "model switched" line of each model, by its name."""
         models: dict[str, Facts] = {}
         for path in [*reversed(_renamed(self.path)), self.path]:
             with suppress(OSError), open(path, "rb") as file:
@@ -118,14 +117,14 @@ class AuditFile:
 
     @contextmanager
     def _opened(self) -> Iterator[int]:
-        """The file that has the path now, locked."""
+        """Open and lock the file that has the path now."""
         while True:
-            known = os.path.lexists(self.path)
-            if known and not stat.S_ISREG(os.lstat(self.path).st_mode):
+            exists = os.path.lexists(self.path)
+            if exists and not stat.S_ISREG(os.lstat(self.path).st_mode):
                 raise OutputError(
-                    "the audit file is a link or no regular file",
+                    "the audit file is a link, or not a regular file",
                     expected="a regular file, or none",
-                    remedy="choose another --audit, or take that away",
+                    remedy="choose another --audit, or remove it",
                     file=self.path,
                 )
             flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
@@ -133,7 +132,7 @@ class AuditFile:
             try:
                 _wait_for_lock(handle)
                 if self._is_current(handle):
-                    if not known:
+                    if not exists:
                         sync_folder(self.path.parent)
                     yield handle
                     return
@@ -141,20 +140,19 @@ class AuditFile:
                 os.close(handle)
 
     def _is_current(self, handle: int) -> bool:
-        """Whether the file was not renamed between being opened and being locked."""
+        """Whether the file still has the path: it may be renamed before it is locked."""
         with suppress(FileNotFoundError):
             return os.path.samestat(os.fstat(handle), os.stat(self.path))
         return False
 
     def _rotated(self) -> tuple[bytes, bool]:
-        """`last_line` of the file that was renamed last; empty without one."""
+        """Return `last_line` of the file that was renamed last; empty without one."""
         for path in _renamed(self.path)[:1]:
             with suppress(OSError):
                 handle = os.open(path, os.O_RDWR)
                 try:
-                    _wait_for_lock(
-                        handle
-                    )  # who opened it before it was renamed may still add a line
+                    # a process that opened it before it was renamed may still add a line
+                    _wait_for_lock(handle)
                     return last_line(handle)
                 finally:
                     os.close(handle)
@@ -162,10 +160,14 @@ class AuditFile:
 
 
 class AuditTrail:
-    """What one run of a command tells of itself: each result to its log, all actions to the audit
-    file where there is one.
+    """Reports one run of a command: each result to a log, all actions to the audit file.
 
-    Use as a context manager: it writes `started` and `stopped`.
+    Use it as a context manager: it writes `started` and `stopped`.
+
+    Args:
+        path: of the audit file; None for none.
+        command: the name of the command.
+        log: is called with the action and the facts of each result.
     """
 
     def __init__(
@@ -182,47 +184,60 @@ class AuditTrail:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        with suppress(OutputError):  # the error that ended the command is the one to be told
-            self.add(
-                "stopped", command=self._command, reason="done" if kind is None else kind.__name__
-            )
+        reason = "done" if kind is None else kind.__name__
+        # the error that ended the command must reach the user, and not this one
+        with suppress(OutputError):
+            self.add("stopped", command=self._command, reason=reason)
 
     def add(self, action: str, **facts: object) -> None:
-        """Append a line to the audit file, if there is one. Raises `OutputError`."""
+        """Append a line to the audit file, if there is one.
+
+        Args:
+            action: one of `ACTIONS`.
+            facts: further fields, as JSON takes them.
+
+        Raises:
+            OutputError: as `AuditFile.add` does.
+        """
         if self._file is not None:
             self._file.add(action, **facts)
 
     def load(self, models: Mapping[str, Maker]) -> None:
-        """Note which models are open: as switched where the file's last line about one of that
-        name had other digests.
+        """Note which models are open.
+
+        A model is noted as switched if the file's last line about that name has other digests.
+
+        Args:
+            models: what makes the CTs, by name.
+
+        Raises:
+            OutputError: if the audit file cannot be written.
         """
-        known = {} if self._file is None else self._file.models()
+        digests = ("manifest_sha256", "model_sha256")
+        last_lines = {} if self._file is None else self._file.models()
         for name, synth in models.items():
             facts = self._models[name] = model_facts(name, synth)
-            if synth.manifest.derived:  # a method, and no model
+            if synth.manifest.derived:
+                # a method, and not a model
                 continue
-            before = known.get(name)
-            if before is None or all(
-                before.get(key) == facts[key] for key in ("manifest_sha256", "model_sha256")
-            ):
+            before = last_lines.get(name)
+            if before is None or all(before.get(key) == facts[key] for key in digests):
                 self.add("model loaded", **facts)
             else:
-                old = {
-                    f"before_{key}": before.get(key) for key in ("manifest_sha256", "model_sha256")
-                }
+                old = {f"before_{key}": before.get(key) for key in digests}
                 self.add("model switched", **facts, **old)
 
     def result(self, result: CaseResult, model: str, seed: int, **facts: object) -> None:
-        """Note what became of one mask in one variant, first in the audit file, then in the log.
+        """Note one result, first in the audit file, then in the log.
 
         Args:
-            result: what the run says of it.
-            model: name of the model as `load` was given it; empty where none fits the mask.
+            result: of one mask in one variant.
+            model: the model's name, as `load` got it; empty where no model fits the mask.
             seed: of all randomness.
             facts: further fields, such as the study.
 
         Raises:
-            OutputError: where the audit file cannot be written.
+            OutputError: if the audit file cannot be written.
         """
         action = (
             "failed" if result.error is not None else "skipped" if result.skipped else "synthesized"
@@ -230,15 +245,22 @@ class AuditTrail:
         line = {**facts, **result_facts(result, seed), **self._models.get(model, {"model": model})}
         self.add(action, **line)
         if self._log is not None:
-            del line["files"]  # of a series one for each slice
+            # a series has one for each slice
+            del line["files"]
             seconds = {f"{stage}_s": value for stage, value in line.pop("seconds").items()}
-            known = {key: value for key, value in line.items() if value not in (None, "")}
-            self._log(action, {**known, **seconds})
+            stated = {key: value for key, value in line.items() if value not in (None, "")}
+            self._log(action, {**stated, **seconds})
 
 
 def model_facts(name: str, synth: Maker) -> Facts:
-    """What identifies an open model: its names, the SHA-256 of its manifest and of the file that
-    runs, engine and precision.
+    """Return what identifies an open model.
+
+    Args:
+        name: what the run calls it.
+        synth: the open model.
+
+    Returns:
+        Its names, the SHA-256 of its manifest and of the file that runs, engine and precision.
     """
     file = synth.manifest.files.get(synth.file)
     return {
@@ -253,11 +275,16 @@ def model_facts(name: str, synth: Maker) -> Facts:
 
 
 def result_facts(result: CaseResult, seed: int) -> Facts:
-    """What there is to say of a result but its model.
+    """Return all that a line states of a result but its model.
 
-    `files`: path in the output folder → SHA-256. `file_list_sha256`: of that list, not of a file;
-    one value for a series of a thousand slices. Lines written before it had this name call it
-    `output_sha256`.
+    Args:
+        result: of one mask in one variant.
+        seed: of all randomness.
+
+    Returns:
+        Fields of a line (docs/audit.md). `files` has the SHA-256 of each file by its path in the
+        output folder. `file_list_sha256` is the digest of that list, and not of a file: one value
+        for a series of a thousand slices. Older lines call it `output_sha256`.
     """
     return {
         "case": _case_name(result),
@@ -267,9 +294,8 @@ def result_facts(result: CaseResult, seed: int) -> Facts:
         "variant": result.variant,
         "slices": result.slices,
         "warnings": len(result.warnings),
-        "error": (
-            "" if result.error is None else type(result.error).__name__
-        ),  # its words may quote the mask
+        # without the message, which may quote the mask
+        "error": "" if result.error is None else type(result.error).__name__,
         "seconds": {stage: round(value, 3) for stage, value in result.seconds.items()},
         "files": dict(result.sha256),
         "file_list_sha256": key_of(result.sha256) if result.sha256 else "",
@@ -277,38 +303,38 @@ def result_facts(result: CaseResult, seed: int) -> Facts:
 
 
 def _case_name(result: CaseResult) -> str:
-    """The case's name; of a file that is no volume, and no DICOM source either, a digest: its
-    name may be a patient's.
+    """Return the case's name, or a digest of it if the name may be a patient's.
+
+    It may be for a file that is neither a volume nor a DICOM source.
     """
-    known = (
-        result.mask == Path(result.case)
-        or result.mask.name.lower().endswith(SUFFIXES)
-        or result.error is None
-    )
-    return result.case if known else pseudonym("item", result.mask.name)
+    is_dicom = result.mask == Path(result.case)
+    is_volume = result.mask.name.lower().endswith(SUFFIXES)
+    if is_dicom or is_volume or result.error is None:
+        return result.case
+    return pseudonym("item", result.mask.name)
 
 
 def _renamed(path: Path) -> list[Path]:
-    """Files beside `path` that log rotation made of it (NAME.1, NAME-20261130), the one that was
-    written last first.
-    """
-    folder = path.parent
-    beside = [file for mark in (".", "-") for file in folder.glob(f"{_escape(path.name)}{mark}*")]
+    """Return the rotated files of a path (NAME.1, NAME-20261130), the newest first."""
+    name = _escape(path.name)
+    candidates = [file for mark in (".", "-") for file in path.parent.glob(f"{name}{mark}*")]
     files = [
         file
-        for file in beside
+        for file in candidates
         if file.is_file() and not file.is_symlink() and file.suffix not in COMPRESSED
     ]
     return sorted(files, key=lambda file: (file.stat().st_mtime_ns, file.name), reverse=True)
 
 
 def _escape(name: str) -> str:
+    """Return a glob pattern that matches this name alone."""
     from glob import escape
 
     return escape(name)
 
 
 def _wait_for_lock(handle: int) -> None:
+    """Lock a file that another process may hold, for the moment in which it appends a line."""
     while not lock(handle):
         time.sleep(0.01)
 

@@ -1,10 +1,12 @@
-"""What a run has completed, kept in the output folder, so that `--resume` can prove it and another
-process is kept out.
+"""The journal of an output folder: which results are complete.
 
-One line per result, appended and synced after its files are: a CRC-32, then JSON with the key of
-what determined its bytes and the SHA-256 of its files. A line that a power cut tore is passed over.
-The file is locked while a run writes; the kernel lets go of the lock when the process ends, however
-it ends. Why not SQLite: docs/decisions/0019.
+`--resume` proves by it what need not be made again. It has one line per result, appended and synced
+after the result's files: a CRC-32, then JSON with the key of all that determined the bytes and the
+SHA-256 of the files. A line that a power cut tore is ignored.
+
+The journal is locked while a run writes, so that no other run writes into the folder. The kernel
+releases the lock when the process ends, however it ends. Why this is not SQLite:
+docs/decisions/0019.
 """
 
 from __future__ import annotations
@@ -27,8 +29,13 @@ JOURNAL = ".mask2ct.journal"
 class Entry:
     """One completed result.
 
-    `key`: SHA-256 of all that its bytes depend on, `mask`: of the mask's files alone, empty where
-    an older mask2ct wrote it; `files`: path within the folder → SHA-256.
+    Attributes:
+        result: its name.
+        key: SHA-256 of all that its bytes depend on.
+        files: SHA-256 of each file or folder, by its path within the output folder.
+        slices: number of axial slices.
+        warnings: what a person should be told.
+        mask: SHA-256 of the mask's files alone; empty where an older mask2ct wrote the entry.
     """
 
     result: str
@@ -40,34 +47,49 @@ class Entry:
 
 
 class CompletionIndex:
-    """What is complete in an output folder, kept in memory: `entries` by result.
+    """What is complete in an output folder, in memory.
 
-    Who holds none of its locks works with one.
+    A process that does not hold the folder's lock, such as a worker, uses one.
+
+    Attributes:
+        entries: by name of the result.
     """
 
     def __init__(self, folder: Path, entries: Mapping[str, Entry] | None = None):
         self._folder, self.entries = folder, dict(entries or {})
 
     def find_complete(self, result: str, key: str) -> Entry | None:
-        """The entry of `result`, if it was made from `key` and its files still have the SHA-256
-        they were written with.
+        """Return the entry of a result, if it is still complete.
+
+        Args:
+            result: its name.
+            key: SHA-256 of all that its bytes depend on now.
+
+        Returns:
+            The entry if it was made from that key and its files still have the SHA-256 that they
+            were written with, else None.
         """
         entry = self.entries.get(result)
         if entry is None or entry.key != key:
             return None
         try:
-            return (
-                entry
-                if all(
-                    digest_of(self._folder / name) == digest for name, digest in entry.files.items()
-                )
-                else None
+            is_complete = all(
+                digest_of(self._folder / name) == digest for name, digest in entry.files.items()
             )
         except OSError:
             return None
+        return entry if is_complete else None
 
     def belongs_to_other_mask(self, result: str, mask: str) -> bool:
-        """Whether files of `result` are there that were made of another mask."""
+        """Whether the folder holds files of a result that were made of another mask.
+
+        Args:
+            result: its name.
+            mask: SHA-256 of the mask's files.
+
+        Returns:
+            True if one of its files exists and its entry has another digest.
+        """
         entry = self.entries.get(result)
         return (
             entry is not None
@@ -76,14 +98,20 @@ class CompletionIndex:
         )
 
     def add(self, entry: Entry) -> None:
+        """Note a completed result.
+
+        Args:
+            entry: of the result; it replaces an earlier one.
+        """
         self.entries[entry.result] = entry
 
 
 class Journal(CompletionIndex):
     """The journal of one output folder, open and locked by this process.
 
-    Raises `FolderBusy` when another run writes into the folder, `OutputError` when the file cannot
-    be written or locked.
+    Raises:
+        FolderBusy: if another run writes into the folder.
+        OutputError: if the file cannot be written or locked.
     """
 
     def __init__(self, folder: Path):
@@ -97,39 +125,48 @@ class Journal(CompletionIndex):
                 for facts in facts_in(content)
                 if (entry := _entry(facts)) is not None
             }
-            if content and not content.endswith(
-                b"\n"
-            ):  # torn by a power cut: the next line begins a line
+            if content and not content.endswith(b"\n"):
+                # a power cut tore the last line: the next entry must begin a line of its own
                 os.write(self._handle, b"\n")
 
     def add(self, entry: Entry) -> None:
-        """Append, and return when it is on the disk. Raises `OutputError`."""
+        """Append an entry, and return when it is on the disk.
+
+        Args:
+            entry: of a result whose files are on the disk.
+
+        Raises:
+            OutputError: if the journal cannot be written.
+        """
         line = line_of(asdict(entry))
         with writing(self._path):
             append(self._handle, line)
         super().add(entry)
 
     def close(self) -> None:
-        """Let go of the lock; a journal without any entry goes."""
+        """Release the lock, and remove a journal without entries."""
         if self._handle < 0:
             return
         if not self.entries:
             self._path.unlink(missing_ok=True)
-        handle, self._handle = self._handle, -1  # first: Ctrl-C may come in between
+        # before the descriptor is closed: after Ctrl-C in between it must not be closed again
+        handle, self._handle = self._handle, -1
         os.close(handle)
 
     def _open(self) -> int:
+        """Open and lock the file that has the journal's path."""
         with writing(self._path):
             while True:
-                made = not self._path.exists()
+                is_new = not self._path.exists()
                 handle = _open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
                 try:
                     _lock(handle, self._path)
                     if os.path.samestat(os.fstat(handle), os.stat(self._path)):
-                        if made:
+                        if is_new:
                             sync_folder(self._folder)
                         return handle
-                except FileNotFoundError:  # its last owner took it away before we had the lock
+                except FileNotFoundError:
+                    # its last owner removed it before we had the lock
                     pass
                 except BaseException:
                     os.close(handle)
@@ -138,8 +175,13 @@ class Journal(CompletionIndex):
 
 
 def names_in(folder: Path) -> frozenset[str]:
-    """What the folder's journal says was written there by anybody, as paths below it; nothing
-    where it cannot be read.
+    """Return the paths that a folder's journal states, whoever wrote them.
+
+    Args:
+        folder: an output folder.
+
+    Returns:
+        Paths below the folder; none if the journal cannot be read.
     """
     try:
         with open(_open(folder / JOURNAL, os.O_RDONLY), "rb") as handle:
@@ -150,16 +192,15 @@ def names_in(folder: Path) -> frozenset[str]:
 
 
 def _open(path: Path, flags: int) -> int:
-    """A descriptor of the journal, which is a file of the folder itself: no link leads to another
-    one.
+    """Open the journal, and return its descriptor.
 
     Raises:
-        OSError: it cannot be opened.
-        OutputError: it is a link, a pipe or the like.
+        OSError: if it cannot be opened.
+        OutputError: if it is not a file of the folder itself, but a link, a pipe or the like.
     """
     safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     refusal = OutputError(
-        "the journal of the output folder is a link or no file",
+        "the journal of the output folder is a link, or not a regular file",
         expected="a file that mask2ct made, or none",
         remedy="remove it, or choose another --output",
         file=path,
@@ -174,7 +215,10 @@ def _open(path: Path, flags: int) -> int:
 
 
 def _entry(facts: Mapping[str, Any]) -> Entry | None:
-    """The entry that a line states; None where it is none of ours, whatever its checksum says."""
+    """Return the entry that a line states, or None for a line that we do not write.
+
+    A checksum only shows that the line is intact, and not who wrote it.
+    """
     try:
         entry = Entry(
             facts["result"],
@@ -190,25 +234,25 @@ def _entry(facts: Mapping[str, Any]) -> Entry | None:
     if not isinstance(entry.files, dict) or type(entry.slices) is not int or entry.slices < 0:
         return None
     texts += [*entry.files, *entry.files.values()]
-    if (
-        not entry.files
-        or not all(isinstance(text, str) for text in texts)
-        or not all(map(_within, entry.files))
-    ):
+    if not entry.files or not all(isinstance(text, str) for text in texts):
         return None
-    return entry
+    return entry if all(map(_is_below_folder, entry.files)) else None
 
 
-def _within(name: str) -> bool:
-    """Whether a path is one below the output folder."""
+def _is_below_folder(name: str) -> bool:
+    """Whether a path stays below the output folder."""
     path = PurePosixPath(name)
-    return (
-        bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in name
-    )
+    leads_outside = path.is_absolute() or ".." in path.parts
+    return bool(path.parts) and not leads_outside and "\0" not in name
 
 
 def _lock(handle: int, path: Path) -> None:
-    """Lock the file for this process, or say who cannot."""
+    """Lock the file for this process.
+
+    Raises:
+        FolderBusy: if another process has the lock.
+        OutputError: if the file system has no locks.
+    """
     try:
         locked = lock(handle)
     except OSError as exc:

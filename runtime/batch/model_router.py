@@ -1,9 +1,9 @@
-"""Several models open at once under one memory cap, and which of them a mask is for.
+"""Several models open at once under one memory cap, and the choice of one for each mask.
 
-What is asked first decides: the model named (`use`), the rules of a person, the labels that the
-mask holds, then, of those models that know them all, the one whose name stands in the series'
-description or in the case's name. Nothing is guessed: where none is left, or more than one, the
-case is refused.
+The first of these that applies decides: the model that the user names (`use`), the rules that the
+user wrote, the labels that the mask holds. If several models know all labels, the one decides whose
+name stands in the description of the series or in the case's name. Nothing is guessed: if no model
+is left, or more than one, the case is refused.
 """
 
 from __future__ import annotations
@@ -30,18 +30,21 @@ if TYPE_CHECKING:
 
 RULES_HELP = (
     'a JSON list such as [{"series": "*heart*", "model": "heart"}, {"labels": ["liver"], "model":'
-    ' "abdomen"}], the first that fits decides'
+    ' "abdomen"}]; the first rule that fits decides'
 )
 _CONDITIONS = {"case": str, "series": str, "labels": list}
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a rules file: the `model` for a case that meets every condition that is stated.
+    """One rule of a rules file. A case must meet all of its conditions.
 
-    `case`, `series`: shell patterns (fnmatch) of the case's name and of the DICOM series'
-    description, whatever their case. `labels`: structures that the mask holds, each by the file's
-    own code, name or number, or by the model's name for it.
+    Attributes:
+        model: the name of the model for such a case.
+        case: shell pattern (fnmatch) of the case's name; capitals do not matter.
+        series: the same of the description of the DICOM series.
+        labels: structures that the mask holds, each by its code, name or number in the file, or by
+            its name in the model.
     """
 
     model: str
@@ -51,11 +54,16 @@ class Rule:
 
 
 class Models(Mapping[str, VolumeSynthesizer]):
-    """Model folders opened as `Synthesizer`s. Safe to use from several threads, as they are.
+    """Model folders, opened as `Synthesizer`s. Like them it is safe to use from several threads.
 
-    Together they hold no more than `max_memory`: where the next volume finds no room, the engine of
-    the model that was chosen least recently and synthesizes nothing now is closed, and opened again
-    when it is needed; no byte of a result depends on it.
+    All models together hold at most `max_memory`. If the next volume does not fit, the engine is
+    closed of the model that was chosen least recently and is idle. It is opened again when a mask
+    needs it. The results do not depend on this.
+
+    Args:
+        max_memory: bytes, or text such as "8 GB"; None for no cap.
+        rules: see `load_rules`.
+        use: the name of the model for all cases.
     """
 
     synthesizer_class: type[VolumeSynthesizer] = VolumeSynthesizer
@@ -69,7 +77,8 @@ class Models(Mapping[str, VolumeSynthesizer]):
     ):
         self._rules, self._use = tuple(rules), use
         self._synthesizers: dict[str, VolumeSynthesizer] = {}
-        self._recent: list[str] = []  # least recently chosen first
+        # the least recently chosen first
+        self._recent: list[str] = []
         self._lock = threading.Lock()
         self._budget = MemoryBudget(
             None if max_memory is None else parse_bytes(max_memory), self._evict
@@ -88,13 +97,24 @@ class Models(Mapping[str, VolumeSynthesizer]):
         device: int = 0,
         workers: int | None = None,
     ) -> Self:
-        """Open each of `folders`, "FOLDER" or "NAME=FOLDER"; a model is called by its folder's name
-        unless it is given one.
+        """Open model folders.
 
-        `rules`: a file as `load_rules` reads it; `use`: the name of the model that every case is
-        for. The rest as in `Synthesizer.open`; `max_memory` is of all models together. Raises what
-        that raises, and `UsageError` for names that are not there, or there twice, and for rules
-        where there is one model alone.
+        Args:
+            folders: each "FOLDER" or "NAME=FOLDER". Without a name a model has its folder's.
+            rules: a file as `load_rules` reads it.
+            use: the name of the model for all cases.
+            backend: as for `Synthesizer.open`, like the options that follow.
+            batch: slices of one inference, or "auto".
+            max_memory: of all models together, bytes or text such as "8 GB".
+            device: number of the GPU.
+            workers: number of CPU cores.
+
+        Returns:
+            The open models.
+
+        Raises:
+            UsageError: for a name that is missing or occurs twice, and for rules with one model.
+            ModelError: and whatever else `Synthesizer.open` raises.
         """
         folders_by_name = named(folders)
         if use is not None and use not in folders_by_name:
@@ -105,8 +125,8 @@ class Models(Mapping[str, VolumeSynthesizer]):
             )
         if rules is not None and len(folders_by_name) == 1:
             raise UsageError(
-                f"--rules choose between models, and {folders_by_name.popitem()[0]} is the"
-                " only one",
+                "--rules choose between models, and"
+                f" {folders_by_name.popitem()[0]} is the only one",
                 file=rules,
                 expected="every model that the rules name",
                 remedy="give the others with --model, or leave the rules out",
@@ -118,7 +138,7 @@ class Models(Mapping[str, VolumeSynthesizer]):
         )
         try:
             for name, folder in folders_by_name.items():
-                opened = cls.synthesizer_class.open(
+                models._synthesizers[name] = cls.synthesizer_class.open(
                     folder,
                     backend=backend,
                     batch=batch,
@@ -127,7 +147,6 @@ class Models(Mapping[str, VolumeSynthesizer]):
                     workers=workers,
                     budget=models._budget,
                 )
-                models._synthesizers[name] = opened
                 models._recent.append(name)
         except BaseException:
             models.close()
@@ -136,6 +155,7 @@ class Models(Mapping[str, VolumeSynthesizer]):
 
     @property
     def names(self) -> tuple[str, ...]:
+        """The names of the models, in the order in which they were given."""
         return tuple(self._synthesizers)
 
     def __getitem__(self, name: str) -> VolumeSynthesizer:
@@ -150,12 +170,17 @@ class Models(Mapping[str, VolumeSynthesizer]):
     def choose(
         self, case: Case, maps: Mapping[str, LabelMap | None] | None = None
     ) -> tuple[str, VolumeSynthesizer]:
-        """The name of the model that `case` is for, and the model.
+        """Choose the model for a case.
 
-        `maps`: by model, how labels are mapped (`runtime.core.labels.load_map`).
+        Args:
+            case: the mask.
+            maps: by model, how labels are mapped (`runtime.core.labels.load_map`).
 
-        Raises `InputError` when the mask cannot be read, and when no model fits or more than one
-        does.
+        Returns:
+            The name of the model, and the model.
+
+        Raises:
+            InputError: if the mask cannot be read, and if no model fits or more than one does.
         """
         name, _ = self.decide(case, maps)
         return name, self[name]
@@ -163,9 +188,17 @@ class Models(Mapping[str, VolumeSynthesizer]):
     def decide(
         self, case: Case, maps: Mapping[str, LabelMap | None] | None = None
     ) -> tuple[str, str]:
-        """As `choose`, but the name of the model and the reason, which names no patient.
+        """Choose the model for a case, and say why. Reads the mask only if its labels decide.
 
-        Reads the mask where its labels decide.
+        Args:
+            case: the mask.
+            maps: by model, how labels are mapped.
+
+        Returns:
+            The name of the model, and the reason, which names no patient.
+
+        Raises:
+            InputError: as `choose` does.
         """
         name, reason = self._decide(case, maps or {})
         with self._lock:
@@ -174,10 +207,11 @@ class Models(Mapping[str, VolumeSynthesizer]):
         return name, reason
 
     def memory(self) -> dict[str, dict[str, PoolStats]]:
-        """The accounting of each model, as `Synthesizer.memory` has it."""
+        """Return the memory use of each model, as `Synthesizer.memory` does."""
         return {name: synthesizer.memory() for name, synthesizer in self._synthesizers.items()}
 
     def close(self) -> None:
+        """Close all models."""
         for synthesizer in self._synthesizers.values():
             synthesizer.close()
 
@@ -188,65 +222,71 @@ class Models(Mapping[str, VolumeSynthesizer]):
         self.close()
 
     def _decide(self, case: Case, maps: Mapping[str, LabelMap | None]) -> tuple[str, str]:
+        """Choose as the module's docstring says; return the name and the reason."""
         if len(self) == 1:
             return self.names[0], "the only model"
         if self._use is not None:
             return self._use, "asked for"
-        held: list[Segment] | None = None
+        segments: list[Segment] | None = None
         for n, rule in enumerate(self._rules, 1):
-            if _like(case.name, rule.case) and _like(case.title, rule.series):
-                held = _held(case) if rule.labels and held is None else held
-                if self._holds(rule, held or (), maps):
+            if _matches(case.name, rule.case) and _matches(case.title, rule.series):
+                if rule.labels and segments is None:
+                    segments = _segments(case)
+                if self._holds(rule, segments or (), maps):
                     return rule.model, f"rule {n}"
-        held = _held(case) if held is None else held
-        fitting = [name for name in self if not self._unknown(name, held, maps)]
-        named = [name for name in fitting if _names(name, case.title) or _names(name, case.name)]
+        if segments is None:
+            segments = _segments(case)
+        fitting = [name for name in self if not self._unknown(name, segments, maps)]
+        mentioned = [
+            name for name in fitting if _names(name, case.title) or _names(name, case.name)
+        ]
         if len(fitting) == 1:
-            return fitting[0], f"its labels: {listed(held, 6)}"
-        if len(named) == 1:
-            return named[0], "its labels and its name or description"
-        raise self._refusal(case, held, fitting, maps)
+            return fitting[0], f"its labels: {listed(segments, 6)}"
+        if len(mentioned) == 1:
+            return mentioned[0], "its labels and its name or description"
+        raise self._refusal(case, segments, fitting, maps)
 
     def _holds(
-        self, rule: Rule, held: Sequence[Segment], maps: Mapping[str, LabelMap | None]
+        self, rule: Rule, segments: Sequence[Segment], maps: Mapping[str, LabelMap | None]
     ) -> bool:
-        """Whether the mask holds every structure of the rule, as the file calls it or as the
-        rule's model does.
-        """
+        """Whether a mask holds all structures of a rule, by the file's names or the model's."""
         table = self[rule.model].manifest.labels
         names = set[str]()
-        for segment in held:
+        for segment in segments:
+            names |= segment_names(segment)
             index = match(segment, table, maps.get(rule.model))
-            names |= segment_names(segment) | (
-                {plain(table.labels[index].name)} if index is not None else set()
-            )
+            if index is not None:
+                names.add(plain(table.labels[index].name))
         return {plain(label) for label in rule.labels} <= names
 
     def _unknown(
-        self, name: str, held: Sequence[Segment], maps: Mapping[str, LabelMap | None]
+        self, name: str, segments: Sequence[Segment], maps: Mapping[str, LabelMap | None]
     ) -> list[Segment]:
-        """What the model of that name does not know."""
+        """Return the segments that the model of that name does not know."""
         table = self[name].manifest.labels
-        return [segment for segment in held if match(segment, table, maps.get(name)) is None]
+        return [segment for segment in segments if match(segment, table, maps.get(name)) is None]
 
     def _refusal(
         self,
         case: Case,
-        held: Sequence[Segment],
+        segments: Sequence[Segment],
         fitting: Sequence[str],
         maps: Mapping[str, LabelMap | None],
     ) -> InputError:
-        remedy, names = "say which with --use NAME or in --rules RULES.json", where_names_are(held)
+        """Return the error for a case that several models fit, or none."""
+        remedy = "name one with --use NAME or in --rules RULES.json"
+        names = where_names_are(segments)
         if fitting:
             return InputError(
                 f"{case.display_name.name} fits the models {', '.join(fitting)}: each knows"
-                f" {listed(held, 6)}",
+                f" {listed(segments, 6)}",
                 expected="one model that it fits",
                 remedy=remedy + names,
                 file=case.display_name,
             )
+        unknown = {name: self._unknown(name, segments, maps) for name in self}
         lacks = "; ".join(
-            f"{name} does not know {listed(self._unknown(name, held, maps), 6)}" for name in self
+            f"{name} does not know {listed(labels, 6)}" for name, labels in unknown.items()
         )
         return UnknownLabels(
             f"{case.display_name.name} fits no model: {lacks}",
@@ -256,27 +296,36 @@ class Models(Mapping[str, VolumeSynthesizer]):
         )
 
     def _evict(self) -> bool:
+        """Close the engine of the least recently chosen idle model; whether there was one."""
         with self._lock:
             recent = [*self._recent]
         return any(self._synthesizers[name].release() for name in recent)
 
 
 def load_rules(path: Path, names: Sequence[str]) -> tuple[Rule, ...]:
-    """Read `--rules RULES.json` for the models of these names.
+    """Read a rules file (`--rules RULES.json`).
 
-    Raises `UsageError` when the file or a rule is wrong.
+    Args:
+        path: a JSON list of rules, each an object with the fields of `Rule`.
+        names: of the models.
+
+    Returns:
+        The rules, in the file's order.
+
+    Raises:
+        UsageError: if the file or a rule is wrong.
     """
     expected = f"{RULES_HELP}; models: {', '.join(names)}"
     with reading(path, expected, UsageError):
         data: Any = json.loads(read_text(path))
     rules = []
     for n, row in enumerate(data if isinstance(data, list) else [data], 1):
-        known = (
+        is_rule = (
             isinstance(row, dict)
             and row.get("model") in names
             and set(row) <= {"model", *_CONDITIONS}
         )
-        if not known or not all(
+        if not is_rule or not all(
             isinstance(row[key], kind) for key, kind in _CONDITIONS.items() if key in row
         ):
             raise UsageError(
@@ -297,33 +346,45 @@ def load_rules(path: Path, names: Sequence[str]) -> tuple[Rule, ...]:
 
 
 def named(folders: Sequence[str | Path]) -> dict[str, Path]:
-    """Name → folder. What is a folder is one, also with "=" in its name."""
-    named: dict[str, Path] = {}
+    """Return the folder of each model, by the model's name.
+
+    Args:
+        folders: each "FOLDER" or "NAME=FOLDER". A text that names an existing folder is one, even
+            with "=" in it.
+
+    Returns:
+        Folders by name, in their order.
+
+    Raises:
+        UsageError: for a name that is missing or occurs twice.
+    """
+    folders_by_name: dict[str, Path] = {}
     for text in map(str, folders):
-        name, found, path = text.partition("=")
-        folder = Path(path) if found and path and not Path(text).is_dir() else Path(text)
+        name, _, path = text.partition("=")
+        folder = Path(path) if path and not Path(text).is_dir() else Path(text)
         name = name if folder != Path(text) else folder.absolute().name
-        if not name or name in named:
+        if not name or name in folders_by_name:
             raise UsageError(
                 f"two models are called {name}" if name else f"--model {text} has no name",
                 expected="a name for each model",
                 remedy="give one: --model NAME=FOLDER",
                 file=folder,
             )
-        named[name] = folder
-    return named
+        folders_by_name[name] = folder
+    return folders_by_name
 
 
-def _held(case: Case) -> list[Segment]:
-    """What the case's mask holds."""
+def _segments(case: Case) -> list[Segment]:
+    """Read the case's mask, and return the structures that it holds."""
     return structures(read_mask(case), case.display_name, force=case.options.force_labels)
 
 
-def _like(text: str, pattern: str) -> bool:
+def _matches(text: str, pattern: str) -> bool:
+    """Whether a text matches a shell pattern, in capitals or not."""
     return fnmatchcase(text.casefold(), pattern.casefold())
 
 
 def _names(model: str, text: str) -> bool:
-    """Whether the model's name stands in the text as a word, or as words."""
-    words = [re.sub(r"[\W_]+", " ", t.casefold()).strip() for t in (model, text)]
-    return bool(words[0]) and f" {words[0]} " in f" {words[1]} "
+    """Whether a text has the model's name as a word, or as several."""
+    name, words = (re.sub(r"[\W_]+", " ", t.casefold()).strip() for t in (model, text))
+    return bool(name) and f" {name} " in f" {words} "

@@ -1,9 +1,9 @@
-"""Many masks over many processes and machines: Ray Data deals the cases out, each worker holds an
-open synthesizer, this process the journal.
+"""Many masks over many processes and machines, on Ray Data.
 
-Paths are those of a file system that every machine sees. Only names and results travel through Ray:
-a worker reads its masks and writes its files itself. Results have the bytes of a single process
-(docs/decisions/0024).
+Each worker process holds an open synthesizer. This process dispatches the cases and holds the
+journal. Paths are those of a file system that every machine sees. Only names and results travel
+through Ray: a worker reads its masks and writes its files itself. The results have the bytes that a
+single process writes (docs/decisions/0024).
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from ..core.errors import (
 from ..core.labels import names_of
 from ..core.manifest import Manifest
 from ..core.version import VERSION
+from ..engines.registry import may_use_gpu
 from ..io.case_finding import find_cases
 from ..io.cases import Case
 from ..io.writers.registry import result_name
@@ -44,22 +45,31 @@ from .runner import BatchRunner, CaseResult
 if TYPE_CHECKING:
     from ..io.cases import ReadOptions
 
-# dealt out together: read ahead, synthesized and written behind within a worker, and told when all
-# of them are done
+    CaseWithEntries = tuple[Case, dict[str, Entry]]
+
+# Cases that are dispatched together. A worker overlaps reading, inference and writing within such a
+# group, and reports when all of its cases are done.
 CASES_AT_ONCE = 4
-# of what a worker died on, each time it is dealt: with others, then alone, so that a mask that
-# kills takes no other with it
+# Attempts at a group on which a worker died. After them each of its cases is dispatched alone, so
+# that a mask that ends its worker takes no other mask with it.
 TRIES = 2
-OBJECT_STORE = 100 << 20  # bytes, of a Ray of our own: names and results alone pass through it
+# bytes, of a Ray that this process starts: only names and results pass through it
+OBJECT_STORE = 100 << 20
 CONNECT_WITHIN = 10.0  # seconds
 LOCAL = "local"
-FOR_GPUS = ("auto", "tensorrt", "onnx-cuda")  # backends that take one
 
 
 @dataclass(frozen=True)
 class WorkerModel:
-    """What a worker opened. All but `backend`, which holds the reason too, and the manifest's
-    digest decides the bytes: it must be the same on every worker.
+    """What a worker opened.
+
+    Attributes:
+        version: of mask2ct.
+        manifest: of the model.
+        engine: what runs, exactly.
+        file: the model file that runs.
+        backend: the engine and why it was chosen, for people.
+        manifest_sha256: SHA-256 of the manifest's file.
     """
 
     version: str
@@ -69,8 +79,28 @@ class WorkerModel:
     backend: str
     manifest_sha256: str
 
+    @classmethod
+    def of(cls, synthesizer: VolumeSynthesizer) -> WorkerModel:
+        """Describe an open synthesizer.
+
+        Args:
+            synthesizer: opened by a worker.
+
+        Returns:
+            The description, plain data.
+        """
+        return cls(
+            VERSION,
+            synthesizer.manifest,
+            synthesizer.engine,
+            synthesizer.file,
+            synthesizer.backend,
+            synthesizer.manifest_sha256,
+        )
+
     @property
     def key(self) -> str:
+        """SHA-256 of all that decides the bytes of a result: the same on every worker."""
         return key_of(
             {
                 "version": self.version,
@@ -82,40 +112,40 @@ class WorkerModel:
 
 
 class RaySynthesizer:
-    """A model on workers of a Ray cluster. Use as a context manager, or call `close()`.
+    """A model on workers of a Ray cluster. Use it as a context manager, or call `close()`.
 
         with RaySynthesizer.open("runs/demo/model", count=2) as synth:
             for result in synth.stream("masks/", "out/", variants=4, resume=True): ...
 
-    `manifest` and `backend` are as a `Synthesizer`'s; `count`: of the workers.
+    Attributes:
+        manifest: of the model, as a `Synthesizer` has it.
+        backend: the engine, why it was chosen, and the number of workers, for people.
+        engine: what runs, exactly.
+        file: the model file that runs.
+        manifest_sha256: SHA-256 of the manifest's file.
+        count: the number of workers.
     """
 
     def __init__(
         self,
-        opened: WorkerModel,
+        worker_model: WorkerModel,
         model: Path,
         engine: Mapping[str, Any],
         count: int,
         share: Mapping[str, float],
-        ours: bool,
+        owns_ray: bool,
     ):
-        self.manifest, self.backend, self.count = (
-            opened.manifest,
-            f"{opened.backend}, {count} workers of Ray",
-            count,
-        )
-        self.engine, self.file, self.manifest_sha256 = (
-            opened.engine,
-            opened.file,
-            opened.manifest_sha256,
-        )
-        self._opened, self._model, self._engine, self._share, self._ours = (
-            opened,
-            model,
-            engine,
-            share,
-            ours,
-        )
+        self.manifest = worker_model.manifest
+        self.backend = f"{worker_model.backend}, {count} workers of Ray"
+        self.engine = worker_model.engine
+        self.file = worker_model.file
+        self.manifest_sha256 = worker_model.manifest_sha256
+        self.count = count
+        self._worker_model = worker_model
+        self._model_folder = model
+        self._engine_options = engine
+        self._share = share
+        self._owns_ray = owns_ray
         self._closed = False
 
     @classmethod
@@ -128,31 +158,37 @@ class RaySynthesizer:
         gpus: float | None = None,
         **engine: Any,
     ) -> RaySynthesizer:
-        """Join or start Ray, and have one worker open the model, so that what is wrong is known
-        before any work.
+        """Join or start Ray, and let one worker open the model: errors show before any work.
 
-        `address`: "local" for a Ray of its own on this machine, that ends with `close()`; "auto" or
-        "HOST:PORT" for a cluster that runs; a Ray that this process has joined is used as it is.
-        `count`: workers; default: one for each GPU of the cluster, without any one for every
-        `workers` cores. `gpus`: of each worker, a fraction shares one; default 1 where the cluster
-        has some and the backend takes one. `engine`: what else `Synthesizer.open` takes; its
-        `workers` (default: 4, or the cores there are) is the cores of each.
+        Args:
+            model: the model's folder.
+            address: "local" starts a Ray on this machine that ends with `close()`. "auto" and
+                "HOST:PORT" join a cluster that runs. A Ray that this process has joined before is
+                used as it is.
+            count: number of workers. Default: one for each GPU of the cluster; where workers use no
+                GPU, one for every `workers` cores.
+            gpus: GPUs of each worker; a fraction shares one. Default: 1 where the cluster has GPUs
+                and the backend may use one, else 0.
+            engine: all other options of `Synthesizer.open`. `workers` is the number of cores of
+                each worker; default: 4, or all cores where there are fewer.
 
-        Raises `MissingComponent` where Ray, or mask2ct on the workers, is absent, `UsageError`s for
-        what cannot be, and what `Synthesizer.open` raises.
+        Returns:
+            The open model.
+
+        Raises:
+            MissingComponent: if Ray is absent here, or mask2ct on the workers.
+            UsageError: for a wrong option, and for a cluster that does not answer.
+            ModelError: and whatever else `Synthesizer.open` raises.
         """
         if address not in (LOCAL, "auto") and not re.fullmatch(r"[^/:]+:\d+", address):
             raise UsageError(
-                f"{address!r} is no address of a Ray cluster",
+                f"{address!r} is not an address of a Ray cluster",
                 expected="auto, or HOST:PORT of its head",
                 remedy="write --ray=ADDRESS, or --ray alone behind the masks",
             )
-        if (
-            address == LOCAL
-            # loopback alone, as Ray has it on other systems: whoever reaches a Ray may run programs
-            # on
-            # it
-        ):
+        if address == LOCAL:
+            # Ray listens on loopback alone then, as it does on other systems: whoever reaches a Ray
+            # may run programs on it.
             os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         ray = _ray()
         if engine.get("device"):
@@ -167,18 +203,16 @@ class RaySynthesizer:
                 expected="1 or more, and 0 or more",
                 remedy="correct them",
             )
-        ours = not ray.is_initialized()
+        owns_ray = not ray.is_initialized()
         _join(ray, address)
         try:
             cores, cards = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
-            gpus = (
-                float(cards > 0 and engine.get("backend", "auto") in FOR_GPUS)
-                if gpus is None
-                else gpus
-            )
+            if gpus is None:
+                gpus = float(cards > 0 and may_use_gpu(engine.get("backend", "auto")))
             cpus = engine.get("workers") or max(1, min(4, cores // (count or 1)))
             count = count or max(1, int(cards / gpus) if gpus else cores // cpus)
-            if ours and address == LOCAL and (count * cpus > cores or count * gpus > cards):
+            exceeds_machine = count * cpus > cores or count * gpus > cards
+            if owns_ray and address == LOCAL and exceeds_machine:
                 raise UsageError(
                     f"{count} workers with {cpus} cores and {gpus:g} GPUs each were asked for",
                     expected=f"at most the {cores} cores and {cards} GPUs of this machine",
@@ -188,15 +222,14 @@ class RaySynthesizer:
                     ),
                 )
             share, engine = {"num_cpus": cpus, "num_gpus": gpus}, {**engine, "workers": cpus}
-            model = Path(
-                model
-            ).resolve()  # a link may lead elsewhere by the time that a worker opens it
-            opened = _first(ray, share, model, engine)
+            # a link may lead elsewhere by the time that a worker opens the folder
+            model = Path(model).resolve()
+            worker_model = _open_on_worker(ray, share, model, engine)
         except BaseException:
-            if ours:
+            if owns_ray:
                 ray.shutdown()
             raise
-        return cls(opened, model, engine, count, share, ours)
+        return cls(worker_model, model, engine, count, share, owns_ray)
 
     def stream(
         self,
@@ -206,25 +239,44 @@ class RaySynthesizer:
         reading: ReadOptions | None = None,
         **options: Any,
     ) -> Iterator[CaseResult]:
-        """Synthesize files, folders and zips into the folder `output`: as `Synthesizer.stream`."""
+        """Synthesize files, folders and zips into a folder, as `Synthesizer.stream` does.
+
+        Args:
+            masks: one path or several.
+            output: the folder that results are written into.
+            reading: how masks are read.
+            options: those of `runtime.batch.runner.synthesize`; None stands for a default.
+
+        Returns:
+            One result per CT, as `make` has them.
+
+        Raises:
+            UsageError: for a wrong option, and for paths without masks.
+            OutputError: if the folder cannot be written.
+        """
         paths = [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)]
-        cases = find_cases(
-            paths, options=reading, names=names_of(options.get("labels"), [self.manifest.labels])
-        )
-        return self.make(
-            cases,
-            Plan(
-                Path(output),
-                **{name: value for name, value in options.items() if value is not None},
-            ),
-        )
+        names = names_of(options.get("labels"), [self.manifest.labels])
+        cases = find_cases(paths, options=reading, names=names)
+        stated = {name: value for name, value in options.items() if value is not None}
+        return self.make(cases, Plan(Path(output), **stated))
 
     def make(self, cases: Sequence[Case], plan: Plan) -> Iterator[CaseResult]:
-        """As `runtime.batch.runner.make`, in the order the workers are done; a result is told when
-        it is on disk and in the journal.
+        """Carry out a plan, as `runtime.batch.runner.make` does.
 
-        A worker that dies is started again and its cases are done again. A case that no worker
-        survives is an `InputError` of its own.
+        Ray starts a worker again that died, and its cases are done again. A case that ends every
+        worker is an `InputError` of its own.
+
+        Args:
+            cases: the masks.
+            plan: what to make of each.
+
+        Returns:
+            One result per CT, in the order in which the workers are done. Each is on disk and in
+            the journal when it is returned.
+
+        Raises:
+            UsageError: if the workers are closed, and for a wrong option.
+            OutputError: if the folder cannot be written.
         """
         if self._closed:
             raise UsageError(
@@ -236,30 +288,33 @@ class RaySynthesizer:
         return self._results(cases, plan)
 
     def _results(self, cases: Sequence[Case], plan: Plan) -> Iterator[CaseResult]:
+        """Hold the journal while the cases are dispatched."""
         with plan.journal(self.manifest, cases) as journal:
             try:
-                yield from self._dispatched(cases, plan, journal)
-            except BaseException:  # given up: nobody writes any more when the lock is let go
+                yield from self._dispatch_all(cases, plan, journal)
+            except BaseException:
+                # given up: no worker may write any more when the lock is released
                 self.close()
                 raise
 
-    def _dispatched(
+    def _dispatch_all(
         self, cases: Sequence[Case], plan: Plan, journal: Journal
     ) -> Iterator[CaseResult]:
-        left = {case.name: case for case in cases}
-        together, dispatched = min(CASES_AT_ONCE, max(1, len(left) // (4 * self.count))), 0
-        while left and dispatched != len(
-            left
-        ):  # what was lost is dealt again, alone, as long as that brings any of it
-            dispatched = len(left) if together == 1 else 0
-            rows = [(case, _known(journal, case.name, plan)) for case in left.values()]
-            for result, entry in self._dispatch(rows, plan, together):
-                left.pop(result.case, None)
+        """Dispatch all cases, then again, one by one, those that were lost with their worker."""
+        waiting = {case.name: case for case in cases}
+        group_size = min(CASES_AT_ONCE, max(1, len(waiting) // (4 * self.count)))
+        dispatched_alone = 0
+        # as long as a round of single cases brings a result
+        while waiting and dispatched_alone != len(waiting):
+            dispatched_alone = len(waiting) if group_size == 1 else 0
+            rows = [(case, _entries_of(journal, case.name, plan)) for case in waiting.values()]
+            for result, entry in self._dispatch(rows, plan, group_size):
+                waiting.pop(result.case, None)
                 if entry is not None:
                     journal.add(entry)
                 yield result
-            together = 1
-        for case in left.values():
+            group_size = 1
+        for case in waiting.values():
             error = InputError(
                 "every worker that was given it died",
                 expected="a mask that fits into a worker's memory",
@@ -272,42 +327,52 @@ class RaySynthesizer:
             yield CaseResult(case.name, case.display_name, None, error=error)
 
     def _dispatch(
-        self, rows: Sequence[tuple[Case, dict[str, Entry]]], plan: Plan, together: int
+        self, rows: Sequence[CaseWithEntries], plan: Plan, group_size: int
     ) -> Iterator[tuple[CaseResult, Entry | None]]:
-        """What the workers make of the rows, as it comes; of those that were lost with a worker,
-        nothing.
+        """Dispatch cases in groups; a group whose worker died brings nothing.
+
+        Args:
+            rows: cases, with what the journal has of them.
+            plan: what to make of each.
+            group_size: cases that one worker gets at once.
+
+        Yields:
+            Each result with its new entry; None where it failed or was complete before.
         """
         ray = _ray()
-        blocks = -(-len(rows) // together)
+        blocks = -(-len(rows) // group_size)
         pool = ray.data.ActorPoolStrategy(
-            size=min(self.count, blocks), max_tasks_in_flight_per_actor=1 if together == 1 else None
+            size=min(self.count, blocks),
+            max_tasks_in_flight_per_actor=1 if group_size == 1 else None,
         )
         cases = ray.data.from_items(
             [{"case": pickle.dumps(row)} for row in rows], override_num_blocks=blocks
         )
-        logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what is lost is told by us
-        # the only way to limit the tries; `ray[data]` is pinned below the version that takes it
-        # away
+        # `_dispatch_all` reports what is lost
+        logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+        worker_arguments = (
+            self._model_folder,
+            self._engine_options,
+            self._worker_model.key,
+            _working_folder(self._model_folder, rows, plan),
+            plan,
+        )
+        # `max_task_retries` is the only way to limit the attempts; `ray[data]` is pinned below the
+        # version that removes it
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
-            made = cases.map_batches(
+            results = cases.map_batches(
                 _Worker,
                 batch_size=None,
                 batch_format="numpy",
                 compute=pool,
-                fn_constructor_args=(
-                    self._model,
-                    self._engine,
-                    self._opened.key,
-                    _folder(self._model, rows, plan),
-                    plan,
-                ),
+                fn_constructor_args=worker_arguments,
                 max_restarts=-1,
                 max_task_retries=TRIES - 1,
                 **self._share,
             )
         try:
-            for row in made.iter_rows():
+            for row in results.iter_rows():
                 value = pickle.loads(row["result"])
                 if isinstance(value, Exception):
                     raise value
@@ -320,8 +385,8 @@ class RaySynthesizer:
             ) from exc
 
     def close(self) -> None:
-        """Leave the cluster if this joined it, whose workers then end; a Ray of our own ends."""
-        if self._ours and not self._closed:
+        """End the workers, and Ray itself if this process started it; else leave the cluster."""
+        if self._owns_ray and not self._closed:
             _ray().shutdown()
         self._closed = True
 
@@ -335,51 +400,47 @@ class RaySynthesizer:
 class _Worker:
     """An open synthesizer in a process of its own.
 
-    Errors cross as values: Ray would make one of them the end of the run.
+    Errors cross as values, because Ray would end the run on an exception.
     """
 
     def __init__(
-        self, model: Path, engine: Mapping[str, Any], expected: str, folder: Path | None, plan: Plan
+        self,
+        model: Path,
+        engine: Mapping[str, Any],
+        expected_key: str,
+        working_folder: Path | None,
+        plan: Plan,
     ):
-        self._model, self._engine, self._expected, self._folder, self._plan = (
-            model,
-            engine,
-            expected,
-            folder,
-            plan,
-        )
+        self._model_folder, self._engine_options = model, engine
+        self._expected_key = expected_key
+        self._working_folder = working_folder
+        self._plan = plan
         self._synthesizer: VolumeSynthesizer | None = None
 
     def __call__(self, rows: Mapping[str, Any]) -> dict[str, list[bytes]]:
-        return {
-            "result": [
-                pickle.dumps(value)
-                for value in self._made([pickle.loads(row) for row in rows["case"]])
-            ]
-        }
+        cases = [pickle.loads(row) for row in rows["case"]]
+        return {"result": [pickle.dumps(value) for value in self._run(cases)]}
 
-    def _made(
-        self, rows: Sequence[tuple[Case, dict[str, Entry]]]
+    def _run(
+        self, rows: Sequence[CaseWithEntries]
     ) -> Iterator[tuple[CaseResult, Entry | None] | Exception]:
+        """Carry out the plan for some cases; an exception is the last value."""
         try:
-            ledger = CompletionIndex(
-                self._plan.output,
-                {name: entry for _, known in rows for name, entry in known.items()},
-            )
-            run = BatchRunner(self._open(), self._plan, ledger)
-            for result in run.results([case for case, _ in rows]):
-                new = result.error is None and not result.skipped
-                yield (
-                    result,
-                    ledger.entries[result_name(result.case, result.variant)] if new else None,
-                )
+            entries = {name: entry for _, of_case in rows for name, entry in of_case.items()}
+            index = CompletionIndex(self._plan.output, entries)
+            runner = BatchRunner(self._open(), self._plan, index)
+            for result in runner.results([case for case, _ in rows]):
+                is_new = result.error is None and not result.skipped
+                name = result_name(result.case, result.variant)
+                yield result, index.entries[name] if is_new else None
         except Exception as exc:
             yield exc
 
     def _open(self) -> VolumeSynthesizer:
+        """Return the synthesizer, opened at the first call, as the first worker opened it."""
         if self._synthesizer is None:
-            if self._folder is not None:
-                os.chdir(self._folder)
+            if self._working_folder is not None:
+                os.chdir(self._working_folder)
             if not (self._plan.output / JOURNAL).exists():
                 raise UsageError(
                     "a worker does not see the output folder's journal",
@@ -387,8 +448,8 @@ class _Worker:
                     remedy="choose a shared --output",
                     file=self._plan.output,
                 )
-            synthesizer = VolumeSynthesizer.open(self._model, **self._engine)
-            if _opened(synthesizer).key != self._expected:
+            synthesizer = VolumeSynthesizer.open(self._model_folder, **self._engine_options)
+            if WorkerModel.of(synthesizer).key != self._expected_key:
                 raise UsageError(
                     "a worker opened another model, mask2ct or engine than the first one:"
                     f" {synthesizer.backend}, mask2ct {VERSION}",
@@ -401,22 +462,12 @@ class _Worker:
         return self._synthesizer
 
 
-def _opened(synthesizer: VolumeSynthesizer) -> WorkerModel:
-    return WorkerModel(
-        VERSION,
-        synthesizer.manifest,
-        synthesizer.engine,
-        synthesizer.file,
-        synthesizer.backend,
-        synthesizer.manifest_sha256,
-    )
-
-
 def _ray() -> Any:
+    """Import Ray, quiet."""
     for name, value in {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_DEDUP_LOGS": "0"}.items():
         os.environ.setdefault(name, value)
     with importing(
-        "Ray", "Ray Data, which deals masks out to workers", 'pip install "mask2ct[ray]"'
+        "Ray", "Ray Data, which distributes masks to workers", 'pip install "mask2ct[ray]"'
     ):
         import ray
         import ray.data
@@ -424,24 +475,30 @@ def _ray() -> Any:
 
 
 def _join(ray: Any, address: str) -> None:
+    """Join the cluster at an address, or start a Ray, unless this process has one.
+
+    Raises:
+        UsageError: if no Ray answers.
+    """
     if not ray.is_initialized():
-        how: dict[str, Any] = {
+        ray_options: dict[str, Any] = {
             "address": address,
             "log_to_driver": False,
             "logging_level": "critical",
         }
         if address == LOCAL:
-            how |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
+            ray_options |= {"include_dashboard": False, "object_store_memory": OBJECT_STORE}
         host, _, port = address.rpartition(":")
         try:
-            if host:  # Ray itself would try for minutes
+            if host:
+                # Ray itself would try for minutes
                 socket.create_connection((host, int(port)), CONNECT_WITHIN).close()
-            before = signal.getsignal(signal.SIGTERM)
-            ray.init(**how)
-            with suppress(ValueError):  # outside the main thread Ray leaves it alone too
-                signal.signal(
-                    signal.SIGTERM, before
-                )  # who asked for a clean end gets the program's, not Ray's
+            handler = signal.getsignal(signal.SIGTERM)
+            ray.init(**ray_options)
+            # Ray takes SIGTERM for itself, but a program that handles it must end in its own way;
+            # outside the main thread (ValueError) Ray leaves the signal alone too
+            with suppress(ValueError):
+                signal.signal(signal.SIGTERM, handler)
         except (OSError, RuntimeError, ValueError) as exc:
             raise UsageError(
                 f"no Ray answers at {address}: {_last_line(exc)}",
@@ -452,55 +509,57 @@ def _join(ray: Any, address: str) -> None:
                 ),
             ) from exc
     context = ray.data.DataContext.get_current()
-    context.max_errored_blocks = -1  # a worker that died for good loses its cases, not the run
+    # a worker that died for good loses its cases, and does not end the run
+    context.max_errored_blocks = -1
     context.enable_progress_bars = context.print_on_execution_start = False
 
 
-def _first(
+def _open_on_worker(
     ray: Any, share: Mapping[str, float], model: Path, engine: Mapping[str, Any]
 ) -> WorkerModel:
-    """What a worker opens, or the error of ours that it meets."""
+    """Let one worker open the model, and return what it opened.
 
-    def look(folder: Path) -> WorkerModel | Mask2CTError:
+    Raises:
+        MissingComponent: if a worker cannot run mask2ct.
+        Mask2CTError: the worker's own error.
+    """
+
+    def try_to_open(folder: Path) -> WorkerModel | Mask2CTError:
         try:
             with VolumeSynthesizer.open(folder / model, **engine) as synthesizer:
-                return _opened(synthesizer)
+                return WorkerModel.of(synthesizer)
         except Mask2CTError as exc:
             return exc
 
+    task = ray.remote(max_retries=0, **share)(try_to_open)
     try:
-        found: WorkerModel | Mask2CTError = ray.get(
-            ray.remote(max_retries=0, **share)(look).remote(Path.cwd())
-        )
+        outcome: WorkerModel | Mask2CTError = ray.get(task.remote(Path.cwd()))
     except ray.exceptions.RayError as exc:
         raise MissingComponent(
             f"a worker cannot run mask2ct: {_last_line(exc)}",
             expected=f"mask2ct {VERSION} on every machine of the cluster",
             remedy='pip install "mask2ct[ray,onnx]" there, of the same version',
         ) from exc
-    if isinstance(found, Mask2CTError):
-        raise found
-    return found
+    if isinstance(outcome, Mask2CTError):
+        raise outcome
+    return outcome
 
 
-def _known(journal: CompletionIndex, case: str, plan: Plan) -> dict[str, Entry]:
+def _entries_of(journal: CompletionIndex, case: str, plan: Plan) -> dict[str, Entry]:
+    """Return what the journal has of a case, by result; nothing for a plan that keeps nothing."""
     names = [result_name(case, variant) for variant in plan.variant_ids] if plan.resume else []
     return {name: journal.entries[name] for name in names if name in journal.entries}
 
 
-def _folder(model: Path, rows: Sequence[tuple[Case, Any]], plan: Plan) -> Path | None:
-    """This process's folder, where a path is relative to it."""
-    paths = [
-        model,
-        plan.output,
-        *(
-            path
-            for case, _ in rows
-            for path in (*case.files, *case.grid, case.options.like or model)
-        ),
-    ]
+def _working_folder(model: Path, rows: Sequence[CaseWithEntries], plan: Plan) -> Path | None:
+    """Return this process's working folder if a path is relative to it, else None."""
+    paths = [model, plan.output]
+    for case, _ in rows:
+        paths += [*case.files, *case.grid, case.options.like or model]
     return None if all(path.is_absolute() for path in paths) else Path.cwd()
 
 
 def _last_line(error: BaseException) -> str:
-    return printable(Path((str(error).strip().splitlines() or [type(error).__name__])[-1][:300]))
+    """Return the last line of an error's text, or its name, safe to print."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return printable(Path(lines[-1][:300]))

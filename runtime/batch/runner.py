@@ -1,5 +1,7 @@
-"""Many masks → many CTs: files in, files out, overlapped, resumable; one bad case never stops
-the others.
+"""Many masks in, many CTs out.
+
+Reading, inference and writing overlap, a run can be resumed, and a mask that cannot be used does
+not stop the run.
 """
 
 from __future__ import annotations
@@ -26,25 +28,31 @@ from ..io.writers.registry import DEFAULT_OPTIONS, FormatOptions, OutputRecord, 
 from .completion_log import CompletionIndex, Entry
 from .plan import Plan
 
-State = tuple[int, int, int, int, int, float]
-YOUNG = 2.0  # s: file systems state times in steps of up to so long
-LARGE_MASK = (
-    96 << 20
-)  # bytes; above, nothing is held but the one mask being synthesized, and what comes next waits
+FileState = tuple[int, int, int, int, int, float]
+YOUNG = 2.0  # s: some file systems state times in steps of that length
+# bytes; while a larger mask is synthesized the next one is not read, so that memory holds one alone
+LARGE_MASK = 96 << 20
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What became of one mask in one variant.
+    """The outcome for one mask in one variant.
 
-    `variant` is None when none were asked for; `error` is None when it is done.
-
-    `mask`: its path, or for a DICOM source the name of the case: its path may name a patient.
-
-    `input`, `sha256`: SHA-256 by file name of what was read and written; `mask_sha256`: of all that
-    the mask was read from, as the journal has it; `image_sha256`: the same of the real CT that is
-    deformed with it, empty where there is none. `seconds`: by stage, spent working and not waiting;
-    stages overlap. `skipped`: it was complete already, and proven so.
+    Attributes:
+        case: the name of the mask's case.
+        mask: the path of the mask. For a DICOM source the name of the case, because its path may
+            name a patient.
+        variant: None when no variants were asked for.
+        files: paths of the result.
+        slices: number of axial slices.
+        seconds: working time of each stage, without waiting; stages overlap.
+        warnings: what a person should be told.
+        error: why there is no result; None when there is one.
+        input: SHA-256 of each file that was read, by file name.
+        sha256: SHA-256 of each file that was written, by its path in the output folder.
+        skipped: whether the journal proved the result complete, so that it was not made again.
+        mask_sha256: SHA-256 of all that the mask was read from, as the journal has it.
+        image_sha256: the same of the real CT that is deformed with the mask; empty without one.
     """
 
     case: str
@@ -77,22 +85,36 @@ def synthesize(
     shared: bool = False,
     on_slice: Callable[[int], None] | None = None,
 ) -> Generator[CaseResult]:
-    """Synthesize each case into `output`, as `runtime.io.writers.registry` says for `format`;
-    `variants` = K writes K pairs of CT and mask for each, 0 to K - 1: the first of the mask as it
-    is, the others deformed within `ranges` (see `runtime.core.deformation`).
+    """Synthesize each case into the output folder.
 
-    `shared`: what is made of a DICOM source may be read as the umask says; else by its owner alone.
+    This thread synthesizes, while others read the next mask and write the last result. A mask that
+    cannot be used gives a result with its error, and the next one follows.
 
-    `resume`: what the folder's journal proves complete, by the SHA-256 of input and output and all
-    that the bytes depend on, is not made again; without it existing results are replaced.
+    Args:
+        synthesizer: an open model, or another source of CTs.
+        cases: masks, as `runtime.io.cases.find_cases` returns them.
+        output: the folder that results are written into.
+        format: a name of `runtime.io.writers.registry.FORMATS`.
+        options: options of that format.
+        variants: K for K pairs of CT and mask from each mask, numbered 0 to K - 1. The first has
+            the mask as it is, the others deform it (see `runtime.core.deformation`).
+        ranges: how far the deformed masks may differ.
+        seed: seeds all randomness.
+        labels: maps the mask's labels to the model's.
+        resume: do not make again what the folder's journal proves complete, by the SHA-256 of input
+            and output and by all options that the bytes depend on. Without it existing results are
+            replaced.
+        shared: give results of a DICOM source the permissions that the umask gives. Without it only
+            their owner may read them.
+        on_slice: is called with the number of slices of the case that are synthesized.
 
-    Returns a generator of one result per CT, given once it is on disk, in the order they are done;
-    masks are read ahead and results written behind while the caller's thread synthesizes. A mask
-    that cannot be used gives its error and the next one follows; `OutputError` is raised, for what
-    cannot be written for one cannot for any. `on_slice(n)` is told that n slices of the case are
-    synthesized. Raises `UsageError` and `OutputError` at once, before any work, for options that
-    are wrong, a folder that cannot be written, or a file in it that is not ours and would be
-    replaced; and when it starts, if another run is writing into the folder.
+    Returns:
+        One result per CT, each when it is on disk, in the order in which they are done.
+
+    Raises:
+        UsageError: before any work, for wrong options and for a file that would be replaced but was
+            not written by mask2ct; at the first result, if another run writes into the folder.
+        OutputError: if the folder, or later a result, cannot be written.
     """
     plan = Plan(
         output,
@@ -114,7 +136,21 @@ def make(
     plan: Plan,
     on_slice: Callable[[int], None] | None = None,
 ) -> Generator[CaseResult]:
-    """`synthesize`, of what the recipe says."""
+    """Carry out a plan, as `synthesize` does with its options.
+
+    Args:
+        source: an open model, or another source of CTs.
+        cases: masks, as `runtime.io.cases.find_cases` returns them.
+        plan: what to make of each mask.
+        on_slice: as for `synthesize`.
+
+    Returns:
+        One result per CT, as `synthesize` returns them.
+
+    Raises:
+        UsageError: as `synthesize` does.
+        OutputError: as `synthesize` does.
+    """
     plan.check(source.manifest, cases)
     return _locked(source, plan, cases, on_slice)
 
@@ -122,13 +158,14 @@ def make(
 def _locked(
     source: CTSource, plan: Plan, cases: Sequence[Case], on_slice: Callable[[int], None] | None
 ) -> Generator[CaseResult]:
+    """Hold the journal while the cases are synthesized."""
     with plan.journal(source.manifest, cases) as journal:
         yield from BatchRunner(source, plan, journal, on_slice).results(cases)
 
 
 @dataclass(frozen=True)
 class _Item:
-    """A result to synthesize, or, without a `variant`, what there is to say instead."""
+    """A result to synthesize; without a `variant` one that is final already."""
 
     result: CaseResult
     key: str
@@ -137,9 +174,9 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Job:
-    """What the writer is given of a result before its slabs.
+    """What the writing thread gets of a result before its slabs.
 
-    `seconds` holds the stages before its own when the last slab is through.
+    When the last slab arrives, `seconds` holds all stages but the writer's own.
     """
 
     item: _Item
@@ -148,8 +185,9 @@ class _Job:
 
 
 class BatchRunner:
-    """The stages of one call: `_prepare` in a thread, `results` in the caller's, `_write` in
-    another. Who holds the lock is not asked.
+    """The stages of one run: `_prepare` and `_write` in threads, `results` in the caller's.
+
+    It takes no lock: the caller sees to it that no other run writes into the folder.
     """
 
     def __init__(
@@ -159,23 +197,28 @@ class BatchRunner:
         journal: CompletionIndex,
         on_slice: Callable[[int], None] | None = None,
     ):
-        self._source, self._journal, self._on_slice = source, journal, on_slice
-        self._plan, self._output, self._format, self._variants = (
-            plan,
-            plan.output,
-            plan.writer,
-            plan.variant_ids,
-        )
-        self._ranges, self._seed, self._labels, self._resume = (
-            plan.ranges,
-            plan.seed,
-            plan.labels,
-            plan.resume,
-        )
-        self._like = cache(like_digests)  # of one run: an image that all cases share is read once
+        self._source = source
+        self._plan = plan
+        self._journal = journal
+        self._on_slice = on_slice
+        self._output = plan.output
+        self._format = plan.writer
+        # for one run: an image that all cases share is read once
+        self._like = cache(like_digests)
 
     def results(self, cases: Sequence[Case]) -> Generator[CaseResult]:
-        prefetch, behind = Prefetcher(self._prepare(cases)), BackgroundWriter(self._write)
+        """Synthesize the cases.
+
+        Args:
+            cases: masks, as `runtime.io.cases.find_cases` returns them.
+
+        Yields:
+            One result per CT, in the order in which they are done.
+
+        Raises:
+            OutputError: if a result cannot be written.
+        """
+        prefetch, writer = Prefetcher(self._prepare(cases)), BackgroundWriter(self._write)
         try:
             for item in prefetch:
                 large = item.variant is not None and item.variant.nbytes > LARGE_MASK
@@ -184,18 +227,19 @@ class BatchRunner:
                 if item.variant is None:
                     yield item.result
                 else:
-                    yield from self._synthesize(item, item.variant, behind)
+                    yield from self._synthesize(item, item.variant, writer)
+                # nothing here holds the mask any longer
                 del item
-                yield from behind.finished(wait=large)
+                yield from writer.finished(wait=large)
                 if large:
                     prefetch.request_next()
-            yield from behind.finished(wait=True)
+            yield from writer.finished(wait=True)
         finally:
-            behind.close()
+            writer.close()
             prefetch.close()
 
     def _prepare(self, cases: Sequence[Case]) -> Iterator[_Item]:
-        """Read, check and deform; what is complete or cannot be used is passed on as its result."""
+        """Read, check and deform masks; yield at once the results that need no inference."""
         for case in cases:
             started = time.perf_counter()
             try:
@@ -203,84 +247,84 @@ class BatchRunner:
                 before = _states(case)
                 inputs = self._input(case)
                 images = self._input(case, image=True)
-                mask, image = (
-                    key_of({"input": _content(case, inputs)}),
-                    key_of({"image": sorted(images.values())}) if images else "",
-                )
+                all_inputs = {**inputs, **images}
+                mask_digest = key_of({"input": _content(case, inputs)})
+                image_digest = key_of({"image": sorted(images.values())}) if images else ""
                 keys = {
-                    variant: self._key(case, variant, inputs, image) for variant in self._variants
+                    variant: self._key(case, variant, inputs, image_digest)
+                    for variant in self._plan.variant_ids
                 }
                 if not self._plan.replace:
-                    self._refuse_to_replace(case, mask)
-                find_complete = {
-                    v: entry
-                    for v, key in keys.items()
-                    if self._resume
-                    and (entry := self._journal.find_complete(result_name(case.name, v), key))
-                }
-                for variant, entry in find_complete.items():
-                    files = self._format.files(self._output, case.name, variant)
-                    yield _Item(
-                        CaseResult(
-                            case.name,
-                            case.display_name,
-                            variant,
-                            files,
-                            entry.slices,
-                            warnings=entry.warnings,
-                            input={**inputs, **images},
-                            sha256=entry.files,
-                            skipped=True,
-                            mask_sha256=mask,
-                            image_sha256=image,
-                        ),
-                        entry.key,
+                    self._refuse_to_replace(case, mask_digest)
+                complete = self._find_complete(case, keys)
+                for variant, entry in complete.items():
+                    result = CaseResult(
+                        case.name,
+                        case.display_name,
+                        variant,
+                        self._format.files(self._output, case.name, variant),
+                        entry.slices,
+                        warnings=entry.warnings,
+                        input=all_inputs,
+                        sha256=entry.files,
+                        skipped=True,
+                        mask_sha256=mask_digest,
+                        image_sha256=image_digest,
                     )
-                if len(find_complete) == len(keys):
+                    yield _Item(result, entry.key)
+                if len(complete) == len(keys):
                     continue
-                volume = read_case(case, self._source.manifest.labels, self._labels)
-                variants = self._source.variants(case, volume, self._ranges, self._seed)
-                self._check_unchanged(case, before, {**inputs, **images})
+                volume = read_case(case, self._source.manifest.labels, self._plan.labels)
+                deform = self._source.variants(case, volume, self._plan.ranges, self._plan.seed)
+                self._check_unchanged(case, before, all_inputs)
                 self._format.check_mask(volume)
                 warnings = (*volume.notes, *self._source.notes(case.display_name.name, volume))
-                volume.digest  # noqa: B018 - computed here, beside the inference thread, and kept
+                # computed here, beside the inference thread; the volume keeps it
+                volume.digest  # noqa: B018
             except InputError as exc:
                 exc.file = exc.file or case.display_name
                 yield _Item(CaseResult(case.name, case.display_name, None, error=exc), "")
                 continue
             seconds = {"read": time.perf_counter() - started}
-            for variant in [variant for variant in keys if variant not in find_complete]:
+            for variant in [variant for variant in keys if variant not in complete]:
                 started = time.perf_counter()
-                deformed = variants(variant or 0)
-                times = {**seconds, "deform": time.perf_counter() - started} if variant else seconds
-                said = (
-                    *warnings,
-                    *(
-                        f"{case.display_name.name}, variant {variant}: {fact}"
-                        for fact in deformed.warnings
-                    ),
-                )
+                deformed = deform(variant or 0)
+                if variant:
+                    seconds["deform"] = time.perf_counter() - started
+                prefix = f"{case.display_name.name}, variant {variant}"
+                variant_warnings = [f"{prefix}: {fact}" for fact in deformed.warnings]
                 result = CaseResult(
                     case.name,
                     case.display_name,
                     variant,
-                    seconds=times,
-                    warnings=said,
-                    input={**inputs, **images},
-                    mask_sha256=mask,
-                    image_sha256=image,
+                    seconds=seconds,
+                    warnings=(*warnings, *variant_warnings),
+                    input=all_inputs,
+                    mask_sha256=mask_digest,
+                    image_sha256=image_digest,
                 )
                 item = _Item(result, keys[variant], deformed)
+                # a mask must be freed as soon as its last user is done with it
                 del deformed
                 yield item
-                del item  # a mask lives as long as whoever uses it
+                del item
                 seconds = {"read": 0.0}
-            del volume, variants
+            del volume, deform
+
+    def _find_complete(self, case: Case, keys: Mapping[int | None, str]) -> dict[int | None, Entry]:
+        """Return, by variant, the entries of results that a resumed run keeps."""
+        if not self._plan.resume:
+            return {}
+        entries = {
+            variant: self._journal.find_complete(result_name(case.name, variant), key)
+            for variant, key in keys.items()
+        }
+        return {variant: entry for variant, entry in entries.items() if entry is not None}
 
     def _synthesize(
-        self, item: _Item, variant: Variant, behind: BackgroundWriter[_Job, CaseResult]
+        self, item: _Item, variant: Variant, writer: BackgroundWriter[_Job, CaseResult]
     ) -> Iterator[CaseResult]:
-        """Synthesize one result into the writer, passing on meanwhile what it has finished."""
+        """Synthesize one result for the writer; yield meanwhile the results that it finished."""
         result, source = item.result, self._source
         record = OutputRecord(
             result.case,
@@ -289,31 +333,31 @@ class BatchRunner:
             source.manifest,
             source.backend,
             source.file,
-            self._seed,
+            self._plan.seed,
             result.image_sha256,
         )
         slabs = _Meter(variant.slabs(), self._on_slice)
         job = _Job(item, record, dict(result.seconds))
-        behind.begin(job)
+        writer.begin(job)
         try:
             for slab in slabs:
-                behind.put(slab)
-                yield from behind.finished()
+                writer.put(slab)
+                yield from writer.finished()
             job.seconds["synthesize"] = slabs.seconds
-            behind.end()
+            writer.end()
         except InputError as exc:
-            behind.abort()
+            writer.abort()
             exc.file = exc.file or result.mask
             yield replace(result, error=exc)
 
     def _write(self, job: _Job, slabs: Iterable[CTSlab]) -> CaseResult:
-        """Write one result and, when it is whole, its line in the journal."""
-        result, counted = job.item.result, _Meter(iter(slabs))
+        """Write one result and then, when it is complete, its line in the journal."""
+        result, meter = job.item.result, _Meter(iter(slabs))
         started = time.perf_counter()
         dicom = job.record.mask.dicom is not None
-        # reading back what is there, to digest it, may fail too
+        # a writer that reads its files back, to digest them, may fail as well
         with writing(self._output / job.record.name), self._plan.private(dicom):
-            files = self._format.write(self._output, job.record, counted)
+            files = self._format.write(self._output, job.record, meter)
         digests = {
             file.relative_to(self._output).as_posix(): digest for file, digest in files.items()
         }
@@ -322,48 +366,44 @@ class BatchRunner:
                 job.record.name,
                 job.item.key,
                 digests,
-                counted.slices,
+                meter.slices,
                 result.warnings,
                 result.mask_sha256,
             )
         )
-        seconds = {**job.seconds, "write": time.perf_counter() - started - counted.seconds}
+        seconds = {**job.seconds, "write": time.perf_counter() - started - meter.seconds}
         return replace(
-            result, files=tuple(files), slices=counted.slices, seconds=seconds, sha256=digests
+            result, files=tuple(files), slices=meter.slices, seconds=seconds, sha256=digests
         )
 
     def _input(self, case: Case, *, image: bool = False) -> dict[str, str]:
-        """SHA-256 of each file that the case's mask is read from, or its `image`.
+        """Return the SHA-256 of each file that the case's mask, or its `image`, is read from.
 
-        Files of a DICOM source are numbered: their names may name a patient.
+        Files of a DICOM source are numbered, because their names may name a patient.
         """
         digests, files = {}, case.image if image else (*case.files, *case.grid)
         owner = f"image of {case.display_name.name}" if image else case.display_name.name
         for n, file in enumerate(files):
-            numbered = owner if len(files) == 1 else f"{owner} {n + 1}"
-            name = (
-                numbered
-                if image
-                else {"volume": file.name, "classes": f"{owner} {file.name}"}.get(
-                    case.kind, numbered
-                )
-            )
+            name = owner if len(files) == 1 else f"{owner} {n + 1}"
+            if not image and case.kind == "volume":
+                name = file.name
+            elif not image and case.kind == "classes":
+                name = f"{owner} {file.name}"
             with reading(case.display_name, "a file that can be read"), opened(file) as handle:
                 digests[name] = sha256_of(handle)
         return digests
 
     def _check_unchanged(
-        self, case: Case, before: tuple[State, ...], inputs: Mapping[str, str]
+        self, case: Case, before: tuple[FileState, ...], inputs: Mapping[str, str]
     ) -> None:
-        """Refuse a mask that changed between its digest and its reading: the result would be called
-        made of another one.
+        """Refuse a mask that changed between its digest and its reading.
 
-        The files are digested once more only where their system's state leaves a doubt: it is
-        another one, or so young that a further change would not show in it.
+        Its result would be recorded under the digest of another mask. The files are digested once
+        more only if the state of one of them is another one, or so young that a further change
+        would not show in it.
         """
-        if _states(case) == before and all(
-            abs(time.time() - changed) > YOUNG for *_, changed in before
-        ):
+        is_old = all(abs(time.time() - changed) > YOUNG for *_, changed in before)
+        if _states(case) == before and is_old:
             return
         if {**self._input(case), **self._input(case, image=True)} != inputs:
             raise UnreadableVolume(
@@ -374,80 +414,80 @@ class BatchRunner:
             )
 
     def _key(self, case: Case, variant: int | None, inputs: Mapping[str, str], image: str) -> str:
-        """Of everything the result's bytes depend on.
+        """Return the digest of everything that a result's bytes depend on.
 
-        A field that a `Case` or a format gains is part of it.
+        It takes every field of the case and of its reading options but the paths, for which the
+        digests of the files stand, and the part of the plan that `Plan.content_key` states.
         """
         source = self._source
+        case_facts = {
+            f.name: repr(getattr(case, f.name))
+            for f in fields(case)
+            if f.name not in ("path", "files", "grid", "image", "options")
+        }
+        # keywords, because a name that occurs twice is an error then, and hides no option
         return key_of(
-            {
-                "version": VERSION,
-                "model": key_of(source.manifest.to_json()),
-                "engine": [source.engine, source.file],
-                "format": [
-                    type(self._format).__name__,
-                    {k: repr(v) for k, v in vars(self._format).items() if not k.startswith("_")},
-                ],
-                "case": {
-                    f.name: repr(getattr(case, f.name))
-                    for f in fields(case)
-                    if f.name not in ("path", "files", "grid", "image", "options")
-                },
-                "reading": repr(replace(case.options, like=None)),
-                "like": self._like(case.options.like),
-                "input": _content(case, inputs),
+            dict(
+                version=VERSION,
+                model=key_of(source.manifest.to_json()),
+                engine=[source.engine, source.file],
+                case=case_facts,
+                reading=repr(replace(case.options, like=None)),
+                like=self._like(case.options.like),
+                input=_content(case, inputs),
                 **({"image": image} if image else {}),
-                "labels": None if self._labels is None else sorted(map(repr, self._labels.items())),
-                "seed": self._seed,
-                "variant": variant,
-                "ranges": vars(self._ranges) if variant else None,
-            }
+                **self._plan.content_key(variant),
+            )
         )
 
-    def _refuse_to_replace(self, case: Case, mask: str) -> None:
-        if there := [
-            name
-            for variant in self._variants
-            if self._journal.belongs_to_other_mask(name := result_name(case.name, variant), mask)
-        ]:
-            raise InputError(
-                f"the output folder holds {there[0]}, made of another mask",
-                file=case.display_name,
-                expected="a name of its own for each case",
-                remedy="rename the mask, or take that result away",
-            )
+    def _refuse_to_replace(self, case: Case, mask_digest: str) -> None:
+        """Refuse a case whose name a result of another mask has already."""
+        for variant in self._plan.variant_ids:
+            name = result_name(case.name, variant)
+            if self._journal.belongs_to_other_mask(name, mask_digest):
+                raise InputError(
+                    f"the output folder holds {name}, made of another mask",
+                    file=case.display_name,
+                    expected="a name of its own for each case",
+                    remedy="rename the mask, or remove that result",
+                )
 
     def _check_names(self, case: Case) -> None:
+        """Refuse a case whose name makes a file name that no file system takes."""
         if not all(map(filename_fits, self._plan.files(case.name))):
             raise UnreadableVolume(
-                f"the name of {case.display_name.name} is too long for what is written beside it",
-                expected="some 200 bytes at most",
+                f"the name of {case.display_name.name} is too long for the files that are written",
+                expected="at most about 200 bytes",
                 remedy="rename it",
                 file=case.display_name,
             )
 
 
-def _states(case: Case) -> tuple[State, ...]:
-    """Of each file that the case is read from: device, number, bytes, nanoseconds of change of
-    content and of state, seconds of the latter.
+def _states(case: Case) -> tuple[FileState, ...]:
+    """Return the state of each file that the case is read from.
+
+    It holds device, inode, size in bytes, the times of the last change of content and of state in
+    ns, and the latter in s.
     """
     states = []
     for file in (*case.files, *case.grid, *case.image):
         with reading(case.display_name, "a file that can be read"):
-            s = os.stat(outer(file))
-        states.append((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ctime))
+            stat = os.stat(outer(file))
+        times = (stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ctime)
+        states.append((stat.st_dev, stat.st_ino, stat.st_size, *times))
     return tuple(states)
 
 
 def _content(case: Case, inputs: Mapping[str, str]) -> list[Any]:
-    """What a case was read from, whatever its files are called; but of one a class the name is
-    what it means.
+    """Return the digests of a case's files, in no order of names.
+
+    Where each file is one class its name counts, for it says which.
     """
     return sorted(inputs.items() if case.kind == "classes" else inputs.values())
 
 
 class _Meter:
-    """Passes slabs on, counting slices and the seconds spent making them."""
+    """Passes slabs on, and counts their slices and the seconds that it took to compute them."""
 
     def __init__(self, slabs: Iterator[CTSlab], on_slice: Callable[[int], None] | None = None):
         self._slabs, self._on_slice = slabs, on_slice

@@ -1,5 +1,6 @@
-"""What a run says of itself: the progress line with the stage that limits it, the last line,
-`--report`.
+"""Summary of a run: the progress line, the last line and `--report`.
+
+The progress line and the last line name the thread that limits the speed.
 """
 
 from __future__ import annotations
@@ -19,45 +20,65 @@ if TYPE_CHECKING:
 
     Maker = VolumeSynthesizer | RaySynthesizer | WarpSource
 
+# by stage, the thread that works on it
 THREADS = {
     "read": "reading",
     "deform": "reading",
     "synthesize": "inference",
     "write": "writing",
-}  # stage → which thread's time it is
+}
 
 
 class Summary:
-    """The results of one run so far."""
+    """The results of one run so far.
+
+    Args:
+        models: what makes the CTs, by name.
+        seed: of all randomness.
+        total: number of CTs to come.
+        quiet: print no progress.
+    """
 
     def __init__(self, models: Mapping[str, Maker], seed: int, total: int, *, quiet: bool):
         self._models, self._seed, self._started = dict(models), seed, time.perf_counter()
         self._results: list[CaseResult] = []
-        self._by: list[str] = []  # of each result, the model; empty where none fitted
+        # the model of each result; empty where none fitted
+        self._model_names: list[str] = []
         self._progress = Progress("CTs", total, quiet=quiet)
         self._seconds = 0.0
 
     def slice_done(self, slices: int) -> None:
-        """That many slices of the next result are synthesized."""
+        """Show how far the next result is.
+
+        Args:
+            slices: number of its slices that are synthesized.
+        """
         self._show(f"{slices} slices of the next")
 
     def add(self, result: CaseResult, model: str = "") -> None:
-        """`model`: the name of the one that synthesized it, where there are several."""
+        """Count a result, and show the progress.
+
+        Args:
+            result: one that is final.
+            model: the name of the model that synthesized it, where there are several.
+        """
         self._results.append(result)
-        self._by.append(model)
+        self._model_names.append(model)
         self._show(result.case)
 
     def close(self) -> None:
+        """Stop the clock, and end the progress line."""
         self._seconds = self._elapsed
         self._progress.close()
 
     @property
     def failed(self) -> int:
+        """The number of results with an error."""
         return sum(r.error is not None for r in self._results)
 
     @property
     def busy(self) -> dict[str, float]:
-        """Seconds of work by thread: they overlap, and the largest is what the run waits for."""
+        """Seconds of work of each thread. Threads overlap; the run waits for the busiest one."""
         busy = dict.fromkeys(THREADS.values(), 0.0)
         for result in self._results:
             for stage, seconds in result.seconds.items():
@@ -65,24 +86,26 @@ class Summary:
         return busy
 
     def __str__(self) -> str:
-        """`3 done, 1 failed, 900 slices in 12.0 s (75.0 slices/s), limited by inference (97 %
-        busy)`.
+        """Return the last line of a run.
+
+        For example `3 done, 1 failed, 900 slices in 12.0 s (75.0 slices/s), limited by inference
+        (97 % busy)`.
         """
-        skipped, done = (
-            sum(r.skipped for r in self._results),
-            sum(r.error is None for r in self._results),
-        )
-        kept = f" ({skipped} of them before)" if skipped else ""
+        succeeded = sum(r.error is None for r in self._results)
+        skipped = sum(r.skipped for r in self._results)
+        before = f" ({skipped} of them before)" if skipped else ""
         speed = (
             f"{self._slices} slices in {duration(self._elapsed)}"
             f" ({self._slices / self._elapsed:.1f} slices/s)"
         )
-        return f"{done} done{kept}, {self.failed} failed, {speed}{self._limit()}"
+        return f"{succeeded} done{before}, {self.failed} failed, {speed}{self._limit()}"
 
     def to_json(self) -> dict[str, Any]:
-        """Machine-readable: file names, no paths.
+        """Return the report that `--report` writes.
 
-        Of several models, each under `models` and by its name in the cases.
+        Returns:
+            Plain data with file names instead of paths. Several models stand under `models`, and
+            each case names its own.
         """
         facts = {name: _facts(synth) for name, synth in self._models.items()}
         return {
@@ -106,7 +129,7 @@ class Summary:
                     "warnings": list(r.warnings),
                     "error": None if r.error is None else str(r.error),
                 }
-                for r, model in zip(self._results, self._by, strict=True)
+                for r, model in zip(self._results, self._model_names, strict=True)
             ],
         }
 
@@ -119,12 +142,10 @@ class Summary:
         return sum(r.slices for r in self._results if not r.skipped)
 
     def _limit(self) -> str:
+        """Name the busiest thread, and the share of the time in which it works."""
         thread, seconds = max(self.busy.items(), key=lambda item: item[1])
-        share = (
-            seconds
-            / self._elapsed
-            / max(getattr(synth, "count", 1) for synth in self._models.values())
-        )  # workers
+        workers = max(getattr(synth, "count", 1) for synth in self._models.values())
+        share = seconds / self._elapsed / workers
         return f", limited by {thread} ({100 * share:.0f} % busy)" if seconds else ""
 
     def _show(self, note: str) -> None:
@@ -135,6 +156,7 @@ class Summary:
 
 
 def _facts(synth: Maker) -> dict[str, Any]:
+    """Return what the report states of a model."""
     return {
         "model": synth.manifest.name,
         "model_files": {name: file.sha256 for name, file in synth.manifest.files.items()},

@@ -20,7 +20,7 @@ class Backend:
 
     `automatic`: `auto` may take it. The others are asked for by name: INT8 synthesizes other values
     than the network, within limits, and FP16 on a CPU is for looking at what a GPU synthesizes.
-    `why`: asked where more than the package is needed.
+    `why`: asked where more than the package is needed. `gpu`: it computes on a GPU.
     """
 
     name: str
@@ -30,6 +30,7 @@ class Backend:
     make: Callable[[Path, Manifest, EngineOptions], Engine]
     automatic: bool = True
     why: Callable[[], tuple[str, str] | None] | None = None
+    gpu: bool = False
 
     def open(self, path: Path, manifest: Manifest, options: EngineOptions | None = None) -> Engine:
         """The engine that runs the file at `path`, of which nothing is checked but that it holds
@@ -111,10 +112,22 @@ _OPENVINO = ("openvino", 'pip install "mask2ct[openvino]"', _open_openvino)
 # (docs/decisions/0013-which-engine-auto-takes.md).
 BACKENDS = (
     Backend(
-        "tensorrt", ("engine", "fp16"), "tensorrt_lean", _GPU, _open_tensorrt, why=_why_no_tensorrt
+        "tensorrt",
+        ("engine", "fp16"),
+        "tensorrt_lean",
+        _GPU,
+        _open_tensorrt,
+        why=_why_no_tensorrt,
+        gpu=True,
     ),
     Backend(
-        "onnx-cuda", ("onnx", "fp16"), "onnxruntime", _GPU, _open_onnx_cuda, why=_why_no_onnx_cuda
+        "onnx-cuda",
+        ("onnx", "fp16"),
+        "onnxruntime",
+        _GPU,
+        _open_onnx_cuda,
+        why=_why_no_onnx_cuda,
+        gpu=True,
     ),
     Backend("openvino", ("onnx", "fp32"), *_OPENVINO),
     Backend("onnx", ("onnx", "fp32"), *_ONNX),
@@ -124,6 +137,14 @@ BACKENDS = (
     Backend("onnx-int8", ("onnx", "int8"), *_ONNX, automatic=False),
 )
 CHOICES = ("auto", *(backend.name for backend in BACKENDS), "fake")
+
+
+def may_use_gpu(choice: str) -> bool:
+    """Whether the engine that is opened by this name (one of `CHOICES`) may compute on a GPU."""
+    return any(
+        backend.gpu and (backend.name == choice or (choice == "auto" and backend.automatic))
+        for backend in BACKENDS
+    )
 
 
 def open_engine(
