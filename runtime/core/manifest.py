@@ -331,7 +331,7 @@ class Manifest:
                 key: signature.get(key) for key in expected if signature.get(key) != expected[key]
             }
         except (ValueError, AttributeError, RecursionError):
-            wrong = {"statement": stated}
+            wrong = {"signature": stated}
         if wrong:
             raise ModelError(
                 f"{path.name} was exported for other {', '.join(wrong)}: {json.dumps(wrong)[:300]}",
