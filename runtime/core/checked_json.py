@@ -106,7 +106,7 @@ def nesting() -> Iterator[None]:
 def mapping(value: Any, what: str) -> Object:
     """A JSON object."""
     if not isinstance(value, Mapping):
-        raise refusal(f"{what} is no object", "a JSON object")
+        raise refusal(f"{what} is not an object", "a JSON object")
     return Object(value, what)
 
 

@@ -153,7 +153,7 @@ class Census:
                 + (
                     "map them with runtime.core.labels.to_indices(force=True)"
                     if file is None
-                    else "say --force-labels"
+                    else "use --force-labels"
                 ),
                 file=file,
             )

@@ -24,8 +24,8 @@ _SIDED = {
     "23451007": ("38360003", "29392005"),  # adrenal gland
     "39607008": ("44029006", "3341006"),  # lung
 }
-_LEFT_CODES = {f"sct:{left}" for left, _ in _SIDED.values()}
-_RIGHT_CODES = {f"sct:{right}" for _, right in _SIDED.values()}
+_LEFT_CODES = {f"sct:{left_code}" for left_code, _ in _SIDED.values()}
+_RIGHT_CODES = {f"sct:{right_code}" for _, right_code in _SIDED.values()}
 _CODE = re.compile(r"[^\s:+]+:[^\s:+]+(\s*\+\s*[^\s:+]+:[^\s:+]+)*")
 
 

@@ -410,7 +410,7 @@ def _refuse_merged(
                 f" {table.labels[entries[key]].name}",
                 expected="an entry for each of the two",
                 remedy=(
-                    f"give --labels MAP.json with the whole codes as keys: {_as_key(first)} and"
+                    f"give --labels MAP.json with the complete codes as keys: {_as_key(first)} and"
                     f" {_as_key(second)}"
                 ),
                 file=file,
@@ -621,7 +621,7 @@ def overlay(
         raise InputError(
             f"segments of {name} overlap: {'; '.join(pairs[:6])}{'; …' if len(pairs) > 6 else ''}",
             expected="one label per voxel",
-            remedy="say which wins, first one first: --overlap-order NAME,NAME"
+            remedy="name the segment that wins first: --overlap-order NAME,NAME"
             + where_names_are(layers.segments),
             file=file,
         )

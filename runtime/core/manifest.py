@@ -509,7 +509,9 @@ def _file(name: str, data: Any) -> ModelFile:
     if Path(name).name != name or name == ".." or "\\" in name:
         raise _no(f"file name {name!r}", "a plain name in the model folder")
     if unknown := set(data) - {"kind", "precision", "bytes", "sha256", "facts"}:
-        raise _no(f"the file {name!r} has a key {min(unknown)!r}", "those that this mask2ct knows")
+        raise _no(
+            f"the file {name!r} has a key {min(unknown)!r}", "only keys that this mask2ct knows"
+        )
     digest = text(data["sha256"], f"the sha256 of {name!r}")
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise _no(f"the sha256 of {name!r} is {digest!r:.100}", "64 hexadecimal digits")
@@ -518,7 +520,7 @@ def _file(name: str, data: Any) -> ModelFile:
         text(data["precision"], f"the precision of {name!r}"),
         whole(data["bytes"], f"the size of {name!r}", 1, 1 << 50),
         digest,
-        mapping(data.get("facts", {}), f"what is said of {name!r}"),
+        mapping(data.get("facts", {}), f"the facts of {name!r}"),
     )
 
 

@@ -103,7 +103,7 @@ class RandWarp:
             The dict, or the image and the label, warped, with their types and dtypes.
 
         Raises:
-            UsageError: The distance of voxels is unknown.
+            UsageError: The voxel spacing is unknown.
             InputError: Image and label are not on one grid, or the label is not a label map.
         """
         if isinstance(image, Mapping):
@@ -177,7 +177,7 @@ def _geometry(image: Any, affine: Any, spacing: Any) -> Geometry:
         return Geometry.from_ras(np.asarray(affine, float))
     if spacing is None:
         raise UsageError(
-            "nothing says how far voxels lie apart",
+            "the voxel spacing is unknown",
             expected="an image with an affine, or affine= or spacing=",
             remedy="give one of them",
         )

@@ -46,7 +46,7 @@ class Geometry:
             or not np.array_equal(affine[3], [0, 0, 0, 1])
         ):
             raise GeometryError(
-                f"the affine {affine.tolist()} is not one",
+                f"the affine {affine.tolist()} is not valid",
                 expected=expected,
                 remedy="write the mask again with a valid header",
             )
@@ -248,7 +248,7 @@ class LabelVolume:
         if self.labels.ndim != 3 or self.labels.dtype != np.uint8 or 0 in self.labels.shape:
             raise UnreadableVolume(
                 f"the mask is {self.labels.dtype} of shape {self.labels.shape}",
-                expected="uint8 model indices of shape (D, H, W), none of them 0",
+                expected="uint8 model indices of shape (D, H, W), without an empty axis",
                 remedy="map its values with runtime.core.labels.to_indices",
             )
 

@@ -184,8 +184,8 @@ class Warp:
             image.geometry.affine, mask.geometry.affine, atol=1e-3
         ):
             raise InputError(
-                f"the image has {image.values.shape} voxels, the mask {mask.labels.shape}, or they"
-                " lie apart",
+                f"the image has {image.values.shape} voxels, the mask {mask.labels.shape}, or their"
+                " positions differ",
                 expected="image and mask on one grid",
                 remedy="resample the mask onto its image",
             )
