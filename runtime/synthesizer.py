@@ -398,7 +398,7 @@ class VolumeSynthesizer:
             raise GeometryError(
                 f"its labels need a canvas of {grid.size[0]} x {grid.size[1]} pixels",
                 expected=(
-                    f"at most {largest[0]} x {largest[1]}, for which {self._engine.name} was made"
+                    f"at most {largest[0]} x {largest[1]}, for which {self._engine.name} was built"
                 ),
                 remedy=(
                     "check the mask for stray voxels far off, or use --backend onnx, which takes"
