@@ -1,13 +1,12 @@
-"""mask2ct's runtime: label masks in, synthetic CT out, from a model folder; no PyTorch.
+"""mask2ct's runtime: label masks in, synthetic CT out, from a model folder, without PyTorch.
 
     from runtime import Synthesizer
     with Synthesizer.open("runs/demo/model") as synth:
-        ct = synth(mask)                       # SimpleITK image in → int16 HU on the mask's own grid
+        ct = synth(mask)                   # SimpleITK image in → int16 HU on the mask's own grid
         for result in synth.stream(paths, "out/"): ...
 
-Importing this package imports next to nothing and switches off what libraries report to their
-makers (`runtime.core.telemetry`). What is taken from it comes with numpy and the standard library
-alone; engines and codecs are imported when they are used.
+`import runtime` needs only numpy and the standard library, and it switches off the telemetry of
+other libraries (`runtime.core.telemetry`). Engines and codecs are imported at their first use.
 
 The wheel installs the package as `mask2ct`; in a clone it is `runtime`, the folder's name.
 """
@@ -90,9 +89,7 @@ _MODULES = (
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first asked for (PEP 562): starting a command stays
-    fast.
-    """
+    """Import a public name at its first use (PEP 562), so that a command starts fast."""
     if name in RENAMED:
         warn_renamed(name, RENAMED[name])
         return __getattr__(RENAMED[name])
@@ -106,4 +103,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    """The names of this module, the public ones that are not imported yet among them."""
     return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""`python -m runtime` and `mask2ct`: the commands in `runtime.commands`."""
+"""`python -m runtime` and `mask2ct`: the commands of `runtime.cli`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from typing import Any
 
 
 def main(argv: Sequence[str]) -> int:
+    """Parse the command line and run its command.
+
+    Args:
+        argv: The words after the program's name.
+
+    Returns:
+        The exit code (`runtime.core.console.EXIT_CODES`).
+
+    Raises:
+        Mask2CTError: As the command raises it; `runtime.core.console.run` prints it.
+        SystemExit: After `--help` and `--version`, and for an option that does not exist.
+    """
     from .cli import audit, describe, labels, serve, synth, watch
     from .core.console import EXIT_CODES, Parser
     from .core.version import VERSION
@@ -26,8 +38,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def entry() -> int:
-    """The console script. What it needs is imported within, so that Ctrl-C meanwhile ends it
-    without a traceback.
+    """Run the console script.
+
+    It imports its modules only after it has set the signal, so that Ctrl-C during the imports ends
+    it without a traceback.
+
+    Returns:
+        The exit code.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)

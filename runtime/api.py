@@ -1,4 +1,4 @@
-"""The public classes: what a program that embeds mask2ct opens, calls and streams through."""
+"""The public classes `Synthesizer` and `Models`, for programs that embed mask2ct."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .synthesizer import VolumeSynthesizer
 
 
 class Synthesizer(VolumeSynthesizer):
-    """A model folder, opened: label masks in, synthetic CT out.
+    """An open model: label masks in, synthetic CT out.
 
-    `open`, calling it with an image, `synthesize`, `slabs`, `release` and `close` come from
-    `VolumeSynthesizer`, which handles one volume. `stream` handles files.
+    `VolumeSynthesizer` handles one volume and gives this class `open`, the call with an image,
+    `synthesize`, `slabs`, `release` and `close`. `stream` handles files.
     """
 
     def stream(
@@ -36,18 +36,18 @@ class Synthesizer(VolumeSynthesizer):
         """Synthesize files, folders and zips into a folder.
 
         Args:
-            masks: one path or several; a folder is searched.
-            output: the folder to write into; it is made.
-            reading: how overlaps, fractions and missing references are read.
-            options: those of `runtime.batch.runner.synthesize` (`format`, `variants`, `seed`,
+            masks: One path or several; a folder is searched.
+            output: The folder to write into; it is created.
+            reading: How readers treat overlaps, fractions and missing references.
+            options: The options of `runtime.batch.runner.synthesize` (`format`, `variants`, `seed`,
                 `resume`, …).
 
         Returns:
-            A result for each mask and variant, as it is written. A case that failed has `error`.
+            A result for each mask and variant, once it is written. A case that failed has `error`.
 
         Raises:
-            UsageError: an option is wrong. Raised at once, before any work.
-            OutputError: the folder cannot be written, or another run writes into it.
+            UsageError: An option is wrong. Raised at once, before any work.
+            OutputError: The folder cannot be written, or another run writes into it.
         """
         paths = [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)]
         names = names_of(options.get("labels"), [self.manifest.labels])
@@ -55,15 +55,16 @@ class Synthesizer(VolumeSynthesizer):
         return runner.synthesize(self, cases, Path(output), **options)
 
     def paint(self, volume: LabelVolume, *, seed: int = 0, variant: int = 0) -> NDArray[np.int16]:
-        """`synthesize` under its name of mask2ct 0.1."""
-        warn_renamed("Synthesizer.synthesize", "Synthesizer.synthesize")
+        """`synthesize`, under its name in mask2ct 0.1."""
+        warn_renamed("Synthesizer.paint", "Synthesizer.synthesize")
         return self.synthesize(volume, seed=seed, variant=variant)
 
 
 class Models(model_router.Models):
-    """Several model folders, opened as `Synthesizer`s under one memory budget."""
+    """Several open models, each a `Synthesizer`, under one memory budget."""
 
     synthesizer_class = Synthesizer
 
     def __getitem__(self, name: str) -> Synthesizer:
+        """The model of that name, opened at its first use."""
         return cast(Synthesizer, super().__getitem__(name))

@@ -1,4 +1,4 @@
-"""A mask in, a CT on the mask's own grid out, slice by slice through an engine."""
+"""One label mask in, its CT on the mask's own grid out, slice by slice through an engine."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ from .core.manifest import MANIFEST, Manifest
 from .core.resampling import SliceGrid
 from .core.rng import CaseRandom
 from .core.volume import CTSlab, Geometry, LabelVolume
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 from .engines.base import Engine, EngineError, EngineOptions
 from .engines.execution import ExecutionSlot
 from .engines.memory import MemoryBudget, PoolStats, parse_bytes
@@ -31,20 +28,27 @@ from .engines.registry import open_engine
 from .io.ct_source import Variant
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from .io.cases import Case
 
-DEFAULT_BATCH = (
-    8  # slices in one slab: with few, the writer begins early and has little left at the end
-)
+# Slices in one slab. With few, the writer begins early and has little left at the end.
+DEFAULT_BATCH = 8
 
 
 class VolumeSynthesizer:
-    """A model opened on an engine.
+    """A model that is open on an engine.
 
-    Safe to use from several threads; each volume in work has slots of its own.
+    Several threads may use it at once: each volume in work has its own execution slots. Use it as
+    a context manager, or call `close()`.
 
-    `batch`: slices gathered before they are handed on; it changes memory and speed, never a byte of
-    the result. Use as a context manager, or call `close()`.
+    Args:
+        manifest: The contract of the model.
+        engine: The open engine; the synthesizer closes it.
+        batch: Slices in one slab. It changes memory and speed, never a byte of the result.
+        reason: Why this engine was chosen; `backend` shows it.
+        file: The name of the model file that the engine runs; empty for an engine without one.
+        again: Opens the engine again after `release`; None where that is not possible.
     """
 
     def __init__(
@@ -58,13 +62,13 @@ class VolumeSynthesizer:
         again: Callable[[], Engine] | None = None,
     ):
         self.manifest = manifest
-        self.file = file  # the model file that the engine runs; empty for one without
-        self.manifest_sha256 = ""  # of manifest.json; empty where there was none
+        self.file = file
+        self.manifest_sha256 = ""  # of manifest.json; empty without one
         self._engine, self._closed = engine, False
-        self._again, self._released = again, False  # what opens the engine again after `release`
+        self._reopen_engine, self._released = again, False
         self._reason, self._batch = reason, max(1, batch)
-        self._slots: set[ExecutionSlot] = set()  # all that are open
-        self._idle: list[ExecutionSlot] = []  # of these, what no volume uses
+        self._slots: set[ExecutionSlot] = set()  # all open slots
+        self._idle: list[ExecutionSlot] = []  # the open slots that no volume uses
         self._lock = threading.Lock()
 
     @classmethod
@@ -81,17 +85,25 @@ class VolumeSynthesizer:
     ) -> Self:
         """Open a model folder.
 
-        Raises `ModelError`, `UsageError` or `MissingComponent`; see `runtime.engines.registry`.
+        Args:
+            model: The folder that export wrote.
+            backend: The engine's name, or "auto" for the fastest one that runs here.
+            batch: Slices in one slab. "auto" gives a GPU engine the largest batch that fits, which
+                may round differently from its usual batch.
+            max_memory: The most memory to hold, in bytes or as "2GiB": on the GPU, or for a CPU
+                engine host memory beside the engine's own. Default: as much as the engine needs.
+            device: The index of the GPU.
+            workers: Batches that a CPU engine computes at once.
+            budget: Memory shared with other models (`runtime.batch.model_router`).
 
-        `max_memory`: bytes, or "2GiB", that may be held on the GPU (with an engine for the CPU: of
-        host memory, beside the engine's own), by default what the engine needs. `device`: which
-        GPU. `batch="auto"` gives a GPU engine the largest batch that fits, which may round
-        differently from its usual one. `workers`: batches that an engine on the CPU computes at
-        once. `allowance`: memory shared with other models (`runtime.batch.model_router`).
+        Raises:
+            ModelError: The folder is missing, incomplete or altered.
+            UsageError: An option is wrong.
+            MissingComponent: The engine's package, driver or device is absent
+                (`runtime.engines.registry`).
         """
-        folder = Path(
-            model
-        ).resolve()  # a link may lead elsewhere by the time that the engine is opened again
+        # A link may lead elsewhere by the time the engine is opened again.
+        folder = Path(model).resolve()
         manifest = Manifest.load(folder)
         manifest_sha256 = sha256_of(folder / MANIFEST)
         options = EngineOptions(
@@ -108,45 +120,55 @@ class VolumeSynthesizer:
             else batch
         )
 
-        def again() -> Engine:
-            new, _, found = open_engine(backend, manifest, folder, options)
-            if (type(new), found, new.spec.batch) == (type(engine), file, engine.spec.batch):
+        def reopen() -> Engine:
+            new, _, new_file = open_engine(backend, manifest, folder, options)
+            if (type(new), new_file, new.spec.batch) == (type(engine), file, engine.spec.batch):
                 return new
             new.close()
             raise EngineError(
-                f"opened again, the model runs otherwise: {new.name}",
+                f"the model runs differently after it was opened again: {new.name}",
                 expected=engine.name,
                 remedy="start again, with --backend",
             )
 
-        synthesizer = cls(manifest, engine, batch=slices, reason=reason, file=file, again=again)
+        synthesizer = cls(manifest, engine, batch=slices, reason=reason, file=file, again=reopen)
         synthesizer.manifest_sha256 = manifest_sha256
         return synthesizer
 
     @property
     def backend(self) -> str:
-        """Which engine runs, and why that one."""
+        """The engine that runs, and why it was chosen."""
         return f"{self._live.name} ({self._reason})"
 
     @property
     def engine(self) -> str:
-        """Which engine runs: what else than the model decides the bytes of a result."""
+        """The engine that runs. It decides the bytes of a result together with the model."""
         return self._live.name
 
     def memory(self) -> dict[str, PoolStats]:
-        """The accounting by kind of memory ("host", or "device" and "page-locked"), in bytes;
-        readable after `close()` too.
+        """The memory in use, in bytes, by kind: "host", or "device" and "page-locked".
+
+        It can be read after `close()` too.
         """
         return self._engine.memory()
 
     def __call__(
         self, mask: Any, *, seed: int = 0, variant: int = 0, labels: LabelMap | None = None
     ) -> Any:
-        """A SimpleITK label image → a SimpleITK image of int16 HU with the same size, spacing,
-        origin and direction.
+        """Synthesize the CT of a SimpleITK label image.
 
-        `labels`: file value → model index (see `runtime.core.labels.load_map`); default: the
-        model's own values. Raises `InputError`s for a mask that cannot be used.
+        Args:
+            mask: The label image.
+            seed: Seed of the style and the noise.
+            variant: Which random variant; it changes style and noise, not the shape.
+            labels: File value → model index (`runtime.core.labels.load_map`). Default: the values
+                of the model's label table.
+
+        Returns:
+            A SimpleITK image, int16 HU, with the mask's size, spacing, origin and direction.
+
+        Raises:
+            InputError: The mask cannot be used.
         """
         from .io.readers.volume import as_integers, from_sitk, simpleitk
 
@@ -161,11 +183,15 @@ class VolumeSynthesizer:
     def volume(
         self, values: NDArray[Any], geometry: Geometry, *, labels: LabelMap | None = None
     ) -> LabelVolume:
-        """A label array of integers (D, H, W) as what `synthesize`, `slabs` and
-        `runtime.core.deformation.vary` take; nothing is read or written.
+        """Turn a label array into the volume that `synthesize`, `slabs` and `deform` take.
 
-        `geometry`: see `Geometry.from_spacing` and `Geometry.from_ras`. `labels` as in `__call__`.
-        Raises `InputError`s.
+        Args:
+            values: Integer labels (D, H, W).
+            geometry: Where the voxels lie; see `Geometry.from_spacing` and `Geometry.from_ras`.
+            labels: File value → model index, as for `__call__`.
+
+        Raises:
+            InputError: The labels cannot be used.
         """
         from .io.readers.volume import as_integers
 
@@ -174,7 +200,7 @@ class VolumeSynthesizer:
         )
 
     def values(self, volume: LabelVolume) -> NDArray[np.int32]:
-        """The label values of the model's table (D, H, W): what `volume` was given."""
+        """The inverse of `volume`: label values of the model's table, int32 (D, H, W)."""
         return np.array([label.value for label in self.manifest.labels.labels], np.int32)[
             volume.labels
         ]
@@ -182,18 +208,40 @@ class VolumeSynthesizer:
     def synthesize(
         self, volume: LabelVolume, *, seed: int = 0, variant: int = 0
     ) -> NDArray[np.int16]:
-        """The whole CT as one array: int16 HU (D, H, W)."""
+        """Synthesize the CT of a volume as one array.
+
+        Args:
+            volume: Model indices (D, H, W) and their geometry.
+            seed: Seed of the style and the noise.
+            variant: Which random variant; it changes style and noise, not the shape.
+
+        Returns:
+            int16 HU (D, H, W).
+
+        Raises:
+            InputError: The labels or the grid do not suit the model.
+        """
         ct = np.empty(volume.labels.shape, np.int16)
         for slab in self.slabs(volume, seed=seed, variant=variant):
             ct[slab.index] = slab.hu
         return ct
 
     def slabs(self, volume: LabelVolume, *, seed: int = 0, variant: int = 0) -> Iterator[CTSlab]:
-        """Synthesize `volume` and yield its CT in slabs of `batch` slices, in the array's order;
-        each is the receiver's own.
+        """Synthesize `volume` and yield its CT in slabs, in the array's order.
 
         The same (model, labels, geometry, seed, variant, backend) give the same bytes, whatever the
-        batch. Nothing but the slices in flight is held.
+        batch. Only the slices in flight are in memory.
+
+        Args:
+            volume: Model indices (D, H, W) and their geometry.
+            seed: Seed of the style and the noise.
+            variant: Which random variant; it changes style and noise, not the shape.
+
+        Yields:
+            Slabs of `batch` slices. The receiver owns each slab's array.
+
+        Raises:
+            InputError: The labels or the grid do not suit the model.
         """
         highest = max(int(plane.max()) for plane in volume.labels)
         if highest >= len(self.manifest.labels):
@@ -218,8 +266,16 @@ class VolumeSynthesizer:
     def variants(
         self, case: Case, mask: LabelVolume, ranges: DeformationParams, seed: int
     ) -> Callable[[int], Variant]:
-        """What gives each variant of a mask, deformed within `ranges`, and its CT (see
-        `runtime.io.ct_source`).
+        """A function that returns a deformed variant of a mask, and its CT.
+
+        Args:
+            case: The case the mask was read from.
+            mask: The mask to deform.
+            ranges: How far the variants may differ from the mask.
+            seed: Seed of the deformation, the style and the noise.
+
+        Returns:
+            Variant number → `runtime.io.ct_source.Variant`.
         """
         deformer = MaskDeformer(mask, ranges, seed)
 
@@ -231,28 +287,32 @@ class VolumeSynthesizer:
         return variant
 
     def notes(self, name: str, mask: LabelVolume) -> Iterator[str]:
-        """What is allowed of a mask, but may not be meant. `name`: what to call it."""
+        """Yield warnings about a mask that is allowed, but may be a mistake.
+
+        Args:
+            name: What the warnings call the mask.
+            mask: The mask.
+        """
         if not mask.labels.any():
             yield f"{name} is empty: no voxel has a label, the CT shows background alone"
         if not self.grid(mask).covers:
             policy, intensity = self.manifest.grid, self.manifest.intensity
-            seen = " x ".join(
+            canvas_mm = " x ".join(
                 f"{side * step:.0f}"
                 for side, step in zip(policy.canvas, policy.pixel_spacing or (), strict=True)
             )
             yield (
-                f"{name} shows more than the {seen} mm the model was trained on: beyond them the CT"
-                f" is {intensity.low} {intensity.unit}"
+                f"{name} shows more than the {canvas_mm} mm the model was trained on: beyond them"
+                f" the CT is {intensity.low} {intensity.unit}"
             )
 
     def _run_slices(
         self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom
     ) -> Generator[tuple[ExecutionSlot, range]]:
-        """Each group of slices with the slot that holds it, in order; the engine works on the next
-        ones meanwhile.
+        """Yield each group of slices and the slot that holds it, in order.
 
-        Half of the slots are waited for at once: to wake for each would interrupt, every time, a
-        core that computes.
+        The engine works on the next groups meanwhile. This thread waits for half of the slots at
+        once: a wake-up per slot would interrupt a core that computes, every time.
         """
         slots = self._borrow(grid.size)
         batch, k = self._engine.spec.batch, 0
@@ -261,9 +321,8 @@ class VolumeSynthesizer:
             while k < grid.count or busy:
                 if not free or k == grid.count:
                     if busy[0][0].working:
-                        for slot, _ in [*busy][
-                            (len(busy) - 1) // 2 :: -1
-                        ]:  # the last of them first: the others are done by then
+                        # The last of this half first: the earlier slots have finished by then.
+                        for slot, _ in [*busy][(len(busy) - 1) // 2 :: -1]:
                             slot.wait()
                     yield busy[0]
                     free.append(busy.popleft()[0])
@@ -271,31 +330,31 @@ class VolumeSynthesizer:
                 slot, ks = free.popleft(), range(k, min(k + batch, grid.count))
                 try:
                     slot.start(grid, labels, random, ks)
-                except MemoryCapExceeded:  # of a GPU: slots take its memory when they start
+                except MemoryCapExceeded:
+                    # A slot takes the GPU's memory when it starts. The slots that fit go on.
                     if not busy:
                         raise
-                    self._drop([slot])  # those that found room go on
+                    self._drop([slot])
                     continue
                 busy.append((slot, ks))
                 k = ks.stop
-        except (
-            BaseException
-        ):  # given up half-way too: what the engine still works on goes with its slots
-            self._drop(
-                [*(slot for slot, _ in reversed(busy)), *slots]
-            )  # what waits for its turn first, so that it gets none
+        except BaseException:
+            # Also where the receiver stops half-way: the slots go with the work the engine still
+            # has. The slots that wait for the engine go first, so that it never starts them.
+            self._drop([*(slot for slot, _ in reversed(busy)), *slots])
             raise
         with self._lock:
             self._idle += [slot for slot in slots if slot in self._slots]
 
     def _borrow(self, size: tuple[int, int]) -> list[ExecutionSlot]:
-        """Slots for a canvas of `size`: idle ones, then new ones, as many as there is memory
-        for; idle ones of another size make room first.
+        """Slots for a canvas of `size` (H, W): idle ones, then as many new ones as fit in memory.
+
+        Idle slots of another size are closed first, for their memory.
         """
         with self._lock:
             engine = self._live
-            if self._released and self._again is not None:
-                engine = self._engine = self._again()
+            if self._released and self._reopen_engine is not None:
+                engine = self._engine = self._reopen_engine()
                 self._released = False
             for slot in self._idle:
                 if slot.size != size:
@@ -326,18 +385,20 @@ class VolumeSynthesizer:
     def grid(self, volume: LabelVolume) -> SliceGrid:
         """How the slices of `volume` lie on the model's canvas.
 
-        Raises `GeometryError` where they need a larger one than the engine takes.
+        Args:
+            volume: The mask.
+
+        Raises:
+            GeometryError: The labels need a larger canvas than the engine takes.
         """
         depth, height, width = volume.labels.shape
-        grid, largest = (
-            SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels),
-            self._engine.spec.largest,
-        )
+        grid = SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels)
+        largest = self._engine.spec.largest
         if largest is not None and (grid.size[0] > largest[0] or grid.size[1] > largest[1]):
             raise GeometryError(
                 f"its labels need a canvas of {grid.size[0]} x {grid.size[1]} pixels",
                 expected=(
-                    f"at most {largest[0]} x {largest[1]}, for which {self._engine.name} was made"
+                    f"at most {largest[0]} x {largest[1]}, for which {self._engine.name} was built"
                 ),
                 remedy=(
                     "check the mask for stray voxels far off, or use --backend onnx, which takes"
@@ -347,13 +408,15 @@ class VolumeSynthesizer:
         return grid
 
     def release(self) -> bool:
-        """Give the engine and its memory back until the next volume, which opens it again, and say
-        whether that was done.
+        """Give the engine and its memory back until the next volume, which opens it again.
 
-        It is not while a volume is in work, nor where the engine was given and not opened from a
-        folder. Waits for nothing.
+        Does not wait.
+
+        Returns:
+            Whether the engine was released. It stays while a volume is in work, and where it was
+            not opened from a folder.
         """
-        if self._again is None or not self._lock.acquire(blocking=False):
+        if self._reopen_engine is None or not self._lock.acquire(blocking=False):
             return False
         try:
             if self._closed or self._released or len(self._idle) < len(self._slots):
@@ -365,8 +428,9 @@ class VolumeSynthesizer:
         return True
 
     def close(self) -> None:
-        """Close the engine and give the memory back, also of volumes in work, whose next slab
-        raises; twice is harmless.
+        """Close the engine and give its memory back; a second call does nothing.
+
+        The next slab of a volume in work raises `EngineError`.
         """
         with self._lock:
             if self._closed:

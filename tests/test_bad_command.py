@@ -65,7 +65,7 @@ BAD_MODELS: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "parity is a list": (
         lambda m: broken_manifest(m, lambda d: d.update(parity=[])),
-        "'parity' is no object",
+        "'parity' is not an object",
     ),
     "altered file": (
         lambda m: (m / "model.onnx").write_bytes(bytes(len((m / "model.onnx").read_bytes()))),

@@ -336,7 +336,7 @@ def test_the_cap_chooses_the_batch_when_asked_and_refuses_otherwise(
         Synthesizer.open(gpu_model, backend="tensorrt", max_memory="512KiB")
     assert (
         caught.value.cap == 512 << 10
-        and caught.value.asked > caught.value.cap
+        and caught.value.requested > caught.value.cap
         and caught.value.free is not None
     )
     assert core.left() == {}
@@ -367,8 +367,8 @@ def test_a_full_device_is_told_from_a_full_cap(
         error = caught.value
         assert isinstance(error, MemoryError) and error.exit_code == 4
         assert (
-            error.in_use + error.asked <= error.cap
-            and 0 <= error.free < error.asked
+            error.in_use + error.requested <= error.cap
+            and 0 <= error.free < error.requested
             and f"{error.free} bytes free" in str(error)
         )
     assert world.left() == {}

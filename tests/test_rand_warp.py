@@ -159,11 +159,11 @@ def test_other_units_and_odd_labels() -> None:
 
 def test_what_is_wrong_is_said() -> None:
     image, label = pair()
-    with pytest.raises(UsageError, match="voxels lie apart"):
+    with pytest.raises(UsageError, match="the voxel spacing is unknown"):
         RandWarp()(image, label)
     with pytest.raises(InputError, match="shape"):
         RandWarp()(image[0], label[0], spacing=SPACING)
     with pytest.raises(InputError, match="values"):
         RandWarp()(image, image + 0.5, spacing=SPACING)
-    with pytest.raises(InputError, match="lie apart"):
+    with pytest.raises(InputError, match="positions differ"):
         RandWarp()(image, label[:-1], spacing=SPACING)

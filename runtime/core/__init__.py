@@ -1,4 +1,4 @@
-"""What everything builds on: errors, files, volumes, labels, geometry.
+"""The base of the runtime: errors, files, volumes, labels and geometry.
 
-Imports no other package of the runtime.
+It imports no other package of the runtime.
 """

@@ -1,8 +1,7 @@
-"""A file that lines are only ever added to: the journal, the delivery logs and the audit file share
-this.
+"""A log to which lines are only added: the journal, the delivery logs and the audit file use it.
 
-A line is on the disk when `append` returns. A power cut may tear the last line: the next one begins
-a line of its own, and what the torn one held is left as it is.
+A line is on the disk when `append` returns. A power cut may tear the last line. The next line then
+starts on a new line of the file, and the torn line stays as it is.
 """
 
 from __future__ import annotations
@@ -13,20 +12,20 @@ import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-BLOCK = 1 << 16  # bytes that are read at once from the end of a file
+BLOCK = 1 << 16  # bytes of one read from the end of a file
 
 
 def append(handle: int, line: bytes) -> None:
     """Append one line and wait until it is on the disk.
 
     Args:
-        handle: a file that is open with O_APPEND.
-        line: the whole line, with its newline.
+        handle: Descriptor of a file that is open with O_APPEND.
+        line: The complete line, with its newline.
 
     Raises:
-        OSError: for one that cannot be written; a part of the line may then lie at the file's end.
+        OSError: The line cannot be written; a part of it may lie at the end of the file.
     """
-    while line:  # a write may be cut short, by a full disk for one
+    while line:  # a write may stop early, on a full disk for one
         line = line[os.write(handle, line) :]
     os.fsync(handle)
 
@@ -35,10 +34,11 @@ def last_line(handle: int) -> tuple[bytes, bool]:
     """Read the last line of a file.
 
     Args:
-        handle: a file that is open for reading.
+        handle: Descriptor of a file that is open for reading.
 
     Returns:
-        The line without its newline, empty where the file is; and whether the newline is missing, because the line is torn.
+        The line without its newline, empty for an empty file; and whether the line is torn, so that
+        its newline is missing.
     """
     start = os.fstat(handle).st_size
     tail = b""
@@ -52,13 +52,27 @@ def last_line(handle: int) -> tuple[bytes, bool]:
 
 
 def line_of(facts: Mapping[str, object]) -> bytes:
-    """A line of a journal: the CRC-32 of its JSON, and that."""
+    """A line with a checksum.
+
+    Args:
+        facts: Values that JSON can write.
+
+    Returns:
+        The CRC-32 of the JSON text in 8 hexadecimal digits, a blank, the JSON text and a newline.
+    """
     body = json.dumps(facts).encode()
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
 def facts_in(content: bytes) -> Iterator[dict[str, Any]]:
-    """What a journal's lines hold, in their order; one that is torn or altered is passed over."""
+    """Read the lines that `line_of` wrote, in their order.
+
+    Args:
+        content: The bytes of the file.
+
+    Yields:
+        The facts of each line. A torn or altered line is left out.
+    """
     for line in content.split(b"\n"):
         checksum, _, body = line.partition(b" ")
         try:

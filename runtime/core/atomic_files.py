@@ -1,5 +1,6 @@
-"""Files that are whole or absent: written under a temporary name in the same folder, synced,
-then renamed.
+"""Files that are either complete or absent.
+
+They are written under a temporary name in the same folder, synced, then renamed.
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ from typing import Any, BinaryIO
 
 from .errors import writing
 
-LONGEST_NAME = 255  # bytes of a file name on every common file system
+LONGEST_NAME = 255  # bytes of a file name, on every common file system
 MAX_TEXT = 4 << 20  # bytes of a text that a person writes, a label map for one
-SYNCED_EVERY = 8 << 20  # bytes of a file that grows
-SYNCED_AT_ONCE = (
-    4  # files of a folder: a disk writes what waits together, 300 slices in 0.1 s and not in 1
-)
-# Hidden, so never taken for a result; the mark that mask2ct alone writes, the machine and the
-# process: its owner can be told.
+SYNCED_EVERY = 8 << 20  # bytes that `HashingWriter` writes between two syncs
+# Files of a folder that are synced in parallel. The disk writes them together: 300 slices take
+# 0.1 s instead of 1 s.
+SYNCED_AT_ONCE = 4
+# A temporary name is hidden, so that nobody takes it for a result. It holds a mark of mask2ct, the
+# machine and the process, so that an orphan can be recognized.
 _PART = ".mask2ct-part-"
 _HOST = re.sub("[^A-Za-z0-9]", "", platform.node())[:16]
-_OURS = re.compile(re.escape(_PART) + r"([A-Za-z0-9]{0,16})-(\d+)-[0-9a-f]{6}-")
+_TEMPORARY_NAME = re.compile(re.escape(_PART) + r"([A-Za-z0-9]{0,16})-(\d+)-[0-9a-f]{6}-")
 
 
 _owner_alone = threading.local()
@@ -39,8 +40,12 @@ _owner_alone = threading.local()
 
 @contextmanager
 def private(on: bool = True) -> Iterator[None]:
-    """What this thread makes within, by the functions of this module, only its owner may read
-    (600, folders 700); else the umask decides.
+    """Within the block, let only the owner read new files (mode 600) and folders (mode 700).
+
+    It holds for this thread and the functions of this module. Outside, the umask decides.
+
+    Args:
+        on: False leaves the decision to the umask.
     """
     before = getattr(_owner_alone, "on", False)
     _owner_alone.on = on
@@ -51,35 +56,50 @@ def private(on: bool = True) -> Iterator[None]:
 
 
 def permitted(mode: int) -> int:
-    """The permissions that a new file or folder is made with, before the umask: `mode`, or the
-    owner's part of it.
+    """The permissions of a new file or folder, before the umask applies.
+
+    Args:
+        mode: The permissions outside `private`.
+
+    Returns:
+        `mode`, or within `private` the owner's part of it.
     """
     return mode & 0o700 if getattr(_owner_alone, "on", False) else mode
 
 
 def temporary_name(path: Path) -> Path:
-    """The name `path` is written under until it is whole: hidden, in the same folder, with
-    `path`'s own suffixes.
+    """A hidden name in the same folder and with the same suffixes, for a file that is incomplete.
+
+    Args:
+        path: The final path.
     """
     unique = os.urandom(3).hex()  # containers share process numbers
     return path.with_name(f"{_PART}{_HOST}-{os.getpid()}-{unique}-{path.name}")
 
 
 def filename_fits(file: Path) -> bool:
-    """Whether the file's name, and the temporary one it is written under, are short enough."""
+    """Whether a file's name and its temporary name are short enough for a file system.
+
+    Args:
+        file: The final path.
+    """
     return len(os.fsencode(temporary_name(file).name)) <= LONGEST_NAME
 
 
 def remove_orphans(folder: Path, *, locked: bool = False) -> None:
-    """Remove temporary files in `folder` whose process, on this machine, is gone (killed, or cut
-    off by a power failure).
+    """Remove temporary files of processes that have ended, by a kill or a power cut.
 
-    `locked`: the caller holds the folder's journal, so nobody else is writing there: those of any
-    machine and process go. What does not have the whole form of `temporary_name` is somebody else's
-    and stays, whatever it is called.
+    A name that does not have the complete form of `temporary_name` belongs to another program, and
+    stays.
+
+    Args:
+        folder: The folder to search, without its subfolders.
+        locked: The caller holds the lock of the folder's journal, so no other process writes there:
+            remove the temporary files of every machine and process. Else only those of processes
+            on this machine that have ended.
     """
     for path in folder.glob(f"{_PART}*"):
-        if not (name := _OURS.match(path.name)):
+        if not (name := _TEMPORARY_NAME.match(path.name)):
             continue
         host, process = name[1], int(name[2])
         if locked or (host == _HOST and not _alive(process)):
@@ -90,9 +110,13 @@ def remove_orphans(folder: Path, *, locked: bool = False) -> None:
 
 
 def check_writable(output: Path) -> None:
-    """Make the folder and a file in it, and take the file away again.
+    """Create the folder and a file in it, and remove the file again.
 
-    Raises `OutputError` before any work is done.
+    Args:
+        output: The folder for the results.
+
+    Raises:
+        OutputError: The folder cannot be written.
     """
     with writing(output):
         output.mkdir(permitted(0o777), parents=True, exist_ok=True)
@@ -105,16 +129,16 @@ def check_writable(output: Path) -> None:
 
 
 def open_input(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a file that somebody else has provided, without ever waiting for anybody.
+    """Open a file from an untrusted source, without ever waiting for another process.
 
-    A pipe, a socket or a device of that name is not read. That is asked of the open file itself:
-    what is swapped between a look at the name and the opening is noticed, too.
+    It does not read a pipe, a socket or a device. It checks the open file itself, so that a file
+    which somebody swaps between the check of the name and the opening is refused as well.
 
     Args:
-        path: the file; a link is followed, for whoever names one chooses it.
+        path: The file; a link is followed, because the user chose it.
 
     Raises:
-        OSError: it cannot be opened, or is not a regular file.
+        OSError: The file cannot be opened, or is not a regular file.
     """
     return open(path, "rb", opener=_open_regular)
 
@@ -122,16 +146,16 @@ def open_input(path: str | os.PathLike[str]) -> BinaryIO:
 def read_text(
     path: str | os.PathLike[str], *, most: int = MAX_TEXT, encoding: str = "utf-8"
 ) -> str:
-    """Read a text file that somebody else has provided, without waiting and without filling memory.
+    """Read a text file from an untrusted source, without waiting and within a bounded memory.
 
     Args:
-        path: the file; a link is followed.
-        most: bytes that it may have.
-        encoding: of the text.
+        path: The file; a link is followed.
+        most: Bytes that it may have.
+        encoding: The encoding of the text.
 
     Raises:
-        OSError: it cannot be opened, is not a regular file, or is larger.
-        ValueError: it is not text of that encoding.
+        OSError: The file cannot be opened, is not a regular file, or is larger.
+        ValueError: It is not text of that encoding.
     """
     with open_input(path) as handle:
         content = handle.read(most + 1)
@@ -141,10 +165,9 @@ def read_text(
 
 
 def _open_regular(path: str, flags: int) -> int:
-    """What `open` calls: a descriptor of the regular file at `path`."""
-    _require_regular(
-        os.stat(path).st_mode
-    )  # first by name: to open a device may already do something
+    """An opener for `open`: a descriptor of the regular file at `path`."""
+    # First by its name: merely opening a device may have an effect.
+    _require_regular(os.stat(path).st_mode)
     handle = os.open(path, flags | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0))
     try:
         _require_regular(os.fstat(handle).st_mode)
@@ -155,16 +178,21 @@ def _open_regular(path: str, flags: int) -> int:
 
 
 def _require_regular(mode: int) -> None:
+    """Raise OSError for a mode that is not a regular file's."""
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
         raise OSError(f"it is {kind}, not a file")
 
 
 def belongs_to(folder: Path, path: Path) -> bool:
-    """Whether `path`, found below `folder`, is a file that may be opened.
+    """Whether a search of `folder` may open `path`.
 
-    That is a regular file, or a link to one that lies below `folder` as well. Pipes, sockets,
-    devices, broken links and links that lead outside are not.
+    It may open a regular file, and a link to a regular file below `folder`. It may not open pipes,
+    sockets, devices, broken links and links that lead outside.
+
+    Args:
+        folder: The folder that is searched.
+        path: A path below it.
     """
     try:
         mode = os.lstat(path).st_mode
@@ -177,20 +205,30 @@ def belongs_to(folder: Path, path: Path) -> bool:
 
 
 def _alive(process: int) -> bool:
+    """Whether a process of that number runs on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # another user's
+    except OSError:  # the process of another user
         return True
     return True
 
 
 def lock(handle: int) -> bool:
-    """Lock the open file for this process, and say whether that was possible now.
+    """Lock an open file without waiting.
 
-    By flock, which an open file holds, over NFS too, and which the kernel ends with the process.
-    Raises OSError where files have no locks.
+    The lock is flock(2): it belongs to the open file, works over NFS, and the kernel releases it
+    when the process ends.
+
+    Args:
+        handle: Descriptor of the open file.
+
+    Returns:
+        Whether this process has the lock now.
+
+    Raises:
+        OSError: The file system has no locks.
     """
     try:
         try:
@@ -209,7 +247,14 @@ def lock(handle: int) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut (a no-op where folders cannot be synced)."""
+    """Make a rename in `folder` survive a power cut, where the system can sync folders.
+
+    Args:
+        folder: The folder of the renamed file.
+
+    Raises:
+        OSError: The folder cannot be synced.
+    """
     if not hasattr(os, "O_DIRECTORY"):
         return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -225,10 +270,12 @@ def _sync(file: Path) -> None:
 
 
 class HashingWriter:
-    """A new file, written from its beginning on; it is hashed and handed to the disk as it grows,
-    so that at its end little is waited for.
+    """A new file that is hashed and synced while it grows, so that its end waits for little.
 
-    `finish` once all is written. Use as a context manager. Raises OSError.
+    Call `finish` after the last write. Use it as a context manager. Its methods raise OSError.
+
+    Args:
+        path: The file to create.
     """
 
     def __init__(self, path: Path):
@@ -236,42 +283,48 @@ class HashingWriter:
         self._digest: Any = hashlib.sha256()
         self._unsynced = 0
         self._syncing: Future[None] | None = None
-        self._beside = ThreadPoolExecutor(1, thread_name_prefix="mask2ct-sync")
+        self._sync_thread = ThreadPoolExecutor(1, thread_name_prefix="mask2ct-sync")
 
     def write(self, data: bytes | memoryview) -> int:
+        """Append `data` completely, and return its length in bytes."""
         view = memoryview(data).cast("B")
         self._digest.update(view)
         self._put(view)
         self._unsynced += len(view)
         if self._unsynced >= SYNCED_EVERY and (self._syncing is None or self._syncing.done()):
             self._wait()
-            self._unsynced, self._syncing = 0, self._beside.submit(os.fsync, self._file.fileno())
+            self._unsynced = 0
+            self._syncing = self._sync_thread.submit(os.fsync, self._file.fileno())
         return len(view)
 
     def flush(self) -> None:
-        """Nothing: there is no buffer."""
+        """Do nothing: the file has no buffer."""
 
     def tell(self) -> int:
-        """How many bytes there are."""
+        """The number of bytes written so far."""
         return self._file.tell()
 
     def overwrite(self, data: bytes) -> None:
-        """Put `data` where the file begins."""
+        """Write `data` over the beginning of the file."""
         self._file.seek(0)
         self._put(memoryview(data))
-        self._digest = None  # of what was there before
+        self._digest = None  # the digest of the old bytes is wrong now
 
     def finish(self) -> str:
-        """Make the file survive a power cut. Returns its SHA-256."""
+        """Make the file survive a power cut.
+
+        Returns:
+            The SHA-256 of the file, 64 hexadecimal digits.
+        """
         self._wait()
-        waiting = self._beside.submit(os.fsync, self._file.fileno())
+        syncing = self._sync_thread.submit(os.fsync, self._file.fileno())
         digest = sha256_of(self._path) if self._digest is None else str(self._digest.hexdigest())
-        waiting.result()
+        syncing.result()
         return digest
 
     def _put(self, view: memoryview) -> None:
         written = 0
-        while written < len(view):  # a full disk may take a part
+        while written < len(view):  # a full disk may take only a part
             written += self._file.write(view[written:]) or 0
 
     def _wait(self) -> None:
@@ -282,26 +335,31 @@ class HashingWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._beside.shutdown()
+        self._sync_thread.shutdown()
         self._file.close()
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield the temporary path to write; on success sync and rename it to `path`, on any error
-    remove it.
+    """Yield a temporary path, and rename it to `path` when the block ends without an error.
 
-    Raises `OutputError` when the folder cannot be made or written, the disk is full, or a pipe or a
-    device has that name: to put a file in its place would take /dev/null from the whole machine.
+    The file is synced before the rename. On an error it is removed. A pipe or a device of that name
+    is refused: to replace it would take /dev/null from the machine.
+
+    Args:
+        path: The final path; its folder is created.
+
+    Raises:
+        OutputError: The folder cannot be created or written, the disk is full, or a pipe, a socket
+            or a device has that name.
     """
     part = temporary_name(path)
     with writing(path):
         path.parent.mkdir(permitted(0o777), parents=True, exist_ok=True)
         _require_replaceable(path)
         try:
-            os.close(
-                os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, permitted(0o666))
-            )  # whoever writes it
+            # Create the file first, so that its permissions do not depend on who writes it.
+            os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, permitted(0o666)))
             yield part
             _sync(part)
             os.replace(part, path)
@@ -320,16 +378,29 @@ def _require_replaceable(path: Path) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Yield a binary file that becomes `path` when the block ends without an error."""
+    """Yield a binary file that becomes `path` when the block ends without an error.
+
+    Args:
+        path: The final path; its folder is created.
+
+    Raises:
+        OutputError: As `atomic_path`.
+    """
     with atomic_path(path) as part, open(part, "wb") as handle:
         yield handle
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder that becomes `path` (replacing it) when the block ends without an error.
+    """Yield a new folder that replaces `path` when the block ends without an error.
 
-    Every file in it is synced before the rename. Raises `OutputError` as `atomic_path` does.
+    Every file in it is synced before the rename.
+
+    Args:
+        path: The final path; its parent is created.
+
+    Raises:
+        OutputError: The folder cannot be created or written, or the disk is full.
     """
     part = temporary_name(path)
     with writing(path):
@@ -345,7 +416,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
                 for _ in pool.map(_sync, files):
                     pass
             sync_folder(part)
-            if path.exists():  # the old one steps aside first, so that no moment shows a mixture
+            if path.exists():
+                # Rename the old folder first, so that a reader never sees a mixture of both.
                 old = temporary_name(path.with_name(path.name + ".old"))
                 os.replace(path, old)
                 os.replace(part, path)
@@ -358,22 +430,44 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` as UTF-8, atomically."""
+    """Write a text as UTF-8, atomically.
+
+    Args:
+        path: The file.
+        text: Its content.
+
+    Raises:
+        OutputError: As `atomic_path`.
+    """
     with atomic_file(path) as handle:
         handle.write(text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically.
+    """Write a value as indented JSON, atomically.
 
-    NaN and infinity are refused (they are not JSON).
+    Args:
+        path: The file.
+        value: A value that JSON can write.
+
+    Raises:
+        ValueError: It holds NaN or infinity, which are not JSON.
+        OutputError: As `atomic_path`.
     """
     write_text(path, json.dumps(value, indent=1, allow_nan=False) + "\n")
 
 
 def sha256_of(source: Path | BinaryIO) -> str:
-    """The SHA-256 of a file, or of what an open one still holds, as 64 hexadecimal digits, read
-    in 1 MiB pieces.
+    """The SHA-256 of a file, read in pieces of 1 MiB.
+
+    Args:
+        source: The file, or an open file, which is read from its position to its end.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        OSError: The file cannot be read, or is not a regular file.
     """
     if isinstance(source, Path):
         with open_input(source) as handle:
@@ -385,12 +479,29 @@ def sha256_of(source: Path | BinaryIO) -> str:
 
 
 def key_of(facts: Mapping[str, object]) -> str:
-    """Digest of facts that can be written as JSON, whatever the order of their keys."""
+    """The SHA-256 of facts, which does not depend on the order of their keys.
+
+    Args:
+        facts: Values that JSON can write.
+
+    Returns:
+        64 hexadecimal digits.
+    """
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def digest_of(path: Path) -> str:
-    """Digest of a file; of a folder: of the names and digests of the files in it, sorted."""
+    """The SHA-256 of a file, or of the sorted names and digests of the files in a folder.
+
+    Args:
+        path: A file or a folder.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
     if not path.is_dir():
         return sha256_of(path)
     files = sorted(file for file in path.rglob("*") if file.is_file())

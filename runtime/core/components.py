@@ -1,5 +1,6 @@
-"""How many parts each label has, counted plane by plane: a deformed mask must have as many as
-the mask it came from.
+"""Count the connected components of each label, plane by plane.
+
+A deformed mask must have as many components as the mask it came from.
 """
 
 from __future__ import annotations
@@ -9,66 +10,66 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MIN_COMPONENT_FRACTION = 0.01  # of its label's voxels: what holds less is no part of its own
+MIN_COMPONENT_FRACTION = 0.01  # of the label's voxels; a smaller component does not count
 
 Index = NDArray[np.intp]
 
 
 def parts(labels: NDArray[np.uint8]) -> NDArray[np.int64]:
-    """int64 (256,): for each value, how many 26-connected parts of `labels` (D, H, W) hold at least
-    SPECK of its voxels; 0 for 0.
+    """Count the 26-connected components of each label.
 
-    Runs of equal voxels along each row are joined with those they touch in the rows and the plane
-    before. Held at a time: the runs of two planes, and a size and a value for each part.
+    Runs of equal voxels in a row are joined with the runs they touch in the row and in the plane
+    before. In memory are the runs of two planes, and a size and a value for each component.
+
+    Args:
+        labels: uint8 (D, H, W).
+
+    Returns:
+        int64 (256,): for each value the number of components that hold at least
+        `MIN_COMPONENT_FRACTION` of its voxels; 0 for the value 0.
     """
     sizes, values = np.zeros(0, np.int64), np.zeros(0, np.uint8)
-    before, of_before = (
-        _runs(labels[0, :0]),
-        np.zeros(0, np.intp),
-    )  # the plane before: its runs, and which part each is of
+    # The runs of the plane before, and the component of each run.
+    previous, previous_components = _runs(labels[0, :0]), np.zeros(0, np.intp)
     for plane in labels:
         runs = _runs(plane)
         start, stop, value = runs
         if not len(start):
-            before, of_before = runs, np.zeros(0, np.intp)
+            previous, previous_components = runs, np.zeros(0, np.intp)
             continue
-        known, width = len(of_before), plane.shape[1] + 2
-        touching = [_touching(runs, before, shift, 0) for shift in (-width, 0, width)] + [
-            _touching(runs, runs, width, known)
-        ]
-        _, first, same = np.unique(of_before, return_index=True, return_inverse=True)
-        joins = [(a + known, b) for a, b in touching] + [
-            (np.arange(known), first[same])
-        ]  # nodes: the runs before, then these
+        # The nodes of the graph are the runs of the plane before, then the runs of this plane.
+        offset, width = len(previous_components), plane.shape[1] + 2
+        touching = [_touching(runs, previous, shift, 0) for shift in (-width, 0, width)]
+        touching.append(_touching(runs, runs, width, offset))
+        _, first, same = np.unique(previous_components, return_index=True, return_inverse=True)
+        edges = [(a + offset, b) for a, b in touching] + [(np.arange(offset), first[same])]
         roots = _join(
-            known + len(start),
-            np.concatenate([a for a, _ in joins]),
-            np.concatenate([b for _, b in joins]),
+            offset + len(start),
+            np.concatenate([a for a, _ in edges]),
+            np.concatenate([b for _, b in edges]),
         )
 
         oldest = np.full(len(roots), len(sizes), np.intp)
-        np.minimum.at(oldest, roots[:known], of_before)
-        merged, into = of_before[first], oldest[roots[first]]
+        np.minimum.at(oldest, roots[:offset], previous_components)
+        merged, into = previous_components[first], oldest[roots[first]]
         np.add.at(sizes, into[merged != into], sizes[merged[merged != into]])
         sizes[merged[merged != into]] = 0
         fresh = np.flatnonzero((oldest == len(sizes)) & (roots == np.arange(len(roots))))
         oldest[fresh] = len(sizes) + np.arange(len(fresh))
-        sizes, values = (
-            np.append(sizes, np.zeros(len(fresh), np.int64)),
-            np.append(values, value[fresh - known]),
-        )
-        part = oldest[roots[known:]]
-        np.add.at(sizes, part, stop - start)
-        before, of_before = runs, part
+        sizes = np.append(sizes, np.zeros(len(fresh), np.int64))
+        values = np.append(values, value[fresh - offset])
+        component = oldest[roots[offset:]]
+        np.add.at(sizes, component, stop - start)
+        previous, previous_components = runs, component
     total = np.bincount(values, sizes, 256)
-    return np.bincount(
-        values[(sizes > 0) & (sizes >= MIN_COMPONENT_FRACTION * total[values])], minlength=256
-    )
+    counted = (sizes > 0) & (sizes >= MIN_COMPONENT_FRACTION * total[values])
+    return np.bincount(values[counted], minlength=256)
 
 
 def _runs(plane: NDArray[np.uint8]) -> tuple[Index, Index, NDArray[np.uint8]]:
-    """First, one past the last, and value of each run of a value other than 0, as places in rows
-    with a 0 at either end.
+    """The runs of labels in a plane (H, W): first voxel, one past the last voxel, value.
+
+    Voxels are counted row by row in the plane padded with a column of 0 at either side.
     """
     padded = np.zeros((len(plane), plane.shape[1] + 2), np.uint8)
     padded[:, 1:-1] = plane
@@ -80,22 +81,30 @@ def _runs(plane: NDArray[np.uint8]) -> tuple[Index, Index, NDArray[np.uint8]]:
 
 
 def _touching(
-    runs: tuple[Any, ...], others: tuple[Any, ...], shift: int, offset: int
+    runs: tuple[Any, ...], neighbours: tuple[Any, ...], shift: int, offset: int
 ) -> tuple[Index, Index]:
-    """Pairs (n of runs, n + offset of others) of equal value that touch, corners included, when
-    `others` move by `shift`.
+    """Pairs of runs with equal value that touch, also at a corner.
+
+    Args:
+        runs: Runs of `_runs`.
+        neighbours: Runs of this plane or of the plane before.
+        shift: Voxels by which the neighbours move first, to reach the row above or below.
+        offset: Added to the index of a neighbour.
+
+    Returns:
+        The index of the run and the index of its neighbour, for each pair.
     """
-    (start, stop, value), (first, last, other) = runs, others
+    (start, stop, value), (first, last, neighbour_value) = runs, neighbours
     begin = np.searchsorted(last + shift, start - 1, "right")
     count = np.maximum(np.searchsorted(first + shift, stop + 1, "left") - begin, 0)
     a = np.repeat(np.arange(len(start)), count)
     b = np.arange(len(a)) - np.repeat(np.cumsum(count) - count - begin, count)
-    equal = value[a] == other[b]
+    equal = value[a] == neighbour_value[b]
     return a[equal], b[equal] + offset
 
 
 def _join(count: int, a: Index, b: Index) -> Index:
-    """The smallest node that each of `count` nodes is connected to by the edges (a, b)."""
+    """For each of `count` nodes the smallest node that the edges (a, b) connect it to."""
     roots = np.arange(count)
     while True:
         low, high = np.minimum(roots[a], roots[b]), np.maximum(roots[a], roots[b])

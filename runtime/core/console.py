@@ -1,4 +1,4 @@
-"""What every command line shares: exit codes, one-screen errors, a progress line with an ETA."""
+"""Common parts of the command lines: exit codes, one-screen errors, a progress line with an ETA."""
 
 from __future__ import annotations
 
@@ -16,40 +16,45 @@ from .errors import Mask2CTError, OutputError, printable
 from .standard_streams import droppable_messages, open_standard_streams
 from .stopping import command_line, ends_when_told
 
-EXIT_CODES = """exit codes: 0 done · 1 at least one case failed · 2 the command, config or model is wrong ·
-3 a required component is missing · 4 the output cannot be written · 130 interrupted"""
+EXIT_CODES = (
+    "exit codes: 0 done · 1 at least one case failed · 2 the command, config or model is wrong ·\n"
+    "3 a required component is missing · 4 the output cannot be written · 130 interrupted"
+)
 
 
 class Parser(argparse.ArgumentParser):
-    """One that quotes the words it does not take as `printable` does: a pattern of the shell may
-    have found them.
+    """A parser that prints words it does not know with `printable`.
+
+    They may be file names that a pattern of the shell matched.
     """
 
     def error(self, message: str) -> NoReturn:
+        """Print the usage and `message`, and exit with code 2."""
         super().error(printable(message))
 
     def _print_message(self, message: str, file: Any = None) -> None:
-        """argparse would pass over what cannot be written."""
+        """Print, and raise where that fails: `ArgumentParser` would ignore the failure."""
         print(message, end="", file=file or sys.stderr, flush=True)
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
-    """Call `main(argv)`; print a `Mask2CTError` on one screen and return its exit code; 130 on
-    Ctrl-C.
+    """Call `main(argv)` and print a `Mask2CTError` on one screen.
+
+    Standard output is a part of a command's result: where it cannot be written, the exit code is 4.
+    Standard error is not: where it cannot be written, the work goes on (`droppable_messages`).
 
     Args:
-        main: What the command does; returns its exit code.
-        argv: Words of the command line. None: those that this process was started with, so that the process is this command
-            and ends when told, whatever hangs in it (`stopping.command_line`). A program that gives words of its own goes on.
+        main: The command; it returns its exit code.
+        argv: Words of the command line. None takes the words that this process was started with:
+            the process is this command then, and ends on a signal even where a thread hangs
+            (`stopping.command_line`). A program that passes words of its own goes on.
 
-    What a command prints is a part of its output: where it cannot be written, the exit code is 4.
-    Messages, on standard error, are none: where they cannot be written the work goes on without
-    (`droppable_messages`).
+    Returns:
+        The exit code: the command's or the error's, 130 after Ctrl-C.
     """
     open_standard_streams()
-    if isinstance(
-        sys.stdout, TextIOWrapper
-    ):  # an arrow in cp1252 is written as \u2192, and ends nothing
+    if isinstance(sys.stdout, TextIOWrapper):
+        # A character that the encoding lacks must not end the work: cp1252 prints → as \u2192.
         sys.stdout.reconfigure(errors="backslashreplace")
     with droppable_messages():
         if argv is not None:
@@ -67,7 +72,7 @@ def _exit_code(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int
     except KeyboardInterrupt:
         _print_error("interrupted")
         return 130
-    except BrokenPipeError:  # the reader of our output went away (`| head`)
+    except BrokenPipeError:  # the reader of the output ended (`| head`)
         return 0
     except MemoryError as exc:
         fact = f"the memory does not suffice: {exc or 'none is left'}"
@@ -75,10 +80,10 @@ def _exit_code(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int
             OutputError(
                 fact,
                 expected="a machine with more",
-                remedy="give smaller masks, or end what else runs",
+                remedy="give smaller masks, or end other programs",
             )
         )
-    except OSError as exc:  # the file system failed where nobody expects it to
+    except OSError as exc:  # the file system failed in an unexpected place
         return _report(
             OutputError(
                 f"the system refused: {exc.strerror or exc}",
@@ -90,21 +95,21 @@ def _exit_code(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int
 
 
 def _flushed(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-    """`main(argv)`, and what it printed is written: else Python would say so when it ends, in words
-    of its own.
+    """Call `main(argv)` and flush its output, so that Python does not report a failure at its end.
 
-    Where its reader left, the command's own exit code counts.
+    Where the reader of the output has ended, the command's exit code counts.
     """
     code = None
     try:
         try:
             code = main(argv)
-        except SystemExit:  # --help and --version print, too
+        except SystemExit:  # --help and --version print as well
             sys.stdout.flush()
             raise
         sys.stdout.flush()
     except OSError as exc:
-        with suppress(OSError, ValueError):  # what is left in the buffer goes nowhere
+        with suppress(OSError, ValueError):
+            # Python writes the rest of the buffer at its end; let that go nowhere.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if code is None or not isinstance(exc, BrokenPipeError):
             raise
@@ -117,26 +122,24 @@ def _report(error: Mask2CTError) -> int:
 
 
 def _print_error(text: str) -> None:
-    with suppress(OSError):  # the exit code says it, too
+    with suppress(OSError):  # the exit code tells the caller as well
         print(text, file=sys.stderr)
 
 
 @contextmanager
 def _terminated() -> Iterator[None]:
-    """SIGTERM is taken as Ctrl-C is: what is half-written goes, the exit code is 130.
+    """Handle SIGTERM as Ctrl-C: half-written files are removed, the exit code is 130.
 
-    Where a library or a file system does not come back, the process ends all the same
-    (`stopping.ends_when_told`), as it does by `kill -9`: the next start removes what is
-    half-written.
+    Where a library or a file system does not return, the process ends all the same
+    (`stopping.ends_when_told`), as after `kill -9`: the next start removes half-written files.
     """
 
     def interrupt(number: int, frame: Any) -> None:
         raise KeyboardInterrupt
 
     try:
-        if (
-            signal.getsignal(signal.SIGINT) is signal.SIG_DFL
-        ):  # as a command has it while it is imported
+        # A command leaves SIGINT at its default while it imports its modules.
+        if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         before = signal.signal(signal.SIGTERM, interrupt)
     except ValueError:  # not the main thread: the host program owns the signals
@@ -150,7 +153,11 @@ def _terminated() -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds for a person: `8.2 s`, `3 min 05 s`, `2 h 07 min`."""
+    """A duration for a person: `8.2 s`, `3 min 05 s`, `2 h 07 min`.
+
+    Args:
+        seconds: The duration in seconds.
+    """
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes = int(seconds // 60)
@@ -162,9 +169,16 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A line on standard error: done/total, rate, ETA and a note.
+    """A progress line on standard error: count/total, rate, ETA and a note.
 
-    One line rewritten on a terminal, else a line every 10 s.
+    On a terminal it rewrites one line, else it prints a line every 10 s.
+
+    Args:
+        what: The start of the line.
+        total: The count at the end.
+        unit: The unit of the rate, per second.
+        quiet: Print nothing.
+        stream: Where to print; default: standard error.
     """
 
     def __init__(
@@ -180,41 +194,40 @@ class Progress:
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
         self._every = 0.1 if self._terminal else 10.0
-        self._done = 0
-        self._first = self._started = self._shown = time.monotonic()
-        self._from = 0
+        self._count = self._first_count = 0
+        self._start_time = self._first_time = self._print_time = time.monotonic()
 
-    def update(self, done: int, note: str = "") -> None:
-        """State that `done` of the total are done.
+    def update(self, count: int, note: str = "") -> None:
+        """State that `count` of the total are complete.
 
-        The first call's work (warm-up, resume) is left out of the rate.
+        The rate leaves out the work before the first call (warm-up, resume).
+
+        Args:
+            count: How many are complete.
+            note: Printed after the rate.
         """
         now = time.monotonic()
-        if self._done == 0:
-            self._first, self._from = now, done
-        self._done = done
-        if self._quiet or (now - self._shown < self._every and done < self._total):
+        if self._count == 0:
+            self._first_time, self._first_count = now, count
+        self._count = count
+        if self._quiet or (now - self._print_time < self._every and count < self._total):
             return
-        self._shown = now
+        self._print_time = now
         rate = (
-            (done - self._from) / (now - self._first)
-            if now > self._first and done > self._from
+            (count - self._first_count) / (now - self._first_time)
+            if now > self._first_time and count > self._first_count
             else 0.0
         )
-        eta = (
-            f", {duration((self._total - done) / rate)} left" if rate and done < self._total else ""
-        )
+        remaining = self._total - count
+        eta = f", {duration(remaining / rate)} left" if rate and remaining > 0 else ""
         speed = f", {rate:.3g} {self._unit}/s".replace(" /", "/") if rate else ""
-        self._write(f"{self._what} {done}/{self._total}{speed}{eta}{'  ' + note if note else ''}")
+        self._write(f"{self._what} {count}/{self._total}{speed}{eta}{'  ' + note if note else ''}")
 
     def close(self) -> None:
-        """End the line and say how long it took."""
+        """End the line and print how long it took."""
         if not self._quiet:
-            self._write(
-                f"{self._what} {self._done}/{self._total} in"
-                f" {duration(time.monotonic() - self._started)}",
-                last=True,
-            )
+            took = duration(time.monotonic() - self._start_time)
+            self._write(f"{self._what} {self._count}/{self._total} in {took}", last=True)
 
     def _write(self, text: str, last: bool = False) -> None:
         text = printable(text)

@@ -1,6 +1,6 @@
-"""Names of mask2ct 0.1 that programs may embed: each still works, and says what it is called now.
+"""Old names of mask2ct 0.1 for programs that embed it: each works and warns of the new name.
 
-Names are kept for one minor version. `RENAMED` holds public names, `MOVED` modules.
+An old name works for one minor version. `RENAMED` holds public names, `MOVED` modules.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import ModuleType
 
 RENAMED = {"Ranges": "DeformationParams", "vary": "deform"}
 
-# Modules that the documentation of 0.1 showed, or whose names its errors and tracebacks held.
+# Modules in the documentation, the errors or the tracebacks of 0.1.
 MOVED = {
     "contract": "core.manifest",
     "errors": "core.errors",
@@ -33,12 +33,17 @@ MOVED = {
 
 
 def warn_renamed(old: str, new: str) -> None:
-    """Issue the `DeprecationWarning` for whoever called the caller of this function."""
+    """Warn the caller of the function that calls this one.
+
+    Args:
+        old: The old name.
+        new: The new name.
+    """
     warnings.warn(f"{old} is called {new} now", DeprecationWarning, stacklevel=3)
 
 
 class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds `PACKAGE.old` and gives `PACKAGE.new` in its place."""
+    """Finds `PACKAGE.old` and loads `PACKAGE.new` in its place."""
 
     def __init__(self, package: str):
         self.package = package
@@ -46,12 +51,14 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
+        """A spec for a module of `MOVED`, else None."""
         package, _, name = fullname.rpartition(".")
         if package != self.package or name not in MOVED:
             return None
         return importlib.util.spec_from_loader(fullname, self)
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
+        """A module of the old name that reads every attribute from the new module."""
         new = f"{self.package}.{MOVED[spec.name.rpartition('.')[2]]}"
         warnings.warn(f"{spec.name} is {new} now", DeprecationWarning, stacklevel=2)
         module = importlib.import_module(new)
@@ -60,9 +67,13 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return alias
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing is left to run: the new module has run."""
+        """Do nothing: the new module has run already."""
 
 
 def keep_old_names(package: str) -> None:
-    """Let `import PACKAGE.old` find the module under its new name."""
+    """Let `import PACKAGE.old` find the module under its new name.
+
+    Args:
+        package: The name of the imported package, `runtime` or `mask2ct`.
+    """
     sys.meta_path.append(_MovedModules(package))

@@ -1,22 +1,23 @@
-"""Every error mask2ct raises on purpose, and the one place where foreign exceptions become ours.
+"""Every error that mask2ct raises on purpose, and the functions that map other errors to them.
 
-    Mask2CTError                 exit 1
-    ├── InputError               exit 1   one case cannot be used; the others go on
-    │   ├── UnreadableVolume              the file is not a volume a reader accepts
-    │   ├── GeometryError                 its grid is missing, contradictory or unsupported
-    │   └── UnknownLabels                 it holds values the model was not trained on
-    ├── UsageError               exit 2   the command, the config or the model is wrong; nothing was started
+    Mask2CTError              exit 1
+    ├── InputError            exit 1   one case cannot be used; the other cases go on
+    │   ├── UnreadableVolume           the file is not a volume that a reader accepts
+    │   ├── GeometryError              its grid is missing, contradictory or not supported
+    │   └── UnknownLabels              it holds values the model was not trained on
+    ├── UsageError            exit 2   the command, config or model is wrong; no work was begun
     │   ├── ConfigError
-    │   ├── FolderBusy                    another run is writing into the output folder
+    │   ├── FolderBusy                 another run writes into the output folder
     │   └── ModelError
-    │       ├── ParityError      exit 1   an exported graph differs from the network it came from
-    │       └── BuildError       exit 1   TensorRT makes no engine, or not the one asked for, of a validated graph
-    ├── MissingComponent         exit 3   a package, a driver or a device is absent
-    │   └── MissingDecoder                for one case, so that it is an InputError as well
-    ├── OutputError              exit 4   the result cannot be written
-    └── MemoryCapExceeded        exit 4   also a MemoryError: a pool's cap would be passed, or the device is full
+    │       ├── ParityError   exit 1   an exported graph differs from its network
+    │       └── BuildError    exit 1   TensorRT cannot build the engine of a validated graph
+    ├── MissingComponent      exit 3   a package, a driver or a device is absent
+    │   └── MissingDecoder             absent for one case, so it is an InputError as well
+    ├── OutputError           exit 4   the result cannot be written
+    └── MemoryCapExceeded     exit 4   a pool would pass its cap, or the device is full;
+                                       it is a MemoryError as well
 
-Each states a fact, what was expected, a remedy and the file it concerns, and prints on one screen.
+Each states a fact, the expectation, a remedy and the file it concerns, and prints on one screen.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from .deprecated import warn_renamed
+
 
 def printable(text: str | os.PathLike[str]) -> str:
-    """`text`, often a name that somebody else chose, so that it can neither steer a terminal nor
-    begin a line.
+    r"""`text` with escapes, so that it can neither control a terminal nor begin a new line.
 
-    Control and format characters, a line's end among them, bytes that are no UTF-8 and unassigned
-    code points become Python's escapes: `\\x1b`, `\\n`, `\\udcff`. Spaces of any script stay.
+    Names come from other people. Control and format characters, line ends, bytes that are not
+    UTF-8 and unassigned code points become Python's escapes: `\x1b`, `\n`, `\udcff`. Spaces of
+    any script stay.
     """
     text = str(text)
     if text.isprintable():
@@ -46,6 +49,7 @@ def printable(text: str | os.PathLike[str]) -> str:
 
 
 def escaped(text: str) -> str:
+    r"""`text` with every character that is not plain ASCII as Python's escape, `\x1b` for one."""
     return text.encode("unicode_escape").decode("ascii")
 
 
@@ -53,16 +57,22 @@ def quantity(count: int, noun: str, plural: str = "") -> str:
     """`1 contour`, `2 contours`, `0 contours`: a count with its noun.
 
     Args:
-        count: How many.
-        noun: What is counted, in the singular.
-        plural: Its plural where that is not the noun with an s.
+        count: The number.
+        noun: The noun in the singular.
+        plural: Its plural, where that is not the noun with an s.
     """
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
 class Mask2CTError(Exception):
-    """Base of the tree. `fact`, `expected`, `remedy`: sentences for a person; `file`: what they
-    concern, if a file; `rows`: lines below the fact.
+    """Base of the tree; its text is for a person.
+
+    Args:
+        fact: What is wrong.
+        expected: What would be right.
+        remedy: What the user can do.
+        file: The file it concerns, if it concerns one.
+        rows: Lines below the fact, the rows of a table for one.
     """
 
     exit_code = 1
@@ -91,7 +101,7 @@ class Mask2CTError(Exception):
 
 
 class InputError(Mask2CTError):
-    """One case cannot be used; the others go on."""
+    """One case cannot be used; the other cases go on."""
 
 
 class UnreadableVolume(InputError):
@@ -107,17 +117,17 @@ class UnknownLabels(InputError):
 
 
 class UsageError(Mask2CTError):
-    """The command is wrong; nothing was started."""
+    """The command is wrong; no work was begun."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """A training configuration is wrong; names the key."""
+    """A training configuration is wrong; the error names the key."""
 
 
 class FolderBusy(UsageError):
-    """Another run is writing into the output folder."""
+    """Another run writes into the output folder."""
 
 
 class ModelError(UsageError):
@@ -131,21 +141,22 @@ class ParityError(ModelError):
 
 
 class BuildError(ModelError):
-    """TensorRT makes no engine of a graph, or not the one that was asked for."""
+    """TensorRT cannot build an engine of a graph, or builds another one than the command wants."""
 
     exit_code = 1
 
 
 class MissingComponent(Mask2CTError):
-    """A package, a driver or a device is absent: says which, why it is needed, and the command
-    that installs it.
+    """A package, a driver or a device is absent.
+
+    The error says which, why it is needed, and the command that installs it.
     """
 
     exit_code = 3
 
 
 class MissingDecoder(MissingComponent, InputError):
-    """One case is compressed in a way that no installed package decodes; the others go on."""
+    """No installed package decodes the compression of one case; the other cases go on."""
 
 
 class OutputError(Mask2CTError):
@@ -155,47 +166,65 @@ class OutputError(Mask2CTError):
 
 
 class MemoryCapExceeded(Mask2CTError, MemoryError):
-    """A pool would have to grow past its cap, or the device has no more.
+    """A pool would have to grow past its cap, or the device has no more memory.
 
-    All in bytes: `asked`, the `cap`, `in_use` by the pool, `free` on the device (None where that
-    has no meaning).
+    Attributes:
+        requested: Bytes that the pool needed.
+        cap: Bytes that the pool may hold.
+        in_use: Bytes that the pool holds.
+        free: Bytes that are free on the device; None for host memory.
     """
 
     exit_code = 4
-    asked = cap = in_use = 0
+    requested = cap = in_use = 0
     free: int | None = None
+
+    @property
+    def asked(self) -> int:
+        """`requested`, under its name in mask2ct 0.1."""
+        warn_renamed("MemoryCapExceeded.asked", "MemoryCapExceeded.requested")
+        return self.requested
 
     @classmethod
     def of(
         cls,
         kind: str,
-        asked: int,
+        requested: int,
         *,
         cap: int,
         in_use: int,
         free: int | None = None,
         refused: bool = False,
     ) -> MemoryCapExceeded:
-        """The error for `asked` more bytes of `kind` ("host memory", "memory of GPU 0"): past
-        the cap, or `refused` by the system.
+        """Build the error for one request.
+
+        Args:
+            kind: The memory's name in the text: "host memory", "memory of GPU 0".
+            requested: Bytes that the pool needed.
+            cap: Bytes that the pool may hold.
+            in_use: Bytes that the pool holds.
+            free: Bytes that are free on the device; None for host memory.
+            refused: The system refused the request, which was within the cap.
         """
-        left = "" if free is None else f"; the device has {free} bytes free"
+        device_room = "" if free is None else f"; the device has {free} bytes free"
         if refused:
             fact = (
-                f"the system refused {asked} more bytes: {in_use} of the pool's cap of {cap} bytes"
-                " are in use"
+                f"the system refused {requested} more bytes: {in_use} of the pool's cap of {cap}"
+                " bytes are in use"
             )
             remedy = (
-                "end what else uses that memory, let --batch auto choose what fits, or choose"
-                " another --device"
+                "end other programs that use that memory, let --batch auto choose what fits, or"
+                " choose another --device"
             )
         else:
             fact = (
-                f"{asked} more bytes would pass the pool's cap: {in_use} of {cap} bytes are in use"
+                f"{requested} more bytes would pass the pool's cap: {in_use} of {cap} bytes are"
+                " in use"
             )
             remedy = "raise --max-memory, or let --batch auto choose what fits"
-        error = cls(f"{fact} ({kind})", expected=f"at most {cap} bytes{left}", remedy=remedy)
-        error.asked, error.cap, error.in_use, error.free = asked, cap, in_use, free
+        expected = f"at most {cap} bytes{device_room}"
+        error = cls(f"{fact} ({kind})", expected=expected, remedy=remedy)
+        error.requested, error.cap, error.in_use, error.free = requested, cap, in_use, free
         return error
 
 
@@ -214,7 +243,16 @@ _WRITE_REMEDIES = {
 
 @contextmanager
 def importing(package: str, expected: str, remedy: str) -> Iterator[None]:
-    """Map an ImportError to `MissingComponent`."""
+    """Map an ImportError to `MissingComponent`.
+
+    Args:
+        package: The package's name for a person.
+        expected: What should be installed.
+        remedy: The command that installs it.
+
+    Raises:
+        MissingComponent: The block raised an ImportError.
+    """
     try:
         yield
     except ImportError as exc:
@@ -225,7 +263,14 @@ def importing(package: str, expected: str, remedy: str) -> Iterator[None]:
 
 @contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Map an OSError or a MemoryError raised while `path` is written to `OutputError`."""
+    """Map an OSError or a MemoryError of the block that writes `path` to `OutputError`.
+
+    Args:
+        path: The file or folder that the block writes.
+
+    Raises:
+        OutputError: The block raised an OSError or a MemoryError.
+    """
     try:
         yield
     except Mask2CTError:
@@ -234,7 +279,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OutputError(
             f"{Path(path).name} cannot be written: the memory does not suffice",
             expected="memory for some slices",
-            remedy="give smaller masks, raise the limit, or end what else runs",
+            remedy="give smaller masks, raise the limit, or end other programs",
             file=path,
         ) from exc
     except OSError as exc:
@@ -253,8 +298,16 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
 def reading(
     path: str | os.PathLike[str], expected: str, error: type[Mask2CTError] = UnreadableVolume
 ) -> Iterator[None]:
-    """Map what readers raise on a bad file (OSError, EOFError, ValueError, RuntimeError,
-    OverflowError, zlib.error) to `error`.
+    """Map the exceptions of readers on a bad file to `error`.
+
+    Args:
+        path: The file that the block reads.
+        expected: What the file should be.
+        error: The error to raise.
+
+    Raises:
+        Mask2CTError: An `error`, where the block raised an OSError, EOFError, ValueError,
+            RuntimeError, OverflowError or zlib.error.
     """
     name = Path(path).name
     try:

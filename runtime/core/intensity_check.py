@@ -1,6 +1,4 @@
-"""Which values a label map holds and how its voxels lie beside each other; an image that was
-taken for a mask shows by that.
-"""
+"""Tell an image from a label map, by its values and by how often neighbouring voxels differ."""
 
 from __future__ import annotations
 
@@ -16,36 +14,35 @@ from numpy.typing import NDArray
 from .errors import UnreadableVolume
 from .volume import runs
 
-# An image has more values than this, and more than this part of its neighbours differ. Of 220 real
-# CTs and MRs the least had 93 values
-# and 0.92; of 220 real label maps the most had 6 and 0.04, an atlas of 150 structures of 32 voxels
-# each has 0.39.
+# An image has more values than MOST_LABELS, and more than MOST_DIFFERENT of its neighbouring voxels
+# differ. 220 real CTs and MRs had at least 93 values and a part of 0.92. 220 real label maps had at
+# most 6 values and 0.04; an atlas of 150 structures of 32 voxels each has 0.39.
 MOST_LABELS = 64
 MOST_DIFFERENT = 0.5
-LEAST_PAIRS = 1000  # of neighbours; fewer tell nothing
-MOST_PENDING = 1 << 20  # values of planes that are not added up yet
+LEAST_PAIRS = 1000  # pairs of neighbours; fewer prove nothing
+MOST_PENDING = 1 << 20  # values of planes that are not summed up yet
 
 
 @dataclass
 class Census:
-    """Of the planes that it was shown: `voxels` by value, and how often neighbours in a row
-    differ.
-    """
+    """Counts the voxels of each value, and how often neighbours in a row differ."""
 
     _voxels: Counter[int] = field(default_factory=Counter)
     _runs: Counter[int] = field(default_factory=Counter)
-    _pending: list[tuple[NDArray[Any], ...]] = field(
-        default_factory=list
-    )  # of each plane: values, voxels, runs
-    _size: int = 0  # values that are pending
-    _ends: Counter[int] = field(
-        default_factory=Counter
-    )  # runs at either end of a plane: they have one neighbour
+    # For each plane: its values, and the voxels and the runs of each value.
+    _pending: list[tuple[NDArray[Any], ...]] = field(default_factory=list)
+    _size: int = 0  # values in `_pending`
+    # Runs at the first and the last voxel of a plane, by value: they have one neighbour.
+    _ends: Counter[int] = field(default_factory=Counter)
     _changes: int = 0
 
     @classmethod
     def of(cls, planes: Iterable[NDArray[Any]]) -> Census:
-        """Of integer planes (H, W)."""
+        """Count all planes of a volume.
+
+        Args:
+            planes: Integers (H, W).
+        """
         census = cls()
         for plane in planes:
             census.add(*runs(plane))
@@ -54,10 +51,14 @@ class Census:
     def add(
         self, values: NDArray[Any], lengths: NDArray[np.intp]
     ) -> tuple[NDArray[Any], NDArray[np.intp]]:
-        """Count one plane, given as `runtime.core.volume.runs` has it.
+        """Count one plane, from its runs (`runtime.core.volume.runs`).
+
+        Args:
+            values: The value of each run.
+            lengths: The length of each run in voxels.
 
         Returns:
-            The values that occur, ascending, and for each run the position of its value among them.
+            The distinct values, ascending, and for each run the position of its value among them.
         """
         distinct = np.unique(values)
         positions = np.searchsorted(distinct, values)
@@ -80,31 +81,35 @@ class Census:
 
     @property
     def voxels(self) -> Counter[int]:
-        """How many voxels have each value."""
+        """The number of voxels by value."""
         self._sum_up()
         return self._voxels
 
     def _sum_up(self) -> None:
-        """Add up what is pending: of many planes at once, for a loop in Python over each takes
-        as long as the counting.
+        """Add the pending counts of many planes at once.
+
+        A Python loop over every plane would take as long as the counts themselves.
         """
         if not self._pending:
             return
-        names, voxels, number = (
+        values, voxels, run_counts = (
             np.concatenate(parts) for parts in zip(*self._pending, strict=True)
         )
         self._pending, self._size = [], 0
-        distinct, positions = np.unique(names, return_inverse=True)
-        sums = np.bincount(positions, voxels), np.bincount(positions, number)
-        for value, of_value, runs_of_value in zip(
-            distinct.tolist(), *(part.tolist() for part in sums), strict=True
-        ):
-            self._voxels[value] += int(of_value)
-            self._runs[value] += int(runs_of_value)
+        distinct, positions = np.unique(values, return_inverse=True)
+        voxel_sums = np.bincount(positions, voxels).tolist()
+        run_sums = np.bincount(positions, run_counts).tolist()
+        for value, voxel_sum, run_sum in zip(distinct.tolist(), voxel_sums, run_sums, strict=True):
+            self._voxels[value] += int(voxel_sum)
+            self._runs[value] += int(run_sum)
 
     def different(self) -> tuple[float, int]:
-        """The part of neighbours that differ where neither is background, the value that most
-        voxels have; and how many pairs there are.
+        """How many neighbours differ, where neither of them is background.
+
+        The background is the value that most voxels have.
+
+        Returns:
+            The part of the pairs that differ, 0 to 1, and the number of pairs.
         """
         if not self.voxels:
             return 0.0, 0
@@ -118,14 +123,25 @@ class Census:
         return differ / max(1, agree + differ), agree + differ
 
     def is_image(self, most_labels: int = MOST_LABELS) -> bool:
-        """Whether these are grey values: more of them than labels, and neighbours that differ."""
+        """Whether these are grey values: more values than labels, and neighbours that differ.
+
+        Args:
+            most_labels: The most values that a label map has.
+        """
         if len(self.voxels) <= most_labels:
             return False
         part, pairs = self.different()
         return pairs >= LEAST_PAIRS and part > MOST_DIFFERENT
 
     def refuse_image(self, file: Path | None) -> None:
-        """Raise `UnreadableVolume`, which sums the values up, for an image."""
+        """Refuse an image.
+
+        Args:
+            file: The file, for the message.
+
+        Raises:
+            UnreadableVolume: These are grey values. The message summarizes them.
+        """
         if self.is_image():
             name = "the mask" if file is None else file.name
             raise UnreadableVolume(
@@ -137,7 +153,7 @@ class Census:
                 + (
                     "map them with runtime.core.labels.to_indices(force=True)"
                     if file is None
-                    else "say --force-labels"
+                    else "use --force-labels"
                 ),
                 file=file,
             )

@@ -1,7 +1,7 @@
-"""Named label tables: the values that well-known label files hold, and the structures they mean.
+"""Named label tables: the values of well-known label files and the structures they mean.
 
 A preset may describe the labels that a model is trained on, or (as `--labels NAME`) the values of
-masks that come from elsewhere. Codes are SNOMED CT. Sources: MM-WHS (Zhuang & Shen, Medical Image
+masks from other sources. Codes are SNOMED CT. Sources: MM-WHS (Zhuang & Shen, Medical Image
 Analysis 31, 2016); TotalSegmentator v1 (104 classes) and v2 (117 classes), `total`, and
 `heartchambers_highres` (Wasserthal et al., Radiology: AI 5, 2023); AMOS (Ji et al., NeurIPS 2022).
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 from .manifest import Label, LabelTable
 from .totalsegmentator import TOTAL_V1, TOTAL_V2
 
-# In the order of the values; the released labels also hold a stray 421, which means 420.
+# In the order of the values. The released labels also hold a stray 421 that means 420.
 MM_WHS = LabelTable(
     (
         Label("background", 0),
@@ -24,7 +24,7 @@ MM_WHS = LabelTable(
         Label("pulmonary artery", 850, snomed="81040000"),
     )
 )
-# The same structures numbered 0..7, as slices prepared for the original system hold them.
+# The same structures numbered 0..7, as in slices prepared for the original system.
 MM_WHS_INDICES = LabelTable(
     tuple(Label(x.name, index, snomed=x.snomed) for index, x in enumerate(MM_WHS.labels))
 )
@@ -41,7 +41,7 @@ TOTALSEGMENTATOR_HEART = LabelTable(
         Label("pulmonary_artery", 7, snomed="81040000"),
     )
 )
-# Of the 117 classes those in and next to the heart; the others are in CLASSES.
+# The classes in and next to the heart, of 117; CLASSES has all.
 TOTALSEGMENTATOR = LabelTable(
     (
         Label("background", 0),
@@ -95,15 +95,22 @@ PRESETS: dict[str, LabelTable] = {
     "totalsegmentator-heartchambers": TOTALSEGMENTATOR_HEART,
     "amos": AMOS,
 }
-# Value → name of all that a file of the preset may hold, where that is more than the table.
+# Value → name of every class in a file of the preset, where the table has only some of them.
 CLASSES: dict[str, dict[int, str]] = {"totalsegmentator": TOTAL_V2, "totalsegmentator-v1": TOTAL_V1}
-# A structure that a model lacks → the part of it that stands for it instead: MM-WHS labels of the
-# aorta its ascending part alone.
+# A structure that a model lacks → the part of it that the model may have instead: MM-WHS labels
+# only the ascending part of the aorta.
 STANDS_FOR: dict[str, str] = {"15825003": "54247002"}
 
 
 def class_names(preset: str) -> dict[int, str]:
-    """Value → name of all that a file of the preset may hold."""
+    """Every class that a file of the preset may hold, the background among them.
+
+    Args:
+        preset: The preset's name.
+
+    Returns:
+        Value → name.
+    """
     return {
         **CLASSES.get(preset, {}),
         **{label.value: label.name for label in PRESETS[preset].labels},

@@ -1,8 +1,8 @@
-"""What files call a structure → the model's indices 0..K, by a table; nothing is guessed.
+"""The structures of a file → the model's indices 0..K, by a table and never by a guess.
 
-A structure is known to a file by its value and, in DICOM and in Slicer's files, by a coded type and
-a name as well. The code counts first, then the name, then the code without what modifies it, then
-the value, in the model's own table and in a MAP.json alike.
+A file identifies a structure by its value and, in DICOM and in Slicer's files, also by a coded type
+and a name. The code counts first, then the name, then the code without its modifiers, then the
+value. The same order holds for the model's table and for a MAP.json.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ __all__ = [
     "where_names_are",
 ]
 
-# A value, a code (as `runtime.core.label_codes.canonical` writes it) or a name (as `plain` does),
-# None for every other → model index.
+# A value, a code (as `runtime.core.label_codes.canonical` writes it) or a name (as `plain` writes
+# it) → model index. None stands for every other structure.
 LabelMap = Mapping[int | str | None, int]
 MAP_HELP = (
     'a JSON file such as {"51": "left ventricle", "SCT:54247002": "ascending aorta", "*":'
     ' "background"}'
 )
-# What says nothing of its own, so that the number may speak: "Segment_3", "ROI 3", "3"; tissue,
-# organ, body structure, region of interest.
+# Names and codes that do not identify a structure, so that its number may count: "Segment_3",
+# "ROI 3", "3"; tissue, organ, body structure, region of interest.
 _NUMBERED = re.compile(r"(segment|label|roi|region|structure|class)?[ #.-]*\d*")
 _GENERIC = {"sct:85756007", "sct:113343008", "sct:123037004", "sct:91723000", "dcm:111099"}
 
-# Coding schemes that are published, and how their codes are written (PS3.16, 8.2).
+# Published coding schemes, and the form of their codes (DICOM PS3.16, 8.2).
 _PUBLIC = {
     "SCT": r"\d{6,18}",
     "SRT": r"[A-Z]-[0-9A-F]{4,5}",
@@ -69,7 +69,12 @@ _PUBLIC = {
 
 
 class Preset(dict[int | str | None, int]):
-    """The label map of a preset; what a file calls its values must agree with it."""
+    """The label map of a preset: the names that a file gives its values must agree with it.
+
+    Args:
+        name: The preset's name.
+        entries: Keys as `LabelMap` has them → model index.
+    """
 
     def __init__(self, name: str, entries: LabelMap):
         super().__init__(entries)
@@ -80,22 +85,34 @@ class Preset(dict[int | str | None, int]):
 
 
 def plain(text: str) -> str:
-    """A name as it is compared: case, surrounding blanks, and underscores for blanks do not
-    count; all else does.
+    """A name in the form that is compared: lower case, single blanks, no underscores.
+
+    Args:
+        text: The name as a file or a person writes it.
     """
     return " ".join(text.replace("_", " ").casefold().split())
 
 
 def load_map(
-    source: str | Path, table: LabelTable, others: Sequence[LabelTable] = ()
+    source: str | Path, table: LabelTable, other_tables: Sequence[LabelTable] = ()
 ) -> dict[int | str | None, int]:
-    """Read `--labels MAP.json`, or take the preset of that name: value, code ("SCT:80891009", with
-    modifiers "SCT:59652004+SCT:7771000") or name → the model's label, by name or by value; "*" is
-    for every other one.
+    """Read `--labels MAP.json`, or take the preset of that name.
 
-    Returns keys as `LabelMap` has them → model index; without the entries that lead to a label of
-    `others` alone, models that the same map is for. Raises `UsageError` when the file or an entry
-    is wrong.
+    A key of the file is a value, a code ("SCT:80891009", with modifiers
+    "SCT:59652004+SCT:7771000") or a name; "*" stands for every other structure. The key leads to
+    a label of the model, by its name or its value.
+
+    Args:
+        source: The file, or the name of a preset.
+        table: The label table of the model.
+        other_tables: Label tables of other models that the same file serves. Entries that lead to
+            their labels alone are left out.
+
+    Returns:
+        Keys as `LabelMap` has them → model index.
+
+    Raises:
+        UsageError: The file or an entry is wrong.
     """
     if str(source) in PRESETS:
         return _preset(str(source), table)
@@ -112,7 +129,7 @@ def load_map(
         if (
             index is None
             and isinstance(target, (str, int))
-            and any(target in other.by_name or target in other.by_value for other in others)
+            and any(target in t.by_name or target in t.by_value for t in other_tables)
         ):
             continue
         if index is None:
@@ -135,8 +152,17 @@ def load_map(
 
 
 def names_of(source: str | Path | LabelMap | None, tables: Iterable[LabelTable]) -> frozenset[str]:
-    """The names of structures, as `plain` writes them, that a label map (also its file, or a
-    preset's name) and models know.
+    """The names of structures in a label map and in the label tables of models.
+
+    Args:
+        source: The label map, its file, or the name of a preset; None for tables alone.
+        tables: The label tables of the models.
+
+    Returns:
+        The names as `plain` writes them.
+
+    Raises:
+        UsageError: The file is wrong.
     """
     names = {label.name for table in tables for label in table.labels[1:]}
     if isinstance(source, Mapping):
@@ -151,21 +177,30 @@ def names_of(source: str | Path | LabelMap | None, tables: Iterable[LabelTable])
 
 
 def read_entries(path: Path, *, parsed: bool = False) -> dict[Any, Any]:
-    """What a MAP.json says, as it is written, or with its keys as a `LabelMap` has them.
+    """Read the entries of a MAP.json.
 
-    Raises `UsageError`.
+    Args:
+        path: The file.
+        parsed: Return the keys as `LabelMap` has them, instead of the keys as written.
+
+    Raises:
+        UsageError: The file cannot be read, or is not a JSON object with entries.
     """
     entries = _entries(path)
     return {_key(key): target for key, target in entries.items()} if parsed else entries
 
 
 def code_of(segment: Segment) -> str:
-    """A structure's code as a `LabelMap` has it; empty without one."""
+    """A structure's code as `LabelMap` has it; empty for a structure without a code.
+
+    Args:
+        segment: The structure.
+    """
     return canonical(segment.code) if segment.code else ""
 
 
 def _entries(path: Path) -> dict[str, Any]:
-    """What a MAP.json says."""
+    """The entries of a MAP.json, with the keys as written."""
     try:
         data: Any = json.loads(read_text(path, encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as exc:
@@ -186,6 +221,7 @@ def _entries(path: Path) -> dict[str, Any]:
 
 
 def _key(text: str) -> int | str | None:
+    """A key of a MAP.json as `LabelMap` has it."""
     if text == "*":
         return None
     if re.fullmatch(r"\s*[+-]?\d{1,18}\s*", text):
@@ -194,10 +230,11 @@ def _key(text: str) -> int | str | None:
 
 
 def _preset(name: str, table: LabelTable) -> Preset:
-    """The preset's values → the model's label of the same code, or name; what the model has no
-    label for is its background.
+    """The preset's values → the model's label of the same code or name.
+
+    A structure that the model has no label for becomes its background.
     """
-    known = _own(table)
+    table_map = _table_map(table)
     result: dict[int | str | None, int] = {}
     for value, class_name in CLASSES.get(name, {}).items():
         result.update({value: 0, plain(class_name): 0})
@@ -207,7 +244,7 @@ def _preset(name: str, table: LabelTable) -> Preset:
             f"sct:{STANDS_FOR.get(label.snomed or '')}",
             plain(label.name),
         ]
-        index = next((known[key] for key in keys if key in known), 0)
+        index = next((table_map[key] for key in keys if key in table_map), 0)
         result.update(dict.fromkeys((label.value, *label.aliases), index))
         result.update(
             {key: index for key in (keys[0], keys[2]) if label.value and key != "sct:None"}
@@ -216,8 +253,14 @@ def _preset(name: str, table: LabelTable) -> Preset:
 
 
 def lost(name: str, table: LabelTable) -> list[str]:
-    """The structures of a preset that the model has no label for, so that they become its
-    background.
+    """The structures of a preset that become background, because the model has no label for them.
+
+    Args:
+        name: The preset's name.
+        table: The label table of the model.
+
+    Returns:
+        "VALUE NAME" of each.
     """
     mapped = _preset(name, table)
     return [
@@ -228,59 +271,69 @@ def lost(name: str, table: LabelTable) -> list[str]:
 
 
 @lru_cache(maxsize=16)
-def _own(table: LabelTable) -> LabelMap:
-    """What the model's own table says of codes, names and values."""
-    known: dict[int | str | None, int] = dict(table.by_value.items())
-    known.update({plain(name): index for name, index in table.by_name.items()})
-    known.update(
+def _table_map(table: LabelTable) -> LabelMap:
+    """The codes, names and values of a model's label table as a label map."""
+    entries: dict[int | str | None, int] = dict(table.by_value.items())
+    entries.update({plain(name): index for name, index in table.by_name.items()})
+    entries.update(
         {f"sct:{label.snomed}": index for index, label in enumerate(table.labels) if label.snomed}
     )
-    return known
+    return entries
 
 
 def match(segment: Segment, table: LabelTable, label_map: LabelMap | None = None) -> int | None:
-    """The model's index for a structure, None when there is none: by its code, else its name, else
-    its code without modifiers, else its number, else "*".
+    """The model's index for a structure.
 
-    Without a `label_map` the number counts only where code and name say nothing of their own
-    ("Segment_3", tissue): the third segment of a file is not the model's third label because both
-    are third. A code without modifiers does not count against the side that it was given: a right
-    atrium is no "left atrium".
+    Its code counts first, then its name, its code without modifiers, its number, and "*". Without
+    a `label_map` the number counts only where code and name do not identify a structure
+    ("Segment_3", tissue): the third segment of a file need not be the model's third label. A code
+    without modifiers does not match a label of the other side: a right atrium is not a "left
+    atrium".
+
+    Args:
+        segment: The structure.
+        table: The label table of the model.
+        label_map: The map to use instead of the table's codes, names and values.
+
+    Returns:
+        The index, or None where nothing matches.
     """
-    known: LabelMap = _own(table) if label_map is None else label_map
-    whole, partial = _code_keys(segment)
+    entries: LabelMap = _table_map(table) if label_map is None else label_map
+    full_code, base_code = _code_keys(segment)
     name = plain(segment.name)
-    for key in (whole, name):
-        if key and key in known:
-            return known[key]
-    if partial in known and not _is_other_side(segment, table, known[partial]):
-        return known[partial]
-    counts = label_map is not None and not (
+    for key in (full_code, name):
+        if key and key in entries:
+            return entries[key]
+    if base_code in entries and not _is_other_side(segment, table, entries[base_code]):
+        return entries[base_code]
+    number_counts = label_map is not None and not (
         segment.strict and (segment.number < 0 or isinstance(label_map, Preset))
     )
-    if counts or (_NUMBERED.fullmatch(name) and (not whole or whole in _GENERIC)):
-        return known.get(segment.number, known.get(None))
-    return known.get(None)
+    is_generic = _NUMBERED.fullmatch(name) and (not full_code or full_code in _GENERIC)
+    if number_counts or is_generic:
+        return entries.get(segment.number, entries.get(None))
+    return entries.get(None)
 
 
 def _code_keys(segment: Segment) -> tuple[str, str]:
-    """A structure's code as it is compared, and its type alone where something modifies it; each
-    may be empty.
+    """A structure's code in the form that is compared, and the code without its modifiers.
+
+    The first is empty for a structure without a code, the second for a code without modifiers.
     """
     if not segment.code:
         return "", ""
-    whole, partial = canonical(segment.code), unmodified(segment.code)
-    return whole, partial if partial != whole else ""
+    full_code, base_code = canonical(segment.code), unmodified(segment.code)
+    return full_code, base_code if base_code != full_code else ""
 
 
 def _is_other_side(segment: Segment, table: LabelTable, index: int) -> bool:
-    """Whether a model's label is of the other side than a structure."""
-    own, label = sides(segment.code), table.labels[index]
+    """Whether a label of the model lies on the other side than a structure."""
+    segment_sides, label = sides(segment.code), table.labels[index]
     words = set(plain(label.name).split())
-    theirs = sides(f"SCT:{label.snomed}") | {
+    label_sides = sides(f"SCT:{label.snomed}") | {
         side for word, side in (("left", LEFT), ("right", RIGHT)) if word in words
     }
-    return bool(theirs) and not own <= theirs
+    return bool(label_sides) and not segment_sides <= label_sides
 
 
 def _refuse_unmapped(
@@ -290,9 +343,7 @@ def _refuse_unmapped(
     *,
     file: Path | None = None,
 ) -> None:
-    """Raise `UnknownLabels` for structures that nothing maps, and as `refuse_contradictions`
-    does.
-    """
+    """Raise `UnknownLabels` for structures without an index, and as `refuse_contradictions`."""
     refuse_contradictions(segments, table, label_map, file=file)
     _refuse(
         [s for s in segments if match(s, table, label_map) is None],
@@ -310,8 +361,17 @@ def refuse_contradictions(
     *,
     file: Path | None = None,
 ) -> None:
-    """Raise `UnknownLabels` where a file's own names are not those of the preset, and where
-    different structures would become one label by a part of what they are called.
+    """Refuse a file whose names contradict the preset, or whose structures would merge.
+
+    Args:
+        segments: The structures of the file.
+        table: The label table of the model.
+        label_map: The map to use instead of the table's codes, names and values.
+        file: The file, for the message.
+
+    Raises:
+        UnknownLabels: The file's names are not those of the preset, or different structures
+            would become one label by a part of their code or by a name that they share.
     """
     if isinstance(label_map, Preset):
         _refuse_misnamed(
@@ -323,34 +383,34 @@ def refuse_contradictions(
 def _refuse_merged(
     segments: Sequence[Segment], table: LabelTable, label_map: LabelMap | None, file: Path | None
 ) -> None:
-    """Raise where structures of different codes would become one label because the map has the type
-    alone, or a name that both sides have. What becomes background is not merged.
+    """Raise where structures of different codes would become one label.
+
+    That happens where the map has their type without modifiers, or a name that both sides have.
+    Structures that become background do not count.
     """
-    known: LabelMap = _own(table) if label_map is None else label_map
+    entries: LabelMap = _table_map(table) if label_map is None else label_map
     groups: dict[str, list[Segment]] = {}
     for segment in segments:
-        whole, partial = _code_keys(segment)
-        name = plain(segment.name)
-        key = next((key for key in (whole, name, partial) if key and key in known), "")
+        full_code, base_code = _code_keys(segment)
+        names = (full_code, plain(segment.name), base_code)
+        key = next((name for name in names if name and name in entries), "")
         if key:
             groups.setdefault(key, []).append(segment)
     for key, group in groups.items():
         codes = {canonical(s.code): s for s in group if s.code}
         of_both_sides = {LEFT, RIGHT} <= set().union(*(sides(code) for code in codes))
         by_name = any(key == plain(s.name) for s in codes.values())
-        if known[key] and len(codes) > 1 and (of_both_sides or not by_name):
+        if entries[key] and len(codes) > 1 and (of_both_sides or not by_name):
             first, second = [*codes.values()][:2]
-            whose, known_as = (
-                "model" if label_map is None else "label map",
-                key.upper() if is_code(key) else repr(key),
-            )
+            source = "model" if label_map is None else "label map"
+            entry = key.upper() if is_code(key) else repr(key)
             raise UnknownLabels(
                 f"{'the mask' if file is None else file.name} holds {describe(first)} and"
-                f" {describe(second)}, and the {whose} has {known_as} alone, which would make both"
-                f" {table.labels[known[key]].name}",
+                f" {describe(second)}, and the {source} has {entry} alone, which would make both"
+                f" {table.labels[entries[key]].name}",
                 expected="an entry for each of the two",
                 remedy=(
-                    f"give --labels MAP.json with the whole codes as keys: {_as_key(first)} and"
+                    f"give --labels MAP.json with the complete codes as keys: {_as_key(first)} and"
                     f" {_as_key(second)}"
                 ),
                 file=file,
@@ -358,8 +418,13 @@ def _refuse_merged(
 
 
 def describe(segment: Segment) -> str:
-    """For a message: 3 'left ventricle' (SCT:87878005); of a DICOM source its number, and its
-    code if that is of a public scheme.
+    """A structure for a message: 3 'left ventricle' (SCT:87878005).
+
+    A structure of a DICOM source has no name there, and a code only of a public scheme: the words
+    of the source may identify a patient.
+
+    Args:
+        segment: The structure.
     """
     number = "" if segment.strict and segment.number < 0 else str(segment.number)
     name = repr(segment.name) if segment.name and not segment.private else ""
@@ -372,7 +437,7 @@ def describe(segment: Segment) -> str:
 
 
 def _as_key(segment: Segment) -> str:
-    """A segment's code as the key of a map."""
+    """A structure's code as the key of a map, for a message."""
     hidden = segment.private and not _is_public(segment.code)
     return (
         f"the code that mask2ct labels FILE shows of {segment.number}"
@@ -382,8 +447,9 @@ def _as_key(segment: Segment) -> str:
 
 
 def _is_public(code: str) -> bool:
-    """Whether a code, with what modifies it, is of standard schemes and written as their codes
-    are: it says no more than they do.
+    """Whether a code and its modifiers have a published scheme and the form of its codes.
+
+    Such a code cannot hold words about a patient.
     """
     parts = [part.strip().partition(":") for part in code.split("+")]
     return all(
@@ -392,7 +458,11 @@ def _is_public(code: str) -> bool:
 
 
 def where_names_are(segments: Iterable[Segment]) -> str:
-    """The end of a remedy where `describe` leaves names out."""
+    """The end of a remedy where `describe` leaves names out; else empty.
+
+    Args:
+        segments: The structures that the message describes.
+    """
     return (
         "; mask2ct labels FILE shows the names"
         if any(segment.private and segment.name for segment in segments)
@@ -409,12 +479,24 @@ def to_indices(
     force: bool = False,
     file: Path | None = None,
 ) -> NDArray[np.uint8]:
-    """Map an integer array of file values to model indices, same shape, uint8; `segments` tell what
-    its values mean, if the file does.
+    """Map an array of file values to model indices.
 
-    Without `label_map` the table's own values (and aliases) are used. Raises `UnknownLabels`,
-    listing what was found, what the model knows and the remedy, when a value has no index; and
-    `UnreadableVolume` for an image, unless `force`.
+    Args:
+        values: Integers (D, H, W).
+        table: The label table of the model.
+        label_map: The map to use instead of the table's codes, names and values.
+        segments: The structures that the file names, if it names any.
+        force: Accept values that look like an image.
+        file: The file, for messages.
+
+    Returns:
+        uint8 (D, H, W).
+
+    Raises:
+        UnknownLabels: A value has no index. The message lists the values of the mask and of the
+            model.
+        UnreadableVolume: The values are an image, not labels, and `force` is not set.
+        UsageError: The map leads to an index that the model does not have.
     """
     out = np.empty(values.shape, np.uint8)
     for n, plane in enumerate(
@@ -433,26 +515,43 @@ def index_planes(
     force: bool = False,
     file: Path | None = None,
 ) -> Iterator[NDArray[np.uint8]]:
-    """`to_indices` of one plane after the other; what is wrong is told when all were seen."""
+    """Map planes of file values to model indices, one after the other.
+
+    Args:
+        planes: Integer planes (H, W).
+        table: The label table of the model.
+        label_map: The map to use instead of the table's codes, names and values.
+        segments: The structures that the file names, if it names any.
+        force: Accept values that look like an image.
+        file: The file, for messages.
+
+    Yields:
+        uint8 planes (H, W). An unknown value has index 0 until the last plane has been mapped.
+
+    Raises:
+        InputError: After the last plane, as `to_indices`.
+        UsageError: The map leads to an index that the model does not have.
+    """
     named = {segment.number: segment for segment in segments}
-    known: dict[int, int | None] = {}
-    if segments and 0 not in named:  # what no segment claims
-        known[0] = match(Segment(0), table, label_map) or 0
+    index_of: dict[int, int | None] = {}
+    if segments and 0 not in named:  # voxels outside every segment
+        index_of[0] = match(Segment(0), table, label_map) or 0
     _check_map(label_map, table, file)
     census = Census()
-    for plane in planes:  # by runs of one value: to look every voxel up takes three times as long
+    for plane in planes:
+        # By runs of equal values: one lookup per voxel takes three times as long.
         values, lengths = runs(plane)
         distinct, positions = census.add(values, lengths)
         for value in distinct.tolist():
-            if value not in known:
-                known[value] = match(named.get(value, Segment(value)), table, label_map)
-        indices = np.array([known[value] or 0 for value in distinct.tolist()], np.uint8)
+            if value not in index_of:
+                index_of[value] = match(named.get(value, Segment(value)), table, label_map)
+        indices = np.array([index_of[value] or 0 for value in distinct.tolist()], np.uint8)
         yield np.repeat(indices[positions], lengths).reshape(plane.shape)
     if not force:
         census.refuse_image(file)
     present = [named.get(value, Segment(value)) for value in sorted(census.voxels)]
     refuse_contradictions(present, table, label_map, file=file)
-    _refuse([s for s in present if known[s.number] is None], present, table, label_map, file)
+    _refuse([s for s in present if index_of[s.number] is None], present, table, label_map, file)
 
 
 def overlay(
@@ -463,28 +562,36 @@ def overlay(
     order: Sequence[str] = (),
     file: Path | None = None,
 ) -> NDArray[np.uint8]:
-    """Segments that may overlap → model indices, uint8 of `layers.shape`.
+    """Map segments that may overlap to model indices.
 
-    Where two that mean different labels overlap, the one that `order` names first wins (by code,
-    name, number or the model's label); one that is not named yields to one that is. What maps to
-    the background is not synthesized. Raises `UnknownLabels`, and `InputError` listing the pairs
-    when an overlap is not settled.
+    Where segments of different labels overlap, the first one in `order` wins, and one in `order`
+    wins over one that is not in it. Segments that map to the background are left out.
+
+    Args:
+        layers: The segments.
+        table: The label table of the model.
+        label_map: The map to use instead of the table's codes, names and values.
+        order: Segments by code, name, number or model label, the winning one first.
+        file: The file, for messages.
+
+    Returns:
+        uint8 (D, H, W).
+
+    Raises:
+        UnknownLabels: A segment has no index.
+        InputError: `order` does not decide an overlap. The message lists the pairs.
+        UsageError: The map leads to an index that the model does not have.
     """
     _check_map(label_map, table, file)
     _refuse_unmapped(layers.segments, table, label_map, file=file)
     targets = [match(segment, table, label_map) for segment in layers.segments]
-    lut = np.array(
-        [0, *(index or 0 for index in targets)], np.uint8
-    )  # owner → model index; owner 0: nobody
-    ranks = np.array(
-        [
-            len(order),
-            *(
-                _rank(s, table.labels[i or 0].name, order)
-                for s, i in zip(layers.segments, targets, strict=True)
-            ),
-        ]
+    # Owner → model index. Owner n is the n-th segment, owner 0 none.
+    lut = np.array([0, *(index or 0 for index in targets)], np.uint8)
+    segment_ranks = (
+        _rank(segment, table.labels[index or 0].name, order)
+        for segment, index in zip(layers.segments, targets, strict=True)
     )
+    ranks = np.array([len(order), *segment_ranks])
     number = {segment.number: n + 1 for n, segment in enumerate(layers.segments)}
     owners = np.zeros(layers.shape, np.uint8 if len(lut) <= 256 else np.uint16)
     conflicts: dict[tuple[int, int], int] = {}
@@ -494,14 +601,14 @@ def overlay(
         if lut[new] == 0 or not rows.size:
             continue
         plane, mask = owners[k, rows[0] : rows[-1] + 1], piece[rows[0] : rows[-1] + 1]
-        there = plane[mask]
-        if there.any():
-            rivals = (there != 0) & (lut[there] != lut[new])
-            for old in np.unique(there[rivals & (ranks[there] == ranks[new])]).tolist():
+        current = plane[mask]
+        if current.any():
+            rivals = (current != 0) & (lut[current] != lut[new])
+            for old in np.unique(current[rivals & (ranks[current] == ranks[new])]).tolist():
                 pair = (min(old, new), max(old, new))
-                conflicts[pair] = conflicts.get(pair, 0) + int(np.count_nonzero(there == old))
-            there[(there == 0) | (ranks[there] > ranks[new])] = new
-            plane[mask] = there
+                conflicts[pair] = conflicts.get(pair, 0) + int(np.count_nonzero(current == old))
+            current[(current == 0) | (ranks[current] > ranks[new])] = new
+            plane[mask] = current
         else:
             plane[mask] = new
     if conflicts:
@@ -514,7 +621,7 @@ def overlay(
         raise InputError(
             f"segments of {name} overlap: {'; '.join(pairs[:6])}{'; …' if len(pairs) > 6 else ''}",
             expected="one label per voxel",
-            remedy="say which wins, first one first: --overlap-order NAME,NAME"
+            remedy="name the segment that wins first: --overlap-order NAME,NAME"
             + where_names_are(layers.segments),
             file=file,
         )
@@ -526,45 +633,50 @@ def overlay(
 
 
 def segment_names(segment: Segment) -> set[str]:
-    """All that a person may call a structure, as `plain` writes it: its code (also without
-    modifiers), its name, its number.
+    """All names that a person may use for a structure, as `plain` writes them.
+
+    Args:
+        segment: The structure.
+
+    Returns:
+        Its code, also without modifiers, its name and its number.
     """
-    return {plain(segment.code), *_code_keys(segment), plain(segment.name), str(segment.number)} - {
-        ""
-    }
+    code_keys = _code_keys(segment)
+    names = {plain(segment.code), *code_keys, plain(segment.name), str(segment.number)}
+    return names - {""}
 
 
 def _rank(segment: Segment, label: str, order: Sequence[str]) -> int:
+    """The position of a structure or its label in `order`; its length where it is not in it."""
     names = segment_names(segment) | {plain(label)}
     return next((n for n, name in enumerate(order) if plain(name) in names), len(order))
 
 
 def _refuse(
     unknown: Sequence[Segment],
-    found: Sequence[Segment],
+    present: Sequence[Segment],
     table: LabelTable,
     label_map: LabelMap | None,
     file: Path | None,
 ) -> None:
-    """Raise for what nothing maps."""
+    """Raise for `unknown`, the structures without an index, among all that are `present`."""
     if unknown:
-        name, whose = (
-            "the mask" if file is None else file.name,
-            "model" if label_map is None else "label map",
-        )
+        name = "the mask" if file is None else file.name
+        source = "model" if label_map is None else "label map"
         by_name = all(segment.strict and segment.number < 0 for segment in unknown)
         keys = sorted(
             (k for k in label_map or () if k is not None),
             key=lambda k: (isinstance(k, str) != by_name, k),
         )
         raise UnknownLabels(
-            f"{name} holds {listed(unknown)}, which the {whose} does not know; all its values:"
-            f" {listed(found)}",
+            f"{name} holds {listed(unknown)}, which the {source} does not know; all its values:"
+            f" {listed(present)}",
             expected=(
                 f"only {table}" if label_map is None else f"only {', '.join(map(str, keys[:40]))}"
             ),
             remedy=(
-                f"give {_presets_for(found)}--labels MAP.json, {MAP_HELP}{where_names_are(found)}"
+                f"give {_presets_for(present)}--labels MAP.json,"
+                f" {MAP_HELP}{where_names_are(present)}"
             ),
             file=file,
         )
@@ -579,7 +691,7 @@ def _presets_for(segments: Sequence[Segment]) -> str:
 
 
 def _refuse_misnamed(unknown: Sequence[Segment], preset: str, file: Path | None) -> None:
-    """Raise where a file's own names for its values are not the preset's."""
+    """Raise where the names that a file gives its values are not the preset's."""
     for segment in unknown:
         expected_name = class_names(preset).get(segment.number)
         if not segment.strict or expected_name is None:
@@ -602,7 +714,7 @@ def _refuse_misnamed(unknown: Sequence[Segment], preset: str, file: Path | None)
 
 
 def _check_map(label_map: LabelMap | None, table: LabelTable, file: Path | None) -> None:
-    """Raise for a map that leads nowhere."""
+    """Raise for a map with an index that the model does not have."""
     if wrong := [
         index
         for index in (label_map or {}).values()
@@ -617,6 +729,11 @@ def _check_map(label_map: LabelMap | None, table: LabelTable, file: Path | None)
 
 
 def listed(segments: Sequence[Segment], most: int = 24) -> str:
-    """For a person: the first `most` of them, and how many there are."""
-    shown = ", ".join(describe(segment) for segment in segments[:most])
-    return shown + (f", … ({len(segments)} values)" if len(segments) > most else "")
+    """Structures for a message: the first of them, and how many they are.
+
+    Args:
+        segments: The structures.
+        most: How many to describe.
+    """
+    described = ", ".join(describe(segment) for segment in segments[:most])
+    return described + (f", … ({len(segments)} values)" if len(segments) > most else "")

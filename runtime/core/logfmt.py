@@ -1,4 +1,4 @@
-"""Lines of a log in logfmt: a UTC time, what happened, then key=value."""
+"""Log lines in logfmt: a UTC time, the event, then key=value fields."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from datetime import datetime, timezone
 
 
 def log_line(event: str, facts: Mapping[str, object]) -> str:
-    """One line.
+    """One line of the log.
 
     Args:
-        event: what happened, in one word.
-        facts: its fields, in their order.
+        event: The event, in one word.
+        facts: Its fields, in their order.
 
     Returns:
         The line without a newline, such as `2026-11-30T07:00:00Z synthesized case=a seed=0`.
@@ -22,13 +22,19 @@ def log_line(event: str, facts: Mapping[str, object]) -> str:
 
 
 def one_line(text: str) -> str:
-    """A value on one line whatever a stranger has put into it: no control characters, quoted
-    where it holds a space.
+    """A value of a field on one line, without control characters, in quotes if it has a space.
+
+    Args:
+        text: The value, which may come from an untrusted sender.
     """
-    shown = printable_line(text)[:400].replace('"', "'")
-    return f'"{shown}"' if " " in shown or not shown else shown
+    value = printable_line(text)[:400].replace('"', "'")
+    return f'"{value}"' if " " in value or not value else value
 
 
 def printable_line(text: str) -> str:
-    """The text with a question mark for each control character."""
+    """The text with a question mark for each control character.
+
+    Args:
+        text: Any text.
+    """
     return "".join(c if c.isprintable() else "?" for c in text)

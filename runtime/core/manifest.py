@@ -1,15 +1,16 @@
-"""The contract between training, export and runtime: what `manifest.json` says, as typed, validated
-data.
+"""The contract between training, export and runtime: `manifest.json` as typed, validated data.
 
-Everything between a label mask and Hounsfield units is inside the exported graph, so the runtime
-needs nothing but this:
+The exported graph computes everything between a label mask and Hounsfield units. The runtime needs
+only these tensors:
 
-    in   labels  uint8   [N, Z, H, W]   model indices of Z neighbouring axial slices; the middle one is synthesized
-    in   style   float32 [N, S]         optional: what patient and scanner bring, one vector per volume
-    in   noise   uint8   [N, H, W]      optional: white noise, shaped by the network into CT texture
-    out  ct      uint8   [N, H, W, 2]   int16 as little-endian bytes: `.view("<i2")[..., 0]` copies nothing
+    in   labels  uint8   [N, Z, H, W]   model indices of Z neighbouring axial slices; the network
+                                        synthesizes the middle one
+    in   style   float32 [N, S]         optional: one vector per volume, for patient and scanner
+    in   noise   uint8   [N, H, W]      optional: white noise that the network turns into CT texture
+    out  ct      uint8   [N, H, W, 2]   int16 as little-endian bytes: `.view("<i2")[..., 0]` does
+                                        not copy
 
-Standard library only: training and export import this module too.
+This module imports only the standard library, because training and export use it as well.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from .errors import ModelError, reading
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-METADATA = "mask2ct"  # the key under which a graph file states what it was exported for
-MAX_LABELS = 256  # indices cross the seams as uint8
-# What a manifest may ask for. Far beyond any network, and little enough that no manifest fills a
-# machine.
+METADATA = "mask2ct"  # the key of the signature in a graph file
+MAX_LABELS = 256  # indices are uint8
+# The limits of a manifest: far beyond any network, and low enough that a manifest cannot fill the
+# memory of a machine.
 MAX_BYTES = 4 << 20  # of manifest.json
 MAX_CANVAS, MAX_SLICES, MAX_STYLE = 8192, 255, 4096
 MIN_SPACING, MAX_SPACING = 1e-6, 1000.0  # mm
@@ -41,19 +42,31 @@ MIN_SPACING, MAX_SPACING = 1e-6, 1000.0  # mm
 
 @dataclass(frozen=True)
 class Label:
-    """One class. `value`: what files hold for it; `aliases`: other values that mean the same
-    (MM-WHS: 421 is 420).
+    """One class.
+
+    Attributes:
+        name: The name of the structure.
+        value: Its value in files.
+        aliases: Other values with the same meaning (MM-WHS: 421 is 420).
+        snomed: The SNOMED CT code of the structure, if it has one.
     """
 
     name: str
     value: int
     aliases: tuple[int, ...] = ()
-    snomed: str | None = None  # SNOMED CT code of the structure
+    snomed: str | None = None
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The classes in the model's own order: position 0, the background, is what is not labelled."""
+    """The classes in the model's order.
+
+    Attributes:
+        labels: The classes; the first one is the background, the voxels without a label.
+
+    Raises:
+        ValueError: There are too few or too many classes, or a name or a value occurs twice.
+    """
 
     labels: tuple[Label, ...]
 
@@ -71,11 +84,11 @@ class LabelTable:
             )
         names = [label.name for label in self.labels]
         values = [value for label in self.labels for value in (label.value, *label.aliases)]
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise _no(f"label name {twice[0]!r} occurs twice", "each once")
-        if again := [value for value, count in Counter(values).items() if count > 1]:
+        if repeated_names := [name for name, count in Counter(names).items() if count > 1]:
+            raise _no(f"label name {repeated_names[0]!r} occurs twice", "each once")
+        if repeated := [value for value, count in Counter(values).items() if count > 1]:
             raise _no(
-                f"label value {again[0]} occurs twice in 'value' and 'aliases' of 'labels'",
+                f"label value {repeated[0]} occurs twice in 'value' and 'aliases' of 'labels'",
                 "each once",
             )
 
@@ -93,6 +106,7 @@ class LabelTable:
 
     @property
     def by_name(self) -> dict[str, int]:
+        """Label name → model index."""
         return {label.name: index for index, label in enumerate(self.labels)}
 
     def __str__(self) -> str:
@@ -101,14 +115,20 @@ class LabelTable:
 
 @dataclass(frozen=True)
 class GridPolicy:
-    """How a mask's grid becomes the model's: labels are resampled nearest, the synthetic CT
-    linearly back.
+    """How a mask's grid is resampled to the model's canvas, and the synthetic CT back.
 
-    `canvas`: (H, W) in pixels that the network was trained on. `pixel_spacing`: (row, column)
-    distance in mm, the slice lying on the canvas as `runtime.core.resampling` says, which grows
-    only where labels need it; None: each slice is fitted to the canvas, whatever its size in mm. H
-    and W are multiples of `divisor`. `slices`: Z, odd; `slice_spacing`: mm between them (None when
-    Z = 1).
+    Labels are resampled with the nearest neighbour, the CT linearly (`runtime.core.resampling`).
+
+    Attributes:
+        canvas: (H, W) in pixels, as in training; multiples of `divisor`.
+        pixel_spacing: (row, column) distance of pixels in mm; the canvas grows only where labels
+            need it. None fits each slice to the canvas, whatever its size in mm.
+        divisor: What the network needs H and W to be multiples of.
+        slices: Z, the slices of one input; odd.
+        slice_spacing: Distance of these slices in mm; None when Z = 1.
+
+    Raises:
+        ValueError: A value is out of its range.
     """
 
     canvas: tuple[int, int]
@@ -143,8 +163,15 @@ class GridPolicy:
 
 @dataclass(frozen=True)
 class Intensity:
-    """What the output's numbers mean: `unit` ("HU", or "a.u." for MR) and the range [low, high]
-    the model can synthesize.
+    """The meaning of the output's numbers.
+
+    Attributes:
+        unit: "HU", or "a.u." for MR.
+        low: The lowest value that the model can synthesize, in that unit.
+        high: The highest one.
+
+    Raises:
+        ValueError: The range is empty or beyond int16.
     """
 
     unit: str
@@ -163,7 +190,10 @@ class Intensity:
 class TensorSpec:
     """One input or output of the graph.
 
-    Dimensions that a caller chooses are named: "N", "H", "W".
+    Attributes:
+        name: The name of the tensor in the graph.
+        dtype: The name of its dtype.
+        shape: Its dimensions; "N", "H" and "W" for those that the caller chooses.
     """
 
     name: str
@@ -172,8 +202,15 @@ class TensorSpec:
 
 
 def tensor_specs(slices: int, style: int, noise: bool) -> tuple[tuple[TensorSpec, ...], TensorSpec]:
-    """The (inputs, output) that the contract above prescribes for Z = `slices`, S = `style` and
-    a noise input or none.
+    """The tensors that the contract prescribes.
+
+    Args:
+        slices: Z, the slices of one input.
+        style: S, the length of the style vector; 0 for a model without one.
+        noise: Whether the model has a noise input.
+
+    Returns:
+        The inputs and the output.
     """
     inputs = [TensorSpec("labels", "uint8", ("N", slices, "H", "W"))]
     if style:
@@ -185,11 +222,15 @@ def tensor_specs(slices: int, style: int, noise: bool) -> tuple[tuple[TensorSpec
 
 @dataclass(frozen=True)
 class ModelFile:
-    """One file of a model folder: its role ("onnx", "engine", "layers"), precision, size in bytes
-    and SHA-256.
+    """One file of a model folder.
 
-    `facts`: what an engine is tied to (TensorRT's version, compute capability, shapes, device
-    memory); empty for a graph.
+    Attributes:
+        kind: Its role: "onnx", "engine" or "layers".
+        precision: Its precision.
+        bytes: Its size in bytes.
+        sha256: Its SHA-256, 64 hexadecimal digits.
+        facts: The conditions of an engine (TensorRT's version, compute capability, shapes, device
+            memory); empty for a graph.
     """
 
     kind: str
@@ -201,11 +242,22 @@ class ModelFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a model folder says of itself (JSON Schema: manifest.schema.json, beside this module).
+    """The description of a model folder (JSON Schema: manifest.schema.json, beside this module).
 
-    `parity`: file name → backend → what was measured at export: the errors against the network in
-    HU, slices/s, versions. `training`, `export`: how the weights and the files were made.
-    `derived`: the CTs are real ones, deformed, and not synthetic; no model folder says so.
+    Attributes:
+        name: The name of the model.
+        labels: Its classes.
+        grid: How a mask is resampled for it.
+        intensity: The meaning of its output.
+        style: S, the length of the style vector; 0 for a model without one.
+        noise: Whether it has a noise input.
+        files: The files of the folder, by name.
+        parity: File name → backend → the measurements of export: errors against the network in HU,
+            slices/s, versions.
+        training: How training made the weights.
+        export: How export made the files.
+        license: The license of the weights.
+        derived: The CTs are real CTs, deformed, and not synthetic. No model folder says so.
     """
 
     name: str
@@ -223,22 +275,31 @@ class Manifest:
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
+        """The inputs of the graph, in their order."""
         return tensor_specs(self.grid.slices, self.style, self.noise)[0]
 
     @property
     def output(self) -> TensorSpec:
+        """The output of the graph."""
         return tensor_specs(self.grid.slices, self.style, self.noise)[1]
 
     def file_of(self, kind: str, precision: str) -> str | None:
-        """The name of the file of that kind and precision, or None."""
+        """The name of a file, or None.
+
+        Args:
+            kind: Its role, as in `ModelFile`.
+            precision: Its precision.
+        """
         return next(
             (name for name, f in self.files.items() if (f.kind, f.precision) == (kind, precision)),
             None,
         )
 
     def signature(self) -> str:
-        """What a graph file must have been exported for to serve this manifest, as JSON; it is
-        written into the file itself.
+        """The signature of a graph for this manifest, as JSON.
+
+        Export writes it into each graph file, so that a graph for other labels, inputs or
+        intensities is recognized.
         """
         intensity = [self.intensity.unit, self.intensity.low, self.intensity.high]
         labels = [[label.name, label.value] for label in self.labels.labels]
@@ -254,27 +315,36 @@ class Manifest:
         )
 
     def check_signature(self, stated: str | None, path: Path) -> None:
-        """Raise `ModelError` when the graph in `path` was exported for other labels, inputs or
-        intensities than this manifest's.
+        """Compare the signature of a graph file with this manifest.
+
+        Args:
+            stated: The signature in the file; None for a file without one.
+            path: The file, for the message.
+
+        Raises:
+            ModelError: The graph was exported for other labels, inputs or intensities.
         """
-        wanted = json.loads(self.signature())
+        expected = json.loads(self.signature())
         try:
-            found = json.loads(stated or "{}")
-            wrong = {key: found.get(key) for key in wanted if found.get(key) != wanted[key]}
+            signature = json.loads(stated or "{}")
+            wrong = {
+                key: signature.get(key) for key in expected if signature.get(key) != expected[key]
+            }
         except (ValueError, AttributeError, RecursionError):
-            wrong = {"statement": stated}
+            wrong = {"signature": stated}
         if wrong:
             raise ModelError(
                 f"{path.name} was exported for other {', '.join(wrong)}: {json.dumps(wrong)[:300]}",
                 expected=(
                     f"what {MANIFEST} says:"
-                    f" {json.dumps({key: wanted.get(key) for key in wrong})[:300]}"
+                    f" {json.dumps({key: expected.get(key) for key in wrong})[:300]}"
                 ),
                 remedy="restore the model folder, or export the run again",
                 file=path,
             )
 
     def to_json(self) -> dict[str, Any]:
+        """The content of `manifest.json`."""
         return {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
@@ -294,9 +364,13 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
-        """Rebuild from `to_json`'s form.
+        """Check the content of `manifest.json` and build the manifest from it.
 
-        Raises KeyError, TypeError or ValueError that say what is wrong.
+        Args:
+            data: The parsed JSON.
+
+        Raises:
+            ValueError: A key is missing or its value is wrong. The text says which.
         """
         data = mapping(data, "the manifest")
         if data["schema_version"] != SCHEMA_VERSION:
@@ -309,8 +383,8 @@ class Manifest:
         described = {
             key: mapping(data.get(key, {}), f"{key!r}") for key in ("parity", "training", "export")
         }
-        for name, proof in described["parity"].items():
-            mapping(proof, f"the parity of {name!r}")
+        for name, measurements in described["parity"].items():
+            mapping(measurements, f"the parity of {name!r}")
         if type(data["noise"]) is not bool:
             raise _no(f"'noise' is {shown(data['noise'])}", "true or false")
         manifest = cls(
@@ -332,12 +406,13 @@ class Manifest:
             training=described["training"],
             export=described["export"],
         )
-        stated = {
-            "inputs": [_spec(s, "a part of 'inputs'") for s in items(data["inputs"], "'inputs'")]
-        }
-        stated["output"] = [_spec(data["output"], "'output'")]
-        for key, prescribed in (("inputs", [*manifest.inputs]), ("output", [manifest.output])):
-            if stated[key] != prescribed:
+        inputs = [_spec(s, "a part of 'inputs'") for s in items(data["inputs"], "'inputs'")]
+        outputs = [_spec(data["output"], "'output'")]
+        for key, stated, prescribed in (
+            ("inputs", inputs, [*manifest.inputs]),
+            ("output", outputs, [manifest.output]),
+        ):
+            if stated != prescribed:
                 raise _no(
                     f"{key!r} does not fit 'slices', 'style' and 'noise'",
                     "the tensors that the contract prescribes",
@@ -346,22 +421,26 @@ class Manifest:
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Read `folder/manifest.json`.
+        """Read `manifest.json` of a model folder; the other files are not read.
 
-        Raises `ModelError` when it is missing or wrong; the files are not read.
+        Args:
+            folder: The model folder.
+
+        Raises:
+            ModelError: The manifest is missing or wrong.
         """
         path = folder / MANIFEST
         remedy = "point --model at a folder that `python export/build_engine.py RUN -o MODEL` wrote"
         with reading(folder, "a folder with manifest.json", ModelError):
-            there, stated = folder.is_dir(), path.exists()
-        if not there:
+            is_folder, has_manifest = folder.is_dir(), path.exists()
+        if not is_folder:
             raise ModelError(
                 f"model folder {folder} does not exist",
                 expected="a folder with manifest.json",
                 remedy=remedy,
                 file=folder,
             )
-        if not stated:
+        if not has_manifest:
             raise ModelError(
                 f"{folder} holds no {MANIFEST}",
                 expected="a model folder",
@@ -387,16 +466,19 @@ class Manifest:
             ) from exc
 
     def verify(self, folder: Path, names: Iterable[str]) -> None:
-        """Compare the size and SHA-256 of the named files with the manifest's.
+        """Compare the size and SHA-256 of files with the manifest.
 
-        Raises `ModelError` on any difference.
+        Args:
+            folder: The model folder.
+            names: The names of the files.
+
+        Raises:
+            ModelError: A file is missing or differs.
         """
+        remedy = "copy the model folder again from where it was built"
         for name in names:
             path, stated = folder / name, self.files[name]
-            expected, remedy = (
-                f"{stated.bytes} bytes with sha256 {stated.sha256}",
-                "copy the model folder again from where it was built",
-            )
+            expected = f"{stated.bytes} bytes with sha256 {stated.sha256}"
             with reading(path, expected, ModelError):
                 missing, altered = not path.exists(), False
                 if not missing:
@@ -422,11 +504,14 @@ class Manifest:
 
 
 def _file(name: str, data: Any) -> ModelFile:
+    """Check one entry of 'files'."""
     data = mapping(data, f"the file {name!r}")
     if Path(name).name != name or name == ".." or "\\" in name:
         raise _no(f"file name {name!r}", "a plain name in the model folder")
     if unknown := set(data) - {"kind", "precision", "bytes", "sha256", "facts"}:
-        raise _no(f"the file {name!r} has a key {min(unknown)!r}", "those that this mask2ct knows")
+        raise _no(
+            f"the file {name!r} has a key {min(unknown)!r}", "only keys that this mask2ct knows"
+        )
     digest = text(data["sha256"], f"the sha256 of {name!r}")
     if not re.fullmatch("[0-9a-f]{64}", digest):
         raise _no(f"the sha256 of {name!r} is {digest!r:.100}", "64 hexadecimal digits")
@@ -435,23 +520,26 @@ def _file(name: str, data: Any) -> ModelFile:
         text(data["precision"], f"the precision of {name!r}"),
         whole(data["bytes"], f"the size of {name!r}", 1, 1 << 50),
         digest,
-        mapping(data.get("facts", {}), f"what is said of {name!r}"),
+        mapping(data.get("facts", {}), f"the facts of {name!r}"),
     )
 
 
 def _spec(data: Any, what: str) -> TensorSpec:
+    """Check one input or output."""
     data = mapping(data, what)
-    name, dtype, shape = (
-        data.read("name", text),
-        data.read("dtype", text),
-        data.read("shape", items),
-    )
+    name, dtype = data.read("name", text), data.read("dtype", text)
+    shape = data.read("shape", items)
     if not all(isinstance(side, (int, str)) for side in shape):
         raise _no(f"'shape' of {what} is {shown(shape)}", "integers and names")
     return TensorSpec(name, dtype, tuple(shape))
 
 
 def labels_to_json(table: LabelTable) -> list[dict[str, Any]]:
+    """The rows of 'labels' in `manifest.json`.
+
+    Args:
+        table: The classes.
+    """
     return [
         {
             "index": i,
@@ -465,8 +553,13 @@ def labels_to_json(table: LabelTable) -> list[dict[str, Any]]:
 
 
 def labels_from_json(rows: Iterable[Mapping[str, Any]]) -> LabelTable:
-    """Raises KeyError, TypeError or ValueError when a row is wrong or the rows are not in the
-    order of their index.
+    """Check the rows of 'labels' and build the label table from them.
+
+    Args:
+        rows: The rows in the order of their index.
+
+    Raises:
+        ValueError: A row is wrong or out of order. The text says which.
     """
     labels = []
     for position, row in enumerate(items(rows, "'labels'")):
@@ -489,26 +582,40 @@ def labels_from_json(rows: Iterable[Mapping[str, Any]]) -> LabelTable:
 
 
 def grid_to_json(grid: GridPolicy) -> dict[str, Any]:
+    """The object 'grid' of `manifest.json`.
+
+    Args:
+        grid: The policy.
+    """
     return {
         key: list(value) if isinstance(value, tuple) else value for key, value in vars(grid).items()
     }
 
 
 def grid_from_json(data: Mapping[str, Any]) -> GridPolicy:
+    """Check the object 'grid' and build the policy from it.
+
+    Args:
+        data: The parsed JSON.
+
+    Raises:
+        ValueError: A key is missing or its value is wrong. The text says which.
+    """
     data = mapping(data, "'grid'")
     height, width = (
         whole(side, "a side of 'canvas'", 1, MAX_CANVAS)
         for side in items(data["canvas"], "'canvas'", 2)
     )
-    pixel, apart = data["pixel_spacing"], data["slice_spacing"]
-    if pixel is not None:
-        pixel = tuple(
-            float(number(step, "'pixel_spacing'")) for step in items(pixel, "'pixel_spacing'", 2)
+    pixel_spacing, slice_spacing = data["pixel_spacing"], data["slice_spacing"]
+    if pixel_spacing is not None:
+        pixel_spacing = tuple(
+            float(number(step, "'pixel_spacing'"))
+            for step in items(pixel_spacing, "'pixel_spacing'", 2)
         )
     return GridPolicy(
         canvas=(height, width),
-        pixel_spacing=pixel,
+        pixel_spacing=pixel_spacing,
         divisor=whole(data["divisor"], "'divisor'", 1, MAX_CANVAS),
         slices=whole(data["slices"], "'slices'", 1, MAX_SLICES),
-        slice_spacing=None if apart is None else number(apart, "'slice_spacing'"),
+        slice_spacing=(None if slice_spacing is None else number(slice_spacing, "'slice_spacing'")),
     )

@@ -1,4 +1,4 @@
-"""How much memory this process may have: the machine's, or less where the run was given less."""
+"""How much memory this process may have: the machine's memory, or a lower limit of the run."""
 
 from __future__ import annotations
 
@@ -12,22 +12,24 @@ MEMBERSHIP = Path("/proc/self/cgroup")
 
 
 def memory_limit() -> int | None:
-    """The least of the machine's memory, the limits of the process (`ulimit -v`, `-d`) and of its
-    control groups, in bytes.
+    """The memory that this process may have.
 
     Returns:
-        None where the system says nothing of it.
+        The least of the machine's memory, the limits of the process (`ulimit -v`, `-d`) and the
+        limits of its control groups, in bytes. None where the system states none of them.
     """
     return min([*_machine(), *_process(), *group_limits()], default=None)
 
 
 def _machine() -> Iterator[int]:
+    """The machine's memory in bytes, where the system states it."""
     if hasattr(os, "sysconf"):
         with suppress(ValueError, OSError):
             yield os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _process() -> Iterator[int]:
+    """The limits of this process in bytes (getrlimit(2))."""
     try:
         import resource
     except ImportError:  # Windows
@@ -39,12 +41,14 @@ def _process() -> Iterator[int]:
 
 
 def group_limits(membership: Path = MEMBERSHIP, root: Path = CGROUPS) -> Iterator[int]:
-    """The limits of the control groups of this process, and of those that these lie in (cgroups(7),
-    versions 1 and 2).
+    """The limits of this process's control groups and of their parents (cgroups(7), v1 and v2).
 
     Args:
-        membership: Lines of "number:controllers:path", version 2's without controllers.
+        membership: Lines of "number:controllers:path"; a line of version 2 has no controllers.
         root: Where the file system of the groups is mounted.
+
+    Yields:
+        Each limit in bytes.
     """
     try:
         lines = membership.read_text(encoding="utf-8").splitlines()
@@ -57,9 +61,7 @@ def group_limits(membership: Path = MEMBERSHIP, root: Path = CGROUPS) -> Iterato
             (root / "memory", "memory.limit_in_bytes") if controllers else (root, "memory.max")
         )
         group = Path(path.strip("/"))
-        for folder in (
-            group,
-            *group.parents,
-        ):  # the last one is the top, where a container sees its own limit
-            with suppress(OSError, ValueError):  # "max" is no number
+        # The last parent is the top, where a container sees its own limit.
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # "max" is not a number
                 yield int((top / folder / name).read_text(encoding="ascii"))

@@ -1,8 +1,8 @@
-"""`RandWarp`: a random transform for training loops: a real image deformed with its label,
-intensities moved by class.
+"""`RandWarp`: a random transform for training loops that warps a real image and its label.
 
-Numpy alone. It is called like a transform of MONAI or TorchIO and knows neither: whatever has an
-`affine` says where it lies, and whatever has `clone` and `new_tensor` is a tensor.
+It needs only numpy. It is called like a transform of MONAI or TorchIO and imports neither: it reads
+the `affine` of an image that has one, and takes an image with `clone` and `new_tensor` for a
+tensor.
 """
 
 from __future__ import annotations
@@ -27,17 +27,20 @@ JITTER = IntensityJitter()
 class RandWarp:
     """Deforms an image and its label by one random field, and moves the intensity of each class.
 
-    Every call draws anew, in each worker of a data loader and in each epoch. With `variant` a call
-    draws nothing: the pair is a function of (seed, label, variant) and the image, whichever worker
-    makes it, and however many there are.
+    Every call draws anew, in each worker of a data loader and in each epoch. A call with `variant`
+    draws nothing: the pair depends on (seed, label, variant) and the image alone, and not on the
+    worker or the number of workers.
 
     Args:
-        ranges: how far shapes differ, as for the variants of a mask.
-        jitter: how far intensities differ; None leaves them as they are.
-        unit: "HU" or another unit of the images.
-        prob: how likely a call changes anything.
-        seed: of all draws; None takes one from the system.
-        keys: of a dict, the image and the label.
+        ranges: How far shapes may differ, as for the variants of a mask.
+        jitter: How far intensities may differ; None keeps them.
+        unit: "HU", or another unit of the images.
+        prob: The probability that a call changes the pair.
+        seed: Seed of all draws; None takes one from the system.
+        keys: The keys of image and label in a dict.
+
+    Raises:
+        UsageError: `prob` is not a probability.
     """
 
     def __init__(
@@ -60,8 +63,11 @@ class RandWarp:
         """Begin the draws anew, as MONAI's loaders do in each worker.
 
         Args:
-            seed: of all draws; None takes one from the system, or from `state`.
-            state: a `numpy.random.RandomState` that a seed is drawn from.
+            seed: Seed of all draws; None takes one from `state`, or else from the system.
+            state: A `numpy.random.RandomState` to draw the seed from.
+
+        Returns:
+            This transform.
         """
         if seed is None:
             seed = (
@@ -82,22 +88,23 @@ class RandWarp:
         spacing: Any = None,
         variant: int | None = None,
     ) -> Any:
-        """One pair.
+        """Warp one pair.
 
         Args:
             image: (i, j, k) or (1, i, j, k), an array or a tensor; or a dict that holds both.
-            label: whole numbers on the same grid; 0 is no label.
-            affine: 4x4, RAS+, mm, of the indices (i, j, k), as NiBabel, MONAI and TorchIO have it;
-                default: the image's own `affine`.
-            spacing: in its place the mm between voxels along i, j and k.
-            variant: which variant of the pair; default: another one at each call. 0 keeps the shape.
+            label: Integers on the same grid; 0 is the background.
+            affine: 4x4, RAS+, mm, of the indices (i, j, k), as in NiBabel, MONAI and TorchIO.
+                Default: the image's `affine`.
+            spacing: Instead of the affine, the mm between voxels along i, j and k.
+            variant: Which variant of the pair; 0 keeps the shape. Default: another one at each
+                call.
 
         Returns:
-            What was given, deformed: a dict, or image and label; kinds and dtypes stay.
+            The dict, or the image and the label, warped, with their types and dtypes.
 
         Raises:
-            UsageError: where nothing says how far voxels lie apart.
-            InputError: for an image and a label that are not on one grid, or no labels.
+            UsageError: The voxel spacing is unknown.
+            InputError: Image and label are not on one grid, or the label is not a label map.
         """
         if isinstance(image, Mapping):
             first, second = self.keys
@@ -113,7 +120,7 @@ class RandWarp:
         named, indices = np.unique(labels, return_inverse=True)
         if 0 not in named:
             named, indices = np.concatenate([[0], named]), indices + 1
-        order = np.argsort(named != 0, kind="stable")  # 0 first: it is no label
+        order = np.argsort(named != 0, kind="stable")  # the background 0 comes first
         if len(named) > MAX_LABELS or (named != np.rint(named)).any():
             raise UnreadableVolume(
                 f"the label holds {len(named)} values, {named[-1]} among them",
@@ -129,10 +136,11 @@ class RandWarp:
         return _like(image, moved.T), _like(label, named[order][deformed.labels.T])
 
     def _draw(self) -> tuple[int, bool]:
-        """Which variant this call is, and whether it changes anything.
+        """The variant of this call, and whether the call changes the pair.
 
-        A worker has a copy of this object: what torch seeds it with, anew in each epoch, counts; in
-        another process without torch a number from the system.
+        Each worker of a data loader has a copy of this object. PyTorch seeds it anew in each epoch,
+        and that seed distinguishes the workers. In a process that was forked without PyTorch a
+        number of the system does.
         """
         loading = sys.modules.get("torch.utils.data")
         worker = loading.get_worker_info() if loading is not None else None
@@ -149,10 +157,7 @@ class RandWarp:
 
 
 def _spatial(values: Any) -> NDArray[Any]:
-    """The array (i, j, k) of an array or tensor, its one channel left out.
-
-    Raises `UnreadableVolume`.
-    """
+    """The array (i, j, k) of an array or tensor, without its channel axis."""
     array = np.asarray(values.detach().cpu().numpy() if hasattr(values, "detach") else values)
     if array.ndim == 4 and len(array) == 1:
         array = array[0]
@@ -166,12 +171,13 @@ def _spatial(values: Any) -> NDArray[Any]:
 
 
 def _geometry(image: Any, affine: Any, spacing: Any) -> Geometry:
+    """Where the voxels lie, by `affine`, `spacing` or the image's affine."""
     affine = getattr(image, "affine", None) if affine is None and spacing is None else affine
     if affine is not None:
         return Geometry.from_ras(np.asarray(affine, float))
     if spacing is None:
         raise UsageError(
-            "nothing says how far voxels lie apart",
+            "the voxel spacing is unknown",
             expected="an image with an affine, or affine= or spacing=",
             remedy="give one of them",
         )
@@ -179,16 +185,12 @@ def _geometry(image: Any, affine: Any, spacing: Any) -> Geometry:
 
 
 def _like(template: Any, values: NDArray[Any]) -> Any:
-    """`values` as what `template` is: its shape, dtype and kind."""
+    """`values` with the shape, dtype and type of `template`."""
     shape = tuple(template.shape)
     if hasattr(template, "new_tensor"):
         out = template.clone()
-        whole = not out.dtype.is_floating_point
-        out.copy_(
-            template.new_tensor(np.ascontiguousarray(np.rint(values) if whole else values)).reshape(
-                shape
-            )
-        )
+        rounded = values if out.dtype.is_floating_point else np.rint(values)
+        out.copy_(template.new_tensor(np.ascontiguousarray(rounded)).reshape(shape))
         return out
     dtype = np.asarray(template).dtype
     if dtype.kind in "iu":

@@ -2,11 +2,11 @@
 
 Training uses the same code.
 
-The model synthesizes axial slices whose rows run from anterior to posterior and whose columns run
-from the patient's right to the left, as DICOM's axial images do. Volumes come in any axis order:
-the array axis nearest to the patient's inferior-superior axis counts the slices, the one nearest to
-anterior-posterior the rows. Oblique volumes stay oblique: slices are synthesized along their own
-axes, nothing is rotated.
+The model synthesizes axial slices. Their rows run from anterior to posterior and their columns from
+the patient's right to the left, as in axial DICOM images. A volume may have any axis order: the
+array axis nearest to the patient's inferior-superior axis counts the slices, the one nearest to
+anterior-posterior the rows. Oblique volumes stay oblique: slices follow the volume's axes, without
+a rotation.
 """
 
 from __future__ import annotations
@@ -23,26 +23,36 @@ from .errors import GeometryError
 from .manifest import GridPolicy
 from .volume import Geometry
 
-# of the mask's: what is between stays in the core's cache, and is too small to be asked of the
-# system anew each time
+# Rows of the mask that one step resamples. The arrays in between then stay in the cache of a core,
+# and are small enough that no step allocates memory from the system.
 ROWS_AT_ONCE = 64
-MOST_GROWTH = 64  # times the canvas' area; larger is taken for a wrong unit
-Taps = tuple[
-    NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]
-]  # lower index, upper index, weight of the upper
+MOST_GROWTH = 64  # times the area of the canvas; a larger one means a wrong unit
+# Lower index, upper index, weight of the upper one.
+Taps = tuple[NDArray[np.intp], NDArray[np.intp], NDArray[np.float32]]
 
 
 class SliceGrid:
-    """How the axial slices of one volume of `shape` (D, H, W) lie on the model's canvas.
+    """How the axial slices of one volume lie on the model's canvas.
 
-    `axis`: the array axis that counts the slices; `count`: how many; `size`: (H, W) of the canvas
-    in pixels; `covers`: whether the whole slice lies on it. Slices are named by their index k along
-    `axis`, in the array's own order.
+    With a pixel spacing, a slice smaller than the canvas lies in its middle. A larger slice is cut
+    to the canvas of the training, about the slice's middle, moved as far as needed to hold every
+    label. Where the labels reach further than the canvas, the canvas grows by multiples of the
+    divisor.
 
-    With a pixel spacing, a slice smaller than the canvas lies in its middle. A larger one is cut to
-    the canvas, which is what the network was trained on, about the slice's middle, moved as far as
-    it takes to hold every voxel of `labels` (D, H, W); only where labels reach further than the
-    canvas does it grow, by multiples of the divisor.
+    Args:
+        policy: The grid of the model.
+        geometry: Where the voxels lie.
+        shape: (D, H, W) of the volume.
+        labels: uint8 (D, H, W); None for a volume without labels.
+
+    Attributes:
+        axis: The array axis that counts the slices; slice k is the k-th along it.
+        count: The number of slices.
+        size: (H, W) of the canvas in pixels.
+        covers: Whether the complete slice lies on the canvas.
+
+    Raises:
+        GeometryError: The labels need far more than the canvas of the training.
     """
 
     def __init__(
@@ -55,7 +65,8 @@ class SliceGrid:
         self._policy = policy
         slices, rows, columns = axial_axes(geometry)
         self.axis, self.count = slices, shape[slices]
-        # array axis a is voxel index 2 - a; its sign says which way the patient axis runs along it
+        # Array axis a is voxel index 2 - a. The sign tells whether the patient's axis runs along it
+        # or against it.
         sign = {
             a: np.sign(geometry.direction[2 - n, 2 - a])
             for n, a in enumerate((slices, rows, columns))
@@ -66,9 +77,7 @@ class SliceGrid:
             slice(None, None, int(sign[rows]) or 1),
             slice(None, None, int(sign[columns]) or 1),
         )
-        self._transpose = (
-            rows > columns
-        )  # after taking slice k, rows come first when rows < columns
+        self._transpose = rows > columns  # a slice of the array has its rows first otherwise
         self._step = spacing[slices]
 
         extent = (shape[rows], shape[columns])
@@ -106,39 +115,45 @@ class SliceGrid:
         self._nearest = [line.nearest() for line in lines]
         self._to_canvas = [_linear(line.positions, line.extent) for line in lines]
         self._to_mask = [_linear(line.inverse, line.size) for line in lines]
-        self._from_mask = _both(
-            *(_within(line.positions, line.extent) for line in lines)
-        )  # pixels that lie on the slice
-        self._from_canvas = _both(
-            *(_within(line.inverse, line.size) for line in lines)
-        )  # voxels that lie on the canvas
+        # The pixels that lie on the slice, and the voxels that lie on the canvas.
+        self._from_mask = _both(*(_within(line.positions, line.extent) for line in lines))
+        self._from_canvas = _both(*(_within(line.inverse, line.size) for line in lines))
         self.covers = bool(self._from_canvas.all())
 
     def labels(self, volume: NDArray[np.uint8], k: int) -> NDArray[np.uint8]:
-        """Slice k of a label `volume` (D, H, W) and its neighbours on the canvas: uint8 (Z, H, W),
-        nearest, 0 outside.
+        """Put a slice of labels and its neighbours on the canvas, with the nearest neighbour.
 
-        Neighbour n lies n x `slice_spacing` mm towards the head; past the volume's ends its last
-        slice stands in.
+        Neighbour n lies n x `slice_spacing` mm towards the head. Beyond the ends of the volume its
+        last slice goes on.
+
+        Args:
+            volume: uint8 (D, H, W).
+            k: Index of the slice.
+
+        Returns:
+            uint8 (Z, H, W); 0 outside the volume.
         """
         z = self._policy.slices
         out = np.empty((z, *self.size), np.uint8)
         rows, columns = self._nearest
         for n in range(z):
-            away = int(
-                abs(n - z // 2) * (self._policy.slice_spacing or 0.0) / self._step + 0.5
-            )  # slices: the same for every k
+            # The distance in slices is the same for every k.
+            away = int(abs(n - z // 2) * (self._policy.slice_spacing or 0.0) / self._step + 0.5)
             near = min(max(k + (away if (n > z // 2) == self._up else -away), 0), self.count - 1)
-            np.multiply(
-                self._axial(volume, near).take(rows, 0).take(columns, 1),
-                self._from_mask,
-                out=out[n],
-            )
+            plane = self._axial(volume, near).take(rows, 0).take(columns, 1)
+            np.multiply(plane, self._from_mask, out=out[n])
         return out
 
     def image(self, volume: NDArray[Any], k: int, outside: float) -> NDArray[np.float32]:
-        """Slice k of an intensity `volume` (D, H, W) on the canvas: float32 (H, W), linear,
-        `outside` beyond the slice.
+        """Put a slice of intensities on the canvas, with linear interpolation.
+
+        Args:
+            volume: Intensities (D, H, W).
+            k: Index of the slice.
+            outside: The value of pixels beyond the slice.
+
+        Returns:
+            float32 (H, W).
         """
         plane = self._axial(volume, k).astype(np.float32)
         out = _lerp(_lerp(plane, self._to_canvas[0], 0), self._to_canvas[1], 1)
@@ -146,10 +161,12 @@ class SliceGrid:
         return out
 
     def back(self, ct: NDArray[np.int16], out: NDArray[np.int16], outside: int) -> None:
-        """Put a synthesized canvas, int16 (H, W), on the mask's own grid into `out`: int16, a slice
-        of the volume in its own axis order, linear.
+        """Resample a synthetic slice from the canvas to the mask's grid, linearly.
 
-        Voxels beyond the canvas are `outside`.
+        Args:
+            ct: int16 HU (H, W), the canvas.
+            out: int16, a slice of the volume in the array's axis order; the result is written here.
+            outside: The value of voxels beyond the canvas, in HU.
         """
         out = (out.T if self._transpose else out)[self._flip]
         (low, high, weight), columns = self._to_mask
@@ -160,7 +177,7 @@ class SliceGrid:
                 plane = _lerp(ct[first : last + 1].astype(np.float32), columns, 1)
                 plane = _lerp(plane, (low[rows] - first, high[rows] - first, weight[rows]), 0)
                 out[rows] = np.rint(plane, out=plane)
-        else:  # every pixel of the mask lies on a pixel of the canvas
+        else:  # every voxel of the mask lies on a pixel of the canvas
             out[...] = ct[np.ix_(low, columns[0])]
         if not self.covers:
             out[~self._from_canvas] = outside
@@ -168,21 +185,16 @@ class SliceGrid:
     def _spans(
         self, labels: NDArray[np.uint8]
     ) -> tuple[tuple[int, int] | None, tuple[int, int] | None]:
-        """First and last row, and column, that hold a label in any slice."""
-        seen = [np.zeros(n, bool) for n in self._axial(labels, 0).shape]
+        """The first and last row, and the first and last column, with a label in any slice."""
+        in_row, in_column = (np.zeros(n, bool) for n in self._axial(labels, 0).shape)
         for k in range(self.count):
             plane = self._axial(labels, k)
-            seen[0] |= plane.any(1)
-            seen[1] |= plane.any(0)
-        rows, columns = (np.flatnonzero(line) for line in seen)
-        return (int(rows[0]), int(rows[-1])) if len(rows) else None, (
-            (
-                int(columns[0]),
-                int(columns[-1]),
-            )
-            if len(columns)
-            else None
-        )
+            in_row |= plane.any(1)
+            in_column |= plane.any(0)
+        rows, columns = np.flatnonzero(in_row), np.flatnonzero(in_column)
+        if not len(rows):
+            return None, None
+        return (int(rows[0]), int(rows[-1])), (int(columns[0]), int(columns[-1]))
 
     def _axial(self, volume: NDArray[Any], k: int) -> NDArray[Any]:
         """A view of slice k with rows anterior → posterior and columns right → left."""
@@ -191,8 +203,13 @@ class SliceGrid:
 
 
 def axial_axes(geometry: Geometry) -> tuple[int, int, int]:
-    """The array axes that count (slices, rows, columns): the assignment of axes to S, P, L with
-    the largest |cosines|.
+    """The array axes that count (slices, rows, columns).
+
+    Of all assignments of the axes to superior, posterior and left, it takes the one with the
+    largest sum of |cosines|.
+
+    Args:
+        geometry: Where the voxels lie.
     """
     cosines = np.abs(geometry.direction)  # [LPS axis, voxel axis]
     best = max(
@@ -203,7 +220,7 @@ def axial_axes(geometry: Geometry) -> tuple[int, int, int]:
 
 
 def _disorder(permutation: tuple[int, ...]) -> int:
-    """Ties (exactly 45 degrees) keep the array's own order (slices, rows, columns)."""
+    """How far an assignment is from the array's order, which wins a tie (exactly 45 degrees)."""
     return sum(
         abs(value - expected) for value, expected in zip(permutation, (2, 1, 0), strict=True)
     )
@@ -211,8 +228,13 @@ def _disorder(permutation: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True)
 class _Line:
-    """One in-plane axis: `extent` voxels, `size` pixels of `scale` voxels each, the canvas'
-    middle at voxel `centre`.
+    """One in-plane axis of the slice and of the canvas.
+
+    Attributes:
+        extent: Voxels of the slice.
+        scale: Voxels per pixel.
+        size: Pixels of the canvas.
+        centre: The middle of the canvas, in voxels.
     """
 
     extent: int
@@ -222,31 +244,31 @@ class _Line:
 
     @cached_property
     def positions(self) -> NDArray[np.float64]:
-        """For each pixel its place in voxels.
+        """The position of each pixel, in voxels.
 
-        Even an equal spacing would fall half-way between voxels when the sizes differ by an odd
-        number: the canvas is moved by half a pixel then, so that equal spacing copies.
+        With equal spacings, pixels would lie half-way between voxels where the sizes differ by an
+        odd number. The canvas then moves by half a pixel, so that equal spacings copy the values.
         """
-        places = (
-            self.centre
-            + (np.arange(self.size, dtype=np.float64) - (self.size - 1) / 2) * self.scale
-        )
+        steps = np.arange(self.size, dtype=np.float64) - (self.size - 1) / 2
+        places = self.centre + steps * self.scale
         return np.asarray(np.floor(places + 0.5 + 1e-9)) if abs(self.scale - 1) < 1e-6 else places
 
     @cached_property
     def inverse(self) -> NDArray[np.float64]:
-        """For each voxel its place in pixels."""
+        """The position of each voxel, in pixels."""
         return (np.arange(self.extent) - self.positions[0]) / self.scale
 
     def nearest(self) -> NDArray[np.intp]:
+        """The voxel nearest to each pixel."""
         return np.clip(np.floor(self.positions + 0.5), 0, self.extent - 1).astype(np.intp)
 
 
 def _line(
     extent: int, scale: float, side: int, divisor: int, span: tuple[int, int] | None
 ) -> _Line:
-    """A canvas of `side` pixels about the middle of the voxels, moved or grown to hold `span`
-    with a pixel to spare.
+    """A canvas of `side` pixels about the middle of the voxels.
+
+    It moves and grows as far as needed to hold `span` and one more pixel at either end.
     """
     middle = (extent - 1) / 2
     if extent / scale <= side + 1e-6 or span is None:
@@ -258,16 +280,17 @@ def _line(
 
 
 def _within(places: NDArray[np.float64], count: int) -> NDArray[np.bool_]:
-    """Which places lie on one of `count` cells, whose borders are half a cell off their centres."""
+    """Which places lie on one of `count` cells; cell n reaches from n - 0.5 to n + 0.5."""
     return (places > -0.5 - 1e-6) & (places < count - 0.5 + 1e-6)
 
 
 def _both(rows: NDArray[np.bool_], columns: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Where both the row and the column are true (H, W)."""
     return rows[:, None] & columns
 
 
 def _linear(positions: NDArray[np.float64], extent: int) -> Taps:
-    """Two neighbours and the upper one's weight; beyond the ends the last value holds."""
+    """The two neighbours of each position and the upper one's weight; the ends go on beyond."""
     clipped = np.clip(positions, 0, extent - 1)
     low = np.clip(np.floor(clipped + 1e-6), 0, extent - 1).astype(np.intp)
     weight = np.clip(clipped - low, 0, 1).astype(np.float32)
@@ -276,8 +299,9 @@ def _linear(positions: NDArray[np.float64], extent: int) -> Taps:
 
 
 def _lerp(plane: NDArray[np.float32], taps: Taps, axis: int) -> NDArray[np.float32]:
-    """Linear interpolation along one axis, in plain multiply-adds: the same bits on every
-    machine.
+    """Linear interpolation along one axis.
+
+    It uses plain multiply-adds: the same bits on every machine.
     """
     low, high, weight = taps
     if axis == 0:

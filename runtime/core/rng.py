@@ -1,8 +1,7 @@
-"""The only randomness of a synthetic CT: counter-based streams, so that the same keys give the same
-image anywhere.
+"""The only randomness of a synthetic CT: counter-based, so equal keys give equal images anywhere.
 
-Philox-4x64 (Salmon et al., SC 2011), keyed by the seed, what the case is (not what its file is
-called) and the variant; the slice is the counter. No draw depends on batch size, order, worker or
+Philox-4x64 (Salmon et al., SC 2011). The key is the seed, the digest of the case (not its file
+name) and the variant; the slice is the counter. No draw depends on batch size, order, worker or
 machine.
 """
 
@@ -15,7 +14,13 @@ from numpy.typing import NDArray
 
 
 class CaseRandom:
-    """The streams of one (seed, case digest, variant)."""
+    """The random numbers of one variant of a case.
+
+    Args:
+        seed: The seed of the run.
+        digest: What identifies the case (`LabelVolume.digest`).
+        variant: The number of the variant.
+    """
 
     def __init__(self, seed: int, digest: bytes, variant: int):
         self._key = hashlib.sha256(
@@ -23,18 +28,39 @@ class CaseRandom:
         ).digest()
 
     def noise(self, k: int, shape: tuple[int, int]) -> NDArray[np.uint8]:
-        """White noise bytes (H, W), uniform over 0..255, for slice k."""
+        """White noise for one slice.
+
+        Args:
+            k: Index of the slice.
+            shape: (H, W) of the canvas in pixels.
+
+        Returns:
+            uint8 (H, W), uniform over 0..255.
+        """
         count = shape[0] * shape[1]
         return self._raw(0, k, -(-count // 8)).view(np.uint8)[:count].reshape(shape)
 
     def style(self, size: int) -> NDArray[np.float32]:
-        """One standard normal vector (size,) for the volume."""
+        """The style vector of the volume.
+
+        Args:
+            size: Length of the vector.
+
+        Returns:
+            float32 (size,), standard normal.
+        """
         bits = np.random.Generator(np.random.Philox(key=self._words(1)))
         return bits.standard_normal(size).astype(np.float32)
 
     def shape(self, attempt: int, count: int) -> NDArray[np.float64]:
-        """Numbers uniform in [-1, 1) (count,): how the variant's mask differs from the case's,
-        at the given attempt.
+        """The numbers that deform the mask of the variant.
+
+        Args:
+            attempt: Number of the draw; each attempt draws anew.
+            count: How many numbers.
+
+        Returns:
+            float64 (count,), uniform in [-1, 1).
         """
         key = np.frombuffer(hashlib.sha256(b"shape " + self._key).digest()[:16], "<u8").astype(
             np.uint64
@@ -43,15 +69,24 @@ class CaseRandom:
         return np.asarray((raw >> np.uint64(11)) * 2.0**-52 - 1)
 
     def intensity(self, count: int) -> NDArray[np.float64]:
-        """Standard normal numbers (count,): how far the intensities of a warped image move."""
+        """The numbers that move the intensities of a warped image.
+
+        Args:
+            count: How many numbers.
+
+        Returns:
+            float64 (count,), standard normal.
+        """
         key = np.frombuffer(hashlib.sha256(b"intensity " + self._key).digest()[:16], "<u8").astype(
             np.uint64
         )
         return np.random.Generator(np.random.Philox(key=key)).standard_normal(count)
 
     def _raw(self, domain: int, k: int, words: int) -> NDArray[np.uint64]:
-        stream = np.random.Philox(key=self._words(domain), counter=[0, 0, 0, k])
-        return np.asarray(stream.random_raw(words)).astype("<u8")
+        """Random 64-bit words (words,) of one purpose for slice k."""
+        generator = np.random.Philox(key=self._words(domain), counter=[0, 0, 0, k])
+        return np.asarray(generator.random_raw(words)).astype("<u8")
 
     def _words(self, domain: int) -> NDArray[np.uint64]:
+        """Philox's key (2,) for one purpose: 0 noise, 1 style."""
         return np.frombuffer(self._key[16 * domain : 16 * domain + 16], "<u8").astype(np.uint64)

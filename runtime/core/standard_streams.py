@@ -1,6 +1,4 @@
-"""The three streams a command is given, whatever state they are in: closed, full, in another
-encoding, read by nobody.
-"""
+"""The three standard streams of a command: closed, full, without a reader, in another encoding."""
 
 from __future__ import annotations
 
@@ -13,10 +11,10 @@ from typing import Any
 
 
 def open_standard_streams() -> None:
-    """Give a process that was started without some of them streams that lead nowhere.
+    """Open the null device for each standard stream that the process started without.
 
-    Else the next file that is opened, a result for one, would take the number of standard error,
-    and whatever a library says there would be written into it.
+    Otherwise the next open file, a result for one, would get the descriptor of standard error, and
+    a library's messages would go into it.
     """
     if None not in (sys.stdin, sys.stdout, sys.stderr):
         return
@@ -25,18 +23,19 @@ def open_standard_streams() -> None:
     os.close(number)
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 - as long as the process
+            # It stays open as long as the process.
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 
 
 @contextmanager
 def droppable_messages() -> Iterator[None]:
-    """What cannot be written to standard error is dropped: a log without room or reader ends no
-    work.
+    r"""Within the block, drop messages that cannot be written to standard error.
 
-    Also no character ends it: an arrow in cp1252 is written as \\u2192.
+    A full or closed log must not end the work. A character that the encoding lacks must not either:
+    cp1252 prints → as \u2192.
     """
     before = sys.stderr
-    if not isinstance(before, io.TextIOWrapper):  # the host program's
+    if not isinstance(before, io.TextIOWrapper):  # a stream of the host program
         yield
         return
     before.reconfigure(errors="backslashreplace")
@@ -57,25 +56,30 @@ def droppable_messages() -> Iterator[None]:
 
 
 def _is_descriptor_2(stream: io.TextIOWrapper) -> bool:
+    """Whether a stream writes to the descriptor of standard error."""
     try:
         return stream.fileno() == 2
-    except OSError:  # a text in memory has none
+    except OSError:  # a stream in memory has no descriptor
         return False
 
 
 class _Droppable(io.RawIOBase):
-    """Standard error whose failing writes count as done. The descriptor stays open."""
+    """Standard error that ignores failing writes and leaves the descriptor open."""
 
     def fileno(self) -> int:
+        """The descriptor of standard error."""
         return 2
 
     def isatty(self) -> bool:
+        """Whether standard error is a terminal."""
         return os.isatty(2)
 
     def writable(self) -> bool:
+        """True."""
         return True
 
     def write(self, data: Any) -> int:
+        """Write `data`, and return the bytes that were written, or all where that fails."""
         with suppress(OSError):
             return os.write(2, data)
         return len(data)

@@ -1,6 +1,4 @@
-"""A command that is told to end does so, also when a thread hangs in a library that hears of no
-signal.
-"""
+"""A command ends on SIGTERM and SIGINT, even where a thread hangs in a library."""
 
 from __future__ import annotations
 
@@ -12,18 +10,17 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-GRACE = (
-    8.0  # s that what is under way has to end by itself; systemd kills after 10 (deploy/systemd)
-)
-
+# Seconds that the work has to end by itself; systemd kills after 10 (deploy/systemd).
+GRACE = 8.0
 
 _is_command_line = False
 
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Within, the process is a command line of ours and ours to end; a program that calls the
-    runtime is not.
+    """Within the block, the process is a command of mask2ct, which `ends_when_told` may end.
+
+    A program that embeds the runtime is not.
     """
     global _is_command_line
     before, _is_command_line = _is_command_line, True
@@ -35,44 +32,45 @@ def command_line() -> Iterator[None]:
 
 @contextmanager
 def ends_when_told(code: int) -> Iterator[None]:
-    """For the work within: end the process with exit code `code` when it has not ended `GRACE`
-    after SIGTERM or SIGINT.
+    """End the process where the block has not ended `GRACE` seconds after SIGTERM or SIGINT.
 
-    Does so within `command_line` alone: a program that embeds the runtime goes on, with its
-    threads, whatever it was told.
+    It does so only within `command_line`: a program that embeds the runtime goes on, with its
+    threads. It does nothing outside the main thread, where the host program owns the signals. A
+    block that installs its own handler keeps it, as training does, which ends with a checkpoint.
 
-    Python hears of a signal between two of the main thread's instructions, which do not come while
-    it waits for a thread that hangs. So another thread is told of it, by the C-level handler.
-    Nothing is lost by that: it is what a kill does. Whoever handles the signal otherwise within, as
-    training does, which ends with a checkpoint, is left to do so. Does nothing outside the main
-    thread, where the host program owns the signals.
+    Python runs a handler between two instructions of the main thread, and there are none while the
+    main thread waits for a thread that hangs. So the C-level handler wakes another thread. That
+    loses no more than a kill does.
+
+    Args:
+        code: The exit code of the process.
     """
     if not _is_command_line:
         yield
         return
-    heard, told = socket.socketpair()
-    told.setblocking(False)
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
     try:
-        before = signal.set_wakeup_fd(told.fileno(), warn_on_full_buffer=False)
+        before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     except ValueError:  # not the main thread
-        heard.close()
-        told.close()
+        receiver.close()
+        sender.close()
         yield
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     stopped, finished = threading.Event(), threading.Event()
 
     def listen() -> None:
-        while number := heard.recv(1):
+        while number := receiver.recv(1):
             if (
                 number[0] in handlers
                 and signal.getsignal(number[0]) is handlers[signal.Signals(number[0])]
             ):
                 stopped.set()
                 if not finished.wait(GRACE):
-                    with suppress(Exception):  # nobody reads it
+                    with suppress(Exception):  # standard error may have no reader
                         print(
-                            "what is being read or generated does not end: it is left as it is",
+                            "the work does not end: the process ends without it",
                             file=sys.stderr,
                             flush=True,
                         )
@@ -80,7 +78,7 @@ def ends_when_told(code: int) -> Iterator[None]:
                 return
 
     def forget() -> None:
-        """A forked process must not tell this one of its own signals."""
+        """Keep a forked process from reporting its signals to this one."""
         if not finished.is_set():
             with suppress(ValueError):
                 signal.set_wakeup_fd(-1)
@@ -94,17 +92,17 @@ def ends_when_told(code: int) -> Iterator[None]:
         yield
     finally:
         if os.getpid() == process:
-            left = [
+            running = [
                 thread
                 for thread in threading.enumerate()
                 if not thread.daemon and thread not in threads_before
             ]
-            if not (
-                stopped.is_set() and left
-            ):  # else the interpreter would wait for them without end
+            # The interpreter waits for running threads at its end. After a signal, the listener
+            # must end the process where they hang.
+            if not (stopped.is_set() and running):
                 finished.set()
             signal.set_wakeup_fd(before)
-            told.close()  # wakes the listener
+            sender.close()  # wakes the listener
             if finished.is_set():
                 listener.join()
-                heard.close()
+                receiver.close()

@@ -1,14 +1,14 @@
-"""The classes of TotalSegmentator's task `total` by value, as version 1 and version 2 number them
-(Wasserthal et al., Radiology: AI 5, 2023).
+"""The classes of TotalSegmentator's task `total` by value, of versions 1 and 2.
 
-The same names are those of the files that it writes, one a class.
+Source: Wasserthal et al., Radiology: AI 5, 2023. TotalSegmentator gives the file of each class the
+same name.
 """
 
 from __future__ import annotations
 
 
 def _spine(*segments: str) -> list[str]:
-    """Vertebrae from below, "L5-1" for L5 to L1."""
+    """Vertebrae from below upwards; "L5-1" stands for L5 to L1."""
     names = []
     for segment in segments:
         first, _, last = segment[1:].partition("-")
@@ -19,6 +19,7 @@ def _spine(*segments: str) -> list[str]:
 
 
 def _pairs(*names: str, sides: tuple[str, str] = ("left", "right")) -> list[str]:
+    """The classes of both sides of each structure."""
     return [f"{name}_{side}" for name in names for side in sides]
 
 

@@ -1,5 +1,6 @@
-"""Volumes and where they lie: arrays are (D, H, W), geometry is LPS in mm, invalid state is
-refused.
+"""Volumes and their geometry: arrays are (D, H, W), the geometry is LPS in mm.
+
+The classes refuse an invalid state.
 """
 
 from __future__ import annotations
@@ -15,30 +16,29 @@ from numpy.typing import NDArray
 
 from .errors import GeometryError, UnreadableVolume
 
-SMALLEST_MM, LARGEST_MM = (
-    1e-6,
-    1e7,
-)  # beyond these a header is damaged (and float32, which NIfTI holds, is at an end)
-ORTHOGONAL_TOLERANCE = (
-    1e-3  # largest |cosine| between two axes of a grid that still counts as not sheared
-)
+# Beyond these a header is damaged, and NIfTI's float32 has no digits left.
+SMALLEST_MM, LARGEST_MM = 1e-6, 1e7
+# A grid is not sheared up to this |cosine| between two of its axes.
+ORTHOGONAL_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """A 4x4 `affine` (float64): voxel index (i, j, k, 1) → (x, y, z) in mm, LPS (DICOM's patient
-    coordinates).
+    """Where the voxels lie, in LPS (DICOM's patient coordinates, PS3.3 C.7.6.2.1.1).
 
-    i counts columns, j rows, k slices: the reverse of the array's (D, H, W). Refuses
-    (`GeometryError`) what is not a rigid, unsheared grid with positive spacing.
+    Args:
+        affine: 4x4, voxel index (i, j, k, 1) → (x, y, z, 1) in mm. i counts columns, j rows, k
+            slices: the reverse of the array's (D, H, W). Kept as float64.
+
+    Raises:
+        GeometryError: The grid is sheared, or has no positive spacing.
     """
 
     affine: NDArray[np.float64]
 
     def __post_init__(self) -> None:
-        affine = (
-            np.array(self.affine, np.float64) + 0.0
-        )  # -0 becomes 0: equal grids are equal bytes, which digests are made of
+        # -0 becomes 0: equal grids have equal bytes, and so the same digest.
+        affine = np.array(self.affine, np.float64) + 0.0
         expected = "a finite 4x4 affine with orthogonal axes, LPS, mm"
         if (
             affine.shape != (4, 4)
@@ -46,7 +46,7 @@ class Geometry:
             or not np.array_equal(affine[3], [0, 0, 0, 1])
         ):
             raise GeometryError(
-                f"the affine {affine.tolist()} is not one",
+                f"the affine {affine.tolist()} is not valid",
                 expected=expected,
                 remedy="write the mask again with a valid header",
             )
@@ -70,8 +70,15 @@ class Geometry:
 
     @classmethod
     def from_parts(cls, origin: Any, spacing: Any, direction: Any) -> Geometry:
-        """From SimpleITK's (or ITK's) origin and spacing (mm) and 9 direction cosines, row by
-        row, all LPS.
+        """The geometry of an ITK or SimpleITK image.
+
+        Args:
+            origin: Centre of voxel (0, 0, 0), (x, y, z) in mm, LPS.
+            spacing: Distance of neighbouring voxels along i, j, k in mm.
+            direction: 9 direction cosines, row by row, LPS.
+
+        Raises:
+            GeometryError: The grid is sheared, or has no positive spacing.
         """
         affine = np.eye(4)
         affine[:3, :3] = np.asarray(direction, float).reshape(3, 3) * np.asarray(spacing, float)
@@ -80,22 +87,34 @@ class Geometry:
 
     @classmethod
     def from_ras(cls, affine: Any) -> Geometry:
-        """From the 4x4 affine of nibabel, MONAI or TorchIO, which is RAS+, in mm, for indices
-        (i, j, k).
+        """The geometry of an image of NiBabel, MONAI or TorchIO.
+
+        Args:
+            affine: 4x4, voxel index (i, j, k, 1) → (x, y, z, 1) in mm, RAS+.
+
+        Raises:
+            GeometryError: The grid is sheared, or has no positive spacing.
         """
         return cls(np.diag([-1.0, -1.0, 1.0, 1.0]) @ np.asarray(affine, float))
 
     @classmethod
     def from_spacing(cls, spacing: Any) -> Geometry:
-        """From the spacing (x, y, z) in mm alone, of an array whose slices run from the feet to the
-        head, rows from front to back and columns from the patient's right to the left, as axial CT
-        is stored and shown.
+        """The geometry of an array in the order of axial CT, from its spacing alone.
+
+        Slices run from feet to head, rows from anterior to posterior, columns from the patient's
+        right to the left.
+
+        Args:
+            spacing: Distance of neighbouring voxels (x, y, z) in mm.
+
+        Raises:
+            GeometryError: A spacing is not positive.
         """
         return cls(np.diag([*np.asarray(spacing, float), 1.0]))
 
     @cached_property
     def spacing(self) -> tuple[float, float, float]:
-        """Distance of neighbouring voxels in mm along i, j, k."""
+        """Distance of neighbouring voxels along i, j, k, in mm."""
         x, y, z = (float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
         return x, y, z
 
@@ -110,8 +129,8 @@ class Geometry:
         """3x3 direction cosines: column n is the unit vector of axis n."""
         return self.affine[:3, :3] / np.asarray(self.spacing)
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Geometry) and np.array_equal(self.affine, other.affine)
+    def __eq__(self, geometry: object) -> bool:
+        return isinstance(geometry, Geometry) and np.array_equal(self.affine, geometry.affine)
 
     def __hash__(self) -> int:
         return hash(self.affine.tobytes())
@@ -119,11 +138,16 @@ class Geometry:
 
 @dataclass(frozen=True)
 class DicomSource:
-    """The DICOM instances a mask was read from.
+    """The DICOM instances that a mask was read from.
 
-    All of this identifies a patient: it reaches an output only in attached mode.
+    All of this identifies a patient. It reaches an output only in attached mode.
 
-    `attributes`: of the patient and the study by keyword (PatientID, StudyInstanceUID …), as text.
+    Attributes:
+        sop_class_uid: SOP Class UID of the instances.
+        sop_instance_uids: Their SOP Instance UIDs.
+        frame_of_reference_uid: The frame of reference of the grid.
+        attributes: Attributes of patient and study by keyword (PatientID, StudyInstanceUID …), as
+            text.
     """
 
     sop_class_uid: str
@@ -134,14 +158,18 @@ class DicomSource:
 
 @dataclass(frozen=True)
 class Segment:
-    """One structure as a file tells of it.
+    """One structure as a file describes it.
 
-    `number`: what stands for it in the file (label value, segment or ROI number); `name`: its label
-    there; `code`: of its property type, with the coding scheme ("SCT:80891009"; see
-    `runtime.core.label_codes`). Both may be empty. `strict`: the file's own table names its
-    numbers, so that under another table the number alone says nothing; of one that has a name alone
-    it is negative. `private`: of a DICOM source, whose words may be a patient's: messages call it
-    by `runtime.core.labels.describe`.
+    Attributes:
+        number: Its label value, segment number or ROI number. Negative for a structure that the
+            file identifies by its name alone.
+        name: Its name in the file; may be empty.
+        code: Its property type with the coding scheme, "SCT:80891009"
+            (`runtime.core.label_codes`); may be empty.
+        strict: The file's own table names its numbers: under another table the number alone says
+            nothing.
+        private: From a DICOM source, whose words may identify a patient. Messages describe it
+            with `runtime.core.labels.describe`.
     """
 
     number: int
@@ -153,11 +181,16 @@ class Segment:
 
 @dataclass(frozen=True)
 class Volume:
-    """What a reader returns: the file's `values` (D, H, W) in its own dtype, and where they lie.
+    """The voxels of a file and their geometry, as a reader returns them.
 
-    `nifti_header`: the 348 header bytes of a little-endian NIfTI-1 source, so that a NIfTI result
-    can carry its grid bit for bit; else None. `segments`: what the file says its values mean, if it
-    does. `notes`: what a person should be told.
+    Attributes:
+        values: (D, H, W), in the file's dtype.
+        geometry: Where the voxels lie.
+        nifti_header: The 348 header bytes of a little-endian NIfTI-1 source, so that a NIfTI result
+            can carry its grid bit for bit; else None.
+        segments: The structures that the file names, if it names any.
+        dicom: The DICOM instances of the source; else None.
+        notes: Warnings for a person.
     """
 
     values: NDArray[Any]
@@ -170,11 +203,16 @@ class Volume:
 
 @dataclass(frozen=True)
 class Layers:
-    """What a reader returns of a mask whose segments may overlap: one piece at a time, on a grid of
-    `shape` (D, H, W).
+    """A mask whose segments may overlap, as a reader returns it.
 
-    `pieces()` yields (segment number, slice k, bool (H, W) of its pixels there), slices in any
-    order; a piece may be missing, not twice.
+    Attributes:
+        segments: The structures of the file.
+        shape: (D, H, W).
+        geometry: Where the voxels lie.
+        pieces: Yields (segment number, slice k, bool (H, W) of its pixels there), the slices in any
+            order. A piece may be missing, but must not come twice.
+        dicom: The DICOM instances of the source; else None.
+        notes: Warnings for a person.
     """
 
     segments: tuple[Segment, ...]
@@ -187,10 +225,17 @@ class Layers:
 
 @dataclass(frozen=True)
 class LabelVolume:
-    """`labels` uint8 (D, H, W) in the model's own indices 0..K, and where they lie.
+    """A mask in the model's indices 0..K, and its geometry.
 
-    `nifti_header`, `dicom`: what a writer of the source's own format may take over; see `Volume`
-    and `DicomSource`. `notes`: what a person should be told of how it was read.
+    Attributes:
+        labels: uint8 (D, H, W).
+        geometry: Where the voxels lie.
+        nifti_header: As in `Volume`; the NIfTI writer may take it over.
+        dicom: As in `Volume`; the DICOM writer may take it over.
+        notes: Warnings of the reader for a person.
+
+    Raises:
+        UnreadableVolume: The labels are not uint8 of three axes.
     """
 
     labels: NDArray[np.uint8]
@@ -203,7 +248,7 @@ class LabelVolume:
         if self.labels.ndim != 3 or self.labels.dtype != np.uint8 or 0 in self.labels.shape:
             raise UnreadableVolume(
                 f"the mask is {self.labels.dtype} of shape {self.labels.shape}",
-                expected="uint8 model indices of shape (D, H, W), none of them 0",
+                expected="uint8 model indices of shape (D, H, W), without an empty axis",
                 remedy="map its values with runtime.core.labels.to_indices",
             )
 
@@ -217,58 +262,79 @@ class LabelVolume:
         *,
         notes: tuple[str, ...] = (),
     ) -> LabelVolume:
-        """Of the D planes (H, W) of its labels, digested as they come."""
+        """Gather a volume from its planes and compute its digest as they come.
+
+        Args:
+            planes: D planes (H, W), uint8 model indices.
+            shape: (D, H, W).
+            geometry: Where the voxels lie.
+            nifti_header: As in `Volume`.
+            notes: Warnings of the reader for a person.
+        """
         labels, digest = np.empty(shape, np.uint8), _digest(shape, geometry)
         for n, plane in enumerate(planes):
             labels[n] = plane
-            _take(digest, plane)
+            _add_plane(digest, plane)
         volume = cls(labels, geometry, nifti_header, notes=notes)
-        volume.__dict__["digest"] = digest.digest()  # where the property keeps it
+        # `cached_property` looks here first, so that the labels are not read a second time.
+        volume.__dict__["digest"] = digest.digest()
         return volume
 
     @cached_property
     def digest(self) -> bytes:
-        """SHA-256 (32 bytes) of labels, by their runs, and geometry: what this case *is*,
-        whatever its file is called.
+        """SHA-256 (32 bytes) of the geometry and the runs of the labels.
+
+        It identifies the case whatever its file is called.
         """
         digest = _digest(self.labels.shape, self.geometry)
         for plane in self.labels:
-            _take(digest, plane)
+            _add_plane(digest, plane)
         return digest.digest()
 
 
 def runs(plane: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
-    """A slice as runs of one value, line after line: what each is, and how many voxels long."""
+    """Split a slice (H, W) into runs of equal values, line after line.
+
+    Args:
+        plane: (H, W), any dtype.
+
+    Returns:
+        The value of each run, in the slice's dtype, and its length in voxels.
+    """
     line = plane.ravel()
-    ends = np.append(np.flatnonzero(line[1:] != line[:-1]), line.size - 1)[
-        : line.size
-    ]  # of an empty slice none
+    # An empty slice has no run: the cut to its size drops the end that does not exist.
+    ends = np.append(np.flatnonzero(line[1:] != line[:-1]), line.size - 1)[: line.size]
     return line[ends], np.diff(ends, prepend=-1)
 
 
 def _digest(shape: tuple[int, ...], geometry: Geometry) -> Any:
-    """Of a `LabelVolume`, without its labels yet."""
+    """The running SHA-256 of a `LabelVolume`, still without its labels."""
     digest = hashlib.sha256(np.asarray(shape, "<i8").tobytes())
     digest.update(geometry.affine.astype("<f8").tobytes())
     return digest
 
 
-def _take(digest: Any, plane: NDArray[np.uint8]) -> None:
-    """By its runs, a hundredth of its voxels and as telling: their lengths add up to the plane's
-    size, so that nothing else reads the same.
+def _add_plane(digest: Any, plane: NDArray[np.uint8]) -> None:
+    """Add a slice to a running digest.
+
+    Its runs have a hundredth of its voxels and identify it as well: the lengths add up to the
+    slice's size, so no other sequence of slices gives the same bytes.
     """
-    worth, lengths = runs(plane)
+    run_values, lengths = runs(plane)
     digest.update(lengths.astype("<i8").tobytes())
-    digest.update(worth.tobytes())
+    digest.update(run_values.tobytes())
 
 
 @dataclass(frozen=True)
 class CTSlab:
-    """A few neighbouring slices of the result, owned by the receiver: `volume[slab.index] =
-    slab.hu`.
+    """A few neighbouring slices of the CT: `volume[slab.index] = slab.hu`.
 
-    `hu`: int16 HU, the mask's full extent in two array axes and `hu.shape[axis]` slices from
-    `start` along `axis`.
+    The receiver owns the array.
+
+    Attributes:
+        hu: int16 HU, the mask's full extent along two array axes.
+        axis: The array axis that counts the slices.
+        start: Index of the first slice along `axis`.
     """
 
     hu: NDArray[np.int16]
@@ -278,6 +344,6 @@ class CTSlab:
     @property
     def index(self) -> tuple[slice, ...]:
         """Where the slab lies in the (D, H, W) volume."""
-        whole = [slice(None)] * 3
-        whole[self.axis] = slice(self.start, self.start + self.hu.shape[self.axis])
-        return tuple(whole)
+        region = [slice(None)] * 3
+        region[self.axis] = slice(self.start, self.start + self.hu.shape[self.axis])
+        return tuple(region)

@@ -1,9 +1,8 @@
-"""A real CT deformed together with its mask, the intensity of every tissue moved at random: new
-pairs without a network.
+"""Warp a real CT together with its mask: new training pairs without a network.
 
-The deformation is the one that variants of a mask have (`runtime.core.deformation`). The
-intensities move by class: each label and each tissue outside the labels gets a shift and a gain of
-its own about its median, and all get one common shift, as contrast timing and tube voltage differ
+The deformation is that of the variants of a mask (`runtime.core.deformation`). The intensities move
+at random by class: each label and each tissue outside the labels gets its own shift and its own
+gain about its median, and all get one common shift, as contrast timing and tube voltage differ
 between patients.
 """
 
@@ -21,18 +20,14 @@ from .errors import InputError, UsageError
 from .rng import CaseRandom
 from .volume import LabelVolume, Volume
 
-HU_THRESHOLDS = (
-    -500.0,
-    -30.0,
-    130.0,
-    300.0,
-)  # gas | fat | soft tissue | contrast, spongy bone | bone
+# gas | fat | soft tissue | contrast, spongy bone | bone
+HU_THRESHOLDS = (-500.0, -30.0, 130.0, 300.0)
 TISSUES = ("gas", "fat", "soft", "mid", "dense")
-QUANTILES = (0.1, 0.35, 0.65, 0.9)  # of an image that is not in HU: five classes too
-TISSUE_BLUR = 0.5  # pixels, before the thresholds: noise makes no classes of its own
-EDGE_BLUR = 0.7  # pixels, of the intensity change: no edge is drawn where a class ends
-MAX_LABELS = 256 - len(TISSUES)  # the background among them: classes are uint8
-BINS = 1 << 16  # of a histogram: whole numbers within this range are counted exactly
+QUANTILES = (0.1, 0.35, 0.65, 0.9)  # the thresholds of an image that is not in HU
+TISSUE_BLUR = 0.5  # sigma in pixels, before the thresholds, so that noise does not make classes
+EDGE_BLUR = 0.7  # sigma in pixels, of the intensity change, so that classes do not get an edge
+MAX_LABELS = 256 - len(TISSUES)  # with the background; classes are uint8
+BINS = 1 << 16  # of a histogram, which counts integers within this range exactly
 
 Planes = Callable[[int], NDArray[np.float32]]
 
@@ -42,10 +37,11 @@ class IntensityJitter:
     """How far intensities move, as standard deviations of normal draws.
 
     Attributes:
-        shift: of one class, HU. Of images in other units: this many 500ths of their 1 % to 99 % range.
-        stable_shift: the same for gas and fat, whose HU hardly differ between patients.
-        gain: of the logarithm of the factor about the class median.
-        common: one more shift for all classes, HU: the contrast phase.
+        shift: Shift of one class, in HU. For images in other units, in 500ths of the range between
+            their 1 % and 99 % quantiles.
+        stable_shift: Shift of gas and of fat, whose HU hardly differ between patients.
+        gain: The logarithm of the factor about the median of a class.
+        common: One more shift for all classes, for the contrast phase, as `shift`.
     """
 
     shift: float = 22.0
@@ -57,18 +53,19 @@ class IntensityJitter:
 def tissue_map(
     image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str
 ) -> NDArray[np.uint8]:
-    """A class for every voxel: its label, else its tissue by intensity.
+    """The class of every voxel: its label, else its tissue by intensity.
 
     Args:
         image: (D, H, W), HU or arbitrary units.
-        labels: uint8 (D, H, W), model indices; 0 is no label.
-        unit: "HU" takes `HU_THRESHOLDS`, any other the `QUANTILES` of the voxels without a label.
+        labels: uint8 (D, H, W), model indices; 0 is the background.
+        unit: "HU" takes `HU_THRESHOLDS`, another unit the `QUANTILES` of the voxels without a
+            label.
 
     Returns:
         uint8 (D, H, W): 0 to 4 for `TISSUES`, 5 and up for the labels 1 and up.
 
     Raises:
-        UsageError: where labels and tissues do not fit into 256 classes.
+        UsageError: Labels and tissues are more than 256 classes.
     """
     if int(labels.max()) >= MAX_LABELS:
         raise UsageError(
@@ -85,7 +82,7 @@ def tissue_map(
 def _thresholds(
     image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str
 ) -> NDArray[np.float32]:
-    """Where one tissue ends and the next begins, float32 (4,), in the image's unit."""
+    """The thresholds between the tissues, float32 (4,), in the image's unit."""
     if unit == "HU":
         return np.array(HU_THRESHOLDS, np.float32)
     smooth = Histogram(float(image.min()), float(image.max()))
@@ -108,8 +105,11 @@ def _classes(
 
 
 class Histogram:
-    """How often values occur from `low` to `high`: whole numbers exactly, where they fit into
-    `BINS`.
+    """A histogram; integers are counted exactly where their range fits into `BINS`.
+
+    Args:
+        low: The lowest value.
+        high: The highest value.
     """
 
     def __init__(self, low: float, high: float):
@@ -120,13 +120,16 @@ class Histogram:
         self._counts = np.zeros(BINS, np.int64)
 
     def add(self, values: NDArray[np.floating]) -> None:
+        """Count the values of an array of any shape."""
         bins = np.rint((values.ravel() - self._low) / self._width).astype(np.intp)
         counts = np.bincount(np.clip(bins, 0, BINS - 1))
         self._counts[: len(counts)] += counts
 
     def quantile(self, share: float) -> float:
-        """The value below which `share` of the others lie; halfway between two where it falls
-        between them.
+        """The quantile, interpolated linearly between two values.
+
+        Args:
+            share: Which quantile, 0 to 1.
         """
         counts = np.cumsum(self._counts)
         rank = share * (counts[-1] - 1)
@@ -137,8 +140,13 @@ class Histogram:
 
 @dataclass(frozen=True)
 class _Statistics:
-    """Of one image: where tissues end, each class's median (256,), its least value and the
-    jitter's scale.
+    """The statistics of one image.
+
+    Attributes:
+        thresholds: Thresholds between the tissues, float32 (4,).
+        medians: Median of each class, float32 (256,).
+        least: The least value of the image.
+        scale: The factor from the jitter's unit to the image's.
     """
 
     thresholds: NDArray[np.float32]
@@ -148,19 +156,19 @@ class _Statistics:
 
 
 class Warp:
-    """Variants of one real pair.
+    """Makes variants of one real pair, the image one slice after the other.
 
-    What they share is computed once; of the image one slice after the other.
+    It computes only once what the variants share.
 
     Args:
-        image: the real image; its grid must be the mask's.
-        mask: labels as model indices on the same grid.
-        ranges: how far shapes differ, as for the variants of a mask.
-        jitter: how far intensities differ; None leaves them as they are.
-        unit: "HU" or another unit of `image`.
+        image: The real image.
+        mask: Model indices on the same grid.
+        ranges: How far shapes may differ, as for the variants of a mask.
+        jitter: How far intensities may differ; None keeps them.
+        unit: "HU", or another unit of the image.
 
     Raises:
-        InputError: where image and mask are not on one grid.
+        InputError: Image and mask are not on one grid.
     """
 
     def __init__(
@@ -176,8 +184,8 @@ class Warp:
             image.geometry.affine, mask.geometry.affine, atol=1e-3
         ):
             raise InputError(
-                f"the image has {image.values.shape} voxels, the mask {mask.labels.shape}, or they"
-                " lie apart",
+                f"the image has {image.values.shape} voxels, the mask {mask.labels.shape}, or their"
+                " positions differ",
                 expected="image and mask on one grid",
                 remedy="resample the mask onto its image",
             )
@@ -187,20 +195,31 @@ class Warp:
     def variant(
         self, seed: int, variant: int
     ) -> tuple[NDArray[np.float32], LabelVolume, tuple[str, ...]]:
-        """One deformed pair, a function of (seed, digest of the mask, variant) and the image.
+        """One warped pair; it depends on (seed, digest of the mask, variant) and the image alone.
+
+        Args:
+            seed: Seed of the draws.
+            variant: The number of the variant; 0 keeps the shape, and its intensities move.
 
         Returns:
-            The image, float32 (D, H, W) in its unit; the mask moved by the same field; what a person
-            should be told. Variant 0 keeps the shape; its intensities move as those of any other.
+            The image, float32 (D, H, W) in its unit; the mask, moved by the same field; warnings
+            for a person.
         """
         deformed, planes = self.planes(seed, variant)
         return np.stack(list(planes)), deformed.volume, deformed.warnings
 
     def planes(self, seed: int, variant: int) -> tuple[DeformedMask, Iterator[NDArray[np.float32]]]:
-        """As `variant`, but the image slice after slice (H, W), each computed when it is taken.
+        """As `variant`, but the image comes slice by slice (H, W), each computed on demand.
 
-        A voxel that comes from beyond the image has the image's least value, which is its air or
-        padding; one with a label, which the mask carries past the border, has the border's tissue.
+        A voxel from beyond the image gets the image's least value, its air or padding. A voxel with
+        a label, where the mask reaches the border, gets the tissue of the border.
+
+        Args:
+            seed: Seed of the draws.
+            variant: The number of the variant; 0 keeps the shape, and its intensities move.
+
+        Returns:
+            The mask with its warnings, and the slices of the image, float32.
         """
         deformed, field = MaskDeformer(self._mask, self._ranges, seed).deformed(variant)
         plane = self._moved(CaseRandom(seed, self._mask.digest, variant))
@@ -209,7 +228,7 @@ class Warp:
         return deformed, self._resampled(plane, field, deformed.volume.labels)
 
     def _moved(self, random: CaseRandom) -> Planes:
-        """What gives each slice of the image, float32 (H, W), with its intensities moved."""
+        """A function that returns a slice of the image, float32 (H, W), with moved intensities."""
         if self._jitter is None:
             return lambda k: self._image[k].astype(np.float32)
         jitter, of = self._jitter, self._statistics
@@ -225,7 +244,7 @@ class Warp:
             values = self._image[k].astype(np.float32)
             classes = _classes(values, self._mask.labels[k], of.thresholds)
             change = gain.take(classes) * values + offset.take(classes)
-            change[values == of.least] = 0  # padding and blanked air stay what they are
+            change[values == of.least] = 0  # padding and blank air keep their value
             return values + _blur(change, EDGE_BLUR)
 
         return plane
@@ -236,7 +255,7 @@ class Warp:
         low, high = float(image.min()), float(image.max())
         thresholds = _thresholds(image, labels, self._unit)
         by_class: dict[int, Histogram] = {}
-        whole = Histogram(low, high)
+        all_values = Histogram(low, high)
         for values, of in zip(image, labels, strict=True):
             classes = _classes(values, of, thresholds)
             for value in np.flatnonzero(np.bincount(classes.ravel())).tolist():
@@ -244,17 +263,19 @@ class Warp:
                     values[classes == value].astype(np.float64)
                 )
             if self._unit != "HU":
-                whole.add(values.astype(np.float64))
+                all_values.add(values.astype(np.float64))
         medians = np.zeros(256, np.float32)
         for value, histogram in by_class.items():
             medians[value] = histogram.quantile(0.5)
-        scale = 1.0 if self._unit == "HU" else (whole.quantile(0.99) - whole.quantile(0.01)) / 500
+        if self._unit == "HU":
+            return _Statistics(thresholds, medians, low, 1.0)
+        scale = (all_values.quantile(0.99) - all_values.quantile(0.01)) / 500
         return _Statistics(thresholds, medians, low, scale)
 
     def _resampled(
         self, plane: Planes, field: DeformationField, labels: NDArray[np.uint8]
     ) -> Iterator[NDArray[np.float32]]:
-        """The image where `field` takes each voxel from, trilinear, slice after slice (H, W)."""
+        """The image, resampled through `field`, trilinear, slice by slice (H, W)."""
         depth, height, width = self._image.shape
         rows, columns = np.arange(height), np.arange(width)
         ring, least = _Ring(plane, self._image.shape), np.float32(self._image.min())
@@ -276,8 +297,8 @@ class Warp:
                 at = ring.starts(z) + corner
                 lines = []
                 for y in (0, down):
-                    left = flat.take(at + y)
-                    lines.append(left + weight[2] * (flat.take(at + (y + right)) - left))
+                    lower, upper = flat.take(at + y), flat.take(at + (y + right))
+                    lines.append(lower + weight[2] * (upper - lower))
                 slices.append(lines[0] + weight[1] * (lines[1] - lines[0]))
             out = slices[0] + weight[0] * (slices[1] - slices[0])
             out[is_outside & (labels[k] == 0)] = least
@@ -285,37 +306,36 @@ class Warp:
 
 
 class _Ring:
-    """The source slices that one deformed slice is drawn from: as many as it takes, and not the
-    volume.
-    """
+    """The source slices for one deformed slice: as many as it needs, not the complete volume."""
 
     def __init__(self, plane: Planes, shape: tuple[int, ...]):
         self._plane, self._size = plane, shape[1] * shape[2]
         self._planes = np.empty((0, self._size), np.float32)
-        self._held: list[int] = []
+        self._indices: list[int] = []  # which slice is in each row of `_planes`
 
     def holding(self, low: int, high: int) -> NDArray[np.float32]:
-        """The values of all slices held, flat, those from `low` to `high` among them."""
-        if high - low >= len(self._held):
+        """The values of all slices of the ring, flat; those from `low` to `high` are in it."""
+        if high - low >= len(self._indices):
             count = high - low + 1 + 4  # the next slices may need a little more
-            planes, held = np.empty((count, self._size), np.float32), [-1] * count
-            for k in self._held:
+            planes, indices = np.empty((count, self._size), np.float32), [-1] * count
+            for k in self._indices:
                 if low <= k <= high:
-                    planes[k % count], held[k % count] = self._planes[k % len(self._held)], k
-            self._planes, self._held = planes, held
+                    planes[k % count], indices[k % count] = self._planes[k % len(self._indices)], k
+            self._planes, self._indices = planes, indices
         for k in range(low, high + 1):
-            if self._held[k % len(self._held)] != k:
-                self._planes[k % len(self._held)] = self._plane(k).ravel()
-                self._held[k % len(self._held)] = k
+            row = k % len(self._indices)
+            if self._indices[row] != k:
+                self._planes[row] = self._plane(k).ravel()
+                self._indices[row] = k
         return self._planes.ravel()
 
     def starts(self, k: NDArray[np.intp]) -> NDArray[np.intp]:
-        """Where slice `k` begins in what `holding` returned last."""
-        return k % len(self._held) * self._size
+        """Where slice `k` begins in the last result of `holding`."""
+        return k % len(self._indices) * self._size
 
 
 def _blur(plane: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
-    """A Gaussian of `sigma` pixels over (H, W); the border is continued."""
+    """A Gaussian filter of `sigma` pixels over (H, W); the border values go on beyond it."""
     reach = max(1, int(np.ceil(3 * sigma)))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
     kernel = (kernel / kernel.sum()).astype(np.float32)

@@ -1,9 +1,8 @@
-"""A private folder for temporary copies: removed at the end of the process, or at the next start if
-the process was killed.
+"""A private folder for temporary copies of patients' masks.
 
-The copies are of patients' masks, so nothing of them stays. Every process keeps a lock in its
-folder, which the kernel ends with the process: a folder with our name whose lock can be had belongs
-to nobody any more.
+It is removed at the end of the process, or at the next start after a kill. Every process holds a
+lock in its folder, and the kernel releases it with the process: a folder whose lock is free is
+abandoned.
 """
 
 from __future__ import annotations
@@ -21,22 +20,23 @@ from .atomic_files import lock
 
 PREFIX = "mask2ct-copies-"
 LOCK = ".mask2ct.lock"
-_folders: dict[int, Path] = {}  # by process: one that was forked makes its own
+_folders: dict[int, Path] = {}  # by process number, because a forked process needs its own folder
 
 
 def private_folder() -> Path:
-    """This process' folder below TMPDIR, which this user alone can enter.
+    """The folder of this process below TMPDIR; only this user can enter it.
 
-    Raises OSError where none can be made.
+    Raises:
+        OSError: The folder cannot be created.
     """
     process = os.getpid()
     if process not in _folders:
         remove_abandoned()
         folder = Path(tempfile.mkdtemp(prefix=PREFIX))
-        handle = os.open(
-            folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600
-        )  # open until the process ends
-        with suppress(OSError):  # without locks on that file system nobody takes it for abandoned
+        # It stays open until the process ends.
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        # On a file system without locks, `remove_abandoned` cannot lock it either and leaves it.
+        with suppress(OSError):
             lock(handle)
         _folders[process] = folder
         atexit.register(_remove, process)
@@ -45,8 +45,8 @@ def private_folder() -> Path:
 
 @lru_cache(maxsize=1)
 def remove_abandoned() -> None:
-    """Remove, once a process, the folders of processes of this user that ended without doing so."""
-    if not hasattr(os, "getuid"):  # Windows: whose a folder is cannot be told
+    """Remove the folders that killed processes of this user left, once per process."""
+    if not hasattr(os, "getuid"):  # Windows does not tell the owner of a folder
         return
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):
@@ -61,5 +61,6 @@ def remove_abandoned() -> None:
 
 
 def _remove(process: int) -> None:
+    """Remove the folder at the end of its process, not at the end of a forked one."""
     if process == os.getpid():
         shutil.rmtree(_folders[process], ignore_errors=True)
