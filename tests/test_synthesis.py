@@ -80,7 +80,7 @@ def test_the_number_of_cores_changes_no_byte(
         set(),
     )
     for count, workers in ((1, None), (2, 1), (3, 1), (3, 3), (8, None)):
-        for module in ("host", "onnx", "openvino"):
+        for module in ("cpu.base", "cpu.onnxruntime", "cpu.openvino"):
             monkeypatch.setattr(
                 f"runtime.engines.{module}.cores", lambda count=count: count, raising=False
             )
