@@ -167,7 +167,7 @@ def test_a_small_file_that_becomes_a_large_one_is_refused_in_little_memory(
     assert done.returncode == 1 and "Traceback" not in said and "Doe" not in said, said
     if how["tag"] == (0x7FE0, 0x0010) and "before" not in how:
         assert (
-            re.search(r"becomes more than 2\d{6} bytes", said)
+            re.search(r"inflates to more than 2\d{6} bytes", said)
             and "export it without compression" in said
         )
         assert peak < 150 << 10

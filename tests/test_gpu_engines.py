@@ -156,12 +156,12 @@ def test_where_memory_is_short_both_slots_take_turns_on_one_block(
     stream = engine.open_stream()
     size = engine.device_pool.stats.cap - engine.device_pool.stats.in_use - 4096  # type: ignore[attr-defined]
     with pytest.raises(MemoryCapExceeded):
-        blocks.take(2 * size, stream=stream)
+        blocks.acquire(2 * size, stream=stream)
     with engine.cuda.current():  # type: ignore[attr-defined]
-        first, second = (blocks.take(size, stream=stream) for _ in range(2))
+        first, second = (blocks.acquire(size, stream=stream) for _ in range(2))
         assert first is second and engine.memory()["device"].tags["activations"].in_use >= size
         for block in (first, second):
-            blocks.leave(block, None)
+            blocks.release(block, None)
     assert engine.memory()["device"].tags["activations"].in_use == 0
     engine.close()
     assert core.left() == {}

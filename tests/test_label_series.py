@@ -179,7 +179,7 @@ BAD = {
             made
         ),
         GeometryError,
-        "which is none",
+        "which is not orthonormal",
     ),
     "multi-frame": (
         lambda made: setattr(made[0], "NumberOfFrames", 3),

@@ -193,7 +193,7 @@ def test_memory_goes_back_after_the_work_in_it_also_when_the_wait_for_it_was_int
         slot, *_ = synth._borrow(grid.size)
         slot.start(grid, volume(1).labels, CaseRandom(0, b"", 0), range(1))
         assert begun.wait(30)
-        monkeypatch.setattr("runtime.engines.cpu.base._outcome", interrupted)
+        monkeypatch.setattr("runtime.engines.cpu.base._wait_for", interrupted)
         with pytest.raises(KeyboardInterrupt):
             slot.wait()
         in_use = synth.memory()["host"].in_use

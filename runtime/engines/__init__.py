@@ -1,1 +1,1 @@
-"""What runs a graph: one table of engines, for CPUs and GPUs, and the memory they use."""
+"""The engines that run a graph, for CPUs and GPUs, and the memory that they use."""

@@ -1,4 +1,8 @@
-"""The engine protocol: what the synthesizer needs of whatever runs the graph, and nothing else."""
+"""The engine protocol: what the synthesizer needs from the code that runs the graph.
+
+An engine runs one graph on host arrays. The tensors are those of `runtime.core.manifest`; the
+library, the device and the memory behind them are the engine's business alone.
+"""
 
 from __future__ import annotations
 
@@ -19,21 +23,23 @@ Inputs = Mapping[str, NDArray[Any]]
 
 
 class EngineError(Mask2CTError):
-    """An engine was given tensors that break the contract or was used after `close()`, or what
-    it runs on failed.
-    """
+    """A call broke the engine's contract, came after `close()`, or failed in the library."""
 
     exit_code = 1
 
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """The tensors of `runtime.core.manifest`, the batch the engine is always given, and how many
-    streams keep it busy.
+    """The shapes, batch size and streams of an engine.
 
-    `batch`: kernels may round differently from one batch size to another, so N never varies; the
-    last batch is padded. `streams`: with as many, tensors are filled and emptied for one while the
-    engine works on the others. `largest`: (H, W) of the largest canvas it takes; None: any.
+    Attributes:
+        inputs: the input tensors of `runtime.core.manifest`.
+        output: the output tensor.
+        batch: the batch size N of every call. Kernels may round differently from one batch size
+            to another, so N never varies; the caller pads the last batch.
+        streams: the number of streams that keep the engine busy. The caller fills and reads the
+            tensors of one stream while the engine computes on the others.
+        largest: (H, W) of the largest canvas; None for any.
     """
 
     inputs: tuple[TensorSpec, ...]
@@ -45,12 +51,16 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """What may be asked of any engine.
+    """The options that every engine accepts.
 
-    `max_memory`: bytes its pool may hold where it computes (the GPU, or the host), None for what
-    the engine needs. `device`: which GPU. `auto_batch`: take the largest batch that fits, where the
-    engine has a choice. `workers`: batches that an engine on the CPU computes at once, None for one
-    a core, up to 16. `allowance`: what its pool shares with those of other engines.
+    Attributes:
+        max_memory: the cap of the engine's pool in bytes, on the GPU or the host, wherever it
+            computes; None for as much as the engine needs.
+        device: the number of the GPU.
+        auto_batch: take the largest batch that fits, where the engine has a choice.
+        workers: the number of batches that a CPU engine computes at once; None for one per core,
+            up to 16.
+        budget: the memory budget that its pool shares with the pools of other engines.
     """
 
     max_memory: int | None = None
@@ -64,49 +74,73 @@ class EngineOptions:
 class Engine(Protocol):
     """Runs the graph on host arrays.
 
-    `name`: backend, version and device, for people. `pool`: where the arrays should come from,
-    page-locked for a GPU; others work, more slowly. `run` reads C-contiguous `inputs` (by name, as
-    in `spec.inputs`) and fills `out`, uint8 (N, H, W, 2), with N = `spec.batch`, on `stream`:
-    `HOST_STREAM`, and it is done when it returns, or one of `open_stream()`, and the arrays are
-    left alone until that stream's `synchronize()`, which also raises what went wrong. One stream
-    serves one thread at a time; several may be in use at once. `memory()`: the accounting by kind
-    of memory, which stays readable after `close()`.
-
-    Raises `EngineError` for tensors that break the contract, after `close()`, and where what it
-    runs on fails; `MemoryCapExceeded` where memory is short.
+    A stream serves one thread at a time; several streams may be in use at once.
     """
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """Backend, version and device, for people."""
 
     @property
-    def spec(self) -> EngineSpec: ...
+    def spec(self) -> EngineSpec:
+        """The shapes, batch size and streams of this engine."""
 
     @property
-    def pool(self) -> Pool: ...
+    def pool(self) -> Pool:
+        """The pool for the arrays of a call, page-locked for a GPU.
 
-    def open_stream(self) -> Stream: ...
+        Arrays from elsewhere work too, but more slowly.
+        """
 
-    def run(self, inputs: Inputs, out: NDArray[np.uint8], *, stream: Stream) -> None: ...
+    def open_stream(self) -> Stream:
+        """Open a stream for calls that run while the caller does other work.
 
-    def memory(self) -> dict[str, PoolStats]: ...
+        Raises:
+            EngineError: the engine is closed.
+        """
 
-    def close(self) -> None: ...
+    def run(self, inputs: Inputs, out: NDArray[np.uint8], *, stream: Stream) -> None:
+        """Run the graph once.
+
+        Args:
+            inputs: C-contiguous arrays by name, as `spec.inputs` describes them, N = `spec.batch`.
+            out: uint8 (N, H, W, 2), C-contiguous, little-endian int16 in pairs of bytes.
+            stream: on `HOST_STREAM` the call returns when the result is complete. On a stream of
+                `open_stream()` the caller leaves the arrays alone until `stream.synchronize()`
+                returns, which also raises the errors of the call.
+
+        Raises:
+            EngineError: the arrays break the contract, the engine is closed, or its library fails.
+            MemoryCapExceeded: memory is short.
+        """
+
+    def memory(self) -> dict[str, PoolStats]:
+        """The accounting of each kind of memory; it stays readable after `close()`."""
+
+    def close(self) -> None:
+        """Wait for the work and release everything; a second call does nothing."""
 
 
 def cores() -> int:
-    """How many CPU cores this process may use."""
+    """Return how many CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def check_graph(
     manifest: Manifest, inputs: Mapping[str, str | None], signature: str | None, path: Path
 ) -> None:
-    """Raise `ModelError` unless the graph in `path`, of `inputs` (name → dtype), is one that the
-    manifest can describe.
+    """Check that the manifest describes the graph in `path`.
 
-    `statement`: what the file says it was exported for (`Manifest.statement`), None when it says
-    nothing.
+    Args:
+        manifest: the manifest of the model.
+        inputs: the dtype of each input of the graph, by name; None for a dtype that no manifest
+            knows.
+        signature: the graph signature in the file (`Manifest.check_signature`); None where the
+            file has none.
+        path: the file, for the message.
+
+    Raises:
+        ModelError: the inputs or the signature differ from those of the manifest.
     """
     stated = {t.name: t.dtype for t in manifest.inputs}
     if stated != inputs:
@@ -120,42 +154,53 @@ def check_graph(
 
 
 def check_call(spec: EngineSpec, inputs: Inputs, out: NDArray[np.uint8]) -> None:
-    """Raise `EngineError` unless the arrays are what `spec` states, with one N, H and W
-    throughout.
+    """Check the arrays of a call against `spec`, with the same N, H and W in all of them.
+
+    Args:
+        spec: the engine's tensors.
+        inputs: the input arrays by name.
+        out: the output array.
+
+    Raises:
+        EngineError: an array is missing, superfluous, or has a wrong dtype, shape or layout.
     """
     sizes: dict[str, int] = {"N": spec.batch}
-    given = dict(inputs)
+    unchecked = dict(inputs)
     for tensor in (*spec.inputs, spec.output):
-        array = out if tensor is spec.output else given.pop(tensor.name, None)
+        array = out if tensor is spec.output else unchecked.pop(tensor.name, None)
         if array is None:
-            raise _broken(f"the input {tensor.name!r} is missing", tensor)
+            raise _wrong_tensor(f"the input {tensor.name!r} is missing", tensor)
         fits = len(array.shape) == len(tensor.shape) and all(
             n > 0 and n == (sizes.setdefault(dim, n) if isinstance(dim, str) else dim)
             for n, dim in zip(array.shape, tensor.shape, strict=True)
         )
         if array.dtype != tensor.dtype or not fits or not array.flags.c_contiguous:
             order = "" if array.flags.c_contiguous else ", not contiguous"
-            raise _broken(
+            raise _wrong_tensor(
                 f"{tensor.name!r} is {array.dtype} of shape {array.shape}{order}", tensor, sizes
             )
-    if given:
+    if unchecked:
         raise EngineError(
-            f"the graph has no input {sorted(given)[0]!r}",
+            f"the graph has no input {sorted(unchecked)[0]!r}",
             expected=str([t.name for t in spec.inputs]),
             remedy="leave it out",
         )
 
 
-def _broken(fact: str, tensor: TensorSpec, sizes: Mapping[str, int] | None = None) -> EngineError:
-    known = ", ".join(f"{k} = {v}" for k, v in (sizes or {}).items())
+def _wrong_tensor(
+    fact: str, tensor: TensorSpec, sizes: Mapping[str, int] | None = None
+) -> EngineError:
+    """The error for a tensor that breaks the contract; `sizes` are the dimensions set so far."""
+    dimensions = ", ".join(f"{name} = {size}" for name, size in (sizes or {}).items())
     return EngineError(
         fact,
-        expected=f"{tensor.dtype} of shape {list(tensor.shape)} ({known}), contiguous",
+        expected=f"{tensor.dtype} of shape {list(tensor.shape)} ({dimensions}), contiguous",
         remedy="give the tensors of the manifest",
     )
 
 
 def closed(name: str) -> EngineError:
+    """Return the error for a call to the engine `name` after it was closed."""
     return EngineError(
         f"the engine {name} is closed", expected="an open engine", remedy="open the model again"
     )

@@ -1,5 +1,6 @@
-"""The tensors of one engine call and the stream they go through: while the engine works on one
-slot, others are filled and emptied.
+"""One engine call in flight: its tensors and its stream.
+
+While the engine computes on one slot, the caller fills and reads others.
 """
 
 from __future__ import annotations
@@ -18,15 +19,27 @@ from .memory import Buffer, Stream
 
 
 class ExecutionSlot:
-    """Pooled tensors of N = the engine's own batch on a canvas of `size` (H, W), kept from volume
-    to volume.
+    """The tensors of one batch on one canvas, allocated once and used for many volumes.
 
-    `start` fills them and sets the engine to work, `working` until it was waited for; `fetch` waits
-    for it, the first time, and puts a slice back on the mask's grid. `close` waits for the work
-    before the memory goes back, and may come from any thread at any time.
+    `start` fills the inputs and starts the engine, `read_slice` waits for the result and resamples
+    a slice to the grid of the mask. Any thread may call `close` at any time.
+
+    Attributes:
+        size: (H, W) of the canvas in pixels.
+        working: whether a batch was started and not waited for.
     """
 
     def __init__(self, engine: Engine, size: tuple[int, int]):
+        """Open a stream and allocate the tensors from the engine's pool.
+
+        Args:
+            engine: the engine; its batch size is that of the slot.
+            size: (H, W) of the canvas in pixels.
+
+        Raises:
+            EngineError: the engine is closed.
+            MemoryCapExceeded: the pool cannot hold the tensors.
+        """
         self.size = size
         self._engine = engine
         self._lock = threading.Lock()
@@ -48,8 +61,18 @@ class ExecutionSlot:
     def start(
         self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom, ks: range
     ) -> None:
-        """Set the engine to work on the slices `ks`, at most a batch of them; the rest of the
-        batch is what was there.
+        """Fill the inputs and start the engine.
+
+        Args:
+            grid: the mapping from the mask's slices to the canvas.
+            labels: uint8 (D, H, W), the model's label indices on the mask's grid.
+            random: the noise and the style of the case.
+            ks: the numbers of the slices, at most as many as the batch size. The rest of the batch
+                keeps its old content.
+
+        Raises:
+            EngineError: the engine is closed or fails.
+            MemoryCapExceeded: memory is short.
         """
         with self._lock:
             stream = self._live
@@ -63,17 +86,32 @@ class ExecutionSlot:
             self._engine.run(self._inputs, self._out, stream=stream)
 
     def wait(self) -> None:
-        """Until the engine is done; raises what went wrong there."""
+        """Wait for the batch.
+
+        Raises:
+            EngineError: the engine failed, or the slot is closed.
+        """
         with self._lock:
             self._wait()
 
     def read_slice(self, grid: SliceGrid, k: int, hu: NDArray[np.int16], outside: int) -> None:
-        """Put slice k, synthesized, on the mask's own grid into `hu`."""
+        """Wait for the batch and resample one slice of it to the grid of the mask.
+
+        Args:
+            grid: the mapping from the mask's slices to the canvas.
+            k: the number of the slice, one of those that were started.
+            hu: int16, a slice of the volume in its own axis order, which receives the HU values.
+            outside: the value outside of the canvas in HU.
+
+        Raises:
+            EngineError: the engine failed, or the slot is closed.
+        """
         with self._lock:
             self._wait()
             grid.back(self._out.view("<i2")[k - self._first, :, :, 0], hu, outside)
 
     def close(self) -> None:
+        """Wait for the work, then return the memory; a second call does nothing."""
         with self._lock:
             stream, self._stream = self._stream, None
             if stream is not None:
@@ -98,5 +136,5 @@ class ExecutionSlot:
         nbytes = math.prod(shape) * np.dtype(dtype).itemsize
         self._buffers.append(self._engine.pool.tag(name).allocate(nbytes, stream=self._stream))
         array = self._buffers[-1].array(tuple(shape), dtype)
-        array[...] = 0  # what pads the last batch
+        array[...] = 0  # zeros pad the last batch
         return array

@@ -1,6 +1,4 @@
-"""An engine without a network, shipped so that whoever embeds mask2ct can test offline and in
-milliseconds.
-"""
+"""An engine without a network, for tests of embedding code: offline and in milliseconds."""
 
 from __future__ import annotations
 
@@ -16,8 +14,10 @@ NOISE_STEP = 8  # noise bytes for one HU
 
 
 class FakeEngine(HostEngine):
-    """Synthesizes label index n of K as low + n (high - low) / K, plus (noise - 128) / 8 HU when
-    the model takes noise.
+    """Gives each label one value, evenly spaced over the model's intensity range.
+
+    Label index n of 0 … K becomes low + n (high - low) / K, plus (noise - 128) / 8 HU where the
+    model takes noise.
     """
 
     name = "fake (no network: one value per label)"
@@ -44,8 +44,16 @@ def fake_manifest(
     slices: int = 1,
     noise: bool = True,
 ) -> Manifest:
-    """A manifest for `FakeEngine`, with no files: `Synthesizer(m, FakeEngine(m))` needs nothing
-    on disk.
+    """Make a manifest without files: `Synthesizer(m, FakeEngine(m))` needs nothing on disk.
+
+    Args:
+        labels: the label table.
+        pixel_spacing: (row, column) distance of the canvas in mm; None for that of the mask.
+        slices: the number of neighbouring slices that the network sees.
+        noise: whether the model takes noise.
+
+    Returns:
+        A manifest of a model in HU on a canvas of 32 x 32 pixels.
     """
     grid = GridPolicy((32, 32), pixel_spacing, 32, slices, 3.0 if slices > 1 else None)
     return Manifest(

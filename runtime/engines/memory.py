@@ -1,13 +1,13 @@
-"""Memory: capped, every byte counted by what it is for, nothing allocated in steady state.
+"""Memory pools with a cap, with usage by tag, and without allocations in the steady state.
 
 A `Source` talks to a system (the host here, a GPU in `runtime.engines.gpu.cuda_memory`) and reuses
-what came back. A `Pool` caps one and counts; `Pool.purpose("labels")` stacks a `Counted` on it,
-which hands on and keeps figures of its own. All of them, and all that is asked of them, is
+free blocks. A `Pool` caps one source and counts its usage. `Pool.tag("labels")` puts a `Counted` on
+the pool, which passes requests on and counts the usage of its tag. All three share one interface,
 `allocate(nbytes, *, stream) -> Buffer`.
 
-`stream` is required: on a device it orders reuse after the work that used the block. A pool is told
-that a block is free when the stream that used it is known to have passed, which no pool below could
-find out by itself.
+`stream` is required: on a device it orders the reuse of a block after the work that used it. The
+caller frees a block only after the stream has completed that work, because a pool cannot find that
+out by itself.
 """
 
 from __future__ import annotations
@@ -24,46 +24,48 @@ from numpy.typing import DTypeLike, NDArray
 
 from ..core.errors import MemoryCapExceeded, UsageError
 
-ALIGNMENT = (
-    256  # bytes; what TensorRT asks of activation memory, and a multiple of every cache line
-)
+# bytes; TensorRT requires it for activation memory, and it is a multiple of every cache line
+ALIGNMENT = 256
 DEFAULT_CAP = 1 << 30  # bytes of host memory for one engine's tensors
 
 
 class Stream(Protocol):
-    """The order in which an engine works: what is given to it is done, one after the other, by the
-    time `synchronize()` returns.
+    """A queue of work: an engine runs the calls on one stream one after the other."""
 
-    `synchronize()` raises what went wrong since the last one. `close()` waits for the work and
-    raises nothing; twice is harmless.
-    """
+    def synchronize(self) -> None:
+        """Wait for all work on the stream.
 
-    def synchronize(self) -> None: ...
+        Raises:
+            EngineError: some work failed since the last call.
+        """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Wait for the work without raising its errors; a second call does nothing."""
 
 
 class HostStream:
-    """The calling thread itself: work is done when the call returns."""
+    """The calling thread itself: a call returns when its work is complete."""
 
     def submit(self, work: Callable[[], None]) -> None:
+        """Run `work` in the calling thread."""
         work()
 
     def synchronize(self) -> None:
-        """Nothing is ever left to wait for."""
+        """Do nothing: all work is complete."""
 
     def close(self) -> None:
-        """Nothing to give back."""
+        """Do nothing: the stream holds nothing."""
 
 
 HOST_STREAM = HostStream()
 
 
 class Buffer:
-    """`nbytes` bytes at the address `ptr`; `close()` returns them to where they came from (twice is
-    harmless).
+    """A block of memory that `close()` returns to its source.
 
-    `array` gives a numpy view where the processor can reach the block, which on a GPU it cannot.
+    Attributes:
+        ptr: the address; 0 for memory that a library allocates for itself.
+        nbytes: the size in bytes.
     """
 
     def __init__(
@@ -78,59 +80,83 @@ class Buffer:
         self._block = block
 
     def array(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-        """A view of the first bytes as `shape` and `dtype`; not to be used after `close()`."""
-        wanted = np.dtype(dtype)
+        """View the first bytes of a block that the CPU can reach.
+
+        Args:
+            shape: the shape of the view.
+            dtype: its dtype.
+
+        Returns:
+            A view, valid until `close()`.
+        """
+        dtype = np.dtype(dtype)
         assert self._block is not None, "device memory has no view"
-        return self._block[: math.prod(shape) * wanted.itemsize].view(wanted).reshape(shape)
+        return self._block[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
 
     def close(self) -> None:
+        """Return the block; a second call does nothing."""
         release, self._release, self._block = self._release, None, None
         if release is not None:
             release()
 
 
 class Memory(Protocol):
-    """Whatever hands out buffers.
+    """Anything that allocates buffers: a source, a pool or a tag of a pool."""
 
-    Raises `MemoryCapExceeded` when `nbytes` more would pass a cap or are not there.
-    """
+    def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
+        """Allocate a block.
 
-    def allocate(self, nbytes: int, *, stream: Stream) -> Buffer: ...
+        Args:
+            nbytes: the size in bytes.
+            stream: the stream that will use the block.
+
+        Returns:
+            A buffer of at least `nbytes` bytes with undefined content.
+
+        Raises:
+            MemoryCapExceeded: `nbytes` more would exceed a cap, or the system has no more. A
+                `Source` raises MemoryError instead.
+        """
 
 
 class Source(Memory, Protocol):
-    """A system's memory, with blocks that came back kept for reuse.
+    """The memory of one system; it keeps free blocks for reuse.
 
-    A `Pool` makes every call, one at a time.
-
-    `kind`: for people. `held`: bytes taken from the system, free ones included; `blocks`: how often
-    it was asked for them. `growth(nbytes)`: how many more it might take to serve a request. `trim`
-    gives back what nobody uses. `free`: bytes the system has left, None where that has no meaning.
-    `allocate` raises MemoryError when the system has no more.
+    A `Pool` makes all calls, one at a time. `kind` names the memory for people.
     """
 
     kind: str
 
     @property
-    def held(self) -> int: ...
+    def held(self) -> int:
+        """Bytes allocated from the system, free blocks included."""
 
     @property
-    def blocks(self) -> int: ...
+    def blocks(self) -> int:
+        """How often the source has asked the system for memory."""
 
     @property
-    def free(self) -> int | None: ...
+    def free(self) -> int | None:
+        """Bytes that the system has left; None where that has no meaning."""
 
-    def growth(self, nbytes: int) -> int: ...
+    def growth(self, nbytes: int) -> int:
+        """Return how many bytes more the source may allocate to serve `nbytes`."""
 
-    def trim(self) -> None: ...
+    def trim(self) -> None:
+        """Return the free blocks to the system."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Release the source after all of its buffers were closed."""
 
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes handed out now (`in_use`), the most ever (`peak`), and the number of buffers ever
-    (`buffers`).
+    """The usage of one tag or pool.
+
+    Attributes:
+        in_use: bytes allocated now.
+        peak: the largest `in_use` so far.
+        buffers: the number of buffers so far.
     """
 
     in_use: int = 0
@@ -138,6 +164,7 @@ class Usage:
     buffers: int = 0
 
     def plus(self, nbytes: int) -> Usage:
+        """Return the usage after a buffer of `nbytes` bytes; negative for one that was closed."""
         return Usage(
             self.in_use + nbytes, max(self.peak, self.in_use + nbytes), self.buffers + (nbytes > 0)
         )
@@ -145,9 +172,15 @@ class Usage:
 
 @dataclass(frozen=True)
 class PoolStats:
-    """One pool's accounting, in bytes: handed out now, the most ever, held from the system, the
-    cap; how often the system was asked (`allocations`: constant in steady state); and the same by
-    purpose.
+    """The accounting of one pool, in bytes.
+
+    Attributes:
+        in_use: bytes allocated now.
+        peak: the largest `in_use` so far.
+        held: bytes allocated from the system, free blocks included.
+        cap: the limit on `held`.
+        allocations: how often the pool asked the system for memory; constant in the steady state.
+        tags: the usage by tag.
     """
 
     in_use: int
@@ -159,7 +192,7 @@ class PoolStats:
 
 
 class Counted:
-    """The statistics adaptor: hands on to `upstream` and counts what passes."""
+    """Passes requests on to `upstream` and counts their usage."""
 
     def __init__(self, upstream: Memory):
         self._upstream = upstream
@@ -167,6 +200,7 @@ class Counted:
         self.usage = Usage()
 
     def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
+        """Allocate a block from `upstream` and count it; see `Memory.allocate`."""
         buffer = self._upstream.allocate(nbytes, stream=stream)
         self._count(buffer.nbytes)
 
@@ -182,12 +216,13 @@ class Counted:
 
 
 class MemoryBudget:
-    """What several pools may hold together: `cap` bytes, None for what the system gives.
+    """A shared cap for several pools, whose sources are called one at a time.
 
-    Their sources are called one at a time.
-
-    `make_room` is asked when that is short, in the thread that allocates: it gives something back,
-    if it can, and says whether it did.
+    Attributes:
+        cap: the limit on the sum of what the pools hold, in bytes; None for as much as the system
+            gives.
+        evict: called when memory is short, in the thread that allocates. It releases memory if it
+            can, and returns whether it did.
     """
 
     def __init__(self, cap: int | None, evict: Callable[[], bool]):
@@ -197,19 +232,21 @@ class MemoryBudget:
 
     @property
     def held(self) -> int:
-        """Bytes that all of its pools hold."""
+        """Bytes that all of the pools hold together."""
         return sum(pool._held for pool in tuple(self.pools))
 
 
 class Pool:
-    """A `source` of which at most `cap` bytes are ever held.
-
-    Safe to use from several threads: one call at a time reaches it.
-
-    `allowance`: what it shares with other pools, whose sum is capped too.
-    """
+    """A source with a cap. Several threads may use it: one call at a time reaches the source."""
 
     def __init__(self, source: Source, cap: int, budget: MemoryBudget | None = None):
+        """Put a cap on a source.
+
+        Args:
+            source: the memory of the system, which this pool alone uses.
+            cap: the limit on the bytes that it holds.
+            budget: the cap that this pool shares with others; None for a pool by itself.
+        """
         self._source, self._cap = source, cap
         self._budget = budget or MemoryBudget(None, lambda: False)
         self._budget.pools.add(self)
@@ -221,31 +258,39 @@ class Pool:
         self._tags: dict[str, Counted] = {}
 
     def tag(self, name: str) -> Counted:
-        """The part of this pool that `name` uses."""
+        """Return the part of this pool whose usage is counted under `name`."""
         with self._lock:
             return self._tags.setdefault(name, Counted(self))
 
     def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
-        """A block of `nbytes` bytes, at least, aligned to ALIGNMENT; its content is whatever was
-        there.
+        """Allocate a block of at least `nbytes` bytes, aligned to ALIGNMENT.
+
+        Args:
+            nbytes: the size in bytes.
+            stream: the stream that will use the block.
+
+        Returns:
+            A buffer with undefined content.
+
+        Raises:
+            MemoryCapExceeded: the cap, the budget or the system leaves no room for the block.
         """
         size = max(ALIGNMENT, math.ceil(nbytes / ALIGNMENT) * ALIGNMENT)
-        return self._with_room(lambda: self._allocate(size, stream))
+        return self._with_eviction(lambda: self._allocate(size, stream))
 
-    def _with_room(self, take: Callable[[], Buffer]) -> Buffer:
-        """What `take` returns, when the others have made room for it if need be."""
+    def _with_eviction(self, allocate: Callable[[], Buffer]) -> Buffer:
+        """Call `allocate`, and again after each eviction from the budget, until it succeeds."""
         while True:
             try:
-                return take()
+                return allocate()
             except MemoryCapExceeded:
                 if not self._budget.evict():
                     raise
 
     def _allocate(self, size: int, stream: Stream) -> Buffer:
         with self._lock:
-            if self._past_cap(
-                self._source.growth(size)
-            ):  # what is free in other sizes goes back before anything is refused
+            # free blocks of other sizes go back to the system before the pool refuses a request
+            if self._past_cap(self._source.growth(size)):
                 self._source.trim()
             if self._past_cap(self._source.growth(size)):
                 raise self.exceeded(size)
@@ -266,10 +311,19 @@ class Pool:
         return Buffer(block.ptr, size, release, block._block)
 
     def reserve(self, nbytes: int, tag: str) -> Buffer:
-        """Count `nbytes` that a library takes for itself beside the pool: they lessen what the
-        cap leaves. Has no address.
+        """Count memory that a library allocates for itself against the cap.
+
+        Args:
+            nbytes: the size in bytes.
+            tag: the tag to count it under.
+
+        Returns:
+            A buffer without an address; `close()` ends the reservation.
+
+        Raises:
+            MemoryCapExceeded: the cap or the budget leaves no room for it.
         """
-        return self._with_room(lambda: self._reserve(nbytes, tag))
+        return self._with_eviction(lambda: self._reserve(nbytes, tag))
 
     def _reserve(self, nbytes: int, tag: str) -> Buffer:
         with self._lock:
@@ -289,12 +343,18 @@ class Pool:
         return Buffer(0, nbytes, release)
 
     def owns(self, ptr: int) -> bool:
-        """Whether a buffer of this pool that is in use begins at `ptr`."""
+        """Return whether an open buffer of this pool begins at the address `ptr`."""
         return ptr in self._active
 
     def exceeded(self, nbytes: int, *, refused: bool = False) -> MemoryCapExceeded:
-        """The error that says that `nbytes` more are too many: past the cap, or `refused` by the
-        system.
+        """Return the error for `nbytes` bytes that the pool cannot allocate.
+
+        Args:
+            nbytes: the size of the request in bytes.
+            refused: whether the system refused it, and not the cap.
+
+        Returns:
+            The error, with the cap (of the pool or of the budget) that the request exceeds.
         """
         source, shared = self._source, self._budget
         cap, in_use = self._cap, self._usage.in_use
@@ -312,6 +372,7 @@ class Pool:
 
     @property
     def stats(self) -> PoolStats:
+        """The accounting of this pool now."""
         with self._lock:
             tags = {name: counted.usage for name, counted in self._tags.items()}
             return PoolStats(
@@ -324,9 +385,7 @@ class Pool:
             )
 
     def close(self) -> None:
-        """Give back everything that is not in use; what is, when its buffer is closed, and with
-        the last of them the source.
-        """
+        """Return all free blocks; the source is closed with the last open buffer."""
         with self._lock:
             self._source.trim()
             self._closing = True
@@ -345,7 +404,7 @@ class Pool:
 
 
 class HostMemory:
-    """Memory of this process, page-able. See `Source`."""
+    """Pageable memory of this process; see `Source`."""
 
     kind = "host memory"
     free = None
@@ -355,6 +414,7 @@ class HostMemory:
         self.held = self.blocks = 0
 
     def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
+        """Allocate an aligned block, or reuse a free one of the same size."""
         spare = self._free.get(nbytes)
         if spare:
             block = spare.pop()
@@ -372,23 +432,32 @@ class HostMemory:
         )
 
     def growth(self, nbytes: int) -> int:
+        """Return 0 where a free block serves the request, else `nbytes`."""
         return 0 if self._free.get(nbytes) else nbytes
 
     def trim(self) -> None:
+        """Drop the free blocks."""
         self.held -= sum(size * len(blocks) for size, blocks in self._free.items())
         self._free.clear()
 
     def close(self) -> None:
-        """The system has it back already."""
+        """Do nothing: `trim` has dropped the blocks."""
 
 
 UNITS = {"": 1, "b": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def parse_bytes(text: str | int) -> int:
-    """1073741824, "1GiB", "1.5 GB" or "512m": a number of bytes.
+    """Parse an amount of memory: 1073741824, "1GiB", "1.5 GB" or "512m".
 
-    The units are powers of 1024, as `nvidia-smi` counts.
+    Args:
+        text: a number with a unit; the units are powers of 1024, as in `nvidia-smi`.
+
+    Returns:
+        The number of bytes.
+
+    Raises:
+        UsageError: the text is not a positive amount of memory.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([bkmgt]?)(?:i?b)?\s*", str(text).lower())
     nbytes = int(float(match[1]) * UNITS[match[2]]) if match else 0

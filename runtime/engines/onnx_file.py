@@ -1,9 +1,9 @@
-"""Where an ONNX file keeps its weights: a graph whose weights lie in other files is not taken.
+"""Check that an ONNX file holds its own weights; a graph with external data is refused.
 
-The manifest states the SHA-256 of the graph; a file that the graph names is stated nowhere, and
-could be any file of the machine. Export writes none. This walks the messages of onnx.proto that can
-hold a tensor and jumps over everything else, weights among it: a millisecond, without the onnx
-package.
+The manifest states the SHA-256 of the graph, but not of a file that the graph names, which could be
+any file of the machine. Export writes no such graph. The check walks the messages of onnx.proto
+that can hold a tensor and skips everything else, the weights included. It takes a millisecond and
+does not need the onnx package.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ from pathlib import Path
 from ..core.errors import ModelError, reading
 
 MAX_DEPTH = 64  # of graphs within graphs
-MAX_FIELDS = 4_000_000  # looked at: more than any network has
-# onnx.proto: message → field number → the message that it holds; those without a tensor are left
-# out
+MAX_FIELDS = 4_000_000  # more than any network has
+# onnx.proto: message → field number → message in it, as far as it can hold a tensor
 MESSAGES: dict[str, dict[int, str]] = {
     "ModelProto": {7: "GraphProto", 20: "TrainingInfoProto", 25: "FunctionProto"},
     "TrainingInfoProto": {1: "GraphProto", 2: "GraphProto"},
@@ -40,12 +39,19 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5  # wire types
 
 
 def check_weights(path: Path) -> None:
-    """Raise `ModelError` unless the ONNX file at `path` holds all of its weights itself."""
+    """Check that the ONNX file at `path` holds all of its weights.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ModelError: the file keeps weights in other files, or is not an ONNX file.
+    """
     expected = "an ONNX graph as export writes it, with its weights in it"
     with reading(path, expected, ModelError), open(path, "rb") as handle:
         try:
             with mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                external = any(_external(data))
+                external = any(_external_tensors(data))
         except ValueError as exc:  # an empty file cannot be mapped
             raise ModelError(
                 f"{path.name} is not a graph: {exc}",
@@ -62,23 +68,25 @@ def check_weights(path: Path) -> None:
         )
 
 
-def _external(data: mmap.mmap) -> Iterator[bool]:
-    """For each field of a tensor that says where its data lies, whether that is elsewhere.
+def _external_tensors(data: mmap.mmap) -> Iterator[bool]:
+    """Yield for each field of a tensor whether it refers to another file.
 
-    Raises ValueError.
+    Raises:
+        ValueError: the file is not an ONNX file.
     """
     fields = 0
-    waiting = [("ModelProto", 0, len(data), 0)]
-    while waiting:
-        message, position, end, depth = waiting.pop()
+    pending = [("ModelProto", 0, len(data), 0)]
+    while pending:
+        message, position, end, depth = pending.pop()
         if depth > MAX_DEPTH:
-            raise ValueError("graphs lie too deep in it")
+            raise ValueError("its graphs are nested too deeply")
         while position < end:
             fields += 1
             if fields > MAX_FIELDS:
                 raise ValueError("it has too many fields")
             key, position = _varint(data, position, end)
-            if key >> 32:  # protobuf drops the bits beyond and reads another field than stands here
+            # protobuf drops the upper bits and would read another field than this walk
+            if key >> 32:
                 raise ValueError("a field of it has a number that no ONNX file has")
             number, kind = key >> 3, key & 7
             value, position = (
@@ -87,15 +95,15 @@ def _external(data: mmap.mmap) -> Iterator[bool]:
             start = position
             position += {VARINT: 0, BYTES: value, FIXED64: 8, FIXED32: 4}.get(kind, end)
             if position > end:
-                raise ValueError("it is no ONNX file, or cut off")
+                raise ValueError("it is not an ONNX file, or it is cut off")
             if message == "TensorProto":
                 yield number == EXTERNAL_DATA or (number == DATA_LOCATION and value != 0)
             elif kind == BYTES and (inner := MESSAGES[message].get(number)):
-                waiting.append((inner, start, position, depth + 1))
+                pending.append((inner, start, position, depth + 1))
 
 
 def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
-    """An integer of protobuf's and the position behind it."""
+    """A varint of protobuf and the position behind it."""
     value = shift = 0
     while position < end and shift < 70:
         byte = data[position]
@@ -104,4 +112,4 @@ def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, position
         shift += 7
-    raise ValueError("it is no ONNX file, or cut off")
+    raise ValueError("it is not an ONNX file, or it is cut off")

@@ -1,4 +1,7 @@
-"""Which backends there are, what each needs, and why one is absent. Nothing falls back silently."""
+"""The table of backends: what each one needs, and why one is absent.
+
+`auto` states why it chose a backend, and a named backend never falls back to another.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +18,18 @@ from .onnx_file import check_weights
 
 @dataclass(frozen=True)
 class Backend:
-    """`file`: the (kind, precision) of the model file it runs; `module` and `install`: the package
-    it needs and the command.
+    """One row of the table: an engine for one kind of model file.
 
-    `automatic`: `auto` may take it. The others are asked for by name: INT8 synthesizes other values
-    than the network, within limits, and FP16 on a CPU is for looking at what a GPU synthesizes.
-    `why`: asked where more than the package is needed. `gpu`: it computes on a GPU.
+    Attributes:
+        name: the name for `--backend`.
+        file: the (kind, precision) of the model file that it runs.
+        module: the package that it needs.
+        install: the command that installs the package.
+        make: opens the engine for a file.
+        automatic: whether `auto` may choose it. A user names the others: INT8 differs from the
+            network within limits, and FP16 on a CPU serves to reproduce the result of a GPU.
+        why: returns what is missing and the remedy, where the package alone is not enough.
+        gpu: whether it computes on a GPU.
     """
 
     name: str
@@ -33,38 +42,46 @@ class Backend:
     gpu: bool = False
 
     def open(self, path: Path, manifest: Manifest, options: EngineOptions | None = None) -> Engine:
-        """The engine that runs the file at `path`, of which nothing is checked but that it holds
-        its own weights.
+        """Open the engine for the file at `path`.
+
+        Args:
+            path: the model file, whose SHA-256 the caller has checked.
+            manifest: the manifest of the model.
+            options: the options of the engine.
+
+        Returns:
+            The engine.
+
+        Raises:
+            ModelError: the library cannot load the file, the file keeps weights elsewhere, or it
+                contradicts the manifest.
+            MissingComponent: a package, a driver or a GPU is missing.
         """
         if self.file[0] == "onnx":
             check_weights(path)
         return self.make(path, manifest, options or EngineOptions())
 
     def missing(self) -> tuple[str, str] | None:
-        """What this machine lacks to run it and how to get that, or None when it can."""
+        """Return what this machine lacks and the remedy; None where the backend can run."""
         if self.why is not None:
             return self.why()
-        return (
-            (f"{self.module} is not installed", self.install)
-            if find_spec(self.module) is None
-            else None
-        )
+        if find_spec(self.module) is None:
+            return f"{self.module} is not installed", self.install
+        return None
 
     def uninstalled(self) -> str | None:
-        """`missing`, as one phrase."""
+        """Return the result of `missing` as one phrase."""
         missing = self.missing()
         return missing and f"{missing[0]} ({missing[1]})"
 
     def absent(self, manifest: Manifest) -> str | None:
-        """Why this backend cannot serve the model here, or None when it can."""
+        """Return why this backend cannot run the model here; None where it can."""
         if manifest.file_of(*self.file) is None:
             return f"the model holds no {self.file[1]} {self.file[0]} file"
         return self.uninstalled()
 
     def validated(self, manifest: Manifest) -> bool:
-        """Whether export measured, in this backend, that the file synthesizes what the network
-        synthesizes.
-        """
+        """Return whether the file passed export's parity check in this backend."""
         return self.name in manifest.parity.get(manifest.file_of(*self.file) or "", {})
 
 
@@ -108,7 +125,7 @@ _GPU = 'pip install "mask2ct[gpu]"'
 _ONNX = ("onnxruntime", 'pip install "mask2ct[onnx]"', _open_onnx)
 _OPENVINO = ("openvino", 'pip install "mask2ct[openvino]"', _open_openvino)
 
-# `auto` takes the first that serves: the order is that of their speed
+# `auto` takes the first that can run, so the rows stand in the order of their speed
 # (docs/decisions/0013-which-engine-auto-takes.md).
 BACKENDS = (
     Backend(
@@ -150,13 +167,25 @@ def may_use_gpu(choice: str) -> bool:
 def open_engine(
     backend: str, manifest: Manifest, folder: Path, options: EngineOptions | None = None
 ) -> tuple[Engine, str, str]:
-    """Open the engine of that name for the model in `folder`; returns it, why it was chosen and the
-    file it runs.
+    """Open an engine for the model in `folder`.
 
-    `auto` takes the fastest that is installed and whose file was validated in it. The file's
-    SHA-256 is checked before it is loaded. Raises `UsageError` for an unknown name,
-    `MissingComponent` when nothing serves, `ModelError` for an altered file and for an INT8 file
-    without a proof.
+    `auto` takes the fastest backend that is installed and whose file passed export's parity check.
+    The SHA-256 of the file is checked before the library loads it.
+
+    Args:
+        backend: one of `CHOICES`.
+        manifest: the manifest of the model.
+        folder: the model folder.
+        options: the options of the engine.
+
+    Returns:
+        The engine, why it was chosen, and the name of the file that it runs ("" for the fake
+        engine).
+
+    Raises:
+        UsageError: the backend is unknown.
+        MissingComponent: no backend can run the model here.
+        ModelError: the file was altered, or it is an INT8 file that was not validated.
     """
     if backend == "fake":
         from .fake import FakeEngine
@@ -178,7 +207,8 @@ def open_engine(
 
 
 def _automatic(manifest: Manifest, folder: Path) -> tuple[Backend, str]:
-    passed: list[str] = []
+    """The first backend of the table that can run the model, and why."""
+    skipped: list[str] = []
     for backend in (b for b in BACKENDS if b.automatic):
         why = backend.absent(manifest)
         if why is None and not backend.validated(manifest):
@@ -189,14 +219,13 @@ def _automatic(manifest: Manifest, folder: Path) -> tuple[Backend, str]:
                 for b in BACKENDS
                 if b.file[1] == "int8" and b.absent(manifest) is None and b.validated(manifest)
             ]
-            hint = [f"INT8 is validated too, for who asks: --backend {faster[0]}"] if faster else []
-            return backend, "; ".join(
-                ["the fastest that is installed and validated for this model", *passed, *hint]
-            )
-        passed.append(f"{backend.name}: {why}")
+            hint = [f"INT8 is validated too: --backend {faster[0]}"] if faster else []
+            reason = "the fastest that is installed and validated for this model"
+            return backend, "; ".join([reason, *skipped, *hint])
+        skipped.append(f"{backend.name}: {why}")
     first = next((b for b in BACKENDS if b.automatic and manifest.file_of(*b.file)), BACKENDS[0])
     raise MissingComponent(
-        f"no backend can run this model here ({'; '.join(passed)})",
+        f"no backend can run this model here ({'; '.join(skipped)})",
         expected="a backend and the model file it runs",
         remedy=first.install,
         file=folder,
@@ -204,6 +233,7 @@ def _automatic(manifest: Manifest, folder: Path) -> tuple[Backend, str]:
 
 
 def _by_name(name: str, manifest: Manifest, folder: Path) -> tuple[Backend, str]:
+    """The backend `name`, and why it was chosen."""
     backend = next(b for b in BACKENDS if b.name == name)
     if why := backend.absent(manifest):
         raise MissingComponent(
@@ -217,11 +247,8 @@ def _by_name(name: str, manifest: Manifest, folder: Path) -> tuple[Backend, str]
     if backend.file[1] == "int8":
         raise ModelError(
             f"this model's INT8 file was not validated in {backend.module} when it was exported",
-            expected="a proof in manifest.json",
-            remedy=(
-                f"export the run again where {backend.module} is installed, or choose another"
-                " backend"
-            ),
+            expected="a parity check in manifest.json",
+            remedy=f"export again where {backend.module} is installed, or choose another backend",
             file=folder,
         )
     return backend, "asked for; not validated when this model was exported"

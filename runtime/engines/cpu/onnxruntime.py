@@ -1,4 +1,4 @@
-"""The graph in ONNX Runtime on the CPU."""
+"""The CPU engine of ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -13,14 +13,21 @@ from ...core.manifest import METADATA, Manifest
 from ..base import EngineOptions, EngineSpec, Inputs, check_graph, closed, cores
 from .base import HostEngine
 
-# One slice a run: on two cores a batch of 8 gained 9 to 13 % for the widest network and lost for a
-# light one, and one
-# slice at a time needs the least memory and pads nothing.
+# One slice per run needs the least memory and no padding. On two cores a batch of 8 gained 9 to
+# 13 % for the widest network, but lost time for a light one.
 BATCH = 1
+DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}  # ONNX Runtime → numpy
 
 
 def onnxruntime() -> Any:
-    """The onnxruntime module. Raises `MissingComponent` with the two packages that provide it."""
+    """Import onnxruntime.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingComponent: neither of the two packages that provide it is installed.
+    """
     which = "onnxruntime (or onnxruntime-gpu; never both, they overwrite each other)"
     with importing("ONNX Runtime", which, 'pip install "mask2ct[onnx]"'):
         import onnxruntime
@@ -28,36 +35,42 @@ def onnxruntime() -> Any:
 
 
 class OnnxEngine(HostEngine):
-    """`path` run by ONNX Runtime's CPU provider, whose workers share the cores: its threads
-    change no byte.
-    """
+    """Runs the graph on ONNX Runtime's CPU provider; the result does not depend on the threads."""
 
     def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None):
+        """Load a graph.
+
+        Args:
+            path: the ONNX file.
+            manifest: the manifest of the model.
+            options: the options of the engine.
+
+        Raises:
+            MissingComponent: ONNX Runtime is not installed.
+            ModelError: the file is not such a graph, or contradicts the manifest.
+        """
         super().__init__(options)
         ort = onnxruntime()
         settings = ort.SessionOptions()
         settings.intra_op_num_threads = max(1, cores() // self.workers)
-        settings.add_session_config_entry(
-            "session.intra_op.allow_spinning", "0"
-        )  # who waits leaves the core to the other stages
+        # a thread that waits must leave its core to the other stages
+        settings.add_session_config_entry("session.intra_op.allow_spinning", "0")
         settings.log_severity_level = 3
         try:
             self._session: Any = ort.InferenceSession(
                 str(path), settings, providers=["CPUExecutionProvider"]
             )
-        except (
-            Exception
-        ) as exc:  # ONNX Runtime raises classes of its own that share no base but Exception
+        # ONNX Runtime's classes share no base but Exception
+        except Exception as exc:
             raise ModelError(
                 f"{path.name} is not a graph ONNX Runtime loads: {str(exc).splitlines()[0][:200]}",
                 expected="an ONNX graph as export writes it",
                 remedy="export the run again",
                 file=path,
             ) from exc
-        inputs = {i.name: DTYPES.get(i.type) for i in self._session.get_inputs()}
-        check_graph(
-            manifest, inputs, self._session.get_modelmeta().custom_metadata_map.get(METADATA), path
-        )
+        inputs = {tensor.name: DTYPES.get(tensor.type) for tensor in self._session.get_inputs()}
+        signature = self._session.get_modelmeta().custom_metadata_map.get(METADATA)
+        check_graph(manifest, inputs, signature, path)
         self.spec = EngineSpec(manifest.inputs, manifest.output, BATCH, streams=self.streams)
         self.name = f"onnxruntime {ort.__version__} on CPU, {path.name}"
 
@@ -72,8 +85,6 @@ class OnnxEngine(HostEngine):
         session.run_with_iobinding(binding)
 
     def close(self) -> None:
+        """Wait for the work in progress and release the session."""
         super().close()
         self._session = None
-
-
-DTYPES = {"tensor(uint8)": "uint8", "tensor(float)": "float32"}

@@ -1,9 +1,8 @@
-"""The few calls of the CUDA driver that engines need, by cuda-bindings, on the context that
-everybody shares.
+"""The calls of the CUDA driver that engines need, through cuda-bindings.
 
-The device's *primary* context is retained and made current for each stretch of work: PyTorch, ONNX
-Runtime and the CUDA runtime inside TensorRT use the same one, so that addresses and streams are
-valid in all of them and none ends another's context.
+All of them use the device's *primary* context, which is retained once and made current for each
+piece of work. PyTorch, ONNX Runtime and the CUDA runtime inside TensorRT use the same context, so
+that addresses and streams are valid in all of them and none destroys another's context.
 """
 
 from __future__ import annotations
@@ -25,99 +24,115 @@ INSTALL = 'pip install "mask2ct[gpu]"'
 class GpuError(EngineError):
     """The CUDA driver refused a call.
 
-    After an illegal access every later call in the process is refused too.
+    After an illegal memory access the driver refuses every later call of the process.
     """
 
 
 class Cuda:
-    """GPU number `ordinal`.
+    """The CUDA driver on one GPU.
 
-    Everything but `current` and `close` asks for the context to be current: `with cuda.current():
-    …`.
-
-    Streams, events and graphs are the driver's handles, opaque to the caller. Raises
-    `MissingComponent` when there is no such GPU, before any library of CUDA is touched, and when
-    cuda-bindings is missing; `GpuError` when a call fails.
+    All methods but `current` and `close` need the context to be current: `with cuda.current(): …`.
+    They raise `GpuError` when the driver refuses a call. Streams, events and graphs are handles of
+    the driver, opaque to the caller.
     """
 
     def __init__(self, ordinal: int = 0):
+        """Retain the primary context of a GPU.
+
+        Args:
+            ordinal: the number of the GPU in the driver's order.
+
+        Raises:
+            MissingComponent: there is no such GPU (found before any CUDA library is loaded), or
+                cuda-bindings is not installed.
+            GpuError: the driver refused a call.
+        """
         self.device = device(ordinal)
         self._driver = _bindings()
         self._context: Any = None
-        self._done("the driver", self._driver.cuInit(0))
-        self._handle = self._done("the device", self._driver.cuDeviceGet(ordinal))
-        self._context = self._done(
+        self._checked("the driver", self._driver.cuInit(0))
+        self._handle = self._checked("the device", self._driver.cuDeviceGet(ordinal))
+        self._context = self._checked(
             "the primary context", self._driver.cuDevicePrimaryCtxRetain(self._handle)
         )
 
     @contextmanager
     def current(self) -> Iterator[None]:
-        """Make the context current in this thread, and what was current before again afterwards."""
-        self._done("the context", self._driver.cuCtxPushCurrent(self._context))
+        """Make the context current in this thread, and restore the previous one afterwards."""
+        self._checked("the context", self._driver.cuCtxPushCurrent(self._context))
         try:
             yield
         finally:
             self._driver.cuCtxPopCurrent()
 
     def free(self) -> int:
-        """Bytes the device has left, whoever uses the rest."""
-        return int(self._done("its memory", self._driver.cuMemGetInfo())[0])
+        """Return the free memory of the device in bytes."""
+        return int(self._checked("its memory", self._driver.cuMemGetInfo())[0])
 
     def stream(self) -> Any:
-        """A stream that does not wait for the default one, on which other libraries of this
-        process may work.
-        """
-        return self._done(
-            "a stream",
-            self._driver.cuStreamCreate(int(self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)),
+        """Make a stream that does not wait for the default stream, which other libraries use."""
+        flags = self._driver.CUstream_flags
+        return self._checked(
+            "a stream", self._driver.cuStreamCreate(int(flags.CU_STREAM_NON_BLOCKING))
         )
 
     def event(self) -> Any:
-        """An event whose waiter sleeps instead of burning a core."""
-        flags = self._driver.CUevent_flags
-        return self._done(
-            "an event",
-            self._driver.cuEventCreate(
-                int(flags.CU_EVENT_BLOCKING_SYNC) | int(flags.CU_EVENT_DISABLE_TIMING)
-            ),
-        )
+        """Make an event; a thread that waits for it sleeps instead of spinning."""
+        kinds = self._driver.CUevent_flags
+        flags = int(kinds.CU_EVENT_BLOCKING_SYNC) | int(kinds.CU_EVENT_DISABLE_TIMING)
+        return self._checked("an event", self._driver.cuEventCreate(flags))
 
     def record(self, event: Any, stream: Any) -> None:
-        self._done("an event", self._driver.cuEventRecord(event, stream))
+        """Record `event` behind the work that is on `stream` now."""
+        self._checked("an event", self._driver.cuEventRecord(event, stream))
 
     def follow(self, stream: Any, event: Any) -> None:
-        """What is put on `stream` from now on waits, on the device, for what was before `event`
-        when it was recorded.
-        """
-        self._done("an order of streams", self._driver.cuStreamWaitEvent(stream, event, 0))
+        """Make later work on `stream` wait, on the device, for the work before `event`."""
+        self._checked("an order of streams", self._driver.cuStreamWaitEvent(stream, event, 0))
 
     def wait(self, event: Any) -> None:
-        """Return when what was on the stream at `record` is done. Raises what went wrong in it."""
-        self._done("the work", self._driver.cuEventSynchronize(event))
+        """Wait for the work before `event`.
+
+        Raises:
+            GpuError: the work failed.
+        """
+        self._checked("the work", self._driver.cuEventSynchronize(event))
 
     def drain(self, stream: Any) -> None:
-        """Wait for everything on the stream, whatever became of it."""
+        """Wait for all work on the stream, without raising its errors."""
         self._driver.cuStreamSynchronize(stream)
 
     def upload(self, ptr: int, array: NDArray[Any], stream: Any) -> None:
-        self._done(
+        """Put a copy of `array` to the device address `ptr` on the stream."""
+        self._checked(
             "an upload",
             self._driver.cuMemcpyHtoDAsync(ptr, array.ctypes.data, array.nbytes, stream),
         )
 
     def download(self, array: NDArray[np.uint8], ptr: int, stream: Any) -> None:
-        self._done(
+        """Put a copy from the device address `ptr` to `array` on the stream."""
+        self._checked(
             "a download",
             self._driver.cuMemcpyDtoHAsync(array.ctypes.data, ptr, array.nbytes, stream),
         )
 
     def capture(self, work: Callable[[], None], stream: Any) -> Any:
-        """A graph of what `work` puts on `stream`, which is not done now.
+        """Capture the work that `work` puts on a stream, without executing it.
 
-        Other threads may use CUDA meanwhile: capture is thread-local.
+        Other threads may use CUDA meanwhile, because the capture is thread-local.
+
+        Args:
+            work: puts the work on the stream.
+            stream: the stream.
+
+        Returns:
+            The graph, for `launch`.
+
+        Raises:
+            GpuError: the driver cannot capture the work.
         """
         driver = self._driver
-        self._done(
+        self._checked(
             "a capture",
             driver.cuStreamBeginCapture(
                 stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
@@ -128,20 +143,18 @@ class Cuda:
         except BaseException:
             driver.cuStreamEndCapture(stream)
             raise
-        graph = self._done("a capture", driver.cuStreamEndCapture(stream))
+        graph = self._checked("a capture", driver.cuStreamEndCapture(stream))
         try:
-            return self._done("a graph", driver.cuGraphInstantiate(graph, 0))
+            return self._checked("a graph", driver.cuGraphInstantiate(graph, 0))
         finally:
             driver.cuGraphDestroy(graph)
 
     def launch(self, graph: Any, stream: Any) -> None:
-        self._done("a graph", self._driver.cuGraphLaunch(graph, stream))
+        """Put a captured graph on the stream."""
+        self._checked("a graph", self._driver.cuGraphLaunch(graph, stream))
 
     def destroy(self, *, graph: Any = None, event: Any = None, stream: Any = None) -> None:
-        """Give back what is named.
-
-        Raises nothing: it is called where something went wrong already.
-        """
+        """Destroy handles without raising errors, because it runs after errors too."""
         if graph is not None:
             self._driver.cuGraphExecDestroy(graph)
         if event is not None:
@@ -150,21 +163,21 @@ class Cuda:
             self._driver.cuStreamDestroy(stream)
 
     def close(self) -> None:
-        """Release the primary context, which ends with its last user; twice is harmless."""
+        """Release the primary context; a second call does nothing."""
         if self._context is not None:
             self._context = None
             self._driver.cuDevicePrimaryCtxRelease(self._handle)
 
-    def _done(self, what: str, result: tuple[Any, ...]) -> Any:
-        """What a call returned besides its status: nothing, one value, or several."""
+    def _checked(self, what: str, result: tuple[Any, ...]) -> Any:
+        """Check the status of a call and return its values: none, one or several."""
         status, *values = result
         if status != self._driver.CUresult.CUDA_SUCCESS:
             raise GpuError(
                 f"{self.device}: the driver refused {what} with {status.name}",
                 expected="CUDA_SUCCESS",
                 remedy=(
-                    "run again; if it stays, `nvidia-smi` shows the GPU's state, and another"
-                    " --backend does without it"
+                    "run again; if the error stays, look at the GPU's state with `nvidia-smi`, or"
+                    " choose another --backend"
                 ),
             )
         return values[0] if len(values) == 1 else values

@@ -1,10 +1,9 @@
-"""A GPU's memory and page-locked host memory, by PyCUDA's pools or by cuda-core.
+"""GPU memory and page-locked host memory, from PyCUDA's pools or from cuda-core.
 
-See `Source` in `runtime.engines.memory`.
-
-Whichever is used, buffers are page-aligned addresses in the primary context. A buffer is only ever
-closed when the stream that used it has passed (`runtime.engines.gpu.base`), which PyCUDA's pools
-need: they hand a block on at once.
+The classes are sources (`runtime.engines.memory.Source`). With either library buffers are
+page-aligned addresses in the primary context. The caller closes a buffer only after the stream that
+used it has completed its work (`runtime.engines.gpu.base`). PyCUDA's pools require that, because
+they reuse a block at once.
 """
 
 from __future__ import annotations
@@ -28,11 +27,19 @@ T = TypeVar("T")
 
 
 def open_memory(cuda: Cuda) -> tuple[Source, Source, str]:
-    """The device's memory, page-locked host memory, and who provides them and why.
+    """Open the memory of a GPU and page-locked host memory.
 
-    PyCUDA where it is installed, since nobody has it by accident: it is an extra of its own and
-    compiles for minutes. Else cuda-core, which the GPU extra brings. Raises `MissingComponent` when
-    neither can be imported.
+    PyCUDA is used where it is installed, because nobody has it by accident: it is an extra of its
+    own and compiles for minutes. Otherwise cuda-core is used, which the GPU extra installs.
+
+    Args:
+        cuda: the CUDA driver on the GPU.
+
+    Returns:
+        The device memory, the page-locked memory, and a phrase with the library and the reason.
+
+    Raises:
+        MissingComponent: neither library can be imported.
     """
     refused = ""
     if find_spec("pycuda") is not None:
@@ -61,14 +68,12 @@ def open_memory(cuda: Cuda) -> tuple[Source, Source, str]:
 
 
 def _view(ptr: int, nbytes: int) -> NDArray[np.uint8]:
+    """The bytes at a host address as an array."""
     return np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(ptr))
 
 
 class _CudaCore(ABC):
-    """What both kinds of cuda-core's memory share.
-
-    Raises MemoryError when the driver has no more.
-    """
+    """Base of both kinds of cuda-core memory; `allocate` raises MemoryError when it is full."""
 
     kind = ""
 
@@ -78,21 +83,22 @@ class _CudaCore(ABC):
 
     @property
     def free(self) -> int | None:
+        """Bytes that the system has left; None by default."""
         return None
 
     def growth(self, nbytes: int) -> int:
+        """Return `nbytes`: this source keeps no blocks."""
         return nbytes
 
     def trim(self) -> None:  # noqa: B027  (nothing to do, by default)
-        """What came back went back: the driver keeps what it keeps, and gives it to others
-        before it refuses them.
-        """
+        """Do nothing: the driver itself frees cached blocks before it refuses a request."""
 
     def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
+        """Allocate a block of `nbytes` bytes, which any stream may use."""
         with self._cuda.current():
             try:
                 block = self._allocate(nbytes)
-            except Exception as exc:  # cuda-core raises a class of its own, which is not public
+            except Exception as exc:  # the class that cuda-core raises is not public
                 if "OUT_OF_MEMORY" in str(exc):
                     raise MemoryError(str(exc)) from exc
                 raise
@@ -102,30 +108,29 @@ class _CudaCore(ABC):
 
         def release() -> None:
             self.held -= nbytes
-            with (
-                self._cuda.current(),
-                suppress(Exception),
-            ):  # refused by a device that was lost, whose memory is gone with it
+            # a lost device refuses the call, but its memory is gone anyway
+            with self._cuda.current(), suppress(Exception):
                 self._release(block)
 
         return Buffer(ptr, nbytes, release, self._block(ptr, nbytes))
 
     @abstractmethod
     def _allocate(self, nbytes: int) -> Any:
-        """The library's block of `nbytes` bytes."""
+        """Allocate a block of the library."""
 
     def _release(self, block: Any) -> None:
         block.close()
 
     def _block(self, ptr: int, nbytes: int) -> NDArray[np.uint8] | None:
+        """The bytes of a block where the host can reach them."""
         return None
 
 
 class CudaCoreDevice(_CudaCore):
-    """A pool of the driver's own (cuMemPool), apart from the one that others in this process share.
+    """Device memory from a driver pool (cuMemPool) of its own, apart from the process's default.
 
-    Allocation and release are ordered on a stream of this object's; the first is waited for, so
-    that every stream may use it.
+    Allocation and release are ordered on a stream of this source. `allocate` waits for that stream,
+    so that every other stream may use the block.
     """
 
     def __init__(self, core: Any, cuda: Cuda):
@@ -141,6 +146,7 @@ class CudaCoreDevice(_CudaCore):
 
     @property
     def free(self) -> int | None:
+        """The free memory of the device in bytes."""
         with self._cuda.current():
             return self._cuda.free()
 
@@ -153,16 +159,18 @@ class CudaCoreDevice(_CudaCore):
         block.close(self._stream)
 
     def close(self) -> None:
+        """Destroy the pool and the stream."""
         with self._cuda.current():
-            with suppress(Exception):  # as above
+            with suppress(Exception):  # a lost device refuses the call
                 self._stream.sync()
             self._pool.close()
             self._cuda.destroy(stream=self._handle)
 
 
 class CudaCorePageLocked(_CudaCore):
-    """Page-locked host memory by cuMemAllocHost, which every driver has; pools of it came with
-    CUDA 12.6 and not for every card.
+    """Page-locked host memory by cuMemAllocHost, which every driver has.
+
+    Pools of page-locked memory came with CUDA 12.6, and not for every card.
     """
 
     kind = "page-locked host memory"
@@ -178,17 +186,28 @@ class CudaCorePageLocked(_CudaCore):
         return _view(ptr, nbytes)
 
     def close(self) -> None:
-        """Nothing is kept."""
+        """Do nothing: this source keeps no blocks."""
 
 
 class PyCudaPools:
-    """PyCUDA's pools, which know no locks and serve only the thread that made their context: one
-    thread makes every call.
+    """PyCUDA's pools behind one thread, which makes all calls.
 
-    `device` and `page_locked` are the two sources; the thread ends when both are closed.
+    The pools have no locks and serve only the thread that made their context. The thread ends when
+    both sources are closed.
+
+    Attributes:
+        device: the memory of the GPU.
+        page_locked: the page-locked host memory.
     """
 
     def __init__(self, driver: Any, tools: Any, cuda: Cuda):
+        """Start the thread and make both pools.
+
+        Args:
+            driver: the module pycuda.driver.
+            tools: the module pycuda.tools.
+            cuda: the CUDA driver on the GPU.
+        """
         self._driver, self.cuda = driver, cuda
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mask2ct PyCUDA")
         self._open = 2
@@ -203,9 +222,10 @@ class PyCudaPools:
             raise
 
     def do(self, call: Callable[[], T]) -> T:
-        """What `call` returns, called in the thread.
+        """Run `call` in the thread and return its result.
 
-        Raises MemoryError when the driver has no more.
+        Raises:
+            MemoryError: the driver has no more memory.
         """
         try:
             return self._thread.submit(call).result()
@@ -213,6 +233,7 @@ class PyCudaPools:
             raise MemoryError(str(exc)) from exc
 
     def close(self) -> None:
+        """Count one source as closed, and end the thread with the last one."""
         self._open -= 1
         if not self._open:
             self.do(self._stop)
@@ -225,14 +246,12 @@ class PyCudaPools:
 
     def _stop(self) -> None:
         self._driver.Context.pop()
-        # its destructor would end the context as if it were not the primary one
+        # without this the destructor would destroy the context, although it is the primary one
         self._context.detach()
 
 
 class _PyCuda(ABC):
-    """What both pools share: the sizes they really take (16 to an octave), and the blocks they
-    keep.
-    """
+    """Base of both kinds of PyCUDA memory; its pools round sizes up, in 16 steps per octave."""
 
     kind = ""
 
@@ -242,20 +261,25 @@ class _PyCuda(ABC):
 
     @property
     def held(self) -> int:
+        """Bytes allocated from the system, free blocks included."""
         return 0 if self._pool is None else int(self._pools.do(lambda: self._pool.managed_bytes))
 
     @property
     def free(self) -> int | None:
+        """Bytes that the system has left; None by default."""
         return None
 
     def growth(self, nbytes: int) -> int:
+        """Return the size of the block that the pool would allocate, in bytes."""
         return int(self._pools.do(lambda: self._pool.alloc_size(self._pool.bin_number(nbytes))))
 
     def trim(self) -> None:
+        """Return the free blocks to the system."""
         if self._pool is not None:
             self._pools.do(self._pool.free_held)
 
     def allocate(self, nbytes: int, *, stream: Stream) -> Buffer:
+        """Allocate a block of `nbytes` bytes, or reuse a free one."""
         before = self.held
         ptr, release, block = self._pools.do(lambda: self._allocate(nbytes))
         self.blocks += self.held > before
@@ -263,9 +287,10 @@ class _PyCuda(ABC):
 
     @abstractmethod
     def _allocate(self, nbytes: int) -> tuple[int, Callable[[], None], NDArray[np.uint8] | None]:
-        """(address, what gives it back, its bytes where the host can reach them)."""
+        """The address, the function that frees it, and the bytes where the host can reach them."""
 
     def close(self) -> None:
+        """Return all memory; a second call does nothing."""
         if self._pool is not None:
             self._pools.do(self._pool.stop_holding)
             self._pool = None
@@ -273,12 +298,15 @@ class _PyCuda(ABC):
 
 
 class PyCudaDevice(_PyCuda):
+    """The memory of a GPU from a PyCUDA pool."""
+
     def __init__(self, pools: PyCudaPools, pool: Any):
         super().__init__(pools, pool)
         self.kind = f"memory of GPU {pools.cuda.device.ordinal}"
 
     @property
     def free(self) -> int | None:
+        """The free memory of the device in bytes."""
         with self._pools.cuda.current():
             return self._pools.cuda.free()
 
@@ -288,6 +316,8 @@ class PyCudaDevice(_PyCuda):
 
 
 class PyCudaPageLocked(_PyCuda):
+    """Page-locked host memory from a PyCUDA pool."""
+
     kind = "page-locked host memory"
 
     def _allocate(self, nbytes: int) -> tuple[int, Callable[[], None], NDArray[np.uint8] | None]:

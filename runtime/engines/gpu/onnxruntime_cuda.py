@@ -1,6 +1,4 @@
-"""The graph in ONNX Runtime on an NVIDIA GPU: its tensors stay on the device, in slots like
-TensorRT's.
-"""
+"""The GPU engine of ONNX Runtime, whose tensors stay on the device as in the TensorRT engine."""
 
 from __future__ import annotations
 
@@ -30,18 +28,17 @@ INSTALL = (
     'pip uninstall onnxruntime, then pip install "mask2ct[gpu]" "onnxruntime-gpu[cuda,cudnn]"'
     " (never beside onnxruntime)"
 )
-DEFAULT_CAP = (
-    2 << 30
-    # bytes; the graph states no need, and what cuDNN takes for a convolution is bounded by nothing
-    # else
-)
-BATCH, MOST = 8, 64
+# bytes; a graph does not state its need, and nothing else bounds cuDNN's memory for a convolution
+DEFAULT_CAP = 2 << 30
+BATCH, MAX_BATCH = 8, 64
+# words in ONNX Runtime's errors about the file, not the GPU
+_FILE_ERRORS = ("INVALID_PROTOBUF", "INVALID_GRAPH", "NO_SUCHFILE", "INVALID_ARGUMENT")
 
 
 def why_absent() -> tuple[str, str] | None:
-    """Why ONNX Runtime runs nothing on a GPU here and the remedy, or None when it may.
+    """Return why ONNX Runtime cannot use a GPU here and the remedy; None where it can.
 
-    Imports onnxruntime, which says what it is.
+    The check imports onnxruntime, which alone knows its providers.
     """
     if find_spec("onnxruntime") is None:
         return "onnxruntime-gpu is not installed", INSTALL
@@ -52,15 +49,31 @@ def why_absent() -> tuple[str, str] | None:
 
 
 class OnnxCudaEngine(GpuEngine):
-    """`path` by ONNX Runtime's CUDA provider and no other on GPU number `options.device`.
+    """Runs the graph on ONNX Runtime's CUDA provider, and on no other.
 
-    Of `max_memory` (2 GiB unless told otherwise) the tensors take their part and ONNX Runtime's
-    arena the rest. Convolutions are chosen by rule rather than by timing, without TF32, so that
-    every run gives the same bytes. Raises `MissingComponent` where the provider cannot work: ONNX
-    Runtime itself would go on with the CPU.
+    The tensors take their share of `max_memory` (2 GiB by default), and ONNX Runtime's arena takes
+    the rest. cuDNN chooses its convolutions by heuristics, not by timing, and without TF32, so that
+    all runs give the same bytes.
+
+    Attributes:
+        worker: the one thread that runs the session.
+        session: the session of ONNX Runtime.
     """
 
     def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None):
+        """Load a graph.
+
+        Args:
+            path: the ONNX file.
+            manifest: the manifest of the model.
+            options: the options of the engine.
+
+        Raises:
+            MissingComponent: the CUDA provider cannot work; ONNX Runtime by itself would go on with
+                the CPU.
+            ModelError: the file is not such a graph, or contradicts the manifest.
+            MemoryCapExceeded: the tensors do not fit into `max_memory`.
+        """
         options = options or EngineOptions()
         self._ort: Any = onnxruntime()
         if PROVIDER not in self._ort.get_available_providers():
@@ -72,11 +85,8 @@ class OnnxCudaEngine(GpuEngine):
         super().__init__(manifest, options)
         try:
             cap = options.max_memory or DEFAULT_CAP
-            io = (
-                (STREAMS + 1)
-                * nbytes_of(self.tensors, shapes_of(self.tensors, BATCH, self._canvas))
-                * 4
-            )  # a canvas may double each side
+            batch_bytes = nbytes_of(self.tensors, shapes_of(self.tensors, BATCH, self._canvas))
+            io = (STREAMS + 1) * batch_bytes * 4  # a canvas may double each side
             self._open_pools(cap, cap)
             if io >= cap:
                 raise self.device_pool.exceeded(io)
@@ -91,15 +101,16 @@ class OnnxCudaEngine(GpuEngine):
             raise
 
     def _load(self, path: Path, manifest: Manifest, ordinal: int, arena: int) -> Any:
+        """Open the session with an arena of so many bytes."""
         ort = self._ort
-        with redirect_stdout(sys.stderr):  # it prints what it does not find
+        with redirect_stdout(sys.stderr):  # it prints the libraries that it does not find
             if hasattr(ort, "preload_dlls"):
                 ort.preload_dlls()
         settings = ort.SessionOptions()
-        settings.log_severity_level = 4  # what matters is raised
+        settings.log_severity_level = 4  # errors that matter are raised
         settings.use_deterministic_compute = True
         settings.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        wanted = {
+        cuda_options = {
             "device_id": str(ordinal),
             "gpu_mem_limit": str(arena),
             "arena_extend_strategy": "kSameAsRequested",
@@ -107,15 +118,12 @@ class OnnxCudaEngine(GpuEngine):
             "use_tf32": "0",
         }
         try:
-            session = ort.InferenceSession(str(path), settings, providers=[(PROVIDER, wanted)])
-        except (
-            Exception
-        ) as exc:  # ONNX Runtime raises classes of its own that share no base but Exception
+            providers = [(PROVIDER, cuda_options)]
+            session = ort.InferenceSession(str(path), settings, providers=providers)
+        # ONNX Runtime's classes share no base but Exception
+        except Exception as exc:
             text = str(exc).splitlines()[0][:300]
-            if any(
-                word in text
-                for word in ("INVALID_PROTOBUF", "INVALID_GRAPH", "NO_SUCHFILE", "INVALID_ARGUMENT")
-            ):
+            if any(word in text for word in _FILE_ERRORS):
                 raise ModelError(
                     f"{path.name} is not a graph ONNX Runtime loads: {text}",
                     expected="an ONNX graph as export writes it",
@@ -125,19 +133,19 @@ class OnnxCudaEngine(GpuEngine):
             raise _missing(f"ONNX Runtime cannot run this graph on the GPU: {text}") from exc
         if session.get_providers()[:1] != [PROVIDER]:
             raise _missing(f"ONNX Runtime chose {session.get_providers()} instead of the GPU")
-        inputs = {i.name: DTYPES.get(i.type) for i in session.get_inputs()}
-        check_graph(
-            manifest, inputs, session.get_modelmeta().custom_metadata_map.get(METADATA), path
-        )
+        inputs = {tensor.name: DTYPES.get(tensor.type) for tensor in session.get_inputs()}
+        signature = session.get_modelmeta().custom_metadata_map.get(METADATA)
+        check_graph(manifest, inputs, signature, path)
         return session
 
-    def _choose_batch(self, manifest: Manifest, room: int) -> None:
-        """The largest batch whose slots fit in `room` bytes and that a trial on the canvas gets
-        through with: nothing tells before.
+    def _choose_batch(self, manifest: Manifest, budget: int) -> None:
+        """Choose the largest batch whose slots fit in `budget` bytes and that runs in a trial.
+
+        ONNX Runtime does not state beforehand how much memory a batch takes.
         """
-        for batch in batches(1, MOST):
+        for batch in batches(1, MAX_BATCH):
             shapes = shapes_of(self.tensors, batch, self._canvas)
-            if batch > 1 and (STREAMS + 1) * nbytes_of(self.tensors, shapes) > room:
+            if batch > 1 and (STREAMS + 1) * nbytes_of(self.tensors, shapes) > budget:
                 continue
             self.spec = EngineSpec(manifest.inputs, manifest.output, batch, STREAMS)
             arrays = {t.name: np.zeros(shapes[t.name], t.dtype) for t in self.tensors}
@@ -162,15 +170,16 @@ class OnnxCudaEngine(GpuEngine):
 
 
 class OnnxCudaSlot(GpuSlot):
-    """An IO binding to the slot's tensors.
+    """A slot with an IO binding to its tensors.
 
-    Computation is started by the engine's one thread, since a run of ONNX Runtime returns when it
-    is done; uploads and downloads of other slots go on beside it.
+    A run of ONNX Runtime blocks until it is complete. The engine's one thread therefore makes all
+    runs, while other slots upload and download.
     """
 
     owner: OnnxCudaEngine
 
     def __init__(self, owner: OnnxCudaEngine):
+        """Make a slot of `owner`."""
         self._binding: Any = None
         assert owner.worker is not None
         self._queue = WorkerStream(owner.worker, owner.name)
@@ -205,28 +214,31 @@ class OnnxCudaSlot(GpuSlot):
     def _work(self, inputs: Inputs, out: NDArray[np.uint8]) -> None:
         self._upload(inputs)
         self.cuda.record(self._event, self._handle)
-        self._queue.submit(self._rest(out))
+        self._queue.submit(self._run_and_download(out))
 
-    def _rest(self, out: NDArray[np.uint8]) -> Callable[[], None]:
-        def rest() -> None:
+    def _run_and_download(self, out: NDArray[np.uint8]) -> Callable[[], None]:
+        """The work of the engine's thread for one batch, after its upload."""
+
+        def run_and_download() -> None:
             with self.cuda.current():
                 self.cuda.wait(self._event)
                 try:
                     self.owner.session.run_with_iobinding(self._binding)
                 except Exception as exc:
-                    raise self._failed(exc) from exc
+                    raise self._error_of(exc) from exc
                 self._download(out)
                 self.cuda.record(self._event, self._handle)
 
-        return rest
+        return run_and_download
 
-    def _failed(self, exc: Exception) -> Exception:
+    def _error_of(self, exc: Exception) -> Exception:
+        """Our error for one of ONNX Runtime's."""
         text = str(exc)
-        if short := re.search(r"requested bytes of (\d+)", text):
-            return self.owner.device_pool.exceeded(int(short[1]))
+        if match := re.search(r"requested bytes of (\d+)", text):
+            return self.owner.device_pool.exceeded(int(match[1]))
         return EngineError(
             f"ONNX Runtime failed on the GPU: {text.splitlines()[0][:300]}",
-            expected="a batch synthesized",
+            expected="a synthesized batch",
             remedy="run again, or with --backend onnx on the CPU",
         )
 

@@ -1,9 +1,8 @@
-"""Is there an NVIDIA GPU, and which? Asked of the driver itself, with ctypes, before TensorRT is
-touched.
+"""Ask the driver for its NVIDIA GPUs, through ctypes, before TensorRT is imported.
 
-TensorRT's `Runtime` made without a driver or a device raises nothing: it hands out an object that
-ends the process with a segmentation fault when it is used or freed (lean 10.16 and 11.4). No try
-can catch that, so this gate comes first.
+Without a driver or a device, TensorRT's `Runtime` raises nothing. It returns an object that ends
+the process with a segmentation fault when it is used or freed (lean 10.16 and 11.4). No exception
+handler can catch that, so this check comes first.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ from dataclasses import dataclass
 
 from ...core.errors import MissingComponent
 
-LIBRARY = (
-    "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
-)  # the driver's, never the toolkit's
+# the library of the driver, not of the toolkit
+LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 DRIVER_REMEDY = (
     "run on a machine with an NVIDIA GPU and its driver (`nvidia-smi` lists it; in Docker: --gpus"
     " all)"
@@ -27,9 +25,14 @@ _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, _MINOR 
 
 @dataclass(frozen=True)
 class Device:
-    """One GPU as the driver names it.
+    """One GPU as the driver describes it.
 
-    `memory`: all it has, in bytes; `driver`: the newest CUDA it serves, as (major, minor).
+    Attributes:
+        ordinal: its number in the driver's order.
+        name: its name.
+        compute_capability: (major, minor).
+        memory: its total memory in bytes.
+        driver: the newest CUDA version of the driver, (major, minor).
     """
 
     ordinal: int
@@ -44,18 +47,30 @@ class Device:
 
 
 def why_no_gpu(library: str = LIBRARY) -> str | None:
-    """Why no NVIDIA GPU can be used here, as a phrase for a person, or None when one can.
+    """Check for a usable NVIDIA GPU without making a CUDA context.
 
-    Makes no CUDA context.
+    Args:
+        library: the file name of the driver's library.
+
+    Returns:
+        None where a GPU can be used, else a phrase with the reason.
     """
-    found = _open(library)
-    return found if isinstance(found, str) else None
+    driver = _open(library)
+    return driver if isinstance(driver, str) else None
 
 
 def device(ordinal: int = 0, library: str = LIBRARY) -> Device:
-    """The GPU of that number, in the driver's order (CUDA_VISIBLE_DEVICES counts).
+    """Describe a GPU.
 
-    Raises `MissingComponent` when it is not there.
+    Args:
+        ordinal: its number in the driver's order, among those of CUDA_VISIBLE_DEVICES.
+        library: the file name of the driver's library.
+
+    Returns:
+        The GPU.
+
+    Raises:
+        MissingComponent: there is no such GPU, or no driver.
     """
     cuda = _open(library)
     if isinstance(cuda, str):
@@ -82,7 +97,7 @@ def device(ordinal: int = 0, library: str = LIBRARY) -> Device:
 
 
 def _open(library: str) -> ctypes.CDLL | str:
-    """The initialised driver, or why there is none."""
+    """The initialized driver, or the reason why it cannot be used."""
     try:
         cuda = ctypes.CDLL(library)
     except OSError:
@@ -98,8 +113,9 @@ def _open(library: str) -> ctypes.CDLL | str:
 
 
 def _visible() -> str:
-    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return "" if chosen is None else f" (CUDA_VISIBLE_DEVICES is {chosen!r})"
+    """The value of CUDA_VISIBLE_DEVICES for a message, where it is set."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "" if visible is None else f" (CUDA_VISIBLE_DEVICES is {visible!r})"
 
 
 def _name(cuda: ctypes.CDLL, code: int) -> str:
@@ -110,6 +126,7 @@ def _name(cuda: ctypes.CDLL, code: int) -> str:
 
 
 def _check(cuda: ctypes.CDLL, code: int) -> None:
+    """Raise `MissingComponent` unless a CUresult is CUDA_SUCCESS."""
     if code:
         raise _absent(f"the NVIDIA driver answers {_name(cuda, code)}")
 

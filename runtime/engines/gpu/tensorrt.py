@@ -1,4 +1,4 @@
-"""A TensorRT engine, by the lean runtime or the full one."""
+"""The GPU engine of TensorRT, for its lean runtime and its full one."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from .base import STREAMS, GpuEngine, GpuSlot, Shapes, batches, nbytes_of, shape
 from .probe import DRIVER_REMEDY, why_no_gpu
 from .workspace import Workspace, WorkspacePool
 
-# The lean runtime loads what export writes by default, and is 44 MB; an engine built with --native
-# needs the full one. Each is
-# found as its front package and as the wheel of its bindings, which works alone.
+# The lean runtime (44 MB) loads the engines that export writes by default; an engine built with
+# --native needs the full one. For each stand its front package and the wheel of its bindings, which
+# works alone.
 MODULES = ("tensorrt_lean", "tensorrt_lean_bindings", "tensorrt", "tensorrt_bindings")
-VERSIONS = ((10, 13), (12, 0))  # from, below: the names used here exist in all of them
+VERSIONS = ((10, 13), (12, 0))  # from, below: all of them have the names that this module uses
 INSTALL = 'pip install "mask2ct[gpu]"'
 
 
 def why_absent() -> tuple[str, str] | None:
-    """Why no TensorRT engine can run here and the remedy, or None when one can.
+    """Return why no TensorRT engine can run here and the remedy; None where one can.
 
-    Imports nothing of TensorRT's.
+    The check does not import TensorRT.
     """
     if not any(find_spec(name) for name in MODULES):
         return "neither tensorrt_lean nor tensorrt is installed", INSTALL
@@ -39,15 +39,30 @@ def why_absent() -> tuple[str, str] | None:
 
 
 class TensorRTEngine(GpuEngine):
-    """`path`, an engine file whose SHA-256 was checked by the caller, on GPU number
-    `options.device`.
+    """Runs an engine file of TensorRT.
 
-    Its batch is the one its profile was tuned for; with `auto_batch`, the largest of the profile's
-    that fits `max_memory`. Raises `MissingComponent` without a GPU or a runtime, before a runtime
-    object is made, for one made without a device ends the process.
+    The batch size is the one that the engine's profile was tuned for. With `auto_batch` it is the
+    largest of the profile that fits `max_memory`.
+
+    Attributes:
+        engine: the deserialized engine (ICudaEngine).
+        activations: the activation memory that its execution contexts share.
     """
 
     def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None):
+        """Load an engine file.
+
+        Args:
+            path: the engine file, whose SHA-256 the caller has checked.
+            manifest: the manifest of the model.
+            options: the options of the engine.
+
+        Raises:
+            MissingComponent: there is no GPU or no runtime. That is checked before a runtime object
+                is made, which would end the process where there is no device.
+            ModelError: no runtime here loads the file, or it contradicts the manifest.
+            MemoryCapExceeded: the engine does not fit into `max_memory`.
+        """
         options = options or EngineOptions()
         self._no_graphs = ""
         super().__init__(manifest, options)
@@ -61,73 +76,65 @@ class TensorRTEngine(GpuEngine):
             raise
 
     def _check(self, path: Path) -> None:
-        """Hold the engine's tensors against the manifest's."""
+        """Compare the engine's tensors with those of the manifest."""
         trt, engine = self._trt, self.engine
-        kinds = {"uint8": trt.DataType.UINT8, "float32": trt.DataType.FLOAT}
+        dtypes = {"uint8": trt.DataType.UINT8, "float32": trt.DataType.FLOAT}
         modes = {
             t.name: trt.TensorIOMode.OUTPUT if t is self.tensors[-1] else trt.TensorIOMode.INPUT
             for t in self.tensors
         }
         names = [engine.get_tensor_name(n) for n in range(engine.num_io_tensors)]
-        found = {
+        tensors = {
             name: (engine.get_tensor_mode(name), engine.get_tensor_dtype(name)) for name in names
         }
-        stated = {t.name: (modes[t.name], kinds[t.dtype]) for t in self.tensors}
-        if found != stated:
+        stated = {t.name: (modes[t.name], dtypes[t.dtype]) for t in self.tensors}
+        if tensors != stated:
             raise ModelError(
-                f"{path.name} has the tensors {found}",
+                f"{path.name} has the tensors {tensors}",
                 expected=f"the manifest's, {stated}",
                 remedy="build the engine again",
                 file=path,
             )
 
     def _plan(self, path: Path, manifest: Manifest, options: EngineOptions) -> None:
-        """Choose the batch and how many slots there may be, and cap the pools at what that
-        takes.
-        """
+        """Choose the batch size and the number of slots, and open the pools with fitting caps."""
         smallest, best, largest = (
             tuple(dims) for dims in self.engine.get_tensor_profile_shape("labels", 0)
         )
         canvas = largest[-2], largest[-1]
-        weights = (
-            path.stat().st_size
-        )  # what TensorRT takes for itself on the device is about the file
+        weights = path.stat().st_size  # TensorRT's own device memory is about the size of the file
         batch, streams = best[0], STREAMS
         if options.auto_batch or options.max_memory is not None:
-            room = (
-                self.cuda.free() if options.max_memory is None else options.max_memory
-            ) - weights
-            wanted = batches(smallest[0], largest[0]) if options.auto_batch else [batch]
-            needs = dict(zip(wanted, self._needs(wanted), strict=True))
-            batch = next((n for n in wanted if needs[n] <= room), wanted[-1])
-            if needs[batch] > room:
-                kind = f"memory of GPU {options.device}"
+            cap = self.cuda.free() if options.max_memory is None else options.max_memory
+            budget = cap - weights
+            choices = batches(smallest[0], largest[0]) if options.auto_batch else [batch]
+            needs = dict(zip(choices, self._slot_bytes(choices), strict=True))
+            batch = next((n for n in choices if needs[n] <= budget), choices[-1])
+            if needs[batch] > budget:
                 raise MemoryCapExceeded.of(
-                    kind,
+                    f"memory of GPU {options.device}",
                     needs[batch] + weights,
-                    cap=room + weights,
+                    cap=cap,
                     in_use=0,
                     free=self.cuda.free(),
                 )
-            streams = min(STREAMS, room // needs[batch])
-        # a slot each on the largest canvas, and one for volumes of another canvas at the same time
+            streams = min(STREAMS, budget // needs[batch])
+        # one slot per stream on the largest canvas, and one for a volume on another canvas
+        slots = STREAMS + 1
         io = nbytes_of(self.tensors, shapes_of(self.tensors, batch, canvas))
-        most = (STREAMS + 1) * (
-            self.engine.get_device_memory_size_for_profile_v2(0) + io + ALIGNMENT
-        )
+        activations = self.engine.get_device_memory_size_for_profile_v2(0)
+        most = slots * (activations + io + ALIGNMENT)
         self._open_pools(
-            options.max_memory or weights + most, max(options.max_memory or 0, (STREAMS + 1) * io)
+            options.max_memory or weights + most, max(options.max_memory or 0, slots * io)
         )
         self._reserved.append(self.device_pool.reserve(weights, "weights"))
         self.activations = WorkspacePool(self.cuda, self.device_pool.tag("activations"), streams)
         self.spec = EngineSpec(manifest.inputs, manifest.output, batch, streams, canvas)
 
-    def _needs(self, wanted: list[int]) -> list[int]:
-        """Bytes that a slot of each batch takes on the device, on the canvas the network was
-        trained on.
-        """
+    def _slot_bytes(self, choices: list[int]) -> list[int]:
+        """The device memory in bytes of a slot of each batch size, on the training canvas."""
         needs, context = [], self.context()
-        for batch in wanted:
+        for batch in choices:
             shapes = shapes_of(self.tensors, batch, self._canvas)
             for tensor in self.tensors[:-1]:
                 accepted(
@@ -142,7 +149,11 @@ class TensorRTEngine(GpuEngine):
         return needs
 
     def context(self) -> Any:
-        """A context without activation memory."""
+        """Make an execution context without activation memory.
+
+        Raises:
+            EngineError: TensorRT refuses it.
+        """
         trt = self._trt
         context = self.engine.create_execution_context(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -151,11 +162,12 @@ class TensorRTEngine(GpuEngine):
         return context
 
     def without_graphs(self, reason: str) -> None:
-        """Go on without CUDA graphs, and say so."""
+        """Use no CUDA graphs from now on, and state `reason` in the name of the engine."""
         self._no_graphs = reason
 
     @property
     def graphs(self) -> bool:
+        """Whether slots may capture CUDA graphs."""
         return not self._no_graphs
 
     def _what(self) -> str:
@@ -170,16 +182,24 @@ class TensorRTEngine(GpuEngine):
 
 
 class TensorRTSlot(GpuSlot):
-    """An execution context, the activation memory it works in, and a CUDA graph of its shape.
+    """A slot with an execution context, activation memory, and a CUDA graph of its shape.
 
-    The first batch of a shape goes call by call, which lets TensorRT set itself up. The second is
-    captured, with its copies, and the graph launched from then on, until a shape or an address
-    changes. Tensors that are not page-locked are never captured.
+    The first batch of a shape is enqueued call by call, which lets TensorRT initialize itself. The
+    second is captured together with its copies. Later batches launch the graph, until a shape or an
+    address changes. Batches in arrays that are not page-locked are never captured.
     """
 
     owner: TensorRTEngine
 
     def __init__(self, owner: TensorRTEngine):
+        """Make a slot of `owner`.
+
+        Args:
+            owner: the engine.
+
+        Raises:
+            EngineError: TensorRT refuses an execution context, or CUDA a stream.
+        """
         self._context: Any = None
         self._activations: Workspace | None = None
         self._graph: Any = None
@@ -201,8 +221,8 @@ class TensorRTSlot(GpuSlot):
             )
         missing = context.infer_shapes()
         accepted(not missing, f"the shapes, without {missing}")
-        found = tuple(context.get_tensor_shape(names[-1]))
-        accepted(found == shapes[names[-1]], f"an output of {shapes[names[-1]]}, it is {found}")
+        output, expected = tuple(context.get_tensor_shape(names[-1])), shapes[names[-1]]
+        accepted(output == expected, f"an output of {expected}, it is {output}")
         needed = max(1, int(context.update_device_memory_size_for_shapes()))
         self._activations = self.owner.activations.acquire(needed, stream=self)
         assert self._activations.ptr % ALIGNMENT == 0
@@ -223,7 +243,7 @@ class TensorRTSlot(GpuSlot):
         self.cuda.destroy(graph=self._graph)
         self._graph, self._addresses, self._uncaptured = None, (), 0
 
-    def _turn(self) -> AbstractContextManager[None]:
+    def _exclusive_workspace(self) -> AbstractContextManager[None]:
         assert self._activations is not None
         return self._activations.exclusive(self._handle, self._event)
 
@@ -234,12 +254,8 @@ class TensorRTSlot(GpuSlot):
                 self._drain()
             self._forget_graph()
             self._addresses = addresses
-        if (
-            self._graph is None
-            and self._uncaptured
-            and self.owner.graphs
-            and all(map(self.owner.pool.owns, addresses))
-        ):
+        may_capture = self._graph is None and self._uncaptured and self.owner.graphs
+        if may_capture and all(map(self.owner.pool.owns, addresses)):
             self._drain()
             try:
                 self._graph = self.cuda.capture(lambda: self._enqueue(inputs, out), self._handle)
@@ -260,46 +276,53 @@ class TensorRTSlot(GpuSlot):
         self._context = None
 
 
-def accepted(yes: bool, what: str) -> None:
-    """Raise `EngineError` unless TensorRT took it: it says no by returning False."""
-    if not yes:
+def accepted(success: bool, what: str) -> None:
+    """Check the result of a call to TensorRT, which reports errors by returning False.
+
+    Args:
+        success: the result.
+        what: the thing that TensorRT was to accept, for the message.
+
+    Raises:
+        EngineError: TensorRT refused it.
+    """
+    if not success:
         raise EngineError(
             f"TensorRT refused {what}",
-            expected="what the engine was built for",
+            expected="a call that the engine was built for",
             remedy="build the engine again on this machine",
         )
 
 
 def _deserialize(path: Path) -> tuple[Any, Any, Any]:
-    """The module, the runtime and the engine.
+    """Load an engine file with the first runtime that can, the lean one first.
 
-    The lean runtime is asked first; what each says goes into the error.
+    Returns:
+        The module, the runtime and the engine.
     """
     reasons: list[str] = []
     plan = path.read_bytes()
-    found = False
+    usable = False
     for name in MODULES:
         try:
             trt = import_module(name)
         except ImportError as exc:
             reasons.append(f"{name}: {exc}")
             continue
-        if (
-            not VERSIONS[0]
-            <= tuple(int(n) for n in str(trt.__version__).split(".")[:2])
-            < VERSIONS[1]
-        ):
+        version = tuple(int(n) for n in str(trt.__version__).split(".")[:2])
+        if not VERSIONS[0] <= version < VERSIONS[1]:
             reasons.append(f"{name} is {trt.__version__}")
             continue
-        found = True
-        said: list[str] = []
-        runtime = trt.Runtime(collecting_logger(trt, said))
+        usable = True
+        messages: list[str] = []
+        runtime = trt.Runtime(collecting_logger(trt, messages))
         assert not runtime.engine_host_code_allowed, "an engine must not bring code of its own"
         engine = runtime.deserialize_cuda_engine(plan)
         if engine is not None:
             return trt, runtime, engine
-        reasons.append(f"{name} {trt.__version__}: {'; '.join(said[-3:]) or 'it says no more'}")
-    if not found:
+        details = "; ".join(messages[-3:]) or "it gives no reason"
+        reasons.append(f"{name} {trt.__version__}: {details}")
+    if not usable:
         raise MissingComponent(
             f"no TensorRT runtime can be used: {'; '.join(reasons)}",
             expected="tensorrt_lean or tensorrt >= 10.13, < 12",
@@ -313,8 +336,16 @@ def _deserialize(path: Path) -> tuple[Any, Any, Any]:
     )
 
 
-def collecting_logger(trt: Any, said: list[str]) -> Any:
-    """A TensorRT logger that keeps what it calls errors in `said`."""
+def collecting_logger(trt: Any, messages: list[str]) -> Any:
+    """Make a TensorRT logger that collects errors.
+
+    Args:
+        trt: a module of TensorRT.
+        messages: the list that receives the texts.
+
+    Returns:
+        The logger (ILogger).
+    """
     errors = (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR)
 
     class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
@@ -323,6 +354,6 @@ def collecting_logger(trt: Any, said: list[str]) -> Any:
 
         def log(self, severity: Any, msg: str) -> None:
             if severity in errors:
-                said.append(msg)
+                messages.append(msg)
 
     return Logger()

@@ -1,10 +1,9 @@
-"""Activation memory of contexts: a block each for those that run at once, one in turn for those
-that need not.
+"""Activation memory that execution contexts share.
 
-As many blocks as there are streams keep the device busy. More contexts than that exist, but never
-run at once: those of a second volume in work, of volumes that are done (their slots wait for the
-next one), of callers that use the engine themselves. They share the blocks; a stream that takes a
-block over waits, on the device, for the work that had it before.
+One workspace per stream keeps the device busy. More contexts exist than that, but they do not run
+at once: those of a second volume in work, of complete volumes (whose slots wait for the next one),
+and of callers that use the engine directly. They share the workspaces. A stream that takes a
+workspace over waits, on the device, for the work that used it before.
 """
 
 from __future__ import annotations
@@ -20,20 +19,29 @@ from .cuda_driver import Cuda
 
 
 class Workspace:
-    """Memory of `nbytes` at `ptr` that contexts use in turn."""
+    """A block of activation memory that contexts use one after the other.
+
+    Attributes:
+        ptr: the device address.
+        nbytes: the size in bytes.
+        users: the number of contexts that share it.
+    """
 
     def __init__(self, cuda: Cuda, buffer: Buffer):
+        """Make a workspace of `buffer`, which it owns."""
         self.ptr, self.nbytes, self.users = buffer.ptr, buffer.nbytes, 0
         self._cuda, self._buffer = cuda, buffer
         self._lock = threading.Lock()
-        self._last: Any = None  # event behind the work that used it last
+        self._last: Any = None  # the event behind the last work that used it
 
     @contextmanager
     def exclusive(self, stream: Any, event: Any) -> Iterator[None]:
-        """What is put on `stream` meanwhile runs after all work that had the block before.
+        """Run the work of a context after all earlier work that used the workspace.
 
-        `event` is recorded behind it before this ends; where that fails, nothing is left on the
-        stream.
+        Args:
+            stream: the stream of the work.
+            event: the event that the caller records behind the work before this ends. Where that
+                fails, the caller leaves nothing on the stream.
         """
         with self._lock:
             if self._last is not None and self._last is not event:
@@ -42,29 +50,43 @@ class Workspace:
             self._last = event
 
     def release(self, event: Any) -> None:
-        """The context whose work `event` followed is done with it for good."""
+        """Forget the context of `event`, whose work is complete."""
         with self._lock:
             if self._last is event:
                 self._last = None
 
     def close(self) -> None:
+        """Return the memory."""
         self._buffer.close()
 
 
 class WorkspacePool:
-    """The blocks of one engine, from `memory`: of each size at most `most`."""
+    """The workspaces of one engine."""
 
     def __init__(self, cuda: Cuda, memory: Memory, most: int):
+        """Make an empty pool.
+
+        Args:
+            cuda: the CUDA driver on the GPU.
+            memory: the device memory for the workspaces.
+            most: the largest number of workspaces that serve one size.
+        """
         self._cuda, self._memory, self._most = cuda, memory, most
         self._lock = threading.Lock()
         self._blocks: list[Workspace] = []
 
     def acquire(self, nbytes: int, *, stream: Stream) -> Workspace:
-        """A block of `nbytes` or more for a context: a new one while there are few, then the one
-        with the fewest users.
+        """Return a workspace for a context: a new one below the limit, else the least used one.
 
-        Where memory is short one that is there serves too. Raises `MemoryCapExceeded` when there is
-        none.
+        Args:
+            nbytes: the least size in bytes.
+            stream: the stream of the context.
+
+        Returns:
+            A workspace; one that exists where memory is too short for a new one.
+
+        Raises:
+            MemoryCapExceeded: memory is short, and no workspace is large enough.
         """
         with self._lock:
             fitting = [block for block in self._blocks if block.nbytes >= nbytes]
@@ -80,9 +102,7 @@ class WorkspacePool:
             return chosen
 
     def release(self, block: Workspace, event: Any) -> None:
-        """Give a block back, when the work that `event` follows is done; the last user's memory
-        goes to the pool.
-        """
+        """Return a workspace after the work before `event`; the last user frees its memory."""
         with self._lock:
             block.release(event)
             block.users -= 1

@@ -1,1 +1,1 @@
-"""What readers and writers of DICOM share."""
+"""DICOM code that readers and writers share."""

@@ -1,10 +1,8 @@
-"""What every DICOM object written says of itself: synthetic, by what, from what, for whom.
+"""The attributes that all DICOM objects of mask2ct have: patient, study, marks, origin (PS3.3).
 
-Attributes by DICOM PS3.3.
-
-Detached by default: a patient, study and frame of reference of its own, nothing of the source. UIDs
-are name-based UUIDs (PS3.5 B.2) of what made the image, so that a second run writes the same
-objects and not new ones; no clock is read.
+By default an object is detached: it has a patient, a study and a frame of reference of its own, and
+copies nothing from the source. UIDs are name-based UUIDs (PS3.5 B.2) of the image's inputs, so that
+a second run writes the same objects again. No attribute depends on the clock.
 """
 
 from __future__ import annotations
@@ -24,10 +22,8 @@ from ..writers.base import OutputRecord
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-FIXED_DATE, FIXED_TIME = (
-    "20000101",
-    "000000",
-)  # where the standard or a DICOMDIR asks for a date: the same one in every run
+# the date of every run, where the standard or a DICOMDIR requires one
+FIXED_DATE, FIXED_TIME = "20000101", "000000"
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 SYNTHETIC_DATA = 0x0008001C  # by tag: dictionaries before pydicom 3.0 lack it
 _NAMESPACE = uuid.UUID("6f6d3c1e-5f0e-5b0a-9c52-0d1f2b7a9e11")
@@ -47,24 +43,38 @@ STUDY = (
 
 @dataclass(frozen=True)
 class Identity:
-    """Whom a result belongs to.
+    """The patient, the study and the UIDs of a result.
 
-    `key`: what made it, as 64 hexadecimal digits; every UID follows from it.
+    Attributes:
+        key: the SHA-256 of the image's inputs, in hexadecimal; all UIDs follow from it.
+        study_uid: the Study Instance UID.
+        frame_of_reference_uid: the Frame of Reference UID.
+        study: the attributes of patient and study, by keyword.
+        attached: whether the result joins the patient and the study of its mask.
     """
 
     key: str
     study_uid: str
     frame_of_reference_uid: str
-    study: Mapping[str, str]  # attributes of patient and study by keyword
+    study: Mapping[str, str]
     attached: bool
 
     @classmethod
     def of(cls, record: OutputRecord, attach: bool) -> Identity:
-        """The same model file, kind of engine, mask, seed and variant give the same identity;
-        variant 0 is what is synthesized when none is asked for.
+        """Derive the identity of a result from its inputs.
+
+        The same model file, backend, mask, seed and variant give the same identity. A result
+        without variants has that of variant 0.
+
+        Args:
+            record: the result.
+            attach: whether it joins the patient and the study of its mask.
+
+        Returns:
+            The identity.
         """
         source = record.mask.dicom if attach else None
-        made = [
+        inputs = [
             _engine_sha256(record),
             _backend(record),
             record.mask.digest.hex(),
@@ -73,9 +83,9 @@ class Identity:
         ]
         derived = record.manifest.derived
         if derived:
-            made.append(record.image_sha256)
+            inputs.append(record.image_sha256)
         if source is None:
-            key = hashlib.sha256("/".join(["mask2ct", *made]).encode()).hexdigest()
+            key = hashlib.sha256("/".join(["mask2ct", *inputs]).encode()).hexdigest()
             kind, prefix = ("DERIVED", "DERIV") if derived else ("SYNTHETIC", "SYNTH")
             name = f"{prefix}-{key[:16].upper()}"
             study = {
@@ -88,28 +98,35 @@ class Identity:
             }
             return cls(key, uid(key, "study"), uid(key, "frame of reference"), study, False)
         study_uid = source.attributes["StudyInstanceUID"]
-        key = hashlib.sha256(
-            "/".join(["mask2ct", *made, study_uid, *source.sop_instance_uids]).encode()
-        ).hexdigest()
+        inputs += [study_uid, *source.sop_instance_uids]
+        key = hashlib.sha256("/".join(["mask2ct", *inputs]).encode()).hexdigest()
         study = {name: source.attributes[name] for name in STUDY if name in source.attributes}
         return cls(key, study_uid, source.frame_of_reference_uid, study, True)
 
     def uid(self, *what: object) -> str:
-        """The UID of a part of this result."""
+        """Return the UID of a part of this result; `what` names the part."""
         return uid(self.key, *what)
 
 
 def uid(*parts: object) -> str:
-    """2.25 and the decimal form of a name-based UUID (DICOM PS3.5 B.2, RFC 4122 4.3) of `parts`."""
+    """Return a UID from a name-based UUID of `parts` (PS3.5 B.2, RFC 4122 4.3)."""
     return f"2.25.{uuid.uuid5(_NAMESPACE, '/'.join(str(p) for p in parts)).int}"
 
 
 def check_attachable(mask: LabelVolume) -> None:
-    """Refuse a mask to which no series can be attached."""
+    """Check that a series can join the patient and the study of a mask.
+
+    Args:
+        mask: the mask.
+
+    Raises:
+        InputError: the mask is not a DICOM object, or has no Study Instance UID.
+        GeometryError: the mask has no frame of reference.
+    """
     source = mask.dicom
     if source is None:
         raise InputError(
-            "the mask is no DICOM object: there is nothing to attach a series to",
+            "the mask is not a DICOM object, so a series cannot be attached to it",
             expected="a DICOM mask",
             remedy="leave --attach out",
         )
@@ -128,12 +145,19 @@ def check_attachable(mask: LabelVolume) -> None:
 
 
 def describe(ds: Dataset, record: OutputRecord, identity: Identity, *, of: str = "") -> None:
-    """Set on `ds` what is the same for every object of one result: patient, study, the marks of a
-    synthetic or derived image, its making.
+    """Set the attributes that all objects of one result share.
 
-    A derived one states neither Synthetic Data (its voxels were acquired, and moved) nor that its
-    patient's identity was removed: the anatomy is a patient's. `of`: what the object is of the CT;
-    empty for the CT itself.
+    These are the patient, the study, the marks of a synthetic or derived image, and its origin. A
+    derived image does not state Synthetic Data, because its voxels were acquired and then moved. It
+    does not state that the patient's identity was removed either, because the anatomy is a
+    patient's.
+
+    Args:
+        ds: the object, which is changed.
+        record: the result.
+        identity: its identity.
+        of: the relation of the object to the CT ("MASK OF A "), for the Series Description; empty
+            for the CT itself.
     """
     from pydicom import DataElement
     from pydicom.config import IGNORE
@@ -144,12 +168,10 @@ def describe(ds: Dataset, record: OutputRecord, identity: Identity, *, of: str =
     if not derived:
         ds.add_new(SYNTHETIC_DATA, "CS", "YES")
     for keyword in STUDY:
-        if (
-            keyword in identity.study or keyword != "StudyDescription"
-        ):  # the others are of type 2: present, if empty
-            value = identity.study.get(
-                keyword, ""
-            )  # a source's own value stays as it is, valid or not, and unquoted on the screen
+        # all but Study Description are of type 2: present, if empty
+        if keyword in identity.study or keyword != "StudyDescription":
+            # without validation: a source's value stays as it is, and no warning quotes it
+            value = identity.study.get(keyword, "")
             ds.add(DataElement(keyword, dictionary_VR(keyword), value, validation_mode=IGNORE))
     ds.StudyInstanceUID = identity.study_uid
     ds.FrameOfReferenceUID = identity.frame_of_reference_uid
@@ -170,9 +192,7 @@ def describe(ds: Dataset, record: OutputRecord, identity: Identity, *, of: str =
 
 
 def derivation(record: OutputRecord) -> str:
-    """What made the image, in words: model, engine file, seed, mask; or the CT that was
-    deformed.
-    """
+    """Return the Derivation Description of a result: model, engine file, seed, mask or CT."""
     if record.manifest.derived:
         return (
             f"Real CT deformed with its label mask by mask2ct {VERSION}, without a model:"
@@ -188,15 +208,28 @@ def derivation(record: OutputRecord) -> str:
 
 
 def text(value: str, default: str = "unnamed") -> str:
-    """`value` as LO (PS3.5 6.2) takes it: 64 bytes (the standard says characters), no backslash,
-    which separates values, no controls.
+    """Convert a text to a value of VR LO (PS3.5 6.2).
+
+    Args:
+        value: any text.
+        default: the result where nothing remains.
+
+    Returns:
+        At most 64 bytes in UTF-8 (the standard counts characters), without control characters and
+        without the backslash, which separates values.
     """
     plain = "".join(c if c.isprintable() and c != "\\" else " " for c in value)
     return plain.encode()[:64].decode(errors="ignore").strip() or default
 
 
 def code(value: str, scheme: str, meaning: str) -> Any:
-    """One item of a code sequence (PS3.3 8.8)."""
+    """Return one item of a code sequence (PS3.3 8.8).
+
+    Args:
+        value: the Code Value.
+        scheme: the Coding Scheme Designator.
+        meaning: the Code Meaning.
+    """
     from pydicom import Dataset
 
     item = Dataset()
@@ -205,7 +238,14 @@ def code(value: str, scheme: str, meaning: str) -> Any:
 
 
 def require_libraries(*names: str) -> None:
-    """Raise `MissingComponent` unless the packages can be imported."""
+    """Check that packages can be imported.
+
+    Args:
+        names: the packages.
+
+    Raises:
+        MissingComponent: a package cannot be imported.
+    """
     import importlib
 
     for name in names:
@@ -214,25 +254,22 @@ def require_libraries(*names: str) -> None:
 
 
 def _engine_sha256(record: OutputRecord) -> str:
+    """The digest of the model file that the engine ran; "none" for the fake engine."""
     return record.manifest.files[record.file].sha256 if record.file else "none"
 
 
 def _backend(record: OutputRecord) -> str:
-    """Which kind of engine, without its version or threads: another machine writes the same
-    objects.
-    """
+    """The backend without version and threads, so that another machine writes the same objects."""
     return record.backend.split(None, 1)[0]
 
 
 def _equipment(record: OutputRecord) -> Any:
+    """The item of the Contributing Equipment Sequence."""
     from pydicom import Dataset
 
     item = Dataset()
-    item.Manufacturer, item.ManufacturerModelName, item.SoftwareVersions = (
-        MARKS[1],
-        text(record.manifest.name),
-        VERSION,
-    )
+    item.Manufacturer, item.SoftwareVersions = MARKS[1], VERSION
+    item.ManufacturerModelName = text(record.manifest.name)
     if record.manifest.derived:
         item.ContributionDescription = "deformed this image with its label mask"
         item.PurposeOfReferenceCodeSequence = [code("109103", "DCM", "Modifying Equipment")]

@@ -1,10 +1,10 @@
-"""A mask's grid seen as the upright axial slices that a scanner would have made, as DICOM wants
-them.
+"""The grid of a mask as canonical axial slices, which DICOM needs.
 
-Rows run from anterior to posterior, columns from the patient's right to the left, slices towards
-the head, each along the array axis nearest to it: the convention of the model's canvas
-(`runtime.core.resampling`). Any of the 48 axis orders and flips becomes so by transposing and
-reversing, right-handed, and every voxel stays at its place in mm. Oblique grids stay oblique.
+On the canonical grid rows run from anterior to posterior, columns from the patient's right to the
+left, and slices towards the head, each along the nearest array axis. That is also the convention of
+the model's canvas (`runtime.core.resampling`). Transposing and reversing axes brings any of the 48
+axis orders and flips into this right-handed form. Every voxel keeps its position in mm, and oblique
+grids stay oblique.
 """
 
 from __future__ import annotations
@@ -19,13 +19,18 @@ from ...core.errors import GeometryError
 from ...core.resampling import axial_axes
 from ...core.volume import CTSlab, Geometry
 
-SHEAR_TOLERANCE_MM = 1e-3  # how far the far corner may lie from where orthogonal axes would put it
+SHEAR_TOLERANCE_MM = 1e-3  # the largest error of the far corner on orthogonal axes
 
 
 @dataclass(frozen=True)
 class CanonicalGrid:
-    """`geometry` and `shape` (slices, rows, columns) of the upright grid; `order` and `flips`:
-    how an array becomes it.
+    """The canonical grid of a volume, and the way from its array to that grid.
+
+    Attributes:
+        geometry: the canonical grid.
+        shape: (slices, rows, columns) of the canonical grid.
+        order: the array axes of the volume, in the order of `shape`.
+        flips: whether each axis of `shape` is reversed.
     """
 
     geometry: Geometry
@@ -35,16 +40,25 @@ class CanonicalGrid:
 
     @classmethod
     def of(cls, geometry: Geometry, shape: tuple[int, ...]) -> CanonicalGrid:
-        """Raises `GeometryError` for a grid so sheared (within `Geometry`'s tolerance) that
-        orthogonal slices cannot hold it.
+        """Derive the canonical grid of a volume.
+
+        Args:
+            geometry: the grid of the volume.
+            shape: (D, H, W) of its array.
+
+        Returns:
+            The canonical grid.
+
+        Raises:
+            GeometryError: orthogonal slices cannot hold the grid, because it is sheared (within the
+                tolerance of `Geometry`).
         """
         order = axial_axes(geometry)
         affine = np.eye(4)
         affine[:3, 3] = geometry.origin
         flips = []
-        for n, axis in enumerate(
-            order
-        ):  # array axis a is voxel index 2 - a, upright axis n likewise
+        # array axis a is voxel index 2 - a, and so is canonical axis n
+        for n, axis in enumerate(order):
             column = geometry.affine[:3, 2 - axis]
             flips.append(bool(column[2 - n] < 0))
             if flips[-1]:
@@ -55,32 +69,35 @@ class CanonicalGrid:
         return cls(Geometry(affine), (slices, rows, columns), order, (flips[0], flips[1], flips[2]))
 
     def view(self, array: NDArray[Any]) -> NDArray[Any]:
-        """An array (D, H, W) on the mask's grid, or a slab of it, as upright (slices, rows,
-        columns); nothing is copied.
+        """View an array on the canonical grid without copying it.
+
+        Args:
+            array: an array (D, H, W) on the mask's grid, or a slab of it.
+
+        Returns:
+            A view (slices, rows, columns).
         """
-        return array.transpose(self.order)[
-            tuple(slice(None, None, -1 if flip else None) for flip in self.flips)
-        ]
+        steps = tuple(slice(None, None, -1 if flip else None) for flip in self.flips)
+        return array.transpose(self.order)[steps]
 
     def numbers(self, slab: CTSlab) -> range:
-        """Which upright slices, counted from 0, the slab's `view` holds."""
+        """Return the numbers, from 0, of the canonical slices in the slab's `view`."""
         count = slab.hu.shape[self.order[0]]
         first = self.shape[0] - slab.start - count if self.flips[0] else slab.start
         return range(first, first + count)
 
     def position(self, k: int) -> list[float]:
-        """Centre of the first voxel of upright slice k in mm."""
+        """Return the center of the first voxel of canonical slice k in mm (LPS)."""
         return [float(v) for v in self.geometry.affine[:3, 3] + k * self.geometry.affine[:3, 2]]
 
     @property
     def orientation(self) -> list[float]:
-        """DICOM's Image Orientation (Patient): the directions in which columns, then rows are
-        counted.
-        """
+        """The direction cosines of rows and columns, Image Orientation (Patient)."""
         return [float(v) for v in self.geometry.direction[:, :2].T.ravel()]
 
 
 def _refuse_sheared(affine: NDArray[np.float64], shape: list[int]) -> None:
+    """Raise `GeometryError` where orthogonal axes would move the far corner too far."""
     lengths = np.linalg.norm(affine[:3, :3], axis=0)
     along, down = affine[:3, 0] / lengths[0], affine[:3, 1] / lengths[1]
     square = down - (down @ along) * along

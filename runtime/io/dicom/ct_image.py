@@ -1,4 +1,4 @@
-"""What the classic and the enhanced CT object have in common."""
+"""The attributes that the classic and the enhanced CT object share."""
 
 from __future__ import annotations
 
@@ -15,14 +15,24 @@ if TYPE_CHECKING:
     from pydicom import Dataset
     from pydicom.uid import UID
 
-SERIES_NUMBER = 9000  # of the first series; a result with its SEG takes two
-WINDOW = (40, 400)  # centre and width in HU
+SERIES_NUMBER = 9000  # of the first series; a result and its SEG take two numbers
+WINDOW = (40, 400)  # center and width in HU
 
 
 def image_dataset(
     sop_class: UID, record: OutputRecord, identity: Identity, grid: CanonicalGrid
 ) -> Dataset:
-    """Patient, study, equipment and the description of the pixels."""
+    """Make a CT object without pixels: patient, study, equipment and the format of the pixels.
+
+    Args:
+        sop_class: the SOP class of the object.
+        record: the result.
+        identity: its identity.
+        grid: the canonical grid.
+
+    Returns:
+        The dataset, with file meta information for Explicit VR Little Endian.
+    """
     from pydicom import Dataset
     from pydicom.dataset import FileMetaDataset
     from pydicom.uid import ExplicitVRLittleEndian
@@ -38,8 +48,8 @@ def image_dataset(
     if shows_hearts(record):
         ds.BodyPartExamined = "HEART"
     else:
-        ds.Laterality = ""  # type 2C: the model does not say which part of the body it synthesizes
-    if not record.manifest.derived:  # of another's pixels that is not known
+        ds.Laterality = ""  # type 2C: the model does not state which part of the body it shows
+    if not record.manifest.derived:  # unknown for the pixels of a real CT
         ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"
     ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
     _, ds.Rows, ds.Columns = grid.shape
@@ -48,22 +58,29 @@ def image_dataset(
 
 
 def shows_hearts(record: OutputRecord) -> bool:
-    """Whether all labels are MM-WHS's structures."""
+    """Return whether all labels are structures of MM-WHS, so that the CT shows a heart."""
     return {label.snomed for label in record.manifest.labels.labels[1:]} <= {
         label.snomed for label in MM_WHS.labels[1:]
     }
 
 
 def decimals(values: Iterable[float]) -> list[Any]:
-    """DS (PS3.5 6.2): as many digits as its 16 characters hold."""
+    """Convert numbers to VR DS (PS3.5 6.2), with as many digits as 16 characters hold."""
     from pydicom.valuerep import DSfloat
 
     return [DSfloat(value + 0.0, auto_format=True) for value in values]
 
 
 def set_sources(ds: Dataset, source: DicomSource, instances: Sequence[str]) -> None:
-    """An image in the Source Image Sequence; an RT Structure Set, which is none, in the Source
-    Instance Sequence (PS3.3 C.12.4, C.36).
+    """Reference the source of a result (PS3.3 C.12.4, C.36).
+
+    An image goes to the Source Image Sequence. An RT Structure Set is not an image and goes to the
+    Source Instance Sequence.
+
+    Args:
+        ds: the object, which is changed.
+        source: the DICOM mask.
+        instances: the SOP Instance UIDs to reference.
     """
     from pydicom import Dataset
 

@@ -1,6 +1,4 @@
-"""The classic CT series: CT Image Storage (PS3.3 A.3), one file a slice, written as the slabs
-come.
-"""
+"""The classic CT series: CT Image Storage (PS3.3 A.3), one file per slice."""
 
 from __future__ import annotations
 
@@ -26,8 +24,17 @@ def write_series(
     grid: CanonicalGrid,
     slabs: Iterable[CTSlab],
 ) -> list[Dataset]:
-    """Write 0001.dcm … from the feet to the head, and return their datasets without pixels, in
-    order.
+    """Write the slices 0001.dcm … from the feet to the head, as the slabs come.
+
+    Args:
+        folder: the folder for the files.
+        record: the result.
+        identity: its identity.
+        grid: the canonical grid.
+        slabs: the CT, int16 HU, on the grid of the mask.
+
+    Returns:
+        The datasets of the slices without pixels, in order.
     """
     from pydicom import Dataset
 
@@ -37,27 +44,31 @@ def write_series(
     digits = max(4, len(str(len(headers))))
     for slab in slabs:
         for k, plane in zip(grid.numbers(slab), grid.view(slab.hu), strict=True):
-            own = Dataset()
-            own.SOPInstanceUID = identity.uid("ct", k)
-            own.InstanceNumber = k + 1
-            own.ImagePositionPatient = decimals(grid.position(k))
-            if identity.attached and record.mask.dicom is not None:
-                set_sources(
-                    own,
-                    record.mask.dicom,
-                    _instances_at(record.mask.dicom.sop_instance_uids, grid, k),
-                )
-            writer.write(folder / f"{k + 1:0{digits}d}.dcm", own, plane)
+            specific = Dataset()
+            specific.SOPInstanceUID = identity.uid("ct", k)
+            specific.InstanceNumber = k + 1
+            specific.ImagePositionPatient = decimals(grid.position(k))
+            source = record.mask.dicom
+            if identity.attached and source is not None:
+                set_sources(specific, source, _instances_at(source.sop_instance_uids, grid, k))
+            writer.write(folder / f"{k + 1:0{digits}d}.dcm", specific, plane)
             headers[k] = ds = Dataset()
             ds.update(common)
-            ds.update(own)
+            ds.update(specific)
             ds.file_meta = common.file_meta
     return headers
 
 
 def series_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGrid) -> Dataset:
-    """All that the slices of a series share: the modules of the CT Image IOD (PS3.3 table
-    A.3-1).
+    """Make the part of the CT Image IOD (PS3.3 table A.3-1) that all slices of a series share.
+
+    Args:
+        record: the result.
+        identity: its identity.
+        grid: the canonical grid.
+
+    Returns:
+        The dataset, without the position and the pixels of a slice.
     """
     from pydicom.uid import CTImageStorage
 
@@ -75,9 +86,7 @@ def series_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGrid
 
 
 def _instances_at(instances: tuple[str, ...], grid: CanonicalGrid, k: int) -> tuple[str, ...]:
-    """Of a label series with an instance for each slice the one that lies where upright slice k
-    does; else all.
-    """
+    """The instances behind canonical slice k: one where the mask has one per slice, else all."""
     if grid.order[0] != 0 or len(instances) != grid.shape[0]:
         return instances
     return (instances[len(instances) - 1 - k if grid.flips[0] else k],)

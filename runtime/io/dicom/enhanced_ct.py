@@ -1,10 +1,9 @@
-"""A result as one multi-frame object: Enhanced CT Image Storage (PS3.3 A.38), its frames written in
-place as the slabs come.
+"""The enhanced CT: one multi-frame object, Enhanced CT Image Storage (PS3.3 A.38).
 
-Derived and not acquired: what the standard asks of ORIGINAL and MIXED images (exposure,
-reconstruction, times) is absent. Derivation Description and the sources stand where the classic
-object has them, as a standard extension: the group for them needs codes and series that there are
-not.
+The image is DERIVED, so the attributes that the standard requires of ORIGINAL and MIXED images
+(exposure, reconstruction, times) are absent. Derivation Description and the sources stand where the
+classic object has them, as a Standard Extended SOP Class. The functional group for them would need
+codes and series that do not exist here.
 """
 
 from __future__ import annotations
@@ -38,9 +37,20 @@ def write_enhanced(
     grid: CanonicalGrid,
     slabs: Iterable[CTSlab],
 ) -> list[Dataset]:
-    """Write ct.dcm and return its dataset without pixels, alone in a list.
+    """Write ct.dcm, each frame at its place as the slabs come.
 
-    Raises `OutputError` past `MOST_BYTES`.
+    Args:
+        folder: the folder for the file.
+        record: the result.
+        identity: its identity.
+        grid: the canonical grid.
+        slabs: the CT, int16 HU, on the grid of the mask.
+
+    Returns:
+        A list with the dataset, without pixels.
+
+    Raises:
+        OutputError: the pixels take more than `MOST_BYTES`.
     """
     from pydicom import dcmwrite
 
@@ -65,8 +75,15 @@ def write_enhanced(
 
 
 def enhanced_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGrid) -> Dataset:
-    """The object without its pixels: the modules and functional groups of PS3.3 tables A.38-1
-    and A.38-2.
+    """Make the object without pixels: modules and functional groups (PS3.3 tables A.38-1, A.38-2).
+
+    Args:
+        record: the result.
+        identity: its identity.
+        grid: the canonical grid.
+
+    Returns:
+        The dataset.
     """
     from pydicom.uid import UID, EnhancedCTImageStorage
 
@@ -74,17 +91,12 @@ def enhanced_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGr
     ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = UID(identity.uid("enhanced ct"))
     ds.SeriesInstanceUID = identity.uid("enhanced ct series")
     ds.InstanceNumber, ds.NumberOfFrames = 1, grid.shape[0]
-    ds.BurnedInAnnotation, ds.LossyImageCompression = (
-        "NO",
-        "00",
-    )  # asked for here; `label_series.read_ct` refuses CTs of other kinds
+    # required here, also of a deformed CT: `dicom_series.read_ct` refuses a lossy or annotated one
+    ds.BurnedInAnnotation, ds.LossyImageCompression = "NO", "00"
     ds.DeviceSerialNumber, ds.SoftwareVersions = "0", VERSION
     ds.ContentDate, ds.ContentTime = FIXED_DATE, FIXED_TIME
-    ds.ImageType, ds.ContentQualification, ds.PresentationLUTShape = (
-        _FRAME_TYPE,
-        "RESEARCH",
-        "IDENTITY",
-    )
+    ds.ImageType = _FRAME_TYPE
+    ds.ContentQualification, ds.PresentationLUTShape = "RESEARCH", "IDENTITY"
     _describe_pixels(ds)
     ds.AcquisitionContextSequence = []
     organization = identity.uid("enhanced ct dimensions")
@@ -100,9 +112,8 @@ def enhanced_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGr
         for tag, label in pointers
     ]
     ds.SharedFunctionalGroupsSequence = [_shared(record, grid)]
-    event = _item(
-        IrradiationEventUID=identity.uid("synthesis")
-    )  # the group is asked for; nobody was irradiated
+    # the group is required, although nobody was irradiated
+    event = _item(IrradiationEventUID=identity.uid("synthesis"))
     ds.PerFrameFunctionalGroupsSequence = [_frame(grid, k, event) for k in range(grid.shape[0])]
     if identity.attached and record.mask.dicom is not None:
         set_sources(ds, record.mask.dicom, record.mask.dicom.sop_instance_uids)
@@ -110,6 +121,7 @@ def enhanced_dataset(record: OutputRecord, identity: Identity, grid: CanonicalGr
 
 
 def _shared(record: OutputRecord, grid: CanonicalGrid) -> Any:
+    """The shared functional groups."""
     across, down, between = grid.geometry.spacing
     region = (
         code("80891009", "SCT", "Heart")
@@ -119,14 +131,10 @@ def _shared(record: OutputRecord, grid: CanonicalGrid) -> Any:
     frame_type = _item(FrameType=_FRAME_TYPE)
     _describe_pixels(frame_type)
     (step,) = decimals([between])
+    pixel_spacing = decimals([down, across])
+    measures = _item(PixelSpacing=pixel_spacing, SliceThickness=step, SpacingBetweenSlices=step)
     return _item(
-        PixelMeasuresSequence=[
-            _item(
-                PixelSpacing=decimals([down, across]),
-                SliceThickness=step,
-                SpacingBetweenSlices=step,
-            )
-        ],
+        PixelMeasuresSequence=[measures],
         PlaneOrientationSequence=[_item(ImageOrientationPatient=decimals(grid.orientation))],
         FrameAnatomySequence=[_item(FrameLaterality="U", AnatomicRegionSequence=[region])],
         CTImageFrameTypeSequence=[frame_type],
@@ -138,6 +146,7 @@ def _shared(record: OutputRecord, grid: CanonicalGrid) -> Any:
 
 
 def _frame(grid: CanonicalGrid, k: int, event: Any) -> Any:
+    """The functional groups of frame k, counted from 0."""
     return _item(
         IrradiationEventIdentificationSequence=[event],
         FrameContentSequence=[
@@ -148,15 +157,13 @@ def _frame(grid: CanonicalGrid, k: int, event: Any) -> Any:
 
 
 def _describe_pixels(ds: Any) -> None:
-    """The Common CT/MR Image Description macro (PS3.3 C.8.16.2) and what table C.8-124 adds."""
-    ds.PixelPresentation, ds.VolumetricProperties, ds.VolumeBasedCalculationTechnique = (
-        "MONOCHROME",
-        "VOLUME",
-        "NONE",
-    )
+    """Set the Common CT/MR Image Description macro (PS3.3 C.8.16.2) and table C.8-124."""
+    ds.PixelPresentation, ds.VolumetricProperties = "MONOCHROME", "VOLUME"
+    ds.VolumeBasedCalculationTechnique = "NONE"
 
 
 def _item(**attributes: Any) -> Any:
+    """A sequence item with these attributes."""
     from pydicom import Dataset
 
     item = Dataset()

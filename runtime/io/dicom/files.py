@@ -1,8 +1,7 @@
-"""DICOM files: what an instance is, which lie in a folder, where the slices of a series lie.
-pydicom reads, within bounds.
+"""Read DICOM files with pydicom: headers, the instances in a folder, the stack of slices.
 
-Nothing here lets a file name, a UID or a name of a person into a message: a DICOM source is called
-by a digest (`seg-1a2b3c4d`), and `mask2ct synth --list` shows on the screen which file that is.
+A message never contains a file name, a UID or the name of a person. It names a DICOM source by a
+digest (`seg-1a2b3c4d`), and `mask2ct synth --list` shows on the screen which file that is.
 """
 
 from __future__ import annotations
@@ -27,24 +26,18 @@ from ..readers.cut_files import ends_early, last_element_is_cut
 from ..volume_files import DERIVED_MARK, MARKS
 from . import inflate
 
-SEGMENTATION = (
-    "1.2.840.10008.5.1.4.1.1.66.4",
-    "1.2.840.10008.5.1.4.1.1.66.7",
-)  # Segmentation, Label Map Segmentation Storage
+# Segmentation Storage, Label Map Segmentation Storage
+SEGMENTATION = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 MAX_FILES = 200_000
-LINKED, OUTSIDE = "linked folder", "pipe, device or outward link"  # what `walk` leaves out
-SLICE_TOLERANCE = 0.01  # how far a slice may lie from its even place, in slice spacings
-UNEVEN_MM, UNEVEN = (
-    0.1,
-    0.05,
-)  # up to the larger of these, mm and slice spacings, it is read with a note …
-# … but never beyond this, in slice spacings: a missing slice moves others by half a spacing
+LINKED, OUTSIDE = "linked folder", "pipe, device or outward link"  # `walk` leaves these out
+SLICE_TOLERANCE = 0.01  # the distance of a slice from its even place, in slice spacings
+# Up to the larger of these, in mm and in slice spacings, a stack is read with a note …
+UNEVEN_MM, UNEVEN = 0.1, 0.05
+# … but not beyond this, in slice spacings: a missing slice moves others by half a spacing.
 UNEVEN_AT_MOST = 0.25
-SHEAR_TOLERANCE = 1e-3  # sideways drift of the slices per mm of stack that still counts as none
-ORIENTATION_TOLERANCE = (
-    1e-4  # largest difference of direction cosines that still counts as the same
-)
+SHEAR_TOLERANCE = 1e-3  # the sideways drift of the slices, per mm of stack
+ORIENTATION_TOLERANCE = 1e-4  # the difference of direction cosines within a series
 MAX_SLICES = 4096
 _HEADER = [
     "SOPClassUID",
@@ -67,14 +60,8 @@ _HEADER = [
 ]
 _DICOMDIR = "1.2.840.10008.1.3.10"
 CUT_SHORT, UNFINISHED_COPY = "cut short", "unfinished copy"
-UNFINISHED = (
-    ".part",
-    ".partial",
-    ".tmp",
-    ".filepart",
-    ".crdownload",
-    "~",
-)  # what copies are called before they are whole
+# the suffixes of copies in progress
+UNFINISHED = (".part", ".partial", ".tmp", ".filepart", ".crdownload", "~")
 _IDENTITY = [
     "SpecificCharacterSet",
     "PatientName",
@@ -94,13 +81,24 @@ _IDENTITY = [
 
 @dataclass(frozen=True)
 class Instance:
-    """One DICOM file by its header.
+    """One DICOM file, described by its header.
 
-    `kind`: "seg", "rtstruct" or "image"; "damaged" for what cannot be read; None for what holds
-    neither regions nor pixels. `damage`: why it cannot be read whole, in two or three words; empty
-    for a whole file. `instance_number`: InstanceNumber; None where there is none. `images`: how
-    many images the series or its acquisition has, as the file states it (ImagesInAcquisition,
-    NumberOfSlices); 0 where it does not.
+    Attributes:
+        path: the file.
+        kind: "seg", "rtstruct" or "image"; "damaged" for a file that cannot be read; None for an
+            object without regions and pixels.
+        uid: the SOP Instance UID.
+        series: the Series Instance UID.
+        number: the Series Number.
+        frame_of_reference: the Frame of Reference UID.
+        title: the Series Description, for the screen alone.
+        size: (columns, rows, frames).
+        ours: whether mask2ct wrote the file.
+        damage: why the file cannot be read completely, in two or three words; empty for a complete
+            file.
+        instance_number: the Instance Number, where there is one.
+        images: the number of images in the series or its acquisition, as the file states it
+            (ImagesInAcquisition, NumberOfSlices); 0 where it does not.
     """
 
     path: Path
@@ -109,8 +107,8 @@ class Instance:
     series: str
     number: str
     frame_of_reference: str
-    title: str  # for the screen alone
-    size: tuple[int, int, int]  # columns, rows, frames
+    title: str
+    size: tuple[int, int, int]
     ours: bool
     damage: str = ""
     instance_number: int | None = None
@@ -118,7 +116,14 @@ class Instance:
 
 
 def pydicom() -> Any:
-    """The pydicom module. Raises `MissingComponent` when it is not installed."""
+    """Import pydicom.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingComponent: pydicom is not installed.
+    """
     with importing("pydicom", "pydicom, which reads DICOM masks", 'pip install "mask2ct[dicom]"'):
         import pydicom
     return pydicom
@@ -126,8 +131,10 @@ def pydicom() -> Any:
 
 @contextmanager
 def map_dicom_errors(name: str) -> Iterator[None]:
-    """Map whatever a damaged DICOM file makes its reader raise to `UnreadableVolume`, without
-    quoting what the file says.
+    """Raise the errors of reading a damaged DICOM file as `UnreadableVolume`, without its content.
+
+    Args:
+        name: the pseudonym of the source, for the message.
     """
     try:
         with warnings.catch_warnings():
@@ -135,7 +142,7 @@ def map_dicom_errors(name: str) -> Iterator[None]:
             yield
     except (Mask2CTError, MemoryError):
         raise
-    except Exception as exc:  # pydicom lets nearly every exception through, by where the damage is
+    except Exception as exc:  # damage may make pydicom raise nearly every class
         raise UnreadableVolume(
             f"{name} cannot be read as DICOM ({type(exc).__name__})",
             expected="a complete DICOM file",
@@ -145,17 +152,22 @@ def map_dicom_errors(name: str) -> Iterator[None]:
 
 
 def pseudonym(kind: str, uid: str) -> str:
-    """What a DICOM source is called, in messages and in results: its kind and 32 bits of a
-    digest of its UID.
+    """Name a DICOM source in messages and results.
+
+    Args:
+        kind: the kind of the source, such as "seg".
+        uid: its UID, or the name of a damaged file.
+
+    Returns:
+        The kind and 32 bits of a digest of the UID.
     """
-    digest = hashlib.sha256(
-        uid.encode("utf-8", "surrogateescape")
-    )  # also of a file name, which may be any bytes
+    # a file name may be any bytes
+    digest = hashlib.sha256(uid.encode("utf-8", "surrogateescape"))
     return f"{kind}-{digest.hexdigest()[:8]}"
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file starts as DICOM files do (PS3.10, 7.1)."""
+    """Return whether a file begins with the preamble of DICOM (PS3.10 7.1)."""
     try:
         with archive.opened(path, 132) as handle:
             return handle.read(132)[128:] == b"DICM"
@@ -164,10 +176,18 @@ def is_dicom(path: Path) -> bool:
 
 
 def dataset(path: Path, *, tags: Sequence[str] | None = None) -> Any:
-    """The whole file, or with `tags` those alone, never the pixels then. Call it within `guarded`.
+    """Read a DICOM file. Call this within `map_dicom_errors`.
+
+    Args:
+        path: the file.
+        tags: the elements to read, never the pixels; None for the complete file.
+
+    Returns:
+        The dataset.
 
     Raises:
-        UnreadableVolume: where the whole file is asked for and it ends within an element.
+        MissingComponent: pydicom is not installed.
+        UnreadableVolume: the complete file is read, and it ends within an element.
     """
     reader = pydicom()
     with (
@@ -186,20 +206,24 @@ def dataset(path: Path, *, tags: Sequence[str] | None = None) -> Any:
         return ds
 
 
-def scan(paths: Iterable[Path], others: list[Path] | None = None) -> list[Instance]:
-    """The DICOM files among `paths`, in their order, those of one SOP Instance UID together; copies
-    of one instance are one.
+def scan(paths: Iterable[Path], not_dicom: list[Path] | None = None) -> list[Instance]:
+    """Read the headers of DICOM files.
 
-    Files that share a UID and differ are all returned. `others`: receives the paths that are no
-    DICOM files.
+    Args:
+        paths: files of any kind.
+        not_dicom: a list that receives the paths of other files.
+
+    Returns:
+        The instances in the order of `paths`, those of one SOP Instance UID together. Copies of one
+        file are one instance; different files that share a UID are all returned.
     """
     by_uid: dict[str, list[Instance]] = {}
     for path in paths:
         if is_dicom(path):
             instance = _instance(path)
             by_uid.setdefault(instance.uid, []).append(instance)
-        elif others is not None:
-            others.append(path)
+        elif not_dicom is not None:
+            not_dicom.append(path)
     return [
         instance
         for sharing in by_uid.values()
@@ -208,9 +232,9 @@ def scan(paths: Iterable[Path], others: list[Path] | None = None) -> list[Instan
 
 
 def _distinct(sharing: Sequence[Instance]) -> list[Instance]:
-    """Of files that state one SOP Instance UID those whose bytes differ.
+    """The different files among those with one SOP Instance UID.
 
-    Images are told apart further by whoever places them.
+    The reader of a series compares images further, when it places them.
     """
     by_bytes: dict[str, Instance] = {}
     for instance in sharing:
@@ -219,27 +243,27 @@ def _distinct(sharing: Sequence[Instance]) -> list[Instance]:
     distinct = [*by_bytes.values()]
     if len(distinct) == 1 or distinct[0].kind == "image":
         return distinct
-    with (
-        suppress(UnreadableVolume),
-        map_dicom_errors("header"),
-    ):  # what differs in the file's meta information alone is one
+    # files that differ in their meta information alone are one
+    with suppress(UnreadableVolume), map_dicom_errors("header"):
         first = dataset(distinct[0].path)
-        return [distinct[0], *(other for other in distinct[1:] if dataset(other.path) != first)]
+        different = [instance for instance in distinct[1:] if dataset(instance.path) != first]
+        return [distinct[0], *different]
     return distinct
 
 
 def walk(folder: Path, unread: dict[str, list[Path]] | None = None) -> list[Path]:
-    """Every file below a folder, sorted; hidden ones, linked folders, and what is no file of the
-    folder (`OUTSIDE`) are left out.
-
-    A link that leads nowhere is in the list: what it stands for may be missing.
+    """List the files below a folder.
 
     Args:
-        folder: where to begin; it may itself be a link.
-        unread: receives, by what they are, the folders that are not read.
+        folder: the folder, which may itself be a link.
+        unread: a dictionary that receives the paths that are left out, by the reason.
+
+    Returns:
+        The files, sorted, without hidden files, linked folders and paths that are not files of the
+        folder (`OUTSIDE`). Broken links are in the list, because their files may be missing.
 
     Raises:
-        UsageError: for more than `MAX_FILES` files.
+        UsageError: there are more than `MAX_FILES` files.
     """
     unread = {} if unread is None else unread
     files: list[Path] = []
@@ -252,15 +276,14 @@ def walk(folder: Path, unread: dict[str, list[Path]] | None = None) -> list[Path
             Path(where) / name for name in folders if os.path.islink(Path(where) / name)
         )
         for path in (Path(where) / name for name in sorted(names) if not name.startswith(".")):
-            (
-                files
-                if belongs_to(folder, path) or is_broken_link(path)
-                else unread.setdefault(OUTSIDE, [])
-            ).append(path)
+            if belongs_to(folder, path) or is_broken_link(path):
+                files.append(path)
+            else:
+                unread.setdefault(OUTSIDE, []).append(path)
         if len(files) > MAX_FILES:
             raise UsageError(
                 f"{folder} holds more than {MAX_FILES} files",
-                expected="the masks and what they were drawn on",
+                expected="the masks and their images",
                 remedy="give the folders in it one by one",
                 file=folder,
             )
@@ -268,15 +291,14 @@ def walk(folder: Path, unread: dict[str, list[Path]] | None = None) -> list[Path
 
 
 def is_broken_link(path: Path) -> bool:
-    """Whether a link leads nowhere, or in a circle."""
+    """Return whether a path is a link whose target does not exist, or a circle of links."""
     return path.is_symlink() and not os.path.exists(path)
 
 
 def _instance(path: Path) -> Instance:
-    """A file's header. One that cannot be read is an instance, too: reading it as a mask will
-    say what is wrong.
-    """
-    if path.name.lower().endswith(UNFINISHED):  # whose size may be that of the whole already
+    """Read the header of a file; a damaged one is an instance too, which reports the damage."""
+    # before the size is checked: a copy in progress may have its full size already
+    if path.name.lower().endswith(UNFINISHED):
         return damaged_instance(path, UNFINISHED_COPY)
     reader = pydicom()
     try:
@@ -286,23 +308,13 @@ def _instance(path: Path) -> Instance:
             closing(inflate.readable(handle, pixels=False)) as plain,
         ):
             ds = reader.dcmread(plain, specific_tags=[*_HEADER], stop_before_pixels=True)
-            sop, uid = (
-                str(ds.get("SOPClassUID", "")),
-                str(ds.get("SOPInstanceUID", "")) or str(path),
-            )
-            size = tuple(
+            sop = str(ds.get("SOPClassUID", ""))
+            uid = str(ds.get("SOPInstanceUID", "")) or str(path)
+            columns, rows, frames = (
                 int(ds.get(key) or default)
                 for key, default in (("Columns", 0), ("Rows", 0), ("NumberOfFrames", 1))
             )
-            kind = (
-                "seg"
-                if sop in SEGMENTATION
-                else "rtstruct"
-                if sop == RTSTRUCT
-                else "image"
-                if size[0] and size[1]
-                else None
-            )
+            kind = _kind(sop, has_pixels=bool(columns and rows))
             cut = ends_early(ds, plain, pixels=kind in ("seg", "image"))
             if kind is None and (cut or _lacks_header(ds, sop)):
                 return damaged_instance(path, CUT_SHORT if cut else "with an incomplete header")
@@ -315,7 +327,7 @@ def _instance(path: Path) -> Instance:
                 str(ds.get("SeriesNumber") or ""),
                 str(ds.get("FrameOfReferenceUID", "")),
                 description,
-                (size[0], size[1], size[2]),
+                (columns, rows, frames),
                 _is_ours(ds, description),
                 CUT_SHORT if cut else "",
                 _integer(ds, "InstanceNumber"),
@@ -323,6 +335,15 @@ def _instance(path: Path) -> Instance:
             )
     except UnreadableVolume:
         return damaged_instance(path, "with a damaged header")
+
+
+def _kind(sop_class: str, *, has_pixels: bool) -> str | None:
+    """The kind of an instance; see `Instance`."""
+    if sop_class in SEGMENTATION:
+        return "seg"
+    if sop_class == RTSTRUCT:
+        return "rtstruct"
+    return "image" if has_pixels else None
 
 
 def _is_ours(ds: Any, description: str) -> bool:
@@ -334,7 +355,12 @@ def _is_ours(ds: Any, description: str) -> bool:
 
 
 def damaged_instance(path: Path, damage: str) -> Instance:
-    """A file that cannot be read as DICOM, with the reason."""
+    """Return the instance for a file that cannot be read as DICOM.
+
+    Args:
+        path: the file.
+        damage: the reason, in two or three words.
+    """
     return Instance(path, "damaged", str(path), str(path), "", "", "", (0, 0, 0), False, damage)
 
 
@@ -346,9 +372,7 @@ def _integer(ds: Any, keyword: str) -> int | None:
 
 
 def _lacks_header(ds: Any, sop: str) -> bool:
-    """Whether a header without pixels ended before what every instance states (PS3.3, C.12.1),
-    or is that of an image.
-    """
+    """Whether a header without pixels lacks its SOP class (PS3.3 C.12.1), or is an image's."""
     from pydicom.uid import UID
 
     stored_as = str(getattr(ds, "file_meta", {}).get("MediaStorageSOPClassUID", ""))
@@ -358,7 +382,16 @@ def _lacks_header(ds: Any, sop: str) -> bool:
 
 
 def source(ds: Any, uids: Sequence[str], frame_of_reference: str = "") -> DicomSource:
-    """What attached mode may take over from the instance `ds`. Call it within `guarded`."""
+    """Collect what an attached series takes over from a mask. Call this in `map_dicom_errors`.
+
+    Args:
+        ds: an instance of the mask.
+        uids: the SOP Instance UIDs of the mask.
+        frame_of_reference: its Frame of Reference UID; empty for that of `ds`.
+
+    Returns:
+        The SOP class, the UIDs, and the attributes of patient and study.
+    """
     attributes = {
         key: _text(ds[key].value) for key in _IDENTITY if key in ds and ds[key].value is not None
     }
@@ -371,30 +404,39 @@ def source(ds: Any, uids: Sequence[str], frame_of_reference: str = "") -> DicomS
 
 
 def _text(value: Any) -> str:
-    return (
-        "\\".join(map(str, value))
-        if isinstance(value, (list, tuple)) or type(value).__name__ == "MultiValue"
-        else str(value)
-    )
+    """The text of an attribute, several values separated by backslashes."""
+    if isinstance(value, (list, tuple)) or type(value).__name__ == "MultiValue":
+        return "\\".join(map(str, value))
+    return str(value)
 
 
 def numbers(value: Any, count: int, name: str, what: str) -> NDArray[np.float64]:
-    """`count` finite numbers of an attribute.
+    """Read the numbers of a geometric attribute.
 
-    Raises `GeometryError` naming `what` is missing or wrong.
+    Args:
+        value: the value of the attribute.
+        count: how many numbers it must have.
+        name: the pseudonym of the source, for the message.
+        what: the name of the attribute, for the message.
+
+    Returns:
+        float64 (count,), all finite.
+
+    Raises:
+        GeometryError: the attribute is missing or wrong.
     """
     try:
-        found = np.array([float(x) for x in value], float)
+        array = np.array([float(x) for x in value], float)
     except (TypeError, ValueError):
-        found = np.zeros(0)
-    if found.shape != (count,) or not np.isfinite(found).all():
+        array = np.zeros(0)
+    if array.shape != (count,) or not np.isfinite(array).all():
         raise GeometryError(
             f"{name} states no usable {what}",
             expected=f"{count} numbers; geometry is never guessed",
             remedy="export it with its geometry",
             file=Path(name),
         )
-    return found
+    return array
 
 
 def stack(
@@ -408,16 +450,26 @@ def stack(
     gaps: bool = False,
     notes: list[str] | None = None,
 ) -> tuple[Geometry, NDArray[np.intp], int]:
-    """Where planes lie that share an orientation: their grid, each plane's slice k in it, and how
-    many slices it has.
+    """Derive the grid of a stack of parallel planes (PS3.3 C.7.6.2.1.1).
 
-    `positions` (N, 3): ImagePositionPatient, mm; `orientation`: the 6 cosines; `pixel_spacing`:
-    (row, column) distance (PS3.3, C.7.6.2.1.1). k counts along the normal, so that the grid is
-    right-handed whatever the order of the files. `step`: the distance of slices as the file states
-    it; `thickness` stands for it where there is one slice alone (else 1 mm). With `gaps` planes may
-    be missing and several may share a place, as in a SEG; else each place has one plane. `notes`:
-    receives what a person should be told. Raises `GeometryError` for a sheared (tilted) stack,
-    uneven gaps, missing or duplicate slices.
+    Slices count along the normal, so that the grid is right-handed whatever the order of the files.
+
+    Args:
+        positions: (N, 3), ImagePositionPatient of each plane in mm.
+        orientation: (6,), the direction cosines of ImageOrientationPatient.
+        pixel_spacing: (2,), the distance of rows and of columns in mm.
+        name: the pseudonym of the source, for messages.
+        step: the distance of slices as the file states it, in mm.
+        thickness: the distance of slices where there is one slice and no `step`, in mm; 1 mm where
+            it is missing too.
+        gaps: whether planes may be missing and several may share a place, as in a SEG.
+        notes: a list that receives notes for the user.
+
+    Returns:
+        The grid, the slice number of each plane (N,), and the number of slices.
+
+    Raises:
+        GeometryError: the stack is sheared (tilted) or uneven, or slices are missing or duplicate.
     """
 
     def wrong(fact: str, remedy: str) -> GeometryError:
@@ -435,7 +487,7 @@ def stack(
         or abs(row @ column) > 1e-3
     ):
         raise wrong(
-            f"states the orientation {orientation.tolist()}, which is none",
+            f"states the orientation {orientation.tolist()}, which is not orthonormal",
             "export it with its geometry",
         )
     if (pixel_spacing <= 0).any() or any(
@@ -470,11 +522,9 @@ def stack(
     if not k[-1]:
         spacing = step or thickness or 1.0
     affine = np.eye(4)
-    affine[:3, 0], affine[:3, 1], affine[:3, 2] = (
-        row * pixel_spacing[1],
-        column * pixel_spacing[0],
-        normal * spacing,
-    )
+    affine[:3, 0] = row * pixel_spacing[1]
+    affine[:3, 1] = column * pixel_spacing[0]
+    affine[:3, 2] = normal * spacing
     affine[:3, 3] = lowest
     return Geometry(affine), slices, int(k[-1]) + 1
 
@@ -485,18 +535,19 @@ def _places(
     gaps: bool,
     wrong: Callable[[str, str], GeometryError],
 ) -> tuple[NDArray[np.intp], float, float]:
-    """The slice of each ascending height (mm, from 0), the slices' distance, and how far one
-    lies off its even place where that is told (mm).
+    """Assign slices to the ascending heights of planes (mm, from 0).
+
+    Returns:
+        The slice of each height, the distance of slices in mm, and the largest error of a height in
+        mm, 0 where it is within the tolerance.
     """
     apart = np.diff(height)
-    apart = (
-        apart[apart > SLICE_TOLERANCE * (step or np.median(apart))]
-        if gaps and apart.size
-        else apart
-    )
+    if gaps and apart.size:
+        apart = apart[apart > SLICE_TOLERANCE * (step or np.median(apart))]
     if not apart.size:
         return np.zeros(len(height), np.intp), 1.0, 0.0
-    if gaps:  # positions count; the stated distance serves where none of the neighbours is there
+    # positions decide; the stated distance is needed where no two slices are neighbors
+    if gaps:
         ratio = apart.min() / step if step else 0.0
         stated = round(ratio) >= 1 and abs(ratio - round(ratio)) <= SLICE_TOLERANCE * round(ratio)
         unit = step if step and stated else float(apart.min())
@@ -512,15 +563,15 @@ def _places(
         if (apart < SLICE_TOLERANCE * np.median(apart)).any() or not np.median(apart):
             raise wrong("has duplicate slices: two lie in one place", "take the duplicates out")
         k = np.arange(len(height), dtype=float)
-    spacing, off = _off_even(height, k)  # the whole stack says it more exactly than two neighbours
-    if (
-        gaps and off > SLICE_TOLERANCE * spacing + 1e-3
-    ):  # the smallest distance is no measure of uneven ones
+    # the full stack gives the distance more exactly than two neighbors
+    spacing, off = _off_even(height, k)
+    # for uneven slices the smallest distance is a poor unit: try one slice per distinct height
+    if gaps and off > SLICE_TOLERANCE * spacing + 1e-3:
         steps = np.r_[0, np.diff(height) > SLICE_TOLERANCE * (step or np.median(apart))]
-        neighbours = np.cumsum(steps).astype(float)
-        mean, lesser = _off_even(height, neighbours)
-        if lesser <= _uneven(mean) and (step is None or abs(mean - step) <= _uneven(step)):
-            k, spacing, off = neighbours, mean, lesser
+        consecutive = np.cumsum(steps).astype(float)
+        mean, error = _off_even(height, consecutive)
+        if error <= _uneven(mean) and (step is None or abs(mean - step) <= _uneven(step)):
+            k, spacing, off = consecutive, mean, error
     if k[-1] >= MAX_SLICES:
         raise wrong(
             f"spans {k[-1] + 1:.0f} slices", f"at most {MAX_SLICES} are read; check its positions"
@@ -542,13 +593,11 @@ def _places(
 
 
 def _off_even(height: NDArray[np.float64], k: NDArray[np.float64]) -> tuple[float, float]:
-    """The mean distance of slices `k`, and how far a height lies from its even place at most;
-    both in mm.
-    """
+    """The mean distance of slices `k` and the largest error of a height, both in mm."""
     spacing = float(height[-1] / k[-1])
     return spacing, float(np.abs(height - k * spacing).max())
 
 
 def _uneven(spacing: float) -> float:
-    """How far a slice may lie from its even place to be read with a note, in mm."""
+    """The largest error of a slice that is read with a note, in mm."""
     return min(max(UNEVEN_MM, UNEVEN * spacing), UNEVEN_AT_MOST * spacing)

@@ -1,5 +1,7 @@
-"""Deflated DICOM files (PS3.5, A.5), inflated as far as they are read and never beyond a bound:
-pydicom has none, and a byte may become a thousand.
+"""Read deflated DICOM files (PS3.5 A.5) within a bound on the inflated size.
+
+A file is inflated only as far as it is read. pydicom has no bound, and one byte may inflate to a
+thousand.
 """
 
 from __future__ import annotations
@@ -10,12 +12,11 @@ from typing import Any, BinaryIO
 from ...core.errors import UnreadableVolume
 from .encoding import PREAMBLE
 
-MAX_HEADER = (
-    1 << 26
-)  # bytes that all of a file but its pixels may become: a SEG of 40,000 frames needs some 60 MB
-MAX_INFLATED = 1 << 30  # with them: what 4096 slices of 512 x 512 labels take
-MARGIN = 1 << 20  # bytes that may stand behind the pixels
-STEP = 1 << 20  # bytes that are inflated at once
+# All in bytes. A file without its pixels: a SEG of 40,000 frames needs some 60 MB.
+MAX_HEADER = 1 << 26
+MAX_INFLATED = 1 << 30  # with its pixels: 4096 slices of 512 x 512 labels
+MARGIN = 1 << 20  # behind the pixels
+STEP = 1 << 20  # inflated at once
 _SYNTAX = (  # (0002,0010): Explicit VR Little Endian
     b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\x00"
 )
@@ -23,89 +24,103 @@ _SIZE = ["Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"
 
 
 def readable(handle: BinaryIO, *, pixels: bool) -> Any:
-    """What pydicom may read in place of `handle`: itself, or a deflated file's `Inflated`, with or
-    without room for the `pixels` it states.
+    """Prepare a file for pydicom.
 
-    Reading raises `UnreadableVolume` beyond the bound.
+    Args:
+        handle: a DICOM file at its begin.
+        pixels: whether the pixels will be read, whose size the header states.
+
+    Returns:
+        `handle` itself, or an `Inflated` for a deflated file. Reading it beyond the bound raises
+        `UnreadableVolume`.
     """
     from pydicom import dcmread
-    from pydicom.filereader import (
-        _read_file_meta_info,
-        read_preamble,
-    )  # what dcmread itself goes by: nothing passes by another reading
+
+    # the functions of dcmread itself, so that both see the same transfer syntax
+    from pydicom.filereader import _read_file_meta_info, read_preamble
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
     read_preamble(handle, False)
     if _read_file_meta_info(handle).get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
         handle.seek(0)
         return handle
-    found = Inflated(handle)
+    inflated = Inflated(handle)
     if pixels:
-        header = dcmread(found, stop_before_pixels=True, specific_tags=[*_SIZE])
+        header = dcmread(inflated, stop_before_pixels=True, specific_tags=[*_SIZE])
         rows, columns, frames, samples, bits = (int(header.get(keyword) or 1) for keyword in _SIZE)
-        found.limit = min(
-            found.size + max(0, rows * columns * frames * samples * bits // 8) + MARGIN,
-            MAX_INFLATED,
-        )
-        found.seek(0)
-    return found
+        pixel_bytes = max(0, rows * columns * frames * samples * bits // 8)
+        inflated.limit = min(inflated.size + pixel_bytes + MARGIN, MAX_INFLATED)
+        inflated.seek(0)
+    return inflated
 
 
 class Inflated:
-    """A deflated file as the same file in Explicit VR Little Endian: what pydicom needs of a file.
+    """A deflated file as a file object in Explicit VR Little Endian, as far as pydicom needs one.
 
-    `handle`: at its compressed part.
-
-    `limit`: bytes that it may become; `size`: those that it has become so far.
+    Attributes:
+        limit: the largest inflated size in bytes.
     """
 
     def __init__(self, handle: BinaryIO):
-        self._handle, self._inflater, self._left = handle, zlib.decompressobj(-zlib.MAX_WBITS), b""
-        self._held, self._place, self.limit = bytearray(PREAMBLE + _SYNTAX), 0, MAX_HEADER
-        start = len(self._held)
+        """Begin to inflate a file.
+
+        Args:
+            handle: the file at its compressed part.
+
+        Raises:
+            ValueError: meta information stands within the compressed part. pydicom would read it,
+                and it may state a deflated syntax again.
+        """
+        self._handle, self._inflater = handle, zlib.decompressobj(-zlib.MAX_WBITS)
+        self._compressed_tail = b""
+        self._inflated, self._position = bytearray(PREAMBLE + _SYNTAX), 0
+        self.limit = MAX_HEADER
+        start = len(self._inflated)
         self._inflate(start + 2)
-        if (
-            self._held[start : start + 2] == b"\x02\x00"
-        ):  # it would be read as meta information, whose syntax may be deflated again
+        if self._inflated[start : start + 2] == b"\x02\x00":
             raise ValueError("meta information within the compressed part")
 
     @property
     def size(self) -> int:
-        return len(self._held)
+        """The inflated size so far, in bytes."""
+        return len(self._inflated)
 
     def read(self, size: int = -1) -> bytes:
-        self._inflate(MAX_INFLATED + 1 if size < 0 else self._place + size)
-        with memoryview(self._held) as held:
-            found = bytes(held[self._place : None if size < 0 else self._place + size])
-        self._place += len(found)
-        return found
+        """Read `size` bytes, or all for a negative size."""
+        self._inflate(MAX_INFLATED + 1 if size < 0 else self._position + size)
+        with memoryview(self._inflated) as inflated:
+            data = bytes(inflated[self._position : None if size < 0 else self._position + size])
+        self._position += len(data)
+        return data
 
     def seek(self, offset: int, whence: int = 0) -> int:
+        """Move to a position, as `io.IOBase.seek` does; the end needs the file inflated."""
         if whence == 2:
             self._inflate(MAX_INFLATED + 1)
-        self._place = max(0, offset + (0, self._place, len(self._held))[whence])
-        return self._place
+        self._position = max(0, offset + (0, self._position, len(self._inflated))[whence])
+        return self._position
 
     def tell(self) -> int:
-        return self._place
+        """Return the position in the inflated file."""
+        return self._position
 
     def close(self) -> None:
-        self._held = bytearray()
+        """Release the inflated bytes; the handle stays open."""
+        self._inflated = bytearray()
 
     def _inflate(self, size: int) -> None:
-        """Until there are `size` bytes, or all."""
-        while len(self._held) < size and not self._inflater.eof:
-            given = self._left or self._handle.read(1 << 16)
-            found = self._inflater.decompress(
-                given, STEP
-            )  # of nothing: what it had no room for yet
-            if not given and not found and not self._inflater.eof:
+        """Inflate until there are `size` bytes, or all of them."""
+        while len(self._inflated) < size and not self._inflater.eof:
+            compressed = self._compressed_tail or self._handle.read(1 << 16)
+            # without input zlib returns the output that exceeded STEP before
+            data = self._inflater.decompress(compressed, STEP)
+            if not compressed and not data and not self._inflater.eof:
                 raise zlib.error("the compressed part ends early")
-            self._held += found
-            self._left = self._inflater.unconsumed_tail
-            if len(self._held) > self.limit:
+            self._inflated += data
+            self._compressed_tail = self._inflater.unconsumed_tail
+            if len(self._inflated) > self.limit:
                 raise UnreadableVolume(
-                    f"a deflated DICOM file becomes more than {self.limit} bytes",
-                    expected="what its header states, and no more",
+                    f"a deflated DICOM file inflates to more than {self.limit} bytes",
+                    expected="at most the size that its header states",
                     remedy="export it without compression, if it can be trusted",
                 )

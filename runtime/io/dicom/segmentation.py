@@ -1,6 +1,4 @@
-"""The mask of a synthetic series as a DICOM SEG (PS3.3 A.51) that names this very series as its
-source; encoded by highdicom.
-"""
+"""The mask as a DICOM SEG (PS3.3 A.51), encoded by highdicom, with the new series as its source."""
 
 from __future__ import annotations
 
@@ -46,24 +44,27 @@ def write_seg(
 ) -> None:
     """Write seg.dcm; segment n is the model's label n.
 
-    `images`: what it is a mask of, in order, without pixels, and used up; `kind`: "binary",
-    "labelmap". Raises `OutputError` where a binary one is too large.
+    Args:
+        folder: the folder for the file.
+        record: the result.
+        identity: its identity.
+        grid: the canonical grid.
+        images: the CT objects in order, without pixels; this function changes them.
+        kind: "binary" or "labelmap".
+
+    Raises:
+        OutputError: a binary SEG would be too large.
     """
     labels = grid.view(record.mask.labels)
     if kind == "binary":
-        shown = labels_per_slice(labels, len(record.manifest.labels.labels) - 1)
+        slice_labels = labels_per_slice(labels, len(record.manifest.labels.labels) - 1)
         for image in images:
-            image.Rows = image.Columns = 1  # as the sketch has
-        write_binary(
-            folder / NAME,
-            seg_dataset(record, identity, images, kind, stand_in(shown)),
-            labels,
-            shown,
-        )
+            image.Rows = image.Columns = 1  # the size of the single-pixel stand-in
+        seg = seg_dataset(record, identity, images, kind, stand_in(slice_labels))
+        write_binary(folder / NAME, seg, labels, slice_labels)
     else:
-        seg_dataset(record, identity, images, kind, labels).save_as(
-            folder / NAME, enforce_file_format=True
-        )
+        seg = seg_dataset(record, identity, images, kind, labels)
+        seg.save_as(folder / NAME, enforce_file_format=True)
 
 
 def seg_dataset(
@@ -73,12 +74,23 @@ def seg_dataset(
     kind: str,
     labels: NDArray[np.uint8],
 ) -> Dataset:
-    """The object, pixels and all, as highdicom makes it of `labels` (slices, rows, columns)."""
+    """Make the SEG with highdicom, pixels included.
+
+    Args:
+        record: the result.
+        identity: its identity.
+        images: the CT objects in order, without pixels; the first one is changed.
+        kind: "binary" or "labelmap".
+        labels: uint8 (slices, rows, columns) on the canonical grid, in model indices.
+
+    Returns:
+        The dataset.
+    """
     from highdicom.seg import Segmentation
 
     first = images[0]
-    # highdicom refuses or prints values it finds odd, such as a date that never was; `describe`
-    # sets them all
+    # highdicom refuses or prints odd values, such as an impossible date; `describe` sets all of
+    # them again
     for keyword in STUDY:
         setattr(first, keyword, "")
     seg: Any = Segmentation(
@@ -109,6 +121,7 @@ def seg_dataset(
 
 
 def _segment(number: int, label: Label, record: OutputRecord) -> Any:
+    """The description of one segment (PS3.3 C.8.20.4)."""
     from highdicom import AlgorithmIdentificationSequence
     from highdicom.seg import SegmentDescription
     from pydicom.sr.codedict import codes

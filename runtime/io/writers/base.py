@@ -1,6 +1,4 @@
-"""The seam between synthesis and writing: one result to write, and what every output format does
-with it.
-"""
+"""The interface of the output formats, and the record of one result for them."""
 
 from __future__ import annotations
 
@@ -19,12 +17,18 @@ from ...core.volume import CTSlab, LabelVolume
 
 @dataclass(frozen=True)
 class OutputRecord:
-    """One result to write, all but its voxels: the mask that is synthesized, and what synthesized
-    it.
+    """One result without its voxels: the mask, the model, the engine and the seed behind it.
 
-    `variant` is None when no variants were asked for. `file`: the model file that the engine runs,
-    a key of `manifest.files` (empty for the fake engine). `image_sha256`: of the real CT that was
-    deformed; empty where the CT is synthetic.
+    Attributes:
+        case: the name of the case.
+        variant: the number of the variant; None without variants.
+        mask: the mask, deformed in a variant.
+        manifest: the manifest of the model.
+        backend: the name of the engine.
+        file: the model file that the engine runs, a key of `manifest.files`; empty for the fake
+            engine.
+        seed: the seed of the run.
+        image_sha256: the digest of the real CT that was deformed; empty for a synthetic CT.
     """
 
     case: str
@@ -38,17 +42,18 @@ class OutputRecord:
 
     @property
     def name(self) -> str:
-        """CASE, or CASE_v0, CASE_v1 … for variants."""
+        """The name of the result: CASE, or CASE_v0, CASE_v1 … for variants."""
         return result_name(self.case, self.variant)
 
 
 @dataclass(frozen=True)
 class FormatOptions:
-    """What the command line says about formats.
+    """The options of the formats, all of them for DICOM.
 
-    `attach`: a DICOM series joins its mask's patient, study and frame of reference; `enhanced`: it
-    is one multi-frame Enhanced CT and not a file a slice; `segmentation`: "binary", "labelmap" or
-    "none", the SEG beside it.
+    Attributes:
+        attach: whether the series joins the patient, study and frame of reference of the mask.
+        enhanced: whether to write one multi-frame Enhanced CT instead of one file per slice.
+        segmentation: the kind of SEG beside the CT: "binary", "labelmap" or "none".
     """
 
     attach: bool = False
@@ -60,38 +65,93 @@ DEFAULT_OPTIONS = FormatOptions()
 
 
 class Format(Protocol):
-    """How results become files.
+    """Writes results as files.
 
-    Made once a run, from `FormatOptions`; plain data, so that it may cross to another process.
-
-    `check` raises `MissingComponent` or `UsageError` before any work when this cannot write results
-    of that model into `output`; `check_mask` raises an `InputError` for a mask whose result it
-    cannot write. `files` names what `write` will leave in `output` for one result: files, or a
-    folder that is replaced as a whole; `is_ours` tells whether such a path was written by mask2ct
-    and may be replaced. `write` takes the slabs as they are synthesized and returns those paths,
-    each complete, with their digests (`runtime.batch.completion_log.digest_of`); several processes
-    may write different results. `finish` is called once at the end of a run, by the one process
-    that holds the folder's lock. Both raise `OutputError`.
+    A run makes one format from its `FormatOptions`. A format is plain data, so that it can cross to
+    another process, and several processes may write different results at once.
     """
 
-    def check(self, manifest: Manifest, output: Path) -> None: ...
+    def check(self, manifest: Manifest, output: Path) -> None:
+        """Check before any work that this format can write results of a model into a folder.
 
-    def check_mask(self, mask: LabelVolume) -> None: ...
+        Args:
+            manifest: the manifest of the model.
+            output: the output folder, which need not exist.
 
-    def files(self, output: Path, case: str, variant: int | None) -> tuple[Path, ...]: ...
+        Raises:
+            MissingComponent: a library is missing.
+            UsageError: the options, the model or the folder do not fit the format.
+        """
 
-    def is_ours(self, path: Path) -> bool: ...
+    def check_mask(self, mask: LabelVolume) -> None:
+        """Check that this format can write the result of a mask.
+
+        Args:
+            mask: the mask.
+
+        Raises:
+            InputError: it cannot.
+        """
+
+    def files(self, output: Path, case: str, variant: int | None) -> tuple[Path, ...]:
+        """Return the paths that `write` leaves for one result.
+
+        Args:
+            output: the output folder.
+            case: the name of the case.
+            variant: the number of the variant, or None.
+
+        Returns:
+            Files, or one folder that is replaced as a whole.
+
+        Raises:
+            UsageError: the name of the case cannot name a file.
+        """
+
+    def is_ours(self, path: Path) -> bool:
+        """Return whether mask2ct wrote the file or folder, which a new result may then replace."""
 
     def write(
         self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]
-    ) -> Mapping[Path, str]: ...
+    ) -> Mapping[Path, str]:
+        """Write one result.
 
-    def finish(self, output: Path, manifest: Manifest) -> None: ...
+        Args:
+            output: the output folder.
+            record: the result without its voxels.
+            slabs: the CT, int16 HU, slab by slab as it is synthesized.
+
+        Returns:
+            The complete paths with their digests (`runtime.core.atomic_files.digest_of`).
+
+        Raises:
+            OutputError: the result cannot be written.
+        """
+
+    def finish(self, output: Path, manifest: Manifest) -> None:
+        """Complete the folder at the end of a run, in the process that holds its lock.
+
+        Args:
+            output: the output folder.
+            manifest: the manifest of the model.
+
+        Raises:
+            OutputError: the folder cannot be completed.
+        """
 
 
 def result_name(case: str, variant: int | None) -> str:
-    """The name of a result. Raises `UsageError` for a case name that would lead out of the
-    output folder or hide in it.
+    """Name a result.
+
+    Args:
+        case: the name of the case.
+        variant: the number of the variant, or None.
+
+    Returns:
+        CASE, or CASE_v0, CASE_v1 … for variants.
+
+    Raises:
+        UsageError: the name would lead out of the output folder or be hidden in it.
     """
     if not case or case.startswith(".") or any(c in case for c in "/\\\0"):
         raise UsageError(
@@ -103,8 +163,13 @@ def result_name(case: str, variant: int | None) -> str:
 
 
 def refuse_dicom_options(options: FormatOptions) -> None:
-    """Raise `UsageError` for options that only a DICOM series knows: to pass over them would not
-    be what was asked for.
+    """Refuse options of DICOM in another format, which would ignore them.
+
+    Args:
+        options: the options of the run.
+
+    Raises:
+        UsageError: an option differs from its default.
     """
     for name in ("attach", "enhanced", "segmentation"):
         if getattr(options, name) != getattr(DEFAULT_OPTIONS, name):
@@ -116,13 +181,17 @@ def refuse_dicom_options(options: FormatOptions) -> None:
 
 
 def table_values(table: LabelTable) -> NDArray[Any]:
-    """The table's own value of each model index (K + 1,), in the smallest of uint8, uint16,
-    int16 and int32 that holds them all.
+    """Return the label value of each model index.
+
+    Args:
+        table: the label table, with K labels and the background.
+
+    Returns:
+        An array (K + 1,) in the first of uint8, uint16, int16 and int32 that holds all values.
     """
     values = np.array([label.value for label in table.labels])
-    kinds = (np.uint8, np.uint16, np.int16, np.int32)
+    low, high = values.min(), values.max()
+    dtypes = (np.uint8, np.uint16, np.int16, np.int32)
     return values.astype(
-        next(
-            d for d in kinds if np.iinfo(d).min <= values.min() and values.max() <= np.iinfo(d).max
-        )
+        next(d for d in dtypes if np.iinfo(d).min <= low and high <= np.iinfo(d).max)
     )

@@ -1,4 +1,4 @@
-"""`--format dicom`: a folder per result with its CT, classic or enhanced, and its mask as a SEG."""
+"""`--format dicom`: a folder per result with the CT, classic or enhanced, and the mask as a SEG."""
 
 from __future__ import annotations
 
@@ -21,16 +21,18 @@ from .base import FormatOptions, OutputRecord, result_name
 
 @dataclass(frozen=True)
 class DicomFormat:
-    """The folder CASE, or CASE_v0 …, with 0001.dcm … from the feet to the head, or ct.dcm for an
-    Enhanced CT, and seg.dcm, the mask as a SEG of this very series.
+    """Writes a result as a folder of DICOM files; see `Format`.
+
+    The folder CASE, or CASE_v0 …, holds the slices 0001.dcm … from the feet to the head, or ct.dcm
+    for an Enhanced CT. Beside them stands seg.dcm, the mask as a SEG that refers to this series.
     """
 
     options: FormatOptions
 
     def check(self, manifest: Manifest, output: Path) -> None:
-        require_libraries(
-            "pydicom", *(["highdicom"] if self.options.segmentation != "none" else [])
-        )
+        """Check the libraries, the unit of the model (HU) and `--attach`."""
+        seg_libraries = ["highdicom"] if self.options.segmentation != "none" else []
+        require_libraries("pydicom", *seg_libraries)
         if manifest.intensity.unit != "HU":
             raise UsageError(
                 f"the model synthesizes {manifest.intensity.unit}, not HU",
@@ -40,21 +42,24 @@ class DicomFormat:
 
         if manifest.derived and self.options.attach:
             raise UsageError(
-                "a deformed CT does not lie in its patient's frame of reference, and is none of"
-                " their images",
-                expected="a patient of its own for it",
+                "a deformed CT does not lie in its patient's frame of reference, and is not an"
+                " image of that patient",
+                expected="a patient of its own",
                 remedy="leave --attach out",
             )
 
     def check_mask(self, mask: LabelVolume) -> None:
+        """Check that orthogonal slices can hold the grid, and `--attach`."""
         CanonicalGrid.of(mask.geometry, mask.labels.shape)
         if self.options.attach:
             check_attachable(mask)
 
     def files(self, output: Path, case: str, variant: int | None) -> tuple[Path, ...]:
+        """Return the folder of a result."""
         return (output / result_name(case, variant),)
 
     def is_ours(self, path: Path) -> bool:
+        """Return whether mask2ct wrote every file of the folder."""
         return path.is_dir() and all(
             p.suffix == ".dcm" and p.is_file() and is_synthetic(p) for p in path.iterdir()
         )
@@ -62,6 +67,7 @@ class DicomFormat:
     def write(
         self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]
     ) -> Mapping[Path, str]:
+        """Write the CT as its slabs come, then the SEG, and put the folder in place."""
         (path,) = self.files(output, record.case, record.variant)
         identity = Identity.of(record, self.options.attach)
         grid = CanonicalGrid.of(record.mask.geometry, record.mask.labels.shape)
@@ -73,4 +79,4 @@ class DicomFormat:
         return {path: digest_of(path)}
 
     def finish(self, output: Path, manifest: Manifest) -> None:
-        pass
+        """Do nothing: each folder is complete by itself."""

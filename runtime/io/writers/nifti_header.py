@@ -13,12 +13,12 @@ from ...core.volume import Geometry
 from ..readers.nifti_header import rotation
 from ..readers.volume_header import UNSHEARED, shear_of
 
-_CODES = {
+_CODES = {  # numpy → datatype, bitpix
     np.dtype(np.uint8): (2, 8),
     np.dtype(np.int16): (4, 16),
     np.dtype(np.uint16): (512, 16),
     np.dtype(np.int32): (8, 32),
-}  # datatype, bitpix
+}
 _MM = 2  # xyzt_units
 QFORM_TOLERANCE_MM = 1e-4  # how far qform and sform may disagree
 
@@ -30,8 +30,18 @@ def nifti_header(
     source: bytes | None,
     description: str,
 ) -> bytes:
-    """352 bytes: a NIfTI-1 header (nifti1.h; numbers are its byte offsets) with the grid of
-    `source`, else of `geometry`.
+    """Encode a NIfTI-1 header (nifti1.h; the numbers below are its byte offsets).
+
+    Args:
+        shape: (D, H, W) of the volume.
+        dtype: uint8, int16, uint16 or int32.
+        geometry: the grid.
+        source: the header of the mask, whose bits for the grid are copied; None to encode
+            `geometry`.
+        description: the text of `descrip`, at most 79 ASCII characters of it.
+
+    Returns:
+        352 bytes.
     """
     out = bytearray(352)
     code, bits = _CODES[dtype]
@@ -44,13 +54,12 @@ def nifti_header(
     if source is not None:
         out[76:92], out[123:124], out[252:328] = source[76:92], source[123:124], source[252:328]
         return bytes(out)
-    ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ geometry.affine  # NIfTI is RAS+, we are LPS
+    ras = np.diag([-1.0, -1.0, 1.0, 1.0]) @ geometry.affine  # NIfTI is RAS+, `Geometry` is LPS
     struct.pack_into("<4f", out, 76, _handedness(ras), *geometry.spacing)
     out[123] = _MM
     quaternion = _quaternion(ras)
-    struct.pack_into(
-        "<2h", out, 252, int(_qform_holds(quaternion, ras, shape)), 1
-    )  # both in scanner coordinates
+    # qform_code and sform_code: 1 for scanner coordinates, 0 for none
+    struct.pack_into("<2h", out, 252, int(_qform_holds(quaternion, ras, shape)), 1)
     struct.pack_into("<3f", out, 256, *quaternion)
     struct.pack_into("<3f", out, 268, *ras[:3, 3])
     struct.pack_into("<12f", out, 280, *ras[:3].ravel())
@@ -67,9 +76,9 @@ def _qform_holds(
 ) -> bool:
     """Whether the three float32 numbers place the far corner within QFORM_TOLERANCE_MM.
 
-    Near half turns they do not: a = sqrt(1 - b^2 - c^2 - d^2) loses its digits. Then only the sform
-    is stated. Of a sheared grid the qform is the nearest rotation, for readers that refuse its
-    sform (ITK).
+    Near half turns they do not, because a = sqrt(1 - b^2 - c^2 - d^2) loses its digits. The header
+    then has the sform alone. For a sheared grid the qform is the nearest rotation, for readers that
+    refuse the sform (ITK).
     """
     b, c, d = (float(np.float32(q)) for q in quaternion)
     turn = rotation(math.sqrt(max(0.0, 1 - b * b - c * c - d * d)), b, c, d)

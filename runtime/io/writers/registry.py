@@ -1,4 +1,4 @@
-"""What a result can be written as, by the names of `--format`."""
+"""The table of output formats, by their names for `--format`."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Training sets that grow: nnU-Net raw (nnU-Net v2) and the Medical Segmentation Decathlon,
-`dataset.json` included.
+"""Training sets for nnU-Net v2 (raw) and the Medical Segmentation Decathlon, with `dataset.json`.
 
-The output folder is the data set: new, or one that exists, also one of real cases, provided that
-its labels are these. Labels are consecutive, 0..K as the model counts them, which nnU-Net requires.
-A case is complete once its image is there: the label map is written first; `dataset.json`, which
-counts what lies in the folder, at the end of a run. One run at a time writes into a folder.
+The output folder is the data set. It may be new or exist, also with real cases, provided that it
+has the same labels. Labels are consecutive (0 … K, the model's indices), which nnU-Net requires. A
+case is complete once its image exists, because the label map is written first. `dataset.json`
+counts the cases in the folder and is written at the end of a run. One run at a time writes into a
+folder.
 """
 
 from __future__ import annotations
@@ -27,31 +27,37 @@ from .base import FormatOptions, OutputRecord, refuse_dicom_options, result_name
 from .volume import isal_threaded, write_ct, write_labels
 
 DATASET = "dataset.json"
-MAX_DATASET = 256 << 20  # bytes of it: a million cases
+MAX_DATASET = 256 << 20  # bytes of `dataset.json`, which is enough for a million cases
 IMAGES, LABELS = "imagesTr", "labelsTr"
 ENDING = ".nii.gz"
 
 
 @dataclass(frozen=True)
 class DatasetFormat:
-    """imagesTr/CASE_0000.nii.gz (nnU-Net) or imagesTr/CASE.nii.gz (MSD) with labelsTr/CASE.nii.gz;
-    CASE_v0 … for variants.
+    """Writes imagesTr/CASE_0000.nii.gz (nnU-Net) or imagesTr/CASE.nii.gz (MSD); see `Format`.
 
-    `channel`: what stands between a case's name and its file's suffix, "_0000" for nnU-Net.
+    The label map is labelsTr/CASE.nii.gz. Variants are the cases CASE_v0, CASE_v1 …
+
+    Attributes:
+        channel: the text between the name of a case and the suffix of its image, "_0000" for
+            nnU-Net, empty for MSD.
+        options: the options of the run.
     """
 
     channel: str
     options: FormatOptions
 
     def check(self, manifest: Manifest, output: Path) -> None:
+        """Check the options, the compression library and a data set in the output folder."""
         refuse_dicom_options(self.options)
         isal_threaded()
-        _refuse_another(output, _read(output), self._ours(manifest))
+        _refuse_other_labels(output, _read(output), self._required(manifest))
 
     def check_mask(self, mask: LabelVolume) -> None:
-        pass
+        """Do nothing: the format holds every grid."""
 
     def files(self, output: Path, case: str, variant: int | None) -> tuple[Path, ...]:
+        """Return the image and the label map of a case."""
         name = result_name(case, variant)
         return (
             output / IMAGES / f"{name}{self.channel}{ENDING}",
@@ -59,11 +65,13 @@ class DatasetFormat:
         )
 
     def is_ours(self, path: Path) -> bool:
+        """Return whether the file has mask2ct's mark."""
         return is_synthetic(path)
 
     def write(
         self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]
     ) -> Mapping[Path, str]:
+        """Write the label map, then the CT as its slabs come."""
         image, label = self.files(output, record.case, record.variant)
         values = np.arange(len(record.manifest.labels), dtype=np.uint8)
         text = notice(derived=record.manifest.derived)
@@ -71,44 +79,40 @@ class DatasetFormat:
         return {image: write_ct(image, slabs, record.mask, description=text), label: mask}
 
     def finish(self, output: Path, manifest: Manifest) -> None:
-        """Bring `dataset.json` to what lies in the folder; what others wrote into it stays.
+        """Bring `dataset.json` up to date with the cases in the folder.
 
-        Without a case there is none.
+        Entries that other programs wrote stay. A folder without cases gets no `dataset.json`.
         """
-        found = sorted(
+        labeled = sorted(
             path.name[: -len(ENDING)] for path in (output / LABELS).glob(f"[!.]*{ENDING}")
         )
         complete = [
-            case for case in found if (output / IMAGES / f"{case}{self.channel}{ENDING}").exists()
+            case for case in labeled if (output / IMAGES / f"{case}{self.channel}{ENDING}").exists()
         ]
         if not complete:
             return
-        known, ours = _read(output), self._ours(manifest)
-        _refuse_another(output, known, ours)
-        data = dict(known) if known is not None else self._new(output, manifest, ours)
+        stored, required = _read(output), self._required(manifest)
+        _refuse_other_labels(output, stored, required)
+        data = dict(stored) if stored is not None else self._new(output, manifest, required)
         if self.channel:
             data["numTraining"] = len(complete)
         else:
             listed = [row for row in data.get("training", []) if isinstance(row, dict)]
             names = {os.path.basename(str(row.get("label"))) for row in listed}
             listed += [
-                {"image": f"./{IMAGES}/{c}{ENDING}", "label": f"./{LABELS}/{c}{ENDING}"}
-                for c in complete
-                if f"{c}{ENDING}" not in names
+                {"image": f"./{IMAGES}/{case}{ENDING}", "label": f"./{LABELS}/{case}{ENDING}"}
+                for case in complete
+                if f"{case}{ENDING}" not in names
             ]
             data["training"], data["numTraining"] = listed, len(listed)
-        if data != known:
+        if data != stored:
             write_json(output / DATASET, data)
 
-    def _ours(self, manifest: Manifest) -> dict[str, Any]:
-        """What a data set of this model's cases must state."""
-        names = [
-            "background",
-            *(label.name for label in manifest.labels.labels[1:]),
-        ]  # nnU-Net knows the first by this name
-        modality = {
-            "0": "CT" if manifest.intensity.unit == "HU" else "synthetic"
-        }  # nnU-Net normalises by this name
+    def _required(self, manifest: Manifest) -> dict[str, Any]:
+        """The entries that a data set of this model's cases must have."""
+        # nnU-Net requires the name "background", and normalizes by the name of the modality
+        names = ["background", *(label.name for label in manifest.labels.labels[1:])]
+        modality = {"0": "CT" if manifest.intensity.unit == "HU" else "synthetic"}
         if self.channel:
             return {
                 "channel_names": modality,
@@ -117,20 +121,21 @@ class DatasetFormat:
             }
         return {"modality": modality, "labels": {str(n): name for n, name in enumerate(names)}}
 
-    def _new(self, output: Path, manifest: Manifest, ours: dict[str, Any]) -> dict[str, Any]:
+    def _new(self, output: Path, manifest: Manifest, required: dict[str, Any]) -> dict[str, Any]:
+        """The content of a new `dataset.json`."""
         common = {
             "name": output.absolute().name,
             "description": notice(derived=manifest.derived),
             "licence": manifest.license or "not stated",
         }
         if self.channel:
-            return {**ours, "numTraining": 0, **common}
+            return {**required, "numTraining": 0, **common}
         return {
             **common,
             "reference": "mask2ct",
             "release": "0.0",
             "tensorImageSize": "3D",
-            **ours,
+            **required,
             "numTraining": 0,
             "numTest": 0,
             "training": [],
@@ -139,52 +144,58 @@ class DatasetFormat:
 
 
 def _read(output: Path) -> dict[str, Any] | None:
+    """The content of `dataset.json`; None where there is none."""
     path = output / DATASET
     try:
         text = read_text(path, most=MAX_DATASET)
+        # an interrupted copy may be empty; the cases in the folder give its content again
         if not text:
-            return None  # it was cut to nothing: it is made again of what lies in the folder
+            return None
         data = json.loads(text)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as exc:
         raise UsageError(
             f"{DATASET} cannot be read: {exc}",
-            expected="a data set that can be appended to, or none",
+            expected="a data set to append to, or none",
             remedy="choose another --output",
             file=path,
         ) from exc
     if not isinstance(data, dict):
         raise UsageError(
-            f"{DATASET} is no JSON object",
-            expected="a data set that can be appended to",
+            f"{DATASET} is not a JSON object",
+            expected="a data set to append to",
             remedy="choose another --output",
             file=path,
         )
     return data
 
 
-def _refuse_another(output: Path, known: dict[str, Any] | None, ours: dict[str, Any]) -> None:
-    """Cases are only appended to a data set of the same labels, channel and kind of file."""
+def _refuse_other_labels(
+    output: Path, stored: dict[str, Any] | None, required: dict[str, Any]
+) -> None:
+    """Refuse to append to a data set with other labels, channels or file suffixes."""
+    if stored is None:
+        return
     for key in ("labels", "channel_names", "modality", "file_ending"):
-        if known is not None and key in ours and _plain(known.get(key)) != _plain(ours[key]):
+        if key in required and _plain(stored.get(key)) != _plain(required[key]):
             raise UsageError(
-                f"the data set in the output folder has the {key} {known.get(key)}",
-                expected=f"{ours[key]}, as this model's cases have",
+                f"the data set in the output folder has the {key} {stored.get(key)}",
+                expected=f"{required[key]}, as this model's cases have",
                 remedy="choose another --output",
                 file=output / DATASET,
             )
 
-    if (
-        known is not None and "dataset" in known
-    ):  # nnU-Net's way of listing cases that lie elsewhere
+    # nnU-Net lists cases that lie in other folders under this key
+    if "dataset" in stored:
         raise UsageError(
             "the data set in the output folder lists its cases one by one",
-            expected="one whose cases are what lies in imagesTr",
+            expected="a data set whose cases are the files in imagesTr",
             remedy="choose another --output",
             file=output / DATASET,
         )
 
 
 def _plain(value: Any) -> str:
+    """A form for comparison, without the order of keys and the case of letters."""
     return json.dumps(value, sort_keys=True).casefold()

@@ -1,5 +1,4 @@
-"""CTs and masks as one file each: NIfTI-1, NRRD and MetaImage on the mask's own grid, written plane
-by plane.
+"""Volume files (NIfTI-1, NRRD and MetaImage) on the grid of the mask, written plane by plane.
 
 Formats: nifti1.h; NRRD 5 (teem.sourceforge.net/nrrd/format.html); MetaImage
 (itk.org/Wiki/ITK/MetaIO/Documentation).
@@ -26,9 +25,11 @@ from ..volume_files import is_synthetic, notice
 from .base import FormatOptions, OutputRecord, refuse_dicom_options, result_name, table_values
 from .nifti_header import nifti_header
 
-GZIP_LEVEL = 1  # isal: 150 MB/s a core at 7 % more bytes than level 3
-GZIP_THREADS = 2  # the bytes are the same for any number: 1 MiB blocks are compressed on their own
-SPOOLED = 32 << 20  # bytes of planes gathered at once from slabs that run along another axis
+GZIP_LEVEL = 1  # isal: 150 MB/s per core at 7 % more bytes than level 3
+GZIP_THREADS = (
+    2  # any number gives the same bytes, because each 1 MiB block is compressed by itself
+)
+SPOOLED = 32 << 20  # bytes of planes that are collected at once from slabs along another axis
 _TYPES = {  # numpy → NRRD, MetaImage
     np.dtype(np.uint8): ("uint8", "MET_UCHAR"),
     np.dtype(np.int16): ("int16", "MET_SHORT"),
@@ -39,35 +40,39 @@ _TYPES = {  # numpy → NRRD, MetaImage
 
 @dataclass(frozen=True)
 class VolumeFormat:
-    """CASE_ct and, with variants, CASE_v0_ct and CASE_v0_mask, the mask in the model's own values.
+    """Writes CASE_ct or, with variants, CASE_v0_ct and CASE_v0_mask, in label values; see `Format`.
 
-    `suffix`: what kind of file.
+    Attributes:
+        suffix: the suffix of the files, which chooses the file format.
+        options: the options of the run.
     """
 
     suffix: str
     options: FormatOptions
 
     def check(self, manifest: Manifest, output: Path) -> None:
+        """Check the options and the compression library."""
         refuse_dicom_options(self.options)
         if self.suffix != ".nii":
             isal_threaded()
 
     def check_mask(self, mask: LabelVolume) -> None:
-        pass
+        """Do nothing: the format holds every grid."""
 
     def files(self, output: Path, case: str, variant: int | None) -> tuple[Path, ...]:
+        """Return the file of the CT and, with variants, of the mask."""
         name = result_name(case, variant)
-        return tuple(
-            output / f"{name}_{what}{self.suffix}"
-            for what in (("ct",) if variant is None else ("ct", "mask"))
-        )
+        contents = ("ct",) if variant is None else ("ct", "mask")
+        return tuple(output / f"{name}_{content}{self.suffix}" for content in contents)
 
     def is_ours(self, path: Path) -> bool:
+        """Return whether the file has mask2ct's mark."""
         return is_synthetic(path)
 
     def write(
         self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]
     ) -> Mapping[Path, str]:
+        """Write the CT as its slabs come and, with variants, the mask."""
         files = self.files(output, record.case, record.variant)
         text = notice(derived=record.manifest.derived)
         written = {files[0]: write_ct(files[0], slabs, record.mask, description=text)}
@@ -77,13 +82,26 @@ class VolumeFormat:
         return written
 
     def finish(self, output: Path, manifest: Manifest) -> None:
-        pass
+        """Do nothing: each file is complete by itself."""
 
 
 def write_ct(
     path: Path, slabs: Iterable[CTSlab], mask: LabelVolume, *, description: str = ""
 ) -> str:
-    """Write int16 slabs that together fill the grid of `mask`, as `write_volume` does."""
+    """Write a CT; see `write_volume`.
+
+    Args:
+        path: the file.
+        slabs: the CT, int16 HU, in order along one axis; together they fill the grid of `mask`.
+        mask: the mask, which gives the grid.
+        description: the text for the header.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     depth, height, width = mask.labels.shape
     shape = (depth, height, width)
     planes = planes_of(slabs, shape, path.parent)
@@ -101,7 +119,20 @@ def write_ct(
 def write_labels(
     path: Path, mask: LabelVolume, values: NDArray[Any], *, description: str = ""
 ) -> str:
-    """Write a mask with `values[index]` for each of its indices, as `write_volume` does."""
+    """Write a mask; see `write_volume`.
+
+    Args:
+        path: the file.
+        mask: the mask, in model indices.
+        values: the value in the file of each model index, (K + 1,).
+        description: the text for the header.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
     depth, height, width = mask.labels.shape
     return write_volume(
         path,
@@ -124,43 +155,65 @@ def write_volume(
     nifti_source: bytes | None = None,
     description: str = "",
 ) -> str:
-    """Write the D planes (H, W) of a uint8, uint16, int16 or int32 volume as the kind of file that
-    the suffix of `path` names, atomically.
+    """Write a volume atomically, in the file format that the suffix of `path` names.
 
-    .nii is raw; .nii.gz, .nrrd and .mha are compressed by isal. With `nifti_source` (the mask's own
-    header) a NIfTI has its very bits for the grid; its free text is dropped, for it may name a
-    patient. The same input gives the same bytes. Returns their SHA-256. Raises `OutputError`.
+    .nii is raw, .nii.gz, .nrrd and .mha are compressed. The same input gives the same bytes.
+
+    Args:
+        path: the file.
+        planes: the D planes (H, W).
+        shape: (D, H, W).
+        dtype: uint8, uint16, int16 or int32.
+        geometry: the grid.
+        nifti_source: the header of a NIfTI mask, whose bits for the grid a NIfTI file copies. Its
+            free text is dropped, because it may name a patient.
+        description: the text for the header.
+
+    Returns:
+        The SHA-256 of the file.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     nifti, raw = path.name.endswith((".nii", ".nii.gz")), path.name.endswith(".nii")
-    with atomic_path(path) as part, HashingWriter(part) as whole:
+    with atomic_path(path) as part, HashingWriter(part) as file:
         if not nifti:
             header = _meta_header if path.name.endswith(".mha") else _nrrd_header
-            whole.write(header(shape, dtype, geometry, description))
-        start = whole.tell()
-        with (
-            nullcontext(whole)
-            if raw
-            else isal_threaded().open(whole, "wb", compresslevel=GZIP_LEVEL, threads=GZIP_THREADS)
-        ) as file:
+            file.write(header(shape, dtype, geometry, description))
+        start = file.tell()
+        with nullcontext(file) if raw else _compressed(file) as voxels:
             if nifti:
-                file.write(nifti_header(shape, dtype, geometry, nifti_source, description))
-            # one write a plane: how the input is cut into blocks must not depend on how slabs were
-            # cut
+                voxels.write(nifti_header(shape, dtype, geometry, nifti_source, description))
+            # one write per plane, so that the compressed blocks do not depend on the slabs
             for plane in planes:
-                file.write(np.ascontiguousarray(plane, dtype.newbyteorder("<")).data.cast("B"))
+                voxels.write(np.ascontiguousarray(plane, dtype.newbyteorder("<")).data.cast("B"))
         if path.name.endswith(".mha"):
-            whole.overwrite(_meta_header(shape, dtype, geometry, description, whole.tell() - start))
-        return whole.finish()
+            size = file.tell() - start
+            file.overwrite(_meta_header(shape, dtype, geometry, description, size))
+        return file.finish()
+
+
+def _compressed(file: HashingWriter) -> Any:
+    """A gzip stream into `file`."""
+    return isal_threaded().open(file, "wb", compresslevel=GZIP_LEVEL, threads=GZIP_THREADS)
 
 
 def planes_of(
     slabs: Iterable[CTSlab], shape: tuple[int, int, int], folder: Path
 ) -> Iterator[NDArray[np.int16]]:
-    """The D planes (H, W) of a volume whose slabs come in order along any one axis.
+    """Cut slabs along any axis into planes along the first.
 
-    Along the first axis they pass through. Along another the first plane needs the last slab: slabs
-    then go to a nameless file in `folder` as they come, each plane by plane, and are gathered from
-    there some `SPOOLED` bytes at a time: no volume is held in memory.
+    Slabs along the first axis pass through. Along another axis the first plane needs the last slab,
+    so the slabs go to a temporary file first, and the planes are collected from there, `SPOOLED`
+    bytes at a time. Memory never holds the volume.
+
+    Args:
+        slabs: int16 HU, in order along one axis.
+        shape: (D, H, W) of the volume.
+        folder: the folder for the temporary file, which has no name.
+
+    Yields:
+        The D planes, int16 (H, W).
     """
     depth, height, width = shape
     slabs = iter(slabs)
@@ -172,14 +225,14 @@ def planes_of(
         return
     step = max(1, SPOOLED // (2 * height * width))
     with tempfile.TemporaryFile(dir=folder) as spool:
-        kept = []
+        spooled = []
         for slab in slabs:
-            kept.append((slab.index, slab.hu.shape[1:], spool.tell()))
+            spooled.append((slab.index, slab.hu.shape[1:], spool.tell()))
             for plane in slab.hu:
                 spool.write(np.ascontiguousarray(plane).data.cast("B"))
         for start in range(0, depth, step):
             block = np.empty((min(step, depth - start), height, width), np.int16)
-            for index, (rows, columns), offset in kept:
+            for index, (rows, columns), offset in spooled:
                 spool.seek(offset + start * 2 * rows * columns)
                 part = np.frombuffer(spool.read(len(block) * 2 * rows * columns), np.int16)
                 block[index] = part.reshape(len(block), rows, columns)
@@ -187,7 +240,14 @@ def planes_of(
 
 
 def isal_threaded() -> Any:
-    """isal's threaded gzip. Raises `MissingComponent` when it is not installed."""
+    """Import isal's threaded gzip.
+
+    Returns:
+        The module isal.igzip_threaded.
+
+    Raises:
+        MissingComponent: isal is not installed.
+    """
     with importing("isal", "isal, which compresses volumes", "pip install isal"):
         from isal import igzip_threaded
     return igzip_threaded
@@ -212,8 +272,9 @@ def _meta_header(
     description: str,
     size: int = 0,
 ) -> bytes:
-    """`size`: of the compressed voxels in bytes, without which ITK does not read them; whatever
-    it is, the header is as long.
+    """The header, whose length does not depend on `size`, the bytes of the compressed voxels.
+
+    ITK does not read the voxels without their size.
     """
     return (
         f"ObjectType = Image\nNDims = 3\nComment = {description}\nBinaryData ="
