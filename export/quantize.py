@@ -213,28 +213,28 @@ class Quantizer:
         """One that quantises the same graph with weights fitted to INT8
         (export/weight_reconstruction.py), on the `network` it was exported from.
         """
-        exact, nodes = (
-            one_hot(self._model.graph),
-            {node.name: node for node in self._model.graph.node},
-        )
-        ranges = [
-            None if nodes[name].input[0] in exact else self._range(nodes[name].input[0])
-            for name in self.layers
-        ]
-        found = fit(network, self._model.graph, self.layers, ranges, inputs, floating)
-        other = copy.copy(self)
-        other._model, other._shifts = onnx.ModelProto(), {}
-        other._model.CopyFrom(self._model)
-        graph = other._model.graph
+        exact = one_hot(self._model.graph)
+        layer_inputs = {
+            node.name: node.input[0] for node in self._model.graph.node if node.name in self.layers
+        }
+        ranges = {
+            layer: None if tensor in exact else self._range(tensor)
+            for layer, tensor in layer_inputs.items()
+        }
+        reconstructed = fit(network, self._model.graph, ranges, inputs, floating)
+        result = copy.copy(self)
+        result._model, result._shifts = onnx.ModelProto(), {}
+        result._model.CopyFrom(self._model)
+        graph = result._model.graph
         for node in graph.node:
-            if node.name in found:
+            if node.name in reconstructed:
                 names = [f"{node.name}/fitted/{part}" for part in ReconstructedWeights._fields]
                 node.input[1:] = names
                 graph.initializer.extend(
                     numpy_helper.from_array(array, name)
-                    for array, name in zip(found[node.name], names, strict=True)
+                    for array, name in zip(reconstructed[node.name], names, strict=True)
                 )
-        return other
+        return result
 
     def _range(self, name: str) -> tuple[float, float]:
         low, high = (float(np.asarray(end).item()) for end in self._ranges[name].range_value)
