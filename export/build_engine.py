@@ -1,5 +1,6 @@
-"""Checkpoint → ONNX → TensorRT engine → proof → model folder:  python export/build_engine.py RUN
--o MODEL [--onnx-only]
+"""From a checkpoint to a model folder: ONNX graphs, their parity report and a TensorRT engine.
+
+python export/build_engine.py RUN -o MODEL [--onnx-only]
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C while this is imported ends it without a traceback
-sys.path[0] = str(
-    Path(__file__).resolve().parent.parent
-)  # replace, not prepend: export/ must not shadow packages
+    # Ctrl-C during the imports ends the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Replaced, not prepended: export/ must not shadow packages.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from export.to_tensorrt import HARDWARE, BuildOptions, why_not
 from runtime.core.console import EXIT_CODES, duration, run
@@ -26,6 +25,15 @@ from runtime.engines.memory import parse_bytes
 
 
 def main(argv: Sequence[str]) -> int:
+    """Export a run; returns the exit code.
+
+    Args:
+        argv: The command line without the program's name.
+
+    Raises:
+        MissingComponent: A package is missing, or no engine can be built here.
+        ParityError: A file differs too much from the network.
+    """
     parser = argparse.ArgumentParser(
         "build_engine.py",
         description="Export a trained run to a model folder, with proof.",
@@ -65,14 +73,12 @@ def main(argv: Sequence[str]) -> int:
     if options.onnx_only:
         return 0
     if missing is not None:
-        kept = (
+        note = (
             "the validated ONNX graphs are kept: python -m runtime synth MASK --model"
             f" {options.output} --output OUT"
         )
-        missing.remedy, missing.file = (
-            f"{missing.remedy}; then run this again ({kept})",
-            options.output,
-        )
+        missing.remedy = f"{missing.remedy}; then run this again ({note})"
+        missing.file = options.output
         raise missing
     from export.attach_engine import add_engine, parity_checker
     from runtime.engines.gpu.probe import device
@@ -135,7 +141,7 @@ def _count(text: str) -> int:
 
 
 def _require_packages() -> None:
-    """Name a missing package before anything is started. Raises `MissingComponent`."""
+    """Raise `MissingComponent` for a missing package before any work starts."""
     for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "scipy"):
         with importing(
             name,
