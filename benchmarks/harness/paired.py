@@ -311,8 +311,7 @@ def _compare(
 
 
 def _child(make: str, options: Mapping[str, Any]) -> int:
-    """The contender's own process: it sets up, answers, and does a round for every line that it
-    reads.
+    """Be the contender's own process: set up, answer, and do a round for every line that comes in.
 
     Only answers go to standard output.
     """
