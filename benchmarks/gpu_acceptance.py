@@ -38,7 +38,7 @@ TIMEOUT = 1800  # s for one check: a build may take minutes
 ENGINES = {
     "tensorrt": "our TensorRT engine",
     "onnx-cuda": "our ONNX Runtime engine",
-    "torch": "our slots round torch",
+    "torch": "our slots around torch",
 }
 
 

@@ -226,7 +226,7 @@ def write_page(path: Path, records: Sequence[Record], pictures: Path | None = No
         settings = ", ".join(f"{key} {value}" for key, value in record["options"].items())
         content = table(head, body) + f"<p class=note>{html.escape(measured_on(record))}</p>"
         content += "".join(
-            f"<p>not there: {html.escape(name)} ({html.escape(why)})</p>"
+            f"<p>absent: {html.escape(name)} ({html.escape(why)})</p>"
             for name, why in record["absent"].items()
         )
         same = [r for r in records if alike(r, record)]
@@ -250,8 +250,8 @@ def write_page(path: Path, records: Sequence[Record], pictures: Path | None = No
                         dpi=110,
                     )
     lead = (
-        "Contenders took turns in every round. A ratio is ours against that one, with the interval"
-        " that holds the true median; docs/benchmarks.md says more."
+        "Contenders took turns in every round. A ratio is ours / the other contender, with the"
+        " interval that holds the true median; see docs/benchmarks.md."
     )
     page(path, "mask2ct: benchmarks", lead, sections)
 

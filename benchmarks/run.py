@@ -199,7 +199,7 @@ def _print(record: Record) -> None:
     for line in held(record):
         print(line)
     for contender, why in record["absent"].items():
-        print(f"not there: {contender} ({why})")
+        print(f"absent: {contender} ({why})")
     print(measured_on(record))
 
 

@@ -113,7 +113,7 @@ def add_engine(
             LAYERS: _describe(folder / LAYERS, "layers", options.precision, {}),
         }
         manifest = replace(before, files={**before.files, **listed})
-        say(f"proving {ENGINE} on the GPU")
+        say(f"validating {ENGINE} on the GPU")
         manifest = replace(manifest, parity={**manifest.parity, ENGINE: check_parity(manifest)})
         write_json(folder / MANIFEST, manifest.to_json())
     except BaseException:

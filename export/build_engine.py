@@ -36,17 +36,17 @@ def main(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         "build_engine.py",
-        description="Export a trained run to a model folder, with proof.",
+        description="Export a trained run to a model folder, and validate every file in it.",
         epilog=EXIT_CODES,
     )
-    parser.add_argument("run", type=Path, help="a run folder, as train/run.py leaves it")
+    parser.add_argument("run", type=Path, help="a run folder that train/run.py wrote")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="the model folder to write"
     )
     parser.add_argument(
         "--onnx-only",
         action="store_true",
-        help="write and prove the ONNX graphs, build no TensorRT engine",
+        help="write and validate the ONNX graphs, build no TensorRT engine",
     )
     _add_engine_options(parser.add_argument_group("TensorRT engine"))
     parser.add_argument("--quiet", action="store_true", help="print errors only")
@@ -103,25 +103,26 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         "--precision",
         choices=("fp16", "fp32"),
         default=default.precision,
-        help="of the engine (default fp16)",
+        help="the engine's precision (default fp16)",
     )
     group.add_argument(
         "--native",
         action="store_true",
-        help="fastest, for this very TensorRT; else the lean runtime loads it, later ones too",
+        help="the fastest engine, which only this TensorRT loads; without it, the lean runtime of"
+        " this version or a later one loads it",
     )
     hardware = (
-        "GPUs it runs on: of this compute capability (same, the default), any from Ampere on, or"
-        " this model alone"
+        "the GPUs that the engine runs on: those of this compute capability (same, the default),"
+        " any from Ampere on, or this model alone"
     )
     group.add_argument(
         "--hardware", choices=tuple(HARDWARE), default=default.hardware, help=hardware
     )
-    batch = f"slices it takes at once (default {default.max_batch})"
+    batch = f"the most slices in one call (default {default.max_batch})"
     group.add_argument(
         "--max-batch", type=_count, default=default.max_batch, metavar="N", help=batch
     )
-    workspace = f"most scratch memory of a layer (default {default.workspace >> 30}GiB)"
+    workspace = f"the most scratch memory of a layer (default {default.workspace >> 30}GiB)"
     group.add_argument(
         "--workspace", type=parse_bytes, default=default.workspace, metavar="SIZE", help=workspace
     )
@@ -129,7 +130,7 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         "--timing-cache",
         type=Path,
         metavar="FILE",
-        help="kept from build to build on one GPU: the next one is faster",
+        help="a file of timings that makes the next build on this GPU faster",
     )
 
 

@@ -102,7 +102,7 @@ def model_card(manifest: Manifest) -> str:
                     else ""
                 ),
                 (
-                    f"## Proof of the files\n\nDifferences from the network in {unit}, measured at"
+                    f"## Parity of the files\n\nDifferences from the network in {unit}, measured at"
                     " export in each engine. Slices/s are those of the machine that exported."
                     f"\n\n{_table(PARITY_HEAD, parity_rows(manifest))}"
                     f"\n\n{_list(export_lines(manifest))}"

@@ -99,7 +99,7 @@ def write_model(
     with atomic_folder(folder) as part:
         references_by_name = parity.references(graph, manifest, masks)
         say(
-            f"proving on {len(references_by_name[parity.ON_MASKS].values)} held-out slices"
+            f"validating on {len(references_by_name[parity.ON_MASKS].values)} held-out slices"
             f" ({len(masks)} different masks) and {parity.RANDOM_SLICES} of random labels"
         )
         files: dict[str, ModelFile] = {}
@@ -319,7 +319,7 @@ def write_int8(
             say(f"  not taken: {exc.fact}\n{localized(graph, path, 'int8', references_by_name)}")
     path.unlink()
     say(
-        f"  {path.name} is left out: no layer can be quantised within {parity.LIMITS['int8']}"
+        f"  {path.name} is left out: no layer can be quantized within {parity.LIMITS['int8']}"
         f" {manifest.intensity.unit}"
     )
     return {"layers": 0, "of": count, "floating": []}, None

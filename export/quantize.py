@@ -121,7 +121,7 @@ class Quantizer:
             paired = onnx.load(path)
             graph = paired.graph
             weights = {tensor.name: tensor for tensor in self._model.graph.initializer}
-            quantised = {node.name: node for node in graph.node}
+            quantized = {node.name: node for node in graph.node}
             axes = numpy_helper.from_array(np.array([0, 2, 3], np.int64), "shift/axes")
             graph.initializer.append(axes)
             nodes = []
@@ -129,12 +129,12 @@ class Quantizer:
             for node in self._model.graph.node:
                 if node.name not in self.layers:
                     continue
-                twin, output = quantised[node.name], node.output[0]
-                twin.output[0] = f"{output}/quantised"
+                twin, output = quantized[node.name], node.output[0]
+                twin.output[0] = f"{output}/quantized"
                 single = onnx.NodeProto()
                 single.CopyFrom(node)
                 single.name = f"{node.name}/float"
-                for n, name in enumerate(node.input[1:], 1):  # the quantised graph may use the name
+                for n, name in enumerate(node.input[1:], 1):  # the quantized graph may use the name
                     single.input[n] = f"{node.name}/float/{n}"
                     graph.initializer.append(
                         numpy_helper.from_array(
@@ -180,10 +180,10 @@ class Quantizer:
         """
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
-        quantised = set(self.layers) - set(floating)
-        self._round(model.graph, quantised)
+        quantized = set(self.layers) - set(floating)
+        self._round(model.graph, quantized)
         if self._shifts:
-            self._correct(model.graph, quantised)
+            self._correct(model.graph, quantized)
         options = {"OpTypesToExcludeOutputQuantization": list(OPERATORS)}
         with _quiet():
             quantizer = QDQQuantizer(
@@ -203,7 +203,7 @@ class Quantizer:
         # Where one reader of a tensor is quantized, ONNX Runtime makes all its readers read the
         # quantized tensor: the FP32 ones get theirs back.
         for node in quantizer.model.nodes():
-            if node.name in quantised:
+            if node.name in quantized:
                 continue
             for n, name in enumerate(node.input):
                 source = sources.get(name)
@@ -348,22 +348,22 @@ def hold_exactly(graph: onnx.GraphProto) -> None:
         graph: The quantized graph; changed in place.
     """
     exact = one_hot(graph)
-    quantised = {
+    quantized = {
         node.output[0]: node.input[0]
         for node in graph.node
         if node.op_type == "QuantizeLinear" and node.input[0] in exact
     }
     back = {
-        n.output[0]: quantised[n.input[0]]
+        n.output[0]: quantized[n.input[0]]
         for n in graph.node
-        if n.op_type == "DequantizeLinear" and n.input[0] in quantised
+        if n.op_type == "DequantizeLinear" and n.input[0] in quantized
     }
     if not back:
         return
     graph.initializer.append(numpy_helper.from_array(np.float32(1), "one_hot/step"))
     graph.initializer.append(numpy_helper.from_array(np.uint8(0), "one_hot/zero"))
     nodes = []
-    for node in (n for n in graph.node if n.output[0] not in {*quantised, *back}):
+    for node in (n for n in graph.node if n.output[0] not in {*quantized, *back}):
         nodes.append(node)
         node.input[:] = [back.get(name, name) for name in node.input]
         if node.op_type == "Cast" and node.output[0] in exact:

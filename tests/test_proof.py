@@ -286,7 +286,7 @@ def test_an_int8_file_that_no_masks_let_pass_is_left_out(
         not (tmp_path / "model" / "model.int8.onnx").exists()
         and found.export["int8"]["layers"] == 0
     )
-    assert "model.int8.onnx is left out: no layer can be quantised" in said
+    assert "model.int8.onnx is left out: no layer can be quantized" in said
 
 
 def test_masks_are_taken_of_all_patients_and_not_of_the_first() -> None:

@@ -64,7 +64,7 @@ def write_report(
                 "Training",
                 picture(curves(read_metrics(out / "train" / "metrics.jsonl")), "training curves"),
             ),
-            ("Proof of the export", _parity(manifest)),
+            ("Parity of the export", _parity(manifest)),
             ("Seconds", _seconds(seconds, synthesis)),
             (
                 "Machine",
@@ -116,7 +116,7 @@ def _parity(manifest: Manifest) -> str:
     """The parity report as HTML."""
     note = (
         "<p class=note>The exported files against the PyTorch network, HU, in every engine that was"
-        " there.</p>"
+        " installed.</p>"
     )
     return note + table(PARITY_HEAD, parity_rows(manifest))
 
@@ -130,7 +130,7 @@ def _seconds(seconds: Mapping[str, float], synthesis: Mapping[str, Any]) -> str:
     ]
     overall_rate = slices / synthesis["seconds"]
     speed = (
-        f"<p>Synthesis synthesized {slices} slices at {slices / inference_seconds:.0f} slices/s"
+        f"<p>{slices} slices were synthesized at {slices / inference_seconds:.0f} slices/s"
         f" ({overall_rate:.0f} slices/s with files in and out), "
     )
     return (

@@ -143,5 +143,7 @@ def parity(
         all(differences[name] <= limit for name, limit in limits.items()),
         f"{text}; allowed are {limits}",
     )
-    require(len(np.unique(expected)) > 16, "the reference is too plain to prove anything")
+    require(
+        len(np.unique(expected)) > 16, "the reference has too few different values to compare with"
+    )
     return text

@@ -313,5 +313,5 @@ CHECKS: dict[str, tuple[str, Callable[[Case], str]]] = {
     "managed": ("USER_MANAGED activations in the lean runtime", lean_managed),
     "captured": ("a CUDA graph of the lean engine with its copies", captured),
     "native": ("native engines: share of FP16 layers, HU parity of FP16 and FP32", build_native),
-    "ort": ("ONNX Runtime CUDA, no way back to the CPU: HU parity", ort_cuda),
+    "ort": ("ONNX Runtime CUDA, no fallback to the CPU: HU parity", ort_cuda),
 }
