@@ -139,7 +139,7 @@ def rows(record: Record) -> list[list[str]]:
     return [[line[n] for n in filled] for line in ([*columns], *body)]
 
 
-def held(record: Record) -> list[str]:
+def target_verdicts(record: Record) -> list[str]:
     """Check the targets that contenders state for their facts (`at_most`).
 
     Args:

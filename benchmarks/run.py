@@ -34,8 +34,8 @@ from benchmarks.harness.history import (
 )
 from benchmarks.harness.models import Prepared, prepared
 from benchmarks.harness.paired import Contender, measure
-from benchmarks.harness.roofline import beside, shares
-from benchmarks.report import held, in_columns, measured_on, rows
+from benchmarks.harness.roofline import peaks_for, shares
+from benchmarks.report import in_columns, measured_on, rows, target_verdicts
 from benchmarks.suites import coldstart, commands, engine, io, memory, stream
 from runtime.core.atomic_files import write_json
 from runtime.core.console import EXIT_CODES, duration, run
@@ -153,7 +153,7 @@ def _measure(name: str, options: argparse.Namespace) -> list[Record]:
     for group, contenders in suite.groups(options).items():
         began = time.perf_counter()
         measured = measure(
-            [*contenders, *beside(contenders)],
+            [*contenders, *peaks_for(contenders)],
             QUICK_ROUNDS if options.quick else ROUNDS,
             quiet=options.quiet,
         )
@@ -196,7 +196,7 @@ def _print(record: Record) -> None:
             if key not in (*STANDARD, "backend", "call_ms", "vram", "at_most")
         }:
             print(f"{contender}: {json.dumps(facts)[1:-1]}")
-    for line in held(record):
+    for line in target_verdicts(record):
         print(line)
     for contender, why in record["absent"].items():
         print(f"absent: {contender} ({why})")

@@ -27,7 +27,7 @@ IMAGE = "image in HU"
 
 
 @dataclass(frozen=True)
-class Region:
+class StageError:
     """The error of one stage's output.
 
     Attributes:
@@ -60,9 +60,9 @@ def stages(graph: LabelsToIntensity) -> dict[str, nn.Module]:
     return modules
 
 
-def regions(
+def stage_errors(
     graph: LabelsToIntensity, path: Path, inputs: Mapping[str, NDArray[Any]]
-) -> list[Region]:
+) -> list[StageError]:
     """Measure the error of each stage of an exported file.
 
     Args:
@@ -96,45 +96,44 @@ def regions(
         ]
     values[-1] = _hu(values[-1])
     return [
-        Region(stage, _error(output, expected[stage]))
+        StageError(stage, _error(output, expected[stage]))
         for stage, output in zip(outputs, values, strict=True)
     ]
 
 
-def worst(measured: list[Region], precision: str) -> Region:
+def worst_stage(measured: list[StageError], precision: str) -> StageError:
     """The stage where the error starts.
 
     Args:
-        measured: What `regions` returned.
+        measured: What `stage_errors` returned.
         precision: "fp32", "fp16" or "int8".
 
     Returns:
         The stage whose error is the largest multiple of the errors before it, or of rounding alone.
     """
     before, ratios = ROUNDING[precision], []
-    for region in measured:
-        ratios.append(region.error / before)
-        before = max(before, region.error)
+    for stage in measured:
+        ratios.append(stage.error / before)
+        before = max(before, stage.error)
     return measured[int(np.argmax(ratios))]
 
 
-def table(measured: list[Region], precision: str) -> str:
+def table(measured: list[StageError], precision: str) -> str:
     """A table of the stages for a person, with the worst one marked.
 
     Args:
-        measured: What `regions` returned.
+        measured: What `stage_errors` returned.
         precision: "fp32", "fp16" or "int8".
 
     Returns:
         Lines of text.
     """
-    bad, width = worst(measured, precision), max(len(region.name) for region in measured)
+    bad, width = worst_stage(measured, precision), max(len(stage.name) for stage in measured)
     rows = [
-        f"    {r.name:<{width}}  {100 * r.error:9.4f}"
-        f" %{'  <- the worst region' if r is bad else ''}"
+        f"    {r.name:<{width}}  {100 * r.error:9.4f} %{'  <- the worst stage' if r is bad else ''}"
         for r in measured
     ]
-    return "\n".join(["  error of each region's output, relative to the network's:", *rows])
+    return "\n".join(["  error of each stage's output, relative to the network's:", *rows])
 
 
 def _network(

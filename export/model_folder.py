@@ -194,7 +194,7 @@ def localized(
         Lines of text.
     """
     return error_localization.table(
-        error_localization.regions(graph, path, references_by_name[parity.ON_MASKS].inputs),
+        error_localization.stage_errors(graph, path, references_by_name[parity.ON_MASKS].inputs),
         precision,
     )
 

@@ -33,7 +33,7 @@ from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from .graph import LabelsToIntensity
-from .weight_reconstruction import ReconstructedWeights, fit, rounded
+from .weight_reconstruction import ReconstructedWeights, reconstruct_weights, rounded
 
 OPERATORS = ("Conv", "ConvTranspose")
 # The share of an activation's values that its range covers: single outliers would make its steps
@@ -238,7 +238,7 @@ class Quantizer:
             layer: None if tensor in exact else self._range(tensor)
             for layer, tensor in layer_inputs.items()
         }
-        reconstructed = fit(network, self._model.graph, ranges, inputs, floating)
+        reconstructed = reconstruct_weights(network, self._model.graph, ranges, inputs, floating)
         result = copy.copy(self)
         result._model, result._shifts = onnx.ModelProto(), {}
         result._model.CopyFrom(self._model)

@@ -111,7 +111,7 @@ class _ConvolutionCalls(TorchFunctionMode):
         return self._visit(name, func, x, weights, options.pop("bias", None), options)
 
 
-def fit(
+def reconstruct_weights(
     network: nn.Module,
     graph: onnx.GraphProto,
     ranges: Mapping[str, tuple[float, float] | None],

@@ -48,7 +48,7 @@ class Pair:
         return self.first.least <= self.second.most and self.second.least <= self.first.most
 
     @property
-    def held(self) -> bool:
+    def in_interval(self) -> bool:
         """Whether the first run's interval holds the second's value."""
         return self.first.least <= self.second.value <= self.first.most
 
@@ -103,7 +103,7 @@ def main(argv: Sequence[str]) -> int:
     for pair in compared:
         if not pair.agrees:
             print(f"apart: {pair}")
-    agreed, in_interval = sum(p.agrees for p in compared), sum(p.held for p in compared)
+    agreed, in_interval = sum(p.agrees for p in compared), sum(p.in_interval for p in compared)
     print(
         f"{agreed} of {len(compared)} ratios agree ({agreed / len(compared):.0%});"
         f" of {in_interval} the first run's interval holds the second's value"

@@ -53,7 +53,7 @@ def peaks(*limits: str) -> list[Contender]:
     ]
 
 
-def beside(contenders: Iterable[Contender]) -> list[Contender]:
+def peaks_for(contenders: Iterable[Contender]) -> list[Contender]:
     """The peaks of every limit that the contenders' costs name.
 
     Args:

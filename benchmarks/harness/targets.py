@@ -24,7 +24,7 @@ if __name__ == "__main__":
 from benchmarks.harness.history import Record, append, make_record, ratio_of
 from benchmarks.harness.models import prepared
 from benchmarks.harness.paired import Contender, measure
-from benchmarks.harness.roofline import beside, shares
+from benchmarks.harness.roofline import peaks_for, shares
 from benchmarks.report import in_columns, measured_on, rows
 from benchmarks.suites.engine import macs
 from runtime.core.atomic_files import write_json
@@ -157,7 +157,7 @@ def main(argv: Sequence[str]) -> int:
     records, verdicts = [], []
     for name, target in targets(options.model or prepared("edge").model).items():
         measured = measure(
-            [*target.contenders, *beside(target.contenders)], ROUNDS, quiet=options.quiet
+            [*target.contenders, *peaks_for(target.contenders)], ROUNDS, quiet=options.quiet
         )
         record = make_record(
             name,
