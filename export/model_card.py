@@ -25,10 +25,10 @@ UNLICENSED = (
 )
 INTENDED = (
     "Synthetic images for label masks, to enlarge or balance training sets for segmentation and"
-    " other image analysis: the mask is the\nright answer to its image by construction.\n\n"
-    "**Never for diagnosis.** No image this model synthesizes shows a patient, and none may be"
-    " used, shown or stored as if it did. It must not\nbe used to judge a person, to plan or guide"
-    " treatment, or to fill in what a scan did not show."
+    " other image analysis: the mask is the right answer to its image by construction.\n\n"
+    "**Never for diagnosis.** No image that this model synthesizes shows a patient, and none may be"
+    " used, shown or stored as if it did. The model must not be used to assess a person, to plan or"
+    " guide treatment, or to fill in what a scan did not show."
 )
 LIMITS = (
     (

@@ -187,8 +187,8 @@ def inspect_plan(
         if library is None:
             return Inspection(
                 reason=(
-                    "tensorrt-lean-cu13-libs is not installed: version-compatible engines are read"
-                    " through it"
+                    "tensorrt-lean-cu13-libs is not installed, through which version-compatible"
+                    " engines are read"
                 )
             )
         loader = runtime.load_runtime(str(library))

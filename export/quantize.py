@@ -262,7 +262,7 @@ class Quantizer:
 
         Returns:
             By layer: its multiply-accumulates, and `MOVED` for each element that it reads or
-                writes.
+            writes.
         """
         model = onnx.ModelProto()
         model.CopyFrom(self._model)

@@ -115,8 +115,8 @@ def _organs(metrics: Mapping[str, Any]) -> str:
 def _parity(manifest: Manifest) -> str:
     """The parity report as HTML."""
     note = (
-        "<p class=note>The exported files against the PyTorch network, HU, in every engine that was"
-        " installed.</p>"
+        "<p class=note>The exported files against the PyTorch network, in HU, in every installed"
+        " engine.</p>"
     )
     return note + table(PARITY_HEAD, parity_rows(manifest))
 
