@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         help="a model folder with fp32 and fp16 graphs (and an engine, for our own engines)",
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="CHECK", help="these alone: " + " ".join(titles())
+        "--only", nargs="+", metavar="CHECK", help="run these checks only: " + " ".join(titles())
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")

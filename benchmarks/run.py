@@ -108,12 +108,12 @@ def main(argv: Sequence[str]) -> int:
         "--config",
         type=Path,
         default=ROOT / "train" / "configs" / "phantom.json",
-        help="what `train` trains (default: the phantom)",
+        help="the config that `train` trains (default: the phantom)",
     )
     parser.add_argument(
         "--dataset-path",
         metavar="DIR",
-        help="on which patients (default: the config's phantom, made first)",
+        help="the patients to train on (default: the config's phantom, made first)",
     )
     parser.add_argument(
         "--set",

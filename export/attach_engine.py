@@ -71,7 +71,7 @@ def add_engine(
     if name is None:
         raise ModelError(
             f"{folder} holds no {options.precision} graph",
-            expected="the graphs export writes before it builds",
+            expected="the graphs that the export writes before it builds an engine",
             remedy="export the run again",
             file=folder,
         )

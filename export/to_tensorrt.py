@@ -273,7 +273,7 @@ def _add_profile(builder: Any, config: Any, shapes: Profile, onnx: Path) -> None
         )
         raise BuildError(
             f"TensorRT refuses the shapes {text}{': ' + refused if refused else ''}",
-            expected="shapes the graph takes",
+            expected="shapes that the graph takes",
             remedy="export the run again",
             file=onnx,
         )

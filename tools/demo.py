@@ -68,19 +68,25 @@ def main(argv: Sequence[str]) -> int:
         epilog=EXIT_CODES,
     )
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "runs" / "demo", help="made anew (default: runs/demo)"
+        "--output",
+        type=Path,
+        default=ROOT / "runs" / "demo",
+        help="the folder, made anew (default: runs/demo)",
     )
     parser.add_argument(
-        "--config", type=Path, default=PHANTOM, help="(default: phantom.json, cut short)"
+        "--config",
+        type=Path,
+        default=PHANTOM,
+        help="the training config (default: phantom.json, shortened)",
     )
     parser.add_argument(
-        "--patients", type=int, default=24, help="to train on (default: %(default)s)"
+        "--patients", type=int, default=24, help="patients to train on (default: %(default)s)"
     )
     parser.add_argument(
         "--unseen",
         type=int,
         default=8,
-        help="patients kept from training, to synthesize (default: %(default)s)",
+        help="patients to synthesize, not trained on (default: %(default)s)",
     )
     parser.add_argument(
         "--size", type=int, nargs=3, default=(48, 128, 128), metavar=("Z", "Y", "X")

@@ -60,9 +60,9 @@ def main(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         "same_heart.py", description="MS-SSIM between phantom patients who share a heart."
     )
-    parser.add_argument("--hearts", type=int, default=4)
+    parser.add_argument("--hearts", type=int, default=4, help="hearts (default: %(default)s)")
     parser.add_argument(
-        "--patients", type=int, default=4, help="of each heart (default: %(default)s)"
+        "--patients", type=int, default=4, help="patients of each heart (default: %(default)s)"
     )
     options = parser.parse_args(argv)
     scores = []

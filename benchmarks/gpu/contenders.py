@@ -46,7 +46,7 @@ def by_pytorch(model: str, trained: str, slices: int, batch: int) -> Ready:
     if not torch.cuda.is_available():
         raise _absent(f"torch {torch.__version__} has no CUDA")
     if not (Path(trained) / "run.json").is_file():
-        raise _absent("the run folder of this model is not here")
+        raise _absent("the run folder of this model is missing")
     before = torch.cuda.mem_get_info()[0]
     graph = to_fp16(fuse_batch_norm(network(trained))).cuda()
     _, inputs, out = opened(model, "fp32", slices, batch)
@@ -135,7 +135,7 @@ def by_tensorrt(model: str, trained: str, slices: int, batch: int) -> Ready:
     if name is None:
         raise MissingComponent(
             "the model holds no fp16 engine file",
-            expected="one",
+            expected="an engine that was built for this GPU",
             remedy="export the run on a machine with this GPU",
         )
     _need_gpu()

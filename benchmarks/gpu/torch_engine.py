@@ -59,7 +59,7 @@ def torch_engine(case: Case) -> Any:
     """
     torch = import_module("torch")
     if case.manifest.name != NAME:
-        raise Absent("torch has the weights of the random model alone")
+        raise Absent("torch has the weights of the random model only")
     from export.graph import to_fp16
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False

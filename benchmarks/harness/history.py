@@ -162,7 +162,7 @@ def load(path: Path = HISTORY) -> list[Record]:
             records.append(json.loads(line))
         except ValueError as exc:
             raise UsageError(
-                f"line {number} of {path.name} is no record: {exc}",
+                f"line {number} of {path.name} is not a record: {exc}",
                 expected="one JSON object a line",
                 remedy="remove the line",
                 file=path,

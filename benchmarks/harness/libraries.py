@@ -159,7 +159,9 @@ def opened(
     name = manifest.file_of("onnx", precision)
     if name is None:
         raise MissingComponent(
-            f"the model holds no {precision} graph", expected="one", remedy="export the run again"
+            f"the model holds no {precision} graph",
+            expected="such a graph",
+            remedy="export the run again",
         )
     return (
         Path(model) / name,

@@ -192,7 +192,7 @@ def _run(*arguments: object) -> None:
         raise NotMade(
             f"{command[0]} ended with exit {code}",
             expected="a network to measure with",
-            remedy="see what it said above",
+            remedy="see its message above",
         )
 
 

@@ -129,9 +129,7 @@ def measure(
         ValueError: Too few rounds.
     """
     if rounds < LEAST_ROUNDS:
-        raise ValueError(
-            f"{rounds} rounds say nothing of the noise (expected {LEAST_ROUNDS} or more)"
-        )
+        raise ValueError(f"{rounds} rounds do not show the noise (expected {LEAST_ROUNDS} or more)")
     progress = Progress("rounds", rounds + launches, quiet=quiet)
     steps = count(1)
     results = [
@@ -276,7 +274,7 @@ def _answer(child: subprocess.Popen[str], name: str) -> dict[str, Any]:
         raise ContenderFailed(
             f"the contender {name!r} ended (exit {child.wait()})",
             expected="a contender that runs",
-            remedy="see what it printed above",
+            remedy="see its output above",
         )
     answer: dict[str, Any] = json.loads(line)
     return answer
