@@ -1,11 +1,12 @@
-"""Everything that can only be seen on a GPU, in one command:  python benchmarks/gpu_acceptance.py
-[--model MODEL] [--json FILE]
+"""Check in one command everything that only a GPU can show.
 
-Runs with whatever is there of TensorRT (full, lean), ONNX Runtime, cuda-bindings and torch;
-SimpleITK is not needed. Without --model it makes a small network with random weights, for which it
-needs torch and onnx. Each check runs in a process of its own, so that one that crashes fails alone.
-Prints pass, fail or not present for each, then one JSON line. Exit code: 0 nothing failed · 1
-something did · 3 there was nothing here to check (no GPU).
+    python benchmarks/gpu_acceptance.py [--model MODEL] [--json FILE]
+
+It runs with whatever is installed of TensorRT (full, lean), ONNX Runtime, cuda-bindings and torch;
+it does not need SimpleITK. Without --model it makes a small network with random weights, for which
+it needs torch and onnx. Each check runs in a process of its own, so that one that crashes fails
+alone. It prints pass, fail or not present for each, then one JSON line. Exit code: 0 nothing
+failed · 1 something did · 3 nothing could be checked (no GPU).
 """
 
 from __future__ import annotations
@@ -37,13 +38,18 @@ TIMEOUT = 1800  # s for one check: a build may take minutes
 ENGINES = {
     "tensorrt": "our TensorRT engine",
     "onnx-cuda": "our ONNX Runtime engine",
-    "torch": "our slots round torch",
+    "torch": "our slots around torch",
 }
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run the checks and print their outcomes; returns the exit code.
+
+    Args:
+        argv: The command line without the program's name.
+    """
     parser = argparse.ArgumentParser(
-        "gpu_acceptance.py", description=(__doc__ or "").split("\n\n")[1]
+        "gpu_acceptance.py", description=(__doc__ or "").split("\n\n")[2]
     )
     parser.add_argument(
         "--model",
@@ -51,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         help="a model folder with fp32 and fp16 graphs (and an engine, for our own engines)",
     )
     parser.add_argument(
-        "--only", nargs="+", metavar="CHECK", help="these alone: " + " ".join(titles())
+        "--only", nargs="+", metavar="CHECK", help="run these checks only: " + " ".join(titles())
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
@@ -91,10 +97,12 @@ def main(argv: Sequence[str]) -> int:
 
 
 def titles() -> dict[str, str]:
-    """Check → what it shows, in the order they run: TensorRT's parts one by one, then our
-    engines as a whole.
+    """The checks in the order in which they run: TensorRT's parts one by one, then our engines.
+
+    Returns:
+        What each check shows, by its name.
     """
-    ours = {
+    engine_checks = {
         f"{backend}-{name}": f"{engine}: {title}"
         for backend, engine in ENGINES.items()
         for name, (title, _) in RUNTIME.items()
@@ -102,19 +110,25 @@ def titles() -> dict[str, str]:
     return {
         "model": "the model to check with",
         **{name: title for name, (title, _) in CHECKS.items()},
-        **ours,
+        **engine_checks,
     }
 
 
 def outcome(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
-    """Run one check in a process of its own.
+    """Run one check in a process of its own; one that ends without an answer has failed.
 
-    One that ends without an answer has failed: a crash is what we look for.
+    Args:
+        name: The check.
+        options: The command line's options.
+        work: A folder that all checks share.
+
+    Returns:
+        "outcome" and "seen", what the check saw.
     """
     command = [sys.executable, __file__, "--check", name, "--work", str(work)]
     print(f"{titles()[name]} …", file=sys.stderr, flush=True)
     try:
-        done = subprocess.run(
+        child = subprocess.run(
             [*command, *(["--quick"] if options.quick else [])],
             capture_output=True,
             text=True,
@@ -123,21 +137,29 @@ def outcome(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any
         )
     except subprocess.TimeoutExpired:
         return {"outcome": FAIL, "seen": f"no answer within {TIMEOUT} s"}
-    lines = done.stdout.strip().splitlines()
+    lines = child.stdout.strip().splitlines()
     try:
         return dict(json.loads(lines[-1]))
     except (IndexError, ValueError):
-        said = (done.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
+        last_line = (child.stderr.strip().splitlines() or ["nothing on stderr"])[-1]
         how = (
-            f"ended by signal {-done.returncode}"
-            if done.returncode < 0
-            else f"exit code {done.returncode}"
+            f"ended by signal {-child.returncode}"
+            if child.returncode < 0
+            else f"exit code {child.returncode}"
         )
-        return {"outcome": FAIL, "seen": f"{how}: {said[:300]}"}
+        return {"outcome": FAIL, "seen": f"{how}: {last_line[:300]}"}
 
 
 def one(name: str, case: Case) -> dict[str, Any]:
-    """The outcome of a check in this process."""
+    """Run one check in this process.
+
+    Args:
+        name: The check.
+        case: The model and the folder to work in.
+
+    Returns:
+        "outcome" and "seen", what the check saw.
+    """
     try:
         if name == "model":
             return {"outcome": PASS, "seen": prepare(case)}
@@ -154,7 +176,14 @@ def one(name: str, case: Case) -> dict[str, Any]:
 
 
 def prepare(case: Case) -> str:
-    """Make the model when none was given, and its engine where one can be built."""
+    """Make the model if the user named none.
+
+    Args:
+        case: The model and the folder to work in.
+
+    Returns:
+        A line about the model.
+    """
     need_gpu()
     if (case.model / "manifest.json").is_file():
         return f"{case.manifest.name}: {', '.join(case.manifest.files)}"

@@ -1,9 +1,10 @@
-"""The recorded measurements as one page, and the README's table:  python benchmarks/report.py [-o
-FILE.html] [--pictures FOLDER] [--readme]
+"""Write the recorded measurements as one page, or the README's table.
 
-The page holds everything (pictures inside): the newest record of every suite and machine as a
-table, and how each ratio went from commit to commit. `--readme` writes the newest table of the
-README's own suites between its two marks.
+    python benchmarks/report.py [-o FILE.html] [--pictures FOLDER] [--readme]
+
+The page holds all pictures: the newest record of every suite and machine as a table, and each ratio
+from commit to commit. `--readme` writes the newest table of the README's suites between its two
+marks.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LIGHT = "A light network, by engine: slices a second on its own canvas"
-README = {  # suite → the table of the README in which its newest record at full size stands
+# Suite → the table of the README that shows its newest record at full size.
+README = {
     "engine": LIGHT,
     "engine edge 256x256": LIGHT,
     "engine reference 256x256": (
@@ -42,6 +44,14 @@ BEGIN, END = "<!-- benchmarks: python benchmarks/report.py --readme -->", "<!-- 
 
 
 def main(argv: Sequence[str]) -> int:
+    """Write the page or the table; returns the exit code.
+
+    Args:
+        argv: The command line without the program's name.
+
+    Raises:
+        UsageError: There are no records, or the README has no marks.
+    """
     parser = argparse.ArgumentParser(
         "report.py", description="Recorded measurements as one HTML page.", epilog=EXIT_CODES
     )
@@ -79,7 +89,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def newest(records: Iterable[Record]) -> list[Record]:
-    """The last record of each suite, options and machine, in the order they first came."""
+    """The last record of each suite, options and machine.
+
+    Args:
+        records: Records, oldest first.
+
+    Returns:
+        Records in the order in which they first came.
+    """
     last: dict[tuple[str, str, str], Record] = {}
     for record in records:
         last[record["suite"], repr(sorted(record["options"].items())), fingerprint(record)] = record
@@ -87,9 +104,14 @@ def newest(records: Iterable[Record]) -> list[Record]:
 
 
 def rows(record: Record) -> list[list[str]]:
-    """A table: head, then a line for each contender.
+    """A record as a table.
 
-    Rates as median, and as what nine of ten rounds reach; a column nobody fills is left out.
+    Args:
+        record: The record.
+
+    Returns:
+        The head, then a row for each contender. Rates are the median, and the rate that nine of ten
+        rounds reach ("p90"). A column that is empty everywhere is left out.
     """
     columns: dict[str, Callable[[str, Mapping[str, Any]], str]] = {
         "": lambda name, row: name,
@@ -117,21 +139,35 @@ def rows(record: Record) -> list[list[str]]:
     return [[line[n] for n in filled] for line in ([*columns], *body)]
 
 
-def held(record: Record) -> list[str]:
-    """Of each fact that a contender states a bar for (`at_most`), whether it is held."""
-    found = []
+def target_verdicts(record: Record) -> list[str]:
+    """Check the targets that contenders state for their facts (`at_most`).
+
+    Args:
+        record: The record.
+
+    Returns:
+        A line for each target that says whether it is met.
+    """
+    lines = []
     for name, row in record["contenders"].items():
         for fact, most in row.get("at_most", {}).items():
             verdict = "held" if row[fact] <= most else "NOT HELD"
-            found.append(
+            lines.append(
                 f"bar: {name}: {fact.replace('_', ' ')} {row[fact]:.3g}, at most {most:g}:"
                 f" {verdict}"
             )
-    return found
+    return lines
 
 
 def in_columns(table: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of text: the first column to the left, the others to the right."""
+    """Set a table in columns of text.
+
+    Args:
+        table: Rows of cells.
+
+    Returns:
+        Lines; the first column is aligned left, the others right.
+    """
     widths = [max(len(row[n]) for row in table) for n in range(len(table[0]))]
     return [
         "  ".join(
@@ -143,7 +179,11 @@ def in_columns(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def si(number: float) -> str:
-    """Three or four digits with a prefix: 217.4, 2.17 G."""
+    """Write a number with three or four digits and a prefix, such as 217.4 or 2.17 G.
+
+    Args:
+        number: The number.
+    """
     for factor, prefix in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
         if number >= factor:
             return f"{number / factor * (10 if prefix == ' k' else 1):.3g}{prefix}"
@@ -151,7 +191,14 @@ def si(number: float) -> str:
 
 
 def measured_on(record: Record) -> str:
-    """Where and when: machine, versions, commit, load."""
+    """Say where and when a record was measured.
+
+    Args:
+        record: The record.
+
+    Returns:
+        Date, commit, machine, versions, rounds and load.
+    """
     m = record["machine"]
     packages = ", ".join(f"{name} {version}" for name, version in m["packages"].items())
     load = ", ".join(f"{key} {value}" for key, value in record["load"].items())
@@ -163,8 +210,15 @@ def measured_on(record: Record) -> str:
 
 
 def write_page(path: Path, records: Sequence[Record], pictures: Path | None = None) -> None:
-    """One self-contained HTML page; with `pictures`, each of its pictures as a PNG file in that
-    folder too. Raises `OutputError`.
+    """Write one self-contained HTML page.
+
+    Args:
+        path: The page's file.
+        records: All records, oldest first.
+        pictures: A folder for each picture as a PNG file too.
+
+    Raises:
+        OutputError: A file cannot be written.
     """
     sections = []
     for record in newest(records):
@@ -172,43 +226,55 @@ def write_page(path: Path, records: Sequence[Record], pictures: Path | None = No
         settings = ", ".join(f"{key} {value}" for key, value in record["options"].items())
         content = table(head, body) + f"<p class=note>{html.escape(measured_on(record))}</p>"
         content += "".join(
-            f"<p>not there: {html.escape(name)} ({html.escape(why)})</p>"
+            f"<p>absent: {html.escape(name)} ({html.escape(why)})</p>"
             for name, why in record["absent"].items()
         )
         same = [r for r in records if alike(r, record)]
-        drawn = {"ratios": ratios(record)} if record["ratios"] else {}
+        charts = {"ratios": ratios(record)} if record["ratios"] else {}
         if len(same) > 1 and record["ratios"]:
-            drawn["course"] = course(same)
+            charts["course"] = course(same)
         sections.append(
             (
                 f"{record['suite']}: {settings}",
                 content
-                + "".join(picture(f, f"{name} of {record['suite']}") for name, f in drawn.items()),
+                + "".join(picture(f, f"{name} of {record['suite']}") for name, f in charts.items()),
             )
         )
         if pictures is not None:
             with writing(pictures):
                 pictures.mkdir(parents=True, exist_ok=True)
-                for name, made in drawn.items():
-                    made.savefig(
+                for name, chart in charts.items():
+                    chart.savefig(
                         pictures
                         / f"{re.sub(r'[^a-z0-9]+', '-', record['suite'].lower())}-{name}.png",
                         dpi=110,
                     )
     lead = (
-        "Contenders took turns in every round. A ratio is ours against that one, with the interval"
-        " that holds the true median; docs/results/benchmarks.md says more."
+        "Contenders took turns in every round. A ratio is ours / the other contender, with the"
+        " interval that holds the true median; see docs/results/benchmarks.md."
     )
     page(path, "mask2ct: benchmarks", lead, sections)
 
 
 def alike(a: Record, b: Record) -> bool:
-    """Whether two records can be compared: suite, options and machine."""
+    """Whether two records can be compared.
+
+    Args:
+        a: A record.
+        b: Another record.
+
+    Returns:
+        Whether suite, options and machine are the same.
+    """
     return (a["suite"], a["options"], fingerprint(a)) == (b["suite"], b["options"], fingerprint(b))
 
 
 def ratios(record: Record) -> Figure:
-    """Every ratio of a record with its interval, grey where it is no difference."""
+    """A chart of a record's ratios with their intervals; grey where there is no difference.
+
+    Args:
+        record: The record.
+    """
     names = [*record["ratios"]][::-1]
     drawn = figure(9, 0.9 + 0.28 * len(names))
     axes = drawn.subplots()
@@ -233,8 +299,10 @@ def ratios(record: Record) -> Figure:
 
 
 def course(records: Sequence[Record]) -> Figure:
-    """Every ratio of one suite on one machine from commit to commit; those of one commit stand
-    beside each other.
+    """A chart of the ratios of one suite on one machine from commit to commit.
+
+    Args:
+        records: Records that can be compared, oldest first.
     """
     names = list(dict.fromkeys(n for r in records for n in r["ratios"]))
     drawn = figure(9, max(3.5, 1 + 0.2 * len(names)))
@@ -242,10 +310,10 @@ def course(records: Sequence[Record]) -> Figure:
     ends = []
     for n, name in enumerate(names):
         aside = 0.5 * ((n + 0.5) / len(names) - 0.5)
-        held = [
+        points = [
             (x + aside, ratio_of(r, name)) for x, r in enumerate(records) if name in r["ratios"]
         ]
-        spread = [[r.value - r.least for _, r in held], [r.most - r.value for _, r in held]]
+        spread = [[r.value - r.least for _, r in points], [r.most - r.value for _, r in points]]
         style: dict[str, Any] = {
             "marker": "o",
             "markersize": 4,
@@ -255,13 +323,13 @@ def course(records: Sequence[Record]) -> Figure:
             "linestyle": "-" if n < 10 else "--",
         }
         axes.errorbar(
-            [x for x, _ in held],
-            [r.value for _, r in held],
+            [x for x, _ in points],
+            [r.value for _, r in points],
             yerr=spread,
             label=f"ours / {name}",
             **style,
         )
-        ends += [end for _, r in held for end in (r.least, r.most)]
+        ends += [end for _, r in points for end in (r.least, r.most)]
     axes.axhline(1, color="#999", linewidth=1)
     axes.set_xticks(
         range(len(records)), [f"{r['machine']['commit']}\n{r['date']}" for r in records]
@@ -272,11 +340,11 @@ def course(records: Sequence[Record]) -> Figure:
     return drawn
 
 
-def _times(axis: Any, shown: Iterable[float]) -> None:
-    """A logarithmic axis in plain numbers that holds what is shown, and 1."""
+def _times(axis: Any, values: Iterable[float]) -> None:
+    """Give `axis` a logarithmic scale in plain numbers that holds all `values`, and 1."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    least, most = min(1.0, *shown) / 1.1, max(1.0, *shown) * 1.1
+    least, most = min(1.0, *values) / 1.1, max(1.0, *values) * 1.1
     steps = (1, 1.2, 1.5, 2, 3, 5, 7) if most / least < 12 else (1, 2, 5)
     ticks = [m * 10.0**n for n in range(-3, 5) for m in steps]
     (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")
@@ -287,14 +355,25 @@ def _times(axis: Any, shown: Iterable[float]) -> None:
 
 
 def with_table(readme: str, records: Sequence[Record]) -> str:
-    """`readme` with everything between its marks replaced. Raises `UsageError` when it has none."""
+    """Replace the table in the README.
+
+    Args:
+        readme: The README's text.
+        records: All records, oldest first.
+
+    Returns:
+        The text with everything between its marks replaced.
+
+    Raises:
+        UsageError: The text does not hold both marks once.
+    """
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
         raise UsageError(
             "the README has no place for the table",
             expected=f"{BEGIN} and {END}, once each",
             remedy="put them back",
         )
-    shown: list[str] = []
+    text: list[str] = []
     last = {
         (README[r["suite"]], fingerprint(r)): r
         for r in records
@@ -305,7 +384,7 @@ def with_table(readme: str, records: Sequence[Record]) -> str:
     ):
         head, *body = rows(record)
         lines = [head, [":--", *["--:"] * (len(head) - 1)], *body]
-        shown += [
+        text += [
             f"**{title}**",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
@@ -315,7 +394,7 @@ def with_table(readme: str, records: Sequence[Record]) -> str:
         ]
     return re.sub(
         re.escape(BEGIN) + ".*?" + re.escape(END),
-        lambda _: "\n".join([BEGIN, "", *shown, END]),
+        lambda _: "\n".join([BEGIN, "", *text, END]),
         readme,
         flags=re.DOTALL,
     )

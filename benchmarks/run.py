@@ -1,9 +1,11 @@
-"""Throughput of this machine, against what a user would otherwise run and against its limit:
-python benchmarks/run.py SUITE...
+"""Measure this machine's throughput against what people run otherwise and against its limit.
+
+    python benchmarks/run.py SUITE...
 
 Suites: engine, stream, memory, coldstart, io, train, commands; each module says what it measures.
 Contenders run in processes of their own and take turns within every round
-(benchmarks/harness/paired.py). A table for people, then one JSON line with every record.
+(benchmarks/harness/paired.py). The program prints a table for people, then one JSON line with
+every record.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ from benchmarks.harness.history import (
 )
 from benchmarks.harness.models import Prepared, prepared
 from benchmarks.harness.paired import Contender, measure
-from benchmarks.harness.roofline import beside, shares
-from benchmarks.report import held, in_columns, measured_on, rows
+from benchmarks.harness.roofline import peaks_for, shares
+from benchmarks.report import in_columns, measured_on, rows, target_verdicts
 from benchmarks.suites import coldstart, commands, engine, io, memory, stream
 from runtime.core.atomic_files import write_json
 from runtime.core.console import EXIT_CODES, duration, run
@@ -45,22 +47,30 @@ QUICK_ROUNDS, ROUNDS = 9, 11
 
 @dataclass(frozen=True)
 class Suite:
-    """`groups(options)`: contenders that are measured together, by name, ours first."""
+    """A suite of measurements.
+
+    Attributes:
+        unit: The unit of its rates.
+        groups: From the options to the contenders that are measured together, by the group's name;
+            ours is the first of each group.
+    """
 
     unit: str
     groups: Callable[[argparse.Namespace], Mapping[str, Sequence[Contender]]]
 
 
 SUITES = {
-    "engine": Suite("slices/s", lambda o: engine.groups(_given(o), o.backend, o.quick)),
+    "engine": Suite("slices/s", lambda o: engine.groups(_prepared_model(o), o.backend, o.quick)),
     "stream": Suite(
-        "slices/s", lambda o: stream.groups(_given(o) or prepared("edge"), o.backend, o.quick)
+        "slices/s",
+        lambda o: stream.groups(_prepared_model(o) or prepared("edge"), o.backend, o.quick),
     ),
     "memory": Suite(
-        "slices/s", lambda o: memory.groups(_given(o) or prepared("edge"), o.backend, o.quick)
+        "slices/s",
+        lambda o: memory.groups(_prepared_model(o) or prepared("edge"), o.backend, o.quick),
     ),
     "coldstart": Suite(
-        "starts/s", lambda o: coldstart.groups(_given(o) or prepared("edge"), o.backend)
+        "starts/s", lambda o: coldstart.groups(_prepared_model(o) or prepared("edge"), o.backend)
     ),
     "io": Suite("bytes/s", lambda o: io.groups("64x128x128" if o.quick else "300x512x512")),
     "train": Suite("steps/s", lambda o: _train_groups(o)),
@@ -69,6 +79,14 @@ SUITES = {
 
 
 def main(argv: Sequence[str]) -> int:
+    """Measure the suites, print, record and compare them; returns the exit code.
+
+    Args:
+        argv: The command line without the program's name.
+
+    Raises:
+        UsageError: There is no record to compare with.
+    """
     parser = argparse.ArgumentParser(
         "run.py", description="Throughput on this machine.", epilog=EXIT_CODES
     )
@@ -78,7 +96,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--model",
         type=Path,
-        help="a model folder (default: networks of its own, made once under runs/bench)",
+        help="a model folder (default: networks that it makes once under runs/bench)",
     )
     parser.add_argument(
         "--run",
@@ -90,12 +108,12 @@ def main(argv: Sequence[str]) -> int:
         "--config",
         type=Path,
         default=ROOT / "train" / "configs" / "phantom.json",
-        help="what `train` trains (default: the phantom)",
+        help="the config that `train` trains (default: the phantom)",
     )
     parser.add_argument(
         "--dataset-path",
         metavar="DIR",
-        help="on which patients (default: the config's phantom, made first)",
+        help="the patients to train on (default: the config's phantom, made first)",
     )
     parser.add_argument(
         "--set",
@@ -103,10 +121,10 @@ def main(argv: Sequence[str]) -> int:
         default=[],
         metavar="KEY=VALUE",
         nargs="+",
-        help="override the config, as train/run.py has it",
+        help="override the config, in the form of train/run.py",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="less work a round, fewer rounds and contenders"
+        "--quick", action="store_true", help="less work in a round, fewer rounds and contenders"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the records here")
     parser.add_argument(
@@ -135,7 +153,7 @@ def _measure(name: str, options: argparse.Namespace) -> list[Record]:
     for group, contenders in suite.groups(options).items():
         began = time.perf_counter()
         measured = measure(
-            [*contenders, *beside(contenders)],
+            [*contenders, *peaks_for(contenders)],
             QUICK_ROUNDS if options.quick else ROUNDS,
             quiet=options.quiet,
         )
@@ -150,7 +168,10 @@ def _measure(name: str, options: argparse.Namespace) -> list[Record]:
 
 
 def _options(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What a record must share with another to be compared with it. No path: records travel."""
+    """The options that a record must share with another to be compared with it.
+
+    They hold no path, because records travel between machines.
+    """
     if name == "train":
         return {
             "quick": options.quick,
@@ -175,21 +196,21 @@ def _print(record: Record) -> None:
             if key not in (*STANDARD, "backend", "call_ms", "vram", "at_most")
         }:
             print(f"{contender}: {json.dumps(facts)[1:-1]}")
-    for line in held(record):
+    for line in target_verdicts(record):
         print(line)
     for contender, why in record["absent"].items():
-        print(f"not there: {contender} ({why})")
+        print(f"absent: {contender} ({why})")
     print(measured_on(record))
 
 
 def _compare(records: Sequence[Record], revision: str) -> int:
-    """How many ratios fell; each is said on standard error.
+    """Print on standard error the ratios that fell; returns how many did.
 
-    Raises `UsageError` when there is nothing to compare with.
+    Raises `UsageError` where there is no record to compare with.
     """
-    kept, found = load(), 0
+    history, count = load(), 0
     for record in records:
-        old = before(record, kept, revision)
+        old = before(record, history, revision)
         if old is None:
             raise UsageError(
                 f"there is no record of {record['suite']} for {revision} with these options on this"
@@ -197,10 +218,10 @@ def _compare(records: Sequence[Record], revision: str) -> int:
                 expected="a record in benchmarks/results/history.jsonl",
                 remedy="record one with --record",
             )
-        for fall in regressions(old, record):
-            found += 1
-            print(f"{fall} since commit {old['machine']['commit']}", file=sys.stderr)
-    return found
+        for regression in regressions(old, record):
+            count += 1
+            print(f"{regression} since commit {old['machine']['commit']}", file=sys.stderr)
+    return count
 
 
 def _train_groups(options: argparse.Namespace) -> Mapping[str, Sequence[Contender]]:
@@ -208,20 +229,20 @@ def _train_groups(options: argparse.Namespace) -> Mapping[str, Sequence[Contende
     from train import config
     from train.data.inference import infer_from_data
 
-    given = config.resolve(
+    resolved = config.resolve(
         config.load(options.config),
         [x for xs in options.set for x in xs],
         dataset_path=options.dataset_path,
     )
-    return train.groups(infer_from_data(given)[0], options.quick)
+    return train.groups(infer_from_data(resolved)[0], options.quick)
 
 
-def _given(options: argparse.Namespace) -> Prepared | None:
-    """The model that was asked for, with the run folder it came from when that is known."""
+def _prepared_model(options: argparse.Namespace) -> Prepared | None:
+    """The model that the user named, with its run folder where that is known."""
     if options.model is None:
         return None
-    beside = options.run or options.model.parent / "train"
-    return Prepared(options.model, beside if (beside / "run.json").is_file() else None)
+    trained = options.run or options.model.parent / "train"
+    return Prepared(options.model, trained if (trained / "run.json").is_file() else None)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What is installed, as a CycloneDX 1.6 bill of materials with licences, for a hospital's security
-office.
+"""List what is installed, with licences, as a CycloneDX 1.6 bill of materials.
 
-    python deploy/sbom.py [--output FILE] [--check]     # of the environment whose Python runs this; the standard library is enough
+    python deploy/sbom.py [--output FILE] [--check]
 
-The same environment gives the same bytes: no time, no random number. `--check`: exit 1 where a
-licence is unknown or not permissive. Format: https://cyclonedx.org/docs/1.6/json/. Licences are
-SPDX expressions, from the packages' own metadata (PEP 639, else classifiers).
+It is for a hospital's security office. It describes the environment whose Python runs it, and needs
+the standard library only. The same environment gives the same bytes: no time, no random number.
+`--check`: exit 1 where a licence is unknown or not permissive. Licences are SPDX expressions from
+the packages' own metadata (PEP 639, else classifiers).
+Format: https://cyclonedx.org/docs/1.6/json/.
 """
 
 from __future__ import annotations
@@ -39,8 +40,7 @@ PERMISSIVE = {
     "LLVM-exception",
     "BSD",
 }
-# Licences that ask a little more of whoever changes those files, which nobody here does, and why
-# they are there all the same.
+# Licences that ask more of whoever changes those files, which we do not, and why they are here.
 EXCEPTIONS = {
     "certifi": "MPL-2.0: the list of certificate authorities, brought by requests, brought by Ray",
     "tqdm": "MPL-2.0 AND MIT: a progress bar, brought by the exporter's and trainer's libraries",
@@ -69,42 +69,55 @@ SPDX = {
 
 
 def licence(package: Distribution) -> str:
-    """An SPDX expression, or what the package says in its own words, or ""."""
+    """The licence of a package.
+
+    Args:
+        package: An installed package.
+
+    Returns:
+        An SPDX expression, else the package's own words, else "".
+    """
     stated = {
         name: package.metadata.get_all(name) or []
         for name in ("License-Expression", "License", "Classifier")
     }
     if stated["License-Expression"]:
         return str(stated["License-Expression"][0])
-    said = "".join(stated["License"]).strip()
+    license_field = "".join(stated["License"]).strip()
     classified = [
         line.rsplit(" :: ", 1)[-1]
         for line in stated["Classifier"]
         if line.startswith("License :: ")
     ]
-    known = dict.fromkeys(
-        SPDX[text.casefold()] for text in (said, *classified) if text.casefold() in SPDX
+    spdx_names = dict.fromkeys(
+        SPDX[text.casefold()] for text in (license_field, *classified) if text.casefold() in SPDX
     )
-    if said in PERMISSIVE or re.fullmatch(r"[\w.+-]+( (AND|OR|WITH) [\w.+-]+)+", said):
-        return said
+    if license_field in PERMISSIVE or re.fullmatch(
+        r"[\w.+-]+( (AND|OR|WITH) [\w.+-]+)+", license_field
+    ):
+        return license_field
     return next(
-        iter(known),
+        iter(spdx_names),
         (
-            said.splitlines()[0][:80]
-            if said
+            license_field.splitlines()[0][:80]
+            if license_field
             else next((c for c in classified if c != "OSI Approved"), "")
         ),
     )
 
 
 def permissive(expression: str) -> bool:
-    """Whether every licence of the expression is; of alternatives (OR, which binds last) one is
-    enough.
+    """Whether every licence of an expression is permissive.
+
+    Of alternatives (OR, which binds last) one is enough.
+
+    Args:
+        expression: An SPDX expression.
     """
     inner = re.compile(r"\(([^()]*)\)")
     while inner.search(expression):
         expression = inner.sub(
-            lambda found: "MIT" if permissive(found[1]) else "refused", expression
+            lambda match: "MIT" if permissive(match[1]) else "refused", expression
         )
     return any(
         all(name.strip() in PERMISSIVE for name in re.split(" AND | WITH ", choice))
@@ -113,7 +126,14 @@ def permissive(expression: str) -> bool:
 
 
 def refused(packages: Iterable[Distribution]) -> list[str]:
-    """A line for each whose licence is unknown or not permissive, but for the named exceptions."""
+    """The packages whose licence is unknown or not permissive, but for `EXCEPTIONS`.
+
+    Args:
+        packages: Installed packages.
+
+    Returns:
+        A line for each.
+    """
     return [
         f"{p.name} {p.version}: {licence(p) or 'no licence stated'}"
         for p in packages
@@ -122,7 +142,14 @@ def refused(packages: Iterable[Distribution]) -> list[str]:
 
 
 def bill(packages: Iterable[Distribution]) -> dict[str, Any]:
-    """The CycloneDX document."""
+    """Write the bill of materials.
+
+    Args:
+        packages: Installed packages.
+
+    Returns:
+        The CycloneDX document.
+    """
     rows = sorted(packages, key=lambda p: (p.name.casefold(), p.version))
     components = [_component(p) for p in rows]
     subject = next((c for c in components if c["name"] == "mask2ct"), None)
@@ -139,7 +166,7 @@ def bill(packages: Iterable[Distribution]) -> dict[str, Any]:
 
 def _component(package: Distribution) -> dict[str, Any]:
     url = f"pkg:pypi/{re.sub('[-_.]+', '-', package.name).lower()}@{package.version}"
-    made: dict[str, Any] = {
+    component: dict[str, Any] = {
         "type": "library",
         "bom-ref": url,
         "name": package.name,
@@ -148,7 +175,7 @@ def _component(package: Distribution) -> dict[str, Any]:
     }
     if text := licence(package):
         parts = re.split(r" AND | OR | WITH ", text)
-        made["licenses"] = [
+        component["licenses"] = [
             (
                 {"license": {"id": text}}
                 if text in PERMISSIVE - {"BSD"}
@@ -157,19 +184,23 @@ def _component(package: Distribution) -> dict[str, Any]:
                 else {"license": {"name": text}}
             )
         ]
-    return made
+    return component
 
 
 def main(argv: Sequence[str]) -> int:
+    """Write the bill; returns the exit code.
+
+    Args:
+        argv: The command line without the program's name.
+    """
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, metavar="FILE", help="default: standard output")
     parser.add_argument(
         "--check", action="store_true", help="exit 1 where a licence is unknown or not permissive"
     )
     options = parser.parse_args(argv)
-    packages = list(
-        {p.name.casefold(): p for p in reversed([*distributions()])}.values()
-    )  # the first on the path is the one imported
+    # of two versions, Python imports the first on the path
+    packages = list({p.name.casefold(): p for p in reversed([*distributions()])}.values())
     text = json.dumps(bill(packages), indent=1) + "\n"
     if options.output is None:
         sys.stdout.write(text)

@@ -1,5 +1,6 @@
-"""The engine joins a model folder whose graphs are written and validated: built, counted, run,
-and only then listed.
+"""Add a TensorRT engine to a model folder whose graphs are validated.
+
+The engine is built, its FP16 layers are counted, it is validated, and only then listed.
 """
 
 from __future__ import annotations
@@ -42,12 +43,27 @@ def add_engine(
     quiet: bool = False,
     trt: Any = None,
 ) -> Manifest:
-    """Build `folder`'s graph of that precision, write model.engine and model.engine.json, and list
-    them in the manifest.
+    """Build the graph of a precision, write model.engine and model.engine.json, and list both.
 
-    `prove` runs the engine beside FP32 torch and returns its proof as `Manifest.parity` holds it,
-    or raises. The manifest is written last: until then, and after any error, the folder is the
-    validated ONNX model it was, without an engine.
+    The manifest is written last: until then, and after any error, the folder is the validated ONNX
+    model that it was, without an engine.
+
+    Args:
+        folder: The model folder.
+        options: How to build the engine.
+        check_parity: Runs the engine beside FP32 PyTorch; returns its report in the form of
+            `Manifest.parity`, or raises.
+        gpu: The GPU that the engine is built on.
+        say: Prints a line of progress.
+        quiet: No progress bars.
+        trt: The tensorrt module (default: import it).
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ModelError: The folder holds no graph of that precision.
+        BuildError: TensorRT refuses the graph, or too few convolutions are FP16.
     """
     trt = trt or import_module("tensorrt")
     before = _without_engine(folder)
@@ -55,7 +71,7 @@ def add_engine(
     if name is None:
         raise ModelError(
             f"{folder} holds no {options.precision} graph",
-            expected="the graphs export writes before it builds",
+            expected="the graphs that the export writes before it builds an engine",
             remedy="export the run again",
             file=folder,
         )
@@ -96,43 +112,46 @@ def add_engine(
             ENGINE: _describe(folder / ENGINE, "engine", options.precision, facts),
             LAYERS: _describe(folder / LAYERS, "layers", options.precision, {}),
         }
-        whole = replace(before, files={**before.files, **listed})
-        say(f"proving {ENGINE} on the GPU")
-        whole = replace(whole, parity={**whole.parity, ENGINE: check_parity(whole)})
-        write_json(folder / MANIFEST, whole.to_json())
+        manifest = replace(before, files={**before.files, **listed})
+        say(f"validating {ENGINE} on the GPU")
+        manifest = replace(manifest, parity={**manifest.parity, ENGINE: check_parity(manifest)})
+        write_json(folder / MANIFEST, manifest.to_json())
     except BaseException:
         for file in (ENGINE, LAYERS):
             (folder / file).unlink(missing_ok=True)
         raise
-    write_text(folder / CARD, model_card(whole))
-    return whole
+    write_text(folder / CARD, model_card(manifest))
+    return manifest
 
 
 def _without_engine(folder: Path) -> Manifest:
-    """The folder's manifest without its engine: an older engine is no longer listed while its
-    successor is built.
-    """
-    found = Manifest.load(folder)
-    kept = {name: file for name, file in found.files.items() if name not in (ENGINE, LAYERS)}
-    if len(kept) == len(found.files):
-        return found
-    bare = replace(
-        found,
-        files=kept,
-        parity={
-            name: parity_report for name, parity_report in found.parity.items() if name != ENGINE
-        },
-    )
-    write_json(folder / MANIFEST, bare.to_json())
-    write_text(folder / CARD, model_card(bare))
-    return bare
+    """The folder's manifest without its engine, which is no longer listed during a build."""
+    manifest = Manifest.load(folder)
+    files = {name: file for name, file in manifest.files.items() if name not in (ENGINE, LAYERS)}
+    if len(files) == len(manifest.files):
+        return manifest
+    parity = {name: report for name, report in manifest.parity.items() if name != ENGINE}
+    manifest = replace(manifest, files=files, parity=parity)
+    write_json(folder / MANIFEST, manifest.to_json())
+    write_text(folder / CARD, model_card(manifest))
+    return manifest
 
 
 def parity_checker(
     graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path, precision: str
 ) -> ParityCheck:
-    """Runs the engine as the hospital will, through the runtime, on what the ONNX graphs were
-    validated on. Raises `ParityError`.
+    """The parity check of an engine, run through the runtime as the hospital will.
+
+    Args:
+        graph: The trained network, FP32.
+        masks: uint8 (n, Z, H, W) of held-out slices, the same that the ONNX graphs were validated
+            on.
+        folder: The model folder.
+        precision: "fp16" or "fp32".
+
+    Returns:
+        A function of the manifest that returns the report. It raises `ParityError` where the engine
+        differs too much, `MissingComponent` where no runtime is installed.
     """
     from . import parity
 
@@ -166,8 +185,20 @@ def facts_of(
     inspection: Inspection,
     gpu: Device,
 ) -> dict[str, Any]:
-    """What the manifest says of the engine: whoever loads it can tell, before TensorRT does,
-    whether it will.
+    """What the manifest says of the engine.
+
+    With it, whoever loads the engine can tell, before TensorRT does, whether it will run.
+
+    Args:
+        manifest: The folder's manifest.
+        onnx: The name of the graph that the engine was built from.
+        built: The engine.
+        options: How it was built.
+        inspection: What the engine says of itself.
+        gpu: The GPU that it was built on.
+
+    Returns:
+        JSON data.
     """
     facts: dict[str, Any] = {
         "tensorrt": built.version,
@@ -184,9 +215,8 @@ def facts_of(
         "device_memory": None if inspection.activations is None else list(inspection.activations),
         "workspace": options.workspace,
         "onnx_sha256": manifest.files[onnx].sha256,
-        "half_network": round(
-            built.layers.half, 4
-        ),  # share of the convolutions in the network TensorRT parsed
+        # the share of the convolutions in the network that TensorRT parsed
+        "half_network": round(built.layers.half, 4),
     }
     if inspection.information is not None:
         facts["half_convolutions"], facts["convolutions"] = half_convolutions(
@@ -198,16 +228,23 @@ def facts_of(
 
 
 def progress(quiet: bool) -> OnProgress:
-    """A progress line for each phase of a build."""
+    """A progress line for each phase of a build.
+
+    Args:
+        quiet: Print nothing.
+
+    Returns:
+        A function of the phase, the steps done and the steps in all.
+    """
     bars: dict[str, Progress] = {}
 
-    def tell(phase: str, done: int, steps: int) -> None:
+    def update(phase: str, step: int, steps: int) -> None:
         bar = bars.setdefault(phase, Progress(phase, steps, quiet=quiet))
-        bar.update(done)
-        if done >= steps:
+        bar.update(step)
+        if step >= steps:
             bars.pop(phase).close()
 
-    return tell
+    return update
 
 
 def _describe(path: Path, kind: str, precision: str, facts: Mapping[str, Any]) -> ModelFile:

@@ -1,5 +1,6 @@
-"""Checkpoint → ONNX → TensorRT engine → proof → model folder:  python export/build_engine.py RUN
--o MODEL [--onnx-only]
+"""From a checkpoint to a model folder: ONNX graphs, their parity report and a TensorRT engine.
+
+python export/build_engine.py RUN -o MODEL [--onnx-only]
 """
 
 from __future__ import annotations
@@ -12,12 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(
-        signal.SIGINT, signal.SIG_DFL
-    )  # Ctrl-C while this is imported ends it without a traceback
-sys.path[0] = str(
-    Path(__file__).resolve().parent.parent
-)  # replace, not prepend: export/ must not shadow packages
+    # Ctrl-C during the imports ends the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+# Replaced, not prepended: export/ must not shadow packages.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from export.to_tensorrt import HARDWARE, BuildOptions, why_not
 from runtime.core.console import EXIT_CODES, duration, run
@@ -26,19 +25,28 @@ from runtime.engines.memory import parse_bytes
 
 
 def main(argv: Sequence[str]) -> int:
+    """Export a run; returns the exit code.
+
+    Args:
+        argv: The command line without the program's name.
+
+    Raises:
+        MissingComponent: A package is missing, or no engine can be built here.
+        ParityError: A file differs too much from the network.
+    """
     parser = argparse.ArgumentParser(
         "build_engine.py",
-        description="Export a trained run to a model folder, with proof.",
+        description="Export a trained run to a model folder, and validate every file in it.",
         epilog=EXIT_CODES,
     )
-    parser.add_argument("run", type=Path, help="a run folder, as train/run.py leaves it")
+    parser.add_argument("run", type=Path, help="a run folder that train/run.py wrote")
     parser.add_argument(
         "-o", "--output", type=Path, required=True, help="the model folder to write"
     )
     parser.add_argument(
         "--onnx-only",
         action="store_true",
-        help="write and prove the ONNX graphs, build no TensorRT engine",
+        help="write and validate the ONNX graphs, build no TensorRT engine",
     )
     _add_engine_options(parser.add_argument_group("TensorRT engine"))
     parser.add_argument("--quiet", action="store_true", help="print errors only")
@@ -65,14 +73,12 @@ def main(argv: Sequence[str]) -> int:
     if options.onnx_only:
         return 0
     if missing is not None:
-        kept = (
+        note = (
             "the validated ONNX graphs are kept: python -m runtime synth MASK --model"
             f" {options.output} --output OUT"
         )
-        missing.remedy, missing.file = (
-            f"{missing.remedy}; then run this again ({kept})",
-            options.output,
-        )
+        missing.remedy = f"{missing.remedy}; then run this again ({note})"
+        missing.file = options.output
         raise missing
     from export.attach_engine import add_engine, parity_checker
     from runtime.engines.gpu.probe import device
@@ -97,25 +103,26 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         "--precision",
         choices=("fp16", "fp32"),
         default=default.precision,
-        help="of the engine (default fp16)",
+        help="the engine's precision (default fp16)",
     )
     group.add_argument(
         "--native",
         action="store_true",
-        help="fastest, for this very TensorRT; else the lean runtime loads it, later ones too",
+        help="the fastest engine, which only this TensorRT loads; without it, the lean runtime of"
+        " this version or a later one loads it",
     )
     hardware = (
-        "GPUs it runs on: of this compute capability (same, the default), any from Ampere on, or"
-        " this model alone"
+        "the GPUs that the engine runs on: those of this compute capability (same, the default),"
+        " any from Ampere on, or this model alone"
     )
     group.add_argument(
         "--hardware", choices=tuple(HARDWARE), default=default.hardware, help=hardware
     )
-    batch = f"slices it takes at once (default {default.max_batch})"
+    batch = f"the most slices in one call (default {default.max_batch})"
     group.add_argument(
         "--max-batch", type=_count, default=default.max_batch, metavar="N", help=batch
     )
-    workspace = f"most scratch memory of a layer (default {default.workspace >> 30}GiB)"
+    workspace = f"the most scratch memory of a layer (default {default.workspace >> 30}GiB)"
     group.add_argument(
         "--workspace", type=parse_bytes, default=default.workspace, metavar="SIZE", help=workspace
     )
@@ -123,7 +130,7 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
         "--timing-cache",
         type=Path,
         metavar="FILE",
-        help="kept from build to build on one GPU: the next one is faster",
+        help="a file of timings that makes the next build on this GPU faster",
     )
 
 
@@ -135,7 +142,7 @@ def _count(text: str) -> int:
 
 
 def _require_packages() -> None:
-    """Name a missing package before anything is started. Raises `MissingComponent`."""
+    """Raise `MissingComponent` for a missing package before any work starts."""
     for name in ("torch", "onnx", "onnxscript", "onnxruntime", "safetensors", "scipy"):
         with importing(
             name,

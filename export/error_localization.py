@@ -1,5 +1,6 @@
-"""Where in the network an exported graph goes wrong: the outputs of its stages against those of
-the network itself.
+"""Per-stage error localization: in which stage of the network an exported graph goes wrong.
+
+The outputs of the graph's stages are compared with those of the network.
 """
 
 from __future__ import annotations
@@ -17,22 +18,21 @@ from torch import Tensor, nn
 
 from .graph import LabelsToIntensity
 
-SLICES = 4  # synthesized to find the region
+SLICES = 4  # synthesized to localize the error
 PREFIX = "generator."
-ROUNDING = {
-    "fp32": 1e-5,
-    "fp16": 3e-3,
-    "int8": 5e-2,
-}  # relative errors of whole regions that a right file may have
-IMAGE = (  # the whole graph's output: what goes wrong here alone lies behind the generator
-    "image in HU"
-)
+# The relative error of a stage's output that rounding alone may cause.
+ROUNDING = {"fp32": 1e-5, "fp16": 3e-3, "int8": 5e-2}
+# The graph's output. Where it alone is wrong, the error lies behind the generator.
+IMAGE = "image in HU"
 
 
 @dataclass(frozen=True)
-class Region:
-    """A stage's output: `error` is the root mean square of what differs over that of the
-    network's values.
+class StageError:
+    """The error of one stage's output.
+
+    Attributes:
+        name: The stage's name in the network.
+        error: The root mean square of the difference, relative to that of the network's values.
     """
 
     name: str
@@ -40,26 +40,38 @@ class Region:
 
 
 def stages(graph: LabelsToIntensity) -> dict[str, nn.Module]:
-    """The parts of the generator in which errors are told apart, by their name in the network,
-    in the order of their work.
+    """The parts of the generator whose errors are told apart.
+
+    Args:
+        graph: The network.
+
+    Returns:
+        The modules by their name in the network, in the order of execution.
     """
     generator = graph.generator
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     for name, child in generator.named_children():
         parts = (
             list(child.named_children())
             if isinstance(child, nn.ModuleList) or name == "top"
             else []
         )
-        found.update({f"{name}.{inner}": part for inner, part in parts} or {name: child})
-    return found
+        modules.update({f"{name}.{inner}": part for inner, part in parts} or {name: child})
+    return modules
 
 
-def regions(
+def stage_errors(
     graph: LabelsToIntensity, path: Path, inputs: Mapping[str, NDArray[Any]]
-) -> list[Region]:
-    """The error of each stage of the graph in `path` on the first `inputs`, in the order of the
-    graph, the image last.
+) -> list[StageError]:
+    """Measure the error of each stage of an exported file.
+
+    Args:
+        graph: The network that the file was exported from.
+        path: The ONNX file.
+        inputs: The network's inputs by name; the first few slices are used.
+
+    Returns:
+        The stages in the order of the graph, the image last.
     """
     import onnxruntime
 
@@ -76,53 +88,70 @@ def regions(
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    found = session.run(list(outputs.values()), few)
+    values = session.run(list(outputs.values()), few)
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
-        found[:-1] = [
-            _as_large(got, expected[stage]) for stage, got in zip(outputs, found[:-1], strict=False)
+        values[:-1] = [
+            _rescale_channels(output, expected[stage])
+            for stage, output in zip(outputs, values[:-1], strict=False)
         ]
-    found[-1] = _hu(found[-1])
+    values[-1] = _hu(values[-1])
     return [
-        Region(stage, _error(got, expected[stage]))
-        for stage, got in zip(outputs, found, strict=True)
+        StageError(stage, _error(output, expected[stage]))
+        for stage, output in zip(outputs, values, strict=True)
     ]
 
 
-def worst(found: list[Region], precision: str) -> Region:
-    """The region whose error is the largest multiple of all errors before it, or of what
-    rounding alone makes of it.
+def worst_stage(measured: list[StageError], precision: str) -> StageError:
+    """The stage where the error starts.
+
+    Args:
+        measured: What `stage_errors` returned.
+        precision: "fp32", "fp16" or "int8".
+
+    Returns:
+        The stage whose error is the largest multiple of the errors before it, or of rounding alone.
     """
     before, ratios = ROUNDING[precision], []
-    for region in found:
-        ratios.append(region.error / before)
-        before = max(before, region.error)
-    return found[int(np.argmax(ratios))]
+    for stage in measured:
+        ratios.append(stage.error / before)
+        before = max(before, stage.error)
+    return measured[int(np.argmax(ratios))]
 
 
-def table(found: list[Region], precision: str) -> str:
-    """The regions for a person, the worst marked."""
-    bad, width = worst(found, precision), max(len(region.name) for region in found)
+def table(measured: list[StageError], precision: str) -> str:
+    """A table of the stages for a person, with the worst one marked.
+
+    Args:
+        measured: What `stage_errors` returned.
+        precision: "fp32", "fp16" or "int8".
+
+    Returns:
+        Lines of text.
+    """
+    bad, width = worst_stage(measured, precision), max(len(stage.name) for stage in measured)
     rows = [
-        f"    {r.name:<{width}}  {100 * r.error:9.4f}"
-        f" %{'  <- the worst region' if r is bad else ''}"
-        for r in found
+        f"    {r.name:<{width}}  {100 * r.error:9.4f} %{'  <- the worst stage' if r is bad else ''}"
+        for r in measured
     ]
-    return "\n".join(["  error of each region's output, relative to the network's:", *rows])
+    return "\n".join(["  error of each stage's output, relative to the network's:", *rows])
 
 
 def _network(
     graph: LabelsToIntensity, inputs: Mapping[str, NDArray[Any]]
 ) -> dict[str, NDArray[Any]]:
+    """The output of each stage of the network by name, and the image in HU, last."""
     outputs: dict[str, NDArray[Any]] = {}
 
-    def keep(name: str) -> Any:
-        def hook(module: nn.Module, given: Any, output: Any) -> None:
+    def hook_for(name: str) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             if isinstance(output, Tensor):
                 outputs[name] = output.float().numpy()
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in stages(graph).items()]
+    handles = [
+        module.register_forward_hook(hook_for(name)) for name, module in stages(graph).items()
+    ]
     try:
         with torch.inference_mode():
             outputs[IMAGE] = _hu(
@@ -131,7 +160,7 @@ def _network(
     finally:
         for handle in handles:
             handle.remove()
-    return outputs  # the image is last
+    return outputs
 
 
 def _outputs(graph: onnx.GraphProto, names: list[str]) -> dict[str, str]:
@@ -148,27 +177,28 @@ def _outputs(graph: onnx.GraphProto, names: list[str]) -> dict[str, str]:
     return ends
 
 
-def _as_large(found: NDArray[Any], expected: NDArray[Any]) -> NDArray[Any]:
-    """`found` with each channel scaled to be nearest to `expected`: INT8 holds channels at other
-    scales, which the layers after undo.
+def _rescale_channels(output: NDArray[Any], expected: NDArray[Any]) -> NDArray[Any]:
+    """Scale each channel to be nearest to `expected`.
+
+    INT8 graphs hold channels at other scales, which the layers after them undo.
     """
-    if found.shape != expected.shape:
-        return found
-    along = (0, *range(2, found.ndim))
-    product, power = (
-        (found * other).sum(along, np.float64, keepdims=True) for other in (expected, found)
-    )
-    return found * np.maximum(product / np.maximum(power, 1e-30), 0)
+    if output.shape != expected.shape:
+        return output
+    axes = (0, *range(2, output.ndim))
+    product = (output * expected).sum(axes, np.float64, keepdims=True)
+    power = (output * output).sum(axes, np.float64, keepdims=True)
+    return output * np.maximum(product / np.maximum(power, 1e-30), 0)
 
 
-def _error(found: NDArray[Any], expected: NDArray[Any]) -> float:
-    if found.shape != expected.shape:
+def _error(output: NDArray[Any], expected: NDArray[Any]) -> float:
+    """The root mean square of the difference, relative to that of `expected`."""
+    if output.shape != expected.shape:
         return float("inf")
     scale = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64))))
-    return float(np.sqrt(np.mean(np.square(found.astype(np.float64) - expected)))) / max(
-        scale, 1e-12
-    )
+    difference = np.sqrt(np.mean(np.square(output.astype(np.float64) - expected)))
+    return float(difference) / max(scale, 1e-12)
 
 
 def _hu(pairs: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """Little-endian pairs of bytes (…, 2) as int16 HU."""
     return np.ascontiguousarray(pairs).view("<i2")[..., 0]

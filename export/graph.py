@@ -16,12 +16,11 @@ from train.networks.generator import Generator, one_hot, standardise_noise
 
 
 class LabelsToIntensity(nn.Module):
-    """`runtime.core.manifest`'s graph round a trained generator: uint8 labels (style, noise) →
-    int16 HU as little-endian bytes.
+    """The exported graph around a trained generator: labels (style, noise) to HU.
 
-    FP32 before and after the generator: FP16 does not hold every HU. First node on each input is a
-    Cast to float, the last a Cast to uint8, for TensorRT allows uint8 at the border only (and has
-    no int16).
+    It is FP32 before and after the generator, because FP16 cannot hold every HU. The first node of
+    each input is a Cast to float and the last node a Cast to uint8: TensorRT allows uint8 at the
+    graph's border only, and has no int16. The contract is that of `runtime.core.manifest`.
     """
 
     def __init__(self, generator: Generator, classes: int, intensity: Intensity):
@@ -29,25 +28,29 @@ class LabelsToIntensity(nn.Module):
         self.generator, self.classes = generator.eval(), classes
         self.low, self.high = float(intensity.low), float(intensity.high)
         self.precision = torch.float32  # of the stages
-        self.places = torch.tensor(
-            [1.0, 1 / 256]
-        )  # what a little-endian pair of bytes divides a value by
+        # what the low and the high byte of a little-endian value divide it by
+        self.places = torch.tensor([1.0, 1 / 256])
 
     def forward(
         self, labels: Tensor, style: Tensor | None = None, noise: Tensor | None = None
     ) -> Tensor:
-        """`labels` uint8 (N, Z, H, W), `style` float32 (N, S), `noise` uint8 (N, H, W) → uint8
-        (N, H, W, 2).
+        """Synthesize slices.
+
+        Args:
+            labels: uint8 (N, Z, H, W), model indices.
+            style: float32 (N, S).
+            noise: uint8 (N, H, W), uniform random bytes.
+
+        Returns:
+            uint8 (N, H, W, 2): int16 HU as little-endian bytes.
         """
-        white = None if noise is None else standardise_noise(noise).unsqueeze(1)
+        unit_noise = None if noise is None else standardise_noise(noise).unsqueeze(1)
         condition = one_hot(labels, self.classes).to(self.precision)
-        image = self.generator(condition, white, style)[:, 0]  # (N, H, W) in [0, 1]
-        values = torch.clamp(
-            torch.round(image * (self.high - self.low) + self.low), self.low, self.high
-        )
-        pair = torch.floor(
-            values.unsqueeze(-1) * self.places.to(values.device)
-        )  # exact, and no Concat of single values, which is slow
+        image = self.generator(condition, unit_noise, style)[:, 0]  # (N, H, W) in [0, 1]
+        hu = torch.round(image * (self.high - self.low) + self.low)
+        values = torch.clamp(hu, self.low, self.high)
+        # The product is exact, and saves a Concat of single values, which is slow.
+        pair = torch.floor(values.unsqueeze(-1) * self.places.to(values.device))
         return (pair - 256.0 * torch.floor(pair / 256.0)).to(torch.uint8)
 
 
@@ -59,6 +62,7 @@ class Fp16Layer(nn.Module):
         self.layer = layer.half()
 
     def forward(self, *inputs: Tensor) -> Tensor:
+        """Compute the layer on `inputs` as FP16; returns FP16."""
         out: Tensor = self.layer(*(x.half() for x in inputs))
         return out
 
@@ -71,12 +75,20 @@ class Fp32Norm(nn.Module):
         self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalize `x` in FP32; returns the dtype of `x`."""
         out: Tensor = self.layer(x.float())
         return out.to(x.dtype)
 
 
 def fuse_batch_norm(graph: LabelsToIntensity) -> LabelsToIntensity:
-    """A copy whose batch norms are part of the convolutions they follow."""
+    """Fuse each batch norm into the convolution before it.
+
+    Args:
+        graph: The network; it is not changed.
+
+    Returns:
+        A copy that computes the same in evaluation mode.
+    """
     graph = copy.deepcopy(graph)
     for block in [m for m in graph.modules() if isinstance(m, nn.Sequential)]:
         for n in range(len(block) - 1, 0, -1):
@@ -92,10 +104,16 @@ def fuse_batch_norm(graph: LabelsToIntensity) -> LabelsToIntensity:
 
 
 def to_fp16(graph: LabelsToIntensity) -> LabelsToIntensity:
-    """A copy with FP16 layers.
+    """Convert the layers to FP16.
 
-    Norms, what comes after the last layers (`Generator.synthesize`) and the labels' contrast stay
+    Norms, all that follows the last layers (`Generator.generate`) and the labels' contrast stay
     FP32.
+
+    Args:
+        graph: The network; it is not changed.
+
+    Returns:
+        A copy with FP16 weights.
     """
     graph = copy.deepcopy(graph)
     graph.precision = torch.float16

@@ -1,5 +1,6 @@
-"""MODEL_CARD.md: what a hospital reads before it uses a model, written from the manifest
-(Mitchell et al., "Model Cards", 2019).
+"""MODEL_CARD.md: what a hospital reads before it uses a model, written from the manifest.
+
+Mitchell et al., "Model Cards for Model Reporting", 2019.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ UNLICENSED = (
     " `license` in the training's config and export again. What the training data's owners allow"
     " limits what may be allowed here."
 )
-INTENDED = """Synthetic images for label masks, to enlarge or balance training sets for segmentation and other image analysis: the mask is the
-right answer to its image by construction.
-
-**Never for diagnosis.** No image this model synthesizes shows a patient, and none may be used, shown or stored as if it did. It must not
-be used to judge a person, to plan or guide treatment, or to fill in what a scan did not show."""
+INTENDED = (
+    "Synthetic images for label masks, to enlarge or balance training sets for segmentation and"
+    " other image analysis: the mask is the right answer to its image by construction.\n\n"
+    "**Never for diagnosis.** No image that this model synthesizes shows a patient, and none may be"
+    " used, shown or stored as if it did. The model must not be used to assess a person, to plan or"
+    " guide treatment, or to fill in what a scan did not show."
+)
 LIMITS = (
     (
         "It synthesizes what it learned from the patients counted below, and no more: pathologies,"
@@ -50,7 +53,14 @@ LIMITS = (
 
 
 def model_card(manifest: Manifest) -> str:
-    """The card as Markdown."""
+    """Write the card.
+
+    Args:
+        manifest: The model folder's manifest.
+
+    Returns:
+        The card as Markdown.
+    """
     grid, unit = manifest.grid, manifest.intensity.unit
     spacing = (
         "whatever its size in mm"
@@ -92,10 +102,10 @@ def model_card(manifest: Manifest) -> str:
                     else ""
                 ),
                 (
-                    f"## Proof of the files\n\nDifferences from the network in {unit}, measured at"
-                    " export in each engine. Slices/s are those of the "
-                    "machine that"
-                    f" exported.\n\n{_table(PARITY_HEAD, parity_rows(manifest))}\n\n{_list(export_lines(manifest))}"
+                    f"## Parity of the files\n\nDifferences from the network in {unit}, measured at"
+                    " export in each engine. Slices/s are those of the machine that exported."
+                    f"\n\n{_table(PARITY_HEAD, parity_rows(manifest))}"
+                    f"\n\n{_list(export_lines(manifest))}"
                 ),
                 f"## Files\n\n{_table(('file', 'precision', 'size', 'SHA-256'), files)}",
                 "## Limits\n\n" + _list(LIMITS),

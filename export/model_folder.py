@@ -1,4 +1,4 @@
-"""The model folder: graph files, their proof, the manifest and the model card, whole or absent."""
+"""The model folder: graphs, parity report, manifest and model card, all or none."""
 
 from __future__ import annotations
 
@@ -29,21 +29,28 @@ from .quantize import candidates
 from .to_onnx import to_onnx
 
 Say = Callable[[str], None]
-CALIBRATION_SLICES, TRIAL_SLICES = (
-    32,
-    16,
-)  # of the training masks: to calibrate INT8 on, and to choose its layers by
-FIT_SLICES, FIT_PIXELS = (
-    48,
-    48 << 16,
-)  # at most, to fit its layers on, all held at once: masks by which they are not chosen
-# of INT8's limits that its layers are chosen to keep on training masks: the proof's masks are
-# others
+# Slices of the training masks: to calibrate INT8 on, and to choose its layers by.
+CALIBRATION_SLICES, TRIAL_SLICES = 32, 16
+# The most slices, and their pixels, to reconstruct INT8 weights on; all are in memory at once. They
+# are of other masks than those by which layers are chosen.
+FIT_SLICES, FIT_PIXELS = 48, 48 << 16
+# The share of INT8's limits that a choice of layers must keep on training masks, because the parity
+# check has other masks.
 MARGIN = 0.85
 FILES = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
 
 
 def describe_file(path: Path, kind: str, precision: str) -> ModelFile:
+    """The manifest's entry of a file.
+
+    Args:
+        path: The file.
+        kind: "onnx", "engine" or "layers".
+        precision: "fp32", "fp16" or "int8".
+
+    Returns:
+        The entry, with size and SHA-256.
+    """
     return ModelFile(kind, precision, path.stat().st_size, sha256_of(path))
 
 
@@ -56,12 +63,24 @@ def write_model(
     *,
     say: Say,
 ) -> Manifest:
-    """Export `graph` in FP32, FP16 and INT8, prove each in every engine that is here, write
-    `folder`.
+    """Export `graph` in FP32, FP16 and INT8, validate each in every engine that is installed.
 
-    `masks`: of held-out slices, uint8 (n, Z, H, W), to prove on; `training_masks`: of the training
-    set, to calibrate INT8 on (None: a run that kept none; the held-out ones serve). Nothing is
-    written, and a folder that was there stays as it was, when a proof fails (`ParityError`).
+    The folder is written as a whole: after an error it is what it was before.
+
+    Args:
+        run: The run's facts and weights.
+        graph: The trained network.
+        masks: uint8 (n, Z, H, W) of held-out slices, to validate on.
+        training_masks: uint8 (n, Z, H, W) of the training set, to calibrate INT8 on. None: the run
+            has none, and `masks` serve.
+        folder: The model folder to write.
+        say: Prints a line of progress.
+
+    Returns:
+        The manifest that was written.
+
+    Raises:
+        ParityError: A file differs too much from the network, or does not run.
     """
     manifest = Manifest(
         name=str(run.data["name"]),
@@ -80,13 +99,13 @@ def write_model(
     with atomic_folder(folder) as part:
         references_by_name = parity.references(graph, manifest, masks)
         say(
-            f"proving on {len(references_by_name[parity.ON_MASKS].values)} held-out slices"
+            f"validating on {len(references_by_name[parity.ON_MASKS].values)} held-out slices"
             f" ({len(masks)} different masks) and {parity.RANDOM_SLICES} of random labels"
         )
         files: dict[str, ModelFile] = {}
         parity_reports: dict[str, Any] = {}
 
-        def take(precision: str) -> None:
+        def add(precision: str) -> None:
             path = part / FILES[precision]
             parity_reports[path.name] = validate(
                 graph, path, precision, manifest, references_by_name, say
@@ -94,9 +113,9 @@ def write_model(
             files[path.name] = describe_file(path, "onnx", precision)
 
         to_onnx(network, manifest, part / FILES["fp32"])
-        take("fp32")
+        add("fp32")
         to_onnx(to_fp16(network), manifest, part / FILES["fp16"])
-        take("fp16")
+        add("fp16")
         notes, parity_report = write_int8(
             graph,
             part,
@@ -113,7 +132,7 @@ def write_model(
                 parity_report,
                 describe_file(part / FILES["int8"], "onnx", "int8"),
             )
-        whole = Manifest(
+        final = Manifest(
             **{
                 **vars(manifest),
                 "files": files,
@@ -121,9 +140,9 @@ def write_model(
                 "export": {**versions(), "int8": notes},
             }
         )
-        write_json(part / MANIFEST, whole.to_json())
-        write_text(part / CARD, model_card(whole))
-    return whole
+        write_json(part / MANIFEST, final.to_json())
+        write_text(part / CARD, model_card(final))
+    return final
 
 
 def validate(
@@ -134,8 +153,21 @@ def validate(
     references_by_name: Mapping[str, parity.Reference],
     say: Say,
 ) -> dict[str, Any]:
-    """The proof of an ONNX file in every backend that runs it here; `ParityError` names the
-    backend and the region of the network.
+    """The parity report of an ONNX file, from every installed backend that runs it.
+
+    Args:
+        graph: The network that the file was exported from.
+        path: The ONNX file.
+        precision: "fp32", "fp16" or "int8".
+        manifest: The model's manifest.
+        references_by_name: The reference outputs.
+        say: Prints a line of progress.
+
+    Returns:
+        The report of each backend, as JSON data.
+
+    Raises:
+        ParityError: The file differs too much; it names the backend and the stage of the network.
     """
     try:
         return _validate(path, precision, manifest, references_by_name, say)
@@ -150,9 +182,19 @@ def localized(
     precision: str,
     references_by_name: Mapping[str, parity.Reference],
 ) -> str:
-    """Where in the network the file goes wrong, for a person."""
+    """A table for a person that shows in which stage of the network the file goes wrong.
+
+    Args:
+        graph: The network that the file was exported from.
+        path: The ONNX file.
+        precision: "fp32", "fp16" or "int8".
+        references_by_name: The reference outputs.
+
+    Returns:
+        Lines of text.
+    """
     return error_localization.table(
-        error_localization.regions(graph, path, references_by_name[parity.ON_MASKS].inputs),
+        error_localization.stage_errors(graph, path, references_by_name[parity.ON_MASKS].inputs),
         precision,
     )
 
@@ -177,7 +219,16 @@ def _validate(
 
 
 def line(file: str, parity_report: Mapping[str, Any], unit: str) -> str:
-    """One file in one engine, for a person."""
+    """One file in one engine, in a line for a person.
+
+    Args:
+        file: The file's name.
+        parity_report: What `parity.check_parity` returned.
+        unit: The unit of the intensities, such as "HU".
+
+    Returns:
+        The line.
+    """
     n = parity_report[parity.ON_MASKS]
     organs = max((abs(shift) for shift in n["organs"].values() if shift is not None), default=0)
     body = "" if n["body_mean"] is None else f", body mean {n['body_mean']:.3g}"
@@ -196,11 +247,23 @@ def write_int8(
     references_by_name: Mapping[str, parity.Reference],
     say: Say,
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    """Write the INT8 graph with as many layers as training masks say may be quantised, and the
-    proof on `truths` allows.
+    """Write the INT8 graph with as many INT8 layers as the limits allow.
 
-    Returns how it was made, as JSON data ("layers" is 0 where none may be), and its proof.
-    `ParityError` where a backend cannot run it.
+    Layers are chosen on training masks; the parity check on the reference outputs decides.
+
+    Args:
+        graph: The trained network.
+        part: The folder that holds the FP32 graph.
+        manifest: The model's manifest.
+        masks: uint8 (n, Z, H, W), to calibrate, to fit and to choose on.
+        references_by_name: The reference outputs.
+        say: Prints a line of progress.
+
+    Returns:
+        How it was quantized, as JSON data ("layers" is 0 where none may be), and its parity report.
+
+    Raises:
+        ParityError: A backend cannot run it.
     """
     picked = spread(len(masks), CALIBRATION_SLICES)
     tried_on = picked[:: CALIBRATION_SLICES // TRIAL_SLICES]
@@ -210,17 +273,15 @@ def write_int8(
             manifest.inputs, parity.repeated(masks[tried_on], TRIAL_SLICES, manifest.inputs), seed=3
         ),
     )
-    others = np.setdiff1d(
-        np.arange(len(masks)), tried_on
-    )  # what layers are fitted on says nothing of how well they are
-    fitted_on = others if len(others) else picked
+    # The slices that layers are fitted on do not show how good the fit is.
+    not_tried_on = np.setdiff1d(np.arange(len(masks)), tried_on)
+    fitted_on = not_tried_on if len(not_tried_on) else picked
     most = max(1, min(FIT_SLICES, FIT_PIXELS // masks[0, 0].size))
-    fit_on = parity.draw_inputs(
-        manifest.inputs, masks[fitted_on[spread(len(fitted_on), min(most, len(fitted_on)))]], seed=2
-    )
+    fit_masks = masks[fitted_on[spread(len(fitted_on), min(most, len(fitted_on)))]]
+    fit_on = parity.draw_inputs(manifest.inputs, fit_masks, seed=2)
     backend = next(b for b in BACKENDS if b.file == ("onnx", "int8") and not b.uninstalled())
 
-    def numbers(path: Path) -> dict[str, Any]:
+    def measure(path: Path) -> dict[str, Any]:
         engine = backend.open(path, manifest)
         try:
             return parity.error_metrics(truth, parity.run_engine(engine, truth.inputs)[0], manifest)
@@ -229,50 +290,60 @@ def write_int8(
 
     path, fp32, count = part / FILES["int8"], part / FILES["fp32"], 0
     inputs = parity.draw_inputs(manifest.inputs, masks[picked], seed=1)
-    for made in candidates(
+    for candidate in candidates(
         fp32,
         path,
         inputs,
         fuse_batch_norm(graph),
         fit_on,
-        lambda path: float(numbers(path)["mean"]),
+        lambda path: float(measure(path)["mean"]),
         say,
     ):
-        count = made.layers
+        count = candidate.layers
         if any(
             value > MARGIN * limit
-            for value, limit in parity.limit_violations("int8", numbers(path)).values()
+            for value, limit in parity.limit_violations("int8", measure(path)).values()
         ):
             continue
-        layers = count - len(made.floating)
+        layers = count - len(candidate.floating)
         share = path.stat().st_size / fp32.stat().st_size
         say(
             f"  {path.name}: {layers} of {count} layers in INT8, {100 * share:.1f} % of"
             f" {fp32.name}'s size"
         )
         try:
-            return {"layers": layers, "of": count, "floating": list(made.floating)}, _validate(
+            return {"layers": layers, "of": count, "floating": list(candidate.floating)}, _validate(
                 path, "int8", manifest, references_by_name, say
             )
         except parity.Exceeded as exc:
             say(f"  not taken: {exc.fact}\n{localized(graph, path, 'int8', references_by_name)}")
     path.unlink()
     say(
-        f"  {path.name} is left out: no layer can be quantised within {parity.LIMITS['int8']}"
+        f"  {path.name} is left out: no layer can be quantized within {parity.LIMITS['int8']}"
         f" {manifest.intensity.unit}"
     )
     return {"layers": 0, "of": count, "floating": []}, None
 
 
 def spread(count: int, most: int) -> NDArray[np.intp]:
-    """`most` of `count` masks, from the first patient's to the last one's; some twice where
-    there are fewer.
+    """Pick masks evenly, from the first patient's to the last one's.
+
+    Args:
+        count: How many masks there are.
+        most: How many to pick; some come twice where there are fewer.
+
+    Returns:
+        Indices (most,).
     """
     return np.linspace(0, count - 1, most).round().astype(int)
 
 
 def versions() -> dict[str, str]:
-    """Of what made the files."""
+    """The versions of the software that writes the files.
+
+    Returns:
+        Version by package, and Python's.
+    """
     from importlib.metadata import version
 
     names = ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")
@@ -280,9 +351,16 @@ def versions() -> dict[str, str]:
 
 
 def provenance(run: TrainedRun) -> Mapping[str, Any]:
-    """What the manifest says of the training: no path, no patient's name."""
-    kept = ("step", "metrics", "data", "versions", "commit")
+    """What the manifest says of the training: no path, no patient's name.
+
+    Args:
+        run: The run.
+
+    Returns:
+        JSON data.
+    """
+    keys = ("step", "metrics", "data", "versions", "commit")
     return {
         "weights_sha256": run.data["weights"]["sha256"],
-        **{key: run.data[key] for key in kept if key in run.data},
+        **{key: run.data[key] for key in keys if key in run.data},
     }

@@ -1,5 +1,6 @@
-"""Proof that an exported file synthesizes what the network synthesizes: measured in HU, through
-each engine that may run it.
+"""The parity check: does an exported file synthesize what the network synthesizes?
+
+The difference is measured in HU, through each engine that may run the file.
 """
 
 from __future__ import annotations
@@ -25,19 +26,15 @@ from train.metrics.volume_metrics import KERNEL, medians
 
 from .graph import LabelsToIntensity
 
-SLICES, RANDOM_SLICES = (
-    64,
-    8,
-)  # at least, that a proof synthesizes: of held-out masks; of random labels
+# The least number of slices in a parity check: of held-out masks, and of random labels.
+SLICES, RANDOM_SLICES = 64, 8
 SIGMA = 1.5  # px, of the Gaussian window of KERNEL pixels
-PIXELS = (
-    1 << 20
-    # at least, where noise or a style makes other images of the same masks: the median of a few is
-    # chance
-)
+# The least number of pixels where noise or a style makes other images of the same masks: the median
+# of a few pixels is chance.
+PIXELS = 1 << 20
 ON_MASKS, ON_RANDOM = "validation masks", "random labels"
 REMEDY = "nothing was written; report this with the run's run.json"
-AT_ONCE = 8  # slices through the network
+AT_ONCE = 8  # slices in one call of the network
 
 # The most that each precision may differ, in HU. FP32 on random labels too: two correct
 # computations may fall on either side of a half.
@@ -50,34 +47,57 @@ LIMITS: Mapping[str, Mapping[str, float]] = {
 
 @dataclass(frozen=True)
 class Reference:
-    """What the network synthesizes: `inputs` by name (n slices), `values` int16 HU (n, H, W),
-    the body in them, and the middle slice's labels.
+    """What the network synthesizes.
+
+    Attributes:
+        inputs: The inputs by name, n slices.
+        values: int16 HU (n, H, W).
+        body: The body in `values`.
+        masks: The number of different masks among the slices.
     """
 
     inputs: Mapping[str, NDArray[Any]]
     values: NDArray[np.int16]
     body: NDArray[np.bool_]
-    masks: int  # different ones among the slices
+    masks: int
 
     @property
     def labels(self) -> NDArray[np.uint8]:
         """Model indices of the synthetic slices, (n, H, W)."""
-        given: NDArray[np.uint8] = self.inputs["labels"]
-        return given[:, given.shape[1] // 2]
+        labels: NDArray[np.uint8] = self.inputs["labels"]
+        return labels[:, labels.shape[1] // 2]
 
 
 def random_labels(
     slices: int, z: int, size: tuple[int, int], classes: int, seed: int = 0
 ) -> NDArray[np.uint8]:
-    """Labels no anatomy would give, uint8 (slices, Z, H, W): every channel is hit everywhere."""
+    """Labels that no anatomy has, so that every channel is active everywhere.
+
+    Args:
+        slices: The number of slices.
+        z: Labels per slice: itself and its neighbours.
+        size: (H, W) in pixels.
+        classes: The number of labels.
+        seed: Of the random generator.
+
+    Returns:
+        uint8 (slices, Z, H, W).
+    """
     return np.random.default_rng(seed).integers(0, classes, (slices, z, *size), np.uint8)
 
 
 def repeated(
     masks: NDArray[np.uint8], slices: int, specs: tuple[TensorSpec, ...]
 ) -> NDArray[np.uint8]:
-    """`masks` (n, Z, H, W) again and again: at least `slices` of them and, of a graph that takes
-    more than labels, `PIXELS`.
+    """Repeat masks until there are enough for a parity check.
+
+    Args:
+        masks: uint8 (n, Z, H, W).
+        slices: The least number of slices.
+        specs: The graph's inputs; one that takes more than labels needs `PIXELS` too.
+
+    Returns:
+        uint8 (at least `slices`, Z, H, W).
     """
     most = max(slices, len(masks), -(-PIXELS // masks[0, 0].size) if len(specs) > 1 else 0)
     return masks[np.arange(most) % len(masks)]
@@ -86,34 +106,46 @@ def repeated(
 def draw_inputs(
     specs: tuple[TensorSpec, ...], labels: NDArray[np.uint8], seed: int = 0
 ) -> dict[str, NDArray[Any]]:
-    """`labels` (n, Z, H, W) and, where the graph takes them, noise and a style for each slice as
-    the runtime would draw them.
+    """Inputs of the graph: labels, and noise and a style for each slice as the runtime draws them.
+
+    Args:
+        specs: The graph's inputs.
+        labels: uint8 (n, Z, H, W).
+        seed: Of the random generator.
+
+    Returns:
+        Arrays of n slices by name.
     """
     rng = np.random.default_rng(seed)
-    given: dict[str, NDArray[Any]] = {"labels": np.ascontiguousarray(labels)}
+    inputs: dict[str, NDArray[Any]] = {"labels": np.ascontiguousarray(labels)}
     for tensor in specs:
         if tensor.name == "style":
-            given["style"] = rng.standard_normal((len(labels), int(tensor.shape[1])), np.float32)
+            inputs["style"] = rng.standard_normal((len(labels), int(tensor.shape[1])), np.float32)
         elif tensor.name == "noise":
-            given["noise"] = rng.integers(0, 256, (len(labels), *labels.shape[2:]), np.uint8)
-    return given
+            inputs["noise"] = rng.integers(0, 256, (len(labels), *labels.shape[2:]), np.uint8)
+    return inputs
 
 
 def reference(
     graph: LabelsToIntensity, inputs: Mapping[str, NDArray[Any]], masks: int | None = None
 ) -> Reference:
-    """Synthesize `inputs` with the FP32 network itself."""
+    """Synthesize `inputs` with the FP32 network itself.
+
+    Args:
+        graph: The network.
+        inputs: Arrays of n slices by name.
+        masks: The number of different masks among them (default: n).
+
+    Returns:
+        Inputs and outputs.
+    """
     parts = []
     for start in range(0, len(inputs["labels"]), AT_ONCE):
+        batch = {
+            name: torch.from_numpy(array[start : start + AT_ONCE]) for name, array in inputs.items()
+        }
         with torch.inference_mode():
-            parts.append(
-                graph(
-                    **{
-                        name: torch.from_numpy(a[start : start + AT_ONCE])
-                        for name, a in inputs.items()
-                    }
-                ).numpy()
-            )
+            parts.append(graph(**batch).numpy())
     values = _hu(np.concatenate(parts))
     return Reference(inputs, values, body_mask(values), len(values) if masks is None else masks)
 
@@ -121,8 +153,15 @@ def reference(
 def references(
     graph: LabelsToIntensity, manifest: Manifest, masks: NDArray[np.uint8]
 ) -> dict[str, Reference]:
-    """What a file of `manifest` is measured against: `masks` of held-out slices, uint8 (n, Z, H,
-    W), and random labels.
+    """The reference outputs that a file is measured against.
+
+    Args:
+        graph: The network.
+        manifest: The model's manifest.
+        masks: uint8 (n, Z, H, W) of held-out slices.
+
+    Returns:
+        The outputs on `masks` and on random labels, by name.
     """
     chosen = repeated(masks, SLICES, manifest.inputs)
     random = random_labels(
@@ -137,27 +176,40 @@ def references(
 def run_engine(
     engine: Engine, inputs: Mapping[str, NDArray[Any]]
 ) -> tuple[NDArray[np.int16], float]:
-    """(int16 HU (n, H, W), slices/s: the median call's) of an engine.
+    """Synthesize `inputs` with an engine.
 
-    H and W are multiples of the divisor.
+    Args:
+        engine: An open engine.
+        inputs: Arrays of n slices by name; H and W are multiples of the grid's divisor.
+
+    Returns:
+        int16 HU (n, H, W), and slices/s: the median call's.
     """
     count, batch = len(inputs["labels"]), engine.spec.batch
     generated, seconds = [], []
     for start in range(0, count, batch):
-        picked = [
-            min(n, count - 1) for n in range(start, start + batch)
-        ]  # the last batch is padded with its last slice
-        given = {name: np.ascontiguousarray(array[picked]) for name, array in inputs.items()}
+        # the last batch is padded with its last slice
+        picked = [min(n, count - 1) for n in range(start, start + batch)]
+        batch_inputs = {name: np.ascontiguousarray(array[picked]) for name, array in inputs.items()}
         out = np.empty((batch, *inputs["labels"].shape[2:], 2), np.uint8)
         began = time.perf_counter()
-        engine.run(given, out, stream=HOST_STREAM)
+        engine.run(batch_inputs, out, stream=HOST_STREAM)
         seconds.append(time.perf_counter() - began)
         generated.append(out[: count - start])
     return _hu(np.concatenate(generated)), batch / statistics.median(seconds)
 
 
 def compare(truth: Reference, generated: NDArray[np.int16], manifest: Manifest) -> dict[str, Any]:
-    """`differences`, and 1 - SSIM of the slices. JSON data."""
+    """Measure synthetic slices against the reference output.
+
+    Args:
+        truth: The reference output.
+        generated: int16 HU (n, H, W).
+        manifest: The model's manifest.
+
+    Returns:
+        `error_metrics`, and 1 - SSIM of the slices ("dssim"). JSON data.
+    """
     return {
         **error_metrics(truth, generated, manifest),
         "dssim": _dssim(generated, truth.values, manifest),
@@ -167,10 +219,16 @@ def compare(truth: Reference, generated: NDArray[np.int16], manifest: Manifest) 
 def error_metrics(
     truth: Reference, generated: NDArray[np.int16], manifest: Manifest
 ) -> dict[str, Any]:
-    """Absolute differences in HU, and each organ's shift of the median. JSON data.
+    """Absolute differences in HU, and each organ's shift of the median.
 
-    `differing`: the share of pixels that differ at all. Body figures and organs are null where
-    there is none.
+    Args:
+        truth: The reference output.
+        generated: int16 HU (n, H, W).
+        manifest: The model's manifest.
+
+    Returns:
+        JSON data. "differing" is the share of pixels that differ at all. The body's figures are
+        null where there is no body, an organ's where it is absent.
     """
     delta = np.abs(generated.astype(np.int32) - truth.values)
     classes = len(manifest.labels)
@@ -192,8 +250,16 @@ def error_metrics(
 
 
 def limit_violations(precision: str, numbers: Mapping[str, Any]) -> dict[str, tuple[float, float]]:
-    """(measured, allowed) of every limit of `precision`. No body: the whole slice stands for it."""
-    found = {}
+    """Set each limit of a precision beside what was measured.
+
+    Args:
+        precision: "fp32", "fp16" or "int8".
+        numbers: What `error_metrics` returned. Without a body, the whole slice stands for it.
+
+    Returns:
+        (measured, allowed) by limit, in HU.
+    """
+    measured = {}
     for key, limit in LIMITS[precision].items():
         if key == "organs":
             value = max(
@@ -202,8 +268,8 @@ def limit_violations(precision: str, numbers: Mapping[str, Any]) -> dict[str, tu
             )
         else:
             value = numbers[key] if numbers[key] is not None else numbers[key.removeprefix("body_")]
-        found[key] = (float(value), limit)
-    return found
+        measured[key] = (float(value), limit)
+    return measured
 
 
 def check_parity(
@@ -213,12 +279,20 @@ def check_parity(
     manifest: Manifest,
     references_by_name: Mapping[str, Reference],
 ) -> dict[str, Any]:
-    """Measure the file at `path` in `backend` against `truths`: what the manifest says of the two.
+    """Measure a file in a backend against the reference outputs.
 
-    JSON data.
+    Args:
+        path: The file.
+        precision: "fp32", "fp16" or "int8".
+        backend: What runs the file.
+        manifest: The model's manifest.
+        references_by_name: The reference outputs.
 
-    Raises `ParityError` when the backend cannot open or run it, or when it differs by more than
-    `LIMITS` allow.
+    Returns:
+        What the manifest says of this file in this backend. JSON data.
+
+    Raises:
+        ParityError: The backend cannot open or run the file, or it differs by more than `LIMITS`.
     """
     try:
         engine = backend.open(path, manifest)
@@ -245,8 +319,9 @@ def check_parity(
 
 
 class Exceeded(ParityError):
-    """A file that synthesizes other values than the network, before it is known where it goes
-    wrong (export/error_localization.py finds out).
+    """A file synthesizes other values than the network.
+
+    It is raised before the stage with the error is known (export/error_localization.py).
     """
 
     def __init__(
@@ -258,10 +333,10 @@ class Exceeded(ParityError):
         numbers: Mapping[str, Any],
         unit: str = "HU",
     ):
-        found = ", ".join(f"{LIMIT_NAMES[key]} {value:.3g}" for key, (value, _) in wrong.items())
+        measured = ", ".join(f"{LIMIT_NAMES[key]} {value:.3g}" for key, (value, _) in wrong.items())
         super().__init__(
-            f"{path.name} in {backend} synthesizes other values than the network on {what}: {found}"
-            f" {unit}; {100 * numbers['differing']:.2f} % of the pixels differ, by up to"
+            f"{path.name} in {backend} synthesizes other values than the network on {what}:"
+            f" {measured} {unit}; {100 * numbers['differing']:.2f} % of the pixels differ, by up to"
             f" {numbers['max']} {unit}",
             expected="at most "
             + ", ".join(f"{LIMIT_NAMES[key]} {limit:g}" for key, (_, limit) in wrong.items())
@@ -280,6 +355,7 @@ LIMIT_NAMES = {
 
 
 def _figures(delta: NDArray[np.int32]) -> dict[str, Any]:
+    """Mean, 99.9th percentile and maximum of differences, or None without any."""
     if not delta.size:
         return {"mean": None, "p99_9": None, "max": None}
     p99_9 = float(np.percentile(delta, 99.9))
@@ -291,6 +367,7 @@ def _figures(delta: NDArray[np.int32]) -> dict[str, Any]:
 
 
 def _dssim(a: NDArray[np.int16], b: NDArray[np.int16], manifest: Manifest) -> float:
+    """1 - SSIM of two stacks of slices in HU."""
     span = float(manifest.intensity.high - manifest.intensity.low)
     total = 0.0
     for start in range(0, len(a), AT_ONCE):
@@ -302,15 +379,19 @@ def _dssim(a: NDArray[np.int16], b: NDArray[np.int16], manifest: Manifest) -> fl
 
 
 def similarity(x: torch.Tensor, y: torch.Tensor, span: float) -> float:
-    """Mean structural similarity of two stacks of slices (Wang et al. 2004), as
-    `train.metrics.volume_metrics.similarity` measures it.
+    """Mean structural similarity of two stacks of slices (Wang et al. 2004).
 
-    Not by torchmetrics here: it imports matplotlib.pyplot, which leaves a list of this machine's
-    fonts in the home folder, and an export leaves no file but its own.
+    It measures what `train.metrics.volume_metrics.similarity` measures, without torchmetrics. That
+    imports matplotlib.pyplot, which leaves a list of the machine's fonts in the home folder; an
+    export leaves no files but its own.
 
     Args:
-        x: float32 (N, 1, H, W); y: the same.
-        span: What lies between the smallest and the largest value that there can be.
+        x: float32 (N, 1, H, W).
+        y: float32 (N, 1, H, W).
+        span: The largest possible value less the smallest.
+
+    Returns:
+        The mean over all pixels; 1 for equal stacks.
     """
     distances = torch.arange(KERNEL) - (KERNEL - 1) / 2
     bell = torch.exp(-((distances / SIGMA) ** 2) / 2)
@@ -325,4 +406,5 @@ def similarity(x: torch.Tensor, y: torch.Tensor, span: float) -> float:
 
 
 def _hu(pairs: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """Little-endian pairs of bytes (…, 2) as int16 HU."""
     return np.ascontiguousarray(pairs).view("<i2")[..., 0]

@@ -1,5 +1,6 @@
-"""Is an FP16 engine really FP16? Counted in the ONNX graph, in the network TensorRT parsed, and
-in the engine it built.
+"""The precision audit: is an FP16 engine really FP16?
+
+FP16 layers are counted in the ONNX graph, in the network that TensorRT parsed, and in the engine.
 """
 
 from __future__ import annotations
@@ -14,14 +15,19 @@ from typing import Any
 
 from runtime.core.errors import BuildError
 
-LEAST_HALF = 0.8  # of the weights and of the convolutions; norms and the tail stay FP32 on purpose
+# The least share of the weights and of the convolutions. Norms and the output stay FP32.
+LEAST_HALF = 0.8
 _WEIGHTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 _CONVOLUTIONS = ("CONVOLUTION", "DECONVOLUTION")
 
 
 @dataclass(frozen=True)
 class LayerTypes:
-    """Each layer as (name, operation, types of its outputs), in the network's order."""
+    """The layers of a network.
+
+    Attributes:
+        rows: (name, operation, types of the outputs) of each layer, in the network's order.
+    """
 
     rows: tuple[tuple[str, str, tuple[str, ...]], ...]
 
@@ -32,6 +38,7 @@ class LayerTypes:
         return sum("HALF" in outputs for outputs in types) / max(1, len(types))
 
     def to_json(self) -> list[dict[str, Any]]:
+        """The rows as JSON data."""
         return [
             {"name": name, "type": operation, "outputs": list(outputs)}
             for name, operation, outputs in self.rows
@@ -39,9 +46,16 @@ class LayerTypes:
 
 
 def read_network(trt: Any, network: Any) -> LayerTypes:
-    """The types TensorRT gave every layer when it parsed the graph.
+    """The types that TensorRT gave every layer when it parsed the graph.
 
-    It must keep them: the network is strongly typed.
+    It has to keep them, because the network is strongly typed.
+
+    Args:
+        trt: The tensorrt module.
+        network: Its `INetworkDefinition`.
+
+    Returns:
+        The types of all layers.
     """
     rows = []
     for index in range(network.num_layers):
@@ -52,24 +66,40 @@ def read_network(trt: Any, network: Any) -> LayerTypes:
 
 
 def half_weights(path: Path) -> float:
-    """The share of the weights of convolutions and matrix products in the ONNX file that are
-    FP16.
+    """The share of FP16 weights in an ONNX file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The share of the weights of convolutions and matrix products, 0 to 1.
     """
     import onnx
 
     graph = onnx.load(str(path), load_external_data=False).graph
     initializers = {tensor.name: tensor for tensor in graph.initializer}
-    taken = {name for node in graph.node if node.op_type in _WEIGHTED for name in node.input[1:2]}
+    weight_names = {
+        name for node in graph.node if node.op_type in _WEIGHTED for name in node.input[1:2]
+    }
     sizes = [
         (tensor.data_type == onnx.TensorProto.FLOAT16, math.prod(tensor.dims))
         for name, tensor in initializers.items()
-        if name in taken
+        if name in weight_names
     ]
     return sum(size for half, size in sizes if half) / max(1, sum(size for _, size in sizes))
 
 
 def require_half(share: float, what: str, file: Path) -> None:
-    """Raise `BuildError` unless nearly all of it is FP16."""
+    """Require that nearly all of a share is FP16.
+
+    Args:
+        share: The share that is FP16, 0 to 1.
+        what: What it is the share of, for the message.
+        file: The ONNX file.
+
+    Raises:
+        BuildError: The share is below `LEAST_HALF`.
+    """
     if share < LEAST_HALF:
         raise BuildError(
             f"only {100 * share:.0f} % of {what} are FP16",
@@ -80,28 +110,29 @@ def require_half(share: float, what: str, file: Path) -> None:
 
 
 def half_convolutions(information: Mapping[str, Any]) -> tuple[int, int]:
-    """In the inspector's JSON: how many layers that convolve read or write FP16, and how many there
-    are.
+    """Count the convolutions in the inspector's JSON.
 
-    Layers are fused and renamed, so whatever has `conv` in its name or type counts: the graph's own
-    names survive in them.
+    Layers are fused and renamed. The graph's own names survive in them, so every layer with `conv`
+    in its name or type counts.
+
+    Args:
+        information: The inspector's JSON of an engine.
+
+    Returns:
+        (layers that read or write FP16, all layers), of those that convolve.
     """
-    rows = [
-        row for row in information.get("Layers", ()) if isinstance(row, Mapping)
-    ]  # names alone, where types are not told
-    named = [
-        row
-        for row in rows
-        if "conv"
-        in " ".join(str(row.get(key)) for key in ("Name", "LayerType", "ParameterType")).lower()
-    ]
-    types = [seen for seen in (set(_types(row)) for row in named) if seen]
-    return sum("half" in seen for seen in types), len(types)
+    # a row is only a name where the inspector does not tell types
+    rows = [row for row in information.get("Layers", ()) if isinstance(row, Mapping)]
+    keys = ("Name", "LayerType", "ParameterType")
+    named = [row for row in rows if "conv" in " ".join(str(row.get(key)) for key in keys).lower()]
+    types = [layer_types for layer_types in (set(_types(row)) for row in named) if layer_types]
+    return sum("half" in layer_types for layer_types in types), len(types)
 
 
 def _types(row: Mapping[str, Any]) -> Iterator[str]:
-    """`half` or `float` for each tensor of a layer; TensorRT words it "Half", "FP16" or "Row
-    major linear FP16 format".
+    """`half` or `float` for each tensor of a layer.
+
+    TensorRT writes "Half", "FP16" or "Row major linear FP16 format".
     """
     for tensor in (*row.get("Inputs", ()), *row.get("Outputs", ())):
         text = str(tensor.get("Format/Datatype", "")).lower()
@@ -113,8 +144,12 @@ def _types(row: Mapping[str, Any]) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What the built engine says of itself: bytes of activations per profile, the inspector's
-    JSON, and `reason`, why one is None.
+    """What the built engine says of itself.
+
+    Attributes:
+        activations: Bytes of activation memory per profile, or None.
+        information: The inspector's JSON, or None.
+        reason: Why one of them is None.
     """
 
     activations: tuple[int, ...] | None = None
@@ -130,12 +165,21 @@ def inspect_plan(
     native: bool,
     logger: Any,
 ) -> Inspection:
-    """Load the engine with the full TensorRT that built it and read its layers at the best shapes
-    of each input.
+    """Load an engine with the TensorRT that built it and read its layers.
 
-    A version-compatible engine is read through the lean runtime's library, which has to be of the
-    same version. Only where a GPU was found: a `Runtime` without one ends the process
-    (`runtime.engines.gpu.probe`).
+    They are read at the best shapes of each input. A version-compatible engine is read through the
+    lean runtime's library of the same version. Call it only where there is a GPU: TensorRT's
+    `Runtime` ends the process without one (`runtime.engines.gpu.probe`).
+
+    Args:
+        trt: The tensorrt module.
+        plan: The engine.
+        shapes: By input: its smallest, best and largest shape.
+        native: Whether the engine is for this version of TensorRT alone.
+        logger: A TensorRT logger.
+
+    Returns:
+        Memory and layers, or the reason why they cannot be read.
     """
     runtime = loader = trt.Runtime(logger)  # each has to outlive what it loads
     if not native:
@@ -143,8 +187,8 @@ def inspect_plan(
         if library is None:
             return Inspection(
                 reason=(
-                    "tensorrt-lean-cu13-libs is not installed: version-compatible engines are read"
-                    " through it"
+                    "tensorrt-lean-cu13-libs is not installed, through which version-compatible"
+                    " engines are read"
                 )
             )
         loader = runtime.load_runtime(str(library))
@@ -175,7 +219,11 @@ def inspect_plan(
 
 
 def lean_library() -> Path | None:
-    """Where the lean runtime's shared library lies, when its package is installed."""
+    """Find the lean runtime's shared library.
+
+    Returns:
+        Its file, or None where the package is not installed.
+    """
     spec = find_spec("tensorrt_lean_libs")
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
     return next(

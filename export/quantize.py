@@ -1,8 +1,8 @@
-"""The INT8 graph for CPUs: static QDQ of the convolutions, fitted to what they are to give.
+"""The INT8 graph for CPUs: convolutions with static QDQ and reconstructed weights.
 
-Quantisers, calibration and file format are ONNX Runtime's (Jacob et al., "Quantization and Training
-of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018). Which layers are to
-stay in float is measured here.
+Quantizer, calibration and file format are ONNX Runtime's (Jacob et al., "Quantization and Training
+of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018). This module
+measures which layers have to stay FP32.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from .graph import LabelsToIntensity
-from .weight_reconstruction import ReconstructedWeights, fit, rounded
+from .weight_reconstruction import ReconstructedWeights, reconstruct_weights, rounded
 
 OPERATORS = ("Conv", "ConvTranspose")
-# of an activation's values that its range holds: single outliers would make its steps coarse
+# The share of an activation's values that its range covers: single outliers would make its steps
+# coarse.
 PERCENTILE = 99.9995
-AT_ONCE = 4  # slices: the calibrator keeps every activation of as many
-MOVED = 16  # multiply-accumulates in whose time a core reads or writes one element
+AT_ONCE = 4  # slices at once: the calibrator keeps all their activations
+MOVED = 16  # multiply-accumulates in the time that a core takes to read or write one element
 Inputs = Mapping[str, NDArray[Any]]
 
 
 class _Feed(CalibrationDataReader):  # type: ignore[misc]
-    """Slices one by one, as ONNX Runtime's calibrators ask for them."""
+    """Slices one by one, in the form that ONNX Runtime's calibrators ask for."""
 
     def __init__(self, inputs: Inputs, start: int, stop: int):
         self._rows: Iterator[dict[str, Any]] = (
@@ -52,13 +53,17 @@ class _Feed(CalibrationDataReader):  # type: ignore[misc]
         )
 
     def get_next(self) -> dict[str, Any] | None:
+        """The next slice's inputs by name, or None at the end."""
         return next(self._rows, None)
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """What was written: the layers left in `floating` point, by node name, and how many there
-    are in all.
+    """A candidate that was written.
+
+    Attributes:
+        floating: Names of the nodes that stayed FP32.
+        layers: The number of layers, quantized or not.
     """
 
     floating: tuple[str, ...]
@@ -66,21 +71,24 @@ class Quantized:
 
 
 class Quantizer:
-    """A float graph, calibrated once on `inputs` (arrays of n slices), from which INT8 graphs
-    are made.
+    """Writes INT8 graphs of one FP32 graph, which it calibrates once.
+
+    Args:
+        source: The FP32 graph's file; temporary files are written beside it.
+        inputs: The graph's inputs by name, arrays of n slices.
     """
 
     def __init__(self, source: Path, inputs: Inputs):
         count = len(next(iter(inputs.values())))
-        self._beside = (
-            source.parent
-        )  # an export that is killed leaves all that it made in one place
+        # an export that is killed leaves all its files in this one folder
+        self._folder = source.parent
         self._sizes = {name: array.shape for name, array in inputs.items()}
         with tempfile.TemporaryDirectory(dir=source.parent) as folder, _quiet():
             prepared = Path(folder) / "prepared.onnx"
+            # no symbolic shapes, because H and W are dynamic
             quant_pre_process(
                 str(source), str(prepared), skip_symbolic_shape=True, skip_optimization=True
-            )  # H and W are dynamic
+            )
             self._model = onnx.load(prepared)
             calibrator = create_calibrator(
                 prepared,
@@ -92,9 +100,8 @@ class Quantizer:
             for start in range(0, count, AT_ONCE):
                 calibrator.collect_data(_Feed(inputs, start, min(start + AT_ONCE, count)))
             self._ranges = calibrator.compute_data()
-        for name in one_hot(self._model.graph) & set(
-            self._ranges.keys()
-        ):  # 0 and 1, which a histogram's bins miss
+        # one-hot tensors hold 0 and 1, which the histogram's bins miss
+        for name in one_hot(self._model.graph) & set(self._ranges.keys()):
             self._ranges[name] = TensorData(lowest=np.float32(0), highest=np.float32(1))
         self.layers = tuple(
             node.name for node in self._model.graph.node if node.op_type in OPERATORS
@@ -103,21 +110,18 @@ class Quantizer:
         self._shifts = self._measure_shifts(inputs)
 
     def _measure_shifts(self, inputs: Inputs) -> dict[str, NDArray[np.float32]]:
-        """By how much each layer's channels are higher on average when it alone is quantised, by
-        layer: (C,) float32 of each.
+        """The mean shift of each layer's channels (C,) when it alone is quantized, by layer.
 
-        One graph holds both: every layer twice, of which the float one is read by what comes after
-        it.
+        One graph measures all of them: it holds every layer twice, and later layers read the FP32
+        one.
         """
-        with tempfile.TemporaryDirectory(dir=self._beside) as folder, _quiet():
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder, _quiet():
             path = Path(folder) / "both.onnx"
             self.write(path, ())
-            both = onnx.load(path)
-            graph, weights = (
-                both.graph,
-                {tensor.name: tensor for tensor in self._model.graph.initializer},
-            )
-            quantised = {node.name: node for node in graph.node}
+            paired = onnx.load(path)
+            graph = paired.graph
+            weights = {tensor.name: tensor for tensor in self._model.graph.initializer}
+            quantized = {node.name: node for node in graph.node}
             axes = numpy_helper.from_array(np.array([0, 2, 3], np.int64), "shift/axes")
             graph.initializer.append(axes)
             nodes = []
@@ -125,12 +129,12 @@ class Quantizer:
             for node in self._model.graph.node:
                 if node.name not in self.layers:
                     continue
-                twin, made = quantised[node.name], node.output[0]
-                twin.output[0] = f"{made}/quantised"
+                twin, output = quantized[node.name], node.output[0]
+                twin.output[0] = f"{output}/quantized"
                 single = onnx.NodeProto()
                 single.CopyFrom(node)
                 single.name = f"{node.name}/float"
-                for n, name in enumerate(node.input[1:], 1):  # the quantised graph may use the name
+                for n, name in enumerate(node.input[1:], 1):  # the quantized graph may use the name
                     single.input[n] = f"{node.name}/float/{n}"
                     graph.initializer.append(
                         numpy_helper.from_array(
@@ -139,18 +143,18 @@ class Quantizer:
                     )
                 nodes += [
                     single,
-                    helper.make_node("Sub", [twin.output[0], made], [f"{made}/difference"]),
+                    helper.make_node("Sub", [twin.output[0], output], [f"{output}/difference"]),
                     helper.make_node(
                         "ReduceMean",
-                        [f"{made}/difference", "shift/axes"],
-                        [f"{made}/shift"],
+                        [f"{output}/difference", "shift/axes"],
+                        [f"{output}/shift"],
                         keepdims=0,
                     ),
                 ]
-                graph.output.append(helper.make_empty_tensor_value_info(f"{made}/shift"))
+                graph.output.append(helper.make_empty_tensor_value_info(f"{output}/shift"))
             graph.node.extend(nodes)
             session = ort.InferenceSession(
-                both.SerializeToString(), providers=["CPUExecutionProvider"]
+                paired.SerializeToString(), providers=["CPUExecutionProvider"]
             )
         count = len(next(iter(inputs.values())))
         starts = range(0, count, AT_ONCE)
@@ -164,18 +168,22 @@ class Quantizer:
         }
 
     def write(self, path: Path, floating: Sequence[str]) -> None:
-        """Quantise all layers but those named.
+        """Write the graph with all layers in INT8 but those named.
 
-        Activations are unsigned (OpenVINO's results were wrong by 200 HU with signed ones), weights
-        signed and per channel; a layer's output is quantised where the next layer reads it, not
+        Activations are unsigned (with signed ones OpenVINO's results were wrong by 200 HU), weights
+        signed and per channel. A layer's output is quantized where the next layer reads it, not
         before.
+
+        Args:
+            path: The file to write.
+            floating: The layers that stay FP32, by node name.
         """
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
-        quantised = set(self.layers) - set(floating)
-        self._round(model.graph, quantised)
+        quantized = set(self.layers) - set(floating)
+        self._round(model.graph, quantized)
         if self._shifts:
-            self._correct(model.graph, quantised)
+            self._correct(model.graph, quantized)
         options = {"OpTypesToExcludeOutputQuantization": list(OPERATORS)}
         with _quiet():
             quantizer = QDQQuantizer(
@@ -192,57 +200,69 @@ class Quantizer:
             )
             quantizer.quantize_model()
         sources = {name: node for node in quantizer.model.nodes() for name in node.output}
-        for node in (
-            quantizer.model.nodes()
-        ):  # ONNX Runtime has all readers of a tensor read what was quantised for one of them
-            if node.name not in set(self.layers) - set(floating):
-                for n, name in enumerate(node.input):
-                    made = sources.get(name)
-                    if (
-                        made is not None
-                        and made.op_type == "DequantizeLinear"
-                        and made.input[0] in sources
-                    ):
-                        node.input[n] = sources[made.input[0]].input[0]
+        # Where one reader of a tensor is quantized, ONNX Runtime makes all its readers read the
+        # quantized tensor: the FP32 ones get theirs back.
+        for node in quantizer.model.nodes():
+            if node.name in quantized:
+                continue
+            for n, name in enumerate(node.input):
+                source = sources.get(name)
+                if source is None or source.op_type != "DequantizeLinear":
+                    continue
+                if source.input[0] in sources:
+                    node.input[n] = sources[source.input[0]].input[0]
         hold_exactly(quantizer.model.graph())
         quantizer.model.save_model_to_file(str(path))
 
     def fitted(
         self, network: LabelsToIntensity, inputs: Inputs, floating: Sequence[str] = ()
     ) -> Quantizer:
-        """One that quantises the same graph with weights fitted to INT8
-        (export/weight_reconstruction.py), on the `network` it was exported from.
+        """A quantizer of the same graph with weights reconstructed for INT8.
+
+        Args:
+            network: The network that the graph was exported from.
+            inputs: The inputs to fit on, by name, arrays of n slices.
+            floating: The layers that will stay FP32, by node name.
+
+        Returns:
+            A new quantizer (`export.weight_reconstruction` computes its weights).
+
+        Raises:
+            ValueError: Network and graph do not agree.
         """
-        exact, nodes = (
-            one_hot(self._model.graph),
-            {node.name: node for node in self._model.graph.node},
-        )
-        ranges = [
-            None if nodes[name].input[0] in exact else self._range(nodes[name].input[0])
-            for name in self.layers
-        ]
-        found = fit(network, self._model.graph, self.layers, ranges, inputs, floating)
-        other = copy.copy(self)
-        other._model, other._shifts = onnx.ModelProto(), {}
-        other._model.CopyFrom(self._model)
-        graph = other._model.graph
+        exact = one_hot(self._model.graph)
+        layer_inputs = {
+            node.name: node.input[0] for node in self._model.graph.node if node.name in self.layers
+        }
+        ranges = {
+            layer: None if tensor in exact else self._range(tensor)
+            for layer, tensor in layer_inputs.items()
+        }
+        reconstructed = reconstruct_weights(network, self._model.graph, ranges, inputs, floating)
+        result = copy.copy(self)
+        result._model, result._shifts = onnx.ModelProto(), {}
+        result._model.CopyFrom(self._model)
+        graph = result._model.graph
         for node in graph.node:
-            if node.name in found:
+            if node.name in reconstructed:
                 names = [f"{node.name}/fitted/{part}" for part in ReconstructedWeights._fields]
                 node.input[1:] = names
                 graph.initializer.extend(
                     numpy_helper.from_array(array, name)
-                    for array, name in zip(found[node.name], names, strict=True)
+                    for array, name in zip(reconstructed[node.name], names, strict=True)
                 )
-        return other
+        return result
 
     def _range(self, name: str) -> tuple[float, float]:
         low, high = (float(np.asarray(end).item()) for end in self._ranges[name].range_value)
         return min(low, 0.0), max(high, 0.0)
 
     def work(self) -> dict[str, float]:
-        """What each layer takes, by name: its multiply-accumulates on a slice, and the elements
-        it reads and writes at `MOVED` each.
+        """Estimate what each layer costs on a slice.
+
+        Returns:
+            By layer: its multiply-accumulates, and `MOVED` for each element that it reads or
+            writes.
         """
         model = onnx.ModelProto()
         model.CopyFrom(self._model)
@@ -258,21 +278,20 @@ class Quantizer:
         }
         shapes |= {name: list(size) for name, size in self._sizes.items()}
         shapes |= {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-        found = {}
+        costs = {}
         for node in model.graph.node:
             if node.name in self.layers:
-                read, weights, made = (
+                layer_input, weights, output = (
                     shapes[name] for name in (node.input[0], node.input[1], node.output[0])
                 )
-                applied = (made if node.op_type == "Conv" else read)[
-                    2:
-                ]  # at as many places all weights are used
-                moved = np.prod(read[1:]) + np.prod(made[1:])
-                found[node.name] = float(np.prod(weights) * np.prod(applied) + MOVED * moved)
-        return found
+                # the pixels at which all weights are used
+                applied = (output if node.op_type == "Conv" else layer_input)[2:]
+                moved = np.prod(layer_input[1:]) + np.prod(output[1:])
+                costs[node.name] = float(np.prod(weights) * np.prod(applied) + MOVED * moved)
+        return costs
 
     def _round(self, graph: onnx.GraphProto, layers: Set[str]) -> None:
-        """Put the layers' weights where 8 bits will hold them: see `rounded`."""
+        """Move the layers' weights to the steps of 8 bits (`rounded`)."""
         weights = {tensor.name: tensor for tensor in graph.initializer}
         for node in graph.node:
             if node.name in layers:
@@ -283,6 +302,7 @@ class Quantizer:
                 )
 
     def _correct(self, graph: onnx.GraphProto, layers: Set[str]) -> None:
+        """Take the measured shifts off the layers' biases."""
         weights = {tensor.name: tensor for tensor in graph.initializer}
         for node in graph.node:
             if node.name not in layers:
@@ -298,55 +318,65 @@ class Quantizer:
 
 
 def one_hot(graph: onnx.GraphProto) -> set[str]:
-    """The tensors of 0 and 1 alone: comparisons as numbers, put in another order, and side by
-    side where the network sees several slices.
+    """Find the tensors that hold 0 and 1 only.
+
+    Args:
+        graph: The FP32 or the INT8 graph.
+
+    Returns:
+        The names of comparisons that are cast to numbers, and of their transposes and
+        concatenations.
     """
-    references_by_name = {node.output[0] for node in graph.node if node.op_type == "Equal"}
-    references_by_name |= {
+    booleans = {node.output[0] for node in graph.node if node.op_type == "Equal"}
+    booleans |= {
         tensor.name
         for tensor in graph.input
         if tensor.type.tensor_type.elem_type == onnx.TensorProto.BOOL
     }
-    found: set[str] = set()
+    names: set[str] = set()
     for node in graph.node:
-        moved = node.op_type in ("Concat", "Transpose") and found.issuperset(node.input)
-        if moved or (node.op_type == "Cast" and node.input[0] in references_by_name):
-            found.add(node.output[0])
-    return found
+        moved = node.op_type in ("Concat", "Transpose") and names.issuperset(node.input)
+        if moved or (node.op_type == "Cast" and node.input[0] in booleans):
+            names.add(node.output[0])
+    return names
 
 
 def hold_exactly(graph: onnx.GraphProto) -> None:
-    """Have what is 0 or 1 and read quantised be made as uint8 at once, and DequantizeLinear make
-    it float: no arithmetic, and no step.
+    """Hold one-hot tensors as uint8 and dequantize them with a step of 1: nothing is rounded.
+
+    Args:
+        graph: The quantized graph; changed in place.
     """
-    found = one_hot(graph)
-    quantised = {
+    exact = one_hot(graph)
+    quantized = {
         node.output[0]: node.input[0]
         for node in graph.node
-        if node.op_type == "QuantizeLinear" and node.input[0] in found
+        if node.op_type == "QuantizeLinear" and node.input[0] in exact
     }
     back = {
-        n.output[0]: quantised[n.input[0]]
+        n.output[0]: quantized[n.input[0]]
         for n in graph.node
-        if n.op_type == "DequantizeLinear" and n.input[0] in quantised
+        if n.op_type == "DequantizeLinear" and n.input[0] in quantized
     }
     if not back:
         return
     graph.initializer.append(numpy_helper.from_array(np.float32(1), "one_hot/step"))
     graph.initializer.append(numpy_helper.from_array(np.uint8(0), "one_hot/zero"))
     nodes = []
-    for node in (n for n in graph.node if n.output[0] not in {*quantised, *back}):
+    for node in (n for n in graph.node if n.output[0] not in {*quantized, *back}):
         nodes.append(node)
         node.input[:] = [back.get(name, name) for name in node.input]
-        if node.op_type == "Cast" and node.output[0] in found:
+        if node.op_type == "Cast" and node.output[0] in exact:
             (to,), (name,) = node.attribute, node.output
             to.i, node.output[0] = onnx.TensorProto.UINT8, f"{name}/uint8"
-            given = [node.output[0], "one_hot/step", "one_hot/zero"]
+            dequantized_from = [node.output[0], "one_hot/step", "one_hot/zero"]
             nodes.append(
-                helper.make_node("DequantizeLinear", given, [name], f"{name}/DequantizeLinear")
+                helper.make_node(
+                    "DequantizeLinear", dequantized_from, [name], f"{name}/DequantizeLinear"
+                )
             )
-    read = {name for node in nodes for name in node.input}
-    constants = [tensor for tensor in graph.initializer if tensor.name in read]
+    input_names = {name for node in nodes for name in node.input}
+    constants = [tensor for tensor in graph.initializer if tensor.name in input_names]
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend(constants)
@@ -361,41 +391,51 @@ def candidates(
     error: Callable[[Path], float],
     say: Callable[[str], None],
 ) -> Iterator[Quantized]:
-    """Write `path` with all layers in INT8, then with fewer and fewer, down to one: take the first
-    that is near enough to the network.
+    """Write `path` with all layers in INT8, then with fewer and fewer, down to one.
 
-    The layers are fitted to what the `network` that `source` was exported from gives on `fit_on`.
-    To leave some in float, each is tried alone and not fitted: those go first whose squared `error`
-    (HU, mean, on other slices) is largest for the work that they take over.
+    The caller takes the first candidate that is near enough to the network. To choose the layers
+    that
+    stay FP32, each layer is quantized alone, with its own weights: those whose squared error is
+    largest for the work they save come first.
+
+    Args:
+        source: The FP32 graph's file.
+        path: The file to write each candidate to.
+        inputs: What to calibrate on, by name.
+        network: The network that `source` was exported from.
+        fit_on: What to reconstruct the weights on, by name.
+        error: The mean error of a file in HU, on other slices.
+        say: Prints a line of progress.
+
+    Yields:
+        What was written.
     """
     quantizer = Quantizer(source, inputs)
     layers = list(quantizer.layers)
 
-    def written(floating: Sequence[str]) -> Quantized:
+    def write_candidate(floating: Sequence[str]) -> Quantized:
         quantizer.fitted(network, fit_on, floating).write(path, floating)
         return Quantized(tuple(floating), len(layers))
 
     say(f"  fitting {len(layers)} layers to INT8, on {len(fit_on['labels'])} slices")
-    yield written(())
+    yield write_candidate(())
     say("  all of them cost too much: measuring each alone")
     work, alone = quantizer.work(), {}
     for layer in layers:
-        quantizer.write(path, [other for other in layers if other != layer])
+        quantizer.write(path, [name for name in layers if name != layer])
         alone[layer] = error(path)
-    layers.sort(
-        key=lambda layer: -(alone[layer] ** 2) / work[layer]
-    )  # squares: what the errors of several add up as
+    # squares, because the errors of several layers add up as squares
+    layers.sort(key=lambda layer: -(alone[layer] ** 2) / work[layer])
+    # One, two, four … layers stay FP32; from half of them on, half of the rest is added each time.
     count = 1
     while count < len(layers):
-        yield written(layers[:count])
-        count = min(
-            2 * count, (count + len(layers) + 1) // 2
-        )  # one, two, four … in float; and from half of them on half of the rest
+        yield write_candidate(layers[:count])
+        count = min(2 * count, (count + len(layers) + 1) // 2)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The calibrator prints, and the quantiser warns through the root logger."""
+    """Silence the calibrator's prints and the quantizer's warnings (through the root logger)."""
     level = logging.getLogger().level
     logging.getLogger().setLevel(logging.ERROR)
     try:

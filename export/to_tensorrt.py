@@ -1,11 +1,9 @@
-"""ONNX → TensorRT engine.
+"""From ONNX to a TensorRT engine, with one code path for TensorRT 10.13 to 11.
 
-One code path for TensorRT 10.13 to 11: strongly typed, so that FP16 is what the graph says.
-
-A flag could ask for FP16 until TensorRT 10; 11 has none, and code that looks for it builds FP32
-without a word. So no flag is set here: the FP16 graph carries half weights, the network is strongly
-typed, and what came out is counted (`export.precision_audit`). Only names that 10.13, 10.16 and 11
-share are used; tests hold them against the real bindings.
+Until TensorRT 10 a flag asked for FP16. TensorRT 11 has no such flag, and code that looks for it
+builds FP32 without a word. So no flag is set here: the FP16 graph has FP16 weights, the network is
+strongly typed, and the result is counted (`export.precision_audit`). Only names that 10.13, 10.16
+and 11 share are used; tests compare them with the real bindings.
 """
 
 from __future__ import annotations
@@ -27,26 +25,30 @@ from .precision_audit import LayerTypes, read_network
 
 VERSIONS = ((10, 13), (12, 0))  # from, below
 INSTALL = 'pip install -e ".[tensorrt]"  (tensorrt-cu13 and tensorrt-lean-cu13 >= 10.13, < 12)'
-# times the canvas' height and width that an engine takes: a canvas grows only where labels reach
-# beyond it
+# How many times the canvas' height and width an engine takes: a canvas grows only where labels
+# reach beyond it.
 GROWTH = 2
 HARDWARE = {"same": "SAME_COMPUTE_CAPABILITY", "ampere+": "AMPERE_PLUS", "this": "NONE"}
 
 Shape = tuple[int, ...]
-Profile = Mapping[
-    str, tuple[Shape, Shape, Shape]
-]  # input → its smallest, its best and its largest shape
+# Input → its smallest, its best and its largest shape.
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]
 OnProgress = Callable[[str, int, int], None]  # phase, steps done, steps
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """`native`: only the same TensorRT loads it, and it is the fastest; else the lean runtime of
-    this version or a later one.
+    """How to build an engine.
 
-    `hardware`: which GPUs take it: "same" compute capability, "ampere+" (any from Ampere on;
-    slower) or "this" model alone. `workspace`: most scratch memory a layer may use, in bytes.
-    `timing_cache`: kept from build to build on one GPU.
+    Attributes:
+        precision: "fp16" or "fp32".
+        native: Only the same TensorRT loads the engine, and it is the fastest. Otherwise the lean
+            runtime of this version or a later one loads it.
+        hardware: Which GPUs run it: of the "same" compute capability, "ampere+" (any from Ampere
+            on, slower), or "this" model alone.
+        max_batch: The most slices in one call.
+        workspace: The most scratch memory of a layer, in bytes.
+        timing_cache: A file that is kept from build to build on one GPU.
     """
 
     precision: str = "fp16"
@@ -59,9 +61,14 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Built:
-    """An engine as bytes, `plan`, and what was seen while it was built.
+    """A built engine.
 
-    `layers`: the types of the network it was built from.
+    Attributes:
+        plan: The engine's bytes.
+        version: The version of TensorRT.
+        profile: The shapes that it takes.
+        layers: The types of the network that it was built from.
+        notes: Remarks for a person.
     """
 
     plan: bytes
@@ -72,14 +79,17 @@ class Built:
 
 
 def why_not() -> MissingComponent | None:
-    """Why no engine can be built here, with everything that is missing and how to get it; None
-    when one can.
+    """Tell why no engine can be built on this machine.
+
+    Returns:
+        An error that names all that is missing and how to get it; None where an engine can be
+        built.
     """
     missing, remedies = [], []
     try:
-        found = str(import_module("tensorrt").__version__)
-        if not VERSIONS[0] <= tuple(int(n) for n in found.split(".")[:2]) < VERSIONS[1]:
-            missing.append(f"tensorrt {found} is installed")
+        version = str(import_module("tensorrt").__version__)
+        if not VERSIONS[0] <= tuple(int(n) for n in version.split(".")[:2]) < VERSIONS[1]:
+            missing.append(f"tensorrt {version} is installed")
     except ImportError as exc:
         missing.append(f"TensorRT cannot be imported ({exc})")
     if missing:
@@ -97,10 +107,18 @@ def why_not() -> MissingComponent | None:
 
 
 def shapes_of(manifest: Manifest, max_batch: int) -> Profile:
-    """The shapes an engine takes: 1 to `max_batch` slices on the canvas (best: a full batch), each
-    side up to GROWTH times it.
+    """The shapes that an engine takes.
 
-    A model that fits every slice to its canvas (no pixel spacing) needs no more than the canvas.
+    They go from 1 to `max_batch` slices, and from the canvas to GROWTH times its sides; the best is
+    a full batch on the canvas. A model without a pixel spacing fits every slice to its canvas and
+    needs no larger one.
+
+    Args:
+        manifest: The model's manifest.
+        max_batch: The most slices in one call.
+
+    Returns:
+        The smallest, the best and the largest shape of each input.
     """
     canvas = manifest.grid.canvas
     growth = 1 if manifest.grid.pixel_spacing is None else GROWTH
@@ -126,27 +144,37 @@ def build(
     trt: Any = None,
     on_progress: OnProgress | None = None,
 ) -> Built:
-    """Build the graph `onnx` for the shapes of `profile`.
+    """Build an engine from an ONNX graph.
 
-    `trt`: the tensorrt module (default: import it).
+    The timing cache is read before, and written atomically after.
 
-    The timing cache is read before and written after, atomically. Raises `BuildError` with what
-    TensorRT said when it refuses the graph, the shapes or the build; `OutputError` when the cache
-    cannot be written; `KeyboardInterrupt` when interrupted.
+    Args:
+        onnx: The graph's file.
+        profile: The shapes that the engine takes.
+        options: How to build it.
+        trt: The tensorrt module (default: import it).
+        on_progress: Called with the phase, the steps done and the steps in all.
+
+    Returns:
+        The engine.
+
+    Raises:
+        BuildError: TensorRT refuses the graph, the shapes or the build; it quotes TensorRT.
+        OutputError: The cache cannot be written.
+        KeyboardInterrupt: A person interrupted the build.
     """
     check_weights(onnx)
     trt = trt or import_module("tensorrt")
-    said: list[str] = []
-    logger = collecting_logger(trt, said)
+    messages: list[str] = []
+    logger = collecting_logger(trt, messages)
     builder = trt.Builder(logger)
     network = parse(trt, builder, logger, onnx)
     _require_inputs(network, profile, onnx)
     config = builder.create_builder_config()
     _configure(trt, config, options)
     _add_profile(builder, config, profile, onnx)
-    notes, cache = _load_cache(
-        config, options.timing_cache
-    )  # the cache has to live until the engine is built
+    # the cache has to live until the engine is built
+    notes, cache = _load_cache(config, options.timing_cache)
     monitor = _monitor(trt, on_progress)
     config.progress_monitor = monitor
     layers = read_network(trt, network)
@@ -155,7 +183,7 @@ def build(
         raise KeyboardInterrupt
     if plan is None:
         raise BuildError(
-            f"TensorRT {trt.__version__} builds no engine from {onnx.name}: {_last(said)}",
+            f"TensorRT {trt.__version__} builds no engine from {onnx.name}: {_last(messages)}",
             expected="an engine",
             remedy=(
                 "a smaller --max-batch, a larger --workspace, or a GPU with more free memory; else"
@@ -170,10 +198,22 @@ def build(
 
 
 def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
-    """The strongly typed network of `onnx`. Raises `BuildError` with every error of the parser."""
-    network = builder.create_network(
-        1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    )  # 1 in 10, 0 in 11
+    """Parse a graph into a strongly typed network.
+
+    Args:
+        trt: The tensorrt module.
+        builder: A TensorRT builder.
+        logger: A TensorRT logger.
+        onnx: The graph's file.
+
+    Returns:
+        TensorRT's `INetworkDefinition`.
+
+    Raises:
+        BuildError: The parser refuses the graph; it lists every error.
+    """
+    # the flag's number differs between TensorRT 10 and 11
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(onnx)):
         return network
@@ -195,10 +235,10 @@ def parse(trt: Any, builder: Any, logger: Any, onnx: Path) -> Any:
 
 
 def _require_inputs(network: Any, profile: Profile, onnx: Path) -> None:
-    found = {network.get_input(n).name for n in range(network.num_inputs)}
-    if found != set(profile):
+    names = {network.get_input(n).name for n in range(network.num_inputs)}
+    if names != set(profile):
         raise BuildError(
-            f"{onnx.name} takes {sorted(found)}",
+            f"{onnx.name} takes {sorted(names)}",
             expected=f"the manifest's inputs {sorted(profile)}",
             remedy="export the run again",
             file=onnx,
@@ -207,12 +247,10 @@ def _require_inputs(network: Any, profile: Profile, onnx: Path) -> None:
 
 def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
-    config.profiling_verbosity = (
-        trt.ProfilingVerbosity.DETAILED
-    )  # the inspector tells types only then
-    config.clear_flag(
-        trt.BuilderFlag.TF32
-    )  # on by default: 10 bits of mantissa where the graph says FP32
+    # the inspector tells types only with this verbosity
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    # on by default: 10 bits of mantissa where the graph says FP32
+    config.clear_flag(trt.BuilderFlag.TF32)
     config.hardware_compatibility_level = getattr(
         trt.HardwareCompatibilityLevel, HARDWARE[options.hardware]
     )
@@ -235,14 +273,14 @@ def _add_profile(builder: Any, config: Any, shapes: Profile, onnx: Path) -> None
         )
         raise BuildError(
             f"TensorRT refuses the shapes {text}{': ' + refused if refused else ''}",
-            expected="shapes the graph takes",
+            expected="shapes that the graph takes",
             remedy="export the run again",
             file=onnx,
         )
 
 
 def _load_cache(config: Any, file: Path | None) -> tuple[tuple[str, ...], Any]:
-    """What to say of it, and the cache in use (None: no file was named)."""
+    """What to say of the timing cache, and the cache in use (None: no file was named)."""
     if file is None:
         return (), None
     old = file.read_bytes() if file.is_file() else b""
@@ -251,36 +289,34 @@ def _load_cache(config: Any, file: Path | None) -> tuple[tuple[str, ...], Any]:
         return (
             f"timing cache {file}: {len(old)} bytes" if old else f"timing cache {file}: new",
         ), cache
-    cache = config.create_timing_cache(
-        b""
-    )  # another GPU's, another TensorRT's, or no timing cache at all
+    # the file is of another GPU or another TensorRT, or no timing cache at all
+    cache = config.create_timing_cache(b"")
     if cache is None or not config.set_timing_cache(cache, False):
         return (f"timing cache {file}: TensorRT takes none",), None
     return (f"timing cache {file}: not of this GPU and TensorRT, started empty",), cache
 
 
-def _last(said: list[str]) -> str:
-    return "; ".join(said[-3:]) or "it says no more"
+def _last(messages: list[str]) -> str:
+    """The last messages of TensorRT."""
+    return "; ".join(messages[-3:]) or "it says no more"
 
 
 def _monitor(trt: Any, on_progress: OnProgress | None) -> Any:
-    """A TensorRT progress monitor: outermost phases are passed on; Ctrl-C stops the build at the
-    next step.
-    """
+    """A TensorRT progress monitor: it passes on the outermost phases; Ctrl-C stops the build."""
 
     class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.interrupted = False
-            self._phases: dict[str, tuple[int, int]] = {}  # outermost phase → steps told, steps
+            self._phases: dict[str, tuple[int, int]] = {}  # outermost phase → steps done, steps
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             if not parent_phase:
                 self._phases[phase_name] = (0, num_steps)
 
         def phase_finish(self, phase_name: str) -> None:
-            told, steps = self._phases.get(phase_name, (0, 0))
-            if told < steps:  # TensorRT may leave steps out
+            step, steps = self._phases.get(phase_name, (0, 0))
+            if step < steps:  # TensorRT may leave steps out
                 self.step_complete(phase_name, steps - 1)
             self._phases.pop(phase_name, None)
 

@@ -15,7 +15,7 @@ from benchmarks.gpu import contenders as gpu
 from benchmarks.harness import libraries, macs, models, reproducibility, roofline, targets
 from benchmarks.harness.history import load
 from benchmarks.harness.paired import Contender, Measured, Ready
-from benchmarks.harness.roofline import PEAK, beside, shares
+from benchmarks.harness.roofline import PEAK, peaks_for, shares
 from benchmarks.suites import coldstart, engine, stream
 from runtime import Synthesizer
 from runtime.core.errors import MissingComponent, UsageError
@@ -88,7 +88,7 @@ def test_the_readmes_table_is_the_one_that_the_committed_records_give(root: Path
 
 def test_a_share_is_of_the_limit_that_is_nearest_and_of_its_faster_roof() -> None:
     ours, idle = Contender("ours", "m:f", cost={"fp32": 10, "memcpy": 1}), Contender("idle", "m:f")
-    assert [c.name for c in beside([ours, idle])] == [
+    assert [c.name for c in peaks_for([ours, idle])] == [
         f"{PEAK}fp32 matrix product",
         f"{PEAK}fp32 3x3 convolution",
         f"{PEAK}memcpy",
@@ -221,7 +221,7 @@ def test_a_figure_with_a_bar_is_said_to_hold_it_or_not() -> None:
         "slow": {"seconds": 21.5, "at_most": {"seconds": 20}},
         "free": {},
     }
-    assert report.held({"contenders": rows}) == [
+    assert report.target_verdicts({"contenders": rows}) == [
         "bar: ours: loader share 0.004, at most 0.05: held",
         "bar: slow: seconds 21.5, at most 20: NOT HELD",
     ]

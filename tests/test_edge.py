@@ -239,7 +239,7 @@ def test_a_defect_is_told_apart_in_each_part_of_the_top(
     inputs = parity.draw_inputs(
         manifest.inputs, parity.random_labels(2, manifest.grid.slices, (32, 32), 8)
     )
-    sound = error_localization.regions(graph, folder / "model.onnx", inputs)
+    sound = error_localization.stage_errors(graph, folder / "model.onnx", inputs)
     assert {"top.join", "top.modulation", "top.image", "top.amplitudes", "texture"} <= {
         r.name for r in sound
     }
@@ -248,7 +248,9 @@ def test_a_defect_is_told_apart_in_each_part_of_the_top(
     path.write_bytes((folder / "model.onnx").read_bytes())
     altered(path, where, lambda weights: weights * 1.5)
     assert (
-        error_localization.worst(error_localization.regions(graph, path, inputs), "fp32").name
+        error_localization.worst_stage(
+            error_localization.stage_errors(graph, path, inputs), "fp32"
+        ).name
         == region
     )
 

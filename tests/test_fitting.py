@@ -10,13 +10,15 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import nn
 
 from export.quantize import Quantizer
+from export.to_onnx import name_nodes
 from export.weight_reconstruction import fake_quantize
 
 SLICES, CLASSES = 12, 4
-LAYERS = ("first", "spread", "mix", "last")
+LAYERS = ("first/Conv", "spread/Conv", "mix/Conv", "last/Conv")
 
 
 class Network(nn.Module):
@@ -68,9 +70,7 @@ def exported(network: nn.Module, path: Path) -> Path:
         )
     assert program is not None
     model = program.model_proto
-    names = iter(LAYERS)
-    for node in model.graph.node:
-        node.name = next(names) if node.op_type == "Conv" else node.name
+    name_nodes(model.graph)
     onnx.save(model, path)
     return path
 
@@ -118,9 +118,9 @@ def test_a_layer_left_in_float_takes_back_errors_of_those_before_it(
         Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)),
         tmp_path / "int8.onnx",
     )
-    quantizer.write(path, ("mix",))
+    quantizer.write(path, ("mix/Conv",))
     before = error(path, network, labels(2))
-    quantizer.fitted(network, labels(1), ("mix",)).write(path, ("mix",))
+    quantizer.fitted(network, labels(1), ("mix/Conv",)).write(path, ("mix/Conv",))
     assert error(path, network, labels(2)) < 0.7 * before
 
 
@@ -144,7 +144,7 @@ def test_a_network_that_the_graph_does_not_come_from_is_refused(
     network: Network, tmp_path: Path
 ) -> None:
     quantizer = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0))
-    with pytest.raises(ValueError, match="convolution 0 of the network is not the graph's"):
+    with pytest.raises(ValueError, match="the graph's weights of first/Conv are not the network's"):
         quantizer.fitted(Network(torch.full((16,), 2.0)).eval(), labels(1))
 
 
@@ -200,6 +200,58 @@ def test_groups_of_several_channels_and_gaps_between_taps_are_fitted_too(tmp_pat
     before = error(path, network, labels(2))
     quantizer.fitted(network, labels(1)).write(path, ())
     assert error(path, network, labels(2)) < 0.7 * before
+
+
+class Branched(nn.Module):
+    """Two branches of one shape, which any order of the nodes computes alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = (nn.Conv2d(CLASSES, 8, 3, padding=1) for _ in range(2))
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        condition = (labels[..., None] == torch.arange(CLASSES)).float().permute(0, 3, 1, 2)
+        return self.last(self.left(condition).relu() + self.right(condition).relu())
+
+
+def fitted_weights(network: nn.Module, source: Path) -> dict[str, np.ndarray]:
+    """The reconstructed weights and biases that the INT8 graph of `source` is made of, by name."""
+    model = Quantizer(source, labels(0)).fitted(network, labels(1))._model
+    return {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in model.graph.initializer
+        if "/fitted/" in tensor.name
+    }
+
+
+def test_order_of_nodes_changes_no_weight(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Branched().eval()
+    source = exported(network, tmp_path / "fp32.onnx")
+    expected = fitted_weights(network, source)
+    model = onnx.load(source)
+    nodes = list(model.graph.node)
+    left, right = (
+        next(n for n, node in enumerate(nodes) if node.name == name)
+        for name in ("left/Conv", "right/Conv")
+    )
+    nodes.insert(left, nodes.pop(right))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, tmp_path / "other.onnx")
+    weights = fitted_weights(network, tmp_path / "other.onnx")
+    assert weights.keys() == expected.keys() and len(expected) == 2 * 3
+    for name, array in expected.items():
+        np.testing.assert_array_equal(weights[name], array, err_msg=name)
+
+
+def test_unknown_layer_is_refused(network: Network, tmp_path: Path) -> None:
+    quantizer = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0))
+    network.added = network.last
+    network.last = nn.Identity()
+    with pytest.raises(ValueError, match="the network has no layer last/Conv"):
+        quantizer.fitted(network, labels(1))
 
 
 def test_eight_bits_hold_zero_exactly_and_end_at_their_range() -> None:

@@ -196,7 +196,7 @@ def test_a_defect_is_named_with_the_region_it_lies_in(
         and "at most" in caught.value.expected
     )
     (worst,) = [
-        line for line in str(caught.value).splitlines() if line.endswith("<- the worst region")
+        line for line in str(caught.value).splitlines() if line.endswith("<- the worst stage")
     ]
     assert worst.strip().startswith(region)
 
@@ -266,7 +266,7 @@ def test_int8_layers_that_the_proof_refuses_stay_in_float(
     found, said = write_again(graph, trained, tmp_path / "model")
     assert (
         "not taken: model.int8.onnx in openvino-int8 synthesizes other values" in said
-        and "<- the worst region" in said
+        and "<- the worst stage" in said
     )
     assert 0 < found.export["int8"]["layers"] < found.export["int8"]["of"]
     assert all(
@@ -286,7 +286,7 @@ def test_an_int8_file_that_no_masks_let_pass_is_left_out(
         not (tmp_path / "model" / "model.int8.onnx").exists()
         and found.export["int8"]["layers"] == 0
     )
-    assert "model.int8.onnx is left out: no layer can be quantised" in said
+    assert "model.int8.onnx is left out: no layer can be quantized" in said
 
 
 def test_masks_are_taken_of_all_patients_and_not_of_the_first() -> None:
@@ -320,7 +320,7 @@ def test_a_channel_that_int8_holds_at_another_scale_is_no_error(
     """Fitting brings channels nearer to one range; the layers after undo it, and the image is
     right.
     """
-    for region in error_localization.regions(
+    for region in error_localization.stage_errors(
         graph, model / "model.int8.onnx", references_by_name[parity.ON_MASKS].inputs
     ):
         assert region.error < 0.25, region

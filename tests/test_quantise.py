@@ -11,7 +11,6 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch.nn.functional import conv2d
 
 from export.quantize import Quantizer, candidates
 from export.weight_reconstruction import rounded
@@ -31,10 +30,10 @@ def forked(tmp_path: Path) -> Path:
     }
     nodes = [
         helper.make_node("Cast", ["labels"], ["x"], "cast", to=TensorProto.FLOAT),
-        helper.make_node("Conv", ["x", "first.w"], ["a"], "first", pads=[2] * 4),
+        helper.make_node("Conv", ["x", "first.w"], ["a"], "first/Conv", pads=[2] * 4),
         helper.make_node("Relu", ["a"], ["r"], "relu"),
-        helper.make_node("Conv", ["r", "left.w"], ["left.y"], "left"),
-        helper.make_node("Conv", ["r", "right.w"], ["right.y"], "right"),
+        helper.make_node("Conv", ["r", "left.w"], ["left.y"], "left/Conv"),
+        helper.make_node("Conv", ["r", "right.w"], ["right.y"], "right/Conv"),
     ]
     tensors = [
         numpy_helper.from_array(w.astype(np.float32), f"{name}.w") for name, w in weights.items()
@@ -72,7 +71,7 @@ def test_a_constant_shift_of_a_quantised_layer_is_taken_back(
 ) -> None:
     quantizer = Quantizer(forked, regions)
     truth, path = run(forked, regions), tmp_path / "int8.onnx"
-    quantizer.write(path, ["first", "right"])
+    quantizer.write(path, ["first/Conv", "right/Conv"])
     generated = run(path, regions)["left.y"]
     error = generated - truth["left.y"]
     assert np.abs(error).max() > 1e-4  # it is quantised
@@ -83,7 +82,7 @@ def test_a_layer_left_in_float_reads_what_was_not_quantised_for_another(
     forked: Path, regions, tmp_path: Path
 ) -> None:
     path = tmp_path / "int8.onnx"
-    Quantizer(forked, regions).write(path, ["first", "right"])
+    Quantizer(forked, regions).write(path, ["first/Conv", "right/Conv"])
     generated, truth = run(path, regions), run(forked, regions)
     np.testing.assert_allclose(generated["right.y"], truth["right.y"], rtol=0, atol=1e-5)
     assert np.abs(generated["left.y"] - truth["left.y"]).max() > 1e-4
@@ -112,11 +111,11 @@ def test_a_kernel_keeps_the_sum_of_its_taps_which_is_all_that_flat_labels_show()
 
 def test_what_was_rounded_is_what_the_file_holds(forked: Path, regions, tmp_path: Path) -> None:
     path = tmp_path / "int8.onnx"
-    Quantizer(forked, regions).write(path, ["left", "right"])
+    Quantizer(forked, regions).write(path, ["left/Conv", "right/Conv"])
     graph = onnx.load(path).graph
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
     nodes = {name: node for node in graph.node for name in node.output}
-    (conv,) = (node for node in graph.node if node.name == "first")
+    (conv,) = (node for node in graph.node if node.name == "first/Conv")
     whole, step, _ = (constants[name] for name in nodes[conv.input[1]].input)
     weights = {
         tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(forked).graph.initializer
@@ -205,24 +204,32 @@ def test_one_hot_labels_are_held_exactly_and_by_no_arithmetic(
 @pytest.fixture
 def network(forked: Path) -> torch.nn.Module:
     """What `forked` says, in PyTorch."""
-    constants = {
-        tensor.name: torch.from_numpy(numpy_helper.to_array(tensor).copy())
-        for tensor in onnx.load(forked).graph.initializer
-    }
 
     class Forked(torch.nn.Module):
-        def forward(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            shared = conv2d(labels.float(), constants["first.w"], padding=2).relu()
-            return conv2d(shared, constants["left.w"]), conv2d(shared, constants["right.w"])
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = torch.nn.Conv2d(2, 16, 5, padding=2, bias=False)
+            self.left, self.right = (torch.nn.Conv2d(16, 4, 1, bias=False) for _ in range(2))
 
-    return Forked()
+        def forward(self, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            shared = self.first(labels.float()).relu()
+            return self.left(shared), self.right(shared)
+
+    network = Forked().eval()
+    weights = {
+        tensor.name.replace(".w", ".weight"): torch.from_numpy(numpy_helper.to_array(tensor).copy())
+        for tensor in onnx.load(forked).graph.initializer
+    }
+    network.load_state_dict(weights)
+    return network
 
 
 def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(
     forked: Path, network, regions, tmp_path: Path
 ) -> None:
     """`first` has 50 times the work of `left`, and all are nearly as harmful."""
-    harm, path, seen = {"first": 0.8, "left": 0.9, "right": 0.3}, tmp_path / "int8.onnx", []
+    harm = {"first/Conv": 0.8, "left/Conv": 0.9, "right/Conv": 0.3}
+    path, seen = tmp_path / "int8.onnx", []
 
     def error(path: Path) -> float:
         return float(sum(harm[name] ** 2 for name in in_int8(path)) ** 0.5)
@@ -232,13 +239,13 @@ def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(
             made.floating
         )  # what is there is what is said
         seen.append(made.floating)
-    assert seen[:2] == [(), ("left",)] and len(seen[-1]) == 2
+    assert seen[:2] == [(), ("left/Conv",)] and len(seen[-1]) == 2
 
 
 def test_of_layers_of_the_same_work_the_worse_one_stays_in_float(
     forked: Path, network, regions, tmp_path: Path
 ) -> None:
-    for worse in ("left", "right"):
+    for worse in ("left/Conv", "right/Conv"):
 
         def error(path: Path, worse: str = worse) -> float:
             return sum(0.9 if name == worse else 0.1 for name in in_int8(path))
@@ -247,7 +254,9 @@ def test_of_layers_of_the_same_work_the_worse_one_stays_in_float(
             forked, tmp_path / "int8.onnx", regions, network, regions, error, lambda text: None
         )
         assert [next(made).floating, next(made).floating] == [(), (worse,)]
-        assert in_int8(tmp_path / "int8.onnx") == {"first", "left", "right"} - {worse}
+        assert in_int8(tmp_path / "int8.onnx") == {"first/Conv", "left/Conv", "right/Conv"} - {
+            worse
+        }
 
 
 def in_int8(path: Path) -> set[str]:

@@ -1,10 +1,11 @@
-"""From measured stage costs to the throughput to expect of other machines:  python
-tools/capacity.py --model MODEL -o docs/reference/capacity.md
+"""Predict the throughput of other machines from stage costs measured on this one.
 
-What a slice costs is measured here: CPU seconds of each stage, bytes over disk and link,
-multiply-accumulates and tensor traffic of the graph. What a device can do is taken from its data
-sheet. A stage's rate is capacity over cost, the slowest stage sets the throughput; everything in
-the page but the costs is a prediction and is marked as one.
+    python tools/capacity.py --model MODEL -o docs/reference/capacity.md
+
+The costs of a slice are measured: CPU seconds of each stage, bytes over disk and link,
+multiply-accumulates and tensor traffic of the graph. The capacity of a device comes from its data
+sheet. A stage's rate is capacity over cost, and the slowest stage sets the throughput. All of the
+page but the costs is a prediction, and is marked as one.
 """
 
 from __future__ import annotations
@@ -43,8 +44,16 @@ BANDWIDTH_SHARE = 0.60  # of the data sheet's memory bandwidth
 
 @dataclass(frozen=True)
 class Device:
-    """`fp16`: dense tensor-core FLOP/s; `memory`, `link`, `disk`: bytes/s; `core`: speed of one
-    core against the one measured.
+    """A machine to predict for.
+
+    Attributes:
+        name: Its name in the page.
+        fp16: Dense tensor-core FLOP/s.
+        memory: GPU memory bandwidth, bytes/s.
+        link: Bandwidth between host and GPU, bytes/s.
+        cores: The number of CPU cores.
+        core: The speed of one core relative to the measured one.
+        disk: Bytes/s.
     """
 
     name: str
@@ -56,10 +65,9 @@ class Device:
     disk: float
 
 
-# Rates: NVIDIA's data sheets (Jetson Orin Nano Super and AGX Orin series technical briefs, L4, H200
-# SXM), sparse figures halved.
-# Links: Jetson shares its memory between CPU and GPU; PCIe 4.0 x16 and 5.0 x16 one way. Hosts,
-# disks and core speeds: assumed.
+# Rates are from NVIDIA's data sheets (Jetson Orin Nano Super and AGX Orin series technical briefs,
+# L4, H200 SXM), with sparse figures halved. Links: a Jetson's CPU and GPU share the memory; PCIe
+# 4.0 x16 and 5.0 x16 one way. Hosts, disks and core speeds are assumed.
 DEVICES = (
     Device("Jetson Orin Nano 8 GB (Super)", 17e12, 102e9, 50e9, 6, 0.35, 1e9),
     Device("Jetson AGX Orin 64 GB", 42.5e12, 204.8e9, 100e9, 12, 0.40, 2e9),
@@ -79,8 +87,14 @@ DEVICES = (
 
 @dataclass(frozen=True)
 class Costs:
-    """Of one slice: CPU seconds by stage, bytes read and written on disk, bytes over the link,
-    multiply-accumulates, tensor bytes.
+    """What one slice costs.
+
+    Attributes:
+        cpu: CPU seconds by stage.
+        disk: Bytes read and written on disk.
+        link: Bytes between host and GPU.
+        macs: Multiply-accumulates.
+        tensors: Bytes that convolutions read and write.
     """
 
     cpu: dict[str, float]
@@ -93,7 +107,15 @@ class Costs:
 def measure(model: Path, size: str, format: str) -> Costs:
     """Run every stage alone on this machine.
 
-    CPU seconds are of the whole process: what a stage's threads use is counted.
+    CPU seconds are those of the whole process, so that the threads of a stage count.
+
+    Args:
+        model: A model folder with an FP32 graph.
+        size: A key of `SIZES`, the mask's size.
+        format: A key of `FORMATS`, the result's format.
+
+    Returns:
+        The costs of one slice.
     """
     manifest = Manifest.load(model)
     volume = mask(SIZES[size], len(manifest.labels))
@@ -145,18 +167,26 @@ def measure(model: Path, size: str, format: str) -> Costs:
 
 
 def _seconds(stage: Callable[[], object]) -> float:
-    """The least CPU seconds of a few runs, after one that warms up."""
-    taken = []
+    """The least CPU seconds of a few runs, after one run that warms up."""
+    seconds = []
     for n in range(REPEATS + 1):
         before = time.process_time()
         stage()
         if n:
-            taken.append(time.process_time() - before)
-    return min(taken)
+            seconds.append(time.process_time() - before)
+    return min(seconds)
 
 
 def predict(costs: Costs, device: Device) -> dict[str, float]:
-    """Slices/s that each resource of the device allows."""
+    """Predict the rates of a device.
+
+    Args:
+        costs: What one slice costs.
+        device: The machine.
+
+    Returns:
+        Slices/s that each of its resources allows.
+    """
     gpu = max(
         2 * costs.macs / (PEAK_SHARE * device.fp16),
         costs.tensors / (BANDWIDTH_SHARE * device.memory),
@@ -170,19 +200,30 @@ def predict(costs: Costs, device: Device) -> dict[str, float]:
 
 
 def page(model: Path, size: str, costs: dict[str, Costs]) -> str:
-    here, some = machine(ROOT), next(iter(costs.values()))
+    """Write the page.
+
+    Args:
+        model: The model folder.
+        size: A key of `SIZES`.
+        costs: The costs of a slice by output format.
+
+    Returns:
+        The page as Markdown.
+    """
+    this_machine, first_costs = machine(ROOT), next(iter(costs.values()))
     on_disk = ", ".join(f"{cost.disk / 1e3:.0f} kB ({name})" for name, cost in costs.items())
     return "\n".join(
         [
             "# Capacity: what to expect of other machines",
             "",
             (
-                f"Written by `python tools/capacity.py`; costs measured on {here['cpu']}, commit"
-                f" {here['commit']}, one core's seconds."
+                f"Written by `python tools/capacity.py`; costs measured on {this_machine['cpu']},"
+                f" commit {this_machine['commit']}, one core's seconds."
             ),
             (
-                f"Model `{Manifest.load(model).name}`: {some.macs / 1e9:.3g} G multiply-accumulates"
-                f" and {some.tensors / 1e6:.0f} MB of FP16 tensors a slice."
+                f"Model `{Manifest.load(model).name}`: {first_costs.macs / 1e9:.3g}"
+                f" G multiply-accumulates and {first_costs.tensors / 1e6:.0f} MB"
+                " of FP16 tensors a slice."
             ),
             f"Masks of {size}.",
             "",
@@ -197,7 +238,7 @@ def page(model: Path, size: str, costs: dict[str, Costs]) -> str:
                 }.items()
             ),
             "",
-            f"Over the link {some.link / 1e3:.0f} kB; on disk {on_disk}.",
+            f"Over the link {first_costs.link / 1e3:.0f} kB; on disk {on_disk}.",
             *(line for name, cost in costs.items() for line in _predicted(name, cost)),
             "",
             "## Assumptions",
@@ -253,6 +294,11 @@ def _predicted(name: str, cost: Costs) -> list[str]:
 
 
 def main(argv: Sequence[str]) -> int:
+    """Measure and write the page; returns the exit code.
+
+    Args:
+        argv: The command line without the program's name.
+    """
     parser = argparse.ArgumentParser(
         "capacity.py",
         description="Predict throughput on other machines from costs measured here.",

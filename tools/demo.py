@@ -1,7 +1,9 @@
-"""The main job, from nothing, by the commands a person would type:  python tools/demo.py --output
-runs/demo
+"""Run the whole job from nothing, with the commands that a person would type.
 
-phantom cohort → train → export with proof → masks no network has seen → synthetic CTs → report.html
+    python tools/demo.py --output runs/demo
+
+The stages: phantom cohort, training, export with a parity check, masks that no network has seen,
+synthetic CTs, report.html.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from runtime.core.console import EXIT_CODES, duration, run
 from runtime.core.errors import Mask2CTError, OutputError, UsageError, writing
 
 PHANTOM = ROOT / "train" / "configs" / "phantom.json"
-# Of the ten minutes that PHANTOM trains, the first three or so, its rates falling as far.
+# The first three minutes or so of the ten that PHANTOM trains; the learning rates fall as far.
 SHORT = [
     "training.steps=720",
     "optimizer.decay_g=0.0029",
@@ -34,12 +36,12 @@ SHORT = [
     "training.valid_every=240",
     "training.checkpoint_every=240",
 ]
-MARKER = ".mask2ct-demo"  # the folder is this program's own and may be made anew
+MARKER = ".mask2ct-demo"  # in a folder that this program made and may replace
 CASES_SHOWN = 3
 
 
 class StageFailed(Mask2CTError):
-    """A stage ended with another exit code than 0; its own message stands above."""
+    """A stage ended with an exit code other than 0, after its own message."""
 
     def __init__(self, name: str, command: Sequence[str], code: int):
         super().__init__(
@@ -51,25 +53,40 @@ class StageFailed(Mask2CTError):
 
 
 def main(argv: Sequence[str]) -> int:
+    """Run all stages and write the report; returns the exit code.
+
+    Args:
+        argv: The command line without the program's name.
+
+    Raises:
+        StageFailed: A stage failed.
+        UsageError: The output folder holds something else.
+    """
     parser = argparse.ArgumentParser(
         "demo.py",
         description="The whole job on phantom patients, with a report.",
         epilog=EXIT_CODES,
     )
     parser.add_argument(
-        "--output", type=Path, default=ROOT / "runs" / "demo", help="made anew (default: runs/demo)"
+        "--output",
+        type=Path,
+        default=ROOT / "runs" / "demo",
+        help="the folder, made anew (default: runs/demo)",
     )
     parser.add_argument(
-        "--config", type=Path, default=PHANTOM, help="(default: phantom.json, cut short)"
+        "--config",
+        type=Path,
+        default=PHANTOM,
+        help="the training config (default: phantom.json, shortened)",
     )
     parser.add_argument(
-        "--patients", type=int, default=24, help="to train on (default: %(default)s)"
+        "--patients", type=int, default=24, help="patients to train on (default: %(default)s)"
     )
     parser.add_argument(
         "--unseen",
         type=int,
         default=8,
-        help="patients kept from training, to synthesize (default: %(default)s)",
+        help="patients to synthesize, not trained on (default: %(default)s)",
     )
     parser.add_argument(
         "--size", type=int, nargs=3, default=(48, 128, 128), metavar=("Z", "Y", "X")
@@ -172,11 +189,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _run(name: str, command: list[str]) -> float:
     """Run one stage in a process of its own, as a person would; returns its wall seconds."""
-    whole = [sys.executable, *command]
     print(f"\n[{name}] python {shlex.join(command)}", flush=True)
     started = time.perf_counter()
     try:
-        code = subprocess.run(whole, cwd=ROOT, check=False).returncode
+        code = subprocess.run([sys.executable, *command], cwd=ROOT, check=False).returncode
     except KeyboardInterrupt:
         raise KeyboardInterrupt from None
     if code:
@@ -185,9 +201,9 @@ def _run(name: str, command: list[str]) -> float:
 
 
 def _make_anew(out: Path) -> None:
-    """An empty folder with the marker.
+    """Make an empty folder with the marker.
 
-    Raises `UsageError` rather than remove a folder that is not this program's.
+    Raises `UsageError` instead of removing a folder that is not this program's.
     """
     if out.is_dir() and any(out.iterdir()):
         if not (out / MARKER).is_file():
@@ -205,8 +221,9 @@ def _make_anew(out: Path) -> None:
 
 
 def _split_unseen(out: Path) -> None:
-    """From the cohort's layout to the demo's: masks/CASE.nii.gz is all that synthesis sees,
-    truth/CASE.nii.gz for comparison.
+    """Sort the cohort's files into masks/CASE.nii.gz and truth/CASE.nii.gz.
+
+    Synthesis sees the masks only; the truth is for comparison.
     """
     try:
         for folder, kind in (("masks", "label"), ("truth", "image")):
@@ -225,6 +242,14 @@ def _split_unseen(out: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its values.
+    """
     return json.loads(path.read_text(encoding="utf-8"))
 
 

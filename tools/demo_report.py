@@ -1,4 +1,4 @@
-"""The demo's report: what a person looks at to judge it."""
+"""The demo's report, by which a person assesses the result."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ from train.reporting.html import curves, page, picture, planes, read_metrics, ta
 
 
 def write_report(
-    out: Path, seconds: Mapping[str, float], machine: Mapping[str, Any], shown: int
+    out: Path, seconds: Mapping[str, float], machine: Mapping[str, Any], case_count: int
 ) -> None:
-    """Measure `out`/synthetic against `out`/truth on the unseen masks and write
-    `out`/report.html and metrics.json.
+    """Measure the synthetic CTs against the true ones, and write report.html and metrics.json.
+
+    Args:
+        out: The demo's folder, with synthetic, truth and masks of the unseen patients.
+        seconds: Wall seconds by stage.
+        machine: Facts of the machine.
+        case_count: How many cases the report has pictures of.
     """
     names = organ_names(MM_WHS)
     synthetic, truth, masks = read_cases(out / "synthetic", out / "truth", out / "masks", MM_WHS)
@@ -34,7 +39,7 @@ def write_report(
     synthesis = json.loads((out / "synthesis.json").read_text(encoding="utf-8"))
 
     pictures = ""
-    for n, case in enumerate(cases[:shown]):
+    for n, case in enumerate(cases[:case_count]):
         spacing = read_volume(out / "masks" / f"{case}.nii.gz").geometry.spacing
         drawn = planes(masks[n], synthetic[n], truth[n], spacing, len(names) + 1)
         pictures += f"<p>{html.escape(case)}</p>" + picture(
@@ -59,7 +64,7 @@ def write_report(
                 "Training",
                 picture(curves(read_metrics(out / "train" / "metrics.jsonl")), "training curves"),
             ),
-            ("Proof of the export", _parity(manifest)),
+            ("Parity of the export", _parity(manifest)),
             ("Seconds", _seconds(seconds, synthesis)),
             (
                 "Machine",
@@ -73,6 +78,7 @@ def write_report(
 
 
 def _organs(metrics: Mapping[str, Any]) -> str:
+    """The organs' figures as HTML."""
     rows = []
     for name, organ in metrics["organs"].items():
         if organ is None:
@@ -95,7 +101,7 @@ def _organs(metrics: Mapping[str, Any]) -> str:
     body = metrics["body"]
     lead = (
         f"<p>Mean absolute error inside the body {body['mae']:.0f} HU, {body['mae_ratio']:.2f} of"
-        " what synthesis every label, and the rest of the body, with its own mean gives"
+        " the error of an image that gives each label, and the rest of the body, its mean"
         f" ({body['mae_label_mean']:.0f} HU).</p>"
     )
     head = ("HU, pooled", "median", "true", "error", "IQR", "true", "texture", "true", "ratio")
@@ -107,23 +113,25 @@ def _organs(metrics: Mapping[str, Any]) -> str:
 
 
 def _parity(manifest: Manifest) -> str:
+    """The parity report as HTML."""
     note = (
-        "<p class=note>The exported files against the PyTorch network, HU, in every engine that was"
-        " there.</p>"
+        "<p class=note>The exported files against the PyTorch network, in HU, in every installed"
+        " engine.</p>"
     )
     return note + table(PARITY_HEAD, parity_rows(manifest))
 
 
 def _seconds(seconds: Mapping[str, float], synthesis: Mapping[str, Any]) -> str:
+    """Wall time by stage, and the throughput, as HTML."""
     slices = sum(case["slices"] for case in synthesis["cases"])
     inference_seconds = sum(case["seconds"]["synthesize"] for case in synthesis["cases"])
     rows = [(name, duration(s)) for name, s in seconds.items()] + [
         ("together", duration(sum(seconds.values())))
     ]
-    whole = slices / synthesis["seconds"]
+    overall_rate = slices / synthesis["seconds"]
     speed = (
-        f"<p>Synthesis synthesized {slices} slices at {slices / inference_seconds:.0f} slices/s"
-        f" ({whole:.0f} slices/s with files in and out), "
+        f"<p>{slices} slices were synthesized at {slices / inference_seconds:.0f} slices/s"
+        f" ({overall_rate:.0f} slices/s with files in and out), "
     )
     return (
         table(("stage", "wall time"), rows)

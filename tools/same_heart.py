@@ -1,8 +1,9 @@
-"""How alike real patients are who share a heart mask: what diversity over styles can come to.
-python tools/same_heart.py
+"""How alike patients are who share a heart mask: the most that diversity over styles can reach.
 
-Phantom patients of one heart, all else drawn anew; MS-SSIM between them on slices with labels, as
-train/metrics/volume_metrics.py measures it over styles and between patients.
+    python tools/same_heart.py
+
+Phantom patients share one heart, and all else is drawn anew. MS-SSIM between them is measured on
+slices with labels, as train/metrics/volume_metrics.py measures it over styles and between patients.
 """
 
 from __future__ import annotations
@@ -24,11 +25,19 @@ from train.phantom.anatomy import Parameters, heart_pose
 from train.phantom.cohort import draw, simulate
 
 
-def same_heart(heart: Parameters, other: Parameters) -> Parameters:
-    """`other`'s contrast, build and bones about `heart`'s heart, where it lies."""
+def same_heart(heart: Parameters, body: Parameters) -> Parameters:
+    """Put a patient's body around another patient's heart.
+
+    Args:
+        heart: The patient whose heart is used, in its place.
+        body: The patient whose contrast, build and bones are used.
+
+    Returns:
+        The new patient.
+    """
     at = heart_pose(heart).origin
     moved = replace(
-        other,
+        body,
         heart=heart.heart,
         phase=heart.phase,
         yaw=heart.yaw,
@@ -36,22 +45,27 @@ def same_heart(heart: Parameters, other: Parameters) -> Parameters:
         roll=heart.roll,
         wall=heart.wall,
         warp=heart.warp,
-        shift=(other.shift[0], other.shift[1], heart.shift[2]),
+        shift=(body.shift[0], body.shift[1], heart.shift[2]),
     )
     away = at - heart_pose(moved).origin
     return replace(moved, body=(moved.body[0] + float(away[0]), moved.body[1] + float(away[1])))
 
 
 def main(argv: Sequence[str]) -> int:
+    """Print MS-SSIM for each heart, and the mean as JSON; returns the exit code.
+
+    Args:
+        argv: The command line without the program's name.
+    """
     parser = argparse.ArgumentParser(
         "same_heart.py", description="MS-SSIM between phantom patients who share a heart."
     )
-    parser.add_argument("--hearts", type=int, default=4)
+    parser.add_argument("--hearts", type=int, default=4, help="hearts (default: %(default)s)")
     parser.add_argument(
-        "--patients", type=int, default=4, help="of each heart (default: %(default)s)"
+        "--patients", type=int, default=4, help="patients of each heart (default: %(default)s)"
     )
     options = parser.parse_args(argv)
-    found = []
+    scores = []
     for index in range(options.hearts):
         heart = draw(2, index)
         patients = [
@@ -60,14 +74,14 @@ def main(argv: Sequence[str]) -> int:
         masks, images = [p.labels for p in patients], [p.hu for p in patients]
         if not all(np.array_equal(mask, masks[0]) for mask in masks):
             raise AssertionError("the hearts differ")
-        found.append(
+        scores.append(
             between_patients(images[::2], masks[::2], images[1::2], masks[1::2])["ms_ssim"]
         )
-        print(f"heart {index}: MS-SSIM {found[-1]:.3f}", flush=True)
+        print(f"heart {index}: MS-SSIM {scores[-1]:.3f}", flush=True)
     print(
         json.dumps(
             {
-                "ms_ssim": round(float(np.mean(found)), 4),
+                "ms_ssim": round(float(np.mean(scores)), 4),
                 "hearts": options.hearts,
                 "patients": options.patients,
             }

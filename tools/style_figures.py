@@ -1,9 +1,8 @@
-"""How the code reads, in figures: vague names, line lengths, docstrings, arrows between packages.
+"""How the code reads, in figures: vague names, line lengths, docstrings, imports between packages.
 
     python tools/style_figures.py [--list]     # --list: where the vague names are
 
-The figures are those of the redesign's reading of the code (docs/results/style.md): a newcomer's
-cost shows in them, so they are measured and not felt.
+They stand for what costs a newcomer time, so that it is measured instead of felt.
 """
 
 from __future__ import annotations
@@ -22,49 +21,32 @@ PACKAGES = ("runtime", "train", "export", "benchmarks", "tools")
 # A name that says nothing of what it holds: a participle, a pronoun or an adverb alone.
 VAGUE = frozenset(
     [
-        "found",
-        "made",
-        "said",
-        "there",
-        "worth",
-        "kept",
-        "given",
-        "done",
-        "whole",
-        "ours",
-        "theirs",
-        "own",
-        "other",
-        "others",
-        "shown",
-        "told",
-        "known",
-        "left",
-        "taken",
-        "wanted",
-        "asked",
-        "beside",
-        "those",
-        "these",
-        "them",
-        "here",
-        "thing",
-        "things",
-        "stuff",
-        "seen",
-        "used",
-        "held",
-        "got",
+        *("found", "made", "said", "there", "worth", "kept", "given", "done", "whole", "ours"),
+        *("theirs", "own", "other", "others", "shown", "told", "known", "left", "taken", "wanted"),
+        *("asked", "beside", "those", "these", "them", "here", "thing", "things", "stuff", "seen"),
+        *("used", "held", "got"),
     ]
 )
 
 
 def files(package: str) -> list[Path]:
+    """The package's Python files, sorted.
+
+    Args:
+        package: A folder of the repository.
+    """
     return sorted((ROOT / package).rglob("*.py"))
 
 
 def assigned_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
-    """Every name that is bound: (name, line). Parameters and loop variables count too."""
+    """Yield every name that is bound, parameters and loop variables included.
+
+    Args:
+        tree: A syntax tree.
+
+    Yields:
+        (name, line).
+    """
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             yield node.id, node.lineno
@@ -73,7 +55,14 @@ def assigned_names(tree: ast.AST) -> Iterator[tuple[str, int]]:
 
 
 def public_without_docstring(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """Public classes, functions and methods that state nothing: (name, line)."""
+    """Yield the public classes, functions and methods without a docstring.
+
+    Args:
+        tree: The syntax tree of a module.
+
+    Yields:
+        (name, line).
+    """
 
     def visit(body: list[ast.stmt], inside_class: bool) -> Iterator[tuple[str, int]]:
         for node in body:
@@ -93,7 +82,14 @@ def public_without_docstring(tree: ast.Module) -> Iterator[tuple[str, int]]:
 
 
 def docstrings_with_sections(tree: ast.AST) -> tuple[int, int]:
-    """(docstrings with Args, Returns or Raises; docstrings) of functions with a docstring."""
+    """Count the functions' docstrings.
+
+    Args:
+        tree: A syntax tree.
+
+    Returns:
+        (those with Args, Returns, Raises or Yields, all).
+    """
     texts = [
         ast.get_docstring(node) or ""
         for node in ast.walk(tree)
@@ -105,6 +101,11 @@ def docstrings_with_sections(tree: ast.AST) -> tuple[int, int]:
 
 
 def own_line_comments(source: str) -> int:
+    """Count the comments that stand on a line of their own.
+
+    Args:
+        source: The text of a file.
+    """
     lines = source.splitlines()
     return sum(
         token.type == tokenize.COMMENT and lines[token.start[0] - 1].lstrip().startswith("#")
@@ -113,32 +114,43 @@ def own_line_comments(source: str) -> int:
 
 
 def arrows() -> Counter[tuple[str, str]]:
-    """Imports from one package of the runtime to another, by (from, to)."""
+    """Count the imports from one package of the runtime to another.
+
+    Returns:
+        The count by (importing package, imported package).
+    """
     counted: Counter[tuple[str, str]] = Counter()
     for file in files("runtime"):
         parts = file.relative_to(ROOT).with_suffix("").parts
         package = parts[:-1]
-        own = parts[1] if len(parts) > 2 else file.stem
+        source = parts[1] if len(parts) > 2 else file.stem
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.ImportFrom) and node.level:
                 base = [*package[: len(package) - node.level + 1], *(node.module or "").split(".")]
-                other = base[1] if len(base) > 1 and base[1] else node.names[0].name
-                if other != own:
-                    counted[own, other] += 1
+                target = base[1] if len(base) > 1 and base[1] else node.names[0].name
+                if target != source:
+                    counted[source, target] += 1
     return counted
 
 
 def percentile(values: list[int], share: float) -> int:
+    """The value below which a share of the values lies.
+
+    Args:
+        values: The values, in any order.
+        share: 0 to 1.
+    """
     return sorted(values)[int(share * (len(values) - 1))]
 
 
 def main() -> None:
-    """Print the table, and the vague names where they are asked for."""
+    """Print the table, and with --list where the vague names are."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--list", action="store_true", help="print where the vague names are")
     options = parser.parse_args()
     print(
-        f"{'':<12}{'lines':>7}{'vague/1000':>12}{'p90 length':>12}{'fmt: skip':>11}{'undocumented':>14}{'sections':>10}{'comments/1000':>15}"
+        f"{'':<12}{'lines':>7}{'vague/1000':>12}{'p90 length':>12}{'fmt: skip':>11}"
+        f"{'undocumented':>14}{'sections':>10}{'comments/1000':>15}"
     )
     for package in PACKAGES:
         sources = {file: file.read_text() for file in files(package)}
@@ -162,17 +174,19 @@ def main() -> None:
         share = sum(a for a, _ in sections) / max(1, sum(b for _, b in sections))
         comments = sum(map(own_line_comments, sources.values()))
         print(
-            f"{package:<12}{len(lengths):>7}{1000 * len(vague) / len(names):>12.1f}{percentile(lengths, 0.9):>12}"
-            f"{skips:>11}{len(bare):>14}{share:>10.0%}{1000 * comments / len(lengths):>15.1f}"
+            f"{package:<12}{len(lengths):>7}{1000 * len(vague) / len(names):>12.1f}"
+            f"{percentile(lengths, 0.9):>12}{skips:>11}{len(bare):>14}{share:>10.0%}"
+            f"{1000 * comments / len(lengths):>15.1f}"
         )
         if options.list:
             for name, file, line in sorted(vague, key=lambda one: (one[1], one[2])):
                 print(f"  {file.relative_to(ROOT)}:{line} {name}")
             for name, file, line in bare:
                 print(f"  {file.relative_to(ROOT)}:{line} {name} has no docstring")
-    seen = arrows()
+    imports = arrows()
     print(
-        f"\narrows between packages of the runtime: {len(seen)} kinds, {sum(seen.values())} imports"
+        f"\narrows between packages of the runtime: {len(imports)} kinds,"
+        f" {sum(imports.values())} imports"
     )
     top = [
         path.name

@@ -1,5 +1,6 @@
-"""A TensorRT engine run with nothing around it: what the runtime's engine is measured against,
-and each of its means by itself.
+"""A TensorRT engine with nothing around it.
+
+The runtime's engine is measured against it, and it checks each of TensorRT's means by itself.
 """
 
 from __future__ import annotations
@@ -16,7 +17,17 @@ from runtime.core.manifest import Manifest
 
 
 def ok(result: tuple[Any, ...]) -> Any:
-    """The value of a CUDA call. Raises RuntimeError that names its error."""
+    """The value of a CUDA call.
+
+    Args:
+        result: What cuda-bindings returned: an error code and values.
+
+    Returns:
+        The first value, or None.
+
+    Raises:
+        RuntimeError: CUDA reports an error; the message names it.
+    """
     from cuda.bindings import runtime as cuda
 
     code, *values = result
@@ -28,9 +39,15 @@ def ok(result: tuple[Any, ...]) -> Any:
 class Bare:
     """One context, one stream, fixed pinned and device buffers for `batch` slices on the canvas.
 
-    `module`: "tensorrt_lean" or "tensorrt". `managed`: activations lie in memory of ours
-    (USER_MANAGED). `captured`: copies and kernels are one CUDA graph. Nothing is freed: a bare
-    engine lives in a process of its own.
+    Nothing is freed: a bare engine lives in a process of its own.
+
+    Args:
+        module: "tensorrt_lean" or "tensorrt".
+        plan: The engine's bytes.
+        manifest: The model's manifest.
+        batch: Slices in a call.
+        managed: Activations lie in memory that we allocate (USER_MANAGED).
+        captured: Copies and kernels are one CUDA graph.
     """
 
     def __init__(
@@ -51,16 +68,13 @@ class Bare:
         self._runtime = trt.Runtime(self._logger)
         engine = self._engine = self._runtime.deserialize_cuda_engine(plan)
         require(engine is not None, f"{module} {trt.__version__} does not load the engine")
-        static, ours = (
-            trt.ExecutionContextAllocationStrategy.STATIC,
-            trt.ExecutionContextAllocationStrategy.USER_MANAGED,
-        )
-        context = self._context = engine.create_execution_context(ours if managed else static)
+        strategies = trt.ExecutionContextAllocationStrategy
+        strategy = strategies.USER_MANAGED if managed else strategies.STATIC
+        context = self._context = engine.create_execution_context(strategy)
         require(context is not None, "no execution context")
         self._stream = ok(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking))
-        self._copies: list[
-            tuple[int, int, int, bool]
-        ] = []  # device, host, bytes, whether to the device
+        # device, host, bytes, whether to the device
+        self._copies: list[tuple[int, int, int, bool]] = []
         self.inputs: dict[str, NDArray[Any]] = {}
         self.output: NDArray[Any] = np.empty(0, np.uint8)
         sizes = {"N": batch, "H": manifest.grid.canvas[0], "W": manifest.grid.canvas[1]}
@@ -101,10 +115,17 @@ class Bare:
             )
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
-        """Synthesize one batch: uint8 (N, H, W, 2), a copy."""
+        """Synthesize one batch.
+
+        Args:
+            inputs: Arrays of `batch` slices by name.
+
+        Returns:
+            uint8 (N, H, W, 2), a copy.
+        """
         for name, array in inputs.items():
             self.inputs[name][...] = array
-        self.output[...] = 0xAA  # what nobody wrote must not look like a result
+        self.output[...] = 0xAA  # bytes that nothing wrote must not look like a result
         self.launch()
         self.wait()
         return self.output.copy()
@@ -132,6 +153,7 @@ class Bare:
                 )
 
     def wait(self) -> None:
+        """Wait for all that was queued."""
         ok(self._cuda.cudaStreamSynchronize(self._stream))
 
     def _buffers(
@@ -152,5 +174,14 @@ class Bare:
 
 
 def require(condition: Any, fault: str) -> None:
+    """Fail unless a condition holds.
+
+    Args:
+        condition: Any value.
+        fault: The message.
+
+    Raises:
+        RuntimeError: The condition is false.
+    """
     if not condition:
         raise RuntimeError(fault)

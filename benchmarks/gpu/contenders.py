@@ -1,9 +1,9 @@
-"""What could run the same network on a GPU: PyTorch FP16 in a CUDA graph, ONNX Runtime's CUDA
-provider, a bare TensorRT engine.
+"""What could run the same network on a GPU: PyTorch, ONNX Runtime, a bare TensorRT engine.
 
-Contenders of the suite `engine`, beside ours of the same backend. Each says what keeps it from
-running where it cannot. They have not been run yet: no machine with a GPU has had them. Fact
-`vram`: bytes of the device's memory that are in use while it runs, less what was in use before.
+PyTorch runs FP16 in a CUDA graph, ONNX Runtime its CUDA provider. They are contenders of the suite
+`engine`, beside ours of the same backend. Each states why it cannot run where it cannot. They have
+not run yet, for want of a machine with a GPU. Fact `vram`: bytes of device memory in use while it
+runs, less what was in use before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,20 @@ from runtime.engines.gpu.probe import DRIVER_REMEDY, why_no_gpu
 
 
 def by_pytorch(model: str, trained: str, slices: int, batch: int) -> Ready:
-    """The half graph of the run in `trained`, captured once with fixed tensors and replayed."""
+    """The FP16 network of a run, captured once with fixed tensors and replayed.
+
+    Args:
+        model: The model folder.
+        trained: The run folder.
+        slices: Slices in a round.
+        batch: Slices in a call.
+
+    Returns:
+        The contender; its unit is slices.
+
+    Raises:
+        MissingComponent: The GPU, a package or a file is missing.
+    """
     _need_gpu()
     import torch
 
@@ -33,26 +46,26 @@ def by_pytorch(model: str, trained: str, slices: int, batch: int) -> Ready:
     if not torch.cuda.is_available():
         raise _absent(f"torch {torch.__version__} has no CUDA")
     if not (Path(trained) / "run.json").is_file():
-        raise _absent("the run folder of this model is not here")
+        raise _absent("the run folder of this model is missing")
     before = torch.cuda.mem_get_info()[0]
     graph = to_fp16(fuse_batch_norm(network(trained))).cuda()
     _, inputs, out = opened(model, "fp32", slices, batch)
     host = {name: torch.from_numpy(array).pin_memory() for name, array in inputs.items()}
     result = torch.from_numpy(out).pin_memory()
-    given = {name: tensor[:batch].cuda() for name, tensor in host.items()}
+    device_inputs = {name: tensor[:batch].cuda() for name, tensor in host.items()}
     with torch.inference_mode():
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(3):
-                graph(**given)
+                graph(**device_inputs)
         torch.cuda.current_stream().wait_stream(side)
         captured = torch.cuda.CUDAGraph()
         with torch.cuda.graph(captured):
-            generated = graph(**given)
+            generated = graph(**device_inputs)
 
     def call(caller: int, n: int) -> None:
-        for name, tensor in given.items():
+        for name, tensor in device_inputs.items():
             tensor.copy_(host[name][n : n + batch], non_blocking=True)
         captured.replay()
         result[n : n + batch].copy_(generated, non_blocking=True)
@@ -62,8 +75,21 @@ def by_pytorch(model: str, trained: str, slices: int, batch: int) -> Ready:
 
 
 def by_onnxruntime(model: str, trained: str, slices: int, batch: int) -> Ready:
-    """The FP16 graph with the provider's own settings, tensors copied to and fro by ONNX
-    Runtime; never on the CPU.
+    """The FP16 graph with the CUDA provider's defaults; never on the CPU.
+
+    ONNX Runtime copies the tensors to and fro.
+
+    Args:
+        model: The model folder.
+        trained: The run folder.
+        slices: Slices in a round.
+        batch: Slices in a call.
+
+    Returns:
+        The contender; its unit is slices.
+
+    Raises:
+        MissingComponent: The GPU, a package or a file is missing.
     """
     _need_gpu()
     ort = onnxruntime()
@@ -90,13 +116,26 @@ def by_onnxruntime(model: str, trained: str, slices: int, batch: int) -> Ready:
 
 
 def by_tensorrt(model: str, trained: str, slices: int, batch: int) -> Ready:
-    """The model's own engine file as one CUDA graph with its copies (benchmarks/gpu/bare.py)."""
+    """The model's own engine as one CUDA graph with its copies (benchmarks/gpu/bare.py).
+
+    Args:
+        model: The model folder.
+        trained: The run folder.
+        slices: Slices in a round.
+        batch: Slices in a call.
+
+    Returns:
+        The contender; its unit is slices.
+
+    Raises:
+        MissingComponent: The GPU, a package or a file is missing.
+    """
     manifest = Manifest.load(Path(model))
     name = manifest.file_of("engine", "fp16")
     if name is None:
         raise MissingComponent(
             "the model holds no fp16 engine file",
-            expected="one",
+            expected="an engine that was built for this GPU",
             remedy="export the run on a machine with this GPU",
         )
     _need_gpu()
@@ -131,7 +170,7 @@ def _absent(why: str) -> MissingComponent:
 
 
 def _free() -> int:
-    """Bytes of device memory that nobody uses."""
+    """Bytes of free device memory."""
     from cuda.bindings import runtime as cuda
 
     code, free, _ = cuda.cudaMemGetInfo()

@@ -1,5 +1,6 @@
-"""Our own engines on a GPU, through the protocol the synthesizer uses: right, flat in memory,
-and as fast as a bare one.
+"""Our own engines on a GPU, through the protocol that the synthesizer uses.
+
+Checks: they are right, their memory stays flat, and they are as fast as a bare engine.
 """
 
 from __future__ import annotations
@@ -22,7 +23,19 @@ CHANGES = 1000  # between torch and our engine
 
 
 def runtime_parity(case: Case, backend: str) -> str:
-    """Our own engine, as a hospital opens it."""
+    """Compare our engine, opened as in a hospital, with the CPU.
+
+    Args:
+        case: The model and the folder to work in.
+        backend: The backend.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
+    """
     engine = _engine(case, backend)
     from runtime.engines.memory import HOST_STREAM
 
@@ -41,13 +54,25 @@ def runtime_parity(case: Case, backend: str) -> str:
             rows.append(out[: BATCH - start].copy())
         return np.concatenate(rows)
 
-    seen = against_cpu(case, run)
+    differences = against_cpu(case, run)
     engine.close()
-    return f"{engine.name}: {seen}"
+    return f"{engine.name}: {differences}"
 
 
 def runtime_steady(case: Case, backend: str) -> str:
-    """Nothing is allocated after the second batch of a shape, and closing gives all of it back."""
+    """Nothing is allocated after the second batch of a shape, and closing frees everything.
+
+    Args:
+        case: The model and the folder to work in.
+        backend: The backend.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
+    """
     engine = _engine(case, backend)
     step = Pipeline(case, engine)
     for _ in range(2 * engine.spec.streams):
@@ -59,13 +84,25 @@ def runtime_steady(case: Case, backend: str) -> str:
     require(before == after, f"allocations went from {before} to {after}")
     step.close()
     engine.close()
-    left = {name: stats.in_use for name, stats in engine.memory().items() if stats.in_use}
-    require(not left, f"bytes in use after close: {left}")
+    still_in_use = {name: stats.in_use for name, stats in engine.memory().items() if stats.in_use}
+    require(not still_in_use, f"bytes in use after close: {still_in_use}")
     return f"allocations stay at {after}, 0 bytes in use after close"
 
 
 def runtime_beside_torch(case: Case, backend: str) -> str:
-    """One process that alternates torch's CUDA work and our engine: right, and flat in memory."""
+    """Alternate torch's CUDA work and our engine in one process: right, and flat in memory.
+
+    Args:
+        case: The model and the folder to work in.
+        backend: The backend.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
+    """
     torch = _cuda_torch()
     engine = _engine(case, backend)
     step = Pipeline(case, engine)
@@ -89,8 +126,20 @@ def runtime_beside_torch(case: Case, backend: str) -> str:
 
 
 def runtime_throughput(case: Case, backend: str) -> str:
-    """The pipelined engine against the bare one (TensorRT), or against itself called one batch
-    after the other.
+    """Compare the throughput of the pipelined engine with a baseline.
+
+    The baseline of TensorRT is the bare engine, otherwise the engine called batch after batch.
+
+    Args:
+        case: The model and the folder to work in.
+        backend: The backend.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
     """
     from runtime.engines.memory import HOST_STREAM
 
@@ -108,7 +157,7 @@ def runtime_throughput(case: Case, backend: str) -> str:
             loader, (case.model / str(name)).read_bytes(), case.manifest, batch, captured=True
         )
 
-        def other() -> None:
+        def baseline() -> None:
             for _ in range(calls):
                 bare.launch()
             bare.wait()
@@ -119,11 +168,11 @@ def runtime_throughput(case: Case, backend: str) -> str:
             np.empty((batch, *case.manifest.grid.canvas, 2), np.uint8),
         )
 
-        def other() -> None:
+        def baseline() -> None:
             for _ in range(calls):
                 engine.run(inputs, out, stream=HOST_STREAM)
 
-    def ours() -> None:
+    def pipelined() -> None:
         for _ in range(calls):
             step()
         step.wait()
@@ -131,14 +180,15 @@ def runtime_throughput(case: Case, backend: str) -> str:
     ratios, rates = [], []
     for n in range(rounds + 1):  # the first round warms up
         seconds = []
-        for contender in (ours, other) if n % 2 else (other, ours):
+        order = (pipelined, baseline) if n % 2 else (baseline, pipelined)
+        for contender in order:
             began = time.perf_counter()
             contender()
             seconds.append(time.perf_counter() - began)
-        mine, theirs = seconds if n % 2 else seconds[::-1]
+        pipelined_seconds, baseline_seconds = seconds if n % 2 else seconds[::-1]
         if n:
-            ratios.append(theirs / mine)
-            rates.append(batch * calls / mine)
+            ratios.append(baseline_seconds / pipelined_seconds)
+            rates.append(batch * calls / pipelined_seconds)
     ratio = statistics.median(ratios)
     require(
         ratio >= LEAST_OF_BARE,
@@ -153,7 +203,12 @@ def runtime_throughput(case: Case, backend: str) -> str:
 
 
 class Pipeline:
-    """Calls an engine on all of its streams in turn, with tensors of its own pool."""
+    """Calls an engine on all of its streams in turn, with tensors of the engine's pool.
+
+    Args:
+        case: The model.
+        engine: An open engine.
+    """
 
     def __init__(self, case: Case, engine: Any):
         self._engine = engine
@@ -165,12 +220,12 @@ class Pipeline:
         drawn = draw(case.manifest, engine.spec.batch)
         shape = (engine.spec.batch, *case.manifest.grid.canvas, 2)
         for stream in self._streams:
-            given = {
+            inputs = {
                 name: self._array(array.shape, array.dtype, stream) for name, array in drawn.items()
             }
             for name, array in drawn.items():
-                given[name][...] = array
-            self._inputs.append(given)
+                inputs[name][...] = array
+            self._inputs.append(inputs)
             self._outs.append(self._array(shape, np.dtype(np.uint8), stream))
 
     def _array(self, shape: tuple[int, ...], dtype: np.dtype[Any], stream: Any) -> NDArray[Any]:
@@ -180,23 +235,27 @@ class Pipeline:
         return self._buffers[-1].array(shape, dtype)
 
     def __call__(self) -> int:
+        """Queue a batch on the next stream; returns the stream's index."""
         n, self._next = self._next, (self._next + 1) % len(self._streams)
         self._streams[n].synchronize()
         self._engine.run(self._inputs[n], self._outs[n], stream=self._streams[n])
         return n
 
     def result(self) -> NDArray[np.uint8]:
+        """Synthesize a batch; returns uint8 (N, H, W, 2), a copy."""
         n = self()
         self._streams[n].synchronize()
         return self._outs[n].copy()
 
     def wait(self) -> None:
+        """Wait for all streams."""
         for stream in self._streams:
             stream.synchronize()
 
     def close(self) -> None:
-        for thing in (*self._streams, *self._buffers):
-            thing.close()
+        """Close streams and buffers."""
+        for resource in (*self._streams, *self._buffers):
+            resource.close()
 
 
 def _engine(case: Case, backend: str) -> Any:

@@ -1,6 +1,6 @@
-"""A small model with random weights for checks on a GPU: nothing has to be trained.
+"""A small model with random weights for checks on a GPU; nothing has to be trained.
 
-Needs torch and onnx, no SimpleITK.
+It needs torch and onnx, not SimpleITK.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ GRID = GridPolicy((128, 128), (3.0, 3.0), 32, slices=3, slice_spacing=9.0)
 
 
 def random_graph() -> tuple[Manifest, Any]:
-    """A U-Net nobody trained, with every input the contract knows, as `export.graph` wraps it;
-    its manifest without files.
+    """A U-Net with random weights and every input that the contract knows.
+
+    Returns:
+        Its manifest without files, and the network as `export.graph` wraps it.
     """
     import torch
 
@@ -47,7 +49,14 @@ def random_graph() -> tuple[Manifest, Any]:
 
 
 def write_random_model(folder: Path) -> Manifest:
-    """A model folder with `random_graph` as model.onnx and model.fp16.onnx."""
+    """Write `random_graph` as model.onnx and model.fp16.onnx.
+
+    Args:
+        folder: The model folder.
+
+    Returns:
+        The manifest that was written.
+    """
     from export.graph import to_fp16
     from export.to_onnx import to_onnx
 
@@ -62,34 +71,50 @@ def write_random_model(folder: Path) -> Manifest:
         files[name] = ModelFile(
             "onnx", precision, (folder / name).stat().st_size, sha256_of(folder / name)
         )
-    whole = replace(manifest, files=files)
-    write_json(folder / MANIFEST, whole.to_json())
-    return whole
+    manifest = replace(manifest, files=files)
+    write_json(folder / MANIFEST, manifest.to_json())
+    return manifest
 
 
 def draw(manifest: Manifest, count: int, seed: int = 0) -> dict[str, NDArray[np.generic]]:
-    """`count` slices on the canvas: blocks of labels, noise and a style, as the contract has
-    them.
+    """Draw inputs on the canvas.
+
+    Args:
+        manifest: The model's manifest.
+        count: The number of slices.
+        seed: Of the random generator.
+
+    Returns:
+        Blocks of labels, noise and a style by name, where the model takes them.
     """
     rng = np.random.default_rng(seed)
     h, w = manifest.grid.canvas
     blocks = rng.integers(
         0, len(manifest.labels), (count, manifest.grid.slices, -(-h // 16), -(-w // 16)), np.uint8
     )
-    given: dict[str, NDArray[np.generic]] = {
+    inputs: dict[str, NDArray[np.generic]] = {
         "labels": np.ascontiguousarray(blocks.repeat(16, 2).repeat(16, 3)[:, :, :h, :w])
     }
     if manifest.style:
-        given["style"] = rng.standard_normal((count, manifest.style), np.float32)
+        inputs["style"] = rng.standard_normal((count, manifest.style), np.float32)
     if manifest.noise:
-        given["noise"] = rng.integers(0, 256, (count, h, w), np.uint8)
-    return given
+        inputs["noise"] = rng.integers(0, 256, (count, h, w), np.uint8)
+    return inputs
 
 
 def reference(
     manifest: Manifest, folder: Path, inputs: dict[str, NDArray[np.generic]]
 ) -> NDArray[np.int16]:
-    """The FP32 graph in ONNX Runtime on the CPU: int16 HU (N, H, W)."""
+    """Run the FP32 graph in ONNX Runtime on the CPU.
+
+    Args:
+        manifest: The model's manifest.
+        folder: The model folder.
+        inputs: Arrays of N slices by name.
+
+    Returns:
+        int16 HU (N, H, W).
+    """
     import onnxruntime
 
     name = manifest.file_of("onnx", "fp32")
@@ -104,4 +129,12 @@ def reference(
 
 
 def hu(pairs: NDArray[np.uint8]) -> NDArray[np.int16]:
+    """Read little-endian pairs of bytes.
+
+    Args:
+        pairs: uint8 (N, H, W, 2).
+
+    Returns:
+        int16 HU (N, H, W).
+    """
     return np.ascontiguousarray(pairs).view("<i2")[..., 0]

@@ -1,5 +1,6 @@
-"""TensorRT, ONNX Runtime and torch on a GPU, one means at a time: what our engines are made of,
-and what was never seen without a GPU.
+"""TensorRT, ONNX Runtime and torch on a GPU, one means at a time.
+
+These are what our engines are made of, and what can only be seen on a GPU.
 """
 
 from __future__ import annotations
@@ -31,13 +32,36 @@ from runtime.engines.gpu.probe import device
 
 
 def gpu(case: Case) -> str:
+    """There is an NVIDIA GPU with a driver.
+
+    Args:
+        case: The model and the folder to work in.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
+    """
     need_gpu()
-    found = device()
-    return f"{found}, driver for CUDA {found.driver[0]}.{found.driver[1]}"
+    nvidia = device()
+    return f"{nvidia}, driver for CUDA {nvidia.driver[0]}.{nvidia.driver[1]}"
 
 
 def half_torch(case: Case) -> str:
-    """Whatever engine runs it: do FP16 weights and tensor cores keep the picture?"""
+    """FP16 weights and tensor cores keep the picture, whatever engine runs them.
+
+    Args:
+        case: The model and the folder to work in.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
+    """
     need_gpu()
     torch = module("torch")
     if not torch.cuda.is_available():
@@ -49,11 +73,25 @@ def half_torch(case: Case) -> str:
     inputs = {name: torch.from_numpy(array) for name, array in draw(manifest, BATCH).items()}
     with torch.inference_mode():
         expected = hu(graph(**inputs).numpy())
-        found = to_fp16(graph).cuda()(**{name: tensor.cuda() for name, tensor in inputs.items()})
-    return parity(hu(found.cpu().numpy()), expected, FP16)
+        generated = to_fp16(graph).cuda()(
+            **{name: tensor.cuda() for name, tensor in inputs.items()}
+        )
+    return parity(hu(generated.cpu().numpy()), expected, FP16)
 
 
 def parse_uint8(case: Case) -> str:
+    """TensorRT parses the graph's uint8 inputs and output.
+
+    Args:
+        case: The model and the folder to work in.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
+    """
     trt = tensorrt()
     from export.to_tensorrt import parse
     from runtime.engines.gpu.tensorrt import collecting_logger
@@ -63,17 +101,28 @@ def parse_uint8(case: Case) -> str:
     types = [network.get_input(n).dtype.name for n in range(network.num_inputs)] + [
         network.get_output(0).dtype.name
     ]
-    wanted = [
+    expected = [
         {"uint8": "UINT8", "float32": "FLOAT"}[t.dtype]
         for t in (*case.manifest.inputs, case.manifest.output)
     ]
-    require(types == wanted, f"the network's tensors are {types}, not {wanted}")
+    require(types == expected, f"the network's tensors are {types}, not {expected}")
     return f"{network.num_layers} layers, inputs and output {' '.join(types)}"
 
 
 def build_compatible(case: Case) -> str:
-    """As build_engine.py does it: built, its types counted, read back, and listed; the checks
-    below are its proof.
+    """Build an engine as build_engine.py does, and list it.
+
+    It is built, its types are counted, and it is read back. The later checks are its parity check.
+
+    Args:
+        case: The model and the folder to work in.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
     """
     tensorrt()
     from export.attach_engine import ENGINE, add_engine
@@ -84,10 +133,10 @@ def build_compatible(case: Case) -> str:
     graph_of(case)
     began = time.perf_counter()
     options = BuildOptions(max_batch=BATCH, timing_cache=case.work / "timing.cache")
-    made = add_engine(
+    manifest = add_engine(
         case.model, options, lambda manifest: {}, gpu=device(), say=lambda text: None, quiet=True
     )
-    entry = made.files[ENGINE]
+    entry = manifest.files[ENGINE]
     return (
         f"{entry.bytes / 2**20:.1f} MiB in {time.perf_counter() - began:.0f} s,"
         f" {100 * entry.facts['half_network']:.0f} % of the network's convolutions FP16"
@@ -95,51 +144,109 @@ def build_compatible(case: Case) -> str:
 
 
 def build_native(case: Case) -> str:
-    """What the inspector says of FP16, and the pictures in the full runtime: of FP16, and of
-    FP32 without TF32.
+    """Native engines: the inspector counts FP16 layers, and the full runtime keeps the picture.
+
+    FP16 and FP32, the latter without TF32.
+
+    Args:
+        case: The model and the folder to work in.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
     """
     trt = tensorrt()
     from export.precision_audit import half_convolutions, inspect_plan
     from export.to_tensorrt import BuildOptions, build, shapes_of
     from runtime.engines.gpu.tensorrt import collecting_logger
 
-    shapes, cache, seen = shapes_of(case.manifest, BATCH), case.work / "timing.cache", []
+    shapes, cache, lines = shapes_of(case.manifest, BATCH), case.work / "timing.cache", []
     for precision, limits in (("fp16", FP16), ("fp32", FP32)):
         options = BuildOptions(
             precision=precision, native=True, max_batch=BATCH, timing_cache=cache
         )
         plan = build(graph_of(case, precision), shapes, options, trt=trt).plan
-        found = inspect_plan(trt, plan, shapes, native=True, logger=collecting_logger(trt, []))
-        require(found.information is not None, f"not inspected: {found.reason}")
-        half, convolutions = half_convolutions(found.information or {})
+        inspection = inspect_plan(trt, plan, shapes, native=True, logger=collecting_logger(trt, []))
+        require(inspection.information is not None, f"not inspected: {inspection.reason}")
+        half, convolutions = half_convolutions(inspection.information or {})
         require(
             convolutions and half >= LEAST_HALF * convolutions * (precision == "fp16"),
             f"{half} of {convolutions} convolutions are FP16",
         )
         text = against_cpu(case, Bare("tensorrt", plan, case.manifest, BATCH).run, limits)
-        memory = sum(found.activations or ()) / 2**20
-        seen.append(
+        memory = sum(inspection.activations or ()) / 2**20
+        lines.append(
             f"{precision}: {half} of {convolutions} convolutions FP16, {memory:.0f} MiB of"
             f" activations, {text}"
         )
-    return "; ".join(seen)
+    return "; ".join(lines)
 
 
 def lean_loads(case: Case) -> str:
+    """The lean runtime loads a version-compatible engine and keeps the picture.
+
+    Args:
+        case: The model and the folder to work in.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
+    """
     bare = Bare(lean_module(), _plan(case), case.manifest, BATCH)
     return against_cpu(case, bare.run)
 
 
 def lean_managed(case: Case) -> str:
+    """The lean engine computes the same with activations in memory that we allocate.
+
+    Args:
+        case: The model and the folder to work in.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
+    """
     return _same(case, managed=True)
 
 
 def captured(case: Case) -> str:
+    """The lean engine computes the same as a CUDA graph with its copies.
+
+    Args:
+        case: The model and the folder to work in.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
+    """
     return _same(case, managed=True, captured=True)
 
 
 def ort_cuda(case: Case) -> str:
-    """ONNX Runtime's CUDA provider, with no way back to the CPU."""
+    """ONNX Runtime's CUDA provider keeps the picture, with no fallback to the CPU.
+
+    Args:
+        case: The model and the folder to work in.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
+    """
     need_gpu()
     ort = module("onnxruntime")
     if "CUDAExecutionProvider" not in ort.get_available_providers():
@@ -159,6 +266,11 @@ def ort_cuda(case: Case) -> str:
 
 
 def tensorrt() -> Any:
+    """The full TensorRT module.
+
+    Raises:
+        Absent: It or the GPU is missing.
+    """
     need_gpu()
     return module("tensorrt")
 
@@ -173,9 +285,7 @@ def _plan(case: Case) -> bytes:
 
 
 def _same(case: Case, **options: bool) -> str:
-    """The lean engine with `options` synthesizes what it synthesizes without, on two sets of
-    inputs.
-    """
+    """Compare the lean engine with `options` to the one without, on two sets of inputs."""
     name, plan = lean_module(), _plan(case)
     plain, special = (
         Bare(name, plan, case.manifest, BATCH),
@@ -203,5 +313,5 @@ CHECKS: dict[str, tuple[str, Callable[[Case], str]]] = {
     "managed": ("USER_MANAGED activations in the lean runtime", lean_managed),
     "captured": ("a CUDA graph of the lean engine with its copies", captured),
     "native": ("native engines: share of FP16 layers, HU parity of FP16 and FP32", build_native),
-    "ort": ("ONNX Runtime CUDA, no way back to the CPU: HU parity", ort_cuda),
+    "ort": ("ONNX Runtime CUDA, no fallback to the CPU: HU parity", ort_cuda),
 }

@@ -1,5 +1,6 @@
-"""Our slots, streams and pools round a network in torch: where neither TensorRT nor ONNX Runtime
-has a GPU build, they still can be seen.
+"""Our slots, streams and pools around a network in torch.
+
+They can be checked with it where neither TensorRT nor ONNX Runtime has a GPU build.
 """
 
 from __future__ import annotations
@@ -24,7 +25,13 @@ TYPES = {"uint8": "|u1", "float32": "<f4"}
 
 
 class Array:
-    """A block of device memory as torch takes it, without a copy (CUDA array interface 3)."""
+    """A block of device memory that torch takes without a copy (CUDA array interface 3).
+
+    Args:
+        ptr: The block's address.
+        shape: The array's shape.
+        dtype: A key of `TYPES`.
+    """
 
     def __init__(self, ptr: int, shape: tuple[int, ...], dtype: str):
         self.__cuda_array_interface__ = {
@@ -37,12 +44,22 @@ class Array:
 
 
 def torch_engine(case: Case) -> Any:
-    """An engine by our protocol that computes the half graph of the random model in torch, on
-    our streams and memory.
+    """An engine of our protocol that computes the random model's FP16 network in torch.
+
+    It uses our streams and memory.
+
+    Args:
+        case: The model.
+
+    Returns:
+        The engine.
+
+    Raises:
+        Absent: The model has other weights.
     """
     torch = import_module("torch")
     if case.manifest.name != NAME:
-        raise Absent("torch has the weights of the random model alone")
+        raise Absent("torch has the weights of the random model only")
     from export.graph import to_fp16
 
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
@@ -78,20 +95,29 @@ def torch_engine(case: Case) -> Any:
         def _work(self, inputs: Any, out: Any) -> None:
             self._upload(inputs)
             result = self.owner.spec.output.name
-            given = {name: tensor for name, tensor in self._bound.items() if name != result}
+            tensors = {name: tensor for name, tensor in self._bound.items() if name != result}
             with (
                 torch.inference_mode(),
                 torch.cuda.stream(torch.cuda.ExternalStream(int(self._handle))),
             ):
-                self._bound[result].copy_(graph(**given))
+                self._bound[result].copy_(graph(**tensors))
             self._download(out)
 
     return TorchEngine()
 
 
 def loopback(case: Case) -> str:
-    """Copies up and down as one CUDA graph on our stream: new bytes in, the same bytes out, at
-    every launch.
+    """Copies up and down, as one CUDA graph on our stream: the bytes that go in come out.
+
+    Args:
+        case: The model and the folder to work in.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
     """
     need_gpu()
     try:
@@ -122,6 +148,6 @@ def loopback(case: Case) -> str:
         cuda.destroy(graph=graph, stream=stream)
         for buffer in (block, *buffers):
             buffer.close()
-    left = [pool.stats.in_use for pool in pools]
-    require(left == [0, 0], f"{left} bytes are still in use")
+    still_in_use = [pool.stats.in_use for pool in pools]
+    require(still_in_use == [0, 0], f"{still_in_use} bytes are still in use")
     return f"10 launches, {why}"

@@ -1,1 +1,1 @@
-"""How suites are measured, kept and compared."""
+"""How suites are measured, recorded and compared."""

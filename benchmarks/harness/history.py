@@ -1,5 +1,6 @@
-"""What was measured when, on which machine: one record a line in results/history.jsonl, and what
-fell since.
+"""Records of measurements, one a line in results/history.jsonl, and the ratios that fell since.
+
+A record says what was measured when, and on which machine.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from .record import machine
 from .roofline import PEAK
 
 HISTORY = ROOT / "benchmarks" / "results" / "history.jsonl"
-# of a ratio: less is what one run differs from the next on shared cores, whatever its rounds say
-LEAST_FALL = 0.10
-SURE = (
-    0.05  # the chance of calling a fall where there is none, shared by all ratios that are compared
-)
+# The least regression of a ratio that counts. On shared cores one run differs from the next by
+# less, whatever its rounds say.
+LEAST_REGRESSION = 0.10
+# The chance of a false regression, shared by all ratios that are compared.
+ALPHA = 0.05
 
 Record = dict[str, Any]
 
@@ -39,13 +40,23 @@ def make_record(
 ) -> Record:
     """A suite's result as JSON values.
 
-    The first contender is ours; every other one but roofs gets a ratio, ours / it.
+    The first contender is ours. Every other one but the roofline peaks gets a ratio, ours / it.
 
-    `shares`: contender → the limit it is nearest to, and its share of it.
+    Args:
+        suite: The suite's name.
+        options: What another record must share to be compared with this one.
+        unit: The unit of the rates.
+        measured: The contenders' results by name.
+        shares: By contender: the limit that it is nearest to, and its share of it.
+
+    Returns:
+        The record.
     """
     present = {name: m for name, m in measured.items() if m.absent is None}
-    ours, *others = (name for name in present if not name.startswith(PEAK))
-    ratios = {name: ratio(present[ours].rates, present[name].rates, len(others)) for name in others}
+    first, *baselines = (name for name in present if not name.startswith(PEAK))
+    ratios = {
+        name: ratio(present[first].rates, present[name].rates, len(baselines)) for name in baselines
+    }
     return {
         "suite": suite,
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
@@ -61,7 +72,7 @@ def make_record(
     }
 
 
-# Keys of a contender's row; others are its own facts.
+# Keys of a contender's row. All other keys are facts that the contender states.
 STANDARD = (
     "rates",
     "median",
@@ -89,8 +100,11 @@ def _row(measured: Measured, share: tuple[str, float] | None) -> dict[str, Any]:
 
 
 def noise() -> dict[str, float]:
-    """The machine's load average, and the share of CPU time that a hypervisor stole since it
-    booted.
+    """How busy the machine is.
+
+    Returns:
+        The load average ("load"), and the share of CPU time that a hypervisor stole since the
+        machine booted ("steal"); empty where the system does not tell.
     """
     try:
         ticks = [
@@ -103,11 +117,25 @@ def noise() -> dict[str, float]:
 
 
 def ratio_of(record: Record, name: str) -> Ratio:
+    """A ratio of a record.
+
+    Args:
+        record: The record.
+        name: The contender that ours is compared with.
+    """
     return Ratio(**record["ratios"][name])
 
 
 def append(records: Iterable[Record], path: Path = HISTORY) -> None:
-    """Add a line each. Raises `OutputError`."""
+    """Append a line for each record.
+
+    Args:
+        records: The records.
+        path: The file.
+
+    Raises:
+        OutputError: The file cannot be written.
+    """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as handle:
@@ -115,7 +143,17 @@ def append(records: Iterable[Record], path: Path = HISTORY) -> None:
 
 
 def load(path: Path = HISTORY) -> list[Record]:
-    """Every record, oldest first. Raises `UsageError` for a line that is none."""
+    """Read every record.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Records, oldest first.
+
+    Raises:
+        UsageError: A line is not a record.
+    """
     if not path.is_file():
         return []
     records = []
@@ -124,7 +162,7 @@ def load(path: Path = HISTORY) -> list[Record]:
             records.append(json.loads(line))
         except ValueError as exc:
             raise UsageError(
-                f"line {number} of {path.name} is no record: {exc}",
+                f"line {number} of {path.name} is not a record: {exc}",
                 expected="one JSON object a line",
                 remedy="remove the line",
                 file=path,
@@ -133,14 +171,28 @@ def load(path: Path = HISTORY) -> list[Record]:
 
 
 def fingerprint(record: Record) -> str:
-    """The machine as far as it decides speed: processor, cores, memory."""
+    """The machine as far as it decides speed.
+
+    Args:
+        record: The record.
+
+    Returns:
+        Processor, cores, memory.
+    """
     m = record["machine"]
     return f"{m['cpu']}, {m['cores']} cores, {m['memory_gib']} GiB"
 
 
 def before(record: Record, records: Iterable[Record], revision: str) -> Record | None:
-    """The last record of `records` to hold `record` against: same suite, options and machine, of
-    `revision` or of any ("last").
+    """Find the record to compare another one with.
+
+    Args:
+        record: The new record.
+        records: All records, oldest first.
+        revision: The commit of the old record, or "last" for any.
+
+    Returns:
+        The last record of the same suite, options and machine; None if there is none.
     """
     same = [
         r
@@ -154,7 +206,14 @@ def before(record: Record, records: Iterable[Record], revision: str) -> Record |
 
 @dataclass(frozen=True)
 class Regression:
-    """A ratio, ours / `against`, that is lower than it was, by more than both runs' noise."""
+    """A ratio that is lower than it was, by more than the noise of both runs.
+
+    Attributes:
+        suite: The suite.
+        against: The contender that ours is compared with.
+        was: The old ratio.
+        now: The new ratio.
+    """
 
     suite: str
     against: str
@@ -169,30 +228,40 @@ class Regression:
 
 
 def regressions(old: Record, new: Record) -> list[Regression]:
-    """Which ratios fell by more than LEAST_FALL and more than the noise: a one-sided Mann-Whitney
-    test over the rounds' ratios at SURE, shared by all that are compared (Holm).
+    """Find the ratios that fell by more than LEAST_REGRESSION and by more than the noise.
+
+    A one-sided Mann-Whitney test over the rounds' ratios at ALPHA; all ratios share the level
+    (Holm).
+
+    Args:
+        old: The earlier record.
+        new: The later record.
+
+    Returns:
+        The regressions, the least likely by chance first.
     """
     from scipy.stats import mannwhitneyu
 
-    tried = []
+    compared = []
     for name in old["ratios"].keys() & new["ratios"].keys():
         then, now = _round_ratios(old, name), _round_ratios(new, name)
         chance = float(mannwhitneyu(now, then, alternative="less", method="exact").pvalue)
-        tried.append(
+        compared.append(
             (
                 chance,
                 Regression(new["suite"], name, statistics.median(then), statistics.median(now)),
             )
         )
-    found = []
-    for rank, (chance, fall) in enumerate(sorted(tried, key=lambda pair: pair[0])):
-        if chance > SURE / (len(tried) - rank):
+    fallen = []
+    for rank, (chance, regression) in enumerate(sorted(compared, key=lambda pair: pair[0])):
+        if chance > ALPHA / (len(compared) - rank):
             break
-        if fall.now < (1 - LEAST_FALL) * fall.was:
-            found.append(fall)
-    return found
+        if regression.now < (1 - LEAST_REGRESSION) * regression.was:
+            fallen.append(regression)
+    return fallen
 
 
 def _round_ratios(record: Record, name: str) -> list[float]:
-    ours = next(iter(record["contenders"].values()))["rates"]
-    return [a / b for a, b in zip(ours, record["contenders"][name]["rates"], strict=True)]
+    """The ratio of each round, ours / `name`."""
+    rates = next(iter(record["contenders"].values()))["rates"]
+    return [a / b for a, b in zip(rates, record["contenders"][name]["rates"], strict=True)]

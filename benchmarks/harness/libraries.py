@@ -1,9 +1,8 @@
-"""What could run the same network without us: each library called in a tight loop on prepared
-tensors, and the network in PyTorch.
+"""What could run the same network without us: each library in a tight loop on prepared tensors.
 
-OpenVINO and ONNX Runtime are called by as many threads at once as our engines have workers, each on
-its share of the cores, and write straight into the result: the same arrangement as ours with
-nothing around it. PyTorch has one caller on all cores, as people run it.
+As many threads call OpenVINO and ONNX Runtime at once as our engines have workers, each on its
+share of the cores, and write straight into the result. This is our arrangement with nothing around
+it. PyTorch has one caller on all cores, as people run it.
 """
 
 from __future__ import annotations
@@ -34,18 +33,22 @@ Call = Callable[[int, int], None]
 
 
 def tensors(manifest: Manifest, slices: int) -> tuple[LabelVolume, dict[str, NDArray[Any]]]:
-    """A mask on the model's own grid, and the tensors that the synthesizer makes of it (N = all
-    its slices).
+    """A mask on the model's own grid, and the tensors that the synthesizer makes of it.
+
+    Args:
+        manifest: The model's manifest.
+        slices: The number of slices.
+
+    Returns:
+        The mask, and the inputs by name (N = `slices`).
     """
     (h, w), spacing = manifest.grid.canvas, manifest.grid.pixel_spacing or (1.0, 1.0)
     labels = mask((slices, h, w), len(manifest.labels)).labels
     volume = LabelVolume(
         labels, Geometry(np.diag([spacing[1], spacing[0], manifest.grid.slice_spacing or 3.0, 1.0]))
     )
-    grid, random = (
-        SliceGrid(manifest.grid, volume.geometry, (slices, h, w), labels),
-        CaseRandom(0, volume.digest, 0),
-    )
+    grid = SliceGrid(manifest.grid, volume.geometry, (slices, h, w), labels)
+    random = CaseRandom(0, volume.digest, 0)
     inputs: dict[str, NDArray[Any]] = {
         "labels": np.stack([grid.labels(labels, k) for k in range(slices)])
     }
@@ -57,21 +60,31 @@ def tensors(manifest: Manifest, slices: int) -> tuple[LabelVolume, dict[str, NDA
 
 
 def loop(call: Call, out: NDArray[np.uint8], batch: int, callers: int, **facts: Any) -> Ready:
-    """`call(caller, n)` synthesizes the slices n to n + `batch` into `out`; `callers` threads
-    share them. Facts: how long one call took.
+    """A contender that calls a library batch by batch.
+
+    Args:
+        call: `call(caller, n)` synthesizes the slices n to n + `batch` into `out`.
+        out: uint8 (slices, H, W, 2).
+        batch: Slices in a call.
+        callers: The number of threads that share the batches.
+        **facts: Facts to report. How long single calls take is added.
+
+    Returns:
+        The contender; its unit is slices.
     """
     starts = range(0, len(out), batch)
     threads = ThreadPoolExecutor(callers)
     calls = Calls(facts)
 
-    def work(caller: int, left: Any) -> None:
-        for n in left:  # one iterator for all: whoever is free takes the next
+    def work(caller: int, remaining: Any) -> None:
+        # all threads share one iterator, so that a free one takes the next batch
+        for n in remaining:
             calls.time(lambda n=n: call(caller, n))  # type: ignore[misc]
 
     def run() -> float:
-        left = iter(starts)
-        for done in [threads.submit(work, caller, left) for caller in range(callers)]:
-            done.result()
+        remaining = iter(starts)
+        for future in [threads.submit(work, caller, remaining) for caller in range(callers)]:
+            future.result()
         calls.next_round()
         return float(len(out))
 
@@ -83,9 +96,9 @@ def loop(call: Call, out: NDArray[np.uint8], batch: int, callers: int, **facts: 
 
 
 class Calls:
-    """Milliseconds of single calls, as `facts["call_ms"]`.
+    """Measures single calls, as `facts["call_ms"]` in milliseconds.
 
-    What sets the contender up and warms it is left out: the first two rounds.
+    The first two rounds are left out, because they set up the contender and warm it up.
     """
 
     SKIPPED = 2
@@ -96,15 +109,26 @@ class Calls:
         self._taken: list[float] = []
 
     def time(self, call: Callable[[], object]) -> None:
+        """Make a call and add its duration.
+
+        Args:
+            call: The call.
+        """
         before = time.perf_counter()
         call()
         self.took(time.perf_counter() - before)
 
     def took(self, seconds: float) -> None:
+        """Add the duration of a call.
+
+        Args:
+            seconds: The duration.
+        """
         if self._rounds >= self.SKIPPED:
             self._taken.append(1e3 * seconds)
 
     def next_round(self) -> None:
+        """End a round: update the facts."""
         self._rounds += 1
         if self._taken:
             self._facts["call_ms"] = {
@@ -115,9 +139,19 @@ class Calls:
 def opened(
     model: str, precision: str, slices: int, batch: int
 ) -> tuple[Path, dict[str, NDArray[Any]], NDArray[np.uint8]]:
-    """The graph file, its inputs, and where `slices` of its result go.
+    """Open a model's graph for a library.
 
-    Raises `MissingComponent` where the model holds no such graph.
+    Args:
+        model: The model folder.
+        precision: "fp32", "fp16" or "int8".
+        slices: The number of slices, a multiple of `batch`.
+        batch: Slices in a call.
+
+    Returns:
+        The graph's file, its inputs by name, and an array for the result, uint8 (slices, H, W, 2).
+
+    Raises:
+        MissingComponent: The model holds no such graph.
     """
     if slices % batch:
         raise ValueError(f"{slices} slices do not fill batches of {batch}")
@@ -125,7 +159,9 @@ def opened(
     name = manifest.file_of("onnx", precision)
     if name is None:
         raise MissingComponent(
-            f"the model holds no {precision} graph", expected="one", remedy="export the run again"
+            f"the model holds no {precision} graph",
+            expected="such a graph",
+            remedy="export the run again",
         )
     return (
         Path(model) / name,
@@ -135,6 +171,17 @@ def opened(
 
 
 def by_openvino(model: str, precision: str, slices: int, batch: int) -> Ready:
+    """The graph in OpenVINO.
+
+    Args:
+        model: The model folder.
+        precision: "fp32" or "int8".
+        slices: Slices in a round.
+        batch: Slices in a call.
+
+    Returns:
+        The contender.
+    """
     ov = openvino()
     path, inputs, out = opened(model, precision, slices, batch)
     callers = min(cores(), MOST_WORKERS)
@@ -146,9 +193,8 @@ def by_openvino(model: str, precision: str, slices: int, batch: int) -> Ready:
         "ENABLE_CPU_PINNING": False,
     }
     graph = ov.Core().read_model(path)
-    graph.reshape(
-        {name: [batch, *array.shape[1:]] for name, array in inputs.items()}
-    )  # sizes that are fixed are faster
+    # fixed sizes are faster
+    graph.reshape({name: [batch, *array.shape[1:]] for name, array in inputs.items()})
     compiled = ov.Core().compile_model(graph, "CPU", settings)
     requests = [compiled.create_infer_request() for _ in range(callers)]
 
@@ -162,6 +208,17 @@ def by_openvino(model: str, precision: str, slices: int, batch: int) -> Ready:
 
 
 def by_onnxruntime(model: str, precision: str, slices: int, batch: int) -> Ready:
+    """The graph in ONNX Runtime's CPU provider.
+
+    Args:
+        model: The model folder.
+        precision: "fp32" or "int8".
+        slices: Slices in a round.
+        batch: Slices in a call.
+
+    Returns:
+        The contender.
+    """
     ort = onnxruntime()
     path, inputs, out = opened(model, precision, slices, batch)
     callers = min(cores(), MOST_WORKERS)
@@ -184,7 +241,18 @@ def by_onnxruntime(model: str, precision: str, slices: int, batch: int) -> Ready
 
 
 def by_pytorch(model: str, trained: str, way: str, slices: int, batch: int) -> Ready:
-    """`way`: "eager", "channels_last" or "compile"."""
+    """The network in PyTorch on the CPU.
+
+    Args:
+        model: The model folder.
+        trained: The run folder.
+        way: "eager", "channels_last" or "compile".
+        slices: Slices in a round.
+        batch: Slices in a call.
+
+    Returns:
+        The contender.
+    """
     import torch
 
     graph = network(trained)
@@ -192,20 +260,26 @@ def by_pytorch(model: str, trained: str, way: str, slices: int, batch: int) -> R
         graph = graph.to(memory_format=torch.channels_last)
     infer: Any = torch.compile(graph) if way == "compile" else graph
     _, inputs, out = opened(model, "fp32", slices, batch)
-    given = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    torch_inputs = {name: torch.from_numpy(array) for name, array in inputs.items()}
     result = torch.from_numpy(out)
 
     def call(caller: int, n: int) -> None:
         with torch.inference_mode():
-            result[n : n + batch] = infer(
-                **{name: tensor[n : n + batch] for name, tensor in given.items()}
-            )
+            part = {name: array[n : n + batch] for name, array in torch_inputs.items()}
+            result[n : n + batch] = infer(**part)
 
     return loop(call, out, batch, 1)
 
 
 def network(trained: str) -> Any:
-    """A run's network as the exported graph computes it, in PyTorch."""
+    """A run's network in PyTorch, as the exported graph computes it.
+
+    Args:
+        trained: The run folder.
+
+    Returns:
+        A `LabelsToIntensity`.
+    """
     from export.graph import LabelsToIntensity
     from train.checkpoint import load_generator, load_run
 

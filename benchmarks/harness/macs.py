@@ -1,4 +1,4 @@
-"""Multiply-accumulates of an ONNX graph, counted from its nodes at given input sizes."""
+"""Multiply-accumulates of an ONNX graph, counted from its nodes at fixed input sizes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,33 @@ COUNTED = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 
 
 def count(path: Path, sizes: Mapping[str, int]) -> int:
-    """Multiply-accumulates of one run with the named dimensions (N, H, W) at `sizes`: convolutions
-    and matrix products.
+    """Count the multiply-accumulates of one run: convolutions and matrix products.
 
-    Everything else (norms, activations, resizing) is not counted, as is usual.
+    Norms, activations and resizing are not counted, as is usual.
+
+    Args:
+        path: The ONNX file.
+        sizes: The sizes of the named dimensions N, H and W.
+
+    Returns:
+        The count.
     """
     nodes, shapes = _inferred(path, sizes)
     return sum(_node(node, shapes) for node in nodes)
 
 
 def traffic(path: Path, sizes: Mapping[str, int], bytes_per_value: int) -> int:
-    """Bytes that convolutions read and write in one run, weights included, each tensor once: the
-    least a cache-less device moves.
+    """Count the bytes that convolutions read and write in one run, weights included.
+
+    Each tensor counts once: a device without a cache moves no less.
+
+    Args:
+        path: The ONNX file.
+        sizes: The sizes of the named dimensions N, H and W.
+        bytes_per_value: 2 for FP16.
+
+    Returns:
+        Bytes.
     """
     nodes, shapes = _inferred(path, sizes)
     moved = (
@@ -62,13 +77,13 @@ def _size(axis: int, rank: int, sizes: Mapping[str, int]) -> int:
 
 
 def _node(node: onnx.NodeProto, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Multiply-accumulates of one node."""
     if node.op_type not in COUNTED:
         return 0
-    given, weight, out = shapes[node.input[0]], shapes[node.input[1]], shapes[node.output[0]]
+    x, weight, out = shapes[node.input[0]], shapes[node.input[1]], shapes[node.output[0]]
     if node.op_type == "Conv":  # weight (out, in / groups, kernel …)
         return math.prod(out) * math.prod(weight[1:])
-    if (
-        node.op_type == "ConvTranspose"
-    ):  # weight (in, out / groups, kernel …): every input value meets all of it
-        return math.prod(given) * math.prod(weight[1:])
-    return math.prod(out) * given[-1]
+    # weight (in, out / groups, kernel …): every input value is multiplied by all of it
+    if node.op_type == "ConvTranspose":
+        return math.prod(x) * math.prod(weight[1:])
+    return math.prod(out) * x[-1]

@@ -1,10 +1,10 @@
 """Networks to measure with, one of each kind at 256 x 256, made once under runs/bench.
 
-What a network has learnt changes no engine's speed, so they have learnt next to nothing. `edge` is
-trained a little and exported by the commands people type, with its proof, for our runtime takes
-INT8 only where it is validated. `reference` and `unet`, twenty times as heavy, have random weights
-and settled norms, and every convolution in INT8; nothing of them is validated. A change of their
-settings makes them anew.
+What a network has learnt does not change an engine's speed, so they have learnt next to nothing.
+`edge` is trained a little and exported by the commands that people type, with a parity check,
+because our runtime accepts INT8 only where it is validated. `reference` and `unet`, twenty times as
+heavy, have random weights, settled norms and every convolution in INT8; none of their files is
+validated. A change of their settings makes them anew.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ UNTRAINED = {
     "reference": ("data.labels=mm-whs",),
     "unet": ("data.labels=mm-whs", "generator.kind=unet", "generator.skips=true"),
 }
-MASKS = 8  # slices that norms settle and INT8 is calibrated on
+MASKS = 8  # slices to settle the norms and to calibrate INT8 on
 
 
 @dataclass(frozen=True)
@@ -62,41 +62,45 @@ class NotMade(Mask2CTError):
 
 
 def prepared(kind: str) -> Prepared:
-    """The network of that kind, made when it is not there: a minute, once. Raises `NotMade`."""
+    """The network of a kind; it is made if it is missing, which takes a minute.
+
+    Args:
+        kind: "edge", "reference" or "unet".
+
+    Returns:
+        The model folder and the run folder.
+
+    Raises:
+        NotMade: It could not be trained or exported.
+    """
     folder, config = FOLDER / kind, CONFIGS / ("edge.json" if kind == "edge" else "whs.json")
     settings = EDGE if kind == "edge" else UNTRAINED[kind]
-    made = {"config": json.loads(config.read_text(encoding="utf-8")), "settings": [*settings]}
-    found, kept = Prepared(folder / "model", folder / "train"), folder / "made.json"
-    if kept.is_file() and json.loads(kept.read_text(encoding="utf-8")) == made:
-        return found
+    recipe = {"config": json.loads(config.read_text(encoding="utf-8")), "settings": [*settings]}
+    result, recipe_file = Prepared(folder / "model", folder / "train"), folder / "made.json"
+    if recipe_file.is_file() and json.loads(recipe_file.read_text(encoding="utf-8")) == recipe:
+        return result
     shutil.rmtree(folder, ignore_errors=True)
     if kind == "edge":
         data = FOLDER / "data"
         if not (data / "cohort.json").is_file():
             _run("-m", "train.phantom.cohort", data, *COHORT)
-        _run(
-            "train/run.py",
-            "--config",
-            config,
-            "--dataset-path",
-            data,
-            "--output",
-            found.trained,
-            "--set",
-            *settings,
-        )
-        _run("export/build_engine.py", found.trained, "-o", found.model, "--onnx-only")
+        inputs = ("--config", config, "--dataset-path", data)
+        _run("train/run.py", *inputs, "--output", result.trained, "--set", *settings)
+        _run("export/build_engine.py", result.trained, "-o", result.model, "--onnx-only")
     else:
-        _run(
-            "-m", "benchmarks.harness.models", kind
-        )  # what it takes is not what the contenders' parent should hold
-    write_json(kept, made)
-    return found
+        # in a process of its own, so that the contenders' parent does not hold its memory
+        _run("-m", "benchmarks.harness.models", kind)
+    write_json(recipe_file, recipe)
+    return result
 
 
 def make_untrained(kind: str) -> None:
-    """Write the run folder and the model folder of a network with random weights: FP32, FP16 and
-    INT8 graphs, none validated.
+    """Write the run folder and the model folder of a network with random weights.
+
+    Its FP32, FP16 and INT8 graphs are not validated.
+
+    Args:
+        kind: "reference" or "unet".
     """
     import torch
 
@@ -155,8 +159,14 @@ def make_untrained(kind: str) -> None:
 
 
 def at_size(model: Path, side: int) -> Path:
-    """`model` with a canvas of `side` x `side` pixels instead of its own: its graphs take any,
-    its proof is of its own.
+    """The same model with another canvas; its graphs take any.
+
+    Args:
+        model: The model folder. Its parity report is of its own canvas.
+        side: Height and width of the canvas in pixels.
+
+    Returns:
+        A model folder whose files are links.
     """
     manifest = Manifest.load(model)
     if manifest.grid.canvas == (side, side):
@@ -173,7 +183,7 @@ def at_size(model: Path, side: int) -> Path:
 
 
 def _run(*arguments: object) -> None:
-    """A command of ours in a process of its own; what it says goes to standard error."""
+    """Run one of our commands in a process of its own; its output goes to standard error."""
     command = [str(a) for a in arguments]
     print(f"python {' '.join(command)}", file=sys.stderr, flush=True)
     if code := subprocess.run(
@@ -182,7 +192,7 @@ def _run(*arguments: object) -> None:
         raise NotMade(
             f"{command[0]} ended with exit {code}",
             expected="a network to measure with",
-            remedy="see what it said above",
+            remedy="see its message above",
         )
 
 

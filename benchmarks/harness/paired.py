@@ -1,11 +1,10 @@
-"""Contenders measured side by side: each in a process of its own, taking turns within every round,
-compared round by round.
+"""Measure contenders side by side: in processes of their own, in turn within every round.
 
-A machine whose speed drifts (shared cores, heat) slows all contenders of a round alike, so that
-their ratios stand still while their rates move. A ratio is given with the Hodges-Lehmann estimate
-and Wilcoxon's signed-rank interval of its logarithm over the rounds (Hollander, Wolfe & Chicken,
-Nonparametric Statistical Methods, 3.1 to 3.3): no normal distribution is assumed, and one stolen
-round moves little. An interval that holds 1 is no difference.
+A machine whose speed drifts (shared cores, heat) slows all contenders of a round alike: their
+ratios stand still while their rates move. A ratio is given with the Hodges-Lehmann estimate and
+Wilcoxon's signed-rank interval of its logarithm over the rounds (Hollander, Wolfe & Chicken,
+Nonparametric Statistical Methods, 3.1 to 3.3). It assumes no normal distribution, and one stolen
+round moves it little. An interval that holds 1 is no difference.
 """
 
 from __future__ import annotations
@@ -43,12 +42,17 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Contender:
-    """`make`: "module:function" of what sets it up in its own process, called with `options` (JSON
-    values); returns a `Ready`.
+    """What is measured.
 
-    `tolerance`: how far its output may be from the first contender's, mean absolute difference;
-    None: it has none to compare. `cost`: what one unit of its work takes of each limit
-    (benchmarks/harness/roofline.py): multiply-accumulates at a precision, bytes.
+    Attributes:
+        name: Its name in tables.
+        make: "module:function" that sets it up in its own process and returns a `Ready`.
+        options: Arguments of the function, JSON values.
+        tolerance: How far its output may be from the first contender's, as mean absolute
+            difference.
+            None: it has no output to compare.
+        cost: What one unit of its work takes of each limit (benchmarks/harness/roofline.py):
+            multiply-accumulates at a precision, bytes.
     """
 
     name: str
@@ -60,12 +64,13 @@ class Contender:
 
 @dataclass(frozen=True)
 class Ready:
-    """A contender set up: `run()` does one round's work and returns how many units (slices, bytes,
-    steps) that was.
+    """A contender that is set up.
 
-    `output()` gives what it computes, to be compared before anything is timed; `facts`: what a
-    reader should know of it, also what only its runs tell. `folder`: where it writes; a round finds
-    it empty, and the disk idle, and is not timed for either.
+    Attributes:
+        run: Does one round's work and returns how many units (slices, bytes, steps) that was.
+        output: Returns what it computes, to be compared before the timing starts.
+        facts: What a reader should know of it; runs may add to them.
+        folder: Where it writes. A round finds it empty and the disk idle; neither is timed.
     """
 
     run: Callable[[], float]
@@ -76,11 +81,14 @@ class Ready:
 
 @dataclass(frozen=True)
 class Measured:
-    """What became of one contender: units/s in each round, peak resident bytes, what it says of
-    itself, or why it is not there.
+    """The result of one contender.
 
-    `error`: mean absolute difference of its output from the first contender's, where they were
-    compared.
+    Attributes:
+        rates: Units/s in each round.
+        peak_rss: Peak resident memory in bytes.
+        facts: What it says of itself.
+        absent: Why it could not run, or None.
+        error: Mean absolute difference of its output from the first contender's, if compared.
     """
 
     rates: tuple[float, ...] = ()
@@ -99,47 +107,60 @@ class ContenderFailed(Mask2CTError):
 def measure(
     contenders: Sequence[Contender], rounds: int, *, launches: int = LAUNCHES, quiet: bool = False
 ) -> dict[str, Measured]:
-    """Set every contender up, compare their outputs with the first one's, then time them; all of it
-    `launches` times, for a part of the rounds each.
+    """Set up every contender, compare their outputs with the first one's, then time them.
 
-    Processes anew differ by more than rounds within one (where memory came to lie, which kernels
-    were chosen): one launch's interval would be too narrow to hold the next run's ratio. A
-    contender that raises `MissingComponent` or `ImportError` while it is set up is given as absent,
-    with its reason. One round of warm-up a launch is not counted; who comes first moves on from
-    round to round. Raises `ContenderFailed`.
+    All of this happens `launches` times, for a part of the rounds each. New processes differ more
+    than the rounds within one (where memory lies, which kernels were chosen): the interval of one
+    launch would be too narrow to hold the next run's ratio. A launch starts with a round of warm-up
+    that does not count. The contender that comes first changes from round to round. One that raises
+    `MissingComponent` or `ImportError` while it is set up is absent, with its reason.
+
+    Args:
+        contenders: The contenders; the first is the reference.
+        rounds: Rounds of all launches together.
+        launches: How often the processes start anew.
+        quiet: No progress bar.
+
+    Returns:
+        The results by name.
+
+    Raises:
+        ContenderFailed: A process ended, or an output differs too much.
+        ValueError: Too few rounds.
     """
     if rounds < LEAST_ROUNDS:
-        raise ValueError(
-            f"{rounds} rounds say nothing of the noise (expected {LEAST_ROUNDS} or more)"
-        )
+        raise ValueError(f"{rounds} rounds do not show the noise (expected {LEAST_ROUNDS} or more)")
     progress = Progress("rounds", rounds + launches, quiet=quiet)
-    counted = count(1)
-    done = [
-        _launch(contenders, len(range(n, rounds, launches)), lambda: progress.update(next(counted)))
+    steps = count(1)
+    results = [
+        _launch(contenders, len(range(n, rounds, launches)), lambda: progress.update(next(steps)))
         for n in range(launches)
     ]
     progress.close()
-    return {c.name: _joined([one[c.name] for one in done]) for c in contenders}
+    return {c.name: _joined([one[c.name] for one in results]) for c in contenders}
 
 
 def _launch(
     contenders: Sequence[Contender], rounds: int, advance: Callable[[], None]
 ) -> dict[str, Measured]:
+    """Set up, compare and time all contenders in new processes."""
     with ExitStack() as stack:
-        found = {c.name: stack.enter_context(_process(c)) for c in contenders}
-        absent = {name: child["absent"] for name, (_, child) in found.items() if "absent" in child}
-        present = {name: child for name, (child, _) in found.items() if name not in absent}
-        outputs = {name: answer.get("output") for name, (_, answer) in found.items()}
+        children = {c.name: stack.enter_context(_process(c)) for c in contenders}
+        absent = {
+            name: child["absent"] for name, (_, child) in children.items() if "absent" in child
+        }
+        present = {name: child for name, (child, _) in children.items() if name not in absent}
+        outputs = {name: answer.get("output") for name, (_, answer) in children.items()}
         errors = _compare([c for c in contenders if c.name in present], outputs)
         rates: dict[str, list[float]] = {name: [] for name in present}
         last: dict[str, dict[str, Any]] = {}
         order = list(present)
         for n in range(rounds + 1):
             for name in order[n % len(order) :] + order[: n % len(order)]:
-                done = _ask(present[name], name)
-                last[name] = done
+                answer = _ask(present[name], name)
+                last[name] = answer
                 if n:
-                    rates[name].append(done["units"] / done["seconds"])
+                    rates[name].append(answer["units"] / answer["seconds"])
             advance()
     return {
         c.name: (
@@ -164,8 +185,13 @@ def _joined(launches: Sequence[Measured]) -> Measured:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times as fast, with the interval that holds the true median at CONFIDENCE (shared
-    by all ratios of a run).
+    """How many times as fast, with its interval.
+
+    Attributes:
+        value: The estimate.
+        least: The lower end of the interval that holds the true median at CONFIDENCE, which all
+            ratios of a run share.
+        most: Its upper end.
     """
 
     value: float
@@ -174,6 +200,7 @@ class Ratio:
 
     @property
     def differs(self) -> bool:
+        """Whether the interval excludes 1."""
         return not self.least <= 1 <= self.most
 
     def __str__(self) -> str:
@@ -182,11 +209,18 @@ class Ratio:
         )
 
 
-def ratio(ours: Sequence[float], theirs: Sequence[float], of: int = 1) -> Ratio:
-    """Ours / theirs, round by round; `of`: how many ratios the run gives, so that all intervals
-    hold together (Bonferroni).
+def ratio(rates: Sequence[float], baseline_rates: Sequence[float], of: int = 1) -> Ratio:
+    """The ratio of two contenders, round by round.
+
+    Args:
+        rates: Our rates.
+        baseline_rates: The other contender's rates.
+        of: How many ratios the run gives, so that all intervals hold together (Bonferroni).
+
+    Returns:
+        Our rate / the other one's.
     """
-    logs = [math.log(a / b) for a, b in zip(ours, theirs, strict=True)]
+    logs = [math.log(a / b) for a, b in zip(rates, baseline_rates, strict=True)]
     walsh = sorted((a + b) / 2 for a, b in combinations_with_replacement(logs, 2))
     tail = _signed_rank_tail(len(logs), (1 - CONFIDENCE) / 2 / of)
     middle = float(np.median(walsh))
@@ -194,21 +228,22 @@ def ratio(ours: Sequence[float], theirs: Sequence[float], of: int = 1) -> Ratio:
 
 
 def _signed_rank_tail(n: int, alpha: float) -> int:
-    """How many of the smallest Walsh averages lie outside the interval: the largest c with P(T+ <=
-    c - 1) <= alpha, 0 if none.
+    """How many of the smallest Walsh averages lie outside the interval.
 
-    With few rounds even the whole range is less sure than asked; it is what there is.
+    It is the largest c with P(T+ <= c - 1) <= alpha, or 0. With few rounds even the whole range is
+    less sure than asked for.
     """
     counts = np.zeros(n * (n + 1) // 2 + 1)
     counts[0] = 1
-    for rank in range(1, n + 1):  # the distribution of the sum of the ranks of positive signs
+    # the distribution of the sum of the ranks of positive signs
+    for rank in range(1, n + 1):
         counts[rank:] = counts[rank:] + counts[: len(counts) - rank].copy()
     return int(np.searchsorted(np.cumsum(counts) / 2.0**n, alpha, side="right"))
 
 
 @contextmanager
 def _process(contender: Contender) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """The contender's process, and the line it says when it is set up."""
+    """The contender's process, and the answer that it gives when it is set up."""
     command = [
         sys.executable,
         str(Path(__file__).resolve()),
@@ -239,7 +274,7 @@ def _answer(child: subprocess.Popen[str], name: str) -> dict[str, Any]:
         raise ContenderFailed(
             f"the contender {name!r} ended (exit {child.wait()})",
             expected="a contender that runs",
-            remedy="see what it printed above",
+            remedy="see its output above",
         )
     answer: dict[str, Any] = json.loads(line)
     return answer
@@ -267,16 +302,16 @@ def _compare(
                 f"{contender.name!r} computes something else than {contenders[0].name!r}: {far:.4g}"
                 " on average",
                 expected=f"at most {contender.tolerance:g}",
-                remedy="a figure for a wrong result is no figure: mend the contender",
+                remedy="mend the contender: a figure for a wrong result says nothing",
             )
         errors[contender.name] = far
     return errors
 
 
 def _child(make: str, options: Mapping[str, Any]) -> int:
-    """The contender's own process: sets up, says so, and does a round whenever a line comes in.
+    """Be the contender's own process: set up, answer, and do a round for every line that comes in.
 
-    Standard output is ours alone.
+    Only answers go to standard output.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints goes to standard error
@@ -286,18 +321,18 @@ def _child(make: str, options: Mapping[str, Any]) -> int:
     except (MissingComponent, ImportError) as exc:
         answers.write(json.dumps({"absent": str(exc).splitlines()[0]}) + "\n")
         return 0
-    said: dict[str, Any] = {}
+    answer: dict[str, Any] = {}
     if ready.output is not None:
         handle, path = tempfile.mkstemp(suffix=".npy")
         os.close(handle)
         np.save(path, ready.output())
-        said["output"] = path
-    answers.write(json.dumps(said) + "\n")
+        answer["output"] = path
+    answers.write(json.dumps(answer) + "\n")
     for _ in sys.stdin:
         if ready.folder is not None:
             shutil.rmtree(ready.folder, ignore_errors=True)
             ready.folder.mkdir()
-        # who waits for the disk, as we do, would wait for what the one before left unwritten, too
+        # a contender that waits for the disk must not wait for the data of the one before
         os.sync()
         started = time.perf_counter()
         units = ready.run()
@@ -313,8 +348,8 @@ def _child(make: str, options: Mapping[str, Any]) -> int:
             )
             + "\n"
         )
-    if "output" in said:
-        Path(said["output"]).unlink(missing_ok=True)
+    if "output" in answer:
+        Path(answer["output"]).unlink(missing_ok=True)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Where a figure was measured: machine, versions, commit. No figure without it."""
+"""Where a figure was measured: machine, versions, commit. Every figure has them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,14 @@ PACKAGES = (
 
 
 def machine(root: Path) -> dict[str, Any]:
-    """Processor, cores this process may use, memory in GiB, Python, the packages' versions, and
-    `root`'s git commit.
+    """Describe the machine.
+
+    Args:
+        root: The repository, for its commit.
+
+    Returns:
+        Processor, cores that this process may use, memory in GiB, Python and the packages'
+        versions, commit.
     """
     return {
         "cpu": _cpu(),
@@ -40,8 +46,13 @@ def machine(root: Path) -> dict[str, Any]:
 
 
 def commit(root: Path) -> str | None:
-    """The short commit of `root`, with "+" when files differ from it; None outside a git
-    checkout.
+    """The commit of a checkout.
+
+    Args:
+        root: The repository.
+
+    Returns:
+        The short hash, with "+" when files differ from it; None outside a git checkout.
     """
     try:
         short = subprocess.run(
@@ -62,9 +73,12 @@ def commit(root: Path) -> str | None:
 
 
 def peak_rss() -> int:
-    """The most bytes that this process held resident.
+    """The peak resident memory of this process.
 
-    Linux' own figure first: getrusage's is inherited from whoever started us.
+    Linux' own figure comes first: a child inherits getrusage's from its parent.
+
+    Returns:
+        Bytes.
     """
     try:
         status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -83,9 +97,7 @@ def _version(name: str) -> str | None:
 
 
 def _cpu() -> str:
-    """The processor's own name with its family and model, which tell apart what clouds call
-    alike.
-    """
+    """The processor's name with its family and model, which clouds' names do not tell apart."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").split("\n\n")[0].splitlines()
     except OSError:

@@ -1,8 +1,10 @@
-"""Do two runs say the same?  python benchmarks/harness/reproducibility.py A.json B.json
+"""Check that two runs of the benchmarks agree.
 
-Each file is what `benchmarks/run.py … --json FILE` wrote. Two ratios agree when the interval of one
-holds the other's value, or the two intervals overlap: both are counted, the second is what is asked
-for. Exit 1 when fewer than nine in ten agree.
+    python benchmarks/harness/reproducibility.py A.json B.json
+
+`benchmarks/run.py … --json FILE` writes such files. Two ratios agree when their intervals overlap.
+The program also counts the ratios whose interval in the first run holds the second run's value.
+Exit 1 when fewer than nine in ten agree.
 """
 
 from __future__ import annotations
@@ -28,64 +30,86 @@ ENOUGH = 0.9
 
 @dataclass(frozen=True)
 class Pair:
-    """One ratio as two runs measured it."""
+    """One ratio as two runs measured it.
+
+    Attributes:
+        name: Suite and contender.
+        first: The first run's ratio.
+        second: The second run's ratio.
+    """
 
     name: str
-    one: Ratio
-    other: Ratio
+    first: Ratio
+    second: Ratio
 
     @property
     def agrees(self) -> bool:
-        """The intervals overlap."""
-        return self.one.least <= self.other.most and self.other.least <= self.one.most
+        """Whether the intervals overlap."""
+        return self.first.least <= self.second.most and self.second.least <= self.first.most
 
     @property
-    def held(self) -> bool:
-        """The first run's interval holds the second's value."""
-        return self.one.least <= self.other.value <= self.one.most
+    def in_interval(self) -> bool:
+        """Whether the first run's interval holds the second's value."""
+        return self.first.least <= self.second.value <= self.first.most
 
     def __str__(self) -> str:
-        return f"{self.name}: {self.one} against {self.other}"
+        return f"{self.name}: {self.first} against {self.second}"
 
 
-def pairs(one: Sequence[Record], other: Sequence[Record]) -> list[Pair]:
-    """Every ratio that both runs have."""
-    later = {record["suite"]: record for record in other}
+def pairs(first: Sequence[Record], second: Sequence[Record]) -> list[Pair]:
+    """Every ratio that both runs have.
+
+    Args:
+        first: The first run's records.
+        second: The second run's records.
+
+    Returns:
+        The ratios in the first run's order.
+    """
+    later = {record["suite"]: record for record in second}
     return [
         Pair(
             f"{record['suite']}: ours / {name}",
             ratio_of(record, name),
             ratio_of(later[record["suite"]], name),
         )
-        for record in one
+        for record in first
         for name in record["ratios"]
         if name in later.get(record["suite"], {"ratios": {}})["ratios"]
     ]
 
 
 def main(argv: Sequence[str]) -> int:
+    """Compare two runs; returns the exit code.
+
+    Args:
+        argv: The command line without the program's name.
+
+    Raises:
+        UsageError: A file holds no records, or the runs have no ratio in common.
+    """
     parser = argparse.ArgumentParser(
-        "agree.py", description="Do two runs of the benchmarks say the same?", epilog=EXIT_CODES
+        "reproducibility.py", description="Do two runs of the benchmarks agree?", epilog=EXIT_CODES
     )
     parser.add_argument("runs", nargs=2, type=Path, metavar="FILE.json")
     options = parser.parse_args(argv)
-    found = pairs(*(_load(path) for path in options.runs))
-    if not found:
+    compared = pairs(*(_load(path) for path in options.runs))
+    if not compared:
         raise UsageError(
             "the two runs have no ratio in common",
             expected="the same suites in both",
             remedy="run the same command twice",
         )
-    for pair in found:
+    for pair in compared:
         if not pair.agrees:
             print(f"apart: {pair}")
-    agreed, held = sum(p.agrees for p in found), sum(p.held for p in found)
+    agreed, in_interval = sum(p.agrees for p in compared), sum(p.in_interval for p in compared)
     print(
-        f"{agreed} of {len(found)} ratios agree ({agreed / len(found):.0%}); of {held} the first"
-        " run's interval holds the second's value"
+        f"{agreed} of {len(compared)} ratios agree ({agreed / len(compared):.0%});"
+        f" of {in_interval} the first run's interval holds the second's value"
     )
-    print(json.dumps({"ratios": len(found), "agree": agreed, "held": held}))
-    return int(agreed < ENOUGH * len(found))
+    print(json.dumps({"ratios": len(compared), "agree": agreed, "held": in_interval}))
+    return int(agreed < ENOUGH * len(compared))
 
 
 def _load(path: Path) -> list[Record]:

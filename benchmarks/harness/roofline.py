@@ -2,8 +2,9 @@
 
 Limits: multiply-accumulates a second at each precision (the faster of a square matrix product and a
 3x3 convolution), bytes a second copied in memory and written to disk, and starts a second of a
-Python that imports numpy and nothing else. A contender says what one unit of its work takes of each
-(`Contender.cost`); its share is that of the limit it is nearest to, the median over the rounds.
+Python that imports numpy and nothing else. A contender states what one unit of its work takes of
+each limit (`Contender.cost`). Its share is that of the limit that it is nearest to, the median over
+the rounds (Williams et al., "Roofline", 2009).
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import numpy as np
 from .paired import Contender, Measured, Ready
 
 GEMM = 2048  # square
-CONV = (256, 64, 64)  # channels, rows, columns: as many as keep every multiplier busy
+CONV = (256, 64, 64)  # channels, rows, columns: enough to keep every multiplier busy
 IMAGES = 2
 _CONV_MACS = IMAGES * CONV[0] ** 2 * 9 * CONV[1] * CONV[2]
 PEAK = "roof: "
-# Limit → its roofs: name, function of this module, options.
+# Limit → its peaks: name, function of this module, options.
 PEAKS: Mapping[str, tuple[tuple[str, str, Mapping[str, Any]], ...]] = {
     "fp32": (("fp32 matrix product", "gemm", {}), ("fp32 3x3 convolution", "conv", {})),
     "bf16": (("bf16 matrix product", "gemm_bf16", {}), ("bf16 3x3 convolution", "conv_bf16", {})),
@@ -37,7 +38,14 @@ PEAKS: Mapping[str, tuple[tuple[str, str, Mapping[str, Any]], ...]] = {
 
 
 def peaks(*limits: str) -> list[Contender]:
-    """The contenders that measure these limits."""
+    """The contenders that measure limits.
+
+    Args:
+        *limits: Keys of `PEAKS`.
+
+    Returns:
+        A contender for each peak.
+    """
     return [
         Contender(PEAK + name, f"benchmarks.harness.roofline:{make}", options)
         for limit in limits
@@ -45,41 +53,64 @@ def peaks(*limits: str) -> list[Contender]:
     ]
 
 
-def beside(contenders: Iterable[Contender]) -> list[Contender]:
-    """The roofs of every limit that the contenders' costs name."""
+def peaks_for(contenders: Iterable[Contender]) -> list[Contender]:
+    """The peaks of every limit that the contenders' costs name.
+
+    Args:
+        contenders: What is measured.
+
+    Returns:
+        Contenders to measure with them.
+    """
     return peaks(*dict.fromkeys(limit for contender in contenders for limit in contender.cost))
 
 
 def shares(
     contenders: Iterable[Contender], measured: Mapping[str, Measured]
 ) -> dict[str, tuple[str, float]]:
-    """Contender → (the limit it is nearest to, its share of it)."""
+    """Each contender's share of the limit that it is nearest to.
+
+    Args:
+        contenders: What was measured.
+        measured: The results by name, those of the peaks included.
+
+    Returns:
+        (limit, share) by contender.
+    """
     rates = {
         limit: [
             measured[PEAK + name].rates
-            for name, *_ in made
+            for name, *_ in limit_peaks
             if measured.get(PEAK + name, Measured()).rates
         ]
-        for limit, made in PEAKS.items()
+        for limit, limit_peaks in PEAKS.items()
     }
-    found = {}
+    nearest_limits = {}
     for contender in contenders:
         each = {
             limit: statistics.median(
-                cost * rate / max(roof)
-                for rate, *roof in zip(measured[contender.name].rates, *rates[limit], strict=True)
+                cost * rate / max(peak_rates)
+                for rate, *peak_rates in zip(
+                    measured[contender.name].rates, *rates[limit], strict=True
+                )
             )
             for limit, cost in contender.cost.items()
             if rates[limit] and measured[contender.name].rates
         }
         if each:
             nearest = max(each, key=lambda limit: each[limit])
-            found[contender.name] = (nearest, each[nearest])
-    return found
+            nearest_limits[contender.name] = (nearest, each[nearest])
+    return nearest_limits
 
 
 def gemm() -> Ready:
-    """By OpenVINO, whose kernels reach twice what PyTorch's matrix product does on AMD."""
+    """A square FP32 matrix product in OpenVINO.
+
+    On AMD its kernels reach twice the rate of PyTorch's.
+
+    Returns:
+        The contender; its unit is multiply-accumulates.
+    """
     from runtime.engines.cpu.openvino import openvino
 
     openvino()
@@ -87,13 +118,16 @@ def gemm() -> Ready:
 
     rng = np.random.default_rng(0)
     a, b = (rng.random((GEMM, GEMM), np.float32) for _ in range(2))
-    given = opset13.parameter([GEMM, GEMM], np.float32)
-    return _infer(
-        Model([opset13.matmul(given, opset13.constant(b), False, False)], [given]), a, GEMM**3
-    )
+    x = opset13.parameter([GEMM, GEMM], np.float32)
+    return _infer(Model([opset13.matmul(x, opset13.constant(b), False, False)], [x]), a, GEMM**3)
 
 
 def conv() -> Ready:
+    """An FP32 3x3 convolution in OpenVINO.
+
+    Returns:
+        The contender; its unit is multiply-accumulates.
+    """
     from runtime.engines.cpu.openvino import openvino
 
     openvino()
@@ -105,17 +139,17 @@ def conv() -> Ready:
         rng.random((channels, channels, 3, 3), np.float32),
         rng.random((IMAGES, channels, h, w), np.float32),
     )
-    given = opset13.parameter([*image.shape], np.float32)
+    x = opset13.parameter([*image.shape], np.float32)
     one = [1, 1]
     return _infer(
-        Model([opset13.convolution(given, opset13.constant(weights), one, one, one, one)], [given]),
+        Model([opset13.convolution(x, opset13.constant(weights), one, one, one, one)], [x]),
         image,
         _CONV_MACS,
     )
 
 
-def _infer(model: Any, given: Any, macs: int) -> Ready:
-    """`model`, of one input, on all cores."""
+def _infer(model: Any, x: Any, macs: int) -> Ready:
+    """Run `model`, which has one input, on all cores."""
     from runtime.engines.cpu.openvino import openvino
 
     ov = openvino()
@@ -125,7 +159,7 @@ def _infer(model: Any, given: Any, macs: int) -> Ready:
         "ENABLE_CPU_PINNING": False,
     }
     request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
-    request.set_input_tensor(ov.Tensor(given))
+    request.set_input_tensor(ov.Tensor(x))
 
     def run() -> float:
         request.infer()
@@ -135,6 +169,11 @@ def _infer(model: Any, given: Any, macs: int) -> Ready:
 
 
 def gemm_bf16() -> Ready:
+    """A square BF16 matrix product in PyTorch.
+
+    Returns:
+        The contender; its unit is multiply-accumulates.
+    """
     import torch
 
     a, b = (torch.randn(GEMM, GEMM).bfloat16() for _ in range(2))
@@ -148,7 +187,11 @@ def gemm_bf16() -> Ready:
 
 
 def gemm_int8() -> Ready:
-    """uint8 x int8 → int32, as quantised convolutions multiply."""
+    """A square matrix product, uint8 x int8 → int32, as in quantized convolutions.
+
+    Returns:
+        The contender; its unit is multiply-accumulates.
+    """
     import onnx
     import onnxruntime
     from onnx import TensorProto, helper
@@ -166,16 +209,21 @@ def gemm_int8() -> Ready:
     session = onnxruntime.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    given = {"a": rng.integers(0, 128, (GEMM, GEMM), np.uint8)}
+    inputs = {"a": rng.integers(0, 128, (GEMM, GEMM), np.uint8)}
 
     def run() -> float:
-        session.run(None, given)
+        session.run(None, inputs)
         return float(GEMM**3)
 
     return Ready(run)
 
 
 def conv_bf16() -> Ready:
+    """A BF16 3x3 convolution in PyTorch.
+
+    Returns:
+        The contender; its unit is multiply-accumulates.
+    """
     import torch
 
     channels, h, w = CONV
@@ -195,7 +243,11 @@ def conv_bf16() -> Ready:
 
 
 def conv_int8() -> Ready:
-    """uint8 x int8 between quantise and dequantise nodes, as an INT8 graph has it, in OpenVINO."""
+    """An INT8 3x3 convolution between QDQ nodes in OpenVINO, as an INT8 graph has it.
+
+    Returns:
+        The contender; its unit is multiply-accumulates.
+    """
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
@@ -205,7 +257,7 @@ def conv_int8() -> Ready:
     channels, h, w = CONV
     shape = [IMAGES, channels, h, w]
     rng = np.random.default_rng(0)
-    held = {
+    constants = {
         "step": np.float32(0.02),
         "zero": np.uint8(0),
         "weights": rng.integers(-64, 64, (channels, channels, 3, 3), np.int8),
@@ -226,7 +278,7 @@ def conv_int8() -> Ready:
         "conv",
         tensors[:1],
         tensors[1:],
-        [numpy_helper.from_array(np.asarray(v), n) for n, v in held.items()],
+        [numpy_helper.from_array(np.asarray(v), n) for n, v in constants.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(model)
@@ -238,7 +290,11 @@ def conv_int8() -> Ready:
 
 
 def start() -> Ready:
-    """What no program that computes with numpy can be faster than."""
+    """Start a Python that imports numpy: every program that computes with numpy is slower.
+
+    Returns:
+        The contender; its unit is starts.
+    """
 
     def run() -> float:
         subprocess.run([sys.executable, "-c", "import numpy"], check=True)
@@ -248,6 +304,11 @@ def start() -> Ready:
 
 
 def memcpy() -> Ready:
+    """Copy bytes in memory.
+
+    Returns:
+        The contender; its unit is bytes.
+    """
     source = np.ones(1 << 28, np.uint8)
     target = np.empty_like(source)
 
@@ -259,7 +320,14 @@ def memcpy() -> Ready:
 
 
 def disk(folder: str | None = None) -> Ready:
-    """Writing and syncing a file where temporary files lie."""
+    """Write and sync a file.
+
+    Args:
+        folder: Where (default: where temporary files lie).
+
+    Returns:
+        The contender; its unit is bytes.
+    """
     block = np.random.default_rng(0).bytes(1 << 26)
 
     def run() -> float:

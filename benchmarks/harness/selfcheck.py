@@ -1,9 +1,10 @@
-"""Does the comparison find what it must?  python benchmarks/harness/selfcheck.py [--model MODEL]
-[--times 10]
+"""Check that the comparison finds what it must.
 
-Plants a slowdown of half as much again in the synthesizer, and nothing at all, TIMES times each,
-and counts how often `benchmarks/run.py --compare` would have called a fall. Exit 1 when fewer than
-nine in ten of the slow ones are found, or more than one in ten of the others.
+    python benchmarks/harness/selfcheck.py [--model MODEL] [--times 10]
+
+It slows the synthesizer by half as much again, and not at all, TIMES times each, and counts how
+often `benchmarks/run.py --compare` reports a regression. Exit 1 when it finds fewer than nine in
+ten of the slow ones, or more than one in ten of the others.
 """
 
 from __future__ import annotations
@@ -29,6 +30,11 @@ SLOWDOWN = 0.5
 
 
 def main(argv: Sequence[str]) -> int:
+    """Compare and count; returns the exit code.
+
+    Args:
+        argv: The command line without the program's name.
+    """
     parser = argparse.ArgumentParser(
         "selfcheck.py",
         description="Does --compare find a planted slowdown, and nothing else?",
@@ -37,45 +43,47 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--model", type=Path, help="a model folder (default: `edge`, made once under runs/bench)"
     )
-    parser.add_argument("--times", type=int, default=10)
+    parser.add_argument(
+        "--times", type=int, default=10, help="comparisons of each kind (default: %(default)s)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress")
     options = parser.parse_args(argv)
     model = options.model or prepared("edge").model
-    found = {"planted": 0, "nothing": 0}
+    counts = {"planted": 0, "nothing": 0}
     progress = Progress("comparisons", 2 * options.times, quiet=options.quiet)
     for n in range(options.times):
         base = _record(model, 0.0)
         for what, slowdown in (("planted", SLOWDOWN), ("nothing", 0.0)):
-            found[what] += bool(regressions(base, _record(model, slowdown)))
+            counts[what] += bool(regressions(base, _record(model, slowdown)))
         progress.update(2 * (n + 1))
     progress.close()
     print(
-        f"a slowdown of {SLOWDOWN:.0%} was called {found['planted']} times of {options.times}, no"
-        f" change {found['nothing']} times of {options.times}"
+        f"a slowdown of {SLOWDOWN:.0%} was called {counts['planted']} times of {options.times}, no"
+        f" change {counts['nothing']} times of {options.times}"
     )
     print(
         json.dumps(
             {
                 "suite": "selfcheck",
                 "times": options.times,
-                "called": found,
+                "called": counts,
                 "load": noise(),
                 "machine": machine(ROOT),
             }
         )
     )
-    return int(found["planted"] < 0.9 * options.times or found["nothing"] > 0.1 * options.times)
+    return int(counts["planted"] < 0.9 * options.times or counts["nothing"] > 0.1 * options.times)
 
 
 def _record(model: Path, planted: float) -> Record:
-    given = {"model": str(model), "slices": 32, "backend": "auto"}
+    options = {"model": str(model), "slices": 32, "backend": "auto"}
     contenders = [
         Contender(
             "mask2ct synthesizer",
             "benchmarks.suites.engine:synthesizer",
-            {**given, "planted": planted},
+            {**options, "planted": planted},
         ),
-        Contender("its engine", "benchmarks.suites.engine:ours", given),
+        Contender("its engine", "benchmarks.suites.engine:ours", options),
     ]
     return make_record("selfcheck", {}, "slices/s", measure(contenders, ROUNDS, quiet=True))
 

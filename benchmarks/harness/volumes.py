@@ -1,4 +1,4 @@
-"""Masks to measure with: a heart in every label, at the sizes people have."""
+"""Masks to measure with: a heart in every label, at the sizes that people have."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ SIZES = {
     "128x256x256": (128, 256, 256),
     "300x512x512": (300, 512, 512),
 }
-FIELD_OF_VIEW = 380.0  # mm in plane, and
-LENGTH = 300.0  # along z, whatever the matrix
+# Whatever the matrix, in mm: in plane, and along z.
+FIELD_OF_VIEW, LENGTH = 380.0, 300.0
 
 
 def mask(shape: tuple[int, int, int], classes: int) -> LabelVolume:
-    """Nested ellipsoids, one a label, in a body-sized field of view: as compressible as anatomy,
-    unlike noise.
+    """Nested ellipsoids, one a label, which compress as well as anatomy does.
+
+    Args:
+        shape: (D, H, W).
+        classes: The number of labels.
+
+    Returns:
+        A mask of model indices with a body-sized field of view.
     """
     d, h, w = shape
     z, y, x = (np.linspace(-1, 1, n, dtype=np.float32) for n in shape)
@@ -39,5 +45,13 @@ def mask(shape: tuple[int, int, int], classes: int) -> LabelVolume:
 
 
 def values(volume: LabelVolume, table: LabelTable) -> NDArray[Any]:
-    """As a file holds them: the table's own values, uint16."""
+    """A mask in the values that its file holds.
+
+    Args:
+        volume: A mask of model indices.
+        table: The labels.
+
+    Returns:
+        uint16 (D, H, W).
+    """
     return np.array([label.value for label in table.labels], np.uint16)[volume.labels]

@@ -1,10 +1,10 @@
-"""Suite `coldstart`: from an empty process to the first synthesized slab, beside PyTorch doing the
-same for one slice. Units: starts.
+"""Suite `coldstart`: from an empty process to the first synthesized slab, in starts a second.
 
-And to the first slab that `mask2ct synth` hands to the result's file, of a mask of 300 x 512 x 512
-in .nii.gz, which is read and checked before. Each run is a new Python process; the page cache is
-warm, as it is on a machine that synthesizes now and then. What the engine and the codecs import
-when they are first needed counts as opening, not as import.
+PyTorch does the same for one slice beside it. A second program goes on to the first slab that
+`mask2ct synth` hands to the result's file, from a mask of 300 x 512 x 512 in .nii.gz, which it
+reads and checks before. Each run is a new Python process. The page cache is warm, as on a machine
+that synthesizes now and then. What the engine and the codecs import when they are first needed
+counts as opening, not as import.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ _CLOCK = """import sys, time, json; sys.path.insert(0, {root!r}); t = [time.perf
 def say():
     t.append(time.perf_counter())
     from benchmarks.harness.record import peak_rss
-    print(json.dumps([*(b - a for a, b in zip(t, t[1:])), peak_rss()]), file=sys.__stdout__, flush=True)
+    facts = [*(b - a for a, b in zip(t, t[1:])), peak_rss()]
+    print(json.dumps(facts), file=sys.__stdout__, flush=True)
 """
 _OURS = """
 import numpy as np
@@ -50,14 +51,15 @@ from runtime.synthesizer import DEFAULT_BATCH
 t.append(time.perf_counter())
 import runtime.io.writers.volume as volumes
 planes_of = volumes.planes_of
-def until_written(*given):
-    for n, plane in enumerate(planes_of(*given)):
+def until_written(*arguments):
+    for n, plane in enumerate(planes_of(*arguments)):
         if n == DEFAULT_BATCH:  # the planes of the first slab are with the file
             say()
             os._exit(0)
         yield plane
 volumes.planes_of = until_written
-main(["synth", {mask!r}, "--model", {model!r}, "--output", {output!r}, "--backend", {backend!r}, "--quiet"])
+files = [{mask!r}, "--model", {model!r}, "--output", {output!r}]
+main(["synth", *files, "--backend", {backend!r}, "--quiet"])
 """
 _TORCH = """
 import torch
@@ -71,7 +73,8 @@ t.append(time.perf_counter())
 h, w = facts.grid.canvas
 with torch.inference_mode():
     labels = torch.ones(1, facts.grid.slices, h, w, dtype=torch.uint8)
-    graph(labels, torch.zeros(1, facts.style) if facts.style else None, labels[:, 0] if facts.noise else None)
+    style = torch.zeros(1, facts.style) if facts.style else None
+    graph(labels, style, labels[:, 0] if facts.noise else None)
 say()
 """
 _PROGRAMS = {
@@ -82,15 +85,24 @@ _PROGRAMS = {
 
 
 def groups(model: Prepared, backend: str) -> dict[str, list[Contender]]:
+    """The contenders.
+
+    Args:
+        model: The model, and its run folder for PyTorch.
+        backend: The backend of our engine.
+
+    Returns:
+        The group "coldstart".
+    """
     folder = Path(tempfile.mkdtemp(prefix="mask2ct-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     mask = write_mask(folder / "mask.nii.gz", Manifest.load(model.model), (SLICES, SIDE, SIDE))
-    given = {"model": str(model.model), "backend": backend}
+    options = {"model": str(model.model), "backend": backend}
     programs: dict[str, dict[str, Any]] = {
-        "mask2ct: first slab of 16": {"program": "synthesized", **given},
+        "mask2ct: first slab of 16": {"program": "synthesized", **options},
         "mask2ct synth: first written slab": {
             "program": "written",
-            **given,
+            **options,
             "mask": str(mask),
             "output": str(folder / "out"),
         },
@@ -99,27 +111,34 @@ def groups(model: Prepared, backend: str) -> dict[str, list[Contender]]:
         programs["PyTorch eager: first slice"] = {"program": "torch", "run": str(model.trained)}
     return {
         "coldstart": [
-            Contender(name, "benchmarks.suites.coldstart:start", options, cost={"start": 1})
-            for name, options in programs.items()
+            Contender(name, "benchmarks.suites.coldstart:start", program_options, cost={"start": 1})
+            for name, program_options in programs.items()
         ]
     }
 
 
-def start(program: str, **given: str) -> Ready:
-    """Facts: seconds by part.
+def start(program: str, **values: str) -> Ready:
+    """A program that is started anew in each round.
 
-    A round's own are longer by what Python takes to start and, but for "written", to end.
+    A round takes longer than the sum of its parts: Python also starts and, except for "written",
+    ends.
+
+    Args:
+        program: A key of `_PROGRAMS`.
+        **values: The values that its text is formatted with.
+
+    Returns:
+        The contender. Its facts are the seconds of each part.
     """
     code, parts = _PROGRAMS[program]
-    code, facts = (_CLOCK + code).format(root=str(ROOT), **given), dict[str, Any]()
+    code, facts = (_CLOCK + code).format(root=str(ROOT), **values), dict[str, Any]()
 
     def run() -> float:
-        done = subprocess.run(
+        child = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True
         )
-        *seconds, facts["peak_rss"] = json.loads(
-            done.stdout.splitlines()[-1]
-        )  # the program's own, in the place of ours
+        # the program's peak stands in place of this process'
+        *seconds, facts["peak_rss"] = json.loads(child.stdout.splitlines()[-1])
         facts["seconds"] = dict(zip(parts, seconds, strict=True))
         return 1.0
 

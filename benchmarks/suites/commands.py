@@ -1,9 +1,7 @@
-"""Suite `commands`: how long `python train/run.py` takes to answer before anything is trained.
+"""Suite `commands`: how long `python train/run.py` takes to answer before it trains, in starts/s.
 
-Units: starts.
-
-`--help` is answered without PyTorch, `--dry-run` of the phantom's config with data, networks and
-timed steps; beside both, a Python that imports PyTorch and nothing else. Each has a bar in seconds.
+`--help` answers without PyTorch; `--dry-run` of the phantom's config has data, networks and timed
+steps. Beside both: a Python that imports PyTorch and nothing else. Each has a target in seconds.
 """
 
 from __future__ import annotations
@@ -25,26 +23,42 @@ LINES = {
 
 
 def groups() -> dict[str, list[Contender]]:
-    beside = Contender(
+    """The contenders.
+
+    Returns:
+        A group for each command.
+    """
+    baseline = Contender(
         "Python and torch",
         "benchmarks.suites.commands:start",
         {"line": ["-c", "import torch"]},
         cost={"start": 1},
     )
-    found = {}
+    named_groups = {}
     for name, most in TARGETS.items():
-        given = {"line": ["train/run.py", *LINES[name]], "most": most}
-        found[f"commands {name}"] = [
+        options = {"line": ["train/run.py", *LINES[name]], "most": most}
+        named_groups[f"commands {name}"] = [
             Contender(
-                f"train/run.py {name}", "benchmarks.suites.commands:start", given, cost={"start": 1}
+                f"train/run.py {name}",
+                "benchmarks.suites.commands:start",
+                options,
+                cost={"start": 1},
             ),
-            beside,
+            baseline,
         ]
-    return found
+    return named_groups
 
 
 def start(line: Sequence[str], most: float | None = None) -> Ready:
-    """`python LINE` from the repository's root; `most`: the seconds it may take."""
+    """Run `python LINE` from the repository's root in each round.
+
+    Args:
+        line: The arguments.
+        most: The seconds that it may take.
+
+    Returns:
+        The contender; its unit is starts.
+    """
     seconds: list[float] = []
     facts: dict[str, object] = {} if most is None else {"at_most": {"seconds": most}}
 
@@ -53,9 +67,8 @@ def start(line: Sequence[str], most: float | None = None) -> Ready:
         subprocess.run([sys.executable, *line], cwd=ROOT, stdout=subprocess.DEVNULL, check=True)
         seconds.append(time.perf_counter() - before)
         facts["seconds"] = round(statistics.median(seconds), 3)
-        facts["peak_rss"] = (
-            resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
-        )  # the program's own, in the place of ours
+        # the program's peak stands in place of this process'
+        facts["peak_rss"] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10
         return 1.0
 
     return Ready(run, facts=facts)

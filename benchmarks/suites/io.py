@@ -1,8 +1,7 @@
-"""Suite `io`: reading a mask and writing a CT in each format, beside the libraries' own ways and a
-copy of the same bytes in memory.
+"""Suite `io`: reading a mask and writing a CT in each format.
 
-Units are bytes of the array per second: 1 a voxel for the mask as it leaves the reader, 2 for the
-CT.
+Beside them: the libraries' own ways, and a copy of the same bytes in memory. Rates are bytes of the
+array a second: 1 a voxel for the mask as it leaves the reader, 2 for the CT.
 """
 
 from __future__ import annotations
@@ -26,10 +25,19 @@ from ..harness.paired import Contender, Ready
 from ..harness.volumes import SIZES, mask, values
 
 SLAB = 16  # slices
-RAW = ("nii", "dicom")  # hold the array's bytes as they are, so that the disk is a limit too
+# These formats hold the array's bytes as they are, so that the disk is a limit too.
+RAW = ("nii", "dicom")
 
 
 def groups(size: str) -> dict[str, list[Contender]]:
+    """The contenders.
+
+    Args:
+        size: A key of `SIZES`.
+
+    Returns:
+        The groups "io read" and "io write".
+    """
     options = {"size": size}
     readers = [
         Contender(
@@ -67,8 +75,13 @@ def groups(size: str) -> dict[str, list[Contender]]:
 
 
 def some_ct(volume: LabelVolume) -> np.ndarray:
-    """Steps between labels and scanner noise everywhere, air included: what compressors find
-    hard.
+    """A CT with steps between labels and scanner noise everywhere, which is hard to compress.
+
+    Args:
+        volume: A mask of model indices.
+
+    Returns:
+        int16 HU (D, H, W).
     """
     rng = np.random.default_rng(0)
     plane = rng.normal(0, 15, volume.labels.shape[1:]).astype(np.int16)
@@ -78,22 +91,39 @@ def some_ct(volume: LabelVolume) -> np.ndarray:
 
 
 def slabs_of(ct: np.ndarray) -> Iterator[CTSlab]:
+    """Yield a CT in slabs of `SLAB` slices.
+
+    Args:
+        ct: int16 HU (D, H, W).
+
+    Yields:
+        Slabs in order.
+    """
     for start in range(0, len(ct), SLAB):
         yield CTSlab(ct[start : start + SLAB], 0, start)
 
 
 def write(size: str, name: str) -> Ready:
+    """Write a CT with our writer.
+
+    Args:
+        size: A key of `SIZES`.
+        name: A key of `FORMATS`.
+
+    Returns:
+        The contender; its unit is bytes.
+    """
     base = fake_manifest()
     manifest = Manifest(**{**vars(base), "intensity": Intensity("HU", -1024, 1976)})
     volume = mask(SIZES[size], len(MM_WHS))
     ct, writer = some_ct(volume), FORMATS[name](DEFAULT_OPTIONS)
-    kept = tempfile.TemporaryDirectory()
-    writer.check(manifest, Path(kept.name))
+    folder = tempfile.TemporaryDirectory()
+    writer.check(manifest, Path(folder.name))
     facts: dict[str, Any] = {}
 
     def run() -> float:
         files = writer.write(
-            Path(kept.name),
+            Path(folder.name),
             OutputRecord("case", None, volume, manifest, "none", "", 0),
             slabs_of(ct),
         )
@@ -108,15 +138,24 @@ def write(size: str, name: str) -> Ready:
 
 
 def read(size: str, by: str) -> Ready:
+    """Read a .nii.gz mask.
+
+    Args:
+        size: A key of `SIZES`.
+        by: "mask2ct", "SimpleITK" or "nibabel".
+
+    Returns:
+        The contender; its unit is bytes.
+    """
     import SimpleITK as sitk
 
     volume = mask(SIZES[size], len(MM_WHS))
-    kept = tempfile.TemporaryDirectory()
-    sitk.WriteImage(sitk.GetImageFromArray(values(volume, MM_WHS)), f"{kept.name}/mask.nii.gz")
+    folder = tempfile.TemporaryDirectory()
+    sitk.WriteImage(sitk.GetImageFromArray(values(volume, MM_WHS)), f"{folder.name}/mask.nii.gz")
     readers = {"mask2ct": _read_ours, "SimpleITK": _read_simpleitk, "nibabel": _read_nibabel}
 
     def run() -> float:
-        return float(readers[by](Path(kept.name) / "mask.nii.gz").size)
+        return float(readers[by](Path(folder.name) / "mask.nii.gz").size)
 
     return Ready(run)
 
@@ -138,26 +177,42 @@ def _read_nibabel(path: Path) -> np.ndarray:
 
 
 def write_simpleitk(size: str) -> Ready:
+    """Write a CT as .nii.gz with SimpleITK.
+
+    Args:
+        size: A key of `SIZES`.
+
+    Returns:
+        The contender; its unit is bytes.
+    """
     import SimpleITK as sitk
 
     ct = some_ct(mask(SIZES[size], len(MM_WHS)))
-    kept = tempfile.TemporaryDirectory()
+    folder = tempfile.TemporaryDirectory()
 
     def run() -> float:
-        sitk.WriteImage(sitk.GetImageFromArray(ct), f"{kept.name}/ct.nii.gz", useCompression=True)
+        sitk.WriteImage(sitk.GetImageFromArray(ct), f"{folder.name}/ct.nii.gz", useCompression=True)
         return float(ct.nbytes)
 
     return Ready(run)
 
 
 def write_nibabel(size: str) -> Ready:
+    """Write a CT as .nii.gz with nibabel.
+
+    Args:
+        size: A key of `SIZES`.
+
+    Returns:
+        The contender; its unit is bytes.
+    """
     import nibabel
 
     ct = some_ct(mask(SIZES[size], len(MM_WHS)))
-    kept = tempfile.TemporaryDirectory()
+    folder = tempfile.TemporaryDirectory()
 
     def run() -> float:
-        nibabel.save(nibabel.Nifti1Image(ct.T, np.eye(4)), f"{kept.name}/ct.nii.gz")  # type: ignore[attr-defined]
+        nibabel.save(nibabel.Nifti1Image(ct.T, np.eye(4)), f"{folder.name}/ct.nii.gz")  # type: ignore[attr-defined]
         return float(ct.nbytes)
 
     return Ready(run)

@@ -1,9 +1,9 @@
-"""Suite `memory`: what a mask file → CT file run holds at its peak, by size, and whether anything
-is still allocated in steady state.
+"""Suite `memory`: the peak memory of a run from a mask file to a CT file, by size.
 
 Facts of each contender: `base_rss` once the model is open and has synthesized a small mask,
-`bytes_per_voxel` that the peak lies above it, `allocations` of the engine's pools after the first
-and after the last run. Beside it the loop people write today, which holds whole volumes.
+`bytes_per_voxel` by which the peak is higher, and `allocations` of the engine's pools after the
+first and after the last run: in steady state nothing is allocated. Beside it: the loop that people
+write today, which holds whole volumes.
 """
 
 from __future__ import annotations
@@ -32,39 +32,59 @@ SMALL = (16, 64, 64)
 
 
 def groups(model: Prepared, backend: str, quick: bool) -> dict[str, list[Contender]]:
-    found, cost = {}, {"fp32": macs(model.model)}
+    """The contenders.
+
+    Args:
+        model: The model, and its run folder for PyTorch.
+        backend: The backend of our engine.
+        quick: Fewer sizes and contenders.
+
+    Returns:
+        A group for each size.
+    """
+    named_groups, cost = {}, {"fp32": macs(model.model)}
     for n, size in enumerate(list(SIZES)[: 2 if quick else None]):
-        given = {"model": str(model.model), "size": size}
-        some = [
+        options = {"model": str(model.model), "size": size}
+        contenders = [
             Contender(
                 "mask2ct stream",
                 "benchmarks.suites.memory:ours",
-                {**given, "backend": backend},
+                {**options, "backend": backend},
                 cost=cost,
             )
         ]
         if model.trained is not None and not (quick and n):
-            options = {**given, "trained": str(model.trained)}
-            some.append(
+            torch_options = {**options, "trained": str(model.trained)}
+            contenders.append(
                 Contender(
                     "nibabel → torch eager → nibabel",
                     "benchmarks.suites.memory:by_torch",
-                    options,
+                    torch_options,
                     cost=cost,
                 )
             )
-        found[f"memory {size}"] = some
-    return found
+        named_groups[f"memory {size}"] = contenders
+    return named_groups
 
 
 def ours(model: str, size: str, backend: str) -> Ready:
+    """`Synthesizer.stream` from file to file.
+
+    Args:
+        model: The model folder.
+        size: A key of `SIZES`.
+        backend: The backend.
+
+    Returns:
+        The contender; its unit is slices.
+    """
     synth = Synthesizer.open(model, backend=backend)
-    kept = tempfile.TemporaryDirectory()
+    folder = tempfile.TemporaryDirectory()
     facts: dict[str, Any] = {"backend": synth.backend, "allocations": []}
 
     def synthesize_file(source: Path) -> int:
-        shutil.rmtree(Path(kept.name) / "out", ignore_errors=True)
-        (result,) = synth.stream([source], Path(kept.name) / "out")
+        shutil.rmtree(Path(folder.name) / "out", ignore_errors=True)
+        (result,) = synth.stream([source], Path(folder.name) / "out")
         assert result.error is None, result.error
         facts["allocations"] = [
             *facts["allocations"][:1],
@@ -72,20 +92,27 @@ def ours(model: str, size: str, backend: str) -> Ready:
         ]
         return result.slices
 
-    return _watched(synthesize_file, size, Path(model), Path(kept.name), facts)
+    return _watched(synthesize_file, size, Path(model), Path(folder.name), facts)
 
 
 def by_torch(model: str, size: str, trained: str) -> Ready:
-    graph, manifest, kept = (
-        network(trained),
-        Manifest.load(Path(model)),
-        tempfile.TemporaryDirectory(),
-    )
+    """The loop that people write: nibabel, PyTorch slice by slice, nibabel.
+
+    Args:
+        model: The model folder.
+        size: A key of `SIZES`.
+        trained: The run folder.
+
+    Returns:
+        The contender; its unit is slices.
+    """
+    graph, manifest = network(trained), Manifest.load(Path(model))
+    folder = tempfile.TemporaryDirectory()
     return _watched(
-        lambda source: torch_serial(graph, manifest, source, Path(kept.name) / "ct.nii.gz"),
+        lambda source: torch_serial(graph, manifest, source, Path(folder.name) / "ct.nii.gz"),
         size,
         Path(model),
-        Path(kept.name),
+        Path(folder.name),
         {},
     )
 
@@ -97,7 +124,9 @@ def _watched(
     folder: Path,
     facts: dict[str, Any],
 ) -> Ready:
-    """A small mask is synthesized before: what an engine takes once, for its first slices, is no
+    """A contender whose memory is measured.
+
+    It synthesizes a small mask first: what an engine takes once, for its first slices, is no
     growth.
     """
     source = _write(SIZES[size], model, folder / "mask.nii.gz")
@@ -105,16 +134,17 @@ def _watched(
     base = facts["base_rss"] = peak_rss()
 
     def run() -> float:
-        done = synthesize_file(source)
+        slices = synthesize_file(source)
         facts["bytes_per_voxel"] = round((peak_rss() - base) / math.prod(SIZES[size]), 2)
-        return float(done)
+        return float(slices)
 
     return Ready(run, facts=facts)
 
 
 def _write(shape: tuple[int, int, int], model: Path, path: Path) -> Path:
-    """The mask's file. It is written by a process of its own: what making it takes is not what
-    is measured.
+    """Write the mask's file in a process of its own.
+
+    The memory that it takes to make the mask is not what is measured.
     """
     import multiprocessing
 

@@ -1,13 +1,13 @@
 """Suite `stream`: from a mask file to a CT file, against what people run today.
 
-One 300 x 512 x 512 mask, .nii.gz to .nii.gz, a network that synthesizes 256 x 256 (`edge`, barely
-trained, or --model MODEL --run RUN). Contenders: `Synthesizer.stream`; (a) nibabel, the same
-weights in eager PyTorch slice by slice, nibabel; (b) SimpleITK, ONNX Runtime as it comes slice by
-slice, SimpleITK. All are opened before; each reads and writes files. They resample differently and
-draw other noise, so that their outputs are not compared; where the network sees neighbours they
-give it the same slice again, which costs the same. Then 20 masks in one run: wall time against the
-time its slowest stage was busy, and against the processor time of the whole process divided by its
-cores, below which no schedule can go.
+One 300 x 512 x 512 mask, .nii.gz to .nii.gz, and a network that synthesizes 256 x 256 (`edge`,
+barely trained, or --model MODEL --run RUN). Contenders: `Synthesizer.stream`; (a) nibabel, the same
+weights in eager PyTorch slice by slice, nibabel; (b) SimpleITK, ONNX Runtime with its defaults
+slice by slice, SimpleITK. All are opened before; each reads and writes files. They resample
+differently and draw other noise, so that their outputs are not compared. Where the network sees
+neighbours they give it the same slice again, which costs the same. Then 20 masks in one run: wall
+time against the time that its slowest stage was busy, and against the processor time of the whole
+process divided by its cores, which no schedule can beat.
 """
 
 from __future__ import annotations
@@ -45,35 +45,42 @@ SIZES, QUICK_SIZES = (
 )
 
 
-def groups(given: Prepared, backend: str, quick: bool) -> dict[str, list[Contender]]:
-    """`stream`: one large mask; `stream sizes`: three sizes in two formats; `stream formats`: the
-    large one written otherwise; `stream many`: a run of masks, beside the bound that its stages and
-    its processor set.
+def groups(prepared: Prepared, backend: str, quick: bool) -> dict[str, list[Contender]]:
+    """The contenders.
+
+    Args:
+        prepared: The model, and its run folder for PyTorch.
+        backend: The backend of our engine.
+        quick: Smaller masks.
+
+    Returns:
+        "stream": one large mask. "stream sizes": three sizes in two formats. "stream formats": the
+        large mask, written in each format. "stream many": a run of masks.
     """
     folder = new_folder()
-    manifest, model = Manifest.load(given.model), str(given.model)
+    manifest, model = Manifest.load(prepared.model), str(prepared.model)
     slices, each, count = (24, 4, 8) if quick else (300, 60, 20)
-    cost = macs(given.model)
+    cost = macs(prepared.model)
     mask = {
         "model": model,
         "mask": str(write_mask(folder / "mask.nii.gz", manifest, (slices, SIDE, SIDE))),
     }
 
     def record(
-        name: str, given: dict[str, Any], backend: str = backend, make: str = "ours"
+        name: str, arguments: dict[str, Any], backend: str = backend, make: str = "ours"
     ) -> Contender:
         return Contender(
             name,
             f"benchmarks.suites.stream:{make}",
-            {**given, "backend": backend},
+            {**arguments, "backend": backend},
             cost={"int8" if "int8" in backend else "fp32": cost},
         )
 
     large = [record(OURS, mask)]
     if "openvino-int8" in manifest.parity.get(str(manifest.file_of("onnx", "int8")), {}):
         large.append(record(f"{OURS}, INT8", mask, "openvino-int8"))
-    if given.trained is not None:
-        weights = {**mask, "trained": str(given.trained)}
+    if prepared.trained is not None:
+        weights = {**mask, "trained": str(prepared.trained)}
         large += [
             Contender(name, f"benchmarks.suites.stream:{make}", weights, cost={"fp32": cost})
             for name, make in THEIRS.items()
@@ -109,8 +116,17 @@ def groups(given: Prepared, backend: str, quick: bool) -> dict[str, list[Contend
 
 
 def ours(model: str, mask: str, backend: str, format: str = "nifti") -> Ready:
-    """Facts: volumes a second, the share of the wall time that each stage is busy, and which is
-    most, of the last run.
+    """`Synthesizer.stream` with one mask.
+
+    Args:
+        model: The model folder.
+        mask: The mask's file.
+        backend: The backend.
+        format: The result's format.
+
+    Returns:
+        The contender; its unit is slices. Facts of the last run: volumes a second, each stage's
+        busy share of the wall time, and the busiest stage.
     """
     synth, out = Synthesizer.open(model, backend=backend), new_folder()
     facts: dict[str, Any] = {"backend": synth.backend}
@@ -132,8 +148,16 @@ def ours(model: str, mask: str, backend: str, format: str = "nifti") -> Ready:
 
 
 def many(model: str, backend: str, masks: list[str]) -> Ready:
-    """Facts: seconds on the wall, each stage's busy ones, the process' own divided by the cores,
-    and the wall by the largest bound.
+    """`Synthesizer.stream` with many masks.
+
+    Args:
+        model: The model folder.
+        backend: The backend.
+        masks: The masks' files.
+
+    Returns:
+        The contender; its unit is slices. Facts, in seconds: wall time, each stage's busy time, the
+        process' time divided by the cores; and wall time / the largest of these bounds.
     """
     synth, out = Synthesizer.open(model, backend=backend), new_folder()
     facts: dict[str, Any] = {"backend": synth.backend}
@@ -155,15 +179,27 @@ def many(model: str, backend: str, masks: list[str]) -> Ready:
 
 
 def new_folder() -> Path:
-    """It goes when the process ends."""
+    """Make a temporary folder, which goes when the process ends.
+
+    Returns:
+        The folder.
+    """
     folder = Path(tempfile.mkdtemp(prefix="mask2ct-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 def write_mask(path: Path, manifest: Manifest, shape: tuple[int, int, int], seed: int = 0) -> Path:
-    """A heart of nested and neighbouring balls in the model's values, uint16 (D, H, W), some of
-    it in every slice.
+    """Write a heart of nested and neighbouring balls, some of it in every slice.
+
+    Args:
+        path: The file to write.
+        manifest: The model's manifest, for the labels' values.
+        shape: (D, H, W).
+        seed: Of the random generator.
+
+    Returns:
+        `path`.
     """
     import SimpleITK as sitk
 
@@ -184,6 +220,16 @@ def write_mask(path: Path, manifest: Manifest, shape: tuple[int, int, int], seed
 
 
 def by_torch(model: str, mask: str, trained: str) -> Ready:
+    """Contender: nibabel, PyTorch slice by slice, nibabel.
+
+    Args:
+        model: The model folder.
+        mask: The mask's file.
+        trained: The run folder.
+
+    Returns:
+        The contender; its unit is slices.
+    """
     graph, manifest, out = network(trained), Manifest.load(Path(model)), new_folder()
     return Ready(
         lambda: float(torch_serial(graph, manifest, Path(mask), out / "ct.nii.gz")), folder=out
@@ -191,13 +237,31 @@ def by_torch(model: str, mask: str, trained: str) -> Ready:
 
 
 def by_monai(model: str, mask: str, trained: str) -> Ready:
+    """Contender: MONAI's transforms and inferer.
+
+    Args:
+        model: The model folder.
+        mask: The mask's file.
+        trained: The run folder.
+
+    Returns:
+        The contender; its unit is slices.
+    """
     graph, manifest, out = network(trained), Manifest.load(Path(model)), new_folder()
     return Ready(lambda: float(monai_serial(graph, manifest, Path(mask), out)), folder=out)
 
 
 def torch_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
-    """(a): the whole volume loaded, then slice by slice through PyTorch, then saved, all with
-    each library's defaults.
+    """Load the whole volume, run PyTorch slice by slice, save; all with defaults.
+
+    Args:
+        graph: The network.
+        manifest: The model's manifest.
+        mask: The mask's file.
+        out: The file to write.
+
+    Returns:
+        The number of slices.
     """
     import nibabel
     import torch
@@ -205,14 +269,14 @@ def torch_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
 
     image: Any = nibabel.load(mask)
     values = np.asarray(image.dataobj)  # (W, H, D)
-    known = np.array([label.value for label in manifest.labels.labels])
+    label_values = np.array([label.value for label in manifest.labels.labels])
     height, width = manifest.grid.canvas
     ct = np.empty(values.shape, np.int16)
     with torch.inference_mode():
         for k in range(values.shape[2]):
-            labels = torch.from_numpy(np.searchsorted(known, values[:, :, k].T).astype(np.uint8))[
-                None, None
-            ]
+            labels = torch.from_numpy(
+                np.searchsorted(label_values, values[:, :, k].T).astype(np.uint8)
+            )[None, None]
             small = interpolate(labels, (height, width), mode="nearest")
             noise = torch.randint(0, 256, (1, height, width), dtype=torch.uint8)
             hu = (
@@ -228,16 +292,28 @@ def torch_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
 
 
 def monai_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
-    """MONAI's transforms with their defaults, eight slices at once through the network."""
+    """MONAI's transforms with their defaults, eight slices at once through the network.
+
+    Args:
+        graph: The network.
+        manifest: The model's manifest.
+        mask: The mask's file.
+        out: The folder to write to.
+
+    Returns:
+        The number of slices.
+    """
     import torch
     from monai.inferers import SliceInferer
     from monai.transforms import LoadImage, Resize, SaveImage
 
     image: Any = LoadImage(ensure_channel_first=True, image_only=True)(mask)  # (1, W, H, D)
-    canvas, whole = manifest.grid.canvas, tuple(image.shape[1:])
-    known = torch.tensor([label.value for label in manifest.labels.labels], dtype=image.dtype)
-    small = Resize((canvas[1], canvas[0], whole[2]), mode="nearest")(
-        torch.searchsorted(known, image).float()
+    canvas, size = manifest.grid.canvas, tuple(image.shape[1:])
+    label_values = torch.tensor(
+        [label.value for label in manifest.labels.labels], dtype=image.dtype
+    )
+    small = Resize((canvas[1], canvas[0], size[2]), mode="nearest")(
+        torch.searchsorted(label_values, image).float()
     )
 
     def predict(labels: Any) -> Any:
@@ -256,14 +332,23 @@ def monai_serial(graph: Any, manifest: Manifest, mask: Path, out: Path) -> int:
         generated = SliceInferer(roi_size=(canvas[1], canvas[0]), sw_batch_size=8, spatial_dim=2)(
             small[None], predict
         )[0]
-    large = Resize(whole, mode="trilinear")(generated)
+    large = Resize(size, mode="trilinear")(generated)
     SaveImage(
         out, output_ext=".nii.gz", output_dtype=np.int16, separate_folder=False, print_log=False
     )(large, meta_data=image.meta)
-    return int(whole[2])
+    return int(size[2])
 
 
 def by_onnx(model: str, mask: str) -> Ready:
+    """Contender: SimpleITK, ONNX Runtime slice by slice, SimpleITK.
+
+    Args:
+        model: The model folder.
+        mask: The mask's file.
+
+    Returns:
+        The contender; its unit is slices.
+    """
     import onnxruntime
 
     session = onnxruntime.InferenceSession(
@@ -276,8 +361,16 @@ def by_onnx(model: str, mask: str) -> Ready:
 
 
 def onnx_serial(session: Any, manifest: Manifest, mask: Path, out: Path) -> int:
-    """(b): read, resampled to the canvas, slice by slice through ONNX Runtime, resampled back,
-    written, all with each library's defaults.
+    """Read, resample, run ONNX Runtime slice by slice, resample back, write; all with defaults.
+
+    Args:
+        session: An ONNX Runtime session.
+        manifest: The model's manifest.
+        mask: The mask's file.
+        out: The file to write.
+
+    Returns:
+        The number of slices.
     """
     import SimpleITK as sitk
 
@@ -295,9 +388,9 @@ def onnx_serial(session: Any, manifest: Manifest, mask: Path, out: Path) -> int:
             )
         )
     )
-    known = np.array([label.value for label in manifest.labels.labels])
+    label_values = np.array([label.value for label in manifest.labels.labels])
     labels = np.searchsorted(
-        known,
+        label_values,
         sitk.GetArrayFromImage(
             sitk.Resample(image, small, sitk.Transform(), sitk.sitkNearestNeighbor)
         ),

@@ -1,13 +1,13 @@
-"""Suite `train`: iterations/s of training against the loop people write.
+"""Suite `train`: iterations/s of training against the loop that people write.
 
 Ours is the training's own step on its own batches: slices from the memory-mapped cache,
 augmentation in batches on the device, channels_last, fused Adam, running average of the weights.
-The plain loop is written as the original and pix2pix are: a `Dataset` that reads two DICOM files an
-item at every step with SimpleITK and augments it with scipy (as Keras' ImageDataGenerator does),
-float32, NCHW, Adam, the losses' `.item()` at every step; once with the files read in the main
-process (the original), once by DataLoader workers (pix2pix: four; here no more than cores). The
-networks, their initial weights, the losses and the batch size are the same (a test holds the first
-step's losses equal).
+The plain loop follows the original and pix2pix: a `Dataset` that reads two DICOM files an item at
+every step with SimpleITK and augments it with scipy (as Keras' ImageDataGenerator does), float32,
+NCHW, Adam, the losses' `.item()` at every step. It runs once with the files read in the main
+process (the original), once with DataLoader workers (pix2pix: four; here no more than cores). The
+networks, their initial weights, the losses and the batch size are the same: a test checks that the
+first step's losses are equal.
 """
 
 from __future__ import annotations
@@ -45,12 +45,17 @@ from ..harness.paired import Contender, Ready
 
 OURS, PLAIN, WORKERS = "mask2ct training", "plain loop", "plain loop with workers"
 PIX2PIX_WORKERS = 4  # its --num_threads
-LOADING = 0.05  # of a step's time, the most that our loader may take
+LOADING = 0.05  # the most of a step's time that our loader may take
 
 
 class SliceFiles(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Slices as single DICOM files, an image and a label map each, read and augmented anew
-    whenever they are asked for.
+    """Slices as single DICOM files, read and augmented anew for every item.
+
+    Args:
+        folder: Where to write an image and a label map for each slice.
+        patients: The slices.
+        settings: The augmentation.
+        intensity: The range of HU.
     """
 
     def __init__(
@@ -90,7 +95,7 @@ class SliceFiles(Dataset[tuple[Tensor, Tensor, Tensor]]):
 
 
 class PlainLoop:
-    """The step people write: NCHW, float32, Adam, the losses read at every step."""
+    """The step that people write: NCHW, float32, Adam, the losses read at every step."""
 
     def __init__(self, settings: config.RunConfig):
         self._config, self._classes = settings, len(config.label_table(settings.data))
@@ -103,10 +108,17 @@ class PlainLoop:
         self._adam_d = torch.optim.Adam(self.discriminator.parameters(), o.lr_d, (o.beta1, o.beta2))
 
     def __call__(self, batch: Batch) -> dict[str, float]:
-        """One optimisation of both networks. Returns the losses by name."""
+        """Optimize both networks once.
+
+        Args:
+            batch: The batch.
+
+        Returns:
+            The losses by name.
+        """
         one_hot = functional.one_hot(batch.labels.long(), self._classes)  # (N, Z, H, W, classes)
         condition = one_hot.permute(0, 1, 4, 2, 3).flatten(1, 2).float().contiguous()
-        smooth, generated = self.generator.generate(
+        fake_smooth, fake = self.generator.generate(
             condition, standardise_noise(batch.noise) if self.generator.noisy else None
         )
 
@@ -114,23 +126,23 @@ class PlainLoop:
         self._adam_d.zero_grad()
         d = discriminator_losses(
             self._discriminate(condition, batch.image),
-            self._discriminate(condition, generated.detach()),
+            self._discriminate(condition, fake.detach()),
         )
         weighted_sum(d, dict.fromkeys(d, 1.0)).backward()
         self._adam_d.step()
 
         self.discriminator.requires_grad_(False)
         self._adam_g.zero_grad()
-        discriminator_input = smooth + (generated - smooth).detach()
+        discriminator_input = fake_smooth + (fake - fake_smooth).detach()
         g = generator_losses(
-            self._discriminate(condition, discriminator_input), smooth, generated, batch.image
+            self._discriminate(condition, discriminator_input), fake_smooth, fake, batch.image
         )
         weighted_sum(g, asdict(self._config.loss)).backward()
         self._adam_g.step()
         return {name: value.item() for name, value in {**g, **d}.items()}
 
     def _discriminate(self, condition: Tensor, image: Tensor) -> Tensor:
-        """The scores as people write it: image and labels concatenated."""
+        """The scores in the form that people write: image and labels concatenated."""
         x = torch.cat([image, condition], 1) if self.discriminator.conditional else image
         for stage in self.discriminator.stages:
             x = stage(x)
@@ -139,15 +151,22 @@ class PlainLoop:
 
 
 class Timed:
-    """A contender: `steps` iterations a call, with the time spent on getting batches kept apart."""
+    """Runs iterations and keeps the time for batches apart.
+
+    Args:
+        steps: Iterations in a call.
+        batch: Returns the n-th batch.
+        step: Trains on the n-th batch.
+    """
 
     def __init__(
         self, steps: int, batch: Callable[[int], Batch], step: Callable[[int, Batch], object]
     ):
         self._steps, self._batch, self._step, self._done = steps, batch, step, 0
-        self.shares: list[float] = []  # of each call's time, spent on batches
+        self.shares: list[float] = []  # the share of each call's time that batches took
 
     def __call__(self) -> int:
+        """Run the iterations; returns how many they were."""
         loading, started = 0.0, time.perf_counter()
         for n in range(self._done, self._done + self._steps):
             before = time.perf_counter()
@@ -160,25 +179,33 @@ class Timed:
 
 
 def groups(settings: config.RunConfig, quick: bool) -> dict[str, list[Contender]]:
-    """Ours and the two plain loops, on the config's own data; the phantom, if it is one, is made
-    once, by the first.
+    """Ours and the two plain loops, on the config's own data.
+
+    Args:
+        settings: The resolved config. The first contender makes the phantom, if it is one.
+        quick: Fewer steps in a round.
+
+    Returns:
+        The group "train".
     """
     folder = tempfile.mkdtemp(prefix="mask2ct-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    # many steps a round: what workers fetched ahead is little of it
-    given: dict[str, Any] = {
+    # Many steps in a round, so that what workers fetched ahead is a small part of it.
+    options: dict[str, Any] = {
         "settings": config.to_json(settings),
         "folder": folder,
         "steps": 4 if quick else 20,
     }
     cost = {"fp32": step_macs(settings)}
-    ours = Contender(OURS, "benchmarks.suites.train:ours", given, cost=cost)
+    contender = Contender(OURS, "benchmarks.suites.train:ours", options, cost=cost)
     plain = ((PLAIN, 0), (WORKERS, min(PIX2PIX_WORKERS, torch.get_num_threads())))
     return {
         "train": [
-            ours,
+            contender,
             *(
-                Contender(name, "benchmarks.suites.train:plain", {**given, "workers": n}, cost=cost)
+                Contender(
+                    name, "benchmarks.suites.train:plain", {**options, "workers": n}, cost=cost
+                )
                 for name, n in plain
             ),
         ]
@@ -186,8 +213,13 @@ def groups(settings: config.RunConfig, quick: bool) -> dict[str, list[Contender]
 
 
 def step_macs(settings: config.RunConfig) -> int:
-    """Multiply-accumulates of one step, forward and backward, as torch counts them while the
-    plain loop takes one.
+    """The multiply-accumulates of one step, forward and backward.
+
+    Args:
+        settings: The resolved config.
+
+    Returns:
+        What torch counts while the plain loop takes a step.
     """
     n, (h, w) = settings.training.batch_size, settings.data.canvas
     planes = torch.zeros(n, settings.data.slices, h, w, dtype=torch.uint8)
@@ -197,6 +229,16 @@ def step_macs(settings: config.RunConfig) -> int:
 
 
 def ours(settings: dict[str, Any], folder: str, steps: int) -> Ready:
+    """Our training's step.
+
+    Args:
+        settings: The resolved config as JSON data.
+        folder: Where data and cache lie.
+        steps: Iterations in a round.
+
+    Returns:
+        The contender; its unit is iterations.
+    """
     resolved = config.from_json(settings)
     opening = []
     for _ in range(2):  # without a cache entry, and with
@@ -213,20 +255,31 @@ def ours(settings: dict[str, Any], folder: str, steps: int) -> Ready:
 
 
 def plain(settings: dict[str, Any], folder: str, steps: int, workers: int) -> Ready:
+    """The plain loop.
+
+    Args:
+        settings: The resolved config as JSON data.
+        folder: Where data and cache lie.
+        steps: Iterations in a round.
+        workers: Processes of the DataLoader.
+
+    Returns:
+        The contender; its unit is iterations.
+    """
     resolved = config.from_json(settings)
     cohort = open_cohort(resolved, Path(folder) / "run", cache=Path(folder) / "slices", quiet=True)
-    own = Path(folder) / f"files-{workers}"
-    own.mkdir(exist_ok=True)  # started again, it writes the same
-    files = SliceFiles(own, cohort.train, resolved.augment, config.intensity(resolved))
+    file_folder = Path(folder) / f"files-{workers}"
+    file_folder.mkdir(exist_ok=True)  # a second launch writes the same files
+    files = SliceFiles(file_folder, cohort.train, resolved.augment, config.intensity(resolved))
     loop, batches = PlainLoop(resolved), _endless(files, resolved.training.batch_size, workers)
     return _ready(Timed(steps, lambda _: next(batches), lambda _, batch: loop(batch)), {})
 
 
 def _ready(timed: Timed, facts: dict[str, Any]) -> Ready:
     def run() -> float:
-        done = float(timed())
+        steps = float(timed())
         facts["loader_share"] = statistics.median(timed.shares)
-        return done
+        return steps
 
     return Ready(run, facts=facts)
 
@@ -248,7 +301,7 @@ def _endless(files: SliceFiles, batch_size: int, workers: int) -> Iterator[Batch
 def _moved(
     affine: NDArray[np.float32], labels: NDArray[np.uint8], image: NDArray[np.float32]
 ) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """One item moved as Keras' generator does it, plane by plane: labels nearest, image linear."""
+    """Move one item as Keras' generator does, plane by plane: labels nearest, image linear."""
     h, w = image.shape[-2:]
     matrix = affine[::-1, 1::-1].astype(np.float64)  # (y, x) order
     offset = (affine[::-1, 2] / 2 + 0.5) * [h, w] - 0.5 - matrix @ [(h - 1) / 2, (w - 1) / 2]
