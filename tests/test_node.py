@@ -529,9 +529,9 @@ def test_a_value_stays_on_its_line() -> None:
 @pytest.mark.parametrize(
     ("options", "fact"),
     [
-        (["--keep"], "nobody may send"),
-        (["--allow-any"], "goes nowhere"),
-        (["--allow", "A" * 17, "--keep"], "is no AE title"),
+        (["--keep"], "no calling AE title is allowed"),
+        (["--allow-any"], "no destination"),
+        (["--allow", "A" * 17, "--keep"], "is not an AE title"),
         (["--allow", "A", "--allow-any", "--keep"], "exclude each other"),
         (["--allow", "A", "--send-to", "PACS@host"], "is no destination"),
         (["--allow", "A", "--send-to", "tls://PACS@host:104"], "needs certificates"),
