@@ -140,7 +140,7 @@ class _Log:
         if self._several:
             self.say(f"{case.display_name.name}: {model} ({reason})")
 
-    def made(self, result: CaseResult) -> None:
+    def result_ready(self, result: CaseResult) -> None:
         """Print the warnings of a result."""
         for warning in result.warnings:
             print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
