@@ -533,7 +533,7 @@ def test_a_value_stays_on_its_line() -> None:
         (["--allow-any"], "no destination"),
         (["--allow", "A" * 17, "--keep"], "is not an AE title"),
         (["--allow", "A", "--allow-any", "--keep"], "exclude each other"),
-        (["--allow", "A", "--send-to", "PACS@host"], "is no destination"),
+        (["--allow", "A", "--send-to", "PACS@host"], "is not a destination"),
         (["--allow", "A", "--send-to", "tls://PACS@host:104"], "needs certificates"),
         (["--allow", "A", "--stow", "ftp://host/"], "no DICOMweb address"),
         (["--allow", "A", "--keep", "--tls-cert", "x.pem"], "TLS is mutual"),
