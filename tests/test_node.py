@@ -535,7 +535,7 @@ def test_a_value_stays_on_its_line() -> None:
         (["--allow", "A", "--allow-any", "--keep"], "exclude each other"),
         (["--allow", "A", "--send-to", "PACS@host"], "is not a destination"),
         (["--allow", "A", "--send-to", "tls://PACS@host:104"], "needs certificates"),
-        (["--allow", "A", "--stow", "ftp://host/"], "no DICOMweb address"),
+        (["--allow", "A", "--stow", "ftp://host/"], "not a DICOMweb address"),
         (["--allow", "A", "--keep", "--tls-cert", "x.pem"], "TLS is mutual"),
         (["--allow", "A", "--keep", "--host", "203.0.113.1"], "cannot be had"),
         (["--allow", "A", "--send-to", "P@h:1", "--send-to", "P@h:1"], "given twice"),
