@@ -179,10 +179,10 @@ def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_
     ) as node:
         stranger = associate(node.port, [SegmentationStorage], calling="STRANGER")
         assert (
-            stranger.is_rejected and stranger.store_scp.primitive.diagnostic == 3
+            stranger.is_rejected and stranger.acceptor.primitive.diagnostic == 3
         )  # calling AE title not recognized (PS3.8 9.3.4)
         wrong = associate(node.port, [SegmentationStorage], display_name="ANOTHER")
-        assert wrong.is_rejected and wrong.store_scp.primitive.diagnostic == 7
+        assert wrong.is_rejected and wrong.acceptor.primitive.diagnostic == 7
         assert (
             associate(node.port, [SecondaryCaptureImageStorage])
             .rejected_contexts[0]
@@ -208,7 +208,7 @@ def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_
         assert (
             second.is_established
             and third.is_rejected
-            and third.store_scp.primitive.diagnostic == 2
+            and third.acceptor.primitive.diagnostic == 2
         )  # local limit exceeded
         second.release()
         both.release()

@@ -347,7 +347,7 @@ def test_a_study_that_failed_and_then_is_synthesized_after_all_has_no_reason(
     study = spool.next(0)
     assert study is not None
     (study / "reason.txt").write_text("out of memory")
-    spool.generated(study, [])
+    spool.move_to_send_queue(study, [])
     spool.finish(tmp_path / "spool" / "outbox" / study.name)
     assert not spool.names("failed") and not spooled(tmp_path / "spool")
     spool.close()
