@@ -172,7 +172,7 @@ def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_
         tmp_path / "spool",
         "--keep",
         "--max-object",
-        "16KiB",
+        "256KiB",
         "--max-associations",
         "2",
         quiet=60,
@@ -206,9 +206,7 @@ def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_
         second = associate(node.port, [VERIFICATION])
         third = associate(node.port, [VERIFICATION])
         assert (
-            second.is_established
-            and third.is_rejected
-            and third.acceptor.primitive.diagnostic == 2
+            second.is_established and third.is_rejected and third.acceptor.primitive.diagnostic == 2
         )  # local limit exceeded
         second.release()
         both.release()
