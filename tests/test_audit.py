@@ -148,7 +148,7 @@ def test_the_line_comes_before_the_news(fake_model: Path, inbox: Path, tmp_path:
     seen: list[int] = []
 
     class Listener:
-        def made(self, result: CaseResult) -> None:
+        def result_ready(self, result: CaseResult) -> None:
             seen.append(len(of("synthesized", file)))
 
         def __getattr__(self, name: str) -> Callable[..., None]:

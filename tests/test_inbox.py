@@ -38,7 +38,7 @@ def test_a_file_or_folder_counts_as_complete_when_nothing_of_it_changed_for_so_l
 ) -> None:
     clock, watched = (
         Clock(monkeypatch),
-        Inbox(inbox, tmp_path / "out", stable=5, whole=lambda path: True),
+        Inbox(inbox, tmp_path / "out", stable=5, is_complete=lambda path: True),
     )
     (inbox / "a").write_bytes(b"1")
     (inbox / "series").mkdir()
@@ -68,7 +68,9 @@ def test_what_does_not_look_whole_is_waited_for_longer_and_then_taken(
     inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock, looked = Clock(monkeypatch), []
-    watched = Inbox(inbox, tmp_path / "out", stable=5, whole=lambda path: bool(looked.append(path)))
+    watched = Inbox(
+        inbox, tmp_path / "out", stable=5, is_complete=lambda path: bool(looked.append(path))
+    )
     (inbox / "a").write_bytes(b"half of it")
     watched.look()
     for _ in range(3):
@@ -83,7 +85,7 @@ def test_what_does_not_look_whole_is_waited_for_longer_and_then_taken(
 
 
 def test_what_changes_between_look_and_claim_is_put_back(inbox: Path, tmp_path: Path) -> None:
-    watched = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True)
+    watched = Inbox(inbox, tmp_path / "out", stable=0, is_complete=lambda path: True)
     (inbox / "a").write_bytes(b"1")
     (item,) = watched.look()
     item.write_bytes(b"12")
@@ -97,7 +99,7 @@ def test_a_ticket_that_another_took_for_a_dead_ones_is_tried_again(
     """Between the making of its folder and of its lock; who watches `--once` does not end then."""
     item = write_mask(inbox / "a.nii.gz")
     mine, others = (
-        Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True) for _ in range(2)
+        Inbox(inbox, tmp_path / "out", stable=0, is_complete=lambda path: True) for _ in range(2)
     )
     hold = runtime.service.work_queue._hold
 
@@ -113,7 +115,9 @@ def test_a_ticket_that_another_took_for_a_dead_ones_is_tried_again(
 
 
 def test_of_many_who_claim_one_thing_one_has_it(inbox: Path, tmp_path: Path) -> None:
-    watchers = [Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True) for _ in range(8)]
+    watchers = [
+        Inbox(inbox, tmp_path / "out", stable=0, is_complete=lambda path: True) for _ in range(8)
+    ]
     with ThreadPoolExecutor(len(watchers)) as threads:
         for n in range(20):
             (inbox / f"{n}").write_bytes(b"1")
@@ -134,7 +138,10 @@ def test_of_many_who_claim_one_thing_one_has_it(inbox: Path, tmp_path: Path) -> 
 def test_an_interrupt_while_a_claim_ends_closes_nothing_twice(
     inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    watched, really = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True), os.close
+    watched, really = (
+        Inbox(inbox, tmp_path / "out", stable=0, is_complete=lambda path: True),
+        os.close,
+    )
     (inbox / "a").write_bytes(b"1")
     (item,) = watched.look()
     claim = watched.claim(item)
@@ -162,7 +169,7 @@ def test_nothing_is_opened_before_it_is_claimed_and_counted(inbox: Path, tmp_pat
         seen.append((path.parent.parent.name, count, len(listed(inbox))))
         return True
 
-    watched = Inbox(inbox, tmp_path / "out", stable=0, whole=look_into)
+    watched = Inbox(inbox, tmp_path / "out", stable=0, is_complete=look_into)
     claim = watched.claim(*watched.look())
     assert claim is not None and seen == [(WORK, 1, 1)]  # .work alone is left there
     assert attempts(claim.attempts) == 0  # the process lives
@@ -178,8 +185,8 @@ def test_a_full_inbox_is_emptied_all_the_same(
         raise OutputError("the disk is full")
 
     (inbox / "a").write_bytes(b"1")
-    monkeypatch.setattr(runtime.service.work_queue, "counted", full)
-    watched = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True)
+    monkeypatch.setattr(runtime.service.work_queue, "count_attempt", full)
+    watched = Inbox(inbox, tmp_path / "out", stable=0, is_complete=lambda path: True)
     claim = watched.claim(*watched.look())
     assert claim is not None
     assert watched.finish(claim) == inbox / DONE / "a"
@@ -188,10 +195,10 @@ def test_a_full_inbox_is_emptied_all_the_same(
 def test_what_is_not_whole_goes_back_as_it_was(inbox: Path, tmp_path: Path) -> None:
     (inbox / "series").mkdir()
     (inbox / "series" / "1").write_bytes(b"half")
-    watched = Inbox(inbox, tmp_path / "out", stable=1e-9, whole=lambda path: False)
+    watched = Inbox(inbox, tmp_path / "out", stable=1e-9, is_complete=lambda path: False)
     watched.look()
     (item,) = watched.look()
-    watched._seen[item.name].age = 0  # as young as it may be
+    watched._observed[item.name].age = 0  # as young as it may be
     assert watched.claim(item) is None and watched.settling
     assert (inbox / "series" / "1").read_bytes() == b"half" and listed(inbox / WORK) == set()
 
@@ -204,9 +211,9 @@ def test_an_item_whose_name_came_again_is_kept(inbox: Path, tmp_path: Path) -> N
         (inbox / "a").write_bytes(b"whole")
         return False
 
-    watched = Inbox(inbox, tmp_path / "out", stable=1, whole=begin_anew)
+    watched = Inbox(inbox, tmp_path / "out", stable=1, is_complete=begin_anew)
     watched.look()
-    watched._seen["a"].age = 1
+    watched._observed["a"].age = 1
     claim = watched.claim(inbox / "a")
     assert (
         claim is not None
@@ -224,7 +231,7 @@ def test_an_interrupt_while_an_item_is_looked_into_puts_it_back(
     def interrupted(path: Path) -> bool:
         raise KeyboardInterrupt
 
-    watched = Inbox(inbox, tmp_path / "out", stable=0, whole=interrupted)
+    watched = Inbox(inbox, tmp_path / "out", stable=0, is_complete=interrupted)
     with pytest.raises(KeyboardInterrupt):
         watched.claim(*watched.look())
     assert (inbox / "a").read_bytes() == b"1" and listed(inbox / WORK) == set()
@@ -235,11 +242,11 @@ def test_linked_folders_of_an_inbox_are_refused(name: str, inbox: Path, tmp_path
     (tmp_path / "elsewhere").mkdir()
     (inbox / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match=f"{name} in the watched folder is a link"):
-        Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True)
+        Inbox(inbox, tmp_path / "out", stable=0, is_complete=lambda path: True)
 
 
 def test_a_link_counts_by_itself(inbox: Path, tmp_path: Path) -> None:
     """What it leads to is not asked, and a broken one is not waited for for ever."""
     (inbox / "a").symlink_to(tmp_path / "nowhere")
-    watched = Inbox(inbox, tmp_path / "out", stable=0, whole=lambda path: True)
+    watched = Inbox(inbox, tmp_path / "out", stable=0, is_complete=lambda path: True)
     assert watched.look() == [inbox / "a"]

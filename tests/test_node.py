@@ -172,17 +172,17 @@ def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_
         tmp_path / "spool",
         "--keep",
         "--max-object",
-        "16KiB",
+        "256KiB",
         "--max-associations",
         "2",
         quiet=60,
     ) as node:
         stranger = associate(node.port, [SegmentationStorage], calling="STRANGER")
         assert (
-            stranger.is_rejected and stranger.store_scp.primitive.diagnostic == 3
+            stranger.is_rejected and stranger.acceptor.primitive.diagnostic == 3
         )  # calling AE title not recognized (PS3.8 9.3.4)
         wrong = associate(node.port, [SegmentationStorage], display_name="ANOTHER")
-        assert wrong.is_rejected and wrong.store_scp.primitive.diagnostic == 7
+        assert wrong.is_rejected and wrong.acceptor.primitive.diagnostic == 7
         assert (
             associate(node.port, [SecondaryCaptureImageStorage])
             .rejected_contexts[0]
@@ -206,9 +206,7 @@ def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_
         second = associate(node.port, [VERIFICATION])
         third = associate(node.port, [VERIFICATION])
         assert (
-            second.is_established
-            and third.is_rejected
-            and third.store_scp.primitive.diagnostic == 2
+            second.is_established and third.is_rejected and third.acceptor.primitive.diagnostic == 2
         )  # local limit exceeded
         second.release()
         both.release()
@@ -529,13 +527,13 @@ def test_a_value_stays_on_its_line() -> None:
 @pytest.mark.parametrize(
     ("options", "fact"),
     [
-        (["--keep"], "nobody may send"),
-        (["--allow-any"], "goes nowhere"),
-        (["--allow", "A" * 17, "--keep"], "is no AE title"),
+        (["--keep"], "no calling AE title is allowed"),
+        (["--allow-any"], "no destination"),
+        (["--allow", "A" * 17, "--keep"], "is not an AE title"),
         (["--allow", "A", "--allow-any", "--keep"], "exclude each other"),
-        (["--allow", "A", "--send-to", "PACS@host"], "is no destination"),
+        (["--allow", "A", "--send-to", "PACS@host"], "is not a destination"),
         (["--allow", "A", "--send-to", "tls://PACS@host:104"], "needs certificates"),
-        (["--allow", "A", "--stow", "ftp://host/"], "no DICOMweb address"),
+        (["--allow", "A", "--stow", "ftp://host/"], "not a DICOMweb address"),
         (["--allow", "A", "--keep", "--tls-cert", "x.pem"], "TLS is mutual"),
         (["--allow", "A", "--keep", "--host", "203.0.113.1"], "cannot be had"),
         (["--allow", "A", "--send-to", "P@h:1", "--send-to", "P@h:1"], "given twice"),

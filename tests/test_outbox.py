@@ -261,7 +261,7 @@ def test_stow_takes_each_object_at_the_services_word(
     assert all(
         outcome.refused for outcome in to.send(files)
     )  # success without a word of the object is none
-    with pytest.raises(UsageError, match="in the clear"):
+    with pytest.raises(UsageError, match="sent unencrypted"):
         DicomWeb("http://pacs.example/dicom-web", None)
     for wrong in (
         "user:secret@pacs.example/dicom-web",
@@ -271,7 +271,7 @@ def test_stow_takes_each_object_at_the_services_word(
         "pacs.example/#a",
         "pacs.example/a b",
     ):
-        with pytest.raises(UsageError, match="no DICOMweb address"):
+        with pytest.raises(UsageError, match="not a DICOMweb address"):
             DicomWeb(f"https://{wrong}", None)
 
 
@@ -347,7 +347,7 @@ def test_a_study_that_failed_and_then_is_synthesized_after_all_has_no_reason(
     study = spool.next(0)
     assert study is not None
     (study / "reason.txt").write_text("out of memory")
-    spool.generated(study, [])
+    spool.move_to_send_queue(study, [])
     spool.finish(tmp_path / "spool" / "outbox" / study.name)
     assert not spool.names("failed") and not spooled(tmp_path / "spool")
     spool.close()

@@ -490,5 +490,5 @@ def test_describe_verifies_every_file(
         "model.onnx: fp32" in text
         and "verified" in text
         and "500 left ventricle" in text
-        and "proof: differences" in text
+        and "parity check: differences" in text
     )

@@ -400,7 +400,8 @@ def test_what_a_dead_watcher_claimed_is_taken_up_by_one_for_the_same_output(
         for n, name in enumerate("abc")
     }
     dead, other = (
-        Inbox(inbox, tmp_path / out, stable=0, whole=lambda path: True) for out in ("out", "other")
+        Inbox(inbox, tmp_path / out, stable=0, is_complete=lambda path: True)
+        for out in ("out", "other")
     )
     first, second, third = dead.look()
     left, alive = dead.claim(first), dead.claim(second)
@@ -481,7 +482,7 @@ def test_while_another_run_writes_into_the_output_folder_nothing_is_claimed(
         another.close()
         assert (
             watcher.step()
-            and told.calls[1:] == ["chosen", "made", "settled"]
+            and told.calls[1:] == ["chosen", "result_ready", "settled"]
             and listed(inbox / DONE) == {"a.nii.gz"}
         )
 

@@ -1,4 +1,4 @@
-"""`mask2ct audit`: whether an audit file is whole, and what it tells."""
+"""`mask2ct audit`: check that an audit file is complete and unaltered, and summarize it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ from ..core.console import EXIT_CODES
 
 
 def add(commands: Any) -> None:
+    """Add `audit` to the command line.
+
+    Args:
+        commands: What argparse's `add_subparsers` returned.
+    """
     audit = commands.add_parser(
         "audit", help="verify an audit file of watch, serve or synth", epilog=EXIT_CODES
     )
@@ -20,13 +25,13 @@ def add(commands: Any) -> None:
         nargs="+",
         type=Path,
         metavar="FILE.jsonl",
-        help="the file, after those it was rotated to: the oldest first",
+        help="the audit file; rotated files come before it, the oldest first",
     )
     audit.add_argument(
         "--holds",
         default="",
         metavar="SHA256",
-        help="fail unless a line has this SHA-256, which was noted before",
+        help="fail unless a line has this SHA-256, which you noted earlier",
     )
 
 

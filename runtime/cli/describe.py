@@ -1,4 +1,4 @@
-"""`mask2ct describe`: what a model folder holds."""
+"""`mask2ct describe`: print what a model folder contains, and check its files."""
 
 from __future__ import annotations
 
@@ -12,11 +12,18 @@ from .description import describe
 
 
 def add(commands: Any) -> None:
+    """Add `describe` to the command line.
+
+    Args:
+        commands: What argparse's `add_subparsers` returned.
+    """
     parser = commands.add_parser(
-        "describe", help="what a model folder holds; checks every file", epilog=EXIT_CODES
+        "describe",
+        help="describe a model folder and check the SHA-256 of its files",
+        epilog=EXIT_CODES,
     )
     parser.set_defaults(command=_describe)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("model", type=Path, metavar="FOLDER", help="a model folder")
 
 
 def _describe(options: argparse.Namespace) -> int:

@@ -1,8 +1,8 @@
-"""What a model folder says of itself, for a person."""
+"""Describe a model folder in plain text: manifest, files, training, metrics and parity checks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ..core.manifest import MANIFEST, Manifest
 from ..engines.onnx_file import check_weights
 from ..engines.registry import BACKENDS
 
-USES = {"train": "to train on", "valid": "to choose and prove with", "test": "to test on"}
+USES = {"train": "to train on", "valid": "to validate with", "test": "to test on"}
 ORGAN_HEAD = ("", "median", "true", "error", "IQR", "true", "texture ratio")
 PARITY_HEAD = (
     "file",
@@ -30,9 +30,17 @@ PARITY_HEAD = (
 
 
 def describe(manifest: Manifest, folder: Path) -> str:
-    """The manifest as text, every file's SHA-256 compared on the way.
+    """Describe a model, and check the SHA-256 of each file on the way.
 
-    Raises `ModelError` for one that is missing or altered.
+    Args:
+        manifest: The folder's manifest.
+        folder: The model folder.
+
+    Returns:
+        Several paragraphs and tables.
+
+    Raises:
+        ModelError: For a file that is missing or altered, or a manifest that cannot be used.
     """
     try:
         with nesting():
@@ -47,81 +55,93 @@ def describe(manifest: Manifest, folder: Path) -> str:
 
 
 def _describe(manifest: Manifest, folder: Path) -> str:
-    grid, intensity = manifest.grid, manifest.intensity
-    scale = (
-        "each slice fitted to it"
-        if grid.pixel_spacing is None
-        else (
-            f"{grid.pixel_spacing[0]} x {grid.pixel_spacing[1]} mm a pixel, grows in steps of"
-            f" {grid.divisor} where labels need it"
-        )
-    )
-    apart = f", {grid.slice_spacing} mm apart" if grid.slices > 1 else ""
+    unit = printable(manifest.intensity.unit)
     rows = [
-        ("model", manifest.name),
-        (
-            "license",
-            manifest.license
-            or "not stated: whoever trained the model must say under which it may be used",
-        ),
-        ("labels", str(manifest.labels)),
-        ("canvas", f"{grid.canvas[0]} x {grid.canvas[1]}, {scale}"),
-        ("slices", f"{grid.slices}{apart}"),
-        (
-            "synthesizes",
-            (
-                f"{intensity.low} … {intensity.high} {intensity.unit}, noise"
-                f" {'yes' if manifest.noise else 'no'}, style of {manifest.style}"
-            ),
-        ),
-    ]
-    for name, file in manifest.files.items():
-        manifest.verify(folder, [name])
-        if file.kind == "onnx":
-            check_weights(folder / name)
-        rows.append(
-            (
-                "file",
-                (
-                    f"{name}: {file.precision}, {file.bytes / 1e6:.1f} MB, sha256 {file.sha256}"
-                    " verified"
-                ),
-            )
-        )
-    for backend in BACKENDS:
-        if manifest.file_of(*backend.file):
-            why = backend.absent(manifest) or (
-                "validated"
-                if backend.validated(manifest)
-                else "not validated when this model was exported"
-            )
-            rows.append(
-                ("backend", f"{backend.name}: {why}{'' if backend.automatic else ', by name only'}")
-            )
-    rows += [("training", text) for text in training_lines(manifest)] + [
-        ("export", text) for text in export_lines(manifest)
+        *_contract_rows(manifest),
+        *_file_rows(manifest, folder),
+        *_backend_rows(manifest),
+        *(("training", text) for text in training_lines(manifest)),
+        *(("export", text) for text in export_lines(manifest)),
     ]
     parts = ["\n".join(f"{key:<10} {printable(value)}" for key, value in rows)]
     if organs := organ_rows(manifest):
         parts.append(
-            f"held-out patients, {printable(intensity.unit)}, synthetic and"
-            f" true\n{aligned(ORGAN_HEAD, organs)}"
+            f"held-out patients, {unit}, synthetic and true\n{aligned(ORGAN_HEAD, organs)}"
         )
-    if proof := parity_rows(manifest):
+    if parity := parity_rows(manifest):
         parts.append(
-            "proof: differences of the files from the network,"
-            f" {printable(intensity.unit)}\n{aligned(PARITY_HEAD, proof)}"
+            f"parity check: differences of the files from the network, {unit}\n"
+            f"{aligned(PARITY_HEAD, parity)}"
         )
     return "\n\n".join(parts)
 
 
-def training_lines(manifest: Manifest) -> list[str]:
-    """How the weights came to be, as sentences.
+def _contract_rows(manifest: Manifest) -> list[tuple[str, str]]:
+    """What the model takes and gives."""
+    grid, intensity = manifest.grid, manifest.intensity
+    if grid.pixel_spacing is None:
+        scale = "each slice fitted to it"
+    else:
+        rows, columns = grid.pixel_spacing
+        scale = (
+            f"{rows} x {columns} mm a pixel, grows in steps of {grid.divisor} where labels need it"
+        )
+    spacing = f", {grid.slice_spacing} mm apart" if grid.slices > 1 else ""
+    no_license = "not stated: whoever trained the model must say under which it may be used"
+    noise = "yes" if manifest.noise else "no"
+    return [
+        ("model", manifest.name),
+        ("license", manifest.license or no_license),
+        ("labels", str(manifest.labels)),
+        ("canvas", f"{grid.canvas[0]} x {grid.canvas[1]}, {scale}"),
+        ("slices", f"{grid.slices}{spacing}"),
+        (
+            "synthesizes",
+            f"{intensity.low} … {intensity.high} {intensity.unit}, noise {noise}, style of"
+            f" {manifest.style}",
+        ),
+    ]
 
-    Raises ValueError for what export does not write.
+
+def _file_rows(manifest: Manifest, folder: Path) -> Iterator[tuple[str, str]]:
+    """Each file, after its SHA-256 and its weights are checked."""
+    for name, file in manifest.files.items():
+        manifest.verify(folder, [name])
+        if file.kind == "onnx":
+            check_weights(folder / name)
+        size = f"{file.bytes / 1e6:.1f} MB"
+        yield "file", f"{name}: {file.precision}, {size}, sha256 {file.sha256} verified"
+
+
+def _backend_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """Each backend that has a file, and whether it can be used here."""
+    for backend in BACKENDS:
+        if manifest.file_of(*backend.file):
+            state = backend.absent(manifest)
+            if not state:
+                state = "not validated when this model was exported"
+                if backend.validated(manifest):
+                    state = "validated"
+            yield (
+                "backend",
+                f"{backend.name}: {state}{'' if backend.automatic else ', by name only'}",
+            )
+
+
+def training_lines(manifest: Manifest) -> list[str]:
+    """Describe data, metrics and versions of the training.
+
+    Args:
+        manifest: The manifest of a model folder.
+
+    Returns:
+        Sentences.
+
+    Raises:
+        ValueError: For entries that no export writes.
     """
-    known, lines = mapping(manifest.training, "'training'"), []
-    data, metrics, versions = (_part(known, key) for key in ("data", "metrics", "versions"))
+    training, lines = mapping(manifest.training, "'training'"), []
+    data, metrics, versions = (_part(training, key) for key in ("data", "metrics", "versions"))
     patients, slices = _part(data, "patients"), _part(data, "slices")
     counts = [
         f"{quantity(n, 'patient')}, {quantity(slices.read(split, whole), 'slice')}"
@@ -132,41 +152,60 @@ def training_lines(manifest: Manifest) -> list[str]:
     if counts:
         lines.append("; ".join(counts))
     if body := _part(metrics, "body"):
-        # models of mask2ct 0.1 state the baseline under its old name
+        # Models of mask2ct 0.1 state the baseline under its old name.
         key = "mae_label_mean" if "mae_label_mean" in body else "mae_mean_painting"
         error, baseline = body.read("mae", number), body.read(key, number)
         lines.append(
             f"mean absolute error inside held-out bodies {error:.0f}, of each label's mean in its"
             f" place {baseline:.0f}"
         )
-    facts = [f"{quantity(known.read('step', whole), 'step')}" if "step" in known else ""]
+    facts = [f"{quantity(training.read('step', whole), 'step')}" if "step" in training else ""]
     facts.append(" ".join(f"{name} {versions.read(name, word)}" for name in versions))
-    facts.append(f"commit {known.read('commit', text)}" if known.get("commit") else "")
-    if "weights_sha256" in known:
-        facts.append(f"weights {known.read('weights_sha256', text)}")
-    return [*lines, *[", ".join(filter(None, facts))]] if any(facts) else lines
+    facts.append(f"commit {training.read('commit', text)}" if training.get("commit") else "")
+    if "weights_sha256" in training:
+        facts.append(f"weights {training.read('weights_sha256', text)}")
+    return [*lines, ", ".join(filter(None, facts))] if any(facts) else lines
 
 
 def export_lines(manifest: Manifest) -> list[str]:
-    """How the files were made, as sentences. Raises ValueError for what export does not write."""
-    known = mapping(manifest.export, "'export'")
-    int8 = _part(known, "int8")
-    versions = [f"{name} {known.read(name, word)}" for name in known if name != "int8"]
+    """Describe the versions of the export and its INT8 file.
+
+    Args:
+        manifest: The manifest of a model folder.
+
+    Returns:
+        Sentences.
+
+    Raises:
+        ValueError: For entries that no export writes.
+    """
+    export = mapping(manifest.export, "'export'")
+    int8 = _part(export, "int8")
+    versions = [f"{name} {export.read(name, word)}" for name in export if name != "int8"]
     lines = [" ".join(versions)] if versions else []
-    if int8 and (layers := int8.read("layers", whole)):
-        kept = int8.read("floating", texts)
-        left = f"; in floating point: {', '.join(kept)}" if kept else ""
-        counts, masks = int8.read("of", whole), int8.read("calibrated_on", word)
-        lines.append(f"INT8: {layers} of {quantity(counts, 'layer')}, calibrated on {masks}{left}")
+    if int8 and (quantised := int8.read("layers", whole)):
+        floating = int8.read("floating", texts)
+        exceptions = f"; in floating point: {', '.join(floating)}" if floating else ""
+        layers, masks = int8.read("of", whole), int8.read("calibrated_on", word)
+        lines.append(
+            f"INT8: {quantised} of {quantity(layers, 'layer')}, calibrated on {masks}{exceptions}"
+        )
     elif int8:
         lines.append("INT8: left out, no layer can be quantised within the limits")
     return lines
 
 
 def organ_rows(manifest: Manifest) -> list[tuple[str, ...]]:
-    """The metrics of each organ on the held-out patients, in the columns of `ORGAN_HEAD`.
+    """List the metrics of each organ on the held-out patients.
 
-    Raises ValueError as above.
+    Args:
+        manifest: The manifest of a model folder.
+
+    Returns:
+        A row per organ, in the columns of `ORGAN_HEAD`.
+
+    Raises:
+        ValueError: For entries that no export writes.
     """
     organs = _part(_part(mapping(manifest.training, "'training'"), "metrics"), "organs")
     keys = ("median", "median_true", "median_error", "iqr", "iqr_true", "texture_ratio")
@@ -179,52 +218,61 @@ def organ_rows(manifest: Manifest) -> list[tuple[str, ...]]:
 
 
 def parity_rows(manifest: Manifest) -> list[tuple[str, ...]]:
-    """The proof of each file in each backend, in the columns of `PARITY_HEAD`.
+    """List the parity checks: each file in each backend on each set of masks.
 
-    Raises ValueError as above.
+    Args:
+        manifest: The manifest of a model folder.
+
+    Returns:
+        A row per check, in the columns of `PARITY_HEAD`.
+
+    Raises:
+        ValueError: For entries that no export writes.
     """
     rows = []
-    for file, backends in manifest.parity.items():
-        for backend in (proofs := mapping(backends, f"{file!r} of 'parity'")):
-            proof = proofs.read(backend, mapping)
-            for what in proof:
-                if isinstance(proof[what], Mapping):
-                    n, speed = proof.read(what, mapping), proof.read("slices_per_second", _or_null)
-                    organs = n.read("organs", mapping)
-                    shifts = [
-                        abs(shift)
-                        for organ in organs
-                        if (shift := organs.read(organ, _or_null)) is not None
-                    ]
-                    numbers = [
-                        n.read(key, _or_null)
-                        for key in ("mean", "p99_9", "max", "body_mean", "dssim")
-                    ]
-                    numbers.insert(4, max(shifts, default=None))
-                    rows.append(
-                        (
-                            file,
-                            backend,
-                            what,
-                            str(n.read("slices", whole)),
-                            *map(_short, numbers),
-                            _short(speed),
-                        )
-                    )
+    for file, entry in manifest.parity.items():
+        backends = mapping(entry, f"{file!r} of 'parity'")
+        for backend in backends:
+            checks = backends.read(backend, mapping)
+            for masks in checks:
+                if isinstance(checks[masks], Mapping):
+                    rows.append((file, backend, masks, *_parity_cells(checks, masks)))
     return rows
 
 
-def _part(known: Object, key: str) -> Object:
-    """An object within another, empty where it is missing or null."""
-    return known.read_or(key, mapping, Object({}, repr(key)))
+def _parity_cells(checks: Object, masks: str) -> list[str]:
+    """The cells of one parity check, from the number of slices on."""
+    metrics, speed = checks.read(masks, mapping), checks.read("slices_per_second", _or_null)
+    organs = metrics.read("organs", mapping)
+    shifts = [organs.read(organ, _or_null) for organ in organs]
+    numbers = [
+        metrics.read(key, _or_null) for key in ("mean", "p99_9", "max", "body_mean", "dssim")
+    ]
+    # The organs' column shows the largest shift of an organ's mean.
+    numbers.insert(4, max((abs(shift) for shift in shifts if shift is not None), default=None))
+    return [str(metrics.read("slices", whole)), *map(_short, numbers), _short(speed)]
+
+
+def _part(parent: Object, key: str) -> Object:
+    """Return an object within another; an empty one where it is missing or null."""
+    return parent.read_or(key, mapping, Object({}, repr(key)))
 
 
 def _or_null(value: Any, what: str) -> float | None:
+    """Read a number or null."""
     return None if value is None else number(value, what)
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in plain text."""
+    """Align a table in plain text.
+
+    Args:
+        head: The titles of the columns.
+        rows: A cell per column each.
+
+    Returns:
+        The lines of the table, its head first.
+    """
     rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(row[n]) for row in (head, *rows)) for n in range(len(head))]
     return "\n".join(

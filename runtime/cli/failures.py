@@ -1,6 +1,4 @@
-"""What is said of the cases that fail: of a few each on its own screen, of many a table of
-reasons.
-"""
+"""Print the errors of failed cases: the first few in full, many as a table of reasons."""
 
 from __future__ import annotations
 
@@ -18,22 +16,27 @@ ROWS = 20  # reasons that a table has at most
 class Failures:
     """The errors of one run.
 
-    `verbose`: each is printed in full; else the first `FULL`, and the rest is counted by reason.
+    Args:
+        verbose: Print each error in full; else the first `FULL`, and count the rest by reason.
+        stream: Where to print; None means standard error.
 
-    `code`: the largest of their exit codes, 0 without any.
+    Attributes:
+        code: The largest exit code of the errors, 0 without any.
     """
 
     def __init__(self, *, verbose: bool, stream: TextIO | None = None):
-        self._verbose, self._stream, self._count = (
-            verbose,
-            sys.stderr if stream is None else stream,
-            0,
-        )
+        self._verbose = verbose
+        self._stream = sys.stderr if stream is None else stream
+        self._count = 0
         self.code = 0
         self._by_reason: dict[str, list[str]] = defaultdict(list)
 
     def add(self, error: Mask2CTError) -> None:
-        """Print the error, or count it."""
+        """Print the error, or count it.
+
+        Args:
+            error: Why a case failed.
+        """
         self._count += 1
         self.code = max(self.code, error.exit_code)
         self._by_reason[_reason(error)].append(_text(error))
@@ -41,27 +44,24 @@ class Failures:
             print(f"error: {error}", file=self._stream)
 
     def close(self) -> None:
-        """Print the table, where not all errors were printed."""
+        """Print the table of reasons, unless all errors have been printed."""
         if self._verbose or self._count <= FULL:
             return
         print(
-            f"error: {self._count} cases failed; {FULL} are printed above, all of them with"
-            " --verbose:",
+            f"error: {self._count} cases failed; {FULL} are printed above, --verbose prints all:",
             file=self._stream,
         )
         by_count = sorted(self._by_reason.values(), key=len, reverse=True)
         for texts in by_count[:ROWS]:
-            like = " (and others like it)" if len(set(texts)) > 1 else ""
-            print(f"  {len(texts):>6}  {printable(texts[0])}{like}", file=self._stream)
-        if len(by_count) > ROWS:
-            print(
-                f"  {sum(map(len, by_count[ROWS:])):>6}  for {len(by_count) - ROWS} other reasons",
-                file=self._stream,
-            )
+            similar = " (and others like it)" if len(set(texts)) > 1 else ""
+            print(f"  {len(texts):>6}  {printable(texts[0])}{similar}", file=self._stream)
+        if remaining := by_count[ROWS:]:
+            count = sum(map(len, remaining))
+            print(f"  {count:>6}  for {len(remaining)} other reasons", file=self._stream)
 
 
 def _text(error: Mask2CTError) -> str:
-    """The fact without the name of the case that it is about."""
+    """Return the error's fact without the name of its case."""
     text = error.fact
     if error.file is not None:
         for name in (printable(error.file), printable(error.file.name)):
@@ -70,5 +70,5 @@ def _text(error: Mask2CTError) -> str:
 
 
 def _reason(error: Mask2CTError) -> str:
-    """What facts have in common that differ in their numbers alone."""
+    """Return a key that is equal for facts that differ in their numbers alone."""
     return re.sub(r"-?\d[\d.]*", "#", _text(error))

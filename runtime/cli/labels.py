@@ -1,4 +1,4 @@
-"""`mask2ct labels`: what a mask holds and how it would map."""
+"""`mask2ct labels`: list the labels of a mask and the model's labels that they map to."""
 
 from __future__ import annotations
 
@@ -19,13 +19,23 @@ from .options import MASK_HELP, add_reading, add_verbose, find, label_map
 
 
 def add(commands: Any) -> None:
+    """Add `labels` to the command line.
+
+    Args:
+        commands: What argparse's `add_subparsers` returned.
+    """
     labels = commands.add_parser(
-        "labels", help="what a mask holds and how it would map", epilog=EXIT_CODES
+        "labels",
+        help="list a mask's labels and the model's labels that they map to",
+        epilog=EXIT_CODES,
     )
     labels.set_defaults(command=_labels)
-    labels.add_argument("file", nargs="+", type=Path, help=MASK_HELP)
+    labels.add_argument("file", nargs="+", type=Path, metavar="MASK", help=MASK_HELP)
     labels.add_argument(
-        "--model", type=Path, help="map to this model's labels (default: the MM-WHS table)"
+        "--model",
+        type=Path,
+        metavar="FOLDER",
+        help="map to this model's labels (default: the MM-WHS table)",
     )
     add_reading(labels)
     add_verbose(labels)
@@ -47,7 +57,7 @@ def _labels(options: argparse.Namespace) -> int:
 
 
 def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int:
-    """What one mask holds and how it would map; 1 when something would not."""
+    """Print a mask's labels and their targets; return 1 when a label has no target, else 0."""
     mask = read_mask(case)
     for note in mask.notes:
         print(f"warning: {printable(note)}", file=sys.stderr)
@@ -60,10 +70,10 @@ def _print_labels(case: Case, table: LabelTable, mapped: LabelMap | None) -> int
         if index is None and mask.segments and segment.number == 0:
             index = 0
         unknown += index is None
-        known = "UNKNOWN" if index is None else table.labels[index].name
+        target = "UNKNOWN" if index is None else table.labels[index].name
         number = "" if segment.strict and segment.number < 0 else segment.number
         row = (
-            f"{number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {known:<24}  {segment.name}"
+            f"{number:>7} {voxels:>11} {voxels * millilitres:>10.1f}  {target:<24}  {segment.name}"
             f" {segment.code}"
         )
         print(printable(row.rstrip()))

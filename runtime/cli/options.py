@@ -1,4 +1,4 @@
-"""What several commands share: their options, and what is made of them."""
+"""The options that several commands share, and what turns them into models, plans and cases."""
 
 from __future__ import annotations
 
@@ -29,223 +29,278 @@ from ..synthesizer import DEFAULT_BATCH, VolumeSynthesizer
 
 MASK_HELP = (
     "a NIfTI, NRRD or MHA label map, a DICOM SEG or RTSTRUCT, the slices of a DICOM label series,"
-    " or a folder or zip of such"
+    " or a folder or zip of these"
 )
 
 
 def add_engine(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Which model, and what runs it: for every command that synthesizes."""
+    """Add the options that choose a model and its engine, for every command that synthesizes.
+
+    Args:
+        parser: Receives the options.
+        required: Whether the command needs a `--model`.
+    """
     parser.add_argument(
         "--model",
         action="append",
         required=required,
         metavar="[NAME=]FOLDER",
         help=(
-            "a model folder, as export/build_engine.py writes it; more than one: each mask is"
-            " synthesized by the one that knows its labels"
+            "a model folder that export/build_engine.py wrote; repeatable: the model that knows a"
+            " mask's labels synthesizes it"
         ),
     )
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--use", metavar="NAME", help="of several models, this one for every mask")
-    which.add_argument(
+    selection = parser.add_mutually_exclusive_group()
+    selection.add_argument(
+        "--use", metavar="NAME", help="use this one of several models for every mask"
+    )
+    selection.add_argument(
         "--rules",
         type=Path,
         metavar="RULES.json",
-        help=f"of several models, which one for which mask: {RULES_HELP}",
+        help=f"choose one of several models by rules: {RULES_HELP}",
     )
-    how = parser.add_argument_group("engine")
-    how.add_argument(
+    group = parser.add_argument_group("engine")
+    group.add_argument(
         "--backend",
         choices=CHOICES,
         default="auto",
         help=(
-            "what runs the model (default: the fastest that is installed and validated for it; INT8"
-            " must be asked for)"
+            "the engine that runs the model (default: the fastest that is installed and validated"
+            " for it; INT8 runs only when it is named)"
         ),
     )
-    how.add_argument(
+    group.add_argument(
         "--batch",
         type=_batch,
         default=DEFAULT_BATCH,
         metavar="N",
         help=(
-            "slices held at once; the result is the same (default: %(default)s). auto: on a GPU,"
-            " synthesize as many together as fit"
+            "hold N slices in memory at once; the result is the same (default: %(default)s). auto:"
+            " a GPU synthesizes as many slices together as fit into its memory"
         ),
     )
-    how.add_argument(
+    group.add_argument(
         "--max-memory",
         type=parse_bytes,
         metavar="SIZE",
         help=(
-            "of the GPU, 2GiB or bytes (default: what the engine needs); else of the host; of all"
-            " models together"
+            "limit the memory of all models together, such as 2GiB, or in bytes: GPU memory for an"
+            " engine on a GPU, else host memory (default: what the engine needs)"
         ),
     )
-    how.add_argument(
+    group.add_argument(
         "--device",
         type=int,
         default=0,
         metavar="N",
-        help="which GPU, in the driver's order (default: %(default)s)",
+        help="use GPU number N, in the driver's order (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--workers",
         type=int,
         metavar="N",
         help=(
-            "slices synthesized at once on a CPU; the result is the same (default: one a core, up"
-            " to 16)"
+            "synthesize N slices at once on a CPU; the result is the same (default: one per core,"
+            " up to 16)"
         ),
     )
 
 
 def add_results(parser: argparse.ArgumentParser) -> None:
-    """What is made of a mask, where to and how it is written: for every command that synthesizes
-    into a folder.
+    """Add the options of results, for every command that writes them into a folder.
+
+    Args:
+        parser: Receives the options.
     """
     parser.add_argument(
-        "--output", type=Path, required=True, help="the folder that receives CASE_ct.nii.gz"
+        "--output",
+        type=Path,
+        required=True,
+        help="write the results into this folder, as CASE_ct.nii.gz",
     )
-    how = parser.add_argument_group("results")
-    how.add_argument(
+    group = parser.add_argument_group("results")
+    group.add_argument(
         "--format",
         choices=list(FORMATS),
         default="nifti",
-        help="what to write (default: %(default)s)",
+        help="the file format of the results (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--shared",
         action="store_true",
-        help="what is made of DICOM may be read as the umask says, and not by its owner alone",
+        help=(
+            "let the umask decide who may read results of DICOM masks (default: their owner alone)"
+        ),
     )
-    add_making(how)
+    add_making(group)
 
 
-def add_making(how: argparse._ArgumentGroup) -> None:
-    """What is made of a mask: for every command that synthesizes."""
-    how.add_argument(
+def add_making(group: argparse._ArgumentGroup) -> None:
+    """Add the options of a result's content, for every command that synthesizes.
+
+    Args:
+        group: Receives the options.
+    """
+    group.add_argument(
         "--attach",
         action="store_true",
-        help="dicom: into the mask's own patient, study and frame of reference",
+        help="dicom: put the CT into the mask's own patient, study and frame of reference",
     )
-    how.add_argument(
+    group.add_argument(
         "--enhanced",
         action="store_true",
-        help="dicom: one multi-frame Enhanced CT and not a file a slice",
+        help="dicom: write one multi-frame Enhanced CT instead of one file per slice",
     )
-    how.add_argument(
+    group.add_argument(
         "--segmentation",
         choices=("binary", "labelmap", "none"),
         default="binary",
-        help="dicom: the SEG beside the series (default: %(default)s)",
+        help="dicom: the type of the SEG beside the series (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--variants",
         type=int,
         metavar="K",
-        help="write K different CTs per mask, each with its mask, deformed but for the first",
+        help="write K different CTs per mask, each with its mask; all but the first are deformed",
     )
-    how.add_argument(
+    group.add_argument(
         "--deform",
         type=float,
         metavar="MM",
         default=DeformationParams.deform,
-        help="of variants 1, 2 …: bend the mask by up to this (default: %(default)s)",
+        help="bend the mask of variants 1, 2 … by up to this (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--rotate",
         type=float,
         metavar="DEGREES",
         default=DeformationParams.rotate,
-        help="turn it about each axis (default: %(default)s)",
+        help="rotate it about each axis by up to this (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--scale",
         type=float,
         metavar="FRACTION",
         default=DeformationParams.scale,
-        help="stretch it along each axis (default: %(default)s)",
+        help="stretch or shrink it along each axis by up to this (default: %(default)s)",
     )
-    how.add_argument(
+    group.add_argument(
         "--any-topology",
         action="store_true",
-        help="also when a label falls apart, merges or vanishes by that",
+        help="allow a deformation that splits, merges or removes labels",
     )
-    how.add_argument(
+    group.add_argument(
         "--mirror",
         action="store_true",
-        help="mirror some of them left to right; without it left stays left",
+        help="mirror some variants left to right (default: left stays left)",
     )
-    how.add_argument("--seed", type=int, default=0, help="of all randomness (default: %(default)s)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="the seed of all random numbers (default: %(default)s)"
+    )
 
 
 def add_verbose(parser: argparse.ArgumentParser) -> None:
-    """For every command that ends with what failed."""
+    """Add `--verbose`, for every command that lists failed cases at its end.
+
+    Args:
+        parser: Receives the option.
+    """
     parser.add_argument(
         "--verbose",
         action="store_true",
-        help="print each failed case in full (default: of many, a table of reasons)",
+        help="print each failed case in full (default: many failures become a table of reasons)",
     )
 
 
 def add_reading(parser: argparse.ArgumentParser) -> None:
-    """How a mask is read, for every command that reads masks."""
-    how = parser.add_argument_group("reading masks")
-    how.add_argument(
+    """Add the options of reading, for every command that reads masks.
+
+    Args:
+        parser: Receives the options.
+    """
+    group = parser.add_argument_group("reading masks")
+    group.add_argument(
         "--labels", metavar="MAP.json|PRESET", help=f"{MAP_HELP}; or a preset: {', '.join(PRESETS)}"
     )
-    how.add_argument(
+    group.add_argument(
         "--series",
         metavar="UID|NUMBER|NAME",
-        help="which of several DICOM series in a folder is the mask",
+        help="the DICOM series that is the mask, where a folder holds several",
     )
-    how.add_argument(
+    group.add_argument(
         "--overlap-order",
         default="",
         metavar="NAME,NAME",
-        help="which segment wins where several overlap, first one first",
+        help="the order of precedence of overlapping segments: the first name wins",
     )
-    how.add_argument(
+    group.add_argument(
         "--threshold",
         type=float,
         metavar="F",
-        help="the fraction from which on a voxel of a FRACTIONAL segmentation is inside",
+        help="a voxel of a FRACTIONAL segmentation belongs to it from this fraction on",
     )
-    how.add_argument(
+    group.add_argument(
         "--like",
         type=Path,
         metavar="IMAGE",
-        help="RTSTRUCT: a volume, or a DICOM series' folder, on whose grid contours are filled",
+        help="RTSTRUCT: fill the contours on the grid of this volume or DICOM series folder",
     )
-    how.add_argument(
+    group.add_argument(
         "--allow-missing-references",
         action="store_true",
-        help="fill contours on the series that is there, though it is not the one referred to",
+        help="RTSTRUCT: fill the contours on the series at hand if they refer to another one",
     )
-    how.add_argument(
-        "--force-labels", action="store_true", help="read what looks like an image as a label map"
+    group.add_argument(
+        "--force-labels",
+        action="store_true",
+        help="read a file as a label map even if it looks like an image",
     )
 
 
 def add_audit(parser: argparse.ArgumentParser, default: str) -> None:
-    """Where it is noted what was made of what, by which model."""
+    """Add `--audit`, for every command that keeps an audit file.
+
+    Args:
+        parser: Receives the option.
+        default: The default as the help text states it.
+    """
     parser.add_argument(
         "--audit",
         type=Path,
         metavar="FILE.jsonl",
-        help=(
-            f"append what was made of which mask, by which model, a line each (default: {default})"
-        ),
+        help=f"append a line for each result with its mask and its model (default: {default})",
     )
 
 
 def open_models(options: argparse.Namespace) -> Models:
+    """Open the models that the options name.
+
+    Args:
+        options: Parsed options of `add_engine`.
+
+    Returns:
+        The models; the caller closes them.
+
+    Raises:
+        UsageError: For options or model folders that cannot be used.
+        MissingComponent: When the engine's package or device is absent.
+    """
     return Models.open(options.model, rules=options.rules, use=options.use, **engine(options))
 
 
 def engine(options: argparse.Namespace) -> dict[str, Any]:
-    """What `add_engine` says besides the models, as `Synthesizer.open` takes it."""
+    """Turn the engine's options into keyword arguments.
+
+    Args:
+        options: Parsed options of `add_engine`.
+
+    Returns:
+        Keyword arguments of `Synthesizer.open` besides the models.
+
+    Raises:
+        UsageError: For fewer than one worker.
+    """
     if options.workers is not None and options.workers < 1:
         raise UsageError(
             f"--workers is {options.workers}",
@@ -259,7 +314,11 @@ def engine(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def introduce(models: Mapping[str, VolumeSynthesizer | RaySynthesizer]) -> None:
-    """Say which models there are and what runs each."""
+    """Print the name and the backend of each model to standard error.
+
+    Args:
+        models: Open models by name.
+    """
     for name, synth in models.items():
         display_name = f" {name}:" if len(models) > 1 else ""
         print(
@@ -269,9 +328,19 @@ def introduce(models: Mapping[str, VolumeSynthesizer | RaySynthesizer]) -> None:
 
 
 def choose(models: Models, case: Case, plans_by_model: Mapping[str, Plan], *, quiet: bool) -> str:
-    """The name of the model that the case is for; the choice is said with its reason.
+    """Choose the model of a case, and print the choice with its reason.
 
-    Raises `InputError`s.
+    Args:
+        models: Open models.
+        case: The case to be synthesized.
+        plans_by_model: By model name, the plan whose label map applies.
+        quiet: Whether to print nothing.
+
+    Returns:
+        The model's name.
+
+    Raises:
+        InputError: When no model fits the case, or more than one.
     """
     name, reason = models.decide(
         case, {name: plan_of.labels for name, plan_of in plans_by_model.items()}
@@ -289,23 +358,31 @@ def synthesize_cases(
     quiet: bool,
     on_slice: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[CaseResult, str]]:
-    """Synthesize each case by the model it is for: each result, with that model's name, empty
-    where none fits.
+    """Synthesize each case with the model that fits it.
+
+    Args:
+        models: Open models.
+        cases: The cases to be synthesized.
+        plans_by_model: By model name, what to write for a mask.
+        quiet: Whether to print nothing about the choice of models.
+        on_slice: Called as slices are done, with their number.
+
+    Yields:
+        Each result with its model's name, which is empty where no model fits.
     """
-    chosen: dict[str, list[Case]] = {}
+    cases_by_model: dict[str, list[Case]] = {}
     for case in cases:
         try:
-            chosen.setdefault(choose(models, case, plans_by_model, quiet=quiet), []).append(case)
+            name = choose(models, case, plans_by_model, quiet=quiet)
+            cases_by_model.setdefault(name, []).append(case)
         except InputError as exc:
             yield CaseResult(case.name, case.display_name, None, error=exc), ""
-    checked = {
-        name: make(models[name], those, plans_by_model[name], on_slice)
-        for name, those in chosen.items()
+    results_by_model = {
+        name: make(models[name], model_cases, plans_by_model[name], on_slice)
+        for name, model_cases in cases_by_model.items()
     }
-    for (
-        name,
-        results,
-    ) in checked.items():  # one model after the other: none is opened twice for want of memory
+    # One model after the other, so that a lack of memory makes none open twice.
+    for name, results in results_by_model.items():
         for result in results:
             yield result, name
 
@@ -313,7 +390,20 @@ def synthesize_cases(
 def plans_by_model(
     options: argparse.Namespace, models: Models, output: Path, *, resume: bool
 ) -> dict[str, Plan]:
-    """By model, `recipe`. A label map may be for several models: each takes its own entries."""
+    """Make the plan of each model. Of a label map for several models each takes its own entries.
+
+    Args:
+        options: Parsed options of `add_results` and `add_reading`.
+        models: Open models.
+        output: The folder that receives the results.
+        resume: Whether to keep results that the journal lists as complete.
+
+    Returns:
+        Plans by model name.
+
+    Raises:
+        UsageError: For options that contradict each other, or a label map that cannot be used.
+    """
     tables = [synth.manifest.labels for synth in models.values()]
     return {
         name: plan_of(options, output, synth.manifest.labels, tables, resume=resume)
@@ -329,28 +419,43 @@ def plan_of(
     *,
     resume: bool,
 ) -> Plan:
-    """What `add_results` and --labels say. What a label preset loses is said."""
-    ranges = DeformationParams(
+    """Make the plan of one model, and warn of labels that a preset loses.
+
+    Args:
+        options: Parsed options of `add_results` and `add_reading`.
+        output: The folder that receives the results.
+        table: The model's labels.
+        tables: The labels of all models that share the label map.
+        resume: Whether to keep results that the journal lists as complete.
+
+    Returns:
+        What to write for each mask.
+
+    Raises:
+        UsageError: For options that contradict each other, or a label map that cannot be used.
+    """
+    deformation = DeformationParams(
         options.deform,
         options.rotate,
         options.scale,
         topology=not options.any_topology,
         mirror=options.mirror,
     )
-    if options.variants is None and ranges != DeformationParams():
+    if options.variants is None and deformation != DeformationParams():
         raise UsageError(
             "--deform, --rotate, --scale, --any-topology and --mirror change variants alone",
             expected="--variants K with them",
             remedy="add --variants, or leave them out",
         )
+    format_options = FormatOptions(
+        attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation
+    )
     return Plan(
         output,
         options.format,
-        FormatOptions(
-            attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation
-        ),
+        format_options,
         options.variants,
-        ranges,
+        deformation,
         options.seed,
         label_map(options, table, tables),
         resume,
@@ -361,110 +466,136 @@ def plan_of(
 def find(
     options: argparse.Namespace, masks: Sequence[Path], *, every: bool = False, say: bool = True
 ) -> list[Case]:
-    """The cases, read as the options say; what was passed over is said."""
+    """Find the cases in files and folders, and print what is skipped.
+
+    Args:
+        options: Parsed options of `add_reading`.
+        masks: Files, folders and zips.
+        every: Whether to list each series of a folder as a case of its own, and skipped files
+            with their paths.
+        say: Whether to print what is skipped or read in an unexpected way.
+
+    Returns:
+        The cases, which later are read as the options say.
+
+    Raises:
+        UsageError: For a folder without masks, or options that do not fit the files.
+    """
     skipped: list[PassedOver] = []
     order = tuple(name.strip() for name in options.overlap_order.split(",") if name.strip())
-    how = ReadOptions(
+    read_options = ReadOptions(
         order,
         options.threshold,
         options.like,
         options.allow_missing_references,
         options.force_labels,
     )
-    known = _names(options)
-    cases = find_cases(masks, skipped, options=how, series=options.series, every=every, names=known)
-    for case in cases if say else ():
+    structures = _structure_names(options)
+    cases = find_cases(
+        masks,
+        skipped,
+        options=read_options,
+        series=options.series,
+        every=every,
+        names=structures,
+    )
+    if not say:
+        return cases
+    for case in cases:
         if case.kind == "classes":
             print(
                 f"{printable(case.display_name)}: {len(case.files)} binary files, one a class, are"
                 f" read as one mask, {case.name}",
                 file=sys.stderr,
             )
-        elif case.kind == "volume" and is_class_name(case.path, known):
+        elif case.kind == "volume" and is_class_name(case.path, structures):
             _refuse_contradicted(case, options)
             print(
                 f"warning: {printable(case.display_name)} is called like a structure and read by"
                 " its values; give the folder of all classes to read each by its name",
                 file=sys.stderr,
             )
-    if say:
-        _say_passed_over(skipped, paths=every)
+    _print_skipped(skipped, paths=every)
     return cases
 
 
 def _refuse_contradicted(case: Case, options: argparse.Namespace) -> None:
-    """Raise `UsageError` for one class alone whose name is not what the preset calls its value."""
-    if options.labels in PRESETS and (
-        other := contradicted(case.path, class_names(options.labels))
-    ):
+    """Raise `UsageError` for a single class whose name is not what the preset calls its value."""
+    if options.labels not in PRESETS:
+        return
+    if preset_name := contradicted(case.path, class_names(options.labels)):
         raise UsageError(
             f"{printable(case.display_name)} is called like a structure, and the preset"
-            f" {options.labels} calls its value {other!r}",
-            expected="a file whose values are those of the preset, or a folder of one file a class",
-            remedy=(
-                "give the folder of all classes, or a --labels MAP.json that says what the value is"
-            ),
+            f" {options.labels} calls its value {preset_name!r}",
+            expected="a file with the preset's values, or a folder of one file per class",
+            remedy=("give the folder of all classes, or a --labels MAP.json that names the value"),
             file=case.display_name,
         )
 
 
-def _names(options: argparse.Namespace) -> frozenset[str]:
-    """What --labels and the models call structures."""
-    models = (
-        [options.model]
-        if isinstance(options.model, Path)
-        else [*named(options.model or ()).values()]
-    )
-    return names_of(options.labels, [Manifest.load(folder).labels for folder in models] or [MM_WHS])
+def _structure_names(options: argparse.Namespace) -> frozenset[str]:
+    """The names that --labels and the models give to structures."""
+    if isinstance(options.model, Path):
+        folders = [options.model]
+    else:
+        folders = [*named(options.model or ()).values()]
+    tables = [Manifest.load(folder).labels for folder in folders]
+    return names_of(options.labels, tables or [MM_WHS])
 
 
-def _say_passed_over(skipped: Sequence[PassedOver], *, paths: bool) -> None:
-    """A line for each file that mask2ct wrote, and one for each kind of link and folder;
-    `paths`: with theirs, for the screen.
+def _print_skipped(skipped: Sequence[PassedOver], *, paths: bool) -> None:
+    """Warn of each file that mask2ct wrote, and of each kind of link and folder in one line.
+
+    With `paths`, that line has full paths; else only names that cannot be a patient's.
     """
-    others: dict[str, list[Path]] = {}
-    for one in skipped:
-        if one.what != OWN:
-            others.setdefault(one.what, []).append(one.path)
+    paths_by_kind: dict[str, list[Path]] = {}
+    for item in skipped:
+        if item.what != OWN:
+            paths_by_kind.setdefault(item.what, []).append(item.path)
             continue
-        name = one.path.name if one.path.name.lower().endswith(SUFFIXES) else "a DICOM file"
+        name = item.path.name if item.path.name.lower().endswith(SUFFIXES) else "a DICOM file"
         print(
             f"warning: {printable(name)} was written by mask2ct and is not taken for a mask (name"
             " it to have it)",
             file=sys.stderr,
         )
-    for what, places in others.items():
-        named = (
+    for kind, places in paths_by_kind.items():
+        printed = (
             places
             if paths
             else [Path(place.name) for place in places if place.name.lower().endswith(SUFFIXES)]
         )
-        names = (
-            f": {', '.join(map(printable, named[:12]))}{', …' if len(named) > 12 else ''}"
-            if named
-            else ""
-        )
-        hint = (
-            " (give what a link leads to itself)"
-            if what in (LINKED, OUTSIDE)
-            else ""
-            if paths
-            else " (--list shows where)"
-        )
+        names = ", ".join(map(printable, printed[:12])) + (", …" if len(printed) > 12 else "")
+        hint = "" if paths else " (--list shows where)"
+        if kind in (LINKED, OUTSIDE):
+            hint = " (give what a link leads to itself)"
+        plural = "s" if len(places) > 1 else ""
+        colon = ": " if printed else ""
         print(
-            f"warning: {len(places)} {what}{'s' if len(places) > 1 else ''} not read{hint}{names}",
-            file=sys.stderr,
+            f"warning: {len(places)} {kind}{plural} not read{hint}{colon}{names}", file=sys.stderr
         )
 
 
 def label_map(
     options: argparse.Namespace, table: LabelTable, tables: Sequence[LabelTable] = ()
 ) -> LabelMap | None:
-    """--labels as a map; what a preset loses is said."""
+    """Load the label map of `--labels`, and warn of labels that a preset loses.
+
+    Args:
+        options: Parsed options of `add_reading`.
+        table: The model's labels.
+        tables: The labels of all models that share the map.
+
+    Returns:
+        The map; None without `--labels`.
+
+    Raises:
+        UsageError: For a map that cannot be used.
+    """
     if options.labels is None:
         return None
-    if options.labels in PRESETS and (without := lost(options.labels, table)):
-        names = printable(", ".join(without))
+    if options.labels in PRESETS and (missing := lost(options.labels, table)):
+        names = printable(", ".join(missing))
         print(
             f"warning: the model has no label for {names} of {options.labels}: they become"
             " background",
@@ -474,6 +605,7 @@ def label_map(
 
 
 def _batch(text: str) -> int | Literal["auto"]:
+    """Parse the value of `--batch`."""
     if text == "auto":
         return "auto"
     if not text.isdecimal() or int(text) < 1:

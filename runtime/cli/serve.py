@@ -1,4 +1,4 @@
-"""`mask2ct serve`: a DICOM node that synthesizes what it is sent, and sends it on."""
+"""`mask2ct serve`: a DICOM node that receives masks, synthesizes CTs and sends them on."""
 
 from __future__ import annotations
 
@@ -45,12 +45,17 @@ LOOPBACK = "127.0.0.1"
 
 
 def add(commands: Any) -> None:
+    """Add `serve` to the command line.
+
+    Args:
+        commands: What argparse's `add_subparsers` returned.
+    """
     serve = commands.add_parser(
         "serve",
-        help="a DICOM node: masks in by C-STORE, CTs out by C-STORE or STOW-RS",
+        help="run a DICOM node: it receives masks and sends synthetic CTs",
         epilog=(
-            f"{EXIT_CODES}; serve ends with 0 when it is stopped, by Ctrl-C or SIGTERM: what it has"
-            " goes on when it is started again"
+            f"{EXIT_CODES}; serve ends with 0 when Ctrl-C or SIGTERM stops it, and the next start"
+            " goes on with the studies in the spool"
         ),
     )
     serve.set_defaults(command=_serve, format="dicom")
@@ -60,11 +65,13 @@ def add(commands: Any) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="the folder for what has arrived and is not yet sent on",
+        help="the spool: the folder of studies that have arrived and are not yet sent on",
     )
     add_audit(serve, f"{AUDIT} in DIR")
     serve.add_argument(
-        "--keep", action="store_true", help="keep what has been sent on, and its masks, in DIR/done"
+        "--keep",
+        action="store_true",
+        help="keep masks and results in DIR/done after they have been sent",
     )
     serve.add_argument(
         "--quiet-period",
@@ -72,93 +79,106 @@ def add(commands: Any) -> None:
         default=10.0,
         metavar="SECONDS",
         help=(
-            "a study is complete when nobody has sent anything of it for so long (default:"
+            "a study is complete when none of its objects has arrived for this long (default:"
             " %(default)s)"
         ),
     )
-    who = serve.add_argument_group("who may send")
-    who.add_argument("--aet", default="MASK2CT", help="this node's AE title (default: %(default)s)")
-    who.add_argument(
+    _add_listening(serve.add_argument_group("receiving"))
+    _add_sending(serve.add_argument_group("sending"))
+    add_making(serve.add_argument_group("results"))
+    add_reading(serve)
+
+
+def _add_listening(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the port, and of the peers that may use it."""
+    group.add_argument(
+        "--aet", default="MASK2CT", help="this node's AE title (default: %(default)s)"
+    )
+    group.add_argument(
         "--host",
         default=LOOPBACK,
-        help="the address to listen on (default: %(default)s, this machine alone)",
+        help="the address to listen on (default: %(default)s, which only this machine can reach)",
     )
-    who.add_argument(
+    group.add_argument(
         "--port",
         type=_port,
         default=11112,
-        help="for DICOM (default: %(default)s; 0: any that is free, see the first lines)",
+        help="the DICOM port (default: %(default)s; 0: a free port, which the first lines name)",
     )
-    who.add_argument(
+    group.add_argument(
         "--allow",
         action="append",
         default=[],
         metavar="AET",
-        help="a calling AE title that is let in; repeatable",
+        help="accept this calling AE title; repeatable",
     )
-    who.add_argument("--allow-any", action="store_true", help="let every calling AE title in")
-    who.add_argument(
+    group.add_argument("--allow-any", action="store_true", help="accept every calling AE title")
+    group.add_argument(
         "--max-associations",
         type=int,
         default=Limits.associations,
         metavar="N",
-        help="at once (default: %(default)s)",
+        help="accept at most N associations at once (default: %(default)s)",
     )
-    who.add_argument(
+    group.add_argument(
         "--max-pdu",
         type=parse_bytes,
         default=Limits.pdu,
         metavar="SIZE",
-        help="that is received (default: %(default)s)",
+        help="the largest PDU to receive, such as 64KiB, or in bytes (default: %(default)s)",
     )
-    who.add_argument(
+    group.add_argument(
         "--max-object",
         type=parse_bytes,
         default=Limits.size,
         metavar="SIZE",
-        help="of one object, 512MiB or bytes (default: %(default)s)",
+        help="the largest object to receive, such as 512MiB, or in bytes (default: %(default)s)",
     )
-    who.add_argument(
+    group.add_argument(
         "--tls-cert",
         type=Path,
         metavar="PEM",
-        help="this node's certificate: TLS, and peers must have one, too",
+        help="this node's certificate: turns TLS on, and peers need a certificate as well",
     )
-    who.add_argument("--tls-key", type=Path, metavar="PEM", help="its private key")
-    who.add_argument(
-        "--tls-ca", type=Path, metavar="PEM", help="what signs the peers' certificates"
+    group.add_argument(
+        "--tls-key", type=Path, metavar="PEM", help="the private key of the certificate"
     )
-    who.add_argument(
+    group.add_argument(
+        "--tls-ca", type=Path, metavar="PEM", help="the authority that signs peers' certificates"
+    )
+    group.add_argument(
         "--http-port",
         type=_port,
         metavar="N",
-        help="for /health, /ready and /metrics, on the same address",
+        help="serve /health, /ready and /metrics on this port of the same address",
     )
-    to = serve.add_argument_group("where to")
-    to.add_argument(
+
+
+def _add_sending(group: argparse._ArgumentGroup) -> None:
+    """Add the options of the destinations."""
+    group.add_argument(
         "--send-to",
         action="append",
         default=[],
         metavar="AET@HOST:PORT",
-        help="a PACS, by C-STORE; tls://AET@HOST:PORT with TLS; repeatable",
+        help="send to this PACS by C-STORE; tls://AET@HOST:PORT uses TLS; repeatable",
     )
-    to.add_argument(
+    group.add_argument(
         "--stow",
         action="append",
         default=[],
         metavar="URL",
         help=(
-            "a DICOMweb service, by STOW-RS; credentials from the environment or ~/.netrc;"
-            " repeatable"
+            "send to this DICOMweb service by STOW-RS; credentials come from the environment or"
+            " ~/.netrc; repeatable"
         ),
     )
-    add_making(serve.add_argument_group("results"))
-    add_reading(serve)
 
 
 def _serve(options: argparse.Namespace) -> int:
     limits, tls = _check(options), _tls(options)
-    pynetdicom()  # before the model is opened, that it is there
+    # A missing package ends the command before the model is opened.
+    pynetdicom()
     events = Events()
     with ExitStack() as stack:
         stack.enter_context(ends_when_told(0))
@@ -174,7 +194,8 @@ def _serve(options: argparse.Namespace) -> int:
             events.say("spool_narrowed", mode="700")
 
         def log(action: str, facts: Facts) -> None:
-            if action != "failed":  # which the node says itself
+            # The node itself reports a failure.
+            if action != "failed":
                 events.say(action, **facts)
 
         audit_file = options.audit or options.spool / AUDIT
@@ -182,8 +203,8 @@ def _serve(options: argparse.Namespace) -> int:
         audit.load(models)
 
         def synthesize(cases: Sequence[Case], results: Path) -> Iterator[CaseResult]:
-            there = {name: replace(plan, output=results) for name, plan in plans.items()}
-            for result, model in synthesize_cases(models, cases, there, quiet=True):
+            study_plans = {name: replace(plan, output=results) for name, plan in plans.items()}
+            for result, model in synthesize_cases(models, cases, study_plans, quiet=True):
                 audit.result(result, model, options.seed, study=results.parent.name)
                 yield result
 
@@ -210,15 +231,15 @@ def _serve(options: argparse.Namespace) -> int:
         )
         ports: dict[str, Any] = {"dicom": store_scp.port}
         if options.http_port is not None:
-            watch = HealthServer(
+            health_server = HealthServer(
                 (options.host, options.http_port),
                 events,
                 spool,
-                lambda: _wrong(store_scp, send_queue),
-                lambda: _wrong(store_scp, send_queue) or spool.full(),
+                lambda: _fault(store_scp, send_queue),
+                lambda: _fault(store_scp, send_queue) or spool.full(),
             )
-            stack.callback(watch.close)
-            ports["http"] = watch.port
+            stack.callback(health_server.close)
+            ports["http"] = health_server.port
         events.say(
             "listening",
             aet=options.aet,
@@ -233,14 +254,14 @@ def _serve(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             events("stopping")
     events("stopped")
-    # else the interpreter's last collection walks through all that was loaded: seconds on a busy
-    # machine
+    # The interpreter's last garbage collection would walk through all loaded modules, which takes
+    # seconds on a busy machine.
     gc.freeze()
     return 0
 
 
 def _introduce(models: Models, events: Events) -> None:
-    """Name the open models to whoever reads the metrics."""
+    """Register the open models with the metrics."""
     for name, synth in models.items():
         file = synth.manifest.files.get(synth.file)
         events.metrics.model(
@@ -251,27 +272,24 @@ def _introduce(models: Models, events: Events) -> None:
         )
 
 
-def _wrong(store_scp: StoreSCP, send_queue: SendQueue) -> str:
+def _fault(store_scp: StoreSCP, send_queue: SendQueue) -> str:
+    """Return why the node is not healthy; empty when it is."""
     return store_scp.wrong() or ("" if send_queue.alive else "a thread that sends has ended")
 
 
 def _check(options: argparse.Namespace) -> Limits:
-    """Raise `UsageError` for options that do not fit together."""
+    """Return the limits; raise `UsageError` for options that do not fit together."""
     for title in (options.aet, *options.allow):
-        if (
-            not 0 < len(title.strip()) <= 16
-            or not title.isascii()
-            or not title.isprintable()
-            or "\\" in title
-        ):
+        characters_allowed = title.isascii() and title.isprintable() and "\\" not in title
+        if not 0 < len(title.strip()) <= 16 or not characters_allowed:
             raise UsageError(
-                f"{title!r} is no AE title",
+                f"{title!r} is not an AE title",
                 expected="1 to 16 ASCII characters (PS3.5, 6.2)",
                 remedy="correct it",
             )
     if not options.allow and not options.allow_any:
         raise UsageError(
-            "nobody may send",
+            "no calling AE title is allowed",
             expected="--allow AET for each calling AE title",
             remedy="name them, or give --allow-any",
         )
@@ -283,15 +301,12 @@ def _check(options: argparse.Namespace) -> Limits:
         )
     if not (options.send_to or options.stow or options.keep):
         raise UsageError(
-            "what is synthesized goes nowhere",
+            "the results have no destination",
             expected="--send-to AET@HOST:PORT, --stow URL, or --keep",
-            remedy="give one",
+            remedy="give one of them",
         )
-    if (
-        options.max_associations < 1
-        or not 4096 <= options.max_pdu <= 1 << 24
-        or options.quiet_period < 0
-    ):
+    pdu_in_range = 4096 <= options.max_pdu <= 1 << 24
+    if options.max_associations < 1 or not pdu_in_range or options.quiet_period < 0:
         raise UsageError(
             "a limit is out of range",
             expected=(
@@ -301,15 +316,15 @@ def _check(options: argparse.Namespace) -> Limits:
         )
     if not loopback(options.host) and options.tls_cert is None:
         print(
-            f"warning: {options.host} is more than this machine, and without TLS anyone there reads"
-            " what is sent",
+            f"warning: {options.host} can be reached from other machines, and without TLS whoever"
+            " listens to the network reads the images",
             file=sys.stderr,
         )
     return Limits(options.max_associations, options.max_pdu, options.max_object)
 
 
 def _tls(options: argparse.Namespace) -> ssl.SSLContext | None:
-    """The context for peers that connect; its certificates serve `_outward`, too."""
+    """Return the TLS context for peers that connect to this node; None without certificates."""
     files = (options.tls_cert, options.tls_key, options.tls_ca)
     if files == (None, None, None):
         return None
@@ -323,14 +338,13 @@ def _tls(options: argparse.Namespace) -> ssl.SSLContext | None:
 
 
 def _context(protocol: int, cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
+    """Build a TLS context that requires a certificate of `ca` from the peer."""
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     expected = "a certificate, its private key and a certificate authority in PEM"
     for file in (cert, key, ca):
-        with (
-            reading(file, expected, UsageError),
-            open_input(file),
-        ):  # OpenSSL would wait for whoever writes into a pipe
+        # A pipe is refused here: OpenSSL would wait for somebody to write into it.
+        with reading(file, expected, UsageError), open_input(file):
             pass
     with reading(cert, expected, UsageError):
         context.load_cert_chain(cert, key)
@@ -340,32 +354,32 @@ def _context(protocol: int, cert: Path, key: Path, ca: Path) -> ssl.SSLContext:
 
 
 def _destinations(options: argparse.Namespace, tls: ssl.SSLContext | None) -> list[Destination]:
-    outward = (
-        None
-        if tls is None
-        else _context(ssl.PROTOCOL_TLS_CLIENT, options.tls_cert, options.tls_key, options.tls_ca)
-    )
-    web = [DicomWeb(url, outward) for url in options.stow]
+    """Return the destinations of `--send-to` and `--stow`."""
+    client_tls = None
+    if tls is not None:
+        files = (options.tls_cert, options.tls_key, options.tls_ca)
+        client_tls = _context(ssl.PROTOCOL_TLS_CLIENT, *files)
+    web = [DicomWeb(url, client_tls) for url in options.stow]
     if len({service.host for service in web}) > 1 and from_environment():
         raise UsageError(
             "the credentials in the environment would go to several hosts",
             expected="one --stow host",
             remedy=(
-                "give each host's in ~/.netrc, and none in MASK2CT_STOW_TOKEN and MASK2CT_STOW_USER"
+                "put the credentials of each host into ~/.netrc, and unset MASK2CT_STOW_TOKEN and"
+                " MASK2CT_STOW_USER"
             ),
         )
-    found: list[Destination] = [
-        *(StoreSCU(text, options.aet, outward) for text in options.send_to),
-        *web,
-    ]
-    if len({destination.name for destination in found}) < len(found):
+    archives = [StoreSCU(text, options.aet, client_tls) for text in options.send_to]
+    destinations: list[Destination] = [*archives, *web]
+    if len({destination.name for destination in destinations}) < len(destinations):
         raise UsageError(
             "a destination is given twice", expected="each once", remedy="leave one out"
         )
-    return found
+    return destinations
 
 
 def _port(text: str) -> int:
+    """Parse a port number."""
     if not text.isdecimal() or int(text) > 65535:
-        raise UsageError(f"{text} is no port", expected="0 to 65535", remedy="correct it")
+        raise UsageError(f"{text} is not a port", expected="0 to 65535", remedy="correct it")
     return int(text)

@@ -1,4 +1,4 @@
-"""`mask2ct synth`: a CT for each mask, once."""
+"""`mask2ct synth`: synthesize a CT for each mask, then end."""
 
 from __future__ import annotations
 
@@ -46,6 +46,11 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
+    """Add `synth` to the command line.
+
+    Args:
+        commands: What argparse's `add_subparsers` returned.
+    """
     synth = commands.add_parser("synth", help="synthesize a CT for each mask", epilog=EXIT_CODES)
     synth.set_defaults(command=_synth)
     synth.add_argument("masks", nargs="+", type=Path, metavar="MASK", help=MASK_HELP)
@@ -56,39 +61,45 @@ def add(commands: Any) -> None:
     synth.add_argument(
         "--resume",
         action="store_true",
-        help="keep what the output folder's journal proves complete",
+        help="keep results that the output folder's journal lists as complete",
     )
     synth.add_argument(
-        "--report", type=Path, metavar="FILE.json", help="write what became of each case"
+        "--report",
+        type=Path,
+        metavar="FILE.json",
+        help="write a report with the outcome of each case",
     )
-    add_audit(synth, "no such file")
+    add_audit(synth, "no audit file")
+    synth.add_argument("--list", action="store_true", help="print the cases, then stop")
     synth.add_argument(
-        "--list", action="store_true", help="print the cases that were found and stop"
-    )
-    synth.add_argument(
-        "--dry-run", action="store_true", help="check the model and every mask, write nothing"
+        "--dry-run", action="store_true", help="check the model and every mask, but write nothing"
     )
     add_verbose(synth)
     synth.add_argument("--quiet", action="store_true", help="print errors and warnings only")
-    how = synth.add_argument_group("several processes or machines, by Ray; the result is the same")
-    how.add_argument(
+    group = synth.add_argument_group(
+        "several processes or machines with Ray (the result is the same)"
+    )
+    group.add_argument(
         "--ray",
         nargs="?",
         const="local",
         metavar="ADDRESS",
-        help="on workers: of this machine, or auto or HOST:PORT for a cluster's",
+        help=(
+            "synthesize on Ray workers of this machine; with ADDRESS, auto or HOST:PORT, on those"
+            " of a cluster"
+        ),
     )
-    how.add_argument(
+    group.add_argument(
         "--ray-workers",
         type=int,
         metavar="N",
-        help="how many (default: one a GPU, without any one for every --workers cores)",
+        help="start N workers (default: one per GPU; without a GPU one per --workers cores)",
     )
-    how.add_argument(
+    group.add_argument(
         "--ray-gpus",
         type=float,
         metavar="F",
-        help="GPUs of each, a fraction shares one (default: 1 where there are some)",
+        help="give each worker F GPUs; workers share one by a fraction (default: 1 if there are)",
     )
 
 
@@ -106,33 +117,31 @@ def _synth(options: argparse.Namespace) -> int:
     if options.ray is not None and not options.dry_run:
         return _on_ray(cases, options)
     with open_models(options) as models:
-        made = plans_by_model(options, models, options.output, resume=options.resume)
+        plans = plans_by_model(options, models, options.output, resume=options.resume)
         if not options.quiet:
             introduce(models)
         if options.dry_run:
-            return _dry_run(models, cases, made, options)
+            return _dry_run(models, cases, plans, options)
         summary = _summary(models, cases, options)
         results = synthesize_cases(
-            models, cases, made, quiet=options.quiet, on_slice=summary.slice_done
+            models, cases, plans, quiet=options.quiet, on_slice=summary.slice_done
         )
         return _run(summary, results, cases, options, models)
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raise `UsageError` for options that would have no effect beside the others."""
+    """Raise `UsageError` for options that have no effect together with the others."""
     check_warp(options)
-    without = (
-        ("dry_run", "report", "audit", "ray", "ray_workers", "ray_gpus")
-        if options.list
-        else ("report", "audit")
-        if options.dry_run
-        else ()
-    )
-    for name in without:
+    mode, without_effect = "", tuple[str, ...]()
+    if options.list:
+        mode = "--list"
+        without_effect = ("dry_run", "report", "audit", "ray", "ray_workers", "ray_gpus")
+    elif options.dry_run:
+        mode, without_effect = "--dry-run", ("report", "audit")
+    for name in without_effect:
         if getattr(options, name) not in (None, False):
-            what = "--list" if options.list else "--dry-run"
             raise UsageError(
-                f"--{name.replace('_', '-')} has no effect beside {what}, which synthesizes"
+                f"--{name.replace('_', '-')} has no effect beside {mode}, which synthesizes"
                 " nothing",
                 expected="one of them",
                 remedy="leave one out",
@@ -146,19 +155,20 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
-    (name, folder), *more = named(options.model).items()
-    if more or options.rules or options.use:
+    """Synthesize on Ray workers (`--ray`)."""
+    (name, folder), *more_models = named(options.model).items()
+    if more_models or options.rules or options.use:
         raise UsageError(
-            "--ray takes one model, and nothing to choose it by",
+            "--ray takes one model, and no options that choose among several",
             expected="one --model, without --use and --rules",
             remedy="run the command once for each model's masks",
         )
-    how = {"address": options.ray, "count": options.ray_workers, "gpus": options.ray_gpus}
-    with RaySynthesizer.open(folder, **how, **engine(options)) as synth:
-        made = plan_of(options, options.output, synth.manifest.labels, resume=options.resume)
+    workers = {"address": options.ray, "count": options.ray_workers, "gpus": options.ray_gpus}
+    with RaySynthesizer.open(folder, **workers, **engine(options)) as synth:
+        plan = plan_of(options, options.output, synth.manifest.labels, resume=options.resume)
         if not options.quiet:
             introduce({name: synth})
-        results = synth.make(cases, made)
+        results = synth.make(cases, plan)
         return _run(
             _summary({name: synth}, cases, options),
             ((result, name) for result in results),
@@ -169,18 +179,19 @@ def _on_ray(cases: Sequence[Case], options: argparse.Namespace) -> int:
 
 
 def _warp(cases: Sequence[Case], options: argparse.Namespace) -> int:
-    """`--warp`: real CTs, each deformed with its mask, and no model."""
-    source, cases, made = warp_source(cases, options)
+    """Deform real CTs with their masks, without a model (`--warp`)."""
+    source, cases, plan = warp_source(cases, options)
     if options.dry_run:
-        return _dry_run_warp(source, cases, made, options)
+        return _dry_run_warp(source, cases, plan, options)
     summary = _summary({WARP: source}, cases, options)
-    results = make(source, cases, made, summary.slice_done)
+    results = make(source, cases, plan, summary.slice_done)
     return _run(summary, ((result, WARP) for result in results), cases, options, {WARP: source})
 
 
 def _summary(
     models: Mapping[str, Maker], cases: Sequence[Case], options: argparse.Namespace
 ) -> Summary:
+    """Start the summary, after a check that the report can be written."""
     if options.report is not None:
         check_writable(options.report.parent)
     return Summary(models, options.seed, len(cases) * (options.variants or 1), quiet=options.quiet)
@@ -193,9 +204,10 @@ def _run(
     options: argparse.Namespace,
     models: Mapping[str, Maker],
 ) -> int:
+    """Consume the results, and print warnings, errors and the summary; return the exit code."""
     failures = Failures(verbose=options.verbose)
     try:
-        # Ray says there what becomes of its workers
+        # Ray prints about its workers on standard output, which is for the summary alone.
         with redirect_stdout(sys.stderr), AuditTrail(options.audit, "synth") as audit:
             audit.load(models)
             for result, model in results:
@@ -205,14 +217,16 @@ def _run(
                     print(f"warning: {printable(warning)}")
                 if result.error is not None:
                     failures.add(result.error)
-    finally:  # what was done is told also of a run that was stopped
+    finally:
+        # A run that was stopped reports its results, too.
         failures.close()
         if options.report is not None:
             with private(any_dicom(cases) and not options.shared):
                 write_json(options.report, summary.to_json())
     summary.close()
     if not options.quiet:
-        with suppress(BrokenPipeError):  # nobody reads it: the code counts
+        # The exit code counts where nobody reads the summary.
+        with suppress(BrokenPipeError):
             print(printable(f"{summary} → {options.output}"))
     return failures.code
 
@@ -220,10 +234,11 @@ def _run(
 def _dry_run(
     models: Models, cases: Sequence[Case], plans: Mapping[str, Plan], options: argparse.Namespace
 ) -> int:
-    for name, made in plans.items():
-        made.writer.check(models[name].manifest, options.output)
+    """Check every mask against its model (`--dry-run`)."""
+    for name, plan in plans.items():
+        plan.writer.check(models[name].manifest, options.output)
 
-    def checked(case: Case) -> tuple[LabelVolume, str]:
+    def check(case: Case) -> tuple[LabelVolume, str]:
         name = choose(models, case, plans, quiet=options.quiet)
         synth = models[name]
         volume = read_case(case, synth.manifest.labels, plans[name].labels)
@@ -231,33 +246,34 @@ def _dry_run(
         grid = synth.grid(volume)
         return volume, f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
 
-    return _tried(cases, checked, options)
+    return _check_cases(cases, check, options)
 
 
 def _dry_run_warp(
-    source: WarpSource, cases: Sequence[Case], made: Plan, options: argparse.Namespace
+    source: WarpSource, cases: Sequence[Case], plan: Plan, options: argparse.Namespace
 ) -> int:
-    made.writer.check(source.manifest, options.output)
+    """Check every mask against its CT (`--warp` with `--dry-run`)."""
+    plan.writer.check(source.manifest, options.output)
 
-    def checked(case: Case) -> tuple[LabelVolume, str]:
-        volume = read_case(case, source.manifest.labels, made.labels)
-        made.writer.check_mask(volume)
-        source.variants(case, volume, made.ranges, made.seed)
+    def check(case: Case) -> tuple[LabelVolume, str]:
+        volume = read_case(case, source.manifest.labels, plan.labels)
+        plan.writer.check_mask(volume)
+        source.variants(case, volume, plan.ranges, plan.seed)
         return volume, "its CT is on the same grid"
 
-    return _tried(cases, checked, options)
+    return _check_cases(cases, check, options)
 
 
-def _tried(
+def _check_cases(
     cases: Sequence[Case],
-    checked: Callable[[Case], tuple[LabelVolume, str]],
+    check: Callable[[Case], tuple[LabelVolume, str]],
     options: argparse.Namespace,
 ) -> int:
-    """Say of each case what `checked` says of it, or what is wrong with it."""
+    """Print the grid of each case with the note that `check` returns, or the case's error."""
     failures = Failures(verbose=options.verbose)
     for case in cases:
         try:
-            volume, said = checked(case)
+            volume, note = check(case)
         except InputError as exc:
             exc.file = exc.file or case.display_name
             failures.add(exc)
@@ -267,7 +283,7 @@ def _tried(
         if not options.quiet:
             print(
                 f"{printable(case.display_name)}: {width} x {height} x {depth} voxels of {spacing}"
-                f" mm, {said}"
+                f" mm, {note}"
             )
     failures.close()
     return failures.code

@@ -1,4 +1,4 @@
-"""`mask2ct synth --warp CT`: the options of deforming real CTs, and what is made of them."""
+"""`mask2ct synth --warp CT`: deform real CTs with their masks, without a model."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from ..io.readers.image import with_images
 from ..synthesizer import DEFAULT_BATCH
 from .options import plan_of
 
-VARIANTS = 3  # of each pair, where the command does not say
-_OF_MODELS = {
+VARIANTS = 3  # of each pair, without --variants
+# Options that only a model needs, with their defaults.
+_MODEL_OPTIONS = {
     "model": None,
     "use": None,
     "rules": None,
@@ -33,27 +34,41 @@ _OF_MODELS = {
 
 
 def add_warp(parser: argparse.ArgumentParser) -> None:
-    how = parser.add_argument_group("real CTs, deformed with their masks, instead of a model's")
-    how.add_argument(
+    """Add the options of `--warp`.
+
+    Args:
+        parser: Receives the options.
+    """
+    group = parser.add_argument_group("real CTs instead of a model")
+    group.add_argument(
         "--warp",
         type=Path,
         metavar="CT",
         help=(
-            "no model: deform this CT (a volume, a DICOM series, or a folder of such, matched by"
-            f" name) with its mask; {VARIANTS} variants where --variants does not say"
+            "deform this CT with its mask instead of using a model: a volume, a DICOM series, or a"
+            f" folder of these whose names match the masks' ({VARIANTS} variants without"
+            " --variants)"
         ),
     )
-    how.add_argument(
+    group.add_argument(
         "--intensity-jitter",
         choices=("on", "off"),
         help=(
-            "of --warp: move the intensities of each label and tissue at random, too (default: on)"
+            "with --warp: also shift the intensities of each label and tissue at random (default:"
+            " on)"
         ),
     )
 
 
 def check_warp(options: argparse.Namespace) -> None:
-    """Raise `UsageError` for options that have no effect with --warp, or without it."""
+    """Check that no option lacks its effect, with `--warp` or without it.
+
+    Args:
+        options: Parsed options of `synth`.
+
+    Raises:
+        UsageError: For an option without effect, and without both `--model` and `--warp`.
+    """
     if options.warp is None:
         if options.intensity_jitter is not None:
             raise UsageError(
@@ -65,13 +80,13 @@ def check_warp(options: argparse.Namespace) -> None:
             raise UsageError(
                 "neither --model nor --warp was given",
                 expected=(
-                    "--model FOLDER, which makes CTs of masks, or --warp CT, which deforms real"
-                    " ones with theirs"
+                    "--model FOLDER, which synthesizes CTs from masks, or --warp CT, which deforms"
+                    " real CTs with their masks"
                 ),
                 remedy="add one of them",
             )
         return
-    for name, default in _OF_MODELS.items():
+    for name, default in _MODEL_OPTIONS.items():
         if getattr(options, name) != default:
             raise UsageError(
                 f"--{name.replace('_', '-')} has no effect beside --warp, which takes no model",
@@ -83,15 +98,24 @@ def check_warp(options: argparse.Namespace) -> None:
 def warp_source(
     cases: Sequence[Case], options: argparse.Namespace
 ) -> tuple[WarpSource, list[Case], Plan]:
-    """What deforms the CTs, the cases with their CTs, and what is made of them.
+    """Pair masks with CTs, and plan their deformation.
 
-    Raises `UsageError`s.
+    Args:
+        cases: The masks.
+        options: Parsed options of `synth`; `variants` receives its default.
+
+    Returns:
+        The source that deforms the CTs, the cases with their CTs, and the plan.
+
+    Raises:
+        UsageError: When no mask has a CT, or the label map cannot be used.
     """
     options.variants = VARIANTS if options.variants is None else options.variants
     pairs = with_images(cases, options.warp)
     table, label_map = label_table(pairs, options.labels)
     source = WarpSource(table, None if options.intensity_jitter == "off" else IntensityJitter())
-    given, options.labels = options.labels, None  # what they lead to is the table
-    made = replace(plan_of(options, options.output, table, resume=options.resume), labels=label_map)
-    options.labels = given
-    return source, pairs, made
+    # The table already holds the targets of --labels: `plan_of` must not load the map against it.
+    labels_option, options.labels = options.labels, None
+    plan = plan_of(options, options.output, table, resume=options.resume)
+    options.labels = labels_option
+    return source, pairs, replace(plan, labels=label_map)

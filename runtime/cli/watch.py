@@ -1,4 +1,4 @@
-"""`mask2ct watch`: a CT for each mask that is put into a folder."""
+"""`mask2ct watch`: synthesize a CT for each mask that arrives in a folder."""
 
 from __future__ import annotations
 
@@ -28,36 +28,44 @@ from .options import (
 
 
 def add(commands: Any) -> None:
+    """Add `watch` to the command line.
+
+    Args:
+        commands: What argparse's `add_subparsers` returned.
+    """
     watch = commands.add_parser(
-        "watch", help="synthesize a CT for each mask that is put into a folder", epilog=EXIT_CODES
+        "watch", help="synthesize a CT for each mask that arrives in a folder", epilog=EXIT_CODES
     )
     watch.set_defaults(command=_watch)
     watch.add_argument(
         "inbox",
         type=Path,
         metavar="INBOX",
-        help="the folder: masks, zips and folders of masks in it end in done/ or failed/ there",
+        help=(
+            "the folder to watch for masks, zips and folders of masks; each is moved to its done/"
+            " or failed/ afterwards"
+        ),
     )
     add_engine(watch)
     add_results(watch)
     add_reading(watch)
-    when = watch.add_argument_group("watching")
-    when.add_argument(
+    group = watch.add_argument_group("watching")
+    group.add_argument(
         "--poll",
         type=_seconds,
         default=2.0,
         metavar="SECONDS",
-        help="how often to look (default: %(default)s)",
+        help="look into the folder this often (default: %(default)s)",
     )
-    when.add_argument(
+    group.add_argument(
         "--stable",
         type=_seconds,
         default=5.0,
         metavar="SECONDS",
-        help="take what has not changed for so long (default: %(default)s)",
+        help="take a mask when it has not changed for this long (default: %(default)s)",
     )
-    when.add_argument(
-        "--once", action="store_true", help="end when nothing is left that is complete"
+    group.add_argument(
+        "--once", action="store_true", help="end when no complete mask is left in the folder"
     )
     add_audit(watch, f"{AUDIT} in the output folder")
     watch.add_argument("--quiet", action="store_true", help="print errors and warnings only")
@@ -88,13 +96,13 @@ def _watch(options: argparse.Namespace) -> int:
                 watcher.run(poll=options.poll, once=options.once)
             finally:
                 log.say(f"{log.done} done, {log.failed} failed → {options.output}")
-    if log.unsaid is not None:
-        raise log.unsaid
+    if log.print_error is not None:
+        raise log.print_error
     return 1 if log.failed else 0
 
 
 def _audit_file(options: argparse.Namespace) -> Path:
-    """Where the audit file lies. Raises `UsageError` for a place in the watched folder."""
+    """Return the path of the audit file; raise `UsageError` for one in the watched folder."""
     file = options.audit or options.output / AUDIT
     if file.absolute().resolve().is_relative_to(options.inbox.resolve()):
         raise UsageError(
@@ -107,48 +115,54 @@ def _audit_file(options: argparse.Namespace) -> Path:
 
 
 class _Log:
-    """One line for what became of each item and of each result; nothing of a patient is in it."""
+    """Prints a line for each item and each result, without a word about a patient."""
 
     def __init__(self, *, several: bool, quiet: bool):
         self._several, self._quiet = several, quiet
         self.done = self.failed = 0
-        self.unsaid: OSError | None = None
-        self._told = False
+        self.print_error: OSError | None = None
+        self._waiting_printed = False
 
     def say(self, text: str) -> None:
-        if not self._quiet:
-            try:
-                print(printable(text), flush=True)
-            except BrokenPipeError:  # nobody reads it
-                pass
-            except (
-                OSError
-            ) as exc:  # the masks that wait are no less urgent; the exit code will say it
-                self.unsaid = exc
+        """Print a line, unless the command is quiet."""
+        if self._quiet:
+            return
+        try:
+            print(printable(text), flush=True)
+        except BrokenPipeError:  # nobody reads the output
+            pass
+        except OSError as exc:
+            # The masks are more urgent than the log: the exit code reports this at the end.
+            self.print_error = exc
 
     def chosen(self, case: Case, model: str, reason: str) -> None:
+        """Print the model of a case, where there are several models."""
         if self._several:
             self.say(f"{case.display_name.name}: {model} ({reason})")
 
-    def made(self, result: CaseResult) -> None:
+    def result_ready(self, result: CaseResult) -> None:
+        """Print the warnings of a result."""
         for warning in result.warnings:
             print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
 
-    def settled(self, claim: WorkItem, place: Path) -> None:
-        self._told = False
-        for error in claim.errors:
-            print(f"error: {reason(claim, error)}", file=sys.stderr, flush=True)
-        self.failed += bool(claim.errors)
-        self.done += not claim.errors
-        self.say(f"{claim.display_name}: {place.parent.name}")
+    def settled(self, work_item: WorkItem, place: Path) -> None:
+        """Print the errors of an item, and the folder that it was moved to."""
+        self._waiting_printed = False
+        for error in work_item.errors:
+            print(f"error: {reason(work_item, error)}", file=sys.stderr, flush=True)
+        self.failed += bool(work_item.errors)
+        self.done += not work_item.errors
+        self.say(f"{work_item.display_name}: {place.parent.name}")
 
     def waiting(self) -> None:
-        if not self._told:
+        """Print once that another run holds the output folder."""
+        if not self._waiting_printed:
             self.say("another run is writing into the output folder: waiting for it")
-        self._told = True
+        self._waiting_printed = True
 
 
 def _seconds(text: str) -> float:
+    """Parse a number of seconds."""
     try:
         seconds = float(text)
     except ValueError:

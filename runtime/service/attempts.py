@@ -1,9 +1,8 @@
-"""How often in a row work on one thing was begun and its process ended in the midst of it, killed
-for want of memory, say.
+"""Count attempts at a piece of work that ended together with the process.
 
-A byte in a file for each start, on the disk before the work begins. Whatever leaves the process
-alive takes it back, an interrupt too; `kill -9` and a power cut do not. So who finds the file knows
-what not to begin once more before all else, or at all.
+A file holds a byte for each attempt, which is on the disk before the work begins. Whatever leaves
+the process alive takes the byte back, also an interrupt; `kill -9`, a power cut and a lack of
+memory do not. So the next process knows which work comes last, or is given up.
 """
 
 from __future__ import annotations
@@ -16,13 +15,20 @@ from pathlib import Path
 from ..core.atomic_files import sync_folder
 from ..core.errors import InputError, writing
 
-# starts that may end in one piece of work before it is put aside: it comes last, and whoever kills
-# for other reasons may hit it too
+# Attempts in a row after which work is given up. Not fewer: such work comes last anyway, and a
+# process may be killed for other reasons.
 MAX_ATTEMPTS = 10
 
 
 def attempts(file: Path) -> int:
-    """How many starts ended in this work, one after the other."""
+    """Return how many attempts in a row ended with their process.
+
+    Args:
+        file: The file that counts them.
+
+    Returns:
+        The count; 0 without the file.
+    """
     try:
         return file.stat().st_size
     except FileNotFoundError:
@@ -31,9 +37,13 @@ def attempts(file: Path) -> int:
 
 @contextmanager
 def count_attempt(file: Path) -> Iterator[None]:
-    """Count a start for as long as the work within lasts.
+    """Count an attempt for as long as the work within lasts.
 
-    The file may go meanwhile. Raises `OutputError`.
+    Args:
+        file: The file that counts; it may be removed meanwhile.
+
+    Raises:
+        OutputError: When it cannot be written.
     """
     before = attempts(file)
     with writing(file):
@@ -50,15 +60,21 @@ def count_attempt(file: Path) -> Iterator[None]:
 
 
 def reset_attempts(file: Path) -> None:
-    """Something of the work is done, and will not be done again: the starts before count no
-    more.
+    """Forget earlier attempts, after a part of the work is done for good.
+
+    Args:
+        file: The file that counts; the present attempt stays in it.
     """
     with suppress(FileNotFoundError):
         os.truncate(file, 1)
 
 
 def poison_message(what: str) -> InputError:
-    """What becomes of work that `MOST` starts ended in."""
+    """Return the error for work in which `MAX_ATTEMPTS` attempts ended.
+
+    Args:
+        what: The work, for a person.
+    """
     return InputError(
         f"each of the last {MAX_ATTEMPTS} starts of this program ended while {what} was being"
         " synthesized",

@@ -1,5 +1,6 @@
-"""The C-STORE and C-ECHO service class provider (PS3.4 B, A), on pynetdicom: whom it talks to,
-what it takes, how much of it.
+"""Receive objects by C-STORE, as a service class provider on pynetdicom (PS3.4 annex B).
+
+It also answers C-ECHO (PS3.4 annex A), and bounds what a peer can make it hold.
 """
 
 from __future__ import annotations
@@ -17,40 +18,56 @@ from .dicom_server import Limits, abort_connections, server_class
 from .events import Events
 from .study_spool import NoMatch, Spool
 
-SUCCESS, OUT_OF_RESOURCES, NO_MATCH, CANNOT_UNDERSTAND = (
-    0x0000,
-    0xA700,
-    0xA900,
-    0xC000,
-)  # PS3.4 table B.2-1
+# Status codes of C-STORE (PS3.4 table B.2-1).
+SUCCESS, OUT_OF_RESOURCES, NO_MATCH, CANNOT_UNDERSTAND = 0x0000, 0xA700, 0xA900, 0xC000
+# CT, MR and PET images, on whose grid contours are drawn.
 IMAGES = (
     "1.2.840.10008.5.1.4.1.1.2",
     "1.2.840.10008.5.1.4.1.1.4",
     "1.2.840.10008.5.1.4.1.1.128",
-)  # CT, MR, PET: what contours lie on
-LONGEST_COMMAND = 1 << 16  # bytes of a DIMSE command set
-MOST_UNANSWERED = 100  # messages of one association; who keeps to PS3.7 D.3.3.3 awaits each answer
-RECEIVED_TO_ANSWER = (
-    4  # times the largest object: of a larger one the end is not waited for, to refuse it
 )
+LONGEST_COMMAND = 1 << 16  # bytes of a DIMSE command set
+# Messages of one association. A peer that keeps to PS3.7 D.3.3.3 waits for each answer.
+MOST_UNANSWERED = 100
+# An object up to this many times the limit is received to its end, to be refused by an answer; a
+# larger one ends the association.
+RECEIVED_TO_ANSWER = 4
 
 
 def pynetdicom() -> Any:
-    """The pynetdicom module, silent. Raises `MissingComponent` when it is not installed."""
+    """Import pynetdicom, and silence its log.
+
+    Returns:
+        The module.
+
+    Raises:
+        MissingComponent: When it is not installed.
+    """
     with importing(
         "pynetdicom", "pynetdicom, which speaks DICOM over a network", 'pip install "mask2ct[node]"'
     ):
         import pynetdicom
         import pynetdicom._config
-    pynetdicom._config.LOG_HANDLER_LEVEL = "none"  # what it logs quotes data sets
+    # Its log quotes data sets.
+    pynetdicom._config.LOG_HANDLER_LEVEL = "none"
     logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)
     return pynetdicom
 
 
 class StoreSCP:
-    """Listens until it is closed.
+    """Listens for associations until it is closed.
 
-    `allow`: calling AE titles; empty means any. Raises `UsageError` when the port cannot be had.
+    Args:
+        spool: Stores the objects.
+        events: Receives what happens.
+        aet: This node's AE title.
+        address: Host and port; port 0 is any free port.
+        allow: Calling AE titles; empty means any.
+        limits: What the node gives to its peers.
+        tls: The context for TLS; None without TLS.
+
+    Raises:
+        UsageError: When the address cannot be used.
     """
 
     def __init__(
@@ -63,21 +80,15 @@ class StoreSCP:
         limits: Limits,
         tls: ssl.SSLContext | None,
     ):
-        self._spool, self._events, self._allow, self._aet, self._limits = (
-            spool,
-            events,
-            allow,
-            aet,
-            limits,
-        )
-        self._cut: set[Any] = set()  # associations whose present object is larger than it may be
-        self._began: dict[
-            Any, tuple[float, int]
-        ] = {}  # association → when its present object began, and the bytes since
+        self._spool, self._events, self._allow = spool, events, allow
+        self._aet, self._limits = aet, limits
+        # Associations whose present object is larger than the limit.
+        self._too_large: set[Any] = set()
+        # By association: when its present object began (monotonic s), and the bytes since then.
+        self._received: dict[Any, tuple[float, int]] = {}
         evt, ae = pynetdicom().evt, pynetdicom().AE(ae_title=aet)
-        ae.maximum_associations = (
-            sys.maxsize
-        )  # the server counts places itself, before pynetdicom begins
+        # The server counts associations itself, before pynetdicom begins.
+        ae.maximum_associations = sys.maxsize
         ae.maximum_pdu_size = limits.pdu
         ae.acse_timeout = limits.request_seconds
         ae.dimse_timeout = ae.network_timeout = limits.idle_seconds
@@ -101,7 +112,8 @@ class StoreSCP:
                 expected="an address of this machine and a free port",
                 remedy="choose another --port",
             ) from exc
-        ae._servers.append(self._server)  # as `start_server` does: its shutdown takes itself out
+        # `AE.start_server` does the same: the server's shutdown removes it from this list.
+        ae._servers.append(self._server)
         self._thread = threading.Thread(
             target=self._server.serve_forever, args=(0.2,), daemon=True, name="acceptor"
         )
@@ -109,10 +121,11 @@ class StoreSCP:
 
     @property
     def port(self) -> int:
+        """The port it listens on."""
         return int(self._server.server_address[1])
 
     def wrong(self) -> str:
-        """Why nobody gets in, or nothing."""
+        """Return why no peer gets an association; empty when all is well."""
         if not self._thread.is_alive():
             return "the thread that takes connections has ended"
         if self._server.shortage:
@@ -122,20 +135,22 @@ class StoreSCP:
         return ""
 
     def close(self) -> None:
-        """Listen no more and end every association: what was not acknowledged its sender still
-        has.
+        """End listening and every association.
+
+        Nothing is lost: the sender keeps an object until it is acknowledged.
         """
         self._server.shutdown()
         self._server.pending.end_all()
         abort_connections(self._server.active_associations, abort=True)
 
     def _store(self, event: Any) -> int:
+        """Answer a C-STORE request with its status."""
         request, association = event.request, event.assoc
-        who = self._peer(association)
-        if association in self._cut:
-            self._cut.discard(association)
+        peer = self._peer(association)
+        if association in self._too_large:
+            self._too_large.discard(association)
             return self._refuse(
-                OUT_OF_RESOURCES, who, f"the object is larger than {self._limits.size} bytes"
+                OUT_OF_RESOURCES, peer, f"the object is larger than {self._limits.size} bytes"
             )
         data = request.DataSet
         size = data.getbuffer().nbytes
@@ -152,18 +167,18 @@ class StoreSCP:
             claimed = (str(request.AffectedSOPClassUID), str(request.AffectedSOPInstanceUID))
             study = self._spool.receive(write, claimed, size, threading.current_thread())
         except NoMatch as exc:
-            return self._refuse(NO_MATCH, who, exc.fact)
+            return self._refuse(NO_MATCH, peer, exc.fact)
         except InputError as exc:
-            return self._refuse(CANNOT_UNDERSTAND, who, exc.fact)
+            return self._refuse(CANNOT_UNDERSTAND, peer, exc.fact)
         except (OutputError, MemoryError) as exc:
-            return self._refuse(OUT_OF_RESOURCES, who, getattr(exc, "fact", "out of memory"))
+            return self._refuse(OUT_OF_RESOURCES, peer, getattr(exc, "fact", "out of memory"))
         except Exception as exc:  # a peer's data must not end the association without an answer
-            return self._refuse(CANNOT_UNDERSTAND, who, type(exc).__name__)
-        self._events("stored", peer=who, study=study, bytes=size)
+            return self._refuse(CANNOT_UNDERSTAND, peer, type(exc).__name__)
+        self._events("stored", peer=peer, study=study, bytes=size)
         return SUCCESS
 
-    def _refuse(self, status: int, who: str, reason: str) -> int:
-        self._events("refused", peer=who, status=f"0x{status:04X}", reason=reason)
+    def _refuse(self, status: int, peer: str, reason: str) -> int:
+        self._events("refused", peer=peer, status=f"0x{status:04X}", reason=reason)
         return status
 
     def _echo(self, event: Any) -> int:
@@ -171,66 +186,68 @@ class StoreSCP:
         return SUCCESS
 
     def _measure(self, event: Any) -> None:
-        """Before each PDU is taken in: bound what its association takes of memory and time.
+        """Bound an association's memory and time, before each of its PDUs is processed.
 
         An object beyond the limit is received to its end, since only then it can be answered, but
-        not kept. One without an end, and messages that come faster than they are answered, end the
-        association.
+        its bytes are dropped. An object without an end, and messages that come faster than their
+        answers, end the association.
         """
         association, message = event.assoc, event.assoc.dimse.message
         if association.dimse.msg_queue.qsize() > MOST_UNANSWERED:
             association.abort(block=False)
             return
         if message is None:  # this PDU begins one
-            self._began[association] = time.monotonic(), 0
+            self._received[association] = time.monotonic(), 0
             return
-        began, received = self._began.get(association, (time.monotonic(), 0))
+        began, received = self._received.get(association, (time.monotonic(), 0))
         received += event.pdu.pdu_length
-        self._began[association] = began, received
-        too_slow = (
-            time.monotonic() - began > self._limits.idle_seconds + received / self._limits.slowest
-        )
+        self._received[association] = began, received
+        seconds_allowed = self._limits.idle_seconds + received / self._limits.slowest
+        too_slow = time.monotonic() - began > seconds_allowed
         endless = received > RECEIVED_TO_ANSWER * self._limits.size + LONGEST_COMMAND
         if too_slow or endless or message.encoded_command_set.tell() > LONGEST_COMMAND:
             association.abort(block=False)
         elif message.data_set is not None and message.data_set.tell() > self._limits.size:
-            self._cut.add(association)
-        if association in self._cut and message.data_set is not None:
+            self._too_large.add(association)
+        if association in self._too_large and message.data_set is not None:
             message.data_set.seek(0)
             message.data_set.truncate()
 
     def _accepted(self, event: Any) -> None:
-        """One line for the SOP classes that were offered in vain.
+        """Report the SOP classes of a new association that this node does not support.
 
-        A UID that is none of the standard's might be anything: it is not quoted.
+        A UID that the standard does not have might be anything: it is not quoted.
         """
         from pydicom.uid import UID
 
-        offered = {UID(context.abstract_syntax) for context in event.assoc.rejected_contexts}
-        if offered:
-            names = sorted(uid.name if uid.name != str(uid) else "unknown" for uid in offered)
+        rejected = {UID(context.abstract_syntax) for context in event.assoc.rejected_contexts}
+        if rejected:
+            names = sorted(uid.name if uid.name != str(uid) else "unknown" for uid in rejected)
             self._events(
                 "not-supported",
                 peer=self._peer(event.assoc),
-                classes=len(offered),
+                classes=len(rejected),
                 such_as=names[0],
             )
 
     def _closed(self, event: Any) -> None:
-        self._cut.discard(event.assoc)
-        self._began.pop(event.assoc, None)
+        """Forget an association that has ended."""
+        self._too_large.discard(event.assoc)
+        self._received.pop(event.assoc, None)
         if not event.assoc.is_released:
             self._events("broken", reason="the association ended without a release")
 
     def _peer(self, association: Any) -> str:
-        """The calling AE title, where it is one of those allowed: a label of a counter must not
-        be a stranger's choice.
+        """Return the calling AE title if it is an allowed one, else "any".
+
+        It becomes a label of a counter, which a stranger must not choose.
         """
         title = str(association.requestor.ae_title).strip()
         return title if title in self._allow else "any"
 
 
 def _support(ae: Any) -> None:
+    """Add the SOP classes and transfer syntaxes that this node accepts."""
     from pydicom import uid
 
     plain_syntaxes = [
@@ -252,5 +269,6 @@ def _support(ae: Any) -> None:
         uid.JPEG2000Lossless,
         uid.JPEG2000,
     ]
-    for sop_class in IMAGES:  # only where their slices lie is read
+    # Compressed as well: only the position of an image is read, and never its pixels.
+    for sop_class in IMAGES:
         ae.add_supported_context(sop_class, [*plain_syntaxes, *compressed])

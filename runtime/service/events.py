@@ -1,8 +1,7 @@
-"""What the node tells of itself: a line on standard error for each event, and the same events
-counted for Prometheus.
+"""Report the node's events: a log line on standard error for each, and a Prometheus counter.
 
-No line holds an attribute of a patient or a UID of a source: studies and masks are called by
-digests.
+No line has an attribute of a patient or a UID of a source: studies and masks have pseudonyms, which
+are digests.
 """
 
 from __future__ import annotations
@@ -20,9 +19,14 @@ plain = one_line
 
 
 class Events:
-    """`events("stored", study=…)`: one line, one count.
+    """Writes and counts events: `events("stored", study=…)`. Safe to use from several threads.
 
-    Safe to use from several threads. Raises `MissingComponent`.
+    Attributes:
+        registry: The `prometheus_client.CollectorRegistry` of this node.
+        metrics: The other metrics of the node.
+
+    Raises:
+        MissingComponent: When prometheus_client is not installed.
     """
 
     def __init__(self) -> None:
@@ -44,14 +48,24 @@ class Events:
         self._lock = threading.Lock()
 
     def __call__(self, event: str, *, peer: str = "", **facts: object) -> None:
-        """`peer`: a destination, or an AE title that is allowed: it becomes a label, so there
-        are few of them.
+        """Write and count an event.
+
+        Args:
+            event: Its kind, a label of the counter.
+            peer: A destination or an allowed AE title, a label of the counter. Nothing else: there
+                must be few values.
+            facts: What the line says besides.
         """
         self._count.labels(event, peer).inc()
         self.say(event, **({"peer": peer} if peer else {}), **facts)
 
     def say(self, event: str, **facts: object) -> None:
-        """The line alone. Where it cannot be written, for a full disk, the work goes on without."""
+        """Write the line alone. If that fails, for a full disk, the work goes on without it.
+
+        Args:
+            event: Its kind.
+            facts: What the line says besides.
+        """
         line = log_line(event, facts)
         with self._lock, suppress(OSError):
             print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""GET /health, /ready and /metrics, for whoever watches the node."""
+"""Serve /health, /ready and /metrics over HTTP, for a monitor of the node."""
 
 from __future__ import annotations
 
@@ -14,13 +14,22 @@ from .events import Events
 from .study_spool import STATES, Spool
 
 AT_ONCE = 16  # requests; one more ends the oldest
-SECONDS = 10.0  # for a request and its answer
+SECONDS = 10.0  # s for a request and its answer
 
 
 class HealthServer:
-    """The HTTP port. `healthy`, `ready`: what is wrong, or nothing; 503 says it.
+    """The HTTP server of a node, in a thread of its own.
 
-    Raises `UsageError` when the port is taken.
+    Args:
+        address: Host and port; port 0 is any free port.
+        events: Holds the metrics.
+        spool: Holds the studies, which are counted by state.
+        healthy: Returns why the node is not healthy; empty when it is.
+        ready: Returns why the node takes no objects; empty when it does.
+        pending: Bounds the requests; None means `AT_ONCE` of `SECONDS` each.
+
+    Raises:
+        UsageError: When the port cannot be used.
     """
 
     def __init__(
@@ -34,11 +43,12 @@ class HealthServer:
     ):
         from prometheus_client import Gauge
 
-        rooms = Gauge(
-            "mask2ct_node_studies", "Studies by where they are", ["room"], registry=events.registry
+        # The label keeps its first name, which dashboards use.
+        studies = Gauge(
+            "mask2ct_node_studies", "Studies by state", ["room"], registry=events.registry
         )
-        for room in STATES:
-            rooms.labels(room).set_function(partial(_count, spool, room))
+        for state in STATES:
+            studies.labels(state).set_function(partial(_count, spool, state))
         try:
             self._server = _Server(
                 address,
@@ -58,56 +68,60 @@ class HealthServer:
 
     @property
     def port(self) -> int:
+        """The port it listens on."""
         return int(self._server.server_address[1])
 
     def close(self) -> None:
+        """End listening."""
         self._server.shutdown()
         self._server.server_close()
 
 
 class _Server(BoundedServer, HTTPServer):
-    """Takes few at once, and gives each little time in all, for the request and the answer."""
+    """Bounds the requests at once, and the time of each."""
 
     def finish_request(self, request: Any, client_address: Any) -> None:
+        """Serve a request within its time."""
         with self.pending.hold(request):
             super().finish_request(request, client_address)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """No traceback for who hangs up."""
+        """Print no traceback: a peer that hangs up is no news."""
 
 
-def _count(spool: Spool, room: str) -> int:
-    return len(spool.names(room))
+def _count(spool: Spool, state: str) -> int:
+    return len(spool.names(state))
 
 
 def _handler(events: Events, checks: dict[str, Callable[[], str]]) -> type[BaseHTTPRequestHandler]:
+    """Return the class that answers requests; `checks` are by path."""
     from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+    plain_text = "text/plain; charset=utf-8"
 
     class Handler(BaseHTTPRequestHandler):
         timeout = SECONDS
-        server_version, sys_version = "mask2ct", ""  # what else runs here is nobody's business
+        # The versions of the software here are nobody's business.
+        server_version, sys_version = "mask2ct", ""
 
         def do_GET(self) -> None:
+            """Answer a request."""
             if self.path == "/metrics":
                 self._reply(200, CONTENT_TYPE_LATEST, generate_latest(events.registry))
             elif self.path in checks:
-                wrong = checks[self.path]()
-                self._reply(
-                    503 if wrong else 200,
-                    "text/plain; charset=utf-8",
-                    f"{wrong or 'ok'}\n".encode(),
-                )
+                fault = checks[self.path]()
+                self._reply(503 if fault else 200, plain_text, f"{fault or 'ok'}\n".encode())
             else:
-                self._reply(404, "text/plain; charset=utf-8", b"/health, /ready, /metrics\n")
+                self._reply(404, plain_text, b"/health, /ready, /metrics\n")
 
-        def _reply(self, code: int, kind: str, body: bytes) -> None:
+        def _reply(self, code: int, content_type: str, body: bytes) -> None:
             self.send_response(code)
-            self.send_header("Content-Type", kind)
+            self.send_header("Content-Type", content_type)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
 
         def log_message(self, format: str, *args: object) -> None:
-            """Nothing: who watches asks every few seconds."""
+            """Log nothing: a monitor asks every few seconds."""
 
     return Handler

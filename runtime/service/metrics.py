@@ -1,6 +1,6 @@
-"""Which models are open and how long the work takes, for Prometheus.
+"""Prometheus metrics of the node: its open models, and how long its work takes.
 
-What each metric means: docs/how-to/dicom-node.md.
+docs/how-to/dicom-node.md says what each metric means.
 """
 
 from __future__ import annotations
@@ -12,27 +12,19 @@ from typing import Any
 
 STAGES = ("read", "deform", "synthesize", "write", "send")
 STAGE_BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)  # s
+# s, and fine around 10 s: each study takes at least the quiet period, which is 10 s by default.
 STUDY_BUCKETS = (
-    1,
-    2.5,
-    5,
-    10,
-    15,
-    20,
-    30,
-    45,
-    60,
-    120,
-    300,
-    600,
-    1800,
-    3600,
-    14400,
-)  # s; the quiet period is 10 s of them
+    *(1, 2.5, 5, 10, 15, 20, 30, 45),
+    *(60, 120, 300, 600, 1800, 3600, 14400),
+)
 
 
 class Metrics:
-    """Registers with a `prometheus_client.CollectorRegistry`. Safe to use from several threads."""
+    """The metrics besides the events' counter. Safe to use from several threads.
+
+    Args:
+        registry: The `prometheus_client.CollectorRegistry` that receives them.
+    """
 
     def __init__(self, registry: Any):
         from prometheus_client import Histogram, Info
@@ -57,30 +49,52 @@ class Metrics:
         self._lock = threading.Lock()
 
     def model(self, name: str, *, engine: str, manifest_sha256: str, model_sha256: str) -> None:
-        """A model is open. `model_sha256`: of the file that the engine runs; empty where it runs
-        none.
+        """Note an open model.
+
+        Args:
+            name: Its name in this node.
+            engine: What computes it.
+            manifest_sha256: Of its manifest.
+            model_sha256: Of the file that the engine runs; empty when it runs none.
         """
         facts = {"engine": engine, "manifest_sha256": manifest_sha256, "model_sha256": model_sha256}
         self._models.labels(name).info(facts)
 
     def result(self, seconds: Mapping[str, float]) -> None:
-        """The stages of one result, as `CaseResult.seconds` has them."""
-        for stage, spent in seconds.items():
-            self.stage(stage, spent)
+        """Note the working time of one result.
+
+        Args:
+            seconds: By stage, as in `CaseResult.seconds`.
+        """
+        for stage, duration in seconds.items():
+            self.stage(stage, duration)
 
     def stage(self, stage: str, seconds: float) -> None:
-        """Count `seconds` of work."""
+        """Note the working time of one stage.
+
+        Args:
+            stage: One of `STAGES`.
+            seconds: How long it took.
+        """
         self._stages.labels(stage).observe(seconds)
 
     def claimed(self, study: str, arrived: float) -> None:
-        """Work on a study begins. `arrived`: when its first object came, s since 1970."""
+        """Note that the work on a study begins.
+
+        Args:
+            study: Its name in the spool.
+            arrived: When its first object arrived, in s since 1970.
+        """
         with self._lock:
             self._arrived[study] = arrived
 
     def settled(self, study: str) -> None:
-        """All of it is where it belongs.
+        """Note that every destination has a study.
 
-        A study that was generated before this process began is not counted.
+        A study that was synthesized before this process began is not counted.
+
+        Args:
+            study: Its name in the spool.
         """
         with self._lock:
             arrived = self._arrived.pop(study, None)

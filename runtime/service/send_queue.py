@@ -1,9 +1,8 @@
-"""What is to be sent, to whom, and what has been acknowledged: sent until it is, and never again
-after it was.
+"""Send each study to every destination, until each has acknowledged every file, and then no more.
 
-Each destination has a thread and, in each study's folder, a journal: a line for each file that it
-acknowledged, synced before the next is sent. This is what commits us to an object: where the line
-is missing, the object is sent again.
+Each destination has a thread and, in each study's folder, a delivery log: a line for each file that
+it acknowledged, synced before the next file is sent. Where the line is missing, the file is sent
+again.
 """
 
 from __future__ import annotations
@@ -23,44 +22,56 @@ from ..core.errors import writing
 from .events import Events
 from .study_spool import RESULTS, Spool
 
-FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # s before what failed is tried again; doubled each time
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 300.0  # s before another try; doubled after each failure
 
 
 class Unreachable(Exception):
-    """A destination answers nobody now. Says why, without quoting it."""
+    """A destination does not answer now. The text says why, without quoting the destination."""
 
 
 @dataclass(frozen=True)
 class DeliveryResult:
-    """What a destination says of a file: `refused` is empty when it has stored it."""
+    """A destination's answer for one file.
+
+    Attributes:
+        file: The file that was sent.
+        refused: Why it is not stored; empty when it is.
+    """
 
     file: Path
     refused: str
 
 
 class Destination(Protocol):
-    """Who is sent to. `name`: for logs.
+    """An archive that receives studies.
 
-    `send` yields an `Outcome` as each file is answered for, and raises `Unreachable`; `stop` ends
-    it.
+    Attributes:
+        name: Its name in logs and delivery logs.
     """
 
     name: str
 
-    def send(self, files: Sequence[Path]) -> Iterator[DeliveryResult]: ...
+    def send(self, files: Sequence[Path]) -> Iterator[DeliveryResult]:
+        """Send files, and yield a result as each is answered; raise `Unreachable`."""
 
-    def stop(self) -> None: ...
+    def stop(self) -> None:
+        """End `send`, from another thread."""
 
 
 class DeliveryLog:
-    """The files of a study that one destination has acknowledged, by path within the study's
-    results.
+    """The files of a study that one destination has acknowledged.
+
+    Args:
+        package: The study's folder in the outbox.
+        destination: The destination's name.
+
+    Attributes:
+        files: The acknowledged files, by path within the study's results.
     """
 
     def __init__(self, package: Path, destination: str):
-        self._path = (
-            package / f".sent-{hashlib.sha256(destination.encode()).hexdigest()[:16]}.journal"
-        )
+        digest = hashlib.sha256(destination.encode()).hexdigest()[:16]
+        self._path = package / f".sent-{digest}.journal"
         try:
             content = self._path.read_bytes()
         except FileNotFoundError:
@@ -69,21 +80,32 @@ class DeliveryLog:
         self.files = {str(facts["sent"]) for facts in facts_in(content) if "sent" in facts}
 
     def add(self, file: str) -> None:
-        """Append, and return when it is on the disk. Raises `OutputError`."""
+        """Append a file, and return when the line is on the disk.
+
+        Args:
+            file: Its path within the study's results.
+
+        Raises:
+            OutputError: When the log cannot be written.
+        """
         with writing(self._path):
-            made = not self._path.exists()
+            new = not self._path.exists()
             with open(self._path, "ab", buffering=0) as handle:
                 append(handle.fileno(), (b"\n" if self._torn else b"") + line_of({"sent": file}))
-            if made:
+            if new:
                 sync_folder(self._path.parent)
         self._torn = False
         self.files.add(file)
 
 
 class SendQueue:
-    """The threads that send.
+    """The threads that send, one for each destination.
 
-    `start` them, `wake` them when there is something new, `close` ends them within seconds.
+    Args:
+        spool: Holds the studies to be sent.
+        destinations: Every study goes to each of them.
+        events: Receives what happens.
+        audit: Receives what goes into the audit file; None for no file.
     """
 
     def __init__(
@@ -102,21 +124,30 @@ class SendQueue:
         self._names = [destination.name for destination in destinations]
 
     def start(self) -> None:
+        """Start the threads."""
         for sender in self._senders:
             sender.start()
         self.wake()
 
     def wake(self) -> None:
+        """Look for studies to send now."""
         for sender in self._senders:
             sender.wake.set()
-        if not self._senders:  # nobody to send to: what is synthesized stays here
+        # Without destinations, results stay in the spool.
+        if not self._senders:
             for package in self._spool.packages():
                 self.finish(package)
 
     def finish(self, package: Path) -> None:
-        """Take a study that every destination has acknowledged out of the outbox.
+        """Take a study out of the outbox if every destination has acknowledged all of it.
 
-        Another sender may have done so, and the study be back.
+        Another sender may have done so already, and the study may even have come again.
+
+        Args:
+            package: The study's folder in the outbox.
+
+        Raises:
+            OutputError: When it cannot be moved.
         """
         with self._settling:
             if not package.is_dir():
@@ -129,10 +160,15 @@ class SendQueue:
 
     @property
     def alive(self) -> bool:
+        """Whether every thread runs."""
         return all(sender.is_alive() for sender in self._senders)
 
     def close(self, seconds: float) -> None:
-        """End within `seconds`."""
+        """End the threads.
+
+        Args:
+            seconds: How long to wait for them; a thread that hangs is left behind.
+        """
         self._ended.set()
         for sender in self._senders:
             sender.end()
@@ -154,32 +190,23 @@ class _Sender(threading.Thread):
         ended: threading.Event,
     ):
         super().__init__(name=f"sender {destination.name}", daemon=True)
-        self._destination, self._send_queue, self._spool, self._events, self._ended = (
-            destination,
-            send_queue,
-            spool,
-            events,
-            ended,
-        )
+        self._destination, self._send_queue = destination, send_queue
+        self._spool, self._events, self._ended = spool, events, ended
         self.wake = threading.Event()
-        self._delivered: set[str] = set()  # studies that the audit file has as delivered here
-        self._pauses: dict[
-            str, tuple[float, float]
-        ] = {}  # study, or "" for the destination → how long the pause is and when it ends
-        self._broken: dict[
-            str,
-            int,
-            # study → how often the destination broke down on it: those come last, in case it is
-            # their
-            # doing
-        ] = {}
+        # Studies that the audit file has as delivered to this destination.
+        self._delivered: set[str] = set()
+        # By study, or "" for the destination: seconds of the pause, and when it ends.
+        self._pauses: dict[str, tuple[float, float]] = {}
+        # By study: how often the destination failed while it was sent. Such studies come last,
+        # because they may be the cause.
+        self._failures: dict[str, int] = {}
 
     def run(self) -> None:
         while not self._ended.is_set():
             self.wake.clear()
             try:
                 self._round()
-            except Exception as exc:  # whatever it was, it must not end the sending
+            except Exception as exc:  # no error may end the thread
                 if not self._ended.is_set():
                     reason = str(exc) if isinstance(exc, Unreachable) else type(exc).__name__
                     self._events(
@@ -188,34 +215,35 @@ class _Sender(threading.Thread):
                         reason=reason,
                         again_in=f"{self._pause(''):g}s",
                     )
-            due = (
-                self._pauses[""][1]
-                if self._paused("")
-                else min((end for _, end in self._pauses.values()), default=None)
-            )
+            due = min((end for _, end in self._pauses.values()), default=None)
+            if self._paused(""):
+                due = self._pauses[""][1]
             self.wake.wait(None if due is None else max(0.05, due - time.monotonic()))
 
     def end(self) -> None:
+        """Let the thread end: stop what is being sent, and wake it."""
         self._destination.stop()
         self.wake.set()
 
     def _round(self) -> None:
+        """Send every study that is not paused."""
         if self._paused(""):
             return
-        for package in sorted(
-            self._spool.packages(), key=lambda package: self._broken.get(package.name, 0)
-        ):
+        packages = sorted(
+            self._spool.packages(), key=lambda package: self._failures.get(package.name, 0)
+        )
+        for package in packages:
             if self._ended.is_set():
                 return
             if self._paused(package.name):
                 continue
             try:
                 self._send(package)
-                self._broken.pop(package.name, None)
+                self._failures.pop(package.name, None)
             except Unreachable:
-                self._broken[package.name] = self._broken.get(package.name, 0) + 1
+                self._failures[package.name] = self._failures.get(package.name, 0) + 1
                 raise
-            except Exception as exc:  # one study's fault must not keep the others here
+            except Exception as exc:  # an error of one study must not hold up the others
                 self._events(
                     "not-taken",
                     peer=self._destination.name,
@@ -225,17 +253,18 @@ class _Sender(threading.Thread):
                 )
 
     def _send(self, package: Path) -> None:
-        done = DeliveryLog(package, self._destination.name)
-        waiting = [package / RESULTS / file for file in sendable(package) if file not in done.files]
+        """Send the files of a study that the destination has not acknowledged."""
+        log = DeliveryLog(package, self._destination.name)
+        waiting = [package / RESULTS / file for file in sendable(package) if file not in log.files]
         sent = 0
         refused: list[DeliveryResult] = []
         if waiting:
             started = time.monotonic()
-            for outcome in self._destination.send(waiting):
-                if outcome.refused:
-                    refused.append(outcome)
+            for result in self._destination.send(waiting):
+                if result.refused:
+                    refused.append(result)
                 else:
-                    done.add(outcome.file.relative_to(package / RESULTS).as_posix())
+                    log.add(result.file.relative_to(package / RESULTS).as_posix())
                     sent += 1
                 if self._ended.is_set():
                     return
@@ -254,31 +283,38 @@ class _Sender(threading.Thread):
             )
         else:
             self._pauses.pop(package.name, None)
-            if (
-                sent or package.name not in self._delivered
-            ):  # again after a restart, lest it be missing
+            # A restart writes the line again, because the process may have ended before it.
+            if sent or package.name not in self._delivered:
                 self._send_queue.audit.add(
                     "delivered",
                     study=package.name,
                     destination=self._destination.name,
-                    objects=len(done.files),
+                    objects=len(log.files),
                 )
                 self._delivered.add(package.name)
             self._send_queue.finish(package)
 
-    def _pause(self, what: str) -> float:
-        length = (
-            min(2 * self._pauses[what][0], LONGEST_PAUSE) if what in self._pauses else FIRST_PAUSE
-        )
-        self._pauses[what] = length, time.monotonic() + length
-        return length
+    def _pause(self, key: str) -> float:
+        """Begin a pause of a study, or of the destination (""); return its seconds."""
+        seconds = FIRST_PAUSE
+        if key in self._pauses:
+            seconds = min(2 * self._pauses[key][0], LONGEST_PAUSE)
+        self._pauses[key] = seconds, time.monotonic() + seconds
+        return seconds
 
-    def _paused(self, what: str) -> bool:
-        return what in self._pauses and time.monotonic() < self._pauses[what][1]
+    def _paused(self, key: str) -> bool:
+        return key in self._pauses and time.monotonic() < self._pauses[key][1]
 
 
 def sendable(package: Path) -> list[str]:
-    """The DICOM files of a study's results, by path within them, series by series."""
+    """List the DICOM files of a study's results.
+
+    Args:
+        package: The study's folder in the outbox.
+
+    Returns:
+        Paths within the results, series by series.
+    """
     results = package / RESULTS
     return sorted(
         path.relative_to(results).as_posix()

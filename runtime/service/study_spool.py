@@ -1,16 +1,27 @@
-"""The node's folder.
+"""The DICOM node's folder: the state of each study is the folder that it lies in.
 
-Which study lies in which room is all its state, so that it survives whatever ends the process.
+An arrow is one rename, so that a study is always in exactly one state, whatever ends the process:
 
-    incoming/STUDY/      objects that were acknowledged; more may follow
-    studies/STUDY-N/     complete: objects/ and, while it is synthesized, results/ (N: how often the study has come)
-    outbox/STUDY-N/      synthesized: results/ to be sent, and what each destination has acknowledged
-    failed/STUDY-N/      objects/ of which some could not be synthesized, with reason.txt
-    done/STUDY-N/        with --keep: what has been sent
+    incoming/STUDY         acknowledged objects; more may follow
+        |    ^
+        |    |  next, file by file, before it claims: what failed of a study joins what arrives
+        |    +------------------------------------------------------------+
+        |  next: no object for `quiet` seconds, and at least one mask      |
+        v                                                                 |
+    studies/STUDY-N        complete: objects/, and while it is            |
+        |                  synthesized results/ (N counts its arrivals)   |
+        |  move_to_send_queue                                             |
+        v                                                                 |
+    outbox/STUDY-N         results/ to be sent, and a log of what each    |
+        |                  destination has acknowledged                   |
+        |  finish: every destination has everything                       |
+        +--- a mask failed ---> failed/STUDY-N: objects/, reason.txt -----+
+        +--- with --keep -----> done/STUDY-N
+        +--- else ------------> removed
 
-A study goes from room to room by one rename. But what failed of a study is taken along when more of
-it arrives, file by file before it is claimed: an RTSTRUCT whose images were not all there is tried
-again when they are. Folders and files are called by digests of UIDs: no name here names a patient.
+An RTSTRUCT that failed because not all of its images had arrived is tried again in this way when
+they have. A study that ended too many processes (`attempts`) stays in failed/. Names of folders and
+files are digests of UIDs: none names a patient.
 """
 
 from __future__ import annotations
@@ -34,51 +45,56 @@ from .attempts import attempts
 
 STATES = ("incoming", "studies", "outbox", "failed", "done")
 OBJECTS, RESULTS, REASON, ATTEMPTS = "objects", "results", "reason.txt", ".starts"
-RESERVE = (
-    64 << 20
-    # bytes of the disk that objects from outside never take: what is synthesized and noted must
-    # find
-    # room
-)
+# Bytes of the disk that received objects never take: results and logs need them.
+RESERVE = 64 << 20
 _GONE = ".gone-"
 _HEADER = ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID")
 
 
 class NoMatch(InputError):
-    """An object is not what its sender called it."""
+    """An object has other UIDs than its sender stated."""
 
 
 @dataclass
 class _Arriving:
-    """A study that may not be complete.
+    """A study that may not be complete."""
 
-    `senders`: the threads of the associations that brought something; `last`: when, monotonic s.
-    """
-
-    last: float
-    mask: bool = False
+    last: float  # s of the monotonic clock, when its last object arrived
+    mask: bool = False  # whether a mask has arrived
+    # The threads of the associations that brought objects.
     senders: set[threading.Thread] = field(default_factory=set)
 
 
 class Spool:
-    """The folder, locked for this process.
+    """The node's folder, locked for this process.
 
-    Raises `UsageError` when another node has it, `OutputError` when it cannot be written.
+    Args:
+        root: The folder; it is made when it is missing.
+        keep: Keep objects and results of sent studies in done/.
+
+    Attributes:
+        root: The folder.
+        narrowed: Whether others could read the folder until this process opened it.
+
+    Raises:
+        UsageError: When another node has it, or others can read it and it holds other files.
+        OutputError: When it cannot be written.
     """
 
     def __init__(self, root: Path, *, keep: bool = False):
         self.root, self._keep = root, keep
         with writing(root):
-            root.mkdir(mode=0o700, parents=True, exist_ok=True)  # masks lie there
+            # Masks lie here: for the owner alone.
+            root.mkdir(mode=0o700, parents=True, exist_ok=True)
             self.narrowed = _narrow(root)
-            for room in STATES:
-                (root / room).mkdir(exist_ok=True)
+            for state in STATES:
+                (root / state).mkdir(exist_ok=True)
         self._journal = Journal(root)
         self._lock = threading.Lock()
         for folder in (root / "incoming", *(root / "incoming").iterdir()):
             remove_orphans(folder, locked=True)
-        for gone in root.glob(f"{_GONE}*"):
-            shutil.rmtree(gone, ignore_errors=True)
+        for discarded in root.glob(f"{_GONE}*"):
+            shutil.rmtree(discarded, ignore_errors=True)
         self._opened = now = time.monotonic()
         self._arriving = {
             name: _Arriving(now, any((root / "incoming" / name).glob("mask-*")))
@@ -86,16 +102,23 @@ class Spool:
         }
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Unlock the folder."""
         self._journal.close()
 
     def full(self) -> str:
-        """That the disk takes no more objects, or nothing."""
+        """Return a sentence if the disk takes no more objects, else an empty text."""
         return "the disk is full" if shutil.disk_usage(self.root).free < 2 * RESERVE else ""
 
-    def names(self, room: str) -> list[str]:
-        """The studies in a room, sorted."""
-        return sorted(path.name for path in (self.root / room).iterdir() if path.is_dir())
+    def names(self, state: str) -> list[str]:
+        """List the studies in a state.
+
+        Args:
+            state: One of `STATES`.
+
+        Returns:
+            Their folders' names, sorted.
+        """
+        return sorted(path.name for path in (self.root / state).iterdir() if path.is_dir())
 
     def receive(
         self,
@@ -104,13 +127,21 @@ class Spool:
         size: int,
         sender: threading.Thread,
     ) -> str:
-        """Keep one object: on the disk, under its final name, when this returns.
+        """Store one object: it is on the disk, under its final name, when this returns.
 
-        `write` is given the open file; `claimed`: SOP Class and SOP Instance UID as the sender
-        stated them; `size` in bytes. Returns what to call its study.
+        Args:
+            write: Writes the object into the open file.
+            claimed: SOP Class and SOP Instance UID as the sender stated them.
+            size: Bytes of the object.
+            sender: The thread of the association. While it lives, the study is not complete.
 
-        Raises `OutputError` when there is no room, `NoMatch` when the object is another than was
-        claimed, `InputError` when it cannot be read.
+        Returns:
+            The pseudonym of the object's study.
+
+        Raises:
+            OutputError: When the disk has no room.
+            NoMatch: When the object has other UIDs than `claimed`.
+            InputError: When it cannot be read.
         """
         incoming = self.root / "incoming"
         part = temporary_name(incoming / "object.dcm")
@@ -130,36 +161,40 @@ class Spool:
                 study, mask = _identify(part, claimed)
                 with self._lock:
                     arriving = self._arriving.setdefault(study, _Arriving(0))
-                    arriving.senders.add(sender)  # from here on nobody claims the study
+                    # From here on `next` does not claim the study.
+                    arriving.senders.add(sender)
                 folder = incoming / study
                 if not folder.exists():
                     folder.mkdir(exist_ok=True)
                     sync_folder(incoming)
-                os.replace(
-                    part, folder / f"{'mask' if mask else 'image'}-{_digest(claimed[1], 32)}.dcm"
-                )
+                name = f"{'mask' if mask else 'image'}-{_digest(claimed[1], 32)}.dcm"
+                os.replace(part, folder / name)
                 sync_folder(folder)
                 with self._lock:
                     arriving.last = time.monotonic()
-                    arriving.mask |= mask  # now there is one
+                    # Only now, with the file in its place: a mask lets the study be claimed.
+                    arriving.mask |= mask
             finally:
                 part.unlink(missing_ok=True)
         return study
 
     def next(self, quiet: float) -> Path | None:
-        """A study to synthesize: one that was begun before, else one with a mask to which nobody
-        has brought anything for `quiet` seconds, and last what an earlier process ended in.
+        """Return a study to synthesize.
 
-        Raises `OutputError`.
+        First come studies that were begun without a failed attempt, then complete ones that have
+        arrived, and last those in which an earlier process ended.
+
+        Args:
+            quiet: Seconds for which nothing of a study must have arrived.
+
+        Returns:
+            The study's folder in studies/; None when there is nothing to do.
+
+        Raises:
+            OutputError: When it cannot be moved.
         """
         with self._lock, writing(self.root):
-            begun = []
-            for folder in (self.root / "studies" / name for name in self.names("studies")):
-                if (folder / OBJECTS).is_dir():
-                    begun.append(folder)
-                else:
-                    self._discard(folder)  # claimed when the power went
-            begun.sort(key=lambda folder: attempts(folder / ATTEMPTS))
+            begun = self._begun()
             if begun and not attempts(begun[0] / ATTEMPTS):
                 return begun[0]
             now = time.monotonic()
@@ -173,21 +208,37 @@ class Spool:
                     and (arriving.mask or self._has_failed_mask(study))
                 ):
                     return self._claim(study)
-            return (
-                begun[0] if begun and now - self._opened >= quiet else None
-            )  # what had arrived before has had its turn
+            # After `quiet` seconds, all that had arrived before the start has had its turn.
+            return begun[0] if begun and now - self._opened >= quiet else None
+
+    def _begun(self) -> list[Path]:
+        """The studies that were claimed before, fewest attempts first."""
+        begun = []
+        for folder in (self.root / "studies" / name for name in self.names("studies")):
+            if (folder / OBJECTS).is_dir():
+                begun.append(folder)
+            else:  # the power went while it was claimed
+                self._discard(folder)
+        return sorted(begun, key=lambda folder: attempts(folder / ATTEMPTS))
 
     def move_to_send_queue(self, study: Path, reasons: list[str], *, poison: bool = False) -> None:
-        """A study's results/ are all that it gives.
+        """Move a synthesized study into the outbox.
 
-        `reasons`: of the masks that could not be synthesized; `poison`: it ended too many
-        processes, and is not tried again when more of it arrives.
+        Args:
+            study: Its folder in studies/, whose results/ are complete.
+            reasons: Why masks of it could not be synthesized.
+            poison: Whether it ended too many processes: then it is not tried again when more of
+                it arrives.
+
+        Raises:
+            OutputError: When it cannot be moved.
         """
         package = self.root / "outbox" / study.name
         with writing(study):
             if not poison:
                 (study / ATTEMPTS).unlink(missing_ok=True)
-            (study / REASON).unlink(missing_ok=True)  # of a time before the process was killed
+            # A process that was killed may have left one.
+            (study / REASON).unlink(missing_ok=True)
             if reasons:
                 write_text(study / REASON, "\n\n".join(reasons) + "\n")
             self._move(study, package)
@@ -195,11 +246,18 @@ class Spool:
                 shutil.rmtree(package / OBJECTS, ignore_errors=True)
 
     def packages(self) -> Iterator[Path]:
-        """What is to be sent."""
+        """Return the folders in the outbox."""
         return (self.root / "outbox" / name for name in self.names("outbox"))
 
     def finish(self, package: Path) -> None:
-        """All of a study is where it belongs."""
+        """Take a study out of the outbox, after every destination has all of it.
+
+        Args:
+            package: Its folder in the outbox.
+
+        Raises:
+            OutputError: When it cannot be moved.
+        """
         with self._lock, writing(package):
             if (package / REASON).exists():
                 if not self._keep:
@@ -211,7 +269,7 @@ class Spool:
                 self._discard(package)
 
     def _failed(self, study: str) -> Iterator[Path]:
-        """What failed of a study that is arriving, and may be tried again."""
+        """The folders in failed/ of an arriving study that may be tried again."""
         folders = (self.root / "failed").glob(f"{study}-*")
         return (
             folder
@@ -225,26 +283,24 @@ class Spool:
         )
 
     def _take_along(self, study: str) -> None:
-        """Lay what failed of a study beside what has arrived of it.
+        """Move what failed of a study to what has arrived of it, which is newer and stays.
 
-        What arrived is newer, and stays.
-
-        A process that dies in the midst leaves the rest in failed/, and the next claim takes it.
+        A process that ends in the middle leaves the rest in failed/, for the next claim.
         """
         incoming = self.root / "incoming" / study
         for folder in [*self._failed(study)]:
-            for path in sorted(
-                (folder / OBJECTS).iterdir()
-            ):  # images before masks: a mask alone says that it may be claimed
+            # Images (image-*) come before masks (mask-*): a mask lets the study be claimed.
+            for path in sorted((folder / OBJECTS).iterdir()):
                 if not (incoming / path.name).exists():
                     os.replace(path, incoming / path.name)
             sync_folder(incoming)
             self._discard(folder)
 
     def _claim(self, study: str) -> Path:
+        """Move a complete study from incoming/ to studies/."""
         self._take_along(study)
-        taken = {name for room in STATES for name in self.names(room)}
-        name = next(name for n in count(1) if (name := f"{study}-{n}") not in taken)
+        used_names = {name for state in STATES for name in self.names(state)}
+        name = next(name for n in count(1) if (name := f"{study}-{n}") not in used_names)
         folder = self.root / "studies" / name
         with writing(folder):
             folder.mkdir()
@@ -253,21 +309,21 @@ class Spool:
         return folder
 
     def _discard(self, folder: Path) -> None:
-        """Take a folder away so that no moment shows half of it."""
-        gone = (
-            self.root / f"{_GONE}{folder.name}-{os.urandom(3).hex()}"
-        )  # a study may come again before the last one is all gone
-        os.replace(folder, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+        """Remove a folder so that no moment shows half of it."""
+        # The random part: a study may come again before its last folder is removed.
+        discarded = self.root / f"{_GONE}{folder.name}-{os.urandom(3).hex()}"
+        os.replace(folder, discarded)
+        shutil.rmtree(discarded, ignore_errors=True)
 
     def _move(self, old: Path, new: Path) -> None:
+        """Rename a folder, and sync both parents."""
         os.replace(old, new)
         sync_folder(new.parent)
         sync_folder(old.parent)
 
 
 def _identify(file: Path, claimed: tuple[str, str]) -> tuple[str, bool]:
-    """What to call the study of an object, and whether it is a mask."""
+    """Return the pseudonym of an object's study, and whether the object is a mask."""
     with map_dicom_errors("the object"):
         ds = dataset(file, tags=_HEADER)
         sop_class, instance, study = (str(ds.get(keyword) or "") for keyword in _HEADER)
@@ -279,7 +335,7 @@ def _identify(file: Path, claimed: tuple[str, str]) -> tuple[str, bool]:
         )
     if (sop_class, instance) != claimed:
         raise NoMatch(
-            "the object is not what it was called",
+            "the object has other UIDs than the request",
             expected="the UIDs of the request",
             remedy="export it again",
         )
@@ -287,22 +343,25 @@ def _identify(file: Path, claimed: tuple[str, str]) -> tuple[str, bool]:
 
 
 def _digest(uid: str, digits: int) -> str:
+    """Return the first hexadecimal digits of a UID's SHA-256."""
     return hashlib.sha256(uid.encode()).hexdigest()[:digits]
 
 
 def _narrow(root: Path) -> bool:
-    """Take a spool that was there from everybody but its owner, and say whether that was needed.
+    """Make the folder private, and return whether others could read it.
 
-    Raises `UsageError`, OSError.
+    Raises:
+        UsageError: When others can read it and it holds more than a spool.
+        OSError: When its mode cannot be changed.
     """
     if os.name != "posix" or not root.stat().st_mode & 0o077:
         return False
-    others = [
+    foreign = [
         path.name
         for path in root.iterdir()
         if path.name not in STATES and not path.name.startswith(".")
     ]
-    if others:
+    if foreign:
         raise UsageError(
             "the spool can be read by others and holds more than a spool",
             expected="a folder of mode 700 for the spool alone",

@@ -1,4 +1,22 @@
-"""Masks that are put into a folder become CTs: what `mask2ct watch` does. See docs/how-to/watching.md."""
+"""Synthesize a CT for each mask that arrives in a folder: the loop behind `mask2ct watch`.
+
+Each item goes through these states; the folders are those of `runtime.service.work_queue`:
+
+    arriving (INBOX/NAME)
+        |  Inbox.look: unchanged for `stable` seconds
+        v
+    ready (INBOX/NAME) --- is_complete says no ---> arriving, for ten times as long
+        |  Inbox.claim: one rename
+        v
+    claimed (INBOX/.work/LEASE/NAME) <--- stale: its process ended; an attempt is counted
+        |  its cases are read, and a model is chosen for each
+        |  BatchRunner: results and journal lines in the output folder
+        v
+    settled: INBOX/done/NAME, or INBOX/failed/NAME after an error or MAX_ATTEMPTS attempts
+
+The journal of the output folder is held while there is work, so that several watchers of one output
+folder take turns. See docs/how-to/watching.md.
+"""
 
 from __future__ import annotations
 
@@ -32,35 +50,49 @@ from ..io.volume_files import check_header
 from .attempts import MAX_ATTEMPTS, attempts, count_attempt, poison_message, reset_attempts
 from .work_queue import Inbox, WorkItem, display_name, groups_without_name_clash
 
-# claimed together: one is read ahead while another is synthesized, and little is kept from other
-# watchers
+# Items that are claimed together: one is read ahead while another is synthesized, and few are
+# withheld from other watchers.
 AT_ONCE = 4
-SHORTEST = 0.01  # seconds between two looks
-PER_LOOK = 64  # items between two looks at the whole folder
+SHORTEST = 0.01  # s between two looks
+PER_LOOK = 64  # items between two looks at the folder
 
 
 class Listener(Protocol):
-    """Is told what happens, for a screen or a log."""
+    """Receives what happens, for a screen or a log."""
 
-    def chosen(self, case: Case, model: str, reason: str) -> None: ...
+    def chosen(self, case: Case, model: str, reason: str) -> None:
+        """A model is chosen for a case, for this reason."""
 
-    def made(self, result: CaseResult) -> None: ...
+    def result_ready(self, result: CaseResult) -> None:
+        """A result is written, skipped or failed."""
 
-    def settled(self, claim: WorkItem, place: Path) -> None: ...
+    def settled(self, work_item: WorkItem, place: Path) -> None:
+        """An item has been moved to its last place."""
 
-    def waiting(self) -> None: ...
+    def waiting(self) -> None:
+        """Another run holds the output folder."""
 
 
 class FolderWatcher:
-    """Synthesizes what is put into `inbox`, each mask by the one of `models` that it is for.
+    """Synthesizes the masks that arrive in a folder.
 
-    `recipes`: by model, what is made of a mask, all in one output folder; `find`: the cases at a
-    path, and whether what is odd about it is to be said; `stable`: see `Inbox`. Results are those
-    of `mask2ct synth` on the same masks, and never replace one of another mask. The output folder's
-    journal is held while there is work: several watchers of one output folder take turns. What one
-    claimed and did not finish, the next that looks goes on with, unless `MOST` of them ended in it.
+    Results are those of `mask2ct synth` on the same masks, and never replace a result of another
+    mask. The journal of the output folder is held while there is work: several watchers of one
+    output folder take turns. An item that a watcher claimed and did not finish is taken over by the
+    next one that looks, unless `MAX_ATTEMPTS` attempts ended in it.
 
-    Raises `UsageError` and `OutputError` before any work.
+    Args:
+        inbox: The folder to watch.
+        models: Open models; each mask is synthesized by the one that fits it.
+        plans: By model name, what to write for a mask; all have the same output folder.
+        find: Finds the cases at a path; the flag says whether to print what is unusual about it.
+        stable: Seconds for which an item must not change.
+        listener: Receives what happens.
+        audit: Receives what goes into the audit file; None for no file.
+
+    Raises:
+        UsageError: Before any work, when folders, plans and models do not fit together.
+        OutputError: Before any work, when nothing can be written.
     """
 
     def __init__(
@@ -82,21 +114,24 @@ class FolderWatcher:
         self._shared = any(plan.shared for plan in plans.values())
         (self._output,) = {plan.output for plan in plans.values()}
         self._inbox = Inbox(
-            inbox, self._output, stable=stable, whole=self._whole, shared=self._shared
+            inbox, self._output, stable=stable, is_complete=self._is_complete, shared=self._shared
         )
         for name, plan in plans.items():
             plan.check(models[name].manifest, [])
 
     def run(self, *, poll: float, once: bool = False) -> None:
-        """Look every `poll` seconds, until interrupted; `once`: until nothing is left that is
-        complete, or that only has to prove it.
+        """Look and work until interrupted.
 
-        Raises `OutputError` where results cannot be written, and what concerns all masks alike.
+        Args:
+            poll: Seconds between two looks that lead to no work.
+            once: End when nothing is left that is complete, or may be at the next look.
+
+        Raises:
+            OutputError: When results cannot be written.
+            Mask2CTError: For what concerns all masks alike.
         """
-        with (
-            suppress(FolderBusy),
-            closing(self._journal()),
-        ):  # what a watcher that was killed did not come to
+        # First what a watcher that was killed could not clean up.
+        with suppress(FolderBusy), closing(self._journal()):
             for name, plan in self._plans.items():
                 with plan.cleanup(self._models[name].manifest, []):
                     pass
@@ -107,77 +142,78 @@ class FolderWatcher:
                 time.sleep(max(poll, SHORTEST))
 
     def _journal(self) -> Journal:
-        """For its owner alone: nobody knows yet what will come."""
+        """Open the journal, for its owner alone: the next mask may be DICOM."""
         with private(not self._shared):
             return Journal(self._output)
 
     def step(self) -> bool:
-        """One look, and the work it finds; whether any was done."""
-        ready, left = self._inbox.look(), [*self._inbox.stale_items()]
+        """Look once, and work on the items that are ready or stale.
+
+        Returns:
+            Whether there was work.
+
+        Raises:
+            OutputError: When results cannot be written.
+        """
+        ready, stale = self._inbox.look(), [*self._inbox.stale_items()]
         self._waiting = False
-        if not ready and not left:
+        if not ready and not stale:
             return False
-        claims: list[WorkItem] = []
+        claimed: list[WorkItem] = []
         try:
             with closing(self._journal()) as journal:
                 for n in range(0, min(len(ready), PER_LOOK), AT_ONCE):
-                    taken = [
-                        claim
-                        for item in ready[n : n + AT_ONCE]
-                        if (claim := self._inbox.claim(item))
-                    ]
-                    claims += taken
-                    self._work(taken, journal)
-                random.shuffle(
-                    left
-                    # and one by one, last: should a file end the process, it keeps no other waiting
-                    # for
-                    # ever
-                )
-                for claim in sorted(left, key=lambda claim: attempts(claim.attempts)):
-                    if attempts(claim.attempts) >= MAX_ATTEMPTS:
-                        self._fail(claim, poison_message(claim.display_name))
-                        self._finish_item(claim)
-                        continue
-                    with count_attempt(claim.attempts):
-                        self._work([claim], journal)
+                    candidates = ready[n : n + AT_ONCE]
+                    claims = [self._inbox.claim(item) for item in candidates]
+                    group = [work_item for work_item in claims if work_item is not None]
+                    claimed += group
+                    self._work(group, journal)
+                # One by one and last: an item that kills the process delays no other for ever.
+                random.shuffle(stale)
+                for work_item in sorted(stale, key=lambda item: attempts(item.attempts)):
+                    self._retry(work_item, journal)
         except FolderBusy:
             self._waiting = True
             self._listener.waiting()
             return False
         finally:
-            for claim in (*claims, *left):
-                self._inbox.leave(claim)
-        return bool(claims or left)
+            for work_item in (*claimed, *stale):
+                self._inbox.leave(work_item)
+        return bool(claimed or stale)
 
-    def _work(self, claims: Sequence[WorkItem], journal: Journal) -> None:
-        found: dict[str, list[tuple[Case, str]]] = {}
-        good = []
-        for claim in claims:
-            self._audit.add("received", item=claim.display_name)
+    def _retry(self, work_item: WorkItem, journal: Journal) -> None:
+        """Work on a stale item, unless too many attempts ended in it."""
+        if attempts(work_item.attempts) >= MAX_ATTEMPTS:
+            self._fail(work_item, poison_message(work_item.display_name))
+            self._finish_item(work_item)
+            return
+        with count_attempt(work_item.attempts):
+            self._work([work_item], journal)
+
+    def _work(self, work_items: Sequence[WorkItem], journal: Journal) -> None:
+        """Synthesize the cases of items, group by group, so that no two have the same name."""
+        cases_by_lease: dict[str, list[tuple[Case, str]]] = {}
+        readable = []
+        for work_item in work_items:
+            self._audit.add("received", item=work_item.display_name)
             try:
-                found[claim.lease.name] = self._cases(claim.item)
-                good.append(claim)
+                cases_by_lease[work_item.lease.name] = self._cases(work_item.item)
+                readable.append(work_item)
             except (InputError, UsageError) as exc:
-                self._fail(claim, exc)
-                self._finish_item(claim)
-        for wave in groups_without_name_clash(
-            good, {lease: [case.name for case, _ in cases] for lease, cases in found.items()}
-        ):
+                self._fail(work_item, exc)
+                self._finish_item(work_item)
+        names = {lease: [case.name for case, _ in cases] for lease, cases in cases_by_lease.items()}
+        for group in groups_without_name_clash(readable, names):
             cases = {
-                case.name: (claim, case, model)
-                for claim in wave
-                for case, model in found[claim.lease.name]
+                case.name: (work_item, case, model)
+                for work_item in group
+                for case, model in cases_by_lease[work_item.lease.name]
             }
-            for name, (claim, _, _) in cases.items():
-                claim.outstanding[name] = 1
+            for name, (work_item, _, _) in cases.items():
+                work_item.outstanding[name] = 1
             for model in self._models.names:
-                self._synthesize(
-                    model,
-                    [name for name, (_, _, of) in cases.items() if of == model],
-                    cases,
-                    journal,
-                )
+                model_names = [name for name, (_, _, of) in cases.items() if of == model]
+                self._synthesize(model, model_names, cases, journal)
 
     def _synthesize(
         self,
@@ -186,9 +222,9 @@ class FolderWatcher:
         cases: Mapping[str, tuple[WorkItem, Case, str]],
         journal: Journal,
     ) -> None:
-        """Synthesize those cases, settling each claim when its last result is there.
+        """Synthesize the named cases; an item is settled with its last result.
 
-        What is wrong with one of them stops no other.
+        An error of one case stops no other.
         """
         names = [name for name in names if cases[name][0].outstanding[name]]
         if not names:
@@ -196,98 +232,89 @@ class FolderWatcher:
         for name in names:
             cases[name][0].outstanding[name] = len(self._plans[model].variant_ids)
         try:
-            synth, plan, mine = (
-                self._models[model],
-                self._plans[model],
-                [cases[name][1] for name in names],
-            )
-            plan.check(synth.manifest, mine)
+            synth, plan = self._models[model], self._plans[model]
+            batch = [cases[name][1] for name in names]
+            plan.check(synth.manifest, batch)
             with (
-                plan.cleanup(synth.manifest, mine),
-                closing(BatchRunner(synth, plan, journal).results(mine)) as results,
+                plan.cleanup(synth.manifest, batch),
+                closing(BatchRunner(synth, plan, journal).results(batch)) as results,
             ):
                 for result in results:
-                    self._audit.result(
-                        result, model, plan.seed, item=cases[result.case][0].display_name
-                    )
-                    self._listener.made(result)
-                    self._count(cases[result.case][0], result)
-        except (
-            UsageError,
-            MemoryCapExceeded,
-        ) as exc:  # of one of them: which, shows when each is alone
-            left = [name for name in names if cases[name][0].outstanding[name]]
-            if not left:
+                    work_item = cases[result.case][0]
+                    self._audit.result(result, model, plan.seed, item=work_item.display_name)
+                    self._listener.result_ready(result)
+                    self._count(work_item, result)
+        except (UsageError, MemoryCapExceeded) as exc:
+            # One of the cases caused it. Which one shows when each is synthesized alone.
+            unfinished = [name for name in names if cases[name][0].outstanding[name]]
+            if not unfinished:
                 raise
             if len(names) == 1:
-                self._fail(cases[left[0]][0], exc)
-                self._finish(cases[left[0]][0], left[0])
+                self._fail(cases[unfinished[0]][0], exc)
+                self._finish(cases[unfinished[0]][0], unfinished[0])
             else:
-                for name in left:
+                for name in unfinished:
                     self._synthesize(model, [name], cases, journal)
 
-    def _count(self, claim: WorkItem, result: CaseResult) -> None:
+    def _count(self, work_item: WorkItem, result: CaseResult) -> None:
+        """Note a result of an item."""
         if result.error is not None:
-            claim.errors.append(result.error)
+            work_item.errors.append(result.error)
         elif not result.skipped:
-            reset_attempts(claim.attempts)
-        claim.outstanding[result.case] -= 1
-        if not claim.outstanding[result.case] or (
-            result.error is not None and result.variant is None
-        ):
-            self._finish(claim, result.case)
+            reset_attempts(work_item.attempts)
+        work_item.outstanding[result.case] -= 1
+        case_failed = result.error is not None and result.variant is None
+        if case_failed or not work_item.outstanding[result.case]:
+            self._finish(work_item, result.case)
 
-    def _finish(self, claim: WorkItem, name: str) -> None:
-        claim.outstanding[name] = 0
-        if not any(claim.outstanding.values()):
-            self._finish_item(claim)
+    def _finish(self, work_item: WorkItem, name: str) -> None:
+        """Note that a case is finished, and settle the item with its last one."""
+        work_item.outstanding[name] = 0
+        if not any(work_item.outstanding.values()):
+            self._finish_item(work_item)
 
-    def _fail(self, claim: WorkItem, exc: Mask2CTError) -> None:
-        """An error that is none of a result's."""
-        self._audit.add("failed", item=claim.display_name, error=type(exc).__name__)
-        claim.errors.append(exc)
+    def _fail(self, work_item: WorkItem, exc: Mask2CTError) -> None:
+        """Note an error that no result has."""
+        self._audit.add("failed", item=work_item.display_name, error=type(exc).__name__)
+        work_item.errors.append(exc)
 
-    def _finish_item(self, claim: WorkItem) -> None:
-        place = self._inbox.finish(claim)
-        self._listener.settled(claim, place)
+    def _finish_item(self, work_item: WorkItem) -> None:
+        """Move an item to its last place."""
+        place = self._inbox.finish(work_item)
+        self._listener.settled(work_item, place)
 
     def _cases(self, item: Path) -> list[tuple[Case, str]]:
-        """The cases of an item, each with the name of its model.
-
-        Raises `InputError` and `UsageError`.
-        """
-        chosen = []
-        if foreign := _belongs_to_other_mask(item):
-            entries = quantity(len(foreign), "entry that is", "entries that are")
-            fact = "is" if foreign == [item] else f"holds {entries}"
+        """Return the cases of an item with their models; raise `InputError` and `UsageError`."""
+        if unopened := _unopened_paths(item):
+            entries = quantity(len(unopened), "entry that is", "entries that are")
+            fact = "is" if unopened == [item] else f"holds {entries}"
             raise UnreadableVolume(
                 f"{display_name(item)} {fact} not opened: a link that is broken or leads outside, a"
                 " pipe or a device",
                 expected="files, in a folder of their own",
                 remedy="put in the files themselves",
             )
+        cases_with_models = []
+        label_maps = {name: plan.labels for name, plan in self._plans.items()}
         for case in self._find(item, True):
             if case.kind == "series" and not item.is_dir() and not is_zip(item):
                 raise UnreadableVolume(
                     f"{case.display_name} is one image of a series",
-                    expected="the whole series",
+                    expected="all images of the series",
                     file=case.display_name,
                     remedy="put the series into a folder, and that into the watched one",
                 )
-            name, reason = self._models.decide(
-                case, {name: plan.labels for name, plan in self._plans.items()}
-            )
-            self._listener.chosen(case, name, reason)
-            chosen.append((case, name))
-        return chosen
+            model, reason = self._models.decide(case, label_maps)
+            self._listener.chosen(case, model, reason)
+            cases_with_models.append((case, model))
+        return cases_with_models
 
-    def _whole(self, item: Path) -> bool:
-        """Whether everything in it can be opened, by its headers, and no file of it seems to be
-        missing.
+    def _is_complete(self, item: Path) -> bool:
+        """Whether each header in an item can be read, and no file seems to be missing.
 
-        What never can be is not waited for.
+        An item that never can be opened counts as complete: waiting would not help.
         """
-        if _belongs_to_other_mask(item):
+        if _unopened_paths(item):
             return True
         try:
             for case in self._find(item, False):
@@ -301,12 +328,10 @@ class FolderWatcher:
         return True
 
 
-def _belongs_to_other_mask(item: Path) -> list[Path]:
-    """What of an item is not opened: links that lead outside of it, and all but files and
-    folders.
-    """
+def _unopened_paths(item: Path) -> list[Path]:
+    """What of an item is never opened: links that lead outside, pipes, devices, broken links."""
     if item.is_dir() and not item.is_symlink():
-        unread: dict[str, list[Path]] = {}
-        broken = [path for path in walk(item, unread) if is_broken_link(path)]
-        return [*unread.get(LINKED, ()), *unread.get(OUTSIDE, ()), *broken]
+        skipped: dict[str, list[Path]] = {}
+        broken = [path for path in walk(item, skipped) if is_broken_link(path)]
+        return [*skipped.get(LINKED, ()), *skipped.get(OUTSIDE, ()), *broken]
     return [item] if item.is_symlink() or not item.is_file() else []
