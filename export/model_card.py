@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from runtime.cli.description import (
+from runtime.core.manifest import Manifest
+from runtime.engines.description import (
     ORGAN_HEAD,
     PARITY_HEAD,
     export_lines,
@@ -15,7 +16,6 @@ from runtime.cli.description import (
     parity_rows,
     training_lines,
 )
-from runtime.core.manifest import Manifest
 
 CARD = "MODEL_CARD.md"
 UNLICENSED = (

@@ -171,7 +171,7 @@ def test_labels_may_be_listed() -> None:
         ).data
     )
     assert table.by_value == {0: 0, 5: 1, 6: 1}
-    with pytest.raises(ConfigError, match="lacks 'value'"):
+    with pytest.raises(ConfigError, match="row 0 of 'labels' has no key 'value'"):
         resolve({"data": {"labels": [{"name": "background"}]}})
 
 

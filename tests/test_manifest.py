@@ -17,10 +17,10 @@ from samples import write_mask
 
 from export.model_card import model_card
 from runtime.__main__ import main
-from runtime.cli.description import describe
 from runtime.core.console import run
 from runtime.core.errors import ModelError, printable
 from runtime.core.manifest import Manifest
+from runtime.engines.description import describe
 from runtime.engines.fake import fake_manifest
 
 

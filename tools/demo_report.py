@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from runtime.cli.description import PARITY_HEAD, parity_rows
 from runtime.core.atomic_files import atomic_path, write_json
 from runtime.core.console import duration
 from runtime.core.labels import MM_WHS
 from runtime.core.manifest import Manifest
+from runtime.engines.description import PARITY_HEAD, parity_rows
 from runtime.io.readers.volume import read_volume
 from train.evaluate import read_cases
 from train.metrics.scores import evaluate, organ_names

@@ -337,10 +337,9 @@ def label_table(data: DataConfig) -> LabelTable:
             )
         try:
             table = labels_from_json(data.labels)
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            reason = f"a label lacks {exc}" if isinstance(exc, KeyError) else str(exc)
+        except (TypeError, ValueError, AttributeError) as exc:
             raise ConfigError(
-                f"data.labels: {reason}",
+                f"data.labels: {exc}",
                 expected='[{"name": "background", "value": 0}, {"name": ..., "value": ...}, ...]',
                 remedy="correct the list, or name a preset",
             ) from exc

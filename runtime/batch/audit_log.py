@@ -282,7 +282,7 @@ def result_facts(result: CaseResult, seed: int) -> Facts:
         seed: of all randomness.
 
     Returns:
-        Fields of a line (docs/audit.md). `files` has the SHA-256 of each file by its path in the
+        Fields of a line (docs/reference/audit.md). `files` has the SHA-256 of each file by its path in the
         output folder. `file_list_sha256` is the digest of that list, and not of a file: one value
         for a series of a thousand slices. Older lines call it `output_sha256`.
     """

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..core.console import EXIT_CODES
 from ..core.manifest import Manifest
-from .description import describe
+from ..engines.description import describe
 
 
 def add(commands: Any) -> None:

@@ -42,7 +42,7 @@ class Object(dict[str, Any]):
         self.name = name
 
     def __missing__(self, key: str) -> Any:
-        raise refusal(f"{self.name} has no key {key!r}", "it, as export writes it")
+        raise refusal(f"{self.name} has no key {key!r}", "this key")
 
     def read(self, key: str, check: Callable[[Any, str], T]) -> T:
         """Check the value of a key.

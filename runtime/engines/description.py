@@ -9,8 +9,8 @@ from typing import Any
 from ..core.checked_json import Object, mapping, nesting, number, text, texts, whole, word
 from ..core.errors import ModelError, printable, quantity
 from ..core.manifest import MANIFEST, Manifest
-from ..engines.onnx_file import check_weights
-from ..engines.registry import BACKENDS
+from .onnx_file import check_weights
+from .registry import BACKENDS
 
 USES = {"train": "to train on", "valid": "to validate with", "test": "to test on"}
 ORGAN_HEAD = ("", "median", "true", "error", "IQR", "true", "texture ratio")
