@@ -14,7 +14,8 @@ from runtime.batch.plan import Plan
 from runtime.batch.runner import CaseResult, make
 from runtime.core.deformation import DeformationParams
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.io.cases import Case, ReadOptions, find_cases
+from runtime.io.case_finding import find_cases
+from runtime.io.cases import Case, ReadOptions
 from runtime.io.writers.registry import FormatOptions
 
 # Another value of every option, with whether the bytes of variant 1 depend on it.

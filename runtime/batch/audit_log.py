@@ -5,7 +5,8 @@ It has one JSON object a line, and each line states the SHA-256 of the line befo
     {"schema": 1, "time": "…Z", "process": "…", "action": "synthesized", …, "previous": "<SHA-256>"}
 
 Lines are appended and never rewritten. `docs/reference/audit.md` states the fields;
-`mask2ct audit FILE` verifies the chain. The file holds no text of a DICOM source: it calls cases and studies by digests.
+`mask2ct audit FILE` verifies the chain. The file holds no text of a DICOM source: it calls cases
+and studies by digests.
 """
 
 from __future__ import annotations
@@ -283,8 +284,8 @@ def result_facts(result: CaseResult, seed: int) -> Facts:
 
     Returns:
         Fields of a line (docs/reference/audit.md). `files` has the SHA-256 of each file by its
-        path in the output folder. `file_list_sha256` is the digest of that list, and not of a file: one value
-        for a series of a thousand slices. Older lines call it `output_sha256`.
+        path in the output folder. `file_list_sha256` is the digest of that list, and not of a
+        file: one value for a series of a thousand slices. Older lines call it `output_sha256`.
     """
     return {
         "case": _case_name(result),
