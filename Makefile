@@ -84,12 +84,12 @@ bench-full: setup
 	$(RUN) benchmarks/run.py $(SUITES) commands
 	$(RUN) benchmarks/harness/targets.py
 
-# The same, kept in benchmarks/results/history.jsonl, and the README's table anew: on a machine that does nothing else.
+# The same, kept in benchmarks/results/history.jsonl, and the tables of docs/results/throughput.md anew: on a machine that does nothing else.
 bench-record: setup
 	$(RUN) benchmarks/run.py $(SUITES) commands --record
 	$(RUN) benchmarks/harness/targets.py --record
 	$(RUN) benchmarks/report.py
-	$(RUN) benchmarks/report.py --readme
+	$(RUN) benchmarks/report.py --tables
 
 # Do two runs say the same? Twice as long as bench.
 bench-twice: setup

@@ -1,9 +1,9 @@
-"""Write the recorded measurements as one page, or the README's table.
+"""Write the recorded measurements as one page, or the tables of the documentation.
 
-    python benchmarks/report.py [-o FILE.html] [--pictures FOLDER] [--readme]
+    python benchmarks/report.py [-o FILE.html] [--pictures FOLDER] [--tables]
 
 The page holds all pictures: the newest record of every suite and machine as a table, and each ratio
-from commit to commit. `--readme` writes the newest table of the README's suites between its two
+from commit to commit. `--tables` writes the newest tables of some suites between the page's two
 marks.
 """
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LIGHT = "A light network, by engine: slices a second on its own canvas"
-# Suite → the table of the README that shows its newest record at full size.
-README = {
+# Suite → the table of docs/results/throughput.md that shows its newest record at full size.
+TABLES = {
     "engine": LIGHT,
     "engine edge 256x256": LIGHT,
     "engine reference 256x256": (
@@ -40,7 +40,7 @@ README = {
     ),
     "stream": "A mask file to a CT file, 300 x 512 x 512, .nii.gz to .nii.gz: slices a second",
 }
-BEGIN, END = "<!-- benchmarks: python benchmarks/report.py --readme -->", "<!-- /benchmarks -->"
+BEGIN, END = "<!-- benchmarks: python benchmarks/report.py --tables -->", "<!-- /benchmarks -->"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> int:
         argv: The command line without the program's name.
 
     Raises:
-        UsageError: There are no records, or the README has no marks.
+        UsageError: There are no records, or the page has no marks.
     """
     parser = argparse.ArgumentParser(
         "report.py", description="Recorded measurements as one HTML page.", epilog=EXIT_CODES
@@ -68,7 +68,9 @@ def main(argv: Sequence[str]) -> int:
         metavar="FOLDER",
         help="also write the page's pictures there, as PNG files",
     )
-    parser.add_argument("--readme", action="store_true", help="write the README's table instead")
+    parser.add_argument(
+        "--tables", action="store_true", help="write docs/results/throughput.md instead"
+    )
     options = parser.parse_args(argv)
     records = load(options.history)
     if not records:
@@ -77,10 +79,10 @@ def main(argv: Sequence[str]) -> int:
             expected="results of `benchmarks/run.py … --record`",
             remedy="record some first",
         )
-    if options.readme:
-        readme = ROOT / "README.md"
-        write_text(readme, with_table(readme.read_text(encoding="utf-8"), records))
-        print(f"wrote the table in {readme}")
+    if options.tables:
+        document = ROOT / "docs" / "results" / "throughput.md"
+        write_text(document, with_table(document.read_text(encoding="utf-8"), records))
+        print(f"wrote the tables in {document}")
         return 0
     options.output.parent.mkdir(parents=True, exist_ok=True)
     write_page(options.output, records, options.pictures)
@@ -354,11 +356,11 @@ def _times(axis: Any, values: Iterable[float]) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def with_table(readme: str, records: Sequence[Record]) -> str:
-    """Replace the table in the README.
+def with_table(text: str, records: Sequence[Record]) -> str:
+    """Replace the tables in a page.
 
     Args:
-        readme: The README's text.
+        text: The page's text.
         records: All records, oldest first.
 
     Returns:
@@ -367,24 +369,24 @@ def with_table(readme: str, records: Sequence[Record]) -> str:
     Raises:
         UsageError: The text does not hold both marks once.
     """
-    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise UsageError(
-            "the README has no place for the table",
+            "the page has no place for the table",
             expected=f"{BEGIN} and {END}, once each",
             remedy="put them back",
         )
-    text: list[str] = []
+    tables: list[str] = []
     last = {
-        (README[r["suite"]], fingerprint(r)): r
+        (TABLES[r["suite"]], fingerprint(r)): r
         for r in records
-        if r["suite"] in README and not r["options"]["quick"]
+        if r["suite"] in TABLES and not r["options"]["quick"]
     }
     for (title, _), record in sorted(
-        last.items(), key=lambda item: [*README.values()].index(item[0][0])
+        last.items(), key=lambda item: [*TABLES.values()].index(item[0][0])
     ):
         head, *body = rows(record)
         lines = [head, [":--", *["--:"] * (len(head) - 1)], *body]
-        text += [
+        tables += [
             f"**{title}**",
             "",
             *("| " + " | ".join(line) + " |" for line in lines),
@@ -394,8 +396,8 @@ def with_table(readme: str, records: Sequence[Record]) -> str:
         ]
     return re.sub(
         re.escape(BEGIN) + ".*?" + re.escape(END),
-        lambda _: "\n".join([BEGIN, "", *text, END]),
-        readme,
+        lambda _: "\n".join([BEGIN, "", *tables, END]),
+        text,
         flags=re.DOTALL,
     )
 

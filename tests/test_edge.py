@@ -216,7 +216,7 @@ def test_the_file_synthesizes_what_the_network_synthesizes(
     assert truth.values.std() > 50
     for backend in (b for b in BACKENDS if b.file == ("onnx", precision) and not b.uninstalled()):
         engine = backend.open(folder / model_file(precision), manifest)
-        difference = np.abs(parity.generate(engine, truth.inputs)[0].astype(int) - truth.values)
+        difference = np.abs(parity.run_engine(engine, truth.inputs)[0].astype(int) - truth.values)
         engine.close()
         assert difference.max() <= 1 if precision == "fp32" else difference.mean() <= 1, (
             backend.name
