@@ -218,7 +218,7 @@ def test_a_wrong_value_is_named(name: str, tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("[" * 200_000, "nested too deep"),
-        ("[]", "no object"),
+        ("[]", "is not an object"),
         ("", "Expecting value"),
         ('{"schema_version": ' + "9" * 5000 + "}", "digits"),
         ('{"name": "a", "name": "b"}', "'name' occurs twice"),

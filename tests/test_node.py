@@ -128,7 +128,7 @@ def test_late_images_open_the_study_again(early: int, fake_model: Path, tmp_path
             assert push(node.port, *([structures] if n == 0 else []), *late) == [0] * (
                 len(late) + (n == 0)
             )
-            until(lambda n=n: node.count("synthesized") == n + 1, "it is tried")
+            until(lambda n=n: node.count("processed") == n + 1, "it is tried")
             assert len([*failed.glob("*/reason.txt")]) == (n < 2)
         settled(node)
         done = read_all(tmp_path / "spool" / "done")
@@ -350,7 +350,7 @@ def test_sigterm_ends_it_within_five_seconds_with_a_peer_that_says_nothing(
         with Serving(fake_model, tmp_path / "spool", *to) as node:
             open_still = associate(node.port, [SegmentationStorage])
             assert push(node.port, write_study(tmp_path / "in")) == [0]
-            until(lambda: node.said("synthesized"), "it is synthesized")
+            until(lambda: node.said("processed"), "it is synthesized")
             dead.accept()
             code, seconds = node.stop()
             assert code == 0 and seconds < 5 and node.said("stopped")
@@ -596,7 +596,7 @@ def test_killed_again_and_again_it_loses_nothing_and_sends_what_was_acknowledged
                 assert push(node.port, mask) == [0]
                 reached = [
                     lambda: True,
-                    lambda: node.said("synthesized"),
+                    lambda: node.said("processed"),
                     lambda before=before: len(seen) > before + 7,
                     lambda: node.said("settled"),
                 ][n % 4]

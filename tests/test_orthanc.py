@@ -142,7 +142,7 @@ def test_orthanc_stopped_in_the_middle_has_everything_once_when_it_is_back(
             until(lambda: orthanc.count() > 0, "the first objects are there")
             assert push(node.port, *masks[1:]) == [0] * 3
         until(
-            lambda: node.said("unreachable") and node.count("synthesized") == 4,
+            lambda: node.said("unreachable") and node.count("processed") == 4,
             "Orthanc is missed, and synthesis goes on",
         )
         assert node.count("settled") < 4

@@ -83,7 +83,7 @@ def test_what_is_not_acknowledged_is_sent_again_and_nothing_else(
         settled(node)
         assert len(refused) == 2 and node.said("not-taken")
         assert sorted(seen) == sorted([*read_all(tmp_path / "pacs"), *refused]) and len(seen) == 8
-        assert not node.said("synthesized")  # it was synthesized before the kill, and proven so
+        assert not node.said("processed")  # it was synthesized before the kill, and proven so
     assert not spooled(tmp_path / "spool")
 
 

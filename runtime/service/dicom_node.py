@@ -111,7 +111,7 @@ class Node:
             self._events("failed", study=study.name, error=type(exc).__name__)
         self._spool.move_to_send_queue(study, reasons, poison=poison)
         self._events(
-            "synthesized",
+            "processed",
             study=study.name,
             results=results,
             slices=slices,
