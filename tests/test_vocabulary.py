@@ -31,7 +31,6 @@ IDENTIFIERS = {
     "allowance": "memory budget",
     "acceptor": "store SCP",
     "pacs": "store SCU",
-    "watcher": "folder watcher",
     "settle": "infer from data, finish",
     "worth": "the thing itself",
     "stretch": "warp outline",
@@ -41,7 +40,6 @@ IDENTIFIERS = {
 # names that are kept for those who embed 0.1, and words that mean something else there
 ALLOWED = {
     ("runtime/api.py", "paint"),
-    ("runtime/service/watch_folder.py", "FolderWatcher"),
 }
 SEEN_BY_USERS = r"\b(paint(s|ed|ing|er)?|judges?|judged|poisonous|ledger|acceptor|dealt)\b"
 

@@ -75,9 +75,15 @@ def prepared(kind: str) -> Prepared:
     """
     folder, config = FOLDER / kind, CONFIGS / ("edge.json" if kind == "edge" else "whs.json")
     settings = EDGE if kind == "edge" else UNTRAINED[kind]
-    recipe = {"config": json.loads(config.read_text(encoding="utf-8")), "settings": [*settings]}
-    result, recipe_file = Prepared(folder / "model", folder / "train"), folder / "made.json"
-    if recipe_file.is_file() and json.loads(recipe_file.read_text(encoding="utf-8")) == recipe:
+    training_settings = {
+        "config": json.loads(config.read_text(encoding="utf-8")),
+        "settings": [*settings],
+    }
+    result, settings_file = Prepared(folder / "model", folder / "train"), folder / "made.json"
+    if (
+        settings_file.is_file()
+        and json.loads(settings_file.read_text(encoding="utf-8")) == training_settings
+    ):
         return result
     shutil.rmtree(folder, ignore_errors=True)
     if kind == "edge":
@@ -90,7 +96,7 @@ def prepared(kind: str) -> Prepared:
     else:
         # in a process of its own, so that the contenders' parent does not hold its memory
         _run("-m", "benchmarks.harness.models", kind)
-    write_json(recipe_file, recipe)
+    write_json(settings_file, training_settings)
     return result
 
 

@@ -79,7 +79,7 @@ def _watch(options: argparse.Namespace) -> int:
         audit = AuditTrail(
             audit_file, "watch", lambda action, facts: log.say(log_line(action, facts))
         )
-        watcher = FolderWatcher(
+        folder_watcher = FolderWatcher(
             options.inbox,
             models,
             plans,
@@ -93,7 +93,7 @@ def _watch(options: argparse.Namespace) -> int:
         with audit:
             audit.load(models)
             try:
-                watcher.run(poll=options.poll, once=options.once)
+                folder_watcher.run(poll=options.poll, once=options.once)
             finally:
                 log.say(f"{log.done} done, {log.failed} failed → {options.output}")
     if log.print_error is not None:

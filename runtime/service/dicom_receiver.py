@@ -115,7 +115,7 @@ class StoreSCP:
         # `AE.start_server` does the same: the server's shutdown removes it from this list.
         ae._servers.append(self._server)
         self._thread = threading.Thread(
-            target=self._server.serve_forever, args=(0.2,), daemon=True, name="acceptor"
+            target=self._server.serve_forever, args=(0.2,), daemon=True, name="store-scp"
         )
         self._thread.start()
 

@@ -96,39 +96,43 @@ def draw(seed: int, index: int) -> Parameters:
     f["habitus"] = 0.9 * f["size"] + 0.4 * f["habitus"]
     rng = np.random.Generator(np.random.Philox(key=[seed, index + 1]))
 
-    def vary(mean: float, sd: float) -> float:
+    def draw_factor(mean: float, sd: float) -> float:
         return float(mean + sd * np.clip(rng.standard_normal(), -2, 2))
 
-    skeleton = 1 + 0.035 * f["size"] + 0.02 * f["habitus"] + vary(0, 0.008)
+    skeleton = 1 + 0.035 * f["size"] + 0.02 * f["habitus"] + draw_factor(0, 0.008)
     heart = 0.98 + 0.08 * f["size"] + 0.015 * f["habitus"]
     dose = 1 + 0.14 * f["dose"] - 0.03 * f["habitus"]
     blood = enhancement(24.5 + 0.68 * f["timing"], dose)
-    blood = {chamber: vary(value, 8.0) for chamber, value in blood.items()}
+    blood = {chamber: draw_factor(value, 8.0) for chamber, value in blood.items()}
     return Parameters(
         skeleton=skeleton,
         fat=18 + 10 * f["habitus"],
         heart=heart,
         phase=0.5 + 0.5 * f["phase"],
-        yaw=9 * f["yaw"] + vary(0, 1.5),
-        tilt=vary(0, 3),
-        roll=vary(0, 3),
-        body=(vary(0, 4), vary(0, 4)),
-        shift=(vary(0, 2), vary(0, 1.5), 3 * f["height"]),
-        wall=vary(9.6, 0.6),
+        yaw=9 * f["yaw"] + draw_factor(0, 1.5),
+        tilt=draw_factor(0, 3),
+        roll=draw_factor(0, 3),
+        body=(draw_factor(0, 4), draw_factor(0, 4)),
+        shift=(draw_factor(0, 2), draw_factor(0, 1.5), 3 * f["height"]),
+        wall=draw_factor(9.6, 0.6),
         blood=blood,
-        myocardium=vary(58 + 64 * dose, 7),
-        streaming=vary(18, 6),
-        bone=vary(1, 0.1),
-        liver=vary(95, 10),
-        spleen=vary(122, 9),
-        lung=vary(-835, 12),
-        dome=vary(-20, 2.5),
-        vertebra=vary(0.5, 0.05),
-        rib=vary(0.5, 0.05),
-        stomach_gas=vary(18, 12),
-        breast=float(f["size"] + vary(0, 0.1) < 0) * vary(14, 2),
-        noise=vary(17, 1.8),
-        warp=Warp(vary(1.3, 0.2), vary(85, 8), tuple(float(a) for a in 2 * np.pi * rng.random(6))),
+        myocardium=draw_factor(58 + 64 * dose, 7),
+        streaming=draw_factor(18, 6),
+        bone=draw_factor(1, 0.1),
+        liver=draw_factor(95, 10),
+        spleen=draw_factor(122, 9),
+        lung=draw_factor(-835, 12),
+        dome=draw_factor(-20, 2.5),
+        vertebra=draw_factor(0.5, 0.05),
+        rib=draw_factor(0.5, 0.05),
+        stomach_gas=draw_factor(18, 12),
+        breast=float(f["size"] + draw_factor(0, 0.1) < 0) * draw_factor(14, 2),
+        noise=draw_factor(17, 1.8),
+        warp=Warp(
+            draw_factor(1.3, 0.2),
+            draw_factor(85, 8),
+            tuple(float(a) for a in 2 * np.pi * rng.random(6)),
+        ),
         texture=int(rng.integers(2**62)),
     )
 
