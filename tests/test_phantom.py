@@ -311,7 +311,7 @@ def test_command_line_makes_a_cohort_quietly(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
-        "train.phantom.cohort",
+        "train.phantom",
         str(tmp_path / "out"),
         "--patients",
         "1",
@@ -339,7 +339,7 @@ def test_command_line_makes_a_cohort_quietly(tmp_path: Path) -> None:
     ],
 )
 def test_bad_arguments_end_in_two(bad: list[str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "train.phantom.cohort", str(tmp_path / "out"), *bad]
+    command = [sys.executable, "-m", "train.phantom", str(tmp_path / "out"), *bad]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()

@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
             "phantom cohort",
             [
                 "-m",
-                "train.phantom.cohort",
+                "train.phantom",
                 f"{out}/data",
                 "--patients",
                 str(options.patients),
@@ -144,7 +144,7 @@ def main(argv: Sequence[str]) -> int:
             "unseen patients",
             [
                 "-m",
-                "train.phantom.cohort",
+                "train.phantom",
                 f"{out}/unseen",
                 "--patients",
                 str(options.unseen),

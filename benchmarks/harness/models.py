@@ -89,7 +89,7 @@ def prepared(kind: str) -> Prepared:
     if kind == "edge":
         data = FOLDER / "data"
         if not (data / "cohort.json").is_file():
-            _run("-m", "train.phantom.cohort", data, *COHORT)
+            _run("-m", "train.phantom", data, *COHORT)
         inputs = ("--config", config, "--dataset-path", data)
         _run("train/run.py", *inputs, "--output", result.trained, "--set", *settings)
         _run("export/build_engine.py", result.trained, "-o", result.model, "--onnx-only")
