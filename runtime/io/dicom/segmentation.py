@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 NAME = "seg.dcm"
 _CONTENT = {
-    False: "The mask that this synthetic CT was synthesized from",
+    False: "The mask that this synthetic CT was generated from",
     True: "The mask that was deformed with this CT",
 }
 _FIXED = {
