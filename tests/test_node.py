@@ -231,6 +231,18 @@ def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_
         assert node.count("rejected") == 3 and 'reason="too many associations"' in node.log
 
 
+def test_objects_within_one_pdu_are_measured(fake_model: Path, tmp_path: Path) -> None:
+    """The limit counts bytes, however few PDUs bring them."""
+    mask = dcmread(write_study(tmp_path / "in"))
+    mask.PixelData = bytes(40 << 10)
+    options = ["--keep", "--max-object", "16KiB"]
+    with Serving(fake_model, tmp_path / "spool", *options, quiet=60) as node:
+        association = associate(node.port, [SegmentationStorage])
+        assert send_as(association, mask, mask.SOPInstanceUID) == 0xA700
+        association.release()
+        assert not spooled(tmp_path / "spool")
+
+
 def as_bytes(ds: Dataset) -> bytes:
     buffer = BytesIO()
     ds.save_as(buffer)

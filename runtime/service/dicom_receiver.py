@@ -147,13 +147,14 @@ class StoreSCP:
         """Answer a C-STORE request with its status."""
         request, association = event.request, event.assoc
         peer = self._peer(association)
-        if association in self._too_large:
+        data = request.DataSet
+        size = data.getbuffer().nbytes
+        # the last PDU of an object is not measured before it is here
+        if association in self._too_large or size > self._limits.size:
             self._too_large.discard(association)
             return self._refuse(
                 OUT_OF_RESOURCES, peer, f"the object is larger than {self._limits.size} bytes"
             )
-        data = request.DataSet
-        size = data.getbuffer().nbytes
         meta = event.file_meta
 
         def write(handle: Any) -> None:
