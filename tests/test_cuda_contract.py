@@ -155,7 +155,7 @@ from runtime.engines.memory import HOST_STREAM, Pool
 cuda = types.SimpleNamespace(device=types.SimpleNamespace(ordinal=0), current=contextlib.nullcontext, free=lambda: 123)
 pools = PyCudaPools(driver, tools, cuda)
 device, host = Pool(pools.device, 1 << 30), Pool(pools.page_locked, 1 << 22)
-first = device.purpose("ct").allocate(1 << 20, stream=HOST_STREAM)
+first = device.tag("ct").allocate(1 << 20, stream=HOST_STREAM)
 print(device.stats.held, first.ptr % 256, device.stats.allocations)
 threading.Thread(target=first.close).start()          # from another thread, which PyCUDA alone would not survive
 while device.stats.in_use: pass
