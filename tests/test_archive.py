@@ -124,9 +124,8 @@ def test_member_beyond_free_disk_is_refused(
         read_case(case, MM_WHS)
 
 
-def test_large_members_go_to_disk_and_leave(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_zip_members_unpack_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large members are unpacked to the disk and removed afterwards."""
     monkeypatch.setattr(archive, "HELD", 100)
     mask = write_mask(tmp_path / "a.nii", blobs(seed=3))
     (case,) = find_cases([pack(tmp_path / "z.zip", a_nii=mask.read_bytes())])
@@ -162,8 +161,11 @@ with archive.on_disk(Path(sys.argv[1])) as path:
 """
 
 
-def test_copies_of_a_killed_run_are_swept(fake_model: Path, tmp_path: Path, command) -> None:
-    """Those of a run that is alive and what others call alike stay."""
+def test_killed_runs_zip_copies_are_swept(fake_model: Path, tmp_path: Path, command) -> None:
+    """The next run sweeps the unpacked copies of a killed run.
+
+    Those of a run that is alive and what others call alike stay.
+    """
     temporary = tmp_path / "tmp"
     (temporary / "mask2ct-copies-mine").mkdir(parents=True)
     (temporary / "mask2ct-copies-mine" / "notes.txt").write_text("precious")

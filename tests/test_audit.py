@@ -142,7 +142,8 @@ def test_what_is_complete_is_skipped(fake_model: Path, inbox: Path, tmp_path: Pa
     assert first["process"] != again["process"]
 
 
-def test_the_line_comes_before_the_news(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+def test_audit_line_precedes_result_event(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    """The audit line is written before a listener hears of the result."""
     write_mask(inbox / "a.nii.gz")
     file = tmp_path / "out" / AUDIT
     seen: list[int] = []
@@ -169,7 +170,7 @@ def test_the_line_comes_before_the_news(fake_model: Path, inbox: Path, tmp_path:
     assert seen == [1]
 
 
-def test_no_word_of_a_dicom_source(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+def test_audit_omits_dicom_source_words(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
     hospital(inbox / "Doe^John^Planted")
     hospital(inbox / "Roe^Planted", "liver", "10200004")
     write_mask(tmp_path / "c.nrrd", blobs(seed=2))
@@ -194,7 +195,7 @@ ATTACKS: dict[str, tuple[Callable[[list[bytes]], list[bytes]], int]] = {
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-def test_a_broken_chain_shows(
+def test_broken_audit_chain_is_reported(
     attack: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     change, number = ATTACKS[attack]
@@ -206,9 +207,10 @@ def test_a_broken_chain_shows(
     assert capsys.readouterr().err.startswith(f"error: line {number} breaks the chain")
 
 
-def test_lines_cut_off_show_by_a_noted_digest(
+def test_noted_digest_reveals_truncated_audit(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Lines that were cut off the end show by a digest that was noted before."""
     rows = chain(tmp_path / "audit.jsonl", 5)
     noted = check_audit([tmp_path / "audit.jsonl"]).last
     assert noted == hashlib.sha256(rows[-1].rstrip()).hexdigest()
@@ -219,7 +221,9 @@ def test_lines_cut_off_show_by_a_noted_digest(
 
 
 @pytest.mark.parametrize("left", [1, 40, -1])
-def test_a_torn_line_is_told(left: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_torn_audit_line_is_reported(
+    left: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Also one that lacks its newline alone. What lies there is never rewritten."""
     file = tmp_path / "audit.jsonl"
     rows = chain(file, 3)
@@ -293,7 +297,8 @@ def sha256_of_last(file: Path) -> str:
     return hashlib.sha256(file.read_bytes().splitlines()[-1]).hexdigest()
 
 
-def test_a_renamed_file_with_a_torn_line_is_continued(tmp_path: Path) -> None:
+def test_rotated_audit_file_with_torn_line(tmp_path: Path) -> None:
+    """A new file continues the chain of a renamed one whose last line is torn."""
     file = tmp_path / "audit.jsonl"
     rows = chain(file, 2)
     file.write_bytes(rows[0] + rows[1][:50])
@@ -347,7 +352,7 @@ def test_only_a_regular_file_is_written(
     assert results(tmp_path / "out") == {}
 
 
-def test_synth_writes_one_where_asked(fake_model: Path, tmp_path: Path) -> None:
+def test_synth_writes_requested_audit_file(fake_model: Path, tmp_path: Path) -> None:
     mask = write_mask(tmp_path / "a.nii.gz")
     assert (
         synth(fake_model, tmp_path / "plain", mask) == 0
@@ -380,22 +385,21 @@ def test_synth_writes_one_where_asked(fake_model: Path, tmp_path: Path) -> None:
     )
 
 
-def test_an_audit_file_in_the_inbox_is_refused(
-    fake_model: Path, inbox: Path, tmp_path: Path
-) -> None:
+def test_audit_file_in_inbox_is_refused(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
     assert watch(fake_model, inbox, tmp_path / "out", "--audit", str(inbox / "audit.jsonl")) == 2
 
 
-def test_words_of_the_file_steer_no_terminal(
+def test_audit_escapes_terminal_control_characters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Control characters in the audit file reach no terminal."""
     AuditFile(tmp_path / "audit.jsonl").add("synthesized", model_name="a\x1b[2Jb\nc")
     assert run(main, ["audit", str(tmp_path / "audit.jsonl")]) == 0
     out = capsys.readouterr().out
     assert "a?[2Jb?c" in out and "\x1b" not in out
 
 
-def test_no_audit_file_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_audit_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         run(main, ["audit", str(tmp_path / "none.jsonl")]) == 2
         and "does not exist" in capsys.readouterr().err
@@ -407,7 +411,7 @@ def test_no_audit_file_is_said_so(tmp_path: Path, capsys: pytest.CaptureFixture[
 class TestNode:
     pytestmark = QUIETLY
 
-    def test_the_node_tells_what_it_delivered(self, fake_model: Path, tmp_path: Path) -> None:
+    def test_node_audits_delivered_results(self, fake_model: Path, tmp_path: Path) -> None:
         study = write_study(tmp_path / "given")
         with (
             archive(tmp_path / "pacs") as (port, _),
@@ -457,10 +461,13 @@ def killed_after(file: Path, growth: int, line: list[str], root: Path) -> bool:
 
 
 @pytest.mark.slow
-def test_kills_leave_no_result_without_a_line(
+def test_killed_runs_audit_every_result(
     fake_model: Path, inbox: Path, tmp_path: Path, root: Path
 ) -> None:
-    """Killed as soon as the file has grown a little, again and again."""
+    """Kills leave no result without an audit line.
+
+    Killed as soon as the file has grown a little, again and again.
+    """
     for n in range(12):
         write_mask(inbox / f"mask{n:02d}.nii.gz", blobs(seed=n))
     file = tmp_path / "out" / AUDIT

@@ -32,7 +32,8 @@ def with_parity(model: Path, backends: set[str]) -> Manifest:
     return Manifest.from_json(data)
 
 
-def test_auto_takes_the_first_that_was_validated_and_says_why_not_the_others(model: Path) -> None:
+def test_auto_takes_first_validated_backend(model: Path) -> None:
+    """`auto` takes the first validated backend and says why it does not take the others."""
     engine, reason, file = open_engine("auto", with_parity(model, {"onnx", "openvino-int8"}), model)
     assert engine.name.startswith("onnxruntime") and file == "model.onnx"
     assert (
@@ -47,9 +48,7 @@ def test_auto_takes_the_first_that_was_validated_and_says_why_not_the_others(mod
     )
 
 
-def test_auto_passes_over_what_is_not_installed(
-    model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_skips_backends_not_installed(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         registry, "find_spec", lambda module: None if module == "openvino" else object()
     )
@@ -60,7 +59,8 @@ def test_auto_passes_over_what_is_not_installed(
     )
 
 
-def test_without_a_proof_there_is_no_automatic_choice_and_no_int8(model: Path) -> None:
+def test_unproven_model_has_no_auto_backend(model: Path) -> None:
+    """Without a proof `auto` chooses no backend, and INT8 is refused as well."""
     bare = with_parity(model, set())
     with pytest.raises(MissingComponent, match="onnx: not validated") as caught:
         open_engine("auto", bare, model)
@@ -90,7 +90,7 @@ def test_int8_is_opted_into_by_name(model: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino", "openvino-int8"])
-def test_a_file_that_is_no_graph_is_refused(backend: str, model: Path, tmp_path: Path) -> None:
+def test_file_without_graph_is_refused(backend: str, model: Path, tmp_path: Path) -> None:
     manifest = Manifest.load(model)
     chosen = next(b for b in BACKENDS if b.name == backend)
     path = tmp_path / "model.onnx"
@@ -132,7 +132,8 @@ print(seen, [m for m in sys.modules if m.startswith("openvino_telemetry")])
     assert done.stdout.strip() == "[] []" and list(tmp_path.iterdir()) == []
 
 
-def test_no_more_cores_are_used_than_the_process_may_use(model: Path, root: Path) -> None:
+def test_backend_respects_cpu_affinity(model: Path, root: Path) -> None:
+    """A backend uses no more cores than the process may use."""
     if not shutil.which("taskset"):
         pytest.skip("no taskset here")
     code = f"""

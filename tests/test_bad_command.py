@@ -93,9 +93,10 @@ def test_a_bad_model_starts_nothing(
     assert not out.exists()
 
 
-def test_a_graph_that_is_none_is_refused_even_when_the_manifest_agrees(
+def test_invalid_onnx_graph_is_refused(
     tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A file that holds no graph is refused even when the manifest agrees with it."""
     from runtime.core.atomic_files import sha256_of
 
     spoilt = tmp_path / "model"
@@ -126,9 +127,8 @@ sys.exit(run(main))
 """
 
 
-def test_a_missing_backend_is_exit_3_with_the_command_that_installs_it(
-    root: Path, tmp_path: Path, model: Path
-) -> None:
+def test_missing_backend_is_exit_3(root: Path, tmp_path: Path, model: Path) -> None:
+    """The message has the command that installs the backend."""
     mask, out = write_mask(tmp_path / "m.nii.gz"), tmp_path / "out"
     arguments = [
         sys.executable,
@@ -149,9 +149,10 @@ def test_a_missing_backend_is_exit_3_with_the_command_that_installs_it(
 
 
 @pytest.mark.parametrize("place", ["under a file", "in /proc"])
-def test_an_output_folder_that_cannot_be_made_is_exit_4(
+def test_unwritable_output_folder_is_exit_4(
     place: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """An output folder that cannot be made ends the command with exit code 4."""
     mask = write_mask(tmp_path / "m.nii.gz")
     (tmp_path / "file").write_text("")
     out = {"under a file": tmp_path / "file" / "out", "in /proc": Path("/proc/out")}[place]
@@ -160,10 +161,11 @@ def test_an_output_folder_that_cannot_be_made_is_exit_4(
     assert "cannot be written" in error and "remedy" in error and "Traceback" not in error
 
 
-def test_a_file_that_outgrows_the_limit_is_exit_4_and_leaves_nothing(
-    root: Path, tmp_path: Path, fake_model: Path
-) -> None:
-    """RLIMIT_FSIZE makes every write past 64 KiB fail, as a full disk does."""
+def test_file_size_limit_is_exit_4(root: Path, tmp_path: Path, fake_model: Path) -> None:
+    """A file that outgrows the limit leaves nothing behind.
+
+    RLIMIT_FSIZE makes every write past 64 KiB fail, as a full disk does.
+    """
     rng = np.random.default_rng(0)
     mask = write_mask(
         tmp_path / "m.nii.gz",
@@ -200,9 +202,8 @@ def test_a_file_that_outgrows_the_limit_is_exit_4_and_leaves_nothing(
 @pytest.mark.skipif(
     os.name != "posix" or os.geteuid() != 0, reason="mounting a small file system needs root"
 )
-def test_a_full_disk_is_exit_4_and_what_was_done_stays(
-    root: Path, tmp_path: Path, fake_model: Path
-) -> None:
+def test_full_disk_is_exit_4(root: Path, tmp_path: Path, fake_model: Path) -> None:
+    """Results that were complete before the disk was full stay."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -271,9 +272,10 @@ def test_a_wrong_command_is_exit_2(
         "no json",
     ],
 )
-def test_a_wrong_label_map_is_exit_2_and_shows_a_right_one(
+def test_wrong_label_map_is_exit_2(
     content: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The message shows a right label map."""
     (tmp_path / "map.json").write_text(content)
     assert (
         synth(
@@ -289,9 +291,10 @@ def test_a_wrong_label_map_is_exit_2_and_shows_a_right_one(
     assert "label" in error and "remedy" in error and str(tmp_path / "map.json") in error
 
 
-def test_two_masks_of_one_name_are_refused_before_anything_is_written(
+def test_masks_of_equal_name_are_refused(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Two masks of one name are refused before anything is written."""
     (tmp_path / "x").mkdir()
     (tmp_path / "y").mkdir()
     masks = write_mask(tmp_path / "x" / "m.nii.gz"), write_mask(tmp_path / "y" / "m.mha")
@@ -309,7 +312,7 @@ def test_two_masks_of_one_name_are_refused_before_anything_is_written(
         (["--dry-run", "--report", "r.json"], "--report has no effect beside --dry-run"),
     ],
 )
-def test_an_option_that_would_have_no_effect_is_refused(
+def test_option_without_effect_is_refused(
     options: list[str],
     says: str,
     fake_model: Path,

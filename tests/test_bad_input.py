@@ -224,9 +224,10 @@ BAD_MASKS: dict[str, tuple[str, Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("kind", BAD_MASKS)
-def test_a_bad_mask_is_named_and_the_others_are_done(
+def test_bad_mask_fails_alone(
     kind: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The bad mask is named, and the others are synthesized."""
     name, make, fact = BAD_MASKS[kind]
     bad, good, out = tmp_path / name, write_mask(tmp_path / "good.nii.gz"), tmp_path / "out"
     make(bad)
@@ -246,9 +247,10 @@ def test_a_bad_mask_is_named_and_the_others_are_done(
         assert list(results(out)) == ["good_ct.nii.gz"]
 
 
-def test_unknown_labels_list_what_was_found_what_is_known_and_the_remedy(
+def test_unknown_labels_name_the_remedy(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The message lists the mask's labels, the model's labels and the remedy."""
     unknown_labels(tmp_path / "m.nii.gz")
     assert synth(fake_model, tmp_path / "out", tmp_path / "m.nii.gz") == 1
     error = capsys.readouterr().err
@@ -256,7 +258,7 @@ def test_unknown_labels_list_what_was_found_what_is_known_and_the_remedy(
     assert "820 ascending aorta" in error and "--labels MAP.json" in error
 
 
-def test_an_empty_mask_is_synthesized_and_said(
+def test_empty_mask_is_synthesized_with_warning(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_mask(tmp_path / "m.nii.gz", np.zeros((4, 10, 10), np.uint8))
@@ -267,7 +269,7 @@ def test_an_empty_mask_is_synthesized_and_said(
     ).all()
 
 
-def test_whole_floats_are_labels(tmp_path: Path, fake_model: Path) -> None:
+def test_integral_floats_are_labels(tmp_path: Path, fake_model: Path) -> None:
     write_mask(tmp_path / "a.nii.gz", blobs().astype(np.float64))
     write_mask(tmp_path / "b.nii.gz", blobs())
     assert synth(fake_model, tmp_path / "out", tmp_path) == 0
@@ -278,7 +280,7 @@ def test_whole_floats_are_labels(tmp_path: Path, fake_model: Path) -> None:
     assert np.array_equal(a, b)
 
 
-def test_a_name_that_is_not_utf8_is_refused(
+def test_file_name_outside_utf8_is_refused(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SimpleITK ends the process on such a name; it is never given one."""
@@ -290,9 +292,10 @@ def test_a_name_that_is_not_utf8_is_refused(
     assert list(results(tmp_path / "out")) == ["good_ct.nii.gz"]
 
 
-def test_a_file_that_mask2ct_did_not_write_is_never_replaced(
+def test_foreign_output_file_is_never_replaced(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A file that mask2ct did not write is never replaced."""
     write_mask(tmp_path / "b.nii.gz")
     precious = write_mask(tmp_path / "b_ct.nii.gz", np.full((6, 20, 24), 77, np.int16))
     before = precious.read_bytes()
@@ -302,9 +305,10 @@ def test_a_file_that_mask2ct_did_not_write_is_never_replaced(
     )
 
 
-def test_a_folder_may_be_rerun_in_place(
+def test_rerun_in_mask_folder_works(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The output folder may be the folder of the masks, also for a second run."""
     write_mask(tmp_path / "b.nii.gz")
     for _ in range(2):
         assert synth(fake_model, tmp_path, tmp_path) == 0
@@ -312,7 +316,7 @@ def test_a_folder_may_be_rerun_in_place(
     assert sorted(results(tmp_path)) == ["b.nii.gz", "b_ct.nii.gz"]
 
 
-def test_a_mask_without_orientation_is_said(
+def test_missing_orientation_is_a_warning(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nifti(tmp_path / "m.nii.gz", blobs().astype(np.int16))  # nibabel states an sform ...
@@ -323,7 +327,8 @@ def test_a_mask_without_orientation_is_said(
     assert "states no orientation" in capsys.readouterr().err
 
 
-def test_a_killed_run_leaves_no_litter_behind_the_next(tmp_path: Path, fake_model: Path) -> None:
+def test_next_run_sweeps_killed_runs_files(tmp_path: Path, fake_model: Path) -> None:
+    """A killed run leaves no unfinished file behind the next one."""
     from runtime.core.atomic_files import temporary_name
 
     out = tmp_path / "out"
@@ -342,9 +347,8 @@ def test_a_killed_run_leaves_no_litter_behind_the_next(tmp_path: Path, fake_mode
     ]  # the folder is locked: nobody else can be writing there
 
 
-def test_the_report_is_written_of_a_run_that_fails_and_its_place_is_checked_first(
-    tmp_path: Path, fake_model: Path
-) -> None:
+def test_report_of_failed_run_is_written(tmp_path: Path, fake_model: Path) -> None:
+    """The report's place is checked first, and a run that fails writes its report too."""
     mask = write_mask(tmp_path / "m.nii.gz")
     assert synth(fake_model, tmp_path / "out", mask, "--report", "/proc/x.json") == 4
     assert not (tmp_path / "out").exists()
@@ -353,7 +357,8 @@ def test_the_report_is_written_of_a_run_that_fails_and_its_place_is_checked_firs
     assert json.loads((tmp_path / "r.json").read_text())["cases"] == []
 
 
-def test_the_python_api_refuses_what_the_command_does(tmp_path: Path, fake_model: Path) -> None:
+def test_python_api_refuses_as_command_does(tmp_path: Path, fake_model: Path) -> None:
+    """The Python API refuses what the command refuses."""
     from runtime import Synthesizer, UnknownLabels, UsageError
     from runtime.core.volume import Geometry, LabelVolume
 
@@ -375,8 +380,11 @@ def test_the_python_api_refuses_what_the_command_does(tmp_path: Path, fake_model
             opened.synthesize(LabelVolume(np.full((2, 8, 8), 200, np.uint8), Geometry(np.eye(4))))
 
 
-def test_a_simpleitk_image_of_another_kind_is_refused(fake_model: Path) -> None:
-    """GetArrayFromImage of a label-map object would end the process."""
+def test_simpleitk_image_kind_is_checked(fake_model: Path) -> None:
+    """A SimpleITK image of another kind is refused.
+
+    GetArrayFromImage of a label-map object would end the process.
+    """
     from runtime import Synthesizer, UnreadableVolume
 
     with Synthesizer.open(fake_model, backend="fake") as opened:
@@ -385,9 +393,10 @@ def test_a_simpleitk_image_of_another_kind_is_refused(fake_model: Path) -> None:
                 opened(sitk.Cast(image(blobs()), kind))
 
 
-def test_an_encoding_that_nobody_reads_is_no_traceback(
+def test_unknown_encoding_gives_no_traceback(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """An encoding that no library reads gives an error and not a traceback."""
     sitk.WriteImage(image(blobs()), str(tmp_path / "m.nrrd"))
     text = (tmp_path / "m.nrrd").read_bytes()
     (tmp_path / "m.nrrd").write_bytes(

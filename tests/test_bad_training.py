@@ -216,7 +216,7 @@ def test_a_bad_patient_starts_nothing(
         (["training.device=cuda"], 2, "training.device is cuda"),
     ],
 )
-def test_what_the_data_do_not_allow_starts_nothing(
+def test_config_against_data_starts_nothing(
     train,
     more: list[str],
     code: int,
@@ -225,6 +225,7 @@ def test_what_the_data_do_not_allow_starts_nothing(
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """A config that asks what the data do not allow starts nothing."""
     import torch
 
     if "cuda" in says and torch.cuda.is_available():
@@ -304,7 +305,7 @@ def test_a_bad_dicom_slice_starts_nothing(
     assert not (tmp_path / "run").exists()
 
 
-def test_too_little_memory_is_said(
+def test_too_little_memory_is_reported(
     train, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "c.json").write_text(json.dumps({"generator": {"filters": 65536}}))
@@ -331,7 +332,8 @@ def test_too_little_memory_is_said(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_phantom_that_shows_no_thorax_is_refused(tmp_path: Path, command) -> None:
+def test_phantom_without_thorax_is_refused(tmp_path: Path, command) -> None:
+    """A phantom too small to show a thorax is refused."""
     line = [
         "train/run.py",
         "--config",

@@ -44,7 +44,8 @@ def graph(path: Path) -> Path:
     return path
 
 
-def test_multiply_accumulates_and_bytes_are_counted_from_the_graph(tmp_path: Path) -> None:
+def test_graph_gives_macs_and_bytes(tmp_path: Path) -> None:
+    """Multiply-accumulates and bytes are counted from the graph."""
     path, sizes = graph(tmp_path / "g.onnx"), {"N": 2, "H": 8, "W": 16}
     convolution, transposed = 2 * 4 * 8 * 16 * 9, 2 * 4 * 8 * 16 * 16
     assert macs.count(path, sizes) == convolution + transposed
@@ -52,7 +53,7 @@ def test_multiply_accumulates_and_bytes_are_counted_from_the_graph(tmp_path: Pat
     assert macs.traffic(path, sizes, bytes_per_value=2) == 2 * (first + second)
 
 
-def test_a_record_becomes_a_page_and_the_readmes_table(tmp_path: Path) -> None:
+def test_record_becomes_page_and_readme_table(tmp_path: Path) -> None:
     from test_paired import record
 
     rng = np.random.default_rng(0)
@@ -91,7 +92,8 @@ def test_committed_records_give_the_tables(root: Path) -> None:
     assert "\n".join(contenders) in (root / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_share_is_of_the_limit_that_is_nearest_and_of_its_faster_roof() -> None:
+def test_share_of_nearest_roof() -> None:
+    """A share is of the nearest limit and of the faster of its roofs."""
     ours, idle = Contender("ours", "m:f", cost={"fp32": 10, "memcpy": 1}), Contender("idle", "m:f")
     assert [c.name for c in peaks_for([ours, idle])] == [
         f"{PEAK}fp32 matrix product",
@@ -110,14 +112,15 @@ def test_a_share_is_of_the_limit_that_is_nearest_and_of_its_faster_roof() -> Non
     assert shares([ours], measured) == {"ours": ("memcpy", 0.02)}
 
 
-def test_the_roofs_of_memory_and_disk_are_measured(tmp_path: Path) -> None:
+def test_memory_and_disk_roofs_are_measured(tmp_path: Path) -> None:
     assert roofline.memcpy().run() == 1 << 28
     assert roofline.disk(str(tmp_path)).run() == 1 << 26 and not [
         path for path in tmp_path.rglob("*") if path.is_file()
     ]
 
 
-def test_a_column_is_there_when_some_contender_fills_it() -> None:
+def test_empty_table_columns_are_omitted() -> None:
+    """The table has a column when at least one contender fills it."""
     from test_paired import record
 
     made = record(np.random.default_rng(0), 2.0)
@@ -139,7 +142,7 @@ def test_a_column_is_there_when_some_contender_fills_it() -> None:
     assert dict(zip(head, body[0], strict=True))["GPU MiB"] == ""
 
 
-def test_two_runs_agree_where_their_intervals_overlap(
+def test_runs_agree_where_intervals_overlap(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(name: str, *intervals: tuple[float, float, float]) -> str:
@@ -165,7 +168,7 @@ def test_two_runs_agree_where_their_intervals_overlap(
         reproducibility.main([one, str(tmp_path / "bad")])
 
 
-def test_a_bar_is_decided_by_the_hardest_contender() -> None:
+def test_hardest_contender_decides_the_bar() -> None:
     bar, made = targets.Target("at least twice as fast", 2.0, []), {"suite": "bar", "ratios": {}}
     for name, least, value, most in (("slow", 4, 5, 6), ("fast", 1.9, 2.1, 2.3)):
         made["ratios"][name] = {"least": least, "value": value, "most": most}
@@ -177,7 +180,8 @@ def test_a_bar_is_decided_by_the_hardest_contender() -> None:
     )
 
 
-def test_whoever_runs_the_network_synthesizes_the_same_slices(model: Path, trained: Path) -> None:
+def test_contenders_synthesize_the_same_slices(model: Path, trained: Path) -> None:
+    """Every contender that runs the network synthesizes the same slices."""
     given = {"model": str(model), "slices": 8}
     found: dict[str, Ready] = {
         "synthesizer": engine.synthesizer(**given, backend="auto"),
@@ -200,9 +204,10 @@ def test_whoever_runs_the_network_synthesizes_the_same_slices(model: Path, train
     }  # of the third round: the first two set up and warm
 
 
-def test_a_model_is_measured_at_another_size_under_the_same_proof(
+def test_model_measured_at_other_size(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A model is measured at another size under the same proof."""
     monkeypatch.setattr(models, "FOLDER", tmp_path)
     assert models.at_size(model, 64) == model
     larger = models.at_size(model, 96)
@@ -213,14 +218,14 @@ def test_a_model_is_measured_at_another_size_under_the_same_proof(
 
 @pytest.mark.skipif(why_no_gpu() is None, reason="there is a GPU here")
 @pytest.mark.parametrize("make", sorted(engine.GPU.values()))
-def test_a_contender_for_a_gpu_says_why_it_is_not_there(
-    make: str, model: Path, trained: Path
-) -> None:
+def test_gpu_contender_states_its_absence(make: str, model: Path, trained: Path) -> None:
+    """A contender that needs a GPU says why it does not run."""
     with pytest.raises(MissingComponent, match=r"driver|engine file|GPU"):
         getattr(gpu, make)(model=str(model), trained=str(trained), slices=8, batch=8)
 
 
-def test_a_figure_with_a_bar_is_said_to_hold_it_or_not() -> None:
+def test_figure_states_whether_bar_holds() -> None:
+    """A figure that has a bar says whether it holds the bar."""
     rows = {
         "ours": {"loader_share": 0.004, "at_most": {"loader_share": 0.05}},
         "slow": {"seconds": 21.5, "at_most": {"seconds": 20}},
@@ -232,7 +237,7 @@ def test_a_figure_with_a_bar_is_said_to_hold_it_or_not() -> None:
     ]
 
 
-def test_every_suite_is_named_in_the_help(command) -> None:
+def test_help_names_every_suite(command) -> None:
     told = command("benchmarks/run.py", "--help").stdout
     assert all(
         suite in told
@@ -242,9 +247,8 @@ def test_every_suite_is_named_in_the_help(command) -> None:
     assert done.returncode == 2 and "invalid choice" in done.stderr
 
 
-def test_a_cold_start_ends_with_the_first_slab_and_not_with_the_file(
-    fake_model: Path, tmp_path: Path
-) -> None:
+def test_cold_start_ends_at_first_slab(fake_model: Path, tmp_path: Path) -> None:
+    """A cold start ends with the first slab and not with the file."""
     mask = stream.write_mask(tmp_path / "mask.nii.gz", Manifest.load(fake_model), (24, 32, 32))
     given = {"model": str(fake_model), "backend": "fake"}
     ready = coldstart.start("written", **given, mask=str(mask), output=str(tmp_path / "out"))
@@ -258,7 +262,8 @@ def test_a_cold_start_ends_with_the_first_slab_and_not_with_the_file(
 
 
 @pytest.mark.slow
-def test_the_io_suite_prints_a_table_and_one_json_line(command, tmp_path: Path) -> None:
+def test_io_suite_prints_table_and_json(command, tmp_path: Path) -> None:
+    """The suite prints a table and one JSON line."""
     done = command("benchmarks/run.py", "io", "--quick", "--quiet", "--json", tmp_path / "r.json")
     assert done.returncode == 0, done.stderr
     records = json.loads(done.stdout.splitlines()[-1])

@@ -57,7 +57,7 @@ def test_closed_streams_change_no_result(closed: str, fake_model: Path, tmp_path
 
 @posix
 @pytest.mark.parametrize("arguments", [["describe", "MODEL"], ["--version"], ["synth", "--help"]])
-def test_a_full_disk_behind_stdout_is_said(arguments: list[str], fake_model: Path) -> None:
+def test_full_disk_behind_stdout_is_reported(arguments: list[str], fake_model: Path) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full")
     done = shell(
@@ -122,7 +122,7 @@ def test_an_unread_error_keeps_its_code(nowhere: int, fake_model: Path, tmp_path
 
 
 @posix
-def test_a_summary_nobody_reads_keeps_the_code(fake_model: Path, tmp_path: Path) -> None:
+def test_unread_summary_keeps_exit_code(fake_model: Path, tmp_path: Path) -> None:
     reader, nowhere = os.pipe()
     os.close(reader)
     try:
@@ -140,7 +140,7 @@ def test_a_summary_nobody_reads_keeps_the_code(fake_model: Path, tmp_path: Path)
 
 @posix
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_a_watcher_nobody_reads_goes_on(
+def test_watch_continues_with_unread_output(
     stream: str, nowhere: int, fake_model: Path, tmp_path: Path
 ) -> None:
     (inbox := tmp_path / "inbox").mkdir()
@@ -198,8 +198,11 @@ JOURNALS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", JOURNALS)
-def test_a_line_of_another_form_proves_nothing(name: str, fake_model: Path, tmp_path: Path) -> None:
-    """Its checksum is right: anybody can count one."""
+def test_journal_line_of_other_form(name: str, fake_model: Path, tmp_path: Path) -> None:
+    """A journal line of another form does not prove that a result is complete.
+
+    Its checksum is right: anybody can count one.
+    """
     mask, out = write_mask(tmp_path / "case.nii.gz"), tmp_path / "out"
     assert synth(fake_model, out, mask) == 0
     expected = results(out)
@@ -212,19 +215,20 @@ def test_a_line_of_another_form_proves_nothing(name: str, fake_model: Path, tmp_
 
 @posix
 @pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root reads everything")
-def test_a_file_that_cannot_be_read_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_unreadable_file_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = write_fake_model(tmp_path / "model", fake_manifest())
     (model / "manifest.json").chmod(0)
     assert synth(model, tmp_path / "out", write_mask(tmp_path / "m.nii.gz")) == 2
     assert "permission denied" in capsys.readouterr().err
 
 
-def test_a_result_that_cannot_be_read_back(
+def test_unreadable_result_is_exit_4(
     fake_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk fails while a result is digested, as `read` would say it."""
+    """A result whose digest cannot be computed leaves nothing behind.
+
+    The disk fails while a result is digested, as `read` would say it.
+    """
     from runtime.core.atomic_files import HashingWriter
 
     def fail(self: HashingWriter) -> str:

@@ -68,7 +68,7 @@ def assert_equal(a: Slices, b: Slices) -> None:
     assert a.facts == b.facts
 
 
-def test_a_cached_cohort_is_the_decoded_one(folder: Path, cache: SliceCache) -> None:
+def test_cached_cohort_equals_decoded_cohort(folder: Path, cache: SliceCache) -> None:
     arguments = (find_pairs(folder), DataConfig(), MM_WHS, POLICY, HU)
     plain = load_cohort(*arguments)
     for _ in range(2):  # filled, then read
@@ -91,9 +91,10 @@ def test_a_cached_cohort_is_the_decoded_one(folder: Path, cache: SliceCache) -> 
         cached.train[0].image[0] = 0
 
 
-def test_the_second_time_nothing_is_decoded_or_written(
+def test_second_run_decodes_nothing(
     pair: Pair, cache: SliceCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The second run neither decodes nor writes anything."""
     first = cache(pair, MM_WHS, POLICY, HU)
     before = [(p.name, p.stat().st_ino, p.stat().st_mtime_ns) for p in entries(cache)]
     monkeypatch.setattr(dataset, "read_pair", None)  # decoding would end here
@@ -101,9 +102,8 @@ def test_the_second_time_nothing_is_decoded_or_written(
     assert before == [(p.name, p.stat().st_ino, p.stat().st_mtime_ns) for p in entries(cache)]
 
 
-def test_a_file_that_moved_is_still_known_and_one_that_changed_is_not(
-    folder: Path, pair: Pair, cache: SliceCache
-) -> None:
+def test_moved_file_keeps_cache_entry(folder: Path, pair: Pair, cache: SliceCache) -> None:
+    """A file that moved is still known, and one that changed is not."""
     cache(pair, MM_WHS, POLICY, HU)
     moved = Pair(
         "other",
@@ -126,7 +126,7 @@ def test_voxels_beside_a_header_count(folder: Path) -> None:
     assert caching.key(pair, MM_WHS, POLICY, HU) != before
 
 
-def test_every_setting_makes_an_entry_of_its_own(
+def test_each_setting_has_its_cache_entry(
     pair: Pair, cache: SliceCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = (MM_WHS, POLICY, HU)
@@ -169,7 +169,7 @@ def lengthen(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut, empty, flip, lengthen])
-def test_a_damaged_entry_is_made_again(
+def test_damaged_cache_entry_is_rebuilt(
     pair: Pair, cache: SliceCache, damage, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cache(pair, MM_WHS, POLICY, HU)
@@ -209,15 +209,15 @@ print(load_cohort(find_pairs(Path(sys.argv[1])), DataConfig(), MM_WHS, POLICY, H
     assert len(entries(cache)) == 3 and all(map(caching.intact, entries(cache)))
 
 
-def test_a_folder_that_cannot_be_written_is_an_output_error(pair: Pair, tmp_path: Path) -> None:
+def test_unwritable_cache_is_output_error(pair: Pair, tmp_path: Path) -> None:
+    """A cache folder that cannot be written is an output error."""
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(OutputError):
         SliceCache(tmp_path / "file" / "slices")(pair, MM_WHS, POLICY, HU)
 
 
-def test_the_command_caches_beside_the_run_unless_told_otherwise(
-    cohort: Path, tmp_path: Path, command
-) -> None:
+def test_command_caches_beside_the_run(cohort: Path, tmp_path: Path, command) -> None:
+    """The command caches beside the run unless an option says otherwise."""
     tiny = [
         "data.canvas=[32,32]",
         "generator.filters=8",
@@ -258,7 +258,8 @@ def test_the_command_caches_beside_the_run_unless_told_otherwise(
     assert [p.name for p in (tmp_path / "nowhere").iterdir()] == ["run"]
 
 
-def test_writers_with_the_same_process_number_do_not_share_a_temporary_file(tmp_path: Path) -> None:
+def test_equal_pids_share_no_temporary_file(tmp_path: Path) -> None:
+    """Writers with the same process number, as in containers on one disk, use two files."""
     assert temporary_name(tmp_path / "entry") != temporary_name(
         tmp_path / "entry"
     )  # containers on one disk are such

@@ -48,7 +48,7 @@ def atlas() -> NDArray[np.uint16]:
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_an_image_is_refused(suffix: str, tmp_path: Path) -> None:
+def test_image_is_refused_as_mask(suffix: str, tmp_path: Path) -> None:
     sitk.WriteImage(image(scan()), str(tmp_path / f"m.{suffix}"))
     (case,) = find_cases([tmp_path / f"m.{suffix}"])
     with pytest.raises(
@@ -63,7 +63,7 @@ def test_an_image_is_refused(suffix: str, tmp_path: Path) -> None:
     )
 
 
-def test_whole_floats_are_grey_values_too(tmp_path: Path) -> None:
+def test_integral_floats_are_grey_values(tmp_path: Path) -> None:
     sitk.WriteImage(image(scan().astype(np.float32)), str(tmp_path / "m.nii.gz"))
     with pytest.raises(UnreadableVolume, match="looks like an image"):
         read_case(find_cases([tmp_path / "m.nii.gz"])[0], MM_WHS, ANY)
@@ -104,7 +104,7 @@ def test_the_census_counts_as_numpy_does() -> None:
         assert part == pytest.approx((inside & (flat[:, 1:] != flat[:, :-1])).sum() / max(1, pairs))
 
 
-def test_the_command_sums_an_image_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_summarizes_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_mask(tmp_path / "m.nii.gz", scan())
     assert run(main, ["labels", str(tmp_path / "m.nii.gz")]) == 1
     captured = capsys.readouterr()
@@ -117,9 +117,10 @@ def test_the_command_sums_an_image_up(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.count("UNKNOWN") > 100
 
 
-def test_insisting_is_in_the_resume_key(
+def test_forced_mask_changes_resume_key(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A mask that is read as such by force has a resume key of its own."""
     mask, labels, out = (
         write_mask(tmp_path / "m.nii.gz", scan()),
         tmp_path / "map.json",
@@ -143,8 +144,11 @@ def test_a_forced_series_is_read(tmp_path: Path) -> None:
     assert np.array_equal(read_case(case, MM_WHS, ANY).labels, np.where(values == 0, 0, 3))
 
 
-def test_real_images_are_caught_and_real_masks_are_not(real_data: Path) -> None:
-    """All CTs and MRs of two data sets and of three single ones, and their masks."""
+def test_real_images_are_no_masks(real_data: Path) -> None:
+    """Real images are refused as masks, and real masks are not.
+
+    All CTs and MRs of two data sets and of three single ones, and their masks.
+    """
     pairs = [
         (kind, path)
         for name in ("head_neck_ct", "hippocampus_mr")

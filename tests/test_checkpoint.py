@@ -47,9 +47,10 @@ TEARS = (drop_meta, drop_state, truncate, flip, cut_meta, other_meta, rename_ste
 
 
 @pytest.mark.parametrize("tear", TEARS)
-def test_a_torn_checkpoint_is_passed_over_with_a_warning(
+def test_torn_checkpoint_is_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], tear
 ) -> None:
+    """A torn checkpoint is passed over with a warning."""
     for step in (1, 2, 3):
         checkpoint.save(tmp_path, step, {"a": torch.full((1000,), float(step))}, keep=3)
     tear(tmp_path / "checkpoints" / "step-00000003")
@@ -65,7 +66,7 @@ def test_a_torn_checkpoint_is_passed_over_with_a_warning(
     assert caught.value.remedy and caught.value.file == tmp_path / "checkpoints"
 
 
-def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_newest_and_best_checkpoints_stay(tmp_path: Path) -> None:
     scores = {1: 0.9, 2: 0.4, 3: None, 4: 0.7, 5: 0.4, 6: None, 7: 0.5}
     for step, score in scores.items():
         checkpoint.save(tmp_path, step, {"a": torch.zeros(1)}, keep=2, score=score)
@@ -85,8 +86,10 @@ def test_the_newest_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
     assert [p.name[-1] for p in checkpoint._all(tmp_path)] == ["2", "3", "6", "7"]
 
 
-def test_a_full_disk_is_an_output_error(tmp_path: Path) -> None:
-    """What safetensors raises for the file system's errors is not an OSError; ours is mapped to
+def test_checkpoint_full_disk_is_exit_4(tmp_path: Path) -> None:
+    """A full disk is an output error.
+
+    What safetensors raises for the file system's errors is not an OSError; ours is mapped to
     exit code 4.
     """
     with pytest.raises(OutputError) as caught, writing(tmp_path):

@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_table_counts_what_the_files_hold(folder: Path) -> None:
+def test_data_table_counts_file_contents(folder: Path) -> None:
     ct = np.full((4, 32, 32), -1000, np.int16)
     ct[:, 0] = -3024  # 128 voxels of padding
     ct[0, 5, 5] = 1500
@@ -89,7 +89,8 @@ def test_padding_is_clipped_in_training(folder: Path) -> None:
     assert batch.min() == 0 and batch.max() < 1
 
 
-def test_eight_bit_greys_in_hu_mode_are_refused_with_the_way_out(folder: Path) -> None:
+def test_eight_bit_greys_refused_as_hu(folder: Path) -> None:
+    """Eight-bit grey values are refused where HU are expected, and the message has the remedy."""
     grey = np.zeros((4, 32, 32), np.uint8)
     grey[:, 8:24, 8:24] = 200
     write(folder, 2, ct=grey)
@@ -103,7 +104,8 @@ def test_intensities_outside_the_range_are_refused(folder: Path) -> None:
         cohort(folder, Intensity("a.u.", 2000, 3000))
 
 
-def test_an_unlabelled_volume_is_refused_and_named(folder: Path) -> None:
+def test_unlabelled_volume_is_refused(folder: Path) -> None:
+    """The message names the volume."""
     write(folder, 3, labels=np.zeros((4, 32, 32), np.uint16))
     with pytest.raises(InputError, match=r"p3_label\.nii\.gz holds no label"):
         cohort(folder)
@@ -113,7 +115,8 @@ def test_an_unlabelled_volume_is_refused_and_named(folder: Path) -> None:
         cohort(folder)
 
 
-def test_all_patients_that_cannot_be_used_are_named_at_once(folder: Path) -> None:
+def test_unusable_patients_are_named_together(folder: Path) -> None:
+    """All patients that cannot be used are named in one message."""
     write(folder, 0, ct=np.full((4, 32, 32), np.nan, np.float32))
     write(folder, 2, ct=np.zeros((4, 32, 32), np.uint8))
     (folder / "p3_label.nii.gz").write_text("no volume")
@@ -140,7 +143,7 @@ def test_all_patients_that_cannot_be_used_are_named_at_once(folder: Path) -> Non
         cohort(folder)
 
 
-def test_one_image_in_two_splits_is_refused(folder: Path) -> None:
+def test_image_in_two_splits_is_refused(folder: Path) -> None:
     for n in range(1, 4):
         write(
             folder,
@@ -151,7 +154,8 @@ def test_one_image_in_two_splits_is_refused(folder: Path) -> None:
         cohort(folder)
 
 
-def test_the_table_is_printed_before_the_first_step(folder: Path, tmp_path: Path, command) -> None:
+def test_data_table_precedes_first_step(folder: Path, tmp_path: Path, command) -> None:
+    """The table is printed before the first step."""
     config = tmp_path / "c.json"
     config.write_text("{}")
     settings = [

@@ -56,7 +56,7 @@ def only(path: Path, name: str | None = HEART, **options: object) -> Case:
 
 
 @pytest.mark.parametrize("on", [1, 255])
-def test_a_folder_of_classes_is_one_mask(on: int, tmp_path: Path) -> None:
+def test_class_folder_is_one_mask(on: int, tmp_path: Path) -> None:
     case = only(class_folder(tmp_path / "patient", on=on))
     assert (case.kind, case.name, len(case.files)) == ("classes", "patient", 7)
     read = read_case(case, MM_WHS, preset(HEART))
@@ -67,7 +67,7 @@ def test_a_folder_of_classes_is_one_mask(on: int, tmp_path: Path) -> None:
     )
 
 
-def test_the_command_names_the_result_after_the_folder(
+def test_class_folder_names_the_result(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = class_folder(tmp_path / "patient"), tmp_path / "out"
@@ -89,7 +89,8 @@ def test_the_command_names_the_result_after_the_folder(
     )
 
 
-def test_what_a_file_is_called_is_part_of_the_digest(tmp_path: Path, fake_model: Path) -> None:
+def test_class_file_name_enters_digest(tmp_path: Path, fake_model: Path) -> None:
+    """The digest of the mask covers what each file is called."""
     folder, out = class_folder(tmp_path / "patient"), tmp_path / "out"
     arguments = (fake_model, out, folder, "--labels", HEART, "--format", "nii", "--resume")
     assert synth(*arguments) == 0
@@ -100,7 +101,7 @@ def test_what_a_file_is_called_is_part_of_the_digest(tmp_path: Path, fake_model:
     assert results(out) != before
 
 
-def test_classes_of_a_map_and_of_a_model_are_known(tmp_path: Path) -> None:
+def test_map_and_model_classes_are_known(tmp_path: Path) -> None:
     (tmp_path / "map.json").write_text(
         json.dumps({"LVC": "left ventricle", "la cavity": "left atrium", "1": "myocardium"})
     )
@@ -132,7 +133,8 @@ def test_other_folders_are_separate_masks(tmp_path: Path) -> None:
     assert [case.kind for case in find_cases([many])] == ["volume", "volume"]  # not binary
 
 
-def test_what_is_not_binary_stays_a_mask_of_its_own(tmp_path: Path) -> None:
+def test_multilabel_file_among_classes_stays_separate(tmp_path: Path) -> None:
+    """A file that is not binary is a mask of its own and not a class."""
     folder = class_folder(tmp_path / "patient")
     write_mask(folder / "whole.nii.gz", MASK)
     assert [(case.kind, case.name) for case in find_cases([folder])] == [
@@ -141,7 +143,7 @@ def test_what_is_not_binary_stays_a_mask_of_its_own(tmp_path: Path) -> None:
     ]
 
 
-def test_a_class_that_nothing_maps_is_refused_by_name(tmp_path: Path) -> None:
+def test_unmapped_class_is_refused_by_name(tmp_path: Path) -> None:
     folder = class_folder(tmp_path / "patient")
     with pytest.raises(
         UnknownLabels, match="patient holds 'heart_atrium_left', 'heart_atrium_right',"
@@ -163,7 +165,7 @@ def test_an_empty_class_is_passed_over(tmp_path: Path) -> None:
     assert np.array_equal(read_case(only(folder), MM_WHS, preset(HEART)).labels, EXPECTED)
 
 
-def test_all_117_classes_are_known_to_their_preset(tmp_path: Path) -> None:
+def test_preset_knows_all_117_classes(tmp_path: Path) -> None:
     known = preset("totalsegmentator")
     assert len(TOTAL_V2) == 117 and len(TOTAL_V1) == 104
     assert {
@@ -193,7 +195,8 @@ def test_classes_that_overlap_need_an_order(tmp_path: Path) -> None:
     assert np.array_equal(read.labels, EXPECTED)
 
 
-def test_a_damaged_class_is_refused_not_left_out(tmp_path: Path) -> None:
+def test_damaged_class_file_is_refused(tmp_path: Path) -> None:
+    """A damaged class is refused and not left out of the mask."""
     folder = class_folder(tmp_path / "patient")
     damaged = folder / "aorta.nii.gz"
     damaged.write_bytes(damaged.read_bytes()[:-30])
@@ -201,7 +204,7 @@ def test_a_damaged_class_is_refused_not_left_out(tmp_path: Path) -> None:
         read_case(only(folder), MM_WHS, preset(HEART))
 
 
-def test_classes_in_a_zip_are_one_mask(tmp_path: Path) -> None:
+def test_zip_of_classes_is_one_mask(tmp_path: Path) -> None:
     folder = class_folder(tmp_path / "segmentations")
     with zipfile.ZipFile(tmp_path / "study.zip", "w") as archive:
         for path in folder.iterdir():
@@ -244,9 +247,10 @@ V1_NAMES = {k: TOTAL_V1[k] for k in (7, 44, 45, 46, 47, 48, 49, 51)}
 
 @pytest.mark.parametrize("name", ["m.nii.gz", "m.nii"])
 @pytest.mark.parametrize("cdata", [True, False])
-def test_a_preset_that_does_not_fit_the_names_is_refused(
+def test_preset_against_embedded_names_is_refused(
     name: str, cdata: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A preset that does not fit the names in the file is refused."""
     path = with_names(tmp_path / name, V1, V1_NAMES, cdata=cdata)
     with pytest.raises(
         UnknownLabels,
@@ -282,7 +286,7 @@ def test_embedded_names_are_segment_names(tmp_path: Path) -> None:
     assert embedded_names(write_mask(tmp_path / "o.nii.gz")) == ()
 
 
-def test_a_map_by_value_stands_above_embedded_names(tmp_path: Path) -> None:
+def test_value_map_overrides_embedded_names(tmp_path: Path) -> None:
     path = with_names(tmp_path / "m.nii.gz", (MASK == 500).astype(np.uint8), {1: "my own word"})
     with pytest.raises(UnknownLabels, match="1 'my own word'"):
         read_case(only(path, None), MM_WHS)
@@ -303,7 +307,7 @@ def test_a_map_by_value_stands_above_embedded_names(tmp_path: Path) -> None:
         b"<LabelTable></LabelTable>",
     ],
 )
-def test_an_extension_without_a_table_says_nothing(text: bytes, tmp_path: Path) -> None:
+def test_nifti_extension_without_table_is_ignored(text: bytes, tmp_path: Path) -> None:
     path = write_mask(tmp_path / "m.nii", (MASK == 500).astype(np.int16) * 500)
     raw = path.read_bytes()
     size = (len(text) + 8 + 15) // 16 * 16
@@ -321,7 +325,7 @@ def test_an_extension_without_a_table_says_nothing(text: bytes, tmp_path: Path) 
         )
 
 
-def test_a_watched_folder_of_classes_is_one_case(tmp_path: Path, fake_model: Path) -> None:
+def test_watched_class_folder_is_one_case(tmp_path: Path, fake_model: Path) -> None:
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     class_folder(inbox / "patient")
     line = [
@@ -344,7 +348,7 @@ def test_a_watched_folder_of_classes_is_one_case(tmp_path: Path, fake_model: Pat
     assert (inbox / "done").is_dir() and len(list((inbox / "done").rglob("*.nii.gz"))) == 7
 
 
-def test_the_list_names_classes_and_their_number(
+def test_list_names_and_counts_classes(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = class_folder(tmp_path / "patient")

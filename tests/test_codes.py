@@ -56,7 +56,7 @@ def label_map(path: Path, entries: dict[str, str]) -> Path:
 BOTH = [(LEFT, "SCT"), (RIGHT, "SCT"), (LEFT, "SCT")]
 
 
-def test_a_side_is_part_of_the_code(tmp_path: Path) -> None:
+def test_laterality_is_part_of_code(tmp_path: Path) -> None:
     path = sided(tmp_path / "s.dcm", *BOTH)
     assert [s.code for s in read_mask(case(path)).segments] == [
         f"SCT:{ATRIUM}+SCT:{LEFT}",
@@ -78,7 +78,7 @@ def test_a_side_is_part_of_the_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("region", [False, True])
-def test_a_part_of_a_code_merges_nothing(region: bool, tmp_path: Path) -> None:
+def test_partial_code_merges_no_segments(region: bool, tmp_path: Path) -> None:
     path = sided(tmp_path / "s.dcm", *BOTH, region=region)
     known = load_map(
         label_map(tmp_path / "m.json", {f"SCT:{ATRIUM}": "myocardium", "*": "background"}), MM_WHS
@@ -103,7 +103,8 @@ def test_a_part_of_a_code_merges_nothing(region: bool, tmp_path: Path) -> None:
     )
 
 
-def test_a_part_of_a_code_counts_when_one_has_it(tmp_path: Path) -> None:
+def test_partial_code_maps_exact_segment(tmp_path: Path) -> None:
+    """A part of a code counts when a segment has this part as its code."""
     path = sided(tmp_path / "s.dcm", (LEFT, "SCT"))
     ds = dcmread(path)
     ds.SegmentSequence[1].SegmentedPropertyTypeCodeSequence[0].CodeValue = "74281007"
@@ -122,14 +123,14 @@ def test_a_part_of_a_code_counts_when_one_has_it(tmp_path: Path) -> None:
     assert match(right, MM_WHS, known) is None  # no left atrium
 
 
-def test_a_lateralised_code_may_state_its_side_again() -> None:
+def test_lateralised_code_may_repeat_side() -> None:
     assert match(Segment(9, "x", f"SCT:87878005+SCT:{LEFT}"), MM_WHS) == 3
     assert match(Segment(9, "x", "SCT:87878005+SCT:80891009"), MM_WHS) == 3  # in the heart
     assert match(Segment(9, "x", f"SCT:87878005+SCT:{RIGHT}"), MM_WHS) is None
 
 
 @pytest.mark.parametrize("scheme", ["SRT", "SNM3", "99SDM"])
-def test_older_codes_of_a_side_are_the_same(scheme: str, tmp_path: Path) -> None:
+def test_older_laterality_codes_are_equal(scheme: str, tmp_path: Path) -> None:
     path = sided(tmp_path / "s.dcm", ("G-A101", scheme), ("G-A100", scheme), ("G-A101", scheme))
     assert np.array_equal(
         read_case(case(path), MM_WHS).labels, np.array([0, 2, 4, 3], np.uint8)[VALUES]
@@ -180,7 +181,8 @@ def test_slicer_keeps_codes_among_its_tags(tmp_path: Path) -> None:
     )
 
 
-def test_slicer_s_region_and_its_side_are_in_the_code(tmp_path: Path) -> None:
+def test_slicer_region_and_side_enter_code(tmp_path: Path) -> None:
+    """Slicer's region and the side of this region are part of the code."""
     path = slicer(tmp_path / "m.seg.nrrd", (VALUES % 3)[None], [("m", 1, 0, ""), ("m", 2, 0, "")])
     retagged(
         path,
@@ -209,7 +211,7 @@ def test_slicer_s_region_and_its_side_are_in_the_code(tmp_path: Path) -> None:
         "x",
     ],
 )
-def test_tags_without_a_code_are_passed_over(tag: str, tmp_path: Path) -> None:
+def test_slicer_tags_without_code_skipped(tag: str, tmp_path: Path) -> None:
     path = slicer(
         tmp_path / "m.seg.nrrd",
         (VALUES == 1).astype(np.uint8)[None],
@@ -218,8 +220,11 @@ def test_tags_without_a_code_are_passed_over(tag: str, tmp_path: Path) -> None:
     assert read_mask(case(retagged(path, [tag]))).segments == (Segment(1, "left ventricle"),)
 
 
-def test_old_segments_have_a_name_and_no_value(tmp_path: Path) -> None:
-    """As Slicer wrote them before 4.11: one segment as 1, several as layers."""
+def test_old_slicer_segments_without_value(tmp_path: Path) -> None:
+    """Old segments have a name and no value.
+
+    As Slicer wrote them before 4.11: one segment as 1, several as layers.
+    """
     for count in (1, 2):
         layers = np.stack([(n + 1 == VALUES).astype(np.uint8) for n in range(count)])
         path = slicer(

@@ -21,7 +21,8 @@ def thorax(slices: int = 9) -> tuple[np.ndarray, np.ndarray]:
     return ct, mask
 
 
-def test_every_pixel_pair_of_the_body_is_in_one_region() -> None:
+def test_pixel_pairs_have_one_region() -> None:
+    """Every pair of pixels of the body is in exactly one region."""
     ct, mask = thorax()
     found = regions(ct, mask)
     inside = body_mask(ct)[1:] & body_mask(ct)[:-1]
@@ -34,7 +35,8 @@ def test_every_pixel_pair_of_the_body_is_in_one_region() -> None:
     )
 
 
-def test_errors_that_cancel_in_the_whole_body_are_seen_in_their_regions() -> None:
+def test_cancelling_errors_show_in_regions() -> None:
+    """Errors that cancel in the whole body are seen in their regions."""
     ct, mask = thorax()
     generated = ct.copy()
     generated[:, 44:50, 12:52] = 240  # ribs smeared over all slices
@@ -63,7 +65,7 @@ def test_errors_that_cancel_in_the_whole_body_are_seen_in_their_regions() -> Non
     assert found["body"]["distance"] < 0.7 * parts  # what cancels
 
 
-def test_the_true_cts_themselves_have_no_distance() -> None:
+def test_true_cts_have_zero_distance() -> None:
     ct, mask = thorax()
     assert all(
         o["distance"] == 0 == o["error"] and o["step"] == o["step_true"]

@@ -24,17 +24,19 @@ SHIPPED = sorted((Path(__file__).parent.parent / "train" / "configs").glob("*.js
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
-def test_every_shipped_config_resolves_and_survives_json(path: Path) -> None:
+def test_shipped_configs_survive_json(path: Path) -> None:
+    """Every shipped config resolves and is the same after a passage through JSON."""
     config = resolve(load(path))
     assert config.name == path.stem
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 
-def test_the_configs_that_people_are_told_of_are_shipped() -> None:
+def test_documented_configs_are_shipped() -> None:
     assert {"phantom", "whs", "whs-lv-myo", "edge", "mr"} <= {path.stem for path in SHIPPED}
 
 
-def test_the_phantom_config_needs_no_dataset_and_a_dataset_replaces_it() -> None:
+def test_phantom_config_needs_no_dataset() -> None:
+    """A dataset that is named replaces the phantom."""
     data = load(SHIPPED[0].parent / "phantom.json")
     assert resolve(data).data.phantom is not None
     given = resolve(data, dataset_path="/somewhere").data
@@ -69,9 +71,8 @@ def test_the_phantom_config_needs_no_dataset_and_a_dataset_replaces_it() -> None
         ("training.steps", "training.steps", "--set section.key=value"),
     ],
 )
-def test_a_wrong_override_names_the_key_and_what_is_allowed(
-    override: str, key: str, hint: str
-) -> None:
+def test_wrong_override_names_its_key(override: str, key: str, hint: str) -> None:
+    """The message names the key and the values that are allowed."""
     with pytest.raises(ConfigError) as caught:
         resolve({}, re.split(r",(?=[a-z])", override))
     assert key in caught.value.fact and hint in str(caught.value)
@@ -94,7 +95,8 @@ def test_overrides_are_typed_by_their_key() -> None:
     assert config.data.pixel_spacing == (1.5, 2.0)
 
 
-def test_the_originals_keys_are_understood_in_files_and_overrides() -> None:
+def test_original_keys_work_as_aliases() -> None:
+    """The original's keys are understood in files and in overrides."""
     theirs = {
         "NAME": "whs",
         "MAX_ITER": 40,
@@ -119,7 +121,7 @@ def test_the_originals_keys_are_understood_in_files_and_overrides() -> None:
     ) == ((128, 128), (1, 3), 8, True)
 
 
-def test_every_original_key_leads_to_a_key_of_ours() -> None:
+def test_original_keys_map_to_config_keys() -> None:
     tree = to_json(RunConfig())
     for ours, _ in ORIGINAL_KEYS.values():
         node = tree
@@ -151,7 +153,8 @@ def test_the_defaults_are_the_originals() -> None:
     )
 
 
-def test_keep_renumbers_and_sends_the_rest_to_the_background() -> None:
+def test_keep_renumbers_labels() -> None:
+    """`data.keep` renumbers the labels and sends the rest to the background."""
     table = label_table(resolve({}, ["data.keep=[1,3]"]).data)
     assert [label.name for label in table.labels] == ["background", "myocardium", "left ventricle"]
     assert table.by_value == {0: 0, 205: 1, 500: 2, 420: 0, 421: 0, 550: 0, 600: 0, 820: 0, 850: 0}
@@ -187,7 +190,7 @@ def test_the_grid_policy_follows_the_network() -> None:
     )
 
 
-def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
+def test_missing_or_broken_config_is_named(tmp_path: Path) -> None:
     broken = tmp_path / "broken.json"
     broken.write_text("{")
     for path in (tmp_path / "absent.json", broken):

@@ -164,7 +164,7 @@ def test_the_source_names_nothing_when_detached(tmp_path: Path) -> None:
         ]
 
 
-def test_accepted_contexts_are_the_codes(page: str) -> None:
+def test_documented_contexts_match_code(page: str) -> None:
     from pydicom.uid import UID
 
     entity = pynetdicom().AE()
@@ -186,7 +186,7 @@ def test_accepted_contexts_are_the_codes(page: str) -> None:
     )  # four, by their names
 
 
-def test_the_figures_are_the_codes(page: str) -> None:
+def test_documented_figures_match_code(page: str) -> None:
     import pynetdicom as library
     from pydicom.uid import PYDICOM_IMPLEMENTATION_UID
 
@@ -230,7 +230,7 @@ def test_the_figures_are_the_codes(page: str) -> None:
 class TestOnTheWire:
     pytestmark = QUIETLY
 
-    def test_the_node_says_what_the_page_says(
+    def test_node_negotiates_as_documented(
         self, page: str, fake_model: Path, tmp_path: Path
     ) -> None:
         """What it tells of itself when it accepts and when it proposes, and which contexts it

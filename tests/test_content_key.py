@@ -58,7 +58,7 @@ def one_case(folder: Path) -> list[Case]:
 
 
 @pytest.mark.parametrize("sharpness", [0.5, Path("kernel"), (1, 2), {"edge": 2.0}])
-def test_new_options_make_results_again(sharpness: object, tmp_path: Path) -> None:
+def test_new_option_changes_resume_key(sharpness: object, tmp_path: Path) -> None:
     cases, plan = one_case(tmp_path), SharperPlan(tmp_path / "out")
     run(plan, cases)
     resumed = run(replace(plan, resume=True), cases)
@@ -67,7 +67,7 @@ def test_new_options_make_results_again(sharpness: object, tmp_path: Path) -> No
     assert [r.skipped for r in (*resumed, *changed, *again)] == [True, False, True]
 
 
-def test_new_case_fields_make_results_again(tmp_path: Path) -> None:
+def test_new_case_field_changes_resume_key(tmp_path: Path) -> None:
     (case,), plan = one_case(tmp_path), Plan(tmp_path / "out", resume=True)
     facts = {f.name: getattr(case, f.name) for f in fields(case)}
     runs = [run(plan, [TurnedCase(**facts, turns=turns)]) for turns in (0, 0, 1, 1)]
@@ -83,7 +83,7 @@ def test_each_option_is_keyed_or_exempt(name: str) -> None:
 
 
 @pytest.mark.parametrize("options", [ReadOptions, FormatOptions, DeformationParams])
-def test_no_option_hides_from_the_key(options: type) -> None:
+def test_resume_key_contains_every_option(options: type) -> None:
     """They are in the key as their text has them."""
     assert all(f.repr for f in fields(options))
 

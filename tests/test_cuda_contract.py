@@ -70,7 +70,8 @@ def chains(file: Path, root: str) -> set[tuple[str, int | None]]:
     return found
 
 
-def test_every_driver_call_exists_with_as_many_arguments(root: Path, api: dict) -> None:
+def test_cuda_driver_call_arity(root: Path, api: dict) -> None:
+    """Every call of the CUDA driver exists with as many arguments as we pass."""
     found = chains(root / "runtime/engines/gpu/cuda_driver.py", "driver")
     assert (
         ("cuGraphLaunch", 2) in found
@@ -99,7 +100,8 @@ def test_every_name_of_cuda_core_exists(root: Path, api: dict) -> None:
     assert found <= set(api["core"])
 
 
-def test_the_fake_driver_and_cuda_core_take_what_the_real_ones_take(api: dict) -> None:
+def test_fake_cuda_matches_real_signatures(api: dict) -> None:
+    """The fake driver and the fake cuda-core take what the real ones take."""
     world = World()
     fake = {
         name: thing for name, thing in vars(driver_module(world)).items() if name.startswith("cu")
@@ -262,8 +264,10 @@ for backend in ("tensorrt", "onnx-cuda"):
 """
 
 
-def test_the_real_bindings_and_cuda_core_carry_our_engine(root: Path, tmp_path: Path) -> None:
-    """Every call with the real types: the driver's gate, context, streams, events, copies, pools.
+def test_engine_runs_on_real_cuda_bindings(root: Path, tmp_path: Path) -> None:
+    """The real cuda-bindings and cuda-core carry the engine.
+
+    Every call with the real types: the driver's gate, context, streams, events, copies, pools.
 
     TensorRT alone is the fake.
     """
@@ -276,7 +280,8 @@ def test_the_real_bindings_and_cuda_core_carry_our_engine(root: Path, tmp_path: 
 
 
 @pytest.mark.slow
-def test_the_real_pycuda_serves_our_pools_and_our_engine(root: Path, tmp_path: Path) -> None:
+def test_engine_runs_on_real_pycuda(root: Path, tmp_path: Path) -> None:
+    """The real PyCUDA serves the pools and the engine."""
     site = pycuda()
     (extension,) = (site / "pycuda").glob("_driver*.so")
     symbols = subprocess.run(

@@ -69,7 +69,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("where", [0, 3, 5], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_series_beside_a_damaged_file_is_refused(kind: str, where: int, tmp_path: Path) -> None:
+def test_series_beside_damaged_file_is_refused(kind: str, where: int, tmp_path: Path) -> None:
     damage, reason = DAMAGE[kind]
     series = slices(blobs((6, 20, 24)))
     folder = tmp_path / "s"
@@ -122,7 +122,7 @@ def test_several_kinds_of_damage_are_counted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["LICENSE", "README", "notes.txt", "report.pdf", "DICOMDIR.bak", "list.csv"]
 )
-def test_what_is_no_slice_does_not_matter(name: str, tmp_path: Path) -> None:
+def test_damaged_non_slice_is_ignored(name: str, tmp_path: Path) -> None:
     folder = tmp_path / "s"
     folder.mkdir()
     for n, ds in enumerate(slices(blobs((4, 20, 24)))):
@@ -134,7 +134,8 @@ def test_what_is_no_slice_does_not_matter(name: str, tmp_path: Path) -> None:
     assert read_mask(case).values.shape == (4, 20, 24) and case.whole
 
 
-def test_names_without_suffix_pass_by_their_pattern(tmp_path: Path) -> None:
+def test_damaged_slices_without_suffix(tmp_path: Path) -> None:
+    """Files without a suffix are recognized by the pattern of their names."""
     folder = tmp_path / "s"
     folder.mkdir()
     for n, ds in enumerate(slices(blobs((4, 20, 24)))):
@@ -162,7 +163,7 @@ def test_a_damaged_file_hides_no_mask(
     assert not [word for word in PLANTED if word in error]
 
 
-def test_a_damaged_file_elsewhere_hides_no_series(tmp_path: Path) -> None:
+def test_damaged_file_elsewhere_hides_no_series(tmp_path: Path) -> None:
     save(tmp_path / "in" / "masks", slices(blobs((4, 20, 24))))
     (tmp_path / "in" / "other.dcm").write_bytes(bytes(128) + b"DICM" + bytes(20))
     series, damaged = find_cases([tmp_path / "in"])
@@ -171,7 +172,8 @@ def test_a_damaged_file_elsewhere_hides_no_series(tmp_path: Path) -> None:
         read_mask(damaged)
 
 
-def test_a_slice_damaged_in_a_folder_of_its_own(tmp_path: Path) -> None:
+def test_damaged_slice_in_separate_folder(tmp_path: Path) -> None:
+    """A damaged slice refuses the series also where each slice has a folder of its own."""
     for n, ds in enumerate(slices(blobs((4, 20, 24)))):
         save(tmp_path / "in" / str(n), [ds])
     next((tmp_path / "in" / "3").iterdir()).write_bytes(b"")
@@ -207,7 +209,7 @@ def test_list_names_the_damaged_files(
 
 
 @pytest.mark.parametrize("size", range(1, 9))
-def test_contours_cut_short_are_refused(size: int, tmp_path: Path) -> None:
+def test_truncated_rtstruct_is_refused(size: int, tmp_path: Path) -> None:
     """pydicom reads what is there: a region would be missing without a word."""
     series = slices(np.zeros((4, 20, 24), np.uint16), Modality="CT")
     square = [
@@ -228,8 +230,11 @@ def test_contours_cut_short_are_refused(size: int, tmp_path: Path) -> None:
         list(read_mask(cases[0]).pieces())  # type: ignore[union-attr]
 
 
-def test_contours_of_undefined_length_are_whole_with_padding(tmp_path: Path) -> None:
-    """Lengths may be left open and a file padded with zeros; cut, its last delimiter is missing."""
+def test_rtstruct_of_undefined_length_is_complete(tmp_path: Path) -> None:
+    """Contours of undefined length are complete, with or without padding.
+
+    Lengths may be left open and a file padded with zeros; cut, its last delimiter is missing.
+    """
     import pydicom
 
     series = slices(np.zeros((4, 20, 24), np.uint16), Modality="CT")
@@ -251,7 +256,8 @@ def test_contours_of_undefined_length_are_whole_with_padding(tmp_path: Path) -> 
         read_mask(case)
 
 
-def test_compressed_slices_cut_short_are_told_from_whole_ones(tmp_path: Path) -> None:
+def test_truncated_compressed_slices_are_recognized(tmp_path: Path) -> None:
+    """Compressed slices that were cut short are told from complete ones."""
     from pydicom.uid import RLELossless
 
     series = slices(blobs((4, 20, 24)))
@@ -266,7 +272,8 @@ def test_compressed_slices_cut_short_are_told_from_whole_ones(tmp_path: Path) ->
         read_mask(case)
 
 
-def test_slices_compressed_in_two_ways_count_once(tmp_path: Path) -> None:
+def test_doubly_compressed_slice_counts_once(tmp_path: Path) -> None:
+    """A slice that is there in two compressions counts once."""
     from pydicom.uid import RLELossless
 
     values = blobs((4, 20, 24))
@@ -279,7 +286,7 @@ def test_slices_compressed_in_two_ways_count_once(tmp_path: Path) -> None:
     assert np.array_equal(volume.values, values)  # type: ignore[union-attr]
 
 
-def test_what_is_said_of_a_series_reaches_the_report(
+def test_series_warnings_reach_the_report(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     series = slices(blobs((6, 20, 24)))
@@ -323,7 +330,7 @@ def test_two_segmentations_of_one_uid(
         read_mask(case)
 
 
-def test_contours_name_the_images_that_are_not_there(
+def test_rtstruct_names_missing_ct_images(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     series = slices(np.zeros((6, 20, 24), np.uint16), Modality="CT")
@@ -340,7 +347,8 @@ def test_contours_name_the_images_that_are_not_there(
     assert not list((tmp_path / "out").glob("*.nii.gz"))
 
 
-def test_an_uneven_ct_is_said_of_its_contours(tmp_path: Path) -> None:
+def test_rtstruct_warns_of_uneven_ct(tmp_path: Path) -> None:
+    """A structure set on a CT with uneven slices gives a warning or an error."""
     series = slices(np.zeros((6, 20, 24), np.uint16), Modality="CT")
     square = np.array([[-10.0, 5, 45.0], [0, 5, 45.0], [0, 12, 45.0], [-10, 12, 45.0]])
     series[4].ImagePositionPatient[2] += 0.04
@@ -359,7 +367,7 @@ def test_an_uneven_ct_is_said_of_its_contours(tmp_path: Path) -> None:
         read_mask(find_cases([tmp_path / "in"])[0])
 
 
-def test_links_and_odd_folders_are_said(
+def test_links_and_odd_folders_are_reported(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = tmp_path / "in"
@@ -402,9 +410,10 @@ def test_links_and_odd_folders_are_said(
         find_cases([folder])
 
 
-def test_a_broken_link_called_like_a_volume_fails_alone(
+def test_broken_link_fails_alone(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A broken link that is called like a volume fails, and the other masks do not."""
     (tmp_path / "in").mkdir()
     write_mask(tmp_path / "in" / "a.nii.gz")
     (tmp_path / "in" / "b.nii.gz").symlink_to("nowhere.nii.gz")
@@ -414,9 +423,10 @@ def test_a_broken_link_called_like_a_volume_fails_alone(
 
 
 @pytest.mark.parametrize("name", ["gone.nii.gz", "gone.dcm", "gone", "gone.xyz"])
-def test_a_file_that_is_not_there_is_said_not_to_exist(
+def test_missing_input_file_is_named(
     name: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The message says of a missing file that it does not exist."""
     assert synth(fake_model, tmp_path / "out", tmp_path / name) == 1
     error = capsys.readouterr().err
     assert f"{name} does not exist" in error and "format" not in error.splitlines()[0]
@@ -447,9 +457,10 @@ def test_many_failures_are_a_table(
     assert sitk.ReadImage(str(tmp_path / "short" / "good_ct.nii.gz")).GetSize() == (24, 20, 6)
 
 
-def test_a_grid_for_a_mask_with_its_own_is_refused(
+def test_superfluous_like_option_is_refused(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """`--like` is refused for a mask that has a grid."""
     like = write_mask(tmp_path / "like.nii.gz")
     series = slices(blobs((4, 12, 14)))
     masks = {

@@ -70,7 +70,7 @@ def load(folder: Path) -> Cohort:
     return load_cohort(find_pairs(folder), DataConfig(), MM_WHS, POLICY, HU)
 
 
-def test_a_cohort_is_read_onto_the_canvas(folder: Path) -> None:
+def test_cohort_is_read_onto_canvas(folder: Path) -> None:
     cohort = load(folder)
     assert cohort.summary()["patients"] == {"train": 2, "valid": 1, "test": 0}
     assert cohort.summary()["slices"] == {"train": 8, "valid": 4, "test": 0}
@@ -87,7 +87,8 @@ def test_slices_are_counted_from_headers(folder: Path) -> None:
     assert slice_counts(find_pairs(folder), POLICY) == [4, 4, 4, 7]
 
 
-def test_the_split_is_by_patient_seeded_and_without_leakage() -> None:
+def test_split_by_patient_has_no_leakage() -> None:
+    """The split is by patient and seeded, and no patient is in two of its parts."""
     data = DataConfig(train_ratio=0.7, valid_ratio=0.2)
     parts = split(20, data)
     assert {name: len(numbers) for name, numbers in parts.items()} == {
@@ -103,7 +104,8 @@ def test_the_split_is_by_patient_seeded_and_without_leakage() -> None:
         assert min(len(split(count, DataConfig())[name]) for name in ("train", "valid")) >= 1
 
 
-def test_fit_crops_and_pads_about_the_centre() -> None:
+def test_fit_is_about_the_centre() -> None:
+    """Slices are cropped and padded about the centre."""
     plane = np.arange(16).reshape(4, 4)
     assert fit(plane, (2, 2), 0).tolist() == [[5, 6], [9, 10]]
     padded = fit(plane, (6, 8), -1)
@@ -116,7 +118,8 @@ def test_fit_crops_and_pads_about_the_centre() -> None:
     assert np.array_equal(fit(plane, (4, 4), 0), plane)
 
 
-def test_intensities_go_to_unit_range_and_back() -> None:
+def test_intensities_survive_unit_range() -> None:
+    """Intensities go to the unit range and back."""
     values = np.array([-3000, -1024, 0, 17, 1024, 3000], np.int16)
     unit = to_unit(values, HU)
     assert unit.dtype == np.float32 and unit.tolist()[:3] == [0, 0, 0.5]
@@ -131,7 +134,7 @@ def plans(count: int) -> Slices:
     )
 
 
-def test_batches_are_a_function_of_seed_and_step() -> None:
+def test_seed_and_step_determine_batches() -> None:
     one, other = (Batches([plans(10)], 4, 7, HU) for _ in range(2))
     for step in (0, 5, 1000):
         for a, b in zip(one[step], other[step], strict=True):
@@ -162,7 +165,8 @@ def test_noise_is_white_and_uniform() -> None:
     assert abs(np.corrcoef(noise[:, :, 1:].ravel(), noise[:, :, :-1].ravel())[0, 1]) < 0.03
 
 
-def test_neighbouring_slices_are_taken_when_the_policy_asks(folder: Path) -> None:
+def test_policy_takes_neighbouring_slices(folder: Path) -> None:
+    """Neighbouring slices are taken when the grid policy asks for them."""
     policy = GridPolicy((32, 32), None, 8, slices=3, slice_spacing=3.0)
     assert load_patient(find_pairs(folder)[0], MM_WHS, policy, HU).labels.shape == (4, 3, 32, 32)
 
@@ -205,7 +209,7 @@ def test_a_folder_without_patients_is_refused(folder: Path, spoil, says: str) ->
     )
 
 
-def test_one_patient_with_a_bad_file_is_named(folder: Path) -> None:
+def test_patient_with_bad_file_is_named(folder: Path) -> None:
     cases: list[tuple[dict, type[Mask2CTError], str]] = [
         ({"label_spacing": (2.0, 2.0, 3.1)}, InputError, "mm off its image"),
         ({"low": 0}, InputError, "not HU"),
@@ -221,7 +225,8 @@ def test_one_patient_with_a_bad_file_is_named(folder: Path) -> None:
         assert len(str(caught.value).splitlines()) <= 4
 
 
-def test_a_label_map_of_another_size_is_named(folder: Path) -> None:
+def test_label_map_of_other_size(folder: Path) -> None:
+    """A label map whose size differs from its image's is named."""
     sitk.WriteImage(
         image(np.zeros((4, 32, 30), np.uint16), spacing=(2.0, 2.0, 3.0)),
         str(folder / "p1_label.nii.gz"),
@@ -230,14 +235,15 @@ def test_a_label_map_of_another_size_is_named(folder: Path) -> None:
         load(folder)
 
 
-def test_a_cohort_without_any_label_is_refused(folder: Path) -> None:
+def test_cohort_without_labels_is_refused(folder: Path) -> None:
     for n in range(3):
         write_patient(folder, f"p{n}", value=0)
     with pytest.raises(UsageError, match="no patient has a labelled voxel"):
         load(folder)
 
 
-def test_intensities_that_are_not_hu_are_welcome_as_arbitrary_units(folder: Path) -> None:
+def test_arbitrary_units_are_accepted(folder: Path) -> None:
+    """Intensities that are not HU are accepted as arbitrary units."""
     write_patient(folder, "p1", low=0)
     assert (
         load_cohort(

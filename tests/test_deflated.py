@@ -106,7 +106,7 @@ def bomb(
     return path
 
 
-def test_a_deflated_seg_is_read_as_any_other(tmp_path: Path) -> None:
+def test_deflated_seg_is_read(tmp_path: Path) -> None:
     path = seg(tmp_path)
     copy, zipped = deflated(path), tmp_path / "m.zip"
     with zipfile.ZipFile(zipped, "w") as made:
@@ -117,15 +117,17 @@ def test_a_deflated_seg_is_read_as_any_other(tmp_path: Path) -> None:
         assert np.array_equal(other.labels, plain.labels) and other.geometry == plain.geometry
 
 
-def test_one_that_ends_early_is_refused(tmp_path: Path) -> None:
+def test_truncated_deflated_file_is_refused(tmp_path: Path) -> None:
     copy = deflated(seg(tmp_path))
     copy.write_bytes(copy.read_bytes()[:-40])
     with pytest.raises(UnreadableVolume):
         read_case(find_cases([copy])[0], MM_WHS)
 
 
-def test_what_the_inflater_still_holds_when_all_of_the_file_was_read_is_read() -> None:
-    """The last byte of a file that ends in zeros may stand for hundreds, and what is inflated at
+def test_inflaters_last_bytes_are_read() -> None:
+    """What the inflater still holds after the end of the file is read.
+
+    The last byte of a file that ends in zeros may stand for hundreds, and what is inflated at
     once may end within these.
     """
     for size in range(MIB, MIB + 260, 3):
@@ -155,9 +157,8 @@ def test_what_the_inflater_still_holds_when_all_of_the_file_was_read_is_read() -
     ],
     ids=["pixels", "a wrong length", "a late syntax", "twice", "a header"],
 )
-def test_a_small_file_that_becomes_a_large_one_is_refused_in_little_memory(
-    how: dict, tmp_path: Path, command
-) -> None:
+def test_deflate_bomb_takes_little_memory(how: dict, tmp_path: Path, command) -> None:
+    """A small file that becomes a large one is refused in little memory."""
     path = bomb(tmp_path, **{"mib": 600, **how})
     done = command("-c", LABELS, path)
     said, peak = (

@@ -46,7 +46,7 @@ def cases(demo: Path) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     ]
 
 
-def test_it_leaves_what_it_promises(demo: Path) -> None:
+def test_demo_leaves_promised_files(demo: Path) -> None:
     for name in (
         "train/generator.safetensors",
         "train/run.json",
@@ -58,7 +58,8 @@ def test_it_leaves_what_it_promises(demo: Path) -> None:
     assert not (demo / "unseen").exists()
 
 
-def test_no_unseen_patient_is_among_the_trained(demo: Path) -> None:
+def test_demo_split_has_no_leakage(demo: Path) -> None:
+    """No held-out mask is among those of the training."""
     trained = [volume(p) for p in sorted((demo / "data").glob("*_label.nii.gz"))]
     for path in (demo / "masks").iterdir():
         assert not any(np.array_equal(volume(path), other) for other in trained)
@@ -84,7 +85,7 @@ def body(ct: np.ndarray) -> np.ndarray:
     return filled
 
 
-def test_error_inside_the_body_against_mean_synthesis(cases) -> None:
+def test_body_error_against_mean_synthesis(cases) -> None:
     insides = [body(true) for _, true, _ in cases]
     labels, true, generated = (
         np.concatenate(
@@ -127,7 +128,8 @@ def test_the_cts_have_their_masks_grid(demo: Path) -> None:
         )
 
 
-def test_the_report_is_self_contained_and_says_what_was_measured(demo: Path) -> None:
+def test_demo_report_is_self_contained(demo: Path) -> None:
+    """The report is one file and says what was measured."""
     page = (demo / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 4
     assert not re.search(r'(src|href)=(?!"data:)', page)
@@ -146,7 +148,8 @@ def test_the_report_is_self_contained_and_says_what_was_measured(demo: Path) -> 
         assert stage in page, stage
 
 
-def test_the_parity_of_the_demo_is_validated_on_its_held_out_masks(demo: Path) -> None:
+def test_demo_parity_on_held_out_masks(demo: Path) -> None:
+    """The parity of the demo's model is validated on its held-out masks."""
     manifest = json.loads((demo / "model" / "manifest.json").read_text())
     assert set(manifest["parity"]) == {"model.onnx", "model.fp16.onnx", "model.int8.onnx"}
     for proof in manifest["parity"]["model.onnx"].values():
@@ -157,9 +160,8 @@ def test_the_parity_of_the_demo_is_validated_on_its_held_out_masks(demo: Path) -
     assert sizes["model.int8.onnx"] <= 0.32 * sizes["model.onnx"]
 
 
-def test_a_second_run_over_the_same_folder_starts_anew_and_others_are_left_alone(
-    tmp_path: Path, command
-) -> None:
+def test_second_demo_run_starts_anew(tmp_path: Path, command) -> None:
+    """A second run in the same folder starts anew and leaves other folders alone."""
     (tmp_path / "thesis.tex").write_text("all my work")
     done = command("tools/demo.py", "--output", tmp_path)
     assert done.returncode == 2 and "holds something else than a demo" in done.stderr

@@ -74,9 +74,8 @@ def unit(root: Path, name: str) -> str:
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_systemd_takes_the_unit_and_finds_little_that_it_could_harm(
-    name: str, root: Path, tmp_path: Path
-) -> None:
+def test_systemd_analyze_accepts_the_unit(name: str, root: Path, tmp_path: Path) -> None:
+    """systemd verifies the unit and rates its exposure as low."""
     analyze = tool("systemd-analyze")
     command = tmp_path / "mask2ct"  # the only thing on this machine that the unit misses
     command.write_text("#!/bin/sh\n")
@@ -142,9 +141,8 @@ def test_start_limit_comes_after_our_own(name: str, root: Path) -> None:
 
 
 @pytest.mark.parametrize("name", UNITS)
-def test_the_unit_starts_a_command_that_mask2ct_has_with_options_that_it_knows(
-    name: str, root: Path, tmp_path: Path, command
-) -> None:
+def test_systemd_unit_command_is_valid(name: str, root: Path, tmp_path: Path, command) -> None:
+    """The unit starts a command that mask2ct has, with options that it knows."""
     if not (root / "runtime" / "commands" / f"{name}.py").exists():
         pytest.skip(f"mask2ct has no {name}")
     (line,) = re.findall("(?m)^ExecStart=/opt/mask2ct/venv/bin/mask2ct (.*)$", unit(root, name))
@@ -176,7 +174,8 @@ def test_the_container_file_passes_its_linter(root: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_container_runs_without_root_and_holds_the_runtime_alone(root: Path) -> None:
+def test_container_holds_runtime_without_root(root: Path) -> None:
+    """The container runs without root and holds the runtime alone."""
     steps = [
         line.split(None, 1)
         for line in (root / "deploy" / "Containerfile").read_text().replace("\\\n", "").splitlines()
@@ -204,9 +203,10 @@ def test_the_container_runs_without_root_and_holds_the_runtime_alone(root: Path)
 
 
 @pytest.mark.slow
-def test_the_bundle_installs_and_works_where_there_is_no_network(
+def test_bundle_installs_without_network(
     root: Path, sbom: ModuleType, fake_model: Path, tmp_path: Path
 ) -> None:
+    """The bundle is installed without a network, and the command works."""
     from samples import results, synth, write_mask
 
     isolated = ["unshare", "--net"]
@@ -300,9 +300,8 @@ def needs(requirement: Requirement, seen: dict[str, Distribution], absent: set[s
             )
 
 
-def test_what_the_runtime_and_its_extras_bring_is_permissively_licensed(
-    root: Path, sbom: ModuleType
-) -> None:
+def test_dependencies_have_permissive_licences(root: Path, sbom: ModuleType) -> None:
+    """What the runtime and its extras install is permissively licensed."""
     tomllib = pytest.importorskip("tomllib")
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     extras = {
@@ -354,9 +353,10 @@ def test_what_the_runtime_and_its_extras_bring_is_permissively_licensed(
         ("Summary: says nothing", "", False),
     ],
 )
-def test_a_licence_is_read_from_any_age_of_metadata_and_an_unknown_one_is_refused(
+def test_unknown_licence_is_refused(
     metadata: str, expected: str, permitted: bool, sbom: ModuleType, tmp_path: Path
 ) -> None:
+    """A licence is read from old and new metadata, and an unknown one is refused."""
     folder = tmp_path / "some_package-1.0.dist-info"
     folder.mkdir()
     (folder / "METADATA").write_text(

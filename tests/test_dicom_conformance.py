@@ -92,7 +92,7 @@ def problems(file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
-def test_dicom3tools_and_dcmtk_find_nothing_wrong(kind: str, tmp_path: Path) -> None:
+def test_dicom3tools_and_dcmtk_report_no_errors(kind: str, tmp_path: Path) -> None:
     dcentvfy, dcmftest = tool("dcentvfy"), tool("dcmftest")
     series = ARCHITECTURES[kind](tmp_path)
     files = sorted(series.folder.iterdir())
@@ -103,8 +103,10 @@ def test_dicom3tools_and_dcmtk_find_nothing_wrong(kind: str, tmp_path: Path) -> 
     assert "Error" not in output_of(dcentvfy, *files)
 
 
-def test_labels_of_ones_own_are_valid_too(tmp_path: Path) -> None:
-    """Structures without a SNOMED code get one of our own scheme, which the validator mentions;
+def test_private_label_codes_are_valid_dicom(tmp_path: Path) -> None:
+    """Labels without a standard code are valid too.
+
+    Structures without a SNOMED code get one of our own scheme, which the validator mentions;
     nothing is wrong.
     """
     names = ("background", "étiquette", "a\\b", "tab\there", " ", "心室", "x" * 100, "plain")
@@ -143,9 +145,7 @@ def test_an_enhanced_ct_is_valid_too(source: DicomSource | None, tmp_path: Path)
 @pytest.mark.parametrize(
     "direction", [TILT @ d for d in directions()[::6]] + [rotation((0, 40, 0))], ids=str
 )
-def test_dcm2niix_finds_every_voxel_in_its_place(
-    direction: np.ndarray, enhanced: bool, tmp_path: Path
-) -> None:
+def test_dcm2niix_places_every_voxel(direction: np.ndarray, enhanced: bool, tmp_path: Path) -> None:
     dcm2niix = tool("dcm2niix")
     series = write_series(tmp_path / "made", direction, shape=(5, 8, 6), enhanced=enhanced)
     (tmp_path / "converted").mkdir()
@@ -248,12 +248,13 @@ def by_stow(series: Series, address: str, port: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("enhanced", [False, True], ids=["classic", "enhanced"])
 @pytest.mark.parametrize("send", [by_cstore, by_stow], ids=["C-STORE", "DICOMweb"])
-def test_a_pacs_takes_series_and_seg_and_gives_them_back(
+def test_pacs_returns_series_and_seg(
     send: Callable[[Series, str, int], None],
     enhanced: bool,
     orthanc: tuple[str, int],
     tmp_path: Path,
 ) -> None:
+    """A PACS takes the series and the SEG and gives them back."""
     address, port = orthanc
     series = write_series(tmp_path / "made", TILT, segmentation="binary", enhanced=enhanced)
     for _ in range(2):  # a second time: the same objects, not more of them

@@ -54,7 +54,7 @@ def assert_every_voxel_in_place(
     directions(),
     ids=lambda d: "".join("+-"[int(c.sum() < 0)] + "xyz"[int(np.abs(c).argmax())] for c in d.T),
 )
-def test_every_voxel_lies_at_its_place_for_gdcm_and_highdicom(
+def test_gdcm_and_highdicom_place_every_voxel(
     direction: np.ndarray, tilt: np.ndarray, tmp_path: Path
 ) -> None:
     series = write_series(tmp_path, tilt @ direction)
@@ -78,9 +78,7 @@ def test_every_voxel_lies_at_its_place_for_gdcm_and_highdicom(
 
 
 @pytest.mark.parametrize("direction", [TILT @ d for d in directions()[::5]], ids=str)
-def test_every_voxel_of_an_enhanced_ct_lies_at_its_place(
-    direction: np.ndarray, tmp_path: Path
-) -> None:
+def test_enhanced_ct_places_every_voxel(direction: np.ndarray, tmp_path: Path) -> None:
     series = write_series(tmp_path, direction, enhanced=True, segmentation="binary")
     read = sitk.ReadImage(str(series.folder / "ct.dcm"))
     affine = Geometry.from_parts(read.GetOrigin(), read.GetSpacing(), read.GetDirection()).affine
@@ -131,7 +129,7 @@ def test_slices_are_written_as_they_come(enhanced: bool, tmp_path: Path) -> None
     ]
 
 
-def test_a_single_slice_keeps_its_thickness_and_place(tmp_path: Path) -> None:
+def test_single_slice_keeps_thickness_and_place(tmp_path: Path) -> None:
     series = write_series(tmp_path, TILT, shape=(1, 8, 9))
     (ds,) = series.slices
     assert (
@@ -144,9 +142,8 @@ def test_a_single_slice_keeps_its_thickness_and_place(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["binary", "labelmap"])
 @pytest.mark.parametrize("direction", [np.eye(3), *directions()[3::11]], ids=str)
-def test_the_seg_is_the_mask_on_the_series(
-    kind: str, direction: np.ndarray, tmp_path: Path
-) -> None:
+def test_seg_is_mask_on_series_grid(kind: str, direction: np.ndarray, tmp_path: Path) -> None:
+    """The SEG holds the mask on the grid of the series."""
     series = write_series(tmp_path, TILT @ direction, segmentation=kind)
     seg = highdicom.seg.segread(series.folder / "seg.dcm")
     volume = seg.get_volume(combine_segments=True)
@@ -175,7 +172,8 @@ def test_the_seg_is_the_mask_on_the_series(
     assert seg[0x0008001C].value == "YES" and "NOT FOR DIAGNOSIS" in seg.SeriesDescription
 
 
-def test_labels_without_a_snomed_code_make_a_seg_too(tmp_path: Path) -> None:
+def test_seg_of_labels_without_snomed(tmp_path: Path) -> None:
+    """Labels without a SNOMED code make a SEG too."""
     table = LabelTable(
         tuple(Label(f"étiquette {n}" if n else "background", 10 * n) for n in range(8))
     )
@@ -188,7 +186,7 @@ def test_labels_without_a_snomed_code_make_a_seg_too(tmp_path: Path) -> None:
     assert pydicom.dcmread(made.folder / "0001.dcm").get("BodyPartExamined") is None
 
 
-def test_an_empty_mask_has_a_series_and_a_seg(
+def test_empty_mask_gives_series_and_seg(
     tmp_path: Path, fake_model: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     mask = write_mask(tmp_path / "m.nii.gz", np.zeros((3, 20, 20), np.uint8))
@@ -268,7 +266,8 @@ def digests(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.iterdir())}
 
 
-def test_a_second_run_writes_the_same_objects_and_other_keys_others(tmp_path: Path) -> None:
+def test_repeated_run_keeps_dicom_uids(tmp_path: Path) -> None:
+    """A second run writes the same objects, and a run with other keys writes others."""
     first = write_series(tmp_path / "0", segmentation="binary")
     assert digests(write_series(tmp_path / "1", segmentation="binary").folder) == digests(
         first.folder
@@ -297,9 +296,8 @@ def test_a_second_run_writes_the_same_objects_and_other_keys_others(tmp_path: Pa
         (RTStructureSetStorage, "SourceInstanceSequence"),
     ],
 )
-def test_an_attached_series_joins_its_masks_study_and_names_it(
-    sop_class: str, sequence: str, tmp_path: Path
-) -> None:
+def test_attached_series_joins_mask_study(sop_class: str, sequence: str, tmp_path: Path) -> None:
+    """An attached series is in the study of its mask and refers to the mask."""
     source = DicomSource(
         sop_class, SOURCE.sop_instance_uids, SOURCE.frame_of_reference_uid, SOURCE.attributes
     )
@@ -323,7 +321,8 @@ def test_an_attached_series_joins_its_masks_study_and_names_it(
 
 
 @pytest.mark.parametrize("attach", [False, True])
-def test_the_files_are_byte_for_byte_what_pydicom_writes(attach: bool, tmp_path: Path) -> None:
+def test_dicom_bytes_equal_pydicoms(attach: bool, tmp_path: Path) -> None:
+    """The files are byte for byte what pydicom writes."""
     named = {**SOURCE.attributes, "PatientName": "Müller^Jörg"}
     series = write_series(
         tmp_path, source=replace(SOURCE, attributes=named) if attach else None, attach=attach
@@ -340,10 +339,12 @@ def test_the_files_are_byte_for_byte_what_pydicom_writes(attach: bool, tmp_path:
         assert whole.getvalue() == path.read_bytes()
 
 
-def test_what_is_invalid_in_the_source_is_attached_to_all_the_same(
+def test_invalid_source_values_are_attached(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As hospitals have it: dates that never were, names of one part, values too long.
+    """A series is attached to a source that has invalid values.
+
+    As hospitals have it: dates that never were, names of one part, values too long.
 
     Nothing is said of them, for they name a patient.
     """
@@ -369,9 +370,8 @@ def test_what_is_invalid_in_the_source_is_attached_to_all_the_same(
     [np.eye(3), np.diag([1.0, -1.0, -1.0])],
     ids=["towards the head", "towards the feet"],
 )
-def test_each_slice_names_the_slice_of_a_label_series_that_lies_there(
-    direction: np.ndarray, tmp_path: Path
-) -> None:
+def test_slices_refer_to_source_slices(direction: np.ndarray, tmp_path: Path) -> None:
+    """Each slice refers to the slice of the label series at its position."""
     source = DicomSource(
         "1.2.840.10008.5.1.4.1.1.2",
         tuple(f"1.2.3.{k}" for k in range(5)),
@@ -386,7 +386,8 @@ def test_each_slice_names_the_slice_of_a_label_series_that_lies_there(
 
 
 @pytest.mark.parametrize("missing", ["all", "frame of reference", "study"])
-def test_nothing_is_attached_to_what_does_not_say_to_what(missing: str, tmp_path: Path) -> None:
+def test_attach_needs_study_and_frame(missing: str, tmp_path: Path) -> None:
+    """Nothing is attached to a mask that lacks its source, study or frame of reference."""
     study = {k: v for k, v in SOURCE.attributes.items() if k != "StudyInstanceUID"}
     source = {
         "all": None,
@@ -398,8 +399,11 @@ def test_nothing_is_attached_to_what_does_not_say_to_what(missing: str, tmp_path
     assert not list(tmp_path.iterdir())
 
 
-def test_a_shear_that_slices_cannot_hold_is_refused(tmp_path: Path) -> None:
-    """Cosine 9e-4 between slices and rows: within `Geometry`'s tolerance, 0.27 mm over 300 mm."""
+def test_sheared_grid_is_refused(tmp_path: Path) -> None:
+    """A shear that a series of slices cannot hold is refused.
+
+    Cosine 9e-4 between slices and rows: within `Geometry`'s tolerance, 0.27 mm over 300 mm.
+    """
     affine = np.eye(4)
     affine[1, 2] = 9e-4
     mask = LabelVolume(np.zeros((301, 4, 4), np.uint8), Geometry(affine))

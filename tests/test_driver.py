@@ -13,9 +13,8 @@ from runtime.core.errors import MissingComponent
 from runtime.engines.gpu.probe import device, why_no_gpu
 
 
-def test_no_driver_no_device_and_a_failing_driver_are_told_apart(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_driver_gate_names_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gate tells a missing driver, a missing device and a failing driver apart."""
     assert (
         why_no_gpu("libcuda-absent.so.1")
         == "the NVIDIA driver is not installed (libcuda-absent.so.1 cannot be loaded)"
@@ -34,7 +33,8 @@ def test_no_driver_no_device_and_a_failing_driver_are_told_apart(
     assert why_no_gpu(driver(tmp_path)) is None
 
 
-def test_the_device_is_named_with_its_capability_memory_and_driver(tmp_path: Path) -> None:
+def test_gpu_description_is_complete(tmp_path: Path) -> None:
+    """The device is named with its capability, its memory and its driver."""
     second = device(1, driver(tmp_path))
     assert (second.name, second.compute_capability, second.memory, second.driver) == (
         "NVIDIA Second",
@@ -45,7 +45,8 @@ def test_the_device_is_named_with_its_capability_memory_and_driver(tmp_path: Pat
     assert str(second) == "NVIDIA Second (compute capability 8.9, 41.0 GiB)"
 
 
-def test_an_absent_device_is_a_missing_component_with_a_remedy(tmp_path: Path) -> None:
+def test_absent_gpu_is_missing_component(tmp_path: Path) -> None:
+    """The error of an absent device has a remedy."""
     with pytest.raises(MissingComponent, match="no GPU number 2, the driver lists 2"):
         device(2, driver(tmp_path))
     with pytest.raises(MissingComponent, match="driver is not installed") as caught:

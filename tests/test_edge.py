@@ -121,9 +121,8 @@ def test_edge_computes_its_plain_formula(slices: int, skips: bool, style: int, n
 
 @pytest.mark.parametrize("kernel", [1, 3, 7])
 @pytest.mark.parametrize("block", [1, 2, 3])
-def test_a_convolution_in_blocks_is_the_convolution_and_learns_as_it(
-    kernel: int, block: int
-) -> None:
+def test_block_convolution_equals_convolution(kernel: int, block: int) -> None:
+    """The values and the gradients are those of the convolution."""
     torch.manual_seed(0)
     layer, x = BlockConv2d(3, 4, kernel, block).double(), torch.randn(2, 3, 12, 18).double()
     found = layer(x)
@@ -137,7 +136,7 @@ def test_a_convolution_in_blocks_is_the_convolution_and_learns_as_it(
     torch.testing.assert_close(ours, plain)
 
 
-def test_edges_parameters_are_those_of_the_plain_formula() -> None:
+def test_edge_keeps_plain_formula_parameters() -> None:
     """Runs trained before the formula was rewritten load as they are."""
     state = edge(3, style=2).state_dict()
     found = {
@@ -184,10 +183,13 @@ def exported(
 
 
 @pytest.mark.parametrize("file", INNER)
-def test_the_file_holds_convolutions_of_constants_and_copies_nothing_together_at_the_top(
+def test_edge_graph_has_constant_convolutions(
     file: str, exported: tuple[LabelsToIntensity, Manifest, Path]
 ) -> None:
-    """A quantiser takes no other convolution."""
+    """The file's convolutions have constant weights, and its top concatenates nothing.
+
+    A quantiser takes no other convolution.
+    """
     path = exported[2] / file
     graph = onnx.load(path).graph
     constants = {t.name: t.dims for t in graph.initializer}
@@ -207,9 +209,10 @@ def test_the_file_holds_convolutions_of_constants_and_copies_nothing_together_at
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_the_file_synthesizes_what_the_network_synthesizes(
+def test_edge_onnx_equals_network(
     precision: str, exported: tuple[LabelsToIntensity, Manifest, Path]
 ) -> None:
+    """The file synthesizes what the network synthesizes."""
     graph, manifest, folder = exported
     labels = parity.random_labels(3, manifest.grid.slices, (32, 48), 8)
     truth = parity.reference(graph, parity.draw_inputs(manifest.inputs, labels))
@@ -232,9 +235,10 @@ def test_the_file_synthesizes_what_the_network_synthesizes(
         ("generator.texture.filters/Conv", "texture"),
     ],
 )
-def test_a_defect_is_told_apart_in_each_part_of_the_top(
+def test_edge_defect_is_localized(
     where: str, region: str, exported: tuple[LabelsToIntensity, Manifest, Path], tmp_path: Path
 ) -> None:
+    """The stage errors tell a defect in each part of the top from defects in the other parts."""
     graph, manifest, folder = exported
     inputs = parity.draw_inputs(
         manifest.inputs, parity.random_labels(2, manifest.grid.slices, (32, 32), 8)

@@ -39,7 +39,7 @@ ENGINES = [
 
 
 @pytest.mark.parametrize("name", GPU)
-def test_a_real_gpu_is_held_to_the_contract_too(name: str) -> None:
+def test_real_gpu_keeps_engine_contract(name: str) -> None:
     if name in ABSENT:
         pytest.skip(f"{name}: {ABSENT[name]}")
     assert name in ENGINES
@@ -105,12 +105,13 @@ def hu(out: np.ndarray) -> np.ndarray:
     return out.view("<i2")[..., 0].copy()
 
 
-def test_it_is_an_engine(opened) -> None:
+def test_engine_implements_the_protocol(opened) -> None:
     engine, _ = opened
     assert isinstance(engine, Engine) and engine.name
 
 
-def test_the_result_fills_the_buffer_within_the_models_range(opened) -> None:
+def test_result_fills_buffer_within_range(opened) -> None:
+    """The result fills the buffer with values within the model's range."""
     engine, manifest = opened
     inputs, out = tensors(engine, manifest)
     engine.run(inputs, out, stream=HOST_STREAM)
@@ -119,7 +120,8 @@ def test_the_result_fills_the_buffer_within_the_models_range(opened) -> None:
     assert len(np.unique(values)) > 8
 
 
-def test_same_inputs_same_bytes_and_inputs_are_left_alone(opened) -> None:
+def test_equal_inputs_give_equal_bytes(opened) -> None:
+    """The engine leaves its inputs as they are."""
     engine, manifest = opened
     inputs, out = tensors(engine, manifest)
     before = {name: array.copy() for name, array in inputs.items()}
@@ -131,7 +133,8 @@ def test_same_inputs_same_bytes_and_inputs_are_left_alone(opened) -> None:
     assert all(np.array_equal(inputs[name], before[name]) for name in inputs)
 
 
-def test_a_slice_does_not_depend_on_its_place_in_the_batch_nor_on_its_neighbours(opened) -> None:
+def test_slice_is_independent_of_batch(opened) -> None:
+    """A slice depends neither on its place in the batch nor on its neighbours."""
     engine, manifest = opened
     a, out = tensors(engine, manifest, seed=1)
     b, _ = tensors(engine, manifest, seed=2)
@@ -157,7 +160,7 @@ def test_a_slice_does_not_depend_on_its_place_in_the_batch_nor_on_its_neighbours
     assert not np.array_equal(infer(second)[0], alone)
 
 
-def test_the_shape_may_change_from_call_to_call(opened) -> None:
+def test_input_shape_may_change(opened) -> None:
     engine, manifest = opened
     for rows in (1, 2, 1):
         inputs, out = tensors(engine, manifest, rows)
@@ -193,14 +196,15 @@ def test_every_input_changes_the_image(opened) -> None:
         lambda i, o: ({**i, "contrast": np.zeros((1, 4), np.float32)}, o),
     ],
 )
-def test_tensors_that_break_the_contract_are_refused(opened, broken) -> None:
+def test_tensors_against_contract_are_refused(opened, broken) -> None:
     engine, manifest = opened
     inputs, out = broken(*tensors(engine, manifest))
     with pytest.raises(EngineError):
         engine.run(inputs, out, stream=HOST_STREAM)
 
 
-def test_use_after_close_is_refused_and_closing_twice_is_harmless(opened) -> None:
+def test_closed_engine_refuses_use(opened) -> None:
+    """An engine may be closed twice."""
     engine, manifest = opened
     engine.close()
     engine.close()
@@ -223,8 +227,10 @@ def pooled(
     return copies, copies.pop("ct"), buffers
 
 
-def test_streams_in_flight_give_what_one_call_gives(opened) -> None:
-    """Several batches at once on two streams, shapes changing in the middle, tensors of the
+def test_streams_equal_single_calls(opened) -> None:
+    """Streams that are in flight give what one call gives.
+
+    Several batches at once on two streams, shapes changing in the middle, tensors of the
     engine's own and others.
     """
     engine, manifest = opened
@@ -251,8 +257,10 @@ def test_streams_in_flight_give_what_one_call_gives(opened) -> None:
         stream.close()
 
 
-def test_tensors_given_again_are_read_anew_and_others_are_checked(opened) -> None:
-    """As a slot gives them, slice after slice; then others in their place, of which one is
+def test_reused_tensors_are_read_anew(opened) -> None:
+    """Tensors given again are read anew, and others are checked.
+
+    As a slot gives them, slice after slice; then others in their place, of which one is
     wrong.
     """
     engine, manifest = opened
@@ -310,7 +318,8 @@ def test_every_thread_may_have_a_stream(opened) -> None:
     )
 
 
-def test_closing_with_work_queued_ends_it_and_frees_every_byte(opened) -> None:
+def test_close_frees_queued_work(opened) -> None:
+    """To close an engine with queued work ends this work and frees every byte."""
     engine, manifest = opened
     stream = engine.open_stream()
     held = [pooled(engine, manifest, stream, seed) for seed in range(3)]
@@ -336,8 +345,10 @@ def volume(manifest: Manifest, depth: int, seed: int = 0) -> LabelVolume:
     return LabelVolume(labels, Geometry(np.diag([spacing[1], spacing[0], 3.0, 1.0])))
 
 
-def test_a_volume_is_the_same_for_any_batch_and_any_company(opener) -> None:
-    """Two synthesizers in one process, each with an engine, synthesis at once; one given up
+def test_volume_is_independent_of_batch_size(opener) -> None:
+    """A volume is the same for any batch size and beside any other work.
+
+    Two synthesizers in one process, each with an engine, synthesis at once; one given up
     half-way; whole batches and single slices.
     """
     synths = []
@@ -359,7 +370,8 @@ def test_a_volume_is_the_same_for_any_batch_and_any_company(opener) -> None:
     assert all(stats.in_use == 0 for synth in synths for stats in synth.memory().values()) and start
 
 
-def test_an_error_in_the_middle_of_a_stream_frees_every_byte(opened) -> None:
+def test_stream_error_frees_all_memory(opened) -> None:
+    """An error in the middle of a stream frees every byte."""
     engine, manifest = opened
     with Synthesizer(manifest, engine, batch=1) as synth:
         want = synth.synthesize(volume(manifest, 6))
@@ -371,7 +383,8 @@ def test_an_error_in_the_middle_of_a_stream_frees_every_byte(opened) -> None:
     assert all(stats.in_use == stats.held == 0 for stats in synth.memory().values())
 
 
-def test_closing_from_another_thread_ends_a_volume_with_an_error(opened) -> None:
+def test_close_from_thread_ends_volume(opened) -> None:
+    """A volume ends with an error when another thread closes the engine."""
     engine, manifest = opened
     synth = Synthesizer(manifest, engine, batch=1)
     slabs = synth.slabs(volume(manifest, 60))
@@ -385,9 +398,10 @@ def test_closing_from_another_thread_ends_a_volume_with_an_error(opened) -> None
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino", *(f"{gpu} on a fake GPU" for gpu in GPU)])
-def test_a_style_changes_the_image_and_is_the_same_in_every_engine(
+def test_style_is_equal_across_engines(
     name: str, hand_made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A style changes the image, in the same way in every engine."""
     backend = next(b for b in BACKENDS if b.name == name.split()[0])
     if "fake GPU" in name:
         install(monkeypatch)
@@ -408,10 +422,10 @@ def test_a_style_changes_the_image_and_is_the_same_in_every_engine(
 
 
 @pytest.mark.parametrize("name", ["onnx", "openvino"])
-def test_a_graph_that_fails_while_it_computes_is_an_error_of_ours_and_the_engine_goes_on(
-    name: str, tmp_path: Path
-) -> None:
-    """A graph for 64 x 64 alone, as it says nowhere: another canvas fails in the library, on the
+def test_engine_survives_a_failing_graph(name: str, tmp_path: Path) -> None:
+    """A graph that fails while it computes gives an error of mask2ct, and the engine goes on.
+
+    A graph for 64 x 64 alone, as it says nowhere: another canvas fails in the library, on the
     caller's thread and on a stream.
     """
     if why := next(b for b in BACKENDS if b.name == name).uninstalled():

@@ -36,7 +36,8 @@ def thorax(shape: tuple[int, int, int] = (3, 64, 64)) -> tuple[np.ndarray, np.nd
     return ct, mask
 
 
-def test_the_body_is_its_filled_outline_without_the_table() -> None:
+def test_body_mask_excludes_the_table() -> None:
+    """The body is its filled outline without the table."""
     ct, _ = thorax()
     inside = body_mask(ct)
     assert inside[:, 30, 18].all() and inside[:, 15, 30].all()  # lung and fat
@@ -60,7 +61,8 @@ def test_a_perfect_synthesis_has_no_error() -> None:
     )
 
 
-def test_medians_and_quartiles_are_pooled_over_cases() -> None:
+def test_medians_are_pooled_over_cases() -> None:
+    """Medians and quartiles are pooled over the cases."""
     mask = np.ones((1, 10, 10), np.uint8)
     generated = [np.full((1, 10, 10), 100), np.full((1, 10, 10), 300)]
     true = [np.arange(100).reshape(1, 10, 10), np.arange(100, 200).reshape(1, 10, 10)]
@@ -79,7 +81,8 @@ def test_an_absent_organ_is_null() -> None:
     assert evaluate([ct], [ct], [mask], ["heart", "aorta"])["organs"]["aorta"] is None
 
 
-def test_mean_synthesis_has_the_ratio_one_and_its_error_is_the_mean_deviation() -> None:
+def test_mean_synthesis_has_ratio_one() -> None:
+    """The error of mean synthesis is the mean deviation."""
     ct, mask = thorax()
     rng = np.random.default_rng(0)
     ct = ct + rng.normal(0, 30, ct.shape).astype(np.int16)
@@ -94,7 +97,8 @@ def test_mean_synthesis_has_the_ratio_one_and_its_error_is_the_mean_deviation() 
     assert shifted is not None and shifted["mae"] == 10
 
 
-def test_texture_is_the_deviation_that_a_gaussian_leaves() -> None:
+def test_texture_is_gaussian_residual_deviation() -> None:
+    """Texture is the deviation that is left when a Gaussian is subtracted."""
     rng = np.random.default_rng(0)
     region = np.ones((8, 64, 64), bool)
     noise = rng.normal(0, 20, region.shape)
@@ -107,7 +111,7 @@ def test_texture_is_the_deviation_that_a_gaussian_leaves() -> None:
     assert np.isnan(texture([noise], [np.zeros_like(region)]))
 
 
-def test_an_organs_border_does_not_count_as_texture() -> None:
+def test_organ_border_is_no_texture() -> None:
     flat = np.zeros((2, 64, 64))
     mask = np.zeros(flat.shape, bool)
     mask[:, 16:48, 16:48] = True
@@ -117,13 +121,13 @@ def test_an_organs_border_does_not_count_as_texture() -> None:
     assert texture([noisy], [mask]) < 60
 
 
-def test_the_table_is_for_people() -> None:
+def test_metrics_table_is_readable() -> None:
     ct, mask = thorax()
     text = table(evaluate([ct], [ct + 1], [mask], ["heart", "aorta"]))
     assert "heart" in text and "absent, or almost: aorta" in text and "ratio" in text
 
 
-def test_folders_are_compared_from_the_command_line(tmp_path: Path, command) -> None:
+def test_evaluate_command_compares_folders(tmp_path: Path, command) -> None:
     ct, mask = thorax()
     for name in ("masks", "truth", "synthetic"):
         (tmp_path / name).mkdir()
@@ -158,7 +162,8 @@ def test_folders_are_compared_from_the_command_line(tmp_path: Path, command) -> 
     assert done.returncode == 1 and "b_ct.nii.gz" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_the_wasserstein_distance_is_how_far_the_hu_must_move() -> None:
+def test_wasserstein_distance_in_hu() -> None:
+    """The Wasserstein distance is how far the HU must move."""
     rng = np.random.default_rng(0)
     a = rng.integers(-100, 100, 5000)
     assert wasserstein(a, a) == 0 and wasserstein(a, a + 37) == pytest.approx(37)
@@ -168,7 +173,8 @@ def test_the_wasserstein_distance_is_how_far_the_hu_must_move() -> None:
     assert evaluate([ct + 12], [ct], [mask], ["heart"])["organs"]["heart"]["wasserstein"] == 12
 
 
-def test_slices_that_flicker_are_told_from_slices_that_agree() -> None:
+def test_slice_step_detects_flicker() -> None:
+    """Slices that flicker are told from slices that agree."""
     ct, mask = thorax((4, 64, 64))
     ct += (np.arange(4) * 10).astype(np.int16)[:, None, None]
     flicker = ct.copy()
@@ -184,7 +190,8 @@ def test_slices_that_flicker_are_told_from_slices_that_agree() -> None:
     assert steps_along_z(np.arange(8).reshape(2, 2, 2), inside, np.arange(2)).tolist() == [4]
 
 
-def test_only_slices_that_follow_each_other_in_the_volume_are_compared() -> None:
+def test_slice_step_compares_adjacent_slices() -> None:
+    """Only slices that follow each other in the volume are compared."""
     ct, mask = thorax((4, 64, 64))
     ct[2:] += 300  # other anatomy, far from slice 1
     generated = ct.copy()
@@ -199,7 +206,8 @@ def test_only_slices_that_follow_each_other_in_the_volume_are_compared() -> None
     assert evaluate([generated], [ct], [mask], ["heart"])["body"]["z_difference"] > 50
 
 
-def test_a_step_in_one_place_does_not_stand_in_for_one_that_is_missing_in_another() -> None:
+def test_misplaced_slice_step_counts_as_error() -> None:
+    """A step in one place does not stand in for one that is missing in another."""
     ct, mask = thorax((4, 64, 64))
     true, generated = ct.copy(), ct.copy()
     true[1::2, 20:24, 30:34] += (
@@ -220,7 +228,7 @@ def test_a_step_in_one_place_does_not_stand_in_for_one_that_is_missing_in_anothe
     assert apart["z_error"] is None  # nothing follows anything
 
 
-def test_an_outline_that_flickers_is_counted_in_pixels() -> None:
+def test_outline_flicker_counts_pixels() -> None:
     ct, mask = thorax((4, 64, 64))
     generated = ct.copy()
     generated[1, 10:12, 10:54] = -1000  # two rows of 44 pixels less
@@ -233,7 +241,7 @@ def test_an_outline_that_flickers_is_counted_in_pixels() -> None:
     assert apart["outline_step"] == pytest.approx(44, abs=3)
 
 
-def test_an_organs_steps_are_its_own() -> None:
+def test_organ_slice_steps_are_separate() -> None:
     ct, mask = thorax((4, 64, 64))
     generated = ct.copy()
     generated[1::2][mask[1::2] == 1] += 40
@@ -250,9 +258,8 @@ def test_an_organs_steps_are_its_own() -> None:
 @pytest.mark.parametrize(
     ("total", "count"), [(48, 24), (48, 47), (30, 2), (9, 5), (7, 6), (5, 4), (100, 98)]
 )
-def test_validation_takes_pairs_of_neighbours_spread_over_the_volume(
-    total: int, count: int
-) -> None:
+def test_validation_takes_spread_slice_pairs(total: int, count: int) -> None:
+    """Validation takes pairs of neighbours that are spread over the volume."""
     chosen = neighbours(total, count)
     assert (
         len(chosen) == count // 2 * 2
@@ -267,7 +274,8 @@ def test_validation_takes_pairs_of_neighbours_spread_over_the_volume(
     ).tolist() == [total // 2]
 
 
-def test_ms_ssim_takes_the_scales_that_the_slices_allow() -> None:
+def test_ms_ssim_scales_fit_slices() -> None:
+    """MS-SSIM takes as many scales as the size of the slices allows."""
     assert [scales_of(side) for side in (8, 11, 64, 128, 176, 512)] == [0, 1, 3, 4, 5, 5]
     ct = np.random.default_rng(0).integers(-500, 500, (2, 64, 64)).astype(np.int16)
     same, other = similarity([ct], [ct]), similarity([ct], [ct[::-1]])
@@ -278,7 +286,8 @@ def test_ms_ssim_takes_the_scales_that_the_slices_allow() -> None:
     )  # beyond the limits all is the same
 
 
-def test_diversity_is_the_spread_over_variants_against_that_between_patients() -> None:
+def test_diversity_relates_variants_to_patients() -> None:
+    """Diversity is the spread over variants against that between patients."""
     mask = np.ones((1, 16, 16), np.uint8)
     variants = [[np.full(mask.shape, 300 + shift) for shift in (-20, 0, 20)]]
     real = [np.array([value, np.nan]) for value in (200.0, 240, 280)]
@@ -292,7 +301,8 @@ def test_diversity_is_the_spread_over_variants_against_that_between_patients() -
     assert set(result["organs"]["aorta"].values()) == {None}
 
 
-def test_variants_are_compared_with_each_other_and_patients_with_patients() -> None:
+def test_ms_ssim_among_variants_and_patients() -> None:
+    """Variants are compared with each other, and patients with patients."""
     rng = np.random.default_rng(0)
     a, b, c = rng.integers(-500, 500, (3, 12, 64, 64)).astype(np.int16)
     mask = np.zeros((12, 64, 64), np.uint8)
@@ -318,7 +328,8 @@ def test_variants_are_compared_with_each_other_and_patients_with_patients() -> N
     )
 
 
-def test_the_ceiling_is_what_lies_between_real_patients() -> None:
+def test_diversity_ceiling_from_real_patients() -> None:
+    """The ceiling is the distance between real patients."""
     ct, mask = thorax()
     other = ct.copy()
     other[mask == 1] += 30
@@ -326,9 +337,8 @@ def test_the_ceiling_is_what_lies_between_real_patients() -> None:
     assert result["organs"]["heart"]["wasserstein"] == 30 and result["body"]["z_difference"] == 0
 
 
-def test_variants_and_a_reference_are_measured_from_the_command_line(
-    tmp_path: Path, cohort: Path, command
-) -> None:
+def test_evaluate_command_measures_variants(tmp_path: Path, cohort: Path, command) -> None:
+    """The command measures variants and a reference."""
     for name in ("masks", "truth", "synthetic"):
         (tmp_path / name).mkdir()
     for path in sorted(cohort.glob("*_label.nii.gz"))[:2]:

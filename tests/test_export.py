@@ -29,7 +29,7 @@ def graph_of(run_folder: Path) -> LabelsToIntensity:
     return LabelsToIntensity(load_generator(run_folder), len(run.labels), run.intensity)
 
 
-def test_the_model_folder_holds_what_its_manifest_says(model: Path, trained: Path) -> None:
+def test_model_folder_matches_manifest(model: Path, trained: Path) -> None:
     manifest, run = Manifest.load(model), load_run(trained)
     assert sorted(p.name for p in model.iterdir()) == FILES
     assert sorted(manifest.files) == FILES[2:]
@@ -44,7 +44,7 @@ def test_the_model_folder_holds_what_its_manifest_says(model: Path, trained: Pat
     assert manifest.training["weights_sha256"] == sha256_of(trained / "generator.safetensors")
 
 
-def test_no_patient_or_path_reaches_the_model(model: Path, cohort: Path) -> None:
+def test_model_has_no_patient_or_path(model: Path, cohort: Path) -> None:
     text = "".join(repr(path.read_bytes()) for path in model.iterdir())
     assert (
         "ct_train" not in text and str(cohort) not in text and str(cohort.parent.parent) not in text
@@ -117,11 +117,12 @@ def check_for_tensorrt(path: Path, inner: set[int]) -> None:
 
 
 @pytest.mark.parametrize("file", INNER)
-def test_float_graphs_hold_only_what_tensorrt_takes(file: str, model: Path) -> None:
+def test_float_graph_operators_suit_tensorrt(file: str, model: Path) -> None:
+    """Float graphs hold only what TensorRT takes."""
     check_for_tensorrt(model / file, INNER[file])
 
 
-def test_the_half_graph_is_half(model: Path) -> None:
+def test_fp16_graph_has_fp16_weights(model: Path) -> None:
     """Every convolution's weights are FP16; what comes after them, where 65536 must fit, is
     FP32.
     """
@@ -137,9 +138,10 @@ def test_the_half_graph_is_half(model: Path) -> None:
     assert (model / "model.fp16.onnx").stat().st_size < 0.6 * (model / "model.onnx").stat().st_size
 
 
-def test_the_int8_graph_quantises_unsigned_activations_and_signed_weights_of_each_channel(
+def test_int8_graph_quantisation_scheme(
     model: Path,
 ) -> None:
+    """INT8 quantises unsigned activations, and signed weights of each channel."""
     graph = onnx.load(model / "model.int8.onnx").graph
     constants = {t.name: t for t in graph.initializer}
     sources = {name: node for node in graph.node for name in node.output}
@@ -166,7 +168,7 @@ def test_batch_norms_are_folded_into_convolutions(model: Path) -> None:
         ]
 
 
-def test_nodes_bear_the_names_of_the_networks_modules(model: Path, trained: Path) -> None:
+def test_onnx_nodes_have_module_names(model: Path, trained: Path) -> None:
     modules = {f"generator.{name}" for name, _ in load_generator(trained).named_modules()}
     for file in INNER:
         names = [n.name for n in onnx.load(model / file).graph.node]
@@ -175,7 +177,7 @@ def test_nodes_bear_the_names_of_the_networks_modules(model: Path, trained: Path
         assert "generator.encoder.0.0/Conv" in names
 
 
-def test_the_graph_synthesizes_hu_as_little_endian_bytes(trained: Path) -> None:
+def test_onnx_output_is_little_endian_hu(trained: Path) -> None:
     class Ramp(torch.nn.Module):
         def forward(self, condition, noise=None, style=None):
             n, _, h, w = condition.shape
@@ -223,9 +225,7 @@ def test_labels_reach_their_own_channels(trained: Path) -> None:
         ),
     ],
 )
-def test_a_run_that_was_altered_is_refused_with_exit_2(
-    spoil, fact: str, trained: Path, tmp_path: Path, command
-) -> None:
+def test_altered_run_is_exit_2(spoil, fact: str, trained: Path, tmp_path: Path, command) -> None:
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     spoil(run)
@@ -239,7 +239,7 @@ def test_a_run_that_was_altered_is_refused_with_exit_2(
     assert not (tmp_path / "model").exists()
 
 
-def test_an_output_that_cannot_be_written_is_exit_4(trained: Path, tmp_path: Path, command) -> None:
+def test_unwritable_export_is_exit_4(trained: Path, tmp_path: Path, command) -> None:
     (tmp_path / "file").write_text("")
     done = command(
         "export/build_engine.py",
@@ -256,9 +256,10 @@ def test_an_output_that_cannot_be_written_is_exit_4(trained: Path, tmp_path: Pat
     )
 
 
-def test_without_tensorrt_it_is_exit_3_and_the_validated_onnx_model_replaces_the_older_one_whole(
+def test_export_without_tensorrt_is_exit_3(
     trained: Path, model: Path, tmp_path: Path, command
 ) -> None:
+    """The validated ONNX model replaces the older one completely."""
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "model" / "stale.txt").write_text("of an older version")
     done = command("export/build_engine.py", trained, "-o", tmp_path / "model")
@@ -270,7 +271,8 @@ def test_without_tensorrt_it_is_exit_3_and_the_validated_onnx_model_replaces_the
         assert sha256_of(tmp_path / "model" / name) == sha256_of(model / name), name
 
 
-def test_load_generator_rebuilds_the_network_from_the_folder_alone(trained: Path) -> None:
+def test_load_generator_needs_folder_alone(trained: Path) -> None:
+    """`load_generator` rebuilds the network from the model folder alone."""
     net = load_generator(trained)
     stored = load_file(trained / "generator.safetensors")
     assert not net.training and set(net.state_dict()) == set(stored)

@@ -13,7 +13,8 @@ from runtime.core.errors import UsageError
 from train.figures import comparison, progress, write_snapshot
 
 
-def test_a_run_keeps_three_slices_at_the_papers_moments(trained: Path) -> None:
+def test_run_keeps_slices_for_figure(trained: Path) -> None:
+    """A run keeps three slices at the moments that the paper's figure shows."""
     files = sorted((trained / "progress").iterdir())
     assert [int(f.name[5:13]) for f in files] == sorted(
         {round(6 * share) for share in (0, 0.1, 0.25, 0.5, 0.75, 1)}
@@ -43,9 +44,8 @@ def test_one_command_draws_the_figure(trained: Path, tmp_path: Path, command) ->
     )
 
 
-def test_the_nearest_moment_stands_in_for_one_that_was_not_synthesized(
-    trained: Path, tmp_path: Path
-) -> None:
+def test_nearest_moment_replaces_missing_one(trained: Path, tmp_path: Path) -> None:
+    """The nearest moment stands in for one that was not synthesized."""
     shutil.copy(trained / "config.json", tmp_path)
     with pytest.raises(UsageError, match="no synthetic slices"):
         progress(tmp_path, tmp_path / "figure.png")
@@ -58,10 +58,12 @@ def test_the_nearest_moment_stands_in_for_one_that_was_not_synthesized(
         progress(tmp_path, tmp_path / "figure.png")
 
 
-def test_a_comparison_shows_condition_generated_and_original_of_three_slices(
+def test_comparison_has_three_slices(
     tmp_path: Path,
 ) -> None:
-    """As the original's pictures do: a row for each sample, at the window's dark end, its middle
+    """A comparison shows condition, generated and original of three slices.
+
+    As the original's pictures do: a row for each sample, at the window's dark end, its middle
     and its bright end.
     """
     from matplotlib.image import imread

@@ -64,7 +64,7 @@ def test_special_files_are_refused_at_once(make: Callable[[Path], None], tmp_pat
 
 @pytest.mark.parametrize("option", ["--labels", "--rules"])
 @pytest.mark.parametrize("make", [*SPECIAL, make_large])
-def test_texts_wait_for_nobody(
+def test_text_from_pipe_is_not_awaited(
     make: Callable[[Path], None], option: str, fake_model: Path, tmp_path: Path
 ) -> None:
     """Neither a pipe that nobody writes into nor a text without an end holds the command, or its
@@ -128,7 +128,7 @@ def test_pipe_swapped_in_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not before or len(os.listdir("/proc/self/fd")) == before
 
 
-def test_links_out_of_a_folder_are_passed_over(
+def test_links_out_of_folder_are_skipped(
     fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, secret = tmp_path / "in", write_mask(tmp_path / "secret.nii.gz")
@@ -156,8 +156,11 @@ def test_links_out_of_a_folder_are_passed_over(
     assert "3 pipe, device or outward links not read" in error
 
 
-def test_a_link_given_by_name_is_followed(fake_model: Path, tmp_path: Path) -> None:
-    """Who types it chooses it: the file, or the folder."""
+def test_named_link_is_followed(fake_model: Path, tmp_path: Path) -> None:
+    """A link that is given by its name is followed.
+
+    Who types it chooses it: the file, or the folder.
+    """
     (tmp_path / "in").mkdir()
     write_mask(tmp_path / "in" / "a.nii.gz")
     (tmp_path / "b.nii.gz").symlink_to("in/a.nii.gz")
@@ -166,7 +169,7 @@ def test_a_link_given_by_name_is_followed(fake_model: Path, tmp_path: Path) -> N
     assert listed(tmp_path / "out") >= {"a_ct.nii.gz", "b_ct.nii.gz"}
 
 
-def test_a_folder_of_nothing_but_links_says_so(
+def test_folder_of_links_is_named(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in").mkdir()
@@ -175,7 +178,7 @@ def test_a_folder_of_nothing_but_links_says_so(
     assert "1 pipe, device or outward link" in capsys.readouterr().err
 
 
-def test_voxels_behind_a_link_are_not_read(tmp_path: Path) -> None:
+def test_voxels_behind_link_are_refused(tmp_path: Path) -> None:
     """A header in a folder names a file beside it, which leads to one that its sender could not
     read.
     """
@@ -226,7 +229,8 @@ def test_unfinished_links_are_removed_not_followed(tmp_path: Path) -> None:
     assert listed(tmp_path) == {"precious"} and (tmp_path / "precious" / "a").read_text() == "1"
 
 
-def test_what_belongs_to_a_folder(tmp_path: Path) -> None:
+def test_symlink_target_belongs_to_folder(tmp_path: Path) -> None:
+    """A link belongs to a folder when its target exists and is a file in it."""
     (tmp_path / "in").mkdir()
     (tmp_path / "in-2").mkdir()
     for name in ("in/a", "in-2/b"):
@@ -244,9 +248,7 @@ def test_what_belongs_to_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["result", "data set", "journal"])
-def test_links_in_the_output_folder_are_refused(
-    where: str, fake_model: Path, tmp_path: Path
-) -> None:
+def test_output_folder_links_are_refused(where: str, fake_model: Path, tmp_path: Path) -> None:
     """What they lead to keeps its bytes."""
     out, victim, mask = tmp_path / "out", tmp_path / "victim", write_mask(tmp_path / "a.nii.gz")
     out.mkdir()
@@ -266,7 +268,8 @@ def test_links_in_the_output_folder_are_refused(
     assert listed(out) <= {"a", "imagesTr"}
 
 
-def test_a_journal_that_is_a_pipe_waits_for_nobody(fake_model: Path, tmp_path: Path) -> None:
+def test_journal_pipe_is_not_awaited(fake_model: Path, tmp_path: Path) -> None:
+    """The command does not wait for a writer when the journal is a pipe."""
     (tmp_path / "out").mkdir()
     make_pipe(tmp_path / "out" / ".mask2ct.journal")
     assert synth(fake_model, tmp_path / "out", write_mask(tmp_path / "a.nii.gz")) == 4
@@ -274,7 +277,7 @@ def test_a_journal_that_is_a_pipe_waits_for_nobody(fake_model: Path, tmp_path: P
 
 @pytest.mark.parametrize("make", SPECIAL)
 @pytest.mark.parametrize("name", ["manifest.json", "model.onnx", "audit.jsonl"])
-def test_special_files_are_called_so(
+def test_special_files_are_named(
     name: str,
     make: Callable[[Path], None],
     fake_model: Path,

@@ -50,9 +50,10 @@ def zipped(folder: Path) -> Path:
     return Path(shutil.make_archive(str(folder), "zip", folder))
 
 
-def test_every_seg_and_structure_set_of_a_folder_is_a_case_and_its_ct_is_none(
+def test_folder_segs_and_rtstructs_are_cases(
     tmp_path: Path,
 ) -> None:
+    """Every SEG and structure set of a folder is a case, and their CT is none."""
     hospital(tmp_path / "in")
     write_mask(tmp_path / "in" / "mine.nii.gz")
     cases = find_cases([tmp_path / "in"])
@@ -74,7 +75,8 @@ def test_every_seg_and_structure_set_of_a_folder_is_a_case_and_its_ct_is_none(
     assert [case.name for case in again] == [case.name for case in cases]
 
 
-def test_a_zip_is_read_as_the_folder_in_it_would_be(tmp_path: Path) -> None:
+def test_zip_equals_its_folder(tmp_path: Path) -> None:
+    """A zip is read as the folder in it would be."""
     hospital(tmp_path / "in")
     write_mask(tmp_path / "in" / "mine.nii.gz")
     write_mask(tmp_path / "in" / "detached.mhd")
@@ -109,12 +111,13 @@ def member(path: Path, *names: str, content: bytes = b"x", link: bool = False) -
         "C:/evil.nii.gz",
     ],
 )
-def test_a_zip_whose_names_lead_outside_is_refused(name: str, tmp_path: Path) -> None:
+def test_zip_path_traversal_is_refused(name: str, tmp_path: Path) -> None:
+    """A zip whose names lead outside is refused."""
     with pytest.raises(UsageError, match="leads outside"):
         find_cases([member(tmp_path / "z.zip", "good.nii.gz", name)])
 
 
-def test_a_zip_bomb_is_refused_before_it_is_unpacked(
+def test_zip_bomb_is_refused_before_unpacking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(archive, "ALWAYS", 1 << 20)
@@ -124,7 +127,8 @@ def test_a_zip_bomb_is_refused_before_it_is_unpacked(
         find_cases([member(tmp_path / "z.zip", "a.nii.gz", "b.nii.gz", content=bytes(2 << 20))])
 
 
-def test_links_in_a_zip_are_not_followed_and_text_is_no_zip(tmp_path: Path) -> None:
+def test_zip_links_are_not_followed(tmp_path: Path) -> None:
+    """A text that is called like a zip is refused."""
     with pytest.raises(UsageError, match="holds no masks"):
         find_cases([member(tmp_path / "z.zip", "a.nii.gz", content=b"/etc/passwd", link=True)])
     with pytest.raises(UsageError, match="holds no masks"):
@@ -134,7 +138,8 @@ def test_links_in_a_zip_are_not_followed_and_text_is_no_zip(tmp_path: Path) -> N
         find_cases([tmp_path / "text.zip"])
 
 
-def test_of_two_image_series_one_must_be_chosen(tmp_path: Path) -> None:
+def test_two_image_series_need_choice(tmp_path: Path) -> None:
+    """Of two image series one must be chosen."""
     first, second = slices(blobs(), SeriesNumber=4), slices(blobs((3, 20, 24)), SeriesNumber=5)
     save(tmp_path / "in" / "a", first)
     save(tmp_path / "in" / "b", second)
@@ -155,9 +160,10 @@ def test_of_two_image_series_one_must_be_chosen(tmp_path: Path) -> None:
         find_cases([tmp_path / "in"], series="6")
 
 
-def test_list_shows_on_the_screen_which_file_is_which(
+def test_list_maps_names_to_files(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """`list` shows on the screen which file is which."""
     hospital(tmp_path / "in", segs=1)
     write_mask(tmp_path / "in" / "mine.nii.gz")
     assert (
@@ -187,9 +193,10 @@ def test_list_shows_on_the_screen_which_file_is_which(
     )
 
 
-def test_nothing_of_a_patient_reaches_results_reports_or_messages(
+def test_patient_data_reach_no_output(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Nothing of a patient reaches results, reports or messages."""
     sources = hospital(tmp_path / "in")
     segmentation(
         tmp_path / "in" / "Doe_John" / "SEG" / "Doe_unknown.dcm",
@@ -240,9 +247,8 @@ def test_nothing_of_a_patient_reaches_results_reports_or_messages(
         )
 
 
-def test_without_pydicom_a_dicom_mask_is_exit_3_with_the_command(
-    root: Path, tmp_path: Path, fake_model: Path
-) -> None:
+def test_dicom_without_pydicom_is_exit_3(root: Path, tmp_path: Path, fake_model: Path) -> None:
+    """The message has the command that installs pydicom."""
     hospital(tmp_path / "in", segs=1)
     hide = (
         "import sys; sys.modules['pydicom'] = None\nfrom runtime.__main__ import main\nfrom"

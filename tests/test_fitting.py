@@ -94,9 +94,8 @@ def network(request: pytest.FixtureRequest) -> Network:
     return Network(torch.logspace(-1, 1, 16) if request.param else torch.ones(16)).eval()
 
 
-def test_on_slices_it_was_not_fitted_to_the_error_is_a_fraction_of_what_it_was(
-    network: Network, tmp_path: Path
-) -> None:
+def test_int8_fit_generalizes_to_slices(network: Network, tmp_path: Path) -> None:
+    """On slices to which it was not fitted the error is a fraction of the error before."""
     quantizer, path = (
         Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)),
         tmp_path / "int8.onnx",
@@ -111,9 +110,8 @@ def test_on_slices_it_was_not_fitted_to_the_error_is_a_fraction_of_what_it_was(
     assert 1e-5 < error(path, network, labels(2)) < 0.7 * before
 
 
-def test_a_layer_left_in_float_takes_back_errors_of_those_before_it(
-    network: Network, tmp_path: Path
-) -> None:
+def test_float_layer_corrects_earlier_errors(network: Network, tmp_path: Path) -> None:
+    """A layer that stays in float corrects errors of the layers before it."""
     quantizer, path = (
         Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)),
         tmp_path / "int8.onnx",
@@ -124,7 +122,8 @@ def test_a_layer_left_in_float_takes_back_errors_of_those_before_it(
     assert error(path, network, labels(2)) < 0.7 * before
 
 
-def test_all_in_float_it_is_the_network_itself(network: Network, tmp_path: Path) -> None:
+def test_float_fit_is_the_network(network: Network, tmp_path: Path) -> None:
+    """With all layers in float the fitted graph is the network itself."""
     quantizer, path = (
         Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0)),
         tmp_path / "float.onnx",
@@ -133,23 +132,25 @@ def test_all_in_float_it_is_the_network_itself(network: Network, tmp_path: Path)
     assert error(path, network, labels(2)) < 1e-5
 
 
-def test_the_same_inputs_give_the_same_file(network: Network, tmp_path: Path) -> None:
+def test_equal_inputs_give_equal_file(network: Network, tmp_path: Path) -> None:
     source = exported(network, tmp_path / "fp32.onnx")
     for name in ("a", "b"):
         Quantizer(source, labels(0)).fitted(network, labels(1)).write(tmp_path / name, ())
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_a_network_that_the_graph_does_not_come_from_is_refused(
-    network: Network, tmp_path: Path
-) -> None:
+def test_fit_refuses_foreign_network(network: Network, tmp_path: Path) -> None:
+    """A network from which the graph does not come is refused."""
     quantizer = Quantizer(exported(network, tmp_path / "fp32.onnx"), labels(0))
     with pytest.raises(ValueError, match="the graph's weights of first/Conv are not the network's"):
         quantizer.fitted(Network(torch.full((16,), 2.0)).eval(), labels(1))
 
 
-def test_a_layer_that_reads_zeros_alone_is_held(tmp_path: Path) -> None:
-    """As in a network that died in training: its file is to be validated like any other."""
+def test_int8_fit_of_zero_inputs(tmp_path: Path) -> None:
+    """A layer that reads zeros alone is fitted as well.
+
+    As in a network that died in training: its file is to be validated like any other.
+    """
     torch.manual_seed(0)
     dead = Network(torch.ones(16)).eval()
     with torch.no_grad():
@@ -189,7 +190,8 @@ class Grouped(nn.Module):
         return self.second(self.first(condition).relu())
 
 
-def test_groups_of_several_channels_and_gaps_between_taps_are_fitted_too(tmp_path: Path) -> None:
+def test_grouped_dilated_convolutions_are_fitted(tmp_path: Path) -> None:
+    """Groups of several channels and gaps between taps are fitted too."""
     torch.manual_seed(0)
     network = Grouped().eval()
     quantizer, path = (
@@ -254,7 +256,8 @@ def test_unknown_layer_is_refused(network: Network, tmp_path: Path) -> None:
         quantizer.fitted(network, labels(1))
 
 
-def test_eight_bits_hold_zero_exactly_and_end_at_their_range() -> None:
+def test_int8_range_holds_zero_exactly() -> None:
+    """Eight bits hold zero exactly and end at the range."""
     x = torch.tensor([-2.0, -0.5, 0.0, 0.004, 1.5, 9.0])
     held = fake_quantize(x, -1.0, 1.55)
     np.testing.assert_allclose(held, [-1.0, -0.5, 0.0, 0.0, 1.5, 1.55], atol=1e-6)
