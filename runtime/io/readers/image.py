@@ -17,7 +17,7 @@ from ...core.errors import GeometryError, InputError, UnreadableVolume, UsageErr
 from ...core.volume import Geometry, LabelVolume, Volume
 from .. import archive
 from ..cases import Case
-from ..dicom.files import dataset, map_dicom_errors, scan, walk
+from ..dicom.files import map_dicom_errors, read_dataset, scan, walk
 from ..volume_files import SUFFIXES, is_synthetic, stem, volume_files
 from .dicom_series import read_ct
 from .volume import read_volume
@@ -185,7 +185,7 @@ def _series_referred_to(case: Case) -> set[str]:
     if case.kind == "rtstruct":
         return set(references(case.files[0], case.name).series)
     with map_dicom_errors(case.name):
-        header = dataset(case.files[0], tags=["ReferencedSeriesSequence"])
+        header = read_dataset(case.files[0], tags=["ReferencedSeriesSequence"])
         return {
             str(item.get("SeriesInstanceUID", ""))
             for item in header.get("ReferencedSeriesSequence") or ()
