@@ -19,8 +19,8 @@ from ...core.atomic_files import belongs_to, sha256_of
 from ...core.errors import Mask2CTError, UnreadableVolume, UsageError, importing
 from ...core.volume import DicomSource
 from .. import archive
+from ..marks import DICOM_KEYWORDS, dicom_written_by_mask2ct
 from ..readers.cut_files import ends_early, last_element_is_cut
-from ..volume_files import DERIVED_MARK, MARKS
 from . import inflate
 
 # Segmentation Storage, Label Map Segmentation Storage
@@ -35,17 +35,15 @@ _HEADER = [
     "StudyInstanceUID",
     "Modality",
     "SeriesNumber",
-    "SeriesDescription",
     "Rows",
     "Columns",
     "NumberOfFrames",
     "FrameOfReferenceUID",
-    "SyntheticData",
     "PixelData",
     "InstanceNumber",
     "ImagesInAcquisition",
     "NumberOfSlices",
-    "Manufacturer",
+    *DICOM_KEYWORDS,
 ]
 _DICOMDIR = "1.2.840.10008.1.3.10"
 CUT_SHORT, UNFINISHED_COPY = "cut short", "unfinished copy"
@@ -82,7 +80,7 @@ class Instance:
         frame_of_reference: the Frame of Reference UID.
         title: the Series Description, for the screen alone.
         size: (columns, rows, frames).
-        ours: whether mask2ct wrote the file.
+        written_by_mask2ct: whether mask2ct wrote the file (see `runtime.io.marks`).
         damage: why the file cannot be read completely, in two or three words; empty for a complete
             file.
         instance_number: the Instance Number, where there is one.
@@ -98,7 +96,7 @@ class Instance:
     frame_of_reference: str
     title: str
     size: tuple[int, int, int]
-    ours: bool
+    written_by_mask2ct: bool
     damage: str = ""
     instance_number: int | None = None
     images: int = 0
@@ -307,7 +305,6 @@ def _instance(path: Path) -> Instance:
             cut = ends_early(ds, plain, pixels=kind in ("seg", "image"))
             if kind is None and (cut or _lacks_header(ds, sop)):
                 return damaged_instance(path, CUT_SHORT if cut else "with an incomplete header")
-            description = str(ds.get("SeriesDescription", ""))
             return Instance(
                 path,
                 kind,
@@ -315,9 +312,9 @@ def _instance(path: Path) -> Instance:
                 str(ds.get("SeriesInstanceUID", "")) or uid,
                 str(ds.get("SeriesNumber") or ""),
                 str(ds.get("FrameOfReferenceUID", "")),
-                description,
+                str(ds.get("SeriesDescription", "")),
                 (columns, rows, frames),
-                _is_ours(ds, description),
+                dicom_written_by_mask2ct(ds),
                 CUT_SHORT if cut else "",
                 _integer(ds, "InstanceNumber"),
                 max(_integer(ds, "ImagesInAcquisition") or 0, _integer(ds, "NumberOfSlices") or 0),
@@ -333,14 +330,6 @@ def _kind(sop_class: str, *, has_pixels: bool) -> str | None:
     if sop_class == RTSTRUCT:
         return "rtstruct"
     return "image" if has_pixels else None
-
-
-def _is_ours(ds: Any, description: str) -> bool:
-    """Whether mask2ct wrote an instance, synthetic or derived."""
-    is_synthetic = ds.get("SyntheticData") == "YES" and "NOT FOR DIAGNOSIS" in description
-    return is_synthetic or (
-        str(ds.get("Manufacturer", "")) == MARKS[1] and DERIVED_MARK in description
-    )
 
 
 def damaged_instance(path: Path, damage: str) -> Instance:
