@@ -27,7 +27,8 @@ from runtime.core.errors import OutputError, UnreadableVolume, UsageError
 from runtime.io.case_finding import find_cases
 from runtime.io.cases import PassedOver
 from runtime.io.dicom.files import is_dicom
-from runtime.io.volume_files import check_header, is_synthetic
+from runtime.io.marks import written_by_mask2ct
+from runtime.io.volume_files import check_header
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pipes and devices with names")
 
@@ -59,7 +60,7 @@ def test_special_files_are_refused_at_once(make: Callable[[Path], None], tmp_pat
     make(path)
     with pytest.raises(OSError, match="a pipe, a socket or a device"):
         open_input(path)
-    assert not is_dicom(path) and not is_synthetic(path)
+    assert not is_dicom(path) and not written_by_mask2ct(path)
 
 
 @pytest.mark.parametrize("option", ["--labels", "--rules"])

@@ -22,7 +22,7 @@ from runtime import LabelVolume, OutputError, Synthesizer, UsageError
 from runtime.core.manifest import Label, LabelTable
 from runtime.core.volume import CTSlab, Geometry
 from runtime.engines.fake import FakeEngine, fake_manifest
-from runtime.io.volume_files import is_synthetic
+from runtime.io.marks import written_by_mask2ct
 from runtime.io.writers.base import result_name
 from runtime.io.writers.registry import DEFAULT_OPTIONS, FORMATS, OutputRecord
 from runtime.io.writers.volume import GZIP_THREADS, planes_of, write_ct
@@ -93,7 +93,7 @@ def test_a_volume_says_that_it_is_synthetic_and_comes_with_its_mask(
     ]
     for path in made:
         content = gzip.decompress(path.read_bytes()) if suffix == ".nii.gz" else path.read_bytes()
-        assert NOTICE in content[:1024] and is_synthetic(path)
+        assert NOTICE in content[:1024] and written_by_mask2ct(path)
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(made[1]))), blobs())
     before = {p.name: p.read_bytes() for p in made}
     assert (

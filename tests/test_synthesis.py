@@ -10,6 +10,7 @@ import time
 import tracemalloc
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,16 @@ def test_equal_grids_have_equal_digests_whichever_way_a_reader_writes_zero() -> 
         LabelVolume(labels, Geometry(affine)).digest
         == LabelVolume(labels, Geometry(negative)).digest
     )
+
+
+def test_digest_follows_replaced_labels() -> None:
+    """A deformed mask is another case, also where the digest of its source is known already."""
+    grid = Geometry(np.eye(4))
+    volume = LabelVolume(np.zeros((2, 3, 4), np.uint8), grid)
+    assert volume.compute_digest() == volume.digest
+    labels = np.ones((2, 3, 4), np.uint8)
+    deformed = replace(volume, labels=labels)
+    assert deformed.digest == LabelVolume(labels, grid).digest != volume.digest
 
 
 def test_masks_that_differ_anywhere_have_other_digests_however_they_lie_in_memory() -> None:

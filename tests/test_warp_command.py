@@ -25,8 +25,8 @@ from runtime.__main__ import main
 from runtime.core.console import run
 from runtime.core.deformation import DeformationParams
 from runtime.io.dicom.files import scan
+from runtime.io.marks import written_by_mask2ct
 from runtime.io.readers.volume import read_volume
-from runtime.io.volume_files import is_synthetic
 
 SHAPE = (12, 40, 44)
 VALUES = (0, 205, 500)
@@ -359,7 +359,7 @@ def test_results_say_what_they_are(files: tuple[Path, Path], tmp_path: Path) -> 
             == 0
         )
         for path in out.glob("p1*"):
-            assert is_synthetic(path)  # ours, and so no mask, and never taken for a real CT
+            assert written_by_mask2ct(path)  # ours, and so no mask, and never taken for a real CT
             assert warp(mask, "--warp", path, "--output", tmp_path / "again") == 2
     lines = [json.loads(line) for line in (tmp_path / "audit.jsonl").read_text().splitlines()]
     made, *_ = [line for line in lines if line["action"] == "synthesized"]
@@ -469,8 +469,8 @@ def test_dicom_says_derived_not_synthetic(
                 and "MRN123" not in text
                 and "1.2.3.8" not in text
             )
-            assert is_synthetic(file)
-        assert all(instance.ours for instance in scan(folder.iterdir()))
+            assert written_by_mask2ct(file)
+        assert all(instance.written_by_mask2ct for instance in scan(folder.iterdir()))
         assert "Error" not in output_of(tool("dcentvfy"), *sorted(folder.iterdir()))
     first = {pydicom.dcmread(file).SOPInstanceUID for file in out.rglob("*.dcm")}
     assert (

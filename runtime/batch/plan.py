@@ -16,7 +16,7 @@ from ..core.labels import LabelMap
 from ..core.manifest import Manifest
 from ..core.workspace import remove_abandoned
 from ..io.cases import Case
-from ..io.volume_files import is_cut, is_synthetic
+from ..io.marks import is_cut, written_by_mask2ct
 from ..io.writers.registry import DEFAULT_OPTIONS, FORMATS, Format, FormatOptions
 from .completion_log import Journal, names_in
 
@@ -159,7 +159,7 @@ class Plan:
             if not filename_fits(file):
                 continue
             _refuse_links(self.output, file)
-            if not file.exists() or self.writer.is_ours(file):
+            if not file.exists() or self.writer.written_by_mask2ct(file):
                 continue
             if journal_names is None:
                 journal_names = names_in(self.output)
@@ -233,11 +233,11 @@ def _as_json(value: object) -> object:
 
 
 def _is_damaged(result: Path) -> bool:
-    """Whether a result of ours, a file or a folder, is too short to say who wrote it."""
+    """Whether a result of mask2ct, a file or a folder, is too short to say who wrote it."""
     if not result.is_dir():
         return is_cut(result)
     return all(
-        belongs_to(result, file) and (is_synthetic(file) or is_cut(file))
+        belongs_to(result, file) and (written_by_mask2ct(file) or is_cut(file))
         for file in result.iterdir()
     )
 

@@ -279,8 +279,8 @@ class BatchRunner:
                 self._check_unchanged(case, before, all_inputs)
                 self._format.check_mask(volume)
                 warnings = (*volume.notes, *self._source.notes(case.display_name.name, volume))
-                # computed here, beside the inference thread; the volume keeps it
-                volume.digest  # noqa: B018
+                # here, so that the inference thread does not wait for it
+                volume.compute_digest()
             except InputError as exc:
                 exc.file = exc.file or case.display_name
                 yield _Item(CaseResult(case.name, case.display_name, None, error=exc), "")

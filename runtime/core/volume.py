@@ -243,6 +243,8 @@ class LabelVolume:
     nifti_header: bytes | None = field(default=None, compare=False)
     dicom: DicomSource | None = field(default=None, compare=False)
     notes: tuple[str, ...] = field(default=(), compare=False)
+    # Set once the digest is computed. `dataclasses.replace` does not copy it to other labels.
+    _known_digest: bytes | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.labels.ndim != 3 or self.labels.dtype != np.uint8 or 0 in self.labels.shape:
@@ -271,25 +273,41 @@ class LabelVolume:
             nifti_header: As in `Volume`.
             notes: Warnings of the reader for a person.
         """
-        labels, digest = np.empty(shape, np.uint8), _digest(shape, geometry)
+        labels, digest = np.empty(shape, np.uint8), _start_digest(shape, geometry)
         for n, plane in enumerate(planes):
             labels[n] = plane
             _add_plane(digest, plane)
         volume = cls(labels, geometry, nifti_header, notes=notes)
-        # `cached_property` looks here first, so that the labels are not read a second time.
-        volume.__dict__["digest"] = digest.digest()
+        # The labels are not read a second time.
+        volume._keep_digest(digest.digest())
         return volume
 
-    @cached_property
+    @property
     def digest(self) -> bytes:
         """SHA-256 (32 bytes) of the geometry and the runs of the labels.
 
-        It identifies the case whatever its file is called.
+        It identifies the case whatever its file is called. It is computed at the first use, unless
+        `compute_digest` did so before.
         """
-        digest = _digest(self.labels.shape, self.geometry)
+        return self.compute_digest()
+
+    def compute_digest(self) -> bytes:
+        """Compute `digest` in this thread and keep it, so that no other thread waits for it.
+
+        Returns:
+            The digest (32 bytes).
+        """
+        if self._known_digest is not None:
+            return self._known_digest
+        digest = _start_digest(self.labels.shape, self.geometry)
         for plane in self.labels:
             _add_plane(digest, plane)
-        return digest.digest()
+        return self._keep_digest(digest.digest())
+
+    def _keep_digest(self, digest: bytes) -> bytes:
+        # The class is frozen: this is the one attribute that is set later.
+        object.__setattr__(self, "_known_digest", digest)
+        return digest
 
 
 def runs(plane: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
@@ -307,7 +325,7 @@ def runs(plane: NDArray[Any]) -> tuple[NDArray[Any], NDArray[np.intp]]:
     return line[ends], np.diff(ends, prepend=-1)
 
 
-def _digest(shape: tuple[int, ...], geometry: Geometry) -> Any:
+def _start_digest(shape: tuple[int, ...], geometry: Geometry) -> Any:
     """The running SHA-256 of a `LabelVolume`, still without its labels."""
     digest = hashlib.sha256(np.asarray(shape, "<i8").tobytes())
     digest.update(geometry.affine.astype("<f8").tobytes())

@@ -16,9 +16,10 @@ from ..core.errors import UnreadableVolume, UsageError, reading
 from . import archive
 from .cases import Case, PassedOver, ReadOptions
 from .dicom.files import Instance, is_broken_link, pseudonym, scan, walk
+from .marks import written_by_mask2ct
 from .readers.class_files import classes_among
 from .readers.damaged_files import counted, damaged_beside
-from .volume_files import SUFFIXES, is_synthetic, stem, volume_files
+from .volume_files import SUFFIXES, stem, volume_files
 
 OWN = "file that mask2ct wrote"
 
@@ -125,11 +126,11 @@ def _in_folder(
         unread["folder called like a volume"] = [path for path in volumes if _is(path, Path.is_dir)]
         # A broken link is a mask that is missing: it stays in the list and fails.
         volumes = [path for path in volumes if belongs_to(folder, path) or is_broken_link(path)]
-        results = [path for path in volumes if is_synthetic(path)]
+        results = [path for path in volumes if written_by_mask2ct(path)]
     not_dicom: list[Path] = []
     instances = scan((path for path in files if not _is_volume(path)), not_dicom)
     damaged = damaged_beside(instances, not_dicom)
-    results += [instance.path for instance in instances if instance.ours]
+    results += [instance.path for instance in instances if instance.written_by_mask2ct]
     damaged_paths = {instance.path for instance in damaged}
     unread["broken link"] = [
         path for path in not_dicom if is_broken_link(path) and path not in damaged_paths
@@ -140,7 +141,9 @@ def _in_folder(
     classes = classes_among(volumes, names)
     cases = [Case(_folder_name(folder), folder, "classes", tuple(classes))] if classes else []
     cases += [replace(_volume(path), path=path) for path in volumes if path not in classes]
-    dicom = _of_instances([*(i for i in instances if not i.ours), *damaged], every=every)
+    dicom = _of_instances(
+        [*(i for i in instances if not i.written_by_mask2ct), *damaged], every=every
+    )
     cases += [
         _on_grid(replace(case, path=folder), instances)
         for case in _chosen(folder, dicom, series, every)
@@ -305,7 +308,7 @@ def _on_grid(case: Case, instances: Sequence[Instance]) -> Case:
         return case
     series: dict[str, list[Instance]] = {}
     for instance in instances:
-        if instance.kind == "image" and not instance.ours:
+        if instance.kind == "image" and not instance.written_by_mask2ct:
             series.setdefault(instance.series, []).append(instance)
     drawn = {uid for uid, group in series.items() if any(i.uid in refers.instances for i in group)}
     framed = {

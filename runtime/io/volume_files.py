@@ -1,4 +1,4 @@
-"""Volume files: which suffixes are read, which files mask2ct wrote, and what headers state.
+"""Volume files: which suffixes are read, and what headers state.
 
 Every header is parsed once, by `nifti_header`, `nrrd_header` or `meta_header`, and the voxels are
 read as it states (`voxels`). No other reader opens a file of the user.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,38 +24,16 @@ from .readers.volume_header import EXPECTED, MAX_HEADER, Header, Voxels, bad, in
 from .readers.voxels import check_complete, unpacked
 
 __all__ = [
-    "DERIVED_MARK",
     "EXPECTED",
-    "MARKS",
-    "NOTICE",
     "SUFFIXES",
     "Header",
     "Voxels",
     "bad",
     "check_header",
-    "is_synthetic",
-    "mark",
-    "notice",
     "stem",
     "volume_files",
 ]
 
-# Every header that mask2ct writes holds these two texts within its first bytes.
-MARKS = ("SYNTHETIC CT - NOT FOR DIAGNOSIS", "mask2ct")
-MARKS_WITHIN = 8192
-# Bytes, with the four that state whether extensions follow.
-NIFTI_HEADER = 352
-# At most 79 characters, for the description of a NIfTI.
-NOTICE = f"{MARKS[0]} ({MARKS[1]})"
-# Replaces the first of MARKS for a deformed real CT.
-DERIVED_MARK = "DERIVED CT - NOT FOR DIAGNOSIS"
-# First bytes of the files that mask2ct writes.
-_BEGINNINGS = {
-    ".nii": b"\x5c\x01\0\0",
-    ".nrrd": b"NRRD0004\n",
-    ".mha": b"ObjectType = Image\n",
-    ".dcm": bytes(128) + b"DICM",
-}
 SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".nhdr", ".mha", ".mhd")
 _TEXT_HEADERS = (".nrrd", ".nhdr", ".mha", ".mhd")
 
@@ -65,69 +42,6 @@ def stem(path: Path) -> str:
     """The case name: the file name without the format's suffix (`.nii.gz` counts as one)."""
     name = path.name
     return next((name[: -len(s)] for s in SUFFIXES if name.lower().endswith(s)), path.stem)
-
-
-def mark(*, derived: bool) -> str:
-    """The text in every header of a result.
-
-    Args:
-        derived: Whether the result is a deformed real CT, not a synthetic CT.
-    """
-    return DERIVED_MARK if derived else MARKS[0]
-
-
-def notice(*, derived: bool) -> str:
-    """The description of a volume file: `mark`, with the program's name.
-
-    Args:
-        derived: Whether the result is a deformed real CT, not a synthetic CT.
-    """
-    return f"{mark(derived=derived)} ({MARKS[1]})"
-
-
-def is_synthetic(path: Path) -> bool:
-    """Whether the header of a file, of any format, states that mask2ct wrote it.
-
-    It holds for synthetic and for derived CTs; False for a file that cannot be read.
-    """
-    return _is_marked(_first_bytes(path))
-
-
-def is_cut(path: Path) -> bool:
-    """Whether a file was cut so early that it cannot state who wrote it.
-
-    What mask2ct writes states it within the header of a NIfTI, or within `MARKS_WITHIN` bytes of
-    DICOM. The remaining bytes must be the beginning of such a file: other short files belong to the
-    user.
-    """
-    head = _first_bytes(path)
-    name = path.name.lower().removesuffix(".gz")
-    suffix = next((suffix for suffix in _BEGINNINGS if name.endswith(suffix)), None)
-    if head is None or suffix is None or _is_marked(head):
-        return False
-    least = MARKS_WITHIN if suffix == ".dcm" else NIFTI_HEADER
-    beginning = _BEGINNINGS[suffix]
-    return len(head) < least and head[: len(beginning)] == beginning[: len(head)]
-
-
-def _is_marked(head: bytes | None) -> bool:
-    return (
-        head is not None
-        and MARKS[1].encode() in head
-        and any(text.encode() in head for text in (MARKS[0], DERIVED_MARK))
-    )
-
-
-def _first_bytes(path: Path) -> bytes | None:
-    """The first unpacked bytes of a file, at most `MARKS_WITHIN`; None if they cannot be read."""
-    try:
-        with open_input(path) as handle:
-            if not path.name.lower().endswith(".gz"):
-                return handle.read(MARKS_WITHIN)
-            inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            return inflater.decompress(handle.read(MARKS_WITHIN), MARKS_WITHIN)
-    except (OSError, zlib.error):
-        return None
 
 
 def volume_files(path: Path) -> tuple[Path, ...]:

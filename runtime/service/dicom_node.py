@@ -122,7 +122,7 @@ class Node:
     def _cases(self, study: Path) -> list[Case]:
         """Find the masks of a study; none where mask2ct wrote all of it."""
         # Some archives send on whatever they receive, also back to this node.
-        if all(instance.ours for instance in scan(walk(study / OBJECTS))):
+        if all(instance.written_by_mask2ct for instance in scan(walk(study / OBJECTS))):
             self._audit.add("skipped", study=study.name, reason="mask2ct wrote it")
             self._events("ignored", study=study.name, reason="mask2ct wrote it")
             return []

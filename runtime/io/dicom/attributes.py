@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...core.errors import GeometryError, InputError, importing
 from ...core.version import VERSION
 from ...core.volume import LabelVolume
-from ..volume_files import MARKS, mark, notice
+from ..marks import PROGRAM, mark_text, notice
 from ..writers.base import OutputRecord
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ class Identity:
                 "PatientName": f"{name}^",
                 "PatientID": name,
                 "StudyID": kind,
-                "StudyDescription": mark(derived=derived),
+                "StudyDescription": mark_text(derived=derived),
                 "StudyDate": FIXED_DATE,
                 "StudyTime": FIXED_TIME,
             }
@@ -181,11 +181,11 @@ def describe(ds: Dataset, record: OutputRecord, identity: Identity, *, of: str =
         ds.DeidentificationMethod = (
             "Synthetic: an invented patient, no attribute of a source copied"
         )
-    ds.Manufacturer = MARKS[1]
+    ds.Manufacturer = PROGRAM
     ds.ManufacturerModelName = text(record.manifest.name)
     ds.SoftwareVersions = VERSION
-    ds.SeriesDescription = of + mark(derived=derived)
-    ds.ProtocolName = mark(derived=derived)
+    ds.SeriesDescription = of + mark_text(derived=derived)
+    ds.ProtocolName = mark_text(derived=derived)
     ds.ImageComments = notice(derived=derived)
     ds.DerivationDescription = derivation(record)
     ds.ContributingEquipmentSequence = [_equipment(record)]
@@ -268,7 +268,7 @@ def _equipment(record: OutputRecord) -> Any:
     from pydicom import Dataset
 
     item = Dataset()
-    item.Manufacturer, item.SoftwareVersions = MARKS[1], VERSION
+    item.Manufacturer, item.SoftwareVersions = PROGRAM, VERSION
     item.ManufacturerModelName = text(record.manifest.name)
     if record.manifest.derived:
         item.ContributionDescription = "deformed this image with its label mask"

@@ -1,4 +1,4 @@
-"""Read DICOM files with pydicom: headers, the instances in a folder, the stack of slices.
+"""Read DICOM files with pydicom: headers, and the instances in a folder.
 
 A message never contains a file name, a UID or the name of a person. It names a DICOM source by a
 digest (`seg-1a2b3c4d`), and `mask2ct synth --list` shows on the screen which file that is.
@@ -9,21 +9,18 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ...core.atomic_files import belongs_to, sha256_of
-from ...core.errors import GeometryError, Mask2CTError, UnreadableVolume, UsageError, importing
-from ...core.volume import DicomSource, Geometry
+from ...core.errors import Mask2CTError, UnreadableVolume, UsageError, importing
+from ...core.volume import DicomSource
 from .. import archive
+from ..marks import DICOM_KEYWORDS, dicom_written_by_mask2ct
 from ..readers.cut_files import ends_early, last_element_is_cut
-from ..volume_files import DERIVED_MARK, MARKS
 from . import inflate
 
 # Segmentation Storage, Label Map Segmentation Storage
@@ -31,14 +28,6 @@ SEGMENTATION = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
 RTSTRUCT = "1.2.840.10008.5.1.4.1.1.481.3"
 MAX_FILES = 200_000
 LINKED, OUTSIDE = "linked folder", "pipe, device or outward link"  # `walk` leaves these out
-SLICE_TOLERANCE = 0.01  # the distance of a slice from its even place, in slice spacings
-# Up to the larger of these, in mm and in slice spacings, a stack is read with a note …
-UNEVEN_MM, UNEVEN = 0.1, 0.05
-# … but not beyond this, in slice spacings: a missing slice moves others by half a spacing.
-UNEVEN_AT_MOST = 0.25
-SHEAR_TOLERANCE = 1e-3  # the sideways drift of the slices, per mm of stack
-ORIENTATION_TOLERANCE = 1e-4  # the difference of direction cosines within a series
-MAX_SLICES = 4096
 _HEADER = [
     "SOPClassUID",
     "SOPInstanceUID",
@@ -46,17 +35,15 @@ _HEADER = [
     "StudyInstanceUID",
     "Modality",
     "SeriesNumber",
-    "SeriesDescription",
     "Rows",
     "Columns",
     "NumberOfFrames",
     "FrameOfReferenceUID",
-    "SyntheticData",
     "PixelData",
     "InstanceNumber",
     "ImagesInAcquisition",
     "NumberOfSlices",
-    "Manufacturer",
+    *DICOM_KEYWORDS,
 ]
 _DICOMDIR = "1.2.840.10008.1.3.10"
 CUT_SHORT, UNFINISHED_COPY = "cut short", "unfinished copy"
@@ -93,7 +80,7 @@ class Instance:
         frame_of_reference: the Frame of Reference UID.
         title: the Series Description, for the screen alone.
         size: (columns, rows, frames).
-        ours: whether mask2ct wrote the file.
+        written_by_mask2ct: whether mask2ct wrote the file (see `runtime.io.marks`).
         damage: why the file cannot be read completely, in two or three words; empty for a complete
             file.
         instance_number: the Instance Number, where there is one.
@@ -109,7 +96,7 @@ class Instance:
     frame_of_reference: str
     title: str
     size: tuple[int, int, int]
-    ours: bool
+    written_by_mask2ct: bool
     damage: str = ""
     instance_number: int | None = None
     images: int = 0
@@ -175,7 +162,7 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def dataset(path: Path, *, tags: Sequence[str] | None = None) -> Any:
+def read_dataset(path: Path, *, tags: Sequence[str] | None = None) -> Any:
     """Read a DICOM file. Call this within `map_dicom_errors`.
 
     Args:
@@ -245,8 +232,8 @@ def _distinct(sharing: Sequence[Instance]) -> list[Instance]:
         return distinct
     # files that differ in their meta information alone are one
     with suppress(UnreadableVolume), map_dicom_errors("header"):
-        first = dataset(distinct[0].path)
-        different = [instance for instance in distinct[1:] if dataset(instance.path) != first]
+        first = read_dataset(distinct[0].path)
+        different = [instance for instance in distinct[1:] if read_dataset(instance.path) != first]
         return [distinct[0], *different]
     return distinct
 
@@ -318,7 +305,6 @@ def _instance(path: Path) -> Instance:
             cut = ends_early(ds, plain, pixels=kind in ("seg", "image"))
             if kind is None and (cut or _lacks_header(ds, sop)):
                 return damaged_instance(path, CUT_SHORT if cut else "with an incomplete header")
-            description = str(ds.get("SeriesDescription", ""))
             return Instance(
                 path,
                 kind,
@@ -326,9 +312,9 @@ def _instance(path: Path) -> Instance:
                 str(ds.get("SeriesInstanceUID", "")) or uid,
                 str(ds.get("SeriesNumber") or ""),
                 str(ds.get("FrameOfReferenceUID", "")),
-                description,
+                str(ds.get("SeriesDescription", "")),
                 (columns, rows, frames),
-                _is_ours(ds, description),
+                dicom_written_by_mask2ct(ds),
                 CUT_SHORT if cut else "",
                 _integer(ds, "InstanceNumber"),
                 max(_integer(ds, "ImagesInAcquisition") or 0, _integer(ds, "NumberOfSlices") or 0),
@@ -344,14 +330,6 @@ def _kind(sop_class: str, *, has_pixels: bool) -> str | None:
     if sop_class == RTSTRUCT:
         return "rtstruct"
     return "image" if has_pixels else None
-
-
-def _is_ours(ds: Any, description: str) -> bool:
-    """Whether mask2ct wrote an instance, synthetic or derived."""
-    is_synthetic = ds.get("SyntheticData") == "YES" and "NOT FOR DIAGNOSIS" in description
-    return is_synthetic or (
-        str(ds.get("Manufacturer", "")) == MARKS[1] and DERIVED_MARK in description
-    )
 
 
 def damaged_instance(path: Path, damage: str) -> Instance:
@@ -381,7 +359,7 @@ def _lacks_header(ds: Any, sop: str) -> bool:
     return (bool(stored_as) and sop != stored_as) or "Image Storage" in UID(sop).name
 
 
-def source(ds: Any, uids: Sequence[str], frame_of_reference: str = "") -> DicomSource:
+def dicom_source(ds: Any, uids: Sequence[str], frame_of_reference: str = "") -> DicomSource:
     """Collect what an attached series takes over from a mask. Call this in `map_dicom_errors`.
 
     Args:
@@ -408,196 +386,3 @@ def _text(value: Any) -> str:
     if isinstance(value, (list, tuple)) or type(value).__name__ == "MultiValue":
         return "\\".join(map(str, value))
     return str(value)
-
-
-def numbers(value: Any, count: int, name: str, what: str) -> NDArray[np.float64]:
-    """Read the numbers of a geometric attribute.
-
-    Args:
-        value: the value of the attribute.
-        count: how many numbers it must have.
-        name: the pseudonym of the source, for the message.
-        what: the name of the attribute, for the message.
-
-    Returns:
-        float64 (count,), all finite.
-
-    Raises:
-        GeometryError: the attribute is missing or wrong.
-    """
-    try:
-        array = np.array([float(x) for x in value], float)
-    except (TypeError, ValueError):
-        array = np.zeros(0)
-    if array.shape != (count,) or not np.isfinite(array).all():
-        raise GeometryError(
-            f"{name} states no usable {what}",
-            expected=f"{count} numbers; geometry is never guessed",
-            remedy="export it with its geometry",
-            file=Path(name),
-        )
-    return array
-
-
-def stack(
-    positions: NDArray[np.float64],
-    orientation: NDArray[np.float64],
-    pixel_spacing: NDArray[np.float64],
-    name: str,
-    *,
-    step: float | None = None,
-    thickness: float | None = None,
-    gaps: bool = False,
-    notes: list[str] | None = None,
-) -> tuple[Geometry, NDArray[np.intp], int]:
-    """Derive the grid of a stack of parallel planes (PS3.3 C.7.6.2.1.1).
-
-    Slices count along the normal, so that the grid is right-handed whatever the order of the files.
-
-    Args:
-        positions: (N, 3), ImagePositionPatient of each plane in mm.
-        orientation: (6,), the direction cosines of ImageOrientationPatient.
-        pixel_spacing: (2,), the distance of rows and of columns in mm.
-        name: the pseudonym of the source, for messages.
-        step: the distance of slices as the file states it, in mm.
-        thickness: the distance of slices where there is one slice and no `step`, in mm; 1 mm where
-            it is missing too.
-        gaps: whether planes may be missing and several may share a place, as in a SEG.
-        notes: a list that receives notes for the user.
-
-    Returns:
-        The grid, the slice number of each plane (N,), and the number of slices.
-
-    Raises:
-        GeometryError: the stack is sheared (tilted) or uneven, or slices are missing or duplicate.
-    """
-
-    def wrong(fact: str, remedy: str) -> GeometryError:
-        return GeometryError(
-            f"{name} {fact}",
-            expected="parallel slices at even distances, straight above each other",
-            remedy=remedy,
-            file=Path(name),
-        )
-
-    row, column = orientation[:3], orientation[3:]
-    if (
-        abs(np.linalg.norm(row) - 1) > 1e-3
-        or abs(np.linalg.norm(column) - 1) > 1e-3
-        or abs(row @ column) > 1e-3
-    ):
-        raise wrong(
-            f"states the orientation {orientation.tolist()}, which is not orthonormal",
-            "export it with its geometry",
-        )
-    if (pixel_spacing <= 0).any() or any(
-        s is not None and not 0 < s < 1e4 for s in (step, thickness)
-    ):
-        raise wrong(
-            f"states the spacing {[*pixel_spacing.tolist(), step]}", "export it with its geometry"
-        )
-    row, column = row / np.linalg.norm(row), column / np.linalg.norm(column)
-    normal = np.cross(row, column)
-    normal /= np.linalg.norm(normal)
-    height = positions @ normal
-    order = np.argsort(height, kind="stable")
-    lowest = positions[order[0]]
-    drift = np.linalg.norm(
-        (positions - lowest) - np.outer(height - height[order[0]], normal), axis=1
-    )
-    if (drift > 1e-2 + SHEAR_TOLERANCE * np.abs(height - height[order[0]])).any():
-        raise wrong(
-            f"is sheared: its slices drift {drift.max():.2f} mm sideways (gantry tilt, or planes of"
-            " several stacks)",
-            "resample it to an orthogonal grid first",
-        )
-    k, spacing, uneven = _places(height[order] - height[order[0]], step, gaps, wrong)
-    if uneven and notes is not None:
-        notes.append(
-            f"{name} is uneven: slices lie up to {uneven:.2g} mm off even distances; their mean of"
-            f" {spacing:.4g} mm is used"
-        )
-    slices = np.empty(len(positions), np.intp)
-    slices[order] = k
-    if not k[-1]:
-        spacing = step or thickness or 1.0
-    affine = np.eye(4)
-    affine[:3, 0] = row * pixel_spacing[1]
-    affine[:3, 1] = column * pixel_spacing[0]
-    affine[:3, 2] = normal * spacing
-    affine[:3, 3] = lowest
-    return Geometry(affine), slices, int(k[-1]) + 1
-
-
-def _places(
-    height: NDArray[np.float64],
-    step: float | None,
-    gaps: bool,
-    wrong: Callable[[str, str], GeometryError],
-) -> tuple[NDArray[np.intp], float, float]:
-    """Assign slices to the ascending heights of planes (mm, from 0).
-
-    Returns:
-        The slice of each height, the distance of slices in mm, and the largest error of a height in
-        mm, 0 where it is within the tolerance.
-    """
-    apart = np.diff(height)
-    if gaps and apart.size:
-        apart = apart[apart > SLICE_TOLERANCE * (step or np.median(apart))]
-    if not apart.size:
-        return np.zeros(len(height), np.intp), 1.0, 0.0
-    # positions decide; the stated distance is needed where no two slices are neighbors
-    if gaps:
-        ratio = apart.min() / step if step else 0.0
-        stated = round(ratio) >= 1 and abs(ratio - round(ratio)) <= SLICE_TOLERANCE * round(ratio)
-        unit = step if step and stated else float(apart.min())
-        k = np.rint(height / unit)
-        places = np.unique(k)
-        if len(places) > 2 and (common := np.gcd.reduce(places[: 1 << 16].astype(int))) > 1:
-            raise wrong(
-                f"states slices {step:g} mm apart, but none of its {len(places)} lie closer than"
-                f" {common * unit:g} mm",
-                "correct SpacingBetweenSlices, or give every slice",
-            )
-    else:
-        if (apart < SLICE_TOLERANCE * np.median(apart)).any() or not np.median(apart):
-            raise wrong("has duplicate slices: two lie in one place", "take the duplicates out")
-        k = np.arange(len(height), dtype=float)
-    # the full stack gives the distance more exactly than two neighbors
-    spacing, off = _off_even(height, k)
-    # for uneven slices the smallest distance is a poor unit: try one slice per distinct height
-    if gaps and off > SLICE_TOLERANCE * spacing + 1e-3:
-        steps = np.r_[0, np.diff(height) > SLICE_TOLERANCE * (step or np.median(apart))]
-        consecutive = np.cumsum(steps).astype(float)
-        mean, error = _off_even(height, consecutive)
-        if error <= _uneven(mean) and (step is None or abs(mean - step) <= _uneven(step)):
-            k, spacing, off = consecutive, mean, error
-    if k[-1] >= MAX_SLICES:
-        raise wrong(
-            f"spans {k[-1] + 1:.0f} slices", f"at most {MAX_SLICES} are read; check its positions"
-        )
-    if off > max(SLICE_TOLERANCE * spacing + 1e-3, _uneven(spacing)):
-        distances = np.unique(np.round(apart, 3))
-        listed = ", ".join(f"{d:g}" for d in distances[:6])
-        multiples = distances / distances[0]
-        if not gaps and np.allclose(multiples, np.rint(multiples), atol=SLICE_TOLERANCE):
-            raise wrong(
-                f"has slices {listed} mm apart (some are missing)",
-                "give the whole series, at even distances",
-            )
-        raise wrong(
-            f"is uneven: it has slices {listed} mm apart",
-            "resample it to even distances, or export it so",
-        )
-    return k.astype(np.intp), spacing, off if off > SLICE_TOLERANCE * spacing + 1e-3 else 0.0
-
-
-def _off_even(height: NDArray[np.float64], k: NDArray[np.float64]) -> tuple[float, float]:
-    """The mean distance of slices `k` and the largest error of a height, both in mm."""
-    spacing = float(height[-1] / k[-1])
-    return spacing, float(np.abs(height - k * spacing).max())
-
-
-def _uneven(spacing: float) -> float:
-    """The largest error of a slice that is read with a note, in mm."""
-    return min(max(UNEVEN_MM, UNEVEN * spacing), UNEVEN_AT_MOST * spacing)

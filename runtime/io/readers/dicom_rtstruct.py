@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from ...core.errors import GeometryError, InputError, UnreadableVolume, quantity
 from ...core.volume import DicomSource, Geometry, Layers, Segment
-from ..dicom.files import dataset, map_dicom_errors, source
+from ..dicom.files import dicom_source, map_dicom_errors, read_dataset
 from .crossings import TOLERANCE
 from .dicom_seg import code_of
 from .nesting import THIN, Area, area, once_around
@@ -79,7 +79,7 @@ def references(path: Path, name: str) -> References:
         UnreadableVolume: The file cannot be read.
     """
     with map_dicom_errors(name):
-        ds = dataset(path)
+        ds = read_dataset(path)
         drawn_on: set[str] = set()
         for _, contour in _contours(ds):
             drawn_on.update(_referenced_images(contour))
@@ -141,7 +141,7 @@ def read_rtstruct(
         GeometryError: Its contours do not lie in the slices of the grid.
     """
     with map_dicom_errors(name):
-        ds = dataset(path)
+        ds = read_dataset(path)
         regions, refers = _regions(ds, name)
         if grid is None or not like:
             _check_references(refers, None if grid is None else grid[2], name, allow_missing)
@@ -173,7 +173,7 @@ def read_rtstruct(
             slices[number], facts = _areas_by_slice(planes, region.xor, shape, reach)
             facts += _passed_over(region, geometry)
             notes += [f"{name}: {fact.format(f'ROI {number}')}" for fact in facts]
-        origin = source(
+        origin = dicom_source(
             ds,
             (str(ds.get("SOPInstanceUID", "")),),
             refers.frame_of_reference or series.frame_of_reference_uid,

@@ -17,15 +17,8 @@ from numpy.typing import NDArray
 from ...core.errors import GeometryError, InputError, UnreadableVolume
 from ...core.label_codes import concept, modified
 from ...core.volume import Layers, Segment
-from ..dicom.files import (
-    ORIENTATION_TOLERANCE,
-    dataset,
-    map_dicom_errors,
-    numbers,
-    pydicom,
-    source,
-    stack,
-)
+from ..dicom.files import dicom_source, map_dicom_errors, pydicom, read_dataset
+from ..dicom.stacking import ORIENTATION_TOLERANCE, finite_numbers, stack
 from . import seg_frames
 from .seg_frames import check_frames
 
@@ -51,7 +44,7 @@ def read_seg(path: Path, name: str, *, threshold: float | None = None) -> Layers
         GeometryError: Its frames are not one grid.
     """
     with map_dicom_errors(name):
-        ds = dataset(path)
+        ds = read_dataset(path)
         return _read(ds, name, threshold)
 
 
@@ -141,7 +134,7 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
         (depth, rows, columns),
         geometry,
         pieces,
-        source(ds, uids),
+        dicom_source(ds, uids),
         tuple(notes),
     )
 
@@ -227,7 +220,7 @@ def _read_places(ds: Any, kind: str, frames: int, name: str) -> _Places:
     positions, segments, plane = np.empty((frames, 3)), [], None
     for n, frame in enumerate(groups):
         position = _group(frame, shared, "PlanePositionSequence", name).get("ImagePositionPatient")
-        positions[n] = numbers(position, 3, name, "ImagePositionPatient")
+        positions[n] = finite_numbers(position, 3, name, "ImagePositionPatient")
         if kind != "LABELMAP":
             identification = _group(frame, shared, "SegmentIdentificationSequence", name)
             segments.append(int(identification.ReferencedSegmentNumber))
@@ -273,8 +266,9 @@ def _plane(frame: Any, shared: Any, name: str) -> NDArray[np.float64]:
     depths = (
         abs(float(measures.get(key) or 0)) for key in ("SpacingBetweenSlices", "SliceThickness")
     )
-    spacing = numbers(measures.get("PixelSpacing"), 2, name, "PixelSpacing")
-    return np.array([*numbers(orientation, 6, name, "ImageOrientationPatient"), *spacing, *depths])
+    spacing = finite_numbers(measures.get("PixelSpacing"), 2, name, "PixelSpacing")
+    cosines = finite_numbers(orientation, 6, name, "ImageOrientationPatient")
+    return np.array([*cosines, *spacing, *depths])
 
 
 def _segments(ds: Any, kind: str) -> Iterator[Segment]:

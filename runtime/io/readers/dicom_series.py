@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from ...core.errors import GeometryError, UnreadableVolume
 from ...core.intensity_check import Census
 from ...core.volume import DicomSource, Geometry, Volume
-from ..dicom.files import ORIENTATION_TOLERANCE, dataset, map_dicom_errors, numbers, source, stack
+from ..dicom.files import dicom_source, map_dicom_errors, read_dataset
+from ..dicom.stacking import ORIENTATION_TOLERANCE, finite_numbers, stack
 
 # More distinct values in one slice are grey values.
 MAX_LABELS = 256
@@ -54,13 +55,13 @@ def read_series(paths: Sequence[Path], name: str, *, force: bool = False) -> Vol
         GeometryError: Its slices are not one grid.
     """
     with map_dicom_errors(name):
-        headers = [dataset(path, tags=_GRID) for path in paths]
+        headers = [read_dataset(path, tags=_GRID) for path in paths]
         paths, headers = _without_copies(paths, headers, name)
         geometry, shape, order, notes = _grid(headers, name)
         values: NDArray[Any] | None = None
         uids = [""] * len(paths)
         for path, k in zip(paths, order, strict=True):
-            ds = dataset(path)
+            ds = read_dataset(path)
             plane = _pixels(ds, shape[1:], name, force)
             values = np.empty(shape, plane.dtype) if values is None else values
             if plane.dtype != values.dtype:
@@ -71,7 +72,7 @@ def read_series(paths: Sequence[Path], name: str, *, force: bool = False) -> Vol
         is_acquired = str(ds.get("Modality", "")) in _ACQUIRED
         if not force and is_acquired and Census.of(values).is_image(most_labels=0):
             raise _not_a_mask(ds, name, "its pixels change like grey values")
-        return Volume(values, geometry, dicom=source(ds, uids), notes=notes)
+        return Volume(values, geometry, dicom=dicom_source(ds, uids), notes=notes)
 
 
 def read_ct(paths: Sequence[Path], name: str) -> Volume:
@@ -91,12 +92,12 @@ def read_ct(paths: Sequence[Path], name: str) -> Volume:
     from pydicom.pixels.utils import pixel_array
 
     with map_dicom_errors(name):
-        headers = [dataset(path, tags=_GRID) for path in paths]
+        headers = [read_dataset(path, tags=_GRID) for path in paths]
         paths, headers = _without_copies(paths, headers, name)
         geometry, shape, order, notes = _grid(headers, name)
         values = np.empty(shape, np.float32)
         for path, k in zip(paths, order, strict=True):
-            ds = dataset(path)
+            ds = read_dataset(path)
             if str(ds.get("Modality", "")) != "CT" or int(ds.get("SamplesPerPixel", 1)) != 1:
                 raise UnreadableVolume(
                     f"{name} is not a CT",
@@ -149,7 +150,7 @@ def series_grid(
         GeometryError: Its slices are not one grid.
     """
     with map_dicom_errors(name):
-        headers = [dataset(path, tags=_GRID) for path in paths]
+        headers = [read_dataset(path, tags=_GRID) for path in paths]
         paths, headers = _without_copies(paths, headers, name)
         geometry, shape, order, notes = _grid(headers, name)
         uids = [str(headers[n].get("SOPInstanceUID", "")) for n in np.argsort(order)]
@@ -198,7 +199,7 @@ def _same_pixels(first_path: Path, second_path: Path) -> bool:
     """
     from pydicom.pixels.utils import pixel_array
 
-    first, second = dataset(first_path), dataset(second_path)
+    first, second = read_dataset(first_path), read_dataset(second_path)
     if any(first.get(key) != second.get(key) for key in _RESCALE):
         return False
     try:
@@ -234,7 +235,7 @@ def _grid(
         ds.get("PixelSpacing") or (ds.get("NominalScannedPixelSpacing") if is_single else None)
         for ds in headers
     ]
-    spacing = np.array([numbers(s, 2, name, "PixelSpacing") for s in spacings])
+    spacing = np.array([finite_numbers(s, 2, name, "PixelSpacing") for s in spacings])
     thickness, step = (
         abs(float(first.get(key) or 0)) or None
         for key in ("SliceThickness", "SpacingBetweenSlices")
@@ -267,7 +268,7 @@ def _grid(
 
 def _stacked(headers: Sequence[Any], key: str, count: int, name: str) -> NDArray[np.float64]:
     """An attribute of `count` numbers of every header: (N, count)."""
-    return np.array([numbers(ds.get(key), count, name, key) for ds in headers])
+    return np.array([finite_numbers(ds.get(key), count, name, key) for ds in headers])
 
 
 def _pixels(ds: Any, shape: tuple[int, int], name: str, force: bool) -> NDArray[Any]:

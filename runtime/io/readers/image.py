@@ -17,8 +17,9 @@ from ...core.errors import GeometryError, InputError, UnreadableVolume, UsageErr
 from ...core.volume import Geometry, LabelVolume, Volume
 from .. import archive
 from ..cases import Case
-from ..dicom.files import dataset, map_dicom_errors, scan, walk
-from ..volume_files import SUFFIXES, is_synthetic, stem, volume_files
+from ..dicom.files import map_dicom_errors, read_dataset, scan, walk
+from ..marks import written_by_mask2ct
+from ..volume_files import SUFFIXES, stem, volume_files
 from .dicom_series import read_ct
 from .volume import read_volume
 
@@ -161,11 +162,11 @@ def _images_at(place: Path) -> list[_Image]:
     images = [
         _Image(_without_ending(stem(path), IMAGE_ENDINGS), "", volume_files(path))
         for path in named
-        if not is_synthetic(path)
+        if not written_by_mask2ct(path)
     ]
     series: dict[str, list[Path]] = {}
     for instance in scan(path for path in files if not _is_volume(path)):
-        if instance.kind == "image" and not instance.ours:
+        if instance.kind == "image" and not instance.written_by_mask2ct:
             series.setdefault(instance.series, []).append(instance.path)
     return images + [_Image("", uid, tuple(paths)) for uid, paths in series.items()]
 
@@ -185,7 +186,7 @@ def _series_referred_to(case: Case) -> set[str]:
     if case.kind == "rtstruct":
         return set(references(case.files[0], case.name).series)
     with map_dicom_errors(case.name):
-        header = dataset(case.files[0], tags=["ReferencedSeriesSequence"])
+        header = read_dataset(case.files[0], tags=["ReferencedSeriesSequence"])
         return {
             str(item.get("SeriesInstanceUID", ""))
             for item in header.get("ReferencedSeriesSequence") or ()

@@ -108,7 +108,7 @@ class Format(Protocol):
             UsageError: the name of the case cannot name a file.
         """
 
-    def is_ours(self, path: Path) -> bool:
+    def written_by_mask2ct(self, path: Path) -> bool:
         """Return whether mask2ct wrote the file or folder, which a new result may then replace."""
 
     def write(

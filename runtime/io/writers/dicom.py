@@ -15,7 +15,7 @@ from ..dicom.canonical_grid import CanonicalGrid
 from ..dicom.ct_series import write_series
 from ..dicom.enhanced_ct import write_enhanced
 from ..dicom.segmentation import write_seg
-from ..volume_files import is_synthetic
+from ..marks import written_by_mask2ct
 from .base import FormatOptions, OutputRecord, result_name
 
 
@@ -58,10 +58,10 @@ class DicomFormat:
         """Return the folder of a result."""
         return (output / result_name(case, variant),)
 
-    def is_ours(self, path: Path) -> bool:
+    def written_by_mask2ct(self, path: Path) -> bool:
         """Return whether mask2ct wrote every file of the folder."""
         return path.is_dir() and all(
-            p.suffix == ".dcm" and p.is_file() and is_synthetic(p) for p in path.iterdir()
+            p.suffix == ".dcm" and p.is_file() and written_by_mask2ct(p) for p in path.iterdir()
         )
 
     def write(

@@ -22,7 +22,7 @@ from ...core.atomic_files import read_text, write_json
 from ...core.errors import UsageError
 from ...core.manifest import Manifest
 from ...core.volume import CTSlab, LabelVolume
-from ..volume_files import is_synthetic, notice
+from ..marks import notice, written_by_mask2ct
 from .base import FormatOptions, OutputRecord, refuse_dicom_options, result_name
 from .volume import isal_threaded, write_ct, write_labels
 
@@ -64,9 +64,9 @@ class DatasetFormat:
             output / LABELS / f"{name}{ENDING}",
         )
 
-    def is_ours(self, path: Path) -> bool:
+    def written_by_mask2ct(self, path: Path) -> bool:
         """Return whether the file has mask2ct's mark."""
-        return is_synthetic(path)
+        return written_by_mask2ct(path)
 
     def write(
         self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]

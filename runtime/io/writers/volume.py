@@ -21,7 +21,7 @@ from ...core.atomic_files import HashingWriter, atomic_path
 from ...core.errors import importing
 from ...core.manifest import Manifest
 from ...core.volume import CTSlab, Geometry, LabelVolume
-from ..volume_files import is_synthetic, notice
+from ..marks import notice, written_by_mask2ct
 from .base import FormatOptions, OutputRecord, refuse_dicom_options, result_name, table_values
 from .nifti_header import nifti_header
 
@@ -65,9 +65,9 @@ class VolumeFormat:
         contents = ("ct",) if variant is None else ("ct", "mask")
         return tuple(output / f"{name}_{content}{self.suffix}" for content in contents)
 
-    def is_ours(self, path: Path) -> bool:
+    def written_by_mask2ct(self, path: Path) -> bool:
         """Return whether the file has mask2ct's mark."""
-        return is_synthetic(path)
+        return written_by_mask2ct(path)
 
     def write(
         self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]
