@@ -31,7 +31,7 @@ VOLUMES = {"nifti": ".nii.gz", "nii": ".nii", "nrrd": ".nrrd", "mha": ".mha"}
 NOTICE = b"SYNTHETIC CT - NOT FOR DIAGNOSIS"
 
 
-def test_every_format_of_the_command_is_one() -> None:
+def test_command_formats_are_known() -> None:
     assert set(FORMATS) == {*VOLUMES, "dicom", "nnunet", "msd"}
 
 
@@ -41,13 +41,11 @@ def test_every_format_of_the_command_is_one() -> None:
     ids=lambda d: "".join("+-"[int(c.sum() < 0)] + "xyz"[int(np.abs(c).argmax())] for c in d.T),
 )
 @pytest.mark.parametrize("shape", [(4, 6, 5), (1, 6, 5)], ids=["volume", "single slice"])
-def test_the_grid_of_every_volume_format_is_the_masks_in_all_axis_orders(
-    direction: np.ndarray, shape, tmp_path: Path
-) -> None:
-    """Oblique and anisotropic.
+def test_volume_grid_equals_mask_grid(direction: np.ndarray, shape, tmp_path: Path) -> None:
+    """Every volume format has the grid of the mask, in all axis orders.
 
-    SimpleITK reads all of them, nibabel the NIfTIs: corners and centre within 1e-3 mm, every voxel
-    its own.
+    Oblique and anisotropic. SimpleITK reads all of them, nibabel the NIfTIs: corners and centre
+    within 1e-3 mm, every voxel its own.
     """
     axis = int(np.abs(direction[2]).argmax())
     hu = np.arange(np.prod(shape), dtype=np.int16).reshape(shape) - 60
@@ -82,9 +80,8 @@ def test_the_grid_of_every_volume_format_is_the_masks_in_all_axis_orders(
 
 
 @pytest.mark.parametrize(("name", "suffix"), VOLUMES.items())
-def test_a_volume_says_that_it_is_synthetic_and_comes_with_its_mask(
-    name: str, suffix: str, tmp_path: Path, fake_model: Path
-) -> None:
+def test_volume_states_synthetic(name: str, suffix: str, tmp_path: Path, fake_model: Path) -> None:
+    """A volume states that it is synthetic, and its mask lies beside it."""
     mask = write_mask(tmp_path / "case.nii.gz")
     assert synth(fake_model, tmp_path / "out", mask, "--format", name, "--variants", "2") == 0
     made = sorted((tmp_path / "out").glob(f"*{suffix}"))
@@ -106,9 +103,10 @@ def test_a_volume_says_that_it_is_synthetic_and_comes_with_its_mask(
 
 
 @pytest.mark.parametrize("suffix", VOLUMES.values())
-def test_the_bytes_depend_neither_on_threads_nor_on_how_slabs_are_cut(
+def test_bytes_ignore_threads_and_slabs(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The bytes depend neither on the number of threads nor on the size of the slabs."""
     shape = (12, 300, 290)
     hu = np.random.default_rng(0).integers(-1024, 1024, shape).astype(np.int16)
     mask = LabelVolume(np.zeros(shape, np.uint8), Geometry(np.eye(4)))
@@ -125,9 +123,10 @@ def test_the_bytes_depend_neither_on_threads_nor_on_how_slabs_are_cut(
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-def test_a_volume_synthesized_along_another_axis_is_never_held(
+def test_other_axis_volume_is_streamed(
     axis: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A volume that is synthesized along another axis is never held in memory."""
     monkeypatch.setattr("runtime.io.writers.volume.SPOOLED", 1 << 20)
     shape = (96, 200, 200)  # 7.3 MiB
     hu = np.random.default_rng(0).integers(-1024, 1024, shape).astype(np.int16)
@@ -143,7 +142,7 @@ def test_a_volume_synthesized_along_another_axis_is_never_held(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_what_others_wrote_is_never_replaced(
+def test_foreign_files_are_not_replaced(
     name: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, manifest = tmp_path / "out", fake_manifest()
@@ -159,7 +158,7 @@ def test_what_others_wrote_is_never_replaced(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_result_that_fails_on_the_way_leaves_the_one_before(name: str, tmp_path: Path) -> None:
+def test_failed_write_keeps_previous_result(name: str, tmp_path: Path) -> None:
     manifest, labels = fake_manifest(), np.ones((6, 8, 9), np.uint8)
     record = OutputRecord(
         "case", 0, LabelVolume(labels, Geometry(np.eye(4))), manifest, "fake (given)", "", 0
@@ -190,7 +189,7 @@ def test_a_result_that_fails_on_the_way_leaves_the_one_before(name: str, tmp_pat
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "\\\\server\\x", "x\0y", ".hidden"])
-def test_no_case_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+def test_case_names_stay_in_output_folder(name: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot name a file"):
         result_name(name, None)
     for made in FORMATS.values():
@@ -198,7 +197,7 @@ def test_no_case_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None
             made(DEFAULT_OPTIONS).files(tmp_path, name, 0)
 
 
-def test_a_file_called_dot_dot_replaces_no_folder(
+def test_dot_dot_name_replaces_no_folder(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The file "...nii.gz" is the case ".."; as a DICOM folder that would be the output folder's
@@ -214,7 +213,8 @@ def test_a_file_called_dot_dot_replaces_no_folder(
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["...nii.gz", "deep", "out"]
 
 
-def test_nnunet_raw_is_what_nnunet_asks_for_and_grows(tmp_path: Path, fake_model: Path) -> None:
+def test_nnunet_raw_dataset_grows(tmp_path: Path, fake_model: Path) -> None:
+    """The folder is what nnU-Net asks for, and a later run adds to it."""
     out = tmp_path / "Dataset501_Synthetic"
     for n in range(2):
         write_mask(tmp_path / f"c{n}.nii.gz", blobs(seed=n))
@@ -250,9 +250,10 @@ def test_nnunet_raw_is_what_nnunet_asks_for_and_grows(tmp_path: Path, fake_model
         assert json.loads((out / "dataset.json").read_text())["numTraining"] == 3
 
 
-def test_msd_lists_its_pairs_and_keeps_what_others_listed(
+def test_msd_index_keeps_foreign_pairs(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The index of MSD lists the new pairs and keeps those that other programs listed."""
     out = tmp_path / "Task01_Heart"
     assert synth(fake_model, out, write_mask(tmp_path / "a.nii.gz"), "--format", "msd") == 0
     data = json.loads((out / "dataset.json").read_text())
@@ -277,9 +278,7 @@ def test_msd_lists_its_pairs_and_keeps_what_others_listed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("format", ["nnunet", "msd"])
-def test_the_index_of_500_cases_is_right_also_after_a_kill(
-    format: str, tmp_path: Path, fake_model: Path
-) -> None:
+def test_index_of_500_cases_survives_kill(format: str, tmp_path: Path, fake_model: Path) -> None:
     """It is written once a run: of one that was killed, by the run that goes on, even where
     nothing was left to synthesize.
     """
@@ -337,9 +336,10 @@ def test_the_index_of_500_cases_is_right_also_after_a_kill(
         "no json",
     ],
 )
-def test_a_data_set_of_another_kind_is_not_touched(
+def test_foreign_dataset_is_not_touched(
     change, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A data set of another kind is refused and stays as it was."""
     out = tmp_path / "Dataset001_Theirs"
     mask = write_mask(tmp_path / "a.nii.gz")
     assert synth(fake_model, out, mask, "--format", "nnunet") == 0
@@ -356,7 +356,8 @@ def test_a_data_set_of_another_kind_is_not_touched(
     ) == 1
 
 
-def test_arbitrary_units_are_no_ct_for_nnunet_and_no_dicom_series(tmp_path: Path) -> None:
+def test_arbitrary_units_nnunet_and_dicom(tmp_path: Path) -> None:
+    """A volume in arbitrary units is not a CT for nnU-Net, and never becomes a DICOM series."""
     from dataclasses import replace
 
     from runtime.core.manifest import Intensity

@@ -35,7 +35,8 @@ def fake(**options) -> Synthesizer:
     ),
 )
 @pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (11.0, -7.0, 16.0)], ids=["straight", "oblique"])
-def test_every_axis_order_keeps_each_label_at_its_voxel(direction: np.ndarray, tilt) -> None:
+def test_axis_orders_keep_label_voxels(direction: np.ndarray, tilt) -> None:
+    """Every axis order keeps each label at its voxel."""
     values = blobs()
     mask = image(values, (2.0, 2.0, 2.0), direction=rotation(tilt) @ direction)
     with fake(pixel_spacing=(2.0, 2.0)) as synth:
@@ -62,9 +63,10 @@ class Coordinates(FakeEngine):
 
 
 @pytest.mark.parametrize("direction", directions()[::5], ids=str)
-def test_the_network_sees_axial_slices_anterior_first_and_right_first(
+def test_network_input_is_axial(
     direction: np.ndarray,
 ) -> None:
+    """The network sees axial slices, whose first row is anterior and first column is right."""
     manifest = fake_manifest(noise=False, pixel_spacing=(2.0, 2.0))
     mask = image(np.full((10, 12, 14), 205, np.uint16), (2.0, 2.0, 2.0), (0, 0, 0), direction)
     with Synthesizer(manifest, Coordinates(manifest)) as synth:
@@ -81,7 +83,8 @@ def test_the_network_sees_axial_slices_anterior_first_and_right_first(
     assert at(0, 0, 4) == at(0, 0, -4)
 
 
-def test_neighbour_slices_are_taken_in_mm_towards_the_head() -> None:
+def test_neighbour_slice_distance_in_mm() -> None:
+    """Neighbour slices are chosen by their distance in mm, towards the head."""
     seen: list[np.ndarray] = []
 
     class Record(FakeEngine):
@@ -104,7 +107,7 @@ def test_neighbour_slices_are_taken_in_mm_towards_the_head() -> None:
         assert seen[0][0].tolist()[1:2] == [0]
 
 
-def test_neighbours_keep_one_distance_in_every_slice() -> None:
+def test_neighbour_distance_is_constant() -> None:
     """15 mm at 2 mm is 7.5 slices: always rounded the same way, not to 7 here and 8 there."""
     volume = np.arange(40, dtype=np.uint8)[:, None, None] * np.ones((1, 4, 4), np.uint8)
     grid = SliceGrid(
@@ -121,9 +124,8 @@ def write(path: Path, values: np.ndarray, grid: Geometry) -> None:
 
 
 @pytest.mark.parametrize("angle", [179.0, 179.9, 179.99, 180.0])
-def test_a_qform_near_a_half_turn_agrees_with_the_sform_or_is_not_stated(
-    angle: float, tmp_path: Path
-) -> None:
+def test_half_turn_qform_agrees_with_sform(angle: float, tmp_path: Path) -> None:
+    """A qform near a half turn agrees with the sform, or it is not stated."""
     g = Geometry.from_parts((0, 0, 0), (0.71, 0.71, 1.25), rotation((0.3, angle, 0.2)).ravel())
     write(tmp_path / "x.nii", np.zeros((300, 8, 8), np.uint8), g)
     header = nibabel.load(tmp_path / "x.nii").header
@@ -142,8 +144,11 @@ def on_the_mask(
     return slices[0]
 
 
-def test_a_linear_ramp_survives_the_way_to_the_canvas_and_back() -> None:
-    """Linear interpolation is exact on a ramp in mm, whatever the two spacings."""
+def test_linear_ramp_survives_canvas_resampling() -> None:
+    """A linear ramp survives the way to the canvas and back.
+
+    Linear interpolation is exact on a ramp in mm, whatever the two spacings.
+    """
     shape, spacing = (3, 40, 52), (1.3, 0.9, 2.0)
     g = Geometry.from_parts((5, -3, 0), spacing, np.eye(3).ravel())
     x, y = np.meshgrid(np.arange(52) * spacing[0], np.arange(40) * spacing[1])
@@ -166,11 +171,10 @@ def test_a_linear_ramp_survives_the_way_to_the_canvas_and_back() -> None:
         ),  # the last axis runs from posterior to anterior
     ],
 )
-def test_a_synthesized_slice_comes_back_as_bilinear_interpolation_has_it_in_any_orientation(
-    direction: np.ndarray, lies
-) -> None:
-    """Against double precision, of a slice of several strips of rows, the last of them not
-    whole.
+def test_slice_resampling_is_bilinear(direction: np.ndarray, lies) -> None:
+    """A slice comes back from the canvas by bilinear interpolation, in any orientation.
+
+    Against double precision, of a slice of several strips of rows, the last of them not whole.
     """
     shape, canvas = (1, 150, 150), (48, 64)
     grid = SliceGrid(
@@ -192,7 +196,8 @@ def test_a_synthesized_slice_comes_back_as_bilinear_interpolation_has_it_in_any_
     assert np.abs(on_the_mask(grid, ct, shape[1:]) - lies(want)).max() <= 0.5 + 1e-3
 
 
-def test_equal_spacing_copies_pixels_even_when_sizes_differ_by_an_odd_number() -> None:
+def test_equal_spacing_copies_pixels() -> None:
+    """Equal spacing copies pixels even where the two sizes differ by an odd number."""
     for extent in (31, 32, 33):
         ct = np.arange(2 * extent * extent).reshape(2, extent, extent).astype(np.int16)
         grid = SliceGrid(GridPolicy((64, 64), (1.0, 1.0), 64), Geometry(np.eye(4)), ct.shape)
@@ -218,7 +223,8 @@ def corner_labels(shape: tuple[int, int, int], *places: tuple[int, int]) -> np.n
         ([], (32, 32), (34, 66)),
     ],
 )
-def test_a_slice_larger_than_the_canvas_is_cut_to_it_about_its_labels(places, size, rows) -> None:
+def test_larger_slice_is_cropped_to_canvas(places, size, rows) -> None:
+    """A slice larger than the canvas is cut to it about its labels."""
     shape = (1, 100, 100)
     labels = corner_labels(shape, *places)
     grid = SliceGrid(GridPolicy((32, 32), (1.0, 1.0), 32), Geometry(np.eye(4)), shape, labels)
@@ -229,9 +235,8 @@ def test_a_slice_larger_than_the_canvas_is_cut_to_it_about_its_labels(places, si
     assert ((generated == 7) | (generated == -1024)).all()
 
 
-def test_a_slice_smaller_than_the_canvas_lies_in_its_middle_and_one_without_spacing_is_fitted() -> (
-    None
-):
+def test_smaller_slice_is_centred_on_canvas() -> None:
+    """A smaller slice lies in the middle of the canvas; one without spacing is fitted to it."""
     small = SliceGrid(GridPolicy((64, 64), (2.0, 2.0), 32), Geometry(np.eye(4)), (1, 10, 20))
     assert small.size == (64, 64) and small.covers
     marked = np.zeros((64, 64), np.int16)
@@ -243,7 +248,7 @@ def test_a_slice_smaller_than_the_canvas_lies_in_its_middle_and_one_without_spac
     assert fitted.size == (64, 64) and fitted.covers
 
 
-def test_what_lies_beyond_the_canvas_is_said(tmp_path: Path, fake_model: Path) -> None:
+def test_labels_beyond_canvas_warn(tmp_path: Path, fake_model: Path) -> None:
     values = np.zeros((4, 60, 60), np.uint16)
     values[:, 50:55, 50:55] = 500
     path = write_mask(tmp_path / "wide.nii.gz", values, spacing=(3.0, 3.0, 3.0))
@@ -259,7 +264,7 @@ def test_what_lies_beyond_the_canvas_is_said(tmp_path: Path, fake_model: Path) -
 
 @pytest.mark.parametrize("suffix", [".nii.gz", ".nii", ".nrrd", ".mha"])
 @pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (10.0, 20.0, -5.0)], ids=["straight", "oblique"])
-def test_the_written_grid_is_the_masks(suffix: str, tilt, tmp_path: Path, fake_model: Path) -> None:
+def test_written_grid_equals_mask_grid(suffix: str, tilt, tmp_path: Path, fake_model: Path) -> None:
     path = write_mask(
         tmp_path / f"case{suffix}",
         spacing=(0.71, 0.83, 2.5),
@@ -293,9 +298,10 @@ def test_the_written_grid_is_the_masks(suffix: str, tilt, tmp_path: Path, fake_m
 
 @pytest.mark.parametrize("order", ["<", ">"], ids=["little-endian", "big-endian"])
 @pytest.mark.parametrize(("qform", "sform"), [(1, 0), (0, 2), (1, 1)])
-def test_headers_that_nibabel_writes_keep_their_codes_and_affines(
+def test_nibabel_header_codes_and_affines(
     order: str, qform: int, sform: int, tmp_path: Path, fake_model: Path
 ) -> None:
+    """Headers that nibabel writes keep their codes and affines."""
     affine = np.eye(4)
     affine[:3, :3] = rotation((5, 6, 7)) * [-0.9, -1.1, 2.2]
     affine[:3, 3] = [90.1, 80.2, -70.3]
@@ -318,9 +324,8 @@ def test_headers_that_nibabel_writes_keep_their_codes_and_affines(
 
 
 @pytest.mark.parametrize("direction", directions()[::3], ids=str)
-def test_a_grid_written_from_scratch_lies_where_simpleitk_and_nibabel_say(
-    direction: np.ndarray, tmp_path: Path
-) -> None:
+def test_new_grid_agrees_with_simpleitk_nibabel(direction: np.ndarray, tmp_path: Path) -> None:
+    """A grid that is written anew lies where SimpleITK and nibabel read it."""
     g = Geometry.from_parts(
         (12.5, -90.0, 300.25), (0.7, 0.9, 3.1), (rotation((12, -8, 25)) @ direction).ravel()
     )
@@ -333,7 +338,7 @@ def test_a_grid_written_from_scratch_lies_where_simpleitk_and_nibabel_say(
             assert np.allclose((affine @ [*index, 1])[:3] * [-1, -1, 1], expected, atol=1e-3)
 
 
-def test_geometry_refuses_what_is_not_a_grid() -> None:
+def test_geometry_refuses_bad_grids() -> None:
     sheared = np.eye(4)
     sheared[0, 1] = 0.2
     flat = np.diag([1.0, 0.0, 1.0, 1.0])
@@ -348,7 +353,7 @@ def test_geometry_is_frozen() -> None:
         g.affine[0, 0] = 2
 
 
-def test_reading_agrees_with_the_orientations_that_others_stored(real_data: Path) -> None:
+def test_reading_agrees_across_stored_orientations(real_data: Path) -> None:
     """One volume stored in RAS, LPS, LAS and ASR order: its brightest tenth has one centre in
     mm.
     """
@@ -360,7 +365,7 @@ def test_reading_agrees_with_the_orientations_that_others_stored(real_data: Path
     assert np.allclose(centres, [-9.6326, 24.6165, 6.3315], atol=1e-3)  # as nibabel has it, in LPS
 
 
-def test_engine_spec_is_the_manifests() -> None:
+def test_engine_spec_equals_manifest() -> None:
     manifest = fake_manifest()
     spec = FakeEngine(manifest).spec
     assert spec == EngineSpec(manifest.inputs, manifest.output, 2, spec.streams)

@@ -29,8 +29,11 @@ def packages(tmp_path: Path) -> Path:
     return folder
 
 
-def test_it_needs_numpy_and_onnx_alone_to_build_and_measure(command) -> None:
-    """A GPU machine is what it is: everything else that the house uses is hidden."""
+def test_acceptance_needs_numpy_and_onnx(command) -> None:
+    """The acceptance builds and measures with numpy and onnx alone.
+
+    A GPU machine is what it is: everything else that the house uses is hidden.
+    """
     code = """
 import sys
 for name in ("SimpleITK", "isal", "scipy", "torchmetrics", "matplotlib", "safetensors", "torch"):
@@ -42,7 +45,8 @@ print("imported")
     assert done.stdout.strip() == "imported", done.stderr
 
 
-def test_without_a_gpu_every_check_is_not_present(packages: Path, command) -> None:
+def test_checks_without_gpu_are_absent(packages: Path, command) -> None:
+    """Without a GPU every check is reported as not present."""
     if why_no_gpu() is None:
         pytest.skip("there is a GPU: this machine runs the checks")
     done = command(SCRIPT, env={"PYTHONPATH": str(packages)})
@@ -58,7 +62,7 @@ def test_without_a_gpu_every_check_is_not_present(packages: Path, command) -> No
     )
 
 
-def test_a_check_that_crashes_fails_alone(packages: Path, tmp_path: Path, command) -> None:
+def test_crashed_check_fails_alone(packages: Path, tmp_path: Path, command) -> None:
     driver(tmp_path, count=2, name="libcuda.so.1")
     model = write_fake_model(tmp_path / "model", fake_manifest())
     env = {"PYTHONPATH": str(packages), "LD_LIBRARY_PATH": str(tmp_path)}

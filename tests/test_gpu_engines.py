@@ -62,9 +62,8 @@ def on_cpu(model: Path, *volumes: LabelVolume) -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_bytes_are_the_cpus_whatever_the_batch(
-    world: World, gpu_model: Path, backend: str
-) -> None:
+def test_gpu_bytes_equal_cpu_bytes(world: World, gpu_model: Path, backend: str) -> None:
+    """The bytes are those of the CPU, whatever the batch."""
     volumes = [volume(), volume(5, seed=1), volume(1, seed=2)]
     expected = on_cpu(gpu_model, *volumes)
     for batch in (1, 4, 16):
@@ -77,7 +76,7 @@ def test_the_bytes_are_the_cpus_whatever_the_batch(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_steady_state_asks_for_nothing(world: World, gpu_model: Path, backend: str) -> None:
+def test_steady_state_calls_no_allocator(world: World, gpu_model: Path, backend: str) -> None:
     allocating = ("cuMemAllocAsync", "cuMemAllocHost", "cuMemAlloc", "cuMemHostAlloc")
     with Synthesizer.open(gpu_model, backend=backend) as synth:
         for batches in (2, 1):  # two batches of the shape, one in each slot
@@ -97,7 +96,8 @@ def test_steady_state_asks_for_nothing(world: World, gpu_model: Path, backend: s
     )
 
 
-def test_a_shape_is_captured_once_and_again_when_it_changes(core: World, gpu_model: Path) -> None:
+def test_graph_capture_follows_shape(core: World, gpu_model: Path) -> None:
+    """A shape is captured once, and again when it changes."""
     with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
         batch = synth._engine.spec.batch
         assert "CUDA graphs" in synth.backend and "no CUDA graphs" not in synth.backend
@@ -114,10 +114,10 @@ def test_a_shape_is_captured_once_and_again_when_it_changes(core: World, gpu_mod
         assert core.calls["cuGraphInstantiate"] == 6
 
 
-def test_contexts_that_never_run_at_once_share_their_activations(
-    core: World, gpu_model: Path
-) -> None:
-    """A second volume in work, the first one's batches still on the device: two blocks for four
+def test_contexts_share_activation_memory(core: World, gpu_model: Path) -> None:
+    """Contexts that never run at the same time share the memory of their activations.
+
+    A second volume in work, the first one's batches still on the device: two blocks for four
     contexts, bytes as on the CPU.
     """
     volumes = [volume(30), volume(30, seed=1), volume(20, side=80)]
@@ -148,9 +148,8 @@ def test_contexts_that_never_run_at_once_share_their_activations(
     assert core.left() == {}
 
 
-def test_where_memory_is_short_both_slots_take_turns_on_one_block(
-    core: World, gpu_model: Path
-) -> None:
+def test_short_memory_slots_share_one_block(core: World, gpu_model: Path) -> None:
+    """Where memory is short, both slots take turns on one block."""
     engine, *_ = open_engine("tensorrt", Manifest.load(gpu_model), gpu_model)
     blocks = engine.activations  # type: ignore[attr-defined]
     stream = engine.open_stream()
@@ -167,7 +166,7 @@ def test_where_memory_is_short_both_slots_take_turns_on_one_block(
     assert core.left() == {}
 
 
-def test_a_graph_follows_the_addresses(core: World, gpu_model: Path) -> None:
+def test_graph_follows_tensor_addresses(core: World, gpu_model: Path) -> None:
     """Two sets of page-locked tensors in turn through one stream: a graph of the first would
     synthesize into the first.
     """
@@ -205,7 +204,8 @@ def test_a_graph_follows_the_addresses(core: World, gpu_model: Path) -> None:
     assert core.left() == {}
 
 
-def test_without_graphs_it_works_and_says_so(core: World, gpu_model: Path) -> None:
+def test_engine_without_cuda_graphs(core: World, gpu_model: Path) -> None:
+    """The engine works without CUDA graphs and says so."""
     expected = on_cpu(gpu_model, volume(20))[0]
     with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
         core.fail("cuGraphInstantiate")
@@ -238,9 +238,8 @@ TENSORRT = [
 
 
 @pytest.mark.parametrize(("place", "at"), [*PLACES, *TENSORRT])
-def test_a_failure_anywhere_frees_every_byte(
-    core: World, gpu_model: Path, place: str, at: int
-) -> None:
+def test_tensorrt_failure_frees_memory(core: World, gpu_model: Path, place: str, at: int) -> None:
+    """A failure at any place frees every byte."""
     expected = on_cpu(gpu_model, volume(30))[0]
     with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
         start = {kind: stats.in_use for kind, stats in synth.memory().items()}
@@ -267,7 +266,9 @@ def test_a_failure_anywhere_frees_every_byte(
         ("cuEventRecord", 4),
     ],
 )
-def test_so_does_one_in_onnx_runtime(core: World, gpu_model: Path, place: str, at: int) -> None:
+def test_onnx_runtime_failure_frees_memory(
+    core: World, gpu_model: Path, place: str, at: int
+) -> None:
     with Synthesizer.open(gpu_model, backend="onnx-cuda") as synth:
         start = {kind: stats.in_use for kind, stats in synth.memory().items()}
         core.fail(place, at)
@@ -278,7 +279,7 @@ def test_so_does_one_in_onnx_runtime(core: World, gpu_model: Path, place: str, a
 
 
 @pytest.mark.parametrize("place", ["cuMemAlloc", "cuMemHostAlloc"])
-def test_so_does_one_in_pycudas_pools(
+def test_pycuda_pool_failure_frees_memory(
     monkeypatch: pytest.MonkeyPatch, gpu_model: Path, place: str
 ) -> None:
     world = install(monkeypatch, "pycuda")
@@ -299,16 +300,15 @@ def test_so_does_one_in_pycudas_pools(
         "create_execution_context",
     ],
 )
-def test_an_engine_that_does_not_open_leaves_nothing(
-    core: World, gpu_model: Path, place: str
-) -> None:
+def test_failed_engine_open_frees_memory(core: World, gpu_model: Path, place: str) -> None:
+    """An engine that cannot be opened leaves nothing behind."""
     core.fail(place)
     with pytest.raises(Mask2CTError):
         Synthesizer.open(gpu_model, backend="tensorrt", max_memory="512MiB")
     assert core.left() == {}
 
 
-def test_a_lost_device_still_gives_the_accounting_back(core: World, gpu_model: Path) -> None:
+def test_lost_device_settles_memory_accounting(core: World, gpu_model: Path) -> None:
     synth = Synthesizer.open(gpu_model, backend="tensorrt")
     synth.synthesize(volume())
     core.broken = True
@@ -318,9 +318,8 @@ def test_a_lost_device_still_gives_the_accounting_back(core: World, gpu_model: P
     assert all(stats.in_use == 0 for stats in synth.memory().values())
 
 
-def test_the_cap_chooses_the_batch_when_asked_and_refuses_otherwise(
-    core: World, gpu_model: Path
-) -> None:
+def test_memory_cap_chooses_batch(core: World, gpu_model: Path) -> None:
+    """The cap chooses the batch where that is asked for; otherwise too large a batch is refused."""
     expected = on_cpu(gpu_model, volume())[0]
     batches = []
     for cap in ("64MiB", "2MiB", "1.1MiB"):
@@ -342,9 +341,8 @@ def test_the_cap_chooses_the_batch_when_asked_and_refuses_otherwise(
     assert core.left() == {}
 
 
-def test_a_larger_canvas_that_fits_once_is_synthesized_through_one_slot(
-    core: World, gpu_model: Path
-) -> None:
+def test_larger_canvas_uses_one_slot(core: World, gpu_model: Path) -> None:
+    """A larger canvas that fits only once is synthesized through one slot."""
     large = volume(20, side=80)
     expected = on_cpu(gpu_model, large, volume(20))
     with Synthesizer.open(gpu_model, backend="tensorrt", max_memory="4MiB") as synth:
@@ -357,9 +355,10 @@ def test_a_larger_canvas_that_fits_once_is_synthesized_through_one_slot(
     assert core.left() == {}
 
 
-def test_a_full_device_is_told_from_a_full_cap(
+def test_full_device_differs_from_full_cap(
     monkeypatch: pytest.MonkeyPatch, gpu_model: Path
 ) -> None:
+    """The error tells a full device from a cap that is reached."""
     world = install(monkeypatch, memory=1 << 19)
     with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
         with pytest.raises(MemoryCapExceeded, match="the system refused") as caught:
@@ -374,9 +373,8 @@ def test_a_full_device_is_told_from_a_full_cap(
     assert world.left() == {}
 
 
-def test_onnx_runtimes_arena_is_capped_and_a_batch_that_fits_is_found(
-    core: World, gpu_model: Path
-) -> None:
+def test_onnx_runtime_arena_is_capped(core: World, gpu_model: Path) -> None:
+    """The arena of ONNX Runtime is capped, and a batch that fits is chosen."""
     with (
         Synthesizer.open(gpu_model, backend="onnx-cuda", max_memory="3MiB") as synth,
         pytest.raises(MemoryCapExceeded),
@@ -390,7 +388,8 @@ def test_onnx_runtimes_arena_is_capped_and_a_batch_that_fits_is_found(
     assert core.left() == {}
 
 
-def test_labels_past_the_engines_canvas_fail_that_case_alone(core: World, gpu_model: Path) -> None:
+def test_oversized_labels_fail_one_case(core: World, gpu_model: Path) -> None:
+    """Labels past the canvas of the engine fail that case alone."""
     expected = on_cpu(gpu_model, volume())[0]
     with Synthesizer.open(gpu_model, backend="tensorrt") as synth:
         with pytest.raises(GeometryError, match="need a canvas of"):
@@ -399,7 +398,7 @@ def test_labels_past_the_engines_canvas_fail_that_case_alone(core: World, gpu_mo
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_several_threads_and_synthesizers_share_a_process(
+def test_threads_and_synthesizers_share_process(
     world: World, gpu_model: Path, backend: str
 ) -> None:
     volumes = [volume(7, seed=seed) for seed in range(4)]
@@ -415,9 +414,8 @@ def test_several_threads_and_synthesizers_share_a_process(
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_closing_while_work_is_queued_waits_and_frees(
-    world: World, gpu_model: Path, backend: str
-) -> None:
+def test_close_waits_for_queued_work(world: World, gpu_model: Path, backend: str) -> None:
+    """Closing waits for queued work and then frees the memory."""
     synth = Synthesizer.open(gpu_model, backend=backend, batch=1)
     slabs = synth.slabs(volume(30))
     next(slabs)
@@ -429,9 +427,8 @@ def test_closing_while_work_is_queued_waits_and_frees(
         list(slabs)
 
 
-def test_a_caller_without_page_locked_memory_gets_the_same_bytes(
-    core: World, gpu_model: Path
-) -> None:
+def test_pageable_memory_gives_same_bytes(core: World, gpu_model: Path) -> None:
+    """A caller without page-locked memory gets the same bytes."""
     manifest = Manifest.load(gpu_model)
     outs = []
     for backend in BACKENDS:
@@ -450,7 +447,7 @@ def test_a_caller_without_page_locked_memory_gets_the_same_bytes(
     assert core.calls["cuGraphLaunch"] == 0 and core.left() == {}
 
 
-def test_what_is_missing_is_exit_3(
+def test_missing_gpu_parts_exit_3(
     monkeypatch: pytest.MonkeyPatch,
     gpu_model: Path,
     tmp_path: Path,
@@ -490,15 +487,14 @@ def test_what_is_missing_is_exit_3(
     assert world.left() == {}
 
 
-def test_an_engine_of_another_tensorrt_is_refused_with_what_it_said(
-    core: World, gpu_model: Path
-) -> None:
+def test_foreign_tensorrt_engine_is_refused(core: World, gpu_model: Path) -> None:
+    """An engine of another TensorRT is refused, and the error repeats TensorRT's reason."""
     core.fail("deserialize_cuda_engine")
     with pytest.raises(ModelError, match="magicTag does not match"):
         Synthesizer.open(gpu_model, backend="tensorrt")
 
 
-def test_an_altered_engine_never_reaches_tensorrt(
+def test_altered_engine_never_reaches_tensorrt(
     core: World, gpu_model: Path, tmp_path: Path
 ) -> None:
     import shutil
@@ -521,7 +517,7 @@ def test_options_reach_the_engine(core: World, gpu_model: Path) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_the_acceptance_of_our_engines_is_ready(
+def test_acceptance_runs_on_fake_gpu(
     core: World, gpu_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     """What benchmarks/gpu_acceptance.py runs on a GPU, on the fake: parity to the bit, and no

@@ -33,9 +33,10 @@ def names(inbox: Inbox) -> list[str]:
     return [path.name for path in inbox.look()]
 
 
-def test_a_file_or_folder_counts_as_complete_when_nothing_of_it_changed_for_so_long(
+def test_unchanged_inbox_item_is_complete(
     inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A file or folder is complete when nothing in it has changed for the stable time."""
     clock, watched = (
         Clock(monkeypatch),
         Inbox(inbox, tmp_path / "out", stable=5, is_complete=lambda path: True),
@@ -64,9 +65,10 @@ def test_a_file_or_folder_counts_as_complete_when_nothing_of_it_changed_for_so_l
     assert names(watched) == ["a", "series"] or names(watched) == ["series", "a"]
 
 
-def test_what_does_not_look_whole_is_waited_for_longer_and_then_taken(
+def test_incomplete_item_waits_longer(
     inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An item that looks incomplete is waited for longer, and then taken."""
     clock, looked = Clock(monkeypatch), []
     watched = Inbox(
         inbox, tmp_path / "out", stable=5, is_complete=lambda path: bool(looked.append(path))
@@ -84,7 +86,8 @@ def test_what_does_not_look_whole_is_waited_for_longer_and_then_taken(
     watched.leave(claim)
 
 
-def test_what_changes_between_look_and_claim_is_put_back(inbox: Path, tmp_path: Path) -> None:
+def test_item_changed_before_claim_returns(inbox: Path, tmp_path: Path) -> None:
+    """An item that changes between the look and the claim is put back."""
     watched = Inbox(inbox, tmp_path / "out", stable=0, is_complete=lambda path: True)
     (inbox / "a").write_bytes(b"1")
     (item,) = watched.look()
@@ -93,10 +96,13 @@ def test_what_changes_between_look_and_claim_is_put_back(inbox: Path, tmp_path: 
     assert listed(inbox / WORK) == set()
 
 
-def test_a_ticket_that_another_took_for_a_dead_ones_is_tried_again(
+def test_ticket_is_tried_again(
     inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the making of its folder and of its lock; who watches `--once` does not end then."""
+    """A ticket that another process took for one of a dead process is tried again.
+
+    Between the making of its folder and of its lock; who watches `--once` does not end then.
+    """
     item = write_mask(inbox / "a.nii.gz")
     mine, others = (
         Inbox(inbox, tmp_path / "out", stable=0, is_complete=lambda path: True) for _ in range(2)
@@ -114,7 +120,7 @@ def test_a_ticket_that_another_took_for_a_dead_ones_is_tried_again(
     assert mine.look() == [item] and mine.claim(item) is not None
 
 
-def test_of_many_who_claim_one_thing_one_has_it(inbox: Path, tmp_path: Path) -> None:
+def test_one_of_many_claims_succeeds(inbox: Path, tmp_path: Path) -> None:
     watchers = [
         Inbox(inbox, tmp_path / "out", stable=0, is_complete=lambda path: True) for _ in range(8)
     ]
@@ -135,9 +141,10 @@ def test_of_many_who_claim_one_thing_one_has_it(inbox: Path, tmp_path: Path) -> 
     assert listed(inbox / DONE) == {f"{n}" for n in range(20)} and is_tidy(inbox)
 
 
-def test_an_interrupt_while_a_claim_ends_closes_nothing_twice(
+def test_interrupted_claim_closes_once(
     inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An interrupt while a claim ends closes nothing twice."""
     watched, really = (
         Inbox(inbox, tmp_path / "out", stable=0, is_complete=lambda path: True),
         os.close,
@@ -160,7 +167,8 @@ def test_an_interrupt_while_a_claim_ends_closes_nothing_twice(
     assert listed(inbox / DONE) == {"a"} and is_tidy(inbox)
 
 
-def test_nothing_is_opened_before_it_is_claimed_and_counted(inbox: Path, tmp_path: Path) -> None:
+def test_claim_precedes_opening(inbox: Path, tmp_path: Path) -> None:
+    """An item is claimed and its attempt is counted before it is opened."""
     (inbox / "a").write_bytes(b"1")
     seen: list[tuple[str, int, int]] = []
 
@@ -176,7 +184,7 @@ def test_nothing_is_opened_before_it_is_claimed_and_counted(inbox: Path, tmp_pat
     watched.leave(claim)
 
 
-def test_a_full_inbox_is_emptied_all_the_same(
+def test_full_disk_still_empties_inbox(
     inbox: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Moving takes no room, counting does."""
@@ -192,7 +200,7 @@ def test_a_full_inbox_is_emptied_all_the_same(
     assert watched.finish(claim) == inbox / DONE / "a"
 
 
-def test_what_is_not_whole_goes_back_as_it_was(inbox: Path, tmp_path: Path) -> None:
+def test_incomplete_item_returns_unchanged(inbox: Path, tmp_path: Path) -> None:
     (inbox / "series").mkdir()
     (inbox / "series" / "1").write_bytes(b"half")
     watched = Inbox(inbox, tmp_path / "out", stable=1e-9, is_complete=lambda path: False)
@@ -203,7 +211,7 @@ def test_what_is_not_whole_goes_back_as_it_was(inbox: Path, tmp_path: Path) -> N
     assert (inbox / "series" / "1").read_bytes() == b"half" and listed(inbox / WORK) == set()
 
 
-def test_an_item_whose_name_came_again_is_kept(inbox: Path, tmp_path: Path) -> None:
+def test_items_of_one_name_are_kept(inbox: Path, tmp_path: Path) -> None:
     """While it is looked into a sender begins anew: neither file takes the other's place."""
     (inbox / "a").write_bytes(b"half")
 
@@ -223,9 +231,8 @@ def test_an_item_whose_name_came_again_is_kept(inbox: Path, tmp_path: Path) -> N
     watched.leave(claim)
 
 
-def test_an_interrupt_while_an_item_is_looked_into_puts_it_back(
-    inbox: Path, tmp_path: Path
-) -> None:
+def test_interrupted_look_returns_item(inbox: Path, tmp_path: Path) -> None:
+    """An interrupt while an item is looked into puts the item back."""
     (inbox / "a").write_bytes(b"1")
 
     def interrupted(path: Path) -> bool:
@@ -238,7 +245,7 @@ def test_an_interrupt_while_an_item_is_looked_into_puts_it_back(
 
 
 @pytest.mark.parametrize("name", [WORK, DONE, FAILED])
-def test_linked_folders_of_an_inbox_are_refused(name: str, inbox: Path, tmp_path: Path) -> None:
+def test_linked_inbox_folders_are_refused(name: str, inbox: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (inbox / name).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(UsageError, match=f"{name} in the watched folder is a link"):

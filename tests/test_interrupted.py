@@ -107,9 +107,10 @@ def stopped(
     return finish(process) or None  # 0: it was done before the signal came
 
 
-def test_killed_at_fifty_random_moments_the_set_is_that_of_an_uninterrupted_run(
+def test_fifty_kills_then_same_dataset(
     start: Callable, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
+    """After fifty kills at random moments the data set is that of an uninterrupted run."""
     when, kills, halfway, out = random.Random(0), 0, 0, tmp_path / "out"
     while kills < KILLS:
         code = stopped(start, out, lambda process: process.kill(), when)
@@ -126,9 +127,10 @@ def test_killed_at_fifty_random_moments_the_set_is_that_of_an_uninterrupted_run(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_is_exit_130_and_leaves_nothing_half_written(
+def test_stopped_run_exits_130(
     number: signal.Signals, start: Callable, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
+    """A stopped run leaves nothing half-written."""
     when, stops, out = random.Random(1), 0, tmp_path / "out"
     while stops < 6:
         code = stopped(start, out, lambda process: os.kill(process.pid, number), when, begun=True)
@@ -162,9 +164,8 @@ def disk(folder: Path, options: str) -> Iterator[Path]:
         subprocess.run(["umount", folder], check=True)
 
 
-def test_after_a_full_disk_what_was_done_stays_and_the_rest_follows(
-    start: Callable, whole: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_full_disk_then_resume(start: Callable, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """After a full disk the finished results stay, and the rest follows."""
     half = sum(map(len, whole.values())) // 2048
     with disk(tmp_path / "disk", f"size={half}k") as mounted:
         assert finish(start(mounted / "out")) == 4
@@ -174,9 +175,8 @@ def test_after_a_full_disk_what_was_done_stays_and_the_rest_follows(
         complete(start, mounted / "out", whole)
 
 
-def test_a_disk_that_became_read_only_is_exit_4_and_the_run_goes_on_when_it_is_not(
-    start: Callable, whole: dict[str, bytes], tmp_path: Path
-) -> None:
+def test_read_only_disk_exits_4(start: Callable, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """The run goes on when the disk can be written again."""
     with disk(tmp_path / "disk", "size=64m") as mounted:
         when = random.Random(2)
         while stopped(start, mounted / "out", lambda process: process.kill(), when) is None:
@@ -187,9 +187,10 @@ def test_a_disk_that_became_read_only_is_exit_4_and_the_run_goes_on_when_it_is_n
         complete(start, mounted / "out", whole)
 
 
-def test_an_input_that_cannot_be_read_is_named_and_stops_no_other(
+def test_unreadable_input_is_named(
     start: Callable, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
+    """An input that cannot be read is named and stops no other."""
     loop = tmp_path / "loop.nii.gz"
     loop.symlink_to(loop)
     assert finish(start(tmp_path / "out", loop)) == 1
@@ -217,7 +218,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 @pytest.mark.parametrize("script", ["train/run.py", "export/build_engine.py", "runtime", "mask2ct"])
-def test_ctrl_c_during_the_imports_is_no_traceback(script: str, root: Path) -> None:
+def test_ctrl_c_during_imports(script: str, root: Path) -> None:
+    """Ctrl-C during the imports gives no traceback."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORTING, script, "--help"],
         cwd=root,
@@ -290,7 +292,7 @@ def test_sigterm_ends_a_stuck_reader(where: str, fake_model: Path, tmp_path: Pat
 
 
 @pytest.mark.skipif(os.name != "posix", reason="forks")
-def test_a_forked_childs_sigterm_is_its_own(tmp_path: Path, command) -> None:
+def test_sigterm_of_forked_child(tmp_path: Path, command) -> None:
     """A process that a command forks, as Ray's and PyTorch's do, ends without ending the
     command.
     """

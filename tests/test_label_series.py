@@ -31,9 +31,7 @@ def by_gdcm(folder: Path) -> sitk.Image:
 
 
 @pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (11.0, -7.0, 16.0)], ids=["straight", "oblique"])
-def test_every_axis_order_lies_where_gdcm_says(
-    tilt: tuple[float, float, float], tmp_path: Path
-) -> None:
+def test_axis_orders_agree_with_gdcm(tilt: tuple[float, float, float], tmp_path: Path) -> None:
     values = blobs((4, 7, 9))
     for n, direction in enumerate(directions()):
         folder = save(tmp_path / str(n), slices(values, direction=rotation(tilt) @ direction))
@@ -46,7 +44,8 @@ def test_every_axis_order_lies_where_gdcm_says(
             assert MM_WHS.labels[ours.labels[k, j, i]].value == theirs.GetPixel(index)
 
 
-def test_the_slices_may_be_given_one_by_one_in_any_order(tmp_path: Path) -> None:
+def test_slice_files_in_any_order(tmp_path: Path) -> None:
+    """The slices may be named one by one, in any order."""
     values = blobs((4, 7, 9))
     folder = save(tmp_path / "s", slices(values))
     (found,) = find_cases(sorted(folder.iterdir(), reverse=True))
@@ -56,7 +55,8 @@ def test_the_slices_may_be_given_one_by_one_in_any_order(tmp_path: Path) -> None
     )
 
 
-def test_big_endian_and_compressed_slices_hold_the_same_labels(tmp_path: Path) -> None:
+def test_transfer_syntaxes_hold_same_labels(tmp_path: Path) -> None:
+    """Big-endian and compressed slices hold the same labels."""
     from pydicom.uid import ExplicitVRBigEndian, RLELossless
 
     values = blobs((3, 8, 8))
@@ -84,9 +84,10 @@ def test_big_endian_and_compressed_slices_hold_the_same_labels(tmp_path: Path) -
         assert np.array_equal(read(folder).labels, plain.labels)
 
 
-def test_the_original_systems_slices_are_read_and_what_they_leave_open_is_said(
+def test_original_system_slices_are_read(
     tmp_path: Path,
 ) -> None:
+    """A note names what the slices of the original system do not state."""
     write_slices(tmp_path, 1)
     (path,) = tmp_path.rglob("*_gt.dcm")
     ds = dcmread(path)
@@ -202,7 +203,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_series_is_refused_with_its_reason(kind: str, tmp_path: Path) -> None:
+def test_bad_dicom_series_is_refused(kind: str, tmp_path: Path) -> None:
+    """The error states the reason."""
     change, error, fact = BAD[kind]
     made = slices(blobs((6, 40, 40)))
     change(made)
@@ -235,9 +237,8 @@ def test_slightly_uneven_slices_are_read(spacing: float, off: float, tmp_path: P
 
 
 @pytest.mark.parametrize(("spacing", "off"), [(2.5, 0.13), (5.0, 0.26), (0.3, 0.08)])
-def test_uneven_slices_beyond_the_limit_are_refused(
-    spacing: float, off: float, tmp_path: Path
-) -> None:
+def test_uneven_slices_are_refused(spacing: float, off: float, tmp_path: Path) -> None:
+    """Slices are refused where they are less even than the limit allows."""
     series = slices(blobs((9, 20, 24)), spacing=(1.5, 1.25, spacing))
     shift(1, series[4], (0, 0, off))
     with pytest.raises(GeometryError, match="is uneven") as caught:
@@ -245,7 +246,7 @@ def test_uneven_slices_beyond_the_limit_are_refused(
     assert "whole series" not in str(caught.value)
 
 
-def test_a_missing_slice_is_never_called_uneven(tmp_path: Path) -> None:
+def test_missing_slice_is_not_uneven(tmp_path: Path) -> None:
     for k in range(1, 19):
         series = slices(blobs((20, 8, 8)), spacing=(1, 1, 0.15))
         del series[k]
@@ -253,7 +254,8 @@ def test_a_missing_slice_is_never_called_uneven(tmp_path: Path) -> None:
             read(save(tmp_path / str(k), series))
 
 
-def test_files_of_one_uid_are_slices_where_they_lie_apart(tmp_path: Path) -> None:
+def test_one_uid_at_several_positions(tmp_path: Path) -> None:
+    """Files of one SOP Instance UID are several slices where their positions differ."""
     values = blobs((6, 20, 24))
     plain, shared = slices(values), slices(values)
     for ds in shared:
@@ -270,7 +272,7 @@ def test_files_of_one_uid_are_slices_where_they_lie_apart(tmp_path: Path) -> Non
     )
 
 
-def test_a_slice_saved_again_counts_once(tmp_path: Path) -> None:
+def test_saved_again_slice_counts_once(tmp_path: Path) -> None:
     values = blobs((6, 20, 24))
     series = slices(values)
     folder = save(tmp_path / "s", series)
@@ -282,7 +284,8 @@ def test_a_slice_saved_again_counts_once(tmp_path: Path) -> None:
     )
 
 
-def test_an_edited_slice_beside_its_original_is_refused(tmp_path: Path) -> None:
+def test_edited_slice_copy_is_refused(tmp_path: Path) -> None:
+    """An edited slice beside its original is refused."""
     series = slices(blobs((6, 20, 24)))
     folder = save(tmp_path / "s", series)
     series[3].PixelData = bytes(len(series[3].PixelData))
@@ -293,7 +296,8 @@ def test_an_edited_slice_beside_its_original_is_refused(tmp_path: Path) -> None:
         read(folder)
 
 
-def test_a_series_that_states_more_images_says_so(tmp_path: Path) -> None:
+def test_incomplete_series_warns(tmp_path: Path) -> None:
+    """A series that states more images than there are gives a note."""
     series = slices(blobs((6, 20, 24)), ImagesInAcquisition=6)
     assert read(save(tmp_path / "whole", series)).notes == ()
     cases = {"first": series[1:], "last": series[:-1]}

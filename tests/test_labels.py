@@ -27,7 +27,8 @@ def case(path: Path, **options: object) -> Case:
     return found
 
 
-def test_presets_map_by_code_and_say_what_the_model_lacks() -> None:
+def test_presets_map_labels_by_code() -> None:
+    """Presets map labels by their codes and say which structures the model lacks."""
     chambers = load_map("totalsegmentator-heartchambers", MM_WHS)
     assert [chambers[v] for v in range(8)] == [
         0,
@@ -59,7 +60,8 @@ def test_presets_map_by_code_and_say_what_the_model_lacks() -> None:
     )
 
 
-def test_a_map_may_name_a_structure_by_value_code_or_name(tmp_path: Path) -> None:
+def test_label_map_value_code_name(tmp_path: Path) -> None:
+    """A label map may name a structure by its value, its code or its name."""
     path = tmp_path / "map.json"
     path.write_text(
         json.dumps(
@@ -130,7 +132,7 @@ def slicer(path: Path, layers: np.ndarray, segments: list[tuple[str, int, int, s
     return path
 
 
-def test_a_slicer_segmentation_maps_by_code_and_name(tmp_path: Path) -> None:
+def test_slicer_seg_maps_code_and_name(tmp_path: Path) -> None:
     values = (blobs((4, 10, 12), (0, 1, 2)) % 3).astype(np.uint8)
     path = slicer(
         tmp_path / "m.seg.nrrd",
@@ -154,7 +156,8 @@ def test_a_slicer_segmentation_maps_by_code_and_name(tmp_path: Path) -> None:
         )
 
 
-def test_layers_of_a_slicer_segmentation_may_overlap_only_in_an_order(tmp_path: Path) -> None:
+def test_overlapping_slicer_layers_need_order(tmp_path: Path) -> None:
+    """Layers of a Slicer segmentation may overlap only where an order is stated."""
     layers = np.zeros((2, 4, 10, 12), np.uint8)
     layers[0, 1, 2:6, 2:6], layers[1, 1, 4:8, 4:8], layers[1, 3, 0, 0] = 1, 1, 2
     segments = [
@@ -179,7 +182,7 @@ def test_layers_of_a_slicer_segmentation_may_overlap_only_in_an_order(tmp_path: 
         read_case(case(path), MM_WHS)
 
 
-def test_a_volume_that_states_no_orientation_is_said(tmp_path: Path) -> None:
+def test_volume_without_orientation_warns(tmp_path: Path) -> None:
     (tmp_path / "m.nrrd").write_bytes(
         b"NRRD0004\ntype: uchar\ndimension: 3\nsizes: 2 2 2\nspacings: 1 1 2\nencoding: raw\n\n"
         + bytes(8)
@@ -194,9 +197,8 @@ def test_a_volume_that_states_no_orientation_is_said(tmp_path: Path) -> None:
         assert read_case(case(write_mask(tmp_path / name)), MM_WHS).notes == ()
 
 
-def test_the_command_says_what_a_segmentation_holds_and_how_it_maps(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_labels_command_prints_mapping(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command prints what a segmentation holds and how it maps."""
     layers = np.zeros((1, 4, 10, 10), np.uint8)
     layers[0, 1, :5, :4], layers[0, 2, 0, 0] = 1, 7
     path = slicer(
@@ -218,7 +220,8 @@ def test_the_command_says_what_a_segmentation_holds_and_how_it_maps(
     assert "1 spleen" in capsys.readouterr().err  # what the preset loses is said
 
 
-def test_integers_of_any_width_and_order_are_labels(tmp_path: Path) -> None:
+def test_integer_labels_any_byte_order(tmp_path: Path) -> None:
+    """Integers of any width and byte order are labels."""
     values = blobs((3, 6, 8))
     for dtype in (np.uint16, np.int16, np.int32, np.uint32, np.int64, np.float32, np.float64):
         sitk.WriteImage(image(values.astype(dtype)), str(tmp_path / "m.mha"))
@@ -237,9 +240,10 @@ def test_integers_of_any_width_and_order_are_labels(tmp_path: Path) -> None:
     )
 
 
-def test_each_voxel_gets_the_index_of_its_own_value() -> None:
-    """Single voxels, runs across lines and slices, values of any sign and size, arrays of any
-    layout.
+def test_voxel_values_become_class_indices() -> None:
+    """Each voxel gets the index of its own value.
+
+    Single voxels, runs across lines and slices, values of any sign and size, arrays of any layout.
     """
     rng = np.random.default_rng(3)
     label_map = {-(1 << 40): 1, -3: 2, 0: 0, 7: 3, 65536: 4, 1 << 50: 5}

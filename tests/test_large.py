@@ -80,9 +80,7 @@ def write_large(path: Path, dtype: str) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["uint8", "uint16"])
-def test_two_thousand_slices_fit_in_two_gib(
-    dtype: str, root: Path, fake_model: Path, tmp_path: Path
-) -> None:
+def test_2000_slices_fit_in_2_gib(dtype: str, root: Path, fake_model: Path, tmp_path: Path) -> None:
     mask = write_large(tmp_path / "large.nii.gz", dtype)
     before, most = peak(root, fake_model, tmp_path / "out", mask)
     voxels = 2048 * 512 * 512
@@ -91,9 +89,8 @@ def test_two_thousand_slices_fit_in_two_gib(
 
 
 @pytest.mark.slow
-def test_a_variant_of_a_large_mask_holds_one_more_mask_and_no_field(
-    root: Path, fake_model: Path, tmp_path: Path
-) -> None:
+def test_large_variant_holds_one_mask(root: Path, fake_model: Path, tmp_path: Path) -> None:
+    """A variant of a large mask holds one more mask in memory, and no deformation field."""
     before, most = peak(
         root,
         fake_model,
@@ -105,9 +102,8 @@ def test_a_variant_of_a_large_mask_holds_one_more_mask_and_no_field(
     assert most - before < 2.5 * 2048 * 512 * 512
 
 
-def test_memory_does_not_grow_with_the_number_of_cases(
-    root: Path, fake_model: Path, tmp_path: Path
-) -> None:
+def test_memory_constant_over_cases(root: Path, fake_model: Path, tmp_path: Path) -> None:
+    """Memory does not grow with the number of cases."""
     for n in range(24):
         write_mask(tmp_path / f"{n}.nii.gz", blobs((40, 256, 256), seed=n), spacing=(1.0, 1.0, 2.0))
     few = [tmp_path / f"{n}.nii.gz" for n in range(6)]

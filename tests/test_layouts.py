@@ -77,7 +77,8 @@ def config_for(path: Path, *settings: str, **keys: object):
     return resolve(keys, [*small, *settings], dataset_path=str(path))
 
 
-def test_the_originals_folders_of_single_slices_are_read(tmp_path: Path) -> None:
+def test_original_slice_folders_are_read(tmp_path: Path) -> None:
+    """The folders of single slices of the original system are read."""
     write_slices(tmp_path, 5)
     write_slices(tmp_path, 2, split="testing", seed=1)
     layout = find(tmp_path, DataConfig())
@@ -96,7 +97,8 @@ def test_the_originals_folders_of_single_slices_are_read(tmp_path: Path) -> None
     assert cohort.train[0].labels.shape == (1, 1, 32, 32) and cohort.train[0].image.max() > 150
 
 
-def test_train_ratio_1_tests_on_the_originals_testing_folder(tmp_path: Path) -> None:
+def test_train_ratio_1_uses_testing_folder(tmp_path: Path) -> None:
+    """With a ratio of 1 the test split is the testing folder of the original system."""
     write_slices(tmp_path, 5, hu=True)
     write_slices(tmp_path, 2, split="testing", seed=1, hu=True)
     config, said = infer_from_data(config_for(tmp_path, "data.train_ratio=1", TARGET_TRANS="1/255"))
@@ -113,7 +115,8 @@ def test_train_ratio_1_tests_on_the_originals_testing_folder(tmp_path: Path) -> 
     assert [layout.pairs[n].name for n in parts["test"]] == ["testing/te0", "testing/te1"]
 
 
-def test_other_names_of_the_originals_files_come_from_the_config(tmp_path: Path) -> None:
+def test_original_file_names_from_config(tmp_path: Path) -> None:
+    """Other names of the original system's files come from the config."""
     write_slices(tmp_path, 3)
     with pytest.raises(UsageError, match=r"tr0_ct\.dcm; there is tr0_whs_img\.dcm"):
         find(tmp_path, DataConfig(image_name="ct"))
@@ -122,7 +125,7 @@ def test_other_names_of_the_originals_files_come_from_the_config(tmp_path: Path)
     assert find(tmp_path, DataConfig(image_name="ct")).pairs[1].image.name == "tr1_ct.dcm"
 
 
-def test_nnunets_raw_layout_states_its_labels(tmp_path: Path) -> None:
+def test_nnunet_raw_states_labels(tmp_path: Path) -> None:
     write_nnunet(tmp_path)
     config, said = infer_from_data(config_for(tmp_path))
     assert str(label_table(config.data)) == "0 background, 1 liver" and "nnU-Net" in said
@@ -133,7 +136,8 @@ def test_nnunets_raw_layout_states_its_labels(tmp_path: Path) -> None:
     )
 
 
-def test_nnunets_older_labels_and_a_config_that_contradicts_them(tmp_path: Path) -> None:
+def test_nnunet_old_labels_against_config(tmp_path: Path) -> None:
+    """The older form of the labels is read, and a config that contradicts it is refused."""
     write_nnunet(tmp_path, {"0": "background", "1": "liver"})
     assert (
         str(label_table(infer_from_data(config_for(tmp_path))[0].data)) == "0 background, 1 liver"
@@ -163,7 +167,8 @@ def test_nnunet_labels_in_other_spellings(labels: dict[str, Any], tmp_path: Path
     assert open_cohort(config, tmp_path, quiet=True).train[0].labels.max() == 1
 
 
-def test_what_nnunet_ignores_is_no_tissue(tmp_path: Path) -> None:
+def test_nnunet_ignore_label(tmp_path: Path) -> None:
+    """The label that nnU-Net ignores is not a tissue."""
     write_nnunet(tmp_path, {"background": 0, "liver": 1, "ignore": 2})
     config, said = infer_from_data(config_for(tmp_path))
     assert (
@@ -180,7 +185,7 @@ def test_what_nnunet_ignores_is_no_tissue(tmp_path: Path) -> None:
     assert "ignore" in caught.value.remedy
 
 
-def test_nnunet_folders_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_nnunet_folders(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="2 channels"):
         find(write_nnunet(tmp_path / "a", channels=2), DataConfig())
     for labels in (
@@ -212,7 +217,8 @@ def test_nnunet_folders_that_cannot_be_read(tmp_path: Path) -> None:
         find(folder, DataConfig())
 
 
-def test_a_table_of_pairs_is_read_with_patients_and_splits(tmp_path: Path) -> None:
+def test_csv_pairs_patients_and_splits(tmp_path: Path) -> None:
+    """A table of pairs is read with its patients and splits."""
     path = write_table(
         tmp_path, "image,label,patient,split\n" + rows("a,train", "a,train", "b,valid", "c,test")
     )
@@ -232,7 +238,7 @@ def test_a_table_of_pairs_is_read_with_patients_and_splits(tmp_path: Path) -> No
     }
 
 
-def test_parts_of_one_patient_share_a_split(tmp_path: Path) -> None:
+def test_patient_parts_share_split(tmp_path: Path) -> None:
     path = write_table(
         tmp_path, "image,label,patient\n" + rows(*(f"p{n // 2}" for n in range(8))), pairs=8
     )
@@ -272,7 +278,7 @@ def test_parts_of_one_patient_share_a_split(tmp_path: Path) -> None:
         ("image,label\n" + rows("", "", "", "") + "ct/1.nii.gz\n", "line 6"),
     ],
 )
-def test_a_bad_table_names_its_line(tmp_path: Path, text: str, says: str) -> None:
+def test_bad_csv_line_is_named(tmp_path: Path, text: str, says: str) -> None:
     with pytest.raises(UsageError) as caught:
         find(write_table(tmp_path, text), DataConfig())
     assert (
@@ -282,21 +288,21 @@ def test_a_bad_table_names_its_line(tmp_path: Path, text: str, says: str) -> Non
     )
 
 
-def test_two_layouts_in_one_folder_are_an_error(tmp_path: Path) -> None:
+def test_two_layouts_in_folder_refused(tmp_path: Path) -> None:
     write_nnunet(tmp_path)
     write_slices(tmp_path, 3)
     with pytest.raises(UsageError, match="can be read as single slices and as nnU-Net"):
         find(tmp_path, DataConfig())
 
 
-def test_an_unrelated_csv_file_is_no_layout(tmp_path: Path) -> None:
+def test_unrelated_csv_is_ignored(tmp_path: Path) -> None:
     for n in range(3):
         write_pair(tmp_path / f"p{n}_image.nii.gz", tmp_path / f"p{n}_label.nii.gz", n, 205)
     (tmp_path / "ages.csv").write_text("patient,age\np0,60\n")
     assert "MM-WHS" in find(tmp_path, DataConfig()).says
 
 
-def test_the_dry_run_says_the_layout(tmp_path: Path, command) -> None:
+def test_dry_run_prints_layout(tmp_path: Path, command) -> None:
     write_nnunet(tmp_path / "data")
     settings = [
         "data.canvas=[32,32]",
@@ -325,7 +331,8 @@ def test_the_dry_run_says_the_layout(tmp_path: Path, command) -> None:
     assert '"liver"' in done.stdout
 
 
-def test_one_patients_volume_may_be_split_by_slices_when_asked(tmp_path: Path) -> None:
+def test_one_patient_split_by_slices(tmp_path: Path) -> None:
+    """The volume of a single patient is split by slices only where the config asks for it."""
     path = write_table(tmp_path, "image,label\nct/0.nii.gz,seg/0.nii.gz\n", pairs=1)
     labels = {"labels": [{"name": "background", "value": 0}, {"name": "liver", "value": 1}]}
     with pytest.raises(UsageError, match="1 patient"):
@@ -345,9 +352,7 @@ def test_one_patients_volume_may_be_split_by_slices_when_asked(tmp_path: Path) -
     assert cohort.table(label_table(config.data), intensity(config)).count("liver") == 1
 
 
-def test_a_real_pair_trains_by_configuration_alone(
-    real_data: Path, tmp_path: Path, command
-) -> None:
+def test_real_pair_trains_by_config(real_data: Path, tmp_path: Path, command) -> None:
     source = real_data / "abdomen_3mm"
     if not (source / "ct.nii.gz").is_file():
         pytest.skip(f"{source} is absent")

@@ -26,7 +26,7 @@ def open_descriptors() -> int:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["fake", "onnx", "openvino"])
-def test_openings_cost_nothing_that_stays(backend: str, model: Path, fake_model: Path) -> None:
+def test_repeated_opening_leaks_nothing(backend: str, model: Path, fake_model: Path) -> None:
     folder = fake_model if backend == "fake" else model
     values = np.zeros((4, 64, 64), np.uint16)
     values[:, 16:48, 16:48] = 205

@@ -43,7 +43,7 @@ def needs(package: str) -> None:
         pytest.skip(f"{package} is not installed (pip install {package})")
 
 
-def test_tensorboard_holds_the_losses_and_metrics(cohort: Path, tmp_path: Path, command) -> None:
+def test_tensorboard_losses_and_metrics(cohort: Path, tmp_path: Path, command) -> None:
     needs("tensorboard")
     done = command(*arguments(cohort, tmp_path / "run", "--tensorboard"))
     assert done.returncode == 0, done.stderr
@@ -57,9 +57,8 @@ print([e.step for e in events.Scalars("losses.reconstruction")], "metrics.body.m
     assert read.stdout.strip() == "[2, 4] True", read.stderr
 
 
-def test_weights_and_biases_offline_keeps_all_in_the_run_folder(
-    cohort: Path, tmp_path: Path, command
-) -> None:
+def test_offline_wandb_stays_in_run(cohort: Path, tmp_path: Path, command) -> None:
+    """Weights & Biases, offline, keeps everything in the run folder."""
     needs("wandb")
     line = arguments(cohort, tmp_path / "run", "--use_wandb", "--wandb_resume_id", "abc123")
     done = command(*line, env={"WANDB_MODE": "offline", "HOME": str(tmp_path)})
@@ -71,9 +70,10 @@ def test_weights_and_biases_offline_keeps_all_in_the_run_folder(
 @pytest.mark.parametrize(
     ("option", "package"), [("--tensorboard", "tensorboard"), ("--use_wandb", "wandb")]
 )
-def test_an_absent_logger_is_named_before_anything_is_started(
+def test_absent_logger_is_named_first(
     cohort: Path, tmp_path: Path, command, option: str, package: str
 ) -> None:
+    """An absent logger is named before anything is started."""
     (tmp_path / "hidden" / package).mkdir(parents=True)
     (tmp_path / "hidden" / package / "__init__.py").write_text(
         "raise ImportError('it is absent')\n"

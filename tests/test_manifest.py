@@ -31,7 +31,7 @@ def schema(root: Path) -> Any:
     return jsonschema.Draft202012Validator(schema)
 
 
-def test_what_export_writes_is_what_the_schema_says(schema: Any, model: Path) -> None:
+def test_exported_manifest_matches_schema(schema: Any, model: Path) -> None:
     schema.validate(json.loads((model / "manifest.json").read_text()))
     schema.validate(
         json.loads(
@@ -55,7 +55,7 @@ def test_what_export_writes_is_what_the_schema_says(schema: Any, model: Path) ->
         lambda m: m["labels"].__setitem__(0, {"name": "background"}),
     ],
 )
-def test_the_schema_refuses_what_is_no_manifest(
+def test_schema_refuses_bad_manifests(
     spoil: Callable[[Any], Any], schema: Any, model: Path
 ) -> None:
     data = json.loads((model / "manifest.json").read_text())
@@ -63,11 +63,11 @@ def test_the_schema_refuses_what_is_no_manifest(
     assert not schema.is_valid(data)
 
 
-def test_every_key_is_in_both(schema: Any, model: Path) -> None:
+def test_schema_and_manifest_keys_agree(schema: Any, model: Path) -> None:
     assert set(schema.schema["properties"]) == set(Manifest.load(model).to_json())
 
 
-def test_describe_prints_labels_files_and_proof(model: Path, command) -> None:
+def test_describe_prints_labels_files_proof(model: Path, command) -> None:
     done = command("-m", "runtime", "describe", model)
     assert done.returncode == 0, done.stderr
     manifest, lines = Manifest.load(model), done.stdout.splitlines()
@@ -91,7 +91,7 @@ def test_describe_prints_labels_files_and_proof(model: Path, command) -> None:
     )
 
 
-def test_describe_refuses_what_it_cannot_read(model: Path, tmp_path: Path, command) -> None:
+def test_describe_refuses_unreadable_model(model: Path, tmp_path: Path, command) -> None:
     shutil.copytree(model, tmp_path / "model")
     data = json.loads((model / "manifest.json").read_text())
     for key, value in (
@@ -107,7 +107,7 @@ def test_describe_refuses_what_it_cannot_read(model: Path, tmp_path: Path, comma
         )
 
 
-def test_the_model_card_says_what_the_manifest_says(model: Path) -> None:
+def test_model_card_agrees_with_manifest(model: Path) -> None:
     manifest = Manifest.load(model)
     card = (model / "MODEL_CARD.md").read_text()
     assert card == model_card(manifest)
@@ -123,13 +123,15 @@ def test_the_model_card_says_what_the_manifest_says(model: Path) -> None:
     assert f"| {mean:.3g} |" in card
 
 
-def test_a_license_that_is_stated_is_in_the_card(model: Path) -> None:
+def test_model_card_states_license(model: Path) -> None:
     card = model_card(replace(Manifest.load(model), license="CC-BY-NC-4.0"))
     assert "## License\n\nCC-BY-NC-4.0\n" in card and "Not stated" not in card
 
 
-def test_a_graph_serves_only_the_labels_it_was_exported_for(model: Path, tmp_path: Path) -> None:
-    """A label that is added to, renamed or moved in the manifest: the file itself says what its
+def test_graph_labels_match_manifest(model: Path, tmp_path: Path) -> None:
+    """A graph serves only the labels that it was exported for.
+
+    A label that is added to, renamed or moved in the manifest: the file itself says what its
     channels mean.
     """
     from runtime.engines.registry import open_engine
@@ -204,7 +206,7 @@ WRONG: dict[str, tuple[Callable[[Any], None], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_wrong_value_is_named(name: str, tmp_path: Path) -> None:
+def test_wrong_manifest_value_is_named(name: str, tmp_path: Path) -> None:
     spoil, named = WRONG[name]
     data = copy.deepcopy(fake_manifest().to_json())
     spoil(data)
@@ -226,7 +228,7 @@ def test_a_wrong_value_is_named(name: str, tmp_path: Path) -> None:
         ("\udcff", "not UTF-8"),
     ],
 )
-def test_a_file_that_is_no_manifest(text: str, said: str, tmp_path: Path) -> None:
+def test_file_is_not_a_manifest(text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ModelError, match=said):
         Manifest.load(tmp_path)
@@ -354,7 +356,7 @@ def test_crafted_manifests_are_refused_plainly(kind: str, tmp_path: Path) -> Non
     assert refused > 20
 
 
-def test_what_export_writes_is_described(tmp_path: Path) -> None:
+def test_describe_reads_exported_manifest(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps(as_export_writes_it()))
     told = describe(Manifest.load(tmp_path), tmp_path)
     for words in (
@@ -407,7 +409,7 @@ def test_a_manifest_steers_no_terminal(tmp_path: Path, capsys: pytest.CaptureFix
     )
 
 
-def test_the_letters_of_every_script_are_shown() -> None:
+def test_letters_of_every_script_show() -> None:
     for text in ("Herz — größer", "心臓　右", "قلب", "a b"):
         assert printable(text) == text
     assert printable("a\tb\r\n\x7f\udcff") == "a\\tb\\r\\n\\x7f\\udcff"

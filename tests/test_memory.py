@@ -35,7 +35,7 @@ def test_every_byte_is_counted() -> None:
     assert (pool.stats.in_use, pool.stats.held, pool.stats.peak) == (0, 0, 768)
 
 
-def test_blocks_are_aligned_and_reused() -> None:
+def test_memory_blocks_aligned_and_reused() -> None:
     pool = pool_of(1 << 20)
     first = pool.allocate(1000, stream=HOST_STREAM)
     assert first.ptr % ALIGNMENT == 0
@@ -45,7 +45,7 @@ def test_blocks_are_aligned_and_reused() -> None:
     assert second.ptr == address and pool.stats.allocations == 1
 
 
-def test_the_view_is_the_block() -> None:
+def test_array_view_shares_block() -> None:
     block = pool_of(1 << 20).allocate(24, stream=HOST_STREAM)
     view = block.array((2, 3), np.float32)
     view[...] = 7
@@ -56,7 +56,8 @@ def test_the_view_is_the_block() -> None:
     )
 
 
-def test_the_cap_holds_and_the_error_is_a_memory_error_with_the_numbers() -> None:
+def test_memory_cap_error_states_bytes() -> None:
+    """The cap holds, and the error is a MemoryError that states the numbers."""
     pool = pool_of(1024)
     kept = pool.allocate(512, stream=HOST_STREAM)
     with pytest.raises(
@@ -70,7 +71,8 @@ def test_the_cap_holds_and_the_error_is_a_memory_error_with_the_numbers() -> Non
     assert pool.stats.held == 1024
 
 
-def test_purposes_are_counted_on_top_of_the_pool_and_reserved_bytes_lessen_the_cap() -> None:
+def test_memory_tags_and_reserved_bytes() -> None:
+    """Bytes are counted by purpose as well, and reserved bytes lessen the cap."""
     pool = pool_of(4096)
     labels = [pool.tag("labels").allocate(256, stream=HOST_STREAM) for _ in range(2)]
     weights = pool.reserve(2000, "weights")
@@ -88,7 +90,7 @@ def test_purposes_are_counted_on_top_of_the_pool_and_reserved_bytes_lessen_the_c
     assert pool.stats.in_use == 0 and all(u.in_use == 0 for u in pool.stats.tags.values())
 
 
-def test_one_pool_serves_several_threads() -> None:
+def test_memory_pool_serves_threads() -> None:
     pool = pool_of(1 << 20)
 
     def use(seed: int) -> bool:
@@ -118,12 +120,13 @@ def test_one_pool_serves_several_threads() -> None:
         ("64KB", 65536),
     ],
 )
-def test_amounts_are_read_as_people_write_them(text: str | int, nbytes: int) -> None:
+def test_memory_amounts_are_parsed(text: str | int, nbytes: int) -> None:
+    """Amounts of memory are read as people write them."""
     assert parse_bytes(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "much", "-1", "0", "1 PiB", "0.2 b", "1e9", "GiB"])
-def test_other_amounts_are_refused(text: str) -> None:
+def test_bad_memory_amounts_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="is not an amount of memory"):
         parse_bytes(text)
 
@@ -134,7 +137,8 @@ def volume(depth: int, side: int = 64) -> LabelVolume:
     )
 
 
-def test_steady_state_allocates_nothing_and_everything_comes_back() -> None:
+def test_steady_state_allocates_nothing() -> None:
+    """Everything comes back to the pool at the end."""
     manifest = fake_manifest()
     with Synthesizer(manifest, FakeEngine(manifest)) as synth:
         synth.synthesize(volume(4))
@@ -146,8 +150,11 @@ def test_steady_state_allocates_nothing_and_everything_comes_back() -> None:
     assert after.in_use == after.held == 0 and all(u.in_use == 0 for u in after.tags.values())
 
 
-def test_another_canvas_takes_the_memory_of_the_last_one() -> None:
-    """Labels past the canvas make it grow; both together would pass the cap."""
+def test_new_canvas_reuses_memory() -> None:
+    """Another canvas takes the memory of the last one.
+
+    Labels past the canvas make it grow; both together would pass the cap.
+    """
     manifest = fake_manifest()
     small, large = volume(4, 32), volume(4, 64)
     engine = FakeEngine(manifest, options=EngineOptions(max_memory=2 * 2 * 4 * 96 * 96, workers=1))
@@ -158,7 +165,8 @@ def test_another_canvas_takes_the_memory_of_the_last_one() -> None:
             synth.synthesize(large)
 
 
-def test_a_cap_that_holds_one_slice_at_a_time_changes_no_byte() -> None:
+def test_one_slice_memory_cap_same_bytes() -> None:
+    """A cap under which one slice at a time fits changes no byte of the result."""
     manifest = fake_manifest()
     with Synthesizer(manifest, FakeEngine(manifest)) as synth:
         want = synth.synthesize(volume(7))
@@ -170,11 +178,13 @@ def test_a_cap_that_holds_one_slice_at_a_time_changes_no_byte() -> None:
         assert synth.memory()["host"].in_use == in_use // slots
 
 
-def test_memory_goes_back_after_the_work_in_it_also_when_the_wait_for_it_was_interrupted(
+def test_interrupted_wait_returns_memory(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Ctrl-C ends a wait wherever it is; here at its first step, for a signal may come after all
-    is done.
+    """Memory goes back after the work in it, also where the wait for it was interrupted.
+
+    Ctrl-C ends a wait wherever it is; here at its first step, for a signal may come after all is
+    done.
     """
     manifest, begun, go = fake_manifest(), threading.Event(), threading.Event()
 
@@ -206,7 +216,7 @@ def test_memory_goes_back_after_the_work_in_it_also_when_the_wait_for_it_was_int
         assert synth.memory()["host"].in_use < in_use
 
 
-def test_an_abandoned_stream_gives_its_memory_back() -> None:
+def test_abandoned_stream_returns_memory() -> None:
     manifest = fake_manifest()
     with Synthesizer(manifest, FakeEngine(manifest), batch=2) as synth:
         slabs = synth.slabs(volume(40))
@@ -216,7 +226,8 @@ def test_an_abandoned_stream_gives_its_memory_back() -> None:
         assert synth.memory()["host"].in_use == 0
 
 
-def test_a_canvas_past_the_cap_is_refused_and_nothing_stays_taken() -> None:
+def test_canvas_past_cap_is_refused() -> None:
+    """A canvas past the cap is refused, and no memory stays in use."""
     manifest = fake_manifest()
     with Synthesizer(
         manifest, FakeEngine(manifest, options=EngineOptions(max_memory=10000))

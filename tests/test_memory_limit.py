@@ -142,7 +142,7 @@ def test_refusing_takes_little_memory(fake_model: Path, tmp_path: Path) -> None:
     [((1300, 1300, 1300), "more than this run has memory for"), ((1000, 1000, 900), "memory")],
 )
 @pytest.mark.parametrize("command", ["synth", "labels"])
-def test_limits_of_the_run_hold(
+def test_memory_limits_of_run_hold(
     command: str, shape: tuple[int, int, int], why: str, fake_model: Path, tmp_path: Path
 ) -> None:
     """What does not fit at all is refused by its header; where less is left than that, the
@@ -160,7 +160,7 @@ def test_limits_of_the_run_hold(
     assert not [*(tmp_path / "out").glob("m*")]
 
 
-def test_groups_limit_the_run(tmp_path: Path) -> None:
+def test_cgroups_limit_the_run(tmp_path: Path) -> None:
     """Of the unit, of what it lies in, and of the older version with its controllers."""
     inner = tmp_path / "system.slice" / "mask2ct.service"
     inner.mkdir(parents=True)
@@ -178,7 +178,7 @@ def test_groups_limit_the_run(tmp_path: Path) -> None:
     assert limit is None or 0 < limit <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_writers_without_memory_say_so(tmp_path: Path) -> None:
+def test_writers_report_missing_memory(tmp_path: Path) -> None:
     with (
         pytest.raises(OutputError, match=r"a\.nii cannot be written: the memory does not suffice"),
         writing(tmp_path / "a.nii"),

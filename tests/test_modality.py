@@ -45,7 +45,7 @@ def write_mr(folder: Path, patients: int) -> None:
             )
 
 
-def test_an_mr_like_cohort_trains_exports_and_synthesizes(tmp_path: Path, command) -> None:
+def test_mr_cohort_trains_exports_synthesizes(tmp_path: Path, command) -> None:
     data, run, model, out = (tmp_path / name for name in ("data", "run", "model", "out"))
     data.mkdir()
     write_mr(data, 4)
@@ -151,8 +151,11 @@ def test_an_mr_like_cohort_trains_exports_and_synthesizes(tmp_path: Path, comman
     )
 
 
-def test_arbitrary_units_are_measured_like_hu_on_their_own_range() -> None:
-    """The same images, once in HU and once as greys of 0..255: all that is relative agrees."""
+def test_arbitrary_units_metrics_match_hu() -> None:
+    """Arbitrary units are measured like HU, on their own range.
+
+    The same images, once in HU and once as greys of 0..255: all that is relative agrees.
+    """
     rng = np.random.default_rng(0)
     mask = np.zeros((3, 64, 64), np.uint8)
     mask[:, 16:40, 16:40] = 1
@@ -186,9 +189,8 @@ def test_arbitrary_units_are_measured_like_hu_on_their_own_range() -> None:
     assert as_greys["ssim"] == pytest.approx(as_hu["ssim"], rel=1e-3)
 
 
-def test_an_hu_table_of_images_without_hu_is_refused_with_the_reason(
-    tmp_path: Path, command
-) -> None:
+def test_hu_table_without_hu_is_refused(tmp_path: Path, command) -> None:
+    """The error states the reason."""
     for name in ("masks", "truth", "synthetic"):
         (tmp_path / name).mkdir()
         values = np.full((2, 16, 16), 500, np.int16)
@@ -222,9 +224,10 @@ def test_an_hu_table_of_images_without_hu_is_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("options", [[], ["--enhanced"], ["--dry-run"]], ids=" ".join)
-def test_a_ct_series_of_what_is_not_in_hu_is_refused_with_the_reason(
+def test_ct_series_without_hu_is_refused(
     options: list[str], greys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The error states the reason."""
     mask = write_mask(tmp_path / "a.nii.gz")
     assert synth(greys, tmp_path / "out", mask, "--format", "dicom", *options) == 2
     assert_refused(capsys.readouterr().err)
@@ -236,9 +239,10 @@ def test_a_ct_series_of_what_is_not_in_hu_is_refused_with_the_reason(
         )  # the remedy that it names
 
 
-def test_a_watcher_for_a_ct_series_of_what_is_not_in_hu_does_not_begin(
+def test_watch_without_hu_is_refused(
     greys: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A watcher does not begin to write a CT series of a model that is not in HU."""
     inbox = tmp_path / "in"
     inbox.mkdir()
     mask = write_mask(inbox / "a.nii.gz")
@@ -260,10 +264,13 @@ def test_a_watcher_for_a_ct_series_of_what_is_not_in_hu_does_not_begin(
     assert mask.is_file() and [*inbox.iterdir()] == [mask] and [*tmp_path.iterdir()] == [inbox]
 
 
-def test_a_node_for_a_model_that_is_not_in_hu_does_not_begin_to_listen(
+def test_node_without_hu_is_refused(
     greys: Path, fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nor beside one that is: which studies it would refuse, no sender could know."""
+    """A node for a model that is not in HU does not begin to listen.
+
+    Nor beside one that is: which studies it would refuse, no sender could know.
+    """
     spool = tmp_path / "spool"
     for models in ([greys], [fake_model, greys]):
         line = [part for model in models for part in ("--model", str(model))]

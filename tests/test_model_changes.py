@@ -48,8 +48,11 @@ def versions(folder: Path) -> Path:
     return folder / "current"
 
 
-def test_the_pages_commands_do_what_it_says(root: Path, tmp_path: Path) -> None:
-    """`mask2ct` is this checkout's, with the engine that needs no network."""
+def test_documented_model_change_commands(root: Path, tmp_path: Path) -> None:
+    """The commands of the page do what it says.
+
+    `mask2ct` is this checkout's, with the engine that needs no network.
+    """
     write_fake_model(tmp_path / "heart-1.2.0", OLD)
     write_fake_model(tmp_path / "heart-1.3.0", NEW)
     for name in ("inbox", "models", "bin"):
@@ -91,7 +94,7 @@ def test_the_pages_commands_do_what_it_says(root: Path, tmp_path: Path) -> None:
     assert {*re.findall(r'"case": "(\w+)"', output[3])} == {"mask1", "mask2"}  # what was withdrawn
 
 
-def test_queued_work_is_the_opened_models(tmp_path: Path) -> None:
+def test_queue_uses_opened_model(tmp_path: Path) -> None:
     """Until the restart, whatever the link says; after it the new model makes also what was made
     already.
     """
@@ -148,7 +151,8 @@ def test_queued_work_is_the_opened_models(tmp_path: Path) -> None:
     assert (switched["before_manifest_sha256"], switched["manifest_sha256"]) == (before, after)
 
 
-def test_resume_makes_another_models_results_anew(tmp_path: Path) -> None:
+def test_resume_redoes_foreign_model_results(tmp_path: Path) -> None:
+    """Results of another model are synthesized anew on `--resume`."""
     link, mask = versions(tmp_path / "models"), write_mask(tmp_path / "a.nii.gz")
     assert synth(link, tmp_path / "out", mask) == 0
     old = results(tmp_path / "out")
@@ -160,7 +164,7 @@ def test_resume_makes_another_models_results_anew(tmp_path: Path) -> None:
     )
 
 
-def test_an_engine_opened_again_is_the_same(model: Path, tmp_path: Path) -> None:
+def test_reopened_engine_is_unchanged(model: Path, tmp_path: Path) -> None:
     """Though the link leads to another model by then."""
     shutil.copytree(model, tmp_path / "heart-1.2.0")
     shutil.copytree(model, tmp_path / "heart-1.3.0")

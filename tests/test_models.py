@@ -60,9 +60,10 @@ def choice(models: Models, path: Path) -> tuple[str, str]:
     return name, reason
 
 
-def test_each_mask_is_synthesized_by_the_model_that_knows_its_labels(
+def test_labels_choose_the_model(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Each mask is synthesized by the model that knows its labels."""
     masks = tmp_path / "masks"
     masks.mkdir()
     for name, values in {
@@ -120,9 +121,10 @@ def test_each_mask_is_synthesized_by_the_model_that_knows_its_labels(
     assert [*told["models"]] == ["heart", "abdomen"] and told["models"]["heart"]["model"] == "fake"
 
 
-def test_one_label_map_serves_several_models_each_with_its_own_entries(
+def test_label_map_serves_several_models(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One label map serves several models, and each uses its own entries."""
     masks, maps = [mask(tmp_path, "a", 0, 51, 52), mask(tmp_path, "b", 0, 5)], tmp_path / "map.json"
     maps.write_text(
         json.dumps(
@@ -152,9 +154,8 @@ def test_one_label_map_serves_several_models_each_with_its_own_entries(
     assert run(main, line) == 2
 
 
-def test_of_several_that_fit_the_one_the_name_speaks_of_is_taken(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_mask_name_chooses_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Of several models that fit, the one that the name of the mask speaks of is chosen."""
     with both(folders) as models:
         assert choice(models, mask(tmp_path, "Patient-7_HEART", 0, 500)) == (
             "heart",
@@ -170,9 +171,8 @@ def test_of_several_that_fit_the_one_the_name_speaks_of_is_taken(
             choice(models, mask(tmp_path, "heart", 0, 6, 820))
 
 
-def test_a_series_is_chosen_for_by_its_description_which_is_not_repeated(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_series_description_chooses_model(folders: dict[str, Path], tmp_path: Path) -> None:
+    """The description of a series chooses the model and is not repeated."""
     series = slices(blobs((6, 20, 24), (0, 500)), SeriesDescription="Doe abdomen 2019")
     with both(folders) as models:
         assert choice(models, save(tmp_path / "series", series)) == (
@@ -192,7 +192,7 @@ def test_a_series_is_chosen_for_by_its_description_which_is_not_repeated(
         ({"model": "abdomen"}, "abdomen"),
     ],
 )
-def test_the_first_rule_that_fits_decides(
+def test_first_matching_rule_decides(
     rule: dict[str, Any], name: str, folders: dict[str, Path], tmp_path: Path
 ) -> None:
     rules = tmp_path / "rules.json"
@@ -204,9 +204,7 @@ def test_the_first_rule_that_fits_decides(
         )
 
 
-def test_a_rule_looks_at_the_description_of_a_series(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_rule_matches_series_description(folders: dict[str, Path], tmp_path: Path) -> None:
     rules = tmp_path / "rules.json"
     rules.write_text(json.dumps([{"series": "*Thorax*", "model": "heart"}]))
     series = save(
@@ -230,9 +228,7 @@ def test_a_rule_looks_at_the_description_of_a_series(
         '[{"model": "heart", "case": 5}]',
     ],
 )
-def test_rules_that_cannot_be_meant_start_nothing(
-    text: str, folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_bad_model_rules_are_refused(text: str, folders: dict[str, Path], tmp_path: Path) -> None:
     rules = tmp_path / "rules.json"
     rules.write_text(text)
     with pytest.raises(UsageError) as caught:
@@ -240,10 +236,10 @@ def test_rules_that_cannot_be_meant_start_nothing(
     assert caught.value.file == rules and "models: heart, abdomen" in caught.value.expected
 
 
-def test_rules_for_one_model_are_refused_for_they_would_have_no_effect(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
-    """Who gives them has forgotten a model, or a rule's: a mask that no rule is for would be
+def test_rules_for_one_model_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Rules for a single model are refused, because they would have no effect.
+
+    Who gives them has forgotten a model, or a rule's: a mask that no rule is for would be
     synthesized all the same.
     """
     rules = tmp_path / "rules.json"
@@ -254,9 +250,8 @@ def test_rules_for_one_model_are_refused_for_they_would_have_no_effect(
         Models.open([folders["heart"]], backend="fake", rules=rules)
 
 
-def test_one_model_takes_every_mask_and_so_does_the_one_that_is_named(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_single_model_takes_every_mask(folders: dict[str, Path], tmp_path: Path) -> None:
+    """A single model takes every mask, and so does the model that the caller names."""
     path = mask(tmp_path, "abdomen", 0, 6)
     with Models.open([folders["heart"]], backend="fake") as models:
         assert choice(models, path) == ("heart", "the only model")
@@ -266,9 +261,7 @@ def test_one_model_takes_every_mask_and_so_does_the_one_that_is_named(
         both(folders, use="liver")
 
 
-def test_models_are_called_by_their_folders_or_as_told(
-    folders: dict[str, Path], tmp_path: Path
-) -> None:
+def test_model_names_from_folders_or_options(folders: dict[str, Path], tmp_path: Path) -> None:
     odd = write_fake_model(tmp_path / "a=b", fake_manifest())
     with Models.open(
         [folders["heart"], f"second={folders['heart']}", odd], backend="fake"
@@ -295,11 +288,11 @@ def held(models: Models) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("room", ["for one", "for both"])
-def test_what_does_not_fit_beside_the_others_takes_the_place_of_the_one_not_used_longest(
-    room: str, folders: dict[str, Path]
-) -> None:
-    """Three models in turn, under a cap that two of them would pass, and under one that is
-    enough for all.
+def test_least_recently_used_model_closes(room: str, folders: dict[str, Path]) -> None:
+    """A model that does not fit beside the others replaces the one that was not used for longest.
+
+    Three models in turn, under a cap that two of them would pass, and under one that is enough for
+    all.
     """
     order = ["heart", "abdomen", "third", "heart", "heart", "third", "abdomen"]
     opened = [*folders.values(), f"third={folders['heart']}"]
@@ -320,7 +313,7 @@ def test_what_does_not_fit_beside_the_others_takes_the_place_of_the_one_not_used
     assert set(held(models).values()) == {0}
 
 
-def test_the_one_chosen_least_recently_goes_first(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_least_recently_chosen_closes_first(folders: dict[str, Path], tmp_path: Path) -> None:
     opened = [*folders.values(), f"third={folders['heart']}"]
     (case,) = find_cases([mask(tmp_path, "a", 0, 6)])
     with Models.open(opened, backend="fake", workers=1) as models:
@@ -337,7 +330,8 @@ def test_the_one_chosen_least_recently_goes_first(folders: dict[str, Path], tmp_
         assert [name for name, nbytes in held(models).items() if nbytes] == ["abdomen", "third"]
 
 
-def test_a_model_at_work_is_never_closed_for_another(folders: dict[str, Path]) -> None:
+def test_working_model_is_not_closed(folders: dict[str, Path]) -> None:
+    """A model at work is never closed for another."""
     with Models.open(
         [*folders.values()], backend="fake", workers=1, batch=2, max_memory=20000
     ) as models:
@@ -353,9 +347,10 @@ def test_a_model_at_work_is_never_closed_for_another(folders: dict[str, Path]) -
         models["abdomen"].synthesize(volume(1))
 
 
-def test_what_is_in_a_later_models_way_is_said_before_the_first_one_synthesizes(
+def test_output_conflicts_precede_synthesis(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A file in the way of a later model is named before the first model synthesizes."""
     masks, out = [mask(tmp_path, "a", 0, 205), mask(tmp_path, "b", 0, 6)], tmp_path / "out"
     out.mkdir()
     (out / "b_ct.nii.gz").write_bytes(b"a person's own")
@@ -390,9 +385,8 @@ class Tight(FakeEngine):
         self.short = "started" if self.short == "soon" else self.short
 
 
-def test_a_model_that_found_room_for_one_slot_synthesizes_in_it_and_still_gives_way_afterwards() -> (
-    None
-):
+def test_one_slot_model_can_be_released() -> None:
+    """A model that has room for one slot alone synthesizes in it, and can be closed afterwards."""
     manifest = fake_manifest()
     engine = Tight(manifest, options=EngineOptions(workers=1))
     with Synthesizer(manifest, engine, again=lambda: FakeEngine(manifest)) as synth:
@@ -409,11 +403,13 @@ def gpu_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("backend", ["tensorrt", "onnx-cuda"])
 @pytest.mark.parametrize("limit", ["cap", "device"])
-def test_two_models_share_a_gpu_that_holds_one(
+def test_two_models_share_small_gpu(
     limit: str, backend: str, monkeypatch: pytest.MonkeyPatch, gpu_model: Path
 ) -> None:
-    """Whether it is the cap that is short or the device: the other's engine is closed first, and
-    what it held is back.
+    """The GPU has memory for one of them.
+
+    Whether it is the cap that is short or the device: the other's engine is closed first, and what
+    it held is back.
     """
     world = install(monkeypatch)
     with Models.open([f"a={gpu_model}"], backend=backend) as models:
@@ -435,7 +431,7 @@ def test_two_models_share_a_gpu_that_holds_one(
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
-def test_an_engine_that_is_opened_again_gives_the_same_bytes(backend: str, model: Path) -> None:
+def test_reopened_engine_gives_same_bytes(backend: str, model: Path) -> None:
     with Models.open([model], backend=backend) as models:
         synthesizer = models[model.name]
         before, first = synthesizer.synthesize(volume(0)), synthesizer.backend

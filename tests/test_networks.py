@@ -54,7 +54,7 @@ def batch(seed: int = 0, n: int = 2) -> Batch:
     )
 
 
-def test_the_reference_generator_is_the_originals() -> None:
+def test_reference_generator_equals_original() -> None:
     net = Generator(8, kind="reference", filters=64, depth=7, skips=False)
     kernels = [
         tuple(m.weight.shape)
@@ -76,9 +76,11 @@ def test_the_reference_generator_is_the_originals() -> None:
 
 
 @pytest.mark.parametrize("slices", [1, 3, 5])
-def test_the_edge_generator_needs_a_twelfth_of_the_references_work(slices: int) -> None:
-    """At 256 x 256, as its config ships it, with texture and a style; the reference as the
-    original has it.
+def test_edge_generator_cost(slices: int) -> None:
+    """The edge generator needs a twelfth of the work of the reference.
+
+    At 256 x 256, as its config ships it, with texture and a style; the reference as the original
+    has it.
     """
     edge = GeneratorConfig(**load(Path("train/configs/edge.json"))["generator"])
     nets = [
@@ -102,7 +104,7 @@ def test_the_edge_generator_needs_a_twelfth_of_the_references_work(slices: int) 
     assert work[0] / work[1] >= 12
 
 
-def test_skips_double_the_decoders_inputs() -> None:
+def test_skips_double_decoder_inputs() -> None:
     net = Generator(8, kind="reference", filters=4, depth=3, skips=True)
     assert [
         tuple(m.weight.shape)[:2] for m in net.modules() if isinstance(m, nn.ConvTranspose2d)
@@ -111,7 +113,8 @@ def test_skips_double_the_decoders_inputs() -> None:
 
 @pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
 @pytest.mark.parametrize("skips", [True, False])
-def test_the_generator_synthesizes_any_multiple_of_its_divisor(kind: str, skips: bool) -> None:
+def test_generator_sizes_multiples_of_divisor(kind: str, skips: bool) -> None:
+    """The generator synthesizes any size that is a multiple of its divisor."""
     net = Generator(8, kind=kind, filters=8, depth=3, skips=skips, textures=2).eval()
     assert net.divisor == 8 and net.noisy
     for h, w in ((8, 8), (24, 40)):
@@ -123,7 +126,7 @@ def test_the_generator_synthesizes_any_multiple_of_its_divisor(kind: str, skips:
 
 
 @pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
-def test_the_texture_is_linear_in_the_noise(kind: str) -> None:
+def test_texture_linear_in_noise(kind: str) -> None:
     torch.manual_seed(0)
     net = (
         Generator(8, kind=kind, filters=8, depth=3, skips=True, textures=4, texture_kernel=5)
@@ -146,7 +149,8 @@ def test_the_texture_is_linear_in_the_noise(kind: str) -> None:
     assert (logit(a) - base).abs().max() > 0
 
 
-def test_one_hot_orders_channels_by_slice_then_class() -> None:
+def test_one_hot_channel_order() -> None:
+    """One-hot encoding orders its channels by slice, then by class."""
     labels = torch.tensor([[[[0, 2]], [[1, 1]]]], dtype=torch.uint8)  # Z = 2, H = 1, W = 2
     expected = torch.tensor(
         [[[[1, 0]], [[0, 0]], [[0, 1]], [[0, 0]], [[1, 1]], [[0, 0]]]], dtype=torch.float32
@@ -163,13 +167,14 @@ def test_one_hot_orders_channels_by_slice_then_class() -> None:
         )
 
 
-def test_noise_bytes_become_zero_mean_and_unit_variance() -> None:
+def test_noise_bytes_are_standardized() -> None:
+    """Noise bytes get mean zero and unit variance."""
     values = standardise_noise(torch.arange(256, dtype=torch.uint8)).numpy()
     assert abs(values.mean()) < 1e-6 and abs(values.std() - 1) < 1e-3
     assert (NOISE_MEAN, NOISE_SD) == (127.5, 73.9)
 
 
-def test_same_padding_puts_one_pixel_before_and_two_after() -> None:
+def test_same_padding_one_before_two_after() -> None:
     layer = same_conv4(1, 1)
     nn.init.zeros_(layer[1].weight)
     nn.init.zeros_(layer[1].bias)
@@ -200,7 +205,8 @@ def test_the_discriminator_scores_patches(conditional: bool, inputs: int) -> Non
     ]
 
 
-def test_the_discriminators_first_convolution_is_one_over_image_and_labels() -> None:
+def test_discriminator_first_convolution() -> None:
+    """The first convolution is one over the image and the labels together."""
     torch.manual_seed(0)
     net = Discriminator(3, filters=4, patch_size=8).double().eval()
     condition, image = (
@@ -213,7 +219,7 @@ def test_the_discriminators_first_convolution_is_one_over_image_and_labels() -> 
     torch.testing.assert_close(net(condition, image)[0], net.score(x))
 
 
-def test_losses_against_values_worked_by_hand() -> None:
+def test_losses_against_hand_computed_values() -> None:
     real, fake = torch.tensor([1.0, 0.5]), torch.tensor([0.0, 0.2])
     d = discriminator_losses(real, fake)
     assert d["d_real"].item() == pytest.approx(0.5 * (0 + 0.25) / 2) and d[
@@ -265,7 +271,7 @@ def test_heads_keep_the_output_contract(kind: str, textures: int) -> None:
         assert amplitudes is None and head.amplitudes is None
 
 
-def test_hinge_losses_against_values_worked_by_hand() -> None:
+def test_hinge_losses_hand_computed() -> None:
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])
     d = discriminator_losses(real, fake, "hinge")
     assert d["d_real"].item() == pytest.approx(0.5 * (0 + 0.5) / 2) and d[
@@ -277,7 +283,8 @@ def test_hinge_losses_against_values_worked_by_hand() -> None:
     ].item() == pytest.approx(2.5 / 2)
 
 
-def test_feature_matching_counts_every_stage_alike_and_moves_the_synthesis_only() -> None:
+def test_feature_matching_loss() -> None:
+    """Feature matching weighs every stage alike and moves the generator only."""
     fake = [
         torch.tensor([1.0, 3.0], requires_grad=True),
         torch.tensor([0.0] * 8, requires_grad=True),
@@ -293,7 +300,8 @@ def test_feature_matching_counts_every_stage_alike_and_moves_the_synthesis_only(
     )
 
 
-def test_each_loss_that_is_on_is_logged_by_name_and_moves_the_generator() -> None:
+def test_active_losses_logged_and_trained() -> None:
+    """Each loss with a weight is logged by its name and moves the generator."""
     plain, matched = small(), small("loss.features=10", "loss.gan=hinge")
     assert set(plain(0, batch())) == {
         "adversarial",
@@ -312,7 +320,8 @@ def test_each_loss_that_is_on_is_logged_by_name_and_moves_the_generator() -> Non
     )
 
 
-def test_the_noise_floor_sees_grain_but_no_edge() -> None:
+def test_noise_floor_ignores_edges() -> None:
+    """The noise floor measures grain, not edges."""
     step = torch.zeros(1, 1, 64, 64)
     step[..., 31:] = 1
     assert noise_floor(step, 3).max() < 0.003
@@ -322,7 +331,8 @@ def test_the_noise_floor_sees_grain_but_no_edge() -> None:
     assert 0.03 < grain.mean() < 0.1
 
 
-def test_the_average_follows_its_formula_and_includes_batch_statistics() -> None:
+def test_weight_average_formula() -> None:
+    """The average of the weights follows its formula and includes the batch statistics."""
     a, b = nn.BatchNorm2d(2), nn.BatchNorm2d(2)
     b.weight.data.fill_(3)
     b.running_mean.fill_(10)
@@ -335,7 +345,7 @@ def test_the_average_follows_its_formula_and_includes_batch_statistics() -> None
     assert [average_decay(n, 0.99) for n in (0, 90, 10_000)] == [0.1, 0.91, 0.99]
 
 
-def test_a_step_moves_both_networks_and_the_average() -> None:
+def test_step_updates_networks_and_average() -> None:
     step = small()
     before = copy.deepcopy(step.state())
     losses = step(0, batch())
@@ -354,7 +364,7 @@ def test_a_step_moves_both_networks_and_the_average() -> None:
     torch.testing.assert_close(after["average/top.image.weight"], expected)
 
 
-def test_the_discriminator_does_not_shape_the_texture() -> None:
+def test_discriminator_leaves_texture_alone() -> None:
     """With no weight on the texture loss nothing moves the noise filters: adversarial gradients
     reach anatomy only.
     """
@@ -364,7 +374,7 @@ def test_the_discriminator_does_not_shape_the_texture() -> None:
     assert torch.equal(step.state()["generator/texture.filters.weight"], before)
 
 
-def test_the_learning_rate_decays_exponentially() -> None:
+def test_learning_rate_decays_exponentially() -> None:
     step = small("optimizer.lr_g=0.1", "optimizer.decay_g=0.5", "optimizer.lr_d=0.2")
     step(4, batch())
     assert (
@@ -373,7 +383,8 @@ def test_the_learning_rate_decays_exponentially() -> None:
     )
 
 
-def test_state_goes_round_and_the_next_step_is_the_same_bits() -> None:
+def test_training_state_round_trip() -> None:
+    """After the state is loaded, the next step has the same bits."""
     a, b = small(), small("training.seed=5")
     a(0, batch(0))
     b(0, batch(2))
@@ -386,7 +397,7 @@ def test_state_goes_round_and_the_next_step_is_the_same_bits() -> None:
     )
 
 
-def test_augmentation_moves_labels_and_image_alike() -> None:
+def test_augmentation_moves_labels_with_image() -> None:
     image = torch.zeros(1, 1, 32, 48)
     image[..., 8:20, 10:30] = 1
     labels = (image * 3).to(torch.uint8)
@@ -408,7 +419,8 @@ def test_augmentation_moves_labels_and_image_alike() -> None:
     assert apply(quarter, labels, image)[0].sum() == labels.sum()
 
 
-def test_augmentation_draws_within_its_ranges_and_keeps_texture() -> None:
+def test_augmentation_ranges_and_texture() -> None:
+    """Augmentation draws within its ranges and keeps the texture."""
     settings = AugmentConfig(rotation=10, zoom=0.1, shift_width=0.1, shift_height=0.05)
     maps = draw(settings, 200, np.random.default_rng(0))
     assert maps.shape == (200, 2, 3) and maps.dtype == np.float32
@@ -426,7 +438,8 @@ def test_augmentation_draws_within_its_ranges_and_keeps_texture() -> None:
     assert moved.std() > 0.04
 
 
-def test_recalibration_measures_the_batch_statistics_of_the_average() -> None:
+def test_recalibration_of_batch_statistics() -> None:
+    """Recalibration measures the batch statistics of the averaged weights."""
     step = small()
     for n in range(3):
         step(n, batch(n))

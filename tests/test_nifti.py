@@ -36,9 +36,8 @@ TYPES = (
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize("dtype", TYPES)
-def test_values_and_geometry_are_those_simpleitk_reads(
-    dtype: str, order: str, suffix: str, tmp_path: Path
-) -> None:
+def test_nifti_agrees_with_simpleitk(dtype: str, order: str, suffix: str, tmp_path: Path) -> None:
+    """Values and geometry are those that SimpleITK reads."""
     values = (blobs((5, 6, 7)) % 120).astype(np.dtype(dtype).newbyteorder(order))
     affine = np.array(
         [[-0.8, 0.1, 0.0, 3.0], [0.1, 0.8, 0.0, -4.0], [0.0, 0.0, 2.5, 9.0], [0, 0, 0, 1]]
@@ -58,7 +57,7 @@ def test_values_and_geometry_are_those_simpleitk_reads(
 
 
 @pytest.mark.parametrize("slope", [(2.0, 0.0), (1.0, 5.0), (0.0, 7.0)])
-def test_scaled_values_are_scaled(slope: tuple[float, float], tmp_path: Path) -> None:
+def test_nifti_scaling_is_applied(slope: tuple[float, float], tmp_path: Path) -> None:
     made = nibabel.Nifti1Image(blobs((5, 6, 7)).astype(np.int16).T, np.eye(4))
     path = tmp_path / "m.nii"
     nibabel.save(made, path)
@@ -70,7 +69,8 @@ def test_scaled_values_are_scaled(slope: tuple[float, float], tmp_path: Path) ->
     )  # ITK adds 7 where the slope is 0, against nifti1.h
 
 
-def test_equal_grids_have_one_digest_whatever_the_sign_of_their_zeros() -> None:
+def test_digest_ignores_negative_zero() -> None:
+    """Equal grids have one digest, whatever the sign of their zeros."""
     labels = np.ones((2, 3, 4), np.uint8)
     affine = np.diag([1.0, 1.0, 2.0, 1.0])
     assert (
@@ -80,9 +80,11 @@ def test_equal_grids_have_one_digest_whatever_the_sign_of_their_zeros() -> None:
 
 
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
-def test_a_mask_read_plane_by_plane_is_the_mask(suffix: str, tmp_path: Path) -> None:
-    """Several blocks of planes: labels, and the digest that keys every random number of the
-    result, are those of the whole array.
+def test_plane_wise_reading_equals_mask(suffix: str, tmp_path: Path) -> None:
+    """A mask that is read plane by plane is the same mask.
+
+    Several blocks of planes: labels, and the digest that keys every random number of the result,
+    are those of the whole array.
     """
     path, values = tmp_path / f"m{suffix}", np.zeros((70, 160, 150), np.int32)
     values[3:60] = blobs((57, 160, 150))
@@ -103,7 +105,8 @@ def test_a_mask_read_plane_by_plane_is_the_mask(suffix: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("lost", [1, 4000])
-def test_a_mask_cut_off_in_its_last_planes_is_refused(lost: int, tmp_path: Path) -> None:
+def test_truncated_nifti_is_refused(lost: int, tmp_path: Path) -> None:
+    """A mask that is cut off in its last planes is refused."""
     path = tmp_path / "m.nii"
     sitk.WriteImage(sitk.GetImageFromArray(blobs((70, 160, 150)).astype(np.int32)), str(path))
     whole = path.read_bytes()

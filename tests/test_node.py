@@ -48,9 +48,10 @@ VERIFICATION = "1.2.840.10008.1.1"
 pytestmark = QUIETLY
 
 
-def test_a_segmentation_becomes_a_series_in_the_archive(fake_model: Path, tmp_path: Path) -> None:
-    """The same objects as a local run makes, each sent once, and nothing of the mask stays
-    behind.
+def test_seg_becomes_archived_series(fake_model: Path, tmp_path: Path) -> None:
+    """A segmentation becomes a series in the archive.
+
+    The same objects as a local run makes, each sent once, and nothing of the mask stays behind.
     """
     mask = write_study(tmp_path / "in")
     assert synth(fake_model, tmp_path / "local", mask, "--format", "dicom") == 0
@@ -81,11 +82,11 @@ def test_a_segmentation_becomes_a_series_in_the_archive(fake_model: Path, tmp_pa
     assert code == 0 and seconds < 5
 
 
-def test_contours_wait_for_the_images_they_lie_on_and_images_for_contours(
-    fake_model: Path, tmp_path: Path
-) -> None:
-    """The same bytes as a local run; what comes within the quiet period belongs together, images
-    alone are no mask.
+def test_rtstruct_waits_for_images(fake_model: Path, tmp_path: Path) -> None:
+    """Contours wait for the images that they lie on, and images wait for contours.
+
+    The same bytes as a local run; what comes within the quiet period belongs together, images alone
+    are no mask.
     """
     images = slices(np.zeros((4, 16, 16), np.int16), Modality="CT", StudyInstanceUID=generate_uid())
     structures = contours(tmp_path / "local", images)
@@ -114,7 +115,7 @@ def contours(folder: Path, images: list[Dataset]) -> Path:
 
 
 @pytest.mark.parametrize("early", [0, 2], ids=["no image", "half of them"])
-def test_late_images_open_the_study_again(early: int, fake_model: Path, tmp_path: Path) -> None:
+def test_late_images_reopen_study(early: int, fake_model: Path, tmp_path: Path) -> None:
     """Contours fail without their images, whose rest comes in two associations; then they give
     what a local run gives.
     """
@@ -162,7 +163,7 @@ def test_interrupted_retry_loses_no_object(tmp_path: Path) -> None:
         opened.close()
 
 
-def test_strangers_and_what_is_not_understood_are_refused(fake_model: Path, tmp_path: Path) -> None:
+def test_unknown_peers_and_objects_are_refused(fake_model: Path, tmp_path: Path) -> None:
     """With the standard's own statuses, a line each, and without a word of the patient; the
     association goes on.
     """
@@ -281,7 +282,8 @@ def send_as(association: Any, data: bytes | Dataset, uid: str) -> int:
     return status
 
 
-def test_garbage_as_a_data_set_is_refused_by_status(fake_model: Path, tmp_path: Path) -> None:
+def test_bad_dataset_gives_dicom_status(fake_model: Path, tmp_path: Path) -> None:
+    """A data set of arbitrary bytes is refused by a DICOM status."""
     with Serving(fake_model, tmp_path / "spool", "--keep") as node:
         association = associate(node.port, [SegmentationStorage])
         for damage in (b"\xff" * 4000, b"\x08\x00\x16\x00UI\xff\xffDoe^John", b"DoeDoeDoe" * 99):
@@ -293,9 +295,8 @@ def test_garbage_as_a_data_set_is_refused_by_status(fake_model: Path, tmp_path: 
         ]
 
 
-def test_a_mask_that_cannot_be_synthesized_is_put_aside_with_its_reason(
-    fake_model: Path, tmp_path: Path
-) -> None:
+def test_bad_mask_is_put_aside(fake_model: Path, tmp_path: Path) -> None:
+    """A mask that cannot be synthesized is put aside with its reason."""
     good, bad = write_study(tmp_path / "good"), dcmread(write_study(tmp_path / "bad", 1))
     for segment, name in zip(bad.SegmentSequence, ("Doe spleen", "Doe liver"), strict=True):
         segment.SegmentLabel = name
@@ -317,10 +318,11 @@ def test_a_mask_that_cannot_be_synthesized_is_put_aside_with_its_reason(
         ] == [bad.SOPInstanceUID]
 
 
-def test_what_it_synthesized_itself_comes_back_and_goes_no_further(
-    fake_model: Path, tmp_path: Path
-) -> None:
-    """An archive that routes every SEG to the node makes no circle."""
+def test_returned_results_are_not_resent(fake_model: Path, tmp_path: Path) -> None:
+    """Results of the node that come back to it go no further.
+
+    An archive that routes every SEG to the node makes no circle.
+    """
     assert (
         synth(fake_model, tmp_path / "out", write_study(tmp_path / "in"), "--format", "dicom") == 0
     )
@@ -333,9 +335,8 @@ def test_what_it_synthesized_itself_comes_back_and_goes_no_further(
         assert node.said("ignored") and not seen and not spooled(tmp_path / "spool")
 
 
-def test_what_was_acknowledged_survives_kill_and_is_synthesized_afterwards(
-    fake_model: Path, tmp_path: Path
-) -> None:
+def test_acknowledged_object_survives_kill(fake_model: Path, tmp_path: Path) -> None:
+    """An acknowledged object survives a kill and is synthesized afterwards."""
     masks = [write_study(tmp_path / "in" / str(n), n) for n in range(3)]
     with Serving(fake_model, tmp_path / "spool", "--keep", quiet=3600) as node:
         assert push(node.port, *masks) == [0] * 3
@@ -349,9 +350,8 @@ def test_what_was_acknowledged_survives_kill_and_is_synthesized_afterwards(
     assert not [*(tmp_path / "spool" / "incoming").iterdir()]
 
 
-def test_sigterm_ends_it_within_five_seconds_with_a_peer_that_says_nothing(
-    fake_model: Path, tmp_path: Path
-) -> None:
+def test_sigterm_with_silent_peer(fake_model: Path, tmp_path: Path) -> None:
+    """SIGTERM ends the node within five seconds, even with a peer that sends nothing."""
     with socket.create_server(("127.0.0.1", 0)) as dead:
         to = (
             "--send-to",
@@ -415,9 +415,7 @@ def certificates(folder: Path) -> dict[str, Path]:
     return made
 
 
-def test_tls_lets_in_who_has_a_certificate_and_nobody_else(
-    fake_model: Path, tmp_path: Path
-) -> None:
+def test_tls_requires_client_certificate(fake_model: Path, tmp_path: Path) -> None:
     """Mutual, and outwards as well: one node sends to another."""
     pem = certificates(tmp_path / "tls")
     options = ("--tls-cert", pem["cert"], "--tls-key", pem["key"], "--tls-ca", pem["ca"])
@@ -444,7 +442,7 @@ def test_tls_lets_in_who_has_a_certificate_and_nobody_else(
         assert end.count("stored") == 6
 
 
-def test_metrics_name_models_and_time_stages(fake_model: Path, tmp_path: Path) -> None:
+def test_metrics_models_and_stage_times(fake_model: Path, tmp_path: Path) -> None:
     """After two studies: one more of each count than after the first, and sums that a clock
     beside it agrees with.
     """
@@ -493,7 +491,8 @@ def test_metrics_name_models_and_time_stages(fake_model: Path, tmp_path: Path) -
         )
 
 
-def test_a_full_disk_takes_nothing_and_leaves_nothing_half_written(tmp_path: Path) -> None:
+def test_full_disk_refuses_objects(tmp_path: Path) -> None:
+    """A full disk takes nothing, and nothing is left half-written."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(
@@ -523,7 +522,8 @@ def test_a_full_disk_takes_nothing_and_leaves_nothing_half_written(tmp_path: Pat
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_log_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_log_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A log that cannot be written does not end the node."""
     with open("/dev/full", "w") as full, monkeypatch.context() as patched:
         patched.setattr(sys, "stderr", full)
         Events()("stored")
@@ -532,7 +532,7 @@ def test_a_log_that_cannot_be_written_ends_nothing(monkeypatch: pytest.MonkeyPat
             full.close()
 
 
-def test_a_value_stays_on_its_line() -> None:
+def test_log_value_stays_on_line() -> None:
     assert plain("A\nB\x1b[2J") == "A?B?[2J" and plain('two "words"') == "\"two 'words'\""
 
 
@@ -551,7 +551,7 @@ def test_a_value_stays_on_its_line() -> None:
         (["--allow", "A", "--send-to", "P@h:1", "--send-to", "P@h:1"], "given twice"),
     ],
 )
-def test_a_wrong_command_starts_nothing(
+def test_wrong_serve_command_starts_nothing(
     options: list[str],
     fact: str,
     fake_model: Path,
@@ -564,13 +564,14 @@ def test_a_wrong_command_starts_nothing(
 
 
 @pytest.mark.parametrize("package", ["pynetdicom", "prometheus_client"])
-def test_a_missing_package_is_named_with_what_installs_it(
+def test_missing_package_is_named(
     package: str,
     fake_model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """A missing package is named with the command that installs it."""
     monkeypatch.setitem(sys.modules, package, None)
     assert (
         serve(fake_model, tmp_path / "spool", "--allow-any", "--keep") == 3
@@ -579,7 +580,7 @@ def test_a_missing_package_is_named_with_what_installs_it(
     assert not (tmp_path / "spool").exists()
 
 
-def test_two_nodes_never_share_a_spool(
+def test_two_nodes_share_no_spool(
     fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with Serving(fake_model, tmp_path / "spool", "--keep"):
@@ -590,11 +591,11 @@ def test_two_nodes_never_share_a_spool(
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_loses_nothing_and_sends_what_was_acknowledged_once(
-    fake_model: Path, tmp_path: Path
-) -> None:
-    """Killed as soon as it has stored, synthesized, sent a part, sent all: what was in flight
-    may come twice, as the same object.
+def test_node_killed_again_loses_nothing(fake_model: Path, tmp_path: Path) -> None:
+    """Killed again and again, the node loses nothing and sends acknowledged objects only once.
+
+    Killed as soon as it has stored, synthesized, sent a part, sent all: what was in flight may come
+    twice, as the same object.
     """
     kills = 12
     masks = [write_study(tmp_path / "in" / str(n), n, (30, 16, 16)) for n in range(kills)]
@@ -632,11 +633,11 @@ def test_killed_again_and_again_it_loses_nothing_and_sends_what_was_acknowledged
 
 
 @pytest.mark.slow
-def test_a_thousand_objects_from_eight_senders_at_once_are_all_there_and_memory_stays_flat(
-    fake_model: Path, tmp_path: Path
-) -> None:
-    """By DCMTK's storescu; synthesized meanwhile and afterwards; a stranger is refused in the
-    midst of it.
+def test_thousand_objects_from_eight_senders(fake_model: Path, tmp_path: Path) -> None:
+    """All of a thousand objects from eight senders at once arrive, and memory stays flat.
+
+    By DCMTK's storescu; synthesized meanwhile and afterwards; a stranger is refused in the midst of
+    it.
     """
     senders, each, expected = 8, 125, set[str]()
     for sender in range(senders):

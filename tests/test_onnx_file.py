@@ -79,14 +79,14 @@ ELSEWHERE = {
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)
-def test_weights_in_other_files_are_refused(where: str, tmp_path: Path) -> None:
+def test_external_onnx_weights_are_refused(where: str, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(ELSEWHERE[where]().SerializeToString())
     with pytest.raises(ModelError, match=r"model\.onnx keeps weights in other files"):
         check_weights(path)
 
 
-def test_weights_in_the_graph_are_taken(tmp_path: Path) -> None:
+def test_embedded_onnx_weights_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(model(numpy_helper.from_array(np.ones(3, np.float32))).SerializeToString())
     check_weights(path)
@@ -95,7 +95,7 @@ def test_weights_in_the_graph_are_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"", b"\xff" * 50, b"\x3a\xff\xff\xff\xff\x0f", b"\x0b", b"\x08" * 9]
 )
-def test_what_is_no_graph_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_bad_onnx_graph_is_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     path.write_bytes(content)
     with pytest.raises(ModelError, match=r"model\.onnx is not a graph"):
@@ -110,7 +110,7 @@ def field(number: int, content: bytes) -> bytes:
     return bytes([number << 3 | 2]) + length + bytes([size]) + content
 
 
-def test_graphs_without_end_are_refused(tmp_path: Path) -> None:
+def test_endless_onnx_graphs_are_refused(tmp_path: Path) -> None:
     graph, path = b"", tmp_path / "model.onnx"
     for _ in range(500):
         graph = field(1, field(5, field(6, graph)))  # a node's attribute that is a graph
@@ -119,9 +119,11 @@ def test_graphs_without_end_are_refused(tmp_path: Path) -> None:
         check_weights(path)
 
 
-def test_wide_field_numbers_hide_no_weights(tmp_path: Path) -> None:
-    """ONNX Runtime and OpenVINO drop what a field's key has beyond 32 bits: to them this is the
-    graph, with its weights elsewhere.
+def test_wide_onnx_field_numbers(tmp_path: Path) -> None:
+    """A field number that is too wide hides no weights.
+
+    ONNX Runtime and OpenVINO drop what a field's key has beyond 32 bits: to them this is the graph,
+    with its weights elsewhere.
     """
     path = tmp_path / "model.onnx"
     graph = model(initializer=[elsewhere()]).graph.SerializeToString()
@@ -130,7 +132,7 @@ def test_wide_field_numbers_hide_no_weights(tmp_path: Path) -> None:
         check_weights(path)
 
 
-def test_a_cut_graph_is_refused(tmp_path: Path) -> None:
+def test_truncated_onnx_graph_is_refused(tmp_path: Path) -> None:
     """Where the cut falls into the graph; the checksum of the manifest covers the rest."""
     whole, path = ELSEWHERE["in a branch"]().SerializeToString(), tmp_path / "model.onnx"
     for length in range(20, len(whole) - 20):
@@ -139,8 +141,11 @@ def test_a_cut_graph_is_refused(tmp_path: Path) -> None:
             check_weights(path)
 
 
-def test_every_message_that_holds_a_tensor_is_known() -> None:
-    """onnx.proto itself is asked: a message or a field that a later version gains shows here."""
+def test_tensor_messages_of_onnx_are_known() -> None:
+    """Every message that holds a tensor is known.
+
+    onnx.proto itself is asked: a message or a field that a later version gains shows here.
+    """
     messages = onnx.ModelProto.DESCRIPTOR.file.message_types_by_name
     holding, before = {"TensorProto"}, set[str]()
     while holding != before:

@@ -106,7 +106,7 @@ def run(folder: Path, command, tmp_path_factory: pytest.TempPathFactory) -> Path
     return made
 
 
-def test_every_key_of_the_originals_config_is_understood() -> None:
+def test_original_config_keys_are_understood() -> None:
     config = resolve(load(WHS))
     assert (config.training.steps, config.training.valid_every, config.data.canvas) == (
         100_000,
@@ -127,10 +127,11 @@ def test_every_key_of_the_originals_config_is_understood() -> None:
 
 
 @pytest.mark.parametrize(("key", "value", "ours"), SETS, ids=[row[0] for row in SETS])
-def test_a_key_of_the_originals_sets_what_it_says_and_nothing_else(
-    key: str, value: object, ours: str
-) -> None:
-    """No two of one kind are mistaken for each other, as where both have the same default."""
+def test_original_key_sets_one_value(key: str, value: object, ours: str) -> None:
+    """A key of the original system sets what it says and nothing else.
+
+    No two of one kind are mistaken for each other, as where both have the same default.
+    """
     theirs = load(WHS)
     del theirs["CONDITION_NAME"]  # INPUT_NAME's value, as the next test says
     plain, changed = (flat(to_json(resolve(data))) for data in (theirs, {**theirs, key: value}))
@@ -150,7 +151,7 @@ def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def test_no_key_of_the_originals_is_left_out() -> None:
+def test_original_keys_are_complete() -> None:
     assert [*sorted({key for key, _, _ in SETS} | {"GEN_OUTPUT_ACT", *FIXED_KEYS})] == sorted(
         load(WHS)
     )
@@ -173,18 +174,20 @@ def test_no_key_of_the_originals_is_left_out() -> None:
         ("CHANELS", 1, "did you mean 'CHANNELS'?"),
     ],
 )
-def test_a_key_that_allows_one_value_says_why(key: str, value: object, says: str) -> None:
+def test_original_key_with_one_value(key: str, value: object, says: str) -> None:
+    """An error says why a key allows one value alone."""
     for arguments in (({**load(WHS), key: value}, []), (load(WHS), [f"{key}={json.dumps(value)}"])):
         with pytest.raises(ConfigError) as caught:
             resolve(*arguments)
         assert says in str(caught.value) and len(str(caught.value).splitlines()) <= 4
 
 
-def test_greys_may_be_written_as_a_fraction() -> None:
+def test_grey_range_as_fraction() -> None:
     assert resolve({"TARGET_TRANS": "1/4095"}).intensity.high == 4095
 
 
-def test_the_run_is_one_in_greys_on_the_originals_labels(run: Path) -> None:
+def test_original_run_greys_and_labels(run: Path) -> None:
+    """The run is one in greys, on the labels of the original system."""
     data = json.loads((run / "run.json").read_text())
     assert data["intensity"] == {"unit": "a.u.", "low": 0, "high": 255}
     assert [row["value"] for row in data["labels"]] == list(range(8)) and data["labels"][3][
@@ -193,7 +196,7 @@ def test_the_run_is_one_in_greys_on_the_originals_labels(run: Path) -> None:
     assert data["data"]["patients"] == {"train": 5, "valid": 1, "test": 2}
 
 
-def test_labels_are_in_the_order_of_mm_whs_values() -> None:
+def test_mm_whs_label_order() -> None:
     """0..7 in its slices, 205..850 in the challenge's volumes: the same structures in the same
     order.
     """
@@ -213,10 +216,11 @@ def test_labels_are_in_the_order_of_mm_whs_values() -> None:
         assert [label.name for label in table.labels] == ["background", *names]
 
 
-def test_slices_in_hu_keep_them_to_the_unit(tmp_path: Path) -> None:
-    """The original made 8 bits of them.
+def test_original_hu_slices_stay_exact(tmp_path: Path) -> None:
+    """Slices in HU keep each value to the unit.
 
-    Its folders, with CT slices in HU: what is trained on is what was scanned.
+    The original made 8 bits of them. Its folders, with CT slices in HU: what is trained on is what
+    was scanned.
     """
     write_slices(tmp_path, 3, hu=True)
     config = infer_from_data(
@@ -237,7 +241,7 @@ def test_slices_in_hu_keep_them_to_the_unit(tmp_path: Path) -> None:
     )
 
 
-def test_two_structures_are_kept_by_our_own_config(folder: Path) -> None:
+def test_config_keeps_two_structures(folder: Path) -> None:
     """train/configs/whs-lv-myo.json: `LABELS: [0, 1, 3]`, all else becomes background."""
     shipped = load(Path("train/configs/whs-lv-myo.json"))
     assert shipped["LABELS"] == [0, 1, 3]
@@ -261,7 +265,7 @@ def test_two_structures_are_kept_by_our_own_config(folder: Path) -> None:
     )
 
 
-def test_the_intervals_decide_what_is_left(run: Path) -> None:
+def test_original_intervals_are_followed(run: Path) -> None:
     """Scores every LOG_INTERVAL steps (10), pictures every VAL_INTERVAL (4), checkpoints every
     SAVE_MODEL_INTERVAL (2).
     """
@@ -275,7 +279,7 @@ def test_the_intervals_decide_what_is_left(run: Path) -> None:
     ]
 
 
-def test_label_maps_are_resized_without_mixing_labels(tmp_path: Path) -> None:
+def test_resizing_mixes_no_labels(tmp_path: Path) -> None:
     """Between 0 and 7, a smoothing filter would make every label there is."""
     write_slices(tmp_path, 3)
     for path in tmp_path.glob("training/*/*_gt.dcm"):
@@ -294,7 +298,7 @@ def test_label_maps_are_resized_without_mixing_labels(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("conditional", [True, False])
-def test_skips_and_the_unconditional_discriminator_train(conditional: bool) -> None:
+def test_skips_and_unconditional_discriminator_train(conditional: bool) -> None:
     config = resolve(
         load(WHS),
         [
@@ -316,9 +320,8 @@ def test_skips_and_the_unconditional_discriminator_train(conditional: bool) -> N
     assert all(torch.isfinite(value) for value in step(0, batch).values())
 
 
-def test_test_measures_the_test_split_not_the_validation_split(
-    run: Path, folder: Path, command
-) -> None:
+def test_original_test_split_is_measured(run: Path, folder: Path, command) -> None:
+    """`--test` measures the test split, not the validation split."""
     done = command("train/run.py", "--output", run, "--test", "--quiet")
     assert done.returncode == 0, done.stderr
     tested = json.loads((run / "test.json").read_text())
@@ -335,7 +338,7 @@ def test_test_measures_the_test_split_not_the_validation_split(
     assert (run / "figures" / "test.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_checkpoint_is_tested_into_another_folder(
+def test_checkpoint_tested_into_other_folder(
     run: Path, folder: Path, tmp_path: Path, command
 ) -> None:
     source = run / "checkpoints" / "step-00000002"
@@ -379,9 +382,8 @@ def test_a_checkpoint_is_tested_into_another_folder(
     )
 
 
-def test_a_test_without_test_patients_or_without_a_run_is_refused(
-    trained: Path, tmp_path: Path, command
-) -> None:
+def test_test_without_patients_or_run(trained: Path, tmp_path: Path, command) -> None:
+    """A test without test patients or without a run is refused."""
     done = command("train/run.py", "--output", trained, "--test", "--quiet")
     assert done.returncode == 2 and "the test split is empty" in done.stderr
     for more in (["--output", tmp_path], ["--ckpt_load", tmp_path], []):
@@ -389,9 +391,7 @@ def test_a_test_without_test_patients_or_without_a_run_is_refused(
         assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
-def test_training_begins_from_a_loaded_checkpoint(
-    run: Path, folder: Path, tmp_path: Path, command
-) -> None:
+def test_training_from_loaded_checkpoint(run: Path, folder: Path, tmp_path: Path, command) -> None:
     line = [
         "train/run.py",
         "--config",
@@ -420,14 +420,15 @@ def test_training_begins_from_a_loaded_checkpoint(
     assert done.returncode == 2 and "--ckpt-load and --resume" in done.stderr
 
 
-def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_bad_checkpoint_folder_is_refused(tmp_path: Path) -> None:
     from train.restore import checkpoint_of
 
     with pytest.raises(ModelError, match="is not a checkpoint"):
         checkpoint_of(tmp_path)
 
 
-def test_the_weight_is_1_in_the_mask_and_a_gaussian_about_its_centroid() -> None:
+def test_original_loss_weight() -> None:
+    """The weight is 1 in the mask and a Gaussian about the centroid of the mask."""
     labels = torch.zeros(2, 3, 8, 10)
     labels[0, 1, 2:5, 6] = 3  # rows 2, 3, 4 of column 6: the centroid is (3, 6)
     labels[0, 0] = 1  # a neighbouring slice does not count
@@ -441,7 +442,8 @@ def test_the_weight_is_1_in_the_mask_and_a_gaussian_about_its_centroid() -> None
     assert torch.equal(weight[1], torch.ones(1, 8, 10))  # an empty mask: everywhere alike
 
 
-def test_the_weighted_reconstruction_is_the_weighted_mean_difference() -> None:
+def test_weighted_reconstruction_loss() -> None:
+    """The weighted reconstruction loss is the weighted mean difference."""
     smooth, real = torch.zeros(1, 1, 8, 8), torch.ones(1, 1, 8, 8) * 0.5
     weight = torch.zeros(1, 1, 8, 8)
     weight[..., :2] = 1  # a quarter
@@ -454,7 +456,7 @@ def test_the_weighted_reconstruction_is_the_weighted_mean_difference() -> None:
     )
 
 
-def test_shear_slants_the_columns_by_its_angle() -> None:
+def test_shear_slants_columns() -> None:
     """The one range that the others do not show: rows stay where they are, columns lean, as
     Keras' generator draws it.
     """
@@ -470,7 +472,8 @@ def test_shear_slants_the_columns_by_its_angle() -> None:
     )
 
 
-def test_augmentation_moves_both_alike_unless_told_otherwise() -> None:
+def test_original_augmentation_moves_both() -> None:
+    """Labels and image move alike, unless the config says otherwise."""
     labels = torch.zeros(4, 1, 32, 32, dtype=torch.uint8)
     labels[:, :, 12:20, 12:20] = 1
     image = labels.float()

@@ -98,11 +98,13 @@ def discriminate(net: Layers, image: Tensor, condition: Tensor | None, patch_siz
 @pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize(("conditional", "patch_size"), [(True, 16), (False, 8)])
 @pytest.mark.parametrize("weights", [(1, 100), (3, 7)])
-def test_a_step_descends_the_originals_losses_through_its_networks(
+def test_step_descends_original_losses(
     skips: bool, conditional: bool, patch_size: int, weights: tuple[int, int]
 ) -> None:
-    """Of the generator LOSS_WEIGHT_DISC * LSGAN + LOSS_WEIGHT_GEN * MAE, of the discriminator
-    the mean of its two squared errors.
+    """A step descends the losses of the original system through its networks.
+
+    Of the generator LOSS_WEIGHT_DISC * LSGAN + LOSS_WEIGHT_GEN * MAE, of the discriminator the mean
+    of its two squared errors.
     """
     step = step_of(
         f"SKIP_CONNECTIONS_GENERATOR={str(skips).lower()}",
@@ -157,7 +159,7 @@ def assert_same_gradients(net: nn.Module, written_out: list[Layers]) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=float(1e-5 * largest))
 
 
-def test_adam_and_the_learning_rates_are_the_originals() -> None:
+def test_adam_and_original_learning_rates() -> None:
     """lr0 * exp(-f * iteration), each network's own; the first moment's decay is ADAM_B1."""
     step = step_of(
         "LEARNING_RATE_G=0.1",

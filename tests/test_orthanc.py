@@ -100,11 +100,13 @@ def orthanc(tmp_path: Path) -> Orthanc:
 
 @pytest.mark.parametrize("attach", [False, True], ids=["detached", "attached"])
 @pytest.mark.parametrize("way", ["C-STORE", "STOW-RS"])
-def test_a_mask_that_is_pushed_comes_back_as_the_series_that_a_local_run_makes(
+def test_orthanc_series_equals_local_run(
     way: str, attach: bool, model: Path, orthanc: Orthanc, tmp_path: Path
 ) -> None:
-    """A trained network in ONNX Runtime or OpenVINO; pixels and tags, and nothing of the
-    source's patient unless it is asked for.
+    """A mask that is pushed comes back as the series that a local run writes.
+
+    A trained network in ONNX Runtime or OpenVINO; pixels and tags, and nothing of the source's
+    patient unless it is asked for.
     """
     mask, choice = write_study(tmp_path / "in", shape=(6, 24, 24)), ["--attach"] if attach else []
     assert synth(model, tmp_path / "local", mask, "--format", "dicom", *choice, backend="onnx") == 0
@@ -130,9 +132,10 @@ def test_a_mask_that_is_pushed_comes_back_as_the_series_that_a_local_run_makes(
 
 
 @pytest.mark.parametrize("way", ["C-STORE", "STOW-RS"])
-def test_orthanc_stopped_in_the_middle_has_everything_once_when_it_is_back(
+def test_orthanc_restart_receives_all_once(
     way: str, fake_model: Path, orthanc: Orthanc, tmp_path: Path
 ) -> None:
+    """Orthanc is stopped in the middle, and has everything once when it is back."""
     masks = [write_study(tmp_path / "in" / str(n), n, (60, 16, 16)) for n in range(4)]
     assert synth(fake_model, tmp_path / "local", *masks, "--format", "dicom") == 0
     local = read_all(tmp_path / "local")
@@ -158,9 +161,8 @@ def test_orthanc_stopped_in_the_middle_has_everything_once_when_it_is_back(
     assert not list((tmp_path / "spool").rglob("*.dcm"))
 
 
-def test_orthanc_itself_pushes_to_the_node_and_a_stranger_cannot(
-    fake_model: Path, orthanc: Orthanc, tmp_path: Path
-) -> None:
+def test_orthanc_pushes_to_node(fake_model: Path, orthanc: Orthanc, tmp_path: Path) -> None:
+    """A peer that the node does not know cannot push."""
     mask = write_study(tmp_path / "in")
     with (
         orthanc.running(),

@@ -44,7 +44,8 @@ from runtime.service.study_spool import Spool
 pytestmark = QUIETLY
 
 
-def test_what_the_archive_has_already_is_sent_no_more(fake_model: Path, tmp_path: Path) -> None:
+def test_duplicate_object_counts_as_sent(fake_model: Path, tmp_path: Path) -> None:
+    """Objects that the archive has already are not sent again."""
     mask = write_study(tmp_path / "in")
     with (
         archive(tmp_path / "pacs", status=lambda uid: 0x0111) as (
@@ -57,11 +58,11 @@ def test_what_the_archive_has_already_is_sent_no_more(fake_model: Path, tmp_path
         until(lambda: node.said("settled"), "the study is settled")
 
 
-def test_what_is_not_acknowledged_is_sent_again_and_nothing_else(
-    fake_model: Path, tmp_path: Path
-) -> None:
-    """The archive is away, then it refuses some objects, meanwhile the node is killed: all
-    arrive, and what was acknowledged only once.
+def test_unacknowledged_objects_are_resent(fake_model: Path, tmp_path: Path) -> None:
+    """Objects without an acknowledgement are sent again, and no others.
+
+    The archive is away, then it refuses some objects, meanwhile the node is killed: all arrive, and
+    what was acknowledged only once.
     """
     port, mask, refused = free_port(), write_study(tmp_path / "in"), set[str]()
 
@@ -87,9 +88,7 @@ def test_what_is_not_acknowledged_is_sent_again_and_nothing_else(
     assert not spooled(tmp_path / "spool")
 
 
-def test_an_archive_that_stops_reading_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stalled_archive_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It takes the association and then no more of an object than fits into the network's
     buffers.
     """
@@ -149,9 +148,8 @@ def results_in(spool: Path, study: str, text: str) -> Path:
     return file.parents[2]
 
 
-def test_a_study_on_which_an_archive_breaks_down_keeps_no_other_waiting(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failing_study_delays_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study on which an archive breaks down keeps no other study waiting."""
     monkeypatch.setattr("runtime.service.send_queue.FIRST_PAUSE", 0.02)
     spool, to = Spool(tmp_path), Picky("poison")
     for n, text in enumerate(("poison a", "poison b", "good c", "good d")):
@@ -166,11 +164,11 @@ def test_a_study_on_which_an_archive_breaks_down_keeps_no_other_waiting(
     assert to.taken == ["good c", "good d"]
 
 
-def test_a_study_that_comes_again_while_its_first_is_settled_is_not_taken_for_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has the same name again: it comes to the outbox after a sender has looked there for the
-    first one's files and found none.
+def test_repeated_study_is_sent_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study that comes again while its first one is settled is not taken for the first.
+
+    It has the same name again: it comes to the outbox after a sender has looked there for the first
+    one's files and found none.
     """
     spool, look = Spool(tmp_path), outbox_module.sendable
     come: list[str] = []
@@ -231,9 +229,10 @@ def answer(stored: list[str], failed: list[str], reason: int = 0xA700) -> bytes:
     ).encode()
 
 
-def test_stow_takes_each_object_at_the_services_word(
+def test_stow_status_of_each_object(
     fake_model: Path, tmp_path: Path, web: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """STOW-RS takes the answer of the service for each object."""
     url, answers, seen = web
     assert (
         synth(fake_model, tmp_path / "out", write_study(tmp_path / "in"), "--format", "dicom") == 0
@@ -275,11 +274,11 @@ def test_stow_takes_each_object_at_the_services_word(
             DicomWeb(f"https://{wrong}", None)
 
 
-def test_stow_takes_what_is_there_already_as_stored_and_sends_one_by_one_what_is_too_much_at_once(
-    tmp_path: Path, web: Any
-) -> None:
-    """Some services refuse an object that they have: it was sent before a kill, or its study
-    came twice. Others limit a request's size.
+def test_stow_duplicates_and_size_limits(tmp_path: Path, web: Any) -> None:
+    """An object that the service has counts as stored; one by one goes what is too much at once.
+
+    Some services refuse an object that they have: it was sent before a kill, or its study came
+    twice. Others limit a request's size.
     """
     url, answers, seen = web
     files = [write_study(tmp_path / str(n), n) for n in range(3)]
@@ -310,9 +309,7 @@ def kept(spool: Spool, mask: Path) -> str:
     )
 
 
-def test_a_mask_that_could_not_be_kept_holds_up_no_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unstored_mask_delays_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its folder could not be made, as on a disk without inodes: nothing was acknowledged,
     nothing is there to synthesize.
     """
@@ -336,11 +333,12 @@ def test_a_mask_that_could_not_be_kept_holds_up_no_other(
     spool.close()
 
 
-def test_a_study_that_failed_and_then_is_synthesized_after_all_has_no_reason(
+def test_late_success_clears_failure_reason(
     tmp_path: Path,
 ) -> None:
-    """The node was killed after the reason was written; the next time the mask could be
-    synthesized.
+    """A study that failed and is synthesized afterwards has no reason of failure.
+
+    The node was killed after the reason was written; the next time the mask could be synthesized.
     """
     spool = Spool(tmp_path / "spool")
     kept(spool, write_study(tmp_path / "in"))
@@ -353,12 +351,13 @@ def test_a_study_that_failed_and_then_is_synthesized_after_all_has_no_reason(
     spool.close()
 
 
-def test_nobody_else_on_the_machine_can_look_into_the_spool(tmp_path: Path) -> None:
+def test_spool_is_private(tmp_path: Path) -> None:
+    """Other users of the machine cannot read the spool."""
     Spool(tmp_path / "spool").close()
     assert (tmp_path / "spool").stat().st_mode & 0o077 == 0
 
 
-def test_a_torn_line_of_acknowledgement_is_none(tmp_path: Path) -> None:
+def test_torn_acknowledgement_line_is_ignored(tmp_path: Path) -> None:
     sent = DeliveryLog(tmp_path, "PACS@host:104")
     sent.add("seg-1/0001.dcm")
     sent.add("seg-1/0002.dcm")
@@ -371,7 +370,7 @@ def test_a_torn_line_of_acknowledgement_is_none(tmp_path: Path) -> None:
     assert DeliveryLog(tmp_path, "OTHER@host:104").files == set()
 
 
-def test_a_services_token_goes_to_one_service_alone(
+def test_token_goes_to_one_service(
     fake_model: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],

@@ -33,7 +33,8 @@ def here(name: str, function: str, tolerance: float | None = None, **options: An
     return Contender(name, f"tests.test_paired:{function}", options, tolerance)
 
 
-def test_each_contender_runs_in_its_own_process_and_an_absent_one_says_why() -> None:
+def test_contenders_run_in_own_process() -> None:
+    """Each contender runs in a process of its own, and one that is absent says why."""
     found = measure(
         [here("a", "counting", units=3), here("b", "missing"), here("c", "counting", units=5)],
         ROUNDS,
@@ -57,7 +58,8 @@ def noted(file: str) -> Ready:
     return Ready(run)
 
 
-def test_every_launch_is_a_process_anew_with_a_warm_up_of_its_own(tmp_path: Path) -> None:
+def test_each_launch_warms_up(tmp_path: Path) -> None:
+    """Every launch is a new process with its own warm-up."""
     found = measure(
         [here("a", "noted", file=str(tmp_path / "pids"))], ROUNDS, launches=2, quiet=True
     )
@@ -76,13 +78,15 @@ def leaving(folder: str) -> Ready:
     return Ready(run, folder=Path(folder))
 
 
-def test_every_round_finds_the_folder_that_it_writes_to_empty(tmp_path: Path) -> None:
+def test_round_starts_with_empty_folder(tmp_path: Path) -> None:
+    """Every round starts with an empty output folder."""
     (tmp_path / "out").mkdir()
     found = measure([here("a", "leaving", folder=str(tmp_path / "out"))], ROUNDS, quiet=True)
     assert len(found["a"].rates) == ROUNDS and (tmp_path / "out" / "left").exists()
 
 
-def test_a_contender_that_computes_something_else_is_not_timed() -> None:
+def test_wrong_result_is_not_timed() -> None:
+    """A contender that computes something else is not timed."""
     with pytest.raises(ContenderFailed, match="'b' computes something else than 'a'"):
         measure(
             [here("a", "counting", units=1), here("b", "counting", 0.5, units=1, value=0.6)],
@@ -96,7 +100,8 @@ def test_a_contender_that_computes_something_else_is_not_timed() -> None:
     )
 
 
-def test_a_contender_that_dies_is_an_error_that_names_it() -> None:
+def test_dead_contender_is_named() -> None:
+    """A contender that dies is an error, which names it."""
     with pytest.raises(ContenderFailed, match="'gone' ended"):
         measure([here("a", "counting", units=1), here("gone", "dying")], ROUNDS, quiet=True)
 
@@ -111,7 +116,8 @@ def noisy(
     return list(speed * drift * stolen * np.exp(rng.normal(0, sigma, len(drift))))
 
 
-def test_the_interval_holds_the_true_ratio_as_often_as_it_says() -> None:
+def test_confidence_interval_coverage() -> None:
+    """The interval holds the true ratio as often as it says."""
     rng, inside = np.random.default_rng(0), 0
     for _ in range(400):
         drift = np.exp(np.cumsum(rng.normal(0, 0.2, ROUNDS)))
@@ -120,7 +126,8 @@ def test_the_interval_holds_the_true_ratio_as_often_as_it_says() -> None:
     assert inside / 400 >= 0.93
 
 
-def test_a_ratio_whose_interval_holds_one_is_no_difference() -> None:
+def test_interval_with_one_means_equal() -> None:
+    """A ratio whose interval holds 1 is not a difference."""
     assert "no difference" in str(ratio([1, 2, 3, 1, 2, 3, 2], [2, 1, 3, 2, 1, 3, 2]))
     found = ratio([2.0, 2.1, 1.9, 2.2, 2.0, 2.1, 1.8], [1.0] * 7)
     assert found.differs and 1.8 <= found.least <= found.value <= found.most <= 2.2
@@ -139,14 +146,16 @@ def record(rng: np.random.Generator, speed: float, commit: str = "abc1234") -> d
     return made
 
 
-def test_a_planted_slowdown_is_found_and_no_change_is_not() -> None:
+def test_planted_slowdown_is_detected() -> None:
+    """A planted slowdown is reported, and where nothing changed, none is."""
     rng = np.random.default_rng(1)
     slowed = sum(bool(history.regressions(record(rng, 3.0), record(rng, 2.0))) for _ in range(100))
     same = sum(bool(history.regressions(record(rng, 3.0), record(rng, 3.0))) for _ in range(100))
     assert slowed >= 90 and same <= 10
 
 
-def test_records_are_kept_and_found_again_by_commit_machine_and_options(tmp_path: Path) -> None:
+def test_records_by_commit_machine_options(tmp_path: Path) -> None:
+    """Records are kept, and read again by commit, machine and options."""
     rng, file = np.random.default_rng(2), tmp_path / "results" / "history.jsonl"
     first, second, other = (
         record(rng, 3.0),
@@ -170,7 +179,8 @@ def test_records_are_kept_and_found_again_by_commit_machine_and_options(tmp_path
         history.load(file)
 
 
-def test_a_contenders_peak_is_its_own_and_not_that_of_who_started_it() -> None:
+def test_peak_memory_of_contender() -> None:
+    """The peak memory is that of the contender, not that of the process that started it."""
     ballast = np.ones(60_000_000)  # 480 MB here
     found = measure([here("a", "counting", units=3)], ROUNDS, quiet=True)
     assert 1e6 < found["a"].peak_rss < ballast.nbytes

@@ -89,10 +89,11 @@ def assert_nothing_planted(data: bytes, where: object, words: tuple[str, ...] = 
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_nifti_header_that_names_a_patient_leaves_nothing(
-    name: str, tmp_path: Path, command
-) -> None:
-    """In every free field of the header, in an extension and behind the voxels."""
+def test_nifti_header_patient_data(name: str, tmp_path: Path, command) -> None:
+    """A NIfTI header that names a patient leaves nothing in the results.
+
+    In every free field of the header, in an extension and behind the voxels.
+    """
     mask = nibabel.Nifti1Image(
         np.asfortranarray(blobs().T.astype(np.int16)), np.diag([-1.5, -1.25, 2.5, 1])
     )
@@ -136,7 +137,7 @@ def test_a_nifti_header_that_names_a_patient_leaves_nothing(
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_files_name_is_in_no_image(name: str, tmp_path: Path, fake_model: Path) -> None:
+def test_file_name_not_in_images(name: str, tmp_path: Path, fake_model: Path) -> None:
     """A result is named after its mask; inside, nothing is: no gzip file name, no comment, no
     attribute.
     """
@@ -149,7 +150,8 @@ def test_a_files_name_is_in_no_image(name: str, tmp_path: Path, fake_model: Path
 
 
 @pytest.mark.parametrize("sop_class", [SegmentationStorage, RTStructureSetStorage])
-def test_a_dicom_source_leaves_nothing_unless_attached(sop_class: str, tmp_path: Path) -> None:
+def test_dicom_source_data_needs_attach(sop_class: str, tmp_path: Path) -> None:
+    """A DICOM source leaves nothing in the results, unless they are attached to it."""
     source = DicomSource(sop_class, UIDS, FRAME_OF_REFERENCE, PLANTED)
     series = write_series(tmp_path / "detached", source=source, segmentation="binary", variant=1)
     for path, data in contents(series.folder).items():
@@ -165,9 +167,8 @@ def test_a_dicom_source_leaves_nothing_unless_attached(sop_class: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_no_name_in_a_model_or_a_header_leads_out_of_the_output_folder(
-    name: str, tmp_path: Path
-) -> None:
+def test_names_stay_in_output_folder(name: str, tmp_path: Path) -> None:
+    """No name in a model or a header leads out of the output folder."""
     names = ["background", "../../up", "/etc/passwd", "a/b", "..", "C:\\x", "\x00", "%2e%2e/x"]
     table = LabelTable(tuple(Label(label, n) for n, label in enumerate(names)))
     manifest = replace(fake_manifest(table), name="../../../model")
@@ -245,9 +246,10 @@ def hospital(folder: Path) -> tuple[Path, list[str]]:
 
 
 @pytest.mark.parametrize("name", [*FORMATS, "dicom --enhanced"])
-def test_nothing_of_a_hospitals_patient_reaches_a_result_a_log_or_a_report(
+def test_hospital_patient_data_never_leaks(
     name: str, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Nothing of a hospital's patient reaches a result, a log or a report."""
     source, words = hospital(tmp_path / "in")
     with_own_grid = [str(source / "SEG_ZZDOE"), str(source / "LABELS_ZZDOE")]
     contours = [str(source / "RS_ZZDOE"), "--like", str(source / "CT_ZZDOE")]
@@ -282,7 +284,8 @@ def test_nothing_of_a_hospitals_patient_reaches_a_result_a_log_or_a_report(
         assert_nothing_planted(data + str(path.relative_to(tmp_path)).encode(), path, words)
 
 
-def test_attached_to_a_seg_the_series_lies_on_its_source(tmp_path: Path, fake_model: Path) -> None:
+def test_attached_series_lies_on_source(tmp_path: Path, fake_model: Path) -> None:
+    """A series that is attached to a SEG lies on the source of the SEG."""
     source, _ = hospital(tmp_path / "in")
     out = tmp_path / "out"
     assert (
@@ -321,7 +324,8 @@ def test_attached_to_a_seg_the_series_lies_on_its_source(tmp_path: Path, fake_mo
         assert ds.SeriesInstanceUID != seg.SeriesInstanceUID and "PatientIdentityRemoved" not in ds
 
 
-def test_the_seg_that_is_written_is_a_mask_again(tmp_path: Path, fake_model: Path) -> None:
+def test_written_seg_is_a_mask(tmp_path: Path, fake_model: Path) -> None:
+    """The SEG that is written can be read as a mask again."""
     mask = write_mask(tmp_path / "m.nii.gz", direction=np.diag([1.0, -1.0, 1.0]))
     assert (
         run(
@@ -356,12 +360,12 @@ def label_map(folder: Path) -> Path:
     return folder / "map.json"
 
 
-def test_a_folder_within_a_zip_is_named_in_no_message(
+def test_zip_folder_names_stay_private(
     fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Archives are packed by patient.
+    """A folder within a zip archive is named in no message.
 
-    The mask's own name is its owner's choice, and names its result.
+    Archives are packed by patient. The mask's own name is its owner's choice, and names its result.
     """
     zipped, out, report = tmp_path / "masks.zip", tmp_path / "out", tmp_path / "report.json"
     write_mask(tmp_path / "good.nii.gz")
