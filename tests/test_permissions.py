@@ -61,7 +61,7 @@ def mask2ct(command: str, source: Path, model: Path, out: Path, *options: str) -
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_results_of_dicom_are_private(name: str, fake_model: Path, tmp_path: Path) -> None:
+def test_dicom_results_are_private(name: str, fake_model: Path, tmp_path: Path) -> None:
     study, out, report = write_study(tmp_path / "in"), tmp_path / "out", tmp_path / "report.json"
     assert (
         mask2ct(
@@ -86,9 +86,10 @@ def test_results_of_dicom_are_private(name: str, fake_model: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize("options", [(), ("--shared",)])
-def test_all_else_is_as_the_umask_says(
+def test_shared_or_plain_results_follow_umask(
     options: tuple[str, ...], fake_model: Path, tmp_path: Path
 ) -> None:
+    """Results of other masks than DICOM's, and those with --shared, follow the umask."""
     source = write_study(tmp_path / "in") if options else write_mask(tmp_path / "case.nii.gz")
     assert (
         mask2ct("synth", source, fake_model, tmp_path / "out", "--format", "dicom", *options) == 0
@@ -96,7 +97,7 @@ def test_all_else_is_as_the_umask_says(
     assert set(modes(tmp_path / "out").values()) == {0o755, 0o644}
 
 
-def test_each_result_follows_its_own_source(fake_model: Path, tmp_path: Path) -> None:
+def test_result_mode_follows_its_source(fake_model: Path, tmp_path: Path) -> None:
     folder, out = tmp_path / "in", tmp_path / "out"
     write_study(folder / "study")
     write_mask(folder / "case.nii.gz")
@@ -105,7 +106,7 @@ def test_each_result_follows_its_own_source(fake_model: Path, tmp_path: Path) ->
     assert made.pop("out/case_ct.nii.gz") == 0o644 and [*made.values()] == [0o600]
 
 
-def test_the_watcher_keeps_to_its_inbox(fake_model: Path, tmp_path: Path) -> None:
+def test_watch_results_keep_inbox_mode(fake_model: Path, tmp_path: Path) -> None:
     inbox, out = tmp_path / "inbox", tmp_path / "out"
     write_study(inbox / "study")
     write_mask(inbox / "case.nii.gz")
@@ -129,7 +130,7 @@ def test_the_watcher_keeps_to_its_inbox(fake_model: Path, tmp_path: Path) -> Non
     ] == [0o600]
 
 
-def test_a_wide_spool_is_narrowed(fake_model: Path, tmp_path: Path) -> None:
+def test_serve_narrows_wide_spool(fake_model: Path, tmp_path: Path) -> None:
     spool = tmp_path / "spool"
     (spool / "incoming").mkdir(parents=True)
     opened = Spool(spool)
@@ -140,9 +141,10 @@ def test_a_wide_spool_is_narrowed(fake_model: Path, tmp_path: Path) -> None:
     assert not again.narrowed
 
 
-def test_a_wide_folder_of_others_is_refused(
+def test_serve_refuses_world_readable_folder(
     fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A folder that others read and that holds other files is refused and left as it is."""
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("not ours")
     with pytest.raises(UsageError, match="read by others"):

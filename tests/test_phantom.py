@@ -80,19 +80,19 @@ def test_chamber_enhancement_differs_between_patients(cohort: Cohort, name: str)
 
 
 @pytest.mark.parametrize(("name", "low", "high"), [("ao", 30, 50), ("pa", 30, 50), ("myo", 6, 15)])
-def test_vessel_and_wall_enhancement_differ_between_patients(
+def test_vessel_wall_enhancement_differs_between_patients(
     cohort: Cohort, name: str, low: int, high: int
 ) -> None:
     assert low <= np.std(cohort.medians(name), ddof=1) <= high
 
 
 @pytest.mark.parametrize("name", MEDIAN_HU)
-def test_mean_enhancement(cohort: Cohort, name: str) -> None:
+def test_mean_enhancement_of_phantoms(cohort: Cohort, name: str) -> None:
     low, high = MEDIAN_HU[name]
     assert low <= cohort.medians(name).mean() <= high
 
 
-def test_heart_and_body_sizes_differ_between_patients(cohort: Cohort) -> None:
+def test_heart_body_sizes_differ_between_patients(cohort: Cohort) -> None:
     volume = np.array([(label == LABELS["lv"]).sum() * 0.027 for label in cohort.labels])  # ml
     area = np.array([body_area_mm2(image) for image in cohort.images])
     assert spread(volume) >= 0.15 and 50 <= volume.mean() <= 120
@@ -100,7 +100,8 @@ def test_heart_and_body_sizes_differ_between_patients(cohort: Cohort) -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_every_seed_and_prefix_covers_the_factors(seed: int) -> None:
+def test_phantom_seeds_cover_every_factor(seed: int) -> None:
+    """Every seed, and every first part of its patients, covers the range of each factor."""
     drawn = [phantom.draw(seed, index) for index in range(24)]
     for chamber in CHAMBERS:
         assert 30 <= np.std([p.blood[chamber] for p in drawn], ddof=1) <= 50
@@ -114,7 +115,7 @@ def test_every_seed_and_prefix_covers_the_factors(seed: int) -> None:
             assert abs(values.mean()) < bias and np.diff(values, prepend=-1, append=1).max() < gap
 
 
-def test_contrast_timing_moves_the_two_hearts_apart() -> None:
+def test_contrast_timing_separates_right_left_heart() -> None:
     early, late = enhancement(23.8, 1.0), enhancement(25.2, 1.0)
     assert early["rv"] - late["rv"] > 40 and late["lv"] - early["lv"] > 10
     weak, strong = enhancement(24.5, 0.9), enhancement(24.5, 1.1)
@@ -124,14 +125,14 @@ def test_contrast_timing_moves_the_two_hearts_apart() -> None:
 # Topology and anatomy
 
 
-def test_labels_are_exactly_those_of_mm_whs(cohort: Cohort) -> None:
+def test_phantom_labels_equal_mm_whs(cohort: Cohort) -> None:
     assert all(
         np.unique(label).tolist() == [0, 205, 420, 500, 550, 600, 820, 850]
         for label in cohort.labels
     )
 
 
-def test_every_structure_is_one_piece(cohort: Cohort) -> None:
+def test_phantom_structures_are_one_piece(cohort: Cohort) -> None:
     for label in cohort.labels:
         for value in LABELS.values():
             parts, _ = ndimage.label(label == value, np.ones((3, 3, 3)))
@@ -139,7 +140,7 @@ def test_every_structure_is_one_piece(cohort: Cohort) -> None:
             assert sizes.max() >= 0.98 * sizes.sum()
 
 
-def test_the_left_ventricle_opens_only_to_its_valves(cohort: Cohort) -> None:
+def test_left_ventricle_opens_at_valves_only(cohort: Cohort) -> None:
     for label in cohort.labels:
         faces: list[NDArray[np.uint16]] = []
         for axis in range(3):
@@ -157,7 +158,7 @@ def test_the_left_ventricle_opens_only_to_its_valves(cohort: Cohort) -> None:
         assert sum(share.get(value, 0) for value in (205, 420, 820)) >= 0.99
 
 
-def test_the_heart_sits_as_in_a_chest(cohort: Cohort) -> None:
+def test_heart_position_within_chest(cohort: Cohort) -> None:
     for image, label in zip(cohort.images, cohort.labels, strict=True):
         at = {
             name: np.array(ndimage.center_of_mass(label == value)) for name, value in LABELS.items()
@@ -176,7 +177,8 @@ def test_the_heart_sits_as_in_a_chest(cohort: Cohort) -> None:
         )  # the liver
 
 
-def test_most_slices_show_the_heart_and_its_place_varies(cohort: Cohort) -> None:
+def test_heart_visible_and_varies_between_slices(cohort: Cohort) -> None:
+    """Most slices show the heart, and its place varies."""
     share = np.array([(label > 0).any((1, 2)).mean() for label in cohort.labels])
     assert (
         0.9 <= share.mean() <= 0.98 and share.min() > 0.8
@@ -187,7 +189,7 @@ def test_most_slices_show_the_heart_and_its_place_varies(cohort: Cohort) -> None
     assert (np.std(centre, axis=0) > [1.5, 2, 3]).all() and (np.ptp(centre, axis=0) < 60).all()
 
 
-def test_tissues_around_the_heart(cohort: Cohort) -> None:
+def test_phantom_tissue_values_around_heart(cohort: Cohort) -> None:
     lung, fat, bone = [], [], []
     for index, image in enumerate(cohort.images):
         p = phantom.draw(0, index)
@@ -209,7 +211,7 @@ def test_tissues_around_the_heart(cohort: Cohort) -> None:
     assert all(image.min() >= -1024 and image.max() <= 3071 for image in cohort.images)
 
 
-def test_pose_is_a_rotation_about_the_heart() -> None:
+def test_pose_rotates_about_heart() -> None:
     pose = heart_pose(phantom.draw(3, 5))
     assert (
         np.allclose(pose.rotation @ pose.rotation.T, np.eye(3))
@@ -222,7 +224,7 @@ def test_pose_is_a_rotation_about_the_heart() -> None:
 # Physics
 
 
-def test_noise_has_the_spectrum_of_filtered_backprojection() -> None:
+def test_noise_spectrum_of_filtered_backprojection() -> None:
     field = noise_field((24, 128, 128), (3.0, 3.0, 3.0), np.random.default_rng(0))
     assert field.std() == pytest.approx(1, abs=0.03)
     frequency = np.hypot(np.fft.fftfreq(128, 3.0)[:, None], np.fft.fftfreq(128, 3.0)[None, :])
@@ -236,7 +238,8 @@ def test_noise_has_the_spectrum_of_filtered_backprojection() -> None:
     assert 1.2 < fine.std() < 3  # smaller pixels average less of the noise away
 
 
-def test_noise_is_strongest_in_the_middle_of_large_patients() -> None:
+def test_noise_peaks_inside_large_patients() -> None:
+    """Noise is strongest in the middle of large patients."""
     y, x = np.mgrid[-63.5:64, -63.5:64] * 3.0
 
     def level(diameter: float) -> NDArray[np.float32]:
@@ -249,7 +252,7 @@ def test_noise_is_strongest_in_the_middle_of_large_patients() -> None:
     assert level(320)[64, 64] > 1.2 * average[64, 64]
 
 
-def test_noise_of_the_images(cohort: Cohort) -> None:
+def test_phantom_noise_level_in_hu(cohort: Cohort) -> None:
     for index, (image, label) in enumerate(zip(cohort.images, cohort.labels, strict=True)):
         level = noise_level(image.astype(np.float32), (3.0, 3.0, 3.0), phantom.draw(0, index).noise)
         assert 12 <= np.median(level[label > 0]) <= 25
@@ -262,7 +265,8 @@ def test_noise_of_the_images(cohort: Cohort) -> None:
 # Reproducibility, sizes and files
 
 
-def test_a_patient_depends_on_seed_index_and_size_only(cohort: Cohort, tmp_path: Path) -> None:
+def test_phantom_depends_on_seed_index_size(cohort: Cohort, tmp_path: Path) -> None:
+    """A patient depends on the seed, the index and the size only."""
     again = phantom.make_patient(0, 3)
     assert np.array_equal(again.hu, cohort.images[3]) and np.array_equal(
         again.labels, cohort.labels[3]
@@ -275,7 +279,8 @@ def test_a_patient_depends_on_seed_index_and_size_only(cohort: Cohort, tmp_path:
     assert (other.labels != read(tmp_path / "one" / "ct_train_1001_label.nii.gz")).mean() > 0.005
 
 
-def test_any_size_covers_the_same_field_of_view() -> None:
+def test_phantom_size_keeps_field_of_view() -> None:
+    """A phantom of any size covers the same field of view."""
     small, full = phantom.make_patient(0, 1, SMALL), phantom.make_patient(0, 1)
     assert small.hu.shape == small.labels.shape == SMALL
     assert small.hu.dtype == np.int16 and small.labels.dtype == np.uint16
@@ -287,7 +292,7 @@ def test_any_size_covers_the_same_field_of_view() -> None:
         assert volumes[0] == pytest.approx(volumes[1], rel=0.12)
 
 
-def test_files_carry_the_geometry(cohort: Cohort) -> None:
+def test_phantom_files_carry_geometry(cohort: Cohort) -> None:
     names = {f"ct_train_{1001 + k}_{kind}.nii.gz" for k in range(24) for kind in ("image", "label")}
     assert {path.name for path in cohort.folder.iterdir()} == names | {"cohort.json"}
     for kind, pixel in (("image", sitk.sitkInt16), ("label", sitk.sitkUInt16)):
@@ -307,7 +312,7 @@ def test_files_carry_the_geometry(cohort: Cohort) -> None:
     assert summary["patients"][5]["heart"] == phantom.draw(0, 5).heart
 
 
-def test_command_line_makes_a_cohort_quietly(tmp_path: Path) -> None:
+def test_phantom_command_makes_cohort_quietly(tmp_path: Path) -> None:
     command = [
         sys.executable,
         "-m",
@@ -338,14 +343,14 @@ def test_command_line_makes_a_cohort_quietly(tmp_path: Path) -> None:
         [],
     ],
 )
-def test_bad_arguments_end_in_two(bad: list[str], tmp_path: Path) -> None:
+def test_phantom_bad_arguments_exit_2(bad: list[str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "train.phantom", str(tmp_path / "out"), *bad]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unwritable_folder_ends_in_four(
+def test_phantom_unwritable_folder_exits_4(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -357,7 +362,7 @@ def test_an_unwritable_folder_ends_in_four(
     )
 
 
-def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_phantom_failed_write_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "x.nii.gz").mkdir()  # a folder where the file should go
     with pytest.raises(OSError, match=r"x\.nii\.gz"):
         phantom.write_volume(tmp_path / "x.nii.gz", np.zeros((4, 4, 4), np.int16), (1.0, 1.0, 1.0))

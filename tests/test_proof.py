@@ -44,7 +44,8 @@ def references_by_name(
     return parity.references(graph, manifest, load_validation(load_run(trained)))
 
 
-def test_every_file_is_validated_in_every_backend_that_is_here(manifest: Manifest) -> None:
+def test_validation_covers_every_installed_backend(manifest: Manifest) -> None:
+    """Every file of the model is validated in every backend that is installed."""
     assert {f.precision for f in manifest.files.values()} == {"fp32", "fp16", "int8"}
     for name, file in manifest.files.items():
         here = {
@@ -71,9 +72,7 @@ def test_every_file_is_validated_in_every_backend_that_is_here(manifest: Manifes
     assert all(p[parity.ON_RANDOM]["max"] <= 1 for p in manifest.parity["model.onnx"].values())
 
 
-def test_calibration_and_proof_use_masks_of_different_patients(
-    trained: Path, manifest: Manifest
-) -> None:
+def test_calibration_validation_use_different_patients(trained: Path, manifest: Manifest) -> None:
     run = load_run(trained)
     ours, theirs = load_validation(run), load_calibration(run)
     assert (
@@ -85,7 +84,9 @@ def test_calibration_and_proof_use_masks_of_different_patients(
     assert not shared and manifest.export["int8"]["calibrated_on"] == "training masks"
 
 
-def test_figures_are_the_differences(graph: LabelsToIntensity, manifest: Manifest) -> None:
+def test_validation_figures_are_image_differences(
+    graph: LabelsToIntensity, manifest: Manifest
+) -> None:
     """Images that are 2 HU too high everywhere, and 30 too high at one pixel."""
     truth = parity.reference(
         graph,
@@ -105,7 +106,7 @@ def test_figures_are_the_differences(graph: LabelsToIntensity, manifest: Manifes
     assert parity.limit_violations("fp16", numbers)["organs"] == (2.0, 1)
 
 
-def test_batch_height_and_width_are_dynamic(
+def test_onnx_batch_height_width_are_dynamic(
     model: Path, graph: LabelsToIntensity, manifest: Manifest
 ) -> None:
     d = manifest.grid.divisor
@@ -173,7 +174,7 @@ DEFECTS: dict[str, tuple[str, Callable[[Path], None], str, str]] = {
 
 
 @pytest.mark.parametrize("defect", DEFECTS)
-def test_a_defect_is_named_with_the_region_it_lies_in(
+def test_validation_error_names_defective_region(
     defect: str,
     model: Path,
     graph: LabelsToIntensity,
@@ -202,7 +203,7 @@ def test_a_defect_is_named_with_the_region_it_lies_in(
 
 
 @pytest.mark.parametrize("precision", FILES)
-def test_a_truncated_file_is_named(
+def test_validation_names_truncated_file(
     precision: str,
     model: Path,
     graph: LabelsToIntensity,
@@ -217,7 +218,7 @@ def test_a_truncated_file_is_named(
         validate(graph, path, precision, manifest, references_by_name, lambda _: None)
 
 
-def test_nothing_is_written_when_a_proof_fails(
+def test_failed_validation_writes_no_model(
     model: Path,
     trained: Path,
     graph: LabelsToIntensity,
@@ -253,7 +254,7 @@ def write_again(graph: LabelsToIntensity, trained: Path, folder: Path) -> tuple[
     return manifest, "\n".join(said)
 
 
-def test_int8_layers_that_the_proof_refuses_stay_in_float(
+def test_int8_layers_failing_validation_stay_float(
     graph: LabelsToIntensity, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Training masks that find nothing wrong: what they let pass, the proof's do not, and the
@@ -275,9 +276,10 @@ def test_int8_layers_that_the_proof_refuses_stay_in_float(
     )
 
 
-def test_an_int8_file_that_no_masks_let_pass_is_left_out(
+def test_int8_file_failing_validation_is_omitted(
     graph: LabelsToIntensity, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """An INT8 file that passes its validation in no form is left out of the model."""
     monkeypatch.setattr(parity, "LIMITS", {**parity.LIMITS, "int8": {"body_mean": 0, "organs": 3}})
     monkeypatch.setattr(model_folder, "candidates", lambda *given: islice(candidates(*given), 1))
     found, said = write_again(graph, trained, tmp_path / "model")
@@ -289,14 +291,15 @@ def test_an_int8_file_that_no_masks_let_pass_is_left_out(
     assert "model.int8.onnx is left out: no layer can be quantized" in said
 
 
-def test_masks_are_taken_of_all_patients_and_not_of_the_first() -> None:
+def test_validation_masks_come_from_all_patients() -> None:
+    """Masks come from all patients and not from the first alone."""
     assert list(model_folder.spread(48, 4)) == [0, 16, 31, 47] and list(
         model_folder.spread(5, 5)
     ) == [0, 1, 2, 3, 4]
     assert list(model_folder.spread(1, 3)) == [0, 0, 0]
 
 
-def test_small_slices_are_synthesized_until_their_medians_mean_something(
+def test_small_slices_synthesized_until_medians_stable(
     manifest: Manifest,
 ) -> None:
     """The same masks with other noise: an organ of a few hundred pixels has another median each
@@ -314,7 +317,7 @@ def test_small_slices_are_synthesized_until_their_medians_mean_something(
     assert len(parity.repeated(np.zeros((80, 1, 256, 256), np.uint8), 64, manifest.inputs)) == 80
 
 
-def test_a_channel_that_int8_holds_at_another_scale_is_no_error(
+def test_int8_channel_rescaling_passes_validation(
     graph: LabelsToIntensity, model: Path, references_by_name: dict[str, parity.Reference]
 ) -> None:
     """Fitting brings channels nearer to one range; the layers after undo it, and the image is
@@ -326,15 +329,13 @@ def test_a_channel_that_int8_holds_at_another_scale_is_no_error(
         assert region.error < 0.25, region
 
 
-def test_without_a_body_the_whole_slice_stands_for_it() -> None:
+def test_validation_without_body_uses_whole_slice() -> None:
     numbers = {"mean": 9.0, "body_mean": None, "organs": {"aorta": None}}
     assert parity.limit_violations("int8", numbers) == {"body_mean": (9.0, 8), "organs": (0.0, 3)}
 
 
 @pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
-def test_half_and_folding_hold_for_every_network_with_a_style(
-    kind: str, manifest: Manifest
-) -> None:
+def test_fp16_batchnorm_folding_for_style_networks(kind: str, manifest: Manifest) -> None:
     """In torch, before any file: folded batch norms change rounding only, and halves stay within
     their limits.
     """
@@ -376,7 +377,7 @@ def test_half_and_folding_hold_for_every_network_with_a_style(
     )
 
 
-def test_similarity_is_that_of_torchmetrics() -> None:
+def test_ssim_agrees_with_torchmetrics() -> None:
     """In the export it is measured without that package, which would leave a list of fonts
     behind.
     """

@@ -66,9 +66,8 @@ def run(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     )
 
 
-def test_a_constant_shift_of_a_quantised_layer_is_taken_back(
-    forked: Path, regions, tmp_path: Path
-) -> None:
+def test_int8_constant_shift_is_corrected(forked: Path, regions, tmp_path: Path) -> None:
+    """The mean error that quantisation puts into a layer is corrected."""
     quantizer = Quantizer(forked, regions)
     truth, path = run(forked, regions), tmp_path / "int8.onnx"
     quantizer.write(path, ["first/Conv", "right/Conv"])
@@ -78,9 +77,8 @@ def test_a_constant_shift_of_a_quantised_layer_is_taken_back(
     assert np.abs(error.mean((0, 2, 3))).max() < 1e-4 * np.abs(truth["left.y"]).max()
 
 
-def test_a_layer_left_in_float_reads_what_was_not_quantised_for_another(
-    forked: Path, regions, tmp_path: Path
-) -> None:
+def test_int8_float_layer_reads_unquantised_input(forked: Path, regions, tmp_path: Path) -> None:
+    """A float layer reads its input unquantised, though another layer reads it quantised."""
     path = tmp_path / "int8.onnx"
     Quantizer(forked, regions).write(path, ["first/Conv", "right/Conv"])
     generated, truth = run(path, regions), run(forked, regions)
@@ -88,7 +86,8 @@ def test_a_layer_left_in_float_reads_what_was_not_quantised_for_another(
     assert np.abs(generated["left.y"] - truth["left.y"]).max() > 1e-4
 
 
-def test_a_kernel_keeps_the_sum_of_its_taps_which_is_all_that_flat_labels_show() -> None:
+def test_int8_kernel_keeps_sum_of_taps() -> None:
+    """A rounded kernel keeps the sum of its taps, which is all that flat labels show."""
     weights = np.random.default_rng(1).standard_normal((8, 3, 4, 4)).astype(np.float32)
     step = np.abs(weights).max((1, 2, 3), keepdims=True) / 127
     held = rounded(weights)
@@ -109,7 +108,7 @@ def test_a_kernel_keeps_the_sum_of_its_taps_which_is_all_that_flat_labels_show()
     )  # one tap is the nearest
 
 
-def test_what_was_rounded_is_what_the_file_holds(forked: Path, regions, tmp_path: Path) -> None:
+def test_int8_file_holds_rounded_weights(forked: Path, regions, tmp_path: Path) -> None:
     path = tmp_path / "int8.onnx"
     Quantizer(forked, regions).write(path, ["left/Conv", "right/Conv"])
     graph = onnx.load(path).graph
@@ -169,9 +168,10 @@ def of_labels(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, dic
 
 
 @pytest.mark.parametrize("floating", [(), ("right",)])
-def test_one_hot_labels_are_held_exactly_and_by_no_arithmetic(
+def test_int8_one_hot_labels_stay_exact(
     floating: tuple[str, ...], of_labels, tmp_path: Path
 ) -> None:
+    """One-hot labels are held exactly, without arithmetic."""
     source, inputs = of_labels
     path = tmp_path / "int8.onnx"
     Quantizer(source, inputs).write(path, floating)
@@ -224,10 +224,13 @@ def network(forked: Path) -> torch.nn.Module:
     return network
 
 
-def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(
+def test_int8_prefers_expensive_harmless_layers(
     forked: Path, network, regions, tmp_path: Path
 ) -> None:
-    """`first` has 50 times the work of `left`, and all are nearly as harmful."""
+    """An expensive harmless layer is quantised in preference to a cheap harmful one.
+
+    `first` has 50 times the work of `left`, and all are nearly as harmful.
+    """
     harm = {"first/Conv": 0.8, "left/Conv": 0.9, "right/Conv": 0.3}
     path, seen = tmp_path / "int8.onnx", []
 
@@ -242,9 +245,8 @@ def test_an_expensive_harmless_layer_goes_before_a_cheap_harmful_one(
     assert seen[:2] == [(), ("left/Conv",)] and len(seen[-1]) == 2
 
 
-def test_of_layers_of_the_same_work_the_worse_one_stays_in_float(
-    forked: Path, network, regions, tmp_path: Path
-) -> None:
+def test_int8_worse_layer_stays_in_float(forked: Path, network, regions, tmp_path: Path) -> None:
+    """Of two layers with the same work, the one with the larger error stays in float."""
     for worse in ("left/Conv", "right/Conv"):
 
         def error(path: Path, worse: str = worse) -> float:

@@ -46,7 +46,7 @@ class Pairs(Dataset[Any]):
         return self.warp(*pair(), spacing=SPACING, variant=self.variant)[0].sum().item()
 
 
-def test_pair_stays_a_pair() -> None:
+def test_rand_warp_pair_stays_pair() -> None:
     image, label = pair()
     moved, deformed = RandWarp(seed=1, jitter=None)(image, label, spacing=SPACING)
     assert (
@@ -59,7 +59,7 @@ def test_pair_stays_a_pair() -> None:
     assert core.sum() > 20 and np.array_equal(moved[core], np.full(core.sum(), 300))
 
 
-def test_calls_differ_and_seeds_repeat() -> None:
+def test_rand_warp_calls_differ_seeds_repeat() -> None:
     image, label = pair()
     first, second = ([RandWarp(seed=3)(image, label, spacing=SPACING)[0]] for _ in range(2))
     assert np.array_equal(first[0], second[0])
@@ -79,7 +79,7 @@ def test_calls_differ_and_seeds_repeat() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_variant_is_the_same_in_any_worker(workers: int) -> None:
+def test_warp_variant_is_same_across_workers(workers: int) -> None:
     sums = list(
         DataLoader(Pairs(RandWarp(seed=5), variant=2), batch_size=None, num_workers=workers)
     )
@@ -89,7 +89,7 @@ def test_variant_is_the_same_in_any_worker(workers: int) -> None:
     )
 
 
-def test_workers_and_epochs_draw_anew() -> None:
+def test_rand_warp_workers_epochs_draw_anew() -> None:
     torch.manual_seed(0)
     loader = DataLoader(Pairs(RandWarp(seed=5)), batch_size=None, num_workers=2)
     epochs = [tuple(loader) for _ in range(2)]
@@ -98,7 +98,8 @@ def test_workers_and_epochs_draw_anew() -> None:
     assert [tuple(loader) for _ in range(2)] == epochs
 
 
-def test_forks_without_torch_draw_anew() -> None:
+def test_rand_warp_forks_draw_anew() -> None:
+    """Forked workers draw anew without torch, too."""
     code = (
         "import os, sys, numpy as np; from runtime import RandWarp; warp = RandWarp(seed=1)\nlabel"
         " = np.zeros((20, 20, 8), np.uint8); label[6:14, 6:14, 2:6] = 1; image ="
@@ -118,7 +119,7 @@ def test_forks_without_torch_draw_anew() -> None:
     assert len(set(done.stdout.split())) == 2
 
 
-def test_dicts_of_tensors_keep_their_kind() -> None:
+def test_rand_warp_keeps_dicts_of_tensors() -> None:
     image, label = pair()
     data = {
         "image": MetaTensor(
@@ -141,7 +142,7 @@ def test_dicts_of_tensors_keep_their_kind() -> None:
     assert np.abs(arrays[0] - moved["image"][0].numpy()).max() <= 0.5
 
 
-def test_other_units_and_odd_labels() -> None:
+def test_warp_other_units_and_odd_labels() -> None:
     image, label = pair()
     small = (image.astype(np.float32) + 1000) / 400
     moved, deformed = RandWarp(seed=1, unit="a.u.")(
@@ -157,7 +158,7 @@ def test_other_units_and_odd_labels() -> None:
     assert np.array_equal(still(image, label, spacing=SPACING)[0], image)
 
 
-def test_what_is_wrong_is_said() -> None:
+def test_rand_warp_refuses_bad_input() -> None:
     image, label = pair()
     with pytest.raises(UsageError, match="the voxel spacing is unknown"):
         RandWarp()(image, label)

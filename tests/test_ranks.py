@@ -59,7 +59,8 @@ def together(tasks) -> list:
         return [future.result() for future in [pool.submit(task) for task in tasks]]
 
 
-def test_the_parts_of_a_batch_are_the_batch() -> None:
+def test_rank_batches_make_up_whole_batch() -> None:
+    """The parts of a batch that the ranks take, put together, are the batch."""
     rng = np.random.default_rng(0)
     patients = [
         Slices(
@@ -76,7 +77,8 @@ def test_the_parts_of_a_batch_are_the_batch() -> None:
             )
 
 
-def test_gradients_are_averaged_in_place_whatever_their_layout() -> None:
+def test_ranks_average_gradients_in_any_layout() -> None:
+    """Gradients are averaged in place, whatever their memory layout is."""
     shapes = [(3,), (2, 3, 4, 4), ()]
     values = [[torch.rand(shape) for shape in shapes] for _ in range(2)]
     expected = [(a + b) / 2 for a, b in zip(*values, strict=True)]
@@ -95,12 +97,13 @@ def test_gradients_are_averaged_in_place_whatever_their_layout() -> None:
     assert alone.tolist() == [1, 1] and not SINGLE_PROCESS.any(False) and SINGLE_PROCESS.any(True)
 
 
-def test_one_ranks_word_counts_for_all() -> None:
+def test_one_rank_decides_for_all() -> None:
     assert together([lambda r=r: r.any(r.rank == 1) for r in emulated(2)]) == [True, True]
     assert together([lambda r=r: r.any(False) for r in emulated(2)]) == [False, False]
 
 
-def test_the_others_wait_for_the_first_and_end_with_its_exit_code() -> None:
+def test_ranks_wait_for_rank_zero_exit() -> None:
+    """Other ranks wait for rank 0 and end with its exit code."""
     done: list[int] = []
 
     def work(ranks: DistributedContext, fail: bool) -> object:
@@ -126,7 +129,8 @@ def test_the_others_wait_for_the_first_and_end_with_its_exit_code() -> None:
     )
 
 
-def test_a_batch_that_cannot_be_dealt_out_is_refused() -> None:
+def test_indivisible_batch_for_ranks_is_refused() -> None:
+    """A batch that the ranks cannot share evenly is refused."""
     with pytest.raises(ConfigError, match=r"training\.batch_size is 4"):
         check(resolve({}, TINY), DistributedContext(0, 3))
     one_pixel = [*TINY, "data.canvas=[32,32]", "generator.depth=5"]
@@ -170,9 +174,10 @@ AUGMENTED = ("augment.rotation=5", "augment.zoom=0.05", "training.threads=1")
 
 
 @pytest.mark.slow
-def test_two_ranks_are_one_process_that_does_the_work_of_both(
+def test_two_ranks_equal_one_process(
     config: Path, cohort: Path, root: Path, tmp_path: Path, port: int
 ) -> None:
+    """Two ranks learn the same as one process that does the work of both."""
     two, one = tmp_path / "two", tmp_path / "one"
     command = torchrun(*arguments(config, cohort, two, 10, *AUGMENTED), port=port)
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
@@ -206,9 +211,10 @@ def test_two_ranks_are_one_process_that_does_the_work_of_both(
 
 
 @pytest.mark.slow
-def test_two_ranks_stop_together_and_resume_to_the_same_bits(
+def test_two_ranks_stop_and_resume_identically(
     config: Path, cohort: Path, root: Path, tmp_path: Path, port: int
 ) -> None:
+    """Two ranks stop together; the resumed run ends with the same bits."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     done = subprocess.run(
         torchrun(*arguments(config, cohort, whole, 10), port=port),
@@ -247,9 +253,11 @@ def test_two_ranks_stop_together_and_resume_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_two_ranks_say_what_is_wrong_once_and_one_tests(
+def test_two_ranks_report_errors_once(
     config: Path, cohort: Path, root: Path, trained: Path, tmp_path: Path, port: int
 ) -> None:
+    """Two ranks report an error once, and one of them runs the test split."""
+
     def said(*more: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             torchrun(*more, port=port), cwd=root, capture_output=True, text=True, timeout=300

@@ -23,7 +23,7 @@ def documents(root: Path) -> list[Path]:
     ]
 
 
-def test_first_screen_says_what_it_is(root: Path) -> None:
+def test_readme_first_screen_explains_project(root: Path) -> None:
     top = "\n".join((root / "README.md").read_text().splitlines()[:45])
     for needed in (
         "generates a plausible CT",
@@ -40,7 +40,7 @@ def test_readme_fits_on_few_screens(root: Path) -> None:
     assert len((root / "README.md").read_text().splitlines()) <= 150
 
 
-def test_every_python_block_runs(
+def test_readme_python_blocks_run(
     root: Path,
     model: Path,
     tmp_path: Path,
@@ -61,7 +61,7 @@ def test_every_python_block_runs(
     assert len(list((tmp_path / "out").glob("unseen_1001_v*_ct.nii.gz"))) == 4
 
 
-def test_every_link_leads_somewhere(root: Path) -> None:
+def test_documented_links_lead_somewhere(root: Path) -> None:
     for document in documents(root):
         for match in LINK.finditer(document.read_text()):
             target = match.group(1) or match.group(2)
@@ -69,7 +69,7 @@ def test_every_link_leads_somewhere(root: Path) -> None:
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
-def test_every_make_target_named_exists(root: Path) -> None:
+def test_documented_make_targets_exist(root: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE))
     for document in documents(root):
         named = set(re.findall(r"(?:`|^    )make ([a-z-]+)", document.read_text(), re.MULTILINE))
@@ -86,7 +86,7 @@ def test_every_make_target_named_exists(root: Path) -> None:
         "benchmarks/run.py",
     ],
 )
-def test_every_option_shown_is_one_the_program_has(program: str, root: Path, command) -> None:
+def test_documented_options_exist_in_program(program: str, root: Path, command) -> None:
     known = command(*shlex.split(program), "--help").stdout
     assert known
     text = "".join(page.read_text() for page in documents(root) if page.name != "CHANGELOG.md")

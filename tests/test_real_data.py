@@ -19,9 +19,10 @@ from runtime.core.console import run
 from runtime.io.volume_files import SUFFIXES, stem
 
 
-def test_every_real_file_works_on_its_own_grid_or_is_refused(
+def test_real_files_keep_grid_or_fail(
     real_data: Path, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Every real file works on its own grid or is refused."""
     label_map = tmp_path / "map.json"
     label_map.write_text(json.dumps({"1": "left ventricle", "*": "background"}))
     done = refused = 0
@@ -60,9 +61,7 @@ def test_every_real_file_works_on_its_own_grid_or_is_refused(
     assert done >= 30 and refused >= 100
 
 
-def test_a_real_mask_through_a_label_map_and_a_real_network(
-    real_data: Path, tmp_path: Path, model: Path
-) -> None:
+def test_real_mask_with_map_and_network(real_data: Path, tmp_path: Path, model: Path) -> None:
     """AMOS: 512 x 512 x 82, uint16; its aorta (8) becomes the ascending aorta."""
     (path,) = (real_data / "amos_mask").rglob("*.nii.gz")
     (tmp_path / "map.json").write_text(json.dumps({"8": "ascending aorta", "*": "background"}))
@@ -130,7 +129,7 @@ FOLDERS: dict[str, tuple[str, list[str], int, int, str]] = {
 
 
 @pytest.mark.parametrize("kind", FOLDERS)
-def test_real_folders(
+def test_real_folders_are_synthesized(
     kind: str, real_data: Path, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, options, code, count, said = FOLDERS[kind]
@@ -151,7 +150,7 @@ def test_real_folders(
     assert len(list((tmp_path / "out").glob("*_ct.nii.gz"))) == count
 
 
-def test_a_real_partial_overlap_needs_an_order(
+def test_real_seg_overlap_needs_order(
     real_data: Path, tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = real_data / "seg_and_ct" / "partial_overlaps.dcm"

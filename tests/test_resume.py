@@ -44,7 +44,8 @@ def times(out: Path) -> dict[str, int]:
     return {name: (out / name).stat().st_mtime_ns for name in results(out)}
 
 
-def test_a_second_run_with_resume_makes_nothing_and_reports_the_same(tmp_path: Path) -> None:
+def test_resume_skips_all_and_reports_same(tmp_path: Path) -> None:
+    """A second run with --resume makes nothing and reports the same."""
     paths, out = masks(tmp_path / "masks"), tmp_path / "out"
     first = stream(paths, out, variants=2)
     before = times(out)
@@ -55,7 +56,7 @@ def test_a_second_run_with_resume_makes_nothing_and_reports_the_same(tmp_path: P
     ]
 
 
-def test_without_resume_everything_is_made_again(tmp_path: Path) -> None:
+def test_without_resume_everything_is_remade(tmp_path: Path) -> None:
     paths, out = masks(tmp_path / "masks"), tmp_path / "out"
     stream(paths, out)
     before, bytes_before = times(out), results(out)
@@ -67,7 +68,8 @@ def test_without_resume_everything_is_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "shorter", "gone", "no journal"])
-def test_what_is_not_validated_is_made_again(damage: str, tmp_path: Path) -> None:
+def test_resume_remakes_damaged_or_missing_results(damage: str, tmp_path: Path) -> None:
+    """A result that was changed, cut or deleted, or is in no journal, is made again."""
     paths, out = masks(tmp_path / "masks"), tmp_path / "out"
     stream(paths, out)
     whole, victim = results(out), out / "1_ct.nii.gz"
@@ -92,7 +94,7 @@ def test_what_is_not_validated_is_made_again(damage: str, tmp_path: Path) -> Non
     ("format", "victim"),
     [("dicom", "1_v1/**/0003.dcm"), ("nnunet", "labelsTr/1_v1.nii.gz"), ("mha", "1_v1_ct.mha")],
 )
-def test_every_format_is_validated_file_by_file(format: str, victim: str, tmp_path: Path) -> None:
+def test_resume_checks_every_format_by_file(format: str, victim: str, tmp_path: Path) -> None:
     paths, out = masks(tmp_path / "masks"), tmp_path / "out"
     stream(paths, out, variants=2, format=format)
     whole = results(out)
@@ -105,9 +107,8 @@ def test_every_format_is_validated_file_by_file(format: str, victim: str, tmp_pa
 
 
 @pytest.mark.parametrize("change", ["seed", "mask", "labels", "variants", "model"])
-def test_a_result_of_another_seed_mask_map_or_model_is_made_again(
-    change: str, tmp_path: Path
-) -> None:
+def test_resume_remakes_results_of_other_inputs(change: str, tmp_path: Path) -> None:
+    """A result of another seed, mask, label map or model is made again."""
     paths, out, fresh = masks(tmp_path / "masks"), tmp_path / "out", tmp_path / "fresh"
     stream(paths, out, variants=2)
     options: dict[str, object] = {"variants": 2}
@@ -129,7 +130,8 @@ def test_a_result_of_another_seed_mask_map_or_model_is_made_again(
     assert results(out) == results(fresh)
 
 
-def test_a_torn_or_altered_line_costs_its_own_result_alone(tmp_path: Path) -> None:
+def test_resume_survives_damaged_journal_line(tmp_path: Path) -> None:
+    """A torn or altered line of the journal costs its own result alone."""
     paths, out = masks(tmp_path / "masks"), tmp_path / "out"
     stream(paths, out)
     lines = (out / JOURNAL).read_bytes().splitlines(keepends=True)
@@ -144,7 +146,7 @@ def test_a_torn_or_altered_line_costs_its_own_result_alone(tmp_path: Path) -> No
     ]  # the torn line did not swallow the next
 
 
-def test_a_mask_that_failed_is_tried_again(tmp_path: Path) -> None:
+def test_resume_retries_failed_mask(tmp_path: Path) -> None:
     paths, out = masks(tmp_path / "masks"), tmp_path / "out"
     good = paths[1].read_bytes()
     paths[1].write_bytes(good[:-40])
@@ -157,7 +159,8 @@ def test_a_mask_that_failed_is_tried_again(tmp_path: Path) -> None:
     ]
 
 
-def test_results_are_the_same_under_every_order_and_in_two_parts(tmp_path: Path) -> None:
+def test_resume_results_independent_of_order(tmp_path: Path) -> None:
+    """Results are the same in every order, and in two parts."""
     paths = masks(tmp_path / "masks", 4)
     stream(paths, tmp_path / "one", variants=2)
     stream(paths[2:], tmp_path / "two", variants=2)
@@ -167,7 +170,8 @@ def test_results_are_the_same_under_every_order_and_in_two_parts(tmp_path: Path)
     assert results(tmp_path / "one") == results(tmp_path / "two")
 
 
-def test_a_run_given_up_half_way_leaves_whole_files_and_can_go_on(tmp_path: Path) -> None:
+def test_resume_after_interrupt_with_complete_files(tmp_path: Path) -> None:
+    """A run that stops half way leaves complete files and can go on."""
     paths, out = masks(tmp_path / "masks", 6), tmp_path / "out"
     manifest = fake_manifest()
     with Synthesizer(manifest, FakeEngine(manifest)) as opened:
@@ -180,9 +184,10 @@ def test_a_run_given_up_half_way_leaves_whole_files_and_can_go_on(tmp_path: Path
     assert results(out) == results(tmp_path / "whole")
 
 
-def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(
+def test_concurrent_run_in_folder_is_refused(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A second run in the same folder is refused until the first ends."""
     paths, out = masks(tmp_path / "masks"), tmp_path / "out"
     arguments = [
         "synth",
@@ -205,7 +210,7 @@ def test_a_second_run_in_the_same_folder_is_refused_until_the_first_ends(
     assert len(results(out)) == 3
 
 
-def test_a_journal_taken_away_by_its_owner_is_no_lock(tmp_path: Path) -> None:
+def test_removed_journal_holds_no_lock(tmp_path: Path) -> None:
     """Who waited for the lock on a file that is gone from the folder must not believe that it
     has the folder.
     """
@@ -223,7 +228,8 @@ def test_a_journal_taken_away_by_its_owner_is_no_lock(tmp_path: Path) -> None:
     assert not (tmp_path / JOURNAL).exists()
 
 
-def test_the_journal_says_what_was_written_and_no_path(tmp_path: Path) -> None:
+def test_journal_lists_results_without_paths(tmp_path: Path) -> None:
+    """The journal says what was written and holds no path."""
     paths, out = masks(tmp_path / "masks", 1), tmp_path / "out"
     (result,) = stream(paths, out, variants=1)
     (line,) = (out / JOURNAL).read_text().splitlines()
@@ -237,14 +243,14 @@ def test_the_journal_says_what_was_written_and_no_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix" or os.geteuid() == 0, reason="root may write everywhere")
-def test_a_journal_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+def test_unwritable_journal_is_reported(tmp_path: Path) -> None:
     (tmp_path / JOURNAL).write_text("")
     (tmp_path / JOURNAL).chmod(0o400)
     with pytest.raises(OutputError):
         Journal(tmp_path)
 
 
-def test_entries_survive_reopening(tmp_path: Path) -> None:
+def test_journal_entries_survive_reopening(tmp_path: Path) -> None:
     np.zeros(3).tofile(tmp_path / "file")
     from runtime.core.atomic_files import digest_of
 
@@ -261,9 +267,8 @@ def test_entries_survive_reopening(tmp_path: Path) -> None:
     journal.close()
 
 
-def test_an_interrupt_while_the_journal_closes_closes_nothing_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_interrupt_closes_journal_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupt while the journal closes does not close anything twice."""
     journal, really = Journal(tmp_path), os.close
 
     def interrupted(handle: int) -> None:
@@ -278,7 +283,7 @@ def test_an_interrupt_while_the_journal_closes_closes_nothing_twice(
     Journal(tmp_path).close()  # and the lock is let go
 
 
-def test_the_image_given_by_like_counts_by_its_content(tmp_path: Path, fake_model: Path) -> None:
+def test_resume_compares_like_image_by_content(tmp_path: Path, fake_model: Path) -> None:
     """Another image under the same name is another grid; the same image under another name is
     not.
     """
@@ -314,7 +319,7 @@ CUTS = {
 
 @pytest.mark.parametrize("left", CUTS)
 @pytest.mark.parametrize("format", ["nifti", "nii", "nrrd", "mha", "nnunet", "dicom"])
-def test_a_cut_result_is_made_again(
+def test_resume_remakes_truncated_result(
     format: str, left: str, fake_model: Path, tmp_path: Path
 ) -> None:
     """Whatever a dying disk left of it, it is ours by the journal, and no other mask waits for
@@ -332,10 +337,11 @@ def test_a_cut_result_is_made_again(
 
 
 @pytest.mark.parametrize("format", ["nifti", "dicom"])
-def test_a_strangers_file_is_never_taken_for_a_cut_one(
-    format: str, fake_model: Path, tmp_path: Path
-) -> None:
-    """Nor without the journal's word: whose an empty file is cannot be told."""
+def test_resume_refuses_foreign_result_file(format: str, fake_model: Path, tmp_path: Path) -> None:
+    """A file that another program wrote is never taken for a cut result.
+
+    Nor without the journal's word: whose an empty file is cannot be told.
+    """
     (path,), out = masks(tmp_path / "masks", 1), tmp_path / "out"
     assert synth(fake_model, out, path, "--format", format) == 0
     victim = out / ("0_ct.nii.gz" if format == "nifti" else "0/0001.dcm")
@@ -357,7 +363,7 @@ def test_a_strangers_file_is_never_taken_for_a_cut_one(
 
 
 @pytest.mark.parametrize("how", ["in place", "another file", "only its date"])
-def test_a_mask_that_changes_while_it_is_read_fails(
+def test_mask_changed_while_read_fails(
     how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its CT would be called made of what was digested.
@@ -392,9 +398,7 @@ def test_a_mask_that_changes_while_it_is_read_fails(
         }
 
 
-def test_a_zip_that_changes_while_it_is_read_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_zip_changed_while_read_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     zipped, really = tmp_path / "z.zip", stream_module.read_case
 
     def pack(seed: int) -> None:

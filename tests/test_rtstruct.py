@@ -38,7 +38,8 @@ def inside(
     return ((x - column) / a) ** 2 + ((y - row) / b) ** 2 < 1
 
 
-def test_an_ellipse_covers_the_pixels_whose_centres_it_holds() -> None:
+def test_rtstruct_ellipse_fills_enclosed_pixel_centres() -> None:
+    """An ellipse covers the pixels whose centres lie in it."""
     for n in range(20):
         column, row, a, b = np.random.default_rng(n).uniform((20, 20, 5, 5), (50, 40, 18, 18))
         assert (
@@ -49,7 +50,8 @@ def test_an_ellipse_covers_the_pixels_whose_centres_it_holds() -> None:
         )  # a polygon of 200 corners
 
 
-def test_neighbours_that_share_an_edge_leave_no_gap_and_do_not_overlap() -> None:
+def test_rtstruct_neighbours_share_edge_without_gap() -> None:
+    """Neighbours that share an edge leave no gap and do not overlap."""
     corners = np.random.default_rng(3).uniform(0, 60, (4, 2)).round()  # on pixel centres
     first, second = (
         fill([np.array(t)], (60, 60))
@@ -61,7 +63,8 @@ def test_neighbours_that_share_an_edge_leave_no_gap_and_do_not_overlap() -> None
     )  # either way round
 
 
-def test_holes_by_a_contour_of_their_own_and_by_a_keyhole_are_the_same() -> None:
+def test_rtstruct_keyhole_equals_separate_hole() -> None:
+    """A hole drawn by its own contour is the same as one drawn by a keyhole."""
     outer, inner = ellipse(35, 30, 25, 20), ellipse(33, 31, 10, 8)[::-1]
     keyhole = np.concatenate([outer, outer[:1], inner, inner[:1]])
     ring = inside(35, 30, 25, 20) & ~inside(33, 31, 10, 8)
@@ -69,7 +72,7 @@ def test_holes_by_a_contour_of_their_own_and_by_a_keyhole_are_the_same() -> None
         assert np.count_nonzero(fill(contours, (60, 70)) != ring) <= 4
 
 
-def test_a_contour_beyond_the_image_is_cut_at_its_edge() -> None:
+def test_rtstruct_contour_clipped_at_image_edge() -> None:
     huge = np.array([[-1e6, -1e6], [1e6, -1e6], [1e6, 1e6], [-1e6, 1e6]])
     assert (
         fill([huge], (7, 9)).all()
@@ -118,9 +121,8 @@ def drawn(folder: Path, direction: np.ndarray | None = None, kind: str = "CLOSED
 
 @pytest.mark.parametrize("kind", ["CLOSED_PLANAR", "CLOSEDPLANAR_XOR"])
 @pytest.mark.parametrize("turn", range(0, 48, 5))
-def test_contours_fill_the_grid_of_the_series_they_were_drawn_on(
-    kind: str, turn: int, tmp_path: Path
-) -> None:
+def test_rtstruct_contours_fill_source_series_grid(kind: str, turn: int, tmp_path: Path) -> None:
+    """Contours fill the grid of the series on which they were drawn."""
     sources = drawn(tmp_path, rotation((9.0, -5.0, 13.0)) @ directions()[turn], kind)
     read = read_case(case(tmp_path), MM_WHS)
     assert read.labels.shape == (6, 60, 70)
@@ -142,9 +144,10 @@ def test_contours_fill_the_grid_of_the_series_they_were_drawn_on(
     )
 
 
-def test_without_its_series_the_references_are_counted_and_a_grid_may_be_given(
+def test_rtstruct_without_series_needs_like_image(
     tmp_path: Path,
 ) -> None:
+    """Without its series, the missing references are counted, and --like may give a grid."""
     sources = drawn(tmp_path)
     alone = tmp_path / "elsewhere" / "rs.dcm"
     alone.parent.mkdir()
@@ -173,7 +176,8 @@ def test_without_its_series_the_references_are_counted_and_a_grid_may_be_given(
         assert ml[1] == pytest.approx(ml[0], rel=0.02)
 
 
-def test_a_series_without_the_images_referred_to_is_used_only_when_asked(tmp_path: Path) -> None:
+def test_rtstruct_missing_references_need_option(tmp_path: Path) -> None:
+    """A series without the referenced images is used only with --allow-missing-references."""
     drawn(tmp_path)
     for path in sorted(
         (tmp_path / "ct").iterdir()
@@ -235,7 +239,8 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_contour_is_refused_with_its_reason(kind: str, tmp_path: Path) -> None:
+def test_rtstruct_bad_contour_is_refused(kind: str, tmp_path: Path) -> None:
+    """The refusal of a bad contour states its reason."""
     change, error, fact = BAD[kind]
     drawn(tmp_path)
     path = tmp_path / "rs" / "Doe.dcm"
@@ -246,7 +251,8 @@ def test_a_bad_contour_is_refused_with_its_reason(kind: str, tmp_path: Path) -> 
         read_case(case(tmp_path), MM_WHS)
 
 
-def test_points_are_passed_over_and_a_region_that_reaches_out_is_said(tmp_path: Path) -> None:
+def test_rtstruct_notes_points_and_clipped_regions(tmp_path: Path) -> None:
+    """Points are skipped, and a note names a region that reaches beyond the grid."""
     sources = drawn(tmp_path)
     path = tmp_path / "rs" / "Doe.dcm"
     structure_set(
@@ -273,7 +279,7 @@ def test_points_are_passed_over_and_a_region_that_reaches_out_is_said(tmp_path: 
     shutil.which("plastimatch") is None,
     reason="plastimatch is not installed (apt-get install plastimatch)",
 )
-def test_plastimatch_fills_the_same_voxels(tmp_path: Path) -> None:
+def test_rtstruct_fill_agrees_with_plastimatch(tmp_path: Path) -> None:
     sources = drawn(tmp_path)
     flat = tmp_path / "flat"
     save(flat, sources)
@@ -372,7 +378,7 @@ AREAS = {
 
 
 @pytest.mark.parametrize("name", AREAS)
-def test_crossing_contours_unite_and_holes_stay(name: str) -> None:
+def test_rtstruct_crossing_contours_unite_holes_stay(name: str) -> None:
     boxes, expected, united = AREAS[name]
     for shift in (0.0, -0.25):  # corners on pixel centres, and between them
         for contours in (
@@ -411,7 +417,7 @@ def _expected(boxes: list[tuple[int, int, int, int]], shape: tuple[int, int]) ->
     return result
 
 
-def test_heaps_of_boxes_follow_the_rule() -> None:
+def test_rtstruct_random_boxes_follow_union_rule() -> None:
     for n in range(200):
         boxes = _heap_of_boxes(np.random.default_rng(n))
         pixels, _ = filled([box(*b) for b in boxes], (64, 64))
@@ -476,7 +482,7 @@ HEAPS = {
 
 
 @pytest.mark.parametrize("name", HEAPS)
-def test_heaps_of_ellipses_follow_the_rule(name: str) -> None:
+def test_rtstruct_random_ellipses_follow_union_rule(name: str) -> None:
     ellipses, pixels, united = HEAPS[name]
     contours = [_turned_ellipse(*numbers) for numbers in ellipses]
     for order in (contours, contours[::-1]):
@@ -492,7 +498,7 @@ def _turned_ellipse(column: float, row: float, a: float, b: float, turn: float) 
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.3, 0.7])
-def test_pixel_grid_decides_nothing(shift: float) -> None:
+def test_rtstruct_union_independent_of_pixel_grid(shift: float) -> None:
     outer = box(5, 45, 5, 45) + shift
     for left, unites in ((4.95, False), (4.85, True)):  # no pixel lies between
         region = area([outer, box(left, 25, 10, 30) + shift])
@@ -508,20 +514,20 @@ def _ring() -> np.ndarray:
 
 
 @pytest.mark.parametrize("again", [ellipse(33, 31, 10, 8), ellipse(35, 30, 25, 20), _ring()[::-1]])
-def test_a_ring_counts_once(again: np.ndarray) -> None:
+def test_rtstruct_repeated_ring_counts_once(again: np.ndarray) -> None:
     for contours in ([_ring(), again], [again, _ring()]):
         region = area(contours)
         assert np.array_equal(region.pixels((60, 70)), fill([_ring()], (60, 70)))
         assert region.repeated == 1
 
 
-def test_an_island_in_a_ring_stays() -> None:
+def test_rtstruct_island_in_ring_stays() -> None:
     region = area([_ring(), ellipse(33, 31, 4, 3)])
     expected = fill([_ring(), ellipse(33, 31, 4, 3)], (60, 70))
     assert np.array_equal(region.pixels((60, 70)), expected) and not region.repeated
 
 
-def test_close_copies_are_told() -> None:
+def test_rtstruct_close_copies_are_reported() -> None:
     contour = ellipse(35, 30, 25, 20)
     for smaller in (0.01, 0.05, 0.09):
         region = area([contour, ellipse(35, 30, 25 - smaller, 20 - smaller)])
@@ -531,7 +537,7 @@ def test_close_copies_are_told() -> None:
     assert not area([contour, ellipse(35, 30, 23, 18)]).thin
 
 
-def test_areas_enclosed_twice_are_told() -> None:
+def test_rtstruct_doubly_enclosed_areas_are_reported() -> None:
     contour, lobes = ellipse(35, 30, 25, 20), CIRCLE * 2
     eight = np.stack([35 + 25 * np.sin(CIRCLE), 30 + 20 * np.sin(lobes)], axis=1)
     loop = np.stack([np.cos(CIRCLE), np.sin(CIRCLE)], axis=1) * (10 + 15 * np.cos(CIRCLE))[:, None]
@@ -541,12 +547,12 @@ def test_areas_enclosed_twice_are_told() -> None:
         assert area([twice]).overlaid == 1 and area([twice, box(2, 6, 2, 6)]).overlaid == 1
 
 
-def test_too_many_overlaps_are_refused() -> None:
+def test_rtstruct_too_many_overlaps_are_refused() -> None:
     with pytest.raises(UnreadableVolume, match="contours overlap more than"):
         area([ellipse(35, 30, 20, 10 + n / 50)[::20] for n in range(300)])
 
 
-def test_nested_contours_are_the_even_odd_rule() -> None:
+def test_rtstruct_nested_contours_follow_even_odd() -> None:
     for n in range(30):
         random = np.random.default_rng(n)
         column, row = random.uniform(25, 40, 2)
@@ -557,7 +563,7 @@ def test_nested_contours_are_the_even_odd_rule() -> None:
         assert np.array_equal(pixels, fill(contours, (60, 70))) and not united
 
 
-def test_a_hole_along_the_outline_stays_a_hole() -> None:
+def test_rtstruct_hole_along_outline_stays() -> None:
     outer, hole = box(5, 45, 5, 45), box(5, 25, 10, 30)
     for noise in (0, 1e-4, -1e-4, 1e-2, -1e-2):  # as files round it
         pixels, united = filled([outer, hole + noise], (60, 70))
@@ -589,7 +595,7 @@ def test_a_hole_along_the_outline_stays_a_hole() -> None:
         "other corners",
     ],
 )
-def test_a_contour_written_twice_counts_once(change) -> None:
+def test_rtstruct_duplicate_contour_counts_once(change) -> None:
     contour = ellipse(35, 30, 25, 20)
     assert area([contour, change(contour)]).repeated == 1
     assert not area(
@@ -597,7 +603,7 @@ def test_a_contour_written_twice_counts_once(change) -> None:
     ).repeated  # a thin wall, a neighbour
 
 
-def test_a_contour_that_goes_around_twice_is_filled() -> None:
+def test_rtstruct_contour_around_twice_is_filled() -> None:
     once = ellipse(35, 30, 25, 20)
     for twice in (
         np.concatenate([once, once]),
@@ -625,7 +631,7 @@ def structure(folder: Path, contours, kind: str = "CLOSED_PLANAR", **more) -> Ca
     return case(folder)
 
 
-def test_doubled_and_crossing_contours_are_said(tmp_path: Path) -> None:
+def test_rtstruct_notes_doubled_and_crossing_contours(tmp_path: Path) -> None:
     square = box(10, 30, 10, 30)
     read = read_case(
         structure(
@@ -662,7 +668,7 @@ SIDES = ("left", "right", "top", "bottom")
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_contours_that_cross_beyond_the_image_unite(side: str) -> None:
+def test_rtstruct_contours_crossing_outside_image_unite(side: str) -> None:
     outer = box(-20, 40, 10, 50)
     for other in (box(-35, 25, 20, 40), box(-15, 25, -10, 20), box(-15, -5, 30, 70)):
         for shift in (0.25, -0.25):
@@ -673,7 +679,7 @@ def test_contours_that_cross_beyond_the_image_unite(side: str) -> None:
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_contours_that_cross_beyond_a_corner_unite(side: str) -> None:
+def test_rtstruct_contours_crossing_beyond_corner_unite(side: str) -> None:
     outer, inner = box(-20, 40, -30, 40) + 0.25, box(-30, 20, -20, 20) + 0.25
     contours = [turned(outer, side), turned(inner, side)]
     pixels, united = filled(contours, (60, 70))
@@ -681,7 +687,7 @@ def test_contours_that_cross_beyond_a_corner_unite(side: str) -> None:
 
 
 @pytest.mark.parametrize("side", SIDES)
-def test_a_hole_beyond_the_image_stays(side: str) -> None:
+def test_rtstruct_hole_outside_image_stays(side: str) -> None:
     for outer, hole in (
         (box(-20, 40, 10, 50), box(-10, 25, 20, 40)),
         (box(-20, 40, -30, 40), box(-15, 20, -25, 20)),
@@ -693,7 +699,7 @@ def test_a_hole_beyond_the_image_stays(side: str) -> None:
         assert not pixels[fill(contours[1:], (60, 70))].any() and pixels.any()
 
 
-def test_the_edge_of_the_image_decides_nothing() -> None:
+def test_rtstruct_union_independent_of_image_edge() -> None:
     for n in range(60):
         random = np.random.default_rng(n)
         sizes = random.uniform((10, 10, 3, 3), (80, 70, 28, 28), (random.integers(2, 7), 4))
@@ -704,7 +710,7 @@ def test_the_edge_of_the_image_decides_nothing() -> None:
             assert np.array_equal(pixels, whole[64 + top :, 64 + left :][:30, :40])
 
 
-def test_a_contour_outside_joins_two_inside() -> None:
+def test_rtstruct_outside_contour_joins_two_inside() -> None:
     first, second, bridge = box(-30, 30, 5, 20), box(-30, 30, 30, 45), box(-25, -10, 10, 40)
     both = box(5, 15, 10, 40)  # crosses the two, and lies in no single one
     pixels, united = filled([first, second, bridge, both], (60, 70))
@@ -715,7 +721,7 @@ def test_a_contour_outside_joins_two_inside() -> None:
 
 
 @pytest.mark.parametrize("shape", ["box", "ellipse"])
-def test_contours_leave_by_more_than_rounding(shape: str) -> None:
+def test_rtstruct_rounding_is_no_crossing(shape: str) -> None:
     outer = box(5.1, 45, 5, 45)
     for left, is_hole in ((5.02, True), (4.5, False)):
         inner = box(left, 25, 10, 30) if shape == "box" else ellipse(left + 10, 20, 10, 9)
@@ -724,7 +730,7 @@ def test_contours_leave_by_more_than_rounding(shape: str) -> None:
         assert united == (not is_hole) and pixels[hole].any() == (not is_hole)
 
 
-def test_many_crossings_within_one_outline() -> None:
+def test_rtstruct_many_crossings_in_one_outline() -> None:
     corners = [(x, y) for x in range(10, 500, 10) for y in range(10, 400, 10)]
     holes = [box(x, x + 4, y, y + 4) for x, y in corners]
     crossing = [box(x + 2, x + 5, y + 2, y + 5) for x, y in corners]
@@ -733,21 +739,21 @@ def test_many_crossings_within_one_outline() -> None:
     assert np.count_nonzero(pixels) == 510 * 410 - (16 + 9 - 4) * len(corners)
 
 
-def test_crossings_beyond_the_image_are_said(tmp_path: Path) -> None:
+def test_rtstruct_notes_crossings_outside_image(tmp_path: Path) -> None:
     contours = [(1, box(-20, 50, 10, 50)), (1, box(-40, 30, 20, 40))]
     read = read_case(structure(tmp_path, contours), MM_WHS)
     assert np.array_equal(read.labels[1] == 3, mask((0, 50, 10, 50)))
     assert "1 contour of ROI 1 overlaps others" in " | ".join(read.notes)
 
 
-def test_crossings_far_away_unite(tmp_path: Path) -> None:
+def test_rtstruct_distant_crossings_unite(tmp_path: Path) -> None:
     contours = [(1, box(-9000, 30, -9000, 30)), (1, box(-9900, 20, -8000, 20))]
     read = read_case(structure(tmp_path, contours), MM_WHS)
     assert np.array_equal(read.labels[1] == 3, mask((0, 30, 0, 30)))
     assert "1 contour of ROI 1 overlaps others" in " | ".join(read.notes)
 
 
-def test_xor_contours_stay_exclusive(tmp_path: Path) -> None:
+def test_rtstruct_xor_contours_stay_exclusive(tmp_path: Path) -> None:
     first, second = (10, 30, 10, 30), (20, 50, 20, 50)
     read = read_case(
         structure(tmp_path, [(1, box(*first)), (1, box(*second))], "CLOSEDPLANAR_XOR"), MM_WHS
@@ -755,7 +761,8 @@ def test_xor_contours_stay_exclusive(tmp_path: Path) -> None:
     assert np.array_equal(read.labels[1] == 3, mask(first) ^ mask(second))
 
 
-def test_one_and_two_corners_refuse_no_other_roi(tmp_path: Path) -> None:
+def test_rtstruct_point_contours_keep_other_rois(tmp_path: Path) -> None:
+    """Contours of one or two corners do not refuse the other ROIs."""
     square = box(10, 30, 10, 30)
     read = read_case(
         structure(tmp_path, [(1, square), (3, square[:2])], Doe_marker=[(4, square[:1])]), MM_WHS
@@ -772,7 +779,7 @@ def test_one_and_two_corners_refuse_no_other_roi(tmp_path: Path) -> None:
     assert "Doe" not in said
 
 
-def test_a_flat_contour_is_no_area(tmp_path: Path) -> None:
+def test_rtstruct_flat_contour_encloses_no_area(tmp_path: Path) -> None:
     line = np.array([[10, 10], [30, 20], [50, 30], [20, 15]], float)
     contours = [(1, box(10, 30, 10, 30)), (1, line), (3, np.full((4, 2), 20.0))]
     read = read_case(structure(tmp_path, contours), MM_WHS)
@@ -780,7 +787,7 @@ def test_a_flat_contour_is_no_area(tmp_path: Path) -> None:
     assert "2 points or open lines of ROI 1 (in slices 1, 3, " in " | ".join(read.notes)
 
 
-def test_tolerances_are_said(tmp_path: Path) -> None:
+def test_rtstruct_notes_state_tolerances(tmp_path: Path) -> None:
     square = box(10, 30, 10, 30)
     twice = np.concatenate([square, box(10, 30, 10, 30)[[1, 2, 3, 0]], square[1:2]])
     contours = [
@@ -796,7 +803,7 @@ def test_tolerances_are_said(tmp_path: Path) -> None:
     assert "1 contour of ROI 1 goes around some area twice" in notes
 
 
-def test_a_contour_that_lost_its_corners_is_refused(tmp_path: Path) -> None:
+def test_rtstruct_contour_missing_corners_is_refused(tmp_path: Path) -> None:
     structure(tmp_path, [(1, box(10, 30, 10, 30)), (2, box(10, 30, 10, 30))])
     ds = dcmread(tmp_path / "rs" / "Doe.dcm")
     ds.ROIContourSequence[0].ContourSequence[1].ContourData = ["1", "2", "3"]
@@ -805,7 +812,7 @@ def test_a_contour_that_lost_its_corners_is_refused(tmp_path: Path) -> None:
         read_case(case(tmp_path), MM_WHS)
 
 
-def test_contours_near_each_other_are_all_filled(tmp_path: Path) -> None:
+def test_rtstruct_nearby_contours_fill_same_slice(tmp_path: Path) -> None:
     found = structure(tmp_path, [(1, box(5, 13, 10, 20)), (2, box(20, 28, 10, 20))])
     ds = dcmread(tmp_path / "rs" / "Doe.dcm")
     contours = ds.ROIContourSequence[0].ContourSequence
@@ -822,7 +829,7 @@ def test_contours_near_each_other_are_all_filled(tmp_path: Path) -> None:
     )
 
 
-def test_memory_is_bounded_by_the_image() -> None:
+def test_rtstruct_memory_bounded_by_image() -> None:
     corners = np.column_stack([np.linspace(0, 511, 40_000), np.arange(40_000) % 2 * 511.0])
     fill([corners[:1000]], (512, 512))
     tracemalloc.start()
@@ -832,14 +839,14 @@ def test_memory_is_bounded_by_the_image() -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # so long a value is written as UN
-def test_a_scribble_is_refused_at_once(tmp_path: Path) -> None:
+def test_rtstruct_scribble_is_refused_at_once(tmp_path: Path) -> None:
     zigzag = np.column_stack([np.linspace(0, 69, 100_000), np.arange(100_000) % 2 * 59.0])
     found = structure(tmp_path, [(1, zigzag)])
     with pytest.raises(UnreadableVolume, match="too often for an outline"):
         read_case(found, MM_WHS)
 
 
-def test_an_uneven_series_is_called_uneven(tmp_path: Path) -> None:
+def test_rtstruct_uneven_series_is_refused(tmp_path: Path) -> None:
     found = structure(tmp_path, [(1, box(10, 30, 10, 30))])
     path = sorted((tmp_path / "ct").iterdir())[2]
     ds = dcmread(path)
@@ -855,7 +862,7 @@ def test_an_uneven_series_is_called_uneven(tmp_path: Path) -> None:
         read_case(found, MM_WHS)
 
 
-def test_a_series_in_a_sister_folder_has_its_remedy(tmp_path: Path) -> None:
+def test_rtstruct_sister_folder_series_gets_remedy(tmp_path: Path) -> None:
     structure(tmp_path, [(1, box(10, 30, 10, 30))])
     with pytest.raises(InputError) as caught:
         read_case(case(tmp_path / "rs"), MM_WHS)
@@ -863,7 +870,7 @@ def test_a_series_in_a_sister_folder_has_its_remedy(tmp_path: Path) -> None:
     assert (read_case(case(tmp_path), MM_WHS).labels == 3).any()
 
 
-def test_messages_leave_names_of_rois_out(tmp_path: Path) -> None:
+def test_rtstruct_messages_omit_roi_names(tmp_path: Path) -> None:
     found = structure(
         tmp_path, [(1, box(10, 30, 10, 30))], Doe_John_lesion=[(2, box(10, 30, 10, 30))]
     )

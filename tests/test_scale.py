@@ -193,9 +193,10 @@ def done(out: Path) -> int:
 
 @needs_ray
 @pytest.mark.slow
-def test_two_workers_of_whom_one_is_killed_leave_the_bytes_of_one_process(
+def test_ray_killed_worker_leaves_same_bytes(
     start: Start, masks: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
+    """Two workers, one of which is killed, leave the bytes that one process makes."""
     process = start(tmp_path, masks)
     wait_until(process, lambda: done(tmp_path) >= 20)
     family = children(process.pid)
@@ -223,7 +224,7 @@ def test_two_workers_of_whom_one_is_killed_leave_the_bytes_of_one_process(
 @pytest.mark.parametrize(
     ("number", "expected"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)]
 )
-def test_when_the_driver_is_stopped_its_workers_end_and_resume_makes_the_rest(
+def test_ray_stopped_driver_ends_and_resumes(
     number: signal.Signals,
     expected: int,
     start: Start,
@@ -231,6 +232,7 @@ def test_when_the_driver_is_stopped_its_workers_end_and_resume_makes_the_rest(
     whole: dict[str, bytes],
     tmp_path: Path,
 ) -> None:
+    """When the driver is stopped, its workers end, and --resume makes the rest."""
     out, report = tmp_path / "out", tmp_path / "report.json"
     process = start(out, masks)
     wait_until(process, lambda: done(out) >= 20)
@@ -254,9 +256,10 @@ def test_when_the_driver_is_stopped_its_workers_end_and_resume_makes_the_rest(
 
 @needs_ray
 @pytest.mark.slow
-def test_masks_that_cannot_be_used_or_that_kill_every_worker_fail_alone(
+def test_ray_bad_masks_fail_alone(
     start: Start, fake_model: Path, masks: Path, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
+    """A mask that cannot be used, or that kills every worker, fails alone."""
     (tmp_path / "sitecustomize.py").write_text(DEADLY)
     bad, deadly = tmp_path / "bad.nii.gz", write_mask(tmp_path / "deadly.nii.gz")
     bad.write_bytes(b"no volume")
@@ -282,9 +285,10 @@ def test_masks_that_cannot_be_used_or_that_kill_every_worker_fail_alone(
 
 @needs_ray
 @pytest.mark.slow
-def test_a_cluster_of_two_nodes_works_from_this_folder_and_makes_pairs_for_nnunet(
+def test_ray_two_nodes_make_nnunet_pairs(
     start: Start, fake_model: Path, masks: Path, root: Path, tmp_path: Path
 ) -> None:
+    """A cluster of two nodes works from this folder and makes pairs for nnU-Net."""
     alone, together = tmp_path / "alone", tmp_path / "together"
     some = sorted(masks.iterdir())[:12]
     options = ("--format", "nnunet", "--variants", "2", "--seed", "3")
@@ -319,7 +323,7 @@ def test_a_cluster_of_two_nodes_works_from_this_folder_and_makes_pairs_for_nnune
 
 @needs_ray
 @pytest.mark.slow
-def test_what_is_wrong_is_said_before_any_work(start: Start, masks: Path, tmp_path: Path) -> None:
+def test_ray_errors_come_before_work(start: Start, masks: Path, tmp_path: Path) -> None:
     code, _, told = finish(start(tmp_path / "out", masks, "--ray-gpus", "2"))
     assert code == 2 and "2 GPUs each" in told and not (tmp_path / "out").exists()
     code, _, told = finish(start(tmp_path / "out", masks, address="127.0.0.1:9"))
@@ -364,9 +368,10 @@ def script(root: Path, model: Path, tmp_path: Path) -> Callable[..., str]:
 
 @needs_ray
 @pytest.mark.slow
-def test_the_embedding_recipe_makes_what_a_synthesizer_makes(
+def test_ray_embedding_example_equals_synthesizer(
     script: Callable[..., str], model: Path, tmp_path: Path
 ) -> None:
+    """The recipe for embedding makes the images that a synthesizer makes."""
     printed = script("on_ray.py").splitlines()
     assert "2 workers of Ray" in printed[0]
     assert sorted(printed[1:]) == sorted(
@@ -392,9 +397,10 @@ def test_the_embedding_recipe_makes_what_a_synthesizer_makes(
 
 @needs_ray
 @pytest.mark.slow
-def test_the_recipe_for_buckets_makes_what_is_not_there_yet(
+def test_ray_bucket_example_makes_missing_results(
     script: Callable[..., str], model: Path, tmp_path: Path
 ) -> None:
+    """The recipe for buckets makes the results that are missing."""
     masks, out = tmp_path / "runs/demo/masks", tmp_path / "bucket"
     urls = (masks.as_uri(), out.as_uri())
     assert synth(model, tmp_path / "alone", masks, "--seed", "7", backend=None) == 0
@@ -407,7 +413,7 @@ def test_the_recipe_for_buckets_makes_what_is_not_there_yet(
     assert results(out) == results(tmp_path / "alone") and script("buckets.py", *urls) == ""
 
 
-def test_without_ray_the_remedy_is_named(
+def test_missing_ray_error_names_remedy(
     fake_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -421,9 +427,10 @@ def test_without_ray_the_remedy_is_named(
     )
 
 
-def test_an_address_that_is_none_and_options_without_ray_are_refused(
+def test_ray_bad_address_options_are_refused(
     fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """A bad address is refused, and so are Ray's options without --ray."""
     mask = write_mask(tmp_path / "mask.nii.gz")
     assert synth(fake_model, tmp_path / "out", mask, "--ray", "masks") == 2
     assert "--ray=" in capsys.readouterr().err

@@ -55,7 +55,7 @@ def by_highdicom(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.mark.parametrize("kind", ["BINARY", "LABELMAP"])
 @pytest.mark.parametrize("tilt", [(0.0, 0.0, 0.0), (11.0, -7.0, 16.0)], ids=["straight", "oblique"])
-def test_every_axis_order_lies_where_highdicom_says(
+def test_seg_axis_orders_agree_with_highdicom(
     kind: str, tilt: tuple[float, float, float], tmp_path: Path
 ) -> None:
     for n, direction in enumerate(
@@ -80,7 +80,8 @@ def test_every_axis_order_lies_where_highdicom_says(
         assert sorted(np.bincount(read.labels.ravel())) == sorted(np.bincount(values.ravel()))
 
 
-def test_the_code_counts_before_the_name_and_the_name_before_the_number(tmp_path: Path) -> None:
+def test_seg_code_before_name_before_number(tmp_path: Path) -> None:
+    """The segment's code counts before its name, and the name before its number."""
     values = numbers(count=4)
     named = [
         ("liver of all things", "87878005"),
@@ -113,9 +114,10 @@ def test_the_code_counts_before_the_name_and_the_name_before_the_number(tmp_path
     ).all()
 
 
-def test_missing_frames_are_empty_slices_and_the_order_of_frames_does_not_matter(
+def test_seg_missing_frames_are_empty_slices(
     tmp_path: Path,
 ) -> None:
+    """Missing frames are empty slices, and the order of the frames does not matter."""
     values = np.zeros((9, 8, 8), np.uint8)
     values[1, 2, 3], values[4, 5, 6], values[6, 1, 1] = 1, 1, 2
     path = segmentation(
@@ -131,7 +133,8 @@ def test_missing_frames_are_empty_slices_and_the_order_of_frames_does_not_matter
     )
 
 
-def test_overlaps_are_an_error_that_lists_them_unless_an_order_is_given(tmp_path: Path) -> None:
+def test_seg_overlaps_need_an_order(tmp_path: Path) -> None:
+    """Overlaps are an error that lists them, unless an order is given."""
     masks = np.zeros((4, 8, 8, 3), np.uint8)
     masks[1:3, 1:5, 1:5, 0], masks[1:3, 3:7, 3:7, 1] = 1, 1
     masks[0, 0, 0, 2] = 1
@@ -159,7 +162,7 @@ def test_overlaps_are_an_error_that_lists_them_unless_an_order_is_given(tmp_path
     )
 
 
-def test_fractions_are_refused_unless_a_threshold_is_given(tmp_path: Path) -> None:
+def test_seg_fractions_need_a_threshold(tmp_path: Path) -> None:
     fractions = np.zeros((3, 8, 8), float)
     fractions[1, 2:6, 2:6], fractions[1, 3:5, 3:5] = 0.4, 0.8
     path = segmentation(
@@ -178,7 +181,7 @@ def test_fractions_are_refused_unless_a_threshold_is_given(tmp_path: Path) -> No
     ] == [16, 4, 0]
 
 
-def test_compressed_label_maps_hold_the_same_labels(tmp_path: Path) -> None:
+def test_seg_compressed_label_maps_keep_labels(tmp_path: Path) -> None:
     from pydicom.uid import RLELossless
 
     values = numbers((4, 16, 16))
@@ -192,7 +195,8 @@ def test_compressed_label_maps_hold_the_same_labels(tmp_path: Path) -> None:
     )
 
 
-def test_what_the_source_tells_of_a_patient_waits_for_attached_mode(tmp_path: Path) -> None:
+def test_seg_names_omit_patient_data(tmp_path: Path) -> None:
+    """The source's patient data waits in the record for the attached mode."""
     values = numbers()
     sources = slices(values)
     path = segmentation(tmp_path / "Doe_John.dcm", sources, values, HEART)
@@ -287,7 +291,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_seg_is_refused_with_its_reason(kind: str, tmp_path: Path) -> None:
+def test_bad_seg_is_refused_with_reason(kind: str, tmp_path: Path) -> None:
     change, error, fact = BAD[kind]
     values = np.zeros((4, 8, 8), np.uint8)
     values[:, 2:4, 2:4], values[3, 6, 6] = 1, 2
@@ -407,7 +411,7 @@ ENCODINGS = {
 
 @pytest.mark.parametrize("shape", [SHAPE, (4, 16, 24)], ids=["odd bits", "whole bytes"])
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_compressed_bits_are_the_plain_ones(
+def test_seg_compressed_bits_equal_plain(
     encoding: str, shape: tuple[int, int, int], tmp_path: Path
 ) -> None:
     syntax, encode = ENCODINGS[encoding]
@@ -421,7 +425,7 @@ def test_compressed_bits_are_the_plain_ones(
 @pytest.mark.parametrize(
     "encoding", ["uncompressed", "deflated", "RLE of a byte a bit", "JPEG 2000"]
 )
-def test_compressed_label_maps_are_the_plain_ones(encoding: str, tmp_path: Path) -> None:
+def test_seg_compressed_label_maps_equal_plain(encoding: str, tmp_path: Path) -> None:
     syntax, encode = ENCODINGS[encoding]
     path, _ = plain_seg(tmp_path / "s.dcm", "LABELMAP")
     expected = read_case(case(path), MM_WHS).labels
@@ -430,7 +434,7 @@ def test_compressed_label_maps_are_the_plain_ones(encoding: str, tmp_path: Path)
     assert np.array_equal(read_case(case(path), MM_WHS).labels, expected)
 
 
-def test_wide_labels_in_rle_keep_their_bytes(tmp_path: Path) -> None:
+def test_seg_rle_keeps_wide_labels(tmp_path: Path) -> None:
     path, _ = plain_seg(tmp_path / "s.dcm", "LABELMAP")
     wide = np.array([0, 1, 256, 515], np.uint16)[frames_of(path)]
     ds = dcmread(path)
@@ -457,7 +461,7 @@ SPOILT = {
 
 @pytest.mark.parametrize("kind", SPOILT)
 @pytest.mark.parametrize("encoding", ["uncompressed", "deflated", "RLE of packed bits"])
-def test_frames_of_another_size_are_refused(kind: str, encoding: str, tmp_path: Path) -> None:
+def test_seg_frames_of_other_size_refused(kind: str, encoding: str, tmp_path: Path) -> None:
     if (kind, encoding) == ("a byte a bit", "RLE of packed bits"):
         pytest.skip("it is read")
     path, _ = plain_seg(tmp_path / "s.dcm")
@@ -467,7 +471,7 @@ def test_frames_of_another_size_are_refused(kind: str, encoding: str, tmp_path: 
         read_case(case(path), MM_WHS)
 
 
-def test_a_codestream_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_seg_codestream_of_other_size_refused(tmp_path: Path) -> None:
     path, _ = plain_seg(tmp_path / "s.dcm", shape=(4, 16, 24))
     for frames in (frames_of(path).reshape(-1, 24, 16), frames_of(path) * 255):
         bad = tmp_path / "bad.dcm"
@@ -479,7 +483,7 @@ def test_a_codestream_of_another_size_is_refused(tmp_path: Path) -> None:
             )
 
 
-def test_a_missing_decoder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_seg_missing_decoder_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if find_spec("gdcm") or find_spec("libjpeg"):
         pytest.skip("a decoder of JPEG Lossless is installed")
     path, _ = plain_seg(tmp_path / "s.dcm")
@@ -490,7 +494,7 @@ def test_a_missing_decoder_is_named(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["labels", str(path)]) == 3 and "no decoder is installed" in capsys.readouterr().err
 
 
-def test_fractions_of_all_or_nothing_are_read(tmp_path: Path) -> None:
+def test_seg_binary_valued_fractions_are_read(tmp_path: Path) -> None:
     whole = np.zeros((3, 8, 8), float)
     whole[1, 2:6, 2:6] = 1
     path = segmentation(
@@ -509,7 +513,7 @@ def test_fractions_of_all_or_nothing_are_read(tmp_path: Path) -> None:
     assert np.count_nonzero(read_case(case(path), MM_WHS).labels == 3) == 16
 
 
-def test_a_slide_is_called_a_slide(tmp_path: Path) -> None:
+def test_seg_of_slide_is_refused(tmp_path: Path) -> None:
     path, _ = plain_seg(tmp_path / "s.dcm")
 
     def tile(ds) -> None:
@@ -536,7 +540,7 @@ def test_a_slide_is_called_a_slide(tmp_path: Path) -> None:
         ("", "1"),
     ],
 )
-def test_messages_show_public_codes_alone(code: str, shown: str) -> None:
+def test_seg_messages_show_public_codes_alone(code: str, shown: str) -> None:
     assert describe(Segment(1, "Doe's liver", code, private=True)) == shown
     assert "Doe's liver" in describe(
         Segment(1, "Doe's liver", code)

@@ -104,9 +104,10 @@ class Writing:
 @pytest.mark.parametrize("attach", [False, True], ids=["detached", "attached"])
 @pytest.mark.parametrize("enhanced", [False, True], ids=["classic", "enhanced"])
 @pytest.mark.parametrize("mask", MASKS)
-def test_it_is_byte_for_byte_what_highdicom_and_pydicom_write(
+def test_seg_bytes_equal_highdicom_and_pydicom(
     mask: str, enhanced: bool, attach: bool, tmp_path: Path
 ) -> None:
+    """The file equals, byte for byte, what highdicom and pydicom write."""
     for n, direction in enumerate(
         [np.eye(3), TILT, *(rotation((3, 0, 9)) @ d for d in directions()[10::19])]
     ):
@@ -118,7 +119,7 @@ def test_it_is_byte_for_byte_what_highdicom_and_pydicom_write(
         assert writing.write().read_bytes() == whole
 
 
-def test_slices_of_fewer_than_eight_voxels_are_read_back(tmp_path: Path) -> None:
+def test_seg_slices_below_eight_voxels_read(tmp_path: Path) -> None:
     """highdicom 0.28 begins a new byte with each of their frames, and reads them back elsewhere
     (PS3.5 8.1.1: there are no gaps).
     """
@@ -134,9 +135,8 @@ def test_slices_of_fewer_than_eight_voxels_are_read_back(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)], ids=["axial", "sagittal"])
-def test_neither_the_mask_nor_its_frames_are_held_in_memory(
-    order: tuple[int, int, int], tmp_path: Path
-) -> None:
+def test_seg_writing_streams_mask_and_frames(order: tuple[int, int, int], tmp_path: Path) -> None:
+    """Neither the mask nor its frames are held in memory."""
     labels = random_labels((48, 384, 384), 7).transpose(order)
     writing = Writing(
         tmp_path, labels, fake_manifest(), np.eye(3)[:, [2 - axis for axis in order[::-1]]]
@@ -152,7 +152,8 @@ def test_neither_the_mask_nor_its_frames_are_held_in_memory(
     assert peak < 2 << 20 < file.stat().st_size < labels.nbytes
 
 
-def test_what_the_length_of_an_element_cannot_say_is_refused(tmp_path: Path) -> None:
+def test_seg_beyond_element_length_is_refused(tmp_path: Path) -> None:
+    """A SEG whose size exceeds what an element's length can state is refused."""
     writing = Writing(tmp_path, np.ones((2, 3, 3), np.uint8), fake_manifest(), np.eye(3))
     for image in writing.images:
         image.Rows = image.Columns = 1

@@ -22,7 +22,8 @@ from train.config import resolve
 from train.loop import Training, open_cohort
 
 
-def test_bf16_steps_are_near_float32_ones_and_everything_kept_is_float32() -> None:
+def test_bf16_steps_near_float32_state_float32() -> None:
+    """BF16 steps are near the float32 ones, and all that is kept is float32."""
     exact, coarse = small("loss.features=1"), small("loss.features=1", "training.precision=bf16")
     for n in range(3):
         a, b = exact(n, batch(n)), coarse(n, batch(n))
@@ -34,7 +35,8 @@ def test_bf16_steps_are_near_float32_ones_and_everything_kept_is_float32() -> No
     assert {t.dtype for t in coarse.state().values() if t.is_floating_point()} == {torch.float32}
 
 
-def test_bf16_state_goes_round_and_the_next_step_is_the_same_bits() -> None:
+def test_bf16_state_roundtrip_keeps_next_step() -> None:
+    """The BF16 state survives saving and loading: the next step has the same bits."""
     one, other = (small("training.precision=bf16") for _ in range(2))
     for n in range(3):
         one(n, batch(n))
@@ -76,7 +78,9 @@ class Asked(TorchFunctionMode):
         ["loss.weighting=weighted", "loss.gan=hinge", "loss.features=1", "training.precision=bf16"],
     ],
 )
-def test_a_step_never_waits_for_the_device(cohort: Path, tmp_path: Path, more: list[str]) -> None:
+def test_training_step_never_waits_for_device(
+    cohort: Path, tmp_path: Path, more: list[str]
+) -> None:
     settings = [*TINY, "augment.rotation=5", "augment.same=false", *more]
     opened = resolve({}, settings, dataset_path=str(cohort))
     training = Training(opened, tmp_path, open_cohort(opened, tmp_path, quiet=True), quiet=True)
@@ -88,7 +92,7 @@ def test_a_step_never_waits_for_the_device(cohort: Path, tmp_path: Path, more: l
         assert asked.how == ["tolist"]  # all losses at once
 
 
-def test_feature_maps_are_channels_last() -> None:
+def test_training_feature_maps_are_channels_last() -> None:
     step, seen = small(), []
     for stage in (*step.generator.encoder, *step.discriminator.stages):
         stage.register_forward_hook(
@@ -98,9 +102,7 @@ def test_feature_maps_are_channels_last() -> None:
     assert seen and all(seen)
 
 
-def test_a_machine_without_a_compiler_is_exit_3(
-    config: Path, cohort: Path, tmp_path: Path, command
-) -> None:
+def test_missing_compiler_is_exit_3(config: Path, cohort: Path, tmp_path: Path, command) -> None:
     environment = {"CXX": "nonesuch", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     done = command(
         *arguments(config, cohort, tmp_path / "run", 4, "training.compile=true"), env=environment
@@ -114,9 +116,10 @@ def test_a_machine_without_a_compiler_is_exit_3(
 
 
 @pytest.mark.slow
-def test_a_compiled_run_learns_the_same_and_resumes_bit_for_bit(
+def test_compiled_run_learns_and_resumes_identically(
     config: Path, cohort: Path, tmp_path: Path, command
 ) -> None:
+    """A compiled run learns the same as a plain one and resumes bit for bit."""
     plain, whole, parts = (tmp_path / name for name in ("plain", "whole", "parts"))
     environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
     assert command(*arguments(config, cohort, plain, 10)).returncode == 0

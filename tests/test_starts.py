@@ -45,9 +45,8 @@ def block(value: int) -> np.ndarray:
     return values
 
 
-def test_a_watchers_poisonous_mask_ends_in_failed_after_the_others_are_done(
-    fake_model: Path, tmp_path: Path, command
-) -> None:
+def test_watch_poison_mask_ends_in_failed(fake_model: Path, tmp_path: Path, command) -> None:
+    """A mask that kills the watcher ends in failed/ after the other masks are done."""
     inbox, out = tmp_path / "in", tmp_path / "out"
     inbox.mkdir()
     for n, value in enumerate((500, POISON, 550, 600)):
@@ -97,9 +96,8 @@ def test_a_watchers_poisonous_mask_ends_in_failed_after_the_others_are_done(
     assert command("-m", "runtime", *line).returncode == 0 and (out / "1_ct.nii.gz").is_file()
 
 
-def test_a_nodes_poisonous_study_ends_in_failed_after_the_others_are_synthesized(
-    fake_model: Path, tmp_path: Path
-) -> None:
+def test_node_poison_study_ends_in_failed(fake_model: Path, tmp_path: Path) -> None:
+    """A study that kills the node ends in failed/ after the others are synthesized."""
     spool = tmp_path / "spool"
     uids = (f"1.2.826.{n}" for n in range(1 << 20))
     first = next(
@@ -167,7 +165,8 @@ def serving(model: Path, spool: Path) -> Iterator[subprocess.Popen[bytes]]:
             child.kill()
 
 
-def test_what_leaves_the_process_alive_is_no_start_that_ended_in_it(tmp_path: Path) -> None:
+def test_surviving_work_counts_no_failed_attempt(tmp_path: Path) -> None:
+    """Work that leaves the process alive does not count as a start that it ended."""
     file = tmp_path / ATTEMPTS
     for _ in range(3):
         with suppress(KeyboardInterrupt), count_attempt(file):

@@ -116,7 +116,7 @@ threading.Event().wait(0.9)  # three times as long as it would have
 """
 
 
-def test_program_that_ends_is_not_ended() -> None:
+def test_normal_exit_is_not_forced() -> None:
     """Also in a program of somebody else's, which goes on after the work within: no thread is left,
     nor a descriptor.
 
@@ -151,7 +151,7 @@ over.set()
 """
 
 
-def test_embedding_program_is_not_ended() -> None:
+def test_embedding_program_is_not_forced_out() -> None:
     """A program that calls a command in its own process keeps its threads and itself."""
     done = subprocess.run(
         [sys.executable, "-c", EMBEDS],

@@ -141,7 +141,7 @@ def test_silent_stranger_is_ended(first: bytes, tmp_path: Path) -> None:
         assert answer(stranger) == b""
 
 
-def test_strangers_keep_nobody_out(tmp_path: Path) -> None:
+def test_strangers_never_block_known_peers(tmp_path: Path) -> None:
     """Thirty hold their connection open, for ever if they may; each echo of a known peer is
     answered at once.
     """
@@ -398,7 +398,7 @@ def get(port: int, path: str) -> tuple[int, str]:
         return exc.code, exc.read().decode()
 
 
-def test_half_http_requests_keep_nobody_out(tmp_path: Path) -> None:
+def test_half_http_requests_block_nobody(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "spool")
     watch = HealthServer(("127.0.0.1", 0), Events(), spool, str, str, PendingConnections(4, 1.0))
     try:
@@ -416,7 +416,7 @@ def test_half_http_requests_keep_nobody_out(tmp_path: Path) -> None:
         spool.close()
 
 
-def test_health_says_when_nobody_gets_in(tmp_path: Path) -> None:
+def test_health_reports_full_or_ended_node(tmp_path: Path) -> None:
     with acceptor(tmp_path, associations=1) as node:
         watch = HealthServer(("127.0.0.1", 0), Events(), node._spool, node.wrong, node.wrong)
         try:
@@ -435,7 +435,7 @@ def test_health_says_when_nobody_gets_in(tmp_path: Path) -> None:
             watch.close()
 
 
-def test_shortage_of_descriptors_ends_no_acceptor(fake_model: Path, tmp_path: Path) -> None:
+def test_node_survives_descriptor_shortage(fake_model: Path, tmp_path: Path) -> None:
     with Serving(fake_model, tmp_path / "spool", "--keep") as node, ExitStack() as stack:
         assert echo(node.port) == 0
         used = len(os.listdir(f"/proc/{node.process.pid}/fd"))

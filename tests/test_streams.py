@@ -35,9 +35,10 @@ COMMANDS = {
 
 @pytest.mark.parametrize("encoding", ["cp1252", "latin-1", "ascii"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_signs_a_stream_lacks_end_nothing(
+def test_unencodable_characters_print_as_escapes(
     name: str, encoding: str, command, fake_model: Path, tmp_path: Path
 ) -> None:
+    """A character that the stream cannot encode ends no command."""
     places = {
         "MASK": write_mask(tmp_path / "arrow→.nii.gz"),
         "MODEL": fake_model,

@@ -40,7 +40,8 @@ def patients(medians: np.ndarray) -> list[Slices]:
     ]
 
 
-def test_medians_are_of_the_middle_slice_and_unknown_where_an_organ_is_absent() -> None:
+def test_style_medians_come_from_middle_slice() -> None:
+    """Medians are of the middle slice, and unknown where an organ is absent."""
     labels = np.zeros((2, 3, 16, 16), np.uint8)
     labels[:, 0] = 2  # a neighbour
     labels[:, 1, :8] = 1
@@ -49,7 +50,8 @@ def test_medians_are_of_the_middle_slice_and_unknown_where_an_organ_is_absent() 
     assert row[0] == np.median(values[:, :8]) and np.isnan(row[1])
 
 
-def test_styles_are_the_cohorts_principal_components_of_unit_variance() -> None:
+def test_styles_are_unit_variance_principal_components() -> None:
+    """Styles are the principal components of the cohort, with unit variance."""
     rng = np.random.default_rng(0)
     timing, dose = rng.standard_normal((2, 40))
     medians = 400 + np.outer(timing, [40, 40, 30, 5]) + np.outer(dose, [0, 3, -8, 20])
@@ -72,7 +74,8 @@ def test_styles_are_the_cohorts_principal_components_of_unit_variance() -> None:
     )  # nothing known: the mean patient
 
 
-def test_a_draw_reaches_as_far_beyond_the_cohort_as_its_spread_says() -> None:
+def test_style_draw_exceeds_cohort_by_spread() -> None:
+    """A drawn style reaches as far beyond the cohort as the spread says."""
     medians = np.random.default_rng(0).normal((400, 300, 100), (60, 40, 5), (40, 3))
     (styles, effects), (wide, reach) = (patient_styles(medians, 3, spread) for spread in (1, 1.5))
     assert np.allclose(wide, styles / 1.5, atol=1e-5) and np.allclose(
@@ -82,7 +85,8 @@ def test_a_draw_reaches_as_far_beyond_the_cohort_as_its_spread_says() -> None:
     assert np.allclose(drawn.std(0), 1.5 * medians.std(0), rtol=0.03)
 
 
-def test_more_style_than_the_patients_differ_in_is_refused_with_the_number() -> None:
+def test_excess_style_dimensions_are_refused() -> None:
+    """More styles than the patients differ in are refused, with the possible number."""
     medians = np.outer([1.0, 2, 4], [10, 20, 30])
     with pytest.raises(UsageError, match=r"generator\.style is 2.*in 1 dimension") as caught:
         patient_styles(medians, 2)
@@ -94,7 +98,8 @@ def test_more_style_than_the_patients_differ_in_is_refused_with_the_number() -> 
 UNIT = Intensity("HU", -1024, 1024)
 
 
-def test_a_slices_style_is_near_its_patients_and_a_function_of_seed_and_step() -> None:
+def test_slice_style_near_patient_and_seeded() -> None:
+    """A slice's style is near its patient's and depends on seed and step alone."""
     medians = np.array([[100.0], [200], [600]])
     styles, own = Styles(patients(medians), 2, 1, 3, UNIT), patient_styles(medians, 1)[0][:, 0]
     many = np.concatenate([styles(np.arange(3), n)[0] for n in range(2000)]).reshape(2000, 3)
@@ -108,7 +113,8 @@ def test_a_slices_style_is_near_its_patients_and_a_function_of_seed_and_step() -
     assert np.array_equal(styles(np.arange(3), 5)[0], again) and not np.array_equal(again, other)
 
 
-def test_an_organ_is_moved_to_what_its_slices_style_says_and_the_background_stays() -> None:
+def test_style_shifts_organ_and_keeps_background() -> None:
+    """An organ moves to the value that its slice's style states; the background stays."""
     medians = np.array([[100.0, 50], [200, 60], [600, 100]])
     cohort = patients(medians)
     styles, (shifts, _, _) = Styles(cohort, 3, 1, 3, UNIT)(np.arange(3), 0)
@@ -138,7 +144,8 @@ def builds(wide: Sequence[int], hu: int = 400) -> list[Slices]:
     return cohort
 
 
-def test_an_outline_is_how_far_the_body_reaches_from_the_labels() -> None:
+def test_style_outline_measures_body_beyond_labels() -> None:
+    """An outline is the distance that the body reaches from the labels."""
     empty = Slices(np.zeros((2, 1, 96, 160), np.uint8), np.zeros((2, 96, 160), np.int16))
     logs, centres = outlines([*builds([40, 50]), empty])
     found = np.exp(logs[:2])
@@ -154,7 +161,8 @@ def test_an_outline_is_how_far_the_body_reaches_from_the_labels() -> None:
     assert np.allclose(centres[0], [0, 0], atol=0.01)
 
 
-def test_surroundings_are_stretched_to_what_the_style_says_and_labels_stay() -> None:
+def test_style_outline_warps_surroundings_not_labels() -> None:
+    """The surroundings are warped to the outline that the style states; the labels stay."""
     cohort = builds([36, 40, 50])  # nothing else differs
     styles, edits = Styles(cohort, 2, 1, 3, UNIT)(np.arange(0, 12, 4), 0)
     image = torch.from_numpy(np.stack([to_unit(p.image[:1], UNIT) for p in cohort]))
@@ -174,13 +182,14 @@ def test_surroundings_are_stretched_to_what_the_style_says_and_labels_stay() -> 
     assert np.allclose(np.exp(found), np.exp(said), atol=1.5)  # pixels
 
 
-def test_units_without_a_body_have_organs_alone() -> None:
+def test_style_without_body_has_organs_alone() -> None:
     cohort, greys = builds([36, 40, 50], hu=0) + builds([40], hu=90), Intensity("a.u.", 0, 1000)
     assert not Styles(cohort, 2, 1, 3, greys)(np.arange(3), 0)[1].warp_outline.any()
 
 
 @pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
-def test_no_style_is_the_style_zero_and_each_sample_has_its_own(kind: str) -> None:
+def test_missing_style_is_zero_per_sample(kind: str) -> None:
+    """No style is the style zero, and each sample has its own."""
     torch.manual_seed(0)
     net = Generator(8, kind=kind, filters=8, depth=3, skips=True, style=3).eval()
     condition, zero = torch.rand(1, 8, 16, 16).repeat(3, 1, 1, 1), torch.zeros(3, 3)
@@ -223,9 +232,10 @@ def test_training_uses_the_style(styled: tuple[Path, Path]) -> None:
     assert len(weights) == 5 and all(w.abs().max() > 0 for w in weights)
 
 
-def test_the_exported_graph_takes_a_style_and_is_validated_with_random_ones(
+def test_exported_graph_takes_random_styles(
     styled: tuple[Path, Path],
 ) -> None:
+    """The exported graph takes a style and is validated with random ones."""
     run, manifest = load_run(styled[0]), Manifest.load(styled[1])
     assert manifest.style == 2 and [t.name for t in manifest.inputs] == ["labels", "style", "noise"]
     engine = OnnxEngine(styled[1] / "model.onnx", manifest)
@@ -244,9 +254,10 @@ def test_the_exported_graph_takes_a_style_and_is_validated_with_random_ones(
         assert not isinstance(numbers, dict) or numbers["max"] <= LIMITS["fp32"]["max"]
 
 
-def test_variants_of_one_mask_differ_and_the_same_variant_is_the_same_bytes(
+def test_style_variants_differ_and_repeat_exactly(
     styled: tuple[Path, Path],
 ) -> None:
+    """Variants of one mask differ, and the same variant has the same bytes."""
     import SimpleITK as sitk
 
     values = np.zeros((3, 40, 40), np.uint16)

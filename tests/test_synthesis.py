@@ -30,9 +30,8 @@ from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.engines.memory import HostStream, Stream
 
 
-def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(
-    tmp_path: Path, model: Path
-) -> None:
+def test_synthesis_bytes_independent_of_batch_order(tmp_path: Path, model: Path) -> None:
+    """The bytes are the same for any batch, for any order and in a second run."""
     masks = [
         write_mask(tmp_path / f"{n}.nii.gz", blobs((9, 40, 50), seed=n), spacing=(3.0, 3.1, 2.0))
         for n in range(3)
@@ -54,9 +53,7 @@ def test_the_same_bytes_for_any_batch_any_order_and_a_second_run(
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
-def test_a_resume_with_other_workers_keeps_what_is_done(
-    tmp_path: Path, model: Path, backend: str
-) -> None:
+def test_resume_with_other_workers_keeps_results(tmp_path: Path, model: Path, backend: str) -> None:
     mask = write_mask(tmp_path / "case.nii.gz")
     for workers, kept in ((1, False), (3, True)):
         with Synthesizer.open(model, backend=backend, workers=workers) as opened:
@@ -70,7 +67,7 @@ def test_a_resume_with_other_workers_keeps_what_is_done(
 
 
 @pytest.mark.parametrize("backend", ["onnx", "openvino"])
-def test_the_number_of_cores_changes_no_byte(
+def test_core_count_changes_no_byte(
     model: Path, monkeypatch: pytest.MonkeyPatch, backend: str
 ) -> None:
     """OpenVINO divides a slice between three threads otherwise than between two: the image
@@ -98,9 +95,7 @@ def test_the_number_of_cores_changes_no_byte(
     assert len(generated) == 2
 
 
-def test_a_large_plane_compresses_to_the_same_bytes_for_any_batch(
-    tmp_path: Path, fake_model: Path
-) -> None:
+def test_large_plane_compression_independent_of_batch(tmp_path: Path, fake_model: Path) -> None:
     """A slab of several MiB reaches the compressor in the same pieces as single slices do."""
     mask = write_mask(tmp_path / "m.nii.gz", blobs((24, 320, 320)), spacing=(0.9, 0.9, 2.0))
     for batch in ("1", "7", "24"):
@@ -108,9 +103,8 @@ def test_a_large_plane_compresses_to_the_same_bytes_for_any_batch(
     assert results(tmp_path / "1") == results(tmp_path / "7") == results(tmp_path / "24")
 
 
-def test_the_seed_and_the_variant_change_the_noise_and_the_file_name_does_not(
-    tmp_path: Path, model: Path
-) -> None:
+def test_noise_from_seed_variant_not_filename(tmp_path: Path, model: Path) -> None:
+    """The seed and the variant change the noise; the file name does not."""
     for name in ("a", "b"):
         write_mask(tmp_path / f"{name}.nii.gz")
     assert (
@@ -122,7 +116,7 @@ def test_the_seed_and_the_variant_change_the_noise_and_the_file_name_does_not(
     assert first["a_ct.nii.gz"] == first["b_ct.nii.gz"] != results(tmp_path / "7")["a_ct.nii.gz"]
 
 
-def test_variants_come_in_pairs_with_their_masks(tmp_path: Path, model: Path) -> None:
+def test_variants_come_with_their_masks(tmp_path: Path, model: Path) -> None:
     mask = write_mask(tmp_path / "case.nii.gz")
     assert (
         synth(
@@ -152,7 +146,8 @@ def test_variants_come_in_pairs_with_their_masks(tmp_path: Path, model: Path) ->
     assert str(tmp_path) not in (tmp_path / "report.json").read_text()  # file names, no paths
 
 
-def test_the_masks_of_variants_hold_the_tables_values_whatever_their_size(tmp_path: Path) -> None:
+def test_variant_masks_hold_label_table_values(tmp_path: Path) -> None:
+    """The masks of variants hold the values of the label table, whatever their size."""
     table = LabelTable((Label("background", 0), Label("a", 70000), Label("b", -3)))
     values = np.array([[[0, 70000, -3, 0]]], np.int32).repeat(4, 0).repeat(4, 1)
     path = write_mask(tmp_path / "m.nii.gz", values)
@@ -162,7 +157,8 @@ def test_the_masks_of_variants_hold_the_tables_values_whatever_their_size(tmp_pa
     assert np.array_equal(sitk.GetArrayFromImage(sitk.ReadImage(str(result.files[1]))), values)
 
 
-def test_equal_grids_have_equal_digests_whichever_way_a_reader_writes_zero() -> None:
+def test_grid_digest_ignores_sign_of_zero() -> None:
+    """Equal grids have equal digests, whichever way a reader writes zero."""
     labels, affine = np.zeros((2, 2, 2), np.uint8), np.diag([1.0, 1.0, 1.0, 1.0])
     negative = np.where(affine == 0, -0.0, affine)
     negative[3] = affine[3]
@@ -182,8 +178,11 @@ def test_digest_follows_replaced_labels() -> None:
     assert deformed.digest == LabelVolume(labels, grid).digest != volume.digest
 
 
-def test_masks_that_differ_anywhere_have_other_digests_however_they_lie_in_memory() -> None:
-    """The digest keys every random number, so that one case never repeats another's noise."""
+def test_mask_digest_sees_any_difference() -> None:
+    """Masks that differ anywhere have other digests, whatever their memory layout is.
+
+    The digest keys every random number, so that one case never repeats another's noise.
+    """
     rng, grid = np.random.default_rng(0), Geometry(np.eye(4))
     volumes = [rng.integers(0, high, (2, 3, 4), np.uint8) for high in (1, 2, 8)]
     for volume in list(volumes):
@@ -202,7 +201,7 @@ def test_masks_that_differ_anywhere_have_other_digests_however_they_lie_in_memor
         )
 
 
-def test_the_command_the_stream_and_the_call_agree(tmp_path: Path, model: Path) -> None:
+def test_command_stream_and_call_agree(tmp_path: Path, model: Path) -> None:
     path = write_mask(tmp_path / "m.nii.gz")
     assert synth(model, tmp_path / "out", path, "--seed", "3", backend=None) == 0
     by_command = sitk.GetArrayFromImage(sitk.ReadImage(str(tmp_path / "out" / "m_ct.nii.gz")))
@@ -213,9 +212,8 @@ def test_the_command_the_stream_and_the_call_agree(tmp_path: Path, model: Path) 
     assert result.files[0].read_bytes() == (tmp_path / "out" / "m_ct.nii.gz").read_bytes()
 
 
-def test_labels_can_be_mapped_by_name_by_value_and_for_the_rest(
-    tmp_path: Path, fake_model: Path
-) -> None:
+def test_label_map_by_name_value_rest(tmp_path: Path, fake_model: Path) -> None:
+    """Labels can be mapped by name, by value and for all the rest."""
     values = np.array([[[0, 5, 7, 900]]], np.uint16).repeat(4, 0).repeat(4, 1)
     path = write_mask(tmp_path / "m.nii.gz", values, spacing=(3.0, 3.0, 3.0))
     (tmp_path / "map.json").write_text(
@@ -226,7 +224,8 @@ def test_labels_can_be_mapped_by_name_by_value_and_for_the_rest(
     assert ct[0, 0].tolist() == [-1024, round(-1024 + 3 * 2048 / 7), 1024, -1024]
 
 
-def test_the_stray_421_of_mm_whs_is_the_left_atrium(tmp_path: Path, fake_model: Path) -> None:
+def test_mm_whs_421_is_left_atrium(tmp_path: Path, fake_model: Path) -> None:
+    """The stray value 421 of MM-WHS is read as the left atrium."""
     for name, value in (("a", 420), ("b", 421)):
         write_mask(
             tmp_path / f"{name}.nii.gz", np.where(blobs() == 420, value, blobs()).astype(np.uint16)
@@ -236,7 +235,7 @@ def test_the_stray_421_of_mm_whs_is_the_left_atrium(tmp_path: Path, fake_model: 
     assert made["a_ct.nii.gz"] == made["b_ct.nii.gz"]
 
 
-def test_negative_and_sparse_values_map_too(tmp_path: Path, fake_model: Path) -> None:
+def test_label_map_negative_and_sparse_values(tmp_path: Path, fake_model: Path) -> None:
     values = np.where(blobs() == 205, -3, np.where(blobs() == 500, 70000, 0)).astype(np.int32)
     (tmp_path / "map.json").write_text(
         json.dumps({"-3": "myocardium", "70000": "left ventricle", "0": "background"})
@@ -260,7 +259,7 @@ def test_negative_and_sparse_values_map_too(tmp_path: Path, fake_model: Path) ->
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_slices_are_never_all_in_float_at_once(axis: int) -> None:
+def test_synthesis_never_holds_all_slices_float(axis: int) -> None:
     """512 slices of 128 x 128: the mask is 8 MiB, a float32 copy 32 MiB; the slices in flight
     are far less.
     """
@@ -315,8 +314,11 @@ class WaitedStream(HostStream):
 
 
 @pytest.mark.parametrize("count", [1, 2, 60])
-def test_synthesis_wakes_once_for_half_of_the_slices_in_flight(count: int) -> None:
-    """To wake for each slice would interrupt, every time, a core that computes the next."""
+def test_synthesis_wakes_per_half_queue(count: int) -> None:
+    """Synthesis wakes once for half of the slices in flight.
+
+    To wake for each slice would interrupt, every time, a core that computes the next.
+    """
     volume = LabelVolume(
         (blobs((count, 30, 30)) > 0).astype(np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0]))
     )
@@ -345,7 +347,7 @@ class Permitted(FakeEngine):
         super()._infer(*given)
 
 
-def test_a_volume_that_is_given_up_is_not_synthesized_to_the_last_slice_in_flight() -> None:
+def test_interrupted_synthesis_drops_queued_slices() -> None:
     """Who presses Ctrl-C waits for the slice that is computed, not for all that are queued
     behind it.
     """
@@ -366,7 +368,8 @@ def test_a_volume_that_is_given_up_is_not_synthesized_to_the_last_slice_in_fligh
         assert engine.begun <= half + 1 and opened.memory()["host"].in_use == 0
 
 
-def test_slabs_belong_to_the_receiver_and_fill_the_volume_in_order() -> None:
+def test_slabs_fill_volume_in_order() -> None:
+    """Slabs belong to the receiver and fill the volume in order."""
     volume = LabelVolume(
         (blobs((11, 30, 30)) > 0).astype(np.uint8), Geometry(np.diag([3.0, 3.0, 3.0, 1.0]))
     )
@@ -380,7 +383,7 @@ def test_slabs_belong_to_the_receiver_and_fill_the_volume_in_order() -> None:
     )  # kept slabs were not overwritten by later ones
 
 
-def test_a_closed_synthesizer_says_so(model: Path) -> None:
+def test_closed_synthesizer_error_says_so(model: Path) -> None:
     opened = Synthesizer.open(model)
     opened.close()
     opened.close()
@@ -388,7 +391,7 @@ def test_a_closed_synthesizer_says_so(model: Path) -> None:
         opened(image(blobs()))
 
 
-def test_the_backend_says_which_and_why(model: Path) -> None:
+def test_backend_text_states_choice_and_reason(model: Path) -> None:
     with Synthesizer.open(model) as opened:
         assert "the fastest that is installed and validated for this model" in opened.backend
     with Synthesizer.open(model, backend="onnx") as opened:
@@ -445,7 +448,7 @@ def test_list_and_dry_run_write_nothing(
     "option",
     [("--mirror",), ("--any-topology",), ("--deform", "4"), ("--rotate", "0"), ("--scale", "0.1")],
 )
-def test_what_changes_variants_alone_is_refused_without_them(
+def test_variant_options_need_variants(
     option: tuple[str, ...], fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mask = write_mask(tmp_path / "mask.nii.gz")
@@ -454,7 +457,7 @@ def test_what_changes_variants_alone_is_refused_without_them(
     assert synth(fake_model, tmp_path / "out", mask, *option, "--variants", "2") == 0
 
 
-def test_a_dry_run_names_every_mask_that_would_fail(
+def test_dry_run_names_failing_masks(
     fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     far, unknown = (

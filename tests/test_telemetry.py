@@ -132,13 +132,13 @@ def onnxruntime_reports() -> bool:
 
 
 @pytest.mark.skipif(not onnxruntime_reports(), reason="this ONNX Runtime reports nothing")
-def test_the_observer_sees_a_report(observer: Observer) -> None:
+def test_strace_observer_sees_a_report(observer: Observer) -> None:
     observer.run("-c", "import onnxruntime")
     assert any("onnxruntime" in path for path in observer.left())
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_switches_come_before_libraries(package: str) -> None:
+def test_telemetry_switches_come_before_libraries(package: str) -> None:
     """Also where the environment asks for reports."""
     code = f"""
 import sys
@@ -183,14 +183,14 @@ COMMANDS: dict[str, Callable[[Path, Path], list[object]]] = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_no_command_reports(name: str, observer: Observer, model: Path) -> None:
+def test_no_command_sends_telemetry(name: str, observer: Observer, model: Path) -> None:
     (observer.folder / "in").mkdir()
     write_mask(observer.folder / "in" / "case.nii.gz")
     observer.run(*COMMANDS[name](model, observer.folder))
     assert observer.left() == [] and observer.addresses() == set()
 
 
-def test_the_node_does_not_report(
+def test_dicom_node_sends_no_telemetry(
     observer: Observer, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in [*os.environ]:
@@ -208,7 +208,7 @@ def test_the_node_does_not_report(
 
 
 @pytest.mark.slow
-def test_no_export_reports(observer: Observer, trained: Path) -> None:
+def test_export_sends_no_telemetry(observer: Observer, trained: Path) -> None:
     observer.run(
         ROOT / "export" / "build_engine.py",
         trained,

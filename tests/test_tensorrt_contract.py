@@ -40,7 +40,7 @@ def read(tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("file", BUILDER_FILES)
-def test_every_name_the_builder_touches_exists(version: str, file: str, root: Path, read) -> None:
+def test_tensorrt_names_of_builder_exist(version: str, file: str, root: Path, read) -> None:
     api = read(version)
     assert api.version == version
     assert problems((root / file).read_text(), api) == []
@@ -49,7 +49,7 @@ def test_every_name_the_builder_touches_exists(version: str, file: str, root: Pa
 
 @pytest.mark.parametrize("version", [*VERSIONS, "lean"])
 @pytest.mark.parametrize("file", RUNTIME_FILES)
-def test_every_name_the_runtime_touches_exists(version: str, file: str, root: Path, read) -> None:
+def test_tensorrt_names_of_runtime_exist(version: str, file: str, root: Path, read) -> None:
     """The same file runs on the lean runtime and on the full one."""
     if not (root / file).is_file():
         pytest.skip(f"{file} is not written yet")
@@ -62,7 +62,7 @@ def test_every_name_the_runtime_touches_exists(version: str, file: str, root: Pa
     )
 
 
-def test_the_walk_sees_what_the_code_does(root: Path) -> None:
+def test_tensorrt_walk_lists_known_traps(root: Path) -> None:
     """Blindness would pass every test above: what FACTS name as traps has to be among what is
     found.
     """
@@ -119,13 +119,13 @@ def test_the_walk_sees_what_the_code_does(root: Path) -> None:
         ),
     ],
 )
-def test_a_name_that_is_gone_or_misspelt_is_found(line: str, fault: str, read) -> None:
+def test_tensorrt_misspelt_name_is_detected(line: str, fault: str, read) -> None:
     (found,) = problems(line, read(VERSIONS[-1]))
     assert fault in found
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_without_libraries_a_builder_is_refused_cleanly(version: str, read, tmp_path: Path) -> None:
+def test_tensorrt_builder_without_libraries_is_refused(version: str, read, tmp_path: Path) -> None:
     """The bindings alone raise where the lean runtime would crash: no gate is needed before
     `Builder`.
     """
@@ -144,7 +144,7 @@ print(hasattr(trt, "Builder"), hasattr(trt, "EngineInspector"), hasattr(trt.ICud
 """
 
 
-def test_the_real_lean_runtime_imports_and_cannot_build() -> None:
+def test_tensorrt_lean_runtime_cannot_build() -> None:
     done = python(LEAN, path=folder("lean"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
@@ -153,7 +153,7 @@ def test_the_real_lean_runtime_imports_and_cannot_build() -> None:
     ]
 
 
-def test_the_full_and_the_lean_bindings_share_a_process(tmp_path: Path) -> None:
+def test_tensorrt_full_lean_bindings_share_process(tmp_path: Path) -> None:
     """An engine is built with the one and validated with the other."""
     version = VERSIONS[-1]
     code = (
@@ -164,7 +164,7 @@ def test_the_full_and_the_lean_bindings_share_a_process(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "False"), done.stderr
 
 
-def test_a_runtime_without_a_device_ends_the_process() -> None:
+def test_tensorrt_runtime_without_device_ends_process() -> None:
     """Pinned, so that an upgrade that mends it is seen: until then `runtime.engines.gpu.probe`
     comes before every `Runtime`.
     """
@@ -180,7 +180,7 @@ def test_a_runtime_without_a_device_ends_the_process() -> None:
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-def test_the_stand_in_builder_is_like_the_real_one(version: str, read) -> None:
+def test_fake_tensorrt_builder_matches_real_one(version: str, read) -> None:
     """tests/test_to_tensorrt.py is worth what the stand-in is worth: its names and parameters
     are the real ones.
     """

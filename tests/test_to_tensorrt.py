@@ -149,9 +149,8 @@ def untouched(folder: Path) -> bool:
 
 
 @pytest.mark.parametrize("version", ["10.13.2.6", "11.4.0.106"])
-def test_the_engine_is_built_as_the_manifest_says_and_listed_with_its_facts(
-    version: str, folder: Path, lean: Path
-) -> None:
+def test_engine_built_from_manifest_and_listed(version: str, folder: Path, lean: Path) -> None:
+    """The engine is built as the manifest says and is listed with its facts."""
     script = Script(version=version)
     made, _ = add(folder, script)
     assert script.log == [
@@ -200,7 +199,7 @@ def test_the_engine_is_built_as_the_manifest_says_and_listed_with_its_facts(
     } in layers["engine"]["Layers"]
 
 
-def test_the_exported_graphs_pass_every_count(
+def test_exported_graphs_pass_engine_fp16_counts(
     model: Path, lean: Path, tmp_path: Path, root: Path
 ) -> None:
     """What the stand-in is given elsewhere is made by hand; this is what export writes."""
@@ -216,7 +215,7 @@ def test_the_exported_graphs_pass_every_count(
     )
 
 
-def test_an_engine_is_validated_as_the_graphs_are(
+def test_engine_is_validated_like_graphs(
     model: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """ONNX Runtime stands in for the GPU: the engine is measured against the network, by FP16's
@@ -249,7 +248,7 @@ def test_an_engine_is_validated_as_the_graphs_are(
         check_parity(manifest)
 
 
-def test_the_options_reach_the_builder(folder: Path) -> None:
+def test_engine_options_reach_builder(folder: Path) -> None:
     script = Script()
     made, _ = add(
         folder,
@@ -275,12 +274,13 @@ def test_the_options_reach_the_builder(folder: Path) -> None:
     assert script.log[-1] == "build AMPERE_PLUS DETAILED"
 
 
-def test_a_model_that_fits_slices_to_its_canvas_takes_no_other_size() -> None:
+def test_engine_of_canvas_model_fixes_size() -> None:
+    """The engine of a model that fits slices to its canvas takes no other size."""
     profile = shapes_of(fake_manifest(pixel_spacing=None, slices=3), 4)
     assert profile["labels"] == ((1, 3, 32, 32), (4, 3, 32, 32), (4, 3, 32, 32))
 
 
-def test_every_error_of_the_parser_is_listed(folder: Path) -> None:
+def test_engine_build_lists_parser_errors(folder: Path) -> None:
     errors = (
         (7, "OneHot", "node_one_hot", "UINT8 is not supported"),
         (-1, "", "", "no importer"),
@@ -297,7 +297,7 @@ def test_every_error_of_the_parser_is_listed(folder: Path) -> None:
     assert caught.value.exit_code == 1 and untouched(folder)
 
 
-def test_a_refused_profile_names_the_shapes(folder: Path) -> None:
+def test_engine_refused_profile_names_shapes(folder: Path) -> None:
     with pytest.raises(
         BuildError,
         match=(
@@ -315,7 +315,7 @@ def test_a_refused_profile_names_the_shapes(folder: Path) -> None:
         build(folder / "model.fp16.onnx", inconsistent, BuildOptions(), trt=tensorrt(Script()))
 
 
-def test_a_graph_of_other_inputs_is_refused(folder: Path) -> None:
+def test_engine_graph_of_other_inputs_refused(folder: Path) -> None:
     with pytest.raises(BuildError, match=r"takes \['labels', 'noise'\]") as caught:
         build(
             folder / "model.fp16.onnx",
@@ -326,7 +326,7 @@ def test_a_graph_of_other_inputs_is_refused(folder: Path) -> None:
     assert "['labels']" in caught.value.expected
 
 
-def test_a_build_that_fails_says_what_tensorrt_said(folder: Path) -> None:
+def test_failed_engine_build_quotes_tensorrt(folder: Path) -> None:
     with pytest.raises(
         BuildError,
         match=r"no engine from model.fp16.onnx: out of device memory; no tactic for conv",
@@ -335,9 +335,8 @@ def test_a_build_that_fails_says_what_tensorrt_said(folder: Path) -> None:
     assert untouched(folder)
 
 
-def test_the_timing_cache_is_kept_and_one_of_another_gpu_is_not_used(
-    folder: Path, tmp_path: Path, lean: Path
-) -> None:
+def test_engine_timing_cache_per_gpu(folder: Path, tmp_path: Path, lean: Path) -> None:
+    """The timing cache is kept, and one of another GPU is not used."""
     options = BuildOptions(timing_cache=tmp_path / "caches" / "timing.bin")
     script = Script()
     assert "new" in add(folder, script, options)[1][1] and "timing cache of 0 bytes" in script.log
@@ -357,7 +356,7 @@ def test_the_timing_cache_is_kept_and_one_of_another_gpu_is_not_used(
         assert options.timing_cache.read_bytes() == b"timings of this GPU"
 
 
-def test_a_full_disk_leaves_the_onnx_model_as_it_was(folder: Path, lean: Path) -> None:
+def test_engine_full_disk_keeps_onnx_model(folder: Path, lean: Path) -> None:
     """RLIMIT_FSIZE makes every write past 64 bytes fail, as a full disk does: the engine is the
     first of them.
     """
@@ -371,9 +370,8 @@ def test_a_full_disk_leaves_the_onnx_model_as_it_was(folder: Path, lean: Path) -
     assert untouched(folder)
 
 
-def test_an_fp16_engine_is_refused_wherever_it_turns_out_fp32(
-    folder: Path, lean: Path, tmp_path: Path
-) -> None:
+def test_engine_fp16_that_is_fp32_refused(folder: Path, lean: Path, tmp_path: Path) -> None:
+    """An FP16 engine is refused, whichever step turned it into FP32."""
     assert (
         half_weights(folder / "model.fp16.onnx") == 1 and half_weights(folder / "model.onnx") == 0
     )
@@ -395,7 +393,7 @@ def test_an_fp16_engine_is_refused_wherever_it_turns_out_fp32(
     assert script.log == []  # refused before minutes of building
 
 
-def test_an_engine_that_cannot_be_read_back_says_so(
+def test_unreadable_engine_is_reported(
     folder: Path, lean: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = add(folder, Script(loads=False))[0].files[ENGINE].facts
@@ -412,9 +410,8 @@ def test_an_engine_that_cannot_be_read_back_says_so(
     assert "tensorrt-lean-cu13-libs" in json.loads((folder / LAYERS).read_text())["reason"]
 
 
-def test_an_engine_that_fails_its_proof_is_removed_and_so_is_the_one_before(
-    folder: Path, lean: Path
-) -> None:
+def test_engine_failing_validation_is_removed(folder: Path, lean: Path) -> None:
+    """An engine that fails its validation is removed, and so is the one before it."""
     add(folder, Script())
 
     def wrong(manifest: Manifest) -> Mapping[str, Any]:
@@ -425,7 +422,8 @@ def test_an_engine_that_fails_its_proof_is_removed_and_so_is_the_one_before(
     assert untouched(folder) and ENGINE not in (folder / CARD).read_text()
 
 
-def test_a_missing_or_altered_graph_is_refused_before_the_build(folder: Path) -> None:
+def test_engine_missing_or_altered_graph_refused(folder: Path) -> None:
+    """A missing or altered graph is refused before the build."""
     (folder / "model.fp16.onnx").write_bytes((folder / "model.fp16.onnx").read_bytes()[:-1])
     with pytest.raises(ModelError, match=r"model.fp16.onnx is not the file its manifest describes"):
         add(folder, script := Script())
@@ -435,7 +433,7 @@ def test_a_missing_or_altered_graph_is_refused_before_the_build(folder: Path) ->
     assert script.log == []
 
 
-def test_progress_counts_the_outermost_phase_to_its_end(folder: Path) -> None:
+def test_engine_progress_counts_outermost_phase(folder: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     profile = shapes_of(Manifest.load(folder), 8)
     build(
@@ -448,7 +446,7 @@ def test_progress_counts_the_outermost_phase_to_its_end(folder: Path) -> None:
     assert seen == [("Building Engine", 1, 3), ("Building Engine", 2, 3), ("Building Engine", 3, 3)]
 
 
-def test_a_phase_is_one_progress_line_for_a_person(
+def test_engine_phase_is_one_progress_line(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     profile = shapes_of(Manifest.load(folder), 8)
@@ -466,7 +464,9 @@ def test_a_phase_is_one_progress_line_for_a_person(
         )
 
 
-def test_ctrl_c_stops_the_build_without_an_exception_inside_tensorrt(folder: Path) -> None:
+def test_ctrl_c_stops_engine_build(folder: Path) -> None:
+    """Ctrl-C stops the build without an exception inside TensorRT."""
+
     def interrupt(phase: str, done: int, steps: int) -> None:
         raise KeyboardInterrupt
 
@@ -490,7 +490,7 @@ VERSIONS = [
 
 
 @pytest.mark.parametrize(("version", "served"), VERSIONS)
-def test_a_tensorrt_of_another_version_is_named(
+def test_tensorrt_of_other_version_is_named(
     version: str, served: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(__version__=version))
@@ -500,9 +500,8 @@ def test_a_tensorrt_of_another_version_is_named(
 
 
 @pytest.mark.slow  # a whole export
-def test_without_tensorrt_or_gpu_the_export_exits_3_and_its_onnx_model_synthesizes(
-    trained: Path, command, tmp_path: Path
-) -> None:
+def test_export_without_tensorrt_exits_3(trained: Path, command, tmp_path: Path) -> None:
+    """Without TensorRT or a GPU the export exits with 3, and its ONNX model synthesizes."""
     if why_not() is None:
         pytest.skip("there is a GPU and a TensorRT: this machine builds engines")
     model = tmp_path / "model"

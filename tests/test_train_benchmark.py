@@ -17,7 +17,7 @@ from train.data import augmentation
 from train.loop import Training, open_cohort
 
 
-def test_the_plain_loop_takes_the_same_step(cohort: Path, tmp_path: Path) -> None:
+def test_benchmark_plain_loop_takes_same_step(cohort: Path, tmp_path: Path) -> None:
     settings = resolve(
         {}, [*TINY, "data.slices=3", "data.slice_spacing=5"], dataset_path=str(cohort)
     )
@@ -34,7 +34,8 @@ def test_the_plain_loop_takes_the_same_step(cohort: Path, tmp_path: Path) -> Non
         )
 
 
-def test_the_plain_loops_files_hold_the_same_slices(cohort: Path, tmp_path: Path) -> None:
+def test_benchmark_plain_loop_files_hold_slices(cohort: Path, tmp_path: Path) -> None:
+    """The files of the plain loop hold the same slices as the cohort."""
     settings = resolve(
         {}, [*TINY, "data.slices=3", "data.slice_spacing=5"], dataset_path=str(cohort)
     )
@@ -55,7 +56,7 @@ def test_the_plain_loops_files_hold_the_same_slices(cohort: Path, tmp_path: Path
         )
 
 
-def test_items_are_moved_as_our_batches_are() -> None:
+def test_benchmark_items_move_like_training_batches() -> None:
     y, x = np.mgrid[:48, :64].astype(np.float32)
     image = (np.exp(-((y - 20) ** 2 + (x - 40) ** 2) / 60))[None]
     labels = (image > 0.5).astype(np.uint8)
@@ -71,7 +72,7 @@ def test_items_are_moved_as_our_batches_are() -> None:
 
 
 @pytest.mark.slow
-def test_the_suite_prints_a_table_and_one_json_line(cohort: Path, tmp_path: Path, command) -> None:
+def test_benchmark_prints_table_and_json_line(cohort: Path, tmp_path: Path, command) -> None:
     done = command(
         "benchmarks/run.py",
         "train",

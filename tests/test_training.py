@@ -81,7 +81,7 @@ def losses(run: Path) -> list[tuple[int, dict[str, float], object]]:
     return [(row["step"], row["losses"], row.get("metrics")) for row in rows]
 
 
-def test_a_run_leaves_what_it_promises(trained: Path, cohort: Path) -> None:
+def test_run_folder_holds_promised_files(trained: Path, cohort: Path) -> None:
     files = {p.relative_to(trained).as_posix() for p in trained.rglob("*") if p.is_file()}
     assert {
         "generator.safetensors",
@@ -129,7 +129,7 @@ def test_a_run_leaves_what_it_promises(trained: Path, cohort: Path) -> None:
     assert last["step"] == 6 and last["metrics"]["body"]["mae"] > 0 and last["seconds"] > 0
 
 
-def test_the_generator_is_rebuilt_from_the_run_folder_alone(trained: Path) -> None:
+def test_generator_rebuilds_from_run_folder(trained: Path) -> None:
     run = checkpoint.load_run(trained)
     net = checkpoint.load_generator(trained)
     assert not net.training and net.divisor == run.grid.divisor
@@ -137,7 +137,7 @@ def test_the_generator_is_rebuilt_from_the_run_folder_alone(trained: Path) -> No
     assert all(torch.equal(value, stored[name]) for name, value in net.state_dict().items())
 
 
-def test_altered_or_missing_run_files_are_refused(trained: Path, tmp_path: Path) -> None:
+def test_altered_missing_run_files_are_refused(trained: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"run\.json"):
         checkpoint.load_run(tmp_path)
     for name in ("run.json", "generator.safetensors", "validation.safetensors"):
@@ -154,9 +154,10 @@ def test_altered_or_missing_run_files_are_refused(trained: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
-def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+def test_resumed_run_equals_uninterrupted_run(
     precision: str, config: Path, cohort: Path, tmp_path: Path, command
 ) -> None:
+    """The resumed run equals the uninterrupted one bit for bit."""
     how = f"training.precision={precision}"
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert command(*arguments(config, cohort, whole, 20, how)).returncode == 0
@@ -179,7 +180,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_a_killed_run_resumes_bit_for_bit(
+def test_killed_run_resumes_bit_for_bit(
     config: Path, cohort: Path, root: Path, tmp_path: Path, command
 ) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -203,9 +204,10 @@ def test_a_killed_run_resumes_bit_for_bit(
     assert losses(whole) == losses(killed)
 
 
-def test_an_interrupt_saves_says_how_to_go_on_and_exits_130(
+def test_interrupt_saves_and_exits_130(
     config: Path, cohort: Path, root: Path, tmp_path: Path, command
 ) -> None:
+    """An interrupt saves a checkpoint, says how to go on and exits with 130."""
     run = tmp_path / "run"
     command_line = [sys.executable, *map(str, arguments(config, cohort, run, 100_000))]
     process = subprocess.Popen(command_line, cwd=root, stderr=subprocess.PIPE, text=True)
@@ -226,7 +228,7 @@ def wait_for(condition, process: subprocess.Popen) -> None:
         time.sleep(0.01)
 
 
-def test_a_folder_with_a_run_is_not_overwritten(
+def test_folder_with_run_is_not_overwritten(
     trained: Path, config: Path, cohort: Path, command
 ) -> None:
     before = (trained / "run.json").read_bytes()
@@ -240,7 +242,7 @@ def test_a_folder_with_a_run_is_not_overwritten(
     assert (trained / "run.json").read_bytes() == before
 
 
-def test_resuming_with_another_config_names_the_keys(trained: Path, command) -> None:
+def test_resume_with_other_config_names_keys(trained: Path, command) -> None:
     done = command(
         "train/run.py",
         "--resume",
@@ -257,13 +259,13 @@ def test_resuming_with_another_config_names_the_keys(trained: Path, command) -> 
     )
 
 
-def test_resuming_nothing_is_an_error(tmp_path: Path, command) -> None:
+def test_resume_without_run_is_an_error(tmp_path: Path, command) -> None:
     done = command("train/run.py", "--resume", "--output", tmp_path / "none")
     assert done.returncode == 2 and "no run to resume" in done.stderr
     assert command("train/run.py", "--resume").returncode == 2
 
 
-def test_a_run_with_a_torn_checkpoint_resumes_to_the_same_bits(
+def test_torn_checkpoint_resumes_to_same_bits(
     config: Path, cohort: Path, tmp_path: Path, command
 ) -> None:
     whole, torn = tmp_path / "whole", tmp_path / "torn"
@@ -285,7 +287,7 @@ def test_a_run_with_a_torn_checkpoint_resumes_to_the_same_bits(
     )
 
 
-def test_a_loss_that_is_no_number_stops_the_run(cohort: Path, tmp_path: Path) -> None:
+def test_nan_loss_stops_the_run(cohort: Path, tmp_path: Path) -> None:
     config = resolve(
         {}, [*TINY, "training.steps=20", "optimizer.lr_g=1e30"], dataset_path=str(cohort)
     )
@@ -294,9 +296,7 @@ def test_a_loss_that_is_no_number_stops_the_run(cohort: Path, tmp_path: Path) ->
     assert "lr_g" in caught.value.remedy
 
 
-def test_weights_that_are_no_numbers_never_become_a_checkpoint(
-    cohort: Path, tmp_path: Path
-) -> None:
+def test_nan_weights_never_become_checkpoint(cohort: Path, tmp_path: Path) -> None:
     config = resolve({}, [*TINY, "training.steps=10"], dataset_path=str(cohort))
     training = Training(config, tmp_path, open_cohort(config, tmp_path), quiet=True)
     advance = training._advance
@@ -317,9 +317,10 @@ def test_weights_that_are_no_numbers_never_become_a_checkpoint(
     )
 
 
-def test_a_dead_discriminator_stops_the_run_and_the_checkpoints_from_before_are_kept(
+def test_dead_discriminator_stops_run_keeps_checkpoints(
     cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """A dead discriminator stops the run, and the checkpoints from before are kept."""
     settings = [
         *TINY,
         "training.steps=200",
@@ -355,9 +356,10 @@ def test_a_dead_discriminator_stops_the_run_and_the_checkpoints_from_before_are_
     ]
 
 
-def test_the_watch_forgets_when_the_discriminator_recovers_and_sees_one_grey(
+def test_monitor_discriminator_recovery_and_grey_images(
     tmp_path: Path,
 ) -> None:
+    """The monitor forgets when the discriminator recovers; it notices images of one grey."""
     watch = TrainingMonitor(tmp_path, 100)
     dead, alive = {"d_real": 0.0, "d_fake": 1e-3}, {"d_real": 0.1, "d_fake": 0.1}
     for step, losses_ in ((60, dead), (90, alive), (150, dead), (180, dead)):
@@ -372,7 +374,7 @@ def test_the_watch_forgets_when_the_discriminator_recovers_and_sees_one_grey(
         watch.check_images(5, [np.full((2, 8, 8), -500) + true[0] * 0.001], true)
 
 
-def test_seeds_decide(cohort: Path, tmp_path: Path) -> None:
+def test_training_seed_decides_losses(cohort: Path, tmp_path: Path) -> None:
     def first_losses(seed: int) -> dict[str, float]:
         folder = tmp_path / f"{seed}-{len(list(tmp_path.iterdir()))}"
         config = resolve(
@@ -384,7 +386,7 @@ def test_seeds_decide(cohort: Path, tmp_path: Path) -> None:
     assert first_losses(1) == first_losses(1) != first_losses(2)
 
 
-def test_kept_labels_train_a_smaller_table(cohort: Path, tmp_path: Path) -> None:
+def test_kept_labels_train_smaller_table(cohort: Path, tmp_path: Path) -> None:
     config = resolve({}, [*TINY, "training.steps=1", "LABELS=[0,1,3]"], dataset_path=str(cohort))
     opened = open_cohort(config, tmp_path)
     assert max(int(p.labels.max()) for p in opened.train) == 2
@@ -398,9 +400,10 @@ def test_kept_labels_train_a_smaller_table(cohort: Path, tmp_path: Path) -> None
     assert 420 in run.labels.labels[0].aliases and checkpoint.load_generator(tmp_path).channels == 3
 
 
-def test_a_dry_run_shows_everything_and_starts_nothing(
+def test_training_dry_run_starts_nothing(
     config: Path, cohort: Path, tmp_path: Path, command
 ) -> None:
+    """A dry run shows the settings, the data, the network and the step, and starts nothing."""
     run = tmp_path / "run"
     done = command(*arguments(config, cohort, run, 1000), "--dry-run")
     assert done.returncode == 0, done.stderr
@@ -416,7 +419,7 @@ def test_a_dry_run_shows_everything_and_starts_nothing(
     assert not run.exists()
 
 
-def test_help_answers_without_torch(command) -> None:
+def test_training_help_answers_without_torch(command) -> None:
     done = command("train/run.py", "--help", env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 0
     assert "exit codes" in done.stdout and " torch\n" not in done.stderr
@@ -441,7 +444,7 @@ def test_help_answers_without_torch(command) -> None:
         ),
     ],
 )
-def test_a_wrong_command_is_one_screen(
+def test_wrong_training_command_is_one_screen(
     tmp_path: Path, command, more: tuple[str, ...], code: int, says: str
 ) -> None:
     done = command("train/run.py", "--output", tmp_path / "run", "--quiet", *more)
@@ -449,7 +452,7 @@ def test_a_wrong_command_is_one_screen(
     assert not (tmp_path / "run" / "config.json").exists()
 
 
-def test_an_output_that_cannot_be_written_is_exit_4(
+def test_unwritable_training_output_is_exit_4(
     config: Path, cohort: Path, tmp_path: Path, command
 ) -> None:
     (tmp_path / "file").write_text("in the way")
@@ -457,7 +460,7 @@ def test_an_output_that_cannot_be_written_is_exit_4(
     assert done.returncode == 4 and "Traceback" not in done.stderr
 
 
-def test_no_kept_checkpoint_is_ever_half_written(trained: Path) -> None:
+def test_checkpoints_are_never_half_written(trained: Path) -> None:
     for folder in (trained / "checkpoints").iterdir():
         step, loaded = checkpoint.load(folder)
         assert folder.name == f"step-{step:08d}" and all(

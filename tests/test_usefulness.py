@@ -139,7 +139,7 @@ def test_interval_narrows_with_patients() -> None:
     assert widths[1] < widths[0] / 2
 
 
-def test_differences_are_paired() -> None:
+def test_dice_differences_are_paired() -> None:
     rng = np.random.default_rng(2)
     hard = {key: rng.uniform(0, 0.6) for key in made_scores(0)}  # patients differ more than arms
     one = {key: {"dice": [value + 0.02], "surface_dice": [None]} for key, value in hard.items()}
@@ -163,7 +163,7 @@ def test_unfinished_seeds_do_not_count() -> None:
         (0.0, r"No difference seen \([+-]0.0\d\d Dice\); -0.0\d\d to \+0.0\d\d could have been"),
     ],
 )
-def test_verdict_says_what_was_seen(gain: float, expected: str) -> None:
+def test_verdict_states_gain_or_no_difference(gain: float, expected: str) -> None:
     scores = {
         REAL: made_scores(0),
         SYNTHETIC: made_scores(gain, seed=1),
@@ -193,7 +193,7 @@ def test_warp_that_does_better_is_named() -> None:
     assert "without a network, adds" in verdict(scores)
 
 
-def test_one_seed_is_said() -> None:
+def test_verdict_mentions_one_seed() -> None:
     arms = {REAL: 0.0, SYNTHETIC: 0.1, ALL_REAL: 0.2}
     assert "one seed alone" in verdict(
         {name: made_scores(gain, seeds=1) for name, gain in arms.items()},
@@ -214,7 +214,7 @@ def test_agreement_counts_voxels_and_surfaces() -> None:
     assert agreement(case.labels, absent, 2, 2.0) == {"dice": [None], "surface_dice": [None]}
 
 
-def test_patients_train_or_test() -> None:
+def test_usefulness_patients_train_or_test() -> None:
     split = split_patients(30, 4, None, 3)
     assert len(split.test) == 10 and not set(split.test) & set(split.pool)
     assert {*split.test, *split.pool} == {*range(30)}
@@ -233,7 +233,7 @@ def test_too_few_patients_are_refused(count: int, few: int, tested: int | None) 
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30min", 1800), ("1.5h", 5400)])
-def test_budget_is_a_time(text: str, seconds: float) -> None:
+def test_budget_text_is_parsed_as_time(text: str, seconds: float) -> None:
     assert duration(text) == seconds
 
 
@@ -270,7 +270,7 @@ def test_budget_decides_the_steps(capsys: pytest.CaptureFixture[str]) -> None:
     assert not capsys.readouterr().err
 
 
-def test_killed_comparison_goes_on(tmp_path: Path) -> None:
+def test_killed_comparison_resumes(tmp_path: Path) -> None:
     experiment, arms, built = small_experiment(1)
     run(experiment, arms, Results(tmp_path), quiet=True)
     whole = (tmp_path / RESULTS).read_bytes()
@@ -293,7 +293,7 @@ def test_finished_comparison_trains_nothing(tmp_path: Path) -> None:
     assert len(built) == 2
 
 
-def test_another_plan_is_refused(tmp_path: Path) -> None:
+def test_other_comparison_plan_is_refused(tmp_path: Path) -> None:
     plan = {"data": "abc", "patients": 4, "steps": None}
     require_plan(tmp_path, plan)
     assert require_plan(tmp_path, {**plan, "steps": 300}) == {**plan, "steps": 300}
@@ -301,13 +301,13 @@ def test_another_plan_is_refused(tmp_path: Path) -> None:
         require_plan(tmp_path, {**plan, "patients": 5})
 
 
-def test_damaged_plan_is_named(tmp_path: Path) -> None:
+def test_damaged_comparison_plan_is_named(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{")
     with pytest.raises(UsageError, match=r"plan\.json cannot be read"):
         require_plan(tmp_path, {"patients": 4})
 
 
-def test_report_has_every_arm(tmp_path: Path) -> None:
+def test_usefulness_report_has_every_arm(tmp_path: Path) -> None:
     experiment, arms, _ = small_experiment(1)
     results = Results(tmp_path)
     run(experiment, arms, results, quiet=True)
@@ -389,7 +389,7 @@ def test_command_trains_on_few_patients(cohort: Path, command, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_generator_goes_on(cohort: Path, tmp_path: Path) -> None:
+def test_killed_generator_training_resumes(cohort: Path, tmp_path: Path) -> None:
     config = config_of(cohort, 1)
     pairs = find(cohort, config.data).pairs
     patients, _ = read_patients(config, pairs, tmp_path / ".slices")
@@ -407,7 +407,7 @@ def test_generator_goes_on(cohort: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_run_is_tested_on_others(cohort: Path, command, tmp_path: Path) -> None:
+def test_run_is_tested_on_other_patients(cohort: Path, command, tmp_path: Path) -> None:
     """Two patients trained the run, one validated it: the fourth is tested on."""
     run_folder, out = tmp_path / "run", tmp_path / "out"
     train_small(command, cohort, run_folder, "data.train_ratio=0.5", "data.valid_ratio=0.25")
@@ -421,6 +421,8 @@ def test_run_is_tested_on_others(cohort: Path, command, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_run_of_everybody_is_refused(cohort: Path, trained: Path, command, tmp_path: Path) -> None:
+def test_run_trained_on_everybody_refused(
+    cohort: Path, trained: Path, command, tmp_path: Path
+) -> None:
     done = command("-m", "train.usefulness", cohort, "--run", trained, "--output", tmp_path)
     assert done.returncode == 2 and "nobody is left to test on" in done.stderr

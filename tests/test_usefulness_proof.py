@@ -91,13 +91,13 @@ def test_more_real_patients_help(compared: tuple[Experiment, Results]) -> None:
 
 
 @pytest.mark.slow
-def test_copies_make_no_difference(compared: tuple[Experiment, Results]) -> None:
+def test_copied_images_make_no_difference(compared: tuple[Experiment, Results]) -> None:
     gain, text = verdict_of(compared, Arm("copies", lambda s: [*s.few] * 4))
     assert gain.low <= 0 <= gain.high and text.startswith("No difference seen"), (gain, text)
 
 
 @pytest.mark.slow
-def test_noise_is_never_worth_it(compared: tuple[Experiment, Results]) -> None:
+def test_noise_images_never_help(compared: tuple[Experiment, Results]) -> None:
     gain, text = verdict_of(compared, Arm("noise", noise_cases))
     assert gain.mean < 0 and "worth it" not in text and "concluded" not in text, (gain, text)
 

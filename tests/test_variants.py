@@ -53,7 +53,8 @@ def dice(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> float:
     return 2 * float((a & b).sum()) / float(a.sum() + b.sum())
 
 
-def test_the_first_variant_is_the_mask_and_the_others_differ_from_it_and_each_other() -> None:
+def test_first_variant_is_mask_others_differ() -> None:
+    """The first variant is the mask; the others differ from it and from each other."""
     source = volume(heart())
     assert deform(source, DeformationParams(), seed=0, variant=0).volume is source
     made = [
@@ -66,7 +67,8 @@ def test_the_first_variant_is_the_mask_and_the_others_differ_from_it_and_each_ot
         assert np.array_equal(parts(labels), parts(source.labels))
 
 
-def test_the_same_keys_give_the_same_mask_whatever_was_made_before() -> None:
+def test_same_keys_give_same_variant_mask() -> None:
+    """The same keys give the same mask, whatever was made before."""
     source = volume(heart())
     first = deform(source, DeformationParams(), seed=3, variant=2).volume.labels
     for other in (1, 4):
@@ -79,7 +81,7 @@ def test_the_same_keys_give_the_same_mask_whatever_was_made_before() -> None:
     )
 
 
-def test_left_stays_left_and_up_stays_up() -> None:
+def test_variants_keep_left_and_up() -> None:
     """The tube (3) lies left of, before and above the ball's centre, as the array's axes run; in
     every variant it still does.
     """
@@ -98,7 +100,7 @@ def handed(labels: NDArray[np.uint8]) -> bool:
     return bool(np.linalg.det(np.stack([tube - ball, speck - ball, [1, 0, 0]])) > 0)
 
 
-def test_no_variant_is_mirrored_unless_asked_for() -> None:
+def test_variants_mirror_only_on_request() -> None:
     source = volume(heart())
     kept = [
         deform(source, DeformationParams(), seed=0, variant=n).volume.labels for n in range(1, 13)
@@ -116,7 +118,8 @@ def test_no_variant_is_mirrored_unless_asked_for() -> None:
     assert all(np.array_equal(parts(labels), parts(source.labels)) for labels in free)
 
 
-def test_a_mirror_alone_is_exact_and_about_the_labels_middle() -> None:
+def test_mirror_variant_is_exact_about_middle() -> None:
+    """A mirror alone is exact, about the middle of the labels."""
     for spin in ("", "flipped"):
         labels = heart()[:, :, ::-1] if spin else heart()
         source = volume(np.ascontiguousarray(labels))
@@ -130,7 +133,7 @@ def test_a_mirror_alone_is_exact_and_about_the_labels_middle() -> None:
         assert {one.tobytes() for one in made} == {source.labels.tobytes(), expected.tobytes()}
 
 
-def test_mask_and_ct_are_mirrored_together(tmp_path: Path, fake_model: Path) -> None:
+def test_mirror_variant_keeps_mask_ct_pair(tmp_path: Path, fake_model: Path) -> None:
     table = fake_manifest().labels
     mask = write_mask(
         tmp_path / "case.nii.gz",
@@ -158,13 +161,13 @@ def test_mask_and_ct_are_mirrored_together(tmp_path: Path, fake_model: Path) -> 
     assert sides == {False, True}
 
 
-def test_without_ranges_nothing_moves() -> None:
+def test_variants_without_ranges_stay_unmoved() -> None:
     source = volume(heart())
     assert deform(source, STILL, seed=0, variant=1).volume is source
 
 
 @pytest.mark.parametrize("change", ["rotate", "scale", "deform"])
-def test_each_range_bounds_what_it_names(change: str) -> None:
+def test_variant_ranges_bound_their_deformation(change: str) -> None:
     source = volume(heart())
     ranges = {
         "rotate": DeformationParams(0, 20, 0),
@@ -184,7 +187,8 @@ def test_each_range_bounds_what_it_names(change: str) -> None:
         assert 0.5 < max(shifts) < 10  # mm
 
 
-def test_a_rotation_is_about_the_patients_axes_on_an_oblique_grid_too() -> None:
+def test_variant_rotation_on_oblique_grid() -> None:
+    """A rotation is about the patient's axes, on an oblique grid too."""
     ranges = DeformationParams(deform=0, rotate=30, scale=0, topology=False)
     turn = rotation((0.0, 0.0, 25.0))
     labels = heart()
@@ -205,14 +209,14 @@ def test_a_rotation_is_about_the_patients_axes_on_an_oblique_grid_too() -> None:
 
 
 @pytest.mark.parametrize("shape", [(1, 30, 40), (17, 1, 9), (30, 33, 1), (3, 3, 3)])
-def test_a_volume_may_have_one_slice(shape: tuple[int, int, int]) -> None:
+def test_variants_of_single_slice_volume(shape: tuple[int, int, int]) -> None:
     labels = np.zeros(shape, np.uint8)
     labels[tuple(slice(n // 4, n - n // 4) for n in shape)] = 1
     made = deform(volume(labels), DeformationParams(), seed=0, variant=1).volume
     assert made.labels.shape == shape and made.labels.any()
 
 
-def test_labels_at_the_border_still_reach_it() -> None:
+def test_variant_labels_still_reach_border() -> None:
     source = volume(heart())
     for variant in range(1, 7):
         made = deform(
@@ -221,7 +225,7 @@ def test_labels_at_the_border_still_reach_it() -> None:
         assert (made[-1] == 3).any()  # the tube leaves through the last slice
 
 
-def test_what_cannot_be_deformed_is_kept_and_said() -> None:
+def test_undeformable_mask_is_kept_and_reported() -> None:
     """A checkerboard of single voxels falls apart whatever is done to it."""
     labels = (np.indices((10, 20, 20)).sum(0) % 7 == 0).astype(np.uint8)
     deformed = deform(volume(labels), DeformationParams(), seed=0, variant=1)
@@ -231,7 +235,7 @@ def test_what_cannot_be_deformed_is_kept_and_said() -> None:
     assert not deform(volume(labels), DeformationParams(topology=False), seed=0, variant=1).warnings
 
 
-def test_the_jacobian_is_positive_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variant_jacobian_is_positive_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """With the lattice at its bound, from where each voxel comes, which three ramps of labels
     tell to a voxel.
     """
@@ -272,7 +276,7 @@ def test_parts_agree_with_simpleitks_components() -> None:
             assert counted[value] == (sizes >= 0.01 * sizes.sum()).sum()
 
 
-def test_ct_and_mask_of_a_variant_are_a_pair(tmp_path: Path) -> None:
+def test_variant_ct_and_mask_are_pair(tmp_path: Path) -> None:
     """The fake engine synthesizes a value per label: where the mask holds a label, the CT holds
     its value, voxel for voxel.
     """
@@ -297,9 +301,8 @@ def test_ct_and_mask_of_a_variant_are_a_pair(tmp_path: Path) -> None:
     assert np.array_equal(masks[0], table[heart()]) and not np.array_equal(masks[1], masks[0])
 
 
-def test_variants_are_the_same_bytes_in_any_order_batch_and_number(
-    tmp_path: Path, fake_model: Path
-) -> None:
+def test_variant_bytes_independent_of_order_batch(tmp_path: Path, fake_model: Path) -> None:
+    """Variants have the same bytes in any order, batch and number."""
     paths = [write_mask(tmp_path / f"{n}.nii.gz", blobs((12, 30, 30), seed=n)) for n in range(2)]
     for out, order, extra in (
         ("a", paths, ["--variants", "3"]),
@@ -314,12 +317,12 @@ def test_variants_are_the_same_bytes_in_any_order_batch_and_number(
 @pytest.mark.parametrize(
     "wrong", [{"deform": -1}, {"rotate": 46}, {"scale": 0.6}, {"deform": float("nan")}]
 )
-def test_a_range_out_of_bounds_is_refused(wrong: dict[str, float]) -> None:
+def test_variant_range_out_of_bounds_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="the range"):
         DeformationParams(**wrong)
 
 
-def test_the_options_reach_the_variants(
+def test_options_reach_the_variants(
     tmp_path: Path, fake_model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write_mask(

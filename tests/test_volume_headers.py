@@ -60,7 +60,7 @@ def affine_ras(path: Path) -> np.ndarray:
         ({"sform": SFORM}, (1.5, 1.5, 3.3)),
     ],
 )
-def test_contradicting_voxel_sizes_follow_nibabel(matrices, pixdim, tmp_path: Path) -> None:
+def test_nifti_contradicting_voxel_sizes_follow_nibabel(matrices, pixdim, tmp_path: Path) -> None:
     path = nifti(tmp_path / "m.nii", pixdim=pixdim, **matrices)
     assert np.allclose(affine_ras(path), nibabel.load(path).affine, atol=1e-5)
     volume = read_volume(path)
@@ -68,7 +68,7 @@ def test_contradicting_voxel_sizes_follow_nibabel(matrices, pixdim, tmp_path: Pa
     assert volume.nifti_header is None, "a result must not carry the contradiction on"
 
 
-def test_sform_counts_before_qform(tmp_path: Path) -> None:
+def test_nifti_sform_counts_before_qform(tmp_path: Path) -> None:
     other = SFORM.copy()
     other[0, 3] += 0.3  # a fifth of a voxel: within what counts as one place
     path = nifti(tmp_path / "m.nii", qform=other)
@@ -78,7 +78,7 @@ def test_sform_counts_before_qform(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spacing", [(0.2, 0.2, 0.2), (0.98, 0.98, 1.0)])
-def test_oblique_files_of_simpleitk_are_read(spacing, tmp_path: Path) -> None:
+def test_nifti_oblique_simpleitk_files_are_read(spacing, tmp_path: Path) -> None:
     """An axial grid in RAS is a half turn, near which a float32 quaternion loses the angle."""
     rng = np.random.default_rng(0)
     size = (400, 400, 300) if spacing[0] < 0.5 else (512, 512, 500)
@@ -101,7 +101,7 @@ def test_oblique_files_of_simpleitk_are_read(spacing, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shear", [1e-4, 3e-4, 9e-4])
-def test_rounding_shear_is_read_with_a_note(shear: float, tmp_path: Path, fake_model: Path) -> None:
+def test_nifti_rounding_shear_gets_note(shear: float, tmp_path: Path, fake_model: Path) -> None:
     sform = SFORM @ np.array([[1, shear, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     path = nifti(tmp_path / "m.nii", sform=sform)
     assert np.allclose(affine_ras(path), nibabel.load(path).affine, atol=1e-5)
@@ -112,7 +112,7 @@ def test_rounding_shear_is_read_with_a_note(shear: float, tmp_path: Path, fake_m
     assert np.allclose(nibabel.load(result).affine, nibabel.load(path).affine, atol=1e-5)
 
 
-def test_real_shear_is_refused_in_words(tmp_path: Path) -> None:
+def test_nifti_real_shear_is_refused(tmp_path: Path) -> None:
     sform = SFORM @ np.array([[1, 0.01, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
     with pytest.raises(GeometryError, match="the grid is sheared") as refused:
         read_volume(nifti(tmp_path / "m.nii", sform=sform))
@@ -205,7 +205,7 @@ def test_nrrd_space_units_are_scaled(units: str, spacing, origin, tmp_path: Path
     assert geometry.spacing == pytest.approx(spacing) and geometry.origin == pytest.approx(origin)
 
 
-def test_units_of_axes_are_scaled(tmp_path: Path) -> None:
+def test_nrrd_axis_units_are_scaled(tmp_path: Path) -> None:
     path = nrrd(
         tmp_path / "m.nrrd", 'units: "cm" "mm" "um"\n', space="", directions="spacings: 2 3 4\n"
     )
@@ -223,7 +223,7 @@ def test_units_of_axes_are_scaled(tmp_path: Path) -> None:
         "Left-Posterior-Superior",
     ],
 )
-def test_nrrd_spaces_lie_as_simpleitk_says(space: str, tmp_path: Path) -> None:
+def test_nrrd_spaces_agree_with_simpleitk(space: str, tmp_path: Path) -> None:
     path = nrrd(
         tmp_path / "m.nrrd",
         space=f"space: {space}\n",
@@ -371,7 +371,7 @@ META_TYPES = dict(
 
 
 @pytest.mark.parametrize(("code", "order"), [*itertools.product(NRRD_TYPES, "<>")])
-def test_every_type_order_and_encoding_is_read(code: str, order: str, tmp_path: Path) -> None:
+def test_volume_types_orders_encodings_are_read(code: str, order: str, tmp_path: Path) -> None:
     values = (
         (np.arange(24).reshape(4, 3, 2) * 5).astype(code).astype(np.dtype(code).newbyteorder(order))
     )
@@ -415,7 +415,7 @@ def test_every_type_order_and_encoding_is_read(code: str, order: str, tmp_path: 
 
 
 @pytest.mark.parametrize("path", ["m.nrrd", "m.nhdr", "m.mha", "m.mhd", "m.nii", "m.nii.gz"])
-def test_a_grid_has_the_bits_simpleitk_gives(path: str, tmp_path: Path) -> None:
+def test_volume_grid_bits_equal_simpleitk(path: str, tmp_path: Path) -> None:
     """They key every random number of a result, so that results stay what they were."""
     for angles in ((0, 0, 0), (3, -5, 178), (90, 0.01, 0)):
         write_mask(
@@ -449,7 +449,7 @@ OUTSIDE = {
 
 
 @pytest.mark.parametrize("kind", OUTSIDE)
-def test_voxels_elsewhere_are_never_read(kind: str, tmp_path: Path) -> None:
+def test_detached_voxels_elsewhere_are_never_read(kind: str, tmp_path: Path) -> None:
     secret, folder = tmp_path / "secret.bin", tmp_path / "in"
     secret.write_bytes(bytes(range(65, 89)))
     folder.mkdir()
@@ -469,7 +469,7 @@ def test_voxels_elsewhere_are_never_read(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".nhdr", ".mhd"])
-def test_byte_offsets_into_a_detached_file_are_read(suffix: str, tmp_path: Path) -> None:
+def test_detached_file_byte_offsets_are_read(suffix: str, tmp_path: Path) -> None:
     (tmp_path / "v.raw").write_bytes(bytes(100) + bytes(range(24)))
     for offset in (100, -1):
         if suffix == ".nhdr":
@@ -481,9 +481,7 @@ def test_byte_offsets_into_a_detached_file_are_read(suffix: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("suffix", [".mhd", ".nhdr"])
-def test_resume_sees_other_voxels_of_one_header(
-    suffix: str, tmp_path: Path, fake_model: Path
-) -> None:
+def test_resume_sees_changed_detached_voxels(suffix: str, tmp_path: Path, fake_model: Path) -> None:
     path, out = tmp_path / f"m{suffix}", tmp_path / "out"
     write_mask(path)
     (case,) = find_cases([path])
@@ -506,7 +504,8 @@ def test_resume_sees_other_voxels_of_one_header(
     )
 
 
-def test_a_detached_header_in_a_zip_is_its_two_files(tmp_path: Path, fake_model: Path) -> None:
+def test_detached_header_in_zip_is_read(tmp_path: Path, fake_model: Path) -> None:
+    """A detached header in a zip counts as its two files."""
     write_mask(tmp_path / "m.mhd")
     with zipfile.ZipFile(tmp_path / "z.zip", "w") as archive:
         for name in ("m.mhd", "m.raw"):
@@ -576,7 +575,7 @@ def flat(folder: Path) -> list[Path]:
     return [folder / name for name in ("a.nii.gz", "b.nii", "c.nrrd", "d.mha")]
 
 
-def test_a_flat_label_map_is_one_slice(tmp_path: Path, fake_model: Path) -> None:
+def test_flat_label_map_is_one_slice(tmp_path: Path, fake_model: Path) -> None:
     (tmp_path / "in").mkdir()
     paths = flat(tmp_path / "in")
     for path in paths:
@@ -597,7 +596,7 @@ def test_a_flat_label_map_is_one_slice(tmp_path: Path, fake_model: Path) -> None
 
 
 @pytest.mark.parametrize("gap", [40 << 20, 3 << 30])
-def test_a_gap_before_the_voxels_costs_no_memory(gap: int, tmp_path: Path) -> None:
+def test_gap_before_voxels_costs_no_memory(gap: int, tmp_path: Path) -> None:
     """What is small enough to lie there is passed over; of the other nothing is unpacked."""
     data = nifti(tmp_path / "m.nii").read_bytes()
     head, path = bytearray(data[:352]), tmp_path / "g.nii.gz"
@@ -615,7 +614,8 @@ def test_a_gap_before_the_voxels_costs_no_memory(gap: int, tmp_path: Path) -> No
         tracemalloc.stop()
 
 
-def test_labels_of_every_format_are_read_plane_by_plane(tmp_path: Path) -> None:
+def test_volume_labels_are_read_by_plane(tmp_path: Path) -> None:
+    """The labels of every format are read plane by plane."""
     values = blobs((70, 160, 150)).astype(np.int32)
     expected = None
     for name in ("m.nii.gz", "m.nrrd", "m.mha", "m.mhd"):

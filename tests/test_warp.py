@@ -36,7 +36,7 @@ def median(image: NDArray[np.floating], where: NDArray[np.bool_]) -> float:
     return float(np.median(image[where]))
 
 
-def test_tissues_by_hounsfield_units() -> None:
+def test_warp_tissues_by_hounsfield_units() -> None:
     image, mask = pair()
     classes = tissue_map(image.values, mask.labels, "HU")
     assert [TISSUES[classes[2, h, w]] for h, w in ((2, 2), (24, 44), (24, 38), (37, 24))] == [
@@ -51,7 +51,7 @@ def test_tissues_by_hounsfield_units() -> None:
     )
 
 
-def test_image_moves_with_its_mask() -> None:
+def test_warp_moves_image_with_mask() -> None:
     image, mask = pair()
     warp = Warp(image, mask)
     for variant in (1, 2, 3):
@@ -64,13 +64,13 @@ def test_image_moves_with_its_mask() -> None:
             assert abs(median(moved, labels.labels == value) - true) < 12
 
 
-def test_identity_without_ranges_and_jitter() -> None:
+def test_warp_identity_without_ranges_and_jitter() -> None:
     image, mask = pair()
     moved, labels, _ = Warp(image, mask, ranges=STILL).variant(seed=0, variant=3)
     assert np.array_equal(moved, image.values) and labels is mask
 
 
-def test_classes_move_apart_within_their_deviation() -> None:
+def test_jitter_moves_classes_within_deviation() -> None:
     image, mask = pair()
     warp = Warp(image, mask, ranges=STILL, jitter=IntensityJitter())
     bone = np.zeros(mask.labels.shape, bool)
@@ -92,7 +92,7 @@ def test_classes_move_apart_within_their_deviation() -> None:
     )  # one common shift, and one of each class
 
 
-def test_air_outside_keeps_its_value() -> None:
+def test_warp_keeps_air_outside() -> None:
     image, mask = pair()
     blank = np.where(image.values < -500, np.int16(-1000), image.values)
     moved, _, _ = Warp(Volume(blank, GRID), mask, ranges=STILL, jitter=IntensityJitter()).variant(
@@ -102,7 +102,7 @@ def test_air_outside_keeps_its_value() -> None:
     assert np.array_equal(corner, np.full(corner.shape, -1000, np.float32))
 
 
-def test_same_keys_same_pair() -> None:
+def test_warp_same_keys_same_pair() -> None:
     image, mask = pair()
     first = Warp(image, mask, jitter=IntensityJitter()).variant(7, 2)
     again = Warp(image, mask, jitter=IntensityJitter()).variant(7, 2)
@@ -121,7 +121,7 @@ def test_arbitrary_units_scale_the_jitter() -> None:
     assert 0 < change.max() < 0.5
 
 
-def test_grids_that_differ_are_refused() -> None:
+def test_warp_refuses_different_grids() -> None:
     image, mask = pair()
     elsewhere = LabelVolume(
         mask.labels, Geometry.from_parts((0.0, 0.0, 0.0), (2.0, 2.0, 3.0), np.eye(3).ravel())

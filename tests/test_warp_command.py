@@ -78,7 +78,7 @@ def inside(labels: NDArray[Any], value: int) -> NDArray[np.bool_]:
     return out
 
 
-def test_ct_moves_with_its_mask(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_warp_moves_ct_with_mask(files: tuple[Path, Path], tmp_path: Path) -> None:
     mask, ct = files
     assert (
         warp(
@@ -109,7 +109,7 @@ def test_ct_moves_with_its_mask(files: tuple[Path, Path], tmp_path: Path) -> Non
         assert np.array_equal(image[:, 0, 0], np.full(SHAPE[0], AIR))
 
 
-def test_labels_are_those_of_the_variants(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_warped_labels_equal_variant_labels(files: tuple[Path, Path], tmp_path: Path) -> None:
     """The mask of a warped pair is the mask that a model's CT of the same variant has."""
     from runtime.core.deformation import deform
     from runtime.core.manifest import Label, LabelTable
@@ -153,7 +153,7 @@ def test_jitter_moves_whole_classes(files: tuple[Path, Path], tmp_path: Path) ->
     assert np.corrcoef(np.array(shifts).T)[0, 1] < 0.8
 
 
-def test_nnunet_folders_match_by_name(tmp_path: Path) -> None:
+def test_warp_nnunet_folders_match_by_name(tmp_path: Path) -> None:
     for n in range(3):
         mask, ct = pair(shift=n)
         write(
@@ -196,7 +196,7 @@ def test_nnunet_folders_match_by_name(tmp_path: Path) -> None:
         assert np.array_equal(read(out / "imagesTr" / f"p{n}_v0_0000.nii.gz"), pair(shift=n)[1])
 
 
-def test_other_grids_are_refused(
+def test_warp_refuses_other_grids(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mask, _ = files
@@ -218,7 +218,7 @@ def test_other_grids_are_refused(
     assert results(tmp_path / "out") == {}
 
 
-def test_one_folder_holds_both(tmp_path: Path) -> None:
+def test_warp_pairs_in_one_folder(tmp_path: Path) -> None:
     """CASE_image and CASE_label side by side, the folder given twice; and in a zip."""
     both = tmp_path / "both"
     for n in range(2):
@@ -247,7 +247,7 @@ def test_one_folder_holds_both(tmp_path: Path) -> None:
     )
 
 
-def test_ct_with_loss_is_refused(
+def test_warp_refuses_lossy_ct_or_mr(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mask, ct = files
@@ -263,7 +263,7 @@ def test_ct_with_loss_is_refused(
         assert words in capsys.readouterr().err and results(tmp_path / "out") == {}
 
 
-def test_reordered_voxels_are_the_same_grid(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_warp_accepts_reordered_voxels(files: tuple[Path, Path], tmp_path: Path) -> None:
     """A CT stored in another axis order, and one that reaches further, have the mask's voxels
     all the same.
     """
@@ -291,7 +291,7 @@ def test_reordered_voxels_are_the_same_grid(files: tuple[Path, Path], tmp_path: 
         assert np.array_equal(read(out / "p1_label_v0_ct.nii.gz"), read(ct))
 
 
-def test_changed_ct_is_made_again(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_warp_remakes_changed_ct(files: tuple[Path, Path], tmp_path: Path) -> None:
     mask, ct = files
     command = (
         mask,
@@ -319,7 +319,7 @@ def test_changed_ct_is_made_again(files: tuple[Path, Path], tmp_path: Path) -> N
     assert results(tmp_path / "out")["p1_label_v1_ct.nii.gz"] != changed["p1_label_v1_ct.nii.gz"]
 
 
-def test_killed_run_is_resumed(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_killed_warp_run_is_resumed(files: tuple[Path, Path], tmp_path: Path) -> None:
     mask, ct = files
     whole, out = tmp_path / "whole", tmp_path / "out"
     command = [str(mask), "--warp", str(ct), "--variants", "12", "--quiet"]
@@ -334,7 +334,7 @@ def test_killed_run_is_resumed(files: tuple[Path, Path], tmp_path: Path) -> None
     assert results(out) == results(whole)
 
 
-def test_results_say_what_they_are(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_warp_results_state_their_origin(files: tuple[Path, Path], tmp_path: Path) -> None:
     mask, ct = files
     assert (
         warp(mask, "--warp", ct, "--output", tmp_path / "dry", "--dry-run") == 0
@@ -376,14 +376,14 @@ def test_results_say_what_they_are(files: tuple[Path, Path], tmp_path: Path) -> 
     [("--model", "somewhere"), ("--workers", "2"), ("--backend", "onnx"), ("--ray",)],
     ids=lambda option: option[0],
 )
-def test_options_of_models_are_refused(
+def test_warp_refuses_model_options(
     option: tuple[str, ...], files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     mask, ct = files
     assert warp(mask, "--warp", ct, "--output", tmp_path / "out", *option) == 2
 
 
-def test_values_without_hu_are_refused(
+def test_warp_refuses_values_without_hu(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mask, _ = files
@@ -431,7 +431,7 @@ def problems(file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("enhanced", [(), ("--enhanced",)], ids=["classic", "enhanced"])
-def test_dicom_says_derived_not_synthetic(
+def test_warp_dicom_says_derived_not_synthetic(
     enhanced: tuple[str, ...], files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     mask, ct = files
@@ -479,7 +479,7 @@ def test_dicom_says_derived_not_synthetic(
     assert not first & {pydicom.dcmread(file).SOPInstanceUID for file in out.rglob("[0-9ct]*.dcm")}
 
 
-def test_dicom_ct_for_dicom_masks(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_warp_dicom_ct_with_dicom_masks(files: tuple[Path, Path], tmp_path: Path) -> None:
     """A SEG and its series in one folder: voxels by value, the patient's own frame left."""
     import highdicom
     from pydicom.sr.codedict import codes
@@ -546,7 +546,7 @@ def test_dicom_ct_for_dicom_masks(files: tuple[Path, Path], tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("axes", [(0, 1, 2), (2, 1, 0)], ids=["axial", "sagittal"])
-def test_axis_order_of_the_file_stays(
+def test_warp_keeps_axis_order_of_file(
     axes: tuple[int, int, int], tmp_path: Path, files: tuple[Path, Path]
 ) -> None:
     paths = []
@@ -574,7 +574,7 @@ def test_axis_order_of_the_file_stays(
     assert np.array_equal(image[inside(labels, 205)], np.full(inside(labels, 205).sum(), HU[205]))
 
 
-def test_no_model_code_is_loaded(files: tuple[Path, Path], tmp_path: Path) -> None:
+def test_warp_loads_no_model_code(files: tuple[Path, Path], tmp_path: Path) -> None:
     code = (
         "import sys; from runtime.__main__ import main; from runtime.core.console import run;"
         " assert run(main, sys.argv[1:]) == 0; print(sorted(m for m in sys.modules if"

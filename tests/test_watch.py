@@ -76,10 +76,12 @@ def hospital(folder: Path, name: str = "left ventricle", code: str = "87878005")
     return folder
 
 
-def test_what_is_put_in_becomes_what_synth_makes_of_it(
+def test_watch_results_equal_synth_results(
     fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A file, a zip, a folder with a series and its segmentation, a folder of volumes: each ends
+    """What is put in becomes what synth makes of it.
+
+    A file, a zip, a folder with a series and its segmentation, a folder of volumes: each ends
     in done/ as it came.
     """
     hospital(inbox / "Doe^John^Planted")
@@ -105,9 +107,10 @@ def test_what_is_put_in_becomes_what_synth_makes_of_it(
     ]
 
 
-def test_what_cannot_be_used_lies_in_failed_with_its_reason_and_stops_no_other(
+def test_watch_bad_input_fails_with_reason(
     fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Input that cannot be used lies in failed/ with its reason and stops no other."""
     good = write_mask(inbox / "good.nii.gz").read_bytes()
     (inbox / "cut.nii.gz").write_bytes(good[:-40])
     (inbox / "notes.txt").write_text("for you")
@@ -151,9 +154,10 @@ def test_what_cannot_be_used_lies_in_failed_with_its_reason_and_stops_no_other(
     assert all("remedy" in text and len(text.splitlines()) < 12 for text in reasons.values())
 
 
-def test_a_damaged_file_in_a_zip_is_not_called_by_its_name(
+def test_watch_reason_hides_zip_member_name(
     fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """The reason does not call a damaged file in a zip by its name."""
     folder, zipped = hospital(tmp_path / "one"), inbox / "a.zip"
     with zipfile.ZipFile(zipped, "w") as archive:
         for file in sorted(folder.rglob("*.dcm")):
@@ -174,9 +178,10 @@ def test_a_damaged_file_in_a_zip_is_not_called_by_its_name(
     assert said.count("cannot be unpacked (BadZipFile)") == 3 and "Planted" not in said
 
 
-def test_one_segmentation_in_two_folders_is_not_called_by_its_files(
+def test_watch_reason_hides_duplicate_segmentation_names(
     fake_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One segmentation in two folders is not called by the names of its files."""
     folder = hospital(tmp_path / "one")
     shutil.copytree(folder, tmp_path / "two")
     assert synth(fake_model, tmp_path / "out", folder, tmp_path / "two") == 2
@@ -188,10 +193,12 @@ def test_one_segmentation_in_two_folders_is_not_called_by_its_files(
     )
 
 
-def test_names_that_are_no_utf8_end_no_watcher_and_stand_in_no_message(
+def test_watch_survives_names_without_utf8(
     fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As old shares have them.
+    """Names that are not UTF-8 end no watcher and stand in no message.
+
+    As old shares have them.
 
     A volume of such a name is refused, for its result would be called so.
     """
@@ -208,9 +215,8 @@ def test_names_that_are_no_utf8_end_no_watcher_and_stand_in_no_message(
     assert "Planted" not in said and WORK not in said
 
 
-def test_a_name_that_was_there_before_is_numbered_and_no_result_is_replaced_by_another_masks(
-    fake_model: Path, inbox: Path, tmp_path: Path
-) -> None:
+def test_watch_numbers_repeated_names(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    """A repeated name is numbered, and no result is replaced by another mask's."""
     out, first = tmp_path / "out", blobs(seed=1)
     write_mask(inbox / "a.nii.gz", first)
     assert watch(fake_model, inbox, out) == 0
@@ -240,10 +246,12 @@ def test_a_name_that_was_there_before_is_numbered_and_no_result_is_replaced_by_a
     )
 
 
-def test_what_was_claimed_under_other_options_is_made_again_under_these(
+def test_watch_remakes_claims_of_other_options(
     fake_model: Path, inbox: Path, tmp_path: Path
 ) -> None:
-    """A watcher died behind the first of two variants, and its successor was started with
+    """Work that was claimed under other options is made again under the present ones.
+
+    A watcher died behind the first of two variants, and its successor was started with
     another seed.
     """
     out, mask = tmp_path / "out", write_mask(inbox / "a.nii.gz")
@@ -256,9 +264,10 @@ def test_what_was_claimed_under_other_options_is_made_again_under_these(
     assert results(out) == results(tmp_path / "expected")
 
 
-def test_a_data_set_whose_index_a_killed_watcher_did_not_come_to_is_indexed_by_the_next(
+def test_watch_indexes_dataset_of_killed_watcher(
     fake_model: Path, inbox: Path, tmp_path: Path
 ) -> None:
+    """A watcher indexes the data set that a killed one did not come to index."""
     index = tmp_path / "out" / "dataset.json"
     for n in range(2):
         write_mask(inbox / f"{n}.nii.gz", blobs(seed=n))
@@ -270,9 +279,8 @@ def test_a_data_set_whose_index_a_killed_watcher_did_not_come_to_is_indexed_by_t
     assert index.read_text() == whole
 
 
-def test_two_folders_with_masks_of_one_name_do_not_meet(
-    fake_model: Path, inbox: Path, tmp_path: Path
-) -> None:
+def test_watch_keeps_equal_mask_names_apart(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+    """Folders with masks of one name do not mix: the first is done, the others fail."""
     for n in range(3):
         (inbox / f"p{n}").mkdir()
         write_mask(inbox / f"p{n}" / "mask.nii.gz", blobs(seed=n))
@@ -285,9 +293,10 @@ def test_two_folders_with_masks_of_one_name_do_not_meet(
     )
 
 
-def test_masks_go_to_the_model_that_knows_them(
+def test_watch_routes_masks_by_labels(
     inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Masks go to the model that knows their labels."""
     heart = write_fake_model(tmp_path / "heart", fake_manifest())
     liver = write_fake_model(
         tmp_path / "liver",
@@ -306,7 +315,9 @@ def test_masks_go_to_the_model_that_knows_them(
     assert "fits no model" in (inbox / FAILED / "c.nii.gz.reason.txt").read_text()
 
 
-def test_what_is_being_written_is_left_alone(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+def test_watch_leaves_unfinished_writes_alone(
+    fake_model: Path, inbox: Path, tmp_path: Path
+) -> None:
     whole = write_mask(inbox / "a.nii.gz").read_bytes()
     (inbox / "mac").mkdir()
     for name in ("a.nii.gz", ".DS_Store", "._a.nii.gz"):
@@ -321,7 +332,7 @@ def test_what_is_being_written_is_left_alone(fake_model: Path, inbox: Path, tmp_
     assert listed(inbox / DONE) == {"a.nii.gz", "mac"} and len(listed(inbox)) == 2 + 7
 
 
-def test_a_series_with_a_damaged_slice_is_waited_for_and_fails(
+def test_watch_damaged_series_waits_then_fails(
     fake_model: Path, inbox: Path, tmp_path: Path
 ) -> None:
     folder = save(inbox / "study", slices(blobs((6, 20, 24))))
@@ -349,7 +360,7 @@ def test_a_series_with_a_damaged_slice_is_waited_for_and_fails(
         ("the first slice", DONE, 50),
     ],
 )
-def test_what_seems_to_lack_a_file_is_waited_for(
+def test_watch_waits_for_missing_files(
     lacking: str,
     ends_in: str,
     seconds: int,
@@ -392,9 +403,10 @@ def test_what_seems_to_lack_a_file_is_waited_for(
         assert watcher.step() and (inbox / ends_in / "study").exists()
 
 
-def test_what_a_dead_watcher_claimed_is_taken_up_by_one_for_the_same_output(
+def test_watch_takes_over_dead_watchers_claims(
     fake_model: Path, inbox: Path, tmp_path: Path
 ) -> None:
+    """A watcher for the same output takes up what a dead watcher claimed."""
     given = {
         name: write_mask(inbox / f"{name}.nii.gz", blobs(seed=n)).read_bytes()
         for n, name in enumerate("abc")
@@ -429,7 +441,7 @@ def test_what_a_dead_watcher_claimed_is_taken_up_by_one_for_the_same_output(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pipes with names")
-def test_pipes_and_links_end_in_failed(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+def test_watch_pipes_and_links_fail(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
     """Neither holds up the good mask, and nothing outside the item is read."""
     secret = write_mask(tmp_path / "secret.nii.gz")
     good = write_mask(inbox / "good.nii.gz").read_bytes()
@@ -463,9 +475,10 @@ class Told:
         return lambda *_: self.calls.append(name)
 
 
-def test_while_another_run_writes_into_the_output_folder_nothing_is_claimed(
+def test_watch_claims_nothing_while_output_locked(
     fake_model: Path, inbox: Path, tmp_path: Path
 ) -> None:
+    """While another run writes into the output folder, nothing is claimed."""
     write_mask(inbox / "a.nii.gz")
     out, told = tmp_path / "out", Told()
     with Models.open([fake_model], backend="fake") as models:
@@ -488,7 +501,7 @@ def test_while_another_run_writes_into_the_output_folder_nothing_is_claimed(
 
 
 @pytest.mark.parametrize("wrong", ["no inbox", "output in it", "output is it"])
-def test_folders_that_cannot_be_meant_start_nothing(
+def test_watch_refuses_impossible_folders(
     wrong: str, fake_model: Path, inbox: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_mask(inbox / "a.nii.gz")
@@ -530,14 +543,16 @@ def wait_until(true: Callable[[], object], *processes: BaseProcess, seconds: flo
 
 @pytest.mark.slow
 @pytest.mark.parametrize("outputs", [("out", "out"), ("one", "two")])
-def test_two_watchers_killed_twenty_times_lose_nothing_and_double_nothing(
+def test_watch_two_watchers_survive_repeated_kills(
     outputs: tuple[str, str],
     start: Callable[[Path, Path], BaseProcess],
     fake_model: Path,
     inbox: Path,
     tmp_path: Path,
 ) -> None:
-    """With one output folder, where they take turns, and with two.
+    """Two watchers that are killed twenty times lose nothing and double nothing.
+
+    With one output folder, where they take turns, and with two.
 
     New masks come while they are killed.
     """
@@ -594,13 +609,14 @@ def test_two_watchers_killed_twenty_times_lose_nothing_and_double_nothing(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_watcher_ends_at_once_and_its_work_is_gone_on_with(
+def test_watch_stops_at_once_and_continues(
     number: signal.Signals,
     start: Callable[[Path, Path], BaseProcess],
     fake_model: Path,
     inbox: Path,
     tmp_path: Path,
 ) -> None:
+    """A stopped watcher ends at once, and its work goes on in the next."""
     out = tmp_path / "out"
     masks = [
         write_mask(
@@ -628,7 +644,7 @@ def test_a_stopped_watcher_ends_at_once_and_its_work_is_gone_on_with(
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links")
-def test_a_folder_of_links_alone_is_refused(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
+def test_watch_refuses_folder_of_links(fake_model: Path, inbox: Path, tmp_path: Path) -> None:
     """It would lie there for ever, and nothing would be said."""
     (tmp_path / "elsewhere").mkdir()
     (inbox / "case").mkdir()
