@@ -247,7 +247,7 @@ def wait_for_ever(*_):
 
 import runtime.batch.runner, runtime.service.watch_folder
 setattr({where}, wait_for_ever)
-sys.exit(run(main, sys.argv[1:]))
+sys.exit(run(main))
 """
 
 
@@ -298,7 +298,7 @@ def test_sigterm_of_forked_child(tmp_path: Path, command) -> None:
     """
     forking = """
 import os, signal, sys, time
-from runtime import console, stopping
+from runtime.core import console, stopping
 stopping.GRACE = 0.2
 
 def main(argv):
