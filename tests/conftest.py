@@ -86,6 +86,14 @@ def real_data() -> Path:
 
 
 @pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A training config that leaves everything at its default."""
+    path = tmp_path / "tiny.json"
+    path.write_text('{"name": "tiny"}')
+    return path
+
+
+@pytest.fixture
 def collected() -> Iterator[None]:
     """The garbage of a test is collected before the next one."""
     yield

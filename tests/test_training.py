@@ -42,13 +42,6 @@ TINY = [
 ]
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "tiny.json"
-    path.write_text(json.dumps({"name": "tiny"}))
-    return path
-
-
 def arguments(config: Path, cohort: Path, run: Path, steps: int, *more: str) -> list[object]:
     return [
         "train/run.py",
