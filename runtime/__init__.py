@@ -24,7 +24,7 @@ switch_off()
 keep_old_names(__name__)
 
 if TYPE_CHECKING:
-    from .api import Models, Synthesizer
+    from .api import Synthesizer
     from .batch.runner import CaseResult
     from .core.deformation import DeformationParams, deform
     from .core.errors import (
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .core.rand_warp import RandWarp
     from .core.volume import CTSlab, Geometry, LabelVolume, Volume
     from .core.warp import IntensityJitter, Warp
+    from .models import Models
 
 __version__ = VERSION
 
@@ -76,16 +77,17 @@ __all__ = [
     "deform",
 ]
 
-_MODULES = (
-    "core.errors",
-    "core.volume",
-    "core.manifest",
-    "core.deformation",
-    "core.warp",
-    "core.rand_warp",
-    "batch.runner",
-    "api",
-)
+# Module → the public names that it defines.
+_MODULES = {
+    "api": ("Synthesizer",),
+    "models": ("Models",),
+    "batch.runner": ("CaseResult",),
+    "core.deformation": ("DeformationParams", "deform"),
+    "core.manifest": ("Label", "LabelTable", "Manifest"),
+    "core.rand_warp": ("RandWarp",),
+    "core.volume": ("CTSlab", "Geometry", "LabelVolume", "Volume"),
+    "core.warp": ("IntensityJitter", "Warp"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -93,13 +95,12 @@ def __getattr__(name: str) -> Any:
     if name in RENAMED:
         warn_renamed(name, RENAMED[name])
         return __getattr__(RENAMED[name])
-    if name in __all__:
-        for path in _MODULES:
-            module = import_module(f".{path}", __name__)
-            if hasattr(module, name):
-                globals()[name] = getattr(module, name)
-                return globals()[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # every other public name is an error
+    place = next((module for module, names in _MODULES.items() if name in names), "core.errors")
+    globals()[name] = getattr(import_module(f".{place}", __name__), name)
+    return globals()[name]
 
 
 def __dir__() -> list[str]:

@@ -1,21 +1,26 @@
-"""The public classes `Synthesizer` and `Models`, for programs that embed mask2ct."""
+"""The public class `Synthesizer`, for programs that embed mask2ct.
+
+What handles files is imported when files are asked for: a program that calls the class with arrays
+starts without it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .batch import model_router, runner
 from .core.deprecated import warn_renamed
 from .core.labels import names_of
 from .core.volume import LabelVolume
-from .io.case_finding import find_cases
-from .io.cases import ReadOptions
 from .synthesizer import VolumeSynthesizer
+
+if TYPE_CHECKING:
+    from .batch.runner import CaseResult
+    from .io.cases import ReadOptions
 
 
 class Synthesizer(VolumeSynthesizer):
@@ -32,7 +37,7 @@ class Synthesizer(VolumeSynthesizer):
         *,
         reading: ReadOptions | None = None,
         **options: Any,
-    ) -> Iterator[runner.CaseResult]:
+    ) -> Iterator[CaseResult]:
         """Synthesize files, folders and zips into a folder.
 
         Args:
@@ -49,22 +54,15 @@ class Synthesizer(VolumeSynthesizer):
             UsageError: An option is wrong. Raised at once, before any work.
             OutputError: The folder cannot be written, or another run writes into it.
         """
+        from .batch.runner import synthesize
+        from .io.case_finding import find_cases
+
         paths = [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)]
         names = names_of(options.get("labels"), [self.manifest.labels])
         cases = find_cases(paths, options=reading, names=names)
-        return runner.synthesize(self, cases, Path(output), **options)
+        return synthesize(self, cases, Path(output), **options)
 
     def paint(self, volume: LabelVolume, *, seed: int = 0, variant: int = 0) -> NDArray[np.int16]:
         """`synthesize`, under its name in mask2ct 0.1."""
         warn_renamed("Synthesizer.paint", "Synthesizer.synthesize")
         return self.synthesize(volume, seed=seed, variant=variant)
-
-
-class Models(model_router.Models):
-    """Several open models, each a `Synthesizer`, under one memory budget."""
-
-    synthesizer_class = Synthesizer
-
-    def __getitem__(self, name: str) -> Synthesizer:
-        """The model of that name, opened at its first use."""
-        return cast(Synthesizer, super().__getitem__(name))

@@ -28,10 +28,11 @@ FLOORS = {
     "synthesizer": 2,
     "batch": 3,
     "api": 4,
-    "service": 5,
-    "cli": 6,
-    "__main__": 7,
-    "__init__": 7,
+    "models": 5,
+    "service": 6,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 8,
 }
 
 # Training and export share the contract, the resampling and the readers with the runtime. What
@@ -40,6 +41,7 @@ NOT_FOR_TRAINING = (
     "runtime.synthesizer.",
     "runtime.batch.",
     "runtime.api.",
+    "runtime.models.",
     "runtime.service.",
     "runtime.cli.",
     "runtime.__main__.",

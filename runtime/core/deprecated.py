@@ -6,9 +6,7 @@ An old name works for one minor version. `RENAMED` holds public names, `MOVED` m
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import importlib.machinery
-import importlib.util
 import sys
 import warnings
 from collections.abc import Sequence
@@ -23,7 +21,6 @@ MOVED = {
     "grid": "core.resampling",
     "labels": "core.labels",
     "memory": "engines.memory",
-    "models": "batch.model_router",
     "scale": "batch.ray_runner",
     "stream": "batch.runner",
     "variants": "core.deformation",
@@ -42,7 +39,7 @@ def warn_renamed(old: str, new: str) -> None:
     warnings.warn(f"{old} is called {new} now", DeprecationWarning, stacklevel=3)
 
 
-class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _MovedModules:
     """Finds `PACKAGE.old` and loads `PACKAGE.new` in its place."""
 
     def __init__(self, package: str):
@@ -55,7 +52,7 @@ class _MovedModules(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         package, _, name = fullname.rpartition(".")
         if package != self.package or name not in MOVED:
             return None
-        return importlib.util.spec_from_loader(fullname, self)
+        return importlib.machinery.ModuleSpec(fullname, self)  # type: ignore[arg-type]
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType:
         """A module of the old name that reads every attribute from the new module."""
@@ -76,4 +73,5 @@ def keep_old_names(package: str) -> None:
     Args:
         package: The name of the imported package, `runtime` or `mask2ct`.
     """
-    sys.meta_path.append(_MovedModules(package))
+    # duck-typed: `importlib.abc` takes 5 ms to import
+    sys.meta_path.append(_MovedModules(package))  # type: ignore[arg-type]
