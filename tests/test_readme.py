@@ -69,6 +69,12 @@ def test_documented_links_lead_somewhere(root: Path) -> None:
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+def test_contributing_names_files_that_exist(root: Path) -> None:
+    text = (root / "CONTRIBUTING.md").read_text()
+    for name in re.findall(r"`((?:runtime|train|export|tests|docs|tools|deploy)/[\w./-]*)`", text):
+        assert (root / name).exists(), name
+
+
 def test_documented_make_targets_exist(root: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE))
     for document in documents(root):

@@ -75,6 +75,20 @@ class Plan:
                 ),
             )
 
+    @classmethod
+    def with_defaults(cls, output: Path, options: Mapping[str, Any]) -> Plan:
+        """Make a plan of the options that are stated.
+
+        Args:
+            output: the folder that results are written into.
+            options: the other fields by name; None stands for the default.
+
+        Raises:
+            TypeError: if there is no option of a name.
+            UsageError: as the class does.
+        """
+        return cls(output, **{name: value for name, value in options.items() if value is not None})
+
     @cached_property
     def writer(self) -> Format:
         """The writer of the chosen format, configured by `options`.
