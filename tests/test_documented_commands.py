@@ -53,6 +53,7 @@ SHORTENED = {
     "python -m pytest": "--collect-only --quiet",
     "python -m train.phantom": "--patients 4",
     "python -m train.usefulness": "--seeds 1 --steps 2 --test-patients 1 --arms real,all-real",
+    "python -m train.usefulness DATA --config": "--patients 3",
 }
 # Commands that go on until they are stopped, with what they print when they are ready.
 UNTIL_STOPPED = {"mask2ct serve": "listening"}
@@ -76,6 +77,7 @@ SLOW = {
 # A place of the reader's own, as the value of an option that names an output.
 OUTPUT = re.compile(r"(?:--output|-o|train\.phantom) ([A-Z]+(?:\.\w+)?)(?!\S)")
 OPTION = re.compile(r"(?<![\w-])--?[a-z][a-z0-9-]*")
+TRAIN = "python train/run.py --config CONFIG --dataset-path DATA --output RUN"
 SMALL = {
     "training": {"steps": 4, "batch_size": 4, "recalibrate": 2, "valid_slices": 8},
     "generator": {"filters": 8, "depth": 5},
@@ -188,12 +190,19 @@ def furnish(folder: Path, command: str, fixture: Callable[[str], Path]) -> None:
         "runs/demo/model": "model",
         "models/heart": "model",
         "models/abdomen": "model",
-        "RUN": "trained",
         "DATA": "cohort",
     }
     for name, source in sources.items():
-        if re.search(rf"(?:^|[ =]){name}(?![^ /])", command) and not (folder / name).exists():
+        if reads(command, name) and not (folder / name).exists():
             shutil.copytree(fixture(source), folder / name)
+    if reads(command, "RUN") and not (folder / "RUN").exists() and not command.startswith(TRAIN):
+        furnish(folder, TRAIN, fixture)
+        type_command(TRAIN, folder)
+
+
+def reads(command: str, name: str) -> bool:
+    """Whether a path is a word of a command, after `NAME=` or without it."""
+    return re.search(rf"(?:^|[ =]){name}(?![^ /])", command) is not None
 
 
 @pytest.fixture
