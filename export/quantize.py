@@ -1,4 +1,4 @@
-"""The INT8 graph for CPUs: convolutions with static QDQ and reconstructed weights.
+"""The INT8 graphs: convolutions with static QDQ and reconstructed weights.
 
 Quantizer, calibration and file format are ONNX Runtime's (Jacob et al., "Quantization and Training
 of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018). This module
@@ -33,7 +33,14 @@ from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from .graph import LabelsToIntensity
-from .weight_reconstruction import ReconstructedWeights, reconstruct_weights, rounded
+from .weight_reconstruction import (
+    ASYMMETRIC,
+    SYMMETRIC,
+    ActivationSteps,
+    ReconstructedWeights,
+    reconstruct_weights,
+    rounded,
+)
 
 OPERATORS = ("Conv", "ConvTranspose")
 # The share of an activation's values that its range covers: single outliers would make its steps
@@ -76,9 +83,12 @@ class Quantizer:
     Args:
         source: The FP32 graph's file; temporary files are written beside it.
         inputs: The graph's inputs by name, arrays of n slices.
+        steps: How activations and biases are held: `ASYMMETRIC` is what CPUs compute best,
+            `SYMMETRIC` is the only form that TensorRT takes.
     """
 
-    def __init__(self, source: Path, inputs: Inputs):
+    def __init__(self, source: Path, inputs: Inputs, steps: ActivationSteps = ASYMMETRIC):
+        self._steps = steps
         count = len(next(iter(inputs.values())))
         # an export that is killed leaves all its files in this one folder
         self._folder = source.parent
@@ -170,9 +180,8 @@ class Quantizer:
     def write(self, path: Path, floating: Sequence[str]) -> None:
         """Write the graph with all layers in INT8 but those named.
 
-        Activations are unsigned (with signed ones OpenVINO's results were wrong by 200 HU), weights
-        signed and per channel. A layer's output is quantized where the next layer reads it, not
-        before.
+        Weights are signed and per channel. A layer's output is quantized where the next layer
+        reads it, not before.
 
         Args:
             path: The file to write.
@@ -184,14 +193,19 @@ class Quantizer:
         self._round(model.graph, quantized)
         if self._shifts:
             self._correct(model.graph, quantized)
-        options = {"OpTypesToExcludeOutputQuantization": list(OPERATORS)}
+        symmetric = self._steps is SYMMETRIC
+        options = {
+            "OpTypesToExcludeOutputQuantization": list(OPERATORS),
+            "ActivationSymmetric": symmetric,
+            "QuantizeBias": self._steps.rounds_bias,
+        }
         with _quiet():
             quantizer = QDQQuantizer(
                 model,
                 True,
                 False,
                 QuantType.QInt8,
-                QuantType.QUInt8,
+                QuantType.QInt8 if symmetric else QuantType.QUInt8,
                 self._ranges,
                 [],
                 list(floating),
@@ -211,7 +225,8 @@ class Quantizer:
                     continue
                 if source.input[0] in sources:
                     node.input[n] = sources[source.input[0]].input[0]
-        hold_exactly(quantizer.model.graph())
+        if not symmetric:  # TensorRT takes no uint8 between nodes
+            hold_exactly(quantizer.model.graph())
         quantizer.model.save_model_to_file(str(path))
 
     def fitted(
@@ -238,7 +253,9 @@ class Quantizer:
             layer: None if tensor in exact else self._range(tensor)
             for layer, tensor in layer_inputs.items()
         }
-        reconstructed = reconstruct_weights(network, self._model.graph, ranges, inputs, floating)
+        reconstructed = reconstruct_weights(
+            network, self._model.graph, ranges, inputs, floating, self._steps
+        )
         result = copy.copy(self)
         result._model, result._shifts = onnx.ModelProto(), {}
         result._model.CopyFrom(self._model)

@@ -242,8 +242,7 @@ def install(
         monkeypatch.setitem(sys.modules, name, module)
     found = Device(0, "Fake GPU", (9, 0), memory, (13, 0))
     monkeypatch.setattr("runtime.engines.gpu.cuda_driver.device", lambda ordinal: found)
-    for module in ("gpu.tensorrt", "gpu.onnxruntime_cuda"):
-        monkeypatch.setattr(f"runtime.engines.{module}.why_no_gpu", lambda: None)
+    monkeypatch.setattr("runtime.engines.registry.why_no_gpu", lambda: None)
     return world
 
 

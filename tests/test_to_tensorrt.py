@@ -25,11 +25,11 @@ from samples import write_fake_model
 
 import export.attach_engine
 import export.precision_audit
-from export.attach_engine import ENGINE, LAYERS, add_engine, parity_checker, progress
+from export.attach_engine import add_engine, parity_checker, progress
 from export.graph import LabelsToIntensity
 from export.model_card import CARD
 from export.precision_audit import half_weights
-from export.to_tensorrt import BuildOptions, build, shapes_of, why_not
+from export.to_tensorrt import CLASSIC, BuildOptions, build, shapes_of, why_not
 from runtime import Synthesizer
 from runtime.core.atomic_files import sha256_of
 from runtime.core.errors import BuildError, MissingComponent, ModelError, OutputError, ParityError
@@ -40,6 +40,7 @@ from runtime.engines.gpu.probe import Device
 from runtime.engines.registry import Backend
 from train.checkpoint import load_generator, load_run, load_validation
 
+ENGINE, LAYERS = CLASSIC.file, CLASSIC.layers
 GPU = Device(0, "NVIDIA Test", (8, 9), 24 << 30, (13, 0))
 MEASURED = {
     "slices": 64,
