@@ -80,12 +80,13 @@ def add_engine(
     """
     trt = trt or target.load()
     before = _without_engine(folder, target)
-    name = before.file_of("onnx", options.precision)
+    # TensorRT takes another form of INT8 than CPUs do
+    name = before.file_of("onnx", "int8-gpu" if options.precision == "int8" else options.precision)
     if name is None:
         raise ModelError(
             f"{folder} holds no {options.precision} graph",
             expected="the graphs that the export writes before it builds an engine",
-            remedy="export the run again",
+            remedy="export the run again; where INT8 left the limits, choose another --precision",
             file=folder,
         )
     before.verify(folder, [name])
@@ -175,7 +176,7 @@ def parity_checker(
         masks: uint8 (n, Z, H, W) of held-out slices, the same that the ONNX graphs were validated
             on.
         folder: The model folder.
-        precision: "fp16" or "fp32".
+        precision: "fp16", "fp32" or "int8".
         target: What the engine is built for.
 
     Returns:
@@ -185,7 +186,8 @@ def parity_checker(
     from . import parity
 
     def check_parity(manifest: Manifest) -> Mapping[str, Any]:
-        backend = next(b for b in BACKENDS if b.name == target.backend)
+        name = f"{target.backend}-int8" if precision == "int8" else target.backend
+        backend = next(b for b in BACKENDS if b.name == name)
         if why := backend.uninstalled():
             raise MissingComponent(
                 f"{target.file} cannot be validated: {why}",

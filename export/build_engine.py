@@ -73,7 +73,15 @@ def main(argv: Sequence[str]) -> int:
     trained = load_run(options.run)
     graph = LabelsToIntensity(load_generator(options.run), len(trained.labels), trained.intensity)
     masks = load_validation(trained)
-    write_model(trained, graph, masks, load_calibration(trained), options.output, say=say)
+    write_model(
+        trained,
+        graph,
+        masks,
+        load_calibration(trained),
+        options.output,
+        say=say,
+        int8_gpu=options.precision == "int8",
+    )
     say(f"model folder {options.output} written in {duration(time.perf_counter() - started)}")
     if lacking is not None:
         note = (
@@ -161,9 +169,9 @@ def _add_engine_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--precision",
-        choices=("fp16", "fp32"),
+        choices=("fp16", "fp32", "int8"),
         default=default.precision,
-        help="the engine's precision (default fp16)",
+        help="the engine's precision (default fp16); int8 writes model.int8-gpu.onnx too",
     )
     group.add_argument(
         "--native",

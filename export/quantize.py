@@ -225,7 +225,9 @@ class Quantizer:
                     continue
                 if source.input[0] in sources:
                     node.input[n] = sources[source.input[0]].input[0]
-        if not symmetric:  # TensorRT takes no uint8 between nodes
+        if symmetric:
+            bound_concatenated(quantizer.model.graph())
+        else:  # TensorRT takes no uint8 between nodes
             hold_exactly(quantizer.model.graph())
         quantizer.model.save_model_to_file(str(path))
 
@@ -399,6 +401,35 @@ def hold_exactly(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(constants)
 
 
+def bound_concatenated(graph: onnx.GraphProto) -> None:
+    """Take the maximum of each concatenated tensor and its lowest step before it is quantized.
+
+    No value changes, because quantizing ends there too. Without the node OpenVINO 2026.4 moves a
+    signed quantization before the concatenation, and there rounds to whole numbers instead of
+    steps: images were wrong by 140 to 200 HU (docs/decisions/0034-int8-that-tensorrt-takes.md). A
+    `Clip` of the same ends is taken away again.
+
+    Args:
+        graph: The quantized graph; changed in place.
+    """
+    concatenated = {n.output[0] for n in graph.node if n.op_type == "Concat"}
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in concatenated:
+            name = node.input[0]
+            lowest = np.float32(-128) * constants[node.input[1]]
+            graph.initializer.append(numpy_helper.from_array(lowest, f"{name}/lowest"))
+            bounded = f"{name}/bounded"
+            nodes.append(
+                helper.make_node("Max", [name, f"{name}/lowest"], [bounded], f"{name}/Max")
+            )
+            node.input[0] = bounded
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def candidates(
     source: Path,
     path: Path,
@@ -407,12 +438,12 @@ def candidates(
     fit_on: Inputs,
     error: Callable[[Path], float],
     say: Callable[[str], None],
+    steps: ActivationSteps = ASYMMETRIC,
 ) -> Iterator[Quantized]:
     """Write `path` with all layers in INT8, then with fewer and fewer, down to one.
 
     The caller takes the first candidate that is near enough to the network. To choose the layers
-    that
-    stay FP32, each layer is quantized alone, with its own weights: those whose squared error is
+    that stay FP32, each layer is quantized alone, with its own weights: those whose squared error is
     largest for the work they save come first.
 
     Args:
@@ -423,11 +454,12 @@ def candidates(
         fit_on: What to reconstruct the weights on, by name.
         error: The mean error of a file in HU, on other slices.
         say: Prints a line of progress.
+        steps: How the file holds activations and biases.
 
     Yields:
         What was written.
     """
-    quantizer = Quantizer(source, inputs)
+    quantizer = Quantizer(source, inputs, steps)
     layers = list(quantizer.layers)
 
     def write_candidate(floating: Sequence[str]) -> Quantized:

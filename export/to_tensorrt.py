@@ -111,7 +111,7 @@ class BuildOptions:
     TensorRT for RTX has no use for `native`, `hardware` and `timing_cache`.
 
     Attributes:
-        precision: "fp16" or "fp32".
+        precision: "fp16", "fp32" or "int8".
         native: Only the same TensorRT loads the engine, and it is the fastest. Otherwise the lean
             runtime of this version or a later one loads it.
         hardware: Which GPUs run it: of the "same" compute capability, "ampere+" (any from Ampere

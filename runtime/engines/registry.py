@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -189,8 +189,17 @@ BACKENDS = (
     Backend("onnx", ("onnx", "fp32"), *_ONNX),
     Backend("openvino-fp16", ("onnx", "fp16"), *_OPENVINO, automatic=False),
     Backend("onnx-fp16", ("onnx", "fp16"), *_ONNX, automatic=False),
+    # the INT8 form that TensorRT takes, on a CPU: to validate it and to reproduce a GPU's result
+    Backend("openvino-int8-gpu", ("onnx", "int8-gpu"), *_OPENVINO, automatic=False),
+    Backend("onnx-int8-gpu", ("onnx", "int8-gpu"), *_ONNX, automatic=False),
     Backend("openvino-int8", ("onnx", "int8"), *_OPENVINO, automatic=False),
     Backend("onnx-int8", ("onnx", "int8"), *_ONNX, automatic=False),
+)
+# Engines of that form, by name: the same code opens them.
+BACKENDS += tuple(
+    replace(b, name=f"{b.name}-int8", file=(b.file[0], "int8"), automatic=False)
+    for b in BACKENDS
+    if b.name in ("tensorrt", "tensorrt-rtx")
 )
 CHOICES = ("auto", *(backend.name for backend in BACKENDS), "fake")
 
@@ -303,7 +312,7 @@ def _by_name(name: str, manifest: Manifest, folder: Path) -> tuple[Backend, str]
         )
     if backend.validated(manifest):
         return backend, "asked for"
-    if backend.file[1] == "int8":
+    if backend.file[1].startswith("int8"):
         raise ModelError(
             f"this model's INT8 file was not validated in {backend.module} when it was exported",
             expected="a parity check in manifest.json",
