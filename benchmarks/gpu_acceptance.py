@@ -3,10 +3,10 @@
     python benchmarks/gpu_acceptance.py [--model MODEL] [--json FILE]
 
 It runs with whatever is installed of TensorRT (full, lean, for RTX), ONNX Runtime, cuda-bindings
-and torch; it does not need SimpleITK. Without --model it makes a small network with random weights, for which
-it needs torch and onnx. Each check runs in a process of its own, so that one that crashes fails
-alone. It prints pass, fail, not present or not run (its time is over) for each, then one JSON line.
-Exit code: 0 nothing failed · 1 something did · 3 nothing could be checked (no GPU).
+and torch; it does not need SimpleITK. Without --model it makes a small network with random weights,
+for which it needs torch and onnx. Each check runs in a process of its own, so that one that crashes
+fails alone. It prints pass, fail, not present or not run (its time is over) for each, then one JSON
+line. Exit code: 0 nothing failed · 1 something did · 3 nothing could be checked (no GPU).
 """
 
 from __future__ import annotations

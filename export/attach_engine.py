@@ -94,7 +94,8 @@ def add_engine(
     if half:
         require_half(half_weights(onnx), "its weights", onnx)
     gpus = gpu if target.needs_gpu else f"compute capabilities {', '.join(CAPABILITIES)}"
-    say(f"building {target.file} from {name} with {target.library.title} {trt.__version__} for {gpus}")
+    builder = f"{target.library.title} {trt.__version__}"
+    say(f"building {target.file} from {name} with {builder} for {gpus}")
     built = build(
         onnx,
         shapes_of(before, options.max_batch),

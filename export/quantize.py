@@ -443,8 +443,8 @@ def candidates(
     """Write `path` with all layers in INT8, then with fewer and fewer, down to one.
 
     The caller takes the first candidate that is near enough to the network. To choose the layers
-    that stay FP32, each layer is quantized alone, with its own weights: those whose squared error is
-    largest for the work they save come first.
+    that stay FP32, each layer is quantized alone, with its own weights: those whose squared error
+    is largest for the work they save come first.
 
     Args:
         source: The FP32 graph's file.

@@ -22,10 +22,11 @@ from runtime.core.errors import BuildError, MissingComponent
 from runtime.core.manifest import Manifest
 from runtime.engines.gpu.probe import DRIVER_REMEDY, why_no_gpu
 from runtime.engines.gpu.tensorrt import TENSORRT, Library, collecting_logger
-from runtime.engines.gpu.tensorrt_rtx import COMPUTE_CAPABILITIES, RTX
+from runtime.engines.gpu.tensorrt_rtx import RTX
 from runtime.engines.onnx_file import check_weights
 
 from .precision_audit import LayerTypes, read_network
+from .rtx_target import set_compute_capabilities
 
 
 @dataclass(frozen=True)
@@ -249,7 +250,7 @@ def build(
     config = builder.create_builder_config()
     _configure(trt, config, options)
     if target is FOR_RTX:
-        _target_all(trt, config)
+        set_compute_capabilities(trt, config)
     else:
         _target_this_gpu(trt, config, options)
     _add_profile(builder, config, profile, onnx)
@@ -341,19 +342,6 @@ def _target_this_gpu(trt: Any, config: Any, options: BuildOptions) -> None:
     if not options.native:
         config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         config.set_flag(trt.BuilderFlag.EXCLUDE_LEAN_RUNTIME)  # no executable code inside the plan
-
-
-def _target_all(trt: Any, config: Any) -> None:
-    """One engine for every compute capability that the builder knows."""
-    config.num_compute_capabilities = len(COMPUTE_CAPABILITIES)
-    for index, (major, minor) in enumerate(COMPUTE_CAPABILITIES):
-        capability = getattr(trt.ComputeCapability, f"SM{major}{minor}")
-        if not config.set_compute_capability(capability, index):
-            raise BuildError(
-                f"TensorRT for RTX {trt.__version__} builds nothing for {major}.{minor}",
-                expected="a builder that knows this compute capability",
-                remedy=FOR_RTX.install,
-            )
 
 
 def _add_profile(builder: Any, config: Any, shapes: Profile, onnx: Path) -> None:

@@ -314,7 +314,9 @@ def test_dependencies_have_permissive_licences(root: Path, sbom: ModuleType) -> 
     for line in [*project["dependencies"], *(line for lines in extras.values() for line in lines)]:
         needs(Requirement(line), seen, absent)
     gpu = {
-        Requirement(line).name for name in ("gpu", "tensorrt", "pycuda") for line in extras[name]
+        Requirement(line).name
+        for name in ("gpu", "rtx", "tensorrt", "pycuda")
+        for line in extras[name]
     }
     assert absent <= gpu | {"ray"}, (
         "make setup installs all but what needs a GPU"

@@ -25,9 +25,9 @@ RTX = Library(
     ((1, 7), (2, 0)),
     'pip install "mask2ct[rtx]"',
 )
-# All that its builder knows: Turing, Ampere, Ada, Blackwell. Data centre GPUs (9.0, 10.0, 10.3) and
-# Jetson (8.7, 11.0) are TensorRT's own.
-COMPUTE_CAPABILITIES = ((7, 5), (8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
+# Ampere, Ada, Blackwell. Its builder knows Turing (7.5) too, but multiplies no FP32 matrices there,
+# which a style needs. Data centre GPUs (9.0, 10.0, 10.3) and Jetson (8.7, 11.0) are TensorRT's own.
+COMPUTE_CAPABILITIES = ((8, 0), (8, 6), (8, 9), (12, 0), (12, 1))
 
 
 def written(capability: tuple[int, int]) -> str:
@@ -104,7 +104,7 @@ class TensorRTRtxEngine(TensorRTEngine):
         super()._check(path)
         trt = self._trt
         gpu = str(self.cuda.device)
-        self._cache = JitCache(
+        self._jit = JitCache(
             key_of({"engine": self._file.sha256, "library": trt.__version__, "gpu": gpu})
         )
         runtime_config = self.engine.create_runtime_config()
@@ -116,9 +116,9 @@ class TensorRTRtxEngine(TensorRTEngine):
         )
         # a cache of another driver is refused by the library, and then grows anew
         runtime_cache = runtime_config.create_runtime_cache()
-        content = self._cache.read()
+        content = self._jit.read()
         if content and not runtime_cache.deserialize(content):
-            self._cache.note = "JIT cache new (the kept one is of another driver)"
+            self._jit.note = "JIT cache new (the kept one is of another driver)"
         accepted(runtime_config.set_runtime_cache(runtime_cache), "a cache of kernels")
         self._config, self._kernels = runtime_config, runtime_cache
 
@@ -133,11 +133,11 @@ class TensorRTRtxEngine(TensorRTEngine):
         return context
 
     def _what(self) -> str:
-        return f"{super()._what()}, {self._cache.note}"
+        return f"{super()._what()}, {self._jit.note}"
 
     def _release(self) -> None:
         if self._kernels is not None:
             content = self._kernels.serialize()
-            self._cache.write(b"" if content is None else bytes(memoryview(content)))
+            self._jit.write(b"" if content is None else bytes(memoryview(content)))
         self._config = self._kernels = None
         super()._release()
