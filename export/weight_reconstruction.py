@@ -225,8 +225,9 @@ def reconstruct_weights(
             start = start / output_factors.view((1, -1, 1, 1) if transposed else (-1, 1, 1, 1))
             target = float_output / output_factors.view(1, -1, 1, 1)
         span, quantized = ranges[name], name not in floating
-        rounds_input = quantized and span is not None
-        layer_input = fake_quantize(x_int8, *span, steps) if rounds_input else x_int8
+        layer_input = x_int8
+        if quantized and span is not None:
+            layer_input = fake_quantize(x_int8, *span, steps)
         if not transposed and start[0].numel() <= MAX_WEIGHTS:
             new_weights = _least_squares(layer_input, start, target, options, quantized)
         elif not quantized:

@@ -128,10 +128,10 @@ def test_gpu_that_engine_was_not_built_for(
     monkeypatch: pytest.MonkeyPatch, rtx_model: Path, kernels: Path
 ) -> None:
     """A GPU that the file does not list: `absent` says so, and opening it is refused as well."""
-    world = install(monkeypatch, capability=(7, 5))
+    world = install(monkeypatch, capability=(12, 0))
     manifest = Manifest.load(rtx_model)
     backend = next(b for b in BACKENDS if b.name == RTX)
-    assert "built for other GPUs than compute capability 7.5" in str(backend.absent(manifest))
+    assert "built for other GPUs than compute capability 12.0" in str(backend.absent(manifest))
     with pytest.raises(MissingComponent, match="other GPUs"):
         open_engine(RTX, manifest, rtx_model)
     with pytest.raises(ModelError, match="does not run on this GPU"):

@@ -156,7 +156,7 @@ _OPENVINO = ("openvino", 'pip install "mask2ct[openvino]"', _open_openvino)
 
 # `auto` takes the first that can run, so the rows stand in the order of their speed
 # (docs/decisions/0013-which-engine-auto-takes.md).
-BACKENDS = (
+BACKENDS: tuple[Backend, ...] = (
     Backend(
         "tensorrt",
         ("engine", "fp16"),
