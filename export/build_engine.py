@@ -215,7 +215,7 @@ def _require_packages() -> None:
         with importing(
             name,
             "the packages of the export extra",
-            'pip install -e ".[train,export,onnx,openvino]"  (or: make setup)',
+            'pip install -e ".[export]"  (or: make setup)',
         ):
             __import__(name)
 

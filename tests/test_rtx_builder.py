@@ -100,6 +100,32 @@ def test_real_builder_takes_exported_files(model: Path, trt: Any) -> None:
         assert built(model / name, manifest, trt).plan
 
 
+POLYGRAPHY = """
+import sys, {module} as trt
+sys.modules["tensorrt_rtx"] = trt
+sys.argv = ["polygraphy", "inspect", "capability", sys.argv[1]]
+from polygraphy.tools import main
+sys.exit(main())
+"""
+
+
+def test_polygraphy_finds_graph_supported(
+    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NVIDIA's own tool is a second opinion: the graph is supported as a whole."""
+    if not (bindings_folder("rtx") / "polygraphy").is_dir():
+        pytest.skip("Polygraphy is not installed: make tensorrt-bindings")
+    manifest, graph = random_network("edge", 2, True)
+    to_onnx(to_fp16(graph), manifest, tmp_path / "model.onnx")
+    monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "1")
+    monkeypatch.chdir(tmp_path)  # it leaves files where it finds parts that are not supported
+    code = POLYGRAPHY.format(module=trt.__name__)
+    done = python(code, str(tmp_path / "model.onnx"), path=bindings_folder("rtx"))
+    assert done.returncode == 0 and "Graph is fully supported by TensorRT" in done.stdout, (
+        done.stderr
+    )
+
+
 def test_rtx_engine_is_listed_unvalidated(trt: Any, tmp_path: Path, root: Path) -> None:
     """An engine built without a GPU is in the manifest with what it is tied to, and no backend
     takes it by itself.
