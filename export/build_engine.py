@@ -59,9 +59,9 @@ def main(argv: Sequence[str]) -> int:
         if not options.quiet:
             print(text, file=sys.stderr)
 
-    wanted = [] if options.onnx_only else _targets(options.target)
-    missing = {target.name: why for target in wanted if (why := why_not(target))}
-    lacking = _required_but_missing(options, wanted, missing)
+    targets = [] if options.onnx_only else _targets(options.target)
+    missing = {target.name: why for target in targets if (why := why_not(target))}
+    lacking = _required_but_missing(options, targets, missing)
     if lacking is not None:
         say(f"{lacking.fact}; the ONNX graphs are written first")
     _require_packages()
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
         raise lacking
     names = ("precision", "native", "hardware", "max_batch", "workspace", "timing_cache")
     build = BuildOptions(**{name: getattr(options, name) for name in names})
-    for target in (target for target in wanted if target.name not in missing):
+    for target in (target for target in targets if target.name not in missing):
         unproven = _why_not_validated(target)
         add_engine(
             options.output,
@@ -118,17 +118,17 @@ def _targets(name: str) -> list[Target]:
 
 
 def _required_but_missing(
-    options: argparse.Namespace, wanted: list[Target], missing: dict[str, MissingComponent]
+    options: argparse.Namespace, targets: list[Target], missing: dict[str, MissingComponent]
 ) -> MissingComponent | None:
     """Why an engine that the user asked for cannot be built; None where nothing is in the way.
 
     Who names a target asks for its engine; who says `--require-engine`, for any.
     """
-    asked = options.require_engine or options.target != "auto"
-    if not asked or not wanted or len(missing) < len(wanted):
+    is_required = options.require_engine or options.target != "auto"
+    if not is_required or not targets or len(missing) < len(targets):
         return None
     # the last one is what a machine without a GPU can do
-    return missing[wanted[-1].name]
+    return missing[targets[-1].name]
 
 
 def _why_not_validated(target: Target) -> str | None:

@@ -266,8 +266,8 @@ def fake_quantize(
     """
     step = steps.size(low, high)
     zero = 0 if steps.symmetric else round(-low / step)
-    whole = torch.clamp(torch.round(x / step) + zero, steps.lowest, steps.highest)
-    return (whole - zero) * step
+    level = torch.clamp(torch.round(x / step) + zero, steps.lowest, steps.highest)
+    return (level - zero) * step
 
 
 def _channel_factors(

@@ -92,6 +92,8 @@ def test_gpu_engines_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
         "tensorrt",
         "tensorrt-rtx",
         "onnx-cuda",
+        "tensorrt-int8",
+        "tensorrt-rtx-int8",
     ]
     on_cpu = tuple(backend for backend in BACKENDS if not backend.gpu)
     monkeypatch.setattr(registry, "BACKENDS", on_cpu)

@@ -45,10 +45,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--python", type=Path, help="use this environment, install nothing")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory(prefix="engine-without-gpu-") as work:
-        held = check(options, Path(work))
-    for line, ok in held.items():
+        claims = check(options, Path(work))
+    for line, ok in claims.items():
         print(f"{'holds' if ok else 'FAILS'}  {line}")
-    return 0 if all(held.values()) else 1
+    return 0 if all(claims.values()) else 1
 
 
 def check(options: argparse.Namespace, work: Path) -> dict[str, bool]:
@@ -61,7 +61,7 @@ def check(options: argparse.Namespace, work: Path) -> dict[str, bool]:
     Returns:
         What was seen, and whether it is as it should be.
     """
-    held: dict[str, bool] = {}
+    claims: dict[str, bool] = {}
     python, model = options.python, work / "model"
     if python is None:
         python = work / "venv" / "bin" / "python"
@@ -70,21 +70,21 @@ def check(options: argparse.Namespace, work: Path) -> dict[str, bool]:
         seconds = timed([python, "-m", "pip", "install", "--quiet", *install])
         files = [f for f in python.parent.parent.rglob("*") if f.is_file() and not f.is_symlink()]
         size = sum(file.stat().st_size for file in files)
-        held[f'pip install ".[export,rtx]": {seconds:.0f} s, {size / 2**30:.1f} GiB'] = True
+        claims[f'pip install ".[export,rtx]": {seconds:.0f} s, {size / 2**30:.1f} GiB'] = True
     seconds = timed([python, "export/build_engine.py", options.run, "-o", model, "--quiet"])
-    held[f"the export takes {seconds:.0f} s of at most {SECONDS}"] = seconds <= SECONDS
+    claims[f"the export takes {seconds:.0f} s of at most {SECONDS}"] = seconds <= SECONDS
     manifest = Manifest.load(model)
     manifest.verify(model, manifest.files)
     engine = manifest.files.get(FOR_RTX.file)
-    held[f"{FOR_RTX.file} is in the manifest, and its SHA-256 is right"] = engine is not None
+    claims[f"{FOR_RTX.file} is in the manifest, and its SHA-256 is right"] = engine is not None
     if engine is not None:
         half = engine.facts["half_network"]
-        held[f"{100 * half:.0f} % of its convolutions are FP16"] = half >= LEAST_HALF
+        claims[f"{100 * half:.0f} % of its convolutions are FP16"] = half >= LEAST_HALF
         gpus = ", ".join(engine.facts["compute_capabilities"])
-        held[f"it runs on compute capabilities {gpus}"] = bool(gpus)
+        claims[f"it runs on compute capabilities {gpus}"] = bool(gpus)
     describe = [python, "-m", "runtime", "describe", model]
-    held[f"describe takes {timed(describe):.1f} s"] = True
-    return held
+    claims[f"describe takes {timed(describe):.1f} s"] = True
+    return claims
 
 
 def timed(command: Sequence[object]) -> float:

@@ -41,7 +41,7 @@ def resolve(extra: str, python: str) -> str | None:
         extra: Its name.
         python: The Python's version, "3.10".
     """
-    done = subprocess.run(
+    answer = subprocess.run(
         [
             *(sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header"),
             *("--python-version", python, "--python-platform", "x86_64-manylinux_2_28"),
@@ -51,7 +51,7 @@ def resolve(extra: str, python: str) -> str | None:
         text=True,
         check=False,
     )
-    return None if done.returncode == 0 else done.stderr.strip()
+    return None if answer.returncode == 0 else answer.stderr.strip()
 
 
 def main(argv: Sequence[str]) -> int:
