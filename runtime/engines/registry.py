@@ -78,9 +78,11 @@ class Backend:
         return None
 
     def uninstalled(self) -> str | None:
-        """Return the result of `missing` as one phrase."""
+        """Return the result of `missing` as one phrase; a GPU's remedy is no matter of a phrase."""
         missing = self.missing()
-        return missing and f"{missing[0]} ({missing[1]})"
+        if missing is None or missing[1] is DRIVER_REMEDY:
+            return missing and missing[0]
+        return f"{missing[0]} ({missing[1]})"
 
     def absent(self, manifest: Manifest) -> str | None:
         """Return why this backend cannot run the model here; None where it can."""
