@@ -7,6 +7,7 @@ would refuse on a GPU machine.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -73,6 +74,24 @@ def random_network(kind: str, style: int, noise: bool) -> tuple[Manifest, Labels
     return manifest, LabelsToIntensity(generator, len(MM_WHS), intensity)
 
 
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Manifest, Path]:
+    """A model folder with the FP32 and the FP16 graph of a network with every input."""
+    folder = tmp_path_factory.mktemp("exported")
+    manifest, graph = random_network("edge", style=2, noise=True)
+    files = {}
+    for name, precision, network in (
+        ("model.onnx", "fp32", graph),
+        ("model.fp16.onnx", "fp16", to_fp16(graph)),
+    ):
+        to_onnx(network, manifest, folder / name)
+        size, digest = (folder / name).stat().st_size, sha256_of(folder / name)
+        files[name] = ModelFile("onnx", precision, size, digest)
+    manifest = replace(manifest, files=files)
+    write_fake_model(folder, manifest)
+    return manifest, folder
+
+
 def built(onnx_file: Path, manifest: Manifest, trt: Any) -> Built:
     return build(onnx_file, shapes_of(manifest, 4), BuildOptions(), target=FOR_RTX, trt=trt)
 
@@ -110,39 +129,31 @@ sys.exit(main())
 
 
 def test_polygraphy_finds_graph_supported(
-    trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    exported: tuple[Manifest, Path], trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """NVIDIA's own tool is a second opinion: the graph is supported as a whole."""
     if not (bindings_folder("rtx") / "polygraphy").is_dir():
         pytest.skip("Polygraphy is not installed: make tensorrt-bindings")
-    manifest, graph = random_network("edge", 2, True)
-    to_onnx(to_fp16(graph), manifest, tmp_path / "model.onnx")
     monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "1")
     monkeypatch.chdir(tmp_path)  # it leaves files where it finds parts that are not supported
     code = POLYGRAPHY.format(module=trt.__name__)
-    done = python(code, str(tmp_path / "model.onnx"), path=bindings_folder("rtx"))
+    done = python(code, str(exported[1] / "model.fp16.onnx"), path=bindings_folder("rtx"))
     assert done.returncode == 0 and "Graph is fully supported by TensorRT" in done.stdout, (
         done.stderr
     )
 
 
-def test_rtx_engine_is_listed_unvalidated(trt: Any, tmp_path: Path, root: Path) -> None:
+def test_rtx_engine_is_listed_unvalidated(
+    exported: tuple[Manifest, Path], trt: Any, tmp_path: Path, root: Path
+) -> None:
     """An engine built without a GPU is in the manifest with what it is tied to, and no backend
     takes it by itself.
     """
-    manifest, graph = random_network("unet", 0, True)
-    files = {}
-    for name, precision, network in (
-        ("model.onnx", "fp32", graph),
-        ("model.fp16.onnx", "fp16", to_fp16(graph)),
-    ):
-        to_onnx(network, manifest, tmp_path / name)
-        size, digest = (tmp_path / name).stat().st_size, sha256_of(tmp_path / name)
-        files[name] = ModelFile("onnx", precision, size, digest)
-    write_fake_model(tmp_path, replace(manifest, files=files))
+    manifest, source = exported
+    folder = Path(shutil.copytree(source, tmp_path / "model"))
     said: list[str] = []
     written = add_engine(
-        tmp_path,
+        folder,
         BuildOptions(),
         None,
         gpu=None,
@@ -151,28 +162,30 @@ def test_rtx_engine_is_listed_unvalidated(trt: Any, tmp_path: Path, root: Path) 
         quiet=True,
         trt=trt,
     )
-    assert written == Manifest.load(tmp_path)
-    written.verify(tmp_path, written.files)
+    assert written == Manifest.load(folder)
+    written.verify(folder, written.files)
     engine = written.files[FOR_RTX.file]
     assert (engine.kind, engine.precision) == ("rtx-engine", "fp16")
     assert engine.facts["tensorrt_rtx"] == trt.__version__
     assert engine.facts["compute_capabilities"] == list(CAPABILITIES)
-    assert engine.facts["onnx_sha256"] == files["model.fp16.onnx"].sha256
+    assert engine.facts["onnx_sha256"] == manifest.files["model.fp16.onnx"].sha256
     assert engine.facts["half_network"] == 1
     schema = json.loads((root / "runtime/manifest.schema.json").read_text())["properties"]["files"]
-    jsonschema.validate(json.loads((tmp_path / "manifest.json").read_text())["files"], schema)
+    jsonschema.validate(json.loads((folder / "manifest.json").read_text())["files"], schema)
     backend = next(b for b in BACKENDS if b.name == "tensorrt-rtx")
     assert not backend.validated(written) and "compute capabilities 8.0, 8.6" in said[0]
     if why_no_gpu():
         with pytest.raises(Exception, match="cannot run this model here") as caught:
-            open_engine("tensorrt-rtx", written, tmp_path)
+            open_engine("tensorrt-rtx", written, folder)
         assert caught.value.exit_code == 3
 
 
-def test_real_builder_takes_symmetric_int8(trt: Any, tmp_path: Path) -> None:
+def test_real_builder_takes_symmetric_int8(
+    exported: tuple[Manifest, Path], trt: Any, tmp_path: Path
+) -> None:
     """The INT8 form for CPUs is refused, the symmetric one is built."""
-    manifest, graph = random_network("unet", 0, True)
-    to_onnx(graph, manifest, tmp_path / "fp32.onnx")
+    manifest, folder = exported
+    shutil.copy(folder / "model.onnx", tmp_path / "fp32.onnx")  # others are written beside it
     masks = np.random.default_rng(0).integers(0, 3, (4, 3, 32, 32), np.uint8)
     inputs = draw_inputs(manifest.inputs, masks)
     for name, steps in (("unsigned", ASYMMETRIC), ("symmetric", SYMMETRIC)):
@@ -183,19 +196,18 @@ def test_real_builder_takes_symmetric_int8(trt: Any, tmp_path: Path) -> None:
     assert built(tmp_path / "symmetric.onnx", manifest, trt).plan
 
 
-def test_real_builder_refuses_wrong_shapes(trt: Any, tmp_path: Path) -> None:
+def test_real_builder_refuses_wrong_shapes(exported: tuple[Manifest, Path], trt: Any) -> None:
     """Other inputs, and shapes that contradict each other, are refused by name."""
-    manifest, graph = random_network("edge", 0, False)
-    path = tmp_path / "model.onnx"
-    to_onnx(graph, manifest, path)
-    smallest, best, largest = shapes_of(manifest, 4)["labels"]
+    manifest, folder = exported
+    shapes = shapes_of(manifest, 4)
+    smallest, best, largest = shapes["labels"]
     for profile, what in (
-        ({"other": (smallest, best, largest)}, r"takes \['labels'\]"),
-        ({"labels": (largest, best, smallest)}, "refuses the shapes labels"),
-        ({"labels": (smallest[:2], best[:2], largest[:2])}, "refuses the shapes labels"),
+        ({"labels": shapes["labels"]}, r"takes \['labels', 'noise', 'style'\]"),
+        ({**shapes, "labels": (largest, best, smallest)}, "refuses the shapes labels"),
+        ({**shapes, "labels": (smallest[:2], best[:2], largest[:2])}, "refuses the shapes labels"),
     ):
         with pytest.raises(BuildError, match=what):
-            build(path, profile, BuildOptions(), target=FOR_RTX, trt=trt)
+            build(folder / "model.onnx", profile, BuildOptions(), target=FOR_RTX, trt=trt)
 
 
 Steps = Sequence[tuple[str, Sequence[str], str, dict[str, Any]]]
@@ -328,23 +340,23 @@ print(runtime.get_engine_validity(plan)[0].name, runtime.deserialize_cuda_engine
 """
 
 
-def test_rtx_runtime_without_driver_survives(trt: Any, tmp_path: Path) -> None:
+def test_rtx_runtime_without_driver_survives(
+    exported: tuple[Manifest, Path], trt: Any, tmp_path: Path
+) -> None:
     """Unlike the lean runtime it does not end the process: it says that the engine is not valid."""
     if why_no_gpu() is None:
         pytest.skip("there is a GPU")
-    manifest, graph = random_network("edge", 0, False)
-    to_onnx(graph, manifest, tmp_path / "model.onnx")
-    (tmp_path / "plan").write_bytes(built(tmp_path / "model.onnx", manifest, trt).plan)
+    manifest, folder = exported
+    (tmp_path / "plan").write_bytes(built(folder / "model.onnx", manifest, trt).plan)
     place = Path(trt.__file__).parent.parent
     code = RUNTIME.format(module=trt.__name__)
     done = python(code, str(tmp_path / "plan"), path=place)
     assert (done.returncode, done.stdout.strip()) == (0, "INVALID None"), done.stderr
 
 
-def test_rtx_build_stops_on_ctrl_c(trt: Any, tmp_path: Path) -> None:
+def test_rtx_build_stops_on_ctrl_c(exported: tuple[Manifest, Path], trt: Any) -> None:
     """A build that is interrupted ends without an engine and without an exception in TensorRT."""
-    manifest, graph = random_network("edge", 0, False)
-    to_onnx(graph, manifest, tmp_path / "model.onnx")
+    manifest, folder = exported
 
     def interrupt(phase: str, step: int, steps: int) -> None:
         raise KeyboardInterrupt
@@ -352,7 +364,7 @@ def test_rtx_build_stops_on_ctrl_c(trt: Any, tmp_path: Path) -> None:
     stop: Callable[[str, int, int], None] = interrupt
     with pytest.raises(KeyboardInterrupt):
         build(
-            tmp_path / "model.onnx",
+            folder / "model.onnx",
             shapes_of(manifest, 4),
             BuildOptions(),
             target=FOR_RTX,
