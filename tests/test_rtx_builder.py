@@ -25,7 +25,7 @@ from samples import write_fake_model
 
 from export.attach_engine import CAPABILITIES, add_engine
 from export.graph import LabelsToIntensity, to_fp16
-from export.parity import draw_inputs
+from export.parity import draw_inputs, run_engine
 from export.quantize import Quantizer
 from export.to_onnx import to_onnx
 from export.to_tensorrt import FOR_RTX, BuildOptions, Built, build, parse, shapes_of
@@ -194,6 +194,16 @@ def test_real_builder_takes_symmetric_int8(
         built(tmp_path / "unsigned.onnx", manifest, trt)
     assert "DequantizeLinear" in caught.value.rows[0]
     assert built(tmp_path / "symmetric.onnx", manifest, trt).plan
+    # and both CPU engines compute the same from it, as its parity check needs
+    values = []
+    for name in ("onnx-int8-gpu", "openvino-int8-gpu"):
+        backend = next(backend for backend in BACKENDS if backend.name == name)
+        if backend.missing():
+            pytest.skip(f"{backend.module} is not installed")
+        engine = backend.open(tmp_path / "symmetric.onnx", manifest)
+        values.append(run_engine(engine, inputs)[0].astype(int))
+        engine.close()
+    assert np.abs(values[0] - values[1]).mean() < 1 and len(np.unique(values[0])) > 16
 
 
 def test_real_builder_refuses_wrong_shapes(exported: tuple[Manifest, Path], trt: Any) -> None:
