@@ -214,7 +214,7 @@ def test_real_builder_refuses_wrong_shapes(exported: tuple[Manifest, Path], trt:
     for profile, what in (
         ({"labels": shapes["labels"]}, r"takes \['labels', 'noise', 'style'\]"),
         ({**shapes, "labels": (largest, best, smallest)}, "refuses the shapes labels"),
-        ({**shapes, "labels": (smallest[:2], best[:2], largest[:2])}, "refuses the shapes labels"),
+        ({**shapes, "labels": (smallest[:2], best[:2], largest[:2])}, "has 4 dimensions"),
     ):
         with pytest.raises(BuildError, match=what):
             build(folder / "model.onnx", profile, BuildOptions(), target=FOR_RTX, trt=trt)
@@ -361,7 +361,8 @@ def test_rtx_runtime_without_driver_survives(
     place = Path(trt.__file__).parent.parent
     code = RUNTIME.format(module=trt.__name__)
     done = python(code, str(tmp_path / "plan"), path=place)
-    assert (done.returncode, done.stdout.strip()) == (0, "INVALID None"), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "INVALID None"  # after what TensorRT itself prints
 
 
 def test_rtx_build_stops_on_ctrl_c(exported: tuple[Manifest, Path], trt: Any) -> None:
