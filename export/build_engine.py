@@ -18,7 +18,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 # Replaced, not prepended: export/ must not shadow packages.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from export.to_tensorrt import FOR_RTX, HARDWARE, TARGETS, BuildOptions, Target, why_not
+from export.to_tensorrt import HARDWARE, TARGETS, BuildOptions, Target, why_not
 from runtime.core.console import EXIT_CODES, duration, run
 from runtime.core.errors import MissingComponent, importing
 from runtime.engines.gpu.probe import device, why_no_gpu
@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
             target=target,
             quiet=options.quiet,
         )
-        proof = f"not run here, {unproven}" if unproven else "validated"
+        proof = f"not run here ({unproven})" if unproven else "validated"
         say(f"{target.file} built, {proof}, in {duration(time.perf_counter() - started)}")
     if missing:
         say(_what_can_be_added(missing))
@@ -136,10 +136,10 @@ def _why_not_validated(target: Target) -> str | None:
     if target.needs_gpu:
         return None
     if why := why_no_gpu():
-        return f"for {why}"
+        return why
     backend = next(backend for backend in BACKENDS if backend.name == target.backend)
     missing = backend.missing()
-    return missing and f"for {missing[0]}"
+    return missing and missing[0]
 
 
 def _what_can_be_added(missing: dict[str, MissingComponent]) -> str:
@@ -147,9 +147,10 @@ def _what_can_be_added(missing: dict[str, MissingComponent]) -> str:
     rows = []
     for name in missing:
         target = TARGETS[name]
-        where = "on a machine with an NVIDIA GPU" if target.needs_gpu else "here, without a GPU"
-        gpus = "GeForce and RTX GPUs" if target is FOR_RTX else "that GPU"
-        rows.append(f"{target.install} builds one for {gpus}, {where}")
+        where = "here, for GeForce and RTX GPUs"
+        if target.needs_gpu:
+            where = "on a machine with an NVIDIA GPU, for that GPU"
+        rows.append(f"{target.install} builds one {where}")
     return f"engines that can be added: {'; '.join(reversed(rows))}"
 
 
