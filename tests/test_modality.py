@@ -4,6 +4,7 @@ synthetic image.
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -13,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from samples import image, synth, write_fake_model, write_mask
+from samples import image, results, synth, write_fake_model, write_mask
 
 from runtime.__main__ import main
 from runtime.core.console import run
-from runtime.core.manifest import Intensity
+from runtime.core.manifest import Intensity, Manifest
 from runtime.engines.fake import fake_manifest
+from runtime.io.marks import written_by_mask2ct
 from train.metrics.scores import HU, diversity, evaluate, table
 
 LABELS = [
@@ -83,6 +85,7 @@ def test_mr_cohort_trains_exports_synthesizes(tmp_path: Path, command) -> None:
     manifest = json.loads((model / "manifest.json").read_text())
     assert manifest["license"] == "CC-BY-4.0" and manifest["name"] == "mr"
     assert manifest["intensity"] == {"unit": "a.u.", "low": 0, "high": 1200}
+    assert manifest["modality"] == "MR"
     assert [(row["name"], row["value"]) for row in manifest["labels"]] == [
         ("background", 0),
         ("fluid", 10),
@@ -101,7 +104,7 @@ def test_mr_cohort_trains_exports_synthesizes(tmp_path: Path, command) -> None:
     )
     assert generated.returncode == 0, generated.stderr
     mask = sitk.GetArrayFromImage(sitk.ReadImage(str(data / "mr0_label.nii.gz")))
-    values = sitk.GetArrayFromImage(sitk.ReadImage(str(next(out.glob("*_ct.nii.gz")))))
+    values = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "mr0_label_mr.nii.gz")))
     assert values.dtype == np.int16 and values.min() >= 0 and values.max() <= 1200
     air, fluid, tissue = (np.median(values[mask == value]) for value in (0, 10, 20))
     assert air < tissue < fluid and abs(tissue - 400) < 150  # what the labels mean is learnt
@@ -116,11 +119,11 @@ def test_mr_cohort_trains_exports_synthesizes(tmp_path: Path, command) -> None:
     for name, source in (
         ("masks", data / "mr0_label.nii.gz"),
         ("truth", data / "mr0_image.nii.gz"),
-        ("synthetic", next(out.glob("*_ct.nii.gz"))),
+        ("synthetic", out / "mr0_label_mr.nii.gz"),
     ):
         folders[name].mkdir(parents=True)
         shutil.copy(
-            source, folders[name] / ("case_ct.nii.gz" if name == "synthetic" else "case.nii.gz")
+            source, folders[name] / ("case_mr.nii.gz" if name == "synthetic" else "case.nii.gz")
         )
     line = [
         "-m",
@@ -304,6 +307,47 @@ def greys(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fake_manifest(noise=False), name="greys", intensity=Intensity("a.u.", 0, 255)
     )
     return write_fake_model(tmp_path_factory.mktemp("models") / "greys", manifest)
+
+
+@pytest.mark.parametrize(
+    ("modality", "content", "channel", "mark"),
+    [
+        ("MR", "mr", "synthetic MR", b"SYNTHETIC MR - NOT FOR DIAGNOSIS"),
+        ("other", "image", "synthetic image", b"SYNTHETIC IMAGE - NOT FOR DIAGNOSIS"),
+        # as older models, whose output folders are resumed
+        ("", "ct", "synthetic", b"SYNTHETIC CT - NOT FOR DIAGNOSIS"),
+    ],
+)
+def test_names_follow_the_modality(
+    modality: str, content: str, channel: str, mark: bytes, tmp_path: Path
+) -> None:
+    manifest = replace(
+        fake_manifest(noise=False), intensity=Intensity("a.u.", 0, 255), modality=modality
+    )
+    assert Manifest.from_json(json.loads(json.dumps(manifest.to_json()))) == manifest
+    model = write_fake_model(tmp_path / "model", manifest)
+    mask, out = write_mask(tmp_path / "a.nii.gz"), tmp_path / "out"
+    for arguments in ((), ("--variants", "1"), ("--resume",)):
+        assert synth(model, out, mask, *arguments) == 0
+    names = {f"a_{content}.nii.gz", f"a_v0_{content}.nii.gz", "a_v0_mask.nii.gz"}
+    assert {path.name for path in out.glob("*.nii.gz")} == names
+    file = out / f"a_{content}.nii.gz"
+    assert mark in gzip.decompress(file.read_bytes())[:400] and written_by_mask2ct(file)
+    assert synth(model, tmp_path / "set", mask, "--format", "nnunet") == 0
+    stated = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    assert stated["channel_names"] == {"0": channel}
+    assert mark.decode() in stated["description"]
+
+
+def test_ct_names_and_mark_stay(fake_model: Path, tmp_path: Path) -> None:
+    """Whether a model states CT or, as before, nothing: the same files."""
+    stated = replace(Manifest.load(fake_model), modality="CT")
+    mask = write_mask(tmp_path / "a.nii.gz")
+    model = write_fake_model(tmp_path / "model", stated)
+    for name, folder in (("old", fake_model), ("new", model)):
+        assert synth(folder, tmp_path / name, mask, "--variants", "2") == 0
+    assert results(tmp_path / "old") == results(tmp_path / "new")
+    assert (tmp_path / "new" / "a_v1_ct.nii.gz").is_file()
 
 
 def assert_refused(said: str) -> None:

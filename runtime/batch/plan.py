@@ -137,11 +137,12 @@ class Plan:
         facts["ranges"] = asdict(self.ranges) if variant else None
         return {**facts, "variant": variant}
 
-    def files(self, case: str) -> list[Path]:
+    def files(self, case: str, modality: str = "") -> list[Path]:
         """Return all paths that a run writes for one mask.
 
         Args:
             case: the name of the mask's case.
+            modality: of the model, `Manifest.modality`.
 
         Raises:
             UsageError: if the name cannot name a file.
@@ -149,7 +150,7 @@ class Plan:
         return [
             file
             for variant in self.variant_ids
-            for file in self.writer.files(self.output, case, variant)
+            for file in self.writer.files(self.output, case, variant, modality)
         ]
 
     def check(self, manifest: Manifest, cases: Sequence[Case]) -> None:
@@ -171,7 +172,8 @@ class Plan:
         remove_abandoned()
         # of earlier runs; read when a file is in the way
         journal_names: frozenset[str] | None = None
-        for file in (file for case in cases for file in self.files(case.name)):
+        files = (file for case in cases for file in self.files(case.name, manifest.modality))
+        for file in files:
             if not filename_fits(file):
                 continue
             _refuse_links(self.output, file)
@@ -229,7 +231,8 @@ class Plan:
             manifest: of the model or method that makes the CTs.
             cases: the masks to come.
         """
-        folders = {self.output, *(file.parent for case in cases for file in self.files(case.name))}
+        files = (file for case in cases for file in self.files(case.name, manifest.modality))
+        folders = {self.output, *(file.parent for file in files)}
         try:
             _sweep(folders)
             yield

@@ -232,7 +232,9 @@ class BatchRunner:
                         case.name,
                         case.display_name,
                         variant,
-                        self._format.files(self._output, case.name, variant),
+                        self._format.files(
+                            self._output, case.name, variant, self._source.manifest.modality
+                        ),
                         entry.slices,
                         warnings=entry.warnings,
                         input=all_inputs,
@@ -424,7 +426,8 @@ class BatchRunner:
 
     def _check_names(self, case: Case) -> None:
         """Refuse a case whose name makes a file name that no file system takes."""
-        if not all(map(filename_fits, self._plan.files(case.name))):
+        files = self._plan.files(case.name, self._source.manifest.modality)
+        if not all(map(filename_fits, files)):
             raise UnreadableVolume(
                 f"the name of {case.display_name.name} is too long for the files that are written",
                 expected="at most about 200 bytes",

@@ -31,6 +31,8 @@ from .errors import ModelError, reading
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+# What the images may be; the names of results follow it.
+MODALITIES = ("CT", "MR", "other")
 METADATA = "mask2ct"  # the key of the signature in a graph file
 MAX_LABELS = 256  # indices are uint8
 # The limits of a manifest: far beyond any network, and low enough that a manifest cannot fill the
@@ -258,6 +260,11 @@ class Manifest:
         export: How export made the files.
         license: The license of the weights.
         derived: The CTs are real CTs, deformed, and not synthetic. No model folder says so.
+        modality: One of `MODALITIES`, which names of results follow; empty: the model does not
+            state it, as older ones, and its results are named like CTs.
+
+    Raises:
+        ValueError: There is no such modality.
     """
 
     name: str
@@ -272,6 +279,11 @@ class Manifest:
     export: Mapping[str, Any] = field(default_factory=dict)
     license: str = ""
     derived: bool = False
+    modality: str = ""
+
+    def __post_init__(self) -> None:
+        if self.modality and self.modality not in MODALITIES:
+            raise _no(f"'modality' is {shown(self.modality)}", f"one of {', '.join(MODALITIES)}")
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -352,6 +364,7 @@ class Manifest:
             "labels": labels_to_json(self.labels),
             "grid": grid_to_json(self.grid),
             "intensity": vars(self.intensity),
+            "modality": self.modality,
             "style": self.style,
             "noise": self.noise,
             "inputs": [vars(spec) for spec in self.inputs],
@@ -402,6 +415,7 @@ class Manifest:
             noise=data["noise"],
             files={name: _file(name, file) for name, file in files.items()},
             license=text(data.get("license", ""), "'license'"),
+            modality=text(data.get("modality", ""), "'modality'"),
             parity=described["parity"],
             training=described["training"],
             export=described["export"],

@@ -44,6 +44,14 @@ DERIVED = Mark(
     "DERIVED CT - NOT FOR DIAGNOSIS", "DERIVED CT - NOT FOR DIAGNOSIS", ("Manufacturer", PROGRAM)
 )
 MARKS = (SYNTHETIC, DERIVED)
+# By modality, what a synthetic image that is no CT states in a volume file. DICOM holds CTs alone.
+_SYNTHETIC_TEXTS = {
+    "MR": "SYNTHETIC MR - NOT FOR DIAGNOSIS",
+    "other": "SYNTHETIC IMAGE - NOT FOR DIAGNOSIS",
+}
+_TEXTS = tuple(
+    text.encode() for text in (*(mark.text for mark in MARKS), *_SYNTHETIC_TEXTS.values())
+)
 # The attributes that `dicom_written_by_mask2ct` reads.
 DICOM_KEYWORDS = ("SeriesDescription", *(mark.dicom_attribute[0] for mark in MARKS))
 # First bytes of the files that mask2ct writes.
@@ -55,24 +63,26 @@ _BEGINNINGS = {
 }
 
 
-def mark_text(*, derived: bool) -> str:
+def mark_text(*, derived: bool, modality: str = "") -> str:
     """The text in every header of a result.
 
     Args:
         derived: Whether the result is a deformed real CT, not a synthetic CT.
+        modality: Of the result, as in `Manifest.modality`.
     """
-    return (DERIVED if derived else SYNTHETIC).text
+    return DERIVED.text if derived else _SYNTHETIC_TEXTS.get(modality, SYNTHETIC.text)
 
 
-def notice(*, derived: bool) -> str:
+def notice(*, derived: bool, modality: str = "") -> str:
     """The description of a volume file: `mark_text`, with the program's name.
 
     It has at most 79 characters, for the description of a NIfTI.
 
     Args:
         derived: Whether the result is a deformed real CT, not a synthetic CT.
+        modality: Of the result, as in `Manifest.modality`.
     """
-    return f"{mark_text(derived=derived)} ({PROGRAM})"
+    return f"{mark_text(derived=derived, modality=modality)} ({PROGRAM})"
 
 
 def written_by_mask2ct(path: Path) -> bool:
@@ -117,11 +127,7 @@ def is_cut(path: Path) -> bool:
 
 def _are_marked(head: bytes | None) -> bool:
     """Whether the first bytes of a file hold the marks; False where they cannot be read."""
-    return (
-        head is not None
-        and PROGRAM.encode() in head
-        and any(mark.text.encode() in head for mark in MARKS)
-    )
+    return head is not None and PROGRAM.encode() in head and any(text in head for text in _TEXTS)
 
 
 def _first_bytes(path: Path) -> bytes | None:

@@ -24,7 +24,7 @@ from .dicom_series import read_ct
 from .volume import read_volume
 
 # Endings of a CT's name; the first is nnU-Net's channel 0.
-IMAGE_ENDINGS = ("_0000", "_image", "_img", "_ct")
+IMAGE_ENDINGS = ("_0000", "_image", "_img", "_ct", "_mr")
 MASK_ENDINGS = ("_label", "_labels", "_mask", "_seg", "_segmentation", "_gt")
 # Voxels between the corners of the two grids: headers round their numbers.
 PLACE_TOLERANCE = 0.02

@@ -93,13 +93,16 @@ class Format(Protocol):
             InputError: it cannot.
         """
 
-    def files(self, output: Path, case: str, variant: int | None) -> tuple[Path, ...]:
+    def files(
+        self, output: Path, case: str, variant: int | None, modality: str = ""
+    ) -> tuple[Path, ...]:
         """Return the paths that `write` leaves for one result.
 
         Args:
             output: the output folder.
             case: the name of the case.
             variant: the number of the variant, or None.
+            modality: of the model, `Manifest.modality`.
 
         Returns:
             Files, or one folder that is replaced as a whole.

@@ -54,7 +54,9 @@ class DicomFormat:
         if self.options.attach:
             check_attachable(mask)
 
-    def files(self, output: Path, case: str, variant: int | None) -> tuple[Path, ...]:
+    def files(
+        self, output: Path, case: str, variant: int | None, modality: str = ""
+    ) -> tuple[Path, ...]:
         """Return the folder of a result."""
         return (output / result_name(case, variant),)
 

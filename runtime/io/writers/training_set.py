@@ -3,15 +3,15 @@
 The output folder is the data set. It may be new or exist, also with real cases, provided that it
 has the same labels. Labels are consecutive (0 … K, the model's indices), which nnU-Net requires. A
 case is complete once its image exists, because the label map is written first. `dataset.json`
-counts the cases in the folder and is written at the end of a run. One run at a time writes into a
-folder.
+counts the cases in the folder and is written at the end of a run; for nnU-Net, `synthetic.csv` and
+`splits_final.json` are too (training_splits.py). One run at a time writes into a folder.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from ...core.manifest import Manifest
 from ...core.volume import CTSlab, LabelVolume
 from ..marks import notice, written_by_mask2ct
 from .base import FormatOptions, OutputRecord, refuse_dicom_options, result_name
+from .training_splits import check_files, read_sources, source_of, write_sources, write_splits
 from .volume import isal_threaded, write_ct, write_labels
 
 DATASET = "dataset.json"
@@ -52,11 +53,15 @@ class DatasetFormat:
         refuse_dicom_options(self.options)
         isal_threaded()
         _refuse_other_labels(output, _read(output), self._required(manifest))
+        if self.channel:
+            check_files(output)
 
     def check_mask(self, mask: LabelVolume) -> None:
         """Do nothing: the format holds every grid."""
 
-    def files(self, output: Path, case: str, variant: int | None) -> tuple[Path, ...]:
+    def files(
+        self, output: Path, case: str, variant: int | None, modality: str = ""
+    ) -> tuple[Path, ...]:
         """Return the image and the label map of a case."""
         name = result_name(case, variant)
         return (
@@ -74,7 +79,7 @@ class DatasetFormat:
         """Write the label map, then the CT as its slabs come."""
         image, label = self.files(output, record.case, record.variant)
         values = np.arange(len(record.manifest.labels), dtype=np.uint8)
-        text = notice(derived=record.manifest.derived)
+        text = notice(derived=record.manifest.derived, modality=record.manifest.modality)
         mask = write_labels(label, record.mask, values, description="mask of a " + text)
         return {image: write_ct(image, slabs, record.mask, description=text), label: mask}
 
@@ -107,12 +112,26 @@ class DatasetFormat:
             data["training"], data["numTraining"] = listed, len(listed)
         if data != stored:
             write_json(output / DATASET, data)
+        if self.channel:
+            self._write_splits(output, complete)
+
+    def _write_splits(self, output: Path, cases: Sequence[str]) -> None:
+        """Write which cases are synthetic, and nnU-Net's folds, which keep patients apart."""
+        known = read_sources(output)
+        sources = {
+            case: known[case] if case in known else source_of(case)
+            for case in cases
+            if case in known
+            or written_by_mask2ct(output / IMAGES / f"{case}{self.channel}{ENDING}")
+        }
+        write_sources(output, sources)
+        write_splits(output, cases, sources)
 
     def _required(self, manifest: Manifest) -> dict[str, Any]:
         """The entries that a data set of this model's cases must have."""
         # nnU-Net requires the name "background", and normalizes by the name of the modality
         names = ["background", *(label.name for label in manifest.labels.labels[1:])]
-        modality = {"0": "CT" if manifest.intensity.unit == "HU" else "synthetic"}
+        modality = {"0": _channel_name(manifest)}
         if self.channel:
             return {
                 "channel_names": modality,
@@ -125,7 +144,7 @@ class DatasetFormat:
         """The content of a new `dataset.json`."""
         common = {
             "name": output.absolute().name,
-            "description": notice(derived=manifest.derived),
+            "description": notice(derived=manifest.derived, modality=manifest.modality),
             "licence": manifest.license or "not stated",
         }
         if self.channel:
@@ -141,6 +160,15 @@ class DatasetFormat:
             "training": [],
             "test": [],
         }
+
+
+def _channel_name(manifest: Manifest) -> str:
+    """The name of the image's channel: nnU-Net normalizes "CT" by the HU of the whole data set."""
+    if manifest.intensity.unit == "HU":
+        return "CT"
+    names = {"MR": "synthetic MR", "other": "synthetic image"}
+    # of a model that states no modality, as in data sets that older versions began
+    return names.get(manifest.modality, "synthetic")
 
 
 def _read(output: Path) -> dict[str, Any] | None:

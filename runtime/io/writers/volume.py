@@ -29,6 +29,8 @@ GZIP_LEVEL = 1  # isal: 150 MB/s per core at 7 % more bytes than level 3
 GZIP_THREADS = (
     2  # any number gives the same bytes, because each 1 MiB block is compressed by itself
 )
+# modality → what the names of images end with; a model that states none has those of CTs
+CONTENTS = {"CT": "ct", "MR": "mr", "other": "image"}
 SPOOLED = 32 << 20  # bytes of planes that are collected at once from slabs along another axis
 _TYPES = {  # numpy → NRRD, MetaImage
     np.dtype(np.uint8): ("uint8", "MET_UCHAR"),
@@ -41,6 +43,8 @@ _TYPES = {  # numpy → NRRD, MetaImage
 @dataclass(frozen=True)
 class VolumeFormat:
     """Writes CASE_ct or, with variants, CASE_v0_ct and CASE_v0_mask, in label values; see `Format`.
+
+    An MR image is CASE_mr, and one of another modality CASE_image (`CONTENTS`).
 
     Attributes:
         suffix: the suffix of the files, which chooses the file format.
@@ -59,10 +63,13 @@ class VolumeFormat:
     def check_mask(self, mask: LabelVolume) -> None:
         """Do nothing: the format holds every grid."""
 
-    def files(self, output: Path, case: str, variant: int | None) -> tuple[Path, ...]:
-        """Return the file of the CT and, with variants, of the mask."""
+    def files(
+        self, output: Path, case: str, variant: int | None, modality: str = ""
+    ) -> tuple[Path, ...]:
+        """Return the file of the image and, with variants, of the mask."""
         name = result_name(case, variant)
-        contents = ("ct",) if variant is None else ("ct", "mask")
+        content = CONTENTS.get(modality, "ct")
+        contents = (content,) if variant is None else (content, "mask")
         return tuple(output / f"{name}_{content}{self.suffix}" for content in contents)
 
     def written_by_mask2ct(self, path: Path) -> bool:
@@ -73,8 +80,9 @@ class VolumeFormat:
         self, output: Path, record: OutputRecord, slabs: Iterable[CTSlab]
     ) -> Mapping[Path, str]:
         """Write the CT as its slabs come and, with variants, the mask."""
-        files = self.files(output, record.case, record.variant)
-        text = notice(derived=record.manifest.derived)
+        modality = record.manifest.modality
+        files = self.files(output, record.case, record.variant, modality)
+        text = notice(derived=record.manifest.derived, modality=modality)
         written = {files[0]: write_ct(files[0], slabs, record.mask, description=text)}
         for file in files[1:]:
             values = table_values(record.manifest.labels)
