@@ -21,6 +21,7 @@ from runtime.core.errors import ParityError
 from runtime.core.manifest import MANIFEST, Manifest, ModelFile
 from runtime.engines.registry import BACKENDS
 from train.checkpoint import TrainedRun
+from train.config import modality
 
 from . import error_localization, parity
 from .graph import LabelsToIntensity, fuse_batch_norm, to_fp16
@@ -101,6 +102,7 @@ def write_model(
         files={},
         training=provenance(run),
         license=str(run.data.get("license", "")),
+        modality=modality(run.config),
     )
     network = fuse_batch_norm(graph)
     if folder.parent.is_dir():
@@ -378,4 +380,6 @@ def provenance(run: TrainedRun) -> Mapping[str, Any]:
     return {
         "weights_sha256": run.data["weights"]["sha256"],
         **{key: run.data[key] for key in keys if key in run.data},
+        # Outputs are in percentiles of an image then, not in its scanner's unit.
+        **({"normalize": "volume"} if run.config.data.normalize == "volume" else {}),
     }

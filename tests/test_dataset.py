@@ -247,7 +247,7 @@ def test_arbitrary_units_are_accepted(folder: Path) -> None:
     write_patient(folder, "p1", low=0)
     assert (
         load_cohort(
-            find_pairs(folder), DataConfig(), MM_WHS, POLICY, Intensity("a.u.", 0, 1000)
+            find_pairs(folder), DataConfig(), MM_WHS, POLICY, Intensity("a.u.", -1000, 1000)
         ).summary()["patients"]["train"]
         == 2
     )

@@ -51,7 +51,7 @@ WEIGHTS, CHECKPOINTS = "generator.safetensors", "checkpoints"
 MASKS = {"validation": "validation.safetensors", "calibration": "calibration.safetensors"}
 _STATE, _META = "state.safetensors", "state.json"
 # Keys that do not change what a run computes up to a step: --resume may change them.
-FREE = ("training.steps", "logging.", "license")
+FREE = ("training.steps", "logging.", "license", "data.modality", "data.max_clipped")
 _REMEDY = "point at a folder that `python train/run.py` has finished"
 
 
@@ -280,7 +280,7 @@ def starting_point(
     if changed:
         raise ConfigError(
             f"the run was started with other values of {', '.join(changed)}",
-            expected="that config (steps, logging and licence may change)",
+            expected="that config (steps, logging, licence and modality may change)",
             remedy="drop the change, or start a new run with another --output",
             file=path,
         )

@@ -75,6 +75,14 @@ class DataConfig:
     # "slices" cuts every volume into blocks, for cohorts with too few patients; it flatters all
     # metrics.
     split_by: Literal["patients", "slices"] = "patients"
+    # What the images are, which the names of a model's results follow. null: as the dataset states
+    # it, and CT where the unit is HU.
+    modality: Literal["CT", "MR", "other"] | None = None
+    # "volume" maps the 0.1 and the 99.9 percentile of each image to the intensity range: for MR,
+    # whose intensities mean something else in every image.
+    normalize: Literal["none", "volume"] = "none"
+    # The largest share of voxels outside the intensity range that training accepts.
+    max_clipped: Share = 0.01
     # In the original's layout PATIENT_<name>.dcm holds the image, and another one the labels.
     image_name: str = "whs_img"
     label_name: str = "whs_img_gt"
@@ -292,6 +300,22 @@ class RunConfig:
                 self.data.train_ratio,
                 f"at most 1 - valid_ratio = {1 - self.data.valid_ratio:g}",
             )
+        if self.data.modality == "MR" and self.intensity.unit == "HU":
+            raise wrong(
+                "data.modality",
+                "MR",
+                "a modality in HU, since intensity.unit is HU",
+                "--set intensity.unit=a.u. intensity.low=0 intensity.high=1000"
+                " data.normalize=volume",
+            )
+        if self.data.normalize == "volume" and self.intensity.unit == "HU":
+            raise wrong(
+                "data.normalize",
+                "volume",
+                "none, since HU mean the same in every image",
+                "drop it, or train in arbitrary units: --set"
+                ' \'intensity={"unit": "a.u.", "low": 0, "high": 1000}\'',
+            )
         label_table(self.data)
         for key, make in (
             ("data.slices", lambda: grid_policy(self)),
@@ -438,11 +462,23 @@ ORIGINAL_KEYS: dict[str, tuple[str, Any]] = {
 }
 
 
+def modality(config: RunConfig) -> str:
+    """Tell the modality that the model folder of a run states.
+
+    Args:
+        config: The config.
+
+    Returns:
+        "CT", "MR" or "other"; empty where nothing states it.
+    """
+    return config.data.modality or ("CT" if config.intensity.unit == "HU" else "")
+
+
 def load(path: Path) -> dict[str, Any]:
     """Read a config file.
 
     Args:
-        path: The JSON file.
+        path: The JSON file; lines that begin with // are comments.
 
     Returns:
         The JSON object.
@@ -454,7 +490,7 @@ def load(path: Path) -> dict[str, Any]:
         reading(path, "a JSON file such as train/configs/phantom.json", ConfigError),
         open_input(path) as handle,
     ):
-        data = json.loads(handle.read().decode("utf-8"))
+        data = json.loads(without_comments(handle.read().decode("utf-8")))
     if not isinstance(data, dict):
         raise ConfigError(
             f"{path.name} does not hold a JSON object",
@@ -463,6 +499,19 @@ def load(path: Path) -> dict[str, Any]:
             file=path,
         )
     return data
+
+
+def without_comments(text: str) -> str:
+    """Empty the lines of JSON that are comments, so that errors name the right line.
+
+    Args:
+        text: JSON, with comments on lines of their own that begin with //.
+
+    Returns:
+        JSON; no string of it spans lines, so that none of them begins with //.
+    """
+    lines = text.split("\n")
+    return "\n".join("" if line.lstrip().startswith("//") else line for line in lines)
 
 
 def resolve(

@@ -4,14 +4,15 @@
                              [--labels mm-whs | --run RUN] [--json FILE]
     python -m train.evaluate --run RUN [--split valid|test] [--dataset-path DIR] [--json FILE]
 
-The first form reads CASE.nii.gz from the masks and the truth, and CASE_ct.nii.gz from the synthetic
-folder. Where that folder holds CASE_v0_ct.nii.gz, CASE_v1_ct.nii.gz ..., it compares the first
-variant and measures the diversity of all. The reference holds other real patients, as training
-reads them: it gives the distances between real and real. The second form synthesizes the held-out
-patients of a run.
+The first form reads CASE.nii.gz from the masks and the truth, and CASE_ct.nii.gz (or _mr, _image,
+as the modality has it) from the synthetic folder. Where that folder holds CASE_v0_ct.nii.gz,
+CASE_v1_ct.nii.gz ..., it compares the first variant and measures the diversity of all. The
+reference holds other real patients, as training reads them: it gives the distances between real and
+real. The second form synthesizes the held-out patients of a run.
 
 Images are in HU, unless the run (or a model folder) states arbitrary units; all metrics then have
-that unit. train/metrics/scores.py computes them.
+that unit; true images are normalised where the run was trained on such. train/metrics/scores.py
+computes the metrics.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ from runtime.core.atomic_files import write_json
 from runtime.core.errors import InputError, UsageError
 from runtime.core.labels import PRESETS
 from runtime.core.manifest import MANIFEST, Intensity, LabelTable, Manifest
+from runtime.io.writers.volume import CONTENTS
 
 from .data.checks import AIR_HU
+from .data.intensities import normalized
 from .metrics import volume_metrics
 from .metrics.scores import HU, diversity, evaluate, organ_names, real_baseline, table
 
@@ -108,9 +111,7 @@ def read_variants(
 
     for path in cases:
         mask, case = read_labels(path, labels).labels, path.name.removesuffix(".nii.gz")
-        files = sorted(synthetic.glob(f"{glob.escape(case)}_v[0-9]*_ct.nii.gz")) or [
-            synthetic / f"{case}_ct.nii.gz"
-        ]
+        files = _results(synthetic, case)
         variants.append([read(file, mask.shape) for file in files])
         true.append(read(truth / path.name, mask.shape))
         if unit == HU.unit and (low := true[-1].min()) > AIR_HU:
@@ -125,6 +126,16 @@ def read_variants(
             )
         label_maps.append(mask)
     return variants, true, label_maps
+
+
+def _results(folder: Path, case: str) -> list[Path]:
+    """The synthetic images of a case, all variants; their names end as `CONTENTS` states."""
+    for content in CONTENTS.values():
+        variants = sorted(folder.glob(f"{glob.escape(case)}_v[0-9]*_{content}.nii.gz"))
+        single = folder / f"{case}_{content}.nii.gz"
+        if variants or single.is_file():
+            return variants or [single]
+    return [folder / f"{case}_ct.nii.gz"]
 
 
 def read_reference(folder: Path, labels: LabelTable) -> tuple[Arrays, Arrays]:
@@ -231,6 +242,8 @@ def _folders(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
     variants, truth, masks = read_variants(
         args.synthetic, args.truth, args.masks, labels, intensity.unit
     )
+    if normalizes := args.run is not None and trained_on_normalized(args.run):
+        truth = [normalized(volume, intensity) for volume in truth]
     result = evaluate(
         [volumes[0] for volumes in variants], truth, masks, names, intensity=intensity
     )
@@ -241,8 +254,11 @@ def _folders(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         ]
         result["diversity"] = diversity(variants, masks, real, names, intensity)
     if args.reference:
+        images, label_maps = read_reference(args.reference, labels)
+        if normalizes:
+            images = [normalized(image, intensity) for image in images]
         result["ceiling"] = real_baseline(
-            truth, masks, *read_reference(args.reference, labels), names, intensity=intensity
+            truth, masks, images, label_maps, names, intensity=intensity
         )
     return result, intensity.unit
 
@@ -263,6 +279,22 @@ def described(folder: Path) -> tuple[LabelTable, Intensity]:
 
     stated = Manifest.load(folder) if (folder / MANIFEST).is_file() else load_run(folder)
     return stated.labels, stated.intensity
+
+
+def trained_on_normalized(folder: Path) -> bool:
+    """Say whether a run or a model was trained on images normalised each by itself.
+
+    Args:
+        folder: The run folder or the model folder.
+
+    Raises:
+        ModelError: The folder is neither.
+    """
+    from .checkpoint import load_run
+
+    if (folder / MANIFEST).is_file():
+        return Manifest.load(folder).training.get("normalize") == "volume"
+    return load_run(folder).config.data.normalize == "volume"
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
     if origin is Annotated:
         number, *limits = get_args(hint)
         if not _fits(number, value) or not all(limit.holds(value) for limit in limits):
-            raise wrong(path, value, _describe(hint))
+            raise wrong(path, value, describe(hint))
         return number(value)
     if origin in (Union, types.UnionType):
         return None if value is None else _optional(hint, value, path)
@@ -154,7 +154,7 @@ def _value(hint: Any, value: Any, path: str) -> Any:
             if origin is Literal
             else []
         )
-        raise wrong(path, value, _describe(hint), f"did you mean {near[0]!r}?" if near else "")
+        raise wrong(path, value, describe(hint), f"did you mean {near[0]!r}?" if near else "")
     return hint(value) if hint in (int, float) else value
 
 
@@ -171,7 +171,7 @@ def _tuple(hint: Any, value: Any, path: str) -> tuple[Any, ...]:
     args = get_args(hint)
     many = len(args) == 2 and args[1] is Ellipsis
     if not isinstance(value, (list, tuple)) or not (many or len(value) == len(args)):
-        raise wrong(path, value, _describe(hint))
+        raise wrong(path, value, describe(hint))
     return tuple(
         _value(args[0] if many else args[n], item, f"{path}[{n}]") for n, item in enumerate(value)
     )
@@ -195,19 +195,26 @@ def _fits(hint: Any, value: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _describe(hint: Any) -> str:
-    """The values that an annotation allows, in words."""
+def describe(hint: Any) -> str:
+    """Describe the values that an annotation allows.
+
+    Args:
+        hint: The annotation of a field.
+
+    Returns:
+        Such as "a whole number of at least 1".
+    """
     origin, args = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        return _describe(args[0]) + "".join(str(limit) for limit in args[1:])
+        return describe(args[0]) + "".join(str(limit) for limit in args[1:])
     if origin is Literal:
         return "one of " + ", ".join(repr(a) for a in args)
     if origin in (Union, types.UnionType):
-        return " or ".join("null" if a is type(None) else _describe(a) for a in args)
+        return " or ".join("null" if a is type(None) else describe(a) for a in args)
     if origin is tuple:
         if len(args) == 2 and args[1] is Ellipsis:
-            return f"a list, each {_describe(args[0])}"
-        return f"a list of {len(args)}, each {_describe(args[0])}"
+            return f"a list, each {describe(args[0])}"
+        return f"a list of {len(args)}, each {describe(args[0])}"
     return {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}.get(
         hint, "a JSON value"
     )

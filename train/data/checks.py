@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from runtime.core.errors import (
     UsageError,
     reading,
 )
-from runtime.core.labels import to_indices
+from runtime.core.labels import overlay, to_indices
 from runtime.core.manifest import Intensity, LabelTable
 from runtime.core.volume import Geometry, LabelVolume, Volume
 from runtime.io.readers.volume import as_integers, from_sitk, read_volume, simpleitk
 
-from .layouts import Pair
+from .class_folders import read_class_folder
+from .intensities import normalized, refuse_unused_range, suggested_setting
+from .pairs import Pair
+from .pictures import is_picture, read_picture
 
 # Every CT of a body contains values below this.
 AIR_HU = -200
@@ -99,17 +102,48 @@ def read_pair(
     Raises:
         InputError: A file cannot be used for training.
     """
-    image, raw = read_image(pair.image, spaced=spaced), read_image(pair.label, spaced=spaced)
+    image = read_image(pair.image, spaced=spaced)
+    _refuse_not_finite(pair.image, image.values)
+    if pair.normalize:
+        image = replace(image, values=normalized(image.values, intensity))
+    check_intensity(pair.image, image.values, intensity)
+    labels, geometry, voxels = _read_labels(pair, table, image, spaced=spaced)
     placed = all(
         path.suffix.lower() != ".dcm" or _states(path, _POSITION)
         for path in (pair.image, pair.label)
     )
-    _check_same_grid(pair, raw, image, placed=placed)
-    _check_intensity(pair.image, image.values, intensity)
-    values = as_integers(raw.values, pair.label)
+    _check_same_grid(pair, labels.shape, geometry, image, placed=placed)
+    facts = Facts(
+        image.geometry.spacing,
+        float(image.values.min()),
+        float(image.values.max()),
+        int((image.values < intensity.low).sum()),
+        int((image.values > intensity.high).sum()),
+        voxels,
+    )
+    return LabelVolume(labels, image.geometry), image, facts
+
+
+def _read_labels(
+    pair: Pair, table: LabelTable, image: Volume, *, spaced: bool
+) -> tuple[NDArray[np.uint8], Geometry, dict[int, int]]:
+    """The label map in model indices, its grid, and its voxels by label value in the file."""
+    if pair.label.is_dir():
+        layers = read_class_folder(pair.label, table)
+        if layers is None:
+            # None of its classes is in the table: everything is background.
+            empty = np.zeros(image.values.shape, np.uint8)
+            return empty, image.geometry, {table.labels[0].value: empty.size}
+        order = [label.name for label in table.labels[1:]]
+        indices = overlay(layers, table, order=order, file=pair.label)
+        values = {n: label.value for n, label in enumerate(table.labels)}
+        return indices, layers.geometry, {values[n]: c for n, c in _count(indices).items()}
+    raw = read_image(pair.label, spaced=spaced, labels=True)
+    numbers = as_integers(raw.values, pair.label)
+    _check_same_grid(pair, numbers.shape, raw.geometry, image, placed=False)
     try:
         # `force` skips the check for grey values: they are not in a table of labels anyway.
-        labels = to_indices(values, table, force=True, file=pair.label)
+        indices = to_indices(numbers, table, force=True, file=pair.label)
     except UnknownLabels as exc:
         exc.remedy = (
             "add the value to data.labels (as a label, or among the aliases of one), or correct the"
@@ -117,23 +151,16 @@ def read_pair(
             " patient out"
         )
         raise
-    facts = Facts(
-        image.geometry.spacing,
-        float(image.values.min()),
-        float(image.values.max()),
-        int((image.values < intensity.low).sum()),
-        int((image.values > intensity.high).sum()),
-        _count(values),
-    )
-    return LabelVolume(labels, image.geometry, raw.nifti_header), image, facts
+    return indices, raw.geometry, _count(numbers)
 
 
-def read_image(path: Path, *, spaced: bool = False) -> Volume:
-    """Read a volume, or one DICOM slice as (1, H, W), rescaled by its header.
+def read_image(path: Path, *, spaced: bool = False, labels: bool = False) -> Volume:
+    """Read a volume, a picture, or one DICOM slice as (1, H, W), rescaled by its header.
 
     Args:
         path: The file.
-        spaced: Whether a DICOM slice must state its pixel spacing.
+        spaced: Whether a DICOM slice must state its pixel spacing; a picture cannot.
+        labels: Whether the file is a label map.
 
     Returns:
         The volume.
@@ -141,6 +168,15 @@ def read_image(path: Path, *, spaced: bool = False) -> Volume:
     Raises:
         InputError: The file cannot be read, or is not one slice.
     """
+    if is_picture(path):
+        if spaced:
+            raise GeometryError(
+                f"{path.name} is a picture, which states no pixel spacing",
+                expected="volumes or DICOM, since data.pixel_spacing is set",
+                remedy="--set data.pixel_spacing=null: each slice is then fitted to the canvas",
+                file=path,
+            )
+        return read_picture(path, labels=labels)
     if path.suffix.lower() != ".dcm":
         return read_volume(path)
     expected = "one DICOM slice of one channel"
@@ -157,7 +193,7 @@ def read_image(path: Path, *, spaced: bool = False) -> Volume:
         raise GeometryError(
             f"{path.name} states no pixel spacing",
             expected="PixelSpacing, since data.pixel_spacing is set",
-            remedy="set data.pixel_spacing to null: each slice is then fitted to the canvas",
+            remedy="--set data.pixel_spacing=null: each slice is then fitted to the canvas",
             file=path,
         )
     return from_sitk(image, file=path)
@@ -335,17 +371,19 @@ def _states(path: Path, tag: str) -> bool:
     return bool(reader.HasMetaDataKey(tag))
 
 
-def _check_same_grid(pair: Pair, label: Volume, image: Volume, *, placed: bool) -> None:
+def _check_same_grid(
+    pair: Pair, shape: tuple[int, ...], geometry: Geometry, image: Volume, *, placed: bool
+) -> None:
     """Raise `InputError` unless label map and image have one grid."""
     remedy = "resample the label map onto its image"
-    if label.values.shape != image.values.shape:
+    if shape != image.values.shape:
         raise InputError(
-            f"{pair.label.name} has {label.values.shape} voxels, its image {image.values.shape}",
+            f"{pair.label.name} has {shape} voxels, its image {image.values.shape}",
             expected="one grid",
             remedy=remedy,
             file=pair.label,
         )
-    distance = _apart(label.geometry, image.geometry, image.values.shape)
+    distance = _apart(geometry, image.geometry, image.values.shape)
     # Slices that state no position match by their pixels.
     if placed and distance > GRID_TOLERANCE_MM:
         raise InputError(
@@ -365,16 +403,29 @@ def _apart(first: Geometry, second: Geometry, shape: tuple[int, ...]) -> float:
     return float(np.abs((first.affine - second.affine) @ corners).max())
 
 
-def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> None:
-    """Raise `InputError` unless intensities are finite, varied, and in unit and range."""
-    low, high = float(values.min()), float(values.max())
-    if not np.isfinite([low, high]).all():
+def _refuse_not_finite(file: Path, values: NDArray[Any]) -> None:
+    """Raise `InputError` for NaN and infinite values."""
+    if not np.isfinite([float(values.min()), float(values.max())]).all():
         raise InputError(
             f"{file.name} holds NaN or infinite values",
             expected="finite intensities",
             remedy="check how it was written",
             file=file,
         )
+
+
+def check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> None:
+    """Check that the intensities of an image are varied, and in unit and range.
+
+    Args:
+        file: The image.
+        values: Its finite intensities (D, H, W).
+        intensity: The intensity range.
+
+    Raises:
+        InputError: They are not; the remedy is a setting that works.
+    """
+    low, high = float(values.min()), float(values.max())
     if intensity.unit == "HU" and not (low <= AIR_HU and high <= HIGHEST_HU and low >= -HIGHEST_HU):
         greys = low >= 0 and high <= 255
         remedy = (
@@ -385,10 +436,7 @@ def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> 
         raise InputError(
             f"{file.name} holds values from {low:g} to {high:g}, which are not HU",
             expected=f"air below {AIR_HU} HU, nothing above {HIGHEST_HU}",
-            remedy=(
-                f'{remedy}, or set intensity to {{"unit": "a.u.", "low": {low:g}, "high":'
-                f" {high:g}}}"
-            ),
+            remedy=f"{remedy}, or {suggested_setting(low, high)}",
             file=file,
         )
     if low == high and len(values) > 1:
@@ -403,6 +451,9 @@ def _check_intensity(file: Path, values: NDArray[Any], intensity: Intensity) -> 
             f"{file.name} holds values from {low:g} to {high:g} {intensity.unit}, all outside the"
             " range that is trained on",
             expected=f"values between {intensity.low} and {intensity.high}",
-            remedy="set intensity.low and intensity.high",
+            remedy=suggested_setting(low, high),
             file=file,
         )
+    if len(values) > 1:
+        # A single slice may be dark.
+        refuse_unused_range(file, low, high, intensity)

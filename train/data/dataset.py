@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -22,10 +23,12 @@ from runtime.io.volume_files import check_header
 
 from ..config import DataConfig
 from .checks import Facts, check_leakage, facts_table, read_image, read_pair, refuse, require_labels
+from .intensities import check_range
 from .layouts import LEAST_PATIENTS, SPLITS, Pair
 
 # A public name of this module too, where pairs become slices.
 from .layouts import find_pairs as find_pairs
+from .pictures import is_picture, picture_shape
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ def split(count: int, data: DataConfig) -> dict[str, list[int]]:
 def assign(pairs: Sequence[Pair], data: DataConfig) -> dict[str, list[int]]:
     """Split pairs: as the layout states it, else by `split`, with a patient's pairs together.
 
+    Synthetic cases train, unless their patient is held out; then they are in no split.
+
     Args:
         pairs: The pairs.
         data: The section of the config.
@@ -128,13 +133,19 @@ def assign(pairs: Sequence[Pair], data: DataConfig) -> dict[str, list[int]]:
     Returns:
         The numbers of the pairs of each split.
     """
-    free = sorted({pair.who for pair in pairs if pair.split is None})
-    drawn = {}
+    real = [pair for pair in pairs if not pair.synthetic]
+    free = sorted({pair.who for pair in real if pair.split is None})
+    drawn: dict[str, str] = {}
     if free:
         numbers_of = split(len(free), data)
         drawn = {free[n]: name for name, numbers in numbers_of.items() for n in numbers}
+    split_of = {pair.who: pair.split or drawn[pair.who] for pair in real}
     return {
-        name: [n for n, pair in enumerate(pairs) if (pair.split or drawn[pair.who]) == name]
+        name: [
+            n
+            for n, pair in enumerate(pairs)
+            if (split_of.get(pair.who, "train") == name) and (name == "train" or not pair.synthetic)
+        ]
         for name in SPLITS
     }
 
@@ -165,6 +176,12 @@ def load_cohort(
         InputError: A file cannot be used for training; all such patients are named at once.
         UsageError: No patient has a label, or a volume has too few slices to split.
     """
+    if data.split_by == "slices":
+        # A block of a synthetic volume would validate.
+        pairs = [pair for pair in pairs if not pair.synthetic]
+    else:
+        chosen_pairs = sorted(n for numbers in assign(pairs, data).values() for n in numbers)
+        pairs = [pairs[n] for n in chosen_pairs]
     patients, errors = [], []
     for pair in pairs:
         try:
@@ -173,7 +190,9 @@ def load_cohort(
             exc.file = exc.file or pair.label
             errors.append(exc)
     refuse(errors, len(pairs))
-    require_labels(pairs, [p.facts for p in patients if p.facts], [len(p) for p in patients], table)
+    facts = [p.facts for p in patients if p.facts]
+    require_labels(pairs, facts, [len(p) for p in patients], table)
+    check_range(pairs, facts, intensity, data.max_clipped)
     digest, images = hashlib.sha256(), []
     for patient in patients:
         digest.update(patient.labels.tobytes())
@@ -285,26 +304,39 @@ def slice_counts(pairs: Iterable[Pair], policy: GridPolicy) -> list[int]:
     Raises:
         InputError: A file cannot be read.
     """
-    counts = []
-    for pair in pairs:
-        if pair.image.suffix.lower() != ".dcm":
-            header = check_header(pair.image, voxels=False)
-            counts.append(SliceGrid(policy, header.geometry, header.voxels.shape).count)
-            continue
-        reader = simpleitk().ImageFileReader()
-        reader.SetFileName(str(pair.image))
-        try:
-            reader.ReadImageInformation()
-            geometry = Geometry.from_parts(
-                reader.GetOrigin(), reader.GetSpacing(), reader.GetDirection()
-            )
-            w, h, d = reader.GetSize()
-        except (RuntimeError, ValueError):
-            # This raises an error of this project, with a remedy.
-            read_image(pair.image)
-            raise
-        counts.append(SliceGrid(policy, geometry, (d, h, w)).count)
-    return counts
+    return [SliceGrid(policy, *grid_of(pair.image)).count for pair in pairs]
+
+
+def grid_of(image: Path) -> tuple[Geometry, tuple[int, int, int]]:
+    """Read the grid of an image from its header.
+
+    Args:
+        image: A volume, a picture or one DICOM slice.
+
+    Returns:
+        The geometry, and the shape (D, H, W).
+
+    Raises:
+        InputError: The file cannot be read.
+    """
+    if is_picture(image):
+        return Geometry(np.eye(4)), picture_shape(image)
+    if image.suffix.lower() != ".dcm":
+        header = check_header(image, voxels=False)
+        return header.geometry, header.voxels.shape
+    reader = simpleitk().ImageFileReader()
+    reader.SetFileName(str(image))
+    try:
+        reader.ReadImageInformation()
+        geometry = Geometry.from_parts(
+            reader.GetOrigin(), reader.GetSpacing(), reader.GetDirection()
+        )
+        w, h, d = reader.GetSize()
+    except (RuntimeError, ValueError):
+        # This raises an error of this project, with a remedy.
+        read_image(image)
+        raise
+    return geometry, (d, h, w)
 
 
 class Batches:

@@ -1,4 +1,4 @@
-"""Infer from the data what a config leaves open: labels null, and intensity "auto".
+"""Infer from the data what a config leaves open: labels and modality null, and intensity "auto".
 
 This happens before a run folder is claimed, and the command line prints the choices.
 """
@@ -60,6 +60,8 @@ def infer_from_data(config: RunConfig) -> tuple[RunConfig, str]:
         notes.append(
             f"intensities are read as {intensity.unit} from {intensity.low} to {intensity.high}"
         )
+    if config.data.modality is None and config.intensity.unit != "HU" and layout.modality:
+        config = replace(config, data=replace(config.data, modality=layout.modality))
     return config, "; ".join(notes)
 
 

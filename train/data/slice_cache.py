@@ -24,6 +24,7 @@ from runtime.core.manifest import GridPolicy, Intensity, LabelTable, grid_to_jso
 from runtime.io.volume_files import volume_files
 
 from .checks import Facts
+from .class_folders import class_files
 from .dataset import Slices, load_patient
 from .layouts import Pair
 
@@ -93,12 +94,20 @@ def key(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity)
     facts = {
         "version": VERSION,
         "image": " ".join(map(sha256_of, volume_files(pair.image))),
-        "label": " ".join(map(sha256_of, volume_files(pair.label))),
+        "label": " ".join(_label_digests(pair.label)),
         "labels": labels_to_json(table),
         "grid": grid_to_json(policy),
         "intensity": vars(intensity),
+        **({"normalize": True} if pair.normalize else {}),
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _label_digests(label: Path) -> list[str]:
+    """SHA-256 of each file of a label map; of a folder of classes with their names."""
+    if label.is_dir():
+        return [f"{file.name} {sha256_of(file)}" for file in class_files(label)]
+    return [sha256_of(file) for file in volume_files(label)]
 
 
 def write(path: Path, slices: Slices) -> None:

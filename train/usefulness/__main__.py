@@ -19,9 +19,9 @@ from pathlib import Path
 from runtime.core import console
 from runtime.core.errors import UsageError
 
+from ..planning.duration import duration
 from .arms import ARMS
 
-UNITS = {"s": 1, "min": 60, "h": 3600}
 RUN_FOLDER = Path("runs/usefulness")
 OF_CONFIG = "override a key of --config"
 OF_VARIANTS = "images made of every training image (default: %(default)s)"
@@ -52,20 +52,6 @@ def parser() -> argparse.ArgumentParser:
     add("--output", type=Path, default=RUN_FOLDER, metavar="OUT", help=OF_OUTPUT)
     add("--quiet", action="store_true", help="no progress")
     return p
-
-
-def duration(text: str) -> float:
-    """Seconds of a time such as 90s, 30min or 2h."""
-    number = text.rstrip("abcdefghijklmnopqrstuvwxyz ")
-    unit = text[len(number) :].strip()
-    try:
-        seconds = float(number) * UNITS[unit]
-    except (ValueError, KeyError):
-        expected = "a time such as 90s, 30min or 2h"
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}") from None
-    if not 0 < seconds < 1e7:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time above 0 s and below 100 days")
-    return seconds
 
 
 def chosen_arms(text: str | None) -> list[str]:

@@ -14,12 +14,10 @@ from runtime.core.errors import UsageError
 from runtime.core.manifest import GridPolicy, Intensity, LabelTable
 from runtime.core.resampling import axial_axes
 from runtime.core.volume import Geometry, LabelVolume, Volume
-from runtime.io.volume_files import check_header
 
 from .. import config as configs
 from ..config import RunConfig
-from ..data.checks import read_image
-from ..data.dataset import Slices, load_cohort
+from ..data.dataset import Slices, grid_of, load_cohort
 from ..data.layouts import LEAST_PATIENTS, Pair
 from ..data.slice_cache import SliceCache
 
@@ -112,7 +110,7 @@ def read_patients(
     patients = []
     for name in sorted({pair.who for pair in pairs}):
         own = tuple(pair for pair in pairs if pair.who == name)
-        cases = tuple(_case(slices_of[pair], *_grid_of(pair), policy) for pair in own)
+        cases = tuple(_case(slices_of[pair], *grid_of(pair.image), policy) for pair in own)
         patients.append(Patient(own, cases))
     return patients, cohort.digest
 
@@ -138,15 +136,6 @@ def split_patients(count: int, few: int, tested: int | None, seed: int) -> Split
         )
     order = [int(n) for n in np.random.default_rng([seed, 1]).permutation(count)]
     return Split(tuple(sorted(order[:most])), tuple(sorted(order[most:])))
-
-
-def _grid_of(pair: Pair) -> tuple[Geometry, tuple[int, ...]]:
-    """Geometry and array shape of a pair's image."""
-    if pair.image.suffix.lower() == ".dcm":
-        image = read_image(pair.image)
-        return image.geometry, image.values.shape
-    header = check_header(pair.image, voxels=False)
-    return header.geometry, header.voxels.shape
 
 
 def _case(slices: Slices, geometry: Geometry, shape: tuple[int, ...], policy: GridPolicy) -> Case:

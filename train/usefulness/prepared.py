@@ -56,7 +56,7 @@ def prepare(args: argparse.Namespace) -> Prepared:
             remedy="change data.canvas",
         )
     set_threads(config)
-    pairs = find(Path(args.data), config.data).pairs
+    pairs = [pair for pair in find(Path(args.data), config.data).pairs if not pair.synthetic]
     check_writable(args.output)
     patients, digest = read_patients(config, pairs, args.output / CACHE)
     seeds = range(args.seeds)

@@ -1,0 +1,1 @@
+"""A training config planned from the data and from the hardware at hand."""
