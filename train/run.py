@@ -1,6 +1,10 @@
-"""Train a generator from label masks and CTs.
+"""Train a generator from label maps and images.
 
+    python train/run.py --dataset-path DATA --budget 10min
     python train/run.py --config train/configs/phantom.json --output runs/demo/train
+
+The first plans everything from the data and the speed of this machine; --dry-run shows the plan,
+and --init-config FILE writes it to change it.
 
 When training ends, RUN holds generator.safetensors and run.json. While it runs, metrics.jsonl,
 figures/ and checkpoints/ grow.
@@ -25,6 +29,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from runtime.core import console
 from runtime.core.errors import UsageError
@@ -32,6 +37,13 @@ from train import checkpoint, config
 
 # Neither of these imports torch: --help answers without it.
 from train.distributed import DistributedContext, check, init_distributed
+from train.planning.duration import duration
+
+if TYPE_CHECKING:
+    from train.planning.plan import Plan
+
+# Of a training without --config and --budget.
+BUDGET_SECONDS = 600.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,13 +56,31 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--config",
         type=Path,
-        help="a JSON file, such as train/configs/phantom.json (with --resume: the run's own)",
+        help=(
+            "a JSON file, such as train/configs/phantom.json (without it: planned from the data;"
+            " with --resume: the run's own)"
+        ),
+    )
+    p.add_argument(
+        "--budget",
+        type=duration,
+        metavar="TIME",
+        help="time that a training without --config may take (default: 10min)",
+    )
+    p.add_argument(
+        "--init-config",
+        type=Path,
+        metavar="FILE",
+        help="write the planned config with a comment on every key, and start nothing",
     )
     p.add_argument(
         "--dataset-path",
         "--dataset_path",
         metavar="DIR",
-        help="folder (MM-WHS, nnU-Net, training/PATIENT/*.dcm) or CSV table of pairs",
+        help=(
+            "folder (nnU-Net, MSD, MM-WHS, TotalSegmentator, images + labels as PNG or TIFF,"
+            " training/PATIENT/*.dcm) or CSV table of pairs"
+        ),
     )
     p.add_argument(
         "--output", type=Path, metavar="RUN", help="the run folder to write (default: runs/NAME)"
@@ -68,7 +98,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--dry-run",
         action="store_true",
-        help="print config, data, network sizes and a time estimate; start nothing",
+        help="print config or plan, data, network sizes and a time estimate; start nothing",
     )
     p.add_argument(
         "--set",
@@ -144,7 +174,7 @@ def overrides_of(args: argparse.Namespace) -> list[str]:
 
 
 def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
-    """Resolve the config and the run folder of a command line.
+    """Resolve the config and the run folder of a command line with a config or a run.
 
     Args:
         args: The parsed command line.
@@ -156,18 +186,87 @@ def resolve(args: argparse.Namespace) -> tuple[config.RunConfig, Path]:
         UsageError: There is no config to use.
         ConfigError: The config is wrong.
     """
+    if args.budget is not None or args.init_config is not None:
+        raise UsageError(
+            "--budget and --init-config are for a training that is planned from the data",
+            expected="--dataset-path DATA without --config and --resume",
+            remedy="drop them, or drop --config",
+        )
     if args.config is None:
         if not (args.resume and args.output):
             raise UsageError(
-                "no config is given",
-                expected="--config CONFIG (only --resume --output RUN may do without)",
-                remedy="start with --config train/configs/phantom.json",
+                "neither a config nor a dataset is given",
+                expected="--config CONFIG, --dataset-path DATA, or --resume --output RUN",
+                remedy=(
+                    "give --dataset-path DATA, or start with --config train/configs/phantom.json"
+                ),
             )
         data = config.to_json(checkpoint.stored_config(args.output))
     else:
         data = config.load(args.config)
     resolved = config.resolve(data, overrides_of(args), dataset_path=args.dataset_path)
     return resolved, args.output or Path("runs") / resolved.name
+
+
+def planned(args: argparse.Namespace, ranks: DistributedContext) -> Plan | None:
+    """Plan a config where the command line has data and neither a config nor a run.
+
+    Args:
+        args: The parsed command line.
+        ranks: This process among its peers.
+
+    Returns:
+        The plan; None where there is a config.
+
+    Raises:
+        UsageError: Several processes train: each would plan steps of its own.
+    """
+    has_run = (
+        args.resume and args.output is not None and (args.output / checkpoint.CONFIG).is_file()
+    )
+    if args.config is not None or args.dataset_path is None or has_run:
+        return None
+    if ranks.world > 1:
+        raise UsageError(
+            "several processes train, and no config is given",
+            expected="one config for all of them",
+            remedy=(
+                f"write one with: python train/run.py --dataset-path {args.dataset_path}"
+                " --init-config FILE, then give --config FILE"
+            ),
+        )
+    from train.planning.plan import plan
+
+    return plan(args.dataset_path, overrides_of(args), args.budget or BUDGET_SECONDS)
+
+
+def init_config(plan: Plan, file: Path) -> int:
+    """Write a planned config with a comment on every key.
+
+    Args:
+        plan: The plan.
+        file: The new file.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UsageError: The file exists.
+        OutputError: It cannot be written.
+    """
+    from runtime.core.atomic_files import write_text
+    from train.planning.document import commented_config
+
+    if file.exists():
+        raise UsageError(
+            f"{file} exists",
+            expected="a new file for the config",
+            remedy="choose another name, or remove the file",
+            file=file,
+        )
+    write_text(file, commented_config(plan))
+    print(f"{file} is written; train with: python train/run.py --config {file}")
+    return 0
 
 
 def cache_of(args: argparse.Namespace, folder: Path) -> Path | None:
@@ -200,14 +299,20 @@ def main(argv: Sequence[str]) -> int:
             args = parser().parse_args(argv)
             if args.test:
                 return test(args) if ranks.first else 0
-            resolved, folder = resolve(args)
+            plan = planned(args, ranks)
+            if plan is not None and args.init_config is not None:
+                return init_config(plan, args.init_config)
+            if plan is None:
+                resolved, folder = resolve(args)
+            else:
+                resolved, folder = plan.config, args.output or Path("runs") / plan.config.name
             from train.data.inference import infer_from_data
             from train.reporting.loggers import require
 
             require(resolved.logging)
             resolved, data_note = infer_from_data(resolved)
             if args.dry_run:
-                return dry_run(resolved) if ranks.first else 0
+                return dry_run(resolved, plan) if ranks.first else 0
             if args.ckpt_load and args.resume:
                 raise UsageError(
                     "--ckpt-load and --resume are given together",
@@ -239,18 +344,20 @@ def enough_memory() -> Iterator[None]:
         ) from exc
 
 
-def dry_run(resolved: config.RunConfig) -> int:
-    """Print the config, the data, the network sizes and a time estimate.
+def dry_run(resolved: config.RunConfig, plan: Plan | None = None) -> int:
+    """Print the config or the plan, the data, the network sizes and a time estimate.
 
     Args:
         resolved: The config with nothing left to infer.
+        plan: The plan that it is from; None for a config of the user.
 
     Returns:
         The exit code, 0.
     """
+    from train.planning.document import plan_table
     from train.reporting.estimate import describe
 
-    print(describe(resolved))
+    print(describe(resolved, "" if plan is None else plan_table(plan)))
     return 0
 
 

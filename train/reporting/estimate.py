@@ -34,11 +34,12 @@ OTHER_SECONDS = 0.5
 TRIAL_STEPS = 6
 
 
-def describe(config: RunConfig) -> str:
+def describe(config: RunConfig, plan: str = "") -> str:
     """Write the text that --dry-run prints.
 
     Args:
         config: The config with nothing left to infer.
+        plan: The table of a planned config, in place of the whole config.
 
     Returns:
         Lines of text.
@@ -49,12 +50,12 @@ def describe(config: RunConfig) -> str:
     device, reason = choose_device(config)
     threads = set_threads(config)
     step = Step(config, device)
-    per_step, measured = _time_steps(config, step)
+    per_step, measured = time_steps(config, step)
     precision: Literal["fp32", "bf16"] = "bf16" if config.training.precision == "fp32" else "fp32"
     comparison = f"; {precision} was not tried, it may take long"
     if per_step <= OTHER_SECONDS:
         changed = replace(config, training=replace(config.training, precision=precision))
-        seconds, _ = _time_steps(changed, Step(changed, device))
+        seconds, _ = time_steps(changed, Step(changed, device))
         comparison = f"; {duration_of_step(seconds)} in {precision}"
     estimate = (
         f"{duration_of_step(per_step)} a step, {duration(per_step * config.training.steps)} for"
@@ -62,7 +63,7 @@ def describe(config: RunConfig) -> str:
     )
     return "\n".join(
         [
-            json.dumps(configs.to_json(config), indent=1),
+            plan or json.dumps(configs.to_json(config), indent=1),
             "",
             data_table(config),
             "",
@@ -102,8 +103,11 @@ def data_table(config: RunConfig) -> str:
     policy = configs.grid_policy(config)
     if config.data.path is not None:
         layout = find(Path(config.data.path), config.data)
-        counts = dataset.slice_counts(layout.pairs, policy)
-        parts = dataset.assign(layout.pairs, config.data)
+        pairs = layout.pairs
+        if config.data.split_by == "slices":
+            pairs = [pair for pair in pairs if not pair.synthetic]
+        counts = dataset.slice_counts(pairs, policy)
+        parts = dataset.assign(pairs, config.data)
         source = f"{config.data.path}: {layout.says}"
     elif config.data.phantom is not None:
         counts = [config.data.phantom.size[0]] * config.data.phantom.patients
@@ -155,11 +159,19 @@ def network_table(config: RunConfig, step: Step) -> str:
     return "\n".join(rows)
 
 
-def _time_steps(config: RunConfig, step: Step) -> tuple[float, int]:
-    """Time steps on random slices: (median seconds of a whole step, number of steps).
+def time_steps(config: RunConfig, step: Step, budget: float = BUDGET_SECONDS) -> tuple[float, int]:
+    """Time steps on random slices.
 
     The first step, of `FEW` slices, warms up. Where it shows that a whole batch takes long, steps
     of as few slices are timed and scaled up.
+
+    Args:
+        config: The config.
+        step: The networks, which are changed.
+        budget: The seconds to spend.
+
+    Returns:
+        The median seconds of a whole step, and the number of steps that were timed.
     """
     rng, (h, w), n = np.random.default_rng(0), config.data.canvas, config.training.batch_size
     few = min(n, FEW)
@@ -183,10 +195,10 @@ def _time_steps(config: RunConfig, step: Step) -> tuple[float, int]:
         return time.perf_counter() - before
 
     start = time.perf_counter()
-    count = few if seconds(few) * n / few > BUDGET_SECONDS / 2 else n
+    count = few if seconds(few) * n / few > budget / 2 else n
     times: list[float] = []
     while not times or (
-        len(times) < TRIAL_STEPS and time.perf_counter() - start + times[-1] < BUDGET_SECONDS
+        len(times) < TRIAL_STEPS and time.perf_counter() - start + times[-1] < budget
     ):
         times.append(seconds(count))
     return float(np.median(times)) * n / count, len(times)
