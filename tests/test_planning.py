@@ -16,13 +16,19 @@ import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
 from PIL import Image
-from samples import image
+from samples import image, write_fake_model
 
-from runtime.core.errors import ConfigError, InputError, Mask2CTError
+from runtime.core.errors import ConfigError, InputError, Mask2CTError, UsageError
+from runtime.core.manifest import Intensity, Label, LabelTable
+from runtime.engines.fake import fake_manifest
 from train import config as configs
+from train import run
 from train.config import DataConfig, RunConfig, intensity, resolve
 from train.data.inference import infer_from_data
+from train.data.intensities import normalized
 from train.data.layouts import find
+from train.distributed import DistributedContext
+from train.evaluate import main as evaluate_main
 from train.loop import open_cohort
 from train.phantom.cohort import generate_cohort
 from train.planning.budget import plan_budget, plan_steps
@@ -237,6 +243,41 @@ def test_settings_in_remedies_work(
         assert not suggestions([*settings, *extra]), extra
 
 
+def test_evaluation_normalizes_true_images(tmp_path: Path) -> None:
+    """A model of normalised images is measured against true images that are normalised too."""
+    labels = LabelTable((Label("background", 0), Label("organ", 1), Label("lesion", 2)))
+    manifest = replace(
+        fake_manifest(labels),
+        intensity=Intensity("a.u.", 0, 1000),
+        modality="MR",
+        training={"normalize": "volume"},
+    )
+    model = write_fake_model(tmp_path / "model", manifest)
+    data = write_set(tmp_path / "data", "T1", mr)
+    for name in ("truth", "synthetic"):
+        (tmp_path / name).mkdir()
+    for n in range(4):
+        true = sitk.ReadImage(str(data / f"imagesTr/case_{n}_0000.nii.gz"))
+        sitk.WriteImage(true, str(tmp_path / "truth" / f"case_{n}.nii.gz"))
+        values = normalized(sitk.GetArrayFromImage(true), manifest.intensity)
+        generated = sitk.GetImageFromArray(np.rint(values).astype(np.int16))
+        generated.CopyInformation(true)
+        sitk.WriteImage(generated, str(tmp_path / "synthetic" / f"case_{n}_mr.nii.gz"))
+    folders = {"truth": "truth", "synthetic": "synthetic", "masks": "data/labelsTr"}
+    line = [part for key, name in folders.items() for part in (f"--{key}", str(tmp_path / name))]
+    result = tmp_path / "result.json"
+    assert evaluate_main([*line, "--run", str(model), "--json", str(result)]) == 0
+    measured = json.loads(result.read_text())
+    assert measured["body"]["mae"] < 1 and measured["organs"]["lesion"]["median_true"] > 400
+
+
+def test_several_processes_need_a_config(tmp_path: Path) -> None:
+    args = run.parser().parse_args(["--dataset-path", str(tmp_path)])
+    with pytest.raises(UsageError, match="several processes train") as caught:
+        run.planned(args, DistributedContext(world=2))
+    assert f"--dataset-path {tmp_path} --init-config FILE" in caught.value.remedy
+
+
 def test_newcomer_trains_without_config(tmp_path: Path, command) -> None:
     """12 phantom patients in nnU-Net's layout with three labels: one command plans and trains."""
     source, data = tmp_path / "phantom", tmp_path / "Dataset007_Hearts"
@@ -259,18 +300,18 @@ def test_newcomer_trains_without_config(tmp_path: Path, command) -> None:
         "file_ending": ".nii.gz",
     }
     (data / "dataset.json").write_text(json.dumps(stated))
-    run = tmp_path / "run"
+    folder = tmp_path / "run"
     few = ["training.steps=3", "training.batch_size=2", "training.recalibrate=1"]
     narrow = ["generator.filters=4", "discriminator.filters=4", "training.valid_slices=4"]
-    line = ["train/run.py", "--dataset-path", data, "--budget", "30s", "--output", run]
+    line = ["train/run.py", "--dataset-path", data, "--budget", "30s", "--output", folder]
     trained = command(*line, "--set", *few, *narrow)
     assert trained.returncode == 0, trained.stderr
-    stored = json.loads((run / "run.json").read_text())
+    stored = json.loads((folder / "run.json").read_text())
     # What follows from the number of steps follows the one that was given.
     assert stored["config"]["optimizer"]["decay_g"] == pytest.approx(2 / 3, abs=1e-6)
     assert stored["name"] == "Dataset007_Hearts" and stored["step"] == 3
     assert stored["data"]["patients"] == {"train": 10, "valid": 1, "test": 1}
     again = command(*line[:3], "--budget", "30s", "--config", "train/configs/phantom.json")
     assert again.returncode == 2 and "--budget and --init-config are for" in again.stderr
-    resumed = command("train/run.py", "--dataset-path", data, "--output", run, "--resume")
+    resumed = command("train/run.py", "--dataset-path", data, "--output", folder, "--resume")
     assert resumed.returncode == 0, resumed.stderr
