@@ -69,8 +69,11 @@ class DataConfig:
     slices: Count = 1
     # The distance between these slices in mm.
     slice_spacing: Positive | None = None
+    # The share of the patients to train on.
     train_ratio: Share = 0.95
+    # The share to validate with; the others are tested on.
     valid_ratio: Share = 0.02
+    # The seed of the shuffle before patients are split.
     split_seed: Seed = 123
     # "slices" cuts every volume into blocks, for cohorts with too few patients; it flatters all
     # metrics.
@@ -85,6 +88,7 @@ class DataConfig:
     max_clipped: Share = 0.01
     # In the original's layout PATIENT_<name>.dcm holds the image, and another one the labels.
     image_name: str = "whs_img"
+    # The same of the label map.
     label_name: str = "whs_img_gt"
 
 
@@ -94,14 +98,17 @@ class AugmentConfig:
 
     # In degrees.
     rotation: Annotated[float, Range(0, 180)] = 0.0
+    # In degrees too.
     shear: Annotated[float, Range(0, 45)] = 0.0
-    # Shares of the width and of the height.
+    # As a share of the width.
     shift_width: Annotated[float, Range(0, 0.5)] = 0.0
+    # The same of the height.
     shift_height: Annotated[float, Range(0, 0.5)] = 0.0
     # Each axis is scaled by 1 - zoom to 1 + zoom.
     zoom: Annotated[float, Range(0, 0.9)] = 0.0
-    # Whether to move the label map, and the image.
+    # Whether to move the label map.
     labels: bool = True
+    # Whether to move the image.
     image: bool = True
     # One map for both; false: one for each.
     same: bool = True
@@ -121,8 +128,11 @@ class IntensityConfig:
     (train/data/inference.py), before a run folder is claimed.
     """
 
+    # Hounsfield units, or arbitrary ones as of MR.
     unit: Literal["HU", "a.u.", "auto"] = "HU"
+    # The lowest intensity; what is below is clipped.
     low: int = -1024
+    # The highest one.
     high: int = 1024
 
 
@@ -183,11 +193,17 @@ class LossConfig:
 class OptimizerConfig:
     """Adam's settings; the learning rate at step i is lr * exp(-decay * i)."""
 
+    # The generator's learning rate.
     lr_g: Positive = 1.3e-4
+    # The discriminator's.
     lr_d: Positive = 1.5e-4
+    # How fast the generator's learning rate falls.
     decay_g: NotNegative = 0.0
+    # The same of the discriminator's.
     decay_d: NotNegative = 0.0
+    # Adam's first moment.
     beta1: Annotated[float, Range(0, 0.9999)] = 0.5
+    # Adam's second moment.
     beta2: Annotated[float, Range(0, 0.9999)] = 0.999
 
 
@@ -195,28 +211,37 @@ class OptimizerConfig:
 class TrainingConfig:
     """How long to train, on what device, and when to report, to validate and to save."""
 
+    # The number of steps: one of the discriminator and one of the generator each.
     steps: Whole = 100_000
+    # Slices per step, over all processes.
     batch_size: Count = 8
+    # The seed of order, noise and augmentation.
     seed: Seed = 0
+    # How slowly the averaged weights, which are exported, follow the trained ones.
     ema_decay: Annotated[float, Range(0, 0.999999)] = 0.999
     # Batches over which the averaged weights' batch statistics are measured anew; 0: the
     # statistics are averaged too.
     recalibrate: Whole = 32
+    # Steps between lines in metrics.jsonl.
     log_every: Count = 10
+    # Steps between validations.
     valid_every: Count = 1000
     # The most held-out slices that a validation synthesizes.
     valid_slices: Count = 128
+    # Steps between checkpoints.
     checkpoint_every: Count = 1000
     # The number of newest checkpoints to keep; the best one stays as well.
     keep_checkpoints: Count = 2
     # The metric of the held-out patients (train/metrics/scores.py) that decides which checkpoint
     # is the best.
     best_metric: str | None = "body.mae_ratio"
+    # Whether the best checkpoint has the lowest or the highest value of it.
     best_is: Literal["lowest", "highest"] = "lowest"
     # The run stops when the discriminator's losses were about 0 for so many steps; 0: never.
     collapse_steps: Whole = 2000
     # CPU threads; 0: as many as the process may use.
     threads: Annotated[int, Range(0, 1024)] = 0
+    # Where to train; auto takes a CUDA device if there is one.
     device: Literal["auto", "cpu", "cuda"] = "auto"
     # The networks' arithmetic in training; --dry-run times both on this machine.
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -231,7 +256,9 @@ class LoggingConfig:
     It does not change what a run computes: --resume may change it.
     """
 
+    # To RUN/tensorboard.
     tensorboard: bool = False
+    # To Weights & Biases.
     wandb: bool = False
     # The Weights & Biases run to continue.
     wandb_id: str | None = None
@@ -241,6 +268,7 @@ class LoggingConfig:
 class RunConfig:
     """The config of a run; its constructor checks what no single key can show."""
 
+    # The name of the model, and of the run folder where none is given.
     name: str = "run"
     # The licence of the weights, such as "Apache-2.0", which the model folder states.
     license: str = ""

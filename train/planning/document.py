@@ -102,7 +102,7 @@ def _section(
             continue
         meaning = comments.get((type(section).__name__, name), "")
         allowed = describe(hints[name])
-        yield from _comment(f"{meaning.rstrip('.')}. {allowed}".lstrip(". "), indent)
+        yield from _comment(f"{meaning} Allowed: {allowed}.".lstrip(), indent)
         if why := plan.reasons.get(key):
             yield from _comment(f"Planned: {why}.", indent)
         yield f'{indent}"{name}": {_value(value, indent)}{comma}'
