@@ -52,6 +52,7 @@ SHORTENED = {
     "mask2ct watch": "--once --stable 0 --poll 0.01",
     "python -m pytest": "--collect-only --quiet",
     "python -m train.phantom": "--patients 4",
+    "python train/run.py --dataset-path": "--set training.steps=2 generator.filters=8",
     "python -m train.usefulness": "--seeds 1 --steps 2 --test-patients 1 --arms real,all-real",
     "python -m train.usefulness DATA --config": "--patients 3",
 }
