@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from runtime.core.manifest import Intensity
 
-from .features import features, frechet_distance, kernel_distance, standardised
+from .features import density_coverage, features, frechet_distance, kernel_distance, standardised
 from .memory import spread_rows
 from .scores import HU, as_hu, body_mask, plain_tree, texture
 from .volume_metrics import LEAST_VOXELS, Places, outline_step, wasserstein
@@ -136,6 +136,28 @@ def feature_distances(
         first, second = (standardised(row, rows[1]) for row in rows)
         result["frechet"][name] = frechet_distance(first, second)
         result["kernel"][name] = kernel_distance(first, second)
+    return result
+
+
+def prdc(samples: Samples, real: Samples, intensity: Intensity = HU) -> dict[str, float]:
+    """Compute precision, recall, density and coverage of the axial slices' features.
+
+    Args:
+        samples: The first set.
+        real: Real samples.
+        intensity: The images' unit and range.
+
+    Returns:
+        `density_coverage` of train/metrics/features.py.
+
+    Raises:
+        MissingComponent: The extra `metrics` is not installed.
+    """
+    counts = [sum(len(image) for image, _, _ in group) for group in (samples, real)]
+    count = min(MOST_PLANES, *counts)
+    rows = [_plane_features(group, 0, count, intensity) for group in (samples, real)]
+    first, second = (standardised(row, rows[1]) for row in rows)
+    result: dict[str, float] = plain_tree(density_coverage(first, second))
     return result
 
 

@@ -33,7 +33,7 @@ PIXELS_AT_ONCE = 1 << 20
 # The least standard deviation of a feature, as a share of the greatest one's.
 LEAST_DEVIATION = 1e-3
 # Fewer slices have no covariance to speak of.
-LEAST_SLICES = 4
+LEAST_SLICES = 2
 
 
 def _weights() -> Iterator[tuple[Tensor, Tensor]]:
