@@ -255,20 +255,21 @@ def _folders(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             for image, mask in zip(truth, masks, strict=True)
         ]
         result["diversity"] = diversity(variants, masks, real, names, intensity)
-    samples, real = (
-        [Sample(*case) for case in zip(images, masks, strict=True)]
-        for images in ([volumes[0] for volumes in variants], truth)
+    firsts = [volumes[0] for volumes in variants]
+    samples, true_samples = (
+        [Sample(image, mask) for image, mask in zip(images, masks, strict=True)]
+        for images in (firsts, truth)
     )
     if args.reference:
         others = read_reference(args.reference, labels)
         result["ceiling"] = real_baseline(truth, masks, *others, names, intensity=intensity)
         train = [Sample(*case) for case in zip(*others, strict=True)]
-        result["quality"] = quality(samples, real, train, names, intensity=intensity)
+        result["quality"] = quality(samples, true_samples, train, names, intensity=intensity)
     else:
-        measured = distribution(samples, real, names, intensity=intensity)
+        measured = distribution(samples, true_samples, names, intensity=intensity)
         result["quality"] = {"synthetic": measured}
     if args.prdc:
-        result["quality"]["prdc"] = prdc(samples, real, intensity)
+        result["quality"]["prdc"] = prdc(samples, true_samples, intensity)
     return result, intensity.unit
 
 

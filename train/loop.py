@@ -27,7 +27,7 @@ from runtime.core.console import Progress
 from runtime.core.errors import ModelError, UsageError
 from runtime.core.manifest import grid_to_json, labels_to_json
 
-from . import checkpoint, figures
+from . import checkpoint, figures, verdict
 from . import config as configs
 from .config import RunConfig
 from .data import augmentation, dataset
@@ -42,7 +42,6 @@ from .reporting.loggers import Loggers
 from .step import Batch, Step
 from .training_monitor import TrainingMonitor, note
 from .validation import MASKS_KEPT, Validation, label_maps
-from .verdict import BROKEN, LEAST_STEPS, assess
 
 # The most held-out slices that a finished training is assessed on, if it validates on fewer.
 ASSESSED_SLICES = 256
@@ -402,8 +401,8 @@ class Training:
 
     def _assess(self, net: Generator) -> dict[str, Any]:
         """Measure up to `ASSESSED_SLICES` held-out slices, and compare them with the limits."""
-        if self.done < LEAST_STEPS:
-            self.verdict = assess(None, self.done)
+        if self.done < verdict.LEAST_STEPS:
+            self.verdict = verdict.assess(None, self.done)
             return {"verdict": self.verdict}
         t, intensity = self.config.training, configs.intensity(self.config)
         most = max(ASSESSED_SLICES, t.valid_slices)
@@ -411,8 +410,8 @@ class Training:
         sample = Validation(self.cohort.valid, most, table, intensity, t.seed)
         synthetic = sample.measure(net, self.device, t.batch_size)[1]
         quality = sample.quality(synthetic, self.cohort.train)
-        self.verdict = assess(quality, self.done)
-        if self.verdict["verdict"] == BROKEN:
+        self.verdict = verdict.assess(quality, self.done)
+        if self.verdict["verdict"] == verdict.BROKEN:
             worst = self.verdict["findings"][0]
             sample.draw_worst(self.folder / WORST, synthetic, worst["label"], worst["text"])
         return {"quality": quality, "verdict": self.verdict}
