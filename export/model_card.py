@@ -138,7 +138,7 @@ def _verdict(manifest: Manifest) -> str:
 def _scorecard(manifest: Manifest) -> str:
     """The seven Cs (Commun Eng 2025, 10.1038/s44172-025-00450-1), as far as they are measured."""
     quality = manifest.training.get("quality") or {}
-    own, memory = quality.get("synthetic"), quality.get("memory")
+    synthetic, memory = quality.get("synthetic"), quality.get("memory")
     real = quality.get("real")
     unknown = "not measured"
 
@@ -146,24 +146,26 @@ def _scorecard(manifest: Manifest) -> str:
         value = column and column["frechet"]["axial"]
         return unknown if value is None else f"{value:.3g}"
 
-    organs = [organ for organ in (own or {}).get("organs", {}).values() if organ]
+    organs = [organ for organ in (synthetic or {}).get("organs", {}).values() if organ]
     clipped = f"{max(o['clipped'] for o in organs):.2g} %" if organs else unknown
     rows = [
         (
             "congruence",
             "Fréchet distance, axial (real-vs-real)",
-            f"{axial(own)} ({axial(real)})",
+            f"{axial(synthetic)} ({axial(real)})",
         ),
         (
             "coverage",
             "gradient W1 (real-vs-real); the spread of styles is under Metrics",
-            f"{own['gradient']:.3g} ({real['gradient']:.3g})" if own and real else unknown,
+            f"{synthetic['gradient']:.3g} ({real['gradient']:.3g})"
+            if synthetic and real
+            else unknown,
         ),
         ("constraint", "most voxels of a label at the end of the range", clipped),
         (
             "completeness",
             "labels of the table that were measured",
-            f"{len(organs)} of {len(manifest.labels) - 1}" if own else unknown,
+            f"{len(organs)} of {len(manifest.labels) - 1}" if synthetic else unknown,
         ),
         (
             "compliance",
@@ -176,8 +178,8 @@ def _scorecard(manifest: Manifest) -> str:
         (
             "consistency",
             "outline step in pixels (true)",
-            f"{own['outline_step']:.3g} ({own['outline_step_true']:.3g})"
-            if own and own["outline_step"] is not None
+            f"{synthetic['outline_step']:.3g} ({synthetic['outline_step_true']:.3g})"
+            if synthetic and synthetic["outline_step"] is not None
             else unknown,
         ),
     ]

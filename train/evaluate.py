@@ -261,9 +261,9 @@ def _folders(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         for images in (firsts, truth)
     )
     if args.reference:
-        others = read_reference(args.reference, labels)
-        result["ceiling"] = real_baseline(truth, masks, *others, names, intensity=intensity)
-        train = [Sample(*case) for case in zip(*others, strict=True)]
+        reference = read_reference(args.reference, labels)
+        result["ceiling"] = real_baseline(truth, masks, *reference, names, intensity=intensity)
+        train = [Sample(*case) for case in zip(*reference, strict=True)]
         result["quality"] = quality(samples, true_samples, train, names, intensity=intensity)
     else:
         measured = distribution(samples, true_samples, names, intensity=intensity)

@@ -137,9 +137,8 @@ class Validation:
         Raises:
             OutputError: The file cannot be written.
         """
-        masks, images, true = (
-            np.concatenate(parts) for parts in (self.masks, synthetic, self.images)
-        )
+        masks = np.concatenate(self.masks)
+        images, true = np.concatenate(synthetic), np.concatenate(self.images)
         region = masks == 1 + self._names.index(label) if label in self._names else masks >= 0
         difference = np.abs(images.astype(np.int32) - true)
         sums = np.where(region, difference, 0).sum((1, 2))

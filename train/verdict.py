@@ -91,8 +91,8 @@ def assess(quality: Mapping[str, Any] | None, steps: int) -> dict[str, Any]:
 
 
 def _findings(quality: Mapping[str, Any]) -> Iterator[Finding]:
-    own, real, table = (quality[key] for key in ("synthetic", "real", "table"))
-    for name, organ in own["organs"].items():
+    synthetic, real, table = (quality[key] for key in ("synthetic", "real", "table"))
+    for name, organ in synthetic["organs"].items():
         if organ is None:
             continue
         yield from _above("its noise over the real one", organ["texture_ratio"], TEXTURE, name)
@@ -102,10 +102,10 @@ def _findings(quality: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _above("voxels at the end of the range", excess, CLIPPED, name)
     between = real["gradient"]
     if between:
-        ratio = own["gradient"] / between
+        ratio = synthetic["gradient"] / between
         yield from _above("W1 of gradients over real-vs-real", ratio, GRADIENT)
-    if own["frechet"]["axial"] is not None and table["frechet"]["axial"]:
-        ratio = own["frechet"]["axial"] / table["frechet"]["axial"]
+    if synthetic["frechet"]["axial"] is not None and table["frechet"]["axial"]:
+        ratio = synthetic["frechet"]["axial"] / table["frechet"]["axial"]
         yield from _above("Fréchet distance over the class table's", ratio, FRECHET)
     memory = quality["memory"]
     yield from _below("distance to training slices over held-out", memory["ratio"], MEMORY)

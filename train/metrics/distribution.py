@@ -172,10 +172,10 @@ def _plane_features(
     chosen = spread_rows(np.array(places), count)
     rows = []
     for n, (image, _, spacing) in enumerate(samples):
-        taken = chosen[chosen[:, 0] == n, 1]
-        if not len(taken):
+        numbers = chosen[chosen[:, 0] == n, 1]
+        if not len(numbers):
             continue
-        planes = np.moveaxis(np.take(image, taken, axis), axis, 0)
+        planes = np.moveaxis(np.take(image, numbers, axis), axis, 0)
         (planes,) = as_hu([planes], intensity)
         values = np.clip(planes, HU.low, HU.high).astype(np.float32)
         if axis and spacing[0] != spacing[3 - axis]:

@@ -65,8 +65,8 @@ def nearest(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float6
     distances = []
     for start in range(0, len(a), AT_ONCE):
         rows = a[start : start + AT_ONCE] - centre
-        own = np.square(rows, dtype=np.float64).sum(1)
-        squared = own[:, None] + squares - 2.0 * (rows @ b.T)
+        norms = np.square(rows, dtype=np.float64).sum(1)
+        squared = norms[:, None] + squares - 2.0 * (rows @ b.T)
         distances.append(np.sqrt(np.maximum(squared.min(1), 0) / a.shape[1]))
     return np.concatenate(distances)
 
@@ -102,19 +102,19 @@ def memory(synthetic: Volumes, train: Volumes, held_out: Volumes) -> dict[str, A
         distance to the nearest training slice of synthetic and of held-out slices.
     """
     generated = [blocks([volume]) for volume in synthetic]
-    own, real = np.concatenate(generated), blocks(held_out)
+    generated_rows, real = np.concatenate(generated), blocks(held_out)
     trained = spread_rows(blocks(train), MOST_SLICES)
     count = min(len(trained), len(real))
-    to_equal = nearest(own, spread_rows(trained, count))
-    to_held_out = nearest(own, spread_rows(real, count))
-    to_train, between_real = nearest(own, trained), nearest(real, trained)
+    to_equal = nearest(generated_rows, spread_rows(trained, count))
+    to_held_out = nearest(generated_rows, spread_rows(real, count))
+    to_train, between_real = nearest(generated_rows, trained), nearest(real, trained)
     limit = COPY_SHARE * float(np.quantile(between_real, COPY_QUANTILE))
     is_copy = to_train < limit
     lengths = np.cumsum([len(rows) for rows in generated])[:-1]
     return {
         "ratio": float(np.median(to_equal / np.maximum(to_held_out, 1e-9))),
         "copies": int(is_copy.sum()),
-        "slices": len(own),
+        "slices": len(generated_rows),
         "copied": [int(part.sum()) for part in np.split(is_copy, lengths)],
         "limit_hu": limit,
         "nearest_hu": float(np.median(to_train)),

@@ -67,9 +67,9 @@ def quality(
     few = some_of(train)
     table = coloured_tissues(few, intensity, seed, (0,))
 
-    def measured(samples: Samples, own: Places | None) -> dict[str, Any]:
+    def measured(samples: Samples, numbers: Places | None) -> dict[str, Any]:
         return distribution(
-            samples, real, names, intensity=intensity, places=(own, places), planes=planes
+            samples, real, names, intensity=intensity, places=(numbers, places), planes=planes
         )
 
     images = [

@@ -72,8 +72,8 @@ def _verdict(run: Mapping[str, Any], folder: Path) -> str:
         return ""
     texts = "".join(f"<li>{html.escape(finding['text'])}</li>" for finding in verdict["findings"])
     worst = folder / "figures" / "worst.png"
-    shown = _image(worst) if verdict["verdict"] == "broken" and worst.is_file() else ""
-    return f"<p><b>{html.escape(verdict['verdict'])}</b></p><ul>{texts}</ul>{shown}"
+    worst_image = _image(worst) if verdict["verdict"] == "broken" and worst.is_file() else ""
+    return f"<p><b>{html.escape(verdict['verdict'])}</b></p><ul>{texts}</ul>{worst_image}"
 
 
 def quality_section(result: Mapping[str, Any], unit: str | None = None) -> str:
