@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 from test_distribution import cohort
 
+from export.model_card import model_card
 from export.verdict import check_verdict
+from runtime.core.manifest import Manifest
 from train.metrics.distribution import Sample
 from train.metrics.quality import quality, rows
 from train.metrics.scores import HU
@@ -122,3 +125,14 @@ def test_weak_export_needs_acceptance() -> None:
     with pytest.raises(BrokenModel):
         check_verdict(run_with(of_level(BROKEN)), accept_weak=True)
     check_verdict(run_with(None))  # of an earlier version
+
+
+def test_card_holds_verdict_and_scorecard(sound: dict, root: Path) -> None:
+    """The sentences, the three columns, and the seven Cs with their figures."""
+    manifest = Manifest.load(root / "tests" / "files_of_0.1" / "model")
+    assert "Not assessed" in model_card(manifest) and "not measured" in model_card(manifest)
+    training = {**manifest.training, "quality": sound, "verdict": of_level(WEAK)}
+    card = model_card(replace(manifest, training=training))
+    assert "**weak**" in card and "heart: its noise is 3 (limit 2)" in card
+    assert "| class table | real-vs-real |" in card and "| consistency |" in card
+    assert f"0 of {sound['memory']['slices']}" in card
