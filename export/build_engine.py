@@ -50,6 +50,11 @@ def main(argv: Sequence[str]) -> int:
         action="store_true",
         help="write and validate the ONNX graphs, build no engine",
     )
+    parser.add_argument(
+        "--accept-weak",
+        action="store_true",
+        help="export a model whose training ended with the verdict 'weak'; the card keeps it",
+    )
     _add_engine_options(parser.add_argument_group("TensorRT engine"))
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     options = parser.parse_args(argv)
@@ -68,9 +73,11 @@ def main(argv: Sequence[str]) -> int:
     from export.attach_engine import add_engine, parity_checker
     from export.graph import LabelsToIntensity
     from export.model_folder import write_model
+    from export.verdict import check_verdict
     from train.checkpoint import load_calibration, load_generator, load_run, load_validation
 
     trained = load_run(options.run)
+    check_verdict(trained, accept_weak=options.accept_weak)
     graph = LabelsToIntensity(load_generator(options.run), len(trained.labels), trained.intensity)
     masks = load_validation(trained)
     write_model(

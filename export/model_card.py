@@ -6,6 +6,7 @@ Mitchell et al., "Model Cards for Model Reporting", 2019.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from runtime.core.manifest import Manifest
 from runtime.engines.description import (
@@ -16,6 +17,8 @@ from runtime.engines.description import (
     parity_rows,
     training_lines,
 )
+from train.metrics.quality import COLUMNS, LEGEND
+from train.metrics.quality import rows as quality_rows
 
 CARD = "MODEL_CARD.md"
 UNLICENSED = (
@@ -101,6 +104,8 @@ def model_card(manifest: Manifest) -> str:
                     if organs
                     else ""
                 ),
+                f"## Verdict\n\n{_verdict(manifest)}",
+                f"## Scorecard\n\n{_scorecard(manifest)}",
                 (
                     f"## Parity of the files\n\nDifferences from the network in {unit}, measured at"
                     " export in each engine. Slices/s are those of the machine that exported."
@@ -113,6 +118,72 @@ def model_card(manifest: Manifest) -> str:
         ).replace("\n\n\n\n", "\n\n")
         + "\n"
     )
+
+
+def _verdict(manifest: Manifest) -> str:
+    """What the training's figures say, beside a control and real patients."""
+    verdict = manifest.training.get("verdict")
+    if verdict is None:
+        return "Not assessed: the training states no verdict."
+    lines = _list([finding["text"] for finding in verdict["findings"]])
+    text = f"**{verdict['verdict']}**\n\n{lines}"
+    quality = manifest.training.get("quality")
+    if quality is None:
+        return text
+    head = ("", *(title for key, title in COLUMNS.items() if key in quality))
+    figures = _table(head, quality_rows(quality, manifest.intensity.unit))
+    return f"{text}\n\n{LEGEND}\n\n{figures}"
+
+
+def _scorecard(manifest: Manifest) -> str:
+    """The seven Cs (Commun Eng 2025, 10.1038/s44172-025-00450-1), as far as they are measured."""
+    quality = manifest.training.get("quality") or {}
+    synthetic, memory = quality.get("synthetic"), quality.get("memory")
+    real = quality.get("real")
+    unknown = "not measured"
+
+    def axial(column: Any) -> str:
+        value = column and column["frechet"]["axial"]
+        return unknown if value is None else f"{value:.3g}"
+
+    organs = [organ for organ in (synthetic or {}).get("organs", {}).values() if organ]
+    clipped = f"{max(o['clipped'] for o in organs):.2g} %" if organs else unknown
+    rows = [
+        (
+            "congruence",
+            "Fréchet distance, axial (real-vs-real)",
+            f"{axial(synthetic)} ({axial(real)})",
+        ),
+        (
+            "coverage",
+            "gradient W1 (real-vs-real); the spread of styles is under Metrics",
+            f"{synthetic['gradient']:.3g} ({real['gradient']:.3g})"
+            if synthetic and real
+            else unknown,
+        ),
+        ("constraint", "most voxels of a label at the end of the range", clipped),
+        (
+            "completeness",
+            "labels of the table that were measured",
+            f"{len(organs)} of {len(manifest.labels) - 1}" if synthetic else unknown,
+        ),
+        (
+            "compliance",
+            "copied training slices; distance to training over held-out slices",
+            f"{memory['copies']} of {memory['slices']}; {memory['ratio']:.2f}"
+            if memory
+            else unknown,
+        ),
+        ("comprehension", "this card, the manifest and the run's report.html", "given"),
+        (
+            "consistency",
+            "outline step in pixels (true)",
+            f"{synthetic['outline_step']:.3g} ({synthetic['outline_step_true']:.3g})"
+            if synthetic and synthetic["outline_step"] is not None
+            else unknown,
+        ),
+    ]
+    return _table(("", "measured by", "value"), rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

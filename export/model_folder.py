@@ -376,7 +376,7 @@ def provenance(run: TrainedRun) -> Mapping[str, Any]:
     Returns:
         JSON data.
     """
-    keys = ("step", "metrics", "data", "versions", "commit")
+    keys = ("step", "metrics", "quality", "verdict", "data", "versions", "commit")
     return {
         "weights_sha256": run.data["weights"]["sha256"],
         **{key: run.data[key] for key in keys if key in run.data},

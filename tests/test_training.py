@@ -16,11 +16,13 @@ import torch
 from safetensors.torch import load_file
 
 from runtime.core.errors import ModelError
-from train import checkpoint
+from train import checkpoint, verdict
 from train.config import resolve
 from train.loop import Training, open_cohort
+from train.run import refuse_broken
 from train.step import Batch, Step
 from train.training_monitor import Collapsed, Diverged, TrainingMonitor
+from train.verdict import BrokenModel
 
 TINY = [
     "data.canvas=[64,64]",
@@ -106,8 +108,10 @@ def test_run_folder_holds_promised_files(trained: Path, cohort: Path) -> None:
         "organs",
         "body",
         "similarity",
+        "distribution",
         "ceiling",
     }
+    assert data["verdict"]["verdict"] == "not assessed"
     assert data["weights"]["average"] == "ema" and [row["index"] for row in data["labels"]] == list(
         range(8)
     )
@@ -308,6 +312,25 @@ def test_nan_weights_never_become_checkpoint(cohort: Path, tmp_path: Path) -> No
         and newest.name == "step-00000005"
         and not (tmp_path / "run.json").exists()
     )
+
+
+def test_broken_training_draws_worst_slice(
+    cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps give images that no one can use; a training that is assessed says so."""
+    monkeypatch.setattr(verdict, "LEAST_STEPS", 1)
+    config = resolve({}, [*TINY, "training.steps=2"], dataset_path=str(cohort))
+    training = Training(config, tmp_path, open_cohort(config, tmp_path), quiet=True)
+    training.run()
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert run["verdict"] == training.verdict and run["verdict"]["verdict"] == "broken"
+    assert {"synthetic", "table", "real", "memory"} == set(run["quality"])
+    assert (tmp_path / "figures" / "worst.png").read_bytes().startswith(b"\x89PNG")
+    page = (tmp_path / "report.html").read_text()
+    assert run["verdict"]["findings"][0]["text"].replace("'", "&#x27;") in page
+    assert "real-vs-real" in page and "worst" in page
+    with pytest.raises(BrokenModel):
+        refuse_broken(run["verdict"], tmp_path)
 
 
 def test_dead_discriminator_stops_run_keeps_checkpoints(

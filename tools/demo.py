@@ -138,7 +138,14 @@ def main(argv: Sequence[str]) -> int:
         ),
         (
             "export and proof",
-            ["export/build_engine.py", f"{out}/train", "-o", f"{out}/model", "--onnx-only"],
+            [
+                "export/build_engine.py",
+                f"{out}/train",
+                "-o",
+                f"{out}/model",
+                "--onnx-only",
+                "--accept-weak",
+            ],
         ),
         (
             "unseen patients",

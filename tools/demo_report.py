@@ -14,9 +14,13 @@ from runtime.core.labels import MM_WHS
 from runtime.core.manifest import Manifest
 from runtime.engines.description import PARITY_HEAD, parity_rows
 from runtime.io.readers.volume import read_volume
-from train.evaluate import read_cases
+from train.evaluate import read_cases, read_reference
+from train.metrics.distribution import Sample
+from train.metrics.quality import quality
 from train.metrics.scores import evaluate, organ_names
 from train.reporting.html import curves, page, picture, planes, read_metrics, table
+from train.reporting.run_report import quality_section
+from train.verdict import summary
 
 
 def write_report(
@@ -33,6 +37,15 @@ def write_report(
     names = organ_names(MM_WHS)
     synthetic, truth, masks = read_cases(out / "synthetic", out / "truth", out / "masks", MM_WHS)
     metrics = evaluate(synthetic, truth, masks, names)
+    real, generated, train = (
+        [Sample(*case) for case in zip(images, maps, strict=True)]
+        for images, maps in (
+            (truth, masks),
+            (synthetic, masks),
+            read_reference(out / "data", MM_WHS),
+        )
+    )
+    metrics["quality"] = quality(generated, real, train, names)
     write_json(out / "metrics.json", metrics)
     cases = [path.name.removesuffix(".nii.gz") for path in sorted((out / "masks").glob("*.nii.gz"))]
     manifest = Manifest.load(out / "model")
@@ -60,6 +73,8 @@ def write_report(
                 + pictures,
             ),
             ("Organs", _organs(metrics)),
+            ("Beside the class table and real patients", quality_section(metrics)),
+            ("Verdict on the training", _verdict(manifest)),
             (
                 "Training",
                 picture(curves(read_metrics(out / "train" / "metrics.jsonl")), "training curves"),
@@ -75,6 +90,12 @@ def write_report(
             ),
         ],
     )
+
+
+def _verdict(manifest: Manifest) -> str:
+    """The verdict on the training as HTML."""
+    verdict = manifest.training.get("verdict")
+    return f"<p>{html.escape(summary(verdict))}</p>" if verdict else "<p>None.</p>"
 
 
 def _organs(metrics: Mapping[str, Any]) -> str:

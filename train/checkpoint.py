@@ -51,7 +51,14 @@ WEIGHTS, CHECKPOINTS = "generator.safetensors", "checkpoints"
 MASKS = {"validation": "validation.safetensors", "calibration": "calibration.safetensors"}
 _STATE, _META = "state.safetensors", "state.json"
 # Keys that do not change what a run computes up to a step: --resume may change them.
-FREE = ("training.steps", "logging.", "license", "data.modality", "data.max_clipped")
+FREE = (
+    "training.steps",
+    "training.best_",
+    "logging.",
+    "license",
+    "data.modality",
+    "data.max_clipped",
+)
 _REMEDY = "point at a folder that `python train/run.py` has finished"
 
 
@@ -375,12 +382,13 @@ def usable(folder: Path, limit: int, *, quiet: bool = False) -> Path | None:
     return None
 
 
-def best(folder: Path, limit: int) -> tuple[Path, float] | None:
+def best(folder: Path, limit: int, metric: str | None = None) -> tuple[Path, float] | None:
     """Find the checkpoint with the lowest score.
 
     Args:
         folder: The run folder.
         limit: The highest step.
+        metric: The metric that the scores are of: scores of another one do not compare.
 
     Returns:
         The checkpoint's folder and its score, or None where no checkpoint has one.
@@ -388,7 +396,7 @@ def best(folder: Path, limit: int) -> tuple[Path, float] | None:
     scored = [
         (score, path)
         for path in _all(folder)
-        if _step(path) <= limit and (score := _score(path)) is not None
+        if _step(path) <= limit and (score := _score(path, metric)) is not None
     ]
     # Of equal scores, the first checkpoint wins.
     return min(scored)[::-1] if scored else None
@@ -400,6 +408,7 @@ def save(
     tensors: Mapping[str, Tensor],
     keep: int | None,
     score: float | None = None,
+    metric: str | None = None,
 ) -> Path:
     """Write RUN/checkpoints/step-00000020 atomically, then remove older checkpoints.
 
@@ -412,6 +421,7 @@ def save(
         tensors: The tensors by name.
         keep: How many of the newest to keep; None: all.
         score: The score of the held-out patients, lower is better; None: not measured.
+        metric: The metric that the score is of.
 
     Returns:
         The checkpoint's folder.
@@ -426,10 +436,11 @@ def save(
             "schema_version": SCHEMA_VERSION,
             "step": step,
             "score": score,
+            **({} if metric is None else {"metric": metric}),
             "sha256": sha256_of(part / _STATE),
         }
         (part / _META).write_text(json.dumps(meta) + "\n")
-    best_checkpoint = best(folder, step)
+    best_checkpoint = best(folder, step, metric)
     earlier = [p for p in _all(folder) if _step(p) <= step]
     for old in earlier[:-keep] if keep else []:
         if best_checkpoint is None or old != best_checkpoint[0]:
@@ -495,10 +506,16 @@ def _verified(path: Path) -> dict[str, Any]:
     return meta
 
 
-def _score(path: Path) -> float | None:
-    """The score in state.json, without a look at the tensors; None where there is none."""
+def _score(path: Path, metric: str | None) -> float | None:
+    """The score in state.json, without a look at the tensors; None where it is of another metric.
+
+    Before 0.2 the metric was not stated; it was body.mae_ratio unless a config said otherwise.
+    """
     try:
-        score = json.loads((path / _META).read_text())["score"]
+        meta = json.loads((path / _META).read_text())
+        score = meta["score"]
+        if metric is not None and meta.get("metric", "body.mae_ratio") != metric:
+            return None
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return float(score) if isinstance(score, (int, float)) else None

@@ -232,9 +232,9 @@ class TrainingConfig:
     checkpoint_every: Count = 1000
     # The number of newest checkpoints to keep; the best one stays as well.
     keep_checkpoints: Count = 2
-    # The metric of the held-out patients (train/metrics/scores.py) that decides which checkpoint
-    # is the best.
-    best_metric: str | None = "body.mae_ratio"
+    # The metric of the held-out patients that decides which checkpoint is the best. An error such
+    # as body.mae_ratio rewards images that show each label's mean.
+    best_metric: str | None = "distribution.frechet.axial"
     # Whether the best checkpoint has the lowest or the highest value of it.
     best_is: Literal["lowest", "highest"] = "lowest"
     # The run stops when the discriminator's losses were about 0 for so many steps; 0: never.

@@ -31,11 +31,14 @@ from runtime.core.atomic_files import write_json
 from runtime.core.errors import InputError, UsageError
 from runtime.core.labels import PRESETS
 from runtime.core.manifest import MANIFEST, Intensity, LabelTable, Manifest
+from runtime.engines.description import aligned
 from runtime.io.writers.volume import CONTENTS
 
 from .data.checks import AIR_HU
 from .data.intensities import normalized
 from .metrics import volume_metrics
+from .metrics.distribution import Sample, distribution, prdc
+from .metrics.quality import COLUMNS, LEGEND, SENTENCES, quality, rows
 from .metrics.scores import HU, diversity, evaluate, organ_names, real_baseline, table
 
 Arrays = list[NDArray[Any]]
@@ -184,7 +187,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--reference",
         type=Path,
         metavar="DIR",
-        help="other real patients: also measure real against real",
+        help=(
+            "other real patients, such as the training ones: also measure real against real, the"
+            " class table and copies"
+        ),
+    )
+    parser.add_argument(
+        "--prdc",
+        action="store_true",
+        help="also precision, recall, density and coverage (the extra `metrics`)",
     )
     parser.add_argument(
         "--labels", choices=sorted(PRESETS), help="label table of the masks (default: mm-whs)"
@@ -229,6 +240,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         result, unit = held_out(args.run, args.split, args.dataset_path)
     print(table(result, unit))
+    if "quality" in result:
+        head = ("", *(title for key, title in COLUMNS.items() if key in result["quality"]))
+        print(f"\n{aligned(head, rows(result['quality'], unit))}\n{LEGEND}")
+        print("\n".join(SENTENCES.values()))
     if args.json:
         write_json(args.json, result)
     print(json.dumps(result))
@@ -253,6 +268,11 @@ def _folders(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
             for image, mask in zip(truth, masks, strict=True)
         ]
         result["diversity"] = diversity(variants, masks, real, names, intensity)
+    firsts = [volumes[0] for volumes in variants]
+    samples, true_samples = (
+        [Sample(image, mask) for image, mask in zip(images, masks, strict=True)]
+        for images in (firsts, truth)
+    )
     if args.reference:
         images, label_maps = read_reference(args.reference, labels)
         if normalizes:
@@ -260,6 +280,13 @@ def _folders(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
         result["ceiling"] = real_baseline(
             truth, masks, images, label_maps, names, intensity=intensity
         )
+        train = [Sample(*case) for case in zip(images, label_maps, strict=True)]
+        result["quality"] = quality(samples, true_samples, train, names, intensity=intensity)
+    else:
+        measured = distribution(samples, true_samples, names, intensity=intensity)
+        result["quality"] = {"synthetic": measured}
+    if args.prdc:
+        result["quality"]["prdc"] = prdc(samples, true_samples, intensity)
     return result, intensity.unit
 
 

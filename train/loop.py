@@ -27,7 +27,7 @@ from runtime.core.console import Progress
 from runtime.core.errors import ModelError, UsageError
 from runtime.core.manifest import grid_to_json, labels_to_json
 
-from . import checkpoint, figures
+from . import checkpoint, figures, verdict
 from . import config as configs
 from .config import RunConfig
 from .data import augmentation, dataset
@@ -42,6 +42,11 @@ from .reporting.loggers import Loggers
 from .step import Batch, Step
 from .training_monitor import TrainingMonitor, note
 from .validation import MASKS_KEPT, Validation, label_maps
+
+# The most held-out slices that a finished training is assessed on, if it validates on fewer.
+ASSESSED_SLICES = 256
+# In the run folder: the worst slice of a broken training.
+WORST = "figures/worst.png"
 
 
 def choose_device(config: RunConfig) -> tuple[torch.device, str]:
@@ -211,6 +216,8 @@ class Training:
             cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed
         )
         self.metrics: dict[str, Any] | None = None
+        # Of a finished run: train/verdict.py.
+        self.verdict: dict[str, Any] | None = None
         self.monitor = TrainingMonitor(folder, t.collapse_steps if config.loss.adversarial else 0)
         self._log: _Log | None = None
         self._progress = Progress("training", t.steps, unit="steps", quiet=quiet)
@@ -331,12 +338,13 @@ class Training:
     def _save(self, *, validated: bool, anyway: bool) -> None:
         """Write a checkpoint if one is due, or if the validation gave the best score so far."""
         score = self._score() if validated else None
-        best = None if score is None else checkpoint.best(self.folder, self.done)
+        metric = self.config.training.best_metric
+        best = None if score is None else checkpoint.best(self.folder, self.done, metric)
         if anyway or (score is not None and (best is None or score < best[1])):
             state = self.step.state()
             self.monitor.state(self.done, state)
             keep = None if self.monitor.suspicious else self.config.training.keep_checkpoints
-            checkpoint.save(self.folder, self.done, state, keep, score)
+            checkpoint.save(self.folder, self.done, state, keep, score, metric)
 
     def _score(self) -> float | None:
         """The last `training.best_metric`, lower is better; None where it is not measured."""
@@ -383,10 +391,30 @@ class Training:
             "calibration": label_maps(self.cohort.train, MASKS_KEPT),
         }
         checkpoint.write_run(
-            self.folder, net, masks, facts(self.config, self.cohort, self.done, metrics)
+            self.folder,
+            net,
+            masks,
+            {**facts(self.config, self.cohort, self.done, metrics), **self._assess(net)},
         )
         run_report.write(self.folder)
         return metrics
+
+    def _assess(self, net: Generator) -> dict[str, Any]:
+        """Measure up to `ASSESSED_SLICES` held-out slices, and compare them with the limits."""
+        if self.done < verdict.LEAST_STEPS:
+            self.verdict = verdict.assess(None, self.done)
+            return {"verdict": self.verdict}
+        t, intensity = self.config.training, configs.intensity(self.config)
+        most = max(ASSESSED_SLICES, t.valid_slices)
+        table = configs.label_table(self.config.data)
+        sample = Validation(self.cohort.valid, most, table, intensity, t.seed)
+        synthetic = sample.measure(net, self.device, t.batch_size)[1]
+        quality = sample.quality(synthetic, self.cohort.train)
+        self.verdict = verdict.assess(quality, self.done)
+        if self.verdict["verdict"] == verdict.BROKEN:
+            worst = self.verdict["findings"][0]
+            sample.draw_worst(self.folder / WORST, synthetic, worst["label"], worst["text"])
+        return {"quality": quality, "verdict": self.verdict}
 
 
 def facts(

@@ -198,7 +198,8 @@ def held_out(
         raise _empty_split(split)
     _, device, net = network_of(config, source, run, cohort, quiet=True)
     measured = _all_slices(config, patients)
-    metrics = measured.measure(net, device, config.training.batch_size)[0]
+    metrics, synthetic = measured.measure(net, device, config.training.batch_size)
+    metrics["quality"] = measured.quality(synthetic, cohort.train)
     metrics["ceiling"] = measured.real_baseline(cohort.train)
     return metrics, config.intensity.unit
 

@@ -27,9 +27,9 @@ import argparse
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from runtime.core import console
 from runtime.core.errors import UsageError
@@ -38,6 +38,7 @@ from train import checkpoint, config
 # Neither of these imports torch: --help answers without it.
 from train.distributed import DistributedContext, check, init_distributed
 from train.planning.duration import duration
+from train.verdict import summary
 
 if TYPE_CHECKING:
     from train.planning.plan import Plan
@@ -410,7 +411,34 @@ def train(
         print(table(metrics, resolved.intensity.unit))
     if ranks.first:
         print(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.RUN} are written")
+        assert training.verdict is not None
+        refuse_broken(training.verdict, folder)
+        if not quiet:
+            print(summary(training.verdict), file=sys.stderr)
     return 0
+
+
+def refuse_broken(verdict: Mapping[str, Any], folder: Path) -> None:
+    """End with exit code 1 where a training is broken; all its files stay.
+
+    Args:
+        verdict: The verdict on the training.
+        folder: The run folder.
+
+    Raises:
+        BrokenModel: The training is broken.
+    """
+    from train.loop import WORST
+    from train.verdict import BROKEN, BrokenModel
+
+    if verdict["verdict"] == BROKEN:
+        raise BrokenModel(
+            "the training is broken: " + "; ".join(f["text"] for f in verdict["findings"]),
+            expected="images within the limits of docs/reference/quality.md",
+            remedy=f"look at {WORST} and report.html there; train longer, on more patients, or"
+            " with lower optimizer.lr_g",
+            file=folder,
+        )
 
 
 def test(args: argparse.Namespace) -> int:

@@ -14,7 +14,9 @@ from runtime.core.manifest import Intensity, LabelTable
 
 from .data.dataset import Slices, from_unit, noise_bytes
 from .figures import comparison, window
-from .metrics.scores import diversity, evaluate, real_baseline
+from .metrics.distribution import PLANES, Sample, feature_distances
+from .metrics.quality import quality
+from .metrics.scores import diversity, evaluate, plain_tree, real_baseline
 from .networks.generator import Generator, one_hot, standardise_noise
 from .networks.style import organ_medians
 
@@ -89,10 +91,71 @@ class Validation:
             generate(net, case.labels, noise, len(self._table), self._intensity, device, batch_size)
             for case, noise in zip(self._cases, self._noise, strict=True)
         ]
-        return (
-            evaluate(synthetic, self.images, self.masks, self._names, self.places, self._intensity),
-            synthetic,
+        metrics = evaluate(
+            synthetic, self.images, self.masks, self._names, self.places, self._intensity
         )
+        samples, real = (self._samples(images) for images in (synthetic, self.images))
+        distances = feature_distances(samples, real, self._intensity, PLANES[:1])
+        metrics["distribution"] = plain_tree(distances)
+        return metrics, synthetic
+
+    def quality(
+        self, synthetic: list[NDArray[np.int16]], train: Sequence[Slices]
+    ) -> dict[str, Any]:
+        """Measure synthetic slices beside the class table and the training patients.
+
+        Args:
+            synthetic: The slices that `measure` synthesized.
+            train: The training patients.
+
+        Returns:
+            The `quality` of train/metrics/quality.py; coronal and sagittal planes where the sample
+            is every slice.
+        """
+        return quality(
+            self._samples(synthetic),
+            self._samples(self.images),
+            [Sample(patient.image, _middle(patient)) for patient in train],
+            self._names,
+            intensity=self._intensity,
+            places=self.places,
+            planes=PLANES if self._share == 1 else PLANES[:1],
+            seed=self._seed,
+        )
+
+    def draw_worst(
+        self, path: Path, synthetic: list[NDArray[np.int16]], label: str | None, title: str
+    ) -> None:
+        """Draw the slice that is farthest from the true one, in one label or anywhere.
+
+        Args:
+            path: The PNG file.
+            synthetic: The slices that `measure` synthesized.
+            label: The label's name.
+            title: The figure's title.
+
+        Raises:
+            OutputError: The file cannot be written.
+        """
+        masks = np.concatenate(self.masks)
+        images, true = np.concatenate(synthetic), np.concatenate(self.images)
+        region = masks == 1 + self._names.index(label) if label in self._names else masks >= 0
+        difference = np.abs(images.astype(np.int32) - true)
+        sums = np.where(region, difference, 0).sum((1, 2))
+        worst = slice(n := int(sums.argmax()), n + 1)
+        comparison(
+            path,
+            masks[worst],
+            images[worst],
+            true[worst],
+            classes=len(self._table),
+            window=window(self._intensity),
+            title=title,
+        )
+
+    def _samples(self, images: list[NDArray[np.int16]]) -> list[Sample]:
+        """Images of the sample's slices with their labels."""
+        return [Sample(image, mask) for image, mask in zip(images, self.masks, strict=True)]
 
     def diversity(
         self, net: Generator, device: torch.device, batch_size: int, train: Sequence[Slices]

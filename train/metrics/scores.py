@@ -76,7 +76,7 @@ def evaluate(
         "cases": len(truth),
         "organs": organs,
         "body": body(synthetic, truth, masks, len(names) + 1, places, intensity),
-        "similarity": _plain(**similarity(_as_hu(synthetic, intensity), _as_hu(truth, intensity))),
+        "similarity": _plain(**similarity(as_hu(synthetic, intensity), as_hu(truth, intensity))),
     }
 
 
@@ -109,9 +109,9 @@ def real_baseline(
     )
     if intensity.unit != HU.unit:
         result["similarity"] = volume_metrics.between_patients(
-            _as_hu(truth, intensity), masks, _as_hu(reference, intensity), reference_masks
+            as_hu(truth, intensity), masks, as_hu(reference, intensity), reference_masks
         )
-    return _plain_tree(result)
+    return plain_tree(result)
 
 
 def diversity(
@@ -136,10 +136,10 @@ def diversity(
     result = volume_metrics.diversity(variants, masks, real, names)
     if intensity.unit != HU.unit:
         scaled = volume_metrics.diversity(
-            [_as_hu(generated, intensity) for generated in variants], masks, real, names
+            [as_hu(generated, intensity) for generated in variants], masks, real, names
         )
         result |= {key: scaled[key] for key in ("ssim", "ms_ssim", "scales")}
-    return _plain_tree(result)
+    return plain_tree(result)
 
 
 def organ(
@@ -281,8 +281,16 @@ def otsu(values: NDArray[Any], intensity: Intensity) -> float:
     return float(edges[1 + np.nan_to_num(between, posinf=0).argmax()])
 
 
-def _as_hu(volumes: Volumes, intensity: Intensity) -> Volumes:
-    """`volumes`, with their range scaled to `LIMITS_HU` where they are not in HU."""
+def as_hu(volumes: Volumes, intensity: Intensity) -> Volumes:
+    """Scale volumes in arbitrary units to the range of HU.
+
+    Args:
+        volumes: The volumes.
+        intensity: Their unit and range.
+
+    Returns:
+        The volumes, with their range scaled to `LIMITS_HU` where they are not in HU.
+    """
     if intensity.unit == HU.unit:
         return volumes
     scale = (HU.high - HU.low) / (intensity.high - intensity.low)
@@ -395,12 +403,20 @@ def _plain(**numbers: float) -> dict[str, Any]:
     }
 
 
-def _plain_tree(tree: Any) -> Any:
-    """`_plain` for nested dictionaries."""
-    return {
-        key: _plain_tree(value) if isinstance(value, dict) else _plain(**{key: value})[key]
-        for key, value in tree.items()
-    }
+def plain_tree(tree: Any) -> Any:
+    """Round the numbers of nested dictionaries; NaN becomes None.
+
+    Args:
+        tree: Dictionaries, lists, numbers and None.
+
+    Returns:
+        JSON data.
+    """
+    if isinstance(tree, dict):
+        return {key: plain_tree(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [plain_tree(value) for value in tree]
+    return tree if tree is None else _plain(value=tree)["value"]
 
 
 def organ_names(labels: LabelTable) -> list[str]:

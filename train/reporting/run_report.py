@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import METRICS, RUN
+from ..metrics.quality import COLUMNS, LEGEND, SENTENCES
+from ..metrics.quality import rows as quality_rows
 from .html import curves, page, picture, read_metrics, table
 
 REPORT = "report.html"
@@ -40,6 +42,8 @@ def write(folder: Path) -> Path:
             "Condition | generated | original, as training went",
             "".join(_image(path) for path in reversed(chosen)),
         ),
+        ("Verdict", _verdict(run, folder)),
+        ("Beside the class table and real patients", quality_section(run)),
         ("Training", picture(curves(lines), "training curves")),
         ("Held-out patients", _organs(metrics) + _images(metrics)),
         (
@@ -59,6 +63,37 @@ def write(folder: Path) -> Path:
         sections,
     )
     return path
+
+
+def _verdict(run: Mapping[str, Any], folder: Path) -> str:
+    """The verdict with what it rests on, and the worst slice of a broken training."""
+    verdict = run.get("verdict")
+    if verdict is None:
+        return ""
+    texts = "".join(f"<li>{html.escape(finding['text'])}</li>" for finding in verdict["findings"])
+    worst = folder / "figures" / "worst.png"
+    worst_image = _image(worst) if verdict["verdict"] == "broken" and worst.is_file() else ""
+    return f"<p><b>{html.escape(verdict['verdict'])}</b></p><ul>{texts}</ul>{worst_image}"
+
+
+def quality_section(result: Mapping[str, Any], unit: str | None = None) -> str:
+    """Write the figures of train/metrics/quality.py as a table with its legend.
+
+    Args:
+        result: JSON data with "quality".
+        unit: The images' unit; None: that of "intensity" in `result`.
+
+    Returns:
+        HTML.
+    """
+    quality = result.get("quality")
+    if quality is None:
+        return "<p class=note>Not measured.</p>"
+    unit = unit or str(result.get("intensity", {}).get("unit", "HU"))
+    head = ("", *(title for key, title in COLUMNS.items() if key in quality))
+    notes = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in SENTENCES.values())
+    legend = f"<p class=note>{html.escape(LEGEND)}</p><ul class=note>{notes}</ul>"
+    return legend + table(head, quality_rows(quality, unit))
 
 
 def _organs(metrics: Mapping[str, Any]) -> str:

@@ -7,19 +7,18 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.ndimage import gaussian_filter
 
 from runtime.core.deformation import DeformationParams, MaskDeformer
 from runtime.core.manifest import Intensity
 from runtime.core.volume import LabelVolume
-from runtime.core.warp import EDGE_BLUR, IntensityJitter, Warp, tissue_map
+from runtime.core.warp import IntensityJitter, Warp
 
+from ..metrics.class_table import coloured_tissues
 from .cohort import Case
 
 # (mask, seed, variant) to an image (D, H, W)
 Generate = Callable[[LabelVolume, int, int], NDArray[np.int16]]
 VARIANTS = 3  # of every training image
-NOISE_BLUR = 0.7  # pixels, of the class table's noise: a scanner's noise is not white
 REAL, ALL_REAL, SYNTHETIC = "real", "all-real", "real+synthetic"
 WARP_JITTER, TABLE = "real+warp-jitter", "real+table"
 
@@ -92,42 +91,14 @@ def synthetic(sources: Sources) -> list[Case]:
 
 
 def class_table(sources: Sources) -> list[Case]:
-    """The control without a network: real tissue maps, deformed, coloured by class, with noise.
-
-    A class has the median of the training patients, and noise as strong as its own spread.
-    """
-    unit = sources.intensity.unit
-    maps = [tissue_map(c.image.astype(np.float32), c.labels, unit) for c in sources.few]
-    medians, deviations = _class_statistics([case.image for case in sources.few], maps)
-    rng = np.random.default_rng([sources.seed, 4])
-    cases = []
-    for case, classes in zip(sources.few, maps, strict=True):
-        coloured = replace(case, image=np.rint(medians[classes]).astype(np.int16))
-        warp = Warp(coloured.volume, case.mask, unit=unit)
-        spread = deviations[classes]
-        for number in sources.numbers:
-            warped_case = _warped_case(case, warp, sources.seed, number)
-            blur = (0, NOISE_BLUR, NOISE_BLUR)
-            noise = gaussian_filter(rng.standard_normal(spread.shape), blur)
-            image = gaussian_filter(warped_case.image.astype(np.float32), (0, EDGE_BLUR, EDGE_BLUR))
-            cases.append(
-                replace(warped_case, image=_to_int16(image + noise / noise.std() * spread)),
-            )
-    return cases
-
-
-def _class_statistics(
-    images: Sequence[NDArray[np.int16]],
-    maps: Sequence[NDArray[np.uint8]],
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Median and robust standard deviation (256,) of every class, over the voxels of all images."""
-    medians, deviations = np.zeros(256, np.float32), np.zeros(256, np.float32)
-    values = np.concatenate([image.ravel() for image in images])
-    classes = np.concatenate([tissues.ravel() for tissues in maps])
-    for number in np.unique(classes).tolist():
-        low, middle, high = np.percentile(values[classes == number], (25, 50, 75))
-        medians[number], deviations[number] = middle, (high - low) / 1.349
-    return medians, deviations
+    """The control without a network: see train/metrics/class_table.py."""
+    samples = [(case.image, case.labels, case.spacing) for case in sources.few]
+    coloured = coloured_tissues(samples, sources.intensity, sources.seed, sources.numbers)
+    originals = [case for case in sources.few for _ in sources.numbers]
+    return [
+        replace(case, image=sample.image, labels=sample.labels)
+        for case, sample in zip(originals, coloured, strict=True)
+    ]
 
 
 def _warped_case(case: Case, warp: Warp, seed: int, number: int) -> Case:
