@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import MissingDecoder, UnreadableVolume
-from ..dicom.files import pydicom
+from ..dicom.header import pydicom
+from ..dicom.pixel_size import check_pixel_bytes
 
 RLE = "1.2.840.10008.1.2.5"
 # Encapsulated Uncompressed Explicit VR Little Endian.
@@ -40,12 +41,13 @@ _PACKAGES = {
 }
 
 
-def check_frames(ds: Any, count: int, name: str) -> None:
+def check_frames(ds: Any, count: int, have: int, name: str) -> None:
     """Check that the pixels of a SEG are complete, unchanged by compression, and can be decoded.
 
     Args:
-        ds: The SEG.
+        ds: The header of the SEG.
         count: Its number of frames.
+        have: Bytes of its pixels, or of their fragments; 0 without any.
         name: What messages call it.
 
     Raises:
@@ -67,10 +69,7 @@ def check_frames(ds: Any, count: int, name: str) -> None:
             remedy="export it without loss",
             file=Path(name),
         )
-    have = len(ds.get("PixelData") or b"")
-    need = (count * int(ds.Rows) * int(ds.Columns) * bits + 7) // 8
-    if have == 0 or (not _is_encapsulated(ds) and have < need):
-        raise _truncated(name, f"{have} of {need} bytes of pixels")
+    check_pixel_bytes(ds, have, count, name, compressed=_is_encapsulated(ds))
     if _is_encapsulated(ds) and syntax not in (RLE, UNCOMPRESSED, DEFLATED):
         _check_decoder(syntax, name)
 
