@@ -51,6 +51,8 @@ MAX_ELEMENT = 1 << 24
 # `ITEM_OBJECTS` times. They take up to 200 MB; a region of 30,000 contours has so many.
 MAX_OBJECTS = 1 << 19
 ITEM_OBJECTS = 4
+# Bytes that cannot become more objects than that: an element has at least 8.
+ALWAYS_SMALL = 8 * MAX_OBJECTS // ITEM_OBJECTS
 # Sequences of a header that are passed over.
 MAX_SEQUENCES = 1 << 14
 # Fragments of compressed pixels that are followed to the end.
@@ -309,6 +311,22 @@ def items_of(ds: Any, sequence: str) -> Iterator[Any]:
         yield from value or ()
 
 
+def text_of(ds: Any, keyword: str) -> str:
+    """Read a UID, code or number of an item as its text, without an object for it.
+
+    Args:
+        ds: An item that `DicomFile.items` or `items_of` returned.
+        keyword: The keyword of an element of ASCII text.
+
+    Returns:
+        The text without padding; empty where `ds` lacks the element.
+    """
+    value = getattr(ds.get_item(keyword), "value", None)
+    if isinstance(value, bytes):
+        return value.decode("ascii").strip(" \0")
+    return "" if value is None else str(value)
+
+
 def first_item(ds: Any, sequence: str) -> Any:
     """Read the first item of a sequence within an item; None where there is none."""
     return next(items_of(ds, sequence), None)
@@ -321,16 +339,20 @@ def _items(
     from pydicom.filereader import read_sequence_item
 
     implicit, little = encoding
-    while end is None or plain.tell() < end:
-        start = plain.tell()
-        if _measure_item(plain, implicit, little, MAX_OBJECTS) is None:
-            return
-        following = plain.tell()
-        plain.seek(start)
+    start = plain.tell()
+    small = end is not None and end - start <= ALWAYS_SMALL
+    while end is None or start < end:
+        if not small:
+            if _measure_item(plain, implicit, little, MAX_OBJECTS) is None:
+                return
+            plain.seek(start)
         item = read_sequence_item(plain, implicit, little, charset)
+        if item is None:
+            return
+        start = plain.tell()
         yield item
         # the receiver may have read elsewhere
-        plain.seek(following)
+        plain.seek(start)
 
 
 def _measure_item(plain: BinaryIO, implicit: bool, little: bool, limit: int | None) -> int | None:

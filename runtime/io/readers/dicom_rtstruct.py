@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ...core.errors import GeometryError, InputError, UnreadableVolume, quantity
 from ...core.volume import DicomSource, Geometry, Layers, Segment
 from ..dicom.files import IDENTITY, dicom_source, map_dicom_errors
-from ..dicom.header import DicomFile, first_item, items_of, opened
+from ..dicom.header import DicomFile, first_item, items_of, opened, text_of
 from .crossings import TOLERANCE
 from .dicom_seg import code_of
 from .nesting import THIN, Area, area, once_around
@@ -111,7 +111,7 @@ def _opened(path: Path) -> Iterator[DicomFile]:
 def _referenced_images(item: Any) -> Iterator[str]:
     """UIDs of the images that a contour or a series refers to."""
     for image in items_of(item, "ContourImageSequence"):
-        yield str(image.get("ReferencedSOPInstanceUID", ""))
+        yield text_of(image, "ReferencedSOPInstanceUID")
 
 
 def _references(source: DicomFile, drawn_on: Iterable[str]) -> References:
@@ -361,7 +361,7 @@ def _regions(source: DicomFile, name: str) -> tuple[list[_Region], References]:
 
 def _add_contour(region: _Region, contour: Any, name: str) -> None:
     """Add a contour to its region."""
-    kind = str(contour.get("ContourGeometricType", ""))
+    kind = text_of(contour, "ContourGeometricType")
     if kind not in _AREAS and kind not in ("POINT", "OPEN_PLANAR"):
         # Any other text comes from the file and may not be repeated.
         type_text = f"the type {kind!r}" if kind == "OPEN_NONPLANAR" else "another type"
@@ -402,7 +402,7 @@ def _corners(contour: Any, name: str) -> NDArray[np.float64]:
         is_complete = points.size == (text.count(b"\\") + 1 if text else 0)
     else:
         points, is_complete = np.array([] if value is None else value, float).reshape(-1), True
-    stated = int(contour.get("NumberOfContourPoints") or 0)
+    stated = int(text_of(contour, "NumberOfContourPoints") or 0)
     # A contour that lost corners must not pass for a point or a line.
     lost_corners = points.size < 9 and stated * 3 > points.size
     if (
