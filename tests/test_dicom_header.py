@@ -32,9 +32,9 @@ def refused(path: Path) -> tuple[str, int]:
     """The reason, and the most bytes that Python held until then."""
     tracemalloc.start()
     try:
+        (case,) = find_cases([path])
         with pytest.raises(InputError) as caught:
-            for case in find_cases([path]):
-                read_mask(case)
+            read_mask(case)
         return caught.value.fact, tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()

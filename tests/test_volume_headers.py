@@ -664,7 +664,7 @@ def test_large_file_is_refused_unread(tmp_path: Path, fake_model: Path) -> None:
     mask.write_bytes(head)
     os.truncate(mask, 352 + 1024 * 1024 * 512 * 8)
     before = _bytes_read()
-    assert main(["synth", str(mask), *command_end(fake_model, tmp_path / "out")]) == 1
+    assert synth(fake_model, tmp_path / "out", mask) == 1
     assert _bytes_read() - before < 1 << 30
 
 
