@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from dicom_masks import segmentation, slices, structure_set
+from PIL import Image
 from pydicom import dcmread
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
-from pydicom.uid import RLELossless
+from pydicom.uid import JPEG2000Lossless, RLELossless
 
 from runtime.core.errors import InputError
 from runtime.io.case_finding import find_cases
@@ -197,6 +198,20 @@ def test_copies_are_not_decoded_unseen(tmp_path: Path) -> None:
     reason, memory = refused(tmp_path)
     assert "slices of 30000 x 30000 pixels" in reason
     assert memory < FEW
+
+
+def test_codestream_of_other_size_is_refused(tmp_path: Path) -> None:
+    """590 bytes of JPEG 2000 hold 12,000 x 12,000 pixels, and the header states 8 x 8."""
+    (ds,) = slices(np.zeros((1, 8, 8), np.uint8), Modality="OT")
+    buffer = io.BytesIO()
+    Image.new("L", (12_000, 12_000)).save(buffer, "JPEG2000", irreversible=False, no_jp2=True)
+    ds.file_meta.TransferSyntaxUID = JPEG2000Lossless
+    ds.PixelData = encapsulate([buffer.getvalue()])
+    ds["PixelData"].VR = "OB"
+    ds["PixelData"].is_undefined_length = True
+    ds.save_as(tmp_path / "i.dcm", enforce_file_format=True)
+    reason, _ = refused(tmp_path / "i.dcm")
+    assert "another size than its header states" in reason
 
 
 @pytest.mark.parametrize("group", [b"\2\0", b"\0\0"], ids=["meta", "command"])

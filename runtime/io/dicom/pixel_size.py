@@ -5,6 +5,7 @@ A few bytes may claim any size, and a small image may be followed by any number 
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,30 @@ def check_pixel_bytes(ds: Any, have: int, frames: int, name: str, *, compressed:
             remedy="export it again",
             file=Path(name),
         )
+
+
+def codestream_size(data: bytes) -> tuple[int, int] | None:
+    """Rows and columns that a frame of JPEG, JPEG-LS or JPEG 2000 states itself.
+
+    A decoder makes an image of that size, whatever the header states.
+
+    Args:
+        data: the compressed frame.
+
+    Returns:
+        The size; None where it states none.
+    """
+    # The SIZ marker of JPEG 2000 (ISO/IEC 15444-1, A.5.1).
+    start = data.find(b"\xff\x4f\xff\x51")
+    if start >= 0 and len(data) >= start + 24:
+        x_end, y_end, x_start, y_start = struct.unpack(">4L", data[start + 8 : start + 24])
+        return y_end - y_start, x_end - x_start
+    # The frame header of JPEG and JPEG-LS (ISO/IEC 10918-1, B.2.2).
+    place = data.find(b"\xff\xd8") + 2
+    while 2 <= place <= len(data) - 9:
+        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
+        if marker in (0xC0, 0xC1, 0xC2, 0xC3, 0xF7):
+            rows, columns = struct.unpack_from(">HH", data, place + 5)
+            return rows, columns
+        place += 2 + length
+    return None

@@ -15,7 +15,7 @@ from ...core.intensity_check import Census
 from ...core.volume import DicomSource, Geometry, Volume
 from ..dicom.files import IDENTITY, dicom_source, map_dicom_errors
 from ..dicom.header import PIXEL_DESCRIPTION, DicomFile, opened, read_header
-from ..dicom.pixel_size import check_pixel_bytes
+from ..dicom.pixel_size import check_pixel_bytes, codestream_size
 from ..dicom.stacking import ORIENTATION_TOLERANCE, finite_numbers, stack
 
 # More distinct values in one slice are grey values.
@@ -331,10 +331,22 @@ def _read_slice(
 
 def _read_pixels(source: DicomFile, name: str) -> None:
     """Add the pixels to the header of a slice, if they have the size that it states."""
+    from pydicom.encaps import generate_frames
+    from pydicom.uid import RLELossless
+
     ds = source.header
     compressed = ds.file_meta.TransferSyntaxUID.is_compressed
     check_pixel_bytes(ds, source.pixel_bytes, 1, name, compressed=compressed)
     source.read_pixels()
+    if compressed and ds.file_meta.TransferSyntaxUID != RLELossless:
+        for frame in generate_frames(ds.PixelData, number_of_frames=1):
+            if codestream_size(frame) not in (None, (ds.Rows, ds.Columns)):
+                raise UnreadableVolume(
+                    f"{name} has a compressed slice of another size than its header states",
+                    expected="complete DICOM files",
+                    remedy="export it again, without compression",
+                    file=Path(name),
+                )
 
 
 def _decode(ds: Any) -> NDArray[Any]:
