@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..core.append_log import append, facts_in, line_of
+from ..core.append_log import append, facts_in, is_torn, line_of
 from ..core.atomic_files import digest_of, lock, permitted, sync_folder
 from ..core.errors import FolderBusy, OutputError, writing
 
@@ -119,13 +119,14 @@ class Journal(CompletionIndex):
         self._path = folder / JOURNAL
         self._handle = self._open()
         with writing(self._path):
-            content = b"".join(iter(lambda: os.read(self._handle, 1 << 20), b""))
-            self.entries = {
-                entry.result: entry
-                for facts in facts_in(content)
-                if (entry := _entry(facts)) is not None
-            }
-            if content and not content.endswith(b"\n"):
+            with open(self._handle, "rb", closefd=False) as file:
+                torn = is_torn(file)
+                self.entries = {
+                    entry.result: entry
+                    for facts in facts_in(file)
+                    if (entry := _entry(facts)) is not None
+                }
+            if torn:
                 # a power cut tore the last line: the next entry must begin a line of its own
                 os.write(self._handle, b"\n")
 
@@ -185,7 +186,7 @@ def names_in(folder: Path) -> frozenset[str]:
     """
     try:
         with open(_open(folder / JOURNAL, os.O_RDONLY), "rb") as handle:
-            entries = [_entry(facts) for facts in facts_in(handle.read())]
+            entries = [_entry(facts) for facts in facts_in(handle)]
     except (OSError, OutputError):
         return frozenset()
     return frozenset(name for entry in entries if entry is not None for name in entry.files)

@@ -10,9 +10,13 @@ import json
 import os
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, BinaryIO
 
 BLOCK = 1 << 16  # bytes of one read from the end of a file
+# Bytes of a line: a series of 4,096 files takes half a million. A longer line is no line of ours:
+# it is damage, such as the hole that a crash of the file system leaves.
+MAX_LINE = 16 << 20
+CHECKSUM = 8  # hexadecimal digits of a CRC-32
 
 
 def append(handle: int, line: bytes) -> None:
@@ -41,14 +45,29 @@ def last_line(handle: int) -> tuple[bytes, bool]:
         its newline is missing.
     """
     start = os.fstat(handle).st_size
-    tail = b""
-    while start and b"\n" not in tail[:-1]:
+    blocks: list[bytes] = []
+    # The newline that ends the last line does not begin it.
+    while start and len(blocks) * BLOCK < MAX_LINE and b"\n" not in b"".join(blocks[:1])[:-1]:
         length = min(BLOCK, start)
         start -= length
         os.lseek(handle, start, os.SEEK_SET)
-        tail = os.read(handle, length) + tail
+        blocks.insert(0, os.read(handle, length))
+    tail = b"".join(blocks)
     torn = bool(tail) and not tail.endswith(b"\n")
     return tail.removesuffix(b"\n").rpartition(b"\n")[2], torn
+
+
+def is_torn(file: BinaryIO) -> bool:
+    """Whether the last line of a file has no newline.
+
+    Args:
+        file: The open file; it is at its begin afterwards.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    last = file.read(1)
+    file.seek(0)
+    return last not in (b"", b"\n")
 
 
 def line_of(facts: Mapping[str, object]) -> bytes:
@@ -64,20 +83,22 @@ def line_of(facts: Mapping[str, object]) -> bytes:
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
-def facts_in(content: bytes) -> Iterator[dict[str, Any]]:
+def facts_in(file: BinaryIO) -> Iterator[dict[str, Any]]:
     """Read the lines that `line_of` wrote, in their order.
 
     Args:
-        content: The bytes of the file.
+        file: The open file, at its begin.
 
     Yields:
-        The facts of each line. A torn or altered line is left out.
+        The facts of each line. A torn or altered line, and one longer than `MAX_LINE`, is left out.
     """
-    for line in content.split(b"\n"):
-        checksum, _, body = line.partition(b" ")
+    while line := file.readline(MAX_LINE):
+        checksum, _, body = line.removesuffix(b"\n").partition(b" ")
         try:
-            if int(checksum, 16) == zlib.crc32(body) and isinstance(
-                facts := json.loads(body), dict
+            if (
+                len(checksum) == CHECKSUM
+                and int(checksum, 16) == zlib.crc32(body)
+                and isinstance(facts := json.loads(body), dict)
             ):
                 yield facts
         except (ValueError, RecursionError):

@@ -11,12 +11,13 @@ import hashlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from ..batch.audit_log import AuditTrail
-from ..core.append_log import append, facts_in, line_of
+from ..core.append_log import append, facts_in, is_torn, line_of
 from ..core.atomic_files import sync_folder
 from ..core.errors import writing
 from .events import Events
@@ -72,12 +73,10 @@ class DeliveryLog:
     def __init__(self, package: Path, destination: str):
         digest = hashlib.sha256(destination.encode()).hexdigest()[:16]
         self._path = package / f".sent-{digest}.journal"
-        try:
-            content = self._path.read_bytes()
-        except FileNotFoundError:
-            content = b""
-        self._torn = bool(content) and not content.endswith(b"\n")
-        self.files = {str(facts["sent"]) for facts in facts_in(content) if "sent" in facts}
+        self._torn, self.files = False, set[str]()
+        with suppress(FileNotFoundError), open(self._path, "rb") as file:
+            self._torn = is_torn(file)
+            self.files = {str(facts["sent"]) for facts in facts_in(file) if "sent" in facts}
 
     def add(self, file: str) -> None:
         """Append a file, and return when the line is on the disk.
