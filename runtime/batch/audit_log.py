@@ -23,7 +23,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.append_log import append, last_line
+from ..core.append_log import MAX_LINE, append, last_line
 from ..core.atomic_files import key_of, lock, sync_folder
 from ..core.errors import OutputError, writing
 from ..io.dicom.files import pseudonym
@@ -109,7 +109,7 @@ class AuditFile:
         models: dict[str, Facts] = {}
         for path in [*reversed(_renamed(self.path)), self.path]:
             with suppress(OSError), open(path, "rb") as file:
-                for line in file:
+                for line in iter(lambda: file.readline(MAX_LINE), b""):
                     if b'"model loaded"' in line or b'"model switched"' in line:
                         with suppress(ValueError, KeyError, TypeError, RecursionError):
                             facts = json.loads(line)
