@@ -190,7 +190,7 @@ BAD = {
     "truncated": (
         lambda made: setattr(made[0], "PixelData", bytes(100)),
         UnreadableVolume,
-        "truncated: a slice has 100 of 3200 bytes",
+        "truncated: it has 100 of 3200 bytes",
     ),
     "CT": (
         each(lambda k, ds: setattr(ds, "RescaleIntercept", -1024) or setattr(ds, "Modality", "CT")),

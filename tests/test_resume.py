@@ -7,7 +7,9 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import tracemalloc
 import zipfile
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from runtime import OutputError, Synthesizer, UsageError
 from runtime.__main__ import main
 from runtime.batch.completion_log import JOURNAL, Entry, Journal
 from runtime.batch.runner import CaseResult
+from runtime.core.append_log import last_line, line_of
 from runtime.core.console import run
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.io.cases import Case
@@ -414,3 +417,32 @@ def test_zip_changed_while_read_fails(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(stream_module, "read_case", read)
     (result,) = stream([zipped], tmp_path / "out")
     assert "changed while it was read" in str(result.error)
+
+
+def test_hole_in_journal_costs_little_memory(tmp_path: Path) -> None:
+    """A crash of a file system may leave a hole of any size: the lines around it count."""
+    facts = {"key": "k", "files": {"a": "0"}, "slices": 1, "warnings": []}
+    with open(tmp_path / JOURNAL, "wb") as file:
+        file.write(line_of({"result": "a", **facts}))
+        file.seek(256 << 20, os.SEEK_CUR)
+        file.write(b"\n" + line_of({"result": "b", **facts}))
+    tracemalloc.start()
+    with closing(Journal(tmp_path)) as journal:
+        entries = [*journal.entries]
+    memory = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert entries == ["a", "b"]
+    assert memory < 80 << 20
+
+
+def test_last_line_of_hole_is_bounded(tmp_path: Path) -> None:
+    with open(tmp_path / "log", "wb") as file:
+        file.write(b"first\n")
+        file.truncate(256 << 20)
+    tracemalloc.start()
+    with open(tmp_path / "log", "rb") as file:
+        line, torn = last_line(file.fileno())
+    memory = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert torn and not line.strip(b"\0")
+    assert memory < 80 << 20

@@ -649,3 +649,28 @@ def test_labels_beyond_all_memory_are_refused(
         read_labels(path, MM_WHS)
     monkeypatch.undo()
     assert read_labels(path, MM_WHS).labels.shape == (5, 6, 7)
+
+
+def test_large_file_is_refused_unread(tmp_path: Path, fake_model: Path) -> None:
+    """A header is refused before a sparse file of 4 GB is read for its digest."""
+    mask = tmp_path / "m.nii"
+    head = bytearray(352)
+    struct.pack_into("<i", head, 0, 348)
+    struct.pack_into("<8h", head, 40, 3, 1024, 1024, 512, 1, 1, 1, 1)
+    struct.pack_into("<2h", head, 70, 32, 64)  # complex numbers
+    struct.pack_into("<8f", head, 76, *[1] * 8)
+    struct.pack_into("<f", head, 108, 352)
+    head[344:348] = b"n+1\0"
+    mask.write_bytes(head)
+    os.truncate(mask, 352 + 1024 * 1024 * 512 * 8)
+    before = _bytes_read()
+    assert synth(fake_model, tmp_path / "out", mask) == 1
+    assert _bytes_read() - before < 1 << 30
+
+
+def _bytes_read() -> int:
+    """What this process has read so far, from files and caches (proc(5))."""
+    statistics = Path("/proc/self/io")
+    if not statistics.exists():
+        pytest.skip("the system does not count what a process reads")
+    return int(statistics.read_text().split("rchar:")[1].split()[0])

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..core.append_log import MAX_LINE
 from ..core.atomic_files import open_input
 from ..core.errors import InputError, UsageError, printable, quantity, reading
 from ..core.logfmt import printable_line
 from .audit_log import ACTIONS, NO_LINE, SCHEMA
 
-# bytes; the line of a series of 5,000 slices has 0.7 MB
-LONGEST_LINE = 64 << 20
+LONGEST_LINE = MAX_LINE  # bytes
 
 
 class BrokenChain(InputError):

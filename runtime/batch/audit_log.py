@@ -22,7 +22,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.append_log import AppendLog, append, last_line, line_of
+from ..core.append_log import MAX_LINE, AppendLog, append, last_line, line_of
 from ..core.atomic_files import key_of, lock
 from ..core.errors import OutputError, writing
 from ..io.dicom.files import pseudonym
@@ -110,7 +110,7 @@ class AuditFile:
         models: dict[str, Facts] = {}
         for path in [*reversed(_renamed(self.path)), self.path]:
             with suppress(OSError), open(path, "rb") as file:
-                for line in file:
+                for line in iter(lambda: file.readline(MAX_LINE), b""):
                     if b'"model loaded"' in line or b'"model switched"' in line:
                         with suppress(ValueError, KeyError, TypeError, RecursionError):
                             facts = json.loads(line)

@@ -20,7 +20,7 @@ from ..core.threads import BackgroundWriter, Prefetcher
 from ..core.version import VERSION
 from ..core.volume import CTSlab
 from ..io.archive import opened, outer
-from ..io.cases import Case, like_digests, read_case
+from ..io.cases import Case, check_large_files, like_digests, read_case
 from ..io.ct_source import CTSource, Variant
 from ..io.writers.registry import OutputRecord, result_name
 from .completion_log import CompletionIndex, Entry
@@ -215,6 +215,7 @@ class BatchRunner:
             try:
                 self._check_names(case)
                 before = _states(case)
+                check_large_files(case)
                 inputs = self._input(case)
                 images = self._input(case, image=True)
                 all_inputs = {**inputs, **images}

@@ -32,12 +32,16 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .atomic_files import open_input, permitted, sync_folder
 from .errors import OutputError, writing
 
 BLOCK = 1 << 16  # bytes of one read from the end of a file
+# Bytes of a line: a series of 4,096 files takes half a million. A longer line is no line of ours:
+# it is damage, such as the hole that a crash of the file system leaves.
+MAX_LINE = 16 << 20
+CHECKSUM = 8  # hexadecimal digits of a CRC-32
 
 
 class AppendLog:
@@ -81,7 +85,7 @@ class AppendLog:
                 if handle is None
                 else open(handle, "rb", closefd=False) as file
             ):
-                return [*facts_in(file.read(), checksums=self._checksums)]
+                return [*facts_in(file, checksums=self._checksums)]
         except FileNotFoundError:
             return []
 
@@ -184,12 +188,14 @@ def last_line(handle: int) -> tuple[bytes, bool]:
         its newline is missing.
     """
     start = os.fstat(handle).st_size
-    tail = b""
-    while start and b"\n" not in tail[:-1]:
+    blocks: list[bytes] = []
+    # The newline that ends the last line does not begin it.
+    while start and len(blocks) * BLOCK < MAX_LINE and b"\n" not in b"".join(blocks[:1])[:-1]:
         length = min(BLOCK, start)
         start -= length
         os.lseek(handle, start, os.SEEK_SET)
-        tail = os.read(handle, length) + tail
+        blocks.insert(0, os.read(handle, length))
+    tail = b"".join(blocks)
     torn = bool(tail) and not tail.endswith(b"\n")
     return tail.removesuffix(b"\n").rpartition(b"\n")[2], torn
 
@@ -209,20 +215,21 @@ def line_of(facts: Mapping[str, object], *, checksum: bool = True) -> bytes:
     return (b"%08x %s\n" % (zlib.crc32(body), body)) if checksum else body + b"\n"
 
 
-def facts_in(content: bytes, *, checksums: bool = True) -> Iterator[dict[str, Any]]:
+def facts_in(file: BinaryIO, *, checksums: bool = True) -> Iterator[dict[str, Any]]:
     """Read the lines that `line_of` wrote, in their order.
 
     Args:
-        content: The bytes of the file.
+        file: The open file, at its begin.
         checksums: Whether each line begins with one.
 
     Yields:
-        The facts of each line. A torn or altered line is left out.
+        The facts of each line. A torn or altered line, and one longer than `MAX_LINE`, is left out.
     """
-    for line in content.split(b"\n"):
+    while line := file.readline(MAX_LINE):
         checksum, _, body = line.partition(b" ") if checksums else (b"", b"", line)
+        body = body.removesuffix(b"\n")
         try:
-            if checksums and int(checksum, 16) != zlib.crc32(body):
+            if checksums and (len(checksum) != CHECKSUM or int(checksum, 16) != zlib.crc32(body)):
                 continue
             if isinstance(facts := json.loads(body), dict):
                 yield facts

@@ -22,10 +22,13 @@ from ..core.volume import DicomSource, LabelVolume, Layers, Segment, Volume
 from . import archive
 from .dicom.files import is_dicom, scan, walk
 from .readers.damaged_files import counted
-from .volume_files import check_header
+from .volume_files import SUFFIXES, check_header
 
 if TYPE_CHECKING:
     from .readers.dicom_rtstruct import Grid
+
+# Bytes of a file that is read for its digest before its header is checked.
+SMALL = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -177,6 +180,34 @@ def read_mask(case: Case) -> Volume | Layers:
 
         with archive.on_disk(case.path) as path:
             return volume_reader.read_mask(path)
+
+
+def check_large_files(case: Case) -> None:
+    """Refuse a case with a large volume for its header, before it is read for its digest.
+
+    A small volume, and one in a zip, are not opened: that reads them costs little.
+
+    Args:
+        case: What will be read.
+
+    Raises:
+        InputError: A header is refused, or a mask does not fit into memory; it names the case.
+    """
+    if not any(path.is_file() and path.stat().st_size > SMALL for path in _volumes(case)):
+        return
+    from .readers.volume import check_before_reading
+
+    with _naming(case):
+        for path in _volumes(case):
+            if path.is_file() and path.name.lower().endswith(SUFFIXES):
+                check_before_reading(path, case.display_name)
+
+
+def _volumes(case: Case) -> list[Path]:
+    """The volume files that a case is read from: masks, their voxels, its CT and its grid."""
+    like = case.options.like
+    masks = case.files if case.kind in ("volume", "classes") else ()
+    return [*masks, *case.image, *([] if like is None else [like])]
 
 
 def read_case(case: Case, table: LabelTable, label_map: LabelMap | None = None) -> LabelVolume:

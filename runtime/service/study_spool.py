@@ -40,7 +40,8 @@ from typing import BinaryIO
 from ..batch.completion_log import Journal
 from ..core.atomic_files import remove_orphans, rename, sync_folder, temporary_name
 from ..core.errors import InputError, OutputError, UsageError, writing
-from ..io.dicom.files import RTSTRUCT, SEGMENTATION, map_dicom_errors, read_dataset
+from ..io.dicom.files import RTSTRUCT, SEGMENTATION, map_dicom_errors
+from ..io.dicom.header import read_header
 from .attempts import attempts
 from .work_queue import ATTEMPTS, WorkQueue, move_with_reasons
 
@@ -306,7 +307,7 @@ class Spool(WorkQueue):
 def _identify(file: Path, claimed: tuple[str, str]) -> tuple[str, bool]:
     """Return the pseudonym of an object's study, and whether the object is a mask."""
     with map_dicom_errors("the object"):
-        ds = read_dataset(file, tags=_HEADER)
+        ds = read_header(file, _HEADER)
         sop_class, instance, study = (str(ds.get(keyword) or "") for keyword in _HEADER)
     if not study or not instance:
         raise InputError(

@@ -10,18 +10,18 @@ import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ...core.atomic_files import belongs_to, sha256_of
-from ...core.errors import Mask2CTError, UnreadableVolume, UsageError, importing
+from ...core.errors import Mask2CTError, UnreadableVolume, UsageError
 from ...core.volume import DicomSource
 from .. import archive
 from ..marks import DICOM_KEYWORDS, dicom_written_by_mask2ct
-from ..readers.cut_files import ends_early, last_element_is_cut
-from . import inflate
+from .header import opened
+from .inflate import skip_meta
 
 # Segmentation Storage, Label Map Segmentation Storage
 SEGMENTATION = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.10008.5.1.4.1.1.66.7")
@@ -39,7 +39,6 @@ _HEADER = [
     "Columns",
     "NumberOfFrames",
     "FrameOfReferenceUID",
-    "PixelData",
     "InstanceNumber",
     "ImagesInAcquisition",
     "NumberOfSlices",
@@ -49,7 +48,8 @@ _DICOMDIR = "1.2.840.10008.1.3.10"
 CUT_SHORT, UNFINISHED_COPY = "cut short", "unfinished copy"
 # the suffixes of copies in progress
 UNFINISHED = (".part", ".partial", ".tmp", ".filepart", ".crdownload", "~")
-_IDENTITY = [
+# The attributes that an attached series takes over from a mask.
+IDENTITY = [
     "SpecificCharacterSet",
     "PatientName",
     "PatientID",
@@ -102,20 +102,6 @@ class Instance:
     images: int = 0
 
 
-def pydicom() -> Any:
-    """Import pydicom.
-
-    Returns:
-        The module.
-
-    Raises:
-        MissingComponent: pydicom is not installed.
-    """
-    with importing("pydicom", "pydicom, which reads DICOM masks", 'pip install "mask2ct[dicom]"'):
-        import pydicom
-    return pydicom
-
-
 @contextmanager
 def map_dicom_errors(name: str) -> Iterator[None]:
     """Raise the errors of reading a damaged DICOM file as `UnreadableVolume`, without its content.
@@ -162,37 +148,6 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def read_dataset(path: Path, *, tags: Sequence[str] | None = None) -> Any:
-    """Read a DICOM file. Call this within `map_dicom_errors`.
-
-    Args:
-        path: the file.
-        tags: the elements to read, never the pixels; None for the complete file.
-
-    Returns:
-        The dataset.
-
-    Raises:
-        MissingComponent: pydicom is not installed.
-        UnreadableVolume: the complete file is read, and it ends within an element.
-    """
-    reader = pydicom()
-    with (
-        archive.opened(path) as handle,
-        closing(inflate.readable(handle, pixels=tags is None)) as plain,
-    ):
-        if tags is not None:
-            return reader.dcmread(plain, specific_tags=[*tags], stop_before_pixels=True)
-        ds = reader.dcmread(plain)
-        if last_element_is_cut(ds, plain):
-            raise UnreadableVolume(
-                "a DICOM file is truncated: it ends within an element",
-                expected="complete DICOM files",
-                remedy="copy or export it again",
-            )
-        return ds
-
-
 def scan(paths: Iterable[Path], not_dicom: list[Path] | None = None) -> list[Instance]:
     """Read the headers of DICOM files.
 
@@ -231,11 +186,12 @@ def _distinct(sharing: Sequence[Instance]) -> list[Instance]:
     if len(distinct) == 1 or distinct[0].kind == "image":
         return distinct
     # files that differ in their meta information alone are one
-    with suppress(UnreadableVolume), map_dicom_errors("header"):
-        first = read_dataset(distinct[0].path)
-        different = [instance for instance in distinct[1:] if read_dataset(instance.path) != first]
-        return [distinct[0], *different]
-    return distinct
+    by_content: dict[str, Instance] = {}
+    for instance in distinct:
+        with archive.opened(instance.path) as handle:
+            skip_meta(handle)
+            by_content.setdefault(sha256_of(handle), instance)
+    return [*by_content.values()]
 
 
 def walk(folder: Path, unread: dict[str, list[Path]] | None = None) -> list[Path]:
@@ -287,14 +243,9 @@ def _instance(path: Path) -> Instance:
     # before the size is checked: a copy in progress may have its full size already
     if path.name.lower().endswith(UNFINISHED):
         return damaged_instance(path, UNFINISHED_COPY)
-    reader = pydicom()
     try:
-        with (
-            map_dicom_errors("header"),
-            archive.opened(path) as handle,
-            closing(inflate.readable(handle, pixels=False)) as plain,
-        ):
-            ds = reader.dcmread(plain, specific_tags=[*_HEADER], stop_before_pixels=True)
+        with map_dicom_errors("header"), opened(path, _HEADER) as file:
+            ds = file.header
             sop = str(ds.get("SOPClassUID", ""))
             uid = str(ds.get("SOPInstanceUID", "")) or str(path)
             columns, rows, frames = (
@@ -302,7 +253,8 @@ def _instance(path: Path) -> Instance:
                 for key, default in (("Columns", 0), ("Rows", 0), ("NumberOfFrames", 1))
             )
             kind = _kind(sop, has_pixels=bool(columns and rows))
-            cut = ends_early(ds, plain, pixels=kind in ("seg", "image"))
+            lacks_pixels = kind in ("seg", "image") and not file.has_pixels
+            cut = file.ends_early or lacks_pixels
             if kind is None and (cut or _lacks_header(ds, sop)):
                 return damaged_instance(path, CUT_SHORT if cut else "with an incomplete header")
             return Instance(
@@ -371,7 +323,7 @@ def dicom_source(ds: Any, uids: Sequence[str], frame_of_reference: str = "") -> 
         The SOP class, the UIDs, and the attributes of patient and study.
     """
     attributes = {
-        key: _text(ds[key].value) for key in _IDENTITY if key in ds and ds[key].value is not None
+        key: _text(ds[key].value) for key in IDENTITY if key in ds and ds[key].value is not None
     }
     return DicomSource(
         str(ds.get("SOPClassUID", "")),

@@ -10,48 +10,73 @@ import zlib
 from typing import Any, BinaryIO
 
 from ...core.errors import UnreadableVolume
+from .element import read_head
 from .encoding import PREAMBLE
 
 # All in bytes. A file without its pixels: a SEG of 40,000 frames needs some 60 MB.
 MAX_HEADER = 1 << 26
+MAX_META = 1 << 16  # meta information before the data set
 MAX_INFLATED = 1 << 30  # with its pixels: 4096 slices of 512 x 512 labels
 MARGIN = 1 << 20  # behind the pixels
 STEP = 1 << 20  # inflated at once
 _SYNTAX = (  # (0002,0010): Explicit VR Little Endian
     b"\x02\x00\x10\x00UI\x14\x001.2.840.10008.1.2.1\x00"
 )
-_SIZE = ["Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated"]
+_SIZE = ("Rows", "Columns", "NumberOfFrames", "SamplesPerPixel", "BitsAllocated")
 
 
-def readable(handle: BinaryIO, *, pixels: bool) -> Any:
+def readable(handle: BinaryIO) -> Any:
     """Prepare a file for pydicom.
 
     Args:
         handle: a DICOM file at its begin.
-        pixels: whether the pixels will be read, whose size the header states.
 
     Returns:
         `handle` itself, or an `Inflated` for a deflated file. Reading it beyond the bound raises
         `UnreadableVolume`.
-    """
-    from pydicom import dcmread
 
+    Raises:
+        UnreadableVolume: The meta information is larger than any.
+    """
     # the functions of dcmread itself, so that both see the same transfer syntax
     from pydicom.filereader import _read_file_meta_info, read_preamble
     from pydicom.uid import DeflatedExplicitVRLittleEndian
 
+    skip_meta(handle)
+    handle.seek(0)
     read_preamble(handle, False)
     if _read_file_meta_info(handle).get("TransferSyntaxUID") != DeflatedExplicitVRLittleEndian:
         handle.seek(0)
         return handle
-    inflated = Inflated(handle)
-    if pixels:
-        header = dcmread(inflated, stop_before_pixels=True, specific_tags=[*_SIZE])
-        rows, columns, frames, samples, bits = (int(header.get(keyword) or 1) for keyword in _SIZE)
-        pixel_bytes = max(0, rows * columns * frames * samples * bits // 8)
-        inflated.limit = min(inflated.size + pixel_bytes + MARGIN, MAX_INFLATED)
-        inflated.seek(0)
-    return inflated
+    return Inflated(handle)
+
+
+def skip_meta(handle: BinaryIO) -> None:
+    """Move to the data set of a DICOM file: behind the preamble and the meta information.
+
+    Args:
+        handle: a DICOM file.
+
+    Raises:
+        UnreadableVolume: The meta information is larger than any; pydicom would keep it all.
+    """
+    start = len(PREAMBLE)
+    handle.seek(start)
+    while head := read_head(handle, implicit=False, little=True):
+        if head.tag >> 16 == 0:  # a command, which has no value representation (PS3.7, 6.3.1)
+            handle.seek(start)
+            head = read_head(handle, implicit=True, little=True) or head
+        elif head.tag >> 16 != 2:
+            break
+        start = handle.tell() + head.length
+        if start > MAX_META:
+            raise UnreadableVolume(
+                f"a DICOM file has more than {MAX_META} bytes of meta information",
+                expected="the meta information of PS3.10",
+                remedy="export it again, if it can be trusted",
+            )
+        handle.seek(start)
+    handle.seek(start)
 
 
 class Inflated:
@@ -84,6 +109,12 @@ class Inflated:
     def size(self) -> int:
         """The inflated size so far, in bytes."""
         return len(self._inflated)
+
+    def allow_pixels(self, header: Any) -> None:
+        """Raise the limit by the size of the pixels that a header states."""
+        rows, columns, frames, samples, bits = (int(header.get(name) or 1) for name in _SIZE)
+        pixel_bytes = max(0, rows * columns * frames * samples * bits // 8)
+        self.limit = min(self.size + pixel_bytes + MARGIN, MAX_INFLATED)
 
     def read(self, size: int = -1) -> bytes:
         """Read `size` bytes, or all for a negative size."""

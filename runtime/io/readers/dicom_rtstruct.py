@@ -6,6 +6,7 @@ The grid is that of the image series on which the contours were drawn, or one th
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from numpy.typing import NDArray
 
 from ...core.errors import GeometryError, InputError, UnreadableVolume, quantity
 from ...core.volume import DicomSource, Geometry, Layers, Segment
-from ..dicom.files import dicom_source, map_dicom_errors, read_dataset
+from ..dicom.files import IDENTITY, dicom_source, map_dicom_errors
+from ..dicom.header import DicomFile, first_item, items_of, opened, text_of
 from .crossings import TOLERANCE
 from .dicom_seg import code_of
 from .nesting import THIN, Area, area, once_around
@@ -27,6 +29,13 @@ PLANE_TOLERANCE = 0.1
 MOST_CROSSINGS = 16
 # Crossings that are allowed in any image.
 MIN_CROSSINGS = 1 << 22
+_HEADER = (*IDENTITY, "SOPClassUID", "SOPInstanceUID", "FrameOfReferenceUID")
+_SEQUENCES = (
+    "ReferencedFrameOfReferenceSequence",
+    "StructureSetROISequence",
+    "ROIContourSequence",
+    "RTROIObservationsSequence",
+)
 _AREAS = ("CLOSED_PLANAR", "CLOSEDPLANAR_XOR", "CLOSED_PLANAR_XOR")
 # Slice, and corners as (column, row), in voxels of the grid.
 _Placed = list[tuple[float, Contour]]
@@ -78,47 +87,48 @@ def references(path: Path, name: str) -> References:
     Raises:
         UnreadableVolume: The file cannot be read.
     """
-    with map_dicom_errors(name):
-        ds = read_dataset(path)
+    with map_dicom_errors(name), _opened(path) as source:
         drawn_on: set[str] = set()
-        for _, contour in _contours(ds):
-            drawn_on.update(_referenced_images(contour))
-        return _references(ds, drawn_on)
+        for roi in source.items("ROIContourSequence"):
+            for contour in items_of(roi, "ContourSequence"):
+                drawn_on.update(_referenced_images(contour))
+        return _references(source, drawn_on)
 
 
-def _contours(ds: Any) -> Iterator[tuple[int, Any]]:
-    """Each contour with the number of its ROI.
-
-    Contours are cleared after use: pydicom's objects take many times the memory of the file.
-    """
-    for roi in ds.get("ROIContourSequence") or []:
-        number = int(roi.ReferencedROINumber)
-        for contour in roi.get("ContourSequence") or []:
-            yield number, contour
-            contour.clear()
-        roi.clear()
-        roi.ReferencedROINumber = number
+@contextmanager
+def _opened(path: Path) -> Iterator[DicomFile]:
+    """An open structure set that does not end early: contours would be missing."""
+    with opened(path, _HEADER, _SEQUENCES) as source:
+        if source.ends_early:
+            raise UnreadableVolume(
+                "a DICOM file is truncated: it ends within an element",
+                expected="complete DICOM files",
+                remedy="copy or export it again",
+            )
+        yield source
 
 
 def _referenced_images(item: Any) -> Iterator[str]:
     """UIDs of the images that a contour or a series refers to."""
-    for image in item.get("ContourImageSequence") or []:
-        yield str(image.get("ReferencedSOPInstanceUID", ""))
+    for image in items_of(item, "ContourImageSequence"):
+        yield text_of(image, "ReferencedSOPInstanceUID")
 
 
-def _references(ds: Any, drawn_on: Iterable[str]) -> References:
-    """The references of a data set; `drawn_on` are the images of its contours."""
-    frames = ds.get("ReferencedFrameOfReferenceSequence") or []
-    listed = [
-        series
-        for frame in frames
-        for study in frame.get("RTReferencedStudySequence") or []
-        for series in study.get("RTReferencedSeriesSequence") or []
-    ]
-    frame_of_reference = str((frames[0] if frames else ds).get("FrameOfReferenceUID", ""))
-    series_uids = frozenset(str(series.get("SeriesInstanceUID", "")) for series in listed)
-    instances = frozenset(drawn_on).union(*(_referenced_images(series) for series in listed))
-    return References(frame_of_reference, series_uids, instances)
+def _references(source: DicomFile, drawn_on: Iterable[str]) -> References:
+    """The references of a structure set; `drawn_on` are the images of its contours."""
+    frame_of_reference: str | None = None
+    series_uids: set[str] = set()
+    instances = set(drawn_on)
+    for frame in source.items("ReferencedFrameOfReferenceSequence"):
+        if frame_of_reference is None:
+            frame_of_reference = str(frame.get("FrameOfReferenceUID", ""))
+        for study in items_of(frame, "RTReferencedStudySequence"):
+            for series in items_of(study, "RTReferencedSeriesSequence"):
+                series_uids.add(str(series.get("SeriesInstanceUID", "")))
+                instances.update(_referenced_images(series))
+    if frame_of_reference is None:
+        frame_of_reference = str(source.header.get("FrameOfReferenceUID", ""))
+    return References(frame_of_reference, frozenset(series_uids), frozenset(instances))
 
 
 def read_rtstruct(
@@ -140,9 +150,9 @@ def read_rtstruct(
         InputError: It cannot be read, or refers to images that are missing.
         GeometryError: Its contours do not lie in the slices of the grid.
     """
-    with map_dicom_errors(name):
-        ds = read_dataset(path)
-        regions, refers = _regions(ds, name)
+    with map_dicom_errors(name), _opened(path) as source:
+        ds = source.header
+        regions, refers = _regions(source, name)
         if grid is None or not like:
             _check_references(refers, None if grid is None else grid[2], name, allow_missing)
         assert grid is not None
@@ -316,24 +326,29 @@ def _check_references(
     )
 
 
-def _regions(ds: Any, name: str) -> tuple[list[_Region], References]:
+def _regions(source: DicomFile, name: str) -> tuple[list[_Region], References]:
     """The regions in their order, and the images that the structure set refers to."""
     names = {
         int(roi.ROINumber): str(roi.get("ROIName", ""))
-        for roi in ds.get("StructureSetROISequence") or []
+        for roi in source.items("StructureSetROISequence")
     }
     codes = {}
-    for observation in ds.get("RTROIObservationsSequence") or []:
-        if identification := observation.get("RTROIIdentificationCodeSequence"):
-            codes[int(observation.ReferencedROINumber)] = code_of(identification[0])
-    listed = [int(roi.ReferencedROINumber) for roi in ds.get("ROIContourSequence") or []]
-    regions = {
-        n: _Region(Segment(n, names.get(n, ""), codes.get(n, ""), private=True)) for n in listed
-    }
+    for observation in source.items("RTROIObservationsSequence"):
+        code = first_item(observation, "RTROIIdentificationCodeSequence")
+        if code is not None:
+            codes[int(observation.ReferencedROINumber)] = code_of(code)
+    listed: list[int] = []
+    regions: dict[int, _Region] = {}
     drawn_on: set[str] = set()
-    for number, contour in _contours(ds):
-        drawn_on.update(_referenced_images(contour))
-        _add_contour(regions[number], contour, name)
+    for roi in source.items("ROIContourSequence"):
+        n = int(roi.ReferencedROINumber)
+        listed.append(n)
+        region = regions.setdefault(
+            n, _Region(Segment(n, names.get(n, ""), codes.get(n, ""), private=True))
+        )
+        for contour in items_of(roi, "ContourSequence"):
+            drawn_on.update(_referenced_images(contour))
+            _add_contour(region, contour, name)
     if len(regions) < len(listed) or not any(r.contours for r in regions.values()):
         raise UnreadableVolume(
             f"{name} has no closed contour, or one ROI twice",
@@ -341,12 +356,12 @@ def _regions(ds: Any, name: str) -> tuple[list[_Region], References]:
             remedy="export it again",
             file=Path(name),
         )
-    return [*regions.values()], _references(ds, drawn_on)
+    return [*regions.values()], _references(source, drawn_on)
 
 
 def _add_contour(region: _Region, contour: Any, name: str) -> None:
     """Add a contour to its region."""
-    kind = str(contour.get("ContourGeometricType", ""))
+    kind = text_of(contour, "ContourGeometricType")
     if kind not in _AREAS and kind not in ("POINT", "OPEN_PLANAR"):
         # Any other text comes from the file and may not be repeated.
         type_text = f"the type {kind!r}" if kind == "OPEN_NONPLANAR" else "another type"
@@ -387,7 +402,7 @@ def _corners(contour: Any, name: str) -> NDArray[np.float64]:
         is_complete = points.size == (text.count(b"\\") + 1 if text else 0)
     else:
         points, is_complete = np.array([] if value is None else value, float).reshape(-1), True
-    stated = int(contour.get("NumberOfContourPoints") or 0)
+    stated = int(text_of(contour, "NumberOfContourPoints") or 0)
     # A contour that lost corners must not pass for a point or a line.
     lost_corners = points.size < 9 and stated * 3 > points.size
     if (

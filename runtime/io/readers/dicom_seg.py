@@ -6,8 +6,9 @@ holds no segment: empty frames may be left out (PS3.3, C.8.20.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,15 @@ from numpy.typing import NDArray
 from ...core.errors import GeometryError, InputError, UnreadableVolume
 from ...core.label_codes import concept, modified
 from ...core.volume import Layers, Segment
-from ..dicom.files import dicom_source, map_dicom_errors, pydicom, read_dataset
+from ..dicom.files import IDENTITY, dicom_source, map_dicom_errors
+from ..dicom.header import (
+    PIXEL_DESCRIPTION,
+    DicomFile,
+    first_item,
+    items_of,
+    opened,
+    pydicom,
+)
 from ..dicom.stacking import ORIENTATION_TOLERANCE, finite_numbers, stack
 from . import seg_frames
 from .seg_frames import check_frames
@@ -26,6 +35,25 @@ MAX_FRAMES = 1 << 17
 # Pixels of one frame.
 MAX_PIXELS = 1 << 26
 MAX_VOXELS = 1 << 32
+# Segments are numbered in 16 bits (PS3.3, C.8.20.2).
+MAX_SEGMENTS = 1 << 16
+_HEADER = (
+    *IDENTITY,
+    *PIXEL_DESCRIPTION,
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "FrameOfReferenceUID",
+    "SegmentationType",
+    "MaximumFractionalValue",
+    "DimensionOrganizationType",
+    "TotalPixelMatrixColumns",
+    "PixelPaddingValue",
+)
+_SEQUENCES = (
+    "SegmentSequence",
+    "SharedFunctionalGroupsSequence",
+    "PerFrameFunctionalGroupsSequence",
+)
 
 
 def read_seg(path: Path, name: str, *, threshold: float | None = None) -> Layers:
@@ -43,12 +71,13 @@ def read_seg(path: Path, name: str, *, threshold: float | None = None) -> Layers
         InputError: It cannot be read, or holds fractions and no threshold is given.
         GeometryError: Its frames are not one grid.
     """
-    with map_dicom_errors(name):
-        ds = read_dataset(path)
-        return _read(ds, name, threshold)
+    with map_dicom_errors(name), opened(path, _HEADER, _SEQUENCES) as source:
+        return _read(source, name, threshold)
 
 
-def _read(ds: Any, name: str, threshold: float | None) -> Layers:
+def _read(source: DicomFile, name: str, threshold: float | None) -> Layers:
+    """Read an open SEG: what its header decides before its pixels are read."""
+    ds = source.header
     file, kind = Path(name), str(ds.get("SegmentationType", ""))
     _check_volume(ds, kind, name)
     rows, columns, frames = int(ds.Rows), int(ds.Columns), int(ds.get("NumberOfFrames") or 1)
@@ -59,12 +88,9 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
             remedy="export it again",
             file=file,
         )
-    places = _read_places(ds, kind, frames, name)
-    check_frames(ds, frames, name)
+    places = _read_places(source, kind, frames, name)
+    check_frames(ds, frames, source.pixel_bytes, name)
     notes: list[str] = []
-    lowest_inside = 1
-    if kind == "FRACTIONAL":
-        lowest_inside, notes = _lowest_inside(ds, frames, threshold, name)
     geometry, slices, depth = stack(
         places.positions,
         places.orientation,
@@ -89,7 +115,15 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
             remedy="export it again",
             file=file,
         )
-    segments = tuple(_segments(ds, kind))
+    described = [*islice(source.items("SegmentSequence"), MAX_SEGMENTS)]
+    segments = tuple(_segments(described, kind))
+    if not described:
+        raise UnreadableVolume(
+            f"{name} describes no segment",
+            expected="a complete DICOM SEG",
+            remedy="export it again",
+            file=file,
+        )
     numbers_described, of_frame = {segment.number for segment in segments}, places.segments
     if stray := set(of_frame) - numbers_described:
         raise UnreadableVolume(
@@ -108,6 +142,11 @@ def _read(ds: Any, name: str, threshold: float | None) -> Layers:
             file=file,
         )
     background = int(ds.get("PixelPaddingValue", 0) or 0)
+    source.read_pixels()
+    lowest_inside = 1
+    if kind == "FRACTIONAL":
+        lowest_inside, read_as = _lowest_inside(ds, frames, threshold, name)
+        notes += read_as
 
     def pieces() -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
         with map_dicom_errors(name):
@@ -206,19 +245,15 @@ class _Places:
     thickness: float | None
 
 
-def _read_places(ds: Any, kind: str, frames: int, name: str) -> _Places:
-    """Read where the frames lie from the functional groups, which are cleared on the way."""
-    groups = ds.get("PerFrameFunctionalGroupsSequence") or []
-    if frames != len(groups):
-        raise UnreadableVolume(
-            f"{name} claims {frames} frames and describes {len(groups)}",
-            expected="a complete DICOM SEG",
-            remedy="export it again",
-            file=Path(name),
-        )
-    shared = (ds.get("SharedFunctionalGroupsSequence") or [pydicom().Dataset()])[0]
+def _read_places(source: DicomFile, kind: str, frames: int, name: str) -> _Places:
+    """Read where the frames lie, from one functional group after the other."""
+    shared = next(source.items("SharedFunctionalGroupsSequence"), pydicom().Dataset())
     positions, segments, plane = np.empty((frames, 3)), [], None
-    for n, frame in enumerate(groups):
+    described = 0
+    for n, frame in enumerate(source.items("PerFrameFunctionalGroupsSequence")):
+        described += 1
+        if described > frames:
+            break
         position = _group(frame, shared, "PlanePositionSequence", name).get("ImagePositionPatient")
         positions[n] = finite_numbers(position, 3, name, "ImagePositionPatient")
         if kind != "LABELMAP":
@@ -234,8 +269,14 @@ def _read_places(ds: Any, kind: str, frames: int, name: str) -> _Places:
                     remedy="export one stack per file",
                     file=Path(name),
                 )
-        # As objects the groups take a hundred times the memory of the file.
-        frame.clear()
+    if described != frames:
+        raise UnreadableVolume(
+            f"{name} claims {frames} frames and describes"
+            f" {'more' if described > frames else described}",
+            expected="a complete DICOM SEG",
+            remedy="export it again",
+            file=Path(name),
+        )
     assert plane is not None
     return _Places(
         positions, segments, plane[:6], plane[6:8], float(plane[8]) or None, float(plane[9]) or None
@@ -244,15 +285,15 @@ def _read_places(ds: Any, kind: str, frames: int, name: str) -> _Places:
 
 def _group(frame: Any, shared: Any, sequence: str, name: str) -> Any:
     """A functional group's item, of the frame or shared by all frames."""
-    items = frame.get(sequence) or shared.get(sequence)
-    if not items:
+    item = first_item(frame, sequence) or first_item(shared, sequence)
+    if item is None:
         raise GeometryError(
             f"{name} has frames without a {sequence}",
             expected="a segmentation of a volume, each frame with its position",
             remedy="a segmentation of a radiograph or of a slide cannot be synthesized",
             file=Path(name),
         )
-    return items[0]
+    return item
 
 
 def _plane(frame: Any, shared: Any, name: str) -> NDArray[np.float64]:
@@ -271,8 +312,8 @@ def _plane(frame: Any, shared: Any, name: str) -> NDArray[np.float64]:
     return np.array([*cosines, *spacing, *depths])
 
 
-def _segments(ds: Any, kind: str) -> Iterator[Segment]:
-    for item in ds.SegmentSequence:
+def _segments(items: Iterable[Any], kind: str) -> Iterator[Segment]:
+    for item in items:
         number = int(item.SegmentNumber)
         # A label map may describe its background.
         if kind != "LABELMAP" or number:
@@ -282,15 +323,16 @@ def _segments(ds: Any, kind: str) -> Iterator[Segment]:
 
 def _segment_code(segment: Any) -> str:
     """A segment's type with its modifiers, its anatomic regions and theirs (PS3.3, C.8.20.2)."""
-    types = segment.get("SegmentedPropertyTypeCodeSequence")
-    if not types:
-        return ""
-    regions = segment.get("AnatomicRegionSequence") or []
-    modifiers = [*(types[0].get("SegmentedPropertyTypeModifierCodeSequence") or []), *regions]
-    modifiers += [
-        item for region in regions for item in region.get("AnatomicRegionModifierSequence") or []
-    ]
-    return modified(code_of(types[0]), map(code_of, modifiers))
+    kind = first_item(segment, "SegmentedPropertyTypeCodeSequence")
+    return "" if kind is None else modified(code_of(kind), map(code_of, _modifiers(segment, kind)))
+
+
+def _modifiers(segment: Any, kind: Any) -> Iterator[Any]:
+    """The coded entries that modify a segment's type, `kind`."""
+    yield from items_of(kind, "SegmentedPropertyTypeModifierCodeSequence")
+    for region in items_of(segment, "AnatomicRegionSequence"):
+        yield region
+        yield from items_of(region, "AnatomicRegionModifierSequence")
 
 
 def code_of(item: Any) -> str:

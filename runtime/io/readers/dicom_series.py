@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from numpy.typing import NDArray
 from ...core.errors import GeometryError, UnreadableVolume
 from ...core.intensity_check import Census
 from ...core.volume import DicomSource, Geometry, Volume
-from ..dicom.files import dicom_source, map_dicom_errors, read_dataset
+from ..dicom.files import IDENTITY, dicom_source, map_dicom_errors
+from ..dicom.header import PIXEL_DESCRIPTION, DicomFile, opened, read_header
+from ..dicom.pixel_size import check_pixel_bytes, codestream_size
 from ..dicom.stacking import ORIENTATION_TOLERANCE, finite_numbers, stack
 
 # More distinct values in one slice are grey values.
@@ -37,6 +40,16 @@ _GRID = [
     "FrameOfReferenceUID",
 ]
 _RESCALE = ("RescaleSlope", "RescaleIntercept")
+_SLICE = (
+    *IDENTITY,
+    *PIXEL_DESCRIPTION,
+    *_RESCALE,
+    "SOPClassUID",
+    "SOPInstanceUID",
+    "FrameOfReferenceUID",
+    "Modality",
+    "BurnedInAnnotation",
+)
 
 
 def read_series(paths: Sequence[Path], name: str, *, force: bool = False) -> Volume:
@@ -55,14 +68,16 @@ def read_series(paths: Sequence[Path], name: str, *, force: bool = False) -> Vol
         GeometryError: Its slices are not one grid.
     """
     with map_dicom_errors(name):
-        headers = [read_dataset(path, tags=_GRID) for path in paths]
+        headers = [read_header(path, _GRID) for path in paths]
+        _check_sizes(headers, name)
         paths, headers = _without_copies(paths, headers, name)
         geometry, shape, order, notes = _grid(headers, name)
         values: NDArray[Any] | None = None
         uids = [""] * len(paths)
         for path, k in zip(paths, order, strict=True):
-            ds = read_dataset(path)
-            plane = _pixels(ds, shape[1:], name, force)
+            ds, plane = _read_slice(path, shape[1:], name, partial(_check_mask, name=name))
+            if not force and (plane.min() < 0 or np.unique(plane).size > MAX_LABELS):
+                raise _not_a_mask(ds, name, "it holds grey values")
             values = np.empty(shape, plane.dtype) if values is None else values
             if plane.dtype != values.dtype:
                 values = values.astype(np.result_type(values, plane))
@@ -89,45 +104,14 @@ def read_ct(paths: Sequence[Path], name: str) -> Volume:
         InputError: It cannot be read, or is not a CT.
         GeometryError: Its slices are not one grid.
     """
-    from pydicom.pixels.utils import pixel_array
-
     with map_dicom_errors(name):
-        headers = [read_dataset(path, tags=_GRID) for path in paths]
+        headers = [read_header(path, _GRID) for path in paths]
+        _check_sizes(headers, name)
         paths, headers = _without_copies(paths, headers, name)
         geometry, shape, order, notes = _grid(headers, name)
         values = np.empty(shape, np.float32)
         for path, k in zip(paths, order, strict=True):
-            ds = read_dataset(path)
-            if str(ds.get("Modality", "")) != "CT" or int(ds.get("SamplesPerPixel", 1)) != 1:
-                raise UnreadableVolume(
-                    f"{name} is not a CT",
-                    expected="a CT series in Hounsfield units",
-                    remedy="give the CT that the mask was drawn on",
-                )
-            is_lossy = (
-                ds.file_meta.TransferSyntaxUID in _LOSSY or ds.get("LossyImageCompression") == "01"
-            )
-            if is_lossy or ds.get("BurnedInAnnotation") == "YES":
-                raise UnreadableVolume(
-                    f"{name} is compressed with loss, or has text burned into its pixels",
-                    expected="a CT as it was reconstructed",
-                    remedy="give the original series",
-                )
-            try:
-                plane = np.asarray(pixel_array(ds, raw=True))
-            except (RuntimeError, NotImplementedError) as exc:
-                raise UnreadableVolume(
-                    f"{name} is compressed as {ds.file_meta.TransferSyntaxUID.name}, and no decoder"
-                    " for it is installed",
-                    expected="a CT without compression",
-                    remedy='decompress it (gdcmconv --raw), or pip install "pylibjpeg[all]"',
-                ) from exc
-            if plane.shape != shape[1:]:
-                raise UnreadableVolume(
-                    f"{name} has a slice of {plane.shape} pixels",
-                    expected=str(shape[1:]),
-                    remedy="export it again",
-                )
+            ds, plane = _read_slice(path, shape[1:], name, partial(_check_ct, name=name))
             slope, intercept = _rescale(ds)
             values[k] = plane * slope + intercept
         return Volume(values, geometry, notes=notes)
@@ -150,12 +134,33 @@ def series_grid(
         GeometryError: Its slices are not one grid.
     """
     with map_dicom_errors(name):
-        headers = [read_dataset(path, tags=_GRID) for path in paths]
+        headers = [read_header(path, _GRID) for path in paths]
+        _check_sizes(headers, name)
         paths, headers = _without_copies(paths, headers, name)
         geometry, shape, order, notes = _grid(headers, name)
         uids = [str(headers[n].get("SOPInstanceUID", "")) for n in np.argsort(order)]
         frame = str(headers[0].get("FrameOfReferenceUID", ""))
         return (geometry, shape, DicomSource("", tuple(uids), frame, {})), notes
+
+
+def _check_sizes(headers: Sequence[Any], name: str) -> None:
+    """Refuse files that are not slices of one size, before any of them is decoded."""
+    file = Path(name)
+    sizes = {(int(ds.get("Rows") or 0), int(ds.get("Columns") or 0)) for ds in headers}
+    if len(sizes) > 1 or not 0 < np.prod(next(iter(sizes))) <= MAX_PIXELS:
+        raise UnreadableVolume(
+            f"{name} has slices of {', '.join(f'{c} x {r}' for r, c in sorted(sizes))} pixels",
+            expected="one size",
+            remedy="give one series",
+            file=file,
+        )
+    if any(int(ds.get("NumberOfFrames") or 1) != 1 for ds in headers):
+        raise UnreadableVolume(
+            f"{name} is a multi-frame image",
+            expected="one slice per file, or a DICOM SEG",
+            remedy="convert it to a SEG or to NIfTI",
+            file=file,
+        )
 
 
 def _without_copies(
@@ -176,7 +181,7 @@ def _without_copies(
         first = by_place.setdefault((uid, place), n) if uid else n
         if first == n:
             distinct.append(n)
-        elif not _same_pixels(paths[first], paths[n]):
+        elif not _same_pixels(paths[first], paths[n], name):
             raise UnreadableVolume(
                 f"{name} has two files of one SOP Instance UID in one place, and they differ",
                 expected="one file of each slice",
@@ -192,18 +197,21 @@ def _rescale(ds: Any) -> tuple[float, float]:
     return float(1 if slope is None else slope), float(0 if intercept is None else intercept)
 
 
-def _same_pixels(first_path: Path, second_path: Path) -> bool:
+def _same_pixels(first_path: Path, second_path: Path, name: str) -> bool:
     """Whether two files hold the same pixels, however they are compressed.
 
     Pixels that no installed decoder reads are compared as they are stored.
     """
-    from pydicom.pixels.utils import pixel_array
-
-    first, second = read_dataset(first_path), read_dataset(second_path)
+    images = []
+    for path in (first_path, second_path):
+        with opened(path, _SLICE) as source:
+            _read_pixels(source, name)
+            images.append(source.header)
+    first, second = images
     if any(first.get(key) != second.get(key) for key in _RESCALE):
         return False
     try:
-        return np.array_equal(pixel_array(first, raw=True), pixel_array(second, raw=True))
+        return np.array_equal(_decode(first), _decode(second))
     except (RuntimeError, NotImplementedError):
         # No decoder is installed: equal compressed bytes are equal pixels.
         return bool(first.get("PixelData") == second.get("PixelData"))
@@ -214,21 +222,6 @@ def _grid(
 ) -> tuple[Geometry, tuple[int, int, int], NDArray[np.intp], tuple[str, ...]]:
     """Geometry, shape (D, H, W), the slice of each file, and notes for the user."""
     file, first = Path(name), headers[0]
-    sizes = {(int(ds.get("Rows") or 0), int(ds.get("Columns") or 0)) for ds in headers}
-    if len(sizes) > 1 or not 0 < np.prod(next(iter(sizes))) <= MAX_PIXELS:
-        raise UnreadableVolume(
-            f"{name} has slices of {', '.join(f'{c} x {r}' for r, c in sorted(sizes))} pixels",
-            expected="one size",
-            remedy="give one series",
-            file=file,
-        )
-    if any(int(ds.get("NumberOfFrames") or 1) != 1 for ds in headers):
-        raise UnreadableVolume(
-            f"{name} is a multi-frame image",
-            expected="one slice per file, or a DICOM SEG",
-            remedy="convert it to a SEG or to NIfTI",
-            file=file,
-        )
     notes: list[str] = []
     is_single = len(headers) == 1
     spacings = [
@@ -262,7 +255,7 @@ def _grid(
     geometry, order, depth = stack(
         position, orientation[0], spacing[0], name, step=step, thickness=thickness, notes=notes
     )
-    rows, columns = next(iter(sizes))
+    rows, columns = int(first.Rows), int(first.Columns)
     return geometry, (depth, rows, columns), order, tuple(notes)
 
 
@@ -271,48 +264,96 @@ def _stacked(headers: Sequence[Any], key: str, count: int, name: str) -> NDArray
     return np.array([finite_numbers(ds.get(key), count, name, key) for ds in headers])
 
 
-def _pixels(ds: Any, shape: tuple[int, int], name: str, force: bool) -> NDArray[Any]:
-    """The values of one slice, checked to be possible labels."""
-    from pydicom.pixels.utils import pixel_array
-
-    file, syntax = Path(name), ds.file_meta.TransferSyntaxUID
-    slope, intercept = _rescale(ds)
+def _check_mask(ds: Any, name: str) -> None:
+    """Refuse an image whose values cannot be labels."""
     if int(ds.get("SamplesPerPixel", 1)) != 1:
         raise UnreadableVolume(
             f"{name} is a colour image",
             expected="one label per pixel",
             remedy="export the mask as a SEG",
-            file=file,
+            file=Path(name),
         )
-    if intercept or slope != 1 or syntax in _LOSSY or ds.get("LossyImageCompression") == "01":
+    if _rescale(ds) != (1, 0) or _is_lossy(ds):
         raise _not_a_mask(ds, name, "its values are rescaled or compressed with loss")
-    have, need = len(ds.get("PixelData") or b""), shape[0] * shape[1] * int(ds.BitsAllocated) // 8
-    if not have or (not syntax.is_compressed and have < need):
+
+
+def _check_ct(ds: Any, name: str) -> None:
+    """Refuse an image that is not a CT as it was reconstructed."""
+    if str(ds.get("Modality", "")) != "CT" or int(ds.get("SamplesPerPixel", 1)) != 1:
         raise UnreadableVolume(
-            f"{name} is truncated: a slice has {have} of {need} bytes of pixels",
-            expected="complete DICOM files",
-            remedy="copy or export it again",
-            file=file,
+            f"{name} is not a CT",
+            expected="a CT series in Hounsfield units",
+            remedy="give the CT that the mask was drawn on",
         )
+    if _is_lossy(ds) or ds.get("BurnedInAnnotation") == "YES":
+        raise UnreadableVolume(
+            f"{name} is compressed with loss, or has text burned into its pixels",
+            expected="a CT as it was reconstructed",
+            remedy="give the original series",
+        )
+
+
+def _is_lossy(ds: Any) -> bool:
+    return ds.file_meta.TransferSyntaxUID in _LOSSY or ds.get("LossyImageCompression") == "01"
+
+
+def _read_slice(
+    path: Path, shape: tuple[int, int], name: str, check: Callable[[Any], None]
+) -> tuple[Any, NDArray[Any]]:
+    """One slice of a series: the header, which `check` refuses or not, and then the pixels.
+
+    Returns:
+        The data set, and its values (H, W) as they are stored.
+    """
+    with opened(path, _SLICE) as source:
+        ds = source.header
+        check(ds)
+        _read_pixels(source, name)
     try:
-        plane = np.asarray(pixel_array(ds, raw=True))
+        plane = _decode(ds)
     except (RuntimeError, NotImplementedError) as exc:
         raise UnreadableVolume(
-            f"{name} is compressed as {syntax.name}, and no decoder for it is installed",
-            expected="labels without compression",
+            f"{name} is compressed as {ds.file_meta.TransferSyntaxUID.name}, and no decoder for it"
+            " is installed",
+            expected="pixels without compression",
             remedy='decompress it (gdcmconv --raw), or pip install "pylibjpeg[all]"',
-            file=file,
+            file=Path(name),
         ) from exc
     if plane.shape != shape:
         raise UnreadableVolume(
             f"{name} has a slice of {plane.shape} pixels",
             expected=str(shape),
             remedy="export it again",
-            file=file,
+            file=Path(name),
         )
-    if not force and (plane.min() < 0 or np.unique(plane).size > MAX_LABELS):
-        raise _not_a_mask(ds, name, "it holds grey values")
-    return plane
+    return ds, plane
+
+
+def _read_pixels(source: DicomFile, name: str) -> None:
+    """Add the pixels to the header of a slice, if they have the size that it states."""
+    from pydicom.encaps import generate_frames
+    from pydicom.uid import RLELossless
+
+    ds = source.header
+    compressed = ds.file_meta.TransferSyntaxUID.is_compressed
+    check_pixel_bytes(ds, source.pixel_bytes, 1, name, compressed=compressed)
+    source.read_pixels()
+    if compressed and ds.file_meta.TransferSyntaxUID != RLELossless:
+        for frame in generate_frames(ds.PixelData, number_of_frames=1):
+            if codestream_size(frame) not in (None, (ds.Rows, ds.Columns)):
+                raise UnreadableVolume(
+                    f"{name} has a compressed slice of another size than its header states",
+                    expected="complete DICOM files",
+                    remedy="export it again, without compression",
+                    file=Path(name),
+                )
+
+
+def _decode(ds: Any) -> NDArray[Any]:
+    """The values of an image as they are stored."""
+    from pydicom.pixels.utils import pixel_array
+
+    return np.asarray(pixel_array(ds, raw=True))
 
 
 def _not_a_mask(ds: Any, name: str, why: str) -> UnreadableVolume:

@@ -17,7 +17,8 @@ from ...core.errors import GeometryError, InputError, UnreadableVolume, UsageErr
 from ...core.volume import Geometry, LabelVolume, Volume
 from .. import archive
 from ..cases import Case
-from ..dicom.files import map_dicom_errors, read_dataset, scan, walk
+from ..dicom.files import map_dicom_errors, scan, walk
+from ..dicom.header import opened
 from ..marks import written_by_mask2ct
 from ..volume_files import SUFFIXES, stem, volume_files
 from .dicom_series import read_ct
@@ -185,12 +186,12 @@ def _series_referred_to(case: Case) -> set[str]:
 
     if case.kind == "rtstruct":
         return set(references(case.files[0], case.name).series)
-    with map_dicom_errors(case.name):
-        header = read_dataset(case.files[0], tags=["ReferencedSeriesSequence"])
-        return {
-            str(item.get("SeriesInstanceUID", ""))
-            for item in header.get("ReferencedSeriesSequence") or ()
-        } - {""}
+    sequence = "ReferencedSeriesSequence"
+    with (
+        map_dicom_errors(case.name),
+        opened(case.files[0], ["SOPInstanceUID"], [sequence]) as source,
+    ):
+        return {str(item.get("SeriesInstanceUID", "")) for item in source.items(sequence)} - {""}
 
 
 def _with_image(case: Case, image: _Image) -> Case:

@@ -171,10 +171,18 @@ def _overlapping(contours: Sequence[Contour]) -> Iterator[tuple[int, int]]:
     """Pairs of contours, by number, whose extents overlap; the lower number comes first."""
     lows = np.array([contour.min(axis=0) for contour in contours]).reshape(-1, 2)
     highs = np.array([contour.max(axis=0) for contour in contours]).reshape(-1, 2)
+    # Along the columns a contour overlaps only those that begin at most one width before it.
+    by_column = np.argsort(lows[:, 0], kind="stable")
+    begins = lows[by_column, 0]
+    widest = (highs[:, 0] - lows[:, 0]).max(initial=0)
+    first = np.searchsorted(begins, lows[:, 0] - widest, side="left")
+    last = np.searchsorted(begins, highs[:, 0], side="left")
     pairs = 0
     for n in range(len(contours)):
-        across, along = ((lows[n + 1 :] < highs[n]) & (highs[n + 1 :] > lows[n])).T
-        overlapping = np.flatnonzero(across & along) + n + 1
+        near = by_column[first[n] : last[n]]
+        near = near[near > n]
+        overlap = (lows[near] < highs[n]) & (highs[near] > lows[n])
+        overlapping = np.sort(near[overlap[:, 0] & overlap[:, 1]])
         pairs += len(overlapping)
         if pairs > MOST_OVERLAPS:
             raise UnreadableVolume(

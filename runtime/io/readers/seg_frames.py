@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import MissingDecoder, UnreadableVolume
-from ..dicom.files import pydicom
+from ..dicom.header import pydicom
+from ..dicom.pixel_size import check_pixel_bytes, codestream_size
 
 RLE = "1.2.840.10008.1.2.5"
 # Encapsulated Uncompressed Explicit VR Little Endian.
@@ -40,12 +41,13 @@ _PACKAGES = {
 }
 
 
-def check_frames(ds: Any, count: int, name: str) -> None:
+def check_frames(ds: Any, count: int, have: int, name: str) -> None:
     """Check that the pixels of a SEG are complete, unchanged by compression, and can be decoded.
 
     Args:
-        ds: The SEG.
+        ds: The header of the SEG.
         count: Its number of frames.
+        have: Bytes of its pixels, or of their fragments; 0 without any.
         name: What messages call it.
 
     Raises:
@@ -67,10 +69,7 @@ def check_frames(ds: Any, count: int, name: str) -> None:
             remedy="export it without loss",
             file=Path(name),
         )
-    have = len(ds.get("PixelData") or b"")
-    need = (count * int(ds.Rows) * int(ds.Columns) * bits + 7) // 8
-    if have == 0 or (not _is_encapsulated(ds) and have < need):
-        raise _truncated(name, f"{have} of {need} bytes of pixels")
+    check_pixel_bytes(ds, have, count, name, compressed=_is_encapsulated(ds))
     if _is_encapsulated(ds) and syntax not in (RLE, UNCOMPRESSED, DEFLATED):
         _check_decoder(syntax, name)
 
@@ -147,7 +146,8 @@ def _encapsulated_frames(
                 yield np.unpackbits(frame, bitorder="little", count=size).reshape(shape)
         return
     for data in _fragments(ds, count):
-        _check_size(data, shape, name)
+        if codestream_size(data) != shape:
+            raise _damaged_frame(name)
     for frame in pydicom().pixels.iter_pixels(ds, raw=True):
         yield _check_bits(frame, name) if bits == 1 else frame
 
@@ -254,31 +254,6 @@ def _check_decoder(syntax: str, name: str) -> None:
             remedy=f"pip install {package}, or export it without compression",
             file=Path(name),
         )
-
-
-def _check_size(data: bytes, shape: tuple[int, int], name: str) -> None:
-    """Refuse a codestream whose size is not the header's: it would be decoded, however large."""
-    # The SIZ marker of JPEG 2000 (ISO/IEC 15444-1, A.5.1).
-    start = data.find(b"\xff\x4f\xff\x51")
-    if start >= 0 and len(data) >= start + 24:
-        x_end, y_end, x_start, y_start = struct.unpack(">4L", data[start + 8 : start + 24])
-        size = (y_end - y_start, x_end - x_start)
-    else:
-        size = _jpeg_size(data) or (0, 0)
-    if size != shape:
-        raise _damaged_frame(name)
-
-
-def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Rows and columns in the frame header of JPEG or JPEG-LS (ISO/IEC 10918-1, B.2.2)."""
-    place = data.find(b"\xff\xd8") + 2
-    while 2 <= place <= len(data) - 9:
-        marker, length = data[place + 1], int.from_bytes(data[place + 2 : place + 4], "big")
-        if marker in (0xC0, 0xC1, 0xC2, 0xC3, 0xF7):
-            rows, columns = struct.unpack_from(">HH", data, place + 5)
-            return rows, columns
-        place += 2 + length
-    return None
 
 
 def _truncated(name: str, what: str) -> UnreadableVolume:

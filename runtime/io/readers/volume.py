@@ -249,13 +249,32 @@ def _in_memory(voxels: Voxels, size: int, file: Path) -> Iterator[None]:
         size: Bytes of memory that the mask needs.
         file: The file that errors name.
     """
-    limit = memory_limit()
-    if limit is not None and size > limit:
-        raise _too_large(voxels, size, limit, file)
+    _check_memory(voxels, size, file)
     try:
         yield
     except MemoryError as exc:
-        raise _too_large(voxels, size, limit, file) from exc
+        raise _too_large(voxels, size, memory_limit(), file) from exc
+
+
+def _check_memory(voxels: Voxels, size: int, file: Path) -> None:
+    """Refuse a mask that takes more memory (`size` bytes) than this run may have."""
+    limit = memory_limit()
+    if limit is not None and size > limit:
+        raise _too_large(voxels, size, limit, file)
+
+
+def check_before_reading(path: Path, file: Path) -> None:
+    """Refuse a volume for what its header states, and a mask that does not fit into memory.
+
+    Args:
+        path: The file, which is not read beyond its header.
+        file: The file that errors name.
+
+    Raises:
+        InputError: It is refused.
+    """
+    voxels = check_header(path, voxels=False).voxels
+    _check_memory(voxels, math.prod(voxels.shape), file)
 
 
 def _too_large(voxels: Voxels, size: int, limit: int | None, file: Path) -> UnreadableVolume:
