@@ -11,8 +11,9 @@ from scipy.ndimage import gaussian_filter
 
 from runtime.core.deformation import DeformationParams, MaskDeformer
 from runtime.core.manifest import Intensity
+from runtime.core.tissue_classes import tissue_map
 from runtime.core.volume import LabelVolume
-from runtime.core.warp import EDGE_BLUR, IntensityJitter, Warp, tissue_map
+from runtime.core.warp import EDGE_BLUR, IntensityJitter, Warp
 
 from .cohort import Case
 
