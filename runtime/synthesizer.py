@@ -244,10 +244,10 @@ class VolumeSynthesizer:
             InputError: The labels or the grid do not suit the model.
         """
         highest = max(int(plane.max()) for plane in volume.labels)
-        if highest >= len(self.manifest.labels):
+        if highest >= self.manifest.classes:
             raise UnknownLabels(
                 f"the mask holds the index {highest}",
-                expected=f"model indices 0 to {len(self.manifest.labels) - 1}",
+                expected=f"model indices 0 to {self.manifest.classes - 1}",
                 remedy="map file values with runtime.core.labels.to_indices",
             )
         grid = self.grid(volume)
@@ -392,7 +392,11 @@ class VolumeSynthesizer:
             GeometryError: The labels need a larger canvas than the engine takes.
         """
         depth, height, width = volume.labels.shape
-        grid = SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels)
+        # The canvas grows for expert labels alone, as in training.
+        classes = None if self.manifest.context is None else len(self.manifest.labels)
+        grid = SliceGrid(
+            self.manifest.grid, volume.geometry, (depth, height, width), volume.labels, classes
+        )
         largest = self._engine.spec.largest
         if largest is not None and (grid.size[0] > largest[0] or grid.size[1] > largest[1]):
             raise GeometryError(
