@@ -65,6 +65,12 @@ class Fp16Layer(nn.Module):
         super().__init__()
         self.layer = layer.half()
 
+    @property
+    def weight(self) -> Tensor:
+        """The weights of the layer, FP16."""
+        weight: Tensor = self.layer.weight
+        return weight
+
     def forward(self, *inputs: Tensor) -> Tensor:
         """Compute the layer on `inputs` as FP16; returns FP16."""
         out: Tensor = self.layer(*(x.half() for x in inputs))

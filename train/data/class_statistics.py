@@ -98,11 +98,14 @@ def measure_classes(
         without_label |= flat == 0
         counts[unknown] += without_label.sum()
         sums[unknown] += image.ravel()[without_label].sum()
-        texture = image - ndimage.gaussian_filter(image, (0, TEXTURE_SIGMA, TEXTURE_SIGMA))
+        own = np.append(np.nan, medians(image, dense, classes))
+        rows.append(own)
+        # Without the edges between the classes, which the Gaussian would count as texture.
+        flattened = image - np.where(np.isnan(own), image.mean(), own)[dense].astype(np.float32)
+        texture = flattened - ndimage.gaussian_filter(flattened, (0, TEXTURE_SIGMA, TEXTURE_SIGMA))
         core = _cores(dense)
         inner += np.bincount(dense[core], minlength=classes)
         squares += np.bincount(dense[core], texture[core] ** 2, minlength=classes)
-        rows.append(np.append(np.nan, medians(image, dense, classes)))
     by_patient = np.stack(rows)
     present = counts > 0
     means = np.where(present, sums / np.maximum(counts, 1), sums[unknown] / counts[unknown])

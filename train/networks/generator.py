@@ -331,7 +331,7 @@ class Generator(nn.Module):
     def _gain(self, amplitudes: Tensor, condition: Tensor) -> Tensor:
         """The factor that keeps the noise within its class's limit, in blocks as `amplitudes`."""
         assert self.mean_skip is not None
-        filters = self.texture.filters.weight.flatten(1)
+        filters = self.texture.filters.weight.float().flatten(1)
         # The variance of a weighted sum of filtered white noise is a quadratic form of its weights.
         n, _, h, w = amplitudes.shape
         maps = amplitudes.reshape(n, self.texture.textures, self.top.block**2, h, w)
