@@ -13,16 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from runtime.core.atomic_files import open_input
+from runtime.core.context import MAX_CLASSES
 from runtime.core.errors import ConfigError, reading
 from runtime.core.labels import MM_WHS, PRESETS
-from runtime.core.manifest import (
-    MAX_LABELS,
-    GridPolicy,
-    Intensity,
-    Label,
-    LabelTable,
-    labels_from_json,
-)
+from runtime.core.manifest import GridPolicy, Intensity, Label, LabelTable, labels_from_json
 from runtime.core.tissue_classes import HU_CONTEXT
 
 from .data.original import FIXED_KEYS, check_fixed, greys
@@ -313,8 +307,8 @@ class RunConfig:
                 self.data.train_ratio,
                 f"at most 1 - valid_ratio = {1 - self.data.valid_ratio:g}",
             )
-        if class_count(self.data) > MAX_LABELS:
-            raise wrong("data.context", self.data.context, f"at most {MAX_LABELS} classes in all")
+        if class_count(self.data) > MAX_CLASSES:
+            raise wrong("data.context", self.data.context, f"at most {MAX_CLASSES} classes in all")
         for key, make in (
             ("data.slices", lambda: grid_policy(self)),
             ("intensity", lambda: intensity(self)),

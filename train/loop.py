@@ -302,10 +302,10 @@ class Training:
         Returns:
             This rank's part of the batch, augmented, on the device.
         """
-        condition, *others = self.batches[n]
-        labels, image, noise = (
-            augmentation.on_device(array, self.device) for array in (condition, *others)
-        )
+        condition, pixels, noise_bytes = self.batches[n]
+        labels = augmentation.on_device(condition, self.device)
+        image = augmentation.on_device(pixels, self.device)
+        noise = augmentation.on_device(noise_bytes, self.device)
         settings, part, style = self.config.augment, self.batches.part, None
         if self.contrast is not None:
             style, change = (
