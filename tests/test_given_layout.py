@@ -169,6 +169,21 @@ def test_tissues_do_not_widen_canvas() -> None:
         assert opened.grid(LabelVolume(np.minimum(dense.labels, 7), geometry)).size > (32, 32)
 
 
+def test_arrays_give_the_layout_of_files(
+    model: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    mask, ct = files
+    assert synth(model, tmp_path / "out", mask, "--context", ct, "--seed", "3") == 0
+    with Synthesizer.open(model, backend="fake") as opened:
+        source = read_volume(mask)
+        volume = opened.volume(source.values, source.geometry)
+        dense = opened.with_tissues(volume, read_volume(ct).values)
+        assert np.array_equal(opened.values(dense), source.values)
+        assert np.array_equal(
+            opened.synthesize(dense, seed=3), read_volume(tmp_path / "out" / "p1_ct.nii.gz").values
+        )
+
+
 def test_mask_without_ct_fails_alone(
     model: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
