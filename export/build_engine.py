@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
     from train.checkpoint import load_calibration, load_generator, load_run, load_validation
 
     trained = load_run(options.run)
-    graph = LabelsToIntensity(load_generator(options.run), len(trained.labels), trained.intensity)
+    graph = LabelsToIntensity(load_generator(options.run), trained.classes, trained.intensity)
     masks = load_validation(trained)
     write_model(trained, graph, masks, load_calibration(trained), options.output, say=say)
     say(f"model folder {options.output} written in {duration(time.perf_counter() - started)}")

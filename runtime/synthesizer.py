@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .core.atomic_files import sha256_of
+from .core.context import UNKNOWN
+from .core.contrast import IntensityRequest, Requests, draw_contrast, requested_classes
 from .core.deformation import DeformationParams, MaskDeformer
 from .core.errors import GeometryError, MemoryCapExceeded, UnknownLabels, UsageError
 from .core.labels import LabelMap, to_indices
@@ -68,6 +70,7 @@ class VolumeSynthesizer:
         self._engine, self._closed = engine, False
         self._reopen_engine, self._released = again, False
         self._reason, self._batch = reason, max(1, batch)
+        self._requested: dict[int, IntensityRequest] = {}
         self._slots: set[ExecutionSlot] = set()  # all open slots
         self._idle: list[ExecutionSlot] = []  # the open slots that no volume uses
         self._lock = threading.Lock()
@@ -136,6 +139,17 @@ class VolumeSynthesizer:
         synthesizer.manifest_sha256 = manifest_sha256
         return synthesizer
 
+    def request_intensities(self, requests: Requests) -> None:
+        """Ask for intensities in every volume from now on, instead of drawing them.
+
+        Args:
+            requests: The class's name and its intensity (`runtime.core.contrast.parse_requests`).
+
+        Raises:
+            UsageError: The model takes no intensities, or has no such class.
+        """
+        self._requested = requested_classes(self.manifest, requests)
+
     @property
     def backend(self) -> str:
         """The engine that runs, and why it was chosen."""
@@ -143,8 +157,15 @@ class VolumeSynthesizer:
 
     @property
     def engine(self) -> str:
-        """The engine that runs. It decides the bytes of a result together with the model."""
-        return self._live.name
+        """The engine that runs, and the intensities that were asked for.
+
+        They decide the bytes of a result together with the model.
+        """
+        asked = [
+            f"{index}={request.value:g}±{request.deviation:g}"
+            for index, request in sorted(self._requested.items())
+        ]
+        return self._live.name + (f", intensities {' '.join(asked)}" if asked else "")
 
     def memory(self) -> dict[str, PoolStats]:
         """The memory in use, in bytes, by kind: "host", or "device" and "page-locked".
@@ -288,17 +309,25 @@ class VolumeSynthesizer:
                 remedy="map file values with runtime.core.labels.to_indices",
             )
         grid = self.grid(volume)
-        random = CaseRandom(seed, volume.digest, variant)
+        random = CaseRandom(seed, volume.digest, variant, self.manifest.noise_along_z)
+        context, unlabelled, style = self.manifest.context, 0, None
+        if context is not None:
+            if highest < len(self.manifest.labels):
+                # No layout: nobody knows what lies outside the labels.
+                unlabelled = context.index(UNKNOWN, len(self.manifest.labels))
+            if self.manifest.style:
+                style = draw_contrast(context, random, self._requested)
+        start = partial(ExecutionSlot.start, style=style, unlabelled=unlabelled)
         plane = [n for axis, n in enumerate(volume.labels.shape) if axis != grid.axis]
-        start, hu = 0, np.empty((min(self._batch, grid.count), *plane), np.int16)
-        with closing(self._run_slices(grid, volume.labels, random)) as finished:
+        first, hu = 0, np.empty((min(self._batch, grid.count), *plane), np.int16)
+        with closing(self._run_slices(grid, volume.labels, random, start)) as finished:
             for slot, ks in finished:
                 for k in ks:
-                    slot.read_slice(grid, k, hu[k - start], self.manifest.intensity.low)
-                    if k + 1 == start + len(hu):
-                        yield CTSlab(np.moveaxis(hu, 0, grid.axis), grid.axis, start)
-                        start += len(hu)
-                        hu = np.empty((min(self._batch, grid.count - start), *plane), np.int16)
+                    slot.read_slice(grid, k, hu[k - first], self.manifest.intensity.low)
+                    if k + 1 == first + len(hu):
+                        yield CTSlab(np.moveaxis(hu, 0, grid.axis), grid.axis, first)
+                        first += len(hu)
+                        hu = np.empty((min(self._batch, grid.count - first), *plane), np.int16)
 
     def variants(
         self, case: Case, mask: LabelVolume, ranges: DeformationParams, seed: int
@@ -344,7 +373,11 @@ class VolumeSynthesizer:
             )
 
     def _run_slices(
-        self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom
+        self,
+        grid: SliceGrid,
+        labels: NDArray[np.uint8],
+        random: CaseRandom,
+        start: Callable[..., None],
     ) -> Generator[tuple[ExecutionSlot, range]]:
         """Yield each group of slices and the slot that holds it, in order.
 
@@ -366,7 +399,7 @@ class VolumeSynthesizer:
                     continue
                 slot, ks = free.popleft(), range(k, min(k + batch, grid.count))
                 try:
-                    slot.start(grid, labels, random, ks)
+                    start(slot, grid, labels, random, ks)
                 except MemoryCapExceeded:
                     # A slot takes the GPU's memory when it starts. The slots that fit go on.
                     if not busy:

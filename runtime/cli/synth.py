@@ -25,6 +25,7 @@ from ..io.cases import Case, listing, read_case
 from ..io.ct_source import CTSource
 from .context import add_context, check_context, with_context
 from .failures import Failures
+from .intensity import add_intensity, apply_intensity, check_intensity
 from .options import (
     MASK_HELP,
     add_audit,
@@ -59,6 +60,7 @@ def add(commands: Any) -> None:
     add_engine(synth, required=False)
     add_warp(synth)
     add_context(synth)
+    add_intensity(synth)
     add_results(synth)
     add_reading(synth)
     synth.add_argument(
@@ -120,6 +122,7 @@ def _synth(options: argparse.Namespace) -> int:
     if options.ray is not None and not options.dry_run:
         return _on_ray(cases, options)
     with open_models(options) as models:
+        apply_intensity(models, options)
         sources, cases = with_context(models, cases, options)
         plans = plans_by_model(options, models, options.output, resume=options.resume)
         if not options.quiet:
@@ -142,6 +145,7 @@ def _check(options: argparse.Namespace) -> None:
     """Raise `UsageError` for options that have no effect together with the others."""
     check_warp(options)
     check_context(options)
+    check_intensity(options)
     mode, without_effect = "", tuple[str, ...]()
     if options.list:
         mode = "--list"

@@ -7,8 +7,8 @@ A model with a context has more classes than its label table. Model indices are,
     L+1 .. L+C      the context classes: the tissues by rising intensity, then "table" (what is
                     solid outside the body) and "unknown" (nobody knows, it may be air)
 
-A volume without any context index has no layout. The runtime then gives the network "unknown"
-instead of 0 (`Context.without_layout`). `runtime.core.tissue_classes` finds the classes of an
+A volume without any context index has no layout. The network then sees "unknown" instead of 0
+(`ExecutionSlot.start`). `runtime.core.tissue_classes` finds the classes of an
 image.
 
 This module imports only the standard library.

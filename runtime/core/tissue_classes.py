@@ -6,8 +6,6 @@ and the warping of real pairs (`runtime.core.warp`) use it. It needs numpy alone
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +13,7 @@ from .components import plane_components
 from .context import TABLE, Context
 from .errors import UsageError
 from .manifest import GridPolicy
+from .resampling import axial_axes
 from .volume import Geometry
 
 # gas | fat | soft tissue | contrast, spongy bone | bone
@@ -50,8 +49,8 @@ def context_map(
         image: (D, H, W) with axial slices along the first axis, in the context's unit.
         context: The rule.
         labels: The number of rows of the label table, with the background.
-        blur: Sigma of the Gaussian along rows and columns, in pixels of the image
-            (`blur_in_pixels`); None: `context.blur` along both.
+        blur: Sigma of the Gaussian along the two axes of a slice, in pixels; None: `context.blur`
+            along both.
 
     Returns:
         uint8 (D, H, W): 0, or model indices from `labels` on.
@@ -90,27 +89,39 @@ def dense_labels(labels: NDArray[np.uint8], context: NDArray[np.uint8]) -> NDArr
     return np.where(labels > 0, labels, context)
 
 
-def blur_in_pixels(
-    context: Context, policy: GridPolicy, geometry: Geometry, shape: Sequence[int]
-) -> tuple[float, float]:
-    """The blur of a context in pixels of an image, which may be finer than the model's grid.
+def classes_of_volume(
+    image: NDArray[np.floating] | NDArray[np.integer],
+    geometry: Geometry,
+    context: Context,
+    labels: int,
+    policy: GridPolicy,
+) -> NDArray[np.uint8]:
+    """Find the context class of every voxel of a volume in any axis order.
+
+    Where the image is finer than the model's grid, the blur is that of the model's grid, so that
+    the noise of small voxels does not make classes.
 
     Args:
+        image: (D, H, W), in the context's unit.
+        geometry: Where the voxels lie.
         context: The rule.
+        labels: The number of rows of the label table, with the background.
         policy: The model's grid.
-        geometry: Where the voxels of the image lie; the array's axes are (slices, rows, columns).
-        shape: (D, H, W) of the image.
 
     Returns:
-        Sigma along rows and along columns, at least `context.blur`.
+        uint8 (D, H, W), as `context_map`.
     """
-    if policy.pixel_spacing is None:
-        scales = [side / pixels for side, pixels in zip(shape[1:], policy.canvas, strict=True)]
-    else:
-        x, y, _ = geometry.spacing
-        scales = [mm / step for mm, step in zip(policy.pixel_spacing, (y, x), strict=True)]
-    rows, columns = (context.blur * max(1.0, scale) for scale in scales)
-    return rows, columns
+    slices, rows, columns = axial_axes(geometry)
+    blur = {}
+    for n, axis in enumerate((rows, columns)):
+        if policy.pixel_spacing is None:
+            scale = image.shape[axis] / policy.canvas[n]
+        else:
+            scale = policy.pixel_spacing[n] / geometry.spacing[2 - axis]
+        blur[axis] = context.blur * max(1.0, scale)
+    sigma = (blur[min(rows, columns)], blur[max(rows, columns)])
+    classes = context_map(np.moveaxis(image, slices, 0), context, labels, sigma)
+    return np.moveaxis(classes, 0, slices)
 
 
 def body_mask(plane: NDArray[np.floating], context: Context) -> NDArray[np.bool_]:
