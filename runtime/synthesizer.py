@@ -19,10 +19,11 @@ from .core.contrast import IntensityRequest, Requests, draw_contrast, requested_
 from .core.deformation import DeformationParams, MaskDeformer
 from .core.errors import GeometryError, MemoryCapExceeded, UnknownLabels, UsageError
 from .core.labels import LabelMap, to_indices
-from .core.layout import dense_volume, tissues_of_image
+from .core.layout import dense_volume
 from .core.manifest import MANIFEST, Manifest
 from .core.resampling import SliceGrid
 from .core.rng import CaseRandom
+from .core.tissue_classes import classes_of_volume
 from .core.volume import CTSlab, Geometry, LabelVolume
 from .engines.base import Engine, EngineError, EngineOptions
 from .engines.execution import ExecutionSlot
@@ -260,7 +261,7 @@ class VolumeSynthesizer:
                 remedy="resample the mask onto its image",
             )
         labels = len(self.manifest.labels)
-        tissues = tissues_of_image(image, volume.geometry, context, self.manifest.grid, labels)
+        tissues = classes_of_volume(image, volume.geometry, context, labels, self.manifest.grid)
         return dense_volume(volume, tissues)
 
     def synthesize(

@@ -15,9 +15,9 @@ from samples import results, synth, write_fake_model
 from runtime import Synthesizer
 from runtime.core.context import Context
 from runtime.core.deformation import DeformationParams, MaskDeformer
-from runtime.core.layout import dense_volume, tissues_of_image
+from runtime.core.layout import dense_volume
 from runtime.core.manifest import Manifest
-from runtime.core.tissue_classes import HU_CONTEXT
+from runtime.core.tissue_classes import HU_CONTEXT, classes_of_volume
 from runtime.core.volume import Geometry, LabelVolume
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.io.readers.volume import read_volume
@@ -103,8 +103,8 @@ def test_one_field_moves_mask_and_tissues(
     volume = read_volume(mask)
     labels = np.where(volume.values == 500, 3, 0).astype(np.uint8)
     source = LabelVolume(labels, volume.geometry)
-    tissues = tissues_of_image(
-        read_volume(ct).values, volume.geometry, context(), context_manifest().grid, 8
+    tissues = classes_of_volume(
+        read_volume(ct).values, volume.geometry, context(), 8, context_manifest().grid
     )
     for number in range(3):
         deformed, field = MaskDeformer(source, DeformationParams(), 5).deformed(number)
@@ -147,11 +147,11 @@ def test_axis_order_keeps_tissues(axes: tuple[int, int, int]) -> None:
     # Array axis n of the turned volume is axis axes[n] of the axial one.
     affine = Geometry.from_spacing(SPACING).affine
     turned = affine[:, [*(2 - axes[2 - n] for n in range(3)), 3]]
-    expected = tissues_of_image(
-        ct, Geometry(affine), context(), context_manifest().grid, 8
+    expected = classes_of_volume(
+        ct, Geometry(affine), context(), 8, context_manifest().grid
     ).transpose(axes)
-    tissues = tissues_of_image(
-        ct.transpose(axes), Geometry(turned), context(), context_manifest().grid, 8
+    tissues = classes_of_volume(
+        ct.transpose(axes), Geometry(turned), context(), 8, context_manifest().grid
     )
     assert np.array_equal(tissues, expected)
 
@@ -160,7 +160,7 @@ def test_tissues_do_not_widen_canvas() -> None:
     """The canvas has 96 mm; the body has 114, the heart 42."""
     mask, ct = pair()
     manifest, geometry = context_manifest(), Geometry.from_spacing(SPACING)
-    tissues = tissues_of_image(ct, geometry, context(), manifest.grid, 8)
+    tissues = classes_of_volume(ct, geometry, context(), 8, manifest.grid)
     labels = np.where(mask == 500, 3, 0).astype(np.uint8)
     dense = dense_volume(LabelVolume(labels, geometry), tissues)
     with Synthesizer(manifest, FakeEngine(manifest)) as opened:
