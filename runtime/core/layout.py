@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .deformation import DeformationField, move_labels
-from .tissue_classes import dense_labels
 from .volume import LabelVolume
 
 
@@ -31,5 +30,8 @@ def dense_volume(
     Returns:
         The dense map: model indices on the mask's grid.
     """
-    moved = tissues if field is None else move_labels(tissues, field)
-    return replace(mask, labels=dense_labels(mask.labels, moved))
+    dense = tissues.copy() if field is None else move_labels(tissues, field)
+    # Slice by slice, and in place: a volume of booleans is as large as the volume itself.
+    for plane, labels in zip(dense, mask.labels, strict=True):
+        np.copyto(plane, labels, where=labels > 0)
+    return replace(mask, labels=dense)
