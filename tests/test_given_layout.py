@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
@@ -218,3 +220,37 @@ def test_model_without_context_is_refused(
     mask, ct = files
     assert synth(fake_model, tmp_path / "out", mask, "--context", ct) == 2
     assert "has no context classes" in capsys.readouterr().err
+
+
+def test_each_ct_has_its_dicom_study(model: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    mask, ct = files
+    other = write(tmp_path / "other" / "p1.nii.gz", pair(bone=12)[1])
+    instances = []
+    for name, image in (("a", ct), ("b", other), ("c", None)):
+        extra = () if image is None else ("--context", image)
+        assert synth(model, tmp_path / name, mask, "--format", "dicom", *extra) == 0
+        first = min((tmp_path / name / "p1").glob("*.dcm"))
+        instances.append(pydicom.dcmread(first, stop_before_pixels=True))
+    assert len({instance.StudyInstanceUID for instance in instances}) == 3
+    assert ["layout of the CT" in i.DerivationDescription for i in instances] == [True, True, False]
+    assert {i.SyntheticData for i in instances} == {"YES"}
+
+
+def test_audit_line_names_the_ct(model: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    mask, ct = files
+    log = tmp_path / "audit.jsonl"
+    assert synth(model, tmp_path / "out", mask, "--context", ct, "--audit", log) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    digests = [line["image_sha256"] for line in lines if "image_sha256" in line]
+    assert len(digests) == 1 and len(digests[0]) == 64
+
+
+def test_ct_on_another_grid_is_refused(
+    model: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask, _ = files
+    small = write(tmp_path / "other" / "p1.nii.gz", pair()[1][1:])
+    assert synth(model, tmp_path / "out", mask, "--context", small) == 1
+    message = capsys.readouterr().err
+    assert "are not on one grid" in message and "Traceback" not in message
+    assert not results(tmp_path / "out")
