@@ -17,11 +17,13 @@ from .core.atomic_files import sha256_of
 from .core.context import UNKNOWN
 from .core.contrast import IntensityRequest, Requests, draw_contrast, requested_classes
 from .core.deformation import DeformationParams, MaskDeformer
-from .core.errors import GeometryError, MemoryCapExceeded, UnknownLabels
+from .core.errors import GeometryError, MemoryCapExceeded, UnknownLabels, UsageError
 from .core.labels import LabelMap, to_indices
+from .core.layout import dense_volume
 from .core.manifest import MANIFEST, Manifest
 from .core.resampling import SliceGrid
 from .core.rng import CaseRandom
+from .core.tissue_classes import classes_of_volume
 from .core.volume import CTSlab, Geometry, LabelVolume
 from .engines.base import Engine, EngineError, EngineOptions
 from .engines.execution import ExecutionSlot
@@ -221,10 +223,46 @@ class VolumeSynthesizer:
         )
 
     def values(self, volume: LabelVolume) -> NDArray[np.int32]:
-        """The inverse of `volume`: label values of the model's table, int32 (D, H, W)."""
-        return np.array([label.value for label in self.manifest.labels.labels], np.int32)[
-            volume.labels
-        ]
+        """The inverse of `volume`: label values of the model's table, int32 (D, H, W).
+
+        The tissues of a dense map are background.
+        """
+        values = [label.value for label in self.manifest.labels.labels]
+        tissues = [values[0]] * (self.manifest.classes - len(values))
+        return np.array(values + tissues, np.int32)[volume.labels]
+
+    def with_tissues(self, volume: LabelVolume, image: NDArray[Any]) -> LabelVolume:
+        """Put a mask onto the tissues that an image of the same patient shows around it.
+
+        `synthesize` and `slabs` take the result as they take a mask, for a model with a context.
+
+        Args:
+            volume: The mask in model indices.
+            image: (D, H, W) on the grid of the mask, in the model's unit.
+
+        Returns:
+            The dense map: a label or a context class for every voxel.
+
+        Raises:
+            UsageError: The model has no context.
+            GeometryError: The image has another size.
+        """
+        context = self.manifest.context
+        if context is None:
+            raise UsageError(
+                f"the model {self.manifest.name} has no context classes",
+                expected="a model whose manifest has a context",
+                remedy="synthesize from the mask alone",
+            )
+        if image.shape != volume.labels.shape:
+            raise GeometryError(
+                f"the image has {image.shape} voxels, the mask {volume.labels.shape}",
+                expected="image and mask on one grid",
+                remedy="resample the mask onto its image",
+            )
+        labels = len(self.manifest.labels)
+        tissues = classes_of_volume(image, volume.geometry, context, labels, self.manifest.grid)
+        return dense_volume(volume, tissues)
 
     def synthesize(
         self, volume: LabelVolume, *, seed: int = 0, variant: int = 0

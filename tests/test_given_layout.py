@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pydicom
 import pytest
 import SimpleITK as sitk
 from numpy.typing import NDArray
@@ -15,9 +17,9 @@ from samples import results, synth, write_fake_model
 from runtime import Synthesizer
 from runtime.core.context import Context
 from runtime.core.deformation import DeformationParams, MaskDeformer
-from runtime.core.layout import dense_volume, tissues_of_image
+from runtime.core.layout import dense_volume
 from runtime.core.manifest import Manifest
-from runtime.core.tissue_classes import HU_CONTEXT
+from runtime.core.tissue_classes import HU_CONTEXT, classes_of_volume
 from runtime.core.volume import Geometry, LabelVolume
 from runtime.engines.fake import FakeEngine, fake_manifest
 from runtime.io.readers.volume import read_volume
@@ -103,8 +105,8 @@ def test_one_field_moves_mask_and_tissues(
     volume = read_volume(mask)
     labels = np.where(volume.values == 500, 3, 0).astype(np.uint8)
     source = LabelVolume(labels, volume.geometry)
-    tissues = tissues_of_image(
-        read_volume(ct).values, volume.geometry, context(), context_manifest().grid, 8
+    tissues = classes_of_volume(
+        read_volume(ct).values, volume.geometry, context(), 8, context_manifest().grid
     )
     for number in range(3):
         deformed, field = MaskDeformer(source, DeformationParams(), 5).deformed(number)
@@ -147,11 +149,11 @@ def test_axis_order_keeps_tissues(axes: tuple[int, int, int]) -> None:
     # Array axis n of the turned volume is axis axes[n] of the axial one.
     affine = Geometry.from_spacing(SPACING).affine
     turned = affine[:, [*(2 - axes[2 - n] for n in range(3)), 3]]
-    expected = tissues_of_image(
-        ct, Geometry(affine), context(), context_manifest().grid, 8
+    expected = classes_of_volume(
+        ct, Geometry(affine), context(), 8, context_manifest().grid
     ).transpose(axes)
-    tissues = tissues_of_image(
-        ct.transpose(axes), Geometry(turned), context(), context_manifest().grid, 8
+    tissues = classes_of_volume(
+        ct.transpose(axes), Geometry(turned), context(), 8, context_manifest().grid
     )
     assert np.array_equal(tissues, expected)
 
@@ -160,13 +162,28 @@ def test_tissues_do_not_widen_canvas() -> None:
     """The canvas has 96 mm; the body has 114, the heart 42."""
     mask, ct = pair()
     manifest, geometry = context_manifest(), Geometry.from_spacing(SPACING)
-    tissues = tissues_of_image(ct, geometry, context(), manifest.grid, 8)
+    tissues = classes_of_volume(ct, geometry, context(), 8, manifest.grid)
     labels = np.where(mask == 500, 3, 0).astype(np.uint8)
     dense = dense_volume(LabelVolume(labels, geometry), tissues)
     with Synthesizer(manifest, FakeEngine(manifest)) as opened:
         assert opened.grid(dense).size == (32, 32)
         # Expert labels of that extent do widen it.
         assert opened.grid(LabelVolume(np.minimum(dense.labels, 7), geometry)).size > (32, 32)
+
+
+def test_arrays_give_the_layout_of_files(
+    model: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    mask, ct = files
+    assert synth(model, tmp_path / "out", mask, "--context", ct, "--seed", "3") == 0
+    with Synthesizer.open(model, backend="fake") as opened:
+        source = read_volume(mask)
+        volume = opened.volume(source.values, source.geometry)
+        dense = opened.with_tissues(volume, read_volume(ct).values)
+        assert np.array_equal(opened.values(dense), source.values)
+        assert np.array_equal(
+            opened.synthesize(dense, seed=3), read_volume(tmp_path / "out" / "p1_ct.nii.gz").values
+        )
 
 
 def test_mask_without_ct_fails_alone(
@@ -203,3 +220,37 @@ def test_model_without_context_is_refused(
     mask, ct = files
     assert synth(fake_model, tmp_path / "out", mask, "--context", ct) == 2
     assert "has no context classes" in capsys.readouterr().err
+
+
+def test_each_ct_has_its_dicom_study(model: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    mask, ct = files
+    other = write(tmp_path / "other" / "p1.nii.gz", pair(bone=12)[1])
+    instances = []
+    for name, image in (("a", ct), ("b", other), ("c", None)):
+        extra = () if image is None else ("--context", image)
+        assert synth(model, tmp_path / name, mask, "--format", "dicom", *extra) == 0
+        first = min((tmp_path / name / "p1").glob("*.dcm"))
+        instances.append(pydicom.dcmread(first, stop_before_pixels=True))
+    assert len({instance.StudyInstanceUID for instance in instances}) == 3
+    assert ["layout of the CT" in i.DerivationDescription for i in instances] == [True, True, False]
+    assert {i.SyntheticData for i in instances} == {"YES"}
+
+
+def test_audit_line_names_the_ct(model: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
+    mask, ct = files
+    log = tmp_path / "audit.jsonl"
+    assert synth(model, tmp_path / "out", mask, "--context", ct, "--audit", log) == 0
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    digests = [line["image_sha256"] for line in lines if "image_sha256" in line]
+    assert len(digests) == 1 and len(digests[0]) == 64
+
+
+def test_ct_on_another_grid_is_refused(
+    model: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask, _ = files
+    small = write(tmp_path / "other" / "p1.nii.gz", pair()[1][1:])
+    assert synth(model, tmp_path / "out", mask, "--context", small) == 1
+    message = capsys.readouterr().err
+    assert "are not on one grid" in message and "Traceback" not in message
+    assert not results(tmp_path / "out")

@@ -8,8 +8,9 @@ from functools import partial
 
 from ..core.deformation import DeformationParams, MaskDeformer
 from ..core.errors import UsageError
-from ..core.layout import dense_volume, tissues_of_image
+from ..core.layout import dense_volume
 from ..core.manifest import Manifest
+from ..core.tissue_classes import classes_of_volume
 from ..core.volume import LabelVolume
 from ..io.cases import Case
 from ..io.ct_source import Variant
@@ -94,8 +95,9 @@ class GivenLayout:
         manifest = self.manifest
         assert manifest.context is not None
         image = read_image(case, mask)
-        tissues = tissues_of_image(
-            image.values, mask.geometry, manifest.context, manifest.grid, len(manifest.labels)
+        labels = len(manifest.labels)
+        tissues = classes_of_volume(
+            image.values, mask.geometry, manifest.context, labels, manifest.grid
         )
         notes = image.notes
         del image
