@@ -170,7 +170,8 @@ class Step:
         weight: Tensor | float = 1.0
         if loss.weighting == "weighted":
             # The mask is what experts labelled; context classes are not.
-            weight = centre_weight(labels * (labels < self._labels))
+            weight = centre_weight(torch.where(batch.labels < self._labels, batch.labels, 0))
+            weight = weight.to(self.device)
         score, features = self._discriminate(condition, discriminator_input)
         g_losses = generator_losses(
             score.float(), fake_smooth, fake, real, gan=loss.gan, weight=weight

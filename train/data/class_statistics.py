@@ -98,10 +98,12 @@ def measure_classes(
         without_label |= flat == 0
         counts[unknown] += without_label.sum()
         sums[unknown] += image.ravel()[without_label].sum()
-        own = np.append(np.nan, medians(image, dense, classes))
-        rows.append(own)
+        class_medians = np.append(np.nan, medians(image, dense, classes))
+        rows.append(class_medians)
         # Without the edges between the classes, which the Gaussian would count as texture.
-        flattened = image - np.where(np.isnan(own), image.mean(), own)[dense].astype(np.float32)
+        flattened = image - np.where(np.isnan(class_medians), image.mean(), class_medians)[
+            dense
+        ].astype(np.float32)
         texture = flattened - ndimage.gaussian_filter(flattened, (0, TEXTURE_SIGMA, TEXTURE_SIGMA))
         core = _cores(dense)
         inner += np.bincount(dense[core], minlength=classes)
@@ -110,8 +112,8 @@ def measure_classes(
     present = counts > 0
     means = np.where(present, sums / np.maximum(counts, 1), sums[unknown] / counts[unknown])
     middles = means.copy()
-    seen = ~np.isnan(by_patient).all(0)
-    middles[seen] = np.nanmedian(by_patient[:, seen], 0)
+    has_median = ~np.isnan(by_patient).all(0)
+    middles[has_median] = np.nanmedian(by_patient[:, has_median], 0)
     measured = inner >= LEAST_VOXELS
     typical = np.sqrt(squares[1:labels].sum() / max(inner[1:labels].sum(), 1))
     deviations = np.where(measured, np.sqrt(squares / np.maximum(inner, 1)), typical)
