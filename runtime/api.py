@@ -44,8 +44,8 @@ class Synthesizer(VolumeSynthesizer):
             masks: One path or several; a folder is searched.
             output: The folder to write into; it is created.
             reading: How readers treat overlaps, fractions and missing references.
-            options: The options of `runtime.batch.runner.synthesize` (`format`, `variants`, `seed`,
-                `resume`, …).
+            options: The other fields of `runtime.batch.plan.Plan` (`format`, `variants`, `seed`,
+                `resume`, …), and `on_slice`, which is called with the number of slices done.
 
         Returns:
             A result for each mask and variant, once it is written. A case that failed has `error`.

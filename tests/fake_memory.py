@@ -16,7 +16,7 @@ from fake_world import Refused, World, new_module
 
 
 def core_module(world: World) -> ModuleType:
-    """cuda.core"""
+    """The module `cuda.core`, made of fakes."""
     made = new_module("cuda.core")
     made.__version__ = "1.2.2"
 

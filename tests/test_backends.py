@@ -100,6 +100,40 @@ def test_file_without_graph_is_refused(backend: str, model: Path, tmp_path: Path
             chosen.open(path, manifest)
 
 
+CLOSINGS = {
+    "in the order of opening": "engines.pop(0).close(); engines.pop(0).close()",
+    "in another thread": """
+import threading
+def close():
+    while engines:
+        engines.pop().close()
+thread = threading.Thread(target=close); thread.start(); thread.join()""",
+}
+
+
+@pytest.mark.parametrize("close", CLOSINGS.values(), ids=CLOSINGS)
+def test_signals_survive_closed_openvino(close: str, model: Path, root: Path) -> None:
+    """OpenVINO's CPU plugin takes the signal stack of a thread away when it ends."""
+    code = f"""
+import gc, os, signal
+from pathlib import Path
+from runtime.core.manifest import Manifest
+from runtime.engines.registry import open_engine
+model = Path({str(model)!r})
+manifest = Manifest.load(model)
+engines = [open_engine("openvino", manifest, model)[0] for _ in range(2)]
+{close}
+gc.collect()
+signal.signal(signal.SIGTERM, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGTERM)
+print("goes on")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout.split("\n")[:2]) == (0, ["handled", "goes on"])
+
+
 def test_openvino_reports_nothing_to_its_makers(model: Path, root: Path, tmp_path: Path) -> None:
     """Its package sends an event when it is imported.
 

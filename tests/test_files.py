@@ -183,7 +183,6 @@ def test_voxels_behind_link_are_refused(tmp_path: Path) -> None:
     """A header in a folder names a file beside it, which leads to one that its sender could not
     read.
     """
-
     header = write_mask(tmp_path / "in.mhd").read_text()
     name = header.rpartition("ElementDataFile = ")[2].strip()
     (tmp_path / name).rename(tmp_path / "secret")

@@ -32,7 +32,8 @@ NOTICE = b"SYNTHETIC CT - NOT FOR DIAGNOSIS"
 
 
 def test_command_formats_are_known() -> None:
-    assert set(FORMATS) == {*VOLUMES, "dicom", "nnunet", "msd"}
+    """Those that scripts name; a new format is tested by each test that takes `FORMATS`."""
+    assert {*VOLUMES, "dicom", "nnunet", "msd"} <= set(FORMATS)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from runtime.core.manifest import Manifest
 from runtime.engines.cpu.onnxruntime import OnnxEngine
 from runtime.engines.registry import BACKENDS
 from train.checkpoint import load_calibration, load_generator, load_run, load_validation
+from train.networks.blocks import ARCHITECTURES
 
 
 @pytest.fixture(scope="module")
@@ -334,7 +335,7 @@ def test_validation_without_body_uses_whole_slice() -> None:
     assert parity.limit_violations("int8", numbers) == {"body_mean": (9.0, 8), "organs": (0.0, 3)}
 
 
-@pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_fp16_batchnorm_folding_for_style_networks(kind: str, manifest: Manifest) -> None:
     """In torch, before any file: folded batch norms change rounding only, and halves stay within
     their limits.

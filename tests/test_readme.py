@@ -69,6 +69,23 @@ def test_documented_links_lead_somewhere(root: Path) -> None:
                 assert (document.parent / target).exists(), f"{document.name} links to {target}"
 
 
+def test_glossary_words_are_in_use(root: Path) -> None:
+    rows = re.findall(r"^\| (?!word)([^|]+) \|", (root / "docs" / "glossary.md").read_text(), re.M)
+    words = [word.strip().lower() for row in rows for word in row.split(",")]
+    assert 30 <= len(words) <= 36
+    pages = [page for page in documents(root) if page.name not in ("glossary.md", "CHANGELOG.md")]
+    code = [file for name in ("runtime", "train", "export") for file in (root / name).rglob("*.py")]
+    text = "\n".join(file.read_text() for file in [*pages, *code]).lower()
+    for word in words:
+        assert re.search(rf"\b{word.replace(' ', '[ _-]')}", text), f"nothing is called {word!r}"
+
+
+def test_contributing_names_files_that_exist(root: Path) -> None:
+    text = (root / "CONTRIBUTING.md").read_text()
+    for name in re.findall(r"`((?:runtime|train|export|tests|docs|tools|deploy)/[\w./-]*)`", text):
+        assert (root / name).exists(), name
+
+
 def test_documented_make_targets_exist(root: Path) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (root / "Makefile").read_text(), re.MULTILINE))
     for document in documents(root):

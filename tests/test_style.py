@@ -19,6 +19,7 @@ from runtime.core.manifest import Intensity, Manifest
 from runtime.engines.cpu.onnxruntime import OnnxEngine
 from train.checkpoint import load_generator, load_run
 from train.data.dataset import Slices, to_unit
+from train.networks.blocks import ARCHITECTURES
 from train.networks.generator import Generator
 from train.networks.style import (
     STYLE_JITTER,
@@ -187,7 +188,7 @@ def test_style_without_body_has_organs_alone() -> None:
     assert not Styles(cohort, 2, 1, 3, greys)(np.arange(3), 0)[1].warp_outline.any()
 
 
-@pytest.mark.parametrize("kind", ["reference", "unet", "edge"])
+@pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_missing_style_is_zero_per_sample(kind: str) -> None:
     """No style is the style zero, and each sample has its own."""
     torch.manual_seed(0)

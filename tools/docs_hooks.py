@@ -1,6 +1,8 @@
-"""Hooks of the documentation's build: `--help` of each command, as it is now, in place of a mark.
+"""Hooks of the documentation's build: what the pages show of the code and of each other.
 
-`{{ help: -m runtime synth }}` in a page becomes what `python -m runtime synth --help` prints.
+`{{ help: -m runtime synth }}` in a page becomes what `python -m runtime synth --help` prints, and
+`{{ decisions }}` the table of all decisions with their summaries. The navigation gets a line for
+each decision too, so that a new decision is one new file.
 """
 
 from __future__ import annotations
@@ -10,11 +12,51 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-MARK = re.compile(r"\{\{ help: (.+?) \}\}")
+DECISIONS = ROOT / "docs" / "decisions"
+HELP_MARK = re.compile(r"\{\{ help: (.+?) \}\}")
+DECISIONS_MARK = "{{ decisions }}"
+# The longest line of a summary, in characters.
+SUMMARY_LENGTH = 160
+DECISION = re.compile(
+    r"# (?P<number>\d+)\. (?P<title>.+)\n"
+    r"\n"
+    r"- \*\*Decided:\*\* (?P<decided>.+)\n"
+    r"- \*\*Why:\*\* (?P<why>.+)\n"
+    r"- \*\*Cost:\*\* (?P<cost>.+)\n"
+    r"\n"
+)
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The head of a decision's page: its title, and its summary of three lines."""
+
+    page: str
+    number: int
+    title: str
+    decided: str
+    why: str
+    cost: str
+
+    @property
+    def row(self) -> str:
+        """The decision's row in the table of the index, in Markdown."""
+        summary = f"{self.decided}<br>*Why:* {self.why}<br>*Cost:* {self.cost}"
+        summary = summary.replace("|", r"\|")
+        return f"| [{self.number}. {self.title}]({self.page}) | {summary} |"
+
+
+def on_config(config: Any, **_: Any) -> Any:
+    """Put a line for each decision behind the decisions' index in the navigation."""
+    for section in config["nav"]:
+        if isinstance(section, dict) and "Decisions" in section:
+            section["Decisions"] += [f"decisions/{page.name}" for page in decision_pages()]
+    return config
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -22,8 +64,49 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
 
     Raises:
         subprocess.CalledProcessError: a command that a page shows has no `--help`.
+        ValueError: a decision's page has no summary.
     """
-    return MARK.sub(lambda mark: f"```text\n{help_of(mark[1])}\n```", markdown)
+    markdown = HELP_MARK.sub(lambda mark: f"```text\n{help_of(mark[1])}\n```", markdown)
+    if DECISIONS_MARK not in markdown:
+        return markdown
+    rows = [read_decision(page).row for page in decision_pages()]
+    table = "\n".join(["| decision | in short |", "|---|---|", *rows])
+    return markdown.replace(DECISIONS_MARK, table)
+
+
+def decision_pages() -> list[Path]:
+    """List the decisions' pages in the order of their numbers."""
+    return sorted(DECISIONS.glob("[0-9]*.md"))
+
+
+def read_decision(page: Path) -> Decision:
+    """Read the title and the summary of a decision.
+
+    Args:
+        page: `docs/decisions/NNNN-words-of-the-title.md`.
+
+    Returns:
+        What stands at its head.
+
+    Raises:
+        ValueError: the page does not begin as docs/decisions/index.md asks for.
+    """
+    head = DECISION.match(page.read_text(encoding="utf-8"))
+    number = int(page.name.split("-")[0])
+    if head is None or int(head["number"]) != number:
+        raise ValueError(
+            f"{page.name} must begin with '# {number}. Title', an empty line, the three lines "
+            "'- **Decided:** …', '- **Why:** …', '- **Cost:** …' (each one line, in this order), "
+            "and an empty line: see 'How to write one' in docs/decisions/index.md"
+        )
+    texts = {name: head[name] for name in ("decided", "why", "cost")}
+    for name, text in texts.items():
+        if len(text) > SUMMARY_LENGTH:
+            raise ValueError(
+                f"{page.name}: the line '{name}' has {len(text)} characters; "
+                f"at most {SUMMARY_LENGTH} are read at a glance"
+            )
+    return Decision(page.name, number, head["title"], **texts)
 
 
 def help_of(arguments: str) -> str:

@@ -24,7 +24,7 @@ from runtime.core.volume import Geometry, LabelVolume
 from runtime.engines.base import cores
 from runtime.engines.cpu.base import MOST_WORKERS
 from runtime.engines.cpu.onnxruntime import onnxruntime
-from runtime.engines.cpu.openvino import openvino
+from runtime.engines.cpu.openvino import core, openvino
 
 from .paired import Ready
 from .volumes import mask
@@ -192,10 +192,10 @@ def by_openvino(model: str, precision: str, slices: int, batch: int) -> Ready:
         "NUM_STREAMS": callers,
         "ENABLE_CPU_PINNING": False,
     }
-    graph = ov.Core().read_model(path)
+    graph = core().read_model(path)
     # fixed sizes are faster
     graph.reshape({name: [batch, *array.shape[1:]] for name, array in inputs.items()})
-    compiled = ov.Core().compile_model(graph, "CPU", settings)
+    compiled = core().compile_model(graph, "CPU", settings)
     requests = [compiled.create_infer_request() for _ in range(callers)]
 
     def call(caller: int, n: int) -> None:

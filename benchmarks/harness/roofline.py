@@ -150,7 +150,7 @@ def conv() -> Ready:
 
 def _infer(model: Any, x: Any, macs: int) -> Ready:
     """Run `model`, which has one input, on all cores."""
-    from runtime.engines.cpu.openvino import openvino
+    from runtime.engines.cpu.openvino import core, openvino
 
     ov = openvino()
     settings = {
@@ -158,7 +158,7 @@ def _infer(model: Any, x: Any, macs: int) -> Ready:
         "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
         "ENABLE_CPU_PINNING": False,
     }
-    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    request = core().compile_model(model, "CPU", settings).create_infer_request()
     request.set_input_tensor(ov.Tensor(x))
 
     def run() -> float:
@@ -251,9 +251,8 @@ def conv_int8() -> Ready:
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
-    from runtime.engines.cpu.openvino import openvino
+    from runtime.engines.cpu.openvino import core
 
-    ov = openvino()
     channels, h, w = CONV
     shape = [IMAGES, channels, h, w]
     rng = np.random.default_rng(0)
@@ -283,7 +282,7 @@ def conv_int8() -> Ready:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
     onnx.checker.check_model(model)
     return _infer(
-        ov.Core().read_model(model.SerializeToString()),
+        core().read_model(model.SerializeToString()),
         rng.integers(0, 128, shape, np.uint8),
         _CONV_MACS,
     )

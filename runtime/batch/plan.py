@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import KW_ONLY, asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,8 @@ class Plan:
     """
 
     output: Path = field(metadata=NOT_IN_KEY)
+    # by keyword alone, so that a new option may stand beside what it belongs to
+    _: KW_ONLY
     format: str = "nifti"
     options: FormatOptions = field(default=DEFAULT_OPTIONS, metadata=NOT_IN_KEY)
     variants: int | None = field(default=None, metadata=NOT_IN_KEY)
@@ -74,6 +76,20 @@ class Plan:
                     " --seed into another folder"
                 ),
             )
+
+    @classmethod
+    def with_defaults(cls, output: Path, options: Mapping[str, Any]) -> Plan:
+        """Make a plan of the options that are stated.
+
+        Args:
+            output: the folder that results are written into.
+            options: the other fields by name; None stands for the default.
+
+        Raises:
+            TypeError: if there is no option of a name.
+            UsageError: as the class does.
+        """
+        return cls(output, **{name: value for name, value in options.items() if value is not None})
 
     @cached_property
     def writer(self) -> Format:

@@ -245,7 +245,7 @@ class RaySynthesizer:
             masks: one path or several.
             output: the folder that results are written into.
             reading: how masks are read.
-            options: those of `runtime.batch.runner.synthesize`; None stands for a default.
+            options: the other fields of `runtime.batch.plan.Plan`; None stands for a default.
 
         Returns:
             One result per CT, as `make` has them.
@@ -257,8 +257,7 @@ class RaySynthesizer:
         paths = [Path(mask) for mask in ([masks] if isinstance(masks, (str, Path)) else masks)]
         names = names_of(options.get("labels"), [self.manifest.labels])
         cases = find_cases(paths, options=reading, names=names)
-        stated = {name: value for name, value in options.items() if value is not None}
-        return self.make(cases, Plan(Path(output), **stated))
+        return self.make(cases, Plan.with_defaults(Path(output), options))
 
     def make(self, cases: Sequence[Case], plan: Plan) -> Iterator[CaseResult]:
         """Carry out a plan, as `runtime.batch.runner.make` does.

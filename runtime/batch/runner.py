@@ -15,16 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from ..core.atomic_files import filename_fits, key_of, sha256_of
-from ..core.deformation import DeformationParams
 from ..core.errors import InputError, UnreadableVolume, reading, writing
-from ..core.labels import LabelMap
 from ..core.threads import BackgroundWriter, Prefetcher
 from ..core.version import VERSION
 from ..core.volume import CTSlab
 from ..io.archive import opened, outer
 from ..io.cases import Case, like_digests, read_case
 from ..io.ct_source import CTSource, Variant
-from ..io.writers.registry import DEFAULT_OPTIONS, FormatOptions, OutputRecord, result_name
+from ..io.writers.registry import OutputRecord, result_name
 from .completion_log import CompletionIndex, Entry
 from .plan import Plan
 
@@ -76,15 +74,8 @@ def synthesize(
     cases: Sequence[Case],
     output: Path,
     *,
-    format: str = "nifti",
-    options: FormatOptions = DEFAULT_OPTIONS,
-    variants: int | None = None,
-    ranges: DeformationParams | None = None,
-    seed: int = 0,
-    labels: LabelMap | None = None,
-    resume: bool = False,
-    shared: bool = False,
     on_slice: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> Generator[CaseResult]:
     """Synthesize each case into the output folder.
 
@@ -95,19 +86,9 @@ def synthesize(
         synthesizer: an open model, or another source of CTs.
         cases: masks, as `runtime.io.cases.find_cases` returns them.
         output: the folder that results are written into.
-        format: a name of `runtime.io.writers.registry.FORMATS`.
-        options: options of that format.
-        variants: K for K pairs of CT and mask from each mask, numbered 0 to K - 1. The first has
-            the mask as it is, the others deform it (see `runtime.core.deformation`).
-        ranges: how far the deformed masks may differ.
-        seed: seeds all randomness.
-        labels: maps the mask's labels to the model's.
-        resume: do not make again what the folder's journal proves complete, by the SHA-256 of input
-            and output and by all options that the bytes depend on. Without it existing results are
-            replaced.
-        shared: give results of a DICOM source the permissions that the umask gives. Without it only
-            their owner may read them.
         on_slice: is called with the number of slices of the case that are synthesized.
+        options: the other fields of `runtime.batch.plan.Plan` (`format`, `variants`, `seed`,
+            `resume`, …); None stands for a default.
 
     Returns:
         One result per CT, each when it is on disk, in the order in which they are done.
@@ -117,18 +98,7 @@ def synthesize(
             not written by mask2ct; at the first result, if another run writes into the folder.
         OutputError: if the folder, or later a result, cannot be written.
     """
-    plan = Plan(
-        output,
-        format,
-        options,
-        variants,
-        ranges or DeformationParams(),
-        seed,
-        labels,
-        resume,
-        shared=shared,
-    )
-    return make(synthesizer, cases, plan, on_slice)
+    return make(synthesizer, cases, Plan.with_defaults(output, options), on_slice)
 
 
 def make(

@@ -455,13 +455,13 @@ def plan_of(
     )
     return Plan(
         output,
-        options.format,
-        format_options,
-        options.variants,
-        deformation,
-        options.seed,
-        label_map(options, table, tables),
-        resume,
+        format=options.format,
+        options=format_options,
+        variants=options.variants,
+        ranges=deformation,
+        seed=options.seed,
+        labels=label_map(options, table, tables),
+        resume=resume,
         shared=getattr(options, "shared", False),
     )
 

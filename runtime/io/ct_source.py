@@ -36,7 +36,9 @@ class Variant:
 
 
 class CTSource(Protocol):
-    """A source of CTs for masks: `Synthesizer`, `runtime.batch.given_layout.GivenLayout`, or
+    """A source of CTs for masks.
+
+    `Synthesizer`, `runtime.batch.given_layout.GivenLayout`, or
     `runtime.batch.warp_source.WarpSource`.
 
     Attributes:

@@ -37,6 +37,28 @@ def openvino() -> Any:
     return openvino
 
 
+_cores: list[Any] = []  # the one core of this process, once there is one
+_making_core = threading.Lock()
+
+
+def core() -> Any:
+    """Return the one `openvino.Core` of this process, which stays until the process ends.
+
+    The first model that a core loads makes its CPU plugin, which gives the calling thread a signal
+    stack. A plugin that ends unmaps that stack, also where it ends in another thread or before an
+    older plugin's. The next signal of a thread that has lost its stack ends the process with a
+    segmentation fault: SIGTERM, or SIGCHLD where a data loader handles it.
+
+    Raises:
+        MissingComponent: OpenVINO is not installed.
+    """
+    ov = openvino()
+    with _making_core:
+        if not _cores:
+            _cores.append(ov.Core())
+        return _cores[0]
+
+
 class _Call(NamedTuple):
     """An inference request with the arrays that it reads and writes."""
 
@@ -153,8 +175,7 @@ class OpenVinoEngine(HostEngine):
         self._compiled: dict[tuple[int, int] | None, Any] = {}
         self._working: dict[int, _Call] = {}
         with _loading(path):
-            self._core = ov.Core()
-            self._graph = self._core.read_model(path)
+            self._graph = core().read_model(path)
         key = ["framework", METADATA]  # where OpenVINO keeps the metadata of an ONNX file
         signature = (
             str(self._graph.get_rt_info(key).astype(str)) if self._graph.has_rt_info(key) else None
@@ -195,7 +216,7 @@ class OpenVinoEngine(HostEngine):
                     ports = zip(graph.inputs, self._ports, strict=True)
                     graph.reshape({port: shapes[name] for port, name in ports})
                 self._idle_requests[canvas] = []
-                self._compiled[canvas] = self._core.compile_model(graph, "CPU", self._settings)
+                self._compiled[canvas] = core().compile_model(graph, "CPU", self._settings)
             return self._compiled[canvas]
 
     def run(self, inputs: Inputs, out: NDArray[np.uint8], *, stream: Stream) -> None:
