@@ -7,7 +7,7 @@ PIP_OPTIONS ?=
 RUN = $(VENV)/bin/python
 STAMP = $(VENV)/.installed
 
-.PHONY: docs setup demo test test-all fuzz lint bench bench-full bench-record bench-twice clean tensorrt-bindings pycuda-bindings
+.PHONY: docs setup demo test test-all fuzz lint bench bench-full bench-record bench-twice clean tensorrt-bindings pycuda-bindings resolve
 
 setup: $(STAMP)
 
@@ -24,10 +24,12 @@ $(STAMP): pyproject.toml
 	$(RUN) -m pip install --quiet $(PIP_OPTIONS) -e ".[train,logging,export,onnx,openvino,node,ray,dev]"
 	@touch $(STAMP)
 
-# For the tests that hold our code against the real TensorRT on a machine without a GPU (50 MB, NVIDIA's licence, tests alone). Without
-# them those tests are skipped, with MASK2CT_TENSORRT_BINDINGS set to their folder they fail.
+# For the tests that hold our code against the real TensorRT on a machine without a GPU (150 MB, NVIDIA's licence, tests alone): the names
+# of three versions, and the real parser and builder of TensorRT for RTX. Without them those tests are skipped, with
+# MASK2CT_TENSORRT_BINDINGS set to their folder they fail. Polygraphy (Apache-2.0) is a second opinion on our graphs.
 BINDINGS = $(VENV)/tensorrt-bindings
 LEAN = 11.4.0.106
+RTX = 1.7.1.116
 
 tensorrt-bindings: $(BINDINGS)/.installed
 
@@ -36,6 +38,8 @@ $(BINDINGS)/.installed: $(STAMP) Makefile
 	for version in 10.13.2.6 10.16.1.11 11.4.0.106; do \
 		$(RUN) -m pip install --quiet --no-deps --target $(BINDINGS)/$$version tensorrt-cu13-bindings==$$version || exit 1; done
 	$(RUN) -m pip install --quiet --no-deps --target $(BINDINGS)/lean tensorrt-lean-cu13-bindings==$(LEAN) tensorrt-lean-cu13-libs==$(LEAN)
+	$(RUN) -m pip install --quiet --no-deps --target $(BINDINGS)/rtx tensorrt-rtx-cu13-libs==$(RTX) \
+		tensorrt-rtx-cu13-bindings==$(RTX) polygraphy==0.53.6
 	$(RUN) -m pip install --quiet --no-deps --target $(BINDINGS)/cuda cuda-core==1.2.2 cuda-bindings==13.5.0 cuda-pathfinder==1.9.0 numpy
 	@touch $@
 
@@ -68,6 +72,11 @@ lint: setup
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+
+# Does every extra resolve on every Python that we say? Asks the index, installs nothing but uv (MIT or Apache-2.0).
+resolve: setup
+	$(RUN) -m pip install --quiet "uv>=0.9,<1"
+	$(RUN) tools/resolve_extras.py
 
 # The documentation's site, in build/site; a warning is an error.
 docs: setup

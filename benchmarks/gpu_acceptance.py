@@ -2,11 +2,11 @@
 
     python benchmarks/gpu_acceptance.py [--model MODEL] [--json FILE]
 
-It runs with whatever is installed of TensorRT (full, lean), ONNX Runtime, cuda-bindings and torch;
-it does not need SimpleITK. Without --model it makes a small network with random weights, for which
-it needs torch and onnx. Each check runs in a process of its own, so that one that crashes fails
-alone. It prints pass, fail or not present for each, then one JSON line. Exit code: 0 nothing
-failed · 1 something did · 3 nothing could be checked (no GPU).
+It runs with whatever is installed of TensorRT (full, lean, for RTX), ONNX Runtime, cuda-bindings
+and torch; it does not need SimpleITK. Without --model it makes a small network with random weights,
+for which it needs torch and onnx. Each check runs in a process of its own, so that one that crashes
+fails alone. It prints pass, fail, not present or not run (its time is over) for each, then one JSON
+line. Exit code: 0 nothing failed · 1 something did · 3 nothing could be checked (no GPU).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,11 @@ from runtime.core.atomic_files import write_json
 from runtime.core.console import run
 from runtime.core.errors import Mask2CTError
 
-PASS, FAIL, ABSENT = "pass", "fail", "not present"
-TIMEOUT = 1800  # s for one check: a build may take minutes
+PASS, FAIL, ABSENT, LATE = "pass", "fail", "not present", "not run"
+SECONDS = 480  # for all checks together
 ENGINES = {
     "tensorrt": "our TensorRT engine",
+    "tensorrt-rtx": "our engine of TensorRT for RTX",
     "onnx-cuda": "our ONNX Runtime engine",
     "torch": "our slots around torch",
 }
@@ -60,6 +62,12 @@ def main(argv: Sequence[str]) -> int:
         "--only", nargs="+", metavar="CHECK", help="run these checks only: " + " ".join(titles())
     )
     parser.add_argument("--quick", action="store_true", help="fewer rounds")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=SECONDS,
+        help=f"the most time for all checks together (default {SECONDS})",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the result here")
     parser.add_argument("--check", help=argparse.SUPPRESS)  # one check, in this process
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -71,11 +79,12 @@ def main(argv: Sequence[str]) -> int:
             )
         )
         return 0
+    until = time.monotonic() + options.seconds
     with tempfile.TemporaryDirectory(prefix="gpu-acceptance-") as work:
         if options.model:  # an engine may be added to it
             shutil.copytree(options.model, Path(work) / "model")
         rows = {
-            name: outcome(name, options, Path(work))
+            name: outcome(name, options, Path(work), until)
             for name in titles()
             if not options.only or name in options.only
         }
@@ -83,7 +92,7 @@ def main(argv: Sequence[str]) -> int:
     for name, row in rows.items():
         print(f"{titles()[name]:<{width}}  {row['outcome']:<11}  {row['seen']}")
     outcomes = [row["outcome"] for row in rows.values()]
-    print(", ".join(f"{outcomes.count(kind)} {kind}" for kind in (PASS, FAIL, ABSENT)))
+    print(", ".join(f"{outcomes.count(kind)} {kind}" for kind in (PASS, FAIL, ABSENT, LATE)))
     record = {
         "suite": "gpu_acceptance",
         "model": str(options.model or "random weights"),
@@ -114,29 +123,33 @@ def titles() -> dict[str, str]:
     }
 
 
-def outcome(name: str, options: argparse.Namespace, work: Path) -> dict[str, Any]:
+def outcome(name: str, options: argparse.Namespace, work: Path, until: float) -> dict[str, Any]:
     """Run one check in a process of its own; one that ends without an answer has failed.
 
     Args:
         name: The check.
         options: The command line's options.
         work: A folder that all checks share.
+        until: When the time of all checks is over, on the monotonic clock.
 
     Returns:
         "outcome" and "seen", what the check saw.
     """
     command = [sys.executable, __file__, "--check", name, "--work", str(work)]
+    seconds = until - time.monotonic()
+    if seconds <= 0:
+        return {"outcome": LATE, "seen": f"the {options.seconds:g} s of all checks are over"}
     print(f"{titles()[name]} …", file=sys.stderr, flush=True)
     try:
         child = subprocess.run(
             [*command, *(["--quick"] if options.quick else [])],
             capture_output=True,
             text=True,
-            timeout=TIMEOUT,
+            timeout=seconds,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {"outcome": FAIL, "seen": f"no answer within {TIMEOUT} s"}
+        return {"outcome": FAIL, "seen": f"no answer within {seconds:.0f} s"}
     lines = child.stdout.strip().splitlines()
     try:
         return dict(json.loads(lines[-1]))

@@ -1,13 +1,14 @@
 """Add a TensorRT engine to a model folder whose graphs are validated.
 
-The engine is built, its FP16 layers are counted, it is validated, and only then listed.
+The engine is built, its FP16 layers are counted, it is validated, and only then listed. An engine
+of TensorRT for RTX that is built where there is no GPU is listed without a validation, and no
+backend chooses it by itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,30 +21,41 @@ from runtime.core.errors import MissingComponent, ModelError
 from runtime.core.manifest import MANIFEST, Manifest, ModelFile
 from runtime.engines.gpu.probe import Device
 from runtime.engines.gpu.tensorrt import collecting_logger
+from runtime.engines.gpu.tensorrt_rtx import COMPUTE_CAPABILITIES, written
 from runtime.engines.registry import BACKENDS
 
 from .model_card import CARD, model_card
 from .precision_audit import Inspection, half_convolutions, half_weights, inspect_plan, require_half
-from .to_tensorrt import INSTALL, BuildOptions, Built, OnProgress, build, shapes_of
+from .to_tensorrt import (
+    CLASSIC,
+    FOR_RTX,
+    BuildOptions,
+    Built,
+    OnProgress,
+    Target,
+    build,
+    shapes_of,
+)
 
 if TYPE_CHECKING:  # a GPU machine that has neither torch nor scipy can build too
     from .graph import LabelsToIntensity
 
-ENGINE, LAYERS = "model.engine", "model.engine.json"
 ParityCheck = Callable[[Manifest], Mapping[str, Any]]
+CAPABILITIES = tuple(map(written, COMPUTE_CAPABILITIES))  # "8.9" …
 
 
 def add_engine(
     folder: Path,
     options: BuildOptions,
-    check_parity: ParityCheck,
+    check_parity: ParityCheck | None,
     *,
-    gpu: Device,
+    gpu: Device | None,
     say: Callable[[str], None],
+    target: Target = CLASSIC,
     quiet: bool = False,
     trt: Any = None,
 ) -> Manifest:
-    """Build the graph of a precision, write model.engine and model.engine.json, and list both.
+    """Build the graph of a precision, write the engine and its layers, and list both.
 
     The manifest is written last: until then, and after any error, the folder is the validated ONNX
     model that it was, without an engine.
@@ -52,11 +64,12 @@ def add_engine(
         folder: The model folder.
         options: How to build the engine.
         check_parity: Runs the engine beside FP32 PyTorch; returns its report in the form of
-            `Manifest.parity`, or raises.
-        gpu: The GPU that the engine is built on.
+            `Manifest.parity`, or raises. None: there is no GPU to run it on.
+        gpu: The GPU that the engine is built on; None where the target needs none.
         say: Prints a line of progress.
+        target: What to build for.
         quiet: No progress bars.
-        trt: The tensorrt module (default: import it).
+        trt: The builder's module (default: import it).
 
     Returns:
         The manifest that was written.
@@ -65,32 +78,42 @@ def add_engine(
         ModelError: The folder holds no graph of that precision.
         BuildError: TensorRT refuses the graph, or too few convolutions are FP16.
     """
-    trt = trt or import_module("tensorrt")
-    before = _without_engine(folder)
-    name = before.file_of("onnx", options.precision)
+    trt = trt or target.load()
+    before = _without_engine(folder, target)
+    # TensorRT takes another form of INT8 than CPUs do
+    name = before.file_of("onnx", "int8-gpu" if options.precision == "int8" else options.precision)
     if name is None:
         raise ModelError(
             f"{folder} holds no {options.precision} graph",
             expected="the graphs that the export writes before it builds an engine",
-            remedy="export the run again",
+            remedy="export the run again; where INT8 left the limits, choose another --precision",
             file=folder,
         )
     before.verify(folder, [name])
     onnx, half = folder / name, options.precision == "fp16"
     if half:
         require_half(half_weights(onnx), "its weights", onnx)
-    say(f"building {ENGINE} from {name} with TensorRT {trt.__version__} for {gpu}")
+    gpus = gpu if target.needs_gpu else f"compute capabilities {', '.join(CAPABILITIES)}"
+    builder = f"{target.library.title} {trt.__version__}"
+    say(f"building {target.file} from {name} with {builder} for {gpus}")
     built = build(
-        onnx, shapes_of(before, options.max_batch), options, trt=trt, on_progress=progress(quiet)
+        onnx,
+        shapes_of(before, options.max_batch),
+        options,
+        target=target,
+        trt=trt,
+        on_progress=progress(quiet),
     )
     for note in built.notes:
         say(f"  {note}")
     if half:
         require_half(built.layers.half, "the convolutions TensorRT parsed", onnx)
-    inspection = inspect_plan(
-        trt, built.plan, built.profile, native=options.native, logger=collecting_logger(trt, [])
-    )
-    facts = facts_of(before, name, built, options, inspection, gpu)
+    inspection = Inspection(reason=f"{target.library.title} is inspected on a GPU alone")
+    if target.needs_gpu:
+        inspection = inspect_plan(
+            trt, built.plan, built.profile, native=options.native, logger=collecting_logger(trt, [])
+        )
+    facts = facts_of(before, name, built, options, inspection, gpu, target)
     if half and facts.get("convolutions"):
         require_half(
             facts["half_convolutions"] / facts["convolutions"],
@@ -98,10 +121,10 @@ def add_engine(
             onnx,
         )
     try:
-        with atomic_file(folder / ENGINE) as handle:
+        with atomic_file(folder / target.file) as handle:
             handle.write(built.plan)
         write_json(
-            folder / LAYERS,
+            folder / target.layers,
             {
                 "network": built.layers.to_json(),
                 "engine": inspection.information,
@@ -109,28 +132,31 @@ def add_engine(
             },
         )
         listed = {
-            ENGINE: _describe(folder / ENGINE, "engine", options.precision, facts),
-            LAYERS: _describe(folder / LAYERS, "layers", options.precision, {}),
+            target.file: _describe(folder / target.file, target.kind, options.precision, facts),
+            target.layers: _describe(folder / target.layers, "layers", options.precision, {}),
         }
         manifest = replace(before, files={**before.files, **listed})
-        say(f"validating {ENGINE} on the GPU")
-        manifest = replace(manifest, parity={**manifest.parity, ENGINE: check_parity(manifest)})
+        if check_parity is not None:
+            say(f"validating {target.file} on the GPU")
+            report = check_parity(manifest)
+            manifest = replace(manifest, parity={**manifest.parity, target.file: report})
         write_json(folder / MANIFEST, manifest.to_json())
     except BaseException:
-        for file in (ENGINE, LAYERS):
+        for file in (target.file, target.layers):
             (folder / file).unlink(missing_ok=True)
         raise
     write_text(folder / CARD, model_card(manifest))
     return manifest
 
 
-def _without_engine(folder: Path) -> Manifest:
+def _without_engine(folder: Path, target: Target) -> Manifest:
     """The folder's manifest without its engine, which is no longer listed during a build."""
     manifest = Manifest.load(folder)
-    files = {name: file for name, file in manifest.files.items() if name not in (ENGINE, LAYERS)}
+    names = (target.file, target.layers)
+    files = {name: file for name, file in manifest.files.items() if name not in names}
     if len(files) == len(manifest.files):
         return manifest
-    parity = {name: report for name, report in manifest.parity.items() if name != ENGINE}
+    parity = {name: report for name, report in manifest.parity.items() if name not in names}
     manifest = replace(manifest, files=files, parity=parity)
     write_json(folder / MANIFEST, manifest.to_json())
     write_text(folder / CARD, model_card(manifest))
@@ -138,7 +164,11 @@ def _without_engine(folder: Path) -> Manifest:
 
 
 def parity_checker(
-    graph: LabelsToIntensity, masks: NDArray[np.uint8], folder: Path, precision: str
+    graph: LabelsToIntensity,
+    masks: NDArray[np.uint8],
+    folder: Path,
+    precision: str,
+    target: Target = CLASSIC,
 ) -> ParityCheck:
     """The parity check of an engine, run through the runtime as the hospital will.
 
@@ -147,7 +177,8 @@ def parity_checker(
         masks: uint8 (n, Z, H, W) of held-out slices, the same that the ONNX graphs were validated
             on.
         folder: The model folder.
-        precision: "fp16" or "fp32".
+        precision: "fp16", "fp32" or "int8".
+        target: What the engine is built for.
 
     Returns:
         A function of the manifest that returns the report. It raises `ParityError` where the engine
@@ -156,17 +187,17 @@ def parity_checker(
     from . import parity
 
     def check_parity(manifest: Manifest) -> Mapping[str, Any]:
-        backend = next((b for b in BACKENDS if b.name == "tensorrt"), None)
-        why = "this mask2ct has no TensorRT runtime" if backend is None else backend.uninstalled()
-        if backend is None or why:
+        name = f"{target.backend}-int8" if precision == "int8" else target.backend
+        backend = next(b for b in BACKENDS if b.name == name)
+        if why := backend.uninstalled():
             raise MissingComponent(
-                f"{ENGINE} cannot be validated: {why}",
+                f"{target.file} cannot be validated: {why}",
                 expected="the runtime that will run it",
-                remedy=INSTALL,
+                remedy=target.install,
             )
         return {
             backend.name: parity.check_parity(
-                folder / ENGINE,
+                folder / target.file,
                 precision,
                 backend,
                 manifest,
@@ -183,7 +214,8 @@ def facts_of(
     built: Built,
     options: BuildOptions,
     inspection: Inspection,
-    gpu: Device,
+    gpu: Device | None,
+    target: Target = CLASSIC,
 ) -> dict[str, Any]:
     """What the manifest says of the engine.
 
@@ -195,17 +227,14 @@ def facts_of(
         built: The engine.
         options: How it was built.
         inspection: What the engine says of itself.
-        gpu: The GPU that it was built on.
+        gpu: The GPU that it was built on; None where the target needs none.
+        target: What it was built for.
 
     Returns:
         JSON data.
     """
     facts: dict[str, Any] = {
-        "tensorrt": built.version,
-        "gpu": gpu.name,
-        "compute_capability": list(gpu.compute_capability),
-        "hardware": options.hardware,
-        "version_compatible": not options.native,
+        **_tied_to(built, options, gpu, target),
         "profiles": [
             {
                 name: dict(zip(("min", "opt", "max"), map(list, shapes), strict=True))
@@ -225,6 +254,22 @@ def facts_of(
     if inspection.reason:
         facts["not_inspected"] = inspection.reason
     return facts
+
+
+def _tied_to(
+    built: Built, options: BuildOptions, gpu: Device | None, target: Target
+) -> dict[str, Any]:
+    """The library and the GPUs that load the engine."""
+    if target is FOR_RTX:
+        return {"tensorrt_rtx": built.version, "compute_capabilities": list(CAPABILITIES)}
+    assert gpu is not None, "this target is built on a GPU"
+    return {
+        "tensorrt": built.version,
+        "gpu": gpu.name,
+        "compute_capability": list(gpu.compute_capability),
+        "hardware": options.hardware,
+        "version_compatible": not options.native,
+    }
 
 
 def progress(quiet: bool) -> OnProgress:

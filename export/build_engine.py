@@ -1,6 +1,6 @@
-"""From a checkpoint to a model folder: ONNX graphs, their parity report and a TensorRT engine.
+"""From a checkpoint to a model folder: ONNX graphs, their parity report and TensorRT engines.
 
-python export/build_engine.py RUN -o MODEL [--onnx-only]
+python export/build_engine.py RUN -o MODEL [--target rtx] [--require-engine] [--onnx-only]
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 # Replaced, not prepended: export/ must not shadow packages.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from export.to_tensorrt import HARDWARE, BuildOptions, why_not
+from export.to_tensorrt import HARDWARE, TARGETS, BuildOptions, Target, why_not
 from runtime.core.console import EXIT_CODES, duration, run
-from runtime.core.errors import importing
+from runtime.core.errors import MissingComponent, importing
+from runtime.engines.gpu.probe import device, why_no_gpu
 from runtime.engines.memory import parse_bytes
+from runtime.engines.registry import BACKENDS
 
 
 def main(argv: Sequence[str]) -> int:
@@ -31,7 +33,7 @@ def main(argv: Sequence[str]) -> int:
         argv: The command line without the program's name.
 
     Raises:
-        MissingComponent: A package is missing, or no engine can be built here.
+        MissingComponent: A package is missing, or an engine that was asked for cannot be built.
         ParityError: A file differs too much from the network.
     """
     parser = argparse.ArgumentParser(
@@ -46,7 +48,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--onnx-only",
         action="store_true",
-        help="write and validate the ONNX graphs, build no TensorRT engine",
+        help="write and validate the ONNX graphs, build no engine",
     )
     _add_engine_options(parser.add_argument_group("TensorRT engine"))
     parser.add_argument("--quiet", action="store_true", help="print errors only")
@@ -57,10 +59,13 @@ def main(argv: Sequence[str]) -> int:
         if not options.quiet:
             print(text, file=sys.stderr)
 
-    missing = None if options.onnx_only else why_not()
-    if missing is not None:
-        say(f"{missing.fact}; the ONNX graphs are written first")
+    targets = [] if options.onnx_only else _targets(options.target)
+    missing = {target.name: why for target in targets if (why := why_not(target))}
+    lacking = _required_but_missing(options, targets, missing)
+    if lacking is not None:
+        say(f"{lacking.fact}; the ONNX graphs are written first")
     _require_packages()
+    from export.attach_engine import add_engine, parity_checker
     from export.graph import LabelsToIntensity
     from export.model_folder import write_model
     from train.checkpoint import load_calibration, load_generator, load_run, load_validation
@@ -68,42 +73,106 @@ def main(argv: Sequence[str]) -> int:
     trained = load_run(options.run)
     graph = LabelsToIntensity(load_generator(options.run), trained.classes, trained.intensity)
     masks = load_validation(trained)
-    write_model(trained, graph, masks, load_calibration(trained), options.output, say=say)
+    write_model(
+        trained,
+        graph,
+        masks,
+        load_calibration(trained),
+        options.output,
+        say=say,
+        int8_gpu=options.precision == "int8",
+    )
     say(f"model folder {options.output} written in {duration(time.perf_counter() - started)}")
-    if options.onnx_only:
-        return 0
-    if missing is not None:
+    if lacking is not None:
         note = (
             "the validated ONNX graphs are kept: python -m runtime synth MASK --model"
             f" {options.output} --output OUT"
         )
-        missing.remedy = f"{missing.remedy}; then run this again ({note})"
-        missing.file = options.output
-        raise missing
-    from export.attach_engine import add_engine, parity_checker
-    from runtime.engines.gpu.probe import device
-
+        lacking.remedy = f"{lacking.remedy}; then run this again ({note})"
+        lacking.file = options.output
+        raise lacking
     names = ("precision", "native", "hardware", "max_batch", "workspace", "timing_cache")
     build = BuildOptions(**{name: getattr(options, name) for name in names})
-    add_engine(
-        options.output,
-        build,
-        parity_checker(graph, masks, options.output, options.precision),
-        gpu=device(),
-        say=say,
-        quiet=options.quiet,
-    )
-    say(f"engine built and validated in {duration(time.perf_counter() - started)}")
+    for target in (target for target in targets if target.name not in missing):
+        unproven = _why_not_validated(target)
+        add_engine(
+            options.output,
+            build,
+            None
+            if unproven
+            else parity_checker(graph, masks, options.output, options.precision, target),
+            gpu=device() if target.needs_gpu else None,
+            say=say,
+            target=target,
+            quiet=options.quiet,
+        )
+        proof = f"not run here ({unproven})" if unproven else "validated"
+        say(f"{target.file} built, {proof}, in {duration(time.perf_counter() - started)}")
+    if missing:
+        say(_what_can_be_added(missing))
     return 0
+
+
+def _targets(name: str) -> list[Target]:
+    return list(TARGETS.values()) if name == "auto" else [TARGETS[name]]
+
+
+def _required_but_missing(
+    options: argparse.Namespace, targets: list[Target], missing: dict[str, MissingComponent]
+) -> MissingComponent | None:
+    """Why an engine that the user asked for cannot be built; None where nothing is in the way.
+
+    Who names a target asks for its engine; who says `--require-engine`, for any.
+    """
+    is_required = options.require_engine or options.target != "auto"
+    if not is_required or not targets or len(missing) < len(targets):
+        return None
+    # the last one is what a machine without a GPU can do
+    return missing[targets[-1].name]
+
+
+def _why_not_validated(target: Target) -> str | None:
+    """Why an engine cannot be run on this machine; None where it can, or where it has to be."""
+    if target.needs_gpu:
+        return None
+    if why := why_no_gpu():
+        return why
+    backend = next(backend for backend in BACKENDS if backend.name == target.backend)
+    missing = backend.missing()
+    return missing and missing[0]
+
+
+def _what_can_be_added(missing: dict[str, MissingComponent]) -> str:
+    """One line: which engines could be built, where, and with what."""
+    rows = []
+    for name in missing:
+        target = TARGETS[name]
+        where = "here, for GeForce and RTX GPUs"
+        if target.needs_gpu:
+            where = "on a machine with an NVIDIA GPU, for that GPU"
+        rows.append(f"{target.install} builds one {where}")
+    return f"engines that can be added: {'; '.join(reversed(rows))}"
 
 
 def _add_engine_options(group: argparse._ArgumentGroup) -> None:
     default = BuildOptions()
     group.add_argument(
+        "--target",
+        choices=("auto", *TARGETS),
+        default="auto",
+        help="what to build an engine for: this machine's GPU (tensorrt), or GeForce and RTX GPUs,"
+        " which needs no GPU (rtx); auto builds what can be built here (default)",
+    )
+    group.add_argument(
+        "--require-engine",
+        action="store_true",
+        help="exit with 3 where no engine can be built; without it, the ONNX graphs are enough",
+    )
+    group.add_argument(
         "--precision",
-        choices=("fp16", "fp32"),
+        choices=("fp16", "fp32", "int8"),
         default=default.precision,
-        help="the engine's precision (default fp16)",
+        help="the engine's precision (default fp16); int8 writes model.int8-gpu.onnx too",
     )
     group.add_argument(
         "--native",
@@ -147,7 +216,7 @@ def _require_packages() -> None:
         with importing(
             name,
             "the packages of the export extra",
-            'pip install -e ".[train,export,onnx,openvino]"  (or: make setup)',
+            'pip install -e ".[export]"  (or: make setup)',
         ):
             __import__(name)
 

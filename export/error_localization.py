@@ -21,7 +21,7 @@ from .graph import LabelsToIntensity
 SLICES = 4  # synthesized to localize the error
 PREFIX = "generator."
 # The relative error of a stage's output that rounding alone may cause.
-ROUNDING = {"fp32": 1e-5, "fp16": 3e-3, "int8": 5e-2}
+ROUNDING = {"fp32": 1e-5, "fp16": 3e-3, "int8": 5e-2, "int8-gpu": 5e-2}
 # The graph's output. Where it alone is wrong, the error lies behind the generator.
 IMAGE = "image in HU"
 
@@ -106,7 +106,7 @@ def worst_stage(measured: list[StageError], precision: str) -> StageError:
 
     Args:
         measured: What `stage_errors` returned.
-        precision: "fp32", "fp16" or "int8".
+        precision: One of `ROUNDING`.
 
     Returns:
         The stage whose error is the largest multiple of the errors before it, or of rounding alone.
@@ -123,7 +123,7 @@ def table(measured: list[StageError], precision: str) -> str:
 
     Args:
         measured: What `stage_errors` returned.
-        precision: "fp32", "fp16" or "int8".
+        precision: One of `ROUNDING`.
 
     Returns:
         Lines of text.

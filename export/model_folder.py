@@ -27,6 +27,7 @@ from .graph import LabelsToIntensity, fuse_batch_norm, to_fp16
 from .model_card import CARD, model_card
 from .quantize import candidates
 from .to_onnx import to_onnx
+from .weight_reconstruction import ASYMMETRIC, SYMMETRIC
 
 Say = Callable[[str], None]
 # Slices of the training masks: to calibrate INT8 on, and to choose its layers by.
@@ -37,7 +38,13 @@ FIT_SLICES, FIT_PIXELS = 48, 48 << 16
 # The share of INT8's limits that a choice of layers must keep on training masks, because the parity
 # check has other masks.
 MARGIN = 0.85
-FILES = {"fp32": "model.onnx", "fp16": "model.fp16.onnx", "int8": "model.int8.onnx"}
+FILES = {
+    "fp32": "model.onnx",
+    "fp16": "model.fp16.onnx",
+    "int8": "model.int8.onnx",  # for CPUs
+    "int8-gpu": "model.int8-gpu.onnx",  # the form that TensorRT takes
+}
+STEPS = {"int8": ASYMMETRIC, "int8-gpu": SYMMETRIC}
 
 
 def describe_file(path: Path, kind: str, precision: str) -> ModelFile:
@@ -46,7 +53,7 @@ def describe_file(path: Path, kind: str, precision: str) -> ModelFile:
     Args:
         path: The file.
         kind: "onnx", "engine" or "layers".
-        precision: "fp32", "fp16" or "int8".
+        precision: One of `FILES`.
 
     Returns:
         The entry, with size and SHA-256.
@@ -62,6 +69,7 @@ def write_model(
     folder: Path,
     *,
     say: Say,
+    int8_gpu: bool = False,
 ) -> Manifest:
     """Export `graph` in FP32, FP16 and INT8, validate each in every engine that is installed.
 
@@ -75,6 +83,7 @@ def write_model(
             has none, and `masks` serve.
         folder: The model folder to write.
         say: Prints a line of progress.
+        int8_gpu: Write INT8 in the form that TensorRT takes, too.
 
     Returns:
         The manifest that was written.
@@ -118,28 +127,31 @@ def write_model(
         add("fp32")
         to_onnx(to_fp16(network), manifest, part / FILES["fp16"])
         add("fp16")
-        notes, parity_report = write_int8(
-            graph,
-            part,
-            manifest,
-            masks if training_masks is None else training_masks,
-            references_by_name,
-            say,
-        )
-        if parity_report is not None:
-            notes["calibrated_on"] = (
+        notes = {}
+        for precision in ("int8", *(["int8-gpu"] if int8_gpu else [])):
+            notes[precision], parity_report = write_int8(
+                graph,
+                part,
+                manifest,
+                masks if training_masks is None else training_masks,
+                references_by_name,
+                say,
+                precision,
+            )
+            if parity_report is None:
+                continue
+            notes[precision]["calibrated_on"] = (
                 "validation masks" if training_masks is None else "training masks"
             )
-            parity_reports[FILES["int8"]], files[FILES["int8"]] = (
-                parity_report,
-                describe_file(part / FILES["int8"], "onnx", "int8"),
-            )
+            path = part / FILES[precision]
+            parity_reports[path.name] = parity_report
+            files[path.name] = describe_file(path, "onnx", precision)
         final = Manifest(
             **{
                 **vars(manifest),
                 "files": files,
                 "parity": parity_reports,
-                "export": {**versions(), "int8": notes},
+                "export": {**versions(), **notes},
             }
         )
         write_json(part / MANIFEST, final.to_json())
@@ -160,7 +172,7 @@ def validate(
     Args:
         graph: The network that the file was exported from.
         path: The ONNX file.
-        precision: "fp32", "fp16" or "int8".
+        precision: One of `FILES`.
         manifest: The model's manifest.
         references_by_name: The reference outputs.
         say: Prints a line of progress.
@@ -189,7 +201,7 @@ def localized(
     Args:
         graph: The network that the file was exported from.
         path: The ONNX file.
-        precision: "fp32", "fp16" or "int8".
+        precision: One of `FILES`.
         references_by_name: The reference outputs.
 
     Returns:
@@ -248,6 +260,7 @@ def write_int8(
     masks: NDArray[np.uint8],
     references_by_name: Mapping[str, parity.Reference],
     say: Say,
+    precision: str = "int8",
 ) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Write the INT8 graph with as many INT8 layers as the limits allow.
 
@@ -260,6 +273,7 @@ def write_int8(
         masks: uint8 (n, Z, H, W), to calibrate, to fit and to choose on.
         references_by_name: The reference outputs.
         say: Prints a line of progress.
+        precision: "int8" for CPUs, "int8-gpu" in the form that TensorRT takes.
 
     Returns:
         How it was quantized, as JSON data ("layers" is 0 where none may be), and its parity report.
@@ -284,7 +298,7 @@ def write_int8(
     most = max(1, min(FIT_SLICES, FIT_PIXELS // masks[0, 0].size))
     fit_masks = masks[fitted_on[spread(len(fitted_on), min(most, len(fitted_on)))]]
     fit_on = parity.draw_inputs(manifest.inputs, fit_masks, seed=2, context=manifest.context)
-    backend = next(b for b in BACKENDS if b.file == ("onnx", "int8") and not b.uninstalled())
+    backend = next(b for b in BACKENDS if b.file == ("onnx", precision) and not b.uninstalled())
 
     def measure(path: Path) -> dict[str, Any]:
         engine = backend.open(path, manifest)
@@ -293,7 +307,7 @@ def write_int8(
         finally:
             engine.close()
 
-    path, fp32, count = part / FILES["int8"], part / FILES["fp32"], 0
+    path, fp32, count = part / FILES[precision], part / FILES["fp32"], 0
     inputs = parity.draw_inputs(manifest.inputs, masks[picked], seed=1, context=manifest.context)
     for candidate in candidates(
         fp32,
@@ -303,11 +317,12 @@ def write_int8(
         fit_on,
         lambda path: float(measure(path)["mean"]),
         say,
+        STEPS[precision],
     ):
         count = candidate.layers
         if any(
             value > MARGIN * limit
-            for value, limit in parity.limit_violations("int8", measure(path)).values()
+            for value, limit in parity.limit_violations(precision, measure(path)).values()
         ):
             continue
         layers = count - len(candidate.floating)
@@ -318,13 +333,13 @@ def write_int8(
         )
         try:
             return {"layers": layers, "of": count, "floating": list(candidate.floating)}, _validate(
-                path, "int8", manifest, references_by_name, say
+                path, precision, manifest, references_by_name, say
             )
         except parity.Exceeded as exc:
-            say(f"  not taken: {exc.fact}\n{localized(graph, path, 'int8', references_by_name)}")
+            say(f"  not taken: {exc.fact}\n{localized(graph, path, precision, references_by_name)}")
     path.unlink()
     say(
-        f"  {path.name} is left out: no layer can be quantized within {parity.LIMITS['int8']}"
+        f"  {path.name} is left out: no layer can be quantized within {parity.LIMITS[precision]}"
         f" {manifest.intensity.unit}"
     )
     return {"layers": 0, "of": count, "floating": []}, None

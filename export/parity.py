@@ -43,6 +43,7 @@ LIMITS: Mapping[str, Mapping[str, float]] = {
     "fp32": {"max": 1},
     "fp16": {"mean": 1, "p99_9": 10, "organs": 1},
     "int8": {"body_mean": 8, "organs": 3},
+    "int8-gpu": {"body_mean": 8, "organs": 3},
 }
 
 
@@ -264,7 +265,7 @@ def limit_violations(precision: str, numbers: Mapping[str, Any]) -> dict[str, tu
     """Set each limit of a precision beside what was measured.
 
     Args:
-        precision: "fp32", "fp16" or "int8".
+        precision: One of `LIMITS`.
         numbers: What `error_metrics` returned. Without a body, the whole slice stands for it.
 
     Returns:
@@ -294,7 +295,7 @@ def check_parity(
 
     Args:
         path: The file.
-        precision: "fp32", "fp16" or "int8".
+        precision: One of `LIMITS`.
         backend: What runs the file.
         manifest: The model's manifest.
         references_by_name: The reference outputs.

@@ -1,4 +1,4 @@
-"""The INT8 graph for CPUs: convolutions with static QDQ and reconstructed weights.
+"""The INT8 graphs: convolutions with static QDQ and reconstructed weights.
 
 Quantizer, calibration and file format are ONNX Runtime's (Jacob et al., "Quantization and Training
 of Neural Networks for Efficient Integer-Arithmetic-Only Inference", CVPR 2018). This module
@@ -33,7 +33,14 @@ from onnxruntime.quantization.calibrate import TensorData
 from onnxruntime.quantization.shape_inference import quant_pre_process
 
 from .graph import LabelsToIntensity
-from .weight_reconstruction import ReconstructedWeights, reconstruct_weights, rounded
+from .weight_reconstruction import (
+    ASYMMETRIC,
+    SYMMETRIC,
+    ActivationSteps,
+    ReconstructedWeights,
+    reconstruct_weights,
+    rounded,
+)
 
 OPERATORS = ("Conv", "ConvTranspose")
 # The share of an activation's values that its range covers: single outliers would make its steps
@@ -76,9 +83,12 @@ class Quantizer:
     Args:
         source: The FP32 graph's file; temporary files are written beside it.
         inputs: The graph's inputs by name, arrays of n slices.
+        steps: How activations and biases are held: `ASYMMETRIC` is what CPUs compute best,
+            `SYMMETRIC` is the only form that TensorRT takes.
     """
 
-    def __init__(self, source: Path, inputs: Inputs):
+    def __init__(self, source: Path, inputs: Inputs, steps: ActivationSteps = ASYMMETRIC):
+        self._steps = steps
         count = len(next(iter(inputs.values())))
         # an export that is killed leaves all its files in this one folder
         self._folder = source.parent
@@ -170,9 +180,8 @@ class Quantizer:
     def write(self, path: Path, floating: Sequence[str]) -> None:
         """Write the graph with all layers in INT8 but those named.
 
-        Activations are unsigned (with signed ones OpenVINO's results were wrong by 200 HU), weights
-        signed and per channel. A layer's output is quantized where the next layer reads it, not
-        before.
+        Weights are signed and per channel. A layer's output is quantized where the next layer
+        reads it, not before.
 
         Args:
             path: The file to write.
@@ -184,14 +193,19 @@ class Quantizer:
         self._round(model.graph, quantized)
         if self._shifts:
             self._correct(model.graph, quantized)
-        options = {"OpTypesToExcludeOutputQuantization": list(OPERATORS)}
+        symmetric = self._steps is SYMMETRIC
+        options = {
+            "OpTypesToExcludeOutputQuantization": list(OPERATORS),
+            "ActivationSymmetric": symmetric,
+            "QuantizeBias": self._steps.rounds_bias,
+        }
         with _quiet():
             quantizer = QDQQuantizer(
                 model,
                 True,
                 False,
                 QuantType.QInt8,
-                QuantType.QUInt8,
+                QuantType.QInt8 if symmetric else QuantType.QUInt8,
                 self._ranges,
                 [],
                 list(floating),
@@ -211,7 +225,10 @@ class Quantizer:
                     continue
                 if source.input[0] in sources:
                     node.input[n] = sources[source.input[0]].input[0]
-        hold_exactly(quantizer.model.graph())
+        if symmetric:
+            bound_concatenated(quantizer.model.graph())
+        else:  # TensorRT takes no uint8 between nodes
+            hold_exactly(quantizer.model.graph())
         quantizer.model.save_model_to_file(str(path))
 
     def fitted(
@@ -238,7 +255,9 @@ class Quantizer:
             layer: None if tensor in exact else self._range(tensor)
             for layer, tensor in layer_inputs.items()
         }
-        reconstructed = reconstruct_weights(network, self._model.graph, ranges, inputs, floating)
+        reconstructed = reconstruct_weights(
+            network, self._model.graph, ranges, inputs, floating, self._steps
+        )
         result = copy.copy(self)
         result._model, result._shifts = onnx.ModelProto(), {}
         result._model.CopyFrom(self._model)
@@ -382,6 +401,35 @@ def hold_exactly(graph: onnx.GraphProto) -> None:
     graph.initializer.extend(constants)
 
 
+def bound_concatenated(graph: onnx.GraphProto) -> None:
+    """Take the maximum of each concatenated tensor and its lowest step before it is quantized.
+
+    No value changes, because quantizing ends there too. Without the node OpenVINO 2026.4 moves a
+    signed quantization before the concatenation, and there rounds to whole numbers instead of
+    steps: images were wrong by 140 to 200 HU (docs/decisions/0034-int8-that-tensorrt-takes.md). A
+    `Clip` of the same ends is taken away again.
+
+    Args:
+        graph: The quantized graph; changed in place.
+    """
+    concatenated = {n.output[0] for n in graph.node if n.op_type == "Concat"}
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    nodes = []
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in concatenated:
+            name = node.input[0]
+            lowest = np.float32(-128) * constants[node.input[1]]
+            graph.initializer.append(numpy_helper.from_array(lowest, f"{name}/lowest"))
+            bounded = f"{name}/bounded"
+            nodes.append(
+                helper.make_node("Max", [name, f"{name}/lowest"], [bounded], f"{name}/Max")
+            )
+            node.input[0] = bounded
+        nodes.append(node)
+    del graph.node[:]
+    graph.node.extend(nodes)
+
+
 def candidates(
     source: Path,
     path: Path,
@@ -390,13 +438,13 @@ def candidates(
     fit_on: Inputs,
     error: Callable[[Path], float],
     say: Callable[[str], None],
+    steps: ActivationSteps = ASYMMETRIC,
 ) -> Iterator[Quantized]:
     """Write `path` with all layers in INT8, then with fewer and fewer, down to one.
 
     The caller takes the first candidate that is near enough to the network. To choose the layers
-    that
-    stay FP32, each layer is quantized alone, with its own weights: those whose squared error is
-    largest for the work they save come first.
+    that stay FP32, each layer is quantized alone, with its own weights: those whose squared error
+    is largest for the work they save come first.
 
     Args:
         source: The FP32 graph's file.
@@ -406,11 +454,12 @@ def candidates(
         fit_on: What to reconstruct the weights on, by name.
         error: The mean error of a file in HU, on other slices.
         say: Prints a line of progress.
+        steps: How the file holds activations and biases.
 
     Yields:
         What was written.
     """
-    quantizer = Quantizer(source, inputs)
+    quantizer = Quantizer(source, inputs, steps)
     layers = list(quantizer.layers)
 
     def write_candidate(floating: Sequence[str]) -> Quantized:

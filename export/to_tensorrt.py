@@ -1,9 +1,12 @@
-"""From ONNX to a TensorRT engine, with one code path for TensorRT 10.13 to 11.
+"""From ONNX to a TensorRT engine, with one code path for TensorRT 10.13 to 11 and TensorRT for RTX.
+
+TensorRT builds on the GPU for that GPU. TensorRT for RTX builds on any machine, for many GPUs.
 
 Until TensorRT 10 a flag asked for FP16. TensorRT 11 has no such flag, and code that looks for it
 builds FP32 without a word. So no flag is set here: the FP16 graph has FP16 weights, the network is
 strongly typed, and the result is counted (`export.precision_audit`). Only names that 10.13, 10.16
-and 11 share are used; tests compare them with the real bindings.
+and 11 share are used; tests compare them with the real bindings, and build with the real builder of
+TensorRT for RTX.
 """
 
 from __future__ import annotations
@@ -18,13 +21,79 @@ from runtime.core.atomic_files import atomic_file
 from runtime.core.errors import BuildError, MissingComponent
 from runtime.core.manifest import Manifest
 from runtime.engines.gpu.probe import DRIVER_REMEDY, why_no_gpu
-from runtime.engines.gpu.tensorrt import collecting_logger
+from runtime.engines.gpu.tensorrt import TENSORRT, Library, collecting_logger
+from runtime.engines.gpu.tensorrt_rtx import RTX
 from runtime.engines.onnx_file import check_weights
 
 from .precision_audit import LayerTypes, read_network
+from .rtx_target import set_compute_capabilities
 
-VERSIONS = ((10, 13), (12, 0))  # from, below
-INSTALL = 'pip install -e ".[tensorrt]"  (tensorrt-cu13 and tensorrt-lean-cu13 >= 10.13, < 12)'
+
+@dataclass(frozen=True)
+class Target:
+    """One of NVIDIA's builders, and the engine file that it makes.
+
+    Attributes:
+        name: The name for `--target`.
+        library: The runtime that loads the file.
+        modules: The Python modules that hold the builder; the first one that imports is used.
+        install: The command that installs the builder.
+        backend: The runtime's name of the engine (`runtime.engines.registry`).
+        kind: The role of the file in the manifest.
+        file: The engine's file.
+        needs_gpu: Whether it builds only where there is a GPU.
+    """
+
+    name: str
+    library: Library
+    modules: tuple[str, ...]
+    install: str
+    backend: str
+    kind: str
+    file: str
+    needs_gpu: bool
+
+    @property
+    def layers(self) -> str:
+        """The file with the types of the engine's layers."""
+        return f"{self.file}.json"
+
+    def load(self) -> Any:
+        """Import the builder.
+
+        Raises:
+            ImportError: None of the modules can be imported.
+        """
+        reasons = []
+        for name in self.modules:
+            try:
+                return import_module(name)
+            except ImportError as exc:
+                reasons.append(str(exc))
+        raise ImportError("; ".join(reasons))
+
+
+CLASSIC = Target(
+    "tensorrt",
+    TENSORRT,
+    ("tensorrt",),
+    'pip install -e ".[tensorrt]"',
+    "tensorrt",
+    "engine",
+    "model.engine",
+    needs_gpu=True,
+)
+FOR_RTX = Target(
+    "rtx",
+    RTX,
+    RTX.modules,
+    'pip install -e ".[rtx]"',
+    "tensorrt-rtx",
+    "rtx-engine",
+    "model.rtx.engine",
+    needs_gpu=False,
+)
+TARGETS = {target.name: target for target in (CLASSIC, FOR_RTX)}
 # How many times the canvas' height and width an engine takes: a canvas grows only where labels
 # reach beyond it.
 GROWTH = 2
@@ -40,8 +109,10 @@ OnProgress = Callable[[str, int, int], None]  # phase, steps done, steps
 class BuildOptions:
     """How to build an engine.
 
+    TensorRT for RTX has no use for `native`, `hardware` and `timing_cache`.
+
     Attributes:
-        precision: "fp16" or "fp32".
+        precision: "fp16", "fp32" or "int8".
         native: Only the same TensorRT loads the engine, and it is the fastest. Otherwise the lean
             runtime of this version or a later one loads it.
         hardware: Which GPUs run it: of the "same" compute capability, "ampere+" (any from Ampere
@@ -78,30 +149,34 @@ class Built:
     notes: tuple[str, ...]
 
 
-def why_not() -> MissingComponent | None:
-    """Tell why no engine can be built on this machine.
+def why_not(target: Target = CLASSIC) -> MissingComponent | None:
+    """Tell why no engine can be built for a target on this machine.
+
+    Args:
+        target: The target.
 
     Returns:
-        An error that names all that is missing and how to get it; None where an engine can be
-        built.
+        An error that names all that is missing and how to get it, first what this machine lacks
+        and no package mends; None where an engine can be built.
     """
     missing, remedies = [], []
-    try:
-        version = str(import_module("tensorrt").__version__)
-        if not VERSIONS[0] <= tuple(int(n) for n in version.split(".")[:2]) < VERSIONS[1]:
-            missing.append(f"tensorrt {version} is installed")
-    except ImportError as exc:
-        missing.append(f"TensorRT cannot be imported ({exc})")
-    if missing:
-        remedies.append(INSTALL)
-    if reason := why_no_gpu():
+    if target.needs_gpu and (reason := why_no_gpu()):
         missing.append(reason)
         remedies.append(DRIVER_REMEDY)
+    try:
+        version = str(target.load().__version__)
+        if not target.library.serves(version):
+            missing.append(f"{target.modules[0]} {version} is installed")
+            remedies.append(target.install)
+    except ImportError as exc:
+        missing.append(f"{target.library.title} cannot be imported ({exc})")
+        remedies.append(target.install)
     if not missing:
         return None
+    needed = f"{target.library.title} {target.library.range}"
     return MissingComponent(
-        f"no TensorRT engine can be built here: {'; '.join(missing)}",
-        expected="TensorRT >= 10.13, < 12, an NVIDIA GPU and its driver",
+        f"no engine of {target.library.title} can be built here: {'; '.join(missing)}",
+        expected=f"{needed}, an NVIDIA GPU and its driver" if target.needs_gpu else needed,
         remedy="; ".join(remedies),
     )
 
@@ -141,6 +216,7 @@ def build(
     profile: Profile,
     options: BuildOptions,
     *,
+    target: Target = CLASSIC,
     trt: Any = None,
     on_progress: OnProgress | None = None,
 ) -> Built:
@@ -152,7 +228,8 @@ def build(
         onnx: The graph's file.
         profile: The shapes that the engine takes.
         options: How to build it.
-        trt: The tensorrt module (default: import it).
+        target: What to build for.
+        trt: The builder's module (default: import it).
         on_progress: Called with the phase, the steps done and the steps in all.
 
     Returns:
@@ -164,7 +241,7 @@ def build(
         KeyboardInterrupt: A person interrupted the build.
     """
     check_weights(onnx)
-    trt = trt or import_module("tensorrt")
+    trt = trt or target.load()
     messages: list[str] = []
     logger = collecting_logger(trt, messages)
     builder = trt.Builder(logger)
@@ -172,9 +249,14 @@ def build(
     _require_inputs(network, profile, onnx)
     config = builder.create_builder_config()
     _configure(trt, config, options)
+    if target is FOR_RTX:
+        set_compute_capabilities(trt, config)
+    else:
+        _target_this_gpu(trt, config, options)
     _add_profile(builder, config, profile, onnx)
     # the cache has to live until the engine is built
-    notes, cache = _load_cache(config, options.timing_cache)
+    timing_cache = options.timing_cache if target.needs_gpu else None
+    notes, cache = _load_cache(config, timing_cache)
     monitor = _monitor(trt, on_progress)
     config.progress_monitor = monitor
     layers = read_network(trt, network)
@@ -191,8 +273,8 @@ def build(
             ),
             file=onnx,
         )
-    if options.timing_cache is not None and cache is not None:
-        with atomic_file(options.timing_cache) as handle:
+    if timing_cache is not None and cache is not None:
+        with atomic_file(timing_cache) as handle:
             handle.write(memoryview(cache.serialize()))
     return Built(bytes(memoryview(plan)), str(trt.__version__), profile, layers, notes)
 
@@ -251,6 +333,9 @@ def _configure(trt: Any, config: Any, options: BuildOptions) -> None:
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     # on by default: 10 bits of mantissa where the graph says FP32
     config.clear_flag(trt.BuilderFlag.TF32)
+
+
+def _target_this_gpu(trt: Any, config: Any, options: BuildOptions) -> None:
     config.hardware_compatibility_level = getattr(
         trt.HardwareCompatibilityLevel, HARDWARE[options.hardware]
     )

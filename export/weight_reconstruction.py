@@ -53,6 +53,37 @@ _ARGUMENTS = {
 }
 
 
+class ActivationSteps(NamedTuple):
+    """How an INT8 file holds the tensor that a layer reads.
+
+    Attributes:
+        lowest: The lowest step, 0 or less.
+        highest: The highest step.
+        symmetric: 0 is the step 0, and both ends of the range are as far from it.
+        rounds_bias: Biases are INT32, in steps of inputs times weights; else FP32.
+    """
+
+    lowest: int
+    highest: int
+    symmetric: bool
+    rounds_bias: bool
+
+    def size(self, low: float, high: float) -> float:
+        """The step of a range; ONNX Runtime uses a step of 1 where a tensor is always 0.
+
+        Args:
+            low: The lower end of the range, at most 0.
+            high: The upper end of the range, at least 0.
+        """
+        if self.symmetric:
+            return max(-low, high) / self.highest or 1.0
+        return (high - low) / (self.highest - self.lowest) or 1.0
+
+
+ASYMMETRIC = ActivationSteps(0, 255, symmetric=False, rounds_bias=True)
+SYMMETRIC = ActivationSteps(-128, 127, symmetric=True, rounds_bias=False)
+
+
 class ReconstructedWeights(NamedTuple):
     """A layer's new weights and bias, float32.
 
@@ -117,6 +148,7 @@ def reconstruct_weights(
     ranges: Mapping[str, tuple[float, float] | None],
     inputs: Mapping[str, NDArray[Any]],
     floating: Collection[str] = (),
+    steps: ActivationSteps = ASYMMETRIC,
 ) -> dict[str, ReconstructedWeights]:
     """Compute new weights for the layers of `graph` that INT8 inference will read.
 
@@ -130,6 +162,7 @@ def reconstruct_weights(
             reads, or None where the activation is exact. The new weights fit these ranges.
         inputs: The network's inputs by name, arrays of n slices.
         floating: The layers that stay FP32. They make up for the errors of the layers before.
+        steps: How the file holds activations and biases.
 
     Returns:
         The new weights by layer.
@@ -192,7 +225,9 @@ def reconstruct_weights(
             start = start / output_factors.view((1, -1, 1, 1) if transposed else (-1, 1, 1, 1))
             target = float_output / output_factors.view(1, -1, 1, 1)
         span, quantized = ranges[name], name not in floating
-        layer_input = fake_quantize(x_int8, *span) if quantized and span is not None else x_int8
+        layer_input = x_int8
+        if quantized and span is not None:
+            layer_input = fake_quantize(x_int8, *span, steps)
         if not transposed and start[0].numel() <= MAX_WEIGHTS:
             new_weights = _least_squares(layer_input, start, target, options, quantized)
         elif not quantized:
@@ -203,9 +238,9 @@ def reconstruct_weights(
         shift = (target - output).mean((0, 2, 3))
         # INT8 engines round a bias to steps of inputs times weights. Flat regions would fall on
         # another step if it were not rounded here.
-        if quantized:
+        if quantized and steps.rounds_bias:
             largest = new_weights.abs().amax((0, 2, 3) if transposed else (1, 2, 3))
-            step = _step(*(span or (0, 1))) * torch.where(largest > 0, largest / 127, 1)
+            step = steps.size(*(span or (0, 1))) * torch.where(largest > 0, largest / 127, 1)
             shift = torch.round(shift / step) * step
         reconstructed[name] = ReconstructedWeights(new_weights.numpy(), shift.numpy())
         return torch.cat([float_output, output + shift.view(1, -1, 1, 1)])
@@ -215,25 +250,24 @@ def reconstruct_weights(
     return reconstructed
 
 
-def fake_quantize(x: Tensor, low: float, high: float) -> Tensor:
-    """Round `x` as an unsigned INT8 tensor would hold it (Jacob et al., CVPR 2018).
+def fake_quantize(
+    x: Tensor, low: float, high: float, steps: ActivationSteps = ASYMMETRIC
+) -> Tensor:
+    """Round `x` as an INT8 tensor would hold it (Jacob et al., CVPR 2018).
 
     Args:
         x: float32, any shape.
         low: The lower end of the range, at most 0.
         high: The upper end of the range, at least 0.
+        steps: How the file holds it.
 
     Returns:
         float32 of the same shape. 0 is one of the steps.
     """
-    step = _step(low, high)
-    zero = round(-low / step)
-    return (torch.clamp(torch.round(x / step) + zero, 0, 255) - zero) * step
-
-
-def _step(low: float, high: float) -> float:
-    """The step of a range; ONNX Runtime uses a step of 1 where a tensor is always 0."""
-    return (high - low) / 255 or 1.0
+    step = steps.size(low, high)
+    zero = 0 if steps.symmetric else round(-low / step)
+    level = torch.clamp(torch.round(x / step) + zero, steps.lowest, steps.highest)
+    return (level - zero) * step
 
 
 def _channel_factors(

@@ -178,6 +178,8 @@ ROLES = {
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
     "inspector": "EngineInspector",
+    "runtime_config": "IRuntimeConfig",
+    "runtime_cache": "IRuntimeCache",
 }
 RETURNS = {
     "get_input": "ITensor",

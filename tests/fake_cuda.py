@@ -206,7 +206,10 @@ def driver_module(world: World) -> ModuleType:
 
 
 def install(
-    monkeypatch: pytest.MonkeyPatch, provider: str = "cuda-core", memory: int = 1 << 30
+    monkeypatch: pytest.MonkeyPatch,
+    provider: str = "cuda-core",
+    memory: int = 1 << 30,
+    capability: tuple[int, int] = (9, 0),
 ) -> World:
     """Put a fake GPU under the runtime: the driver's gate answers yes, `provider` is what is
     installed.
@@ -227,6 +230,8 @@ def install(
         "cuda.bindings.driver": driver,
         "cuda.core": core,
         "tensorrt_lean": trt,
+        "tensorrt_rtx": None,
+        "tensorrt_rtx_bindings": tensorrt_module(world, "tensorrt_rtx_bindings", "1.7.1.116"),
         "onnxruntime": ort,
         "pycuda": None,
     }
@@ -240,10 +245,10 @@ def install(
         modules["cuda.core"] = None
     for name, module in modules.items():
         monkeypatch.setitem(sys.modules, name, module)
-    found = Device(0, "Fake GPU", (9, 0), memory, (13, 0))
-    monkeypatch.setattr("runtime.engines.gpu.cuda_driver.device", lambda ordinal: found)
-    for module in ("gpu.tensorrt", "gpu.onnxruntime_cuda"):
-        monkeypatch.setattr(f"runtime.engines.{module}.why_no_gpu", lambda: None)
+    gpu = Device(0, "Fake GPU", capability, memory, (13, 0))
+    for module in ("cuda_driver", "tensorrt_rtx"):
+        monkeypatch.setattr(f"runtime.engines.gpu.{module}.device", lambda ordinal=0: gpu)
+    monkeypatch.setattr("runtime.engines.registry.why_no_gpu", lambda: None)
     return world
 
 

@@ -34,6 +34,39 @@ def tensorrt_module(
         "ExecutionContextAllocationStrategy", ["STATIC", "ON_PROFILE_CHANGE", "USER_MANAGED"]
     )
 
+    made.DynamicShapesKernelSpecializationStrategy = IntEnum(
+        "DynamicShapesKernelSpecializationStrategy", ["LAZY", "EAGER", "NONE"]
+    )
+
+    class IRuntimeCache:
+        """The kernels of TensorRT for RTX."""
+
+        def deserialize(self, blob: bytes) -> bool:
+            world.need_context()
+            return bytes(blob) == world.kernels
+
+        def serialize(self) -> bytes:
+            world.need_context()
+            return world.kernels
+
+    class IRuntimeConfig:
+        def __init__(self) -> None:
+            self.strategy = made.ExecutionContextAllocationStrategy.STATIC
+            self.dynamic_shapes_kernel_specialization_strategy = (
+                made.DynamicShapesKernelSpecializationStrategy.LAZY
+            )
+            self.cache: IRuntimeCache | None = None
+
+        def set_execution_context_allocation_strategy(self, strategy: int) -> None:
+            self.strategy = strategy
+
+        def create_runtime_cache(self) -> IRuntimeCache:
+            return IRuntimeCache()
+
+        def set_runtime_cache(self, cache: IRuntimeCache) -> bool:
+            self.cache = cache
+            return not said_no("set_runtime_cache")
+
     class ILogger:
         Severity = IntEnum("Severity", ["INTERNAL_ERROR", "ERROR", "WARNING", "INFO", "VERBOSE"])
 
@@ -161,7 +194,17 @@ def tensorrt_module(
             n, _, h, w = self._profile["labels"][2]
             return ACTIVATION * n * h * w
 
-        def create_execution_context(self, strategy: int) -> Context | None:
+        def create_runtime_config(self) -> IRuntimeConfig:
+            return IRuntimeConfig()
+
+        def create_execution_context(self, strategy: Any) -> Context | None:
+            if isinstance(strategy, IRuntimeConfig):
+                eager = made.DynamicShapesKernelSpecializationStrategy.EAGER
+                assert strategy.dynamic_shapes_kernel_specialization_strategy == eager, (
+                    "kernels that take over later give one volume the values of two"
+                )
+                assert strategy.cache is not None
+                strategy = strategy.strategy
             assert strategy == made.ExecutionContextAllocationStrategy.USER_MANAGED
             world.need_context()
             return None if said_no("create_execution_context") else Context(self)

@@ -29,7 +29,6 @@ class Script:
     """What the stand-in does, and `log`, what was asked of it, in order."""
 
     version: str = "11.4.0.106"
-    parser_errors: tuple[tuple[int, str, str, str], ...] = ()  # (node, operator, name, description)
     refuses_profile: bool = False
     cache_of: str = "this GPU"  # a cache that says another is a mismatch
     builds: bool = True
@@ -127,22 +126,6 @@ def tensorrt(script: Script) -> Any:
         def get_layer(self, index: int) -> Any:
             return self.layers[index]
 
-    class ParserError:
-        def __init__(self, row: tuple[int, str, str, str]) -> None:
-            self._row = row
-
-        def node(self) -> int:
-            return self._row[0]
-
-        def node_operator(self) -> str:
-            return self._row[1]
-
-        def node_name(self) -> str:
-            return self._row[2]
-
-        def desc(self) -> str:
-            return self._row[3]
-
     class OnnxParser:
         def __init__(self, network: Any, logger: Any) -> None:
             require(network, INetworkDefinition, "OnnxParser")
@@ -151,16 +134,11 @@ def tensorrt(script: Script) -> Any:
 
         @property
         def num_errors(self) -> int:
-            return len(script.parser_errors)
-
-        def get_error(self, index: int) -> Any:
-            return ParserError(script.parser_errors[index])
+            return 0
 
         def parse_from_file(self, model: str) -> bool:
             require(model, str, "parse_from_file")
             script.log.append("parse")
-            if script.parser_errors:
-                return False
             graph = onnx.load(model).graph
             weights = {
                 tensor.name: TYPES[tensor.data_type]

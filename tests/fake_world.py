@@ -65,6 +65,7 @@ class World:
     before: dict[int, Counter[int]] = field(
         default_factory=dict
     )  # event → operations of all streams that are done when it is
+    kernels: bytes = b"kernels of this GPU"  # what TensorRT for RTX compiles
     retained: int = 0
     broken: bool = False
     failing: dict[str, int] = field(default_factory=dict)

@@ -105,7 +105,7 @@ def graph(made: Manifest, size: int | None = None) -> bytes:
 
 
 def write_model(folder: Path, size: int | None = None) -> Path:
-    """The folder with its FP32 graph, the same as "FP16" and as an engine of the fake GPU, so
+    """The folder with its FP32 graph, the same as "FP16" and as engines of the fake GPU, so
     that results must agree to the bit.
     """
     folder.mkdir(parents=True)
@@ -116,9 +116,11 @@ def write_model(folder: Path, size: int | None = None) -> Path:
         ("model.onnx", "onnx", "fp32", data),
         ("model.fp16.onnx", "onnx", "fp16", data),
         ("model.engine", "engine", "fp16", plan_of(data, made)),
+        ("model.rtx.engine", "rtx-engine", "fp16", plan_of(data, made)),
     ):
         (folder / name).write_bytes(content)
-        files[name] = ModelFile(kind, precision, len(content), sha256_of(folder / name))
+        facts = {"compute_capabilities": ["8.6", "8.9"]} if kind == "rtx-engine" else {}
+        files[name] = ModelFile(kind, precision, len(content), sha256_of(folder / name), facts)
     whole = {**made.to_json(), "files": {name: vars(file) for name, file in files.items()}}
     write_json(folder / "manifest.json", whole)
     return folder

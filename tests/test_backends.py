@@ -59,12 +59,27 @@ def test_auto_skips_backends_not_installed(model: Path, monkeypatch: pytest.Monk
     )
 
 
+def test_cpu_reason_names_no_gpu_backend(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a healthy CPU machine `auto` does not speak of GPUs, and no remedy asks for one."""
+    monkeypatch.setattr(registry, "why_no_gpu", lambda: "the NVIDIA driver is not installed")
+    _, reason, _ = open_engine("auto", Manifest.load(model), model)
+    assert not any(word in reason for word in ("tensorrt", "cuda", "NVIDIA", "GPU"))
+    monkeypatch.setattr(registry, "find_spec", lambda module: None)
+    with pytest.raises(MissingComponent) as caught:
+        open_engine("auto", Manifest.load(model), model)
+    assert caught.value.remedy == 'pip install "mask2ct[openvino]"'
+    with pytest.raises(MissingComponent) as caught:
+        open_engine("onnx-cuda", Manifest.load(model), model)
+    assert caught.value.remedy.startswith('pip install "mask2ct[openvino]"; or run on a machine')
+
+
 def test_unproven_model_has_no_auto_backend(model: Path) -> None:
     """Without a proof `auto` chooses no backend, and INT8 is refused as well."""
     bare = with_parity(model, set())
     with pytest.raises(MissingComponent, match="onnx: not validated") as caught:
         open_engine("auto", bare, model)
-    assert all(name in caught.value.fact for name in AUTOMATIC)
+    assert all(name in str(caught.value) for name in AUTOMATIC)
+    assert caught.value.remedy.startswith("name --backend openvino")
     _, reason, _ = open_engine("onnx", bare, model)
     assert "not validated" in reason
     with pytest.raises(ModelError, match="INT8 file was not validated in openvino"):
@@ -72,7 +87,14 @@ def test_unproven_model_has_no_auto_backend(model: Path) -> None:
 
 
 def test_gpu_engines_are_known_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [name for name in CHOICES if may_use_gpu(name)] == ["auto", "tensorrt", "onnx-cuda"]
+    assert [name for name in CHOICES if may_use_gpu(name)] == [
+        "auto",
+        "tensorrt",
+        "tensorrt-rtx",
+        "onnx-cuda",
+        "tensorrt-int8",
+        "tensorrt-rtx-int8",
+    ]
     on_cpu = tuple(backend for backend in BACKENDS if not backend.gpu)
     monkeypatch.setattr(registry, "BACKENDS", on_cpu)
     assert not may_use_gpu("auto")

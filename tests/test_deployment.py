@@ -21,6 +21,7 @@ import pytest
 from packaging.requirements import Requirement
 
 from runtime.service.attempts import MAX_ATTEMPTS
+from tools import resolve_extras
 
 UNITS = ("watch", "serve")
 # tenths: what `systemd-analyze security` may find; 1.2 of 10 is "OK", a unit without any hardening
@@ -314,7 +315,9 @@ def test_dependencies_have_permissive_licences(root: Path, sbom: ModuleType) -> 
     for line in [*project["dependencies"], *(line for lines in extras.values() for line in lines)]:
         needs(Requirement(line), seen, absent)
     gpu = {
-        Requirement(line).name for name in ("gpu", "tensorrt", "pycuda") for line in extras[name]
+        Requirement(line).name
+        for name in ("gpu", "rtx", "tensorrt", "pycuda")
+        for line in extras[name]
     }
     assert absent <= gpu | {"ray"}, (
         "make setup installs all but what needs a GPU"
@@ -371,3 +374,19 @@ def test_unknown_licence_is_refused(
         made == sbom.bill([package])
         and made["components"][0]["purl"] == "pkg:pypi/some-package@1.0"
     )
+
+
+def test_gpu_extra_resolves_on_each_python(root: Path) -> None:
+    """ONNX Runtime's GPU wheels from 1.24 on are for Python 3.11 and later: one range for each."""
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    for python, served, refused in (("3.10", "1.23.2", "1.24.1"), ("3.13", "1.31.1", "1.23.2")):
+        lines = [Requirement(line) for line in extras["gpu"] if "onnxruntime-gpu" in line]
+        (wanted,) = [line for line in lines if line.marker.evaluate({"python_version": python})]
+        assert served in wanted.specifier and refused not in wanted.specifier
+    # onnxruntime and onnxruntime-gpu overwrite each other's files
+    for lines in extras.values():
+        names = {Requirement(line).name for line in lines}
+        assert not {"onnxruntime", "onnxruntime-gpu"} <= names
+    assert set(resolve_extras.extras((root / "pyproject.toml").read_text())) == set(extras)

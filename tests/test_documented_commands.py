@@ -68,6 +68,7 @@ RUN_BY = {"docs/how-to/model-changes.md": "tests/test_model_changes.py"}
 PYTHON_RUN_BY = {
     "README.md": "tests/test_readme.py",
     "docs/how-to/embedding.md": "tests/test_embedding.py",
+    "docs/how-to/plain-onnx.md": "tests/test_embedding.py",
     "docs/how-to/scaling.md": "tests/test_scale.py",
 }
 # Pages whose commands take long: those that train, export or are many.

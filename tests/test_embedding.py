@@ -12,8 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hand_made import write_model
 from samples import blobs, write_mask
 
+from runtime.core.manifest import Manifest
+from runtime.engines.memory import HOST_STREAM
+from runtime.engines.registry import open_engine
 from runtime.io.writers.registry import FORMATS
 
 BLOCK = re.compile(r"```python\n# (\w+\.py)\n(.*?)```", re.DOTALL)
@@ -61,3 +65,32 @@ def test_the_block_runs(name: str, root: Path, model: Path, tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     assert PRINTS[name] in done.stdout
+
+
+def test_plain_onnx_runtime_gives_our_bytes(root: Path, tmp_path: Path) -> None:
+    """docs/how-to/plain-onnx.md: the graph without this package, and the same bytes with it."""
+    text = (root / "docs" / "how-to" / "plain-onnx.md").read_text()
+    ((name, block),) = BLOCK.findall(text)
+    assert len(block.strip().splitlines()) <= 15 and "mask2ct" not in block
+    folder = write_model(tmp_path / "runs" / "demo" / "model")
+    (tmp_path / name).write_text(block + 'np.savez("plain.npz", hu=hu, **taken)\n')
+    done = subprocess.run(
+        [sys.executable, name],
+        cwd=tmp_path,
+        env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "plain (1, 64, 64) int16", done.stderr
+    plain = dict(np.load(tmp_path / "plain.npz"))
+    hu = plain.pop("hu")
+    assert len(np.unique(hu)) > 2
+    manifest = Manifest.load(folder)
+    engine, *_ = open_engine("onnx", manifest, folder)
+    batch = engine.spec.batch
+    inputs = {key: np.repeat(array, batch, 0) for key, array in plain.items()}
+    out = np.empty((batch, *manifest.grid.canvas, 2), np.uint8)
+    engine.run(inputs, out, stream=HOST_STREAM)
+    engine.close()
+    assert np.array_equal(out[:1].view("<i2")[..., 0], hu)

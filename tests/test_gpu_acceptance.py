@@ -62,6 +62,15 @@ def test_checks_without_gpu_are_absent(packages: Path, command) -> None:
     )
 
 
+def test_checks_past_their_time_are_named(packages: Path, command) -> None:
+    """What the time did not reach is listed as not run, and is no failure."""
+    done = command(SCRIPT, "--seconds", "0", env={"PYTHONPATH": str(packages)})
+    rows = json.loads(done.stdout.splitlines()[-1])["result"]
+    assert {row["outcome"] for row in rows.values()} == {"not run"}
+    assert {"rtx", "tensorrt-rtx-parity", "onnx-cuda-parity", "tensorrt-parity"} <= set(rows)
+    assert done.returncode == 3 and f"{len(rows)} not run" in done.stdout
+
+
 def test_crashed_check_fails_alone(packages: Path, tmp_path: Path, command) -> None:
     driver(tmp_path, count=2, name="libcuda.so.1")
     model = write_fake_model(tmp_path / "model", fake_manifest())

@@ -465,18 +465,19 @@ def test_missing_gpu_parts_exit_3(
         str(tmp_path / "out"),
         "--backend",
     ]
+    monkeypatch.setattr("runtime.engines.registry.why_no_gpu", lambda: None)
     assert run(main, [*arguments, "onnx-cuda"]) == 3
     assert "built without CUDA" in capsys.readouterr().err
     install(monkeypatch)
     monkeypatch.setattr(
-        "runtime.engines.gpu.tensorrt.why_no_gpu", lambda: "the NVIDIA driver is not installed"
+        "runtime.engines.registry.why_no_gpu", lambda: "the NVIDIA driver is not installed"
     )
-    assert run(main, [*arguments, "tensorrt"]) == 3
-    said = capsys.readouterr().err
-    assert (
-        "driver is not installed" in said
-        and "remedy    run on a machine with an NVIDIA GPU" in said
-    )
+    for backend in ("tensorrt", "tensorrt-rtx", "onnx-cuda"):
+        assert run(main, [*arguments, backend]) == 3
+        said = capsys.readouterr().err
+        assert "driver is not installed" in said
+        # what this machine can use comes first
+        assert "remedy    name --backend openvino" in said and "NVIDIA GPU and its driver" in said
     world = install(monkeypatch)
     import sys
 

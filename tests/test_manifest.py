@@ -22,6 +22,7 @@ from runtime.core.errors import ModelError, printable
 from runtime.core.manifest import Manifest
 from runtime.engines.description import describe
 from runtime.engines.fake import fake_manifest
+from tools.docs_hooks import properties, schema_table
 
 
 @pytest.fixture(scope="module")
@@ -415,3 +416,18 @@ def test_letters_of_every_script_show() -> None:
     for text in ("Herz — größer", "心臓　右", "قلب", "a b"):
         assert printable(text) == text
     assert printable("a\tb\r\n\x7f\udcff") == "a\\tb\\r\\n\\x7f\\udcff"
+
+
+def test_manifest_page_explains_every_key(root: Path) -> None:
+    """The reference page is made from the schema: each key is in it, with what it means."""
+    path = root / "runtime" / "manifest.schema.json"
+    schema = json.loads(path.read_text())
+    keys = dict(properties(schema, schema["$defs"]))
+    assert {"files.*.sha256", "labels[].index", "parity.*.*.engine", "export.int8-gpu.of"} <= set(
+        keys
+    )
+    assert [key for key, part in keys.items() if not part.get("description")] == []
+    page = (root / "docs" / "reference" / "manifest.md").read_text()
+    assert "{{ schema: runtime/manifest.schema.json }}" in page
+    table = schema_table(path)
+    assert all(f"| `{key}` |" in table for key in keys)

@@ -14,9 +14,16 @@ from fake_tensorrt import Script, tensorrt
 
 from export.to_tensorrt import HARDWARE
 from runtime.engines.gpu.probe import why_no_gpu
+from runtime.engines.gpu.tensorrt_rtx import COMPUTE_CAPABILITIES
 
 BUILDER_FILES = ("export/to_tensorrt.py", "export/precision_audit.py", "benchmarks/gpu/parts.py")
 RUNTIME_FILES = ("runtime/engines/gpu/tensorrt.py", "benchmarks/gpu/bare.py")
+RTX_FILES = (
+    "export/to_tensorrt.py",
+    "export/rtx_target.py",
+    "runtime/engines/gpu/tensorrt.py",
+    "runtime/engines/gpu/tensorrt_rtx.py",
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +34,10 @@ def read(tmp_path_factory: pytest.TempPathFactory):
     def api(version: str) -> Api:
         path = folder(version)
         if version not in known:
-            lean = version == "lean"
+            alone = {"lean": "tensorrt_lean_bindings", "rtx": "tensorrt_rtx_bindings"}
             known[version] = (
-                read_api("tensorrt_lean_bindings", path)
-                if lean
+                read_api(alone[version], path)
+                if version in alone
                 else read_api("tensorrt_bindings", path, libraries(version.split(".")[0], where))
             )
         return known[version]
@@ -62,13 +69,24 @@ def test_tensorrt_names_of_runtime_exist(version: str, file: str, root: Path, re
     )
 
 
+@pytest.mark.parametrize("file", RTX_FILES)
+def test_names_exist_in_tensorrt_for_rtx(file: str, root: Path, read) -> None:
+    """TensorRT for RTX has every name that builds an engine and runs one."""
+    beside = [root / f"runtime/engines/gpu/{name}.py" for name in ("base", "tensorrt")]
+    text = "\n".join(path.read_text() for path in beside)
+    api = read("rtx")
+    assert problems((root / file).read_text(), api, text) == []
+    for major, minor in COMPUTE_CAPABILITIES:
+        assert f"ComputeCapability.SM{major}{minor}" in api.names
+
+
 def test_tensorrt_walk_lists_known_traps(root: Path) -> None:
     """Blindness would pass every test above: what FACTS name as traps has to be among what is
     found.
     """
     paths = {
         touch.path
-        for file in (*BUILDER_FILES, *RUNTIME_FILES)
+        for file in (*BUILDER_FILES, *RUNTIME_FILES, *RTX_FILES)
         for touch in touched((root / file).read_text())
     }
     assert paths >= {
@@ -94,6 +112,10 @@ def test_tensorrt_walk_lists_known_traps(root: Path) -> None:
         "ICudaEngine.get_device_memory_size_for_profile_v2",
         "EngineInspector.execution_context",
         "Runtime.load_runtime",
+        "IBuilderConfig.set_compute_capability",
+        "IRuntimeConfig.create_runtime_cache",
+        "IRuntimeConfig.set_execution_context_allocation_strategy",
+        "IRuntimeCache.deserialize",
     }
 
 

@@ -1,17 +1,20 @@
 """Hooks of the documentation's build: what the pages show of the code and of each other.
 
 `{{ help: -m runtime synth }}` in a page becomes what `python -m runtime synth --help` prints, and
-`{{ decisions }}` the table of all decisions with their summaries. The navigation gets a line for
-each decision too, so that a new decision is one new file.
+`{{ decisions }}` the table of all decisions with their summaries, and
+`{{ schema: runtime/manifest.schema.json }}` a table of the properties of that JSON schema. The
+navigation gets a line for each decision too, so that a new decision is one new file.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 DECISIONS = ROOT / "docs" / "decisions"
 HELP_MARK = re.compile(r"\{\{ help: (.+?) \}\}")
+SCHEMA_MARK = re.compile(r"\{\{ schema: (.+?) \}\}")
 DECISIONS_MARK = "{{ decisions }}"
 # The longest line of a summary, in characters.
 SUMMARY_LENGTH = 160
@@ -66,6 +70,7 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
         subprocess.CalledProcessError: a command that a page shows has no `--help`.
         ValueError: a decision's page has no summary.
     """
+    markdown = SCHEMA_MARK.sub(lambda mark: schema_table(ROOT / mark[1]), markdown)
     markdown = HELP_MARK.sub(lambda mark: f"```text\n{help_of(mark[1])}\n```", markdown)
     if DECISIONS_MARK not in markdown:
         return markdown
@@ -119,3 +124,68 @@ def help_of(arguments: str) -> str:
         text=True,
         check=True,
     ).stdout.rstrip()
+
+
+def schema_table(path: Path) -> str:
+    """The properties of a JSON schema as a Markdown table: key, type, meaning.
+
+    Args:
+        path: The schema's file. References to `$defs` are followed.
+    """
+    schema = json.loads(path.read_text())
+    rows = ["| key | type | what it is |", "|---|---|---|"]
+    for key, part in properties(schema, schema["$defs"]):
+        meaning = part.get("description", "").replace("|", "\\|")
+        rows.append(f"| `{key}` | {type_of(part)} | {meaning} |")
+    return "\n".join(rows)
+
+
+def properties(
+    schema: Mapping[str, Any], definitions: Mapping[str, Any], within: str = ""
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The dotted path and the schema of every property, in their order.
+
+    A list's items are written `labels[]`, the values of an object with names of the user's choice
+    `files.*`.
+
+    Args:
+        schema: The schema of an object.
+        definitions: What `$ref` refers to.
+        within: The path of the object.
+    """
+    for name, part in schema.get("properties", {}).items():
+        yield from _with_parts(f"{within}{name}", _followed(part, definitions), definitions)
+    if isinstance(values := schema.get("additionalProperties"), Mapping):
+        yield from _with_parts(f"{within}*", _followed(values, definitions), definitions)
+
+
+def _with_parts(
+    path: str, part: Mapping[str, Any], definitions: Mapping[str, Any]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    yield path, part
+    yield from properties(part, definitions, f"{path}.")
+    if isinstance(items := part.get("items"), Mapping):
+        yield from properties(_followed(items, definitions), definitions, f"{path}[].")
+
+
+def _followed(part: Mapping[str, Any], definitions: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A schema with its reference replaced; its own description stays."""
+    if "$ref" not in part:
+        return part
+    return {**definitions[part["$ref"].rsplit("/", 1)[1]], **part}
+
+
+def type_of(part: Mapping[str, Any]) -> str:
+    """The type of a property, or its permitted values, for a person.
+
+    Args:
+        part: The property's schema.
+    """
+    if "const" in part:
+        return f"`{part['const']}`"
+    if "enum" in part:
+        return ", ".join(f"`{value}`" for value in part["enum"])
+    if "anyOf" in part:
+        return " or ".join(type_of(choice) for choice in part["anyOf"])
+    kinds = part.get("type", "")
+    return " or ".join(kinds) if isinstance(kinds, list) else str(kinds)

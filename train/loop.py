@@ -6,7 +6,6 @@ A training resumes exactly, and an interruption never damages its run folder.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import platform
 import signal
@@ -22,10 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from runtime.core.append_log import AppendLog, line_of
 from runtime.core.atomic_files import write_text
 from runtime.core.console import Progress
 from runtime.core.context import Context
-from runtime.core.errors import ModelError, UsageError, writing
+from runtime.core.errors import ModelError, UsageError
 from runtime.core.manifest import grid_to_json, labels_to_json
 
 from . import checkpoint, figures
@@ -527,28 +527,16 @@ class _Log:
 
     def __init__(self, config: RunConfig, folder: Path, step: int, *, quiet: bool):
         self._loggers = Loggers(config, folder, quiet=quiet)
-        path = folder / checkpoint.METRICS
-        self._path, self._before, self._start = path, 0.0, time.monotonic()
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                # The process died while it wrote this line.
-                break
-            if row["step"] > step:
-                break
-            lines.append(line)
-            self._before = row["seconds"]
-        write_text(path, "".join(line + "\n" for line in lines))
+        self._log = AppendLog(folder / checkpoint.METRICS, checksums=False)
+        rows = [row for row in self._log.read() if row["step"] <= step]
+        self._start = time.monotonic() - (rows[-1]["seconds"] if rows else 0.0)
+        lines = [line_of(row, checksum=False).decode() for row in rows]
+        write_text(self._log.path, "".join(lines))
 
     def write(self, step: int, row: dict[str, Any]) -> None:
         """Append one line for `step`, and pass its numbers to the loggers."""
-        seconds = round(self._before + time.monotonic() - self._start, 2)
-        with writing(self._path), open(self._path, "a", encoding="utf-8") as handle:
-            handle.write(
-                json.dumps({"step": step, "seconds": seconds, **row}, allow_nan=False) + "\n"
-            )
+        seconds = round(time.monotonic() - self._start, 2)
+        self._log.add({"step": step, "seconds": seconds, **row})
         self._loggers.write(step, dict(scores.flat(row)))
 
     def close(self) -> None:

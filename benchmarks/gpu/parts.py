@@ -125,22 +125,58 @@ def build_compatible(case: Case) -> str:
         RuntimeError: The check fails.
     """
     tensorrt()
-    from export.attach_engine import ENGINE, add_engine
-    from export.to_tensorrt import BuildOptions
+    from export.attach_engine import add_engine
+    from export.to_tensorrt import CLASSIC, BuildOptions
 
-    if ENGINE in case.manifest.files:
-        return f"{ENGINE} is in the model already"
+    if CLASSIC.file in case.manifest.files:
+        return f"{CLASSIC.file} is in the model already"
     graph_of(case)
     began = time.perf_counter()
     options = BuildOptions(max_batch=BATCH, timing_cache=case.work / "timing.cache")
     manifest = add_engine(
         case.model, options, lambda manifest: {}, gpu=device(), say=lambda text: None, quiet=True
     )
-    entry = manifest.files[ENGINE]
+    entry = manifest.files[CLASSIC.file]
     return (
         f"{entry.bytes / 2**20:.1f} MiB in {time.perf_counter() - began:.0f} s,"
         f" {100 * entry.facts['half_network']:.0f} % of the network's convolutions FP16"
     )
+
+
+def build_rtx(case: Case) -> str:
+    """Build an engine of TensorRT for RTX as build_engine.py does, and list it.
+
+    Args:
+        case: The model and the folder to work in.
+
+    Returns:
+        A line about what was seen.
+
+    Raises:
+        Absent: A package, a file or the GPU is missing.
+        RuntimeError: The check fails.
+    """
+    need_gpu()
+    from export.attach_engine import add_engine
+    from export.to_tensorrt import FOR_RTX, BuildOptions, why_not
+
+    if missing := why_not(FOR_RTX):
+        raise Absent(missing.fact)
+    if FOR_RTX.file in case.manifest.files:
+        return f"{FOR_RTX.file} is in the model already"
+    graph_of(case)
+    began = time.perf_counter()
+    manifest = add_engine(
+        case.model,
+        BuildOptions(max_batch=BATCH),
+        None,
+        gpu=None,
+        say=lambda text: None,
+        target=FOR_RTX,
+        quiet=True,
+    )
+    entry = manifest.files[FOR_RTX.file]
+    return f"{entry.bytes / 2**20:.1f} MiB in {time.perf_counter() - began:.0f} s"
 
 
 def build_native(case: Case) -> str:
@@ -313,5 +349,6 @@ CHECKS: dict[str, tuple[str, Callable[[Case], str]]] = {
     "managed": ("USER_MANAGED activations in the lean runtime", lean_managed),
     "captured": ("a CUDA graph of the lean engine with its copies", captured),
     "native": ("native engines: share of FP16 layers, HU parity of FP16 and FP32", build_native),
+    "rtx": ("TensorRT for RTX builds the engine", build_rtx),
     "ort": ("ONNX Runtime CUDA, no fallback to the CPU: HU parity", ort_cuda),
 }

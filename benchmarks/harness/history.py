@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from runtime.core.append_log import AppendLog
 from runtime.core.errors import UsageError, writing
 
 from .paired import ROOT, Measured, Ratio, ratio
@@ -138,8 +139,7 @@ def append(records: Iterable[Record], path: Path = HISTORY) -> None:
     """
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as handle:
-            handle.writelines(json.dumps(record, allow_nan=False) + "\n" for record in records)
+    AppendLog(path, checksums=False).add(*records)
 
 
 def load(path: Path = HISTORY) -> list[Record]:

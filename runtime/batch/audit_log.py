@@ -14,17 +14,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.append_log import append, last_line
-from ..core.atomic_files import key_of, lock, sync_folder
+from ..core.append_log import AppendLog, append, last_line, line_of
+from ..core.atomic_files import key_of, lock
 from ..core.errors import OutputError, writing
 from ..io.dicom.files import pseudonym
 from ..io.volume_files import SUFFIXES
@@ -83,26 +82,28 @@ class AuditFile:
             OutputError: if the file cannot be written, or is a link or a device.
         """
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-        with self._thread, writing(self.path), self._opened() as handle:
-            before, is_torn = last_line(handle)
-            line: Facts = {
-                "schema": SCHEMA,
-                "time": now,
-                "process": self.process,
-                "action": action,
-                **facts,
-            }
-            end = b"\n" if is_torn else b""
-            if not before:
-                before, is_torn = self._rotated()
-                line["begins"] = "after rotation" if before or self._last != NO_LINE else "a chain"
-            if is_torn:
-                # a crash or a full disk cut the line before short: its bytes
-                line["torn"] = len(before)
-            line["previous"] = _sha256(before) if before else self._last
-            content = json.dumps(line).encode()
-            append(handle, end + content + b"\n")
-            self._last = _sha256(content)
+        line: Facts = {"schema": SCHEMA, "time": now, "process": self.process, "action": action}
+        with self._thread, writing(self.path):
+            log = AppendLog(self.path, "the audit file", "--audit", mode=0o600)
+            handle = log.open(_wait_for_lock)
+            try:
+                self._append(handle, {**line, **facts})
+            finally:
+                os.close(handle)
+
+    def _append(self, handle: int, line: Facts) -> None:
+        """Append a line that states the SHA-256 of the line before."""
+        before, is_torn = last_line(handle)
+        if not before:
+            before, is_torn = self._rotated()
+            line["begins"] = "after rotation" if before or self._last != NO_LINE else "a chain"
+        if is_torn:
+            # a crash or a full disk cut the line before short: its bytes
+            line["torn"] = len(before)
+        line["previous"] = _sha256(before) if before else self._last
+        content = line_of(line, checksum=False)
+        append(handle, content)
+        self._last = _sha256(content.removesuffix(b"\n"))
 
     def models(self) -> dict[str, Facts]:
         """Return the last "model loaded" or "model switched" line of each model, by its name."""
@@ -115,36 +116,6 @@ class AuditFile:
                             facts = json.loads(line)
                             models[str(facts["model"])] = facts
         return models
-
-    @contextmanager
-    def _opened(self) -> Iterator[int]:
-        """Open and lock the file that has the path now."""
-        while True:
-            exists = os.path.lexists(self.path)
-            if exists and not stat.S_ISREG(os.lstat(self.path).st_mode):
-                raise OutputError(
-                    "the audit file is a link, or not a regular file",
-                    expected="a regular file, or none",
-                    remedy="choose another --audit, or remove it",
-                    file=self.path,
-                )
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-            handle = os.open(self.path, flags, 0o600)
-            try:
-                _wait_for_lock(handle)
-                if self._is_current(handle):
-                    if not exists:
-                        sync_folder(self.path.parent)
-                    yield handle
-                    return
-            finally:
-                os.close(handle)
-
-    def _is_current(self, handle: int) -> bool:
-        """Whether the file still has the path: it may be renamed before it is locked."""
-        with suppress(FileNotFoundError):
-            return os.path.samestat(os.fstat(handle), os.stat(self.path))
-        return False
 
     def _rotated(self) -> tuple[bytes, bool]:
         """Return `last_line` of the file that was renamed last; empty without one."""

@@ -1,8 +1,8 @@
 """The journal of an output folder: which results are complete.
 
-`--resume` proves by it what need not be made again. It has one line per result, appended and synced
-after the result's files: a CRC-32, then JSON with the key of all that determined the bytes and the
-SHA-256 of the files. A line that a power cut tore is ignored.
+`--resume` proves by it what need not be made again. It is an append log (`runtime.core.append_log`)
+with one line per result, appended after the result's files: the key of all that determined the
+bytes, and the SHA-256 of the files.
 
 The journal is locked while a run writes, so that no other run writes into the folder. The kernel
 releases the lock when the process ends, however it ends. Why this is not SQLite:
@@ -12,14 +12,13 @@ docs/decisions/0019.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..core.append_log import append, facts_in, line_of
-from ..core.atomic_files import digest_of, lock, permitted, sync_folder
+from ..core.append_log import AppendLog, append, line_of
+from ..core.atomic_files import digest_of, lock
 from ..core.errors import FolderBusy, OutputError, writing
 
 JOURNAL = ".mask2ct.journal"
@@ -116,18 +115,11 @@ class Journal(CompletionIndex):
 
     def __init__(self, folder: Path):
         super().__init__(folder)
-        self._path = folder / JOURNAL
-        self._handle = self._open()
+        log = _log(folder)
+        self._path = log.path
         with writing(self._path):
-            content = b"".join(iter(lambda: os.read(self._handle, 1 << 20), b""))
-            self.entries = {
-                entry.result: entry
-                for facts in facts_in(content)
-                if (entry := _entry(facts)) is not None
-            }
-            if content and not content.endswith(b"\n"):
-                # a power cut tore the last line: the next entry must begin a line of its own
-                os.write(self._handle, b"\n")
+            self._handle = log.open(lambda handle: _lock(handle, self._path))
+            self.entries = {entry.result: entry for entry in _entries(log, self._handle)}
 
     def add(self, entry: Entry) -> None:
         """Append an entry, and return when it is on the disk.
@@ -138,9 +130,8 @@ class Journal(CompletionIndex):
         Raises:
             OutputError: if the journal cannot be written.
         """
-        line = line_of(asdict(entry))
         with writing(self._path):
-            append(self._handle, line)
+            append(self._handle, line_of(asdict(entry)))
         super().add(entry)
 
     def close(self) -> None:
@@ -153,26 +144,6 @@ class Journal(CompletionIndex):
         handle, self._handle = self._handle, -1
         os.close(handle)
 
-    def _open(self) -> int:
-        """Open and lock the file that has the journal's path."""
-        with writing(self._path):
-            while True:
-                is_new = not self._path.exists()
-                handle = _open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-                try:
-                    _lock(handle, self._path)
-                    if os.path.samestat(os.fstat(handle), os.stat(self._path)):
-                        if is_new:
-                            sync_folder(self._folder)
-                        return handle
-                except FileNotFoundError:
-                    # its last owner removed it before we had the lock
-                    pass
-                except BaseException:
-                    os.close(handle)
-                    raise
-                os.close(handle)
-
 
 def names_in(folder: Path) -> frozenset[str]:
     """Return the paths that a folder's journal states, whoever wrote them.
@@ -184,34 +155,17 @@ def names_in(folder: Path) -> frozenset[str]:
         Paths below the folder; none if the journal cannot be read.
     """
     try:
-        with open(_open(folder / JOURNAL, os.O_RDONLY), "rb") as handle:
-            entries = [_entry(facts) for facts in facts_in(handle.read())]
-    except (OSError, OutputError):
+        return frozenset(name for entry in _entries(_log(folder)) for name in entry.files)
+    except OSError:
         return frozenset()
-    return frozenset(name for entry in entries if entry is not None for name in entry.files)
 
 
-def _open(path: Path, flags: int) -> int:
-    """Open the journal, and return its descriptor.
+def _log(folder: Path) -> AppendLog:
+    return AppendLog(folder / JOURNAL, "the journal of the output folder", "--output")
 
-    Raises:
-        OSError: if it cannot be opened.
-        OutputError: if it is not a file of the folder itself, but a link, a pipe or the like.
-    """
-    safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
-    refusal = OutputError(
-        "the journal of the output folder is a link, or not a regular file",
-        expected="a file that mask2ct made, or none",
-        remedy="remove it, or choose another --output",
-        file=path,
-    )
-    if path.is_symlink():
-        raise refusal
-    handle = os.open(path, flags | safe, permitted(0o666))
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise refusal
-    return handle
+
+def _entries(log: AppendLog, handle: int | None = None) -> list[Entry]:
+    return [entry for facts in log.read(handle) if (entry := _entry(facts)) is not None]
 
 
 def _entry(facts: Mapping[str, Any]) -> Entry | None:

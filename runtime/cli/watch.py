@@ -14,7 +14,7 @@ from ..core.errors import UsageError, printable
 from ..core.logfmt import log_line
 from ..io.cases import Case
 from ..service.watch_folder import FolderWatcher
-from ..service.work_queue import WorkItem, reason
+from ..service.work_queue import WorkItem
 from .options import (
     add_audit,
     add_engine,
@@ -148,10 +148,10 @@ class _Log:
     def settled(self, work_item: WorkItem, place: Path) -> None:
         """Print the errors of an item, and the folder that it was moved to."""
         self._waiting_printed = False
-        for error in work_item.errors:
-            print(f"error: {reason(work_item, error)}", file=sys.stderr, flush=True)
-        self.failed += bool(work_item.errors)
-        self.done += not work_item.errors
+        for reason in work_item.reasons:
+            print(f"error: {reason}", file=sys.stderr, flush=True)
+        self.failed += bool(work_item.reasons)
+        self.done += not work_item.reasons
         self.say(f"{work_item.display_name}: {place.parent.name}")
 
     def waiting(self) -> None:

@@ -260,8 +260,27 @@ def sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
+    except OSError as exc:
+        # Some shares know no sync of a folder.
+        if exc.errno != errno.EINVAL:
+            raise
     finally:
         os.close(handle)
+
+
+def rename(old: Path, new: Path) -> None:
+    """Rename a file or folder, so that the new name survives a power cut.
+
+    Args:
+        old: Its path.
+        new: Its new path, on the same file system.
+
+    Raises:
+        OSError: It cannot be renamed, or a folder cannot be synced.
+    """
+    os.rename(old, new)
+    sync_folder(new.parent)
+    sync_folder(old.parent)
 
 
 def _sync(file: Path) -> None:

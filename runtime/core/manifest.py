@@ -228,7 +228,7 @@ class ModelFile:
     """One file of a model folder.
 
     Attributes:
-        kind: Its role: "onnx", "engine" or "layers".
+        kind: Its role: "onnx", "engine" (TensorRT), "rtx-engine" (TensorRT for RTX) or "layers".
         precision: Its precision.
         bytes: Its size in bytes.
         sha256: Its SHA-256, 64 hexadecimal digits.

@@ -14,6 +14,7 @@ from .registry import BACKENDS
 
 USES = {"train": "to train on", "valid": "to validate with", "test": "to test on"}
 ORGAN_HEAD = ("", "median", "true", "error", "IQR", "true", "texture ratio")
+INT8_TITLES = {"int8": "INT8", "int8-gpu": "INT8 for TensorRT"}
 PARITY_HEAD = (
     "file",
     "backend",
@@ -168,7 +169,7 @@ def training_lines(manifest: Manifest) -> list[str]:
 
 
 def export_lines(manifest: Manifest) -> list[str]:
-    """Describe the versions of the export and its INT8 file.
+    """Describe the versions of the export and its INT8 files.
 
     Args:
         manifest: The manifest of a model folder.
@@ -180,18 +181,18 @@ def export_lines(manifest: Manifest) -> list[str]:
         ValueError: For entries that no export writes.
     """
     export = mapping(manifest.export, "'export'")
-    int8 = _part(export, "int8")
-    versions = [f"{name} {export.read(name, word)}" for name in export if name != "int8"]
+    versions = [f"{name} {export.read(name, word)}" for name in export if name not in INT8_TITLES]
     lines = [" ".join(versions)] if versions else []
-    if int8 and (quantised := int8.read("layers", whole)):
-        floating = int8.read("floating", texts)
-        exceptions = f"; in floating point: {', '.join(floating)}" if floating else ""
-        layers, masks = int8.read("of", whole), int8.read("calibrated_on", word)
-        lines.append(
-            f"INT8: {quantised} of {quantity(layers, 'layer')}, calibrated on {masks}{exceptions}"
-        )
-    elif int8:
-        lines.append("INT8: left out, no layer can be quantised within the limits")
+    for key, title in INT8_TITLES.items():
+        int8 = _part(export, key)
+        if int8 and (quantised := int8.read("layers", whole)):
+            floating = int8.read("floating", texts)
+            exceptions = f"; in floating point: {', '.join(floating)}" if floating else ""
+            layers, masks = int8.read("of", whole), int8.read("calibrated_on", word)
+            of = f"{quantised} of {quantity(layers, 'layer')}"
+            lines.append(f"{title}: {of}, calibrated on {masks}{exceptions}")
+        elif int8:
+            lines.append(f"{title}: left out, no layer can be quantised within the limits")
     return lines
 
 

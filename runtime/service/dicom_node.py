@@ -18,7 +18,8 @@ from ..io.dicom.files import scan, walk
 from .attempts import MAX_ATTEMPTS, attempts, count_attempt, poison_message, reset_attempts
 from .events import Events
 from .send_queue import SendQueue
-from .study_spool import ATTEMPTS, OBJECTS, RESULTS, Spool
+from .study_spool import OBJECTS, RESULTS, Spool
+from .work_queue import ATTEMPTS
 
 POLL = 0.25  # s between two looks for a complete study
 FULL_DISK = 30.0  # s before another try at a study that could not be written

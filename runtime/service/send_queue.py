@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from ..batch.audit_log import AuditTrail
-from ..core.append_log import append, facts_in, line_of
-from ..core.atomic_files import sync_folder
-from ..core.errors import writing
+from ..core.append_log import AppendLog
 from .events import Events
 from .study_spool import RESULTS, Spool
 
@@ -71,13 +69,8 @@ class DeliveryLog:
 
     def __init__(self, package: Path, destination: str):
         digest = hashlib.sha256(destination.encode()).hexdigest()[:16]
-        self._path = package / f".sent-{digest}.journal"
-        try:
-            content = self._path.read_bytes()
-        except FileNotFoundError:
-            content = b""
-        self._torn = bool(content) and not content.endswith(b"\n")
-        self.files = {str(facts["sent"]) for facts in facts_in(content) if "sent" in facts}
+        self._log = AppendLog(package / f".sent-{digest}.journal")
+        self.files = {str(facts["sent"]) for facts in self._log.read() if "sent" in facts}
 
     def add(self, file: str) -> None:
         """Append a file, and return when the line is on the disk.
@@ -88,13 +81,7 @@ class DeliveryLog:
         Raises:
             OutputError: When the log cannot be written.
         """
-        with writing(self._path):
-            new = not self._path.exists()
-            with open(self._path, "ab", buffering=0) as handle:
-                append(handle.fileno(), (b"\n" if self._torn else b"") + line_of({"sent": file}))
-            if new:
-                sync_folder(self._path.parent)
-        self._torn = False
+        self._log.add({"sent": file})
         self.files.add(file)
 
 

@@ -1,4 +1,4 @@
-"""The DICOM node's folder: the state of each study is the folder that it lies in.
+"""The DICOM node's folder: a work queue (`runtime.service.work_queue`) of studies.
 
 An arrow is one rename, so that a study is always in exactly one state, whatever ends the process:
 
@@ -38,13 +38,14 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..batch.completion_log import Journal
-from ..core.atomic_files import remove_orphans, sync_folder, temporary_name, write_text
+from ..core.atomic_files import remove_orphans, rename, sync_folder, temporary_name
 from ..core.errors import InputError, OutputError, UsageError, writing
 from ..io.dicom.files import RTSTRUCT, SEGMENTATION, map_dicom_errors, read_dataset
 from .attempts import attempts
+from .work_queue import ATTEMPTS, WorkQueue, move_with_reasons
 
 STATES = ("incoming", "studies", "outbox", "failed", "done")
-OBJECTS, RESULTS, REASON, ATTEMPTS = "objects", "results", "reason.txt", ".starts"
+OBJECTS, RESULTS, REASON = "objects", "results", "reason.txt"
 # Bytes of the disk that received objects never take: results and logs need them.
 RESERVE = 64 << 20
 _GONE = ".gone-"
@@ -65,7 +66,7 @@ class _Arriving:
     senders: set[threading.Thread] = field(default_factory=set)
 
 
-class Spool:
+class Spool(WorkQueue):
     """The node's folder, locked for this process.
 
     Args:
@@ -89,6 +90,7 @@ class Spool:
             self.narrowed = _narrow(root)
             for state in STATES:
                 (root / state).mkdir(exist_ok=True)
+        super().__init__(root / "studies", item=OBJECTS)
         self._journal = Journal(root)
         self._lock = threading.Lock()
         for folder in (root / "incoming", *(root / "incoming").iterdir()):
@@ -194,7 +196,7 @@ class Spool:
             OutputError: When it cannot be moved.
         """
         with self._lock, writing(self.root):
-            begun = self._begun()
+            begun = [work_item.lease for work_item in self.stale_items()]
             if begun and not attempts(begun[0] / ATTEMPTS):
                 return begun[0]
             now = time.monotonic()
@@ -207,19 +209,9 @@ class Spool:
                     and (self.root / "incoming" / study).is_dir()
                     and (arriving.mask or self._has_failed_mask(study))
                 ):
-                    return self._claim(study)
+                    return self._claim_study(study)
             # After `quiet` seconds, all that had arrived before the start has had its turn.
             return begun[0] if begun and now - self._opened >= quiet else None
-
-    def _begun(self) -> list[Path]:
-        """The studies that were claimed before, fewest attempts first."""
-        begun = []
-        for folder in (self.root / "studies" / name for name in self.names("studies")):
-            if (folder / OBJECTS).is_dir():
-                begun.append(folder)
-            else:  # the power went while it was claimed
-                self._discard(folder)
-        return sorted(begun, key=lambda folder: attempts(folder / ATTEMPTS))
 
     def move_to_send_queue(self, study: Path, reasons: list[str], *, poison: bool = False) -> None:
         """Move a synthesized study into the outbox.
@@ -239,9 +231,7 @@ class Spool:
                 (study / ATTEMPTS).unlink(missing_ok=True)
             # A process that was killed may have left one.
             (study / REASON).unlink(missing_ok=True)
-            if reasons:
-                write_text(study / REASON, "\n\n".join(reasons) + "\n")
-            self._move(study, package)
+            move_with_reasons(study, package, study / REASON, reasons)
             if not reasons and not self._keep:
                 shutil.rmtree(package / OBJECTS, ignore_errors=True)
 
@@ -262,9 +252,9 @@ class Spool:
             if (package / REASON).exists():
                 if not self._keep:
                     shutil.rmtree(package / RESULTS, ignore_errors=True)
-                self._move(package, self.root / "failed" / package.name)
+                rename(package, self.root / "failed" / package.name)
             elif self._keep:
-                self._move(package, self.root / "done" / package.name)
+                rename(package, self.root / "done" / package.name)
             else:
                 self._discard(package)
 
@@ -296,17 +286,14 @@ class Spool:
             sync_folder(incoming)
             self._discard(folder)
 
-    def _claim(self, study: str) -> Path:
+    def _claim_study(self, study: str) -> Path:
         """Move a complete study from incoming/ to studies/."""
         self._take_along(study)
         used_names = {name for state in STATES for name in self.names(state)}
         name = next(name for n in count(1) if (name := f"{study}-{n}") not in used_names)
-        folder = self.root / "studies" / name
-        with writing(folder):
-            folder.mkdir()
-            self._move(self.root / "incoming" / study, folder / OBJECTS)
+        work_item = self._claim(self.root / "incoming" / study, name)
         del self._arriving[study]
-        return folder
+        return work_item.lease
 
     def _discard(self, folder: Path) -> None:
         """Remove a folder so that no moment shows half of it."""
@@ -314,12 +301,6 @@ class Spool:
         discarded = self.root / f"{_GONE}{folder.name}-{os.urandom(3).hex()}"
         os.replace(folder, discarded)
         shutil.rmtree(discarded, ignore_errors=True)
-
-    def _move(self, old: Path, new: Path) -> None:
-        """Rename a folder, and sync both parents."""
-        os.replace(old, new)
-        sync_folder(new.parent)
-        sync_folder(old.parent)
 
 
 def _identify(file: Path, claimed: tuple[str, str]) -> tuple[str, bool]:

@@ -1,28 +1,14 @@
 """Synthesize a CT for each mask that arrives in a folder: the loop behind `mask2ct watch`.
 
-Each item goes through these states; the folders are those of `runtime.service.work_queue`:
-
-    arriving (INBOX/NAME)
-        |  Inbox.look: unchanged for `stable` seconds
-        v
-    ready (INBOX/NAME) --- is_complete says no ---> arriving, for ten times as long
-        |  Inbox.claim: one rename
-        v
-    claimed (INBOX/.work/LEASE/NAME) <--- stale: its process ended; an attempt is counted
-        |  its cases are read, and a model is chosen for each
-        |  BatchRunner: results and journal lines in the output folder
-        v
-    settled: INBOX/done/NAME, or INBOX/failed/NAME after an error or MAX_ATTEMPTS attempts
-
+It consumes the work queue `runtime.service.work_queue.Inbox`, which shows the states of an item.
 The journal of the output folder is held while there is work, so that several watchers of one output
 folder take turns. See docs/how-to/watching.md.
 """
 
 from __future__ import annotations
 
-import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +34,8 @@ from ..io.cases import Case
 from ..io.dicom.files import LINKED, OUTSIDE, is_broken_link, walk
 from ..io.volume_files import check_header
 from .attempts import MAX_ATTEMPTS, attempts, count_attempt, poison_message, reset_attempts
-from .work_queue import Inbox, WorkItem, display_name, groups_without_name_clash
+from .watched_items import display_name, reason
+from .work_queue import Inbox, WorkItem
 
 # Items that are claimed together: one is read ahead while another is synthesized, and few are
 # withheld from other watchers.
@@ -155,7 +142,7 @@ class FolderWatcher:
         Raises:
             OutputError: When results cannot be written.
         """
-        ready, stale = self._inbox.look(), [*self._inbox.stale_items()]
+        ready, stale = self._inbox.look(), self._inbox.stale_items()
         self._waiting = False
         if not ready and not stale:
             return False
@@ -169,8 +156,7 @@ class FolderWatcher:
                     claimed += group
                     self._work(group, journal)
                 # One by one and last: an item that kills the process delays no other for ever.
-                random.shuffle(stale)
-                for work_item in sorted(stale, key=lambda item: attempts(item.attempts)):
+                for work_item in stale:
                     self._retry(work_item, journal)
         except FolderBusy:
             self._waiting = True
@@ -192,22 +178,20 @@ class FolderWatcher:
 
     def _work(self, work_items: Sequence[WorkItem], journal: Journal) -> None:
         """Synthesize the cases of items, group by group, so that no two have the same name."""
-        cases_by_lease: dict[str, list[tuple[Case, str]]] = {}
         readable = []
         for work_item in work_items:
             self._audit.add("received", item=work_item.display_name)
             try:
-                cases_by_lease[work_item.lease.name] = self._cases(work_item.item)
+                work_item.cases = self._cases(work_item.item)
                 readable.append(work_item)
             except (InputError, UsageError) as exc:
                 self._fail(work_item, exc)
                 self._finish_item(work_item)
-        names = {lease: [case.name for case, _ in cases] for lease, cases in cases_by_lease.items()}
-        for group in groups_without_name_clash(readable, names):
+        for group in _groups_without_name_clash(readable):
             cases = {
                 case.name: (work_item, case, model)
                 for work_item in group
-                for case, model in cases_by_lease[work_item.lease.name]
+                for case, model in work_item.cases
             }
             for name, (work_item, _, _) in cases.items():
                 work_item.outstanding[name] = 1
@@ -259,7 +243,7 @@ class FolderWatcher:
     def _count(self, work_item: WorkItem, result: CaseResult) -> None:
         """Note a result of an item."""
         if result.error is not None:
-            work_item.errors.append(result.error)
+            work_item.reasons.append(reason(work_item.item, result.error))
         elif not result.skipped:
             reset_attempts(work_item.attempts)
         work_item.outstanding[result.case] -= 1
@@ -276,7 +260,7 @@ class FolderWatcher:
     def _fail(self, work_item: WorkItem, exc: Mask2CTError) -> None:
         """Note an error that no result has."""
         self._audit.add("failed", item=work_item.display_name, error=type(exc).__name__)
-        work_item.errors.append(exc)
+        work_item.reasons.append(reason(work_item.item, exc))
 
     def _finish_item(self, work_item: WorkItem) -> None:
         """Move an item to its last place."""
@@ -335,3 +319,18 @@ def _unopened_paths(item: Path) -> list[Path]:
         broken = [path for path in walk(item, skipped) if is_broken_link(path)]
         return [*skipped.get(LINKED, ()), *skipped.get(OUTSIDE, ()), *broken]
     return [item] if item.is_symlink() or not item.is_file() else []
+
+
+def _groups_without_name_clash(work_items: Sequence[WorkItem]) -> Iterator[list[WorkItem]]:
+    """Split items into groups in which no two cases have the same name."""
+    remaining = [*work_items]
+    while remaining:
+        group_names: set[str] = set()
+        group = []
+        for work_item in remaining:
+            names = {case.name for case, _ in work_item.cases}
+            if group_names.isdisjoint(names):
+                group.append(work_item)
+                group_names |= names
+        remaining = [work_item for work_item in remaining if work_item not in group]
+        yield group

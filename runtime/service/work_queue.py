@@ -1,52 +1,64 @@
-"""A watched folder as a work queue: which items are complete, who owns each, and where it ends.
+"""A work queue of folders: who owns an item, how often it was tried, and where it ends.
 
-An item is one mask: a file, a zip or a folder directly in INBOX. The folder that it lies in is its
-state, and each arrow is one rename:
+The folder that an item lies in is its state, and each arrow is one rename:
 
-    INBOX/NAME <---------------------+     somebody puts it in, and may still write to it
-        |                            |
-        | claim: unchanged           | claim: incomplete, or
-        | for `stable` seconds       | changed meanwhile
-        v                            |
-    INBOX/.work/LEASE/NAME ----------+     one process owns it; when that process ended (killed,
-        |                                  power cut), `stale_items` of the next one takes over
-        |
-        +-- finish, no errors ---> INBOX/done/NAME
-        +-- finish, errors ------> INBOX/failed/NAME, with NAME.reason.txt beside it
+    waiting      somebody puts it in, and may still write to it
+      |   ^
+      |   |  put back: it is incomplete, or has changed meanwhile
+      v   |
+    claimed <--- stale_items: its process ended (killed, power cut) and the next one takes it over,
+      |          until MAX_ATTEMPTS attempts ended in it
+      |
+      +-- without reasons --> done
+      +-- with reasons -----> failed, after a file with the reasons
 
-The rename into .work/ is the claim: of two watchers, on one machine or on two that share the
-folder, one succeeds. LEASE/.lock is the lease: its owner keeps that file locked, and the kernel
-ends the lock together with the process, so that a lease without a lock is free to be taken over.
-LEASE/.starts counts the attempts (`runtime.service.attempts`).
+`watch` and `serve` have such a queue each. What differs is how an item becomes complete:
+
+              watch: `Inbox`, below               serve: `runtime.service.study_spool`
+    waiting   INBOX/NAME                          SPOOL/incoming/STUDY
+    claimed   INBOX/.work/LEASE/NAME              SPOOL/studies/STUDY-N/objects, with results/
+    done      INBOX/done/NAME                     SPOOL/outbox/STUDY-N, where the sender takes it
+    failed    INBOX/failed/NAME                   the same, and SPOOL/failed/STUDY-N afterwards
+    reasons   INBOX/failed/NAME.reason.txt        reason.txt in it
+    owner     LEASE/.lock: watchers share INBOX   the journal's lock: one node has SPOOL
+    attempts  LEASE/.starts                       STUDY-N/.starts
+
+A lease is the folder of one claimed item. Of two processes that rename an item into a lease, on one
+machine or on two that share the folder, one succeeds. The kernel ends a lock together with its
+process, so that a lease without a lock is free to be taken over.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import random
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.atomic_files import filename_fits, lock, private, write_text
-from ..core.errors import Mask2CTError, OutputError, UsageError, printable, writing
-from ..io.archive import is_zip
-from ..io.dicom.files import UNFINISHED, pseudonym
-from ..io.volume_files import SUFFIXES
-from .attempts import count_attempt
+from ..core.atomic_files import lock, private, rename, sync_folder, write_text
+from ..core.errors import OutputError, writing
+from ..io.cases import Case
+from .attempts import attempts, count_attempt
+from .watched_items import (
+    Observation,
+    check_folders,
+    display_name,
+    fingerprint,
+    free_name,
+    may_be_dicom,
+    reasons_file,
+    unfinished,
+)
 
 WORK, DONE, FAILED = ".work", "done", "failed"
 # In a lease's folder. No item has such a name: `look` ignores names that begin with a dot.
 LOCK, ATTEMPTS = ".lock", ".starts"
-# What macOS leaves in folders begins with one of these.
-IGNORED = (".ds_store", "._")
 # An item that looks incomplete waits this many times longer: somebody may still write it.
 PATIENCE = 10
-
-# Name, size in bytes and time of change in ns of every file of an item.
-Fingerprint = tuple[tuple[str, int, int], ...]
 
 
 @dataclass
@@ -56,18 +68,23 @@ class WorkItem:
     Attributes:
         lease: The folder of the item while it is worked on.
         item: The file or folder itself, within `lease`.
-        handle: The open, locked file of the lease.
-        open: Whether `handle` is still open.
+        handle: The open, locked file of the lease; -1 where one lock holds the whole queue.
+        cases: Its cases, each with the name of its model.
         outstanding: By case name, how many results are still to come.
-        errors: What went wrong so far.
+        reasons: Why it will fail, one text for each error.
+        open: Whether `handle` is still open.
     """
 
     lease: Path
     item: Path
-    handle: int
-    open: bool = True
+    handle: int = -1
+    cases: list[tuple[Case, str]] = field(default_factory=list)
     outstanding: dict[str, int] = field(default_factory=dict)
-    errors: list[Mask2CTError] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    open: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.open = self.handle >= 0
 
     @property
     def display_name(self) -> str:
@@ -80,17 +97,111 @@ class WorkItem:
         return self.lease / ATTEMPTS
 
 
-@dataclass
-class _Observation:
-    """An item at the last look. Its times are of this machine's clock alone, never of files."""
+class WorkQueue:
+    """The claimed items of a queue.
 
-    fingerprint: Fingerprint
-    since: float  # s, when this fingerprint was first seen
-    age: float = 0.0  # s, for how long it has not changed
-    complete: bool | None = None  # None: it has not been opened yet
+    Args:
+        leases: The folder of the leases; the first claim creates it.
+        prefix: Leases of this queue begin with it; others are left alone.
+        item: What every item is called in its lease; empty for its own name.
+        locked: Whether each lease has a lock, because several processes share the queue. Without,
+            the caller has a lock on the whole of it.
+
+    Raises:
+        OutputError: When the folder that holds the leases' folder is missing.
+    """
+
+    def __init__(self, leases: Path, *, prefix: str = "", item: str = "", locked: bool = False):
+        self._leases, self._prefix, self._item, self._locked = leases, prefix, item, locked
+        with writing(leases.parent):
+            # Whoever may see that folder may see the folders in it, and nobody else.
+            self._mode = leases.parent.stat().st_mode & 0o777
+
+    def stale_items(self) -> list[WorkItem]:
+        """Take over the items of processes that ended before they finished.
+
+        Call it while this process works on no item.
+
+        Returns:
+            Items which this process owns from then on, fewest attempts first, else in any order:
+            one that ends the process each time delays no other for ever.
+
+        Raises:
+            OutputError: When the folder cannot be read.
+        """
+        stale = []
+        with writing(self._leases.parent):
+            for lease in sorted(self._leases.glob(f"{self._prefix}*")):
+                handle = (_hold(lease) if self._locked else -1) if lease.is_dir() else None
+                if handle is None:
+                    continue
+                item = next((path for path in lease.iterdir() if self._is_item(path.name)), None)
+                work_item = WorkItem(lease, item or lease / LOCK, handle)
+                if item is None:  # its process ended while it claimed
+                    self._end(work_item)
+                else:
+                    stale.append(work_item)
+        random.shuffle(stale)
+        return sorted(stale, key=lambda work_item: attempts(work_item.attempts))
+
+    def _is_item(self, name: str) -> bool:
+        """Whether a name in a lease is the item's."""
+        return name == self._item if self._item else name not in (LOCK, ATTEMPTS)
+
+    def leave(self, work_item: WorkItem) -> None:
+        """Give up an item where it is. It is stale then, and the next process takes it over.
+
+        Args:
+            work_item: An item of this process; nothing happens if it has ended.
+        """
+        if work_item.open:
+            # The flag comes first: Ctrl-C may come in between, and the number of a closed file may
+            # be another file's by then.
+            work_item.open = False
+            os.close(work_item.handle)
+
+    def _claim(self, source: Path, name: str) -> WorkItem:
+        """Move an item into a new lease of that name.
+
+        Raises:
+            FileNotFoundError: When another process was faster.
+            BlockingIOError: When another process took the new lease for a dead one's.
+            OSError: When it cannot be moved.
+        """
+        lease = self._leases / name
+        lease.parent.mkdir(self._mode, exist_ok=True)
+        lease.mkdir(self._mode)
+        handle = _hold(lease, os.O_CREAT) if self._locked else -1
+        if handle is None:
+            raise BlockingIOError
+        work_item = WorkItem(lease, lease / (self._item or source.name), handle)
+        try:
+            sync_folder(lease.parent)
+            rename(source, work_item.item)
+        except BaseException:
+            self._put_back(work_item, source)
+            raise
+        return work_item
+
+    def _put_back(self, work_item: WorkItem, place: Path) -> None:
+        """Return a claimed item to its place."""
+        if os.path.lexists(work_item.item):
+            if os.path.lexists(place):  # another item of that name has arrived
+                self.leave(work_item)
+                return
+            os.rename(work_item.item, place)
+        self._end(work_item)
+
+    def _end(self, work_item: WorkItem) -> None:
+        """Remove the lease of an item that has left it."""
+        work_item.attempts.unlink(missing_ok=True)
+        (work_item.lease / LOCK).unlink(missing_ok=True)
+        with suppress(OSError):
+            work_item.lease.rmdir()
+        self.leave(work_item)
 
 
-class Inbox:
+class Inbox(WorkQueue):
     """The watched folder of one output folder. Items claimed for other output folders are ignored.
 
     Args:
@@ -117,15 +228,12 @@ class Inbox:
         is_complete: Callable[[Path], bool],
         shared: bool = False,
     ):
-        _check_folders(folder, output)
+        check_folders(folder, output, (WORK, DONE, FAILED))
         self._folder, self._stable, self._shared = folder, stable, shared
         self._is_complete = is_complete
-        with writing(folder):
-            # Whoever may see the folder may see the folders in it, and nobody else.
-            self._mode = folder.stat().st_mode & 0o777
-        output_path = os.fsencode(output.absolute().resolve())
-        self._prefix = hashlib.sha256(output_path).hexdigest()[:8]
-        self._observed: dict[str, _Observation] = {}
+        digest = hashlib.sha256(os.fsencode(output.absolute().resolve())).hexdigest()
+        super().__init__(folder / WORK, prefix=f"{digest[:8]}-", locked=True)
+        self._observed: dict[str, Observation] = {}
         self.settling = False
 
     def look(self) -> list[Path]:
@@ -138,13 +246,13 @@ class Inbox:
             OutputError: When the folder cannot be read.
         """
         now, ready = time.monotonic(), []
-        observed: dict[str, _Observation] = {}
+        observed: dict[str, Observation] = {}
         self.settling = False
         with writing(self._folder):
             items = [
                 path
                 for path in self._folder.iterdir()
-                if path.name not in (DONE, FAILED) and not _unfinished(path.name)
+                if path.name not in (DONE, FAILED) and not unfinished(path.name)
             ]
         for item in items:
             current = fingerprint(item)
@@ -154,7 +262,7 @@ class Inbox:
             if before is not None and before.fingerprint == current:
                 observation = before
             else:
-                observation = _Observation(current, now)
+                observation = Observation(current, now)
             observed[item.name] = observation
             observation.age = now - observation.since
             patience = PATIENCE if observation.complete is False else 1
@@ -189,20 +297,16 @@ class Inbox:
             self.settling = True
             return None
         with writing(self._folder):
-            lease = self._folder / WORK / f"{self._prefix}-{os.urandom(6).hex()}"
-            lease.parent.mkdir(self._mode, exist_ok=True)
-            lease.mkdir(self._mode)
-            handle = _hold(lease, os.O_CREAT)
-            if handle is None:  # another watcher took the new lease for a dead one's
+            try:
+                work_item = self._claim(item, f"{self._prefix}{os.urandom(6).hex()}")
+            except FileNotFoundError:  # another watcher was faster
+                return None
+            except BlockingIOError:
                 self.settling = True
                 return None
-            work_item = WorkItem(lease, lease / item.name, handle)
             try:
-                os.rename(item, work_item.item)
                 if self._is_ready(work_item, observation) or os.path.lexists(item):
                     return work_item
-            except FileNotFoundError:  # another watcher was faster
-                pass
             except BaseException:
                 self._put_back(work_item, item)
                 raise
@@ -210,7 +314,7 @@ class Inbox:
             self._put_back(work_item, item)
             return None
 
-    def _is_ready(self, work_item: WorkItem, observation: _Observation) -> bool:
+    def _is_ready(self, work_item: WorkItem, observation: Observation) -> bool:
         """Whether the claimed item is unchanged, and complete or out of patience."""
         if fingerprint(work_item.item) != observation.fingerprint:
             return False
@@ -225,47 +329,13 @@ class Inbox:
         self.settling = True
         return False
 
-    def _put_back(self, work_item: WorkItem, item: Path) -> None:
-        """Return a claimed item to its place."""
-        if os.path.lexists(work_item.item):
-            if os.path.lexists(item):  # another item of that name has arrived
-                self._close(work_item)
-                return
-            os.rename(work_item.item, item)
-        self._end(work_item)
-
-    def stale_items(self) -> Iterator[WorkItem]:
-        """Take over the items of watchers for the same output that ended before they finished.
-
-        Call it while this process owns no item.
-
-        Yields:
-            Items, each of which this process owns from then on.
-
-        Raises:
-            OutputError: When the folder cannot be read.
-        """
-        with writing(self._folder):
-            leases = sorted((self._folder / WORK).glob(f"{self._prefix}-*"))
-        for lease in leases:
-            with writing(self._folder):
-                handle = _hold(lease)
-                if handle is None:
-                    continue
-                items = [path for path in lease.iterdir() if path.name not in (LOCK, ATTEMPTS)]
-                work_item = WorkItem(lease, items[0] if items else lease / LOCK, handle)
-                if not items:
-                    self._end(work_item)
-                    continue
-            yield work_item
-
     def finish(self, work_item: WorkItem) -> Path:
         """Move an item to done/, or to failed/ beside a file with the reason.
 
-        Where its name is taken there, it receives a number.
+        Where its name is taken, it receives a number.
 
         Args:
-            work_item: An item that this process owns; its `errors` decide on the folder.
+            work_item: An item that this process owns; its `reasons` decide on the folder.
 
         Returns:
             The item's new path.
@@ -273,50 +343,15 @@ class Inbox:
         Raises:
             OutputError: When it cannot be moved, or the reason cannot be written.
         """
-        folder = self._folder / (FAILED if work_item.errors else DONE)
+        folder = self._folder / (FAILED if work_item.reasons else DONE)
         with writing(folder):
             folder.mkdir(self._mode, exist_ok=True)
             with self._exclusive():
-                place = _free(folder / work_item.item.name)
-                if work_item.errors:
-                    # Before the rename, so that no item is in failed/ without its reason.
-                    self._write_reason(work_item, place)
-                os.rename(work_item.item, place)
+                place = free_name(folder / work_item.item.name)
+                with private(not self._shared and may_be_dicom(work_item.item)):
+                    move_with_reasons(work_item.item, place, reasons_file(place), work_item.reasons)
             self._end(work_item)
         return place
-
-    def _write_reason(self, work_item: WorkItem, place: Path) -> None:
-        """Write why an item failed into a file beside its future place."""
-        file = place.with_name(f"{place.name}.reason.txt")
-        if not filename_fits(file):
-            file = place.with_name(f"{pseudonym('item', place.name)}.reason.txt")
-        reasons = [reason(work_item, error) for error in work_item.errors]
-        with private(not self._shared and may_be_dicom(work_item.item)):
-            write_text(file, "\n\n".join(reasons) + "\n")
-
-    def leave(self, work_item: WorkItem) -> None:
-        """Give up an item where it is. It is stale then, and the next process takes it over.
-
-        Args:
-            work_item: An item of this process; nothing happens if it has ended.
-        """
-        if work_item.open:
-            self._close(work_item)
-
-    def _end(self, work_item: WorkItem) -> None:
-        """Remove the lease of an item that has left it."""
-        work_item.attempts.unlink(missing_ok=True)
-        (work_item.lease / LOCK).unlink(missing_ok=True)
-        with suppress(OSError):
-            work_item.lease.rmdir()
-        self._close(work_item)
-
-    def _close(self, work_item: WorkItem) -> None:
-        """End the lock of a lease."""
-        # The flag comes first: Ctrl-C may come in between, and the number of a closed file may
-        # be another file's by then.
-        work_item.open = False
-        os.close(work_item.handle)
 
     @contextmanager
     def _exclusive(self) -> Iterator[None]:
@@ -330,133 +365,22 @@ class Inbox:
             os.close(handle)
 
 
-def _check_folders(folder: Path, output: Path) -> None:
-    """Raise `UsageError` for folders that cannot be a watched folder and its output."""
-    if not folder.is_dir():
-        raise UsageError(
-            f"there is no folder {folder} to watch",
-            expected="a folder that receives masks",
-            remedy="make it, or check the path",
-            file=folder,
-        )
-    if output.absolute().resolve().is_relative_to(folder.resolve()):
-        raise UsageError(
-            "the output folder lies in the watched one",
-            expected="results beside it, not in it",
-            remedy="choose another --output",
-            file=output,
-        )
-    for name in (WORK, DONE, FAILED):
-        if (folder / name).is_symlink():
-            raise UsageError(
-                f"{name} in the watched folder is a link",
-                expected="a folder of its own, or none",
-                remedy="remove the link; masks are moved there, not copied",
-                file=folder / name,
-            )
-
-
-def fingerprint(path: Path) -> Fingerprint:
-    """Take the fingerprint of an item, which changes whenever a file of it does.
-
-    A link counts itself, and not what it leads to.
+def move_with_reasons(old: Path, new: Path, reasons_file: Path, reasons: Sequence[str]) -> None:
+    """Move what was worked on to its last folder, after the reasons why it failed.
 
     Args:
-        path: A file or a folder.
+        old: Its path.
+        new: Its path in the last folder.
+        reasons_file: Receives the reasons, before the move: nothing lies in failed/ without.
+        reasons: Why it failed; none when it did not.
 
-    Returns:
-        Relative path, size in bytes and time of change in ns of every file; empty where there is
-        none, or one that is still being copied.
+    Raises:
+        OutputError: When the reasons cannot be written.
+        OSError: When it cannot be moved.
     """
-    try:
-        if path.is_symlink() or not path.is_dir():
-            state = path.lstat()
-            return (("", state.st_size, state.st_mtime_ns),)
-        files = [*_files_in(path)]
-        if any(_unfinished(file.name) for file in files):
-            return ()
-        states = ((file.relative_to(path).as_posix(), file.lstat()) for file in files)
-        return tuple(sorted((name, state.st_size, state.st_mtime_ns) for name, state in states))
-    except OSError:  # it went away, or cannot be read yet
-        return ()
-
-
-def _files_in(folder: Path) -> Iterator[Path]:
-    """Every file and link in a folder, at any depth, but what macOS leaves there."""
-    for parent, folders, files in os.walk(folder):
-        # A linked folder is not entered, but counts as a link.
-        links = [name for name in folders if (Path(parent) / name).is_symlink()]
-        for name in (*files, *links):
-            if not name.lower().startswith(IGNORED):
-                yield Path(parent) / name
-
-
-def may_be_dicom(item: Path) -> bool:
-    """Whether an item may hold a patient's data besides a mask.
-
-    Args:
-        item: A file or folder; only its name counts.
-
-    Returns:
-        False for the name of a volume file, else True.
-    """
-    return not item.name.lower().endswith(SUFFIXES)
-
-
-def display_name(item: Path) -> str:
-    """Return the name of an item for messages.
-
-    Args:
-        item: A file or folder.
-
-    Returns:
-        The name of a volume file. Anything else may be DICOM and named after a patient: then a
-        pseudonym, made of a digest.
-    """
-    if not may_be_dicom(item):
-        return printable(item.name)
-    return pseudonym("zip" if is_zip(item) else "item", item.name)
-
-
-def reason(work_item: WorkItem, exc: Mask2CTError) -> str:
-    """Return an error as text, without its working folder and names that may be a patient's.
-
-    Args:
-        work_item: The item that the error is about.
-        exc: The error.
-
-    Returns:
-        The text, with the display name in place of the item's path and name.
-    """
-    text = str(exc).replace(printable(work_item.item), work_item.display_name)
-    name = printable(work_item.item.name)
-    # A name of a few letters may be a part of any word.
-    return text.replace(name, work_item.display_name) if len(name) > 3 else text
-
-
-def groups_without_name_clash(
-    work_items: Sequence[WorkItem], names: Mapping[str, Sequence[str]]
-) -> Iterator[list[WorkItem]]:
-    """Split items into groups in which no two cases have the same name.
-
-    Args:
-        work_items: The items.
-        names: By the name of an item's lease, the names of its cases.
-
-    Yields:
-        The groups, which together hold each item once.
-    """
-    remaining = [*work_items]
-    while remaining:
-        group_names: set[str] = set()
-        group = []
-        for work_item in remaining:
-            case_names = names[work_item.lease.name]
-            if group_names.isdisjoint(case_names):
-                group.append(work_item)
-                group_names.update(case_names)
-        remaining = [work_item for work_item in remaining if work_item not in group]
-        yield group
+    if reasons:
+        write_text(reasons_file, "\n\n".join(reasons) + "\n")
+    rename(old, new)
 
 
 def _hold(lease: Path, flags: int = 0) -> int | None:
@@ -474,23 +398,3 @@ def _hold(lease: Path, flags: int = 0) -> int | None:
             return handle
     os.close(handle)
     return None
-
-
-def _free(path: Path) -> Path:
-    """Return `path`, or the first free one with -2, -3 … before its suffixes."""
-    name, ending = path.name, "" if path.is_dir() else path.suffix
-    for suffix in SUFFIXES:
-        if name.lower().endswith(suffix):
-            ending = suffix
-            break
-    base, ending = name[: len(name) - len(ending)], name[len(name) - len(ending) :]
-    number, place = 1, path
-    while os.path.lexists(place):
-        number += 1
-        place = path.with_name(f"{base}-{number}{ending}")
-    return place
-
-
-def _unfinished(name: str) -> bool:
-    """Whether a name is one of a copy that is not finished."""
-    return name.startswith(".") or name.lower().endswith(UNFINISHED)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.core.append_log import AppendLog
 from runtime.core.atomic_files import write_text
 
 from ..figures import WINDOW_HU
@@ -223,8 +223,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         path: The file.
 
     Returns:
-        Its lines as JSON objects.
+        Its lines as JSON objects, without one that a kill cut short.
     """
-    return [
-        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-    ]
+    return AppendLog(path, checksums=False).read()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from runtime.core.append_log import append
+from runtime.core.append_log import AppendLog
 from runtime.core.atomic_files import write_json
 from runtime.core.console import Progress
-from runtime.core.errors import UsageError, reading, writing
+from runtime.core.errors import UsageError, reading
 from runtime.core.manifest import Intensity
 
 from .arms import Arm, Generate, Sources
@@ -70,14 +69,11 @@ class Results:
     """results.jsonl: one line for each arm, seed and test patient. A torn line is passed over."""
 
     def __init__(self, folder: Path):
-        self.path = folder / RESULTS
+        self._log = AppendLog(folder / RESULTS, checksums=False)
         self.rows: dict[tuple[str, int, int], dict[str, Any]] = {}
-        content = self.path.read_bytes() if self.path.is_file() else b""
-        for line in content.splitlines():
-            row = _row(line)
-            if row is not None:
+        for row in self._log.read():
+            if {"arm", "seed", "patient", *MEASURES} <= row.keys():
                 self.rows[row["arm"], row["seed"], row["patient"]] = row
-        self._torn = bool(content) and not content.endswith(b"\n")
 
     def has(self, arm: str, seed: int, patients: Sequence[int]) -> bool:
         """Whether an arm and seed is finished."""
@@ -85,14 +81,7 @@ class Results:
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Append a segmenter's lines; returns when they are on the disk. Raises `OutputError`."""
-        lines = b"".join(json.dumps(row).encode() + b"\n" for row in rows)
-        with writing(self.path):
-            handle = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-            try:
-                append(handle, (b"\n" if self._torn else b"") + lines)
-            finally:
-                os.close(handle)
-        self._torn = False
+        self._log.add(*rows)
         self.rows.update({(row["arm"], row["seed"], row["patient"]): row for row in rows})
 
     def of(self, arm: str, seeds: Sequence[int], patients: Sequence[int]) -> Scores:
@@ -100,15 +89,6 @@ class Results:
         keys = [(seed, patient) for seed in seeds for patient in patients]
         rows = {(seed, patient): self.rows.get((arm, seed, patient)) for seed, patient in keys}
         return {key: row for key, row in rows.items() if row is not None}
-
-
-def _row(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    wanted = {"arm", "seed", "patient", *MEASURES}
-    return row if isinstance(row, dict) and wanted <= row.keys() else None
 
 
 def require_plan(folder: Path, plan: Mapping[str, Any]) -> dict[str, Any]:

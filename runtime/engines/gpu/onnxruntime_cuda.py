@@ -21,7 +21,6 @@ from ..cpu.base import WorkerStream
 from ..cpu.onnxruntime import DTYPES, onnxruntime
 from ..memory import HOST_STREAM
 from .base import STREAMS, GpuEngine, GpuSlot, Shapes, batches, nbytes_of, shapes_of
-from .probe import DRIVER_REMEDY, why_no_gpu
 
 PROVIDER = "CUDAExecutionProvider"
 INSTALL = (
@@ -36,16 +35,16 @@ _FILE_ERRORS = ("INVALID_PROTOBUF", "INVALID_GRAPH", "NO_SUCHFILE", "INVALID_ARG
 
 
 def why_absent() -> tuple[str, str] | None:
-    """Return why ONNX Runtime cannot use a GPU here and the remedy; None where it can.
+    """Return why ONNX Runtime cannot use a GPU and the remedy; None where it can.
 
-    The check imports onnxruntime, which alone knows its providers.
+    The caller has seen that there is a GPU. The check imports onnxruntime, which alone knows its
+    providers.
     """
     if find_spec("onnxruntime") is None:
         return "onnxruntime-gpu is not installed", INSTALL
     if PROVIDER not in onnxruntime().get_available_providers():
         return "the installed onnxruntime was built without CUDA", INSTALL
-    why = why_no_gpu()
-    return (why, DRIVER_REMEDY) if why else None
+    return None
 
 
 class OnnxCudaEngine(GpuEngine):

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,26 +17,55 @@ from ...core.manifest import Manifest
 from ..base import EngineError, EngineOptions, EngineSpec, Inputs
 from ..memory import ALIGNMENT
 from .base import STREAMS, GpuEngine, GpuSlot, Shapes, batches, nbytes_of, shapes_of
-from .probe import DRIVER_REMEDY, why_no_gpu
 from .workspace import Workspace, WorkspacePool
+
+
+@dataclass(frozen=True)
+class Library:
+    """One of NVIDIA's runtimes.
+
+    Attributes:
+        title: what people call it.
+        modules: the Python modules that hold it; the first that loads an engine file is used.
+        versions: the oldest (major, minor) with the names that this module uses, and the first one
+            that is too new.
+        install: the command that installs it.
+    """
+
+    title: str
+    modules: tuple[str, ...]
+    versions: tuple[tuple[int, int], tuple[int, int]]
+    install: str
+
+    @property
+    def range(self) -> str:
+        """The versions as people write them: ">= 10.13, < 12.0"."""
+        (oldest, minor), (newest, next_minor) = self.versions
+        return f">= {oldest}.{minor}, < {newest}.{next_minor}"
+
+    def serves(self, version: str) -> bool:
+        """Return whether this module works with that version of the library."""
+        return self.versions[0] <= tuple(map(int, version.split(".")[:2])) < self.versions[1]
+
+    def why_absent(self) -> tuple[str, str] | None:
+        """Return why the library is absent and the remedy; None where it is installed.
+
+        The check does not import it.
+        """
+        if any(find_spec(name) for name in self.modules):
+            return None
+        return f"{self.title} is not installed ({' or '.join(self.modules[::2])})", self.install
+
 
 # The lean runtime (44 MB) loads the engines that export writes by default; an engine built with
 # --native needs the full one. For each stand its front package and the wheel of its bindings, which
 # works alone.
-MODULES = ("tensorrt_lean", "tensorrt_lean_bindings", "tensorrt", "tensorrt_bindings")
-VERSIONS = ((10, 13), (12, 0))  # from, below: all of them have the names that this module uses
-INSTALL = 'pip install "mask2ct[gpu]"'
-
-
-def why_absent() -> tuple[str, str] | None:
-    """Return why no TensorRT engine can run here and the remedy; None where one can.
-
-    The check does not import TensorRT.
-    """
-    if not any(find_spec(name) for name in MODULES):
-        return "neither tensorrt_lean nor tensorrt is installed", INSTALL
-    why = why_no_gpu()
-    return (why, DRIVER_REMEDY) if why else None
+TENSORRT = Library(
+    "TensorRT",
+    ("tensorrt_lean", "tensorrt_lean_bindings", "tensorrt", "tensorrt_bindings"),
+    ((10, 13), (12, 0)),
+    'pip install "mask2ct[gpu]"',
+)
 
 
 class TensorRTEngine(GpuEngine):
@@ -45,9 +75,12 @@ class TensorRTEngine(GpuEngine):
     largest of the profile that fits `max_memory`.
 
     Attributes:
+        library: the runtime of NVIDIA's that loads the file.
         engine: the deserialized engine (ICudaEngine).
         activations: the activation memory that its execution contexts share.
     """
+
+    library: ClassVar[Library] = TENSORRT
 
     def __init__(self, path: Path, manifest: Manifest, options: EngineOptions | None = None):
         """Load an engine file.
@@ -68,7 +101,7 @@ class TensorRTEngine(GpuEngine):
         super().__init__(manifest, options)
         try:
             with self.cuda.current():
-                self._trt, self._runtime, self.engine = _deserialize(path)
+                self._trt, self._runtime, self.engine = _deserialize(path, self.library)
                 self._check(path)
                 self._plan(path, manifest, options)
         except BaseException:
@@ -294,7 +327,7 @@ def accepted(success: bool, what: str) -> None:
         )
 
 
-def _deserialize(path: Path) -> tuple[Any, Any, Any]:
+def _deserialize(path: Path, library: Library) -> tuple[Any, Any, Any]:
     """Load an engine file with the first runtime that can, the lean one first.
 
     Returns:
@@ -303,14 +336,13 @@ def _deserialize(path: Path) -> tuple[Any, Any, Any]:
     reasons: list[str] = []
     plan = path.read_bytes()
     usable = False
-    for name in MODULES:
+    for name in library.modules:
         try:
             trt = import_module(name)
         except ImportError as exc:
             reasons.append(f"{name}: {exc}")
             continue
-        version = tuple(int(n) for n in str(trt.__version__).split(".")[:2])
-        if not VERSIONS[0] <= version < VERSIONS[1]:
+        if not library.serves(str(trt.__version__)):
             reasons.append(f"{name} is {trt.__version__}")
             continue
         usable = True
@@ -324,13 +356,13 @@ def _deserialize(path: Path) -> tuple[Any, Any, Any]:
         reasons.append(f"{name} {trt.__version__}: {details}")
     if not usable:
         raise MissingComponent(
-            f"no TensorRT runtime can be used: {'; '.join(reasons)}",
-            expected="tensorrt_lean or tensorrt >= 10.13, < 12",
-            remedy=INSTALL,
+            f"no runtime of {library.title} can be used: {'; '.join(reasons)}",
+            expected=f"{' or '.join(library.modules[::2])} {library.range}",
+            remedy=library.install,
         )
     raise ModelError(
-        f"no TensorRT runtime here loads {path.name} ({'; '.join(reasons)})",
-        expected="an engine of this TensorRT and this GPU",
+        f"no runtime of {library.title} here loads {path.name} ({'; '.join(reasons)})",
+        expected=f"an engine of this {library.title} and this GPU",
         remedy="build it on this machine; one built with --native needs the same full TensorRT",
         file=path,
     )
