@@ -78,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
 
     trained = load_run(options.run)
     check_verdict(trained, accept_weak=options.accept_weak)
-    graph = LabelsToIntensity(load_generator(options.run), len(trained.labels), trained.intensity)
+    graph = LabelsToIntensity(load_generator(options.run), trained.classes, trained.intensity)
     masks = load_validation(trained)
     write_model(
         trained,

@@ -38,7 +38,8 @@ class LabelsToIntensity(nn.Module):
 
         Args:
             labels: uint8 (N, Z, H, W), model indices.
-            style: float32 (N, S).
+            style: float32 (N, S); for a generator with a mean skip the contrast, (N, classes) in
+                the image's unit.
             noise: uint8 (N, H, W), uniform random bytes.
 
         Returns:
@@ -46,6 +47,9 @@ class LabelsToIntensity(nn.Module):
         """
         unit_noise = None if noise is None else standardise_noise(noise).unsqueeze(1)
         condition = one_hot(labels, self.classes).to(self.precision)
+        if style is not None and self.generator.mean_skip is not None:
+            # A contrast is in the image's unit.
+            style = style / (self.high - self.low)
         image = self.generator(condition, unit_noise, style)[:, 0]  # (N, H, W) in [0, 1]
         hu = torch.round(image * (self.high - self.low) + self.low)
         values = torch.clamp(hu, self.low, self.high)
@@ -60,6 +64,12 @@ class Fp16Layer(nn.Module):
     def __init__(self, layer: nn.Module):
         super().__init__()
         self.layer = layer.half()
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights of the layer, FP16."""
+        weight: Tensor = self.layer.weight
+        return weight
 
     def forward(self, *inputs: Tensor) -> Tensor:
         """Compute the layer on `inputs` as FP16; returns FP16."""

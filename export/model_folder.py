@@ -103,6 +103,8 @@ def write_model(
         training=provenance(run),
         license=str(run.data.get("license", "")),
         modality=modality(run.config),
+        context=run.context,
+        noise_along_z=run.config.generator.noise_along_z,
     )
     network = fuse_batch_norm(graph)
     if folder.parent.is_dir():
@@ -286,7 +288,10 @@ def write_int8(
     truth = parity.reference(
         graph,
         parity.draw_inputs(
-            manifest.inputs, parity.repeated(masks[tried_on], TRIAL_SLICES, manifest.inputs), seed=3
+            manifest.inputs,
+            parity.repeated(masks[tried_on], TRIAL_SLICES, manifest.inputs),
+            seed=3,
+            context=manifest.context,
         ),
     )
     # The slices that layers are fitted on do not show how good the fit is.
@@ -294,7 +299,7 @@ def write_int8(
     fitted_on = not_tried_on if len(not_tried_on) else picked
     most = max(1, min(FIT_SLICES, FIT_PIXELS // masks[0, 0].size))
     fit_masks = masks[fitted_on[spread(len(fitted_on), min(most, len(fitted_on)))]]
-    fit_on = parity.draw_inputs(manifest.inputs, fit_masks, seed=2)
+    fit_on = parity.draw_inputs(manifest.inputs, fit_masks, seed=2, context=manifest.context)
     backend = next(b for b in BACKENDS if b.file == ("onnx", precision) and not b.uninstalled())
 
     def measure(path: Path) -> dict[str, Any]:
@@ -305,7 +310,7 @@ def write_int8(
             engine.close()
 
     path, fp32, count = part / FILES[precision], part / FILES["fp32"], 0
-    inputs = parity.draw_inputs(manifest.inputs, masks[picked], seed=1)
+    inputs = parity.draw_inputs(manifest.inputs, masks[picked], seed=1, context=manifest.context)
     for candidate in candidates(
         fp32,
         path,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from runtime.core.context import Context
 from runtime.core.errors import ModelError, ParityError
 from runtime.core.manifest import Manifest, TensorSpec
 from runtime.engines.base import Engine
@@ -105,7 +106,10 @@ def repeated(
 
 
 def draw_inputs(
-    specs: tuple[TensorSpec, ...], labels: NDArray[np.uint8], seed: int = 0
+    specs: tuple[TensorSpec, ...],
+    labels: NDArray[np.uint8],
+    seed: int = 0,
+    context: Context | None = None,
 ) -> dict[str, NDArray[Any]]:
     """Inputs of the graph: labels, and noise and a style for each slice as the runtime draws them.
 
@@ -113,6 +117,7 @@ def draw_inputs(
         specs: The graph's inputs.
         labels: uint8 (n, Z, H, W).
         seed: Of the random generator.
+        context: The model's context, whose contrast the style is.
 
     Returns:
         Arrays of n slices by name.
@@ -120,7 +125,11 @@ def draw_inputs(
     rng = np.random.default_rng(seed)
     inputs: dict[str, NDArray[Any]] = {"labels": np.ascontiguousarray(labels)}
     for tensor in specs:
-        if tensor.name == "style":
+        if tensor.name == "style" and context is not None:
+            directions = np.array(context.contrast, np.float32)
+            drawn = rng.standard_normal((len(labels), len(directions)), np.float32)
+            inputs["style"] = drawn @ directions
+        elif tensor.name == "style":
             inputs["style"] = rng.standard_normal((len(labels), int(tensor.shape[1])), np.float32)
         elif tensor.name == "noise":
             inputs["noise"] = rng.integers(0, 256, (len(labels), *labels.shape[2:]), np.uint8)
@@ -166,11 +175,13 @@ def references(
     """
     chosen = repeated(masks, SLICES, manifest.inputs)
     random = random_labels(
-        RANDOM_SLICES, manifest.grid.slices, manifest.grid.canvas, len(manifest.labels)
+        RANDOM_SLICES, manifest.grid.slices, manifest.grid.canvas, manifest.classes
     )
     return {
-        ON_MASKS: reference(graph, draw_inputs(manifest.inputs, chosen), len(masks)),
-        ON_RANDOM: reference(graph, draw_inputs(manifest.inputs, random)),
+        name: reference(
+            graph, draw_inputs(manifest.inputs, labels, context=manifest.context), count
+        )
+        for name, labels, count in ((ON_MASKS, chosen, len(masks)), (ON_RANDOM, random, None))
     }
 
 

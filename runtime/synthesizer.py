@@ -14,12 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .core.atomic_files import sha256_of
+from .core.context import UNKNOWN
+from .core.contrast import IntensityRequest, Requests, draw_contrast, requested_classes
 from .core.deformation import DeformationParams, MaskDeformer
-from .core.errors import GeometryError, MemoryCapExceeded, UnknownLabels
+from .core.errors import GeometryError, MemoryCapExceeded, UnknownLabels, UsageError
 from .core.labels import LabelMap, to_indices
+from .core.layout import dense_volume
 from .core.manifest import MANIFEST, Manifest
 from .core.resampling import SliceGrid
 from .core.rng import CaseRandom
+from .core.tissue_classes import classes_of_volume
 from .core.volume import CTSlab, Geometry, LabelVolume
 from .engines.base import Engine, EngineError, EngineOptions
 from .engines.execution import ExecutionSlot
@@ -67,6 +71,7 @@ class VolumeSynthesizer:
         self._engine, self._closed = engine, False
         self._reopen_engine, self._released = again, False
         self._reason, self._batch = reason, max(1, batch)
+        self._requested: dict[int, IntensityRequest] = {}
         self._slots: set[ExecutionSlot] = set()  # all open slots
         self._idle: list[ExecutionSlot] = []  # the open slots that no volume uses
         self._lock = threading.Lock()
@@ -135,6 +140,17 @@ class VolumeSynthesizer:
         synthesizer.manifest_sha256 = manifest_sha256
         return synthesizer
 
+    def request_intensities(self, requests: Requests) -> None:
+        """Ask for intensities in every volume from now on, instead of drawing them.
+
+        Args:
+            requests: The class's name and its intensity (`runtime.core.contrast.parse_requests`).
+
+        Raises:
+            UsageError: The model takes no intensities, or has no such class.
+        """
+        self._requested = requested_classes(self.manifest, requests)
+
     @property
     def backend(self) -> str:
         """The engine that runs, and why it was chosen."""
@@ -142,8 +158,15 @@ class VolumeSynthesizer:
 
     @property
     def engine(self) -> str:
-        """The engine that runs. It decides the bytes of a result together with the model."""
-        return self._live.name
+        """The engine that runs, and the intensities that were asked for.
+
+        They decide the bytes of a result together with the model.
+        """
+        asked = [
+            f"{index}={request.value:g}±{request.deviation:g}"
+            for index, request in sorted(self._requested.items())
+        ]
+        return self._live.name + (f", intensities {' '.join(asked)}" if asked else "")
 
     def memory(self) -> dict[str, PoolStats]:
         """The memory in use, in bytes, by kind: "host", or "device" and "page-locked".
@@ -200,10 +223,46 @@ class VolumeSynthesizer:
         )
 
     def values(self, volume: LabelVolume) -> NDArray[np.int32]:
-        """The inverse of `volume`: label values of the model's table, int32 (D, H, W)."""
-        return np.array([label.value for label in self.manifest.labels.labels], np.int32)[
-            volume.labels
-        ]
+        """The inverse of `volume`: label values of the model's table, int32 (D, H, W).
+
+        The tissues of a dense map are background.
+        """
+        values = [label.value for label in self.manifest.labels.labels]
+        tissues = [values[0]] * (self.manifest.classes - len(values))
+        return np.array(values + tissues, np.int32)[volume.labels]
+
+    def with_tissues(self, volume: LabelVolume, image: NDArray[Any]) -> LabelVolume:
+        """Put a mask onto the tissues that an image of the same patient shows around it.
+
+        `synthesize` and `slabs` take the result as they take a mask, for a model with a context.
+
+        Args:
+            volume: The mask in model indices.
+            image: (D, H, W) on the grid of the mask, in the model's unit.
+
+        Returns:
+            The dense map: a label or a context class for every voxel.
+
+        Raises:
+            UsageError: The model has no context.
+            GeometryError: The image has another size.
+        """
+        context = self.manifest.context
+        if context is None:
+            raise UsageError(
+                f"the model {self.manifest.name} has no context classes",
+                expected="a model whose manifest has a context",
+                remedy="synthesize from the mask alone",
+            )
+        if image.shape != volume.labels.shape:
+            raise GeometryError(
+                f"the image has {image.shape} voxels, the mask {volume.labels.shape}",
+                expected="image and mask on one grid",
+                remedy="resample the mask onto its image",
+            )
+        labels = len(self.manifest.labels)
+        tissues = classes_of_volume(image, volume.geometry, context, labels, self.manifest.grid)
+        return dense_volume(volume, tissues)
 
     def synthesize(
         self, volume: LabelVolume, *, seed: int = 0, variant: int = 0
@@ -244,24 +303,32 @@ class VolumeSynthesizer:
             InputError: The labels or the grid do not suit the model.
         """
         highest = max(int(plane.max()) for plane in volume.labels)
-        if highest >= len(self.manifest.labels):
+        if highest >= self.manifest.classes:
             raise UnknownLabels(
                 f"the mask holds the index {highest}",
-                expected=f"model indices 0 to {len(self.manifest.labels) - 1}",
+                expected=f"model indices 0 to {self.manifest.classes - 1}",
                 remedy="map file values with runtime.core.labels.to_indices",
             )
         grid = self.grid(volume)
-        random = CaseRandom(seed, volume.digest, variant)
+        random = CaseRandom(seed, volume.digest, variant, self.manifest.noise_along_z)
+        context, unlabelled, style = self.manifest.context, 0, None
+        if context is not None:
+            if highest < len(self.manifest.labels):
+                # No layout: nobody knows what lies outside the labels.
+                unlabelled = context.index(UNKNOWN, len(self.manifest.labels))
+            if self.manifest.style:
+                style = draw_contrast(context, random, self._requested)
+        start = partial(ExecutionSlot.start, style=style, unlabelled=unlabelled)
         plane = [n for axis, n in enumerate(volume.labels.shape) if axis != grid.axis]
-        start, hu = 0, np.empty((min(self._batch, grid.count), *plane), np.int16)
-        with closing(self._run_slices(grid, volume.labels, random)) as finished:
+        first, hu = 0, np.empty((min(self._batch, grid.count), *plane), np.int16)
+        with closing(self._run_slices(grid, volume.labels, random, start)) as finished:
             for slot, ks in finished:
                 for k in ks:
-                    slot.read_slice(grid, k, hu[k - start], self.manifest.intensity.low)
-                    if k + 1 == start + len(hu):
-                        yield CTSlab(np.moveaxis(hu, 0, grid.axis), grid.axis, start)
-                        start += len(hu)
-                        hu = np.empty((min(self._batch, grid.count - start), *plane), np.int16)
+                    slot.read_slice(grid, k, hu[k - first], self.manifest.intensity.low)
+                    if k + 1 == first + len(hu):
+                        yield CTSlab(np.moveaxis(hu, 0, grid.axis), grid.axis, first)
+                        first += len(hu)
+                        hu = np.empty((min(self._batch, grid.count - first), *plane), np.int16)
 
     def variants(
         self, case: Case, mask: LabelVolume, ranges: DeformationParams, seed: int
@@ -307,7 +374,11 @@ class VolumeSynthesizer:
             )
 
     def _run_slices(
-        self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom
+        self,
+        grid: SliceGrid,
+        labels: NDArray[np.uint8],
+        random: CaseRandom,
+        start: Callable[..., None],
     ) -> Generator[tuple[ExecutionSlot, range]]:
         """Yield each group of slices and the slot that holds it, in order.
 
@@ -329,7 +400,7 @@ class VolumeSynthesizer:
                     continue
                 slot, ks = free.popleft(), range(k, min(k + batch, grid.count))
                 try:
-                    slot.start(grid, labels, random, ks)
+                    start(slot, grid, labels, random, ks)
                 except MemoryCapExceeded:
                     # A slot takes the GPU's memory when it starts. The slots that fit go on.
                     if not busy:
@@ -392,7 +463,11 @@ class VolumeSynthesizer:
             GeometryError: The labels need a larger canvas than the engine takes.
         """
         depth, height, width = volume.labels.shape
-        grid = SliceGrid(self.manifest.grid, volume.geometry, (depth, height, width), volume.labels)
+        # The canvas grows for expert labels alone, as in training.
+        classes = None if self.manifest.context is None else len(self.manifest.labels)
+        grid = SliceGrid(
+            self.manifest.grid, volume.geometry, (depth, height, width), volume.labels, classes
+        )
         largest = self._engine.spec.largest
         if largest is not None and (grid.size[0] > largest[0] or grid.size[1] > largest[1]):
             raise GeometryError(

@@ -44,6 +44,12 @@ NOT_RUN = {
     "mask2ct synth masks/ --model MODEL --output OUT --ray auto": "needs a cluster",
     "mask2ct synth IN --model MODEL --output OUT --ray auto": "needs a cluster",
     "mask2ct synth masks/ --model MODEL --output OUT --ray --ray-workers 2": "needs 16 cores",
+    "mask2ct synth IN --model MODEL --output OUT --variants 4 --intensity": (
+        "needs a model with a contrast; tests/test_mean_skip.py asks one for intensities"
+    ),
+    "mask2ct synth labelsTr --model MODEL --context": (
+        "needs a model with a context; tests/test_given_layout.py has one"
+    ),
     "torchrun --nnodes 4": "needs four machines",
     "python -m train.usefulness hippocampus_mr": "needs that data set, and half an hour",
 }

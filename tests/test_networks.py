@@ -91,7 +91,11 @@ def test_edge_generator_cost(slices: int) -> None:
         Generator(8 * slices, kind="reference", filters=64, depth=7, skips=False),
         Generator(
             8 * slices,
-            **{k: v for k, v in vars(edge).items() if not k.startswith(("activation", "style"))},
+            **{
+                k: v
+                for k, v in vars(edge).items()
+                if not k.startswith(("activation", "style", "noise"))
+            },
             style=4,
         ),
     ]

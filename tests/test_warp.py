@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from runtime import Geometry, InputError, LabelVolume
 from runtime.core.deformation import DeformationParams, deform
+from runtime.core.tissue_classes import TISSUES, tissue_map
 from runtime.core.volume import Volume
-from runtime.core.warp import TISSUES, IntensityJitter, Warp, tissue_map
+from runtime.core.warp import IntensityJitter, Warp
 
 STILL = DeformationParams(deform=0, rotate=0, scale=0)
 GRID = Geometry.from_parts((5.0, -7.0, 11.0), (2.0, 2.0, 3.0), np.eye(3).ravel())

@@ -25,6 +25,7 @@ from runtime.core.atomic_files import (
     sha256_of,
     write_json,
 )
+from runtime.core.context import Context
 from runtime.core.errors import ConfigError, ModelError
 from runtime.core.manifest import (
     GridPolicy,
@@ -75,6 +76,12 @@ class TrainedRun:
     noise: bool
     step: int
     data: Mapping[str, Any]
+    context: Context | None = None
+
+    @property
+    def classes(self) -> int:
+        """The number of classes that the network sees."""
+        return len(self.labels) + (0 if self.context is None else len(self.context))
 
     @property
     def weights(self) -> Path:
@@ -111,16 +118,18 @@ def load_run(folder: Path) -> TrainedRun:
         weights = data["weights"]
         if Path(weights["file"]).name != weights["file"]:
             raise ValueError(f"file name {weights['file']!r} (expected a plain name)")
+        labels, context = labels_from_json(data["labels"]), data.get("context")
         run = TrainedRun(
             folder,
             configs.from_json(data["config"]),
-            labels_from_json(data["labels"]),
+            labels,
             grid_from_json(data["grid"]),
             Intensity(**data["intensity"]),
             int(data["style"]),
             bool(data["noise"]),
             int(data["step"]),
             data,
+            None if context is None else Context.from_json(context, len(labels)),
         )
     except (OSError, KeyError, TypeError, ValueError, AttributeError, ConfigError) as exc:
         reason = f"key {exc} is missing" if isinstance(exc, KeyError) else str(exc).splitlines()[0]

@@ -13,15 +13,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from runtime.core.atomic_files import open_input
+from runtime.core.context import MAX_CLASSES
 from runtime.core.errors import ConfigError, reading
 from runtime.core.labels import MM_WHS, PRESETS
 from runtime.core.manifest import GridPolicy, Intensity, Label, LabelTable, labels_from_json
+from runtime.core.tissue_classes import HU_CONTEXT
 
 from .data.original import FIXED_KEYS, check_fixed, greys
 from .typed import Range, build, to_json, unknown, wrong
 
 __all__ = [
     "RunConfig",
+    "class_count",
     "from_json",
     "grid_policy",
     "intensity",
@@ -86,6 +89,9 @@ class DataConfig:
     normalize: Literal["none", "volume"] = "none"
     # The largest share of voxels outside the intensity range that training accepts.
     max_clipped: Share = 0.01
+    # "auto": voxels without a label get a tissue class (runtime/core/tissue_classes.py), which the
+    # network sees as further labels.
+    context: Literal["none", "auto"] = "none"
     # In the original's layout PATIENT_<name>.dcm holds the image, and another one the labels.
     image_name: str = "whs_img"
     # The same of the label map.
@@ -112,6 +118,10 @@ class AugmentConfig:
     image: bool = True
     # One map for both; false: one for each.
     same: bool = True
+    # With data.context: how often a label of a slice becomes its tissue class, and how often all
+    # that has no label becomes unknown. A tissue class becomes unknown half as often as a label.
+    drop_class: Share = 0.1
+    drop_layout: Share = 0.15
 
     @property
     def active(self) -> bool:
@@ -157,8 +167,13 @@ class GeneratorConfig:
     texture_kernel: Count = 7
     # The length S of a style vector (train/networks/style.py); 0: the network takes no style.
     style: Whole = 0
-    # Deviations of the cohort that a style of 1 stands for: how widely variants differ.
+    # Deviations of the cohort that a style of 1 stands for: how widely variants differ. With
+    # data.context, a style is the contrast of each class, and `style` counts the directions in
+    # which it is drawn.
     style_spread: Positive = 1.5
+    # The share of a neighbouring slice's noise in a slice's noise, relative to its own, when a
+    # volume is synthesized.
+    noise_along_z: Share = 0.0
 
 
 @dataclass(frozen=True)
@@ -344,7 +359,8 @@ class RunConfig:
                 "drop it, or train in arbitrary units: --set"
                 ' \'intensity={"unit": "a.u.", "low": 0, "high": 1000}\'',
             )
-        label_table(self.data)
+        if class_count(self.data) > MAX_CLASSES:
+            raise wrong("data.context", self.data.context, f"at most {MAX_CLASSES} classes in all")
         for key, make in (
             ("data.slices", lambda: grid_policy(self)),
             ("intensity", lambda: intensity(self)),
@@ -418,6 +434,19 @@ def label_table(data: DataConfig) -> LabelTable:
         background.snomed,
     )
     return LabelTable((merged_background, *structures))
+
+
+def class_count(data: DataConfig) -> int:
+    """Count the classes that the network sees: labels with the background, and context classes.
+
+    Args:
+        data: The section of the config.
+
+    Returns:
+        The number of classes.
+    """
+    # Every context has as many classes as the one of HU.
+    return len(label_table(data)) + (len(HU_CONTEXT) if data.context == "auto" else 0)
 
 
 def grid_policy(config: RunConfig) -> GridPolicy:

@@ -24,6 +24,7 @@ from torch import Tensor
 from runtime.core.append_log import AppendLog, line_of
 from runtime.core.atomic_files import write_text
 from runtime.core.console import Progress
+from runtime.core.context import Context
 from runtime.core.errors import ModelError, UsageError
 from runtime.core.manifest import grid_to_json, labels_to_json
 
@@ -31,10 +32,13 @@ from . import checkpoint, figures, verdict
 from . import config as configs
 from .config import RunConfig
 from .data import augmentation, dataset
+from .data.class_dropout import drop_classes
+from .data.class_statistics import ClassStatistics, measure_classes
 from .data.layouts import find
 from .data.slice_cache import SliceCache
 from .distributed import SINGLE_PROCESS, DistributedContext
 from .metrics import scores
+from .networks.contrast import ContrastStyles, move_contrast
 from .networks.generator import Generator
 from .networks.style import Styles, shift_intensity, warp_outline
 from .reporting import run_report
@@ -123,10 +127,16 @@ def open_cohort(
             )
         path = str(_phantom(config.data.phantom, folder / "data", quiet))
     pairs = find(Path(path), config.data).pairs
-    load = None if cache is None else SliceCache(cache)
+    slices = None if cache is None else SliceCache(cache)
     table, intensity = configs.label_table(config.data), configs.intensity(config)
     cohort = dataset.load_cohort(
-        pairs, config.data, table, configs.grid_policy(config), intensity, load
+        pairs,
+        config.data,
+        table,
+        configs.grid_policy(config),
+        intensity,
+        slices,
+        None if slices is None else slices.tissues,
     )
     if not quiet:
         print(cohort.table(table, intensity), file=sys.stderr)
@@ -188,7 +198,12 @@ class Training:
                 f"training on {count}{self.device} ({reason}), {threads} CPU threads",
                 file=sys.stderr,
             )
-        self.step, self.done = Step(config, self.device, ranks), 0
+        table, intensity = configs.label_table(config.data), configs.intensity(config)
+        self._labels = len(table)
+        self.statistics: ClassStatistics | None = None
+        if cohort.context is not None:
+            self.statistics = measure_classes(cohort.train, len(table), cohort.context, intensity)
+        self.step, self.done = Step(config, self.device, ranks, self.statistics), 0
         if resume_from is not None:
             self.done, tensors = checkpoint.load(resume_from)
             try:
@@ -202,18 +217,35 @@ class Training:
                     ),
                     file=resume_from,
                 ) from exc
-        t, intensity = config.training, configs.intensity(config)
+        t = config.training
         self.batches = dataset.Batches(
             cohort.train, t.batch_size, t.seed, intensity, ranks.rank, ranks.world
         )
         g = config.generator
-        self.styles = (
-            Styles(cohort.train, self.step.classes, g.style, t.seed, intensity, g.style_spread)
-            if g.style
-            else None
-        )
+        self.styles: Styles | None = None
+        self.contrast: ContrastStyles | None = None
+        if g.style and cohort.context is not None and self.statistics is not None:
+            self.contrast = ContrastStyles(
+                cohort.train,
+                self.statistics,
+                cohort.context,
+                len(table),
+                g.style,
+                g.style_spread,
+                t.seed,
+            )
+        elif g.style:
+            self.styles = Styles(
+                cohort.train, self.step.classes, g.style, t.seed, intensity, g.style_spread
+            )
         self.validation = Validation(
-            cohort.valid, t.valid_slices, configs.label_table(config.data), intensity, t.seed
+            cohort.valid,
+            t.valid_slices,
+            table,
+            intensity,
+            t.seed,
+            classes=self.step.classes,
+            contrast=None if self.contrast is None else self.contrast.contrast,
         )
         self.metrics: dict[str, Any] | None = None
         # Of a finished run: train/verdict.py.
@@ -277,10 +309,32 @@ class Training:
         Returns:
             This rank's part of the batch, augmented, on the device.
         """
-        labels, image, noise = (
-            augmentation.on_device(array, self.device) for array in self.batches[n]
-        )
+        condition, pixels, noise_bytes = self.batches[n]
+        labels = augmentation.on_device(condition, self.device)
+        image = augmentation.on_device(pixels, self.device)
+        noise = augmentation.on_device(noise_bytes, self.device)
         settings, part, style = self.config.augment, self.batches.part, None
+        if self.contrast is not None:
+            style, change = (
+                augmentation.on_device(array[part], self.device)
+                for array in self.contrast(self.batches.slices(n), n)
+            )
+            image = move_contrast(image, labels, change)
+        if self.statistics is not None:
+            rng = dataset.stream(self.config.training.seed, "drop", n)
+            labels = augmentation.on_device(
+                drop_classes(
+                    condition,
+                    self.batches.tissues(n),
+                    self._labels,
+                    self.step.classes,
+                    settings,
+                    rng,
+                    self.batches.batch_size,
+                    part,
+                ),
+                self.device,
+            )
         if self.styles is not None:
             # Before the augmentation, which may move labels and image apart.
             drawn, edits = self.styles(self.batches.slices(n), n)
@@ -294,6 +348,14 @@ class Training:
                 settings, labels, image, rng, self.batches.batch_size, part
             )
         return Batch(labels, image, noise, style)
+
+    def context(self) -> Context | None:
+        """The context of the run with its statistics; None without `data.context`."""
+        if self.cohort.context is None or self.statistics is None:
+            return None
+        nothing = np.zeros((0, self.step.classes), np.float32)
+        contrast = nothing if self.contrast is None else self.contrast.contrast
+        return self.statistics.stated(self.cohort.context, contrast)
 
     def _advance(self) -> None:
         """Train one step and add its losses to the sums."""
@@ -394,7 +456,10 @@ class Training:
             self.folder,
             net,
             masks,
-            {**facts(self.config, self.cohort, self.done, metrics), **self._assess(net)},
+            {
+                **facts(self.config, self.cohort, self.done, metrics, self.context()),
+                **self._assess(net),
+            },
         )
         run_report.write(self.folder)
         return metrics
@@ -407,7 +472,15 @@ class Training:
         t, intensity = self.config.training, configs.intensity(self.config)
         most = max(ASSESSED_SLICES, t.valid_slices)
         table = configs.label_table(self.config.data)
-        sample = Validation(self.cohort.valid, most, table, intensity, t.seed)
+        sample = Validation(
+            self.cohort.valid,
+            most,
+            table,
+            intensity,
+            t.seed,
+            classes=self.step.classes,
+            contrast=None if self.contrast is None else self.contrast.contrast,
+        )
         synthetic = sample.measure(net, self.device, t.batch_size)[1]
         quality = sample.quality(synthetic, self.cohort.train)
         self.verdict = verdict.assess(quality, self.done)
@@ -418,7 +491,11 @@ class Training:
 
 
 def facts(
-    config: RunConfig, cohort: dataset.Cohort, step: int, metrics: dict[str, Any]
+    config: RunConfig,
+    cohort: dataset.Cohort,
+    step: int,
+    metrics: dict[str, Any],
+    context: Context | None = None,
 ) -> dict[str, Any]:
     """Collect what run.json states besides the weights.
 
@@ -429,6 +506,7 @@ def facts(
         cohort: The patients.
         step: The number of steps trained.
         metrics: The last validation metrics.
+        context: The context classes.
 
     Returns:
         JSON data.
@@ -442,7 +520,8 @@ def facts(
         "labels": labels_to_json(configs.label_table(config.data)),
         "grid": grid_to_json(configs.grid_policy(config)),
         "intensity": vars(configs.intensity(config)),
-        "style": config.generator.style,
+        "style": style_length(config),
+        **({} if context is None else {"context": context.to_json()}),
         "noise": config.generator.textures > 0,
         "step": step,
         "data": cohort.summary(),
@@ -454,6 +533,16 @@ def facts(
         },
         "commit": _commit(),
     }
+
+
+def style_length(config: RunConfig) -> int:
+    """The length of the graph's style vector: that of the config, or one number a class.
+
+    Args:
+        config: The config of the run.
+    """
+    is_contrast = config.data.context == "auto" and config.generator.style
+    return configs.class_count(config.data) if is_contrast else config.generator.style
 
 
 def _commit() -> str | None:

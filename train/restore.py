@@ -239,6 +239,7 @@ def _all_slices(config: RunConfig, patients: tuple[Slices, ...]) -> Validation:
         configs.label_table(config.data),
         configs.intensity(config),
         config.training.seed,
+        classes=configs.class_count(config.data),
     )
 
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from runtime.core.errors import MissingComponent
 
-from .config import RunConfig, label_table
+from .config import RunConfig, class_count, label_table
+from .data.class_statistics import ClassStatistics
 from .distributed import SINGLE_PROCESS, DistributedContext
 from .losses import (
     FEATURES,
@@ -58,7 +59,7 @@ def make_generator(config: RunConfig) -> Generator:
         The generator on the CPU.
     """
     g = config.generator
-    channels = len(label_table(config.data)) * config.data.slices
+    channels = class_count(config.data) * config.data.slices
     net = Generator(
         channels,
         kind=g.kind,
@@ -68,6 +69,8 @@ def make_generator(config: RunConfig) -> Generator:
         textures=g.textures,
         texture_kernel=g.texture_kernel,
         style=g.style,
+        mean_skip=config.data.context == "auto",
+        slices=config.data.slices,
     )
     net.to(memory_format=torch.channels_last)
     return net
@@ -82,7 +85,7 @@ def make_discriminator(config: RunConfig) -> Discriminator:
     Returns:
         The discriminator on the CPU.
     """
-    channels = len(label_table(config.data)) * config.data.slices
+    channels = class_count(config.data) * config.data.slices
     net = Discriminator(channels, **asdict(config.discriminator))
     net.to(memory_format=torch.channels_last)
     return net
@@ -95,7 +98,7 @@ class Step:
         generator: The network that is trained.
         discriminator: Its opponent.
         ema_generator: The running average of the generator's weights, in eval mode.
-        classes: The number of labels, with the background.
+        classes: The number of classes that the network sees.
         device: Where all of them lie.
     """
 
@@ -104,14 +107,17 @@ class Step:
         config: RunConfig,
         device: torch.device | None = None,
         ranks: DistributedContext = SINGLE_PROCESS,
+        statistics: ClassStatistics | None = None,
     ):
         self._config, self.device, self._ranks = config, device or torch.device("cpu"), ranks
         self._loss_weights = generator_weights(config.loss)
-        self.classes = len(label_table(config.data))
+        self.classes, self._labels = class_count(config.data), len(label_table(config.data))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.training.seed)
             self.generator, self.discriminator = make_generator(config), make_discriminator(config)
             initialise([self.generator, self.discriminator])
+        if self.generator.mean_skip is not None and statistics is not None:
+            self.generator.mean_skip.start(*map(torch.from_numpy, statistics.shares()))
         self.generator.to(self.device)
         self.discriminator.to(self.device)
         self.ema_generator = copy.deepcopy(self.generator).eval().requires_grad_(False)
@@ -161,7 +167,11 @@ class Step:
         # The discriminator sees the texture but does not train it: noise without any other
         # constraint would imitate bones and vessels.
         discriminator_input = fake_smooth + (fake - fake_smooth).detach()
-        weight = centre_weight(labels) if loss.weighting == "weighted" else 1.0
+        weight: Tensor | float = 1.0
+        if loss.weighting == "weighted":
+            # The mask is what experts labelled; context classes are not.
+            weight = centre_weight(torch.where(batch.labels < self._labels, batch.labels, 0))
+            weight = weight.to(self.device)
         score, features = self._discriminate(condition, discriminator_input)
         g_losses = generator_losses(
             score.float(), fake_smooth, fake, real, gan=loss.gan, weight=weight

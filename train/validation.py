@@ -41,6 +41,9 @@ class Validation:
         table: The labels.
         intensity: The intensity range.
         seed: The seed of the noise and of the styles.
+        classes: The classes that the network sees; None: those of the table.
+        contrast: Directions (K, classes) of the contrast in the image's unit, for a network whose
+            style is the contrast.
     """
 
     def __init__(
@@ -50,23 +53,31 @@ class Validation:
         table: LabelTable,
         intensity: Intensity,
         seed: int,
+        classes: int | None = None,
+        contrast: NDArray[np.float32] | None = None,
     ):
         total = sum(map(len, patients))
         self._share = min(1.0, most / total)
         self.places = [neighbours(len(p), max(1, round(self._share * len(p)))) for p in patients]
         self._cases = [
-            Slices(p.labels[chosen], p.image[chosen])
+            Slices(
+                p.labels[chosen],
+                p.image[chosen],
+                tissues=None if p.tissues is None else p.tissues[chosen],
+            )
             for p, chosen in zip(patients, self.places, strict=True)
         ]
         self.masks = [_middle(case) for case in self._cases]
         self._table, self._intensity, self._seed = table, intensity, seed
+        self._classes = classes or len(table)
+        self._contrast = contrast
         self._names = [label.name for label in table.labels[1:]]
         self._noise = [noise_bytes(c.image.shape, seed, n) for n, c in enumerate(self._cases)]
 
     @property
     def labels(self) -> NDArray[np.uint8]:
-        """The label maps of the sample, uint8 (n, Z, H, W) model indices."""
-        return np.concatenate([case.labels for case in self._cases])
+        """The conditions of the sample, uint8 (n, Z, H, W) model indices."""
+        return np.concatenate([case.condition() for case in self._cases])
 
     @property
     def images(self) -> list[NDArray[np.int16]]:
@@ -88,7 +99,9 @@ class Validation:
             int16 (n, H, W).
         """
         synthetic = [
-            generate(net, case.labels, noise, len(self._table), self._intensity, device, batch_size)
+            generate(
+                net, case.condition(), noise, self._classes, self._intensity, device, batch_size
+            )
             for case, noise in zip(self._cases, self._noise, strict=True)
         ]
         metrics = evaluate(
@@ -184,13 +197,19 @@ class Validation:
             .round()
             .astype(int)
         ]
-        styles = np.random.default_rng(self._seed).standard_normal((STYLES, net.style), np.float32)
+        rng = np.random.default_rng(self._seed)
+        if self._contrast is None:
+            styles = rng.standard_normal((STYLES, net.style), np.float32)
+        else:
+            span = np.float32(self._intensity.high - self._intensity.low)
+            drawn = rng.standard_normal((STYLES, len(self._contrast)), np.float32)
+            styles = drawn @ self._contrast / span
         variants = [
             generate(
                 net,
-                case.labels[chosen],
+                case.condition(chosen),
                 noise_bytes((len(chosen), *case.image.shape[1:]), self._seed, n),
-                len(self._table),
+                self._classes,
                 self._intensity,
                 device,
                 batch_size,
@@ -267,7 +286,7 @@ class Validation:
         noise = np.concatenate(self._noise)[chosen]
         return (
             np.concatenate(self.masks)[chosen],
-            generate(net, self.labels[chosen], noise, len(self._table), self._intensity, device),
+            generate(net, self.labels[chosen], noise, self._classes, self._intensity, device),
             np.concatenate(self.images)[chosen],
         )
 
@@ -333,7 +352,7 @@ def label_maps(patients: Sequence[Slices], most: int) -> NDArray[np.uint8]:
     """
     all_slices = [(patient, k) for patient in patients for k in range(len(patient))]
     chosen = np.linspace(0, len(all_slices) - 1, min(most, len(all_slices))).round().astype(int)
-    return np.stack([patient.labels[k] for patient, k in (all_slices[n] for n in chosen)])
+    return np.stack([patient.condition(k) for patient, k in (all_slices[n] for n in chosen)])
 
 
 def _middle(patient: Slices) -> NDArray[np.uint8]:

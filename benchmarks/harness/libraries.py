@@ -284,4 +284,4 @@ def network(trained: str) -> Any:
     from train.checkpoint import load_generator, load_run
 
     facts = load_run(Path(trained))
-    return LabelsToIntensity(load_generator(Path(trained)), len(facts.labels), facts.intensity)
+    return LabelsToIntensity(load_generator(Path(trained)), facts.classes, facts.intensity)

@@ -68,7 +68,7 @@ from export.graph import LabelsToIntensity
 from train.checkpoint import load_generator, load_run
 t.append(time.perf_counter())
 facts = load_run(Path({run!r}))
-graph = LabelsToIntensity(load_generator(Path({run!r})), len(facts.labels), facts.intensity)
+graph = LabelsToIntensity(load_generator(Path({run!r})), facts.classes, facts.intensity)
 t.append(time.perf_counter())
 h, w = facts.grid.canvas
 with torch.inference_mode():

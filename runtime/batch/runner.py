@@ -50,7 +50,8 @@ class CaseResult:
         sha256: SHA-256 of each file that was written, by its path in the output folder.
         skipped: whether the journal proved the result complete, so that it was not made again.
         mask_sha256: SHA-256 of all that the mask was read from, as the journal has it.
-        image_sha256: the same of the real CT that is deformed with the mask; empty without one.
+        image_sha256: the same of the real CT that is deformed with the mask, or that gives a
+            synthetic CT its layout; empty without one.
     """
 
     case: str

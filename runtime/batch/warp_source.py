@@ -16,8 +16,9 @@ from ..core.label_presets import PRESETS, class_names
 from ..core.labels import LabelMap, code_of, plain, read_entries
 from ..core.manifest import GridPolicy, Intensity, Label, LabelTable, Manifest
 from ..core.resampling import axial_axes
+from ..core.tissue_classes import MAX_LABELS
 from ..core.volume import CTSlab, LabelVolume, Segment
-from ..core.warp import MAX_LABELS, IntensityJitter, Warp
+from ..core.warp import IntensityJitter, Warp
 from ..io.cases import Case, read_mask, structures
 from ..io.ct_source import Variant
 from ..io.readers.image import read_image

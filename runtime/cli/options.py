@@ -21,6 +21,7 @@ from ..engines.memory import parse_bytes
 from ..engines.registry import CHOICES
 from ..io.case_finding import OWN, find_cases
 from ..io.cases import Case, PassedOver, ReadOptions
+from ..io.ct_source import CTSource
 from ..io.dicom.files import LINKED, OUTSIDE
 from ..io.readers.class_files import contradicted, is_class_name
 from ..io.volume_files import SUFFIXES
@@ -357,6 +358,7 @@ def synthesize_cases(
     *,
     quiet: bool,
     on_slice: Callable[[int], None] | None = None,
+    sources: Mapping[str, CTSource] | None = None,
 ) -> Iterator[tuple[CaseResult, str]]:
     """Synthesize each case with the model that fits it.
 
@@ -366,6 +368,7 @@ def synthesize_cases(
         plans_by_model: By model name, what to write for a mask.
         quiet: Whether to print nothing about the choice of models.
         on_slice: Called as slices are done, with their number.
+        sources: By model name, what makes the CTs; None: the models.
 
     Yields:
         Each result with its model's name, which is empty where no model fits.
@@ -378,7 +381,7 @@ def synthesize_cases(
         except InputError as exc:
             yield CaseResult(case.name, case.display_name, None, error=exc), ""
     results_by_model = {
-        name: make(models[name], model_cases, plans_by_model[name], on_slice)
+        name: make((sources or models)[name], model_cases, plans_by_model[name], on_slice)
         for name, model_cases in cases_by_model.items()
     }
     # One model after the other, so that a lack of memory makes none open twice.

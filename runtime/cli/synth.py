@@ -22,7 +22,10 @@ from ..core.errors import InputError, UsageError, printable
 from ..core.volume import LabelVolume
 from ..io.archive import exists
 from ..io.cases import Case, listing, read_case
+from ..io.ct_source import CTSource
+from .context import add_context, check_context, with_context
 from .failures import Failures
+from .intensity import add_intensity, apply_intensity, check_intensity
 from .options import (
     MASK_HELP,
     add_audit,
@@ -56,6 +59,8 @@ def add(commands: Any) -> None:
     synth.add_argument("masks", nargs="+", type=Path, metavar="MASK", help=MASK_HELP)
     add_engine(synth, required=False)
     add_warp(synth)
+    add_context(synth)
+    add_intensity(synth)
     add_results(synth)
     add_reading(synth)
     synth.add_argument(
@@ -117,14 +122,21 @@ def _synth(options: argparse.Namespace) -> int:
     if options.ray is not None and not options.dry_run:
         return _on_ray(cases, options)
     with open_models(options) as models:
+        apply_intensity(models, options)
+        sources, cases = with_context(models, cases, options)
         plans = plans_by_model(options, models, options.output, resume=options.resume)
         if not options.quiet:
             introduce(models)
         if options.dry_run:
-            return _dry_run(models, cases, plans, options)
+            return _dry_run(models, cases, plans, options, sources)
         summary = _summary(models, cases, options)
         results = synthesize_cases(
-            models, cases, plans, quiet=options.quiet, on_slice=summary.slice_done
+            models,
+            cases,
+            plans,
+            quiet=options.quiet,
+            on_slice=summary.slice_done,
+            sources=sources,
         )
         return _run(summary, results, cases, options, models)
 
@@ -132,6 +144,8 @@ def _synth(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> None:
     """Raise `UsageError` for options that have no effect together with the others."""
     check_warp(options)
+    check_context(options)
+    check_intensity(options)
     mode, without_effect = "", tuple[str, ...]()
     if options.list:
         mode = "--list"
@@ -232,9 +246,13 @@ def _run(
 
 
 def _dry_run(
-    models: Models, cases: Sequence[Case], plans: Mapping[str, Plan], options: argparse.Namespace
+    models: Models,
+    cases: Sequence[Case],
+    plans: Mapping[str, Plan],
+    options: argparse.Namespace,
+    sources: Mapping[str, CTSource],
 ) -> int:
-    """Check every mask against its model (`--dry-run`)."""
+    """Check every mask against its model, and its CT where there is one (`--dry-run`)."""
     for name, plan in plans.items():
         plan.writer.check(models[name].manifest, options.output)
 
@@ -243,6 +261,8 @@ def _dry_run(
         synth = models[name]
         volume = read_case(case, synth.manifest.labels, plans[name].labels)
         plans[name].writer.check_mask(volume)
+        if options.context is not None:
+            sources[name].variants(case, volume, plans[name].ranges, plans[name].seed)
         grid = synth.grid(volume)
         return volume, f"{grid.count} slices on a canvas of {grid.size[0]} x {grid.size[1]}"
 

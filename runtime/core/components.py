@@ -81,22 +81,23 @@ def _runs(plane: NDArray[np.uint8]) -> tuple[Index, Index, NDArray[np.uint8]]:
 
 
 def _touching(
-    runs: tuple[Any, ...], neighbours: tuple[Any, ...], shift: int, offset: int
+    runs: tuple[Any, ...], neighbours: tuple[Any, ...], shift: int, offset: int, reach: int = 1
 ) -> tuple[Index, Index]:
-    """Pairs of runs with equal value that touch, also at a corner.
+    """Pairs of runs with equal value that touch.
 
     Args:
         runs: Runs of `_runs`.
         neighbours: Runs of this plane or of the plane before.
         shift: Voxels by which the neighbours move first, to reach the row above or below.
         offset: Added to the index of a neighbour.
+        reach: 1 where runs that touch at a corner count, else 0.
 
     Returns:
         The index of the run and the index of its neighbour, for each pair.
     """
     (start, stop, value), (first, last, neighbour_value) = runs, neighbours
-    begin = np.searchsorted(last + shift, start - 1, "right")
-    count = np.maximum(np.searchsorted(first + shift, stop + 1, "left") - begin, 0)
+    begin = np.searchsorted(last + shift, start - reach, "right")
+    count = np.maximum(np.searchsorted(first + shift, stop + reach, "left") - begin, 0)
     a = np.repeat(np.arange(len(start)), count)
     b = np.arange(len(a)) - np.repeat(np.cumsum(count) - count - begin, count)
     equal = value[a] == neighbour_value[b]
@@ -115,3 +116,25 @@ def _join(count: int, a: Index, b: Index) -> Index:
         np.minimum.at(roots, high[apart], low[apart])
         while not np.array_equal(roots, higher := roots[roots]):
             roots = higher
+
+
+def plane_components(mask: NDArray[np.bool_], *, corners: bool) -> NDArray[np.int32]:
+    """Number the connected components of a plane.
+
+    Args:
+        mask: bool (H, W).
+        corners: Whether pixels that touch at a corner are connected.
+
+    Returns:
+        int32 (H, W): 0 outside the mask, else the component, from 1 on.
+    """
+    runs = _runs(mask.view(np.uint8))
+    start, stop, _ = runs
+    numbers = np.zeros(len(mask) * (mask.shape[1] + 2), np.int32)
+    if len(start):
+        a, b = _touching(runs, runs, mask.shape[1] + 2, 0, reach=int(corners))
+        component = np.unique(_join(len(start), a, b), return_inverse=True)[1]
+        lengths = stop - start
+        first = np.repeat(start - np.cumsum(lengths) + lengths, lengths)
+        numbers[first + np.arange(len(first))] = np.repeat(component + 1, lengths)
+    return numbers.reshape(len(mask), -1)[:, 1:-1]

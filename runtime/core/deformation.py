@@ -10,6 +10,7 @@ except in mirrored variants. The field is never in memory: each slice is evaluat
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -162,23 +163,7 @@ class MaskDeformer:
 
     def _draw(self, field: DeformationField) -> NDArray[np.uint8]:
         """The labels moved by `field`, uint8 (D, H, W), nearest."""
-        labels = np.ascontiguousarray(self._volume.labels)
-        low, high = self._region(field.p, field.b, field.reach)
-
-        out = np.zeros(labels.shape, np.uint8)
-        rows, columns = np.arange(low[1], high[1]), np.arange(low[2], high[2])
-        flat, last = labels.ravel(), np.array(labels.shape) - 1
-        for k in range(low[0], high[0]):
-            at = np.zeros((len(rows), len(columns)), np.intp)
-            for axis in range(3):
-                place = field.places(axis, k, rows, columns)
-                np.rint(place, out=place)
-                # Beyond the border its last voxel goes on.
-                np.clip(place, 0, last[axis], out=place)
-                at *= labels.shape[axis]
-                at += place.astype(np.intp)
-            out[k, low[1] : high[1], low[2] : high[2]] = flat.take(at)
-        return out
+        return move_labels(self._volume.labels, field, self._region(field.p, field.b, field.reach))
 
     def _field(self, random: CaseRandom, attempt: int, mirrored: bool) -> DeformationField:
         """The deformation of one attempt; the amplitude halves with each attempt.
@@ -227,6 +212,41 @@ class MaskDeformer:
         low = np.clip(np.floor(moved.min(0)), 0, last).astype(int)
         high = np.clip(np.ceil(moved.max(0)), 0, last).astype(int) + 1
         return low.tolist(), high.tolist()
+
+
+def move_labels(
+    labels: NDArray[np.uint8],
+    field: DeformationField,
+    region: tuple[Sequence[int], Sequence[int]] | None = None,
+) -> NDArray[np.uint8]:
+    """Move labels by a field, with the nearest neighbour.
+
+    Beyond the border of the volume its last voxel goes on.
+
+    Args:
+        labels: uint8 (D, H, W).
+        field: Where each voxel comes from.
+        region: First and one past the last index along each axis of the part to compute; the rest
+            becomes 0. None: the complete volume.
+
+    Returns:
+        uint8 (D, H, W).
+    """
+    labels = np.ascontiguousarray(labels)
+    low, high = ((0, 0, 0), labels.shape) if region is None else region
+    out = np.zeros(labels.shape, np.uint8)
+    rows, columns = np.arange(low[1], high[1]), np.arange(low[2], high[2])
+    flat, last = labels.ravel(), np.array(labels.shape) - 1
+    for k in range(low[0], high[0]):
+        at = np.zeros((len(rows), len(columns)), np.intp)
+        for axis in range(3):
+            place = field.places(axis, k, rows, columns)
+            np.rint(place, out=place)
+            np.clip(place, 0, last[axis], out=place)
+            at *= labels.shape[axis]
+            at += place.astype(np.intp)
+        out[k, low[1] : high[1], low[2] : high[2]] = flat.take(at)
+    return out
 
 
 def _corners(first: NDArray[np.float64], final: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -27,14 +27,17 @@ from typing import Any
 from .atomic_files import open_input, sha256_of
 from .checked_json import items, mapping, nesting, number, parse, shown, text, whole
 from .checked_json import refusal as _no
+from .context import MAX_CLASSES as MAX_LABELS
+from .context import Context
 from .errors import ModelError, reading
 
 SCHEMA_VERSION = 2
+# Of a manifest with 'context' or 'noise_along_z', which an older mask2ct would pass over.
+CONTEXT_VERSION = 3
 MANIFEST = "manifest.json"
 # What the images may be; the names of results follow it.
 MODALITIES = ("CT", "MR", "other")
 METADATA = "mask2ct"  # the key of the signature in a graph file
-MAX_LABELS = 256  # indices are uint8
 # The limits of a manifest: far beyond any network, and low enough that a manifest cannot fill the
 # memory of a machine.
 MAX_BYTES = 4 << 20  # of manifest.json
@@ -259,6 +262,9 @@ class Manifest:
         training: How training made the weights.
         export: How export made the files.
         license: The license of the weights.
+        context: Its classes for voxels without a label; None for a model that has none.
+        noise_along_z: The share of a neighbouring slice's noise in a slice's noise, relative to
+            that of its own (`runtime.core.rng`); 0: the noise of each slice is its own.
         derived: The CTs are real CTs, deformed, and not synthetic. No model folder says so.
         modality: One of `MODALITIES`, which names of results follow; empty: the model does not
             state it, as older ones, and its results are named like CTs.
@@ -278,12 +284,19 @@ class Manifest:
     training: Mapping[str, Any] = field(default_factory=dict)
     export: Mapping[str, Any] = field(default_factory=dict)
     license: str = ""
+    context: Context | None = None
+    noise_along_z: float = 0.0
     derived: bool = False
     modality: str = ""
 
     def __post_init__(self) -> None:
         if self.modality and self.modality not in MODALITIES:
             raise _no(f"'modality' is {shown(self.modality)}", f"one of {', '.join(MODALITIES)}")
+
+    @property
+    def classes(self) -> int:
+        """The number of classes of the graph: 1 + expert labels + context classes."""
+        return len(self.labels) + (0 if self.context is None else len(self.context))
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -315,16 +328,17 @@ class Manifest:
         """
         intensity = [self.intensity.unit, self.intensity.low, self.intensity.high]
         labels = [[label.name, label.value] for label in self.labels.labels]
-        return json.dumps(
-            {
-                "labels": labels,
-                "slices": self.grid.slices,
-                "divisor": self.grid.divisor,
-                "style": self.style,
-                "noise": self.noise,
-                "intensity": intensity,
-            }
-        )
+        signature = {
+            "labels": labels,
+            "slices": self.grid.slices,
+            "divisor": self.grid.divisor,
+            "style": self.style,
+            "noise": self.noise,
+            "intensity": intensity,
+        }
+        if self.context is not None:
+            signature["context"] = list(self.context.names)
+        return json.dumps(signature)
 
     def check_signature(self, stated: str | None, path: Path) -> None:
         """Compare the signature of a graph file with this manifest.
@@ -357,7 +371,7 @@ class Manifest:
 
     def to_json(self) -> dict[str, Any]:
         """The content of `manifest.json`."""
-        return {
+        data = {
             "schema_version": SCHEMA_VERSION,
             "name": self.name,
             "license": self.license,
@@ -374,6 +388,13 @@ class Manifest:
             "training": self.training,
             "export": self.export,
         }
+        if self.context is not None:
+            data["context"] = self.context.to_json()
+        if self.noise_along_z:
+            data["noise_along_z"] = self.noise_along_z
+        if {"context", "noise_along_z"} & set(data):
+            data["schema_version"] = CONTEXT_VERSION
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
@@ -386,10 +407,10 @@ class Manifest:
             ValueError: A key is missing or its value is wrong. The text says which.
         """
         data = mapping(data, "the manifest")
-        if data["schema_version"] != SCHEMA_VERSION:
+        if data["schema_version"] not in (SCHEMA_VERSION, CONTEXT_VERSION):
             raise _no(
                 f"'schema_version' is {shown(data['schema_version'])}",
-                f"{SCHEMA_VERSION}, which this mask2ct reads",
+                f"{SCHEMA_VERSION} or {CONTEXT_VERSION}, which this mask2ct reads",
             )
         intensity = mapping(data["intensity"], "'intensity'")
         files = mapping(data["files"], "'files'")
@@ -400,9 +421,11 @@ class Manifest:
             mapping(measurements, f"the parity of {name!r}")
         if type(data["noise"]) is not bool:
             raise _no(f"'noise' is {shown(data['noise'])}", "true or false")
+        labels = labels_from_json(data["labels"])
+        context = data.get("context")
         manifest = cls(
             name=text(data["name"], "'name'"),
-            labels=labels_from_json(data["labels"]),
+            labels=labels,
             grid=grid_from_json(data["grid"]),
             intensity=Intensity(
                 intensity.read("unit", text),
@@ -419,7 +442,15 @@ class Manifest:
             parity=described["parity"],
             training=described["training"],
             export=described["export"],
+            context=None if context is None else Context.from_json(context, len(labels)),
+            noise_along_z=float(data.read_or("noise_along_z", number, 0.0)),
         )
+        if not 0 <= manifest.noise_along_z <= 1:
+            raise _no(f"'noise_along_z' is {manifest.noise_along_z}", "a number from 0 to 1")
+        if context is not None and manifest.style not in (0, manifest.classes):
+            raise _no(
+                f"'style' is {manifest.style}", f"0 or {manifest.classes}, one for each class"
+            )
         inputs = [_spec(s, "a part of 'inputs'") for s in items(data["inputs"], "'inputs'")]
         outputs = [_spec(data["output"], "'output'")]
         for key, stated, prescribed in (

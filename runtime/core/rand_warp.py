@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from .deformation import DeformationParams
 from .errors import UnreadableVolume, UsageError
+from .tissue_classes import MAX_LABELS
 from .volume import Geometry, LabelVolume, Volume
-from .warp import MAX_LABELS, IntensityJitter, Warp
+from .warp import IntensityJitter, Warp
 
 JITTER = IntensityJitter()
 

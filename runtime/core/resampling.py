@@ -44,6 +44,8 @@ class SliceGrid:
         geometry: Where the voxels lie.
         shape: (D, H, W) of the volume.
         labels: uint8 (D, H, W); None for a volume without labels.
+        classes: Labels from this one on are context, for which the canvas does not grow; None:
+            there are none.
 
     Attributes:
         axis: The array axis that counts the slices; slice k is the k-th along it.
@@ -61,8 +63,10 @@ class SliceGrid:
         geometry: Geometry,
         shape: tuple[int, int, int],
         labels: NDArray[np.uint8] | None = None,
+        classes: int | None = None,
     ):
         self._policy = policy
+        self._classes = classes
         slices, rows, columns = axial_axes(geometry)
         self.axis, self.count = slices, shape[slices]
         # Array axis a is voxel index 2 - a. The sign tells whether the patient's axis runs along it
@@ -189,6 +193,8 @@ class SliceGrid:
         in_row, in_column = (np.zeros(n, bool) for n in self._axial(labels, 0).shape)
         for k in range(self.count):
             plane = self._axial(labels, k)
+            if self._classes is not None:
+                plane = (plane > 0) & (plane < self._classes)
             in_row |= plane.any(1)
             in_column |= plane.any(0)
         rows, columns = np.flatnonzero(in_row), np.flatnonzero(in_column)

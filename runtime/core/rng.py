@@ -12,6 +12,9 @@ import hashlib
 import numpy as np
 from numpy.typing import NDArray
 
+# The weights of a mixture of draws are integers of this scale.
+MIXTURE_SCALE = 4096
+
 
 class CaseRandom:
     """The random numbers of one variant of a case.
@@ -20,23 +23,44 @@ class CaseRandom:
         seed: The seed of the run.
         digest: What identifies the case (`LabelVolume.digest`).
         variant: The number of the variant.
+        noise_along_z: The share of a neighbouring slice's noise in a slice's noise, relative to
+            that of its own.
     """
 
-    def __init__(self, seed: int, digest: bytes, variant: int):
+    def __init__(self, seed: int, digest: bytes, variant: int, noise_along_z: float = 0.0):
+        self._along_z = noise_along_z
         self._key = hashlib.sha256(
             f"mask2ct seed {seed} variant {variant} case ".encode() + digest
         ).digest()
 
     def noise(self, k: int, shape: tuple[int, int]) -> NDArray[np.uint8]:
-        """White noise for one slice.
+        """Noise for one slice, white in the slice.
+
+        With `noise_along_z`, it is a mixture of three draws, of the same variance; neighbours
+        share two of them. Integers make the same bytes on every machine.
 
         Args:
             k: Index of the slice.
             shape: (H, W) of the canvas in pixels.
 
         Returns:
-            uint8 (H, W), uniform over 0..255.
+            uint8 (H, W), uniform over 0..255; a mixture is nearly normal.
         """
+        if not self._along_z:
+            return self._white(k, shape)
+        share = self._along_z
+        norm = MIXTURE_SCALE / np.sqrt(1 + 2 * share**2)
+        own, beside = round(norm), round(share * norm)
+        before, middle, after = (
+            self._white(k + n, shape).astype(np.int32) * 2 - 255 for n in range(3)
+        )
+        mixed = beside * (before + after) + own * middle
+        # Twice the value about the middle, in units of 1 / MIXTURE_SCALE.
+        values = (mixed + 256 * MIXTURE_SCALE) // (2 * MIXTURE_SCALE)
+        return np.clip(values, 0, 255).astype(np.uint8)
+
+    def _white(self, k: int, shape: tuple[int, int]) -> NDArray[np.uint8]:
+        """Uniform bytes (H, W) of one counter."""
         count = shape[0] * shape[1]
         return self._raw(0, k, -(-count // 8)).view(np.uint8)[:count].reshape(shape)
 

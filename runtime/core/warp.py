@@ -16,18 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .deformation import DeformationField, DeformationParams, DeformedMask, MaskDeformer
-from .errors import InputError, UsageError
+from .errors import InputError
 from .rng import CaseRandom
+from .tissue_classes import Histogram, gaussian, tissue_plane, tissue_thresholds
 from .volume import LabelVolume, Volume
 
-# gas | fat | soft tissue | contrast, spongy bone | bone
-HU_THRESHOLDS = (-500.0, -30.0, 130.0, 300.0)
-TISSUES = ("gas", "fat", "soft", "mid", "dense")
-QUANTILES = (0.1, 0.35, 0.65, 0.9)  # the thresholds of an image that is not in HU
-TISSUE_BLUR = 0.5  # sigma in pixels, before the thresholds, so that noise does not make classes
 EDGE_BLUR = 0.7  # sigma in pixels, of the intensity change, so that classes do not get an edge
-MAX_LABELS = 256 - len(TISSUES)  # with the background; classes are uint8
-BINS = 1 << 16  # of a histogram, which counts integers within this range exactly
 
 Planes = Callable[[int], NDArray[np.float32]]
 
@@ -48,94 +42,6 @@ class IntensityJitter:
     stable_shift: float = 9.0
     gain: float = 0.15
     common: float = 12.0
-
-
-def tissue_map(
-    image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str
-) -> NDArray[np.uint8]:
-    """The class of every voxel: its label, else its tissue by intensity.
-
-    Args:
-        image: (D, H, W), HU or arbitrary units.
-        labels: uint8 (D, H, W), model indices; 0 is the background.
-        unit: "HU" takes `HU_THRESHOLDS`, another unit the `QUANTILES` of the voxels without a
-            label.
-
-    Returns:
-        uint8 (D, H, W): 0 to 4 for `TISSUES`, 5 and up for the labels 1 and up.
-
-    Raises:
-        UsageError: Labels and tissues are more than 256 classes.
-    """
-    if int(labels.max()) >= MAX_LABELS:
-        raise UsageError(
-            f"the mask holds label {labels.max()}",
-            expected=f"at most {MAX_LABELS - 1} labels beside the tissues",
-            remedy="map labels together with --labels MAP.json",
-        )
-    thresholds = _thresholds(image, labels, unit)
-    return np.stack(
-        [_classes(plane, of, thresholds) for plane, of in zip(image, labels, strict=True)]
-    )
-
-
-def _thresholds(
-    image: NDArray[np.floating], labels: NDArray[np.uint8], unit: str
-) -> NDArray[np.float32]:
-    """The thresholds between the tissues, float32 (4,), in the image's unit."""
-    if unit == "HU":
-        return np.array(HU_THRESHOLDS, np.float32)
-    smooth = Histogram(float(image.min()), float(image.max()))
-    is_labelled = bool((labels == 0).any())
-    for plane, of in zip(image, labels, strict=True):
-        blurred = _blur(plane.astype(np.float32), TISSUE_BLUR)
-        smooth.add(blurred[of == 0] if is_labelled else blurred)
-    return np.array([smooth.quantile(share) for share in QUANTILES], np.float32)
-
-
-def _classes(
-    plane: NDArray[np.floating], labels: NDArray[np.uint8], thresholds: NDArray[np.float32]
-) -> NDArray[np.uint8]:
-    """`tissue_map` of one slice (H, W)."""
-    smooth = _blur(plane.astype(np.float32), TISSUE_BLUR)
-    classes = np.zeros(plane.shape, np.uint8)
-    for threshold in thresholds:
-        classes += smooth >= threshold
-    return np.where(labels > 0, labels + np.uint8(len(TISSUES) - 1), classes)
-
-
-class Histogram:
-    """A histogram; integers are counted exactly where their range fits into `BINS`.
-
-    Args:
-        low: The lowest value.
-        high: The highest value.
-    """
-
-    def __init__(self, low: float, high: float):
-        self._low = low
-        self._width = (
-            1.0 if float(low).is_integer() and high - low < BINS else (high - low) / (BINS - 1)
-        )
-        self._counts = np.zeros(BINS, np.int64)
-
-    def add(self, values: NDArray[np.floating]) -> None:
-        """Count the values of an array of any shape."""
-        bins = np.rint((values.ravel() - self._low) / self._width).astype(np.intp)
-        counts = np.bincount(np.clip(bins, 0, BINS - 1))
-        self._counts[: len(counts)] += counts
-
-    def quantile(self, share: float) -> float:
-        """The quantile, interpolated linearly between two values.
-
-        Args:
-            share: Which quantile, 0 to 1.
-        """
-        counts = np.cumsum(self._counts)
-        rank = share * (counts[-1] - 1)
-        lower, upper = np.searchsorted(counts, [np.floor(rank), np.ceil(rank)], side="right")
-        place = lower + (rank - np.floor(rank)) * (upper - lower)
-        return float(self._low + place * self._width)
 
 
 @dataclass(frozen=True)
@@ -242,10 +148,10 @@ class Warp:
 
         def plane(k: int) -> NDArray[np.float32]:
             values = self._image[k].astype(np.float32)
-            classes = _classes(values, self._mask.labels[k], of.thresholds)
+            classes = tissue_plane(values, self._mask.labels[k], of.thresholds)
             change = gain.take(classes) * values + offset.take(classes)
             change[values == of.least] = 0  # padding and blank air keep their value
-            return values + _blur(change, EDGE_BLUR)
+            return values + gaussian(change, EDGE_BLUR)
 
         return plane
 
@@ -253,11 +159,11 @@ class Warp:
     def _statistics(self) -> _Statistics:
         image, labels = self._image, self._mask.labels
         low, high = float(image.min()), float(image.max())
-        thresholds = _thresholds(image, labels, self._unit)
+        thresholds = tissue_thresholds(image, labels, self._unit)
         by_class: dict[int, Histogram] = {}
         all_values = Histogram(low, high)
         for values, of in zip(image, labels, strict=True):
-            classes = _classes(values, of, thresholds)
+            classes = tissue_plane(values, of, thresholds)
             for value in np.flatnonzero(np.bincount(classes.ravel())).tolist():
                 by_class.setdefault(value, Histogram(low, high)).add(
                     values[classes == value].astype(np.float64)
@@ -332,19 +238,3 @@ class _Ring:
     def starts(self, k: NDArray[np.intp]) -> NDArray[np.intp]:
         """Where slice `k` begins in the last result of `holding`."""
         return k % len(self._indices) * self._size
-
-
-def _blur(plane: NDArray[np.float32], sigma: float) -> NDArray[np.float32]:
-    """A Gaussian filter of `sigma` pixels over (H, W); the border values go on beyond it."""
-    reach = max(1, int(np.ceil(3 * sigma)))
-    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).astype(np.float32)
-    for axis in (0, 1):
-        size = plane.shape[axis]
-        pads = [(reach, reach) if n == axis else (0, 0) for n in (0, 1)]
-        padded = np.pad(plane, pads, mode="edge")
-        total = np.zeros(plane.shape, np.float32)
-        for n, weight in enumerate(kernel):
-            total += weight * (padded[n : n + size] if axis == 0 else padded[:, n : n + size])
-        plane = total
-    return plane

@@ -59,7 +59,14 @@ class ExecutionSlot:
         self._inputs = tensors
 
     def start(
-        self, grid: SliceGrid, labels: NDArray[np.uint8], random: CaseRandom, ks: range
+        self,
+        grid: SliceGrid,
+        labels: NDArray[np.uint8],
+        random: CaseRandom,
+        ks: range,
+        *,
+        style: NDArray[np.float32] | None = None,
+        unlabelled: int = 0,
     ) -> None:
         """Fill the inputs and start the engine.
 
@@ -69,6 +76,8 @@ class ExecutionSlot:
             random: the noise and the style of the case.
             ks: the numbers of the slices, at most as many as the batch size. The rest of the batch
                 keeps its old content.
+            style: the style of the volume; None for a normal draw.
+            unlabelled: the class that the network sees where the labels are 0.
 
         Raises:
             EngineError: the engine is closed or fails.
@@ -77,11 +86,16 @@ class ExecutionSlot:
         with self._lock:
             stream = self._live
             for n, k in enumerate(ks):
-                self._inputs["labels"][n] = grid.labels(labels, k)
+                planes = grid.labels(labels, k)
+                if unlabelled:
+                    planes[planes == 0] = unlabelled
+                self._inputs["labels"][n] = planes
                 if "noise" in self._inputs:
                     self._inputs["noise"][n] = random.noise(k, grid.size)
             if "style" in self._inputs:
-                self._inputs["style"][...] = random.style(self._inputs["style"].shape[1])
+                self._inputs["style"][...] = (
+                    random.style(self._inputs["style"].shape[1]) if style is None else style
+                )
             self._first, self.working = ks.start, True
             self._engine.run(self._inputs, self._out, stream=stream)
 

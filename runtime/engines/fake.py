@@ -25,7 +25,7 @@ class FakeEngine(HostEngine):
     def __init__(self, manifest: Manifest, batch: int = 2, options: EngineOptions | None = None):
         super().__init__(options)
         self.spec = EngineSpec(manifest.inputs, manifest.output, batch, streams=self.streams)
-        low, high, count = manifest.intensity.low, manifest.intensity.high, len(manifest.labels)
+        low, high, count = manifest.intensity.low, manifest.intensity.high, manifest.classes
         self._limits = (low, high)
         self._values = np.rint(np.linspace(low, high, count)).astype(np.int32)
 

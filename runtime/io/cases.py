@@ -78,7 +78,8 @@ class Case:
             cannot be read as DICOM.
         files: The files that it is read from.
         grid: The image series that contours were drawn on.
-        image: The real CT that is deformed with it (`runtime.io.readers.image`).
+        image: The real CT that is deformed with it, or that gives a synthetic CT its layout
+            (`runtime.io.readers.image`).
         options: How it is read.
         number: SeriesNumber of a DICOM source.
         series: SeriesInstanceUID of a DICOM source.

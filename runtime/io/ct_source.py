@@ -36,7 +36,10 @@ class Variant:
 
 
 class CTSource(Protocol):
-    """A source of CTs for masks: `Synthesizer`, or `runtime.batch.warp_source.WarpSource`.
+    """A source of CTs for masks.
+
+    `Synthesizer`, `runtime.batch.given_layout.GivenLayout`, or
+    `runtime.batch.warp_source.WarpSource`.
 
     Attributes:
         manifest: Its label table, its unit, and whether its results are synthetic or derived.

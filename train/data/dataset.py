@@ -7,24 +7,35 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from runtime.core.context import Context
 from runtime.core.errors import InputError, UsageError
 from runtime.core.manifest import GridPolicy, Intensity, LabelTable
 from runtime.core.resampling import SliceGrid
+from runtime.core.tissue_classes import (
+    Histogram,
+    classes_of_volume,
+    cohort_context,
+    dense_labels,
+)
 from runtime.core.volume import Geometry
 from runtime.io.readers.volume import simpleitk
 from runtime.io.volume_files import check_header
 
 from ..config import DataConfig
+from ..metrics.scores import otsu
 from .checks import Facts, check_leakage, facts_table, read_image, read_pair, refuse, require_labels
 from .intensities import check_range
 from .layouts import LEAST_PATIENTS, SPLITS, Pair
+
+# The most slices of a patient that decide the quantiles of a cohort.
+SAMPLED_SLICES = 64
 
 # A public name of this module too, where pairs become slices.
 from .layouts import find_pairs as find_pairs
@@ -39,11 +50,26 @@ class Slices:
         labels: uint8 (n, Z, H, W) model indices.
         image: int16 (n, H, W) in HU (or a.u.).
         facts: What the patient's files hold, for the table of the data.
+        tissues: uint8 (n, Z, H, W), the context class of every voxel, also of those with a label;
+            None without `data.context`.
     """
 
     labels: NDArray[np.uint8]
     image: NDArray[np.int16]
     facts: Facts | None = None
+    tissues: NDArray[np.uint8] | None = None
+
+    def condition(self, k: int | slice | NDArray[np.intp] = slice(None)) -> NDArray[np.uint8]:
+        """What the network sees: the labels, and the tissues where there is no label.
+
+        Args:
+            k: A slice, or several.
+
+        Returns:
+            uint8 (Z, H, W) or (n, Z, H, W), model indices.
+        """
+        labels = self.labels[k]
+        return labels if self.tissues is None else dense_labels(labels, self.tissues[k])
 
     def __len__(self) -> int:
         return len(self.image)
@@ -58,12 +84,14 @@ class Cohort:
         valid: Those to validate with.
         test: Those to test on.
         digest: SHA-256 of all slices, in the order of the pairs.
+        context: The rule behind `Slices.tissues`, without medians; None without `data.context`.
     """
 
     train: tuple[Slices, ...]
     valid: tuple[Slices, ...]
     test: tuple[Slices, ...]
     digest: str
+    context: Context | None = None
 
     def summary(self) -> dict[str, Any]:
         """Count patients and slices per split, as run.json states them: without names.
@@ -99,6 +127,7 @@ class Cohort:
 
 
 Loader = Callable[[Pair, LabelTable, GridPolicy, Intensity], Slices]
+TissueLoader = Callable[[Pair, LabelTable, GridPolicy, Intensity, Context], NDArray[np.uint8]]
 
 
 def split(count: int, data: DataConfig) -> dict[str, list[int]]:
@@ -157,6 +186,7 @@ def load_cohort(
     policy: GridPolicy,
     intensity: Intensity,
     load: Loader | None = None,
+    load_context: TissueLoader | None = None,
 ) -> Cohort:
     """Read every patient onto the canvas, and check what training relies on.
 
@@ -168,6 +198,8 @@ def load_cohort(
         intensity: The intensity range.
         load: Reads one patient, such as a `SliceCache` (train/data/slice_cache.py); None:
             `load_patient`.
+        load_context: Finds the context classes of one patient, such as `SliceCache.tissues`; None:
+            `load_tissues`. Only for `data.context`.
 
     Returns:
         The cohort.
@@ -198,6 +230,17 @@ def load_cohort(
         digest.update(patient.labels.tobytes())
         digest.update(patient.image.tobytes())
         images.append(hashlib.sha256(patient.image.tobytes()).hexdigest())
+    context = None
+    if data.context == "auto":
+        numbers_of = (
+            range(len(pairs)) if data.split_by == "slices" else assign(pairs, data)["train"]
+        )
+        context = find_context([patients[n] for n in numbers_of], intensity)
+        find_tissues = load_context or load_tissues
+        patients = [
+            replace(patient, tissues=find_tissues(pair, table, policy, intensity, context))
+            for pair, patient in zip(pairs, patients, strict=True)
+        ]
     if data.split_by == "slices":
         too_small = [
             pair.name for pair, p in zip(pairs, patients, strict=True) if len(p) < LEAST_PATIENTS
@@ -212,6 +255,7 @@ def load_cohort(
         return Cohort(
             **{name: tuple(b[name] for b in blocks if len(b[name])) for name in SPLITS},
             digest=digest.hexdigest(),
+            context=context,
         )
     numbers = assign(pairs, data)
     check_leakage(
@@ -220,6 +264,7 @@ def load_cohort(
     return Cohort(
         **{name: tuple(patients[n] for n in chosen) for name, chosen in numbers.items()},
         digest=digest.hexdigest(),
+        context=context,
     )
 
 
@@ -234,6 +279,7 @@ def _blocks(patient: Slices, data: DataConfig) -> dict[str, Slices]:
             patient.labels[at : at + len(numbers)],
             patient.image[at : at + len(numbers)],
             None if at else patient.facts,
+            None if patient.tissues is None else patient.tissues[at : at + len(numbers)],
         )
         at += len(numbers)
     return parts
@@ -267,6 +313,57 @@ def load_patient(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: I
     ]
     hu = np.clip(np.rint(np.stack(slices)), -32768, 32767).astype(np.int16)
     return Slices(np.stack(planes), hu, facts)
+
+
+def find_context(train: Sequence[Slices], intensity: Intensity) -> Context:
+    """Find the rule of the tissue classes for a cohort.
+
+    Args:
+        train: The training patients.
+        intensity: The intensity range.
+
+    Returns:
+        The thresholds of HU; for other units Otsu's threshold of the body, and quantiles of the
+        bodies' intensities outside the labels.
+    """
+    if intensity.unit == "HU":
+        return cohort_context(intensity.unit)
+    # A sample of slices is enough for a few quantiles.
+    sample = [p.image[:: 1 + len(p) // SAMPLED_SLICES] for p in train]
+    body = otsu(np.concatenate([images.ravel() for images in sample]), intensity)
+    values = Histogram(intensity.low, intensity.high)
+    for patient, images in zip(train, sample, strict=True):
+        masks = patient.labels[:: 1 + len(patient) // SAMPLED_SLICES]
+        inside = (images >= body) & (masks[:, masks.shape[1] // 2] == 0)
+        values.add(images[inside].astype(np.float64))
+    return cohort_context(intensity.unit, values, body)
+
+
+def load_tissues(
+    pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity, context: Context
+) -> NDArray[np.uint8]:
+    """Read one patient's image and find the context class of every voxel, on the canvas.
+
+    The classes are found on the image's own grid and put on the canvas as labels are: a layout at
+    inference comes the same way.
+
+    Args:
+        pair: The files.
+        table: The label table.
+        policy: The grid policy.
+        intensity: The intensity range.
+        context: The rule.
+
+    Returns:
+        uint8 (n, Z, H, W) model indices.
+
+    Raises:
+        InputError: A file cannot be used for training.
+    """
+    labels, image, _ = read_pair(pair, table, intensity, spaced=policy.pixel_spacing is not None)
+    classes = classes_of_volume(image.values, image.geometry, context, len(table), policy)
+    grid = SliceGrid(policy, image.geometry, image.values.shape, labels.labels)
+    return np.stack([fit(grid.labels(classes, k), policy.canvas, 0) for k in range(grid.count)])
 
 
 def fit(plane: NDArray[Any], canvas: tuple[int, int], fill: float) -> NDArray[Any]:
@@ -387,11 +484,25 @@ class Batches:
         """
         order = self.slices(step)
         chosen = [self._slices[n] for n in order[self.part]]
-        labels = np.stack([patient.labels[k] for patient, k in chosen])
+        labels = np.stack([patient.condition(k) for patient, k in chosen])
         values = np.stack([patient.image[k] for patient, k in chosen])
         image = to_unit(values, self._intensity)[:, None]
         noise = noise_bytes((self.batch_size, *image.shape[1:]), self._seed, step)
         return labels, image, noise[self.part]
+
+    def tissues(self, step: int) -> NDArray[np.uint8]:
+        """Read the context classes of this rank's part of a batch.
+
+        Args:
+            step: The number of the batch.
+
+        Returns:
+            uint8 (N, Z, H, W) model indices.
+        """
+        chosen = [self._slices[n] for n in self.slices(step)[self.part]]
+        return np.stack(
+            [patient.tissues[k] for patient, k in chosen if patient.tissues is not None]
+        )
 
     def slices(self, step: int) -> NDArray[np.intp]:
         """Choose the slices of a batch.
@@ -410,7 +521,7 @@ class Batches:
 
 
 def stream(
-    seed: int, tag: Literal["order", "noise", "augment", "style"], n: int
+    seed: int, tag: Literal["order", "noise", "augment", "style", "drop"], n: int
 ) -> np.random.Generator:
     """Make the random generator of one epoch or step.
 
@@ -424,7 +535,8 @@ def stream(
     Returns:
         The generator.
     """
-    return np.random.default_rng([seed, ("order", "noise", "augment", "style").index(tag), n])
+    tags = ("order", "noise", "augment", "style", "drop")
+    return np.random.default_rng([seed, tags.index(tag), n])
 
 
 def noise_bytes(shape: tuple[int, ...], seed: int, step: int) -> NDArray[np.uint8]:

@@ -18,18 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from runtime.core.atomic_files import atomic_file, sha256_of
+from runtime.core.context import Context
 from runtime.core.manifest import GridPolicy, Intensity, LabelTable, grid_to_json, labels_to_json
 from runtime.io.volume_files import volume_files
 
 from .checks import Facts
 from .class_folders import class_files
-from .dataset import Slices, load_patient
+from .dataset import Slices, load_patient, load_tissues
 from .layouts import Pair
 
 # The version of the file format and of `load_patient`: a new number leaves old entries unread.
 VERSION = 2
+# The version of the rules of runtime/core/tissue_classes.py, likewise for context classes.
+RULE = 1
 # The default cache folder, beside the run folder.
 FOLDER = ".slices"
 _DIGEST = hashlib.sha256().digest_size
@@ -76,8 +80,50 @@ class SliceCache:
             write(path, load_patient(pair, table, policy, intensity))
         return read(path)
 
+    def tissues(
+        self,
+        pair: Pair,
+        table: LabelTable,
+        policy: GridPolicy,
+        intensity: Intensity,
+        context: Context,
+    ) -> NDArray[np.uint8]:
+        """Read one patient's context classes, as `train.data.dataset.load_tissues` does.
 
-def key(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity) -> str:
+        They have an entry of their own, so that one without `data.context` stays what it is.
+
+        Args:
+            pair: The files.
+            table: The label table.
+            policy: The grid policy.
+            intensity: The intensity range.
+            context: The rule.
+
+        Returns:
+            uint8 (n, Z, H, W) model indices.
+
+        Raises:
+            InputError: A file cannot be used for training.
+            OutputError: An entry cannot be written.
+        """
+        path = self.folder / f"{key(pair, table, policy, intensity, context)}.npy"
+        if not path.exists() or not intact(path):
+            classes = load_tissues(pair, table, policy, intensity, context)
+            with atomic_file(path) as handle:
+                digest = _Digest(handle.write)
+                np.lib.format.write_array(digest, classes, allow_pickle=False)
+                handle.write(digest.value)
+        mapped: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.asarray(mapped)
+
+
+def key(
+    pair: Pair,
+    table: LabelTable,
+    policy: GridPolicy,
+    intensity: Intensity,
+    context: Context | None = None,
+) -> str:
     """Hash the content of both volumes and all settings that slices depend on.
 
     Names and dates do not count.
@@ -87,6 +133,7 @@ def key(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity)
         table: The label table.
         policy: The grid policy.
         intensity: The intensity range.
+        context: The rule of the context classes; None for the slices themselves.
 
     Returns:
         64 hexadecimal digits.
@@ -100,6 +147,9 @@ def key(pair: Pair, table: LabelTable, policy: GridPolicy, intensity: Intensity)
         "intensity": vars(intensity),
         **({"normalize": True} if pair.normalize else {}),
     }
+    if context is not None:
+        facts["context"] = context.to_json()
+        facts["rule"] = RULE
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,7 +1,7 @@
 """The control without a network: real tissue maps, deformed and coloured by class, with noise.
 
 A generator that is not better than this table is not needed. Each training patient's labels and
-automatic tissue classes (`runtime.core.warp.tissue_map`) are deformed as the variants of a mask
+automatic tissue classes (`runtime.core.tissue_classes.tissue_map`) are deformed as the variants of a mask
 are. Each class gets the median of the training patients; the edges are blurred, and coloured noise
 as strong as the class's own spread is added.
 """
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from scipy.ndimage import gaussian_filter
 
 from runtime.core.manifest import Intensity
+from runtime.core.tissue_classes import tissue_map
 from runtime.core.volume import Geometry, LabelVolume, Volume
-from runtime.core.warp import Warp, tissue_map
+from runtime.core.warp import Warp
 
 from .distribution import Sample, Samples
 from .scores import body_mask

@@ -18,8 +18,14 @@ from torch.nn import functional
 
 from .blocks import ARCHITECTURES, WIDEST, BlockConv2d, Join, Modulation, OutputHead, concatenate
 
+# The noise's standard deviation is at most so many times that of the class's real texture.
+NOISE_LIMIT = 1.5
+# A mean skip's intensities lie so far from the ends of the range at least: 5 HU of 2048.
+LEAST_SHARE = 0.0025
 # The factor of the amplitude maps' weights at the start: the first images have little texture.
 NOISE_INIT_SCALE = 0.02
+# Of the image's weights, beside a mean skip: it starts as the image of the classes' means.
+IMAGE_INIT_SCALE = 0.1
 # Of a uniform byte.
 NOISE_MEAN, NOISE_SD = 127.5, 73.9
 
@@ -89,6 +95,90 @@ class NoiseInjection(nn.Module):
         return (shaped.permute(0, 2, 3, 1) @ places).permute(0, 3, 1, 2)
 
 
+class MeanSkip(nn.Module):
+    """The path from the classes to the image's logits that passes no layer: one number a class.
+
+    It starts at each class's mean intensity, so that training learns the rest. A style is the
+    contrast: how far the intensity of each class lies from the cohort's. The path adds it exactly,
+    whatever the network has learned.
+
+    Args:
+        classes: The number of classes.
+
+    Attributes:
+        logits: The logit of each class, (classes,), trained.
+        medians: The cohort's intensity of each class in [0, 1], (classes,).
+        noise_limit: The largest standard deviation of the noise in logits, (classes,).
+    """
+
+    def __init__(self, classes: int):
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(classes))
+        self.medians: Tensor
+        self.noise_limit: Tensor
+        self.register_buffer("medians", torch.full((classes,), 0.5))
+        self.register_buffer("noise_limit", torch.ones(classes))
+
+    def start(self, means: Tensor, medians: Tensor, noise: Tensor) -> None:
+        """Start at a cohort's statistics.
+
+        Args:
+            means: The mean intensity of each class in [0, 1], (classes,).
+            medians: The median one.
+            noise: The standard deviation of its texture, as a share of the range.
+        """
+        middle = medians.clamp(LEAST_SHARE, 1 - LEAST_SHARE)
+        with torch.no_grad():
+            self.logits.copy_(_logit(means))
+            self.medians.copy_(medians)
+            # The slope of the logit converts intensities to logits.
+            self.noise_limit.copy_(NOISE_LIMIT * noise / (middle * (1 - middle)))
+
+    def forward(self, labels: Tensor, style: Tensor | None) -> Tensor:
+        """Give every pixel the logit of its class.
+
+        Args:
+            labels: One-hot classes of the middle slice (N, classes, H, W).
+            style: The contrast as a share of the range, (N, classes); None for the cohort's.
+
+        Returns:
+            float32 (N, 1, H, W).
+        """
+        logits = self.logits[None]
+        if style is not None:
+            logits = logits + _logit(self.medians + style) - _logit(self.medians)
+        return of_class(labels, logits)
+
+    def limit(self, labels: Tensor) -> Tensor:
+        """The largest standard deviation of the noise, (N, 1, H, W) in logits.
+
+        Args:
+            labels: As in `forward`.
+        """
+        return of_class(labels, self.noise_limit[None])
+
+
+def of_class(labels: Tensor, values: Tensor) -> Tensor:
+    """Give every pixel the value of its class.
+
+    A matrix product: no engine quantises it, and it needs no convolution.
+
+    Args:
+        labels: One-hot classes (N, classes, H, W).
+        values: (N, classes) or (1, classes).
+
+    Returns:
+        float32 (N, 1, H, W).
+    """
+    return (labels.float() * values[:, :, None, None]).sum(1, keepdim=True)
+
+
+def _logit(share: Tensor) -> Tensor:
+    """The input of the sigmoid for an output, kept off its flat ends."""
+    p = share.clamp(LEAST_SHARE, 1 - LEAST_SHARE)
+    return torch.log(p / (1 - p))
+
+
 class Generator(nn.Module):
     """The generator of one of the `ARCHITECTURES`.
 
@@ -104,6 +194,9 @@ class Generator(nn.Module):
         textures: The number of noise filters; 0: the network takes no noise.
         texture_kernel: Their side in pixels, odd.
         style: The length of a style; 0: the network takes no style.
+        mean_skip: Whether the classes' intensities lead to the image directly (`MeanSkip`). A
+            style is then the contrast of each class, of any length but 0.
+        slices: Z, the slices of the condition.
     """
 
     def __init__(
@@ -117,10 +210,17 @@ class Generator(nn.Module):
         textures: int = 0,
         texture_kernel: int = 7,
         style: int = 0,
+        mean_skip: bool = False,
+        slices: int = 1,
     ):
         super().__init__()
         self.channels, self.divisor = channels, 2**depth
-        self.noisy, self.skips, self.style = textures > 0, skips, style
+        self.classes = channels // slices
+        self.noisy, self.skips = textures > 0, skips
+        self.style = self.classes if mean_skip and style else style
+        if mean_skip:
+            # The classes' image is one more channel, and no layer but this path takes the style.
+            channels, style = channels + 1, 0
         down, up, make_head = ARCHITECTURES[kind]
         widths = [filters * min(2**n, WIDEST) for n in range(depth)]
         self.encoder = nn.ModuleList(
@@ -142,6 +242,7 @@ class Generator(nn.Module):
             nn.init.zeros_(self.contrast.weight)
         if self.noisy:
             self.texture = NoiseInjection(textures, texture_kernel, self.top.block)
+        self.mean_skip = MeanSkip(self.classes) if mean_skip else None
 
     def forward(
         self, condition: Tensor, noise: Tensor | None = None, style: Tensor | None = None
@@ -174,13 +275,20 @@ class Generator(nn.Module):
         Returns:
             The images without texture and those with it; the same tensor without noise.
         """
-        base, amplitudes = self.logits(condition, style)
-        base = base.float()
         contrast = self._contrast(condition, style)
+        if self.mean_skip is not None and contrast is not None:
+            prior = torch.sigmoid(contrast).to(condition.dtype)
+            base, amplitudes = self.logits(torch.cat([condition, prior], 1))
+        else:
+            base, amplitudes = self.logits(condition, style)
+        base = base.float()
         fake_smooth = self._image(base, contrast)
         if noise is None or amplitudes is None:
             return fake_smooth, fake_smooth
-        return fake_smooth, self._image(base + self.texture(amplitudes.float(), noise), contrast)
+        texture = self.texture(amplitudes.float(), noise)
+        if self.mean_skip is not None:
+            texture = texture * self._gain(amplitudes.float(), condition)
+        return fake_smooth, self._image(base + texture, contrast)
 
     def logits(
         self, condition: Tensor, style: Tensor | None = None
@@ -194,24 +302,45 @@ class Generator(nn.Module):
         Returns:
             Logits and amplitude maps (or None), as an `OutputHead` returns them.
         """
-        x, features = condition, []
+        x, features = condition, list[Tensor]()
         for block in self.encoder:
             x = block(x)
             features.append(x)
         parts = [x]
         for n, (block, skip) in enumerate(zip(self.decoder, reversed(features[:-1]), strict=True)):
             x = block(*parts) if isinstance(block, Join) else block(concatenate(parts))
-            if self.style:
+            if len(self.modulations):
                 x = self.modulations[n](x, style)
             parts = [x, skip] if self.skips else [x]
         base, amplitudes = self.top(parts, condition, style)
         return base, amplitudes
 
     def _contrast(self, condition: Tensor, style: Tensor | None) -> Tensor | None:
-        """The change of every pixel's logit that the style makes on its label, (N, 1, H, W)."""
+        """What is added to every pixel's logit for its label and the style, (N, 1, H, W)."""
+        if self.mean_skip is not None:
+            return self.mean_skip(self._middle(condition), style)
         if self.contrast is None or style is None:
             return None
         return (condition * self.contrast(style)[:, :, None, None]).sum(1, keepdim=True)
+
+    def _middle(self, condition: Tensor) -> Tensor:
+        """The classes of the middle slice of a condition, (N, classes, H, W)."""
+        first = self.channels // self.classes // 2 * self.classes
+        return condition[:, first : first + self.classes]
+
+    def _gain(self, amplitudes: Tensor, condition: Tensor) -> Tensor:
+        """The factor that keeps the noise within its class's limit, in blocks as `amplitudes`."""
+        assert self.mean_skip is not None
+        filters = self.texture.filters.weight.float().flatten(1)
+        # The variance of a weighted sum of filtered white noise is a quadratic form of its weights.
+        n, _, h, w = amplitudes.shape
+        maps = amplitudes.reshape(n, self.texture.textures, self.top.block**2, h, w)
+        maps = maps.permute(0, 2, 3, 4, 1)
+        power = ((maps @ (filters @ filters.T)) * maps).sum(-1)
+        limit = self.mean_skip.limit(self._middle(condition))
+        if self.top.block > 1:
+            limit = functional.pixel_unshuffle(limit, self.top.block)
+        return limit * torch.rsqrt(torch.maximum(power, limit.square()) + 1e-12)
 
     def _image(self, logits: Tensor, contrast: Tensor | None) -> Tensor:
         """The image of logits in blocks: see `OutputHead`."""
@@ -231,6 +360,10 @@ def initialise(modules: Sequence[nn.Module]) -> None:
                 nn.init.xavier_uniform_(layer.weight)
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+        if isinstance(module, Generator) and module.mean_skip is not None:
+            with torch.no_grad():
+                last = [m for m in module.top.image.modules() if isinstance(m, nn.Conv2d)][-1]
+                last.weight.mul_(IMAGE_INIT_SCALE)
         if isinstance(module, Generator) and module.noisy:
             # The filtered noise has unit variance.
             filters = module.texture.filters

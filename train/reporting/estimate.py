@@ -182,8 +182,8 @@ def time_steps(config: RunConfig, step: Step, budget: float = BUDGET_SECONDS) ->
         )
         image = torch.from_numpy(rng.random((count, 1, h, w), np.float32))
         style = (
-            torch.from_numpy(rng.standard_normal((count, config.generator.style), np.float32))
-            if config.generator.style
+            torch.from_numpy(rng.standard_normal((count, step.generator.style), np.float32))
+            if step.generator.style
             else None
         )
         batch = Batch(

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.core.atomic_files import write_text
-from runtime.core.manifest import LabelTable
+from runtime.core.context import UNKNOWN
+from runtime.core.contrast import draw_contrast
 from runtime.core.resampling import SliceGrid
 from runtime.core.rng import CaseRandom
 from runtime.core.volume import LabelVolume
@@ -74,20 +75,26 @@ def _csv(patients: Sequence[Patient]) -> str:
 def open_generator(folder: Path) -> Generate:
     """The generator of a run folder, as a function of (mask on the canvas, seed, variant).
 
-    Noise and style are drawn as the runtime draws them: keyed by seed, mask and variant.
+    Noise and style are drawn as the runtime draws them: keyed by seed, mask and variant. A model
+    with a context gets no layout.
     """
     run = checkpoint.load_run(folder)
     device, _ = choose_device(run.config)
     network = checkpoint.load_generator(folder).to(device)
-    table: LabelTable = run.labels
+    context, noise_along_z = run.context, run.config.generator.noise_along_z
 
     def image_of(mask: LabelVolume, seed: int, variant: int) -> NDArray[np.int16]:
-        random = CaseRandom(seed, mask.digest, variant)
+        random = CaseRandom(seed, mask.digest, variant, noise_along_z)
         grid = SliceGrid(run.grid, mask.geometry, mask.labels.shape)
         labels = np.stack([grid.labels(mask.labels, k) for k in range(grid.count)])
         noise = np.stack([random.noise(k, labels.shape[2:]) for k in range(grid.count)])
         style = random.style(network.style) if network.style else None
+        if context is not None:
+            labels[labels == 0] = context.index(UNKNOWN, len(run.labels))
+            if style is not None:
+                span = np.float32(run.intensity.high - run.intensity.low)
+                style = draw_contrast(context, random) / span
         with torch.no_grad():
-            return generate(network, labels, noise, len(table), run.intensity, device, style=style)
+            return generate(network, labels, noise, run.classes, run.intensity, device, style=style)
 
     return image_of

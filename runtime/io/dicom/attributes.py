@@ -82,7 +82,7 @@ class Identity:
             str(record.variant or 0),
         ]
         derived = record.manifest.derived
-        if derived:
+        if record.image_sha256:
             inputs.append(record.image_sha256)
         if source is None:
             key = hashlib.sha256("/".join(["mask2ct", *inputs]).encode()).hexdigest()
@@ -204,6 +204,7 @@ def derivation(record: OutputRecord) -> str:
         f" {record.manifest.name}, engine file {record.file or 'none'} sha256"
         f" {_engine_sha256(record)}, backend {_backend(record)}, seed {record.seed}, variant"
         f" {record.variant or 0}, mask sha256 {record.mask.digest.hex()}"
+        + (f", layout of the CT sha256 {record.image_sha256}" if record.image_sha256 else "")
     )[:1024]
 
 

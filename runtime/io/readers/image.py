@@ -48,7 +48,7 @@ class _Image:
     files: tuple[Path, ...]
 
 
-def with_images(cases: Sequence[Case], place: Path) -> list[Case]:
+def with_images(cases: Sequence[Case], place: Path, option: str = "--warp") -> list[Case]:
     """Assign a real CT to each case.
 
     Args:
@@ -56,6 +56,7 @@ def with_images(cases: Sequence[Case], place: Path) -> list[Case]:
         place: A volume file, or a folder or zip of them, whose names without `IMAGE_ENDINGS` and
             `MASK_ENDINGS` tell their masks; or DICOM series, to which the masks refer. One mask and
             one CT belong together whatever their names.
+        option: The option that named the place, for messages.
 
     Returns:
         The cases with their CTs; a case without exactly one CT is unchanged. A case that is the CT
@@ -68,12 +69,12 @@ def with_images(cases: Sequence[Case], place: Path) -> list[Case]:
     masks = {file.absolute() for case in cases for file in case.files}
     images = [
         image
-        for image in _images_at(place)
+        for image in _images_at(place, option)
         if not masks & {file.absolute() for file in image.files}
     ]
     if not images:
         raise UsageError(
-            f"--warp: {place} holds no CT",
+            f"{option}: {place} holds no CT",
             expected=(
                 f"a real CT: a file ending in {', '.join(SUFFIXES)}, a DICOM series, or a folder"
                 " with such files"
@@ -86,7 +87,7 @@ def with_images(cases: Sequence[Case], place: Path) -> list[Case]:
     pairs = [(case, _matching_images(case, images)) for case in cases]
     if not any(matching for _, matching in pairs):
         raise UsageError(
-            f"--warp: none of {len(images)} CTs belongs to one of {len(cases)} masks",
+            f"{option}: none of {len(images)} CTs belongs to one of {len(cases)} masks",
             expected=(
                 "CASE.nii.gz or CASE_0000.nii.gz for the mask CASE.nii.gz, or the series that a"
                 " DICOM mask refers to"
@@ -142,11 +143,11 @@ def _is_image_of(case: Case, cases: Sequence[Case]) -> bool:
     return case.kind == "volume" and name != case.name and name in masks
 
 
-def _images_at(place: Path) -> list[_Image]:
+def _images_at(place: Path, option: str) -> list[_Image]:
     """The real CTs at a file, folder or zip."""
     if not archive.exists(place):
         raise UsageError(
-            f"--warp: {place} does not exist",
+            f"{option}: {place} does not exist",
             expected="a real CT",
             remedy="check the path",
             file=place,

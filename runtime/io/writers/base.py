@@ -28,7 +28,8 @@ class OutputRecord:
         file: the model file that the engine runs, a key of `manifest.files`; empty for the fake
             engine.
         seed: the seed of the run.
-        image_sha256: the digest of the real CT that was deformed; empty for a synthetic CT.
+        image_sha256: the digest of the real CT that was deformed, or that gave a synthetic CT its
+            layout; empty without one.
     """
 
     case: str

@@ -1,0 +1,75 @@
+"""`mask2ct synth --context CT`: the tissues around each mask come from its own CT."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from ..batch.given_layout import GivenLayout
+from ..core.errors import UsageError
+from ..io.cases import Case
+from ..io.readers.image import with_images
+from ..synthesizer import VolumeSynthesizer
+
+
+def add_context(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--context`.
+
+    Args:
+        parser: Receives the option.
+    """
+    group = parser.add_argument_group("layout")
+    group.add_argument(
+        "--context",
+        type=Path,
+        metavar="CT",
+        help=(
+            "take the tissues around each mask from this CT, for a model with a context: a volume,"
+            " a DICOM series, or a folder of these whose names match the masks' (default: what the"
+            " model makes of the mask alone)"
+        ),
+    )
+
+
+def check_context(options: argparse.Namespace) -> None:
+    """Check that `--context` is not beside an option that leaves it without effect.
+
+    Args:
+        options: Parsed options of `synth`.
+
+    Raises:
+        UsageError: It is.
+    """
+    if options.context is None:
+        return
+    for name in ("warp", "ray", "list"):
+        if getattr(options, name) not in (None, False):
+            raise UsageError(
+                f"--context has no effect beside --{name}",
+                expected="one of them",
+                remedy="leave one out",
+            )
+
+
+def with_context(
+    models: Mapping[str, VolumeSynthesizer], cases: Sequence[Case], options: argparse.Namespace
+) -> tuple[Mapping[str, GivenLayout | VolumeSynthesizer], list[Case]]:
+    """Pair masks with the CTs of `--context`.
+
+    Args:
+        models: Open models by name.
+        cases: The masks.
+        options: Parsed options of `synth`.
+
+    Returns:
+        What makes the CTs, by the model's name, and the cases with their CTs; as they were without
+        `--context`.
+
+    Raises:
+        UsageError: No mask has a CT, or a model has no context.
+    """
+    if options.context is None:
+        return models, [*cases]
+    sources = {name: GivenLayout(model) for name, model in models.items()}
+    return sources, with_images(cases, options.context, "--context")
