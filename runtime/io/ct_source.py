@@ -38,8 +38,8 @@ class Variant:
 class CTSource(Protocol):
     """A source of CTs for masks.
 
-    `Synthesizer`, `runtime.batch.given_layout.GivenLayout`, or
-    `runtime.batch.warp_source.WarpSource`.
+    `Synthesizer`, `runtime.batch.given_layout.GivenLayout` and
+    `runtime.batch.warp_source.WarpSource` are such.
 
     Attributes:
         manifest: Its label table, its unit, and whether its results are synthetic or derived.
