@@ -1,9 +1,9 @@
 """The control without a network: real tissue maps, deformed and coloured by class, with noise.
 
 A generator that is not better than this table is not needed. Each training patient's labels and
-automatic tissue classes (`runtime.core.tissue_classes.tissue_map`) are deformed as the variants of a mask
-are. Each class gets the median of the training patients; the edges are blurred, and coloured noise
-as strong as the class's own spread is added.
+automatic tissue classes (`runtime.core.tissue_classes.tissue_map`) are deformed as the variants of
+a mask are. Each class gets the median of the training patients; the edges are blurred, and coloured
+noise as strong as the class's own spread is added.
 """
 
 from __future__ import annotations
