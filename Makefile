@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 		echo "$$place" > "$$($(RUN) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/outer-torch.pth"; \
 	elif [ "$$(uname -s)" = Linux ] && [ ! -e /proc/driver/nvidia ] && [ -z "$(PIP_OPTIONS)" ]; then \
 		echo "no NVIDIA driver here: if pip fetches torch with CUDA (several GB), see PIP_OPTIONS in the Makefile"; fi
-	$(RUN) -m pip install --quiet $(PIP_OPTIONS) -e ".[train,logging,export,onnx,openvino,node,ray,dev]"
+	$(RUN) -m pip install --quiet $(PIP_OPTIONS) -e ".[train,metrics,logging,export,onnx,openvino,node,ray,dev]"
 	@touch $(STAMP)
 
 # For the tests that hold our code against the real TensorRT on a machine without a GPU (150 MB, NVIDIA's licence, tests alone): the names

@@ -5,7 +5,6 @@ before it has.
 from __future__ import annotations
 
 import io
-import re
 import struct
 import zipfile
 import zlib
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from dicom_masks import dataset, segmentation, slices
+from dicom_masks import segmentation, slices
 from pydicom import dcmread, dcmwrite
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from samples import blobs
@@ -22,7 +21,6 @@ from runtime.core.errors import UnreadableVolume
 from runtime.core.labels import MM_WHS
 from runtime.io.case_finding import find_cases
 from runtime.io.cases import read_case
-from runtime.io.dicom.files import SEGMENTATION
 from runtime.io.dicom.inflate import Inflated
 
 MIB = 1 << 20
@@ -65,21 +63,14 @@ def bomb(
     meta: bytes = b"",
     length: int | None = None,
 ) -> Path:
-    """A SEG of one 16 x 16 frame with `mib` MiB of zeros in the element `tag`, deflated to a
+    """A small SEG with `mib` MiB of zeros in the element `tag`, deflated to a
     thousandth of that.
 
     `before`: deflated ahead of it all; `meta`: ahead of the transfer syntax; `length`: what the
     meta information says that it takes.
     """
-    made = dataset(
-        SEGMENTATION[0],
-        StudyInstanceUID="1.2.3",
-        SeriesInstanceUID="1.2.4",
-        Rows=16,
-        Columns=16,
-        NumberOfFrames=1,
-        BitsAllocated=1,
-    )
+    made = dcmread(seg(folder))
+    del made.PixelData
     plain = folder / "plain"
     made.save_as(plain, enforce_file_format=True)
     raw = plain.read_bytes()
@@ -167,10 +158,7 @@ def test_deflate_bomb_takes_little_memory(how: dict, tmp_path: Path, command) ->
     )  # KiB; Python with numpy and pydicom is some 60 MiB
     assert done.returncode == 1 and "Traceback" not in said and "Doe" not in said, said
     if how["tag"] == (0x7FE0, 0x0010) and "before" not in how:
-        assert (
-            re.search(r"inflates to more than 2\d{6} bytes", said)
-            and "export it without compression" in said
-        )
+        assert "629145600 bytes of pixels, more than its frames can have" in said
         assert peak < 150 << 10
     else:
         assert "cannot be read as DICOM (1 with a damaged header)" in said and peak < 450 << 10
