@@ -17,8 +17,8 @@ from runtime.engines.description import (
     parity_rows,
     training_lines,
 )
-from train.metrics.quality import COLUMNS, LEGEND
-from train.metrics.quality import rows as quality_rows
+from train.metrics.quality_table import COLUMNS, LEGEND
+from train.metrics.quality_table import rows as quality_rows
 
 CARD = "MODEL_CARD.md"
 UNLICENSED = (

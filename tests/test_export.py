@@ -256,13 +256,13 @@ def test_unwritable_export_is_exit_4(trained: Path, tmp_path: Path, command) -> 
     )
 
 
-def test_export_without_tensorrt_is_exit_3(
+def test_required_engine_without_builder_is_exit_3(
     trained: Path, model: Path, tmp_path: Path, command
 ) -> None:
     """The validated ONNX model replaces the older one completely."""
     shutil.copytree(model, tmp_path / "model")
     (tmp_path / "model" / "stale.txt").write_text("of an older version")
-    done = command("export/build_engine.py", trained, "-o", tmp_path / "model")
+    done = command("export/build_engine.py", trained, "-o", tmp_path / "model", "--require-engine")
     assert done.returncode == 3 and "TensorRT" in done.stderr and "Traceback" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
     assert sorted(p.name for p in (tmp_path / "model").iterdir()) == FILES

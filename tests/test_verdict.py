@@ -16,7 +16,8 @@ from export.model_card import model_card
 from export.verdict import check_verdict
 from runtime.core.manifest import Manifest
 from train.metrics.distribution import Sample
-from train.metrics.quality import quality, rows
+from train.metrics.quality import quality
+from train.metrics.quality_table import rows
 from train.metrics.scores import HU
 from train.run import refuse_broken
 from train.verdict import (

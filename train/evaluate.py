@@ -38,7 +38,8 @@ from .data.checks import AIR_HU
 from .data.intensities import normalized
 from .metrics import volume_metrics
 from .metrics.distribution import Sample, distribution, prdc
-from .metrics.quality import COLUMNS, LEGEND, SENTENCES, quality, rows
+from .metrics.quality import quality
+from .metrics.quality_table import COLUMNS, LEGEND, SENTENCES, rows
 from .metrics.scores import HU, diversity, evaluate, organ_names, real_baseline, table
 
 Arrays = list[NDArray[Any]]

@@ -378,7 +378,6 @@ class Manifest:
             "labels": labels_to_json(self.labels),
             "grid": grid_to_json(self.grid),
             "intensity": vars(self.intensity),
-            "modality": self.modality,
             "style": self.style,
             "noise": self.noise,
             "inputs": [vars(spec) for spec in self.inputs],
@@ -388,6 +387,9 @@ class Manifest:
             "training": self.training,
             "export": self.export,
         }
+        # Absent where they say nothing: the resume key of an older model is a hash of all this.
+        if self.modality:
+            data["modality"] = self.modality
         if self.context is not None:
             data["context"] = self.context.to_json()
         if self.noise_along_z:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import METRICS, RUN
-from ..metrics.quality import COLUMNS, LEGEND, SENTENCES
-from ..metrics.quality import rows as quality_rows
+from ..metrics.quality_table import COLUMNS, LEGEND, SENTENCES
+from ..metrics.quality_table import rows as quality_rows
 from .html import curves, page, picture, read_metrics, table
 
 REPORT = "report.html"
