@@ -19,12 +19,14 @@ MIB = 1 << 20
 # Runs the command and prints the process' largest resident set in KiB, before the first mask is
 # read and at the end.
 CHILD = """
-import resource, sys
+import sys
 import numpy, SimpleITK, isal.igzip_threaded
 from runtime.__main__ import main
 from runtime.core.console import run
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # not ru_maxrss, which begins with the peak of the process that started this one
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
 before = peak()
 code = run(main, sys.argv[1:])
 print(before, peak())
