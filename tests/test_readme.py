@@ -57,7 +57,7 @@ def test_readme_python_blocks_run(
     assert blocks
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
-    assert "onnxruntime" in capsys.readouterr().out
+    assert "on CPU, model.onnx" in capsys.readouterr().out
     assert len(list((tmp_path / "out").glob("unseen_1001_v*_ct.nii.gz"))) == 4
 
 
