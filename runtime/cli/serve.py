@@ -240,16 +240,16 @@ def _serve(options: argparse.Namespace) -> int:
             )
             stack.callback(health_server.close)
             ports["http"] = health_server.port
-        events.say(
-            "listening",
-            aet=options.aet,
-            host=options.host,
-            **ports,
-            tls="mutual" if tls else "none",
-            model=", ".join(synth.manifest.name for synth in models.values()),
-            backend=", ".join(synth.backend for synth in models.values()),
-        )
         try:
+            events.say(
+                "listening",
+                aet=options.aet,
+                host=options.host,
+                **ports,
+                tls="mutual" if tls else "none",
+                model=", ".join(synth.manifest.name for synth in models.values()),
+                backend=", ".join(synth.backend for synth in models.values()),
+            )
             node.run()
         except KeyboardInterrupt:
             events("stopping")
