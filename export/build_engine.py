@@ -101,20 +101,20 @@ def main(argv: Sequence[str]) -> int:
     names = ("precision", "native", "hardware", "max_batch", "workspace", "timing_cache")
     build = BuildOptions(**{name: getattr(options, name) for name in names})
     for target in (target for target in targets if target.name not in missing):
-        unproven = _why_not_validated(target)
+        not_validated = _why_not_validated(target)
         add_engine(
             options.output,
             build,
             None
-            if unproven
+            if not_validated
             else parity_checker(graph, masks, options.output, options.precision, target),
             gpu=device() if target.needs_gpu else None,
             say=say,
             target=target,
             quiet=options.quiet,
         )
-        proof = f"not run here ({unproven})" if unproven else "validated"
-        say(f"{target.file} built, {proof}, in {duration(time.perf_counter() - started)}")
+        outcome = f"not run here ({not_validated})" if not_validated else "validated"
+        say(f"{target.file} built, {outcome}, in {duration(time.perf_counter() - started)}")
     if missing:
         say(_what_can_be_added(missing))
     return 0

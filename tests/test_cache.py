@@ -20,6 +20,7 @@ from runtime.core.atomic_files import temporary_name
 from runtime.core.errors import OutputError
 from runtime.core.labels import MM_WHS
 from runtime.core.manifest import GridPolicy, Intensity
+from runtime.core.tissue_classes import HU_CONTEXT
 from train.config import DataConfig
 from train.data import dataset
 from train.data import slice_cache as caching
@@ -178,6 +179,18 @@ def test_damaged_cache_entry_is_rebuilt(
         assert_equal(cache(pair, MM_WHS, POLICY, HU), load_patient(pair, MM_WHS, POLICY, HU))
     assert capsys.readouterr().err.count("was damaged") == 1
     assert len(entries(cache)) == 1
+
+
+def test_damaged_tissues_are_rebuilt_and_said(
+    pair: Pair, cache: SliceCache, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = dataset.load_tissues(pair, MM_WHS, POLICY, HU, HU_CONTEXT)
+    cache.tissues(pair, MM_WHS, POLICY, HU, HU_CONTEXT)
+    flip(entries(cache)[0])
+    for _ in range(2):
+        tissues = cache.tissues(pair, MM_WHS, POLICY, HU, HU_CONTEXT)
+        assert np.array_equal(tissues, expected)
+    assert capsys.readouterr().err.count("was damaged") == 1
 
 
 def test_processes_fill_one_folder_together(folder: Path, cache: SliceCache, root: Path) -> None:

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ..batch.given_layout import GivenLayout
-from ..core.errors import UsageError
 from ..io.cases import Case
 from ..io.readers.image import with_images
 from ..synthesizer import VolumeSynthesizer
+from .options import refuse_beside
 
 
 def add_context(parser: argparse.ArgumentParser) -> None:
@@ -41,15 +41,8 @@ def check_context(options: argparse.Namespace) -> None:
     Raises:
         UsageError: It is.
     """
-    if options.context is None:
-        return
-    for name in ("warp", "ray", "list"):
-        if getattr(options, name) not in (None, False):
-            raise UsageError(
-                f"--context has no effect beside --{name}",
-                expected="one of them",
-                remedy="leave one out",
-            )
+    if options.context is not None:
+        refuse_beside("--context", options, ("warp", "ray", "list"))
 
 
 def with_context(

@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Mapping
 
 from ..core.contrast import REQUEST_HELP, parse_requests
-from ..core.errors import UsageError
 from ..synthesizer import VolumeSynthesizer
+from .options import refuse_beside
 
 
 def add_intensity(parser: argparse.ArgumentParser) -> None:
@@ -39,15 +39,8 @@ def check_intensity(options: argparse.Namespace) -> None:
         UsageError: A request cannot be read, or stands beside an option that leaves it without
             effect.
     """
-    if not parse_requests(options.intensity):
-        return
-    for name in ("warp", "ray", "list"):
-        if getattr(options, name) not in (None, False):
-            raise UsageError(
-                f"--intensity has no effect beside --{name}",
-                expected="one of them",
-                remedy="leave one out",
-            )
+    if parse_requests(options.intensity):
+        refuse_beside("--intensity", options, ("warp", "ray", "list"))
 
 
 def apply_intensity(models: Mapping[str, VolumeSynthesizer], options: argparse.Namespace) -> None:

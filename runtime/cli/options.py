@@ -137,6 +137,26 @@ def add_results(parser: argparse.ArgumentParser) -> None:
     add_making(group)
 
 
+def refuse_beside(option: str, options: argparse.Namespace, others: Sequence[str]) -> None:
+    """Refuse options beside which another one has no effect.
+
+    Args:
+        option: The option that would have none, such as "--context".
+        options: Parsed options.
+        others: Names of options whose default is None or False, without their dashes.
+
+    Raises:
+        UsageError: One of them is given.
+    """
+    for name in others:
+        if getattr(options, name) not in (None, False):
+            raise UsageError(
+                f"{option} has no effect beside --{name}",
+                expected="one of them",
+                remedy="leave one out",
+            )
+
+
 def add_making(group: argparse._ArgumentGroup) -> None:
     """Add the options of a result's content, for every command that synthesizes.
 

@@ -70,13 +70,7 @@ class SliceCache:
             OutputError: An entry cannot be written.
         """
         path = self.folder / f"{key(pair, table, policy, intensity)}.npy"
-        if not path.exists():
-            write(path, load_patient(pair, table, policy, intensity))
-        elif not intact(path):
-            print(
-                f"warning: {path} was damaged; it is written again from {pair.image.name}",
-                file=sys.stderr,
-            )
+        if not _is_usable(path, pair):
             write(path, load_patient(pair, table, policy, intensity))
         return read(path)
 
@@ -107,7 +101,7 @@ class SliceCache:
             OutputError: An entry cannot be written.
         """
         path = self.folder / f"{key(pair, table, policy, intensity, context)}.npy"
-        if not path.exists() or not intact(path):
+        if not _is_usable(path, pair):
             classes = load_tissues(pair, table, policy, intensity, context)
             with atomic_file(path) as handle:
                 digest = _Digest(handle.write)
@@ -115,6 +109,19 @@ class SliceCache:
                 handle.write(digest.value)
         mapped: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
         return np.asarray(mapped)
+
+
+def _is_usable(path: Path, pair: Pair) -> bool:
+    """Whether an entry is there and intact; a damaged one is reported."""
+    if not path.exists():
+        return False
+    if intact(path):
+        return True
+    print(
+        f"warning: {path} was damaged; it is written again from {pair.image.name}",
+        file=sys.stderr,
+    )
+    return False
 
 
 def key(
