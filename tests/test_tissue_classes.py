@@ -115,7 +115,7 @@ def manifest_with_context() -> Manifest:
     context = replace(
         HU_CONTEXT, medians=tuple(range(classes)), contrast=((1.0,) * classes, (0.5,) * classes)
     )
-    return replace(manifest, context=context, style=classes, noise_along_z=0.3)
+    return replace(manifest, context=context, style=classes, noise_along_z=0.3, modality="CT")
 
 
 def test_context_survives_the_manifest(root) -> None:
