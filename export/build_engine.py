@@ -19,45 +19,58 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from export.to_tensorrt import HARDWARE, TARGETS, BuildOptions, Target, why_not
-from runtime.core.console import EXIT_CODES, duration, run
+from runtime.core.console import Parser, duration, epilog, run
 from runtime.core.errors import MissingComponent, importing
 from runtime.engines.gpu.probe import device, why_no_gpu
 from runtime.engines.memory import parse_bytes
 from runtime.engines.registry import BACKENDS
 
+PROGRAM = "python export/build_engine.py"
 
-def main(argv: Sequence[str]) -> int:
+
+def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """Describe the command line.
+
+    Args:
+        program: What the user typed in front of the options.
+    """
+    p = Parser(
+        program,
+        description="Export a trained run to a model folder, and validate every file in it.",
+        epilog=epilog(
+            f"{program} RUN -o MODEL --onnx-only",
+            f"{program} RUN -o MODEL --target rtx --precision fp16",
+        ),
+    )
+    p.add_argument("run", type=Path, help="a run folder that train/run.py wrote")
+    p.add_argument("-o", "--output", type=Path, required=True, help="the model folder to write")
+    p.add_argument(
+        "--onnx-only",
+        action="store_true",
+        help="write and validate the ONNX graphs, build no engine",
+    )
+    p.add_argument(
+        "--accept-weak",
+        action="store_true",
+        help="export a model whose training ended with the verdict 'weak'; the card keeps it",
+    )
+    _add_engine_options(p.add_argument_group("TensorRT engine"))
+    p.add_argument("--quiet", action="store_true", help="print errors only")
+    return p
+
+
+def main(argv: Sequence[str], program: str = PROGRAM) -> int:
     """Export a run; returns the exit code.
 
     Args:
         argv: The command line without the program's name.
+        program: What the user typed in front of it.
 
     Raises:
         MissingComponent: A package is missing, or an engine that was asked for cannot be built.
         ParityError: A file differs too much from the network.
     """
-    parser = argparse.ArgumentParser(
-        "build_engine.py",
-        description="Export a trained run to a model folder, and validate every file in it.",
-        epilog=EXIT_CODES,
-    )
-    parser.add_argument("run", type=Path, help="a run folder that train/run.py wrote")
-    parser.add_argument(
-        "-o", "--output", type=Path, required=True, help="the model folder to write"
-    )
-    parser.add_argument(
-        "--onnx-only",
-        action="store_true",
-        help="write and validate the ONNX graphs, build no engine",
-    )
-    parser.add_argument(
-        "--accept-weak",
-        action="store_true",
-        help="export a model whose training ended with the verdict 'weak'; the card keeps it",
-    )
-    _add_engine_options(parser.add_argument_group("TensorRT engine"))
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
-    options = parser.parse_args(argv)
+    options = parser(program).parse_args(argv)
     started = time.perf_counter()
 
     def say(text: str) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 from typing import Any
 
 
@@ -21,20 +22,48 @@ def main(argv: Sequence[str]) -> int:
         Mask2CTError: As the command raises it; `runtime.core.console.run` prints it.
         SystemExit: After `--help` and `--version`, and for an option that does not exist.
     """
-    from .cli import audit, describe, labels, serve, synth, watch
+    from .cli.commands import COMMANDS, overview
     from .core.console import EXIT_CODES, Parser
     from .core.version import VERSION
 
     parser = Parser(
-        "mask2ct", description="Synthesize a synthetic CT for any label mask.", epilog=EXIT_CODES
+        "mask2ct",
+        usage="mask2ct COMMAND [OPTIONS]",
+        description=f"Synthesize a synthetic CT for any label mask.\n\n{overview()}",
+        epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"mask2ct {VERSION}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (synth, watch, serve, labels, describe, audit):
-        command.add(commands)
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    command = COMMANDS.get(argv[0])
+    if command is None:
+        parser.parse_known_args(argv[:1])  # --help and --version end here
+        parser.error(no_command(argv[0], COMMANDS))
+    if command.in_lab:
+        from .cli.lab import start
+
+        return start(command, argv[1:])
+    commands = parser.add_subparsers(prog="mask2ct", required=True, metavar="COMMAND")
+    import_module(f".cli{command.module}", __package__).add(commands)
+    commands.choices[command.name].description = f"{command.name}: {command.summary}"
     options = parser.parse_args(argv)
     chosen: Any = options.command
     return int(chosen(options))
+
+
+def no_command(word: str, commands: Iterable[str]) -> str:
+    """What to tell somebody whose command does not exist.
+
+    Args:
+        word: The word in a command's place.
+        commands: The names of all commands.
+    """
+    from difflib import get_close_matches
+
+    similar = get_close_matches(word, list(commands), 1)
+    hint = f"did you mean {similar[0]}?" if similar else "mask2ct --help lists them"
+    return f"there is no command {word}: {hint}"
 
 
 def entry() -> int:

@@ -27,6 +27,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from runtime.core import console
 from runtime.core.atomic_files import write_json
 from runtime.core.errors import InputError, UsageError
 from runtime.core.labels import PRESETS
@@ -166,25 +167,27 @@ def read_reference(folder: Path, labels: LabelTable) -> tuple[Arrays, Arrays]:
     ]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line in the module's docstring.
+PROGRAM = "python -m train.evaluate"
+FOLDERS = ("synthetic", "truth", "masks")
+
+
+def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """Describe the command line.
 
     Args:
-        argv: The arguments; None: those of the process.
-
-    Returns:
-        The exit code, 0.
-
-    Raises:
-        UsageError: Options are missing or exclude each other.
+        program: What the user typed in front of the options.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m train.evaluate", description="compare synthetic images with true ones"
+    p = console.Parser(
+        prog=program,
+        description="compare synthetic images with true ones",
+        epilog=console.epilog(
+            f"{program} --run RUN --split test --json metrics.json",
+            f"{program} --synthetic OUT --truth CT --masks MASKS --reference DATA",
+        ),
     )
-    folders = ("synthetic", "truth", "masks")
-    for name in folders:
-        parser.add_argument(f"--{name}", type=Path, metavar="DIR")
-    parser.add_argument(
+    for name in FOLDERS:
+        p.add_argument(f"--{name}", type=Path, metavar="DIR")
+    p.add_argument(
         "--reference",
         type=Path,
         metavar="DIR",
@@ -193,15 +196,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             " class table and copies"
         ),
     )
-    parser.add_argument(
+    p.add_argument(
         "--prdc",
         action="store_true",
         help="also precision, recall, density and coverage (the extra `metrics`)",
     )
-    parser.add_argument(
+    p.add_argument(
         "--labels", choices=sorted(PRESETS), help="label table of the masks (default: mm-whs)"
     )
-    parser.add_argument(
+    p.add_argument(
         "--run",
         type=Path,
         help=(
@@ -209,19 +212,35 @@ def main(argv: Sequence[str] | None = None) -> int:
             " measure its network"
         ),
     )
-    parser.add_argument(
+    p.add_argument(
         "--split",
         choices=("valid", "test"),
         default="valid",
         help="the run's patients to synthesize (default: %(default)s)",
     )
-    parser.add_argument(
+    p.add_argument(
         "--dataset-path", "--dataset_path", metavar="DIR", help="where the run's data lie now"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics here")
-    args = parser.parse_args(argv)
-    named_folders = [name for name in folders if getattr(args, name)]
-    missing = [name for name in folders if name not in named_folders]
+    p.add_argument("--json", type=Path, metavar="FILE", help="also write the metrics here")
+    return p
+
+
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
+    """Run the command line in the module's docstring.
+
+    Args:
+        argv: The arguments; None: those of the process.
+        program: What the user typed in front of them.
+
+    Returns:
+        The exit code, 0.
+
+    Raises:
+        UsageError: Options are missing or exclude each other.
+    """
+    args = parser(program).parse_args(argv)
+    named_folders = [name for name in FOLDERS if getattr(args, name)]
+    missing = [name for name in FOLDERS if name not in named_folders]
     if missing and (named_folders or not args.run):
         raise UsageError(
             f"--{', --'.join(missing)} is not given",
@@ -326,6 +345,4 @@ def trained_on_normalized(folder: Path) -> bool:
 
 
 if __name__ == "__main__":
-    from runtime.core import console
-
     sys.exit(console.run(main))

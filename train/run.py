@@ -47,12 +47,23 @@ if TYPE_CHECKING:
 BUDGET_SECONDS = 600.0
 
 
-def parser() -> argparse.ArgumentParser:
-    """Describe the command line."""
-    p = argparse.ArgumentParser(
-        prog="python train/run.py",
+PROGRAM = "python train/run.py"
+
+
+def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """Describe the command line.
+
+    Args:
+        program: What the user typed in front of the options.
+    """
+    p = console.Parser(
+        prog=program,
         description="Train a generator that synthesizes CT from label masks.",
-        epilog=console.EXIT_CODES,
+        epilog=console.epilog(
+            f"{program} --dataset-path DATA --budget 10min",
+            f"{program} --config train/configs/phantom.json --dataset-path DATA --output RUN",
+            f"{program} --dataset-path DATA --init-config FILE",
+        ),
     )
     p.add_argument(
         "--config",
@@ -101,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
         action="store_true",
         help="print config or plan, data, network sizes and a time estimate; start nothing",
     )
+    console.add_json(p)
     p.add_argument(
         "--set",
         action="append",
@@ -285,11 +297,12 @@ def cache_of(args: argparse.Namespace, folder: Path) -> Path | None:
     return None if args.no_cache else args.cache or folder.parent / FOLDER
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str], program: str = PROGRAM) -> int:
     """Run the command line.
 
     Args:
         argv: The arguments after the program's name.
+        program: What the user typed in front of them.
 
     Returns:
         The exit code.
@@ -297,7 +310,13 @@ def main(argv: Sequence[str]) -> int:
     with enough_memory(), init_distributed() as ranks:
         # Rank 0 checks first: the ranks report an error once.
         with ranks.rank_zero_first():
-            args = parser().parse_args(argv)
+            args = parser(program).parse_args(argv)
+            if args.json and not args.dry_run:
+                raise UsageError(
+                    "--json is for a plan",
+                    expected="--dry-run with it, or mask2ct plan --json",
+                    remedy="add --dry-run, or leave it out",
+                )
             if args.test:
                 return test(args) if ranks.first else 0
             plan = planned(args, ranks)
@@ -313,7 +332,7 @@ def main(argv: Sequence[str]) -> int:
             require(resolved.logging)
             resolved, data_note = infer_from_data(resolved)
             if args.dry_run:
-                return dry_run(resolved, plan) if ranks.first else 0
+                return dry_run(resolved, plan, as_json=args.json) if ranks.first else 0
             if args.ckpt_load and args.resume:
                 raise UsageError(
                     "--ckpt-load and --resume are given together",
@@ -345,18 +364,23 @@ def enough_memory() -> Iterator[None]:
         ) from exc
 
 
-def dry_run(resolved: config.RunConfig, plan: Plan | None = None) -> int:
+def dry_run(resolved: config.RunConfig, plan: Plan | None = None, *, as_json: bool = False) -> int:
     """Print the config or the plan, the data, the network sizes and a time estimate.
 
     Args:
         resolved: The config with nothing left to infer.
         plan: The plan that it is from; None for a config of the user.
+        as_json: Whether a program reads it.
 
     Returns:
         The exit code, 0.
     """
     from train.planning.document import plan_table
-    from train.reporting.estimate import describe
+    from train.reporting.estimate import describe, describe_json
+
+    if as_json:
+        console.print_json(describe_json(resolved, {} if plan is None else plan.reasons))
+        return 0
 
     print(describe(resolved, "" if plan is None else plan_table(plan)))
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..batch.audit_check import check_audit
-from ..core.console import EXIT_CODES
+from ..core.console import epilog
 
 
 def add(commands: Any) -> None:
@@ -17,7 +17,8 @@ def add(commands: Any) -> None:
         commands: What argparse's `add_subparsers` returned.
     """
     audit = commands.add_parser(
-        "audit", help="verify an audit file of watch, serve or synth", epilog=EXIT_CODES
+        "audit",
+        epilog=epilog("mask2ct audit OUT/audit.jsonl"),
     )
     audit.set_defaults(command=_audit)
     audit.add_argument(

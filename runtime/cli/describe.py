@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ..core.console import EXIT_CODES
+from ..core.console import add_json, epilog, print_json
 from ..core.manifest import Manifest
-from ..engines.description import describe
+from ..engines.description import describe, describe_json
 
 
 def add(commands: Any) -> None:
@@ -19,13 +19,17 @@ def add(commands: Any) -> None:
     """
     parser = commands.add_parser(
         "describe",
-        help="describe a model folder and check the SHA-256 of its files",
-        epilog=EXIT_CODES,
+        epilog=epilog("mask2ct describe MODEL", "mask2ct describe MODEL --json"),
     )
     parser.set_defaults(command=_describe)
     parser.add_argument("model", type=Path, metavar="FOLDER", help="a model folder")
+    add_json(parser)
 
 
 def _describe(options: argparse.Namespace) -> int:
-    print(describe(Manifest.load(options.model), options.model))
+    manifest = Manifest.load(options.model)
+    if options.json:
+        print_json(describe_json(manifest, options.model))
+    else:
+        print(describe(manifest, options.model))
     return 0

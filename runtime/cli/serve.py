@@ -16,7 +16,7 @@ from ..batch.audit_log import AUDIT, AuditTrail, Facts
 from ..batch.model_router import Models
 from ..batch.runner import CaseResult
 from ..core.atomic_files import open_input
-from ..core.console import EXIT_CODES
+from ..core.console import epilog
 from ..core.errors import UsageError, reading
 from ..core.stopping import ends_when_told
 from ..engines.memory import parse_bytes
@@ -52,10 +52,10 @@ def add(commands: Any) -> None:
     """
     serve = commands.add_parser(
         "serve",
-        help="run a DICOM node: it receives masks and sends synthetic CTs",
-        epilog=(
-            f"{EXIT_CODES}; serve ends with 0 when Ctrl-C or SIGTERM stops it, and the next start"
-            " goes on with the studies in the spool"
+        epilog=epilog(
+            "mask2ct serve --model MODEL --spool SPOOL --send-to PACS@pacs.example:11112",
+            notes="serve ends with 0 when Ctrl-C or SIGTERM stops it, and the next start goes on\n"
+            "with the studies in the spool",
         ),
     )
     serve.set_defaults(command=_serve, format="dicom")

@@ -17,7 +17,7 @@ from ..batch.runner import CaseResult, make
 from ..batch.summary import Summary
 from ..batch.warp_source import WARP, WarpSource
 from ..core.atomic_files import check_writable, private, write_json
-from ..core.console import EXIT_CODES
+from ..core.console import epilog
 from ..core.errors import InputError, UsageError, printable
 from ..core.volume import LabelVolume
 from ..io.archive import exists
@@ -54,7 +54,15 @@ def add(commands: Any) -> None:
     Args:
         commands: What argparse's `add_subparsers` returned.
     """
-    synth = commands.add_parser("synth", help="synthesize a CT for each mask", epilog=EXIT_CODES)
+    synth = commands.add_parser(
+        "synth",
+        epilog=epilog(
+            "mask2ct synth MASK --model MODEL --output OUT",
+            "mask2ct synth MASKS --model MODEL --output OUT --variants 5 --resume",
+            "mask2ct synth MASKS --model MODEL --output OUT --labels totalsegmentator",
+            "mask2ct synth MASKS --warp IMAGES --output OUT",
+        ),
+    )
     synth.set_defaults(command=_synth)
     synth.add_argument("masks", nargs="+", type=Path, metavar="MASK", help=MASK_HELP)
     add_engine(synth, required=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..batch.audit_log import AUDIT, AuditTrail
 from ..batch.runner import CaseResult
-from ..core.console import EXIT_CODES
+from ..core.console import epilog
 from ..core.errors import UsageError, printable
 from ..core.logfmt import log_line
 from ..io.cases import Case
@@ -34,7 +34,11 @@ def add(commands: Any) -> None:
         commands: What argparse's `add_subparsers` returned.
     """
     watch = commands.add_parser(
-        "watch", help="synthesize a CT for each mask that arrives in a folder", epilog=EXIT_CODES
+        "watch",
+        epilog=epilog(
+            "mask2ct watch INBOX --model MODEL --output OUT",
+            "mask2ct watch INBOX --model MODEL --output OUT --format dicom --once",
+        ),
     )
     watch.set_defaults(command=_watch)
     watch.add_argument(

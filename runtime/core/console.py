@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -22,11 +23,27 @@ EXIT_CODES = (
 )
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser that prints words it does not know with `printable`.
+def epilog(*examples: str, notes: str = "") -> str:
+    """The end of a command's help: examples, notes and the exit codes.
 
-    They may be file names that a pattern of the shell matched.
+    Args:
+        examples: Command lines as a person types them.
+        notes: Sentences for this command alone.
     """
+    lines = "".join(f"  {example}\n" for example in examples)
+    parts = [f"examples:\n{lines}" if examples else "", EXIT_CODES, notes]
+    return "\n".join(part for part in parts if part)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that keeps the lines of its epilog, and prints unknown words with `printable`.
+
+    These may be file names that a pattern of the shell matched.
+    """
+
+    def __init__(self, *args: Any, **options: Any):
+        options.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(*args, **options)
 
     def error(self, message: str) -> NoReturn:
         """Print the usage and `message`, and exit with code 2."""
@@ -35,6 +52,31 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         """Print, and raise where that fails: `ArgumentParser` would ignore the failure."""
         print(message, end="", file=file or sys.stderr, flush=True)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`, for every command whose result a program may read.
+
+    Args:
+        parser: Receives the option.
+    """
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="print the result as JSON (docs/reference/json.md); warnings stay on standard error",
+    )
+
+
+def print_json(value: object) -> None:
+    """Print a result as JSON on standard output.
+
+    Args:
+        value: A value that JSON can write.
+
+    Raises:
+        ValueError: It holds NaN or infinity, which are not JSON.
+    """
+    print(json.dumps(value, indent=1, allow_nan=False))
 
 
 def run(main: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:

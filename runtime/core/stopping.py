@@ -30,6 +30,11 @@ def command_line() -> Iterator[None]:
         _is_command_line = before
 
 
+def is_command_line() -> bool:
+    """Whether the process is a command of mask2ct, and no program that embeds the runtime."""
+    return _is_command_line
+
+
 @contextmanager
 def ends_when_told(code: int) -> Iterator[None]:
     """End the process where the block has not ended `GRACE` seconds after SIGTERM or SIGINT.

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..core.checked_json import Object, mapping, nesting, number, text, texts, whole, word
 from ..core.errors import ModelError, printable, quantity
 from ..core.manifest import MANIFEST, Manifest
 from .onnx_file import check_weights
-from .registry import BACKENDS
+from .registry import BACKENDS, Backend
+
+T = TypeVar("T")
 
 USES = {"train": "to train on", "valid": "to validate with", "test": "to test on"}
 ORGAN_HEAD = ("", "median", "true", "error", "IQR", "true", "texture ratio")
@@ -43,9 +46,31 @@ def describe(manifest: Manifest, folder: Path) -> str:
     Raises:
         ModelError: For a file that is missing or altered, or a manifest that cannot be used.
     """
+    return _checked(_describe, manifest, folder)
+
+
+def describe_json(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    """Describe a model for a program, after the same checks as `describe`.
+
+    Args:
+        manifest: The folder's manifest.
+        folder: The model folder.
+
+    Returns:
+        "model", the manifest, and "backends", those that have a file in the folder: "name",
+        whether it is "usable" here, whether "auto" may choose it, and the "state" for a person.
+
+    Raises:
+        ModelError: As `describe`.
+    """
+    return _checked(_describe_json, manifest, folder)
+
+
+def _checked(make: Callable[[Manifest, Path], T], manifest: Manifest, folder: Path) -> T:
+    """Map what an unusable manifest raises to `ModelError`."""
     try:
         with nesting():
-            return _describe(manifest, folder)
+            return make(manifest, folder)
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as exc:
         raise ModelError(
             f"{MANIFEST} cannot be used: {str(exc)[:500]}",
@@ -55,12 +80,31 @@ def describe(manifest: Manifest, folder: Path) -> str:
         ) from exc
 
 
+def _describe_json(manifest: Manifest, folder: Path) -> dict[str, Any]:
+    _describe(manifest, folder)
+    model = manifest.to_json()
+    json.dumps(model, allow_nan=False)
+    backends = [
+        {
+            "name": backend.name,
+            "usable": not backend.absent(manifest),
+            "auto": backend.automatic,
+            "state": state,
+        }
+        for backend, state in _backend_states(manifest)
+    ]
+    return {"model": model, "backends": backends}
+
+
 def _describe(manifest: Manifest, folder: Path) -> str:
     unit = printable(manifest.intensity.unit)
     rows = [
         *_contract_rows(manifest),
         *_file_rows(manifest, folder),
-        *_backend_rows(manifest),
+        *(
+            ("backend", f"{backend.name}: {state}{'' if backend.automatic else ', by name only'}")
+            for backend, state in _backend_states(manifest)
+        ),
         *(("training", text) for text in training_lines(manifest)),
         *(("export", text) for text in export_lines(manifest)),
     ]
@@ -114,7 +158,7 @@ def _file_rows(manifest: Manifest, folder: Path) -> Iterator[tuple[str, str]]:
         yield "file", f"{name}: {file.precision}, {size}, sha256 {file.sha256} verified"
 
 
-def _backend_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
+def _backend_states(manifest: Manifest) -> Iterator[tuple[Backend, str]]:
     """Each backend that has a file, and whether it can be used here."""
     for backend in BACKENDS:
         if manifest.file_of(*backend.file):
@@ -123,10 +167,7 @@ def _backend_rows(manifest: Manifest) -> Iterator[tuple[str, str]]:
                 state = "not validated when this model was exported"
                 if backend.validated(manifest):
                     state = "validated"
-            yield (
-                "backend",
-                f"{backend.name}: {state}{'' if backend.automatic else ', by name only'}",
-            )
+            yield backend, state
 
 
 def training_lines(manifest: Manifest) -> list[str]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,71 @@ OTHER_SECONDS = 0.5
 TRIAL_STEPS = 6
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would be.
+
+    Attributes:
+        source: Where the data come from, for a person; empty without data.
+        splits: (patients, axial slices) by the split's name.
+        networks: (parameters, multiply-accumulates per slice of one canvas) by network.
+        device: The device of the training.
+        device_reason: Why it was chosen.
+        threads: CPU threads.
+        step_seconds: The median seconds of a step, by precision; a precision that was not tried is
+            absent.
+        measured: The number of steps that were timed.
+    """
+
+    source: str
+    splits: Mapping[str, tuple[int, int]]
+    networks: Mapping[str, tuple[int, int]]
+    device: str
+    device_reason: str
+    threads: int
+    step_seconds: Mapping[str, float]
+    measured: int
+
+
+def estimate(config: RunConfig) -> Estimate:
+    """Count data and networks, and time some steps.
+
+    Args:
+        config: The config with nothing left to infer.
+
+    Returns:
+        What the run would be.
+
+    Raises:
+        Mask2CTError: The run itself would fail on this config or these data.
+    """
+    device, reason = choose_device(config)
+    threads = set_threads(config)
+    step = Step(config, device)
+    per_step, measured = time_steps(config, step)
+    step_seconds: dict[str, float] = {config.training.precision: per_step}
+    if per_step <= OTHER_SECONDS:
+        other = other_precision(config)
+        changed = replace(config, training=replace(config.training, precision=other))
+        step_seconds[other], _ = time_steps(changed, Step(changed, device))
+    source, splits = count_data(config)
+    return Estimate(
+        source,
+        splits,
+        count_networks(config, step),
+        str(device),
+        reason,
+        threads,
+        step_seconds,
+        measured,
+    )
+
+
+def other_precision(config: RunConfig) -> Literal["fp32", "bf16"]:
+    """The precision that the config does not have."""
+    return "bf16" if config.training.precision == "fp32" else "fp32"
+
+
 def describe(config: RunConfig, plan: str = "") -> str:
     """Write the text that --dry-run prints.
 
@@ -47,17 +112,13 @@ def describe(config: RunConfig, plan: str = "") -> str:
     Raises:
         Mask2CTError: The run itself would fail on this config or these data.
     """
-    device, reason = choose_device(config)
-    threads = set_threads(config)
-    step = Step(config, device)
-    per_step, measured = time_steps(config, step)
-    precision: Literal["fp32", "bf16"] = "bf16" if config.training.precision == "fp32" else "fp32"
-    comparison = f"; {precision} was not tried, it may take long"
-    if per_step <= OTHER_SECONDS:
-        changed = replace(config, training=replace(config.training, precision=precision))
-        seconds, _ = time_steps(changed, Step(changed, device))
-        comparison = f"; {duration_of_step(seconds)} in {precision}"
-    estimate = (
+    run = estimate(config)
+    precision, other = config.training.precision, other_precision(config)
+    per_step = run.step_seconds[precision]
+    comparison = f"; {other} was not tried, it may take long"
+    if other in run.step_seconds:
+        comparison = f"; {duration_of_step(run.step_seconds[other])} in {other}"
+    total = (
         f"{duration_of_step(per_step)} a step, {duration(per_step * config.training.steps)} for"
         f" {config.training.steps} steps, validation not counted"
     )
@@ -65,18 +126,50 @@ def describe(config: RunConfig, plan: str = "") -> str:
         [
             plan or json.dumps(configs.to_json(config), indent=1),
             "",
-            data_table(config),
+            data_table(run.source, run.splits),
             "",
-            network_table(config, step),
+            network_table(run.networks),
             "",
-            f"device         {device} ({reason}), {threads} CPU threads",
-            f"time           {estimate} (median of {measured} steps here)",
-            (
-                f"precision      {duration_of_step(per_step)} a step in"
-                f" {config.training.precision}{comparison}"
-            ),
+            f"device         {run.device} ({run.device_reason}), {run.threads} CPU threads",
+            f"time           {total} (median of {run.measured} steps here)",
+            f"precision      {duration_of_step(per_step)} a step in {precision}{comparison}",
         ]
     )
+
+
+def describe_json(config: RunConfig, reasons: Mapping[str, str]) -> dict[str, Any]:
+    """Describe a run for a program (docs/reference/json.md).
+
+    Args:
+        config: The config with nothing left to infer.
+        reasons: Why a key has its value, by key; empty for a config of the user.
+
+    Returns:
+        Values that JSON can write; times are in seconds.
+
+    Raises:
+        Mask2CTError: As `describe`.
+    """
+    run = estimate(config)
+    return {
+        "config": configs.to_json(config),
+        "reasons": dict(reasons),
+        "data": {
+            "source": run.source,
+            "splits": {
+                name: {"patients": patients, "slices": slices}
+                for name, (patients, slices) in run.splits.items()
+            },
+        },
+        "networks": {
+            name: {"parameters": parameters, "macs_per_slice": macs}
+            for name, (parameters, macs) in run.networks.items()
+        },
+        "device": run.device,
+        "threads": run.threads,
+        "step_seconds": dict(run.step_seconds),
+        "training_seconds": run.step_seconds[config.training.precision] * config.training.steps,
+    }
 
 
 def duration_of_step(seconds: float) -> str:
@@ -91,14 +184,14 @@ def duration_of_step(seconds: float) -> str:
     return f"{1000 * seconds:.0f} ms" if seconds < 1 else duration(seconds)
 
 
-def data_table(config: RunConfig) -> str:
+def count_data(config: RunConfig) -> tuple[str, dict[str, tuple[int, int]]]:
     """Count patients and axial slices per split, from headers, or from the phantom's config.
 
     Args:
         config: The config.
 
     Returns:
-        Lines of text.
+        Where the data come from, empty without data, and (patients, slices) by split.
     """
     policy = configs.grid_policy(config)
     if config.data.path is not None:
@@ -114,20 +207,36 @@ def data_table(config: RunConfig) -> str:
         parts = dataset.split(len(counts), config.data)
         source = f"phantom, seed {config.data.phantom.seed}"
     else:
+        return "", {}
+    splits = {}
+    for name, numbers in parts.items():
+        patients, slices = len(numbers), sum(counts[n] for n in numbers)
+        if config.data.split_by == "slices":
+            patients = len(counts)
+            slices = sum(len(dataset.split(count, config.data)[name]) for count in counts)
+        splits[name] = (patients, slices)
+    return source, splits
+
+
+def data_table(source: str, splits: Mapping[str, tuple[int, int]]) -> str:
+    """The patients and axial slices of each split, for a person.
+
+    Args:
+        source: As `count_data` returns it.
+        splits: As `count_data` returns them.
+
+    Returns:
+        Lines of text.
+    """
+    if not source:
         return "data           none: give --dataset-path DIR"
     rows = [f"data           {source}", f"{'split':<14} patients  slices"]
-    for name, numbers in parts.items():
-        slices = sum(counts[n] for n in numbers)
-        if config.data.split_by == "slices":
-            numbers, slices = (
-                list(range(len(counts))),
-                sum(len(dataset.split(count, config.data)[name]) for count in counts),
-            )
-        rows.append(f"{name:<14} {len(numbers):8d} {slices:7d}")
+    for name, (patients, slices) in splits.items():
+        rows.append(f"{name:<14} {patients:8d} {slices:7d}")
     return "\n".join(rows)
 
 
-def network_table(config: RunConfig, step: Step) -> str:
+def count_networks(config: RunConfig, step: Step) -> dict[str, tuple[int, int]]:
     """Count parameters and multiply-accumulates of both networks, for one canvas.
 
     Args:
@@ -135,7 +244,7 @@ def network_table(config: RunConfig, step: Step) -> str:
         step: The networks.
 
     Returns:
-        Lines of text.
+        (parameters, multiply-accumulates per slice) by network.
     """
     channels, (h, w) = step.generator.channels, config.data.canvas
     condition = torch.zeros(1, channels, h, w, device=step.device)
@@ -144,18 +253,31 @@ def network_table(config: RunConfig, step: Step) -> str:
     style = (
         torch.zeros(1, step.generator.style, device=step.device) if step.generator.style else None
     )
-    rows = [f"{'network':<14} {'parameters':>12} {'MACs per slice':>15}"]
     calls: list[tuple[str, torch.nn.Module, Callable[[], object]]] = [
         ("generator", step.generator, lambda: step.ema_generator(condition, noise, style)),
         ("discriminator", step.discriminator, lambda: step.discriminator(condition, plane)),
     ]
+    counts = {}
     for name, net, call in calls:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             call()
-        rows.append(
-            f"{name:<14} {sum(p.numel() for p in net.parameters()):>12,}"
-            f" {counter.get_total_flops() // 2:>15,}"
-        )
+        parameters = sum(p.numel() for p in net.parameters())
+        counts[name] = (parameters, counter.get_total_flops() // 2)
+    return counts
+
+
+def network_table(networks: Mapping[str, tuple[int, int]]) -> str:
+    """The sizes of the networks, for a person.
+
+    Args:
+        networks: As `count_networks` returns them.
+
+    Returns:
+        Lines of text.
+    """
+    rows = [f"{'network':<14} {'parameters':>12} {'MACs per slice':>15}"]
+    for name, (parameters, macs) in networks.items():
+        rows.append(f"{name:<14} {parameters:>12,} {macs:>15,}")
     return "\n".join(rows)
 
 

@@ -29,12 +29,22 @@ OF_BUDGET = "time for generators and segmenters together (default: %(default)s)"
 OF_OUTPUT = "folder of the comparison (default: %(default)s)"
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    p = argparse.ArgumentParser(
-        prog="python -m train.usefulness",
+PROGRAM = "python -m train.usefulness"
+
+
+def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
+    """The command line.
+
+    Args:
+        program: What the user typed in front of the options.
+    """
+    p = console.Parser(
+        prog=program,
         description="Measure whether synthetic images make a segmenter better.",
-        epilog=console.EXIT_CODES,
+        epilog=console.epilog(
+            f"{program} DATA --config CONFIG --patients 4 --seeds 3 --budget 30min --output OUT",
+            f"{program} DATA --run RUN --seeds 3 --budget 30min --output OUT",
+        ),
     )
     add = p.add_argument
     add("data", metavar="DATA", help="folder or CSV table of labelled images, as for train/run.py")
@@ -67,9 +77,9 @@ def chosen_arms(text: str | None) -> list[str]:
     return [name for name in ARMS if name in names]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, program: str = PROGRAM) -> int:
     """The command line in the module's docstring."""
-    args = parser().parse_args(argv)
+    args = parser(program).parse_args(argv)
     for name, value in (
         ("--seeds", args.seeds),
         ("--variants", args.variants),
