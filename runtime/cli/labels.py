@@ -17,7 +17,8 @@ from ..core.manifest import LabelTable, Manifest
 from ..core.volume import Segment
 from ..io.cases import Case, count, read_mask
 from .failures import Failures
-from .options import MASK_HELP, add_reading, add_verbose, find, label_map
+from .masks import find, label_map
+from .options import MASK_HELP, add_reading, add_verbose
 
 
 def add(commands: Any) -> None:

@@ -30,15 +30,13 @@ from ..service.health_server import HealthServer
 from ..service.send_queue import Destination, SendQueue
 from ..service.store_scu import StoreSCU
 from ..service.study_spool import Spool
+from .masks import find
+from .models import open_models, plans_by_model, synthesize_cases
 from .options import (
     add_audit,
     add_engine,
     add_making,
     add_reading,
-    find,
-    open_models,
-    plans_by_model,
-    synthesize_cases,
 )
 
 LOOPBACK = "127.0.0.1"

@@ -26,6 +26,16 @@ from ..io.ct_source import CTSource
 from .context import add_context, check_context, with_context
 from .failures import Failures
 from .intensity import add_intensity, apply_intensity, check_intensity
+from .masks import find
+from .models import (
+    choose,
+    engine,
+    introduce,
+    open_models,
+    plan_of,
+    plans_by_model,
+    synthesize_cases,
+)
 from .options import (
     MASK_HELP,
     add_audit,
@@ -33,14 +43,6 @@ from .options import (
     add_reading,
     add_results,
     add_verbose,
-    choose,
-    engine,
-    find,
-    introduce,
-    open_models,
-    plan_of,
-    plans_by_model,
-    synthesize_cases,
 )
 from .warp import add_warp, check_warp, warp_source
 

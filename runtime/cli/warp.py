@@ -14,7 +14,7 @@ from ..core.warp import IntensityJitter
 from ..io.cases import Case
 from ..io.readers.image import with_images
 from ..synthesizer import DEFAULT_BATCH
-from .options import plan_of
+from .models import plan_of
 
 VARIANTS = 3  # of each pair, without --variants
 # Options that only a model needs, with their defaults.

@@ -15,15 +15,13 @@ from ..core.logfmt import log_line
 from ..io.cases import Case
 from ..service.watch_folder import FolderWatcher
 from ..service.work_queue import WorkItem
+from .masks import find
+from .models import introduce, open_models, plans_by_model
 from .options import (
     add_audit,
     add_engine,
     add_reading,
     add_results,
-    find,
-    introduce,
-    open_models,
-    plans_by_model,
 )
 
 
