@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -135,12 +137,16 @@ def test_labels_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert masks["broken.nii.gz"]["labels"] == [] and masks["broken.nii.gz"]["error"]
 
 
-def test_describe_prints_json(fake_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(main, ["describe", str(fake_model), "--json"]) == 0
+def test_describe_prints_json(model: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The manifest, and the backends with the keys that the page states."""
+    assert run(main, ["describe", str(model), "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
-    stored = json.loads((fake_model / "manifest.json").read_text())
-    assert described["model"]["grid"] == stored["grid"]
-    assert all(isinstance(backend["usable"], bool) for backend in described["backends"])
+    stored = json.loads((model / "manifest.json").read_text())
+    page = (root / "docs/reference/json.md").read_text()
+    assert {*described} == {"model", "backends"} and described["model"]["grid"] == stored["grid"]
+    backends = {backend["name"]: backend for backend in described["backends"]}
+    assert backends["onnx"]["usable"] is True and backends["onnx"]["auto"] is True
+    assert all(f"`backends[].{key}`" in page for key in backends["onnx"])
 
 
 def test_plan_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,3 +167,72 @@ def test_json_without_plan_is_refused(capsys: pytest.CaptureFixture[str]) -> Non
 
     assert run(training.main, ["--config", "train/configs/phantom.json", "--json"]) == 2
     assert "--json is for a plan" in capsys.readouterr().err
+
+
+COMPLETE = """
+eval "$(mask2ct completion)"
+COMP_WORDS=(mask2ct "$@")
+COMP_CWORD=$#
+_mask2ct
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["la"], {"labels"}),
+        (["labels", "--mod"], {"--model"}),
+        (["labels", "--j"], {"--json"}),
+        (["synth", "--segmentation", "l"], {"labelmap"}),
+        (["evaluate", "--split", ""], {"valid", "test"}),
+        (["evaluate", "--synth"], {"--synthetic"}),
+    ],
+)
+def test_bash_completes(words: list[str], expected: set[str], root: Path, tmp_path: Path) -> None:
+    program = tmp_path / "mask2ct"
+    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m runtime "$@"\n')
+    program.chmod(0o755)
+    done = subprocess.run(
+        ["bash", "--norc", "-c", COMPLETE, "bash", *words],
+        cwd=root,
+        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert {*done.stdout.split()} == expected, done.stderr
+
+
+def test_page_states_exit_codes(root: Path) -> None:
+    from runtime.core import errors
+
+    page = (root / "docs/reference/exit-codes.md").read_text()
+    stated = {}
+    for code, names in re.findall(r"^\| (\d+) \|.*\| ([^|]*) \|$", page, re.MULTILINE):
+        stated |= {name: int(code) for name in re.findall(r"`(\w+)`", names)}
+    actual = {
+        name: error.exit_code
+        for name, error in vars(errors).items()
+        if isinstance(error, type) and issubclass(error, errors.Mask2CTError)
+    }
+    assert stated == actual
+
+
+def test_page_states_environment_variables(root: Path) -> None:
+    """Every variable that the source reads or sets by its name."""
+    page = (root / "docs/reference/exit-codes.md").read_text()
+    names: set[str] = set()
+    for package in ("runtime", "train", "export"):
+        for file in (root / package).rglob("*.py"):
+            tree = ast.parse(file.read_text())
+            if "os.environ" in file.read_text():
+                names |= {
+                    node.value
+                    for node in ast.walk(tree)
+                    if isinstance(node, ast.Constant)
+                    and isinstance(node.value, str)
+                    and re.fullmatch(r"[A-Z][A-Z0-9]*(_[A-Z0-9]+)+|RANK", node.value)
+                }
+    assert "MASK2CT_STOW_TOKEN" in names and "RANK" in names
+    assert [name for name in sorted(names) if f"`{name}`" not in page] == []

@@ -309,6 +309,7 @@ class BatchRunner:
             source.file,
             self._plan.seed,
             result.image_sha256,
+            result.mask_sha256,
         )
         slabs = _Meter(variant.slabs(), self._on_slice)
         job = _Job(item, record, dict(result.seconds))

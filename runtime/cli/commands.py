@@ -71,6 +71,7 @@ COMMANDS = {
             "train",
         ),
         Command("export", LAB, "export.build_engine", "write a run as a model folder", "export"),
+        Command("completion", SHELL, ".completion", "print the completion for bash and zsh"),
     )
 }
 

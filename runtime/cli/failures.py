@@ -1,4 +1,4 @@
-"""Print the errors of failed cases: the first few in full, many as a table of reasons."""
+"""Print errors and warnings of a run: the first few in full, many as a table of reasons."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections import defaultdict
 from typing import TextIO
 
-from ..core.errors import Mask2CTError, printable
+from ..core.errors import Mask2CTError, printable, quantity
 
 FULL = 5  # errors that are printed with expectation and remedy
 ROWS = 20  # reasons that a table has at most
@@ -58,6 +58,41 @@ class Failures:
         if remaining := by_count[ROWS:]:
             count = sum(map(len, remaining))
             print(f"  {count:>6}  for {len(remaining)} other reasons", file=self._stream)
+
+
+class Warnings:
+    """The warnings of one run, each printed once.
+
+    A warning that differs in its variant alone is printed for the first one, and counted.
+
+    Args:
+        verbose: Print the warning of every variant.
+        stream: Where to print; None means standard error.
+    """
+
+    def __init__(self, *, verbose: bool = False, stream: TextIO | None = None):
+        self._verbose = verbose
+        self._stream = sys.stderr if stream is None else stream
+        self._texts: dict[str, set[str]] = defaultdict(set)
+
+    def add(self, warning: str) -> None:
+        """Print a warning, unless it was printed for another variant.
+
+        Args:
+            warning: The text, as `CaseResult.warnings` has it.
+        """
+        texts = self._texts[re.sub(r", variant \d+:", ":", warning, count=1)]
+        if not texts or (self._verbose and warning not in texts):
+            print(f"warning: {printable(warning)}", file=self._stream, flush=True)
+        texts.add(warning)
+
+    def close(self) -> None:
+        """Print how often each warning came again."""
+        for text, texts in self._texts.items():
+            if len(texts) > 1 and not self._verbose:
+                variants = quantity(len(texts) - 1, "more variant")
+                print(f"warning: the same for {variants}: {printable(text)}", file=self._stream)
+        self._texts.clear()
 
 
 def _text(error: Mask2CTError) -> str:

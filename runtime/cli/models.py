@@ -199,7 +199,10 @@ def plan_of(
             remedy="add --variants, or leave them out",
         )
     format_options = FormatOptions(
-        attach=options.attach, enhanced=options.enhanced, segmentation=options.segmentation
+        attach=options.attach,
+        enhanced=options.enhanced,
+        segmentation=options.segmentation,
+        one_patient=options.one_patient,
     )
     return Plan(
         output,

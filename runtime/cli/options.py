@@ -168,6 +168,11 @@ def add_making(group: argparse._ArgumentGroup) -> None:
         help="dicom: the type of the SEG beside the series (default: %(default)s)",
     )
     group.add_argument(
+        "--one-patient",
+        action="store_true",
+        help="dicom: make the variants of a mask series of one synthetic patient and study",
+    )
+    group.add_argument(
         "--variants",
         type=int,
         metavar="K",

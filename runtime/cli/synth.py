@@ -24,7 +24,7 @@ from ..io.archive import exists
 from ..io.cases import Case, listing, read_case
 from ..io.ct_source import CTSource
 from .context import add_context, check_context, with_context
-from .failures import Failures
+from .failures import Failures, Warnings
 from .intensity import add_intensity, apply_intensity, check_intensity
 from .masks import find
 from .models import (
@@ -229,7 +229,7 @@ def _run(
     models: Mapping[str, Maker],
 ) -> int:
     """Consume the results, and print warnings, errors and the summary; return the exit code."""
-    failures = Failures(verbose=options.verbose)
+    failures, warnings = Failures(verbose=options.verbose), Warnings(verbose=options.verbose)
     try:
         # Ray prints about its workers on standard output, which is for the summary alone.
         with redirect_stdout(sys.stderr), AuditTrail(options.audit, "synth") as audit:
@@ -238,11 +238,12 @@ def _run(
                 audit.result(result, model, options.seed)
                 summary.add(result, model)
                 for warning in result.warnings:
-                    print(f"warning: {printable(warning)}")
+                    warnings.add(warning)
                 if result.error is not None:
                     failures.add(result.error)
     finally:
         # A run that was stopped reports its results, too.
+        warnings.close()
         failures.close()
         if options.report is not None:
             with private(any_dicom(cases) and not options.shared):

@@ -15,6 +15,7 @@ from ..core.logfmt import log_line
 from ..io.cases import Case
 from ..service.watch_folder import FolderWatcher
 from ..service.work_queue import WorkItem
+from .failures import Warnings
 from .masks import find
 from .models import introduce, open_models, plans_by_model
 from .options import (
@@ -124,6 +125,7 @@ class _Log:
         self.done = self.failed = 0
         self.print_error: OSError | None = None
         self._waiting_printed = False
+        self._warnings = Warnings()
 
     def say(self, text: str) -> None:
         """Print a line, unless the command is quiet."""
@@ -145,11 +147,12 @@ class _Log:
     def result_ready(self, result: CaseResult) -> None:
         """Print the warnings of a result."""
         for warning in result.warnings:
-            print(f"warning: {printable(warning)}", file=sys.stderr, flush=True)
+            self._warnings.add(warning)
 
     def settled(self, work_item: WorkItem, place: Path) -> None:
         """Print the errors of an item, and the folder that it was moved to."""
         self._waiting_printed = False
+        self._warnings.close()
         for reason in work_item.reasons:
             print(f"error: {reason}", file=sys.stderr, flush=True)
         self.failed += bool(work_item.reasons)

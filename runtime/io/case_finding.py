@@ -7,6 +7,7 @@ The case of a DICOM source is called by a digest, because archives write patient
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -149,7 +150,10 @@ def _in_folder(
         for case in _chosen(folder, dicom, series, every)
     ]
     if not cases:
-        also = counted([one.what for one in passed_over])
+        read = {*results, *(instance.path for instance in instances)}
+        kinds = [OWN for _ in results]
+        kinds += [_kind_of_file(path, folder) for path in files if path not in read]
+        also = counted([one.what for one in passed_over] + kinds)
         raise UsageError(
             f"the folder {folder} holds no masks{f' (but {also})' if also else ''}",
             expected=f"DICOM masks, or files ending in {', '.join(SUFFIXES)}",
@@ -321,6 +325,15 @@ def _on_grid(case: Case, instances: Sequence[Instance]) -> Case:
     grid = series[uids.pop()] if len(uids) == 1 else []
     lacking = len(refers.instances - {instance.uid for instance in grid})
     return replace(case, grid=tuple(i.path for i in grid), lacking=lacking)
+
+
+def _kind_of_file(path: Path, folder: Path) -> str:
+    """What to call a file that is no mask: its suffix alone, because a name may be a patient's."""
+    if _is_volume(path):
+        suffix = next(suffix for suffix in SUFFIXES if path.name.lower().endswith(suffix))
+        return f"{suffix} in a folder below" if path.parent != folder else suffix
+    suffix = path.suffix.lower()
+    return suffix if re.fullmatch(r"\.[a-z][a-z0-9]{0,4}", suffix) else "file of another kind"
 
 
 def _folder_name(folder: Path) -> str:

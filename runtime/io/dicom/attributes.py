@@ -60,7 +60,7 @@ class Identity:
     attached: bool
 
     @classmethod
-    def of(cls, record: OutputRecord, attach: bool) -> Identity:
+    def of(cls, record: OutputRecord, attach: bool, *, one_patient: bool = False) -> Identity:
         """Derive the identity of a result from its inputs.
 
         The same model file, backend, mask, seed and variant give the same identity. A result
@@ -69,6 +69,8 @@ class Identity:
         Args:
             record: the result.
             attach: whether it joins the patient and the study of its mask.
+            one_patient: whether the results of one mask, seed and model share a patient and a
+                study. Each keeps its own frame of reference: deformed variants do not coincide.
 
         Returns:
             The identity.
@@ -87,7 +89,12 @@ class Identity:
         if source is None:
             key = hashlib.sha256("/".join(["mask2ct", *inputs]).encode()).hexdigest()
             kind, prefix = ("DERIVED", "DERIV") if derived else ("SYNTHETIC", "SYNTH")
-            name = f"{prefix}-{key[:16].upper()}"
+            patient = key
+            if one_patient:
+                # not the variant's own mask, which is deformed
+                shared = ["mask2ct", *inputs[:2], record.mask_sha256, str(record.seed)]
+                patient = hashlib.sha256("/".join(shared).encode()).hexdigest()
+            name = f"{prefix}-{patient[:16].upper()}"
             study = {
                 "PatientName": f"{name}^",
                 "PatientID": name,
@@ -96,7 +103,7 @@ class Identity:
                 "StudyDate": FIXED_DATE,
                 "StudyTime": FIXED_TIME,
             }
-            return cls(key, uid(key, "study"), uid(key, "frame of reference"), study, False)
+            return cls(key, uid(patient, "study"), uid(key, "frame of reference"), study, False)
         study_uid = source.attributes["StudyInstanceUID"]
         inputs += [study_uid, *source.sop_instance_uids]
         key = hashlib.sha256("/".join(["mask2ct", *inputs]).encode()).hexdigest()
@@ -184,7 +191,8 @@ def describe(ds: Dataset, record: OutputRecord, identity: Identity, *, of: str =
     ds.Manufacturer = PROGRAM
     ds.ManufacturerModelName = text(record.manifest.name)
     ds.SoftwareVersions = VERSION
-    ds.SeriesDescription = of + mark_text(derived=derived)
+    which = f", VARIANT {record.variant}" if record.variant else ""
+    ds.SeriesDescription = of + mark_text(derived=derived) + which
     ds.ProtocolName = mark_text(derived=derived)
     ds.ImageComments = notice(derived=derived)
     ds.DerivationDescription = derivation(record)

@@ -30,6 +30,7 @@ class OutputRecord:
         seed: the seed of the run.
         image_sha256: the digest of the real CT that was deformed, or that gave a synthetic CT its
             layout; empty without one.
+        mask_sha256: the digest of the files of the mask, which all of its variants share.
     """
 
     case: str
@@ -40,6 +41,7 @@ class OutputRecord:
     file: str
     seed: int
     image_sha256: str = ""
+    mask_sha256: str = ""
 
     @property
     def name(self) -> str:
@@ -55,11 +57,22 @@ class FormatOptions:
         attach: whether the series joins the patient, study and frame of reference of the mask.
         enhanced: whether to write one multi-frame Enhanced CT instead of one file per slice.
         segmentation: the kind of SEG beside the CT: "binary", "labelmap" or "none".
+        one_patient: whether the variants of a mask are series of one synthetic patient and study,
+            not a patient each.
     """
 
     attach: bool = False
     enhanced: bool = False
     segmentation: str = "binary"
+    one_patient: bool = False
+
+    def __repr__(self) -> str:
+        """Name the options for the resume key: `one_patient`, a later one, where it is set."""
+        later = ", one_patient=True" if self.one_patient else ""
+        return (
+            f"FormatOptions(attach={self.attach!r}, enhanced={self.enhanced!r},"
+            f" segmentation={self.segmentation!r}{later})"
+        )
 
 
 DEFAULT_OPTIONS = FormatOptions()

@@ -40,6 +40,12 @@ class DicomFormat:
                 remedy="write a volume format, such as --format nifti",
             )
 
+        if self.options.one_patient and self.options.attach:
+            raise UsageError(
+                "--one-patient and --attach name two patients for a result",
+                expected="one of them",
+                remedy="leave one out",
+            )
         if manifest.derived and self.options.attach:
             raise UsageError(
                 "a deformed CT does not lie in its patient's frame of reference, and is not an"
@@ -71,7 +77,7 @@ class DicomFormat:
     ) -> Mapping[Path, str]:
         """Write the CT as its slabs come, then the SEG, and put the folder in place."""
         (path,) = self.files(output, record.case, record.variant)
-        identity = Identity.of(record, self.options.attach)
+        identity = Identity.of(record, self.options.attach, one_patient=self.options.one_patient)
         grid = CanonicalGrid.of(record.mask.geometry, record.mask.labels.shape)
         with atomic_folder(path) as folder:
             write_ct = write_enhanced if self.options.enhanced else write_series
