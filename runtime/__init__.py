@@ -25,6 +25,7 @@ keep_old_names(__name__)
 
 if TYPE_CHECKING:
     from .api import Synthesizer
+    from .batch.progress import ProgressEvent
     from .batch.runner import CaseResult
     from .core.deformation import DeformationParams, deform
     from .core.errors import (
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
     from .core.rand_warp import RandWarp
     from .core.volume import CTSlab, Geometry, LabelVolume, Volume
     from .core.warp import IntensityJitter, Warp
+    from .io.cases import ReadOptions
+    from .io.writers.base import FormatOptions
     from .models import Models
 
 __version__ = VERSION
@@ -53,6 +56,7 @@ __all__ = [
     "CaseResult",
     "ConfigError",
     "DeformationParams",
+    "FormatOptions",
     "Geometry",
     "GeometryError",
     "InputError",
@@ -67,7 +71,9 @@ __all__ = [
     "ModelError",
     "Models",
     "OutputError",
+    "ProgressEvent",
     "RandWarp",
+    "ReadOptions",
     "Synthesizer",
     "UnknownLabels",
     "UnreadableVolume",
@@ -81,12 +87,15 @@ __all__ = [
 _MODULES = {
     "api": ("Synthesizer",),
     "models": ("Models",),
+    "batch.progress": ("ProgressEvent",),
     "batch.runner": ("CaseResult",),
     "core.deformation": ("DeformationParams", "deform"),
     "core.manifest": ("Label", "LabelTable", "Manifest"),
     "core.rand_warp": ("RandWarp",),
     "core.volume": ("CTSlab", "Geometry", "LabelVolume", "Volume"),
     "core.warp": ("IntensityJitter", "Warp"),
+    "io.cases": ("ReadOptions",),
+    "io.writers.base": ("FormatOptions",),
 }
 
 

@@ -6,9 +6,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from .core.atomic_files import sha256_of
 from .core.context import UNKNOWN
 from .core.contrast import IntensityRequest, Requests, draw_contrast, requested_classes
 from .core.deformation import DeformationParams, MaskDeformer
-from .core.errors import GeometryError, MemoryCapExceeded, UnknownLabels, UsageError
+from .core.errors import GeometryError, MemoryCapExceeded, ModelError, UnknownLabels, UsageError
 from .core.labels import LabelMap, to_indices
 from .core.layout import dense_volume
 from .core.manifest import MANIFEST, Manifest
@@ -40,6 +41,70 @@ if TYPE_CHECKING:
 DEFAULT_BATCH = 8
 
 
+@dataclass(frozen=True)
+class _Opening:
+    """How a synthesizer was opened, for another process; see `VolumeSynthesizer.open`."""
+
+    kind: type[VolumeSynthesizer]
+    folder: Path
+    manifest_sha256: str
+    backend: str
+    batch: int | Literal["auto"]
+    max_memory: int | str | None
+    device: int
+    workers: int | None
+
+
+def _open_again(opening: _Opening, requested: dict[int, IntensityRequest]) -> VolumeSynthesizer:
+    """Open a pickled synthesizer.
+
+    Args:
+        opening: How it was opened.
+        requested: The intensities that were asked for.
+
+    Raises:
+        ModelError: The folder is missing, or holds another model now.
+    """
+    synthesizer = opening.kind.open(
+        opening.folder,
+        backend=opening.backend,
+        batch=opening.batch,
+        max_memory=opening.max_memory,
+        device=opening.device,
+        workers=opening.workers,
+    )
+    if synthesizer.manifest_sha256 != opening.manifest_sha256:
+        synthesizer.close()
+        raise ModelError(
+            "the model folder holds another model than when the synthesizer was pickled",
+            expected="the same manifest.json",
+            remedy="open the model again, and pickle that",
+            file=opening.folder,
+        )
+    synthesizer._requested = dict(requested)
+    return synthesizer
+
+
+def _require_volume(volume: object) -> None:
+    """Raise `TypeError` for what is no label volume, with what to call instead."""
+    if not isinstance(volume, LabelVolume):
+        raise TypeError(f"this method takes a LabelVolume, and not {_other_input(volume)}")
+
+
+def _other_input(value: object) -> str:
+    """What somebody gave in an image's or a volume's place, and what to do with it."""
+    if isinstance(value, np.ndarray):
+        return (
+            "a numpy array, which does not say how large its voxels are:"
+            " synth.synthesize(synth.volume(array, Geometry.from_spacing((x, y, z))))"
+        )
+    if isinstance(value, (str, Path)):
+        return "a path: synth.stream(path, output) reads and writes files"
+    if hasattr(value, "GetSpacing"):
+        return "an image: synth(image) takes a SimpleITK image"
+    return f"a {type(value).__name__}: synth(image), or synth.volume(array, geometry) first"
+
+
 class VolumeSynthesizer:
     """A model that is open on an engine.
 
@@ -53,6 +118,9 @@ class VolumeSynthesizer:
         reason: Why this engine was chosen; `backend` shows it.
         file: The name of the model file that the engine runs; empty for an engine without one.
         again: Opens the engine again after `release`; None where that is not possible.
+
+    A synthesizer of a model folder can be pickled: the other process opens the folder again, with
+    the same options. One that was made in another way raises `TypeError`, with the reason.
     """
 
     def __init__(
@@ -71,6 +139,8 @@ class VolumeSynthesizer:
         self._engine, self._closed = engine, False
         self._reopen_engine, self._released = again, False
         self._reason, self._batch = reason, max(1, batch)
+        self._pickled: _Opening | str = "it was not opened from a model folder"
+        self._remove_folder: Callable[[], None] | None = None
         self._requested: dict[int, IntensityRequest] = {}
         self._slots: set[ExecutionSlot] = set()  # all open slots
         self._idle: list[ExecutionSlot] = []  # the open slots that no volume uses
@@ -79,7 +149,7 @@ class VolumeSynthesizer:
     @classmethod
     def open(
         cls,
-        model: str | Path,
+        model: str | Path | bytes | IO[bytes],
         *,
         backend: str = "auto",
         batch: int | Literal["auto"] = DEFAULT_BATCH,
@@ -91,7 +161,7 @@ class VolumeSynthesizer:
         """Open a model folder.
 
         Args:
-            model: The folder that export wrote.
+            model: The folder that export wrote; or a zip of it, as bytes or as an open file.
             backend: The engine's name, or "auto" for the fastest one that runs here.
             batch: Slices in one slab. "auto" gives a GPU engine the largest batch that fits, which
                 may round differently from its usual batch.
@@ -107,6 +177,16 @@ class VolumeSynthesizer:
             MissingComponent: The engine's package, driver or device is absent
                 (`runtime.engines.registry`).
         """
+        if not isinstance(model, (str, Path)):
+            return cls._open_packed(
+                model,
+                backend=backend,
+                batch=batch,
+                max_memory=max_memory,
+                device=device,
+                workers=workers,
+                budget=budget,
+            )
         # A link may lead elsewhere by the time the engine is opened again.
         folder = Path(model).resolve()
         manifest = Manifest.load(folder)
@@ -138,7 +218,41 @@ class VolumeSynthesizer:
 
         synthesizer = cls(manifest, engine, batch=slices, reason=reason, file=file, again=reopen)
         synthesizer.manifest_sha256 = manifest_sha256
+        synthesizer._pickled = "it shares its memory with other models"
+        if budget is None:
+            synthesizer._pickled = _Opening(
+                cls, folder, manifest_sha256, backend, batch, max_memory, device, workers
+            )
         return synthesizer
+
+    @classmethod
+    def _open_packed(cls, source: bytes | IO[bytes], **options: Any) -> Self:
+        """Open a zipped model folder; it is unpacked until the synthesizer is closed."""
+        from .core.packed_model import unpack_model
+
+        folder, remove = unpack_model(source)
+        try:
+            synthesizer = cls.open(folder, **options)
+        except BaseException:
+            remove()
+            raise
+        synthesizer._pickled = "its model was given as bytes"
+        synthesizer._remove_folder = remove
+        return synthesizer
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle how the model was opened.
+
+        Raises:
+            TypeError: It was not opened from a folder, or it is closed.
+        """
+        reason = "it is closed" if self._closed else self._pickled
+        if isinstance(reason, str):
+            raise TypeError(
+                f"this {type(self).__name__} cannot be pickled: {reason};"
+                " open the model folder in the process that uses it"
+            )
+        return _open_again, (reason, dict(self._requested))
 
     def request_intensities(self, requests: Requests) -> None:
         """Ask for intensities in every volume from now on, instead of drawing them.
@@ -192,7 +306,10 @@ class VolumeSynthesizer:
 
         Raises:
             InputError: The mask cannot be used.
+            TypeError: It is no image: an array says nothing of its voxels' size.
         """
+        if not hasattr(mask, "GetSpacing"):
+            raise TypeError(f"this call takes a SimpleITK image, and not {_other_input(mask)}")
         from .io.readers.volume import as_integers, from_sitk, simpleitk
 
         volume = from_sitk(mask)
@@ -280,6 +397,7 @@ class VolumeSynthesizer:
         Raises:
             InputError: The labels or the grid do not suit the model.
         """
+        _require_volume(volume)
         ct = np.empty(volume.labels.shape, np.int16)
         for slab in self.slabs(volume, seed=seed, variant=variant):
             ct[slab.index] = slab.hu
@@ -302,6 +420,7 @@ class VolumeSynthesizer:
         Raises:
             InputError: The labels or the grid do not suit the model.
         """
+        _require_volume(volume)
         highest = max(int(plane.max()) for plane in volume.labels)
         if highest >= self.manifest.classes:
             raise UnknownLabels(
@@ -512,6 +631,8 @@ class VolumeSynthesizer:
                 return
             self._closed = True
             self._end()
+            if self._remove_folder is not None:
+                self._remove_folder()
 
     def _end(self) -> None:
         for slot in self._slots:

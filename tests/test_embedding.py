@@ -28,6 +28,7 @@ PRINTS = {
     "pairs.py": "fixed 2 (2, 1, 6, 40, 40)\nfresh 2",
     "with_monai.py": "monai (1, 40, 40, 6)",
     "with_torchio.py": "torchio 4 (1, 40, 40, 6)",
+    "with_asyncio.py": "first synthesizing 0/2\ncancelled True\nthen 2 CTs",
     "with_nnunet.py": "unseen_1 1 ['unseen_1_v1_0000.nii.gz', 'unseen_1_v1.nii.gz']",
 }
 

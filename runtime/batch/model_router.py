@@ -210,6 +210,17 @@ class Models(Mapping[str, VolumeSynthesizer]):
         """Return the memory use of each model, as `Synthesizer.memory` does."""
         return {name: synthesizer.memory() for name, synthesizer in self._synthesizers.items()}
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Refuse to be pickled.
+
+        Raises:
+            TypeError: Always: the models share their memory.
+        """
+        raise TypeError(
+            "Models cannot be pickled: they share the memory of this process;"
+            " call Models.open in the process that uses them"
+        )
+
     def close(self) -> None:
         """Close all models."""
         for synthesizer in self._synthesizers.values():

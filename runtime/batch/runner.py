@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -25,6 +26,7 @@ from ..io.ct_source import CTSource, Variant
 from ..io.writers.registry import OutputRecord, result_name
 from .completion_log import CompletionIndex, Entry
 from .plan import Plan
+from .progress import ProgressEvent, Stage
 
 FileState = tuple[int, int, int, int, int, float]
 YOUNG = 2.0  # s: some file systems state times in steps of that length
@@ -106,6 +108,7 @@ def make(
     cases: Sequence[Case],
     plan: Plan,
     on_slice: Callable[[int], None] | None = None,
+    on_progress: Callable[[ProgressEvent], None] | None = None,
 ) -> Generator[CaseResult]:
     """Carry out a plan, as `synthesize` does with its options.
 
@@ -114,6 +117,8 @@ def make(
         cases: masks, as `runtime.io.cases.find_cases` returns them.
         plan: what to make of each mask.
         on_slice: as for `synthesize`.
+        on_progress: is called with each step. What it raises stops the run: what is complete stays,
+            and nothing half-written.
 
     Returns:
         One result per CT, as `synthesize` returns them.
@@ -123,15 +128,19 @@ def make(
         OutputError: as `synthesize` does.
     """
     plan.check(source.manifest, cases)
-    return _locked(source, plan, cases, on_slice)
+    return _locked(source, plan, cases, on_slice, on_progress)
 
 
 def _locked(
-    source: CTSource, plan: Plan, cases: Sequence[Case], on_slice: Callable[[int], None] | None
+    source: CTSource,
+    plan: Plan,
+    cases: Sequence[Case],
+    on_slice: Callable[[int], None] | None,
+    on_progress: Callable[[ProgressEvent], None] | None,
 ) -> Generator[CaseResult]:
     """Hold the journal while the cases are synthesized."""
     with plan.journal(source.manifest, cases) as journal:
-        yield from BatchRunner(source, plan, journal, on_slice).results(cases)
+        yield from BatchRunner(source, plan, journal, on_slice, on_progress).results(cases)
 
 
 @dataclass(frozen=True)
@@ -167,18 +176,21 @@ class BatchRunner:
         plan: Plan,
         journal: CompletionIndex,
         on_slice: Callable[[int], None] | None = None,
+        on_progress: Callable[[ProgressEvent], None] | None = None,
     ):
         self._source = source
         self._plan = plan
         self._journal = journal
         self._on_slice = on_slice
+        self._on_progress = on_progress
+        self._done = self._total = 0  # CTs
         self._output = plan.output
         self._format = plan.writer
         # for one run: an image that all cases share is read once
         self._like = cache(like_digests)
 
     def results(self, cases: Sequence[Case]) -> Generator[CaseResult]:
-        """Synthesize the cases.
+        """Synthesize the cases, and tell how far the run is.
 
         Args:
             cases: masks, as `runtime.io.cases.find_cases` returns them.
@@ -189,6 +201,28 @@ class BatchRunner:
         Raises:
             OutputError: if a result cannot be written.
         """
+        self._total = len(cases) * len(self._plan.variant_ids)
+        with closing(self._results(cases)) as results:
+            for result in results:
+                # A mask that cannot be used fails in all its variants at once.
+                without_variant = result.variant is None and result.error is not None
+                self._done += len(self._plan.variant_ids) if without_variant else 1
+                self._done = min(self._done, self._total)
+                stage: Stage = "kept" if result.skipped else "written"
+                if result.error is not None:
+                    stage = "failed"
+                self._tell(stage, result, result.slices, result.slices)
+                yield result
+
+    def _tell(self, stage: Stage, result: CaseResult, slices: int, total: int) -> None:
+        if self._on_progress is not None:
+            self._on_progress(
+                ProgressEvent(
+                    result.case, result.variant, stage, slices, total, self._done, self._total
+                )
+            )
+
+    def _results(self, cases: Sequence[Case]) -> Generator[CaseResult]:
         prefetch, writer = Prefetcher(self._prepare(cases)), BackgroundWriter(self._write)
         try:
             for item in prefetch:
@@ -317,6 +351,8 @@ class BatchRunner:
         try:
             for slab in slabs:
                 writer.put(slab)
+                slices_total = variant.mask.labels.shape[slab.axis]
+                self._tell("synthesizing", result, slabs.slices, slices_total)
                 yield from writer.finished()
             job.seconds["synthesize"] = slabs.seconds
             writer.end()
