@@ -132,7 +132,7 @@ def schema_table(path: Path) -> str:
     Args:
         path: The schema's file. References to `$defs` are followed.
     """
-    schema = json.loads(path.read_text())
+    schema = json.loads(path.read_text(encoding="utf-8"))
     rows = ["| key | type | what it is |", "|---|---|---|"]
     for key, part in properties(schema, schema["$defs"]):
         meaning = part.get("description", "").replace("|", "\\|")

@@ -6,7 +6,6 @@ A training resumes exactly, and an interruption never damages its run folder.
 from __future__ import annotations
 
 import difflib
-import os
 import platform
 import signal
 import subprocess
@@ -27,6 +26,7 @@ from runtime.core.console import Progress
 from runtime.core.context import Context
 from runtime.core.errors import ModelError, UsageError
 from runtime.core.manifest import grid_to_json, labels_to_json
+from runtime.engines.base import cores
 
 from . import checkpoint, figures, verdict
 from . import config as configs
@@ -91,10 +91,7 @@ def set_threads(config: RunConfig, sharers: int = 1) -> int:
     Returns:
         The number of threads.
     """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    threads = config.training.threads or max(1, cores // sharers)
+    threads = config.training.threads or max(1, cores() // sharers)
     torch.set_num_threads(threads)
     return threads
 

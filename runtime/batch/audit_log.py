@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..core.append_log import MAX_LINE, AppendLog, append, last_line, line_of
-from ..core.atomic_files import key_of, lock
+from ..core.atomic_files import key_of, lock, open_flags
 from ..core.errors import OutputError, writing
 from ..io.dicom.files import pseudonym
 from ..io.volume_files import SUFFIXES
@@ -121,7 +121,7 @@ class AuditFile:
         """Return `last_line` of the file that was renamed last; empty without one."""
         for path in _renamed(self.path)[:1]:
             with suppress(OSError):
-                handle = os.open(path, os.O_RDWR)
+                handle = os.open(path, open_flags(os.O_RDWR))
                 try:
                     # a process that opened it before it was renamed may still add a line
                     _wait_for_lock(handle)

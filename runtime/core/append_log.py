@@ -34,7 +34,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from .atomic_files import open_input, permitted, sync_folder
+from .atomic_files import open_flags, open_input, permitted, sync_folder
 from .errors import OutputError, writing
 
 BLOCK = 1 << 16  # bytes of one read from the end of a file
@@ -148,7 +148,7 @@ class AppendLog:
         with suppress(FileNotFoundError):
             if not stat.S_ISREG(os.lstat(self.path).st_mode):
                 raise refusal
-        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND
+        flags = open_flags(os.O_RDWR | os.O_CREAT | os.O_APPEND)
         safe = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
         handle = os.open(self.path, flags | safe, permitted(self._mode))
         if not stat.S_ISREG(os.fstat(handle).st_mode):

@@ -14,6 +14,7 @@ import re
 import shutil
 import stat
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -22,6 +23,12 @@ from typing import Any, BinaryIO
 
 from .errors import writing
 
+WINDOWS = os.name == "nt"
+# The byte that Windows locks, whose locks keep others from reading: beyond the end of any journal,
+# and the last but one that `msvcrt.locking` reaches.
+LOCKED_BYTE = (1 << 31) - 2
+# Seconds between the attempts to rename over a file that another program reads, a scanner for one.
+RENAME_PAUSES = (0.01, 0.03, 0.1, 0.3, 1.0)
 LONGEST_NAME = 255  # bytes of a file name, on every common file system
 MAX_TEXT = 4 << 20  # bytes of a text that a person writes, a label map for one
 SYNCED_EVERY = 8 << 20  # bytes that `HashingWriter` writes between two syncs
@@ -205,7 +212,9 @@ def belongs_to(folder: Path, path: Path) -> bool:
 
 
 def _alive(process: int) -> bool:
-    """Whether a process of that number runs on this machine."""
+    """Whether a process of that number runs on this machine; on Windows it may."""
+    if WINDOWS:  # there, signal 0 is Ctrl-C, and would end it
+        return True
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -219,7 +228,7 @@ def lock(handle: int) -> bool:
     """Lock an open file without waiting.
 
     The lock is flock(2): it belongs to the open file, works over NFS, and the kernel releases it
-    when the process ends.
+    when the process ends. On Windows it is a lock of `LOCKED_BYTE`.
 
     Args:
         handle: Descriptor of the open file.
@@ -236,7 +245,12 @@ def lock(handle: int) -> bool:
         except ImportError:  # Windows
             import msvcrt
 
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            position = os.lseek(handle, 0, os.SEEK_CUR)
+            os.lseek(handle, LOCKED_BYTE, os.SEEK_SET)
+            try:
+                msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined]
+            finally:
+                os.lseek(handle, position, os.SEEK_SET)
         else:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as exc:
@@ -281,6 +295,38 @@ def rename(old: Path, new: Path) -> None:
     os.rename(old, new)
     sync_folder(new.parent)
     sync_folder(old.parent)
+
+
+def replace(old: Path, new: Path) -> None:
+    """Rename a file or folder over another one (os.replace).
+
+    Windows refuses it while another program has the file open, which scanners do for a moment: it
+    is tried again for a second and a half.
+
+    Args:
+        old: Its path.
+        new: Its new path, on the same file system.
+
+    Raises:
+        OSError: It cannot be renamed.
+    """
+    for pause in RENAME_PAUSES if WINDOWS else ():
+        try:
+            os.replace(old, new)
+        except PermissionError:
+            time.sleep(pause)
+        else:
+            return
+    os.replace(old, new)
+
+
+def open_flags(flags: int) -> int:
+    """Flags for `os.open` under which Windows writes bytes as they are, too.
+
+    Args:
+        flags: The flags of every system.
+    """
+    return flags | getattr(os, "O_BINARY", 0)
 
 
 def _sync(file: Path) -> None:
@@ -381,7 +427,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, permitted(0o666)))
             yield part
             _sync(part)
-            os.replace(part, path)
+            replace(part, path)
             sync_folder(path.parent)
         finally:
             part.unlink(missing_ok=True)
@@ -438,11 +484,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 # Rename the old folder first, so that a reader never sees a mixture of both.
                 old = temporary_name(path.with_name(path.name + ".old"))
-                os.replace(path, old)
-                os.replace(part, path)
+                replace(path, old)
+                replace(part, path)
                 shutil.rmtree(old, ignore_errors=True)
             else:
-                os.replace(part, path)
+                replace(part, path)
             sync_folder(path.parent)
         finally:
             shutil.rmtree(part, ignore_errors=True)

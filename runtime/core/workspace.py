@@ -20,7 +20,8 @@ from .atomic_files import lock
 
 PREFIX = "mask2ct-copies-"
 LOCK = ".mask2ct.lock"
-_folders: dict[int, Path] = {}  # by process number, because a forked process needs its own folder
+# By process number, because a forked process needs its own folder: the folder, and its open lock.
+_folders: dict[int, tuple[Path, int]] = {}
 
 
 def private_folder() -> Path:
@@ -38,29 +39,36 @@ def private_folder() -> Path:
         # On a file system without locks, `remove_abandoned` cannot lock it either and leaves it.
         with suppress(OSError):
             lock(handle)
-        _folders[process] = folder
+        _folders[process] = folder, handle
         atexit.register(_remove, process)
-    return _folders[process]
+    return _folders[process][0]
 
 
 @lru_cache(maxsize=1)
 def remove_abandoned() -> None:
     """Remove the folders that killed processes of this user left, once per process."""
-    if not hasattr(os, "getuid"):  # Windows does not tell the owner of a folder
-        return
+    # On Windows the folder for temporary files is this user's own, and has no owners' numbers.
+    user = os.getuid() if hasattr(os, "getuid") else 0
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with suppress(OSError):
             state = os.lstat(folder)
-            if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid():
-                handle = os.open(folder / LOCK, os.O_RDWR | os.O_NOFOLLOW)
+            if stat.S_ISDIR(state.st_mode) and state.st_uid == user:
+                handle = os.open(folder / LOCK, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
                 try:
-                    if lock(handle):
+                    if is_free := lock(handle):
                         shutil.rmtree(folder, ignore_errors=True)
                 finally:
                     os.close(handle)
+                if is_free:  # Windows keeps a file that is open, its lock here
+                    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove(process: int) -> None:
     """Remove the folder at the end of its process, not at the end of a forked one."""
     if process == os.getpid():
-        shutil.rmtree(_folders[process], ignore_errors=True)
+        folder, handle = _folders[process]
+        shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):
+            os.close(handle)
+        if folder.exists():  # Windows keeps a file that is open, its lock here
+            shutil.rmtree(folder, ignore_errors=True)

@@ -39,7 +39,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..core.atomic_files import lock, private, rename, sync_folder, write_text
+from ..core.atomic_files import WINDOWS, lock, private, rename, sync_folder, write_text
 from ..core.errors import OutputError, writing
 from ..io.cases import Case
 from .attempts import attempts, count_attempt
@@ -194,6 +194,8 @@ class WorkQueue:
 
     def _end(self, work_item: WorkItem) -> None:
         """Remove the lease of an item that has left it."""
+        if WINDOWS:  # it removes no open file; nobody else wants the lease: the item has left it
+            self.leave(work_item)
         work_item.attempts.unlink(missing_ok=True)
         (work_item.lease / LOCK).unlink(missing_ok=True)
         with suppress(OSError):

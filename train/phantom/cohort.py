@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from runtime.core import console
 from runtime.core.errors import UsageError, writing
+from runtime.engines.base import cores
 from train.phantom.anatomy import LABELS, Parameters, render
 from train.phantom.physics import Warp, blocks, enhancement, sample_axes, scan
 
@@ -302,7 +303,7 @@ def generate_cohort(
     out = Path(out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-        workers = min(workers or len(os.sched_getaffinity(0)), patients)
+        workers = min(workers or cores(), patients)
         report = progress or (lambda count, total: None)
         drawn: list[dict[str, Any]] = [{}] * patients
         if workers == 1:
