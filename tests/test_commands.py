@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
-from samples import write_mask
+from samples import blobs, write_mask
 
 from runtime.__main__ import main
 from runtime.cli.commands import COMMANDS, TASKS
@@ -236,3 +237,15 @@ def test_page_states_environment_variables(root: Path) -> None:
                 }
     assert "MASK2CT_STOW_TOKEN" in names and "RANK" in names
     assert [name for name in sorted(names) if f"`{name}`" not in page] == []
+
+
+def test_warp_is_synth_with_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mask = write_mask(tmp_path / "m.nii.gz", blobs())
+    ct = write_mask(tmp_path / "ct.nii.gz", blobs(values=(0, 1040, 1060, 1090)).astype(np.int16) - 1000)
+    written = []
+    for words in (["warp", ct, mask], ["synth", mask, "--warp", ct]):
+        out = tmp_path / str(words[0])
+        assert run(main, [*map(str, [*words, "--output", out, "--quiet"])]) == 0
+        written.append({file.name: file.read_bytes() for file in out.glob("*.nii.gz")})
+    assert len(written[0]) == 6 and written[0] == written[1]
+    assert capsys.readouterr().out == ""

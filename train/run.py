@@ -340,7 +340,7 @@ def main(argv: Sequence[str], program: str = PROGRAM) -> int:
                     remedy="drop one",
                 )
             check(resolved, ranks)
-        return train(args, resolved, data_note, folder, ranks)
+        return train(args, resolved, data_note, folder, ranks, plan)
 
 
 @contextmanager
@@ -392,6 +392,7 @@ def train(
     data_note: str,
     folder: Path,
     ranks: DistributedContext,
+    plan: Plan | None = None,
 ) -> int:
     """Train in this process, one of several ranks.
 
@@ -403,6 +404,7 @@ def train(
         data_note: A line about the data for the person who starts the run; may be empty.
         folder: The run folder.
         ranks: This process among its peers.
+        plan: The plan that the config is from; None for a config of the user.
 
     Returns:
         The exit code, 0.
@@ -412,7 +414,11 @@ def train(
 
     quiet = args.quiet or not ranks.first
     if not quiet:
-        print(json.dumps(config.to_json(resolved)))
+        if plan is not None:
+            from train.planning.document import plan_table
+
+            print(plan_table(plan))
+        print(f"the whole config: {folder / checkpoint.CONFIG}")
         if data_note:
             print(data_note, file=sys.stderr)
     with ranks.rank_zero_first():

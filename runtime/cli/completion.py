@@ -14,26 +14,26 @@ from .commands import COMMANDS
 
 SCRIPT = r"""# Completion of mask2ct for bash and zsh.
 if [ -n "${ZSH_VERSION:-}" ]; then
-  autoload -U +X compinit && compinit -u
+  whence compdef >/dev/null || { autoload -U +X compinit && compinit -u; }
   autoload -U +X bashcompinit && bashcompinit
 fi
 _mask2ct() {
-  local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} help words
+  local word=${COMP_WORDS[COMP_CWORD]} before=${COMP_WORDS[COMP_CWORD-1]} help choices
   COMPREPLY=()
   if [ "$COMP_CWORD" -eq 1 ]; then
-    words="@COMMANDS@"
+    choices="@COMMANDS@"
   else
     help=$(COLUMNS=1000 "${COMP_WORDS[0]}" "${COMP_WORDS[1]}" --help 2>/dev/null)
     case $before in
-      -*) words=$(printf '%s\n' "$help" |
+      -*) choices=$(printf '%s\n' "$help" |
             sed -n "s/^  .*$before {\([^}]*\)}.*/\1/p" | tr ',' ' ') ;;
     esac
     case $word in
-      -*) words=$(printf '%s\n' "$help" | sed -n 's/^  *\(-[-, a-zA-Z0-9_]*\).*/\1/p' |
+      -*) choices=$(printf '%s\n' "$help" | sed -n 's/^  *\(-[-, a-zA-Z0-9_]*\).*/\1/p' |
             grep -o -- '--[a-z0-9][-a-z0-9]*' | sort -u) ;;
     esac
   fi
-  COMPREPLY=($(compgen -W "$words" -- "$word"))
+  COMPREPLY=($(compgen -W "$choices" -- "$word"))
 }
 complete -o default -F _mask2ct mask2ct
 """

@@ -65,7 +65,7 @@ def add(commands: Any) -> None:
             "mask2ct synth MASKS --warp IMAGES --output OUT",
         ),
     )
-    synth.set_defaults(command=_synth)
+    synth.set_defaults(command=run_synth)
     synth.add_argument("masks", nargs="+", type=Path, metavar="MASK", help=MASK_HELP)
     add_engine(synth, required=False)
     add_warp(synth)
@@ -73,24 +73,7 @@ def add(commands: Any) -> None:
     add_intensity(synth)
     add_results(synth)
     add_reading(synth)
-    synth.add_argument(
-        "--resume",
-        action="store_true",
-        help="keep results that the output folder's journal lists as complete",
-    )
-    synth.add_argument(
-        "--report",
-        type=Path,
-        metavar="FILE.json",
-        help="write a report with the outcome of each case",
-    )
-    add_audit(synth, "no audit file")
-    synth.add_argument("--list", action="store_true", help="print the cases, then stop")
-    synth.add_argument(
-        "--dry-run", action="store_true", help="check the model and every mask, but write nothing"
-    )
-    add_verbose(synth)
-    synth.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+    add_run(synth)
     group = synth.add_argument_group(
         "several processes or machines with Ray (the result is the same)"
     )
@@ -118,7 +101,41 @@ def add(commands: Any) -> None:
     )
 
 
-def _synth(options: argparse.Namespace) -> int:
+def add_run(parser: argparse.ArgumentParser) -> None:
+    """Add the options of one run over masks.
+
+    Args:
+        parser: Receives the options.
+    """
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep results that the output folder's journal lists as complete",
+    )
+    parser.add_argument(
+        "--report",
+        type=Path,
+        metavar="FILE.json",
+        help="write a report with the outcome of each case",
+    )
+    add_audit(parser, "no audit file")
+    parser.add_argument("--list", action="store_true", help="print the cases, then stop")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check the model and every mask, but write nothing"
+    )
+    add_verbose(parser)
+    parser.add_argument("--quiet", action="store_true", help="print errors and warnings only")
+
+
+def run_synth(options: argparse.Namespace) -> int:
+    """Carry out `synth` or `warp`.
+
+    Args:
+        options: The parsed options of either.
+
+    Returns:
+        The exit code.
+    """
     _check(options)
     cases = find(options, options.masks, every=options.list)
     if options.list:

@@ -18,7 +18,7 @@ from .models import plan_of
 
 VARIANTS = 3  # of each pair, without --variants
 # Options that only a model needs, with their defaults.
-_MODEL_OPTIONS = {
+MODEL_OPTIONS = {
     "model": None,
     "use": None,
     "rules": None,
@@ -50,12 +50,21 @@ def add_warp(parser: argparse.ArgumentParser) -> None:
             " --variants)"
         ),
     )
+    add_jitter(group)
+
+
+def add_jitter(group: argparse._ActionsContainer) -> None:
+    """Add the option of the intensities.
+
+    Args:
+        group: Receives the option.
+    """
     group.add_argument(
         "--intensity-jitter",
         choices=("on", "off"),
         help=(
-            "with --warp: also shift the intensities of each label and tissue at random (default:"
-            " on)"
+            "of a deformed real CT: also shift the intensities of each label and tissue at random"
+            " (default: on)"
         ),
     )
 
@@ -86,7 +95,7 @@ def check_warp(options: argparse.Namespace) -> None:
                 remedy="add one of them",
             )
         return
-    for name, default in _MODEL_OPTIONS.items():
+    for name, default in MODEL_OPTIONS.items():
         if getattr(options, name) != default:
             raise UsageError(
                 f"--{name.replace('_', '-')} has no effect beside --warp, which takes no model",
