@@ -241,7 +241,9 @@ def test_page_states_environment_variables(root: Path) -> None:
 
 def test_warp_is_synth_with_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mask = write_mask(tmp_path / "m.nii.gz", blobs())
-    ct = write_mask(tmp_path / "ct.nii.gz", blobs(values=(0, 1040, 1060, 1090)).astype(np.int16) - 1000)
+    ct = write_mask(
+        tmp_path / "ct.nii.gz", blobs(values=(0, 1040, 1060, 1090)).astype(np.int16) - 1000
+    )
     written = []
     for words in (["warp", ct, mask], ["synth", mask, "--warp", ct]):
         out = tmp_path / str(words[0])
