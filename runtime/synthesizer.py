@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
@@ -177,7 +178,7 @@ class VolumeSynthesizer:
             MissingComponent: The engine's package, driver or device is absent
                 (`runtime.engines.registry`).
         """
-        if not isinstance(model, (str, Path)):
+        if not isinstance(model, (str, os.PathLike)):
             return cls._open_packed(
                 model,
                 backend=backend,
