@@ -49,10 +49,12 @@ FIRST, MAKE, LOOK, LAB, SHELL = TASKS
 COMMANDS = {
     command.name: command
     for command in (
+        Command("demo", FIRST, ".demo", "synthesize phantom patients and look at them"),
         Command("synth", MAKE, ".synth", "synthesize a CT for each mask"),
         Command("warp", MAKE, ".warp_pairs", "deform real CTs with their masks, without a model"),
         Command("watch", MAKE, ".watch", "synthesize a CT for each mask that arrives in a folder"),
         Command("serve", MAKE, ".serve", "run a DICOM node: masks in, synthetic CTs out", "node"),
+        Command("view", LOOK, ".view", "write a page to look into an output folder"),
         Command("labels", LOOK, ".labels", "list a mask's labels and the model's that they map to"),
         Command(
             "describe",

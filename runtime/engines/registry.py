@@ -263,12 +263,14 @@ def _automatic(manifest: Manifest, folder: Path) -> tuple[Backend, str]:
     """
     skipped: dict[str, list[str]] = {}  # reason → backends
     no_gpu = why_no_gpu()
-    for backend in (b for b in BACKENDS if b.automatic):
+    for backend in _rows_for_auto(manifest):
         why = no_gpu if backend.gpu and no_gpu else backend.absent(manifest)
         if why is None and not backend.validated(manifest):
             why = "not validated when this model was exported"
         if why is None:
             reasons = ["the fastest that is installed and validated for this model"]
+            if not backend.automatic:
+                return backend, "INT8, the only precision that this model holds"
             reasons += [f"{', '.join(b)}: {why}" for why, b in skipped.items() if why != no_gpu]
             faster = [
                 b.name
@@ -288,13 +290,23 @@ def _automatic(manifest: Manifest, folder: Path) -> tuple[Backend, str]:
     )
 
 
+def _rows_for_auto(manifest: Manifest) -> list[Backend]:
+    """The rows that `auto` chooses from: INT8 only for a model that holds nothing else."""
+    rows = [b for b in BACKENDS if b.automatic]
+    if any(manifest.file_of(*b.file) for b in rows):
+        return rows
+    return [b for b in BACKENDS if b.file[1] == "int8" and manifest.file_of(*b.file)] or rows
+
+
 def _remedy_here(manifest: Manifest, no_gpu: str | None) -> str:
     """What lets this machine run the model: a backend to name, or the command that installs one."""
-    rows = [b for b in BACKENDS if manifest.file_of(*b.file) and not (b.gpu and no_gpu)]
-    ready = [b.name for b in rows if b.automatic and b.absent(manifest) is None]
+    rows = [
+        b for b in _rows_for_auto(manifest) if manifest.file_of(*b.file) and not (b.gpu and no_gpu)
+    ]
+    ready = [b.name for b in rows if b.absent(manifest) is None]
     if ready:
         return f"name --backend {ready[0]}, which runs it on this machine"
-    installable = [b.install for b in rows if b.automatic]
+    installable = [b.install for b in rows]
     return installable[0] if installable else "export the run again"
 
 

@@ -16,6 +16,8 @@ from typing import Any
 from ..core.atomic_files import open_input
 
 PROGRAM = "mask2ct"
+# What the description of a result's mask begins with.
+MASK_OF = "mask of a "
 # Bytes of a file, unpacked, that hold its marks.
 MARKS_WITHIN = 8192
 # Bytes of the header of a NIfTI, with the four that state whether extensions follow.
@@ -92,6 +94,24 @@ def written_by_mask2ct(path: Path) -> bool:
     be read.
     """
     return _are_marked(_first_bytes(path))
+
+
+def is_marked_mask(path: Path) -> bool:
+    """Whether a volume file states that it is the mask of a result.
+
+    Args:
+        path: A file for which `written_by_mask2ct` holds.
+    """
+    return MASK_OF.encode() in (_first_bytes(path) or b"")
+
+
+def is_marked_derived(path: Path) -> bool:
+    """Whether a volume file states that it is a deformed real CT.
+
+    Args:
+        path: A file for which `written_by_mask2ct` holds.
+    """
+    return DERIVED.text.encode() in (_first_bytes(path) or b"")
 
 
 def dicom_written_by_mask2ct(attributes: Any) -> bool:

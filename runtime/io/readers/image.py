@@ -134,9 +134,9 @@ def read_image(case: Case, mask: LabelVolume) -> Volume:
 
 def _is_image_of(case: Case, cases: Sequence[Case]) -> bool:
     """Whether a case is the CT of another case, from a folder with masks and CTs."""
-    name = _without_ending(case.name, IMAGE_ENDINGS)
+    name = without_ending(case.name, IMAGE_ENDINGS)
     masks = {
-        _without_ending(mask.name, MASK_ENDINGS)
+        without_ending(mask.name, MASK_ENDINGS)
         for mask in cases
         if mask.kind == "volume" and mask is not case
     }
@@ -162,7 +162,7 @@ def _images_at(place: Path, option: str) -> list[_Image]:
         files, volumes = [place], [place] if _is_volume(place) else []
     named = [path for path in volumes if len(volumes) == 1 or not stem(path).endswith(MASK_ENDINGS)]
     images = [
-        _Image(_without_ending(stem(path), IMAGE_ENDINGS), "", volume_files(path))
+        _Image(without_ending(stem(path), IMAGE_ENDINGS), "", volume_files(path))
         for path in named
         if not written_by_mask2ct(path)
     ]
@@ -175,7 +175,7 @@ def _images_at(place: Path, option: str) -> list[_Image]:
 
 def _matching_images(case: Case, images: Iterable[_Image]) -> list[_Image]:
     if case.kind in ("volume", "classes"):
-        name = _without_ending(case.name, MASK_ENDINGS)
+        name = without_ending(case.name, MASK_ENDINGS)
         return [image for image in images if image.name and image.name == name]
     series = _series_referred_to(case)
     return [image for image in images if image.series in series]
@@ -278,8 +278,13 @@ def _grid_text(shape: Sequence[int], geometry: Geometry) -> str:
     return f"{size} voxels of {spacing} mm from {origin.replace(' x ', ', ')}"
 
 
-def _without_ending(name: str, endings: Sequence[str]) -> str:
-    """A name without the ending that marks it as an image or a mask."""
+def without_ending(name: str, endings: Sequence[str]) -> str:
+    """A name without the ending that marks it as an image or a mask.
+
+    Args:
+        name: The name of a file, without the suffix of its format.
+        endings: `IMAGE_ENDINGS`, `MASK_ENDINGS`.
+    """
     return next(
         (name[: -len(ending)] for ending in endings if name.endswith(ending) and name != ending),
         name,

@@ -22,7 +22,7 @@ from ...core.atomic_files import read_text, write_json
 from ...core.errors import UsageError
 from ...core.manifest import Manifest
 from ...core.volume import CTSlab, LabelVolume
-from ..marks import notice, written_by_mask2ct
+from ..marks import MASK_OF, notice, written_by_mask2ct
 from .base import FormatOptions, OutputRecord, refuse_dicom_options, result_name
 from .training_splits import check_files, read_sources, source_of, write_sources, write_splits
 from .volume import isal_threaded, write_ct, write_labels
@@ -80,7 +80,7 @@ class DatasetFormat:
         image, label = self.files(output, record.case, record.variant)
         values = np.arange(len(record.manifest.labels), dtype=np.uint8)
         text = notice(derived=record.manifest.derived, modality=record.manifest.modality)
-        mask = write_labels(label, record.mask, values, description="mask of a " + text)
+        mask = write_labels(label, record.mask, values, description=MASK_OF + text)
         return {image: write_ct(image, slabs, record.mask, description=text), label: mask}
 
     def finish(self, output: Path, manifest: Manifest) -> None:
@@ -160,6 +160,29 @@ class DatasetFormat:
             "training": [],
             "test": [],
         }
+
+
+def label_names(folder: Path) -> dict[int, str]:
+    """The names that a training set gives to label values.
+
+    Args:
+        folder: The data set, or any other folder.
+
+    Returns:
+        Names by value, empty where the folder is no training set or names none.
+
+    Raises:
+        UsageError: `dataset.json` cannot be read.
+    """
+    labels = (_read(folder) or {}).get("labels")
+    rows = labels.items() if isinstance(labels, dict) else ()
+    # nnU-Net writes NAME: VALUE, the Decathlon VALUE: NAME.
+    pairs = [(value, name) if isinstance(value, int) else (name, value) for name, value in rows]
+    return {
+        int(value): str(name)
+        for value, name in pairs
+        if isinstance(name, str) and str(value).isdecimal()
+    }
 
 
 def _channel_name(manifest: Manifest) -> str:

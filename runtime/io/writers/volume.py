@@ -21,7 +21,7 @@ from ...core.atomic_files import HashingWriter, atomic_path
 from ...core.errors import importing
 from ...core.manifest import Manifest
 from ...core.volume import CTSlab, Geometry, LabelVolume
-from ..marks import notice, written_by_mask2ct
+from ..marks import MASK_OF, notice, written_by_mask2ct
 from .base import FormatOptions, OutputRecord, refuse_dicom_options, result_name, table_values
 from .nifti_header import nifti_header
 
@@ -86,7 +86,7 @@ class VolumeFormat:
         written = {files[0]: write_ct(files[0], slabs, record.mask, description=text)}
         for file in files[1:]:
             values = table_values(record.manifest.labels)
-            written[file] = write_labels(file, record.mask, values, description="mask of a " + text)
+            written[file] = write_labels(file, record.mask, values, description=MASK_OF + text)
         return written
 
     def finish(self, output: Path, manifest: Manifest) -> None:

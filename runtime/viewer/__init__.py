@@ -1,0 +1,1 @@
+"""Pages of HTML that show volumes: one file each, without a network."""
