@@ -25,7 +25,8 @@ from benchmarks.harness.history import HISTORY, Record, fingerprint, load, ratio
 from runtime.core.atomic_files import write_text
 from runtime.core.console import EXIT_CODES, run
 from runtime.core.errors import UsageError, writing
-from train.reporting.html import figure, page, picture, table
+from runtime.viewer.page import page
+from train.reporting.html import figure, picture, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,6 +1,4 @@
-"""The main job at its real size, and its bars, measured here by code of its own on the files it
-leaves.
-"""
+"""The main job at its real size, and its limits on the files that it leaves."""
 
 from __future__ import annotations
 
@@ -11,11 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk
-from samples import MM_WHS_VALUES
-from scipy import ndimage
+from demo_limits import (
+    MOST_BODY_RATIO,
+    MOST_MEDIAN_ERROR,
+    STRUCTURES,
+    TEXTURE_RATIOS,
+    body_ratio,
+    medians,
+    texture_ratio,
+)
 
 pytestmark = pytest.mark.slow
-STRUCTURES = MM_WHS_VALUES[1:]
 
 
 @pytest.fixture(scope="module")
@@ -67,51 +71,19 @@ def test_demo_split_has_no_leakage(demo: Path) -> None:
 
 @pytest.mark.parametrize("value", STRUCTURES)
 def test_median_hu_of_each_structure(value: int, cases) -> None:
-    true, generated = (
-        np.median(np.concatenate([case[n][case[0] == value] for case in cases])) for n in (1, 2)
-    )
-    assert abs(generated - true) <= 40, f"{generated} HU for {true} HU"
-
-
-def body(ct: np.ndarray) -> np.ndarray:
-    """Each slice's outline, filled: the largest part above -500 HU, without the thin table."""
-    filled = np.zeros(ct.shape, bool)
-    for k, plane in enumerate(ct):
-        parts, count = ndimage.label(ndimage.binary_opening(plane > -500, iterations=2))
-        if count:
-            filled[k] = ndimage.binary_fill_holes(
-                parts == 1 + np.argmax(np.bincount(parts.ravel())[1:])
-            )
-    return filled
+    true, synthetic = medians(cases, value)
+    assert abs(synthetic - true) <= MOST_MEDIAN_ERROR, f"{synthetic} HU for {true} HU"
 
 
 def test_body_error_against_mean_synthesis(cases) -> None:
-    insides = [body(true) for _, true, _ in cases]
-    labels, true, generated = (
-        np.concatenate(
-            [case[n][inside] for case, inside in zip(cases, insides, strict=True)]
-        ).astype(float)
-        for n in range(3)
-    )
-    flat = np.empty_like(true)
-    for value in MM_WHS_VALUES:  # the rest of the body is 0
-        flat[labels == value] = true[labels == value].mean()
-    ratio = np.abs(generated - true).mean() / np.abs(flat - true).mean()
-    assert ratio <= 0.5, f"ratio {ratio:.3f}"
+    ratio = body_ratio(cases)
+    assert ratio <= MOST_BODY_RATIO, f"ratio {ratio:.3f}"
 
 
 @pytest.mark.parametrize("value", STRUCTURES)
 def test_texture_is_neither_smear_nor_static(value: int, cases) -> None:
-    def texture(n: int) -> float:
-        rest = []
-        for case in cases:
-            core = np.stack([ndimage.binary_erosion(plane == value) for plane in case[0]])
-            smooth = ndimage.gaussian_filter(case[n].astype(float), (0, 2, 2))
-            rest.append((case[n] - smooth)[core])
-        return float(np.concatenate(rest).std())
-
-    ratio = texture(2) / texture(1)
-    assert 0.5 <= ratio <= 2, f"ratio {ratio:.2f}"
+    ratio = texture_ratio(cases, value)
+    assert TEXTURE_RATIOS[0] <= ratio <= TEXTURE_RATIOS[1], f"ratio {ratio:.2f}"
 
 
 def test_the_cts_have_their_masks_grid(demo: Path) -> None:

@@ -50,11 +50,19 @@ NOT_RUN = {
     "mask2ct synth labelsTr --model MODEL --context": (
         "needs a model with a context; tests/test_given_layout.py has one"
     ),
+    "python tools/demo_model.py": (
+        "writes into the package; tests/test_first_picture.py measures what it wrote"
+    ),
+    "python tools/vendor_niivue.py": (
+        "fetches a package; tests/test_viewer.py checks the file that it wrote"
+    ),
     "torchrun --nnodes 4": "needs four machines",
     "python -m train.usefulness hippocampus_mr": "needs that data set, and half an hour",
 }
 # Words that make a command that begins so short, or let it end.
 SHORTENED = {
+    "mask2ct demo": "--no-open",
+    "mask2ct view": "--no-open",
     "mask2ct watch": "--once --stable 0 --poll 0.01",
     "python -m pytest": "--collect-only --quiet",
     "python -m train.phantom": "--patients 4",
@@ -81,6 +89,7 @@ SLOW = {
     "docs/how-to/synthesize.md",
     "docs/how-to/train.md",
     "docs/how-to/usefulness.md",
+    "docs/how-to/viewing.md",
 }
 # A place of the reader's own, as the value of an option that names an output.
 OUTPUT = re.compile(r"(?:--output|-o|train\.phantom) ([A-Z]+(?:\.\w+)?)(?!\S)")

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from runtime.core.append_log import AppendLog, line_of
@@ -245,6 +246,7 @@ class Training:
             contrast=None if self.contrast is None else self.contrast.contrast,
         )
         self.metrics: dict[str, Any] | None = None
+        self._generated: list[NDArray[np.int16]] = []
         # Of a finished run: train/verdict.py.
         self.verdict: dict[str, Any] | None = None
         self.monitor = TrainingMonitor(folder, t.collapse_steps if config.loss.adversarial else 0)
@@ -380,6 +382,7 @@ class Training:
         if validate:
             net, n = self.network(), self.config.training.batch_size
             self.metrics, generated = self.validation.measure(net, self.device, n)
+            self._generated = generated
             if net.style and (
                 diversity := self.validation.diversity(net, self.device, n, self.cohort.train)
             ):
@@ -440,10 +443,10 @@ class Training:
         if not self.ranks.first:
             return {}
         net = self.network()
-        metrics = (
-            self.metrics
-            or self.validation.measure(net, self.device, self.config.training.batch_size)[0]
-        )
+        metrics, generated = self.metrics, self._generated
+        if not metrics:
+            n = self.config.training.batch_size
+            metrics, generated = self.validation.measure(net, self.device, n)
         metrics["ceiling"] = self.validation.real_baseline(self.cohort.train)
         masks = {
             "validation": label_maps(self.cohort.valid, MASKS_KEPT),
@@ -458,7 +461,7 @@ class Training:
                 **self._assess(net),
             },
         )
-        run_report.write(self.folder)
+        run_report.write(self.folder, self.validation.viewer(generated))
         return metrics
 
     def _assess(self, net: Generator) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.core.manifest import Intensity, LabelTable
+from runtime.core.volume import Geometry
+from runtime.viewer.page import Viewer
 
 from .data.dataset import Slices, from_unit, noise_bytes
 from .figures import comparison, window
@@ -24,6 +26,8 @@ from .networks.style import organ_medians
 STYLES = 16
 # The most slices that are synthesized in all these styles.
 DIVERSE_SLICES = 24
+# The most bytes that the viewer's images take in a report.
+VIEWER_BYTES = 20 << 20
 # The label slices of each kind that a run folder stores for export.
 MASKS_KEPT = 64
 
@@ -111,6 +115,30 @@ class Validation:
         distances = feature_distances(samples, real, self._intensity, PLANES[:1])
         metrics["distribution"] = plain_tree(distances)
         return metrics, synthetic
+
+    def viewer(self, synthetic: list[NDArray[np.int16]]) -> str:
+        """Write a viewer of the sample: synthetic slices beside the true ones.
+
+        Args:
+            synthetic: The slices that `measure` synthesized.
+
+        Returns:
+            HTML.
+        """
+        viewer = Viewer(
+            dict(enumerate(self._names, 1)),
+            self._intensity.unit,
+            VIEWER_BYTES,
+            axial_only=self._share < 1,
+        )
+        # The slices may lie apart: their distance is for the screen alone.
+        geometry = Geometry.from_spacing((1, 1, 2))
+        for n, (image, true, mask) in enumerate(
+            zip(synthetic, self.images, self.masks, strict=True), 1
+        ):
+            for title, values in (("synthetic", image), ("true", true)):
+                viewer.add(f"held-out patient {n}", title, values, geometry, mask)
+        return viewer.html()
 
     def quality(
         self, synthetic: list[NDArray[np.int16]], train: Sequence[Slices]

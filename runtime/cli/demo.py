@@ -46,7 +46,7 @@ def _demo(options: argparse.Namespace) -> int:
     source, out = demo_folder(), str(options.output)
     model = ["--model", str(source / "model")]
     masks = [str(source / "masks"), *model, "--output", out]
-    steps = (
+    steps: tuple[tuple[Any, list[str], list[str]], ...] = (
         (synth, ["synth", *masks, "--variants", str(VARIANTS), "--resume"], []),
         (view, ["view", out, *model], ["--no-open"] if options.no_open else []),
     )

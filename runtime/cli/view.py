@@ -156,7 +156,7 @@ def _add(viewer: Viewer, case: str, title: str, image: Volume, mask: Volume | No
     if mask is None:
         return viewer.add(case, title, image.values, image.geometry)
     named = {part.number: part.name for part in mask.segments if part.name and not part.private}
-    viewer.names = {**named, **viewer.names}
+    viewer.names = {**viewer.names, **named}
     return viewer.add(case, title, image.values, image.geometry, mask.values)
 
 

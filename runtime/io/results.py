@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -107,7 +107,10 @@ def read_result(result: Result) -> tuple[Volume, Volume | None]:
     image = read_ct(result.files, result.case)
     if result.mask is None:
         return image, None
-    return image, flat(read_seg(result.mask, result.case), image, result)
+    seg = read_seg(result.mask, result.case)
+    # The names in it are the model's: mask2ct wrote it.
+    segments = tuple(replace(segment, private=False) for segment in seg.segments)
+    return image, flat(replace(seg, segments=segments), image, result)
 
 
 def flat(mask: Volume | Layers, image: Volume, result: Result) -> Volume:

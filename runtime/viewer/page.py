@@ -44,7 +44,7 @@ _STYLE = """
  .scroll { overflow-x: auto }
  table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums }
  th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #e3e3e3 }
- th:first-child, td:first-child { text-align: left }
+ .text { text-align: left }
  th { border-bottom: 2px solid #999 } img { max-width: 100%; display: block; margin: .8em 0 }
  pre { overflow-x: auto } .note { color: #555 }
 """
@@ -58,6 +58,7 @@ class Viewer:
         names: The names of the masks' values, for the legend.
         unit: The unit of the images.
         most_bytes: The most bytes of HTML that the volumes take; `add` refuses what exceeds them.
+        axial_only: The slices need not touch each other: other planes are not offered.
         nbytes: The bytes that they take so far.
         count: The number of images.
     """
@@ -65,6 +66,7 @@ class Viewer:
     names: Mapping[int, str]
     unit: str = "HU"
     most_bytes: int = MAX_BYTES
+    axial_only: bool = False
     nbytes: int = field(default=0, init=False)
     count: int = field(default=0, init=False)
     _cases: dict[str, dict[str, Any]] = field(default_factory=dict, init=False)
@@ -141,6 +143,7 @@ class Viewer:
             return ""
         data = {
             "unit": self.unit,
+            "axial_only": self.axial_only,
             "windows": [
                 dict(zip(("name", "low", "high"), row, strict=True)) for row in self._windows()
             ],
@@ -195,7 +198,7 @@ def page(path: Path, title: str, lead: str, sections: Iterable[tuple[str, str]])
     top = f"<h1>{html.escape(title)}</h1><p class=note>{html.escape(lead)}</p>"
     head = (
         "<meta charset=utf-8><meta name=viewport content='width=device-width, initial-scale=1'>"
-        f"<link rel=icon href=data:,><title>{html.escape(title)}</title><style>{_STYLE}</style>"
+        f'<link rel=icon href="data:,"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     )
     write_text(path, f"<!doctype html><html lang=en>{head}{top}{body}</html>\n")
 

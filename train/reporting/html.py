@@ -1,6 +1,6 @@
-"""Write one self-contained HTML page: pictures as data URIs, tables, plots.
+"""The parts of a report: pictures as data URIs, tables, plots.
 
-The page opens anywhere and needs no network.
+`runtime.viewer.page` writes the page around them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,26 +16,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.core.append_log import AppendLog
-from runtime.core.atomic_files import write_text
 
 from ..figures import WINDOW_HU
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+# What the columns of `organ_table` mean.
+ORGAN_SENTENCES = (
+    "Of all voxels of an organ together; in brackets that of the true images.",
+    "Median and its error: is the organ as bright as it should be? The demo's limit is 40 HU.",
+    "IQR, the range of the middle half of the values: does the organ vary as it should?",
+    "Texture: the standard deviation of what a Gaussian of 2 pixels takes away, in an organ's core;"
+    " ratio: synthetic over true. 1 is right; the demo's limits are 0.5 and 2.",
+)
 # Between air and fat.
 TISSUE_HU = -300
-_STYLE = """
- body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 2em auto; padding: 0 1em;
-        color: #1a1a1a; background: #fff }
- h1 { font-size: 1.6em; margin-bottom: .2em }
- h2 { font-size: 1.2em; margin-top: 2em; border-bottom: 1px solid #ccc }
- table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums }
- th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #e3e3e3 }
- th:first-child, td:first-child { text-align: left }
- th { border-bottom: 2px solid #999 } img { max-width: 100%; display: block; margin: .8em 0 }
- .note { color: #555 }
-"""
 
 
 def figure(width: float, height: float) -> Figure:
@@ -73,39 +69,81 @@ def picture(drawn: Figure, alt: str, dpi: int = 110) -> str:
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """Write an HTML table.
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], texts: Collection[int] = (0,)) -> str:
+    """Write an HTML table, which scrolls where the screen is too narrow for it.
 
     Args:
         head: The titles of the columns.
         rows: The cells, row by row.
+        texts: The columns of words, which begin at the left; numbers end at the right.
 
     Returns:
         HTML.
     """
-    cells = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows
-    )
-    titles = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    return f"<table><tr>{titles}</tr>{cells}</table>"
+
+    def line(cells: Sequence[Any], tag: str) -> str:
+        return (
+            "<tr>"
+            + "".join(
+                f"<{tag}{' class=text' if n in texts else ''}>{html.escape(str(cell))}</{tag}>"
+                for n, cell in enumerate(cells)
+            )
+            + "</tr>"
+        )
+
+    body = "".join(line(row, "td") for row in rows)
+    return f"<div class=scroll><table>{line(head, 'th')}{body}</table></div>"
 
 
-def page(path: Path, title: str, lead: str, sections: Iterable[tuple[str, str]]) -> None:
-    """Write a page.
+def organ_table(organs: Mapping[str, Mapping[str, Any] | None], unit: str) -> str:
+    """Write the metrics of each organ, with what they mean.
 
     Args:
-        path: The file.
-        title: The page's title.
-        lead: A line below it.
-        sections: (heading, HTML) of each section.
+        organs: "organs" of the metrics.
+        unit: The images' unit.
 
-    Raises:
-        OutputError: The file cannot be written.
+    Returns:
+        HTML: a table, in which the true value stands in brackets, and a sentence for each column.
     """
-    body = "".join(f"<h2>{html.escape(heading)}</h2>{content}" for heading, content in sections)
-    top = f"<h1>{html.escape(title)}</h1><p class=note>{html.escape(lead)}</p>"
-    head = f"<meta charset=utf-8><title>{html.escape(title)}</title><style>{_STYLE}</style>"
-    write_text(path, f"<!doctype html><html lang=en>{head}{top}{body}</html>\n")
+    head = ("", f"median, {unit}", f"error, {unit}", f"IQR, {unit}", f"texture, {unit}", "ratio")
+    rows = [
+        (name, *(["absent"] + [""] * 4 if organ is None else _organ_cells(organ)))
+        for name, organ in organs.items()
+    ]
+    notes = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in ORGAN_SENTENCES)
+    return table(head, rows) + f"<ul class=note>{notes}</ul>"
+
+
+def _organ_cells(organ: Mapping[str, Any]) -> list[str]:
+    """The cells of one organ."""
+
+    def beside(key: str, digits: int) -> str:
+        value, true = organ.get(key), organ.get(f"{key}_true")
+        return f"{number(value, digits)} ({number(true, digits)})"
+
+    return [
+        beside("median", 0),
+        number(organ.get("median_error"), 0, signed=True),
+        beside("iqr", 0),
+        beside("texture", 0),
+        number(organ.get("texture_ratio"), 2),
+    ]
+
+
+def number(value: float | None, digits: int, *, signed: bool = False) -> str:
+    """Write a metric for a person.
+
+    Args:
+        value: The metric; None or NaN where it was not measured.
+        digits: Digits after the point.
+        signed: Whether a plus is written.
+
+    Returns:
+        Text, "–" for None.
+    """
+    if value is None or value != value:
+        return "–"
+    return f"{value:{'+' if signed else ''}.{digits}f}"
 
 
 def planes(

@@ -9,21 +9,24 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from runtime.viewer.page import page
+
 from ..checkpoint import METRICS, RUN
 from ..metrics.quality_table import COLUMNS, LEGEND, SENTENCES
 from ..metrics.quality_table import rows as quality_rows
-from .html import curves, page, picture, read_metrics, table
+from .html import curves, number, organ_table, picture, read_metrics, table
 
 REPORT = "report.html"
 # The number of validation figures in the report, with the first and the last one.
 FIGURES_SHOWN = 4
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, viewer: str = "") -> Path:
     """Write RUN/report.html from run.json, metrics.jsonl and figures/ of a finished run.
 
     Args:
         folder: The run folder.
+        viewer: HTML that shows the held-out slices.
 
     Returns:
         The report.
@@ -38,6 +41,7 @@ def write(folder: Path) -> Path:
     chosen = [figures[n] for n in numbers] if figures else []
     metrics = run["metrics"]
     sections = [
+        *([("Held-out slices", viewer)] if viewer else []),
         (
             "Condition | generated | original, as training went",
             "".join(_image(path) for path in reversed(chosen)),
@@ -45,7 +49,7 @@ def write(folder: Path) -> Path:
         ("Verdict", _verdict(run, folder)),
         ("Beside the class table and real patients", quality_section(run)),
         ("Training", picture(curves(lines), "training curves")),
-        ("Held-out patients", _organs(metrics) + _images(metrics)),
+        ("Held-out patients", _organs(run) + _images(metrics)),
         (
             "Data",
             table(
@@ -96,67 +100,78 @@ def quality_section(result: Mapping[str, Any], unit: str | None = None) -> str:
     return legend + table(head, quality_rows(quality, unit))
 
 
-def _organs(metrics: Mapping[str, Any]) -> str:
-    """The table of each organ's metrics."""
-    keys = (
-        "median",
-        "median_true",
-        "median_error",
-        "iqr",
-        "iqr_true",
-        "texture_ratio",
-        "wasserstein",
-    )
+def _organs(run: Mapping[str, Any]) -> str:
+    """The metrics of each organ, and how much they differ between patients and styles."""
+    metrics = run["metrics"]
     between = metrics.get("ceiling", {}).get("organs", {})
     styles = metrics.get("diversity", {}).get("organs", {})
     rows = []
     for name, organ in metrics["organs"].items():
         if organ is not None:
-            real_baseline, spread = between.get(name, {}).get("wasserstein"), styles.get(name, {})
-            more = (real_baseline, spread.get("spread"), spread.get("spread_true"))
-            rows.append((name, *(_number(organ[key]) for key in keys), *map(_number, more)))
-    head = (
-        "pooled",
-        "median",
-        "true",
-        "error",
-        "IQR",
-        "true",
-        "texture ratio",
-        "W1",
-        "W1 real-real",
-        "spread over styles",
-        "between patients",
+            spread = styles.get(name, {})
+            values = (
+                organ["wasserstein"],
+                between.get(name, {}).get("wasserstein"),
+                spread.get("spread"),
+                spread.get("spread_true"),
+            )
+            rows.append((name, *map(_number, values)))
+    head = ("", "W1", "W1 real-real", "spread over styles", "between patients")
+    notes = (
+        "W1, the Wasserstein distance of an organ's values to the true ones; real-real: that"
+        " between training and held-out patients, which no synthesis should be expected to beat."
+        " Spread: the standard deviation of the organ's median, over a model's styles and between"
+        " patients; only a model with styles has one."
     )
-    return table(head, rows)
+    unit = str(run.get("intensity", {}).get("unit", "HU"))
+    return (
+        organ_table(metrics["organs"], unit)
+        + table(head, rows)
+        + f"<p class=note>{html.escape(notes)}</p>"
+    )
+
+
+# Of a whole image: the key in the metrics, its name for people, what it tells.
+_BODY = (
+    ("mae", "error in the body", "Mean absolute error."),
+    ("mae_label_mean", "error of label means", "That of an image of each label's true mean."),
+    ("mae_ratio", "their ratio", "Below 1 it beats the label means; the demo's limit is 0.5."),
+    ("z_difference", "step between slices", "W1 to the true steps: do slices join as they should?"),
+    ("z_error", "step in its place", "Mean error of the step from slice to slice, voxel by voxel."),
+    ("outline_step", "outline step, px", "How far the body's outline jumps between slices (true)."),
+)
+_SIMILARITY = (
+    ("ssim", "SSIM", "Likeness to the true image; 1 is equal."),
+    ("ms_ssim", "MS-SSIM", "The same on several scales."),
+)
 
 
 def _images(metrics: Mapping[str, Any]) -> str:
-    """The table of the metrics of whole images."""
-    rows = [
-        (f"body: {key.replace('_', ' ')}", _number(value))
-        for key, value in (metrics["body"] or {}).items()
-    ]
+    """The metrics of whole images, with a sentence each."""
+    body, similar = metrics["body"] or {}, metrics["similarity"]
+    rows = [(name, _number(body[key]), what) for key, name, what in _BODY if key in body]
+    if "outline_step" in body:
+        name, value, what = rows[-1]
+        rows[-1] = (name, f"{value} ({_number(body['outline_step_true'])})", what)
     rows += [
-        (key.replace("_", "-").upper(), _number(value))
-        for key, value in metrics["similarity"].items()
+        (name, _number(similar[key]), what) for key, name, what in _SIMILARITY if key in similar
     ]
-    for what, alike in (
+    for where, alike in (
         ("over styles", metrics.get("diversity")),
         ("between patients", metrics.get("ceiling", {}).get("similarity")),
     ):
         if alike:
-            rows.append((f"MS-SSIM {what}", _number(alike["ms_ssim"])))
+            what = "How alike images are that should differ."
+            rows.append((f"MS-SSIM {where}", _number(alike["ms_ssim"]), what))
     if real := metrics.get("ceiling"):
-        rows.append(("body: z difference, real-real", _number(real["body"]["z_difference"])))
-    return table(("", ""), rows)
+        value = _number(real["body"]["z_difference"])
+        rows.append(("step between slices, real-real", value, "Between real patients."))
+    return table(("whole images", "", "what it tells"), rows, texts=(0, 2))
 
 
 def _number(value: float | None) -> str:
     """A metric for a person, "–" for None."""
-    if value is None:
-        return "–"
-    return f"{value:.0f}" if abs(value) >= 20 else f"{value:.2f}"
+    return number(value, 0 if value is not None and abs(value) >= 20 else 2)
 
 
 def _image(path: Path) -> str:
