@@ -26,6 +26,7 @@ FLOORS = {
     "engines": 1,
     "io": 1,
     "synthesizer": 2,
+    "viewer": 2,
     "batch": 3,
     "api": 4,
     "models": 5,

@@ -44,7 +44,7 @@ _STYLE = """
  .scroll { overflow-x: auto }
  table { border-collapse: collapse; margin: .8em 0; font-variant-numeric: tabular-nums }
  th, td { padding: .25em .8em; text-align: right; border-bottom: 1px solid #e3e3e3 }
- .text { text-align: left }
+ td { white-space: nowrap } .text { text-align: left; white-space: normal }
  th { border-bottom: 2px solid #999 } img { max-width: 100%; display: block; margin: .8em 0 }
  pre { overflow-x: auto } .note { color: #555 }
 """
