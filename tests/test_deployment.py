@@ -253,6 +253,12 @@ def test_bundle_installs_without_network(
     assert synth(fake_model, tmp_path / "here", mask) == 0 and results(tmp_path / "out") == results(
         tmp_path / "here"
     )
+    demo = [*isolated, tmp_path / "venv/bin/mask2ct", "demo", "--no-open"]
+    done = subprocess.run(
+        demo, env=nobody, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "left ventricle" in (tmp_path / "mask2ct-demo" / "view.html").read_text()
     made = json.loads((tmp_path / "venv/sbom.json").read_text())
     jsonschema.validate(made, CYCLONEDX)
     assert made["metadata"]["component"]["name"] == "mask2ct"

@@ -6,7 +6,6 @@ import hashlib
 import re
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -120,23 +119,6 @@ def test_demo_refuses_a_file_as_output(tmp_path: Path, capsys: pytest.CaptureFix
     assert run(main, ["demo", "--output", str(tmp_path / "out"), "--no-open"]) == 4
     assert (tmp_path / "out").read_text() == "mine"
     assert "Traceback" not in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_wheel_holds_demo_and_viewer(root: Path, tmp_path: Path) -> None:
-    command = ["-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "-q"]
-    copy = tmp_path / "clone"
-    for file in (*root.glob("*.*"), root / "LICENSE", *(root / "runtime").rglob("*")):
-        if file.is_file() and "__pycache__" not in file.parts:
-            (copy / file.relative_to(root)).parent.mkdir(parents=True, exist_ok=True)
-            (copy / file.relative_to(root)).write_bytes(file.read_bytes())
-    subprocess.run([sys.executable, *command, "-w", str(tmp_path)], cwd=copy, check=True)
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    for path in (*demo_folder().rglob("*.*"), *(root / "runtime" / "viewer").glob("*.*")):
-        assert f"mask2ct/{path.relative_to(root / 'runtime').as_posix()}" in names
-    assert "mask2ct/viewer/NIIVUE-LICENSE" in names
-    assert wheel.stat().st_size < 5_000_000
 
 
 def test_large_volume_is_thinned_and_noted() -> None:
