@@ -104,6 +104,7 @@ def test_demo_report_is_self_contained(demo: Path) -> None:
     """The report is one file and says what was measured."""
     page = (demo / "report.html").read_text()
     assert page.count("data:image/png;base64,") >= 4
+    assert page.count('"title": "true"') == 3  # the viewer has three cases
     assert not re.search(r'(src|href)=(?!"data:)', page)
     metrics = json.loads((demo / "metrics.json").read_text())
     for name, organ in metrics["organs"].items():

@@ -121,6 +121,7 @@ def test_run_folder_holds_promised_files(trained: Path, cohort: Path) -> None:
         and "left ventricle" in page
         and "W1 real-real" in page
     )  # a figure, the curves
+    assert "held-out patient 1" in page and '"title": "synthetic"' in page  # the viewer
     assert (trained / "figures" / "step-00000006.png").read_bytes().startswith(b"\x89PNG")
     last = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["step"] == 6 and last["metrics"]["body"]["mae"] > 0 and last["seconds"] > 0
