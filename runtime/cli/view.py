@@ -93,6 +93,9 @@ def _view(options: argparse.Namespace) -> int:
     real = _real_images(results, options.beside)
     left_out = 0
     for result in results:
+        if left_out:  # the page is full: the others are counted, not read
+            left_out += 1
+            continue
         try:
             image, mask = read_result(result)
             if mask is None and _short(result) in masks:
