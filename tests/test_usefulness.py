@@ -399,7 +399,7 @@ def test_killed_generator_training_resumes(cohort: Path, tmp_path: Path) -> None
     train_generator(config_of(cohort, 2), patients, folder, quiet=True)
     assert load_run(folder).step == 2
 
-    generate = open_generator(folder)
+    generate, _ = open_generator(folder)
     mask = patients[0].cases[0].mask
     image = generate(mask, 0, 1)
     assert image.shape == mask.labels.shape and np.array_equal(image, generate(mask, 0, 1))
