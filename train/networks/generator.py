@@ -26,6 +26,8 @@ LEAST_SHARE = 0.0025
 NOISE_INIT_SCALE = 0.02
 # Of the image's weights, beside a mean skip: it starts as the image of the classes' means.
 IMAGE_INIT_SCALE = 0.1
+# Beside a mean skip, in pixels: the point spread at the start, and the noise's correlation.
+EDGE_SIGMA, GRAIN_SIGMA = 0.45, 0.7
 # Of a uniform byte.
 NOISE_MEAN, NOISE_SD = 127.5, 73.9
 
@@ -96,9 +98,10 @@ class NoiseInjection(nn.Module):
 
 
 class MeanSkip(nn.Module):
-    """The path from the classes to the image's logits that passes no layer: one number a class.
+    """The path from the classes to the image that passes no layer: one intensity a class.
 
-    It starts at each class's mean intensity, so that training learns the rest. A style is the
+    It starts as the image of each class's mean intensity behind a narrow point spread function, so
+    that training learns the rest: the control without a network is where it begins. A style is the
     contrast: how far the intensity of each class lies from the cohort's. The path adds it exactly,
     whatever the network has learned.
 
@@ -107,6 +110,7 @@ class MeanSkip(nn.Module):
 
     Attributes:
         logits: The logit of each class, (classes,), trained.
+        spread: The point spread function, (1, 1, 3, 3), trained; it is used with a sum of 1.
         medians: The cohort's intensity of each class in [0, 1], (classes,).
         noise_limit: The largest standard deviation of the noise in logits, (classes,).
     """
@@ -114,6 +118,7 @@ class MeanSkip(nn.Module):
     def __init__(self, classes: int):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(classes))
+        self.spread = nn.Parameter(gaussian(3, EDGE_SIGMA)[None, None])
         self.medians: Tensor
         self.noise_limit: Tensor
         self.register_buffer("medians", torch.full((classes,), 0.5))
@@ -135,19 +140,23 @@ class MeanSkip(nn.Module):
             self.noise_limit.copy_(NOISE_LIMIT * noise / (middle * (1 - middle)))
 
     def forward(self, labels: Tensor, style: Tensor | None) -> Tensor:
-        """Give every pixel the logit of its class.
+        """Give every pixel the intensity of its class and, at edges, of its neighbours.
 
         Args:
             labels: One-hot classes of the middle slice (N, classes, H, W).
             style: The contrast as a share of the range, (N, classes); None for the cohort's.
 
         Returns:
-            float32 (N, 1, H, W).
+            Logits, float32 (N, 1, H, W).
         """
         logits = self.logits[None]
         if style is not None:
             logits = logits + _logit(self.medians + style) - _logit(self.medians)
-        return of_class(labels, logits)
+        image = of_class(labels, torch.sigmoid(logits))
+        kernel = self.spread / self.spread.sum()
+        # The border repeats itself: a scan does not darken where it ends.
+        padded = functional.pad(image, (1, 1, 1, 1), mode="replicate")
+        return _logit(functional.conv2d(padded, kernel))
 
     def limit(self, labels: Tensor) -> Tensor:
         """The largest standard deviation of the noise, (N, 1, H, W) in logits.
@@ -171,6 +180,13 @@ def of_class(labels: Tensor, values: Tensor) -> Tensor:
         float32 (N, 1, H, W).
     """
     return (labels.float() * values[:, :, None, None]).sum(1, keepdim=True)
+
+
+def gaussian(side: int, sigma: float) -> Tensor:
+    """A Gaussian with a sum of 1, float32 (side, side), for an odd `side` in pixels."""
+    x = torch.arange(side) - side // 2
+    line = torch.exp(-0.5 * (x / sigma).square())
+    return line[:, None] * line / line.sum().square()
 
 
 def _logit(share: Tensor) -> Tensor:
@@ -285,9 +301,12 @@ class Generator(nn.Module):
         fake_smooth = self._image(base, contrast)
         if noise is None or amplitudes is None:
             return fake_smooth, fake_smooth
-        texture = self.texture(amplitudes.float(), noise)
-        if self.mean_skip is not None:
-            texture = texture * self._gain(amplitudes.float(), condition)
+        amplitudes = amplitudes.float()
+        if self.mean_skip is None:
+            return fake_smooth, self._image(base + self.texture(amplitudes, noise), contrast)
+        limit = self._limit(condition)
+        amplitudes = self._from_real_texture(amplitudes, limit)
+        texture = self.texture(amplitudes, noise) * self._gain(amplitudes, limit)
         return fake_smooth, self._image(base + texture, contrast)
 
     def logits(
@@ -328,18 +347,27 @@ class Generator(nn.Module):
         first = self.channels // self.classes // 2 * self.classes
         return condition[:, first : first + self.classes]
 
-    def _gain(self, amplitudes: Tensor, condition: Tensor) -> Tensor:
-        """The factor that keeps the noise within its class's limit, in blocks as `amplitudes`."""
+    def _limit(self, condition: Tensor) -> Tensor:
+        """The noise's largest deviation, (N, block², H / block, W / block)."""
         assert self.mean_skip is not None
+        limit = self.mean_skip.limit(self._middle(condition))
+        return limit if self.top.block == 1 else functional.pixel_unshuffle(limit, self.top.block)
+
+    def _from_real_texture(self, amplitudes: Tensor, limit: Tensor) -> Tensor:
+        """Amplitudes that count from the real texture: the first filter has it at the start."""
+        first, others = amplitudes.split(
+            [limit.shape[1], amplitudes.shape[1] - limit.shape[1]], dim=1
+        )
+        return torch.cat([first + limit / NOISE_LIMIT, others], 1)
+
+    def _gain(self, amplitudes: Tensor, limit: Tensor) -> Tensor:
+        """The factor that keeps the noise within its class's limit, in blocks as `amplitudes`."""
         filters = self.texture.filters.weight.float().flatten(1)
         # The variance of a weighted sum of filtered white noise is a quadratic form of its weights.
         n, _, h, w = amplitudes.shape
         maps = amplitudes.reshape(n, self.texture.textures, self.top.block**2, h, w)
         maps = maps.permute(0, 2, 3, 4, 1)
         power = ((maps @ (filters @ filters.T)) * maps).sum(-1)
-        limit = self.mean_skip.limit(self._middle(condition))
-        if self.top.block > 1:
-            limit = functional.pixel_unshuffle(limit, self.top.block)
         return limit * torch.rsqrt(torch.maximum(power, limit.square()) + 1e-12)
 
     def _image(self, logits: Tensor, contrast: Tensor | None) -> Tensor:
@@ -368,6 +396,10 @@ def initialise(modules: Sequence[nn.Module]) -> None:
             # The filtered noise has unit variance.
             filters = module.texture.filters
             nn.init.normal_(filters.weight, std=1 / filters.kernel_size[0])
+            if module.mean_skip is not None:
+                grain = gaussian(filters.kernel_size[0], GRAIN_SIGMA)
+                with torch.no_grad():
+                    filters.weight[0, 0] = grain / grain.square().sum().sqrt()
             if module.top.amplitudes is not None:
                 with torch.no_grad():
                     module.top.amplitudes.weight.mul_(NOISE_INIT_SCALE)
