@@ -114,6 +114,27 @@ def test_first_images_have_real_texture(cohort: list[Slices], statistics: ClassS
     assert 0.7 < texture / statistics.texture[2] < 1.4
 
 
+@pytest.mark.parametrize("blur", [0.0, 0.5])
+def test_grain_is_the_cohorts(blur: float) -> None:
+    """Neighbouring pixels share as much noise as in the training images."""
+    rng = np.random.default_rng(3)
+    noise = ndimage.gaussian_filter(rng.normal(0, 20, (8, 64, 64)), (0, blur, blur))
+    labels = np.ones((8, 1, 64, 64), np.uint8)
+    image = np.rint(100 + noise).astype(np.int16)
+    tissues = np.full(labels.shape, HU_CONTEXT.index("soft", LABELS), np.uint8)
+    one = Slices(labels, image, tissues=tissues)
+    measured = measure_classes([one], LABELS, HU_CONTEXT, HU)
+    expected = np.corrcoef(image[:, :, 1:].ravel(), image[:, :, :-1].ravel())[0, 1]
+    assert abs(measured.grain - max(expected, 0.02)) < 0.06
+    net = Step(resolve(CONFIG), statistics=measured).generator
+    first = net.texture.filters.weight[:1].detach()
+    white = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(0))
+    grain = torch.nn.functional.conv2d(white, first)[0, 0].numpy()
+    assert abs(grain.std() - 1) < 0.03
+    seen = np.corrcoef(grain[:, 1:].ravel(), grain[:, :-1].ravel())[0, 1]
+    assert abs(seen - measured.grain) < 0.03
+
+
 def test_edges_lie_between_classes(cohort: list[Slices], statistics: ClassStatistics) -> None:
     """A pixel at an edge holds something of both sides, in intensities and not in logits."""
     skip = Step(resolve(CONFIG), statistics=statistics).generator.mean_skip

@@ -118,6 +118,8 @@ class Step:
             initialise([self.generator, self.discriminator])
         if self.generator.mean_skip is not None and statistics is not None:
             self.generator.mean_skip.start(*map(torch.from_numpy, statistics.shares()))
+            if self.generator.noisy:
+                self.generator.texture.start(statistics.grain)
         self.generator.to(self.device)
         self.discriminator.to(self.device)
         self.ema_generator = copy.deepcopy(self.generator).eval().requires_grad_(False)

@@ -20,6 +20,8 @@ from ..metrics.scores import TEXTURE_SIGMA
 from ..metrics.volume_metrics import LEAST_VOXELS, medians
 from .dataset import Slices
 
+# The least and the most correlation of neighbouring pixels: white noise, and blobs of 3 pixels.
+GRAIN = (0.02, 0.6)
 # The most slices of a patient that are measured.
 MEASURED_SLICES = 96
 
@@ -35,6 +37,7 @@ class ClassStatistics:
         by_patient: The median intensity of each class in each patient, (patients, classes); NaN
             where the patient (almost) lacks it.
         intensity: The intensity range.
+        grain: The correlation of the texture inside the labels between neighbouring pixels.
     """
 
     means: NDArray[np.float64]
@@ -42,6 +45,7 @@ class ClassStatistics:
     texture: NDArray[np.float64]
     by_patient: NDArray[np.float64]
     intensity: Intensity
+    grain: float = GRAIN[1]
 
     def shares(self) -> tuple[NDArray[np.float32], ...]:
         """Means and medians in [0, 1], and the texture as a share of the range, float32."""
@@ -85,6 +89,7 @@ def measure_classes(
     classes = labels + len(context)
     unknown = context.index(UNKNOWN, labels)
     sums, counts, squares, inner = np.zeros((4, classes))
+    grain = np.zeros(2)
     rows = []
     for patient in patients:
         step = slice(None, None, 1 + len(patient) // MEASURED_SLICES)
@@ -108,6 +113,9 @@ def measure_classes(
         core = _cores(dense)
         inner += np.bincount(dense[core], minlength=classes)
         squares += np.bincount(dense[core], texture[core] ** 2, minlength=classes)
+        pair = (core & (dense > 0) & (dense < labels))[:, :, :-1] & core[:, :, 1:]
+        left, right = texture[:, :, :-1][pair], texture[:, :, 1:][pair]
+        grain += (left * right).sum(), (left**2).sum()
     by_patient = np.stack(rows)
     present = counts > 0
     means = np.where(present, sums / np.maximum(counts, 1), sums[unknown] / counts[unknown])
@@ -117,7 +125,8 @@ def measure_classes(
     measured = inner >= LEAST_VOXELS
     typical = np.sqrt(squares[1:labels].sum() / max(inner[1:labels].sum(), 1))
     deviations = np.where(measured, np.sqrt(squares / np.maximum(inner, 1)), typical)
-    return ClassStatistics(means, middles, deviations, by_patient, intensity)
+    correlation = float(np.clip(grain[0] / grain[1], *GRAIN)) if grain[1] else GRAIN[1]
+    return ClassStatistics(means, middles, deviations, by_patient, intensity, correlation)
 
 
 def drawn_classes(labels: int, context: Context) -> NDArray[np.intp]:

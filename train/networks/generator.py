@@ -9,6 +9,7 @@ without a GPU: depthwise-separable, with nothing wide at full resolution. H and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -26,8 +27,11 @@ LEAST_SHARE = 0.0025
 NOISE_INIT_SCALE = 0.02
 # Of the image's weights, beside a mean skip: it starts as the image of the classes' means.
 IMAGE_INIT_SCALE = 0.1
-# Beside a mean skip, in pixels: the point spread at the start, and the noise's correlation.
-EDGE_SIGMA, GRAIN_SIGMA = 0.45, 0.7
+# Beside a mean skip, in pixels: the point spread at the start.
+EDGE_SIGMA = 0.45
+# The noise's largest standard deviation in logits. Near the ends of the range, where the sigmoid is
+# flat, more would make rare bright pixels of a noise that is said to be small.
+MOST_NOISE = 0.6
 # Of a uniform byte.
 NOISE_MEAN, NOISE_SD = 127.5, 73.9
 
@@ -77,6 +81,18 @@ class NoiseInjection(nn.Module):
         self.textures, self.block = textures, block
         self.filters = BlockConv2d(1, textures, kernel, block, bias=False)
 
+    def start(self, correlation: float) -> None:
+        """Make the first filter a Gaussian of unit gain, with a cohort's grain.
+
+        Args:
+            correlation: The texture's correlation between neighbouring pixels, in (0, 1).
+        """
+        # White noise behind a Gaussian of sigma s has exp(-1 / (4 s²)) at a distance of 1.
+        sigma = 0.5 / math.sqrt(-math.log(correlation))
+        grain = gaussian(self.filters.kernel_size[0], sigma)
+        with torch.no_grad():
+            self.filters.weight[0, 0] = grain / grain.square().sum().sqrt()
+
     def forward(self, amplitudes: Tensor, noise: Tensor) -> Tensor:
         """Filter the noise and weight it.
 
@@ -112,7 +128,7 @@ class MeanSkip(nn.Module):
         logits: The logit of each class, (classes,), trained.
         spread: The point spread function, (1, 1, 3, 3), trained; it is used with a sum of 1.
         medians: The cohort's intensity of each class in [0, 1], (classes,).
-        noise_limit: The largest standard deviation of the noise in logits, (classes,).
+        noise_limit: The noise's largest standard deviation as a share of the range, (classes,).
     """
 
     def __init__(self, classes: int):
@@ -122,7 +138,7 @@ class MeanSkip(nn.Module):
         self.medians: Tensor
         self.noise_limit: Tensor
         self.register_buffer("medians", torch.full((classes,), 0.5))
-        self.register_buffer("noise_limit", torch.ones(classes))
+        self.register_buffer("noise_limit", torch.full((classes,), 0.25))
 
     def start(self, means: Tensor, medians: Tensor, noise: Tensor) -> None:
         """Start at a cohort's statistics.
@@ -132,12 +148,10 @@ class MeanSkip(nn.Module):
             medians: The median one.
             noise: The standard deviation of its texture, as a share of the range.
         """
-        middle = medians.clamp(LEAST_SHARE, 1 - LEAST_SHARE)
         with torch.no_grad():
             self.logits.copy_(_logit(means))
             self.medians.copy_(medians)
-            # The slope of the logit converts intensities to logits.
-            self.noise_limit.copy_(NOISE_LIMIT * noise / (middle * (1 - middle)))
+            self.noise_limit.copy_(NOISE_LIMIT * noise)
 
     def forward(self, labels: Tensor, style: Tensor | None) -> Tensor:
         """Give every pixel the intensity of its class and, at edges, of its neighbours.
@@ -158,13 +172,17 @@ class MeanSkip(nn.Module):
         padded = functional.pad(image, (1, 1, 1, 1), mode="replicate")
         return _logit(functional.conv2d(padded, kernel))
 
-    def limit(self, labels: Tensor) -> Tensor:
+    def limit(self, labels: Tensor, contrast: Tensor) -> Tensor:
         """The largest standard deviation of the noise, (N, 1, H, W) in logits.
 
         Args:
             labels: As in `forward`.
+            contrast: What `forward` returned.
         """
-        return of_class(labels, self.noise_limit[None])
+        image = torch.sigmoid(contrast)
+        # The slope of the logit converts intensities to logits, at edges that of the mixture.
+        limit = of_class(labels, self.noise_limit[None]) / (image * (1 - image))
+        return limit.clamp(max=MOST_NOISE)
 
 
 def of_class(labels: Tensor, values: Tensor) -> Tensor:
@@ -304,7 +322,8 @@ class Generator(nn.Module):
         amplitudes = amplitudes.float()
         if self.mean_skip is None:
             return fake_smooth, self._image(base + self.texture(amplitudes, noise), contrast)
-        limit = self._limit(condition)
+        assert contrast is not None
+        limit = self._limit(condition, contrast)
         amplitudes = self._from_real_texture(amplitudes, limit)
         texture = self.texture(amplitudes, noise) * self._gain(amplitudes, limit)
         return fake_smooth, self._image(base + texture, contrast)
@@ -347,10 +366,10 @@ class Generator(nn.Module):
         first = self.channels // self.classes // 2 * self.classes
         return condition[:, first : first + self.classes]
 
-    def _limit(self, condition: Tensor) -> Tensor:
-        """The noise's largest deviation, (N, block², H / block, W / block)."""
+    def _limit(self, condition: Tensor, contrast: Tensor) -> Tensor:
+        """The noise's largest deviation in logits, (N, block², H / block, W / block)."""
         assert self.mean_skip is not None
-        limit = self.mean_skip.limit(self._middle(condition))
+        limit = self.mean_skip.limit(self._middle(condition), contrast)
         return limit if self.top.block == 1 else functional.pixel_unshuffle(limit, self.top.block)
 
     def _from_real_texture(self, amplitudes: Tensor, limit: Tensor) -> Tensor:
@@ -396,10 +415,6 @@ def initialise(modules: Sequence[nn.Module]) -> None:
             # The filtered noise has unit variance.
             filters = module.texture.filters
             nn.init.normal_(filters.weight, std=1 / filters.kernel_size[0])
-            if module.mean_skip is not None:
-                grain = gaussian(filters.kernel_size[0], GRAIN_SIGMA)
-                with torch.no_grad():
-                    filters.weight[0, 0] = grain / grain.square().sum().sqrt()
             if module.top.amplitudes is not None:
                 with torch.no_grad():
                     module.top.amplitudes.weight.mul_(NOISE_INIT_SCALE)
