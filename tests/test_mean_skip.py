@@ -120,6 +120,7 @@ def test_grain_is_the_cohorts(blur: float) -> None:
     rng = np.random.default_rng(3)
     noise = ndimage.gaussian_filter(rng.normal(0, 20, (8, 64, 64)), (0, blur, blur))
     labels = np.ones((8, 1, 64, 64), np.uint8)
+    labels[..., :2] = 0
     image = np.rint(100 + noise).astype(np.int16)
     tissues = np.full(labels.shape, HU_CONTEXT.index("soft", LABELS), np.uint8)
     one = Slices(labels, image, tissues=tissues)
