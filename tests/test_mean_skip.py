@@ -126,7 +126,8 @@ def test_grain_is_the_cohorts(blur: float) -> None:
     one = Slices(labels, image, tissues=tissues)
     measured = measure_classes([one], LABELS, HU_CONTEXT, HU)
     expected = np.corrcoef(image[:, :, 1:].ravel(), image[:, :, :-1].ravel())[0, 1]
-    assert abs(measured.grain - max(expected, 0.02)) < 0.06
+    # What is coarser than the texture was taken off, and some of the correlation with it.
+    assert -0.1 < measured.grain - max(expected, 0.02) < 0.02
     net = Step(resolve(CONFIG), statistics=measured).generator
     first = net.texture.filters.weight[:1].detach()
     white = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(0))
