@@ -82,16 +82,20 @@ class NoiseInjection(nn.Module):
         self.filters = BlockConv2d(1, textures, kernel, block, bias=False)
 
     def start(self, correlation: float) -> None:
-        """Make the first filter a Gaussian of unit gain, with a cohort's grain.
+        """Give the first filter a cohort's grain and unit gain.
 
         Args:
-            correlation: The texture's correlation between neighbouring pixels, in (0, 1).
+            correlation: The texture's correlation between neighbouring pixels, in (0, 0.7).
         """
-        # White noise behind a Gaussian of sigma s has exp(-1 / (4 s²)) at a distance of 1.
-        sigma = 0.5 / math.sqrt(-math.log(correlation))
-        grain = gaussian(self.filters.kernel_size[0], sigma)
+        if self.filters.kernel_size[0] < 3:
+            return
+        # White noise behind (a, 1, a) along both axes has 2a / (1 + 2a²) between neighbours.
+        a = (1 - math.sqrt(1 - 2 * correlation**2)) / (2 * correlation)
+        line = torch.tensor([a, 1.0, a]) / math.sqrt(1 + 2 * a**2)
+        middle = self.filters.kernel_size[0] // 2
         with torch.no_grad():
-            self.filters.weight[0, 0] = grain / grain.square().sum().sqrt()
+            kernel = self.filters.weight[0, 0].zero_()
+            kernel[middle - 1 : middle + 2, middle - 1 : middle + 2] = line[:, None] * line
 
     def forward(self, amplitudes: Tensor, noise: Tensor) -> Tensor:
         """Filter the noise and weight it.
