@@ -130,7 +130,8 @@ class MeanSkip(nn.Module):
 
     Attributes:
         logits: The logit of each class, (classes,), trained.
-        spread: The point spread function, (1, 1, 3, 3), trained; it is used with a sum of 1.
+        spread: The point spread function along both axes is (spread, 1, spread), by its sum; a
+            number, trained.
         medians: The cohort's intensity of each class in [0, 1], (classes,).
         noise_limit: The noise's largest standard deviation as a share of the range, (classes,).
     """
@@ -138,7 +139,7 @@ class MeanSkip(nn.Module):
     def __init__(self, classes: int):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(classes))
-        self.spread = nn.Parameter(gaussian(3, EDGE_SIGMA)[None, None])
+        self.spread = nn.Parameter(torch.tensor(math.exp(-0.5 / EDGE_SIGMA**2)))
         self.medians: Tensor
         self.noise_limit: Tensor
         self.register_buffer("medians", torch.full((classes,), 0.5))
@@ -171,10 +172,15 @@ class MeanSkip(nn.Module):
         if style is not None:
             logits = logits + _logit(self.medians + style) - _logit(self.medians)
         image = of_class(labels, torch.sigmoid(logits))
-        kernel = self.spread / self.spread.sum()
+        return _logit(self._spread(image))
+
+    def _spread(self, image: Tensor) -> Tensor:
+        """The image behind the point spread function: sums, as no engine quantises these."""
+        a = self.spread.clamp(min=0)
         # The border repeats itself: a scan does not darken where it ends.
-        padded = functional.pad(image, (1, 1, 1, 1), mode="replicate")
-        return _logit(functional.conv2d(padded, kernel))
+        x = functional.pad(image, (1, 1, 1, 1), mode="replicate")
+        x = (x[:, :, 1:-1] + a * (x[:, :, :-2] + x[:, :, 2:])) / (1 + 2 * a)
+        return (x[..., 1:-1] + a * (x[..., :-2] + x[..., 2:])) / (1 + 2 * a)
 
     def limit(self, labels: Tensor, contrast: Tensor) -> Tensor:
         """The largest standard deviation of the noise, (N, 1, H, W) in logits.
@@ -202,13 +208,6 @@ def of_class(labels: Tensor, values: Tensor) -> Tensor:
         float32 (N, 1, H, W).
     """
     return (labels.float() * values[:, :, None, None]).sum(1, keepdim=True)
-
-
-def gaussian(side: int, sigma: float) -> Tensor:
-    """A Gaussian with a sum of 1, float32 (side, side), for an odd `side` in pixels."""
-    x = torch.arange(side) - side // 2
-    line = torch.exp(-0.5 * (x / sigma).square())
-    return line[:, None] * line / line.sum().square()
 
 
 def _logit(share: Tensor) -> Tensor:
