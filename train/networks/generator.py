@@ -27,8 +27,6 @@ LEAST_SHARE = 0.0025
 NOISE_INIT_SCALE = 0.02
 # Of the image's weights, beside a mean skip: it starts as the image of the classes' means.
 IMAGE_INIT_SCALE = 0.1
-# Beside a mean skip, in pixels: the point spread at the start.
-EDGE_SIGMA = 0.45
 # The noise's largest standard deviation in logits. Near the ends of the range, where the sigmoid is
 # flat, more would make rare bright pixels of a noise that is said to be small.
 MOST_NOISE = 0.6
@@ -130,8 +128,9 @@ class MeanSkip(nn.Module):
 
     Attributes:
         logits: The logit of each class, (classes,), trained.
-        spread: The point spread function along both axes is (spread, 1, spread), by its sum; a
-            number, trained.
+        spread: The point spread function along both axes is (spread, 1, spread), by its sum. It is
+            the cohort's, a number: trained, it grew far beyond it, for a mean of what may be is
+            smooth.
         medians: The cohort's intensity of each class in [0, 1], (classes,).
         noise_limit: The noise's largest standard deviation as a share of the range, (classes,).
     """
@@ -139,21 +138,24 @@ class MeanSkip(nn.Module):
     def __init__(self, classes: int):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(classes))
-        self.spread = nn.Parameter(torch.tensor(math.exp(-0.5 / EDGE_SIGMA**2)))
         self.medians: Tensor
         self.noise_limit: Tensor
+        self.spread: Tensor
+        self.register_buffer("spread", torch.zeros(()))
         self.register_buffer("medians", torch.full((classes,), 0.5))
         self.register_buffer("noise_limit", torch.full((classes,), 0.25))
 
-    def start(self, means: Tensor, medians: Tensor, noise: Tensor) -> None:
+    def start(self, means: Tensor, medians: Tensor, noise: Tensor, spread: float) -> None:
         """Start at a cohort's statistics.
 
         Args:
             means: The mean intensity of each class in [0, 1], (classes,).
             medians: The median one.
             noise: The standard deviation of its texture, as a share of the range.
+            spread: Of the point spread function.
         """
         with torch.no_grad():
+            self.spread.fill_(spread)
             self.logits.copy_(_logit(means))
             self.medians.copy_(medians)
             self.noise_limit.copy_(NOISE_LIMIT * noise)
@@ -176,7 +178,7 @@ class MeanSkip(nn.Module):
 
     def _spread(self, image: Tensor) -> Tensor:
         """The image behind the point spread function: sums, as no engine quantises these."""
-        a = self.spread.clamp(min=0)
+        a = self.spread
         # The border repeats itself: a scan does not darken where it ends.
         x = functional.pad(image, (1, 1, 1, 1), mode="replicate")
         x = (x[:, :, 1:-1] + a * (x[:, :, :-2] + x[:, :, 2:])) / (1 + 2 * a)
