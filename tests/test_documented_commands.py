@@ -68,7 +68,7 @@ SHORTENED = {
     "python -m train.phantom": "--patients 4",
     "python train/run.py --dataset-path": "--set training.steps=2 generator.filters=8",
     "python -m train.usefulness": "--seeds 1 --steps 2 --test-patients 1 --arms real,all-real",
-    "python -m train.usefulness DATA --config": "--patients 3",
+    "python -m train.usefulness DATA --output": "--patients 3",
 }
 # Commands that go on until they are stopped, with what they print when they are ready.
 UNTIL_STOPPED = {"mask2ct serve": "listening"}

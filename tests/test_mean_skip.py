@@ -100,8 +100,71 @@ def test_training_starts_at_class_means(cohort: list[Slices], statistics: ClassS
         if context == "none":
             one = one._replace(labels=torch.where(one.labels < LABELS, one.labels, 0))
         errors[context] = float(step(0, one)["reconstruction"])
-    # 0.02 of the range is 41 HU; the noise alone costs 16.
-    assert errors["auto"] < 0.02 < errors["none"] / 3
+    # 0.025 of the range is 51 HU; the noise alone costs 16, and the steps of these images are sharp.
+    assert errors["auto"] < 0.025 < errors["none"] / 3
+
+
+def test_first_images_have_real_texture(cohort: list[Slices], statistics: ClassStatistics) -> None:
+    net = Step(resolve(CONFIG), statistics=statistics).generator.eval()
+    one = batch(cohort)
+    with torch.no_grad():
+        smooth, fake = net.generate(one_hot(one.labels, CLASSES), standardise_noise(one.noise))
+    blood = one.labels == 2
+    texture = float((fake - smooth)[blood].std()) * 2048
+    assert 0.7 < texture / statistics.texture[2] < 1.4
+
+
+@pytest.mark.parametrize("blur", [0.0, 0.5])
+def test_grain_is_the_cohorts(blur: float) -> None:
+    """Neighbouring pixels share as much noise as in the training images."""
+    rng = np.random.default_rng(3)
+    noise = ndimage.gaussian_filter(rng.normal(0, 20, (8, 64, 64)), (0, blur, blur))
+    labels = np.ones((8, 1, 64, 64), np.uint8)
+    labels[..., :2] = 0
+    image = np.rint(100 + noise).astype(np.int16)
+    tissues = np.full(labels.shape, HU_CONTEXT.index("soft", LABELS), np.uint8)
+    one = Slices(labels, image, tissues=tissues)
+    measured = measure_classes([one], LABELS, HU_CONTEXT, HU)
+    expected = np.corrcoef(image[:, :, 1:].ravel(), image[:, :, :-1].ravel())[0, 1]
+    # What is coarser than the texture was taken off, and some of the correlation with it.
+    assert -0.1 < measured.grain - max(expected, 0.02) < 0.02
+    net = Step(resolve(CONFIG), statistics=measured).generator
+    first = net.texture.filters.weight[:1].detach()
+    white = torch.randn(1, 1, 256, 256, generator=torch.Generator().manual_seed(0))
+    grain = torch.nn.functional.conv2d(white, first)[0, 0].numpy()
+    assert abs(grain.std() - 1) < 0.03
+    seen = np.corrcoef(grain[:, 1:].ravel(), grain[:, :-1].ravel())[0, 1]
+    assert abs(seen - measured.grain) < 0.03
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.1, 0.2])
+def test_spread_is_the_cohorts(spread: float) -> None:
+    """Images whose edges a known point spread blurred give that spread."""
+    line = np.array([spread, 1, spread]) / (1 + 2 * spread)
+    patients = [patient(blood, seed, noise=0.0) for seed, blood in enumerate((250, 350))]
+    blurred = []
+    for n, one in enumerate(patients):
+        image = ndimage.correlate1d(one.image.astype(float), line, 1)
+        image = ndimage.correlate1d(image, line, 2)
+        image += np.random.default_rng(n).normal(0, 8, image.shape)
+        blurred.append(replace(one, image=np.rint(image).astype(np.int16)))
+    measured = measure_classes(blurred, LABELS, HU_CONTEXT, HU).spread
+    # Classes that were found in a blurred image have some of its blur.
+    assert -0.07 <= measured - spread <= 0.03
+
+
+def test_edges_lie_between_classes(cohort: list[Slices], statistics: ClassStatistics) -> None:
+    """A pixel at an edge holds something of both sides, in intensities and not in logits."""
+    skip = Step(resolve(CONFIG), statistics=replace(statistics, spread=0.1)).generator.mean_skip
+    assert skip is not None
+    labels = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    labels[..., 4:] = 2
+    with torch.no_grad():
+        row = torch.sigmoid(skip(one_hot(labels, CLASSES), None))[0, 0, 0].numpy()
+    air, blood, share = row[0], row[-1], 0.1 / 1.2
+    assert blood - air > 0.5 and np.allclose(row[:3], air) and np.allclose(row[5:], blood)
+    assert np.isclose(row[3], air + share * (blood - air), atol=1e-4)
+    assert np.isclose(row[4], blood - share * (blood - air), atol=1e-4)
 
 
 def contrast_step(statistics: ClassStatistics) -> Step:

@@ -87,18 +87,20 @@ def test_decathlon_layout_is_read(tmp_path: Path) -> None:
 
 
 def test_own_decathlon_output_is_read(fake_model: Path, tmp_path: Path) -> None:
-    """Synthetic cases alone are said to be; beside real ones they only train."""
+    """Synthetic cases alone are refused; beside real ones they only train."""
     out, masks = tmp_path / "set", [write_mask(tmp_path / f"p{n}.nii.gz") for n in range(3)]
     assert synth(fake_model, out, *masks, "--format", "msd", "--variants", "2") == 0
-    layout = find(out, DataConfig())
-    assert "WARNING: all images are synthetic" in layout.says
-    assert sorted(pair.who for pair in layout.pairs) == ["p0", "p0", "p1", "p1", "p2", "p2"]
+    with pytest.raises(UsageError, match="holds synthetic images alone"):
+        find(out, DataConfig())
     for n in range(2):
         write_case(out / f"imagesTr/p{n}.nii.gz", out / f"labelsTr/p{n}.nii.gz", n)
     with pytest.raises(UsageError, match=r"holds 2 patient\(s\) besides synthetic cases"):
         find(out, DataConfig())
     write_case(out / "imagesTr/p2.nii.gz", out / "labelsTr/p2.nii.gz", 2)
-    assert "6 of these images are synthetic" in find(out, DataConfig()).says
+    layout = find(out, DataConfig())
+    assert "6 of these images are synthetic" in layout.says
+    made = sorted(pair.who for pair in layout.pairs if pair.synthetic)
+    assert made == ["p0", "p0", "p1", "p1", "p2", "p2"]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".tif", ".bmp"])

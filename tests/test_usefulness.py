@@ -6,6 +6,7 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from samples import train_small
 from scipy.ndimage import binary_erosion
 
+from runtime.core.deformation import DeformationParams, MaskDeformer, move_labels
 from runtime.core.errors import UsageError
+from runtime.core.layout import dense_volume
 from runtime.core.manifest import Intensity
 from runtime.core.volume import LabelVolume
 from train.checkpoint import load_run
@@ -104,6 +107,25 @@ def test_synthetic_masks_are_the_warps() -> None:
     for one, other in zip(synthetic, warped, strict=True):
         assert np.array_equal(one.labels, other.labels)
     assert not np.array_equal(synthetic[0].labels, ball().labels)
+
+
+def test_layout_moves_with_the_mask() -> None:
+    """A generator with a context sees the patient's tissues under the field of the mask."""
+
+    def stripes(case: Case) -> NDArray[np.uint8]:
+        return np.broadcast_to(2 + np.arange(32, dtype=np.uint8) // 4, case.labels.shape).copy()
+
+    def dense_map(mask: LabelVolume, seed: int, variant: int) -> NDArray[np.int16]:
+        return mask.labels.astype(np.int16)
+
+    given = replace(sources(1), generate=dense_map, tissues=stripes)
+    deformer = MaskDeformer(ball().mask, DeformationParams(), given.seed)
+    for number, case in enumerate(ARMS["synthetic"].build(given), 1):
+        _, field = deformer.deformed(number)
+        assert field is not None and (case.image > 0).all()
+        moved = move_labels(stripes(ball()), field)
+        assert not np.array_equal(moved, stripes(ball()))
+        assert np.array_equal(case.image, np.where(case.labels, case.labels, moved))
 
 
 @pytest.mark.parametrize("name", ["real+warp", TABLE])
@@ -389,6 +411,30 @@ def test_command_trains_on_few_patients(cohort: Path, command, tmp_path: Path) -
 
 
 @pytest.mark.slow
+def test_generator_is_planned_from_data(cohort: Path, command, tmp_path: Path) -> None:
+    """Without a config, every class has an intensity of its own, and the plan stays."""
+    out = tmp_path / "out"
+    line = ["-m", "train.usefulness", cohort, "--patients", 3, "--seeds", 1, "--steps", 2]
+    line += ["--arms", "real,synthetic", "--output", out]
+    line += ["--set", "training.steps=2", "generator.filters=8", "training.valid_slices=4"]
+    done = command(*line)
+    assert done.returncode == 0, done.stderr
+    planned = json.loads((out / "config.json").read_text())
+    assert planned["data"]["context"] == "auto" and planned["generator"]["style"] == 1
+    generate, tissues = open_generator(out / "generators" / "seed-0")
+    assert tissues is not None
+    case = read_patients(resolve(planned), find(cohort, DataConfig()).pairs[:1], tmp_path)[0][0]
+    layout = tissues(case.cases[0])
+    dense = dense_volume(case.cases[0].mask, layout)
+    image = generate(dense, 0, 0)
+    means = [image[layout == number].mean() for number in np.unique(layout[layout > 0])]
+    assert len(means) > 3 and max(means) - min(means) > 500  # HU: gas and bone
+    before = (out / RESULTS).read_bytes()
+    again = command(*line, "--quiet")
+    assert again.returncode == 0 and again.stderr == "" and (out / RESULTS).read_bytes() == before
+
+
+@pytest.mark.slow
 def test_killed_generator_training_resumes(cohort: Path, tmp_path: Path) -> None:
     config = config_of(cohort, 1)
     pairs = find(cohort, config.data).pairs
@@ -399,7 +445,7 @@ def test_killed_generator_training_resumes(cohort: Path, tmp_path: Path) -> None
     train_generator(config_of(cohort, 2), patients, folder, quiet=True)
     assert load_run(folder).step == 2
 
-    generate = open_generator(folder)
+    generate, _ = open_generator(folder)
     mask = patients[0].cases[0].mask
     image = generate(mask, 0, 1)
     assert image.shape == mask.labels.shape and np.array_equal(image, generate(mask, 0, 1))

@@ -117,7 +117,10 @@ class Step:
             self.generator, self.discriminator = make_generator(config), make_discriminator(config)
             initialise([self.generator, self.discriminator])
         if self.generator.mean_skip is not None and statistics is not None:
-            self.generator.mean_skip.start(*map(torch.from_numpy, statistics.shares()))
+            means, medians, texture = map(torch.from_numpy, statistics.shares())
+            self.generator.mean_skip.start(means, medians, texture, statistics.spread)
+            if self.generator.noisy:
+                self.generator.texture.start(statistics.grain)
         self.generator.to(self.device)
         self.discriminator.to(self.device)
         self.ema_generator = copy.deepcopy(self.generator).eval().requires_grad_(False)

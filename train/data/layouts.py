@@ -87,10 +87,18 @@ def find(path: Path, data: DataConfig) -> Layout:
     if data.normalize == "volume":
         layout = replace(layout, pairs=[replace(pair, normalize=True) for pair in layout.pairs])
     patients = {pair.who for pair in layout.pairs if not pair.synthetic}
+    synthetic = any(pair.synthetic for pair in layout.pairs)
+    if synthetic and not patients:
+        raise UsageError(
+            f"{path.name} holds synthetic images alone",
+            expected="real patients: what a network made cannot say how good the next one is",
+            remedy="add the real images that they were made from",
+            file=path,
+        )
     if len(patients) < LEAST_PATIENTS and data.split_by == "patients":
         raise UsageError(
             f"{path.name} holds {len(patients)} patient(s)"
-            + (" besides synthetic cases" if len(layout.pairs) > len(patients) else ""),
+            + (" besides synthetic cases" if synthetic else ""),
             expected=f"at least {LEAST_PATIENTS}: patients are split, not slices",
             remedy=(
                 "add patients; to try things out, --set data.split_by=slices splits each volume"

@@ -19,8 +19,7 @@ ENDINGS = ("_0000", "_ct", "_mr", "_image", "_img")
 def mark_synthetic(layout: Layout, path: Path) -> Layout:
     """Mark the pairs whose image mask2ct wrote, and give them the patient of their source.
 
-    A dataset of synthetic images alone is read as if they were real, with a warning. The source is
-    stated by `synthetic.csv` in the folder, or by the name CASE_v0, CASE_v1 …
+    The source is stated by `synthetic.csv` in the folder, or by the name CASE_v0, CASE_v1 …
 
     Args:
         layout: The layout as its files state it.
@@ -42,18 +41,10 @@ def mark_synthetic(layout: Layout, path: Path) -> Layout:
         _marked(pair, sources, patients) if pair.image in synthetic else pair
         for pair in layout.pairs
     ]
-    if len(synthetic) == len(pairs):
-        # Nobody else is there to validate with.
-        pairs = [replace(pair, synthetic=False) for pair in pairs]
-        note = (
-            "WARNING: all images are synthetic; they also validate and test, and the metrics say"
-            " nothing about real patients"
-        )
-    else:
-        note = (
-            f"{len(synthetic)} of these images are synthetic: they train with the patient they"
-            " were made from, and are never validated or tested on"
-        )
+    note = (
+        f"{len(synthetic)} of these images are synthetic: they train with the patient they were"
+        " made from, and are never validated or tested on"
+    )
     says = f"{layout.says}; {note}"
     return replace(layout, pairs=pairs, says=says)
 

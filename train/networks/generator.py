@@ -9,6 +9,7 @@ without a GPU: depthwise-separable, with nothing wide at full resolution. H and 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -26,6 +27,9 @@ LEAST_SHARE = 0.0025
 NOISE_INIT_SCALE = 0.02
 # Of the image's weights, beside a mean skip: it starts as the image of the classes' means.
 IMAGE_INIT_SCALE = 0.1
+# The noise's largest standard deviation in logits. Near the ends of the range, where the sigmoid is
+# flat, more would make rare bright pixels of a noise that is said to be small.
+MOST_NOISE = 0.6
 # Of a uniform byte.
 NOISE_MEAN, NOISE_SD = 127.5, 73.9
 
@@ -75,6 +79,22 @@ class NoiseInjection(nn.Module):
         self.textures, self.block = textures, block
         self.filters = BlockConv2d(1, textures, kernel, block, bias=False)
 
+    def start(self, correlation: float) -> None:
+        """Give the first filter a cohort's grain and unit gain.
+
+        Args:
+            correlation: The texture's correlation between neighbouring pixels, in (0, 0.7).
+        """
+        if self.filters.kernel_size[0] < 3:
+            return
+        # White noise behind (a, 1, a) along both axes has 2a / (1 + 2a²) between neighbours.
+        a = (1 - math.sqrt(1 - 2 * correlation**2)) / (2 * correlation)
+        line = torch.tensor([a, 1.0, a]) / math.sqrt(1 + 2 * a**2)
+        middle = self.filters.kernel_size[0] // 2
+        with torch.no_grad():
+            kernel = self.filters.weight[0, 0].zero_()
+            kernel[middle - 1 : middle + 2, middle - 1 : middle + 2] = line[:, None] * line
+
     def forward(self, amplitudes: Tensor, noise: Tensor) -> Tensor:
         """Filter the noise and weight it.
 
@@ -96,9 +116,10 @@ class NoiseInjection(nn.Module):
 
 
 class MeanSkip(nn.Module):
-    """The path from the classes to the image's logits that passes no layer: one number a class.
+    """The path from the classes to the image that passes no layer: one intensity a class.
 
-    It starts at each class's mean intensity, so that training learns the rest. A style is the
+    It starts as the image of each class's mean intensity behind a narrow point spread function, so
+    that training learns the rest: the control without a network is where it begins. A style is the
     contrast: how far the intensity of each class lies from the cohort's. The path adds it exactly,
     whatever the network has learned.
 
@@ -107,8 +128,11 @@ class MeanSkip(nn.Module):
 
     Attributes:
         logits: The logit of each class, (classes,), trained.
+        spread: The point spread function along both axes is (spread, 1, spread), by its sum. It is
+            the cohort's, a number: trained, it grew far beyond it, for a mean of what may be is
+            smooth.
         medians: The cohort's intensity of each class in [0, 1], (classes,).
-        noise_limit: The largest standard deviation of the noise in logits, (classes,).
+        noise_limit: The noise's largest standard deviation as a share of the range, (classes,).
     """
 
     def __init__(self, classes: int):
@@ -116,46 +140,61 @@ class MeanSkip(nn.Module):
         self.logits = nn.Parameter(torch.zeros(classes))
         self.medians: Tensor
         self.noise_limit: Tensor
+        self.spread: Tensor
+        self.register_buffer("spread", torch.zeros(()))
         self.register_buffer("medians", torch.full((classes,), 0.5))
-        self.register_buffer("noise_limit", torch.ones(classes))
+        self.register_buffer("noise_limit", torch.full((classes,), 0.25))
 
-    def start(self, means: Tensor, medians: Tensor, noise: Tensor) -> None:
+    def start(self, means: Tensor, medians: Tensor, noise: Tensor, spread: float) -> None:
         """Start at a cohort's statistics.
 
         Args:
             means: The mean intensity of each class in [0, 1], (classes,).
             medians: The median one.
             noise: The standard deviation of its texture, as a share of the range.
+            spread: Of the point spread function.
         """
-        middle = medians.clamp(LEAST_SHARE, 1 - LEAST_SHARE)
         with torch.no_grad():
+            self.spread.fill_(spread)
             self.logits.copy_(_logit(means))
             self.medians.copy_(medians)
-            # The slope of the logit converts intensities to logits.
-            self.noise_limit.copy_(NOISE_LIMIT * noise / (middle * (1 - middle)))
+            self.noise_limit.copy_(NOISE_LIMIT * noise)
 
     def forward(self, labels: Tensor, style: Tensor | None) -> Tensor:
-        """Give every pixel the logit of its class.
+        """Give every pixel the intensity of its class and, at edges, of its neighbours.
 
         Args:
             labels: One-hot classes of the middle slice (N, classes, H, W).
             style: The contrast as a share of the range, (N, classes); None for the cohort's.
 
         Returns:
-            float32 (N, 1, H, W).
+            Logits, float32 (N, 1, H, W).
         """
         logits = self.logits[None]
         if style is not None:
             logits = logits + _logit(self.medians + style) - _logit(self.medians)
-        return of_class(labels, logits)
+        image = of_class(labels, torch.sigmoid(logits))
+        return _logit(self._spread(image))
 
-    def limit(self, labels: Tensor) -> Tensor:
+    def _spread(self, image: Tensor) -> Tensor:
+        """The image behind the point spread function: sums, as no engine quantises these."""
+        a = self.spread
+        # The border repeats itself: a scan does not darken where it ends.
+        x = functional.pad(image, (1, 1, 1, 1), mode="replicate")
+        x = (x[:, :, 1:-1] + a * (x[:, :, :-2] + x[:, :, 2:])) / (1 + 2 * a)
+        return (x[..., 1:-1] + a * (x[..., :-2] + x[..., 2:])) / (1 + 2 * a)
+
+    def limit(self, labels: Tensor, contrast: Tensor) -> Tensor:
         """The largest standard deviation of the noise, (N, 1, H, W) in logits.
 
         Args:
             labels: As in `forward`.
+            contrast: What `forward` returned.
         """
-        return of_class(labels, self.noise_limit[None])
+        image = torch.sigmoid(contrast)
+        # The slope of the logit converts intensities to logits, at edges that of the mixture.
+        limit = of_class(labels, self.noise_limit[None]) / (image * (1 - image))
+        return limit.clamp(max=MOST_NOISE)
 
 
 def of_class(labels: Tensor, values: Tensor) -> Tensor:
@@ -285,9 +324,13 @@ class Generator(nn.Module):
         fake_smooth = self._image(base, contrast)
         if noise is None or amplitudes is None:
             return fake_smooth, fake_smooth
-        texture = self.texture(amplitudes.float(), noise)
-        if self.mean_skip is not None:
-            texture = texture * self._gain(amplitudes.float(), condition)
+        amplitudes = amplitudes.float()
+        if self.mean_skip is None:
+            return fake_smooth, self._image(base + self.texture(amplitudes, noise), contrast)
+        assert contrast is not None
+        limit = self._limit(condition, contrast)
+        amplitudes = self._from_real_texture(amplitudes, limit)
+        texture = self.texture(amplitudes, noise) * self._gain(amplitudes, limit)
         return fake_smooth, self._image(base + texture, contrast)
 
     def logits(
@@ -328,18 +371,27 @@ class Generator(nn.Module):
         first = self.channels // self.classes // 2 * self.classes
         return condition[:, first : first + self.classes]
 
-    def _gain(self, amplitudes: Tensor, condition: Tensor) -> Tensor:
-        """The factor that keeps the noise within its class's limit, in blocks as `amplitudes`."""
+    def _limit(self, condition: Tensor, contrast: Tensor) -> Tensor:
+        """The noise's largest deviation in logits, (N, block², H / block, W / block)."""
         assert self.mean_skip is not None
+        limit = self.mean_skip.limit(self._middle(condition), contrast)
+        return limit if self.top.block == 1 else functional.pixel_unshuffle(limit, self.top.block)
+
+    def _from_real_texture(self, amplitudes: Tensor, limit: Tensor) -> Tensor:
+        """Amplitudes that count from the real texture: the first filter has it at the start."""
+        first, others = amplitudes.split(
+            [limit.shape[1], amplitudes.shape[1] - limit.shape[1]], dim=1
+        )
+        return torch.cat([first + limit / NOISE_LIMIT, others], 1)
+
+    def _gain(self, amplitudes: Tensor, limit: Tensor) -> Tensor:
+        """The factor that keeps the noise within its class's limit, in blocks as `amplitudes`."""
         filters = self.texture.filters.weight.float().flatten(1)
         # The variance of a weighted sum of filtered white noise is a quadratic form of its weights.
         n, _, h, w = amplitudes.shape
         maps = amplitudes.reshape(n, self.texture.textures, self.top.block**2, h, w)
         maps = maps.permute(0, 2, 3, 4, 1)
         power = ((maps @ (filters @ filters.T)) * maps).sum(-1)
-        limit = self.mean_skip.limit(self._middle(condition))
-        if self.top.block > 1:
-            limit = functional.pixel_unshuffle(limit, self.top.block)
         return limit * torch.rsqrt(torch.maximum(power, limit.square()) + 1e-12)
 
     def _image(self, logits: Tensor, contrast: Tensor | None) -> Tensor:

@@ -29,6 +29,9 @@ SAME_UNIT = 1.5
 LONGEST_SIDE, LONGEST_SIDE_CUDA = 192, 320
 # Neighbouring slices, how many of them an image must have, and their largest distance in mm.
 NEIGHBOURS, LEAST_SLICES, MOST_APART = 5, 10, 24.0
+# With data.context: the noise's share from each neighbouring slice, as thick slices of a scanner
+# have it, and the most directions in which the contrast moves.
+NOISE_ALONG_Z, MOST_DIRECTIONS = 0.3, 6
 # Patients from which on some are kept to test on.
 ENOUGH_TO_TEST = 10
 
@@ -48,11 +51,13 @@ def plan_data(survey: Survey, path: Path, stated: Mapping[str, Any], *, cuda: bo
     Raises:
         InputError: A label map cannot be read; the dataset states CT, and its images are not in HU.
     """
+    dense = stated.get("data.context") == "auto"
     return {
         **_name(survey, path),
         **({} if "data.labels" in stated else _labels(survey)),
         **_intensity(survey, stated),
         **_grid(survey, LONGEST_SIDE_CUDA if cuda else LONGEST_SIDE),
+        **(_dense(survey) if dense else _neighbours(survey)),
         **_split(survey),
     }
 
@@ -192,7 +197,6 @@ def _grid(survey: Survey, longest: int) -> Choices:
         "data.pixel_spacing": (spacing, why),
         "data.canvas": (canvas, why_canvas),
         "generator.depth": (depth, f"the canvas is halved {depth} times"),
-        **_neighbours(survey),
     }
 
 
@@ -210,6 +214,18 @@ def _neighbours(survey: Survey) -> Choices:
     return {
         "data.slices": (NEIGHBOURS, f"images of {min(counts)} to {max(counts)} slices"),
         "data.slice_spacing": (round(apart, 1), f"the median image is {height:.0f} mm high"),
+    }
+
+
+def _dense(survey: Survey) -> Choices:
+    """What changes where every voxel has a class (data.context)."""
+    trained = int(survey.patients * 0.8)
+    directions = max(0, min(MOST_DIRECTIONS, trained - 1))
+    return {
+        "data.slices": (1, "the tissues around the labels say where a slice lies"),
+        "data.slice_spacing": (None, "one slice"),
+        "generator.style": (directions, "directions in which the contrast moves"),
+        "generator.noise_along_z": (NOISE_ALONG_Z, "neighbouring slices share noise"),
     }
 
 

@@ -1,11 +1,11 @@
 """Do synthetic images make a segmenter better? Measured on patients that nothing was trained on.
 
-    python -m train.usefulness DATA --config CONFIG [--patients 4] [--seeds 3] [--budget 30min]
+    python -m train.usefulness DATA [--config CONFIG] [--patients 4] [--seeds 3] [--budget 30min]
     python -m train.usefulness DATA --run RUN [--seeds 3] [--budget 30min]
 
-The first draws the training patients anew for every seed and trains a generator on them alone. The
-second takes a trained run and its own patients. --output gets usefulness.json, .md and .png. A
-command that was killed goes on when it is called again.
+The first draws the training patients anew for every seed and trains a generator on them alone, by
+CONFIG or by a plan from the data. The second takes a trained run and its own patients. --output
+gets usefulness.json, .md and .png. A command that was killed goes on when it is called again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from ..planning.duration import duration
 from .arms import ARMS
 
 RUN_FOLDER = Path("runs/usefulness")
-OF_CONFIG = "override a key of --config"
+OF_CONFIG = "override a key of the config"
+OF_CONFIG_FILE = "train a generator by it, for every seed anew (default: planned from the data)"
 OF_VARIANTS = "images made of every training image (default: %(default)s)"
 OF_BUDGET = "time for generators and segmenters together (default: %(default)s)"
 OF_OUTPUT = "folder of the comparison (default: %(default)s)"
@@ -48,8 +49,8 @@ def parser(program: str = PROGRAM) -> argparse.ArgumentParser:
     )
     add = p.add_argument
     add("data", metavar="DATA", help="folder or CSV table of labelled images, as for train/run.py")
-    source = p.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config", type=Path, help="train a generator by it, for every seed anew")
+    source = p.add_mutually_exclusive_group()
+    source.add_argument("--config", type=Path, help=OF_CONFIG_FILE)
     source.add_argument("--run", type=Path, help="a finished run folder: measure its generator")
     add("--set", action="append", default=[], nargs="+", metavar="KEY=VALUE", help=OF_CONFIG)
     add("--patients", type=int, metavar="N", help="training patients of a seed (default: 4)")

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from runtime.core.deformation import DeformationParams, MaskDeformer
+from runtime.core.layout import dense_volume
 from runtime.core.manifest import Intensity
 from runtime.core.volume import LabelVolume
 from runtime.core.warp import IntensityJitter, Warp
@@ -16,8 +17,10 @@ from runtime.core.warp import IntensityJitter, Warp
 from ..metrics.class_table import coloured_tissues
 from .cohort import Case
 
-# (mask, seed, variant) to an image (D, H, W)
+# (mask or dense map, seed, variant) to an image (D, H, W)
 Generate = Callable[[LabelVolume, int, int], NDArray[np.int16]]
+# A real image to its context classes, uint8 (D, H, W): the layout of a generator with a context
+Tissues = Callable[[Case], NDArray[np.uint8]]
 VARIANTS = 3  # of every training image
 REAL, ALL_REAL, SYNTHETIC = "real", "all-real", "real+synthetic"
 WARP_JITTER, TABLE = "real+warp-jitter", "real+table"
@@ -34,6 +37,7 @@ class Sources:
         seed: of everything that is drawn.
         variants: images made of every training image.
         generate: the generator, where an arm needs one.
+        tissues: gives the layout of a training patient; None: the generator takes the mask alone.
     """
 
     few: Sequence[Case]
@@ -42,6 +46,7 @@ class Sources:
     seed: int = 0
     variants: int = VARIANTS
     generate: Generate | None = None
+    tissues: Tissues | None = None
 
     @property
     def numbers(self) -> range:
@@ -73,20 +78,21 @@ def warped(sources: Sources, jitter: IntensityJitter | None) -> list[Case]:
 
 
 def synthetic(sources: Sources) -> list[Case]:
-    """Deformed masks of the training patients, and the generator's images of them."""
+    """Deformed masks of the training patients, and the generator's images of them.
+
+    A generator with a context gets the tissues around each mask, moved by the mask's own field.
+    """
     assert sources.generate is not None
     cases = []
     for case in sources.few:
         deformer = MaskDeformer(case.mask, DeformationParams(), sources.seed)
+        tissues = None if sources.tissues is None else sources.tissues(case)
         for number in sources.numbers:
-            mask = deformer.deform(number).volume
-            cases.append(
-                replace(
-                    case,
-                    image=sources.generate(mask, sources.seed, number),
-                    labels=mask.labels,
-                )
-            )
+            deformed, field = deformer.deformed(number)
+            mask = deformed.volume
+            condition = mask if tissues is None else dense_volume(mask, tissues, field)
+            image = sources.generate(condition, sources.seed, number)
+            cases.append(replace(case, image=image, labels=mask.labels))
     return cases
 
 

@@ -22,7 +22,7 @@ from runtime.core.version import VERSION
 from .. import checkpoint
 from .. import config as configs
 from ..loop import choose_device
-from .arms import ALL_REAL, ARMS, Arm, Generate
+from .arms import ALL_REAL, ARMS, Arm, Generate, Tissues
 from .experiment import PLAN, Experiment, Results, require_plan, run
 from .generator import open_generator, train_generator
 from .prepared import FEW, Prepared, prepare
@@ -101,7 +101,7 @@ class _Generators:
 
     def __init__(self, args: argparse.Namespace, prepared: Prepared):
         self._args, self._prepared = args, prepared
-        self._opened: tuple[Path, Generate] | None = None
+        self._opened: tuple[Path, tuple[Generate, Tissues | None]] | None = None
 
     def folder(self, seed: int) -> Path:
         """The run folder of a seed's generator."""
@@ -119,7 +119,7 @@ class _Generators:
             config, folder = self._prepared.config, self.folder(seed)
             train_generator(config, patients, folder, quiet=self._args.quiet)
 
-    def __call__(self, seed: int) -> Generate:
+    def __call__(self, seed: int) -> tuple[Generate, Tissues | None]:
         folder = self.folder(seed)
         if self._opened is None or self._opened[0] != folder:
             self._opened = folder, open_generator(folder)

@@ -18,7 +18,7 @@ from runtime.core.console import Progress
 from runtime.core.errors import UsageError, reading
 from runtime.core.manifest import Intensity
 
-from .arms import Arm, Generate, Sources
+from .arms import Arm, Generate, Sources, Tissues
 from .cohort import Case
 from .segmenter import Schedule, agreement, segment, train_segmenter
 from .statistics import Scores
@@ -58,11 +58,13 @@ class Experiment:
         """mm within which two surfaces agree: the largest voxel spacing of the test images."""
         return max(max(case.spacing) for number in self.test for case in self.cases[number])
 
-    def sources(self, seed: int, generate: Generate | None) -> Sources:
+    def sources(
+        self, seed: int, generate: Generate | None = None, tissues: Tissues | None = None
+    ) -> Sources:
         """What the arms of one seed may use."""
         few = [case for number in self.few[seed] for case in self.cases[number]]
         everyone = [case for number in self.pool for case in self.cases[number]]
-        return Sources(few, everyone, self.intensity, seed, self.variants, generate)
+        return Sources(few, everyone, self.intensity, seed, self.variants, generate, tissues)
 
 
 class Results:
@@ -128,7 +130,7 @@ def run(
     experiment: Experiment,
     arms: Mapping[str, Arm],
     results: Results,
-    generator: Callable[[int], Generate] | None = None,
+    generator: Callable[[int], tuple[Generate, Tissues | None]] | None = None,
     *,
     quiet: bool = False,
 ) -> None:
@@ -148,8 +150,8 @@ def run(
     line = Progress("segmenters", steps * len(left), unit="steps", quiet=quiet or not left)
     for number, (seed, name) in enumerate(left):
         arm, note = arms[name], f"seed {seed}: {arms[name].title}"
-        generate = generator(seed) if generator is not None and arm.needs_generator else None
-        cases = arm.build(experiment.sources(seed, generate))
+        opened = generator(seed) if generator is not None and arm.needs_generator else ()
+        cases = arm.build(experiment.sources(seed, *opened))
         network = train_segmenter(
             cases,
             experiment.classes,

@@ -13,18 +13,18 @@ import torch
 from numpy.typing import NDArray
 
 from runtime.core.atomic_files import write_text
-from runtime.core.context import UNKNOWN
 from runtime.core.contrast import draw_contrast
 from runtime.core.resampling import SliceGrid
 from runtime.core.rng import CaseRandom
+from runtime.core.tissue_classes import classes_of_volume
 from runtime.core.volume import LabelVolume
 
 from .. import checkpoint
 from ..config import RunConfig
 from ..loop import Training, choose_device, open_cohort
 from ..validation import generate
-from .arms import Generate
-from .cohort import Patient
+from .arms import Generate, Tissues
+from .cohort import Case, Patient
 
 PATIENTS = "patients.csv"
 
@@ -72,11 +72,17 @@ def _csv(patients: Sequence[Patient]) -> str:
     return out.getvalue()
 
 
-def open_generator(folder: Path) -> Generate:
-    """The generator of a run folder, as a function of (mask on the canvas, seed, variant).
+def open_generator(folder: Path) -> tuple[Generate, Tissues | None]:
+    """Open the generator of a run folder.
 
-    Noise and style are drawn as the runtime draws them: keyed by seed, mask and variant. A model
-    with a context gets no layout.
+    Noise and style are drawn as the runtime draws them: keyed by seed, mask and variant.
+
+    Args:
+        folder: the run folder.
+
+    Returns:
+        A function of (mask on the canvas, seed, variant), and for a model with a context the
+        function that gives its layout; the mask is then a dense map.
     """
     run = checkpoint.load_run(folder)
     device, _ = choose_device(run.config)
@@ -89,12 +95,16 @@ def open_generator(folder: Path) -> Generate:
         labels = np.stack([grid.labels(mask.labels, k) for k in range(grid.count)])
         noise = np.stack([random.noise(k, labels.shape[2:]) for k in range(grid.count)])
         style = random.style(network.style) if network.style else None
-        if context is not None:
-            labels[labels == 0] = context.index(UNKNOWN, len(run.labels))
-            if style is not None:
-                span = np.float32(run.intensity.high - run.intensity.low)
-                style = draw_contrast(context, random) / span
+        if context is not None and style is not None:
+            span = np.float32(run.intensity.high - run.intensity.low)
+            style = draw_contrast(context, random) / span
         with torch.no_grad():
             return generate(network, labels, noise, run.classes, run.intensity, device, style=style)
 
-    return image_of
+    if context is None:
+        return image_of, None
+
+    def tissues_of(case: Case) -> NDArray[np.uint8]:
+        return classes_of_volume(case.image, case.geometry, context, len(run.labels), run.grid)
+
+    return image_of, tissues_of

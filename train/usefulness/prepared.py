@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from runtime.core.atomic_files import check_writable
+from runtime.core.atomic_files import check_writable, write_json
 from runtime.core.errors import ConfigError, UsageError
 
 from .. import checkpoint
@@ -22,11 +22,16 @@ from ..data.dataset import assign
 from ..data.inference import infer_from_data
 from ..data.layouts import Pair, find
 from ..loop import set_threads
+from ..planning.data_plan import MOST_DIRECTIONS
+from ..planning.plan import plan
 from .cohort import MOST_TESTED, Case, Patient, Split, read_patients, split_patients
 from .segmenter import DIVISOR
 
 CACHE = ".slices"
+PLANNED = "config.json"
 FEW = 4
+# Of the budget, for the generators, and the most seconds for one of them.
+GENERATORS_SHARE, MOST_SECONDS = 0.4, 600.0
 
 
 @dataclass(frozen=True)
@@ -90,12 +95,34 @@ def _config(args: argparse.Namespace) -> RunConfig:
             )
         config = checkpoint.load_run(args.run).config
         return replace(config, data=replace(config.data, path=args.data, phantom=None))
+    if args.config is None:
+        return _planned(args, overrides)
     config, note = infer_from_data(
         configs.resolve(configs.load(args.config), overrides, dataset_path=args.data),
     )
     if note and not args.quiet:
         print(note, file=sys.stderr)
     return config
+
+
+def _planned(args: argparse.Namespace, overrides: Sequence[str]) -> RunConfig:
+    """Plan a generator with a context from the data; the layouts come from the training patients.
+
+    The plan depends on the machine's speed, so that it is written into --output and read again
+    when the command goes on.
+    """
+    file = args.output / PLANNED
+    if not file.is_file():
+        patients = FEW if args.patients is None else args.patients
+        # One patient chooses the checkpoint, and n patients differ in n - 1 directions.
+        directions = max(0, min(MOST_DIRECTIONS, patients - 2))
+        ours = ["data.context=auto", f"generator.style={directions}"]
+        seconds = min(MOST_SECONDS, GENERATORS_SHARE * args.budget / args.seeds)
+        planned = plan(args.data, [*ours, *overrides], seconds)
+        if not args.quiet:
+            print(planned.says, file=sys.stderr)
+        write_json(file, configs.to_json(planned.config))
+    return configs.resolve(configs.load(file), overrides, dataset_path=args.data)
 
 
 def _split_of_run(
