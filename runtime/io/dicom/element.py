@@ -21,13 +21,17 @@ class ElementHead(NamedTuple):
     Attributes:
         tag: Group and element.
         length: Bytes of the value, or `UNDEFINED`.
-        is_in_fragments: Whether a value of undefined length consists of fragments of bytes, and
-            not of items with elements.
+        vr: Its value representation; empty for an implicit element.
     """
 
     tag: int
     length: int
-    is_in_fragments: bool = False
+    vr: bytes = b""
+
+    @property
+    def is_in_fragments(self) -> bool:
+        """Whether a value of undefined length consists of fragments, not of items of elements."""
+        return self.vr in _BYTES
 
 
 def read_head(plain: BinaryIO, *, implicit: bool, little: bool) -> ElementHead | None:
@@ -57,4 +61,4 @@ def read_head(plain: BinaryIO, *, implicit: bool, little: bool) -> ElementHead |
         (length,) = struct.unpack(f"{order}L", long)
     else:
         (length,) = struct.unpack(f"{order}H", head[6:])
-    return ElementHead(tag, length, vr in _BYTES)
+    return ElementHead(tag, length, vr)

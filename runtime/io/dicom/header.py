@@ -28,6 +28,7 @@ from .element import (
     read_head,
 )
 from .inflate import Inflated
+from .pixel_stream import pixel_element
 
 # The elements that describe pixels (PS3.3, C.7.6.3), which decoders need.
 PIXEL_DESCRIPTION = (
@@ -110,6 +111,24 @@ def opened(path: Path, tags: Sequence[str], sequences: Sequence[str] = ()) -> It
     pydicom()
     with archive.opened(path) as handle, closing(inflate.readable(handle)) as plain:
         yield DicomFile(plain, tags, sequences)
+
+
+@contextmanager
+def pixels_opened(path: Path, source: DicomFile) -> Iterator[None]:
+    """Open a file again for its pixels. Call this within `map_dicom_errors`.
+
+    Within the context the pixels of `source.header` are a file (`DicomFile.stream_pixels`).
+
+    Args:
+        path: The file that `source` was opened from.
+        source: Its header; it may be closed.
+
+    Raises:
+        UnreadableVolume: The file ends within its pixels, or is another one than before.
+    """
+    with archive.opened(path) as handle, closing(inflate.readable(handle)) as plain:
+        source.stream_pixels(plain)
+        yield
 
 
 @dataclass(frozen=True)
@@ -242,6 +261,7 @@ class DicomFile:
 
         if self._pixels is None:
             return
+        self._require_whole()
         if isinstance(self._plain, Inflated):
             self._plain.allow_pixels(self.header)
         self._plain.seek(self._start)
@@ -252,12 +272,39 @@ class DicomFile:
             parent_encoding=self._charset,
         )
         self._add(part)
-        if self.ends_early or self._pixels.tag not in part:
+        if self._pixels.tag not in part:
+            raise _truncated()
+
+    def stream_pixels(self, plain: Any = None) -> None:
+        """Add the pixels to the header as a file, of which decoders read a frame at a time.
+
+        Args:
+            plain: The same file, open again, inflated where it is deflated; None to read them from
+                this one, whose sequences cannot be read afterwards.
+
+        Raises:
+            UnreadableVolume: The file ends within them, or is another one than before.
+        """
+        if self._pixels is None:
+            return
+        self._require_whole()
+        plain = self._plain if plain is None else plain
+        if isinstance(plain, Inflated):
+            plain.read_pixels_from(self._start, self.header)
+        plain.seek(self._start)
+        implicit, little = self._encoding
+        if read_head(plain, implicit=implicit, little=little) != self._pixels:
             raise UnreadableVolume(
-                "a DICOM file is truncated: it ends within an element",
-                expected="complete DICOM files",
-                remedy="copy or export it again",
+                "a DICOM file has changed while it was read",
+                expected="the file as it was found",
+                remedy="run it again once the copy has ended",
             )
+        self.header[self._pixels.tag] = pixel_element(plain, self._pixels)
+
+    def _require_whole(self) -> None:
+        """Raise `UnreadableVolume` where the file ends within its last element."""
+        if self.ends_early:
+            raise _truncated()
 
     def _is_cut(self, pixels: ElementHead | None) -> bool:
         """Whether the file ends within its last element, which is `pixels` where it has any.
@@ -399,6 +446,14 @@ def _measure_item(plain: BinaryIO, implicit: bool, little: bool, limit: int | No
             plain.seek(head.length, 1)
             if not ends:
                 return objects
+
+
+def _truncated() -> UnreadableVolume:
+    return UnreadableVolume(
+        "a DICOM file is truncated: it ends within an element",
+        expected="complete DICOM files",
+        remedy="copy or export it again",
+    )
 
 
 def _too_large(what: str, limit: int) -> UnreadableVolume:

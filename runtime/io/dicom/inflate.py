@@ -99,6 +99,7 @@ class Inflated:
         self._handle, self._inflater = handle, zlib.decompressobj(-zlib.MAX_WBITS)
         self._compressed_tail = b""
         self._inflated, self._position = bytearray(PREAMBLE + _SYNTAX), 0
+        self._released, self._releases = 0, False  # bytes at the front
         self.limit = MAX_HEADER
         start = len(self._inflated)
         self._inflate(start + 2)
@@ -108,7 +109,7 @@ class Inflated:
     @property
     def size(self) -> int:
         """The inflated size so far, in bytes."""
-        return len(self._inflated)
+        return self._released + len(self._inflated)
 
     def allow_pixels(self, header: Any) -> None:
         """Raise the limit by the size of the pixels that a header states."""
@@ -116,11 +117,35 @@ class Inflated:
         pixel_bytes = max(0, rows * columns * frames * samples * bits // 8)
         self.limit = min(self.size + pixel_bytes + MARGIN, MAX_INFLATED)
 
+    def read_pixels_from(self, start: int, header: Any) -> None:
+        """Move to the pixels, and from now on forget what lies before the place of each read.
+
+        Args:
+            start: where the pixels begin in the inflated file.
+            header: the header, which states their size.
+        """
+        self.seek(start)
+        self._inflate(start)
+        self.allow_pixels(header)
+        self._releases = True
+
     def read(self, size: int = -1) -> bytes:
-        """Read `size` bytes, or all for a negative size."""
+        """Read `size` bytes, or all for a negative size.
+
+        Raises:
+            ValueError: The bytes have been released.
+        """
+        if self._position < self._released:
+            raise ValueError("a part of a deflated file that has been released")
+        if self._releases:
+            self._inflate(self._position)
+            passed = min(self._position - self._released, len(self._inflated))
+            del self._inflated[:passed]
+            self._released += passed
         self._inflate(MAX_INFLATED + 1 if size < 0 else self._position + size)
+        start = self._position - self._released
         with memoryview(self._inflated) as inflated:
-            data = bytes(inflated[self._position : None if size < 0 else self._position + size])
+            data = bytes(inflated[start : None if size < 0 else start + size])
         self._position += len(data)
         return data
 
@@ -128,7 +153,7 @@ class Inflated:
         """Move to a position, as `io.IOBase.seek` does; the end needs the file inflated."""
         if whence == 2:
             self._inflate(MAX_INFLATED + 1)
-        self._position = max(0, offset + (0, self._position, len(self._inflated))[whence])
+        self._position = max(0, offset + (0, self._position, self.size)[whence])
         return self._position
 
     def tell(self) -> int:
@@ -141,7 +166,7 @@ class Inflated:
 
     def _inflate(self, size: int) -> None:
         """Inflate until there are `size` bytes, or all of them."""
-        while len(self._inflated) < size and not self._inflater.eof:
+        while self.size < size and not self._inflater.eof:
             compressed = self._compressed_tail or self._handle.read(1 << 16)
             # without input zlib returns the output that exceeded STEP before
             data = self._inflater.decompress(compressed, STEP)
@@ -149,7 +174,7 @@ class Inflated:
                 raise zlib.error("the compressed part ends early")
             self._inflated += data
             self._compressed_tail = self._inflater.unconsumed_tail
-            if len(self._inflated) > self.limit:
+            if self.size > self.limit:
                 raise UnreadableVolume(
                     f"a deflated DICOM file inflates to more than {self.limit} bytes",
                     expected="at most the size that its header states",

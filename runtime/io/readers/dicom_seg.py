@@ -25,6 +25,7 @@ from ..dicom.header import (
     first_item,
     items_of,
     opened,
+    pixels_opened,
     pydicom,
 )
 from ..dicom.stacking import ORIENTATION_TOLERANCE, finite_numbers, stack
@@ -35,6 +36,8 @@ MAX_FRAMES = 1 << 17
 # Pixels of one frame.
 MAX_PIXELS = 1 << 26
 MAX_VOXELS = 1 << 32
+# Pixels of a frame that are sorted together.
+VALUES_AT_ONCE = 1 << 20
 # Segments are numbered in 16 bits (PS3.3, C.8.20.2).
 MAX_SEGMENTS = 1 << 16
 _HEADER = (
@@ -72,10 +75,10 @@ def read_seg(path: Path, name: str, *, threshold: float | None = None) -> Layers
         GeometryError: Its frames are not one grid.
     """
     with map_dicom_errors(name), opened(path, _HEADER, _SEQUENCES) as source:
-        return _read(source, name, threshold)
+        return _read(path, source, name, threshold)
 
 
-def _read(source: DicomFile, name: str, threshold: float | None) -> Layers:
+def _read(path: Path, source: DicomFile, name: str, threshold: float | None) -> Layers:
     """Read an open SEG: what its header decides before its pixels are read."""
     ds = source.header
     file, kind = Path(name), str(ds.get("SegmentationType", ""))
@@ -142,20 +145,20 @@ def _read(source: DicomFile, name: str, threshold: float | None) -> Layers:
             file=file,
         )
     background = int(ds.get("PixelPaddingValue", 0) or 0)
-    source.read_pixels()
+    source.stream_pixels()
     lowest_inside = 1
     if kind == "FRACTIONAL":
         lowest_inside, read_as = _lowest_inside(ds, frames, threshold, name)
         notes += read_as
 
     def pieces() -> Iterator[tuple[int, int, NDArray[np.bool_]]]:
-        with map_dicom_errors(name):
+        with map_dicom_errors(name), pixels_opened(path, source):
             for n, frame in enumerate(seg_frames.frames(ds, frames, name)):
                 k = int(slices[n])
                 if kind != "LABELMAP":
                     yield of_frame[n], k, frame >= lowest_inside
                     continue
-                for value in np.unique(frame).tolist():
+                for value in _values_in(frame):
                     if value in numbers_described:
                         yield value, k, frame == value
                     elif value not in (0, background):
@@ -176,6 +179,14 @@ def _read(source: DicomFile, name: str, threshold: float | None) -> Layers:
         dicom_source(ds, uids),
         tuple(notes),
     )
+
+
+def _values_in(frame: NDArray[Any]) -> list[int]:
+    """The values of a frame in ascending order; a part of it is sorted at a time."""
+    rows = max(1, VALUES_AT_ONCE // frame.shape[1])
+    parts = [np.unique(frame[top : top + rows]) for top in range(0, len(frame), rows)]
+    values: list[int] = np.unique(np.concatenate(parts)).tolist()
+    return values
 
 
 def _check_volume(ds: Any, kind: str, name: str) -> None:

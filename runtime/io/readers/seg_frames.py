@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import MissingDecoder, UnreadableVolume
+from ..dicom.element import read_head
 from ..dicom.header import pydicom
 from ..dicom.pixel_size import check_pixel_bytes, codestream_size
 
@@ -78,7 +79,8 @@ def frames(ds: Any, count: int, name: str) -> Iterator[NDArray[Any]]:
     """Decode the frames of a SEG.
 
     Args:
-        ds: A SEG that `check_frames` has passed.
+        ds: A SEG that `check_frames` has passed, whose pixels are a file
+            (`runtime.io.dicom.header.DicomFile.stream_pixels`).
         count: Its number of frames.
         name: What messages call it.
 
@@ -113,15 +115,20 @@ def _native_frames(ds: Any, count: int, shape: tuple[int, int]) -> Iterator[NDAr
     if int(ds.BitsAllocated) != 1:
         yield from pydicom().pixels.iter_pixels(ds, raw=True)
         return
-    packed = np.frombuffer(ds.PixelData, np.uint8)
-    if ds.original_encoding[1] is False and ds["PixelData"].VR == "OW":
-        # Big-endian words.
-        packed = packed[: len(packed) // 2 * 2].reshape(-1, 2)[:, ::-1].ravel()
+    is_big_endian_words = ds.original_encoding[1] is False and ds["PixelData"].VR == "OW"
     size = shape[0] * shape[1]
     # Frames follow each other without padding (PS3.5, 8.1.1).
     for start in range(0, count * size, size):
-        bits = np.unpackbits(packed[start // 8 : (start + size + 7) // 8], bitorder="little")
-        yield bits[start % 8 : start % 8 + size].reshape(shape)
+        first, stop = start // 8, (start + size + 7) // 8
+        if is_big_endian_words:
+            first, stop = first - first % 2, stop + stop % 2
+        ds.PixelData.seek(first)
+        packed = np.frombuffer(ds.PixelData.read(stop - first), np.uint8)
+        if is_big_endian_words:
+            packed = packed.reshape(-1, 2)[:, ::-1].ravel()
+        bits = np.unpackbits(packed, bitorder="little")
+        start -= 8 * first
+        yield bits[start : start + size].reshape(shape)
 
 
 def _encapsulated_frames(
@@ -133,7 +140,7 @@ def _encapsulated_frames(
     if syntax in (RLE, UNCOMPRESSED, DEFLATED):
         sign = "i" if bits > 1 and ds.get("PixelRepresentation") else "u"
         dtype = np.dtype(f"{sign}{max(1, bits // 8)}").newbyteorder("<")
-        for data in _fragments(ds, count):
+        for data in _fragments(ds, count, name):
             content = _frame_bytes(syntax, data, size, bits, name)
             if bits > 1:
                 yield np.frombuffer(content, dtype, size).reshape(shape)
@@ -145,17 +152,24 @@ def _encapsulated_frames(
             else:
                 yield np.unpackbits(frame, bitorder="little", count=size).reshape(shape)
         return
-    for data in _fragments(ds, count):
+    for data in _fragments(ds, count, name):
         if codestream_size(data) != shape:
             raise _damaged_frame(name)
+    ds.PixelData.seek(0)
     for frame in pydicom().pixels.iter_pixels(ds, raw=True):
         yield _check_bits(frame, name) if bits == 1 else frame
 
 
-def _fragments(ds: Any, count: int) -> Iterator[bytes]:
+def _fragments(ds: Any, count: int, name: str) -> Iterator[bytes]:
     """The compressed bytes of one frame after the other."""
     from pydicom.encaps import generate_frames
 
+    ds.PixelData.seek(0)
+    table = read_head(ds.PixelData, implicit=False, little=True)
+    # It has four bytes for each frame; pydicom would make a number of each four that it states.
+    if table is None or table.length > 4 * count:
+        raise _damaged_frame(name)
+    ds.PixelData.seek(0)
     offsets = (ds.get("ExtendedOffsetTable"), ds.get("ExtendedOffsetTableLengths"))
     return generate_frames(
         ds.PixelData, number_of_frames=count, extended_offsets=offsets if all(offsets) else None
