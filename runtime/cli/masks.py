@@ -17,6 +17,7 @@ from ..io.cases import Case, PassedOver, ReadOptions
 from ..io.dicom.files import LINKED, OUTSIDE
 from ..io.readers.class_files import contradicted, is_class_name
 from ..io.volume_files import SUFFIXES
+from .options import MOST_NAMES
 
 
 def find(
@@ -57,6 +58,7 @@ def find(
     )
     if not say:
         return cases
+    read_by_values: list[Path] = []
     for case in cases:
         if case.kind == "classes":
             print(
@@ -66,12 +68,18 @@ def find(
             )
         elif case.kind == "volume" and is_class_name(case.path, structures):
             _refuse_contradicted(case, options)
-            print(
-                f"warning: {printable(case.display_name)} is called like a structure and read by"
-                " its values; give the folder of all classes to read each by its name",
-                file=sys.stderr,
-            )
-    _print_skipped(skipped, paths=every)
+            read_by_values.append(case.display_name)
+    most = None if getattr(options, "verbose", False) else MOST_NAMES
+    if len(read_by_values) == 1:
+        fact = f"{printable(read_by_values[0])} is called like a structure and read by its values"
+    else:
+        listed = _listed(read_by_values, most)
+        fact = f"{len(read_by_values)} files ({listed}) are called like a structure and read by"
+        fact += " their values"
+    if read_by_values:
+        remedy = "give the folder of all classes to read each by its name"
+        print(f"warning: {fact}; {remedy}", file=sys.stderr)
+    _print_skipped(skipped, paths=every, most=most)
     return cases
 
 
@@ -99,37 +107,46 @@ def _structure_names(options: argparse.Namespace) -> frozenset[str]:
     return names_of(options.labels, tables or [MM_WHS])
 
 
-def _print_skipped(skipped: Sequence[PassedOver], *, paths: bool) -> None:
-    """Warn of each file that mask2ct wrote, and of each kind of link and folder in one line.
+def _listed(paths: Sequence[Path], most: int | None) -> str:
+    """The paths with commas, at most `most` of them."""
+    more = most is not None and len(paths) > most
+    return ", ".join(map(printable, paths[:most])) + (", …" if more else "")
 
-    With `paths`, that line has full paths; else only names that cannot be a patient's.
+
+def _print_skipped(skipped: Sequence[PassedOver], *, paths: bool, most: int | None) -> None:
+    """Warn of paths that are not read, in one line for each kind.
+
+    Args:
+        skipped: The paths.
+        paths: Whether a line has full paths; else only names that cannot be a patient's.
+        most: How many of them a line has; None for all.
     """
     paths_by_kind: dict[str, list[Path]] = {}
     for item in skipped:
-        if item.what != OWN:
-            paths_by_kind.setdefault(item.what, []).append(item.path)
-            continue
-        name = item.path.name if item.path.name.lower().endswith(SUFFIXES) else "a DICOM file"
-        print(
-            f"warning: {printable(name)} was written by mask2ct and is not taken for a mask (name"
-            " it to have it)",
-            file=sys.stderr,
-        )
+        paths_by_kind.setdefault(item.what, []).append(item.path)
     for kind, places in paths_by_kind.items():
         printed = (
             places
             if paths
             else [Path(place.name) for place in places if place.name.lower().endswith(SUFFIXES)]
         )
-        names = ", ".join(map(printable, printed[:12])) + (", …" if len(printed) > 12 else "")
-        hint = "" if paths else " (--list shows where)"
-        if kind in (LINKED, OUTSIDE):
-            hint = " (give what a link leads to itself)"
+        if kind == OWN and len(places) == 1:
+            name = printable(printed[0]) if printed else "a DICOM file"
+            print(
+                f"warning: {name} was written by mask2ct and is not taken for a mask (name it to"
+                " have it)",
+                file=sys.stderr,
+            )
+            continue
         plural = "s" if len(places) > 1 else ""
-        colon = ": " if printed else ""
-        print(
-            f"warning: {len(places)} {kind}{plural} not read{hint}{colon}{names}", file=sys.stderr
-        )
+        fact, hint = f"{kind}{plural} not read", "" if paths else " (--list shows where)"
+        if kind == OWN:
+            fact = "files were written by mask2ct and are not taken for masks"
+            hint = " (name them to have them)"
+        elif kind in (LINKED, OUTSIDE):
+            hint = " (give what a link leads to itself)"
+        names = f": {_listed(printed, most)}" if printed else ""
+        print(f"warning: {len(places)} {fact}{hint}{names}", file=sys.stderr)
 
 
 def label_map(

@@ -16,6 +16,8 @@ from ..engines.registry import CHOICES
 from ..io.writers.registry import FORMATS
 from ..synthesizer import DEFAULT_BATCH
 
+# Names in a warning about many files.
+MOST_NAMES = 12
 MASK_HELP = (
     "a NIfTI, NRRD or MHA label map, a DICOM SEG or RTSTRUCT, the slices of a DICOM label series,"
     " or a folder or zip of these"
@@ -223,7 +225,10 @@ def add_verbose(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--verbose",
         action="store_true",
-        help="print each failed case in full (default: many failures become a table of reasons)",
+        help=(
+            "print each failed case in full, and all names in a warning (default: many failures"
+            f" become a table of reasons, and a warning has {MOST_NAMES} names)"
+        ),
     )
 
 

@@ -299,7 +299,7 @@ def _on_grid(case: Case, instances: Sequence[Instance]) -> Case:
     """The case with the image series that its contours were drawn on, where exactly one fits.
 
     It is the series of the referenced images, else the referenced series, else the series in the
-    same frame of reference.
+    same frame of reference. A CT that mask2ct wrote is no mask, but contours may be drawn on it.
     """
     if case.kind != "rtstruct":
         return case
@@ -312,15 +312,16 @@ def _on_grid(case: Case, instances: Sequence[Instance]) -> Case:
         return case
     series: dict[str, list[Instance]] = {}
     for instance in instances:
-        if instance.kind == "image" and not instance.written_by_mask2ct:
+        if instance.kind == "image":
             series.setdefault(instance.series, []).append(instance)
+    acquired = {uid for uid, group in series.items() if not group[0].written_by_mask2ct}
     drawn = {uid for uid, group in series.items() if any(i.uid in refers.instances for i in group)}
     framed = {
         uid
         for uid, group in series.items()
         if group[0].frame_of_reference == refers.frame_of_reference
     }
-    candidates = (drawn, set(series) & refers.series, framed)
+    candidates = (drawn, set(series) & refers.series, framed & acquired, framed)
     uids = next((uids for uids in candidates if uids), set())
     grid = series[uids.pop()] if len(uids) == 1 else []
     lacking = len(refers.instances - {instance.uid for instance in grid})
