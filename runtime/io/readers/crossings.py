@@ -17,11 +17,40 @@ TOLERANCE = 0.1
 ROUNDING = 0.01
 # Edges that are compared together.
 BLOCK = 64
-# Pairs of edges of two contours that lie near each other.
-MOST_NEAR_EDGES = 1 << 24
+# What the contours of one structure set may take to be compared, in units of some 10 ns.
+MOST_WORK = 1 << 33
+# Units for a run of edges, and for two edges that are near each other.
+_RUN, _NEAR_EDGES = 25_000, 50
 
 _Numbers = NDArray[np.float64]
 _NONE: _Numbers = np.zeros(0)
+
+
+class Work:
+    """What comparing contours may still take, so that a small file does not take hours."""
+
+    def __init__(self, most: int = MOST_WORK) -> None:
+        """Begin with all of it.
+
+        Args:
+            most: Units of some 10 ns.
+        """
+        self._remaining = most
+
+    def spend(self, units: int) -> None:
+        """Take a part of it.
+
+        Raises:
+            UnreadableVolume: So much does not remain.
+        """
+        self._remaining -= units
+        if self._remaining < 0:
+            raise UnreadableVolume(
+                "a structure set has contours that overlap or run along each other too often for"
+                " outlines",
+                expected="outlines of structures",
+                remedy="export it again",
+            )
 
 
 class Outline:
@@ -61,43 +90,48 @@ class Relation(Enum):
 
 
 def relation(
-    contour: Outline, second: Outline, tolerance: float = TOLERANCE
+    contour: Outline, second: Outline, work: Work, tolerance: float = TOLERANCE
 ) -> tuple[Relation, bool]:
     """How a contour lies to a second one.
 
     Args:
         contour: The contour.
         second: The second contour.
+        work: What it may take.
         tolerance: Distance in pixels within which an outline counts as lying on the other one.
 
     Returns:
         The relation; and whether it would be `CROSSING` with the tolerance `ROUNDING`.
 
     Raises:
-        UnreadableVolume: The two outlines run along each other too often to be compared.
+        UnreadableVolume: It takes more than `work`.
     """
-    inside, outside, touches = _sides(contour, second, tolerance)
+    inside, outside, touches = _sides(contour, second, work, tolerance)
     if not inside and not outside:
         return Relation.TRACES, False
     no_crossing = Relation.APART if outside else Relation.INSIDE
     if not touches and not (inside and outside):
         return no_crossing, False
-    second_inside, second_outside, _ = _sides(second, contour, tolerance)
+    second_inside, second_outside, _ = _sides(second, contour, work, tolerance)
     if not second_inside and not second_outside:
         return Relation.TRACED, False
     if inside and outside and second_inside and second_outside:
         return Relation.CROSSING, False
     if tolerance <= ROUNDING:
         return no_crossing, False
-    return no_crossing, relation(contour, second, ROUNDING)[0] is Relation.CROSSING
+    return no_crossing, relation(contour, second, work, ROUNDING)[0] is Relation.CROSSING
 
 
-def _sides(contour: Outline, second: Outline, tolerance: float) -> tuple[bool, bool, bool]:
+def _sides(
+    contour: Outline, second: Outline, work: Work, tolerance: float
+) -> tuple[bool, bool, bool]:
     """Whether parts of an outline lie inside, outside and on the outline of a second contour."""
     inside = outside = touches = False
-    for corners, edges, starts, ends in _covered(contour, second, tolerance):
+    for corners, edges, starts, ends in _covered(contour, second, work, tolerance):
         touches |= bool(len(starts))
-        is_inside = contains(second.contour, _between(corners, edges, starts, ends))
+        points = _between(corners, edges, starts, ends)
+        work.spend(len(points) * len(second.contour))
+        is_inside = contains(second.contour, points)
         inside |= bool(is_inside.any())
         outside |= not is_inside.all()
         if inside and outside:
@@ -118,35 +152,28 @@ def _between(corners: Contour, edges: _Numbers, starts: _Numbers, ends: _Numbers
 
 
 def _covered(
-    contour: Outline, second: Outline, tolerance: float
+    contour: Outline, second: Outline, work: Work, tolerance: float
 ) -> Iterator[tuple[Contour, _Numbers, _Numbers, _Numbers]]:
     """The parts of an outline that lie on a second one.
 
     Yields:
         For each run of edges its corners, its edges as vectors, and the start and end of each
-        covered
-        part: 2.5 is the middle of the edge that starts at the third corner.
+        covered part: 2.5 is the middle of the edge that starts at the third corner.
     """
     low, high = second.low - tolerance, second.high + tolerance
-    remaining_pairs = MOST_NEAR_EDGES
     for start in range(0, len(contour.corners), BLOCK):
         run = slice(start, start + BLOCK)
         corners, edges = contour.corners[run], contour.edges[run]
         least, largest = contour.low[run], contour.high[run]
         reached = (low <= largest.max(axis=0)) & (high >= least.min(axis=0))
         near = np.flatnonzero(reached[:, 0] & reached[:, 1])
+        work.spend(_RUN + len(low) + len(corners) * len(near))
         overlap = (low[near] <= largest[:, None]) & (high[near] >= least[:, None])
         first_edge, second_edge = np.nonzero(overlap[..., 0] & overlap[..., 1])
         if not len(first_edge):
             yield corners, edges, _NONE, _NONE
             continue
-        remaining_pairs -= len(first_edge)
-        if remaining_pairs < 0:
-            raise UnreadableVolume(
-                "a structure set has contours that run along each other too often for outlines",
-                expected="outlines of structures",
-                remedy="export it again",
-            )
+        work.spend(_NEAR_EDGES * len(first_edge))
         second_edge = near[second_edge]
         first, last = _along(
             corners[first_edge],

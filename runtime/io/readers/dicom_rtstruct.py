@@ -18,7 +18,7 @@ from ...core.errors import GeometryError, InputError, UnreadableVolume, quantity
 from ...core.volume import DicomSource, Geometry, Layers, Segment
 from ..dicom.files import IDENTITY, dicom_source, map_dicom_errors
 from ..dicom.header import DicomFile, first_item, items_of, opened, text_of
-from .crossings import TOLERANCE
+from .crossings import TOLERANCE, Work
 from .dicom_seg import code_of
 from .nesting import THIN, Area, area, once_around
 from .polygons import Contour
@@ -177,10 +177,11 @@ def read_rtstruct(
             )
         notes: list[str] = []
         slices: dict[int, dict[int, Area]] = {}
+        work = Work()
         for region in regions:
             number = region.segment.number
             planes = _planes(placed.pop(number), tolerance if like else None)
-            slices[number], facts = _areas_by_slice(planes, region.xor, shape, reach)
+            slices[number], facts = _areas_by_slice(planes, region.xor, shape, reach, work)
             facts += _passed_over(region, geometry)
             notes += [f"{name}: {fact.format(f'ROI {number}')}" for fact in facts]
         origin = dicom_source(
@@ -199,14 +200,14 @@ def read_rtstruct(
 
 
 def _areas_by_slice(
-    planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: float
+    planes: _Planes, xor: bool, shape: tuple[int, int, int], reach: float, work: Work
 ) -> tuple[dict[int, Area], list[str]]:
     """The area of a region in each slice of the grid, and notes for the user.
 
     The notes have "{}" in the place of the region's name.
     """
     slices = _by_slice(planes, shape[0], reach)
-    areas = {height: _area(planes[height], xor, shape[1:]) for height in {*slices.values()}}
+    areas = {height: _area(planes[height], xor, shape[1:], work) for height in {*slices.values()}}
     repeated, united, touching, thin, overlaid = (
         sum(getattr(plane, name) for plane in areas.values())
         for name in ("repeated", "united", "touching", "thin", "overlaid")
@@ -254,7 +255,7 @@ def _areas_by_slice(
     return {k: areas[height] for k, height in slices.items()}, messages
 
 
-def _area(contours: list[Contour], xor: bool, shape: tuple[int, int]) -> Area:
+def _area(contours: list[Contour], xor: bool, shape: tuple[int, int], work: Work) -> Area:
     """The area of a region in one plane of an image of `shape` (H, W).
 
     Raises:
@@ -268,7 +269,7 @@ def _area(contours: list[Contour], xor: bool, shape: tuple[int, int]) -> Area:
             expected="outlines of structures",
             remedy="export it again",
         )
-    return area(contours, xor=xor)
+    return area(contours, xor=xor, work=work)
 
 
 def _passed_over(region: _Region, geometry: Geometry) -> list[str]:

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...core.errors import UnreadableVolume
-from .crossings import TOLERANCE, Outline, Relation, relation
+from .clear_relations import relations
+from .crossings import TOLERANCE, Outline, Relation, Work
 from .polygons import Contour, fill, window
 
 # Pairs of contours of a plane whose extents overlap.
@@ -72,7 +73,7 @@ class Area:
         return result
 
 
-def area(contours: Sequence[Contour], *, xor: bool = False) -> Area:
+def area(contours: Sequence[Contour], *, xor: bool = False, work: Work | None = None) -> Area:
     """The area of a region whose contours may be nested, separate or overlapping.
 
     Contours that cross are united, directly or through others, and count as one contour. A contour
@@ -82,9 +83,10 @@ def area(contours: Sequence[Contour], *, xor: bool = False) -> Area:
     Args:
         contours: Each (n, 2), in pixels.
         xor: Whether contours that cross are combined by exclusive or instead.
+        work: What comparing them may take; None for what a structure set may take.
 
     Raises:
-        UnreadableVolume: So many contours overlap that their comparison would take minutes.
+        UnreadableVolume: So many contours overlap that their comparison takes more.
     """
     if len(contours) == 1:
         return Area(((contours[0],),), overlaid=int(encloses_twice(contours[0])))
@@ -98,8 +100,10 @@ def area(contours: Sequence[Contour], *, xor: bool = False) -> Area:
     touching: set[int] = set()
     thin: set[int] = set()
     crossing: list[tuple[int, int]] = []
-    for larger, smaller in _overlapping(distinct):
-        lies, by_tolerance = relation(outlines[smaller], outlines[larger])
+    pairs = [*_overlapping(distinct)]
+    for (larger, smaller), (lies, by_tolerance) in zip(
+        pairs, relations(outlines, pairs, work or Work()), strict=True
+    ):
         wall = (sizes[larger] - sizes[smaller]) / outlines[smaller].length
         if lies is Relation.TRACES:
             repeated.add(smaller)
