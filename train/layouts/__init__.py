@@ -1,0 +1,1 @@
+"""Learned layouts: fit `runtime.core.learned_layout.LayoutModel` to a cohort."""
