@@ -18,9 +18,10 @@ from runtime.core.atomic_files import (
     write_text,
 )
 from runtime.core.errors import ParityError
+from runtime.core.layout_model import LAYOUT_FILE, LAYOUT_KIND, LayoutModel
 from runtime.core.manifest import MANIFEST, Manifest, ModelFile
 from runtime.engines.registry import BACKENDS
-from train.checkpoint import TrainedRun
+from train.checkpoint import TrainedRun, load_layouts
 from train.config import modality
 
 from . import error_localization, parity
@@ -148,6 +149,13 @@ def write_model(
             path = part / FILES[precision]
             parity_reports[path.name] = parity_report
             files[path.name] = describe_file(path, "onnx", precision)
+        layouts = load_layouts(run)
+        if layouts is not None:
+            path = part / LAYOUT_FILE
+            path.write_bytes(layouts.read_bytes())
+            LayoutModel.load(path, len(manifest.labels), manifest.classes)
+            files[path.name] = describe_file(path, LAYOUT_KIND, "fp32")
+            say(f"  {path.name}: layouts for masks alone")
         final = Manifest(
             **{
                 **vars(manifest),

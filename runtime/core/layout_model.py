@@ -21,6 +21,7 @@ from .rng import CaseRandom
 LAYOUT_FILE, LAYOUT_KIND = "layout.npz", "layout"
 FEATURES = 7  # of a label: centroid (z, y, x), standard deviations, logarithm of the volume
 MOST_DEVIATIONS = 2.5  # a mask further from the cohort than this counts as this far
+UNSEEN = 1e5  # the deviation of a label that no patient of the cohort has
 DIGITS = 4  # of the modes' weights: beyond them, machines differ
 # The root of the mean squared slope of a lattice of independent numbers, in units of its standard
 # deviation, times the spacing: (2 / 3) / (151 / 315) of the cubic B-spline's correlation.
@@ -64,7 +65,7 @@ class LayoutModel:
         modes: float32 (P, 3, z, y, x): moves of the lattice points in mm, for a weight of 1.
         centroids: (L, 3), the mean place of each label in mm, from the anchor.
         mean: (L, `FEATURES`), the mean features of each label.
-        scale: Their standard deviations.
+        scale: Their standard deviations; `UNSEEN` for a label that no patient has.
         covariance: (F, F) of the scaled features; F is L x `FEATURES`.
         shared: (P, F) of the weights with the scaled features. The weights' own covariance is 1.
         noise: The variance that is added to each scaled feature.
@@ -150,7 +151,8 @@ class LayoutModel:
             np.isfinite(tubes.limits).all() and 0.5 <= tubes.spacing <= 1000
         ):
             raise ValueError("the tubes' spacing or a limit is out of range")
-        # Positive definite, and so is what is left when labels are known.
+        # Positive definite, and so is what is left when any labels are known.
+        np.linalg.cholesky(self.covariance + self.noise * np.eye(count))
         self.weights(self.mean, CaseRandom(0, b"", 0))
 
     def to_bytes(self) -> bytes:
@@ -186,8 +188,18 @@ class LayoutModel:
             model = cls(**_parts(content))
             model.check(labels, classes)
         except (
-            ArithmeticError, AttributeError, EOFError, LookupError, MemoryError, NotImplementedError,
-            OSError, RuntimeError, SyntaxError, TypeError, ValueError, zipfile.BadZipFile,
+            ArithmeticError,
+            AttributeError,
+            EOFError,
+            LookupError,
+            MemoryError,
+            NotImplementedError,
+            OSError,
+            RuntimeError,
+            SyntaxError,
+            TypeError,
+            ValueError,
+            zipfile.BadZipFile,
             np.linalg.LinAlgError,
         ) as exc:
             raise ModelError(

@@ -19,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .layout import dense_volume
-from .layout_model import FEATURES, SPLINE_VARIANCE, Floats, LayoutModel, Tubes
+from .layout_model import FEATURES, SPLINE_VARIANCE, UNSEEN, Floats, LayoutModel, Tubes
 from .resampling import axial_axes
 from .rng import CaseRandom
 from .splines import SplineAxis, spline_plane
 from .volume import Geometry, LabelVolume
+
 
 def canonical_view(array: NDArray[np.uint8], geometry: Geometry) -> NDArray[np.uint8]:
     """A view with slices feet → head, rows anterior → posterior, columns right → left.
@@ -87,7 +88,8 @@ def anchor_of(features: Floats, centroids: Floats) -> Floats:
         features: As `label_features` returns them, with one label at least.
         centroids: (L, 3), the mean place of each label from the anchor.
     """
-    return np.asarray(np.nanmean(features[:, :3] - centroids, axis=0))
+    places = features[:, :3] - centroids
+    return np.asarray(places[np.isfinite(places[:, 0])].mean(0))
 
 
 def learned_layout(
@@ -102,11 +104,12 @@ def learned_layout(
         pixel: Tissues are drawn for pixels of this size in mm where the mask's are finer.
 
     Returns:
-        The dense map; None for a mask without a label.
+        The dense map; None for a mask without any label that the cohort had.
     """
     step = canonical_step(mask.geometry)
     labels = canonical_view(mask.labels, mask.geometry)
     features = label_features(labels, step, len(model.centroids))
+    features[model.scale[:, 0] >= UNSEEN] = np.nan
     if not np.isfinite(features[:, 0]).any():
         return None
     anchor = anchor_of(features, model.centroids)
@@ -199,3 +202,15 @@ class _TubeField:
         host = plane == self._tubes.host
         for index, limit in zip(self._tubes.classes, self._tubes.limits, strict=True):
             plane[host & (distance < np.float32(limit * limit))] = index
+
+
+def reaches_beyond(mask: LabelVolume, model: LayoutModel) -> bool:
+    """Whether a mask has more slices than the template can cover.
+
+    Args:
+        mask: Expert labels.
+        model: The cohort's layouts.
+    """
+    slices = canonical_view(mask.labels, mask.geometry).shape[0]
+    length = slices * float(canonical_step(mask.geometry)[0])
+    return bool(length > model.template.shape[0] * float(model.step[0]))

@@ -9,14 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from runtime.core.layout_model import UNSEEN, LayoutModel
 from runtime.core.learned_layout import (
     anchor_of,
-    canonical_step,
-    canonical_view,
     label_features,
     learned_layout,
 )
-from runtime.core.layout_model import LayoutModel
 from runtime.core.rng import CaseRandom
 from runtime.core.volume import Geometry, LabelVolume
 
@@ -25,7 +23,6 @@ from .registration import ClassMap, Lattice, Registration
 
 LATTICE_MM = 27.0
 MARGIN_MM = 15.0  # of the template, beyond the largest field of view
-MOST_VOXELS = 1_500_000  # of the template
 KEPT_ENERGY, MOST_MODES = 0.97, 20
 NOISES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 LEAST_SCALE = (1.0, 1.0, 1.0, 0.5, 0.5, 0.5, 0.05)  # of the features, in mm and 1
@@ -41,12 +38,13 @@ Floats = NDArray[np.float64]
 
 
 def fit_layouts(
-    volumes: Sequence[LabelVolume], labels: int, classes: int, host: int | None
+    maps: Sequence[ClassMap], labels: int, classes: int, host: int | None
 ) -> LayoutModel:
     """Fit a layout model.
 
     Args:
-        volumes: Dense maps of the training patients, with the model indices of a context.
+        maps: Dense maps of the training patients, with the model indices of a context; each holds
+            a label, and all have one `step`.
         labels: The number of rows of the label table, with the background.
         classes: The number of classes that a layout may show; the unknown class comes after them.
         host: The class inside which fine branches are drawn at random; None for none.
@@ -54,7 +52,14 @@ def fit_layouts(
     Returns:
         The model.
     """
-    maps, features = _anchored(volumes, labels - 1)
+    features = np.array(
+        [
+            label_features(
+                np.where(one.classes < labels, one.classes, np.uint8(0)), one.step, labels - 1
+            )
+            for one in maps
+        ]
+    )
     anchors, centroids = _anchors(features)
     maps = [replace(one, start=-anchor) for one, anchor in zip(maps, anchors, strict=True)]
     features[:, :, :3] -= anchors[:, None]
@@ -66,9 +71,9 @@ def fit_layouts(
         ]
     low = np.min([one.start for one in maps], 0) - MARGIN_MM
     high = np.max([[one.axis(n)[-1] for n in range(3)] for one in maps], 0) + MARGIN_MM
-    size = tuple(int(n) for n in np.ceil((high - low) / maps[0].step) + 1)
+    depth, height, width = (int(n) for n in np.ceil((high - low) / maps[0].step) + 1)
     lattice = Lattice.around(low, high, LATTICE_MM)
-    registration = Registration(maps, classes, lattice, low, size)
+    registration = Registration(maps, classes, lattice, low, (depth, height, width))
     registration.run()
     values, shown = _template(registration, maps, labels, classes)
     modes, weights = _modes(registration.fields)
@@ -96,40 +101,23 @@ def fit_layouts(
     return replace(model, tubes=fit_tubes(maps, branches, drawn, host, labels))
 
 
-def _anchored(volumes: Sequence[LabelVolume], labels: int) -> tuple[list[ClassMap], Floats]:
-    """The maps on voxels of one size, and their features from the first voxel."""
-    steps = np.array([canonical_step(volume.geometry) for volume in volumes])
-    extents = [
-        np.array(canonical_view(v.labels, v.geometry).shape) * step
-        for v, step in zip(volumes, steps, strict=True)
-    ]
-    step = np.median(steps, 0)
-    voxels = np.prod((np.max(extents, 0) + 2 * MARGIN_MM) / step)
-    step = step * max(1.0, float(voxels / MOST_VOXELS)) ** (1 / 3)
-    maps, features = [], []
-    for volume, own in zip(volumes, steps, strict=True):
-        view = canonical_view(volume.labels, volume.geometry)
-        for axis in range(3):
-            count = max(2, int(view.shape[axis] * own[axis] / step[axis] + 0.5))
-            places = np.minimum(np.arange(count) * step[axis] / own[axis] + 0.5, view.shape[axis] - 1)
-            view = view.take(places.astype(np.intp), axis)
-        sparse = np.where(view <= labels, view, 0).astype(np.uint8)
-        maps.append(ClassMap(view, np.zeros(3), step))
-        features.append(label_features(sparse, step, labels))
-    return maps, np.array(features)
-
-
 def _anchors(features: Floats) -> tuple[Floats, Floats]:
     """The anchor of each patient, and the labels' mean places from it.
 
     Labels may be absent from a patient, so both are found in turns.
     """
     places = features[:, :, :3]
-    anchors = np.nanmean(places, 1)
+    anchors = np.array([anchor_of(one, np.zeros(3)) for one in features])
     for _ in range(10):
-        centroids = np.nanmean(places - anchors[:, None], 0)
+        centroids = _mean(places - anchors[:, None])
         anchors = np.array([anchor_of(one, centroids) for one in features])
     return anchors, centroids
+
+
+def _mean(values: Floats) -> Floats:
+    """The mean over patients of what is a number; 0 where none is."""
+    known = np.isfinite(values)
+    return np.asarray(np.where(known, values, 0).sum(0) / np.maximum(known.sum(0), 1))
 
 
 def _template(
@@ -152,9 +140,7 @@ def _template(
     inside = counts[1:].sum(0)
     step = maps[0].step
     shares = _filled(counts[1:] / np.maximum(inside, 1e-6), inside < LEAST_COUNT, step)
-    outside = _filled(
-        (outside / np.maximum(total, 1e-6))[None], counts.sum(0) < LEAST_COUNT, step
-    )
+    outside = _filled((outside / np.maximum(total, 1e-6))[None], counts.sum(0) < LEAST_COUNT, step)
     shares *= 1 - outside
     shares = np.concatenate([outside, shares])
     return np.asarray(np.log(np.maximum(shares, LEAST_SHARE)), np.float32), shown
@@ -167,7 +153,7 @@ def _filled(
     nearest = ndimage.distance_transform_edt(
         empty, step, return_distances=False, return_indices=True
     )
-    return np.asarray(values[:, *nearest], np.float32)
+    return np.asarray(values[:, nearest[0], nearest[1], nearest[2]], np.float32)
 
 
 def _quantized(values: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -216,8 +202,9 @@ def _regression(
 
     The noise is the one with the least error of leave-one-out predictions, in the fields' energy.
     """
-    mean = np.nanmean(features, 0)
-    scale = np.maximum(np.nanstd(features, 0), LEAST_SCALE)
+    mean = _mean(features)
+    scale = np.maximum(np.sqrt(_mean(np.square(features - mean))), LEAST_SCALE)
+    scale[~np.isfinite(features).any(0)] = UNSEEN
     scaled = np.nan_to_num((features - mean) / scale).reshape(len(features), -1)
     kernel = scaled @ scaled.T / len(scaled)
     energy = np.square(modes.astype(np.float64)).sum((1, 2, 3, 4))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,8 +70,8 @@ class Lattice:
             high: The last corner.
             spacing: The distance of lattice points, in mm.
         """
-        cells = np.ceil((high - low) / spacing).astype(int)
-        return cls(low, spacing, tuple(int(n) + 3 for n in cells))
+        z, y, x = (int(n) + 3 for n in np.ceil((high - low) / spacing))
+        return cls(low, spacing, (z, y, x))
 
     def matrices(self, axes: Sequence[NDArray[np.float64]]) -> list[Array]:
         """The weights of the lattice points at places along each axis, float32 (n, points)."""
@@ -246,14 +245,17 @@ def _slope(
         for b in (0, 1)
         for c in (0, 1)
     }
+
     def mix(low: Array, high: Array, weight: Array) -> Array:
         return low + weight * (high - low)
 
     alongx = {(a, b): mix(v[a, b, 0], v[a, b, 1], wx) for a in (0, 1) for b in (0, 1)}
     slope_x = {(a, b): v[a, b, 1] - v[a, b, 0] for a in (0, 1) for b in (0, 1)}
     rows = {a: mix(alongx[a, 0], alongx[a, 1], wy) for a in (0, 1)}
-    return np.stack([
-        rows[1] - rows[0],
-        mix(alongx[0, 1] - alongx[0, 0], alongx[1, 1] - alongx[1, 0], wz),
-        mix(mix(slope_x[0, 0], slope_x[0, 1], wy), mix(slope_x[1, 0], slope_x[1, 1], wy), wz),
-    ])
+    return np.stack(
+        [
+            rows[1] - rows[0],
+            mix(alongx[0, 1] - alongx[0, 0], alongx[1, 1] - alongx[1, 0], wz),
+            mix(mix(slope_x[0, 0], slope_x[0, 1], wy), mix(slope_x[1, 0], slope_x[1, 1], wy), wz),
+        ]
+    )
