@@ -287,6 +287,17 @@ def test_few_patients_give_no_layouts(tmp_path: Path) -> None:
     assert fit_pairs([pair] * 4, manifest.labels, anywhere, *arguments[2:]) is None
 
 
+def test_equal_patients_give_one_layout(tmp_path: Path) -> None:
+    """Nothing differs in such a cohort, so that only the fine branches may."""
+    manifest, (mask, ct) = grid_of_model(), thorax(0)
+    pair = Pair("0", write(tmp_path / "ct.nii.gz", ct), write(tmp_path / "m.nii.gz", mask))
+    pairs = [replace(pair, name=str(n)) for n in range(4)]
+    fitted = fit_pairs(pairs, manifest.labels, manifest.grid, manifest.intensity, HU_CONTEXT)
+    assert fitted is not None
+    dense = drawn(fitted, mask_of(0))
+    assert ((dense == DENSE) == (ct == 600)).mean() > 0.98
+
+
 def test_run_states_its_layouts(layouts: LayoutModel, tmp_path: Path) -> None:
     from train.checkpoint import RUN, TrainedRun, write_layouts
 

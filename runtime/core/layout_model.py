@@ -98,13 +98,13 @@ class LayoutModel:
             (P,).
         """
         scaled = ((features - self.mean) / self.scale).ravel()
-        known = np.flatnonzero(np.isfinite(scaled))
-        seen = np.clip(scaled[known], -MOST_DEVIATIONS, MOST_DEVIATIONS)
-        inner = self.covariance[np.ix_(known, known)] + self.noise * np.eye(len(known))
-        gain = np.linalg.solve(inner, self.shared[:, known].T).T
-        rest = np.eye(len(gain)) * (1 + 1e-6) - gain @ self.shared[:, known].T
+        present = np.flatnonzero(np.isfinite(scaled))
+        observed = np.clip(scaled[present], -MOST_DEVIATIONS, MOST_DEVIATIONS)
+        inner = self.covariance[np.ix_(present, present)] + self.noise * np.eye(len(present))
+        gain = np.linalg.solve(inner, self.shared[:, present].T).T
+        rest = np.eye(len(gain)) * (1 + 1e-6) - gain @ self.shared[:, present].T
         drawn = np.linalg.cholesky(rest) @ random.layout(0, len(gain))
-        return np.asarray(np.round(gain @ seen + drawn, DIGITS))
+        return np.asarray(np.round(gain @ observed + drawn, DIGITS))
 
     def check(self, labels: int, classes: int) -> None:
         """Check that all parts fit together, and to a model.
@@ -144,14 +144,14 @@ class LayoutModel:
         if min(self.template.shape) < 1 or min(self.template.shape[:3]) < 2:
             raise ValueError(f"'template' has the shape {self.template.shape}")
         tubes = self.tubes
-        shown = {*self.classes.tolist()} | (set() if tubes is None else {*tubes.classes})
-        if any(index and not labels <= index < classes for index in shown):
+        indices = {*self.classes.tolist()} | (set() if tubes is None else {*tubes.classes})
+        if any(index and not labels <= index < classes for index in indices):
             raise ValueError("a class is no tissue of the model")
         if tubes is not None and not (
             np.isfinite(tubes.limits).all() and 0.5 <= tubes.spacing <= 1000
         ):
             raise ValueError("the tubes' spacing or a limit is out of range")
-        # Positive definite, and so is what is left when any labels are known.
+        # Positive definite, and so is what is left when any labels are present.
         np.linalg.cholesky(self.covariance + self.noise * np.eye(count))
         self.weights(self.mean, CaseRandom(0, b"", 0))
 

@@ -152,8 +152,8 @@ def _planes(
         at = []
         for axis in range(3):
             moved = spline_plane(lattice[axis], axes, k)
-            own = (places[0][k], places[1][:, None], places[2][None])[axis]
-            place = (moved + own - model.start[axis]) / model.step[axis]
+            resting = (places[0][k], places[1][:, None], places[2][None])[axis]
+            place = (moved + resting - model.start[axis]) / model.step[axis]
             at.append(np.clip(place, 0, model.template.shape[axis] - 1).astype(np.float32))
         plane = model.classes[_likeliest(template, model.template.shape, at)]
         if tubes is not None:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not add_layouts(config, args.run):
         raise UsageError(
             "no layouts can be fitted to this run",
-            expected="data.context=auto, data.pixel_spacing, three training volumes with labels",
+            expected="data.context=auto, data.pixel_spacing, four training volumes with labels",
             remedy="train such a run",
             file=args.run,
         )

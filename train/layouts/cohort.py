@@ -22,7 +22,7 @@ from ..data.pairs import Pair
 from .fit import MARGIN_MM, fit_layouts
 from .registration import ClassMap
 
-LEAST_PATIENTS, LEAST_SLICES = 3, 4
+LEAST_PATIENTS, LEAST_SLICES = 4, 4
 MOST_VOXELS = 1_500_000  # of the template
 HOST = "gas"  # the tissue of HU whose fine branches no two patients share: a lung's vessels
 
@@ -88,10 +88,10 @@ def class_map(volume: LabelVolume, step: Floats) -> ClassMap:
     Returns:
         The map; its first voxel is at 0.
     """
-    view, own = canonical_view(volume.labels, volume.geometry), canonical_step(volume.geometry)
+    view, spacing = canonical_view(volume.labels, volume.geometry), canonical_step(volume.geometry)
     for axis in range(3):
-        count = max(2, round(view.shape[axis] * own[axis] / step[axis]))
-        places = (np.arange(count) * step[axis] / own[axis] + 0.5).astype(np.intp)
+        count = max(2, round(view.shape[axis] * spacing[axis] / step[axis]))
+        places = (np.arange(count) * step[axis] / spacing[axis] + 0.5).astype(np.intp)
         view = view.take(np.minimum(places, view.shape[axis] - 1), axis)
     return ClassMap(view, np.zeros(3), step)
 
@@ -103,8 +103,8 @@ def _common_step(
 
     In the plane it is not finer than the model's pixels.
     """
-    step = np.median([own for own, _ in volumes], 0)
+    step = np.median([spacing for spacing, _ in volumes], 0)
     step[1:] = np.maximum(step[1:], pixel)
-    extent = np.max([own * shape for own, shape in volumes], 0) + 2 * MARGIN_MM
+    extent = np.max([spacing * shape for spacing, shape in volumes], 0) + 2 * MARGIN_MM
     voxels = float(np.prod(extent / step))
     return np.asarray(step * max(1.0, voxels / MOST_VOXELS) ** (1 / 3))

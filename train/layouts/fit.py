@@ -32,7 +32,7 @@ LEAST_COUNT = 0.3  # voxels of the cohort behind a voxel of the template
 OUTLINE_BLUR = 1.2
 CALIBRATIONS, MOST_BIAS = 3, 3.0
 QUANTA = 28.0  # steps of the template's values for a factor of e
-MEASURED = 4  # patients whose drawn layouts are compared with the true ones
+MEASURED = 8  # patients whose drawn layouts are compared with the true ones
 
 Floats = NDArray[np.float64]
 
@@ -75,12 +75,12 @@ def fit_layouts(
     lattice = Lattice.around(low, high, LATTICE_MM)
     registration = Registration(maps, classes, lattice, low, (depth, height, width))
     registration.run()
-    values, shown = _template(registration, maps, labels, classes)
+    values, indices = _template(registration, maps, labels, classes)
     modes, weights = _modes(registration.fields)
     mean, scale, covariance, shared, noise = _regression(features, weights, modes)
     model = LayoutModel(
         template=_quantized(values),
-        classes=shown,
+        classes=indices,
         start=low,
         step=maps[0].step,
         lattice_start=lattice.start,
@@ -116,8 +116,8 @@ def _anchors(features: Floats) -> tuple[Floats, Floats]:
 
 def _mean(values: Floats) -> Floats:
     """The mean over patients of what is a number; 0 where none is."""
-    known = np.isfinite(values)
-    return np.asarray(np.where(known, values, 0).sum(0) / np.maximum(known.sum(0), 1))
+    is_number = np.isfinite(values)
+    return np.asarray(np.where(is_number, values, 0).sum(0) / np.maximum(is_number.sum(0), 1))
 
 
 def _template(
@@ -127,12 +127,12 @@ def _template(
 
     What is outside the body has a smooth outline of its own; inside, the other classes compete.
     """
-    shown = np.array([0, *range(labels, classes)], np.uint8)
+    indices = np.array([0, *range(labels, classes)], np.uint8)
     index = np.full(256, 255, np.uint8)
-    index[shown] = np.arange(len(shown))
-    counts = registration.shares([index[one.classes] for one in maps], len(shown))
-    used = counts.sum((1, 2, 3)) > 0
-    shown, counts = shown[used], counts[used]
+    index[indices] = np.arange(len(indices))
+    counts = registration.shares([index[one.classes] for one in maps], len(indices))
+    occurs = counts.sum((1, 2, 3)) > 0
+    indices, counts = indices[occurs], counts[occurs]
     outside = ndimage.gaussian_filter(counts[0], OUTLINE_BLUR, mode="nearest")
     total = ndimage.gaussian_filter(counts.sum(0), OUTLINE_BLUR, mode="nearest")
     for one in counts:
@@ -143,7 +143,7 @@ def _template(
     outside = _filled((outside / np.maximum(total, 1e-6))[None], counts.sum(0) < LEAST_COUNT, step)
     shares *= 1 - outside
     shares = np.concatenate([outside, shares])
-    return np.asarray(np.log(np.maximum(shares, LEAST_SHARE)), np.float32), shown
+    return np.asarray(np.log(np.maximum(shares, LEAST_SHARE)), np.float32), indices
 
 
 def _filled(
@@ -187,7 +187,8 @@ def _modes(fields: NDArray[np.float32]) -> tuple[NDArray[np.float32], Floats]:
     rows = fields.reshape(len(fields), -1).astype(np.float64)
     values, vectors = np.linalg.eigh(rows @ rows.T / len(rows))
     order = np.argsort(values)[::-1]
-    energy = np.cumsum(values[order]) / values.sum()
+    # Patients who are all alike need no field: their modes are zero.
+    energy = np.cumsum(values[order]) / max(values.sum(), 1e-9)
     count = min(int(np.searchsorted(energy, KEPT_ENERGY)) + 1, MOST_MODES, len(rows) - 1)
     chosen = order[:count]
     weights = vectors[:, chosen] * np.sqrt(len(rows))
@@ -212,7 +213,7 @@ def _regression(
     def error(noise: float) -> float:
         hat = kernel @ np.linalg.inv(kernel + noise * np.eye(len(kernel)))
         rest = (weights - hat @ weights) / (1 - np.diag(hat))[:, None]
-        return float((np.square(rest).mean(0) * energy).sum() / energy.sum())
+        return float((np.square(rest).mean(0) * energy).sum())
 
     noise = min(NOISES, key=error)
     covariance, shared = scaled.T @ scaled / len(scaled), weights.T @ scaled / len(scaled)

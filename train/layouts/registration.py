@@ -169,8 +169,8 @@ class Registration:
         for axis in range(3):
             shape = [1, 1, 1]
             shape[axis] = -1
-            own = ((axes[axis] - self._low[axis]) / self._step[axis]).astype(np.float32)
-            places.append(field[axis] / np.float32(self._step[axis]) + own.reshape(shape))
+            resting = ((axes[axis] - self._low[axis]) / self._step[axis]).astype(np.float32)
+            places.append(field[axis] / np.float32(self._step[axis]) + resting.reshape(shape))
         return places
 
     def _log_template(self, blur: float) -> Array:
@@ -192,10 +192,10 @@ class Registration:
             offset = [(step * (axis + 1)) % STRIDE[axis] for axis in range(3)]
             take = [slice(o, None, n) for o, n in zip(offset, STRIDE, strict=True)]
             classes = source.classes[tuple(take)]
-            known = classes < self._classes
-            channel = np.where(known, classes, 0).astype(np.intp) * volume
+            has_class = classes < self._classes
+            channel = np.where(has_class, classes, 0).astype(np.intp) * volume
             gradient = _slope(flat_template, channel, self._places(n, take), self._size)
-            gradient *= known
+            gradient *= has_class
             gradient /= self._step.astype(np.float32)[:, None, None, None]
             axes = [source.axis(axis)[take[axis]] for axis in range(3)]
             pull = -adjoint(gradient, self._lattice.matrices(axes))
@@ -221,9 +221,12 @@ def _bending(lattice: Array) -> Array:
     return out
 
 
-def _cells(places: Sequence[Array], size: tuple[int, int, int]) -> tuple[list, list]:
-    """Lower corner and weight of the upper one along each axis, and whether it is inside."""
-    lows, weights = [], []
+def _cells(
+    places: Sequence[Array], size: tuple[int, int, int]
+) -> tuple[list[NDArray[np.intp]], list[Array]]:
+    """Lower corner, and weight of the upper one, along each axis; places outside are clipped."""
+    lows: list[NDArray[np.intp]] = []
+    weights: list[Array] = []
     for place, count in zip(places, size, strict=True):
         clipped = np.clip(place, 0, count - 1.001)
         low = clipped.astype(np.intp)
