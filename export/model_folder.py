@@ -149,13 +149,9 @@ def write_model(
             path = part / FILES[precision]
             parity_reports[path.name] = parity_report
             files[path.name] = describe_file(path, "onnx", precision)
-        layouts = load_layouts(run)
-        if layouts is not None:
-            path = part / LAYOUT_FILE
-            path.write_bytes(layouts.read_bytes())
-            LayoutModel.load(path, len(manifest.labels), manifest.classes)
-            files[path.name] = describe_file(path, LAYOUT_KIND, "fp32")
-            say(f"  {path.name}: layouts for masks alone")
+        if (layouts := copy_layouts(run, part, manifest)) is not None:
+            files[LAYOUT_FILE] = layouts
+            say(f"  {LAYOUT_FILE}: tissues around masks that come alone")
         final = Manifest(
             **{
                 **vars(manifest),
@@ -167,6 +163,29 @@ def write_model(
         write_json(part / MANIFEST, final.to_json())
         write_text(part / CARD, model_card(final))
     return final
+
+
+def copy_layouts(run: TrainedRun, folder: Path, manifest: Manifest) -> ModelFile | None:
+    """Copy a run's learned layouts into a model folder, once they are checked.
+
+    Args:
+        run: The run.
+        folder: The model folder.
+        manifest: The model's manifest.
+
+    Returns:
+        The manifest's entry; None for a run without layouts.
+
+    Raises:
+        ModelError: The file is missing, altered, or for other labels.
+    """
+    source = load_layouts(run)
+    if source is None:
+        return None
+    LayoutModel.load(source, len(manifest.labels), manifest.classes)
+    path = folder / LAYOUT_FILE
+    path.write_bytes(source.read_bytes())
+    return describe_file(path, LAYOUT_KIND, "fp32")
 
 
 def validate(

@@ -18,6 +18,7 @@ from samples import results, synth, write_fake_model
 from scipy import ndimage
 from test_given_layout import classes_of, context_manifest
 
+from export.model_folder import copy_layouts
 from runtime.core.atomic_files import sha256_of
 from runtime.core.errors import ModelError
 from runtime.core.layout_model import LAYOUT_FILE, LAYOUT_KIND, LayoutModel
@@ -26,7 +27,7 @@ from runtime.core.manifest import Manifest, ModelFile
 from runtime.core.rng import CaseRandom
 from runtime.core.tissue_classes import HU_CONTEXT
 from runtime.core.volume import Geometry, LabelVolume
-from train.checkpoint import load_layouts
+from train.checkpoint import load_layouts, load_run
 from train.data.pairs import Pair
 from train.layouts.cohort import fit_pairs
 
@@ -310,6 +311,33 @@ def test_run_states_its_layouts(layouts: LayoutModel, tmp_path: Path) -> None:
     write_layouts(tmp_path, layouts.to_bytes())
     path = load_layouts(run())
     assert path is not None and path.read_bytes() == layouts.to_bytes()
+    (tmp_path / "model").mkdir()
+    stated = copy_layouts(run(), tmp_path / "model", grid_of_model())
+    assert stated is not None and stated.sha256 == sha256_of(tmp_path / "model" / LAYOUT_FILE)
     path.write_bytes(b"other")
     with pytest.raises(ModelError, match="is not the file"):
         load_layouts(run())
+
+
+@pytest.mark.slow
+def test_training_fits_layouts(tmp_path: Path) -> None:
+    """From volumes on disk to a run with layouts, which draw a body around a new mask."""
+    from train.run import main
+
+    data, run = tmp_path / "data", tmp_path / "run"
+    for n in range(6):
+        mask, ct = thorax(n)
+        write(data / f"p{n}_image.nii.gz", ct)
+        write(data / f"p{n}_label.nii.gz", mask)
+    settings = ["name=small", "data.context=auto", "data.labels=mm-whs", "data.canvas=[64,64]"]
+    settings += ["data.pixel_spacing=[5,5]", "generator.depth=3", "generator.filters=4"]
+    settings += ["discriminator.patch_size=4", "training.steps=2", "training.threads=1"]
+    config = tmp_path / "config.json"
+    config.write_text("{}")
+    arguments = ["--config", config, "--dataset-path", data, "--output", run, "--quiet"]
+    assert main([*map(str, arguments), "--set", *settings]) == 0
+    path = load_layouts(load_run(run))
+    assert path is not None
+    fitted = LayoutModel.load(path, LABELS, CLASSES)
+    dense = drawn(fitted, mask_of(9))
+    assert ((dense == 0) == (thorax(9)[1] == -1000)).mean() > 0.95
