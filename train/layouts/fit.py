@@ -30,9 +30,9 @@ TEMPLATE_BLUR = 0.5  # voxels
 LEAST_SHARE = 0.005  # of a class in the template
 LEAST_COUNT = 0.3  # voxels of the cohort behind a voxel of the template
 OUTLINE_BLUR = 1.2
-CALIBRATIONS, MOST_BIAS = 3, 3.0
+CALIBRATIONS, MOST_BIAS = 7, 2.0
 QUANTA = 28.0  # steps of the template's values for a factor of e
-MEASURED = 8  # patients whose drawn layouts are compared with the true ones
+MEASURED = 6  # patients whose drawn layouts are compared with the true ones
 
 Floats = NDArray[np.float64]
 
@@ -166,14 +166,20 @@ def _calibrated(
     model: LayoutModel, values: NDArray[np.float32], measured: Sequence[ClassMap]
 ) -> LayoutModel:
     """Make each class as frequent in drawn layouts as in the cohort: averaging thins bone."""
-    bias = np.zeros(len(values))
-    target = _frequencies(measured, model)
-    for step in range(CALIBRATIONS):
+    bias, rate, previous = np.zeros(len(values)), np.ones(len(values)), np.zeros(len(values))
+    target, best, least = _frequencies(measured, model), model, np.inf
+    for _ in range(CALIBRATIONS):
         change = np.log(target / _frequencies([_drawn(one, model) for one in measured], model))
-        bias = np.clip(bias + change * (1 if step else 1.5), -MOST_BIAS, MOST_BIAS)
+        error = float((target * np.abs(change)).sum())
+        if error < least:
+            best, least = model, error
+        # A class that went too far goes back by half as much.
+        rate[change * previous < 0] /= 2
+        previous = change
+        bias = np.clip(bias + rate * change, -MOST_BIAS, MOST_BIAS)
         biased = values + bias.astype(np.float32)[:, None, None, None]
         model = replace(model, template=_quantized(biased))
-    return model
+    return best
 
 
 def _frequencies(maps: Sequence[ClassMap], model: LayoutModel) -> Floats:
