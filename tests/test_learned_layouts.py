@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tracemalloc
 import zipfile
 from dataclasses import replace
@@ -19,6 +20,7 @@ from scipy import ndimage
 from test_given_layout import classes_of, context_manifest
 
 from export.model_folder import copy_layouts
+from runtime import Synthesizer
 from runtime.core.atomic_files import sha256_of
 from runtime.core.errors import ModelError
 from runtime.core.layout_model import LAYOUT_FILE, LAYOUT_KIND, LayoutModel
@@ -204,6 +206,15 @@ def test_layout_none_beside_others_is_refused(
     mask = write(tmp_path / "p1.nii.gz", thorax(9)[0])
     assert synth(model, tmp_path / "out", mask, "--layout", "none", *option) == 2
     assert "has no effect beside" in capsys.readouterr().err
+
+
+def test_pickled_model_keeps_its_choice(model: Path) -> None:
+    with Synthesizer.open(model, backend="fake") as opened:
+        for expected in (True, False):
+            with pickle.loads(pickle.dumps(opened)) as again:
+                assert again.has_layouts is expected
+                assert again.engine == opened.engine
+            opened.omit_layouts()
 
 
 def altered(layouts: LayoutModel, **changes: Any) -> bytes:
