@@ -18,9 +18,10 @@ from runtime.core.atomic_files import (
     write_text,
 )
 from runtime.core.errors import ParityError
+from runtime.core.layout_model import LAYOUT_FILE, LAYOUT_KIND, LayoutModel
 from runtime.core.manifest import MANIFEST, Manifest, ModelFile
 from runtime.engines.registry import BACKENDS
-from train.checkpoint import TrainedRun
+from train.checkpoint import TrainedRun, load_layouts
 from train.config import modality
 
 from . import error_localization, parity
@@ -148,6 +149,9 @@ def write_model(
             path = part / FILES[precision]
             parity_reports[path.name] = parity_report
             files[path.name] = describe_file(path, "onnx", precision)
+        if (layouts := copy_layouts(run, part, manifest)) is not None:
+            files[LAYOUT_FILE] = layouts
+            say(f"  {LAYOUT_FILE}: tissues around masks that come alone")
         final = Manifest(
             **{
                 **vars(manifest),
@@ -159,6 +163,29 @@ def write_model(
         write_json(part / MANIFEST, final.to_json())
         write_text(part / CARD, model_card(final))
     return final
+
+
+def copy_layouts(run: TrainedRun, folder: Path, manifest: Manifest) -> ModelFile | None:
+    """Copy a run's learned layouts into a model folder, once they are checked.
+
+    Args:
+        run: The run.
+        folder: The model folder.
+        manifest: The model's manifest.
+
+    Returns:
+        The manifest's entry; None for a run without layouts.
+
+    Raises:
+        ModelError: The file is missing, altered, or for other labels.
+    """
+    source = load_layouts(run)
+    if source is None:
+        return None
+    LayoutModel.load(source, len(manifest.labels), manifest.classes)
+    path = folder / LAYOUT_FILE
+    path.write_bytes(source.read_bytes())
+    return describe_file(path, LAYOUT_KIND, "fp32")
 
 
 def validate(

@@ -22,6 +22,8 @@ from .core.deformation import DeformationParams, MaskDeformer
 from .core.errors import GeometryError, MemoryCapExceeded, ModelError, UnknownLabels, UsageError
 from .core.labels import LabelMap, to_indices
 from .core.layout import dense_volume
+from .core.layout_model import LAYOUT_KIND, LayoutModel
+from .core.learned_layout import learned_layout, reaches_beyond
 from .core.manifest import MANIFEST, Manifest
 from .core.resampling import SliceGrid
 from .core.rng import CaseRandom
@@ -56,12 +58,15 @@ class _Opening:
     workers: int | None
 
 
-def _open_again(opening: _Opening, requested: dict[int, IntensityRequest]) -> VolumeSynthesizer:
+def _open_again(
+    opening: _Opening, requested: dict[int, IntensityRequest], has_layouts: bool
+) -> VolumeSynthesizer:
     """Open a pickled synthesizer.
 
     Args:
         opening: How it was opened.
         requested: The intensities that were asked for.
+        has_layouts: Whether layouts are drawn for masks that have none.
 
     Raises:
         ModelError: The folder is missing, or holds another model now.
@@ -83,6 +88,8 @@ def _open_again(opening: _Opening, requested: dict[int, IntensityRequest]) -> Vo
             file=opening.folder,
         )
     synthesizer._requested = dict(requested)
+    if not has_layouts:
+        synthesizer.omit_layouts()
     return synthesizer
 
 
@@ -143,6 +150,7 @@ class VolumeSynthesizer:
         self._pickled: _Opening | str = "it was not opened from a model folder"
         self._remove_folder: Callable[[], None] | None = None
         self._requested: dict[int, IntensityRequest] = {}
+        self._layouts: LayoutModel | None = None
         self._slots: set[ExecutionSlot] = set()  # all open slots
         self._idle: list[ExecutionSlot] = []  # the open slots that no volume uses
         self._lock = threading.Lock()
@@ -219,6 +227,11 @@ class VolumeSynthesizer:
 
         synthesizer = cls(manifest, engine, batch=slices, reason=reason, file=file, again=reopen)
         synthesizer.manifest_sha256 = manifest_sha256
+        try:
+            synthesizer.load_layouts(folder)
+        except BaseException:
+            synthesizer.close()
+            raise
         synthesizer._pickled = "it shares its memory with other models"
         if budget is None:
             synthesizer._pickled = _Opening(
@@ -253,7 +266,32 @@ class VolumeSynthesizer:
                 f"this {type(self).__name__} cannot be pickled: {reason};"
                 " open the model folder in the process that uses it"
             )
-        return _open_again, (reason, dict(self._requested))
+        return _open_again, (reason, dict(self._requested), self.has_layouts)
+
+    def load_layouts(self, folder: Path) -> None:
+        """Read the layout file of a model folder, where its manifest names one.
+
+        Args:
+            folder: The model folder.
+
+        Raises:
+            ModelError: The file is missing, altered or wrong.
+        """
+        manifest = self.manifest
+        name = next((n for n, file in manifest.files.items() if file.kind == LAYOUT_KIND), None)
+        if name is None or manifest.context is None:
+            return
+        manifest.verify(folder, [name])
+        self._layouts = LayoutModel.load(folder / name, len(manifest.labels), manifest.classes)
+
+    def omit_layouts(self) -> None:
+        """Synthesize from the mask alone from now on, without a learned layout."""
+        self._layouts = None
+
+    @property
+    def has_layouts(self) -> bool:
+        """Whether a layout is drawn for a mask that has none."""
+        return self._layouts is not None
 
     def request_intensities(self, requests: Requests) -> None:
         """Ask for intensities in every volume from now on, instead of drawing them.
@@ -273,7 +311,7 @@ class VolumeSynthesizer:
 
     @property
     def engine(self) -> str:
-        """The engine that runs, and the intensities that were asked for.
+        """The engine that runs, the intensities that were asked for, and whether layouts are off.
 
         They decide the bytes of a result together with the model.
         """
@@ -281,7 +319,11 @@ class VolumeSynthesizer:
             f"{index}={request.value:g}±{request.deviation:g}"
             for index, request in sorted(self._requested.items())
         ]
-        return self._live.name + (f", intensities {' '.join(asked)}" if asked else "")
+        name = self._live.name + (f", intensities {' '.join(asked)}" if asked else "")
+        omitted = self._layouts is None and any(
+            file.kind == LAYOUT_KIND for file in self.manifest.files.values()
+        )
+        return name + (", without layouts" if omitted else "")
 
     def memory(self) -> dict[str, PoolStats]:
         """The memory in use, in bytes, by kind: "host", or "device" and "page-locked".
@@ -434,8 +476,12 @@ class VolumeSynthesizer:
         context, unlabelled, style = self.manifest.context, 0, None
         if context is not None:
             if highest < len(self.manifest.labels):
-                # No layout: nobody knows what lies outside the labels.
-                unlabelled = context.index(UNKNOWN, len(self.manifest.labels))
+                dense = self._draw_layout(volume, random)
+                if dense is None:
+                    # No layout: nobody knows what lies outside the labels.
+                    unlabelled = context.index(UNKNOWN, len(self.manifest.labels))
+                else:
+                    volume = dense
             if self.manifest.style:
                 style = draw_contrast(context, random, self._requested)
         start = partial(ExecutionSlot.start, style=style, unlabelled=unlabelled)
@@ -449,6 +495,13 @@ class VolumeSynthesizer:
                         yield CTSlab(np.moveaxis(hu, 0, grid.axis), grid.axis, first)
                         first += len(hu)
                         hu = np.empty((min(self._batch, grid.count - first), *plane), np.int16)
+
+    def _draw_layout(self, mask: LabelVolume, random: CaseRandom) -> LabelVolume | None:
+        """A dense map around a mask; None without layouts, or for a mask without a label."""
+        if self._layouts is None:
+            return None
+        pixel = min(self.manifest.grid.pixel_spacing or (0.0, 0.0))
+        return learned_layout(mask, self._layouts, random, pixel=pixel)
 
     def variants(
         self, case: Case, mask: LabelVolume, ranges: DeformationParams, seed: int
@@ -469,7 +522,9 @@ class VolumeSynthesizer:
         def variant(number: int) -> Variant:
             deformed = deformer.deform(number)
             slabs = partial(self.slabs, deformed.volume, seed=seed, variant=number)
-            return Variant(deformed.volume, slabs, deformed.volume.labels.nbytes, deformed.warnings)
+            # A drawn layout is one more volume.
+            nbytes = deformed.volume.labels.nbytes * (2 if self.has_layouts else 1)
+            return Variant(deformed.volume, slabs, nbytes, deformed.warnings)
 
         return variant
 
@@ -482,6 +537,11 @@ class VolumeSynthesizer:
         """
         if not mask.labels.any():
             yield f"{name} is empty: no voxel has a label, the CT shows background alone"
+        if self._layouts is not None and reaches_beyond(mask, self._layouts):
+            yield (
+                f"{name} reaches further along the body than the layouts the model was trained on:"
+                " beyond them the tissues go on as they end"
+            )
         if not self.grid(mask).covers:
             policy, intensity = self.manifest.grid, self.manifest.intensity
             canvas_mm = " x ".join(

@@ -27,6 +27,7 @@ from runtime.core.atomic_files import (
 )
 from runtime.core.context import Context
 from runtime.core.errors import ConfigError, ModelError
+from runtime.core.layout_model import LAYOUT_FILE
 from runtime.core.manifest import (
     GridPolicy,
     Intensity,
@@ -50,6 +51,8 @@ WEIGHTS, CHECKPOINTS = "generator.safetensors", "checkpoints"
 # Label maps for export, which has no data set: it checks its graphs on the held-out ones and
 # calibrates INT8 on the training ones.
 MASKS = {"validation": "validation.safetensors", "calibration": "calibration.safetensors"}
+# Learned layouts (train/layouts), for a run with data.context.
+LAYOUTS = LAYOUT_FILE
 _STATE, _META = "state.safetensors", "state.json"
 # Keys that do not change what a run computes up to a step: --resume may change them.
 FREE = (
@@ -258,6 +261,46 @@ def write_run(
     write_json(
         folder / RUN, {"schema_version": SCHEMA_VERSION, **facts, "weights": weights, **stated}
     )
+
+
+def write_layouts(folder: Path, content: bytes) -> None:
+    """Put layouts into a finished run folder, and their SHA-256 into its run.json.
+
+    Args:
+        folder: The run folder.
+        content: The layout file.
+
+    Raises:
+        OutputError: A file cannot be written.
+    """
+    with atomic_path(folder / LAYOUTS) as part:
+        part.write_bytes(content)
+    stated = json.loads((folder / RUN).read_text(encoding="utf-8"))
+    stated["layouts"] = {"file": LAYOUTS, "sha256": sha256_of(folder / LAYOUTS)}
+    write_json(folder / RUN, stated)
+
+
+def load_layouts(run: TrainedRun) -> Path | None:
+    """The layout file of a run; None for a run without layouts.
+
+    Args:
+        run: The run.
+
+    Raises:
+        ModelError: The file is missing or altered.
+    """
+    stated = run.data.get("layouts")
+    if stated is None:
+        return None
+    path = run.folder / LAYOUTS
+    if not path.is_file() or sha256_of(path) != stated["sha256"]:
+        raise ModelError(
+            f"{LAYOUTS} is not the file {RUN} describes",
+            expected=f"sha256 {stated['sha256']}",
+            remedy="copy the run folder again, or run: python -m train.layouts RUN",
+            file=path,
+        )
+    return path
 
 
 def starting_point(

@@ -115,16 +115,7 @@ def open_cohort(
         UsageError: There is no data.
         InputError: A file cannot be used for training.
     """
-    path = config.data.path
-    if path is None:
-        if config.data.phantom is None:
-            raise UsageError(
-                "there is no data to train on",
-                expected="a folder of patients, or a config with data.phantom",
-                remedy="give --dataset-path DIR",
-            )
-        path = str(_phantom(config.data.phantom, folder / "data", quiet))
-    pairs = find(Path(path), config.data).pairs
+    pairs = find(dataset_path(config, folder, quiet=quiet), config.data).pairs
     slices = None if cache is None else SliceCache(cache)
     table, intensity = configs.label_table(config.data), configs.intensity(config)
     cohort = dataset.load_cohort(
@@ -139,6 +130,28 @@ def open_cohort(
     if not quiet:
         print(cohort.table(table, intensity), file=sys.stderr)
     return cohort
+
+
+def dataset_path(config: RunConfig, folder: Path, *, quiet: bool = True) -> Path:
+    """The path of the data: `data.path`, or the phantom's in RUN/data, which may be simulated.
+
+    Args:
+        config: The config of the run.
+        folder: The run folder.
+        quiet: Whether to print nothing.
+
+    Raises:
+        UsageError: There is no data.
+    """
+    if config.data.path is not None:
+        return Path(config.data.path)
+    if config.data.phantom is None:
+        raise UsageError(
+            "there is no data to train on",
+            expected="a folder of patients, or a config with data.phantom",
+            remedy="give --dataset-path DIR",
+        )
+    return _phantom(config.data.phantom, folder / "data", quiet)
 
 
 def _phantom(phantom: configs.PhantomConfig, folder: Path, quiet: bool) -> Path:

@@ -442,6 +442,11 @@ def train(
     if ranks.first:
         print(f"{folder}: {checkpoint.WEIGHTS} and {checkpoint.RUN} are written")
         assert training.verdict is not None
+        if resolved.data.context == "auto":
+            from train.layouts import add_layouts
+
+            if add_layouts(resolved, folder) and not quiet:
+                print(f"{folder}: {checkpoint.LAYOUTS} is written", file=sys.stderr)
         refuse_broken(training.verdict, folder)
         if not quiet:
             print(summary(training.verdict), file=sys.stderr)

@@ -32,8 +32,37 @@ def add_context(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_layout(parser: argparse.ArgumentParser) -> None:
+    """Add the option `--layout`.
+
+    Args:
+        parser: Receives the option.
+    """
+    parser.add_argument(
+        "--layout",
+        choices=("auto", "none"),
+        default="auto",
+        help=(
+            "none: synthesize from the mask alone; auto: draw the tissues around each mask, for a"
+            " model that has learned layouts (default)"
+        ),
+    )
+
+
+def apply_layout(models: Mapping[str, VolumeSynthesizer], options: argparse.Namespace) -> None:
+    """Switch learned layouts off where `--layout none` asks for it.
+
+    Args:
+        models: Open models by name.
+        options: Parsed options of `synth`.
+    """
+    if options.layout == "none":
+        for model in models.values():
+            model.omit_layouts()
+
+
 def check_context(options: argparse.Namespace) -> None:
-    """Check that `--context` is not beside an option that leaves it without effect.
+    """Check that `--context` and `--layout` are not beside options that make them void.
 
     Args:
         options: Parsed options of `synth`.
@@ -43,6 +72,8 @@ def check_context(options: argparse.Namespace) -> None:
     """
     if options.context is not None:
         refuse_beside("--context", options, ("warp", "ray", "list"))
+    if options.layout == "none":
+        refuse_beside("--layout none", options, ("warp", "ray", "list", "context"))
 
 
 def with_context(

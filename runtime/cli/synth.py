@@ -23,7 +23,7 @@ from ..core.volume import LabelVolume
 from ..io.archive import exists
 from ..io.cases import Case, listing, read_case
 from ..io.ct_source import CTSource
-from .context import add_context, check_context, with_context
+from .context import add_context, add_layout, apply_layout, check_context, with_context
 from .failures import Failures, Warnings
 from .intensity import add_intensity, apply_intensity, check_intensity
 from .masks import find
@@ -70,6 +70,7 @@ def add(commands: Any) -> None:
     add_engine(synth, required=False)
     add_warp(synth)
     add_context(synth)
+    add_layout(synth)
     add_intensity(synth)
     add_results(synth)
     add_reading(synth)
@@ -150,6 +151,7 @@ def run_synth(options: argparse.Namespace) -> int:
         return _on_ray(cases, options)
     with open_models(options) as models:
         apply_intensity(models, options)
+        apply_layout(models, options)
         sources, cases = with_context(models, cases, options)
         plans = plans_by_model(options, models, options.output, resume=options.resume)
         if not options.quiet:

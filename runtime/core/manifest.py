@@ -230,7 +230,8 @@ class ModelFile:
     """One file of a model folder.
 
     Attributes:
-        kind: Its role: "onnx", "engine" (TensorRT), "rtx-engine" (TensorRT for RTX) or "layers".
+        kind: Its role: "onnx", "engine" (TensorRT), "rtx-engine" (TensorRT for RTX), "layers" or
+            "layout" (`runtime.core.layout_model`).
         precision: Its precision.
         bytes: Its size in bytes.
         sha256: Its SHA-256, 64 hexadecimal digits.

@@ -106,6 +106,20 @@ class CaseRandom:
         )
         return np.random.Generator(np.random.Philox(key=key)).standard_normal(count)
 
+    def layout(self, part: int, count: int) -> NDArray[np.float64]:
+        """The numbers that a learned layout is drawn from.
+
+        Args:
+            part: 0 for the field, 1 for what no two patients share.
+            count: How many numbers.
+
+        Returns:
+            float64 (count,), standard normal.
+        """
+        digest = hashlib.sha256(f"layout {part} ".encode() + self._key).digest()[:16]
+        key = np.frombuffer(digest, "<u8").astype(np.uint64)
+        return np.random.Generator(np.random.Philox(key=key)).standard_normal(count)
+
     def _raw(self, domain: int, k: int, words: int) -> NDArray[np.uint64]:
         """Random 64-bit words (words,) of one purpose for slice k."""
         generator = np.random.Philox(key=self._words(domain), counter=[0, 0, 0, k])
