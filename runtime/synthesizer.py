@@ -19,9 +19,17 @@ from .core.atomic_files import sha256_of
 from .core.context import UNKNOWN
 from .core.contrast import IntensityRequest, Requests, draw_contrast, requested_classes
 from .core.deformation import DeformationParams, MaskDeformer
-from .core.errors import GeometryError, MemoryCapExceeded, ModelError, UnknownLabels, UsageError
+from .core.errors import (
+    GeometryError,
+    MemoryCapExceeded,
+    ModelError,
+    UnknownLabels,
+    UsageError,
+    printable,
+)
 from .core.labels import LabelMap, to_indices
 from .core.layout import dense_volume
+from .core.log import logger
 from .core.manifest import MANIFEST, Manifest
 from .core.resampling import SliceGrid
 from .core.rng import CaseRandom
@@ -40,6 +48,7 @@ if TYPE_CHECKING:
 
 # Slices in one slab. With few, the writer begins early and has little left at the end.
 DEFAULT_BATCH = 8
+_logger = logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -224,6 +233,7 @@ class VolumeSynthesizer:
             synthesizer._pickled = _Opening(
                 cls, folder, manifest_sha256, backend, batch, max_memory, device, workers
             )
+        _logger.info("opened %s: %s", printable(manifest.name), synthesizer.backend)
         return synthesizer
 
     @classmethod
