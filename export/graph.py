@@ -50,7 +50,7 @@ class LabelsToIntensity(nn.Module):
         if style is not None and self.generator.mean_skip is not None:
             # A contrast is in the image's unit.
             style = style / (self.high - self.low)
-        image = self.generator(condition, unit_noise, style)[:, 0]  # (N, H, W) in [0, 1]
+        image = self.generator(condition, unit_noise, style)[1][:, 0]  # (N, H, W) in [0, 1]
         hu = torch.round(image * (self.high - self.low) + self.low)
         values = torch.clamp(hu, self.low, self.high)
         # The product is exact, and saves a Concat of single values, which is slow.
@@ -116,7 +116,7 @@ def fuse_batch_norm(graph: LabelsToIntensity) -> LabelsToIntensity:
 def to_fp16(graph: LabelsToIntensity) -> LabelsToIntensity:
     """Convert the layers to FP16.
 
-    Norms, all that follows the last layers (`Generator.generate`) and the labels' contrast stay
+    Norms, all that follows the last layers (`Generator.forward`) and the labels' contrast stay
     FP32.
 
     Args:

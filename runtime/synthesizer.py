@@ -19,11 +19,19 @@ from .core.atomic_files import sha256_of
 from .core.context import UNKNOWN
 from .core.contrast import IntensityRequest, Requests, draw_contrast, requested_classes
 from .core.deformation import DeformationParams, MaskDeformer
-from .core.errors import GeometryError, MemoryCapExceeded, ModelError, UnknownLabels, UsageError
+from .core.errors import (
+    GeometryError,
+    MemoryCapExceeded,
+    ModelError,
+    UnknownLabels,
+    UsageError,
+    printable,
+)
 from .core.labels import LabelMap, to_indices
 from .core.layout import dense_volume
 from .core.layout_model import LAYOUT_KIND, LayoutModel
 from .core.learned_layout import learned_layout, reaches_beyond
+from .core.log import logger
 from .core.manifest import MANIFEST, Manifest
 from .core.resampling import SliceGrid
 from .core.rng import CaseRandom
@@ -42,6 +50,7 @@ if TYPE_CHECKING:
 
 # Slices in one slab. With few, the writer begins early and has little left at the end.
 DEFAULT_BATCH = 8
+_logger = logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -237,6 +246,7 @@ class VolumeSynthesizer:
             synthesizer._pickled = _Opening(
                 cls, folder, manifest_sha256, backend, batch, max_memory, device, workers
             )
+        _logger.info("opened %s: %s", printable(manifest.name), synthesizer.backend)
         return synthesizer
 
     @classmethod

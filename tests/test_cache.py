@@ -229,6 +229,7 @@ def test_unwritable_cache_is_output_error(pair: Pair, tmp_path: Path) -> None:
         SliceCache(tmp_path / "file" / "slices")(pair, MM_WHS, POLICY, HU)
 
 
+@pytest.mark.slow
 def test_command_caches_beside_the_run(cohort: Path, tmp_path: Path, command) -> None:
     """The command caches beside the run unless an option says otherwise."""
     tiny = [

@@ -256,6 +256,7 @@ def test_unwritable_export_is_exit_4(trained: Path, tmp_path: Path, command) -> 
     )
 
 
+@pytest.mark.slow
 def test_required_engine_without_builder_is_exit_3(
     trained: Path, model: Path, tmp_path: Path, command
 ) -> None:

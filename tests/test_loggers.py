@@ -43,6 +43,7 @@ def needs(package: str) -> None:
         pytest.skip(f"{package} is not installed (pip install {package})")
 
 
+@pytest.mark.slow
 def test_tensorboard_losses_and_metrics(cohort: Path, tmp_path: Path, command) -> None:
     needs("tensorboard")
     done = command(*arguments(cohort, tmp_path / "run", "--tensorboard"))
@@ -57,6 +58,7 @@ print([e.step for e in events.Scalars("losses.reconstruction")], "metrics.body.m
     assert read.stdout.strip() == "[2, 4] True", read.stderr
 
 
+@pytest.mark.slow
 def test_offline_wandb_stays_in_run(cohort: Path, tmp_path: Path, command) -> None:
     """Weights & Biases, offline, keeps everything in the run folder."""
     needs("wandb")

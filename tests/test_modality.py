@@ -47,6 +47,7 @@ def write_mr(folder: Path, patients: int) -> None:
             )
 
 
+@pytest.mark.slow
 def test_mr_cohort_trains_exports_synthesizes(tmp_path: Path, command) -> None:
     data, run, model, out = (tmp_path / name for name in ("data", "run", "model", "out"))
     data.mkdir()
@@ -192,6 +193,7 @@ def test_arbitrary_units_metrics_match_hu() -> None:
     assert as_greys["ssim"] == pytest.approx(as_hu["ssim"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_hu_table_without_hu_is_refused(tmp_path: Path, command) -> None:
     """The error states the reason."""
     for name in ("masks", "truth", "synthetic"):

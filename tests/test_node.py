@@ -41,6 +41,7 @@ from pydicom.uid import SecondaryCaptureImageStorage, SegmentationStorage, gener
 from samples import elsewhere, synth
 
 from runtime import OutputError
+from runtime.core.log import events_on_standard_error
 from runtime.service.events import Events, plain
 from runtime.service.study_spool import Spool
 
@@ -524,7 +525,11 @@ def test_full_disk_refuses_objects(tmp_path: Path) -> None:
 
 def test_unwritable_log_ends_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """A log that cannot be written does not end the node."""
-    with open("/dev/full", "w") as full, monkeypatch.context() as patched:
+    with (
+        open("/dev/full", "w") as full,
+        monkeypatch.context() as patched,
+        events_on_standard_error(),
+    ):
         patched.setattr(sys, "stderr", full)
         Events()("stored")
         patched.undo()

@@ -186,6 +186,7 @@ def test_grey_range_as_fraction() -> None:
     assert resolve({"TARGET_TRANS": "1/4095"}).intensity.high == 4095
 
 
+@pytest.mark.slow
 def test_original_run_greys_and_labels(run: Path) -> None:
     """The run is one in greys, on the labels of the original system."""
     data = json.loads((run / "run.json").read_text())
@@ -265,6 +266,7 @@ def test_config_keeps_two_structures(folder: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_original_intervals_are_followed(run: Path) -> None:
     """Scores every LOG_INTERVAL steps (10), pictures every VAL_INTERVAL (4), checkpoints every
     SAVE_MODEL_INTERVAL (2).
@@ -320,6 +322,7 @@ def test_skips_and_unconditional_discriminator_train(conditional: bool) -> None:
     assert all(torch.isfinite(value) for value in step(0, batch).values())
 
 
+@pytest.mark.slow
 def test_original_test_split_is_measured(run: Path, folder: Path, command) -> None:
     """`--test` measures the test split, not the validation split."""
     done = command("train/run.py", "--output", run, "--test", "--quiet")
@@ -338,6 +341,7 @@ def test_original_test_split_is_measured(run: Path, folder: Path, command) -> No
     assert (run / "figures" / "test.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_checkpoint_tested_into_other_folder(
     run: Path, folder: Path, tmp_path: Path, command
 ) -> None:
@@ -391,6 +395,7 @@ def test_test_without_patients_or_run(trained: Path, tmp_path: Path, command) ->
         assert done.returncode == 2 and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_training_from_loaded_checkpoint(run: Path, folder: Path, tmp_path: Path, command) -> None:
     line = [
         "train/run.py",

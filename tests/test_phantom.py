@@ -74,11 +74,13 @@ def body_area_mm2(image: NDArray[np.int16]) -> float:
 # Statistics of the cohort
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CHAMBERS)
 def test_chamber_enhancement_differs_between_patients(cohort: Cohort, name: str) -> None:
     assert 30 <= np.std(cohort.medians(name), ddof=1) <= 48
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "low", "high"), [("ao", 30, 50), ("pa", 30, 50), ("myo", 6, 15)])
 def test_vessel_wall_enhancement_differs_between_patients(
     cohort: Cohort, name: str, low: int, high: int
@@ -86,12 +88,14 @@ def test_vessel_wall_enhancement_differs_between_patients(
     assert low <= np.std(cohort.medians(name), ddof=1) <= high
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MEDIAN_HU)
 def test_mean_enhancement_of_phantoms(cohort: Cohort, name: str) -> None:
     low, high = MEDIAN_HU[name]
     assert low <= cohort.medians(name).mean() <= high
 
 
+@pytest.mark.slow
 def test_heart_body_sizes_differ_between_patients(cohort: Cohort) -> None:
     volume = np.array([(label == LABELS["lv"]).sum() * 0.027 for label in cohort.labels])  # ml
     area = np.array([body_area_mm2(image) for image in cohort.images])
@@ -125,6 +129,7 @@ def test_contrast_timing_separates_right_left_heart() -> None:
 # Topology and anatomy
 
 
+@pytest.mark.slow
 def test_phantom_labels_equal_mm_whs(cohort: Cohort) -> None:
     assert all(
         np.unique(label).tolist() == [0, 205, 420, 500, 550, 600, 820, 850]
@@ -132,6 +137,7 @@ def test_phantom_labels_equal_mm_whs(cohort: Cohort) -> None:
     )
 
 
+@pytest.mark.slow
 def test_phantom_structures_are_one_piece(cohort: Cohort) -> None:
     for label in cohort.labels:
         for value in LABELS.values():
@@ -140,6 +146,7 @@ def test_phantom_structures_are_one_piece(cohort: Cohort) -> None:
             assert sizes.max() >= 0.98 * sizes.sum()
 
 
+@pytest.mark.slow
 def test_left_ventricle_opens_at_valves_only(cohort: Cohort) -> None:
     for label in cohort.labels:
         faces: list[NDArray[np.uint16]] = []
@@ -158,6 +165,7 @@ def test_left_ventricle_opens_at_valves_only(cohort: Cohort) -> None:
         assert sum(share.get(value, 0) for value in (205, 420, 820)) >= 0.99
 
 
+@pytest.mark.slow
 def test_heart_position_within_chest(cohort: Cohort) -> None:
     for image, label in zip(cohort.images, cohort.labels, strict=True):
         at = {
@@ -177,6 +185,7 @@ def test_heart_position_within_chest(cohort: Cohort) -> None:
         )  # the liver
 
 
+@pytest.mark.slow
 def test_heart_visible_and_varies_between_slices(cohort: Cohort) -> None:
     """Most slices show the heart, and its place varies."""
     share = np.array([(label > 0).any((1, 2)).mean() for label in cohort.labels])
@@ -189,6 +198,7 @@ def test_heart_visible_and_varies_between_slices(cohort: Cohort) -> None:
     assert (np.std(centre, axis=0) > [1.5, 2, 3]).all() and (np.ptp(centre, axis=0) < 60).all()
 
 
+@pytest.mark.slow
 def test_phantom_tissue_values_around_heart(cohort: Cohort) -> None:
     lung, fat, bone = [], [], []
     for index, image in enumerate(cohort.images):
@@ -252,6 +262,7 @@ def test_noise_peaks_inside_large_patients() -> None:
     assert level(320)[64, 64] > 1.2 * average[64, 64]
 
 
+@pytest.mark.slow
 def test_phantom_noise_level_in_hu(cohort: Cohort) -> None:
     for index, (image, label) in enumerate(zip(cohort.images, cohort.labels, strict=True)):
         level = noise_level(image.astype(np.float32), (3.0, 3.0, 3.0), phantom.draw(0, index).noise)
@@ -265,6 +276,7 @@ def test_phantom_noise_level_in_hu(cohort: Cohort) -> None:
 # Reproducibility, sizes and files
 
 
+@pytest.mark.slow
 def test_phantom_depends_on_seed_index_size(cohort: Cohort, tmp_path: Path) -> None:
     """A patient depends on the seed, the index and the size only."""
     again = phantom.make_patient(0, 3)
@@ -292,6 +304,7 @@ def test_phantom_size_keeps_field_of_view() -> None:
         assert volumes[0] == pytest.approx(volumes[1], rel=0.12)
 
 
+@pytest.mark.slow
 def test_phantom_files_carry_geometry(cohort: Cohort) -> None:
     names = {f"ct_train_{1001 + k}_{kind}.nii.gz" for k in range(24) for kind in ("image", "label")}
     assert {path.name for path in cohort.folder.iterdir()} == names | {"cohort.json"}

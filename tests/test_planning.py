@@ -278,6 +278,7 @@ def test_several_processes_need_a_config(tmp_path: Path) -> None:
     assert f"--dataset-path {tmp_path} --init-config FILE" in caught.value.remedy
 
 
+@pytest.mark.slow
 def test_newcomer_trains_without_config(tmp_path: Path, command) -> None:
     """12 phantom patients in nnU-Net's layout with three labels: one command plans and trains."""
     source, data = tmp_path / "phantom", tmp_path / "Dataset007_Hearts"

@@ -255,6 +255,7 @@ def write_again(graph: LabelsToIntensity, trained: Path, folder: Path) -> tuple[
     return manifest, "\n".join(said)
 
 
+@pytest.mark.slow
 def test_int8_layers_failing_validation_stay_float(
     graph: LabelsToIntensity, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +278,7 @@ def test_int8_layers_failing_validation_stay_float(
     )
 
 
+@pytest.mark.slow
 def test_int8_file_failing_validation_is_omitted(
     graph: LabelsToIntensity, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,19 +5,21 @@ BatchNorm on each one's part.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from threading import Barrier
 
 import numpy as np
 import pytest
 import torch
 from test_training import TINY, arguments, wait_for
+from torch import Tensor, distributed, nn
 
 from runtime.core.errors import ConfigError
 from runtime.core.manifest import Intensity
@@ -26,37 +28,49 @@ from train.config import resolve
 from train.data.dataset import Batches, Slices
 from train.distributed import SINGLE_PROCESS, DistributedContext, check
 from train.loop import Training, open_cohort
+from train.step import Batch
+
+WORLD = 2
+Task = Callable[[DistributedContext], object]
 
 
-class Emulated(DistributedContext):
-    """A rank that is a thread of this process: what gloo does between processes is done here
-    with a list.
-    """
-
-    meeting: Barrier
-    slots: list[torch.Tensor]
-
-    def _reduce(self, tensor: torch.Tensor, what: str) -> None:
-        self.slots[self.rank] = tensor.clone()
-        self.meeting.wait()
-        every = torch.stack(self.slots)
-        tensor.copy_(every.sum(0) if what == "sum" else every.max(0).values)
-        self.meeting.wait()
-
-
-def emulated(world: int) -> list[Emulated]:
-    kind = type(
-        "Emulated",
-        (Emulated,),
-        {"meeting": Barrier(world, timeout=60), "slots": [torch.zeros(0)] * world},
+def join(file: str, numbers: multiprocessing.SimpleQueue[int]) -> None:
+    """Make this process a rank. The file, and not a port, is where the ranks meet."""
+    global rank
+    rank = DistributedContext(numbers.get(), WORLD)
+    if "lo" in [name for _, name in socket.if_nameindex()]:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank.rank, world_size=WORLD
     )
-    return [kind(rank, world) for rank in range(world)]
 
 
-def together(tasks) -> list:
-    """Each task in a thread of its own."""
-    with ThreadPoolExecutor(len(tasks)) as pool:
-        return [future.result() for future in [pool.submit(task) for task in tasks]]
+def at_rank(task: Task) -> tuple[int, object]:
+    """Run a task here. The ranks part when all have done theirs, so that each does one."""
+    try:
+        result = task(rank)
+    except (ConfigError, SystemExit) as exc:
+        result = exc
+    distributed.barrier()
+    return rank.rank, result
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[Task], list]]:
+    """Run one task at each of two ranks, which are processes; the results in their order."""
+    context = multiprocessing.get_context("spawn")
+    numbers = context.SimpleQueue()
+    for number in range(WORLD):
+        numbers.put(number)
+    file = tmp_path_factory.mktemp("ranks") / "meeting"
+    with ProcessPoolExecutor(WORLD, context, join, (str(file), numbers)) as pool:
+
+        def run(task: Task) -> list:
+            futures = [pool.submit(at_rank, task) for _ in range(WORLD)]
+            return [result for _, result in sorted(future.result(300) for future in futures)]
+
+        yield run
 
 
 def test_rank_batches_make_up_whole_batch() -> None:
@@ -77,56 +91,72 @@ def test_rank_batches_make_up_whole_batch() -> None:
             )
 
 
-def test_ranks_average_gradients_in_any_layout() -> None:
-    """Gradients are averaged in place, whatever their memory layout is."""
-    shapes = [(3,), (2, 3, 4, 4), ()]
-    values = [[torch.rand(shape) for shape in shapes] for _ in range(2)]
-    expected = [(a + b) / 2 for a, b in zip(*values, strict=True)]
-    for tensors in values:
-        tensors[1] = tensors[1].contiguous(memory_format=torch.channels_last)
-    tasks = [
-        lambda r=r, t=t: r.average([t[0], None, *t[1:]])
-        for r, t in zip(emulated(2), values, strict=True)
-    ]
-    together(tasks)
-    for tensors in values:
-        assert all(torch.allclose(a, b) for a, b in zip(tensors, expected, strict=True))
-        assert tensors[1].is_contiguous(memory_format=torch.channels_last)
-    alone = torch.ones(2)
-    SINGLE_PROCESS.average([alone, None])
-    assert alone.tolist() == [1, 1] and not SINGLE_PROCESS.any(False) and SINGLE_PROCESS.any(True)
+def gradients_of_a_batch(ranks: DistributedContext) -> list[Tensor]:
+    """The gradients after one backward pass over this rank's part of a batch of four."""
+    torch.manual_seed(0)
+    network, images = small_network(), torch.rand(4, 2, 6, 6)
+    part = images.chunk(ranks.world)[ranks.rank]
+    # It averages as long as it lives.
+    wrapped = ranks.data_parallel(network)
+    wrapped(part).square().mean().backward()
+    return [parameter.grad for parameter in network.parameters()]
 
 
-def test_one_rank_decides_for_all() -> None:
-    assert together([lambda r=r: r.any(r.rank == 1) for r in emulated(2)]) == [True, True]
-    assert together([lambda r=r: r.any(False) for r in emulated(2)]) == [False, False]
+def small_network() -> nn.Module:
+    network = nn.Sequential(nn.Conv2d(2, 3, 3), nn.PReLU())
+    return network.to(memory_format=torch.channels_last)
 
 
-def test_ranks_wait_for_rank_zero_exit() -> None:
+def test_ranks_average_gradients_in_any_layout(ranks) -> None:
+    """All ranks have the gradients of the whole batch, in the layout of the parameters."""
+    expected = gradients_of_a_batch(SINGLE_PROCESS)
+    for gradients in ranks(gradients_of_a_batch):
+        assert all(torch.allclose(a, b) for a, b in zip(gradients, expected, strict=True))
+        assert gradients[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def mean_of_ranks(ranks: DistributedContext) -> list[float]:
+    values = torch.tensor([1.0, 3.0 * ranks.rank])
+    ranks.average(values)
+    return values.tolist()
+
+
+def test_ranks_average_their_losses(ranks) -> None:
+    assert ranks(mean_of_ranks) == [[1.0, 1.5], [1.0, 1.5]]
+    assert mean_of_ranks(SINGLE_PROCESS) == [1.0, 0.0]
+
+
+def decisions(ranks: DistributedContext) -> tuple[bool, bool]:
+    return ranks.any(ranks.rank == 1), ranks.any(False)
+
+
+def test_one_rank_decides_for_all(ranks) -> None:
+    assert ranks(decisions) == [(True, False), (True, False)]
+    assert SINGLE_PROCESS.any(True) and not SINGLE_PROCESS.any(False)
+
+
+class Work:
+    """A task that rank 0 does first; each rank notes that it did it, and rank 0 may fail."""
+
+    def __init__(self, done: Path, *, fail: bool):
+        self.done, self.fail = done, fail
+
+    def __call__(self, ranks: DistributedContext) -> None:
+        with ranks.rank_zero_first():
+            with self.done.open("a") as file:
+                file.write(f"{ranks.rank}")
+            if self.fail:
+                raise ConfigError("no")
+
+
+def test_ranks_wait_for_rank_zero_exit(ranks, tmp_path: Path) -> None:
     """Other ranks wait for rank 0 and end with its exit code."""
-    done: list[int] = []
-
-    def work(ranks: DistributedContext, fail: bool) -> object:
-        try:
-            with ranks.rank_zero_first():
-                done.append(ranks.rank)
-                if fail:
-                    raise ConfigError("no")
-        except (ConfigError, SystemExit) as exc:
-            return exc
-        return None
-
-    assert together([lambda r=r: work(r, False) for r in emulated(2)]) == [None, None] and done == [
-        0,
-        1,
-    ]
-    first, other = together([lambda r=r: work(r, True) for r in emulated(2)])
-    assert (
-        isinstance(first, ConfigError)
-        and isinstance(other, SystemExit)
-        and other.code == 2
-        and done == [0, 1, 0]
-    )
+    assert ranks(Work(tmp_path / "both", fail=False)) == [None, None]
+    assert (tmp_path / "both").read_text() == "01"
+    first, other = ranks(Work(tmp_path / "first", fail=True))
+    assert isinstance(first, ConfigError)
+    assert isinstance(other, SystemExit) and other.code == 2
+    assert (tmp_path / "first").read_text() == "0"
 
 
 def test_indivisible_batch_for_ranks_is_refused() -> None:
@@ -173,6 +203,54 @@ def port() -> int:
 AUGMENTED = ("augment.rotation=5", "augment.zoom=0.05", "training.threads=1")
 
 
+def in_halves(network: nn.Module) -> Callable[..., Sequence]:
+    """Call a network once for each rank's half of a batch, and join what it returns.
+
+    Its batch norms see one half at a time. As on rank 0, only the first half moves their
+    running statistics.
+    """
+    norms = [layer for layer in network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    momentum = [layer.momentum for layer in norms]
+
+    def call(*arguments: Tensor | None) -> Sequence:
+        halves = zip(*([t, t] if t is None else t.chunk(WORLD) for t in arguments), strict=True)
+        results = []
+        for number, half in enumerate(halves):
+            for layer, value in zip(norms, momentum, strict=True):
+                layer.momentum = 0.0 if number else value
+            results.append(network(*half))
+        for layer, value in zip(norms, momentum, strict=True):
+            layer.momentum = value
+        return joined(results)
+
+    return call
+
+
+def joined(parts: list) -> Sequence | Tensor:
+    """Tensors, or nested sequences of them, joined along the batch."""
+    if isinstance(parts[0], Tensor):
+        return torch.cat(parts)
+    return [joined(list(items)) for items in zip(*parts, strict=True)]
+
+
+class BothRanks(Training):
+    """A training in one process that does the work of two ranks."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        step = self.step
+        step._generate = in_halves(step.generator)
+        step._discriminate = step._discriminate_frozen = in_halves(step.discriminator)
+
+    def network(self):
+        """As on rank 0, whose part of the batches measures the batch statistics."""
+        count = self.config.training.recalibrate
+        batches = (self.batch(n) for n in range(count))
+        return self.step.recalibrated(
+            Batch(*(None if t is None else t.chunk(WORLD)[0] for t in batch)) for batch in batches
+        )
+
+
 @pytest.mark.slow
 def test_two_ranks_equal_one_process(
     config: Path, cohort: Path, root: Path, tmp_path: Path, port: int
@@ -188,15 +266,15 @@ def test_two_ranks_equal_one_process(
         {"name": "tiny"}, [*TINY, *AUGMENTED, "training.steps=10"], dataset_path=str(cohort)
     )
     opened = open_cohort(resolved, one)
-    together(
-        [Training(resolved, one, opened, quiet=True, ranks=ranks).run for ranks in emulated(2)]
-    )
+    BothRanks(resolved, one, opened, quiet=True).run()
     theirs, ours = metrics(two), metrics(one)
     assert (
         [row["step"] for row in theirs] == [row["step"] for row in ours] == [2, 4, 5, 6, 8, 10]
     )  # 5: a checkpoint
     for a, b in zip(theirs, ours, strict=True):
-        assert a["losses"] == pytest.approx(b["losses"], rel=1e-3, abs=1e-5)
+        # The two sum in another order, and every step of Adam makes more of the last bit.
+        rel = 1e-3 if a["step"] <= 8 else 1e-2
+        assert a["losses"] == pytest.approx(b["losses"], rel=rel, abs=1e-5)
     assert theirs[-1]["metrics"]["body"] == pytest.approx(ours[-1]["metrics"]["body"], rel=1e-2)
     a, b = (checkpoint.load(run / "checkpoints" / "step-00000010")[1] for run in (two, one))
     assert a.keys() == b.keys()

@@ -547,6 +547,7 @@ def test_rtstruct_doubly_enclosed_areas_are_reported() -> None:
         assert area([twice]).overlaid == 1 and area([twice, box(2, 6, 2, 6)]).overlaid == 1
 
 
+@pytest.mark.slow
 def test_rtstruct_too_many_overlaps_are_refused() -> None:
     with pytest.raises(UnreadableVolume, match="contours overlap more than"):
         area([ellipse(35, 30, 20, 10 + n / 50)[::20] for n in range(300)])

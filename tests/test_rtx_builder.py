@@ -96,6 +96,7 @@ def built(onnx_file: Path, manifest: Manifest, trt: Any) -> Built:
     return build(onnx_file, shapes_of(manifest, 4), BuildOptions(), target=FOR_RTX, trt=trt)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
 def test_real_builder_takes_every_architecture(kind: str, trt: Any, tmp_path: Path) -> None:
     """FP32 and FP16 are built, and every convolution that NVIDIA's parser saw has that type."""
@@ -108,6 +109,7 @@ def test_real_builder_takes_every_architecture(kind: str, trt: Any, tmp_path: Pa
         assert engine.plan
 
 
+@pytest.mark.slow
 def test_real_builder_takes_exported_files(model: Path, trt: Any) -> None:
     """Each graph of a model folder, as its manifest lists them: a new one joins by itself."""
     manifest = Manifest.load(model)
@@ -128,6 +130,7 @@ sys.exit(main())
 """
 
 
+@pytest.mark.slow
 def test_polygraphy_finds_graph_supported(
     exported: tuple[Manifest, Path], trt: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -143,6 +146,7 @@ def test_polygraphy_finds_graph_supported(
     )
 
 
+@pytest.mark.slow
 def test_rtx_engine_is_listed_unvalidated(
     exported: tuple[Manifest, Path], trt: Any, tmp_path: Path, root: Path
 ) -> None:
@@ -180,6 +184,7 @@ def test_rtx_engine_is_listed_unvalidated(
         assert caught.value.exit_code == 3
 
 
+@pytest.mark.slow
 def test_real_builder_takes_symmetric_int8(
     exported: tuple[Manifest, Path], trt: Any, tmp_path: Path
 ) -> None:
@@ -206,6 +211,7 @@ def test_real_builder_takes_symmetric_int8(
     assert np.abs(values[0] - values[1]).mean() < 1 and len(np.unique(values[0])) > 16
 
 
+@pytest.mark.slow
 def test_real_builder_refuses_wrong_shapes(exported: tuple[Manifest, Path], trt: Any) -> None:
     """Other inputs, and shapes that contradict each other, are refused by name."""
     manifest, folder = exported
@@ -323,6 +329,7 @@ def written(steps: Steps, path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_parser_answer_is_pinned(name: str, trt: Any, tmp_path: Path) -> None:
     """What TensorRT's parser takes and refuses, so that a graph it would refuse never lands."""
@@ -350,6 +357,7 @@ print(runtime.get_engine_validity(plan)[0].name, runtime.deserialize_cuda_engine
 """
 
 
+@pytest.mark.slow
 def test_rtx_runtime_without_driver_survives(
     exported: tuple[Manifest, Path], trt: Any, tmp_path: Path
 ) -> None:
@@ -365,6 +373,7 @@ def test_rtx_runtime_without_driver_survives(
     assert done.stdout.splitlines()[-1] == "INVALID None"  # after what TensorRT itself prints
 
 
+@pytest.mark.slow
 def test_rtx_build_stops_on_ctrl_c(exported: tuple[Manifest, Path], trt: Any) -> None:
     """A build that is interrupted ends without an engine and without an exception in TensorRT."""
     manifest, folder = exported

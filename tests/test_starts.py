@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
+import pytest
 from dicom_masks import segmentation, slices
 from nodes import Serving, push, until, write_study
 from samples import is_tidy, listed, write_mask
@@ -96,6 +97,7 @@ def test_watch_poison_mask_ends_in_failed(fake_model: Path, tmp_path: Path, comm
     assert command("-m", "runtime", *line).returncode == 0 and (out / "1_ct.nii.gz").is_file()
 
 
+@pytest.mark.slow
 def test_node_poison_study_ends_in_failed(fake_model: Path, tmp_path: Path) -> None:
     """A study that kills the node ends in failed/ after the others are synthesized."""
     spool = tmp_path / "spool"

@@ -24,6 +24,7 @@ from nodes import QUIETLY, Serving, associate, until
 from pydicom.uid import SegmentationStorage
 from test_node import VERIFICATION, certificates
 
+from runtime.core.log import events_on_standard_error
 from runtime.service.connections import PendingConnections
 from runtime.service.dicom_receiver import StoreSCP
 from runtime.service.dicom_server import Limits
@@ -216,6 +217,7 @@ def test_bad_requests_are_answered_and_ended(
             )
 
 
+@pytest.mark.slow
 def test_damaged_requests_leave_nothing_behind(tmp_path: Path) -> None:
     """Three hundred, with bytes changed or missing, of peers who hang up or wait: no thread,
     descriptor or place is lost.
@@ -293,6 +295,7 @@ def test_endless_object_ends_its_association(tmp_path: Path) -> None:
         assert echo(node.port) == 0
 
 
+@pytest.mark.slow
 def test_unread_answers_end_the_association(tmp_path: Path) -> None:
     """Requests that come faster than they are answered would fill the memory."""
     with acceptor(tmp_path, associations=1) as node, connect(node.port, request()) as flood:
@@ -450,7 +453,7 @@ def test_node_survives_descriptor_shortage(fake_model: Path, tmp_path: Path) -> 
 def test_strangers_words_are_printed_harmlessly(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with acceptor(tmp_path) as node:
+    with events_on_standard_error(), acceptor(tmp_path) as node:
         for title in (b"EV\x1b[31m\nIL", b"\xe2\x80\xae\x9b31m", b"A\r\x07\x08B"):
             with connect(node.port, request(calling=title)) as stranger:
                 assert answer(stranger)[0] in (ABORTED, REJECTED)

@@ -263,6 +263,7 @@ def test_resume_without_run_is_an_error(tmp_path: Path, command) -> None:
     assert command("train/run.py", "--resume").returncode == 2
 
 
+@pytest.mark.slow
 def test_torn_checkpoint_resumes_to_same_bits(
     config: Path, cohort: Path, tmp_path: Path, command
 ) -> None:

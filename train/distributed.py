@@ -1,19 +1,20 @@
 """The processes that train one network together: `torchrun --nproc-per-node 2 train/run.py ...`.
 
-The training is data parallel: every rank has both networks and a part of each batch, and gradients
-are averaged before every step of an optimiser. A process that torchrun did not start is the only
-rank, and this module then costs nothing
-(docs/decisions/0008-ranks-average-gradients-themselves.md): it does not even import torch.
+The training is data parallel: every rank has both networks and a part of each batch, and torch's
+`DistributedDataParallel` averages the gradients during each backward pass
+(docs/decisions/0043-gradients-are-averaged-by-ddp.md). A process that torchrun did not start is the
+only rank, and this module then costs nothing: it does not even import torch.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from runtime.core.errors import UsageError
 
@@ -21,7 +22,7 @@ from .config import RunConfig
 from .typed import wrong
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 # The other ranks wait while rank 0 simulates a phantom, fills the cache or validates.
 PATIENCE = timedelta(hours=12)
@@ -77,25 +78,40 @@ class DistributedContext:
                 raise SystemExit(code)
             yield
 
-    def average(self, tensors: Iterable[Tensor | None]) -> None:
-        """Replace each tensor by its mean over the ranks.
+    def data_parallel(self, network: nn.Module) -> nn.Module:
+        """Let a network average its gradients over the ranks in each backward pass.
 
-        All ranks call this with the same shapes.
+        All ranks call this, in the same order. Every parameter must take part in the loss: DDP
+        waits for all of them.
 
         Args:
-            tensors: The tensors, changed in place; None is left out.
-        """
-        present = [t for t in tensors if t is not None]
-        if self.world == 1 or not present:
-            return
-        import torch
+            network: The network, on its device; it has the same weights on every rank.
 
-        # One message instead of hundreds.
-        flat = torch.cat([t.reshape(-1) for t in present])
-        self._reduce(flat, "sum")
-        flat /= self.world
-        for t, mean in zip(present, flat.split([t.numel() for t in present]), strict=True):
-            t.copy_(mean.view_as(t))
+        Returns:
+            A network with the same arguments and results; `network` itself for a single rank.
+        """
+        if self.world == 1:
+            return network
+        from torch.nn.parallel import DistributedDataParallel
+
+        with warnings.catch_warnings():
+            # torch 2.13 gives this option another name, which 2.11 does not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            # Batch norms keep the statistics of their own rank's part of the batch.
+            return DistributedDataParallel(network, broadcast_buffers=False)
+
+    def average(self, tensor: Tensor) -> None:
+        """Replace a tensor by its mean over the ranks. All ranks call this with the same shape.
+
+        Args:
+            tensor: Floats, changed in place.
+        """
+        if self.world == 1:
+            return
+        from torch import distributed
+
+        distributed.all_reduce(tensor)
+        tensor /= self.world
 
     def any(self, value: bool) -> bool:
         """Say whether `value` holds on any rank. All ranks call this.
@@ -113,18 +129,11 @@ class DistributedContext:
         if self.world == 1:
             return value
         import torch
-
-        highest = torch.tensor(value)
-        self._reduce(highest, "highest")
-        return int(highest)
-
-    def _reduce(self, tensor: Tensor, what: Literal["sum", "highest"]) -> None:
-        """Replace `tensor` on every rank by the sum or the highest of all."""
         from torch import distributed
 
-        distributed.all_reduce(
-            tensor, distributed.ReduceOp.SUM if what == "sum" else distributed.ReduceOp.MAX
-        )
+        highest = torch.tensor(value)
+        distributed.all_reduce(highest, distributed.ReduceOp.MAX)
+        return int(highest)
 
 
 SINGLE_PROCESS = DistributedContext()

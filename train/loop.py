@@ -381,7 +381,7 @@ class Training:
     def _report(self, *, validate: bool) -> None:
         """Append the mean losses since the last report, and metrics if due, to metrics.jsonl."""
         sums = torch.stack([*self._sums.values()])
-        self.ranks.average([sums])
+        self.ranks.average(sums)
         values = sums.tolist()
         losses = {
             name: value / (self.done - self._since)

@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -131,10 +132,23 @@ class Step:
         self._adam_d = torch.optim.Adam(
             self.discriminator.parameters(), config.optimizer.lr_d, betas, fused=True
         )
-        self._generate, self._discriminate = (
-            as_configured(f, config, self.device)
-            for f in (self.generator.generate, self.discriminator)
-        )
+
+    @cached_property
+    def _generate(self) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The generator as trained. Made at the first step, where all ranks meet."""
+        network = self._ranks.data_parallel(self.generator)
+        return as_configured(network, self._config, self.device)
+
+    @cached_property
+    def _discriminate(self) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+        """The discriminator as trained. Made at the first step, where all ranks meet."""
+        network = self._ranks.data_parallel(self.discriminator)
+        return as_configured(network, self._config, self.device)
+
+    @cached_property
+    def _discriminate_frozen(self) -> Callable[..., tuple[Tensor, list[Tensor]]]:
+        """The discriminator in the generator's turn: no gradient of its own to average."""
+        return as_configured(self.discriminator, self._config, self.device)
 
     def __call__(self, step: int, batch: Batch) -> dict[str, Tensor]:
         """Advance by one step.
@@ -164,7 +178,7 @@ class Step:
         )
         d_losses = discriminator_losses(score_real, score_fake, loss.gan)
         d_loss = weighted_sum(d_losses, dict.fromkeys(d_losses, 1.0))
-        _backward_and_step(self._adam_d, self._ranks, d_loss)
+        _backward_and_step(self._adam_d, d_loss)
 
         self.discriminator.requires_grad_(False)
         # The discriminator sees the texture but does not train it: noise without any other
@@ -175,18 +189,18 @@ class Step:
             # The mask is what experts labelled; context classes are not.
             weight = centre_weight(torch.where(batch.labels < self._labels, batch.labels, 0))
             weight = weight.to(self.device)
-        score, features = self._discriminate(condition, discriminator_input)
+        score, features = self._discriminate_frozen(condition, discriminator_input)
         g_losses = generator_losses(
             score.float(), fake_smooth, fake, real, gan=loss.gan, weight=weight
         )
         if loss.features:
             with torch.no_grad():
-                real_features = self._discriminate(condition, real)[1]
+                real_features = self._discriminate_frozen(condition, real)[1]
             g_losses[FEATURES] = feature_matching(
                 [f.float() for f in features], [f.float() for f in real_features]
             )
         g_loss = weighted_sum(g_losses, self._loss_weights)
-        _backward_and_step(self._adam_g, self._ranks, g_loss)
+        _backward_and_step(self._adam_g, g_loss)
 
         decay = average_decay(step, self._config.training.ema_decay)
         update_average(self.ema_generator, self.generator, decay)
@@ -374,9 +388,8 @@ def _set_rate(adam: torch.optim.Adam, rate: float) -> None:
         group["lr"] = rate
 
 
-def _backward_and_step(adam: torch.optim.Adam, ranks: DistributedContext, loss: Tensor) -> None:
-    """Compute the gradients of `loss`, average them over the ranks, and let `adam` step."""
+def _backward_and_step(adam: torch.optim.Adam, loss: Tensor) -> None:
+    """Compute the gradients of `loss`, averaged over the ranks, and let `adam` step."""
     adam.zero_grad(set_to_none=True)
     loss.backward()
-    ranks.average(parameter.grad for group in adam.param_groups for parameter in group["params"])
     adam.step()

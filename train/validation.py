@@ -359,7 +359,7 @@ def generate(
             None if style is None else torch.from_numpy(style).to(device).expand(len(condition), -1)
         )
         with torch.no_grad():
-            image = net(
+            _, image = net(
                 condition.contiguous(memory_format=torch.channels_last),
                 standardise_noise(bytes_) if net.noisy else None,
                 vector,

@@ -118,7 +118,7 @@ class PlainLoop:
         """
         one_hot = functional.one_hot(batch.labels.long(), self._classes)  # (N, Z, H, W, classes)
         condition = one_hot.permute(0, 1, 4, 2, 3).flatten(1, 2).float().contiguous()
-        fake_smooth, fake = self.generator.generate(
+        fake_smooth, fake = self.generator(
             condition, standardise_noise(batch.noise) if self.generator.noisy else None
         )
 

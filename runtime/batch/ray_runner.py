@@ -17,35 +17,28 @@ import socket
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..core.atomic_files import key_of
 from ..core.errors import (
     InputError,
     Mask2CTError,
-    MissingComponent,
     UsageError,
     importing,
-    printable,
 )
 from ..core.labels import names_of
-from ..core.manifest import Manifest
-from ..core.version import VERSION
 from ..engines.registry import may_use_gpu
 from ..io.case_finding import find_cases
 from ..io.cases import Case
 from ..io.writers.registry import result_name
-from ..synthesizer import VolumeSynthesizer
-from .completion_log import JOURNAL, CompletionIndex, Entry, Journal
+from .completion_log import CompletionIndex, Entry, Journal
 from .plan import Plan
-from .runner import BatchRunner, CaseResult
+from .ray_worker import RayWorker, WorkerModel, last_line, open_on_worker
+from .runner import CaseResult
 
 if TYPE_CHECKING:
     from ..io.cases import ReadOptions
-
-    CaseWithEntries = tuple[Case, dict[str, Entry]]
+    from .ray_worker import CaseWithEntries
 
 # Cases that are dispatched together. A worker overlaps reading, inference and writing within such a
 # group, and reports when all of its cases are done.
@@ -57,58 +50,6 @@ TRIES = 2
 OBJECT_STORE = 100 << 20
 CONNECT_WITHIN = 10.0  # seconds
 LOCAL = "local"
-
-
-@dataclass(frozen=True)
-class WorkerModel:
-    """What a worker opened.
-
-    Attributes:
-        version: of mask2ct.
-        manifest: of the model.
-        engine: what runs, exactly.
-        file: the model file that runs.
-        backend: the engine and why it was chosen, for people.
-        manifest_sha256: SHA-256 of the manifest's file.
-    """
-
-    version: str
-    manifest: Manifest
-    engine: str
-    file: str
-    backend: str
-    manifest_sha256: str
-
-    @classmethod
-    def of(cls, synthesizer: VolumeSynthesizer) -> WorkerModel:
-        """Describe an open synthesizer.
-
-        Args:
-            synthesizer: opened by a worker.
-
-        Returns:
-            The description, plain data.
-        """
-        return cls(
-            VERSION,
-            synthesizer.manifest,
-            synthesizer.engine,
-            synthesizer.file,
-            synthesizer.backend,
-            synthesizer.manifest_sha256,
-        )
-
-    @property
-    def key(self) -> str:
-        """SHA-256 of all that decides the bytes of a result: the same on every worker."""
-        return key_of(
-            {
-                "version": self.version,
-                "model": self.manifest.to_json(),
-                "engine": self.engine,
-                "file": self.file,
-            }
-        )
 
 
 class RaySynthesizer:
@@ -224,7 +165,7 @@ class RaySynthesizer:
             share, engine = {"num_cpus": cpus, "num_gpus": gpus}, {**engine, "workers": cpus}
             # a link may lead elsewhere by the time that a worker opens the folder
             model = Path(model).resolve()
-            worker_model = _open_on_worker(ray, share, model, engine)
+            worker_model = open_on_worker(ray, share, model, engine)
         except BaseException:
             if owns_ray:
                 ray.shutdown()
@@ -361,7 +302,7 @@ class RaySynthesizer:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             results = cases.map_batches(
-                _Worker,
+                RayWorker,
                 batch_size=None,
                 batch_format="numpy",
                 compute=pool,
@@ -378,7 +319,7 @@ class RaySynthesizer:
                 yield value
         except ray.exceptions.RayError as exc:
             raise Mask2CTError(
-                f"the Ray cluster was lost: {_last_line(exc)}",
+                f"the Ray cluster was lost: {last_line(exc)}",
                 expected="a cluster that runs until the last mask",
                 remedy="run the same command again with --resume",
             ) from exc
@@ -394,71 +335,6 @@ class RaySynthesizer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _Worker:
-    """An open synthesizer in a process of its own.
-
-    Errors cross as values, because Ray would end the run on an exception.
-    """
-
-    def __init__(
-        self,
-        model: Path,
-        engine: Mapping[str, Any],
-        expected_key: str,
-        working_folder: Path | None,
-        plan: Plan,
-    ):
-        self._model_folder, self._engine_options = model, engine
-        self._expected_key = expected_key
-        self._working_folder = working_folder
-        self._plan = plan
-        self._synthesizer: VolumeSynthesizer | None = None
-
-    def __call__(self, rows: Mapping[str, Any]) -> dict[str, list[bytes]]:
-        cases = [pickle.loads(row) for row in rows["case"]]
-        return {"result": [pickle.dumps(value) for value in self._run(cases)]}
-
-    def _run(
-        self, rows: Sequence[CaseWithEntries]
-    ) -> Iterator[tuple[CaseResult, Entry | None] | Exception]:
-        """Carry out the plan for some cases; an exception is the last value."""
-        try:
-            entries = {name: entry for _, of_case in rows for name, entry in of_case.items()}
-            index = CompletionIndex(self._plan.output, entries)
-            runner = BatchRunner(self._open(), self._plan, index)
-            for result in runner.results([case for case, _ in rows]):
-                is_new = result.error is None and not result.skipped
-                name = result_name(result.case, result.variant)
-                yield result, index.entries[name] if is_new else None
-        except Exception as exc:
-            yield exc
-
-    def _open(self) -> VolumeSynthesizer:
-        """Return the synthesizer, opened at the first call, as the first worker opened it."""
-        if self._synthesizer is None:
-            if self._working_folder is not None:
-                os.chdir(self._working_folder)
-            if not (self._plan.output / JOURNAL).exists():
-                raise UsageError(
-                    "a worker does not see the output folder's journal",
-                    expected="a file system that all machines share",
-                    remedy="choose a shared --output",
-                    file=self._plan.output,
-                )
-            synthesizer = VolumeSynthesizer.open(self._model_folder, **self._engine_options)
-            if WorkerModel.of(synthesizer).key != self._expected_key:
-                raise UsageError(
-                    "a worker opened another model, mask2ct or engine than the first one:"
-                    f" {synthesizer.backend}, mask2ct {VERSION}",
-                    expected="the same on every machine, or the bytes would differ",
-                    remedy=(
-                        "name the engine with --backend, and install the same versions everywhere"
-                    ),
-                )
-            self._synthesizer = synthesizer
-        return self._synthesizer
 
 
 def _ray() -> Any:
@@ -500,7 +376,7 @@ def _join(ray: Any, address: str) -> None:
                 signal.signal(signal.SIGTERM, handler)
         except (OSError, RuntimeError, ValueError) as exc:
             raise UsageError(
-                f"no Ray answers at {address}: {_last_line(exc)}",
+                f"no Ray answers at {address}: {last_line(exc)}",
                 expected="auto on a machine of the cluster, or HOST:PORT of its head",
                 remedy=(
                     "start one with `ray start --head`, or leave the address out for this machine"
@@ -511,37 +387,6 @@ def _join(ray: Any, address: str) -> None:
     # a worker that died for good loses its cases, and does not end the run
     context.max_errored_blocks = -1
     context.enable_progress_bars = context.print_on_execution_start = False
-
-
-def _open_on_worker(
-    ray: Any, share: Mapping[str, float], model: Path, engine: Mapping[str, Any]
-) -> WorkerModel:
-    """Let one worker open the model, and return what it opened.
-
-    Raises:
-        MissingComponent: if a worker cannot run mask2ct.
-        Mask2CTError: the worker's own error.
-    """
-
-    def try_to_open(folder: Path) -> WorkerModel | Mask2CTError:
-        try:
-            with VolumeSynthesizer.open(folder / model, **engine) as synthesizer:
-                return WorkerModel.of(synthesizer)
-        except Mask2CTError as exc:
-            return exc
-
-    task = ray.remote(max_retries=0, **share)(try_to_open)
-    try:
-        outcome: WorkerModel | Mask2CTError = ray.get(task.remote(Path.cwd()))
-    except ray.exceptions.RayError as exc:
-        raise MissingComponent(
-            f"a worker cannot run mask2ct: {_last_line(exc)}",
-            expected=f"mask2ct {VERSION} on every machine of the cluster",
-            remedy='pip install "mask2ct[ray,onnx]" there, of the same version',
-        ) from exc
-    if isinstance(outcome, Mask2CTError):
-        raise outcome
-    return outcome
 
 
 def _entries_of(journal: CompletionIndex, case: str, plan: Plan) -> dict[str, Entry]:
@@ -556,9 +401,3 @@ def _working_folder(model: Path, rows: Sequence[CaseWithEntries], plan: Plan) ->
     for case, _ in rows:
         paths += [*case.files, *case.grid, case.options.like or model]
     return None if all(path.is_absolute() for path in paths) else Path.cwd()
-
-
-def _last_line(error: BaseException) -> str:
-    """Return the last line of an error's text, or its name, safe to print."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return printable(Path(lines[-1][:300]))

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,48 +27,13 @@ from ..io.writers.registry import OutputRecord, result_name
 from .completion_log import CompletionIndex, Entry
 from .plan import Plan
 from .progress import ProgressEvent, Stage
+from .result import CaseResult as CaseResult
+from .result import log_result
 
 FileState = tuple[int, int, int, int, int, float]
 YOUNG = 2.0  # s: some file systems state times in steps of that length
 # bytes; while a larger mask is synthesized the next one is not read, so that memory holds one alone
 LARGE_MASK = 96 << 20
-
-
-@dataclass(frozen=True)
-class CaseResult:
-    """The outcome for one mask in one variant.
-
-    Attributes:
-        case: the name of the mask's case.
-        mask: the path of the mask. For a DICOM source the name of the case, because its path may
-            name a patient.
-        variant: None when no variants were asked for.
-        files: paths of the result.
-        slices: number of axial slices.
-        seconds: working time of each stage, without waiting; stages overlap.
-        warnings: what a person should be told.
-        error: why there is no result; None when there is one.
-        input: SHA-256 of each file that was read, by file name.
-        sha256: SHA-256 of each file that was written, by its path in the output folder.
-        skipped: whether the journal proved the result complete, so that it was not made again.
-        mask_sha256: SHA-256 of all that the mask was read from, as the journal has it.
-        image_sha256: the same of the real CT that is deformed with the mask, or that gives a
-            synthetic CT its layout; empty without one.
-    """
-
-    case: str
-    mask: Path
-    variant: int | None
-    files: tuple[Path, ...] = ()
-    slices: int = 0
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    warnings: tuple[str, ...] = ()
-    error: InputError | None = None
-    input: Mapping[str, str] = field(default_factory=dict)
-    sha256: Mapping[str, str] = field(default_factory=dict)
-    skipped: bool = False
-    mask_sha256: str = ""
-    image_sha256: str = ""
 
 
 def synthesize(
@@ -212,6 +177,7 @@ class BatchRunner:
                 if result.error is not None:
                     stage = "failed"
                 self._tell(stage, result, result.slices, result.slices)
+                log_result(result)
                 yield result
 
     def _tell(self, stage: Stage, result: CaseResult, slices: int, total: int) -> None:

@@ -18,6 +18,7 @@ from ..batch.runner import CaseResult
 from ..core.atomic_files import open_input
 from ..core.console import epilog
 from ..core.errors import UsageError, reading
+from ..core.log import events_on_standard_error
 from ..core.stopping import ends_when_told
 from ..engines.memory import parse_bytes
 from ..io.cases import Case
@@ -173,6 +174,7 @@ def _add_sending(group: argparse._ArgumentGroup) -> None:
     )
 
 
+@events_on_standard_error()
 def _serve(options: argparse.Namespace) -> int:
     limits, tls = _check(options), _tls(options)
     # A missing package ends the command before the model is opened.

@@ -1,25 +1,24 @@
-"""Report the node's events: a log line on standard error for each, and a Prometheus counter.
+"""Report the node's events: a log record for each, and a Prometheus counter.
 
-No line has an attribute of a patient or a UID of a source: studies and masks have pseudonyms, which
-are digests.
+No record has an attribute of a patient or a UID of a source: studies and masks have pseudonyms,
+which are digests.
 """
 
 from __future__ import annotations
 
-import sys
-import threading
-from contextlib import suppress
 from typing import Any
 
 from ..core.errors import importing
-from ..core.logfmt import log_line, one_line
+from ..core.log import logger
+from ..core.logfmt import one_line
 from .metrics import Metrics
 
 plain = one_line
+_logger = logger(__name__)
 
 
 class Events:
-    """Writes and counts events: `events("stored", study=…)`. Safe to use from several threads.
+    """Logs and counts events: `events("stored", study=…)`. Safe to use from several threads.
 
     Attributes:
         registry: The `prometheus_client.CollectorRegistry` of this node.
@@ -45,27 +44,24 @@ class Events:
             registry=self.registry,
         )
         self.metrics = Metrics(self.registry)
-        self._lock = threading.Lock()
 
     def __call__(self, event: str, *, peer: str = "", **facts: object) -> None:
-        """Write and count an event.
+        """Log and count an event.
 
         Args:
             event: Its kind, a label of the counter.
             peer: A destination or an allowed AE title, a label of the counter. Nothing else: there
                 must be few values.
-            facts: What the line says besides.
+            facts: What the record says besides.
         """
         self._count.labels(event, peer).inc()
         self.say(event, **({"peer": peer} if peer else {}), **facts)
 
     def say(self, event: str, **facts: object) -> None:
-        """Write the line alone. If that fails, for a full disk, the work goes on without it.
+        """Log an event without counting it.
 
         Args:
             event: Its kind.
-            facts: What the line says besides.
+            facts: What the record says besides; it has them as its attribute `facts`.
         """
-        line = log_line(event, facts)
-        with self._lock, suppress(OSError):
-            print(line, file=sys.stderr, flush=True)
+        _logger.info("%s", event, extra={"facts": facts})

@@ -285,21 +285,6 @@ class Generator(nn.Module):
 
     def forward(
         self, condition: Tensor, noise: Tensor | None = None, style: Tensor | None = None
-    ) -> Tensor:
-        """Synthesize images.
-
-        Args:
-            condition: One-hot labels, float (N, channels, H, W).
-            noise: Standardised noise (N, 1, H, W); None: no texture.
-            style: (N, S); None: the style 0.
-
-        Returns:
-            Float (N, 1, H, W) in [0, 1].
-        """
-        return self.generate(condition, noise, style)[1]
-
-    def generate(
-        self, condition: Tensor, noise: Tensor | None = None, style: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Synthesize images without and with texture.
 
@@ -307,12 +292,13 @@ class Generator(nn.Module):
         sigmoid in FP16 has steps of 1 HU.
 
         Args:
-            condition: As in `forward`.
-            noise: As in `forward`.
-            style: As in `forward`.
+            condition: One-hot labels, float (N, channels, H, W).
+            noise: Standardised noise (N, 1, H, W); None: no texture.
+            style: (N, S); None: the style 0.
 
         Returns:
-            The images without texture and those with it; the same tensor without noise.
+            The images without texture and those with it, float (N, 1, H, W) in [0, 1]; the same
+            tensor without noise.
         """
         contrast = self._contrast(condition, style)
         if self.mean_skip is not None and contrast is not None:
