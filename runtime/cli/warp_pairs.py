@@ -11,7 +11,7 @@ from .synth import add_run, run_synth
 from .warp import MODEL_OPTIONS, VARIANTS, add_jitter
 
 # Options of `synth` that only a model needs, at their defaults.
-_OTHERS = {**MODEL_OPTIONS, "context": None, "intensity": ()}
+_OTHERS = {**MODEL_OPTIONS, "context": None, "intensity": (), "layout": "auto"}
 
 
 def add(commands: Any) -> None:
