@@ -3,8 +3,8 @@
     make demo
     python tools/demo_model.py runs/demo
 
-writes runtime/demo/: the model's INT8 graph alone with its manifest and card, and masks of phantom
-patients that it has not seen. docs/how-to/first-picture.md states their digests.
+writes runtime/demo/: the model's INT8 graph alone with its layouts, manifest and card, and masks of
+phantom patients that it has not seen. docs/how-to/first-picture.md states their digests.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from export.model_card import CARD, model_card
 from runtime.core.atomic_files import atomic_folder, write_json, write_text
 from runtime.core.console import run
 from runtime.core.errors import UsageError
+from runtime.core.layout_model import LAYOUT_KIND
 from runtime.core.manifest import MANIFEST, Manifest
 
 TARGET = ROOT / "runtime" / "demo"
@@ -54,19 +55,22 @@ def main(argv: Sequence[str]) -> int:
             expected="a demo whose INT8 graph was validated",
             remedy="run make demo once more",
         )
+    # A model with a context draws what lies around a mask from its layouts.
+    names = [FILE, *(n for n, file in manifest.files.items() if file.kind == LAYOUT_KIND)]
     packaged = Manifest(
         **{
             **vars(manifest),
             "name": "demo",
             "license": LICENSE,
-            "files": {FILE: manifest.files[FILE]},
+            "files": {name: manifest.files[name] for name in names},
             "parity": {FILE: manifest.parity[FILE]},
         }
     )
     with atomic_folder(TARGET) as part:
         (part / "model").mkdir()
         (part / "masks").mkdir()
-        shutil.copyfile(options.demo / "model" / FILE, part / "model" / FILE)
+        for name in names:
+            shutil.copyfile(options.demo / "model" / name, part / "model" / name)
         write_json(part / "model" / MANIFEST, packaged.to_json())
         write_text(part / "model" / CARD, model_card(packaged))
         for n, mask in enumerate(sorted((options.demo / "masks").glob("*.nii.gz"))[:MASKS], 1):
