@@ -181,7 +181,8 @@ def test_onnx_output_is_little_endian_hu(trained: Path) -> None:
     class Ramp(torch.nn.Module):
         def forward(self, condition, noise=None, style=None):
             n, _, h, w = condition.shape
-            return torch.linspace(0, 1, n * h * w).reshape(n, 1, h, w)
+            image = torch.linspace(0, 1, n * h * w).reshape(n, 1, h, w)
+            return image, image  # without and with texture
 
     run = load_run(trained)
     graph = LabelsToIntensity(Ramp(), len(run.labels), run.intensity)  # type: ignore[arg-type]
@@ -193,9 +194,9 @@ def test_onnx_output_is_little_endian_hu(trained: Path) -> None:
 def test_labels_reach_their_own_channels(trained: Path) -> None:
     class Weighted(torch.nn.Module):
         def forward(self, condition, noise=None, style=None):
-            return (condition * torch.arange(condition.shape[1]).view(1, -1, 1, 1)).sum(
-                1, keepdim=True
-            ) / 8
+            weights = torch.arange(condition.shape[1]).view(1, -1, 1, 1)
+            image = (condition * weights).sum(1, keepdim=True) / 8
+            return image, image
 
     run = load_run(trained)
     labels = np.arange(8, dtype=np.uint8).reshape(1, 1, 2, 4)
