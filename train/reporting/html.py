@@ -22,10 +22,10 @@ from ..figures import WINDOW_HU
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# What the columns of `organ_table` mean.
+# What the columns of `organ_table` mean; only a CT has the demo's limit of the medians.
 ORGAN_SENTENCES = (
     "Of all voxels of an organ together; in brackets that of the true images.",
-    "Median and its error: is the organ as bright as it should be? The demo's limit is 40 HU.",
+    "Median and its error: is the organ as bright as it should be?{limit}",
     "IQR, the range of the middle half of the values: does the organ vary as it should?",
     "Texture: the standard deviation of what a Gaussian of 2 pixels takes away, in an organ's core;"
     " ratio: synthetic over true. 1 is right; the demo's limits are 0.5 and 2.",
@@ -110,7 +110,9 @@ def organ_table(organs: Mapping[str, Mapping[str, Any] | None], unit: str) -> st
         (name, *(["absent"] + [""] * 4 if organ is None else _organ_cells(organ)))
         for name, organ in organs.items()
     ]
-    notes = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in ORGAN_SENTENCES)
+    limit = " The demo's limit is 40 HU." if unit == "HU" else ""
+    sentences = [sentence.format(limit=limit) for sentence in ORGAN_SENTENCES]
+    notes = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences)
     return table(head, rows) + f"<ul class=note>{notes}</ul>"
 
 
