@@ -15,8 +15,9 @@ from runtime.service.events import Events
 SCRIPT = """
 import sys
 from runtime import Synthesizer
-with Synthesizer.open(sys.argv[1], backend="fake") as synth:
-    print([result.error is None for result in synth.stream(sys.argv[2:], sys.argv[1] + "/out")])
+model, out, *masks = sys.argv[1:]
+with Synthesizer.open(model, backend="fake") as synth:
+    print([result.error is None for result in synth.stream(masks, out)])
 """
 
 
@@ -47,7 +48,7 @@ def test_embedding_program_sees_log_records(
 
 def test_library_prints_no_record_itself(fake_model: Path, tmp_path: Path, command) -> None:
     """Without a handler of the program's own nothing is printed, not even an error's record."""
-    done = command("-c", SCRIPT, fake_model, *masks(tmp_path / "in"))
+    done = command("-c", SCRIPT, fake_model, tmp_path / "out", *masks(tmp_path / "in"))
     assert done.stdout == "[False, True]\n" and done.stderr == ""
 
 
