@@ -211,3 +211,21 @@ def listed(folder: Path) -> set[str]:
 
 def is_tidy(inbox: Path) -> bool:
     return listed(inbox) <= {WORK, DONE, FAILED} and listed(inbox / WORK) <= {LOCK}
+
+
+# Runs a command of the runtime, and prints the largest resident set of its process in KiB, before
+# and after. IMPORTS is what does not count as the command's own.
+MEASURED_COMMAND = """
+import sys
+import IMPORTS
+from runtime.__main__ import main
+from runtime.core.console import run
+def peak():
+    # not ru_maxrss, which begins with the peak of the process that started this one
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+before = peak()
+code = run(main, sys.argv[1:])
+print(before, peak())
+sys.exit(code)
+"""

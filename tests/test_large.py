@@ -13,25 +13,10 @@ import nibabel
 import numpy as np
 import pytest
 from isal import igzip
-from samples import blobs, write_mask
+from samples import MEASURED_COMMAND, blobs, write_mask
 
 MIB = 1 << 20
-# Runs the command and prints the process' largest resident set in KiB, before the first mask is
-# read and at the end.
-CHILD = """
-import sys
-import numpy, SimpleITK, isal.igzip_threaded
-from runtime.__main__ import main
-from runtime.core.console import run
-def peak():
-    # not ru_maxrss, which begins with the peak of the process that started this one
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-before = peak()
-code = run(main, sys.argv[1:])
-print(before, peak())
-sys.exit(code)
-"""
+CHILD = MEASURED_COMMAND.replace("IMPORTS", "numpy, SimpleITK, isal.igzip_threaded")
 
 
 def peak(root: Path, model: Path, out: Path, *arguments: object) -> tuple[int, int]:

@@ -17,6 +17,7 @@ from pydicom import dcmread, dcmwrite
 from pydicom.dataset import Dataset
 from pydicom.encaps import encapsulate
 from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, RLELossless
+from samples import MEASURED_COMMAND
 
 from runtime.core.errors import UnreadableVolume
 from runtime.core.labels import MM_WHS
@@ -26,21 +27,7 @@ from runtime.io.cases import read_case, read_mask
 
 HEART = [("left ventricle", "87878005"), ("left atrium", "82471001")]
 SHAPE = (96, 181, 251)
-# Runs the command, and prints the process's largest resident set in KiB before and after.
-CHILD = """
-import sys
-import numpy, SimpleITK, pydicom.pixels
-from runtime.__main__ import main
-from runtime.core.console import run
-def peak():
-    # not ru_maxrss, which begins with the peak of the process that started this one
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-before = peak()
-code = run(main, sys.argv[1:])
-print(before, peak())
-sys.exit(code)
-"""
+CHILD = MEASURED_COMMAND.replace("IMPORTS", "numpy, SimpleITK, pydicom.pixels")
 
 
 def values(shape: tuple[int, int, int] = SHAPE) -> NDArray[np.uint8]:
@@ -86,11 +73,19 @@ def test_seg_is_never_held_whole(
 ) -> None:
     """Its values are pydicom's, and a few frames, or what is inflated at once, are in memory."""
     truth = values()
-    path = segmentation(tmp_path / "a.dcm", slices(truth), truth, HEART, kind)
-    ds = dcmread(path)
-    pixels = ds.pixel_array
-    change(ds)
-    dcmwrite(path, ds, implicit_vr=False, little_endian=True)
+
+    def written(name: str, frames: NDArray[np.uint8]) -> tuple[Path, NDArray[np.uint8]]:
+        path = segmentation(tmp_path / name, slices(frames), frames, HEART, kind)
+        ds = dcmread(path)
+        pixels = ds.pixel_array
+        change(ds)
+        dcmwrite(path, ds, implicit_vr=False, little_endian=True)
+        return path, pixels
+
+    # A small one first: what is imported at the first reading is not the file's.
+    small, _ = written("small.dcm", truth[40:48])
+    read_case(find_cases([small])[0], MM_WHS)
+    path, pixels = written("a.dcm", truth)
     sums: dict[int, int] = {}
 
     def read() -> None:
